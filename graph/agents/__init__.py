@@ -1,0 +1,1 @@
+"""The planner and the reflector: what they see in, validated decisions out."""

@@ -1,0 +1,206 @@
+"""Plan a round by rule: no key, no model, the same answer every time.
+
+It starts from the KL curves' own allocation, climbs towards the target in steps that the lessons so far predict to
+pass, strengthens the recipe and shortens the step after a rollback, and at the target tries one lever at a time.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from graph.agents.planner import Situation, describe_plan
+from graph.state import Lesson, Plan, Trial
+from tools.allocate import ImpossiblePlan, allocate
+from tools.curves import LayerProfile, predict_kl
+from tools.recipes import Adjustment, Recipe
+
+FIRST_STEP = 2 / 3
+"""Share of the target that the first, cheap round prunes, to learn how far the KL curves are off."""
+
+STRENGTHS = (0.8, 0.9)
+TILTS = (1.5, 0.67)
+"""How much more, or less, precious a group is made at the target."""
+
+
+def plan_by_rule(situation: Situation) -> Plan | None:
+    """The next plan; None when every lever has been tried. Raises ImpossiblePlan when bounds cannot be met."""
+    accepted, target = situation.accepted, situation.config.target_sparsity
+    if accepted is None or accepted.sparsity < target - 5e-4:
+        return _plan_climb(situation)
+    return next(_plan_refinements(situation), None)
+
+
+def _plan_climb(situation: Situation) -> Plan:
+    target = situation.config.target_sparsity
+    start = situation.accepted.sparsity if situation.accepted else 0.0
+    failed = _failures(situation)
+    if failed:
+        return _plan_after_rollback(situation, start, failed[-1])
+    if not situation.trials:
+        step = round(FIRST_STEP * target, 4)
+        return Plan(
+            sparsity=step,
+            recipe=Recipe(refit=False),
+            reason=f"A first, cheap round at {step:.1%} (masks alone) shows how far the KL curves are off.",
+        )
+    limit = _limit(situation)
+    cheap, strong = Recipe(refit=False), Recipe()
+    if (perplexity := _predict_perplexity(situation, target, cheap)) <= limit:
+        return Plan(
+            sparsity=target,
+            recipe=cheap,
+            reason=f"Masks alone are predicted to reach perplexity {perplexity:.2f}, within the limit of {limit:.2f}.",
+        )
+    return Plan(
+        sparsity=target,
+        recipe=strong,
+        reason=f"Masks alone are predicted to reach perplexity {perplexity:.2f}, above the limit of {limit:.2f}, "
+        "so the survivors are refitted.",
+    )
+
+
+def _plan_after_rollback(situation: Situation, start: float, last: Trial) -> Plan:
+    """Strengthen the recipe first; with the strongest recipe, halve the step."""
+    if "+refit" not in last.plan:
+        return Plan(
+            sparsity=min(last.sparsity, situation.config.target_sparsity),
+            recipe=Recipe(),
+            reason=f"Round {last.iteration} was rolled back; refitting the survivors repairs most of a mask's damage.",
+        )
+    step = round(start + (last.sparsity - start) / 2, 4)
+    return Plan(
+        sparsity=step,
+        recipe=Recipe(),
+        reason=f"Round {last.iteration} was rolled back at {last.sparsity:.1%}; half the step from {start:.1%}.",
+    )
+
+
+def _failures(situation: Situation) -> list[Trial]:
+    """The rollbacks since the last accepted trial."""
+    failed: list[Trial] = []
+    for trial in situation.trials:
+        failed = [] if trial.verdict == "accept" else [*failed, trial]
+    return failed
+
+
+def _limit(situation: Situation) -> float:
+    last = situation.accepted or situation.dense
+    return (1 + situation.config.tau) * (last.perplexity or math.inf)
+
+
+def _predict_perplexity(situation: Situation, sparsity: float, recipe: Recipe) -> float:
+    """Perplexity from the KL curves, corrected by what lessons say of this recipe.
+
+    On the text a model models well, nats of KL are nats of loss, so the dense perplexity grows by exp(KL).
+    """
+    config = situation.config
+    kl = allocate(
+        situation.layers, sparsity, recipe, protect=config.protect, max_layer_sparsity=config.max_layer_sparsity
+    ).predicted_kl
+    return (situation.dense.perplexity or math.inf) * math.exp(min(kl * calibration(situation, recipe), 50.0))
+
+
+def calibration(situation: Situation, recipe: Recipe) -> float:
+    """Measured over predicted KL for this method and refit: the mean of what lessons say, 1 without any."""
+    factors = [x.factor for x in _usable(situation) if x.selector == "*" and x.recipe == recipe.mask_label]
+    return math.exp(sum(map(math.log, factors)) / len(factors)) if factors else 1.0
+
+
+def _usable(situation: Situation) -> list[Lesson]:
+    return [lesson for lesson in situation.lessons if not lesson.same_config and lesson.factor > 0]
+
+
+def _plan_refinements(situation: Situation) -> Iterator[Plan]:
+    """Plans at the target that differ from the accepted one in one lever, untried ones only, likeliest first."""
+    base = situation.accepted_plan
+    assert base is not None, "a trial was accepted, so there is a plan that made it"
+    base = base.model_copy(update={"sparsity": situation.config.target_sparsity})
+    tried = {trial.plan for trial in situation.trials}
+    for plan in _change_one_lever(situation, base):
+        if describe_plan(plan) not in tried and _is_possible(situation, plan):
+            yield plan
+
+
+def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
+    recipe = base.recipe
+    if not recipe.refit:
+        yield _vary(base, recipe.model_copy(update={"refit": True}), "Refit the survivors of the accepted masks.")
+    learnt = _adjustments_from_lessons(situation)
+    if learnt:
+        yield base.model_copy(update={"adjustments": learnt, "reason": "Weigh groups as the lessons say."})
+    for strength in STRENGTHS:
+        yield _vary(
+            base,
+            recipe.model_copy(update={"strength": strength}),
+            f"Lean {1 - strength:.0%} towards uniform, in case the KL curves exaggerate.",
+        )
+    for tilt in TILTS:
+        for selector, share in rank_groups(situation.layers, situation.sparsity):
+            adjustment = Adjustment(selector=selector, action="factor", factor=tilt)
+            yield base.model_copy(
+                update={
+                    "adjustments": [*base.adjustments, adjustment],
+                    "reason": f"{selector} holds {share:.0%} of the predicted KL; count it {tilt:g} times.",
+                }
+            )
+
+
+def _vary(base: Plan, recipe: Recipe, reason: str) -> Plan:
+    return base.model_copy(update={"recipe": recipe, "reason": reason})
+
+
+def _adjustments_from_lessons(situation: Situation) -> list[Adjustment]:
+    """What lessons say of groups, as factors: the geometric mean where several speak of one group."""
+    by_group: dict[str, list[float]] = defaultdict(list)
+    for lesson in _usable(situation):
+        if lesson.selector != "*":
+            by_group[lesson.selector].append(math.log(lesson.factor))
+    factors = {selector: math.exp(sum(logs) / len(logs)) for selector, logs in by_group.items()}
+    return [
+        Adjustment(selector=selector, action="factor", factor=round(factor, 3), reason="lesson")
+        for selector, factor in sorted(factors.items())
+        if abs(math.log(factor)) > math.log(1.05)
+    ]
+
+
+def _is_possible(situation: Situation, plan: Plan) -> bool:
+    config = situation.config
+    try:
+        allocate(
+            situation.layers,
+            plan.sparsity,
+            plan.recipe,
+            plan.adjustments,
+            protect=config.protect,
+            max_layer_sparsity=config.max_layer_sparsity,
+        )
+    except ImpossiblePlan:
+        return False
+    return True
+
+
+def rank_groups(layers: Sequence[LayerProfile], sparsity: dict[str, float]) -> list[tuple[str, float]]:
+    """(selector, share of the predicted KL at these sparsities) of every group, largest first."""
+    kl = {selector: group_kl(group, sparsity) for selector, group in group_layers(layers).items()}
+    total = sum(kl.values()) or 1.0
+    return sorted(((selector, value / total) for selector, value in kl.items()), key=lambda pair: (-pair[1], pair[0]))
+
+
+def group_kl(group: Sequence[LayerProfile], sparsity: dict[str, float]) -> float:
+    """Predicted KL of a group of layers at these sparsities, nats per token."""
+    return predict_kl(group, np.array([sparsity[layer.name] for layer in group]))
+
+
+def group_layers(layers: Sequence[LayerProfile]) -> dict[str, list[LayerProfile]]:
+    """Layers by kind and third of the model's depth; the keys are selectors."""
+    depth = max(layer.block for layer in layers) + 1
+    edges = [round(depth * i / 3) for i in range(4)]
+    groups: dict[str, list[LayerProfile]] = {}
+    for first, end in pairwise(edges):
+        for layer in layers:
+            if first <= layer.block < end:
+                groups.setdefault(f"blocks {first}-{end - 1} · {layer.kind}", []).append(layer)
+    return groups

@@ -1,0 +1,327 @@
+"""Plan a round with a chat model: what it is shown, and what it may answer.
+
+The prompt is made so that its long part never changes within a run: the instructions
+(`graph/prompts/planner.md`, free to edit) and the table of layers come first, so that
+endpoints can serve them from their prompt cache.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from statistics import fmean, median
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
+
+from graph.agents.chat import CallRecord, ask
+from graph.config import RunConfig
+from graph.state import Lesson, Plan, Trial
+from tools.curves import LEVELS, LayerProfile
+from tools.recipes import Adjustment
+
+PROMPT = Path(__file__).resolve().parents[1] / "prompts" / "planner.md"
+MAX_ROWS = 400
+"""Rows of the layer table; about 20 tokens each at most. Larger models are shown as means over neighbours."""
+MAX_TRIALS = 30
+MAX_LESSONS = 30
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that a planner may know when it plans a round."""
+
+    config: RunConfig
+    layers: Sequence[LayerProfile]
+    """The profile, in the model's order."""
+    sparsity: dict[str, float]
+    """Layer name to the share of its weights that are zero in the last accepted weights; may be empty."""
+    dense: Trial
+    accepted: Trial | None = None
+    """The last trial that was kept."""
+    accepted_plan: Plan | None = None
+    """The plan that made it."""
+    trials: Sequence[Trial] = field(default=())
+    lessons: Sequence[Lesson] = field(default=())
+    iteration: int = 1
+    """Number of the round to plan, from 1."""
+
+
+def plan_with_chat(
+    situation: Situation,
+    model: BaseChatModel,
+    on_call: Callable[[CallRecord], None] | None = None,
+    check: Callable[[Plan], None] | None = None,
+) -> Plan:
+    """Ask a chat model for the plan of the next round.
+
+    `check` raises ValueError with a reason for the model when a plan that fits the schema
+    still cannot be carried out: a sparsity above the target, a selector that means no
+    layer, bounds that no allocation meets. Such a plan is handed back like any that does not
+    fit. `on_call` hears of every reply. Raises AgentError when no usable plan came.
+    """
+    return ask(model, Plan, planner_messages(situation), check=check, on_call=on_call)
+
+
+def planner_messages(situation: Situation) -> list[AnyMessage]:
+    """The two messages a planner gets: instructions that never change, and the situation."""
+    parts = [
+        describe_layers(situation),
+        _describe_bounds(situation),
+        _describe_trials(situation),
+        _describe_lessons(situation.lessons),
+        _describe_rest(situation),
+        f"Plan round {situation.iteration}.",
+    ]
+    return [SystemMessage(_instructions()), HumanMessage("\n\n".join(parts))]
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan in one line for people, such as `45.0% two-sided+refit:kappa · *.v_proj x2`."""
+    line = f"{plan.sparsity:.1%} {plan.recipe.label}"
+    shown = [_describe_adjustment(adjustment) for adjustment in plan.adjustments[:4]]
+    if len(plan.adjustments) > len(shown):
+        shown.append(f"{len(plan.adjustments) - len(shown)} more")
+    return f"{line} · {', '.join(shown)}" if shown else line
+
+
+def _describe_adjustment(adjustment: Adjustment) -> str:
+    selector = " ".join(adjustment.selector.split())
+    selector = selector if len(selector) <= 40 else selector[:39] + "…"
+    if adjustment.action == "factor":
+        return f"{selector} x{adjustment.factor:g}"
+    if adjustment.action == "protect":
+        return f"{selector} protected"
+    low, high = adjustment.low, adjustment.high
+    if low is None:
+        return f"{selector} ≤{100 * (high or 0):.3g}%"
+    return f"{selector} ≥{100 * low:.3g}%" if high is None else f"{selector} {100 * low:.3g}–{100 * high:.3g}%"
+
+
+@cache
+def _instructions() -> str:
+    schema = json.dumps(Plan.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
+    return PROMPT.read_text(encoding="utf-8").replace("{schema}", schema)
+
+
+# Data from outside
+
+
+def quote_data(text: str, limit: int) -> str:
+    """Text from outside as one harmless line: no markers, no line breaks, at most `limit` characters.
+
+    Angle brackets become round ones, so that no data can end its `<data>` block or open another.
+    """
+    text = text[: 4 * limit].translate({ord("<"): "(", ord(">"): ")"})
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _data_block(name: str, lines: Iterable[str]) -> str:
+    return "\n".join((f"<data {name}>", *lines, "</data>"))
+
+
+# The table of layers
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A layer of the table, or several that it stands for."""
+
+    blocks: str
+    kind: str
+    layers: list[LayerProfile]
+
+
+def describe_layers(situation: Situation) -> str:
+    """The table of layers: constant through a run, a line each, at most about 8,000 tokens."""
+    rows = _rows(situation.layers)
+    labels = _labels([row.kind for row in rows])
+    columns = _columns(situation.config.target_sparsity)
+    unit = _unit([fmean(layer.kappa[columns[1]] for layer in row.layers) for row in rows])
+    levels = " ".join(f"kl{LEVELS[column]:.2f}".replace("0.", ".") for column in columns)
+    lines = [_describe_kind(kind, label, situation.layers) for kind, label in labels.items()]
+    lines += [f"columns: layer, wanda z, grad z, {levels} (kl in units of {unit:.0e} nats/token)"]
+    blocks = None
+    for row in rows:
+        if row.blocks != blocks:
+            blocks = row.blocks
+            lines.append(f"block {blocks}")
+        lines.append(f"{labels[row.kind]} {_figures(row.layers, columns, unit)}")
+    example = quote_data(situation.layers[0].name, 120)
+    title = f"The {len(situation.layers)} prunable layers{_describe_merging(rows, len(situation.layers))}:"
+    return title + "\n" + _data_block("layers", [f"names look like: {example}", *lines])
+
+
+def _describe_merging(rows: Sequence[_Row], layers: int) -> str:
+    if len(rows) == layers:
+        return ""
+    left_out = layers - sum(len(row.layers) for row in rows)
+    return f", shown as {len(rows)} means over neighbours" + (f" ({left_out} not shown)" if left_out else "")
+
+
+def _describe_kind(kind: str, label: str, layers: Sequence[LayerProfile]) -> str:
+    same = [layer for layer in layers if layer.kind == kind or _merge_numbers(layer.kind) == kind]
+    sizes = sorted({layer.weights for layer in same})
+    size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    zeros = sum(layer.zeros for layer in same) / sum(layer.weights for layer in same)
+    already = f", {zeros:.2g} of them zero already" if zeros >= 0.001 else ""
+    return f"{label} = {quote_data(kind, 80)}: {size} weights{already}"
+
+
+def _rows(layers: Sequence[LayerProfile]) -> list[_Row]:
+    """The layers in a fixed order, merged as little as `MAX_ROWS` asks.
+
+    First numbered siblings (experts) become one, then neighbouring blocks.
+    """
+    rows = _merge(layers, 1, numbers=False)
+    if len(rows) <= MAX_ROWS:
+        return rows
+    span = 1
+    rows = _merge(layers, span, numbers=True)
+    while len(rows) > MAX_ROWS and span <= max(layer.block for layer in layers):
+        span += 1
+        rows = _merge(layers, span, numbers=True)
+    return rows[:MAX_ROWS]
+
+
+def _merge(layers: Sequence[LayerProfile], span: int, *, numbers: bool) -> list[_Row]:
+    last = max(layer.block for layer in layers)
+    groups: dict[tuple[int, str], list[LayerProfile]] = {}
+    for layer in layers:
+        kind = _merge_numbers(layer.kind) if numbers else layer.kind
+        groups.setdefault((layer.block // span, kind), []).append(layer)
+    return [
+        _Row(_range_of_blocks(group * span, min(group * span + span - 1, last)), kind, members)
+        for (group, kind), members in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+
+
+def _range_of_blocks(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first}-{last}"
+
+
+def _merge_numbers(kind: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", kind)
+
+
+def _labels(kinds: Sequence[str]) -> dict[str, str]:
+    """A short label for each kind, in order of first appearance: `v` for self_attn.v_proj where that is enough."""
+    distinct = list(dict.fromkeys(kinds))
+    last = [kind.rsplit(".", 1)[-1].removesuffix("_proj") for kind in distinct]
+    return {
+        kind: quote_data(kind if last.count(short) > 1 else short, 40)
+        for kind, short in zip(distinct, last, strict=True)
+    }
+
+
+def _columns(target: float) -> range:
+    """Indices of the three LEVELS around the target."""
+    nearest = min(range(len(LEVELS)), key=lambda i: abs(LEVELS[i] - target))
+    middle = min(max(nearest, 1), len(LEVELS) - 2)
+    return range(middle - 1, middle + 2)
+
+
+def _unit(values: Sequence[float]) -> float:
+    """A power of ten in which the median value has three digits, as three digits are one token."""
+    positive = [value for value in values if value > 0 and math.isfinite(value)]
+    return 10.0 ** (math.floor(math.log10(median(positive))) - 2) if positive else 1.0
+
+
+def _figures(layers: Sequence[LayerProfile], columns: Iterable[int], unit: float) -> str:
+    scores = [fmean(layer.wanda_z for layer in layers) * 10, fmean(layer.gradient_z for layer in layers) * 10]
+    kl = [fmean(layer.kappa[column] for layer in layers) / unit for column in columns]
+    return " ".join([*(_rounded(score) for score in scores), *(_two_digits(value) for value in kl)])
+
+
+def _rounded(value: float) -> str:
+    return f"{round(value)}" if math.isfinite(value) else "?"
+
+
+def _two_digits(value: float) -> str:
+    """A number rounded to two significant digits, without an exponent: 1234 -> 1200, 0.0512 -> 0.051."""
+    if not math.isfinite(value):
+        return "?"
+    if value < 0.01:
+        return "0"
+    return f"{float(f'{value:.1e}'):.10g}"
+
+
+# The rest of the situation
+
+
+def _describe_bounds(situation: Situation) -> str:
+    config = situation.config
+    limit = "unknown"
+    base = (situation.accepted or situation.dense).perplexity
+    if base is not None:
+        limit = f"{(1 + config.tau) * base:.5g}"
+    text = (
+        f"Bounds: target sparsity {config.target_sparsity:g}. No layer above {config.max_layer_sparsity:g}. "
+        f"Round {situation.iteration} of at most {config.max_iterations}. Perplexity limit of this round: {limit} "
+        f"(1 + {config.tau:g} times that of the last accepted weights)."
+    )
+    if not config.protect:
+        return text
+    selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
+    return f"{text} Never touched, whatever you plan:\n" + _data_block("protected", selectors)
+
+
+def _describe_trials(situation: Situation) -> str:
+    lines = [f"dense: perplexity {_figure(situation.dense.perplexity)}"]
+    left_out = len(situation.trials) - MAX_TRIALS
+    if left_out > 0:
+        lines.append(f"({left_out} earlier trials left out)")
+    lines += [_describe_trial(trial) for trial in situation.trials[-MAX_TRIALS:]]
+    return "Trials so far, on the validation text:\n" + _data_block("trials", lines)
+
+
+def _describe_trial(trial: Trial) -> str:
+    plan = re.sub(r"^[\d.]+% ", "", quote_data(trial.plan, 200))  # a percentage would set a bad example
+    error = f" +- {_figure(trial.kl_error)}" if trial.kl_error is not None else ""
+    return (
+        f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; perplexity {_figure(trial.perplexity)}; "
+        f"KL {_figure(trial.kl)}{error}, predicted {_figure(trial.predicted_kl)}; "
+        f"{trial.verdict}: {quote_data(trial.reason, 160)}"
+    )
+
+
+def _describe_lessons(lessons: Sequence[Lesson]) -> str:
+    if not lessons:
+        return "Lessons: none yet."
+    lines = [
+        f"run {quote_data(lesson.run, 40)} round {lesson.iteration}, {quote_data(lesson.recipe, 40) or 'any recipe'}: "
+        f"{quote_data(lesson.selector, 80)} cost {_figure(lesson.factor)} times what was predicted. "
+        f"{quote_data(lesson.text, 200)}"
+        for lesson in lessons[-MAX_LESSONS:]
+    ]
+    return "Lessons of this and earlier runs, oldest first:\n" + _data_block("lessons", lines)
+
+
+def _describe_rest(situation: Situation) -> str:
+    """What is left to prune, and the present sparsity of each layer in the order of the table."""
+    total = sum(layer.weights for layer in situation.layers)
+    zeros = sum(layer.weights * situation.sparsity.get(layer.name, 0.0) for layer in situation.layers)
+    now, target = zeros / total, situation.config.target_sparsity
+    text = (
+        f"Left to prune: sparsity is {now:.4f}, the target {target:g}, so {max(0.0, target - now):.4f} of "
+        f"{total:,} weights are left."
+    )
+    if situation.accepted is not None and now >= target - 0.001:
+        text += f" The target is reached: only a KL below {_figure(situation.accepted.kl)} is kept."
+    if not any(situation.sparsity.values()):
+        return f"{text} Nothing is pruned yet."
+    lines: dict[str, list[str]] = {}
+    for row in _rows(situation.layers):
+        share = fmean(situation.sparsity.get(layer.name, 0.0) for layer in row.layers)
+        lines.setdefault(row.blocks, []).append(f"{share:.2f}".removeprefix("0"))
+    return f"{text} Present sparsities, a line per block, in the order of the table:\n" + _data_block(
+        "sparsities", [f"{blocks}: {' '.join(shares)}" for blocks, shares in lines.items()]
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"

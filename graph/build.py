@@ -1,0 +1,40 @@
+"""The wiring of the graph, as in the picture; nothing else.
+
+profile → plan → prune → validate ─┬─ accept ───┐
+            ↑                      └─ rollback ─┤
+            └───────── reflect ←────────────────┘ → finish
+"""
+
+from langgraph.graph import END, START, StateGraph
+
+from graph.config import RunConfig
+from graph.nodes.accept import accept
+from graph.nodes.finish import finish
+from graph.nodes.plan import after_plan, plan
+from graph.nodes.profile import profile
+from graph.nodes.prune import prune
+from graph.nodes.reflect import after_reflect, reflect
+from graph.nodes.rollback import rollback
+from graph.nodes.validate import after_validate, validate
+from graph.state import Input, State
+
+
+def builder() -> StateGraph[State, RunConfig, Input, State]:
+    """Nodes and edges; whoever runs the graph compiles it with a checkpointer and a store."""
+    graph = StateGraph(State, input_schema=Input, context_schema=RunConfig)
+    for node in (profile, plan, prune, validate, accept, rollback, reflect, finish):
+        graph.add_node(node.__name__, node, metadata={"description": (node.__doc__ or "").splitlines()[0]})
+    graph.add_edge(START, "profile")
+    graph.add_edge("profile", "plan")
+    graph.add_conditional_edges("plan", after_plan)
+    graph.add_edge("prune", "validate")
+    graph.add_conditional_edges("validate", after_validate)
+    graph.add_edge("accept", "reflect")
+    graph.add_edge("rollback", "reflect")
+    graph.add_conditional_edges("reflect", after_reflect)
+    graph.add_edge("finish", END)
+    return graph
+
+
+graph = builder()
+"""For `langgraph dev`, which compiles it with savers of its own (see langgraph.json)."""

@@ -1,0 +1,1 @@
+"""One file per node: read the state, call tools, return an update."""

@@ -1,0 +1,29 @@
+"""accept: what is in the model becomes what rollbacks return to."""
+
+import time
+from typing import Any
+
+from langgraph.runtime import Runtime
+
+from graph.config import RunConfig
+from graph.session import enter, open_bench
+from graph.state import State
+
+RECENT = 3
+"""Trials whose layer artifacts are kept, the accepted one among them."""
+
+
+def accept(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
+    """Keep the trial; layer artifacts that only older checkpoints need are deleted (they can be made again).
+
+    Those of the last few trials stay: planners like to come back to what was just rolled back.
+    """
+    began = time.monotonic()
+    with enter("accept", state, runtime) as session, open_bench(state, session) as bench:
+        bench.forget_checkpoints(keep=[trial.checkpoint for trial in state.trials[-RECENT:]])
+        session.emit("accept", iteration=state.iteration, checkpoint=state.current)
+    return {
+        "accepted": state.current,
+        "accepted_plan": state.plan,
+        "seconds": state.seconds + time.monotonic() - began,
+    }

@@ -1,0 +1,90 @@
+"""validate: perplexity and paired KL on the validation text, and the verdict."""
+
+import time
+from typing import Any, Literal
+
+from langgraph.runtime import Runtime
+
+from graph.agents.planner import describe_plan
+from graph.config import RunConfig
+from graph.nodes.plan import allocate_plan
+from graph.session import enter, open_bench
+from graph.state import State, Trial
+from tools.evaluate import Evaluation, compare_kl
+
+SAME_SPARSITY = 5e-4
+"""Two sparsities nearer than this are the same budget."""
+
+SIGMAS = 2.0
+"""At the same sparsity, KL must fall by this many standard errors of the paired difference."""
+
+
+def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
+    """Measure the weights in the model and judge them against the last accepted ones."""
+    began = time.monotonic()
+    assert state.plan is not None, "plan runs first"
+    with enter("validate", state, runtime) as session, open_bench(state, session) as bench:
+        evaluation = bench.evaluate(state.current, "validation", state.profile, session.progress)
+        best = accepted_trial(state)
+        accepted = (
+            bench.evaluate(state.accepted, "validation", state.profile, session.progress)
+            if state.trials and best is not state.dense
+            else bench.read_profile(state.profile).dense
+        )
+        zeros, weights = bench.count_zeros()
+        verdict, reason = judge(state.config, zeros / weights, evaluation, best, accepted)
+        trial = Trial(
+            iteration=state.iteration,
+            checkpoint=state.current,
+            sparsity=zeros / weights,
+            perplexity=evaluation.perplexity,
+            kl=evaluation.mean_kl,
+            kl_error=evaluation.kl_error if evaluation.finite else None,
+            predicted_kl=allocate_plan(bench.read_profile(state.profile).layers, state.plan, state.config).predicted_kl,
+            verdict=verdict,
+            reason=reason,
+            plan=describe_plan(state.plan),
+            seconds=round(time.monotonic() - began, 3),
+        )
+        session.emit("trial", **trial.model_dump())
+    return {"trials": [trial], "seconds": state.seconds + time.monotonic() - began}
+
+
+def accepted_trial(state: State) -> Trial:
+    """The last trial that was kept; the dense model before the first."""
+    assert state.dense is not None, "profile runs first"
+    return next((trial for trial in reversed(state.trials) if trial.verdict == "accept"), state.dense)
+
+
+def judge(
+    config: RunConfig, sparsity: float, trial: Evaluation, best: Trial, accepted: Evaluation
+) -> tuple[Literal["accept", "rollback"], str]:
+    """The verdict on a trial, and why.
+
+    Towards the target: accept while perplexity is at most (1 + tau) times the last accepted one. At the same
+    sparsity: accept only when the paired KL falls by SIGMAS standard errors. At the target, nothing sparser or less
+    sparse replaces an accepted trial. Anything that is not finite is rolled back.
+    """
+    perplexity, before = trial.perplexity, best.perplexity
+    if not trial.finite or perplexity is None or before is None:
+        return "rollback", "the loss is not finite"
+    if abs(sparsity - best.sparsity) <= SAME_SPARSITY:
+        change, error = compare_kl(trial, accepted)
+        figures = f"KL {change:+.4f} ± {error:.4f} at the same sparsity"
+        if change < -SIGMAS * error:
+            return "accept", f"{figures}: better"
+        return "rollback", f"{figures}: {'inside the noise' if abs(change) <= SIGMAS * error else 'worse'}"
+    if abs(best.sparsity - config.target_sparsity) <= SAME_SPARSITY:
+        return (
+            "rollback",
+            f"sparsity {sparsity:.2%} is off the target of {config.target_sparsity:.2%}, once reached",
+        )
+    limit = (1 + config.tau) * before
+    if perplexity <= limit:
+        return "accept", f"perplexity {perplexity:.2f} is within {limit:.2f} = (1 + {config.tau:g}) x {before:.2f}"
+    return "rollback", f"perplexity {perplexity:.2f} is above {limit:.2f} = (1 + {config.tau:g}) x {before:.2f}"
+
+
+def after_validate(state: State) -> Literal["accept", "rollback"]:
+    """The edge that does the rollback."""
+    return state.trials[-1].verdict

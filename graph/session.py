@@ -1,0 +1,105 @@
+"""What every node needs: the run's directory, its workbench, and a way to tell what happens."""
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from langgraph.runtime import Runtime
+
+from graph.config import RunConfig, check_config, read_yaml
+from graph.persistence import runs_directory
+from graph.state import State
+from tools.errors import UserError
+from tools.files import write_json, write_text
+from tools.rundir import append_event, lock_run
+
+if TYPE_CHECKING:
+    from tools.workbench import Workbench
+
+
+def directory_of(state: State) -> Path:
+    """The directory of the state's run."""
+    return runs_directory() / state.run
+
+
+def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str) -> Path:
+    """Make and lock a run's directory, with `config.yaml` as resolved and `run.json`.
+
+    Calling again for the same thread changes nothing. Raises UserError when another run has the name or another
+    process works in it.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(f"run name {name!r} must be letters, digits, '.', '_' or '-', and begin with a letter or digit")
+    directory = runs_dir / name
+    record = directory / "run.json"
+    if record.is_file() and read_run(runs_dir, name)[0] == thread_id:
+        lock_run(directory)
+        return directory
+    if record.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise UserError(
+            f"run {name!r} exists already in {runs_dir}; resume it with --resume {name}, or choose another --name"
+        )
+    try:
+        lock_run(directory)
+        write_text(directory / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+        write_json(record, {"thread_id": thread_id, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    except OSError as error:
+        raise UserError(f"run directory {directory} cannot be written: {error.strerror}") from error
+    return directory
+
+
+def read_run(runs_dir: Path, name: str) -> tuple[str, RunConfig]:
+    """(thread id, config) of a run. Raises UserError when there is no such run or its files cannot be read."""
+    directory = runs_dir / name
+    if not (directory / "run.json").is_file():
+        raise UserError(f"there is no run {name!r} in {runs_dir}; see --list")
+    try:
+        thread = json.loads((directory / "run.json").read_text(encoding="utf-8"))["thread_id"]
+        return str(uuid.UUID(thread)), check_config(read_yaml(directory / "config.yaml"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"run {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+class Session:
+    """One node at work: emits events to the run's log and to whoever streams the graph."""
+
+    def __init__(self, directory: Path, write: Any) -> None:
+        self.directory, self._write = directory, write
+
+    def emit(self, type_: str, **data: Any) -> None:
+        """Record an event in `events.jsonl` and show it."""
+        event = {"type": type_, **data}
+        append_event(self.directory, event)
+        self._write(event)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Show how far a step is; not recorded."""
+        self._write({"type": "progress", "label": label, "done": done, "total": total})
+
+    def warn(self, text: str) -> None:
+        """Record and show a warning."""
+        self.emit("warning", text=text)
+
+
+@contextmanager
+def enter(node: str, state: State, runtime: Runtime[RunConfig]) -> Iterator[Session]:
+    """Announce a node and hand out its session."""
+    session = Session(directory_of(state), runtime.stream_writer)
+    session.emit("node", node=node, iteration=state.iteration)
+    yield session
+
+
+@contextmanager
+def open_bench(state: State, session: Session) -> Iterator["Workbench"]:
+    """The run's workbench, holding the weights that the state says are in it."""
+    from tools.workbench import use_workbench  # torch takes seconds to import, and bad input should not wait for it
+
+    with use_workbench(state.config, session.directory, session.warn, session.progress) as bench:
+        bench.restore(state.current)
+        yield bench

@@ -1,0 +1,68 @@
+"""Which weights stay: exact counts, ties broken by position.
+
+Shape suffixes: O output features (rows), I input features (columns).
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.ranks import kth_smallest, order_preserving_ints
+
+
+def keep_highest(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:
+    """Mask (bool, True = stays) of a layer with exactly `zeros` lowest scores removed.
+
+    Weights marked `dead_OI` (exact zeros) go first; ties go in row-major order, as a stable sort would.
+    """
+    ranks_1N = order_preserving_ints(score_OI, dead_OI).reshape(1, -1)
+    zeros_1 = torch.tensor([zeros], device=score_OI.device)
+    return _keep_above(ranks_1N, zeros_1).reshape(score_OI.shape)
+
+
+def keep_highest_of_rows(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:
+    """Mask (bool, True = stays) with the lowest scores of each row removed, `zeros` in the whole layer.
+
+    Every row loses the same number; what `zeros` leaves over after division goes to the rows whose next score
+    is lowest. A row that holds more exact zeros than its share keeps them, and the others lose less for it, so that
+    the count over the layer is exact. Ties inside a row go by column. Raises ValueError when the layer has more exact
+    zeros than `zeros` already.
+    """
+    ranks_OI = order_preserving_ints(score_OI, dead_OI)
+    dead_O = dead_OI.sum(1)
+    if int(dead_O.sum()) > zeros:
+        raise ValueError(f"{zeros} zeros asked of a layer that has {int(dead_O.sum())} already")
+    share = _fill_rows(dead_O, zeros, ranks_OI.shape[1])
+    zeros_O = dead_O.clamp(min=share)
+    rest = zeros - int(zeros_O.sum())
+    if rest:
+        next_O = kth_smallest(ranks_OI, share + 1).long()
+        next_O[dead_O > share] = torch.iinfo(torch.int64).max
+        zeros_O[torch.sort(next_O, stable=True).indices[:rest]] += 1
+    return _keep_above(ranks_OI, zeros_O)
+
+
+def _fill_rows(dead_O: Tensor, zeros: int, columns: int) -> int:
+    """The greatest k with sum over rows of max(k, dead) at most `zeros`."""
+    low, high = 0, columns
+    while low < high:
+        k = (low + high + 1) // 2
+        low, high = (k, high) if int(dead_O.clamp(min=k).sum()) <= zeros else (low, k - 1)
+    return low
+
+
+def _keep_above(ranks_RN: Tensor, zeros_R: Tensor) -> Tensor:
+    """Remove the `zeros_R[r]` lowest of each row r, ties by column."""
+    keep_RN = torch.ones_like(ranks_RN, dtype=torch.bool)
+    for count in torch.unique(zeros_R).tolist():
+        if count == 0:
+            continue
+        rows = (zeros_R == count).nonzero()[:, 0]
+        part = ranks_RN if len(rows) == len(ranks_RN) else ranks_RN[rows]
+        threshold = kth_smallest(part, count)[:, None]
+        keep = part > threshold
+        surplus = count - (~keep).sum(1)  # negative where ties at the threshold would remove too many
+        for row in (surplus < 0).nonzero()[:, 0].tolist():
+            tied = (part[row] == threshold[row]).nonzero()[:, 0]
+            keep[row, tied[int(surplus[row]) :]] = True
+        keep_RN[rows] = keep
+    return keep_RN

@@ -1,0 +1,26 @@
+"""Scores as integers that sort the same way, and their order statistics."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_INFINITY = 0x7F800000
+"""Bits of +inf: every finite non-negative fp32 has a smaller pattern."""
+
+
+def order_preserving_ints(score: Tensor, dead: Tensor) -> Tensor:
+    """Non-negative int32 that sort like the non-negative scores (fp32), with `dead` weights below all others.
+
+    Non-negative IEEE floats order like their bits. Raises ValueError when a score is negative or not finite.
+    """
+    ranks = (score.float() + 0.0).contiguous().view(torch.int32)  # adding 0.0 turns -0.0 into 0.0
+    if ranks.numel() and (int(ranks.min()) < 0 or int(ranks.max()) >= _INFINITY):
+        raise ValueError("a pruning score is negative or not finite")
+    return torch.where(dead, 0, ranks + 1)
+
+
+def kth_smallest(ranks_RN: Tensor, k: int) -> Tensor:
+    """The k-th smallest (k from 1) of each row: shape (R,)."""
+    if ranks_RN.device.type == "cpu":  # numpy's partition is several times faster than torch.kthvalue here
+        return torch.from_numpy(np.partition(ranks_RN.numpy(), k - 1, axis=1)[:, k - 1].copy())
+    return torch.kthvalue(ranks_RN, k, dim=1).values

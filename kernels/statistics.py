@@ -1,0 +1,57 @@
+"""Statistics of a layer's inputs and output gradients, and the KL a removal is predicted to cost.
+
+Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
+All results are fp32, whatever the dtype of the inputs.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.ranks import kth_smallest, order_preserving_ints
+
+
+def add_second_moment(total_II: Tensor, x_TI: Tensor) -> None:
+    """Add sum_t x_t x_t^T of this batch to `total_II` (fp32, in place)."""
+    x_TI = x_TI.float()
+    total_II.addmm_(x_TI.T, x_TI)
+
+
+def sum_squares(x_TF: Tensor) -> Tensor:
+    """Sum over tokens of the squares of each feature: shape (F,), fp32."""
+    return x_TF.float().square().sum(0)
+
+
+def mean_absolute_gradient(g_TO: Tensor, x_TI: Tensor) -> float:
+    """Mean over the weights of |dL/dW| for one sample, where dL/dW = sum_t g_t x_t^T (arXiv 2601.09694)."""
+    return float((g_TO.float().T @ x_TI.float()).abs_().mean())
+
+
+def level_of_each_weight(score_OI: Tensor, dead_OI: Tensor, zeros: list[int]) -> Tensor:
+    """Index of the first level at which each weight is pruned: uint8, `len(zeros)` where it never is.
+
+    `zeros` are the ascending numbers of weights pruned at each level, lowest scores first and
+    the weights marked `dead_OI` (exact zeros) before all others. Ties at a threshold all go to the lower level.
+    """
+    ranks = order_preserving_ints(score_OI, dead_OI).flatten()
+    n = ranks.numel()
+    thresholds = torch.stack(
+        [kth_smallest(ranks[None], k)[0] if k > 0 else ranks.new_tensor(-1) for k in (min(z, n) for z in zeros)]
+    )
+    return torch.bucketize(ranks, thresholds).to(torch.uint8).reshape(score_OI.shape)
+
+
+def squared_loss_changes(g_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, level_OI: Tensor, levels: int) -> Tensor:
+    """sum_t (g_t^T dW(s) x_t)^2 for every level s, dW(s) = the weights pruned at s: shape (levels,), fp64.
+
+    Divided by 2T this is the second-order estimate of KL(dense || pruned) when g are gradients of
+    -log p(y) for labels y drawn from the model itself (the empirical Fisher of the model's own distribution).
+    The removed parts are nested, so each level costs one product with what it adds to the level before.
+    """
+    x_TI, g_TO, weight_OI = x_TI.float(), g_TO.float(), weight_OI.float()
+    change_T = torch.zeros(x_TI.shape[0], device=x_TI.device)
+    totals = []
+    for level in range(levels):
+        added_OI = weight_OI * (level_OI == level)
+        change_T = change_T + (x_TI @ added_OI.T).mul_(g_TO).sum(1)
+        totals.append(change_T.double().square().sum())
+    return torch.stack(totals)

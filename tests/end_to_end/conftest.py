@@ -1,0 +1,30 @@
+"""Fixtures of whole runs."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.helpers import Outcome, at_home, run_here, train_tiny_model
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """`python -m graph.run` in this process, in `tmp_path`."""
+
+    def run(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        code = run_here(*arguments)
+        said = capsys.readouterr()
+        return Outcome(code, said.out, said.err)
+
+    with at_home(tmp_path):
+        yield run
+
+
+@pytest.fixture(scope="session")
+def trained_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Llama that pruning can hurt; read it, do not write to it."""
+    return train_tiny_model(tmp_path_factory.mktemp("models") / "trained-llama")

@@ -1,0 +1,321 @@
+"""Run the command in this process, in a forked one or as a person would, and read what a run left behind."""
+
+import contextlib
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from graph.build import builder
+from graph.config import RunConfig
+from graph.persistence import open_saver, open_store
+from graph.run import main
+from graph.session import read_run
+from graph.state import State
+from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
+from tools.rundir import unlock_run
+from tools.texts import cut_windows
+from tools.workbench import close_workbench
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY = (
+    *("--device", "cpu", "--window", "64", "--calibration-windows", "4", "--gradient-windows", "2"),
+    *("--validation-windows", "3", "--test-windows", "2", "--patience", "1"),
+)
+"""Flags that make a run of a tiny model take about a second."""
+
+SECRETS = re.compile(r"^BILLHOOK_|_(API_KEY|TOKEN|SECRET)$")
+
+
+# The command, in this process
+
+
+@dataclass
+class Outcome:
+    """What a command did and said."""
+
+    code: int
+    out: str
+    err: str
+
+
+@contextlib.contextmanager
+def at_home(directory: Path) -> Iterator[None]:
+    """Work in `directory` as a fresh process would: no keys, no settings of Billhook, one thread; all put back."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    for name in [name for name in os.environ if SECRETS.search(name)]:
+        del os.environ[name]
+    torch.set_num_threads(1)  # on work this small a second thread only costs
+    try:
+        with contextlib.chdir(directory):
+            yield
+    finally:
+        let_go()
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def run_here(*arguments: str) -> int:
+    """`python -m graph.run` in this process; its exit code."""
+    runs_dir = os.environ.get("BILLHOOK_RUNS_DIR")
+    try:
+        return main(list(arguments))
+    finally:
+        let_go()
+        os.environ.pop("BILLHOOK_RUNS_DIR", None)
+        if runs_dir is not None:
+            os.environ["BILLHOOK_RUNS_DIR"] = runs_dir
+
+
+def let_go() -> None:
+    """Give back what a process holds until it ends: the model and the locks of its run directories."""
+    from tools import rundir
+
+    close_workbench()
+    for directory in list(rundir._locks):
+        unlock_run(directory)
+
+
+# The command, as a person runs it
+
+
+def python_environment(**more: str) -> dict[str, str]:
+    """The environment of a new process: this one's without keys, with the repository to import from."""
+    kept = {name: value for name, value in os.environ.items() if not SECRETS.search(name)}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+def run_outside(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -W error -m graph.run` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "graph.run", *arguments],
+        cwd=directory,
+        env=python_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+# The command, in a forked process that dies or hangs where it is told to
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Where a process is killed, or hangs: at the nth call of `target` while `node` is at work."""
+
+    node: str
+    target: str
+    """`module:name` or `module:Class.name`."""
+    count: int = 1
+    after: bool = False
+    """After the call has returned, rather than before it begins."""
+    kind: Literal["kill", "hang", "interrupt"] = "kill"
+
+    def arm(self) -> None:
+        """Patch the target in this process."""
+        module, _, path = self.target.partition(":")
+        importlib.import_module(module)
+        *owners, name = path.split(".")
+        owner = pkgutil.resolve_name(":".join([module, ".".join(owners)]) if owners else module)
+        original, calls, present = getattr(owner, name), 0, watch_nodes()
+
+        @functools.wraps(original)
+        def patched(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += present() == self.node
+            now = present() == self.node and calls == self.count
+            if now and not self.after:
+                self.strike()
+            result = original(*arguments, **options)
+            if now and self.after:
+                self.strike()
+            return result
+
+        setattr(owner, name, patched)
+
+    def strike(self) -> None:
+        if self.kind == "hang":
+            time.sleep(600)
+        os.kill(os.getpid(), signal.SIGKILL if self.kind == "kill" else signal.SIGINT)
+
+
+def watch_nodes() -> Callable[[], str]:
+    """Follow the events of this process; the node at work."""
+    from graph.session import Session
+
+    emit, node = Session.emit, ""
+
+    def listen(session: Session, type_: str, **data: Any) -> None:
+        nonlocal node
+        emit(session, type_, **data)
+        node = data["node"] if type_ == "node" else node
+
+    Session.emit = listen  # type: ignore[method-assign]
+    return lambda: node
+
+
+@functools.cache
+def _fork_server() -> Any:
+    """A clean process that has imported everything; each of its forks starts in milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.end_to_end.helpers", "transformers.models.llama.modeling_llama", "datasets"])
+    environment = dict(os.environ)
+    try:
+        os.environ |= python_environment(OPENBLAS_NUM_THREADS="1")
+        server = context.Process(target=int)
+        server.start()
+        server.join()
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return context
+
+
+@dataclass
+class Fork:
+    """A command at work in a forked process."""
+
+    process: Any
+    directory: Path
+
+    def finish(self, timeout: float = 120) -> Outcome:
+        """Wait for its end; the code is negative when a signal ended it."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "the process hangs"
+        return Outcome(self.process.exitcode, self.read("out"), self.read("err"))
+
+    def read(self, stream: str) -> str:
+        return (self.directory / f"fork-{self.process.pid}.{stream}").read_text()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def fork(directory: Path, *arguments: str, halt: Halt | None = None, **environment: str) -> Fork:
+    """Start the command in a forked process."""
+    process = _fork_server().Process(target=_work, args=(directory, arguments, halt, environment), daemon=True)
+    process.start()
+    return Fork(process, directory)
+
+
+def _work(directory: Path, arguments: tuple[str, ...], halt: Halt | None, environment: dict[str, str]) -> None:
+    os.chdir(directory)
+    os.environ.update(environment)
+    for number, stream in ((1, "out"), (2, "err")):
+        file = os.open(f"fork-{os.getpid()}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+    torch.set_num_threads(1)
+    if halt:
+        halt.arm()
+    sys.exit(main(list(arguments)))
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Poll until the condition holds; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+    return value
+
+
+# What a run left behind
+
+
+def read_events(run: Path, *types: str) -> list[dict[str, Any]]:
+    """The events of a run, of all types or of these; a line that is being written is left out."""
+    path = run / "events.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    events = [json.loads(line) for line in lines]
+    return [event for event in events if not types or event["type"] in types]
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def read_state(run: Path) -> State:
+    """The last checkpointed state of a run."""
+    thread, _ = read_run(run.parent, run.name)
+    with open_saver(run.parent) as saver, open_store(run.parent) as store:
+        app = builder().compile(checkpointer=saver, store=store)
+        return State.model_validate(app.get_state({"configurable": {"thread_id": thread}}).values)
+
+
+def read_trials(run: Path) -> list[tuple[Any, ...]]:
+    """Every trial of a run, without the time it took."""
+    return [(t.iteration, t.checkpoint, t.perplexity, t.kl, t.verdict) for t in read_state(run).trials]
+
+
+def read_run_config(run: Path) -> RunConfig:
+    return RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+
+
+def read_weights(model: Path) -> dict[str, Tensor]:
+    """All tensors of a saved model, from its safetensors files alone."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(model.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def pick_prunable(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The matrices inside the decoder blocks, by layer name: llama-like and OPT's `layers`, GPT-2's `h`."""
+    inside = re.compile(r"(?:^|\.)(?:layers|h)\.\d+\.(?P<kind>.+)\.weight$")
+    return {
+        name.removesuffix(".weight"): weight
+        for name, weight in weights.items()
+        if inside.search(name) and weight.ndim == 2
+    }
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal to the bit: a negative zero is not a zero."""
+    return first.dtype == second.dtype and torch.equal(
+        first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8)
+    )
+
+
+# A model that can be hurt
+
+
+def train_tiny_model(directory: Path, steps: int = 120) -> Path:
+    """Save a tiny Llama that has learnt a little English; pruning a random model often makes it better."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, tokenizer = make_tiny_model("llama"), make_tiny_tokenizer()
+    settings = tiny_settings(directory, calibration_windows=200, validation_windows=2, test_windows=1)
+    windows = cut_windows(settings, tokenizer).calibration
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    picks = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        ids = windows[torch.randint(0, len(windows), (8,), generator=picks)]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    model.eval().requires_grad_(False).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,49 @@
+"""Every shipped config is valid, says only what differs from the defaults, and says why."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graph.config import CONFIGS, RunConfig
+
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def read(file: Path) -> dict[str, Any]:
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert isinstance(values, dict), f"{file.name} is not a mapping; an empty config is written {{}}"
+    return values
+
+
+def test_the_four_recipes_are_there() -> None:
+    assert {file.stem for file in FILES} >= {"quickstart", "paper", "qwen3-4b", "qwen3-8b"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_config_is_valid(file: Path) -> None:
+    RunConfig(**read(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_config_holds_only_what_differs(file: Path) -> None:
+    defaults = RunConfig().model_dump()
+    assert [name for name, value in read(file).items() if value == defaults[name]] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_field_says_why(file: Path) -> None:
+    lines = ["", *file.read_text(encoding="utf-8").splitlines()]
+    for above, line in pairwise(lines):
+        if re.match(r"[a-z_]+:", line):
+            assert " #" in line or above.startswith("#"), f"{file.name}: no comment at {line!r}"
+
+
+def test_quickstart_needs_no_hub_and_no_key() -> None:
+    config = RunConfig(**read(CONFIGS / "quickstart.yaml"))
+    assert config.model.startswith("package:")
+    assert {config.calibration, config.validation, config.test} == {"pydoc"}
+    assert (config.planner, config.target_sparsity) == ("heuristic", 0.45)

@@ -1,0 +1,42 @@
+"""Scores against their formulas in float64."""
+
+import pytest
+import torch
+
+from kernels.scores import score_two_sided, score_wanda
+
+
+def make(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(7, 11, generator=generator).to(dtype)
+    return weight, torch.rand(11, generator=generator), torch.rand(7, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_wanda(dtype: torch.dtype) -> None:
+    weight, a, _ = make(dtype)
+    score = score_wanda(weight, a)
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score, (weight.double().abs() * a.double().sqrt()).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_two_sided_up_to_one_factor(dtype: torch.dtype) -> None:
+    weight, a, gamma = make(dtype)
+    plain = weight.double() ** 2 * a.double() * gamma.double()[:, None]
+    score = score_two_sided(weight, a, gamma)
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score, (plain / (a.double().mean() * gamma.double().mean())).float())
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e15])
+def test_two_sided_does_not_leave_the_range_of_fp32(scale: float) -> None:
+    weight, a, gamma = make(torch.float32)
+    torch.testing.assert_close(score_two_sided(weight, a * scale, gamma * scale), score_two_sided(weight, a, gamma))
+
+
+def test_all_zero_statistics_score_zero() -> None:
+    weight, a, gamma = make(torch.float32)
+    assert not score_two_sided(weight, a * 0, gamma).any()
+    assert not score_two_sided(weight, a, gamma * 0).any()
+    assert not score_wanda(weight, a * 0).any()

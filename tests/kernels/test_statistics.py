@@ -1,0 +1,92 @@
+"""Statistics against explicit loops in float64."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from kernels.statistics import (
+    add_second_moment,
+    level_of_each_weight,
+    mean_absolute_gradient,
+    squared_loss_changes,
+    sum_squares,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_second_moment_adds_up_over_batches(dtype: torch.dtype) -> None:
+    batches = [make(5, 4, seed=1, dtype=dtype), make(1, 4, seed=2, dtype=dtype), make(0, 4, dtype=dtype)]
+    total = torch.zeros(4, 4)
+    plain = np.zeros((4, 4))
+    for x in batches:
+        add_second_moment(total, x)
+        for row in x.double().numpy():
+            plain += np.outer(row, row)
+    np.testing.assert_allclose(total.numpy(), plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_squares(dtype: torch.dtype) -> None:
+    x = make(6, 3, dtype=dtype) * 100  # the square of 300 is beyond fp16
+    plain = [sum(float(v) ** 2 for v in column) for column in x.T]
+    np.testing.assert_allclose(sum_squares(x).numpy(), plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_absolute_gradient(dtype: torch.dtype) -> None:
+    g, x = make(6, 3, seed=1, dtype=dtype), make(6, 5, seed=2, dtype=dtype)
+    gradient = sum(np.outer(g_t, x_t) for g_t, x_t in zip(g.double().numpy(), x.double().numpy(), strict=True))
+    assert mean_absolute_gradient(g, x) == pytest.approx(float(np.abs(gradient).mean()), rel=1e-5)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.booleans()), min_size=1, max_size=12),
+    st.lists(st.floats(0, 1), min_size=1, max_size=4),
+)
+def test_levels_hold_the_lowest_scores_and_ties_at_their_threshold(
+    weights: list[tuple[float, bool]], shares: list[float]
+) -> None:
+    zeros = sorted(round(share * len(weights)) for share in shares)
+    keys = [-1.0 if dead else score for score, dead in weights]
+    score = torch.tensor([[s for s, _ in weights]])
+    dead = torch.tensor([[d for _, d in weights]])
+    level = level_of_each_weight(score, dead, zeros)
+    assert level.dtype == torch.uint8 and level.shape == score.shape
+    for i, count in enumerate(zeros):
+        highest = sorted(keys)[count - 1] if count else -2.0
+        assert (level[0] <= i).tolist() == [key <= highest for key in keys]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squared_loss_changes_are_explicit_sums(dtype: torch.dtype) -> None:
+    tokens, d_in, d_out, levels = 7, 5, 3, 4
+    g, x = make(tokens, d_out, seed=1, dtype=dtype), make(tokens, d_in, seed=2, dtype=dtype)
+    weight = make(d_out, d_in, seed=3, dtype=dtype)
+    level = torch.randint(0, levels + 1, (d_out, d_in), generator=torch.Generator().manual_seed(4)).to(torch.uint8)
+    result = squared_loss_changes(g, x, weight, level, levels)
+    assert result.dtype == torch.float64
+    for s in range(levels):
+        removed = (weight.double() * (level <= s)).numpy()
+        plain = 0.0
+        for g_t, x_t in zip(g.double().numpy(), x.double().numpy(), strict=True):
+            plain += sum(g_t[i] * removed[i, j] * x_t[j] for i in range(d_out) for j in range(d_in)) ** 2
+        assert float(result[s]) == pytest.approx(plain, rel=1e-5)
+
+
+def test_levels_and_changes_of_a_transposed_weight() -> None:
+    weight = make(5, 3, seed=5).T
+    level = level_of_each_weight(weight.abs(), weight == 0, [4, 9])
+    assert [(int((level <= i).sum())) for i in (0, 1)] == [4, 9]
+    g, x = make(6, 3, seed=6), make(6, 5, seed=7)
+    torch.testing.assert_close(
+        squared_loss_changes(g, x, weight, level, 2), squared_loss_changes(g, x, weight.contiguous(), level, 2)
+    )

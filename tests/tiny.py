@@ -1,0 +1,95 @@
+"""Tiny random models of several architectures, and a small tokenizer: real transformers objects, built in moments."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tools.settings import WorkbenchSettings
+
+VOCABULARY = 320
+HIDDEN = 32
+BLOCKS = 2
+ARCHITECTURES = ("llama", "qwen3", "gemma3", "gpt2", "opt")
+"""What can be pruned whole; `make_tiny_model` also knows "qwen3_moe", whose experts are fused."""
+
+# Weights large enough that attention, norms and soft caps do something: logits of a few units.
+_SPREAD = 0.3
+_TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_DECODER: dict[str, Any] = _TOKENS | {
+    **{"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 256, "initializer_range": _SPREAD},
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": _DECODER | {"tie_word_embeddings": True},
+    "qwen3": _DECODER | {"tie_word_embeddings": False},
+    "gemma3_text": _DECODER | {"sliding_window": 16, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gpt2": _TOKENS
+    | {
+        "n_embd": HIDDEN,
+        "n_layer": BLOCKS,
+        "n_head": 4,
+        "n_inner": 48,
+        "n_positions": 256,
+        "initializer_range": _SPREAD,
+    },
+    "opt": _TOKENS
+    | {"hidden_size": HIDDEN, "word_embed_proj_dim": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+    | {"ffn_dim": 48, "max_position_embeddings": 256, "init_std": _SPREAD},
+    "qwen3_moe": _DECODER
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": False},
+}
+
+
+def make_tiny_config(architecture: str) -> Any:
+    """The config of a decoder with two blocks of width 32."""
+    name = "gemma3_text" if architecture == "gemma3" else architecture
+    return transformers.AutoConfig.for_model(name, **_OPTIONS[name])
+
+
+def make_tiny_model(architecture: str, seed: int = 0) -> Any:
+    """A model with seeded random weights, fp32, in eval mode, its weights frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(make_tiny_config(architecture))
+    return model.float().eval().requires_grad_(False)
+
+
+@functools.cache
+def make_tiny_tokenizer() -> Any:
+    """A byte-level BPE of 320 tokens, trained on a little of Python's own documentation."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import ByteLevelBPETokenizer
+
+    raw = ByteLevelBPETokenizer()
+    raw.train_from_iterator(
+        (topics[name] for name in sorted(topics)[:10]),
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=["<|end|>"],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw._tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+
+
+def save_tiny_model(directory: Path, architecture: str = "llama", seed: int = 0) -> Path:
+    """Save a tiny model and its tokenizer as transformers would; the directory."""
+    make_tiny_model(architecture, seed).save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def tiny_settings(model: Path | str, **changes: Any) -> WorkbenchSettings:
+    """Settings for a tiny model on this machine's processor: a few short windows of pydoc."""
+    return WorkbenchSettings.model_validate(
+        {
+            **{"model": str(model), "device": "cpu", "window": 64, "calibration_windows": 4, "gradient_windows": 2},
+            **{"validation_windows": 3, "test_windows": 2},
+            **changes,
+        }
+    )

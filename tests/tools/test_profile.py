@@ -1,0 +1,286 @@
+"""The profile against plain autograd and explicit sums, in float64."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.scores import score_two_sided, score_wanda
+from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model
+from tools.curves import LEVELS
+from tools.errors import UserError
+from tools.layers import Layer, find_layers
+from tools.profile import (
+    ModelStatistics,
+    build_profile,
+    collect_statistics,
+    compute_z_scores,
+    measure_kappa,
+)
+from tools.readout import compute_hidden, compute_logits
+
+WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5
+
+
+def ignore(label: str, done: int, total: int) -> None:
+    """No progress bar."""
+
+
+def make_windows() -> Tensor:
+    return torch.randint(0, VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def collect(model: Any, layers: list[Layer], windows: Tensor | None = None) -> ModelStatistics:
+    return collect_statistics(model, layers, make_windows() if windows is None else windows, BACKWARD, SEED, ignore)
+
+
+@contextmanager
+def watch(layers: list[Layer]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Inputs and outputs of every layer of one forward, by name; outputs keep their gradients."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def see(name: str) -> Any:
+        def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[name], outputs[name] = args[0].detach().flatten(0, -2), output
+            output.retain_grad()
+
+        return hook
+
+    hooks = [layer.module.register_forward_hook(see(layer.name)) for layer in layers]
+    yield inputs, outputs
+    for hook in hooks:
+        hook.remove()
+
+
+def draw_labels(model: Any, ids_T: Tensor, window: int) -> Tensor:
+    """The labels that the profile draws, every window with its own generator; one chunk is enough here."""
+    generator = torch.Generator().manual_seed(SEED * 1_000_003 + window)
+    with torch.no_grad():
+        p = compute_logits(model, compute_hidden(model, ids_T[None])[0]).softmax(-1)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+def plain_gradients(model: Any, window: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(x, g) of every layer in float64 for one window, g = d(sum of -log p(drawn label)) / d(output)."""
+    ids = make_windows()[window]
+    labels = draw_labels(model, ids, window)
+    double = copy.deepcopy(model).double().requires_grad_(True)
+    with watch(find_layers(double)) as (inputs, outputs):
+        logits = double(input_ids=ids[None], use_cache=False).logits[0]
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+    gradients = {}
+    for name, output in outputs.items():
+        assert output.grad is not None
+        gradients[name] = output.grad.flatten(0, -2)
+    return inputs, gradients
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_moments_are_explicit_means_over_all_windows(architecture: str) -> None:
+    model = make_tiny_model(architecture)
+    layers = find_layers(model)
+    statistics = collect(model, layers)
+    total: dict[str, Tensor] = {}
+    double = copy.deepcopy(model).double().requires_grad_(True)
+    for ids in make_windows():
+        with watch(find_layers(double)) as (inputs, _):
+            double(input_ids=ids[None], use_cache=False)
+        for name, x in inputs.items():
+            total[name] = total.get(name, torch.zeros(())) + x.T @ x / (WINDOWS * LENGTH)
+    for layer in layers:
+        of = statistics.of(layer.name)
+        assert of.second_moment_II is not None and of.second_moment_II.dtype == torch.float32
+        expected = total[layer.name]
+        torch.testing.assert_close(of.second_moment_II.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+        torch.testing.assert_close(of.mean_square_I, of.second_moment_II.diagonal())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gamma_and_gradient_score_equal_plain_autograd(architecture: str) -> None:
+    model = make_tiny_model(architecture)
+    layers = find_layers(model)
+    statistics = collect(model, layers)
+    gamma: dict[str, Tensor] = {}
+    for window in range(BACKWARD):
+        for name, g in plain_gradients(model, window)[1].items():
+            gamma[name] = gamma.get(name, torch.zeros(())) + g.square().sum(0) / (BACKWARD * LENGTH)
+    score = dict.fromkeys(gamma, 0.0)
+    double = copy.deepcopy(model).double().requires_grad_(True)
+    for ids in make_windows()[:BACKWARD]:
+        double.zero_grad()
+        logits = double(input_ids=ids[None], use_cache=False).logits[0]
+        F.cross_entropy(logits[:-1], ids[1:]).backward()
+        for layer in find_layers(double):
+            gradient = layer.module.get_parameter("weight").grad
+            assert gradient is not None
+            score[layer.name] += float(gradient.abs().mean()) / BACKWARD
+    for layer in layers:
+        measured, expected = statistics.gradient_square[layer.name].double(), gamma[layer.name]
+        torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+        assert statistics.gradient[layer.name] == pytest.approx(score[layer.name], rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_kappa_is_the_explicit_sum_for_weights_that_are_really_removed(architecture: str) -> None:
+    model = make_tiny_model(architecture)
+    layers = find_layers(model)
+    layers[1].write(torch.where(torch.rand(layers[1].weight_OI.shape) < 0.2, 0, layers[1].weight_OI))
+    statistics = collect(model, layers)
+    kappa = measure_kappa(model, layers, statistics, make_windows()[:BACKWARD], SEED, ignore)
+    expected = {layer.name: np.zeros(len(LEVELS)) for layer in layers}
+    for window in range(BACKWARD):
+        inputs, gradients = plain_gradients(model, window)
+        for layer in layers:
+            weight = layer.weight_OI.double()
+            of = statistics.of(layer.name)
+            score = score_two_sided(layer.weight_OI, of.mean_square_I, of.gradient_square_O).flatten()
+            order = torch.where(layer.weight_OI.flatten() == 0, -1, score).argsort(stable=True)
+            for level, sparsity in enumerate(LEVELS):
+                pruned = weight.flatten().clone()
+                pruned[order[: round(sparsity * weight.numel())]] = 0
+                change = weight - pruned.reshape(weight.shape)
+                for x, g in zip(inputs[layer.name], gradients[layer.name], strict=True):
+                    expected[layer.name][level] += float(g @ change @ x) ** 2
+    for layer in layers:
+        np.testing.assert_allclose(kappa[layer.name], expected[layer.name] / (2 * BACKWARD * LENGTH), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sharing"),
+    [
+        ("llama", [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]),
+        ("qwen3", [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]),
+        ("gemma3", [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]),
+        ("opt", [("q_proj", "k_proj", "v_proj")]),
+        ("gpt2", []),
+    ],
+)
+def test_layers_that_read_the_same_input_share_a_moment(architecture: str, sharing: list[tuple[str, ...]]) -> None:
+    model = make_tiny_model(architecture)
+    layers = find_layers(model)
+    statistics = collect(model, layers)
+    for block in range(2):
+        groups: dict[str, set[str]] = {}
+        for layer in layers:
+            if layer.block == block:
+                groups.setdefault(statistics.group[layer.name], set()).add(layer.kind.rsplit(".", 1)[-1])
+        assert sorted(sorted(g) for g in groups.values() if len(g) > 1) == sorted(sorted(g) for g in sharing)
+    assert set(statistics.second_moment) == set(statistics.group.values())
+
+
+def test_labels_of_a_window_do_not_depend_on_the_others() -> None:
+    model = make_tiny_model("llama")
+    layers, windows = find_layers(model), make_windows()
+    both, first = (collect_statistics(model, layers, windows[:n], n, SEED, ignore) for n in (2, 1))
+    changed = windows[:2].clone()
+    changed[0] = 7
+    other = collect_statistics(model, layers, changed, 2, SEED, ignore)
+    alone = collect_statistics(model, layers, changed[:1], 1, SEED, ignore)
+    for layer in layers:  # what the second window adds is the same whatever the first is
+        name = layer.name
+        second = 2 * both.gradient_square[name] - first.gradient_square[name]
+        again = 2 * other.gradient_square[name] - alone.gradient_square[name]
+        largest = float(torch.maximum(both.gradient_square[name], other.gradient_square[name]).max())
+        torch.testing.assert_close(second, again, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others() -> None:
+    model = make_tiny_model("llama")
+    layers, windows = find_layers(model), make_windows()
+    first, second = (collect_statistics(model, layers, windows, 2, 3, ignore) for _ in range(2))
+    third = collect_statistics(model, layers, windows, 2, 4, ignore)
+    name = layers[0].name
+    assert torch.equal(first.gradient_square[name], second.gradient_square[name])
+    assert not torch.equal(first.gradient_square[name], third.gradient_square[name])
+    assert first.gradient == third.gradient  # the text's own labels
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = make_tiny_model("gpt2")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = find_layers(model)
+    statistics = collect(model, layers)
+    measure_kappa(model, layers, statistics, make_windows()[:1], SEED, ignore)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_have_fp32_statistics_near_the_fp32_ones(dtype: torch.dtype) -> None:
+    model = make_tiny_model("llama")
+    exact = collect(model, find_layers(model))
+    half = model.to(dtype)
+    layers = find_layers(half)
+    rough = collect(half, layers)
+    kappa = measure_kappa(half, layers, rough, make_windows()[:1], SEED, ignore)
+    for layer in layers:
+        of = rough.of(layer.name)
+        assert of.second_moment_II is not None
+        assert {of.mean_square_I.dtype, of.gradient_square_O.dtype, of.second_moment_II.dtype} == {torch.float32}
+        assert rough.gradient[layer.name] == pytest.approx(exact.gradient[layer.name], rel=0.1)
+        assert all(math.isfinite(k) and k > 0 for k in kappa[layer.name])
+
+
+def test_more_backward_windows_than_windows() -> None:
+    model = make_tiny_model("llama")
+    layers = find_layers(model)
+    many = collect_statistics(model, layers, make_windows(), 10, SEED, ignore)
+    all_of_them = collect_statistics(model, layers, make_windows(), WINDOWS, SEED, ignore)
+    assert many.gradient == all_of_them.gradient
+
+
+def test_a_layer_that_never_runs_is_named() -> None:
+    model = make_tiny_model("llama")
+    layers = find_layers(model)
+    stray = Layer("model.layers.9.expert", 9, "expert", torch.nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"layer model.layers.9.expert never ran on the calibration text"):
+        collect(model, [*layers, stray])
+
+
+def test_progress_counts_every_window() -> None:
+    model = make_tiny_model("llama")
+    layers = find_layers(model)
+    seen: list[tuple[str, int, int]] = []
+    windows = make_windows()
+    statistics = collect_statistics(model, layers, windows, 1, SEED, lambda *step: seen.append(step))
+    measure_kappa(model, layers, statistics, windows[:2], SEED, lambda *step: seen.append(step))
+    assert seen == [("statistics", i, WINDOWS) for i in range(WINDOWS + 1)] + [("KL curves", i, 2) for i in range(3)]
+
+
+def test_the_table_of_layers() -> None:
+    model = make_tiny_model("gpt2")
+    layers = find_layers(model)
+    layers[2].write(torch.where(layers[2].weight_OI.abs() < 0.02, 0, layers[2].weight_OI))
+    layers[3].write(torch.zeros_like(layers[3].weight_OI))
+    statistics = collect(model, layers)
+    kappa = {layer.name: [0.1 * i for i in range(len(LEVELS))] for layer in layers}
+    table = build_profile(layers, statistics, kappa)
+    assert [(row.name, row.block, row.kind) for row in table] == [(la.name, la.block, la.kind) for la in layers]
+    for row, layer in zip(table, layers, strict=True):
+        assert row.weights == layer.stored_weight.numel()
+        assert row.zeros == int((layer.stored_weight == 0).sum())
+        assert row.gradient == statistics.gradient[layer.name]
+        assert row.kappa == kappa[layer.name]
+        weight = layer.weight_OI
+        active = sorted(score_wanda(weight, statistics.mean_square[layer.name])[weight != 0].tolist())
+        assert row.wanda == (active[math.ceil(len(active) / 10) - 1] if active else 0)
+    for score in ("wanda", "gradient"):
+        values = np.array([getattr(row, score) for row in table])
+        z = [getattr(row, f"{score}_z") for row in table]
+        np.testing.assert_allclose(z, (values - values.mean()) / values.std(), rtol=1e-6)
+
+
+def test_z_scores() -> None:
+    assert compute_z_scores([1.0, 3.0]) == pytest.approx([-1, 1])
+    assert compute_z_scores([2.0, 2.0, 2.0]) == [0, 0, 0]
+    assert compute_z_scores([7.0]) == [0]

@@ -1,0 +1,54 @@
+"""What is known of each prunable layer, and the KL curve that says what pruning it costs. No torch in here."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+Array = NDArray[np.float64]
+
+LEVELS = (0.15, 0.3, 0.45, 0.6, 0.75)
+"""Sparsities at which the KL curve of a layer is measured."""
+
+
+class LayerProfile(BaseModel):
+    """What an agent may know of one prunable linear layer (arXiv 2601.09694, and the kappa curve)."""
+
+    name: str
+    block: int = Field(description="Index of the decoder block that holds the layer.")
+    kind: str = Field(description="The layer's name inside its block, such as self_attn.q_proj.")
+    weights: int = Field(description="Number of weights, zero or not.")
+    zeros: int = Field(description="Exact zeros in the dense weights (dequantised models have some).")
+    wanda: float = Field(description="10th percentile of |W|*sqrt(a) over the non-zero weights.")
+    wanda_z: float
+    gradient: float = Field(description="Mean over the weights of the mean |dL/dW| over calibration samples.")
+    gradient_z: float
+    kappa: list[float] = Field(description="Predicted KL in nats/token at each of LEVELS, this layer pruned alone.")
+
+    @property
+    def dense_sparsity(self) -> float:
+        """The paper's rho before anything is pruned: share of exact zeros in the dense weights."""
+        return self.zeros / self.weights
+
+
+def predict_layer_kl(layer: LayerProfile, sparsity: Array) -> Array:
+    """The layer's KL curve (nats/token) at any sparsities: log KL linear in s between LEVELS.
+
+    Below the first level it falls to 0 by the power law of the first two levels; above the last it goes on with the
+    last slope. Curves are made non-decreasing and kept above 0, since dequantised weights hold zeros that cost nothing.
+    """
+    levels = np.array(LEVELS)
+    kappa = np.maximum.accumulate(np.maximum(np.array(layer.kappa), 1e-12))
+    log = np.log(kappa)
+    power = np.clip((log[1] - log[0]) / np.log(levels[1] / levels[0]), 1.0, 8.0)
+    below = kappa[0] * (np.minimum(sparsity, levels[0]) / levels[0]) ** power
+    slope = (log[-1] - log[-2]) / (levels[-1] - levels[-2])
+    above = log[-1] + slope * (sparsity - levels[-1])
+    within = np.interp(sparsity, levels, log)
+    return np.where(sparsity <= levels[0], below, np.exp(np.where(sparsity > levels[-1], above, within)))
+
+
+def predict_kl(layers: Sequence[LayerProfile], sparsity: Array) -> float:
+    """Sum of the layers' KL curves at their sparsities, nats per token."""
+    return float(sum(predict_layer_kl(layer, s[None])[0] for layer, s in zip(layers, sparsity, strict=True)))

@@ -1,0 +1,9 @@
+"""Errors that a person can act on."""
+
+
+class UserError(ValueError):
+    """Bad input: the message is one line that says what was wrong and what to do."""
+
+
+class DamagedArtifact(RuntimeError):
+    """A file of the run directory does not match the hash it was written under."""

@@ -1,0 +1,85 @@
+"""Perplexity and paired KL of the model in the workbench on a split of text."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from tools.profile import Progress
+from tools.readout import measure_losses
+
+
+class Evaluation(BaseModel):
+    """Losses per window; every window has the same number of tokens, so plain means are means over tokens."""
+
+    nll: list[float | None] = Field(description="Nats per token of each window; null where it was not finite.")
+    kl: list[float | None] = Field(description="KL(dense || model) of each window, nats per token.")
+
+    @property
+    def finite(self) -> bool:
+        """Whether every loss is a number."""
+        return None not in self.nll and None not in self.kl
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean nats per token; None when a window was not finite or the exponential overflows."""
+        mean = _mean(self.nll)
+        return math.exp(mean) if mean is not None and mean < 700 else None
+
+    @property
+    def mean_kl(self) -> float | None:
+        """Mean KL in nats per token."""
+        return _mean(self.kl)
+
+    @property
+    def kl_error(self) -> float | None:
+        """Standard error of the mean KL over windows."""
+        return _standard_error([k for k in self.kl if k is not None]) if self.finite else None
+
+
+def compare_kl(trial: Evaluation, accepted: Evaluation) -> tuple[float, float]:
+    """(mean, standard error) of the trial's KL minus the accepted one's, paired window by window.
+
+    Raises ValueError when either is not finite or they were measured on different windows.
+    """
+    if not (trial.finite and accepted.finite) or len(trial.kl) != len(accepted.kl):
+        raise ValueError("only finite evaluations of the same windows can be compared")
+    pairs = zip(trial.kl, accepted.kl, strict=True)
+    differences = [t - a for t, a in pairs if t is not None and a is not None]
+    return float(np.mean(differences)), _standard_error(differences)
+
+
+def evaluate_windows(
+    model: Any, windows_BT: Tensor, dense_hidden_BTD: Tensor | None, label: str, progress: Progress
+) -> tuple[Evaluation, Tensor]:
+    """Losses of every window, and the hidden states (B, T, D) in the model's dtype, on CPU."""
+    nll: list[float | None] = []
+    kl: list[float | None] = []
+    hidden = []
+    count, length = windows_BT.shape
+    for i, ids_T in enumerate(windows_BT):
+        progress(label, i, count)
+        reference = None if dense_hidden_BTD is None else dense_hidden_BTD[i].to(ids_T.device)
+        losses, hidden_TD = measure_losses(model, ids_T, reference)
+        nll.append(_finite(losses.nll / (length - 1)))
+        kl.append(_finite(losses.kl / length))
+        hidden.append(hidden_TD.cpu())
+    progress(label, count, count)
+    return Evaluation(nll=nll, kl=kl), torch.stack(hidden)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [v for v in values if v is not None]
+    return float(np.mean(numbers)) if len(numbers) == len(values) and numbers else None
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf

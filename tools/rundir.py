@@ -1,0 +1,47 @@
+"""A run's directory: its parts, its lock, its log of events."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tools.errors import UserError
+from tools.files import explain_full_disk
+from tools.secrets import redact
+
+_locks: dict[Path, FileLock] = {}
+
+
+def lock_run(directory: Path) -> None:
+    """Keep other processes out of a run directory until this one ends or calls `unlock_run`.
+
+    The lock is the operating system's, so that a killed process leaves none behind. Raises UserError when another
+    process works there.
+    """
+    directory = directory.resolve()
+    if directory in _locks:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", timeout=0, thread_local=False)  # nodes run in whatever thread LangGraph picks
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another process is working in {directory}; wait for it, or use another --name") from error
+    _locks[directory] = lock
+
+
+def unlock_run(directory: Path) -> None:
+    """Let others in again; nothing happens where no lock is held."""
+    lock = _locks.pop(directory.resolve(), None)
+    if lock is not None:
+        lock.release()
+
+
+def append_event(directory: Path, event: dict[str, Any]) -> None:
+    """Add one line to `events.jsonl`, with the time and without any secret of the environment."""
+    line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=str)
+    path = directory / "events.jsonl"
+    with explain_full_disk(path), path.open("a", encoding="utf-8") as file:
+        file.write(redact(line) + "\n")

