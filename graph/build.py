@@ -1,8 +1,8 @@
 """The wiring of the graph, as in the picture; nothing else.
 
 profile → plan → prune → validate ─┬─ accept ───┐
-            ↑                      └─ rollback ─┤
-            └───────── reflect ←────────────────┘ → finish
+   ↑        ↑                      └─ rollback ─┤
+   └────────┴──────────── reflect ←─────────────┘ → finish
 """
 
 from langgraph.graph import END, START, StateGraph

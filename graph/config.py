@@ -25,6 +25,11 @@ class RunConfig(WorkbenchSettings):
     patience: int = Field(
         3, ge=1, le=200, description="Iterations without an improvement, once at the target, before the run finishes."
     )
+    reprofile: bool = Field(
+        False,
+        description="Profile again on the weights just accepted before the next round; costs as much as the first "
+        "profile.",
+    )
     tau: float = Field(
         0.15,
         gt=0,

@@ -11,8 +11,8 @@ import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -98,18 +98,18 @@ def main(arguments: list[str] | None = None) -> int:
         if options.list:
             Console().print(list_runs(runs_directory()))
             return 0
-        return _resume(options, flags) if options.resume else _start(options, flags)
+        return _start(options, flags) if options.resume is None else _resume(options, flags)
     except UserError as error:
         print(f"error: {redact(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 
 def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
-    path = Path(options.config) if options.config else CONFIGS / "quickstart.yaml"
+    path = _given_path(options) or CONFIGS / "quickstart.yaml"
     config = read_config(flags, path)
     _check_input(config)
     runs_dir = runs_directory()
-    name = options.name or _free_name(runs_dir, path.stem)
+    name = _free_name(runs_dir, path.stem) if options.name is None else options.name
     thread = str(uuid.uuid4())
     create_run(runs_dir, name, config, thread)
     return _drive(runs_dir, name, config, thread, resumed=False)
@@ -145,7 +145,7 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
 
 def _given_path(options: argparse.Namespace) -> Path | None:
-    return Path(options.config) if options.config else None
+    return None if options.config is None else Path(options.config)
 
 
 def _drive(runs_dir: Path, name: str, config: RunConfig, thread: str, *, resumed: bool) -> int:
@@ -188,10 +188,20 @@ def _stream(
 ) -> int:
     """Stream the graph into the display. Raises UserError."""
     name, control = directory.name, RunControl()
-    with open_display(Console(), name=name, target=config.target_sparsity) as display:
+    with ExitStack() as shown:
+        display = shown.enter_context(open_display(Console(), name=name, target=config.target_sparsity))
+
+        def stop_at_once() -> None:
+            # Python would wait for the node's thread, which cannot be stopped. What it writes is written aside, and
+            # its lock is the operating system's.
+            _stop(display, directory, "interrupted")
+            shown.close()
+            sys.stdout.flush()
+            os._exit(1)
+
         _tell_start(display, directory, config, state, resumed)
         try:
-            with _drain_on_signal(control, display):
+            with _drain_on_signal(control, display, stop_at_once):
                 for part in app.stream(
                     None if state else Input(run=name),
                     settings,
@@ -203,8 +213,6 @@ def _stream(
                     display.show(part)
         except GraphDrained:
             return _stop(display, directory, "stopped as asked, after the present step")
-        except KeyboardInterrupt:
-            return _stop(display, directory, "interrupted")
         except (AgentError, DamagedArtifact) as error:
             return _stop(display, directory, str(error))
     return 0
@@ -251,12 +259,12 @@ def _stop(display: Display, directory: Path, reason: str) -> int:
 
 
 @contextmanager
-def _drain_on_signal(control: RunControl, display: Display) -> Iterator[None]:
+def _drain_on_signal(control: RunControl, display: Display, stop_at_once: Callable[[], None]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM ends the run after the present step, a second one at once."""
 
     def ask(_number: int, _frame: Any) -> None:
         if control.drain_requested:
-            raise KeyboardInterrupt
+            stop_at_once()
         control.request_drain("signal")
         display.show({"type": "note", "text": "stopping after the present step; once more stops at once"})
 

@@ -78,6 +78,10 @@ class Session:
         append_event(self.directory, event)
         self._write(event)
 
+    def record(self, type_: str, **data: Any) -> None:
+        """Record an event in `events.jsonl` only: what is too long to show."""
+        append_event(self.directory, {"type": type_, **data})
+
     def progress(self, label: str, done: int, total: int) -> None:
         """Show how far a step is; not recorded."""
         self._write({"type": "progress", "label": label, "done": done, "total": total})

@@ -10,6 +10,9 @@ from tools.recipes import Adjustment, Recipe
 
 MAX_ADJUSTMENTS = 64
 
+SAME_SPARSITY = 5e-4
+"""Two sparsities nearer than this are the same budget: the promise is the target within 0.05 %."""
+
 
 class Plan(BaseModel):
     """One round of pruning, as the planner wants it."""
@@ -45,6 +48,7 @@ class Trial(BaseModel):
     verdict: Literal["accept", "rollback"]
     reason: str = ""
     plan: str = Field("", description="The plan in one line.")
+    recipe: Recipe | None = Field(None, description="The plan's recipe; null for the dense model.")
     seconds: float = 0.0
 
 

@@ -1,6 +1,7 @@
 """Tiny random models of several architectures, and a small tokenizer: real transformers objects, built in moments."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,58 @@ def save_tiny_model(directory: Path, architecture: str = "llama", seed: int = 0)
     make_tiny_model(architecture, seed).save_pretrained(directory)
     make_tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_tiny_gguf(path: Path, seed: int = 0) -> Path:
+    """Save the tiny Llama and its tokenizer as one GGUF file, its matrices quantised to 8 bits where they can be."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(BLOCKS)
+    writer.add_feed_forward_length(_DECODER["intermediate_size"])
+    writer.add_head_count(_DECODER["num_attention_heads"])
+    writer.add_head_count_kv(_DECODER["num_key_value_heads"])
+    writer.add_rope_dimension_count(_DECODER["head_dim"])
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCABULARY)
+
+    raw = json.loads(make_tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(sorted(raw["vocab"], key=raw["vocab"].get))
+    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (VOCABULARY - 1))
+    writer.add_token_merges([" ".join(merge) for merge in raw["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+    for name, tensor in make_tiny_model("llama", seed).state_dict().items():
+        if name == "lm_head.weight":  # tied
+            continue
+        array = tensor.numpy()
+        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if part in name:  # GGUF interleaves the two halves that a rotary embedding turns into one another
+                split = array.reshape(_DECODER[heads], 2, -1, HIDDEN)
+                array = split.swapaxes(1, 2).reshape(array.shape)
+        for part, short in _GGUF_NAMES.items():
+            name = name.replace(part, short)
+        kind = gguf.GGMLQuantizationType.Q8_0 if array.ndim == 2 and array.shape[1] % 32 == 0 else None
+        writer.add_tensor(name, gguf.quantize(array, kind) if kind else array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+_GGUF_NAMES = {
+    **{"model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers": "blk"},
+    **{f"self_attn.{letter}_proj": f"attn_{letter}" for letter in "qkv"},
+    **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    **{f"mlp.{kind}_proj": f"ffn_{kind}" for kind in ("gate", "up", "down")},
+}
 
 
 def tiny_settings(model: Path | str, **changes: Any) -> WorkbenchSettings:

@@ -86,12 +86,12 @@ class ArtifactStore:
         """Where the artifact lies or would lie."""
         return self.directory / digest[:2] / f"{digest}{suffix}"
 
-    def write_tensors(self, tensors: dict[str, "Tensor"], metadata: dict[str, str]) -> str:
-        """Write tensors (copied to CPU) with string metadata; the hash of the file."""
+    def write_tensors(self, tensors: dict[str, "Tensor"]) -> str:
+        """Write tensors (copied to CPU); the hash of the file."""
         from safetensors.torch import save_file  # imports torch
 
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        return self._write(".safetensors", lambda path: save_file(contiguous, path, metadata))
+        return self._write(".safetensors", lambda path: save_file(contiguous, path))
 
     def read_tensors(self, digest: str) -> dict[str, "Tensor"]:
         """The tensors of an artifact. Raises DamagedArtifact when it is missing or was changed."""

@@ -5,7 +5,7 @@ Two walks over the calibration text serve all layers at once; no layer is ever p
 Shape suffixes: T tokens, I input features (d_in), O output features (d_out), D hidden width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -161,16 +161,18 @@ def measure_kappa(
     windows_BT: Tensor,
     seed: int,
     progress: Progress,
+    dense: Mapping[str, Tensor] | None = None,
 ) -> dict[str, list[float]]:
     """Second walk: the KL each layer is predicted to cost at each of LEVELS, two-sided mask, nats per token.
 
-    kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself.
+    kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself. dW is taken from the
+    `dense` weights where they are given, else from those in the model.
     """
-    levels = {layer.name: _levels(layer, statistics) for layer in layers}
+    levels = {layer.name: _levels(layer.name, _weight(layer, dense), statistics) for layer in layers}
     totals = {layer.name: torch.zeros(len(LEVELS), dtype=torch.float64, device=windows_BT.device) for layer in layers}
 
     def on_gradient(layer: Layer, x_TI: Tensor, g_TO: Tensor) -> None:
-        totals[layer.name] += squared_loss_changes(g_TO, x_TI, layer.weight_OI, levels[layer.name], len(LEVELS))
+        totals[layer.name] += squared_loss_changes(g_TO, x_TI, _weight(layer, dense), levels[layer.name], len(LEVELS))
 
     taps = _Taps(model, layers)
     taps.on_gradient = on_gradient
@@ -183,40 +185,50 @@ def measure_kappa(
     return {name: (total / (2 * windows_BT.numel())).tolist() for name, total in totals.items()}
 
 
-def _levels(layer: Layer, statistics: ModelStatistics) -> Tensor:
-    weight_OI = layer.weight_OI
-    score_OI = score_two_sided(weight_OI, statistics.mean_square[layer.name], statistics.gradient_square[layer.name])
+def _weight(layer: Layer, dense: Mapping[str, Tensor] | None) -> Tensor:
+    return layer.weight_OI if dense is None else dense[layer.name].to(layer.weight_OI.device)
+
+
+def _levels(name: str, weight_OI: Tensor, statistics: ModelStatistics) -> Tensor:
+    score_OI = score_two_sided(weight_OI, statistics.mean_square[name], statistics.gradient_square[name])
     return level_of_each_weight(score_OI, weight_OI == 0, [round(s * weight_OI.numel()) for s in LEVELS])
 
 
 def build_profile(
-    layers: Sequence[Layer], statistics: ModelStatistics, kappa: dict[str, list[float]]
+    layers: Sequence[Layer],
+    statistics: ModelStatistics,
+    kappa: dict[str, list[float]],
+    dense: Mapping[str, Tensor] | None = None,
 ) -> list[LayerProfile]:
-    """The table of layers, with z-scores over all of them."""
-    wanda = [_wanda_percentile(layer, statistics.mean_square[layer.name]) for layer in layers]
+    """The table of layers, with z-scores over all of them; of the `dense` weights where they are given."""
+    weights = [_weight(layer, dense) for layer in layers]
+    wanda = [
+        _wanda_percentile(weight_OI, statistics.mean_square[layer.name])
+        for layer, weight_OI in zip(layers, weights, strict=True)
+    ]
     gradient = [statistics.gradient[layer.name] for layer in layers]
     return [
         LayerProfile(
             name=layer.name,
             block=layer.block,
             kind=layer.kind,
-            weights=layer.weight_OI.numel(),
-            zeros=int((layer.weight_OI == 0).sum()),
+            weights=weight_OI.numel(),
+            zeros=int((weight_OI == 0).sum()),
             wanda=w,
             wanda_z=w_z,
             gradient=g,
             gradient_z=g_z,
             kappa=kappa[layer.name],
         )
-        for layer, w, w_z, g, g_z in zip(
-            layers, wanda, compute_z_scores(wanda), gradient, compute_z_scores(gradient), strict=True
+        for layer, weight_OI, w, w_z, g, g_z in zip(
+            layers, weights, wanda, compute_z_scores(wanda), gradient, compute_z_scores(gradient), strict=True
         )
     ]
 
 
-def _wanda_percentile(layer: Layer, mean_square_I: Tensor) -> float:
+def _wanda_percentile(weight_OI: Tensor, mean_square_I: Tensor) -> float:
     """10th percentile of the Wanda scores of the active (non-zero) weights, exactly the ceil(n/10)-th smallest."""
-    scores = score_wanda(layer.weight_OI, mean_square_I)[layer.weight_OI != 0]
+    scores = score_wanda(weight_OI, mean_square_I)[weight_OI != 0]
     if scores.numel() == 0:
         return 0.0
     return float(np.percentile(scores.cpu().numpy(), 10, method="inverted_cdf"))

@@ -1,6 +1,7 @@
 """Where text comes from, and how it becomes three disjoint sets of token windows."""
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ def check_source(source: str) -> None:
         raise UserError(f"text file {path} does not exist")
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"text file {path} must end in .txt or .jsonl")
+    if not os.path.getsize(path):
+        raise UserError(f"text file {path} is empty")
 
 
 def _path_of(source: str) -> Path:
@@ -88,6 +91,7 @@ def read_documents(source: str) -> Iterator[str]:
 def _open_rows(source: str) -> Any:
     import datasets
 
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
     if source.startswith("hub:"):
         hub = parse_hub(source)  # streamed: C4 is 800 GB, and a run reads a few megabytes of it
         return datasets.load_dataset(hub.name, hub.config, split=hub.split, streaming=True)
@@ -107,7 +111,7 @@ def _text_of(row: dict[str, Any], source: str) -> str:
         return ""  # a row without text
     if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
         return f"Question: {row['question']}\nAnswer: {row['answer']}"
-    raise UserError(f"text source {source!r} has no column text, content or document, but {sorted(row)[:10]}")
+    raise UserError(f"text source {source!r} has no text in a column text, content or document, but {sorted(row)[:10]}")
 
 
 def _read_pydoc() -> Iterator[str]:

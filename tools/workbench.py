@@ -25,7 +25,7 @@ from tools.errors import DamagedArtifact, UserError
 from tools.evaluate import Evaluation, evaluate_windows
 from tools.files import ArtifactStore, explain_full_disk, write_json
 from tools.layers import find_layers, find_unprunable
-from tools.profile import Progress, build_profile, collect_statistics, measure_kappa
+from tools.profile import ModelStatistics, Progress, build_profile, collect_statistics, measure_kappa
 from tools.readout import check_readout
 from tools.recipes import Recipe
 from tools.rundir import lock_run, unlock_run
@@ -95,29 +95,45 @@ class Workbench:
 
     # --- profile -----------------------------------------------------------------------------------------------
 
-    def profile(self, progress: Progress) -> str:
-        """Statistics, KL curves and the dense model's losses, kept as artifacts; the id of the profile."""
-        self.restore(DENSE)
+    def profile(self, progress: Progress, first: str = "") -> str:
+        """Statistics, KL curves and the dense model's losses, kept as artifacts; the id of the profile.
+
+        The first profile is that of the dense model. Given its id, another is made of the weights in the model now:
+        activations and gradients are theirs, while scores and curves stay about the dense weights, which all
+        pruning starts from.
+        """
+        if not first:
+            self.restore(DENSE)
+        hidden, evaluation = self._dense_losses(first, progress)
         windows = self.windows.calibration.to(self.device)
         count = min(self.settings.gradient_windows, len(windows))
-        evaluation, hidden = evaluate_windows(
-            self.model, self.windows.validation.to(self.device), None, "dense validation", progress
-        )
-        if not evaluation.finite:
-            raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
         statistics = collect_statistics(self.model, self.layers, windows, count, self.settings.seed, progress)
-        kappa = measure_kappa(self.model, self.layers, statistics, windows[:count], self.settings.seed, progress)
+        _refuse_infinite(statistics, self.settings.dtype)
+        kappa = measure_kappa(
+            self.model, self.layers, statistics, windows[:count], self.settings.seed, progress, self.dense
+        )
         means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
         means |= {f"gamma/{name}": value for name, value in statistics.gradient_square.items()}
         stored = StoredProfile(
-            layers=build_profile(self.layers, statistics, kappa),
-            means=self.store.write_tensors(means, {}),
-            moments={name: self.store.write_tensors({"A": a}, {}) for name, a in statistics.second_moment.items()},
+            layers=build_profile(self.layers, statistics, kappa, self.dense),
+            means=self.store.write_tensors(means),
+            moments={name: self.store.write_tensors({"A": a}) for name, a in statistics.second_moment.items()},
             group=statistics.group,
-            hidden=self.store.write_tensors({"hidden": hidden}, {}),
+            hidden=hidden,
             dense=evaluation,
         )
         return self.store.write_json(stored.model_dump())
+
+    def _dense_losses(self, first: str, progress: Progress) -> tuple[str, Evaluation]:
+        """(artifact of the dense model's hidden states, its losses) on the validation text."""
+        if first:
+            stored = self.read_profile(first)
+            return stored.hidden, stored.dense
+        windows = self.windows.validation.to(self.device)
+        evaluation, hidden = evaluate_windows(self.model, windows, None, "dense validation", progress)
+        if not evaluation.finite:
+            raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
+        return self.store.write_tensors({"hidden": hidden}), evaluation
 
     def read_profile(self, profile: str) -> StoredProfile:
         """A profile by its id. Raises DamagedArtifact."""
@@ -174,7 +190,7 @@ class Workbench:
             tensors = {"mask": bits, "values": values}
         else:  # the survivors are the dense weights: the mask says everything
             tensors = {"mask": pack_mask(pruned_OI != 0)}
-        artifact = self.store.write_tensors(tensors, {})
+        artifact = self.store.write_tensors(tensors)
         self.by_name[name].write(pruned_OI)
         self.installed[name] = artifact
         return artifact
@@ -300,6 +316,15 @@ class Workbench:
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
+    for values in (statistics.mean_square, statistics.gradient_square):
+        for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(
+                    f"activations or gradients of {name} are not finite in {dtype}; try --dtype fp32 or bf16"
+                )
 
 
 def _recipe_key(profile: str, name: str, record: LayerRecord) -> str:

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from graph.agents.planner import Situation, describe_plan
-from graph.state import Lesson, Plan, Trial
+from graph.state import SAME_SPARSITY, Lesson, Plan, Trial
 from tools.allocate import ImpossiblePlan, allocate
 from tools.curves import LayerProfile, predict_kl
 from tools.recipes import Adjustment, Recipe
@@ -28,19 +28,19 @@ TILTS = (1.5, 0.67)
 def plan_by_rule(situation: Situation) -> Plan | None:
     """The next plan; None when every lever has been tried. Raises ImpossiblePlan when bounds cannot be met."""
     accepted, target = situation.accepted, situation.config.target_sparsity
-    if accepted is None or accepted.sparsity < target - 5e-4:
+    if accepted is None or accepted.sparsity < target - SAME_SPARSITY:
         return _plan_climb(situation)
     return next(_plan_refinements(situation), None)
 
 
 def _plan_climb(situation: Situation) -> Plan:
     target = situation.config.target_sparsity
-    start = situation.accepted.sparsity if situation.accepted else 0.0
+    start = (situation.accepted or situation.dense).sparsity
     failed = _failures(situation)
     if failed:
         return _plan_after_rollback(situation, start, failed[-1])
     if not situation.trials:
-        step = round(FIRST_STEP * target, 4)
+        step = round(max(FIRST_STEP * target, (start + target) / 2), 4)  # the model may hold zeros already
         return Plan(
             sparsity=step,
             recipe=Recipe(refit=False),
@@ -64,7 +64,7 @@ def _plan_climb(situation: Situation) -> Plan:
 
 def _plan_after_rollback(situation: Situation, start: float, last: Trial) -> Plan:
     """Strengthen the recipe first; with the strongest recipe, halve the step."""
-    if "+refit" not in last.plan:
+    if last.recipe and not last.recipe.refit:
         return Plan(
             sparsity=min(last.sparsity, situation.config.target_sparsity),
             recipe=Recipe(),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from graph.agents.heuristic import group_kl, group_layers
-from graph.state import Lesson, Trial
+from graph.state import SAME_SPARSITY, Lesson, Trial
 from tools.curves import LayerProfile
 from tools.recipes import Recipe
 
@@ -15,27 +15,27 @@ MOST = 2.0
 def draw_lesson(
     run: str,
     layers: Sequence[LayerProfile],
-    recipe: Recipe,
     trial: Trial,
     sparsity: dict[str, float],
     before: Trial | None,
     before_sparsity: dict[str, float],
-    same_recipe: bool,
 ) -> Lesson | None:
     """What one trial teaches; None when it taught nothing (nothing finite, nothing predicted).
 
     Where weights moved at the same sparsity and recipe, the surprise goes to the group whose predicted KL moved most.
     Otherwise the lesson is about the model as a whole: how many times the predicted KL was measured.
     """
-    if trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
+    recipe = trial.recipe
+    if recipe is None or trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
         return None
-    if before is None or not same_recipe or abs(before.sparsity - trial.sparsity) > 5e-4 or not before.kl:
+    if before is None or not _is_comparable(before, trial):
         return _lesson_of_whole(run, recipe, trial)
     groups = group_layers(layers)
     moved = {s: group_kl(g, sparsity) - group_kl(g, before_sparsity) for s, g in groups.items()}
     selector = max(moved, key=lambda s: abs(moved[s]))
-    scale = before.kl / before.predicted_kl
-    predicted, measured = scale * (trial.predicted_kl - before.predicted_kl), trial.kl - before.kl
+    before_kl, before_predicted = before.kl or 0.0, group_kl(layers, before_sparsity)
+    scale = before_kl / before_predicted if before_predicted > 0 else 1.0
+    predicted, measured = scale * (group_kl(layers, sparsity) - before_predicted), trial.kl - before_kl
     holds = scale * group_kl(groups[selector], sparsity)
     if holds <= 0:
         return None
@@ -55,6 +55,14 @@ def draw_lesson(
         text=f"Pruning {selector} {direction} changed KL by {measured:+.4f} where {predicted:+.4f} was predicted: "
         f"count it {factor:.2f} times.",
     )
+
+
+def _is_comparable(before: Trial, trial: Trial) -> bool:
+    """Whether the trial moved weights only: the same work inside each layer, the same sparsity."""
+    if before.recipe is None or trial.recipe is None or not before.kl:
+        return False
+    same_work = before.recipe.mask_label == trial.recipe.mask_label
+    return same_work and abs(before.sparsity - trial.sparsity) <= SAME_SPARSITY
 
 
 def _lesson_of_whole(run: str, recipe: Recipe, trial: Trial) -> Lesson:

@@ -6,9 +6,9 @@ from typing import Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.nodes.validate import SAME_SPARSITY, accepted_trial
+from graph.nodes.validate import accepted_trial
 from graph.session import enter, open_bench
-from graph.state import State
+from graph.state import SAME_SPARSITY, State
 from tools.allocate import allocate
 from tools.export import export_model
 from tools.files import write_json, write_text

@@ -8,7 +8,7 @@ from langgraph.runtime import Runtime
 
 from graph.agents.chat import AgentError, CallRecord, open_chat
 from graph.agents.heuristic import plan_by_rule
-from graph.agents.planner import Situation, describe_plan, plan_with_chat
+from graph.agents.planner import Situation, describe_plan, plan_with_chat, planner_messages
 from graph.config import RunConfig
 from graph.session import Session, enter, open_bench
 from graph.state import Plan, State, Usage
@@ -74,7 +74,8 @@ def choose_plan(situation: Situation, usage: Usage, session: Session) -> tuple[P
             )
         allocate_plan(situation.layers, candidate, config)
 
-    session.emit("ask", planner=config.planner, iteration=situation.iteration)
+    prompt = [{"role": message.type, "text": message.text} for message in planner_messages(situation)]
+    session.record("prompt", planner=config.planner, iteration=situation.iteration, messages=prompt)
     try:
         model = open_chat(config.planner, timeout=config.planner_timeout, retries=config.planner_retries)
         plan = plan_with_chat(situation, model, on_call=record, check=check)

@@ -1,7 +1,8 @@
-"""profile: statistics and KL curves of every layer, and the dense model's losses; once per run."""
+"""profile: statistics and KL curves of every layer, and the dense model's losses."""
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,21 @@ from langgraph.runtime import Runtime
 from graph.agents.chat import check_planner
 from graph.config import RunConfig
 from graph.memory import read_lessons
+from graph.nodes.plan import allocate_plan
 from graph.persistence import runs_directory
-from graph.session import create_run, enter, open_bench
-from graph.state import State, Trial
-from tools.curves import predict_layer_kl
+from graph.session import Session, create_run, enter, open_bench
+from graph.state import Plan, State, Trial
+from tools.allocate import ImpossiblePlan
+from tools.curves import LayerProfile, predict_layer_kl
+from tools.errors import UserError
 
 
 def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
-    """Make the run's directory if need be, profile the model, and read what earlier runs learnt about it."""
+    """Profile the model; at the start of a run make its directory and read what earlier runs learnt about it."""
+    return _profile_again(state, runtime) if state.profile else _profile_first(state, runtime)
+
+
+def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     began = time.monotonic()
     # The library hands over None where the caller gave no context, although every field has a default.
     config = runtime.context or RunConfig()
@@ -32,6 +40,7 @@ def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             session.emit("lessons", count=len(lessons), runs=len({lesson.run for lesson in lessons}))
         profile_id = bench.profile(session.progress)
         stored = bench.read_profile(profile_id)
+        _refuse_impossible_target(stored.layers, config)
         zeros, weights = bench.count_zeros()
         dense = Trial(
             iteration=0,
@@ -44,12 +53,9 @@ def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             verdict="accept",
             reason="the dense model",
             plan="dense",
-            seconds=time.monotonic() - began,
+            seconds=round(time.monotonic() - began, 3),
         )
-        target = np.array([config.target_sparsity])
-        levels = [(layer.name, float(predict_layer_kl(layer, target)[0])) for layer in stored.layers]
-        top = sorted(levels, key=lambda pair: -pair[1])[:5]
-        session.emit("profile", profile=profile_id, layers=len(stored.layers), weights=weights, top=top)
+        _tell_profile(session, profile_id, stored.layers, config)
         session.emit("trial", **dense.model_dump())
     return {
         "run": name,
@@ -59,3 +65,25 @@ def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "lessons": lessons,
         "seconds": state.seconds + time.monotonic() - began,
     }
+
+
+def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig) -> None:
+    try:
+        allocate_plan(layers, Plan(sparsity=config.target_sparsity), config)
+    except ImpossiblePlan as error:
+        raise UserError(f"the target cannot be met: {error}") from error
+
+
+def _profile_again(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
+    began = time.monotonic()
+    with enter("profile", state, runtime) as session, open_bench(state, session) as bench:
+        profile_id = bench.profile(session.progress, first=state.profile)
+        _tell_profile(session, profile_id, bench.read_profile(profile_id).layers, state.config)
+    return {"profile": profile_id, "seconds": state.seconds + time.monotonic() - began}
+
+
+def _tell_profile(session: Session, profile_id: str, layers: Sequence[LayerProfile], config: RunConfig) -> None:
+    target = np.array([config.target_sparsity])
+    costs = sorted(((layer.name, float(predict_layer_kl(layer, target)[0])) for layer in layers), key=lambda c: -c[1])
+    weights = sum(layer.weights for layer in layers)
+    session.emit("profile", profile=profile_id, layers=len(layers), weights=weights, top=costs[:5])

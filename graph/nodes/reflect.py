@@ -8,15 +8,13 @@ from langgraph.runtime import Runtime
 from graph.agents.reflector import draw_lesson
 from graph.config import RunConfig
 from graph.memory import write_lesson
-from graph.nodes.validate import SAME_SPARSITY
 from graph.session import enter, open_bench
-from graph.state import State, Trial
+from graph.state import SAME_SPARSITY, State, Trial
 
 
 def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Compare the trial's prediction with its measurement, and decide whether the loop goes on."""
     began = time.monotonic()
-    assert state.plan is not None, "plan runs first"
     trial = state.trials[-1]
     before = next((t for t in reversed(state.trials[:-1]) if t.verdict == "accept"), None)
     with enter("reflect", state, runtime) as session:
@@ -25,16 +23,7 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             sparsity = {n: r.zeros / bench.dense[n].numel() for n, r in bench.read_checkpoint(trial.checkpoint).items()}
             earlier = before.checkpoint if before else "dense"
             before_sparsity = {n: r.zeros / bench.dense[n].numel() for n, r in bench.read_checkpoint(earlier).items()}
-        lesson = draw_lesson(
-            state.run,
-            layers,
-            state.plan.recipe,
-            trial,
-            sparsity,
-            before,
-            before_sparsity,
-            same_recipe=before is not None and state.plan.recipe.mask_label in before.plan.split(":")[0].split(),
-        )
+        lesson = draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity)
         if lesson is not None:
             if runtime.store is not None:
                 write_lesson(runtime.store, state.config, lesson)
@@ -62,6 +51,8 @@ def decide_stop(state: State) -> str:
     return ""
 
 
-def after_reflect(state: State) -> Literal["plan", "finish"]:
-    """Another round, or the end."""
-    return "finish" if state.stop else "plan"
+def after_reflect(state: State) -> Literal["plan", "profile", "finish"]:
+    """Another round, with a new profile first where the config asks for one, or the end."""
+    if state.stop:
+        return "finish"
+    return "profile" if state.config.reprofile and state.trials[-1].verdict == "accept" else "plan"

@@ -9,11 +9,8 @@ from graph.agents.planner import describe_plan
 from graph.config import RunConfig
 from graph.nodes.plan import allocate_plan
 from graph.session import enter, open_bench
-from graph.state import State, Trial
+from graph.state import SAME_SPARSITY, State, Trial
 from tools.evaluate import Evaluation, compare_kl
-
-SAME_SPARSITY = 5e-4
-"""Two sparsities nearer than this are the same budget."""
 
 SIGMAS = 2.0
 """At the same sparsity, KL must fall by this many standard errors of the paired difference."""
@@ -24,6 +21,7 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     began = time.monotonic()
     assert state.plan is not None, "plan runs first"
     with enter("validate", state, runtime) as session, open_bench(state, session) as bench:
+        zeros, weights = bench.count_zeros()  # before an evaluation that may have to put other weights in
         evaluation = bench.evaluate(state.current, "validation", state.profile, session.progress)
         best = accepted_trial(state)
         accepted = (
@@ -31,7 +29,6 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             if state.trials and best is not state.dense
             else bench.read_profile(state.profile).dense
         )
-        zeros, weights = bench.count_zeros()
         verdict, reason = judge(state.config, zeros / weights, evaluation, best, accepted)
         trial = Trial(
             iteration=state.iteration,
@@ -44,6 +41,7 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             verdict=verdict,
             reason=reason,
             plan=describe_plan(state.plan),
+            recipe=state.plan.recipe,
             seconds=round(time.monotonic() - began, 3),
         )
         session.emit("trial", **trial.model_dump())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.helpers import Outcome, at_home, run_here, train_tiny_model
+from tests.end_to_end.helpers import Outcome, at_home, end_forks, run_here, train_tiny_model
 
 Command = Callable[..., Outcome]
 
@@ -22,6 +22,7 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Comm
 
     with at_home(tmp_path):
         yield run
+    end_forks()
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ TINY = (
 )
 """Flags that make a run of a tiny model take about a second."""
 
-SECRETS = re.compile(r"^BILLHOOK_|_(API_KEY|TOKEN|SECRET)$")
+SECRETS = re.compile(r"^BILLHOOK_|_(API_KEY|TOKEN)$")
 
 
 # The command, in this process
@@ -190,6 +190,15 @@ def _fork_server() -> Any:
     return context
 
 
+_forks: list["Fork"] = []
+
+
+def end_forks() -> None:
+    """Kill the forked processes that a test left behind."""
+    while _forks:
+        _forks.pop().kill()
+
+
 @dataclass
 class Fork:
     """A command at work in a forked process."""
@@ -215,7 +224,8 @@ def fork(directory: Path, *arguments: str, halt: Halt | None = None, **environme
     """Start the command in a forked process."""
     process = _fork_server().Process(target=_work, args=(directory, arguments, halt, environment), daemon=True)
     process.start()
-    return Fork(process, directory)
+    _forks.append(Fork(process, directory))
+    return _forks[-1]
 
 
 def _work(directory: Path, arguments: tuple[str, ...], halt: Halt | None, environment: dict[str, str]) -> None:

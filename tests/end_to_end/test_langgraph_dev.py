@@ -66,6 +66,7 @@ def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:
         ("validate", "accept"),
         ("validate", "rollback"),
         ("reflect", "plan"),
+        ("reflect", "profile"),
         ("reflect", "finish"),
     }
     schemas = client.assistants.get_schemas(assistant)
@@ -83,7 +84,7 @@ def test_a_run_of_the_command_line_has_its_history_and_can_be_forked(
     thread = json.loads((runs / "cli" / "run.json").read_text())["thread_id"]
     assert client.threads.get(thread)["metadata"]["run"] == "cli"
     history = client.threads.get_history(thread, limit=100)
-    assert [state["next"] for state in history][0] == []
+    assert history[0]["next"] == []
     trials = history[0]["values"]["trials"]
     assert [trial["iteration"] for trial in trials] == [1, 2]
     before_prune = next(state for state in history if state["next"] == ["prune"] and state["values"]["iteration"] == 2)

@@ -1,0 +1,74 @@
+"""The verdict on a trial: tau towards the target, paired KL at it, nothing that is not finite."""
+
+import pytest
+
+from graph.config import RunConfig
+from graph.nodes.reflect import decide_stop
+from graph.nodes.validate import judge
+from graph.state import State, Trial
+from tests.graph.test_heuristic import make_trial
+from tools.evaluate import Evaluation
+from tools.recipes import Recipe
+
+CONFIG = RunConfig()
+DENSE = make_trial(0, "accept", 0.0, Recipe(), perplexity=10.0)
+AT_TARGET = make_trial(3, "accept", 0.45, Recipe(), perplexity=11.0)
+
+
+def losses(perplexity: float, *kl: float) -> Evaluation:
+    import math
+
+    return Evaluation(nll=[math.log(perplexity)] * len(kl), kl=list(kl))
+
+
+@pytest.mark.parametrize(("perplexity", "verdict"), [(11.49, "accept"), (11.51, "rollback")])
+def test_tau(perplexity: float, verdict: str) -> None:
+    found, reason = judge(CONFIG, 0.3, losses(perplexity, 0.1, 0.1), DENSE, losses(10, 0, 0))
+    assert found == verdict
+    assert "11.50 = (1 + 0.15) x 10.00" in reason
+
+
+@pytest.mark.parametrize(
+    ("kl", "verdict", "word"),
+    [
+        ((0.09, 0.11, 0.1, 0.08), "accept", "better"),
+        ((0.19, 0.05, 0.12, 0.1), "rollback", "inside the noise"),
+        ((0.11, 0.13, 0.12, 0.105), "rollback", "worse"),
+    ],
+)
+def test_at_the_same_sparsity_paired_kl_decides(kl: tuple[float, ...], verdict: str, word: str) -> None:
+    accepted = losses(11, 0.1, 0.12, 0.11, 0.09)
+    found, reason = judge(CONFIG, 0.4502, losses(99.0, *kl), AT_TARGET, accepted)
+    assert (found, reason.endswith(word)) == (verdict, True)
+
+
+def test_an_equal_trial_is_no_improvement() -> None:
+    same = losses(11, 0.1, 0.1)
+    assert judge(CONFIG, 0.45, same, AT_TARGET, same)[0] == "rollback"
+
+
+def test_nothing_less_sparse_replaces_what_reached_the_target() -> None:
+    found, reason = judge(CONFIG, 0.3, losses(10.1, 0.01, 0.01), AT_TARGET, losses(11, 0.1, 0.1))
+    assert (found, "off the target" in reason) == ("rollback", True)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [Evaluation(nll=[1.0, None], kl=[0.1, 0.1]), Evaluation(nll=[1.0, 1.0], kl=[0.1, None]), losses(1e300, 0.1, 0.1)],
+)
+def test_what_is_not_finite_is_rolled_back(broken: Evaluation) -> None:
+    if broken.perplexity is not None:
+        broken = Evaluation(nll=[800.0, 800.0], kl=broken.kl)  # finite losses whose exponential is not
+    assert judge(CONFIG, 0.3, broken, DENSE, losses(10, 0, 0)) == ("rollback", "the loss is not finite")
+
+
+def state_with(*trials: Trial) -> State:
+    return State(run="r", dense=DENSE, trials=list(trials), iteration=trials[-1].iteration)
+
+
+def test_the_loop_ends_after_its_iterations_or_its_patience() -> None:
+    rollbacks = [make_trial(i, "rollback", 0.45, Recipe()) for i in (4, 5, 6)]
+    assert decide_stop(state_with(AT_TARGET, *rollbacks[:2])) == ""
+    assert "3 rounds in a row" in decide_stop(state_with(AT_TARGET, *rollbacks))
+    assert "8 iterations" in decide_stop(state_with(make_trial(8, "rollback", 0.4, Recipe())))
+    assert decide_stop(state_with(make_trial(7, "rollback", 0.45, Recipe()))) == "", "short of the target, it goes on"

@@ -1,0 +1,482 @@
+"""One loaded model: profiled, pruned and restored bit for bit, whatever happens to the files."""
+
+import hashlib
+import json
+import math
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import tools.workbench
+from kernels.methods import prune_weight
+from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
+from tools.allocate import Allocation, allocate
+from tools.errors import DamagedArtifact, UserError
+from tools.export import export_model
+from tools.layers import Layer
+from tools.profile import ModelStatistics, collect_statistics
+from tools.recipes import Adjustment, Recipe
+from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
+
+REFIT = Recipe()
+MASK = Recipe(refit=False)
+WANDA = Recipe(method="wanda", allocation="uniform", refit=False)
+
+
+def ignore(label: str, done: int, total: int) -> None:
+    """No progress bar."""
+
+
+def open_bench(settings: Any, directory: Path, warn: Callable[[str], None] = pytest.fail) -> Workbench:
+    with use_workbench(settings, directory, warn, ignore) as bench:
+        return bench
+
+
+@pytest.fixture
+def bench(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> Workbench:
+    """A fresh workbench whose warnings fail the test."""
+    return open_bench(tiny_settings(tiny_llama), tmp_path / "run")
+
+
+@pytest.fixture
+def warnings(bench: Workbench) -> list[str]:
+    """The warnings of a workbench, which then fail nothing."""
+    seen: list[str] = []
+    bench.warn = seen.append
+    return seen
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(method, zeros) of every layer that is really computed."""
+    calls: list[tuple[str, int]] = []
+
+    def count(method: str, weight_OI: Tensor, statistics: Any, zeros: int, *, refit: bool) -> Tensor:
+        calls.append((method, zeros))
+        return prune_weight(method, weight_OI, statistics, zeros, refit=refit)
+
+    monkeypatch.setattr(tools.workbench, "prune_weight", count)
+    return calls
+
+
+def snapshot(bench: Workbench) -> dict[str, Tensor]:
+    """The bits of every parameter and buffer."""
+    integers = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+    return {k: v.view(integers.get(v.dtype, v.dtype)).clone() for k, v in bench.model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def plan(bench: Workbench, profile: str, sparsity: float, recipe: Recipe = REFIT, *changes: Adjustment) -> Allocation:
+    return allocate(bench.read_profile(profile).layers, sparsity, recipe, changes, max_layer_sparsity=0.9)
+
+
+def prune(bench: Workbench, profile: str, sparsity: float, recipe: Recipe = REFIT) -> str:
+    return bench.prune(profile, plan(bench, profile, sparsity, recipe), recipe, ignore)
+
+
+def artifact_path(bench: Workbench, checkpoint: str, name: str) -> Path:
+    return bench.store.path(bench.read_checkpoint(checkpoint)[name].artifact, ".safetensors")
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x10
+    path.write_bytes(content)
+
+
+# --- profile ---------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_holds_every_layer_and_comes_out_the_same_again(bench: Workbench) -> None:
+    before = snapshot(bench)
+    profile = bench.profile(ignore)
+    stored = bench.read_profile(profile)
+    assert [layer.name for layer in stored.layers] == [layer.name for layer in bench.layers]
+    assert stored.dense.finite and len(stored.dense.nll) == 3
+    assert bench.store.read_tensors(stored.hidden)["hidden"].shape == (3, 64, 32)
+    assert bench.profile(ignore) == profile
+    prune(bench, profile, 0.5)
+    assert bench.profile(ignore) == profile  # of the dense weights, whatever is in the model
+    assert same(snapshot(bench), before)
+
+
+def test_a_profile_of_a_second_process_is_the_same(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    settings, directory = bench.settings, bench.directory
+    close_workbench()
+    again = open_bench(settings, directory)
+    assert again is not bench
+    assert again.profile(ignore) == profile
+    first, second = prune(again, profile, 0.4), prune(again, profile, 0.4)
+    assert first == second
+
+
+def test_a_dense_model_that_is_not_finite_is_refused(bench: Workbench) -> None:
+    bench.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(
+        UserError, match=r"^the dense model's loss is not finite on the validation text; try --dtype fp32$"
+    ):
+        bench.profile(ignore)
+
+
+def test_statistics_that_are_not_finite_are_refused(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(*arguments: Any) -> ModelStatistics:
+        statistics = collect_statistics(*arguments)
+        statistics.gradient_square[bench.layers[3].name][1] = math.inf
+        return statistics
+
+    monkeypatch.setattr(tools.workbench, "collect_statistics", spoil)
+    sentence = "activations or gradients of model.layers.0.self_attn.o_proj are not finite in fp32; try --dtype"
+    with pytest.raises(UserError, match=sentence):
+        bench.profile(ignore)
+
+
+# --- prune and restore -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_is_pruned_exactly_and_restored_bit_for_bit(
+    architecture: str, dtype: str, tmp_path: Path, workbench_closed: None
+) -> None:
+    model = save_tiny_model(tmp_path / "model", architecture)
+    bench = open_bench(tiny_settings(model, dtype=dtype), tmp_path / "run")
+    dense = snapshot(bench)
+    profile = bench.profile(ignore)
+    made = {}
+    for recipe in (REFIT, MASK, WANDA):
+        allocation = plan(bench, profile, 0.45, recipe)
+        checkpoint = bench.prune(profile, allocation, recipe, ignore)
+        made[checkpoint] = snapshot(bench)
+        zeros, weights = bench.count_zeros()
+        assert zeros == round(0.45 * weights) == sum(allocation.zeros.values())
+        for layer, share in zip(bench.layers, bench.sparsities(), strict=True):
+            assert int((layer.weight_OI == 0).sum()) == allocation.zeros[layer.name]
+            assert share == pytest.approx(allocation.zeros[layer.name] / layer.weight_OI.numel())
+    assert len(made) == 3
+    for checkpoint, bits in made.items():
+        bench.restore(checkpoint)
+        assert same(snapshot(bench), bits)
+        bench.restore(DENSE)
+        assert same(snapshot(bench), dense)
+    names = {layer.name for layer in bench.layers}
+    for bits in made.values():  # nothing but the prunable layers is touched
+        assert {k.removesuffix(".weight") for k in bits if not torch.equal(bits[k], dense[k])} <= names
+
+
+def test_restoring_touches_only_what_differs(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = bench.profile(ignore)
+    allocation = plan(bench, profile, 0.4)
+    first = bench.prune(profile, allocation, REFIT, ignore)
+    names = list(allocation.zeros)
+    allocation.zeros[names[2]] -= 10
+    allocation.zeros[names[5]] += 10
+    written: list[str] = []
+    real = Layer.write
+
+    def write(self: Layer, weight_OI: Tensor) -> None:
+        written.append(self.name)
+        real(self, weight_OI)
+
+    monkeypatch.setattr(Layer, "write", write)
+    second = bench.prune(profile, allocation, REFIT, ignore)
+    assert sorted(written) == sorted([names[2], names[5]])
+    written.clear()
+    assert sorted(bench.restore(first)) == sorted([names[2], names[5]]) == sorted(written)
+    assert bench.restore(first) == []
+    assert sorted(bench.restore(second)) == sorted([names[2], names[5]])
+    assert sorted(bench.restore(DENSE)) == sorted(names)
+
+
+def test_sparsity_may_fall_as_well_as_rise(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    direct = prune(bench, profile, 0.3)
+    weights = snapshot(bench)
+    prune(bench, profile, 0.7)
+    assert prune(bench, profile, 0.3) == direct
+    assert same(snapshot(bench), weights)
+
+
+def test_protected_layers_stay_dense(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    before = snapshot(bench)
+    allocation = plan(bench, profile, 0.4, REFIT, Adjustment(selector="*.v_proj", action="protect"))
+    checkpoint = bench.prune(profile, allocation, REFIT, ignore)
+    after = snapshot(bench)
+    for name, record in bench.read_checkpoint(checkpoint).items():
+        protected = name.endswith("v_proj")
+        assert (record.artifact == DENSE) == protected
+        assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) == protected
+
+
+def test_progress_counts_every_layer(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    seen: list[tuple[str, int, int]] = []
+    bench.prune(profile, plan(bench, profile, 0.4), REFIT, lambda *step: seen.append(step))
+    assert seen == [("prune", i, 14) for i in range(15)]
+
+
+def test_what_was_made_before_is_read_back(bench: Workbench, computed: list[tuple[str, int]]) -> None:
+    profile = bench.profile(ignore)
+    first = prune(bench, profile, 0.4)
+    assert len(computed) == 14
+    weights = snapshot(bench)
+    prune(bench, profile, 0.5, MASK)
+    assert prune(bench, profile, 0.4) == first
+    assert len(computed) == 28
+    settings, directory = bench.settings, bench.directory
+    close_workbench()
+    again = open_bench(settings, directory)
+    assert prune(again, profile, 0.4) == first
+    assert len(computed) == 28
+    assert same(snapshot(again), weights)
+
+
+def test_a_torn_index_line_costs_one_layer(bench: Workbench, computed: list[tuple[str, int]]) -> None:
+    profile = bench.profile(ignore)
+    first = prune(bench, profile, 0.4)
+    index = bench.store.directory / "index.jsonl"
+    index.write_text(index.read_text()[:-20])
+    computed.clear()
+    assert prune(bench, profile, 0.4) == first
+    assert len(computed) == 1
+    assert prune(bench, profile, 0.4) == first
+    assert len(computed) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "3", '{"key": 1}', '{"key": [], "artifact": "a"}', '{"key": "k", "artifact": "gone"}']
+)
+def test_an_index_line_that_is_nonsense_is_ignored(bench: Workbench, line: str) -> None:
+    profile = bench.profile(ignore)
+    first = prune(bench, profile, 0.4)
+    with (bench.store.directory / "index.jsonl").open("a") as file:
+        file.write("\n" + line + "\n")
+    assert prune(bench, profile, 0.4) == first
+
+
+# --- damage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [REFIT, MASK])
+@pytest.mark.parametrize("hurt", [damage, Path.unlink])
+def test_a_damaged_artifact_is_named_and_computed_again(
+    bench: Workbench, warnings: list[str], recipe: Recipe, hurt: Callable[[Path], None]
+) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = prune(bench, profile, 0.4, recipe)
+    weights = snapshot(bench)
+    name = bench.layers[4].name
+    path = artifact_path(bench, checkpoint, name)
+    content = path.read_bytes()
+    bench.restore(DENSE)
+    hurt(path)
+    assert len(bench.restore(checkpoint)) == 14
+    assert same(snapshot(bench), weights)
+    assert path.read_bytes() == content
+    assert len(warnings) == 1
+    assert str(path) in warnings[0] and warnings[0].endswith(f"; layer {name} is computed again")
+
+
+def test_pruning_does_not_trust_a_damaged_artifact_either(bench: Workbench, warnings: list[str]) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = prune(bench, profile, 0.4)
+    weights = snapshot(bench)
+    bench.restore(DENSE)
+    damage(artifact_path(bench, checkpoint, bench.layers[4].name))
+    assert prune(bench, profile, 0.4) == checkpoint
+    assert same(snapshot(bench), weights)
+    assert len(warnings) == 1
+
+
+def test_an_artifact_that_comes_out_different_is_refused(
+    bench: Workbench, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = prune(bench, profile, 0.4)
+    bench.restore(DENSE)
+    name = bench.layers[4].name
+    damage(artifact_path(bench, checkpoint, name))
+    monkeypatch.setattr(tools.workbench, "prune_weight", lambda *args, **options: prune_weight(*args, **options) * 2)
+    with pytest.raises(DamagedArtifact) as refusal:
+        bench.restore(checkpoint)
+    assert str(refusal.value) == (
+        f"layer {name} of checkpoint {checkpoint[:12]} is damaged and does not come out the same again"
+    )
+
+
+def test_damage_beyond_repair_is_refused_and_named(bench: Workbench, warnings: list[str]) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = prune(bench, profile, 0.4)
+    bench.restore(DENSE)
+    damage(artifact_path(bench, checkpoint, bench.layers[-1].name))
+    stored = bench.read_profile(profile)
+    moment = bench.store.path(stored.moments[stored.group[bench.layers[-1].name]], ".safetensors")
+    damage(moment)
+    bench._moment = None
+    with pytest.raises(DamagedArtifact, match=rf"artifact {moment} is damaged"):
+        bench.restore(checkpoint)
+
+
+@pytest.mark.parametrize("which", ["manifest", "profile", "means"])
+def test_a_damaged_manifest_or_profile_is_refused(bench: Workbench, which: str) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = prune(bench, profile, 0.4)
+    stored = bench.read_profile(profile)
+    settings, directory = bench.settings, bench.directory
+    path = {
+        "manifest": bench.store.path(checkpoint, ".json"),
+        "profile": bench.store.path(profile, ".json"),
+        "means": bench.store.path(stored.means, ".safetensors"),
+    }[which]
+    damage(path)
+    close_workbench()
+    again = open_bench(settings, directory)
+    with pytest.raises(DamagedArtifact, match=rf"^artifact {path} is damaged: its content does not match its hash$"):
+        again.restore(checkpoint) if which == "manifest" else again.read_profile(profile)
+
+
+def test_an_unknown_checkpoint_is_refused(bench: Workbench) -> None:
+    with pytest.raises(DamagedArtifact, match="is missing"):
+        bench.restore("0" * 64)
+
+
+# --- forget ----------------------------------------------------------------------------------------------------
+
+
+def test_forgotten_checkpoints_lose_their_files_but_not_their_recipe(bench: Workbench, warnings: list[str]) -> None:
+    profile = bench.profile(ignore)
+    first = prune(bench, profile, 0.3)
+    first_weights = snapshot(bench)
+    second = prune(bench, profile, 0.4)
+    second_weights = snapshot(bench)
+    shared = {r.artifact for r in bench.read_checkpoint(first).values()} & {
+        r.artifact for r in bench.read_checkpoint(second).values()
+    }
+    bench.forget_checkpoints([second, DENSE])
+    for name in bench.by_name:
+        record = bench.read_checkpoint(first)[name]
+        assert artifact_path(bench, first, name).is_file() == (record.artifact in shared)
+        assert record.artifact == DENSE or artifact_path(bench, second, name).is_file()
+    bench.restore(DENSE)
+    bench.restore(second)
+    assert same(snapshot(bench), second_weights)
+    assert warnings == []
+    bench.restore(first)
+    assert same(snapshot(bench), first_weights)
+    assert len(warnings) == sum(
+        a not in (*shared, DENSE) for a in {r.artifact for r in bench.read_checkpoint(first).values()}
+    )
+
+
+# --- measure ---------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_are_measured_once(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = prune(bench, profile, 0.5, MASK)
+    bench.restore(DENSE)
+    first = bench.evaluate(checkpoint, "validation", profile, ignore)
+    assert bench.installed[bench.layers[0].name] != DENSE  # the checkpoint was put in
+    assert first.finite and first.mean_kl is not None and first.mean_kl > 0.01
+    dense = bench.evaluate(DENSE, "validation", profile, ignore)
+    assert dense.nll == bench.read_profile(profile).dense.nll
+    assert dense.mean_kl == pytest.approx(0, abs=1e-6)
+    test = bench.evaluate(checkpoint, "test", profile, ignore)
+    assert len(test.nll) == 2 and test.kl == [0, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.workbench, "evaluate_windows", pytest.fail)
+        assert bench.evaluate(checkpoint, "validation", profile, ignore) == first
+
+
+def test_a_damaged_evaluation_is_named_and_measured_again(bench: Workbench, warnings: list[str]) -> None:
+    profile = bench.profile(ignore)
+    first = bench.evaluate(DENSE, "validation", profile, ignore)
+    [path] = (bench.directory / "evaluations").iterdir()
+    for content in (b"{", b"\xff\xfe", b'{"nll": 3}'):
+        path.write_bytes(content)
+        assert bench.evaluate(DENSE, "validation", profile, ignore) == first
+        assert warnings.pop() == f"{path} is damaged; validation is measured again"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_masks_are_hashed_as_the_exported_file_has_them(
+    architecture: str, tmp_path: Path, workbench_closed: None
+) -> None:
+    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", architecture)), tmp_path / "run")
+    profile = bench.profile(ignore)
+    dense = bench.hash_masks()
+    prune(bench, profile, 0.45)
+    export_model(bench.model, bench.tokenizer, tmp_path / "exported", "card")
+
+    prefix = "model.layers." if architecture == "llama" else "transformer.h."
+    digest, zeros, weights = hashlib.sha256(), 0, 0
+    with safe_open(tmp_path / "exported" / "model.safetensors", "pt") as file:
+        names = [key for key in file.keys() if key.startswith(prefix) and file.get_tensor(key).ndim == 2]  # noqa: SIM118
+        for key in sorted(name.removesuffix(".weight") for name in names):
+            flat = file.get_tensor(f"{key}.weight").flatten().tolist()
+            flat += [0.0] * (-len(flat) % 8)
+            digest.update(key.encode())
+            digest.update(bytes(sum((flat[i + j] != 0) << j for j in range(8)) for i in range(0, len(flat), 8)))
+            zeros, weights = zeros + flat.count(0.0), weights + len(flat)
+    assert bench.hash_masks() == digest.hexdigest() != dense
+    assert (zeros, weights) == bench.count_zeros()
+    assert zeros == round(0.45 * weights)
+
+
+def test_memory_is_counted(bench: Workbench) -> None:
+    assert 10e6 < bench.peak_memory_bytes() < 1e12
+
+
+# --- opening ---------------------------------------------------------------------------------------------------
+
+
+def test_one_workbench_at_a_time(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
+    settings = tiny_settings(tiny_llama)
+    first = open_bench(settings, tmp_path / "a")
+    assert open_bench(tiny_settings(tiny_llama), tmp_path / "a" / ".." / "a") is first
+    second = open_bench(settings, tmp_path / "b")
+    assert second is not first
+    assert open_bench(settings, tmp_path / "b") is second
+    assert open_bench(tiny_settings(tiny_llama, seed=1), tmp_path / "b") is not second
+
+
+def test_fused_experts_are_warned_of(tmp_path: Path, workbench_closed: None) -> None:
+    seen: list[str] = []
+    open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "qwen3_moe")), tmp_path / "run", seen.append)
+    assert "model.layers.0.mlp.experts.down_proj is not a plain linear layer and stays dense" in seen
+
+
+def test_a_disk_too_small_is_refused_at_once(
+    tiny_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 5, 5))
+    with pytest.raises(
+        UserError, match=r"^the disk is full: a run of this model may write 0.0 GB to .*/run, but 0.0 GB"
+    ):
+        open_bench(tiny_settings(tiny_llama), tmp_path / "run")
+
+
+def test_a_failed_opening_can_be_tried_again(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
+    with pytest.raises(UserError, match="is too short"):
+        open_bench(tiny_settings(tiny_llama, calibration_windows=60000), tmp_path / "run")
+    open_bench(tiny_settings(tiny_llama), tmp_path / "run")
+
+
+def test_manifests_are_small_and_plain(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = prune(bench, profile, 0.4)
+    manifest = json.loads(bench.store.path(checkpoint, ".json").read_text())
+    assert manifest["profile"] == profile == bench.read_manifest_profile(checkpoint)
+    assert list(manifest["layers"][bench.layers[0].name]) == ["artifact", "method", "refit", "zeros"]
