@@ -25,11 +25,12 @@ from rich.console import Console
 from graph.agents.chat import AgentError, check_planner
 from graph.config import CONFIGS, RunConfig, read_config
 from graph.display import Display, open_display
-from graph.persistence import RUNS_DIR_VARIABLE, open_saver, open_store, runs_directory
+from graph.persistence import RUNS_DIR_VARIABLE, database, open_saver, open_store, runs_directory
 from graph.runs import list_runs
 from graph.session import create_run, read_run
 from graph.state import Input, State
 from tools.errors import DamagedArtifact, UserError
+from tools.files import explain_full_disk
 from tools.rundir import append_event, lock_run, unlock_run
 from tools.secrets import read_secrets, redact
 from tools.sources import check_device, locate_model
@@ -167,7 +168,8 @@ def _drive(runs_dir: Path, name: str, config: RunConfig, thread: str, *, resumed
             state = State.model_validate(snapshot.values) if snapshot.values else None
             _refuse_changed_config(name, config, state)
             try:
-                return _stream(app, settings, runs_dir / name, config, state, resumed)
+                with explain_full_disk(database(runs_dir)):
+                    return _stream(app, settings, runs_dir / name, config, state, resumed)
             except UserError:
                 if not app.get_state(settings).values.get("profile"):  # nothing was done yet: leave nothing behind
                     saver.delete_thread(thread)

@@ -41,7 +41,7 @@ def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str) -> 
     if record.is_file() and read_run(runs_dir, name)[0] == thread_id:
         lock_run(directory)
         return directory
-    if record.is_file() or (directory.is_dir() and any(directory.iterdir())):
+    if record.is_file() or (directory.is_dir() and not _is_unborn(directory)):
         raise UserError(
             f"run {name!r} exists already in {runs_dir}; resume it with --resume {name}, or choose another --name"
         )
@@ -52,6 +52,11 @@ def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str) -> 
     except OSError as error:
         raise UserError(f"run directory {directory} cannot be written: {error.strerror}") from error
     return directory
+
+
+def _is_unborn(directory: Path) -> bool:
+    """Whether a directory holds no more than a start leaves that was killed before it wrote `run.json`."""
+    return all(path.name == "config.yaml" or path.name.startswith(".") for path in directory.iterdir())
 
 
 def read_run(runs_dir: Path, name: str) -> tuple[str, RunConfig]:

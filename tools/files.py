@@ -50,9 +50,9 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, from Python or from safetensors, says that no space is left."""
+    """Whether an error, from Python, safetensors or SQLite, says that no space is left."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
+    return full or "No space left on device" in str(error) or "database or disk is full" in str(error)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -125,6 +125,8 @@ def _split_planner(planner: str) -> tuple[str, str | None]:
     name, url = match[1], match[2]
     if url is not None and not _is_address(url):
         raise UserError(f"the planner's address {_one_line(redact(url), 100)!r} is not of the form http://HOST:PORT/v1")
+    if url is not None and "@" in urlsplit(url).netloc:  # it would stand in config.yaml and in every checkpoint
+        raise UserError("the planner's address holds a password; set the environment variable OPENAI_API_KEY instead")
     return name, url
 
 

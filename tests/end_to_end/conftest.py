@@ -1,5 +1,6 @@
 """Fixtures of whole runs."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,17 @@ import pytest
 from tests.end_to_end.helpers import Outcome, at_home, end_forks, run_here, train_tiny_model
 
 Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_kept() -> None:
+    """Spare the collector what is imported: each run in this process ends with a full collection."""
+    import datasets
+    import transformers.models.llama.modeling_llama
+
+    assert datasets and transformers
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ from graph.run import main
 from graph.session import read_run
 from graph.state import State
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
+from tools import rundir, workbench
 from tools.rundir import unlock_run
 from tools.texts import cut_windows
-from tools.workbench import close_workbench
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,9 +87,8 @@ def run_here(*arguments: str) -> int:
 
 def let_go() -> None:
     """Give back what a process holds until it ends: the model and the locks of its run directories."""
-    from tools import rundir
-
-    close_workbench()
+    if workbench._open:
+        workbench.close_workbench()
     for directory in list(rundir._locks):
         unlock_run(directory)
 

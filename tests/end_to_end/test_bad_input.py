@@ -2,16 +2,17 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
 from tests.end_to_end.conftest import Command
-from tests.end_to_end.helpers import TINY, Outcome, run_outside
+from tests.end_to_end.helpers import TINY, Outcome, read_summary, run_outside
 from tests.tiny import make_tiny_config, make_tiny_tokenizer
 from tools import workbench
 
@@ -97,7 +98,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("a model is being loaded")
 
     monkeypatch.setattr(workbench, "load_model", refuse)
-    yield
+    return
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
@@ -169,38 +170,35 @@ def test_a_real_process_says_one_line(tmp_path: Path) -> None:
 # Once the model or its tokenizer is there
 
 
-class Late(NamedTuple):
-    flags: list[str]
-    fragments: list[str]
-
-
 LATE = {
-    "a text that is too short": Late(
+    "a text that is too short": (
         ["--test", "file:short.txt"],
         ["text source 'file:short.txt' is too short: 2 test windows of 64 tokens need 128 tokens, but it has "],
     ),
-    "windows that are too long": Late(
-        ["--test", "file:long.txt", "--window", "131072"], ["text source 'pydoc' is too short: "]
+    "windows that are too long": (
+        ["--test", "file:long.txt", "--window", "131072"],
+        ["text source 'pydoc' is too short: "],
     ),
-    "two files that share text": Late(
+    "two files that share text": (
         ["--calibration", "file:long.txt", "--validation", "pydoc", "--test", "file:same.txt"],
         ["the calibration and test texts overlap (", "choose disjoint texts"],
     ),
-    "rows without text": Late(["--test", "file:rows.jsonl"], ["has no", "column"]),
-    "rows that are no JSON": Late(["--test", "file:broken.jsonl"], ["'file:broken.jsonl' could not be read: "]),
-    "a hub id that nobody has": Late(["--model", "no/such-model"], ["model 'no/such-model' could not be loaded: "]),
-    "a model without layers": Late(
-        ["--model", "blockless"], ["the model has no prunable linear layers inside decoder blocks"]
+    "rows without text": (["--test", "file:rows.jsonl"], ["has no", "column"]),
+    "rows that are no JSON": (["--test", "file:broken.jsonl"], ["'file:broken.jsonl' could not be read: "]),
+    "a hub id that nobody has": (["--model", "no/such-model"], ["model 'no/such-model' could not be loaded: "]),
+    "a model without layers": (
+        ["--model", "blockless"],
+        ["the model has no prunable linear layers inside decoder blocks"],
     ),
-    "a broken config": Late(["--model", "broken"], ["model 'broken' could not be loaded: "]),
-    "a broken model": Late(["--model", "torn"], ["model 'torn' could not be loaded: "]),
-    "a model that does not generate": Late(["--model", "bert"], ["model 'bert' "]),
-    "protected layers that are none": Late(["--protect", "*.nothing"], ["'*.nothing' means no layer"]),
-    "bounds that cannot be met": Late(
+    "a broken config": (["--model", "broken"], ["model 'broken' could not be loaded: "]),
+    "a broken model": (["--model", "torn"], ["model 'torn' could not be loaded: "]),
+    "a model that does not generate": (["--model", "bert"], ["model 'bert' "]),
+    "protected layers that are none": (["--protect", "*.nothing"], ["'*.nothing' means no layer"]),
+    "bounds that cannot be met": (
         ["--max-layer-sparsity", "0.2"],
         ["bounds and protected layers allow at most 20", "but 45.00% is asked"],
     ),
-    "a target that the model has passed": Late(["--model", "sparse"], ["ask for at least", "sparsity"]),
+    "a target that the model has passed": (["--model", "sparse"], ["ask for at least", "sparsity"]),
 }
 
 
@@ -257,3 +255,42 @@ def test_refused_in_one_line_and_nothing_is_left(
     assert_refused(outcome, *fragments)
     assert "stopped" not in outcome.out and "resume with" not in outcome.out
     assert_nothing_left()
+
+
+# A full disk
+
+
+def test_a_disk_with_too_little_room(tiny_llama: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: room)
+    outcome = command("--name", "x", "--model", str(tiny_llama), *TINY)
+    assert_refused(outcome, "the disk is full: a run of this model may write ", "use another --runs-dir")
+    assert_nothing_left()
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory, of so many kilobytes."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "none", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("small_disk", [8, 450, 700, 900], indirect=True)
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_room_lets_it_go_on(
+    small_disk: Path, tiny_llama: Path, command: Command
+) -> None:
+    flags = ["--name", "x", "--model", str(tiny_llama), *TINY]
+    outcome = command("--runs-dir", "small", *flags)
+    assert_refused(outcome, "full")
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    again = command("--runs-dir", "small", *(["--resume", "x"] if (small_disk / "x").exists() else flags))
+    assert (again.code, again.err) == (0, "")
+    assert command("--runs-dir", "large", *flags).code == 0
+    assert read_summary(small_disk / "x")["mask_sha256"] == read_summary(Path("large/x"))["mask_sha256"]

@@ -98,9 +98,17 @@ def test_killed_and_resumed(halt: Halt, easy: Easy, tmp_path: Path, command: Com
     assert_same(run, easy)
 
 
+def test_killed_before_there_was_a_run(easy: Easy, tmp_path: Path, command: Command) -> None:
+    halt = Halt("", "graph.session:write_json")
+    assert fork(tmp_path, *easy.flags, halt=halt).finish().code == -signal.SIGKILL
+    assert command("--resume", "run").err == "error: there is no run 'run' in runs; see --list\n"
+    assert command(*easy.flags).code == 0
+    assert_same(tmp_path / "runs" / "run", easy)
+
+
 def test_killed_again_and_again(easy: Easy, tmp_path: Path, command: Command) -> None:
     given = easy.flags
-    for halt in HALTS[1::3]:
+    for halt in (HALTS[i] for i in (1, 3, 6, 9, 13)):
         assert fork(tmp_path, *given, halt=halt).finish().code == -signal.SIGKILL
         given = ["--resume", "run"]
     assert command("--resume", "run").code == 0

@@ -53,7 +53,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         write(layer, weight_OI)
 
     monkeypatch.setattr(Layer, "write", record)
-    yield names
+    return names
 
 
 def steps(model: Path, plans: list[dict[str, Any]], tau: float) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -61,6 +61,14 @@ def test_the_default_comes_near_it() -> None:
     assert fitted - best < 0.02 * (masked - best)
 
 
+def test_as_many_iterations_as_weights_are_enough() -> None:
+    dense, keep, moment = make_layer(20, 6)  # which conjugate directions need, and steepest descent does not manage
+    masked = errors(dense * keep, dense, moment)
+    best = errors(solve_rows(dense, keep, moment), dense, moment)
+    fitted = errors(refit_survivors(dense, keep, moment, iterations=6, tolerance=0.0), dense, moment)
+    assert (fitted - best <= 1e-4 * masked).all()
+
+
 @given(st.integers(0, 2**16), st.integers(1, 6), st.integers(1, 9), st.integers(0, 40), SCALES)
 def test_no_iteration_is_worse_than_the_mask_alone(
     seed: int, rows: int, columns: int, iterations: int, scale: float

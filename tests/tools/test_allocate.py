@@ -203,6 +203,24 @@ def test_protected_layers_keep_exactly_the_zeros_they_have() -> None:
                 assert allocation.zeros[layer.name] > 137
 
 
+def test_protection_goes_before_bounds() -> None:
+    layers = make_layers(weights=10_000)
+    plan = [
+        Adjustment(selector="blocks 0", action="protect"),
+        Adjustment(selector="*", action="bounds", low=0.2, high=0.8),
+    ]
+    allocation = allocate(layers, 0.45, KAPPA, plan)
+    for layer in layers:
+        share = allocation.zeros[layer.name] / layer.weights
+        assert share == 0 if layer.block == 0 else 0.2 <= share <= 0.8
+
+
+def test_curves_that_bend_down_do_not_mislead_the_search() -> None:
+    flat, steep = [1.0] * len(LEVELS), [1.0, 3.0, 3.0, 3.0, 3.0]  # the first 15 % cost as much as all
+    layers = [make_layer(i, KINDS[i], 5_000, kappa) for i, kappa in enumerate((flat, steep))]
+    assert allocate(layers, 0.0625, KAPPA).predicted_kl <= allocate(layers, 0.0625, UNIFORM).predicted_kl
+
+
 def test_bounds_hold_for_kappa_and_uniform() -> None:
     layers = make_layers()
     plan = [

