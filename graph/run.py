@@ -162,7 +162,7 @@ def _drive(runs_dir: Path, name: str, config: RunConfig, thread: str, *, resumed
         with open_saver(runs_dir) as saver, open_store(runs_dir) as store:
             app = builder().compile(checkpointer=saver, store=store, name="billhook")
             snapshot = app.get_state(settings)
-            if snapshot.values and not snapshot.next:
+            if snapshot.values and not snapshot.tasks:  # `next` leaves out a node that ended just before a kill
                 print(f"run {name} is finished: see {runs_dir / name / 'report.md'}")
                 return 0
             state = State.model_validate(snapshot.values) if snapshot.values else None

@@ -79,14 +79,13 @@ def run_here(*arguments: str) -> int:
     try:
         return main(list(arguments))
     finally:
-        let_go()
         os.environ.pop("BILLHOOK_RUNS_DIR", None)
         if runs_dir is not None:
             os.environ["BILLHOOK_RUNS_DIR"] = runs_dir
 
 
 def let_go() -> None:
-    """Give back what a process holds until it ends: the model and the locks of its run directories."""
+    """Give back what a process may hold until it ends: the model, and the locks of its run directories."""
     if workbench._open:
         workbench.close_workbench()
     for directory in list(rundir._locks):
@@ -127,7 +126,7 @@ class Halt:
     count: int = 1
     after: bool = False
     """After the call has returned, rather than before it begins."""
-    kind: Literal["kill", "hang", "interrupt"] = "kill"
+    kind: Literal["kill", "hang"] = "kill"
 
     def arm(self) -> None:
         """Patch the target in this process."""
@@ -154,7 +153,7 @@ class Halt:
     def strike(self) -> None:
         if self.kind == "hang":
             time.sleep(600)
-        os.kill(os.getpid(), signal.SIGKILL if self.kind == "kill" else signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watch_nodes() -> Callable[[], str]:

@@ -30,16 +30,20 @@ from tests.end_to_end.helpers import (
 )
 
 SAVE = "langgraph.checkpoint.sqlite:SqliteSaver.put"
+NOTE = "langgraph.checkpoint.sqlite:SqliteSaver.put_writes"
+"""A node's update is noted first, and becomes part of a saved state a moment later."""
 
 HALTS = [
     Halt("profile", "tools.workbench:collect_statistics", after=True),
     Halt("profile", SAVE),
+    Halt("profile", NOTE, after=True),
     Halt("plan", "graph.nodes.plan:choose_plan", 2, after=True),
     Halt("prune", "tools.workbench:Workbench._compute", 5),
     Halt("prune", "tools.workbench:Workbench._append_index", 20),
     Halt("prune", "tools.files:ArtifactStore.write_json", after=True),
     Halt("validate", "tools.workbench:evaluate_windows", after=True),
     Halt("validate", SAVE, 2),
+    Halt("validate", NOTE, after=True),
     Halt("accept", "tools.workbench:Workbench.forget_checkpoints", 2, after=True),
     Halt("rollback", "tools.workbench:Workbench._install", 5, after=True),
     Halt("reflect", "graph.nodes.reflect:write_lesson", 2),
@@ -47,6 +51,7 @@ HALTS = [
     Halt("finish", "tools.workbench:evaluate_windows", 2, after=True),
     Halt("finish", "graph.nodes.finish:export_model", after=True),
     Halt("finish", "graph.nodes.finish:write_json", after=True),
+    Halt("finish", NOTE, after=True),
 ]
 
 
@@ -108,7 +113,7 @@ def test_killed_before_there_was_a_run(easy: Easy, tmp_path: Path, command: Comm
 
 def test_killed_again_and_again(easy: Easy, tmp_path: Path, command: Command) -> None:
     given = easy.flags
-    for halt in (HALTS[i] for i in (1, 3, 6, 9, 13)):
+    for halt in (HALTS[i] for i in (1, 4, 8, 11, 15)):
         assert fork(tmp_path, *given, halt=halt).finish().code == -signal.SIGKILL
         given = ["--resume", "run"]
     assert command("--resume", "run").code == 0
