@@ -29,7 +29,7 @@ from graph.persistence import RUNS_DIR_VARIABLE, database, open_saver, open_stor
 from graph.runs import list_runs
 from graph.session import create_run, read_run
 from graph.state import Input, State
-from tools.errors import DamagedArtifact, UserError
+from tools.errors import DamagedArtifact, DiskFull, UserError
 from tools.files import explain_full_disk
 from tools.rundir import append_event, lock_run, unlock_run
 from tools.secrets import read_secrets, redact
@@ -170,8 +170,12 @@ def _drive(runs_dir: Path, name: str, config: RunConfig, thread: str, *, resumed
             try:
                 with explain_full_disk(database(runs_dir)):
                     return _stream(app, settings, runs_dir / name, config, state, resumed)
+            except DiskFull:
+                raise
             except UserError:
-                if not app.get_state(settings).values.get("profile"):  # nothing was done yet: leave nothing behind
+                if not resumed and not app.get_state(settings).values.get(
+                    "profile"
+                ):  # nothing was done yet: leave nothing behind
                     saver.delete_thread(thread)
                     shutil.rmtree(runs_dir / name)
                 raise

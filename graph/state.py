@@ -10,6 +10,9 @@ from tools.recipes import Adjustment, Recipe
 
 MAX_ADJUSTMENTS = 64
 
+SIGMAS = 2.0
+"""Differences of KL below this many standard errors are noise: neither an improvement nor a lesson."""
+
 SAME_SPARSITY = 5e-4
 """Two sparsities nearer than this are the same budget: the promise is the target within 0.05 %."""
 
@@ -44,6 +47,9 @@ class Trial(BaseModel):
     perplexity: float | None = Field(description="On the validation text; null when it was not finite.")
     kl: float | None = Field(description="KL(dense || pruned) in nats per token; null when not finite.")
     kl_error: float | None = Field(None, description="Standard error of kl over the windows.")
+    change_error: float | None = Field(
+        None, description="Standard error of kl minus the last accepted trial's, paired; null where not comparable."
+    )
     predicted_kl: float = Field(description="Sum of the KL curves at this allocation, nats per token.")
     verdict: Literal["accept", "rollback"]
     reason: str = ""

@@ -5,5 +5,9 @@ class UserError(ValueError):
     """Bad input: the message is one line that says what was wrong and what to do."""
 
 
+class DiskFull(UserError):
+    """No space was left in the middle of a run; what was done stands, and the run can be resumed."""
+
+
 class DamagedArtifact(RuntimeError):
     """A file of the run directory does not match the hash it was written under."""

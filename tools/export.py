@@ -4,30 +4,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tools.errors import UserError
-from tools.files import is_disk_full
+from tools.files import explain_full_disk
 
 
 def export_model(model: Any, tokenizer: Any, directory: Path, card: str) -> None:
     """Write weights (safetensors), config, generation config, tokenizer and model card; whole or not at all.
 
     What a dequantised GGUF says of its quantisation is removed, and no `sparsity_config` is written: serving stacks
-    refuse it even for dense weights. Raises UserError when the disk is full.
+    refuse it even for dense weights. Raises DiskFull when no space is left.
     """
     aside = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-    except Exception as error:
+        with explain_full_disk(directory):
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(aside)
+            (aside / "README.md").write_text(card, encoding="utf-8")
+    except Exception:
         shutil.rmtree(aside, ignore_errors=True)
-        if is_disk_full(error):
-            raise UserError(f"the disk is full while writing {directory}; free some space, then --resume") from error
         raise
     for file in aside.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read

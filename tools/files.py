@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.errors import DamagedArtifact, UserError
+from tools.errors import DamagedArtifact, DiskFull
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then rename it there. UserError when the disk is full.
+    """Let `write` fill a file beside `path`, then rename it there. DiskFull when no space is left.
 
     Not flushed to the disk at once: what matters is checked against its hash when it is read.
     """
@@ -37,14 +37,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn an error that says that no space is left for `path` into a UserError."""
+    """Turn an error that says that no space is left for `path` into DiskFull."""
     try:
         yield
     except Exception as error:
         if not is_disk_full(error):
             raise
         free = shutil.disk_usage(next(place for place in path.absolute().parents if place.exists())).free
-        raise UserError(
+        raise DiskFull(
             f"the disk is full ({free / 1e6:.0f} MB free) while writing {path}; free some space, then --resume"
         ) from error
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from graph.agents.heuristic import group_kl, group_layers
-from graph.state import SAME_SPARSITY, Lesson, Trial
+from graph.state import SAME_SPARSITY, SIGMAS, Lesson, Trial
 from tools.curves import LayerProfile
 from tools.recipes import Recipe
 
@@ -42,8 +42,11 @@ def draw_lesson(
     # Pruning the group more and being hurt more than predicted means precious; pruning it less and gaining less
     # than predicted means the opposite.
     surprise = (measured - predicted) / holds * math.copysign(1.0, moved[selector])
+    if trial.change_error is not None and abs(measured - predicted) <= SIGMAS * trial.change_error:
+        surprise = 0.0
     factor = min(max(1 + surprise, 1 / MOST), MOST)
     direction = "more" if moved[selector] > 0 else "less"
+    advice = f"count it {factor:.2f} times" if surprise else "as predicted, within the noise"
     return Lesson(
         run=run,
         iteration=trial.iteration,
@@ -53,7 +56,7 @@ def draw_lesson(
         predicted=predicted,
         measured=measured,
         text=f"Pruning {selector} {direction} changed KL by {measured:+.4f} where {predicted:+.4f} was predicted: "
-        f"count it {factor:.2f} times.",
+        f"{advice}.",
     )
 
 

@@ -9,11 +9,8 @@ from graph.agents.planner import describe_plan
 from graph.config import RunConfig
 from graph.nodes.plan import allocate_plan
 from graph.session import enter, open_bench
-from graph.state import SAME_SPARSITY, State, Trial
+from graph.state import SAME_SPARSITY, SIGMAS, State, Trial
 from tools.evaluate import Evaluation, compare_kl
-
-SIGMAS = 2.0
-"""At the same sparsity, KL must fall by this many standard errors of the paired difference."""
 
 
 def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -37,6 +34,7 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             perplexity=evaluation.perplexity,
             kl=evaluation.mean_kl,
             kl_error=evaluation.kl_error if evaluation.finite else None,
+            change_error=compare_kl(evaluation, accepted)[1] if evaluation.finite else None,
             predicted_kl=allocate_plan(bench.read_profile(state.profile).layers, state.plan, state.config).predicted_kl,
             verdict=verdict,
             reason=reason,

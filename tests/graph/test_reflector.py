@@ -44,6 +44,16 @@ def test_a_surprise_goes_to_the_group_that_moved_most(amount: float, surprise: f
     assert unsurprised.factor == pytest.approx(1, abs=1e-3)
 
 
+def test_a_surprise_inside_the_noise_teaches_nothing() -> None:
+    before, after = make_trial(1, "accept", 0.45, Recipe()), tilt(0.1)
+    for error, factor in ((1.0, 1.0), (1e-6, MOST)):
+        trial = make_trial(2, "rollback", 0.45, Recipe()).model_copy(update={"kl": 0.5, "change_error": error})
+        lesson = draw_lesson("run", LAYERS, trial, after, before, EVEN)
+        assert lesson is not None
+        assert lesson.factor == factor
+        assert ("within the noise" in lesson.text) is (factor == 1.0)
+
+
 def test_a_change_of_method_is_about_the_whole_model() -> None:
     before = make_trial(1, "accept", 0.45, Recipe(refit=False))
     lesson = draw_lesson("run", LAYERS, make_trial(2, "accept", 0.45, Recipe()), EVEN, before, EVEN)
