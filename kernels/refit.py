@@ -12,6 +12,7 @@ def refit_survivors(
     keep_OI: Tensor,
     second_moment_II: Tensor,
     *,
+    start_OI: Tensor | None = None,
     iterations: int = 16,
     tolerance: float = 1e-3,
 ) -> Tensor:
@@ -19,7 +20,8 @@ def refit_survivors(
 
     Minimises (w - w0)^T H (w - w0) over the entries of w that stay, H = A + DAMPING * mean(diag A) * I, by
     conjugate gradients with a Jacobi preconditioner, all rows together; starts at the masked dense weights, so no
-    iteration leaves a larger error than the mask alone. Stops when the preconditioned residual has fallen to
+    iteration leaves a larger error than the mask alone, or at the masked `start_OI`, where a better start is known:
+    then none is larger than the start's. Stops when the preconditioned residual has fallen to
     `tolerance` of where it began.
     """
     dense_OI = dense_OI.float()
@@ -32,7 +34,7 @@ def refit_survivors(
     def product(rows_OI: Tensor) -> Tensor:
         return torch.addmm(rows_OI, rows_OI, second_moment_II, beta=damping)
 
-    weight_OI = dense_OI * keep_OI
+    weight_OI = (dense_OI if start_OI is None else start_OI.float()) * keep_OI
     residual_OI = product(dense_OI - weight_OI).mul_(keep_OI)
     step_OI = residual_OI * inverse_diagonal_I
     norm_O = (residual_OI * step_OI).sum(1, keepdim=True)

@@ -10,15 +10,16 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["wanda", "two-sided"] = Field(
+    method: Literal["magnitude", "wanda", "two-sided", "sparsegpt", "two-sided-obs", "refit"] = Field(
         "two-sided",
-        description="wanda: |W|*sqrt(a) within each output row. two-sided: W^2*a*gamma within the whole layer; "
-        "usually better.",
+        description="magnitude: |W| within the layer. wanda: |W|*sqrt(a) within each output row. two-sided: "
+        "W^2*a*gamma within the layer; usually the best mask. sparsegpt, two-sided-obs: survivors corrected column by "
+        "column. refit: the two-sided mask grown in 5 steps, survivors refitted between; the best and slowest.",
     )
     refit: bool = Field(
         True,
-        description="Refit all surviving weights of a layer by least squares; costs most of a round's time and "
-        "usually wins much.",
+        description="After any method but refit, fit all surviving weights of a layer by least squares; costs most of "
+        "a round's time and usually wins much.",
     )
     allocation: Literal["kappa", "uniform"] = Field(
         "kappa", description="kappa: minimise the predicted KL over the layers. uniform: the same sparsity everywhere."
@@ -30,7 +31,7 @@ class Recipe(BaseModel):
     @property
     def mask_label(self) -> str:
         """What is done inside a layer, such as `two-sided+refit`."""
-        return f"{self.method}{'+refit' if self.refit else ''}"
+        return f"{self.method}{'+refit' if self.refit and self.method != 'refit' else ''}"
 
     @property
     def label(self) -> str:

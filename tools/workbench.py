@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from kernels.methods import LayerStatistics, prune_weight
+from kernels.methods import MASK_ONLY, LayerStatistics, prune_weight
 from kernels.packing import pack_mask, pack_weight, unpack_mask, unpack_weight
 from tools.allocate import Allocation
 from tools.curves import LayerProfile
@@ -182,10 +182,11 @@ class Workbench:
 
     def _compute(self, profile: str, name: str, record: LayerRecord) -> str:
         """Prune one layer, put it into the model and on disk; its artifact."""
-        statistics = self._statistics_of(profile, name, record.refit)
+        changes = record.refit or record.method not in MASK_ONLY
+        statistics = self._statistics_of(profile, name, changes)
         dense_OI = self.dense[name].to(self.device)
         pruned_OI = prune_weight(record.method, dense_OI, statistics, record.zeros, refit=record.refit)
-        if record.refit:
+        if changes:
             bits, values = pack_weight(pruned_OI)
             tensors = {"mask": bits, "values": values}
         else:  # the survivors are the dense weights: the mask says everything

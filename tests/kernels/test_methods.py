@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.masks import keep_highest, keep_highest_of_rows
-from kernels.methods import MASKS, LayerStatistics, prune_weight
+from kernels.methods import MASK_ONLY, METHODS, LayerStatistics, prune_weight
 from kernels.refit import refit_survivors
 from kernels.scores import score_two_sided, score_wanda
 
@@ -26,7 +26,7 @@ def make(dtype: torch.dtype = torch.float32, rows: int = 12, columns: int = 17) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("refit", [False, True])
-@pytest.mark.parametrize("method", sorted(MASKS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_counts_are_exact_and_zeros_are_plain(method: str, refit: bool, dtype: torch.dtype) -> None:
     weight, statistics = make(dtype)
     for zeros in (3, 92, weight.numel()):
@@ -34,7 +34,7 @@ def test_counts_are_exact_and_zeros_are_plain(method: str, refit: bool, dtype: t
         assert pruned.dtype == dtype
         assert int((pruned == 0).sum()) == zeros
         assert not torch.signbit(pruned[pruned == 0]).any()  # -0.0 would not come back from a packed artifact
-        mask = MASKS[method](weight, statistics, zeros)
+        mask = METHODS[method](weight, statistics, zeros).keep_OI
         assert torch.equal(pruned != 0, mask)
 
 
@@ -42,9 +42,9 @@ def test_wanda_compares_within_rows_and_two_sided_within_the_layer() -> None:
     weight, statistics = make()
     dead = weight == 0
     wanda = keep_highest_of_rows(score_wanda(weight, statistics.mean_square_I), dead, 92)
-    assert torch.equal(MASKS["wanda"](weight, statistics, 92), wanda)
+    assert torch.equal(METHODS["wanda"](weight, statistics, 92).keep_OI, wanda)
     score = score_two_sided(weight, statistics.mean_square_I, statistics.gradient_square_O)
-    assert torch.equal(MASKS["two-sided"](weight, statistics, 92), keep_highest(score, dead, 92))
+    assert torch.equal(METHODS["two-sided"](weight, statistics, 92).keep_OI, keep_highest(score, dead, 92))
 
 
 def test_without_refit_survivors_are_the_dense_weights() -> None:
@@ -56,7 +56,7 @@ def test_without_refit_survivors_are_the_dense_weights() -> None:
 def test_with_refit_survivors_are_fitted() -> None:
     weight, statistics = make()
     assert statistics.second_moment_II is not None
-    keep = MASKS["two-sided"](weight, statistics, 92)
+    keep = METHODS["two-sided"](weight, statistics, 92).keep_OI
     fitted = prune_weight("two-sided", weight, statistics, 92, refit=True)
     assert torch.equal(fitted, refit_survivors(weight, keep, statistics.second_moment_II))
     assert not torch.equal(fitted, weight * keep)
@@ -82,9 +82,11 @@ def test_a_survivor_that_underflows_is_still_a_survivor(monkeypatch: pytest.Monk
 def test_a_refit_without_second_moment_is_refused() -> None:
     weight, statistics = make()
     lacking = LayerStatistics(statistics.mean_square_I, statistics.gradient_square_O)
-    with pytest.raises(ValueError, match="a refit needs the second moment of the layer's inputs"):
+    with pytest.raises(ValueError, match="changing the survivors needs the second moment of the layer's inputs"):
         prune_weight("wanda", weight, lacking, 5, refit=True)
     prune_weight("wanda", weight, lacking, 5, refit=False)
+    with pytest.raises(ValueError, match="needs the second moment"):
+        prune_weight("sparsegpt", weight, lacking, 5, refit=False)
 
 
 def test_statistics_that_are_not_finite_are_refused() -> None:
@@ -100,8 +102,16 @@ def test_statistics_that_are_not_finite_are_refused() -> None:
         prune_weight("two-sided", weight, bad, 92, refit=True)
 
 
-def test_the_dense_weight_is_left_alone() -> None:
+def test_methods_that_change_no_survivor_are_known() -> None:
+    weight, statistics = make()
+    for method in METHODS:
+        pruned, keep = METHODS[method](weight, statistics, 92)
+        assert torch.equal(pruned, torch.where(keep, weight, 0)) is (method in MASK_ONLY)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_dense_weight_is_left_alone(method: str) -> None:
     weight, statistics = make()
     copy = weight.clone()
-    prune_weight("two-sided", weight, statistics, 92, refit=True)
+    prune_weight(method, weight, statistics, 92, refit=True)
     assert torch.equal(weight, copy)

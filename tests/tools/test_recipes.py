@@ -5,12 +5,12 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from kernels.methods import MASKS
+from kernels.methods import METHODS
 from tools.recipes import Adjustment, Recipe
 
 
 def test_every_method_is_a_kernel_and_the_other_way_round() -> None:
-    assert set(get_args(Recipe.model_fields["method"].annotation)) == set(MASKS)
+    assert set(get_args(Recipe.model_fields["method"].annotation)) == set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,8 @@ def test_every_method_is_a_kernel_and_the_other_way_round() -> None:
         (Recipe(), "two-sided+refit", "two-sided+refit:kappa"),
         (Recipe(strength=0.8), "two-sided+refit", "two-sided+refit:kappa@0.8"),
         (Recipe(method="wanda", refit=False, allocation="uniform"), "wanda", "wanda:uniform"),
+        (Recipe(method="refit"), "refit", "refit:kappa"),
+        (Recipe(method="sparsegpt"), "sparsegpt+refit", "sparsegpt+refit:kappa"),
         (Recipe(allocation="uniform", strength=0.5), "two-sided+refit", "two-sided+refit:uniform"),
     ],
 )
@@ -38,7 +40,7 @@ def test_a_recipe_is_a_value() -> None:
         ({"strength": 1.01}, "less than or equal to 1"),
         ({"strength": -0.1}, "greater than or equal to 0"),
         ({"strength": float("nan")}, "strength"),
-        ({"method": "magnitude"}, "'wanda' or 'two-sided'"),
+        ({"method": "random"}, "'two-sided-obs' or 'refit'"),
         ({"allocation": "owl"}, "'kappa' or 'uniform'"),
         ({"gamma_clip": 10}, "Extra inputs are not permitted"),
     ],

@@ -1,0 +1,57 @@
+"""No update may cost more than it repairs. Shape suffixes: O output features (rows), I input features (columns)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pruned(NamedTuple):
+    """A pruned layer."""
+
+    weight_OI: Tensor
+    """In the dtype of the dense weight, zero where `keep_OI` is False."""
+    keep_OI: Tensor
+    """bool, True = stays."""
+
+
+def row_errors(change_OI: Tensor, second_moment_II: Tensor) -> Tensor:
+    """Mean over tokens of ((W - W')x)^2 of each output, from change = W - W' and A: shape (O,), fp32, at least 0."""
+    change_OI = change_OI.float()
+    return (change_OI @ second_moment_II.float()).mul_(change_OI).sum(1).clamp_(min=0)
+
+
+def keep_better_rows(
+    updated_OI: Tensor,
+    weight_OI: Tensor,
+    keep_OI: Tensor,
+    second_moment_II: Tensor,
+    bound_O: Tensor | None = None,
+) -> Tensor:
+    """`updated_OI`, but rows whose error the mask alone leaves smaller become the masked dense row.
+
+    The error is the true one, sum over tokens of ((W - W')x)^2 without damping, of the updated weight in the dtype
+    it is given in. An update can lose against its mask for three reasons: SparseGPT fixes a survivor before it knows
+    which later columns go; damping weighs the inputs differently from the text; and rounding the survivors to bf16
+    may cost more than removing the few least weights did. `bound_O` is an upper bound on each row's error, if one is
+    known: rows where it is below the mask's error need no second product.
+    """
+    masked_O = row_errors(weight_OI.float() * ~keep_OI, second_moment_II)
+    rows = torch.arange(len(masked_O), device=masked_O.device)
+    if bound_O is not None:
+        rows = (bound_O > masked_O).nonzero()[:, 0]
+    worse = rows[row_errors(weight_OI[rows].float() - updated_OI[rows], second_moment_II) > masked_O[rows]]
+    if len(worse) == 0:
+        return updated_OI
+    better_OI = updated_OI.clone()
+    better_OI[worse] = torch.where(keep_OI[worse], weight_OI[worse], 0).to(updated_OI.dtype)
+    return better_OI
+
+
+def bound_rounding(exact_OI: Tensor, rounded_OI: Tensor, error_O: Tensor, mean_square_I: Tensor) -> Tensor:
+    """Upper bound on the error of each row after rounding, from its error before: shape (O,).
+
+    sqrt(e^T A e) is a norm, and that of the rounding alone is at most sum_j |r_j| sqrt(a_j).
+    """
+    rounding_O = (exact_OI - rounded_OI.float()).abs_() @ mean_square_I.float().clamp(min=0).sqrt()
+    return (error_O.clamp(min=0).sqrt() + rounding_O).square()

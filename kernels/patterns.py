@@ -1,0 +1,62 @@
+"""N:M patterns: of every M consecutive inputs of a row, the N lowest are zeroed.
+
+So N counts the zeros, as in Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774), not the survivors; for 2:4
+and 4:8 the two are the same.
+
+Shape suffixes: O output features (rows), I input features (columns), M position in a group, C group and row.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from kernels.ranks import order_preserving_ints
+
+
+def parse_pattern(text: str) -> tuple[int, int]:
+    """`"N:M"` to (N zeroed, of M consecutive inputs). Raises ValueError in one line when it is not 0 < N < M."""
+    form = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text, re.ASCII)
+    if form is None or not 0 < int(form[1]) < int(form[2]):
+        raise ValueError(f"pattern {text!r} is not N:M with 0 < N < M, such as 2:4")
+    return int(form[1]), int(form[2])
+
+
+def check_group(columns: int, pruned: int, group: int) -> None:
+    """Raises ValueError in one line when `columns` inputs cannot be pruned `pruned` of `group`."""
+    if not 0 <= pruned <= group or group < 1:
+        raise ValueError(f"{pruned} zeros do not fit into a group of {group} inputs")
+    if columns % group:
+        raise ValueError(f"{columns} inputs are not divisible into groups of {group}")
+
+
+def keep_highest_of_groups(score_OI: Tensor, dead_OI: Tensor, pruned: int, group: int) -> Tensor:
+    """Mask (bool, True = stays) with the `pruned` lowest scores of every `group` consecutive inputs removed.
+
+    Weights marked `dead_OI` (exact zeros) go first; ties go by column, as a stable sort would. Every group loses
+    exactly `pruned`, so a group with more exact zeros than that keeps some of them. Raises ValueError when d_in is
+    not divisible by `group`, or a score is negative or not finite.
+    """
+    rows, columns = score_OI.shape
+    check_group(columns, pruned, group)
+    ranks_CM = order_preserving_ints(score_OI, dead_OI).reshape(-1, group)
+    keep_MC = keep_highest_of_columns(ranks_CM.T.contiguous(), pruned)
+    return keep_MC.T.reshape(rows, columns)
+
+
+def keep_highest_of_columns(ranks_MC: Tensor, pruned: int) -> Tensor:
+    """Mask (bool, True = stays) with the `pruned` lowest of each *column* removed, ties by row."""
+    members = len(ranks_MC)
+    if members > 32:  # the pairs grow with the square
+        order_MC = torch.sort(ranks_MC, dim=0, stable=True).indices
+        keep_MC = torch.ones_like(ranks_MC, dtype=torch.bool)
+        return keep_MC.scatter_(0, order_MC[:pruned], False)
+    # A member's place in its group is the number of members before it. A group lies across the rows, so that each
+    # comparison is one pass over two whole rows.
+    place_MC = torch.zeros(ranks_MC.shape, dtype=torch.uint8, device=ranks_MC.device)
+    for i in range(members):
+        for j in range(i + 1, members):
+            first_goes = ranks_MC[i] <= ranks_MC[j]
+            place_MC[j] += first_goes
+            place_MC[i] += ~first_goes
+    return place_MC >= pruned
