@@ -16,9 +16,21 @@ class Pruned(NamedTuple):
 
 
 def row_errors(change_OI: Tensor, second_moment_II: Tensor) -> Tensor:
-    """Mean over tokens of ((W - W')x)^2 of each output, from change = W - W' and A: shape (O,), fp32, at least 0."""
+    """Mean over tokens of ((W - W')x)^2 of each output, from change = W - W' and A: shape (O,), fp32, at least 0.
+
+    A is symmetric, so what lies below its diagonal need not be multiplied: little more than half a product.
+    """
     change_OI = change_OI.float()
-    return (change_OI @ second_moment_II.float()).mul_(change_OI).sum(1).clamp_(min=0)
+    columns = change_OI.shape[1]
+    error_O = torch.zeros(len(change_OI), device=change_OI.device)
+    width = max(64, -(-columns // 8))
+    for start in range(0, columns, width):
+        end = start + width
+        part_OI = change_OI[:, start:end]
+        product_OI = part_OI @ second_moment_II[start:end, start:end].float()
+        product_OI.addmm_(change_OI[:, :start], second_moment_II[:start, start:end].float(), alpha=2)
+        error_O += product_OI.mul_(part_OI).sum(1)
+    return error_O.clamp_(min=0)
 
 
 def keep_better_rows(
@@ -36,7 +48,7 @@ def keep_better_rows(
     may cost more than removing the few least weights did. `bound_O` is an upper bound on each row's error, if one is
     known: rows where it is below the mask's error need no second product.
     """
-    masked_O = row_errors(weight_OI.float() * ~keep_OI, second_moment_II)
+    masked_O = row_errors(weight_OI.float().masked_fill(keep_OI, 0.0), second_moment_II)
     rows = torch.arange(len(masked_O), device=masked_O.device)
     if bound_O is not None:
         rows = (bound_O > masked_O).nonzero()[:, 0]

@@ -108,15 +108,14 @@ def prune_obs(
     """
     factor = factor or inverse_factor(second_moment_II)
     rows, columns = weight_OI.shape
-    exact_IO = (weight_OI == 0).T
+    exact_IO = (weight_OI == 0).T.contiguous()
+    exact_I = exact_IO.sum(1)
     starts = [*range(0, columns, BLOCK), columns]
-    exact_I = exact_IO.sum(1).cumsum(0).tolist()
-    free_I = torch.where(factor.dead_I[:, None], True, exact_IO).sum(1).cumsum(0).tolist()
     quotas = split_zeros(
         zeros,
         sizes=[(end - start) * rows for start, end in pairwise(starts)],
-        exact=_differences(exact_I, starts),
-        free=_differences(free_I, starts),
+        exact=_sum_blocks(exact_I, starts),
+        free=_sum_blocks(exact_I.masked_fill(factor.dead_I, rows), starts),
     )
     scale_I, scale_O = _column_scale(factor), _row_scale(gradient_square_O)
 
@@ -146,7 +145,7 @@ def prune_obs_groups(
     """
     check_group(weight_OI.shape[1], pruned, group)
     factor = factor or inverse_factor(second_moment_II)
-    exact_IO = (weight_OI == 0).T
+    exact_IO = (weight_OI == 0).T.contiguous()
     scale_I = _column_scale(factor)
 
     def choose(group_MO: Tensor, start: int, end: int) -> Tensor:
@@ -196,9 +195,9 @@ def _apportion(total: int, sizes: Sequence[int]) -> list[int]:
     return [after - before for before, after in pairwise(ends)]
 
 
-def _differences(running: list[int], starts: list[int]) -> list[int]:
-    ends = [running[end - 1] if end else 0 for end in starts]
-    return [after - before for before, after in pairwise(ends)]
+def _sum_blocks(count_I: Tensor, starts: list[int]) -> list[int]:
+    counts = count_I.tolist()
+    return [sum(counts[start:end]) for start, end in pairwise(starts)]
 
 
 def _column_scale(factor: InverseFactor) -> Tensor:
@@ -235,7 +234,7 @@ def _sweep(weight_OI: Tensor, second_moment_II: Tensor, factor: InverseFactor, c
         work_IO[end:].addmm_(factor.factor_II[start:end, end:].T, error_BO, alpha=-1)
         error_BO[factor.dead_I[start:end]] = 0
         loss_O += error_BO.square().sum(0)
-    return _finish(weight_OI, work_IO, goes_IO, loss_O, second_moment_II, factor)
+    return _finish(weight_OI, work_IO, goes_IO, loss_O, second_moment_II)
 
 
 def _sweep_block(
@@ -261,25 +260,18 @@ def _sweep_block(
     return error_BO
 
 
-def _finish(
-    weight_OI: Tensor,
-    work_IO: Tensor,
-    goes_IO: Tensor,
-    loss_O: Tensor,
-    second_moment_II: Tensor,
-    factor: InverseFactor,
-) -> Pruned:
+def _finish(weight_OI: Tensor, work_IO: Tensor, goes_IO: Tensor, loss_O: Tensor, second_moment_II: Tensor) -> Pruned:
     """Zero what goes, round to the weight's dtype, and undo rows that came out worse than their mask.
 
-    The sum of err^2 is the damped error (w - w0)^T H (w - w0), as w - w0 = -err U; so the true error costs nothing.
+    `loss_O`, the sum of err^2, is the damped error (w - w0)^T H (w - w0), as w - w0 = -err U: so a bound on the true
+    error of most rows costs nothing.
     """
-    exact_OI = work_IO.masked_fill_(goes_IO, 0.0).T
-    if not bool(torch.isfinite(exact_OI).all()):
+    exact_OI = work_IO.masked_fill_(goes_IO, 0.0).T.contiguous()
+    if not bool(torch.isfinite(exact_OI.sum())):
         raise ValueError("the updated weights are not finite")
-    keep_OI = ~goes_IO.T.contiguous()
-    updated_OI = exact_OI.to(weight_OI.dtype, memory_format=torch.contiguous_format)
-    live_OI = (exact_OI - weight_OI).masked_fill_(factor.dead_I, 0.0)
-    error_O = loss_O - factor.damping * live_OI.square().sum(1)
-    # The sums are fp32: allow for their rounding, so that the bound is one.
-    bound_O = bound_rounding(exact_OI, updated_OI, error_O + 1e-4 * loss_O, second_moment_II.diagonal())
+    keep_OI = goes_IO.logical_not_().T.contiguous()
+    updated_OI = exact_OI.to(weight_OI.dtype)
+    bound_O = loss_O * (1 + 1e-4)  # it is a sum in fp32
+    if updated_OI.dtype != torch.float32:
+        bound_O = bound_rounding(exact_OI, updated_OI, bound_O, second_moment_II.diagonal())
     return Pruned(keep_better_rows(updated_OI, weight_OI, keep_OI, second_moment_II, bound_O), keep_OI)

@@ -46,8 +46,8 @@ def keep_highest_of_groups(score_OI: Tensor, dead_OI: Tensor, pruned: int, group
 
 def keep_highest_of_columns(ranks_MC: Tensor, pruned: int) -> Tensor:
     """Mask (bool, True = stays) with the `pruned` lowest of each *column* removed, ties by row."""
-    members = len(ranks_MC)
-    if members > 32:  # the pairs grow with the square
+    members, groups = ranks_MC.shape
+    if members > 32 or groups < 300 * members:  # too many pairs, or too little work for as many calls
         order_MC = torch.sort(ranks_MC, dim=0, stable=True).indices
         keep_MC = torch.ones_like(ranks_MC, dtype=torch.bool)
         return keep_MC.scatter_(0, order_MC[:pruned], False)
