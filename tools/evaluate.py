@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from tools.profile import Progress
@@ -18,6 +18,12 @@ class Evaluation(BaseModel):
 
     nll: list[float | None] = Field(description="Nats per token of each window; null where it was not finite.")
     kl: list[float | None] = Field(description="KL(dense || model) of each window, nats per token.")
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> Self:
+        if len(self.nll) != len(self.kl):
+            raise ValueError(f"{len(self.nll)} windows with a loss, but {len(self.kl)} with a KL")
+        return self
 
     @property
     def finite(self) -> bool:
