@@ -62,9 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     fields = parser.add_argument_group("fields of the config")
     for name, field in RunConfig.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
-        choices = (
-            f" One of: {', '.join(get_args(field.annotation))}." if get_origin(field.annotation) is Literal else ""
-        )
+        choices = f" One of: {', '.join(get_args(field.annotation))}." if _is_choice(field.annotation) else ""
         text = f"{field.description}{choices} Default: {field.default!r}.".replace("%", "%%")
         if field.annotation is bool:
             fields.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
@@ -173,9 +171,8 @@ def _drive(runs_dir: Path, name: str, config: RunConfig, thread: str, *, resumed
             except DiskFull:
                 raise
             except UserError:
-                if not resumed and not app.get_state(settings).values.get(
-                    "profile"
-                ):  # nothing was done yet: leave nothing behind
+                profiled = app.get_state(settings).values.get("profile")
+                if not resumed and not profiled:  # nothing was done yet: leave nothing behind
                     saver.delete_thread(thread)
                     shutil.rmtree(runs_dir / name)
                 raise

@@ -74,8 +74,19 @@ def read_run(runs_dir: Path, name: str) -> tuple[str, RunConfig]:
 class Session:
     """One node at work: emits events to the run's log and to whoever streams the graph."""
 
-    def __init__(self, directory: Path, write: Any) -> None:
+    def __init__(self, directory: Path, write: Any, spent: float) -> None:
         self.directory, self._write = directory, write
+        self._spent, self._began = spent, time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the node was entered."""
+        return time.monotonic() - self._began
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in the run's nodes so far, this one's among them."""
+        return self._spent + self.elapsed
 
     def emit(self, type_: str, **data: Any) -> None:
         """Record an event in `events.jsonl` and show it."""
@@ -96,12 +107,11 @@ class Session:
         self.emit("warning", text=text)
 
 
-@contextmanager
-def enter(node: str, state: State, runtime: Runtime[RunConfig]) -> Iterator[Session]:
-    """Announce a node and hand out its session."""
-    session = Session(directory_of(state), runtime.stream_writer)
+def enter(node: str, state: State, runtime: Runtime[RunConfig]) -> Session:
+    """Announce a node; its session."""
+    session = Session(directory_of(state), runtime.stream_writer, state.seconds)
     session.emit("node", node=node, iteration=state.iteration)
-    yield session
+    return session
 
 
 @contextmanager
@@ -112,3 +122,15 @@ def open_bench(state: State, session: Session) -> Iterator["Workbench"]:
     with use_workbench(state.config, session.directory, session.warn, session.progress) as bench:
         bench.restore(state.current)
         yield bench
+
+
+def tell_layers(session: Session, bench: "Workbench", checkpoint: str) -> None:
+    """Show the sparsity of every layer of the model as it is now."""
+    session.emit(
+        "layers",
+        checkpoint=checkpoint,
+        names=list(bench.by_name),
+        blocks=[layer.block for layer in bench.layers],
+        kinds=[layer.kind for layer in bench.layers],
+        sparsity=[round(s, 6) for s in bench.sparsities()],
+    )

@@ -1,6 +1,7 @@
 """What is checkpointed between nodes: JSON-sized, ids of artifacts, never a tensor."""
 
 import operator
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -93,6 +94,11 @@ class Input(BaseModel):
         pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="Name of the run's directory; empty makes one from the thread.",
     )
+
+
+def last_accepted(trials: Sequence[Trial]) -> Trial | None:
+    """The last trial that was kept; None before the first."""
+    return next((trial for trial in reversed(trials) if trial.verdict == "accept"), None)
 
 
 class State(Input):

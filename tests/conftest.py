@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, hence before the imports below
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -29,3 +30,19 @@ def workbench_closed() -> Iterator[None]:
 
     yield
     close_workbench()
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the layers that were written to, in order."""
+    from tools.layers import Layer
+
+    names: list[str] = []
+    write = Layer.write
+
+    def record(layer: Any, weight_OI: Any) -> None:
+        names.append(layer.name)
+        write(layer, weight_OI)
+
+    monkeypatch.setattr(Layer, "write", record)
+    return names

@@ -29,9 +29,19 @@ class Recipe(BaseModel):
     )
 
     @property
+    def refits_after(self) -> bool:
+        """Whether a refit follows the method; the method `refit` ends with its own."""
+        return self.refit and self.method != "refit"
+
+    @property
+    def refits(self) -> bool:
+        """Whether the survivors end as a least-squares fit, by the method or after it."""
+        return self.refit or self.method == "refit"
+
+    @property
     def mask_label(self) -> str:
         """What is done inside a layer, such as `two-sided+refit`."""
-        return f"{self.method}{'+refit' if self.refit and self.method != 'refit' else ''}"
+        return f"{self.method}{'+refit' if self.refits_after else ''}"
 
     @property
     def label(self) -> str:

@@ -166,7 +166,7 @@ class Workbench:
         natural = {layer.name: layer.zeros for layer in self.read_profile(profile).layers}
         for i, (name, zeros) in enumerate(allocation.zeros.items()):
             progress("prune", i, len(allocation.zeros))
-            record = LayerRecord(artifact=DENSE, zeros=zeros, method=recipe.method, refit=recipe.refit)
+            record = LayerRecord(artifact=DENSE, zeros=zeros, method=recipe.method, refit=recipe.refits_after)
             if zeros > natural[name]:
                 key = _recipe_key(profile, name, record)
                 record.artifact = index.get(key, "")
@@ -242,6 +242,10 @@ class Workbench:
             return {n: LayerRecord(artifact=DENSE, zeros=0, method=DENSE, refit=False) for n in self.by_name}
         layers = self.store.read_json(checkpoint)["layers"]
         return {name: LayerRecord.model_validate(record) for name, record in layers.items()}
+
+    def planned_sparsity(self, checkpoint: str) -> dict[str, float]:
+        """Layer name to the share of zeros that the checkpoint was made for; 0 everywhere for the dense weights."""
+        return {name: r.zeros / self.dense[name].numel() for name, r in self.read_checkpoint(checkpoint).items()}
 
     def read_manifest_profile(self, checkpoint: str) -> str:
         """The profile that a checkpoint was made from."""

@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from graph.agents.planner import Situation, describe_plan
+from graph.agents.planner import Situation, allocate_plan, describe_plan
 from graph.state import SAME_SPARSITY, Lesson, Plan, Trial
-from tools.allocate import ImpossiblePlan, allocate
+from tools.allocate import ImpossiblePlan
 from tools.curves import LayerProfile, predict_kl
 from tools.recipes import Adjustment, Recipe
 
@@ -64,7 +64,7 @@ def _plan_climb(situation: Situation) -> Plan:
 
 def _plan_after_rollback(situation: Situation, start: float, last: Trial) -> Plan:
     """Strengthen the recipe first; with the strongest recipe, halve the step."""
-    if last.recipe and not last.recipe.refit:
+    if last.recipe and not last.recipe.refits:
         return Plan(
             sparsity=min(last.sparsity, situation.config.target_sparsity),
             recipe=Recipe(),
@@ -96,10 +96,7 @@ def _predict_perplexity(situation: Situation, sparsity: float, recipe: Recipe) -
 
     On the text a model models well, nats of KL are nats of loss, so the dense perplexity grows by exp(KL).
     """
-    config = situation.config
-    kl = allocate(
-        situation.layers, sparsity, recipe, protect=config.protect, max_layer_sparsity=config.max_layer_sparsity
-    ).predicted_kl
+    kl = allocate_plan(situation.layers, Plan(sparsity=sparsity, recipe=recipe), situation.config).predicted_kl
     return (situation.dense.perplexity or math.inf) * math.exp(min(kl * calibration(situation, recipe), 50.0))
 
 
@@ -126,7 +123,7 @@ def _plan_refinements(situation: Situation) -> Iterator[Plan]:
 
 def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
     recipe = base.recipe
-    if not recipe.refit:
+    if not recipe.refits:
         yield _vary(base, recipe.model_copy(update={"refit": True}), "Refit the survivors of the accepted masks.")
     learnt = _adjustments_from_lessons(situation)
     if learnt:
@@ -167,16 +164,8 @@ def _adjustments_from_lessons(situation: Situation) -> list[Adjustment]:
 
 
 def _is_possible(situation: Situation, plan: Plan) -> bool:
-    config = situation.config
     try:
-        allocate(
-            situation.layers,
-            plan.sparsity,
-            plan.recipe,
-            plan.adjustments,
-            protect=config.protect,
-            max_layer_sparsity=config.max_layer_sparsity,
-        )
+        allocate_plan(situation.layers, plan, situation.config)
     except ImpossiblePlan:
         return False
     return True

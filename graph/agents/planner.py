@@ -20,6 +20,7 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from graph.agents.chat import CallRecord, ask
 from graph.config import RunConfig
 from graph.state import Lesson, Plan, Trial
+from tools.allocate import Allocation, allocate
 from tools.curves import LEVELS, LayerProfile
 from tools.recipes import Adjustment
 
@@ -55,15 +56,19 @@ def plan_with_chat(
     model: BaseChatModel,
     on_call: Callable[[CallRecord], None] | None = None,
     check: Callable[[Plan], None] | None = None,
+    on_prompt: Callable[[Sequence[AnyMessage]], None] | None = None,
 ) -> Plan:
     """Ask a chat model for the plan of the next round.
 
     `check` raises ValueError with a reason for the model when a plan that fits the schema
     still cannot be carried out: a sparsity above the target, a selector that means no
     layer, bounds that no allocation meets. Such a plan is handed back like any that does not
-    fit. `on_call` hears of every reply. Raises AgentError when no usable plan came.
+    fit. `on_prompt` hears of the first messages, `on_call` of every reply. Raises AgentError when no usable plan came.
     """
-    return ask(model, Plan, planner_messages(situation), check=check, on_call=on_call)
+    messages = planner_messages(situation)
+    if on_prompt:
+        on_prompt(messages)
+    return ask(model, Plan, messages, check=check, on_call=on_call)
 
 
 def planner_messages(situation: Situation) -> list[AnyMessage]:
@@ -77,6 +82,18 @@ def planner_messages(situation: Situation) -> list[AnyMessage]:
         f"Plan round {situation.iteration}.",
     ]
     return [SystemMessage(_instructions()), HumanMessage("\n\n".join(parts))]
+
+
+def allocate_plan(layers: Sequence[LayerProfile], plan: Plan, config: RunConfig) -> Allocation:
+    """The plan's exact share for every layer, within the config's bounds. Raises ImpossiblePlan."""
+    return allocate(
+        layers,
+        plan.sparsity,
+        plan.recipe,
+        plan.adjustments,
+        protect=config.protect,
+        max_layer_sparsity=config.max_layer_sparsity,
+    )
 
 
 def describe_plan(plan: Plan) -> str:

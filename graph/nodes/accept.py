@@ -1,6 +1,5 @@
 """accept: what is in the model becomes what rollbacks return to."""
 
-import time
 from typing import Any
 
 from langgraph.runtime import Runtime
@@ -18,12 +17,12 @@ def accept(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
     Those of the last few trials stay: planners like to come back to what was just rolled back.
     """
-    began = time.monotonic()
-    with enter("accept", state, runtime) as session, open_bench(state, session) as bench:
+    session = enter("accept", state, runtime)
+    with open_bench(state, session) as bench:
         bench.forget_checkpoints(keep=[trial.checkpoint for trial in state.trials[-RECENT:]])
         session.emit("accept", iteration=state.iteration, checkpoint=state.current)
     return {
         "accepted": state.current,
         "accepted_plan": state.plan,
-        "seconds": state.seconds + time.monotonic() - began,
+        "seconds": session.seconds,
     }

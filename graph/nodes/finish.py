@@ -1,6 +1,5 @@
 """finish: the test text, once; the exported model, its card, the report and the summary."""
 
-import time
 from typing import Any
 
 from langgraph.runtime import Runtime
@@ -18,10 +17,10 @@ from tools.summary import Perplexities, Summary, describe_protocol, write_card, 
 
 def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Measure dense, uniform Wanda and the accepted weights on the test text; export and report."""
-    began = time.monotonic()
     config = state.config
     state = state.model_copy(update={"current": state.accepted})
-    with enter("finish", state, runtime) as session, open_bench(state, session) as bench:
+    session = enter("finish", state, runtime)
+    with open_bench(state, session) as bench:
         layers = bench.read_profile(state.profile).layers
         zeros, weights = bench.count_zeros()
         achieved, masks = zeros / weights, bench.hash_masks()
@@ -38,7 +37,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         )
         bench.restore(state.accepted)
         best = accepted_trial(state)
-        seconds = state.seconds + time.monotonic() - began
+        seconds = session.seconds
         summary = Summary(
             run=state.run,
             model=config.model,
@@ -65,4 +64,4 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             model_directory=str(session.directory / "model"),
             report=str(session.directory / "report.md"),
         )
-    return {"current": state.accepted, "seconds": state.seconds + time.monotonic() - began}
+    return {"current": state.accepted, "seconds": session.seconds}

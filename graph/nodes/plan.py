@@ -1,58 +1,59 @@
 """plan: the agent decides the next round; its plan is checked before anything is pruned."""
 
-import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from langchain_core.messages import AnyMessage
 from langgraph.runtime import Runtime
 
 from graph.agents.chat import AgentError, CallRecord, open_chat
 from graph.agents.heuristic import plan_by_rule
-from graph.agents.planner import Situation, describe_plan, plan_with_chat, planner_messages
+from graph.agents.planner import Situation, allocate_plan, describe_plan, plan_with_chat
 from graph.config import RunConfig
 from graph.session import Session, enter, open_bench
-from graph.state import Plan, State, Usage
-from tools.allocate import Allocation, allocate
-from tools.curves import LayerProfile
+from graph.state import Plan, State, Usage, last_accepted
 
 
 def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Ask the planner for the next round. Raises AgentError (resumable) when it fails and there is no fallback."""
-    began = time.monotonic()
     state = state.model_copy(update={"iteration": state.iteration + 1})
-    with enter("plan", state, runtime) as session:
-        with open_bench(state, session) as bench:
-            layers = bench.read_profile(state.profile).layers
-            sparsity = dict(zip(bench.by_name, bench.sparsities(), strict=True))
-        situation = Situation(
-            config=state.config,
-            layers=layers,
-            sparsity=sparsity,
-            dense=state.dense or _missing("the dense model's trial"),
-            accepted=next((t for t in reversed(state.trials) if t.verdict == "accept"), None),
-            accepted_plan=state.accepted_plan,
-            trials=state.trials,
-            lessons=state.lessons,
-            iteration=state.iteration,
-        )
-        chosen, usage = choose_plan(situation, state.usage, session)
-        if chosen is None:
-            session.emit("note", text="every lever of the rule has been tried")
-            return {"iteration": state.iteration - 1, "stop": "every lever of the rule has been tried"}
-        session.emit(
-            "plan",
-            iteration=state.iteration,
-            planner=state.config.planner,
-            plan=describe_plan(chosen),
-            reason=chosen.reason,
-            predicted_kl=allocate_plan(layers, chosen, state.config).predicted_kl,
-            details=chosen.model_dump(),
-        )
+    session = enter("plan", state, runtime)
+    with open_bench(state, session) as bench:
+        layers = bench.read_profile(state.profile).layers
+        sparsity = dict(zip(bench.by_name, bench.sparsities(), strict=True))
+    situation = Situation(
+        config=state.config,
+        layers=layers,
+        sparsity=sparsity,
+        dense=state.dense or _missing("the dense model's trial"),
+        accepted=last_accepted(state.trials),
+        accepted_plan=state.accepted_plan,
+        trials=state.trials,
+        lessons=state.lessons,
+        iteration=state.iteration,
+    )
+    chosen, usage = choose_plan(situation, state.usage, session)
+    if chosen is None:
+        session.emit("note", text="every lever of the rule has been tried")
+        return {
+            "iteration": state.iteration - 1,
+            "stop": "every lever of the rule has been tried",
+            "seconds": session.seconds,
+        }
+    session.emit(
+        "plan",
+        iteration=state.iteration,
+        planner=state.config.planner,
+        plan=describe_plan(chosen),
+        reason=chosen.reason,
+        predicted_kl=allocate_plan(layers, chosen, state.config).predicted_kl,
+        details=chosen.model_dump(),
+    )
     return {
         "iteration": state.iteration,
         "plan": chosen,
         "usage": usage,
-        "seconds": state.seconds + time.monotonic() - began,
+        "seconds": session.seconds,
     }
 
 
@@ -74,11 +75,13 @@ def choose_plan(situation: Situation, usage: Usage, session: Session) -> tuple[P
             )
         allocate_plan(situation.layers, candidate, config)
 
-    prompt = [{"role": message.type, "text": message.text} for message in planner_messages(situation)]
-    session.record("prompt", planner=config.planner, iteration=situation.iteration, messages=prompt)
+    def keep_prompt(messages: Sequence[AnyMessage]) -> None:
+        prompt = [{"role": message.type, "text": message.text} for message in messages]
+        session.record("prompt", planner=config.planner, iteration=situation.iteration, messages=prompt)
+
     try:
         model = open_chat(config.planner, timeout=config.planner_timeout, retries=config.planner_retries)
-        plan = plan_with_chat(situation, model, on_call=record, check=check)
+        plan = plan_with_chat(situation, model, on_call=record, check=check, on_prompt=keep_prompt)
     except AgentError as error:
         _tell_usage(session, usage := add_calls(usage, calls, config))
         if config.planner_fallback == "none":
@@ -87,18 +90,6 @@ def choose_plan(situation: Situation, usage: Usage, session: Session) -> tuple[P
         return plan_by_rule(situation), usage
     _tell_usage(session, usage := add_calls(usage, calls, config))
     return plan, usage
-
-
-def allocate_plan(layers: Sequence[LayerProfile], plan: Plan, config: RunConfig) -> Allocation:
-    """The plan's exact share for every layer, within the config's bounds. Raises ImpossiblePlan."""
-    return allocate(
-        layers,
-        plan.sparsity,
-        plan.recipe,
-        plan.adjustments,
-        protect=config.protect,
-        max_layer_sparsity=config.max_layer_sparsity,
-    )
 
 
 def add_calls(usage: Usage, calls: list[CallRecord], config: RunConfig) -> Usage:

@@ -1,6 +1,5 @@
 """profile: statistics and KL curves of every layer, and the dense model's losses."""
 
-import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +8,9 @@ import numpy as np
 from langgraph.runtime import Runtime
 
 from graph.agents.chat import check_planner
+from graph.agents.planner import allocate_plan
 from graph.config import RunConfig
 from graph.memory import read_lessons
-from graph.nodes.plan import allocate_plan
 from graph.persistence import runs_directory
 from graph.session import Session, create_run, enter, open_bench
 from graph.state import Plan, State, Trial
@@ -26,7 +25,6 @@ def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
 
 def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
-    began = time.monotonic()
     # The library hands over None where the caller gave no context, although every field has a default.
     config = runtime.context or RunConfig()
     thread = (runtime.execution_info.thread_id if runtime.execution_info else None) or str(uuid.uuid4())
@@ -34,7 +32,8 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     check_planner(config.planner)
     create_run(runs_directory(), name, config, thread)
     state = state.model_copy(update={"run": name, "config": config})
-    with enter("profile", state, runtime) as session, open_bench(state, session) as bench:
+    session = enter("profile", state, runtime)
+    with open_bench(state, session) as bench:
         lessons = read_lessons(runtime.store, config, name) if runtime.store else []
         if lessons:
             session.emit("lessons", count=len(lessons), runs=len({lesson.run for lesson in lessons}))
@@ -53,7 +52,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             verdict="accept",
             reason="the dense model",
             plan="dense",
-            seconds=round(time.monotonic() - began, 3),
+            seconds=round(session.elapsed, 3),
         )
         _tell_profile(session, profile_id, stored.layers, config)
         session.emit("trial", **dense.model_dump())
@@ -63,7 +62,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "profile": profile_id,
         "dense": dense,
         "lessons": lessons,
-        "seconds": state.seconds + time.monotonic() - began,
+        "seconds": session.seconds,
     }
 
 
@@ -75,11 +74,11 @@ def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig)
 
 
 def _profile_again(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
-    began = time.monotonic()
-    with enter("profile", state, runtime) as session, open_bench(state, session) as bench:
+    session = enter("profile", state, runtime)
+    with open_bench(state, session) as bench:
         profile_id = bench.profile(session.progress, first=state.profile)
         _tell_profile(session, profile_id, bench.read_profile(profile_id).layers, state.config)
-    return {"profile": profile_id, "seconds": state.seconds + time.monotonic() - began}
+    return {"profile": profile_id, "seconds": session.seconds}
 
 
 def _tell_profile(session: Session, profile_id: str, layers: Sequence[LayerProfile], config: RunConfig) -> None:

@@ -1,23 +1,22 @@
 """validate: perplexity and paired KL on the validation text, and the verdict."""
 
-import time
 from typing import Any, Literal
 
 from langgraph.runtime import Runtime
 
+from graph.agents.heuristic import group_kl
 from graph.agents.planner import describe_plan
 from graph.config import RunConfig
-from graph.nodes.plan import allocate_plan
 from graph.session import enter, open_bench
-from graph.state import SAME_SPARSITY, SIGMAS, State, Trial
+from graph.state import SAME_SPARSITY, SIGMAS, State, Trial, last_accepted
 from tools.evaluate import Evaluation, compare_kl
 
 
 def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Measure the weights in the model and judge them against the last accepted ones."""
-    began = time.monotonic()
     assert state.plan is not None, "plan runs first"
-    with enter("validate", state, runtime) as session, open_bench(state, session) as bench:
+    session = enter("validate", state, runtime)
+    with open_bench(state, session) as bench:
         zeros, weights = bench.count_zeros()  # before an evaluation that may have to put other weights in
         evaluation = bench.evaluate(state.current, "validation", state.profile, session.progress)
         best = accepted_trial(state)
@@ -35,21 +34,21 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             kl=evaluation.mean_kl,
             kl_error=evaluation.kl_error if evaluation.finite else None,
             change_error=compare_kl(evaluation, accepted)[1] if evaluation.finite else None,
-            predicted_kl=allocate_plan(bench.read_profile(state.profile).layers, state.plan, state.config).predicted_kl,
+            predicted_kl=group_kl(bench.read_profile(state.profile).layers, bench.planned_sparsity(state.current)),
             verdict=verdict,
             reason=reason,
             plan=describe_plan(state.plan),
             recipe=state.plan.recipe,
-            seconds=round(time.monotonic() - began, 3),
+            seconds=round(session.elapsed, 3),
         )
         session.emit("trial", **trial.model_dump())
-    return {"trials": [trial], "seconds": state.seconds + time.monotonic() - began}
+    return {"trials": [trial], "seconds": session.seconds}
 
 
 def accepted_trial(state: State) -> Trial:
     """The last trial that was kept; the dense model before the first."""
     assert state.dense is not None, "profile runs first"
-    return next((trial for trial in reversed(state.trials) if trial.verdict == "accept"), state.dense)
+    return last_accepted(state.trials) or state.dense
 
 
 def judge(

@@ -18,7 +18,6 @@ from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, let_go, read_events, read_state, read_summary, read_weights, same_bits
 from tests.openai_server import OpenAIServer
 from tools import workbench
-from tools.layers import Layer
 
 MASKS_ALONE = {"method": "wanda", "refit": False, "allocation": "uniform"}
 REFITTED = {"method": "two-sided", "refit": True}
@@ -40,20 +39,6 @@ def flags(model: Path, server: OpenAIServer, rounds: int, tau: float) -> list[st
         *("--tau", str(tau), "--max-iterations", str(rounds), "--max-layer-sparsity", "0.95"),
         *("--planner-price-input", "2", "--planner-price-output", "8"),
     ]
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of the layers that were written to, in order."""
-    names: list[str] = []
-    write = Layer.write
-
-    def record(layer: Layer, weight_OI: Tensor) -> None:
-        names.append(layer.name)
-        write(layer, weight_OI)
-
-    monkeypatch.setattr(Layer, "write", record)
-    return names
 
 
 def steps(model: Path, plans: list[dict[str, Any]], tau: float) -> Iterator[tuple[str, dict[str, Any]]]:

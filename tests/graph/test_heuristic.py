@@ -7,6 +7,7 @@ from graph.agents.heuristic import calibration, group_layers, plan_by_rule, rank
 from graph.agents.planner import Situation, describe_plan
 from graph.config import RunConfig
 from graph.state import Lesson, Plan, Trial
+from tests.profiles import make_profile
 from tools.curves import LEVELS, LayerProfile
 from tools.recipes import Recipe
 
@@ -15,18 +16,7 @@ KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
 def make_layers(scale: float = 1.0) -> list[LayerProfile]:
     return [
-        LayerProfile(
-            name=f"model.layers.{block}.{kind}",
-            block=block,
-            kind=kind,
-            weights=1000,
-            zeros=0,
-            wanda=1.0,
-            wanda_z=0.0,
-            gradient=1.0,
-            gradient_z=0.0,
-            kappa=list(scale * 1e-4 * (block + 1) * np.exp(5 * np.array(LEVELS))),
-        )
+        make_profile(block, kind, 1000, scale * 1e-4 * (block + 1) * np.exp(5 * np.array(LEVELS)))
         for block in range(6)
         for kind in KINDS
     ]

@@ -26,6 +26,7 @@ from graph.agents.planner import (
 from graph.config import RunConfig
 from graph.state import Lesson, Plan, Trial
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
+from tests.profiles import make_profile
 from tools.curves import LEVELS, LayerProfile
 
 KINDS = (
@@ -54,17 +55,13 @@ def make_layers(blocks: int, kinds: tuple[str, ...] = KINDS, seed: int = 0) -> l
         for kind in kinds:
             scale = math.exp(draw.gauss(-5, 1.5))
             layers.append(
-                LayerProfile(
-                    name=f"model.layers.{block}.{kind}",
-                    block=block,
-                    kind=kind,
-                    weights=331776,
-                    zeros=0,
-                    wanda=0.1,
+                make_profile(
+                    block,
+                    kind,
+                    331776,
+                    [scale * level**3 for level in LEVELS],
                     wanda_z=draw.gauss(0, 1),
-                    gradient=0.1,
                     gradient_z=draw.gauss(0, 1),
-                    kappa=[scale * level**3 for level in LEVELS],
                 )
             )
     return layers

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 
+from tests.profiles import make_profile
 from tools.allocate import Allocation, ImpossiblePlan, allocate, select_layers
 from tools.curves import LEVELS, LayerProfile, predict_kl
 from tools.recipes import Adjustment, Recipe
@@ -18,26 +19,11 @@ KAPPA = Recipe()
 UNIFORM = Recipe(allocation="uniform")
 
 
-def make_layer(block: int, kind: str, weights: int, kappa: Sequence[float], zeros: int = 0) -> LayerProfile:
-    return LayerProfile(
-        name=f"model.layers.{block}.{kind}",
-        block=block,
-        kind=kind,
-        weights=weights,
-        zeros=zeros,
-        wanda=1.0,
-        wanda_z=0.0,
-        gradient=1.0,
-        gradient_z=0.0,
-        kappa=list(kappa),
-    )
-
-
 def make_layers(blocks: int = 4, weights: int = 10_007, seed: int = 0) -> list[LayerProfile]:
     """Layers of different sizes and growing, convex KL curves over three orders of magnitude."""
     generator = np.random.default_rng(seed)
     return [
-        make_layer(
+        make_profile(
             block,
             kind,
             weights * (1 + kind.startswith("mlp")),
@@ -56,7 +42,7 @@ def models(draw: st.DrawFn, least_weights: int = 1) -> list[LayerProfile]:
         weights = draw(st.integers(least_weights, 50_000))
         kappa = draw(st.lists(st.floats(0, 1e3) | st.just(0.0), min_size=len(LEVELS), max_size=len(LEVELS)))
         zeros = int(draw(st.sampled_from([0.0, 0.0, 0.03, 0.4, 1.0])) * weights)
-        layers.append(make_layer(i // 2, KINDS[i % 4], weights, kappa, zeros))
+        layers.append(make_profile(i // 2, KINDS[i % 4], weights, kappa, zeros))
     return layers
 
 
@@ -217,7 +203,7 @@ def test_protection_goes_before_bounds() -> None:
 
 def test_curves_that_bend_down_do_not_mislead_the_search() -> None:
     flat, steep = [1.0] * len(LEVELS), [1.0, 3.0, 3.0, 3.0, 3.0]  # the first 15 % cost as much as all
-    layers = [make_layer(i, KINDS[i], 5_000, kappa) for i, kappa in enumerate((flat, steep))]
+    layers = [make_profile(i, KINDS[i], 5_000, kappa) for i, kappa in enumerate((flat, steep))]
     assert allocate(layers, 0.0625, KAPPA).predicted_kl <= allocate(layers, 0.0625, UNIFORM).predicted_kl
 
 

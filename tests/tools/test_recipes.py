@@ -28,6 +28,13 @@ def test_labels(recipe: Recipe, mask: str, label: str) -> None:
     assert (recipe.mask_label, recipe.label) == (mask, label)
 
 
+def test_the_method_refit_is_not_refitted_once_more() -> None:
+    assert not Recipe(method="refit").refits_after
+    assert Recipe(method="refit", refit=False).refits
+    assert Recipe(method="wanda").refits_after
+    assert not Recipe(method="wanda", refit=False).refits
+
+
 def test_a_recipe_is_a_value() -> None:
     assert Recipe() == Recipe(method="two-sided") and hash(Recipe()) == hash(Recipe())
     with pytest.raises(ValidationError, match="frozen"):

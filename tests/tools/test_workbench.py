@@ -20,7 +20,6 @@ from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
 from tools.allocate import Allocation, allocate
 from tools.errors import DamagedArtifact, UserError
 from tools.export import export_model
-from tools.layers import Layer
 from tools.profile import ModelStatistics, collect_statistics
 from tools.recipes import Adjustment, Recipe
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
@@ -174,21 +173,14 @@ def test_every_architecture_is_pruned_exactly_and_restored_bit_for_bit(
         assert {k.removesuffix(".weight") for k in bits if not torch.equal(bits[k], dense[k])} <= names
 
 
-def test_restoring_touches_only_what_differs(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restoring_touches_only_what_differs(bench: Workbench, written: list[str]) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
     first = bench.prune(profile, allocation, REFIT, ignore)
     names = list(allocation.zeros)
     allocation.zeros[names[2]] -= 10
     allocation.zeros[names[5]] += 10
-    written: list[str] = []
-    real = Layer.write
-
-    def write(self: Layer, weight_OI: Tensor) -> None:
-        written.append(self.name)
-        real(self, weight_OI)
-
-    monkeypatch.setattr(Layer, "write", write)
+    written.clear()
     second = bench.prune(profile, allocation, REFIT, ignore)
     assert sorted(written) == sorted([names[2], names[5]])
     written.clear()
@@ -480,3 +472,11 @@ def test_manifests_are_small_and_plain(bench: Workbench) -> None:
     manifest = json.loads(bench.store.path(checkpoint, ".json").read_text())
     assert manifest["profile"] == profile == bench.read_manifest_profile(checkpoint)
     assert list(manifest["layers"][bench.layers[0].name]) == ["artifact", "method", "refit", "zeros"]
+
+
+def test_the_method_refit_is_made_once_whatever_the_recipe_says_of_a_refit(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    allocation = plan(bench, profile, 0.4)
+    first = bench.prune(profile, allocation, Recipe(method="refit"), ignore)
+    assert {record.refit for record in bench.read_checkpoint(first).values()} == {False}
+    assert bench.prune(profile, allocation, Recipe(method="refit", refit=False), ignore) == first
