@@ -1,17 +1,14 @@
-"""Every option of a run in one pydantic model, and how it is read from flags, environment and YAML."""
+"""Every option of a run in one pydantic model."""
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import Field, ValidationError, create_model, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
 
-from tools.errors import UserError
+from tools.options import check_options, read_options
+from tools.recipes import parse_pattern
 from tools.settings import WorkbenchSettings
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PLANNER = "heuristic (no key, deterministic), openai:NAME, or openai:NAME@http://HOST:PORT/v1 for a compatible endpoint"
 
 
@@ -20,6 +17,11 @@ class RunConfig(WorkbenchSettings):
 
     target_sparsity: float = Field(
         0.45, gt=0, lt=1, description="Share of the prunable weights that are zero at the end, as a fraction."
+    )
+    pattern: str = Field(
+        "",
+        description="N:M, such as 2:4: N zeros in every M consecutive inputs of every layer that is not protected. The "
+        "target is then what that comes to (N/M where nothing is protected); empty for zeros anywhere.",
     )
     max_iterations: int = Field(8, ge=1, le=200, description="Plans that are tried at most.")
     patience: int = Field(
@@ -76,61 +78,29 @@ class RunConfig(WorkbenchSettings):
             raise ValueError(f"{value} looks like a percentage; write it as a fraction, such as {float(value) / 100:g}")
         return value
 
+    @model_validator(mode="after")
+    def _follow_pattern(self) -> Self:
+        if self.pattern:
+            pruned, group = parse_pattern(self.pattern)
+            if "target_sparsity" not in self.model_fields_set:
+                self.target_sparsity = pruned / group
+            elif self.target_sparsity > pruned / group + 1e-9:
+                raise ValueError(
+                    f"target_sparsity {self.target_sparsity:g} is above the {pruned / group:g} of {self.pattern}"
+                )
+        return self
+
     @field_validator("protect", mode="before")
     @classmethod
     def _split_selectors(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-class _Environment(BaseSettings):
-    """The names of `RunConfig`'s fields as `BILLHOOK_…` variables, unparsed."""
-
-    model_config = SettingsConfigDict(env_prefix="BILLHOOK_", extra="ignore")
-
-
-def _read_environment() -> dict[str, str]:
-    names = dict.fromkeys(RunConfig.model_fields, (str | None, None))
-    found = create_model("_Variables", __base__=_Environment, **names)()  # type: ignore[call-overload]
-    return {name: value for name, value in found.model_dump().items() if value is not None}
-
-
 def read_config(flags: dict[str, Any], path: Path | None) -> RunConfig:
-    """The run's options: flags over `BILLHOOK_…` variables over the YAML file over defaults.
-
-    Raises UserError in one line for a file that cannot be read, an unknown field (with the nearest name) or a value
-    out of bounds.
-    """
-    return check_config({**(read_yaml(path) if path else {}), **_read_environment(), **flags})
+    """The run's options, as `tools.options.read_options` reads them. Raises UserError in one line."""
+    return read_options(RunConfig, flags, path)
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:
     """The options from plain values. Raises UserError in one line."""
-    unknown = sorted(set(values) - set(RunConfig.model_fields))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], RunConfig.model_fields, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; see --help for all fields"
-        raise UserError(f"unknown field {unknown[0]!r}{hint}")
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError("; ".join(_describe_problem(problem) for problem in error.errors())) from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields of a YAML file, unchecked. Raises UserError when it cannot be read."""
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise UserError(f"config file {path} does not exist; Billhook's own are in configs/: {known}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config file {path} must hold one 'field: value' a line")
-    return {str(key): value for key, value in values.items()}
-
-
-def _describe_problem(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}, not {str(problem['input'])[:80]!r}"
+    return check_options(RunConfig, values)

@@ -5,7 +5,6 @@ Without arguments it prunes SmolLM2-135M by `configs/quickstart.yaml`. Ctrl-C st
 """
 
 import argparse
-import difflib
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphDrained
@@ -23,7 +22,7 @@ from langgraph.runtime import RunControl
 from rich.console import Console
 
 from graph.agents.chat import AgentError, check_planner
-from graph.config import CONFIGS, RunConfig, read_config
+from graph.config import RunConfig, read_config
 from graph.display import Display, open_display
 from graph.persistence import RUNS_DIR_VARIABLE, database, open_saver, open_store, runs_directory
 from graph.runs import list_runs
@@ -31,24 +30,20 @@ from graph.session import create_run, read_run
 from graph.state import Input, State
 from tools.errors import DamagedArtifact, DiskFull, UserError
 from tools.files import explain_full_disk
+from tools.options import CONFIGS, Parser, add_flags, parse_flags
 from tools.rundir import append_event, lock_run, unlock_run
 from tools.secrets import read_secrets, redact
 from tools.sources import check_device, locate_model
 from tools.texts import check_source
 
 STEPS_PER_ITERATION = 5
-
-
-class _Parser(argparse.ArgumentParser):
-    """Complains in one line, with the nearest option for one that does not exist."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+TESTED_MODELS = 3
+"""The dense, the pruned and the uniform Wanda model are measured on the test text."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """One flag per field of `RunConfig`, with its sentence, beside the few that are about the command itself."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m graph.run",
         description=__doc__,
         allow_abbrev=False,
@@ -59,44 +54,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs-dir", metavar="DIR", help=f"Where runs are kept; ${RUNS_DIR_VARIABLE} or runs/.")
     parser.add_argument("--resume", metavar="NAME", help="Go on with a run that was stopped or killed.")
     parser.add_argument("--list", action="store_true", help="Show past runs as a table.")
-    fields = parser.add_argument_group("fields of the config")
-    for name, field in RunConfig.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        choices = f" One of: {', '.join(get_args(field.annotation))}." if _is_choice(field.annotation) else ""
-        text = f"{field.description}{choices} Default: {field.default!r}.".replace("%", "%%")
-        if field.annotation is bool:
-            fields.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            fields.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), default=None, help=text)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Show the memory, disk and time that a run would need. Only the model's config is read: --model may be a "
+        "config.json alone.",
+    )
+    add_flags(parser, RunConfig)
     return parser
-
-
-def _is_choice(annotation: Any) -> bool:
-    return get_origin(annotation) is Literal
-
-
-def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command's own options, and the config fields given as flags. Raises UserError."""
-    parser = make_parser()
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
-        raise UserError(f"unknown option {unknown[0]!r}{f'; did you mean {near[0]}?' if near else '; see --help'}")
-    given = {name: value for name in RunConfig.model_fields if (value := getattr(options, name)) is not None}
-    return options, given
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 stopped but resumable, 2 bad input."""
     read_secrets()
     try:
-        options, flags = parse_flags(sys.argv[1:] if arguments is None else arguments)
+        options, flags = parse_flags(make_parser(), RunConfig, sys.argv[1:] if arguments is None else arguments)
         if options.runs_dir:
             os.environ[RUNS_DIR_VARIABLE] = options.runs_dir
         if options.list:
             Console().print(list_runs(runs_directory()))
             return 0
+        if options.dry_run:
+            return _show_needs(options, flags)
         return _start(options, flags) if options.resume is None else _resume(options, flags)
     except UserError as error:
         print(f"error: {redact(' '.join(str(error).split()))}", file=sys.stderr)
@@ -118,9 +97,32 @@ def _check_input(config: RunConfig) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
     locate_model(config.model)
     check_device(config.device)
+    _check_texts(config)
+    check_planner(config.planner)
+
+
+def _check_texts(config: RunConfig) -> None:
     for source in (config.calibration, config.validation, config.test):
         check_source(source)
-    check_planner(config.planner)
+
+
+def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    """Print what a run would need; it may be one for another machine, or for a planner whose key is not here."""
+    from tools.estimate import estimate, print_estimate  # imports torch
+
+    if options.resume is not None:
+        raise UserError("--dry-run is about a new run; leave --resume out")
+    config = read_config(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
+    _check_texts(config)
+    found = estimate(
+        config,
+        target=config.target_sparsity,
+        rounds=config.max_iterations,
+        profiles=config.max_iterations if config.reprofile else 1,
+        tests=TESTED_MODELS,
+    )
+    print_estimate(found, Console())
+    return 0
 
 
 def _free_name(runs_dir: Path, stem: str) -> str:

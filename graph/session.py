@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from langgraph.runtime import Runtime
 
-from graph.config import RunConfig, check_config, read_yaml
+from graph.config import RunConfig, check_config
 from graph.persistence import runs_directory
 from graph.state import State
 from tools.errors import UserError
 from tools.files import write_json, write_text
+from tools.options import read_yaml
 from tools.rundir import append_event, lock_run
 
 if TYPE_CHECKING:

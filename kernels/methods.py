@@ -3,17 +3,20 @@
 Shape suffixes: O output features, I input features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kernels.guard import Pruned
+from kernels.guard import Pruned, finish_update
 from kernels.masks import keep_highest, keep_highest_of_rows
-from kernels.obs import prune_obs
+from kernels.obs import InverseFactor, inverse_factor, prune_obs, prune_obs_groups
+from kernels.patterns import Pattern, check_pattern, keep_highest_of_groups
+from kernels.preconditioner import System, prepare_system
 from kernels.refit import refit_survivors
-from kernels.refit_steps import refit_in_steps
+from kernels.refit_steps import refit_in_levels, refit_in_steps
 from kernels.scores import score_two_sided, score_wanda
 
 
@@ -27,6 +30,9 @@ class LayerStatistics:
     """gamma: mean square of the loss gradient at each output feature."""
     second_moment_II: Tensor | None = None
     """A = mean of x x^T; only methods that change the survivors need it."""
+    cross_moment_II: Tensor | None = None
+    """C = mean of x' x^T, where x' is what the dense model feeds the layer and x what a model whose earlier blocks
+    are pruned does (a and A are of x too). With it a refit aims at the dense layer's output on x'."""
 
     @property
     def moment_II(self) -> Tensor:
@@ -35,40 +41,74 @@ class LayerStatistics:
             raise ValueError("changing the survivors needs the second moment of the layer's inputs")
         return self.second_moment_II
 
+    @cached_property
+    def system(self) -> System | None:
+        """`prepare_system(A)`, made once for all that these statistics are used for."""
+        return prepare_system(self.moment_II)
 
-def prune_magnitude(weight_OI: Tensor, _statistics: LayerStatistics, zeros: int) -> Pruned:
+    @cached_property
+    def factor(self) -> InverseFactor:
+        """`inverse_factor(A)`, likewise."""
+        return inverse_factor(self.moment_II)
+
+    def pull(self, weight_OI: Tensor) -> Tensor | None:
+        """W (C - A), the `pull_OI` of `refit_survivors`; None without C."""
+        if self.cross_moment_II is None:
+            return None
+        return weight_OI.float() @ (self.cross_moment_II - self.moment_II)
+
+
+def prune_magnitude(
+    weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None
+) -> Pruned:
     """Lowest |W| of the whole layer."""
-    return _mask(weight_OI, keep_highest(weight_OI.float().abs(), weight_OI == 0, zeros))
+    return _prune_lowest(weight_OI, weight_OI.float().abs(), zeros, pattern)
 
 
-def prune_wanda(weight_OI: Tensor, statistics: LayerStatistics, zeros: int) -> Pruned:
+def prune_wanda(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None) -> Pruned:
     """Wanda (arXiv 2306.11695): lowest |W| sqrt(a) of each output row."""
     score_OI = score_wanda(weight_OI, statistics.mean_square_I)
-    return _mask(weight_OI, keep_highest_of_rows(score_OI, weight_OI == 0, zeros))
+    return _prune_lowest(weight_OI, score_OI, zeros, pattern, keep_highest_of_rows)
 
 
-def prune_two_sided(weight_OI: Tensor, statistics: LayerStatistics, zeros: int) -> Pruned:
-    """Lowest W^2 a gamma of the whole layer."""
+def prune_two_sided(
+    weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None
+) -> Pruned:
+    """Lowest W^2 a gamma of the whole layer. With a pattern it is Wanda: gamma is one factor for a whole group."""
+    if pattern is not None:
+        return prune_wanda(weight_OI, statistics, zeros, pattern)
     score_OI = score_two_sided(weight_OI, statistics.mean_square_I, statistics.gradient_square_O)
-    return _mask(weight_OI, keep_highest(score_OI, weight_OI == 0, zeros))
+    return _prune_lowest(weight_OI, score_OI, zeros, pattern)
 
 
-def prune_sparsegpt(weight_OI: Tensor, statistics: LayerStatistics, zeros: int) -> Pruned:
+def prune_sparsegpt(
+    weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None
+) -> Pruned:
     """SparseGPT (arXiv 2301.00774): lowest W^2 / U_jj^2 of each block of columns, the survivors updated."""
-    return prune_obs(weight_OI, statistics.moment_II, zeros)
+    return _prune_obs(weight_OI, statistics, zeros, pattern, None)
 
 
-def prune_two_sided_obs(weight_OI: Tensor, statistics: LayerStatistics, zeros: int) -> Pruned:
-    """SparseGPT with scores weighed by gamma."""
-    return prune_obs(weight_OI, statistics.moment_II, zeros, gradient_square_O=statistics.gradient_square_O)
+def prune_two_sided_obs(
+    weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None
+) -> Pruned:
+    """SparseGPT with scores weighed by gamma. With a pattern it is SparseGPT."""
+    return _prune_obs(weight_OI, statistics, zeros, pattern, statistics.gradient_square_O)
 
 
-def prune_refit(weight_OI: Tensor, statistics: LayerStatistics, zeros: int) -> Pruned:
+def prune_refit(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None) -> Pruned:
     """Billhook's own: the two-sided mask grown in steps, all survivors refitted between them."""
-    return refit_in_steps(weight_OI, statistics.moment_II, statistics.gradient_square_O, zeros)
+    return refit_in_steps(
+        weight_OI,
+        statistics.moment_II,
+        statistics.gradient_square_O,
+        zeros,
+        pattern=pattern,
+        system=statistics.system,
+        pull_OI=statistics.pull(weight_OI),
+    )
 
 
-METHODS: dict[str, Callable[[Tensor, LayerStatistics, int], Pruned]] = {
+METHODS: dict[str, Callable[[Tensor, LayerStatistics, int, Pattern | None], Pruned]] = {
     "magnitude": prune_magnitude,
     "wanda": prune_wanda,
     "two-sided": prune_two_sided,
@@ -76,26 +116,111 @@ METHODS: dict[str, Callable[[Tensor, LayerStatistics, int], Pruned]] = {
     "two-sided-obs": prune_two_sided_obs,
     "refit": prune_refit,
 }
+"""By name: (weight, statistics, zeros, pattern = None) to the pruned layer.
+
+With a pattern (N, M) the N lowest of every M consecutive inputs go, exact zeros first, and `zeros` must be what that
+comes to. A group with more exact zeros than N keeps the others: a method in MASK_ONLY leaves them zero, so that the
+layer may end with more zeros than `zeros`, while an update may fill them. Each raises ValueError in one line when the
+layer has more exact zeros than `zeros` (without a pattern), when `zeros` or d_in do not fit the pattern, and when the
+statistics are not finite or lack the second moment where it is needed.
+"""
 
 MASK_ONLY = frozenset({"magnitude", "wanda", "two-sided"})
 """Methods that leave the survivors as they are."""
 
 
-def prune_weight(method: str, weight_OI: Tensor, statistics: LayerStatistics, zeros: int, *, refit: bool) -> Tensor:
-    """The pruned weight, in the dtype of `weight_OI`, with `zeros` zeros chosen by `method`.
+def prune_weight(
+    method: str,
+    weight_OI: Tensor,
+    statistics: LayerStatistics,
+    zeros: int,
+    *,
+    refit: bool,
+    pattern: Pattern | None = None,
+) -> Pruned:
+    """The layer pruned by `method`, in the dtype of `weight_OI`, with `zeros` zeros; for `pattern` see METHODS.
 
-    With `refit` the survivors become the damped least-squares fit to the dense layer's output. Raises ValueError
-    when the statistics are not finite or the second moment is lacking where it is needed.
+    With `refit` the survivors of its mask become the damped least-squares fit to the dense layer's output; rows which
+    that leaves worse than the mask alone are those of the mask. Raises ValueError as the methods do.
     """
-    pruned_OI, keep_OI = METHODS[method](weight_OI, statistics, zeros)
+    pruned = METHODS[method](weight_OI, statistics, zeros, pattern)
     if refit:
-        pruned_OI = refit_survivors(weight_OI, keep_OI, statistics.moment_II).to(weight_OI.dtype)
-        if not bool(torch.isfinite(pruned_OI).all()):
-            raise ValueError("the refit is not finite")
-    # A survivor that an update (or fp16) brings to exactly 0 would be one zero too many.
-    pruned_OI = torch.where(pruned_OI == 0, torch.finfo(pruned_OI.dtype).tiny, pruned_OI)
-    return torch.where(keep_OI, pruned_OI, 0)  # and no -0.0, which a packed weight does not keep
+        pruned = _refit(weight_OI, pruned, statistics, statistics.pull(weight_OI))
+    return _without_minus_zero(pruned)
 
 
-def _mask(weight_OI: Tensor, keep_OI: Tensor) -> Pruned:
+def prune_levels(
+    method: str, weight_OI: Tensor, statistics: LayerStatistics, zeros: Sequence[int], *, refit: bool
+) -> list[Tensor]:
+    """The weight as `prune_weight` would leave it at each of the ascending numbers `zeros`.
+
+    What depends on the second moment alone is prepared once. The mask of the method "refit" grows through all the
+    levels, as its steps: on SmolLM2's layers five of them cost a third of as many calls of `prune_weight`, and leave
+    10 to 13 % more error, at all levels alike. A level that the layer's own exact zeros reach gives the dense weight.
+    Raises ValueError as `prune_weight`, and with "refit" when `zeros` do not ascend.
+    """
+    present = int((weight_OI == 0).sum())
+    grown = [count for count in zeros if count > present]
+    pull_OI = statistics.pull(weight_OI) if refit or method == "refit" else None
+    if method == "refit":
+        levels = refit_in_levels(
+            weight_OI,
+            statistics.moment_II,
+            statistics.gradient_square_O,
+            grown,
+            system=statistics.system,
+            pull_OI=pull_OI,
+        )
+    else:
+        levels = [METHODS[method](weight_OI, statistics, count, None) for count in grown]
+    if refit:
+        levels = [_refit(weight_OI, pruned, statistics, pull_OI) for pruned in levels]
+    weights = iter([_without_minus_zero(pruned).weight_OI for pruned in levels])
+    return [next(weights) if count > present else weight_OI for count in zeros]
+
+
+def _prune_lowest(
+    weight_OI: Tensor,
+    score_OI: Tensor,
+    zeros: int,
+    pattern: Pattern | None,
+    keep: Callable[[Tensor, Tensor, int], Tensor] = keep_highest,
+) -> Pruned:
+    """A mask alone; `keep` says what is compared with what where there is no pattern."""
+    dead_OI = weight_OI == 0
+    if pattern is not None:
+        check_pattern(weight_OI.shape, zeros, pattern)
+        keep_OI = keep_highest_of_groups(score_OI, dead_OI, *pattern)
+    else:
+        weights, present = dead_OI.numel(), int(torch.count_nonzero(dead_OI))
+        if not present <= zeros <= weights:
+            raise ValueError(f"{zeros} zeros asked of a layer of {weights} weights that has {present} already")
+        keep_OI = keep(score_OI, dead_OI, zeros)
     return Pruned(torch.where(keep_OI, weight_OI, 0), keep_OI)
+
+
+def _prune_obs(
+    weight_OI: Tensor,
+    statistics: LayerStatistics,
+    zeros: int,
+    pattern: Pattern | None,
+    gradient_square_O: Tensor | None,
+) -> Pruned:
+    if pattern is not None:
+        check_pattern(weight_OI.shape, zeros, pattern)
+        return prune_obs_groups(weight_OI, statistics.moment_II, *pattern, factor=statistics.factor)
+    return prune_obs(
+        weight_OI, statistics.moment_II, zeros, gradient_square_O=gradient_square_O, factor=statistics.factor
+    )
+
+
+def _refit(weight_OI: Tensor, pruned: Pruned, statistics: LayerStatistics, pull_OI: Tensor | None) -> Pruned:
+    """The same mask with its survivors refitted."""
+    moment_II, keep_OI = statistics.moment_II, pruned.keep_OI
+    fitted_OI = refit_survivors(weight_OI, keep_OI, moment_II, system=statistics.system, pull_OI=pull_OI)
+    return pruned._replace(weight_OI=finish_update(fitted_OI, weight_OI, keep_OI, moment_II, pull_OI=pull_OI))
+
+
+def _without_minus_zero(pruned: Pruned) -> Pruned:
+    """-0.0, which a packed weight does not keep, becomes 0.0."""
+    return pruned._replace(weight_OI=pruned.weight_OI + 0.0)

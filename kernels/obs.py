@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.guard import Pruned, bound_rounding, keep_better_rows
+from kernels.guard import Pruned, finish_update
 from kernels.masks import keep_highest
 from kernels.patterns import check_group, keep_highest_of_columns
 from kernels.ranks import order_preserving_ints
@@ -234,7 +234,12 @@ def _sweep(weight_OI: Tensor, second_moment_II: Tensor, factor: InverseFactor, c
         work_IO[end:].addmm_(factor.factor_II[start:end, end:].T, error_BO, alpha=-1)
         error_BO[factor.dead_I[start:end]] = 0
         loss_O += error_BO.square().sum(0)
-    return _finish(weight_OI, work_IO, goes_IO, loss_O, second_moment_II)
+    fitted_OI = work_IO.masked_fill_(goes_IO, 0.0).T.contiguous()
+    keep_OI = goes_IO.logical_not_().T.contiguous()
+    # The sum of err^2 is the damped error (w - w0)^T H (w - w0), as w - w0 = -err U: so a bound on the true error of
+    # most rows costs nothing. It is a sum in fp32, hence the margin.
+    updated_OI = finish_update(fitted_OI, weight_OI, keep_OI, second_moment_II, bound_O=loss_O * (1 + 1e-4))
+    return Pruned(updated_OI, keep_OI, factor.share)
 
 
 def _sweep_block(
@@ -258,20 +263,3 @@ def _sweep_block(
         if high < size:
             work_BO[high:].addmm_(minus_u_BB[low:high, high:].T, error_BO[low:high])
     return error_BO
-
-
-def _finish(weight_OI: Tensor, work_IO: Tensor, goes_IO: Tensor, loss_O: Tensor, second_moment_II: Tensor) -> Pruned:
-    """Zero what goes, round to the weight's dtype, and undo rows that came out worse than their mask.
-
-    `loss_O`, the sum of err^2, is the damped error (w - w0)^T H (w - w0), as w - w0 = -err U: so a bound on the true
-    error of most rows costs nothing.
-    """
-    exact_OI = work_IO.masked_fill_(goes_IO, 0.0).T.contiguous()
-    if not bool(torch.isfinite(exact_OI.sum())):
-        raise ValueError("the updated weights are not finite")
-    keep_OI = goes_IO.logical_not_().T.contiguous()
-    updated_OI = exact_OI.to(weight_OI.dtype)
-    bound_O = loss_O * (1 + 1e-4)  # it is a sum in fp32
-    if updated_OI.dtype != torch.float32:
-        bound_O = bound_rounding(exact_OI, updated_OI, bound_O, second_moment_II.diagonal())
-    return Pruned(keep_better_rows(updated_OI, weight_OI, keep_OI, second_moment_II, bound_O), keep_OI)

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from kernels.ranks import order_preserving_ints
 
+Pattern = tuple[int, int]
+"""(N zeroed, of M consecutive inputs)."""
 
-def parse_pattern(text: str) -> tuple[int, int]:
+
+def parse_pattern(text: str) -> Pattern:
     """`"N:M"` to (N zeroed, of M consecutive inputs). Raises ValueError in one line when it is not 0 < N < M."""
     form = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text, re.ASCII)
     if form is None or not 0 < int(form[1]) < int(form[2]):
@@ -28,6 +31,15 @@ def check_group(columns: int, pruned: int, group: int) -> None:
         raise ValueError(f"{pruned} zeros do not fit into a group of {group} inputs")
     if columns % group:
         raise ValueError(f"{columns} inputs are not divisible into groups of {group}")
+
+
+def check_pattern(shape: torch.Size, zeros: int, pattern: Pattern) -> None:
+    """Raises ValueError in one line when the pattern does not divide d_in, or gives other than `zeros` zeros."""
+    pruned, group = pattern
+    check_group(shape[1], pruned, group)
+    given = shape.numel() // group * pruned
+    if zeros != given:
+        raise ValueError(f"{zeros} zeros asked of a layer to which the pattern {pruned}:{group} gives {given}")
 
 
 def keep_highest_of_groups(score_OI: Tensor, dead_OI: Tensor, pruned: int, group: int) -> Tensor:

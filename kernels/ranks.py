@@ -8,15 +8,20 @@ _INFINITY = 0x7F800000
 """Bits of +inf: every finite non-negative fp32 has a smaller pattern."""
 
 
-def order_preserving_ints(score: Tensor, dead: Tensor) -> Tensor:
-    """Non-negative int32 that sort like the non-negative scores (fp32), with `dead` weights below all others.
+def score_bits(score: Tensor) -> Tensor:
+    """Non-negative int32, a new tensor, that sort like the non-negative scores (fp32).
 
     Non-negative IEEE floats order like their bits. Raises ValueError when a score is negative or not finite.
     """
-    ranks = (score.float() + 0.0).contiguous().view(torch.int32)  # adding 0.0 turns -0.0 into 0.0
-    if ranks.numel() and (int(ranks.min()) < 0 or int(ranks.max()) >= _INFINITY):
+    bits = (score.float() + 0.0).contiguous().view(torch.int32)  # adding 0.0 turns -0.0 into 0.0
+    if bits.numel() and (int(bits.min()) < 0 or int(bits.max()) >= _INFINITY):
         raise ValueError("a pruning score is negative or not finite")
-    return torch.where(dead, 0, ranks + 1)
+    return bits
+
+
+def order_preserving_ints(score: Tensor, dead: Tensor) -> Tensor:
+    """`score_bits`, but `dead` weights are 0 and all others above it."""
+    return score_bits(score).add_(1).mul_(~dead)
 
 
 def kth_smallest(ranks_RN: Tensor, k: int) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-DAMPING = 0.01
-"""Share of mean(diag A) added to A's diagonal, as in SparseGPT (arXiv 2301.00774)."""
+from kernels.preconditioner import DAMPING, Preconditioner, System, prepare_system
+
+__all__ = ["DAMPING", "refit_survivors"]
 
 
 def refit_survivors(
@@ -13,42 +14,63 @@ def refit_survivors(
     second_moment_II: Tensor,
     *,
     start_OI: Tensor | None = None,
+    system: System | None = None,
+    pull_OI: Tensor | None = None,
     iterations: int = 16,
-    tolerance: float = 1e-3,
+    tolerance: float = 0.03,
+    coast: bool = False,
 ) -> Tensor:
     """Least squares over the survivors of each row against the dense row: fp32, zero where `keep_OI` is False.
 
     Minimises (w - w0)^T H (w - w0) over the entries of w that stay, H = A + DAMPING * mean(diag A) * I, by
-    conjugate gradients with a Jacobi preconditioner, all rows together; starts at the masked dense weights, so no
-    iteration leaves a larger error than the mask alone, or at the masked `start_OI`, where a better start is known:
-    then none is larger than the start's. Stops when the preconditioned residual has fallen to
-    `tolerance` of where it began.
+    preconditioned conjugate gradients, all rows together: one product (d_out x d_in) (d_in x d_in) an iteration.
+    Starts at the masked dense weights, so no iteration leaves a larger error than the mask alone; or at the masked
+    `start_OI`, where a better start is known. Stops when the preconditioned residual has fallen to `tolerance` of
+    where it began: what is left to gain is then about `tolerance` squared of what was.
+
+    `system` is `prepare_system(second_moment_II)`, if it is at hand. With `coast` it ends with one more step in the
+    next direction, as long as the last one instead of the best length: nearly as good, and it costs no product.
+
+    Where the inputs x come from a model whose earlier blocks are pruned, the target can be the dense layer's output on
+    the dense model's inputs x': min over the survivors of the mean of (w x - w0 x')^2 plus the damping. Its gradient
+    at w0 is not zero but -2 w0 (C - A), C = mean of x' x^T, and W0 (C - A) is `pull_OI` (GPTAQ, arXiv 2504.02692,
+    corrects GPTQ for the same asymmetry).
     """
-    dense_OI = dense_OI.float()
-    diagonal_I = second_moment_II.diagonal()
-    damping = DAMPING * float(diagonal_I.mean())
-    if damping <= 0:  # the layer never saw a non-zero input: nothing to fit to
-        return dense_OI * keep_OI
-    inverse_diagonal_I = 1 / (diagonal_I + damping)
-
-    def product(rows_OI: Tensor) -> Tensor:
-        return torch.addmm(rows_OI, rows_OI, second_moment_II, beta=damping)
-
-    weight_OI = (dense_OI if start_OI is None else start_OI.float()) * keep_OI
-    residual_OI = product(dense_OI - weight_OI).mul_(keep_OI)
-    step_OI = residual_OI * inverse_diagonal_I
-    norm_O = (residual_OI * step_OI).sum(1, keepdim=True)
-    first = float(norm_O.sum())
-    for _ in range(iterations):
-        product_OI = product(step_OI).mul_(keep_OI)
+    system = system or prepare_system(second_moment_II)
+    stays_OI = keep_OI.float()
+    start_OI = (dense_OI if start_OI is None else start_OI) * stays_OI
+    if system is None:  # the layer never saw a non-zero input: nothing to fit to
+        return start_OI
+    matrix_II, scale_I, factor_IK, mean = system
+    precondition = Preconditioner(factor_IK, stays_OI)
+    residual_OI = (dense_OI - start_OI).mul_(scale_I) @ matrix_II
+    if pull_OI is not None:
+        residual_OI.addcdiv_(pull_OI, scale_I * mean)
+    residual_OI.mul_(stays_OI)
+    # Five buffers for all iterations: on CPU a fresh one costs more than what is computed into it.
+    step_OI, spare_OI, product_OI = (torch.empty_like(residual_OI) for _ in range(3))
+    moved_OI = torch.zeros_like(residual_OI)
+    norm_O = _dot_rows(residual_OI, precondition(residual_OI, out=step_OI), scratch=spare_OI)
+    first, alpha_O = float(norm_O.sum()), torch.zeros_like(norm_O)
+    for iteration in range(iterations):
+        torch.mm(step_OI, matrix_II, out=product_OI)
         # A row that is already exact has norm and curvature zero, and must stay where it is.
-        alpha_O = norm_O / (step_OI * product_OI).sum(1, keepdim=True).clamp(min=1e-30)
-        weight_OI.addcmul_(alpha_O, step_OI)
-        residual_OI.addcmul_(alpha_O, product_OI, value=-1)
-        scaled_OI = residual_OI * inverse_diagonal_I
-        new_norm_O = (residual_OI * scaled_OI).sum(1, keepdim=True)
-        if float(new_norm_O.sum()) <= tolerance**2 * first:
+        alpha_O = norm_O / _dot_rows(step_OI, product_OI, scratch=spare_OI).clamp(min=1e-30)
+        moved_OI.addcmul_(alpha_O, step_OI)
+        if iteration == iterations - 1 and not coast:
             break
-        step_OI.mul_(new_norm_O / norm_O.clamp(min=1e-30)).add_(scaled_OI)
+        residual_OI.addcmul_(alpha_O, product_OI, value=-1).mul_(stays_OI)
+        scaled_OI = precondition(residual_OI, out=spare_OI)
+        new_norm_O = _dot_rows(residual_OI, scaled_OI, scratch=product_OI)
+        if float(new_norm_O.sum()) <= tolerance**2 * first:
+            coast = False
+            break
+        step_OI, spare_OI = scaled_OI.addcmul_(new_norm_O / norm_O.clamp(min=1e-30), step_OI), step_OI
         norm_O = new_norm_O
-    return weight_OI
+    if coast:
+        moved_OI.addcmul_(alpha_O, step_OI)
+    return start_OI.addcdiv_(moved_OI, scale_I)
+
+
+def _dot_rows(left_OI: Tensor, right_OI: Tensor, *, scratch: Tensor) -> Tensor:
+    return torch.mul(left_OI, right_OI, out=scratch).sum(1, keepdim=True)

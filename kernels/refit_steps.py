@@ -3,14 +3,16 @@
 Shape suffixes: O output features (rows), I input features (columns).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kernels.guard import Pruned, keep_better_rows
+from kernels.guard import Pruned, finish_update
 from kernels.masks import keep_highest
-from kernels.patterns import check_group, keep_highest_of_groups
+from kernels.patterns import Pattern, check_pattern, keep_highest_of_groups
+from kernels.preconditioner import System, prepare_system
 from kernels.refit import refit_survivors
-from kernels.scores import score_two_sided
 
 
 def refit_in_steps(
@@ -19,18 +21,23 @@ def refit_in_steps(
     gradient_square_O: Tensor,
     zeros: int,
     *,
-    pattern: tuple[int, int] | None = None,
+    pattern: Pattern | None = None,
     steps: int = 5,
-    iterations: int = 8,
-    last_iterations: int = 16,
-    tolerance: float = 1e-3,
+    system: System | None = None,
+    pull_OI: Tensor | None = None,
+    iterations: int = 1,
+    last_iterations: int = 4,
+    tolerance: float = 0.03,
 ) -> Pruned:
     """Zero the weights of lowest W_ij^2 * a_j * gamma_i in `steps` steps, and refit the others after each.
 
     A = `second_moment_II`, a its diagonal, gamma = `gradient_square_O`; W is the weight as refitted so far, so that a
     later step sees what the survivors have taken over from those that went. Scores are compared over the layer; with
     `pattern` = (N, M) inside every M consecutive inputs first. No step takes back a zero; the last lands on exactly
-    `zeros`. Each refit is `refit_survivors` against the *dense* weight, from where the last step ended.
+    `zeros`. Each refit is `refit_survivors` against the *dense* weight, from where the last step ended: `iterations`
+    and one coasting step, `last_iterations` at the end. The defaults make 13 products of the size of the layer, and
+    leave 4 % more error than three times as many would; `system` is `prepare_system(second_moment_II)`, if at hand,
+    and `pull_OI` that of `refit_survivors`.
 
     Exact zeros of the dense weight go first (with a pattern, up to N of a group; the refit may fill the rest). Rows
     which end worse than the mask alone are the masked dense rows (`keep_better_rows`).
@@ -38,53 +45,111 @@ def refit_in_steps(
     Raises ValueError when the layer has more exact zeros than `zeros`, fewer weights, when `zeros` is not what the
     pattern gives, or when the statistics are not finite.
     """
-    exact_OI = weight_OI == 0
-    keep_OI = ~(exact_OI if pattern is None else _limit_to_groups(exact_OI, zeros, *pattern))
-    present = int((~keep_OI).sum())
-    if not present <= zeros <= exact_OI.numel():
-        raise ValueError(f"{zeros} zeros asked of a layer of {exact_OI.numel()} weights that has {present} already")
-    fitted_OI = weight_OI.float()
-    for count in plan_steps(zeros, steps, present):
-        score_OI = score_two_sided(fitted_OI, second_moment_II.diagonal(), gradient_square_O)
-        keep_OI = _grow_mask(keep_OI, score_OI, count, pattern)
-        fitted_OI = refit_survivors(
-            weight_OI,
-            keep_OI,
-            second_moment_II,
-            start_OI=fitted_OI,
-            iterations=last_iterations if count == zeros else iterations,
-            tolerance=tolerance,
-        )
-    if not bool(torch.isfinite(fitted_OI).all()):
-        raise ValueError("the refit is not finite")
-    fitted_OI = fitted_OI.to(weight_OI.dtype)
-    return Pruned(keep_better_rows(fitted_OI, weight_OI, keep_OI, second_moment_II), keep_OI)
+    if pattern is not None:
+        check_pattern(weight_OI.shape, zeros, pattern)
+    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, pattern, system, pull_OI, tolerance)
+    growth.check(zeros)
+    *first, last = plan_steps(zeros, steps, growth.zeros)
+    for count in first:
+        growth.step(count, iterations, coast=True)
+    growth.step(last, last_iterations)
+    return growth.finish()
+
+
+def refit_in_levels(
+    weight_OI: Tensor,
+    second_moment_II: Tensor,
+    gradient_square_O: Tensor,
+    zeros: Sequence[int],
+    *,
+    system: System | None = None,
+    pull_OI: Tensor | None = None,
+    iterations: int = 4,
+    tolerance: float = 0.03,
+) -> list[Pruned]:
+    """The layer at each of the ascending numbers `zeros`, the steps in which one mask grows through them all.
+
+    Otherwise as `refit_in_steps` with `iterations` after every step, which raises ValueError for the same reasons;
+    also when `zeros` do not ascend.
+    """
+    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, None, system, pull_OI, tolerance)
+    levels = []
+    for count in zeros:
+        growth.step(count, iterations)
+        levels.append(growth.finish())
+    return levels
 
 
 def plan_steps(zeros: int, steps: int, present: int) -> list[int]:
-    """Zeros after each step: zeros * (1 - (1 - k/steps)^3), at least the `present` ones, the last exactly `zeros`.
+    """Zeros after each step, more than the `present` ones, the last exactly `zeros`.
 
-    Large steps first, while there is much to choose from; steps that would add nothing are left out.
+    The first step leaves 30 % of the zeros for the others, the last but one 3 %, those between in proportion: for
+    five steps 70, 86, 93.5, 97 and 100 %. The least weights are a safe choice; what the refit changes is which ones
+    are the last to go. (On SmolLM2's layers 2 % less error than with 1 - (1 - k/steps)^3, at equal cost.)
+    Steps that would add nothing are left out.
     """
     if steps < 1:
         raise ValueError(f"a mask cannot grow in {steps} steps")
-    counts = [max(present, round(zeros * (1 - (1 - k / steps) ** 3))) for k in range(1, steps)]
-    return [*sorted({count for count in counts if present < count < zeros}), zeros]
+    places = [k / (steps - 2) for k in range(steps - 1)] if steps > 2 else [0.5] * (steps - 1)
+    counts = {round(zeros * (1 - 0.3 * 0.1**place)) for place in places}
+    return [*sorted(count for count in counts if present < count < zeros), zeros]
 
 
-def _limit_to_groups(exact_OI: Tensor, zeros: int, pruned: int, group: int) -> Tensor:
-    """Of the exact zeros as many as a group may lose. Raises ValueError when `zeros` is not what the pattern gives."""
-    check_group(exact_OI.shape[1], pruned, group)
-    wanted = exact_OI.numel() // group * pruned
-    if zeros != wanted:
-        raise ValueError(f"{zeros} zeros asked of a layer to which the pattern {pruned}:{group} gives {wanted}")
-    return exact_OI & ~keep_highest_of_groups(torch.ones_like(exact_OI, dtype=torch.float32), exact_OI, pruned, group)
+class _Growth:
+    """A mask that grows, and the survivors as refitted so far."""
+
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        second_moment_II: Tensor,
+        gradient_square_O: Tensor,
+        pattern: Pattern | None,
+        system: System | None,
+        pull_OI: Tensor | None,
+        tolerance: float,
+    ) -> None:
+        self.weight_OI, self.moment_II, self.pattern = weight_OI, second_moment_II, pattern
+        self.system, self.pull_OI, self.tolerance = system or prepare_system(second_moment_II), pull_OI, tolerance
+        self.root_I, self.root_O = _root_of_share(second_moment_II.diagonal()), _root_of_share(gradient_square_O)
+        self.fitted_OI = weight_OI.float()
+        self.keep_OI = weight_OI != 0
+        if pattern is not None:  # of the exact zeros, as many as a group may lose
+            self.keep_OI |= keep_highest_of_groups(torch.ones_like(self.fitted_OI), ~self.keep_OI, *pattern)
+        self.zeros = self.keep_OI.numel() - int(torch.count_nonzero(self.keep_OI))
+
+    def check(self, count: int) -> None:
+        """Raises ValueError when the mask cannot grow to `count` zeros."""
+        weights = self.keep_OI.numel()
+        if not self.zeros <= count <= weights:
+            raise ValueError(f"{count} zeros asked of a layer of {weights} weights that has {self.zeros} already")
+
+    def step(self, count: int, iterations: int, *, coast: bool = False) -> None:
+        """To `count` zeros, those of the mask so far among them; then the refit."""
+        self.check(count)
+        # Orders like its square, which may leave fp32's range.
+        score_OI = (self.fitted_OI.abs() * self.root_I).mul_(self.root_O[:, None])
+        if self.pattern is not None:
+            # Only what is among the N lowest of its group may go, so that no group can end with more.
+            stays_OI = keep_highest_of_groups(score_OI, ~self.keep_OI, *self.pattern)
+            score_OI.masked_fill_(stays_OI, torch.finfo(torch.float32).max)
+        self.keep_OI, self.zeros = keep_highest(score_OI, ~self.keep_OI, count), count
+        self.fitted_OI = refit_survivors(
+            self.weight_OI,
+            self.keep_OI,
+            self.moment_II,
+            start_OI=self.fitted_OI,
+            system=self.system,
+            pull_OI=self.pull_OI,
+            iterations=iterations,
+            tolerance=self.tolerance,
+            coast=coast,
+        )
+
+    def finish(self) -> Pruned:
+        """The layer as it would be stored now."""
+        updated_OI = finish_update(self.fitted_OI, self.weight_OI, self.keep_OI, self.moment_II, pull_OI=self.pull_OI)
+        return Pruned(updated_OI, self.keep_OI)
 
 
-def _grow_mask(keep_OI: Tensor, score_OI: Tensor, count: int, pattern: tuple[int, int] | None) -> Tensor:
-    """The mask with `count` zeros, those of `keep_OI` among them."""
-    if pattern is not None:
-        # Only what is among the N lowest of its group may go, so that no group can end with more.
-        stays_OI = keep_highest_of_groups(score_OI, ~keep_OI, *pattern)
-        score_OI = score_OI.masked_fill(stays_OI, torch.finfo(torch.float32).max)
-    return keep_highest(score_OI, ~keep_OI, count)
+def _root_of_share(values_N: Tensor) -> Tensor:
+    return (values_N.float() / values_N.float().mean().clamp(min=1e-30)).sqrt()

@@ -4,16 +4,17 @@ Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 All results are fp32, whatever the dtype of the inputs.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from kernels.ranks import kth_smallest, order_preserving_ints
 
 
-def add_second_moment(total_II: Tensor, x_TI: Tensor) -> None:
-    """Add sum_t x_t x_t^T of this batch to `total_II` (fp32, in place)."""
-    x_TI = x_TI.float()
-    total_II.addmm_(x_TI.T, x_TI)
+def add_moment(total_IJ: Tensor, x_TI: Tensor, y_TJ: Tensor) -> None:
+    """Add sum_t x_t y_t^T of this batch to `total_IJ` (fp32, in place)."""
+    total_IJ.addmm_(x_TI.float().T, y_TJ.float())
 
 
 def sum_squares(x_TF: Tensor) -> Tensor:
@@ -40,18 +41,33 @@ def level_of_each_weight(score_OI: Tensor, dead_OI: Tensor, zeros: list[int]) ->
     return torch.bucketize(ranks, thresholds).to(torch.uint8).reshape(score_OI.shape)
 
 
-def squared_loss_changes(g_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, level_OI: Tensor, levels: int) -> Tensor:
-    """sum_t (g_t^T dW(s) x_t)^2 for every level s, dW(s) = the weights pruned at s: shape (levels,), fp64.
+def nested_parts(weight_OI: Tensor, level_OI: Tensor, levels: int) -> Iterator[Tensor]:
+    """What each level removes beyond the level before, from `level_of_each_weight`: fp32, zero elsewhere."""
+    weight_OI = weight_OI.float()
+    for level in range(levels):
+        yield weight_OI * (level_OI == level)
 
+
+def squared_loss_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable[Tensor]) -> Tensor:
+    """sum_t (g_t^T dW(s) x_t)^2 for every level s: shape (levels,), fp64.
+
+    `pairs` are the inputs x (T, I) and output gradients g (T, O) of a layer on several windows; `parts` what each level
+    changes beyond the level before (O, I), so that dW(s) is the sum of the parts up to s and costs one product each.
     Divided by 2T this is the second-order estimate of KL(dense || pruned) when g are gradients of
     -log p(y) for labels y drawn from the model itself (the empirical Fisher of the model's own distribution).
-    The removed parts are nested, so each level costs one product with what it adds to the level before.
     """
-    x_TI, g_TO, weight_OI = x_TI.float(), g_TO.float(), weight_OI.float()
-    change_T = torch.zeros(x_TI.shape[0], device=x_TI.device)
+    pairs = [(x_TI.float(), g_TO.float()) for x_TI, g_TO in pairs]
+    changes = [x_TI.new_zeros(len(x_TI)) for x_TI, _ in pairs]
     totals = []
-    for level in range(levels):
-        added_OI = weight_OI * (level_OI == level)
-        change_T = change_T + (x_TI @ added_OI.T).mul_(g_TO).sum(1)
-        totals.append(change_T.double().square().sum())
+    for part_OI in parts:
+        for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
+            change_T += (x_TI @ part_OI.T).mul_(g_TO).sum(1)
+        totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]).sum())
     return torch.stack(totals)
+
+
+def clip_tokens(g_TO: Tensor, multiple: float) -> Tensor:
+    """The gradients with each token's sum of squares brought down to at most `multiple` times the median token's."""
+    size_T = g_TO.float().square().sum(1)
+    limit = multiple * size_T.median()
+    return g_TO.float() * (limit / size_T.clamp(min=1e-38)).sqrt().clamp(max=1.0)[:, None]

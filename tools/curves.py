@@ -25,6 +25,13 @@ class LayerProfile(BaseModel):
     gradient: float = Field(description="Mean over the weights of the mean |dL/dW| over calibration samples.")
     gradient_z: float
     kappa: list[float] = Field(description="Predicted KL in nats/token at each of LEVELS, this layer pruned alone.")
+    inputs: int = Field(0, description="Length of a row of the weight, d_in; 0 where it was not recorded.")
+    outliers: float | None = Field(
+        None, description="OWL's D of the layer's block, the same for all its layers: percentage of far-out scores."
+    )
+    alpha: float | None = Field(
+        None, description="AlphaPruning's exponent of the tail of the weight's spectrum; null without such a tail."
+    )
 
     @property
     def dense_sparsity(self) -> float:

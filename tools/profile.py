@@ -1,28 +1,32 @@
 """The profile of a model's prunable layers: the paper's two scores, and the predicted KL of pruning each.
 
-Two walks over the calibration text serve all layers at once; no layer is ever pruned to measure it.
+The calibration text walks up through the blocks, one after another, and its gradients walk down again: at no time is
+more held than the inputs of all blocks (in CPU memory) and what one block needs. No layer is ever pruned to measure it.
 
 Shape suffixes: T tokens, I input features (d_in), O output features (d_out), D hidden width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.methods import LayerStatistics
 from kernels.scores import score_two_sided, score_wanda
 from kernels.statistics import (
-    add_second_moment,
+    add_moment,
+    clip_tokens,
     level_of_each_weight,
     mean_absolute_gradient,
+    nested_parts,
     squared_loss_changes,
     sum_squares,
 )
+from tools.baselines import measure_outliers
+from tools.blocks import Blocks
 from tools.curves import LEVELS, LayerProfile
 from tools.errors import UserError
 from tools.layers import Layer
@@ -31,6 +35,9 @@ from tools.readout import compute_hidden, hidden_gradients
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, steps done, steps in all)."""
 
+CLIP = 10.0
+"""The clipped gamma counts no token for more than this many times the median token (of its window)."""
+
 
 @dataclass
 class ModelStatistics:
@@ -38,76 +45,102 @@ class ModelStatistics:
 
     mean_square: dict[str, Tensor]
     gradient_square: dict[str, Tensor]
-    second_moment: dict[str, Tensor]
-    """By the name of the first layer of each group that reads the same input."""
+    clipped_square: dict[str, Tensor]
+    """Gamma with each token clipped at CLIP times the median one."""
     group: dict[str, str]
-    """Layer name to the name its second moment is kept under."""
+    """Layer name to the first layer that reads the same input, under whose name their second moment is kept."""
     gradient: dict[str, float]
     """The paper's gradient score."""
-
-    def of(self, name: str) -> LayerStatistics:
-        """The statistics of one layer."""
-        return LayerStatistics(self.mean_square[name], self.gradient_square[name], self.second_moment[self.group[name]])
+    kappa: dict[str, list[float]]
+    """The KL each layer is predicted to cost at each of LEVELS, two-sided mask, nats per token."""
 
 
-class _Taps:
-    """Hooks on all layers: inputs are seen in the forward pass, output gradients in the backward pass."""
+class Moments(NamedTuple):
+    """What one block's layers read."""
 
-    def __init__(self, model: Any, layers: Sequence[Layer]) -> None:
-        self.model, self.layers = model, layers
-        self.on_input: Callable[[Layer, Tensor], None] = lambda layer, x: None
-        self.on_gradient: Callable[[Layer, Tensor, Tensor], None] = lambda layer, x, g: None
+    second_moment: dict[str, Tensor]
+    """Mean of x x^T, fp32, by the first layer of each group that reads the same tensor (q, k and v; gate and up)."""
+    cross_moment: dict[str, Tensor]
+    """Mean of x_dense x^T, where x_dense is what the layer reads in the dense model; empty for the dense model."""
+    group: dict[str, str]
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Attach for the length of a block; gradients flow from the embeddings though all weights are frozen."""
-        hooks = [layer.module.register_forward_hook(self._tap(layer)) for layer in self.layers]
-        embeddings = self.model.get_input_embeddings()
-        hooks.append(embeddings.register_forward_hook(lambda module, args, out: self._start_graph(out)))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _start_graph(self, embedded: Tensor) -> Tensor:
-        return embedded.requires_grad_() if torch.is_grad_enabled() else embedded
+class BlockGradients(NamedTuple):
+    """What flows back through one block."""
 
-    def _tap(self, layer: Layer) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+    pairs: dict[str, list[tuple[Tensor, Tensor]]]
+    """Layer name to (input x (T, I), gradient g (T, O) of -log p of drawn labels) of every window."""
+    language: dict[str, float]
+    """Mean over the weights of |dL/dW| of the language modelling loss, summed over the windows."""
+
+
+@contextmanager
+def _tapped(
+    layers: Iterable[Layer],
+    on_input: Callable[[Layer, Tensor], None],
+    on_gradient: Callable[[Layer, Tensor, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Hooks on layers: their inputs are seen in the forward pass, their output gradients in the backward pass."""
+
+    def tap(layer: Layer) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
         def see(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x_TI = inputs[0].detach().flatten(0, -2)
-            self.on_input(layer, x_TI)
-            if output.requires_grad:
-                output.register_hook(lambda g: self.on_gradient(layer, x_TI, g.flatten(0, -2)))
+            on_input(layer, x_TI)
+            if on_gradient is not None and output.requires_grad:
+                output.register_hook(lambda g: on_gradient(layer, x_TI, g.flatten(0, -2)))
 
         return see
 
-
-def _backward(model: Any, ids_T: Tensor, window: int, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """One forward; then what to back-propagate, as ("fisher", run) and ("language", run)."""
-    hidden_TD = compute_hidden(model, ids_T[None])[0]
-    # Every window has a generator of its own, so that labels do not depend on the order of the windows.
-    generator = torch.Generator(device=ids_T.device).manual_seed(seed * 1_000_003 + window)
-    fisher_TD, language_TD = hidden_gradients(model, ids_T, hidden_TD, generator)
-    yield "fisher", lambda: hidden_TD.backward(fisher_TD, retain_graph=True)
-    yield "language", lambda: hidden_TD.backward(language_TD)
+    hooks = [layer.module.register_forward_hook(tap(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def collect_statistics(
-    model: Any, layers: Sequence[Layer], windows_BT: Tensor, gradient_windows: int, seed: int, progress: Progress
-) -> ModelStatistics:
-    """First walk: input moments over all windows, output-gradient moments over the first `gradient_windows`.
+def layers_by_block(layers: Iterable[Layer], count: int) -> list[list[Layer]]:
+    """The layers of each of `count` blocks."""
+    grouped: list[list[Layer]] = [[] for _ in range(count)]
+    for layer in layers:
+        grouped[layer.block].append(layer)
+    return grouped
 
-    Layers that read the same tensor (q, k and v; gate and up) share one second moment. All sums are fp32. Raises
-    UserError for a layer that never ran, such as an expert that no token was sent to.
-    """
+
+def embed_windows(blocks: Blocks, windows_BT: Tensor) -> list[Tensor]:
+    """What the first block reads of every window, on CPU."""
+    return [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+
+
+@torch.no_grad()
+def run_block(blocks: Blocks, block: int, windows_BT: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What a block makes of its inputs, window by window, on CPU."""
     device = windows_BT.device
+    return [blocks.run(ids_T, block, x.to(device)).cpu() for ids_T, x in zip(windows_BT, inputs, strict=True)]
+
+
+def collect_moments(
+    blocks: Blocks,
+    block: int,
+    layers: Sequence[Layer],
+    windows_BT: Tensor,
+    inputs: Sequence[Tensor],
+    dense_inputs: Sequence[Tensor] | None = None,
+) -> tuple[Moments, list[Tensor]]:
+    """(moments of what a block's layers read, the block's outputs). fp32, means over all tokens.
+
+    With `dense_inputs`, what the block reads in the dense model, the cross moments with what its layers read there are
+    collected too, and the outputs are those of the dense inputs. Raises UserError for a layer that never ran, such as
+    an expert that no token was sent to.
+    """
     moments: dict[str, Tensor] = {}
+    cross: dict[str, Tensor] = {}
     group: dict[str, str] = {}
-    gammas = {layer.name: torch.zeros(layer.weight_OI.shape[0], device=device) for layer in layers}
-    gradient = {layer.name: 0.0 for layer in layers}
-    mode = ""
     last: tuple[str, Tensor | None] = ("", None)
+    dense: dict[str, Tensor] = {}
+
+    def on_dense(layer: Layer, x_TI: Tensor) -> None:
+        dense[layer.name] = x_TI
 
     def on_input(layer: Layer, x_TI: Tensor) -> None:
         nonlocal last
@@ -115,89 +148,182 @@ def collect_statistics(
         shares = known is not None and known.data_ptr() == x_TI.data_ptr() != 0 and known.shape == x_TI.shape
         leader = group.setdefault(layer.name, last[0] if shares else layer.name)
         if leader == layer.name:
-            width = x_TI.shape[1]
-            add_second_moment(moments.setdefault(leader, torch.zeros(width, width, device=device)), x_TI)
+            for totals, other_TI in ((moments, x_TI), *([(cross, dense[layer.name])] if dense_inputs else [])):
+                if leader not in totals:
+                    totals[leader] = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
+                add_moment(totals[leader], other_TI, x_TI)
             last = (leader, x_TI)
 
-    def on_gradient(layer: Layer, x_TI: Tensor, g_TO: Tensor) -> None:
-        if mode == "fisher":
-            gammas[layer.name] += sum_squares(g_TO)
-        else:
-            gradient[layer.name] += mean_absolute_gradient(g_TO, x_TI)
+    outputs = []
+    for i, ids_T in enumerate(windows_BT):
+        if dense_inputs is not None:
+            with _tapped(layers, on_dense):
+                outputs += run_block(blocks, block, ids_T[None], dense_inputs[i : i + 1])
+        with _tapped(layers, on_input):
+            output = run_block(blocks, block, ids_T[None], inputs[i : i + 1])
+        outputs += output if dense_inputs is None else []
+    for layer in layers:
+        if layer.name not in group:
+            raise UserError(f"layer {layer.name} never ran on the calibration text, so that nothing is known of it")
+    for moment in [*moments.values(), *cross.values()]:
+        moment /= windows_BT.numel()
+    return Moments(moments, cross, group), outputs
 
-    taps = _Taps(model, layers)
-    taps.on_input, taps.on_gradient = on_input, on_gradient
-    total, length = windows_BT.shape
-    with taps.attached():
-        for i, ids_T in enumerate(windows_BT):
-            progress("statistics", i, total)
-            if i < gradient_windows:
-                for kind, run in _backward(model, ids_T, i, seed):
-                    mode = kind
-                    run()
+
+def walk_back(
+    blocks: Blocks,
+    layers: Sequence[Layer],
+    windows_BT: Tensor,
+    inputs: list[list[Tensor]],
+    seed: int,
+    progress: Progress,
+    *,
+    language: bool,
+) -> Iterator[BlockGradients]:
+    """Back-propagate through one block after another, from the last to the first; yields what each one saw.
+
+    `inputs` are those of every block, for every window; they are let go as the walk goes on. Each block runs forward
+    once more, so that only its own graph is held. Labels are drawn from the model's own predictions; with `language`
+    the language modelling loss of the text is back-propagated too.
+    """
+    model, device, last = blocks.model, windows_BT.device, len(blocks) - 1
+    grouped = layers_by_block(layers, len(blocks))
+    above: list[tuple[Tensor, ...]] = [()] * len(windows_BT)
+    for block in range(last, -1, -1):
+        seen = BlockGradients({layer.name: [] for layer in grouped[block]}, {x.name: 0.0 for x in grouped[block]})
+        fisher = True
+
+        def on_gradient(layer: Layer, x_TI: Tensor, g_TO: Tensor) -> None:
+            if fisher:  # noqa: B023
+                seen.pairs[layer.name].append((x_TI, g_TO))  # noqa: B023
             else:
-                with torch.no_grad():
-                    compute_hidden(model, ids_T[None])
-            last = ("", None)
-    progress("statistics", total, total)
-    for name in gradient.keys() - group.keys():
-        raise UserError(f"layer {name} never ran on the calibration text, so that nothing is known of it")
-    for moment in moments.values():
-        moment /= total * length
-    tokens = min(gradient_windows, total) * length
-    return ModelStatistics(
-        mean_square={name: moments[leader].diagonal().clone() for name, leader in group.items()},
-        gradient_square={name: gamma / tokens for name, gamma in gammas.items()},
-        second_moment=moments,
-        group=group,
-        gradient={name: value / min(gradient_windows, total) for name, value in gradient.items()},
-    )
+                seen.language[layer.name] += mean_absolute_gradient(g_TO, x_TI)  # noqa: B023
+
+        for i, ids_T in enumerate(windows_BT):
+            progress("gradients", (last - block) * len(windows_BT) + i, len(blocks) * len(windows_BT))
+            x_BTD = inputs[block][i].to(device).detach().requires_grad_()
+            with _tapped(grouped[block], lambda layer, x: None, on_gradient):
+                if block == last:
+                    with blocks.only(block, block + 1, ids_T, x_BTD):
+                        output = compute_hidden(model, ids_T[None])
+                    # Every window has a generator of its own: labels do not depend on the order of the windows.
+                    generator = torch.Generator(device=device).manual_seed(seed * 1_000_003 + i)
+                    drawn_TD, text_TD = hidden_gradients(model, ids_T, output[0], generator)
+                    above[i] = (drawn_TD[None], text_TD[None])
+                else:
+                    output = blocks.run(ids_T, block, x_BTD)
+                fisher = True
+                below = torch.autograd.grad(output, x_BTD, above[i][0].to(device), retain_graph=language)
+                if language:
+                    fisher = False
+                    below += torch.autograd.grad(output, x_BTD, above[i][1].to(device))
+            above[i] = tuple(gradient.cpu() for gradient in below)
+        inputs[block] = []
+        yield seen
+    progress("gradients", len(blocks) * len(windows_BT), len(blocks) * len(windows_BT))
+
+
+def collect_statistics(
+    model: Any,
+    layers: Sequence[Layer],
+    windows_BT: Tensor,
+    gradient_windows: int,
+    seed: int,
+    progress: Progress,
+    keep_moment: Callable[[str, Tensor], None],
+    dense: Mapping[str, Tensor] | None = None,
+) -> ModelStatistics:
+    """Input moments over all windows; output-gradient moments and KL curves over the first `gradient_windows`.
+
+    Each second moment is handed to `keep_moment` (name of its group, A) as soon as it is whole, and not held.
+    kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself; dW is what the
+    two-sided mask removes of the `dense` weights where they are given, else of those in the model. Raises UserError for
+    a layer that never ran.
+    """
+    blocks = Blocks(model)
+    grouped = layers_by_block(layers, len(blocks))
+    mean_square: dict[str, Tensor] = {}
+    group: dict[str, str] = {}
+    states = embed_windows(blocks, windows_BT)
+    inputs: list[list[Tensor]] = []
+    for block in range(len(blocks)):
+        progress("statistics", block, len(blocks))
+        inputs.append(states[:gradient_windows])
+        moments, states = collect_moments(blocks, block, grouped[block], windows_BT, states)
+        group |= moments.group
+        mean_square |= {
+            name: moments.second_moment[leader].diagonal().clone() for name, leader in moments.group.items()
+        }
+        for leader, moment in moments.second_moment.items():
+            keep_moment(leader, moment)
+    progress("statistics", len(blocks), len(blocks))
+    del states  # the way down needs the gradient windows only
+
+    windows_BT = windows_BT[:gradient_windows]
+    tokens, device = windows_BT.numel(), windows_BT.device
+    statistics = ModelStatistics(mean_square, {}, {}, group, {}, {})
+    back = walk_back(blocks, layers, windows_BT, inputs, seed, progress, language=True)
+    for block, seen in zip(reversed(range(len(blocks))), back, strict=True):
+        for layer in grouped[block]:
+            name, pairs = layer.name, seen.pairs[layer.name]
+            nothing = torch.zeros(layer.weight_OI.shape[0], device=device)
+            gamma_O = sum((sum_squares(g_TO) for _, g_TO in pairs), nothing) / tokens
+            clipped_O = sum((sum_squares(clip_tokens(g_TO, CLIP)) for _, g_TO in pairs), nothing) / tokens
+            statistics.gradient_square[name], statistics.clipped_square[name] = gamma_O, clipped_O
+            statistics.gradient[name] = seen.language[name] / len(windows_BT)
+            weight_OI = _weight(layer, dense)
+            parts = _parts_of_mask(weight_OI, mean_square[name], gamma_O)
+            statistics.kappa[name] = _kappa(pairs, parts, tokens)
+    return statistics
 
 
 def measure_kappa(
     model: Any,
     layers: Sequence[Layer],
-    statistics: ModelStatistics,
     windows_BT: Tensor,
     seed: int,
     progress: Progress,
-    dense: Mapping[str, Tensor] | None = None,
+    parts_of: Callable[[str], Iterable[Tensor]],
 ) -> dict[str, list[float]]:
-    """Second walk: the KL each layer is predicted to cost at each of LEVELS, two-sided mask, nats per token.
+    """The KL curve of each layer for any change: `parts_of(name)` is what each of LEVELS changes beyond the last.
 
-    kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself. dW is taken from the
-    `dense` weights where they are given, else from those in the model.
+    One walk up and one down over the windows; nats per token, as in `collect_statistics`.
     """
-    levels = {layer.name: _levels(layer.name, _weight(layer, dense), statistics) for layer in layers}
-    totals = {layer.name: torch.zeros(len(LEVELS), dtype=torch.float64, device=windows_BT.device) for layer in layers}
+    blocks = Blocks(model)
+    grouped = layers_by_block(layers, len(blocks))
+    states = embed_windows(blocks, windows_BT)
+    inputs: list[list[Tensor]] = []
+    for block in range(len(blocks)):
+        inputs.append(states)
+        states = run_block(blocks, block, windows_BT, states)
+    kappa: dict[str, list[float]] = {}
+    back = walk_back(blocks, layers, windows_BT, inputs, seed, progress, language=False)
+    for block, seen in zip(reversed(range(len(blocks))), back, strict=True):
+        for layer in grouped[block]:
+            kappa[layer.name] = _kappa(seen.pairs[layer.name], parts_of(layer.name), windows_BT.numel())
+    return kappa
 
-    def on_gradient(layer: Layer, x_TI: Tensor, g_TO: Tensor) -> None:
-        totals[layer.name] += squared_loss_changes(g_TO, x_TI, _weight(layer, dense), levels[layer.name], len(LEVELS))
 
-    taps = _Taps(model, layers)
-    taps.on_gradient = on_gradient
-    with taps.attached():
-        for i, ids_T in enumerate(windows_BT):
-            progress("KL curves", i, len(windows_BT))
-            _, run = next(_backward(model, ids_T, i, seed))
-            run()
-    progress("KL curves", len(windows_BT), len(windows_BT))
-    return {name: (total / (2 * windows_BT.numel())).tolist() for name, total in totals.items()}
+def _kappa(pairs: list[tuple[Tensor, Tensor]], parts: Iterable[Tensor], tokens: int) -> list[float]:
+    if not pairs:  # an expert that these windows never reached
+        return [0.0] * len(LEVELS)
+    return [float(total) for total in squared_loss_changes(pairs, parts) / (2 * tokens)]
+
+
+def _parts_of_mask(weight_OI: Tensor, mean_square_I: Tensor, gradient_square_O: Tensor) -> Iterator[Tensor]:
+    """What the two-sided mask removes at each of LEVELS beyond the last."""
+    score_OI = score_two_sided(weight_OI, mean_square_I, gradient_square_O)
+    zeros = [round(level * weight_OI.numel()) for level in LEVELS]
+    return nested_parts(weight_OI, level_of_each_weight(score_OI, weight_OI == 0, zeros), len(LEVELS))
 
 
 def _weight(layer: Layer, dense: Mapping[str, Tensor] | None) -> Tensor:
     return layer.weight_OI if dense is None else dense[layer.name].to(layer.weight_OI.device)
 
 
-def _levels(name: str, weight_OI: Tensor, statistics: ModelStatistics) -> Tensor:
-    score_OI = score_two_sided(weight_OI, statistics.mean_square[name], statistics.gradient_square[name])
-    return level_of_each_weight(score_OI, weight_OI == 0, [round(s * weight_OI.numel()) for s in LEVELS])
-
-
 def build_profile(
     layers: Sequence[Layer],
     statistics: ModelStatistics,
-    kappa: dict[str, list[float]],
     dense: Mapping[str, Tensor] | None = None,
 ) -> list[LayerProfile]:
     """The table of layers, with z-scores over all of them; of the `dense` weights where they are given."""
@@ -207,6 +333,12 @@ def build_profile(
         for layer, weight_OI in zip(layers, weights, strict=True)
     ]
     gradient = [statistics.gradient[layer.name] for layer in layers]
+    outliers: dict[int, float] = {}
+    for block in sorted({layer.block for layer in layers}):
+        members = [
+            (w, statistics.mean_square[x.name]) for x, w in zip(layers, weights, strict=True) if x.block == block
+        ]
+        outliers[block] = measure_outliers([w for w, _ in members], [a for _, a in members])
     return [
         LayerProfile(
             name=layer.name,
@@ -218,7 +350,9 @@ def build_profile(
             wanda_z=w_z,
             gradient=g,
             gradient_z=g_z,
-            kappa=kappa[layer.name],
+            kappa=statistics.kappa[layer.name],
+            inputs=weight_OI.shape[1],
+            outliers=outliers[layer.block],
         )
         for layer, weight_OI, w, w_z, g, g_z in zip(
             layers, weights, wanda, compute_z_scores(wanda), gradient, compute_z_scores(gradient), strict=True

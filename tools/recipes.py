@@ -1,8 +1,23 @@
 """What a plan may ask of the tools: the recipe for a layer's weights, and corrections to the allocation."""
 
+import re
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+def parse_pattern(text: str) -> tuple[int, int]:
+    """`"N:M"` to (N zeroed, of M consecutive inputs). Raises ValueError in one line when it is not 0 < N < M."""
+    form = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text, re.ASCII)
+    if form is None or not 0 < int(form[1]) < int(form[2]):
+        raise ValueError(f"pattern {text!r} is not N:M with 0 < N < M, such as 2:4")
+    return int(form[1]), int(form[2])
+
+
+def count_pattern_zeros(weights: int, pattern: tuple[int, int]) -> int:
+    """Zeros of a layer in which (N, M) holds."""
+    pruned, group = pattern
+    return weights // group * pruned
 
 
 class Recipe(BaseModel):
@@ -11,7 +26,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: Literal["magnitude", "wanda", "two-sided", "sparsegpt", "two-sided-obs", "refit"] = Field(
-        "two-sided",
+        "refit",
         description="magnitude: |W| within the layer. wanda: |W|*sqrt(a) within each output row. two-sided: "
         "W^2*a*gamma within the layer; usually the best mask. sparsegpt, two-sided-obs: survivors corrected column by "
         "column. refit: the two-sided mask grown in 5 steps, survivors refitted between; the best and slowest.",
@@ -21,12 +36,49 @@ class Recipe(BaseModel):
         description="After any method but refit, fit all surviving weights of a layer by least squares; costs most of "
         "a round's time and usually wins much.",
     )
-    allocation: Literal["kappa", "uniform"] = Field(
-        "kappa", description="kappa: minimise the predicted KL over the layers. uniform: the same sparsity everywhere."
+    allocation: Literal["kappa", "uniform", "owl", "alphapruning"] = Field(
+        "kappa",
+        description="kappa: minimise the predicted KL over the layers; only here do factors count. uniform: the same "
+        "sparsity everywhere. owl: less in blocks where more Wanda scores lie far above the mean. alphapruning: less "
+        "in blocks whose weights have heavy-tailed spectra.",
     )
     strength: float = Field(
-        1.0, ge=0, le=1, description="1 follows the kappa allocation, 0 is uniform, between is linear; costs nothing."
+        1.0, ge=0, le=1, description="1 follows the allocation, 0 is uniform, between is linear; costs nothing."
     )
+
+    gamma: Literal["plain", "clipped"] = Field(
+        "plain",
+        description="clipped counts no token's gradient for more than 10 times the median token's when weights are "
+        "chosen: for models with massive activations, whose first tokens hold nearly all of gamma; costs nothing.",
+    )
+    curves: Literal["mask", "method"] = Field(
+        "method",
+        description="Whose change of the weights the KL curves behind the allocation measure. method: what this method "
+        "and refit really leave, by pruning every layer to five sparsities; costs about two rounds' pruning, once for "
+        "each method. mask: what the two-sided mask removes, known from the profile.",
+    )
+    statistics: Literal["dense", "sequential"] = Field(
+        "dense",
+        description="What the layers' inputs are taken from. dense: the dense model, all layers at once. sequential: "
+        "block by block, each seeing what its pruned predecessors pass on, and refitted to what the dense model makes "
+        "of its own inputs; costs three more forwards of the calibration text a round.",
+    )
+    pattern: str = Field(
+        "",
+        description="N:M, N zeros in every M consecutive inputs; empty for zeros anywhere. The user's choice.",
+    )
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N, M) of the pattern; None for zeros anywhere."""
+        return parse_pattern(self.pattern) if self.pattern else None
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, value: str) -> str:
+        if value:
+            parse_pattern(value)
+        return value
 
     @property
     def refits_after(self) -> bool:
@@ -39,15 +91,73 @@ class Recipe(BaseModel):
         return self.refit or self.method == "refit"
 
     @property
+    def needs_curves(self) -> bool:
+        """Whether its allocation reads other KL curves than the profile's, which are those of the two-sided mask."""
+        own = self.curves == "method" and self.mask_label != "two-sided"
+        return own and self.allocation == "kappa" and not self.pattern
+
+    @property
+    def changes_survivors(self) -> bool:
+        """Whether the surviving weights are others than the dense model's."""
+        return self.refits or self.method not in ("magnitude", "wanda", "two-sided")
+
+    @property
     def mask_label(self) -> str:
         """What is done inside a layer, such as `two-sided+refit`."""
-        return f"{self.method}{'+refit' if self.refits_after else ''}"
+        marks = ["+refit" if self.refits_after else "", "~clipped" if self.gamma == "clipped" else ""]
+        return f"{self.method}{''.join(marks)}{'~sequential' if self.statistics == 'sequential' else ''}"
+
+    @property
+    def allocation_label(self) -> str:
+        """How sparsity is shared out, such as `kappa@0.8`; `kappa-mask` where the curves are the two-sided mask's."""
+        name = "kappa-mask" if self.allocation == "kappa" and self.curves == "mask" else self.allocation
+        return f"{name}@{self.strength:g}" if self.allocation != "uniform" and self.strength != 1 else name
 
     @property
     def label(self) -> str:
-        """The whole recipe in short, such as `two-sided+refit:kappa@0.8`."""
-        strength = f"@{self.strength:g}" if self.allocation == "kappa" and self.strength != 1 else ""
-        return f"{self.mask_label}:{self.allocation}{strength}"
+        """The whole recipe in short, such as `two-sided+refit:kappa@0.8`; `parse_recipe` reads it."""
+        return f"{self.mask_label}:{self.allocation_label}"
+
+    def within_layers(self) -> "Recipe":
+        """The part of the recipe that makes a layer's weights, once it is known how many of them go."""
+        return Recipe(
+            method=self.method,
+            refit=self.refits_after,
+            gamma=self.gamma,
+            statistics=self.statistics,
+            pattern=self.pattern,
+        )
+
+
+_LABEL = re.compile(
+    r"(?P<method>[a-z-]+?)(?P<refit>\+refit)?(?P<clipped>~clipped)?(?P<sequential>~sequential)?"
+    r"(?::(?P<allocation>[a-z]+)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
+)
+
+
+def parse_recipe(label: str) -> Recipe:
+    """The recipe of a label `METHOD[+refit][~clipped][~sequential][:ALLOCATION[@STRENGTH]]`.
+
+    Without an allocation it is uniform. Raises ValueError in one line for another form or a name that there is not.
+    """
+    form = _LABEL.fullmatch(label.strip())
+    if form is None:
+        raise ValueError(f"recipe {label!r} is not of the form METHOD[+refit]:ALLOCATION, such as refit:kappa")
+    try:
+        return Recipe.model_validate(
+            {
+                "method": form["method"],
+                "refit": form["refit"] is not None,
+                "gamma": "clipped" if form["clipped"] else "plain",
+                "statistics": "sequential" if form["sequential"] else "dense",
+                "allocation": form["allocation"] or "uniform",
+                "curves": "mask" if form["mask"] else "method",
+                "strength": form["strength"] or 1.0,
+            }
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"recipe {label!r}: {problem['loc'][0]}: {problem['msg'].lower()}") from error
 
 
 class Adjustment(BaseModel):

@@ -2,7 +2,7 @@
 
 import platform
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "langgraph", "numpy")
 class Protocol(BaseModel):
     """How perplexity was measured; results with different protocols must not be compared."""
 
-    text: str = Field(description="Source of the test text.")
+    text: str = Field(description="Source of the text.")
     tokens: int
     window: int = Field(description="Tokens in a window; windows do not overlap and share no context.")
     dtype: str
@@ -47,12 +47,12 @@ class Summary(BaseModel):
     protocol: Protocol
 
 
-def describe_protocol(settings: WorkbenchSettings) -> Protocol:
-    """The protocol of a run's test figures."""
+def describe_protocol(settings: WorkbenchSettings, split: Literal["validation", "test"] = "test") -> Protocol:
+    """The protocol of figures on a split of the text."""
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     return Protocol(
-        text=settings.test,
-        tokens=settings.test_windows * settings.window,
+        text=getattr(settings, split),
+        tokens=getattr(settings, f"{split}_windows") * settings.window,
         window=settings.window,
         dtype=settings.dtype,
         versions=versions,

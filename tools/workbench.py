@@ -6,28 +6,45 @@ Everything it makes goes to disk under the hash of its content, so a killed run 
 import gc
 import hashlib
 import json
+import math
 import resource
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from kernels.methods import MASK_ONLY, LayerStatistics, prune_weight
+from kernels.methods import LayerStatistics, prune_levels, prune_weight
 from kernels.packing import pack_mask, pack_weight, unpack_mask, unpack_weight
+from kernels.preconditioner import DAMPING
 from tools.allocate import Allocation
-from tools.curves import LayerProfile
+from tools.baselines import measure_alpha
+from tools.blocks import Blocks
+from tools.curves import LEVELS, LayerProfile
 from tools.errors import DamagedArtifact, UserError
-from tools.evaluate import Evaluation, evaluate_windows
+from tools.estimate import PREFIX_SHARE, list_disk
+from tools.evaluate import Evaluation, PrefixCache, evaluate_windows
 from tools.files import ArtifactStore, explain_full_disk, write_json
 from tools.layers import find_layers, find_unprunable
-from tools.profile import ModelStatistics, Progress, build_profile, collect_statistics, measure_kappa
+from tools.profile import (
+    ModelStatistics,
+    Moments,
+    Progress,
+    build_profile,
+    collect_moments,
+    collect_statistics,
+    embed_windows,
+    layers_by_block,
+    measure_kappa,
+    run_block,
+)
 from tools.readout import check_readout
-from tools.recipes import Recipe
+from tools.recipes import Recipe, count_pattern_zeros
 from tools.rundir import lock_run, unlock_run
 from tools.settings import WorkbenchSettings
 from tools.sources import load_model
@@ -40,12 +57,18 @@ Warn = Callable[[str], None]
 
 
 class LayerRecord(BaseModel):
-    """One layer of a checkpoint: where its weights lie, and how they were made, to make them again."""
+    """One layer of a checkpoint: where its weights lie, and how many of them were to go."""
 
     artifact: str
     zeros: int
-    method: str
-    refit: bool
+
+
+class Checkpoint(BaseModel):
+    """A manifest: the weights of all layers, and how they were made, to make them again."""
+
+    profile: str
+    recipe: Recipe
+    layers: dict[str, LayerRecord]
 
 
 class StoredProfile(BaseModel):
@@ -79,13 +102,14 @@ class Workbench:
         self.installed = dict.fromkeys(self.by_name, DENSE)
         self._profile: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
         self._moment: tuple[str, Tensor] | None = None
+        self._calibration_hidden: Tensor | None = None
+        limit = int(PREFIX_SHARE * sum(p.nbytes for p in self.model.parameters()))
+        self._prefix = PrefixCache(Blocks(self.model), self.windows.validation, limit)
         progress("load model", 1, 1)
 
     def _refuse_small_disk(self) -> None:
         """Moments, three checkpoints and the exported model must fit."""
-        weights = sum(layer.weight_OI.nbytes for layer in self.layers)
-        moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in self.layers)
-        needed = moments + 3 * weights + sum(p.nbytes for p in self.model.parameters())
+        needed = sum(line.bytes for line in list_disk(self.model, self.layers))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(
@@ -107,17 +131,22 @@ class Workbench:
         hidden, evaluation = self._dense_losses(first, progress)
         windows = self.windows.calibration.to(self.device)
         count = min(self.settings.gradient_windows, len(windows))
-        statistics = collect_statistics(self.model, self.layers, windows, count, self.settings.seed, progress)
-        _refuse_infinite(statistics, self.settings.dtype)
-        kappa = measure_kappa(
-            self.model, self.layers, statistics, windows[:count], self.settings.seed, progress, self.dense
+        moments: dict[str, str] = {}
+
+        def keep_moment(name: str, moment_II: Tensor) -> None:
+            moments[name] = self.store.write_tensors({"A": moment_II})
+
+        statistics = collect_statistics(
+            self.model, self.layers, windows, count, self.settings.seed, progress, keep_moment, self.dense
         )
+        _refuse_infinite(statistics, self.settings.dtype)
         means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
-        means |= {f"gamma/{name}": value for name, value in statistics.gradient_square.items()}
+        means |= {f"plain/{name}": value for name, value in statistics.gradient_square.items()}
+        means |= {f"clipped/{name}": value for name, value in statistics.clipped_square.items()}
         stored = StoredProfile(
-            layers=build_profile(self.layers, statistics, kappa, self.dense),
+            layers=build_profile(self.layers, statistics, self.dense),
             means=self.store.write_tensors(means),
-            moments={name: self.store.write_tensors({"A": a}) for name, a in statistics.second_moment.items()},
+            moments=moments,
             group=statistics.group,
             hidden=hidden,
             dense=evaluation,
@@ -130,7 +159,8 @@ class Workbench:
             stored = self.read_profile(first)
             return stored.hidden, stored.dense
         windows = self.windows.validation.to(self.device)
-        evaluation, hidden = evaluate_windows(self.model, windows, None, "dense validation", progress)
+        prefix = self._prefix, self._mark_blocks()
+        evaluation, hidden = evaluate_windows(self.model, windows, None, "dense validation", progress, prefix)
         if not evaluation.finite:
             raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
         return self.store.write_tensors({"hidden": hidden}), evaluation
@@ -142,17 +172,78 @@ class Workbench:
             self._profile = (profile, stored, self.store.read_tensors(stored.means))
         return self._profile[1]
 
-    def _statistics_of(self, profile: str, name: str, with_moment: bool) -> LayerStatistics:
+    def _statistics_of(
+        self, profile: str, name: str, recipe: Recipe, present: Moments | None = None
+    ) -> LayerStatistics:
+        """What is known of a layer: from the profile; its inputs from `present` moments where these are given."""
         stored = self.read_profile(profile)
         assert self._profile is not None
         means = self._profile[2]
+        gamma_O = means[f"{recipe.gamma}/{name}"].to(self.device)
+        if present is not None:
+            leader = present.group[name]
+            moment_II = present.second_moment[leader]
+            return LayerStatistics(moment_II.diagonal(), gamma_O, moment_II, present.cross_moment[leader])
         moment = None
-        if with_moment:
+        if recipe.changes_survivors:
             digest = stored.moments[stored.group[name]]
             if self._moment is None or self._moment[0] != digest:  # neighbours share one; only one is held
                 self._moment = (digest, self.store.read_tensors(digest)["A"].to(self.device))
             moment = self._moment[1]
-        return LayerStatistics(means[f"a/{name}"].to(self.device), means[f"gamma/{name}"].to(self.device), moment)
+        return LayerStatistics(means[f"a/{name}"].to(self.device), gamma_O, moment)
+
+    def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
+        """The profile's layers, with what the recipe's allocation needs beyond it: measured once, then read back."""
+        layers = self.read_profile(profile).layers
+        if recipe.allocation == "alphapruning" and not recipe.pattern:
+            alpha = self._measure_once(["alpha"], lambda: self._measure_alphas(progress))
+            return [layer.model_copy(update={"alpha": alpha[layer.name]}) for layer in layers]
+        if recipe.needs_curves:
+            plain = recipe.model_copy(update={"statistics": "dense"})  # curves are always the dense model's
+            key = ["kappa", profile, plain.mask_label]
+            kappa = self._measure_once(key, lambda: self._measure_kappa(profile, plain, progress))
+            return [layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in layers]
+        return layers
+
+    def _measure_once(self, key: list[str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured under this key, from disk if it is there and whole."""
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        artifact = self._read_index(".json").get(digest, "")
+        if artifact and self.store.has(artifact, ".json"):
+            return dict(self.store.read_json(artifact))
+        value = measure()
+        self._append_index(digest, self.store.write_json(value))
+        return value
+
+    def _measure_alphas(self, progress: Progress) -> dict[str, float | None]:
+        alphas = {}
+        for i, (name, dense_OI) in enumerate(self.dense.items()):
+            progress("spectra", i, len(self.dense))
+            alphas[name] = measure_alpha(dense_OI.to(self.device))
+        progress("spectra", len(self.dense), len(self.dense))
+        return alphas
+
+    def _measure_kappa(self, profile: str, recipe: Recipe, progress: Progress) -> dict[str, list[float]]:
+        """KL curves of what the recipe's method leaves of each layer."""
+        done = 0
+
+        def parts_of(name: str) -> Iterator[Tensor]:
+            nonlocal done
+            progress(f"KL curves of {recipe.mask_label}", done, len(self.layers))
+            done += 1
+            dense_OI = self.dense[name].to(self.device)
+            zeros = [round(level * dense_OI.numel()) for level in LEVELS]
+            statistics = self._statistics_of(profile, name, recipe)
+            before_OI = dense_OI
+            for pruned_OI in prune_levels(recipe.method, dense_OI, statistics, zeros, refit=recipe.refits_after):
+                yield before_OI.float() - pruned_OI.float()
+                before_OI = pruned_OI
+
+        self.restore(DENSE)
+        windows = self.windows.calibration[: self.settings.gradient_windows].to(self.device)
+        kappa = measure_kappa(self.model, self.layers, windows, self.settings.seed, progress, parts_of)
+        progress(f"KL curves of {recipe.mask_label}", len(self.layers), len(self.layers))
+        return kappa
 
     # --- prune and restore -------------------------------------------------------------------------------------
 
@@ -161,32 +252,83 @@ class Workbench:
 
         Layers whose number of zeros and recipe were made before are read back instead of computed.
         """
+        recipe = recipe.within_layers()
+        if recipe.statistics == "sequential":
+            records = self._prune_in_order(profile, allocation.zeros, recipe, progress)
+        else:
+            records = {}
+            index = self._read_index()
+            for i, (name, zeros) in enumerate(allocation.zeros.items()):
+                progress("prune", i, len(allocation.zeros))
+                key = _layer_key(profile, name, zeros, recipe)
+                artifact = self._install_known(name, zeros, recipe, index.get(key, ""))
+                if not artifact:
+                    artifact = self._compute(name, zeros, recipe, self._statistics_of(profile, name, recipe))
+                    self._append_index(key, artifact)
+                records[name] = LayerRecord(artifact=artifact, zeros=zeros)
+            progress("prune", len(records), len(records))
+        return self.store.write_json(Checkpoint(profile=profile, recipe=recipe, layers=records).model_dump())
+
+    def _install_known(self, name: str, zeros: int, recipe: Recipe, artifact: str) -> str:
+        """Put in what is known: the dense weights if no more are to go, else the artifact; "" where there is none."""
+        dense_OI = self.dense[name]
+        patterned = recipe.group is not None and zeros == count_pattern_zeros(dense_OI.numel(), recipe.group)
+        if not patterned and zeros <= int((dense_OI == 0).sum()):
+            artifact = DENSE
+        return artifact if artifact and self._install(name, artifact) else ""
+
+    def _prune_in_order(
+        self, profile: str, zeros: dict[str, int], recipe: Recipe, progress: Progress
+    ) -> dict[str, LayerRecord]:
+        """Block by block: each is pruned by what it reads in the model whose earlier blocks are pruned already."""
+        walk = _TextWalk(self._prefix.blocks, self.windows.calibration.to(self.device))
         index = self._read_index()
         records: dict[str, LayerRecord] = {}
-        natural = {layer.name: layer.zeros for layer in self.read_profile(profile).layers}
-        for i, (name, zeros) in enumerate(allocation.zeros.items()):
-            progress("prune", i, len(allocation.zeros))
-            record = LayerRecord(artifact=DENSE, zeros=zeros, method=recipe.method, refit=recipe.refits_after)
-            if zeros > natural[name]:
-                key = _recipe_key(profile, name, record)
-                record.artifact = index.get(key, "")
-                if not (record.artifact and self._install(name, record.artifact)):
-                    record.artifact = self._compute(profile, name, record)
-                    self._append_index(key, record.artifact)
-            else:
-                self._install(name, DENSE)
-            records[name] = record
-        progress("prune", len(records), len(records))
-        manifest = {"profile": profile, "layers": {name: record.model_dump() for name, record in records.items()}}
-        return self.store.write_json(manifest)
+        for block, layers in enumerate(layers_by_block(self.layers, len(walk.blocks))):
+            progress("prune in order", block, len(walk.blocks))
+            below = [record.artifact for record in records.values()]
+            keys = {x.name: _layer_key(profile, x.name, zeros[x.name], recipe, below) for x in layers}
+            made = {n: self._install_known(n, zeros[n], recipe, index.get(key, "")) for n, key in keys.items()}
+            if not all(made.values()):
+                for earlier in range(walk.block, block):
+                    self._walk_past(
+                        walk, {n: r.artifact for n, r in records.items() if self.by_name[n].block == earlier}
+                    )
+                for layer in layers:
+                    self._install(layer.name, DENSE)
+                moments, walk.dense_states = collect_moments(
+                    walk.blocks, block, layers, walk.windows_BT, walk.states, walk.dense_states
+                )
+                for name, artifact in made.items():
+                    if not artifact:
+                        statistics = self._statistics_of(profile, name, recipe, moments)
+                        made[name] = self._compute(name, zeros[name], recipe, statistics)
+                        self._append_index(keys[name], made[name])
+                    self._install(name, made[name])
+                walk.pass_on()
+            records |= {name: LayerRecord(artifact=artifact, zeros=zeros[name]) for name, artifact in made.items()}
+        progress("prune in order", len(walk.blocks), len(walk.blocks))
+        return records
 
-    def _compute(self, profile: str, name: str, record: LayerRecord) -> str:
+    def _walk_past(self, walk: "_TextWalk", artifacts: dict[str, str]) -> None:
+        """Take the text through a block that is pruned already."""
+        for name in artifacts:
+            self._install(name, DENSE)
+        walk.dense_states = run_block(walk.blocks, walk.block, walk.windows_BT, walk.dense_states)
+        for name, artifact in artifacts.items():
+            self._install(name, artifact)
+        walk.pass_on()
+
+    def _compute(self, name: str, zeros: int, recipe: Recipe, statistics: LayerStatistics) -> str:
         """Prune one layer, put it into the model and on disk; its artifact."""
-        changes = record.refit or record.method not in MASK_ONLY
-        statistics = self._statistics_of(profile, name, changes)
         dense_OI = self.dense[name].to(self.device)
-        pruned_OI = prune_weight(record.method, dense_OI, statistics, record.zeros, refit=record.refit)
-        if changes:
+        pruned = prune_weight(
+            recipe.method, dense_OI, statistics, zeros, refit=recipe.refits_after, pattern=recipe.group
+        )
+        pruned_OI = pruned.weight_OI
+        if pruned.damping > DAMPING:
+            self.warn(f"layer {name} needed damping {pruned.damping:g} instead of {DAMPING:g}: its inputs are singular")
+        if recipe.changes_survivors:
             bits, values = pack_weight(pruned_OI)
             tensors = {"mask": bits, "values": values}
         else:  # the survivors are the dense weights: the mask says everything
@@ -208,6 +350,7 @@ class Workbench:
                 tensors = self.store.read_tensors(artifact)
             except DamagedArtifact as error:
                 self.warn(f"{error}; layer {name} is computed again")
+                self.store.path(artifact, ".safetensors").unlink(missing_ok=True)  # nobody should trip over it again
                 return False
             shape = (dense_OI.shape[0], dense_OI.shape[1])
             if "values" in tensors:
@@ -224,32 +367,39 @@ class Workbench:
         A damaged artifact is computed again and must come out with the same hash; otherwise DamagedArtifact.
         """
         changed = []
-        for name, record in self.read_checkpoint(checkpoint).items():
+        manifest = None if checkpoint == DENSE else self._read_manifest(checkpoint)
+        for name in self.by_name:
+            record = manifest.layers[name] if manifest else LayerRecord(artifact=DENSE, zeros=0)
             if self.installed[name] == record.artifact:
                 continue
             changed.append(name)
             if not self._install(name, record.artifact):
-                made = self._compute(self.read_manifest_profile(checkpoint), name, record)
-                if made != record.artifact:
+                assert manifest is not None, "the dense weights are in memory"
+                if self._make_again(manifest, name) != record.artifact:
                     raise DamagedArtifact(
                         f"layer {name} of checkpoint {checkpoint[:12]} is damaged and does not come out the same again"
                     )
         return changed
 
+    def _make_again(self, manifest: Checkpoint, name: str) -> str:
+        """Compute a layer of a checkpoint once more; its artifact."""
+        recipe, zeros = manifest.recipe, {name: record.zeros for name, record in manifest.layers.items()}
+        if recipe.statistics == "sequential":
+            return self._prune_in_order(manifest.profile, zeros, recipe, lambda *_: None)[name].artifact
+        return self._compute(name, zeros[name], recipe, self._statistics_of(manifest.profile, name, recipe))
+
     def read_checkpoint(self, checkpoint: str) -> dict[str, LayerRecord]:
         """The layers of a checkpoint. Raises DamagedArtifact when its manifest is not whole."""
         if checkpoint == DENSE:
-            return {n: LayerRecord(artifact=DENSE, zeros=0, method=DENSE, refit=False) for n in self.by_name}
-        layers = self.store.read_json(checkpoint)["layers"]
-        return {name: LayerRecord.model_validate(record) for name, record in layers.items()}
+            return {name: LayerRecord(artifact=DENSE, zeros=0) for name in self.by_name}
+        return self._read_manifest(checkpoint).layers
+
+    def _read_manifest(self, checkpoint: str) -> Checkpoint:
+        return Checkpoint.model_validate(self.store.read_json(checkpoint))
 
     def planned_sparsity(self, checkpoint: str) -> dict[str, float]:
         """Layer name to the share of zeros that the checkpoint was made for; 0 everywhere for the dense weights."""
         return {name: r.zeros / self.dense[name].numel() for name, r in self.read_checkpoint(checkpoint).items()}
-
-    def read_manifest_profile(self, checkpoint: str) -> str:
-        """The profile that a checkpoint was made from."""
-        return str(self.store.read_json(checkpoint)["profile"])
 
     def forget_checkpoints(self, keep: list[str]) -> None:
         """Delete the layer artifacts that none of the checkpoints to keep refers to; their recipes stay known."""
@@ -257,8 +407,8 @@ class Workbench:
         for artifact in set(self._read_index().values()) - kept:
             self.store.path(artifact, ".safetensors").unlink(missing_ok=True)
 
-    def _read_index(self) -> dict[str, str]:
-        """What was made before, by recipe; a line torn by a kill is ignored, files that are gone are left out."""
+    def _read_index(self, suffix: str = ".safetensors") -> dict[str, str]:
+        """What was made before, by key, as files of this kind, without files that are gone or a line torn by a kill."""
         known: dict[str, str] = {}
         path = self.store.directory / "index.jsonl"
         if path.is_file():
@@ -268,7 +418,7 @@ class Workbench:
                     known[entry["key"]] = entry["artifact"]
                 except (ValueError, KeyError, TypeError):
                     continue
-        return {k: a for k, a in known.items() if self.store.path(a, ".safetensors").is_file()}
+        return {k: a for k, a in known.items() if self.store.path(a, suffix).is_file()}
 
     def _append_index(self, key: str, artifact: str) -> None:
         path = self.store.directory / "index.jsonl"
@@ -286,11 +436,38 @@ class Workbench:
             except ValueError:
                 self.warn(f"{path} is damaged; {split} is measured again")
         self.restore(checkpoint)
-        hidden = self.store.read_tensors(self.read_profile(profile).hidden)["hidden"] if split == "validation" else None
-        windows = getattr(self.windows, split).to(self.device)
-        evaluation, _ = evaluate_windows(self.model, windows, hidden, label or split, progress)
+        windows, hidden, prefix = getattr(self.windows, split).to(self.device), None, None
+        if split == "validation":
+            hidden = self.store.read_tensors(self.read_profile(profile).hidden)["hidden"]
+            prefix = self._prefix, self._mark_blocks()
+        evaluation, _ = evaluate_windows(self.model, windows, hidden, label or split, progress, prefix)
         write_json(path, evaluation.model_dump())
         return evaluation
+
+    def measure_kl(self, windows: Sequence[int]) -> float:
+        """KL(dense || the weights in the model now) on some windows of the calibration text; inf if not finite."""
+        text = self.windows.calibration
+        if self._calibration_hidden is None:
+            present = dict(self.installed)
+            self.restore(DENSE)
+            count = self.settings.gradient_windows
+            _, hidden = evaluate_windows(self.model, text[:count].to(self.device), None, "", lambda *_: None)
+            self._calibration_hidden = hidden
+            for name, artifact in present.items():
+                self._install(name, artifact)
+        chosen = list(windows)
+        hidden = self._calibration_hidden[chosen]
+        evaluation, _ = evaluate_windows(self.model, text[chosen].to(self.device), hidden, "", lambda *_: None)
+        return math.inf if evaluation.mean_kl is None else evaluation.mean_kl
+
+    def _mark_blocks(self) -> list[str]:
+        """For each block, a hash of the weights of all blocks before it."""
+        digest, marks = hashlib.sha256(), []
+        for members in layers_by_block(self.layers, len(self._prefix.blocks)):
+            marks.append(digest.hexdigest())
+            for layer in members:
+                digest.update(f"{layer.name} {self.installed[layer.name]}\n".encode())
+        return marks
 
     def _evaluation_path(self, checkpoint: str, split: str) -> Path:
         return self.directory / "evaluations" / f"{split}-{checkpoint[:16]}.json"
@@ -332,8 +509,25 @@ def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
                 )
 
 
-def _recipe_key(profile: str, name: str, record: LayerRecord) -> str:
-    return hashlib.sha256(json.dumps([profile, name, record.zeros, record.method, record.refit]).encode()).hexdigest()
+class _TextWalk:
+    """The calibration text on its way through blocks that are pruned one after another, and through the dense ones."""
+
+    def __init__(self, blocks: Blocks, windows_BT: Tensor) -> None:
+        self.blocks, self.windows_BT = blocks, windows_BT
+        self.block = 0
+        """The block that comes next."""
+        self.states = self.dense_states = embed_windows(blocks, windows_BT)
+
+    def pass_on(self) -> None:
+        """Through the next block as it is now."""
+        self.states = run_block(self.blocks, self.block, self.windows_BT, self.states)
+        self.block += 1
+
+
+def _layer_key(profile: str, name: str, zeros: int, recipe: Recipe, below: Sequence[str] = ()) -> str:
+    """What a layer's weights depend on; `below` are the artifacts of the layers that its inputs passed through."""
+    parts = [profile, name, zeros, recipe.mask_label, recipe.pattern, *below]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 _lock = threading.RLock()

@@ -20,6 +20,10 @@ from tools.recipes import Adjustment, Recipe
 FIRST_STEP = 2 / 3
 """Share of the target that the first, cheap round prunes, to learn how far the KL curves are off."""
 
+MASKS = Recipe(method="two-sided", refit=False)
+STRONG = Recipe(method="refit", curves="mask")
+"""The cheap recipe, and the strong one, both with the KL curves that the profile has."""
+
 STRENGTHS = (0.8, 0.9)
 TILTS = (1.5, 0.67)
 """How much more, or less, precious a group is made at the target."""
@@ -36,6 +40,9 @@ def plan_by_rule(situation: Situation) -> Plan | None:
 def _plan_climb(situation: Situation) -> Plan:
     target = situation.config.target_sparsity
     start = (situation.accepted or situation.dense).sparsity
+    if situation.config.pattern:
+        reason = f"{situation.config.pattern} in one step, with the strongest recipe."
+        return Plan(sparsity=target, recipe=STRONG, reason=reason)
     failed = _failures(situation)
     if failed:
         return _plan_after_rollback(situation, start, failed[-1])
@@ -43,20 +50,19 @@ def _plan_climb(situation: Situation) -> Plan:
         step = round(max(FIRST_STEP * target, (start + target) / 2), 4)  # the model may hold zeros already
         return Plan(
             sparsity=step,
-            recipe=Recipe(refit=False),
+            recipe=MASKS,
             reason=f"A first, cheap round at {step:.1%} (masks alone) shows how far the KL curves are off.",
         )
     limit = _limit(situation)
-    cheap, strong = Recipe(refit=False), Recipe()
-    if (perplexity := _predict_perplexity(situation, target, cheap)) <= limit:
+    if (perplexity := _predict_perplexity(situation, target, MASKS)) <= limit:
         return Plan(
             sparsity=target,
-            recipe=cheap,
+            recipe=MASKS,
             reason=f"Masks alone are predicted to reach perplexity {perplexity:.2f}, within the limit of {limit:.2f}.",
         )
     return Plan(
         sparsity=target,
-        recipe=strong,
+        recipe=STRONG,
         reason=f"Masks alone are predicted to reach perplexity {perplexity:.2f}, above the limit of {limit:.2f}, "
         "so the survivors are refitted.",
     )
@@ -67,13 +73,13 @@ def _plan_after_rollback(situation: Situation, start: float, last: Trial) -> Pla
     if last.recipe and not last.recipe.refits:
         return Plan(
             sparsity=min(last.sparsity, situation.config.target_sparsity),
-            recipe=Recipe(),
+            recipe=STRONG,
             reason=f"Round {last.iteration} was rolled back; refitting the survivors repairs most of a mask's damage.",
         )
     step = round(start + (last.sparsity - start) / 2, 4)
     return Plan(
         sparsity=step,
-        recipe=Recipe(),
+        recipe=STRONG,
         reason=f"Round {last.iteration} was rolled back at {last.sparsity:.1%}; half the step from {start:.1%}.",
     )
 
@@ -124,10 +130,19 @@ def _plan_refinements(situation: Situation) -> Iterator[Plan]:
 def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
     recipe = base.recipe
     if not recipe.refits:
-        yield _vary(base, recipe.model_copy(update={"refit": True}), "Refit the survivors of the accepted masks.")
+        yield _vary(base, STRONG, "Grow the mask in steps and refit the survivors between them.")
     learnt = _adjustments_from_lessons(situation)
     if learnt:
         yield base.model_copy(update={"adjustments": learnt, "reason": "Weigh groups as the lessons say."})
+    if recipe.curves == "mask":
+        own = recipe.model_copy(update={"curves": "method"})
+        yield _vary(base, own, "Share out by what this method really leaves, instead of by what a mask removes.")
+    if recipe.statistics == "dense":
+        sequential = recipe.model_copy(update={"statistics": "sequential"})
+        yield _vary(base, sequential, "Block by block, each repaired for what its pruned predecessors pass on.")
+    if recipe.gamma == "plain":
+        clipped = recipe.model_copy(update={"gamma": "clipped"})
+        yield _vary(base, clipped, "Clip gamma, in case a few loud tokens decide which weights go.")
     for strength in STRENGTHS:
         yield _vary(
             base,

@@ -22,7 +22,7 @@ from graph.config import RunConfig
 from graph.state import Lesson, Plan, Trial
 from tools.allocate import Allocation, allocate
 from tools.curves import LEVELS, LayerProfile
-from tools.recipes import Adjustment
+from tools.recipes import Adjustment, Recipe
 
 PROMPT = Path(__file__).resolve().parents[1] / "prompts" / "planner.md"
 MAX_ROWS = 400
@@ -84,12 +84,17 @@ def planner_messages(situation: Situation) -> list[AnyMessage]:
     return [SystemMessage(_instructions()), HumanMessage("\n\n".join(parts))]
 
 
+def find_recipe(plan: Plan, config: RunConfig) -> Recipe:
+    """The plan's recipe with the user's pattern, whatever the plan says of one."""
+    return plan.recipe.model_copy(update={"pattern": config.pattern})
+
+
 def allocate_plan(layers: Sequence[LayerProfile], plan: Plan, config: RunConfig) -> Allocation:
     """The plan's exact share for every layer, within the config's bounds. Raises ImpossiblePlan."""
     return allocate(
         layers,
         plan.sparsity,
-        plan.recipe,
+        find_recipe(plan, config),
         plan.adjustments,
         protect=config.protect,
         max_layer_sparsity=config.max_layer_sparsity,

@@ -28,8 +28,11 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         def measure(checkpoint: str, label: str) -> float | None:
             return bench.evaluate(checkpoint, "test", state.profile, session.progress, label).perplexity
 
-        uniform = Recipe(method="wanda", refit=False, allocation="uniform")
-        share = allocate(layers, max(achieved, sum(x.zeros for x in layers) / weights), uniform)
+        reached = abs(achieved - config.target_sparsity) <= SAME_SPARSITY
+        pattern = config.pattern if reached else ""
+        uniform = Recipe(method="wanda", refit=False, allocation="uniform", pattern=pattern)
+        least = sum(x.zeros for x in layers) / weights
+        share = allocate(layers, max(achieved, least), uniform, protect=config.protect if pattern else [])
         perplexity = Perplexities(
             dense=measure("dense", "test, dense"),
             uniform_wanda=measure(bench.prune(state.profile, share, uniform, session.progress), "test, uniform Wanda"),
@@ -41,7 +44,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         summary = Summary(
             run=state.run,
             model=config.model,
-            status="finished" if abs(achieved - config.target_sparsity) <= SAME_SPARSITY else "short-of-target",
+            status="finished" if reached else "short-of-target",
             target_sparsity=config.target_sparsity,
             achieved_sparsity=achieved,
             perplexity=perplexity,

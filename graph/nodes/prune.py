@@ -4,7 +4,7 @@ from typing import Any
 
 from langgraph.runtime import Runtime
 
-from graph.agents.planner import allocate_plan
+from graph.agents.planner import allocate_plan, find_recipe
 from graph.config import RunConfig
 from graph.session import enter, open_bench, tell_layers
 from graph.state import State
@@ -15,7 +15,9 @@ def prune(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     assert state.plan is not None, "the plan node runs first"
     session = enter("prune", state, runtime)
     with open_bench(state, session) as bench:
-        allocation = allocate_plan(bench.read_profile(state.profile).layers, state.plan, state.config)
-        checkpoint = bench.prune(state.profile, allocation, state.plan.recipe, session.progress)
+        recipe = find_recipe(state.plan, state.config)
+        layers = bench.describe_layers(state.profile, recipe, session.progress)
+        allocation = allocate_plan(layers, state.plan, state.config)
+        checkpoint = bench.prune(state.profile, allocation, recipe, session.progress)
         tell_layers(session, bench, checkpoint)
     return {"current": checkpoint, "seconds": session.seconds}

@@ -58,7 +58,8 @@ def judge(
 
     Towards the target: accept while perplexity is at most (1 + tau) times the last accepted one. At the same
     sparsity: accept only when the paired KL falls by SIGMAS standard errors. At the target, nothing sparser or less
-    sparse replaces an accepted trial. Anything that is not finite is rolled back.
+    sparse replaces an accepted trial. A pattern is reached in one step, whatever the perplexity. Anything that is not
+    finite is rolled back.
     """
     perplexity, before = trial.perplexity, best.perplexity
     if not trial.finite or perplexity is None or before is None:
@@ -74,6 +75,8 @@ def judge(
             "rollback",
             f"sparsity {sparsity:.2%} is off the target of {config.target_sparsity:.2%}, once reached",
         )
+    if config.pattern:
+        return "accept", f"{config.pattern} has no smaller step; from here only what lowers the KL is kept"
     limit = (1 + config.tau) * before
     if perplexity <= limit:
         return "accept", f"perplexity {perplexity:.2f} is within {limit:.2f} = (1 + {config.tau:g}) x {before:.2f}"

@@ -37,8 +37,8 @@ def test_a_clumsy_endpoint_plans_a_run_to_its_end(
     assert (done.code, done.err) == (0, "")
     run = tmp_path / "runs" / "run"
     assert [trial.plan for trial in read_state(run).trials] == [
-        "30.0% two-sided+refit:kappa",
-        "45.0% two-sided+refit:kappa",
+        "30.0% refit:kappa",
+        "45.0% refit:kappa",
     ]
     assert read_summary(run)["achieved_sparsity"] == pytest.approx(0.45, abs=5e-4)
     used = [reply for reply in read_events(run, "reply") if not reply["problem"]]

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from graph.config import CONFIGS, RunConfig
+from graph.agents.planner import find_recipe
+from graph.config import RunConfig
+from graph.state import Plan
+from tools.options import CONFIGS
+from tools.recipes import Recipe
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
 
@@ -47,3 +52,18 @@ def test_quickstart_needs_no_hub_and_no_key() -> None:
     assert config.model.startswith("package:")
     assert {config.calibration, config.validation, config.test} == {"pydoc"}
     assert (config.planner, config.target_sparsity) == ("heuristic", 0.45)
+
+
+def test_a_pattern_sets_the_target_and_bounds_it() -> None:
+    assert RunConfig(pattern="3:8").target_sparsity == 3 / 8
+    assert RunConfig(pattern="2:4", target_sparsity=0.47, protect="*.v_proj").target_sparsity == 0.47
+    with pytest.raises(ValidationError, match=r"target_sparsity 0.6 is above the 0.5 of 2:4"):
+        RunConfig(pattern="2:4", target_sparsity=0.6)
+    with pytest.raises(ValidationError, match=r"pattern '2/4' is not N:M with 0 < N < M, such as 2:4"):
+        RunConfig(pattern="2/4")
+
+
+def test_the_pattern_of_a_plan_is_the_users() -> None:
+    plan = Plan(sparsity=0.5, recipe=Recipe(pattern="1:4"))
+    assert find_recipe(plan, RunConfig(pattern="2:4")).pattern == "2:4"
+    assert find_recipe(plan, RunConfig()).pattern == ""

@@ -1,9 +1,11 @@
 """The rule: cheap first, stronger after a rollback, one lever at a time at the target, lessons in figures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from graph.agents.heuristic import calibration, group_layers, plan_by_rule, rank_groups
+from graph.agents.heuristic import MASKS, STRONG, calibration, group_layers, plan_by_rule, rank_groups
 from graph.agents.planner import Situation, describe_plan
 from graph.config import RunConfig
 from graph.state import Lesson, Plan, Trial
@@ -35,12 +37,12 @@ def make_trial(iteration: int, verdict: str, sparsity: float, recipe: Recipe, pe
 def make_situation(*trials: Trial, scale: float = 1.0, lessons: tuple[Lesson, ...] = ()) -> Situation:
     layers = make_layers(scale)
     accepted = next((t for t in reversed(trials) if t.verdict == "accept"), None)
-    plan = Plan(sparsity=accepted.sparsity, recipe=accepted.recipe or Recipe()) if accepted else None
+    plan = Plan(sparsity=accepted.sparsity, recipe=accepted.recipe or STRONG) if accepted else None
     return Situation(
         config=RunConfig(),
         layers=layers,
         sparsity={layer.name: accepted.sparsity if accepted else 0.0 for layer in layers},
-        dense=make_trial(0, "accept", 0.0, Recipe(), perplexity=10.0),
+        dense=make_trial(0, "accept", 0.0, STRONG, perplexity=10.0),
         accepted=accepted,
         accepted_plan=plan,
         trials=trials,
@@ -49,7 +51,7 @@ def make_situation(*trials: Trial, scale: float = 1.0, lessons: tuple[Lesson, ..
     )
 
 
-def make_lesson(selector: str, factor: float, recipe: str = "two-sided+refit", same: bool = False) -> Lesson:
+def make_lesson(selector: str, factor: float, recipe: str = "refit", same: bool = False) -> Lesson:
     return Lesson(
         run="r", iteration=1, recipe=recipe, selector=selector, factor=factor, predicted=0.1, measured=0.1, text="",
         same_config=same,
@@ -64,39 +66,39 @@ def test_the_first_round_is_cheap_and_short_of_the_target() -> None:
 
 @pytest.mark.parametrize(("scale", "refit"), [(1.0, False), (100.0, True)])
 def test_masks_alone_only_where_they_are_predicted_to_pass(scale: float, refit: bool) -> None:
-    first = make_trial(1, "accept", 0.3, Recipe(refit=False))
+    first = make_trial(1, "accept", 0.3, MASKS)
     plan = plan_by_rule(make_situation(first, scale=scale))
     assert plan is not None
     assert (plan.sparsity, plan.recipe.refit) == (0.45, refit)
 
 
 def test_after_a_rollback_the_recipe_grows_stronger_and_then_the_step_shorter() -> None:
-    start = make_trial(1, "accept", 0.3, Recipe(refit=False))
-    masks = make_trial(2, "rollback", 0.45, Recipe(refit=False))
+    start = make_trial(1, "accept", 0.3, MASKS)
+    masks = make_trial(2, "rollback", 0.45, MASKS)
     plan = plan_by_rule(make_situation(start, masks))
     assert plan is not None
     assert (plan.sparsity, plan.recipe.refit) == (0.45, True)
-    plan = plan_by_rule(make_situation(start, masks, make_trial(3, "rollback", 0.45, Recipe())))
+    plan = plan_by_rule(make_situation(start, masks, make_trial(3, "rollback", 0.45, STRONG)))
     assert plan is not None
     assert (plan.sparsity, plan.recipe.refit) == (pytest.approx(0.375), True)
 
 
 def test_at_the_target_each_plan_changes_one_lever_and_none_comes_twice() -> None:
-    trials = [make_trial(1, "accept", 0.45, Recipe())]
+    trials = [make_trial(1, "accept", 0.45, STRONG)]
     for iteration in range(2, 60):
         plan = plan_by_rule(make_situation(*trials))
         if plan is None:
             break
         assert plan.sparsity == 0.45
-        assert (plan.recipe != Recipe()) + bool(plan.adjustments) == 1
+        assert (plan.recipe != STRONG) + bool(plan.adjustments) == 1
         trial = make_trial(iteration, "rollback", 0.45, plan.recipe)
         trials.append(trial.model_copy(update={"plan": describe_plan(plan)}))
     assert len({trial.plan for trial in trials}) == len(trials)
-    assert len(trials) == 1 + 2 + 2 * len(group_layers(make_layers()))
+    assert len(trials) == 1 + 5 + 2 * len(group_layers(make_layers())), "five recipes, two tilts of each group"
 
 
 def test_lessons_of_groups_become_factors_and_those_of_a_repeat_do_not() -> None:
-    base = make_trial(1, "accept", 0.45, Recipe())
+    base = make_trial(1, "accept", 0.45, STRONG)
     selector = "blocks 0-1 · mlp.down_proj"
     plan = plan_by_rule(make_situation(base, lessons=(make_lesson(selector, 2.0), make_lesson(selector, 0.5))))
     assert plan is not None
@@ -112,8 +114,8 @@ def test_lessons_of_groups_become_factors_and_those_of_a_repeat_do_not() -> None
 def test_calibration_is_the_geometric_mean_of_this_recipe_alone() -> None:
     lessons = (make_lesson("*", 1.0), make_lesson("*", 4.0), make_lesson("*", 9.0, recipe="two-sided"))
     situation = make_situation(lessons=lessons)
-    assert calibration(situation, Recipe()) == pytest.approx(2.0)
-    assert calibration(situation, Recipe(refit=False)) == pytest.approx(9.0)
+    assert calibration(situation, STRONG) == pytest.approx(2.0)
+    assert calibration(situation, MASKS) == pytest.approx(9.0)
     assert calibration(situation, Recipe(method="wanda")) == 1.0
 
 
@@ -125,3 +127,11 @@ def test_groups_cover_every_layer_once_and_rank_by_predicted_kl() -> None:
     assert sum(share for _, share in ranked) == pytest.approx(1)
     assert [share for _, share in ranked] == sorted((share for _, share in ranked), reverse=True)
     assert ranked[0][0].startswith("blocks 4-5")
+
+
+def test_a_pattern_is_planned_in_one_step() -> None:
+    situation = make_situation()
+    situation = dataclasses.replace(situation, config=RunConfig(pattern="2:4"))
+    plan = plan_by_rule(situation)
+    assert plan is not None
+    assert (plan.sparsity, plan.recipe, plan.reason) == (0.5, STRONG, "2:4 in one step, with the strongest recipe.")

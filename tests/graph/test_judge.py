@@ -72,3 +72,12 @@ def test_the_loop_ends_after_its_iterations_or_its_patience() -> None:
     assert "3 rounds in a row" in decide_stop(state_with(AT_TARGET, *rollbacks))
     assert "8 iterations" in decide_stop(state_with(make_trial(8, "rollback", 0.4, Recipe())))
     assert decide_stop(state_with(make_trial(7, "rollback", 0.45, Recipe()))) == "", "short of the target, it goes on"
+
+
+def test_a_pattern_is_reached_in_one_step_whatever_the_perplexity() -> None:
+    config = RunConfig(pattern="2:4")
+    assert config.target_sparsity == 0.5
+    found, reason = judge(config, 0.5, losses(30.0, 0.9, 0.9), DENSE, losses(10, 0, 0))
+    assert (found, reason) == ("accept", "2:4 has no smaller step; from here only what lowers the KL is kept")
+    at_target = make_trial(1, "accept", 0.5, Recipe(), perplexity=30.0)
+    assert judge(config, 0.5, losses(29.0, 0.95, 0.97), at_target, losses(30.0, 0.9, 0.9))[0] == "rollback"

@@ -325,10 +325,10 @@ def test_quoted_data_is_one_short_harmless_line(text: str, limit: int) -> None:
 @pytest.mark.parametrize(
     ("plan", "line"),
     [
-        ({"sparsity": 0.45}, "45.0% two-sided+refit:kappa"),
+        ({"sparsity": 0.45}, "45.0% refit:kappa"),
         (
             {"sparsity": 0.45, "adjustments": [{"selector": "*.v_proj", "action": "factor", "factor": 2}]},
-            "45.0% two-sided+refit:kappa · *.v_proj x2",
+            "45.0% refit:kappa · *.v_proj x2",
         ),
         (
             {

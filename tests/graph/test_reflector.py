@@ -2,7 +2,7 @@
 
 import pytest
 
-from graph.agents.heuristic import group_kl
+from graph.agents.heuristic import MASKS, group_kl
 from graph.agents.reflector import MOST, draw_lesson
 from tests.graph.test_heuristic import make_layers, make_trial
 from tools.recipes import Recipe
@@ -22,7 +22,7 @@ def test_a_climb_teaches_how_far_the_curves_are_off() -> None:
     trial = make_trial(1, "accept", 0.3, Recipe())
     lesson = draw_lesson("run", LAYERS, trial, EVEN, None, dict.fromkeys(EVEN, 0.0))
     assert lesson is not None
-    assert (lesson.selector, lesson.factor, lesson.recipe) == ("*", 2.0, "two-sided+refit")
+    assert (lesson.selector, lesson.factor, lesson.recipe) == ("*", 2.0, "refit")
     assert "2.00 times the predicted" in lesson.text
 
 
@@ -55,7 +55,7 @@ def test_a_surprise_inside_the_noise_teaches_nothing() -> None:
 
 
 def test_a_change_of_method_is_about_the_whole_model() -> None:
-    before = make_trial(1, "accept", 0.45, Recipe(refit=False))
+    before = make_trial(1, "accept", 0.45, MASKS)
     lesson = draw_lesson("run", LAYERS, make_trial(2, "accept", 0.45, Recipe()), EVEN, before, EVEN)
     assert lesson is not None
     assert lesson.selector == "*"

@@ -1,17 +1,26 @@
 """The methods by name: exact counts, the right criterion, and survivors that survive."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor
 
+import kernels.methods
 from kernels.masks import keep_highest, keep_highest_of_rows
-from kernels.methods import MASK_ONLY, METHODS, LayerStatistics, prune_weight
-from kernels.refit import refit_survivors
+from kernels.methods import MASK_ONLY, METHODS, LayerStatistics, prune_levels, prune_weight
+from kernels.obs import prune_obs_groups
+from kernels.refit import DAMPING, refit_survivors
+from kernels.refit_steps import refit_in_levels, refit_in_steps
 from kernels.scores import score_two_sided, score_wanda
+from tests.kernels.layers import make_layer, make_texts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UPDATES = [(method, refit) for method in sorted(METHODS) for refit in (False, True) if refit or method not in MASK_ONLY]
 
 
 def make(dtype: torch.dtype = torch.float32, rows: int = 12, columns: int = 17) -> tuple[Tensor, LayerStatistics]:
@@ -30,12 +39,12 @@ def make(dtype: torch.dtype = torch.float32, rows: int = 12, columns: int = 17) 
 def test_counts_are_exact_and_zeros_are_plain(method: str, refit: bool, dtype: torch.dtype) -> None:
     weight, statistics = make(dtype)
     for zeros in (3, 92, weight.numel()):
-        pruned = prune_weight(method, weight, statistics, zeros, refit=refit)
-        assert pruned.dtype == dtype
+        pruned, keep, damping = prune_weight(method, weight, statistics, zeros, refit=refit)
+        assert pruned.dtype == dtype and damping == DAMPING
         assert int((pruned == 0).sum()) == zeros
         assert not torch.signbit(pruned[pruned == 0]).any()  # -0.0 would not come back from a packed artifact
-        mask = METHODS[method](weight, statistics, zeros).keep_OI
-        assert torch.equal(pruned != 0, mask)
+        assert torch.equal(pruned != 0, keep)
+        assert torch.equal(keep, METHODS[method](weight, statistics, zeros).keep_OI)
 
 
 def test_wanda_compares_within_rows_and_two_sided_within_the_layer() -> None:
@@ -45,21 +54,245 @@ def test_wanda_compares_within_rows_and_two_sided_within_the_layer() -> None:
     assert torch.equal(METHODS["wanda"](weight, statistics, 92).keep_OI, wanda)
     score = score_two_sided(weight, statistics.mean_square_I, statistics.gradient_square_O)
     assert torch.equal(METHODS["two-sided"](weight, statistics, 92).keep_OI, keep_highest(score, dead, 92))
+    assert torch.equal(METHODS["magnitude"](weight, statistics, 92).keep_OI, keep_highest(weight.abs(), dead, 92))
+
+
+def plain_groups(method: str, weight: Tensor, mean_square: Tensor, pruned: int, group: int) -> list[list[bool]]:
+    """The mask in float64, one group at a time: exact zeros go first, then the lowest scores, ties from the left."""
+    size, root = weight.double().abs().tolist(), mean_square.double().sqrt().tolist()
+    keep = [[True] * len(row) for row in size]
+    for i, row in enumerate(size):
+        for start in range(0, len(row), group):
+            score = {j: row[j] * (1 if method == "magnitude" else root[j]) for j in range(start, start + group)}
+            for j in sorted(score, key=lambda j: (row[j] != 0, score[j], j))[:pruned]:
+                keep[i][j] = False
+    return keep
+
+
+@pytest.mark.parametrize("kind", ["dense", "dead columns", "ties", "sparse already"])
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize(("pruned", "group"), [(2, 4), (4, 8), (1, 4), (5, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", sorted(MASK_ONLY))
+def test_masks_of_groups(method: str, dtype: torch.dtype, pruned: int, group: int, rows: int, kind: str) -> None:
+    weight, statistics = make(dtype, rows, 48)
+    if kind == "dead columns":
+        statistics.mean_square_I[::3] = 0
+    elif kind == "ties":
+        weight = weight.mul(20).round()
+        statistics.mean_square_I[:] = 2.0
+    elif kind == "sparse already":
+        weight[:, 8:22] = -0.0
+        weight[:, ::3] = 0
+    expected = torch.tensor(plain_groups(method, weight, statistics.mean_square_I, pruned, group))
+    result = prune_weight(method, weight, statistics, rows * 48 // group * pruned, refit=False, pattern=(pruned, group))
+    assert torch.equal(result.keep_OI, expected)
+    assert ((~expected).reshape(-1, group).sum(1) == pruned).all()
+    # An exact zero that its group had no room for stays one, and a survivor stays what it was.
+    assert torch.equal(result.weight_OI, weight * expected)
+    assert not torch.signbit(result.weight_OI[result.weight_OI == 0]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("pattern", [(2, 4), (3, 4), (4, 8)])
+@pytest.mark.parametrize(("method", "refit"), UPDATES)
+def test_updates_of_groups(
+    method: str, refit: bool, pattern: tuple[int, int], sparse: bool, dtype: torch.dtype
+) -> None:
+    weight, statistics = make(dtype, 6, 24)
+    if sparse:
+        weight[1], weight[:, 4:7], weight[2, ::2] = 0, 0, 0
+    else:
+        weight[weight == 0] = 0.03
+    zeros = weight.numel() // pattern[1] * pattern[0]
+    result = prune_weight(method, weight, statistics, zeros, refit=refit, pattern=pattern)
+    assert result.weight_OI.dtype == dtype
+    assert ((~result.keep_OI).reshape(-1, pattern[1]).sum(1) == pattern[0]).all()
+    assert not result.weight_OI[~result.keep_OI].any()
+    unfilled = (result.weight_OI == 0) & result.keep_OI
+    assert not weight[unfilled].any() and (sparse or not unfilled.any())
+    assert not torch.signbit(result.weight_OI[result.weight_OI == 0]).any()
+    # A row of nothing but zeros stays one: no survivor of it is made up.
+    assert not sparse or not result.weight_OI[1].any()
+
+
+def test_an_update_fills_the_zeros_that_a_group_has_no_room_for() -> None:
+    weight, statistics = make(columns=24)
+    weight[3, 4:7] = 0
+    for method, refit in UPDATES:
+        result = prune_weight(method, weight, statistics, 144, refit=refit, pattern=(2, 4))
+        assert (result.weight_OI[3, 4:8] != 0).tolist() == [False, False, True, True]
+
+
+def test_methods_with_an_update_of_groups_are_those_of_the_kernels() -> None:
+    weight, statistics = make(columns=24)
+    moment, gamma = statistics.moment_II, statistics.gradient_square_O
+    for method in ("sparsegpt", "two-sided-obs"):
+        result = prune_weight(method, weight, statistics, 144, refit=False, pattern=(4, 8))
+        assert torch.equal(result.weight_OI, prune_obs_groups(weight, moment, 4, 8).weight_OI)
+    result = prune_weight("refit", weight, statistics, 144, refit=False, pattern=(4, 8))
+    assert torch.equal(result.weight_OI, refit_in_steps(weight, moment, gamma, 144, pattern=(4, 8)).weight_OI)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_what_is_no_pattern_of_the_layer_is_refused_in_one_line(method: str, refit: bool) -> None:
+    weight, statistics = make()
+    with pytest.raises(ValueError, match=r"^17 inputs are not divisible into groups of 4$"):
+        prune_weight(method, weight, statistics, 102, refit=refit, pattern=(2, 4))
+    weight, statistics = make(columns=16)
+    with pytest.raises(ValueError, match=r"^95 zeros asked of a layer to which the pattern 2:4 gives 96$"):
+        prune_weight(method, weight, statistics, 95, refit=refit, pattern=(2, 4))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_counts_that_cannot_be_are_refused_in_one_line(method: str) -> None:
+    weight, statistics = make()
+    with pytest.raises(ValueError, match=r"^2 zeros asked of a layer (of 204 weights )?that has 3 already$"):
+        prune_weight(method, weight, statistics, 2, refit=False)
+    with pytest.raises(ValueError, match=r"^205 zeros asked of a layer of 204 weights"):
+        prune_weight(method, weight, statistics, 205, refit=False)
 
 
 def test_without_refit_survivors_are_the_dense_weights() -> None:
     weight, statistics = make()
-    pruned = prune_weight("two-sided", weight, statistics, 92, refit=False)
+    pruned = prune_weight("two-sided", weight, statistics, 92, refit=False).weight_OI
     assert torch.equal(pruned[pruned != 0], weight[pruned != 0])
 
 
 def test_with_refit_survivors_are_fitted() -> None:
     weight, statistics = make()
-    assert statistics.second_moment_II is not None
     keep = METHODS["two-sided"](weight, statistics, 92).keep_OI
-    fitted = prune_weight("two-sided", weight, statistics, 92, refit=True)
-    assert torch.equal(fitted, refit_survivors(weight, keep, statistics.second_moment_II))
+    fitted = prune_weight("two-sided", weight, statistics, 92, refit=True).weight_OI
+    assert torch.equal(fitted, refit_survivors(weight, keep, statistics.moment_II))
     assert not torch.equal(fitted, weight * keep)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> dict[str, Any]:
+    method, refit = draw(st.sampled_from(UPDATES))
+    pattern = draw(st.sampled_from([None, (2, 4), (3, 4)]))
+    return {"method": method, "refit": refit, "pattern": pattern}
+
+
+@given(
+    requests(), st.integers(0, 2**16), st.integers(1, 4), st.integers(1, 6), st.floats(0, 1), st.sampled_from(DTYPES)
+)
+def test_no_row_is_worse_than_its_mask_alone(
+    request: dict[str, Any], seed: int, rows: int, groups: int, sparsity: float, dtype: torch.dtype
+) -> None:
+    columns = 4 * groups
+    layer = make_layer(rows, columns, seed, tokens=1 + seed % 60)
+    weight, pattern = layer.weight.mul(0.05).to(dtype), request["pattern"]
+    zeros = round(sparsity * weight.numel()) if pattern is None else weight.numel() // 4 * pattern[0]
+    statistics = LayerStatistics(layer.moment.diagonal(), layer.gamma, layer.moment)
+    result = prune_weight(weight_OI=weight, statistics=statistics, zeros=zeros, **request)
+
+    def errors(pruned: Tensor) -> Tensor:
+        change = (weight - pruned).double()
+        return ((change @ layer.moment.double()) * change).sum(1)
+
+    assert int((result.weight_OI == 0).sum()) == zeros
+    scale = 2.5e-3 * float(layer.moment.diagonal().sum())
+    assert (errors(result.weight_OI) <= errors(weight * result.keep_OI) * (1 + 1e-3) + 1e-7 * scale).all()
+
+
+def make_after_pruning(rows: int, columns: int, seed: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """(x', x, weight, statistics) of a layer that reads what pruned blocks leave."""
+    x_dense, x = make_texts(columns, 200, seed)
+    layer = make_layer(rows, columns, seed)
+    moment, cross = x.T @ x / 200, x_dense.T @ x / 200
+    return x_dense, x, layer.weight.to(dtype), LayerStatistics(moment.diagonal(), layer.gamma, moment, cross)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_with_a_cross_moment_the_refit_aims_at_the_dense_inputs(method: str) -> None:
+    x_dense, x, weight, statistics = make_after_pruning(10, 24, 0, torch.float32)
+
+    def error(pruned: Tensor) -> float:
+        return float((x @ pruned.T - x_dense @ weight.T).square().mean())
+
+    for pattern in (None, (2, 4)):
+        plain = replace(statistics, cross_moment_II=None)
+        fitted, blind = (prune_weight(method, weight, s, 120, refit=True, pattern=pattern) for s in (statistics, plain))
+        masked = error(weight * fitted.keep_OI)
+        assert int((fitted.weight_OI == 0).sum()) == 120
+        assert error(fitted.weight_OI) < min(error(blind.weight_OI), masked)
+        levels = prune_levels(method, weight, statistics, [120], refit=True)
+        if pattern is None and method != "refit":
+            assert torch.equal(levels[0], fitted.weight_OI)
+        elif pattern is None:
+            assert error(levels[0]) < min(error(blind.weight_OI), masked)
+
+
+@given(st.sampled_from(["refit", "wanda"]), st.integers(0, 2**16), st.integers(1, 4), st.floats(0, 1), st.booleans())
+def test_no_row_is_worse_than_its_mask_alone_on_the_dense_inputs(
+    method: str, seed: int, rows: int, sparsity: float, half: bool
+) -> None:
+    x_dense, x, weight, statistics = make_after_pruning(rows, 12, seed, torch.bfloat16 if half else torch.float32)
+    zeros = round(sparsity * weight.numel())
+    result = prune_weight(method, weight, statistics, zeros, refit=method == "wanda")
+
+    def errors(pruned: Tensor) -> Tensor:
+        return (x.double() @ pruned.double().T - x_dense.double() @ weight.double().T).square().mean(0)
+
+    masked = errors(weight * result.keep_OI)
+    assert (errors(result.weight_OI) <= masked * (1 + 1e-5) + 1e-5).all()
+
+
+def test_more_damping_is_reported() -> None:
+    moment = torch.eye(6)
+    moment[0, 1] = moment[1, 0] = 1.05  # not positive definite: no moment is, but sums in low precision can be
+    weight, statistics = torch.ones(3, 6), LayerStatistics(torch.ones(6), torch.ones(3), moment)
+    for pattern in (None, (1, 2)):
+        assert prune_weight("sparsegpt", weight, statistics, 9, refit=False, pattern=pattern).damping == 10 * DAMPING
+        assert prune_weight("wanda", weight, statistics, 9, refit=False, pattern=pattern).damping == DAMPING
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("method", "refit"), UPDATES + [(method, False) for method in sorted(MASK_ONLY)])
+def test_levels_are_the_layer_as_it_would_be_pruned(method: str, refit: bool, dtype: torch.dtype) -> None:
+    weight, statistics = make(dtype)
+    zeros = [0, 2, 3, 31, 92, 92, 150, weight.numel()]
+    levels = prune_levels(method, weight, statistics, zeros, refit=refit)
+    assert [level.dtype for level in levels] == [dtype] * len(zeros)
+    assert [int((level == 0).sum()) for level in levels] == [3, 3, *zeros[2:]]
+    assert all(torch.equal(level, weight) for level in levels[:3])
+    if method != "refit":
+        for level, count in zip(levels[2:], zeros[2:], strict=True):
+            assert torch.equal(level, prune_weight(method, weight, statistics, count, refit=refit).weight_OI)
+
+
+def test_levels_of_the_stepped_method_are_one_mask_that_grows() -> None:
+    weight, statistics = make()
+    zeros = [31, 92, 150]
+    levels = prune_levels("refit", weight, statistics, zeros, refit=False)
+    expected = refit_in_levels(weight, statistics.moment_II, statistics.gradient_square_O, zeros)
+    for level, pruned in zip(levels, expected, strict=True):
+        assert torch.equal(level, pruned.weight_OI)
+    masks = [level != 0 for level in levels]
+    assert not (masks[1] & ~masks[0]).any() and not (masks[2] & ~masks[1]).any()
+    changes = [((level - weight) @ statistics.moment_II * (level - weight)).sum() for level in levels]
+    assert changes[0] < changes[1] < changes[2]
+
+
+def test_levels_prepare_the_second_moment_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics = make()
+    calls = []
+    for name in ("prepare_system", "inverse_factor"):
+        function = getattr(kernels.methods, name)
+        monkeypatch.setattr(kernels.methods, name, lambda a, n=name, f=function: calls.append(n) or f(a))
+    prune_levels("sparsegpt", weight, statistics, [31, 92, 150], refit=True)
+    assert sorted(calls) == ["inverse_factor", "prepare_system"]
+    prune_levels("refit", weight, statistics, [31, 92, 150], refit=False)
+    prune_levels("wanda", weight, replace(statistics, second_moment_II=None), [31, 92, 150], refit=False)
+    assert len(calls) == 2
+
+
+def test_no_levels_are_no_weights() -> None:
+    weight, statistics = make()
+    assert [prune_levels(method, weight, statistics, [], refit=False) for method in METHODS] == [[]] * len(METHODS)
 
 
 def test_a_survivor_fitted_to_almost_zero_is_still_a_survivor() -> None:
@@ -67,16 +300,9 @@ def test_a_survivor_fitted_to_almost_zero_is_still_a_survivor() -> None:
     weight = torch.tensor([[1.0, 0.99]], dtype=torch.float16)
     moment = torch.tensor([[1.0, -1.02], [-1.02, 1.0]])
     statistics = LayerStatistics(torch.ones(2), torch.ones(1), moment)
-    pruned = prune_weight("wanda", weight, statistics, 1, refit=True)
+    pruned = prune_weight("wanda", weight, statistics, 1, refit=True).weight_OI
     assert float(pruned[0, 1]) == 0
     assert 0 < abs(float(pruned[0, 0])) < 0.02
-
-
-def test_a_survivor_that_underflows_is_still_a_survivor(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, statistics = make(torch.float16)
-    monkeypatch.setattr("kernels.methods.refit_survivors", lambda dense, keep, moment: dense.float() * keep * 1e-9)
-    pruned = prune_weight("two-sided", weight, statistics, 92, refit=True)
-    assert int((pruned == 0).sum()) == 92
 
 
 def test_a_refit_without_second_moment_is_refused() -> None:
@@ -91,27 +317,40 @@ def test_a_refit_without_second_moment_is_refused() -> None:
 
 def test_statistics_that_are_not_finite_are_refused() -> None:
     weight, statistics = make()
-    assert statistics.second_moment_II is not None
     bad = LayerStatistics(statistics.mean_square_I * math.nan, statistics.gradient_square_O)
     with pytest.raises(ValueError, match="not finite"):
         prune_weight("wanda", weight, bad, 5, refit=False)
-    moment = statistics.second_moment_II.clone()
+    moment = statistics.moment_II.clone()
     moment[1, 2] = math.inf
     bad = LayerStatistics(statistics.mean_square_I, statistics.gradient_square_O, moment)
     with pytest.raises(ValueError, match="the refit is not finite"):
+        prune_weight("two-sided", weight, bad, 92, refit=True)
+    bad = replace(statistics, cross_moment_II=statistics.moment_II * math.nan)
+    with pytest.raises(ValueError, match="not finite"):
         prune_weight("two-sided", weight, bad, 92, refit=True)
 
 
 def test_methods_that_change_no_survivor_are_known() -> None:
     weight, statistics = make()
     for method in METHODS:
-        pruned, keep = METHODS[method](weight, statistics, 92)
+        pruned, keep, _ = METHODS[method](weight, statistics, 92)
         assert torch.equal(pruned, torch.where(keep, weight, 0)) is (method in MASK_ONLY)
 
 
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_the_dense_weight_is_left_alone(method: str) -> None:
-    weight, statistics = make()
-    copy = weight.clone()
-    prune_weight(method, weight, statistics, 92, refit=True)
-    assert torch.equal(weight, copy)
+def test_arguments_are_left_alone(method: str, pattern: tuple[int, int] | None) -> None:
+    _, _, weight, statistics = make_after_pruning(6, 16, 0, torch.float32)
+    tensors = [weight, statistics.moment_II, statistics.cross_moment_II, statistics.gradient_square_O]
+    copies = [t.clone() for t in tensors]
+    prune_weight(method, weight, statistics, 48, refit=True, pattern=pattern)
+    prune_levels(method, weight, statistics, [20, 48], refit=True)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+
+
+def test_only_a_refit_minds_the_cross_moment() -> None:
+    _, _, weight, statistics = make_after_pruning(6, 16, 0, torch.float32)
+    plain = replace(statistics, cross_moment_II=None)
+    for method in METHODS:
+        with_cross, without = (prune_weight(method, weight, s, 48, refit=False).weight_OI for s in (statistics, plain))
+        assert torch.equal(with_cross, without) is (method != "refit")

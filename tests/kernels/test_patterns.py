@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from kernels.patterns import keep_highest_of_groups, parse_pattern
+from kernels.patterns import check_pattern, keep_highest_of_groups, parse_pattern
 
 FEW_VALUES = st.sampled_from([0.0, -0.0, 1e-45, 0.5, 0.5, 1.0, 3e38])  # ties are the rule
 
@@ -71,6 +71,14 @@ def test_groups_must_divide_the_inputs() -> None:
         keep_highest_of_groups(torch.ones(2, 10), torch.zeros(2, 10, dtype=torch.bool), 2, 4)
     with pytest.raises(ValueError, match=r"^5 zeros do not fit into a group of 4 inputs$"):
         keep_highest_of_groups(torch.ones(2, 8), torch.zeros(2, 8, dtype=torch.bool), 5, 4)
+
+
+def test_a_pattern_gives_one_number_of_zeros() -> None:
+    check_pattern(torch.Size((3, 8)), 12, (2, 4))
+    with pytest.raises(ValueError, match=r"^13 zeros asked of a layer to which the pattern 2:4 gives 12$"):
+        check_pattern(torch.Size((3, 8)), 13, (2, 4))
+    with pytest.raises(ValueError, match=r"^8 inputs are not divisible into groups of 3$"):
+        check_pattern(torch.Size((3, 8)), 8, (1, 3))
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.refit import DAMPING, refit_survivors
-from kernels.refit_steps import plan_steps, refit_in_steps
+from kernels.refit_steps import plan_steps, refit_in_levels, refit_in_steps
 from tests.kernels.layers import Layer, make_layer, true_errors
 
 Array = NDArray[np.float64]
@@ -77,6 +77,29 @@ def test_groups_grow_alike(pruned: int, group: int, columns: int) -> None:
     np.testing.assert_allclose(result.weight_OI.numpy(), expected, atol=3e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_layers_that_are_sparse_already_grow_alike(
+    pattern: tuple[int, int] | None, rows: int, dtype: torch.dtype
+) -> None:
+    layer = make_layer(rows, 40)
+    layer.weight[torch.rand(rows, 40, generator=torch.Generator().manual_seed(1)) < 0.3] = 0
+    layer.weight[:, 8:12] = 0  # a whole group, and a column that saw no input
+    layer.moment[[3, 17]], layer.moment[:, [3, 17]] = 0, 0
+    layer = layer._replace(weight=layer.weight.to(dtype))
+    zeros = layer.weight.numel() // 2
+    result = refit_in_steps(layer.weight, layer.moment, layer.gamma, zeros, pattern=pattern, **EXACT)
+    present = layer.weight == 0
+    if pattern is not None:  # no more than two of a group count, those on the left
+        present &= present.reshape(-1, 4).cumsum(1).reshape(rows, 40) <= 2
+    expected, keep = plain_steps(layer, plan_steps(zeros, 5, int(present.sum())), pattern)
+    assert np.array_equal(result.keep_OI.numpy(), keep)
+    fitted = result.weight_OI.double().numpy()
+    tolerance = 3e-3 if dtype == torch.float32 else 8e-3
+    np.testing.assert_allclose(fitted, expected, atol=tolerance * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
 def test_with_the_defaults_it_ends_near_the_optimum_of_its_mask(pattern: tuple[int, int] | None) -> None:
     layer = make_layer(64, 128)
@@ -99,10 +122,43 @@ def test_more_steps_choose_better() -> None:
 
 def test_one_step_is_a_mask_and_a_refit() -> None:
     layer = make_layer(8, 20)
-    result = refit_in_steps(layer.weight, layer.moment, layer.gamma, 70, steps=1)
+    result = refit_in_steps(layer.weight, layer.moment, layer.gamma, 70, steps=1, last_iterations=16)
     _, keep = plain_steps(layer, [70])
     assert np.array_equal(result.keep_OI.numpy(), keep)
     assert torch.equal(result.weight_OI, refit_survivors(layer.weight, result.keep_OI, layer.moment, iterations=16))
+
+
+def test_levels_are_the_steps_of_one_mask() -> None:
+    layer = make_layer(6, 30)
+    layer.weight[2, :20] = 0
+    counts = [20, 50, 51, 51, 110, 180]
+    levels = refit_in_levels(layer.weight, layer.moment, layer.gamma, counts, iterations=400, tolerance=1e-7)
+    for i, level in enumerate(levels):
+        expected, keep = plain_steps(layer, counts[: i + 1])
+        assert int((~level.keep_OI).sum()) == int((level.weight_OI == 0).sum()) == counts[i]
+        assert np.array_equal(level.keep_OI.numpy(), keep)
+        np.testing.assert_allclose(level.weight_OI.numpy(), expected, atol=3e-3 * np.abs(expected).max())
+
+
+def test_levels_must_ascend() -> None:
+    layer = make_layer(2, 8)
+    with pytest.raises(ValueError, match=r"^5 zeros asked of a layer of 16 weights that has 6 already$"):
+        refit_in_levels(layer.weight, layer.moment, layer.gamma, [6, 5])
+
+
+def test_a_pull_is_followed_in_every_step() -> None:
+    layer = make_layer(6, 30)
+    pull = torch.randn(6, 30, generator=torch.Generator().manual_seed(2)) @ layer.moment * 0.1
+    h = layer.moment.double().numpy()
+    h = h + DAMPING * np.diag(h).mean() * np.eye(len(h))
+    # w^T H w - 2 w^T (H w0 + pull) is as far from its least as w is from w0 + H^-1 pull: a dense weight without pull.
+    moved = layer._replace(
+        weight=layer.weight + torch.from_numpy(np.linalg.solve(h, pull.double().numpy().T).T).float()
+    )
+    result = refit_in_steps(layer.weight, layer.moment, layer.gamma, 90, pull_OI=pull, **EXACT)
+    expected = solve_rows(moved, result.keep_OI.numpy())
+    np.testing.assert_allclose(result.weight_OI.numpy(), expected, atol=3e-3 * np.abs(expected).max())
+    assert not torch.allclose(result.weight_OI, refit_in_steps(layer.weight, layer.moment, layer.gamma, 90).weight_OI)
 
 
 @given(st.integers(0, 1000), st.integers(1, 12), st.floats(0, 1))

@@ -8,9 +8,11 @@ from hypothesis import given
 from torch import Tensor
 
 from kernels.statistics import (
-    add_second_moment,
+    add_moment,
+    clip_tokens,
     level_of_each_weight,
     mean_absolute_gradient,
+    nested_parts,
     squared_loss_changes,
     sum_squares,
 )
@@ -23,14 +25,14 @@ def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_second_moment_adds_up_over_batches(dtype: torch.dtype) -> None:
+def test_moments_add_up_over_batches(dtype: torch.dtype) -> None:
     batches = [make(5, 4, seed=1, dtype=dtype), make(1, 4, seed=2, dtype=dtype), make(0, 4, dtype=dtype)]
     total = torch.zeros(4, 4)
     plain = np.zeros((4, 4))
     for x in batches:
-        add_second_moment(total, x)
+        add_moment(total, x, 2 * x)
         for row in x.double().numpy():
-            plain += np.outer(row, row)
+            plain += np.outer(row, 2 * row)
     np.testing.assert_allclose(total.numpy(), plain, rtol=1e-5, atol=1e-5)
 
 
@@ -67,12 +69,13 @@ def test_levels_hold_the_lowest_scores_and_ties_at_their_threshold(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_squared_loss_changes_are_explicit_sums(dtype: torch.dtype) -> None:
+def test_squared_loss_changes_are_explicit_sums_over_all_windows(dtype: torch.dtype) -> None:
     tokens, d_in, d_out, levels = 7, 5, 3, 4
     g, x = make(tokens, d_out, seed=1, dtype=dtype), make(tokens, d_in, seed=2, dtype=dtype)
     weight = make(d_out, d_in, seed=3, dtype=dtype)
     level = torch.randint(0, levels + 1, (d_out, d_in), generator=torch.Generator().manual_seed(4)).to(torch.uint8)
-    result = squared_loss_changes(g, x, weight, level, levels)
+    pairs = [(x[:3], g[:3]), (x[3:], g[3:])]
+    result = squared_loss_changes(pairs, nested_parts(weight, level, levels))
     assert result.dtype == torch.float64
     for s in range(levels):
         removed = (weight.double() * (level <= s)).numpy()
@@ -86,7 +89,18 @@ def test_levels_and_changes_of_a_transposed_weight() -> None:
     weight = make(5, 3, seed=5).T
     level = level_of_each_weight(weight.abs(), weight == 0, [4, 9])
     assert [(int((level <= i).sum())) for i in (0, 1)] == [4, 9]
-    g, x = make(6, 3, seed=6), make(6, 5, seed=7)
-    torch.testing.assert_close(
-        squared_loss_changes(g, x, weight, level, 2), squared_loss_changes(g, x, weight.contiguous(), level, 2)
-    )
+    pairs = [(make(6, 5, seed=7), make(6, 3, seed=6))]
+    results = [squared_loss_changes(pairs, nested_parts(w, level, 2)) for w in (weight, weight.contiguous())]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_token_counts_for_more_than_a_multiple_of_the_median_one(dtype: torch.dtype) -> None:
+    g = make(9, 3, seed=1, dtype=dtype)
+    g[4] *= 50
+    g[7] = 0
+    clipped = clip_tokens(g, 10.0)
+    before, after = g.double().square().sum(1), clipped.double().square().sum(1)
+    assert clipped.dtype == torch.float32
+    torch.testing.assert_close(after, before.clamp(max=10 * float(before.median())), rtol=1e-5, atol=0)
+    torch.testing.assert_close(clipped[:4], g[:4].float()), "tokens below the limit stay as they are"

@@ -10,19 +10,23 @@ import pytest
 from hypothesis import assume, given
 
 from tests.profiles import make_profile
-from tools.allocate import Allocation, ImpossiblePlan, allocate, select_layers
+from tools.allocate import Allocation, ImpossiblePlan, allocate, find_bounds, select_layers
 from tools.curves import LEVELS, LayerProfile, predict_kl
 from tools.recipes import Adjustment, Recipe
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 KAPPA = Recipe()
+TWO_OF_FOUR = KAPPA.model_copy(update={"pattern": "2:4"})
 UNIFORM = Recipe(allocation="uniform")
+OWL = Recipe(allocation="owl")
+ALPHA = Recipe(allocation="alphapruning")
+ALL = (KAPPA, UNIFORM, OWL, ALPHA)
 
 
 def make_layers(blocks: int = 4, weights: int = 10_007, seed: int = 0) -> list[LayerProfile]:
     """Layers of different sizes and growing, convex KL curves over three orders of magnitude."""
     generator = np.random.default_rng(seed)
-    return [
+    layers = [
         make_profile(
             block,
             kind,
@@ -32,18 +36,29 @@ def make_layers(blocks: int = 4, weights: int = 10_007, seed: int = 0) -> list[L
         for block in range(blocks)
         for kind in KINDS
     ]
+    outliers, alpha = generator.uniform(0.5, 8, blocks), generator.uniform(2, 6, len(layers))
+    return [
+        layer.model_copy(update={"outliers": outliers[layer.block], "alpha": alpha[i]})
+        for i, layer in enumerate(layers)
+    ]
 
 
 @st.composite
 def models(draw: st.DrawFn, least_weights: int = 1) -> list[LayerProfile]:
     """Up to six layers with any KL curves (flat, falling, zero, huge) and up to all of their weights zero already."""
     layers = []
+    outliers = draw(st.lists(st.floats(0, 100), min_size=3, max_size=3))
     for i in range(draw(st.integers(1, 6))):
         weights = draw(st.integers(least_weights, 50_000))
         kappa = draw(st.lists(st.floats(0, 1e3) | st.just(0.0), min_size=len(LEVELS), max_size=len(LEVELS)))
         zeros = int(draw(st.sampled_from([0.0, 0.0, 0.03, 0.4, 1.0])) * weights)
-        layers.append(make_profile(i // 2, KINDS[i % 4], weights, kappa, zeros))
+        alpha = draw(st.floats(1, 1e6) | (st.none() if i % 2 else st.just(3.0)))
+        layer = make_profile(i // 2, KINDS[i % 4], weights, kappa, zeros)
+        layers.append(layer.model_copy(update={"outliers": outliers[layer.block], "alpha": alpha}))
     return layers
+
+
+recipes = st.sampled_from(ALL)
 
 
 @st.composite
@@ -96,12 +111,14 @@ def check_sentence(refusal: ImpossiblePlan) -> None:
     assert 20 < len(str(refusal)) < 400
 
 
-@given(models(), st.floats(0.001, 0.999), st.floats(0, 1), adjustments(), st.sampled_from([0.5, 0.9, 1.0]))
+@given(models(), st.floats(0.001, 0.999), recipes, st.floats(0, 1), adjustments(), st.sampled_from([0.5, 0.9, 1.0]))
 def test_every_allocation_is_exact_and_within_bounds(
-    layers: list[LayerProfile], sparsity: float, strength: float, plan: list[Adjustment], most: float
+    layers: list[LayerProfile], sparsity: float, recipe: Recipe, strength: float, plan: list[Adjustment], most: float
 ) -> None:
+    recipe = recipe.model_copy(update={"strength": strength})
+    plan = [a for a in plan if recipe.allocation == "kappa" or a.action != "factor"]
     try:
-        allocation = allocate(layers, sparsity, Recipe(strength=strength), plan, max_layer_sparsity=most)
+        allocation = allocate(layers, sparsity, recipe, plan, max_layer_sparsity=most)
     except ImpossiblePlan as refusal:
         check_sentence(refusal)
         return
@@ -109,22 +126,24 @@ def test_every_allocation_is_exact_and_within_bounds(
     check(allocation, layers, sparsity, [*protected, *(a for a in plan if a.action != "protect")], most)
 
 
-@given(models(), st.floats(0.01, 0.99), st.floats(0, 1))
+@given(models(), st.floats(0.01, 0.99), recipes, st.floats(0, 1))
 def test_without_bounds_only_zeros_in_the_model_can_stand_in_the_way(
-    layers: list[LayerProfile], sparsity: float, strength: float
+    layers: list[LayerProfile], sparsity: float, recipe: Recipe, strength: float
 ) -> None:
     assume(round(sparsity * sum(layer.weights for layer in layers)) >= sum(layer.zeros for layer in layers))
-    check(allocate(layers, sparsity, Recipe(strength=strength)), layers, sparsity)
+    check(allocate(layers, sparsity, recipe.model_copy(update={"strength": strength})), layers, sparsity)
 
 
-@given(models(), st.floats(0.01, 0.99))
-def test_uniform_is_the_same_everywhere_and_so_is_strength_0(layers: list[LayerProfile], sparsity: float) -> None:
+@given(models(), st.floats(0.01, 0.99), recipes)
+def test_uniform_is_the_same_everywhere_and_so_is_strength_0(
+    layers: list[LayerProfile], sparsity: float, recipe: Recipe
+) -> None:
     layers = [layer.model_copy(update={"zeros": 0}) for layer in layers]
     uniform = allocate(layers, sparsity, UNIFORM)
     check(uniform, layers, sparsity)
     for layer in layers:
         assert abs(uniform.zeros[layer.name] - sparsity * layer.weights) <= 1
-    assert allocate(layers, sparsity, Recipe(strength=0)) == uniform
+    assert allocate(layers, sparsity, recipe.model_copy(update={"strength": 0.0})) == uniform
 
 
 @given(models(least_weights=5_000), st.floats(0.05, 0.95))
@@ -180,7 +199,7 @@ def test_a_factor_on_everything_changes_nothing_and_many_factors_do_not_overflow
 def test_protected_layers_keep_exactly_the_zeros_they_have() -> None:
     layers = [layer.model_copy(update={"zeros": 137}) for layer in make_layers()]
     plan = [Adjustment(selector="blocks 0-1", action="protect")]
-    for recipe in (KAPPA, UNIFORM):
+    for recipe in ALL:
         allocation = allocate(layers, 0.3, recipe, plan, protect=["*.q_proj"])
         for layer in layers:
             if layer.block <= 1 or layer.kind.endswith("q_proj"):
@@ -207,13 +226,13 @@ def test_curves_that_bend_down_do_not_mislead_the_search() -> None:
     assert allocate(layers, 0.0625, KAPPA).predicted_kl <= allocate(layers, 0.0625, UNIFORM).predicted_kl
 
 
-def test_bounds_hold_for_kappa_and_uniform() -> None:
+def test_bounds_hold_for_every_allocation() -> None:
     layers = make_layers()
     plan = [
         Adjustment(selector="*.v_proj", action="bounds", low=0.7),
         Adjustment(selector="mlp.*", action="bounds", high=0.4),
     ]
-    for recipe in (KAPPA, UNIFORM):
+    for recipe in ALL:
         check(allocate(layers, 0.45, recipe, plan), layers, 0.45, plan)
 
 
@@ -274,7 +293,158 @@ def test_400_layers_take_a_moment() -> None:
     plan = [Adjustment(selector=f"blocks {i}-{i + 3}", action="factor", factor=1.1) for i in range(64)]
     start = time.monotonic()
     check(allocate(layers, 0.4567, KAPPA, plan), layers, 0.4567, plan)
+    for recipe in (UNIFORM, OWL, ALPHA):
+        check(allocate(layers, 0.4567, recipe), layers, 0.4567)
     assert time.monotonic() - start < 10
+
+
+def test_bounds_in_whole_weights() -> None:
+    layers = make_layers(blocks=1, weights=10)  # 10, 10, 20 and 20 weights
+    layers[0] = layers[0].model_copy(update={"zeros": 6})
+    plan = [Adjustment(selector="mlp.*", action="bounds", low=0.12, high=0.33)]
+    least, most = find_bounds(layers, plan, protect=["*.v_proj"], max_layer_sparsity=0.5)
+    assert least.tolist() == [6, 0, 2, 2]
+    assert most.tolist() == [6, 0, 7, 7]
+
+
+def test_factors_where_nothing_weighs_them_are_refused() -> None:
+    layers = with_inputs(make_layers(weights=10_000))
+    plan = [Adjustment(selector="*.v_proj", action="factor", factor=2)]
+    for recipe in (UNIFORM, OWL, ALPHA):
+        with pytest.raises(ImpossiblePlan, match=f"^factors count only in allocation 'kappa', .*'{recipe.allocation}'"):
+            allocate(layers, 0.45, recipe, plan)
+    with pytest.raises(
+        ImpossiblePlan, match=r"^factors count only in allocation 'kappa', not with an N:M pattern \(2:4"
+    ):
+        allocate(layers, 0.5, TWO_OF_FOUR, plan)
+
+
+# --- OWL and AlphaPruning ------------------------------------------------------------------------------------------
+
+
+def shares_of(allocation: Allocation, layers: Sequence[LayerProfile]) -> np.ndarray:
+    return np.array([allocation.zeros[layer.name] / layer.weights for layer in layers])
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+def test_owl_is_the_published_formula_where_nothing_is_in_the_way(sparsity: float) -> None:
+    layers = make_layers(blocks=6)  # all blocks are of one size, as the published shift has it
+    outliers = np.array([layer.outliers for layer in layers[:: len(KINDS)]])
+    keep = (outliers - outliers.min()) / (outliers.max() - outliers.min()) * 0.08 * 2
+    published = np.repeat(1 - (keep - keep.mean() + 1 - sparsity), len(KINDS))
+    np.testing.assert_allclose(shares_of(allocate(layers, sparsity, OWL), layers), published, atol=2e-4)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+def test_alphapruning_is_the_published_formula_where_nothing_is_in_the_way(sparsity: float) -> None:
+    layers = make_layers(blocks=6)
+    alpha = np.array([layer.alpha for layer in layers]).reshape(6, -1).mean(1).repeat(len(KINDS))
+    sizes = np.array([layer.weights for layer in layers])
+    published = (alpha - alpha.min()) / (alpha.max() - alpha.min()) * 0.6 + 0.7
+    published *= sizes.sum() * sparsity / (sizes * published).sum()
+    np.testing.assert_allclose(shares_of(allocate(layers, sparsity, ALPHA), layers), published, atol=2e-4)
+
+
+@pytest.mark.parametrize("recipe", [OWL, ALPHA])
+def test_shares_are_moved_until_clipped_ones_are_made_up_for(recipe: Recipe) -> None:
+    layers = make_layers()
+    free = shares_of(allocate(layers, 0.65, recipe), layers)
+    shares = shares_of(allocate(layers, 0.65, recipe, protect=["block 0"], max_layer_sparsity=0.9), layers)
+    others = [i for i, share in enumerate(shares) if layers[i].block and share < 0.9 - 1e-3]
+    assert 0 < len(others) < len(layers) - len(KINDS)
+    if recipe is OWL:
+        np.testing.assert_allclose(np.diff(shares[others]), np.diff(free[others]), atol=3e-4)
+    else:
+        np.testing.assert_allclose(shares[others] / free[others], (shares[others] / free[others]).mean(), atol=3e-4)
+
+
+@pytest.mark.parametrize("recipe", [OWL, ALPHA])
+def test_equal_blocks_get_equal_shares(recipe: Recipe) -> None:
+    layers = [layer.model_copy(update={"outliers": 1.5, "alpha": 3.0}) for layer in make_layers()]
+    assert allocate(layers, 0.45, recipe).zeros == allocate(layers, 0.45, UNIFORM).zeros
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field", "sentence"),
+    [
+        (OWL, "outliers", "this profile has no shares of outliers, which allocation 'owl' needs; take another"),
+        (ALPHA, "alpha", "this profile has no alpha of block 2, which allocation 'alphapruning' needs; take another"),
+    ],
+)
+def test_a_profile_without_the_numbers(recipe: Recipe, field: str, sentence: str) -> None:
+    layers = [layer.model_copy(update={field: None}) if layer.block == 2 else layer for layer in make_layers()]
+    with pytest.raises(ImpossiblePlan, match=f"^{sentence}$"):
+        allocate(layers, 0.45, recipe)
+
+
+# --- patterns ------------------------------------------------------------------------------------------------------
+
+
+def with_inputs(layers: Sequence[LayerProfile], inputs: int = 200) -> list[LayerProfile]:
+    return [layer.model_copy(update={"inputs": inputs}) for layer in layers]
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.25), ("3:4", 0.75)])
+def test_a_pattern_gives_every_layer_the_same(pattern: str, sparsity: float) -> None:
+    layers = with_inputs(make_layers(weights=10_000))
+    for recipe in ALL:
+        allocation = allocate(layers, sparsity, recipe.model_copy(update={"pattern": pattern}))
+        assert allocation.zeros == {layer.name: layer.weights * sparsity for layer in layers}
+        check(allocation, layers, sparsity)
+
+
+def test_a_pattern_leaves_protected_layers_as_they_are() -> None:
+    layers = [layer.model_copy(update={"zeros": 137}) for layer in with_inputs(make_layers(weights=10_000))]
+    layers[1] = layers[1].model_copy(update={"inputs": 0, "weights": 9_999})  # it need not be divisible
+    plan = [Adjustment(selector="mlp.up_proj", action="protect")]
+    given = sum(layer.weights / 2 for i, layer in enumerate(layers) if i % 4 in (0, 3)) + 8 * 137
+    sparsity = round(given / sum(layer.weights for layer in layers), 4)
+    allocation = allocate(layers, sparsity, TWO_OF_FOUR, plan, protect=["*.v_proj"])
+    for layer in layers:
+        protected = layer.kind.endswith(("v_proj", "up_proj"))
+        assert allocation.zeros[layer.name] == (137 if protected else layer.weights // 2)
+    with pytest.raises(
+        ImpossiblePlan,
+        match=r"^with 2:4 in every layer that is not protected the sparsity is 25\.46%, but the plan has 50\.00%$",
+    ):
+        allocate(layers, 0.5, TWO_OF_FOUR, plan, protect=["*.v_proj"])
+
+
+def test_the_sparsity_of_a_pattern_may_be_rounded() -> None:
+    layers = with_inputs(make_layers(weights=10_000))
+    for sparsity in (0.4996, 0.5004):
+        assert allocate(layers, sparsity, TWO_OF_FOUR).sparsity == 0.5
+    for sparsity in (0.4994, 0.5006):
+        with pytest.raises(ImpossiblePlan, match=r"the sparsity is 50\.00%, but the plan has"):
+            allocate(layers, sparsity, TWO_OF_FOUR)
+
+
+@pytest.mark.parametrize(
+    ("update", "plan", "sentence"),
+    [
+        ({"inputs": 0}, [], r"this profile has no number of inputs for NAME, which a pattern needs"),
+        (
+            {"inputs": 50},
+            [],
+            r"NAME has 50 inputs, not divisible into groups of 4; protect it, or use another pattern",
+        ),
+        (
+            {"zeros": 6_000},
+            [],
+            r"2:4 makes 50.00% of NAME zero, but bounds \(and zeros it already has\) ask for 60.00% to 90.00%",
+        ),
+        (
+            {},
+            [Adjustment(selector="*.v_proj", action="bounds", high=0.3)],
+            r"2:4 makes 50.00% of NAME zero, but bounds \(and zeros it already has\) ask for 0.00% to 30.00%",
+        ),
+    ],
+)
+def test_layers_that_a_pattern_does_not_fit(update: dict[str, int], plan: list[Adjustment], sentence: str) -> None:
+    layers = with_inputs(make_layers(weights=10_000))
+    layers[1] = layers[1].model_copy(update=update)
+    with pytest.raises(ImpossiblePlan, match=f"^{sentence.replace('NAME', layers[1].name)}$"):
+        allocate(layers, 0.5, TWO_OF_FOUR, plan, max_layer_sparsity=0.9)
 
 
 # --- selectors -----------------------------------------------------------------------------------------------------

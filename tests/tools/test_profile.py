@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,17 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.methods import LayerStatistics
 from kernels.scores import score_two_sided, score_wanda
-from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model
+from tests.tiny import ARCHITECTURES, BLOCKS, VOCABULARY, make_tiny_model
+from tools.blocks import Blocks
 from tools.curves import LEVELS
 from tools.errors import UserError
 from tools.layers import Layer, find_layers
 from tools.profile import (
+    CLIP,
     ModelStatistics,
+    Progress,
     build_profile,
+    collect_moments,
     collect_statistics,
     compute_z_scores,
+    embed_windows,
     measure_kappa,
+    run_block,
 )
 from tools.readout import compute_hidden, compute_logits
 
@@ -37,8 +44,28 @@ def make_windows() -> Tensor:
     return torch.randint(0, VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def collect(model: Any, layers: list[Layer], windows: Tensor | None = None) -> ModelStatistics:
-    return collect_statistics(model, layers, make_windows() if windows is None else windows, BACKWARD, SEED, ignore)
+class Collected(NamedTuple):
+    """What `collect_statistics` gives and hands over."""
+
+    statistics: ModelStatistics
+    moments: dict[str, Tensor]
+
+    def of(self, name: str) -> LayerStatistics:
+        means = self.statistics.mean_square[name], self.statistics.gradient_square[name]
+        return LayerStatistics(*means, self.moments[self.statistics.group[name]])
+
+
+def collect(
+    model: Any,
+    layers: list[Layer],
+    windows: Tensor | None = None,
+    backward: int = BACKWARD,
+    seed: int = SEED,
+    progress: Progress = ignore,
+) -> Collected:
+    windows, moments = make_windows() if windows is None else windows, dict[str, Tensor]()
+    statistics = collect_statistics(model, layers, windows, backward, seed, progress, moments.__setitem__)
+    return Collected(statistics, moments)
 
 
 @contextmanager
@@ -87,7 +114,7 @@ def plain_gradients(model: Any, window: int) -> tuple[dict[str, Tensor], dict[st
 def test_moments_are_explicit_means_over_all_windows(architecture: str) -> None:
     model = make_tiny_model(architecture)
     layers = find_layers(model)
-    statistics = collect(model, layers)
+    collected = collect(model, layers)
     total: dict[str, Tensor] = {}
     double = copy.deepcopy(model).double().requires_grad_(True)
     for ids in make_windows():
@@ -96,7 +123,7 @@ def test_moments_are_explicit_means_over_all_windows(architecture: str) -> None:
         for name, x in inputs.items():
             total[name] = total.get(name, torch.zeros(())) + x.T @ x / (WINDOWS * LENGTH)
     for layer in layers:
-        of = statistics.of(layer.name)
+        of = collected.of(layer.name)
         assert of.second_moment_II is not None and of.second_moment_II.dtype == torch.float32
         expected = total[layer.name]
         torch.testing.assert_close(of.second_moment_II.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
@@ -107,7 +134,7 @@ def test_moments_are_explicit_means_over_all_windows(architecture: str) -> None:
 def test_gamma_and_gradient_score_equal_plain_autograd(architecture: str) -> None:
     model = make_tiny_model(architecture)
     layers = find_layers(model)
-    statistics = collect(model, layers)
+    statistics = collect(model, layers).statistics
     gamma: dict[str, Tensor] = {}
     for window in range(BACKWARD):
         for name, g in plain_gradients(model, window)[1].items():
@@ -133,14 +160,14 @@ def test_kappa_is_the_explicit_sum_for_weights_that_are_really_removed(architect
     model = make_tiny_model(architecture)
     layers = find_layers(model)
     layers[1].write(torch.where(torch.rand(layers[1].weight_OI.shape) < 0.2, 0, layers[1].weight_OI))
-    statistics = collect(model, layers)
-    kappa = measure_kappa(model, layers, statistics, make_windows()[:BACKWARD], SEED, ignore)
+    collected = collect(model, layers)
+    kappa = collected.statistics.kappa
     expected = {layer.name: np.zeros(len(LEVELS)) for layer in layers}
     for window in range(BACKWARD):
         inputs, gradients = plain_gradients(model, window)
         for layer in layers:
             weight = layer.weight_OI.double()
-            of = statistics.of(layer.name)
+            of = collected.of(layer.name)
             score = score_two_sided(layer.weight_OI, of.mean_square_I, of.gradient_square_O).flatten()
             order = torch.where(layer.weight_OI.flatten() == 0, -1, score).argsort(stable=True)
             for level, sparsity in enumerate(LEVELS):
@@ -166,24 +193,24 @@ def test_kappa_is_the_explicit_sum_for_weights_that_are_really_removed(architect
 def test_layers_that_read_the_same_input_share_a_moment(architecture: str, sharing: list[tuple[str, ...]]) -> None:
     model = make_tiny_model(architecture)
     layers = find_layers(model)
-    statistics = collect(model, layers)
+    statistics, moments = collect(model, layers)
     for block in range(2):
         groups: dict[str, set[str]] = {}
         for layer in layers:
             if layer.block == block:
                 groups.setdefault(statistics.group[layer.name], set()).add(layer.kind.rsplit(".", 1)[-1])
         assert sorted(sorted(g) for g in groups.values() if len(g) > 1) == sorted(sorted(g) for g in sharing)
-    assert set(statistics.second_moment) == set(statistics.group.values())
+    assert set(moments) == set(statistics.group.values())
 
 
 def test_labels_of_a_window_do_not_depend_on_the_others() -> None:
     model = make_tiny_model("llama")
     layers, windows = find_layers(model), make_windows()
-    both, first = (collect_statistics(model, layers, windows[:n], n, SEED, ignore) for n in (2, 1))
+    both, first = (collect(model, layers, windows[:n], n).statistics for n in (2, 1))
     changed = windows[:2].clone()
     changed[0] = 7
-    other = collect_statistics(model, layers, changed, 2, SEED, ignore)
-    alone = collect_statistics(model, layers, changed[:1], 1, SEED, ignore)
+    other = collect(model, layers, changed, 2).statistics
+    alone = collect(model, layers, changed[:1], 1).statistics
     for layer in layers:  # what the second window adds is the same whatever the first is
         name = layer.name
         second = 2 * both.gradient_square[name] - first.gradient_square[name]
@@ -195,8 +222,8 @@ def test_labels_of_a_window_do_not_depend_on_the_others() -> None:
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others() -> None:
     model = make_tiny_model("llama")
     layers, windows = find_layers(model), make_windows()
-    first, second = (collect_statistics(model, layers, windows, 2, 3, ignore) for _ in range(2))
-    third = collect_statistics(model, layers, windows, 2, 4, ignore)
+    first, second = (collect(model, layers, windows, 2, 3).statistics for _ in range(2))
+    third = collect(model, layers, windows, 2, 4).statistics
     name = layers[0].name
     assert torch.equal(first.gradient_square[name], second.gradient_square[name])
     assert not torch.equal(first.gradient_square[name], third.gradient_square[name])
@@ -207,8 +234,9 @@ def test_the_model_is_left_as_it_was() -> None:
     model = make_tiny_model("gpt2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     layers = find_layers(model)
-    statistics = collect(model, layers)
-    measure_kappa(model, layers, statistics, make_windows()[:1], SEED, ignore)
+    collect(model, layers)
+    parts = {layer.name: [0 * layer.weight_OI] * len(LEVELS) for layer in layers}
+    measure_kappa(model, layers, make_windows()[:1], SEED, ignore, parts.__getitem__)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
@@ -218,43 +246,119 @@ def test_the_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_have_fp32_statistics_near_the_fp32_ones(dtype: torch.dtype) -> None:
     model = make_tiny_model("llama")
-    exact = collect(model, find_layers(model))
+    exact = collect(model, find_layers(model)).statistics
     half = model.to(dtype)
     layers = find_layers(half)
     rough = collect(half, layers)
-    kappa = measure_kappa(half, layers, rough, make_windows()[:1], SEED, ignore)
     for layer in layers:
         of = rough.of(layer.name)
         assert of.second_moment_II is not None
         assert {of.mean_square_I.dtype, of.gradient_square_O.dtype, of.second_moment_II.dtype} == {torch.float32}
-        assert rough.gradient[layer.name] == pytest.approx(exact.gradient[layer.name], rel=0.1)
-        assert all(math.isfinite(k) and k > 0 for k in kappa[layer.name])
+        assert rough.statistics.gradient[layer.name] == pytest.approx(exact.gradient[layer.name], rel=0.1)
+        assert all(math.isfinite(k) and k > 0 for k in rough.statistics.kappa[layer.name])
 
 
 def test_more_backward_windows_than_windows() -> None:
     model = make_tiny_model("llama")
     layers = find_layers(model)
-    many = collect_statistics(model, layers, make_windows(), 10, SEED, ignore)
-    all_of_them = collect_statistics(model, layers, make_windows(), WINDOWS, SEED, ignore)
+    many = collect(model, layers, backward=10).statistics
+    all_of_them = collect(model, layers, backward=WINDOWS).statistics
     assert many.gradient == all_of_them.gradient
 
 
 def test_a_layer_that_never_runs_is_named() -> None:
     model = make_tiny_model("llama")
     layers = find_layers(model)
-    stray = Layer("model.layers.9.expert", 9, "expert", torch.nn.Linear(4, 4))
-    with pytest.raises(UserError, match=r"layer model.layers.9.expert never ran on the calibration text"):
+    stray = Layer("model.layers.1.expert", 1, "expert", torch.nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"layer model.layers.1.expert never ran on the calibration text"):
         collect(model, [*layers, stray])
 
 
-def test_progress_counts_every_window() -> None:
+def test_progress_counts_blocks_and_then_every_window_of_every_block() -> None:
+    model = make_tiny_model("llama")
+    seen: list[tuple[str, int, int]] = []
+    collect(model, find_layers(model), progress=lambda *step: seen.append(step))
+    up, down = BLOCKS, BLOCKS * BACKWARD
+    assert seen == [("statistics", i, up) for i in range(up + 1)] + [("gradients", i, down) for i in range(down + 1)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_curves_of_any_change_are_the_explicit_sum(architecture: str) -> None:
+    model = make_tiny_model(architecture)
+    layers = find_layers(model)
+    generator = torch.Generator().manual_seed(3)
+    parts = {x.name: [0.1 * torch.randn(x.weight_OI.shape, generator=generator) for _ in LEVELS] for x in layers}
+    kappa = measure_kappa(model, layers, make_windows()[:BACKWARD], SEED, ignore, parts.__getitem__)
+    expected = {layer.name: np.zeros(len(LEVELS)) for layer in layers}
+    for window in range(BACKWARD):
+        inputs, gradients = plain_gradients(model, window)
+        for name, changes in parts.items():
+            change = torch.zeros(changes[0].shape, dtype=torch.float64)
+            for level, part in enumerate(changes):
+                change += part.double()
+                effect = (gradients[name] * (inputs[name] @ change.T)).sum(1)
+                expected[name][level] += float(effect.square().sum())
+    for name, values in kappa.items():
+        np.testing.assert_allclose(values, expected[name] / (2 * BACKWARD * LENGTH), rtol=2e-3)
+
+
+def test_moments_behind_pruned_blocks_and_their_cross_moments_are_explicit_means() -> None:
+    dense, pruned = make_tiny_model("llama"), make_tiny_model("llama")
+    for layer in find_layers(pruned):
+        if layer.block == 0:
+            layer.write(torch.where(layer.weight_OI.abs() < 0.2, 0, layer.weight_OI))
+    blocks, layers, windows = Blocks(pruned), find_layers(pruned), make_windows()
+    second = [layer for layer in layers if layer.block == 1]
+    states = run_block(blocks, 0, windows, embed_windows(blocks, windows))
+    dense_blocks = Blocks(dense)
+    dense_states = run_block(dense_blocks, 0, windows, embed_windows(dense_blocks, windows))
+    moments, outputs = collect_moments(blocks, 1, second, windows, states, dense_states)
+    total: dict[str, Tensor] = {}
+    cross: dict[str, Tensor] = {}
+    for i, ids in enumerate(windows):
+        with torch.no_grad(), watch_inputs(find_layers(dense)) as theirs, watch_inputs(layers) as ours:
+            compute_hidden(dense, ids[None])
+            compute_hidden(pruned, ids[None])
+        for name, x in ours.items():
+            total[name] = total.get(name, torch.zeros(())) + x.T @ x / windows.numel()
+            cross[name] = cross.get(name, torch.zeros(())) + theirs[name].T @ x / windows.numel()
+        with torch.no_grad():
+            torch.testing.assert_close(outputs[i], dense_blocks.run(ids, 1, dense_states[i]))
+    for layer in second:
+        leader = moments.group[layer.name]
+        for measured, expected in ((moments.second_moment, total), (moments.cross_moment, cross)):
+            torch.testing.assert_close(
+                measured[leader], expected[layer.name], rtol=1e-3, atol=1e-4 * float(expected[layer.name].abs().max())
+            )
+
+
+@contextmanager
+def watch_inputs(layers: list[Layer]) -> Iterator[dict[str, Tensor]]:
+    """What every layer reads in one forward, by name."""
+    inputs: dict[str, Tensor] = {}
+
+    def see(name: str) -> Any:
+        return lambda _module, args: inputs.__setitem__(name, args[0].detach().flatten(0, -2))
+
+    hooks = [layer.module.register_forward_pre_hook(see(layer.name)) for layer in layers]
+    yield inputs
+    for hook in hooks:
+        hook.remove()
+
+
+def test_the_clipped_gamma_counts_no_token_for_more_than_ten_median_ones() -> None:
     model = make_tiny_model("llama")
     layers = find_layers(model)
-    seen: list[tuple[str, int, int]] = []
-    windows = make_windows()
-    statistics = collect_statistics(model, layers, windows, 1, SEED, lambda *step: seen.append(step))
-    measure_kappa(model, layers, statistics, windows[:2], SEED, lambda *step: seen.append(step))
-    assert seen == [("statistics", i, WINDOWS) for i in range(WINDOWS + 1)] + [("KL curves", i, 2) for i in range(3)]
+    statistics = collect(model, layers).statistics
+    expected: dict[str, Tensor] = {}
+    for window in range(BACKWARD):
+        for name, g in plain_gradients(model, window)[1].items():
+            size = g.square().sum(1)
+            weight = (CLIP * size.median() / size).clamp(max=1)
+            share = (g.square() * weight[:, None]).sum(0) / (BACKWARD * LENGTH)
+            expected[name] = expected.get(name, torch.zeros(())) + share
+    for name, gamma in statistics.clipped_square.items():
+        torch.testing.assert_close(gamma.double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max()))
 
 
 def test_the_table_of_layers() -> None:
@@ -262,15 +366,15 @@ def test_the_table_of_layers() -> None:
     layers = find_layers(model)
     layers[2].write(torch.where(layers[2].weight_OI.abs() < 0.02, 0, layers[2].weight_OI))
     layers[3].write(torch.zeros_like(layers[3].weight_OI))
-    statistics = collect(model, layers)
-    kappa = {layer.name: [0.1 * i for i in range(len(LEVELS))] for layer in layers}
-    table = build_profile(layers, statistics, kappa)
+    statistics = collect(model, layers).statistics
+    table = build_profile(layers, statistics)
     assert [(row.name, row.block, row.kind) for row in table] == [(la.name, la.block, la.kind) for la in layers]
     for row, layer in zip(table, layers, strict=True):
         assert row.weights == layer.stored_weight.numel()
         assert row.zeros == int((layer.stored_weight == 0).sum())
         assert row.gradient == statistics.gradient[layer.name]
-        assert row.kappa == kappa[layer.name]
+        assert row.kappa == statistics.kappa[layer.name]
+        assert row.inputs == layer.weight_OI.shape[1]
         weight = layer.weight_OI
         active = sorted(score_wanda(weight, statistics.mean_square[layer.name])[weight != 0].tolist())
         assert row.wanda == (active[math.ceil(len(active) / 10) - 1] if active else 0)

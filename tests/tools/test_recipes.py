@@ -1,12 +1,13 @@
 """What a plan may and may not ask for."""
 
+import re
 from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from kernels.methods import METHODS
-from tools.recipes import Adjustment, Recipe
+from tools.recipes import Adjustment, Recipe, count_pattern_zeros, parse_recipe
 
 
 def test_every_method_is_a_kernel_and_the_other_way_round() -> None:
@@ -16,16 +17,26 @@ def test_every_method_is_a_kernel_and_the_other_way_round() -> None:
 @pytest.mark.parametrize(
     ("recipe", "mask", "label"),
     [
-        (Recipe(), "two-sided+refit", "two-sided+refit:kappa"),
-        (Recipe(strength=0.8), "two-sided+refit", "two-sided+refit:kappa@0.8"),
+        (Recipe(), "refit", "refit:kappa"),
+        (Recipe(method="two-sided"), "two-sided+refit", "two-sided+refit:kappa"),
+        (Recipe(strength=0.8), "refit", "refit:kappa@0.8"),
+        (Recipe(curves="mask", strength=0.8), "refit", "refit:kappa-mask@0.8"),
+        (
+            Recipe(gamma="clipped", statistics="sequential"),
+            "refit~clipped~sequential",
+            "refit~clipped~sequential:kappa",
+        ),
         (Recipe(method="wanda", refit=False, allocation="uniform"), "wanda", "wanda:uniform"),
-        (Recipe(method="refit"), "refit", "refit:kappa"),
         (Recipe(method="sparsegpt"), "sparsegpt+refit", "sparsegpt+refit:kappa"),
-        (Recipe(allocation="uniform", strength=0.5), "two-sided+refit", "two-sided+refit:uniform"),
+        (Recipe(allocation="uniform", strength=0.5), "refit", "refit:uniform"),
+        (Recipe(method="sparsegpt", refit=False, allocation="owl"), "sparsegpt", "sparsegpt:owl"),
+        (Recipe(allocation="owl", strength=0.5), "refit", "refit:owl@0.5"),
+        (Recipe(allocation="alphapruning", strength=0), "refit", "refit:alphapruning@0"),
     ],
 )
 def test_labels(recipe: Recipe, mask: str, label: str) -> None:
     assert (recipe.mask_label, recipe.label) == (mask, label)
+    assert parse_recipe(label).label == label
 
 
 def test_the_method_refit_is_not_refitted_once_more() -> None:
@@ -36,7 +47,7 @@ def test_the_method_refit_is_not_refitted_once_more() -> None:
 
 
 def test_a_recipe_is_a_value() -> None:
-    assert Recipe() == Recipe(method="two-sided") and hash(Recipe()) == hash(Recipe())
+    assert Recipe() == Recipe(method="refit") and hash(Recipe()) == hash(Recipe())
     with pytest.raises(ValidationError, match="frozen"):
         Recipe().strength = 0.5  # type: ignore[misc]
 
@@ -48,7 +59,7 @@ def test_a_recipe_is_a_value() -> None:
         ({"strength": -0.1}, "greater than or equal to 0"),
         ({"strength": float("nan")}, "strength"),
         ({"method": "random"}, "'two-sided-obs' or 'refit'"),
-        ({"allocation": "owl"}, "'kappa' or 'uniform'"),
+        ({"allocation": "evopress"}, "'kappa', 'uniform', 'owl' or 'alphapruning'"),
         ({"gamma_clip": 10}, "Extra inputs are not permitted"),
     ],
 )
@@ -92,3 +103,42 @@ def test_adjustments_that_make_sense(fields: dict[str, Any]) -> None:
 def test_adjustments_that_are_refused(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         Adjustment.model_validate({"selector": "*", **fields})
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        ("", "recipe '' is not of the form METHOD[+refit]:ALLOCATION, such as refit:kappa"),
+        ("refit:kappa:owl", "is not of the form"),
+        ("obs:kappa", "recipe 'obs:kappa': method: input should be 'magnitude'"),
+        ("wanda:greedy", "recipe 'wanda:greedy': allocation: input should be 'kappa'"),
+        ("wanda:owl@2", "recipe 'wanda:owl@2': strength: input should be less than or equal to 1"),
+    ],
+)
+def test_labels_that_are_refused(label: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parse_recipe(label)
+
+
+def test_only_another_change_of_the_weights_needs_curves_of_its_own() -> None:
+    assert parse_recipe("refit:kappa").needs_curves
+    assert parse_recipe("wanda:kappa").needs_curves
+    assert not parse_recipe("two-sided:kappa").needs_curves, "the profile has these"
+    assert not parse_recipe("refit:kappa-mask").needs_curves
+    assert not parse_recipe("refit:owl").needs_curves
+    assert not parse_recipe("refit:kappa").model_copy(update={"pattern": "2:4"}).needs_curves
+
+
+def test_patterns() -> None:
+    assert Recipe(pattern="2:4").group == (2, 4)
+    assert Recipe().group is None
+    assert count_pattern_zeros(64 * 48, (3, 8)) == 64 * 48 * 3 // 8
+    for text in ("4:2", "2:2", "0:4", "2/4", "a:b"):
+        with pytest.raises(ValidationError, match=f"pattern '{text}' is not N:M with 0 < N < M, such as 2:4"):
+            Recipe(pattern=text)
+
+
+def test_the_part_within_layers_leaves_the_allocation_out() -> None:
+    recipe = parse_recipe("two-sided+refit~clipped:owl@0.5")
+    assert recipe.within_layers() == parse_recipe("two-sided+refit~clipped:kappa")
+    assert Recipe(method="refit", refit=True).within_layers() == Recipe(method="refit", refit=False).within_layers()

@@ -15,17 +15,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 import tools.workbench
+from kernels.guard import Pruned
 from kernels.methods import prune_weight
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
 from tools.allocate import Allocation, allocate
 from tools.errors import DamagedArtifact, UserError
+from tools.evaluate import PrefixCache
 from tools.export import export_model
 from tools.profile import ModelStatistics, collect_statistics
-from tools.recipes import Adjustment, Recipe
+from tools.recipes import Adjustment, Recipe, parse_recipe
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
 
 REFIT = Recipe()
-MASK = Recipe(refit=False)
+MASK = Recipe(method="two-sided", refit=False)
 WANDA = Recipe(method="wanda", allocation="uniform", refit=False)
 
 
@@ -57,9 +59,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(method, zeros) of every layer that is really computed."""
     calls: list[tuple[str, int]] = []
 
-    def count(method: str, weight_OI: Tensor, statistics: Any, zeros: int, *, refit: bool) -> Tensor:
+    def count(method: str, weight_OI: Tensor, statistics: Any, zeros: int, **options: Any) -> Pruned:
         calls.append((method, zeros))
-        return prune_weight(method, weight_OI, statistics, zeros, refit=refit)
+        return prune_weight(method, weight_OI, statistics, zeros, **options)
 
     monkeypatch.setattr(tools.workbench, "prune_weight", count)
     return calls
@@ -299,7 +301,12 @@ def test_an_artifact_that_comes_out_different_is_refused(
     bench.restore(DENSE)
     name = bench.layers[4].name
     damage(artifact_path(bench, checkpoint, name))
-    monkeypatch.setattr(tools.workbench, "prune_weight", lambda *args, **options: prune_weight(*args, **options) * 2)
+
+    def spoil(*arguments: Any, **options: Any) -> Pruned:
+        pruned = prune_weight(*arguments, **options)
+        return pruned._replace(weight_OI=2 * pruned.weight_OI)
+
+    monkeypatch.setattr(tools.workbench, "prune_weight", spoil)
     with pytest.raises(DamagedArtifact) as refusal:
         bench.restore(checkpoint)
     assert str(refusal.value) == (
@@ -468,15 +475,161 @@ def test_a_failed_opening_can_be_tried_again(tiny_llama: Path, tmp_path: Path, w
 
 def test_manifests_are_small_and_plain(bench: Workbench) -> None:
     profile = bench.profile(ignore)
-    checkpoint = prune(bench, profile, 0.4)
+    checkpoint = prune(bench, profile, 0.4, parse_recipe("refit:kappa@0.5"))
     manifest = json.loads(bench.store.path(checkpoint, ".json").read_text())
-    assert manifest["profile"] == profile == bench.read_manifest_profile(checkpoint)
-    assert list(manifest["layers"][bench.layers[0].name]) == ["artifact", "method", "refit", "zeros"]
+    assert manifest["profile"] == profile
+    assert list(manifest["layers"][bench.layers[0].name]) == ["artifact", "zeros"]
+    assert Recipe.model_validate(manifest["recipe"]) == Recipe().within_layers(), (
+        "how layers were shared out is not in it"
+    )
 
 
 def test_the_method_refit_is_made_once_whatever_the_recipe_says_of_a_refit(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
     first = bench.prune(profile, allocation, Recipe(method="refit"), ignore)
-    assert {record.refit for record in bench.read_checkpoint(first).values()} == {False}
     assert bench.prune(profile, allocation, Recipe(method="refit", refit=False), ignore) == first
+
+
+# --- what recipes need beyond the profile ------------------------------------------------------------------------
+
+
+def test_curves_of_a_method_are_measured_once_with_what_it_leaves(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = bench.profile(ignore)
+    masks = bench.read_profile(profile).layers
+    prune(bench, profile, 0.4)
+    layers = bench.describe_layers(profile, Recipe(), ignore)
+    assert {x.name: x.kappa for x in layers} != {x.name: x.kappa for x in masks}
+    assert [x.model_copy(update={"kappa": []}) for x in layers] == [x.model_copy(update={"kappa": []}) for x in masks]
+    own = bench.describe_layers(profile, parse_recipe("two-sided+refit:kappa"), ignore)
+    assert sum(x.kappa[2] for x in own) < sum(x.kappa[2] for x in masks), "a refit repairs"
+    monkeypatch.setattr(tools.workbench, "measure_kappa", pytest.fail)
+    assert bench.describe_layers(profile, Recipe(strength=0.5), ignore) == layers
+    for label in ("two-sided:kappa", "refit:kappa-mask", "refit:uniform", "refit:owl"):
+        assert bench.describe_layers(profile, parse_recipe(label), ignore) == masks
+
+
+def test_curves_of_the_mask_by_the_long_way_are_those_of_the_profile(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    measured = bench._measure_kappa(profile, MASK, ignore)
+    for layer in bench.read_profile(profile).layers:
+        assert measured[layer.name] == pytest.approx(layer.kappa, rel=1e-3)
+
+
+def test_alphas_are_added_for_alphapruning(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = bench.profile(ignore)
+    layers = bench.describe_layers(profile, Recipe(allocation="alphapruning"), ignore)
+    assert all(layer.alpha and layer.alpha > 1 for layer in layers)
+    monkeypatch.setattr(tools.workbench, "measure_alpha", pytest.fail)
+    assert bench.describe_layers(profile, Recipe(allocation="alphapruning"), ignore) == layers
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "refit"])
+def test_a_pattern_holds_in_every_group(bench: Workbench, method: str) -> None:
+    profile = bench.profile(ignore)
+    recipe = parse_recipe(f"{method}:uniform").model_copy(update={"pattern": "2:4"})
+    prune(bench, profile, 0.5, recipe)
+    for layer in bench.layers:
+        assert bool(((layer.weight_OI == 0).reshape(-1, 4).sum(1) == 2).all())
+
+
+def test_a_damping_that_had_to_grow_is_told(
+    bench: Workbench, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strain(*arguments: Any, **options: Any) -> Pruned:
+        return prune_weight(*arguments, **options)._replace(damping=0.1)
+
+    monkeypatch.setattr(tools.workbench, "prune_weight", strain)
+    prune(bench, bench.profile(ignore), 0.4)
+    assert warnings[0] == (f"layer {bench.layers[0].name} needed damping 0.1 instead of 0.01: its inputs are singular")
+
+
+# --- sequential statistics -----------------------------------------------------------------------------------------
+
+SEQUENTIAL = Recipe(statistics="sequential")
+
+
+def test_in_order_the_first_block_is_as_ever_and_the_others_see_pruned_inputs(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    allocation = plan(bench, profile, 0.4)
+    plain = bench.prune(profile, allocation, REFIT, ignore)
+    weights = {layer.name: layer.weight_OI.clone() for layer in bench.layers}
+    ordered = bench.prune(profile, allocation, SEQUENTIAL, ignore)
+    for layer in bench.layers:
+        change = (layer.weight_OI - weights[layer.name]).norm() / weights[layer.name].norm()
+        assert (float(change) < 1e-3) is (layer.block == 0)
+    assert bench.planned_sparsity(plain) == bench.planned_sparsity(ordered)
+    assert bench.count_zeros()[0] == sum(allocation.zeros.values())
+
+
+def test_in_order_interrupted_is_as_uninterrupted(
+    bench: Workbench, computed: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    profile = bench.profile(ignore)
+    allocation = plan(bench, profile, 0.4)
+    checkpoint = bench.prune(profile, allocation, SEQUENTIAL, ignore)
+    whole, count = snapshot(bench), len(computed)
+    index = bench.store.directory / "index.jsonl"
+    lines = index.read_text().splitlines()
+    for kept in (3, 10, len(lines)):  # as if killed in the first block, in the second, and after the last
+        index.write_text("\n".join(lines[:kept]))
+        computed.clear()
+        bench.restore(DENSE)
+        assert bench.prune(profile, allocation, SEQUENTIAL, ignore) == checkpoint
+        assert same(snapshot(bench), whole)
+        assert len(computed) <= count - kept + 1
+
+
+def test_a_damaged_layer_of_blocks_pruned_in_order_comes_back(bench: Workbench, warnings: list[str]) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = bench.prune(profile, plan(bench, profile, 0.4), SEQUENTIAL, ignore)
+    whole = snapshot(bench)
+    bench.restore(DENSE)
+    damage(artifact_path(bench, checkpoint, bench.layers[-1].name))
+    bench.restore(checkpoint)
+    assert same(snapshot(bench), whole)
+    assert warnings
+
+
+# --- validation from where the weights differ ----------------------------------------------------------------------
+
+
+def test_validation_starts_at_the_first_changed_block_with_the_same_bits(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = bench.profile(ignore)
+    bench._prefix.kept = range(1, 2)
+    bench.evaluate(DENSE, "validation", profile, ignore)
+    starts: list[int] = []
+    find = PrefixCache.find_start
+    monkeypatch.setattr(PrefixCache, "find_start", lambda *args: starts.append(find(*args)) or starts[-1])
+    protect = Adjustment(selector="blocks 0", action="protect")
+    checkpoint = bench.prune(profile, plan(bench, profile, 0.3, MASK, protect), MASK, ignore)
+    evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
+    other = prune(bench, profile, 0.3, MASK)
+    bench.evaluate(other, "validation", profile, ignore)
+    shutil.rmtree(bench.directory / "evaluations")
+    assert bench.evaluate(other, "validation", profile, ignore) == bench.evaluate(other, "validation", profile, ignore)
+    assert starts == [1, 0, 1]
+    bench._prefix._marks.clear()
+    shutil.rmtree(bench.directory / "evaluations")
+    assert bench.evaluate(checkpoint, "validation", profile, ignore) == evaluation
+
+
+def test_block_inputs_are_kept_within_their_memory(bench: Workbench) -> None:
+    size = bench.windows.validation.numel() * 32 * 4
+    for limit, kept in ((0, []), (size // 2, []), (size, []), (2 * size, [1]), (9 * size, [1])):
+        assert list(PrefixCache(bench._prefix.blocks, bench.windows.validation, limit).kept) == kept
+
+
+def test_kl_on_calibration_windows_leaves_the_weights_as_they_are(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    prune(bench, profile, 0.5, MASK)
+    weights = snapshot(bench)
+    kl = bench.measure_kl([0, 1])
+    assert kl == pytest.approx((bench.measure_kl([0]) + bench.measure_kl([1])) / 2, rel=1e-5)
+    assert same(snapshot(bench), weights)
+    bench.restore(DENSE)
+    assert bench.measure_kl([1, 0]) == pytest.approx(0, abs=1e-6)

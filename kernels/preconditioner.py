@@ -1,0 +1,92 @@
+"""A change of coordinates in which a layer's Hessian is close to identity plus low rank, for every mask.
+
+H = A + damping I has a few eigenvalues a hundred times the rest: features that move together, and loud ones.
+Conjugate gradients spend their first iterations on these alone, again for every mask. Scaled by S they are split off,
+
+    S^-1 H S^-1  =  C  ~  M = I + F F^T,    F: d_in x rank,
+
+and for the survivors s of any row M_ss is inverted exactly by Woodbury's identity, from a rank x rank matrix:
+
+    M_ss^-1 = I - F_s (I + F_s^T F_s)^-1 F_s^T.
+
+Measured on SmolLM2's layers at 50 %: two or three iterations reach what a diagonal preconditioner needs eight for.
+
+Shape suffixes: O output features (rows), I input features (columns), K rank, P pairs of the K, N any.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+"""Share of mean(diag A) added to A's diagonal, as in SparseGPT (arXiv 2301.00774)."""
+ROUNDS = 4
+"""Subspace iterations for the leading eigenvectors: they need not be exact."""
+SPLIT = 0.8
+"""Share of the leading eigenvalues that goes into F F^T; the rest of them stays in the diagonal, which S makes 1."""
+
+
+class System(NamedTuple):
+    """C = S^-1 H S^-1 and its model I + F F^T."""
+
+    matrix_II: Tensor
+    scale_I: Tensor
+    """S, up to a factor: weights times this are of the weights' own size."""
+    factor_IK: Tensor
+    mean: float
+    """mean(diag A)."""
+
+
+def prepare_system(second_moment_II: Tensor) -> System | None:
+    """The coordinates for H = A + DAMPING * mean(diag A) * I, fp32; None when A is all zero.
+
+    Layers that read the same inputs can share it. The rank grows with sqrt(d_in), so that what it costs per row stays
+    a small part of a product with C. Raises ValueError when A is not finite.
+    """
+    moment_II = second_moment_II.float()
+    diagonal_I = moment_II.diagonal()
+    mean = float(diagonal_I.mean())
+    if not bool(torch.isfinite(moment_II).all()):
+        raise ValueError("the refit is not finite, as the second moment is not")
+    if mean <= 0:
+        return None
+    jacobi_I = (diagonal_I + DAMPING * mean).sqrt()
+    matrix_II = (moment_II / jacobi_I[:, None]).div_(jacobi_I)
+    matrix_II.diagonal().fill_(1.0)
+    values_K, vectors_IK = leading_eigenvectors(matrix_II, max(1, round(len(matrix_II) ** 0.5 * 2 / 3)))
+    vectors_IK = vectors_IK * (diagonal_I > 0)[:, None]  # a dead column stands alone: leave it so, exactly
+    values_K = values_K.clamp(min=0) * SPLIT
+    rest_I = (1 - vectors_IK.square() @ values_K).clamp(min=0.1).sqrt()
+    matrix_II.div_(rest_I[:, None]).div_(rest_I)
+    return System(matrix_II, jacobi_I * rest_I / mean**0.5, vectors_IK * values_K.sqrt() / rest_I[:, None], mean)
+
+
+def leading_eigenvectors(matrix_NN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """About the `rank` largest eigenvalues (ascending) and their eigenvectors, by subspace iteration."""
+    generator = torch.Generator().manual_seed(0)
+    vectors_NK = torch.randn(len(matrix_NN), rank, generator=generator).to(matrix_NN.device)
+    for _ in range(ROUNDS):
+        vectors_NK = torch.linalg.qr(matrix_NN @ vectors_NK).Q
+    values_K, turn_KK = torch.linalg.eigh(vectors_NK.T @ (matrix_NN @ vectors_NK))
+    return values_K, vectors_NK @ turn_KK
+
+
+class Preconditioner:
+    """r to M_ss^-1 r for the survivors s of every row of a mask."""
+
+    def __init__(self, factor_IK: Tensor, stays_OI: Tensor) -> None:
+        """`stays_OI` is the mask as fp32, 1 = stays."""
+        self.factor_IK, self.stays_OI = factor_IK, stays_OI
+        rank = factor_IK.shape[1]
+        first_P, second_P = torch.tril_indices(rank, rank, device=factor_IK.device)
+        gram_OKK = torch.zeros(len(stays_OI), rank, rank, device=factor_IK.device)
+        gram_OKK[:, first_P, second_P] = stays_OI @ (factor_IK[:, first_P] * factor_IK[:, second_P])
+        gram_OKK.diagonal(dim1=1, dim2=2).add_(1.0)
+        self.lower_OKK = torch.linalg.cholesky(gram_OKK)  # reads the lower half only
+
+    def __call__(self, residual_OI: Tensor, *, out: Tensor) -> Tensor:
+        """Into `out`. `residual_OI` must be zero where the mask is."""
+        part_OK1 = torch.cholesky_solve((residual_OI @ self.factor_IK)[:, :, None], self.lower_OKK)
+        torch.addmm(residual_OI, part_OK1[:, :, 0], self.factor_IK.T, alpha=-1, out=out)
+        return out.mul_(self.stays_OI)

