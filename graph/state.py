@@ -36,6 +36,11 @@ class Plan(BaseModel):
         max_length=MAX_ADJUSTMENTS,
         description="Corrections to the allocation for groups of layers; an empty list trusts the KL curves.",
     )
+    reprofile: bool = Field(
+        False,
+        description="If this round is kept, profile again on its weights before the next; costs as much as the first "
+        "profile, and seldom changes the KL curves much.",
+    )
     reason: str = Field("", max_length=2000, description="Why this plan, in one or two sentences.")
 
 

@@ -19,12 +19,10 @@ class Pruned(NamedTuple):
     """Share of mean(diag A) that an update added to A's diagonal: more than DAMPING where that did not suffice."""
 
 
-def row_errors(change_OI: Tensor, second_moment_II: Tensor, pull_OI: Tensor | None = None) -> Tensor:
+def row_errors(change_OI: Tensor, second_moment_II: Tensor) -> Tensor:
     """Mean over tokens of ((W - W')x)^2 of each output, from change = W - W' and A: shape (O,), fp32, at least 0.
 
-    With `pull_OI` (see `refit_survivors`) it is the mean of (W x' - W'x)^2, x' the dense model's inputs, less what
-    W' = W would leave: it may be negative. A is symmetric, so what lies below its diagonal need not be multiplied:
-    little more than half a product.
+    A is symmetric, so what lies below its diagonal need not be multiplied: little more than half a product.
     """
     change_OI = change_OI.float()
     columns = change_OI.shape[1]
@@ -36,9 +34,7 @@ def row_errors(change_OI: Tensor, second_moment_II: Tensor, pull_OI: Tensor | No
         product_OI = part_OI @ second_moment_II[start:end, start:end].float()
         product_OI.addmm_(change_OI[:, :start], second_moment_II[:start, start:end].float(), alpha=2)
         error_O += product_OI.mul_(part_OI).sum(1)
-    if pull_OI is None:
-        return error_O.clamp_(min=0)
-    return error_O.add_((change_OI * pull_OI).sum(1), alpha=2)
+    return error_O.clamp_(min=0)
 
 
 def keep_better_rows(
@@ -47,7 +43,6 @@ def keep_better_rows(
     keep_OI: Tensor,
     second_moment_II: Tensor,
     bound_O: Tensor | None = None,
-    pull_OI: Tensor | None = None,
 ) -> Tensor:
     """`updated_OI`, but rows whose error the mask alone leaves smaller become the masked dense row.
 
@@ -55,16 +50,13 @@ def keep_better_rows(
     it is given in. An update can lose against its mask for three reasons: SparseGPT fixes a survivor before it knows
     which later columns go; damping weighs the inputs differently from the text; and rounding the survivors to bf16
     may cost more than removing the few least weights did. `bound_O` is an upper bound on each row's error, if one is
-    known: rows where it is below the mask's error need no second product. With `pull_OI` the errors are those of
-    `row_errors` with it.
+    known: rows where it is below the mask's error need no second product.
     """
-    masked_O = row_errors(weight_OI.float() * ~keep_OI, second_moment_II, pull_OI)  # masked_fill is slower
+    masked_O = row_errors(weight_OI.float() * ~keep_OI, second_moment_II)  # masked_fill is slower
     rows = torch.arange(len(masked_O), device=masked_O.device)
     if bound_O is not None:
         rows = (bound_O > masked_O).nonzero()[:, 0]
-    change_OI = weight_OI[rows].float() - updated_OI[rows]
-    updated_O = row_errors(change_OI, second_moment_II, None if pull_OI is None else pull_OI[rows])
-    worse = rows[updated_O > masked_O[rows]]
+    worse = rows[row_errors(weight_OI[rows].float() - updated_OI[rows], second_moment_II) > masked_O[rows]]
     if len(worse) == 0:
         return updated_OI
     better_OI = updated_OI.clone()
@@ -79,7 +71,6 @@ def finish_update(
     second_moment_II: Tensor,
     *,
     bound_O: Tensor | None = None,
-    pull_OI: Tensor | None = None,
 ) -> Tensor:
     """Updated weights (fp32, zero where `keep_OI` is False) as they are stored: in the dtype of the dense weight.
 
@@ -95,7 +86,7 @@ def finish_update(
         updated_OI = updated_OI.masked_fill(lost_OI & (weight_OI != 0), torch.finfo(updated_OI.dtype).tiny)
     if bound_O is not None and updated_OI.dtype != torch.float32:
         bound_O = bound_rounding(fitted_OI, updated_OI, bound_O, second_moment_II.diagonal())
-    return keep_better_rows(updated_OI, weight_OI, keep_OI, second_moment_II, bound_O, pull_OI)
+    return keep_better_rows(updated_OI, weight_OI, keep_OI, second_moment_II, bound_O)
 
 
 def bound_rounding(exact_OI: Tensor, rounded_OI: Tensor, error_O: Tensor, mean_square_I: Tensor) -> Tensor:

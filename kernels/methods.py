@@ -4,7 +4,7 @@ Shape suffixes: O output features, I input features.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -30,9 +30,6 @@ class LayerStatistics:
     """gamma: mean square of the loss gradient at each output feature."""
     second_moment_II: Tensor | None = None
     """A = mean of x x^T; only methods that change the survivors need it."""
-    cross_moment_II: Tensor | None = None
-    """C = mean of x' x^T, where x' is what the dense model feeds the layer and x what a model whose earlier blocks
-    are pruned does (a and A are of x too). With it a refit aims at the dense layer's output on x'."""
 
     @property
     def moment_II(self) -> Tensor:
@@ -51,11 +48,11 @@ class LayerStatistics:
         """`inverse_factor(A)`, likewise."""
         return inverse_factor(self.moment_II)
 
-    def pull(self, weight_OI: Tensor) -> Tensor | None:
-        """W (C - A), the `pull_OI` of `refit_survivors`; None without C."""
-        if self.cross_moment_II is None:
-            return None
-        return weight_OI.float() @ (self.cross_moment_II - self.moment_II)
+    def for_outputs(self, gradient_square_O: Tensor) -> "LayerStatistics":
+        """The statistics of another layer that reads the same inputs; what was prepared from A is shared."""
+        other = replace(self, gradient_square_O=gradient_square_O)
+        vars(other).update({name: value for name, value in vars(self).items() if name in ("system", "factor")})
+        return other
 
 
 def prune_magnitude(
@@ -98,13 +95,7 @@ def prune_two_sided_obs(
 def prune_refit(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None) -> Pruned:
     """Billhook's own: the two-sided mask grown in steps, all survivors refitted between them."""
     return refit_in_steps(
-        weight_OI,
-        statistics.moment_II,
-        statistics.gradient_square_O,
-        zeros,
-        pattern=pattern,
-        system=statistics.system,
-        pull_OI=statistics.pull(weight_OI),
+        weight_OI, statistics.moment_II, statistics.gradient_square_O, zeros, pattern=pattern, system=statistics.system
     )
 
 
@@ -145,7 +136,7 @@ def prune_weight(
     """
     pruned = METHODS[method](weight_OI, statistics, zeros, pattern)
     if refit:
-        pruned = _refit(weight_OI, pruned, statistics, statistics.pull(weight_OI))
+        pruned = _refit(weight_OI, pruned, statistics)
     return _without_minus_zero(pruned)
 
 
@@ -161,20 +152,13 @@ def prune_levels(
     """
     present = int((weight_OI == 0).sum())
     grown = [count for count in zeros if count > present]
-    pull_OI = statistics.pull(weight_OI) if refit or method == "refit" else None
     if method == "refit":
-        levels = refit_in_levels(
-            weight_OI,
-            statistics.moment_II,
-            statistics.gradient_square_O,
-            grown,
-            system=statistics.system,
-            pull_OI=pull_OI,
-        )
+        moment_II, gamma_O = statistics.moment_II, statistics.gradient_square_O
+        levels = refit_in_levels(weight_OI, moment_II, gamma_O, grown, system=statistics.system)
     else:
         levels = [METHODS[method](weight_OI, statistics, count, None) for count in grown]
     if refit:
-        levels = [_refit(weight_OI, pruned, statistics, pull_OI) for pruned in levels]
+        levels = [_refit(weight_OI, pruned, statistics) for pruned in levels]
     weights = iter([_without_minus_zero(pruned).weight_OI for pruned in levels])
     return [next(weights) if count > present else weight_OI for count in zeros]
 
@@ -214,11 +198,11 @@ def _prune_obs(
     )
 
 
-def _refit(weight_OI: Tensor, pruned: Pruned, statistics: LayerStatistics, pull_OI: Tensor | None) -> Pruned:
+def _refit(weight_OI: Tensor, pruned: Pruned, statistics: LayerStatistics) -> Pruned:
     """The same mask with its survivors refitted."""
     moment_II, keep_OI = statistics.moment_II, pruned.keep_OI
-    fitted_OI = refit_survivors(weight_OI, keep_OI, moment_II, system=statistics.system, pull_OI=pull_OI)
-    return pruned._replace(weight_OI=finish_update(fitted_OI, weight_OI, keep_OI, moment_II, pull_OI=pull_OI))
+    fitted_OI = refit_survivors(weight_OI, keep_OI, moment_II, system=statistics.system)
+    return pruned._replace(weight_OI=finish_update(fitted_OI, weight_OI, keep_OI, moment_II))
 
 
 def _without_minus_zero(pruned: Pruned) -> Pruned:

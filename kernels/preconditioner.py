@@ -34,8 +34,6 @@ class System(NamedTuple):
     scale_I: Tensor
     """S, up to a factor: weights times this are of the weights' own size."""
     factor_IK: Tensor
-    mean: float
-    """mean(diag A)."""
 
 
 def prepare_system(second_moment_II: Tensor) -> System | None:
@@ -59,7 +57,7 @@ def prepare_system(second_moment_II: Tensor) -> System | None:
     values_K = values_K.clamp(min=0) * SPLIT
     rest_I = (1 - vectors_IK.square() @ values_K).clamp(min=0.1).sqrt()
     matrix_II.div_(rest_I[:, None]).div_(rest_I)
-    return System(matrix_II, jacobi_I * rest_I / mean**0.5, vectors_IK * values_K.sqrt() / rest_I[:, None], mean)
+    return System(matrix_II, jacobi_I * rest_I / mean**0.5, vectors_IK * values_K.sqrt() / rest_I[:, None])
 
 
 def leading_eigenvectors(matrix_NN: Tensor, rank: int) -> tuple[Tensor, Tensor]:

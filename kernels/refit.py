@@ -15,7 +15,6 @@ def refit_survivors(
     *,
     start_OI: Tensor | None = None,
     system: System | None = None,
-    pull_OI: Tensor | None = None,
     iterations: int = 16,
     tolerance: float = 0.03,
     coast: bool = False,
@@ -30,23 +29,15 @@ def refit_survivors(
 
     `system` is `prepare_system(second_moment_II)`, if it is at hand. With `coast` it ends with one more step in the
     next direction, as long as the last one instead of the best length: nearly as good, and it costs no product.
-
-    Where the inputs x come from a model whose earlier blocks are pruned, the target can be the dense layer's output on
-    the dense model's inputs x': min over the survivors of the mean of (w x - w0 x')^2 plus the damping. Its gradient
-    at w0 is not zero but -2 w0 (C - A), C = mean of x' x^T, and W0 (C - A) is `pull_OI` (GPTAQ, arXiv 2504.02692,
-    corrects GPTQ for the same asymmetry).
     """
     system = system or prepare_system(second_moment_II)
     stays_OI = keep_OI.float()
     start_OI = (dense_OI if start_OI is None else start_OI) * stays_OI
     if system is None:  # the layer never saw a non-zero input: nothing to fit to
         return start_OI
-    matrix_II, scale_I, factor_IK, mean = system
+    matrix_II, scale_I, factor_IK = system
     precondition = Preconditioner(factor_IK, stays_OI)
-    residual_OI = (dense_OI - start_OI).mul_(scale_I) @ matrix_II
-    if pull_OI is not None:
-        residual_OI.addcdiv_(pull_OI, scale_I * mean)
-    residual_OI.mul_(stays_OI)
+    residual_OI = ((dense_OI - start_OI).mul_(scale_I) @ matrix_II).mul_(stays_OI)
     # Five buffers for all iterations: on CPU a fresh one costs more than what is computed into it.
     step_OI, spare_OI, product_OI = (torch.empty_like(residual_OI) for _ in range(3))
     moved_OI = torch.zeros_like(residual_OI)

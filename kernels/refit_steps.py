@@ -24,7 +24,6 @@ def refit_in_steps(
     pattern: Pattern | None = None,
     steps: int = 5,
     system: System | None = None,
-    pull_OI: Tensor | None = None,
     iterations: int = 1,
     last_iterations: int = 4,
     tolerance: float = 0.03,
@@ -36,8 +35,7 @@ def refit_in_steps(
     `pattern` = (N, M) inside every M consecutive inputs first. No step takes back a zero; the last lands on exactly
     `zeros`. Each refit is `refit_survivors` against the *dense* weight, from where the last step ended: `iterations`
     and one coasting step, `last_iterations` at the end. The defaults make 13 products of the size of the layer, and
-    leave 4 % more error than three times as many would; `system` is `prepare_system(second_moment_II)`, if at hand,
-    and `pull_OI` that of `refit_survivors`.
+    leave 4 % more error than three times as many would; `system` is `prepare_system(second_moment_II)`, if at hand.
 
     Exact zeros of the dense weight go first (with a pattern, up to N of a group; the refit may fill the rest). Rows
     which end worse than the mask alone are the masked dense rows (`keep_better_rows`).
@@ -47,7 +45,7 @@ def refit_in_steps(
     """
     if pattern is not None:
         check_pattern(weight_OI.shape, zeros, pattern)
-    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, pattern, system, pull_OI, tolerance)
+    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, pattern, system, tolerance)
     growth.check(zeros)
     *first, last = plan_steps(zeros, steps, growth.zeros)
     for count in first:
@@ -63,7 +61,6 @@ def refit_in_levels(
     zeros: Sequence[int],
     *,
     system: System | None = None,
-    pull_OI: Tensor | None = None,
     iterations: int = 4,
     tolerance: float = 0.03,
 ) -> list[Pruned]:
@@ -72,7 +69,7 @@ def refit_in_levels(
     Otherwise as `refit_in_steps` with `iterations` after every step, which raises ValueError for the same reasons;
     also when `zeros` do not ascend.
     """
-    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, None, system, pull_OI, tolerance)
+    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, None, system, tolerance)
     levels = []
     for count in zeros:
         growth.step(count, iterations)
@@ -105,11 +102,10 @@ class _Growth:
         gradient_square_O: Tensor,
         pattern: Pattern | None,
         system: System | None,
-        pull_OI: Tensor | None,
         tolerance: float,
     ) -> None:
         self.weight_OI, self.moment_II, self.pattern = weight_OI, second_moment_II, pattern
-        self.system, self.pull_OI, self.tolerance = system or prepare_system(second_moment_II), pull_OI, tolerance
+        self.system, self.tolerance = system or prepare_system(second_moment_II), tolerance
         self.root_I, self.root_O = _root_of_share(second_moment_II.diagonal()), _root_of_share(gradient_square_O)
         self.fitted_OI = weight_OI.float()
         self.keep_OI = weight_OI != 0
@@ -139,7 +135,6 @@ class _Growth:
             self.moment_II,
             start_OI=self.fitted_OI,
             system=self.system,
-            pull_OI=self.pull_OI,
             iterations=iterations,
             tolerance=self.tolerance,
             coast=coast,
@@ -147,8 +142,7 @@ class _Growth:
 
     def finish(self) -> Pruned:
         """The layer as it would be stored now."""
-        updated_OI = finish_update(self.fitted_OI, self.weight_OI, self.keep_OI, self.moment_II, pull_OI=self.pull_OI)
-        return Pruned(updated_OI, self.keep_OI)
+        return Pruned(finish_update(self.fitted_OI, self.weight_OI, self.keep_OI, self.moment_II), self.keep_OI)
 
 
 def _root_of_share(values_N: Tensor) -> Tensor:

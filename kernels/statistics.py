@@ -12,9 +12,10 @@ from torch import Tensor
 from kernels.ranks import kth_smallest, order_preserving_ints
 
 
-def add_moment(total_IJ: Tensor, x_TI: Tensor, y_TJ: Tensor) -> None:
-    """Add sum_t x_t y_t^T of this batch to `total_IJ` (fp32, in place)."""
-    total_IJ.addmm_(x_TI.float().T, y_TJ.float())
+def add_second_moment(total_II: Tensor, x_TI: Tensor) -> None:
+    """Add sum_t x_t x_t^T of this batch to `total_II` (fp32, in place)."""
+    x_TI = x_TI.float()
+    total_II.addmm_(x_TI.T, x_TI)
 
 
 def sum_squares(x_TF: Tensor) -> Tensor:

@@ -330,7 +330,6 @@ def list_phases(shape: _Shape, settings: WorkbenchSettings, reading: int, device
             device=[*backward, copies("levels of one layer's KL curve", CURVE_WEIGHTS)],
             host=[
                 *walk,
-                states("outputs of the last block", (calibration, "windows")),
                 states("gradients passed on", (2, "losses"), (gradient, "windows")),
             ],
         ),
@@ -339,7 +338,6 @@ def list_phases(shape: _Shape, settings: WorkbenchSettings, reading: int, device
             device=[*backward, copies(f"one layer pruned to {len(LEVELS)} levels", LEVELS_WEIGHTS), matrices],
             host=[
                 *walk,
-                states("outputs of the last block", (gradient, "windows")),
                 states("gradients passed on", (gradient, "windows")),
             ],
         ),

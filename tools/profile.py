@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.scores import score_two_sided, score_wanda
 from kernels.statistics import (
-    add_moment,
+    add_second_moment,
     clip_tokens,
     level_of_each_weight,
     mean_absolute_gradient,
@@ -60,8 +60,6 @@ class Moments(NamedTuple):
 
     second_moment: dict[str, Tensor]
     """Mean of x x^T, fp32, by the first layer of each group that reads the same tensor (q, k and v; gate and up)."""
-    cross_moment: dict[str, Tensor]
-    """Mean of x_dense x^T, where x_dense is what the layer reads in the dense model; empty for the dense model."""
     group: dict[str, str]
 
 
@@ -120,27 +118,15 @@ def run_block(blocks: Blocks, block: int, windows_BT: Tensor, inputs: Sequence[T
 
 
 def collect_moments(
-    blocks: Blocks,
-    block: int,
-    layers: Sequence[Layer],
-    windows_BT: Tensor,
-    inputs: Sequence[Tensor],
-    dense_inputs: Sequence[Tensor] | None = None,
+    blocks: Blocks, block: int, layers: Sequence[Layer], windows_BT: Tensor, inputs: Sequence[Tensor]
 ) -> tuple[Moments, list[Tensor]]:
-    """(moments of what a block's layers read, the block's outputs). fp32, means over all tokens.
+    """(second moments of what a block's layers read, the block's outputs). fp32, means over all tokens.
 
-    With `dense_inputs`, what the block reads in the dense model, the cross moments with what its layers read there are
-    collected too, and the outputs are those of the dense inputs. Raises UserError for a layer that never ran, such as
-    an expert that no token was sent to.
+    Raises UserError for a layer that never ran, such as an expert that no token was sent to.
     """
     moments: dict[str, Tensor] = {}
-    cross: dict[str, Tensor] = {}
     group: dict[str, str] = {}
     last: tuple[str, Tensor | None] = ("", None)
-    dense: dict[str, Tensor] = {}
-
-    def on_dense(layer: Layer, x_TI: Tensor) -> None:
-        dense[layer.name] = x_TI
 
     def on_input(layer: Layer, x_TI: Tensor) -> None:
         nonlocal last
@@ -148,26 +134,19 @@ def collect_moments(
         shares = known is not None and known.data_ptr() == x_TI.data_ptr() != 0 and known.shape == x_TI.shape
         leader = group.setdefault(layer.name, last[0] if shares else layer.name)
         if leader == layer.name:
-            for totals, other_TI in ((moments, x_TI), *([(cross, dense[layer.name])] if dense_inputs else [])):
-                if leader not in totals:
-                    totals[leader] = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
-                add_moment(totals[leader], other_TI, x_TI)
+            if leader not in moments:
+                moments[leader] = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
+            add_second_moment(moments[leader], x_TI)
             last = (leader, x_TI)
 
-    outputs = []
-    for i, ids_T in enumerate(windows_BT):
-        if dense_inputs is not None:
-            with _tapped(layers, on_dense):
-                outputs += run_block(blocks, block, ids_T[None], dense_inputs[i : i + 1])
-        with _tapped(layers, on_input):
-            output = run_block(blocks, block, ids_T[None], inputs[i : i + 1])
-        outputs += output if dense_inputs is None else []
+    with _tapped(layers, on_input):
+        outputs = run_block(blocks, block, windows_BT, inputs)
     for layer in layers:
         if layer.name not in group:
             raise UserError(f"layer {layer.name} never ran on the calibration text, so that nothing is known of it")
-    for moment in [*moments.values(), *cross.values()]:
+    for moment in moments.values():
         moment /= windows_BT.numel()
-    return Moments(moments, cross, group), outputs
+    return Moments(moments, group), outputs
 
 
 def walk_back(
@@ -291,11 +270,9 @@ def measure_kappa(
     """
     blocks = Blocks(model)
     grouped = layers_by_block(layers, len(blocks))
-    states = embed_windows(blocks, windows_BT)
-    inputs: list[list[Tensor]] = []
-    for block in range(len(blocks)):
-        inputs.append(states)
-        states = run_block(blocks, block, windows_BT, states)
+    inputs = [embed_windows(blocks, windows_BT)]
+    for block in range(len(blocks) - 1):
+        inputs.append(run_block(blocks, block, windows_BT, inputs[-1]))
     kappa: dict[str, list[float]] = {}
     back = walk_back(blocks, layers, windows_BT, inputs, seed, progress, language=False)
     for block, seen in zip(reversed(range(len(blocks))), back, strict=True):

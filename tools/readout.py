@@ -18,13 +18,14 @@ CHUNK = 128
 def compute_hidden(model: Any, ids_BT: Tensor) -> Tensor:
     """What the output head would read, (B, T, D), from one real forward of the whole model.
 
-    The head itself runs on the last token only: its logits over all tokens are the largest tensor of a forward.
+    The head itself runs on no token: its logits are the largest tensor of a forward, its weights often the largest
+    matrix, and `tools.blocks` comes by here once for every block.
     """
     captured: list[Tensor] = []
 
     def keep_input(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         captured.append(inputs[0])
-        return (inputs[0][..., -1:, :],)
+        return (inputs[0][..., :0, :],)
 
     hook = model.get_output_embeddings().register_forward_pre_hook(keep_input)
     try:

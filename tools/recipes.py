@@ -60,8 +60,8 @@ class Recipe(BaseModel):
     statistics: Literal["dense", "sequential"] = Field(
         "dense",
         description="What the layers' inputs are taken from. dense: the dense model, all layers at once. sequential: "
-        "block by block, each seeing what its pruned predecessors pass on, and refitted to what the dense model makes "
-        "of its own inputs; costs three more forwards of the calibration text a round.",
+        "block by block, each seeing what its pruned predecessors pass on; costs two more forwards of the calibration "
+        "text a round.",
     )
     pattern: str = Field(
         "",

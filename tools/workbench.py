@@ -101,7 +101,7 @@ class Workbench:
         self.dense = {layer.name: layer.weight_OI.to("cpu", copy=True).contiguous() for layer in self.layers}
         self.installed = dict.fromkeys(self.by_name, DENSE)
         self._profile: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
-        self._moment: tuple[str, Tensor] | None = None
+        self._shared: tuple[str, LayerStatistics] | None = None
         self._calibration_hidden: Tensor | None = None
         limit = int(PREFIX_SHARE * sum(p.nbytes for p in self.model.parameters()))
         self._prefix = PrefixCache(Blocks(self.model), self.windows.validation, limit)
@@ -159,8 +159,7 @@ class Workbench:
             stored = self.read_profile(first)
             return stored.hidden, stored.dense
         windows = self.windows.validation.to(self.device)
-        prefix = self._prefix, self._mark_blocks()
-        evaluation, hidden = evaluate_windows(self.model, windows, None, "dense validation", progress, prefix)
+        evaluation, hidden = evaluate_windows(self.model, windows, None, "dense validation", progress)
         if not evaluation.finite:
             raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
         return self.store.write_tensors({"hidden": hidden}), evaluation
@@ -183,14 +182,17 @@ class Workbench:
         if present is not None:
             leader = present.group[name]
             moment_II = present.second_moment[leader]
-            return LayerStatistics(moment_II.diagonal(), gamma_O, moment_II, present.cross_moment[leader])
-        moment = None
-        if recipe.changes_survivors:
-            digest = stored.moments[stored.group[name]]
-            if self._moment is None or self._moment[0] != digest:  # neighbours share one; only one is held
-                self._moment = (digest, self.store.read_tensors(digest)["A"].to(self.device))
-            moment = self._moment[1]
-        return LayerStatistics(means[f"a/{name}"].to(self.device), gamma_O, moment)
+            return LayerStatistics(moment_II.diagonal(), gamma_O, moment_II)
+        if not recipe.changes_survivors:
+            return LayerStatistics(means[f"a/{name}"].to(self.device), gamma_O)
+        digest = stored.moments[stored.group[name]]
+        if self._shared is None or self._shared[0] != digest:  # neighbours share one; only one is held
+            moment_II = self.store.read_tensors(digest)["A"].to(self.device)
+            statistics = LayerStatistics(means[f"a/{name}"].to(self.device), gamma_O, moment_II)
+        else:
+            statistics = self._shared[1].for_outputs(gamma_O)
+        self._shared = (digest, statistics)
+        return statistics
 
     def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """The profile's layers, with what the recipe's allocation needs beyond it: measured once, then read back."""
@@ -290,34 +292,19 @@ class Workbench:
             keys = {x.name: _layer_key(profile, x.name, zeros[x.name], recipe, below) for x in layers}
             made = {n: self._install_known(n, zeros[n], recipe, index.get(key, "")) for n, key in keys.items()}
             if not all(made.values()):
-                for earlier in range(walk.block, block):
-                    self._walk_past(
-                        walk, {n: r.artifact for n, r in records.items() if self.by_name[n].block == earlier}
-                    )
+                walk.move_to(block)
                 for layer in layers:
                     self._install(layer.name, DENSE)
-                moments, walk.dense_states = collect_moments(
-                    walk.blocks, block, layers, walk.windows_BT, walk.states, walk.dense_states
-                )
+                moments, _ = collect_moments(walk.blocks, block, layers, walk.windows_BT, walk.states)
                 for name, artifact in made.items():
                     if not artifact:
                         statistics = self._statistics_of(profile, name, recipe, moments)
                         made[name] = self._compute(name, zeros[name], recipe, statistics)
                         self._append_index(keys[name], made[name])
                     self._install(name, made[name])
-                walk.pass_on()
             records |= {name: LayerRecord(artifact=artifact, zeros=zeros[name]) for name, artifact in made.items()}
         progress("prune in order", len(walk.blocks), len(walk.blocks))
         return records
-
-    def _walk_past(self, walk: "_TextWalk", artifacts: dict[str, str]) -> None:
-        """Take the text through a block that is pruned already."""
-        for name in artifacts:
-            self._install(name, DENSE)
-        walk.dense_states = run_block(walk.blocks, walk.block, walk.windows_BT, walk.dense_states)
-        for name, artifact in artifacts.items():
-            self._install(name, artifact)
-        walk.pass_on()
 
     def _compute(self, name: str, zeros: int, recipe: Recipe, statistics: LayerStatistics) -> str:
         """Prune one layer, put it into the model and on disk; its artifact."""
@@ -510,18 +497,18 @@ def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
 
 
 class _TextWalk:
-    """The calibration text on its way through blocks that are pruned one after another, and through the dense ones."""
+    """The calibration text on its way up through blocks that are pruned one after another."""
 
     def __init__(self, blocks: Blocks, windows_BT: Tensor) -> None:
         self.blocks, self.windows_BT = blocks, windows_BT
-        self.block = 0
-        """The block that comes next."""
-        self.states = self.dense_states = embed_windows(blocks, windows_BT)
+        self.states = embed_windows(blocks, windows_BT)
+        self._block = 0
 
-    def pass_on(self) -> None:
-        """Through the next block as it is now."""
-        self.states = run_block(self.blocks, self.block, self.windows_BT, self.states)
-        self.block += 1
+    def move_to(self, block: int) -> None:
+        """Make `states` what this block reads, by way of the blocks below as they are now."""
+        while self._block < block:
+            self.states = run_block(self.blocks, self._block, self.windows_BT, self.states)
+            self._block += 1
 
 
 def _layer_key(profile: str, name: str, zeros: int, recipe: Recipe, below: Sequence[str] = ()) -> str:

@@ -49,7 +49,8 @@ def decide_stop(state: State) -> str:
 
 
 def after_reflect(state: State) -> Literal["plan", "profile", "finish"]:
-    """Another round, with a new profile first where the config asks for one, or the end."""
+    """Another round, with a new profile first where the config or an accepted plan asks for one, or the end."""
     if state.stop:
         return "finish"
-    return "profile" if state.config.reprofile and state.trials[-1].verdict == "accept" else "plan"
+    asked = state.config.reprofile or (state.plan is not None and state.plan.reprofile)
+    return "profile" if asked and state.trials[-1].verdict == "accept" else "plan"

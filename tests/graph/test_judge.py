@@ -3,9 +3,9 @@
 import pytest
 
 from graph.config import RunConfig
-from graph.nodes.reflect import decide_stop
+from graph.nodes.reflect import after_reflect, decide_stop
 from graph.nodes.validate import judge
-from graph.state import State, Trial
+from graph.state import Plan, State, Trial
 from tests.graph.test_heuristic import make_trial
 from tools.evaluate import Evaluation
 from tools.recipes import Recipe
@@ -81,3 +81,14 @@ def test_a_pattern_is_reached_in_one_step_whatever_the_perplexity() -> None:
     assert (found, reason) == ("accept", "2:4 has no smaller step; from here only what lowers the KL is kept")
     at_target = make_trial(1, "accept", 0.5, Recipe(), perplexity=30.0)
     assert judge(config, 0.5, losses(29.0, 0.95, 0.97), at_target, losses(30.0, 0.9, 0.9))[0] == "rollback"
+
+
+def test_a_new_profile_where_config_or_an_accepted_plan_asks_for_one() -> None:
+    accepted, rolled_back = make_trial(1, "accept", 0.3, Recipe()), make_trial(1, "rollback", 0.3, Recipe())
+    for config in (False, True):
+        for plan in (False, True):
+            asked = {"config": RunConfig(reprofile=config), "plan": Plan(sparsity=0.3, reprofile=plan)}
+            state = state_with(accepted).model_copy(update=asked)
+            assert after_reflect(state) == ("profile" if config or plan else "plan")
+            assert after_reflect(state_with(rolled_back).model_copy(update=asked)) == "plan"
+            assert after_reflect(state.model_copy(update={"stop": "it is done"})) == "finish"

@@ -30,11 +30,3 @@ def true_errors(pruned: NDArray[np.float64], layer: Layer) -> NDArray[np.float64
     """Mean over tokens of ((W - W')x)^2 of every row, without damping."""
     change = layer.weight.double().numpy() - pruned
     return np.asarray(np.einsum("oi,ij,oj->o", change, layer.moment.double().numpy(), change))
-
-
-def make_texts(columns: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(x', x): a layer's inputs in the dense model, and in one whose earlier blocks are pruned; fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    x_dense = torch.randn(tokens, columns, generator=generator)
-    x_dense[:, 1::2] += x_dense[:, : columns // 2]
-    return x_dense, x_dense * 0.8 + 0.3 * torch.randn(tokens, columns, generator=generator)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from kernels.guard import bound_rounding, finish_update, keep_better_rows, row_errors
 from kernels.obs import update_obs
-from tests.kernels.layers import make_layer, make_texts
+from tests.kernels.layers import make_layer
 
 
 def test_rows_are_judged_one_by_one() -> None:
@@ -19,41 +18,17 @@ def test_rows_are_judged_one_by_one() -> None:
     assert torch.equal(better, layer.weight * keep)
     good = update_obs(layer.weight, keep, layer.moment).weight_OI
     assert keep_better_rows(good, layer.weight, keep, layer.moment) is good
+    spoilt = good.clone()
+    spoilt[3] *= 5
+    better = keep_better_rows(spoilt, layer.weight, keep, layer.moment)
+    assert torch.equal(better[3], (layer.weight * keep)[3])
+    assert torch.equal(better[[0, 1, 2, 4]], good[[0, 1, 2, 4]])
 
 
 def test_row_errors_are_the_mean_square_of_the_output_change() -> None:
     generator = torch.Generator().manual_seed(0)
     x, change = torch.randn(50, 7, generator=generator), torch.randn(3, 7, generator=generator)
     torch.testing.assert_close(row_errors(change, x.T @ x / 50), (x @ change.T).square().mean(0))
-
-
-def test_row_errors_with_a_pull_are_those_against_the_dense_inputs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x_dense, x = make_texts(7, 50)
-    weight, change = torch.randn(3, 7, generator=generator), torch.randn(3, 7, generator=generator)
-
-    def error(pruned: Tensor) -> Tensor:
-        return (x @ pruned.T - x_dense @ weight.T).square().mean(0)
-
-    pull = weight @ (x_dense.T @ x - x.T @ x) / 50
-    found = row_errors(change, x.T @ x / 50, pull)
-    torch.testing.assert_close(found, error(weight - change) - error(weight), rtol=1e-4, atol=1e-4)
-    assert (row_errors(-pull * 1e-3, x.T @ x / 50, pull) < 0).all()  # a step along the pull leaves less than W itself
-
-
-def test_rows_are_judged_by_the_error_against_the_dense_inputs() -> None:
-    x_dense, x = make_texts(12, 400)
-    layer = make_layer(5, 12)
-    keep = torch.rand(5, 12, generator=torch.Generator().manual_seed(2)) > 0.4
-    moment, pull = x.T @ x / 400, layer.weight @ (x_dense.T @ x - x.T @ x) / 400
-    updated = (layer.weight + pull @ torch.linalg.inv(moment)) * keep
-    updated[3] *= 5
-    better = keep_better_rows(updated, layer.weight, keep, moment, None, pull)
-    masked = layer.weight * keep
-    for row in range(5):
-        errors = [(x @ w[row] - x_dense @ layer.weight[row]).square().mean() for w in (updated, masked)]
-        assert torch.equal(better[row], updated[row] if errors[0] <= errors[1] else masked[row])
-    assert torch.equal(better[3], masked[3]) and not torch.equal(better, masked)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

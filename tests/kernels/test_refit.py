@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.refit import DAMPING, refit_survivors
-from tests.kernels.layers import make_texts
 
 Array = NDArray[np.float64]
 SCALES = st.sampled_from([1e-12, 1.0, 1e9])
@@ -67,36 +66,6 @@ def test_any_mask_is_fitted(kind: str) -> None:
     fitted = refit_survivors(dense, keep, moment, iterations=400, tolerance=1e-7)
     exact = solve_rows(dense, keep, moment)
     np.testing.assert_allclose(fitted.numpy(), exact, atol=2e-3 * np.abs(exact).max())
-
-
-def fit_to_dense_inputs(dense: Tensor, keep: Tensor, x_dense: Tensor, x: Tensor) -> Array:
-    """argmin over the survivors of the mean of (w x - w0 x')^2 + damping |w - w0|^2, row by row."""
-    rows, x_rows = dense.double().numpy(), x.double().numpy() / len(x) ** 0.5
-    target = x_dense.double().numpy() @ rows.T / len(x) ** 0.5
-    root = (DAMPING * np.square(x_rows).sum(0).mean()) ** 0.5
-    fitted = np.zeros(dense.shape)
-    for i, kept in enumerate(keep.numpy()):
-        system = np.concatenate([x_rows[:, kept], root * np.eye(dense.shape[1])[:, kept]])
-        fitted[i, kept] = np.linalg.lstsq(system, np.concatenate([target[:, i], root * rows[i]]))[0]
-    return fitted
-
-
-@pytest.mark.parametrize("kind", ["unstructured", "2:4", "dense"])
-@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
-def test_with_a_pull_it_fits_the_output_on_the_dense_inputs(kind: str, scale: float) -> None:
-    dense, keep, _ = make_layer(8, 24)
-    x_dense, x = (text * scale for text in make_texts(24, 500))
-    x[:, 5] = 0  # an input that the pruned model has lost
-    if kind == "2:4":
-        keep = (torch.rand(8 * 6, 4, generator=torch.Generator().manual_seed(1)).argsort(1) < 2).reshape(8, 24)
-    elif kind == "dense":
-        keep[:] = True
-    moment, pull = x.T @ x / 500, dense @ ((x_dense - x).T @ x / 500)
-    fitted = refit_survivors(dense, keep, moment, pull_OI=pull, iterations=400, tolerance=1e-7)
-    exact = fit_to_dense_inputs(dense, keep, x_dense, x)
-    np.testing.assert_allclose(fitted.numpy(), exact, atol=1e-3 * np.abs(exact).max())
-    assert torch.equal(fitted[:, 5], (dense * keep)[:, 5])
-    assert not torch.allclose(fitted, refit_survivors(dense, keep, moment))
 
 
 def test_the_default_comes_near_it() -> None:

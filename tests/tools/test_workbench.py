@@ -322,7 +322,7 @@ def test_damage_beyond_repair_is_refused_and_named(bench: Workbench, warnings: l
     stored = bench.read_profile(profile)
     moment = bench.store.path(stored.moments[stored.group[bench.layers[-1].name]], ".safetensors")
     damage(moment)
-    bench._moment = None
+    bench._shared = None
     with pytest.raises(DamagedArtifact, match=rf"artifact {moment} is damaged"):
         bench.restore(checkpoint)
 
