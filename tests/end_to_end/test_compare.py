@@ -1,0 +1,208 @@
+"""`python -m tools.compare` as a person runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graph.config import RunConfig
+from tests.end_to_end.helpers import TINY, Outcome, at_home, let_go, python_environment, wait_for
+from tools import compare, workbench
+from tools.compare import ALLOCATIONS, METHODS
+from tools.workbench import Workbench
+
+Command = Callable[..., Outcome]
+
+FLAGS = (*TINY[: TINY.index("--patience")], "--evolution-tokens", "1000")
+
+
+@pytest.fixture
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """The command in this process, in `tmp_path`."""
+
+    def run(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        code = compare.main(list(arguments))
+        said = capsys.readouterr()
+        return Outcome(code, said.out, said.err)
+
+    with at_home(tmp_path):
+        yield run
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to load a model."""
+
+    def refuse(*_arguments: Any, **_options: Any) -> Any:
+        raise AssertionError("a model is being loaded")
+
+    monkeypatch.setattr(workbench, "load_model", refuse)
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((out / "compare.json").read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def lasting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without what differs whenever it is measured."""
+    measured_anew = {"seconds", "allocation_seconds", "peak_memory_bytes"}
+    return [{name: value for name, value in row.items() if name not in measured_anew} for row in rows]
+
+
+def test_interrupted_and_gone_on_with_by_the_same_command(
+    tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig.model_validate({"model": str(tiny_llama), "calibration_windows": 4, "gradient_windows": 2})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump() | {"window": 64}))
+    flags = ("--config", "run.yaml", *FLAGS, "--recipes", "wanda:uniform,refit:kappa", "--sparsity", "0.5,2:4")
+    evaluate, calls = Workbench.evaluate, 0
+
+    def interrupt(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "evaluate", interrupt)
+        stopped = command(*flags)
+    sentence = "stopped; the rows that are done are kept, and the same command goes on\n"
+    assert (stopped.code, stopped.err) == (1, sentence)
+    first = read_rows(tmp_path / "compare")
+    assert [row["recipe"] for row in first] == ["wanda:uniform"]
+    done = command(*flags)
+    assert (done.code, done.err) == (0, "")
+    rows = read_rows(tmp_path / "compare")
+    assert rows[0] == first[0]
+    assert [(row["recipe"], row["sparsity"], row["pattern"], row["achieved_sparsity"]) for row in rows] == [
+        ("wanda:uniform", 0.5, "", 0.5),
+        ("refit:kappa", 0.5, "", 0.5),
+        ("wanda:uniform", 0.5, "2:4", 0.5),
+        ("refit:uniform", 0.5, "2:4", 0.5),
+    ]
+    assert {row["protocol"]["tokens"] for row in rows} == {3 * 64}
+    lines = done.out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        *("dense", "wanda:uniform at 50%", "refit:kappa at 50%", "wanda:uniform at 2:4", "refit:uniform at 2:4"),
+        "see compare/compare.md",
+    ]
+    again = command(*flags)
+    assert (again.code, again.out, again.err) == (0, done.out, "")
+
+    refused = command(*flags, "--seed", "7")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == "error: compare holds a comparison with other settings (seed); choose another --out\n"
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--recipes", "wanda:nonsense"], "recipe 'wanda:nonsense': allocation: "),
+        (["--recipes", "nonsense:owl", "--dry-run"], "recipe 'nonsense:owl': method: "),
+        (["--sparsity", "45"], "sparsity '45' must lie between 0 and 1, such as 0.45"),
+        (["--sparcity", "0.45"], "unknown option '--sparcity'; did you mean --sparsity?"),
+        (["--out", "file"], "--out file cannot be written: "),
+        (["--out", ""], "out: "),
+        (["--out", "/proc/nothing"], "--out /proc/nothing cannot be written: "),
+        (["--config", "missing.yaml"], "config file missing.yaml does not exist"),
+        (["--test", "file:missing.txt", "--dry-run"], "text file missing.txt does not exist"),
+        (["--evolution-tokens", "0"], "evolution_tokens: input should be greater than or equal to 1, not '0'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    flags: list[str], sentence: str, tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    outcome = command("--model", str(tiny_llama), *FLAGS, *flags)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert outcome.err.startswith(f"error: {sentence}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_artifact_that_is_gone_is_one_line(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+    flags = ("--model", str(tiny_llama), *FLAGS, "--recipes")
+    assert command(*flags, "magnitude:uniform").code == 0
+    for path in (tmp_path / "compare" / "work" / "artifacts").rglob("*.json"):
+        path.unlink()
+    let_go()  # as a fresh process
+    outcome = command(*flags, "wanda:uniform")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert outcome.err.startswith("error: artifact ")
+    assert outcome.err.endswith(" is missing; begin again with another --out\n")
+    assert len(read_rows(tmp_path / "compare")) == 1
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_dry_run_counts_the_rows_from_the_models_config_alone(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    outcome = command(
+        "--dry-run", "--model", str(tiny_llama / "config.json"), "--recipes", "all", "--sparsity", "0.5,2:4"
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert "prunable: 14 layers, 15,360 weights; 7,680 zeros at the end" in lines
+    rows = len(METHODS) * len(ALLOCATIONS) + len(METHODS)
+    assert any(line.startswith("  validate; forward of 8 windows") and f"; {rows} ×;" in line for line in lines)
+    own_curves = len(METHODS) - 1  # the two-sided mask's are the profile's
+    assert any(line.startswith("  KL curves of a method") and f"; {own_curves} ×;" in line for line in lines)
+    assert lines[-1] == (
+        "not counted: 7 evolutionary searches, each of up to 65,536 tokens through models pruned for it"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_every_method_with_every_allocation(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+    outcome = command("--model", str(tiny_llama), *FLAGS, "--recipes", "all", "--sparsity", "0.45")
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = read_rows(tmp_path / "compare")
+    assert {row["recipe"] for row in rows} == {
+        f"{method}:{allocation}" for method in METHODS for allocation in ALLOCATIONS
+    }
+    assert len(rows) == len(METHODS) * len(ALLOCATIONS)
+    assert {row["achieved_sparsity"] for row in rows} == {round(0.45 * 15_360) / 15_360}
+
+
+@pytest.mark.slow
+def test_a_real_process_is_stopped_by_ctrl_c_and_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
+    recipes = [f"{method}:{allocation}" for method in METHODS[:3] for allocation in ("uniform", "kappa")]
+    flags = ("--model", str(tiny_llama), *FLAGS, "--recipes", ",".join(recipes), "--out")
+
+    def start(out: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "tools.compare", *flags, out],
+            cwd=tmp_path,
+            env=python_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    process = start("stopped")
+    try:
+        file = tmp_path / "stopped" / "compare.json"
+        wait_for(lambda: file.is_file() and len(read_rows(file.parent)) >= 2, seconds=300)
+        os.kill(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and said.startswith("stopped; ")
+    before = read_rows(file.parent)
+    assert 2 <= len(before) < len(recipes)
+    for out in ("stopped", "whole"):
+        done = start(out)
+        assert (done.communicate(timeout=600)[1], done.returncode) == ("", 0)
+    assert read_rows(file.parent)[: len(before)] == before
+    assert lasting(read_rows(file.parent)) == lasting(read_rows(tmp_path / "whole"))

@@ -1,0 +1,640 @@
+"""Recipes compared: rows are what the workbench gives, made once, kept when interrupted, and shown as they are."""
+
+import csv
+import errno
+import io
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import matplotlib.image
+import pytest
+import torch
+from rich.console import Console
+
+import tools.compare
+import tools.files
+import tools.workbench
+from tests.tiny import tiny_settings
+from tools.allocate import allocate
+from tools.compare import (
+    ALLOCATIONS,
+    LABELLED,
+    METHODS,
+    CompareSettings,
+    Comparison,
+    Row,
+    SavedSearch,
+    compare,
+    describe,
+    group_rows,
+    list_jobs,
+    rank_recipes,
+    relative_degradation,
+)
+from tools.errors import DamagedArtifact, DiskFull, UserError
+from tools.evaluate import evaluate_windows
+from tools.files import write_json
+from tools.profile import measure_kappa
+from tools.recipes import Recipe, parse_recipe
+from tools.summary import describe_protocol
+from tools.workbench import Workbench, close_workbench, use_workbench
+
+RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda:evolution"
+SPARSITIES = "0.45,0.6,2:4"
+TITLES = [
+    *(f"{recipe} at {sparsity}" for sparsity in ("45%", "60%") for recipe in RECIPES.split(",")),
+    *(f"{method}:uniform at 2:4" for method in ("magnitude", "wanda", "two-sided", "sparsegpt")),
+]
+EVOLUTION_TOKENS = 2000
+GENERATION = 64 * (8 * 1 + (2 + 1) * 2)
+"""Tokens: 8 children on one window, then 2 of them and their parent on the 2 that there are."""
+
+MEASURED_ANEW = {"seconds", "allocation_seconds", "peak_memory_bytes"}
+
+
+def make_settings(model: Path | str, out: Path, **changes: Any) -> CompareSettings:
+    tiny = tiny_settings(model).model_dump() | {"out": str(out), "evolution_tokens": EVOLUTION_TOKENS}
+    return CompareSettings.model_validate(tiny | {"recipes": RECIPES, "sparsity": SPARSITIES} | changes)
+
+
+def make_row(recipe: str = "wanda:uniform", sparsity: float = 0.5, **changes: Any) -> Row:
+    """A row made up."""
+    method, _, allocation = recipe.partition(":")
+    fields: dict[str, Any] = {
+        **{"recipe": recipe, "method": method, "allocation": allocation, "sparsity": sparsity, "pattern": ""},
+        **{"achieved_sparsity": sparsity, "perplexity": 12.5, "dense_perplexity": 10.0, "kl": 0.25, "kl_error": 0.01},
+        **{"seconds": 1.5, "allocation_seconds": 0.0, "peak_memory_bytes": 1_000_000, "evaluated_tokens": 0},
+        "protocol": describe_protocol(tiny_settings("no-model"), "validation"),
+    }
+    return Row.model_validate(fields | changes)
+
+
+def make_comparison(settings: CompareSettings, *rows: Row) -> Comparison:
+    given = settings.model_dump(exclude={"recipes", "sparsity", "out"})
+    return Comparison(settings=given, profile="none", profile_seconds=2.0, dense_perplexity=10.0, rows=list(rows))
+
+
+def run(settings: CompareSettings) -> tuple[Comparison, list[str]]:
+    """(the comparison, the lines it printed)."""
+    console = Console(file=io.StringIO())
+    known = compare(settings, console)
+    return known, console.file.getvalue().splitlines()
+
+
+def read_comparison(directory: Path) -> Comparison:
+    return Comparison.model_validate_json((directory / "compare.json").read_bytes())
+
+
+def lasting(rows: list[Row]) -> list[dict[str, Any]]:
+    """What must come out the same whenever it is measured."""
+    return [row.model_dump(exclude=MEASURED_ANEW) for row in rows]
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than tiny rows."""
+    monkeypatch.setattr(tools.compare, "_plot", lambda _known, _kind, _path: None)
+
+
+class Calls:
+    """What a comparison asked the workbench's tools for, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.evaluated: list[str] = []
+        self.curves = 0
+        patch.setattr(tools.workbench, "evaluate_windows", self.evaluate)
+        patch.setattr(tools.workbench, "measure_kappa", self.measure)
+
+    def evaluate(self, model: Any, windows_BT: Any, hidden: Any, label: str, *rest: Any) -> Any:
+        self.evaluated.append(label)
+        return evaluate_windows(model, windows_BT, hidden, label, *rest)
+
+    def measure(self, *arguments: Any) -> Any:
+        self.curves += 1
+        return measure_kappa(*arguments)
+
+
+class Compared(NamedTuple):
+    """One whole comparison."""
+
+    settings: CompareSettings
+    known: Comparison
+    lines: list[str]
+    calls: Calls
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """All of RECIPES at all of SPARSITIES; read its directory, do not write to it."""
+    settings = make_settings(tiny_llama, tmp_path_factory.mktemp("compared") / "out")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools.compare, "_plot", lambda _known, _kind, _path: None)
+        calls = Calls(patch)
+        known, lines = run(settings)
+    close_workbench()
+    torch.set_num_threads(threads)
+    return Compared(settings, known, lines, calls)
+
+
+@pytest.fixture
+def copied(compared: Compared, tmp_path: Path) -> CompareSettings:
+    """The whole comparison, in a directory of the test's own."""
+    shutil.copytree(compared.settings.out, tmp_path / "out")
+    return compared.settings.model_copy(update={"out": str(tmp_path / "out")})
+
+
+def pick(compared: Compared, *titles: str) -> list[Row]:
+    return [compared.known.rows[TITLES.index(title)] for title in titles]
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_what_the_workbench_gives(compared: Compared, tmp_path: Path, workbench_closed: None) -> None:
+    settings, known = compared.settings, compared.known
+    with use_workbench(settings, tmp_path / "run", pytest.fail, lambda *_: None) as bench:
+        profile = bench.profile(lambda *_: None)
+        assert profile == known.profile
+        assert known.dense_perplexity == bench.read_profile(profile).dense.perplexity
+        for row in known.rows:
+            if row.allocation == "evolution":
+                continue
+            recipe = parse_recipe(row.recipe).model_copy(update={"pattern": row.pattern})
+            layers = bench.describe_layers(profile, recipe, lambda *_: None)
+            allocation = allocate(layers, row.sparsity, recipe, max_layer_sparsity=0.95)
+            evaluation = bench.evaluate(
+                bench.prune(profile, allocation, recipe, lambda *_: None), "validation", profile, lambda *_: None
+            )
+            zeros, weights = bench.count_zeros()
+            assert row.achieved_sparsity == zeros / weights
+            assert (row.perplexity, row.kl) == (evaluation.perplexity, evaluation.mean_kl)
+            assert row.kl_error == evaluation.kl_error
+            assert row.protocol == describe_protocol(settings, "validation")
+
+
+def test_every_row_is_made_once_in_the_order_asked_for_and_exact(compared: Compared) -> None:
+    rows, weights = compared.known.rows, 15_360
+    assert [f"{row.recipe} at {row.pattern or f'{row.sparsity:.0%}'}" for row in rows] == TITLES
+    for row in rows:
+        assert row.achieved_sparsity == (0.5 if row.pattern else round(row.sparsity * weights) / weights)
+        assert row.dense_perplexity == compared.known.dense_perplexity
+        assert row.peak_memory_bytes > 0 and row.seconds >= 0
+    for row in rows[-4:]:
+        assert (row.pattern, row.sparsity, row.allocation) == ("2:4", 0.5, "uniform")
+    assert read_comparison(Path(compared.settings.out)) == compared.known
+
+
+def test_the_dense_model_is_evaluated_once_and_first(compared: Compared) -> None:
+    labels = [label for label in compared.calls.evaluated if label]  # a search's have none
+    assert labels == ["dense validation", *["validation"] * len(TITLES)]
+
+
+def test_curves_of_a_method_are_measured_once_for_all_sparsities(compared: Compared) -> None:
+    assert compared.calls.curves == 1
+    first, second = pick(compared, "sparsegpt:kappa at 45%", "sparsegpt:kappa at 60%")
+    walk = 4 * 2 * 64  # two gradient windows: forward twice, and a backward for two
+    assert first.evaluated_tokens == second.evaluated_tokens == 2 * walk
+
+
+def test_tokens_are_those_of_the_allocation(compared: Compared) -> None:
+    for row in compared.known.rows:
+        if row.allocation == "evolution":
+            assert row.evaluated_tokens == 2 * GENERATION <= EVOLUTION_TOKENS < 3 * GENERATION
+        elif row.allocation != "kappa":
+            assert row.evaluated_tokens == 0
+
+
+def test_one_plain_line_for_each_row_without_a_terminal(compared: Compared) -> None:
+    lines = compared.lines
+    assert lines[0] == f"dense: perplexity {compared.known.dense_perplexity:.2f}"
+    assert len(lines) == len(TITLES) + 2
+    assert lines[-1] == f"see {compared.settings.out}/compare.md"
+    for line, title, row in zip(lines[1:], TITLES, compared.known.rows, strict=False):
+        begin = f"{title}: {row.achieved_sparsity:.2%} zeros, perplexity {row.perplexity:.2f}, KL {row.kl:.4f}, "
+        assert re.fullmatch(re.escape(begin) + r"allocated in \d+\.\d s, pruned in \d+\.\d s", line)
+
+
+def test_a_budget_too_small_for_one_generation_leaves_it_uniform(
+    copied: CompareSettings, workbench_closed: None, no_plot: None
+) -> None:
+    known = read_comparison(Path(copied.out))
+    known.rows = []
+    write_json(Path(copied.out) / "compare.json", known.model_dump())
+    changes = {"evolution_tokens": GENERATION - 1, "recipes": "wanda:evolution,wanda:uniform", "sparsity": "0.45"}
+    searched, uniform = run(copied.model_copy(update=changes))[0].rows
+    assert searched.evaluated_tokens == 0
+    assert searched.perplexity == uniform.perplexity
+
+
+# --- going on ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_shown_without_loading_anything(
+    copied: CompareSettings, compared: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools.workbench, "use_workbench", pytest.fail)
+    (Path(copied.out) / "compare.md").unlink()  # as if killed between two files
+    known, lines = run(copied)
+    assert known == compared.known
+    assert lines == [*compared.lines[:-1], f"see {copied.out}/compare.md"]
+    assert (Path(copied.out) / "compare.md").read_text(encoding="utf-8") == describe(known)
+
+
+def test_only_new_rows_are_made(
+    copied: CompareSettings,
+    compared: Compared,
+    monkeypatch: pytest.MonkeyPatch,
+    workbench_closed: None,
+    no_plot: None,
+) -> None:
+    calls = Calls(monkeypatch)
+    known, lines = run(copied.model_copy(update={"recipes": "wanda:uniform,sparsegpt:kappa", "sparsity": "0.45,0.3"}))
+    assert known.rows[: len(TITLES)] == compared.known.rows
+    assert [(row.recipe, row.sparsity) for row in known.rows[len(TITLES) :]] == [
+        *(("wanda:uniform", 0.45), ("wanda:uniform", 0.3), ("sparsegpt:kappa", 0.3))
+    ]
+    assert calls.evaluated == ["validation"] * 3 and calls.curves == 0
+    assert [line.partition(":  ")[0].split(": ")[0] for line in lines[1:-1]] == [
+        *("sparsegpt:kappa at 45%", "wanda:uniform at 45%", "wanda:uniform at 30%", "sparsegpt:kappa at 30%")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "count", "rows_done"),
+    [
+        (Workbench.evaluate, 2, 1),
+        (Workbench._compute, 20, 1),
+        (Workbench.measure_kl, 16, 2),  # in the second generation
+        (Workbench._dense_losses, 1, 0),
+        (tools.compare._as_csv, 3, 2),
+    ],
+    ids=["evaluate", "prune", "search", "profile", "write"],
+)
+def test_interrupted_is_as_uninterrupted(
+    target: Any,
+    count: int,
+    rows_done: int,
+    compared: Compared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workbench_closed: None,
+    no_plot: None,
+) -> None:
+    changes = {"recipes": "magnitude:uniform,sparsegpt:kappa,wanda:evolution", "sparsity": "0.45"}
+    settings = compared.settings.model_copy(update={"out": str(tmp_path / "out"), **changes})
+    calls = 0
+
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            raise KeyboardInterrupt
+        return target(*arguments, **options)
+
+    owner = tools.compare if target is tools.compare._as_csv else Workbench
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, target.__name__, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    if rows_done:
+        assert len(read_comparison(tmp_path / "out").rows) == rows_done
+    close_workbench()
+    known, _ = run(settings)
+    whole = pick(compared, *(f"{recipe} at 45%" for recipe in changes["recipes"].split(",")))
+    assert lasting(known.rows) == lasting(whole)
+    assert (known.profile, known.dense_perplexity) == (compared.known.profile, compared.known.dense_perplexity)
+
+
+def test_a_search_goes_on_where_it_was(
+    copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    directory = Path(copied.out)
+    known = read_comparison(directory)
+    whole = known.rows.pop(TITLES.index("wanda:evolution at 45%"))
+    write_json(directory / "compare.json", known.model_dump())
+    path = directory / "work" / "search-wanda-0.45.json"
+    saved = SavedSearch.model_validate_json(path.read_bytes())
+    saved.seconds += 1000
+    write_json(path, saved.model_dump())
+    measured: list[list[int]] = []
+    measure = Workbench.measure_kl
+    monkeypatch.setattr(Workbench, "measure_kl", lambda bench, w: measured.append(list(w)) or measure(bench, w))
+    again = run(copied)[0].rows[-1]
+    assert measured == []  # its generations are on disk
+    assert lasting([again]) == lasting([whole])
+    assert again.allocation_seconds >= round(saved.seconds, 1)  # the time of the first try is counted
+
+
+@pytest.mark.parametrize("spoil", ["settings", "profile", "file"])
+def test_a_search_of_other_settings_or_another_model_is_not_gone_on_with(
+    spoil: str, copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    directory = Path(copied.out)
+    known = read_comparison(directory)
+    known.rows = [row for row in known.rows if row.allocation != "evolution"]
+    write_json(directory / "compare.json", known.model_dump())
+    path = directory / "work" / "search-wanda-0.45.json"
+    assert path.is_file()
+    changes: dict[str, Any] = {"recipes": "wanda:evolution", "sparsity": "0.45"}
+    if spoil == "settings":
+        changes["evolution_tokens"] = GENERATION
+    elif spoil == "profile":
+        path.write_text(path.read_text().replace(known.profile, "0" * 64))
+    else:
+        path.write_text("{")
+    measured = []
+    measure = Workbench.measure_kl
+    monkeypatch.setattr(Workbench, "measure_kl", lambda bench, w: measured.append(w) or measure(bench, w))
+    again, lines = run(copied.model_copy(update=changes))
+    assert len(measured) == (1 if spoil == "settings" else 2) * (8 + 3)
+    assert again.rows[-1].evaluated_tokens == len(measured) // 11 * GENERATION
+    assert [line for line in lines if "warning" in line] == (
+        [f"warning: {path} is damaged; the search begins anew"] if spoil == "file" else []
+    )
+
+
+# --- rows that cannot be, and bad input --------------------------------------------------------------------------
+
+
+def test_rows_that_cannot_be_lose_no_others(
+    copied: CompareSettings, compared: Compared, workbench_closed: None, no_plot: None
+) -> None:
+    console = Console(file=io.StringIO())
+    changes = {"recipes": "wanda:uniform,magnitude:evolution", "sparsity": "0.97,3:9,0.3"}
+    with pytest.raises(UserError) as refusal:
+        compare(copied.model_copy(update=changes), console)
+    bounds = "bounds and protected layers allow at most 95.05% sparsity, but 97.00% is asked"
+    assert str(refusal.value) == f"wanda:uniform at 97%: {bounds} (and 3 more, warned of above)"
+    warnings = [line for line in console.file.getvalue().splitlines() if line.startswith("warning: ")]
+    assert warnings[:2] == [f"warning: {recipe} at 97%: {bounds}" for recipe in changes["recipes"].split(",")]
+    assert warnings[2].startswith("warning: wanda:uniform at 3:9: ") and "not divisible into groups of 9" in warnings[2]
+    assert len(warnings) == 4
+    rows = read_comparison(Path(copied.out)).rows
+    assert rows[: len(TITLES)] == compared.known.rows
+    assert [(row.recipe, row.sparsity) for row in rows[len(TITLES) :]] == [
+        *(("wanda:uniform", 0.3), ("magnitude:evolution", 0.3))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "sparsity", "sentence"),
+    [
+        ("wanda:nonsense", "0.45", "recipe 'wanda:nonsense': allocation: input should be 'kappa', 'uniform', "),
+        ("wanda:nonsense", "2:4", "recipe 'wanda:nonsense': allocation: input should be 'kappa', 'uniform', "),
+        ("nonsense:kappa", "0.45", "recipe 'nonsense:kappa': method: input should be 'magnitude', 'wanda', "),
+        ("nonsense:evolution", "0.45", "recipe 'nonsense:uniform': method: input should be"),
+        ("wanda:kappa@2", "0.45", "recipe 'wanda:kappa@2': strength: "),
+        ("Wanda kappa", "0.45", "recipe 'Wanda kappa' is not of the form METHOD[+refit]:ALLOCATION"),
+        (" , ", "0.45", "no recipe is given; try --recipes wanda:uniform,refit:kappa"),
+        ("all", ",", "no sparsity is given; try --sparsity 0.45"),
+        ("all", "half", "sparsity 'half' is neither a fraction such as 0.45 nor a pattern such as 2:4"),
+        ("all", "4:2", "sparsity '4:2' is neither a fraction such as 0.45 nor a pattern such as 2:4"),
+        *(("all", text, f"sparsity '{text}' must lie between 0 and 1, such as 0.45") for text in ("45", "0", "nan")),
+    ],
+)
+def test_recipes_and_sparsities_that_there_are_not(recipes: str, sparsity: str, sentence: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        list_jobs(recipes, sparsity)
+    assert str(refusal.value).startswith(sentence) and "\n" not in str(refusal.value)
+
+
+def test_other_settings_are_named(tmp_path: Path) -> None:
+    settings = make_settings("no-model", tmp_path)
+    write_json(tmp_path / "compare.json", make_comparison(settings, make_row("wanda:evolution")).model_dump())
+    before = (tmp_path / "compare.json").read_bytes()
+    changed = make_settings("no-model", tmp_path, window=32, seed=1, evolution_tokens=5, recipes="wanda:owl")
+    with pytest.raises(UserError) as refusal:
+        run(changed)
+    assert str(refusal.value) == (
+        f"{tmp_path} holds a comparison with other settings (evolution_tokens, seed, window); choose another --out"
+    )
+    assert (tmp_path / "compare.json").read_bytes() == before
+
+
+def test_the_budget_of_searches_may_change_until_there_is_one(tmp_path: Path, no_plot: None) -> None:
+    changes = {"recipes": "wanda:uniform", "sparsity": "0.5"}
+    settings = make_settings("no-model", tmp_path, **changes)
+    write_json(tmp_path / "compare.json", make_comparison(settings, make_row()).model_dump())
+    known, _ = run(make_settings("no-model", tmp_path, evolution_tokens=5, **changes))
+    assert known.settings["evolution_tokens"] == read_comparison(tmp_path).settings["evolution_tokens"] == 5
+
+
+def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text('{"rows": 3')
+    with pytest.raises(UserError, match=rf"^{tmp_path}/compare\.json cannot be read: "):
+        run(make_settings("no-model", tmp_path))
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_an_output_that_is_a_file(below: str, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        UserError, match=rf"^--out {tmp_path}/file\S* cannot be written: (Not a directory|File exists)$"
+    ):
+        run(make_settings(tiny_llama, tmp_path / "file" / below))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": "./nowhere"}, "model './nowhere' is neither a directory"),
+        ({"validation": "file:missing.txt"}, "text file missing.txt does not exist"),
+    ],
+)
+def test_a_model_or_text_that_is_not_there_leaves_nothing_behind(
+    changes: dict[str, str], sentence: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        run(make_settings(**{"model": tiny_llama, "out": tmp_path / "out", **changes}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_profile_is_named(
+    copied: CompareSettings, compared: Compared, workbench_closed: None, no_plot: None
+) -> None:
+    profile = compared.known.profile
+    path = Path(copied.out) / "work" / "artifacts" / profile[:2] / f"{profile}.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(DamagedArtifact, match=rf"^artifact {path} is damaged"):
+        run(copied.model_copy(update={"recipes": "wanda:uniform"}))
+    assert read_comparison(Path(copied.out)) == compared.known
+
+
+def test_a_full_disk_is_named_and_the_row_is_kept(
+    copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    write = tools.files._write_utf8
+
+    def fill(path: Path, text: str) -> None:
+        if path.name.startswith(".compare.md"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.files, "_write_utf8", fill)
+        with pytest.raises(DiskFull, match=r"^the disk is full \(\d+ MB free\) while writing \S+/compare\.md; "):
+            run(copied.model_copy(update={"recipes": "wanda:uniform", "sparsity": "0.45"}))
+    assert read_comparison(Path(copied.out)).rows[-1].recipe == "wanda:uniform"
+
+
+# --- what is asked for -------------------------------------------------------------------------------------------
+
+
+def test_all_is_every_method_with_every_allocation_once() -> None:
+    jobs = list_jobs("wanda:uniform,all,wanda:uniform", "0.45,0.450,0.6")
+    labels = [job.label for job in jobs]
+    assert len(jobs) == len({job.key for job in jobs}) == 2 * len(METHODS) * len(ALLOCATIONS)
+    assert labels[0] == "wanda:uniform"
+    assert set(labels) == {f"{method}:{allocation}" for method in METHODS for allocation in ALLOCATIONS}
+    fields = Recipe.model_fields
+    assert {method.removesuffix("+refit") for method in METHODS} == set(get_args(fields["method"].annotation))
+    assert {*ALLOCATIONS} == {*get_args(fields["allocation"].annotation), "evolution"}
+
+
+def test_with_a_pattern_each_method_is_one_row() -> None:
+    jobs = list_jobs("all,refit:kappa@0.5", "2:4,02:4,4:8,0.5")
+    patterned = [job for job in jobs if job.recipe.pattern]
+    assert [job.title for job in patterned] == [f"{m}:uniform at {p}" for p in ("2:4", "4:8") for m in METHODS]
+    assert {job.sparsity for job in jobs} == {0.5}
+    assert all(job.recipe.allocation == job.allocation == "uniform" for job in patterned)
+    assert [job.title for job in jobs if not job.recipe.pattern][-1] == "refit:kappa@0.5 at 50%"
+
+
+def test_labels_are_told_apart_by_what_they_mean() -> None:
+    jobs = list_jobs("wanda, wanda:uniform@0.5,two-sided~clipped:evolution,refit+refit:kappa-mask@1", "0.575")
+    assert [job.title for job in jobs] == [
+        *("wanda:uniform at 57.5%", "two-sided~clipped:evolution at 57.5%", "refit:kappa-mask at 57.5%")
+    ]
+    assert [job.recipe.allocation for job in jobs] == ["uniform", "uniform", "kappa"]
+
+
+def test_yaml_may_hold_lists_and_numbers() -> None:
+    given = CompareSettings.model_validate({"recipes": ["wanda:owl", "refit:kappa"], "sparsity": [0.45, "2:4"]})
+    assert (given.recipes, given.sparsity) == ("wanda:owl,refit:kappa", "0.45,2:4")
+    assert CompareSettings.model_validate({"sparsity": 0.6}).sparsity == "0.6"
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def test_degradations_are_multiples_of_uniform_sparsegpts() -> None:
+    reference = make_row("sparsegpt:uniform", perplexity=14.0)
+    others = [make_row("refit:kappa", perplexity=11.0), make_row("refit:owl", perplexity=9.0)]
+    rows = [reference, *others, make_row("refit:kappa", 0.6), make_row("wanda:owl", perplexity=None, kl=None)]
+    patterned = [
+        make_row("sparsegpt:uniform", pattern="2:4", perplexity=20.0),
+        make_row(pattern="2:4", perplexity=15.0),
+    ]
+    found = [relative_degradation(row, rows + patterned) for row in rows + patterned]
+    assert found == [1.0, 0.25, -0.25, None, None, 1.0, 0.5]
+    for useless in (None, 10.0, 9.5):
+        same = [make_row("sparsegpt:uniform", perplexity=useless), others[0]]
+        assert relative_degradation(others[0], same) is None
+
+
+def test_rows_are_grouped_by_sparsity_best_first() -> None:
+    rows = [
+        *(make_row("a:owl", 0.6, perplexity=20.0), make_row("b:owl", 0.6, perplexity=None)),
+        *(make_row("a:owl", 0.455, perplexity=12.0), make_row("b:owl", 0.455, perplexity=11.0)),
+        *(make_row("c:uniform", 0.5, pattern="2:4"), make_row("c:owl", 0.6, perplexity=19.0)),
+    ]
+    groups = [(name, [row.recipe for row in members]) for name, members in group_rows(rows)]
+    assert groups == [("45.5%", ["b:owl", "a:owl"]), ("2:4", ["c:uniform"]), ("60%", ["c:owl", "a:owl", "b:owl"])]
+    assert rank_recipes(rows) == ["c:uniform", "c:owl", "b:owl", "a:owl"]  # mean places 0, 0, 1 and 1
+
+
+def test_the_description_says_what_was_measured(tmp_path: Path) -> None:
+    settings = make_settings("models/my_llama", tmp_path, gradient_windows=8)
+    rows = (
+        make_row("sparsegpt:uniform", perplexity=14.0),
+        make_row("refit:kappa", perplexity=11.0, evaluated_tokens=65_536, allocation_seconds=2.25),
+        make_row("wanda:owl", perplexity=None, kl=None, kl_error=None),
+    )
+    lines = describe(make_comparison(settings, *rows)).splitlines()
+    assert lines[0] == r"# models/my\_llama: recipes compared"
+    assert lines[2] == (
+        "Perplexity on 192 tokens of `pydoc` in windows of 64, fp32; dense: 10.00. Statistics from 4 windows of "
+        "`pydoc`, gradients from 4 of them (2.0 s with the dense model's perplexity, shared by all rows)."
+    )
+    assert lines[-7:] == [
+        "## 50%",
+        "",
+        "| recipe | sparsity | perplexity | × SparseGPT | KL | prune s | allocate s | tokens |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| `refit:kappa` | 50.00% | 11.00 | 0.25 | 0.2500 ± 0.0100 | 1.5 | 2.2 | 65,536 |",
+        "| `sparsegpt:uniform` | 50.00% | 14.00 | 1.00 | 0.2500 ± 0.0100 | 1.5 | 0.0 | 0 |",
+        "| `wanda:owl` | 50.00% | not finite |  | not finite | 1.5 | 0.0 | 0 |",
+    ]
+
+
+def test_all_files_are_written_and_can_be_read(tmp_path: Path) -> None:
+    settings = make_settings("no-model", tmp_path, recipes="wanda:uniform,refit:kappa", sparsity="0.5,0.6,2:4")
+    rows = [
+        *(make_row(), make_row("refit:kappa", perplexity=11.0), make_row(sparsity=0.6, perplexity=None, kl=None)),
+        make_row("refit:kappa", 0.6),
+        *(make_row(pattern="2:4"), make_row("refit:uniform", pattern="2:4", perplexity=11.5)),
+    ]
+    write_json(tmp_path / "compare.json", make_comparison(settings, *rows).model_dump())
+    known, _ = run(settings)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [*(f"compare.{kind}" for kind in ("csv", "json", "md", "png", "svg")), "work"]
+    with (tmp_path / "compare.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    expected = [row.model_dump(exclude={"protocol"}) for row in known.rows]
+    assert table == [{k: "" if v is None else str(v) for k, v in row.items()} for row in expected]
+    assert (tmp_path / "compare.md").read_text(encoding="utf-8") == describe(known)
+    assert matplotlib.image.imread(tmp_path / "compare.png").shape == (900, 1350, 4)
+    assert ET.parse(tmp_path / "compare.svg").getroot().tag.endswith("svg")
+    texts = read_svg_texts(tmp_path / "compare.svg")
+    assert texts[texts.index("dense") :] == ["dense", "refit:kappa", "refit:uniform", "wanda:uniform", "hollow: N:M"]
+    before = (tmp_path / "compare.svg").read_bytes()
+    run(settings)
+    assert (tmp_path / "compare.svg").read_bytes() == before
+
+
+def read_svg_texts(path: Path) -> list[str]:
+    """Every text of a figure; matplotlib draws outlines and says in a comment what they read."""
+    return re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))
+
+
+def test_a_plot_of_all_recipes_names_the_best_and_explains_the_others(tmp_path: Path) -> None:
+    settings = make_settings("no-model", tmp_path, recipes="all", sparsity="0.5")
+    jobs = list_jobs("all", "0.5")
+    rows = [make_row(job.label, perplexity=12.0 + i) for i, job in enumerate(jobs)]
+    write_json(tmp_path / "compare.json", make_comparison(settings, *rows).model_dump())
+    run(settings)
+    texts = read_svg_texts(tmp_path / "compare.svg")
+    assert texts[texts.index("dense") + 1 :] == [
+        *(job.label for job in jobs[:LABELLED]),
+        *ALLOCATIONS,
+        *METHODS,
+    ]
+
+
+def test_a_terminal_gets_bars_and_tables(tmp_path: Path, no_plot: None) -> None:
+    settings = make_settings("no-model", tmp_path, recipes="wanda:uniform,refit:kappa", sparsity="0.5")
+    rows = make_row(), make_row("refit:kappa", perplexity=11.0)
+    write_json(tmp_path / "compare.json", make_comparison(settings, *rows).model_dump())
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    compare(settings, console)
+    shown = console.file.getvalue()
+    assert "50%; dense perplexity 10.00" in shown
+    assert shown.index("│ refit:kappa   │") < shown.index("│ wanda:uniform │")
+
+    with tools.compare._show_bars(console, 7) as (begin, progress):
+        begin("refit:kappa at 50%", 3)
+        progress("prune", 2, 14)
+        progress("validation", 1, 3)
+    bars = console.file.getvalue().removeprefix(shown)
+    assert "refit:kappa at 50%" in bars and "3/7" in bars and "validation" in bars and "1/3" in bars
+    quiet = Console(file=io.StringIO())
+    with tools.compare._show_bars(quiet, 7) as (begin, progress):
+        begin("refit:kappa at 50%", 3)
+        progress("prune", 2, 14)
+    assert quiet.file.getvalue() == ""

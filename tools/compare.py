@@ -1,0 +1,718 @@
+"""Which recipe is best on this model? `python -m tools.compare --recipes wanda:uniform,refit:kappa --sparsity 0.45,2:4`
+
+Prunes the model by every recipe (METHOD:ALLOCATION) to every sparsity, measures each on the validation text, and writes
+compare.csv, compare.md, compare.json and a plot of perplexity over sparsity. Rows that are done are kept on Ctrl-C;
+the same command goes on.
+"""
+
+import argparse
+import csv
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, Field, field_validator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBars
+from rich.table import Table
+from rich.text import Text
+
+from tools.allocate import Allocation, ImpossiblePlan, allocate
+from tools.curves import LayerProfile, predict_kl
+from tools.errors import DamagedArtifact, UserError
+from tools.evolve import Search, SearchSettings, Stage, evolve
+from tools.files import write_json, write_text, write_whole
+from tools.options import Parser, add_flags, parse_flags, read_options
+from tools.recipes import Recipe, parse_pattern, parse_recipe
+from tools.rundir import lock_run
+from tools.secrets import read_secrets, redact
+from tools.settings import WorkbenchSettings
+from tools.sources import check_device, locate_model
+from tools.summary import Protocol, describe_protocol, escape, show
+from tools.texts import check_source
+
+if TYPE_CHECKING:
+    from tools.profile import Progress
+    from tools.workbench import Workbench
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "two-sided", "two-sided-obs", "two-sided+refit", "refit")
+ALLOCATIONS = ("uniform", "owl", "alphapruning", "evolution", "kappa")
+"""What `all` means: every method with every allocation."""
+
+REFERENCE = "sparsegpt:uniform"
+"""Degradations are shown as multiples of this recipe's."""
+
+SEARCH_CHILDREN = 8
+SEARCH_STAGES = (Stage(2, 1), Stage(1, 4))
+"""The evolutionary search's generations: small ones, so that a budget of a laptop's size holds several."""
+
+LABELLED = 10
+"""Recipes that the plot's legend names, the best ones; it explains the colours and marks of the others."""
+
+
+class CompareSettings(WorkbenchSettings):
+    """The model, its texts, and what is compared."""
+
+    recipes: str = Field(
+        "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
+        description="Comma-separated METHOD[+refit][~clipped]:ALLOCATION[@STRENGTH], or all. Methods: "
+        f"{', '.join(METHODS)}. Allocations: {', '.join(ALLOCATIONS)}, and kappa-mask.",
+    )
+    sparsity: str = Field("0.45", description="Comma-separated fractions and patterns, such as 0.45,0.6,2:4.")
+    out: str = Field("compare", min_length=1, description="Directory of the tables, the plot and the work.")
+    max_layer_sparsity: float = Field(0.95, gt=0, le=1, description="No layer is pruned further than this.")
+    evolution_tokens: int = Field(
+        65536, ge=1, description="Calibration tokens that the evolutionary search may evaluate for one row."
+    )
+
+    @field_validator("recipes", "sparsity", mode="before")
+    @classmethod
+    def _join_list(cls, value: Any) -> str:
+        """YAML has lists and numbers."""
+        return ",".join(str(part) for part in (value if isinstance(value, list) else [value]))
+
+
+class Row(BaseModel):
+    """One recipe at one sparsity, measured on the validation text."""
+
+    recipe: str
+    method: str = Field(description="What is done inside a layer, such as two-sided+refit.")
+    allocation: str = Field(description="How sparsity is shared out; uniform wherever a pattern says it all.")
+    sparsity: float = Field(description="The target, as a fraction.")
+    pattern: str = Field(description="N:M, or empty for zeros anywhere.")
+    achieved_sparsity: float
+    perplexity: float | None = Field(description="Null where the loss was not finite.")
+    dense_perplexity: float
+    kl: float | None = Field(description="KL(dense || pruned), nats per token; null where it was not finite.")
+    kl_error: float | None = Field(description="Standard error of kl over the windows.")
+    seconds: float = Field(description="Pruning the model, once it is known how much of each layer goes.")
+    allocation_seconds: float = Field(
+        description="Deciding that. A search's whole time, over interruptions; but about 0 where the curves or spectra "
+        "it takes were measured before, for another row."
+    )
+    peak_memory_bytes: int = Field(
+        description="The most that the process had used by then: of the GPU where the model is on one."
+    )
+    evaluated_tokens: int = Field(
+        description="Calibration tokens run through the model to share sparsity out, whether or not other rows read "
+        "the same. evolution: through pruned models. kappa: the profile's gradients, forward twice and backward, which "
+        "counts as two; and as many again for curves of the method's own."
+    )
+    protocol: Protocol
+
+
+class Comparison(BaseModel):
+    """`compare.json`."""
+
+    settings: dict[str, Any] = Field(description="Model and texts; rows of other settings are never mixed in.")
+    profile: str = Field(description="Hash of the profile that all rows share.")
+    profile_seconds: float
+    dense_perplexity: float
+    rows: list[Row] = []
+
+
+class Job(NamedTuple):
+    """One row to be made."""
+
+    label: str
+    recipe: Recipe
+    """Its allocation is uniform where the label's is evolution."""
+    sparsity: float
+
+    @property
+    def key(self) -> tuple[str, float, str]:
+        """What tells rows apart."""
+        return self.label, self.sparsity, self.recipe.pattern
+
+    @property
+    def title(self) -> str:
+        """For people, such as `refit:kappa at 45%`."""
+        return f"{self.label} at {_name_target(self.sparsity, self.recipe.pattern)}"
+
+    @property
+    def allocation(self) -> str:
+        """The label's part behind the colon."""
+        return self.label.partition(":")[2]
+
+
+class SavedSearch(BaseModel):
+    """Where the evolutionary search of a row stands, and what it is about: another one never goes on from it."""
+
+    profile: str
+    settings: SearchSettings
+    search: Search
+    seconds: float
+
+
+class Decision(NamedTuple):
+    """How much of each layer goes, and what it took to find out."""
+
+    allocation: Allocation
+    tokens: int
+    seconds: float
+
+
+# --- what is asked for ---------------------------------------------------------------------------------------------
+
+
+def list_jobs(recipes: str, sparsities: str) -> list[Job]:
+    """The rows asked for, in order. Raises UserError in one line for a recipe or a sparsity that there is not.
+
+    With a pattern every layer gets the same, so that allocations make no difference: each method is one row.
+    """
+    every = [f"{method}:{allocation}" for allocation in ALLOCATIONS for method in METHODS]
+    labels = [label for part in _split(recipes) for label in (every if part == "all" else [part])]
+    if not labels:
+        raise UserError("no recipe is given; try --recipes wanda:uniform,refit:kappa")
+    targets = [_parse_sparsity(part) for part in _split(sparsities)]
+    if not targets:
+        raise UserError("no sparsity is given; try --sparsity 0.45")
+    jobs: dict[tuple[str, float, str], Job] = {}
+    for sparsity, pattern in targets:
+        for label in labels:
+            job = _make_job(label, sparsity, pattern)
+            jobs.setdefault(job.key, job)
+    return list(jobs.values())
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _parse_sparsity(text: str) -> tuple[float, str]:
+    """(fraction, pattern or "")."""
+    try:
+        if ":" in text:
+            pruned, group = parse_pattern(text)
+            return pruned / group, f"{pruned}:{group}"
+        sparsity = float(text)
+    except ValueError as error:
+        raise UserError(f"sparsity {text!r} is neither a fraction such as 0.45 nor a pattern such as 2:4") from error
+    if not 0 < sparsity < 1:
+        raise UserError(f"sparsity {text!r} must lie between 0 and 1, such as 0.45")
+    return sparsity, ""
+
+
+def _make_job(label: str, sparsity: float, pattern: str) -> Job:
+    method, _, allocation = label.partition(":")
+    evolves = allocation == "evolution"
+    try:
+        recipe = parse_recipe(f"{method}:uniform" if evolves else label)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if pattern:
+        recipe = recipe.model_copy(update={"pattern": pattern, "allocation": "uniform", "strength": 1.0})
+        return Job(recipe.label, recipe, sparsity)
+    return Job(f"{recipe.mask_label}:evolution" if evolves else recipe.label, recipe, sparsity)
+
+
+def _name_target(sparsity: float, pattern: str) -> str:
+    return pattern or f"{100 * sparsity:g}%"
+
+
+# --- the rows ------------------------------------------------------------------------------------------------------
+
+
+def compare(settings: CompareSettings, console: Console) -> Comparison:
+    """Make the rows that are not there yet and print a line for each; everything is on disk after each.
+
+    A row that cannot be, by its bounds or its pattern, is left out with a warning. Raises UserError for those when all
+    others are made, and for bad input; DamagedArtifact when the profile that rows share is not whole.
+    """
+    jobs = list_jobs(settings.recipes, settings.sparsity)
+    _check_input(settings)
+    directory = Path(settings.out)
+    _lock(directory)
+    known = _read_comparison(directory, settings)
+    done = {_key(row): row for row in known.rows} if known else {}
+    if known:
+        _print_line(console, _describe_dense(known))
+    for job in jobs:
+        if job.key in done:
+            _print_line(console, _describe_row(job, done[job.key]))
+    impossible: list[str] = []
+    todo = [job for job in jobs if job.key not in done]
+    if todo or known is None:
+        known, impossible = _make_rows(todo, len(jobs), known, settings, console)
+    else:
+        _write(directory, known)  # a kill may have left some of the files a row behind
+    if console.is_terminal:
+        show_tables(known, console)
+    _print_line(console, f"see {directory / 'compare.md'}")
+    if impossible:
+        more = f" (and {len(impossible) - 1} more, warned of above)" if len(impossible) > 1 else ""
+        raise UserError(f"{impossible[0]}{more}")
+    return known
+
+
+def _make_rows(
+    jobs: list[Job], total: int, known: Comparison | None, settings: CompareSettings, console: Console
+) -> tuple[Comparison, list[str]]:
+    """(`known` with a row for each job that can be, why the others cannot)."""
+    from tools.workbench import use_workbench  # imports torch
+
+    directory = Path(settings.out)
+    impossible: list[str] = []
+
+    def warn(text: str) -> None:
+        _print_line(console, f"warning: {text}")
+
+    with (
+        _show_bars(console, total) as (begin, progress),
+        use_workbench(settings, directory / "work", warn, progress) as bench,
+    ):
+        if known is None:
+            begin("dense model", 0)
+            known = _profile(bench, settings, progress)
+            _write(directory, known)
+            _print_line(console, _describe_dense(known))
+        for i, job in enumerate(jobs):
+            begin(job.title, total - len(jobs) + i)
+            try:
+                row = _make_row(job, bench, known, settings, progress)
+            except ImpossiblePlan as error:
+                impossible.append(f"{job.title}: {error}")
+                warn(impossible[-1])
+                continue
+            known.rows.append(row)
+            _write(directory, known)
+            _print_line(console, _describe_row(job, row))
+    return known, impossible
+
+
+def _check_input(settings: CompareSettings) -> None:
+    """Refuse what can be refused before anything is loaded. Raises UserError."""
+    locate_model(settings.model)
+    check_device(settings.device)
+    _check_texts(settings)
+
+
+def _check_texts(settings: CompareSettings) -> None:
+    for source in (settings.calibration, settings.validation, settings.test):
+        check_source(source)
+
+
+def _lock(directory: Path) -> None:
+    """Keep other processes out, from before the rows are read. Raises UserError."""
+    try:
+        lock_run(directory / "work")
+    except OSError as error:
+        raise UserError(f"--out {directory} cannot be written: {error.strerror}") from error
+
+
+def _profile(bench: "Workbench", settings: CompareSettings, progress: "Progress") -> Comparison:
+    """The dense model's losses, statistics and curves, which all rows share."""
+    began = time.monotonic()
+    profile = bench.profile(progress)
+    dense = bench.read_profile(profile).dense.perplexity
+    assert dense is not None, "the workbench refuses a dense model that is not finite"
+    return Comparison(
+        settings=_fingerprint(settings),
+        profile=profile,
+        profile_seconds=round(time.monotonic() - began, 1),
+        dense_perplexity=dense,
+    )
+
+
+def _make_row(job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress") -> Row:
+    """Raises ImpossiblePlan."""
+    decide = _search if job.allocation == "evolution" else _allocate
+    allocation, tokens, allocation_seconds = decide(job, bench, known.profile, settings, progress)
+    bench.forget_checkpoints([])  # what earlier rows or tries made, so that every row's time is its own
+    began = time.monotonic()
+    checkpoint = bench.prune(known.profile, allocation, job.recipe, progress)
+    seconds = time.monotonic() - began
+    zeros, weights = bench.count_zeros()
+    evaluation = bench.evaluate(checkpoint, "validation", known.profile, progress)
+    return Row(
+        recipe=job.label,
+        method=job.recipe.mask_label,
+        allocation=job.allocation,
+        sparsity=job.sparsity,
+        pattern=job.recipe.pattern,
+        achieved_sparsity=zeros / weights,
+        perplexity=evaluation.perplexity,
+        dense_perplexity=known.dense_perplexity,
+        kl=evaluation.mean_kl,
+        kl_error=evaluation.kl_error,
+        seconds=round(seconds, 1),
+        allocation_seconds=round(allocation_seconds, 1),
+        peak_memory_bytes=bench.peak_memory_bytes(),
+        evaluated_tokens=tokens,
+        protocol=describe_protocol(settings, "validation"),
+    )
+
+
+def _allocate(job: Job, bench: "Workbench", profile: str, settings: CompareSettings, progress: "Progress") -> Decision:
+    began = time.monotonic()
+    layers = bench.describe_layers(profile, job.recipe, progress)
+    allocation = allocate(layers, job.sparsity, job.recipe, max_layer_sparsity=settings.max_layer_sparsity)
+    walks = 1 + job.recipe.needs_curves if job.recipe.allocation == "kappa" else 0
+    tokens = 4 * walks * _count_gradient_windows(settings) * settings.window
+    return Decision(allocation, tokens, time.monotonic() - began)
+
+
+def _count_gradient_windows(settings: CompareSettings) -> int:
+    return min(settings.gradient_windows, settings.calibration_windows)
+
+
+def _search(job: Job, bench: "Workbench", profile: str, settings: CompareSettings, progress: "Progress") -> Decision:
+    """The evolutionary search, saved after each generation."""
+    began = time.monotonic()
+    layers = bench.describe_layers(profile, job.recipe, progress)
+    rules = SearchSettings(
+        children=SEARCH_CHILDREN,
+        stages=list(SEARCH_STAGES),
+        window=settings.window,
+        windows=_count_gradient_windows(settings),
+        tokens=settings.evolution_tokens,
+        seed=settings.seed,
+        max_layer_sparsity=settings.max_layer_sparsity,
+    )
+    path = bench.directory / f"search-{job.recipe.mask_label}-{job.sparsity}.json"
+    saved = _read_search(path, profile, rules, bench)
+    earlier, tokens = (saved.seconds, saved.search.tokens) if saved else (0.0, 0)
+
+    def measure(zeros: dict[str, int], windows: Sequence[int]) -> float:
+        nonlocal tokens
+        progress(f"evolution for {job.recipe.mask_label}, tokens", tokens, settings.evolution_tokens)
+        bench.prune(profile, _as_allocation(zeros, layers), job.recipe, lambda *_: None)
+        tokens += len(windows) * settings.window
+        return bench.measure_kl(windows)
+
+    def keep(search: Search) -> None:
+        seconds = earlier + time.monotonic() - began
+        write_json(path, SavedSearch(profile=profile, settings=rules, search=search, seconds=seconds).model_dump())
+
+    found = evolve(layers, job.sparsity, rules, measure, keep, saved.search if saved else None)
+    return Decision(_as_allocation(found.zeros, layers), found.tokens, earlier + time.monotonic() - began)
+
+
+def _read_search(path: Path, profile: str, rules: SearchSettings, bench: "Workbench") -> SavedSearch | None:
+    """The search to go on with; None where there is none of the same profile and settings."""
+    if not path.is_file():
+        return None
+    try:
+        saved = SavedSearch.model_validate_json(path.read_bytes())
+    except ValueError:
+        bench.warn(f"{path} is damaged; the search begins anew")
+        return None
+    return saved if (saved.profile, saved.settings) == (profile, rules) else None
+
+
+def _as_allocation(zeros: dict[str, int], layers: Sequence[LayerProfile]) -> Allocation:
+    shares = np.array([zeros[layer.name] / layer.weights for layer in layers])
+    total = sum(layer.weights for layer in layers)
+    return Allocation(zeros=zeros, sparsity=sum(zeros.values()) / total, predicted_kl=predict_kl(layers, shares))
+
+
+def _key(row: Row) -> tuple[str, float, str]:
+    return row.recipe, row.sparsity, row.pattern
+
+
+def _fingerprint(settings: CompareSettings) -> dict[str, Any]:
+    """What rows must agree in to stand in one table."""
+    return settings.model_dump(exclude={"recipes", "sparsity", "out"})
+
+
+def _read_comparison(directory: Path, settings: CompareSettings) -> Comparison | None:
+    """What is in `--out`; None where nothing is. Raises UserError for a comparison with other settings."""
+    path = directory / "compare.json"
+    if not path.is_file():
+        return None
+    try:
+        known = Comparison.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    wanted = _fingerprint(settings)
+    changed = {name for name in wanted if known.settings.get(name) != wanted[name]}
+    if not any(row.allocation == "evolution" for row in known.rows):
+        changed.discard("evolution_tokens")  # no row has come of it yet
+    if changed:
+        names = ", ".join(sorted(changed))
+        raise UserError(f"{directory} holds a comparison with other settings ({names}); choose another --out")
+    return known.model_copy(update={"settings": wanted})
+
+
+# --- what is shown -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _show_bars(console: Console, total: int) -> Iterator[tuple[Callable[[str, int], None], "Progress"]]:
+    """(begin a row: its title, rows before it; show a step's progress) under two bars; without a terminal, nothing."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with ProgressBars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        rows = bars.add_task("", total=total)
+        present = bars.add_task("", total=None)
+
+        def begin(title: str, before: int) -> None:
+            bars.update(rows, description=title, completed=before)
+
+        def show_step(label: str, done: int, total: int) -> None:
+            if bars.tasks[present].description != label:
+                bars.reset(present, description=label)
+            bars.update(present, completed=done, total=total)
+
+        yield begin, show_step
+
+
+def _print_line(console: Console, line: str) -> None:
+    """Neither wrapped nor coloured."""
+    console.print(Text(line), soft_wrap=True)
+
+
+def _describe_dense(known: Comparison) -> str:
+    return f"dense: perplexity {show(known.dense_perplexity)}"
+
+
+def _describe_row(job: Job, row: Row) -> str:
+    kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
+    return (
+        f"{job.title}: {row.achieved_sparsity:.2%} zeros, perplexity {show(row.perplexity)}, KL {kl}, "
+        f"allocated in {row.allocation_seconds:.1f} s, pruned in {row.seconds:.1f} s"
+    )
+
+
+def show_tables(known: Comparison, console: Console) -> None:
+    """The tables of `compare.md` in the terminal."""
+    for name, rows in group_rows(known.rows):
+        table = Table(title=f"{name}; dense perplexity {show(known.dense_perplexity)}")
+        for i, title in enumerate(_HEADER):
+            table.add_column(title, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*_list_cells(row, known.rows))
+        console.print(table)
+
+
+def show_needs(settings: CompareSettings, console: Console) -> None:
+    """`--dry-run`: the memory, disk and time that the rows would need. Raises UserError."""
+    from tools.estimate import ASKED_FOR, estimate, print_estimate  # imports torch
+
+    jobs = list_jobs(settings.recipes, settings.sparsity)
+    _check_texts(settings)
+    found = estimate(settings, target=max(job.sparsity for job in jobs), rounds=len(jobs))
+    for work in found.work:
+        if work.name == ASKED_FOR:
+            work.times = len({job.recipe.mask_label for job in jobs if job.recipe.needs_curves})
+    print_estimate(found, console)
+    if searches := sum(job.allocation == "evolution" for job in jobs):
+        _print_line(
+            console,
+            f"not counted: {searches} evolutionary searches, each of up to {settings.evolution_tokens:,} tokens "
+            "through models pruned for it",
+        )
+
+
+# --- what is written -----------------------------------------------------------------------------------------------
+
+
+def _write(directory: Path, known: Comparison) -> None:
+    write_json(directory / "compare.json", known.model_dump())
+    write_text(directory / "compare.md", describe(known))
+    write_text(directory / "compare.csv", _as_csv(known.rows))
+    for kind in ("png", "svg"):
+        write_whole(directory / f"compare.{kind}", partial(_plot, known, kind))
+
+
+def _as_csv(rows: Sequence[Row]) -> str:
+    """The rows without their protocol, which is one and the same."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [name for name in Row.model_fields if name != "protocol"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.model_dump(exclude={"protocol"}) for row in rows)
+    return file.getvalue()
+
+
+def group_rows(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """(sparsity or pattern, its rows, best first) in the order of their sparsity."""
+    groups: dict[tuple[float, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.sparsity, row.pattern), []).append(row)
+    return [
+        (_name_target(*target), sorted(groups[target], key=lambda row: row.perplexity or float("inf")))
+        for target in sorted(groups)
+    ]
+
+
+def rank_recipes(rows: Sequence[Row]) -> list[str]:
+    """The recipes, best first: by their mean place among the rows of the same sparsity."""
+    places: dict[str, list[int]] = {}
+    for _, members in group_rows(rows):
+        for place, row in enumerate(members):
+            places.setdefault(row.recipe, []).append(place)
+    return sorted(places, key=lambda recipe: fmean(places[recipe]))
+
+
+def relative_degradation(row: Row, rows: Sequence[Row]) -> float | None:
+    """(perplexity - dense) as a multiple of uniform SparseGPT's at the same sparsity; None without it."""
+    same = (r for r in rows if (r.sparsity, r.pattern, r.recipe) == (row.sparsity, row.pattern, REFERENCE))
+    reference = next(same, None)
+    if reference is None or reference.perplexity is None or row.perplexity is None:
+        return None
+    rise = reference.perplexity - row.dense_perplexity
+    return (row.perplexity - row.dense_perplexity) / rise if rise > 0 else None
+
+
+_HEADER = ("recipe", "sparsity", "perplexity", "× SparseGPT", "KL", "prune s", "allocate s", "tokens")
+
+
+def _list_cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    relative = relative_degradation(row, rows)
+    return [
+        row.recipe,
+        f"{row.achieved_sparsity:.2%}",
+        show(row.perplexity),
+        "" if relative is None else f"{relative:.2f}",
+        "not finite" if row.kl is None or row.kl_error is None else f"{row.kl:.4f} ± {row.kl_error:.4f}",
+        f"{row.seconds:.1f}",
+        f"{row.allocation_seconds:.1f}",
+        f"{row.evaluated_tokens:,}",
+    ]
+
+
+def describe(known: Comparison) -> str:
+    """`compare.md`."""
+    settings = known.settings
+    lines = [
+        f"# {escape(settings['model'])}: recipes compared",
+        "",
+        f"Perplexity on {settings['validation_windows'] * settings['window']:,} tokens of `{settings['validation']}` "
+        f"in windows of {settings['window']}, {settings['dtype']}; dense: {show(known.dense_perplexity)}. Statistics "
+        f"from {settings['calibration_windows']} windows of `{settings['calibration']}`, gradients from "
+        f"{min(settings['gradient_windows'], settings['calibration_windows'])} of them "
+        f"({known.profile_seconds:.1f} s with the dense model's perplexity, shared by all rows).",
+        "",
+        f"Best first. × SparseGPT: how far perplexity rises above the dense model's, as a multiple of `{REFERENCE}` at "
+        "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "
+        "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
+        "the seconds of curves that several rows share stand in the first of them.",
+        "",
+        "![Perplexity over sparsity](compare.svg)",
+        "",
+    ]
+    for name, rows in group_rows(known.rows):
+        lines += [f"## {name}", "", f"| {' | '.join(_HEADER)} |", "|---|" + "---:|" * (len(_HEADER) - 1)]
+        for row in rows:
+            recipe, *figures = _list_cells(row, known.rows)
+            lines.append(f"| {' | '.join([f'`{recipe}`', *figures])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+_MARKS = "osD^v*PX<>ph"
+
+
+def _plot(known: Comparison, kind: str, path: Path) -> None:
+    """Perplexity over sparsity, a line for each recipe: coloured by allocation, marked by method, hollow for N:M."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatter
+
+    rows = [row for row in known.rows if row.perplexity is not None]
+    recipes = rank_recipes(rows)
+    allocations = list(dict.fromkeys([*ALLOCATIONS, *(row.allocation for row in rows)]))
+    methods = list(dict.fromkeys([*METHODS, *(row.method for row in rows)]))
+    colors = {name: f"C{i % 10}" for i, name in enumerate(allocations)}
+    marks = {name: _MARKS[i % len(_MARKS)] for i, name in enumerate(methods)}
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    legend = [axes.axhline(known.dense_perplexity, color="0.5", linestyle=":", label="dense")]
+    for i, recipe in enumerate(recipes):
+        own = [row for row in rows if row.recipe == recipe]
+        named = i < LABELLED
+        look: dict[str, Any] = {"color": colors[own[0].allocation], "marker": marks[own[0].method]}
+        paled = look | {"alpha": 1.0 if named else 0.4, "zorder": 3 if named else 2}
+        axes.plot(*_list_points(own, patterned=False), **paled)
+        axes.plot(*_list_points(own, patterned=True), **paled, linestyle="", fillstyle="none")
+        if named:
+            legend.append(Line2D([], [], **look, label=recipe))
+    if len(recipes) > LABELLED:
+        used = {name for row in rows for name in (row.allocation, row.method)}
+        legend += [Line2D([], [], color=colors[name], label=name) for name in allocations if name in used]
+        legend += [
+            Line2D([], [], color="0.4", linestyle="", marker=marks[name], label=name)
+            for name in methods
+            if name in used
+        ]
+    if any(row.pattern for row in rows):
+        legend.append(Line2D([], [], color="0.4", linestyle="", marker="o", fillstyle="none", label="hollow: N:M"))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set_xlabel("sparsity")
+    axes.set_ylabel("perplexity on the validation text")
+    figure.legend(handles=legend, loc="outside right upper", fontsize="small")
+    with matplotlib.rc_context({"svg.hashsalt": "billhook"}):  # the same rows, the same file
+        figure.savefig(path, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+
+
+def _list_points(rows: Sequence[Row], *, patterned: bool) -> tuple[list[float], list[float]]:
+    """(sparsities, perplexities)."""
+    points = sorted(
+        (row.achieved_sparsity, row.perplexity)
+        for row in rows
+        if row.perplexity is not None and bool(row.pattern) is patterned
+    )
+    return [x for x, _ in points], [y for _, y in points]
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One flag per field of `CompareSettings`, beside two about the command itself."""
+    parser = Parser(
+        prog="python -m tools.compare",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Show the memory, disk and time that the rows would need. Only the model's config is read: --model may be "
+        "a config.json alone.",
+    )
+    add_flags(parser, CompareSettings)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0 done, 1 interrupted (the same command goes on), 2 bad input."""
+    read_secrets()
+    try:
+        options, flags = parse_flags(make_parser(), CompareSettings, sys.argv[1:] if arguments is None else arguments)
+        path = Path(options.config) if options.config else None
+        settings = read_options(CompareSettings, flags, path, ignore_unknown=True)
+        if options.dry_run:
+            show_needs(settings, Console())
+        else:
+            compare(settings, Console())
+    except UserError as error:
+        return _refuse(str(error))
+    except DamagedArtifact as error:
+        return _refuse(f"{error}; begin again with another --out")
+    except KeyboardInterrupt:
+        print("stopped; the rows that are done are kept, and the same command goes on", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
