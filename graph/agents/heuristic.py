@@ -137,12 +137,12 @@ def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
     if recipe.statistics == "dense":
         sequential = recipe.model_copy(update={"statistics": "sequential"})
         yield _vary(base, sequential, "Block by block, each seeing what its pruned predecessors pass on.")
-    if recipe.curves == "mask":
-        own = recipe.model_copy(update={"curves": "method"})
-        yield _vary(base, own, "Share out by what this method really leaves, instead of by what a mask removes.")
     if recipe.gamma == "plain":
         clipped = recipe.model_copy(update={"gamma": "clipped"})
         yield _vary(base, clipped, "Clip gamma, in case a few loud tokens decide which weights go.")
+    if recipe.curves == "mask":
+        own = recipe.model_copy(update={"curves": "method"})
+        yield _vary(base, own, "Share out by what this method really leaves, instead of by what a mask removes.")
     for strength in STRENGTHS:
         yield _vary(
             base,
