@@ -1,0 +1,205 @@
+"""Scores and fits of whole channels against NumPy in float64."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.channels import (
+    InputMoments,
+    MomentSums,
+    expand_units,
+    fit_kept,
+    keep_highest_units,
+    score_fluctuation,
+    score_residual,
+)
+from kernels.refit import DAMPING
+
+Array = NDArray[np.float64]
+ROWS, CHANNELS, TOKENS = 7, 24, 300
+KEPT = torch.tensor([0, 1, 4, 5, 6, 9, 10, 12, 15, 16, 17, 20, 22, 23])
+
+
+class Case(NamedTuple):
+    """A layer, what it reads, and something else that it shall give."""
+
+    weight: Tensor
+    bias: Tensor
+    x: Tensor
+    extra: Tensor
+
+
+def make_case(seed: int = 0) -> Case:
+    """Correlated channels, each with a mean of its own, some of them loud."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(CHANNELS, CHANNELS, generator=generator) / CHANNELS**0.5 + torch.eye(CHANNELS)
+    x = torch.randn(TOKENS, CHANNELS, generator=generator) @ mix + 2 * torch.randn(CHANNELS, generator=generator)
+    x[:, ::9] *= 5
+    weight = torch.randn(ROWS, CHANNELS, generator=generator)
+    extra = x[:, :ROWS].square() + torch.randn(TOKENS, ROWS, generator=generator)
+    return Case(weight, torch.randn(ROWS, generator=generator), x, extra)
+
+
+def sum_up(x: Tensor, extra: Tensor | None = None) -> InputMoments:
+    """The moments, counted in two batches."""
+    sums = MomentSums(x.shape[1], x.device)
+    for part in (slice(0, 100), slice(100, None)):
+        sums.add(x[part], None if extra is None else extra[part])
+    return sums.finish()
+
+
+def solve(case: Case, kept: Tensor, *, biased: bool, extra: bool = False) -> tuple[Array, Array, float]:
+    """(W', b', the damped mean squared error): least squares over tokens, and a row for each damped weight."""
+    x, weight = case.x.double().numpy(), case.weight.double().numpy()
+    target = x @ weight.T + (case.bias.double().numpy() if biased else 0)
+    target = target + case.extra.double().numpy() if extra else target
+    spread = x - x.mean(0) if biased else x
+    damping = np.sqrt(TOKENS * DAMPING * (spread**2).mean())
+    rows = np.concatenate([x[:, kept], damping * np.eye(len(kept))])
+    if biased:
+        rows = np.concatenate([rows, np.r_[np.ones(TOKENS), np.zeros(len(kept))][:, None]], axis=1)
+    target = np.concatenate([target, damping * weight[:, kept].T])
+    fitted = np.linalg.lstsq(rows, target, rcond=None)[0]
+    error = float(((rows @ fitted - target) ** 2).sum() / TOKENS)
+    return fitted[: len(kept)].T, fitted[len(kept)] if biased else np.zeros(ROWS), error
+
+
+def mean_square_error(case: Case, kept: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """Mean over tokens of |(W x + b) - (W' x_K + b')|^2; both biases 0 where there is none."""
+    wanted = case.x @ case.weight.T + (0 if bias is None else case.bias)
+    return float((wanted - case.x[:, kept] @ weight.T - (0 if bias is None else bias)).square().sum(1).mean())
+
+
+def test_moments_of_batches_are_those_of_all_tokens() -> None:
+    case = make_case()
+    moments = sum_up(case.x, case.extra)
+    x, extra = case.x.double().numpy(), case.extra.double().numpy()
+    np.testing.assert_allclose(moments.mean_I, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance_I, x.var(0), rtol=1e-9)
+    np.testing.assert_allclose(moments.second_moment_II, x.T @ x / TOKENS, rtol=1e-4, atol=1e-5)
+    assert moments.extra_mean_O is not None and moments.extra_moment_OI is not None
+    np.testing.assert_allclose(moments.extra_mean_O, extra.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.extra_moment_OI, extra.T @ x / TOKENS, rtol=1e-4, atol=1e-3)
+
+
+def test_a_small_variance_about_a_large_mean_is_not_lost() -> None:
+    x = 1000 + 0.01 * torch.randn(TOKENS, 3, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(sum_up(x).variance_I, x.double().numpy().var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"^the second moment is not finite$"):
+        sum_up(torch.full((TOKENS, 3), value))
+
+
+def test_fluctuation_is_variance_times_the_column_s_length() -> None:
+    case = make_case()
+    slow = []
+    for j in range(CHANNELS):
+        values = [float(v) for v in case.x[:, j]]
+        mean = sum(values) / TOKENS
+        variance = sum((v - mean) ** 2 for v in values) / TOKENS
+        slow.append(variance * sum(float(w) ** 2 for w in case.weight[:, j]))
+    np.testing.assert_allclose(score_fluctuation(case.weight, sum_up(case.x)), slow, rtol=1e-9)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("units", [4, 24])
+def test_residual_is_the_least_error_without_the_unit(units: int, biased: bool) -> None:
+    case = make_case()
+    width = CHANNELS // units
+    slow = []
+    for unit in range(units):
+        gone = slice(unit * width, (unit + 1) * width)
+        kept = torch.cat([torch.arange(CHANNELS)[: gone.start], torch.arange(CHANNELS)[gone.stop :]])
+        spread = case.x.double() - (case.x.double().mean(0) if biased else 0)
+        shrunk = DAMPING * float(spread.square().mean()) * float(case.weight[:, gone].double().square().sum())
+        slow.append(solve(case, kept, biased=biased)[2] + shrunk)  # what went is damped towards itself too
+    scores = score_residual(case.weight, sum_up(case.x), units, biased=biased)
+    np.testing.assert_allclose(scores, slow, rtol=1e-4)
+
+
+def test_a_layer_that_sees_nothing_has_no_residual() -> None:
+    assert score_residual(torch.ones(2, 6), sum_up(torch.zeros(TOKENS, 6)), 3, biased=False).tolist() == [0, 0, 0]
+
+
+def test_the_lowest_units_go_and_ties_go_from_the_left() -> None:
+    assert keep_highest_units(torch.tensor([3.0, 1.0, 1.0, 2.0, 1.0]), 2).tolist() == [0, 3, 4]
+    assert keep_highest_units(torch.tensor([3.0, 1.0]), 0).tolist() == [0, 1]
+
+
+def test_units_are_runs_of_channels() -> None:
+    assert expand_units(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
+
+
+def test_without_a_bias_it_is_damped_least_squares() -> None:
+    case = make_case()
+    weight, bias = fit_kept(case.weight, None, sum_up(case.x), KEPT)
+    assert bias is None and weight.dtype == torch.float32
+    np.testing.assert_allclose(weight, solve(case, KEPT, biased=False)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_with_a_bias_it_is_damped_least_squares_with_an_intercept() -> None:
+    case = make_case()
+    weight, bias = fit_kept(case.weight, case.bias, sum_up(case.x), KEPT)
+    wanted = solve(case, KEPT, biased=True)
+    assert bias is not None
+    np.testing.assert_allclose(weight, wanted[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(bias, wanted[1], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_else_the_layer_shall_give_is_fitted_too(biased: bool) -> None:
+    case = make_case()
+    weight, bias = fit_kept(case.weight, case.bias if biased else None, sum_up(case.x, case.extra), KEPT)
+    wanted = solve(case, KEPT, biased=biased, extra=True)
+    np.testing.assert_allclose(weight, wanted[0], rtol=1e-3, atol=2e-2)
+    if biased:
+        assert bias is not None
+        np.testing.assert_allclose(bias, wanted[1], rtol=1e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_fit_is_better_than_the_cut(biased: bool) -> None:
+    case = make_case()
+    given = case.bias if biased else None
+    fitted = fit_kept(case.weight, given, sum_up(case.x), KEPT)
+    assert mean_square_error(case, KEPT, *fitted) < 0.9 * mean_square_error(case, KEPT, case.weight[:, KEPT], given)
+
+
+def test_a_constant_channel_goes_into_the_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, 4, generator=generator)
+    x[:, 3] = 5
+    weight, bias = fit_kept(torch.ones(2, 4), torch.zeros(2), sum_up(x), torch.arange(3))
+    assert bias is not None
+    np.testing.assert_allclose(weight, np.ones((2, 3)), atol=1e-5)
+    np.testing.assert_allclose(bias, [5, 5], atol=1e-5)
+
+
+def test_a_layer_that_sees_nothing_keeps_its_columns() -> None:
+    case = make_case()
+    weight, _ = fit_kept(case.weight, None, sum_up(torch.zeros_like(case.x)), KEPT)
+    assert torch.equal(weight, case.weight[:, KEPT])
+
+
+def test_the_result_has_the_weight_s_dtype() -> None:
+    case = make_case()
+    weight, bias = fit_kept(case.weight.bfloat16(), case.bias.bfloat16(), sum_up(case.x.bfloat16()), KEPT)
+    assert bias is not None and weight.dtype == bias.dtype == torch.bfloat16
+
+
+def test_the_damping_escalates_where_the_factorisation_fails() -> None:
+    diagonal = torch.tensor([4.0, 4.0, 4.0, -0.5])  # rounding may leave a moment that is not quite one
+    moments = InputMoments(torch.zeros(4).double(), torch.ones(4).double(), diagonal.diag())
+    weight, _ = fit_kept(torch.ones(1, 4), None, moments, torch.tensor([0, 3]))
+    assert torch.isfinite(weight).all()
+    np.testing.assert_allclose(weight, [[1, 1]], rtol=1e-6)  # with a diagonal moment nothing else is needed
+    hopeless = moments._replace(second_moment_II=torch.tensor([1e6, -1e6 + 1, 0, 0]).diag())
+    with pytest.raises(ValueError, match=r"^the second moment is not positive definite, whatever the damping$"):
+        fit_kept(torch.ones(1, 4), None, hopeless, torch.tensor([0, 1]))
