@@ -38,7 +38,7 @@ from tools.cut import (
 from tools.errors import UserError
 from tools.evaluate import Evaluation, evaluate_windows
 from tools.export import export_model
-from tools.files import write_json
+from tools.files import write_json, write_text
 from tools.options import Parser, add_flags, parse_flags, read_options
 from tools.profile import Progress
 from tools.readout import check_readout, compute_hidden
@@ -143,6 +143,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     )
     export_model(model, tokenizer, directory / "model", write_card(result))
     result.cut.file_bytes = sum(file.stat().st_size for file in (directory / "model").glob("*.safetensors"))
+    write_text(directory / "model" / "README.md", write_card(result))
     write_json(directory / "structure.json", result.model_dump())
     return result
 
