@@ -190,7 +190,7 @@ def measure_speeds(models: Sequence[Any], ids_T: Tensor, step: Progress) -> list
         step("measure speed", i, REPEATS + 1)
         for model, forward, decoding in zip(models, forwards, decodings, strict=True):
             forward.append(_time(lambda: compute_hidden(model, ids_T[None]), ids_T))  # noqa: B023
-            decoding.append(_time(lambda: _decode(model, ids_T), ids_T))  # noqa: B023
+            decoding.append(_time(lambda: decode(model, ids_T), ids_T))  # noqa: B023
     step("measure speed", REPEATS + 1, REPEATS + 1)
     return [
         (statistics.median(forward[1:]), DECODED / statistics.median(decoding[1:]))
@@ -210,10 +210,13 @@ def _time(run: Callable[[], Any], ids_T: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def _decode(model: Any, ids_T: Tensor) -> None:
+def decode(model: Any, ids_T: Tensor) -> Tensor:
+    """The first PROMPT tokens and the DECODED most likely ones after them, (1, PROMPT + DECODED)."""
     prompt_BT = ids_T[None, :PROMPT]
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=DECODED, eos_token_id=None, pad_token_id=0)
-    model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy)
+    # Without a least number a model that ends its text early would seem the faster one.
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=DECODED, min_new_tokens=DECODED, pad_token_id=0)
+    tokens_BT: Tensor = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy)
+    return tokens_BT
 
 
 def _figures(model: Any, evaluation: Evaluation, speed: tuple[float, float]) -> Figures:
