@@ -11,7 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from graph.agents.planner import Situation, allocate_plan, describe_plan
+from graph.agents.planner import Situation
+from graph.plans import allocate_plan, describe_plan
 from graph.state import SAME_SPARSITY, Lesson, Plan, Trial
 from tools.allocate import ImpossiblePlan
 from tools.curves import LayerProfile, predict_kl

@@ -8,8 +8,9 @@ from langgraph.runtime import Runtime
 
 from graph.agents.chat import AgentError, CallRecord, open_chat
 from graph.agents.heuristic import plan_by_rule
-from graph.agents.planner import Situation, allocate_plan, describe_plan, plan_with_chat
+from graph.agents.planner import Situation, plan_with_chat
 from graph.config import RunConfig
+from graph.plans import allocate_plan, describe_plan
 from graph.session import Session, enter, open_bench
 from graph.state import Plan, State, Usage, last_accepted
 

@@ -8,10 +8,10 @@ import numpy as np
 from langgraph.runtime import Runtime
 
 from graph.agents.chat import check_planner
-from graph.agents.planner import allocate_plan
 from graph.config import RunConfig
 from graph.memory import read_lessons
 from graph.persistence import runs_directory
+from graph.plans import allocate_plan
 from graph.session import Session, create_run, enter, open_bench
 from graph.state import Plan, State, Trial
 from tools.allocate import ImpossiblePlan

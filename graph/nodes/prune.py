@@ -4,8 +4,8 @@ from typing import Any
 
 from langgraph.runtime import Runtime
 
-from graph.agents.planner import allocate_plan, find_recipe
 from graph.config import RunConfig
+from graph.plans import allocate_plan, find_recipe
 from graph.session import enter, open_bench, tell_layers
 from graph.state import State
 

@@ -5,8 +5,8 @@ from typing import Any, Literal
 from langgraph.runtime import Runtime
 
 from graph.agents.heuristic import group_kl
-from graph.agents.planner import describe_plan
 from graph.config import RunConfig
+from graph.plans import describe_plan
 from graph.session import enter, open_bench
 from graph.state import SAME_SPARSITY, SIGMAS, State, Trial, last_accepted
 from tools.evaluate import Evaluation, compare_kl

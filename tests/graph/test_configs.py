@@ -9,8 +9,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from graph.agents.planner import find_recipe
 from graph.config import RunConfig
+from graph.plans import find_recipe
 from graph.state import Plan
 from tools.options import CONFIGS
 from tools.recipes import Recipe

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from graph.agents.heuristic import MASKS, STRONG, calibration, group_layers, plan_by_rule, rank_groups
-from graph.agents.planner import Situation, describe_plan
+from graph.agents.planner import Situation
 from graph.config import RunConfig
+from graph.plans import describe_plan
 from graph.state import Lesson, Plan, Trial
 from tests.profiles import make_profile
 from tools.curves import LEVELS, LayerProfile

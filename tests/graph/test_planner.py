@@ -18,12 +18,12 @@ from graph.agents.planner import (
     PROMPT,
     Situation,
     describe_layers,
-    describe_plan,
     plan_with_chat,
     planner_messages,
     quote_data,
 )
 from graph.config import RunConfig
+from graph.plans import describe_plan
 from graph.state import Lesson, Plan, Trial
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
 from tests.profiles import make_profile
