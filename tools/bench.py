@@ -67,7 +67,7 @@ class BenchSettings(WorkbenchSettings):
     """The model, its texts, and how often each thing is timed."""
 
     window: int = _with_default("window", 256)
-    calibration_windows: int = _with_default("calibration_windows", 8)
+    calibration_windows: int = _with_default("calibration_windows", 16)
     gradient_windows: int = _with_default("gradient_windows", 2)
     validation_windows: int = _with_default("validation_windows", 4)
     test_windows: int = _with_default("test_windows", 1)
@@ -207,8 +207,7 @@ class Site:
 def bench_wanda(site: Site) -> list[Result]:
     """Wanda in one shot, against a forward of its calibration text.
 
-    Wanda needs the mean square of every input. The walk that there is collects the full second moments as well, which
-    the refit needs; the rows show it and the masks apart too.
+    Wanda needs the mean square of every input; the refit needs the full second moments, whose walk is shown beside.
     """
     bench, windows_BT = site.bench, site.calibration_BT
     blocks = Blocks(bench.model)
@@ -219,12 +218,11 @@ def bench_wanda(site: Site) -> list[Result]:
         for ids_T in windows_BT:
             compute_hidden(bench.model, ids_T[None])
 
-    def walk() -> None:
+    def walk(full: bool) -> None:
         states = embed_windows(blocks, windows_BT)
         for block, layers in enumerate(layers_by_block(bench.layers, len(blocks))):
-            moments, states = collect_moments(blocks, block, layers, windows_BT, states)
-            for name, leader in moments.group.items():
-                mean_square[name] = moments.second_moment[leader].diagonal().clone()
+            moments, states = collect_moments(blocks, block, layers, windows_BT, states, full=full)
+            mean_square.update({name: moments.mean_square[leader] for name, leader in moments.group.items()})
 
     def prune() -> None:
         for layer in bench.layers:
@@ -233,13 +231,16 @@ def bench_wanda(site: Site) -> list[Result]:
             prune_weight("wanda", weight_OI, known, round(SPARSITY * weight_OI.numel()), refit=False)
 
     bench.restore(DENSE)
-    bare, walked, pruned = site.time(Task(forward), Task(walk), Task(prune))
+    bare, full, walked, pruned = site.time(
+        Task(forward), Task(lambda: walk(full=True)), Task(lambda: walk(full=False)), Task(prune)
+    )
     whole = [a + b for a, b in zip(walked, pruned, strict=True)]
     reference = f"bare forward of {windows_BT.numel()} calibration tokens, without logits"
     return [
-        site.compare("wanda", "full second moments, then Wanda's masks of all layers", whole, reference, bare, 1.3),
-        site.compare("wanda/moments", "of this, the walk with full second moments", walked, reference, bare),
+        site.compare("wanda", "mean squares, then Wanda's masks of all layers", whole, reference, bare, 1.3),
+        site.compare("wanda/squares", "of this, the walk with mean squares", walked, reference, bare),
         site.compare("wanda/masks", "of this, the masks and masked weights", pruned, reference, bare),
+        site.compare("wanda/moments", "not of this: the walk with full second moments", full, reference, bare),
     ]
 
 

@@ -271,7 +271,8 @@ def _make_rows(
     ):
         if known is None:
             begin("dense model", 0)
-            known = _profile(bench, settings, progress)
+            masks_only = not any(job.recipe.changes_survivors for job in jobs)
+            known = _profile(bench, settings, progress, masks_only)
             _write(directory, known)
             _print_line(console, _describe_dense(known))
         for i, job in enumerate(jobs):
@@ -308,10 +309,10 @@ def _lock(directory: Path) -> None:
         raise UserError(f"--out {directory} cannot be written: {error.strerror}") from error
 
 
-def _profile(bench: "Workbench", settings: CompareSettings, progress: "Progress") -> Comparison:
+def _profile(bench: "Workbench", settings: CompareSettings, progress: "Progress", masks_only: bool) -> Comparison:
     """The dense model's losses, statistics and curves, which all rows share."""
     began = time.monotonic()
-    profile = bench.profile(progress)
+    profile = bench.profile(progress, masks_only=masks_only)
     dense = bench.read_profile(profile).dense.perplexity
     assert dense is not None, "the workbench refuses a dense model that is not finite"
     return Comparison(

@@ -56,10 +56,12 @@ class ModelStatistics:
 
 
 class Moments(NamedTuple):
-    """What one block's layers read."""
+    """What one block's layers read; fp32, by the first layer of each group that reads the same tensor (q, k and v)."""
 
+    mean_square: dict[str, Tensor]
+    """Mean of x^2 of each input."""
     second_moment: dict[str, Tensor]
-    """Mean of x x^T, fp32, by the first layer of each group that reads the same tensor (q, k and v; gate and up)."""
+    """Mean of x x^T; empty where only the mean squares were asked for."""
     group: dict[str, str]
 
 
@@ -118,13 +120,20 @@ def run_block(blocks: Blocks, block: int, windows_BT: Tensor, inputs: Sequence[T
 
 
 def collect_moments(
-    blocks: Blocks, block: int, layers: Sequence[Layer], windows_BT: Tensor, inputs: Sequence[Tensor]
+    blocks: Blocks,
+    block: int,
+    layers: Sequence[Layer],
+    windows_BT: Tensor,
+    inputs: Sequence[Tensor],
+    *,
+    full: bool = True,
 ) -> tuple[Moments, list[Tensor]]:
-    """(second moments of what a block's layers read, the block's outputs). fp32, means over all tokens.
+    """(moments of what a block's layers read, the block's outputs). fp32, means over all tokens.
 
+    The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products.
     Raises UserError for a layer that never ran, such as an expert that no token was sent to.
     """
-    moments: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     group: dict[str, str] = {}
     last: tuple[str, Tensor | None] = ("", None)
 
@@ -134,9 +143,13 @@ def collect_moments(
         shares = known is not None and known.data_ptr() == x_TI.data_ptr() != 0 and known.shape == x_TI.shape
         leader = group.setdefault(layer.name, last[0] if shares else layer.name)
         if leader == layer.name:
-            if leader not in moments:
-                moments[leader] = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
-            add_second_moment(moments[leader], x_TI)
+            if leader not in sums:
+                width = x_TI.shape[1]
+                sums[leader] = torch.zeros((width, width) if full else width, device=x_TI.device)
+            if full:
+                add_second_moment(sums[leader], x_TI)
+            else:
+                sums[leader] += sum_squares(x_TI)
             last = (leader, x_TI)
 
     with _tapped(layers, on_input):
@@ -144,9 +157,11 @@ def collect_moments(
     for layer in layers:
         if layer.name not in group:
             raise UserError(f"layer {layer.name} never ran on the calibration text, so that nothing is known of it")
-    for moment in moments.values():
-        moment /= windows_BT.numel()
-    return Moments(moments, group), outputs
+    for total in sums.values():
+        total /= windows_BT.numel()
+    if full:
+        return Moments({leader: total_II.diagonal() for leader, total_II in sums.items()}, sums, group), outputs
+    return Moments(sums, {}, group), outputs
 
 
 def walk_back(
@@ -209,12 +224,13 @@ def collect_statistics(
     gradient_windows: int,
     seed: int,
     progress: Progress,
-    keep_moment: Callable[[str, Tensor], None],
+    keep_moment: Callable[[str, Tensor], None] | None,
     dense: Mapping[str, Tensor] | None = None,
 ) -> ModelStatistics:
     """Input moments over all windows; output-gradient moments and KL curves over the first `gradient_windows`.
 
-    Each second moment is handed to `keep_moment` (name of its group, A) as soon as it is whole, and not held.
+    Each second moment is handed to `keep_moment` (name of its group, A) as soon as it is whole, and not held; without
+    it only mean squares are collected.
     kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself; dW is what the
     two-sided mask removes of the `dense` weights where they are given, else of those in the model. Raises UserError for
     a layer that never ran.
@@ -228,13 +244,13 @@ def collect_statistics(
     for block in range(len(blocks)):
         progress("statistics", block, len(blocks))
         inputs.append(states[:gradient_windows])
-        moments, states = collect_moments(blocks, block, grouped[block], windows_BT, states)
+        full = keep_moment is not None
+        moments, states = collect_moments(blocks, block, grouped[block], windows_BT, states, full=full)
         group |= moments.group
-        mean_square |= {
-            name: moments.second_moment[leader].diagonal().clone() for name, leader in moments.group.items()
-        }
-        for leader, moment in moments.second_moment.items():
-            keep_moment(leader, moment)
+        mean_square |= {name: moments.mean_square[leader].clone() for name, leader in moments.group.items()}
+        if keep_moment is not None:
+            for leader, moment_II in moments.second_moment.items():
+                keep_moment(leader, moment_II)
     progress("statistics", len(blocks), len(blocks))
     del states  # the way down needs the gradient windows only
 

@@ -77,6 +77,7 @@ class StoredProfile(BaseModel):
     layers: list[LayerProfile]
     means: str
     moments: dict[str, str]
+    """Artifact of the second moment of each group of layers; empty until a recipe needs them."""
     group: dict[str, str]
     hidden: str
     dense: Evaluation
@@ -119,8 +120,11 @@ class Workbench:
 
     # --- profile -----------------------------------------------------------------------------------------------
 
-    def profile(self, progress: Progress, first: str = "") -> str:
+    def profile(self, progress: Progress, first: str = "", *, masks_only: bool = False) -> str:
         """Statistics, KL curves and the dense model's losses, kept as artifacts; the id of the profile.
+
+        With `masks_only` the second moments of the dense model's inputs wait until a recipe that changes survivors
+        asks for them.
 
         The first profile is that of the dense model. Given its id, another is made of the weights in the model now:
         activations and gradients are theirs, while scores and curves stay about the dense weights, which all
@@ -136,8 +140,9 @@ class Workbench:
         def keep_moment(name: str, moment_II: Tensor) -> None:
             moments[name] = self.store.write_tensors({"A": moment_II})
 
+        keep = None if masks_only and not first else keep_moment
         statistics = collect_statistics(
-            self.model, self.layers, windows, count, self.settings.seed, progress, keep_moment, self.dense
+            self.model, self.layers, windows, count, self.settings.seed, progress, keep, self.dense
         )
         _refuse_infinite(statistics, self.settings.dtype)
         means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
@@ -185,7 +190,7 @@ class Workbench:
             return LayerStatistics(moment_II.diagonal(), gamma_O, moment_II)
         if not recipe.changes_survivors:
             return LayerStatistics(means[f"a/{name}"].to(self.device), gamma_O)
-        digest = stored.moments[stored.group[name]]
+        digest = self._find_moments(profile)[stored.group[name]]
         if self._shared is None or self._shared[0] != digest:  # neighbours share one; only one is held
             moment_II = self.store.read_tensors(digest)["A"].to(self.device)
             statistics = LayerStatistics(means[f"a/{name}"].to(self.device), gamma_O, moment_II)
@@ -193,6 +198,24 @@ class Workbench:
             statistics = self._shared[1].for_outputs(gamma_O)
         self._shared = (digest, statistics)
         return statistics
+
+    def _find_moments(self, profile: str, progress: Progress = lambda *_: None) -> dict[str, str]:
+        """Artifact of each second moment; where the profile was made for masks alone, measured in the dense model."""
+        stored = self.read_profile(profile)
+        return stored.moments or self._measure_once(["moments", profile], lambda: self._measure_moments(progress))
+
+    def _measure_moments(self, progress: Progress) -> dict[str, str]:
+        self.restore(DENSE)
+        walk = _TextWalk(self._prefix.blocks, self.windows.calibration.to(self.device))
+        artifacts: dict[str, str] = {}
+        for block, layers in enumerate(layers_by_block(self.layers, len(walk.blocks))):
+            progress("second moments", block, len(walk.blocks))
+            moments, walk.states = collect_moments(walk.blocks, block, layers, walk.windows_BT, walk.states)
+            artifacts |= {
+                name: self.store.write_tensors({"A": moment_II}) for name, moment_II in moments.second_moment.items()
+            }
+        progress("second moments", len(walk.blocks), len(walk.blocks))
+        return artifacts
 
     def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """The profile's layers, with what the recipe's allocation needs beyond it: measured once, then read back."""
@@ -241,6 +264,8 @@ class Workbench:
                 yield before_OI.float() - pruned_OI.float()
                 before_OI = pruned_OI
 
+        if recipe.changes_survivors:
+            self._find_moments(profile, progress)
         self.restore(DENSE)
         windows = self.windows.calibration[: self.settings.gradient_windows].to(self.device)
         kappa = measure_kappa(self.model, self.layers, windows, self.settings.seed, progress, parts_of)
@@ -258,6 +283,8 @@ class Workbench:
         if recipe.statistics == "sequential":
             records = self._prune_in_order(profile, allocation.zeros, recipe, progress)
         else:
+            if recipe.changes_survivors:
+                self._find_moments(profile, progress)  # before any layer is pruned: it may run the dense model
             records = {}
             index = self._read_index()
             for i, (name, zeros) in enumerate(allocation.zeros.items()):

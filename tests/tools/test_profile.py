@@ -321,6 +321,21 @@ def test_moments_behind_pruned_blocks_are_explicit_means() -> None:
     for name, leader in moments.group.items():
         largest = float(total[name].max())
         torch.testing.assert_close(moments.second_moment[leader], total[name], rtol=1e-3, atol=1e-4 * largest)
+        assert torch.equal(moments.mean_square[leader], moments.second_moment[leader].diagonal())
+
+
+def test_mean_squares_alone_are_the_diagonal_of_the_second_moments() -> None:
+    model = make_tiny_model("llama")
+    layers, windows = find_layers(model), make_windows()
+    blocks = Blocks(model)
+    first = [layer for layer in layers if layer.block == 0]
+    states = embed_windows(blocks, windows)
+    full, outputs = collect_moments(blocks, 0, first, windows, states)
+    squares, same_outputs = collect_moments(blocks, 0, first, windows, states, full=False)
+    assert squares.group == full.group and squares.second_moment == {}
+    assert all(torch.equal(a, b) for a, b in zip(outputs, same_outputs, strict=True))
+    for leader, square in full.mean_square.items():
+        torch.testing.assert_close(squares.mean_square[leader], square, rtol=1e-5, atol=0)
 
 
 @contextmanager

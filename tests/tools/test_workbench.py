@@ -111,6 +111,18 @@ def test_a_profile_holds_every_layer_and_comes_out_the_same_again(bench: Workben
     assert same(snapshot(bench), before)
 
 
+def test_second_moments_wait_until_a_recipe_needs_them(bench: Workbench) -> None:
+    whole = bench.read_profile(bench.profile(ignore))
+    profile = bench.profile(ignore, masks_only=True)
+    assert bench.read_profile(profile).moments == {}
+    bench.prune(profile, plan(bench, profile, 0.5, MASK), MASK, ignore)
+    assert not any(bench.store.has(artifact, ".json") for artifact in bench._read_index(".json").values())
+    refitted = bench.prune(profile, plan(bench, profile, 0.5), REFIT, ignore)
+    assert bench._find_moments(profile) == whole.moments
+    planned = bench.planned_sparsity(refitted)
+    assert dict(zip(bench.by_name, bench.sparsities(), strict=True)) == pytest.approx(planned)
+
+
 def test_a_profile_of_a_second_process_is_the_same(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     settings, directory = bench.settings, bench.directory
