@@ -234,10 +234,10 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     known = _read_comparison(directory, settings)
     done = {_key(row): row for row in known.rows} if known else {}
     if known:
-        _print_line(console, _describe_dense(known))
+        print_line(console, _describe_dense(known))
     for job in jobs:
         if job.key in done:
-            _print_line(console, _describe_row(job, done[job.key]))
+            print_line(console, _describe_row(job, done[job.key]))
     impossible: list[str] = []
     todo = [job for job in jobs if job.key not in done]
     if todo or known is None:
@@ -246,7 +246,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
         _write(directory, known)  # a kill may have left some of the files a row behind
     if console.is_terminal:
         show_tables(known, console)
-    _print_line(console, f"see {directory / 'compare.md'}")
+    print_line(console, f"see {directory / 'compare.md'}")
     if impossible:
         more = f" (and {len(impossible) - 1} more, warned of above)" if len(impossible) > 1 else ""
         raise UserError(f"{impossible[0]}{more}")
@@ -263,10 +263,10 @@ def _make_rows(
     impossible: list[str] = []
 
     def warn(text: str) -> None:
-        _print_line(console, f"warning: {text}")
+        print_line(console, f"warning: {text}")
 
     with (
-        _show_bars(console, total) as (begin, progress),
+        show_bars(console, total) as (begin, progress),
         use_workbench(settings, directory / "work", warn, progress) as bench,
     ):
         if known is None:
@@ -274,7 +274,7 @@ def _make_rows(
             masks_only = not any(job.recipe.changes_survivors for job in jobs)
             known = _profile(bench, settings, progress, masks_only)
             _write(directory, known)
-            _print_line(console, _describe_dense(known))
+            print_line(console, _describe_dense(known))
         for i, job in enumerate(jobs):
             begin(job.title, total - len(jobs) + i)
             try:
@@ -285,7 +285,7 @@ def _make_rows(
                 continue
             known.rows.append(row)
             _write(directory, known)
-            _print_line(console, _describe_row(job, row))
+            print_line(console, _describe_row(job, row))
     return known, impossible
 
 
@@ -325,7 +325,7 @@ def _profile(bench: "Workbench", settings: CompareSettings, progress: "Progress"
 
 def _make_row(job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress") -> Row:
     """Raises ImpossiblePlan."""
-    decide = _search if job.allocation == "evolution" else _allocate
+    decide = search_allocation if job.allocation == "evolution" else _allocate
     allocation, tokens, allocation_seconds = decide(job, bench, known.profile, settings, progress)
     bench.forget_checkpoints([])  # what earlier rows or tries made, so that every row's time is its own
     began = time.monotonic()
@@ -365,7 +365,9 @@ def _count_gradient_windows(settings: CompareSettings) -> int:
     return min(settings.gradient_windows, settings.calibration_windows)
 
 
-def _search(job: Job, bench: "Workbench", profile: str, settings: CompareSettings, progress: "Progress") -> Decision:
+def search_allocation(
+    job: Job, bench: "Workbench", profile: str, settings: CompareSettings, progress: "Progress"
+) -> Decision:
     """The evolutionary search, saved after each generation."""
     began = time.monotonic()
     layers = bench.describe_layers(profile, job.recipe, progress)
@@ -447,7 +449,7 @@ def _read_comparison(directory: Path, settings: CompareSettings) -> Comparison |
 
 
 @contextmanager
-def _show_bars(console: Console, total: int) -> Iterator[tuple[Callable[[str, int], None], "Progress"]]:
+def show_bars(console: Console, total: int) -> Iterator[tuple[Callable[[str, int], None], "Progress"]]:
     """(begin a row: its title, rows before it; show a step's progress) under two bars; without a terminal, nothing."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with ProgressBars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
@@ -465,7 +467,7 @@ def _show_bars(console: Console, total: int) -> Iterator[tuple[Callable[[str, in
         yield begin, show_step
 
 
-def _print_line(console: Console, line: str) -> None:
+def print_line(console: Console, line: str) -> None:
     """Neither wrapped nor coloured."""
     console.print(Text(line), soft_wrap=True)
 
@@ -505,7 +507,7 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
             work.times = len({job.recipe.mask_label for job in jobs if job.recipe.needs_curves})
     print_estimate(found, console)
     if searches := sum(job.allocation == "evolution" for job in jobs):
-        _print_line(
+        print_line(
             console,
             f"not counted: {searches} evolutionary searches, each of up to {settings.evolution_tokens:,} tokens "
             "through models pruned for it",

@@ -1,6 +1,7 @@
 """What is known of each prunable layer, and the KL curve that says what pruning it costs. No torch in here."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,3 +60,15 @@ def predict_layer_kl(layer: LayerProfile, sparsity: Array) -> Array:
 def predict_kl(layers: Sequence[LayerProfile], sparsity: Array) -> float:
     """Sum of the layers' KL curves at their sparsities, nats per token."""
     return float(sum(predict_layer_kl(layer, s[None])[0] for layer, s in zip(layers, sparsity, strict=True)))
+
+
+def group_layers(layers: Sequence[LayerProfile]) -> dict[str, list[LayerProfile]]:
+    """Layers by kind and third of the model's depth; the keys are selectors."""
+    depth = max(layer.block for layer in layers) + 1
+    edges = [round(depth * i / 3) for i in range(4)]
+    groups: dict[str, list[LayerProfile]] = {}
+    for first, end in pairwise(edges):
+        for layer in layers:
+            if first <= layer.block < end:
+                groups.setdefault(f"blocks {first}-{end - 1} · {layer.kind}", []).append(layer)
+    return groups

@@ -45,7 +45,8 @@ def explain_full_disk(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(next(place for place in path.absolute().parents if place.exists())).free
         raise DiskFull(
-            f"the disk is full ({free / 1e6:.0f} MB free) while writing {path}; free some space, then --resume"
+            f"the disk is full ({free / 1e6:.0f} MB free) while writing {path}; free some space, then go on: a run "
+            "with --resume, any other command as before"
         ) from error
 
 

@@ -8,6 +8,9 @@ from pydantic import BaseModel, Field
 
 from tools.settings import WorkbenchSettings
 
+SIGMAS = 2.0
+"""Differences below this many standard errors are noise: neither an improvement nor a lesson."""
+
 PACKAGES = ("torch", "transformers", "langgraph", "numpy")
 
 

@@ -627,14 +627,14 @@ def test_a_terminal_gets_bars_and_tables(tmp_path: Path, no_plot: None) -> None:
     assert "50%; dense perplexity 10.00" in shown
     assert shown.index("│ refit:kappa   │") < shown.index("│ wanda:uniform │")
 
-    with tools.compare._show_bars(console, 7) as (begin, progress):
+    with tools.compare.show_bars(console, 7) as (begin, progress):
         begin("refit:kappa at 50%", 3)
         progress("prune", 2, 14)
         progress("validation", 1, 3)
     bars = console.file.getvalue().removeprefix(shown)
     assert "refit:kappa at 50%" in bars and "3/7" in bars and "validation" in bars and "1/3" in bars
     quiet = Console(file=io.StringIO())
-    with tools.compare._show_bars(quiet, 7) as (begin, progress):
+    with tools.compare.show_bars(quiet, 7) as (begin, progress):
         begin("refit:kappa at 50%", 3)
         progress("prune", 2, 14)
     assert quiet.file.getvalue() == ""

@@ -95,7 +95,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tokenizer, "save_pretrained", fail)
-    full = r"^the disk is full \(\d+ MB free\) while writing .*model; free some space, then --resume$"
+    full = r"^the disk is full \(\d+ MB free\) while writing .*model; free some space, then go on: a run with --resume"
     with pytest.raises(UserError, match=full):
         export_model(make_tiny_model("gpt2"), tokenizer, tmp_path / "model", "card")
     assert (tmp_path / "model" / "config.json").read_text() == before

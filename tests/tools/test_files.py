@@ -81,7 +81,9 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, old: str | None) -> None:
         write_whole(path, no_space)
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).startswith("the disk is full (")
-    assert str(refusal.value).endswith(f" MB free) while writing {path}; free some space, then --resume")
+    assert str(refusal.value).endswith(
+        f" MB free) while writing {path}; free some space, then go on: a run with --resume, any other command as before"
+    )
     assert files_in(tmp_path) == (["a.txt"] if old else [])
     assert not old or path.read_text() == old
 

@@ -1,0 +1,616 @@
+"""Was the agent worth its tokens? `python -m tools.ablate --planner openai:gpt-5.1 --seeds 0,1,2 --out ablate`
+
+Prunes the same model to the same sparsity in several ways (arms), each with the same budget of tokens put through
+pruned models, once for every seed, and measures what each arm kept on the test text. Writes ablate.csv, ablate.md,
+ablate.json and a plot. Finished rows are kept on Ctrl-C, and half-done runs go on; the same command does it.
+"""
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, Field, field_validator
+from rich.console import Console
+
+from tools.allocate import Allocation, ImpossiblePlan, allocate
+from tools.compare import CompareSettings, Job, print_line, search_allocation, show_bars
+from tools.curves import LayerProfile, group_layers
+from tools.errors import DamagedArtifact, UserError
+from tools.files import write_json, write_text, write_whole
+from tools.options import Parser, add_flags, parse_flags, read_options
+from tools.recipes import Adjustment, Recipe
+from tools.rundir import lock_run, unlock_run
+from tools.secrets import read_secrets, redact
+from tools.settings import WorkbenchSettings
+from tools.sources import check_device, locate_model
+from tools.summary import SIGMAS, Protocol, describe_protocol, escape, show
+from tools.texts import check_source
+
+if TYPE_CHECKING:
+    from tools.profile import Progress
+    from tools.workbench import Workbench
+
+ARMS = {
+    "chat": "a chat model plans and a chat model reflects",
+    "chat-alone": "a chat model plans, fixed rules reflect",
+    "heuristic": "fixed rules plan and reflect",
+    "kappa": "one plan: the default recipe, shared out by the KL curves",
+    "random": "plans drawn at random from the planner's levers, the best one kept",
+    "search": "an evolutionary search over the shares of the layers, the default recipe's weights",
+}
+"""What is compared; the first three are runs of the graph."""
+
+CHAT = ("chat", "chat-alone")
+GRAPH = (*CHAT, "heuristic")
+ALONE = "kappa"
+"""Gains are counted from this arm, which nobody planned."""
+
+RANDOM_METHODS = ("two-sided", "sparsegpt", "two-sided-obs", "refit")
+RANDOM_STRENGTHS = (0.8, 0.9, 1.0)
+RANDOM_GROUPS = 4
+"""Groups of layers that a random plan counts otherwise than predicted."""
+RANDOM_FACTORS = (0.5, 2.0)
+
+
+class AblateSettings(WorkbenchSettings):
+    """The model, its texts, who plans, and how much each may try."""
+
+    target_sparsity: float = Field(
+        0.45, gt=0, lt=1, description="Share of the prunable weights that are zero at the end, as a fraction."
+    )
+    arms: str = Field(
+        "", description=f"Comma-separated: {', '.join(ARMS)}. Empty: all; those with chat need --planner."
+    )
+    seeds: str = Field("0,1,2", description="Comma-separated seeds; each arm is run once for each.")
+    planner: str = Field("", description="The chat model that plans, as in graph.run; empty leaves its arms out.")
+    reflector: str = Field("", description="The chat model that reflects, as in graph.run; empty: the planner's.")
+    evaluated_tokens: int = Field(
+        49152, ge=1, description="Tokens that each arm may put through pruned models before it has to choose."
+    )
+    max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="No layer is pruned further than this.")
+    out: str = Field("ablate", min_length=1, description="Directory of the tables, the plot and the work.")
+
+    @field_validator("arms", "seeds", mode="before")
+    @classmethod
+    def _join_list(cls, value: Any) -> str:
+        """YAML has lists and numbers."""
+        return ",".join(str(part) for part in (value if isinstance(value, list) else [value]))
+
+
+class Row(BaseModel):
+    """What one arm reached with one seed."""
+
+    arm: str
+    seed: int
+    sparsity: float = Field(description="Share of the prunable weights that were zero at the end.")
+    perplexity: float | None = Field(description="On the test text, of what the arm chose; null where not finite.")
+    kl: float | None = Field(description="KL(dense || pruned) on the validation text, by which it chose.")
+    plan: str = Field(description="What it chose, in short.")
+    trials: int = Field(description="Plans, or candidates of a search, that were measured.")
+    evaluated_tokens: int = Field(description="Tokens put through pruned models until it chose.")
+    agent_tokens: int = Field(0, description="Tokens read and written by chat models.")
+    cost: float = Field(0.0, description="US dollars, by the prices given.")
+    seconds: float
+
+
+class Ablation(BaseModel):
+    """`ablate.json`."""
+
+    settings: dict[str, Any] = Field(description="Model, texts and budget; rows of other settings are never mixed in.")
+    protocol: Protocol
+    dense_perplexity: float | None = Field(None, description="On the test text; null before it was measured.")
+    rows: list[Row] = []
+
+
+class Standing(NamedTuple):
+    """One arm over all its seeds; errors are standard errors, None with one seed."""
+
+    arm: str
+    seeds: int
+    perplexity: float
+    perplexity_error: float | None
+    kl: float
+    gain: float | None
+    """Perplexity gained over the arm kappa, paired by seed: positive is better."""
+    gain_error: float | None
+    evaluated_tokens: float
+    agent_tokens: float
+    cost: float
+    seconds: float
+
+
+# --- what is asked for ---------------------------------------------------------------------------------------------
+
+
+def list_arms(settings: AblateSettings) -> list[str]:
+    """The arms asked for, in the order of ARMS. Raises UserError in one line."""
+    asked = [part.strip() for part in settings.arms.split(",") if part.strip()]
+    if unknown := [arm for arm in asked if arm not in ARMS]:
+        raise UserError(f"there is no arm {unknown[0]!r}; choose among {', '.join(ARMS)}")
+    if not settings.planner and (chats := [arm for arm in asked if arm in CHAT]):
+        raise UserError(
+            f"the arm {chats[0]} needs a chat model: give --planner, such as openai:NAME@http://HOST:PORT/v1"
+        )
+    return [arm for arm in ARMS if (arm in asked if asked else settings.planner or arm not in CHAT)]
+
+
+def list_seeds(settings: AblateSettings) -> list[int]:
+    """The seeds asked for. Raises UserError in one line."""
+    try:
+        seeds = list(dict.fromkeys(int(part) for part in settings.seeds.split(",") if part.strip()))
+    except ValueError as error:
+        raise UserError(f"seeds {settings.seeds!r} must be whole numbers, such as 0,1,2") from error
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"seeds {settings.seeds!r} must name at least one number from 0 up, such as 0,1,2")
+    return seeds
+
+
+# --- the rows ------------------------------------------------------------------------------------------------------
+
+
+def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Console) -> Ablation:
+    """Make the rows that are not there yet; everything is on disk after each.
+
+    `graph_flags` are handed on to the arms that are runs of the graph. Raises UserError; KeyboardInterrupt passes.
+    """
+    arms, seeds = list_arms(settings), list_seeds(settings)
+    _check_input(settings)
+    directory = Path(settings.out)
+    try:
+        lock_run(directory)
+    except OSError as error:
+        raise UserError(f"--out {directory} cannot be written: {error.strerror}") from error
+    try:
+        known = _read_ablation(directory, settings, graph_flags)
+        wanted = [(arm, seed) for seed in seeds for arm in arms]
+        done = {(row.arm, row.seed): row for row in known.rows}
+        for pair in wanted:
+            if pair in done:
+                print_line(console, _describe_row(done[pair]))
+        with show_bars(console, len(wanted)) as (begin, progress):
+            for i, (arm, seed) in enumerate(wanted):
+                if (arm, seed) in done:
+                    continue
+                begin(f"{arm}, seed {seed}", i)
+                row = _make_row(arm, seed, settings, graph_flags, known, console, progress)
+                known.rows.append(row)
+                _write(directory, known)
+                print_line(console, _describe_row(row))
+        _write(directory, known)  # a kill may have left some of the files a row behind
+        for line in conclude(known.rows):
+            print_line(console, line)
+        print_line(console, f"see {directory / 'ablate.md'}")
+    finally:
+        unlock_run(directory)
+    return known
+
+
+def _check_input(settings: AblateSettings) -> None:
+    """Refuse what can be refused before anything is loaded. Raises UserError."""
+    locate_model(settings.model)
+    check_device(settings.device)
+    for source in (settings.calibration, settings.validation, settings.test):
+        check_source(source)
+    needed = settings.validation_windows * settings.window
+    if settings.evaluated_tokens < needed:
+        raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")
+
+
+def _make_row(
+    arm: str,
+    seed: int,
+    settings: AblateSettings,
+    graph_flags: Sequence[str],
+    known: Ablation,
+    console: Console,
+    progress: "Progress",
+) -> Row:
+    if arm in GRAPH:
+        return _run_graph(arm, seed, settings, graph_flags, progress)
+    from tools.workbench import use_workbench  # imports torch
+
+    seeded = settings.model_copy(update={"seed": seed})
+    work = Path(settings.out) / f"seed-{seed}"
+    with use_workbench(seeded, work, lambda text: print_line(console, f"warning: {text}"), progress) as bench:
+        began = time.monotonic()
+        profile = bench.profile(progress)
+        known.dense_perplexity = bench.evaluate("dense", "test", profile, progress, "test, dense").perplexity
+        make = {"kappa": _try_kappa, "random": _try_random, "search": _try_search}[arm]
+        chosen = make(bench, profile, seeded, progress)
+        evaluation = bench.evaluate(chosen.checkpoint, "validation", profile, progress)
+        test = bench.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
+        bench.restore(chosen.checkpoint)
+        zeros, weights = bench.count_zeros()
+        bench.forget_checkpoints([])
+        return Row(
+            arm=arm,
+            seed=seed,
+            sparsity=zeros / weights,
+            perplexity=test.perplexity,
+            kl=evaluation.mean_kl,
+            plan=chosen.plan,
+            trials=chosen.trials,
+            evaluated_tokens=chosen.tokens,
+            seconds=round(time.monotonic() - began, 1),
+        )
+
+
+class _Choice(NamedTuple):
+    """What an arm chose."""
+
+    checkpoint: str
+    plan: str
+    trials: int
+    tokens: int
+
+
+def _share_out(
+    bench: "Workbench",
+    profile: str,
+    settings: AblateSettings,
+    recipe: Recipe,
+    adjustments: Sequence[Adjustment],
+    progress: "Progress",
+) -> Allocation:
+    """Raises ImpossiblePlan."""
+    layers = bench.describe_layers(profile, recipe, progress)
+    limit = settings.max_layer_sparsity
+    return allocate(layers, settings.target_sparsity, recipe, adjustments, max_layer_sparsity=limit)
+
+
+def _try_kappa(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> _Choice:
+    recipe = Recipe()
+    allocation = _share_out(bench, profile, settings, recipe, [], progress)
+    checkpoint = bench.prune(profile, allocation, recipe, progress)
+    return _Choice(checkpoint, recipe.label, 1, settings.validation_windows * settings.window)
+
+
+def _try_random(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> _Choice:
+    """As many random plans as the budget allows; the one of least KL on the validation text."""
+    tokens = settings.validation_windows * settings.window
+    trials = settings.evaluated_tokens // tokens
+    best: tuple[float, str, str] | None = None
+    for number in range(trials):
+        recipe, adjustments = draw_plan(bench.read_profile(profile).layers, settings.seed, number)
+        try:
+            allocation = _share_out(bench, profile, settings, recipe, adjustments, progress)
+        except ImpossiblePlan:
+            continue
+        checkpoint = bench.prune(profile, allocation, recipe, progress)
+        kl = bench.evaluate(checkpoint, "validation", profile, progress).mean_kl
+        kl = math.inf if kl is None else kl
+        if best is None or kl < best[0]:
+            best = kl, checkpoint, recipe.label
+        bench.forget_checkpoints([best[1]])
+    if best is None:
+        raise UserError(f"no random plan can meet {settings.target_sparsity:.2%}; raise --max-layer-sparsity")
+    return _Choice(best[1], best[2], trials, trials * tokens)
+
+
+def draw_plan(layers: Sequence[LayerProfile], seed: int, number: int) -> tuple[Recipe, list[Adjustment]]:
+    """A plan drawn from the levers that a planner has, of this seed and number alone."""
+    generator = np.random.default_rng([seed, number])
+
+    def pick(values: Sequence[Any]) -> Any:
+        return values[int(generator.integers(len(values)))]
+
+    method = pick(RANDOM_METHODS)
+    recipe = Recipe(
+        method=method,
+        refit=method == "refit" or pick((True, False)),
+        allocation=pick(("kappa", "kappa", "uniform", "owl")),
+        curves="mask",
+        strength=pick(RANDOM_STRENGTHS),
+        gamma=pick(("plain", "clipped")),
+    )
+    if recipe.allocation != "kappa":  # factors count only there
+        return recipe, []
+    groups = sorted(group_layers(layers))
+    chosen = generator.choice(len(groups), min(RANDOM_GROUPS, len(groups)), replace=False)
+    low, high = np.log(RANDOM_FACTORS)
+    return recipe, [
+        Adjustment(
+            selector=groups[place], action="factor", factor=round(float(np.exp(generator.uniform(low, high))), 3)
+        )
+        for place in sorted(chosen.tolist())
+    ]
+
+
+def _try_search(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> _Choice:
+    """The search of tools.compare, on calibration text, with the weights of the default recipe."""
+    recipe = Recipe(allocation="uniform")
+    values = {name: getattr(settings, name) for name in WorkbenchSettings.model_fields}
+    rules = CompareSettings(
+        **values, max_layer_sparsity=settings.max_layer_sparsity, evolution_tokens=settings.evaluated_tokens
+    )
+    job = Job(f"{recipe.mask_label}:evolution", recipe, settings.target_sparsity)
+    found = search_allocation(job, bench, profile, rules, progress)
+    checkpoint = bench.prune(profile, found.allocation, recipe, progress)
+    return _Choice(checkpoint, job.label, found.tokens // settings.window, found.tokens)
+
+
+def _run_graph(arm: str, seed: int, settings: AblateSettings, graph_flags: Sequence[str], progress: "Progress") -> Row:
+    """A run of the graph in a process of its own, begun or gone on with. Raises UserError with its last line."""
+    runs, name = Path(settings.out) / "runs", f"{arm}-{seed}"
+    summary_path = runs / name / "summary.json"
+    progress("run of the graph", 0, 1)
+    if not summary_path.is_file():
+        command = [sys.executable, "-m", "graph.run", "--runs-dir", str(runs)]
+        if (runs / name / "run.json").is_file():
+            command += ["--resume", name]
+        else:
+            command += ["--name", name, *_flags_of(arm, seed, settings), *graph_flags]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0 or not summary_path.is_file():
+            said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]
+            raise UserError(f"{arm}, seed {seed}: {' '.join(said[-2:])[:400]}; the same command goes on from there")
+    progress("run of the graph", 1, 1)
+    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    agents = summary["agents"]
+    return Row(
+        arm=arm,
+        seed=seed,
+        sparsity=summary["achieved_sparsity"],
+        perplexity=summary["perplexity"]["pruned"],
+        kl=summary["kl"],
+        plan=summary["plan"],
+        trials=summary["iterations"],
+        evaluated_tokens=summary["evaluated_tokens"],
+        agent_tokens=agents["input_tokens"] + agents["output_tokens"],
+        cost=agents["cost"],
+        seconds=round(summary["seconds"], 1),
+    )
+
+
+def _flags_of(arm: str, seed: int, settings: AblateSettings) -> list[str]:
+    """The options of a run of the graph that is this arm."""
+    chat, reflector = settings.planner, settings.reflector or settings.planner
+    planner, reflector = {"chat": (chat, reflector), "chat-alone": (chat, "heuristic")}.get(arm, ("heuristic",) * 2)
+    fields = {name: getattr(settings, name) for name in WorkbenchSettings.model_fields} | {
+        "seed": seed,
+        "target_sparsity": settings.target_sparsity,
+        "max_layer_sparsity": settings.max_layer_sparsity,
+        "max_evaluated_tokens": settings.evaluated_tokens,
+        "max_iterations": 200,  # the budget ends the run
+        "patience": 200,
+        "planner": planner,
+        "reflector": reflector,
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items() if not isinstance(value, bool)]
+    flags += [
+        f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+        for name, value in fields.items()
+        if isinstance(value, bool)
+    ]
+    return [*flags, "--no-memory"]
+
+
+def _read_ablation(directory: Path, settings: AblateSettings, graph_flags: Sequence[str]) -> Ablation:
+    """What is in `--out`, or an empty one. Raises UserError for one with other settings."""
+    wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed"}) | {"graph": list(graph_flags)}
+    path = directory / "ablate.json"
+    if not path.is_file():
+        return Ablation(settings=wanted, protocol=describe_protocol(settings))
+    try:
+        known = Ablation.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    changed = {name for name in wanted if known.settings.get(name) != wanted[name]}
+    if not any(row.arm in CHAT for row in known.rows):
+        changed -= {"planner", "reflector"}  # no row has come of them yet
+    if not any(row.arm in GRAPH for row in known.rows):
+        changed.discard("graph")
+    if changed:
+        names = ", ".join(sorted(changed))
+        raise UserError(f"{directory} holds an ablation with other settings ({names}); choose another --out")
+    return known.model_copy(update={"settings": wanted})
+
+
+# --- what comes of it ----------------------------------------------------------------------------------------------
+
+
+def rank_arms(rows: Sequence[Row]) -> list[Standing]:
+    """Every arm with a finite perplexity for each of its seeds, best first."""
+    alone = {row.seed: row.perplexity for row in rows if row.arm == ALONE and row.perplexity is not None}
+    standings = []
+    for arm in ARMS:
+        own = [row for row in rows if row.arm == arm]
+        values = [row.perplexity for row in own if row.perplexity is not None]
+        if not own or len(values) < len(own):
+            continue
+        gains = [alone[row.seed] - (row.perplexity or 0) for row in own if row.seed in alone]
+        standings.append(
+            Standing(
+                arm=arm,
+                seeds=len(own),
+                perplexity=fmean(values),
+                perplexity_error=_standard_error(values),
+                kl=fmean(row.kl or math.inf for row in own),
+                gain=fmean(gains) if gains and arm != ALONE else None,
+                gain_error=_standard_error(gains) if arm != ALONE else None,
+                evaluated_tokens=fmean(row.evaluated_tokens for row in own),
+                agent_tokens=fmean(row.agent_tokens for row in own),
+                cost=fmean(row.cost for row in own),
+                seconds=fmean(row.seconds for row in own),
+            )
+        )
+    return sorted(standings, key=lambda standing: standing.perplexity)
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def list_differences(rows: Sequence[Row]) -> list[tuple[str, str, int, float, float | None]]:
+    """(arm, other arm, seeds, mean, standard error) of every pair's difference in perplexity, paired by seed."""
+    by_arm = {arm: {row.seed: row.perplexity for row in rows if row.arm == arm and row.perplexity} for arm in ARMS}
+    found = []
+    for i, arm in enumerate(ARMS):
+        for other in list(ARMS)[i + 1 :]:
+            seeds = sorted(by_arm[arm].keys() & by_arm[other].keys())
+            if seeds:
+                values = [(by_arm[arm][seed] or 0) - (by_arm[other][seed] or 0) for seed in seeds]
+                found.append((arm, other, len(seeds), fmean(values), _standard_error(values)))
+    return found
+
+
+def conclude(rows: Sequence[Row]) -> list[str]:
+    """For each arm with an agent: whether what it gained over fixed rules and over no plan exceeds the noise."""
+    lines = []
+    for arm, other, seeds, mean, error in list_differences(rows):
+        if arm not in GRAPH or other not in ("heuristic", ALONE):
+            continue
+        figures = f"{mean:+.3f}" if error is None else f"{mean:+.3f} ± {error:.3f}"
+        if error is None:
+            verdict = "one seed says nothing about the noise"
+        elif abs(mean) <= SIGMAS * error:
+            verdict = f"within {SIGMAS:g} standard errors: not more than the noise"
+        else:
+            verdict = f"{'better' if mean < 0 else 'worse'} by more than {SIGMAS:g} standard errors"
+        count = f"{seeds} seed{'' if seeds == 1 else 's'}"
+        lines.append(f"{arm} against {other}: perplexity {figures} over {count}, {verdict}.")
+    return lines
+
+
+# --- what is written -----------------------------------------------------------------------------------------------
+
+
+def _describe_row(row: Row) -> str:
+    kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
+    return (
+        f"{row.arm}, seed {row.seed}: {row.sparsity:.2%} zeros, perplexity {show(row.perplexity)}, KL {kl}, "
+        f"{row.trials} trials, {row.evaluated_tokens:,} tokens evaluated, {row.agent_tokens:,} by agents: {row.plan}"
+    )
+
+
+def _write(directory: Path, known: Ablation) -> None:
+    write_json(directory / "ablate.json", known.model_dump(mode="json"))
+    write_text(directory / "ablate.md", describe(known))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(Row.model_fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.model_dump() for row in known.rows)
+    write_text(directory / "ablate.csv", file.getvalue())
+    for kind in ("png", "svg"):
+        write_whole(directory / f"ablate.{kind}", partial(_plot, known, kind))
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def describe(known: Ablation) -> str:
+    """`ablate.md`."""
+    settings, protocol = known.settings, known.protocol
+    dense = "not measured" if known.dense_perplexity is None else show(known.dense_perplexity)
+    lines = [
+        f"# {escape(settings['model'])} at {settings['target_sparsity']:.0%}: was the agent worth its tokens?",
+        "",
+        f"Perplexity on {protocol.tokens:,} tokens of `{protocol.text}` (test text, windows of {protocol.window}, "
+        f"{protocol.dtype}; dense: {dense}) of what each arm chose by the validation text. Each arm may put "
+        f"{settings['evaluated_tokens']:,} tokens through pruned models; ± is the standard error over seeds.",
+        "",
+        *(f"- **{arm}**: {ARMS[arm]}" for arm in ARMS if any(row.arm == arm for row in known.rows)),
+        "",
+        *(f"{line}\n" for line in conclude(known.rows)),
+        "![Perplexity of each arm](ablate.svg)",
+        "",
+        "| arm | seeds | perplexity | gain over kappa | KL | evaluated tokens | agent tokens | cost "
+        "| agent tokens per point | cost per point | seconds |",
+        "|---|" + "---:|" * 10,
+    ]
+    for s in rank_arms(known.rows):
+        gained = s.gain if s.gain is not None and s.gain > 0 and s.agent_tokens else None
+        cells = [
+            s.arm,
+            f"{s.seeds}",
+            _with_error(s.perplexity, s.perplexity_error, 2),
+            _with_error(s.gain, s.gain_error, 3),
+            f"{s.kl:.4f}",
+            f"{s.evaluated_tokens:,.0f}",
+            f"{s.agent_tokens:,.0f}",
+            f"${s.cost:.4f}",
+            f"{s.agent_tokens / gained:,.0f}" if gained else "",
+            f"${s.cost / gained:.4f}" if gained else "",
+            f"{s.seconds:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Differences, paired by seed", "", "| arm | less | seeds | perplexity |", "|---|---|---:|---:|"]
+    for arm, other, seeds, mean, error in list_differences(known.rows):
+        lines.append(f"| {arm} | {other} | {seeds} | {_with_error(mean, error, 3)} |")
+    lines += ["", "## Rows", "", "| arm | seed | perplexity | KL | trials | plan |", "|---|---:|---:|---:|---:|---|"]
+    for row in known.rows:
+        kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
+        lines.append(f"| {row.arm} | {row.seed} | {show(row.perplexity)} | {kl} | {row.trials} | {escape(row.plan)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plot(known: Ablation, kind: str, path: Path) -> None:
+    """A dot for each row, a bar for each arm's mean and its standard error."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    standings = rank_arms(known.rows)
+    figure = Figure(figsize=(8, 0.6 * len(standings) + 1.5), layout="constrained")
+    axes = figure.add_subplot()
+    for place, standing in enumerate(standings):
+        dots = [row.perplexity for row in known.rows if row.arm == standing.arm and row.perplexity is not None]
+        axes.plot(dots, [place] * len(dots), "o", color="0.6", markersize=4)
+        axes.errorbar(standing.perplexity, place, xerr=standing.perplexity_error or 0, fmt="D", color="C0", capsize=4)
+    axes.set_yticks(range(len(standings)), [standing.arm for standing in standings])
+    axes.invert_yaxis()
+    axes.margins(y=0.2)
+    axes.set_xlabel("perplexity on the test text; bars: standard error over seeds")
+    with matplotlib.rc_context({"svg.hashsalt": "billhook"}):  # the same rows, the same file
+        figure.savefig(path, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0 done, 1 interrupted (the same command goes on), 2 bad input.
+
+    Whatever stands behind `--` is handed on to the runs of the graph, such as prices and time-outs.
+    """
+    read_secrets()
+    given = sys.argv[1:] if arguments is None else arguments
+    own, graph_flags = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    parser = Parser(prog="python -m tools.ablate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
+    parser.epilog = "Options of graph.run behind a lone -- are handed on to the arms that are runs of the graph."
+    add_flags(parser, AblateSettings)
+    try:
+        options, flags = parse_flags(parser, AblateSettings, own)
+        path = Path(options.config) if options.config else None
+        settings = read_options(AblateSettings, flags, path, ignore_unknown=True)
+        ablate(settings, graph_flags, Console())
+    except UserError as error:
+        return _refuse(str(error))
+    except DamagedArtifact as error:
+        return _refuse(f"{error}; begin again with another --out")
+    except KeyboardInterrupt:
+        print("stopped; the rows that are done are kept, and the same command goes on", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
