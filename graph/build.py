@@ -1,14 +1,17 @@
 """The wiring of the graph, as in the picture; nothing else.
 
-profile → plan → prune → validate ─┬─ accept ───┐
-   ↑        ↑                      └─ rollback ─┤
-   └────────┴──────────── reflect ←─────────────┘ → finish
+profile → plan → (approve) → prune → validate ─┬─ accept ───┐
+   ↑        ↑                                  └─ rollback ─┤
+   └────────┴────────────────── reflect ←───────────────────┘ → finish
 """
+
+from typing import Any
 
 from langgraph.graph import END, START, StateGraph
 
 from graph.config import RunConfig
 from graph.nodes.accept import accept
+from graph.nodes.approve import after_approve, approve
 from graph.nodes.finish import finish
 from graph.nodes.plan import after_plan, plan
 from graph.nodes.profile import profile
@@ -17,16 +20,23 @@ from graph.nodes.reflect import after_reflect, reflect
 from graph.nodes.rollback import rollback
 from graph.nodes.validate import after_validate, validate
 from graph.state import Input, State
+from graph.steps import step, step_of_server
 
 
-def builder() -> StateGraph[State, RunConfig, Input, State]:
-    """Nodes and edges; whoever runs the graph compiles it with a checkpointer and a store."""
+def builder(*, server: bool = False) -> StateGraph[State, RunConfig, Input, State]:
+    """Nodes and edges; whoever runs the graph compiles it with a checkpointer and a store.
+
+    For Studio's `server` the nodes are coroutines, so that a run can be cancelled in the middle of one.
+    """
     graph = StateGraph(State, input_schema=Input, context_schema=RunConfig)
-    for node in (profile, plan, prune, validate, accept, rollback, reflect, finish):
-        graph.add_node(node.__name__, node, metadata={"description": (node.__doc__ or "").splitlines()[0]})
+    for node in (profile, plan, approve, prune, validate, accept, rollback, reflect, finish):
+        description = (node.__doc__ or "").splitlines()[0]
+        work: Any = step_of_server(node) if server else step(node)
+        graph.add_node(node.__name__, work, metadata={"description": description})
     graph.add_edge(START, "profile")
     graph.add_edge("profile", "plan")
     graph.add_conditional_edges("plan", after_plan)
+    graph.add_conditional_edges("approve", after_approve)
     graph.add_edge("prune", "validate")
     graph.add_conditional_edges("validate", after_validate)
     graph.add_edge("accept", "reflect")
@@ -36,5 +46,5 @@ def builder() -> StateGraph[State, RunConfig, Input, State]:
     return graph
 
 
-graph = builder()
+graph = builder(server=True)
 """For `langgraph dev`, which compiles it with savers of its own (see langgraph.json)."""

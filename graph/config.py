@@ -9,7 +9,11 @@ from tools.options import check_options, read_options
 from tools.recipes import parse_pattern
 from tools.settings import WorkbenchSettings
 
-PLANNER = "heuristic (no key, deterministic), openai:NAME, or openai:NAME@http://HOST:PORT/v1 for a compatible endpoint"
+MODEL_FORM = r"^(heuristic|[a-z][a-z0-9_]*:\S(.*\S)?)$"
+PLANNER = (
+    "heuristic (no key, deterministic), openai:NAME, openai:NAME@http://HOST:PORT/v1 for a compatible endpoint, "
+    "local:MODEL for a model in this process (MODEL as in --model), or PROVIDER:NAME for a provider of LangChain's"
+)
 
 
 class RunConfig(WorkbenchSettings):
@@ -24,6 +28,11 @@ class RunConfig(WorkbenchSettings):
         "target is then what that comes to (N/M where nothing is protected); empty for zeros anywhere.",
     )
     max_iterations: int = Field(8, ge=1, le=200, description="Plans that are tried at most.")
+    max_evaluated_tokens: int = Field(
+        0,
+        ge=0,
+        description="Validation tokens put through pruned models at most, by trials and probes; 0 for no limit.",
+    )
     patience: int = Field(
         3, ge=1, le=200, description="Iterations without an improvement, once at the target, before the run finishes."
     )
@@ -38,6 +47,11 @@ class RunConfig(WorkbenchSettings):
         le=10,
         description="A plan is rolled back when validation perplexity exceeds (1 + tau) times the last accepted one.",
     )
+    approve: Literal["none", "plans"] = Field(
+        "none",
+        description="plans: every plan waits, before it is carried out, for a person to accept, edit or refuse it.",
+        json_schema_extra={"langgraph_nodes": ["approve"]},
+    )
     max_layer_sparsity: float = Field(
         0.9, gt=0, le=1, description="No layer is pruned further than this, whatever a plan says."
     )
@@ -47,7 +61,7 @@ class RunConfig(WorkbenchSettings):
     )
     planner: str = Field(
         "heuristic",
-        pattern=r"^(heuristic|openai:[^\s@]+(@https?://\S+)?)$",
+        pattern=MODEL_FORM,
         description=f"Who plans: {PLANNER}.",
         json_schema_extra={"langgraph_nodes": ["plan"]},
     )
@@ -56,15 +70,64 @@ class RunConfig(WorkbenchSettings):
         description="Who plans a round when the planner fails; none stops the run, resumable.",
         json_schema_extra={"langgraph_nodes": ["plan"]},
     )
-    planner_timeout: float = Field(120.0, gt=0, le=3600, description="Seconds to wait for one answer of the planner.")
-    planner_retries: int = Field(
-        2, ge=0, le=10, description="Times a failed request (429, 5xx, time-out) to the planner is repeated."
+    planner_calls: int = Field(
+        6,
+        ge=0,
+        le=100,
+        description="Tools that a chat planner may call before it gives its plan, in each round; 0 offers none.",
+    )
+    planner_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds that these tools may take, in each round; the call that goes beyond is the last.",
     )
     planner_price_input: float = Field(
         0.0, ge=0, description="US dollars per million tokens sent to the planner, for the cost shown."
     )
     planner_price_output: float = Field(
         0.0, ge=0, description="US dollars per million tokens the planner writes, for the cost shown."
+    )
+    reflector: str = Field(
+        "heuristic",
+        pattern=MODEL_FORM,
+        description="Who reflects on a trial: a string as for the planner.",
+        json_schema_extra={"langgraph_nodes": ["reflect"]},
+    )
+    reflector_price_input: float = Field(
+        0.0, ge=0, description="US dollars per million tokens sent to the reflector, for the cost shown."
+    )
+    reflector_price_output: float = Field(
+        0.0, ge=0, description="US dollars per million tokens the reflector writes, for the cost shown."
+    )
+    agent_timeout: float = Field(
+        120.0, gt=0, le=3600, description="Seconds to wait for one answer of a planner or reflector over the network."
+    )
+    agent_retries: int = Field(
+        2, ge=0, le=10, description="Times a failed request (429, 5xx, time-out) to a planner or reflector is repeated."
+    )
+    agent_temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="Temperature of planner and reflector. None sends none, as many models refuse any; a local model "
+        "then takes the likeliest token.",
+    )
+    max_agent_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens, in and out, after which no call of an agent starts and the run stops, resumable; 0 for no "
+        "cap.",
+    )
+    max_agent_cost: float = Field(
+        0.0,
+        ge=0,
+        description="US dollars, by the prices given, after which no call of an agent starts and the run stops, "
+        "resumable; 0 for no cap.",
+    )
+
+    memory: bool = Field(
+        True,
+        description="Start with the lessons of earlier runs on this model, and keep this run's for later ones.",
     )
 
     @field_validator("target_sparsity", "max_layer_sparsity", mode="before")

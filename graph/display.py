@@ -5,6 +5,7 @@ recorded (`events.jsonl`) is shown by the same code: see `render_svg`.
 """
 
 import io
+import json
 import logging
 import re
 import sys
@@ -13,7 +14,7 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,13 +40,13 @@ MAX_KINDS = 16
 WIDE = 100  # columns from which the plan and the reason of a trial have a column each
 
 LOOP = (
-    "profile → plan → prune → validate ─┬─ accept ───┐",
-    "   ↑        ↑                      └─ rollback ─┤",
-    "   └────────┴──────────── reflect ←─────────────┘ → finish",
+    "profile → plan → (approve) → prune → validate ─┬─ accept ───┐",
+    "   ↑        ↑                                  └─ rollback ─┤",
+    "   └────────┴────────────────── reflect ←───────────────────┘ → finish",
 )
-NODES = ("profile", "plan", "prune", "validate", "accept", "rollback", "reflect", "finish")
+NODES = ("profile", "plan", "approve", "prune", "validate", "accept", "rollback", "reflect", "finish")
 LIT = {"accept": "bold reverse green", "rollback": "bold reverse red"}
-VERDICTS = {"accept": "green", "rollback": "red"}
+VERDICTS = {"accept": "green", "rollback": "red", "refuse": "yellow"}
 
 # Viridis: even steps in lightness, so it reads in order for the colour-blind and in grey as well.
 SHADES = (
@@ -60,6 +61,9 @@ class Display(Protocol):
     def show(self, event: Event) -> None:
         """Show one event of the run."""
 
+    def ask(self, question: Event) -> str:
+        """Show a plan that waits for a person, and read a line. Raises EOFError when there is none to come."""
+
 
 @contextmanager
 def open_display(
@@ -73,11 +77,15 @@ def open_display(
         return
     display = LiveDisplay(console, name, target, clock)
     try:
-        with display.live, print_above(console):
-            try:
-                yield display
-            finally:
-                display.picture.last = True  # what stays on the screen may be taller than the screen
+        display.live.start(refresh=True)
+        try:
+            with print_above(console):
+                try:
+                    yield display
+                finally:
+                    display.picture.last = True  # what stays on the screen may be taller than the screen
+        finally:
+            display.live.stop()
     finally:
         for line in display.closing:
             print_line(console, line)
@@ -203,6 +211,11 @@ def tell_reply(event: Event) -> str:
     return f"{line}; handed back: {clean(event['problem'], 1000)}" if event.get("problem") else line
 
 
+def tell_tool(event: Event) -> str:
+    """What a planner looked up or tried out before its plan, and what it found."""
+    return f"tool {event['iteration']}: {clean(event['tool'], 40)} {clean(event['shown'])}"
+
+
 def tell_kl(event: Event) -> str:
     """0.2103 ± 0.0040"""
     error = "" if event["kl"] is None or event.get("kl_error") is None else f" ± {figure(event['kl_error'], 4)}"
@@ -213,12 +226,21 @@ def tell_trial(event: Event) -> str:
     """A plan as measured."""
     if event["iteration"] == 0:
         return f"trial 0: the dense model, perplexity {figure(event['perplexity'])}"
+    if event["verdict"] == "refuse":
+        return f"trial {event['iteration']}: refused, {clean(event['plan'])}: {clean(event['reason'], 1000)}"
     line = (
         f"trial {event['iteration']}: {event['verdict']}, sparsity {percent(event['sparsity'])}, "
         f"perplexity {figure(event['perplexity'])}, KL {tell_kl(event)} "
         f"(predicted {figure(event['predicted_kl'], 4)}), {duration(event.get('seconds', 0.0))}, {clean(event['plan'])}"
     )
     return f"{line}: {clean(event['reason'], 1000)}" if event.get("reason") else line
+
+
+def tell_approval(event: Event) -> str:
+    """What a person said to a plan."""
+    said = {"accept": "accepted as it is", "edit": "accepted after an edit", "refuse": "refused"}[event["decision"]]
+    line = f"approval {event['iteration']}: {said}"
+    return f"{line}: {clean(event['reason'], 500)}" if event.get("reason") else line
 
 
 def tell_rollback(event: Event) -> str:
@@ -273,7 +295,9 @@ TELL: dict[str, Callable[[Event], str]] = {
     "profile": tell_profile,
     "layers": tell_layers,
     "plan": tell_plan,
+    "approval": tell_approval,
     "reply": tell_reply,
+    "tool": tell_tool,
     "trial": tell_trial,
     "rollback": tell_rollback,
     "accept": tell_accept,
@@ -281,6 +305,8 @@ TELL: dict[str, Callable[[Event], str]] = {
     "lessons": lambda e: f"{count(e['count'], 'lesson')} from {count(e['runs'], 'earlier run')}",
     "usage": tell_usage,
     "note": lambda e: f"note: {clean(e['text'], 1000)}",
+    "parting": lambda e: f"parts from the record at {clean(e['text'], 1000)}",
+    "fork": lambda e: f"forked from {clean(e['from'], 100)} after iteration {e['iteration']}",
     "warning": lambda e: f"warning: {clean(e['text'], 1000)}",
     "result": tell_result,
     "stopped": lambda e: f"stopped: {clean(e['reason'], 1000)}\nresume with: {clean(e['resume'], 1000)}",
@@ -301,6 +327,20 @@ def tell(event: Event) -> str:
         return TELL[event["type"]](event)
     except UNEXPECTED:
         return tell_unknown(event)
+
+
+def ask_line(console: Console, question: Event) -> str:
+    """Show a plan with what it is predicted to do, and read what a person says to it."""
+    print_line(console, f"plan {question['iteration']}: {clean(question['line'])}")
+    print_line(console, f"  predicted KL {figure(question['predicted_kl'], 4)} nats per token")
+    if question.get("reason"):
+        print_line(console, f"  because: {clean(question['reason'], 1000)}")
+    fields = {name: value for name, value in question["plan"].items() if name != "reason"}
+    print_line(console, f"  as JSON: {clean(json.dumps(fields, ensure_ascii=False), 10_000)}")
+    if question.get("problem"):
+        print_line(console, f"  that cannot be used: {clean(question['problem'], 1000)}")
+    with redirect_stdout(console.file):  # the terminal's own, where lines can be edited
+        return console.input(Text('accept, refuse WHY, or what to change, such as {"sparsity": 0.3}: '))
 
 
 def print_line(console: Console, line: str) -> None:
@@ -324,6 +364,10 @@ class PlainDisplay:
         text = self.tell_progress(event) if event.get("type") == "progress" else tell(event)
         for line in text.splitlines():
             print_line(self.console, line)
+
+    def ask(self, question: Event) -> str:
+        """Ask beneath the lines so far."""
+        return ask_line(self.console, question)
 
     def tell_progress(self, event: Event) -> str:
         """A line when a step begins and one when it ends; nothing for the ticks between."""
@@ -374,6 +418,8 @@ def trial_cells(trial: Event) -> list[str]:
     cells = [str(number), percent(trial["sparsity"]), figure(trial["perplexity"])]
     if number == 0:
         return [*cells, "", "", "dense"]
+    if trial["verdict"] == "refuse":
+        return [*cells[:2], "", "", figure(trial["predicted_kl"], 4), "refuse"]
     return [*cells, tell_kl(trial).replace("± ", "±"), figure(trial["predicted_kl"], 4), clean(trial["verdict"], 8)]
 
 
@@ -632,6 +678,19 @@ class Picture:
         """Only what was wrong with a reply; its tokens are in the last line."""
         self.say("handed back", event["problem"], "yellow")
 
+    def take_tool(self, event: Event) -> None:
+        """What a planner looks up or tries out."""
+        self.say(f"tool {event['iteration']}", tell_tool(event).partition(": ")[2])
+
+    def take_approval(self, event: Event) -> None:
+        """What a person said."""
+        if event["decision"] != "refuse":  # its trial says it
+            self.say(f"approval {event['iteration']}", tell_approval(event).partition(": ")[2])
+
+    def take_parting(self, event: Event) -> None:
+        """Where a replay differs."""
+        self.say("record", tell(event), "yellow")
+
     def take_trial(self, event: Event) -> None:
         """A row of the table; a trial that is shown again, say after a resume, keeps its row."""
         number, verdict = int(event["iteration"]), str(event["verdict"])
@@ -742,14 +801,27 @@ class LiveDisplay:
         self.console = console
         self.picture = Picture(name, target, clock)
         self.closing: list[str] = []
-        # Redirection is left to print_above, which takes tracebacks, bars and markup as they are.
-        self.live = Live(
+        self.live = self.make_live()
+
+    def make_live(self) -> Live:
+        """The picture on the screen; redirection is left to print_above, which takes all as it is."""
+        return Live(
             self.picture,
-            console=console,
+            console=self.console,
             refresh_per_second=REFRESH_PER_SECOND,
             redirect_stdout=False,
             redirect_stderr=False,
         )
+
+    def ask(self, question: Event) -> str:
+        """Ask in the picture's place, and draw it again beneath."""
+        self.live.transient = True
+        self.live.stop()
+        try:
+            return ask_line(self.console, question)
+        finally:
+            self.live = self.make_live()  # one that was stopped still knows where its picture stood
+            self.live.start(refresh=True)
 
     def show(self, event: Event) -> None:
         """Change the picture; it is drawn when its time comes."""

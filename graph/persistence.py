@@ -1,36 +1,45 @@
-"""One SQLite file per runs directory: the checkpoints of every run, and the memory store.
+"""Where checkpoints and memory are kept: one SQLite file per runs directory, or a PostgreSQL database by its URL.
 
-`python -m graph.run` opens it with `open_saver` and `open_store`; `langgraph dev` opens the same file
+`python -m graph.run` opens them with `open_saver` and `open_store`; `langgraph dev` opens the same ones
 with `checkpointer` and `store`, named in langgraph.json, so that each sees what the other has done.
-Nothing in it is pickled: checkpoints are msgpack that revives our state models and no other class,
+Nothing is pickled: checkpoints are compressed msgpack that revives our state models and no other class,
 the store is JSON.
 """
 
 import asyncio
 import os
 import sqlite3
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import aiosqlite
 from filelock import FileLock
+from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.store.base import BaseStore
 from langgraph.store.sqlite import AsyncSqliteStore, SqliteStore
 from pydantic import BaseModel
 
 from graph.config import RunConfig
-from graph.state import Input, Lesson, Plan, State, Trial, Usage
+from graph.state import Input, Lesson, Plan, State, Trial
 from tools.errors import UserError
 from tools.recipes import Adjustment, Recipe
+from tools.summary import Usage
 
 RUNS_DIR_VARIABLE = "BILLHOOK_RUNS_DIR"
+STATE_VARIABLE = "BILLHOOK_STATE"
 
 # A writer holds the file for milliseconds; a minute of waiting means a disk or a process that hangs.
 BUSY_SECONDS = 60.0
+
+WORTH_COMPRESSING = 512
+"""Bytes from which a part of a checkpoint is compressed."""
 
 # Every class that a checkpoint may revive. Another one would come back as a plain dict.
 STATE_MODELS: tuple[type[BaseModel], ...] = (
@@ -67,22 +76,74 @@ def database(runs_dir: Path) -> Path:
     return runs_dir / "billhook.sqlite"
 
 
+class StateLost(RuntimeError):
+    """The database went away in the middle of a run; what was checkpointed stands."""
+
+
+def state_url() -> str:
+    """The PostgreSQL database that keeps checkpoints and memory, from `BILLHOOK_STATE`; empty for SQLite.
+
+    Raises UserError when the variable holds something else.
+    """
+    url = os.environ.get(STATE_VARIABLE) or ""
+    if url and not url.startswith(("postgresql://", "postgres://")):
+        raise UserError(f"--state (or {STATE_VARIABLE}) takes postgresql://HOST/DATABASE, or nothing for SQLite")
+    return url
+
+
+def state_kind() -> str:
+    """Where checkpoints and memory are kept, in a word that holds no password."""
+    return "PostgreSQL" if state_url() else "SQLite"
+
+
+class _Compressed(JsonPlusSerializer):
+    """Msgpack, compressed: the savers keep the whole state at every step, and trials and lessons repeat themselves."""
+
+    def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
+        kind, data = super().dumps_typed(obj)
+        return (f"{kind}+zlib", zlib.compress(data)) if len(data) >= WORTH_COMPRESSING else (kind, data)
+
+    def loads_typed(self, data: tuple[str, bytes]) -> Any:
+        kind, packed = data
+        if kind.endswith("+zlib"):
+            return super().loads_typed((kind.removesuffix("+zlib"), zlib.decompress(packed)))
+        return super().loads_typed(data)
+
+
 def serializer() -> JsonPlusSerializer:
     """Msgpack without pickle that revives the state models and LangGraph's own types only."""
-    return JsonPlusSerializer(pickle_fallback=False, allowed_msgpack_modules=STATE_MODELS)
+    return _Compressed(pickle_fallback=False, allowed_msgpack_modules=STATE_MODELS)
+
+
+def _postgres() -> ModuleType:
+    """The module for PostgreSQL. Raises UserError where its packages are missing."""
+    try:
+        from graph import postgres
+    except ImportError as error:
+        advice = "install them with: pip install -e '.[postgres]'"
+        raise UserError(f"the packages for PostgreSQL are not installed; {advice}") from error
+    return postgres
 
 
 @contextmanager
-def open_saver(runs_dir: Path) -> Iterator[SqliteSaver]:
-    """The checkpoints of all runs in `runs_dir`; UserError when the file cannot be opened or made."""
+def open_saver(runs_dir: Path) -> Iterator[BaseCheckpointSaver[str]]:
+    """The checkpoints of all runs in `runs_dir`; UserError when they cannot be opened or made."""
+    if url := state_url():
+        with _postgres().open_saver(url, serializer()) as saver:
+            yield saver
+        return
     create_tables(runs_dir)
     with closing(_connect(database(runs_dir))) as connection:
         yield SqliteSaver(connection, serde=serializer())
 
 
 @contextmanager
-def open_store(runs_dir: Path) -> Iterator[SqliteStore]:
-    """The memory of all runs in `runs_dir`; UserError when the file cannot be opened or made."""
+def open_store(runs_dir: Path) -> Iterator[BaseStore]:
+    """The memory of all runs in `runs_dir`; UserError when it cannot be opened or made."""
+    if url := state_url():
+        with _postgres().open_store(url) as memory:
+            yield memory
+        return
     create_tables(runs_dir)
     with closing(_connect(database(runs_dir), isolation_level=None)) as connection:
         memory = SqliteStore(connection)
@@ -91,8 +152,12 @@ def open_store(runs_dir: Path) -> Iterator[SqliteStore]:
 
 
 @asynccontextmanager
-async def checkpointer() -> AsyncIterator[AsyncSqliteSaver]:
-    """What `langgraph dev` checkpoints with; UserError when the file cannot be opened or made."""
+async def checkpointer() -> AsyncIterator[BaseCheckpointSaver[str]]:
+    """What `langgraph dev` checkpoints with; UserError when it cannot be opened or made."""
+    if url := state_url():
+        async with _postgres().checkpointer(url, serializer()) as saver:
+            yield saver
+        return
     runs_dir = runs_directory()
     await asyncio.to_thread(create_tables, runs_dir)  # the server forbids blocking calls on its loop
     async with aiosqlite.connect(database(runs_dir), timeout=BUSY_SECONDS) as connection:
@@ -102,8 +167,12 @@ async def checkpointer() -> AsyncIterator[AsyncSqliteSaver]:
 
 
 @asynccontextmanager
-async def store() -> AsyncIterator[AsyncSqliteStore]:
-    """What `langgraph dev` remembers with; UserError when the file cannot be opened or made."""
+async def store() -> AsyncIterator[BaseStore]:
+    """What `langgraph dev` remembers with; UserError when it cannot be opened or made."""
+    if url := state_url():
+        async with _postgres().store(url) as memory:
+            yield memory
+        return
     runs_dir = runs_directory()
     await asyncio.to_thread(create_tables, runs_dir)
     async with aiosqlite.connect(
@@ -112,6 +181,18 @@ async def store() -> AsyncIterator[AsyncSqliteStore]:
         memory = AsyncSqliteStore(connection)
         await memory.setup()
         yield memory
+
+
+@contextmanager
+def explain_lost_state() -> Iterator[None]:
+    """Turn an error of the PostgreSQL database into StateLost."""
+    if not state_url():
+        yield
+        return
+    try:
+        yield
+    except _postgres().Error as error:
+        raise StateLost(f"the state's database does not answer: {' '.join(str(error).split())}") from error
 
 
 def create_tables(runs_dir: Path) -> None:

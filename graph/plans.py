@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from graph.config import RunConfig
-from graph.state import Plan
+from graph.lessons import find_multipliers, weigh_layers
+from graph.state import Lesson, Plan
 from tools.allocate import Allocation, allocate
-from tools.curves import LayerProfile
+from tools.curves import LayerProfile, predict_kl
 from tools.recipes import Adjustment, Recipe
+
+LESSONS = " · lessons x"
+"""What parts a plan's line from how many groups of layers it weighs as lessons say."""
 
 
 def find_recipe(plan: Plan, config: RunConfig) -> Recipe:
@@ -14,25 +20,54 @@ def find_recipe(plan: Plan, config: RunConfig) -> Recipe:
     return plan.recipe.model_copy(update={"pattern": config.pattern})
 
 
+def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Sequence[LayerProfile], config: RunConfig) -> Plan:
+    """The plan with what lessons say of the KL curves, whatever it said of them; they weigh in kappa allocations only.
+
+    Every plan goes through here once, whoever made it, before anything is predicted or pruned by it.
+    """
+    recipe = find_recipe(plan, config)
+    weighs = recipe.allocation == "kappa" and not recipe.pattern
+    return plan.model_copy(update={"multipliers": find_multipliers(lessons, layers, recipe) if weighs else {}})
+
+
 def allocate_plan(layers: Sequence[LayerProfile], plan: Plan, config: RunConfig) -> Allocation:
-    """The plan's exact share for every layer, within the config's bounds. Raises ImpossiblePlan."""
-    return allocate(
-        layers,
+    """The plan's exact share for every layer, within the config's bounds. Raises ImpossiblePlan.
+
+    Lessons multiply the KL curves first, and the plan's own factors come on top. The predicted KL is that of the
+    curves as they are.
+    """
+    shared = allocate(
+        weigh_layers(layers, plan.multipliers),
         plan.sparsity,
         find_recipe(plan, config),
         plan.adjustments,
         protect=config.protect,
         max_layer_sparsity=config.max_layer_sparsity,
     )
+    sparsity = np.array([shared.zeros[layer.name] / layer.weights for layer in layers])
+    return shared.model_copy(update={"predicted_kl": predict_kl(layers, sparsity)})
 
 
 def describe_plan(plan: Plan) -> str:
-    """A plan in one line for people, such as `45.0% two-sided+refit:kappa · *.v_proj x2`."""
+    """A plan in one line for people, such as `45.0% two-sided+refit:kappa · *.v_proj x2 · lessons x3 (0.80–1.41)`.
+
+    The last part says for how many groups of layers lessons multiply the KL curves, and from what to what.
+    """
     line = f"{plan.sparsity:.1%} {plan.recipe.label}"
     shown = [_describe_adjustment(adjustment) for adjustment in plan.adjustments[:4]]
     if len(plan.adjustments) > len(shown):
         shown.append(f"{len(plan.adjustments) - len(shown)} more")
-    return f"{line} · {', '.join(shown)}" if shown else line
+    line = f"{line} · {', '.join(shown)}" if shown else line
+    if not plan.multipliers:
+        return line
+    factors = plan.multipliers.values()
+    low, high = f"{min(factors):.2f}", f"{max(factors):.2f}"
+    return f"{line}{LESSONS}{len(factors)} ({low if low == high else f'{low}–{high}'})"
+
+
+def drop_lessons(line: str) -> str:
+    """A plan's line without what it says of lessons."""
+    return line.partition(LESSONS)[0]
 
 
 def _describe_adjustment(adjustment: Adjustment) -> str:

@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,30 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphDrained
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import RunControl
+from langgraph.types import Command, StateSnapshot
 from rich.console import Console
 
-from graph.agents.chat import AgentError, check_planner
+from graph.agents.chat import AgentError
+from graph.agents.local import close_local
+from graph.agents.models import check_model
 from graph.config import RunConfig, read_config
 from graph.display import Display, open_display
-from graph.persistence import RUNS_DIR_VARIABLE, database, open_saver, open_store, runs_directory
+from graph.persistence import (
+    RUNS_DIR_VARIABLE,
+    STATE_VARIABLE,
+    StateLost,
+    database,
+    explain_lost_state,
+    open_saver,
+    open_store,
+    runs_directory,
+    state_url,
+)
+from graph.replay import read_record
 from graph.runs import list_runs
-from graph.session import create_run, read_run
+from graph.session import create_run, read_replay, read_run, write_config
 from graph.state import Input, State
+from graph.steps import CAPS, name_directory, read_last_node
 from tools.errors import DamagedArtifact, DiskFull, UserError
 from tools.files import explain_full_disk
 from tools.options import CONFIGS, Parser, add_flags, parse_flags
@@ -36,9 +52,39 @@ from tools.secrets import read_secrets, redact
 from tools.sources import check_device, locate_model
 from tools.texts import check_source
 
-STEPS_PER_ITERATION = 5
+STEPS_PER_ITERATION = 7
+"""profile again, plan, approve, prune, validate, accept or roll back, reflect."""
 TESTED_MODELS = 3
 """The dense, the pruned and the uniform Wanda model are measured on the test text."""
+
+App = CompiledStateGraph[State, RunConfig, Input, State]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run to be worked on."""
+
+    directory: Path
+    config: RunConfig
+    thread: str
+    replay: str = ""
+    """The run that it repeats."""
+    resumed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.directory.name
+
+    @property
+    def settings(self) -> RunnableConfig:
+        """What LangGraph finds the run by."""
+        limit = STEPS_PER_ITERATION * self.config.max_iterations + 10
+        return {"configurable": {"thread_id": self.thread}, "recursion_limit": limit}
+
+
+class Unanswered(RuntimeError):
+    """A plan waits for a person, and nobody is there."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,6 +99,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="Name of the run's directory; the config's name when left out.")
     parser.add_argument("--runs-dir", metavar="DIR", help=f"Where runs are kept; ${RUNS_DIR_VARIABLE} or runs/.")
     parser.add_argument("--resume", metavar="NAME", help="Go on with a run that was stopped or killed.")
+    parser.add_argument(
+        "--replay",
+        metavar="RUN",
+        help="Repeat a recorded run under a new name, with its config and plans: no agent is asked.",
+    )
+    parser.add_argument(
+        "--state",
+        metavar="URL",
+        help=f"Where checkpoints and memory are kept: postgresql://USER@HOST/DATABASE; ${STATE_VARIABLE}, or a SQLite "
+        "file in the runs directory. A password is better kept in the variable, or in ~/.pgpass.",
+    )
     parser.add_argument("--list", action="store_true", help="Show past runs as a table.")
     parser.add_argument(
         "--dry-run",
@@ -71,6 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
         options, flags = parse_flags(make_parser(), RunConfig, sys.argv[1:] if arguments is None else arguments)
         if options.runs_dir:
             os.environ[RUNS_DIR_VARIABLE] = options.runs_dir
+        if options.state:
+            os.environ[STATE_VARIABLE] = options.state
+        state_url()
         if options.list:
             Console().print(list_runs(runs_directory()))
             return 0
@@ -83,14 +143,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
-    path = _given_path(options) or CONFIGS / "quickstart.yaml"
-    config = read_config(flags, path)
+    runs_dir, replay = runs_directory(), options.replay or ""
+    if replay:
+        stem, config = f"{replay}-replay", _read_replayed(runs_dir, replay, options, flags)
+    else:
+        path = _given_path(options) or CONFIGS / "quickstart.yaml"
+        stem, config = path.stem, read_config(flags, path)
+        check_model(config.planner)
+        check_model(config.reflector)
     _check_input(config)
-    runs_dir = runs_directory()
-    name = _free_name(runs_dir, path.stem) if options.name is None else options.name
+    name = _free_name(runs_dir, stem) if options.name is None else options.name
     thread = str(uuid.uuid4())
-    create_run(runs_dir, name, config, thread)
-    return _drive(runs_dir, name, config, thread, resumed=False)
+    create_run(runs_dir, name, config, thread, replay)
+    return _drive(Work(runs_dir / name, config, thread, replay))
+
+
+def _read_replayed(runs_dir: Path, replay: str, options: argparse.Namespace, flags: dict[str, Any]) -> RunConfig:
+    """The config of a run that is to be replayed, whose record is whole. Raises UserError."""
+    if options.config:
+        raise UserError("--replay takes the config of the run itself; leave --config out")
+    if "approve" in flags:
+        raise UserError("--replay repeats what a person said to the plans; leave --approve out")
+    _, config = read_run(runs_dir, replay)
+    if not read_record(replay).plans:
+        raise UserError(f"the record of run {replay!r} holds no plan to repeat")
+    return read_config({**config.model_dump(), **flags}, None)
 
 
 def _check_input(config: RunConfig) -> None:
@@ -98,7 +175,6 @@ def _check_input(config: RunConfig) -> None:
     locate_model(config.model)
     check_device(config.device)
     _check_texts(config)
-    check_planner(config.planner)
 
 
 def _check_texts(config: RunConfig) -> None:
@@ -135,130 +211,178 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     runs_dir, name = runs_directory(), options.resume
     if options.name:
         raise UserError("--resume takes the run's name itself; leave --name out")
+    if options.replay:
+        raise UserError("--resume goes on with a replay as well; leave --replay out")
     thread, config = read_run(runs_dir, name)
+    replay = read_replay(runs_dir / name)
     wanted = read_config(flags if options.config else {**config.model_dump(), **flags}, _given_path(options))
     changed = [field for field in RunConfig.model_fields if getattr(wanted, field) != getattr(config, field)]
-    if changed:
-        raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(changed)}); start a new run")
-    check_planner(config.planner)
+    if refused := [field for field in changed if field not in CAPS]:
+        raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(refused)}); start a new run")
+    if not replay:
+        check_model(config.planner)
+        check_model(config.reflector)
     lock_run(runs_dir / name)
-    return _drive(runs_dir, name, config, thread, resumed=True)
+    if changed:
+        write_config(runs_dir / name, wanted)
+    return _drive(Work(runs_dir / name, wanted, thread, replay, resumed=True))
 
 
 def _given_path(options: argparse.Namespace) -> Path | None:
     return None if options.config is None else Path(options.config)
 
 
-def _drive(runs_dir: Path, name: str, config: RunConfig, thread: str, *, resumed: bool) -> int:
-    """Run the graph until it ends, is drained, or fails; the run's directory is free again afterwards."""
+def _drive(work: Work) -> int:
+    """Run the graph until it ends, waits for a person, is drained, or fails; the directory is free afterwards."""
     from graph.build import builder
     from tools.workbench import close_workbench
 
-    settings: RunnableConfig = {
-        "configurable": {"thread_id": thread},
-        "recursion_limit": STEPS_PER_ITERATION * config.max_iterations + 10,
-    }
+    runs_dir = work.directory.parent
     try:
         with open_saver(runs_dir) as saver, open_store(runs_dir) as store:
             app = builder().compile(checkpointer=saver, store=store, name="billhook")
-            snapshot = app.get_state(settings)
+            snapshot, settings = _find_snapshot(app, work)
             if snapshot.values and not snapshot.tasks:  # `next` leaves out a node that ended just before a kill
-                print(f"run {name} is finished: see {runs_dir / name / 'report.md'}")
+                print(f"run {work.name} is finished: see {work.directory / 'report.md'}")
                 return 0
             state = State.model_validate(snapshot.values) if snapshot.values else None
-            _refuse_changed_config(name, config, state)
+            _refuse_lost_state(work, state)
+            _refuse_changed_config(work, state)
             try:
                 with explain_full_disk(database(runs_dir)):
-                    return _stream(app, settings, runs_dir / name, config, state, resumed)
+                    return _stream(app, work, settings, state)
             except DiskFull:
                 raise
             except UserError:
-                profiled = app.get_state(settings).values.get("profile")
-                if not resumed and not profiled:  # nothing was done yet: leave nothing behind
-                    saver.delete_thread(thread)
-                    shutil.rmtree(runs_dir / name)
+                profiled = app.get_state(work.settings).values.get("profile")
+                if not work.resumed and not profiled:  # nothing was done yet: leave nothing behind
+                    saver.delete_thread(work.thread)
+                    shutil.rmtree(work.directory)
                 raise
     finally:
+        close_local()
         close_workbench()
-        unlock_run(runs_dir / name)
+        unlock_run(work.directory)
 
 
-def _stream(
-    app: CompiledStateGraph[State, RunConfig, Input, State],
-    settings: RunnableConfig,
-    directory: Path,
-    config: RunConfig,
-    state: State | None,
-    resumed: bool,
-) -> int:
-    """Stream the graph into the display. Raises UserError."""
-    name, control = directory.name, RunControl()
+def _find_snapshot(app: App, work: Work) -> tuple[StateSnapshot, RunnableConfig]:
+    """Where the run stands, and the settings to go on from there.
+
+    In Studio a fork may have gone on in the run's thread; then the run's own last checkpoint has to be named.
+    """
+    last = app.get_state(work.settings)
+    if _belongs(last, work):
+        return last, work.settings
+    for snapshot in app.get_state_history(work.settings):
+        if _belongs(snapshot, work):
+            named = {**work.settings["configurable"], **snapshot.config["configurable"]}
+            return snapshot, {**work.settings, "configurable": named}
+    raise UserError(f"the checkpoints of run {work.name!r} are gone; its thread holds those of {last.values['run']!r}")
+
+
+def _belongs(snapshot: StateSnapshot, work: Work) -> bool:
+    """Whether what follows a checkpoint works in the run's directory."""
+    if not snapshot.values.get("profile"):
+        return bool(snapshot.values.get("run", work.name) == work.name)
+    node = snapshot.tasks[0].name if snapshot.tasks else ""
+    checkpoint = snapshot.config["configurable"]["checkpoint_id"]
+    return name_directory(State.model_validate(snapshot.values), node, checkpoint, work.thread) == work.name
+
+
+def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None) -> int:
+    """Stream the graph into the display, with a person's answers where it asks. Raises UserError."""
+    control = RunControl()
     with ExitStack() as shown:
-        display = shown.enter_context(open_display(Console(), name=name, target=config.target_sparsity))
+        display = shown.enter_context(open_display(Console(), name=work.name, target=work.config.target_sparsity))
 
         def stop_at_once() -> None:
             # Python would wait for the node's thread, which cannot be stopped. What it writes is written aside, and
             # its lock is the operating system's.
-            _stop(display, directory, "interrupted")
+            _stop(display, work, "interrupted")
             shown.close()
             sys.stdout.flush()
             os._exit(1)
 
-        _tell_start(display, directory, config, state, resumed)
+        _tell_start(display, work, state)
+        given: Input | Command[Any] | None = None if state else Input(run=work.name, replay=work.replay)
         try:
-            with _drain_on_signal(control, display, stop_at_once):
-                for part in app.stream(
-                    None if state else Input(run=name),
-                    settings,
-                    context=config,
-                    stream_mode="custom",
-                    durability="sync",
-                    control=control,
-                ):
-                    display.show(part)
+            with explain_lost_state():
+                while True:
+                    with _drain_on_signal(control, display, stop_at_once):
+                        for part in app.stream(
+                            given,
+                            settings,
+                            context=work.config,
+                            stream_mode="custom",
+                            durability="sync",
+                            control=control,
+                        ):
+                            display.show(part)
+                    asked = app.get_state(work.settings).interrupts
+                    if not asked:
+                        return 0
+                    given, settings = Command(resume=_ask(display, asked[0].value)), work.settings
         except GraphDrained:
-            return _stop(display, directory, "stopped as asked, after the present step")
-        except (AgentError, DamagedArtifact) as error:
-            return _stop(display, directory, str(error))
-    return 0
+            return _stop(display, work, "stopped as asked, after the present step")
+        except (AgentError, DamagedArtifact, StateLost, Unanswered) as error:
+            return _stop(display, work, str(error))
 
 
-def _refuse_changed_config(name: str, config: RunConfig, state: State | None) -> None:
-    """`config.yaml` must say what the run was started with."""
+def _ask(display: Display, question: dict[str, Any]) -> str:
+    """A line that a person says to a plan. Raises Unanswered."""
+    waiting = f"plan {question['iteration']} waits for a person to accept, edit or refuse it"
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise Unanswered(f"{waiting}: resume in a terminal, or answer in Studio")
+    try:
+        return display.ask(question)
+    except (EOFError, KeyboardInterrupt):
+        raise Unanswered(waiting) from None
+
+
+def _refuse_lost_state(work: Work, state: State | None) -> None:
+    """A run that was at work has left a checkpoint, before its first node began."""
+    if state is None and read_last_node(work.directory):
+        raise UserError(f"the checkpoints of run {work.name!r} are not in this database; name the one it began with")
+
+
+def _refuse_changed_config(work: Work, state: State | None) -> None:
+    """`config.yaml` must say what the run was started with, but for the caps."""
     if state is None or not state.profile:
         return
-    changed = [f for f in RunConfig.model_fields if getattr(state.config, f) != getattr(config, f)]
-    if changed:
+    fields = [field for field in RunConfig.model_fields if field not in CAPS]
+    if changed := [field for field in fields if getattr(state.config, field) != getattr(work.config, field)]:
         raise UserError(
-            f"run {name!r} cannot be resumed with a changed config ({', '.join(changed)}): its config.yaml was edited"
+            f"run {work.name!r} cannot be resumed with a changed config ({', '.join(changed)}): its config.yaml was "
+            "edited"
         )
 
 
-def _tell_start(display: Display, directory: Path, config: RunConfig, state: State | None, resumed: bool) -> None:
+def _tell_start(display: Display, work: Work, state: State | None) -> None:
     event = {
         "type": "start",
-        "run": directory.name,
-        "directory": str(directory),
-        "model": config.model,
-        "target": config.target_sparsity,
-        "planner": config.planner,
-        "resumed": resumed,
+        "run": work.name,
+        "directory": str(work.directory),
+        "model": work.config.model,
+        "target": work.config.target_sparsity,
+        "planner": f"the record of {work.replay}" if work.replay else work.config.planner,
+        "resumed": work.resumed,
     }
-    append_event(directory, event)
+    append_event(work.directory, event)
     display.show(event)
     if state is not None:
         for trial in [*([state.dense] if state.dense else []), *state.trials]:
             display.show({"type": "trial", **trial.model_dump()})
 
 
-def _stop(display: Display, directory: Path, reason: str) -> int:
-    option = f" --runs-dir {directory.parent}" if str(directory.parent) != "runs" else ""
+def _stop(display: Display, work: Work, reason: str) -> int:
+    runs_dir = work.directory.parent
+    option = f" --runs-dir {runs_dir}" if str(runs_dir) != "runs" else ""
     event = {
         "type": "stopped",
         "reason": redact(reason),
-        "resume": f"python -m graph.run --resume {directory.name}{option}",
+        "resume": f"python -m graph.run --resume {work.name}{option}",
     }
-    append_event(directory, event)
+    append_event(work.directory, event)
     display.show(event)
     return 1
 

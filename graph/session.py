@@ -2,10 +2,12 @@
 
 import json
 import re
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,8 @@ import yaml
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig, check_config
-from graph.persistence import runs_directory
+from graph.persistence import runs_directory, state_kind
+from graph.replay import compare
 from graph.state import State
 from tools.errors import UserError
 from tools.files import write_json, write_text
@@ -23,13 +26,20 @@ from tools.rundir import append_event, lock_run
 if TYPE_CHECKING:
     from tools.workbench import Workbench
 
+CANCELLED: ContextVar[threading.Event | None] = ContextVar("CANCELLED", default=None)
+"""Set in a node's thread by whoever may cancel it; see `graph.steps`."""
+
+
+class Cancelled(RuntimeError):
+    """The run was cancelled while a node was at work; what is on disk stands."""
+
 
 def directory_of(state: State) -> Path:
     """The directory of the state's run."""
     return runs_directory() / state.run
 
 
-def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str) -> Path:
+def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str, replay: str = "") -> Path:
     """Make and lock a run's directory, with `config.yaml` as resolved and `run.json`.
 
     Calling again for the same thread changes nothing. Raises UserError when another run has the name or another
@@ -48,11 +58,17 @@ def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str) -> 
         )
     try:
         lock_run(directory)
-        write_text(directory / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
-        write_json(record, {"thread_id": thread_id, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        write_config(directory, config)
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        write_json(record, {"thread_id": thread_id, "created": created, "state": state_kind(), "replay": replay})
     except OSError as error:
         raise UserError(f"run directory {directory} cannot be written: {error.strerror}") from error
     return directory
+
+
+def write_config(directory: Path, config: RunConfig) -> None:
+    """Write a run's `config.yaml`."""
+    write_text(directory / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
 
 def _is_unborn(directory: Path) -> bool:
@@ -72,11 +88,21 @@ def read_run(runs_dir: Path, name: str) -> tuple[str, RunConfig]:
         raise UserError(f"run {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
+def read_replay(directory: Path) -> str:
+    """The run that the one in `directory` replays, "" for none. UserError when its checkpoints are in another place."""
+    made = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    kept = made.get("state", "SQLite")
+    if kept != state_kind():
+        advice = "name it with --state or in BILLHOOK_STATE" if kept == "PostgreSQL" else "leave --state out"
+        raise UserError(f"run {directory.name!r} keeps its checkpoints in {kept}: {advice}")
+    return str(made.get("replay", ""))
+
+
 class Session:
     """One node at work: emits events to the run's log and to whoever streams the graph."""
 
-    def __init__(self, directory: Path, write: Any, spent: float) -> None:
-        self.directory, self._write = directory, write
+    def __init__(self, directory: Path, write: Any, spent: float, replay: str = "") -> None:
+        self.directory, self._write, self._replay = directory, write, replay
         self._spent, self._began = spent, time.monotonic()
 
     @property
@@ -90,17 +116,22 @@ class Session:
         return self._spent + self.elapsed
 
     def emit(self, type_: str, **data: Any) -> None:
-        """Record an event in `events.jsonl` and show it."""
+        """Record an event in `events.jsonl` and show it; in a replay, say where it parts from the record."""
         event = {"type": type_, **data}
         append_event(self.directory, event)
         self._write(event)
+        if self._replay and (found := compare(self._replay, event, self.directory)):
+            self.emit(found[0], text=found[1])
 
     def record(self, type_: str, **data: Any) -> None:
         """Record an event in `events.jsonl` only: what is too long to show."""
         append_event(self.directory, {"type": type_, **data})
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """Show how far a step is; not recorded."""
+        """Show how far a step is; not recorded. Raises Cancelled between two layers of a cancelled run."""
+        cancelled = CANCELLED.get()
+        if cancelled is not None and cancelled.is_set():
+            raise Cancelled("the run was cancelled")
         self._write({"type": "progress", "label": label, "done": done, "total": total})
 
     def warn(self, text: str) -> None:
@@ -110,8 +141,14 @@ class Session:
 
 def enter(node: str, state: State, runtime: Runtime[RunConfig]) -> Session:
     """Announce a node; its session."""
-    session = Session(directory_of(state), runtime.stream_writer, state.seconds)
-    session.emit("node", node=node, iteration=state.iteration)
+    session = Session(directory_of(state), runtime.stream_writer, state.seconds, state.replay)
+    session.emit(
+        "node",
+        node=node,
+        iteration=state.iteration,
+        checkpoint=runtime.execution_info.checkpoint_id if runtime.execution_info else "",
+        came_from=state.came_from,
+    )
     return session
 
 

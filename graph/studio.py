@@ -1,11 +1,12 @@
 """Serve the graph and all past runs to LangGraph Studio, on this machine only.
 
-    python -m graph.studio [--port 2024] [--runs-dir runs]
+    python -m graph.studio [--port 2024] [--runs-dir runs] [--state postgresql://HOST/DATABASE]
 
-Starts `langgraph dev` on the runs directory's own SQLite file, registers every run made by
-`python -m graph.run` as a thread, and waits until Ctrl-C. The server writes its output to
-studio.log in the runs directory, and its list of threads (a cache, in pickle) to .langgraph_api
-in the present directory; runs and memory are in the SQLite file alone.
+Starts `langgraph dev` on the runs directory's own checkpoints, registers every run made by
+`python -m graph.run` as a thread and every file of configs/ as an assistant, and waits until Ctrl-C.
+The server writes its output to studio.log in the runs directory, and its list of threads (a cache, in
+pickle) to .langgraph_api in the present directory; runs and memory are in the SQLite file, or the
+PostgreSQL database, alone.
 """
 
 import argparse
@@ -26,8 +27,9 @@ from typing import NoReturn
 import httpx
 from langgraph_sdk import get_sync_client
 
-from graph.persistence import RUNS_DIR_VARIABLE, runs_directory
+from graph.persistence import RUNS_DIR_VARIABLE, STATE_VARIABLE, runs_directory, state_url
 from tools.errors import UserError
+from tools.options import CONFIGS, read_yaml
 from tools.secrets import read_secrets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,9 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         if signal.getsignal(kind) != signal.SIG_IGN:  # nohup asks to outlive the terminal
             signal.signal(kind, _interrupt)
     try:
+        if options.state:
+            os.environ[STATE_VARIABLE] = options.state
+        state_url()
         check_can_serve(options.port)
         read_secrets()  # the server reads no .env, and a planner may need a key
         with serve(options.port, options.runs_dir.resolve()) as server:
+            register_configs(options.port)
             runs = register_runs(options.port, options.runs_dir)
             _print_address(options.port, options.runs_dir, runs)
             server.wait()
@@ -131,11 +137,26 @@ def register_runs(port: int, runs_dir: Path) -> dict[str, str]:
     return runs
 
 
+def register_configs(port: int) -> None:
+    """Make every file of configs/ an assistant of the server, whose context (planner, reflector …) can be edited."""
+    with get_sync_client(url=_address(port), api_key=None) as client:
+        for file in sorted(CONFIGS.glob("*.yaml")):
+            context, mark = read_yaml(file), str(uuid.uuid5(uuid.NAMESPACE_URL, f"billhook/configs/{file.stem}"))
+            made = client.assistants.create(
+                "billhook", name=file.stem, assistant_id=mark, context=context, if_exists="do_nothing"
+            )
+            if made["context"] != context:  # the server remembers the file of an earlier start
+                client.assistants.update(mark, context=context)
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m graph.studio", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--port", type=_port, default=2024, help="port on 127.0.0.1 (default: 2024)")
     parser.add_argument(
         "--runs-dir", type=Path, default=runs_directory(), help="where the runs are (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--state", metavar="URL", help=f"PostgreSQL database of checkpoints and memory; ${STATE_VARIABLE}"
     )
     return parser.parse_args(arguments)
 

@@ -5,7 +5,7 @@ Shape suffixes: O output features, I input features.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -92,11 +92,12 @@ def prune_two_sided_obs(
     return _prune_obs(weight_OI, statistics, zeros, pattern, statistics.gradient_square_O)
 
 
-def prune_refit(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None) -> Pruned:
-    """Billhook's own: the two-sided mask grown in steps, all survivors refitted between them."""
-    return refit_in_steps(
-        weight_OI, statistics.moment_II, statistics.gradient_square_O, zeros, pattern=pattern, system=statistics.system
-    )
+def prune_refit(
+    weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None, *, steps: int = 5
+) -> Pruned:
+    """Billhook's own: the two-sided mask grown in `steps` steps, all survivors refitted between them."""
+    moment_II, gamma_O = statistics.moment_II, statistics.gradient_square_O
+    return refit_in_steps(weight_OI, moment_II, gamma_O, zeros, pattern=pattern, steps=steps, system=statistics.system)
 
 
 METHODS: dict[str, Callable[[Tensor, LayerStatistics, int, Pattern | None], Pruned]] = {
@@ -127,14 +128,17 @@ def prune_weight(
     zeros: int,
     *,
     refit: bool,
+    refit_steps: int = 5,
     pattern: Pattern | None = None,
 ) -> Pruned:
     """The layer pruned by `method`, in the dtype of `weight_OI`, with `zeros` zeros; for `pattern` see METHODS.
 
     With `refit` the survivors of its mask become the damped least-squares fit to the dense layer's output; rows which
-    that leaves worse than the mask alone are those of the mask. Raises ValueError as the methods do.
+    that leaves worse than the mask alone are those of the mask. `refit_steps` are those of the method "refit".
+    Raises ValueError as the methods do.
     """
-    pruned = METHODS[method](weight_OI, statistics, zeros, pattern)
+    prune = partial(prune_refit, steps=refit_steps) if method == "refit" else METHODS[method]
+    pruned = prune(weight_OI, statistics, zeros, pattern)
     if refit:
         pruned = _refit(weight_OI, pruned, statistics)
     return _without_minus_zero(pruned)

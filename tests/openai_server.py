@@ -2,12 +2,14 @@
 
     python -m tests.openai_server --port 8000
 
-serves sensible plans, so that a run can be planned over HTTP without a key:
+serves sensible plans, after calls of every tool where the client offers tools, so that a run
+can be planned over HTTP without a key:
 
     python -m graph.run --planner openai:demo@http://127.0.0.1:8000/v1
 
 Any model name that is not in `BEHAVIOURS` gets a good answer. In tests, `OpenAIServer` is
-a context manager; it records every request, and the plans it answers with can be scripted.
+a context manager; it records every request, and what it answers with can be scripted: plans,
+and `{"tool": NAME, "arguments": {...}}` for a call of a tool, or a list of several.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from types import TracebackType
 from typing import Any, Self
 
 Body = dict[str, Any]
-PlanSource = Sequence[Body] | Callable[[Body], Body]
+Answer = Body | list[Body]
+PlanSource = Sequence[Answer] | Callable[[Body], Answer]
 
 DEFAULT_PLAN: Body = {
     "sparsity": 0.3,
@@ -46,6 +49,19 @@ DEMO_PLANS: tuple[Body, ...] = (
         "reason": "The KL curves are measured per layer; leaning a little towards uniform hedges against that.",
     },
 )
+_DEMO_PROBE: Body = {"sparsity": 0.45, "recipe": {"method": "wanda", "refit": False}}
+DEMO_CALLS: tuple[list[Answer], ...] = (
+    [{"tool": "inspect_layers", "arguments": {"selector": "*.v_proj"}}, {"tool": "recall", "arguments": {"query": ""}}],
+    [{"tool": "predict", "arguments": {"plan": {"sparsity": 0.45}}}],
+    [
+        [
+            {"tool": "probe", "arguments": {"plan": _DEMO_PROBE, "tokens": 128}},
+            {"tool": "history", "arguments": {"n": 3}},
+        ]
+    ],
+    [{"tool": "predict", "arguments": {"plan": _DEMO_PROBE}}],
+)
+"""The tools called before each of `DEMO_PLANS`, the third time two in one message."""
 
 
 @dataclass
@@ -83,7 +99,7 @@ class Reply:
     content: str | None = None
     """The assistant's text."""
     as_tool_call: bool = False
-    """Whether `content` is sent as the arguments of a tool call, if the request brings a tool."""
+    """Whether `content` is sent as calls of functions, if the request brings some."""
     finish: str = "stop"
     refusal: str | None = None
     usage: bool = True
@@ -147,6 +163,21 @@ def _quote_key(call: Call) -> Reply:
     return Reply(401, error=f"Incorrect API key provided: {key} ({key[:5]}***{key[-2:]}).")
 
 
+def _refuse_answers_of_tools(call: Call, status: int) -> Reply:
+    """As llama.cpp does where the model's chat template knows no messages of the role `tool`."""
+    answers = any(message["role"] == "tool" for message in call.request.messages)
+    return Reply(status, error="the template takes no role tool") if answers else call.good()
+
+
+def _write_as_template(answer: str) -> str:
+    """Calls as the chat templates of Hermes and Qwen write them, which not every server reads."""
+    said = json.loads(answer)
+    if "tool" not in said:
+        return answer
+    call = {"name": said["tool"], "arguments": said["arguments"]}
+    return f"Let me see.\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
+
+
 UNSUPPORTED = "'response_format' of type 'json_schema' is not supported with this model"  # OpenAI's words
 LLAMA_CPP = "Unsupported param: response_format"
 PROSE = "I would prune the early blocks gently and the late ones hard."
@@ -196,6 +227,9 @@ BEHAVIOURS: dict[str, Callable[[Call], Reply]] = {
     "bare": _refuse_methods(400, "json_schema", "json_mode", "function_calling", error="extra fields"),
     "bare-422": _refuse_methods(422, "json_schema", "json_mode", "function_calling", error="extra fields"),
     "bare-500": _refuse_methods(500, "json_schema", "json_mode", "function_calling", error=LLAMA_CPP),
+    "no-answers-of-tools": lambda call: _refuse_answers_of_tools(call, 400),
+    "no-answers-of-tools-500": lambda call: _refuse_answers_of_tools(call, 500),
+    "hermes": lambda call: Reply(content=_write_as_template(call.plan())),
     "ignores-tools": lambda call: (
         Reply(400, error=UNSUPPORTED) if call.asks("json_schema") else Reply(content=f"Sure! {call.plan()}")
     ),
@@ -271,10 +305,11 @@ class OpenAIServer:
 
     def _next_plan(self, body: Body) -> str:
         if callable(self._plans):
-            return json.dumps(self._plans(body))
-        plan = self._plans[min(self._served, len(self._plans) - 1)]
-        self._served += 1
-        return json.dumps(plan)
+            answer = self._plans(body)
+        else:
+            answer = self._plans[min(self._served, len(self._plans) - 1)]
+            self._served += 1
+        return "\n".join(map(json.dumps, answer)) if isinstance(answer, list) else json.dumps(answer)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
@@ -317,8 +352,11 @@ def _body(request: Request, reply: Reply) -> Body:
     message: Body = {"role": "assistant", "content": reply.content, "refusal": reply.refusal}
     finish = reply.finish
     if reply.as_tool_call and request.method == "function_calling":
-        function = {"name": request.body["tools"][0]["function"]["name"], "arguments": reply.content}
-        message |= {"content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
+        calls = [
+            {"id": f"call_{i}", "type": "function", "function": function}
+            for i, function in enumerate(_read_functions(request, reply.content or ""))
+        ]
+        message |= {"content": None, "tool_calls": calls}
         finish = "tool_calls"
     body: Body = {
         "id": "chatcmpl-1",
@@ -338,12 +376,37 @@ def _body(request: Request, reply: Reply) -> Body:
     return body
 
 
+def _read_functions(request: Request, content: str) -> list[Body]:
+    """The calls in a scripted answer; what names no tool goes to the first function there is, broken or not."""
+    first = request.body["tools"][0]["function"]["name"]
+    functions = []
+    for line in content.split("\n"):
+        said = json.loads(line) if line.startswith('{"tool"') else {}
+        name, arguments = said.get("tool", first), json.dumps(said["arguments"]) if said else line
+        functions.append({"name": name, "arguments": arguments})
+    return functions
+
+
+def play_demo() -> Callable[[Body], Answer]:
+    """`DEMO_PLANS` in a cycle, each after its calls of tools where the client's instructions speak of any."""
+    cycle = itertools.cycle(zip(DEMO_CALLS, DEMO_PLANS, strict=True))
+    waiting: list[Answer] = []
+
+    def answer(body: Body) -> Answer:
+        if not waiting:
+            calls, plan = next(cycle)
+            offered = "inspect_layers" in str(body["messages"][0]["content"])
+            waiting.extend([*(calls if offered else []), plan])
+        return waiting.pop(0)
+
+    return answer
+
+
 def main() -> None:
-    """Serve `DEMO_PLANS` in a cycle until interrupted."""
+    """Serve the demo until interrupted."""
     parser = argparse.ArgumentParser(description="A local OpenAI-compatible server that answers with pruning plans.")
     parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 takes a free one")
-    cycle = itertools.cycle(DEMO_PLANS)
-    with OpenAIServer(lambda body: next(cycle), port=parser.parse_args().port) as server:
+    with OpenAIServer(play_demo(), port=parser.parse_args().port) as server:
         print(server.url, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.wait()

@@ -201,7 +201,7 @@ def _check_input(settings: AblateSettings) -> None:
     check_device(settings.device)
     for source in (settings.calibration, settings.validation, settings.test):
         check_source(source)
-    needed = settings.validation_windows * settings.window
+    needed = settings.validation_tokens
     if settings.evaluated_tokens < needed:
         raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")
 
@@ -216,7 +216,8 @@ def _make_row(
     progress: "Progress",
 ) -> Row:
     if arm in GRAPH:
-        return _run_graph(arm, seed, settings, graph_flags, progress)
+        row, known.dense_perplexity = _run_graph(arm, seed, settings, graph_flags, progress)
+        return row
     from tools.workbench import use_workbench  # imports torch
 
     seeded = settings.model_copy(update={"seed": seed})
@@ -272,12 +273,12 @@ def _try_kappa(bench: "Workbench", profile: str, settings: AblateSettings, progr
     recipe = Recipe()
     allocation = _share_out(bench, profile, settings, recipe, [], progress)
     checkpoint = bench.prune(profile, allocation, recipe, progress)
-    return _Choice(checkpoint, recipe.label, 1, settings.validation_windows * settings.window)
+    return _Choice(checkpoint, recipe.label, 1, settings.validation_tokens)
 
 
 def _try_random(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> _Choice:
     """As many random plans as the budget allows; the one of least KL on the validation text."""
-    tokens = settings.validation_windows * settings.window
+    tokens = settings.validation_tokens
     trials = settings.evaluated_tokens // tokens
     best: tuple[float, str, str] | None = None
     for number in range(trials):
@@ -339,8 +340,13 @@ def _try_search(bench: "Workbench", profile: str, settings: AblateSettings, prog
     return _Choice(checkpoint, job.label, found.tokens // settings.window, found.tokens)
 
 
-def _run_graph(arm: str, seed: int, settings: AblateSettings, graph_flags: Sequence[str], progress: "Progress") -> Row:
-    """A run of the graph in a process of its own, begun or gone on with. Raises UserError with its last line."""
+def _run_graph(
+    arm: str, seed: int, settings: AblateSettings, graph_flags: Sequence[str], progress: "Progress"
+) -> tuple[Row, float | None]:
+    """(the row, the dense model's test perplexity) of a run of the graph, begun or gone on with in another process.
+
+    Raises UserError with the run's last words.
+    """
     runs, name = Path(settings.out) / "runs", f"{arm}-{seed}"
     summary_path = runs / name / "summary.json"
     progress("run of the graph", 0, 1)
@@ -357,7 +363,7 @@ def _run_graph(arm: str, seed: int, settings: AblateSettings, graph_flags: Seque
     progress("run of the graph", 1, 1)
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     agents = summary["agents"]
-    return Row(
+    row = Row(
         arm=arm,
         seed=seed,
         sparsity=summary["achieved_sparsity"],
@@ -370,6 +376,7 @@ def _run_graph(arm: str, seed: int, settings: AblateSettings, graph_flags: Seque
         cost=agents["cost"],
         seconds=round(summary["seconds"], 1),
     )
+    return row, summary["perplexity"]["dense"]
 
 
 def _flags_of(arm: str, seed: int, settings: AblateSettings) -> list[str]:

@@ -5,23 +5,113 @@ one open workbench, one after another; give ToolNode `{"max_concurrency": 1}`, s
 """
 
 import json
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 from langchain_core.tools import BaseTool, tool
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from tools.allocate import Allocation, allocate
+from tools.instruments import Draft, Round, inspect_layers, predict, probe
 from tools.profile import Progress
 from tools.recipes import Adjustment, Recipe
 from tools.workbench import Workbench
 
+# --- what a planner may ask before it commits itself ----------------------------------------------------------------
 
-class AllocateArguments(BaseModel):
-    """What an allocation is made from."""
+# Spelt out, the plan's schema would be sent once more for each tool that takes one.
+DraftArgument = Annotated[
+    Draft, WithJsonSchema({"type": "object", "description": "A plan: its sparsity, recipe and adjustments."})
+]
 
-    sparsity: float = Field(gt=0, lt=1, description="Share of all prunable weights to be zero, as a fraction.")
-    recipe: Recipe = Field(default_factory=Recipe, description="How weights are chosen and shared out.")
-    adjustments: list[Adjustment] = Field(default_factory=list, description="Corrections for groups of layers.")
+
+class InspectArguments(BaseModel):
+    """Which layers."""
+
+    selector: str = Field(
+        min_length=1, max_length=200, description="Which layers, such as '*.v_proj' or 'blocks 0-3 · *.v_proj'."
+    )
+
+
+class PredictArguments(BaseModel):
+    """A plan."""
+
+    plan: DraftArgument
+
+
+class ProbeArguments(BaseModel):
+    """A plan, and how much text it is measured on."""
+
+    plan: DraftArgument
+    tokens: int = Field(
+        4096, ge=1, description="Tokens of validation text, rounded up to whole windows, at most all of it."
+    )
+
+
+class HistoryArguments(BaseModel):
+    """How many trials."""
+
+    n: int = Field(10, ge=1, le=50, description="How many trials, counted from the last.")
+
+
+class RecallArguments(BaseModel):
+    """What about."""
+
+    query: str = Field(max_length=200, description="A few words, such as a selector, a method or a kind of layer.")
+
+
+def make_planner_tools(
+    round_: Round, *, history: Callable[[int], Sequence[str]], recall: Callable[[str], Sequence[str]]
+) -> list[BaseTool]:
+    """The five instruments of a planner.
+
+    Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
+    last trials, `recall` one for each lesson that a query finds.
+    """
+
+    @tool("inspect_layers", args_schema=InspectArguments, response_format="content_and_artifact")
+    def inspect_tool(selector: str) -> tuple[str, str]:
+        """Weights, scores and KL at five sparsities of every layer that a selector means. Costs nothing."""
+        figures = inspect_layers(round_, selector)
+        return _answer(**figures), f"{selector} -> {figures['layers']} layers"
+
+    @tool("predict", args_schema=PredictArguments, response_format="content_and_artifact")
+    def predict_tool(plan: Draft) -> tuple[str, str]:
+        """KL of a plan by KL curves, and the sparsities it gives. Costs nothing, but for curves not measured yet."""
+        figures = predict(round_, plan)
+        return _answer(**figures), f"{_describe(plan)} -> predicted KL {figures['predicted_kl']}"
+
+    @tool("probe", args_schema=ProbeArguments, response_format="content_and_artifact")
+    def probe_tool(plan: Draft, tokens: int) -> tuple[str, str]:
+        """Carry a plan out, measure KL and perplexity on some validation text, and undo it. Costs a round's pruning."""
+        figures = probe(round_, plan, tokens)
+        return _answer(**figures), f"{_describe(plan)} -> KL {figures['kl']} on {figures['tokens']} tokens"
+
+    @tool("history", args_schema=HistoryArguments, response_format="content_and_artifact")
+    def history_tool(n: int) -> tuple[str, str]:
+        """The last trials of this run, with their plans and figures in full. Costs nothing."""
+        lines = history(n)
+        return _answer(trials=lines), f"{n} -> {_count(lines, 'trial')}"
+
+    @tool("recall", args_schema=RecallArguments, response_format="content_and_artifact")
+    def recall_tool(query: str) -> tuple[str, str]:
+        """What this and earlier runs learnt on this model and its relatives. Costs nothing."""
+        lines = recall(query)
+        return _answer(lessons=lines), f"{query} -> {_count(lines, 'lesson')}"
+
+    return [inspect_tool, predict_tool, probe_tool, history_tool, recall_tool]
+
+
+def _describe(draft: Draft) -> str:
+    more = f" · {_count(draft.adjustments, 'adjustment')}" if draft.adjustments else ""
+    return f"{draft.sparsity:.1%} {draft.recipe.label}{more}"
+
+
+def _count(things: Sequence[Any], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+# --- what is done to the model --------------------------------------------------------------------------------------
 
 
 class CheckpointArguments(BaseModel):
@@ -39,14 +129,14 @@ def make_tools(
         layers = bench.read_profile(profile).layers
         return allocate(layers, sparsity, recipe, adjustments, protect=protect, max_layer_sparsity=max_layer_sparsity)
 
-    @tool(args_schema=AllocateArguments)
+    @tool(args_schema=Draft)
     def allocate_sparsity(sparsity: float, recipe: Recipe, adjustments: list[Adjustment]) -> str:
         """Share a sparsity out over the layers, exactly to the weight, and predict its KL; touches no weight."""
         allocation = share_out(sparsity, recipe, adjustments)
         layers = {name: round(zeros / bench.dense[name].numel(), 4) for name, zeros in allocation.zeros.items()}
         return _answer(sparsity=allocation.sparsity, predicted_kl=allocation.predicted_kl, layers=layers)
 
-    @tool(args_schema=AllocateArguments)
+    @tool(args_schema=Draft)
     def prune_model(sparsity: float, recipe: Recipe, adjustments: list[Adjustment]) -> str:
         """Prune the model from its dense weights; the id of the checkpoint."""
         allocation = share_out(sparsity, recipe, adjustments)
@@ -72,4 +162,4 @@ def make_tools(
 
 
 def _answer(**figures: Any) -> str:
-    return json.dumps(figures)
+    return json.dumps(figures, ensure_ascii=False)

@@ -66,8 +66,8 @@ def _with_default(name: str, value: int) -> Any:
 class BenchSettings(WorkbenchSettings):
     """The model, its texts, and how often each thing is timed."""
 
-    window: int = _with_default("window", 256)
-    calibration_windows: int = _with_default("calibration_windows", 16)
+    window: int = _with_default("window", 384)
+    calibration_windows: int = _with_default("calibration_windows", 12)
     gradient_windows: int = _with_default("gradient_windows", 2)
     validation_windows: int = _with_default("validation_windows", 4)
     test_windows: int = _with_default("test_windows", 1)

@@ -4,6 +4,7 @@ import re
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
@@ -20,6 +21,10 @@ def count_pattern_zeros(weights: int, pattern: tuple[int, int]) -> int:
     return weights // group * pruned
 
 
+REFIT_STEPS = 5
+"""Steps in which the method refit grows its mask, unless a recipe says otherwise."""
+
+
 class Recipe(BaseModel):
     """How weights are chosen, shared out over the layers, and what happens to the survivors."""
 
@@ -29,7 +34,14 @@ class Recipe(BaseModel):
         "refit",
         description="magnitude: |W| within the layer. wanda: |W|*sqrt(a) within each output row. two-sided: "
         "W^2*a*gamma within the layer; usually the best mask. sparsegpt, two-sided-obs: survivors corrected column by "
-        "column. refit: the two-sided mask grown in 5 steps, survivors refitted between; the best and slowest.",
+        "column. refit: the two-sided mask grown in steps, survivors refitted between; the best and slowest.",
+    )
+    refit_steps: int = Field(
+        REFIT_STEPS,
+        ge=1,
+        le=10,
+        description="For method refit: steps in which the mask grows. More let it follow what the survivors take over; "
+        "each adds 2 products to the 3 of a round's refit.",
     )
     refit: bool = Field(
         True,
@@ -40,7 +52,7 @@ class Recipe(BaseModel):
         "kappa",
         description="kappa: minimise the predicted KL over the layers; only here do factors count. uniform: the same "
         "sparsity everywhere. owl: less in blocks where more Wanda scores lie far above the mean. alphapruning: less "
-        "in blocks whose weights have heavy-tailed spectra.",
+        "in blocks whose weights have heavy-tailed spectra. Sharing out takes no time, only curves do.",
     )
     strength: float = Field(
         1.0, ge=0, le=1, description="1 follows the allocation, 0 is uniform, between is linear; costs nothing."
@@ -63,7 +75,7 @@ class Recipe(BaseModel):
         "block by block, each seeing what its pruned predecessors pass on; costs two more forwards of the calibration "
         "text a round.",
     )
-    pattern: str = Field(
+    pattern: SkipJsonSchema[str] = Field(  # the user's choice, so that no planner is told of it
         "",
         description="N:M, N zeros in every M consecutive inputs; empty for zeros anywhere. The user's choice.",
     )
@@ -102,10 +114,16 @@ class Recipe(BaseModel):
         return self.refits or self.method not in ("magnitude", "wanda", "two-sided")
 
     @property
+    def steps(self) -> int:
+        """`refit_steps` where they count: methods other than refit have no use for them."""
+        return self.refit_steps if self.method == "refit" else REFIT_STEPS
+
+    @property
     def mask_label(self) -> str:
-        """What is done inside a layer, such as `two-sided+refit`."""
+        """What is done inside a layer, such as `two-sided+refit`, or `refit3` for other than `REFIT_STEPS` steps."""
+        steps = "" if self.steps == REFIT_STEPS else f"{self.steps}"
         marks = ["+refit" if self.refits_after else "", "~clipped" if self.gamma == "clipped" else ""]
-        return f"{self.method}{''.join(marks)}{'~sequential' if self.statistics == 'sequential' else ''}"
+        return f"{self.method}{steps}{''.join(marks)}{'~sequential' if self.statistics == 'sequential' else ''}"
 
     @property
     def allocation_label(self) -> str:
@@ -123,6 +141,7 @@ class Recipe(BaseModel):
         return Recipe(
             method=self.method,
             refit=self.refits_after,
+            refit_steps=self.steps,
             gamma=self.gamma,
             statistics=self.statistics,
             pattern=self.pattern,
@@ -130,13 +149,13 @@ class Recipe(BaseModel):
 
 
 _LABEL = re.compile(
-    r"(?P<method>[a-z-]+?)(?P<refit>\+refit)?(?P<clipped>~clipped)?(?P<sequential>~sequential)?"
+    r"(?P<method>[a-z-]+?)(?:(?<=^refit)(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?(?P<sequential>~sequential)?"
     r"(?::(?P<allocation>[a-z]+)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
 
 
 def parse_recipe(label: str) -> Recipe:
-    """The recipe of a label `METHOD[+refit][~clipped][~sequential][:ALLOCATION[@STRENGTH]]`.
+    """The recipe of a label `METHOD[+refit][~clipped][~sequential][:ALLOCATION[@STRENGTH]]`, such as `refit3:kappa`.
 
     Without an allocation it is uniform. Raises ValueError in one line for another form or a name that there is not.
     """
@@ -148,6 +167,7 @@ def parse_recipe(label: str) -> Recipe:
             {
                 "method": form["method"],
                 "refit": form["refit"] is not None,
+                "refit_steps": form["steps"] or REFIT_STEPS,
                 "gamma": "clipped" if form["clipped"] else "plain",
                 "statistics": "sequential" if form["sequential"] else "dense",
                 "allocation": form["allocation"] or "uniform",

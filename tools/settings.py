@@ -49,3 +49,8 @@ class WorkbenchSettings(BaseModel):
     validation_windows: int = Field(8, ge=2, le=65536, description="Windows of validation text.")
     test_windows: int = Field(8, ge=1, le=65536, description="Windows of test text.")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the labels drawn from the model for the KL curves.")
+
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens of the validation text: what one trial puts through the model."""
+        return self.validation_windows * self.window

@@ -32,6 +32,15 @@ class Perplexities(BaseModel):
     uniform_wanda: float | None
 
 
+class Usage(BaseModel):
+    """Tokens and money spent on agents so far."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float = Field(0.0, description="US dollars, from the prices in the config.")
+
+
 class Summary(BaseModel):
     """`summary.json`: machine-readable, a stable schema."""
 
@@ -42,8 +51,11 @@ class Summary(BaseModel):
     achieved_sparsity: float
     perplexity: Perplexities
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, nats per token.")
+    plan: str = Field("", description="The plan that was kept, in one line.")
     iterations: int
     rollbacks: int
+    evaluated_tokens: int = Field(0, description="Tokens put through pruned models, by trials and probes.")
+    agents: Usage = Field(default_factory=Usage)
     seconds: float
     peak_memory_bytes: int
     mask_sha256: str
@@ -161,7 +173,10 @@ def _trial_row(trial: dict[str, Any]) -> str:
     kl = "not finite" if trial["kl"] is None else f"{trial['kl']:.4f}"
     if trial["kl_error"] is not None and trial["kl_error"] != float("inf"):
         kl += f" ± {trial['kl_error']:.4f}"
+    figures = f"{show(trial['perplexity'])} | {kl}"
+    if trial["verdict"] == "refuse":  # nothing was measured
+        figures = " | "
     return (
-        f"| {trial['iteration']} | {trial['sparsity']:.2%} | {show(trial['perplexity'])} | {kl} "
+        f"| {trial['iteration']} | {trial['sparsity']:.2%} | {figures} "
         f"| {trial['predicted_kl']:.4f} | {trial['verdict']} | {escape(trial['plan'])} | {escape(trial['reason'])} |"
     )

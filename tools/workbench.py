@@ -44,7 +44,7 @@ from tools.profile import (
     run_block,
 )
 from tools.readout import check_readout
-from tools.recipes import Recipe, count_pattern_zeros
+from tools.recipes import REFIT_STEPS, Recipe, count_pattern_zeros
 from tools.rundir import lock_run, unlock_run
 from tools.settings import WorkbenchSettings
 from tools.sources import load_model
@@ -224,7 +224,8 @@ class Workbench:
             alpha = self._measure_once(["alpha"], lambda: self._measure_alphas(progress))
             return [layer.model_copy(update={"alpha": alpha[layer.name]}) for layer in layers]
         if recipe.needs_curves:
-            plain = recipe.model_copy(update={"statistics": "dense"})  # curves are always the dense model's
+            # Curves are always the dense model's, and their levels are the steps of the method refit.
+            plain = recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
             key = ["kappa", profile, plain.mask_label]
             kappa = self._measure_once(key, lambda: self._measure_kappa(profile, plain, progress))
             return [layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in layers]
@@ -337,7 +338,13 @@ class Workbench:
         """Prune one layer, put it into the model and on disk; its artifact."""
         dense_OI = self.dense[name].to(self.device)
         pruned = prune_weight(
-            recipe.method, dense_OI, statistics, zeros, refit=recipe.refits_after, pattern=recipe.group
+            recipe.method,
+            dense_OI,
+            statistics,
+            zeros,
+            refit=recipe.refits_after,
+            refit_steps=recipe.steps,
+            pattern=recipe.group,
         )
         pruned_OI = pruned.weight_OI
         if pruned.damping > DAMPING:
@@ -348,9 +355,13 @@ class Workbench:
         else:  # the survivors are the dense weights: the mask says everything
             tensors = {"mask": pack_mask(pruned_OI != 0)}
         artifact = self.store.write_tensors(tensors)
-        self.by_name[name].write(pruned_OI)
-        self.installed[name] = artifact
+        self._write(name, pruned_OI, artifact)
         return artifact
+
+    def _write(self, name: str, weight_OI: Tensor, artifact: str) -> None:
+        self.installed[name] = ""  # a write that is cut short leaves neither the old weights nor the new
+        self.by_name[name].write(weight_OI)
+        self.installed[name] = artifact
 
     def _install(self, name: str, artifact: str) -> bool:
         """Put a layer's stored weights into the model; False (and a warning) when the artifact is damaged."""
@@ -371,8 +382,7 @@ class Workbench:
                 weight_OI = unpack_weight(tensors["mask"], tensors["values"], shape)
             else:
                 weight_OI = torch.where(unpack_mask(tensors["mask"], shape), dense_OI, 0)
-        self.by_name[name].write(weight_OI)
-        self.installed[name] = artifact
+        self._write(name, weight_OI, artifact)
         return True
 
     def restore(self, checkpoint: str) -> list[str]:
@@ -457,6 +467,44 @@ class Workbench:
         evaluation, _ = evaluate_windows(self.model, windows, hidden, label or split, progress, prefix)
         write_json(path, evaluation.model_dump())
         return evaluation
+
+    def probe(
+        self,
+        profile: str,
+        allocation: Allocation,
+        recipe: Recipe,
+        windows: int,
+        progress: Progress,
+        *,
+        back: str,
+        keep: Sequence[str] = (),
+    ) -> Evaluation:
+        """Prune as `prune` would, measure on the first `windows` windows of the validation text, and put the weights
+        of the checkpoint `back` back, bit for bit.
+
+        Measured once, then read back. Layers on disk that neither `back`, the checkpoints to `keep` nor this probe
+        have are deleted, so that many probes take no more room than one.
+        """
+
+        def measure() -> dict[str, Any]:
+            try:
+                checkpoint = self.prune(profile, allocation, recipe, progress)
+                evaluation = self._evaluate_first(windows, checkpoint, profile, progress)
+                self.forget_checkpoints([back, *keep, checkpoint])
+            finally:
+                self.restore(back)
+            return evaluation.model_dump()
+
+        key = ["probe", profile, recipe.within_layers().model_dump_json(), json.dumps(allocation.zeros), str(windows)]
+        return Evaluation.model_validate(self._measure_once(key, measure))
+
+    def _evaluate_first(self, windows: int, checkpoint: str, profile: str, progress: Progress) -> Evaluation:
+        """Losses of the checkpoint in the model on the first windows of the validation text."""
+        if windows == len(self.windows.validation):
+            return self.evaluate(checkpoint, "validation", profile, progress, "probe")
+        text = self.windows.validation[:windows].to(self.device)
+        hidden = self.store.read_tensors(self.read_profile(profile).hidden)["hidden"][:windows]
+        return evaluate_windows(self.model, text, hidden, "probe", progress)[0]
 
     def measure_kl(self, windows: Sequence[int]) -> float:
         """KL(dense || the weights in the model now) on some windows of the calibration text; inf if not finite."""

@@ -1,14 +1,14 @@
-"""Ask an OpenAI-compatible chat model for one answer that fits a schema, whatever its endpoint can and cannot do.
+"""Ask a chat model for one answer that fits a schema, whatever its endpoint can and cannot do.
 
 Endpoints differ in how an answer can be held to a schema, so `ask` climbs down a ladder
 of methods until the endpoint takes one, and remembers that rung. Whatever comes back is
 text from outside: it is searched for JSON, validated here, and handed back with the
-reason when it does not fit.
+reason when it does not fit. A model may be given tools to call before it answers; where
+an endpoint knows no tools, it asks for them in words.
 """
 
 import json
 import math
-import os
 import re
 import time
 import warnings
@@ -16,22 +16,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 from langchain_core.exceptions import ContextOverflowError, ModelConnectionError, ModelTimeoutError
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
 from langchain_core.runnables import Runnable
-from pydantic import BaseModel, Field, SecretStr, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from tools.errors import UserError
+from graph.agents.quoting import quote_data
+from graph.agents.toolbox import Toolbox, ToolCall, dump
 from tools.secrets import redact
 
 T = TypeVar("T", bound=BaseModel)
-Method = Literal["json_schema", "function_calling", "json_mode", "text"]
+Method = Literal["grammar", "json_schema", "function_calling", "json_mode", "text"]
 
 METHODS: tuple[Method, ...] = ("json_schema", "function_calling", "json_mode", "text")
-"""How an answer is held to the schema, strictest first; `text` only asks for it in the prompt."""
+"""How OpenAI's protocol holds an answer to the schema, strictest first; `text` only asks for it in the prompt."""
+OTHER_METHODS: tuple[Method, ...] = ("function_calling", "text")
+"""What LangChain does in the same way for every other provider."""
 STEP_DOWN = frozenset({400, 422, 500, 501})
 """HTTP statuses that mean 'I do not know this method': llama.cpp says 500, FastAPI servers 422."""
 ANSWER_LIMIT = 4_000
@@ -42,9 +44,12 @@ PROBLEM_LIMIT = 10
 """Problems named in one reason."""
 READ_LIMIT = 1_000_000
 """Characters of an answer that are read at all; no sensible one is a hundredth of it."""
+CALL_LIMIT = 20
+"""Tools that one reply may ask for; what follows is not heard."""
 
-_rungs: dict[tuple[str, str], Method] = {}
-"""The method that an endpoint and model last took, for the life of the process."""
+_rungs: dict[tuple[str, bool, bool], Method] = {}
+"""The method that a model at its endpoint last took, for the life of the process: apart where tools are offered, and
+again where answers of tools are sent, on which some endpoints choke."""
 
 
 class AgentError(RuntimeError):
@@ -62,80 +67,8 @@ class CallRecord(BaseModel):
     input_tokens: int = Field(description="As the endpoint counts them; 0 when it does not say.")
     output_tokens: int = Field(description="As the endpoint counts them; 0 when it does not say.")
     problem: str = Field("", description="Why the reply was not used; empty when it was.")
+    tools: int = Field(0, description="Tools that it asks for, in place of an answer.")
     seconds: float = Field(description="Wall-clock time of the call, waits and repeats included.")
-
-
-# Opening a model
-
-
-def check_planner(planner: str) -> None:
-    """See whether a planner can be asked at all, without asking it.
-
-    Raises UserError when its string makes no sense, or when it needs a key and
-    OPENAI_API_KEY is not set.
-    """
-    if planner == "heuristic":
-        return
-    _, url = _split_planner(planner)
-    if url is None and not os.environ.get("OPENAI_API_KEY", "").strip():
-        raise UserError(
-            f"the planner {planner} needs an API key: set the environment variable OPENAI_API_KEY, or name an "
-            f"endpoint that needs none with {planner}@http://HOST:PORT/v1"
-        )
-
-
-def open_chat(planner: str, *, timeout: float, retries: int) -> BaseChatModel:
-    """Make the chat model that `openai:NAME` or `openai:NAME@http://HOST:PORT/v1` stands for.
-
-    `timeout` is in seconds for one request; `retries` is how often a request that met
-    429, a 5xx status, a time-out or a hang-up is repeated. The key comes from
-    OPENAI_API_KEY. No temperature is sent, because many models refuse any. Nothing is
-    sent yet. Raises UserError as `check_planner` does.
-    """
-    check_planner(planner)
-    name, url = _split_planner(planner)
-    # Imported here because it takes over a second, and most runs plan without a chat model.
-    from langchain_openai import ChatOpenAI
-    from openai import DefaultHttpxClient
-
-    return ChatOpenAI(
-        model=name,
-        base_url=url,
-        api_key=SecretStr(os.environ.get("OPENAI_API_KEY", "").strip() or "none"),
-        temperature=None,  # said aloud, since langchain fills in a 1 for o1 otherwise
-        timeout=timeout,
-        max_retries=retries,
-        # Compatible endpoints rarely have the Responses API, which langchain picks by the model's name.
-        use_responses_api=False if url else None,
-        # A graph streamed in mode `messages` would stream the model too, and lose the token counts.
-        disable_streaming=True,
-        http_client=DefaultHttpxClient(event_hooks={"request": [_count_request], "response": [_judge_retry]}),
-        # Minutes of pruning lie between two calls: a kept connection would be stale by then.
-        default_headers={"Connection": "close"},
-    )
-
-
-def _split_planner(planner: str) -> tuple[str, str | None]:
-    match = re.fullmatch(r"openai:([^\s@]+)(?:@(https?://\S+))?", planner)
-    if match is None:
-        raise UserError(
-            f"no such planner: {_one_line(redact(planner), 100)!r}; write heuristic, openai:NAME or "
-            "openai:NAME@http://HOST:PORT/v1"
-        )
-    name, url = match[1], match[2]
-    if url is not None and not _is_address(url):
-        raise UserError(f"the planner's address {_one_line(redact(url), 100)!r} is not of the form http://HOST:PORT/v1")
-    if url is not None and "@" in urlsplit(url).netloc:  # it would stand in config.yaml and in every checkpoint
-        raise UserError("the planner's address holds a password; set the environment variable OPENAI_API_KEY instead")
-    return name, url
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
 
 
 # Asking
@@ -149,6 +82,7 @@ def ask(
     check: Callable[[T], None] | None = None,
     hand_backs: int = 3,
     on_call: Callable[[CallRecord], None] | None = None,
+    toolbox: Toolbox | None = None,
 ) -> T:
     """Ask for one `schema` and return it, validated.
 
@@ -157,21 +91,30 @@ def ask(
     handed back with the reason, at most `hand_backs` times. `on_call` hears of every reply,
     good or bad, so that all tokens are counted.
 
+    Until its budget is spent, the model may call the tools of the `toolbox` instead of
+    answering, several in one message too; they run one after another. The `messages` must
+    describe them, and how to ask for one in JSON: `{"tool": NAME, "arguments": {...}}`.
+
     Raises AgentError when the endpoint cannot be used, refuses, or gave no answer that fits.
     """
-    conversation = list(messages)
-    reason = ""
-    for _ in range(hand_backs + 1):
+    conversation: list[AnyMessage | _Exchange] = list(messages)
+    reason, left = "", hand_backs + 1
+    while left:
         start = time.perf_counter()
-        method, message = _send(model, schema, conversation)
-        text = redact(_clean(_reply_text(message)[: READ_LIMIT + 1]))
-        answer, reason = _read_reply(message, text, schema, check)
+        method, message = _send(model, schema, conversation, toolbox)
+        said = _reply_text(message, schema) if toolbox else _first_text(message)
+        text = redact(_clean(said[: READ_LIMIT + 1]))
+        answer, calls, reason = _read_reply(message, text, schema, check, toolbox)
         if on_call is not None:
-            on_call(_record(method, message, text, reason, time.perf_counter() - start))
+            on_call(_record(method, message, text, reason, len(calls), time.perf_counter() - start))
         if answer is not None:
             return answer
         if refusal := _refusal(message):
             raise AgentError(f"{_where(model)} refused to answer: {_one_line(refusal, 300)}")
+        if toolbox and calls:
+            conversation.append(_Exchange(calls, [toolbox.run(call, explain) for call in calls]))
+            continue
+        left -= 1
         conversation += _hand_back(text, reason)
     problem = _one_line(reason.replace("\n", "; "), 300)
     answers = _count(hand_backs + 1, "answer")
@@ -179,23 +122,29 @@ def ask(
 
 
 def _read_reply(
-    message: AIMessage, text: str, schema: type[T], check: Callable[[T], None] | None
-) -> tuple[T | None, str]:
-    """The answer in a reply, or None and what is wrong with it."""
+    message: AIMessage, text: str, schema: type[T], check: Callable[[T], None] | None, toolbox: Toolbox | None
+) -> tuple[T | None, list[ToolCall], str]:
+    """The answer in a reply; or None and the tools it asks for, or what is wrong with it."""
     if refusal := _refusal(message):
-        return None, f"refused: {_one_line(refusal, 300)}"
+        return None, [], f"refused: {_one_line(refusal, 300)}"
     if _is_truncated(message):
-        return None, "The answer was cut off at the length limit. Give a shorter one: fewer adjustments, short reasons."
+        reason = "The answer was cut off at the length limit. Give a shorter one: fewer adjustments, short reasons."
+        return None, [], reason
     try:
-        answer = parse_answer(text, schema)
-        if check is not None:
-            check(answer)
+        answer = _parse(text, schema, tools=toolbox is not None)
+        if not isinstance(answer, list):
+            if check is not None:
+                check(answer)
+            return answer, [], ""
     except ValueError as error:
-        return None, _shorten(redact(_clean(str(error))), REASON_LIMIT)
-    return answer, ""
+        return None, [], _shorten(redact(_clean(str(error))), REASON_LIMIT)
+    assert toolbox is not None, "calls are heard only where there are tools"
+    return (None, [], toolbox.describe_budget()) if toolbox.spent else (None, answer, "")
 
 
 def _hand_back(text: str, reason: str) -> list[AnyMessage]:
+    # The reason may quote a layer's name, or the answer itself.
+    reason = "\n".join(quote_data(line, REASON_LIMIT) for line in reason.split("\n"))
     return [
         AIMessage(_shorten(_drop_thinking(text), ANSWER_LIMIT) or "(empty answer)"),
         HumanMessage(
@@ -205,7 +154,51 @@ def _hand_back(text: str, reason: str) -> list[AnyMessage]:
     ]
 
 
-def _record(method: Method, message: AIMessage, text: str, problem: str, seconds: float) -> CallRecord:
+@dataclass
+class _Exchange:
+    """The tools that one reply asked for, and what they answered."""
+
+    calls: list[ToolCall]
+    answers: list[str]
+
+
+def _render(
+    conversation: Sequence[AnyMessage | _Exchange], method: Method, toolbox: Toolbox | None
+) -> list[AnyMessage]:
+    """The conversation as messages: calls of tools as such where the method knows them, else in words.
+
+    They are made anew, as what the model sent may be nothing that the endpoint takes back.
+    """
+    messages: list[AnyMessage] = []
+    for i, part in enumerate(conversation):
+        if not isinstance(part, _Exchange):
+            messages.append(part)
+        elif method == "function_calling" and toolbox and all(_is_plain(call, toolbox) for call in part.calls):
+            ids = [f"call_{i}_{j}" for j in range(len(part.calls))]
+            calls = [
+                {"type": "tool_call", "id": key, "name": call.name, "args": call.arguments}
+                for key, call in zip(ids, part.calls, strict=True)
+            ]
+            messages.append(AIMessage("", tool_calls=calls))
+            messages += [ToolMessage(text, tool_call_id=key) for key, text in zip(ids, part.answers, strict=True)]
+        else:
+            said = "\n".join(_in_words(call.name, dump(call.arguments)) for call in part.calls)
+            messages += [AIMessage(_shorten(said, ANSWER_LIMIT)), HumanMessage("\n\n".join(part.answers))]
+    return messages
+
+
+def _is_plain(call: ToolCall, toolbox: Toolbox) -> bool:
+    """Whether a call is one that any endpoint takes back."""
+    known = call.name in toolbox.tools and isinstance(call.arguments, dict)
+    return known and len(dump(call.arguments)) <= ANSWER_LIMIT
+
+
+def _in_words(name: str, arguments: str) -> str:
+    """A call as a model that knows no tools would write it; the arguments are in JSON."""
+    return f'{{"tool": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
+
+
+def _record(method: Method, message: AIMessage, text: str, problem: str, tools: int, seconds: float) -> CallRecord:
     usage: Any = message.usage_metadata or {}
     return CallRecord(
         method=method,
@@ -213,6 +206,7 @@ def _record(method: Method, message: AIMessage, text: str, problem: str, seconds
         input_tokens=_whole(usage.get("input_tokens")),
         output_tokens=_whole(usage.get("output_tokens")),
         problem=problem,
+        tools=tools,
         seconds=seconds,
     )
 
@@ -222,7 +216,19 @@ def _whole(value: object) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 
-def _reply_text(message: AIMessage) -> str:
+def _reply_text(message: AIMessage, schema: type[BaseModel]) -> str:
+    """What the model said: its calls of functions in words, a line each, or else its text."""
+    calls: list[str] = []
+    for call in message.tool_calls:
+        given = dump(call["args"])
+        calls.append(given if call["name"] == schema.__name__ else _in_words(call["name"], given))
+    for broken in message.invalid_tool_calls:  # its arguments are no JSON object, and go as the text that they are
+        name, given = broken["name"] or "", broken["args"] or ""
+        calls.append(given if name == schema.__name__ else _in_words(name, json.dumps(given)))
+    return "\n".join(calls) if calls else str(message.text)
+
+
+def _first_text(message: AIMessage) -> str:
     """What the model said: the arguments of its first tool call, or else its text."""
     if message.tool_calls:
         try:
@@ -238,14 +244,20 @@ def _refusal(message: AIMessage) -> str:
     """Why the model declines to answer; empty when it does not."""
     if refusal := message.additional_kwargs.get("refusal"):
         return str(refusal)
-    return "stopped by a content filter" if message.response_metadata.get("finish_reason") == "content_filter" else ""
+    return "stopped by a content filter" if _end(message) in ("content_filter", "refusal") else ""
 
 
 def _is_truncated(message: AIMessage) -> bool:
     details = message.response_metadata.get("incomplete_details")  # of the Responses API
-    return message.response_metadata.get("finish_reason") == "length" or (
+    return _end(message) in ("length", "max_tokens") or (
         isinstance(details, dict) and details.get("reason") == "max_output_tokens"
     )
+
+
+def _end(message: AIMessage) -> str:
+    """Why the answer ends, in the provider's word; empty when it does not say."""
+    found = message.response_metadata
+    return str(found.get("finish_reason") or found.get("stop_reason") or found.get("done_reason") or "").lower()
 
 
 # One call, down the ladder
@@ -262,30 +274,40 @@ class _Wire:
 _wire: ContextVar[_Wire | None] = ContextVar("_wire", default=None)
 
 
-def _count_request(request: object) -> None:
+def count_request(request: object) -> None:
     """A hook of the HTTP client: the SDK repeats requests by itself and does not tell how often."""
     if wire := _wire.get():
         wire.requests += 1
 
 
-def _judge_retry(response: Any) -> None:
+def judge_retry(response: Any) -> None:
     """A hook of the HTTP client: keep the SDK from repeating what only says that a method is unknown."""
     wire = _wire.get()
     if wire and not wire.repeat_500 and response.status_code in STEP_DOWN:
         response.headers["x-should-retry"] = "false"  # a header that the SDK obeys
 
 
-def _send(model: BaseChatModel, schema: type[BaseModel], messages: list[AnyMessage]) -> tuple[Method, AIMessage]:
+def _send(
+    model: BaseChatModel,
+    schema: type[BaseModel],
+    conversation: Sequence[AnyMessage | _Exchange],
+    toolbox: Toolbox | None,
+) -> tuple[Method, AIMessage]:
     """Get one reply by the best method that the endpoint takes; AgentError when it takes none."""
-    place = _place(model)
+    methods = _ladder(model)
+    if toolbox and "function_calling" in methods:  # the one in which models were taught to call tools
+        methods = ("function_calling", *(method for method in methods if method != "function_calling"))
+    place = _where(model), toolbox is not None, any(isinstance(part, _Exchange) for part in conversation)
     known = _rungs.get(place)
+    start = known or _rungs.get((*place[:2], False))
     wire = _Wire()
     token = _wire.set(wire)
     try:
-        for method in METHODS[METHODS.index(known) if known else 0 :]:
+        for method in methods[methods.index(start) if start else 0 :]:
             # A 500 is worth repeating only where the method cannot be to blame for it.
-            wire.repeat_500 = method in (known, METHODS[-1])
-            reply = _try_method(model, schema, messages, method)
+            wire.repeat_500 = method in (known, methods[-1])
+            messages = _render(conversation, method, toolbox)
+            reply = _try_method(model, schema, messages, method, toolbox)
             if isinstance(reply, AIMessage):
                 _rungs[place] = method
                 return method, reply
@@ -311,51 +333,78 @@ class _Failure:
 
 
 def _try_method(
-    model: BaseChatModel, schema: type[BaseModel], messages: list[AnyMessage], method: Method
+    model: BaseChatModel,
+    schema: type[BaseModel],
+    messages: list[AnyMessage],
+    method: Method,
+    toolbox: Toolbox | None,
 ) -> AIMessage | _Failure:
     with warnings.catch_warnings():
         # It advises on its own `with_structured_output` when an endpoint refuses json_schema.
         warnings.filterwarnings("ignore", module="langchain_openai")
         try:
-            reply = _bind(model, schema, method).invoke(messages)
+            reply = _bind(model, schema, method, toolbox).invoke(messages)
         except Exception as error:  # any kind: langchain raises even TypeError over what endpoints send
             # Not raised from here: a chained exception would carry the endpoint's text, key and all.
-            return _describe_failure(error, getattr(model, "request_timeout", None))
+            return _describe_failure(error, model)
     if not isinstance(reply, AIMessage):
         return _Failure(0, "answers in the role of someone else than the assistant")
     return reply
 
 
-def _bind(model: BaseChatModel, schema: type[BaseModel], method: Method) -> Runnable[Any, Any]:
-    """The model, told to answer by `method`.
+def _bind(model: BaseChatModel, schema: type[BaseModel], method: Method, toolbox: Toolbox | None) -> Runnable[Any, Any]:
+    """The model, told to answer by `method`, or to call a tool while the toolbox lets it.
 
     Not langchain's `with_structured_output`: it raises on an answer that was cut off before
     its text and tokens can be seen, and its JSON parser completes half an answer in silence.
     As `extra_body`, because langchain hands a plain `response_format` to the same code.
     """
-    name, described = schema.__name__, _schema_to_send(schema)
+    name, described = schema.__name__, schema.model_json_schema()
+    tools = toolbox.functions if toolbox else []
+    offered = tools if toolbox and not toolbox.spent else []
+    if method == "grammar":
+        return model.bind(schema=_schema_or_call(described, offered))
     if method == "json_schema":
-        wanted = {"type": "json_schema", "json_schema": {"name": name, "schema": described}}
-        return model.bind(extra_body={"response_format": wanted})
+        wanted = {"name": name, "schema": _without_lengths(_schema_or_call(described, offered))}
+        return model.bind(extra_body={"response_format": {"type": "json_schema", "json_schema": wanted}})
     if method == "function_calling":
-        tool = {"name": name, "description": described.get("description", ""), "parameters": described}
-        return model.bind_tools([{"type": "function", "function": tool}], tool_choice=name)
+        function = {"name": name, "description": described.get("description", ""), "parameters": described}
+        functions = _without_lengths([{"type": "function", "function": function}, *tools])
+        return model.bind_tools(functions, tool_choice="any" if offered else name)
     if method == "json_mode":
         return model.bind(extra_body={"response_format": {"type": "json_object"}})
     return model
 
 
-def _schema_to_send(schema: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema without bounds on lengths.
+def _schema_or_call(described: dict[str, Any], tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A JSON schema, or one that takes a call of a tool in words as well.
+
+    An argument that is called like the schema (`plan` for Plan) is held to it.
+    """
+    if not tools:
+        return described
+    title = str(described["title"])
+    answer = {"$ref": f"#/$defs/{title}"}
+    calls = []
+    for tool in tools:
+        function = tool["function"]
+        parameters = function["parameters"]
+        given = {name: answer if name == title.lower() else kind for name, kind in parameters["properties"].items()}
+        properties = {
+            "tool": {"type": "string", "enum": [function["name"]]},
+            "arguments": parameters | {"properties": given},
+        }
+        calls.append({"type": "object", "properties": properties, "required": ["tool", "arguments"]})
+    parts = {key: value for key, value in described.items() if key != "$defs"}
+    return {"anyOf": [answer, *calls], "$defs": {**described.get("$defs", {}), title: parts}}
+
+
+def _without_lengths(node: Any) -> Any:
+    """A JSON schema without bounds on lengths.
 
     llama.cpp unrolls them into a grammar and refuses it at 2,000 characters (its issue
     25746); they are checked here anyway.
     """
-    described: dict[str, Any] = _without_lengths(schema.model_json_schema())
-    return described
-
-
-def _without_lengths(node: Any) -> Any:
     if isinstance(node, list):
         return [_without_lengths(item) for item in node]
     if not isinstance(node, dict):
@@ -367,31 +416,34 @@ def _without_lengths(node: Any) -> Any:
     }
 
 
-def _place(model: BaseChatModel) -> tuple[str, str]:
-    name = getattr(model, "model_name", type(model).__name__)
-    return str(getattr(model, "openai_api_base", None) or ""), str(name)
-
-
 def _where(model: BaseChatModel) -> str:
-    url, name = _place(model)
-    return f"openai:{name} at {url}" if url else f"openai:{name}"
+    """The model, and where it is, as messages call it: the name that `graph.agents.models` gave it."""
+    return model.name or type(model).__name__
 
 
-def _describe_failure(error: Exception, timeout: object) -> _Failure:
+def _ladder(model: BaseChatModel) -> tuple[Method, ...]:
+    """The methods that a model may take, strictest first."""
+    own: tuple[Method, ...] | None = getattr(model, "methods", None)
+    return own or (METHODS if hasattr(model, "openai_api_base") else OTHER_METHODS)
+
+
+def _describe_failure(error: Exception, model: BaseChatModel) -> _Failure:
     """What happened, in words that follow the endpoint's name."""
     if isinstance(error, ContextOverflowError):
-        return _Failure(400, "cannot take so long a prompt")
+        return _Failure(400, f"cannot take so long a prompt ({_one_line(_endpoint_words(error), 150)})")
     if isinstance(error, ModelTimeoutError):
-        return _Failure(0, f"gave no answer within {timeout} s")
+        timeout = getattr(model, "request_timeout", None)
+        return _Failure(0, f"gave no answer within {timeout} s" if timeout else "gave no answer in time")
     if isinstance(error, ModelConnectionError):
         return _Failure(0, f"cannot be reached or hung up ({_one_line(_root_cause(error), 150)})")
     status = getattr(error, "status_code", 0)
     if not isinstance(status, int) or not status:
         # Arguments of a tool call that are no object end in langchain's ValidationError, and the reply is lost.
-        by_method = isinstance(error, ValidationError)
+        by_method = isinstance(error, ValidationError | NotImplementedError)  # the latter where it has no tools
         return _Failure(0, f"sent no chat completion ({type(error).__name__}: {_one_line(str(error), 150)})", by_method)
     if status == 401:  # without the endpoint's words: they quote the key
-        return _Failure(status, "wants another API key than OPENAI_API_KEY holds (HTTP 401)")
+        keys = " or ".join(sorted({name for name in model.lc_secrets.values() if name.endswith("_API_KEY")}))
+        return _Failure(status, f"wants another API key{f' than {keys} holds' if keys else ''} (HTTP 401)")
     known = {403: "denies access", 404: "knows no such model or address", 429: "limits the rate or the quota"}
     what = known.get(status, "failed" if status >= 500 else "rejected the request")
     words = _one_line(_endpoint_words(error), 150)
@@ -399,8 +451,9 @@ def _describe_failure(error: Exception, timeout: object) -> _Failure:
 
 
 def _endpoint_words(error: Exception) -> str:
-    body = getattr(error, "body", None)
-    said = body.get("message") if isinstance(body, dict) else body
+    body = getattr(error, "body", str(error))
+    body = body.get("error", body) if isinstance(body, dict) else body  # Anthropic's is one level further down
+    said = body.get("message") or body.get("detail") if isinstance(body, dict) else body  # FastAPI's is the latter
     return str(said or "no reason given")
 
 
@@ -423,19 +476,50 @@ def parse_answer(text: str, schema: type[T]) -> T:
     Raises ValueError with a reason that the model can act on, of at most about 1,000
     characters.
     """
+    answer = _parse(text, schema, tools=False)
+    assert not isinstance(answer, list)
+    return answer
+
+
+def _parse(text: str, schema: type[T], *, tools: bool) -> T | list[ToolCall]:
+    """As `parse_answer`; or, if the last object that means anything asks for a tool, all the calls in the text."""
     if not text.strip():
         raise ValueError("The answer is empty.")
     if len(text) > READ_LIMIT:
         raise ValueError(f"The answer is longer than {READ_LIMIT:,} characters.")
     objects, broken = _find_objects(_drop_thinking(text))
     reasons = []
-    for found in reversed(objects[-20:]):
+    for found in reversed(objects[-CALL_LIMIT:]):
+        call = _as_call(found) if tools else None
+        if call and call.name != schema.__name__:
+            calls = [call for found in objects if (call := _as_call(found)) and call.name != schema.__name__]
+            return calls[:CALL_LIMIT]
         try:
-            return _validate(found, schema)
+            return _validate(call.arguments if call and isinstance(call.arguments, dict) else found, schema)
         except ValueError as error:
             reasons.append(str(error))
     reasons = [f"The JSON is broken: {broken}."] if broken else reasons or ["There is no JSON object in the answer."]
     raise ValueError(_shorten(_clean(reasons[0]), REASON_LIMIT))
+
+
+def _as_call(found: dict[str, Any]) -> ToolCall | None:
+    """The call of a tool that an object means: as told, or `{"name": …, "arguments": …}` as in many chat templates."""
+    key = "tool" if "tool" in found else "name"
+    name = found.get(key)
+    if not isinstance(name, str) or (key == "name" and "arguments" not in found):
+        return None
+    arguments = found.get("arguments", {other: value for other, value in found.items() if other != key})
+    if isinstance(arguments, str):
+        arguments = _load(arguments)
+    return ToolCall(_clean(name), _load(_clean(dump(arguments))))
+
+
+def _load(text: str) -> Any:
+    """A JSON value; where there is none the text, of which the toolbox will say that it is no object."""
+    try:
+        return json.loads(text, parse_int=_parse_int)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _drop_thinking(text: str) -> str:
@@ -483,8 +567,14 @@ def _validate(found: dict[str, Any], schema: type[T]) -> T:
     try:
         return schema.model_validate(found)
     except ValidationError as error:
-        details: Any = error.errors(include_url=False)
-    raise ValueError(_list_problems([_describe_problem(detail) for detail in details]))
+        reason = explain(error)
+    raise ValueError(reason)
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with an object, in words that a model can act on, at most about 1,000 characters."""
+    details: Any = error.errors(include_url=False)
+    return _list_problems([_describe_problem(detail) for detail in details])
 
 
 def _non_finite(found: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -5,17 +5,16 @@ pass, strengthens the recipe and shortens the step after a rollback, and at the 
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 
 from graph.agents.planner import Situation
-from graph.plans import allocate_plan, describe_plan
-from graph.state import SAME_SPARSITY, Lesson, Plan, Trial
+from graph.lessons import WHOLE, weigh_evidence
+from graph.plans import allocate_plan, apply_lessons, describe_plan, drop_lessons
+from graph.state import SAME_SPARSITY, Plan, Trial
 from tools.allocate import ImpossiblePlan
-from tools.curves import LayerProfile, predict_kl
+from tools.curves import LayerProfile, group_layers, predict_kl
 from tools.recipes import Adjustment, Recipe
 
 FIRST_STEP = 2 / 3
@@ -24,6 +23,9 @@ FIRST_STEP = 2 / 3
 MASKS = Recipe(method="two-sided", refit=False)
 STRONG = Recipe(method="refit", curves="mask")
 """The cheap recipe, and the strong one, both with the KL curves that the profile has."""
+
+FINE_STEPS = 10
+"""Steps of the mask's growth at the target: on SmolLM2's layers 2 % less error than five, in 1.7 times the time."""
 
 STRENGTHS = (0.8, 0.9)
 TILTS = (1.5, 0.67)
@@ -71,22 +73,23 @@ def _plan_climb(situation: Situation) -> Plan:
 
 def _plan_after_rollback(situation: Situation, start: float, last: Trial) -> Plan:
     """Strengthen the recipe first; with the strongest recipe, halve the step."""
+    undone = f"Round {last.iteration} was {'refused' if last.verdict == 'refuse' else 'rolled back'}"
     if last.recipe and not last.recipe.refits:
         return Plan(
             sparsity=min(last.sparsity, situation.config.target_sparsity),
             recipe=STRONG,
-            reason=f"Round {last.iteration} was rolled back; refitting the survivors repairs most of a mask's damage.",
+            reason=f"{undone}; refitting the survivors repairs most of a mask's damage.",
         )
     step = round(start + (last.sparsity - start) / 2, 4)
     return Plan(
         sparsity=step,
         recipe=STRONG,
-        reason=f"Round {last.iteration} was rolled back at {last.sparsity:.1%}; half the step from {start:.1%}.",
+        reason=f"{undone} at {last.sparsity:.1%}; half the step from {start:.1%}.",
     )
 
 
 def _failures(situation: Situation) -> list[Trial]:
-    """The rollbacks since the last accepted trial."""
+    """What was rolled back, or refused by a person, since the last accepted trial."""
     failed: list[Trial] = []
     for trial in situation.trials:
         failed = [] if trial.verdict == "accept" else [*failed, trial]
@@ -103,28 +106,40 @@ def _predict_perplexity(situation: Situation, sparsity: float, recipe: Recipe) -
 
     On the text a model models well, nats of KL are nats of loss, so the dense perplexity grows by exp(KL).
     """
-    kl = allocate_plan(situation.layers, Plan(sparsity=sparsity, recipe=recipe), situation.config).predicted_kl
+    plan = _apply_lessons(situation, Plan(sparsity=sparsity, recipe=recipe))
+    kl = allocate_plan(situation.layers, plan, situation.config).predicted_kl
     return (situation.dense.perplexity or math.inf) * math.exp(min(kl * calibration(situation, recipe), 50.0))
 
 
 def calibration(situation: Situation, recipe: Recipe) -> float:
-    """Measured over predicted KL for this method and refit: the mean of what lessons say, 1 without any."""
-    factors = [x.factor for x in _usable(situation) if x.selector == "*" and x.recipe == recipe.mask_label]
-    return math.exp(sum(map(math.log, factors)) / len(factors)) if factors else 1.0
+    """Measured over predicted KL for this method and refit: the mean of what lessons measured, 1 without any."""
+    known = [
+        (math.log(lesson.factor), weigh_evidence(lesson))
+        for lesson in situation.lessons
+        if lesson.selector == WHOLE and lesson.recipe == recipe.mask_label and not lesson.same_config
+    ]
+    total = sum(weight for _, weight in known)
+    return math.exp(sum(log * weight for log, weight in known) / total) if total else 1.0
 
 
-def _usable(situation: Situation) -> list[Lesson]:
-    return [lesson for lesson in situation.lessons if not lesson.same_config and lesson.factor > 0]
+def _apply_lessons(situation: Situation, plan: Plan) -> Plan:
+    return apply_lessons(plan, situation.lessons, situation.layers, situation.config)
 
 
 def _plan_refinements(situation: Situation) -> Iterator[Plan]:
-    """Plans at the target that differ from the accepted one in one lever, untried ones only, likeliest first."""
+    """Plans at the target that differ from the accepted one in one lever, untried ones only, likeliest first.
+
+    Lessons weigh groups in each of them. A lever that was tried stays tried when lessons change; the accepted plan
+    itself is tried again whenever lessons give it another line.
+    """
     base = situation.accepted_plan
     assert base is not None, "a trial was accepted, so there is a plan that made it"
-    base = base.model_copy(update={"sparsity": situation.config.target_sparsity})
-    tried = {trial.plan for trial in situation.trials}
-    for plan in _change_one_lever(situation, base):
-        if describe_plan(plan) not in tried and _is_possible(situation, plan):
+    base = base.model_copy(update={"sparsity": situation.config.target_sparsity, "multipliers": {}})
+    lines = {trial.plan for trial in situation.trials}
+    levers = {drop_lessons(line) for line in lines} - {describe_plan(base)}
+    for change in _change_one_lever(situation, base):
+        plan = _apply_lessons(situation, change)
+        if describe_plan(plan) not in lines and describe_plan(change) not in levers and _is_possible(situation, plan):
             yield plan
 
 
@@ -132,18 +147,19 @@ def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
     recipe = base.recipe
     if not recipe.refits:
         yield _vary(base, STRONG, "Grow the mask in steps and refit the survivors between them.")
-    learnt = _adjustments_from_lessons(situation)
-    if learnt:
-        yield base.model_copy(update={"adjustments": learnt, "reason": "Weigh groups as the lessons say."})
     if recipe.statistics == "dense":
         sequential = recipe.model_copy(update={"statistics": "sequential"})
         yield _vary(base, sequential, "Block by block, each seeing what its pruned predecessors pass on.")
+    if recipe.method == "refit" and recipe.refit_steps < FINE_STEPS:
+        finer = recipe.model_copy(update={"refit_steps": FINE_STEPS})
+        yield _vary(base, finer, f"Grow the mask in {FINE_STEPS} steps, to follow what survivors take over.")
     if recipe.gamma == "plain":
         clipped = recipe.model_copy(update={"gamma": "clipped"})
         yield _vary(base, clipped, "Clip gamma, in case a few loud tokens decide which weights go.")
     if recipe.curves == "mask":
         own = recipe.model_copy(update={"curves": "method"})
         yield _vary(base, own, "Share out by what this method really leaves, instead of by what a mask removes.")
+    yield _vary(base, recipe, "The accepted plan, with groups weighed as the lessons now say.")
     for strength in STRENGTHS:
         yield _vary(
             base,
@@ -165,20 +181,6 @@ def _vary(base: Plan, recipe: Recipe, reason: str) -> Plan:
     return base.model_copy(update={"recipe": recipe, "reason": reason})
 
 
-def _adjustments_from_lessons(situation: Situation) -> list[Adjustment]:
-    """What lessons say of groups, as factors: the geometric mean where several speak of one group."""
-    by_group: dict[str, list[float]] = defaultdict(list)
-    for lesson in _usable(situation):
-        if lesson.selector != "*":
-            by_group[lesson.selector].append(math.log(lesson.factor))
-    factors = {selector: math.exp(sum(logs) / len(logs)) for selector, logs in by_group.items()}
-    return [
-        Adjustment(selector=selector, action="factor", factor=round(factor, 3), reason="lesson")
-        for selector, factor in sorted(factors.items())
-        if abs(math.log(factor)) > math.log(1.05)
-    ]
-
-
 def _is_possible(situation: Situation, plan: Plan) -> bool:
     try:
         allocate_plan(situation.layers, plan, situation.config)
@@ -197,15 +199,3 @@ def rank_groups(layers: Sequence[LayerProfile], sparsity: dict[str, float]) -> l
 def group_kl(group: Sequence[LayerProfile], sparsity: dict[str, float]) -> float:
     """Predicted KL of a group of layers at these sparsities, nats per token."""
     return predict_kl(group, np.array([sparsity[layer.name] for layer in group]))
-
-
-def group_layers(layers: Sequence[LayerProfile]) -> dict[str, list[LayerProfile]]:
-    """Layers by kind and third of the model's depth; the keys are selectors."""
-    depth = max(layer.block for layer in layers) + 1
-    edges = [round(depth * i / 3) for i in range(4)]
-    groups: dict[str, list[LayerProfile]] = {}
-    for first, end in pairwise(edges):
-        for layer in layers:
-            if first <= layer.block < end:
-                groups.setdefault(f"blocks {first}-{end - 1} · {layer.kind}", []).append(layer)
-    return groups

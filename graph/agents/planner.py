@@ -1,8 +1,8 @@
-"""Plan a round with a chat model: what it is shown, and what it may answer.
+"""Plan a round with a chat model: what it is shown, what it may ask, and what it may answer.
 
 The prompt is made so that its long part never changes within a run: the instructions
-(`graph/prompts/planner.md`, free to edit) and the table of layers come first, so that
-endpoints can serve them from their prompt cache.
+(`graph/prompts/planner.md` and `planner_tools.md`, free to edit) and the table of layers
+come first, so that endpoints can serve them from their prompt cache.
 """
 
 import json
@@ -18,15 +18,18 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 
 from graph.agents.chat import CallRecord, ask
+from graph.agents.quoting import data_block, quote_data
+from graph.agents.toolbox import Toolbox
 from graph.config import RunConfig
 from graph.state import Lesson, Plan, Trial
 from tools.curves import LEVELS, LayerProfile
 
 PROMPT = Path(__file__).resolve().parents[1] / "prompts" / "planner.md"
+TOOLS_PROMPT = PROMPT.with_name("planner_tools.md")
 MAX_ROWS = 400
-"""Rows of the layer table; about 20 tokens each at most. Larger models are shown as means over neighbours."""
-MAX_TRIALS = 30
-MAX_LESSONS = 30
+"""Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
+MAX_TRIALS = 12
+MAX_LESSONS = 12
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,22 @@ def plan_with_chat(
     on_call: Callable[[CallRecord], None] | None = None,
     check: Callable[[Plan], None] | None = None,
     on_prompt: Callable[[Sequence[AnyMessage]], None] | None = None,
+    toolbox: Toolbox | None = None,
 ) -> Plan:
-    """Ask a chat model for the plan of the next round.
+    """Ask a chat model for the plan of the next round; it may call the tools of the `toolbox` first.
 
     `check` raises ValueError with a reason for the model when a plan that fits the schema
     still cannot be carried out: a sparsity above the target, a selector that means no
     layer, bounds that no allocation meets. Such a plan is handed back like any that does not
     fit. `on_prompt` hears of the first messages, `on_call` of every reply. Raises AgentError when no usable plan came.
     """
-    messages = planner_messages(situation)
+    messages = planner_messages(situation, toolbox)
     if on_prompt:
         on_prompt(messages)
-    return ask(model, Plan, messages, check=check, on_call=on_call)
+    return ask(model, Plan, messages, check=check, on_call=on_call, toolbox=toolbox)
 
 
-def planner_messages(situation: Situation) -> list[AnyMessage]:
+def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> list[AnyMessage]:
     """The two messages a planner gets: instructions that never change, and the situation."""
     parts = [
         describe_layers(situation),
@@ -77,32 +81,17 @@ def planner_messages(situation: Situation) -> list[AnyMessage]:
         _describe_trials(situation),
         _describe_lessons(situation.lessons),
         _describe_rest(situation),
+        *([f"Tools: {toolbox.describe_budget()}"] if toolbox else []),
         f"Plan round {situation.iteration}.",
     ]
-    return [SystemMessage(_instructions()), HumanMessage("\n\n".join(parts))]
+    return [SystemMessage(_instructions(toolbox is not None)), HumanMessage("\n\n".join(parts))]
 
 
 @cache
-def _instructions() -> str:
+def _instructions(tools: bool) -> str:
     schema = json.dumps(Plan.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
-    return PROMPT.read_text(encoding="utf-8").replace("{schema}", schema)
-
-
-# Data from outside
-
-
-def quote_data(text: str, limit: int) -> str:
-    """Text from outside as one harmless line: no markers, no line breaks, at most `limit` characters.
-
-    Angle brackets become round ones, so that no data can end its `<data>` block or open another.
-    """
-    text = text[: 4 * limit].translate({ord("<"): "(", ord(">"): ")"})
-    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _data_block(name: str, lines: Iterable[str]) -> str:
-    return "\n".join((f"<data {name}>", *lines, "</data>"))
+    described = TOOLS_PROMPT.read_text(encoding="utf-8") if tools else ""
+    return PROMPT.read_text(encoding="utf-8").replace("{tools}", described).replace("{schema}", schema)
 
 
 # The table of layers
@@ -118,11 +107,11 @@ class _Row:
 
 
 def describe_layers(situation: Situation) -> str:
-    """The table of layers: constant through a run, a line each, at most about 8,000 tokens."""
+    """The table of layers: constant through a run, a line each, at most 8,000 tokens."""
     rows = _rows(situation.layers)
     labels = _labels([row.kind for row in rows])
     columns = _columns(situation.config.target_sparsity)
-    unit = _unit([fmean(layer.kappa[columns[1]] for layer in row.layers) for row in rows])
+    unit = _unit([fmean(layer.kappa[columns[0]] for layer in row.layers) for row in rows])
     levels = " ".join(f"kl{LEVELS[column]:.2f}".replace("0.", ".") for column in columns)
     lines = [_describe_kind(kind, label, situation.layers) for kind, label in labels.items()]
     lines += [f"columns: layer, wanda z, grad z, {levels} (kl in units of {unit:.0e} nats/token)"]
@@ -134,7 +123,7 @@ def describe_layers(situation: Situation) -> str:
         lines.append(f"{labels[row.kind]} {_figures(row.layers, columns, unit)}")
     example = quote_data(situation.layers[0].name, 120)
     title = f"The {len(situation.layers)} prunable layers{_describe_merging(rows, len(situation.layers))}:"
-    return title + "\n" + _data_block("layers", [f"names look like: {example}", *lines])
+    return title + "\n" + data_block("layers", [f"names look like: {example}", *lines])
 
 
 def _describe_merging(rows: Sequence[_Row], layers: int) -> str:
@@ -200,16 +189,16 @@ def _labels(kinds: Sequence[str]) -> dict[str, str]:
 
 
 def _columns(target: float) -> range:
-    """Indices of the three LEVELS around the target."""
+    """Indices of two of LEVELS: the one nearest to the target and the next above, or the last two."""
     nearest = min(range(len(LEVELS)), key=lambda i: abs(LEVELS[i] - target))
-    middle = min(max(nearest, 1), len(LEVELS) - 2)
-    return range(middle - 1, middle + 2)
+    first = min(nearest, len(LEVELS) - 2)
+    return range(first, first + 2)
 
 
 def _unit(values: Sequence[float]) -> float:
-    """A power of ten in which the median value has three digits, as three digits are one token."""
+    """A power of ten in which the median value has two digits: for many models every digit is a token."""
     positive = [value for value in values if value > 0 and math.isfinite(value)]
-    return 10.0 ** (math.floor(math.log10(median(positive))) - 2) if positive else 1.0
+    return 10.0 ** (math.floor(math.log10(median(positive))) - 1) if positive else 1.0
 
 
 def _figures(layers: Sequence[LayerProfile], columns: Iterable[int], unit: float) -> str:
@@ -223,12 +212,10 @@ def _rounded(value: float) -> str:
 
 
 def _two_digits(value: float) -> str:
-    """A number rounded to two significant digits, without an exponent: 1234 -> 1200, 0.0512 -> 0.051."""
+    """A number as a whole one of two significant digits: 1234 -> 1200, 5.12 -> 5."""
     if not math.isfinite(value):
         return "?"
-    if value < 0.01:
-        return "0"
-    return f"{float(f'{value:.1e}'):.10g}"
+    return f"{float(f'{value:.1e}'):.0f}"
 
 
 # The rest of the situation
@@ -248,7 +235,7 @@ def _describe_bounds(situation: Situation) -> str:
     if not config.protect:
         return text
     selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
-    return f"{text} Never touched, whatever you plan:\n" + _data_block("protected", selectors)
+    return f"{text} Never touched, whatever you plan:\n" + data_block("protected", selectors)
 
 
 def _describe_trials(situation: Situation) -> str:
@@ -257,29 +244,44 @@ def _describe_trials(situation: Situation) -> str:
     if left_out > 0:
         lines.append(f"({left_out} earlier trials left out)")
     lines += [_describe_trial(trial) for trial in situation.trials[-MAX_TRIALS:]]
-    return "Trials so far, on the validation text:\n" + _data_block("trials", lines)
+    return "Trials so far, on the validation text:\n" + data_block("trials", lines)
 
 
-def _describe_trial(trial: Trial) -> str:
-    plan = re.sub(r"^[\d.]+% ", "", quote_data(trial.plan, 200))  # a percentage would set a bad example
+def _describe_trial(trial: Trial, limit: int = 160) -> str:
+    plan = re.sub(r"^[\d.]+% ", "", quote_data(trial.plan, limit))  # a percentage would set a bad example
+    if trial.verdict == "refuse":
+        reason = quote_data(trial.reason, limit)
+        return f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; refused by the user, untried: {reason}"
     error = f" +- {_figure(trial.kl_error)}" if trial.kl_error is not None else ""
     return (
         f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; perplexity {_figure(trial.perplexity)}; "
         f"KL {_figure(trial.kl)}{error}, predicted {_figure(trial.predicted_kl)}; "
-        f"{trial.verdict}: {quote_data(trial.reason, 160)}"
+        f"{trial.verdict}: {quote_data(trial.reason, limit)}"
     )
+
+
+def recount_trial(trial: Trial) -> str:
+    """A trial in one line, with more of it than the prompt has room for."""
+    change = f"; +- {_figure(trial.change_error)} beside the last kept" if trial.change_error is not None else ""
+    return f"{_describe_trial(trial, 2_000)}{change}; {trial.seconds:.0f} s to measure"
 
 
 def _describe_lessons(lessons: Sequence[Lesson]) -> str:
     if not lessons:
         return "Lessons: none yet."
-    lines = [
-        f"run {quote_data(lesson.run, 40)} round {lesson.iteration}, {quote_data(lesson.recipe, 40) or 'any recipe'}: "
+    lines = [describe_lesson(lesson) for lesson in lessons[-MAX_LESSONS:]]
+    return "Lessons of this and earlier runs, oldest first:\n" + data_block("lessons", lines)
+
+
+def describe_lesson(lesson: Lesson) -> str:
+    """A lesson in one line."""
+    model = f"{quote_data(lesson.model, 60)}, " if lesson.model else ""  # a relative's
+    return (
+        f"{model}run {quote_data(lesson.run, 40)} round {lesson.iteration}, "
+        f"{quote_data(lesson.recipe, 40) or 'any recipe'}: "
         f"{quote_data(lesson.selector, 80)} cost {_figure(lesson.factor)} times what was predicted. "
         f"{quote_data(lesson.text, 200)}"
-        for lesson in lessons[-MAX_LESSONS:]
-    ]
-    return "Lessons of this and earlier runs, oldest first:\n" + _data_block("lessons", lines)
+    )
 
 
 def _describe_rest(situation: Situation) -> str:
@@ -299,7 +301,7 @@ def _describe_rest(situation: Situation) -> str:
     for row in _rows(situation.layers):
         share = fmean(situation.sparsity.get(layer.name, 0.0) for layer in row.layers)
         lines.setdefault(row.blocks, []).append(f"{share:.2f}".removeprefix("0"))
-    return f"{text} Present sparsities, a line per block, in the order of the table:\n" + _data_block(
+    return f"{text} Present sparsities, a line per block, in the order of the table:\n" + data_block(
         "sparsities", [f"{blocks}: {' '.join(shares)}" for blocks, shares in lines.items()]
     )
 

@@ -1,18 +1,33 @@
 """plan: the agent decides the next round; its plan is checked before anything is pruned."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.messages import AnyMessage
 from langgraph.runtime import Runtime
+from langgraph.store.base import BaseStore
 
-from graph.agents.chat import AgentError, CallRecord, open_chat
+from graph.agents.chat import AgentError, CallRecord
 from graph.agents.heuristic import plan_by_rule
-from graph.agents.planner import Situation, plan_with_chat
+from graph.agents.models import HEURISTIC, open_model
+from graph.agents.planner import Situation, describe_lesson, plan_with_chat, recount_trial
+from graph.agents.spending import CapReached, add_calls, check_cap, read_spent
+from graph.agents.toolbox import Toolbox, ToolRecord
 from graph.config import RunConfig
-from graph.plans import allocate_plan, describe_plan
+from graph.memory import search_lessons
+from graph.nodes.accept import RECENT
+from graph.plans import allocate_plan, apply_lessons, describe_plan
+from graph.replay import find_plan
 from graph.session import Session, enter, open_bench
-from graph.state import Plan, State, Usage, last_accepted
+from graph.state import Plan, State, last_accepted
+from tools.allocate import Allocation
+from tools.curves import LayerProfile, group_layers
+from tools.summary import Usage
+
+if TYPE_CHECKING:
+    from tools.instruments import Draft
+    from tools.workbench import Workbench
 
 
 def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -21,30 +36,33 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("plan", state, runtime)
     with open_bench(state, session) as bench:
         layers = bench.read_profile(state.profile).layers
-        sparsity = dict(zip(bench.by_name, bench.sparsities(), strict=True))
-    situation = Situation(
-        config=state.config,
-        layers=layers,
-        sparsity=sparsity,
-        dense=state.dense or _missing("the dense model's trial"),
-        accepted=last_accepted(state.trials),
-        accepted_plan=state.accepted_plan,
-        trials=state.trials,
-        lessons=state.lessons,
-        iteration=state.iteration,
-    )
-    chosen, usage = choose_plan(situation, state.usage, session)
+        evaluated = Evaluated(state.evaluated_tokens, state.config)
+        situation = Situation(
+            config=state.config,
+            layers=layers,
+            sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
+            dense=state.dense or _missing("the dense model's trial"),
+            accepted=last_accepted(state.trials),
+            accepted_plan=state.accepted_plan,
+            trials=state.trials,
+            lessons=state.lessons,
+            iteration=state.iteration,
+        )
+        if state.replay:
+            usage = state.usage
+            chosen, stop = find_plan(state, layers)
+        else:
+            toolbox = open_toolbox(bench, situation, state, session, runtime.store, evaluated)
+            chosen, usage = choose_plan(situation, state.usage, session, runtime.context or state.config, toolbox)
+            chosen = chosen and apply_lessons(chosen, state.lessons, layers, state.config)
+            stop = "every lever of the rule has been tried"
     if chosen is None:
-        session.emit("note", text="every lever of the rule has been tried")
-        return {
-            "iteration": state.iteration - 1,
-            "stop": "every lever of the rule has been tried",
-            "seconds": session.seconds,
-        }
+        session.emit("note", text=stop)
+        return {"iteration": state.iteration - 1, "stop": stop, "seconds": session.seconds}
     session.emit(
         "plan",
         iteration=state.iteration,
-        planner=state.config.planner,
+        planner=f"the record of {state.replay}" if state.replay else state.config.planner,
         plan=describe_plan(chosen),
         reason=chosen.reason,
         predicted_kl=allocate_plan(layers, chosen, state.config).predicted_kl,
@@ -54,66 +72,127 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "iteration": state.iteration,
         "plan": chosen,
         "usage": usage,
+        "evaluated_tokens": evaluated.tokens,
         "seconds": session.seconds,
     }
 
 
-def choose_plan(situation: Situation, usage: Usage, session: Session) -> tuple[Plan | None, Usage]:
-    """The planner's plan, or its fallback's, and the tokens spent so far. Raises AgentError without a fallback."""
+@dataclass
+class Evaluated:
+    """Tokens that were put through pruned models."""
+
+    tokens: int
+    config: RunConfig
+
+    def book(self, tokens: int) -> None:
+        """Count those of a probe. Raises ValueError when the trial that follows would go over the limit."""
+        limit = self.config.max_evaluated_tokens
+        left = limit - self.tokens - self.config.validation_tokens
+        if limit and tokens > left:
+            raise ValueError(f"a probe of {tokens:,} tokens is too much: {max(left, 0):,} are left beside the trial")
+        self.tokens += tokens
+
+
+def open_toolbox(
+    bench: "Workbench",
+    situation: Situation,
+    state: State,
+    session: Session,
+    store: BaseStore | None,
+    evaluated: Evaluated,
+) -> Toolbox | None:
+    """The instruments of a chat planner and their budget of this round; None where it has none."""
     config = situation.config
-    if config.planner == "heuristic":
+    if config.planner == HEURISTIC or not config.planner_calls:
+        return None
+    from tools.agent_tools import make_planner_tools  # torch again, which the workbench has imported by now
+    from tools.instruments import Round
+
+    def allocate(layers: Sequence[LayerProfile], draft: "Draft") -> Allocation:
+        plan = Plan(sparsity=draft.sparsity, recipe=draft.recipe, adjustments=draft.adjustments)
+        return allocate_in_bounds(layers, plan, situation)
+
+    def recall(query: str) -> list[str]:
+        return [describe_lesson(lesson) for lesson in search_lessons(store, config, query)] if store else []
+
+    def tell(record: ToolRecord) -> None:
+        session.emit("tool", iteration=situation.iteration, **record.model_dump())
+
+    round_ = Round(
+        bench=bench,
+        profile=state.profile,
+        allocate=allocate,
+        progress=session.progress,
+        pattern=config.pattern,
+        present=state.current,
+        book=evaluated.book,
+        keep=[state.accepted, *(trial.checkpoint for trial in state.trials[-RECENT:])],
+        groups={selector: [x.name for x in group] for selector, group in group_layers(situation.layers).items()},
+    )
+    tools = make_planner_tools(
+        round_, history=lambda n: [recount_trial(trial) for trial in situation.trials[-n:]], recall=recall
+    )
+    return Toolbox(tools, calls=config.planner_calls, seconds=config.planner_seconds, on_tool=tell)
+
+
+def allocate_in_bounds(layers: Sequence[LayerProfile], plan: Plan, situation: Situation) -> Allocation:
+    """The allocation of what a planner says, weighed by the lessons, whatever it says.
+
+    Raises ValueError with a reason for the planner.
+    """
+    config = situation.config
+    if plan.sparsity > config.target_sparsity + 1e-9:
+        raise ValueError(f"sparsity {plan.sparsity:g} is above the target; plan at most {config.target_sparsity:g}")
+    return allocate_plan(layers, apply_lessons(plan, situation.lessons, situation.layers, config), config)
+
+
+def choose_plan(
+    situation: Situation, usage: Usage, session: Session, caps: RunConfig, toolbox: Toolbox | None = None
+) -> tuple[Plan | None, Usage]:
+    """The planner's plan, or its fallback's, and the tokens spent so far.
+
+    Raises AgentError without a fallback, and CapReached when the agents have spent what `caps` allows.
+    """
+    config = situation.config
+    if config.planner == HEURISTIC:
         return plan_by_rule(situation), usage
-    calls: list[CallRecord] = []
+    usage = read_spent(session.directory, usage)
+    check_cap(usage, caps)
 
     def record(call: CallRecord) -> None:
-        calls.append(call)
+        nonlocal usage
         session.emit("reply", planner=config.planner, **call.model_dump())
+        usage = add_calls(usage, [call], config, "planner")
+        session.emit("usage", **usage.model_dump())
+        if call.problem or call.tools:  # another call would follow
+            check_cap(usage, caps)
 
     def check(candidate: Plan) -> None:
-        if candidate.sparsity > config.target_sparsity + 1e-9:
-            raise ValueError(
-                f"sparsity {candidate.sparsity:g} is above the target; plan at most {config.target_sparsity:g}"
-            )
-        allocate_plan(situation.layers, candidate, config)
+        allocate_in_bounds(situation.layers, candidate, situation)
 
     def keep_prompt(messages: Sequence[AnyMessage]) -> None:
         prompt = [{"role": message.type, "text": message.text} for message in messages]
         session.record("prompt", planner=config.planner, iteration=situation.iteration, messages=prompt)
 
     try:
-        model = open_chat(config.planner, timeout=config.planner_timeout, retries=config.planner_retries)
-        plan = plan_with_chat(situation, model, on_call=record, check=check, on_prompt=keep_prompt)
+        model = open_model(config.planner, config)
+        plan = plan_with_chat(situation, model, on_call=record, check=check, on_prompt=keep_prompt, toolbox=toolbox)
+    except CapReached:
+        raise
     except AgentError as error:
-        _tell_usage(session, usage := add_calls(usage, calls, config))
         if config.planner_fallback == "none":
             raise
         session.warn(f"{error}; the fallback planner ({config.planner_fallback}) plans this round")
         return plan_by_rule(situation), usage
-    _tell_usage(session, usage := add_calls(usage, calls, config))
     return plan, usage
-
-
-def add_calls(usage: Usage, calls: list[CallRecord], config: RunConfig) -> Usage:
-    """Tokens and dollars after these calls."""
-    sent = sum(call.input_tokens for call in calls)
-    written = sum(call.output_tokens for call in calls)
-    cost = (sent * config.planner_price_input + written * config.planner_price_output) / 1e6
-    return Usage(
-        calls=usage.calls + len(calls),
-        input_tokens=usage.input_tokens + sent,
-        output_tokens=usage.output_tokens + written,
-        cost=usage.cost + cost,
-    )
-
-
-def _tell_usage(session: Session, usage: Usage) -> None:
-    session.emit("usage", **usage.model_dump())
 
 
 def _missing(what: str) -> Any:
     raise RuntimeError(f"{what} is missing from the state; start the run at its first node")
 
 
-def after_plan(state: State) -> Literal["prune", "finish"]:
-    """Prune what was planned; finish when nothing is left to plan."""
-    return "finish" if state.stop else "prune"
+def after_plan(state: State) -> Literal["approve", "prune", "finish"]:
+    """Prune what was planned, once a person has approved it where the config asks for that; finish without a plan."""
+    if state.stop:
+        return "finish"
+    return "approve" if state.config.approve == "plans" else "prune"

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from langgraph.runtime import Runtime
 
-from graph.agents.chat import check_planner
+from graph.agents.models import check_model
 from graph.config import RunConfig
 from graph.memory import read_lessons
 from graph.persistence import runs_directory
 from graph.plans import allocate_plan
-from graph.session import Session, create_run, enter, open_bench
-from graph.state import Plan, State, Trial
+from graph.session import Session, create_run, enter, open_bench, read_run
+from graph.state import Lesson, Plan, State, Trial
 from tools.allocate import ImpossiblePlan
 from tools.curves import LayerProfile, predict_layer_kl
 from tools.errors import UserError
@@ -27,16 +27,23 @@ def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     # The library hands over None where the caller gave no context, although every field has a default.
     config = runtime.context or RunConfig()
+    if state.replay:
+        named = {name: getattr(config, name) for name in config.model_fields_set}
+        config = read_run(runs_directory(), state.replay)[1].model_copy(update=named)
     thread = (runtime.execution_info.thread_id if runtime.execution_info else None) or str(uuid.uuid4())
     name = state.run or f"studio-{thread[:8]}"
-    check_planner(config.planner)
-    create_run(runs_directory(), name, config, thread)
+    if not state.replay:
+        check_model(config.planner)
+        check_model(config.reflector)
+    create_run(runs_directory(), name, config, thread, state.replay)
     state = state.model_copy(update={"run": name, "config": config})
     session = enter("profile", state, runtime)
     with open_bench(state, session) as bench:
-        lessons = read_lessons(runtime.store, config, name) if runtime.store else []
-        if lessons:
-            session.emit("lessons", count=len(lessons), runs=len({lesson.run for lesson in lessons}))
+        lessons: list[Lesson] = []
+        if runtime.store is not None and config.memory and not state.replay:
+            lessons, runs = read_lessons(runtime.store, config, name)
+            if lessons:
+                session.emit("lessons", count=len(lessons), runs=runs)
         profile_id = bench.profile(session.progress)
         stored = bench.read_profile(profile_id)
         _refuse_impossible_target(stored.layers, config)

@@ -1,56 +1,151 @@
 """reflect: what the trial taught goes to the store; then on to the next round, or to the end."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+from langchain_core.messages import AnyMessage
 from langgraph.runtime import Runtime
 
-from graph.agents.reflector import draw_lesson
+from graph.agents.chat import AgentError, CallRecord
+from graph.agents.models import HEURISTIC, open_model
+from graph.agents.reflector import Evidence, combine_lessons, draw_lesson, reflect_with_chat
+from graph.agents.spending import CapReached, add_calls, check_cap, read_spent
 from graph.config import RunConfig
+from graph.lessons import CARRIED, merge_lessons
 from graph.memory import write_lesson
-from graph.session import enter, open_bench
-from graph.state import SAME_SPARSITY, State, last_accepted
+from graph.plans import find_recipe
+from graph.replay import find_reflection
+from graph.session import Session, enter, open_bench
+from graph.state import SAME_SPARSITY, Reflection, State, Trial, last_accepted
+from tools.summary import Usage
 
 
 def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
-    """Compare the trial's prediction with its measurement, and decide whether the loop goes on."""
-    trial = state.trials[-1]
-    before = last_accepted(state.trials[:-1])
+    """Compare the trial's prediction with its measurement, and decide whether the loop goes on.
+
+    Raises AgentError (resumable) when the reflector fails and there is no fallback.
+    """
     session = enter("reflect", state, runtime)
-    with open_bench(state, session) as bench:
-        layers = bench.read_profile(state.profile).layers
-        sparsity = bench.planned_sparsity(trial.checkpoint)
-        before_sparsity = bench.planned_sparsity(before.checkpoint if before else "dense")
-    lesson = draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity)
-    if lesson is not None:
-        if runtime.store is not None:
-            write_lesson(runtime.store, state.config, lesson)
+    evidence = gather_evidence(state, session)
+    if state.replay:
+        reflection, usage = find_reflection(state.replay, state.iteration), state.usage
+        session.record("reflection", iteration=state.iteration, details=reflection.model_dump())
+    else:
+        reflection, usage = choose_reflection(evidence, state.usage, session, runtime.context or state.config)
+    lessons = combine_lessons(evidence, reflection)
+    for number, lesson in enumerate(lessons):
+        if runtime.store is not None and state.config.memory and not state.replay:  # it was learnt there already
+            write_lesson(runtime.store, state.config, lesson, number)
         session.emit("lesson", **lesson.model_dump())
-    stop = decide_stop(state)
+    stop = decide_stop(state) or heed_stop(state, reflection)
+    reason = " ".join(reflection.reason.split()) or "no reason given"
+    if reflection.stop and not stop:
+        session.emit("note", text=f"the reflector would stop, but the target is not reached yet: {reason}")
+    if reflection.reprofile and not stop and state.trials[-1].verdict == "accept":
+        session.emit("note", text=f"the reflector asks for a new profile: {reason}")
     if stop:
         session.emit("note", text=stop)
     return {
-        "lessons": [*state.lessons, *([lesson] if lesson else [])],
+        "lessons": merge_lessons([*state.lessons, *lessons])[-CARRIED:],
+        "reprofile": reflection.reprofile,
+        "usage": usage,
         "stop": stop,
         "seconds": session.seconds,
     }
+
+
+def gather_evidence(state: State, session: Session) -> Evidence:
+    """What the last trial was, and what the rule makes of it."""
+    assert state.plan is not None and state.dense is not None, "plan and profile run first"
+    trial, before = state.trials[-1], last_accepted(state.trials[:-1])
+    recipe = find_recipe(state.plan, state.config)
+    with open_bench(state, session) as bench:
+        layers = bench.describe_layers(state.profile, recipe, session.progress)
+        sparsity = bench.planned_sparsity(trial.checkpoint)
+        before_sparsity = bench.planned_sparsity(before.checkpoint if before else "dense")
+    return Evidence(
+        config=state.config,
+        run=state.run,
+        layers=layers,
+        recipe=recipe,
+        plan=state.plan,
+        trial=trial,
+        sparsity=sparsity,
+        dense=state.dense,
+        before=before,
+        before_sparsity=before_sparsity,
+        trials=state.trials[:-1],
+        lessons=state.lessons,
+        measured=draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity),
+    )
+
+
+def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: RunConfig) -> tuple[Reflection, Usage]:
+    """What the reflector's model makes of the trial, nothing where there is none, and the tokens spent so far.
+
+    Raises AgentError without a fallback, and CapReached when the agents have spent what `caps` allows.
+    """
+    config, iteration = evidence.config, evidence.trial.iteration
+    if config.reflector == HEURISTIC:
+        return Reflection(), usage
+    usage = read_spent(session.directory, usage)
+    check_cap(usage, caps)
+
+    def record(call: CallRecord) -> None:
+        nonlocal usage
+        session.emit("reply", planner=config.reflector, **call.model_dump())
+        usage = add_calls(usage, [call], config, "reflector")
+        session.emit("usage", **usage.model_dump())
+        if call.problem:  # another call would follow
+            check_cap(usage, caps)
+
+    def keep_prompt(messages: Sequence[AnyMessage]) -> None:
+        prompt = [{"role": message.type, "text": message.text} for message in messages]
+        session.record("prompt", reflector=config.reflector, iteration=iteration, messages=prompt)
+
+    try:
+        model = open_model(config.reflector, config)
+        reflection = reflect_with_chat(evidence, model, on_call=record, on_prompt=keep_prompt)
+    except CapReached:
+        raise
+    except AgentError as error:
+        if config.planner_fallback == "none":
+            raise
+        session.warn(f"{error}; the rule alone reflects on this round")
+        return Reflection(), usage
+    session.record("reflection", iteration=iteration, reflector=config.reflector, details=reflection.model_dump())
+    return reflection, usage
 
 
 def decide_stop(state: State) -> str:
     """Why the loop ends here; empty while it goes on."""
     if state.iteration >= state.config.max_iterations:
         return f"{state.iteration} iterations were asked for and done"
-    best = last_accepted(state.trials)
-    if best is None or abs(best.sparsity - state.config.target_sparsity) > SAME_SPARSITY:
-        return ""
-    idle = state.iteration - best.iteration
+    limit = state.config.max_evaluated_tokens
+    if limit and state.evaluated_tokens + state.config.validation_tokens > limit:
+        return f"{state.evaluated_tokens:,} of at most {limit:,} tokens were evaluated, and another trial takes more"
+    best = _find_best_at_target(state)
+    idle = state.iteration - best.iteration if best else 0
     if idle >= state.config.patience:
         return f"at the target, {idle} rounds in a row brought no improvement"
     return ""
 
 
+def heed_stop(state: State, reflection: Reflection) -> str:
+    """Why the loop ends here as the reflector wants it; empty while it goes on, and before the target is reached."""
+    if not reflection.stop or _find_best_at_target(state) is None:
+        return ""
+    return f"at the target, the reflector stops: {' '.join(reflection.reason.split()) or 'no reason given'}"
+
+
+def _find_best_at_target(state: State) -> Trial | None:
+    best = last_accepted(state.trials)
+    return best if best and abs(best.sparsity - state.config.target_sparsity) <= SAME_SPARSITY else None
+
+
 def after_reflect(state: State) -> Literal["plan", "profile", "finish"]:
-    """Another round, with a new profile first where the config or an accepted plan asks for one, or the end."""
+    """Another round, with a new profile first where config, accepted plan or reflector ask for one, or the end."""
     if state.stop:
         return "finish"
-    asked = state.config.reprofile or (state.plan is not None and state.plan.reprofile)
+    asked = state.config.reprofile or state.reprofile or (state.plan is not None and state.plan.reprofile)
     return "profile" if asked and state.trials[-1].verdict == "accept" else "plan"

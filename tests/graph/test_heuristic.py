@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from graph.agents.heuristic import MASKS, STRONG, calibration, group_layers, plan_by_rule, rank_groups
+from graph.agents.heuristic import MASKS, STRONG, calibration, plan_by_rule, rank_groups
 from graph.agents.planner import Situation
 from graph.config import RunConfig
-from graph.plans import describe_plan
+from graph.plans import describe_plan, drop_lessons
 from graph.state import Lesson, Plan, Trial
 from tests.profiles import make_profile
-from tools.curves import LEVELS, LayerProfile
+from tools.curves import LEVELS, LayerProfile, group_layers
 from tools.recipes import Recipe
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -52,10 +52,12 @@ def make_situation(*trials: Trial, scale: float = 1.0, lessons: tuple[Lesson, ..
     )
 
 
-def make_lesson(selector: str, factor: float, recipe: str = "refit", same: bool = False) -> Lesson:
+def make_lesson(
+    selector: str, factor: float, recipe: str = "refit", same: bool = False, confidence: float = 1.0
+) -> Lesson:
     return Lesson(
         run="r", iteration=1, recipe=recipe, selector=selector, factor=factor, predicted=0.1, measured=0.1, text="",
-        same_config=same,
+        same_config=same, confidence=confidence,
     )  # fmt: skip
 
 
@@ -95,25 +97,52 @@ def test_at_the_target_each_plan_changes_one_lever_and_none_comes_twice() -> Non
         trial = make_trial(iteration, "rollback", 0.45, plan.recipe)
         trials.append(trial.model_copy(update={"plan": describe_plan(plan)}))
     assert len({trial.plan for trial in trials}) == len(trials)
-    assert len(trials) == 1 + 5 + 2 * len(group_layers(make_layers())), "five recipes, two tilts of each group"
+    assert len(trials) == 1 + 6 + 2 * len(group_layers(make_layers())), "six recipes, two tilts of each group"
 
 
-def test_lessons_of_groups_become_factors_and_those_of_a_repeat_do_not() -> None:
+def test_lessons_of_groups_weigh_in_every_plan_and_those_of_a_repeat_do_not() -> None:
     base = make_trial(1, "accept", 0.45, STRONG)
     selector = "blocks 0-1 · mlp.down_proj"
-    plan = plan_by_rule(make_situation(base, lessons=(make_lesson(selector, 2.0), make_lesson(selector, 0.5))))
+    for lessons, weighed in (
+        ((make_lesson(selector, 2.0), make_lesson(selector, 0.5)), []),  # a contradicted lesson weighs nothing
+        ((make_lesson(selector, 1.5), make_lesson("*", 1.7)), [selector]),
+        ((make_lesson(selector, 1.5, same=True),), []),
+    ):
+        plan = plan_by_rule(make_situation(base, lessons=lessons))
+        assert plan is not None
+        assert (list(plan.multipliers), plan.adjustments) == (weighed, [])
+
+
+def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is() -> None:
+    selector = "blocks 0-1 · mlp.down_proj"
+    trials = [make_trial(1, "accept", 0.45, STRONG)]
+    lines: list[str] = []
+    for iteration in range(2, 60):
+        lessons = [make_lesson(selector, 1.5)] if iteration < 7 else [make_lesson(selector, 1.9)] * 3
+        plan = plan_by_rule(make_situation(*trials, lessons=tuple(lessons)))
+        if plan is None:
+            break
+        lines.append(describe_plan(plan))
+        trials.append(make_trial(iteration, "rollback", 0.45, plan.recipe).model_copy(update={"plan": lines[-1]}))
+    again = [line for line in lines if line.startswith("45.0% refit:kappa-mask · lessons")]
+    assert again == ["45.0% refit:kappa-mask · lessons x1 (1.23)", "45.0% refit:kappa-mask · lessons x1 (1.62)"]
+    assert len(lines) == 6 + 2 * len(group_layers(make_layers())) + len(again)
+    levers = [drop_lessons(line) for line in lines if line not in again]
+    assert len(set(levers)) == len(levers), "no lever comes again because lessons have changed"
+
+
+def test_a_refused_plan_is_not_proposed_again() -> None:
+    refused = make_trial(1, "refuse", 0.3, MASKS)
+    plan = plan_by_rule(make_situation(refused))
     assert plan is not None
-    assert not plan.adjustments, "a contradicted lesson weighs nothing"
-    plan = plan_by_rule(make_situation(base, lessons=(make_lesson(selector, 1.5), make_lesson("*", 1.7))))
-    assert plan is not None
-    assert [(a.selector, a.factor) for a in plan.adjustments] == [(selector, 1.5)]
-    plan = plan_by_rule(make_situation(base, lessons=(make_lesson(selector, 1.5, same=True),)))
-    assert plan is not None
-    assert not plan.adjustments
+    assert (plan.recipe, plan.reason[:21]) == (STRONG, "Round 1 was refused; ")
 
 
 def test_calibration_is_the_geometric_mean_of_this_recipe_alone() -> None:
-    lessons = (make_lesson("*", 1.0), make_lesson("*", 4.0), make_lesson("*", 9.0, recipe="two-sided"))
+    lessons = (
+        *(make_lesson("*", 1.0), make_lesson("*", 4.0), make_lesson("*", 9.0, recipe="two-sided")),
+        *(make_lesson("*", 1.5, confidence=0.0), make_lesson("*", 7.0, same=True)),
+    )
     situation = make_situation(lessons=lessons)
     assert calibration(situation, STRONG) == pytest.approx(2.0)
     assert calibration(situation, MASKS) == pytest.approx(9.0)

@@ -1,4 +1,4 @@
-"""The SQLite file: what is written comes back with its types, without pickle, from two processes at once."""
+"""The SQLite file: what is written comes back with its types, without pickle, from two processes at once, and small."""
 
 import asyncio
 import os
@@ -7,19 +7,23 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import END, START, StateGraph
 from langgraph.store.base import GetOp, PutOp
 
 from graph import persistence
 from graph.config import RunConfig
-from graph.state import Lesson, Plan, State, Trial, Usage
+from graph.state import MAX_ADJUSTMENTS, Input, Lesson, Plan, State, Trial
 from tools.errors import UserError
 from tools.recipes import Adjustment, Recipe
 from tools.settings import WorkbenchSettings
+from tools.summary import Usage
 
 ROOT = Path(__file__).resolve().parents[2]
 THREAD = {"configurable": {"thread_id": "7d9a3f1e-0000-4000-8000-000000000001"}}
@@ -30,6 +34,8 @@ TRIAL = Trial(
 LESSON = Lesson(run="r", iteration=1, selector="*.v_proj", factor=2.0, predicted=0.2, measured=0.4, text="dear")
 VALUES: dict[str, Any] = {
     "run": "r",
+    "replay": "q",
+    "came_from": "1ef4f797-8335-6428-8001-8a1503f9b875",
     "config": RunConfig(target_sparsity=0.3, protect=["blocks 0-1"]),
     "profile": "cd34",
     "dense": TRIAL.model_copy(update={"iteration": 0, "perplexity": 12.5, "verdict": "accept"}),
@@ -45,8 +51,10 @@ VALUES: dict[str, Any] = {
     "accepted_plan": Plan(sparsity=0.2, reason="smaller"),
     "trials": [TRIAL],
     "lessons": [LESSON],
+    "reprofile": True,
     "usage": Usage(calls=1, input_tokens=1000, output_tokens=50, cost=0.01),
     "stop": "patience",
+    "evaluated_tokens": 4096,
     "seconds": 1.5,
 }
 
@@ -139,7 +147,83 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run_once(tmp_path)
     with closing(sqlite3.connect(persistence.database(tmp_path))) as connection:
         rows = connection.execute("SELECT type FROM checkpoints UNION SELECT type FROM writes").fetchall()
-    assert {kind for (kind,) in rows} <= {"msgpack", "null"}
+    assert {kind for (kind,) in rows} == {"msgpack", "msgpack+zlib", "null"}
+
+
+def test_what_was_written_before_checkpoints_were_compressed_is_read() -> None:
+    plain = JsonPlusSerializer(allowed_msgpack_modules=persistence.STATE_MODELS)
+    state = State(run="r", trials=[TRIAL] * 9)
+    assert persistence.serializer().loads_typed(plain.dumps_typed(state)) == state
+    kind, data = persistence.serializer().dumps_typed(state)
+    assert (kind, len(data) < len(plain.dumps_typed(state)[1]) / 2) == ("msgpack+zlib", True)
+
+
+ITERATIONS = 40
+LONG = Plan(
+    sparsity=0.45,
+    adjustments=[
+        Adjustment(selector=f"blocks {i}-{i + 1} · *.v_proj", action="factor", factor=1 + i / 64, reason="they hurt")
+        for i in range(MAX_ADJUSTMENTS)
+    ],
+    reason="Lean away from what the last trial showed to be dearer than its curves said. " * 20,
+    multipliers={f"blocks {i}-{i + 9} · mlp.down_proj": 1 + i / 100 for i in range(30)},
+)
+
+
+def fill_long_run(node: str, state: State) -> dict[str, Any]:
+    """What a node of a long, wordy run leaves in the state; of layers there is nothing in it but selectors."""
+    digits = f"{state.iteration:02}{node}".encode().hex().ljust(64, "7")
+    trial = TRIAL.model_copy(
+        update={
+            "iteration": state.iteration,
+            "checkpoint": digits,
+            "kl": 0.2 + state.iteration / 997,
+            "verdict": "accept",
+            "reason": f"KL -0.0039 ± 0.0027 at the same sparsity, round {state.iteration}: better",
+            "plan": f"45.0% refit~sequential:kappa-mask@0.8 · {state.iteration} · *.v_proj x2, *.q_proj x0.7, 60 more",
+            "recipe": Recipe(strength=0.5),
+        }
+    )
+    lessons = [
+        LESSON.model_copy(
+            update={"iteration": state.iteration, "selector": f"blocks {i}-{i + 3} · *", "text": "w " * 99}
+        )
+        for i in range(40)
+    ]
+    return {
+        "profile": {"config": RunConfig(), "profile": digits, "dense": trial},
+        "plan": {"iteration": state.iteration + 1, "plan": LONG},
+        "approve": {"plan": LONG},
+        "prune": {"current": digits},
+        "validate": {"trials": [trial]},
+        "accept": {"accepted": digits, "accepted_plan": LONG},
+        "reflect": {"lessons": lessons, "usage": Usage(calls=state.iteration)},
+    }[node]
+
+
+def test_a_long_run_of_a_large_model_leaves_under_5_mb(tmp_path: Path) -> None:
+    """Every list of the state is as long as it may get; what there is of 400 layers lies in artifacts."""
+    builder = StateGraph(State, input_schema=Input)
+    nodes = ["profile", "plan", "approve", "prune", "validate", "accept", "reflect"]
+    for node in nodes:
+        builder.add_node(node, partial(fill_long_run, node))
+    builder.add_edge(START, "profile")
+    for before, after in pairwise(nodes):
+        builder.add_edge(before, after)
+    builder.add_conditional_edges("reflect", lambda s: END if s.iteration >= ITERATIONS else "plan", [END, "plan"])
+    with persistence.open_saver(tmp_path) as saver:
+        app = builder.compile(checkpointer=saver)
+        app.invoke({"run": "r"}, THREAD | {"recursion_limit": 1000}, durability="sync")
+        assert len(app.get_state(THREAD).values["trials"]) == ITERATIONS
+        assert sum(1 for _ in app.get_state_history(THREAD)) == 6 * ITERATIONS + 3
+    size = sum(path.stat().st_size for path in tmp_path.glob("billhook.sqlite*"))
+    assert size < 5e6, f"{size / 1e6:.1f} MB"
+
+
+def test_the_state_holds_nothing_by_layer() -> None:
+    """No field grows with the model: the only lists are of trials and lessons, and plans speak in selectors."""
+    lists = {name for name, field in State.model_fields.items() if "list" in str(field.annotation)}
+    assert lists == {"trials", "lessons"}
 
 
 def test_file_is_in_wal_mode(tmp_path: Path) -> None:

@@ -85,6 +85,16 @@ def test_missing_server_is_one_line(
     )
 
 
+def test_another_kind_of_database_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], handlers: None
+) -> None:
+    monkeypatch.setenv(persistence.STATE_VARIABLE, "")
+    assert studio.main(["--state", "mysql://me:secret@localhost/x"]) == 2
+    assert capsys.readouterr().err == (
+        "--state (or BILLHOOK_STATE) takes postgresql://HOST/DATABASE, or nothing for SQLite\n"
+    )
+
+
 def test_taken_port_is_refused() -> None:
     with socket.socket() as other:
         other.bind((studio.HOST, 0))

@@ -169,6 +169,19 @@ def test_with_refit_survivors_are_fitted() -> None:
     assert not torch.equal(fitted, weight * keep)
 
 
+def test_steps_of_the_method_refit() -> None:
+    weight, statistics = make()
+    known = statistics.moment_II, statistics.gradient_square_O
+    made = {}
+    for steps in (1, 3, 5, 10):
+        made[steps] = prune_weight("refit", weight, statistics, 92, refit=False, refit_steps=steps).weight_OI
+        assert torch.equal(made[steps], refit_in_steps(weight, *known, 92, steps=steps).weight_OI)
+    assert torch.equal(made[5], prune_weight("refit", weight, statistics, 92, refit=False).weight_OI)
+    assert not torch.equal(made[1], made[10])
+    wanda = [prune_weight("wanda", weight, statistics, 92, refit=True, refit_steps=k).weight_OI for k in (1, 5)]
+    assert torch.equal(*wanda)
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> dict[str, Any]:
     method, refit = draw(st.sampled_from(UPDATES))

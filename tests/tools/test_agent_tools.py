@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from langchain_core.messages import ToolMessage
 from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import ValidationError
 
 from tests.tiny import tiny_settings
-from tools.agent_tools import make_tools
-from tools.allocate import ImpossiblePlan
+from tools.agent_tools import make_planner_tools, make_tools
+from tools.allocate import ImpossiblePlan, allocate
+from tools.instruments import Draft, Round
 from tools.workbench import Workbench, use_workbench
 
 
@@ -46,3 +50,82 @@ def test_bad_arguments_are_refused(opened: tuple[Workbench, dict[str, BaseTool]]
         tools["prune_model"].invoke({"sparsity": 45})
     with pytest.raises(ImpossiblePlan, match="allow at most"):
         tools["allocate_sparsity"].invoke({"sparsity": 0.95})
+
+
+# --- a planner's five -------------------------------------------------------------------------------------------------
+
+WANDA = {"sparsity": 0.3, "recipe": {"method": "wanda", "refit": False, "allocation": "uniform"}}
+
+
+@pytest.fixture
+def instruments(opened: tuple[Workbench, dict[str, BaseTool]]) -> dict[str, BaseTool]:
+    bench, _ = opened
+    round_ = Round(
+        bench,
+        bench.profile(ignore),
+        lambda layers, draft: allocate(layers, draft.sparsity, draft.recipe, draft.adjustments, protect=["*.v_proj"]),
+        ignore,
+    )
+    tools = make_planner_tools(
+        round_, history=lambda n: [f"round {i}" for i in range(n)], recall=lambda query: [f"about {query}"]
+    )
+    return {tool.name: tool for tool in tools}
+
+
+def call(tool: BaseTool, **arguments: object) -> tuple[dict[str, object], str]:
+    """The answer, and the same for people."""
+    message = tool.invoke({"type": "tool_call", "id": "1", "name": tool.name, "args": arguments})
+    assert isinstance(message, ToolMessage)
+    return json.loads(message.text), message.artifact
+
+
+def test_a_planner_gets_five_and_none_of_them_changes_the_model(instruments: dict[str, BaseTool]) -> None:
+    assert list(instruments) == ["inspect_layers", "predict", "probe", "history", "recall"]
+    plan = {**WANDA, "reason": "what a plan has beyond that does no harm", "reprofile": False}
+    answer, shown = call(instruments["inspect_layers"], selector="*.v_proj")
+    assert shown == f"*.v_proj -> {answer['layers']} layers"
+    answer, shown = call(instruments["predict"], plan=plan)
+    assert shown == f"30.0% wanda:uniform -> predicted KL {answer['predicted_kl']}"
+    answer, shown = call(instruments["probe"], plan=plan, tokens=64)
+    assert (answer["tokens"], shown) == (64, f"30.0% wanda:uniform -> KL {answer['kl']} on 64 tokens")
+    assert call(instruments["history"], n=2) == ({"trials": ["round 0", "round 1"]}, "2 -> 2 trials")
+    assert call(instruments["recall"], query="v_proj") == ({"lessons": ["about v_proj"]}, "v_proj -> 1 lesson")
+
+
+def test_a_probes_line_tells_of_adjustments(instruments: dict[str, BaseTool]) -> None:
+    protect = {"selector": "*.q_proj", "action": "protect"}
+    _, shown = call(instruments["predict"], plan={**WANDA, "adjustments": [protect]})
+    assert shown.startswith("30.0% wanda:uniform · 1 adjustment -> ")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "problem"),
+    [
+        ("inspect_layers", {"selector": ""}, "at least 1 character"),
+        ("predict", {"plan": {"sparsity": 45}}, "less than 1"),
+        ("predict", {"plan": {**WANDA, "adjustments": [{"selector": "*", "action": "protect"}] * 65}}, "at most 64"),
+        ("probe", {"plan": WANDA, "tokens": 0}, "greater than or equal to 1"),
+        ("history", {"n": 51}, "less than or equal to 50"),
+        ("recall", {"query": "x" * 201}, "at most 200 characters"),
+    ],
+)
+def test_bad_arguments_of_a_planner(
+    name: str, arguments: dict[str, object], problem: str, instruments: dict[str, BaseTool]
+) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        call(instruments[name], **arguments)
+
+
+def test_selectors_and_bounds_are_checked(instruments: dict[str, BaseTool]) -> None:
+    with pytest.raises(ImpossiblePlan, match="means no layer"):
+        call(instruments["inspect_layers"], selector="*.nothing")
+    bounds = {"selector": "*", "action": "bounds", "high": 0.1}
+    with pytest.raises(ImpossiblePlan, match="allow at most"):
+        call(instruments["probe"], plan={**WANDA, "adjustments": [bounds]})
+
+
+def test_tools_are_described_shortly(instruments: dict[str, BaseTool]) -> None:
+    described = [convert_to_openai_tool(tool)["function"] for tool in instruments.values()]
+    assert len(json.dumps(described)) < 2_500, "a plan's schema is not sent once more for each tool"
+    assert all("\n" not in function["description"] for function in described)
+    assert Draft.model_validate({"sparsity": 0.3}).recipe.method == "refit"

@@ -31,6 +31,10 @@ def test_every_method_is_a_kernel_and_the_other_way_round() -> None:
         (Recipe(allocation="uniform", strength=0.5), "refit", "refit:uniform"),
         (Recipe(method="sparsegpt", refit=False, allocation="owl"), "sparsegpt", "sparsegpt:owl"),
         (Recipe(allocation="owl", strength=0.5), "refit", "refit:owl@0.5"),
+        (Recipe(refit_steps=3), "refit3", "refit3:kappa"),
+        (Recipe(refit_steps=10, gamma="clipped", strength=0.8), "refit10~clipped", "refit10~clipped:kappa@0.8"),
+        (Recipe(refit_steps=5), "refit", "refit:kappa"),
+        (Recipe(method="wanda", refit_steps=3), "wanda+refit", "wanda+refit:kappa"),
         (Recipe(allocation="alphapruning", strength=0), "refit", "refit:alphapruning@0"),
     ],
 )
@@ -112,6 +116,10 @@ def test_adjustments_that_are_refused(fields: dict[str, Any], sentence: str) -> 
         ("refit:kappa:owl", "is not of the form"),
         ("obs:kappa", "recipe 'obs:kappa': method: input should be 'magnitude'"),
         ("wanda:greedy", "recipe 'wanda:greedy': allocation: input should be 'kappa'"),
+        ("refit11:kappa", "recipe 'refit11:kappa': refit_steps: input should be less than or equal to 10"),
+        ("refit0:kappa", "refit_steps: input should be greater than or equal to 1"),
+        ("wanda3:kappa", "is not of the form"),
+        ("two-sided+refit3:kappa", "is not of the form"),
         ("wanda:owl@2", "recipe 'wanda:owl@2': strength: input should be less than or equal to 1"),
     ],
 )
@@ -142,3 +150,8 @@ def test_the_part_within_layers_leaves_the_allocation_out() -> None:
     recipe = parse_recipe("two-sided+refit~clipped:owl@0.5")
     assert recipe.within_layers() == parse_recipe("two-sided+refit~clipped:kappa")
     assert Recipe(method="refit", refit=True).within_layers() == Recipe(method="refit", refit=False).within_layers()
+
+
+def test_steps_count_for_the_method_refit_alone() -> None:
+    assert parse_recipe("refit3:owl").within_layers() == Recipe(refit=False, refit_steps=3)
+    assert Recipe(method="wanda", refit_steps=3).within_layers() == Recipe(method="wanda").within_layers()

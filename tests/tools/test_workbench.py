@@ -496,6 +496,23 @@ def test_manifests_are_small_and_plain(bench: Workbench) -> None:
     )
 
 
+def test_steps_of_the_method_refit_make_other_layers_by_the_same_curves(
+    bench: Workbench, computed: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = bench.profile(ignore)
+    allocation = plan(bench, profile, 0.4)
+    five, three = (bench.prune(profile, allocation, parse_recipe(label), ignore) for label in ("refit", "refit3"))
+    assert five != three
+    assert len(computed) == 2 * len(bench.layers)
+    assert bench.prune(profile, allocation, parse_recipe("refit3:owl"), ignore) == three
+    assert len(computed) == 2 * len(bench.layers)
+    bench.describe_layers(profile, Recipe(), ignore)
+    monkeypatch.setattr(tools.workbench, "measure_kappa", pytest.fail)
+    assert bench.describe_layers(profile, Recipe(refit_steps=3), ignore) == bench.describe_layers(
+        profile, Recipe(), ignore
+    )
+
+
 def test_the_method_refit_is_made_once_whatever_the_recipe_says_of_a_refit(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)

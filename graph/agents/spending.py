@@ -1,0 +1,72 @@
+"""What the agents of a run have spent, and the caps on it."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from graph.agents.chat import AgentError, CallRecord
+from graph.config import RunConfig
+from tools.summary import Usage
+
+Agent = Literal["planner", "reflector"]
+
+
+class CapReached(AgentError):
+    """The agents may spend no more; no fallback makes up for it."""
+
+
+def read_spent(directory: Path, usage: Usage) -> Usage:
+    """What the run in `directory` has spent: `usage`, or what its log says where that is more.
+
+    A node that a failure or a kill ended has paid for its calls, but left nothing in the state.
+    """
+    logged = _last_logged(directory / "events.jsonl")
+    return logged if logged is not None and logged.calls > usage.calls else usage
+
+
+def _last_logged(path: Path) -> Usage | None:
+    """The log's last `usage` event; None where there is none."""
+    if not path.is_file():
+        return None
+    last = None
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if '"type": "usage"' in line[:100]:  # of the lines, some of which are very long
+                with suppress(ValueError):  # one that a kill cut short
+                    last = Usage.model_validate_json(line)
+    return last
+
+
+def add_calls(usage: Usage, calls: Sequence[CallRecord], config: RunConfig, agent: Agent) -> Usage:
+    """Tokens and dollars after these calls, at the agent's prices."""
+    sent = sum(call.input_tokens for call in calls)
+    written = sum(call.output_tokens for call in calls)
+    if agent == "planner":
+        cost = sent * config.planner_price_input + written * config.planner_price_output
+    else:
+        cost = sent * config.reflector_price_input + written * config.reflector_price_output
+    return Usage(
+        calls=usage.calls + len(calls),
+        input_tokens=usage.input_tokens + sent,
+        output_tokens=usage.output_tokens + written,
+        cost=usage.cost + cost / 1e6,
+    )
+
+
+def check_cap(usage: Usage, config: RunConfig) -> None:
+    """Before a call: raises CapReached when as much has been spent as the config allows.
+
+    The config is the present one, the runtime's context: a run that was stopped here goes on with a higher cap.
+    """
+    tokens, cap = usage.input_tokens + usage.output_tokens, config.max_agent_tokens
+    if cap and tokens >= cap:
+        raise CapReached(
+            f"the agents have spent {tokens:,} tokens, and max_agent_tokens is {cap:,}; "
+            "go on with --resume NAME --max-agent-tokens N, where 0 is no cap"
+        )
+    if config.max_agent_cost and usage.cost >= config.max_agent_cost:
+        raise CapReached(
+            f"the agents have spent ${usage.cost:.4g}, and max_agent_cost is ${config.max_agent_cost:.4g}; "
+            "go on with --resume NAME --max-agent-cost N, where 0 is no cap"
+        )

@@ -1,0 +1,51 @@
+"""`python -m tools.ablate` with arms that are runs of the graph, in processes of their own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.helpers import ROOT, TINY, at_home
+from tests.openai_server import OpenAIServer
+from tools.ablate import main
+
+PLANS: list[dict[str, Any]] = [{"sparsity": 0.45, "recipe": {"method": "two-sided", "refit": False}}]
+
+
+def test_runs_of_the_graph_are_rows(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    flags = [*TINY[: TINY.index("--patience")], "--model", str(tiny_llama), "--seeds", "3", "--evaluated-tokens", "400"]
+    with at_home(tmp_path), OpenAIServer(PLANS) as server:
+        chat = ["--arms", "heuristic,chat-alone", "--planner", server.planner("fine")]
+        prices = ["--", "--planner-price-input", "2", "--agent-timeout", "20"]
+        assert main([*flags, *chat, *prices]) == 0
+        rows = {row["arm"]: row for row in json.loads(Path("ablate/ablate.json").read_text())["rows"]}
+        assert list(rows) == ["chat-alone", "heuristic"]
+        for arm, row in rows.items():
+            summary = json.loads(Path(f"ablate/runs/{arm}-3/summary.json").read_text())
+            assert row["perplexity"] == summary["perplexity"]["pruned"]
+            assert (row["seed"], row["trials"], row["evaluated_tokens"]) == (3, 2, 384)
+            assert row["sparsity"] == pytest.approx(0.45, abs=5e-4)
+        assert rows["heuristic"]["agent_tokens"] == 0 and rows["heuristic"]["cost"] == 0
+        assert rows["chat-alone"]["agent_tokens"] > 0 and rows["chat-alone"]["cost"] > 0
+        assert "chat-alone against heuristic: perplexity " in capsys.readouterr().out
+        written = Path("ablate/ablate.json").read_bytes()
+        assert main([*flags, *chat, *prices]) == 0
+        assert Path("ablate/ablate.json").read_bytes() == written
+
+
+def test_a_run_that_stops_is_named_and_can_be_gone_on_with(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    flags = [*TINY[: TINY.index("--patience")], "--model", str(tiny_llama), "--seeds", "0", "--evaluated-tokens", "200"]
+    with at_home(tmp_path), OpenAIServer(PLANS) as server:
+        chat = ["--arms", "chat-alone", "--planner", server.planner("unauthorized")]
+        assert main([*flags, *chat]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: chat-alone, seed 0: ") and "HTTP 401" in said
+        assert said.endswith("the same command goes on from there\n")
+        assert main([*flags, *chat]) == 2, "and it is gone on with, to the same end"

@@ -1,0 +1,282 @@
+"""A fork works in a directory of its own, a cancelled run stops between layers, and two runs share the one model."""
+
+import asyncio
+import hashlib
+import json
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graph import persistence
+from graph.build import builder
+from graph.config import RunConfig
+from graph.session import read_run
+from graph.state import Plan, State
+from tests.end_to_end.conftest import Command
+from tests.end_to_end.helpers import (
+    TINY,
+    Halt,
+    at_home,
+    fork,
+    let_go,
+    read_events,
+    read_run_config,
+    read_summary,
+    read_trials,
+    run_here,
+    wait_for,
+)
+from tests.tiny import tiny_settings
+from tools import rundir, workbench
+from tools.workbench import Workbench
+
+SAVE = "langgraph.checkpoint.sqlite:SqliteSaver.put"
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_llama: Path) -> list[str]:
+    return ["--name", "run", "--model", str(tiny_llama), *TINY]
+
+
+@pytest.fixture(scope="module")
+def easy(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    home = tmp_path_factory.mktemp("easy")
+    with at_home(home):
+        assert run_here(*flags) == 0
+    return home / "runs" / "run"
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """Every file of a run, by its content."""
+    files = [path for path in run.rglob("*") if path.is_file()]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@contextmanager
+def opened(run: Path) -> Iterator[tuple[Any, Any]]:
+    """(the graph on the runs directory's state, the settings of the run's thread)."""
+    thread, _ = read_run(run.parent, run.name)
+    with persistence.open_saver(run.parent) as saver, persistence.open_store(run.parent) as store:
+        yield builder().compile(checkpointer=saver, store=store), {"configurable": {"thread_id": thread}}
+
+
+def fork_before(app: Any, settings: Any, node: str, iteration: int, values: dict[str, Any], after: str) -> Any:
+    """Edit the state as it was before a node; the settings to go on from there."""
+    history = app.get_state_history(settings)
+    old = next(s for s in history if s.next == (node,) and s.values["iteration"] == iteration)
+    return app.update_state(old.config, values, as_node=after)
+
+
+def forks(run: Path) -> list[Path]:
+    return sorted(path for path in run.parent.iterdir() if path.name.startswith(f"{run.name}-fork-"))
+
+
+def test_a_fork_leaves_the_run_as_it_is(flags: list[str], tmp_path: Path, command: Command) -> None:
+    assert command(*flags).code == 0
+    run = tmp_path / "runs" / "run"
+    before = fingerprint(run)
+    with opened(run) as (app, settings):
+        edited = fork_before(app, settings, "prune", 2, {"plan": Plan(sparsity=0.4, reason="mine")}, "plan")
+        state = State.model_validate(app.invoke(None, edited, context=read_run_config(run), durability="sync"))
+    assert fingerprint(run) == before
+    (forked,) = forks(run)
+    assert state.run == forked.name
+    assert read_summary(forked)["run"] == forked.name
+    assert state.trials[0] == State.model_validate(state).trials[0]
+    assert state.trials[1].sparsity == pytest.approx(0.4, abs=5e-4)
+    assert yaml.safe_load((forked / "config.yaml").read_text()) == yaml.safe_load((run / "config.yaml").read_text())
+    past, fork_event = read_events(forked)[:-1], read_events(forked, "fork")
+    assert [(event["from"], event["iteration"]) for event in fork_event] == [("run", 2)]
+    place = past.index(fork_event[0])
+    assert past[:place] == read_events(run)[:place]
+    assert read_events(run)[place]["type"] == "node" and read_events(run)[place]["node"] == "prune"
+    shared = [path for path in (forked / "artifacts").rglob("*.safetensors") if path.stat().st_nlink > 1]
+    assert shared, "artifacts are not copied where links are possible"
+    assert (forked / "artifacts" / "index.jsonl").stat().st_nlink == 1
+    assert command("--resume", "run").out == "run run is finished: see runs/run/report.md\n"
+    assert command("--resume", forked.name).out == f"run {forked.name} is finished: see runs/{forked.name}/report.md\n"
+    replayed = command("--replay", forked.name)
+    assert f"note: the masks are those of run {forked.name} " in replayed.out, "its record is whole"
+
+
+def test_a_fork_of_the_end_is_a_fork_too(flags: list[str], tmp_path: Path, command: Command) -> None:
+    assert command(*flags).code == 0
+    run = tmp_path / "runs" / "run"
+    before = fingerprint(run)
+    with opened(run) as (app, settings):
+        app.update_state(settings, {"stop": ""}, as_node="reflect")
+        app.invoke(None, settings, context=read_run_config(run), durability="sync")
+    assert fingerprint(run) == before
+    (forked,) = forks(run)
+    assert read_summary(forked)["iterations"] == read_summary(run)["iterations"] + 1
+
+
+def test_an_unfinished_run_and_its_fork_are_resumed_by_their_names(
+    flags: list[str], easy: Path, tmp_path: Path, command: Command
+) -> None:
+    halt = Halt("validate", "tools.workbench:evaluate_windows", 2)
+    assert fork(tmp_path, *flags, halt=halt).finish().code == -signal.SIGKILL
+    run = tmp_path / "runs" / "run"
+    with opened(run) as (app, settings):
+        edited = fork_before(app, settings, "prune", 1, {"plan": Plan(sparsity=0.2)}, "plan")
+        app.invoke(None, edited, context=read_run_config(run), durability="sync", interrupt_before=["accept"])
+    let_go()
+    (forked,) = forks(run)
+    original = command("--resume", "run")
+    assert (original.code, original.err) == (0, "")
+    assert read_trials(easy) == [tuple(trial.values())[:5] for trial in trials_of(run)]
+    assert read_summary(run)["mask_sha256"] == read_summary(easy)["mask_sha256"]
+    assert forks(run) == [forked]
+    assert command("--resume", forked.name).code == 0
+    assert trials_of(forked)[0]["sparsity"] == pytest.approx(0.2, abs=5e-4)
+    assert read_summary(forked)["run"] == forked.name
+    assert forks(run) == [forked]
+
+
+def trials_of(run: Path) -> list[dict[str, Any]]:
+    """The last event of every trial, with the figures of `read_trials` first."""
+    last = {event["iteration"]: event for event in read_events(run, "trial") if event["iteration"]}
+    names = ("iteration", "checkpoint", "perplexity", "kl", "verdict")
+    return [{name: event[name] for name in names} | event for event in last.values()]
+
+
+def test_a_fork_that_is_killed_at_its_beginning_is_resumed_by_its_name(
+    flags: list[str], tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(*flags).code == 0
+    run = tmp_path / "runs" / "run"
+    before = fingerprint(run)
+    with opened(run) as (app, settings), monkeypatch.context() as patch:
+        edited = fork_before(app, settings, "prune", 2, {"plan": Plan(sparsity=0.4)}, "plan")
+        patch.setattr(Workbench, "prune", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            app.invoke(None, edited, context=read_run_config(run), durability="sync")
+    let_go()
+    (forked,) = forks(run)
+    (forked / "events.jsonl").unlink()
+    assert fork(tmp_path, "--resume", forked.name, halt=Halt("", "graph.steps:_read_past")).finish().code < 0
+    halt = Halt("prune", "tools.workbench:Workbench._compute", 2)
+    assert fork(tmp_path, "--resume", forked.name, halt=halt).finish().code == -signal.SIGKILL
+    assert command("--resume", forked.name).code == 0
+    assert forks(run) == [forked]
+    assert trials_of(forked)[1]["sparsity"] == pytest.approx(0.4, abs=5e-4)
+    assert len(read_events(forked, "fork")) == 1
+    assert fingerprint(run) == before
+
+
+def test_an_edit_of_the_present_state_is_no_fork(
+    flags: list[str], easy: Path, tmp_path: Path, command: Command
+) -> None:
+    assert fork(tmp_path, *flags, halt=Halt("prune", "tools.workbench:Workbench._compute")).finish().code < 0
+    run = tmp_path / "runs" / "run"
+    with opened(run) as (app, settings):
+        app.update_state(settings, {"plan": Plan(sparsity=0.35, reason="by hand")}, as_node="plan")
+    assert command("--resume", "run").code == 0
+    assert forks(run) == []
+    assert trials_of(run)[0]["sparsity"] == pytest.approx(0.35, abs=5e-4)
+
+
+def test_a_copied_thread_gets_its_own_directory(flags: list[str], tmp_path: Path, command: Command) -> None:
+    assert fork(tmp_path, *flags, halt=Halt("validate", SAVE, 2)).finish().code == -signal.SIGKILL
+    run = tmp_path / "runs" / "run"
+    before = fingerprint(run)
+    copy: Any = {"configurable": {"thread_id": str(uuid.uuid4())}}
+    with opened(run) as (app, settings):
+        last = app.get_state(settings)
+        app.update_state(copy, last.values, as_node="validate")
+        app.invoke(None, copy, context=read_run_config(run), durability="sync")
+    assert fingerprint(run) == before
+    (forked,) = forks(run)
+    assert json.loads((forked / "run.json").read_text())["thread_id"] == copy["configurable"]["thread_id"]
+    assert read_summary(forked)["status"] == "finished"
+
+
+# In the server: coroutines around the same nodes
+
+
+def serve(runs_dir: Path, work: Callable[[Any], Any]) -> Any:
+    """Do something with the graph that `langgraph dev` serves, on the runs directory's own state."""
+
+    async def run() -> Any:
+        async with persistence.checkpointer() as saver, persistence.store() as store:
+            return await work(builder(server=True).compile(checkpointer=saver, store=store))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(persistence.RUNS_DIR_VARIABLE, str(runs_dir))
+        return asyncio.run(run())
+
+
+def config_of(model: Path, **changes: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        tiny_settings(model, patience=1, **changes).model_dump() | {"patience": 1} | changes
+    )
+
+
+async def start(app: Any, name: str, config: RunConfig, thread: str) -> State:
+    settings = {"configurable": {"thread_id": thread}, "recursion_limit": 100}
+    return State.model_validate(await app.ainvoke({"run": name}, settings, context=config, durability="sync"))
+
+
+def test_a_cancelled_run_stops_before_its_next_layer_and_can_be_resumed(
+    tiny_llama: Path, flags: list[str], easy: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command("--list")  # at home
+    compute, made, gate = Workbench._compute, 0, asyncio.Event()
+    thread, config = str(uuid.uuid4()), read_run_config(easy)
+    loop: asyncio.AbstractEventLoop | None = None
+    cancelled = False
+
+    def count(*arguments: Any) -> str:
+        nonlocal made
+        assert not cancelled, "no layer is begun after the run was cancelled"
+        made += 1
+        if made == 4:
+            assert loop is not None
+            loop.call_soon_threadsafe(gate.set)
+            wait_for(lambda: cancelled)
+        return compute(*arguments)
+
+    async def cancel(app: Any) -> None:
+        nonlocal loop, cancelled
+        loop = asyncio.get_running_loop()
+        task = asyncio.create_task(start(app, "run", config, thread))
+        await gate.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        cancelled = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "_compute", count)
+        serve(tmp_path / "runs", cancel)
+    assert made == 4
+    run = tmp_path / "runs" / "run"
+    assert not workbench._open, "model and directory are free"
+    assert run.resolve() not in rundir._locks
+    assert command("--resume", "run").code == 0
+    assert read_trials(run) == read_trials(easy)
+    assert read_summary(run)["mask_sha256"] == read_summary(easy)["mask_sha256"]
+
+
+def test_two_runs_at_once_do_not_fight_over_the_model(
+    tiny_llama: Path, flags: list[str], easy: Path, tmp_path: Path, command: Command
+) -> None:
+    assert command(*flags, "--target-sparsity", "0.3", "--runs-dir", "alone").code == 0
+    base = read_run_config(easy)
+    configs = {"one": base, "two": base.model_copy(update={"target_sparsity": 0.3})}
+
+    async def both(app: Any) -> list[State]:
+        return await asyncio.gather(*(start(app, n, c, str(uuid.uuid4())) for n, c in configs.items()))
+
+    serve(tmp_path / "runs", both)
+    alone = {"one": easy, "two": tmp_path / "alone" / "run"}
+    for name, run in alone.items():
+        assert read_summary(tmp_path / "runs" / name)["mask_sha256"] == read_summary(run)["mask_sha256"]
+    assert not workbench._open
