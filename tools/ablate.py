@@ -93,6 +93,7 @@ class Row(BaseModel):
     arm: str
     seed: int
     sparsity: float = Field(description="Share of the prunable weights that were zero at the end.")
+    reached: bool = Field(description="Whether that is the target; rows short of it are compared with none.")
     perplexity: float | None = Field(description="On the test text, of what the arm chose; null where not finite.")
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, by which it chose.")
     plan: str = Field(description="What it chose, in short.")
@@ -237,6 +238,7 @@ def _make_row(
             arm=arm,
             seed=seed,
             sparsity=zeros / weights,
+            reached=True,
             perplexity=test.perplexity,
             kl=evaluation.mean_kl,
             plan=chosen.plan,
@@ -367,6 +369,7 @@ def _run_graph(
         arm=arm,
         seed=seed,
         sparsity=summary["achieved_sparsity"],
+        reached=summary["status"] == "finished",
         perplexity=summary["perplexity"]["pruned"],
         kl=summary["kl"],
         plan=summary["plan"],
@@ -427,15 +430,16 @@ def _read_ablation(directory: Path, settings: AblateSettings, graph_flags: Seque
 
 
 def rank_arms(rows: Sequence[Row]) -> list[Standing]:
-    """Every arm with a finite perplexity for each of its seeds, best first."""
-    alone = {row.seed: row.perplexity for row in rows if row.arm == ALONE and row.perplexity is not None}
+    """Every arm that reached the target with a finite perplexity for each of its seeds, best first."""
+    by_arm = _perplexities(rows)
+    alone = by_arm[ALONE]
     standings = []
     for arm in ARMS:
         own = [row for row in rows if row.arm == arm]
-        values = [row.perplexity for row in own if row.perplexity is not None]
+        values = list(by_arm[arm].values())
         if not own or len(values) < len(own):
             continue
-        gains = [alone[row.seed] - (row.perplexity or 0) for row in own if row.seed in alone]
+        gains = [alone[seed] - value for seed, value in by_arm[arm].items() if seed in alone]
         standings.append(
             Standing(
                 arm=arm,
@@ -458,22 +462,35 @@ def _standard_error(values: Sequence[float]) -> float | None:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
+def _perplexities(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Arm to seed to perplexity, where the target was reached and it was finite."""
+    return {
+        arm: {row.seed: row.perplexity for row in rows if row.arm == arm and row.reached and row.perplexity is not None}
+        for arm in ARMS
+    }
+
+
 def list_differences(rows: Sequence[Row]) -> list[tuple[str, str, int, float, float | None]]:
     """(arm, other arm, seeds, mean, standard error) of every pair's difference in perplexity, paired by seed."""
-    by_arm = {arm: {row.seed: row.perplexity for row in rows if row.arm == arm and row.perplexity} for arm in ARMS}
+    by_arm = _perplexities(rows)
     found = []
     for i, arm in enumerate(ARMS):
         for other in list(ARMS)[i + 1 :]:
             seeds = sorted(by_arm[arm].keys() & by_arm[other].keys())
             if seeds:
-                values = [(by_arm[arm][seed] or 0) - (by_arm[other][seed] or 0) for seed in seeds]
+                values = [by_arm[arm][seed] - by_arm[other][seed] for seed in seeds]
                 found.append((arm, other, len(seeds), fmean(values), _standard_error(values)))
     return found
 
 
 def conclude(rows: Sequence[Row]) -> list[str]:
     """For each arm with an agent: whether what it gained over fixed rules and over no plan exceeds the noise."""
-    lines = []
+    lines = [
+        f"{row.arm}, seed {row.seed} stopped at {row.sparsity:.2%}, short of the target, and is compared with nothing: "
+        "give it more --evaluated-tokens, or a greater --tau behind --."
+        for row in rows
+        if not row.reached
+    ]
     for arm, other, seeds, mean, error in list_differences(rows):
         if arm not in GRAPH or other not in ("heuristic", ALONE):
             continue

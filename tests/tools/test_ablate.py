@@ -34,7 +34,15 @@ def make_settings(model: Path | str, out: Path, **changes: Any) -> AblateSetting
 
 
 def make_row(arm: str, seed: int, perplexity: float | None, **changes: Any) -> Row:
-    fields = {"sparsity": 0.45, "kl": 0.25, "plan": "a plan", "trials": 4, "evaluated_tokens": 800, "seconds": 1.0}
+    fields = {
+        "sparsity": 0.45,
+        "reached": True,
+        "kl": 0.25,
+        "plan": "a plan",
+        "trials": 4,
+        "evaluated_tokens": 800,
+        "seconds": 1.0,
+    }
     return Row.model_validate({"arm": arm, "seed": seed, "perplexity": perplexity} | fields | changes)
 
 
@@ -105,6 +113,16 @@ def test_a_gain_inside_the_noise_is_called_so() -> None:
 def test_an_arm_that_was_not_finite_is_not_ranked() -> None:
     rows = [make_row("kappa", 0, 20.0), make_row("random", 0, None), make_row("random", 1, 21.0)]
     assert [standing.arm for standing in rank_arms(rows)] == ["kappa"]
+
+
+def test_a_run_short_of_the_target_is_compared_with_nothing() -> None:
+    rows = [make_row("kappa", 0, 20.0), make_row("heuristic", 0, 15.0, sparsity=0.3, reached=False)]
+    assert [standing.arm for standing in rank_arms(rows)] == ["kappa"]
+    assert list_differences(rows) == []
+    assert conclude(rows) == [
+        "heuristic, seed 0 stopped at 30.00%, short of the target, and is compared with nothing: give it more "
+        "--evaluated-tokens, or a greater --tau behind --."
+    ]
 
 
 def test_rows_are_made_once_and_written(
