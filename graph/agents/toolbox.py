@@ -11,6 +11,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, Field, ValidationError
 
 from graph.agents.quoting import data_block, quote_data
+from tools.errors import UserError
 
 RESULT_LIMIT = 6_000
 """Characters of one tool's answer."""
@@ -103,6 +104,8 @@ class Toolbox:
             request = {"type": "tool_call", "id": "call", "name": call.name, "args": call.arguments}
             message = self.tools[call.name].invoke(request)
             return message.text, str(message.artifact)
+        except UserError:  # a full disk, say: nothing that the model could do better
+            raise
         except ValidationError as error:
             problem = explain(error)
         except ValueError as error:  # ImpossiblePlan among them: what the model asked for cannot be

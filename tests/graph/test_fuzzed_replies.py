@@ -26,7 +26,7 @@ from graph.agents import chat
 from graph.agents.chat import AgentError
 from graph.agents.planner import Situation
 from graph.config import RunConfig
-from graph.nodes.plan import allocate_in_bounds, choose_plan, open_toolbox
+from graph.nodes.plan import Evaluated, allocate_in_bounds, choose_plan, open_toolbox
 from graph.session import Session
 from graph.state import Plan, State, Trial
 from tests.tiny import tiny_settings
@@ -234,7 +234,8 @@ def test_any_conversation(
     session = Session(bench.directory, lambda event: None, 0.0)
     layers = bench.read_profile(profile).layers
     situation = Situation(CONFIG, layers, {}, TRIAL, trials=[TRIAL])
-    toolbox = open_toolbox(bench, situation, State(run="fuzz", config=CONFIG, profile=profile), session, None)
+    state = State(run="fuzz", config=CONFIG, profile=profile)
+    toolbox = open_toolbox(bench, situation, state, session, None, Evaluated(0, CONFIG))
     assert toolbox is not None
     plan = None
     with suppress(AgentError):

@@ -17,6 +17,7 @@ from graph.config import RunConfig
 from graph.state import Plan
 from tests.openai_server import DEFAULT_PLAN, Answer, OpenAIServer
 from tools.agent_tools import make_planner_tools
+from tools.errors import DiskFull
 from tools.instruments import Round
 
 PLAN = Plan.model_validate(DEFAULT_PLAN)
@@ -50,7 +51,9 @@ def tools(looked: list[str]) -> list[BaseTool]:
         if name == "nothing":
             raise ValueError("'nothing' means no layer")
         if name == "ruin":
-            raise RuntimeError("the disk is full")
+            raise RuntimeError("out of memory")
+        if name == "fill":
+            raise DiskFull("the disk is full")
         return json.dumps({"name": name, "level": level}), f"{name} at {level}"
 
     return [look]
@@ -299,9 +302,12 @@ def test_bad_plans_are_handed_back_as_without_tools(serve: Any, toolbox: Toolbox
     assert toolbox.calls_left == 3
 
 
-def test_what_breaks_in_a_tool_is_not_for_the_model(serve: Any, toolbox: Toolbox) -> None:
-    with pytest.raises(RuntimeError, match="the disk is full"):
-        ask_server(serve(call("ruin")), toolbox)
+@pytest.mark.parametrize(("name", "error"), [("ruin", RuntimeError), ("fill", DiskFull)])
+def test_what_breaks_in_a_tool_is_not_for_the_model(
+    name: str, error: type[Exception], serve: Any, toolbox: Toolbox
+) -> None:
+    with pytest.raises(error, match=r"out of memory|the disk is full"):
+        ask_server(serve(call(name)), toolbox)
 
 
 def test_reasons_quote_data_without_its_marks(serve: Any, toolbox: Toolbox) -> None:
