@@ -6,7 +6,7 @@ first figure that differs is told: then code, data or machine are others than th
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from graph.persistence import runs_directory
-from graph.plans import allocate_plan
+from graph.plans import allocate_plan, find_recipe
 from graph.state import Plan, Reflection, State
 from tools.allocate import ImpossiblePlan
 from tools.curves import LayerProfile
 from tools.errors import UserError
+from tools.recipes import Recipe
 
 Event = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
@@ -106,7 +107,7 @@ def _take(record: Record, event: Event) -> None:
             record.mask_sha256 = str(event["mask_sha256"])
 
 
-def find_plan(state: State, layers: Sequence[LayerProfile]) -> tuple[Plan | None, str]:
+def find_plan(state: State, read_layers: Callable[[Recipe], Sequence[LayerProfile]]) -> tuple[Plan | None, str]:
     """The recorded plan of the state's iteration; without one that can be carried out, why the replay ends there.
 
     Where the run asked a person, a plan counts once there was an answer.
@@ -118,7 +119,7 @@ def find_plan(state: State, layers: Sequence[LayerProfile]) -> tuple[Plan | None
             return None, record.stop or f"run {record.run} planned no more rounds"
         return None, f"the record of run {record.run} ends here, unfinished"
     try:
-        allocate_plan(layers, plan, state.config)
+        allocate_plan(read_layers(find_recipe(plan, state.config)), plan, state.config)
     except ImpossiblePlan as error:
         return None, f"plan {iteration} of run {record.run} cannot be carried out here: {error}"
     return plan, ""

@@ -62,9 +62,10 @@ class Round:
 
     def share_out(self, draft: Draft) -> Allocation:
         """The draft's allocation, by the curves that its recipe asks for. Raises ImpossiblePlan."""
-        self.allocate(self.bench.read_profile(self.profile).layers, draft)  # or curves are measured for nothing
+        recipe = self.recipe(draft)
+        self.allocate(self.bench.read_layers(self.profile, recipe, self.progress), draft)  # or curves come for nothing
         try:
-            layers = self.bench.describe_layers(self.profile, self.recipe(draft), self.progress)
+            layers = self.bench.describe_layers(self.profile, recipe, self.progress)
         finally:
             self.bench.restore(self.present)  # curves are measured on the dense weights
         return self.allocate(layers, draft)

@@ -231,6 +231,10 @@ class Workbench:
             return [layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in layers]
         return layers
 
+    def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
+        """As `describe_layers`, with the profile's KL curves whatever the recipe's: no weight is touched."""
+        return self.describe_layers(profile, recipe.model_copy(update={"curves": "mask"}), progress)
+
     def _measure_once(self, key: list[str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured under this key, from disk if it is there and whole."""
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()

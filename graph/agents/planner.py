@@ -23,6 +23,7 @@ from graph.agents.toolbox import Toolbox
 from graph.config import RunConfig
 from graph.state import Lesson, Plan, Trial
 from tools.curves import LEVELS, LayerProfile
+from tools.recipes import Recipe
 
 PROMPT = Path(__file__).resolve().parents[1] / "prompts" / "planner.md"
 TOOLS_PROMPT = PROMPT.with_name("planner_tools.md")
@@ -50,6 +51,8 @@ class Situation:
     lessons: Sequence[Lesson] = field(default=())
     iteration: int = 1
     """Number of the round to plan, from 1."""
+    read_layers: Callable[[Recipe], Sequence[LayerProfile]] | None = None
+    """The profile with what a recipe's allocation needs beside KL curves; without it, what `layers` says must do."""
 
 
 def plan_with_chat(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graph.config import RunConfig
 from graph.nodes.reflect import decide_stop
-from graph.plans import allocate_plan, apply_lessons, describe_plan
+from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe
 from graph.replay import find_decision
 from graph.session import enter, open_bench
 from graph.state import Plan, State, Trial
@@ -41,7 +41,7 @@ def approve(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     assert state.plan is not None, "plan runs first"
     session = enter("approve", state, runtime)
     with open_bench(state, session) as bench:
-        layers = bench.read_profile(state.profile).layers
+        layers = bench.read_layers(state.profile, find_recipe(state.plan, state.config), session.progress)
     answer = Answer(**find_decision(state.replay, state.iteration)) if state.replay else ask(state, state.plan, layers)
     session.emit("approval", iteration=state.iteration, decision=answer.decision, reason=answer.reason)
     if answer.decision == "refuse":

@@ -17,7 +17,7 @@ from graph.agents.toolbox import Toolbox, ToolRecord
 from graph.config import RunConfig
 from graph.memory import search_lessons
 from graph.nodes.accept import RECENT
-from graph.plans import allocate_plan, apply_lessons, describe_plan
+from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe
 from graph.replay import find_plan
 from graph.session import Session, enter, open_bench
 from graph.state import Plan, State, last_accepted
@@ -40,6 +40,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         situation = Situation(
             config=state.config,
             layers=layers,
+            read_layers=lambda recipe: bench.read_layers(state.profile, recipe, session.progress),
             sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
             dense=state.dense or _missing("the dense model's trial"),
             accepted=last_accepted(state.trials),
@@ -50,12 +51,14 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         )
         if state.replay:
             usage = state.usage
-            chosen, stop = find_plan(state, layers)
+            chosen, stop = find_plan(state, lambda recipe: bench.read_layers(state.profile, recipe, session.progress))
         else:
             toolbox = open_toolbox(bench, situation, state, session, runtime.store, evaluated)
             chosen, usage = choose_plan(situation, state.usage, session, runtime.context or state.config, toolbox)
             chosen = chosen and apply_lessons(chosen, state.lessons, layers, state.config)
             stop = "every lever of the rule has been tried"
+        if chosen:
+            layers = bench.read_layers(state.profile, find_recipe(chosen, state.config), session.progress)
     if chosen is None:
         session.emit("note", text=stop)
         return {"iteration": state.iteration - 1, "stop": stop, "seconds": session.seconds}
@@ -168,7 +171,9 @@ def choose_plan(
             check_cap(usage, caps)
 
     def check(candidate: Plan) -> None:
-        allocate_in_bounds(situation.layers, candidate, situation)
+        recipe = find_recipe(candidate, config)
+        layers = situation.read_layers(recipe) if situation.read_layers else situation.layers
+        allocate_in_bounds(layers, candidate, situation)
 
     def keep_prompt(messages: Sequence[AnyMessage]) -> None:
         prompt = [{"role": message.type, "text": message.text} for message in messages]

@@ -30,7 +30,7 @@ from tests.end_to_end.helpers import (
 from tests.openai_server import OpenAIServer
 
 PLANS: list[dict[str, Any]] = [
-    {"sparsity": 0.3, "reason": "a step", "recipe": {"method": "wanda", "refit": False}},
+    {"sparsity": 0.3, "reason": "a step", "recipe": {"method": "wanda", "refit": False, "allocation": "alphapruning"}},
     {"sparsity": 0.45, "adjustments": [{"selector": "*.v_proj", "action": "factor", "factor": 2}]},
     {"sparsity": 0.45, "recipe": {"strength": 0.8}},
 ]
@@ -108,6 +108,7 @@ def test_the_same_plans_and_masks_without_an_endpoint(recorded: Recorded, copied
         f"started run-replay: {read_summary(recorded.run)['model']} to 45.0% sparsity, planned by "
     )
     assert_same(again, recorded.run)
+    assert read_events(again, "trial")[1]["plan"] == "30.0% wanda:alphapruning"
     assert [trial[1:] for trial in read_trials(again)] == [
         (t["checkpoint"], t["perplexity"], t["kl"], t["verdict"]) for t in read_events(recorded.run, "trial")[1:]
     ]
