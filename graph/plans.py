@@ -20,6 +20,12 @@ def find_recipe(plan: Plan, config: RunConfig) -> Recipe:
     return plan.recipe.model_copy(update={"pattern": config.pattern})
 
 
+def refuse_above_target(plan: Plan, config: RunConfig) -> None:
+    """Raises ValueError with a reason for whoever made the plan."""
+    if plan.sparsity > config.target_sparsity + 1e-9:
+        raise ValueError(f"sparsity {plan.sparsity:g} is above the target; plan at most {config.target_sparsity:g}")
+
+
 def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Sequence[LayerProfile], config: RunConfig) -> Plan:
     """The plan with what lessons say of the KL curves, whatever it said of them; they weigh in kappa allocations only.
 

@@ -1,12 +1,15 @@
-"""What the agents of a run have spent, and the caps on it."""
+"""What the agents of a run say and spend, and the caps on it."""
 
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from langchain_core.messages import AnyMessage
+
 from graph.agents.chat import AgentError, CallRecord
 from graph.config import RunConfig
+from graph.session import Session
 from tools.summary import Usage
 
 Agent = Literal["planner", "reflector"]
@@ -14,6 +17,33 @@ Agent = Literal["planner", "reflector"]
 
 class CapReached(AgentError):
     """The agents may spend no more; no fallback makes up for it."""
+
+
+class Account:
+    """The calls of one agent in one round: they go into the run's log, are counted, and are held to the caps."""
+
+    def __init__(
+        self, agent: Agent, session: Session, usage: Usage, config: RunConfig, caps: RunConfig, iteration: int
+    ) -> None:
+        """Raises CapReached when no call may be made at all."""
+        self.usage = read_spent(session.directory, usage)
+        self._agent, self._session, self._config, self._caps = agent, session, config, caps
+        self._model = config.planner if agent == "planner" else config.reflector
+        self._iteration = iteration
+        check_cap(self.usage, caps)
+
+    def keep_prompt(self, messages: Sequence[AnyMessage]) -> None:
+        """Log what the agent is asked."""
+        prompt = [{"role": message.type, "text": message.text} for message in messages]
+        self._session.record("prompt", **{self._agent: self._model}, iteration=self._iteration, messages=prompt)
+
+    def keep_call(self, call: CallRecord) -> None:
+        """Log and count a reply. Raises CapReached when another call would follow, and may not."""
+        self._session.emit("reply", planner=self._model, **call.model_dump())
+        self.usage = add_calls(self.usage, [call], self._config, self._agent)
+        self._session.emit("usage", **self.usage.model_dump())
+        if call.problem or call.tools:
+            check_cap(self.usage, self._caps)
 
 
 def read_spent(directory: Path, usage: Usage) -> Usage:

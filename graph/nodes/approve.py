@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graph.config import RunConfig
 from graph.nodes.reflect import decide_stop
-from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe
+from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
 from graph.replay import find_decision
 from graph.session import enter, open_bench
 from graph.state import Plan, State, Trial
@@ -142,9 +142,7 @@ def _describe(problem: Any) -> str:
 
 def check_edit(plan: Plan, state: State, layers: Sequence[LayerProfile]) -> Plan:
     """An edited plan, weighed by the lessons like any other. Raises ValueError when it cannot be carried out."""
-    if plan.sparsity > state.config.target_sparsity + 1e-9:
-        target = state.config.target_sparsity
-        raise ValueError(f"sparsity {plan.sparsity:g} is above the target; plan at most {target:g}")
+    refuse_above_target(plan, state.config)
     plan = apply_lessons(plan, state.lessons, layers, state.config)
     allocate_plan(layers, plan, state.config)
     return plan

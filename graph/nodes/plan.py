@@ -4,25 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_core.messages import AnyMessage
 from langgraph.runtime import Runtime
 from langgraph.store.base import BaseStore
 
-from graph.agents.chat import AgentError, CallRecord
+from graph.agents.chat import AgentError
 from graph.agents.heuristic import plan_by_rule
 from graph.agents.models import HEURISTIC, open_model
 from graph.agents.planner import Situation, describe_lesson, plan_with_chat, recount_trial
-from graph.agents.spending import CapReached, add_calls, check_cap, read_spent
+from graph.agents.spending import Account, CapReached
 from graph.agents.toolbox import Toolbox, ToolRecord
 from graph.config import RunConfig
 from graph.memory import search_lessons
 from graph.nodes.accept import RECENT
-from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe
+from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
 from graph.replay import find_plan
 from graph.session import Session, enter, open_bench
 from graph.state import Plan, State, last_accepted
 from tools.allocate import Allocation
 from tools.curves import LayerProfile, group_layers
+from tools.recipes import Recipe
 from tools.summary import Usage
 
 if TYPE_CHECKING:
@@ -37,10 +37,14 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     with open_bench(state, session) as bench:
         layers = bench.read_profile(state.profile).layers
         evaluated = Evaluated(state.evaluated_tokens, state.config)
+
+        def read_layers(recipe: Recipe) -> list[LayerProfile]:
+            return bench.read_layers(state.profile, recipe, session.progress)
+
         situation = Situation(
             config=state.config,
             layers=layers,
-            read_layers=lambda recipe: bench.read_layers(state.profile, recipe, session.progress),
+            read_layers=read_layers,
             sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
             dense=state.dense or _missing("the dense model's trial"),
             accepted=last_accepted(state.trials),
@@ -51,14 +55,14 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         )
         if state.replay:
             usage = state.usage
-            chosen, stop = find_plan(state, lambda recipe: bench.read_layers(state.profile, recipe, session.progress))
+            chosen, stop = find_plan(state, read_layers)
         else:
             toolbox = open_toolbox(bench, situation, state, session, runtime.store, evaluated)
             chosen, usage = choose_plan(situation, state.usage, session, runtime.context or state.config, toolbox)
             chosen = chosen and apply_lessons(chosen, state.lessons, layers, state.config)
             stop = "every lever of the rule has been tried"
         if chosen:
-            layers = bench.read_layers(state.profile, find_recipe(chosen, state.config), session.progress)
+            layers = read_layers(find_recipe(chosen, state.config))
     if chosen is None:
         session.emit("note", text=stop)
         return {"iteration": state.iteration - 1, "stop": stop, "seconds": session.seconds}
@@ -143,10 +147,9 @@ def allocate_in_bounds(layers: Sequence[LayerProfile], plan: Plan, situation: Si
 
     Raises ValueError with a reason for the planner.
     """
-    config = situation.config
-    if plan.sparsity > config.target_sparsity + 1e-9:
-        raise ValueError(f"sparsity {plan.sparsity:g} is above the target; plan at most {config.target_sparsity:g}")
-    return allocate_plan(layers, apply_lessons(plan, situation.lessons, situation.layers, config), config)
+    refuse_above_target(plan, situation.config)
+    plan = apply_lessons(plan, situation.lessons, situation.layers, situation.config)
+    return allocate_plan(layers, plan, situation.config)
 
 
 def choose_plan(
@@ -159,37 +162,26 @@ def choose_plan(
     config = situation.config
     if config.planner == HEURISTIC:
         return plan_by_rule(situation), usage
-    usage = read_spent(session.directory, usage)
-    check_cap(usage, caps)
-
-    def record(call: CallRecord) -> None:
-        nonlocal usage
-        session.emit("reply", planner=config.planner, **call.model_dump())
-        usage = add_calls(usage, [call], config, "planner")
-        session.emit("usage", **usage.model_dump())
-        if call.problem or call.tools:  # another call would follow
-            check_cap(usage, caps)
+    account = Account("planner", session, usage, config, caps, situation.iteration)
 
     def check(candidate: Plan) -> None:
         recipe = find_recipe(candidate, config)
         layers = situation.read_layers(recipe) if situation.read_layers else situation.layers
         allocate_in_bounds(layers, candidate, situation)
 
-    def keep_prompt(messages: Sequence[AnyMessage]) -> None:
-        prompt = [{"role": message.type, "text": message.text} for message in messages]
-        session.record("prompt", planner=config.planner, iteration=situation.iteration, messages=prompt)
-
     try:
         model = open_model(config.planner, config)
-        plan = plan_with_chat(situation, model, on_call=record, check=check, on_prompt=keep_prompt, toolbox=toolbox)
+        plan = plan_with_chat(
+            situation, model, on_call=account.keep_call, check=check, on_prompt=account.keep_prompt, toolbox=toolbox
+        )
     except CapReached:
         raise
     except AgentError as error:
         if config.planner_fallback == "none":
             raise
         session.warn(f"{error}; the fallback planner ({config.planner_fallback}) plans this round")
-        return plan_by_rule(situation), usage
-    return plan, usage
+        return plan_by_rule(situation), account.usage
+    return plan, account.usage
 
 
 def _missing(what: str) -> Any:

@@ -1,15 +1,13 @@
 """reflect: what the trial taught goes to the store; then on to the next round, or to the end."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-from langchain_core.messages import AnyMessage
 from langgraph.runtime import Runtime
 
-from graph.agents.chat import AgentError, CallRecord
+from graph.agents.chat import AgentError
 from graph.agents.models import HEURISTIC, open_model
 from graph.agents.reflector import Evidence, combine_lessons, draw_lesson, reflect_with_chat
-from graph.agents.spending import CapReached, add_calls, check_cap, read_spent
+from graph.agents.spending import Account, CapReached
 from graph.config import RunConfig
 from graph.lessons import CARRIED, merge_lessons
 from graph.memory import write_lesson
@@ -88,33 +86,19 @@ def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: 
     config, iteration = evidence.config, evidence.trial.iteration
     if config.reflector == HEURISTIC:
         return Reflection(), usage
-    usage = read_spent(session.directory, usage)
-    check_cap(usage, caps)
-
-    def record(call: CallRecord) -> None:
-        nonlocal usage
-        session.emit("reply", planner=config.reflector, **call.model_dump())
-        usage = add_calls(usage, [call], config, "reflector")
-        session.emit("usage", **usage.model_dump())
-        if call.problem:  # another call would follow
-            check_cap(usage, caps)
-
-    def keep_prompt(messages: Sequence[AnyMessage]) -> None:
-        prompt = [{"role": message.type, "text": message.text} for message in messages]
-        session.record("prompt", reflector=config.reflector, iteration=iteration, messages=prompt)
-
+    account = Account("reflector", session, usage, config, caps, iteration)
     try:
         model = open_model(config.reflector, config)
-        reflection = reflect_with_chat(evidence, model, on_call=record, on_prompt=keep_prompt)
+        reflection = reflect_with_chat(evidence, model, on_call=account.keep_call, on_prompt=account.keep_prompt)
     except CapReached:
         raise
     except AgentError as error:
         if config.planner_fallback == "none":
             raise
         session.warn(f"{error}; the rule alone reflects on this round")
-        return Reflection(), usage
+        return Reflection(), account.usage
     session.record("reflection", iteration=iteration, reflector=config.reflector, details=reflection.model_dump())
-    return reflection, usage
+    return reflection, account.usage
 
 
 def decide_stop(state: State) -> str:
