@@ -34,8 +34,8 @@ from graph.persistence import (
 )
 from graph.state import Lesson
 from tools.errors import UserError
-from tools.options import Parser
-from tools.secrets import read_secrets, redact
+from tools.options import Parser, refuse
+from tools.secrets import read_secrets
 
 LIMIT = 30
 """Lessons from earlier runs that a new run starts with, those of most evidence."""
@@ -208,8 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         with open_store(runs_directory()) as store:
             _obey(store, options, place)
     except UserError as error:
-        print(f"error: {redact(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 

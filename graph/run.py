@@ -46,11 +46,11 @@ from graph.state import Input, State
 from graph.steps import CAPS, name_directory, read_last_node
 from tools.errors import DamagedArtifact, DiskFull, UserError
 from tools.files import explain_full_disk
-from tools.options import CONFIGS, Parser, add_flags, parse_flags
+from tools.options import CONFIGS, Parser, add_flags, parse_flags, refuse
 from tools.rundir import append_event, lock_run, unlock_run
 from tools.secrets import read_secrets, redact
 from tools.sources import check_device, locate_model
-from tools.texts import check_source
+from tools.texts import check_texts
 
 STEPS_PER_ITERATION = 7
 """profile again, plan, approve, prune, validate, accept or roll back, reflect."""
@@ -138,8 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _show_needs(options, flags)
         return _start(options, flags) if options.resume is None else _resume(options, flags)
     except UserError as error:
-        print(f"error: {redact(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
@@ -174,12 +173,7 @@ def _check_input(config: RunConfig) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
     locate_model(config.model)
     check_device(config.device)
-    _check_texts(config)
-
-
-def _check_texts(config: RunConfig) -> None:
-    for source in (config.calibration, config.validation, config.test):
-        check_source(source)
+    check_texts(config)
 
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
@@ -189,7 +183,7 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     if options.resume is not None:
         raise UserError("--dry-run is about a new run; leave --resume out")
     config = read_config(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
-    _check_texts(config)
+    check_texts(config)
     found = estimate(
         config,
         target=config.target_sparsity,

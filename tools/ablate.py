@@ -5,8 +5,6 @@ pruned models, once for every seed, and measures what each arm kept on the test 
 ablate.json and a plot. Finished rows are kept on Ctrl-C, and half-done runs go on; the same command does it.
 """
 
-import csv
-import io
 import json
 import math
 import subprocess
@@ -23,18 +21,28 @@ from pydantic import BaseModel, Field, field_validator
 from rich.console import Console
 
 from tools.allocate import Allocation, ImpossiblePlan, allocate
-from tools.compare import CompareSettings, Job, print_line, search_allocation, show_bars
+from tools.compare import CompareSettings, Job, search_allocation
 from tools.curves import LayerProfile, group_layers
-from tools.errors import DamagedArtifact, UserError
+from tools.errors import UserError
 from tools.files import write_json, write_text, write_whole
 from tools.options import Parser, add_flags, parse_flags, read_options
 from tools.recipes import Adjustment, Recipe
-from tools.rundir import lock_run, unlock_run
-from tools.secrets import read_secrets, redact
+from tools.rows import (
+    as_csv,
+    carry_out,
+    lock_out,
+    print_line,
+    read_kept,
+    refuse_other_settings,
+    save_figure,
+    show_bars,
+)
+from tools.rundir import unlock_run
+from tools.secrets import read_secrets
 from tools.settings import WorkbenchSettings
 from tools.sources import check_device, locate_model
 from tools.summary import SIGMAS, Protocol, describe_protocol, escape, show
-from tools.texts import check_source
+from tools.texts import check_texts
 
 if TYPE_CHECKING:
     from tools.profile import Progress
@@ -101,6 +109,13 @@ class Row(BaseModel):
     evaluated_tokens: int = Field(description="Tokens put through pruned models until it chose.")
     agent_tokens: int = Field(0, description="Tokens read and written by chat models.")
     cost: float = Field(0.0, description="US dollars, by the prices given.")
+    seconds: float = Field(description="The whole arm, with the profile whether or not another arm made it.")
+
+
+class Profiled(BaseModel):
+    """The profile that the arms of one seed share."""
+
+    profile: str = Field(description="Hash of the profile.")
     seconds: float
 
 
@@ -110,6 +125,7 @@ class Ablation(BaseModel):
     settings: dict[str, Any] = Field(description="Model, texts and budget; rows of other settings are never mixed in.")
     protocol: Protocol
     dense_perplexity: float | None = Field(None, description="On the test text; null before it was measured.")
+    profiles: dict[int, Profiled] = Field({}, description="By seed; arms that are runs of the graph make their own.")
     rows: list[Row] = []
 
 
@@ -167,10 +183,7 @@ def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Consol
     arms, seeds = list_arms(settings), list_seeds(settings)
     _check_input(settings)
     directory = Path(settings.out)
-    try:
-        lock_run(directory)
-    except OSError as error:
-        raise UserError(f"--out {directory} cannot be written: {error.strerror}") from error
+    lock_out(directory, directory)
     try:
         known = _read_ablation(directory, settings, graph_flags)
         wanted = [(arm, seed) for seed in seeds for arm in arms]
@@ -200,8 +213,7 @@ def _check_input(settings: AblateSettings) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
     locate_model(settings.model)
     check_device(settings.device)
-    for source in (settings.calibration, settings.validation, settings.test):
-        check_source(source)
+    check_texts(settings)
     needed = settings.validation_tokens
     if settings.evaluated_tokens < needed:
         raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")
@@ -225,7 +237,11 @@ def _make_row(
     work = Path(settings.out) / f"seed-{seed}"
     with use_workbench(seeded, work, lambda text: print_line(console, f"warning: {text}"), progress) as bench:
         began = time.monotonic()
-        profile = bench.profile(progress)
+        if seed not in known.profiles:
+            profile = bench.profile(progress)
+            known.profiles[seed] = Profiled(profile=profile, seconds=round(time.monotonic() - began, 1))
+            began = time.monotonic()
+        profile = known.profiles[seed].profile
         known.dense_perplexity = bench.evaluate("dense", "test", profile, progress, "test, dense").perplexity
         make = {"kappa": _try_kappa, "random": _try_random, "search": _try_search}[arm]
         chosen = make(bench, profile, seeded, progress)
@@ -244,7 +260,7 @@ def _make_row(
             plan=chosen.plan,
             trials=chosen.trials,
             evaluated_tokens=chosen.tokens,
-            seconds=round(time.monotonic() - began, 1),
+            seconds=round(known.profiles[seed].seconds + time.monotonic() - began, 1),
         )
 
 
@@ -408,21 +424,12 @@ def _flags_of(arm: str, seed: int, settings: AblateSettings) -> list[str]:
 def _read_ablation(directory: Path, settings: AblateSettings, graph_flags: Sequence[str]) -> Ablation:
     """What is in `--out`, or an empty one. Raises UserError for one with other settings."""
     wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed"}) | {"graph": list(graph_flags)}
-    path = directory / "ablate.json"
-    if not path.is_file():
+    known = read_kept(directory / "ablate.json", Ablation)
+    if known is None:
         return Ablation(settings=wanted, protocol=describe_protocol(settings))
-    try:
-        known = Ablation.model_validate_json(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    changed = {name for name in wanted if known.settings.get(name) != wanted[name]}
-    if not any(row.arm in CHAT for row in known.rows):
-        changed -= {"planner", "reflector"}  # no row has come of them yet
-    if not any(row.arm in GRAPH for row in known.rows):
-        changed.discard("graph")
-    if changed:
-        names = ", ".join(sorted(changed))
-        raise UserError(f"{directory} holds an ablation with other settings ({names}); choose another --out")
+    arms = {row.arm for row in known.rows}
+    unused = (set() if arms & set(CHAT) else {"planner", "reflector"}) | (set() if arms & set(GRAPH) else {"graph"})
+    refuse_other_settings(directory, "an ablation", known.settings, wanted, unused)
     return known.model_copy(update={"settings": wanted})
 
 
@@ -520,11 +527,7 @@ def _describe_row(row: Row) -> str:
 def _write(directory: Path, known: Ablation) -> None:
     write_json(directory / "ablate.json", known.model_dump(mode="json"))
     write_text(directory / "ablate.md", describe(known))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(Row.model_fields), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.model_dump() for row in known.rows)
-    write_text(directory / "ablate.csv", file.getvalue())
+    write_text(directory / "ablate.csv", as_csv(Row, known.rows))
     for kind in ("png", "svg"):
         write_whole(directory / f"ablate.{kind}", partial(_plot, known, kind))
 
@@ -583,7 +586,6 @@ def describe(known: Ablation) -> str:
 
 def _plot(known: Ablation, kind: str, path: Path) -> None:
     """A dot for each row, a bar for each arm's mean and its standard error."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     standings = rank_arms(known.rows)
@@ -597,11 +599,23 @@ def _plot(known: Ablation, kind: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(y=0.2)
     axes.set_xlabel("perplexity on the test text; bars: standard error over seeds")
-    with matplotlib.rc_context({"svg.hashsalt": "billhook"}):  # the same rows, the same file
-        figure.savefig(path, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    save_figure(figure, kind, path)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> Parser:
+    """One flag per field of `AblateSettings`, beside one about the command itself."""
+    parser = Parser(
+        prog="python -m tools.ablate",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="Options of graph.run behind a lone -- are handed on to the arms that are runs of the graph.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
+    add_flags(parser, AblateSettings)
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -612,28 +626,13 @@ def main(arguments: list[str] | None = None) -> int:
     read_secrets()
     given = sys.argv[1:] if arguments is None else arguments
     own, graph_flags = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
-    parser = Parser(prog="python -m tools.ablate", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
-    parser.epilog = "Options of graph.run behind a lone -- are handed on to the arms that are runs of the graph."
-    add_flags(parser, AblateSettings)
-    try:
-        options, flags = parse_flags(parser, AblateSettings, own)
-        path = Path(options.config) if options.config else None
-        settings = read_options(AblateSettings, flags, path, ignore_unknown=True)
-        ablate(settings, graph_flags, Console())
-    except UserError as error:
-        return _refuse(str(error))
-    except DamagedArtifact as error:
-        return _refuse(f"{error}; begin again with another --out")
-    except KeyboardInterrupt:
-        print("stopped; the rows that are done are kept, and the same command goes on", file=sys.stderr)
-        return 1
-    return 0
+    return carry_out(lambda: _obey(own, graph_flags))
 
 
-def _refuse(message: str) -> int:
-    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
-    return 2
+def _obey(arguments: list[str], graph_flags: list[str]) -> None:
+    options, flags = parse_flags(make_parser(), AblateSettings, arguments)
+    path = Path(options.config) if options.config else None
+    ablate(read_options(AblateSettings, flags, path, ignore_unknown=True), graph_flags, Console())
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from tools.errors import UserError
 from tools.evaluate import evaluate_windows
 from tools.files import write_json
 from tools.layers import Layer
-from tools.options import Parser, add_flags, parse_flags, read_options
+from tools.options import Parser, add_flags, parse_flags, read_options, refuse
 from tools.profile import collect_moments, collect_statistics, embed_windows, layers_by_block
 from tools.readout import compute_hidden
 from tools.recipes import Recipe
@@ -573,8 +573,7 @@ def main(arguments: list[str] | None = None) -> int:
             if report.results:
                 show_report(report, console)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 1

@@ -6,12 +6,9 @@ the same command goes on.
 """
 
 import argparse
-import csv
-import io
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -20,24 +17,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field, field_validator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as ProgressBars
 from rich.table import Table
-from rich.text import Text
 
 from tools.allocate import Allocation, ImpossiblePlan, allocate
 from tools.curves import LayerProfile, predict_kl
-from tools.errors import DamagedArtifact, UserError
+from tools.errors import UserError
 from tools.evolve import Search, SearchSettings, Stage, evolve
 from tools.files import write_json, write_text, write_whole
 from tools.options import Parser, add_flags, parse_flags, read_options
 from tools.recipes import Recipe, parse_pattern, parse_recipe
-from tools.rundir import lock_run
-from tools.secrets import read_secrets, redact
+from tools.rows import (
+    as_csv,
+    carry_out,
+    lock_out,
+    print_line,
+    read_kept,
+    refuse_other_settings,
+    save_figure,
+    show_bars,
+)
+from tools.secrets import read_secrets
 from tools.settings import WorkbenchSettings
 from tools.sources import check_device, locate_model
 from tools.summary import Protocol, describe_protocol, escape, show
-from tools.texts import check_source
+from tools.texts import check_texts
 
 if TYPE_CHECKING:
     from tools.profile import Progress
@@ -230,7 +233,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     jobs = list_jobs(settings.recipes, settings.sparsity)
     _check_input(settings)
     directory = Path(settings.out)
-    _lock(directory)
+    lock_out(directory, directory / "work")
     known = _read_comparison(directory, settings)
     done = {_key(row): row for row in known.rows} if known else {}
     if known:
@@ -293,20 +296,7 @@ def _check_input(settings: CompareSettings) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
     locate_model(settings.model)
     check_device(settings.device)
-    _check_texts(settings)
-
-
-def _check_texts(settings: CompareSettings) -> None:
-    for source in (settings.calibration, settings.validation, settings.test):
-        check_source(source)
-
-
-def _lock(directory: Path) -> None:
-    """Keep other processes out, from before the rows are read. Raises UserError."""
-    try:
-        lock_run(directory / "work")
-    except OSError as error:
-        raise UserError(f"--out {directory} cannot be written: {error.strerror}") from error
+    check_texts(settings)
 
 
 def _profile(bench: "Workbench", settings: CompareSettings, progress: "Progress", masks_only: bool) -> Comparison:
@@ -428,48 +418,18 @@ def _fingerprint(settings: CompareSettings) -> dict[str, Any]:
 
 def _read_comparison(directory: Path, settings: CompareSettings) -> Comparison | None:
     """What is in `--out`; None where nothing is. Raises UserError for a comparison with other settings."""
-    path = directory / "compare.json"
-    if not path.is_file():
+    known = read_kept(directory / "compare.json", Comparison)
+    if known is None:
         return None
-    try:
-        known = Comparison.model_validate_json(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     wanted = _fingerprint(settings)
-    changed = {name for name in wanted if known.settings.get(name) != wanted[name]}
-    if not any(row.allocation == "evolution" for row in known.rows):
-        changed.discard("evolution_tokens")  # no row has come of it yet
-    if changed:
-        names = ", ".join(sorted(changed))
-        raise UserError(f"{directory} holds a comparison with other settings ({names}); choose another --out")
+    searched = any(row.allocation == "evolution" for row in known.rows)
+    refuse_other_settings(
+        directory, "a comparison", known.settings, wanted, set() if searched else {"evolution_tokens"}
+    )
     return known.model_copy(update={"settings": wanted})
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def show_bars(console: Console, total: int) -> Iterator[tuple[Callable[[str, int], None], "Progress"]]:
-    """(begin a row: its title, rows before it; show a step's progress) under two bars; without a terminal, nothing."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with ProgressBars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        rows = bars.add_task("", total=total)
-        present = bars.add_task("", total=None)
-
-        def begin(title: str, before: int) -> None:
-            bars.update(rows, description=title, completed=before)
-
-        def show_step(label: str, done: int, total: int) -> None:
-            if bars.tasks[present].description != label:
-                bars.reset(present, description=label)
-            bars.update(present, completed=done, total=total)
-
-        yield begin, show_step
-
-
-def print_line(console: Console, line: str) -> None:
-    """Neither wrapped nor coloured."""
-    console.print(Text(line), soft_wrap=True)
 
 
 def _describe_dense(known: Comparison) -> str:
@@ -500,7 +460,7 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
     from tools.estimate import ASKED_FOR, estimate, print_estimate  # imports torch
 
     jobs = list_jobs(settings.recipes, settings.sparsity)
-    _check_texts(settings)
+    check_texts(settings)
     found = estimate(settings, target=max(job.sparsity for job in jobs), rounds=len(jobs))
     for work in found.work:
         if work.name == ASKED_FOR:
@@ -520,18 +480,9 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
 def _write(directory: Path, known: Comparison) -> None:
     write_json(directory / "compare.json", known.model_dump())
     write_text(directory / "compare.md", describe(known))
-    write_text(directory / "compare.csv", _as_csv(known.rows))
+    write_text(directory / "compare.csv", as_csv(Row, known.rows, exclude=["protocol"]))
     for kind in ("png", "svg"):
         write_whole(directory / f"compare.{kind}", partial(_plot, known, kind))
-
-
-def _as_csv(rows: Sequence[Row]) -> str:
-    """The rows without their protocol, which is one and the same."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [name for name in Row.model_fields if name != "protocol"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.model_dump(exclude={"protocol"}) for row in rows)
-    return file.getvalue()
 
 
 def group_rows(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -615,7 +566,6 @@ _MARKS = "osD^v*PX<>ph"
 
 def _plot(known: Comparison, kind: str, path: Path) -> None:
     """Perplexity over sparsity, a line for each recipe: coloured by allocation, marked by method, hollow for N:M."""
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogFormatter
@@ -655,8 +605,7 @@ def _plot(known: Comparison, kind: str, path: Path) -> None:
     axes.set_xlabel("sparsity")
     axes.set_ylabel("perplexity on the validation text")
     figure.legend(handles=legend, loc="outside right upper", fontsize="small")
-    with matplotlib.rc_context({"svg.hashsalt": "billhook"}):  # the same rows, the same file
-        figure.savefig(path, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    save_figure(figure, kind, path)
 
 
 def _list_points(rows: Sequence[Row], *, patterned: bool) -> tuple[list[float], list[float]]:
@@ -694,27 +643,18 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 interrupted (the same command goes on), 2 bad input."""
     read_secrets()
-    try:
-        options, flags = parse_flags(make_parser(), CompareSettings, sys.argv[1:] if arguments is None else arguments)
-        path = Path(options.config) if options.config else None
-        settings = read_options(CompareSettings, flags, path, ignore_unknown=True)
-        if options.dry_run:
-            show_needs(settings, Console())
-        else:
-            compare(settings, Console())
-    except UserError as error:
-        return _refuse(str(error))
-    except DamagedArtifact as error:
-        return _refuse(f"{error}; begin again with another --out")
-    except KeyboardInterrupt:
-        print("stopped; the rows that are done are kept, and the same command goes on", file=sys.stderr)
-        return 1
-    return 0
+    given = sys.argv[1:] if arguments is None else arguments
+    return carry_out(lambda: _obey(given))
 
 
-def _refuse(message: str) -> int:
-    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
-    return 2
+def _obey(arguments: list[str]) -> None:
+    options, flags = parse_flags(make_parser(), CompareSettings, arguments)
+    path = Path(options.config) if options.config else None
+    settings = read_options(CompareSettings, flags, path, ignore_unknown=True)
+    if options.dry_run:
+        show_needs(settings, Console())
+    else:
+        compare(settings, Console())
 
 
 if __name__ == "__main__":

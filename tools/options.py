@@ -9,6 +9,7 @@ settings = read_options(Settings, flags, Path(options.config), ignore_unknown=Tr
 
 import argparse
 import difflib
+import sys
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tools.errors import UserError
+from tools.secrets import redact
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -28,6 +30,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def refuse(problem: UserError | str) -> int:
+    """Tell bad input in one line, without any secret; the exit code that goes with it."""
+    print(f"error: {redact(' '.join(str(problem).split()))}", file=sys.stderr)
+    return 2
 
 
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:

@@ -39,13 +39,13 @@ from tools.errors import UserError
 from tools.evaluate import Evaluation, evaluate_windows
 from tools.export import export_model
 from tools.files import write_json, write_text
-from tools.options import Parser, add_flags, parse_flags, read_options
+from tools.options import Parser, add_flags, parse_flags, read_options, refuse
 from tools.profile import Progress
 from tools.readout import check_readout, compute_hidden
 from tools.settings import WorkbenchSettings
 from tools.sources import check_device, load_model, locate_model
 from tools.summary import Protocol, describe_protocol, show
-from tools.texts import check_source, cut_windows
+from tools.texts import check_texts, cut_windows
 
 PARTS = ("neurons", "heads", "blocks")
 REPEATS = 5
@@ -108,8 +108,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
         raise UserError(f"{directory / 'model'} exists already; choose another --out")
     locate_model(settings.model)
     check_device(settings.device)
-    for source in (settings.calibration, settings.validation, settings.test):
-        check_source(source)
+    check_texts(settings)
 
     step("load model", 0, 1)
     dense, tokenizer = load_model(settings)
@@ -315,8 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
         with _bar(console) as step:
             result = cut_model(settings, step)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 1

@@ -47,6 +47,12 @@ def check_source(source: str) -> None:
         raise UserError(f"text file {path} is empty")
 
 
+def check_texts(settings: WorkbenchSettings) -> None:
+    """Refuse, before anything is loaded, texts that cannot be read. Raises UserError."""
+    for split in SPLITS:
+        check_source(getattr(settings, split))
+
+
 def _path_of(source: str) -> Path:
     return Path(os.path.expanduser(source.removeprefix("file:")))  # Path.expanduser raises for ~nobody
 

@@ -26,6 +26,7 @@ from tools.ablate import (
 )
 from tools.allocate import allocate
 from tools.errors import UserError
+from tools.workbench import Workbench
 
 
 def make_settings(model: Path | str, out: Path, **changes: Any) -> AblateSettings:
@@ -129,7 +130,16 @@ def test_rows_are_made_once_and_written(
     tiny_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = make_settings(tiny_llama, tmp_path / "out")
+    profiled: list[int] = []
+    profile = Workbench.profile
+
+    def count(bench: Workbench, *arguments: Any) -> str:
+        profiled.append(bench.settings.seed)
+        return profile(bench, *arguments)
+
+    monkeypatch.setattr(Workbench, "profile", count)
     known = ablate(settings, [], Console(quiet=True))
+    assert profiled == [0, 1], "once for each seed"
     assert [(row.arm, row.seed) for row in known.rows] == [
         (arm, seed) for seed in (0, 1) for arm in ("kappa", "random", "search")
     ]

@@ -39,6 +39,7 @@ from tools.evaluate import evaluate_windows
 from tools.files import write_json
 from tools.profile import measure_kappa
 from tools.recipes import Recipe, parse_recipe
+from tools.rows import as_csv, show_bars
 from tools.summary import describe_protocol
 from tools.workbench import Workbench, close_workbench, use_workbench
 
@@ -271,7 +272,7 @@ def test_only_new_rows_are_made(
         (Workbench._compute, 20, 1),
         (Workbench.measure_kl, 16, 2),  # in the second generation
         (Workbench._dense_losses, 1, 0),
-        (tools.compare._as_csv, 3, 2),
+        (as_csv, 3, 2),
     ],
     ids=["evaluate", "prune", "search", "profile", "write"],
 )
@@ -296,7 +297,7 @@ def test_interrupted_is_as_uninterrupted(
             raise KeyboardInterrupt
         return target(*arguments, **options)
 
-    owner = tools.compare if target is tools.compare._as_csv else Workbench
+    owner = tools.compare if target is as_csv else Workbench
     with monkeypatch.context() as patch:
         patch.setattr(owner, target.__name__, interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -627,14 +628,14 @@ def test_a_terminal_gets_bars_and_tables(tmp_path: Path, no_plot: None) -> None:
     assert "50%; dense perplexity 10.00" in shown
     assert shown.index("│ refit:kappa   │") < shown.index("│ wanda:uniform │")
 
-    with tools.compare.show_bars(console, 7) as (begin, progress):
+    with show_bars(console, 7) as (begin, progress):
         begin("refit:kappa at 50%", 3)
         progress("prune", 2, 14)
         progress("validation", 1, 3)
     bars = console.file.getvalue().removeprefix(shown)
     assert "refit:kappa at 50%" in bars and "3/7" in bars and "validation" in bars and "1/3" in bars
     quiet = Console(file=io.StringIO())
-    with tools.compare.show_bars(quiet, 7) as (begin, progress):
+    with show_bars(quiet, 7) as (begin, progress):
         begin("refit:kappa at 50%", 3)
         progress("prune", 2, 14)
     assert quiet.file.getvalue() == ""
