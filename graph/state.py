@@ -8,10 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from graph.config import RunConfig
-from tools.recipes import Adjustment, Recipe
+from tools.recipes import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.summary import Usage
 
-MAX_ADJUSTMENTS = 64
 MAX_LEARNT = 5
 """Lessons that a reflector may draw from one trial."""
 

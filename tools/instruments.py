@@ -15,7 +15,7 @@ from tools.allocate import Allocation, select_layers
 from tools.curves import LEVELS, LayerProfile, predict_kl
 from tools.evaluate import Evaluation, compare_kl
 from tools.profile import Progress
-from tools.recipes import Adjustment, Recipe
+from tools.recipes import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.workbench import DENSE, Workbench
 
 MAX_INSPECTED = 24
@@ -32,7 +32,7 @@ class Draft(BaseModel):
     sparsity: float = Field(gt=0, lt=1, description="Share of all prunable weights to be zero, as a fraction.")
     recipe: Recipe = Field(default_factory=Recipe, description="How weights are chosen and shared out.")
     adjustments: list[Adjustment] = Field(
-        default_factory=list, max_length=64, description="Corrections for groups of layers."
+        default_factory=list, max_length=MAX_ADJUSTMENTS, description="Corrections for groups of layers."
     )
 
 

@@ -180,6 +180,10 @@ def parse_recipe(label: str) -> Recipe:
         raise ValueError(f"recipe {label!r}: {problem['loc'][0]}: {problem['msg'].lower()}") from error
 
 
+MAX_ADJUSTMENTS = 64
+"""Corrections that one plan may hold."""
+
+
 class Adjustment(BaseModel):
     """One correction to the allocation, for the layers a selector names."""
 

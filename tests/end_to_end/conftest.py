@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.helpers import Outcome, at_home, end_forks, run_here, train_tiny_model
+from tests.end_to_end.helpers import TINY, Outcome, at_home, end_forks, run_here, train_tiny_model
 
 Command = Callable[..., Outcome]
 
@@ -35,6 +35,21 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Comm
     with at_home(tmp_path):
         yield run
     end_forks()
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_llama: Path) -> list[str]:
+    """Flags of a run of the tiny Llama."""
+    return ["--name", "run", "--model", str(tiny_llama), *TINY]
+
+
+@pytest.fixture(scope="module")
+def easy(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that nothing happened to, its state in SQLite."""
+    home = tmp_path_factory.mktemp("easy")
+    with at_home(home):
+        assert run_here(*flags) == 0
+    return home / "runs" / "run"
 
 
 @pytest.fixture(scope="session")

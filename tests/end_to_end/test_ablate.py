@@ -10,6 +10,8 @@ from tests.end_to_end.helpers import ROOT, TINY, at_home
 from tests.openai_server import OpenAIServer
 from tools.ablate import main
 
+SMALL = TINY[: TINY.index("--patience")]
+"""What of these flags is about the model's texts."""
 PLANS: list[dict[str, Any]] = [{"sparsity": 0.45, "recipe": {"method": "two-sided", "refit": False}}]
 
 
@@ -17,7 +19,7 @@ def test_runs_of_the_graph_are_rows(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    flags = [*TINY[: TINY.index("--patience")], "--model", str(tiny_llama), "--seeds", "3", "--evaluated-tokens", "400"]
+    flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "3", "--evaluated-tokens", "400"]
     with at_home(tmp_path), OpenAIServer(PLANS) as server:
         chat = ["--arms", "heuristic,chat-alone", "--planner", server.planner("fine")]
         prices = ["--", "--planner-price-input", "2", "--agent-timeout", "20"]
@@ -41,7 +43,7 @@ def test_a_run_that_stops_is_named_and_can_be_gone_on_with(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    flags = [*TINY[: TINY.index("--patience")], "--model", str(tiny_llama), "--seeds", "0", "--evaluated-tokens", "200"]
+    flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "0", "--evaluated-tokens", "200"]
     with at_home(tmp_path), OpenAIServer(PLANS) as server:
         chat = ["--arms", "chat-alone", "--planner", server.planner("unauthorized")]
         assert main([*flags, *chat]) == 2

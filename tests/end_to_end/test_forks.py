@@ -20,16 +20,13 @@ from graph.session import read_run
 from graph.state import Plan, State
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
-    TINY,
     Halt,
-    at_home,
     fork,
     let_go,
     read_events,
     read_run_config,
     read_summary,
     read_trials,
-    run_here,
     wait_for,
 )
 from tests.tiny import tiny_settings
@@ -37,20 +34,6 @@ from tools import rundir, workbench
 from tools.workbench import Workbench
 
 SAVE = "langgraph.checkpoint.sqlite:SqliteSaver.put"
-
-
-@pytest.fixture(scope="module")
-def flags(tiny_llama: Path) -> list[str]:
-    return ["--name", "run", "--model", str(tiny_llama), *TINY]
-
-
-@pytest.fixture(scope="module")
-def easy(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
-    home = tmp_path_factory.mktemp("easy")
-    with at_home(home):
-        assert run_here(*flags) == 0
-    return home / "runs" / "run"
 
 
 def fingerprint(run: Path) -> dict[str, str]:

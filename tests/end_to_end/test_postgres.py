@@ -17,9 +17,7 @@ from langgraph_sdk import get_sync_client
 from graph import persistence, postgres, studio
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
-    TINY,
     Halt,
-    at_home,
     fork,
     python_environment,
     read_events,
@@ -27,7 +25,6 @@ from tests.end_to_end.helpers import (
     read_summary,
     read_trials,
     read_weights,
-    run_here,
     same_bits,
 )
 from tests.postgres_server import ESCAPED, PASSWORD, PostgresServer, serve_postgres
@@ -59,20 +56,6 @@ def server() -> Iterator[PostgresServer]:
 def url(server: PostgresServer) -> str:
     """A database of the test's own."""
     return server.make_database(f"test_{next(NUMBERS)}")
-
-
-@pytest.fixture(scope="module")
-def flags(tiny_llama: Path) -> list[str]:
-    return ["--name", "run", "--model", str(tiny_llama), *TINY]
-
-
-@pytest.fixture(scope="module")
-def easy(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that nothing happened to, its state in SQLite."""
-    home = tmp_path_factory.mktemp("easy")
-    with at_home(home):
-        assert run_here(*flags) == 0
-    return home / "runs" / "run"
 
 
 def assert_same(run: Path, easy: Path, url: str) -> None:

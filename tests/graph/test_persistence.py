@@ -19,9 +19,9 @@ from langgraph.store.base import GetOp, PutOp
 
 from graph import persistence
 from graph.config import RunConfig
-from graph.state import MAX_ADJUSTMENTS, Input, Lesson, Plan, State, Trial
+from graph.state import Input, Lesson, Plan, State, Trial
 from tools.errors import UserError
-from tools.recipes import Adjustment, Recipe
+from tools.recipes import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.settings import WorkbenchSettings
 from tools.summary import Usage
 
