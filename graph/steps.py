@@ -27,6 +27,7 @@ from graph.persistence import runs_directory
 from graph.session import CANCELLED, create_run, directory_of
 from graph.state import State
 from tools.files import write_text
+from tools.rundir import scan_events
 
 Update = dict[str, Any]
 Node = Callable[[State, Runtime[RunConfig]], Update]
@@ -136,19 +137,8 @@ def _is_fork(state: State, node: str, checkpoint: str, thread: str | None) -> bo
 
 def read_last_node(directory: Path) -> dict[str, Any]:
     """The event of the node that was last at work in a directory; empty where there is none."""
-    nodes = _read_nodes(directory)
+    nodes = scan_events(directory, "node")
     return nodes[-1][1] if nodes else {}
-
-
-def _read_nodes(directory: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(number of the line, event) of every node's beginning in `events.jsonl`."""
-    found = []
-    with suppress(FileNotFoundError), (directory / "events.jsonl").open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            if '"type": "node"' in line[:100]:  # most lines are longer, and none of this event's is
-                with suppress(ValueError):
-                    found.append((number, json.loads(line)))
-    return found
 
 
 def fork_run(state: State, name: str, thread: str) -> None:
@@ -183,7 +173,7 @@ def _read_past(origin: Path, checkpoint: str) -> str:
     """The events of a run up to the end of the node that worked from a checkpoint."""
     with (origin / "events.jsonl").open(encoding="utf-8") as log:
         lines = list(log)
-    nodes = _read_nodes(origin)
+    nodes = scan_events(origin, "node")
     last = max((number for number, event in nodes if event.get("checkpoint") == checkpoint), default=-1)
     end = next((number for number, _ in nodes if number > last), len(lines))
     return "".join(lines[:end])

@@ -56,7 +56,7 @@ class AgentError(RuntimeError):
     """An agent gave no usable answer; the message is one line and holds no secret."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(_one_line(redact(message), 600))
+        super().__init__(one_line(redact(message), 600))
 
 
 class CallRecord(BaseModel):
@@ -110,13 +110,13 @@ def ask(
         if answer is not None:
             return answer
         if refusal := _refusal(message):
-            raise AgentError(f"{_where(model)} refused to answer: {_one_line(refusal, 300)}")
+            raise AgentError(f"{_where(model)} refused to answer: {one_line(refusal, 300)}")
         if toolbox and calls:
             conversation.append(_Exchange(calls, [toolbox.run(call, explain) for call in calls]))
             continue
         left -= 1
         conversation += _hand_back(text, reason)
-    problem = _one_line(reason.replace("\n", "; "), 300)
+    problem = one_line(reason.replace("\n", "; "), 300)
     answers = _count(hand_backs + 1, "answer")
     raise AgentError(f"{_where(model)} gave no usable {schema.__name__} in {answers}; the last one: {problem}")
 
@@ -126,7 +126,7 @@ def _read_reply(
 ) -> tuple[T | None, list[ToolCall], str]:
     """The answer in a reply; or None and the tools it asks for, or what is wrong with it."""
     if refusal := _refusal(message):
-        return None, [], f"refused: {_one_line(refusal, 300)}"
+        return None, [], f"refused: {one_line(refusal, 300)}"
     if _is_truncated(message):
         reason = "The answer was cut off at the length limit. Give a shorter one: fewer adjustments, short reasons."
         return None, [], reason
@@ -430,23 +430,23 @@ def _ladder(model: BaseChatModel) -> tuple[Method, ...]:
 def _describe_failure(error: Exception, model: BaseChatModel) -> _Failure:
     """What happened, in words that follow the endpoint's name."""
     if isinstance(error, ContextOverflowError):
-        return _Failure(400, f"cannot take so long a prompt ({_one_line(_endpoint_words(error), 150)})")
+        return _Failure(400, f"cannot take so long a prompt ({one_line(_endpoint_words(error), 150)})")
     if isinstance(error, ModelTimeoutError):
         timeout = getattr(model, "request_timeout", None)
         return _Failure(0, f"gave no answer within {timeout} s" if timeout else "gave no answer in time")
     if isinstance(error, ModelConnectionError):
-        return _Failure(0, f"cannot be reached or hung up ({_one_line(_root_cause(error), 150)})")
+        return _Failure(0, f"cannot be reached or hung up ({one_line(_root_cause(error), 150)})")
     status = getattr(error, "status_code", 0)
     if not isinstance(status, int) or not status:
         # Arguments of a tool call that are no object end in langchain's ValidationError, and the reply is lost.
         by_method = isinstance(error, ValidationError | NotImplementedError)  # the latter where it has no tools
-        return _Failure(0, f"sent no chat completion ({type(error).__name__}: {_one_line(str(error), 150)})", by_method)
+        return _Failure(0, f"sent no chat completion ({type(error).__name__}: {one_line(str(error), 150)})", by_method)
     if status == 401:  # without the endpoint's words: they quote the key
         keys = " or ".join(sorted({name for name in model.lc_secrets.values() if name.endswith("_API_KEY")}))
         return _Failure(status, f"wants another API key{f' than {keys} holds' if keys else ''} (HTTP 401)")
     known = {403: "denies access", 404: "knows no such model or address", 429: "limits the rate or the quota"}
     what = known.get(status, "failed" if status >= 500 else "rejected the request")
-    words = _one_line(_endpoint_words(error), 150)
+    words = one_line(_endpoint_words(error), 150)
     return _Failure(status, f"{what} (HTTP {status}: {words})", status in STEP_DOWN)
 
 
@@ -552,7 +552,7 @@ def _find_objects(text: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def _excerpt(text: str, position: int) -> str:
-    return repr(_one_line(text[max(0, position - 20) : position + 20], 40))
+    return repr(one_line(text[max(0, position - 20) : position + 20], 40))
 
 
 def _parse_int(digits: str) -> int | float:
@@ -583,14 +583,14 @@ def _non_finite(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     while stack:
         path, value = stack.pop()
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        stack += [(f"{path}.{_one_line(str(key), 40)}".lstrip("."), item) for key, item in items]
+        stack += [(f"{path}.{one_line(str(key), 40)}".lstrip("."), item) for key, item in items]
         if isinstance(value, float) and not math.isfinite(value):
             yield _shorten(path, 100), json.dumps(value)
 
 
 def _describe_problem(detail: dict[str, Any]) -> str:
     """One of pydantic's errors as `path: what is wrong`, with advice where a number looks like a percentage."""
-    path = ".".join(_one_line(str(part), 40) for part in detail["loc"]) or "the answer"
+    path = ".".join(one_line(str(part), 40) for part in detail["loc"]) or "the answer"
     what = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         return f"{path}: there is no such field; leave it out"
@@ -599,7 +599,7 @@ def _describe_problem(detail: dict[str, Any]) -> str:
     given = detail["input"]
     if isinstance(given, dict | list):
         return f"{path}: {what}"
-    return f"{path}: {what}, not {_one_line(json.dumps(given, default=str), 40)}{_advise_fraction(detail)}"
+    return f"{path}: {what}, not {one_line(json.dumps(given, default=str), 40)}{_advise_fraction(detail)}"
 
 
 def _advise_fraction(detail: dict[str, Any]) -> str:
@@ -615,7 +615,7 @@ def _advise_fraction(detail: dict[str, Any]) -> str:
 
 def _list_problems(problems: Sequence[str]) -> str:
     """At most `PROBLEM_LIMIT` problems, one a line, within `REASON_LIMIT` characters."""
-    lines = [_one_line(problem, 200) for problem in problems[:PROBLEM_LIMIT]]
+    lines = [one_line(problem, 200) for problem in problems[:PROBLEM_LIMIT]]
     more = len(problems) - len(lines)
     text = _shorten("\n".join(lines), REASON_LIMIT - 30)
     return f"{text}\nand {more:,} more" if more else text
@@ -633,7 +633,8 @@ def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _one_line(text: str, limit: int) -> str:
+def one_line(text: str, limit: int) -> str:
+    """Text as one line of at most `limit` characters."""
     return _shorten(" ".join(text[: 4 * limit].split()), limit)
 
 

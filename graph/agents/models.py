@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
-from graph.agents.chat import AgentError, count_request, judge_retry
+from graph.agents.chat import AgentError, count_request, judge_retry, one_line
 from graph.agents.local import check_local, open_local
 from graph.config import RunConfig
 from tools.errors import UserError
@@ -74,8 +74,7 @@ def _unknown(spec: str) -> UserError:
 
 
 def _quote(text: str) -> str:
-    text = " ".join(redact(text).split())
-    return repr(text if len(text) <= 100 else text[:99] + "…")
+    return repr(one_line(redact(text), 100))
 
 
 # OpenAI, and whatever speaks its protocol
@@ -169,5 +168,4 @@ def _reveal(secret: Any) -> str:
 
 def _shorten(error: Exception) -> str:
     """An error's words as a line without secrets."""
-    text = " ".join(redact(str(error)).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"
+    return one_line(redact(str(error)), 300) or type(error).__name__

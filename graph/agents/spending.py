@@ -1,7 +1,6 @@
 """What the agents of a run say and spend, and the caps on it."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +9,7 @@ from langchain_core.messages import AnyMessage
 from graph.agents.chat import AgentError, CallRecord
 from graph.config import RunConfig
 from graph.session import Session
+from tools.rundir import scan_events
 from tools.summary import Usage
 
 Agent = Literal["planner", "reflector"]
@@ -51,21 +51,9 @@ def read_spent(directory: Path, usage: Usage) -> Usage:
 
     A node that a failure or a kill ended has paid for its calls, but left nothing in the state.
     """
-    logged = _last_logged(directory / "events.jsonl")
-    return logged if logged is not None and logged.calls > usage.calls else usage
-
-
-def _last_logged(path: Path) -> Usage | None:
-    """The log's last `usage` event; None where there is none."""
-    if not path.is_file():
-        return None
-    last = None
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if '"type": "usage"' in line[:100]:  # of the lines, some of which are very long
-                with suppress(ValueError):  # one that a kill cut short
-                    last = Usage.model_validate_json(line)
-    return last
+    events = scan_events(directory, "usage")
+    logged = Usage.model_validate(events[-1][1]) if events else usage
+    return logged if logged.calls > usage.calls else usage
 
 
 def add_calls(usage: Usage, calls: Sequence[CallRecord], config: RunConfig, agent: Agent) -> Usage:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools.errors import UserError
-from tools.rundir import append_event, lock_run, unlock_run
+from tools.rundir import append_event, lock_run, scan_events, unlock_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = "import sys, pathlib; from tools.rundir import lock_run; lock_run(pathlib.Path(sys.argv[1])); "
@@ -110,3 +110,12 @@ def test_a_key_that_begins_like_another(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_TOKEN", "abcdefghijklmnop")
     append_event(tmp_path, {"text": "abcdefghijklmnop and abcdefgh"})
     assert read_events(tmp_path)[0]["text"] == "[key] and [key]"
+
+
+def test_events_of_a_type_are_found_by_their_lines(tmp_path: Path) -> None:
+    assert scan_events(tmp_path, "usage") == []
+    for type_ in ("usage", "note", "usage"):
+        append_event(tmp_path, {"type": type_, "text": '"type": "usage"' * 20})
+    with (tmp_path / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"time": 1.0, "type": "usage", "ca')
+    assert [(number, event["type"]) for number, event in scan_events(tmp_path, "usage")] == [(0, "usage"), (2, "usage")]
