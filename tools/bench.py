@@ -33,9 +33,9 @@ from tools.allocate import Allocation, allocate
 from tools.blocks import Blocks
 from tools.curves import LEVELS, LayerProfile
 from tools.errors import UserError
-from tools.evaluate import evaluate_windows
 from tools.files import write_json
 from tools.layers import Layer
+from tools.losses import evaluate_windows
 from tools.options import Parser, add_flags, parse_flags, read_options, refuse
 from tools.profile import collect_moments, collect_statistics, embed_windows, layers_by_block
 from tools.readout import compute_hidden

@@ -352,7 +352,7 @@ def list_phases(shape: _Shape, settings: WorkbenchSettings, reading: int, device
 
 
 def _count_kept(shape: _Shape, size: int) -> int:
-    """Of how many blocks the validation text's inputs are kept, at `size` bytes each (`tools.evaluate.PrefixCache`)."""
+    """Of how many blocks the validation text's inputs are kept, at `size` bytes each (`tools.losses.PrefixCache`)."""
     step = math.ceil(shape.blocks * size / max(int(PREFIX_SHARE * shape.weights), 1))
     return len(range(step, shape.blocks, step))
 

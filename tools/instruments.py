@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from tools.allocate import Allocation, select_layers
 from tools.curves import LEVELS, LayerProfile, predict_kl
-from tools.evaluate import Evaluation, compare_kl
+from tools.losses import Evaluation, compare_kl
 from tools.profile import Progress
 from tools.recipes import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.workbench import DENSE, Workbench

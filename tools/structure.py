@@ -36,9 +36,9 @@ from tools.cut import (
     without_fits,
 )
 from tools.errors import UserError
-from tools.evaluate import Evaluation, evaluate_windows
 from tools.export import export_model
 from tools.files import write_json, write_text
+from tools.losses import Evaluation, evaluate_windows
 from tools.options import Parser, add_flags, parse_flags, read_options, refuse
 from tools.profile import Progress
 from tools.readout import check_readout, compute_hidden

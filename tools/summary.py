@@ -32,6 +32,42 @@ class Perplexities(BaseModel):
     uniform_wanda: float | None
 
 
+class Knowledge(BaseModel):
+    """What a model still knows: log-probability of the right answers to questions that no plan was judged by."""
+
+    source: str = Field(description="Where the questions come from.")
+    pairs: int = Field(description="Questions asked; each with one answer.")
+    dense: float = Field(description="Mean log-probability of a gold answer's tokens, nats per token.")
+    pruned: float | None = Field(description="The same of the pruned model; null where it was not finite.")
+    uniform_wanda: float | None = Field(description="The same of uniform Wanda at the same sparsity.")
+    retention: float | None = Field(
+        description="exp(pruned - dense): the share of the answers' probability per token that is left."
+    )
+    retention_error: float | None = Field(description="Its standard error, from the paired differences.")
+
+
+class Score(BaseModel):
+    """One figure of a model on a task of lm-evaluation-harness."""
+
+    model: str = Field(description="dense, pruned, or where the model is.")
+    task: str
+    metric: str
+    value: float
+    error: float | None = Field(description="Standard error; null where the harness gives none.")
+    samples: int = Field(description="Questions that the figure is a mean of.")
+    protocol: dict[str, Any] = Field(
+        description="All that two figures must share to be comparable: shots, limit, data, versions, number format, …"
+    )
+
+
+class Sample(BaseModel):
+    """The same prompt, continued by the dense and by the pruned model, greedily."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
 class Usage(BaseModel):
     """Tokens and money spent on agents so far."""
 
@@ -51,6 +87,9 @@ class Summary(BaseModel):
     achieved_sparsity: float
     perplexity: Perplexities
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, nats per token.")
+    knowledge: Knowledge | None = Field(None, description="Null where the run asked no questions.")
+    benchmarks: list[Score] = Field([], description="Tasks of lm-evaluation-harness, where any were asked for.")
+    samples: list[Sample] = Field([], description="Prompts continued by the dense and the pruned model.")
     plan: str = Field("", description="The plan that was kept, in one line.")
     iterations: int
     rollbacks: int

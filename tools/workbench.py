@@ -28,9 +28,9 @@ from tools.blocks import Blocks
 from tools.curves import LEVELS, LayerProfile
 from tools.errors import DamagedArtifact, UserError
 from tools.estimate import PREFIX_SHARE, list_disk
-from tools.evaluate import Evaluation, PrefixCache, evaluate_windows
 from tools.files import ArtifactStore, explain_full_disk, write_json
 from tools.layers import find_layers, find_unprunable
+from tools.losses import Evaluation, PrefixCache, evaluate_windows
 from tools.profile import (
     ModelStatistics,
     Moments,

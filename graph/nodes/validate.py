@@ -9,7 +9,7 @@ from graph.config import RunConfig
 from graph.plans import describe_plan
 from graph.session import enter, open_bench
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted
-from tools.evaluate import Evaluation, compare_kl
+from tools.losses import Evaluation, compare_kl
 from tools.summary import SIGMAS
 
 

@@ -7,7 +7,7 @@ from graph.nodes.reflect import after_reflect, decide_stop
 from graph.nodes.validate import judge
 from graph.state import Plan, State, Trial
 from tests.graph.test_heuristic import make_trial
-from tools.evaluate import Evaluation
+from tools.losses import Evaluation
 from tools.recipes import Recipe
 
 CONFIG = RunConfig()

@@ -33,8 +33,8 @@ from tools.bench import (
     make_layer,
     prune_as_published,
 )
-from tools.evaluate import PrefixCache
 from tools.layers import find_layers
+from tools.losses import PrefixCache
 from tools.options import check_options
 from tools.settings import WorkbenchSettings
 from tools.workbench import DENSE, Workbench, use_workbench

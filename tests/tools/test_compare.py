@@ -35,8 +35,8 @@ from tools.compare import (
     relative_degradation,
 )
 from tools.errors import DamagedArtifact, DiskFull, UserError
-from tools.evaluate import evaluate_windows
 from tools.files import write_json
+from tools.losses import evaluate_windows
 from tools.profile import measure_kappa
 from tools.recipes import Recipe, parse_recipe
 from tools.rows import as_csv, show_bars

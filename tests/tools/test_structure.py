@@ -22,9 +22,9 @@ from tests.tiny import (
 from tools.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl
 from tools.cut import Counts, Cut, Fit, build_cut, check_buildable, count_weights, find_parts, list_counts, without_fits
 from tools.errors import UserError
-from tools.evaluate import evaluate_windows
 from tools.export import export_model
 from tools.layers import find_blocks, find_layers
+from tools.losses import evaluate_windows
 from tools.structure import DECODED, PROMPT, decode, main
 
 GROUPED = ("llama", "qwen3", "gemma3", "qwen3_moe")

@@ -20,8 +20,8 @@ from kernels.methods import prune_weight
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
 from tools.allocate import Allocation, allocate
 from tools.errors import DamagedArtifact, UserError
-from tools.evaluate import PrefixCache
 from tools.export import export_model
+from tools.losses import PrefixCache
 from tools.profile import ModelStatistics, collect_statistics
 from tools.recipes import Adjustment, Recipe, parse_recipe
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.tiny import VOCABULARY, make_tiny_model
-from tools.evaluate import Evaluation, compare_kl, evaluate_windows
 from tools.layers import find_layers
+from tools.losses import Evaluation, compare_kl, evaluate_windows
 from tools.readout import measure_losses
 
 
