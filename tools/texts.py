@@ -38,7 +38,7 @@ def check_source(source: str) -> None:
         return
     if not source.startswith("file:"):
         raise UserError(f"text source {source!r} is not one of {TEXT_SOURCE}")
-    path = _path_of(source)
+    path = path_of(source)
     if not os.path.isfile(path):  # unlike Path's, it has an answer for a name too long
         raise UserError(f"text file {path} does not exist")
     if path.suffix not in (".txt", ".jsonl"):
@@ -53,7 +53,8 @@ def check_texts(settings: WorkbenchSettings) -> None:
         check_source(getattr(settings, split))
 
 
-def _path_of(source: str) -> Path:
+def path_of(source: str) -> Path:
+    """The path of a source `file:PATH`."""
     return Path(os.path.expanduser(source.removeprefix("file:")))  # Path.expanduser raises for ~nobody
 
 
@@ -84,7 +85,7 @@ def read_documents(source: str) -> Iterator[str]:
         yield from _read_pydoc()
         return
     try:
-        rows = _open_rows(source)
+        rows = open_rows(source)
         for row in rows:
             yield _text_of(row, source)
     except UserError:
@@ -94,14 +95,15 @@ def read_documents(source: str) -> Iterator[str]:
         raise UserError(f"text source {source!r} could not be read: {line}") from error
 
 
-def _open_rows(source: str) -> Any:
+def open_rows(source: str) -> Any:
+    """The rows of a source `hub:…` or `file:…`, streamed in order. Raises whatever datasets raises."""
     import datasets
 
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
     if source.startswith("hub:"):
         hub = parse_hub(source)  # streamed: C4 is 800 GB, and a run reads a few megabytes of it
         return datasets.load_dataset(hub.name, hub.config, split=hub.split, streaming=True)
-    path = _path_of(source)
+    path = path_of(source)
     files = glob.escape(str(path))  # datasets takes a pattern
     if path.suffix == ".txt":
         return datasets.load_dataset("text", data_files=files, split="train", streaming=True, sample_by="document")
