@@ -36,7 +36,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("plan", state, runtime)
     with open_bench(state, session) as bench:
         layers = bench.read_profile(state.profile).layers
-        evaluated = Evaluated(state.evaluated_tokens, state.config)
+        evaluated = Evaluated(state.evaluated_tokens, state.config.max_evaluated_tokens, state.trial_tokens)
 
         def read_layers(recipe: Recipe) -> list[LayerProfile]:
             return bench.read_layers(state.profile, recipe, session.progress)
@@ -89,13 +89,15 @@ class Evaluated:
     """Tokens that were put through pruned models."""
 
     tokens: int
-    config: RunConfig
+    limit: int
+    """0 for none."""
+    trial: int
+    """Those that the trial after it will take."""
 
     def book(self, tokens: int) -> None:
         """Count those of a probe. Raises ValueError when the trial that follows would go over the limit."""
-        limit = self.config.max_evaluated_tokens
-        left = limit - self.tokens - self.config.validation_tokens
-        if limit and tokens > left:
+        left = self.limit - self.tokens - self.trial
+        if self.limit and tokens > left:
             raise ValueError(f"a probe of {tokens:,} tokens is too much: {max(left, 0):,} are left beside the trial")
         self.tokens += tokens
 
