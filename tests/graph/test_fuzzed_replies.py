@@ -235,7 +235,9 @@ def test_any_conversation(
     layers = bench.read_profile(profile).layers
     situation = Situation(CONFIG, layers, {}, TRIAL, trials=[TRIAL])
     state = State(run="fuzz", config=CONFIG, profile=profile)
-    toolbox = open_toolbox(bench, situation, state, session, None, Evaluated(0, CONFIG))
+    toolbox = open_toolbox(
+        bench, situation, state, session, None, Evaluated(0, CONFIG.max_evaluated_tokens, state.trial_tokens)
+    )
     assert toolbox is not None
     plan = None
     with suppress(AgentError):
