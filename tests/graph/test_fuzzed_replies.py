@@ -241,7 +241,7 @@ def test_any_conversation(
     assert toolbox is not None
     plan = None
     with suppress(AgentError):
-        plan, _ = choose_plan(situation, Usage(), session, CONFIG, toolbox)
+        plan, _, _ = choose_plan(situation, Usage(), session, CONFIG, toolbox)
     event("a plan" if plan else "an error")
     if plan:
         check_bounds(plan, situation)
