@@ -1,0 +1,173 @@
+"""A sparse weight as one bit per weight and its non-zero values, row by row, and products with it.
+
+Bit-exact both ways: what is left out is +0.0 alone, so that negative zeros and the payloads of NaNs come back. Where
+it lies on disk is `kernels/FORMAT.md`.
+
+Shape suffixes: B rows of x, O output features (rows), I input features (columns), W = ceil(I / 32) words of a mask row,
+N non-zero values.
+"""
+
+import os
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import native
+from kernels.native import WORD
+
+PADDING = 32
+"""Zeros behind the last value: a kernel may load a whole word's values wherever one begins."""
+
+MOST_PACKED_ROWS = 12
+"""Rows of x up to which the native product is used; more are worth unpacking the weight."""
+
+CHUNK_BYTES = 2**22
+"""Of an unpacked weight that native code makes at once: they stay in the processor's cache until they are used."""
+
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+"""What can be packed, and the integers of the same width."""
+
+
+class PackedWeight(NamedTuple):
+    """A weight (O, I) that `pack_rows` made or `check_packed` let through."""
+
+    mask_OW: Tensor
+    """int32: bit j of word w is 1 where W[o, 32 w + j] is kept; bits from I on are 0."""
+    values: Tensor
+    """(N + PADDING,): the kept values row by row, then zeros."""
+    offsets_O: Tensor
+    """int64: where the values of each row begin."""
+    columns: int
+    """I."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.mask_OW.nbytes + self.values.nbytes + self.offsets_O.nbytes
+
+
+def pack_rows(weight_OI: Tensor) -> PackedWeight:
+    """Pack a weight of bf16, fp16 or fp32, on its device. Raises ValueError for another dtype or shape."""
+    if weight_OI.dtype not in BITS or weight_OI.ndim != 2 or 0 in weight_OI.shape:
+        raise ValueError(f"a weight {tuple(weight_OI.shape)} of {weight_OI.dtype} cannot be packed")
+    keep_OI = weight_OI.contiguous().view(BITS[weight_OI.dtype]) != 0
+    columns = weight_OI.shape[1]
+    padded = F.pad(keep_OI, (0, -columns % WORD)).cpu().numpy()
+    mask_OW = torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32))
+    kept = weight_OI[keep_OI]
+    values = torch.cat([kept, kept.new_zeros(PADDING)])
+    counts_O = keep_OI.sum(1)
+    return PackedWeight(mask_OW.to(weight_OI.device), values, counts_O.cumsum(0) - counts_O, columns)
+
+
+def check_packed(mask_OW: Tensor, values: Tensor, shape: tuple[int, int]) -> PackedWeight:
+    """The packed weight of a shape (O, I) in tensors on the CPU that nobody vouches for.
+
+    After this no kernel reads outside of them. Raises ValueError, in one line, that says what is wrong.
+    """
+    rows, columns = shape
+    if rows < 1 or columns < 1:
+        raise ValueError(f"a weight of shape {shape} has no values")
+    words = -(-columns // WORD)
+    if mask_OW.dtype != torch.int32 or tuple(mask_OW.shape) != (rows, words):
+        raise ValueError(
+            f"the mask is {mask_OW.dtype} {tuple(mask_OW.shape)} and not torch.int32 {(rows, words)}, as {shape} needs"
+        )
+    if values.dtype not in BITS or values.ndim != 1:
+        raise ValueError(f"the values are {values.dtype} of {values.ndim} dimensions, which cannot be")
+    mask_OW, values = mask_OW.contiguous(), values.contiguous()
+    bits_OW = mask_OW.numpy().view(np.uint32)
+    if columns % WORD and (bits_OW[:, -1] >> np.uint32(columns % WORD)).any():
+        raise ValueError("the mask has bits behind its last column")
+    counts_O = torch.from_numpy(np.bitwise_count(bits_OW).sum(1, dtype=np.int64))
+    if int(counts_O.sum()) + PADDING != values.numel():
+        raise ValueError(f"{values.numel()} values for {int(counts_O.sum())} set bits and {PADDING} of padding")
+    if values[-PADDING:].view(BITS[values.dtype]).any():
+        raise ValueError("the padding behind the values is not zero")
+    return PackedWeight(mask_OW, values, counts_O.cumsum(0) - counts_O, columns)
+
+
+def choose_kernel(dtype: torch.dtype, device: torch.device) -> Literal["native", "torch"]:
+    """What multiplies: native code where there is any, or what BILLHOOK_KERNELS says.
+
+    Raises ValueError when the variable asks for what is not there.
+    """
+    asked = os.environ.get("BILLHOOK_KERNELS", "")
+    absence = native.explain_absence(dtype) if device.type == "cpu" else f"native kernels do not run on {device.type}"
+    if asked not in ("", "native", "torch"):
+        raise ValueError(f"BILLHOOK_KERNELS is {asked[:80]!r}; packed weights know native and torch")
+    if asked == "native" and absence:
+        raise ValueError(f"BILLHOOK_KERNELS asks for native kernels, but {absence}")
+    return "torch" if asked == "torch" or absence else "native"
+
+
+def unpack_rows(packed: PackedWeight) -> Tensor:
+    """The weight (O, I) again, on its device; a view of somewhat more where I is no multiple of 32."""
+    mask_OW, values, offsets_O, columns = packed
+    if choose_kernel(values.dtype, values.device) == "native":
+        return native.unpack_rows(mask_OW, values, offsets_O)[:, :columns]
+    return unpack_by_torch(packed)
+
+
+def unpack_by_torch(packed: PackedWeight) -> Tensor:
+    """The same by torch alone, on any device: the reference."""
+    mask_OW, values, offsets_O, columns = packed
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask_OW.device)
+    keep_OI = ((mask_OW.view(torch.uint8)[..., None] >> shifts) & 1).bool().flatten(1)[:, :columns]
+    weight_OI = values.new_zeros(keep_OI.shape)
+    # `weight[keep] = values` rewrites a lone NaN.
+    return weight_OI.masked_scatter_(keep_OI, values[int(offsets_O[0]) :])
+
+
+def multiply_packed(packed: PackedWeight, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b in the dtype that all have: x (…, I), result (…, O).
+
+    A few rows of x are multiplied by the packed weight as it is, with sums in fp32. For more of them the weight is
+    unpacked, and let go again: by native code a few rows at a time, CHUNK_BYTES of them; by torch as a whole.
+    """
+    mask_OW, values, offsets_O, columns = packed
+    if choose_kernel(values.dtype, values.device) == "torch" or x.dtype != values.dtype:
+        return F.linear(x, unpack_by_torch(packed), bias_O)
+    if x.numel() <= MOST_PACKED_ROWS * columns and x.numel():
+        y = native.multiply_rows(mask_OW, values, offsets_O, x)
+        return (y if bias_O is None else y.add_(bias_O)).to(x.dtype)
+    y = x.new_empty(*x.shape[:-1], len(mask_OW))
+    height = max(1, CHUNK_BYTES // (mask_OW.shape[1] * WORD * values.itemsize))
+    for start in range(0, len(mask_OW), height):
+        part = slice(start, start + height)
+        weight = unpack_rows(PackedWeight(mask_OW[part], values, offsets_O[part], columns))
+        y[..., part] = F.linear(x, weight, None if bias_O is None else bias_O[part])
+    return y
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with a packed weight, to run and not to train: gradients go through it, not to it."""
+
+    mask_OW: Tensor
+    values: Tensor
+    offsets_O: Tensor
+    bias: Tensor | None
+
+    def __init__(self, packed: PackedWeight, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = len(packed.mask_OW), packed.columns
+        self.register_buffer("mask_OW", packed.mask_OW)
+        self.register_buffer("values", packed.values)
+        self.register_buffer("offsets_O", packed.offsets_O)
+        self.register_buffer("bias", bias_O)
+
+    @property
+    def packed(self) -> PackedWeight:
+        return PackedWeight(self.mask_OW, self.values, self.offsets_O, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, I) to (…, O), in the weight's dtype."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x, unpack_rows(self.packed), self.bias)
+        return multiply_packed(self.packed, x, self.bias)
+
+    def extra_repr(self) -> str:
+        kept = self.values.numel() - PADDING
+        return f"{self.in_features}, {self.out_features}, {1 - kept / (self.in_features * self.out_features):.1%} zero"
