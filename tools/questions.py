@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tools.errors import UserError
+from tools.settings import QUESTION_SOURCE
 from tools.texts import open_rows, parse_hub, path_of
-
-QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json) with question and answer, or as FreebaseQA"
 
 
 class Question(NamedTuple):

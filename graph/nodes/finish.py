@@ -9,6 +9,7 @@ from graph.nodes.validate import accepted_trial
 from graph.session import enter, open_bench
 from graph.state import SAME_SPARSITY, State
 from tools.allocate import allocate
+from tools.benchmarks import measure_checkpoints
 from tools.export import export_model
 from tools.files import write_json, write_text
 from tools.recipes import Recipe
@@ -38,6 +39,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             uniform_wanda=measure(bench.prune(state.profile, share, uniform, session.progress), "test, uniform Wanda"),
             pruned=measure(state.accepted, "test, pruned"),
         )
+        checkpoints = {"dense": "dense", "pruned": state.accepted}
+        benchmarks = measure_checkpoints(bench, config, checkpoints, session.progress)
         bench.restore(state.accepted)
         best = accepted_trial(state)
         seconds = session.seconds
@@ -49,6 +52,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             achieved_sparsity=achieved,
             perplexity=perplexity,
             kl=best.kl,
+            benchmarks=benchmarks,
             plan=best.plan,
             iterations=state.iteration,
             rollbacks=sum(trial.verdict == "rollback" for trial in state.trials),
