@@ -51,7 +51,7 @@ class Benchmark(NamedTuple):
 
     name: str
     task: Any
-    """A task or group of the harness, or a list of tasks where the name is a tag."""
+    """A task, group or list of tasks of the harness."""
     protocol: dict[str, Any]
     """What is known of the protocol before any model is asked."""
 
@@ -195,8 +195,8 @@ def _load_task(name: str, settings: TaskSettings) -> tuple[Any, Any]:
             return load_hub_mmlu(), "hub"
         files = _find_mmlu_files(settings.mmlu)
         return load_local_mmlu(*files), _hash_files(*files)
-    built = _index_tasks()._load_spec(name)  # `load` would lose which tasks belong to the name
-    return built, "hub"
+    loaded = _index_tasks().load([name])
+    return loaded["groups"].get(name) or list(loaded["tasks"].values()), "hub"
 
 
 def _hash_files(*paths: Path) -> dict[str, str]:

@@ -54,7 +54,7 @@ class Row(BaseModel):
     results: list[Result]
 
 
-class Evaluation(BaseModel):
+class Figures(BaseModel):
     """`evaluate.json`."""
 
     rows: list[Row] = []
@@ -74,7 +74,7 @@ class Line(BaseModel):
     paired: bool | None = Field(description="Whether that is of the differences question by question.")
 
 
-def evaluate(models: list[str], settings: EvaluateSettings, console: Console) -> Evaluation:
+def evaluate(models: list[str], settings: EvaluateSettings, console: Console) -> Figures:
     """Ask what was not asked yet and print a line for each figure; everything is on disk after each task.
 
     Raises UserError for bad input, and when what is kept in `--out` was measured by another protocol.
@@ -88,7 +88,7 @@ def evaluate(models: list[str], settings: EvaluateSettings, console: Console) ->
     benchmarks = load_benchmarks(settings, settings.dtype)
     directory = Path(settings.out)
     lock_out(directory, directory)
-    known = read_kept(directory / "evaluate.json", Evaluation) or Evaluation()
+    known = read_kept(directory / "evaluate.json", Figures) or Figures()
     _refuse_other_protocols(directory, known, benchmarks)
     wanted = [(model, benchmark.name) for model in models for benchmark in benchmarks]
     done = {(row.model, row.task) for row in known.rows}
@@ -113,7 +113,7 @@ def evaluate(models: list[str], settings: EvaluateSettings, console: Console) ->
     return known
 
 
-def _refuse_other_protocols(directory: Path, known: Evaluation, benchmarks: list[Benchmark]) -> None:
+def _refuse_other_protocols(directory: Path, known: Figures, benchmarks: list[Benchmark]) -> None:
     by_name = {benchmark.name: benchmark for benchmark in benchmarks}
     for row in known.rows:
         for result in row.results:
@@ -139,7 +139,7 @@ def _ask_model(
 # --- what is shown and written -------------------------------------------------------------------------------------
 
 
-def list_lines(known: Evaluation) -> list[Line]:
+def list_lines(known: Figures) -> list[Line]:
     """Every figure with its difference to the first model's. Raises UserError when protocols differ."""
     results = [result for row in known.rows for result in row.results]
     compare_scores(result.score for result in results)
@@ -176,7 +176,7 @@ def _describe_line(line: Line) -> str:
     return f"{task} {metric}: {figure} {model}, {questions} questions{f'; {gap} to the first' if gap else ''}"
 
 
-def _make_table(known: Evaluation) -> Table:
+def _make_table(known: Figures) -> Table:
     table = Table()
     for i, title in enumerate(_HEADER):
         table.add_column(title, justify="right" if i > 2 else "left")
@@ -185,7 +185,7 @@ def _make_table(known: Evaluation) -> Table:
     return table
 
 
-def describe(known: Evaluation) -> str:
+def describe(known: Figures) -> str:
     """`evaluate.md`."""
     lines = [
         "# Tasks of lm-evaluation-harness",
@@ -206,7 +206,7 @@ def describe(known: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _write(directory: Path, known: Evaluation) -> None:
+def _write(directory: Path, known: Figures) -> None:
     write_json(directory / "evaluate.json", known.model_dump())
     write_text(directory / "evaluate.md", describe(known))
     write_text(directory / "evaluate.csv", as_csv(Line, list_lines(known)))

@@ -103,6 +103,32 @@ def test_every_subject_has_a_description_made_of_its_name() -> None:
         assert theirs["description"] == f"The following are multiple choice questions (with answers) about {name}.\n\n"
 
 
+def test_tasks_of_the_harness_are_asked_by_name_or_tag(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    task = {
+        **{"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data / "mmlu" / "test_4.jsonl")}}},
+        **{"output_type": "multiple_choice", "test_split": "test", "fewshot_split": "test", "tag": "toys"},
+        **{"doc_to_text": "question", "doc_to_choice": "choices", "doc_to_target": "answer"},
+    }
+    for name, more in {"toy": {}, "zero_toy": {"num_fewshot": 0}}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **task, **more}))
+    few = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(benchmarks, "_index_tasks", lambda: few)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    by_tag, results = ask(data, "toys")
+    assert [(result.score.task, result.score.metric, result.score.samples) for result in results] == [
+        (name, metric, 8) for name in ("toy", "zero_toy") for metric in ("acc", "acc_norm")
+    ]
+    assert [leaf.config.num_fewshot for leaf in by_tag] == [2, 0]
+    assert len(by_tag[0].instances[0].args[0].split("?")) == 4 and by_tag[1].instances[0].args[0] == " test 0? "
+    _, (alone, _) = ask(data, "zero_toy")
+    assert alone.values == results[2].values and alone.score.protocol["shots"] == 0
+
+
 # What is measured
 
 
