@@ -173,7 +173,8 @@ def _list_cells(line: Line) -> list[str]:
 
 def _describe_line(line: Line) -> str:
     task, metric, model, figure, gap, questions = _list_cells(line)
-    return f"{task} {metric}: {figure} {model}, {questions} questions{f'; {gap} to the first' if gap else ''}"
+    count = f"{questions} question{'' if line.samples == 1 else 's'}"
+    return f"{task} {metric}: {figure} {model}, {count}{f'; {gap} to the first' if gap else ''}"
 
 
 def _make_table(known: Figures) -> Table:

@@ -215,7 +215,10 @@ def list_task_protocols(scores: list[Score]) -> list[str]:
 
 
 def _flatten(value: Any) -> str:
-    return " ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_flatten(part)}" for key, part in value.items())
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text  # a hash; the whole of it is in the JSON
 
 
 def show_score(value: float | None, error: float | None) -> str:
