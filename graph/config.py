@@ -47,6 +47,13 @@ class RunConfig(TaskSettings, WorkbenchSettings):
         le=10,
         description="A plan is rolled back when validation perplexity exceeds (1 + tau) times the last accepted one.",
     )
+    min_fact_retention: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="A plan is rolled back when less than this share of the right answers' probability per token is "
+        "left, beside the dense model, however good its perplexity; 0 for no limit. Needs questions.",
+    )
     approve: Literal["none", "plans"] = Field(
         "none",
         description="plans: every plan waits, before it is carried out, for a person to accept, edit or refuse it.",
@@ -151,6 +158,12 @@ class RunConfig(TaskSettings, WorkbenchSettings):
                 raise ValueError(
                     f"target_sparsity {self.target_sparsity:g} is above the {pruned / group:g} of {self.pattern}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_facts(self) -> Self:
+        if self.min_fact_retention and not self.questions:
+            raise ValueError("min_fact_retention needs questions to ask; name their source with questions")
         return self
 
     @field_validator("protect", mode="before")

@@ -222,6 +222,14 @@ def tell_kl(event: Event) -> str:
     return figure(event["kl"], 4) + error
 
 
+def tell_facts(event: Event) -> str:
+    """, facts 91.2 % ± 0.8 %: what is left of the answers' probability; nothing where no questions were asked."""
+    share, error = event.get("fact_retention"), event.get("fact_error")
+    if share is None:
+        return ""
+    return f", facts {percent(share)}" + (f" ± {percent(error)}" if error is not None else "")
+
+
 def tell_trial(event: Event) -> str:
     """A plan as measured."""
     if event["iteration"] == 0:
@@ -231,7 +239,8 @@ def tell_trial(event: Event) -> str:
     line = (
         f"trial {event['iteration']}: {event['verdict']}, sparsity {percent(event['sparsity'])}, "
         f"perplexity {figure(event['perplexity'])}, KL {tell_kl(event)} "
-        f"(predicted {figure(event['predicted_kl'], 4)}), {duration(event.get('seconds', 0.0))}, {clean(event['plan'])}"
+        f"(predicted {figure(event['predicted_kl'], 4)}){tell_facts(event)}, "
+        f"{duration(event.get('seconds', 0.0))}, {clean(event['plan'])}"
     )
     return f"{line}: {clean(event['reason'], 1000)}" if event.get("reason") else line
 
@@ -428,20 +437,23 @@ def trial_cells(trial: Event) -> list[str]:
     number = trial["iteration"]
     cells = [str(number), percent(trial["sparsity"]), figure(trial["perplexity"])]
     if number == 0:
-        return [*cells, "", "", "dense"]
+        return [*cells, "", "", "", "dense"]
     if trial["verdict"] == "refuse":
-        return [*cells[:2], "", "", figure(trial["predicted_kl"], 4), "refuse"]
-    return [*cells, tell_kl(trial).replace("± ", "±"), figure(trial["predicted_kl"], 4), clean(trial["verdict"], 8)]
+        return [*cells[:2], "", "", figure(trial["predicted_kl"], 4), "", "refuse"]
+    facts = "" if trial.get("fact_retention") is None else percent(trial["fact_retention"])
+    kl = tell_kl(trial).replace("± ", "±")
+    return [*cells, kl, figure(trial["predicted_kl"], 4), facts, clean(trial["verdict"], 8)]
 
 
-TRIAL_COLUMNS = ("#", "sparsity", "ppl", "KL ± error", "pred.", "verdict")
+TRIAL_COLUMNS = ("#", "sparsity", "ppl", "KL ± error", "pred.", "facts", "verdict")
 
 
 def draw_trials(trials: Sequence[Event], width: int, shown: int, lines: int) -> Table:
     """The last `shown` trials, with the dense model first; plan and reason have `lines` lines each."""
     rest = trials[len(trials) - shown + 1 :] if len(trials) > shown else trials[1:]
     skipped = len(trials) - 1 - len(rest)
-    keep = range(len(TRIAL_COLUMNS)) if width >= 70 else (0, 1, 2, 5)
+    asked = any(trial.get("fact_retention") is not None for trial in trials)
+    keep = [i for i, head in enumerate(TRIAL_COLUMNS) if head != "facts" or asked] if width >= 70 else [0, 1, 2, 6]
     rows = [[cells[i] for i in keep] for cells in map(trial_cells, (trials[0], *rest))]
     used, columns = 0, []
     for place, head in enumerate(TRIAL_COLUMNS[i] for i in keep):

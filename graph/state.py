@@ -117,6 +117,13 @@ class Trial(BaseModel):
         None, description="Standard error of kl minus the last accepted trial's, paired; null where not comparable."
     )
     predicted_kl: float = Field(description="Sum of the KL curves at this allocation, nats per token.")
+    fact_retention: float | None = Field(
+        None,
+        description="Share of the gold answers' probability per token that is left of the dense model's; null where no "
+        "questions are asked, or an answer's was not finite.",
+    )
+    fact_error: float | None = Field(None, description="Standard error of fact_retention, over questions.")
+    tokens: int = Field(0, description="Tokens put through the model to measure it.")
     verdict: Literal["accept", "rollback", "refuse"] = Field(
         description="refuse: a person refused the plan before it was carried out, and nothing was measured."
     )
@@ -195,3 +202,8 @@ class State(Input):
     evaluated_tokens: int = Field(0, description="Tokens put through pruned models so far, by trials and probes.")
     stop: str = Field("", description="Why the loop ended; empty while it goes on.")
     seconds: float = Field(0.0, description="Time spent inside nodes, over all processes that worked on the run.")
+
+    @property
+    def trial_tokens(self) -> int:
+        """Tokens that one trial puts through the model."""
+        return self.dense.tokens if self.dense and self.dense.tokens else self.config.validation_tokens

@@ -557,7 +557,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", metavar="NAME,...", default="", help=f"Benchmarks to run: {', '.join(BENCHMARKS)}. Default: all."
     )
     add_flags(parser, BenchSettings)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for sentences
     try:
         options, flags = parse_flags(parser, BenchSettings, sys.argv[1:] if arguments is None else arguments)
         names, settings = choose_benchmarks(options.only), read_options(BenchSettings, flags, None)

@@ -17,6 +17,7 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,10 +26,10 @@ from pydantic import BaseModel, Field
 
 from tools.errors import UserError
 from tools.files import hash_file, write_json
-from tools.questions import check_questions, read_questions
-from tools.settings import TaskSettings
+from tools.questions import check_questions, read_questions, split_questions
+from tools.settings import TaskSettings, WorkbenchSettings
 from tools.summary import Score
-from tools.texts import path_of
+from tools.tables import path_of
 
 if TYPE_CHECKING:
     from tools.profile import Progress
@@ -97,6 +98,21 @@ def _check_freebaseqa(source: str) -> None:
             "github.com/kelvin-jiang/FreebaseQA, or hub:NAME:SPLIT"
         )
     check_questions(source)
+
+
+def refuse_shared_questions(settings: TaskSettings, loop: WorkbenchSettings) -> None:
+    """Raises UserError when freebaseqa would ask what the plans of a run are judged by or fitted to."""
+    if not loop.questions or "freebaseqa" not in settings.tasks:
+        return
+    parts = split_questions(loop.questions, loop.question_pairs)
+    used = {q.question.casefold() for q in chain(parts.validation, parts.rest if loop.mixed_windows else ())}
+    end = settings.shots + settings.limit if settings.limit else None
+    asked = islice(read_questions(settings.freebaseqa), settings.shots, end)
+    if shared := [q.question for q in asked if q.question.casefold() in used]:
+        raise UserError(
+            f"freebaseqa would ask {len(shared)} questions that plans are judged by or fitted to, such as "
+            f"{shared[0][:100]!r}; choose another --freebaseqa or a smaller --limit"
+        )
 
 
 def _find_mmlu_files(source: str) -> tuple[Path, Path]:

@@ -43,6 +43,7 @@ from tools.summary import Protocol, describe_protocol, escape, show
 from tools.texts import check_texts
 
 if TYPE_CHECKING:
+    from tools.facts import Retention
     from tools.profile import Progress
     from tools.workbench import Workbench
 
@@ -96,6 +97,12 @@ class Row(BaseModel):
     dense_perplexity: float
     kl: float | None = Field(description="KL(dense || pruned), nats per token; null where it was not finite.")
     kl_error: float | None = Field(description="Standard error of kl over the windows.")
+    fact_retention: float | None = Field(
+        None,
+        description="Share of the right answers' probability per token that is left of the dense model's; null without "
+        "--questions, or where one was not finite.",
+    )
+    fact_error: float | None = Field(None, description="Its standard error over the questions.")
     seconds: float = Field(description="Pruning the model, once it is known how much of each layer goes.")
     allocation_seconds: float = Field(
         description="Deciding that. A search's whole time, over interruptions; but about 0 where the curves or spectra "
@@ -323,6 +330,7 @@ def _make_row(job: Job, bench: "Workbench", known: Comparison, settings: Compare
     seconds = time.monotonic() - began
     zeros, weights = bench.count_zeros()
     evaluation = bench.evaluate(checkpoint, "validation", known.profile, progress)
+    facts = _ask_questions(checkpoint, bench, progress) if settings.questions else None
     return Row(
         recipe=job.label,
         method=job.recipe.mask_label,
@@ -334,12 +342,21 @@ def _make_row(job: Job, bench: "Workbench", known: Comparison, settings: Compare
         dense_perplexity=known.dense_perplexity,
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error,
+        fact_retention=facts.share if facts else None,
+        fact_error=facts.error if facts else None,
         seconds=round(seconds, 1),
         allocation_seconds=round(allocation_seconds, 1),
         peak_memory_bytes=bench.peak_memory_bytes(),
         evaluated_tokens=tokens,
         protocol=describe_protocol(settings, "validation"),
     )
+
+
+def _ask_questions(checkpoint: str, bench: "Workbench", progress: "Progress") -> "Retention | None":
+    from tools.facts import compare_recall  # imports torch
+
+    recall = bench.ask(checkpoint, "validation", progress)
+    return compare_recall(recall, bench.ask("dense", "validation", progress))
 
 
 def _allocate(job: Job, bench: "Workbench", profile: str, settings: CompareSettings, progress: "Progress") -> Decision:
@@ -448,10 +465,10 @@ def show_tables(known: Comparison, console: Console) -> None:
     """The tables of `compare.md` in the terminal."""
     for name, rows in group_rows(known.rows):
         table = Table(title=f"{name}; dense perplexity {show(known.dense_perplexity)}")
-        for i, title in enumerate(_HEADER):
+        for i, title in enumerate(_list_titles(known)):
             table.add_column(title, justify="right" if i else "left")
         for row in rows:
-            table.add_row(*_list_cells(row, known.rows))
+            table.add_row(*_list_cells(row, known))
         console.print(table)
 
 
@@ -515,21 +532,33 @@ def relative_degradation(row: Row, rows: Sequence[Row]) -> float | None:
     return (row.perplexity - row.dense_perplexity) / rise if rise > 0 else None
 
 
-_HEADER = ("recipe", "sparsity", "perplexity", "× SparseGPT", "KL", "prune s", "allocate s", "tokens")
+def _list_titles(known: Comparison) -> list[str]:
+    facts = ["facts"] if known.settings["questions"] else []
+    return ["recipe", "sparsity", "perplexity", "× SparseGPT", "KL", *facts, "prune s", "allocate s", "tokens"]
 
 
-def _list_cells(row: Row, rows: Sequence[Row]) -> list[str]:
-    relative = relative_degradation(row, rows)
+def _list_cells(row: Row, known: Comparison) -> list[str]:
+    relative = relative_degradation(row, known.rows)
+    facts = "not finite"
+    if row.fact_retention is not None and row.fact_error is not None:
+        facts = f"{row.fact_retention:.1%} ± {row.fact_error:.1%}"
     return [
         row.recipe,
         f"{row.achieved_sparsity:.2%}",
         show(row.perplexity),
         "" if relative is None else f"{relative:.2f}",
         "not finite" if row.kl is None or row.kl_error is None else f"{row.kl:.4f} ± {row.kl_error:.4f}",
+        *([facts] if known.settings["questions"] else []),
         f"{row.seconds:.1f}",
         f"{row.allocation_seconds:.1f}",
         f"{row.evaluated_tokens:,}",
     ]
+
+
+_EXPLAIN_FACTS = (
+    "Facts: the share of the right answers' probability per token that is left of the dense model's, on "
+    "{question_pairs} questions of `{questions}`."
+)
 
 
 def describe(known: Comparison) -> str:
@@ -547,15 +576,17 @@ def describe(known: Comparison) -> str:
         f"Best first. × SparseGPT: how far perplexity rises above the dense model's, as a multiple of `{REFERENCE}` at "
         "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "
         "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
-        "the seconds of curves that several rows share stand in the first of them.",
+        "the seconds of curves that several rows share stand in the first of them."
+        + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else ""),
         "",
         "![Perplexity over sparsity](compare.svg)",
         "",
     ]
     for name, rows in group_rows(known.rows):
-        lines += [f"## {name}", "", f"| {' | '.join(_HEADER)} |", "|---|" + "---:|" * (len(_HEADER) - 1)]
+        titles = _list_titles(known)
+        lines += [f"## {name}", "", f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
         for row in rows:
-            recipe, *figures = _list_cells(row, known.rows)
+            recipe, *figures = _list_cells(row, known)
             lines.append(f"| {' | '.join([f'`{recipe}`', *figures])} |")
         lines.append("")
     return "\n".join(lines)

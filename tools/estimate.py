@@ -54,6 +54,10 @@ SPEED_SECONDS = 0.3
 """How long the speed of the device is measured, for each number format."""
 
 
+QUESTION_TOKENS = 30
+"""Tokens of a question with its answer: FreebaseQA's have 28 with SmolLM2's tokenizer."""
+
+
 class Line(BaseModel):
     """One item of a sum."""
 
@@ -451,6 +455,7 @@ def list_work(
             flops=tokens["validation"] * (shape.per_token + 2 * shape.head),
             dtype=dtype,
         ),
+        *_list_questions(shape, settings, 1 + rounds + tests),
         Work(
             name="test",
             how=f"forward of {text('test', settings.test_windows)}",
@@ -458,6 +463,20 @@ def list_work(
             flops=tokens["test"] * (shape.per_token + shape.head),
             dtype=dtype,
         ),
+    ]
+
+
+def _list_questions(shape: _Shape, settings: WorkbenchSettings, times: int) -> list[Work]:
+    if not settings.questions:
+        return []
+    return [
+        Work(
+            name="ask questions",
+            how=f"forward of {settings.question_pairs} questions of about {QUESTION_TOKENS} tokens with their answers",
+            times=times,
+            flops=settings.question_pairs * QUESTION_TOKENS * shape.per_token,
+            dtype=settings.dtype,
+        )
     ]
 
 

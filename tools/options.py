@@ -127,4 +127,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _describe_problem(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
+    if not name:  # it is about several fields, which the message names
+        return str(message)
     return f"{name}: {message[0].lower()}{message[1:]}, not {str(problem['input'])[:80]!r}"

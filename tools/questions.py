@@ -1,12 +1,16 @@
 """Questions with short answers, such as FreebaseQA: from the hub or from a file, in order and without repeats."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tools.errors import UserError
 from tools.settings import QUESTION_SOURCE
-from tools.texts import open_rows, parse_hub, path_of
+from tools.tables import open_rows, parse_hub, path_of
+
+QUESTION_FORM = "Question: {}\nAnswer:"
+"""How a question is put; the answer follows after a space."""
 
 
 class Question(NamedTuple):
@@ -14,6 +18,37 @@ class Question(NamedTuple):
 
     question: str
     answers: tuple[str, ...]
+
+
+class Parts(NamedTuple):
+    """Questions of one source that are asked for different ends; no question is in two of them."""
+
+    test: list[Question]
+    """Asked once, for the report."""
+    validation: list[Question]
+    """Asked after every trial."""
+    rest: Iterator[Question]
+    """For the calibration text."""
+
+
+def write_pair(pair: Question) -> str:
+    """A question with its gold answer, as text."""
+    return f"{QUESTION_FORM.format(pair.question)} {pair.answers[0]}"
+
+
+def split_questions(source: str, pairs: int) -> Parts:
+    """The first `pairs` questions for the report, as many for the trials, and what is left.
+
+    Raises UserError when there are too few, or the source cannot be read.
+    """
+    questions = read_questions(source)
+    first = list(itertools.islice(questions, 2 * pairs))
+    if len(first) < 2 * pairs:
+        raise UserError(
+            f"source of questions {source!r} has {len(first)} questions with answers, but {pairs} for the trials and "
+            f"{pairs} for the report were asked for; ask for fewer with --question-pairs"
+        )
+    return Parts(first[:pairs], first[pairs:], questions)
 
 
 def check_questions(source: str) -> None:

@@ -1,6 +1,7 @@
 """A run's directory: its parts, its lock, its log of events."""
 
 import json
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -44,8 +45,12 @@ def append_event(directory: Path, event: dict[str, Any]) -> None:
     """Add one line to `events.jsonl`, with the time and without any secret of the environment."""
     line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=str)
     path = directory / "events.jsonl"
-    with explain_full_disk(path), path.open("a", encoding="utf-8") as file:
-        file.write(redact(line) + "\n")
+    with explain_full_disk(path), path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"  # a kill cut the last line short
+            file.write(b"\n" * torn)
+        file.write(f"{redact(line)}\n".encode())
 
 
 def scan_events(directory: Path, type_: str) -> list[tuple[int, dict[str, Any]]]:

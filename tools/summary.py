@@ -37,7 +37,7 @@ class Knowledge(BaseModel):
 
     source: str = Field(description="Where the questions come from.")
     pairs: int = Field(description="Questions asked; each with one answer.")
-    dense: float = Field(description="Mean log-probability of a gold answer's tokens, nats per token.")
+    dense: float | None = Field(description="Mean log-probability of a gold answer's tokens, nats per token.")
     pruned: float | None = Field(description="The same of the pruned model; null where it was not finite.")
     uniform_wanda: float | None = Field(description="The same of uniform Wanda at the same sparsity.")
     retention: float | None = Field(
@@ -129,6 +129,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         f"| **Billhook** | **{show(perplexity.pruned)}** |",
         f"| uniform Wanda, same sparsity | {show(perplexity.uniform_wanda)} |",
         "",
+        *(_list_knowledge(summary.knowledge) if summary.knowledge else []),
         *list_benchmarks(summary.benchmarks),
         "## Trials",
         "Measured on the validation text; KL in nats per token against the dense model.",
@@ -181,6 +182,24 @@ def write_card(summary: Summary) -> str:
             *list_benchmarks(summary.benchmarks),
         ]
     )
+
+
+def _list_knowledge(knowledge: Knowledge) -> list[str]:
+    rows = {"dense": knowledge.dense, "**Billhook**": knowledge.pruned, "uniform Wanda": knowledge.uniform_wanda}
+    left = ""
+    if knowledge.retention is not None:
+        error = knowledge.retention_error or 0.0
+        left = f" {knowledge.retention:.3f} ± {error:.3f} of the answers' probability per token is left."
+    return [
+        "## Knowledge",
+        f"{knowledge.pairs} questions of `{knowledge.source}` that no plan was judged by, closed-book and without "
+        f"examples: mean log-probability of the gold answer, nats per token.{left}",
+        "",
+        "| | log-probability |",
+        "|---|---|",
+        *(f"| {name} | {'not finite' if value is None else f'{value:.3f}'} |" for name, value in rows.items()),
+        "",
+    ]
 
 
 def list_benchmarks(scores: list[Score]) -> list[str]:
@@ -238,6 +257,8 @@ def describe_result(summary: Summary) -> str:
     if p.dense and p.pruned and p.uniform_wanda and p.uniform_wanda > p.dense:
         share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
         text += f", so the degradation is {share:.2f} times uniform Wanda's"
+    if summary.knowledge and summary.knowledge.retention is not None:
+        text += f". Of its factual recall {summary.knowledge.retention:.1%} is left"
     return text + "."
 
 

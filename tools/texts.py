@@ -1,18 +1,16 @@
 """Where text comes from, and how it becomes three disjoint sets of token windows."""
 
-import glob
-import logging
 import os
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tools.errors import UserError
+from tools.questions import Question, check_questions, split_questions, write_pair
 from tools.settings import TEXT_SOURCE, WorkbenchSettings
+from tools.tables import open_rows, parse_hub, path_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,31 +49,14 @@ def check_texts(settings: WorkbenchSettings) -> None:
     """Refuse, before anything is loaded, texts that cannot be read. Raises UserError."""
     for split in SPLITS:
         check_source(getattr(settings, split))
-
-
-def path_of(source: str) -> Path:
-    """The path of a source `file:PATH`."""
-    return Path(os.path.expanduser(source.removeprefix("file:")))  # Path.expanduser raises for ~nobody
-
-
-class HubText(NamedTuple):
-    """A data set on the hub."""
-
-    name: str
-    config: str | None
-    split: str
-
-
-def parse_hub(source: str) -> HubText:
-    """`hub:NAME[/CONFIG]:SPLIT`, NAME with or without its organisation. Raises UserError for another form."""
-    form = re.fullmatch(r"hub:(?P<path>[^:\s]+):(?P<split>[\w\[\]:%.-]+)", source)
-    parts = form["path"].split("/") if form else []
-    if form is None or not 1 <= len(parts) <= 3 or not all(parts):
-        raise UserError(
-            f"text source {source!r} is not of the form hub:NAME[/CONFIG]:SPLIT, "
-            "such as hub:Salesforce/wikitext/wikitext-2-raw-v1:test"
-        )
-    return HubText("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, form["split"])
+    if settings.questions:
+        check_questions(settings.questions)
+    for split in SPLITS:
+        if settings.questions == getattr(settings, split):
+            raise UserError(
+                f"the questions and the {split} text are the same, {settings.questions!r}; some questions of a source "
+                "are taken into the calibration text, and no others, with --calibration-mix"
+            )
 
 
 def read_documents(source: str) -> Iterator[str]:
@@ -95,21 +76,6 @@ def read_documents(source: str) -> Iterator[str]:
         raise UserError(f"text source {source!r} could not be read: {line}") from error
 
 
-def open_rows(source: str) -> Any:
-    """The rows of a source `hub:…` or `file:…`, streamed in order. Raises whatever datasets raises."""
-    import datasets
-
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
-    if source.startswith("hub:"):
-        hub = parse_hub(source)  # streamed: C4 is 800 GB, and a run reads a few megabytes of it
-        return datasets.load_dataset(hub.name, hub.config, split=hub.split, streaming=True)
-    path = path_of(source)
-    files = glob.escape(str(path))  # datasets takes a pattern
-    if path.suffix == ".txt":
-        return datasets.load_dataset("text", data_files=files, split="train", streaming=True, sample_by="document")
-    return datasets.load_dataset("json", data_files=files, split="train", streaming=True)
-
-
 def _text_of(row: dict[str, Any], source: str) -> str:
     keys = [key for key in ("text", "content", "document") if key in row]
     for key in keys:
@@ -118,7 +84,7 @@ def _text_of(row: dict[str, Any], source: str) -> str:
     if any(row[key] is None for key in keys):
         return ""  # a row without text
     if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
-        return f"Question: {row['question']}\nAnswer: {row['answer']}"
+        return write_pair(Question(row["question"], (row["answer"],)))
     raise UserError(f"text source {source!r} has no text in a column text, content or document, but {sorted(row)[:10]}")
 
 
@@ -140,34 +106,51 @@ def _read_pydoc() -> Iterator[str]:
 def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     """Three disjoint sets of windows; splits with the same source take consecutive parts of it.
 
-    Raises UserError when a source is too short for the windows asked for, or two splits share text.
+    A share `calibration_mix` of the calibration windows, evenly spread, is made of questions with answers that are
+    asked nowhere else. Raises UserError when a source is too short for the windows asked for, or two splits share text.
     """
     import torch
 
     counts = {split: getattr(settings, f"{split}_windows") for split in SPLITS}
+    counts["calibration"] -= settings.mixed_windows
     sources = {split: getattr(settings, split) for split in SPLITS}
     windows: dict[str, Tensor] = {}
     for source in dict.fromkeys(sources.values()):
         sharing = [split for split in SPLITS if sources[split] == source]
-        ids = _tokenize(source, tokenizer, settings.window, {split: counts[split] for split in sharing})
-        for split, part in zip(sharing, torch.split(ids, [counts[split] for split in sharing]), strict=True):
+        asked = {split: counts[split] for split in sharing}
+        ids = _tokenize(read_documents(source), source, tokenizer, settings.window, asked)
+        for split, part in zip(sharing, torch.split(ids, list(asked.values())), strict=True):
             windows[split] = part
+    if settings.mixed_windows:
+        pairs = map(write_pair, split_questions(settings.questions, settings.question_pairs).rest)
+        asked = {"calibration": settings.mixed_windows}
+        mixed = _tokenize(pairs, settings.questions, tokenizer, settings.window, asked)
+        windows["calibration"] = _spread(windows["calibration"], mixed)
     result = Windows(**windows)
     _refuse_overlap(result, tokenizer)
     return result
 
 
-def _tokenize(source: str, tokenizer: Any, window: int, counts: dict[str, int]) -> "Tensor":
-    """Enough tokens of a source for all the windows cut from it: (windows, window)."""
+def _spread(prose: "Tensor", mixed: "Tensor") -> "Tensor":
+    """Both kinds of windows, the second evenly spread, so that any first few hold their share of it."""
+    import torch
+
+    total, parts = len(prose) + len(mixed), [iter(prose), iter(mixed)]
+    kinds = [(i + 1) * len(mixed) // total > i * len(mixed) // total for i in range(total)]
+    return torch.stack([next(parts[kind]) for kind in kinds])
+
+
+def _tokenize(documents: Iterator[str], source: str, tokenizer: Any, window: int, counts: dict[str, int]) -> "Tensor":
+    """Enough tokens of a source's documents for all the windows cut from it: (windows, window)."""
     import torch
 
     needed = window * sum(counts.values())
     ids: list[int] = []
-    for document in read_documents(source):
+    for document in documents:
         if document.strip():
             ids += tokenizer(document.strip() + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= needed:
-            return torch.tensor(ids[:needed]).view(-1, window)
+            return torch.tensor(ids[:needed], dtype=torch.int64).view(-1, window)
     asked = " + ".join(f"{count} {split}" for split, count in counts.items())
     raise UserError(
         f"text source {source!r} is too short: {asked} windows of {window} tokens need {needed} tokens, "

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
@@ -28,6 +28,7 @@ from tools.blocks import Blocks
 from tools.curves import LEVELS, LayerProfile
 from tools.errors import DamagedArtifact, UserError
 from tools.estimate import PREFIX_SHARE, list_disk
+from tools.facts import EncodedPair, Recall, encode_pairs, measure_recall
 from tools.files import ArtifactStore, explain_full_disk, write_json
 from tools.layers import find_layers, find_unprunable
 from tools.losses import Evaluation, PrefixCache, evaluate_windows
@@ -43,12 +44,15 @@ from tools.profile import (
     measure_kappa,
     run_block,
 )
+from tools.questions import split_questions
 from tools.readout import check_readout
 from tools.recipes import REFIT_STEPS, Recipe, count_pattern_zeros
 from tools.rundir import lock_run, unlock_run
 from tools.settings import WorkbenchSettings
 from tools.sources import load_model
 from tools.texts import cut_windows
+
+Split = Literal["validation", "test"]
 
 DENSE = "dense"
 """Id of the unpruned weights, as a checkpoint and as a layer's artifact."""
@@ -98,6 +102,7 @@ class Workbench:
             warn(f"{name} is not a plain linear layer and stays dense")
         self._refuse_small_disk()
         self.windows = cut_windows(settings, self.tokenizer)
+        self.questions = _encode_questions(settings, self.tokenizer)
         check_readout(self.model, self.windows.calibration[0].to(self.device))
         self.dense = {layer.name: layer.weight_OI.to("cpu", copy=True).contiguous() for layer in self.layers}
         self.installed = dict.fromkeys(self.by_name, DENSE)
@@ -455,7 +460,7 @@ class Workbench:
 
     # --- measure -----------------------------------------------------------------------------------------------
 
-    def evaluate(self, checkpoint: str, split: str, profile: str, progress: Progress, label: str = "") -> Evaluation:
+    def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
         """Losses of a checkpoint on a split (`validation` or `test`); measured once, then read back."""
         path = self._evaluation_path(checkpoint, split)
         if path.is_file():
@@ -471,6 +476,22 @@ class Workbench:
         evaluation, _ = evaluate_windows(self.model, windows, hidden, label or split, progress, prefix)
         write_json(path, evaluation.model_dump())
         return evaluation
+
+    def ask(self, checkpoint: str, split: Split, progress: Progress, label: str = "") -> Recall:
+        """What a checkpoint knows of the questions of a split; asked once, then read back.
+
+        Raises KeyError in a run that has no questions.
+        """
+        path = self.directory / "evaluations" / f"questions-{split}-{checkpoint[:16]}.json"
+        if path.is_file():
+            try:
+                return Recall.model_validate_json(path.read_bytes())
+            except ValueError:
+                self.warn(f"{path} is damaged; the questions are asked again")
+        self.restore(checkpoint)
+        recall = measure_recall(self.model, self.questions[split], label or "questions", progress)
+        write_json(path, recall.model_dump())
+        return recall
 
     def probe(
         self,
@@ -564,6 +585,14 @@ class Workbench:
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _encode_questions(settings: WorkbenchSettings, tokenizer: Any) -> dict[Split, list[EncodedPair]]:
+    """The questions of each split; empty where none are asked."""
+    if not settings.questions:
+        return {}
+    parts = split_questions(settings.questions, settings.question_pairs)
+    return {"validation": encode_pairs(parts.validation, tokenizer), "test": encode_pairs(parts.test, tokenizer)}
 
 
 def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:

@@ -35,17 +35,28 @@ TILTS = (1.5, 0.67)
 def plan_by_rule(situation: Situation) -> Plan | None:
     """The next plan; None when every lever has been tried. Raises ImpossiblePlan when bounds cannot be met."""
     accepted, target = situation.accepted, situation.config.target_sparsity
-    if accepted is None or accepted.sparsity < target - SAME_SPARSITY:
-        return _plan_climb(situation)
-    return next(_plan_refinements(situation), None)
+    if accepted is not None and accepted.sparsity >= target - SAME_SPARSITY:
+        return next(_plan_refinements(situation), None)
+    return next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)
+
+
+def _plan_pattern(situation: Situation) -> Iterator[Plan]:
+    """A pattern has one step, and leaves nothing to share out: the strongest recipe, then what may make it stronger."""
+    config = situation.config
+    reason = f"{config.pattern} in one step, with the strongest recipe."
+    first = Plan(sparsity=config.target_sparsity, recipe=STRONG, reason=reason)
+    others = [plan for plan in _change_one_lever(situation, first) if not plan.adjustments]
+    works = [first.recipe.within_layers()]
+    works += [plan.recipe.within_layers() for plan in others]
+    tried = {trial.recipe.within_layers() for trial in situation.trials if trial.recipe}
+    for i, plan in enumerate([first, *others]):
+        if works[i] not in tried and works[i] not in works[:i]:
+            yield plan
 
 
 def _plan_climb(situation: Situation) -> Plan:
     target = situation.config.target_sparsity
     start = (situation.accepted or situation.dense).sparsity
-    if situation.config.pattern:
-        reason = f"{situation.config.pattern} in one step, with the strongest recipe."
-        return Plan(sparsity=target, recipe=STRONG, reason=reason)
     failed = _failures(situation)
     if failed:
         return _plan_after_rollback(situation, start, failed[-1])

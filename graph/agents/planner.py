@@ -235,6 +235,8 @@ def _describe_bounds(situation: Situation) -> str:
         f"Round {situation.iteration} of at most {config.max_iterations}. Perplexity limit of this round: {limit} "
         f"(1 + {config.tau:g} times that of the last accepted weights)."
     )
+    if config.min_fact_retention:
+        text += f" Facts: a round that leaves less than {config.min_fact_retention:g} of them is rolled back."
     if not config.protect:
         return text
     selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
@@ -258,9 +260,16 @@ def _describe_trial(trial: Trial, limit: int = 160) -> str:
     error = f" +- {_figure(trial.kl_error)}" if trial.kl_error is not None else ""
     return (
         f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; perplexity {_figure(trial.perplexity)}; "
-        f"KL {_figure(trial.kl)}{error}, predicted {_figure(trial.predicted_kl)}; "
+        f"KL {_figure(trial.kl)}{error}, predicted {_figure(trial.predicted_kl)}{describe_facts(trial)}; "
         f"{trial.verdict}: {quote_data(trial.reason, limit)}"
     )
+
+
+def describe_facts(trial: Trial) -> str:
+    """`; facts 0.912 +- 0.008` where questions were asked of both models, else nothing."""
+    if trial.fact_retention is None:
+        return ""
+    return f"; facts {_figure(trial.fact_retention)} +- {_figure(trial.fact_error)}"
 
 
 def recount_trial(trial: Trial) -> str:

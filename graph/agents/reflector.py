@@ -17,6 +17,7 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 
 from graph.agents.chat import CallRecord, ask
 from graph.agents.heuristic import group_kl
+from graph.agents.planner import describe_facts
 from graph.agents.quoting import data_block, quote_data
 from graph.config import RunConfig
 from graph.lessons import WHOLE, find_curves, tidy_selector
@@ -185,7 +186,8 @@ def combine_lessons(evidence: Evidence, reflection: Reflection) -> list[Lesson]:
     lessons = []
     if evidence.measured is not None:
         selector = tidy_selector(evidence.measured.selector, evidence.layers)
-        lessons.append(evidence.measured.model_copy(update={"selector": selector}))
+        text = f"{evidence.measured.text}{_recount_facts(evidence)}"
+        lessons.append(evidence.measured.model_copy(update={"selector": selector, "text": text}))
     for learnt in reflection.lessons:
         selector = tidy_selector(learnt.selector, evidence.layers)
         said = f"{' '.join(learnt.evidence.split()).rstrip('.')}."
@@ -196,6 +198,14 @@ def combine_lessons(evidence: Evidence, reflection: Reflection) -> list[Lesson]:
             text = f"{lessons[known].text} The reflector ({learnt.direction}): {said}"
             lessons[known] = lessons[known].model_copy(update={"text": text})
     return lessons
+
+
+def _recount_facts(evidence: Evidence) -> str:
+    """What the trial did to the facts, as a lesson tells it; nothing where no questions were asked."""
+    share, least = evidence.trial.fact_retention, evidence.config.min_fact_retention
+    if share is None:
+        return ""
+    return f" It left {share:.3f} of the facts" + (f", fewer than {least:g}." if share < least else ".")
 
 
 def _make_lesson(evidence: Evidence, learnt: Learnt, selector: str, said: str) -> Lesson:
@@ -305,7 +315,7 @@ def _describe_trial(trial: Trial) -> str:
     error = "" if trial.kl_error is None else f" +- {_figure(trial.kl_error)}"
     return (
         f"sparsity {trial.sparsity:.4g}; perplexity {_figure(trial.perplexity)}; "
-        f"KL {_figure(trial.kl)}{error}{change}, predicted {_figure(trial.predicted_kl)}; "
+        f"KL {_figure(trial.kl)}{error}{change}, predicted {_figure(trial.predicted_kl)}{describe_facts(trial)}; "
         f"{trial.verdict}: {quote_data(trial.reason, 160)}"
     )
 

@@ -5,7 +5,7 @@ made from the schema that comes with the question. An answer that cannot be used
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from langgraph.runtime import Runtime
@@ -19,6 +19,9 @@ from graph.replay import find_decision
 from graph.session import enter, open_bench
 from graph.state import Plan, State, Trial
 from tools.curves import LayerProfile
+
+ReadLayers = Callable[[Plan], Sequence[LayerProfile]]
+"""The profile with what a plan's allocation needs."""
 
 ACCEPT = ("accept", "a", "yes", "y")
 REFUSE = ("refuse", "r", "no", "n")
@@ -41,8 +44,15 @@ def approve(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     assert state.plan is not None, "plan runs first"
     session = enter("approve", state, runtime)
     with open_bench(state, session) as bench:
-        layers = bench.read_layers(state.profile, find_recipe(state.plan, state.config), session.progress)
-    answer = Answer(**find_decision(state.replay, state.iteration)) if state.replay else ask(state, state.plan, layers)
+
+        def read_layers(plan: Plan) -> Sequence[LayerProfile]:
+            return bench.read_layers(state.profile, find_recipe(plan, state.config), session.progress)
+
+        if state.replay:
+            answer = Answer(**find_decision(state.replay, state.iteration))
+        else:
+            answer = ask(state, state.plan, read_layers)
+        layers = read_layers(answer.plan or state.plan)
     session.emit("approval", iteration=state.iteration, decision=answer.decision, reason=answer.reason)
     if answer.decision == "refuse":
         trial = record_refusal(state, state.plan, layers, answer.reason)
@@ -65,14 +75,14 @@ def approve(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     return {"plan": plan, "seconds": session.seconds}
 
 
-def ask(state: State, plan: Plan, layers: Sequence[LayerProfile]) -> Answer:
+def ask(state: State, plan: Plan, read_layers: ReadLayers) -> Answer:
     """Interrupt until there is an answer that can be carried out; what it edits is checked and complete."""
     question = {
         "iteration": state.iteration,
         "plan": plan.model_dump(exclude={"multipliers"}),
         "line": describe_plan(plan),
         "reason": plan.reason,
-        "predicted_kl": allocate_plan(layers, plan, state.config).predicted_kl,
+        "predicted_kl": allocate_plan(read_layers(plan), plan, state.config).predicted_kl,
         "problem": "",
     }
     while True:
@@ -81,7 +91,7 @@ def ask(state: State, plan: Plan, layers: Sequence[LayerProfile]) -> Answer:
             answer = read_answer(given, plan)
             if answer.plan is None:
                 return answer
-            edited = check_edit(answer.plan, state, layers)
+            edited = check_edit(answer.plan, state, read_layers)
             return answer.model_copy(update={"plan": edited})
         except ValueError as error:
             question = question | {"problem": str(error)}
@@ -140,9 +150,10 @@ def _describe(problem: Any) -> str:
     return f"{'.'.join(str(part) for part in problem['loc']) or 'answer'}: {problem['msg'].lower()}"
 
 
-def check_edit(plan: Plan, state: State, layers: Sequence[LayerProfile]) -> Plan:
+def check_edit(plan: Plan, state: State, read_layers: ReadLayers) -> Plan:
     """An edited plan, weighed by the lessons like any other. Raises ValueError when it cannot be carried out."""
     refuse_above_target(plan, state.config)
+    layers = read_layers(plan)
     plan = apply_lessons(plan, state.lessons, layers, state.config)
     allocate_plan(layers, plan, state.config)
     return plan

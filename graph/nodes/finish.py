@@ -1,19 +1,23 @@
 """finish: the test text, once; the exported model, its card, the report and the summary."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.nodes.validate import accepted_trial
-from graph.session import enter, open_bench
+from graph.session import Session, enter, open_bench
 from graph.state import SAME_SPARSITY, State
 from tools.allocate import allocate
 from tools.benchmarks import measure_checkpoints
 from tools.export import export_model
+from tools.facts import Recall, compare_recall
 from tools.files import write_json, write_text
 from tools.recipes import Recipe
-from tools.summary import Perplexities, Summary, describe_protocol, write_card, write_report
+from tools.summary import Knowledge, Perplexities, Summary, describe_protocol, write_card, write_report
+
+if TYPE_CHECKING:
+    from tools.workbench import Workbench
 
 
 def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -34,11 +38,13 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         uniform = Recipe(method="wanda", refit=False, allocation="uniform", pattern=pattern)
         least = sum(x.zeros for x in layers) / weights
         share = allocate(layers, max(achieved, least), uniform, protect=config.protect if pattern else [])
+        uniform_checkpoint = bench.prune(state.profile, share, uniform, session.progress)
         perplexity = Perplexities(
             dense=measure("dense", "test, dense"),
-            uniform_wanda=measure(bench.prune(state.profile, share, uniform, session.progress), "test, uniform Wanda"),
+            uniform_wanda=measure(uniform_checkpoint, "test, uniform Wanda"),
             pruned=measure(state.accepted, "test, pruned"),
         )
+        knowledge = measure_knowledge(bench, state, session, uniform_checkpoint) if config.questions else None
         checkpoints = {"dense": "dense", "pruned": state.accepted}
         benchmarks = measure_checkpoints(bench, config, checkpoints, session.progress)
         bench.restore(state.accepted)
@@ -54,6 +60,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             kl=best.kl,
             benchmarks=benchmarks,
             plan=best.plan,
+            knowledge=knowledge,
             iterations=state.iteration,
             rollbacks=sum(trial.verdict == "rollback" for trial in state.trials),
             evaluated_tokens=state.evaluated_tokens,
@@ -75,3 +82,22 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             report=str(session.directory / "report.md"),
         )
     return {"current": state.accepted, "seconds": session.seconds}
+
+
+def measure_knowledge(bench: "Workbench", state: State, session: Session, uniform: str) -> Knowledge:
+    """What dense, pruned and uniformly pruned weights know of the questions that were kept for the report."""
+
+    def ask(checkpoint: str, name: str) -> Recall:
+        return bench.ask(checkpoint, "test", session.progress, f"questions, {name}")
+
+    dense, wanda, pruned = ask("dense", "dense"), ask(uniform, "uniform Wanda"), ask(state.accepted, "pruned")
+    left = compare_recall(pruned, dense)
+    return Knowledge(
+        source=state.config.questions,
+        pairs=state.config.question_pairs,
+        dense=dense.mean,
+        pruned=pruned.mean,
+        uniform_wanda=wanda.mean,
+        retention=left.share if left else None,
+        retention_error=left.error if left else None,
+    )

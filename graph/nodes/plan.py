@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from langgraph.runtime import Runtime
 from langgraph.store.base import BaseStore
@@ -36,7 +36,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("plan", state, runtime)
     with open_bench(state, session) as bench:
         layers = bench.read_profile(state.profile).layers
-        evaluated = Evaluated(state.evaluated_tokens, state.config)
+        evaluated = Evaluated(state.evaluated_tokens, state.config.max_evaluated_tokens, state.trial_tokens)
 
         def read_layers(recipe: Recipe) -> list[LayerProfile]:
             return bench.read_layers(state.profile, recipe, session.progress)
@@ -54,11 +54,12 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             iteration=state.iteration,
         )
         if state.replay:
-            usage = state.usage
+            planner, usage = f"the record of {state.replay}", state.usage
             chosen, stop = find_plan(state, read_layers)
         else:
             toolbox = open_toolbox(bench, situation, state, session, runtime.store, evaluated)
-            chosen, usage = choose_plan(situation, state.usage, session, runtime.context or state.config, toolbox)
+            caps = runtime.context or state.config
+            chosen, usage, planner = choose_plan(situation, state.usage, session, caps, toolbox)
             chosen = chosen and apply_lessons(chosen, state.lessons, layers, state.config)
             stop = "every lever of the rule has been tried"
         if chosen:
@@ -69,7 +70,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session.emit(
         "plan",
         iteration=state.iteration,
-        planner=f"the record of {state.replay}" if state.replay else state.config.planner,
+        planner=planner,
         plan=describe_plan(chosen),
         reason=chosen.reason,
         predicted_kl=allocate_plan(layers, chosen, state.config).predicted_kl,
@@ -89,13 +90,15 @@ class Evaluated:
     """Tokens that were put through pruned models."""
 
     tokens: int
-    config: RunConfig
+    limit: int
+    """0 for none."""
+    trial: int
+    """Those that the trial after it will take."""
 
     def book(self, tokens: int) -> None:
         """Count those of a probe. Raises ValueError when the trial that follows would go over the limit."""
-        limit = self.config.max_evaluated_tokens
-        left = limit - self.tokens - self.config.validation_tokens
-        if limit and tokens > left:
+        left = self.limit - self.tokens - self.trial
+        if self.limit and tokens > left:
             raise ValueError(f"a probe of {tokens:,} tokens is too much: {max(left, 0):,} are left beside the trial")
         self.tokens += tokens
 
@@ -152,16 +155,25 @@ def allocate_in_bounds(layers: Sequence[LayerProfile], plan: Plan, situation: Si
     return allocate_plan(layers, plan, situation.config)
 
 
+class Choice(NamedTuple):
+    """A plan, the tokens spent on agents so far, and who made it."""
+
+    plan: Plan | None
+    """None when a rule has nothing left to try."""
+    usage: Usage
+    planner: str
+
+
 def choose_plan(
     situation: Situation, usage: Usage, session: Session, caps: RunConfig, toolbox: Toolbox | None = None
-) -> tuple[Plan | None, Usage]:
-    """The planner's plan, or its fallback's, and the tokens spent so far.
+) -> Choice:
+    """The planner's plan, or its fallback's.
 
     Raises AgentError without a fallback, and CapReached when the agents have spent what `caps` allows.
     """
     config = situation.config
     if config.planner == HEURISTIC:
-        return plan_by_rule(situation), usage
+        return Choice(plan_by_rule(situation), usage, HEURISTIC)
     account = Account("planner", session, usage, config, caps, situation.iteration)
 
     def check(candidate: Plan) -> None:
@@ -180,8 +192,8 @@ def choose_plan(
         if config.planner_fallback == "none":
             raise
         session.warn(f"{error}; the fallback planner ({config.planner_fallback}) plans this round")
-        return plan_by_rule(situation), account.usage
-    return plan, account.usage
+        return Choice(plan_by_rule(situation), account.usage, HEURISTIC)
+    return Choice(plan, account.usage, config.planner)
 
 
 def _missing(what: str) -> Any:

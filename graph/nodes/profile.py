@@ -47,6 +47,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         profile_id = bench.profile(session.progress)
         stored = bench.read_profile(profile_id)
         _refuse_impossible_target(stored.layers, config)
+        asked = bench.ask("dense", "validation", session.progress).tokens if config.questions else 0
         zeros, weights = bench.count_zeros()
         dense = Trial(
             iteration=0,
@@ -56,6 +57,9 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             kl=0.0,
             kl_error=0.0,
             predicted_kl=0.0,
+            fact_retention=1.0 if config.questions else None,
+            fact_error=0.0 if config.questions else None,
+            tokens=config.validation_tokens + asked,
             verdict="accept",
             reason="the dense model",
             plan="dense",

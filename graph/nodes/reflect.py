@@ -106,7 +106,7 @@ def decide_stop(state: State) -> str:
     if state.iteration >= state.config.max_iterations:
         return f"{state.iteration} iterations were asked for and done"
     limit = state.config.max_evaluated_tokens
-    if limit and state.evaluated_tokens + state.config.validation_tokens > limit:
+    if limit and state.evaluated_tokens + state.trial_tokens > limit:
         return f"{state.evaluated_tokens:,} of at most {limit:,} tokens were evaluated, and another trial takes more"
     best = _find_best_at_target(state)
     idle = state.iteration - best.iteration if best else 0

@@ -1,16 +1,22 @@
-"""validate: perplexity and paired KL on the validation text, and the verdict."""
+"""validate: perplexity, paired KL and, where questions are asked, what the model still knows; and the verdict."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from langgraph.runtime import Runtime
 
 from graph.agents.heuristic import group_kl
 from graph.config import RunConfig
 from graph.plans import describe_plan
-from graph.session import enter, open_bench
+from graph.session import Session, enter, open_bench
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted
+from tools.facts import Retention, compare_recall
 from tools.losses import Evaluation, compare_kl
 from tools.summary import SIGMAS
+
+if TYPE_CHECKING:
+    from tools.workbench import Workbench
+
+Verdict = Literal["accept", "rollback"]
 
 
 def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -26,7 +32,9 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             if state.trials and best is not state.dense
             else bench.read_profile(state.profile).dense
         )
+        retention, asked = ask_questions(bench, state, session)
         verdict, reason = judge(state.config, zeros / weights, evaluation, best, accepted)
+        verdict, reason = heed_facts(state.config.min_fact_retention, retention, verdict, reason)
         trial = Trial(
             iteration=state.iteration,
             checkpoint=state.current,
@@ -36,6 +44,9 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             kl_error=evaluation.kl_error if evaluation.finite else None,
             change_error=compare_kl(evaluation, accepted)[1] if evaluation.finite else None,
             predicted_kl=group_kl(bench.read_profile(state.profile).layers, bench.planned_sparsity(state.current)),
+            fact_retention=retention.share if retention else None,
+            fact_error=retention.error if retention else None,
+            tokens=state.config.validation_tokens + asked,
             verdict=verdict,
             reason=reason,
             plan=describe_plan(state.plan),
@@ -43,8 +54,31 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             seconds=round(session.elapsed, 3),
         )
         session.emit("trial", **trial.model_dump())
-    tokens = state.evaluated_tokens + state.config.validation_tokens
-    return {"trials": [trial], "evaluated_tokens": tokens, "seconds": session.seconds}
+    return {"trials": [trial], "evaluated_tokens": state.evaluated_tokens + trial.tokens, "seconds": session.seconds}
+
+
+def ask_questions(bench: "Workbench", state: State, session: Session) -> tuple[Retention | None, int]:
+    """What the present weights still know, beside the dense ones, and the tokens it took; (None, 0) without questions.
+
+    The first is None, too, where an answer's probability was not finite.
+    """
+    if not state.config.questions:
+        return None, 0
+    recall = bench.ask(state.current, "validation", session.progress)
+    dense = bench.ask("dense", "validation", session.progress)  # asked when the profile was made
+    return compare_recall(recall, dense), recall.tokens
+
+
+def heed_facts(least: float, retention: Retention | None, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
+    """The verdict, with the facts that a plan must not lose: less than the `least` share of them rolls it back."""
+    if verdict == "rollback" or not least:
+        return verdict, reason
+    if retention is None:
+        return "rollback", "the probability of an answer is not finite"
+    figures = f"{retention.share:.3f} ± {retention.error:.3f} of the answers' probability per token is left"
+    if retention.share < least:
+        return "rollback", f"facts: {figures}, below {least:g}, although {reason}"
+    return verdict, f"{reason}; facts: {figures}"
 
 
 def accepted_trial(state: State) -> Trial:
@@ -55,7 +89,7 @@ def accepted_trial(state: State) -> Trial:
 
 def judge(
     config: RunConfig, sparsity: float, trial: Evaluation, best: Trial, accepted: Evaluation
-) -> tuple[Literal["accept", "rollback"], str]:
+) -> tuple[Verdict, str]:
     """The verdict on a trial, and why.
 
     Towards the target: accept while perplexity is at most (1 + tau) times the last accepted one. At the same
@@ -85,6 +119,6 @@ def judge(
     return "rollback", f"perplexity {perplexity:.2f} is above {limit:.2f} = (1 + {config.tau:g}) x {before:.2f}"
 
 
-def after_validate(state: State) -> Literal["accept", "rollback"]:
+def after_validate(state: State) -> Verdict:
     """The edge that does the rollback."""
     return "accept" if state.trials[-1].verdict == "accept" else "rollback"

@@ -90,7 +90,7 @@ def test_without_a_terminal_the_run_stops_and_asks_again_when_it_is_resumed(
 def test_an_edit_changes_what_is_given_and_nothing_else(
     flags: list[str], run: Path, command: Command, say: Say
 ) -> None:
-    say('{"sparsity": 0.25, "recipe": {"strength": 0.5}}', "accept", "accept")
+    say('{"sparsity": 0.25, "recipe": {"strength": 0.5}}', '{"recipe": {"allocation": "alphapruning"}}', "accept")
     assert command(*flags).code == 0
     planned, edited = read_events(run, "plan")[:2]
     assert (planned["planner"], edited["planner"]) == ("heuristic", "you")
@@ -101,6 +101,7 @@ def test_an_edit_changes_what_is_given_and_nothing_else(
     trial = read_state(run).trials[0]
     assert trial.sparsity == pytest.approx(0.25, abs=5e-4)
     assert trial.plan == "25.0% two-sided:kappa@0.5"
+    assert ":alphapruning" in read_state(run).trials[1].plan, "the spectra were measured when they were asked for"
 
 
 BAD = {

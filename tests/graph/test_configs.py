@@ -9,9 +9,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from graph.config import RunConfig
+from graph.config import RunConfig, check_config
 from graph.plans import find_recipe
 from graph.state import Plan
+from tools.errors import UserError
 from tools.options import CONFIGS
 from tools.recipes import Recipe
 
@@ -67,3 +68,9 @@ def test_the_pattern_of_a_plan_is_the_users() -> None:
     plan = Plan(sparsity=0.5, recipe=Recipe(pattern="1:4"))
     assert find_recipe(plan, RunConfig(pattern="2:4")).pattern == "2:4"
     assert find_recipe(plan, RunConfig()).pattern == ""
+
+
+def test_a_problem_of_several_fields_is_told_by_their_names() -> None:
+    with pytest.raises(UserError) as told:
+        check_config({"pattern": "2:4", "target_sparsity": 0.7})
+    assert str(told.value) == "target_sparsity 0.7 is above the 0.5 of 2:4"

@@ -11,7 +11,7 @@ CONFIG = RunConfig(window=64, validation_windows=3, max_evaluated_tokens=600)
 
 
 def test_a_probe_leaves_the_tokens_of_the_trial() -> None:
-    evaluated = Evaluated(192, CONFIG)
+    evaluated = Evaluated(192, 600, 192)
     evaluated.book(128)
     assert evaluated.tokens == 320
     with pytest.raises(ValueError, match=r"^a probe of 128 tokens is too much: 88 are left beside the trial$"):
@@ -20,7 +20,7 @@ def test_a_probe_leaves_the_tokens_of_the_trial() -> None:
 
 
 def test_without_a_limit_everything_is_counted() -> None:
-    evaluated = Evaluated(0, CONFIG.model_copy(update={"max_evaluated_tokens": 0}))
+    evaluated = Evaluated(0, 0, 192)
     evaluated.book(10**9)
     assert evaluated.tokens == 10**9
 

@@ -235,11 +235,13 @@ def test_any_conversation(
     layers = bench.read_profile(profile).layers
     situation = Situation(CONFIG, layers, {}, TRIAL, trials=[TRIAL])
     state = State(run="fuzz", config=CONFIG, profile=profile)
-    toolbox = open_toolbox(bench, situation, state, session, None, Evaluated(0, CONFIG))
+    toolbox = open_toolbox(
+        bench, situation, state, session, None, Evaluated(0, CONFIG.max_evaluated_tokens, state.trial_tokens)
+    )
     assert toolbox is not None
     plan = None
     with suppress(AgentError):
-        plan, _ = choose_plan(situation, Usage(), session, CONFIG, toolbox)
+        plan, _, _ = choose_plan(situation, Usage(), session, CONFIG, toolbox)
     event("a plan" if plan else "an error")
     if plan:
         check_bounds(plan, situation)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from graph.agents.heuristic import MASKS, STRONG, calibration, plan_by_rule, rank_groups
+from graph.agents.heuristic import FINE_STEPS, MASKS, STRONG, calibration, plan_by_rule, rank_groups
 from graph.agents.planner import Situation
 from graph.config import RunConfig
 from graph.plans import describe_plan, drop_lessons
@@ -165,3 +165,18 @@ def test_a_pattern_is_planned_in_one_step() -> None:
     plan = plan_by_rule(situation)
     assert plan is not None
     assert (plan.sparsity, plan.recipe, plan.reason) == (0.5, STRONG, "2:4 in one step, with the strongest recipe.")
+
+
+def test_a_pattern_that_did_not_pass_is_not_proposed_again() -> None:
+    """Neither do levers that only share sparsity out, where a pattern leaves nothing to share."""
+    trials: list[Trial] = []
+    found = []
+    while True:
+        situation = dataclasses.replace(make_situation(*trials), config=RunConfig(pattern="2:4"))
+        plan = plan_by_rule(situation)
+        if plan is None:
+            break
+        found.append(plan.recipe)
+        trials.append(make_trial(len(trials) + 1, ("refuse", "rollback")[len(trials) % 2], 0.5, plan.recipe))
+    changes = [{}, {"statistics": "sequential"}, {"refit_steps": FINE_STEPS}, {"gamma": "clipped"}]
+    assert found == [STRONG.model_copy(update=change) for change in changes]

@@ -4,9 +4,10 @@ import pytest
 
 from graph.config import RunConfig
 from graph.nodes.reflect import after_reflect, decide_stop
-from graph.nodes.validate import judge
+from graph.nodes.validate import heed_facts, judge
 from graph.state import Plan, State, Trial
 from tests.graph.test_heuristic import make_trial
+from tools.facts import Retention
 from tools.losses import Evaluation
 from tools.recipes import Recipe
 
@@ -92,3 +93,26 @@ def test_a_new_profile_where_config_or_an_accepted_plan_asks_for_one() -> None:
             assert after_reflect(state) == ("profile" if config or plan else "plan")
             assert after_reflect(state_with(rolled_back).model_copy(update=asked)) == "plan"
             assert after_reflect(state.model_copy(update={"stop": "it is done"})) == "finish"
+
+
+@pytest.mark.parametrize(
+    ("least", "share", "verdict", "reason"),
+    [
+        (0.0, 0.2, "accept", "good"),
+        (0.9, 0.9, "accept", "good; facts: 0.900 ± 0.010 of the answers' probability per token is left"),
+        (
+            0.9,
+            0.899,
+            "rollback",
+            "facts: 0.899 ± 0.010 of the answers' probability per token is left, below 0.9, although good",
+        ),
+    ],
+)
+def test_facts_that_must_not_be_lost(least: float, share: float, verdict: str, reason: str) -> None:
+    assert heed_facts(least, Retention(share, 0.01), "accept", "good") == (verdict, reason)
+
+
+def test_facts_save_no_plan_and_must_be_finite() -> None:
+    assert heed_facts(0.5, Retention(1.0, 0.01), "rollback", "bad") == ("rollback", "bad")
+    assert heed_facts(0.5, None, "accept", "good") == ("rollback", "the probability of an answer is not finite")
+    assert heed_facts(0.0, None, "accept", "good") == ("accept", "good")

@@ -47,7 +47,7 @@ def read_usage(directory: Path) -> list[Usage]:
 def choose(server: OpenAIServer, directory: Path, usage: Usage, **changes: Any) -> tuple[Plan | None, Usage]:
     values = PRICES.model_dump() | {"planner": server.planner("m")} | changes
     situation = make_situation(config=RunConfig.model_validate(values))
-    return choose_plan(situation, usage, Session(directory, lambda _event: None, 0.0), situation.config)
+    return choose_plan(situation, usage, Session(directory, lambda _event: None, 0.0), situation.config)[:2]
 
 
 # Counting

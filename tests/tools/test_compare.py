@@ -639,3 +639,17 @@ def test_a_terminal_gets_bars_and_tables(tmp_path: Path, no_plot: None) -> None:
         begin("refit:kappa at 50%", 3)
         progress("prune", 2, 14)
     assert quiet.file.getvalue() == ""
+
+
+def test_what_a_recipe_leaves_of_the_facts(tiny_llama: Path, tmp_path: Path, no_plot: None) -> None:
+    source = tmp_path / "questions.jsonl"
+    source.write_text("\n".join(f'{{"question": "Which is number {i}?", "answer": "class"}}' for i in range(8)))
+    settings = make_settings(tiny_llama, tmp_path / "out").model_copy(
+        update={"recipes": "magnitude:uniform", "sparsity": "0.9", "questions": f"file:{source}", "question_pairs": 4}
+    )
+    known, _ = run(settings)
+    (row,) = known.rows
+    assert row.fact_retention is not None and row.fact_retention != 1 and row.fact_error is not None
+    said = (tmp_path / "out" / "compare.md").read_text()
+    assert f"| {row.fact_retention:.1%} ± {row.fact_error:.1%} |" in said
+    assert f"on 4 questions of `file:{source}`." in said

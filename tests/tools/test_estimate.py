@@ -148,6 +148,14 @@ def test_no_more_gradient_windows_than_there_are_windows(tiny_llama: Path) -> No
     assert phases(4) == phases(9) != phases(3)
 
 
+def test_questions_are_work(tiny_llama: Path) -> None:
+    settings = tiny_settings(tiny_llama, questions="hub:org/questions:train", question_pairs=5)
+    found = estimate(settings, target=0.45, rounds=3, tests=3)
+    (asked,) = [work for work in found.work if work.name == "ask questions"]
+    assert asked.how == "forward of 5 questions of about 30 tokens with their answers"
+    assert (asked.times, asked.flops) == (1 + 3 + 3, 5 * 30 * (2 * 15_360 + 2 * 2 * 64 * 32))
+
+
 def test_peaks_are_those_of_the_greatest_phase(tiny_llama: Path) -> None:
     found = estimate(tiny_settings(tiny_llama), target=0.45, rounds=3)
     device, host = found.peak_device, found.peak_host

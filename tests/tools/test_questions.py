@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tools.errors import UserError
-from tools.questions import Question, read_questions
+from tools.questions import Question, read_questions, split_questions, write_pair
 
 VENUS = Question("Which planet has Maxwell Montes?", ("venus",))
 BOTH = Question("Who sang Grace?", ("jeff buckley", "buckley"))
@@ -71,3 +71,17 @@ def test_missing_and_strange_sources() -> None:
         list(read_questions("file:nowhere.jsonl"))
     with pytest.raises(UserError, match="source of questions 'pydoc' is not one of hub:NAME"):
         list(read_questions("pydoc"))
+
+
+def test_parts_are_disjoint_and_in_order(tmp_path: Path) -> None:
+    rows = [{"question": f"Number {i}?", "answer": str(i)} for i in range(7)]
+    parts = split_questions(write(tmp_path / "qa.jsonl", rows), 3)
+    numbers = [[pair.answers[0] for pair in part] for part in (parts.test, parts.validation, parts.rest)]
+    assert numbers == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
+    assert write_pair(parts.test[1]) == "Question: Number 1?\nAnswer: 1"
+
+
+def test_too_few_questions(tmp_path: Path) -> None:
+    rows = [{"question": f"Number {i}?", "answer": str(i)} for i in range(5)]
+    with pytest.raises(UserError, match=r"has 5 questions with answers, but 3 for the trials .* --question-pairs"):
+        split_questions(write(tmp_path / "qa.jsonl", rows), 3)

@@ -92,6 +92,16 @@ def test_events_are_appended_one_a_line(tmp_path: Path) -> None:
     assert first["time"] <= second["time"]
 
 
+def test_an_event_does_not_stick_to_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
+    append_event(tmp_path, {"type": "node", "text": "whole"})
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "type": "rep')
+    append_event(tmp_path, {"type": "node", "text": "after"})
+    lines = (tmp_path / "events.jsonl").read_text().split("\n")
+    assert (len(lines), lines[1], lines[3]) == (4, '{"time": 1.0, "type": "rep', "")
+    assert [event["text"] for _, event in scan_events(tmp_path, "node")] == ["whole", "after"]
+
+
 @pytest.mark.parametrize(
     "secret", ["sk-proj-abcdef123456", "plain-token-value", 'with "quotes" and \\', "Schlüssel-äöü"]
 )

@@ -10,7 +10,7 @@ import torch
 
 from tests.tiny import make_tiny_tokenizer, tiny_settings
 from tools.errors import UserError
-from tools.texts import SPLITS, HubText, check_source, cut_windows, parse_hub, read_documents
+from tools.texts import SPLITS, check_source, check_texts, cut_windows, read_documents
 
 
 def write_rows(path: Path, *rows: Any) -> str:
@@ -108,23 +108,6 @@ def test_bad_sources_are_refused_before_anything_is_loaded(source: str, sentence
 def test_a_home_that_is_not_there(source: str) -> None:
     with pytest.raises(UserError, match=r"does not exist$"):
         check_source(source)
-
-
-@pytest.mark.parametrize(
-    ("source", "parsed"),
-    [
-        ("hub:wikitext:test", HubText("wikitext", None, "test")),
-        ("hub:Salesforce/wikitext:test", HubText("Salesforce/wikitext", None, "test")),
-        (
-            "hub:Salesforce/wikitext/wikitext-2-raw-v1:train",
-            HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
-        ),
-        ("hub:allenai/c4/en:train[:1%]", HubText("allenai/c4", "en", "train[:1%]")),
-    ],
-)
-def test_hub_sources(source: str, parsed: HubText) -> None:
-    assert parse_hub(source) == parsed
-    check_source(source)
 
 
 # --- windows -------------------------------------------------------------------------------------------------------
@@ -229,3 +212,46 @@ def test_splits_shorter_than_a_shingle_are_compared_whole(tmp_path: Path) -> Non
     sources = {"validation": f"file:{tmp_path / 'a.txt'}", "test": f"file:{tmp_path / 'b.txt'}"}
     with pytest.raises(UserError, match="1 runs of 16 tokens"):
         cut_windows(tiny_settings("any", window=8, **sources), make_tiny_tokenizer())
+
+
+def write_questions(path: Path, count: int) -> str:
+    return write_rows(path, *({"question": f"{prose(7 * i, 5)}?", "answer": prose(9000 + i, 1)} for i in range(count)))
+
+
+def test_a_share_of_the_calibration_windows_is_made_of_questions(tmp_path: Path) -> None:
+    tokenizer = make_tiny_tokenizer()
+    source = write_questions(tmp_path / "qa.jsonl", 200)
+    plain = cut_windows(tiny_settings("any", calibration_windows=8, gradient_windows=4), tokenizer)
+    mixed = cut_windows(
+        tiny_settings(
+            "any", calibration_windows=8, gradient_windows=4, questions=source, question_pairs=10, calibration_mix=0.25
+        ),
+        tokenizer,
+    )
+    assert mixed.calibration.shape == plain.calibration.shape
+    asked = ["Question:" in tokenizer.decode(ids) for ids in mixed.calibration.tolist()]
+    assert asked == [False, False, False, True] * 2
+    assert mixed.calibration[:3].equal(plain.calibration[:3]) and mixed.calibration[4:7].equal(plain.calibration[3:6])
+    text = tokenizer.decode(mixed.calibration[3].tolist())
+    assert text.startswith(f"Question: {prose(7 * 20, 5)}? Answer: {prose(9020, 1)}".replace("? Answer", "?\nAnswer"))
+
+
+def test_questions_that_are_a_text_are_refused(tmp_path: Path) -> None:
+    source = write_questions(tmp_path / "qa.jsonl", 40)
+    with pytest.raises(UserError, match="the questions and the calibration text are the same"):
+        check_texts(tiny_settings("any", questions=source, calibration=source))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"calibration_mix": 0.5}, "calibration_mix needs questions to mix in"),
+        (
+            {"calibration_mix": 0.1, "questions": "hub:a/b:train", "calibration_windows": 4},
+            "calibration_mix 0.1 of 4 calibration windows is less than one window",
+        ),
+    ],
+)
+def test_a_mix_of_nothing_is_refused(fields: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        tiny_settings("any", **fields)

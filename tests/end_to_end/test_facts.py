@@ -1,0 +1,66 @@
+"""Runs that ask questions: what a plan loses of them, and what comes of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Command
+from tests.end_to_end.helpers import TINY, read_events, read_summary
+
+PAIRS = 8
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> str:
+    """The flag's value: a file of made-up questions."""
+    rows = [{"question": f"Which statement is number {i}?", "answer": ("class", "import")[i % 2]} for i in range(40)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return f"file:{path}"
+
+
+def test_a_plan_that_loses_facts_is_rolled_back(command: Command, trained_llama: Path, questions: str) -> None:
+    """Perplexity alone would have kept it: the very same run without the bound does."""
+    flags = [
+        *("--model", str(trained_llama), "--questions", questions, "--question-pairs", str(PAIRS), *TINY),
+        *("--tau", "10", "--target-sparsity", "0.8", "--max-iterations", "1"),
+    ]
+    assert command("--name", "free", *flags).code == 0
+    assert command("--name", "bound", "--min-fact-retention", "1", *flags).code == 0
+    free, bound = (read_events(Path("runs") / name, "trial")[-1] for name in ("free", "bound"))
+    assert free["verdict"] == "accept" and free["fact_retention"] < 1
+    figures = f"{free['fact_retention']:.3f} ± {free['fact_error']:.3f} of the answers' probability per token is left"
+    assert bound["verdict"] == "rollback"
+    assert bound["reason"] == f"facts: {figures}, below 1, although {free['reason']}"
+    for key in ("checkpoint", "perplexity", "kl", "fact_retention", "fact_error", "tokens"):
+        assert bound[key] == free[key], key
+
+    summary = read_summary(Path("runs/bound"))
+    assert (summary["status"], summary["achieved_sparsity"]) == ("short-of-target", 0.0)
+    assert (summary["knowledge"]["retention"], summary["knowledge"]["pairs"]) == (1.0, PAIRS)
+
+    knowledge = read_summary(Path("runs/free"))["knowledge"]
+    assert knowledge["source"] == questions
+    assert knowledge["pruned"] < knowledge["dense"]
+    report = Path("runs/free/report.md").read_text()
+    assert f"| **Billhook** | {knowledge['pruned']:.3f} |" in report
+    assert f"Of its factual recall {knowledge['retention']:.1%} is left." in report
+    (lesson,) = read_events(Path("runs/bound"), "lesson")
+    assert lesson["text"].endswith(f"It left {free['fact_retention']:.3f} of the facts, fewer than 1.")
+    tokens = read_summary(Path("runs/free"))["evaluated_tokens"]
+    assert tokens == free["tokens"] > 3 * 64
+
+
+def test_what_cannot_be_asked_is_told_before_anything_is_loaded(command: Command, questions: str) -> None:
+    said = command("--min-fact-retention", "0.9")
+    assert (said.code, said.out) == (2, "")
+    assert "min_fact_retention needs questions to ask; name their source with questions" in said.err
+    said = command("--questions", "file:nowhere.jsonl")
+    assert (said.code, said.err) == (2, "error: file of questions nowhere.jsonl does not exist\n")
+
+
+def test_too_few_questions(command: Command, tiny_llama: Path, questions: str) -> None:
+    said = command("--model", str(tiny_llama), "--questions", questions, "--question-pairs", "30", *TINY)
+    assert said.code == 2
+    assert "has 40 questions with answers, but 30 for the trials and 30 for the report were asked for" in said.err
