@@ -278,7 +278,7 @@ def tell_usage(event: Event) -> str:
 
 
 def tell_result(event: Event) -> str:
-    """Three lines with the result, then where model and report are."""
+    """Three lines with the result, one for each figure of a task, then where model and report are."""
     perplexity = event["perplexity"]
     dense, pruned, uniform = (perplexity[key] for key in ("dense", "pruned", "uniform_wanda"))
     compared = "not to be compared with uniform Wanda's"
@@ -292,10 +292,21 @@ def tell_result(event: Event) -> str:
             f"perplexity: {figure(pruned)} pruned, {figure(dense)} dense, {figure(uniform)} uniform Wanda; "
             f"KL {figure(event['kl'], 4)}",
             f"degradation: {compared}; {duration(event['seconds'])}, peak memory {memory(event['peak_memory_bytes'])}",
+            *tell_scores(event.get("benchmarks", [])),
             f"model:  {clean(event['model_directory'], 1000)}",
             f"report: {clean(event['report'], 1000)}",
         ]
     )
+
+
+def tell_scores(scores: list[dict[str, Any]]) -> list[str]:
+    """A line for each figure of a task, the models side by side."""
+    lines: dict[str, list[str]] = {}
+    for score in scores:
+        error = "" if score["error"] is None else f" ± {figure(score['error'], 4)}"
+        shown = f"{figure(score['value'], 4)}{error} {clean(score['model'])}"
+        lines.setdefault(f"{clean(score['task'])} {clean(score['metric'])}", []).append(shown)
+    return [f"{name}: {', '.join(shown)}" for name, shown in lines.items()]
 
 
 TELL: dict[str, Callable[[Event], str]] = {

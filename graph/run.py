@@ -44,6 +44,7 @@ from graph.runs import list_runs
 from graph.session import create_run, read_replay, read_run, write_config
 from graph.state import Input, State
 from graph.steps import CAPS, name_directory, read_last_node
+from tools.benchmarks import load_benchmarks, refuse_shared_questions
 from tools.errors import DamagedArtifact, DiskFull, UserError
 from tools.files import explain_full_disk
 from tools.options import CONFIGS, Parser, add_flags, parse_flags, refuse
@@ -174,6 +175,8 @@ def _check_input(config: RunConfig) -> None:
     locate_model(config.model)
     check_device(config.device)
     check_texts(config)
+    load_benchmarks(config, config.dtype)
+    refuse_shared_questions(config, config)
 
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:

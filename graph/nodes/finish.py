@@ -9,6 +9,7 @@ from graph.nodes.validate import accepted_trial
 from graph.session import Session, enter, open_bench
 from graph.state import SAME_SPARSITY, State
 from tools.allocate import allocate
+from tools.benchmarks import measure_checkpoints
 from tools.export import export_model
 from tools.facts import Recall, compare_recall
 from tools.files import write_json, write_text
@@ -44,6 +45,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             pruned=measure(state.accepted, "test, pruned"),
         )
         knowledge = measure_knowledge(bench, state, session, uniform_checkpoint) if config.questions else None
+        checkpoints = {"dense": "dense", "pruned": state.accepted}
+        benchmarks = measure_checkpoints(bench, config, checkpoints, session.progress)
         bench.restore(state.accepted)
         best = accepted_trial(state)
         seconds = session.seconds
@@ -55,6 +58,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             achieved_sparsity=achieved,
             perplexity=perplexity,
             kl=best.kl,
+            benchmarks=benchmarks,
             plan=best.plan,
             knowledge=knowledge,
             iterations=state.iteration,
