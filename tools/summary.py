@@ -185,8 +185,8 @@ def describe_result(summary: Summary) -> str:
     rounds, undone = _count(summary.iterations, "iteration"), _count(summary.rollbacks, "rollback")
     text = (
         f"{summary.achieved_sparsity:.2%} of the prunable weights are zero (target {summary.target_sparsity:.2%}), "
-        f"after {rounds} with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at the "
-        f"same sparsity {show(p.uniform_wanda)}"
+        f"after {rounds} with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at "
+        f"the same sparsity {show(p.uniform_wanda)}"
     )
     if p.dense and p.pruned and p.uniform_wanda and p.uniform_wanda > p.dense:
         share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
