@@ -244,7 +244,9 @@ def _write_multiply(lanes: int, item: str, rows: int) -> str:
         %xp{b} = getelementptr {item}, ptr %x, i64 %xat{b}
         %xl{b}_0 = load <{lanes} x {item}>, ptr %xp{b}, align 2""")
         if lanes == 16:
-            body.append(f"%xq{b} = getelementptr i8, ptr %xp{b}, i64 64\n%xl{b}_1 = load <16 x i32>, ptr %xq{b}, align 2")
+            body.append(
+                f"%xq{b} = getelementptr i8, ptr %xp{b}, i64 64\n%xl{b}_1 = load <16 x i32>, ptr %xq{b}, align 2"
+            )
         body.append(_widen(f"x{b}_", f"%xl{b}_0", f"%xl{b}_1", lanes))
         for side in (0, 1):
             body.append(

@@ -153,9 +153,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         "",
         "## Load it",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model = AutoModelForCausalLM.from_pretrained("model")',
-        'tokenizer = AutoTokenizer.from_pretrained("model")',
+        *list_loading("model"),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -249,10 +247,11 @@ def show_score(value: float | None, error: float | None) -> str:
 def describe_result(summary: Summary) -> str:
     """The result in two sentences."""
     p = summary.perplexity
+    rounds, undone = _count(summary.iterations, "iteration"), _count(summary.rollbacks, "rollback")
     text = (
         f"{summary.achieved_sparsity:.2%} of the prunable weights are zero (target {summary.target_sparsity:.2%}), "
-        f"after {summary.iterations} iterations with {summary.rollbacks} rollbacks. Test perplexity is "
-        f"{show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at the same sparsity {show(p.uniform_wanda)}"
+        f"after {rounds} with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at "
+        f"the same sparsity {show(p.uniform_wanda)}"
     )
     if p.dense and p.pruned and p.uniform_wanda and p.uniform_wanda > p.dense:
         share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
@@ -262,9 +261,22 @@ def describe_result(summary: Summary) -> str:
     return text + "."
 
 
+def list_loading(directory: str) -> list[str]:
+    """Lines of Python that load the model from a directory."""
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("{directory}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{directory}")',
+    ]
+
+
 def show(value: float | None) -> str:
     """A perplexity for people."""
     return "not finite" if value is None else f"{value:.2f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def escape(text: str) -> str:
