@@ -185,7 +185,7 @@ def _write_loops(head: str, lanes: int, item: str, carried: str, body: str, end:
     `carried` holds what goes from word to word, `end` is done with each row. %at is the index of the word's first
     column.
     """
-    parts = ["%v0 = phi i64 [%start, %row], [%v{0}, %word]".format(WORD // lanes), carried]
+    parts = [f"%v0 = phi i64 [%start, %row], [%v{WORD // lanes}, %word]", carried]
     parts.append("%at = shl i64 %w, 5\n%maskp = getelementptr i32, ptr %maskrow, i64 %w\n%bits = load i32, ptr %maskp")
     for i in range(WORD // lanes):
         shifted = f"%shifted{i} = lshr i32 %bits, {i * lanes}"

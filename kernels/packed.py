@@ -89,18 +89,25 @@ def check_packed(mask_OW: Tensor, values: Tensor, shape: tuple[int, int]) -> Pac
     return PackedWeight(mask_OW, values, counts_O.cumsum(0) - counts_O, columns)
 
 
-def choose_kernel(dtype: torch.dtype, device: torch.device) -> Literal["native", "torch"]:
-    """What multiplies: native code where there is any, or what BILLHOOK_KERNELS says.
+def explain_torch(dtype: torch.dtype, device: torch.device) -> str:
+    """Why packed weights would be multiplied by torch, which is slower than a dense product; "" where they are not.
 
-    Raises ValueError when the variable asks for what is not there.
+    The variable BILLHOOK_KERNELS may ask for torch, or insist on native; where it asks for torch there is nothing to
+    explain. Raises ValueError when it asks for what is not there.
     """
     asked = os.environ.get("BILLHOOK_KERNELS", "")
-    absence = native.explain_absence(dtype) if device.type == "cpu" else f"native kernels do not run on {device.type}"
     if asked not in ("", "native", "torch"):
         raise ValueError(f"BILLHOOK_KERNELS is {asked[:80]!r}; packed weights know native and torch")
+    absence = native.explain_absence(dtype) if device.type == "cpu" else f"native kernels do not run on {device.type}"
     if asked == "native" and absence:
         raise ValueError(f"BILLHOOK_KERNELS asks for native kernels, but {absence}")
-    return "torch" if asked == "torch" or absence else "native"
+    return "" if asked == "torch" else absence
+
+
+def choose_kernel(dtype: torch.dtype, device: torch.device) -> Literal["native", "torch"]:
+    """What multiplies: native code where there is any, unless BILLHOOK_KERNELS says torch. Raises ValueError."""
+    absence = explain_torch(dtype, device)
+    return "torch" if absence or os.environ.get("BILLHOOK_KERNELS") == "torch" else "native"
 
 
 def unpack_rows(packed: PackedWeight) -> Tensor:

@@ -1,33 +1,131 @@
-"""Write the model in the workbench as a plain transformers directory that stock `from_pretrained` loads."""
+"""Write a pruned model: plain, as a run does, or packed: `python -m tools.export RUN --packed DIR`
 
-import shutil
+RUN is a run's directory, its name under runs/, or any model: a directory, a .gguf file, package:NAME or a hub id.
+A packed model is smaller than the dense one and decodes faster; python -m tools.generate DIR runs it.
+"""
+
+import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tools.files import explain_full_disk
+from rich.console import Console
+
+from tools.errors import UserError
+from tools.files import write_directory
+from tools.options import Parser
+from tools.rows import carry_out, print_line
+from tools.rundir import runs_directory
+from tools.settings import WorkbenchSettings
+from tools.sources import DTYPES, load_model, locate_model
 
 
 def export_model(model: Any, tokenizer: Any, directory: Path, card: str) -> None:
-    """Write weights (safetensors), config, generation config, tokenizer and model card; whole or not at all.
+    """Write the model in the workbench as a plain transformers directory that stock `from_pretrained` loads.
 
+    Weights (safetensors), config, generation config, tokenizer and model card; whole or not at all.
     What a dequantised GGUF says of its quantisation is removed, and no `sparsity_config` is written: serving stacks
     refuse it even for dense weights. Raises DiskFull when no space is left.
     """
-    aside = directory.with_name(f".{directory.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+
+    write_directory(directory, write)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def find_model(source: str) -> str:
+    """Where a run's model is, or the source itself where it is no run. Raises UserError for a run without a model."""
+    for run in (Path(source), runs_directory() / source):
+        if (run / "model" / "config.json").is_file():
+            return str(run / "model")
+        if (run / "events.jsonl").is_file():
+            raise UserError(f"run {run} has no model yet; finish it with --resume")
+    locate_model(source)
+    return source
+
+
+def read_dtype(source: str) -> Literal["fp32", "bf16", "fp16"]:
+    """The number format that a model directory is stored in; fp32 where it does not say."""
+    path = Path(source) / "config.json"
     try:
-        with explain_full_disk(directory):
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(aside)
-            (aside / "README.md").write_text(card, encoding="utf-8")
-    except Exception:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    for file in aside.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
-    shutil.rmtree(directory, ignore_errors=True)
-    aside.rename(directory)
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    stored = values.get("dtype", values.get("torch_dtype"))
+    names: dict[str, Literal["fp32", "bf16", "fp16"]] = {"bfloat16": "bf16", "float16": "fp16"}
+    return names.get(stored, "fp32") if isinstance(stored, str) else "fp32"
+
+
+def export_packed(source: str, directory: Path, dtype: Literal["", "fp32", "bf16", "fp16"], console: Console) -> None:
+    """Pack a model. Raises UserError."""
+    from tools.packed import describe_packed, is_packed, save_packed
+
+    place = find_model(source)
+    if directory.exists():
+        raise UserError(f"{directory} exists already; choose another --packed")
+    if is_packed(place):
+        raise UserError(f"{place} is packed already")
+    model, tokenizer = load_model(WorkbenchSettings(model=place, dtype=dtype or read_dtype(place), device="cpu"))
+    words = f"`{source}`" + (f", weights rounded to {dtype}" if dtype else "")
+    contents = save_packed(model, tokenizer, directory, lambda contents: write_packed_card(words, contents))
+    print_line(console, describe_packed(contents))
+    print_line(console, f"run it: python -m tools.generate {directory}")
+
+
+def write_packed_card(words: str, contents: Any) -> str:
+    """The model card of a packed model."""
+    from tools.packed import describe_packed
+
+    return "\n".join(
+        [
+            "---",
+            "tags: [pruned, sparse, packed, billhook]",
+            "---",
+            f"# {words}, packed",
+            "",
+            f"{describe_packed(contents)[0].upper()}{describe_packed(contents)[1:]}.",
+            "",
+            "Stock `transformers` does not read it. With Billhook:",
+            "",
+            "```python",
+            "from tools.packed import load_packed",
+            "",
+            'model = load_packed("DIR")  # works with model.generate',
+            "```",
+            "",
+            "The zeros are not stored: a bit a weight and the values that are not zero, `kernels/FORMAT.md`. The "
+            "weights are those of the pruned model, bit for bit.",
+            "",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0 done, 1 interrupted, 2 bad input."""
+    console = Console()
+
+    def work() -> None:
+        parser = Parser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
+        parser.add_argument("run", metavar="RUN")
+        parser.add_argument("--packed", metavar="DIR", required=True, help="Directory of the packed model.")
+        parser.add_argument(
+            "--dtype", choices=tuple(DTYPES), default="", help="Round the weights to this format; default: none."
+        )
+        options = parser.parse_args(arguments)
+        export_packed(options.run, Path(options.packed), options.dtype, console)
+
+    return carry_out(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

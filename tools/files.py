@@ -35,6 +35,23 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             aside.unlink(missing_ok=True)
 
 
+def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a directory beside `directory`, then put it in its place. DiskFull when no space is left."""
+    aside = directory.with_name(f".{directory.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with explain_full_disk(directory):
+            aside.mkdir(parents=True)
+            write(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    for file in aside.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
+    shutil.rmtree(directory, ignore_errors=True)
+    aside.rename(directory)
+
+
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
     """Turn an error that says that no space is left for `path` into DiskFull."""

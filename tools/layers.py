@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kernels.packed import PackedLinear
 from tools.errors import UserError
 
 
@@ -57,8 +58,10 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 def find_layers(model: nn.Module) -> list[Layer]:
     """Every nn.Linear and Conv1D inside the decoder blocks, in depth order; tied weights once.
 
-    Raises UserError when there are none.
+    Raises UserError when there are none, or when some are packed.
     """
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise UserError("the model is packed, to be run and not to be changed; give the dense model it was made of")
     blocks = find_blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is blocks)
     layers, seen = [], set()

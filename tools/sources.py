@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Names of the config's number formats in torch."""
 
+PACKED_FILE = "packed.safetensors"
+"""What a directory with a packed model holds."""
+
 
 class ModelPlace(NamedTuple):
     """What `from_pretrained` needs to find a model."""
@@ -77,7 +80,10 @@ def pick_device(device: str) -> "torch.device":
 
 
 def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
-    """(model in eval mode with frozen weights, tokenizer). Raises UserError in one line when it cannot be loaded."""
+    """(model in eval mode with frozen weights, tokenizer). Raises UserError in one line when it cannot be loaded.
+
+    A packed model runs in the number format that it was packed in.
+    """
     import torch
     import transformers
 
@@ -91,6 +97,8 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
     tokenizer: Any
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **options)
+        if (Path(place.path) / PACKED_FILE).is_file():
+            return _load_packed(settings, Path(place.path)), tokenizer
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             place.path,
             dtype=getattr(torch, DTYPES[settings.dtype]),
@@ -99,6 +107,8 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
             **options,
             **quantization,
         )
+    except UserError:
+        raise
     except Exception as error:  # every way a model can be broken has a class of error of its own
         line = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"model {settings.model!r} could not be loaded: {line}") from error
@@ -107,3 +117,12 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
         raise UserError(f"model {settings.model!r} lacks {len(missing)} of its weights, such as {missing[0]}")
     model = model.to(pick_device(settings.device)).eval().requires_grad_(False)
     return model, tokenizer
+
+
+def _load_packed(settings: WorkbenchSettings, directory: Path) -> Any:
+    from tools.packed import load_packed, read_contents
+
+    dtype = read_contents(directory).dtype
+    if dtype != settings.dtype:
+        raise UserError(f"model {settings.model!r} is packed in {dtype}; give --dtype {dtype}")
+    return load_packed(directory, pick_device(settings.device))
