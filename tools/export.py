@@ -4,7 +4,6 @@ RUN is a run's directory, its name under runs/, or any model: a directory, a .gg
 A packed model is smaller than the dense one and decodes faster; python -m tools.generate DIR runs it.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +14,8 @@ from tools.errors import UserError
 from tools.files import write_directory
 from tools.options import Parser
 from tools.rows import carry_out, print_line
-from tools.rundir import runs_directory
 from tools.settings import WorkbenchSettings
-from tools.sources import DTYPES, load_model, locate_model
+from tools.sources import DTYPES, Dtype, find_model, load_model, read_dtype
 
 
 def export_model(model: Any, tokenizer: Any, directory: Path, card: str) -> None:
@@ -43,30 +41,7 @@ def export_model(model: Any, tokenizer: Any, directory: Path, card: str) -> None
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def find_model(source: str) -> str:
-    """Where a run's model is, or the source itself where it is no run. Raises UserError for a run without a model."""
-    for run in (Path(source), runs_directory() / source):
-        if (run / "model" / "config.json").is_file():
-            return str(run / "model")
-        if (run / "events.jsonl").is_file():
-            raise UserError(f"run {run} has no model yet; finish it with --resume")
-    locate_model(source)
-    return source
-
-
-def read_dtype(source: str) -> Literal["fp32", "bf16", "fp16"]:
-    """The number format that a model directory is stored in; fp32 where it does not say."""
-    path = Path(source) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    stored = values.get("dtype", values.get("torch_dtype"))
-    names: dict[str, Literal["fp32", "bf16", "fp16"]] = {"bfloat16": "bf16", "float16": "fp16"}
-    return names.get(stored, "fp32") if isinstance(stored, str) else "fp32"
-
-
-def export_packed(source: str, directory: Path, dtype: Literal["", "fp32", "bf16", "fp16"], console: Console) -> None:
+def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], console: Console) -> None:
     """Pack a model. Raises UserError."""
     from tools.packed import describe_packed, is_packed, save_packed
 

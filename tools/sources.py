@@ -1,18 +1,21 @@
 """Where a model comes from: a hub id, a directory, a .gguf file, or one inside an installed package."""
 
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tools.errors import UserError
+from tools.rundir import runs_directory
 from tools.settings import WorkbenchSettings
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Names of the config's number formats in torch."""
 
 PACKED_FILE = "packed.safetensors"
@@ -59,6 +62,29 @@ def _locate_in_package(name: str) -> ModelPlace:
     if len(files) != 1:
         raise UserError(f"package {name!r} holds {len(files)} .gguf files, but exactly one is needed")
     return ModelPlace(str(files[0].parent), files[0].name)
+
+
+def find_model(source: str) -> str:
+    """Where a run's model is, or the source itself where it is no run. Raises UserError for a run without a model."""
+    for run in (Path(source), runs_directory() / source):
+        if (run / "model" / "config.json").is_file():
+            return str(run / "model")
+        if (run / "events.jsonl").is_file():
+            raise UserError(f"run {run} has no model yet; finish it with --resume")
+    locate_model(source)
+    return source
+
+
+def read_dtype(source: str) -> Dtype:
+    """The number format that a model directory is stored in; fp32 where it does not say."""
+    path = Path(source) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    stored = values.get("dtype", values.get("torch_dtype"))
+    names: dict[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16"}
+    return names.get(str(stored), "fp32")
 
 
 def check_device(device: str) -> None:
