@@ -33,18 +33,15 @@ from kernels.packed import (
 from tools.errors import DamagedArtifact, UserError
 from tools.files import write_directory
 from tools.layers import Layer, find_layers
-from tools.sources import DTYPES
-from tools.sources import PACKED_FILE as FILE
+from tools.sources import DTYPES, PACKED_FILE
 
 KEY = "billhook"
 """Of the JSON in the file's metadata."""
-VERSION = 1
 
 LEAST_SPARSITY = 0.25
 """Share of zeros from which a layer is packed: with fewer, the dense product is about as fast."""
 
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
-Size = Field(ge=1)
 
 
 class _Record(BaseModel):
@@ -73,7 +70,7 @@ class Contents(_Record):
     """The JSON in the file's metadata."""
 
     format: Literal["billhook-packed"] = "billhook-packed"
-    version: int = VERSION
+    version: Literal[1] = 1
     dtype: Literal["bf16", "fp16", "fp32"] = Field(description="Of the packed values.")
     config_sha256: str = Sha256
     layers: dict[str, LayerRecord]
@@ -144,7 +141,7 @@ def save_packed(model: Any, tokenizer: Any, directory: Path, card: Callable[[Con
             model.generation_config.save_pretrained(aside)
         (aside / "README.md").write_text(card(contents), encoding="utf-8")
         contents.config_sha256 = hashlib.sha256((aside / "config.json").read_bytes()).hexdigest()
-        save_file(tensors | others, aside / FILE, {KEY: contents.model_dump_json()})
+        save_file(tensors | others, aside / PACKED_FILE, {KEY: contents.model_dump_json()})
 
     write_directory(directory, write)
     return contents
@@ -186,7 +183,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def is_packed(directory: Path | str) -> bool:
     """Whether a directory holds a packed model."""
-    return (Path(directory) / FILE).is_file()
+    return (Path(directory) / PACKED_FILE).is_file()
 
 
 def read_contents(directory: Path | str) -> Contents:
@@ -198,9 +195,9 @@ def read_contents(directory: Path | str) -> Contents:
 @contextmanager
 def _open(directory: Path) -> Iterator[tuple[Any, Contents]]:
     """The file, which holds the tensors that its JSON names and no others."""
-    path = directory / FILE
+    path = directory / PACKED_FILE
     if not path.is_file():
-        raise UserError(f"{directory} holds no packed model ({FILE}); make one with python -m tools.export")
+        raise UserError(f"{directory} holds no packed model ({PACKED_FILE}); make one with python -m tools.export")
     with _blame(path), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         names = set(file.keys())
@@ -235,8 +232,8 @@ def _refuse_version(path: Path, text: str) -> None:
     """A later version may say anything else than this one."""
     values = json.loads(text) if text else {}
     version = values.get("version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version > VERSION:
-        raise UserError(f"packed model {path} has version {version} of the format; this Billhook reads {VERSION}")
+    if isinstance(version, int) and version > 1:
+        raise UserError(f"packed model {path} has version {version} of the format; this Billhook reads 1")
 
 
 def load_packed(
@@ -252,8 +249,6 @@ def load_packed(
     with _open(directory) as (file, contents):
         dtype = getattr(torch, DTYPES[contents.dtype])
         reason = _explain_dense(dtype, device)
-        if reason:
-            warn(f"{directory} is unpacked, and runs as a dense model does: {reason}")
         model = _build_skeleton(directory, contents, dtype)
         layers = {layer.name: layer for layer in find_layers(model)}
         for name, record in contents.layers.items():
@@ -269,6 +264,8 @@ def load_packed(
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_meta:
                 raise ValueError(f"the tensor {name} is missing")
+    if reason:
+        warn(f"{directory} is unpacked, and runs as a dense model does: {reason}")
     return model.to(device).eval().requires_grad_(False)
 
 

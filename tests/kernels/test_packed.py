@@ -1,0 +1,179 @@
+"""Packed weights come back bit for bit, wrong ones are refused, and products are those of the dense weight."""
+
+import re
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from kernels import native, packed
+from kernels.native import explain_absence
+from kernels.packed import (
+    BITS,
+    MOST_PACKED_ROWS,
+    PADDING,
+    PackedLinear,
+    check_packed,
+    choose_kernel,
+    explain_torch,
+    multiply_packed,
+    pack_rows,
+    unpack_by_torch,
+    unpack_rows,
+)
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+native_only = pytest.mark.skipif(bool(explain_absence(BF16)), reason=explain_absence(BF16))
+
+
+def make_weight(rows: int, columns: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    keep_OI = torch.rand(rows, columns, generator=generator) < 0.5
+    return torch.where(keep_OI, torch.randn(rows, columns, generator=generator), 0).to(dtype)
+
+
+@given(st.sampled_from(sorted(BITS, key=str)), st.data())
+def test_any_bits_come_back(dtype: torch.dtype, data: st.DataObject) -> None:
+    width = torch.iinfo(BITS[dtype])
+    rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 70))
+    patterns = st.integers(width.min, width.max) | st.just(0) | st.just(width.min)  # the last is -0.0
+    raw = data.draw(st.lists(patterns, min_size=rows * columns, max_size=rows * columns))
+    bits_OI = torch.tensor(raw, dtype=BITS[dtype]).reshape(rows, columns)
+    made = pack_rows(bits_OI.view(dtype))
+    checked = check_packed(made.mask_OW, made.values, (rows, columns))
+    assert made.values.numel() == int((bits_OI != 0).sum()) + PADDING
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(made[:3], checked[:3], strict=True)
+    )
+    for unpack in (unpack_rows, unpack_by_torch):
+        assert torch.equal(unpack(checked).contiguous().view(BITS[dtype]), bits_OI)
+
+
+def test_the_layout_is_the_one_described() -> None:
+    weight_OI = torch.zeros(2, 35, dtype=BF16)
+    weight_OI[0, 1], weight_OI[0, 34], weight_OI[1, 31], weight_OI[1, 0] = 1, 2, 4, 3
+    mask_OW, values, offsets_O, columns = pack_rows(weight_OI)
+    assert mask_OW.tolist() == [[0b10, 0b100], [1 - 2**31, 0]] and mask_OW.dtype == torch.int32
+    assert values.tolist() == [1, 2, 3, 4] + [0] * PADDING and values.dtype == BF16
+    assert offsets_O.tolist() == [0, 2] and offsets_O.dtype == torch.int64
+    assert columns == 35
+
+
+def test_a_transposed_view_is_packed_as_it_reads() -> None:
+    weight_OI = make_weight(40, 5).T
+    assert torch.equal(unpack_rows(pack_rows(weight_OI)), weight_OI)
+
+
+@pytest.mark.parametrize(
+    ("weight", "named"),
+    [
+        (torch.zeros(2, 2, dtype=torch.float64), r"a weight \(2, 2\) of torch.float64"),
+        (torch.zeros(4, dtype=BF16), r"a weight \(4,\) of torch.bfloat16"),
+        (torch.zeros(0, 4, dtype=BF16), r"a weight \(0, 4\) of torch.bfloat16"),
+    ],
+)
+def test_what_cannot_be_packed(weight: Tensor, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named} cannot be packed$"):
+        pack_rows(weight)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    mask_OW, values, _, _ = pack_rows(make_weight(4, 40))
+    kept = values.numel() - PADDING
+
+    def refuse(problem: str, mask: Tensor = mask_OW, values: Tensor = values, shape: tuple[int, int] = (4, 40)) -> None:
+        with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+            check_packed(mask, values, shape)
+
+    refuse("a weight of shape (0, 40) has no values", shape=(0, 40))
+    refuse("a weight of shape (4, -40) has no values", shape=(4, -40))
+    needs = "torch.int32 (4, 2), as (4, 40) needs"
+    refuse(f"the mask is torch.int64 (4, 2) and not {needs}", mask_OW.long())
+    refuse(f"the mask is torch.int32 (2, 4) and not {needs}", mask_OW.view(2, 4))
+    refuse("the mask is torch.int32 (4, 2) and not torch.int32 (4, 3), as (4, 65) needs", shape=(4, 65))
+    refuse("the mask has bits behind its last column", shape=(4, 33))
+    refuse("the values are torch.float64 of 1 dimensions, which cannot be", values=values.double())
+    refuse("the values are torch.bfloat16 of 2 dimensions, which cannot be", values=values[None])
+    for less in (1, PADDING, values.numel()):
+        count = values.numel() - less
+        refuse(f"{count} values for {kept} set bits and {PADDING} of padding", values=values[:count])
+    more = torch.cat([torch.full((4, 1), -1, dtype=torch.int32), mask_OW[:, 1:]], 1)
+    counted = 4 * 32 + sum(int(word).bit_count() for word in mask_OW[:, 1])
+    refuse(f"{values.numel()} values for {counted} set bits and {PADDING} of padding", more)
+    spoilt = values.clone()
+    spoilt[-1] = -0.0
+    refuse("the padding behind the values is not zero", values=spoilt)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float16])
+@pytest.mark.parametrize("kernel", ["torch", "native"])
+def test_products_are_those_of_the_dense_weight(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "native" and (reason := explain_absence(dtype)):
+        pytest.skip(reason)
+    monkeypatch.setenv("BILLHOOK_KERNELS", kernel)
+    monkeypatch.setattr(packed, "CHUNK_BYTES", 4096)  # several chunks, the last one smaller
+    weight_OI, bias_O = make_weight(45, 70, dtype), torch.linspace(-1, 1, 45).to(dtype)
+    linear = PackedLinear(pack_rows(weight_OI), bias_O)
+    for batch in ((), (1,), (2, 3), (MOST_PACKED_ROWS,), (MOST_PACKED_ROWS + 1,), (5, 9), (0,)):
+        x = torch.randn(*batch, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
+        y = linear(x)
+        assert y.shape == (*batch, 45) and y.dtype == dtype
+        exact = x.double() @ weight_OI.double().T + bias_O.double()
+        bound = x.double().abs() @ weight_OI.double().abs().T + bias_O.double().abs()
+        assert bool(((y.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * bound).all())
+        plain = multiply_packed(linear.packed, x)
+        assert bool(((plain.double() - exact + bias_O.double()).abs() <= 2 * torch.finfo(dtype).eps * bound).all())
+
+
+@native_only
+def test_few_rows_are_never_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked: list[int] = []
+    unpack = native.unpack_rows
+    monkeypatch.setattr(native, "unpack_rows", lambda mask, *rest: (unpacked.append(len(mask)), unpack(mask, *rest))[1])
+    linear = PackedLinear(pack_rows(make_weight(3, 40)))
+    linear(torch.ones(MOST_PACKED_ROWS, 40, dtype=BF16))
+    assert unpacked == []
+    linear(torch.ones(MOST_PACKED_ROWS + 1, 40, dtype=BF16))
+    assert unpacked == [3]
+
+
+def test_gradients_go_through() -> None:
+    weight_OI = make_weight(6, 40, torch.float32)
+    x_BI = torch.randn(2, 40, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    PackedLinear(pack_rows(weight_OI))(x_BI).sum().backward()
+    assert x_BI.grad is not None
+    torch.testing.assert_close(x_BI.grad, weight_OI.sum(0).expand(2, -1))
+
+
+def test_inputs_of_another_dtype_are_refused_as_by_a_dense_layer() -> None:
+    with pytest.raises(RuntimeError, match="same dtype"):
+        PackedLinear(pack_rows(make_weight(6, 40)))(torch.ones(1, 40))
+
+
+def test_a_layer_tells_what_it_is() -> None:
+    weight_OI = torch.ones(2, 4, dtype=BF16)
+    weight_OI[0, :2] = 0
+    assert repr(PackedLinear(pack_rows(weight_OI))) == "PackedLinear(4, 2, 25.0% zero)"
+
+
+def test_the_kernel_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "explain_absence", lambda dtype: "" if dtype == BF16 else "there is none")
+    monkeypatch.delenv("BILLHOOK_KERNELS", raising=False)
+    assert (choose_kernel(BF16, CPU), explain_torch(BF16, CPU)) == ("native", "")
+    assert (choose_kernel(torch.float16, CPU), explain_torch(torch.float16, CPU)) == ("torch", "there is none")
+    gpu = torch.device("cuda")
+    assert (choose_kernel(BF16, gpu), explain_torch(BF16, gpu)) == ("torch", "native kernels do not run on cuda")
+    monkeypatch.setenv("BILLHOOK_KERNELS", "torch")
+    assert (choose_kernel(BF16, CPU), explain_torch(BF16, CPU)) == ("torch", "")
+    monkeypatch.setenv("BILLHOOK_KERNELS", "native")
+    assert choose_kernel(BF16, CPU) == "native"
+    with pytest.raises(ValueError, match=r"^BILLHOOK_KERNELS asks for native kernels, but there is none$"):
+        choose_kernel(torch.float16, CPU)
+    monkeypatch.setenv("BILLHOOK_KERNELS", "cuda")
+    with pytest.raises(ValueError, match=r"^BILLHOOK_KERNELS is 'cuda'; packed weights know native and torch$"):
+        choose_kernel(BF16, CPU)
