@@ -7,6 +7,7 @@ Shape suffixes: B rows of x, O output features (rows), I input features (columns
 N non-zero values.
 """
 
+import functools
 import os
 from typing import Literal, NamedTuple
 
@@ -104,8 +105,12 @@ def explain_torch(dtype: torch.dtype, device: torch.device) -> str:
     return "" if asked == "torch" else absence
 
 
+@functools.cache
 def choose_kernel(dtype: torch.dtype, device: torch.device) -> Literal["native", "torch"]:
-    """What multiplies: native code where there is any, unless BILLHOOK_KERNELS says torch. Raises ValueError."""
+    """What multiplies: native code where there is any, unless BILLHOOK_KERNELS says torch when it is first asked.
+
+    Raises ValueError.
+    """
     absence = explain_torch(dtype, device)
     return "torch" if absence or os.environ.get("BILLHOOK_KERNELS") == "torch" else "native"
 
@@ -138,8 +143,7 @@ def multiply_packed(packed: PackedWeight, x: Tensor, bias_O: Tensor | None = Non
     if choose_kernel(values.dtype, values.device) == "torch" or x.dtype != values.dtype:
         return F.linear(x, unpack_by_torch(packed), bias_O)
     if x.numel() <= MOST_PACKED_ROWS * columns and x.numel():
-        y = native.multiply_rows(mask_OW, values, offsets_O, x)
-        return (y if bias_O is None else y.add_(bias_O)).to(x.dtype)
+        return native.multiply_rows(mask_OW, values, offsets_O, x, bias_O)
     y = x.new_empty(*x.shape[:-1], len(mask_OW))
     height = max(1, CHUNK_BYTES // (mask_OW.shape[1] * WORD * values.itemsize))
     for start in range(0, len(mask_OW), height):

@@ -60,11 +60,13 @@ def make_inputs(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def assert_close(y_BO: Tensor, x_BI: Tensor, weight_OI: Tensor) -> None:
-    """Within a few roundings of fp32 of the exact sum."""
-    exact_BO = x_BI.double() @ weight_OI.double().T
+def assert_close(y_BO: Tensor, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+    """Within a few roundings of fp32, and then one to the dtype, of the exact sum."""
+    exact_BO = x_BI.double() @ weight_OI.double().T + (0 if bias_O is None else bias_O.double())
     bound_BO = x_BI.double().abs() @ weight_OI.double().abs().T
-    assert bool(((y_BO.double() - exact_BO).abs() <= 1e-6 * bound_BO).all())
+    assert y_BO.dtype == x_BI.dtype
+    rounding = torch.finfo(y_BO.dtype).eps / 2
+    assert bool(((y_BO.double() - exact_BO).abs() <= rounding * exact_BO.abs() + 1e-6 * bound_BO).all())
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -82,8 +84,12 @@ def test_nothing_beside_the_buffers_is_touched(guard: Guard, dtype: torch.dtype,
             for count in range(1, MOST_ROWS + 1):
                 x_BI = make_inputs(count, shape[1], dtype)
                 x = guard(torch.nn.functional.pad(x_BI, (0, wide - shape[1])), side)
-                y_BO = guard(torch.full((count, rows), torch.nan), side)
-                kernels.multiply[count](*pointers, x.data_ptr(), y_BO.data_ptr(), 0, rows, words, rows)
+                y_BO = guard(torch.full((count, rows), torch.nan, dtype=dtype), side)
+                bias_O = guard(torch.full((rows,), 0.5, dtype=dtype), side)
+                sizes = (0, rows, words, rows)
+                kernels.multiply[count](*pointers, bias_O.data_ptr(), x.data_ptr(), y_BO.data_ptr(), *sizes)
+                assert_close(y_BO, x_BI, weight_OI, bias_O)
+                kernels.multiply[count](*pointers, 0, x.data_ptr(), y_BO.data_ptr(), *sizes)
                 assert_close(y_BO, x_BI, weight_OI)
             wide_OI = guard(torch.full((rows, wide), torch.nan, dtype=dtype), side)
             kernels.unpack(*pointers, wide_OI.data_ptr(), 0, rows, words)
@@ -143,8 +149,21 @@ def test_what_is_not_finite_is_multiplied_as_in_a_dense_product() -> None:
         pytest.skip(explain_absence(torch.bfloat16))
     weight_OI = torch.tensor([[torch.inf, 0.0], [0.0, 1.0], [torch.nan, 1.0], [-0.0, 2.0]], dtype=torch.bfloat16)
     x_BI = torch.tensor([[1.0, 2.0], [0.0, 1.0], [torch.inf, 1.0]], dtype=torch.bfloat16)
-    dense_BO = x_BI.float() @ weight_OI.float().T
+    dense_BO = (x_BI.float() @ weight_OI.float().T).bfloat16()
     torch.testing.assert_close(multiply_rows(*pack_rows(weight_OI)[:3], x_BI), dense_BO, equal_nan=True, rtol=0, atol=0)
+
+
+def test_results_are_rounded_as_torch_rounds() -> None:
+    """Every rounding there is: W is 1 and x is a sum of two, so that the result in fp32 is exactly known."""
+    if explain_absence(torch.bfloat16):
+        pytest.skip(explain_absence(torch.bfloat16))
+    generator = torch.Generator().manual_seed(0)
+    high = torch.randint(-(2**15), 2**15, (4000,), generator=generator, dtype=torch.int16).view(torch.bfloat16)
+    low = high * 2.0 ** -torch.randint(8, 20, (4000,), generator=generator).float()
+    x_BI = torch.stack([high, low.bfloat16()], 1)
+    y_BO = multiply_rows(*pack_rows(torch.ones(1, 2, dtype=torch.bfloat16))[:3], x_BI)
+    expected = (x_BI[:, 0].float() + x_BI[:, 1].float()).bfloat16()
+    torch.testing.assert_close(y_BO[:, 0], expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Packed weights come back bit for bit, wrong ones are refused, and products are those of the dense weight."""
 
 import re
+from collections.abc import Iterator
 
 import hypothesis.strategies as st
 import pytest
@@ -27,6 +28,14 @@ from kernels.packed import (
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 native_only = pytest.mark.skipif(bool(explain_absence(BF16)), reason=explain_absence(BF16))
+
+
+@pytest.fixture(autouse=True)
+def forget_choice() -> Iterator[None]:
+    """The variable is read once in a process."""
+    choose_kernel.cache_clear()
+    yield
+    choose_kernel.cache_clear()
 
 
 def make_weight(rows: int, columns: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
@@ -168,12 +177,15 @@ def test_the_kernel_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (choose_kernel(torch.float16, CPU), explain_torch(torch.float16, CPU)) == ("torch", "there is none")
     gpu = torch.device("cuda")
     assert (choose_kernel(BF16, gpu), explain_torch(BF16, gpu)) == ("torch", "native kernels do not run on cuda")
+    choose_kernel.cache_clear()
     monkeypatch.setenv("BILLHOOK_KERNELS", "torch")
     assert (choose_kernel(BF16, CPU), explain_torch(BF16, CPU)) == ("torch", "")
+    choose_kernel.cache_clear()
     monkeypatch.setenv("BILLHOOK_KERNELS", "native")
     assert choose_kernel(BF16, CPU) == "native"
     with pytest.raises(ValueError, match=r"^BILLHOOK_KERNELS asks for native kernels, but there is none$"):
         choose_kernel(torch.float16, CPU)
+    choose_kernel.cache_clear()
     monkeypatch.setenv("BILLHOOK_KERNELS", "cuda")
     with pytest.raises(ValueError, match=r"^BILLHOOK_KERNELS is 'cuda'; packed weights know native and torch$"):
         choose_kernel(BF16, CPU)
