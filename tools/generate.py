@@ -207,6 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
         dtype = options.dtype
         if dtype is None and is_packed(place := find_model(options.model)):
             dtype = read_contents(place).dtype  # the other shall have the same
+        for source in sources:
+            find_model(source)  # before a text is written that another was to stand beside
         done = []
         for source in sources:
             done.append(let_say(source, options.prompt, options.tokens, dtype, options.device, console))

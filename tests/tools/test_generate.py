@@ -1,12 +1,16 @@
 """Greedy continuations, on tiny models of five architectures."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.native import explain_absence
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer
-from tools import generate
-from tools.generate import PROMPTS, continue_prompts, decode
+from tools import export, generate
+from tools.generate import PROMPTS, Continuation, compare_continuations, continue_prompts, decode
+from tools.layers import find_layers
 
 IDS_BT = torch.randint(1, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
 
@@ -62,3 +66,67 @@ def test_control_characters_go_and_line_ends_stay(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(generate, "decode", say)
     assert continue_prompts(make_tiny_model("llama"), tokenizer, ["colours"]) == ["red\n blue"]
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def save_pair(directory: Path) -> tuple[Path, Path]:
+    """(a plain directory, the same model packed), bf16, half of the layers' weights zero."""
+    model = make_tiny_model("llama")
+    for layer in find_layers(model):
+        layer.write(torch.where(layer.weight_OI.abs() > 0.2, layer.weight_OI, 0))
+    model.bfloat16().save_pretrained(directory / "plain")
+    make_tiny_tokenizer().save_pretrained(directory / "plain")
+    assert export.main([str(directory / "plain"), "--packed", str(directory / "packed")]) == 0
+    return directory / "plain", directory / "packed"
+
+
+def test_two_models_go_on_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if explain_absence(torch.bfloat16):
+        pytest.skip(explain_absence(torch.bfloat16))
+    plain, packed = save_pair(tmp_path)
+    capsys.readouterr()
+    arguments = [str(packed), "--compare", str(plain), "--prompt", "import this", "--tokens", "7", "--device", "cpu"]
+    assert generate.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("---")]
+    assert [lines[i] for i in heads] == [f"--- {packed}, bf16, packed", f"--- {plain}, bf16"]
+    texts = ["\n".join(lines[heads[0] + 1 : heads[1]]), "\n".join(lines[heads[1] + 1 :])]
+    assert texts[0].startswith("import this") and texts[1].startswith(texts[0])
+    assert "the same 7 tokens" in lines and lines[-1].endswith(" of the bytes")
+    rows = {cells[1].strip(): cells[2:4] for line in lines if len(cells := line.split("│")) == 5}
+    assert [cell.strip() for cell in rows["tokens"]] == ["7", "7"]
+    assert [bool(cell.strip()) for cell in rows["of these packed, MB"]] == [True, False]
+
+
+def test_where_two_texts_part() -> None:
+    def say(tokens: list[int], seconds: float, size: int) -> Continuation:
+        return Continuation("a", tokens, seconds, 0, 0, size)
+
+    long, short = say([1, 2, 3, 4, 5], 2.0, 100), say([1, 2, 9], 2.0, 80)
+    assert (long.rate, short.rate, say([1], 0.0, 1).rate) == (2.0, 1.0, None)
+    assert compare_continuations(short, long) == [
+        "the same tokens up to number 2 of 5",
+        "0.50 times as many tokens a second",
+        "0.800 of the bytes",
+    ]
+    assert compare_continuations(say([1], 0.0, 50), say([1], 0.0, 100)) == ["the same 1 tokens", "0.500 of the bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--tokens", "0"], "--tokens must be at least 1"),
+        (["--tokens", "x"], "argument --tokens: invalid int value: 'x'"),
+        (["--tokens", "255"], "3 tokens of prompt and 255 more do not fit into 256 positions"),
+        (["--prompt", ""], "the prompt has no tokens; give some text"),
+        (["--compare", "./nowhere"], "model './nowhere' is neither a directory"),
+    ],
+)
+def test_bad_input_is_told(
+    flags: list[str], problem: str, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = [] if "--prompt" in flags else ["--prompt", "aaa"]
+    assert generate.main([str(tiny_llama), *prompt, *flags]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {problem}")
