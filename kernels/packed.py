@@ -25,13 +25,13 @@ PADDING = 32
 MOST_PACKED_ROWS = 16
 """Rows of x up to which the native product is used; with more, to unpack the weight is faster.
 
-Milliseconds, packed / unpacked first / dense, 4096 x 4096, half zeros, bf16, one thread: 1 row 2.2 / 11 / 3.4, 8 rows
-3.2 / 11 / 3.4, 12 rows 10.4 / 12.8 / 6.3, 16 rows 12.2 / 12.2 / 6.5, 24 rows 18.5 / 12.6 / 6.5, 512 rows - / 41 / 37
-(from 12 rows on measured beside other work).
+Milliseconds, packed / unpacked first / dense, 4096 x 4096, half zeros, bf16, one thread, medians beside other work:
+1 row 2.7 / 10.2 / 5.9, 4 rows 2.5 / 9.7 / 5.7, 8 rows 6.0 / 10.6 / 6.7, 12 rows 8.5 / 10.0 / 5.6,
+16 rows 10.1 / 10.4 / 5.1, 24 rows 16.3 / 14.2 / 7.3, 512 rows - / 44.6 / 36.3.
 """
 
 CHUNK_BYTES = 2**22
-"""Of an unpacked weight that native code makes at once; half as much takes a tenth longer, and more needs more room."""
+"""Of an unpacked weight that native code makes at once; with a quarter of it 512 rows take half as long again."""
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """What can be packed, and the integers of the same width."""
