@@ -20,7 +20,6 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 from torch import Tensor
-from transformers import GenerationConfig
 
 from tools.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl, search_windows
 from tools.cut import (
@@ -38,6 +37,7 @@ from tools.cut import (
 from tools.errors import UserError
 from tools.export import export_model
 from tools.files import write_json, write_text
+from tools.generate import decode
 from tools.losses import Evaluation, evaluate_windows
 from tools.options import Parser, add_flags, parse_flags, read_options, refuse
 from tools.profile import Progress
@@ -208,7 +208,8 @@ def measure_speeds(models: Sequence[Any], ids_T: Tensor, step: Progress) -> list
         step("measure speed", i, REPEATS + 1)
         for model, forward, decoding in zip(models, forwards, decodings, strict=True):
             forward.append(_time(lambda: compute_hidden(model, ids_T[None]), ids_T))  # noqa: B023
-            decoding.append(_time(lambda: decode(model, ids_T), ids_T))  # noqa: B023
+            # Without a least number a model that ends its text early would seem the faster one.
+            decoding.append(_time(lambda: decode(model, ids_T[None, :PROMPT], DECODED, DECODED), ids_T))  # noqa: B023
     step("measure speed", REPEATS + 1, REPEATS + 1)
     return [
         (statistics.median(forward[1:]), DECODED / statistics.median(decoding[1:]))
@@ -226,15 +227,6 @@ def _time(run: Callable[[], Any], ids_T: Tensor) -> float:
     if cuda:
         torch.cuda.synchronize(ids_T.device)
     return time.perf_counter() - began
-
-
-def decode(model: Any, ids_T: Tensor) -> Tensor:
-    """The first PROMPT tokens and the DECODED most likely ones after them, (1, PROMPT + DECODED)."""
-    prompt_BT = ids_T[None, :PROMPT]
-    # Without a least number a model that ends its text early would seem the faster one.
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=DECODED, min_new_tokens=DECODED, pad_token_id=0)
-    tokens_BT: Tensor = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy)
-    return tokens_BT
 
 
 def _figures(model: Any, evaluation: Evaluation, speed: tuple[float, float]) -> Figures:

@@ -157,9 +157,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         "",
         "## Load it",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model = AutoModelForCausalLM.from_pretrained("model")',
-        'tokenizer = AutoTokenizer.from_pretrained("model")',
+        *list_loading("model"),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -258,6 +256,15 @@ def describe_result(summary: Summary) -> str:
         share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
         text += f", so the degradation is {share:.2f} times uniform Wanda's"
     return text + "."
+
+
+def list_loading(directory: str) -> list[str]:
+    """Lines of Python that load the model from a directory."""
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("{directory}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{directory}")',
+    ]
 
 
 def show(value: float | None) -> str:

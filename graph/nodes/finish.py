@@ -1,18 +1,22 @@
-"""finish: the test text, once; the exported model, its card, the report and the summary."""
+"""finish: the test text, once; the exported model, its card, the reports and the summary."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.nodes.validate import accepted_trial
-from graph.session import enter, open_bench
+from graph.session import Session, enter, open_bench
 from graph.state import SAME_SPARSITY, State
 from tools.allocate import allocate
 from tools.export import export_model
 from tools.files import write_json, write_text
 from tools.recipes import Recipe
-from tools.summary import Perplexities, Summary, describe_protocol, write_card, write_report
+from tools.report import write_page
+from tools.summary import Perplexities, Sample, Summary, describe_protocol, write_card, write_report
+
+if TYPE_CHECKING:
+    from tools.workbench import Workbench
 
 
 def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -24,6 +28,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         layers = bench.read_profile(state.profile).layers
         zeros, weights = bench.count_zeros()
         achieved, masks = zeros / weights, bench.hash_masks()
+
+        dense_words = continue_with(bench, "dense", session)  # they stay in the model for the measurement below
 
         def measure(checkpoint: str, label: str) -> float | None:
             return bench.evaluate(checkpoint, "test", state.profile, session.progress, label).perplexity
@@ -38,7 +44,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             uniform_wanda=measure(bench.prune(state.profile, share, uniform, session.progress), "test, uniform Wanda"),
             pruned=measure(state.accepted, "test, pruned"),
         )
-        bench.restore(state.accepted)
+        pruned_words = continue_with(bench, state.accepted, session)
         best = accepted_trial(state)
         seconds = session.seconds
         summary = Summary(
@@ -49,6 +55,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             achieved_sparsity=achieved,
             perplexity=perplexity,
             kl=best.kl,
+            samples=pair_words(dense_words, pruned_words),
             plan=best.plan,
             iterations=state.iteration,
             rollbacks=sum(trial.verdict == "rollback" for trial in state.trials),
@@ -64,6 +71,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         trials = [trial.model_dump() for trial in ([state.dense] if state.dense else []) + state.trials]
         write_text(session.directory / "report.md", write_report(summary, trials, sparsity, state.stop))
         write_json(session.directory / "summary.json", summary.model_dump())
+        write_text(session.directory / "report.html", write_page([session.directory]))
         session.emit(
             "result",
             **summary.model_dump(),
@@ -71,3 +79,21 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             report=str(session.directory / "report.md"),
         )
     return {"current": state.accepted, "seconds": session.seconds}
+
+
+def continue_with(bench: "Workbench", checkpoint: str, session: Session) -> list[str]:
+    """What the model says after each prompt with the weights of a checkpoint, which stay in it."""
+    from tools.generate import PROMPTS, continue_prompts  # imports torch
+
+    bench.restore(checkpoint)
+    session.progress("continue prompts", 0, 1)
+    words = continue_prompts(bench.model, bench.tokenizer, PROMPTS)
+    session.progress("continue prompts", 1, 1)
+    return words
+
+
+def pair_words(dense: list[str], pruned: list[str]) -> list[Sample]:
+    """What the dense and the pruned model said, prompt by prompt."""
+    from tools.generate import PROMPTS
+
+    return [Sample(prompt=p, dense=d, pruned=q) for p, d, q in zip(PROMPTS, dense, pruned, strict=True)]

@@ -25,7 +25,7 @@ from tools.errors import UserError
 from tools.export import export_model
 from tools.layers import find_blocks, find_layers
 from tools.losses import evaluate_windows
-from tools.structure import DECODED, PROMPT, decode, main
+from tools.structure import main
 
 GROUPED = ("llama", "qwen3", "gemma3", "qwen3_moe")
 """Architectures whose heads can be cut."""
@@ -399,15 +399,6 @@ def test_the_command_writes_a_smaller_model_and_its_figures(
 
 
 SPEEDS = ("seconds_per_window", "decoded_per_second")
-
-
-def test_as_many_tokens_are_decoded_where_a_model_would_end_its_text() -> None:
-    model = make_tiny_model("llama")
-    first = decode(model, IDS[0])[0, PROMPT]
-    model.generation_config.eos_token_id = int(first)
-    tokens = decode(model, IDS[0])
-    assert tokens.shape == (1, PROMPT + DECODED)
-    assert torch.equal(tokens[0, :PROMPT], IDS[0, :PROMPT])
 
 
 def test_the_figures_are_those_of_the_written_model(tiny_llama: Path, tmp_path: Path) -> None:
