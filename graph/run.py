@@ -11,9 +11,10 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -55,6 +56,7 @@ from tools.texts import check_texts
 
 STEPS_PER_ITERATION = 7
 """profile again, plan, approve, prune, validate, accept or roll back, reflect."""
+SERVE_PORT = 8765
 TESTED_MODELS = 3
 """The dense, the pruned and the uniform Wanda model are measured on the test text."""
 
@@ -73,6 +75,8 @@ class Work:
     resumed: bool = False
     push: str = ""
     """The repository of the hub that the model goes to."""
+    listener: socket | None = None
+    """Where the live page is served."""
 
     @property
     def name(self) -> str:
@@ -126,6 +130,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="Upload the pruned model and its card to the hub when the run is finished; with --resume also that of a "
         "run that is finished already. Needs HF_TOKEN or a login. A new repository is made private.",
     )
+    parser.add_argument(
+        "--serve",
+        nargs="?",
+        type=_port,
+        const=SERVE_PORT,
+        metavar="PORT",
+        help="Show the report live in a browser on this machine while the run goes on, at "
+        f"http://127.0.0.1:PORT/ ({SERVE_PORT} when left out, 0 for any that is free).",
+    )
     parser.add_argument("--list", action="store_true", help="Show past runs as a table.")
     parser.add_argument(
         "--dry-run",
@@ -135,6 +148,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser, RunConfig)
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a number from 0 to 65535")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,12 +173,31 @@ def main(arguments: list[str] | None = None) -> int:
             return _show_needs(options, flags)
         if options.push_to_hub is not None:
             check_push(options.push_to_hub)
-        return _start(options, flags) if options.resume is None else _resume(options, flags)
+        with _listen(options.serve) as listener:
+            work = _start(options, flags) if options.resume is None else _resume(options, flags)
+            return _drive(replace(work, push=options.push_to_hub or "", listener=listener))
     except UserError as error:
         return refuse(error)
 
 
-def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+@contextmanager
+def _listen(port: int | None) -> Iterator[socket | None]:
+    """The socket of the live page; None where none is asked for. Raises UserError before any work starts."""
+    if port is None:
+        yield None
+        return
+    try:
+        from graph.serve import listen
+    except ImportError as error:
+        raise UserError(
+            "the packages for --serve are not installed; install them with: pip install -e '.[serve]'"
+        ) from error
+    with closing(listen(port)) as listener:
+        yield listener
+
+
+def _start(options: argparse.Namespace, flags: dict[str, Any]) -> Work:
+    """A new run, its directory made and locked."""
     runs_dir, replay = runs_directory(), options.replay or ""
     if replay:
         stem, config = f"{replay}-replay", _read_replayed(runs_dir, replay, options, flags)
@@ -172,7 +210,7 @@ def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     name = _free_name(runs_dir, stem) if options.name is None else options.name
     thread = str(uuid.uuid4())
     create_run(runs_dir, name, config, thread, replay)
-    return _drive(Work(runs_dir / name, config, thread, replay, push=options.push_to_hub or ""))
+    return Work(runs_dir / name, config, thread, replay)
 
 
 def _read_replayed(runs_dir: Path, replay: str, options: argparse.Namespace, flags: dict[str, Any]) -> RunConfig:
@@ -219,7 +257,8 @@ def _free_name(runs_dir: Path, stem: str) -> str:
     return next(name for name in names if not (runs_dir / name).exists())
 
 
-def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> Work:
+    """A run that was begun, its directory locked."""
     runs_dir, name = runs_directory(), options.resume
     if options.name:
         raise UserError("--resume takes the run's name itself; leave --name out")
@@ -237,7 +276,7 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     lock_run(runs_dir / name)
     if changed:
         write_config(runs_dir / name, wanted)
-    return _drive(Work(runs_dir / name, wanted, thread, replay, resumed=True, push=options.push_to_hub or ""))
+    return Work(runs_dir / name, wanted, thread, replay, resumed=True)
 
 
 def _given_path(options: argparse.Namespace) -> Path | None:
@@ -328,7 +367,13 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
     """Stream the graph into the display, with a person's answers where it asks. Raises UserError."""
     control = RunControl()
     with ExitStack() as shown:
+        if work.listener:
+            from graph.serve import address, serve
+
+            print(f"live page: {address(work.listener)}", flush=True)
         display = shown.enter_context(open_display(Console(), name=work.name, target=work.config.target_sparsity))
+        if work.listener:
+            display = shown.enter_context(serve(work.directory, work.listener, display))
 
         def stop_at_once() -> None:
             # Python would wait for the node's thread, which cannot be stopped. What it writes is written aside, and

@@ -556,7 +556,7 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
             "through models pruned for it",
         )
     if len(rows) < len(jobs):
-        print_line(console, f"not counted: {len(jobs) - len(rows)} structured rows")
+        print_line(console, "not counted: structured rows")
 
 
 # --- what is written -----------------------------------------------------------------------------------------------
