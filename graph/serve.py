@@ -34,7 +34,7 @@ from tools.report import write_page
 HOST = "127.0.0.1"
 LOOK_SECONDS = 0.25
 """How often a reader is told what changed: the run has better things to do."""
-CLOSE_SECONDS = 10
+CLOSE_SECONDS = 5
 """How long the end of the run waits for the last page to be drawn and read."""
 
 REDRAWN = {
@@ -44,8 +44,9 @@ REDRAWN = {
 """Events that the report shows."""
 
 BAR = (
-    '<p id="live" data-page="{page}" role="status" style="position: sticky; bottom: 0; margin: 0; padding: .5rem 1rem; '
-    'background: Canvas; color: CanvasText; border-top: 1px solid; font: 14px system-ui, sans-serif">{line}</p>'
+    '<output id="live" data-page="{page}" style="position: fixed; inset: auto 0 0 0; padding: .5rem 1rem; '
+    "background: var(--card, Canvas); color: var(--ink, CanvasText); border-top: 1px solid var(--rule, CanvasText); "
+    'font-size: .9rem">{line}</output>'
 )
 SCRIPT = """
 const live = () => document.getElementById("live");
@@ -215,4 +216,4 @@ def serve(directory: Path, listener: socket.socket, display: Display) -> Iterato
         board.line = "The run's process has ended; this is how it stood."
         board.closing = True
         server.should_exit = True
-        thread.join(CLOSE_SECONDS + 5)
+        thread.join(CLOSE_SECONDS + 1)
