@@ -11,7 +11,6 @@ import re
 import sys
 import threading
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -29,6 +28,8 @@ from rich.segment import Segment, SegmentLines
 from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
+
+from tools.controls import strip_controls
 
 Event = Mapping[str, Any]
 Clock = Callable[[], float]
@@ -118,18 +119,6 @@ def render_svg(events: Iterable[Event], path: Path, width: int = 110) -> None:
 
 
 # Text and figures ---------------------------------------------------------------------------------
-
-_ESCAPES = re.compile(
-    r"\x1b\][^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # window titles, links
-    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # colours, cursor
-    r"|\x1b[ -/]*[0-~]?"
-)
-
-
-def strip_controls(text: str) -> str:
-    """Take out escape sequences and every character that is not printed as itself; a tab becomes a space."""
-    text = _ESCAPES.sub("", text).replace("\t", " ")
-    return "".join(c for c in text if unicodedata.category(c)[0] != "C")
 
 
 def clean(text: object, limit: int = 300) -> str:
@@ -329,6 +318,7 @@ TELL: dict[str, Callable[[Event], str]] = {
     "fork": lambda e: f"forked from {clean(e['from'], 100)} after iteration {e['iteration']}",
     "warning": lambda e: f"warning: {clean(e['text'], 1000)}",
     "result": tell_result,
+    "pushed": lambda e: f"pushed: {clean(e['url'], 1000)}",
     "stopped": lambda e: f"stopped: {clean(e['reason'], 1000)}\nresume with: {clean(e['resume'], 1000)}",
 }
 

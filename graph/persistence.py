@@ -30,9 +30,10 @@ from graph.config import RunConfig
 from graph.state import Input, Lesson, Plan, State, Trial
 from tools.errors import UserError
 from tools.recipes import Adjustment, Recipe
+from tools.rundir import RUNS_DIR_VARIABLE as RUNS_DIR_VARIABLE
+from tools.rundir import runs_directory as runs_directory
 from tools.summary import Usage
 
-RUNS_DIR_VARIABLE = "BILLHOOK_RUNS_DIR"
 STATE_VARIABLE = "BILLHOOK_STATE"
 
 # A writer holds the file for milliseconds; a minute of waiting means a disk or a process that hangs.
@@ -64,11 +65,6 @@ class _Connection(sqlite3.Connection):
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
         return super().execute("BEGIN IMMEDIATE" if sql == "BEGIN" else sql, parameters)
-
-
-def runs_directory() -> Path:
-    """Where runs live when nothing else is said: `BILLHOOK_RUNS_DIR`, or runs/ in the present directory."""
-    return Path(os.environ.get(RUNS_DIR_VARIABLE) or "runs")
 
 
 def database(runs_dir: Path) -> Path:

@@ -44,12 +44,16 @@ from tools.texts import check_texts
 
 if TYPE_CHECKING:
     from tools.facts import Retention
+    from tools.losses import Evaluation
     from tools.profile import Progress
     from tools.workbench import Workbench
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "two-sided", "two-sided-obs", "two-sided+refit", "refit")
 ALLOCATIONS = ("uniform", "owl", "alphapruning", "evolution", "kappa")
 """What `all` means: every method with every allocation."""
+
+STRUCTURED = {"flap": ("neurons", "heads"), "depth": ("blocks",)}
+"""What goes as a whole with the method structured, by the name that stands for its allocation."""
 
 REFERENCE = "sparsegpt:uniform"
 """Degradations are shown as multiples of this recipe's."""
@@ -68,7 +72,10 @@ class CompareSettings(WorkbenchSettings):
     recipes: str = Field(
         "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
         description="Comma-separated METHOD[+refit][~clipped]:ALLOCATION[@STRENGTH], or all. Methods: "
-        f"{', '.join(METHODS)}. Allocations: {', '.join(ALLOCATIONS)}, and kappa-mask.",
+        f"{', '.join(METHODS)}. Allocations: {', '.join(ALLOCATIONS)}, and kappa-mask. Beside all: "
+        "structured[+refit]:flap, the same number of neurons (by FLAP's fluctuation) and groups of heads from every "
+        "block, and structured[+refit]:depth, whole blocks; a sparsity is then the share of the prunable weights "
+        "that is removed, and patterns have no such row.",
     )
     sparsity: str = Field("0.45", description="Comma-separated fractions and patterns, such as 0.45,0.6,2:4.")
     out: str = Field("compare", min_length=1, description="Directory of the tables, the plot and the work.")
@@ -92,7 +99,9 @@ class Row(BaseModel):
     allocation: str = Field(description="How sparsity is shared out; uniform wherever a pattern says it all.")
     sparsity: float = Field(description="The target, as a fraction.")
     pattern: str = Field(description="N:M, or empty for zeros anywhere.")
-    achieved_sparsity: float
+    achieved_sparsity: float = Field(
+        description="Share of the prunable weights that are zero; structured: that are gone, as nearly as parts allow."
+    )
     perplexity: float | None = Field(description="Null where the loss was not finite.")
     dense_perplexity: float
     kl: float | None = Field(description="KL(dense || pruned), nats per token; null where it was not finite.")
@@ -103,7 +112,9 @@ class Row(BaseModel):
         "--questions, or where one was not finite.",
     )
     fact_error: float | None = Field(None, description="Its standard error over the questions.")
-    seconds: float = Field(description="Pruning the model, once it is known how much of each layer goes.")
+    seconds: float = Field(
+        description="Pruning the model, once it is known how much of each layer goes; structured: choosing included."
+    )
     allocation_seconds: float = Field(
         description="Deciding that. A search's whole time, over interruptions; but about 0 where the curves or spectra "
         "it takes were measured before, for another row."
@@ -114,7 +125,7 @@ class Row(BaseModel):
     evaluated_tokens: int = Field(
         description="Calibration tokens run through the model to share sparsity out, whether or not other rows read "
         "the same. evolution: through pruned models. kappa: the profile's gradients, forward twice and backward, which "
-        "counts as two; and as many again for curves of the method's own."
+        "counts as two; and as many again for curves of the method's own. structured: through models cut on trial."
     )
     protocol: Protocol
 
@@ -134,13 +145,18 @@ class Job(NamedTuple):
 
     label: str
     recipe: Recipe
-    """Its allocation is uniform where the label's is evolution."""
+    """Its allocation is uniform where the label's is evolution. Of a structured job no more than `refit` counts."""
     sparsity: float
 
     @property
     def key(self) -> tuple[str, float, str]:
         """What tells rows apart."""
         return self.label, self.sparsity, self.recipe.pattern
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole parts of the model go."""
+        return self.allocation in STRUCTURED
 
     @property
     def title(self) -> str:
@@ -189,7 +205,10 @@ def list_jobs(recipes: str, sparsities: str) -> list[Job]:
     for sparsity, pattern in targets:
         for label in labels:
             job = _make_job(label, sparsity, pattern)
-            jobs.setdefault(job.key, job)
+            if not (job.structured and pattern):
+                jobs.setdefault(job.key, job)
+    if not jobs:
+        raise UserError("patterns are not for structured recipes; try --sparsity 0.2")
     return list(jobs.values())
 
 
@@ -213,6 +232,8 @@ def _parse_sparsity(text: str) -> tuple[float, str]:
 
 def _make_job(label: str, sparsity: float, pattern: str) -> Job:
     method, _, allocation = label.partition(":")
+    if method.partition("+")[0] == "structured":
+        return _make_structured_job(label, sparsity)
     evolves = allocation == "evolution"
     try:
         recipe = parse_recipe(f"{method}:uniform" if evolves else label)
@@ -222,6 +243,14 @@ def _make_job(label: str, sparsity: float, pattern: str) -> Job:
         recipe = recipe.model_copy(update={"pattern": pattern, "allocation": "uniform", "strength": 1.0})
         return Job(recipe.label, recipe, sparsity)
     return Job(f"{recipe.mask_label}:evolution" if evolves else recipe.label, recipe, sparsity)
+
+
+def _make_structured_job(label: str, sparsity: float) -> Job:
+    method, _, allocation = label.partition(":")
+    if method not in ("structured", "structured+refit") or allocation not in STRUCTURED:
+        known = ", ".join(f"structured[+refit]:{name}" for name in STRUCTURED)
+        raise UserError(f"recipe {label!r} is none of {known}")
+    return Job(label, Recipe(method="magnitude", refit=method.endswith("+refit")), sparsity)
 
 
 def _name_target(sparsity: float, pattern: str) -> str:
@@ -281,14 +310,15 @@ def _make_rows(
     ):
         if known is None:
             begin("dense model", 0)
-            masks_only = not any(job.recipe.changes_survivors for job in jobs)
+            masks_only = not any(job.recipe.changes_survivors for job in jobs if not job.structured)
             known = _profile(bench, settings, progress, masks_only)
             _write(directory, known)
             print_line(console, _describe_dense(known))
         for i, job in enumerate(jobs):
             begin(job.title, total - len(jobs) + i)
+            make = _make_structured_row if job.structured else _make_row
             try:
-                row = _make_row(job, bench, known, settings, progress)
+                row = make(job, bench, known, settings, progress)
             except ImpossiblePlan as error:
                 impossible.append(f"{job.title}: {error}")
                 warn(impossible[-1])
@@ -331,24 +361,75 @@ def _make_row(job: Job, bench: "Workbench", known: Comparison, settings: Compare
     zeros, weights = bench.count_zeros()
     evaluation = bench.evaluate(checkpoint, "validation", known.profile, progress)
     facts = _ask_questions(checkpoint, bench, progress) if settings.questions else None
+    return _fill_row(
+        job,
+        bench,
+        known,
+        settings,
+        evaluation,
+        fact_retention=facts.share if facts else None,
+        fact_error=facts.error if facts else None,
+        achieved_sparsity=zeros / weights,
+        seconds=round(seconds, 1),
+        allocation_seconds=round(allocation_seconds, 1),
+        evaluated_tokens=tokens,
+    )
+
+
+def _fill_row(
+    job: Job,
+    bench: "Workbench",
+    known: Comparison,
+    settings: CompareSettings,
+    evaluation: "Evaluation",
+    **figures: Any,
+) -> Row:
     return Row(
         recipe=job.label,
-        method=job.recipe.mask_label,
+        method=job.label.partition(":")[0],
         allocation=job.allocation,
         sparsity=job.sparsity,
         pattern=job.recipe.pattern,
-        achieved_sparsity=zeros / weights,
         perplexity=evaluation.perplexity,
         dense_perplexity=known.dense_perplexity,
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error,
-        fact_retention=facts.share if facts else None,
-        fact_error=facts.error if facts else None,
-        seconds=round(seconds, 1),
-        allocation_seconds=round(allocation_seconds, 1),
         peak_memory_bytes=bench.peak_memory_bytes(),
-        evaluated_tokens=tokens,
         protocol=describe_protocol(settings, "validation"),
+        **figures,
+    )
+
+
+def _make_structured_row(
+    job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress"
+) -> Row:
+    """Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
+    from tools.choose import check_cut  # imports torch
+    from tools.cut import build_cut, count_weights, without_fits
+    from tools.structure import choose_cut
+    from tools.workbench import DENSE
+
+    bench.restore(DENSE)
+    calibration = bench.windows.calibration.to(bench.device)
+    began = time.monotonic()
+    try:
+        kinds = STRUCTURED[job.allocation]
+        choice = choose_cut(bench.model, kinds, job.sparsity, calibration, progress, refit=job.recipe.refit)
+        model = build_cut(bench.model, choice.cut)
+        seconds = time.monotonic() - began
+        check_cut(bench.model, choice.cut, build_cut(bench.model, without_fits(choice.cut)), calibration[0])
+    except UserError as error:
+        raise ImpossiblePlan(str(error)) from error
+    return _fill_row(
+        job,
+        bench,
+        known,
+        settings,
+        bench.evaluate_other(model, known.profile, progress),
+        achieved_sparsity=1 - count_weights(model) / count_weights(bench.model),
+        seconds=round(seconds, 1),
+        allocation_seconds=0.0,
+        evaluated_tokens=choice.tokens,
     )
 
 
@@ -455,8 +536,9 @@ def _describe_dense(known: Comparison) -> str:
 
 def _describe_row(job: Job, row: Row) -> str:
     kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
+    went = "removed" if job.structured else "zeros"
     return (
-        f"{job.title}: {row.achieved_sparsity:.2%} zeros, perplexity {show(row.perplexity)}, KL {kl}, "
+        f"{job.title}: {row.achieved_sparsity:.2%} {went}, perplexity {show(row.perplexity)}, KL {kl}, "
         f"allocated in {row.allocation_seconds:.1f} s, pruned in {row.seconds:.1f} s"
     )
 
@@ -478,10 +560,11 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
 
     jobs = list_jobs(settings.recipes, settings.sparsity)
     check_texts(settings)
-    found = estimate(settings, target=max(job.sparsity for job in jobs), rounds=len(jobs))
+    rows = [job for job in jobs if not job.structured]
+    found = estimate(settings, target=max(job.sparsity for job in jobs), rounds=len(rows))
     for work in found.work:
         if work.name == ASKED_FOR:
-            work.times = len({job.recipe.mask_label for job in jobs if job.recipe.needs_curves})
+            work.times = len({job.recipe.mask_label for job in rows if job.recipe.needs_curves})
     print_estimate(found, console)
     if searches := sum(job.allocation == "evolution" for job in jobs):
         print_line(
@@ -489,6 +572,8 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
             f"not counted: {searches} evolutionary searches, each of up to {settings.evolution_tokens:,} tokens "
             "through models pruned for it",
         )
+    if len(rows) < len(jobs):
+        print_line(console, "not counted: structured rows")
 
 
 # --- what is written -----------------------------------------------------------------------------------------------
@@ -564,6 +649,7 @@ _EXPLAIN_FACTS = (
 def describe(known: Comparison) -> str:
     """`compare.md`."""
     settings = known.settings
+    structured = any(row.allocation in STRUCTURED for row in known.rows)
     lines = [
         f"# {escape(settings['model'])}: recipes compared",
         "",
@@ -577,7 +663,8 @@ def describe(known: Comparison) -> str:
         "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "
         "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
         "the seconds of curves that several rows share stand in the first of them."
-        + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else ""),
+        + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else "")
+        + (" Structured: the sparsity is the share of the prunable weights removed." if structured else ""),
         "",
         "![Perplexity over sparsity](compare.svg)",
         "",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -100,8 +100,8 @@ def as_csv(model: type[BaseModel], rows: Sequence[BaseModel], exclude: Sequence[
     return file.getvalue()
 
 
-def save_figure(figure: "Figure", kind: str, path: Path) -> None:
-    """Write a figure as png or svg: the same rows give the same file."""
+def save_figure(figure: "Figure", kind: str, path: Path | IO[bytes]) -> None:
+    """Write a figure as png or svg, to a path or into an open file: the same rows give the same file."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "billhook"}):

@@ -13,7 +13,14 @@ from tools.errors import UserError
 from tools.files import explain_full_disk
 from tools.secrets import redact
 
+RUNS_DIR_VARIABLE = "BILLHOOK_RUNS_DIR"
+
 _locks: dict[Path, FileLock] = {}
+
+
+def runs_directory() -> Path:
+    """Where runs live when nothing else is said: `BILLHOOK_RUNS_DIR`, or runs/ in the present directory."""
+    return Path(os.environ.get(RUNS_DIR_VARIABLE) or "runs")
 
 
 def lock_run(directory: Path) -> None:
@@ -53,15 +60,15 @@ def append_event(directory: Path, event: dict[str, Any]) -> None:
         file.write(f"{redact(line)}\n".encode())
 
 
-def scan_events(directory: Path, type_: str) -> list[tuple[int, dict[str, Any]]]:
-    """(number of the line from 0, event) of every event of a type, without lines that a kill cut short.
+def scan_events(directory: Path, *types: str) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the line from 0, event) of every event of these types, without lines that a kill cut short.
 
     Reads no more of a line than it must: prompts and replies are very long.
     """
-    found, mark = [], f'"type": "{type_}"'
+    found, marks = [], [f'"type": "{type_}"' for type_ in types]
     with suppress(FileNotFoundError), (directory / "events.jsonl").open(encoding="utf-8") as lines:
         for number, line in enumerate(lines):
-            if mark in line[:100]:
+            if any(mark in line[:100] for mark in marks):
                 with suppress(ValueError):
                     found.append((number, json.loads(line)))
     return found

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
@@ -20,9 +20,8 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 from torch import Tensor
-from transformers import GenerationConfig
 
-from tools.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl
+from tools.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl, search_windows
 from tools.cut import (
     STEP,
     Counts,
@@ -38,6 +37,7 @@ from tools.cut import (
 from tools.errors import UserError
 from tools.export import export_model
 from tools.files import write_json, write_text
+from tools.generate import decode
 from tools.losses import Evaluation, evaluate_windows
 from tools.options import Parser, add_flags, parse_flags, read_options, refuse
 from tools.profile import Progress
@@ -115,7 +115,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     windows = cut_windows(settings, tokenizer)
     calibration, validation = windows.calibration.to(dense.device), windows.validation.to(dense.device)
     check_readout(dense, calibration[0])
-    cut, constraint = _choose(dense, kinds, settings.remove, calibration, step)
+    cut, constraint, _ = choose_cut(dense, kinds, settings.remove, calibration, step)
 
     dense_losses, hidden = evaluate_windows(dense, validation, None, "dense", step)
     plain = build_cut(dense, without_fits(cut))
@@ -147,25 +147,44 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     return result
 
 
-def _choose(model: Any, kinds: tuple[str, ...], remove: float, windows_BT: Tensor, step: Progress) -> tuple[Cut, str]:
-    """(what goes, and in words what held it to that)."""
+class Choice(NamedTuple):
+    """What goes of a model."""
+
+    cut: Cut
+    constraint: str
+    """What held it to that, in words."""
+    tokens: int
+    """Calibration tokens put through cut models to choose."""
+
+
+def choose_cut(
+    model: Any, kinds: tuple[str, ...], remove: float, windows_BT: Tensor, step: Progress, *, refit: bool = True
+) -> Choice:
+    """The cut of these kinds of parts that takes `remove` of the weights of the blocks' linear layers away.
+
+    Without `refit` what stays has its dense weights. Raises UserError where there is no such cut.
+    """
     candidates = list_counts(model, kinds, remove)
     for counts in candidates:
         check_buildable(model, counts)
     if "blocks" in kinds:
-        order = choose_blocks(model, candidates[0].blocks, windows_BT, step)
-        fits = fold_blocks(model, order, windows_BT, step)
+        order, tokens = choose_blocks(model, candidates[0].blocks, windows_BT, step)
+        fits = fold_blocks(model, order, windows_BT, step) if refit else []
         words = f"whole blocks, in this order, each the one without which KL was lowest: {', '.join(map(str, order))}"
-        words += "" if fits else "; nothing was refitted, as no MLP before them adds to what the blocks pass on"
-        return Cut(candidates[0], fits, tuple(sorted(order))), words
-    cuts = choose_channels(model, candidates, windows_BT, step)
-    costs = [measure_kl(model, build_cut(model, cut), windows_BT) for cut in cuts] if len(cuts) > 1 else [0.0]
+        words += (
+            "" if fits or not refit else "; nothing was refitted, as no MLP before them adds to what the blocks pass on"
+        )
+        return Choice(Cut(candidates[0], fits, tuple(sorted(order))), words, tokens)
+    cuts = choose_channels(model, candidates, windows_BT, step, refit=refit)
+    words = _describe_counts(model, kinds, candidates[0])
+    if len(cuts) == 1:
+        return Choice(cuts[0], words, 0)
+    costs = [measure_kl(model, build_cut(model, cut), windows_BT) for cut in cuts]
     best = costs.index(min(costs))
+    compared = ", ".join(f"{c.heads} ({cost:.3f})" for c, cost in zip(candidates, costs, strict=True))
     words = _describe_counts(model, kinds, candidates[best])
-    if len(cuts) > 1:
-        compared = ", ".join(f"{c.heads} ({cost:.3f})" for c, cost in zip(candidates, costs, strict=True))
-        words += f"; the number of groups that cost the least KL on calibration text, of {compared}"
-    return cuts[best], words
+    words += f"; the number of groups that cost the least KL on calibration text, of {compared}"
+    return Choice(cuts[best], words, len(cuts) * search_windows(windows_BT).numel())
 
 
 def _describe_counts(model: Any, kinds: tuple[str, ...], counts: Counts) -> str:
@@ -189,7 +208,8 @@ def measure_speeds(models: Sequence[Any], ids_T: Tensor, step: Progress) -> list
         step("measure speed", i, REPEATS + 1)
         for model, forward, decoding in zip(models, forwards, decodings, strict=True):
             forward.append(_time(lambda: compute_hidden(model, ids_T[None]), ids_T))  # noqa: B023
-            decoding.append(_time(lambda: decode(model, ids_T), ids_T))  # noqa: B023
+            # Without a least number a model that ends its text early would seem the faster one.
+            decoding.append(_time(lambda: decode(model, ids_T[None, :PROMPT], DECODED, DECODED), ids_T))  # noqa: B023
     step("measure speed", REPEATS + 1, REPEATS + 1)
     return [
         (statistics.median(forward[1:]), DECODED / statistics.median(decoding[1:]))
@@ -207,15 +227,6 @@ def _time(run: Callable[[], Any], ids_T: Tensor) -> float:
     if cuda:
         torch.cuda.synchronize(ids_T.device)
     return time.perf_counter() - began
-
-
-def decode(model: Any, ids_T: Tensor) -> Tensor:
-    """The first PROMPT tokens and the DECODED most likely ones after them, (1, PROMPT + DECODED)."""
-    prompt_BT = ids_T[None, :PROMPT]
-    # Without a least number a model that ends its text early would seem the faster one.
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=DECODED, min_new_tokens=DECODED, pad_token_id=0)
-    tokens_BT: Tensor = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy)
-    return tokens_BT
 
 
 def _figures(model: Any, evaluation: Evaluation, speed: tuple[float, float]) -> Figures:

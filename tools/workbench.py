@@ -493,6 +493,12 @@ class Workbench:
         write_json(path, recall.model_dump())
         return recall
 
+    def evaluate_other(self, model: Any, profile: str, progress: Progress) -> Evaluation:
+        """Losses on the validation text of another model of the same tokens, such as one cut from the dense one."""
+        windows = self.windows.validation.to(self.device)
+        hidden = self.store.read_tensors(self.read_profile(profile).hidden)["hidden"]
+        return evaluate_windows(model, windows, hidden, "validation", progress)[0]
+
     def probe(
         self,
         profile: str,

@@ -1,4 +1,4 @@
-"""finish: the test text, once; the exported model, its card, the report and the summary."""
+"""finish: the test text, once; the exported model, its card, the reports and the summary."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from tools.export import export_model
 from tools.facts import Recall, compare_recall
 from tools.files import write_json, write_text
 from tools.recipes import Recipe
-from tools.summary import Knowledge, Perplexities, Summary, describe_protocol, write_card, write_report
+from tools.report import write_page
+from tools.summary import Knowledge, Perplexities, Sample, Summary, describe_protocol, write_card, write_report
 
 if TYPE_CHECKING:
     from tools.workbench import Workbench
@@ -29,6 +30,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         layers = bench.read_profile(state.profile).layers
         zeros, weights = bench.count_zeros()
         achieved, masks = zeros / weights, bench.hash_masks()
+
+        dense_words = continue_with(bench, "dense", session)  # they stay in the model for the measurement below
 
         def measure(checkpoint: str, label: str) -> float | None:
             return bench.evaluate(checkpoint, "test", state.profile, session.progress, label).perplexity
@@ -47,7 +50,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         knowledge = measure_knowledge(bench, state, session, uniform_checkpoint) if config.questions else None
         checkpoints = {"dense": "dense", "pruned": state.accepted}
         benchmarks = measure_checkpoints(bench, config, checkpoints, session.progress)
-        bench.restore(state.accepted)
+        pruned_words = continue_with(bench, state.accepted, session)
         best = accepted_trial(state)
         seconds = session.seconds
         summary = Summary(
@@ -59,6 +62,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             perplexity=perplexity,
             kl=best.kl,
             benchmarks=benchmarks,
+            samples=pair_words(dense_words, pruned_words),
             plan=best.plan,
             knowledge=knowledge,
             iterations=state.iteration,
@@ -70,11 +74,12 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             mask_sha256=masks,
             protocol=describe_protocol(config),
         )
-        export_model(bench.model, bench.tokenizer, session.directory / "model", write_card(summary))
+        export_model(bench.model, bench.tokenizer, session.directory / "model", write_card(summary, config))
         sparsity = dict(zip(bench.by_name, bench.sparsities(), strict=True))
         trials = [trial.model_dump() for trial in ([state.dense] if state.dense else []) + state.trials]
         write_text(session.directory / "report.md", write_report(summary, trials, sparsity, state.stop))
         write_json(session.directory / "summary.json", summary.model_dump())
+        write_text(session.directory / "report.html", write_page([session.directory]))
         session.emit(
             "result",
             **summary.model_dump(),
@@ -101,3 +106,21 @@ def measure_knowledge(bench: "Workbench", state: State, session: Session, unifor
         retention=left.share if left else None,
         retention_error=left.error if left else None,
     )
+
+
+def continue_with(bench: "Workbench", checkpoint: str, session: Session) -> list[str]:
+    """What the model says after each prompt with the weights of a checkpoint, which stay in it."""
+    from tools.generate import PROMPTS, continue_prompts  # imports torch
+
+    bench.restore(checkpoint)
+    session.progress("continue prompts", 0, 1)
+    words = continue_prompts(bench.model, bench.tokenizer, PROMPTS)
+    session.progress("continue prompts", 1, 1)
+    return words
+
+
+def pair_words(dense: list[str], pruned: list[str]) -> list[Sample]:
+    """What the dense and the pruned model said, prompt by prompt."""
+    from tools.generate import PROMPTS
+
+    return [Sample(prompt=p, dense=d, pruned=q) for p, d, q in zip(PROMPTS, dense, pruned, strict=True)]

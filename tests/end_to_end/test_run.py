@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from markupsafe import escape
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
@@ -25,6 +26,8 @@ from tests.end_to_end.helpers import (
     same_bits,
 )
 from tests.tiny import ARCHITECTURES, save_tiny_model
+from tools.generate import PROMPTS
+from tools.report import write_page
 from tools.texts import cut_windows
 
 KINDS = [*((architecture, "fp32") for architecture in ARCHITECTURES), ("llama", "bf16"), ("llama", "fp16")]
@@ -44,7 +47,8 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     summary = read_summary(finished)
     assert list(summary) == [
-        *("run", "model", "status", "target_sparsity", "achieved_sparsity", "perplexity", "kl", "plan"),
+        *("run", "model", "status", "target_sparsity", "achieved_sparsity", "perplexity", "kl"),
+        *("knowledge", "benchmarks", "samples", "plan"),
         *("iterations", "rollbacks", "evaluated_tokens", "agents", "seconds", "peak_memory_bytes", "mask_sha256"),
         "protocol",
     ]
@@ -58,7 +62,15 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     assert summary["iterations"] == len(trials)
     assert summary["evaluated_tokens"] == len(trials) * read_run_config(finished).validation_tokens
     assert summary["plan"] in [trial["plan"] for trial in trials if trial["verdict"] == "accept"]
+    assert [list(sample) for sample in summary["samples"]] == [["prompt", "dense", "pruned"]] * len(PROMPTS)
     assert summary["rollbacks"] == sum(trial["verdict"] == "rollback" for trial in trials)
+
+
+def test_the_page_is_what_the_command_makes_again(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert write_page([finished]) == page
+    unmarked = page.replace("<mark>", "").replace("</mark>", "")
+    assert all(escape(sample["pruned"]) in unmarked for sample in read_summary(finished)["samples"])
 
 
 def test_the_sparsity_is_what_the_file_holds(finished: Path) -> None:

@@ -1,0 +1,457 @@
+"""A run on one page that anyone can open: `python -m tools.report RUN [RUN …] [--out FILE]`
+
+RUN is a run's directory or its name under runs/. One run's page is written beside its figures, as report.html; several
+stand side by side in --out. A run that is not finished has a page too.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import yaml
+from markupsafe import Markup
+
+from tools.controls import strip_controls
+from tools.curves import predict_layer_kl
+from tools.errors import UserError
+from tools.figures import Cell, Mark, Prediction, draw_iterations, draw_map, draw_predictions
+from tools.files import write_text
+from tools.options import Parser
+from tools.record import Layers, Record, Round, Trial, read_run
+from tools.rows import carry_out
+from tools.rundir import runs_directory
+from tools.secrets import read_secrets, redact
+from tools.summary import Knowledge, Score, Summary, describe_result, list_loading, show
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+WORDS = 4000
+"""Characters of what a model said that are shown; the rest is in events.jsonl."""
+
+
+def write_page(runs: Sequence[Path]) -> str:
+    """The page of one run, or of several side by side, from what their directories hold so far.
+
+    Raises UserError where there is no run, or a file of it cannot be read.
+    """
+    records = [read_run(run) for run in runs]
+    several = len(records) > 1
+    limits = find_limits(records)
+    views = [make_view(record, i, limits, several=several) for i, record in enumerate(records)]
+    page = load_templates().get_template("report.html").render(runs=views, several=several, longest=WORDS)
+    return redact(page)
+
+
+@cache
+def load_templates() -> "Environment":
+    """Templates in which everything is escaped, and no text has control characters."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    def clean(value: Any) -> Any:
+        return strip_controls(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    templates = Environment(
+        loader=PackageLoader("tools"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"perplexity": show, "percent": show_percent, "nats": show_nats, "yaml": show_yaml}
+    return templates
+
+
+class View(NamedTuple):
+    """What the template shows of a run."""
+
+    name: str
+    model: str
+    record: Record
+    summary: Summary | None
+    status: str
+    sentences: list[str]
+    tiles: list[tuple[str, str, str]]
+    """(title, figure, words below it)."""
+    perplexity: Markup | None
+    sparsity: Markup | None
+    layers: Markup | None
+    kappa: Markup | None
+    predictions: Markup | None
+    undrawn: int
+    """Trials without a KL above 0, predicted and measured, which logarithmic axes cannot show."""
+    off: str
+    """How far predictions were off, in words."""
+    rounds: list[tuple[int, Round]]
+    knows: bool
+    """Whether knowledge or benchmarks were measured."""
+    retention: "Bar | None"
+    scores: list["ScoreRow"]
+    samples: list["Continued"]
+    facts: list[tuple[str, str]]
+    loading: str
+
+
+def make_view(record: Record, number: int, limits: tuple[float, float], *, several: bool) -> View:
+    """Everything that is worked out or drawn for a run; figures of different `number`s share no id."""
+    marks = [t for t in record.trials if t.verdict != "refuse"]
+    cells = find_cells(record)
+    costs = find_costs(record)
+    points = list_predictions(record.trials)
+    target = find_target(record)
+    dense = record.dense
+
+    def name(figure: str) -> str:
+        return f"{figure}{number}"
+
+    return View(
+        name=record.name,
+        model=str(record.summary.model if record.summary else record.config.get("model", "unknown model")),
+        record=record,
+        summary=record.summary,
+        status=find_status(record),
+        sentences=describe_run(record),
+        tiles=list_tiles(record),
+        perplexity=draw_iterations(
+            name("perplexity"),
+            "Perplexity on the validation text over the iterations",
+            [Mark(t.iteration, t.verdict, t.perplexity) for t in marks],
+            dense.perplexity if dense else None,
+            percent=False,
+        )
+        if marks
+        else None,
+        sparsity=draw_iterations(
+            name("sparsity"),
+            "Sparsity over the iterations",
+            [Mark(t.iteration, t.verdict, t.sparsity) for t in marks],
+            dense.sparsity if dense else None,
+            target,
+            percent=True,
+        )
+        if marks
+        else None,
+        layers=draw_map(name("layers"), "Sparsity of every layer", cells, (0, 1), log=False, percent=True)
+        if cells
+        else None,
+        kappa=draw_map(name("kappa"), "Predicted KL of every layer", costs, limits, log=True, percent=False)
+        if any(cell.value > 0 for cell in costs)
+        else None,
+        predictions=draw_predictions(name("predicted"), "Measured over predicted KL", points) if points else None,
+        undrawn=len(marks) - len(points),
+        off=describe_predictions(points),
+        rounds=[(i, r) for i, r in sorted(record.rounds.items()) if r.plan or r.trial],
+        knows=bool(record.summary and (record.summary.knowledge or record.summary.benchmarks)),
+        retention=place_retention(record.summary.knowledge) if record.summary else None,
+        scores=list_scores(record.summary),
+        samples=list_samples(record.summary),
+        facts=list_facts(record),
+        loading="\n".join(list_loading(f"{record.name}/model" if several else "model")),
+    )
+
+
+# --- what is worked out ---------------------------------------------------------------------------------------------
+
+
+def find_status(record: Record) -> str:
+    """finished, short of target, stopped or unfinished."""
+    if record.summary:
+        return record.summary.status.replace("-", " ")
+    return "stopped" if record.stopped else "unfinished"
+
+
+def find_target(record: Record) -> float | None:
+    """The sparsity asked for; None where the config does not say."""
+    target = record.summary.target_sparsity if record.summary else record.config.get("target_sparsity")
+    return float(target) if isinstance(target, int | float) and 0 < target < 1 else None
+
+
+def describe_run(record: Record) -> list[str]:
+    """What happened, in three sentences or so."""
+    kept, dense, target = record.kept, record.dense, find_target(record)
+    changed = kept is not None and kept.iteration > 0
+    if record.summary:
+        last = f"The plan that was kept: {kept.plan}" if kept and changed else "No plan was kept, so nothing was pruned"
+        why = f"; the loop ended because {record.stop}" if record.stop else ""
+        return [describe_result(record.summary), f"{last}{why}."]
+    most = record.config.get("max_iterations")
+    undone = sum(t.verdict == "rollback" for t in record.trials)
+    said = [
+        f"This run has not finished: {len(record.trials)}{f' of at most {most}' if most else ''} iterations are done, "
+        f"{undone} of them rolled back."
+    ]
+    if kept and changed and dense:
+        aim = f" (target {target:.2%})" if target else ""
+        said.append(
+            f"So far {kept.sparsity:.2%} of the prunable weights are zero{aim}, at a validation perplexity of "
+            f"{show(kept.perplexity)}; dense {show(dense.perplexity)}."
+        )
+    elif dense:
+        said.append(f"Nothing is pruned yet; the dense model's validation perplexity is {show(dense.perplexity)}.")
+    if record.stopped:
+        again = f"; `{record.stopped.resume}` goes on" if record.stopped.resume else ""
+        said.append(f"It stopped: {record.stopped.reason.rstrip('.')}{again}.")
+    elif record.node:
+        said.append(f"The last step begun: {record.node}.")
+    return said
+
+
+def list_tiles(record: Record) -> list[tuple[str, str, str]]:
+    """The headline figures: (title, figure, words below it)."""
+    target = find_target(record)
+    aim = f"target {target:.2%}" if target else ""
+    kept, dense, summary = record.kept, record.dense, record.summary
+    tiles = []
+    if summary:
+        p = summary.perplexity
+        tiles.append(("Zero weights", f"{summary.achieved_sparsity:.2%}", aim))
+        tiles.append(("Perplexity on test", show(p.pruned), f"dense {show(p.dense)}"))
+        if p.dense and p.pruned and p.uniform_wanda and p.uniform_wanda > p.dense:
+            share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
+            tiles.append(("Perplexity lost", f"{share:.2f} ×", f"what uniform Wanda loses: {show(p.uniform_wanda)}"))
+        else:
+            tiles.append(("Uniform Wanda", show(p.uniform_wanda), "at the same sparsity"))
+    elif kept and dense:
+        tiles.append(("Zero weights so far", f"{kept.sparsity:.2%}", aim))
+        tiles.append(("Validation perplexity", show(kept.perplexity), f"dense {show(dense.perplexity)}"))
+    if kept and dense:
+        error = f"± {kept.kl_error:.4f}, " if kept.kl_error else ""
+        tiles.append(("KL to dense", show_nats(kept.kl), f"{error}nats per token"))
+    if record.trials:
+        undone = sum(t.verdict == "rollback" for t in record.trials)
+        tiles.append(("Trials", str(len(record.trials)), f"{undone} rolled back"))
+    return tiles
+
+
+def find_cells(record: Record) -> list[Cell]:
+    """The sparsity of every layer of the weights that were kept; empty while these are dense."""
+    layers = record.layers
+    return _zip_layers(layers, layers.sparsity) if layers else []
+
+
+def find_costs(record: Record) -> list[Cell]:
+    """The predicted KL of every layer at its sparsity, nats per token; empty where profile or layers are missing."""
+    layers, curves = record.layers, {layer.name: layer for layer in record.profile}
+    if layers is None or not curves.keys() >= set(layers.names):
+        return []
+    costs = [
+        float(predict_layer_kl(curves[name], np.array([s]))[0])
+        for name, s in zip(layers.names, layers.sparsity, strict=True)
+    ]
+    return _zip_layers(layers, costs)
+
+
+def _zip_layers(layers: Layers, values: Sequence[float]) -> list[Cell]:
+    return [Cell(*cell) for cell in zip(layers.names, layers.blocks, layers.kinds, values, strict=True)]
+
+
+def find_limits(records: Sequence[Record]) -> tuple[float, float]:
+    """The least and the most predicted KL of a layer over all runs, so that their maps can be compared.
+
+    Less than a thousandth of the most is all one colour.
+    """
+    costs = [cell.value for record in records for cell in find_costs(record) if cell.value > 0]
+    most = max(costs, default=1.0)
+    least = max(min(costs, default=most), most / 1000)
+    return (least, most) if least < most else (most / 2, most)
+
+
+def list_predictions(trials: Sequence[Trial]) -> list[Prediction]:
+    """The trials that have a KL above 0, both predicted and measured."""
+    return [
+        Prediction(t.iteration, t.verdict, t.predicted_kl, t.kl, t.kl_error or 0.0)
+        for t in trials
+        if t.verdict != "refuse" and t.kl is not None and t.kl > 0 and t.predicted_kl > 0
+    ]
+
+
+def describe_predictions(points: Sequence[Prediction]) -> str:
+    """How far off the predictions were; empty without any."""
+    factors = sorted(p.measured / p.predicted for p in points)
+    if not factors:
+        return ""
+    if len(factors) == 1:
+        return f"What was measured is {factors[0]:.2f} times what was predicted."
+    middle = math.exp(sum(map(math.log, factors)) / len(factors))
+    return (
+        f"What was measured is between {factors[0]:.2f} and {factors[-1]:.2f} times what was predicted, "
+        f"{middle:.2f} times in the geometric mean of {len(factors)} trials."
+    )
+
+
+class Bar(NamedTuple):
+    """A figure and one standard error each way, as places in a table's cell from 0 to 100."""
+
+    at: float
+    low: float
+    high: float
+
+
+class ScoreRow(NamedTuple):
+    """A benchmark's figure."""
+
+    score: Score
+    first: bool
+    """The first of its task and metric."""
+    bar: Bar | None
+    """None where the figure was not finite."""
+
+
+def list_scores(summary: Summary | None) -> list[ScoreRow]:
+    """The benchmarks by task and metric, whose bars are on one scale for all models."""
+    groups: dict[tuple[str, str], list[Score]] = {}
+    for score in summary.benchmarks if summary else []:
+        groups.setdefault((score.task, score.metric), []).append(score)
+    rows = []
+    for scores in groups.values():
+        known = [(s.value, s.error or 0.0) for s in scores if s.value is not None]
+        low = min((value - error for value, error in known), default=0.0)
+        high = max((value + error for value, error in known), default=1.0)
+        for score in scores:
+            bar = None if score.value is None else _place(score.value, score.error, low, high)
+            rows.append(ScoreRow(score, score is scores[0], bar))
+    return rows
+
+
+def place_retention(knowledge: Knowledge | None) -> Bar | None:
+    """The share of the answers' probability that is left, between nothing and all of it, or what is more."""
+    if knowledge is None or knowledge.retention is None:
+        return None
+    error = knowledge.retention_error or 0.0
+    return _place(knowledge.retention, error, 0, max(1.0, knowledge.retention + error))
+
+
+def _place(value: float, error: float | None, low: float, high: float) -> Bar:
+    span = high - low or 1.0
+    places = (2 + 96 * (v - low) / span for v in (value, value - (error or 0), value + (error or 0)))
+    return Bar(*(round(place, 2) for place in places))
+
+
+class Continued(NamedTuple):
+    """A prompt and what both models made of it."""
+
+    prompt: str
+    dense: str
+    pruned: str
+    same: int
+    """Characters in which the two begin alike."""
+
+
+def list_samples(summary: Summary | None) -> list[Continued]:
+    """The prompts and what came of them."""
+    return [
+        Continued(s.prompt, s.dense, s.pruned, _count_same(s.dense, s.pruned))
+        for s in (summary.samples if summary else [])
+    ]
+
+
+def _count_same(first: str, second: str) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def list_facts(record: Record) -> list[tuple[str, str]]:
+    """(title, fact): how it was measured, with what, and what it cost."""
+    summary, config, usage = record.summary, record.config, record.usage
+    facts = []
+    if summary:
+        p = summary.protocol
+        facts += [
+            ("Test text", f"{p.text}: {p.tokens:,} tokens in windows of {p.window}, {p.dtype}; seen once, by no agent"),
+        ]
+    for split in ("calibration", "validation"):
+        if {split, f"{split}_windows", "window"} <= config.keys():
+            text = f"{config[split]}: {config[f'{split}_windows']} windows of {config['window']} tokens"
+            facts.append((f"{split.capitalize()} text", text))
+    agents = [f"{agent}: {config[agent]}" for agent in ("planner", "reflector") if agent in config]
+    if agents:
+        facts.append(("Agents", ", ".join(agents)))
+    tokens = f"{usage.calls:,} calls, {usage.input_tokens:,} tokens read, {usage.output_tokens:,} written"
+    cost = f", ${usage.cost:.4f}" if usage.cost else ""
+    facts.append(("Spent on agents", tokens + cost if usage.calls else "nothing: no model was asked"))
+    if summary:
+        facts += [
+            ("Evaluated", f"{summary.evaluated_tokens:,} tokens through pruned models, by trials and probes"),
+            ("Time", f"{show_seconds(summary.seconds)}, peak memory {summary.peak_memory_bytes / 1e9:.2f} GB"),
+            ("Versions", ", ".join(f"{name} {number}" for name, number in summary.protocol.versions.items())),
+            ("mask_sha256", summary.mask_sha256),
+        ]
+    return facts
+
+
+# --- figures for people ----------------------------------------------------------------------------------------------
+
+
+def show_percent(value: float | None, digits: int = 2) -> str:
+    """0.45 as 45.00%."""
+    return "not finite" if value is None else f"{value:.{digits}%}"
+
+
+def show_nats(value: float | None) -> str:
+    """A KL, to four digits."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def show_seconds(value: float) -> str:
+    """301.2 as 5 min 1 s."""
+    seconds = round(value)
+    if seconds < 60:
+        return f"{value:.1f} s"
+    return (
+        f"{seconds // 60} min {seconds % 60} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    )
+
+
+def show_yaml(value: Any) -> str:
+    """Nested values, one a line."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0 done, 1 interrupted, 2 bad input."""
+    read_secrets()  # so that none of them stays in a page
+    given = sys.argv[1:] if arguments is None else arguments
+    return carry_out(lambda: _obey(given))
+
+
+def _obey(arguments: list[str]) -> None:
+    parser = Parser(
+        prog="python -m tools.report",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="A run's directory, or its name under runs/.")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="The page; of one run, its directory's report.html.")
+    options = parser.parse_args(arguments)
+    runs = [find_run(name) for name in options.runs]
+    if len(runs) > 1 and options.out is None:
+        raise UserError("several runs need --out FILE for their page")
+    path = options.out or runs[0] / "report.html"
+    page = write_page(runs)
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    print(path)
+
+
+def find_run(name: str) -> Path:
+    """The directory of a run, by itself or by its name. Raises UserError where there is none."""
+    for path in (Path(name), runs_directory() / name):
+        if path.is_dir():
+            return path
+    raise UserError(f"there is no run {name!r}, neither as a directory nor in {runs_directory()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
