@@ -59,7 +59,7 @@ def test_a_perplexity_that_is_not_finite_is_no_result() -> None:
 
 def test_benchmarks_of_the_pruned_model_are_results() -> None:
     scores = [
-        Score(model=model, task="mmlu", metric="acc", value=value, error=0.01, samples=100, protocol={})
+        Score(model=model, task="mmlu", metric="acc", value=value, error=0.01, samples=100, protocol={"task": "mmlu"})
         for model, value in (("dense", 0.5), ("pruned", 0.4))
     ]
     results = read_card(tiny_settings("Qwen/Qwen3-4B"), benchmarks=scores).data.eval_results or []
