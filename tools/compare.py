@@ -20,11 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.allocate import Allocation, ImpossiblePlan, allocate
+from tools.benchmarks import Benchmark, load_benchmarks, run_benchmark
 from tools.curves import LayerProfile, predict_kl
 from tools.errors import UserError
 from tools.evolve import Search, SearchSettings, Stage, evolve
 from tools.files import write_json, write_text, write_whole
 from tools.options import Parser, add_flags, parse_flags, read_options
+from tools.paper import PRESETS, Measured, describe_tasks
 from tools.recipes import Recipe, parse_pattern, parse_recipe
 from tools.rows import (
     as_csv,
@@ -37,9 +39,9 @@ from tools.rows import (
     show_bars,
 )
 from tools.secrets import read_secrets
-from tools.settings import WorkbenchSettings
+from tools.settings import TaskSettings, WorkbenchSettings
 from tools.sources import check_device, locate_model
-from tools.summary import Protocol, describe_protocol, escape, show
+from tools.summary import Protocol, Score, describe_protocol, escape, show
 from tools.texts import check_texts
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ LABELLED = 10
 """Recipes that the plot's legend names, the best ones; it explains the colours and marks of the others."""
 
 
-class CompareSettings(WorkbenchSettings):
+class CompareSettings(TaskSettings, WorkbenchSettings):
     """The model, its texts, and what is compared."""
 
     recipes: str = Field(
@@ -112,6 +114,7 @@ class Row(BaseModel):
         "--questions, or where one was not finite.",
     )
     fact_error: float | None = Field(None, description="Its standard error over the questions.")
+    scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
     seconds: float = Field(
         description="Pruning the model, once it is known how much of each layer goes; structured: choosing included."
     )
@@ -137,6 +140,7 @@ class Comparison(BaseModel):
     profile: str = Field(description="Hash of the profile that all rows share.")
     profile_seconds: float
     dense_perplexity: float
+    dense_scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
     rows: list[Row] = []
 
 
@@ -268,6 +272,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     """
     jobs = list_jobs(settings.recipes, settings.sparsity)
     _check_input(settings)
+    benchmarks = load_benchmarks(settings, settings.dtype)
     directory = Path(settings.out)
     lock_out(directory, directory / "work")
     known = _read_comparison(directory, settings)
@@ -280,7 +285,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     impossible: list[str] = []
     todo = [job for job in jobs if job.key not in done]
     if todo or known is None:
-        known, impossible = _make_rows(todo, len(jobs), known, settings, console)
+        known, impossible = _make_rows(todo, len(jobs), known, settings, benchmarks, console)
     else:
         _write(directory, known)  # a kill may have left some of the files a row behind
     if console.is_terminal:
@@ -293,7 +298,12 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
 
 
 def _make_rows(
-    jobs: list[Job], total: int, known: Comparison | None, settings: CompareSettings, console: Console
+    jobs: list[Job],
+    total: int,
+    known: Comparison | None,
+    settings: CompareSettings,
+    benchmarks: list[Benchmark],
+    console: Console,
 ) -> tuple[Comparison, list[str]]:
     """(`known` with a row for each job that can be, why the others cannot)."""
     from tools.workbench import use_workbench  # imports torch
@@ -312,13 +322,17 @@ def _make_rows(
             begin("dense model", 0)
             masks_only = not any(job.recipe.changes_survivors for job in jobs if not job.structured)
             known = _profile(bench, settings, progress, masks_only)
+            known.dense_scores = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
             _write(directory, known)
             print_line(console, _describe_dense(known))
+        if bench.questions:
+            bench.ask("dense", "validation", progress)
         for i, job in enumerate(jobs):
             begin(job.title, total - len(jobs) + i)
             make = _make_structured_row if job.structured else _make_row
             try:
-                row = make(job, bench, known, settings, progress)
+                row, model = make(job, bench, known, settings, progress)
+                row.scores = _ask_tasks(benchmarks, model, bench, job.title, progress)
             except ImpossiblePlan as error:
                 impossible.append(f"{job.title}: {error}")
                 warn(impossible[-1])
@@ -350,8 +364,10 @@ def _profile(bench: "Workbench", settings: CompareSettings, progress: "Progress"
     )
 
 
-def _make_row(job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress") -> Row:
-    """Raises ImpossiblePlan."""
+def _make_row(
+    job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress"
+) -> tuple[Row, Any]:
+    """(the row, the model it is about). Raises ImpossiblePlan."""
     decide = search_allocation if job.allocation == "evolution" else _allocate
     allocation, tokens, allocation_seconds = decide(job, bench, known.profile, settings, progress)
     bench.forget_checkpoints([])  # what earlier rows or tries made, so that every row's time is its own
@@ -360,20 +376,19 @@ def _make_row(job: Job, bench: "Workbench", known: Comparison, settings: Compare
     seconds = time.monotonic() - began
     zeros, weights = bench.count_zeros()
     evaluation = bench.evaluate(checkpoint, "validation", known.profile, progress)
-    facts = _ask_questions(checkpoint, bench, progress) if settings.questions else None
-    return _fill_row(
+    row = _fill_row(
         job,
         bench,
         known,
         settings,
         evaluation,
-        fact_retention=facts.share if facts else None,
-        fact_error=facts.error if facts else None,
+        _ask_questions(bench.model, bench, progress),
         achieved_sparsity=zeros / weights,
         seconds=round(seconds, 1),
         allocation_seconds=round(allocation_seconds, 1),
         evaluated_tokens=tokens,
     )
+    return row, bench.model
 
 
 def _fill_row(
@@ -382,6 +397,7 @@ def _fill_row(
     known: Comparison,
     settings: CompareSettings,
     evaluation: "Evaluation",
+    facts: "Retention | None",
     **figures: Any,
 ) -> Row:
     return Row(
@@ -394,6 +410,8 @@ def _fill_row(
         dense_perplexity=known.dense_perplexity,
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error,
+        fact_retention=facts.share if facts else None,
+        fact_error=facts.error if facts else None,
         peak_memory_bytes=bench.peak_memory_bytes(),
         protocol=describe_protocol(settings, "validation"),
         **figures,
@@ -402,8 +420,8 @@ def _fill_row(
 
 def _make_structured_row(
     job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress"
-) -> Row:
-    """Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
+) -> tuple[Row, Any]:
+    """(the row, the cut model). Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
     from tools.choose import check_cut  # imports torch
     from tools.cut import build_cut, count_weights, without_fits
     from tools.structure import choose_cut
@@ -420,24 +438,39 @@ def _make_structured_row(
         check_cut(bench.model, choice.cut, build_cut(bench.model, without_fits(choice.cut)), calibration[0])
     except UserError as error:
         raise ImpossiblePlan(str(error)) from error
-    return _fill_row(
+    row = _fill_row(
         job,
         bench,
         known,
         settings,
         bench.evaluate_other(model, known.profile, progress),
+        _ask_questions(model, bench, progress),
         achieved_sparsity=1 - count_weights(model) / count_weights(bench.model),
         seconds=round(seconds, 1),
         allocation_seconds=0.0,
         evaluated_tokens=choice.tokens,
     )
+    return row, model
 
 
-def _ask_questions(checkpoint: str, bench: "Workbench", progress: "Progress") -> "Retention | None":
-    from tools.facts import compare_recall  # imports torch
+def _ask_questions(model: Any, bench: "Workbench", progress: "Progress") -> "Retention | None":
+    """What a model has left of the dense one's facts, on the questions of the trials; None without any.
 
-    recall = bench.ask(checkpoint, "validation", progress)
+    The dense model was asked first.
+    """
+    from tools.facts import compare_recall, measure_recall  # imports torch
+
+    if not bench.questions:
+        return None
+    recall = measure_recall(model, bench.questions["validation"], "questions", progress)
     return compare_recall(recall, bench.ask("dense", "validation", progress))
+
+
+def _ask_tasks(
+    benchmarks: list[Benchmark], model: Any, bench: "Workbench", label: str, progress: "Progress"
+) -> list[Score]:
+    found = [run_benchmark(benchmark, model, bench.tokenizer, label, progress) for benchmark in benchmarks]
+    return [result.score for results in found for result in results]
 
 
 def _allocate(job: Job, bench: "Workbench", profile: str, settings: CompareSettings, progress: "Progress") -> Decision:
@@ -574,6 +607,8 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
         )
     if len(rows) < len(jobs):
         print_line(console, "not counted: structured rows")
+    if settings.tasks:
+        print_line(console, f"not counted: {', '.join(settings.tasks)}, asked of the dense model and of every row")
 
 
 # --- what is written -----------------------------------------------------------------------------------------------
@@ -676,7 +711,14 @@ def describe(known: Comparison) -> str:
             recipe, *figures = _list_cells(row, known)
             lines.append(f"| {' | '.join([f'`{recipe}`', *figures])} |")
         lines.append("")
+    dense = Measured("dense", "", "", 0.0, known.dense_perplexity, known.dense_scores)
+    lines += describe_tasks(dense, [_as_measured(row) for _, rows in group_rows(known.rows) for row in rows])
     return "\n".join(lines)
+
+
+def _as_measured(row: Row) -> Measured:
+    name = f"`{row.recipe}`" + (f" {row.pattern}" if row.pattern else "")
+    return Measured(name, row.recipe, row.pattern, row.achieved_sparsity, row.perplexity, row.scores)
 
 
 _MARKS = "osD^v*PX<>ph"
@@ -749,6 +791,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
     parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="Recipes, sparsities and tasks at once, where no flag says otherwise. paper: the baselines, the sparsity "
+        "and the tasks of arXiv 2601.09694.",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="Show the memory, disk and time that the rows would need. Only the model's config is read: --model may be "
@@ -768,7 +816,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _obey(arguments: list[str]) -> None:
     options, flags = parse_flags(make_parser(), CompareSettings, arguments)
     path = Path(options.config) if options.config else None
-    settings = read_options(CompareSettings, flags, path, ignore_unknown=True)
+    preset = PRESETS[options.preset] if options.preset else {}
+    settings = read_options(CompareSettings, {**preset, **flags}, path, ignore_unknown=True)
     if options.dry_run:
         show_needs(settings, Console())
     else:
