@@ -159,7 +159,7 @@ def set_log_ticks(axis: "Axis", low: float, high: float) -> None:
     span = high / low
     subs = (1, 1.5, 2, 3, 5, 7) if span < 4 else (1, 2, 5) if span < 30 else (1, 3) if span < 300 else (1,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=9))
-    axis.set_major_formatter(lambda value, _position: f"{value:.0e}" if not 1e-3 <= value < 1e5 else f"{value:.3g}")
+    axis.set_major_formatter(lambda value, _position: f"{value:g}")
     axis.set_minor_locator(NullLocator())
 
 
@@ -177,7 +177,7 @@ def draw_iterations(
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     with draw(WIDTH, 250) as figure:
-        axes = figure.add_axes((0.135, 0.17, 0.85, 0.72))
+        axes = figure.add_axes((0.135, 0.17, 0.85, 0.79))
         finite = [m.value for m in marks if m.value is not None] + ([] if start is None else [start])
         axes.grid(axis="y")
         if start is not None:
@@ -202,13 +202,13 @@ def draw_iterations(
         if percent:
             top = max([*finite, target or 0, 0.05])
             axes.set_ylim(0, min(top * 1.12, 1.02))
-            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         elif finite and min(finite) > 0 and max(finite) > 8 * min(finite):
             axes.set_yscale("log")
             set_log_ticks(axes.yaxis, min(finite), max(finite))
         else:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.margins(y=0.15)
         return as_svg(figure, name, label)
 

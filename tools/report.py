@@ -31,6 +31,9 @@ from tools.summary import Knowledge, Score, Summary, describe_result, list_loadi
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+OVERVIEW = ("sparsity", "perplexity", "dense", "uniform Wanda", "KL", "trials", "rolled back", "agents' tokens", "cost")
+"""Heads of the table of several runs, after the run's name and status."""
+
 WORDS = 4000
 """Characters of what a model said that are shown; the rest is in events.jsonl."""
 
@@ -44,7 +47,9 @@ def write_page(runs: Sequence[Path]) -> str:
     several = len(records) > 1
     limits = find_limits(records)
     views = [make_view(record, i, limits, several=several) for i, record in enumerate(records)]
-    page = load_templates().get_template("report.html").render(runs=views, several=several, longest=WORDS)
+    page = (
+        load_templates().get_template("report.html").render(runs=views, several=several, heads=OVERVIEW, longest=WORDS)
+    )
     return redact(page)
 
 
@@ -64,7 +69,13 @@ def load_templates() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"perplexity": show, "percent": show_percent, "nats": show_nats, "yaml": show_yaml}
+    templates.filters |= {
+        "perplexity": show,
+        "percent": show_percent,
+        "nats": show_nats,
+        "score": show_score,
+        "yaml": show_yaml,
+    }
     return templates
 
 
@@ -79,6 +90,8 @@ class View(NamedTuple):
     sentences: list[str]
     tiles: list[tuple[str, str, str]]
     """(title, figure, words below it)."""
+    row: list[str]
+    """Its cells in the table of several runs, whose heads are OVERVIEW."""
     perplexity: Markup | None
     sparsity: Markup | None
     layers: Markup | None
@@ -118,6 +131,7 @@ def make_view(record: Record, number: int, limits: tuple[float, float], *, sever
         status=find_status(record),
         sentences=describe_run(record),
         tiles=list_tiles(record),
+        row=list_row(record),
         perplexity=draw_iterations(
             name("perplexity"),
             "Perplexity on the validation text over the iterations",
@@ -195,8 +209,8 @@ def describe_run(record: Record) -> list[str]:
     elif dense:
         said.append(f"Nothing is pruned yet; the dense model's validation perplexity is {show(dense.perplexity)}.")
     if record.stopped:
-        again = f"; `{record.stopped.resume}` goes on" if record.stopped.resume else ""
-        said.append(f"It stopped: {record.stopped.reason.rstrip('.')}{again}.")
+        again = f"; to go on: {record.stopped.resume}" if record.stopped.resume else ""
+        said.append(f"The process ended: {record.stopped.reason.rstrip('.')}{again}")
     elif record.node:
         said.append(f"The last step begun: {record.node}.")
     return said
@@ -214,7 +228,7 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
         tiles.append(("Perplexity on test", show(p.pruned), f"dense {show(p.dense)}"))
         if p.dense and p.pruned and p.uniform_wanda and p.uniform_wanda > p.dense:
             share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
-            tiles.append(("Perplexity lost", f"{share:.2f} ×", f"what uniform Wanda loses: {show(p.uniform_wanda)}"))
+            tiles.append(("Perplexity lost", f"{share:.2f} ×", f"that of uniform Wanda ({show(p.uniform_wanda)})"))
         else:
             tiles.append(("Uniform Wanda", show(p.uniform_wanda), "at the same sparsity"))
     elif kept and dense:
@@ -227,6 +241,24 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
         undone = sum(t.verdict == "rollback" for t in record.trials)
         tiles.append(("Trials", str(len(record.trials)), f"{undone} rolled back"))
     return tiles
+
+
+def list_row(record: Record) -> list[str]:
+    """A run's cells under OVERVIEW: on the test text, or, while it goes on, on the validation text so far."""
+    kept, dense, p = record.kept, record.dense, record.summary.perplexity if record.summary else None
+    sparsity = record.summary.achieved_sparsity if record.summary else kept.sparsity if kept else None
+    usage = record.usage
+    return [
+        "" if sparsity is None else f"{sparsity:.2%}",
+        show(p.pruned) if p else f"{show(kept.perplexity)} so far" if kept else "",
+        show(p.dense) if p else show(dense.perplexity) if dense else "",
+        show(p.uniform_wanda) if p else "",
+        show_nats(kept.kl) if kept else "",
+        str(len(record.trials)),
+        str(sum(t.verdict == "rollback" for t in record.trials)),
+        f"{usage.input_tokens + usage.output_tokens:,}",
+        f"${usage.cost:.4f}" if usage.cost else "",
+    ]
 
 
 def find_cells(record: Record) -> list[Cell]:
@@ -392,6 +424,14 @@ def show_percent(value: float | None, digits: int = 2) -> str:
 def show_nats(value: float | None) -> str:
     """A KL, to four digits."""
     return "not finite" if value is None else f"{value:.4f}"
+
+
+def show_score(value: float, error: float | None) -> str:
+    """0.62 ± 0.020 as 0.620 ± 0.020: two digits of the error, and of the figure as many behind the point."""
+    if not error:
+        return f"{value:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def show_seconds(value: float) -> str:

@@ -247,10 +247,11 @@ def hide_path(source: str) -> str:
 def describe_result(summary: Summary) -> str:
     """The result in two sentences."""
     p = summary.perplexity
+    rounds, undone = _count(summary.iterations, "iteration"), _count(summary.rollbacks, "rollback")
     text = (
         f"{summary.achieved_sparsity:.2%} of the prunable weights are zero (target {summary.target_sparsity:.2%}), "
-        f"after {summary.iterations} iterations with {summary.rollbacks} rollbacks. Test perplexity is "
-        f"{show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at the same sparsity {show(p.uniform_wanda)}"
+        f"after {rounds} with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at "
+        f"the same sparsity {show(p.uniform_wanda)}"
     )
     if p.dense and p.pruned and p.uniform_wanda and p.uniform_wanda > p.dense:
         share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
@@ -270,6 +271,10 @@ def list_loading(directory: str) -> list[str]:
 def show(value: float | None) -> str:
     """A perplexity for people."""
     return "not finite" if value is None else f"{value:.2f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def escape(text: str) -> str:
