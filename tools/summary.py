@@ -223,7 +223,7 @@ def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData"
             metric_value=round(score.value, 4),
         )
         for score in summary.benchmarks
-        if score.model == "pruned"
+        if score.model == "pruned" and score.value is not None
     ]
     calibration = settings.calibration
     return ModelCardData(
