@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -133,6 +134,21 @@ def test_a_hub_that_is_not_there(
     outcome = command("--resume", "run", *PUSH)
     assert (outcome.code, outcome.err.count("\n")) == (1, 1)
     assert outcome.err.startswith(f"not pushed to {NAME}: ") and "Connection refused" in outcome.err
+
+
+def test_ctrl_c_while_it_is_pushed(
+    hub: HubServer, finished: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.environ["HF_TOKEN"] = TOKEN
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.HfApi, "upload_folder", interrupt)
+        outcome = command("--resume", "run", *PUSH)
+    assert outcome.code == 1 and outcome.err.startswith(f"not pushed to {NAME}: interrupted; the run is whole; ")
+    assert command("--resume", "run", *PUSH).code == 0, "the lock of the run is given back"
 
 
 def test_a_login_stands_for_the_variable(
