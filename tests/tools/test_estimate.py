@@ -402,7 +402,7 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None) -> None:
         f"peak memory of the GPU: {found.peak_device.device_bytes / 1e6:.1f} MB "
         "(KL curves of a method, where a plan asks for them)",
         lines[-3],
-        "disk: 227.7 kB",
+        "disk: 227.6 kB",
     ]
     assert re.fullmatch(r"peak memory of the CPU: [\d.]+ [MG]B \(load\)", lines[-3])
     total = sum(work.times * work.flops for work in found.work)
