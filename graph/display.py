@@ -318,6 +318,7 @@ TELL: dict[str, Callable[[Event], str]] = {
     "fork": lambda e: f"forked from {clean(e['from'], 100)} after iteration {e['iteration']}",
     "warning": lambda e: f"warning: {clean(e['text'], 1000)}",
     "result": tell_result,
+    "pushed": lambda e: f"pushed: {clean(e['url'], 1000)}",
     "stopped": lambda e: f"stopped: {clean(e['reason'], 1000)}\nresume with: {clean(e['resume'], 1000)}",
 }
 

@@ -11,9 +11,10 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -27,7 +28,7 @@ from graph.agents.chat import AgentError
 from graph.agents.local import close_local
 from graph.agents.models import check_model
 from graph.config import RunConfig, read_config
-from graph.display import Display, open_display
+from graph.display import Display, open_display, tell
 from graph.persistence import (
     RUNS_DIR_VARIABLE,
     STATE_VARIABLE,
@@ -47,6 +48,7 @@ from graph.steps import CAPS, name_directory, read_last_node
 from tools.benchmarks import load_benchmarks, refuse_shared_questions
 from tools.errors import DamagedArtifact, DiskFull, UserError
 from tools.files import explain_full_disk
+from tools.hub import NotPushed, check_push, push_model
 from tools.options import CONFIGS, Parser, add_flags, parse_flags, refuse
 from tools.rundir import append_event, lock_run, unlock_run
 from tools.secrets import read_secrets, redact
@@ -55,6 +57,7 @@ from tools.texts import check_texts
 
 STEPS_PER_ITERATION = 7
 """profile again, plan, approve, prune, validate, accept or roll back, reflect."""
+SERVE_PORT = 8765
 TESTED_MODELS = 3
 """The dense, the pruned and the uniform Wanda model are measured on the test text."""
 
@@ -71,6 +74,10 @@ class Work:
     replay: str = ""
     """The run that it repeats."""
     resumed: bool = False
+    push: str = ""
+    """The repository of the hub that the model goes to."""
+    listener: socket | None = None
+    """Where the live page is served."""
 
     @property
     def name(self) -> str:
@@ -82,6 +89,13 @@ class Work:
         """What LangGraph finds the run by."""
         limit = STEPS_PER_ITERATION * self.config.max_iterations + 10
         return {"configurable": {"thread_id": self.thread}, "recursion_limit": limit}
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with the run, and pushes it."""
+        runs_dir = self.directory.parent
+        place = f" --runs-dir {runs_dir}" if str(runs_dir) != "runs" else ""
+        return f"python -m graph.run --resume {self.name}{place}{f' --push-to-hub {self.push}' if self.push else ''}"
 
 
 class Unanswered(RuntimeError):
@@ -111,6 +125,21 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"Where checkpoints and memory are kept: postgresql://USER@HOST/DATABASE; ${STATE_VARIABLE}, or a SQLite "
         "file in the runs directory. A password is better kept in the variable, or in ~/.pgpass.",
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="ORGANISATION/NAME",
+        help="Upload the pruned model and its card to the hub when the run is finished; with --resume also that of a "
+        "run that is finished already. Needs HF_TOKEN or a login. A new repository is made private.",
+    )
+    parser.add_argument(
+        "--serve",
+        nargs="?",
+        type=_port,
+        const=SERVE_PORT,
+        metavar="PORT",
+        help="Show the report live in a browser on this machine while the run goes on, at "
+        f"http://127.0.0.1:PORT/ ({SERVE_PORT} when left out, 0 for any that is free).",
+    )
     parser.add_argument("--list", action="store_true", help="Show past runs as a table.")
     parser.add_argument(
         "--dry-run",
@@ -120,6 +149,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser, RunConfig)
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a number from 0 to 65535")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,12 +172,33 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.dry_run:
             return _show_needs(options, flags)
-        return _start(options, flags) if options.resume is None else _resume(options, flags)
+        if options.push_to_hub is not None:
+            check_push(options.push_to_hub)
+        with _listen(options.serve) as listener:
+            work = _start(options, flags) if options.resume is None else _resume(options, flags)
+            return _drive(replace(work, push=options.push_to_hub or "", listener=listener))
     except UserError as error:
         return refuse(error)
 
 
-def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+@contextmanager
+def _listen(port: int | None) -> Iterator[socket | None]:
+    """The socket of the live page; None where none is asked for. Raises UserError before any work starts."""
+    if port is None:
+        yield None
+        return
+    try:
+        from graph.serve import listen
+    except ImportError as error:
+        raise UserError(
+            "the packages for --serve are not installed; install them with: pip install -e '.[serve]'"
+        ) from error
+    with closing(listen(port)) as listener:
+        yield listener
+
+
+def _start(options: argparse.Namespace, flags: dict[str, Any]) -> Work:
+    """A new run, its directory made and locked."""
     runs_dir, replay = runs_directory(), options.replay or ""
     if replay:
         stem, config = f"{replay}-replay", _read_replayed(runs_dir, replay, options, flags)
@@ -155,7 +211,7 @@ def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     name = _free_name(runs_dir, stem) if options.name is None else options.name
     thread = str(uuid.uuid4())
     create_run(runs_dir, name, config, thread, replay)
-    return _drive(Work(runs_dir / name, config, thread, replay))
+    return Work(runs_dir / name, config, thread, replay)
 
 
 def _read_replayed(runs_dir: Path, replay: str, options: argparse.Namespace, flags: dict[str, Any]) -> RunConfig:
@@ -204,7 +260,8 @@ def _free_name(runs_dir: Path, stem: str) -> str:
     return next(name for name in names if not (runs_dir / name).exists())
 
 
-def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> Work:
+    """A run that was begun, its directory locked."""
     runs_dir, name = runs_directory(), options.resume
     if options.name:
         raise UserError("--resume takes the run's name itself; leave --name out")
@@ -216,13 +273,13 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     changed = [field for field in RunConfig.model_fields if getattr(wanted, field) != getattr(config, field)]
     if refused := [field for field in changed if field not in CAPS]:
         raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(refused)}); start a new run")
-    if not replay:
+    if not replay and not (runs_dir / name / "summary.json").is_file():  # else no agent is asked any more
         check_model(config.planner)
         check_model(config.reflector)
     lock_run(runs_dir / name)
     if changed:
         write_config(runs_dir / name, wanted)
-    return _drive(Work(runs_dir / name, wanted, thread, replay, resumed=True))
+    return Work(runs_dir / name, wanted, thread, replay, resumed=True)
 
 
 def _given_path(options: argparse.Namespace) -> Path | None:
@@ -230,36 +287,59 @@ def _given_path(options: argparse.Namespace) -> Path | None:
 
 
 def _drive(work: Work) -> int:
-    """Run the graph until it ends, waits for a person, is drained, or fails; the directory is free afterwards."""
-    from graph.build import builder
+    """Work on a run, and push its model where that is asked for; the directory is free afterwards."""
     from tools.workbench import close_workbench
 
-    runs_dir = work.directory.parent
     try:
-        with open_saver(runs_dir) as saver, open_store(runs_dir) as store:
-            app = builder().compile(checkpointer=saver, store=store, name="billhook")
-            snapshot, settings = _find_snapshot(app, work)
-            if snapshot.values and not snapshot.tasks:  # `next` leaves out a node that ended just before a kill
-                print(f"run {work.name} is finished: see {work.directory / 'report.md'}")
-                return 0
-            state = State.model_validate(snapshot.values) if snapshot.values else None
-            _refuse_lost_state(work, state)
-            _refuse_changed_config(work, state)
-            try:
-                with explain_full_disk(database(runs_dir)):
-                    return _stream(app, work, settings, state)
-            except DiskFull:
-                raise
-            except UserError:
-                profiled = app.get_state(work.settings).values.get("profile")
-                if not work.resumed and not profiled:  # nothing was done yet: leave nothing behind
-                    saver.delete_thread(work.thread)
-                    shutil.rmtree(work.directory)
-                raise
+        try:
+            code = _run_graph(work)
+        finally:
+            close_local()
+            close_workbench()
+        return _push(work) if work.push and code == 0 else code
     finally:
-        close_local()
-        close_workbench()
         unlock_run(work.directory)
+
+
+def _run_graph(work: Work) -> int:
+    """Run the graph until it ends, waits for a person, is drained, or fails."""
+    from graph.build import builder
+
+    runs_dir = work.directory.parent
+    with open_saver(runs_dir) as saver, open_store(runs_dir) as store:
+        app = builder().compile(checkpointer=saver, store=store, name="billhook")
+        snapshot, settings = _find_snapshot(app, work)
+        if snapshot.values and not snapshot.tasks:  # `next` leaves out a node that ended just before a kill
+            print(f"run {work.name} is finished: see {work.directory / 'report.md'}")
+            return 0
+        state = State.model_validate(snapshot.values) if snapshot.values else None
+        _refuse_lost_state(work, state)
+        _refuse_changed_config(work, state)
+        try:
+            with explain_full_disk(database(runs_dir)):
+                return _stream(app, work, settings, state)
+        except DiskFull:
+            raise
+        except UserError:
+            profiled = app.get_state(work.settings).values.get("profile")
+            if not work.resumed and not profiled:  # nothing was done yet: leave nothing behind
+                saver.delete_thread(work.thread)
+                shutil.rmtree(work.directory)
+            raise
+
+
+def _push(work: Work) -> int:
+    """Upload the model of a finished run; nothing of the run is lost where that fails."""
+    try:
+        url = push_model(work.directory / "model", work.push)
+    except NotPushed as error:
+        later = f"the run is whole; push it later with: {work.resume_command}"
+        print(f"not pushed to {work.push}: {str(error).rstrip('.')}; {later}", file=sys.stderr)
+        return 1
+    event = {"type": "pushed", "repository": work.push, "url": url}
+    append_event(work.directory, event)
+    print(tell(event))
+    return 0
 
 
 def _find_snapshot(app: App, work: Work) -> tuple[StateSnapshot, RunnableConfig]:
@@ -290,7 +370,13 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
     """Stream the graph into the display, with a person's answers where it asks. Raises UserError."""
     control = RunControl()
     with ExitStack() as shown:
+        if work.listener:
+            from graph.serve import address, serve
+
+            print(f"live page: {address(work.listener)}", flush=True)
         display = shown.enter_context(open_display(Console(), name=work.name, target=work.config.target_sparsity))
+        if work.listener:
+            display = shown.enter_context(serve(work.directory, work.listener, display))
 
         def stop_at_once() -> None:
             # Python would wait for the node's thread, which cannot be stopped. What it writes is written aside, and
@@ -372,13 +458,7 @@ def _tell_start(display: Display, work: Work, state: State | None) -> None:
 
 
 def _stop(display: Display, work: Work, reason: str) -> int:
-    runs_dir = work.directory.parent
-    option = f" --runs-dir {runs_dir}" if str(runs_dir) != "runs" else ""
-    event = {
-        "type": "stopped",
-        "reason": redact(reason),
-        "resume": f"python -m graph.run --resume {work.name}{option}",
-    }
+    event = {"type": "stopped", "reason": redact(reason), "resume": work.resume_command}
     append_event(work.directory, event)
     display.show(event)
     return 1

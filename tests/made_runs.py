@@ -62,6 +62,7 @@ def add_round(
     kl: float | None = 0.1,
     kl_error: float | None = 0.01,
     predicted_kl: float = 0.08,
+    facts: float | None = None,
     words: str = "as planned",
 ) -> None:
     """A round with a plan, a tool call, a reply, a trial and a lesson; `words` is what everybody says."""
@@ -93,6 +94,7 @@ def add_round(
         **{"iteration": iteration, "checkpoint": checkpoint, "sparsity": sparsity, "perplexity": perplexity, "kl": kl},
         **{"kl_error": kl_error, "predicted_kl": predicted_kl, "verdict": verdict, "reason": f"because {words}"},
         **{"plan": describe_plan(plan), "recipe": plan.recipe, "seconds": 1.5},
+        **{"fact_retention": facts, "fact_error": None if facts is None else 0.008},
     )
     append_event(directory, {"type": "trial", **trial.model_dump()})
     tell_node(directory, "reflect", iteration)

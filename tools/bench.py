@@ -276,7 +276,9 @@ def bench_profile(site: Site) -> list[Result]:
 
     def profile() -> None:
         keep = lambda name, moment_II: None  # noqa: E731
-        collect_statistics(bench.model, bench.layers, windows_BT, len(windows_BT), seed, _ignore, keep, bench.dense)
+        collect_statistics(
+            bench.model, bench.layers, windows_BT, len(windows_BT), seed, _ignore, keep, bench.directory, bench.dense
+        )
 
     bench.restore(DENSE)
     taken, bare = site.time(Task(profile), Task(lambda: back_propagate(bench.model, bench.layers, windows_BT)))

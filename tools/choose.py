@@ -33,8 +33,8 @@ TOLERANCE = 0.05
 """Of the length of the hidden states: rounding in bf16 stays below, another function of the weights does not."""
 
 
-def fit_part(part: Part, moments: InputMoments, removed: int) -> Fit:
-    """Take the lowest-scored units away and fit the output projection to the rest.
+def fit_part(part: Part, moments: InputMoments, removed: int, *, refit: bool = True) -> Fit:
+    """Take the lowest-scored units away and, with `refit`, fit the output projection to the rest.
 
     Neurons are scored by FLAP's fluctuation, groups of heads by what the fit cannot restore. Measured on SmolLM2-135M:
     with one of three groups gone from every block, the mean fluctuation of a group's channels left perplexity 38.2
@@ -46,12 +46,16 @@ def fit_part(part: Part, moments: InputMoments, removed: int) -> Fit:
     else:
         score_U = score_fluctuation(weight_OI, moments)
     units = keep_highest_units(score_U, removed)
+    if not refit:
+        return Fit(part, units)
     kept_K = expand_units(units, weight_OI.shape[1] // part.units)
     return Fit(part, units, *fit_kept(weight_OI, part.bias, moments, kept_K))
 
 
 @torch.no_grad()
-def choose_channels(model: Any, candidates: Sequence[Counts], windows_BT: Tensor, progress: Progress) -> list[Cut]:
+def choose_channels(
+    model: Any, candidates: Sequence[Counts], windows_BT: Tensor, progress: Progress, *, refit: bool = True
+) -> list[Cut]:
     """A cut for each of the counts; one walk over the calibration windows, block after block.
 
     No more is held than the inputs of one block (on CPU) and the moments of what its output projections read.
@@ -69,7 +73,9 @@ def choose_channels(model: Any, candidates: Sequence[Counts], windows_BT: Tensor
             ]
         for part in members:
             moments = _finish(sums.pop(0), part)
-            fits = {n: fit_part(part, moments, n) for n in {getattr(c, part.kind) for c in candidates} if n}
+            fits = {
+                n: fit_part(part, moments, n, refit=refit) for n in {getattr(c, part.kind) for c in candidates} if n
+            }
             for cut in cuts:
                 if removed := getattr(cut.counts, part.kind):
                     cut.fits.append(fits[removed])
@@ -101,8 +107,10 @@ def _showing(show: Callable[[Tensor], None]) -> Callable[..., None]:
 
 
 @torch.no_grad()
-def choose_blocks(model: Any, count: int, windows_BT: Tensor, progress: Progress) -> list[int]:
-    """Blocks to drop, in the order in which they went: each time the one without which the KL is lowest.
+def choose_blocks(model: Any, count: int, windows_BT: Tensor, progress: Progress) -> tuple[list[int], int]:
+    """(blocks to drop, in the order in which they went; tokens put through models without some block).
+
+    Each time the one goes without which the KL is lowest.
 
     Measured against the dense model on the first SEARCH_TOKENS. A block that cost more when fewer were gone than the
     best one costs now is not measured again; what runs below a block is not run again to measure it.
@@ -112,6 +120,7 @@ def choose_blocks(model: Any, count: int, windows_BT: Tensor, progress: Progress
     dense = [compute_hidden(model, ids_T[None])[0] for ids_T in windows_BT]
     dropped: list[int] = []
     costs = dict.fromkeys(range(len(blocks)), 0.0)
+    tokens = 0
     for done in range(count):
         inputs = [_read_inputs(blocks, dropped, ids_T) for ids_T in windows_BT]
         best = math.inf
@@ -119,6 +128,7 @@ def choose_blocks(model: Any, count: int, windows_BT: Tensor, progress: Progress
             progress("search blocks", done * len(blocks) + i, count * len(blocks))
             if costs[block] > best:
                 break
+            tokens += windows_BT.numel()
             kl = 0.0
             for ids_T, dense_TD, boundary in zip(windows_BT, dense, inputs, strict=True):
                 with skipping(blocks, [*dropped, block]), blocks.only(block, len(blocks), ids_T, boundary[block]):
@@ -128,7 +138,7 @@ def choose_blocks(model: Any, count: int, windows_BT: Tensor, progress: Progress
         dropped.append(min(costs, key=costs.__getitem__))
         del costs[dropped[-1]]
     progress("search blocks", 1, 1)
-    return dropped
+    return dropped, tokens
 
 
 def _read_inputs(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Tensor]:

@@ -20,11 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.allocate import Allocation, ImpossiblePlan, allocate
+from tools.benchmarks import Benchmark, load_benchmarks, run_benchmark
 from tools.curves import LayerProfile, predict_kl
 from tools.errors import UserError
 from tools.evolve import Search, SearchSettings, Stage, evolve
 from tools.files import write_json, write_text, write_whole
 from tools.options import Parser, add_flags, parse_flags, read_options
+from tools.paper import PRESETS, Measured, describe_tasks
 from tools.recipes import Recipe, parse_pattern, parse_recipe
 from tools.rows import (
     as_csv,
@@ -37,19 +39,23 @@ from tools.rows import (
     show_bars,
 )
 from tools.secrets import read_secrets
-from tools.settings import WorkbenchSettings
+from tools.settings import TaskSettings, WorkbenchSettings
 from tools.sources import check_device, locate_model
-from tools.summary import Protocol, describe_protocol, escape, show
+from tools.summary import Protocol, Score, describe_protocol, escape, show
 from tools.texts import check_texts
 
 if TYPE_CHECKING:
     from tools.facts import Retention
+    from tools.losses import Evaluation
     from tools.profile import Progress
     from tools.workbench import Workbench
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "two-sided", "two-sided-obs", "two-sided+refit", "refit")
 ALLOCATIONS = ("uniform", "owl", "alphapruning", "evolution", "kappa")
 """What `all` means: every method with every allocation."""
+
+STRUCTURED = {"flap": ("neurons", "heads"), "depth": ("blocks",)}
+"""What goes as a whole with the method structured, by the name that stands for its allocation."""
 
 REFERENCE = "sparsegpt:uniform"
 """Degradations are shown as multiples of this recipe's."""
@@ -62,13 +68,16 @@ LABELLED = 10
 """Recipes that the plot's legend names, the best ones; it explains the colours and marks of the others."""
 
 
-class CompareSettings(WorkbenchSettings):
+class CompareSettings(TaskSettings, WorkbenchSettings):
     """The model, its texts, and what is compared."""
 
     recipes: str = Field(
         "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
         description="Comma-separated METHOD[+refit][~clipped]:ALLOCATION[@STRENGTH], or all. Methods: "
-        f"{', '.join(METHODS)}. Allocations: {', '.join(ALLOCATIONS)}, and kappa-mask.",
+        f"{', '.join(METHODS)}. Allocations: {', '.join(ALLOCATIONS)}, and kappa-mask. Beside all: "
+        "structured[+refit]:flap, the same number of neurons (by FLAP's fluctuation) and groups of heads from every "
+        "block, and structured[+refit]:depth, whole blocks; a sparsity is then the share of the prunable weights "
+        "that is removed, and patterns have no such row.",
     )
     sparsity: str = Field("0.45", description="Comma-separated fractions and patterns, such as 0.45,0.6,2:4.")
     out: str = Field("compare", min_length=1, description="Directory of the tables, the plot and the work.")
@@ -92,7 +101,9 @@ class Row(BaseModel):
     allocation: str = Field(description="How sparsity is shared out; uniform wherever a pattern says it all.")
     sparsity: float = Field(description="The target, as a fraction.")
     pattern: str = Field(description="N:M, or empty for zeros anywhere.")
-    achieved_sparsity: float
+    achieved_sparsity: float = Field(
+        description="Share of the prunable weights that are zero; structured: that are gone, as nearly as parts allow."
+    )
     perplexity: float | None = Field(description="Null where the loss was not finite.")
     dense_perplexity: float
     kl: float | None = Field(description="KL(dense || pruned), nats per token; null where it was not finite.")
@@ -103,7 +114,10 @@ class Row(BaseModel):
         "--questions, or where one was not finite.",
     )
     fact_error: float | None = Field(None, description="Its standard error over the questions.")
-    seconds: float = Field(description="Pruning the model, once it is known how much of each layer goes.")
+    scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
+    seconds: float = Field(
+        description="Pruning the model, once it is known how much of each layer goes; structured: choosing included."
+    )
     allocation_seconds: float = Field(
         description="Deciding that. A search's whole time, over interruptions; but about 0 where the curves or spectra "
         "it takes were measured before, for another row."
@@ -114,7 +128,7 @@ class Row(BaseModel):
     evaluated_tokens: int = Field(
         description="Calibration tokens run through the model to share sparsity out, whether or not other rows read "
         "the same. evolution: through pruned models. kappa: the profile's gradients, forward twice and backward, which "
-        "counts as two; and as many again for curves of the method's own."
+        "counts as two; and as many again for curves of the method's own. structured: through models cut on trial."
     )
     protocol: Protocol
 
@@ -126,6 +140,7 @@ class Comparison(BaseModel):
     profile: str = Field(description="Hash of the profile that all rows share.")
     profile_seconds: float
     dense_perplexity: float
+    dense_scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
     rows: list[Row] = []
 
 
@@ -134,13 +149,18 @@ class Job(NamedTuple):
 
     label: str
     recipe: Recipe
-    """Its allocation is uniform where the label's is evolution."""
+    """Its allocation is uniform where the label's is evolution. Of a structured job no more than `refit` counts."""
     sparsity: float
 
     @property
     def key(self) -> tuple[str, float, str]:
         """What tells rows apart."""
         return self.label, self.sparsity, self.recipe.pattern
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole parts of the model go."""
+        return self.allocation in STRUCTURED
 
     @property
     def title(self) -> str:
@@ -189,7 +209,10 @@ def list_jobs(recipes: str, sparsities: str) -> list[Job]:
     for sparsity, pattern in targets:
         for label in labels:
             job = _make_job(label, sparsity, pattern)
-            jobs.setdefault(job.key, job)
+            if not (job.structured and pattern):
+                jobs.setdefault(job.key, job)
+    if not jobs:
+        raise UserError("patterns are not for structured recipes; try --sparsity 0.2")
     return list(jobs.values())
 
 
@@ -213,6 +236,8 @@ def _parse_sparsity(text: str) -> tuple[float, str]:
 
 def _make_job(label: str, sparsity: float, pattern: str) -> Job:
     method, _, allocation = label.partition(":")
+    if method.partition("+")[0] == "structured":
+        return _make_structured_job(label, sparsity)
     evolves = allocation == "evolution"
     try:
         recipe = parse_recipe(f"{method}:uniform" if evolves else label)
@@ -222,6 +247,14 @@ def _make_job(label: str, sparsity: float, pattern: str) -> Job:
         recipe = recipe.model_copy(update={"pattern": pattern, "allocation": "uniform", "strength": 1.0})
         return Job(recipe.label, recipe, sparsity)
     return Job(f"{recipe.mask_label}:evolution" if evolves else recipe.label, recipe, sparsity)
+
+
+def _make_structured_job(label: str, sparsity: float) -> Job:
+    method, _, allocation = label.partition(":")
+    if method not in ("structured", "structured+refit") or allocation not in STRUCTURED:
+        known = ", ".join(f"structured[+refit]:{name}" for name in STRUCTURED)
+        raise UserError(f"recipe {label!r} is none of {known}")
+    return Job(label, Recipe(method="magnitude", refit=method.endswith("+refit")), sparsity)
 
 
 def _name_target(sparsity: float, pattern: str) -> str:
@@ -239,6 +272,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     """
     jobs = list_jobs(settings.recipes, settings.sparsity)
     _check_input(settings)
+    benchmarks = load_benchmarks(settings, settings.dtype)
     directory = Path(settings.out)
     lock_out(directory, directory / "work")
     known = _read_comparison(directory, settings)
@@ -251,7 +285,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     impossible: list[str] = []
     todo = [job for job in jobs if job.key not in done]
     if todo or known is None:
-        known, impossible = _make_rows(todo, len(jobs), known, settings, console)
+        known, impossible = _make_rows(todo, len(jobs), known, settings, benchmarks, console)
     else:
         _write(directory, known)  # a kill may have left some of the files a row behind
     if console.is_terminal:
@@ -264,7 +298,12 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
 
 
 def _make_rows(
-    jobs: list[Job], total: int, known: Comparison | None, settings: CompareSettings, console: Console
+    jobs: list[Job],
+    total: int,
+    known: Comparison | None,
+    settings: CompareSettings,
+    benchmarks: list[Benchmark],
+    console: Console,
 ) -> tuple[Comparison, list[str]]:
     """(`known` with a row for each job that can be, why the others cannot)."""
     from tools.workbench import use_workbench  # imports torch
@@ -281,14 +320,19 @@ def _make_rows(
     ):
         if known is None:
             begin("dense model", 0)
-            masks_only = not any(job.recipe.changes_survivors for job in jobs)
+            masks_only = not any(job.recipe.changes_survivors for job in jobs if not job.structured)
             known = _profile(bench, settings, progress, masks_only)
+            known.dense_scores = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
             _write(directory, known)
             print_line(console, _describe_dense(known))
+        if bench.questions:
+            bench.ask("dense", "validation", progress)
         for i, job in enumerate(jobs):
             begin(job.title, total - len(jobs) + i)
+            make = _make_structured_row if job.structured else _make_row
             try:
-                row = _make_row(job, bench, known, settings, progress)
+                row, model = make(job, bench, known, settings, progress)
+                row.scores = _ask_tasks(benchmarks, model, bench, job.title, progress)
             except ImpossiblePlan as error:
                 impossible.append(f"{job.title}: {error}")
                 warn(impossible[-1])
@@ -320,8 +364,10 @@ def _profile(bench: "Workbench", settings: CompareSettings, progress: "Progress"
     )
 
 
-def _make_row(job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress") -> Row:
-    """Raises ImpossiblePlan."""
+def _make_row(
+    job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress"
+) -> tuple[Row, Any]:
+    """(the row, the model it is about). Raises ImpossiblePlan."""
     decide = search_allocation if job.allocation == "evolution" else _allocate
     allocation, tokens, allocation_seconds = decide(job, bench, known.profile, settings, progress)
     bench.forget_checkpoints([])  # what earlier rows or tries made, so that every row's time is its own
@@ -330,33 +376,101 @@ def _make_row(job: Job, bench: "Workbench", known: Comparison, settings: Compare
     seconds = time.monotonic() - began
     zeros, weights = bench.count_zeros()
     evaluation = bench.evaluate(checkpoint, "validation", known.profile, progress)
-    facts = _ask_questions(checkpoint, bench, progress) if settings.questions else None
+    row = _fill_row(
+        job,
+        bench,
+        known,
+        settings,
+        evaluation,
+        _ask_questions(bench.model, bench, progress),
+        achieved_sparsity=zeros / weights,
+        seconds=round(seconds, 1),
+        allocation_seconds=round(allocation_seconds, 1),
+        evaluated_tokens=tokens,
+    )
+    return row, bench.model
+
+
+def _fill_row(
+    job: Job,
+    bench: "Workbench",
+    known: Comparison,
+    settings: CompareSettings,
+    evaluation: "Evaluation",
+    facts: "Retention | None",
+    **figures: Any,
+) -> Row:
     return Row(
         recipe=job.label,
-        method=job.recipe.mask_label,
+        method=job.label.partition(":")[0],
         allocation=job.allocation,
         sparsity=job.sparsity,
         pattern=job.recipe.pattern,
-        achieved_sparsity=zeros / weights,
         perplexity=evaluation.perplexity,
         dense_perplexity=known.dense_perplexity,
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error,
         fact_retention=facts.share if facts else None,
         fact_error=facts.error if facts else None,
-        seconds=round(seconds, 1),
-        allocation_seconds=round(allocation_seconds, 1),
         peak_memory_bytes=bench.peak_memory_bytes(),
-        evaluated_tokens=tokens,
         protocol=describe_protocol(settings, "validation"),
+        **figures,
     )
 
 
-def _ask_questions(checkpoint: str, bench: "Workbench", progress: "Progress") -> "Retention | None":
-    from tools.facts import compare_recall  # imports torch
+def _make_structured_row(
+    job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress"
+) -> tuple[Row, Any]:
+    """(the row, the cut model). Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
+    from tools.choose import check_cut  # imports torch
+    from tools.cut import build_cut, count_weights, without_fits
+    from tools.structure import choose_cut
+    from tools.workbench import DENSE
 
-    recall = bench.ask(checkpoint, "validation", progress)
+    bench.restore(DENSE)
+    calibration = bench.windows.calibration.to(bench.device)
+    began = time.monotonic()
+    try:
+        kinds = STRUCTURED[job.allocation]
+        choice = choose_cut(bench.model, kinds, job.sparsity, calibration, progress, refit=job.recipe.refit)
+        model = build_cut(bench.model, choice.cut)
+        seconds = time.monotonic() - began
+        check_cut(bench.model, choice.cut, build_cut(bench.model, without_fits(choice.cut)), calibration[0])
+    except UserError as error:
+        raise ImpossiblePlan(str(error)) from error
+    row = _fill_row(
+        job,
+        bench,
+        known,
+        settings,
+        bench.evaluate_other(model, known.profile, progress),
+        _ask_questions(model, bench, progress),
+        achieved_sparsity=1 - count_weights(model) / count_weights(bench.model),
+        seconds=round(seconds, 1),
+        allocation_seconds=0.0,
+        evaluated_tokens=choice.tokens,
+    )
+    return row, model
+
+
+def _ask_questions(model: Any, bench: "Workbench", progress: "Progress") -> "Retention | None":
+    """What a model has left of the dense one's facts, on the questions of the trials; None without any.
+
+    The dense model was asked first.
+    """
+    from tools.facts import compare_recall, measure_recall  # imports torch
+
+    if not bench.questions:
+        return None
+    recall = measure_recall(model, bench.questions["validation"], "questions", progress)
     return compare_recall(recall, bench.ask("dense", "validation", progress))
+
+
+def _ask_tasks(
+    benchmarks: list[Benchmark], model: Any, bench: "Workbench", label: str, progress: "Progress"
+) -> list[Score]:
+    found = [run_benchmark(benchmark, model, bench.tokenizer, label, progress) for benchmark in benchmarks]
+    return [result.score for results in found for result in results]
 
 
 def _allocate(job: Job, bench: "Workbench", profile: str, settings: CompareSettings, progress: "Progress") -> Decision:
@@ -455,8 +569,9 @@ def _describe_dense(known: Comparison) -> str:
 
 def _describe_row(job: Job, row: Row) -> str:
     kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
+    went = "removed" if job.structured else "zeros"
     return (
-        f"{job.title}: {row.achieved_sparsity:.2%} zeros, perplexity {show(row.perplexity)}, KL {kl}, "
+        f"{job.title}: {row.achieved_sparsity:.2%} {went}, perplexity {show(row.perplexity)}, KL {kl}, "
         f"allocated in {row.allocation_seconds:.1f} s, pruned in {row.seconds:.1f} s"
     )
 
@@ -478,10 +593,11 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
 
     jobs = list_jobs(settings.recipes, settings.sparsity)
     check_texts(settings)
-    found = estimate(settings, target=max(job.sparsity for job in jobs), rounds=len(jobs))
+    rows = [job for job in jobs if not job.structured]
+    found = estimate(settings, target=max(job.sparsity for job in jobs), rounds=len(rows))
     for work in found.work:
         if work.name == ASKED_FOR:
-            work.times = len({job.recipe.mask_label for job in jobs if job.recipe.needs_curves})
+            work.times = len({job.recipe.mask_label for job in rows if job.recipe.needs_curves})
     print_estimate(found, console)
     if searches := sum(job.allocation == "evolution" for job in jobs):
         print_line(
@@ -489,6 +605,10 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
             f"not counted: {searches} evolutionary searches, each of up to {settings.evolution_tokens:,} tokens "
             "through models pruned for it",
         )
+    if len(rows) < len(jobs):
+        print_line(console, "not counted: structured rows")
+    if settings.tasks:
+        print_line(console, f"not counted: {', '.join(settings.tasks)}, asked of the dense model and of every row")
 
 
 # --- what is written -----------------------------------------------------------------------------------------------
@@ -564,6 +684,7 @@ _EXPLAIN_FACTS = (
 def describe(known: Comparison) -> str:
     """`compare.md`."""
     settings = known.settings
+    structured = any(row.allocation in STRUCTURED for row in known.rows)
     lines = [
         f"# {escape(settings['model'])}: recipes compared",
         "",
@@ -577,7 +698,8 @@ def describe(known: Comparison) -> str:
         "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "
         "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
         "the seconds of curves that several rows share stand in the first of them."
-        + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else ""),
+        + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else "")
+        + (" Structured: the sparsity is the share of the prunable weights removed." if structured else ""),
         "",
         "![Perplexity over sparsity](compare.svg)",
         "",
@@ -589,7 +711,14 @@ def describe(known: Comparison) -> str:
             recipe, *figures = _list_cells(row, known)
             lines.append(f"| {' | '.join([f'`{recipe}`', *figures])} |")
         lines.append("")
+    dense = Measured("dense", "", "", 0.0, known.dense_perplexity, known.dense_scores)
+    lines += describe_tasks(dense, [_as_measured(row) for _, rows in group_rows(known.rows) for row in rows])
     return "\n".join(lines)
+
+
+def _as_measured(row: Row) -> Measured:
+    name = f"`{row.recipe}`" + (f" {row.pattern}" if row.pattern else "")
+    return Measured(name, row.recipe, row.pattern, row.achieved_sparsity, row.perplexity, row.scores)
 
 
 _MARKS = "osD^v*PX<>ph"
@@ -662,6 +791,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
     parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="Recipes, sparsities and tasks at once, where no flag says otherwise. paper: the baselines, the sparsity "
+        "and the tasks of arXiv 2601.09694.",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="Show the memory, disk and time that the rows would need. Only the model's config is read: --model may be "
@@ -681,7 +816,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _obey(arguments: list[str]) -> None:
     options, flags = parse_flags(make_parser(), CompareSettings, arguments)
     path = Path(options.config) if options.config else None
-    settings = read_options(CompareSettings, flags, path, ignore_unknown=True)
+    preset = PRESETS[options.preset] if options.preset else {}
+    settings = read_options(CompareSettings, {**preset, **flags}, path, ignore_unknown=True)
     if options.dry_run:
         show_needs(settings, Console())
     else:

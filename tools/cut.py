@@ -109,7 +109,7 @@ def _find_heads(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
         kinds = ", ".join(layer.kind for layer in attention) or "no linear layers"
         raise UserError(
             f"the heads of {_name(model)} cannot be cut: its attention holds {kinds}, not q_proj, k_proj, v_proj and "
-            "one output projection; use --parts neurons or blocks"
+            "one output projection; its neurons or blocks may"
         )
     config = model.config.get_text_config()
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -122,7 +122,7 @@ def _find_neurons(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
         kinds = ", ".join(layer.kind for layer in mlp) or "no linear layers"
         raise UserError(
             f"the neurons of {_name(model)} cannot be cut: beside attention its blocks hold {kinds}, not projections "
-            "up and one down; use --parts heads or blocks"
+            "up and one down; its heads or blocks may"
         )
     return Part("neurons", mlp[-1].block, mlp[-1].weight_OI.shape[1], tuple(mlp[:-1]), mlp[-1])
 
@@ -163,8 +163,12 @@ def list_counts(model: Any, kinds: Sequence[str], remove: float) -> list[Counts]
             found.append(Counts(heads, neurons))
     if not found:
         most, least = sum(options[kind][-1] * shares[kind] for kind in parts), step * shares["neurons"]
-        limit = f"much: {most:.2%} is the most" if remove > most else f"little: {least:.2%} is the least"
-        raise UserError(f"--remove {remove:g} is too {limit} that can go here")
+        limit = (
+            f"much to remove: {most:.2%} is the most"
+            if remove > most
+            else f"little to remove: {least:.2%} is the least"
+        )
+        raise UserError(f"{remove:g} is too {limit} that can go here")
     return found
 
 
@@ -178,10 +182,10 @@ def _options(model: Any, part: Part) -> Sequence[int]:
 def _nearest(remove: float, share: float, options: Sequence[int], units: int) -> int:
     """The number of units, of those that may go, nearest to the share to remove; `share` is that of one unit."""
     if len(options) == 1 or remove >= (options[-1] + units) / 2 * share:
-        raise UserError(f"--remove {remove:g} is too much: {options[-1] * share:.2%} is the most that can go here")
+        raise UserError(f"{remove:g} is too much to remove: {options[-1] * share:.2%} is the most that can go here")
     best = min(options, key=lambda n: abs(n * share - remove))
     if best == 0:
-        raise UserError(f"--remove {remove:g} is too little: {options[1] * share:.2%} is the least that can go here")
+        raise UserError(f"{remove:g} is too little to remove: {options[1] * share:.2%} is the least that can go here")
     return best
 
 
@@ -247,7 +251,7 @@ def check_buildable(model: Any, counts: Counts) -> None:
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"{_name(model)} takes no such cut: its config has no way to say that {name} is {shapes[0]}, "
-                f"not {shapes[1]}; try other --parts"
+                f"not {shapes[1]}; other parts may be cut"
             )
 
 

@@ -297,7 +297,7 @@ def list_phases(shape: _Shape, settings: WorkbenchSettings, reading: int, device
     if shape.item < 4:
         tokens = (gradient, "windows"), (settings.window, "tokens")
         backward.append(_multiply("those of one layer in fp32", *tokens, (shape.flow_layer, "numbers"), (4, "bytes")))
-    walk = [*always, states("inputs of all blocks", (shape.blocks, "blocks"), (gradient, "windows"))]
+    walk = [*always, states("inputs of one block", (gradient, "windows"))]
     matrices = _multiply(
         "second moment and system of one layer",
         *((PRUNE_MATRICES, "matrices"), (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes")),
@@ -326,7 +326,6 @@ def list_phases(shape: _Shape, settings: WorkbenchSettings, reading: int, device
             host=[
                 *always,
                 states("inputs and outputs of one block", (2, "sets"), (calibration, "windows")),
-                states("inputs of the other blocks", (shape.blocks - 1, "blocks"), (gradient, "windows")),
             ],
         ),
         Phase(
@@ -365,14 +364,21 @@ def _measure_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def list_disk(model: Any, layers: list[Layer]) -> list[Line]:
-    """What a run may write at most: moments, three checkpoints and the exported model."""
+def list_disk(model: Any, layers: list[Layer], settings: WorkbenchSettings) -> list[Line]:
+    """What a run may write at most: moments, block inputs, three checkpoints and the exported model."""
+    blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
+    windows = min(settings.gradient_windows, settings.calibration_windows)
     weights = sum(layer.weight_OI.nbytes for layer in layers)
     return [
         Line(
             what="second moments",
             how=f"4 bytes × inputs², over {len(layers)} layers",
             bytes=sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers),
+        ),
+        _multiply(
+            "inputs of all blocks, while the model is profiled",
+            *((blocks, "blocks"), (windows, "windows"), (settings.window, "tokens")),
+            *((embedding.shape[1], "wide"), (embedding.element_size(), "bytes")),
         ),
         Line(what="checkpoints", how="3 × the prunable layers", bytes=3 * weights),
         Line(what="the exported model", how="all parameters", bytes=sum(p.nbytes for p in model.parameters())),
@@ -527,7 +533,7 @@ def estimate(settings: WorkbenchSettings, *, target: float, rounds: int, profile
         zeros=round(target * weights),
         dense=find_unprunable(model),
         phases=list_phases(shape, settings, reading, device),
-        disk=list_disk(model, layers),
+        disk=list_disk(model, layers, settings),
         work=work,
         speed={name: measure_speed(torch.device(device), getattr(torch, DTYPES[name])) for name in formats},
     )

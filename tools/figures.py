@@ -43,6 +43,9 @@ MARKS = {"accept": "o", "rollback": "X", "refuse": "D"}
 MOST_KINDS = 24
 """Columns of a map; where a model has more kinds of layers, those that differ only in a number are taken together."""
 
+LABELLED = 16
+"""Trials that are labelled with their iteration; the labels of more would cover one another."""
+
 CELLS = "cells"
 """Id of a map's cells, row by row."""
 
@@ -245,7 +248,7 @@ def draw_predictions(name: str, label: str, points: Sequence[Prediction]) -> Mar
             if p.error:
                 reach = [max(p.measured - p.error, low / 10), p.measured + p.error]
                 axes.plot([p.predicted] * 2, reach, color=INKS[p.verdict], linewidth=1.4)
-        for near in group_near(points):
+        for near in group_near(points) if len(points) <= LABELLED else []:
             x, y = max(p.predicted for p in near), near[0].measured
             words = ", ".join(str(p.iteration) for p in near)
             axes.annotate(words, (x, y), xytext=(8, -4), textcoords="offset points")

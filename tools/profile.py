@@ -9,6 +9,7 @@ Shape suffixes: T tokens, I input features (d_in), O output features (d_out), D 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from tools.curves import LEVELS, LayerProfile
 from tools.errors import UserError
 from tools.layers import Layer
 from tools.readout import compute_hidden, hidden_gradients
+from tools.states import StateStack
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, steps done, steps in all)."""
@@ -168,7 +170,7 @@ def walk_back(
     blocks: Blocks,
     layers: Sequence[Layer],
     windows_BT: Tensor,
-    inputs: list[list[Tensor]],
+    inputs: StateStack,
     seed: int,
     progress: Progress,
     *,
@@ -176,8 +178,8 @@ def walk_back(
 ) -> Iterator[BlockGradients]:
     """Back-propagate through one block after another, from the last to the first; yields what each one saw.
 
-    `inputs` are those of every block, for every window; they are let go as the walk goes on. Each block runs forward
-    once more, so that only its own graph is held. Labels are drawn from the model's own predictions; with `language`
+    `inputs` has those of every block, for every window, the last block's on top. Each block runs forward once more,
+    so that only its own graph is held. Labels are drawn from the model's own predictions; with `language`
     the language modelling loss of the text is back-propagated too.
     """
     model, device, last = blocks.model, windows_BT.device, len(blocks) - 1
@@ -185,6 +187,7 @@ def walk_back(
     above: list[tuple[Tensor, ...]] = [()] * len(windows_BT)
     for block in range(last, -1, -1):
         seen = BlockGradients({layer.name: [] for layer in grouped[block]}, {x.name: 0.0 for x in grouped[block]})
+        entered = inputs.pop()
         fisher = True
 
         def on_gradient(layer: Layer, x_TI: Tensor, g_TO: Tensor) -> None:
@@ -195,7 +198,7 @@ def walk_back(
 
         for i, ids_T in enumerate(windows_BT):
             progress("gradients", (last - block) * len(windows_BT) + i, len(blocks) * len(windows_BT))
-            x_BTD = inputs[block][i].to(device).detach().requires_grad_()
+            x_BTD = entered[i].to(device).detach().requires_grad_()
             with _tapped(grouped[block], lambda layer, x: None, on_gradient):
                 if block == last:
                     with blocks.only(block, block + 1, ids_T, x_BTD):
@@ -212,7 +215,6 @@ def walk_back(
                     fisher = False
                     below += torch.autograd.grad(output, x_BTD, above[i][1].to(device))
             above[i] = tuple(gradient.cpu() for gradient in below)
-        inputs[block] = []
         yield seen
     progress("gradients", len(blocks) * len(windows_BT), len(blocks) * len(windows_BT))
 
@@ -225,12 +227,14 @@ def collect_statistics(
     seed: int,
     progress: Progress,
     keep_moment: Callable[[str, Tensor], None] | None,
+    scratch: Path,
     dense: Mapping[str, Tensor] | None = None,
 ) -> ModelStatistics:
     """Input moments over all windows; output-gradient moments and KL curves over the first `gradient_windows`.
 
     Each second moment is handed to `keep_moment` (name of its group, A) as soon as it is whole, and not held; without
-    it only mean squares are collected.
+    it only mean squares are collected. In the directory `scratch` lie, meanwhile, the inputs of all blocks for the
+    gradient windows.
     kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself; dW is what the
     two-sided mask removes of the `dense` weights where they are given, else of those in the model. Raises UserError for
     a layer that never ran.
@@ -240,35 +244,35 @@ def collect_statistics(
     mean_square: dict[str, Tensor] = {}
     group: dict[str, str] = {}
     states = embed_windows(blocks, windows_BT)
-    inputs: list[list[Tensor]] = []
-    for block in range(len(blocks)):
-        progress("statistics", block, len(blocks))
-        inputs.append(states[:gradient_windows])
-        full = keep_moment is not None
-        moments, states = collect_moments(blocks, block, grouped[block], windows_BT, states, full=full)
-        group |= moments.group
-        mean_square |= {name: moments.mean_square[leader].clone() for name, leader in moments.group.items()}
-        if keep_moment is not None:
-            for leader, moment_II in moments.second_moment.items():
-                keep_moment(leader, moment_II)
-    progress("statistics", len(blocks), len(blocks))
-    del states  # the way down needs the gradient windows only
+    with StateStack(scratch) as inputs:
+        for block in range(len(blocks)):
+            progress("statistics", block, len(blocks))
+            inputs.push(states[:gradient_windows])
+            full = keep_moment is not None
+            moments, states = collect_moments(blocks, block, grouped[block], windows_BT, states, full=full)
+            group |= moments.group
+            mean_square |= {name: moments.mean_square[leader].clone() for name, leader in moments.group.items()}
+            if keep_moment is not None:
+                for leader, moment_II in moments.second_moment.items():
+                    keep_moment(leader, moment_II)
+        progress("statistics", len(blocks), len(blocks))
+        del states  # the way down needs the gradient windows only
 
-    windows_BT = windows_BT[:gradient_windows]
-    tokens, device = windows_BT.numel(), windows_BT.device
-    statistics = ModelStatistics(mean_square, {}, {}, group, {}, {})
-    back = walk_back(blocks, layers, windows_BT, inputs, seed, progress, language=True)
-    for block, seen in zip(reversed(range(len(blocks))), back, strict=True):
-        for layer in grouped[block]:
-            name, pairs = layer.name, seen.pairs[layer.name]
-            nothing = torch.zeros(layer.weight_OI.shape[0], device=device)
-            gamma_O = sum((sum_squares(g_TO) for _, g_TO in pairs), nothing) / tokens
-            clipped_O = sum((sum_squares(clip_tokens(g_TO, CLIP)) for _, g_TO in pairs), nothing) / tokens
-            statistics.gradient_square[name], statistics.clipped_square[name] = gamma_O, clipped_O
-            statistics.gradient[name] = seen.language[name] / len(windows_BT)
-            weight_OI = _weight(layer, dense)
-            parts = _parts_of_mask(weight_OI, mean_square[name], gamma_O)
-            statistics.kappa[name] = _kappa(pairs, parts, tokens)
+        windows_BT = windows_BT[:gradient_windows]
+        tokens, device = windows_BT.numel(), windows_BT.device
+        statistics = ModelStatistics(mean_square, {}, {}, group, {}, {})
+        back = walk_back(blocks, layers, windows_BT, inputs, seed, progress, language=True)
+        for block, seen in zip(reversed(range(len(blocks))), back, strict=True):
+            for layer in grouped[block]:
+                name, pairs = layer.name, seen.pairs[layer.name]
+                nothing = torch.zeros(layer.weight_OI.shape[0], device=device)
+                gamma_O = sum((sum_squares(g_TO) for _, g_TO in pairs), nothing) / tokens
+                clipped_O = sum((sum_squares(clip_tokens(g_TO, CLIP)) for _, g_TO in pairs), nothing) / tokens
+                statistics.gradient_square[name], statistics.clipped_square[name] = gamma_O, clipped_O
+                statistics.gradient[name] = seen.language[name] / len(windows_BT)
+                weight_OI = _weight(layer, dense)
+                parts = _parts_of_mask(weight_OI, mean_square[name], gamma_O)
+                statistics.kappa[name] = _kappa(pairs, parts, tokens)
     return statistics
 
 
@@ -279,21 +283,24 @@ def measure_kappa(
     seed: int,
     progress: Progress,
     parts_of: Callable[[str], Iterable[Tensor]],
+    scratch: Path,
 ) -> dict[str, list[float]]:
     """The KL curve of each layer for any change: `parts_of(name)` is what each of LEVELS changes beyond the last.
 
-    One walk up and one down over the windows; nats per token, as in `collect_statistics`.
+    One walk up and one down over the windows; nats per token, and `scratch` used, as in `collect_statistics`.
     """
     blocks = Blocks(model)
     grouped = layers_by_block(layers, len(blocks))
-    inputs = [embed_windows(blocks, windows_BT)]
-    for block in range(len(blocks) - 1):
-        inputs.append(run_block(blocks, block, windows_BT, inputs[-1]))
     kappa: dict[str, list[float]] = {}
-    back = walk_back(blocks, layers, windows_BT, inputs, seed, progress, language=False)
-    for block, seen in zip(reversed(range(len(blocks))), back, strict=True):
-        for layer in grouped[block]:
-            kappa[layer.name] = _kappa(seen.pairs[layer.name], parts_of(layer.name), windows_BT.numel())
+    states = embed_windows(blocks, windows_BT)
+    with StateStack(scratch) as inputs:
+        for block in range(len(blocks)):
+            inputs.push(states)
+            states = run_block(blocks, block, windows_BT, states) if block < len(blocks) - 1 else []
+        back = walk_back(blocks, layers, windows_BT, inputs, seed, progress, language=False)
+        for block, seen in zip(reversed(range(len(blocks))), back, strict=True):
+            for layer in grouped[block]:
+                kappa[layer.name] = _kappa(seen.pairs[layer.name], parts_of(layer.name), windows_BT.numel())
     return kappa
 
 

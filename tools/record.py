@@ -36,6 +36,8 @@ class Trial(BaseModel):
     kl: Measured
     kl_error: Measured = None
     predicted_kl: FiniteFloat
+    fact_retention: Measured = None
+    fact_error: Measured = None
     verdict: Literal["accept", "rollback", "refuse"]
     reason: str = ""
     plan: str = ""

@@ -331,7 +331,8 @@ class ScoreRow(NamedTuple):
     score: Score
     first: bool
     """The first of its task and metric."""
-    bar: Bar
+    bar: Bar | None
+    """None where the figure was not finite."""
 
 
 def list_scores(summary: Summary | None) -> list[ScoreRow]:
@@ -341,9 +342,12 @@ def list_scores(summary: Summary | None) -> list[ScoreRow]:
         groups.setdefault((score.task, score.metric), []).append(score)
     rows = []
     for scores in groups.values():
-        low = min(s.value - (s.error or 0) for s in scores)
-        high = max(s.value + (s.error or 0) for s in scores)
-        rows += [ScoreRow(s, s is scores[0], _place(s.value, s.error, low, high)) for s in scores]
+        known = [(s.value, s.error or 0.0) for s in scores if s.value is not None]
+        low = min((value - error for value, error in known), default=0.0)
+        high = max((value + error for value, error in known), default=1.0)
+        for score in scores:
+            bar = None if score.value is None else _place(score.value, score.error, low, high)
+            rows.append(ScoreRow(score, score is scores[0], bar))
     return rows
 
 

@@ -22,6 +22,9 @@ PACKED_FILE = "packed.safetensors"
 """What a directory with a packed model holds."""
 
 
+HUB_ID = r"[\w.-]+(/[\w.-]+)?"
+
+
 class ModelPlace(NamedTuple):
     """What `from_pretrained` needs to find a model."""
 
@@ -42,11 +45,17 @@ def locate_model(source: str) -> ModelPlace:
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise UserError(f"model directory {source} has no config.json; is it a saved transformers model?")
         return ModelPlace(path, None)
-    if os.path.exists(path) or source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    if not is_hub_id(source):
         raise UserError(
             f"model {source!r} is neither a directory, a .gguf file, package:NAME nor a hub id such as Qwen/Qwen3-4B"
         )
     return ModelPlace(source, None)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a model's source can only be one of the hub: nothing on this machine has the name."""
+    here = os.path.exists(os.path.expanduser(source)) or source.startswith((".", "/", "~")) or source.endswith(".gguf")
+    return not here and re.fullmatch(HUB_ID, source) is not None
 
 
 def _locate_in_package(name: str) -> ModelPlace:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
@@ -21,7 +21,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from torch import Tensor
 
-from tools.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl
+from tools.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl, search_windows
 from tools.cut import (
     STEP,
     Counts,
@@ -115,7 +115,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     windows = cut_windows(settings, tokenizer)
     calibration, validation = windows.calibration.to(dense.device), windows.validation.to(dense.device)
     check_readout(dense, calibration[0])
-    cut, constraint = _choose(dense, kinds, settings.remove, calibration, step)
+    cut, constraint, _ = choose_cut(dense, kinds, settings.remove, calibration, step)
 
     dense_losses, hidden = evaluate_windows(dense, validation, None, "dense", step)
     plain = build_cut(dense, without_fits(cut))
@@ -147,25 +147,44 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     return result
 
 
-def _choose(model: Any, kinds: tuple[str, ...], remove: float, windows_BT: Tensor, step: Progress) -> tuple[Cut, str]:
-    """(what goes, and in words what held it to that)."""
+class Choice(NamedTuple):
+    """What goes of a model."""
+
+    cut: Cut
+    constraint: str
+    """What held it to that, in words."""
+    tokens: int
+    """Calibration tokens put through cut models to choose."""
+
+
+def choose_cut(
+    model: Any, kinds: tuple[str, ...], remove: float, windows_BT: Tensor, step: Progress, *, refit: bool = True
+) -> Choice:
+    """The cut of these kinds of parts that takes `remove` of the weights of the blocks' linear layers away.
+
+    Without `refit` what stays has its dense weights. Raises UserError where there is no such cut.
+    """
     candidates = list_counts(model, kinds, remove)
     for counts in candidates:
         check_buildable(model, counts)
     if "blocks" in kinds:
-        order = choose_blocks(model, candidates[0].blocks, windows_BT, step)
-        fits = fold_blocks(model, order, windows_BT, step)
+        order, tokens = choose_blocks(model, candidates[0].blocks, windows_BT, step)
+        fits = fold_blocks(model, order, windows_BT, step) if refit else []
         words = f"whole blocks, in this order, each the one without which KL was lowest: {', '.join(map(str, order))}"
-        words += "" if fits else "; nothing was refitted, as no MLP before them adds to what the blocks pass on"
-        return Cut(candidates[0], fits, tuple(sorted(order))), words
-    cuts = choose_channels(model, candidates, windows_BT, step)
-    costs = [measure_kl(model, build_cut(model, cut), windows_BT) for cut in cuts] if len(cuts) > 1 else [0.0]
+        words += (
+            "" if fits or not refit else "; nothing was refitted, as no MLP before them adds to what the blocks pass on"
+        )
+        return Choice(Cut(candidates[0], fits, tuple(sorted(order))), words, tokens)
+    cuts = choose_channels(model, candidates, windows_BT, step, refit=refit)
+    words = _describe_counts(model, kinds, candidates[0])
+    if len(cuts) == 1:
+        return Choice(cuts[0], words, 0)
+    costs = [measure_kl(model, build_cut(model, cut), windows_BT) for cut in cuts]
     best = costs.index(min(costs))
+    compared = ", ".join(f"{c.heads} ({cost:.3f})" for c, cost in zip(candidates, costs, strict=True))
     words = _describe_counts(model, kinds, candidates[best])
-    if len(cuts) > 1:
-        compared = ", ".join(f"{c.heads} ({cost:.3f})" for c, cost in zip(candidates, costs, strict=True))
-        words += f"; the number of groups that cost the least KL on calibration text, of {compared}"
-    return cuts[best], words
+    words += f"; the number of groups that cost the least KL on calibration text, of {compared}"
+    return Choice(cuts[best], words, len(cuts) * search_windows(windows_BT).numel())
 
 
 def _describe_counts(model: Any, kinds: tuple[str, ...], counts: Counts) -> str:

@@ -2,11 +2,17 @@
 
 import platform
 from importlib.metadata import version
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from tools.settings import WorkbenchSettings
+from tools.sources import is_hub_id
+from tools.tables import parse_hub
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 SIGMAS = 2.0
 """Differences below this many standard errors are noise: neither an improvement nor a lesson."""
@@ -159,25 +165,34 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
     return "\n".join(lines) + "\n"
 
 
-def write_card(summary: Summary) -> str:
-    """The model card, `model/README.md`."""
+def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
+    """The model card, `model/README.md`, with nothing in it of where files lie on this machine."""
+    name, text = hide_path(summary.model), hide_path(summary.protocol.text)
+    perplexity = summary.perplexity
     return "\n".join(
         [
             "---",
-            "library_name: transformers",
-            "tags: [pruned, sparse, billhook]",
+            _card_data(summary, settings).to_yaml(),
             "---",
-            f"# {summary.model}, pruned to {summary.achieved_sparsity:.2%}",
+            f"# {escape(name)}, pruned to {summary.achieved_sparsity:.2%}",
             "",
             describe_result(summary),
             "",
             "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither "
             "smaller nor faster than the dense one by itself.",
             "",
-            f"Perplexity was measured on `{summary.protocol.text}` ({summary.protocol.tokens} tokens, windows of "
+            f"| | perplexity on {escape(text)} |",
+            "|---|---|",
+            f"| dense | {show(perplexity.dense)} |",
+            f"| **this model** | **{show(perplexity.pruned)}** |",
+            f"| uniform Wanda, same sparsity | {show(perplexity.uniform_wanda)} |",
+            "",
+            f"Perplexity was measured on `{text}` ({summary.protocol.tokens} tokens, windows of "
             f"{summary.protocol.window}, {summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",
             "",
             *list_benchmarks(summary.benchmarks),
+            f"What the licence of {escape(name)} says of derived models holds for this one.",
+            "",
         ]
     )
 
@@ -242,6 +257,56 @@ def show_score(value: float | None, error: float | None) -> str:
     """A figure of a task for people."""
     figure = "not finite" if value is None else f"{value:.4f}"
     return figure if value is None or error is None else f"{figure} ± {error:.4f}"
+
+
+def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData":
+    """The card's front matter: what the model was made of, and its own results as the hub reads them."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    name, found = hide_path(summary.model), []
+    if summary.perplexity.pruned is not None:
+        text = parse_hub(settings.test) if settings.test.startswith("hub:") else None
+        place = hide_path(settings.test)
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=text.name if text else place,
+                dataset_name=text.name if text else place,
+                dataset_config=text.config if text else None,
+                dataset_split=text.split if text else None,
+                metric_type="perplexity",
+                metric_name="Perplexity",
+                metric_value=round(summary.perplexity.pruned, 4),
+            )
+        )
+    found += [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score.task,
+            dataset_name=score.task,
+            metric_type=score.metric,
+            metric_value=round(score.value, 4),
+        )
+        for score in summary.benchmarks
+        if score.model == "pruned" and score.value is not None
+    ]
+    calibration = settings.calibration
+    return ModelCardData(
+        base_model=summary.model if is_hub_id(summary.model) else None,
+        datasets=[parse_hub(calibration).name] if calibration.startswith("hub:") else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "billhook"],
+        model_name=f"{name}-pruned",
+        eval_results=found or None,
+    )
+
+
+def hide_path(source: str) -> str:
+    """A model's or text's source for strangers: of a file or directory on this machine no more than its name."""
+    kind, path = ("file:", source[5:]) if source.startswith("file:") else ("", source)
+    hidden = source.startswith(("hub:", "package:")) or is_hub_id(source)
+    return source if hidden else kind + Path(path).expanduser().resolve().name
 
 
 def describe_result(summary: Summary) -> str:

@@ -114,8 +114,8 @@ class Workbench:
         progress("load model", 1, 1)
 
     def _refuse_small_disk(self) -> None:
-        """Moments, three checkpoints and the exported model must fit."""
-        needed = sum(line.bytes for line in list_disk(self.model, self.layers))
+        """All that a run may write must fit."""
+        needed = sum(line.bytes for line in list_disk(self.model, self.layers, self.settings))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(
@@ -147,7 +147,7 @@ class Workbench:
 
         keep = None if masks_only and not first else keep_moment
         statistics = collect_statistics(
-            self.model, self.layers, windows, count, self.settings.seed, progress, keep, self.dense
+            self.model, self.layers, windows, count, self.settings.seed, progress, keep, self.directory, self.dense
         )
         _refuse_infinite(statistics, self.settings.dtype)
         means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
@@ -278,7 +278,7 @@ class Workbench:
             self._find_moments(profile, progress)
         self.restore(DENSE)
         windows = self.windows.calibration[: self.settings.gradient_windows].to(self.device)
-        kappa = measure_kappa(self.model, self.layers, windows, self.settings.seed, progress, parts_of)
+        kappa = measure_kappa(self.model, self.layers, windows, self.settings.seed, progress, parts_of, self.directory)
         progress(f"KL curves of {recipe.mask_label}", len(self.layers), len(self.layers))
         return kappa
 
@@ -492,6 +492,12 @@ class Workbench:
         recall = measure_recall(self.model, self.questions[split], label or "questions", progress)
         write_json(path, recall.model_dump())
         return recall
+
+    def evaluate_other(self, model: Any, profile: str, progress: Progress) -> Evaluation:
+        """Losses on the validation text of another model of the same tokens, such as one cut from the dense one."""
+        windows = self.windows.validation.to(self.device)
+        hidden = self.store.read_tensors(self.read_profile(profile).hidden)["hidden"]
+        return evaluate_windows(model, windows, hidden, "validation", progress)[0]
 
     def probe(
         self,

@@ -74,7 +74,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             mask_sha256=masks,
             protocol=describe_protocol(config),
         )
-        export_model(bench.model, bench.tokenizer, session.directory / "model", write_card(summary))
+        export_model(bench.model, bench.tokenizer, session.directory / "model", write_card(summary, config))
         sparsity = dict(zip(bench.by_name, bench.sparsities(), strict=True))
         trials = [trial.model_dump() for trial in ([state.dense] if state.dense else []) + state.trials]
         write_text(session.directory / "report.md", write_report(summary, trials, sparsity, state.stop))

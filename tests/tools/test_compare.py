@@ -16,6 +16,7 @@ from rich.console import Console
 
 import tools.compare
 import tools.files
+import tools.structure
 import tools.workbench
 from tests.tiny import tiny_settings
 from tools.allocate import allocate
@@ -40,6 +41,7 @@ from tools.losses import evaluate_windows
 from tools.profile import measure_kappa
 from tools.recipes import Recipe, parse_recipe
 from tools.rows import as_csv, show_bars
+from tools.structure import StructureSettings, cut_model
 from tools.summary import describe_protocol
 from tools.workbench import Workbench, close_workbench, use_workbench
 
@@ -232,6 +234,47 @@ def test_a_budget_too_small_for_one_generation_leaves_it_uniform(
     assert searched.perplexity == uniform.perplexity
 
 
+def test_structured_rows_are_what_tools_structure_gives(
+    tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools.structure, "REPEATS", 1)
+    labels = ["structured:depth", "structured+refit:depth", "structured:flap", "structured+refit:flap"]
+    settings = make_settings(tiny_llama, tmp_path / "out", recipes=",".join(labels), sparsity="0.5,2:4")
+    try:
+        known, lines = run(settings.model_copy(update={"recipes": ",".join(labels[:3])}))
+        assert [row.recipe for row in known.rows] == labels[:3]
+        first = known.rows
+        known, lines = run(settings)
+        assert known.rows[:3] == first, "none is made twice"
+        with pytest.raises(
+            UserError, match=r"^structured:flap at 97%: 0.97 is too much to remove: 70.00% is the most "
+        ):
+            run(settings.model_copy(update={"sparsity": "0.97", "recipes": "structured:flap"}))
+        bench, measured = tools.workbench._open[0], 2 * 4 * 64
+        assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
+        wanted = StructureSettings.model_validate(tiny_settings(tiny_llama).model_dump() | {"remove": 0.5})
+        found = {
+            name: cut_model(wanted.model_copy(update={"parts": parts, "out": str(tmp_path / name)}), lambda *_: None)
+            for name, parts in (("depth", "blocks"), ("flap", "neurons,heads"))
+        }
+    finally:
+        close_workbench()
+    for row in known.rows:
+        cut = found[row.allocation]
+        perplexity = cut.cut.perplexity if row.method == "structured+refit" else cut.perplexity_without_refit
+        kl = cut.kl if row.method == "structured+refit" else cut.kl_without_refit
+        assert (row.achieved_sparsity, row.sparsity, row.pattern) == (cut.removed, 0.5, "")
+        assert (row.perplexity, row.kl) == (perplexity, kl)
+        assert row.dense_perplexity == cut.dense.perplexity
+        assert row.protocol == describe_protocol(settings, "validation")
+    assert [row.evaluated_tokens for row in known.rows] == [measured, measured, 0, 0]
+    assert [line.partition(",")[0] for line in lines[1:5]] == [
+        *("structured:depth at 50%: 50.00% removed", "structured+refit:depth at 50%: 50.00% removed"),
+        *("structured:flap at 50%: 50.00% removed", "structured+refit:flap at 50%: 50.00% removed"),
+    ]
+    assert "Structured: the sparsity is the share" in (tmp_path / "out" / "compare.md").read_text()
+
+
 # --- going on ----------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +434,14 @@ def test_rows_that_cannot_be_lose_no_others(
         ("nonsense:evolution", "0.45", "recipe 'nonsense:uniform': method: input should be"),
         ("wanda:kappa@2", "0.45", "recipe 'wanda:kappa@2': strength: "),
         ("Wanda kappa", "0.45", "recipe 'Wanda kappa' is not of the form METHOD[+refit]:ALLOCATION"),
+        (
+            "structured:kappa",
+            "0.2",
+            "recipe 'structured:kappa' is none of structured[+refit]:flap, structured[+refit]:",
+        ),
+        ("structured", "0.2", "recipe 'structured' is none of structured[+refit]:flap, structured[+refit]:depth"),
+        ("wanda:flap", "0.2", "recipe 'wanda:flap': allocation: "),
+        ("structured:flap", "2:4", "patterns are not for structured recipes; try --sparsity 0.2"),
         (" , ", "0.45", "no recipe is given; try --recipes wanda:uniform,refit:kappa"),
         ("all", ",", "no sparsity is given; try --sparsity 0.45"),
         ("all", "half", "sparsity 'half' is neither a fraction such as 0.45 nor a pattern such as 2:4"),
@@ -505,6 +556,14 @@ def test_with_a_pattern_each_method_is_one_row() -> None:
     assert {job.sparsity for job in jobs} == {0.5}
     assert all(job.recipe.allocation == job.allocation == "uniform" for job in patterned)
     assert [job.title for job in jobs if not job.recipe.pattern][-1] == "refit:kappa@0.5 at 50%"
+
+
+def test_structured_recipes_have_no_row_for_a_pattern() -> None:
+    jobs = list_jobs("structured:flap,structured+refit:depth,wanda:uniform", "0.2,2:4")
+    assert [job.title for job in jobs] == [
+        *("structured:flap at 20%", "structured+refit:depth at 20%", "wanda:uniform at 20%", "wanda:uniform at 2:4")
+    ]
+    assert [(job.structured, job.recipe.refit) for job in jobs[:2]] == [(True, False), (True, True)]
 
 
 def test_labels_are_told_apart_by_what_they_mean() -> None:
@@ -653,3 +712,24 @@ def test_what_a_recipe_leaves_of_the_facts(tiny_llama: Path, tmp_path: Path, no_
     said = (tmp_path / "out" / "compare.md").read_text()
     assert f"| {row.fact_retention:.1%} ± {row.fact_error:.1%} |" in said
     assert f"on 4 questions of `file:{source}`." in said
+
+
+def test_tasks_are_asked_of_the_dense_model_and_of_every_row(
+    tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "questions.jsonl"
+    source.write_text("\n".join(f'{{"question": "Which is number {i}?", "answer": "class"}}' for i in range(8)))
+    flags = tiny_settings(tiny_llama).model_dump(exclude={"model", "trust_remote_code", "calibration_mix"})
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    given += [f"--model={tiny_llama}", f"--out={tmp_path / 'out'}", "--preset=paper", "--sparsity=0.5"]
+    given += ["--recipes=wanda:uniform,structured:flap", "--tasks=freebaseqa", f"--freebaseqa=file:{source}"]
+    assert tools.compare.main([*given, "--limit=2", "--shots=1"]) == 0
+    known = Comparison.model_validate_json((tmp_path / "out" / "compare.json").read_bytes())
+    close_workbench()
+    asked = [known.dense_scores, *(row.scores for row in known.rows)]
+    assert [[(score.task, score.metric, score.samples) for score in scores] for scores in asked] == [
+        [("freebaseqa", "exact_match", 2), ("freebaseqa", "logprob", 2)]
+    ] * 3
+    values = [[score.value for score in scores if score.metric == "logprob"] for scores in asked]
+    assert values[0] != values[1] != values[2] != values[0]
+    assert "| freebaseqa exact_match | freebaseqa logprob |" in (tmp_path / "out" / "compare.md").read_text()

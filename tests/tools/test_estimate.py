@@ -74,15 +74,15 @@ def test_memory_of_a_tiny_llama_on_the_cpu(tiny_llama: Path) -> None:
         "validate the dense model": (evaluation, [*always, 2 * 3 * STATE]),
         "profile, statistics": (
             [MODEL, FLOW * 3 // 2, 4 * (6 * 32 * 32 + 48 * 48)],
-            [*always, 2 * 4 * STATE, 1 * 2 * STATE],
+            [*always, 2 * 4 * STATE],
         ),
         "profile, gradients": (
             [*backward, LARGEST * 21 // 4],
-            [*always, 2 * 2 * STATE, 2 * 2 * STATE],
+            [*always, 2 * STATE, 2 * 2 * STATE],
         ),
         "KL curves of a method, where a plan asks for them": (
             [*backward, 19 * LARGEST, MATRICES],
-            [*always, 2 * 2 * STATE, 2 * STATE],
+            [*always, 2 * STATE, 2 * STATE],
         ),
         "prune": ([MODEL, 10 * LARGEST, MATRICES], always),
         "validate": (evaluation, [*always, 3 * 3 * STATE]),
@@ -121,7 +121,7 @@ def test_layers_disk_and_work_of_a_tiny_llama(tiny_llama: Path) -> None:
     found = estimate(tiny_settings(tiny_llama), target=0.45, rounds=3, profiles=2, tests=3)
     assert (found.parameters, found.blocks, found.layers, found.weights) == (25_760, 2, 14, 15_360)
     assert (found.zeros, found.dense, found.device, list(found.speed)) == (6_912, [], "cpu", ["fp32"])
-    assert [line.bytes for line in found.disk] == [2 * 4 * (6 * 32 * 32 + 48 * 48), 3 * DENSE, MODEL]
+    assert [line.bytes for line in found.disk] == [*(2 * 4 * (6 * 32 * 32 + 48 * 48), 2 * 2 * STATE, 3 * DENSE, MODEL)]
     token, head = 2 * 15_360 + 2 * 2 * 64 * 32, 2 * 320 * 32
     squares = 2 * (6 * 32 * 32 + 48 * 48)
     refit = 2 * 2 * ((32 + 16 + 16 + 32 + 48 + 48) * 32 * 32 + 32 * 48 * 48)
@@ -161,7 +161,7 @@ def test_peaks_are_those_of_the_greatest_phase(tiny_llama: Path) -> None:
     device, host = found.peak_device, found.peak_host
     assert device.device_bytes == max(sum(sizes(phase)[0]) for phase in found.phases)
     assert host.host_bytes == max(sum(line.bytes for line in phase.host) for phase in found.phases)
-    assert (device.name, host.name) == ("KL curves of a method, where a plan asks for them", "profile, statistics")
+    assert (device.name, host.name) == ("KL curves of a method, where a plan asks for them", "validate")
     assert found.peak.bytes == max(phase.device_bytes + phase.host_bytes for phase in found.phases)
 
 
@@ -196,7 +196,10 @@ def test_qwen3_8b_fits_a_gpu_of_80_gb(tmp_path: Path, no_gpu: None) -> None:
     flow = 2 * 2048 * (8192 + 5120 + 5120 + 8192 + 3 * 16384)
     assert gradients.device[1].bytes == 3 * flow and gradients.device[3].bytes == 16 * flow
     assert found.disk_bytes == (
-        36 * 4 * (6 * 4096**2 + 12288**2) + 3 * 2 * found.weights + 2 * found.parameters  # 94 GB
+        36 * 4 * (6 * 4096**2 + 12288**2)
+        + 36 * 16 * 2048 * 4096 * 2
+        + 3 * 2 * found.weights
+        + 2 * found.parameters  # 104 GB
     )
     assert found.speed == {} and found.seconds(found.work[0]) is None
 
@@ -389,7 +392,7 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None) -> None:
     assert "  dense copy of the prunable layers; each is pruned from it; CPU; 30.7 kB" in lines
     assert any(re.fullmatch(r"prune: 159\.0 kB on the GPU, [\d.]+ [MG]B in CPU memory", line) for line in lines)
     assert "  one layer being pruned; 10 copies × 1,536 weights of the largest layer × 4 bytes; GPU; 61.4 kB" in lines
-    assert "disk: 211.3 kB" in lines
+    assert f"disk: {(67_584 + 16_384 + 3 * DENSE // 2 + MODEL // 2) / 1e3:.1f} kB" in lines
     assert "  second moments; 4 bytes × inputs², over 14 layers; 67.6 kB" in lines
     assert "  prune; 14 layers by the method refit, 13 products each; other methods cost less; 3 ×; 14.1 MFLOP" in lines
     assert lines[-7:-1] == [
@@ -399,7 +402,7 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None) -> None:
         f"peak memory of the GPU: {found.peak_device.device_bytes / 1e6:.1f} MB "
         "(KL curves of a method, where a plan asks for them)",
         lines[-3],
-        "disk: 211.3 kB",
+        "disk: 227.6 kB",
     ]
     assert re.fullmatch(r"peak memory of the CPU: [\d.]+ [MG]B \(load\)", lines[-3])
     total = sum(work.times * work.flops for work in found.work)

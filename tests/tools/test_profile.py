@@ -2,8 +2,10 @@
 
 import copy
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,7 @@ from tools.profile import (
 )
 from tools.readout import compute_hidden, compute_logits
 
+SCRATCH = Path(tempfile.gettempdir())
 WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5
 
 
@@ -64,7 +67,7 @@ def collect(
     progress: Progress = ignore,
 ) -> Collected:
     windows, moments = make_windows() if windows is None else windows, dict[str, Tensor]()
-    statistics = collect_statistics(model, layers, windows, backward, seed, progress, moments.__setitem__)
+    statistics = collect_statistics(model, layers, windows, backward, seed, progress, moments.__setitem__, SCRATCH)
     return Collected(statistics, moments)
 
 
@@ -236,7 +239,7 @@ def test_the_model_is_left_as_it_was() -> None:
     layers = find_layers(model)
     collect(model, layers)
     parts = {layer.name: [0 * layer.weight_OI] * len(LEVELS) for layer in layers}
-    measure_kappa(model, layers, make_windows()[:1], SEED, ignore, parts.__getitem__)
+    measure_kappa(model, layers, make_windows()[:1], SEED, ignore, parts.__getitem__, SCRATCH)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
@@ -288,7 +291,7 @@ def test_curves_of_any_change_are_the_explicit_sum(architecture: str) -> None:
     layers = find_layers(model)
     generator = torch.Generator().manual_seed(3)
     parts = {x.name: [0.1 * torch.randn(x.weight_OI.shape, generator=generator) for _ in LEVELS] for x in layers}
-    kappa = measure_kappa(model, layers, make_windows()[:BACKWARD], SEED, ignore, parts.__getitem__)
+    kappa = measure_kappa(model, layers, make_windows()[:BACKWARD], SEED, ignore, parts.__getitem__, SCRATCH)
     expected = {layer.name: np.zeros(len(LEVELS)) for layer in layers}
     for window in range(BACKWARD):
         inputs, gradients = plain_gradients(model, window)

@@ -398,3 +398,13 @@ def test_a_profile_of_another_form_is_told(tmp_path: Path) -> None:
 def test_it_starts_without_torch() -> None:
     code = "import sys, tools.report; sys.exit(bool({'torch', 'transformers', 'matplotlib'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_what_a_trial_left_of_the_facts(tmp_path: Path) -> None:
+    layers = make_layers()
+    run = begin_run(tmp_path / "asked", layers)
+    add_round(run, 1, "accept", layers)
+    assert "answers' probability" not in read_page(run).page
+    add_round(run, 2, "rollback", layers, facts=0.912)
+    page = read_page(run)
+    assert page.all("dd").count("91.2% ± 0.8% of the right answers' probability per token is left") == 1

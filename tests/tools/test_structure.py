@@ -54,7 +54,7 @@ def cut_blocks(model: Any, dropped: list[int]) -> Cut:
 
 def make_cut(model: Any, parts: str) -> Cut:
     if parts == "blocks":
-        return cut_blocks(model, choose_blocks(model, 1, IDS, quiet))
+        return cut_blocks(model, choose_blocks(model, 1, IDS, quiet)[0])
     return choose_channels(model, [COUNTS[parts]], IDS, quiet)[0]
 
 
@@ -172,7 +172,7 @@ def test_blocks_that_do_nothing_go_first_and_change_nothing(architecture: str) -
     for block in (1, 2):
         for tensor in find_blocks(dense)[block].parameters():
             tensor.zero_()
-    order = choose_blocks(dense, 2, IDS, quiet)
+    order, _ = choose_blocks(dense, 2, IDS, quiet)
     assert sorted(order) == [1, 2]
     cut = cut_blocks(dense, order)
     model = build_cut(dense, without_fits(cut))
@@ -300,7 +300,7 @@ def test_numbers_of_heads_that_the_config_refuses_are_left_out() -> None:
     assert list_counts(dense, ["heads"], 0.15) == [Counts(heads=2)]
     assert list_counts(dense, ["neurons", "heads"], 0.25) == [Counts(neurons=24), Counts(heads=2)]
     one = make_model(make_config("llama", num_key_value_heads=1))
-    with pytest.raises(UserError, match=r"^--remove 0.1 is too much: 0.00% is the most that can go here$"):
+    with pytest.raises(UserError, match=r"^0.1 is too much to remove: 0.00% is the most that can go here$"):
         list_counts(one, ["heads"], 0.1)
     with pytest.raises(UserError, match=r"^LlamaForCausalLM takes no such cut: .* not a multiple of"):
         check_buildable(dense, Counts(heads=1))
@@ -313,18 +313,18 @@ def test_numbers_of_heads_that_the_config_refuses_are_left_out() -> None:
         ("llama", "--remove 0", "remove: input should be greater than 0, not '0'"),
         ("llama", "--parts legs", "--parts 'legs' is none of neurons; heads; neurons,heads; blocks"),
         ("llama", "--parts blocks,heads", "--parts 'blocks,heads' is none of neurons; heads; neurons,heads; blocks"),
-        ("llama", "--remove 0.99", "--remove 0.99 is too much: 70.00% is the most that can go here"),
-        ("llama", "--remove 0.001", "--remove 0.001 is too little: 10.00% is the least that can go here"),
-        ("llama", "--parts heads --remove 0.5", "--remove 0.5 is too much: 20.00% is the most that can go here"),
-        ("llama", "--parts neurons --remove 0.7", "--remove 0.7 is too much: 50.00% is the most that can go here"),
-        ("opt", "--parts neurons --remove 0.03", "--remove 0.03 is too little: 7.14% is the least that can go here"),
-        ("llama", "--parts blocks --remove 0.75", "--remove 0.75 is too much: 50.00% is the most that can go here"),
-        ("llama", "--parts blocks --remove 0.1", "--remove 0.1 is too little: 50.00% is the least that can go here"),
+        ("llama", "--remove 0.99", "0.99 is too much to remove: 70.00% is the most that can go here"),
+        ("llama", "--remove 0.001", "0.001 is too little to remove: 10.00% is the least that can go here"),
+        ("llama", "--parts heads --remove 0.5", "0.5 is too much to remove: 20.00% is the most that can go here"),
+        ("llama", "--parts neurons --remove 0.7", "0.7 is too much to remove: 50.00% is the most that can go here"),
+        ("opt", "--parts neurons --remove 0.03", "0.03 is too little to remove: 7.14% is the least that can go here"),
+        ("llama", "--parts blocks --remove 0.75", "0.75 is too much to remove: 50.00% is the most that can go here"),
+        ("llama", "--parts blocks --remove 0.1", "0.1 is too little to remove: 50.00% is the least that can go here"),
         (
             "gpt2",
             "--parts heads",
             "the heads of GPT2LMHeadModel cannot be cut: its attention holds attn.c_attn, attn.c_proj, not q_proj, "
-            "k_proj, v_proj and one output projection; use --parts neurons or blocks",
+            "k_proj, v_proj and one output projection; its neurons or blocks may",
         ),
         (
             "opt",
@@ -336,13 +336,13 @@ def test_numbers_of_heads_that_the_config_refuses_are_left_out() -> None:
             "opt",
             "--parts heads --remove 0.3",
             "OPTForCausalLM takes no such cut: its config has no way to say that "
-            "model.decoder.layers.0.self_attn.k_proj.bias is (16,), not (32,); try other --parts",
+            "model.decoder.layers.0.self_attn.k_proj.bias is (16,), not (32,); other parts may be cut",
         ),
         (
             "qwen3_moe",
             "--parts neurons",
             "the neurons of Qwen3MoeForCausalLM cannot be cut: beside attention its blocks hold no linear layers, not "
-            "projections up and one down; use --parts heads or blocks",
+            "projections up and one down; its heads or blocks may",
         ),
     ],
 )
