@@ -42,17 +42,15 @@ from graph.persistence import (
 )
 from graph.replay import read_record
 from graph.runs import list_runs
-from graph.session import create_run, read_replay, read_run, write_config
+from graph.session import check_input, create_run, read_replay, read_run, write_config
 from graph.state import Input, State
 from graph.steps import CAPS, name_directory, read_last_node
-from tools.benchmarks import load_benchmarks, refuse_shared_questions
 from tools.errors import DamagedArtifact, DiskFull, UserError
 from tools.files import explain_full_disk
 from tools.hub import NotPushed, check_push, push_model
 from tools.options import CONFIGS, Parser, add_flags, parse_flags, refuse
 from tools.rundir import append_event, lock_run, unlock_run
 from tools.secrets import read_secrets, redact
-from tools.sources import check_device, locate_model
 from tools.texts import check_texts
 
 STEPS_PER_ITERATION = 7
@@ -207,7 +205,7 @@ def _start(options: argparse.Namespace, flags: dict[str, Any]) -> Work:
         stem, config = path.stem, read_config(flags, path)
         check_model(config.planner)
         check_model(config.reflector)
-    _check_input(config)
+    check_input(config)
     name = _free_name(runs_dir, stem) if options.name is None else options.name
     thread = str(uuid.uuid4())
     create_run(runs_dir, name, config, thread, replay)
@@ -224,15 +222,6 @@ def _read_replayed(runs_dir: Path, replay: str, options: argparse.Namespace, fla
     if not read_record(replay).plans:
         raise UserError(f"the record of run {replay!r} holds no plan to repeat")
     return read_config({**config.model_dump(), **flags}, None)
-
-
-def _check_input(config: RunConfig) -> None:
-    """Refuse what can be refused before anything is loaded. Raises UserError."""
-    locate_model(config.model)
-    check_device(config.device)
-    check_texts(config)
-    load_benchmarks(config, config.dtype)
-    refuse_shared_questions(config, config)
 
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:

@@ -18,10 +18,13 @@ from graph.config import RunConfig, check_config
 from graph.persistence import runs_directory, state_kind
 from graph.replay import compare
 from graph.state import State
+from tools.benchmarks import load_benchmarks, refuse_shared_questions
 from tools.errors import UserError
 from tools.files import write_json, write_text
 from tools.options import read_yaml
 from tools.rundir import append_event, lock_run
+from tools.sources import check_device, locate_model
+from tools.texts import check_texts
 
 if TYPE_CHECKING:
     from tools.workbench import Workbench
@@ -37,6 +40,15 @@ class Cancelled(RuntimeError):
 def directory_of(state: State) -> Path:
     """The directory of the state's run."""
     return runs_directory() / state.run
+
+
+def check_input(config: RunConfig) -> None:
+    """Refuse what can be refused before anything is loaded. Raises UserError."""
+    locate_model(config.model)
+    check_device(config.device)
+    check_texts(config)
+    load_benchmarks(config, config.dtype)
+    refuse_shared_questions(config, config)
 
 
 def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str, replay: str = "") -> Path:

@@ -12,7 +12,7 @@ from graph.config import RunConfig
 from graph.memory import read_lessons
 from graph.persistence import runs_directory
 from graph.plans import allocate_plan
-from graph.session import Session, create_run, enter, open_bench, read_run
+from graph.session import Session, check_input, create_run, enter, open_bench, read_run
 from graph.state import Lesson, Plan, State, Trial
 from tools.allocate import ImpossiblePlan
 from tools.curves import LayerProfile, predict_layer_kl
@@ -35,6 +35,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     if not state.replay:
         check_model(config.planner)
         check_model(config.reflector)
+    check_input(config)  # a run that was not started from the command line has not been looked at
     create_run(runs_directory(), name, config, thread, state.replay)
     state = state.model_copy(update={"run": name, "config": config})
     session = enter("profile", state, runtime)
