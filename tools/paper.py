@@ -20,8 +20,11 @@ OURS = "refit:kappa"
 MMLU, FREEBASEQA = ("mmlu", "acc"), ("freebaseqa", "exact_match")
 """Task and metric of the paper's two accuracies."""
 
-PUBLISHED = ("published, agents on Qwen3-4B and 8B beside structured baselines", "+56 %", "19 ×", "−69 %")
-"""The three figures of the paper's abstract."""
+LOGPROB = ("freebaseqa", "logprob")
+"""Ours beside them, for models too small to say the answers."""
+
+PUBLISHED = ("published, agents on Qwen3-4B and 8B beside structured baselines", "+56 %", "19 ×", "−69 %", "")
+"""The three figures of the paper's abstract, and none for what it does not count."""
 
 
 class Measured(NamedTuple):
@@ -72,27 +75,32 @@ def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
         f"## `{OURS}` beside the baselines, as arXiv 2601.09694 counts",
         "",
         "MMLU: accuracy beside the baseline's. FreebaseQA: how many times the baseline's share of the dense model's "
-        "right answers is retained. Perplexity: the rise above the dense model's beside the baseline's. The published "
-        "line is of other models, and of other baselines.",
+        "right answers is retained. Perplexity, and the log-probability of the right answers: what is lost of the "
+        "dense model's beside what the baseline loses. The published line is of other models, and of other baselines.",
         "",
-        f"| `{OURS}` beside | MMLU | FreebaseQA | perplexity degradation |",
-        "|---|---:|---:|---:|",
+        f"| `{OURS}` beside | MMLU | FreebaseQA | perplexity lost | log-probability lost |",
+        "|---|---:|---:|---:|---:|",
         *(f"| {row.name} | {' | '.join(compare_with(ours, row, dense))} |" for row in baselines),
-        f"| *{PUBLISHED[0]}* | {' | '.join(f'*{figure}*' for figure in PUBLISHED[1:])} |",
+        f"| *{PUBLISHED[0]}* | {' | '.join(f'*{figure}*' if figure else '' for figure in PUBLISHED[1:])} |",
         "",
     ]
 
 
-def compare_with(ours: Measured, baseline: Measured, dense: Measured) -> tuple[str, str, str]:
-    """The paper's three figures in words; a dash where one cannot be had."""
+def compare_with(ours: Measured, baseline: Measured, dense: Measured) -> tuple[str, str, str, str]:
+    """The paper's three figures and ours in words; a dash where one cannot be had."""
     accuracy, their_accuracy = ours.figure(MMLU), baseline.figure(MMLU)
     gain = f"{accuracy / their_accuracy - 1:+.1%}" if accuracy is not None and their_accuracy else "–"
     answers, their_answers = ours.figure(FREEBASEQA), baseline.figure(FREEBASEQA)
     retained = "–"
     if answers is not None and their_answers is not None:
         retained = f"{answers / their_answers:.1f} ×" if their_answers else f"{answers:.2%} beside none"
-    loss = "–"
-    if None not in (ours.perplexity, baseline.perplexity, dense.perplexity):
-        rise, their_rise = (row.perplexity - dense.perplexity for row in (ours, baseline))  # type: ignore[operator]
-        loss = f"{rise / their_rise - 1:+.1%}" if their_rise > 0 else "–"
-    return gain, retained, loss.replace("-", "−")
+    perplexity = _compare_losses(dense.perplexity, ours.perplexity, baseline.perplexity, sign=1)
+    logprob = _compare_losses(*(row.figure(LOGPROB) for row in (dense, ours, baseline)), sign=-1)
+    return gain, retained, perplexity, logprob
+
+
+def _compare_losses(dense: float | None, ours: float | None, theirs: float | None, *, sign: int) -> str:
+    """How much more or less is lost than the baseline loses; `sign` is 1 for what grows when something is lost."""
+    if ours is None or theirs is None or dense is None or sign * (theirs - dense) <= 0:
+        return "–"
+    return f"{(ours - dense) / (theirs - dense) - 1:+.1%}".replace("-", "−")

@@ -15,34 +15,37 @@ def score(task: str, metric: str, value: float | None) -> Score:
     )
 
 
-def measured(recipe: str, perplexity: float | None, mmlu: float | None, answers: float | None) -> Measured:
+def measured(
+    recipe: str, perplexity: float | None, mmlu: float | None, answers: float | None, logprob: float | None = None
+) -> Measured:
     scores = [score("mmlu", "acc", mmlu), score("freebaseqa", "exact_match", answers)]
+    scores.append(score("freebaseqa", "logprob", logprob))
     return Measured(f"`{recipe}`" if recipe else "dense", recipe, "", 0.45 if recipe else 0.0, perplexity, scores)
 
 
-DENSE = measured("", 10.0, 0.6, 0.4)
-OURS = measured("refit:kappa", 13.1, 0.468, 0.19)
+DENSE = measured("", 10.0, 0.6, 0.4, -2.0)
+OURS = measured("refit:kappa", 13.1, 0.468, 0.19, -2.5)
 
 
 @pytest.mark.parametrize(
     ("baseline", "figures"),
     [
-        (measured("structured:flap", 20.0, 0.3, 0.01), ("+56.0%", "19.0 ×", "−69.0%")),
-        (measured("structured:depth", None, None, 0.0), ("–", "19.00% beside none", "–")),
-        (measured("wanda:uniform", 10.0, 0.0, None), ("–", "–", "–")),
+        (measured("structured:flap", 20.0, 0.3, 0.01, -4.0), ("+56.0%", "19.0 ×", "−69.0%", "−75.0%")),
+        (measured("structured:depth", None, None, 0.0), ("–", "19.00% beside none", "–", "–")),
+        (measured("wanda:uniform", 10.0, 0.0, None, -2.4), ("–", "–", "–", "+25.0%")),
     ],
 )
-def test_figures_beside_a_baseline(baseline: Measured, figures: tuple[str, str, str]) -> None:
+def test_figures_beside_a_baseline(baseline: Measured, figures: tuple[str, str, str, str]) -> None:
     assert compare_with(OURS, baseline, DENSE) == figures
 
 
 def test_the_table() -> None:
     said = describe_tasks(DENSE, [OURS, measured("structured:flap", 20.0, 0.3, 0.01)])
-    assert "| model | sparsity | perplexity | mmlu acc | freebaseqa exact_match |" in said
-    assert "| dense | 0.00% | 10.00 | 0.6000 ± 0.0100 | 0.4000 ± 0.0100 |" in said
-    assert "| `refit:kappa` | 45.00% | 13.10 | 0.4680 ± 0.0100 | 0.1900 ± 0.0100 |" in said
-    assert "| `structured:flap` | +56.0% | 19.0 × | −69.0% |" in said
-    assert f"| *{PUBLISHED[0]}* | *+56 %* | *19 ×* | *−69 %* |" in said
+    assert "| model | sparsity | perplexity | mmlu acc | freebaseqa exact_match | freebaseqa logprob |" in said
+    assert "| dense | 0.00% | 10.00 | 0.6000 ± 0.0100 | 0.4000 ± 0.0100 | -2.0000 ± 0.0100 |" in said
+    assert "| `refit:kappa` | 45.00% | 13.10 | 0.4680 ± 0.0100 | 0.1900 ± 0.0100 | -2.5000 ± 0.0100 |" in said
+    assert "| `structured:flap` | +56.0% | 19.0 × | −69.0% | – |" in said
+    assert f"| *{PUBLISHED[0]}* | *+56 %* | *19 ×* | *−69 %* |  |" in said
     assert "- task mmlu, shots 5" in said
 
 
