@@ -299,7 +299,7 @@ def _run_graph(work: Work) -> int:
         app = builder().compile(checkpointer=saver, store=store, name="billhook")
         snapshot, settings = _find_snapshot(app, work)
         if snapshot.values and not snapshot.tasks:  # `next` leaves out a node that ended just before a kill
-            print(f"run {work.name} is finished: see {work.directory / 'report.md'}")
+            print(f"run {work.name} is finished: see {work.directory / 'report.html'}")
             return 0
         state = State.model_validate(snapshot.values) if snapshot.values else None
         _refuse_lost_state(work, state)

@@ -84,7 +84,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             "result",
             **summary.model_dump(),
             model_directory=str(session.directory / "model"),
-            report=str(session.directory / "report.md"),
+            report=str(session.directory / "report.html"),
         )
     return {"current": state.accepted, "seconds": session.seconds}
 

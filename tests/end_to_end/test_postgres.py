@@ -82,7 +82,7 @@ def test_killed_and_resumed_from_another_process(
     assert (resumed.code, resumed.err) == (0, "")
     assert_same(run, easy, url)
     again = command("--resume", "run", "--state", url)
-    assert (again.code, again.out) == (0, "run run is finished: see runs/run/report.md\n")
+    assert (again.code, again.out) == (0, "run run is finished: see runs/run/report.html\n")
 
 
 def test_the_password_is_in_no_file_no_row_and_no_message(

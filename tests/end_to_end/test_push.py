@@ -93,7 +93,7 @@ def test_a_finished_run_is_pushed_and_not_run_again(hub: HubServer, finished: Pa
     before = read_events(finished)
     outcome = command("--resume", "run", *PUSH)
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out == f"run run is finished: see runs/run/report.md\npushed: {hub.url}/{NAME}\n"
+    assert outcome.out == f"run run is finished: see runs/run/report.html\npushed: {hub.url}/{NAME}\n"
     assert hub.repositories[NAME].files == {"notes.txt": b"mine", **read_files(finished / "model")}
     assert hub.repositories[NAME].visibility == "public"
     events = read_events(finished)

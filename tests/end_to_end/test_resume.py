@@ -285,5 +285,5 @@ def test_a_finished_run_is_not_run_again(easy: Easy, tmp_path: Path, command: Co
     before = {path: path.stat().st_mtime_ns for path in easy.run.rglob("*") if path.is_file()}
     done = command("--resume", "run", "--runs-dir", str(easy.run.parent))
     assert (done.code, done.err) == (0, "")
-    assert done.out == f"run run is finished: see {easy.run / 'report.md'}\n"
+    assert done.out == f"run run is finished: see {easy.run / 'report.html'}\n"
     assert {path: path.stat().st_mtime_ns for path in easy.run.rglob("*") if path.is_file()} == before

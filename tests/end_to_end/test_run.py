@@ -136,7 +136,7 @@ def test_a_process_of_its_own_gives_the_same_masks_and_tells_them_in_three_lines
     assert result.startswith("finished: sparsity 45.00% (target 45.00%)")
     assert perplexity.startswith(f"perplexity: {summary['perplexity']['pruned']:.2f} pruned")
     assert "that of uniform Wanda" in degradation
-    assert model == "model:  runs/outside/model" and report == "report: runs/outside/report.md"
+    assert model == "model:  runs/outside/model" and report == "report: runs/outside/report.html"
 
 
 def test_protected_layers_are_left_alone(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
