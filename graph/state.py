@@ -29,8 +29,8 @@ class Plan(BaseModel):
     sparsity: float = Field(
         gt=0,
         lt=1,
-        description="Share of all prunable weights that are zero after this round, as a fraction: the target, or a step "
-        "towards it.",
+        description="Share of all prunable weights that are zero after this round, as a fraction: the target, or a "
+        "step towards it.",
     )
     recipe: Recipe = Field(
         default_factory=Recipe, description="How the weights are chosen and what becomes of the rest."

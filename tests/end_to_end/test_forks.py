@@ -84,7 +84,8 @@ def test_a_fork_leaves_the_run_as_it_is(flags: list[str], tmp_path: Path, comman
     assert shared, "artifacts are not copied where links are possible"
     assert (forked / "artifacts" / "index.jsonl").stat().st_nlink == 1
     assert command("--resume", "run").out == "run run is finished: see runs/run/report.html\n"
-    assert command("--resume", forked.name).out == f"run {forked.name} is finished: see runs/{forked.name}/report.html\n"
+    finished = f"run {forked.name} is finished: see runs/{forked.name}/report.html\n"
+    assert command("--resume", forked.name).out == finished
     replayed = command("--replay", forked.name)
     assert f"note: the masks are those of run {forked.name} " in replayed.out, "its record is whole"
 
