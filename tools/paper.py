@@ -68,7 +68,7 @@ def describe_tasks(dense: Measured, rows: Sequence[Measured]) -> list[str]:
 
 def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
     ours = next((row for row in rows if row.recipe == OURS and not row.pattern), None)
-    baselines = [row for row in rows if row.recipe != OURS]
+    baselines = [row for row in rows if not row.recipe.startswith("refit")]  # which is Billhook's own, too
     if ours is None or not baselines or dense.figure(MMLU) is None or dense.figure(FREEBASEQA) is None:
         return []
     return [
