@@ -30,6 +30,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tools.controls import strip_controls
+from tools.summary import count
 
 Event = Mapping[str, Any]
 Clock = Callable[[], float]
@@ -154,11 +155,6 @@ def duration(seconds: float) -> str:
 def memory(size: float | None) -> str:
     """2.1e9 → 2.1 GB"""
     return "not measured" if size is None else f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def count(number: int, noun: str) -> str:
-    """1 lesson, 2,000 lessons"""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 # Every event as plain lines -----------------------------------------------------------------------

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from langgraph.store.base import BaseStore, SearchItem
 
 from graph.config import RunConfig
-from graph.display import clean, count
+from graph.display import clean
 from graph.lessons import merge_lessons, name_subject, weigh_evidence
 from graph.persistence import (
     RUNS_DIR_VARIABLE,
@@ -36,6 +36,7 @@ from graph.state import Lesson
 from tools.errors import UserError
 from tools.options import Parser, refuse
 from tools.secrets import read_secrets
+from tools.summary import count
 
 LIMIT = 30
 """Lessons from earlier runs that a new run starts with, those of most evidence."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tools.errors import UserError
 from tools.settings import QUESTION_SOURCE
-from tools.tables import open_rows, parse_hub, path_of
+from tools.tables import explain_unreadable, open_rows, parse_hub, path_of
 
 QUESTION_FORM = "Question: {}\nAnswer:"
 """How a question is put; the answer follows after a space."""
@@ -73,7 +73,7 @@ def read_questions(source: str) -> Iterator[Question]:
     """
     check_questions(source)
     seen: set[str] = set()
-    try:
+    with explain_unreadable("source of questions", source):
         for row in open_rows(source):
             for record in row["Questions"] if isinstance(row.get("Questions"), list) else [row]:
                 question = _read_record(record, source)
@@ -81,11 +81,6 @@ def read_questions(source: str) -> Iterator[Question]:
                 if question.answers and key not in seen:
                     seen.add(key)
                     yield question
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises a different class for every way a data set can be missing
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"source of questions {source!r} could not be read: {line}") from error
 
 
 def _read_record(record: dict[str, Any], source: str) -> Question:

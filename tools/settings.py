@@ -11,6 +11,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
+Split = Literal["validation", "test"]
+"""Texts, and questions, that are measured on."""
+
 TEXT_SOURCE = "hub:NAME[/CONFIG]:SPLIT, file:PATH (.txt or .jsonl) or pydoc"
 
 

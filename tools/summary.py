@@ -3,11 +3,11 @@
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from tools.settings import WorkbenchSettings
+from tools.settings import Split, WorkbenchSettings
 from tools.sources import is_hub_id
 from tools.tables import parse_hub
 
@@ -107,7 +107,7 @@ class Summary(BaseModel):
     protocol: Protocol
 
 
-def describe_protocol(settings: WorkbenchSettings, split: Literal["validation", "test"] = "test") -> Protocol:
+def describe_protocol(settings: WorkbenchSettings, split: Split = "test") -> Protocol:
     """The protocol of figures on a split of the text."""
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     return Protocol(
@@ -312,7 +312,7 @@ def hide_path(source: str) -> str:
 def describe_result(summary: Summary) -> str:
     """The result in two sentences."""
     p = summary.perplexity
-    rounds, undone = _count(summary.iterations, "iteration"), _count(summary.rollbacks, "rollback")
+    rounds, undone = count(summary.iterations, "iteration"), count(summary.rollbacks, "rollback")
     text = (
         f"{summary.achieved_sparsity:.2%} of the prunable weights are zero (target {summary.target_sparsity:.2%}), "
         f"after {rounds} with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at "
@@ -340,8 +340,9 @@ def show(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2f}"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def count(number: int, noun: str) -> str:
+    """1 lesson, 2,000 lessons"""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def escape(text: str) -> str:

@@ -4,6 +4,8 @@ import glob
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,18 @@ def parse_hub(source: str) -> HubText:
             "such as hub:Salesforce/wikitext/wikitext-2-raw-v1:test"
         )
     return HubText("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, form["split"])
+
+
+@contextmanager
+def explain_unreadable(what: str, source: str) -> Iterator[None]:
+    """Inside, whatever goes wrong while rows are read becomes a UserError of one line; `what` the source is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises a different class for every way a data set can be missing
+        line = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what} {source!r} could not be read: {line}") from error
 
 
 def open_rows(source: str) -> Any:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tools.errors import UserError
 from tools.questions import Question, check_questions, split_questions, write_pair
 from tools.settings import TEXT_SOURCE, WorkbenchSettings
-from tools.tables import open_rows, parse_hub, path_of
+from tools.tables import explain_unreadable, open_rows, parse_hub, path_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,15 +65,9 @@ def read_documents(source: str) -> Iterator[str]:
     if source == "pydoc":
         yield from _read_pydoc()
         return
-    try:
-        rows = open_rows(source)
-        for row in rows:
+    with explain_unreadable("text source", source):
+        for row in open_rows(source):
             yield _text_of(row, source)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises a different class for every way a data set can be missing
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"text source {source!r} could not be read: {line}") from error
 
 
 def _text_of(row: dict[str, Any], source: str) -> str:

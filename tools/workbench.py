@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -48,11 +48,9 @@ from tools.questions import split_questions
 from tools.readout import check_readout
 from tools.recipes import REFIT_STEPS, Recipe, count_pattern_zeros
 from tools.rundir import lock_run, unlock_run
-from tools.settings import WorkbenchSettings
+from tools.settings import Split, WorkbenchSettings
 from tools.sources import load_model
 from tools.texts import cut_windows
-
-Split = Literal["validation", "test"]
 
 DENSE = "dense"
 """Id of the unpruned weights, as a checkpoint and as a layer's artifact."""

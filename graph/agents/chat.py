@@ -26,6 +26,7 @@ from pydantic import BaseModel, Field, ValidationError
 from graph.agents.quoting import quote_data
 from graph.agents.toolbox import Toolbox, ToolCall, dump
 from tools.secrets import redact
+from tools.summary import count
 
 T = TypeVar("T", bound=BaseModel)
 Method = Literal["grammar", "json_schema", "function_calling", "json_mode", "text"]
@@ -117,7 +118,7 @@ def ask(
         left -= 1
         conversation += _hand_back(text, reason)
     problem = one_line(reason.replace("\n", "; "), 300)
-    answers = _count(hand_backs + 1, "answer")
+    answers = count(hand_backs + 1, "answer")
     raise AgentError(f"{_where(model)} gave no usable {schema.__name__} in {answers}; the last one: {problem}")
 
 
@@ -316,7 +317,7 @@ def _send(
     finally:
         _wire.reset(token)
     _rungs.pop(place, None)
-    after = f", after {_count(wire.requests, 'request')}" if wire.requests else ""
+    after = f", after {count(wire.requests, 'request')}" if wire.requests else ""
     raise AgentError(f"{_where(model)} {reply.text}{after}")
 
 
@@ -636,7 +637,3 @@ def _shorten(text: str, limit: int) -> str:
 def one_line(text: str, limit: int) -> str:
     """Text as one line of at most `limit` characters."""
     return _shorten(" ".join(text[: 4 * limit].split()), limit)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

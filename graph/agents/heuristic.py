@@ -45,12 +45,11 @@ def _plan_pattern(situation: Situation) -> Iterator[Plan]:
     config = situation.config
     reason = f"{config.pattern} in one step, with the strongest recipe."
     first = Plan(sparsity=config.target_sparsity, recipe=STRONG, reason=reason)
-    others = [plan for plan in _change_one_lever(situation, first) if not plan.adjustments]
-    works = [first.recipe.within_layers()]
-    works += [plan.recipe.within_layers() for plan in others]
-    tried = {trial.recipe.within_layers() for trial in situation.trials if trial.recipe}
-    for i, plan in enumerate([first, *others]):
-        if works[i] not in tried and works[i] not in works[:i]:
+    seen = {trial.recipe.within_layers() for trial in situation.trials if trial.recipe}
+    for plan in (first, *_change_one_lever(situation, first)):
+        work = plan.recipe.within_layers()
+        if work not in seen:
+            seen.add(work)
             yield plan
 
 

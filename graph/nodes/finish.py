@@ -62,7 +62,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             perplexity=perplexity,
             kl=best.kl,
             benchmarks=benchmarks,
-            samples=pair_words(dense_words, pruned_words),
+            samples=[Sample(prompt=p, dense=words, pruned=pruned_words[p]) for p, words in dense_words.items()],
             plan=best.plan,
             knowledge=knowledge,
             iterations=state.iteration,
@@ -108,19 +108,12 @@ def measure_knowledge(bench: "Workbench", state: State, session: Session, unifor
     )
 
 
-def continue_with(bench: "Workbench", checkpoint: str, session: Session) -> list[str]:
-    """What the model says after each prompt with the weights of a checkpoint, which stay in it."""
+def continue_with(bench: "Workbench", checkpoint: str, session: Session) -> dict[str, str]:
+    """Prompts, and what the model says after each with the weights of a checkpoint, which stay in it."""
     from tools.generate import PROMPTS, continue_prompts  # imports torch
 
     bench.restore(checkpoint)
     session.progress("continue prompts", 0, 1)
     words = continue_prompts(bench.model, bench.tokenizer, PROMPTS)
     session.progress("continue prompts", 1, 1)
-    return words
-
-
-def pair_words(dense: list[str], pruned: list[str]) -> list[Sample]:
-    """What the dense and the pruned model said, prompt by prompt."""
-    from tools.generate import PROMPTS
-
-    return [Sample(prompt=p, dense=d, pruned=q) for p, d, q in zip(PROMPTS, dense, pruned, strict=True)]
+    return dict(zip(PROMPTS, words, strict=True))
