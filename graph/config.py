@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tools.options import check_options, read_options
 from tools.recipes import parse_pattern
-from tools.settings import TaskSettings, WorkbenchSettings
+from tools.settings import TaskSettings, TeamSettings
 
 MODEL_FORM = r"^(heuristic|[a-z][a-z0-9_]*:\S(.*\S)?)$"
 PLANNER = (
@@ -16,7 +16,7 @@ PLANNER = (
 )
 
 
-class RunConfig(TaskSettings, WorkbenchSettings):
+class RunConfig(TaskSettings, TeamSettings):
     """Every option of a run: what is pruned, how far, judged by what, planned by whom."""
 
     target_sparsity: float = Field(

@@ -44,7 +44,7 @@ from graph.replay import read_record
 from graph.runs import list_runs
 from graph.session import check_input, create_run, read_replay, read_run, write_config
 from graph.state import Input, State
-from graph.steps import CAPS, name_directory, read_last_node
+from graph.steps import CHANGEABLE, name_directory, read_last_node
 from tools.errors import DamagedArtifact, DiskFull, UserError
 from tools.files import explain_full_disk
 from tools.hub import NotPushed, check_push, push_model
@@ -260,7 +260,7 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> Work:
     replay = read_replay(runs_dir / name)
     wanted = read_config(flags if options.config else {**config.model_dump(), **flags}, _given_path(options))
     changed = [field for field in RunConfig.model_fields if getattr(wanted, field) != getattr(config, field)]
-    if refused := [field for field in changed if field not in CAPS]:
+    if refused := [field for field in changed if field not in CHANGEABLE]:
         raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(refused)}); start a new run")
     if not replay and not (runs_dir / name / "summary.json").is_file():  # else no agent is asked any more
         check_model(config.planner)
@@ -418,10 +418,10 @@ def _refuse_lost_state(work: Work, state: State | None) -> None:
 
 
 def _refuse_changed_config(work: Work, state: State | None) -> None:
-    """`config.yaml` must say what the run was started with, but for the caps."""
+    """`config.yaml` must say what the run was started with, but for what may change."""
     if state is None or not state.profile:
         return
-    fields = [field for field in RunConfig.model_fields if field not in CAPS]
+    fields = [field for field in RunConfig.model_fields if field not in CHANGEABLE]
     if changed := [field for field in fields if getattr(state.config, field) != getattr(work.config, field)]:
         raise UserError(
             f"run {work.name!r} cannot be resumed with a changed config ({', '.join(changed)}): its config.yaml was "

@@ -28,11 +28,12 @@ from graph.session import CANCELLED, create_run, directory_of
 from graph.state import State
 from tools.files import write_text
 from tools.rundir import scan_events
+from tools.settings import TEAM
 
 Update = dict[str, Any]
 Node = Callable[[State, Runtime[RunConfig]], Update]
 
-CAPS = ("max_agent_tokens", "max_agent_cost")
+CHANGEABLE = ("max_agent_tokens", "max_agent_cost", *TEAM)
 """Fields of the config that may change while a run goes on; they have no part in what is pruned."""
 
 
@@ -45,14 +46,17 @@ def step(node: Node) -> Node:
         if runtime.execution_info is not None:
             checkpoint, thread = runtime.execution_info.checkpoint_id, runtime.execution_info.thread_id
         moved: Update = {}
+        config = state.config
         if state.profile:
             name = name_directory(state, node.__name__, checkpoint, thread)
             if name != state.run:
                 fork_run(state, name, thread or "")
                 moved = {"run": name}
             if runtime.context is not None:
-                runtime = runtime.override(context=settle_caps(state.config, runtime.context))
-        return moved | node(state.model_copy(update=moved), runtime) | {"came_from": checkpoint}
+                config = settle_config(state.config, runtime.context)
+                runtime = runtime.override(context=config)
+        state = state.model_copy(update={**moved, "config": config})
+        return moved | node(state, runtime) | {"came_from": checkpoint}
 
     return work
 
@@ -98,9 +102,10 @@ def let_go() -> None:
     close_workbench()
 
 
-def settle_caps(config: RunConfig, context: RunConfig) -> RunConfig:
-    """The run's config, with the caps that the present context names: a server fills in what a caller left out."""
-    return config.model_copy(update={name: getattr(context, name) for name in CAPS if name in context.model_fields_set})
+def settle_config(config: RunConfig, context: RunConfig) -> RunConfig:
+    """The run's config, with what the present context changes: a server fills in what a caller left out."""
+    named = [name for name in CHANGEABLE if name in context.model_fields_set]
+    return config.model_copy(update={name: getattr(context, name) for name in named})
 
 
 def name_directory(state: State, node: str, checkpoint: str, thread: str | None) -> str:

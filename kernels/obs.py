@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.cholesky import factor_lower
 from kernels.guard import Pruned, finish_update
 from kernels.masks import keep_highest
 from kernels.patterns import check_group, keep_highest_of_columns
@@ -62,8 +63,8 @@ def inverse_factor(second_moment_II: Tensor, *, damping: float = DAMPING) -> Inv
     for _ in range(ESCALATIONS + 1):
         hessian_II = moment_II.flip(0, 1)
         hessian_II.diagonal().add_(share * mean).masked_fill_(dead_I.flip(0), 1.0)
-        lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
-        if int(failed) == 0:
+        lower_II, positive = factor_lower(hessian_II)
+        if positive:
             factor_II = invert_lower(lower_II).flip(0, 1)
             if bool(torch.isfinite(factor_II).all()):
                 return InverseFactor(factor_II, dead_I, share * mean, share)

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.threads import one_thread
+
 DAMPING = 0.01
 """Share of mean(diag A) added to A's diagonal, as in SparseGPT (arXiv 2301.00774)."""
 ROUNDS = 4
@@ -65,8 +67,12 @@ def leading_eigenvectors(matrix_NN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     vectors_NK = torch.randn(len(matrix_NN), rank, generator=generator).to(matrix_NN.device)
     for _ in range(ROUNDS):
-        vectors_NK = torch.linalg.qr(matrix_NN @ vectors_NK).Q
-    values_K, turn_KK = torch.linalg.eigh(vectors_NK.T @ (matrix_NN @ vectors_NK))
+        vectors_NK = matrix_NN @ vectors_NK
+        with one_thread(matrix_NN.device):  # LAPACK's answers differ from one number of threads to another
+            vectors_NK = torch.linalg.qr(vectors_NK).Q
+    turned_KK = vectors_NK.T @ (matrix_NN @ vectors_NK)
+    with one_thread(matrix_NN.device):
+        values_K, turn_KK = torch.linalg.eigh(turned_KK)
     return values_K, vectors_NK @ turn_KK
 
 
@@ -81,7 +87,8 @@ class Preconditioner:
         gram_OKK = torch.zeros(len(stays_OI), rank, rank, device=factor_IK.device)
         gram_OKK[:, first_P, second_P] = stays_OI @ (factor_IK[:, first_P] * factor_IK[:, second_P])
         gram_OKK.diagonal(dim1=1, dim2=2).add_(1.0)
-        self.lower_OKK = torch.linalg.cholesky(gram_OKK)  # reads the lower half only
+        with one_thread(factor_IK.device):
+            self.lower_OKK = torch.linalg.cholesky(gram_OKK)  # reads the lower half only
 
     def __call__(self, residual_OI: Tensor, *, out: Tensor) -> Tensor:
         """Into `out`. `residual_OI` must be zero where the mask is."""

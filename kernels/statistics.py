@@ -25,7 +25,9 @@ def sum_squares(x_TF: Tensor) -> Tensor:
 
 def mean_absolute_gradient(g_TO: Tensor, x_TI: Tensor) -> float:
     """Mean over the weights of |dL/dW| for one sample, where dL/dW = sum_t g_t x_t^T (arXiv 2601.09694)."""
-    return float((g_TO.float().T @ x_TI.float()).abs_().mean())
+    gradient_OI = (g_TO.float().T @ x_TI.float()).abs_()
+    # Row by row, then in numpy: a sum over all at once would depend on how many threads share it.
+    return float(gradient_OI.sum(1).double().cpu().numpy().sum()) / gradient_OI.numel()
 
 
 def level_of_each_weight(score_OI: Tensor, dead_OI: Tensor, zeros: list[int]) -> Tensor:
@@ -50,7 +52,7 @@ def nested_parts(weight_OI: Tensor, level_OI: Tensor, levels: int) -> Iterator[T
 
 
 def squared_loss_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable[Tensor]) -> Tensor:
-    """sum_t (g_t^T dW(s) x_t)^2 for every level s: shape (levels,), fp64.
+    """sum_t (g_t^T dW(s) x_t)^2 for every level s and window: shape (levels, windows), fp64.
 
     `pairs` are the inputs x (T, I) and output gradients g (T, O) of a layer on several windows; `parts` what each level
     changes beyond the level before (O, I), so that dW(s) is the sum of the parts up to s and costs one product each.
@@ -63,8 +65,8 @@ def squared_loss_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable
     for part_OI in parts:
         for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
             change_T += (x_TI @ part_OI.T).mul_(g_TO).sum(1)
-        totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]).sum())
-    return torch.stack(totals)
+        totals.append([change_T.double().square().sum() for change_T in changes])
+    return torch.stack([torch.stack(total) for total in totals])
 
 
 def clip_tokens(g_TO: Tensor, multiple: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from tools.settings import WorkbenchSettings
+from tools.settings import TeamSettings
 
 VOCABULARY = 320
 HIDDEN = 32
@@ -137,9 +137,9 @@ _GGUF_NAMES = {
 }
 
 
-def tiny_settings(model: Path | str, **changes: Any) -> WorkbenchSettings:
+def tiny_settings(model: Path | str, **changes: Any) -> TeamSettings:
     """Settings for a tiny model on this machine's processor: a few short windows of pydoc."""
-    return WorkbenchSettings.model_validate(
+    return TeamSettings.model_validate(
         {
             **{"model": str(model), "device": "cpu", "window": 64, "calibration_windows": 4, "gradient_windows": 2},
             **{"validation_windows": 3, "test_windows": 2},

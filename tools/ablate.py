@@ -39,7 +39,7 @@ from tools.rows import (
 )
 from tools.rundir import unlock_run
 from tools.secrets import read_secrets
-from tools.settings import WorkbenchSettings
+from tools.settings import TEAM, TeamSettings
 from tools.sources import check_device, locate_model
 from tools.summary import SIGMAS, Protocol, describe_protocol, escape, show
 from tools.texts import check_texts
@@ -70,7 +70,7 @@ RANDOM_GROUPS = 4
 RANDOM_FACTORS = (0.5, 2.0)
 
 
-class AblateSettings(WorkbenchSettings):
+class AblateSettings(TeamSettings):
     """The model, its texts, who plans, and how much each may try."""
 
     target_sparsity: float = Field(
@@ -348,7 +348,7 @@ def draw_plan(layers: Sequence[LayerProfile], seed: int, number: int) -> tuple[R
 def _try_search(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> _Choice:
     """The search of tools.compare, on calibration text, with the weights of the default recipe."""
     recipe = Recipe(allocation="uniform")
-    values = {name: getattr(settings, name) for name in WorkbenchSettings.model_fields}
+    values = {name: getattr(settings, name) for name in TeamSettings.model_fields}
     rules = CompareSettings(
         **values, max_layer_sparsity=settings.max_layer_sparsity, evolution_tokens=settings.evaluated_tokens
     )
@@ -402,7 +402,7 @@ def _flags_of(arm: str, seed: int, settings: AblateSettings) -> list[str]:
     """The options of a run of the graph that is this arm."""
     chat, reflector = settings.planner, settings.reflector or settings.planner
     planner, reflector = {"chat": (chat, reflector), "chat-alone": (chat, "heuristic")}.get(arm, ("heuristic",) * 2)
-    fields = {name: getattr(settings, name) for name in WorkbenchSettings.model_fields} | {
+    fields = {name: getattr(settings, name) for name in TeamSettings.model_fields} | {
         "seed": seed,
         "target_sparsity": settings.target_sparsity,
         "max_layer_sparsity": settings.max_layer_sparsity,
@@ -423,7 +423,7 @@ def _flags_of(arm: str, seed: int, settings: AblateSettings) -> list[str]:
 
 def _read_ablation(directory: Path, settings: AblateSettings, graph_flags: Sequence[str]) -> Ablation:
     """What is in `--out`, or an empty one. Raises UserError for one with other settings."""
-    wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed"}) | {"graph": list(graph_flags)}
+    wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed", *TEAM}) | {"graph": list(graph_flags)}
     known = read_kept(directory / "ablate.json", Ablation)
     if known is None:
         return Ablation(settings=wanted, protocol=describe_protocol(settings))

@@ -39,11 +39,12 @@ from tools.files import write_json
 from tools.layers import Layer
 from tools.losses import evaluate_windows
 from tools.options import Parser, add_flags, parse_flags, read_options, refuse
-from tools.profile import collect_moments, collect_statistics, embed_windows, layers_by_block
+from tools.profile import begin_walk, collect_moments, collect_statistics, work_alone
 from tools.readout import compute_hidden
 from tools.recipes import Recipe
 from tools.settings import WorkbenchSettings
 from tools.summary import describe_protocol
+from tools.walks import layers_by_block
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
 
 SPARSITY = 0.5
@@ -244,10 +245,11 @@ def bench_wanda(site: Site) -> list[Result]:
             compute_hidden(bench.model, ids_T[None])
 
     def walk(full: bool) -> None:
-        states = embed_windows(blocks, windows_BT)
-        for block, layers in enumerate(layers_by_block(bench.layers, len(blocks))):
-            moments, states = collect_moments(blocks, block, layers, windows_BT, states, full=full)
-            mean_square.update({name: moments.mean_square[leader] for name, leader in moments.group.items()})
+        team, extent = work_alone(blocks, bench.layers, windows_BT, 0, 0, bench.directory)
+        with begin_walk(team) as name:
+            for block, layers in enumerate(layers_by_block(bench.layers, len(blocks))):
+                moments = collect_moments(team, extent, name, block, layers, full=full)
+                mean_square.update({layer: moments.mean_square[leader] for layer, leader in moments.group.items()})
 
     def prune() -> None:
         for layer in bench.layers:
@@ -275,10 +277,9 @@ def bench_profile(site: Site) -> list[Result]:
     windows_BT = site.calibration_BT[: site.settings.gradient_windows]
 
     def profile() -> None:
-        keep = lambda name, moment_II: None  # noqa: E731
-        collect_statistics(
-            bench.model, bench.layers, windows_BT, len(windows_BT), seed, _ignore, keep, bench.directory, bench.dense
-        )
+        blocks = Blocks(bench.model)
+        team, extent = work_alone(blocks, bench.layers, windows_BT, len(windows_BT), seed, bench.directory)
+        collect_statistics(team, extent, bench.layers, _ignore, lambda name, moment_II: None)
 
     bench.restore(DENSE)
     taken, bare = site.time(Task(profile), Task(lambda: back_propagate(bench.model, bench.layers, windows_BT)))

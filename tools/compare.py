@@ -39,7 +39,7 @@ from tools.rows import (
     show_bars,
 )
 from tools.secrets import read_secrets
-from tools.settings import TaskSettings, WorkbenchSettings
+from tools.settings import TEAM, TaskSettings, TeamSettings
 from tools.sources import check_device, locate_model
 from tools.summary import Protocol, Score, describe_protocol, escape, show
 from tools.texts import check_texts
@@ -68,7 +68,7 @@ LABELLED = 10
 """Recipes that the plot's legend names, the best ones; it explains the colours and marks of the others."""
 
 
-class CompareSettings(TaskSettings, WorkbenchSettings):
+class CompareSettings(TaskSettings, TeamSettings):
     """The model, its texts, and what is compared."""
 
     recipes: str = Field(
@@ -544,7 +544,7 @@ def _key(row: Row) -> tuple[str, float, str]:
 
 def _fingerprint(settings: CompareSettings) -> dict[str, Any]:
     """What rows must agree in to stand in one table."""
-    return settings.model_dump(exclude={"recipes", "sparsity", "out"})
+    return settings.model_dump(exclude={"recipes", "sparsity", "out", *TEAM})
 
 
 def _read_comparison(directory: Path, settings: CompareSettings) -> Comparison | None:

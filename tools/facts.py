@@ -68,7 +68,6 @@ def encode_pairs(questions: Sequence[Question], tokenizer: Any) -> list[EncodedP
     return pairs
 
 
-@torch.no_grad()
 def measure_recall(
     model: Any, pairs: Sequence[EncodedPair], label: str, progress: Callable[[str, int, int], None]
 ) -> Recall:
@@ -76,18 +75,32 @@ def measure_recall(
 
     Questions of a batch are padded on the right, where a causal model does not look, so no mask is needed.
     """
-    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].ids), i))
-    found: list[float | None] = [None] * len(pairs)
-    for first in range(0, len(order), BATCH):
-        progress(label, first, len(pairs))
-        batch = order[first : first + BATCH]
-        for i, value in zip(batch, _read_answers(model, [pairs[i] for i in batch]), strict=True):
-            found[i] = value if math.isfinite(value) else None
+    values: list[float] = []
+    for batch in cut_batches(pairs):
+        progress(label, len(values), len(pairs))
+        values += read_answers(model, [pairs[i] for i in batch])
     progress(label, len(pairs), len(pairs))
+    return put_together(pairs, values)
+
+
+def cut_batches(pairs: Sequence[EncodedPair]) -> list[list[int]]:
+    """Which questions go through the model at once: numbers of those of nearly one length."""
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].ids), i))
+    return [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
+
+
+def put_together(pairs: Sequence[EncodedPair], values: Sequence[float]) -> Recall:
+    """The recall of all questions, from the log-probabilities of batch after batch."""
+    found: list[float | None] = [None] * len(pairs)
+    order = [i for batch in cut_batches(pairs) for i in batch]
+    for i, value in zip(order, values, strict=True):
+        found[i] = value if math.isfinite(value) else None
     return Recall(logprob=found, tokens=sum(len(pair.ids) for pair in pairs))
 
 
-def _read_answers(model: Any, pairs: Sequence[EncodedPair]) -> list[float]:
+@torch.no_grad()
+def read_answers(model: Any, pairs: Sequence[EncodedPair]) -> list[float]:
+    """Mean log-probability per token of the gold answer of each pair of a batch."""
     width = max(len(pair.ids) for pair in pairs)
     ids_BT = torch.tensor([pair.ids + [0] * (width - len(pair.ids)) for pair in pairs], device=model.device)
     hidden_BTD = compute_hidden(model, ids_BT)

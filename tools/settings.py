@@ -14,6 +14,7 @@ QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with
 Split = Literal["validation", "test"]
 """Texts, and questions, that are measured on."""
 
+WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
 TEXT_SOURCE = "hub:NAME[/CONFIG]:SPLIT, file:PATH (.txt or .jsonl) or pydoc"
 
 
@@ -132,3 +133,25 @@ class WorkbenchSettings(LoadSettings):
     def validation_tokens(self) -> int:
         """Tokens of the validation text: what one trial puts through the model."""
         return self.validation_windows * self.window
+
+
+class TeamSettings(WorkbenchSettings):
+    """A workbench whose work may be shared out."""
+
+    workers: str = Field(
+        "",
+        pattern=WORKERS_FORM,
+        description="Who shares the work, on Ray: a number of processes (or GPUs) on this machine, ray://HOST:PORT, or "
+        "auto for a cluster that this machine belongs to. Empty: this process alone. The results are the same. Needs "
+        "pip install -e '.[ray]'.",
+    )
+    worker_threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads of each worker; 0: this machine's, shared out, or 1 on a cluster.",
+    )
+
+
+TEAM = ("workers", "worker_threads")
+"""Fields that change who does the work, but no result: a run, or a table, may go on with others."""

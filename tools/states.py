@@ -1,6 +1,7 @@
 """What every block reads, on disk: put there on the way up through the blocks, taken on the way down."""
 
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -21,6 +22,7 @@ class StateStack:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - open for as long as the stack is
+        weakref.finalize(self, self._file.close)
         self._heights: list[tuple[int, list[tuple[torch.Size, torch.dtype]]]] = []
 
     def __enter__(self) -> Self:
@@ -28,6 +30,11 @@ class StateStack:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    @property
+    def height(self) -> int:
+        """How many lists lie on it."""
+        return len(self._heights)
 
     def push(self, states: Sequence[Tensor]) -> None:
         """Put the states of one block on top."""

@@ -10,47 +10,50 @@ import math
 import resource
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from kernels.methods import LayerStatistics, prune_levels, prune_weight
-from kernels.packing import pack_mask, pack_weight, unpack_mask, unpack_weight
+from kernels.methods import LayerStatistics
+from kernels.packing import pack_mask, unpack_mask, unpack_weight
 from kernels.preconditioner import DAMPING
 from tools.allocate import Allocation
 from tools.baselines import measure_alpha
 from tools.blocks import Blocks
-from tools.curves import LEVELS, LayerProfile
+from tools.cluster import Cluster
+from tools.curves import LayerProfile
 from tools.errors import DamagedArtifact, UserError
 from tools.estimate import PREFIX_SHARE, list_disk
-from tools.facts import EncodedPair, Recall, encode_pairs, measure_recall
+from tools.facts import EncodedPair, Recall, cut_batches, encode_pairs, measure_recall, put_together
 from tools.files import ArtifactStore, explain_full_disk, write_json
-from tools.layers import find_layers, find_unprunable
+from tools.layers import Layer, find_layers, find_unprunable
 from tools.losses import Evaluation, PrefixCache, evaluate_windows
 from tools.profile import (
     ModelStatistics,
     Moments,
     Progress,
+    begin_walk,
     build_profile,
     collect_moments,
     collect_statistics,
-    embed_windows,
-    layers_by_block,
+    count_up,
     measure_kappa,
-    run_block,
+    work_alone,
 )
 from tools.questions import split_questions
 from tools.readout import check_readout
 from tools.recipes import REFIT_STEPS, Recipe, count_pattern_zeros
 from tools.rundir import lock_run, unlock_run
-from tools.settings import Split, WorkbenchSettings
+from tools.settings import Split, TeamSettings, WorkbenchSettings
 from tools.sources import load_model
 from tools.texts import cut_windows
+from tools.walks import layers_by_block
+from tools.worker import LayerWork, Texts, cut_to_levels, prune_layer, to_artifact
 
 DENSE = "dense"
 """Id of the unpruned weights, as a checkpoint and as a layer's artifact."""
@@ -88,7 +91,7 @@ class StoredProfile(BaseModel):
 class Workbench:
     """Owns one loaded model. Raises UserError when model or texts cannot be had."""
 
-    def __init__(self, settings: WorkbenchSettings, directory: Path, warn: Warn, progress: Progress) -> None:
+    def __init__(self, settings: TeamSettings, directory: Path, warn: Warn, progress: Progress) -> None:
         self.settings, self.directory, self.warn = settings, directory, warn
         progress("load model", 0, 1)
         self.store = ArtifactStore(directory / "artifacts")
@@ -108,8 +111,28 @@ class Workbench:
         self._shared: tuple[str, LayerStatistics] | None = None
         self._calibration_hidden: Tensor | None = None
         limit = int(PREFIX_SHARE * sum(p.nbytes for p in self.model.parameters()))
-        self._prefix = PrefixCache(Blocks(self.model), self.windows.validation, limit)
+        blocks = Blocks(self.model)
+        self._prefix = PrefixCache(blocks, self.windows.validation, limit)
+        calibration = self.windows.calibration.to(self.device)
+        self._team, self._extent = work_alone(
+            blocks, self.layers, calibration, settings.gradient_windows, settings.seed, directory
+        )
+        self._cluster = self._gather_workers() if settings.workers else None
+        self._team = self._cluster or self._team
         progress("load model", 1, 1)
+
+    def _gather_workers(self) -> Cluster:
+        texts = Texts(self.windows.calibration, self.windows.validation, self.windows.test, self.questions)
+        return Cluster(self.settings, texts, self, self.model, lambda text: self.warn(text))
+
+    def close(self) -> None:
+        """Let workers go that were gathered."""
+        if self._cluster is not None:
+            self._cluster.close()
+
+    def read_weight(self, name: str) -> Tensor:
+        """The weights of a layer as they are in the model, (O, I)."""
+        return self.by_name[name].weight_OI
 
     def _refuse_small_disk(self) -> None:
         """All that a run may write must fit."""
@@ -136,17 +159,14 @@ class Workbench:
         if not first:
             self.restore(DENSE)
         hidden, evaluation = self._dense_losses(first, progress)
-        windows = self.windows.calibration.to(self.device)
-        count = min(self.settings.gradient_windows, len(windows))
         moments: dict[str, str] = {}
 
         def keep_moment(name: str, moment_II: Tensor) -> None:
             moments[name] = self.store.write_tensors({"A": moment_II})
 
         keep = None if masks_only and not first else keep_moment
-        statistics = collect_statistics(
-            self.model, self.layers, windows, count, self.settings.seed, progress, keep, self.directory, self.dense
-        )
+        dense = self.dense if first else None
+        statistics = collect_statistics(self._team, self._extent, self.layers, progress, keep, dense)
         _refuse_infinite(statistics, self.settings.dtype)
         means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
         means |= {f"plain/{name}": value for name, value in statistics.gradient_square.items()}
@@ -166,8 +186,8 @@ class Workbench:
         if first:
             stored = self.read_profile(first)
             return stored.hidden, stored.dense
-        windows = self.windows.validation.to(self.device)
-        evaluation, hidden = evaluate_windows(self.model, windows, None, "dense validation", progress)
+        every = range(len(self.windows.validation))
+        evaluation, hidden = self._evaluate("validation", every, None, "dense validation", progress)
         if not evaluation.finite:
             raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
         return self.store.write_tensors({"hidden": hidden}), evaluation
@@ -209,16 +229,18 @@ class Workbench:
 
     def _measure_moments(self, progress: Progress) -> dict[str, str]:
         self.restore(DENSE)
-        walk = _TextWalk(self._prefix.blocks, self.windows.calibration.to(self.device))
         artifacts: dict[str, str] = {}
-        for block, layers in enumerate(layers_by_block(self.layers, len(walk.blocks))):
-            progress("second moments", block, len(walk.blocks))
-            moments, walk.states = collect_moments(walk.blocks, block, layers, walk.windows_BT, walk.states)
-            artifacts |= {
-                name: self.store.write_tensors({"A": moment_II}) for name, moment_II in moments.second_moment.items()
-            }
-        progress("second moments", len(walk.blocks), len(walk.blocks))
+        grouped = self._layers_by_block()
+        with begin_walk(self._team) as walk:
+            for block, layers in enumerate(grouped):
+                progress("second moments", block, len(grouped))
+                moments = collect_moments(self._team, self._extent, walk, block, layers).second_moment
+                artifacts |= {name: self.store.write_tensors({"A": moment_II}) for name, moment_II in moments.items()}
+        progress("second moments", len(grouped), len(grouped))
         return artifacts
+
+    def _layers_by_block(self) -> list[list[Layer]]:
+        return layers_by_block(self.layers, len(self._prefix.blocks))
 
     def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """The profile's layers, with what the recipe's allocation needs beyond it: measured once, then read back."""
@@ -258,26 +280,33 @@ class Workbench:
 
     def _measure_kappa(self, profile: str, recipe: Recipe, progress: Progress) -> dict[str, list[float]]:
         """KL curves of what the recipe's method leaves of each layer."""
-        done = 0
+        label, done = f"KL curves of {recipe.mask_label}", 0
 
         def parts_of(name: str) -> Iterator[Tensor]:
             nonlocal done
-            progress(f"KL curves of {recipe.mask_label}", done, len(self.layers))
+            progress(label, done, len(self.layers))
             done += 1
-            dense_OI = self.dense[name].to(self.device)
-            zeros = [round(level * dense_OI.numel()) for level in LEVELS]
-            statistics = self._statistics_of(profile, name, recipe)
-            before_OI = dense_OI
-            for pruned_OI in prune_levels(recipe.method, dense_OI, statistics, zeros, refit=recipe.refits_after):
-                yield before_OI.float() - pruned_OI.float()
-                before_OI = pruned_OI
+            yield from cut_to_levels(
+                recipe, self.dense[name].to(self.device), self._statistics_of(profile, name, recipe)
+            )
+
+        def parts_of_block(layers: Sequence[Layer]) -> Mapping[str, Iterable[Tensor]]:
+            nonlocal done
+            names = [layer.name for layer in layers]
+            if self._cluster is None:
+                return {name: parts_of(name) for name in names}
+            jobs = self._list_work(self._cluster, dict.fromkeys(names, 0), profile, recipe)
+            parts: dict[str, Iterable[Tensor]] = {}
+            for answer in self._cluster.hand_out("prune_to_levels", jobs):
+                parts |= answer
+                progress(label, done := done + len(answer), len(self.layers))
+            return parts
 
         if recipe.changes_survivors:
             self._find_moments(profile, progress)
         self.restore(DENSE)
-        windows = self.windows.calibration[: self.settings.gradient_windows].to(self.device)
-        kappa = measure_kappa(self.model, self.layers, windows, self.settings.seed, progress, parts_of, self.directory)
-        progress(f"KL curves of {recipe.mask_label}", len(self.layers), len(self.layers))
+        kappa = measure_kappa(self._team, self._extent, self.layers, progress, parts_of_block)
+        progress(label, len(self.layers), len(self.layers))
         return kappa
 
     # --- prune and restore -------------------------------------------------------------------------------------
@@ -293,18 +322,26 @@ class Workbench:
         else:
             if recipe.changes_survivors:
                 self._find_moments(profile, progress)  # before any layer is pruned: it may run the dense model
-            records = {}
-            index = self._read_index()
-            for i, (name, zeros) in enumerate(allocation.zeros.items()):
-                progress("prune", i, len(allocation.zeros))
-                key = _layer_key(profile, name, zeros, recipe)
-                artifact = self._install_known(name, zeros, recipe, index.get(key, ""))
-                if not artifact:
-                    artifact = self._compute(name, zeros, recipe, self._statistics_of(profile, name, recipe))
-                    self._append_index(key, artifact)
-                records[name] = LayerRecord(artifact=artifact, zeros=zeros)
-            progress("prune", len(records), len(records))
+            records = self._prune_from_dense(profile, allocation.zeros, recipe, progress)
         return self.store.write_json(Checkpoint(profile=profile, recipe=recipe, layers=records).model_dump())
+
+    def _prune_from_dense(
+        self, profile: str, zeros: dict[str, int], recipe: Recipe, progress: Progress
+    ) -> dict[str, LayerRecord]:
+        """Every layer by what it reads in the dense model."""
+        index = self._read_index()
+        keys = {name: _layer_key(profile, name, count, recipe) for name, count in zeros.items()}
+        made = {}
+        for name, count in zeros.items():
+            if artifact := self._install_known(name, count, recipe, index.get(keys[name], "")):
+                made[name] = artifact
+        progress("prune", len(made), len(zeros))
+        missing = {name: count for name, count in zeros.items() if name not in made}
+        for name, artifact in self._compute_all(missing, profile, recipe):
+            self._append_index(keys[name], artifact)
+            made[name] = artifact
+            progress("prune", len(made), len(zeros))
+        return {name: LayerRecord(artifact=made[name], zeros=count) for name, count in zeros.items()}
 
     def _install_known(self, name: str, zeros: int, recipe: Recipe, artifact: str) -> str:
         """Put in what is known: the dense weights if no more are to go, else the artifact; "" where there is none."""
@@ -318,52 +355,76 @@ class Workbench:
         self, profile: str, zeros: dict[str, int], recipe: Recipe, progress: Progress
     ) -> dict[str, LayerRecord]:
         """Block by block: each is pruned by what it reads in the model whose earlier blocks are pruned already."""
-        walk = _TextWalk(self._prefix.blocks, self.windows.calibration.to(self.device))
-        index = self._read_index()
+        grouped, index = self._layers_by_block(), self._read_index()
         records: dict[str, LayerRecord] = {}
-        for block, layers in enumerate(layers_by_block(self.layers, len(walk.blocks))):
-            progress("prune in order", block, len(walk.blocks))
-            below = [record.artifact for record in records.values()]
-            keys = {x.name: _layer_key(profile, x.name, zeros[x.name], recipe, below) for x in layers}
-            made = {n: self._install_known(n, zeros[n], recipe, index.get(key, "")) for n, key in keys.items()}
-            if not all(made.values()):
-                walk.move_to(block)
-                for layer in layers:
-                    self._install(layer.name, DENSE)
-                moments, _ = collect_moments(walk.blocks, block, layers, walk.windows_BT, walk.states)
-                for name, artifact in made.items():
-                    if not artifact:
-                        statistics = self._statistics_of(profile, name, recipe, moments)
-                        made[name] = self._compute(name, zeros[name], recipe, statistics)
-                        self._append_index(keys[name], made[name])
-                    self._install(name, made[name])
-            records |= {name: LayerRecord(artifact=artifact, zeros=zeros[name]) for name, artifact in made.items()}
-        progress("prune in order", len(walk.blocks), len(walk.blocks))
+        with begin_walk(self._team) as walk:
+            for block, layers in enumerate(grouped):
+                progress("prune in order", block, len(grouped))
+                below = [record.artifact for record in records.values()]
+                keys = {x.name: _layer_key(profile, x.name, zeros[x.name], recipe, below) for x in layers}
+                made = {n: self._install_known(n, zeros[n], recipe, index.get(key, "")) for n, key in keys.items()}
+                if not all(made.values()):
+                    for layer in layers:
+                        self._install(layer.name, DENSE)
+                    moments = collect_moments(self._team, self._extent, walk, block, layers, purpose="pruning")
+                    missing = {name: zeros[name] for name, artifact in made.items() if not artifact}
+                    for name, artifact in self._compute_all(missing, profile, recipe, moments):
+                        self._append_index(keys[name], artifact)
+                        made[name] = artifact
+                    for name, artifact in made.items():
+                        self._install(name, artifact)
+                records |= {name: LayerRecord(artifact=artifact, zeros=zeros[name]) for name, artifact in made.items()}
+        progress("prune in order", len(grouped), len(grouped))
         return records
 
+    def _compute_all(
+        self, zeros: dict[str, int], profile: str, recipe: Recipe, present: Moments | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """Prune layers, by the workers where there are some; (name, artifact) of each when it is in the model."""
+        if self._cluster is None:
+            for name, count in zeros.items():
+                yield name, self._compute(name, count, recipe, self._statistics_of(profile, name, recipe, present))
+            return
+        for results in self._cluster.hand_out("prune", self._list_work(self._cluster, zeros, profile, recipe, present)):
+            for name, tensors, damping in results:
+                yield name, self._keep(name, tensors, damping)
+
+    def _list_work(
+        self, cluster: Cluster, zeros: dict[str, int], profile: str, recipe: Recipe, present: Moments | None = None
+    ) -> list[tuple[Recipe, list[LayerWork], Any]]:
+        """What workers need to prune layers: layer by layer, or together those that share a second moment."""
+        jobs: dict[str, tuple[Recipe, list[LayerWork], Any]] = {}
+        for name, count in zeros.items():
+            statistics = self._statistics_of(profile, name, recipe, present)
+            dense = cluster.keep_dense(name, self.dense[name])
+            work = LayerWork(name, count, dense, statistics.mean_square_I, statistics.gradient_square_O)
+            moment_II = statistics.second_moment_II if recipe.changes_survivors else None
+            group = self.read_profile(profile).group[name] if moment_II is not None else name
+            if group not in jobs:
+                jobs[group] = recipe, [], None if moment_II is None else cluster.keep(moment_II)
+            jobs[group][1].append(work)
+        return list(jobs.values())
+
     def _compute(self, name: str, zeros: int, recipe: Recipe, statistics: LayerStatistics) -> str:
-        """Prune one layer, put it into the model and on disk; its artifact."""
-        dense_OI = self.dense[name].to(self.device)
-        pruned = prune_weight(
-            recipe.method,
-            dense_OI,
-            statistics,
-            zeros,
-            refit=recipe.refits_after,
-            refit_steps=recipe.steps,
-            pattern=recipe.group,
-        )
-        pruned_OI = pruned.weight_OI
-        if pruned.damping > DAMPING:
-            self.warn(f"layer {name} needed damping {pruned.damping:g} instead of {DAMPING:g}: its inputs are singular")
-        if recipe.changes_survivors:
-            bits, values = pack_weight(pruned_OI)
-            tensors = {"mask": bits, "values": values}
-        else:  # the survivors are the dense weights: the mask says everything
-            tensors = {"mask": pack_mask(pruned_OI != 0)}
+        """Prune one layer in this process, put it into the model and on disk; its artifact."""
+        pruned = prune_layer(recipe, self.dense[name].to(self.device), statistics, zeros)
+        return self._keep(name, to_artifact(recipe, pruned.weight_OI), pruned.damping)
+
+    def _keep(self, name: str, tensors: dict[str, Tensor], damping: float) -> str:
+        """Put a pruned layer into the model and on disk; its artifact."""
+        if damping > DAMPING:
+            self.warn(f"layer {name} needed damping {damping:g} instead of {DAMPING:g}: its inputs are singular")
         artifact = self.store.write_tensors(tensors)
-        self._write(name, pruned_OI, artifact)
+        self._write(name, self._unpack(name, tensors), artifact)
         return artifact
+
+    def _unpack(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """The weights that an artifact stands for."""
+        dense_OI = self.dense[name]
+        shape = (dense_OI.shape[0], dense_OI.shape[1])
+        if "values" in tensors:
+            return unpack_weight(tensors["mask"], tensors["values"], shape)
+        return torch.where(unpack_mask(tensors["mask"], shape), dense_OI.to(tensors["mask"].device), 0)
 
     def _write(self, name: str, weight_OI: Tensor, artifact: str) -> None:
         self.installed[name] = ""  # a write that is cut short leaves neither the old weights nor the new
@@ -374,9 +435,8 @@ class Workbench:
         """Put a layer's stored weights into the model; False (and a warning) when the artifact is damaged."""
         if self.installed[name] == artifact:
             return True
-        dense_OI = self.dense[name]
         if artifact == DENSE:
-            weight_OI = dense_OI
+            weight_OI = self.dense[name]
         else:
             try:
                 tensors = self.store.read_tensors(artifact)
@@ -384,11 +444,7 @@ class Workbench:
                 self.warn(f"{error}; layer {name} is computed again")
                 self.store.path(artifact, ".safetensors").unlink(missing_ok=True)  # nobody should trip over it again
                 return False
-            shape = (dense_OI.shape[0], dense_OI.shape[1])
-            if "values" in tensors:
-                weight_OI = unpack_weight(tensors["mask"], tensors["values"], shape)
-            else:
-                weight_OI = torch.where(unpack_mask(tensors["mask"], shape), dense_OI, 0)
+            weight_OI = self._unpack(name, tensors)
         self._write(name, weight_OI, artifact)
         return True
 
@@ -467,13 +523,34 @@ class Workbench:
             except ValueError:
                 self.warn(f"{path} is damaged; {split} is measured again")
         self.restore(checkpoint)
-        windows, hidden, prefix = getattr(self.windows, split).to(self.device), None, None
+        hidden, prefix = None, None
         if split == "validation":
             hidden = self.store.read_tensors(self.read_profile(profile).hidden)["hidden"]
-            prefix = self._prefix, self._mark_blocks()
-        evaluation, _ = evaluate_windows(self.model, windows, hidden, label or split, progress, prefix)
+            prefix = self._prefix, self.mark_blocks()
+        every = range(len(getattr(self.windows, split)))
+        evaluation, _ = self._evaluate(split, every, hidden, label or split, progress, prefix)
         write_json(path, evaluation.model_dump())
         return evaluation
+
+    def _evaluate(
+        self,
+        split: Split | Literal["calibration"],
+        windows: Sequence[int],
+        dense_hidden_BTD: Tensor | None,
+        label: str,
+        progress: Progress,
+        prefix: tuple[PrefixCache, Sequence[str]] | None = None,
+    ) -> tuple[Evaluation, Tensor]:
+        """As `evaluate_windows` of some windows of a text, by the workers where there are some."""
+        if self._cluster is None:
+            text_BT = getattr(self.windows, split)[list(windows)].to(self.device)
+            return evaluate_windows(self.model, text_BT, dense_hidden_BTD, label, progress, prefix)
+        answers = self._cluster.share(
+            "losses", len(windows), split, list(windows), dense_hidden_BTD, dense_hidden_BTD is None
+        )(count_up(progress, label, len(windows)))
+        nll, kl = ([value for answer in answers for value in answer[i]] for i in (0, 1))
+        hidden = [answer[2] for answer in answers if answer[2] is not None]
+        return Evaluation(nll=nll, kl=kl), torch.cat(hidden) if hidden else torch.empty(0)
 
     def ask(self, checkpoint: str, split: Split, progress: Progress, label: str = "") -> Recall:
         """What a checkpoint knows of the questions of a split; asked once, then read back.
@@ -487,7 +564,14 @@ class Workbench:
             except ValueError:
                 self.warn(f"{path} is damaged; the questions are asked again")
         self.restore(checkpoint)
-        recall = measure_recall(self.model, self.questions[split], label or "questions", progress)
+        pairs = self.questions[split]
+        if self._cluster is None:
+            recall = measure_recall(self.model, pairs, label or "questions", progress)
+        else:
+            batches = len(cut_batches(pairs))
+            ticks = count_up(progress, label or "questions", batches)
+            answers = self._cluster.share("recall", batches, split)(ticks)
+            recall = put_together(pairs, [value for answer in answers for value in answer])
         write_json(path, recall.model_dump())
         return recall
 
@@ -531,30 +615,26 @@ class Workbench:
         """Losses of the checkpoint in the model on the first windows of the validation text."""
         if windows == len(self.windows.validation):
             return self.evaluate(checkpoint, "validation", profile, progress, "probe")
-        text = self.windows.validation[:windows].to(self.device)
         hidden = self.store.read_tensors(self.read_profile(profile).hidden)["hidden"][:windows]
-        return evaluate_windows(self.model, text, hidden, "probe", progress)[0]
+        return self._evaluate("validation", range(windows), hidden, "probe", progress)[0]
 
     def measure_kl(self, windows: Sequence[int]) -> float:
         """KL(dense || the weights in the model now) on some windows of the calibration text; inf if not finite."""
-        text = self.windows.calibration
         if self._calibration_hidden is None:
             present = dict(self.installed)
             self.restore(DENSE)
-            count = self.settings.gradient_windows
-            _, hidden = evaluate_windows(self.model, text[:count].to(self.device), None, "", lambda *_: None)
-            self._calibration_hidden = hidden
+            every = range(self._extent.gradient_windows)
+            self._calibration_hidden = self._evaluate("calibration", every, None, "", lambda *_: None)[1]
             for name, artifact in present.items():
                 self._install(name, artifact)
-        chosen = list(windows)
-        hidden = self._calibration_hidden[chosen]
-        evaluation, _ = evaluate_windows(self.model, text[chosen].to(self.device), hidden, "", lambda *_: None)
+        hidden = self._calibration_hidden[list(windows)]
+        evaluation, _ = self._evaluate("calibration", windows, hidden, "", lambda *_: None)
         return math.inf if evaluation.mean_kl is None else evaluation.mean_kl
 
-    def _mark_blocks(self) -> list[str]:
-        """For each block, a hash of the weights of all blocks before it."""
+    def mark_blocks(self) -> list[str]:
+        """For each block, a hash that names the weights of all blocks before it."""
         digest, marks = hashlib.sha256(), []
-        for members in layers_by_block(self.layers, len(self._prefix.blocks)):
+        for members in self._layers_by_block():
             marks.append(digest.hexdigest())
             for layer in members:
                 digest.update(f"{layer.name} {self.installed[layer.name]}\n".encode())
@@ -608,21 +688,6 @@ def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
                 )
 
 
-class _TextWalk:
-    """The calibration text on its way up through blocks that are pruned one after another."""
-
-    def __init__(self, blocks: Blocks, windows_BT: Tensor) -> None:
-        self.blocks, self.windows_BT = blocks, windows_BT
-        self.states = embed_windows(blocks, windows_BT)
-        self._block = 0
-
-    def move_to(self, block: int) -> None:
-        """Make `states` what this block reads, by way of the blocks below as they are now."""
-        while self._block < block:
-            self.states = run_block(self.blocks, self._block, self.windows_BT, self.states)
-            self._block += 1
-
-
 def _layer_key(profile: str, name: str, zeros: int, recipe: Recipe, below: Sequence[str] = ()) -> str:
     """What a layer's weights depend on; `below` are the artifacts of the layers that its inputs passed through."""
     parts = [profile, name, zeros, recipe.mask_label, recipe.pattern, *below]
@@ -640,7 +705,7 @@ def use_workbench(settings: WorkbenchSettings, directory: Path, warn: Warn, prog
     Only one model is held: opening another run's workbench closes the last. Raises UserError when the directory is
     in use by another process.
     """
-    settings = WorkbenchSettings.model_validate(settings.model_dump(include=set(WorkbenchSettings.model_fields)))
+    settings = TeamSettings.model_validate(settings.model_dump(include=set(TeamSettings.model_fields)))
     directory = directory.resolve()
     with _lock:
         if _open and (_open[0].directory != directory or _open[0].settings != settings):
@@ -656,5 +721,7 @@ def close_workbench() -> None:
     """Let go of the loaded model and of its run directory."""
     with _lock:
         while _open:
-            unlock_run(_open.pop().directory)
+            bench = _open.pop()
+            bench.close()
+            unlock_run(bench.directory)
         gc.collect()

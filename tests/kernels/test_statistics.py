@@ -69,20 +69,20 @@ def test_levels_hold_the_lowest_scores_and_ties_at_their_threshold(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_squared_loss_changes_are_explicit_sums_over_all_windows(dtype: torch.dtype) -> None:
+def test_squared_loss_changes_are_explicit_sums_over_each_window(dtype: torch.dtype) -> None:
     tokens, d_in, d_out, levels = 7, 5, 3, 4
     g, x = make(tokens, d_out, seed=1, dtype=dtype), make(tokens, d_in, seed=2, dtype=dtype)
     weight = make(d_out, d_in, seed=3, dtype=dtype)
     level = torch.randint(0, levels + 1, (d_out, d_in), generator=torch.Generator().manual_seed(4)).to(torch.uint8)
     pairs = [(x[:3], g[:3]), (x[3:], g[3:])]
     result = squared_loss_changes(pairs, nested_parts(weight, level, levels))
-    assert result.dtype == torch.float64
+    assert result.dtype == torch.float64 and result.shape == (levels, 2)
     for s in range(levels):
         removed = (weight.double() * (level <= s)).numpy()
-        plain = 0.0
-        for g_t, x_t in zip(g.double().numpy(), x.double().numpy(), strict=True):
-            plain += sum(g_t[i] * removed[i, j] * x_t[j] for i in range(d_out) for j in range(d_in)) ** 2
-        assert float(result[s]) == pytest.approx(plain, rel=1e-5)
+        plain = [0.0, 0.0]
+        for t, (g_t, x_t) in enumerate(zip(g.double().numpy(), x.double().numpy(), strict=True)):
+            plain[t >= 3] += sum(g_t[i] * removed[i, j] * x_t[j] for i in range(d_out) for j in range(d_in)) ** 2
+        assert result[s].tolist() == pytest.approx(plain, rel=1e-5)
 
 
 def test_levels_and_changes_of_a_transposed_weight() -> None:

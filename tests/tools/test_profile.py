@@ -22,18 +22,17 @@ from tools.curves import LEVELS
 from tools.errors import UserError
 from tools.layers import Layer, find_layers
 from tools.profile import (
-    CLIP,
     ModelStatistics,
     Progress,
     build_profile,
     collect_moments,
     collect_statistics,
     compute_z_scores,
-    embed_windows,
     measure_kappa,
-    run_block,
+    work_alone,
 )
 from tools.readout import compute_hidden, compute_logits
+from tools.walks import CLIP
 
 SCRATCH = Path(tempfile.gettempdir())
 WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5
@@ -67,7 +66,8 @@ def collect(
     progress: Progress = ignore,
 ) -> Collected:
     windows, moments = make_windows() if windows is None else windows, dict[str, Tensor]()
-    statistics = collect_statistics(model, layers, windows, backward, seed, progress, moments.__setitem__, SCRATCH)
+    team, extent = work_alone(Blocks(model), layers, windows, backward, seed, SCRATCH)
+    statistics = collect_statistics(team, extent, layers, progress, moments.__setitem__)
     return Collected(statistics, moments)
 
 
@@ -239,7 +239,8 @@ def test_the_model_is_left_as_it_was() -> None:
     layers = find_layers(model)
     collect(model, layers)
     parts = {layer.name: [0 * layer.weight_OI] * len(LEVELS) for layer in layers}
-    measure_kappa(model, layers, make_windows()[:1], SEED, ignore, parts.__getitem__, SCRATCH)
+    team, extent = work_alone(Blocks(model), layers, make_windows()[:1], 1, SEED, SCRATCH)
+    measure_kappa(team, extent, layers, ignore, lambda _: parts)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
@@ -277,12 +278,12 @@ def test_a_layer_that_never_runs_is_named() -> None:
         collect(model, [*layers, stray])
 
 
-def test_progress_counts_blocks_and_then_every_window_of_every_block() -> None:
+def test_progress_counts_the_shards_of_every_block_up_and_down() -> None:
     model = make_tiny_model("llama")
     seen: list[tuple[str, int, int]] = []
     collect(model, find_layers(model), progress=lambda *step: seen.append(step))
-    up, down = BLOCKS, BLOCKS * BACKWARD
-    assert seen == [("statistics", i, up) for i in range(up + 1)] + [("gradients", i, down) for i in range(down + 1)]
+    steps = [(WINDOWS * block, WINDOWS * BLOCKS) for block in range(BLOCKS + 1)]
+    assert seen == [(label, *step) for label in ("statistics", "gradients") for step in steps]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -291,7 +292,8 @@ def test_curves_of_any_change_are_the_explicit_sum(architecture: str) -> None:
     layers = find_layers(model)
     generator = torch.Generator().manual_seed(3)
     parts = {x.name: [0.1 * torch.randn(x.weight_OI.shape, generator=generator) for _ in LEVELS] for x in layers}
-    kappa = measure_kappa(model, layers, make_windows()[:BACKWARD], SEED, ignore, parts.__getitem__, SCRATCH)
+    team, extent = work_alone(Blocks(model), layers, make_windows(), BACKWARD, SEED, SCRATCH)
+    kappa = measure_kappa(team, extent, layers, ignore, lambda _: parts)
     expected = {layer.name: np.zeros(len(LEVELS)) for layer in layers}
     for window in range(BACKWARD):
         inputs, gradients = plain_gradients(model, window)
@@ -311,14 +313,12 @@ def test_moments_behind_pruned_blocks_are_explicit_means() -> None:
     for layer in layers:
         if layer.block == 0:
             layer.write(torch.where(layer.weight_OI.abs() < 0.2, 0, layer.weight_OI))
-    blocks = Blocks(model)
-    states = run_block(blocks, 0, windows, embed_windows(blocks, windows))
-    moments, outputs = collect_moments(blocks, 1, [x for x in layers if x.block == 1], windows, states)
+    team, extent = work_alone(Blocks(model), layers, windows, 0, SEED, SCRATCH)
+    moments = collect_moments(team, extent, "a walk", 1, [x for x in layers if x.block == 1])
     total: dict[str, Tensor] = {}
-    for i, ids in enumerate(windows):
+    for ids in windows:
         with torch.no_grad(), watch_inputs(layers) as inputs:
             compute_hidden(model, ids[None])
-            assert torch.equal(outputs[i], blocks.run(ids, 1, states[i]))
         for name, x in inputs.items():
             total[name] = total.get(name, torch.zeros(())) + x.T @ x / windows.numel()
     for name, leader in moments.group.items():
@@ -330,13 +330,11 @@ def test_moments_behind_pruned_blocks_are_explicit_means() -> None:
 def test_mean_squares_alone_are_the_diagonal_of_the_second_moments() -> None:
     model = make_tiny_model("llama")
     layers, windows = find_layers(model), make_windows()
-    blocks = Blocks(model)
     first = [layer for layer in layers if layer.block == 0]
-    states = embed_windows(blocks, windows)
-    full, outputs = collect_moments(blocks, 0, first, windows, states)
-    squares, same_outputs = collect_moments(blocks, 0, first, windows, states, full=False)
+    team, extent = work_alone(Blocks(model), layers, windows, 0, SEED, SCRATCH)
+    full = collect_moments(team, extent, "one walk", 0, first)
+    squares = collect_moments(team, extent, "another walk", 0, first, full=False)
     assert squares.group == full.group and squares.second_moment == {}
-    assert all(torch.equal(a, b) for a, b in zip(outputs, same_outputs, strict=True))
     for leader, square in full.mean_square.items():
         torch.testing.assert_close(squares.mean_square[leader], square, rtol=1e-5, atol=0)
 

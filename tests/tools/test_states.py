@@ -52,6 +52,9 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def write(self, _: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+        def close(self) -> None:
+            pass
+
     monkeypatch.setattr(tools.states.tempfile, "TemporaryFile", lambda **_: Full())
     with pytest.raises(DiskFull):
         StateStack(tmp_path).push([torch.zeros(2)])

@@ -1,0 +1,125 @@
+"""Fixed pieces of text, and sums over them in one order: the same bits however many workers make them.
+
+A text is cut into shards by the number of its windows alone. Sums over shards are those of a fixed binary tree, so that
+a worker with several neighbouring shards may hand over their sum, and nothing depends on who made which.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+SHARDS = 8
+"""Pieces that a text is cut into, and so the most workers that can share it."""
+
+_DEAL = (0, 4, 2, 6, 1, 5, 3, 7)
+"""The shards that windows go to, in turn. Any half or quarter of the shards then has its share of the first windows,
+which are those that gradients are taken of."""
+
+Span = tuple[int, int]
+"""Consecutive shards or other items, from the first to before the last."""
+
+Sums = dict[str, Tensor]
+"""Sums over shards, by name; what no shard of a span has anything of is left out."""
+
+
+def cut_shards(windows: int) -> list[list[int]]:
+    """The windows of each shard, ascending; as many in each as in any other, or one more."""
+    shards: list[list[int]] = [[] for _ in range(min(SHARDS, windows))]
+    deal = [shard for shard in _DEAL if shard < len(shards)]
+    for window in range(windows):
+        shards[deal[window % len(deal)]].append(window)
+    return shards
+
+
+def share_out(count: int, workers: int) -> list[Span]:
+    """Which of `count` items each worker takes: consecutive ones, as even as can be; none for workers beyond them."""
+    workers = min(count, workers)
+    return [(count * i // workers, count * (i + 1) // workers) for i in range(workers)]
+
+
+def list_nodes(tree: Span, span: Span) -> Iterator[Span]:
+    """The fewest nodes of the tree over `tree` that make up `span`, in order."""
+    if span[0] <= tree[0] and tree[1] <= span[1]:
+        yield tree
+    elif span[0] < tree[1] and tree[0] < span[1]:
+        for half in _halves(tree):
+            yield from list_nodes(half, span)
+
+
+def sum_node(node: Span, leaf: Callable[[int], Sums]) -> Sums:
+    """The sum of a node of the tree, from those of its shards."""
+    if node[1] - node[0] == 1:
+        return leaf(node[0])
+    left, right = _halves(node)
+    return _add(sum_node(left, leaf), sum_node(right, leaf))
+
+
+def join_nodes(tree: Span, known: Mapping[Span, Sums]) -> Sums:
+    """The sum of the whole tree, from nodes that make it up. Raises KeyError when some are missing."""
+    if tree in known or tree[1] - tree[0] == 1:
+        return known[tree]
+    left, right = _halves(tree)
+    return _add(join_nodes(left, known), join_nodes(right, known))
+
+
+def _halves(node: Span) -> tuple[Span, Span]:
+    middle = (node[0] + node[1]) // 2
+    return (node[0], middle), (middle, node[1])
+
+
+def _add(left: Sums, right: Sums) -> Sums:
+    for name, value in right.items():
+        if name in left:
+            left[name] += value
+        else:
+            left[name] = value
+    return left
+
+
+Answers = Callable[[Callable[[int], None]], list[Any]]
+"""Waits for the answers of all workers, in the order of their spans; is told of each how many shards it is about."""
+
+
+class Team(Protocol):
+    """Whoever does the work on the shards of a text, each its span of them."""
+
+    @property
+    def ahead(self) -> int:
+        """Requests that may wait in line while an earlier one's answers are being used."""
+
+    def ask(self, method: str, *arguments: Any) -> Answers:
+        """Begin with `method(span, *arguments)` of every worker."""
+
+
+class Alone:
+    """The team of one that is in this process: all shards, at once."""
+
+    ahead = 0
+
+    def __init__(self, worker: Any, shards: int) -> None:
+        self._worker, self._shards = worker, shards
+
+    def ask(self, method: str, *arguments: Any) -> Answers:
+        """As in `Team`; the answer is there when this returns."""
+        answer = getattr(self._worker, method)((0, self._shards), *arguments)
+
+        def collect(tick: Callable[[int], None]) -> list[Any]:
+            tick(self._shards)
+            return [answer]
+
+        return collect
+
+
+def ask_in_turn(
+    team: Team, method: str, requests: Sequence[tuple[Any, ...]], tick: Callable[[int], None]
+) -> Iterator[list[Any]]:
+    """The answers to one request after another, the next of which the team may begin meanwhile."""
+    begun = [team.ask(method, *arguments) for arguments in requests[: team.ahead]]
+    for i in range(len(requests)):
+        begun += [team.ask(method, *arguments) for arguments in requests[i + team.ahead : i + team.ahead + 1]]
+        yield begun.pop(0)(tick)
+
+
+def ignore_ticks(shards: int) -> None:
+    """For work too small to show progress of."""
