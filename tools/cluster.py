@@ -58,6 +58,7 @@ class _Place:
     opened: Any
     """A reference to what `_Actor.open` answers."""
     host: str = ""
+    pid: int = 0
     installed: dict[str, str] = field(default_factory=dict)
     """Layers that are not as the model was loaded."""
     deaths: int = 0
@@ -254,14 +255,16 @@ class Cluster:
         """Wait for a worker's model. Raises UserError for one that is not like this process."""
         with self._explained():
             try:
-                identity, place.host = self._ray.get(place.opened, timeout=START_SECONDS)
+                identity, place.host, place.pid = self._ray.get(place.opened, timeout=START_SECONDS)
             except self._ray.exceptions.GetTimeoutError as error:
                 raise UserError(
                     f"worker {place.number} did not start within {START_SECONDS} seconds; has the cluster "
                     f"{self._threads} free CPUs for it?"
                 ) from error
         if difference := self._identity.explain_difference(identity):
-            raise UserError(f"worker {place.number} on {place.host} has {difference}; install and copy the same there")
+            raise UserError(
+                f"worker {place.number} on {place.host} has {difference}; give it the same, and start again"
+            )
 
     def _replace(self, place: _Place) -> None:
         place.deaths += 1
@@ -284,8 +287,8 @@ class Cluster:
 class _Actor:
     """What Ray runs: a worker, and the way of values in and out."""
 
-    def open(self, settings: TeamSettings, texts: Any, threads: int) -> tuple[Identity, str]:
-        """Load the model; who this is, and on which machine."""
+    def open(self, settings: TeamSettings, texts: Any, threads: int) -> tuple[Identity, str, int]:
+        """Load the model; who this is, on which machine, and the number of its process."""
         from tools.estimate import PREFIX_SHARE
         from tools.sources import load_model
 
@@ -295,7 +298,7 @@ class _Actor:
         limit = int(PREFIX_SHARE * sum(p.nbytes for p in model.parameters()))
         identity = identify(model)
         self._worker = Worker(model, settings, thaw(texts), Path(self._scratch.name), limit)
-        return identity, socket.gethostname()
+        return identity, socket.gethostname(), os.getpid()
 
     def call(self, method: str, span: Span | None, arguments: Any) -> Any:
         """`method(span, *arguments)`, without the span where it is None."""

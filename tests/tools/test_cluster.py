@@ -1,0 +1,197 @@
+"""Workers on Ray: the same results as alone, whoever dies; and who is refused."""
+
+import builtins
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import tools.cluster
+from tests.tiny import tiny_settings
+from tools.allocate import allocate
+from tools.cluster import Cluster, freeze, thaw
+from tools.errors import UserError
+from tools.recipes import parse_recipe
+from tools.settings import TeamSettings
+from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
+from tools.worker import Identity, LayerWork
+
+RECIPES = ("refit:kappa", "sparsegpt~sequential:kappa-mask", "wanda:uniform")
+
+
+def ignore(label: str, done: int, total: int) -> None:
+    """No progress bar."""
+
+
+@pytest.fixture
+def settings(tiny_llama: Path, tmp_path: Path) -> TeamSettings:
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": f"What is {i} and {i}?", "answer": str(2 * i)} for i in range(40)]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    more = {"calibration_windows": 9, "gradient_windows": 3, "questions": f"file:{questions}", "question_pairs": 18}
+    return tiny_settings(tiny_llama, **more)
+
+
+def work(bench: Workbench, at: Callable[[str, int, int], None] = ignore) -> list[Any]:
+    """All that workers share, as ids of content and figures."""
+    profile = bench.profile(at)
+    results: list[Any] = [profile]
+    for label in RECIPES:
+        recipe = parse_recipe(label)
+        allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
+        checkpoint = bench.prune(profile, allocation, recipe, ignore)
+        losses = bench.evaluate(checkpoint, "validation", profile, at)
+        results += [checkpoint, bench.hash_masks(), losses, bench.ask(checkpoint, "validation", ignore)]
+        results += [bench.measure_kl([0, 2])]
+    results += [bench.profile(ignore, profile), bench.evaluate(DENSE, "test", profile, ignore)]
+    return results
+
+
+@pytest.mark.slow
+def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
+    settings: TeamSettings, tmp_path: Path, workbench_closed: None
+) -> None:
+    with use_workbench(settings, tmp_path / "alone", pytest.fail, ignore) as bench:
+        alone = work(bench)
+    close_workbench()
+    warned: list[str] = []
+    shared = settings.model_copy(update={"workers": "2", "worker_threads": 1})
+    with use_workbench(shared, tmp_path / "shared", warned.append, ignore) as bench:
+        cluster = bench._cluster
+        assert cluster is not None and cluster.size == 2
+        doomed = [place.pid for place in cluster._places]
+
+        def kill(label: str, done: int, total: int) -> None:
+            if (label, done) == ("statistics", 4) and len(doomed) == 2:
+                os.kill(doomed.pop(), signal.SIGKILL)
+            if label == "validation" and done and len(doomed) == 1:
+                os.kill(doomed.pop(), signal.SIGKILL)
+
+        assert work(bench, kill) == alone
+        directory = cluster._directory
+    assert [text.partition(" on ")[0] for text in warned] == ["worker 1", "worker 0"]
+    assert all(text.endswith(" died; another one does its share again") for text in warned)
+    close_workbench()
+    assert not Path(directory).exists()
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if directory.encode() in _read(path)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+# --- who is refused, without Ray ---------------------------------------------------------------------------------
+
+
+class RayActorError(Exception):
+    """As Ray's."""
+
+
+class GetTimeoutError(Exception):
+    """As Ray's."""
+
+
+OURS = Identity(billhook="0.1.0 (abc)", torch="2.9 on x86_64", device="cpu", model="with weights 12")
+
+
+@pytest.fixture
+def made() -> Cluster:
+    """A cluster that never began."""
+    cluster = Cluster.__new__(Cluster)
+    errors = SimpleNamespace(
+        RayActorError=RayActorError,
+        GetTimeoutError=GetTimeoutError,
+        RayTaskError=type("RayTaskError", (Exception,), {}),
+        RayError=type("RayError", (Exception,), {}),
+    )
+    cluster._ray = SimpleNamespace(exceptions=errors)
+    cluster._identity, cluster._threads, cluster._warn = OURS, 2, pytest.fail
+    return cluster
+
+
+def place(deaths: int = 0) -> Any:
+    return tools.cluster._Place(1, None, None, host="far", deaths=deaths)
+
+
+def test_another_version_is_refused_by_name(made: Cluster) -> None:
+    theirs = OURS.model_copy(update={"torch": "2.8 on x86_64", "model": "with weights 34"})
+    made._ray.get = lambda *_, **__: (theirs, "far", 7)
+    with pytest.raises(UserError) as caught:
+        made._open(place())
+    assert str(caught.value) == (
+        "worker 1 on far has torch 2.8 on x86_64 instead of 2.9 on x86_64, model with weights 34 instead of with "
+        "weights 12; give it the same, and start again"
+    )
+
+
+def test_a_worker_that_does_not_start(made: Cluster) -> None:
+    def get(*_: Any, **__: Any) -> Any:
+        raise GetTimeoutError
+
+    made._ray.get = get
+    with pytest.raises(UserError, match="worker 1 did not start within 600 seconds; has the cluster 2 free CPUs"):
+        made._open(place())
+
+
+def test_a_worker_that_keeps_dying_ends_the_run(made: Cluster) -> None:
+    with pytest.raises(UserError, match="worker 1 on far died 4 times; it may lack memory"):
+        made._replace(place(deaths=3))
+
+
+def test_a_cluster_that_is_gone_leaves_the_run_to_go_on(made: Cluster) -> None:
+    with pytest.raises(UserError) as caught, made._explained():
+        raise made._ray.exceptions.RayError("head node\nis dead")
+    assert str(caught.value) == (
+        "the Ray cluster is gone (RayError: head node is dead); when it is there again, go on: a run with --resume, "
+        "any other command as before"
+    )
+
+
+def test_without_ray_one_line_says_what_to_install(settings: TeamSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = builtins.__import__
+
+    def refuse(name: str, *rest: Any) -> Any:
+        if name.partition(".")[0] == "ray":
+            raise ImportError(name)
+        return found(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match=r"workers need Ray, which is not installed; try: pip install -e '.\[ray\]'"):
+        tools.cluster._import_ray()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "100", "ray://host", "http://host:1", " 2"])
+def test_who_is_no_worker(tiny_llama: Path, value: str) -> None:
+    with pytest.raises(ValueError, match="workers"):
+        tiny_settings(tiny_llama, workers=value)
+
+
+@pytest.mark.parametrize("value", ["", "auto", "1", "16", "ray://head.example:10001"])
+def test_who_is(tiny_llama: Path, value: str) -> None:
+    assert tiny_settings(tiny_llama, workers=value).workers == value
+
+
+# --- values in and out -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool]
+)
+def test_tensors_come_out_as_they_went_in(dtype: torch.dtype) -> None:
+    tensor = torch.arange(12).reshape(3, 4).to(dtype).T
+    work = LayerWork("x", 3, tensor, tensor[:0], tensor[0, 0])
+    back = thaw(freeze({"a": [work, (1, "b", None)], 2: tensor}))
+    assert back["a"][1] == (1, "b", None) and isinstance(back["a"][0], LayerWork) and back["a"][0].name == "x"
+    for ours, theirs in ((back[2], tensor), (back["a"][0].mean_square_I, tensor[:0]), (back["a"][0][4], tensor[0, 0])):
+        assert ours.dtype == dtype and torch.equal(ours, theirs)
+    back[2].fill_(0)  # memory of its own
+    assert not torch.equal(back[2], tensor)
