@@ -9,11 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kernels.dispatch import choose_kernel
 from kernels.ranks import kth_smallest, order_preserving_ints
 
 
 def add_second_moment(total_II: Tensor, x_TI: Tensor) -> None:
     """Add sum_t x_t x_t^T of this batch to `total_II` (fp32, in place)."""
+    if choose_kernel(x_TI.device) == "triton":
+        from kernels import triton_statistics
+
+        return triton_statistics.add_second_moment(total_II, x_TI)
     x_TI = x_TI.float()
     total_II.addmm_(x_TI.T, x_TI)
 
@@ -57,12 +62,28 @@ def squared_loss_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable
     Divided by 2T this is the second-order estimate of KL(dense || pruned) when g are gradients of
     -log p(y) for labels y drawn from the model itself (the empirical Fisher of the model's own distribution).
     """
+    if choose_kernel(pairs[0][0].device) == "triton":
+        return _sum_changes(pairs, parts)
     pairs = [(x_TI.float(), g_TO.float()) for x_TI, g_TO in pairs]
     changes = [x_TI.new_zeros(len(x_TI)) for x_TI, _ in pairs]
     totals = []
     for part_OI in parts:
         for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
             change_T += (x_TI @ part_OI.T).mul_(g_TO).sum(1)
+        totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]).sum())
+    return torch.stack(totals)
+
+
+def _sum_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable[Tensor]) -> Tensor:
+    """The same on a GPU, where no product (T, O) is written out and nothing widened to fp32."""
+    from kernels.triton_statistics import narrow, sum_changes
+
+    changes = [torch.zeros(len(x_TI), device=x_TI.device) for x_TI, _ in pairs]
+    totals = []
+    for part_OI in parts:
+        narrow_OI = narrow(part_OI, pairs[0][0].dtype)
+        for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
+            change_T += sum_changes(x_TI, narrow_OI, g_TO)
         totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]).sum())
     return torch.stack(totals)
 
