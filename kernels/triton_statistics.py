@@ -41,12 +41,6 @@ def add_second_moment(total_II: Tensor, x_TI: Tensor) -> None:
         )
 
 
-def narrow(part_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """The fp32 `part_OI` in a dtype of 16 bits where that loses nothing, as in a model of that dtype, else itself."""
-    narrow_OI = part_OI.to(dtype)
-    return narrow_OI if dtype in HALF and torch.equal(narrow_OI.float(), part_OI) else part_OI
-
-
 def sum_changes(x_TI: Tensor, part_OI: Tensor, g_TO: Tensor) -> Tensor:
     """g_t^T dW x_t of every token: shape (T,), fp32. On tensor cores, and as exact, where x and dW have 16 bits."""
     (tokens, inputs), outputs = x_TI.shape, len(part_OI)
