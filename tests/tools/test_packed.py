@@ -154,6 +154,14 @@ def test_torch_runs_packed_layers_where_it_is_asked_to(
         load_packed(packed_llama)
 
 
+def test_layers_stay_packed_for_triton(packed_llama: Path, ask_for_kernels: Callable[[str], None]) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    ask_for_kernels("triton")
+    said: list[str] = []
+    packed = load_packed(packed_llama, warn=said.append)
+    assert said == [] and any(isinstance(module, PackedLinear) for module in packed.modules())
+
+
 def test_packed_models_load_like_others_in_their_own_format(packed_llama: Path) -> None:
     model, tokenizer = load_model(tiny_settings(packed_llama, dtype="bf16"))
     assert tokenizer("import this")["input_ids"] == make_tiny_tokenizer()("import this")["input_ids"]
