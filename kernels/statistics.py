@@ -84,10 +84,11 @@ def _sum_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable[Tensor]
     """The same on a GPU, where no product (T, O) is written out and nothing widened to fp32."""
     from kernels.triton_statistics import HALF, sum_changes
 
+    dtype = pairs[0][0].dtype
     changes = [torch.zeros(len(x_TI), device=x_TI.device) for x_TI, _ in pairs]
     totals = []
     for part_OI in parts:
-        narrow_OI = narrow(part_OI, dtype) if (dtype := pairs[0][0].dtype) in HALF else part_OI
+        narrow_OI = narrow(part_OI, dtype) if dtype in HALF else part_OI
         for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
             change_T += sum_changes(x_TI, narrow_OI, g_TO)
         totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]).sum())
