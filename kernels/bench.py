@@ -1,7 +1,8 @@
-"""How fast is a product with packed weights? `python -m kernels.bench [--json FILE]`
+"""How fast are the kernels? `python -m kernels.bench [--json FILE]`
 
-Against what one would call otherwise, one row of x, weights cold: every call takes the next weight of a ring that is
-larger than the caches. A round makes a few calls of each, and the speed-up is taken round by round, so that it holds on
+On a GPU, where there is one, all of `kernels.bench_gpu`; on the CPU the product with packed weights, against what one
+would call otherwise, one row of x, weights cold: every call takes the next weight of a ring that is larger than the
+caches. A round makes a few calls of each, and the speed-up is taken round by round, so that it holds on
 a busy machine better than seconds do; its quartiles show how busy the machine was. Needs about 3 GB.
 """
 
@@ -27,12 +28,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from kernels.bench_gpu import KernelResult, run_kernels
+from kernels.dispatch import choose_kernel, explain_triton
 from kernels.native import explain_absence
 from kernels.packed import multiply_packed, pack_rows
 
 SPARSITIES = (0.45, 0.5, 0.6)
 TARGETS = {0.45: 1.35, 0.5: 1.55, 0.6: 1.8}
 """Of the speed-up over torch.mv, at 4096 x 4096."""
+
+GPU = torch.device("cuda")
 
 CALLS = 3
 """Of each product in one round."""
@@ -72,6 +77,9 @@ class Report:
     processors: int
     versions: dict[str, str]
     results: list[Result] = field(default_factory=list)
+    gpu: str = ""
+    """Its name, or why nothing was measured on one."""
+    gpu_results: list[KernelResult] = field(default_factory=list)
 
 
 def make_weight(size: int, sparsity: float) -> Tensor:
@@ -176,15 +184,19 @@ def run(report: Report, threads: list[int], ring_bytes: int) -> Iterator[Result]
 def describe_machine(size: int, rounds: int) -> Report:
     """A report without results."""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "llvmlite", "scipy"):
+    for name in ("torch", "llvmlite", "scipy", "triton"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    import llvmlite.binding as llvm
-
+    try:
+        import llvmlite.binding as llvm
+    except ImportError:
+        processor = platform.machine()
+    else:
+        processor = llvm.get_host_cpu_name()
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Report(size, rounds, llvm.get_host_cpu_name(), round(os.getloadavg()[0], 2), processors, versions)
+    return Report(size, rounds, processor, round(os.getloadavg()[0], 2), processors, versions)
 
 
 def make_table(report: Report) -> Table:
@@ -216,8 +228,37 @@ def make_table(report: Report) -> Table:
     return table
 
 
+def explain_gpu() -> str:
+    """Why nothing is measured on a GPU, in one line; "" where all is."""
+    if not torch.cuda.is_available():
+        return "no GPU here"
+    if reason := explain_triton(GPU):
+        return reason
+    return "" if choose_kernel(GPU) == "triton" else f"BILLHOOK_KERNELS is {os.environ['BILLHOOK_KERNELS']}"
+
+
+def run_on_gpu(report: Report) -> Iterator[KernelResult]:
+    """The results, one after another; they are in the report too."""
+    for result in run_kernels(report.size, report.rounds, GPU):
+        report.gpu_results.append(result)
+        yield result
+
+
+def make_gpu_table(report: Report) -> Table:
+    """Medians over the rounds, the speed-up with its quartiles."""
+    table = Table(title=f"{report.gpu}, {report.size} x {report.size}")
+    for head in ("kernel", "against", "ms, kernel", "ms, other", "speed-up", "quartiles"):
+        table.add_column(head, justify="left" if head in ("kernel", "against") else "right")
+    for x in report.gpu_results:
+        own, other = statistics.median(x.seconds) * 1e3, statistics.median(x.reference_seconds) * 1e3
+        table.add_row(
+            x.kernel, x.reference, f"{own:.3f}", f"{other:.3f}", f"{x.speedup:.2f}", f"{x.low:.2f} to {x.high:.2f}"
+        )
+    return table
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command: 0 done, 1 interrupted, 2 bad input or a machine without the kernel."""
+    """The command: 0 done, 1 interrupted, 2 bad input or a machine without kernels."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", metavar="FILE", type=Path, help="Write all figures there too.")
     parser.add_argument("--size", metavar="N", type=int, default=4096, help="Side of the square weight. Default: 4096.")
@@ -227,8 +268,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if min(options.size, options.rounds - 1, options.ring_mb, *options.threads) < 1:
         parser.error("all numbers must be at least 1, and --rounds 2")
-    if reason := explain_absence(torch.bfloat16):
-        print(f"error: there is nothing to measure: {reason}", file=sys.stderr)
+    try:
+        choose_kernel(torch.device("cpu"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    reason, gpu_reason = explain_absence(torch.bfloat16), explain_gpu()
+    if reason and gpu_reason:
+        print(f"error: there is nothing to measure: {reason}; {gpu_reason}", file=sys.stderr)
         return 2
     report, console = (
         describe_machine(options.size, options.rounds),
@@ -238,8 +285,11 @@ def main(arguments: list[str] | None = None) -> int:
         f"{report.processor}, {report.processors} processors, load {report.load:g}; "
         + ", ".join(f"{name} {number}" for name, number in report.versions.items())
     )
+    report.gpu = gpu_reason or torch.cuda.get_device_name(GPU)
     try:
-        for _ in run(report, options.threads, options.ring_mb * 10**6):
+        on_cpu = iter(()) if reason else run(report, options.threads, options.ring_mb * 10**6)
+        on_gpu = iter(()) if gpu_reason else run_on_gpu(report)
+        for _ in itertools.chain(on_cpu, on_gpu):
             if options.json:
                 options.json.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     except KeyboardInterrupt:
@@ -248,7 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {options.json} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
     finally:
-        console.print(make_table(report))
+        console.print(reason or make_table(report))
+        console.print(gpu_reason or make_gpu_table(report))
     return 0
 
 

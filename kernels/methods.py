@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.guard import Pruned, finish_update
-from kernels.masks import keep_highest, keep_highest_of_rows
+from kernels.masks import keep_highest, keep_wanda
 from kernels.obs import InverseFactor, inverse_factor, prune_obs, prune_obs_groups
 from kernels.patterns import Pattern, check_pattern, keep_highest_of_groups
 from kernels.preconditioner import System, prepare_system
@@ -64,8 +64,11 @@ def prune_magnitude(
 
 def prune_wanda(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None) -> Pruned:
     """Wanda (arXiv 2306.11695): lowest |W| sqrt(a) of each output row."""
-    score_OI = score_wanda(weight_OI, statistics.mean_square_I)
-    return _prune_lowest(weight_OI, score_OI, zeros, pattern, keep_highest_of_rows)
+    if pattern is not None:
+        return _prune_lowest(weight_OI, score_wanda(weight_OI, statistics.mean_square_I), zeros, pattern)
+    _check_zeros(weight_OI, zeros)
+    keep_OI = keep_wanda(weight_OI, statistics.mean_square_I, zeros)
+    return Pruned(torch.where(keep_OI, weight_OI, 0), keep_OI)
 
 
 def prune_two_sided(
@@ -167,24 +170,23 @@ def prune_levels(
     return [next(weights) if count > present else weight_OI for count in zeros]
 
 
-def _prune_lowest(
-    weight_OI: Tensor,
-    score_OI: Tensor,
-    zeros: int,
-    pattern: Pattern | None,
-    keep: Callable[[Tensor, Tensor, int], Tensor] = keep_highest,
-) -> Pruned:
-    """A mask alone; `keep` says what is compared with what where there is no pattern."""
+def _prune_lowest(weight_OI: Tensor, score_OI: Tensor, zeros: int, pattern: Pattern | None) -> Pruned:
+    """A mask alone; scores are compared over the layer where there is no pattern."""
     dead_OI = weight_OI == 0
     if pattern is not None:
         check_pattern(weight_OI.shape, zeros, pattern)
         keep_OI = keep_highest_of_groups(score_OI, dead_OI, *pattern)
     else:
-        weights, present = dead_OI.numel(), int(torch.count_nonzero(dead_OI))
-        if not present <= zeros <= weights:
-            raise ValueError(f"{zeros} zeros asked of a layer of {weights} weights that has {present} already")
-        keep_OI = keep(score_OI, dead_OI, zeros)
+        _check_zeros(weight_OI, zeros)
+        keep_OI = keep_highest(score_OI, dead_OI, zeros)
     return Pruned(torch.where(keep_OI, weight_OI, 0), keep_OI)
+
+
+def _check_zeros(weight_OI: Tensor, zeros: int) -> None:
+    weights = weight_OI.numel()
+    present = weights - int(torch.count_nonzero(weight_OI))
+    if not present <= zeros <= weights:
+        raise ValueError(f"{zeros} zeros asked of a layer of {weights} weights that has {present} already")
 
 
 def _prune_obs(

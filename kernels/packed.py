@@ -7,9 +7,7 @@ Shape suffixes: B rows of x, O output features (rows), I input features (columns
 N non-zero values.
 """
 
-import functools
-import os
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import native
+from kernels.dispatch import choose_kernel, choose_product
 from kernels.native import WORD
 
 PADDING = 32
 """Zeros behind the last value: a kernel may load a whole word's values wherever one begins."""
 
 MOST_PACKED_ROWS = 16
-"""Rows of x up to which the native product is used; with more, to unpack the weight is faster.
+"""Rows of x up to which the native product is used; with more, to unpack the weight is faster. (Triton's: MOST_ROWS.)
 
 Milliseconds, packed / unpacked first / dense, 4096 x 4096, half zeros, bf16, one thread, medians beside other work:
 1 row 2.7 / 10.2 / 5.9, 4 rows 2.5 / 9.7 / 5.7, 8 rows 6.0 / 10.6 / 6.7, 12 rows 8.5 / 10.0 / 5.6,
@@ -60,6 +59,11 @@ def pack_rows(weight_OI: Tensor) -> PackedWeight:
         raise ValueError(f"a weight {tuple(weight_OI.shape)} of {weight_OI.dtype} cannot be packed")
     keep_OI = weight_OI.contiguous().view(BITS[weight_OI.dtype]) != 0
     columns = weight_OI.shape[1]
+    if choose_kernel(weight_OI.device) == "triton":
+        from kernels import triton_packed
+
+        mask_OW, counts_OK = triton_packed.pack_bits(keep_OI)
+        return PackedWeight(mask_OW, *triton_packed.collect_kept(weight_OI, keep_OI, counts_OK, PADDING), columns)
     padded = F.pad(keep_OI, (0, -columns % WORD)).cpu().numpy()
     mask_OW = torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32))
     kept = weight_OI[keep_OI]
@@ -95,36 +99,16 @@ def check_packed(mask_OW: Tensor, values: Tensor, shape: tuple[int, int]) -> Pac
     return PackedWeight(mask_OW, values, counts_O.cumsum(0) - counts_O, columns)
 
 
-def explain_torch(dtype: torch.dtype, device: torch.device) -> str:
-    """Why packed weights would be multiplied by torch, which is slower than a dense product; "" where they are not.
-
-    The variable BILLHOOK_KERNELS may ask for torch, or insist on native; where it asks for torch there is nothing to
-    explain. Raises ValueError when it asks for what is not there.
-    """
-    asked = os.environ.get("BILLHOOK_KERNELS", "")
-    if asked not in ("", "native", "torch"):
-        raise ValueError(f"BILLHOOK_KERNELS is {asked[:80]!r}; packed weights know native and torch")
-    absence = native.explain_absence(dtype) if device.type == "cpu" else f"native kernels do not run on {device.type}"
-    if asked == "native" and absence:
-        raise ValueError(f"BILLHOOK_KERNELS asks for native kernels, but {absence}")
-    return "" if asked == "torch" else absence
-
-
-@functools.cache
-def choose_kernel(dtype: torch.dtype, device: torch.device) -> Literal["native", "torch"]:
-    """What multiplies: native code where there is any, unless BILLHOOK_KERNELS says torch when it is first asked.
-
-    Raises ValueError.
-    """
-    absence = explain_torch(dtype, device)
-    return "torch" if absence or os.environ.get("BILLHOOK_KERNELS") == "torch" else "native"
-
-
 def unpack_rows(packed: PackedWeight) -> Tensor:
     """The weight (O, I) again, on its device; a view of somewhat more where I is no multiple of 32."""
     mask_OW, values, offsets_O, columns = packed
-    if choose_kernel(values.dtype, values.device) == "native":
+    kernel = choose_product(values.dtype, values.device)
+    if kernel == "native":
         return native.unpack_rows(mask_OW, values, offsets_O)[:, :columns]
+    if kernel == "triton":
+        from kernels import triton_packed
+
+        return triton_packed.unpack_rows(mask_OW, values, offsets_O, columns)
     return unpack_by_torch(packed)
 
 
@@ -142,11 +126,18 @@ def multiply_packed(packed: PackedWeight, x: Tensor, bias_O: Tensor | None = Non
     """x W^T + b in the dtype that all have: x (…, I), result (…, O).
 
     A few rows of x are multiplied by the packed weight as it is, with sums in fp32. For more of them the weight is
-    unpacked, and let go again: by native code a few rows at a time, CHUNK_BYTES of them; by torch as a whole.
+    unpacked, and let go again: by native code a few rows at a time, CHUNK_BYTES of them; elsewhere as a whole.
     """
     mask_OW, values, offsets_O, columns = packed
-    if choose_kernel(values.dtype, values.device) == "torch" or x.dtype != values.dtype:
+    kernel = choose_product(values.dtype, values.device)
+    if kernel == "torch" or x.dtype != values.dtype:
         return F.linear(x, unpack_by_torch(packed), bias_O)
+    if kernel == "triton":
+        from kernels import triton_packed
+
+        if 0 < x.numel() <= triton_packed.MOST_ROWS * columns:
+            return triton_packed.multiply_rows(mask_OW, values, offsets_O, x, bias_O)
+        return F.linear(x, unpack_rows(packed), bias_O)
     if x.numel() <= MOST_PACKED_ROWS * columns and x.numel():
         return native.multiply_rows(mask_OW, values, offsets_O, x, bias_O)
     y = x.new_empty(*x.shape[:-1], len(mask_OW))

@@ -4,9 +4,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.dispatch import choose_kernel
+
 
 def pack_mask(keep: Tensor) -> Tensor:
-    """Eight mask bits a byte, row-major, lowest bit first: uint8, ceil(n / 8) bytes."""
+    """Eight mask bits a byte, row-major, lowest bit first: uint8, ceil(n / 8) bytes, on the CPU."""
+    if keep.numel() and choose_kernel(keep.device) == "triton":
+        from kernels import triton_packed
+
+        words = triton_packed.pack_bits(keep.reshape(1, -1))[0]
+        return words.cpu().flatten().view(torch.uint8)[: -(-keep.numel() // 8)].clone()
     return torch.from_numpy(np.packbits(keep.cpu().numpy().reshape(-1), bitorder="little"))
 
 

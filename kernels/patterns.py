@@ -11,6 +11,7 @@ import re
 import torch
 from torch import Tensor
 
+from kernels.dispatch import choose_kernel
 from kernels.ranks import order_preserving_ints
 
 Pattern = tuple[int, int]
@@ -52,12 +53,17 @@ def keep_highest_of_groups(score_OI: Tensor, dead_OI: Tensor, pruned: int, group
     rows, columns = score_OI.shape
     check_group(columns, pruned, group)
     ranks_CM = order_preserving_ints(score_OI, dead_OI).reshape(-1, group)
-    keep_MC = keep_highest_of_columns(ranks_CM.T.contiguous(), pruned)
+    keep_MC = keep_highest_of_columns(ranks_CM.T, pruned)
     return keep_MC.T.reshape(rows, columns)
 
 
 def keep_highest_of_columns(ranks_MC: Tensor, pruned: int) -> Tensor:
     """Mask (bool, True = stays) with the `pruned` lowest of each *column* removed, ties by row."""
+    if choose_kernel(ranks_MC.device) == "triton":
+        from kernels import triton_masks
+
+        return triton_masks.remove_lowest_of_columns(ranks_MC, pruned)
+    ranks_MC = ranks_MC.contiguous()
     members, groups = ranks_MC.shape
     if members > 32 or groups < 300 * members:  # too many pairs, or too little work for as many calls
         order_MC = torch.sort(ranks_MC, dim=0, stable=True).indices

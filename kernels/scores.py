@@ -1,5 +1,6 @@
 """How much a weight matters, by three views. Shape suffixes: O output features, I input features."""
 
+import torch
 from torch import Tensor
 
 
@@ -11,9 +12,12 @@ def score_wanda(weight_OI: Tensor, mean_square_I: Tensor) -> Tensor:
 def score_two_sided(weight_OI: Tensor, mean_square_I: Tensor, gradient_square_O: Tensor) -> Tensor:
     """W_ij^2 * a_j * gamma_i, fp32: the diagonal second-order change of the loss, up to a factor.
 
-    a and gamma are divided by their means first, so that the product stays inside fp32's range; the order of the
-    weights of one layer does not change.
+    a and gamma are brought near 1 first, so that the product stays inside fp32's range. By a power of two: that rounds
+    nothing, so that the order of the weights, ties too, does not hang on how a machine sums up the mean.
     """
-    a_I = mean_square_I.float() / mean_square_I.float().mean().clamp(min=1e-30)
-    gamma_O = gradient_square_O.float() / gradient_square_O.float().mean().clamp(min=1e-30)
-    return weight_OI.float().square() * a_I * gamma_O[:, None]
+    return weight_OI.float().square() * _scale(mean_square_I) * _scale(gradient_square_O)[:, None]
+
+
+def _scale(square: Tensor) -> Tensor:
+    square = square.float()
+    return torch.ldexp(square, -torch.frexp(square.mean().clamp(min=1e-30)).exponent)

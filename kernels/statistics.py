@@ -5,17 +5,24 @@ All results are fp32, whatever the dtype of the inputs.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from kernels.dispatch import choose_kernel
 from kernels.ranks import kth_smallest, order_preserving_ints
 
 
 def add_second_moment(total_II: Tensor, x_TI: Tensor) -> None:
-    """Add sum_t x_t x_t^T of this batch to `total_II` (fp32, in place)."""
-    x_TI = x_TI.float()
-    total_II.addmm_(x_TI.T, x_TI)
+    """Add sum_t x_t x_t^T of this batch to `total_II` (fp32, in place); products and sums are those of fp32."""
+    if choose_kernel(x_TI.device) == "triton":
+        from kernels import triton_statistics
+
+        return triton_statistics.add_second_moment(total_II, x_TI)
+    wide_TI = x_TI.float()
+    with multiply_bf16(wide_TI.device, x_TI.dtype == torch.bfloat16):
+        total_II.addmm_(wide_TI.T, wide_TI)
 
 
 def sum_squares(x_TF: Tensor) -> Tensor:
@@ -25,7 +32,8 @@ def sum_squares(x_TF: Tensor) -> Tensor:
 
 def mean_absolute_gradient(g_TO: Tensor, x_TI: Tensor) -> float:
     """Mean over the weights of |dL/dW| for one sample, where dL/dW = sum_t g_t x_t^T (arXiv 2601.09694)."""
-    gradient_OI = (g_TO.float().T @ x_TI.float()).abs_()
+    with multiply_bf16(x_TI.device, g_TO.dtype == x_TI.dtype == torch.bfloat16):
+        gradient_OI = (g_TO.float().T @ x_TI.float()).abs_()
     # Row by row, then in numpy: a sum over all at once would depend on how many threads share it.
     return float(gradient_OI.sum(1).double().cpu().numpy().sum()) / gradient_OI.numel()
 
@@ -59,14 +67,58 @@ def squared_loss_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable
     Divided by 2T this is the second-order estimate of KL(dense || pruned) when g are gradients of
     -log p(y) for labels y drawn from the model itself (the empirical Fisher of the model's own distribution).
     """
+    if choose_kernel(pairs[0][0].device) == "triton":
+        return _sum_changes(pairs, parts)
+    dtypes = {x_TI.dtype for x_TI, _ in pairs}
     pairs = [(x_TI.float(), g_TO.float()) for x_TI, g_TO in pairs]
     changes = [x_TI.new_zeros(len(x_TI)) for x_TI, _ in pairs]
     totals = []
     for part_OI in parts:
+        bf16 = dtypes == {torch.bfloat16} and narrow(part_OI, torch.bfloat16).dtype == torch.bfloat16
+        with multiply_bf16(part_OI.device, bf16):
+            for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
+                change_T += (x_TI @ part_OI.T).mul_(g_TO).sum(1)
+        totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]))
+    return torch.stack(totals)
+
+
+def _sum_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable[Tensor]) -> Tensor:
+    """The same on a GPU, where no product (T, O) is written out and nothing widened to fp32."""
+    from kernels.triton_statistics import HALF, sum_changes
+
+    dtype = pairs[0][0].dtype
+    changes = [torch.zeros(len(x_TI), device=x_TI.device) for x_TI, _ in pairs]
+    totals = []
+    for part_OI in parts:
+        narrow_OI = narrow(part_OI, dtype) if dtype in HALF else part_OI
         for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
-            change_T += (x_TI @ part_OI.T).mul_(g_TO).sum(1)
-        totals.append([change_T.double().square().sum() for change_T in changes])
-    return torch.stack([torch.stack(total) for total in totals])
+            change_T += sum_changes(x_TI, narrow_OI, g_TO)
+        totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]))
+    return torch.stack(totals)
+
+
+def narrow(part_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fp32 `part_OI` in a dtype of 16 bits where that loses nothing, as in a model of that dtype, else itself."""
+    narrow_OI = part_OI.to(dtype)
+    return narrow_OI if torch.equal(narrow_OI.float(), part_OI) else part_OI
+
+
+@contextmanager
+def multiply_bf16(device: torch.device, exact: bool) -> Iterator[None]:
+    """While it lasts a CPU may multiply fp32 tensors with its instructions for bf16, sums in fp32.
+
+    Where all values are `exact` in bf16 that rounds nothing, and is 2.4 to 2.6 times as fast with AMX. (torch.mm of
+    bf16 tensors rounds its result to bf16, and knows no other on a CPU.)
+    """
+    if device.type != "cpu" or not exact:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def clip_tokens(g_TO: Tensor, multiple: float) -> Tensor:

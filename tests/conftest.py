@@ -1,12 +1,14 @@
 """Shared fixtures. No test reaches a hub: models and texts are made here or come with Python."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, hence before the imports below
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Likewise by triton, which transformers imports. With 0 instead, on a machine with a GPU, Triton's kernels run there.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import pytest
@@ -21,6 +23,24 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+@pytest.fixture
+def ask_for_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets BILLHOOK_KERNELS, at first to nothing; it is otherwise read once in a process."""
+    from kernels import dispatch
+
+    def ask(kernels: str) -> None:
+        forget()
+        monkeypatch.setenv(dispatch.VARIABLE, kernels)
+
+    def forget() -> None:
+        for function in (dispatch.choose_kernel, dispatch.choose_product, dispatch.explain_triton):
+            function.cache_clear()
+
+    ask("")
+    yield ask
+    forget()
 
 
 @pytest.fixture

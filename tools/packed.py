@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kernels.dispatch import explain_torch
 from kernels.native import WORD
 from kernels.packed import (
     PADDING,
     PackedLinear,
     PackedWeight,
     check_packed,
-    explain_torch,
     pack_rows,
     unpack_rows,
 )
@@ -241,7 +241,7 @@ def load_packed(
 ) -> Any:
     """A transformers model in eval mode, with a PackedLinear for every packed layer and no dense copy of it.
 
-    Where no kernel runs (`kernels.packed.explain_torch`) it is unpacked into a dense model, which `warn` is told.
+    Where no kernel runs (`kernels.dispatch.explain_torch`) it is unpacked into a dense model, which `warn` is told.
     Raises UserError where there is no packed model or its config cannot be used, DamagedArtifact when a tensor, a hash
     or a shape is not what it must be.
     """

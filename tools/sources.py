@@ -107,11 +107,18 @@ def check_device(device: str) -> None:
 
 
 def pick_device(device: str) -> "torch.device":
-    """The device for `auto`, `cpu` or `cuda`. Raises UserError when there is no such GPU."""
+    """The device for `auto`, `cpu` or `cuda`. Raises UserError without such a GPU, or the kernels asked for."""
     import torch
 
+    from kernels.dispatch import choose_kernel
+
     check_device(device)
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    picked = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    try:
+        choose_kernel(picked)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return picked
 
 
 def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
@@ -123,7 +130,7 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # Billhook draws its own
-    place = locate_model(settings.model)
+    place, device = locate_model(settings.model), pick_device(settings.device)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     quantization: dict[str, Any] = {}
     if place.gguf_file:
@@ -133,7 +140,7 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **options)
         if (Path(place.path) / PACKED_FILE).is_file():
-            return _load_packed(settings, Path(place.path)), tokenizer
+            return _load_packed(settings, Path(place.path), device), tokenizer
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             place.path,
             dtype=getattr(torch, DTYPES[settings.dtype]),
@@ -150,14 +157,14 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
         raise UserError(f"model {settings.model!r} lacks {len(missing)} of its weights, such as {missing[0]}")
-    model = model.to(pick_device(settings.device)).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
     return model, tokenizer
 
 
-def _load_packed(settings: WorkbenchSettings, directory: Path) -> Any:
+def _load_packed(settings: WorkbenchSettings, directory: Path, device: "torch.device") -> Any:
     from tools.packed import load_packed, read_contents
 
     dtype = read_contents(directory).dtype
     if dtype != settings.dtype:
         raise UserError(f"model {settings.model!r} is packed in {dtype}; give --dtype {dtype}")
-    return load_packed(directory, pick_device(settings.device))
+    return load_packed(directory, device)

@@ -84,7 +84,9 @@ def identify(model: Any) -> Identity:
     return Identity(
         billhook=f"{importlib.metadata.version('billhook')} ({code.hexdigest()[:12]})",
         torch=f"{torch.__version__} on {platform.machine()}",
-        device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        device=torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
         model=f"with weights {weights.hexdigest()[:12]}",
     )
 

@@ -14,6 +14,11 @@ pytestmark = pytest.mark.skipif(bool(explain_absence(torch.bfloat16)), reason=ex
 FLAGS = ["--size=96", "--rounds=2", "--ring-mb=1", "--threads", "1"]
 
 
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def test_every_ring_is_larger_than_it_must_be() -> None:
     weight_OI = make_weight(96, 0.5)
     calls = list_calls(weight_OI, 200_000)
@@ -30,6 +35,7 @@ def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         list_calls(make_weight(96, 0.5), 1)
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_the_report_holds_every_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FLAGS, "--json", str(tmp_path / "bench.json")]) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
@@ -41,10 +47,13 @@ def test_the_report_holds_every_pair(tmp_path: Path, capsys: pytest.CaptureFixtu
         ratios = [b / a for a, b in zip(x["seconds"], x["reference_seconds"], strict=True)]
         assert len(ratios) == 2 and x["speedup"] == pytest.approx(sum(ratios) / 2)
         assert x["low"] <= x["speedup"] <= x["high"] and x["target"] is None and x["threads"] == 1
-    assert "one row of x, weights cold" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "one row of x, weights cold" in printed and printed.endswith("\nno GPU here\n")
+    assert (report["gpu"], report["gpu_results"]) == ("no GPU here", [])
     assert set(TARGETS) == set(SPARSITIES)
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_bad_input_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit):
         main(["--rounds=1"])
@@ -53,4 +62,6 @@ def test_bad_input_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert "cannot be written: No such file or directory" in capsys.readouterr().err
     monkeypatch.setattr(bench, "explain_absence", lambda dtype: "this processor lacks avx512vbmi2")
     assert main(FLAGS) == 2
-    assert capsys.readouterr().err == "error: there is nothing to measure: this processor lacks avx512vbmi2\n"
+    assert (
+        capsys.readouterr().err == "error: there is nothing to measure: this processor lacks avx512vbmi2; no GPU here\n"
+    )

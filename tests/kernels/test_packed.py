@@ -1,7 +1,7 @@
 """Packed weights come back bit for bit, wrong ones are refused, and products are those of the dense weight."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -17,25 +17,14 @@ from kernels.packed import (
     PADDING,
     PackedLinear,
     check_packed,
-    choose_kernel,
-    explain_torch,
     multiply_packed,
     pack_rows,
     unpack_by_torch,
     unpack_rows,
 )
 
-CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 native_only = pytest.mark.skipif(bool(explain_absence(BF16)), reason=explain_absence(BF16))
-
-
-@pytest.fixture(autouse=True)
-def forget_choice() -> Iterator[None]:
-    """The variable is read once in a process."""
-    choose_kernel.cache_clear()
-    yield
-    choose_kernel.cache_clear()
 
 
 def make_weight(rows: int, columns: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
@@ -120,11 +109,11 @@ def test_what_does_not_fit_together_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float16])
 @pytest.mark.parametrize("kernel", ["torch", "native"])
 def test_products_are_those_of_the_dense_weight(
-    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kernel: str, dtype: torch.dtype, ask_for_kernels: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernel == "native" and (reason := explain_absence(dtype)):
         pytest.skip(reason)
-    monkeypatch.setenv("BILLHOOK_KERNELS", kernel)
+    ask_for_kernels(kernel)
     monkeypatch.setattr(packed, "CHUNK_BYTES", 4096)  # several chunks, the last one smaller
     weight_OI, bias_O = make_weight(45, 70, dtype), torch.linspace(-1, 1, 45).to(dtype)
     linear = PackedLinear(pack_rows(weight_OI), bias_O)
@@ -168,24 +157,3 @@ def test_a_layer_tells_what_it_is() -> None:
     weight_OI = torch.ones(2, 4, dtype=BF16)
     weight_OI[0, :2] = 0
     assert repr(PackedLinear(pack_rows(weight_OI))) == "PackedLinear(4, 2, 25.0% zero)"
-
-
-def test_the_kernel_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "explain_absence", lambda dtype: "" if dtype == BF16 else "there is none")
-    monkeypatch.delenv("BILLHOOK_KERNELS", raising=False)
-    assert (choose_kernel(BF16, CPU), explain_torch(BF16, CPU)) == ("native", "")
-    assert (choose_kernel(torch.float16, CPU), explain_torch(torch.float16, CPU)) == ("torch", "there is none")
-    gpu = torch.device("cuda")
-    assert (choose_kernel(BF16, gpu), explain_torch(BF16, gpu)) == ("torch", "native kernels do not run on cuda")
-    choose_kernel.cache_clear()
-    monkeypatch.setenv("BILLHOOK_KERNELS", "torch")
-    assert (choose_kernel(BF16, CPU), explain_torch(BF16, CPU)) == ("torch", "")
-    choose_kernel.cache_clear()
-    monkeypatch.setenv("BILLHOOK_KERNELS", "native")
-    assert choose_kernel(BF16, CPU) == "native"
-    with pytest.raises(ValueError, match=r"^BILLHOOK_KERNELS asks for native kernels, but there is none$"):
-        choose_kernel(torch.float16, CPU)
-    choose_kernel.cache_clear()
-    monkeypatch.setenv("BILLHOOK_KERNELS", "cuda")
-    with pytest.raises(ValueError, match=r"^BILLHOOK_KERNELS is 'cuda'; packed weights know native and torch$"):
-        choose_kernel(BF16, CPU)

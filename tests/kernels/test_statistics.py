@@ -37,6 +37,20 @@ def test_second_moment_adds_up_over_batches(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_as_exact_as_in_fp32(dtype: torch.dtype) -> None:
+    """Large enough for a processor's instructions for bf16, which would round what is not bf16 by 2^-9."""
+    x, g, total = make(256, 128, seed=1, dtype=dtype), make(256, 64, seed=2, dtype=dtype), torch.zeros(128, 128)
+    add_second_moment(total, x)
+    size = x.double().square().sum(0).sqrt()
+    off = (total - x.double().T @ x.double()).abs() / (size[:, None] * size)
+    assert float(off.max()) < 2e-6
+    for weight in (make(64, 128, seed=3, dtype=dtype).float(), make(64, 128, seed=4)):
+        exact = float(((x.double() @ weight.double().T) * g.double()).sum(1).square().sum())
+        assert float(squared_loss_changes([(x, g)], [weight])) == pytest.approx(exact, rel=1e-5)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sum_squares(dtype: torch.dtype) -> None:
     x = make(6, 3, dtype=dtype) * 100  # the square of 300 is beyond fp16
     plain = [sum(float(v) ** 2 for v in column) for column in x.T]

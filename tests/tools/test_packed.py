@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from kernels import native
-from kernels.packed import PADDING, PackedLinear, choose_kernel
+from kernels.packed import PADDING, PackedLinear
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools import export
 from tools.errors import DamagedArtifact, UserError
@@ -29,14 +29,6 @@ DAMAGED_FILES = int(os.environ.get("BILLHOOK_DAMAGED_FILES", "200"))
 
 IDS_BT = torch.arange(40)[None] % VOCABULARY
 NATIVE = pytest.mark.skipif(bool(native.explain_absence(torch.bfloat16)), reason=native.explain_absence(torch.bfloat16))
-
-
-@pytest.fixture(autouse=True)
-def forget_choice() -> Iterator[None]:
-    """BILLHOOK_KERNELS is read once in a process."""
-    choose_kernel.cache_clear()
-    yield
-    choose_kernel.cache_clear()
 
 
 def save_sparse(directory: Path, architecture: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -149,17 +141,25 @@ def test_without_a_kernel_the_model_is_dense_and_that_is_said(architecture: str,
         assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16))
 
 
-def test_torch_runs_packed_layers_where_it_is_asked_to(packed_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_runs_packed_layers_where_it_is_asked_to(
+    packed_llama: Path, ask_for_kernels: Callable[[str], None]
+) -> None:
     plain = load_plain(packed_llama.with_name("plain"))
-    choose_kernel.cache_clear()
-    monkeypatch.setenv("BILLHOOK_KERNELS", "torch")
+    ask_for_kernels("torch")
     packed = load_packed(packed_llama)
     with torch.no_grad():
         assert torch.equal(packed(IDS_BT).logits, plain(IDS_BT).logits)
-    choose_kernel.cache_clear()
-    monkeypatch.setenv("BILLHOOK_KERNELS", "metal")
-    with pytest.raises(UserError, match=r"^BILLHOOK_KERNELS is 'metal'; packed weights know native and torch$"):
+    ask_for_kernels("metal")
+    with pytest.raises(UserError, match=r"^BILLHOOK_KERNELS is 'metal'; it may be torch, triton or native$"):
         load_packed(packed_llama)
+
+
+def test_layers_stay_packed_for_triton(packed_llama: Path, ask_for_kernels: Callable[[str], None]) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    ask_for_kernels("triton")
+    said: list[str] = []
+    packed = load_packed(packed_llama, warn=said.append)
+    assert said == [] and any(isinstance(module, PackedLinear) for module in packed.modules())
 
 
 def test_packed_models_load_like_others_in_their_own_format(packed_llama: Path) -> None:

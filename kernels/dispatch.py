@@ -1,0 +1,96 @@
+"""Which kernels run: torch's operations, Triton's on a GPU, or native code on a CPU. The one place that chooses.
+
+All of them give the same: masks and packed weights bit for bit, sums within the rounding of fp32. Triton's run on a
+GPU, and anywhere where the variable TRITON_INTERPRET is 1, for tests. Native code knows packed products alone, so that
+whoever asks for it gets torch for the rest.
+"""
+
+import functools
+import os
+from typing import Literal, get_args
+
+import torch
+
+from kernels import native
+
+Kernel = Literal["torch", "triton", "native"]
+
+VARIABLE = "BILLHOOK_KERNELS"
+"""Asks for one of them: they are used where they can be, torch elsewhere. Read when a device is first chosen for."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Of an NVIDIA GPU, that Triton compiles for."""
+
+
+@functools.cache
+def choose_kernel(device: torch.device) -> Kernel:
+    """What selects, packs and sums on a device: "triton" or "torch".
+
+    Raises ValueError, in one line, when BILLHOOK_KERNELS names no kernels, or Triton's and nothing here runs them.
+    """
+    asked = _read_variable()
+    if asked == "triton":
+        _insist(asked, explain_triton(device) and explain_triton(torch.device("cuda")))
+    elif asked or device.type != "cuda":
+        return "torch"
+    return "torch" if explain_triton(device) else "triton"
+
+
+@functools.cache
+def choose_product(dtype: torch.dtype, device: torch.device) -> Kernel:
+    """What multiplies by packed weights of a dtype. Raises ValueError as `explain_torch` does."""
+    if explain_torch(dtype, device) or _read_variable() == "torch":
+        return "torch"
+    return "native" if choose_kernel(device) == "torch" else "triton"
+
+
+def explain_torch(dtype: torch.dtype, device: torch.device) -> str:
+    """Why packed weights would be multiplied by torch, which is slower than a dense product; "" where they are not.
+
+    Where BILLHOOK_KERNELS asks for torch there is nothing to explain. Raises ValueError, in one line, when it names no
+    kernels, or those that cannot multiply there.
+    """
+    asked = _read_variable()
+    if asked == "torch" or (asked != "native" and choose_kernel(device) == "triton"):
+        return ""
+    if asked == "triton" or (asked == "" and device.type == "cuda"):
+        absence = explain_triton(device)
+    else:
+        absence = (
+            native.explain_absence(dtype) if device.type == "cpu" else f"native kernels do not run on {device.type}"
+        )
+    if asked:
+        _insist(asked, absence)
+    return absence
+
+
+@functools.cache
+def explain_triton(device: torch.device) -> str:
+    """Why Triton's kernels do not run on a device; "" where they do."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed (pip install 'billhook[triton]')"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if device.type != "cuda":
+        return f"triton kernels do not run on {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < LEAST_CAPABILITY:
+        needs = ".".join(map(str, LEAST_CAPABILITY))
+        return f"this GPU has compute capability {'.'.join(map(str, capability))}, and triton needs {needs}"
+    return ""
+
+
+def _read_variable() -> str:
+    asked = os.environ.get(VARIABLE, "")
+    if asked and asked not in get_args(Kernel):
+        raise ValueError(f"{VARIABLE} is {asked[:80]!r}; it may be torch, triton or native")
+    return asked
+
+
+def _insist(asked: str, absence: str) -> None:
+    if absence:
+        raise ValueError(f"{VARIABLE} asks for {asked} kernels, but {absence}")
