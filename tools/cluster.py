@@ -6,13 +6,14 @@ simply asked for again.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -144,14 +145,14 @@ class Cluster:
 
         return collect
 
-    def hand_out(self, method: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    def hand_out(self, method: str, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Answers of `method(*job)` for each job, in the order in which they are done, by whoever is free."""
-        waiting = list(reversed(jobs))
+        waiting = iter(jobs)
         running: dict[Any, _Request] = {}
 
         def give(place: _Place) -> None:
-            if waiting:
-                request = self._send(_Request(method, (None, self._ray.put(freeze(waiting.pop()))), 1, place))
+            for job in itertools.islice(waiting, 1):
+                request = self._send(_Request(method, (None, self._ray.put(freeze(job))), 1, place))
                 running[request.answer] = request
 
         for place in [*self._places, *self._places]:  # one to work on, and one in line
@@ -368,7 +369,7 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read when ray is imported
         directory = tempfile.mkdtemp(prefix="billhook-ray-")
         options |= {"address": "local", "_node_ip_address": "127.0.0.1", "_temp_dir": directory}
-        options |= {"num_cpus": int(settings.workers) * _threads(settings), "include_dashboard": False}
+        options |= {"num_cpus": int(settings.workers) * count_threads(settings), "include_dashboard": False}
     else:
         options["address"] = settings.workers
     ray = _import_ray()
@@ -384,7 +385,7 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
     return ray, directory
 
 
-def _threads(settings: TeamSettings) -> int:
+def count_threads(settings: TeamSettings) -> int:
     """CPU threads of each worker."""
     workers = int(settings.workers) if settings.workers.isdigit() else 1
     return settings.worker_threads or max(1, (os.cpu_count() or 1) // workers)
@@ -392,7 +393,7 @@ def _threads(settings: TeamSettings) -> int:
 
 def _count_workers(ray: Any, settings: TeamSettings, device: str) -> tuple[int, int]:
     """(workers, threads of each): a worker for each GPU, or for as many CPUs as it has threads."""
-    threads = settings.worker_threads or (_threads(settings) if settings.workers.isdigit() else 1)
+    threads = settings.worker_threads or (count_threads(settings) if settings.workers.isdigit() else 1)
     if settings.workers.isdigit():
         return int(settings.workers), threads
     there = ray.cluster_resources()

@@ -167,15 +167,18 @@ def _walk_up(
     statistics, full = ModelStatistics({}, {}, {}, {}, {}, {}), keep_moment is not None
     ticks = count_up(progress, "statistics", len(grouped) * extent.shards)
     requests = [(walk, block, full, "profile") for block in range(len(grouped))]
-    for layers, answers in zip(grouped, ask_in_turn(team, "moments", requests, ticks), strict=True):
-        moments = _finish_moments(answers, extent, layers, full)
+    answers = ask_in_turn(team, "moments", requests, ticks)
+    for layers in grouped:
+        moments = _finish_moments(next(answers), extent, layers, full)
         statistics.group |= moments.group
         for layer in layers:
-            mean_I = moments.mean_square[moments.group[layer.name]]
-            statistics.mean_square[layer.name] = mean_I.to(_device(layer), copy=True)
+            leader = moments.group[layer.name]
+            statistics.mean_square[layer.name] = moments.mean_square[leader].to(_device(layer), copy=True)
         if keep_moment is not None:
             for leader, moment_II in moments.second_moment.items():
                 keep_moment(leader, moment_II)
+            del moment_II
+        del moments  # they are large: let them go before those of the next block are made
     return statistics
 
 

@@ -47,6 +47,14 @@ def list_nodes(tree: Span, span: Span) -> Iterator[Span]:
             yield from list_nodes(half, span)
 
 
+def count_held(tree: Span, span: Span) -> int:
+    """How many sums of shards are held at once, at most, while those of a span's nodes are made one after another.
+
+    Beside the nodes that are done, there is one for each level of the tree on the way to the last leaf, and this.
+    """
+    return max(done + (node[1] - node[0] - 1).bit_length() + 1 for done, node in enumerate(list_nodes(tree, span)))
+
+
 def sum_node(node: Span, leaf: Callable[[int], Sums]) -> Sums:
     """The sum of a node of the tree, from those of its shards."""
     if node[1] - node[0] == 1:

@@ -350,7 +350,7 @@ def _tapped(
 
 
 def _parts_of_mask(weight_OI: Tensor, mean_square_I: Tensor, gradient_square_O: Tensor) -> Iterator[Tensor]:
-    """What the two-sided mask removes at each of LEVELS beyond the last."""
+    """What the two-sided mask removes at each of LEVELS beyond the last; nothing is held before it is asked for."""
     score_OI = score_two_sided(weight_OI, mean_square_I, gradient_square_O)
     zeros = [round(level * weight_OI.numel()) for level in LEVELS]
-    return nested_parts(weight_OI, level_of_each_weight(score_OI, weight_OI == 0, zeros), len(LEVELS))
+    yield from nested_parts(weight_OI, level_of_each_weight(score_OI, weight_OI == 0, zeros), len(LEVELS))

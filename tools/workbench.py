@@ -236,6 +236,7 @@ class Workbench:
                 progress("second moments", block, len(grouped))
                 moments = collect_moments(self._team, self._extent, walk, block, layers).second_moment
                 artifacts |= {name: self.store.write_tensors({"A": moment_II}) for name, moment_II in moments.items()}
+                del moments  # they are large: let them go before those of the next block are made
         progress("second moments", len(grouped), len(grouped))
         return artifacts
 
@@ -371,6 +372,7 @@ class Workbench:
                     for name, artifact in self._compute_all(missing, profile, recipe, moments):
                         self._append_index(keys[name], artifact)
                         made[name] = artifact
+                    del moments
                     for name, artifact in made.items():
                         self._install(name, artifact)
                 records |= {name: LayerRecord(artifact=artifact, zeros=zeros[name]) for name, artifact in made.items()}
@@ -391,19 +393,24 @@ class Workbench:
 
     def _list_work(
         self, cluster: Cluster, zeros: dict[str, int], profile: str, recipe: Recipe, present: Moments | None = None
-    ) -> list[tuple[Recipe, list[LayerWork], Any]]:
-        """What workers need to prune layers: layer by layer, or together those that share a second moment."""
-        jobs: dict[str, tuple[Recipe, list[LayerWork], Any]] = {}
-        for name, count in zeros.items():
-            statistics = self._statistics_of(profile, name, recipe, present)
-            dense = cluster.keep_dense(name, self.dense[name])
-            work = LayerWork(name, count, dense, statistics.mean_square_I, statistics.gradient_square_O)
-            moment_II = statistics.second_moment_II if recipe.changes_survivors else None
-            group = self.read_profile(profile).group[name] if moment_II is not None else name
-            if group not in jobs:
-                jobs[group] = recipe, [], None if moment_II is None else cluster.keep(moment_II)
-            jobs[group][1].append(work)
-        return list(jobs.values())
+    ) -> Iterator[tuple[Recipe, list[LayerWork], Any]]:
+        """What workers need to prune layers: layer by layer, or together those that share a second moment.
+
+        Each job is put where they can read it when its turn comes: all second moments at once might not fit.
+        """
+        jobs: dict[str, list[str]] = {}
+        for name in zeros:
+            group = self.read_profile(profile).group[name] if recipe.changes_survivors else name
+            jobs.setdefault(group, []).append(name)
+        for names in jobs.values():
+            work, moment = [], None
+            for name in names:
+                statistics = self._statistics_of(profile, name, recipe, present)
+                if recipe.changes_survivors and moment is None:
+                    moment = cluster.keep(statistics.second_moment_II)
+                dense = cluster.keep_dense(name, self.dense[name])
+                work.append(LayerWork(name, zeros[name], dense, statistics.mean_square_I, statistics.gradient_square_O))
+            yield recipe, work, moment
 
     def _compute(self, name: str, zeros: int, recipe: Recipe, statistics: LayerStatistics) -> str:
         """Prune one layer in this process, put it into the model and on disk; its artifact."""
