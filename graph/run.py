@@ -145,6 +145,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="Show the memory, disk and time that a run would need. Only the model's config is read: --model may be a "
         "config.json alone.",
     )
+    parser.add_argument(
+        "--device-memory",
+        metavar="GB",
+        help="With --dry-run: the memory of one device, such as 80, or of several, such as 8x80, of the machine that "
+        "is planned for; those of this machine when left out.",
+    )
     add_flags(parser, RunConfig)
     return parser
 
@@ -170,6 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.dry_run:
             return _show_needs(options, flags)
+        if options.device_memory is not None:
+            raise UserError("--device-memory is about --dry-run; a run takes what there is")
         if options.push_to_hub is not None:
             check_push(options.push_to_hub)
         with _listen(options.serve) as listener:
@@ -226,7 +234,7 @@ def _read_replayed(runs_dir: Path, replay: str, options: argparse.Namespace, fla
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Print what a run would need; it may be one for another machine, or for a planner whose key is not here."""
-    from tools.estimate import estimate, print_estimate  # imports torch
+    from tools.estimate import estimate, print_estimate, read_devices  # imports torch
 
     if options.resume is not None:
         raise UserError("--dry-run is about a new run; leave --resume out")
@@ -238,6 +246,7 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
         rounds=config.max_iterations,
         profiles=config.max_iterations if config.reprofile else 1,
         tests=TESTED_MODELS,
+        devices=None if options.device_memory is None else read_devices(options.device_memory),
     )
     print_estimate(found, Console())
     return 0
