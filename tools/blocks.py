@@ -38,7 +38,7 @@ class Blocks:
         return boundary[0]
 
     def run(self, ids_T: Tensor, block: int, hidden_BTD: Tensor) -> Tensor:
-        """What one block makes of its input: (1, T, D), with a graph where gradients are on."""
+        """What one block makes of its input, on its own device: (1, T, D), with a graph where gradients are on."""
         with self.only(block, block + 1, ids_T, hidden_BTD) as boundary:
             compute_hidden(self.model, ids_T[None])
         return boundary[block + 1]
@@ -49,9 +49,11 @@ class Blocks:
     ) -> Iterator[dict[int, Tensor]]:
         """Inside, a forward of the model on `ids_T` runs blocks `first` to `end` - 1 only.
 
-        `hidden_BTD` is what the first of them reads; without it, what the embeddings give. Filled by the forward:
-        what was passed on at each boundary from `first` to `end`, the input of block b under b.
+        `hidden_BTD`, on any device, is what the first of them reads; without it, what the embeddings give. Filled by
+        the forward: what was passed on at each boundary from `first` to `end`, the input of block b under b.
         """
+        if hidden_BTD is not None:
+            hidden_BTD = hidden_BTD.to(next(self.modules[first].parameters()).device)
         lengths = self._look(ids_T)
         boundary: dict[int, Tensor] = {}
         with ExitStack() as undo:

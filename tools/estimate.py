@@ -28,7 +28,7 @@ from tools.layers import Layer, find_blocks, find_layers, find_unprunable
 from tools.readout import CHUNK
 from tools.settings import TeamSettings, WorkbenchSettings
 from tools.shards import count_held, cut_shards, list_nodes, share_out
-from tools.sources import DTYPES, ModelPlace, locate_model
+from tools.sources import DTYPES, ModelPlace, build_on_meta, locate_model
 
 # How many tensors of a size are held at once, at most. Counted as live tensors on CPU, for layers of 1024 x 1024,
 # 2048 x 512 and 512 x 2048, and for blocks of Llama, Qwen3, Gemma 3, GPT-2 and OPT, in fp32 and in bf16.
@@ -193,16 +193,9 @@ def build_empty(settings: WorkbenchSettings) -> tuple[Any, int]:
     Only the config is read: of a hub id, a directory, a .gguf file, a package or a .json file. Raises UserError in one
     line.
     """
-    import transformers
-
     place = _locate_config(settings.model)
-    trust: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    file = {"gguf_file": place.gguf_file} if place.gguf_file else {}
     try:
-        config = transformers.AutoConfig.from_pretrained(place.path, **file, **trust)
-        stored = config.get_text_config().dtype
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=_dtype_of(settings), **trust)
+        model, stored = build_on_meta(place, settings)
     except Exception as error:  # every way a config can be broken has a class of error of its own
         line = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"model {settings.model!r} could not be built from its config: {line}") from error

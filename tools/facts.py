@@ -106,7 +106,7 @@ def read_answers(model: Any, pairs: Sequence[EncodedPair]) -> list[float]:
     hidden_BTD = compute_hidden(model, ids_BT)
     spans = [slice(pair.start, len(pair.ids)) for pair in pairs]
     before = torch.cat([hidden_BTD[b, span.start - 1 : span.stop - 1] for b, span in enumerate(spans)])
-    answers = torch.cat([ids_BT[b, span] for b, span in enumerate(spans)])
+    answers = torch.cat([ids_BT[b, span] for b, span in enumerate(spans)]).to(hidden_BTD.device)
     parts = zip(before.split(CHUNK), answers.split(CHUNK), strict=True)
     losses = [
         torch.nn.functional.cross_entropy(compute_logits(model, hidden), targets, reduction="none")

@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--prompt", metavar="TEXT", default=PROMPTS[2], help=f"Default: {PROMPTS[2]!r}.")
         parser.add_argument("--compare", metavar="DENSE", help="Let this model say it too.")
         parser.add_argument("--tokens", metavar="N", type=int, default=64, help="At most so many follow. Default: 64.")
-        parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        parser.add_argument("--device", choices=("auto", "cpu", "cuda", "spread"), default="auto")
         parser.add_argument("--dtype", choices=tuple(DTYPES), help="Of a model that is not packed. Default: its own.")
         options = parser.parse_args(arguments)
         if options.tokens < 1:

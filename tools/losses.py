@@ -83,7 +83,7 @@ class PrefixCache:
     @contextmanager
     def replay(self, ids_T: Tensor, first: int, window: int) -> Iterator[None]:
         """Inside, a forward on one window starts at block `first`; what it passes on is kept."""
-        given = self._inputs[first][window].to(ids_T.device) if first else None
+        given = self._inputs[first][window] if first else None
         with self.blocks.only(first, len(self.blocks), ids_T, given) as boundary:
             yield
         for block in self.kept:
@@ -121,7 +121,7 @@ def evaluate_windows(
         prefix[0].forget_from(first)
     for i, ids_T in enumerate(windows_BT):
         progress(label, i, count)
-        reference = None if dense_hidden_BTD is None else dense_hidden_BTD[i].to(ids_T.device)
+        reference = None if dense_hidden_BTD is None else dense_hidden_BTD[i]
         with prefix[0].replay(ids_T, first, i) if prefix else nullcontext():
             losses, hidden_TD = measure_losses(model, ids_T, reference)
         nll.append(_finite(losses.nll / (length - 1)))

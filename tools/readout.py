@@ -16,7 +16,7 @@ CHUNK = 128
 
 
 def compute_hidden(model: Any, ids_BT: Tensor) -> Tensor:
-    """What the output head would read, (B, T, D), from one real forward of the whole model.
+    """What the output head would read, (B, T, D) on the head's device, from one real forward of the whole model.
 
     The head itself runs on no token: its logits are the largest tensor of a forward, its weights often the largest
     matrix, and `tools.blocks` comes by here once for every block.
@@ -32,7 +32,7 @@ def compute_hidden(model: Any, ids_BT: Tensor) -> Tensor:
         model(input_ids=ids_BT, use_cache=False)
     finally:
         hook.remove()
-    return captured[0]
+    return captured[0].to(model.get_output_embeddings().weight.device)
 
 
 def compute_logits(model: Any, hidden: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def check_readout(model: Any, ids_T: Tensor) -> None:
         raise UserError("the model has no output head; a causal language model is needed")
     ids_BT = ids_T[None, :16]
     ours = compute_logits(model, compute_hidden(model, ids_BT))
-    theirs = model(input_ids=ids_BT, use_cache=False).logits.float()
+    theirs = model(input_ids=ids_BT, use_cache=False).logits.float().to(ours.device)
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2):
         raise UserError(
             f"the logits of {type(model).__name__} are not head(hidden) with a known scale; it is not supported yet"
@@ -72,15 +72,18 @@ def _chunks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(part.split(CHUNK) for part in parts), strict=True)
 
 
+def _shift(ids_T: Tensor) -> Tensor:
+    """The token that follows each one; -100, which no loss counts, after the last."""
+    return torch.cat([ids_T[1:], ids_T.new_full((1,), -100)])
+
+
 @torch.no_grad()
 def measure_losses(model: Any, ids_T: Tensor, dense_hidden_TD: Tensor | None) -> tuple[TokenLosses, Tensor]:
     """Losses of one window, and its hidden states; the reference is the dense model's hidden states."""
     hidden_TD = compute_hidden(model, ids_T[None])[0]
-    nll = kl = torch.zeros((), dtype=torch.float64, device=ids_T.device)
-    targets_T = torch.cat([ids_T[1:], ids_T.new_full((1,), -100)])
-    for hidden, dense, targets in _chunks(
-        hidden_TD, hidden_TD if dense_hidden_TD is None else dense_hidden_TD, targets_T
-    ):
+    nll = kl = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
+    dense_TD = hidden_TD if dense_hidden_TD is None else dense_hidden_TD.to(hidden_TD.device)
+    for hidden, dense, targets in _chunks(hidden_TD, dense_TD, _shift(ids_T).to(hidden_TD.device)):
         log_p = torch.log_softmax(compute_logits(model, hidden), -1)
         nll = nll + torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum").double()
         if dense_hidden_TD is not None:
@@ -93,10 +96,10 @@ def hidden_gradients(model: Any, ids_T: Tensor, hidden_TD: Tensor, generator: to
     """(gradient of sum_t -log p(y_t) with y drawn from the model, gradient of the mean LM loss), both (T, D).
 
     The first gives the Fisher information of the model's own predictions, the second the paper's gradient score.
+    `hidden_TD` and the generator are on the head's device.
     """
-    targets_T = torch.cat([ids_T[1:], ids_T.new_full((1,), -100)])
     fisher, language = [], []
-    for chunk, targets in _chunks(hidden_TD.detach(), targets_T):
+    for chunk, targets in _chunks(hidden_TD.detach(), _shift(ids_T).to(hidden_TD.device)):
         hidden = chunk.requires_grad_()
         log_p = torch.log_softmax(compute_logits(model, hidden), -1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)[:, 0]

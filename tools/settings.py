@@ -26,8 +26,10 @@ class LoadSettings(BaseModel):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Number format the model is loaded, pruned and saved in."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where the model runs; auto takes a GPU when there is one."
+    device: Literal["auto", "cpu", "cuda", "spread"] = Field(
+        "auto",
+        description="Where the model runs; auto takes a GPU when there is one, spread lays the model's blocks over all "
+        "GPUs of this machine, for one that does not fit a single GPU.",
     )
     trust_remote_code: bool = Field(
         False, description="Run code that a hub repository brings; leave off unless you have read it."
@@ -151,6 +153,12 @@ class TeamSettings(WorkbenchSettings):
         le=1024,
         description="CPU threads of each worker; 0: this machine's, shared out, or 1 on a cluster.",
     )
+
+    @model_validator(mode="after")
+    def _check_spread(self) -> Self:
+        if self.workers and self.device == "spread":
+            raise ValueError("device spread is one model on all GPUs, and a worker has one GPU; leave workers out")
+        return self
 
 
 TEAM = ("workers", "worker_threads")

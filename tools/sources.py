@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -98,16 +101,19 @@ def read_dtype(source: str) -> Dtype:
 
 def check_device(device: str) -> None:
     """Refuse a GPU that is not there. Raises UserError."""
-    if device != "cuda":
+    if device not in ("cuda", "spread"):
         return
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+        raise UserError(f"device {device} was asked for, but torch sees no GPU; use --device cpu")
 
 
 def pick_device(device: str) -> "torch.device":
-    """The device for `auto`, `cpu` or `cuda`. Raises UserError without such a GPU, or the kernels asked for."""
+    """The device for `auto`, `cpu` or `cuda`, or the first one for `spread`.
+
+    Raises UserError without such a GPU, or the kernels asked for.
+    """
     import torch
 
     from kernels.dispatch import choose_kernel
@@ -141,6 +147,8 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **options)
         if (Path(place.path) / PACKED_FILE).is_file():
             return _load_packed(settings, Path(place.path), device), tokenizer
+        if settings.device == "spread":
+            options["device_map"] = spread_blocks(build_on_meta(place, settings)[0], _measure_gpus())
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             place.path,
             dtype=getattr(torch, DTYPES[settings.dtype]),
@@ -157,13 +165,77 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
         raise UserError(f"model {settings.model!r} lacks {len(missing)} of its weights, such as {missing[0]}")
-    model = model.to(device).eval().requires_grad_(False)
-    return model, tokenizer
+    model = model if settings.device == "spread" else model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def build_on_meta(place: ModelPlace, settings: WorkbenchSettings) -> tuple[Any, Any]:
+    """(the model without its weights, on torch's meta device; the dtype that its config says it is stored in).
+
+    Raises whatever transformers raises for a broken config.
+    """
+    import torch
+    import transformers
+
+    trust: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    file = {"gguf_file": place.gguf_file} if place.gguf_file else {}
+    config = transformers.AutoConfig.from_pretrained(place.path, **file, **trust)
+    stored = config.get_text_config().dtype  # before the model is built, which changes it
+    with torch.device("meta"):
+        dtype = getattr(torch, DTYPES[settings.dtype])
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust), stored
+
+
+def spread_blocks(model: Any, memory: Mapping[int, int]) -> dict[str, int]:
+    """Which GPU each module of a model goes to, no block cut in two, by accelerate; `memory` is each GPU's, bytes.
+
+    The model may be on the meta device. Raises UserError when it does not fit: weights that are moved to a GPU only
+    while they are used cannot be pruned.
+    """
+    import accelerate
+    from accelerate.utils import get_balanced_memory
+
+    from tools.layers import find_blocks
+
+    whole = sorted({type(block).__name__ for block in find_blocks(model)})
+    model.tie_weights()
+    with _quiet("accelerate.utils.modeling"):  # it warns of GPUs that are planned for and not here
+        balanced = get_balanced_memory(model, max_memory=dict(memory), no_split_module_classes=whole)
+        places = accelerate.infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
+    if offloaded := [name for name, place in places.items() if place not in memory]:
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        room = sum(memory.values())
+        raise UserError(
+            f"the model's {weights / 1e9:.1f} GB do not fit {len(memory)} GPUs with {room / 1e9:.1f} GB free in all: "
+            f"{offloaded[0] or 'the whole model'} would be left on the CPU or on disk, where nothing can be pruned; "
+            "use more or larger GPUs"
+        )
+    return dict(places)
+
+
+def _measure_gpus() -> dict[int, int]:
+    """Free memory of each GPU that torch sees, bytes."""
+    from accelerate.utils import get_max_memory
+
+    return {place: size for place, size in get_max_memory().items() if isinstance(place, int)}
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _load_packed(settings: WorkbenchSettings, directory: Path, device: "torch.device") -> Any:
     from tools.packed import load_packed, read_contents
 
+    if settings.device == "spread":
+        raise UserError(f"model {settings.model!r} is packed, and runs on one device; use another --device")
     dtype = read_contents(directory).dtype
     if dtype != settings.dtype:
         raise UserError(f"model {settings.model!r} is packed in {dtype}; give --dtype {dtype}")

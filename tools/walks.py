@@ -141,7 +141,7 @@ class Walks:
         """
         parts: dict[str, Iterable[Tensor]] = {}
         for layer in self.grouped[block]:
-            weight_OI, mean_square_I, gamma_O = (tensor.to(self.windows_BT.device) for tensor in known[layer.name])
+            weight_OI, mean_square_I, gamma_O = (tensor.to(layer.weight_OI.device) for tensor in known[layer.name])
             weight_OI = weight_OI if weight_OI.numel() else layer.weight_OI
             parts[layer.name] = _parts_of_mask(weight_OI, mean_square_I, gamma_O)
         return self._sum_curves(self._descend(span, walk, block, language=True), span, block, parts)
@@ -189,8 +189,7 @@ class Walks:
 
     @torch.no_grad()
     def _step(self, way: _Way, block: int, window: int) -> None:
-        ids_T = self.windows_BT[window]
-        way.states[window] = self.blocks.run(ids_T, block, way.states[window].to(ids_T.device)).cpu()
+        way.states[window] = self.blocks.run(self.windows_BT[window], block, way.states[window]).cpu()
 
     def _sum_moments(self, way: _Way, block: int, shard: int, full: bool, group: dict[str, str]) -> Sums:
         sums: Sums = {}
@@ -270,7 +269,7 @@ class Walks:
         for shard in shards:
             for window in (w for w in self.shards[shard] if w < self.gradient_windows):
                 ids_T = self.windows_BT[window]
-                x_BTD = next(entered).to(ids_T.device).detach().requires_grad_()
+                x_BTD = next(entered).requires_grad_()
                 with _tapped(layers, lambda layer, x: None, on_gradient):
                     if last:
                         with self.blocks.only(block, block + 1, ids_T, x_BTD):
@@ -279,16 +278,16 @@ class Walks:
                     else:
                         output = self.blocks.run(ids_T, block, x_BTD)
                     above, fisher = way.above[window], True
-                    below = torch.autograd.grad(output, x_BTD, above[0].to(ids_T.device), retain_graph=language)
+                    below = torch.autograd.grad(output, x_BTD, above[0].to(output.device), retain_graph=language)
                     if language:
                         fisher = False
-                        below += torch.autograd.grad(output, x_BTD, above[1].to(ids_T.device))
+                        below += torch.autograd.grad(output, x_BTD, above[1].to(output.device))
                 way.above[window] = tuple(gradient.cpu() for gradient in below)
         return seen
 
     def _begin_gradients(self, ids_T: Tensor, hidden_TD: Tensor, window: int) -> tuple[Tensor, Tensor]:
         # Every window has a generator of its own: labels do not depend on the order of the windows.
-        generator = torch.Generator(device=ids_T.device).manual_seed(self.seed * 1_000_003 + window)
+        generator = torch.Generator(device=hidden_TD.device).manual_seed(self.seed * 1_000_003 + window)
         drawn_TD, text_TD = hidden_gradients(self.blocks.model, ids_T, hidden_TD, generator)
         return drawn_TD[None], text_TD[None]
 
@@ -309,7 +308,8 @@ class Walks:
             whole = [pair for shard in pairs.values() for pair in shard]
             if not whole:  # a span without gradient windows, or an expert that these never reached
                 continue
-            columns = squared_loss_changes(whole, parts[layer.name]).split([len(shard) for shard in pairs.values()], 1)
+            changes = (part_OI.to(layer.weight_OI.device) for part_OI in parts[layer.name])
+            columns = squared_loss_changes(whole, changes).split([len(shard) for shard in pairs.values()], 1)
             for shard, changes_LP in zip(pairs, columns, strict=True):
                 if changes_LP.shape[1]:
                     leaves[shard][layer.name] = changes_LP.sum(1)

@@ -134,6 +134,9 @@ class Workbench:
         """The weights of a layer as they are in the model, (O, I)."""
         return self.by_name[name].weight_OI
 
+    def _device_of(self, name: str) -> torch.device:
+        return self.by_name[name].weight_OI.device
+
     def _refuse_small_disk(self) -> None:
         """All that a run may write must fit."""
         needed = sum(line.bytes for line in list_disk(self.model, self.layers, self.settings))
@@ -206,17 +209,18 @@ class Workbench:
         stored = self.read_profile(profile)
         assert self._profile is not None
         means = self._profile[2]
-        gamma_O = means[f"{recipe.gamma}/{name}"].to(self.device)
+        device = self._device_of(name)
+        gamma_O = means[f"{recipe.gamma}/{name}"].to(device)
         if present is not None:
             leader = present.group[name]
             moment_II = present.second_moment[leader]
             return LayerStatistics(moment_II.diagonal(), gamma_O, moment_II)
         if not recipe.changes_survivors:
-            return LayerStatistics(means[f"a/{name}"].to(self.device), gamma_O)
+            return LayerStatistics(means[f"a/{name}"].to(device), gamma_O)
         digest = self._find_moments(profile)[stored.group[name]]
         if self._shared is None or self._shared[0] != digest:  # neighbours share one; only one is held
-            moment_II = self.store.read_tensors(digest)["A"].to(self.device)
-            statistics = LayerStatistics(means[f"a/{name}"].to(self.device), gamma_O, moment_II)
+            moment_II = self.store.read_tensors(digest)["A"].to(device)
+            statistics = LayerStatistics(means[f"a/{name}"].to(device), gamma_O, moment_II)
         else:
             statistics = self._shared[1].for_outputs(gamma_O)
         self._shared = (digest, statistics)
@@ -275,7 +279,7 @@ class Workbench:
         alphas = {}
         for i, (name, dense_OI) in enumerate(self.dense.items()):
             progress("spectra", i, len(self.dense))
-            alphas[name] = measure_alpha(dense_OI.to(self.device))
+            alphas[name] = measure_alpha(dense_OI.to(self._device_of(name)))
         progress("spectra", len(self.dense), len(self.dense))
         return alphas
 
@@ -288,7 +292,7 @@ class Workbench:
             progress(label, done, len(self.layers))
             done += 1
             yield from cut_to_levels(
-                recipe, self.dense[name].to(self.device), self._statistics_of(profile, name, recipe)
+                recipe, self.dense[name].to(self._device_of(name)), self._statistics_of(profile, name, recipe)
             )
 
         def parts_of_block(layers: Sequence[Layer]) -> Mapping[str, Iterable[Tensor]]:
@@ -414,7 +418,7 @@ class Workbench:
 
     def _compute(self, name: str, zeros: int, recipe: Recipe, statistics: LayerStatistics) -> str:
         """Prune one layer in this process, put it into the model and on disk; its artifact."""
-        pruned = prune_layer(recipe, self.dense[name].to(self.device), statistics, zeros)
+        pruned = prune_layer(recipe, self.dense[name].to(self._device_of(name)), statistics, zeros)
         return self._keep(name, to_artifact(recipe, pruned.weight_OI), pruned.damping)
 
     def _keep(self, name: str, tensors: dict[str, Tensor], damping: float) -> str:
@@ -672,9 +676,10 @@ class Workbench:
         return digest.hexdigest()
 
     def peak_memory_bytes(self) -> int:
-        """The most memory used so far: of the GPU where the model is on one, else of this process."""
+        """The most memory used so far: of all GPUs that the model is on, else of this process."""
         if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
+            devices = {parameter.device for parameter in self.model.parameters()}
+            return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
