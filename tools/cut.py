@@ -93,10 +93,16 @@ def find_parts(model: Any, kind: Kind) -> list[Part]:
 
 
 def check_alike(model: Any) -> None:
-    """Raises UserError when the blocks are not all of the same layers: one config could not describe the rest."""
+    """Raises UserError when the blocks are not all of the same layers: one config could not describe the rest.
+
+    Nor can blocks be cut that do not lie on one device.
+    """
     shapes: list[list[tuple[str, torch.Size]]] = [[] for _ in find_blocks(model)]
-    for layer in find_layers(model):
+    layers = find_layers(model)
+    for layer in layers:
         shapes[layer.block].append((layer.kind, layer.weight_OI.shape))
+    if len({layer.weight_OI.device for layer in layers}) > 1:
+        raise UserError("only a model on one device can be cut; use another --device than spread")
     if any(block != shapes[0] for block in shapes):
         raise UserError(f"the blocks of {_name(model)} are not all alike; only models whose blocks are can be cut")
 

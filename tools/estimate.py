@@ -28,7 +28,7 @@ from tools.layers import Layer, find_blocks, find_layers, find_unprunable
 from tools.readout import CHUNK
 from tools.settings import TeamSettings, WorkbenchSettings
 from tools.shards import count_held, cut_shards, list_nodes, share_out
-from tools.sources import DTYPES, ModelPlace, build_on_meta, locate_model
+from tools.sources import DTYPES, ModelPlace, build_on_meta, locate_model, spread_blocks
 
 # How many tensors of a size are held at once, at most. Counted as live tensors on CPU, for layers of 1024 x 1024,
 # 2048 x 512 and 512 x 2048, and for blocks of Llama, Qwen3, Gemma 3, GPT-2 and OPT, in fp32 and in bf16.
@@ -138,6 +138,7 @@ class Estimate(BaseModel):
     threads: int = Field(description="CPU threads of each process that does the work.")
     of_worker: list[Phase] = Field([], description="Of each worker, as `phases`, at most; empty without any.")
     devices: Devices | None = Field(None, description="Null where it is not known what there is.")
+    spread: list[Line] = Field([], description="What each GPU holds of a model that is laid over them; empty if not.")
     disk: list[Line]
     work: list[Work]
     speed: dict[str, float] = Field(description="Measured FLOP/s by dtype; empty where the device is not here.")
@@ -406,12 +407,17 @@ def list_phases(
     walked = states("inputs and outputs of one block", (2, "sets"), (part.calibration, "windows"))
     pruned = [copies("one layer being pruned", PRUNE_WEIGHTS), matrices]
     moved = [] if device == "cpu" else [Line(what="the model on its way", how="all parameters", bytes=shape.weights)]
+    straight = settings.device == "spread"  # accelerate puts each weight where it belongs
     read = Line(what="its file as it is read", how="mapped, and converted in part", bytes=reading)
     answer = [] if device == "cpu" or not part.workers else [_count_moments(shape, part.nodes, "sums handed over")]
     reference = [states("dense hidden states as received", (settings.validation_windows, "windows"))]
     job = _list_job(shape) if part.workers else []
     return [
-        Phase(name="load", device=[model], host=[always[0], *([read] if reading else []), *moved]),
+        Phase(
+            name="load",
+            device=[model],
+            host=[always[0], *([read] if reading else []), *([] if straight else moved)],
+        ),
         Phase(
             name="validate the dense model",
             device=evaluation,
@@ -773,9 +779,12 @@ def estimate(
     shape = _measure(model, layers, settings)
     here = torch.cuda.is_available()
     device = "cpu" if settings.device == "cpu" or (settings.device == "auto" and not here) else "cuda"
+    devices = devices or find_devices(device)
+    spread = _lay_out(model, devices) if settings.device == "spread" else []
     parts = _cut_parts(settings, workers)
     busiest = _find_busiest(parts)
-    phases = list_phases(shape, settings, reading, device, busiest, shape.weights)
+    held = max((line.bytes for line in spread), default=shape.weights)
+    phases = list_phases(shape, settings, reading, device, busiest, held)
     weights = sum(layer.weight_OI.numel() for layer in layers)
     work = list_work(shape, layers, settings, _find_shares(settings, layers, busiest), rounds, profiles, tests)
     formats = dict.fromkeys(step.dtype for step in work) if device == "cpu" or here else {}
@@ -795,7 +804,8 @@ def estimate(
         workers=workers,
         threads=threads,
         of_worker=phases if workers else [],
-        devices=devices or find_devices(device),
+        devices=devices,
+        spread=spread,
         disk=list_disk(model, layers, settings),
         work=work,
         speed={
@@ -803,6 +813,28 @@ def estimate(
             for name in formats
         },
     )
+
+
+def _lay_out(model: Any, devices: Devices | None) -> list[Line]:
+    """What each GPU holds of a model that is laid over them. Raises UserError when there are none, or too few."""
+    if devices is None:
+        raise UserError("torch sees no GPU here to spread the model over; plan for others with --device-memory 8x80")
+    places = spread_blocks(model, dict.fromkeys(range(devices.count), devices.bytes))
+    sizes = dict.fromkeys(range(devices.count), 0)
+    for name, parameter in model.named_parameters():
+        sizes[next(place for part, place in places.items() if not part or f"{name}.".startswith(f"{part}."))] += (
+            parameter.nbytes
+        )
+    blocks = find_blocks(model)
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    lines = []
+    for place, size in sizes.items():
+        own = [part for part, where in places.items() if where == place]
+        count = sum(any(f"{prefix}.{b}.".startswith(f"{part}.") for part in own if part) for b in range(len(blocks)))
+        others = [part for part in own if not f"{part}.".startswith(f"{prefix}.")]
+        how = f"{len(blocks) if '' in own else count} blocks{''.join(f', {part}' for part in others if part)}"
+        lines.append(Line(what=f"GPU {place}", how=how, bytes=size))
+    return lines
 
 
 def _count_workers(settings: TeamSettings) -> int:
@@ -816,6 +848,9 @@ def _count_workers(settings: TeamSettings) -> int:
 
 def print_estimate(found: Estimate, console: Console) -> None:
     """Every line of the arithmetic, then what it comes to; plain lines where there is no terminal."""
+    if found.spread:
+        own = [(line.what, line.how, _size(line.bytes)) for line in found.spread]
+        _print_table(console, f"the model over {len(own)} GPUs", own)
     for title, rows in _list_memory(found, found.phases, "this process, " if found.workers else ""):
         _print_table(console, title, rows)
     if found.workers:
@@ -854,7 +889,8 @@ def _list_memory(found: Estimate, phases: Sequence[Phase], whose: str) -> Iterat
     for phase in phases:
         size = _size(phase.bytes)
         if found.device == "cuda":
-            size = f"{_size(phase.device_bytes)} on the GPU, {_size(phase.host_bytes)} in CPU memory"
+            which = "one" if found.spread else "the"
+            size = f"{_size(phase.device_bytes)} on {which} GPU, {_size(phase.host_bytes)} in CPU memory"
         if phase.store:
             size += f", {_size(phase.store_bytes)} in the object store"
         lines = place(phase)
@@ -893,18 +929,18 @@ def _list_peaks(found: Estimate) -> list[str]:
         kind = "memory" if found.device == "cpu" else "memory of the CPU"
         lines.append(f"peak {kind} of a machine with all of them: {_size(found.count_host(most))} ({most.name})")
     else:
-        lines = _list_peaks_of(found.phases, found.device, "")
+        lines = _list_peaks_of(found.phases, found.device, "", "each" if found.spread else "the")
     return [*lines, _judge_room(found)]
 
 
-def _list_peaks_of(phases: Sequence[Phase], device: str, whose: str) -> list[str]:
+def _list_peaks_of(phases: Sequence[Phase], device: str, whose: str, which: str = "the") -> list[str]:
     if device == "cpu":
         most = max(phases, key=lambda phase: phase.bytes)
         return [f"{whose}peak memory: {_size(most.bytes)} ({most.name})"]
     on_device = max(phases, key=lambda phase: phase.device_bytes)
     on_host = max(phases, key=lambda phase: phase.host_bytes)
     return [
-        f"{whose}peak memory of the GPU: {_size(on_device.device_bytes)} ({on_device.name})",
+        f"{whose}peak memory of {which} GPU: {_size(on_device.device_bytes)} ({on_device.name})",
         f"{whose}peak memory of the CPU: {_size(on_host.host_bytes)} ({on_host.name})",
     ]
 
@@ -914,19 +950,25 @@ def _judge_room(found: Estimate) -> str:
     needed, phase = found.needed
     if found.devices is None:
         return "whether that fits: torch sees no GPU here; say what there is with --device-memory, such as 80 or 8x80"
-    size, count = _size(found.devices.bytes), found.devices.count
-    place = "this memory" if found.device == "cpu" else "one GPU"
+    room, count = found.devices.bytes, found.devices.count
+    several = f"each of {count} GPUs" if len(found.spread) > 1 else "one GPU"
+    place = "this memory" if found.device == "cpu" else several
     beside = ", with this process and a worker on the first" if found.workers and found.device == "cuda" else ""
     short = f"{found.workers} workers need as many GPUs, but there are {count}; " if _lacks_devices(found) else ""
-    if needed <= found.devices.bytes:
-        return f"{short}fits {place} of {size}: {_size(needed)} at most ({phase}{beside})"
-    weights = found.phases[0].device_bytes
-    verdict = f"{short}does not fit {place} of {size}: {_size(needed)} ({phase}{beside})"
+    if needed <= room:
+        return f"{short}fits {place} of {_size(room)}: {_size(needed)} at most ({phase}{beside})"
+    verdict = f"{short}does not fit {place} of {_size(room)}: {_size(needed)} ({phase}{beside})"
     if found.device == "cpu":
         return f"{verdict}; {'fewer --workers' if found.workers else 'fewer or shorter windows'} need less"
-    if weights >= found.devices.bytes:
-        return f"{verdict}, {_size(weights)} of it the model; --device spread lays its blocks over several GPUs"
-    return f"{verdict}; fewer or shorter windows need less, or --device spread lays its blocks over several GPUs"
+    if found.spread:
+        return f"{verdict}; fewer or shorter windows need less, or more GPUs hold less each"
+    weights = found.phases[0].device_bytes
+    working = needed - weights * (2 if found.workers else 1)
+    fewer = "" if weights + working > room and weights >= room else "fewer or shorter windows need less; "
+    least = f", at least {math.ceil(weights / (room - working))} of these" if working < room else ""
+    alone = " without --workers" if found.workers else ""
+    advice = f"{fewer}--device spread{alone} lays its blocks over several GPUs{least}"
+    return f"{verdict}, {_size(weights)} of it the model; {advice}"
 
 
 def _lacks_devices(found: Estimate) -> bool:

@@ -203,10 +203,9 @@ def spread_blocks(model: Any, memory: Mapping[int, int]) -> dict[str, int]:
         balanced = get_balanced_memory(model, max_memory=dict(memory), no_split_module_classes=whole)
         places = accelerate.infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
     if offloaded := [name for name, place in places.items() if place not in memory]:
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        room = sum(memory.values())
+        weights, room = sum(parameter.nbytes for parameter in model.parameters()), sum(memory.values())
         raise UserError(
-            f"the model's {weights / 1e9:.1f} GB do not fit {len(memory)} GPUs with {room / 1e9:.1f} GB free in all: "
+            f"the model's {weights / 1e9:.1f} GB do not fit the GPUs, which have {room / 1e9:.1f} GB free in all: "
             f"{offloaded[0] or 'the whole model'} would be left on the CPU or on disk, where nothing can be pruned; "
             "use more or larger GPUs"
         )
