@@ -67,6 +67,20 @@ def test_a_config_of_a_large_model_without_its_weights_its_gpu_or_a_key(
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_workers_of_another_machine(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    flags = ("--config", str(CONFIGS / "qwen3-8b.yaml"), "--model", "config.json", "--device", "cuda")
+    outcome = command("--dry-run", *flags, "--workers", "8", "--device-memory", "8x80")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert lines[0] == "this process, memory, in all phases but load"
+    assert any(line.startswith("this process, prune: 17.0 GB on the GPU, ") for line in lines)
+    assert "  dense weights; the prunable layers, each put there once; object store; 13.9 GB" in lines
+    assert any(line.startswith("each worker, prune: 21.4 GB on the GPU, ") for line in lines)
+    assert any(line.endswith("; 8 ×; 1.1 PFLOP; 0.145 of it by the busiest worker") for line in lines)
+    assert any(line.startswith("fits one GPU of 80.0 GB: 43.0 GB at most (") for line in lines)
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_is_shown_where_its_model_can_be_had(file: Path, command: Command) -> None:
     outcome = command("--dry-run", "--config", str(file))
@@ -91,10 +105,21 @@ def test_every_config_is_shown_where_its_model_can_be_had(file: Path, command: C
         (["--test", "file:missing.txt"], "text file missing.txt does not exist"),
         (["--target-sparsity", "45"], "target_sparsity: 45 looks like a percentage"),
         (["--resume", "x"], "--dry-run is about a new run; leave --resume out"),
+        (["--device-memory", "much"], "device memory 'much' is neither GB, such as 80, nor COUNTxGB, such as 8x80"),
+        (["--device", "spread"], "torch sees no GPU here to spread the model over; plan for others with --device-mem"),
+        (["--device", "spread", "--workers", "2"], "device spread is one model on all GPUs, and a worker has one GPU"),
+        (["--workers", "auto"], "how many workers auto has is not asked here; give their number, such as --workers 8"),
     ],
 )
 def test_bad_input(flags: list[str], sentence: str, tmp_path: Path, tiny_llama: Path, command: Command) -> None:
     outcome = command("--dry-run", *(flags if "--model" in flags else ["--model", str(tiny_llama), *flags]))
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     assert outcome.err.startswith(f"error: {sentence}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_devices_are_planned_not_ordered(tmp_path: Path, tiny_llama: Path, command: Command) -> None:
+    outcome = command("--model", str(tiny_llama), "--device-memory", "80")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == "error: --device-memory is about --dry-run; a run takes what there is\n"
     assert list(tmp_path.iterdir()) == []

@@ -23,15 +23,34 @@ from tools import workbench
 from tools.blocks import Blocks
 from tools.curves import LEVELS
 from tools.errors import UserError
-from tools.estimate import Estimate, Phase, estimate, print_estimate, summarise
+from tools.estimate import (
+    ASKED_FOR,
+    IN_ORDER,
+    Devices,
+    Estimate,
+    Phase,
+    estimate,
+    print_estimate,
+    read_devices,
+    summarise,
+)
 from tools.layers import find_layers
+from tools.profile import collect_statistics, work_alone
 from tools.readout import CHUNK, hidden_gradients, measure_losses
+from tools.settings import TeamSettings
+from tools.shards import share_out
+from tools.walks import Walks
 from tools.workbench import Workbench
 
 QWEN3_8B = {
     **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},
     **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     **{"tie_word_embeddings": False, "dtype": "bfloat16"},
+}
+LLAMA_70B = {
+    **{"model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672},
+    **{"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False},
+    **{"dtype": "bfloat16"},
 }
 PROGRAM = "Python, torch and transformers"
 
@@ -41,6 +60,7 @@ STATE = 64 * 32 * 4  # one window between two blocks
 FLOW = 64 * 464 * 4  # what the seven layers of a block read and write: 64 + 48 + 48 + 64 + 80 + 80 + 80 numbers a token
 LOGITS = 5 * 128 * 320 * 4
 MATRICES = 5 * 48 * 48 * 4
+MEMBERS = 15_360 // 2  # weights of one block
 MOMENTS = 4 * (6 * 32 * 32 + 48 * 48)
 LARGEST = 32 * 48 * 4
 
@@ -186,12 +206,7 @@ def test_fused_experts_are_counted_as_what_stays_dense(tmp_path: Path) -> None:
 
 def test_qwen3_8b_fits_a_gpu_of_80_gb(tmp_path: Path, no_gpu: None) -> None:
     directory = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
-    settings = tiny_settings(
-        directory,
-        **{"dtype": "bf16", "device": "cuda", "window": 2048, "calibration_windows": 128, "gradient_windows": 16},
-        **{"validation_windows": 64, "test_windows": 136},
-    )
-    found = estimate(settings, target=0.45, rounds=8)
+    found = estimate(large_settings(directory), target=0.45, rounds=8)
     assert (found.parameters, found.blocks, found.layers) == (8_190_735_360, 36, 252)
     assert (found.weights, found.zeros) == (6_945_767_424, 3_125_595_341)
     assert found.phases[0].device_bytes == 2 * found.parameters
@@ -207,6 +222,196 @@ def test_qwen3_8b_fits_a_gpu_of_80_gb(tmp_path: Path, no_gpu: None) -> None:
         + 2 * found.parameters  # 104 GB
     )
     assert found.speed == {} and found.seconds(found.work[0]) is None
+
+
+# --- workers -----------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_two_workers_of_a_tiny_llama(tiny_llama: Path) -> None:
+    """4 calibration windows (2 of them with gradients) in 4 shards, and 3 validation windows; both on one CPU."""
+    settings = tiny_settings(tiny_llama, workers="2", worker_threads=1)
+    found = estimate(settings, target=0.45, rounds=3)
+    assert (found.workers, found.threads) == (2, 1)
+    kept = 2 * STATE  # 2 of the 3 validation windows before the second block
+    evaluation = [MODEL, FLOW * 3 // 2, STATE, LOGITS]
+    backward = [MODEL, 3 * FLOW, LOGITS, 2 * FLOW]  # one window, of two blocks
+    job = [2 * MEMBERS * 4, MATRICES // 5]
+    levels, packed = 5 * 4 * MEMBERS, DENSE + DENSE // 32
+    assert {phase.name: sizes(phase) for phase in found.of_worker} == {
+        "load": ([MODEL], []),
+        "validate the dense model": (evaluation, [kept, 2 * 2 * STATE]),
+        "profile, statistics": ([MODEL, FLOW * 3 // 2, 2 * MOMENTS], [kept, 2 * 2 * STATE]),
+        "profile, gradients": ([*backward, LARGEST * 21 // 4], [kept, STATE, 2 * STATE]),
+        ASKED_FOR: ([*backward, 19 * LARGEST, MATRICES], [kept, STATE, STATE, *job, levels]),
+        "prune": ([MODEL, 10 * LARGEST, MATRICES], [kept, *job]),
+        IN_ORDER: ([MODEL, 10 * LARGEST, MATRICES], [kept, 2 * 2 * STATE, *job]),
+        "validate": (evaluation, [kept, packed, 3 * STATE, 2 * 2 * STATE]),
+        "export": ([MODEL], [kept]),
+    }
+    matrix, given = MATRICES // 5, [DENSE, 4 * (MATRICES // 5)]
+    results = MEMBERS * 33 // 8
+    assert {phase.name: (*sizes(phase), [line.bytes for line in phase.store]) for phase in found.phases} == {
+        "load": ([MODEL], [], []),
+        "validate the dense model": ([MODEL], [DENSE, 2 * 3 * STATE], [3 * STATE]),
+        "profile, statistics": ([MODEL], [DENSE, 2 * MOMENTS], [4 * MOMENTS]),
+        "profile, gradients": ([MODEL], [DENSE], []),
+        ASKED_FOR: ([MODEL, matrix], [DENSE, levels], [*given, levels]),
+        "prune": ([MODEL, matrix], [DENSE], [*given, results]),
+        IN_ORDER: ([MODEL, matrix], [DENSE, 2 * MOMENTS], [*given, results, 4 * MOMENTS]),
+        "validate": ([MODEL], [DENSE, 3 * STATE], [DENSE, packed, 3 * STATE]),
+        "export": ([MODEL], [DENSE], [DENSE]),
+    }
+    whole = {p.name: p.bytes + 2 * w.bytes + p.store_bytes for p, w in zip(found.phases, found.of_worker, strict=True)}
+    assert {phase.name: found.count_host(phase) for phase in found.phases} == whole
+    assert found.needed[0] == max(whole.values())
+    assert Estimate.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_worker_on_a_gpu_hands_over_by_way_of_the_cpu(tiny_llama: Path, no_gpu: None) -> None:
+    found = estimate(tiny_settings(tiny_llama, device="cuda", workers="2"), target=0.45, rounds=3)
+    workers = {phase.name: phase for phase in found.of_worker}
+    assert sizes(workers["profile, statistics"])[1] == [2 * STATE, 2 * 2 * STATE, MOMENTS]
+    assert sizes(workers["load"]) == ([MODEL], [MODEL])
+    first = {p.name: p.device_bytes + workers[p.name].device_bytes for p in found.phases}
+    assert found.needed == (first[ASKED_FOR], ASKED_FOR) and first[ASKED_FOR] == max(first.values())
+
+
+def test_the_busiest_worker_says_how_long_it_takes(tiny_llama: Path) -> None:
+    def find(workers: str) -> Estimate:
+        settings = tiny_settings(
+            tiny_llama, workers=workers, worker_threads=1, calibration_windows=16, questions="hub:org/q:train"
+        )
+        return estimate(settings, target=0.45, rounds=3, tests=3)
+
+    alone, shared = find(""), find("3")
+    assert {work.share for work in alone.work} == {1.0}
+    assert [work.flops for work in shared.work] == [work.flops for work in alone.work]
+    most = 32 * 48 * 48 / (2 * ((32 + 16 + 16 + 32 + 48 + 48) * 32 * 32 + 32 * 48 * 48))  # one down_proj
+    layers = pytest.approx(1 / 3 + 2 / 3 * most)
+    assert {work.name: work.share for work in shared.work} == {
+        "validate the dense model": 1 / 3,
+        **dict.fromkeys(["profile, statistics", "profile, second moments"], 6 / 16),  # 3 of 8 shards
+        **dict.fromkeys(["profile, gradients", "profile, scores and KL curves"], 1 / 2),  # 1 of 2 windows
+        ASKED_FOR: 1 / 2,
+        "prune": layers,
+        "validate": 1 / 3,
+        "ask questions": 1 / 3,
+        "test": 1 / 2,
+    }
+    assert shared.seconds(shared.work[1]) == 6 / 16 * shared.work[1].flops / shared.speed["fp32"]
+    many = find("20").work  # no more than the shards
+    assert (many[1].share, many[3].share, many[0].share) == (1 / 8, 1 / 2, 1 / 3)
+
+
+@pytest.mark.parametrize("workers", ["auto", "ray://head:10001"])
+def test_a_cluster_is_not_asked(tiny_llama: Path, workers: str) -> None:
+    with pytest.raises(UserError, match=rf"^how many workers {workers} has is not asked here; give their number, such"):
+        estimate(tiny_settings(tiny_llama, workers=workers), target=0.45, rounds=1)
+
+
+# --- the machine that is planned for -----------------------------------------------------------------------------
+
+
+def large_settings(directory: Path, **changes: Any) -> TeamSettings:
+    windows = {"calibration_windows": 128, "gradient_windows": 16, "validation_windows": 64, "test_windows": 136}
+    return tiny_settings(directory, **{"dtype": "bf16", "device": "cuda", "window": 2048, **windows, **changes})
+
+
+def test_qwen3_8b_on_eight_gpus(tmp_path: Path, no_gpu: None) -> None:
+    settings = large_settings(write_config(tmp_path / "qwen3-8b", QWEN3_8B), workers="8")
+    lines = summarise(estimate(settings, target=0.45, rounds=8, devices=read_devices("8x80")))
+    assert "each of 8 workers: peak memory of the GPU: 26.1 GB (KL curves of a method, where a plan asks for them)" in (
+        lines
+    )
+    assert any(line.startswith("each of 8 workers: peak memory of the CPU: 1") for line in lines)
+    assert "peak of Ray's object store: 40.1 GB (prune block by block, where a plan asks for it)" in lines
+    assert (
+        "fits one GPU of 80.0 GB: 43.0 GB at most (KL curves of a method, where a plan asks for them, with this "
+        "process and a worker on the first)" in lines
+    )
+    assert lines[-1].startswith("work: up to ") and "by the busiest worker; no time can be" in lines[-1]
+    few = summarise(estimate(settings, target=0.45, rounds=8, devices=read_devices("4x80")))
+    assert any(line.startswith("8 workers need as many GPUs, but there are 4; fits one GPU") for line in few)
+
+
+def test_llama_70b_over_eight_gpus(tmp_path: Path, no_gpu: None) -> None:
+    directory = write_config(tmp_path / "70b", LLAMA_70B)
+
+    def find(device: str, devices: str) -> Estimate:
+        settings = large_settings(directory, device=device)
+        return estimate(settings, target=0.45, rounds=8, devices=read_devices(devices))
+
+    spread = find("spread", "8x80")
+    assert (spread.parameters, spread.blocks, spread.layers) == (70_553_706_496, 80, 560)
+    block = 2 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192)
+    head = 2 * 128256 * 8192
+    assert [(line.what, line.how, line.bytes) for line in spread.spread] == [
+        ("GPU 0", "9 blocks, model.embed_tokens", 9 * block + head),
+        *((f"GPU {i}", "11 blocks", 11 * block) for i in range(1, 7)),
+        ("GPU 7", "5 blocks, model.norm, model.rotary_emb, lm_head", 5 * block + head + 2 * 8192),
+    ]
+    assert {phase.device[0].bytes for phase in spread.phases} == {11 * block}
+    assert [line.what for line in spread.phases[0].host] == [PROGRAM], "no weight passes through CPU memory"
+    statistics = next(phase for phase in spread.phases if phase.name == "profile, statistics")
+    assert statistics.device[2].bytes == 4 * 4 * (6 * 8192**2 + 28672**2)
+    assert "fits each of 8 GPUs of 80.0 GB: 70.9 GB at most (KL curves of a method, where a plan asks for them)" in (
+        summarise(spread)
+    )
+    text = show(spread, width=80)
+    assert text.startswith("the model over 8 GPUs\n  GPU 0; 9 blocks, model.embed_tokens; 17.5 GB\n")
+    assert "\nload: 18.8 GB on one GPU, " in text
+
+    assert (
+        "does not fit one GPU of 80.0 GB: 193.2 GB (KL curves of a method, where a plan asks for them), 141.1 GB of it "
+        "the model; --device spread lays its blocks over several GPUs, at least 6 of these"
+    ) in summarise(find("cuda", "80"))
+    assert (
+        "does not fit each of 2 GPUs of 80.0 GB: 122.6 GB (KL curves of a method, where a plan asks for them); fewer "
+        "or shorter windows need less, or more GPUs hold less each"
+    ) in summarise(find("spread", "2x80"))
+    with pytest.raises(
+        UserError, match=r"^the model's 141\.1 GB do not fit the GPUs, which have 80\.0 GB free in all: "
+    ):
+        find("spread", "80")
+    with pytest.raises(
+        UserError, match=r"^torch sees no GPU here to spread the model over; plan for others with --dev"
+    ):
+        estimate(large_settings(directory, device="spread"), target=0.45, rounds=8)
+
+
+def test_memory_of_this_machine_where_the_cpu_is_the_device(tiny_llama: Path) -> None:
+    found = estimate(tiny_settings(tiny_llama), target=0.45, rounds=3)
+    assert found.devices is not None and found.devices.bytes > 1e9
+    size = module._size
+    most = found.peak
+    (line,) = [line for line in summarise(found) if line.startswith("fits ")]
+    assert line == f"fits this memory of {size(found.devices.bytes)}: {size(most.bytes)} at most ({most.name})"
+    small = found.model_copy(update={"devices": Devices(count=1, bytes=1000)})
+    (line,) = [line for line in summarise(small) if line.startswith("does not fit ")]
+    assert line.endswith("; fewer or shorter windows need less")
+
+
+def test_a_gpu_that_is_a_little_too_small(tmp_path: Path, no_gpu: None) -> None:
+    settings = large_settings(write_config(tmp_path / "qwen3-8b", QWEN3_8B))
+    lines = summarise(estimate(settings, target=0.45, rounds=8, devices=read_devices("24")))
+    (line,) = [line for line in lines if line.startswith("does not fit ")]
+    assert line.startswith("does not fit one GPU of 24.0 GB: 31.7 GB (")
+    assert line.endswith(
+        "), 16.4 GB of it the model; fewer or shorter windows need less; --device spread lays its blocks over several "
+        "GPUs, at least 2 of these"
+    )
+
+
+@pytest.mark.parametrize(("text", "count", "size"), [("80", 1, 80e9), ("8x80", 8, 80e9), ("2x23.5", 2, 23.5e9)])
+def test_devices_of_another_machine(text: str, count: int, size: float) -> None:
+    assert read_devices(text) == Devices(count=count, bytes=int(size))
+
+
+@pytest.mark.parametrize("text", ["", "0", "0x80", "8x", "x80", "80GB", "8X80", "-1", "8x80x2", "1e3", "8x0.0"])
+def test_no_such_devices(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_devices(text)
+    assert str(caught.value) == f"device memory {text!r} is neither GB, such as 80, nor COUNTxGB, such as 8x80"
 
 
 # --- what it must agree with -----------------------------------------------------------------------------------
@@ -258,6 +463,52 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _tensors(part)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_walk_through_the_text_holds_no_more_than_said(workers: int, tmp_path: Path) -> None:
+    """Of a model whose second moments are most of what is held: all shards here, or those of the busiest worker."""
+    config = make_tiny_config("llama")
+    config.intermediate_size, config.num_hidden_layers = 768, 3
+    model = type(make_tiny_model("llama"))(config).eval().requires_grad_(False)
+    layers, blocks = find_layers(model), Blocks(model)
+    settings = tiny_settings(
+        write_config(tmp_path / "wide", config.to_dict()),
+        **{"workers": str(workers or ""), "window": 16, "calibration_windows": 8, "gradient_windows": 8},
+    )
+    ids_BT = torch.randint(0, 320, (8, 16), generator=torch.Generator().manual_seed(0))
+    blocks.embed(ids_BT[0])  # looks at what blocks return
+    found = estimate(settings, target=0.5, rounds=1)
+    said = {phase.name: phase for phase in (found.of_worker if workers else found.phases)}
+
+    def bound(name: str) -> int:
+        held = {"the model", PROGRAM, "dense copy of the prunable layers"}
+        lines = [*said[name].device, *said[name].host]
+        return sum(x.bytes for x in lines if x.what not in held and not x.what.startswith("inputs of every few"))
+
+    known = {x.name: (torch.empty(0), *(torch.ones(n) for n in reversed(x.weight_OI.shape))) for x in layers}
+    up, down = 0, 0
+    for span in share_out(8, max(workers, 1)):
+        walks = Walks(blocks, layers, ids_BT, 8, 0, tmp_path, ahead=int(workers > 0))
+        with LiveTensors() as live:
+            for block in range(3):
+                walks.moments(span, "w", block, True, "profile")
+        up = max(up, live.peak)
+        with LiveTensors() as live:
+            for block in (2, 1, 0):
+                walks.gradients(span, "w", block)
+                if workers and block > 0:  # the next one's are asked for before
+                    walks.gradients(span, "w", block - 1)
+                walks.mask_curves(span, "w", block, {x.name: known[x.name] for x in layers if x.block == block})
+        down = max(down, live.peak)
+    assert 0.9 * bound("profile, statistics") < up <= bound("profile, statistics")
+    assert 0.4 * bound("profile, gradients") < down <= bound("profile, gradients")
+    if not workers:
+        team, extent = work_alone(blocks, layers, ids_BT, 8, 0, tmp_path)
+        with LiveTensors() as live:
+            collect_statistics(team, extent, layers, lambda *_: None, lambda name, moment_II: None)
+        own = sum(4 * (layer.weight_OI.shape[1] + 2 * layer.weight_OI.shape[0]) for layer in layers)  # what it is for
+        assert live.peak <= max(bound("profile, statistics"), bound("profile, gradients")) + own
 
 
 def make_layer(outputs: int, inputs: int) -> tuple[Tensor, LayerStatistics]:

@@ -1,5 +1,6 @@
 """Shards: how text is cut, who takes which, and sums that do not depend on it."""
 
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.shards import SHARDS, Span, Sums, cut_shards, join_nodes, list_nodes, share_out, sum_node
+from tools.shards import SHARDS, Span, Sums, count_held, cut_shards, join_nodes, list_nodes, share_out, sum_node
 
 
 @given(st.integers(1, 200))
@@ -63,3 +64,25 @@ def test_few_nodes_make_up_a_span() -> None:
     assert list(list_nodes((0, 8), (0, 4))) == [(0, 4)]
     assert list(list_nodes((0, 8), (2, 5))) == [(2, 4), (4, 5)]
     assert list(list_nodes((0, 8), (0, 8))) == [(0, 8)]
+
+
+@given(st.integers(1, SHARDS), st.integers(1, 12))
+def test_how_many_sums_are_held_at_once(shards: int, workers: int) -> None:
+    tree, live, peak = (0, shards), [0], [0]
+
+    def let_go() -> None:
+        live[0] -= 1
+
+    def leaf(shard: int) -> Sums:
+        value = torch.ones(1)
+        weakref.finalize(value, let_go)
+        live[0] += 1
+        peak[0] = max(peak[0], live[0])
+        return {"x": value}
+
+    for span in share_out(shards, workers):
+        live[0] = peak[0] = 0
+        nodes = [sum_node(node, leaf) for node in list_nodes(tree, span)]
+        assert peak[0] == count_held(tree, span) and live[0] == len(nodes)
+        del nodes
+    assert [count_held((0, 8), span) for span in ((0, 8), (0, 4), (2, 5), (5, 8), (7, 8))] == [4, 3, 2, 3, 1]
