@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ class Cluster:
         self._weights: dict[tuple[str, str], Any] = {}
         self._identity = identify(model)
         self._places: list[_Place] = []
+        self._idle: list[_Place] = []
         self._ray, self._directory = _connect(settings)
         try:
             count, self._threads = _count_workers(self._ray, settings, model.device.type)
@@ -109,9 +111,18 @@ class Cluster:
         """How many workers there are."""
         return len(self._places)
 
+    def use(self, count: int) -> None:
+        """From now on only the first so many workers have work, to measure what more of them bring."""
+        everyone = [*self._places, *self._idle]
+        self._places, self._idle = everyone[:count], everyone[count:]
+
+    def take_busy_seconds(self) -> float:
+        """Seconds that the workers in use spent on their requests since this was last asked, all together."""
+        return float(sum(self._ray.get([place.actor.take_busy_seconds.remote() for place in self._places])))
+
     def close(self) -> None:
         """Let the workers go, and Ray where it was begun here."""
-        for place in self._places:
+        for place in [*self._places, *self._idle]:
             with contextlib.suppress(Exception):
                 self._ray.kill(place.actor)
         self._weights.clear()
@@ -293,7 +304,7 @@ class _Actor:
         from tools.sources import load_model
 
         torch.set_num_threads(threads)
-        self._scratch = tempfile.TemporaryDirectory()
+        self._scratch, self._busy = tempfile.TemporaryDirectory(), 0.0
         model, _ = load_model(settings)
         limit = int(PREFIX_SHARE * sum(p.nbytes for p in model.parameters()))
         identity = identify(model)
@@ -303,7 +314,15 @@ class _Actor:
     def call(self, method: str, span: Span | None, arguments: Any) -> Any:
         """`method(span, *arguments)`, without the span where it is None."""
         given = thaw(arguments) if span is None else (span, *thaw(arguments))
-        return freeze(getattr(self._worker, method)(*given))
+        began = time.perf_counter()
+        answer = getattr(self._worker, method)(*given)
+        self._busy += time.perf_counter() - began
+        return freeze(answer)
+
+    def take_busy_seconds(self) -> float:
+        """Seconds spent on requests since this was last asked."""
+        busy, self._busy = self._busy, 0.0
+        return busy
 
 
 # --- values in and out -------------------------------------------------------------------------------------------
