@@ -388,6 +388,7 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
         directory = tempfile.mkdtemp(prefix="billhook-ray-")
         options |= {"address": "local", "_node_ip_address": "127.0.0.1", "_temp_dir": directory}
         options |= {"num_cpus": int(settings.workers) * _threads(settings), "include_dashboard": False}
+        options["_system_config"] = {"worker_niceness": 0}  # by default they give way to whatever else runs
     else:
         options["address"] = settings.workers
     ray = _import_ray()
