@@ -369,7 +369,10 @@ def _walk_through(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: nothing is sent anywhere
+    # Read when ray is imported. Nothing is sent anywhere, and its own long lines about dead workers are not printed
+    # among ours.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
         import ray.exceptions
