@@ -403,7 +403,8 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
             ray.init(**options)
     except Exception as error:
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"Ray at {settings.workers!r} cannot be reached: {line}") from error
+        hint = "; a cluster with a token needs RAY_AUTH_MODE=token here" if "://" in settings.workers else ""
+        raise UserError(f"Ray at {settings.workers!r} cannot be reached: {line}{hint}") from error
     return ray, directory
 
 
