@@ -13,8 +13,9 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -73,9 +74,12 @@ class _Request:
     size: int
     """Shards or items that it is about."""
     place: _Place
+    keeps: bool = False
+    """Whether the answer stays in the object store."""
     actor: Any = None
     answer: Any = None
-    """A reference to it."""
+    """A reference to it, or to the word that it is kept."""
+    kept: Any = None
 
 
 class Cluster:
@@ -155,14 +159,18 @@ class Cluster:
 
         return collect
 
-    def hand_out(self, method: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """Answers of `method(*job)` for each job, in the order in which they are done, by whoever is free."""
-        waiting = list(reversed(jobs))
+    def hand_out(self, method: str, jobs: Iterable[tuple[Any, ...]], *, keeps: bool = False) -> Iterator[Any]:
+        """Answers of `method(*job)` for each job, in the order in which they are done, by whoever is free.
+
+        No more jobs are drawn than the workers have in hand and in line. With `keeps` answers stay in the object store,
+        and references stand for them, in the arguments of other requests, too.
+        """
+        waiting = iter(jobs)
         running: dict[Any, _Request] = {}
 
         def give(place: _Place) -> None:
-            if waiting:
-                request = self._send(_Request(method, (None, self._ray.put(freeze(waiting.pop()))), 1, place))
+            for job in islice(waiting, 1):
+                request = self._send(_Request(method, (None, self._ray.put(freeze(job))), 1, place, keeps))
                 running[request.answer] = request
 
         for place in [*self._places, *self._places]:  # one to work on, and one in line
@@ -190,14 +198,19 @@ class Cluster:
         with self._explained():
             self._update(request.place)
             request.actor = request.place.actor
-            request.answer = request.actor.call.remote(request.method, *request.arguments)
+            if request.keeps:
+                call = request.actor.call_and_keep.options(num_returns=2)
+                request.answer, request.kept = call.remote(request.method, *request.arguments)
+            else:
+                request.answer = request.actor.call.remote(request.method, *request.arguments)
         return request
 
     def _receive(self, request: _Request) -> Any:
         while True:
             try:
                 with self._explained():
-                    return thaw(self._ray.get(request.answer))
+                    answer = thaw(self._ray.get(request.answer))
+                return request.kept if request.keeps else answer
             except self._ray.exceptions.RayActorError:
                 if request.actor is request.place.actor:  # else another request has found it dead already
                     self._replace(request.place)
@@ -318,6 +331,10 @@ class _Actor:
         answer = getattr(self._worker, method)(*given)
         self._busy += time.perf_counter() - began
         return freeze(answer)
+
+    def call_and_keep(self, method: str, span: Span | None, arguments: Any) -> tuple[str, Any]:
+        """As `call`, with a word that it went well, which is read while the answer is not."""
+        return "kept", self.call(method, span, arguments)
 
     def take_busy_seconds(self) -> float:
         """Seconds spent on requests since this was last asked."""

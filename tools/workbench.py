@@ -10,8 +10,9 @@ import math
 import resource
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,17 +291,15 @@ class Workbench:
                 recipe, self.dense[name].to(self.device), self._statistics_of(profile, name, recipe)
             )
 
-        def parts_of_block(layers: Sequence[Layer]) -> Mapping[str, Iterable[Tensor]]:
+        def parts_of_block(layers: Sequence[Layer]) -> Any:
             nonlocal done
             names = [layer.name for layer in layers]
             if self.cluster is None:
                 return {name: parts_of(name) for name in names}
             jobs = self._list_work(self.cluster, dict.fromkeys(names, 0), profile, recipe)
-            parts: dict[str, Iterable[Tensor]] = {}
-            for answer in self.cluster.hand_out("prune_to_levels", jobs):
-                parts |= answer
-                progress(label, done := done + len(answer), len(self.layers))
-            return parts
+            kept = list(self.cluster.hand_out("prune_to_levels", jobs, keeps=True))
+            progress(label, done := done + len(names), len(self.layers))
+            return kept
 
         if recipe.changes_survivors:
             self._find_moments(profile, progress)
@@ -391,19 +390,17 @@ class Workbench:
 
     def _list_work(
         self, cluster: Cluster, zeros: dict[str, int], profile: str, recipe: Recipe, present: Moments | None = None
-    ) -> list[tuple[Recipe, list[LayerWork], Any]]:
-        """What workers need to prune layers: layer by layer, or together those that share a second moment."""
-        jobs: dict[str, tuple[Recipe, list[LayerWork], Any]] = {}
-        for name, count in zeros.items():
-            statistics = self._statistics_of(profile, name, recipe, present)
-            dense = cluster.keep_dense(name, self.dense[name])
-            work = LayerWork(name, count, dense, statistics.mean_square_I, statistics.gradient_square_O)
-            moment_II = statistics.second_moment_II if recipe.changes_survivors else None
-            group = self.read_profile(profile).group[name] if moment_II is not None else name
-            if group not in jobs:
-                jobs[group] = recipe, [], None if moment_II is None else cluster.keep(moment_II)
-            jobs[group][1].append(work)
-        return list(jobs.values())
+    ) -> Iterator[tuple[Recipe, list[LayerWork], Tensor | None]]:
+        """What workers need to prune layers: those together that stand together and share a second moment."""
+        group = self.read_profile(profile).group if recipe.changes_survivors else {}
+        for _, names in groupby(zeros, lambda name: group.get(name, name)):
+            work, moment_II = [], None
+            for name in names:
+                statistics = self._statistics_of(profile, name, recipe, present)
+                dense, gamma_O = cluster.keep_dense(name, self.dense[name]), statistics.gradient_square_O
+                work.append(LayerWork(name, zeros[name], dense, statistics.mean_square_I, gamma_O))
+                moment_II = statistics.second_moment_II if recipe.changes_survivors else None
+            yield recipe, work, moment_II
 
     def _compute(self, name: str, zeros: int, recipe: Recipe, statistics: LayerStatistics) -> str:
         """Prune one layer in this process, put it into the model and on disk; its artifact."""
