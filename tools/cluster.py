@@ -6,15 +6,16 @@ simply asked for again.
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import shutil
 import socket
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -73,9 +74,12 @@ class _Request:
     size: int
     """Shards or items that it is about."""
     place: _Place
+    keeps: bool = False
+    """Whether the answer stays in the object store."""
     actor: Any = None
     answer: Any = None
-    """A reference to it."""
+    """A reference to it, or to the word that it is kept."""
+    kept: Any = None
 
 
 class Cluster:
@@ -93,6 +97,7 @@ class Cluster:
         self._weights: dict[tuple[str, str], Any] = {}
         self._identity = identify(model)
         self._places: list[_Place] = []
+        self._idle: list[_Place] = []
         self._ray, self._directory = _connect(settings)
         try:
             count, self._threads = _count_workers(self._ray, settings, model.device.type)
@@ -110,9 +115,18 @@ class Cluster:
         """How many workers there are."""
         return len(self._places)
 
+    def use(self, count: int) -> None:
+        """From now on only the first so many workers have work, to measure what more of them bring."""
+        everyone = [*self._places, *self._idle]
+        self._places, self._idle = everyone[:count], everyone[count:]
+
+    def take_busy_seconds(self) -> float:
+        """Seconds that the workers in use spent on their requests since this was last asked, all together."""
+        return float(sum(self._ray.get([place.actor.take_busy_seconds.remote() for place in self._places])))
+
     def close(self) -> None:
         """Let the workers go, and Ray where it was begun here."""
-        for place in self._places:
+        for place in [*self._places, *self._idle]:
             with contextlib.suppress(Exception):
                 self._ray.kill(place.actor)
         self._weights.clear()
@@ -145,14 +159,18 @@ class Cluster:
 
         return collect
 
-    def hand_out(self, method: str, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Answers of `method(*job)` for each job, in the order in which they are done, by whoever is free."""
+    def hand_out(self, method: str, jobs: Iterable[tuple[Any, ...]], *, keeps: bool = False) -> Iterator[Any]:
+        """Answers of `method(*job)` for each job, in the order in which they are done, by whoever is free.
+
+        No more jobs are drawn than the workers have in hand and in line. With `keeps` answers stay in the object store,
+        and references stand for them, in the arguments of other requests, too.
+        """
         waiting = iter(jobs)
         running: dict[Any, _Request] = {}
 
         def give(place: _Place) -> None:
-            for job in itertools.islice(waiting, 1):
-                request = self._send(_Request(method, (None, self._ray.put(freeze(job))), 1, place))
+            for job in islice(waiting, 1):
+                request = self._send(_Request(method, (None, self._ray.put(freeze(job))), 1, place, keeps))
                 running[request.answer] = request
 
         for place in [*self._places, *self._places]:  # one to work on, and one in line
@@ -180,14 +198,19 @@ class Cluster:
         with self._explained():
             self._update(request.place)
             request.actor = request.place.actor
-            request.answer = request.actor.call.remote(request.method, *request.arguments)
+            if request.keeps:
+                call = request.actor.call_and_keep.options(num_returns=2)
+                request.answer, request.kept = call.remote(request.method, *request.arguments)
+            else:
+                request.answer = request.actor.call.remote(request.method, *request.arguments)
         return request
 
     def _receive(self, request: _Request) -> Any:
         while True:
             try:
                 with self._explained():
-                    return thaw(self._ray.get(request.answer))
+                    answer = thaw(self._ray.get(request.answer))
+                return request.kept if request.keeps else answer
             except self._ray.exceptions.RayActorError:
                 if request.actor is request.place.actor:  # else another request has found it dead already
                     self._replace(request.place)
@@ -294,7 +317,7 @@ class _Actor:
         from tools.sources import load_model
 
         torch.set_num_threads(threads)
-        self._scratch = tempfile.TemporaryDirectory()
+        self._scratch, self._busy = tempfile.TemporaryDirectory(), 0.0
         model, _ = load_model(settings)
         limit = int(PREFIX_SHARE * sum(p.nbytes for p in model.parameters()))
         identity = identify(model)
@@ -304,7 +327,19 @@ class _Actor:
     def call(self, method: str, span: Span | None, arguments: Any) -> Any:
         """`method(span, *arguments)`, without the span where it is None."""
         given = thaw(arguments) if span is None else (span, *thaw(arguments))
-        return freeze(getattr(self._worker, method)(*given))
+        began = time.perf_counter()
+        answer = getattr(self._worker, method)(*given)
+        self._busy += time.perf_counter() - began
+        return freeze(answer)
+
+    def call_and_keep(self, method: str, span: Span | None, arguments: Any) -> tuple[str, Any]:
+        """As `call`, with a word that it went well, which is read while the answer is not."""
+        return "kept", self.call(method, span, arguments)
+
+    def take_busy_seconds(self) -> float:
+        """Seconds spent on requests since this was last asked."""
+        busy, self._busy = self._busy, 0.0
+        return busy
 
 
 # --- values in and out -------------------------------------------------------------------------------------------
@@ -351,7 +386,10 @@ def _walk_through(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: nothing is sent anywhere
+    # Read when ray is imported. Nothing is sent anywhere, and its own long lines about dead workers are not printed
+    # among ours.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
         import ray.exceptions
@@ -370,6 +408,7 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
         directory = tempfile.mkdtemp(prefix="billhook-ray-")
         options |= {"address": "local", "_node_ip_address": "127.0.0.1", "_temp_dir": directory}
         options |= {"num_cpus": int(settings.workers) * count_threads(settings), "include_dashboard": False}
+        options["_system_config"] = {"worker_niceness": 0}  # by default they give way to whatever else runs
     else:
         options["address"] = settings.workers
     ray = _import_ray()
@@ -381,7 +420,8 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
             ray.init(**options)
     except Exception as error:
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"Ray at {settings.workers!r} cannot be reached: {line}") from error
+        hint = "; a cluster with a token needs RAY_AUTH_MODE=token here" if "://" in settings.workers else ""
+        raise UserError(f"Ray at {settings.workers!r} cannot be reached: {line}{hint}") from error
     return ray, directory
 
 

@@ -498,7 +498,7 @@ def list_phases_beside(
         ),
         Phase(name="profile, statistics", device=[model], host=[*always, sums], store=[two]),
         Phase(name="profile, gradients", device=[model], host=always),
-        Phase(name=ASKED_FOR, device=[model, moment], host=[*always, levels], store=[*given, levels]),
+        Phase(name=ASKED_FOR, device=[model, moment], host=always, store=[*given, levels]),
         Phase(name="prune", device=[model, moment], host=always, store=[*given, results]),
         Phase(name=IN_ORDER, device=[model, moment], host=[*always, sums], store=[*given, results, two]),
         Phase(

@@ -7,11 +7,11 @@ Shape suffixes: T tokens, I input features (d_in), O output features (d_out), D 
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -216,9 +216,11 @@ def measure_kappa(
     extent: Extent,
     layers: Sequence[Layer],
     progress: Progress,
-    parts_of: Callable[[Sequence[Layer]], Mapping[str, Iterable[Tensor]]],
+    parts_of: Callable[[Sequence[Layer]], Any],
 ) -> dict[str, list[float]]:
     """The KL curve of each layer for any change: `parts_of(layers)` is what each of LEVELS changes beyond the last.
+
+    In this process that is a mapping of the layers' names to iterables of tensors, for workers what theirs take.
 
     One walk up and one down over the gradient windows; nats per token, as in `collect_statistics`.
     """

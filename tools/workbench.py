@@ -10,8 +10,9 @@ import math
 import resource
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,8 +118,8 @@ class Workbench:
         self._team, self._extent = work_alone(
             blocks, self.layers, calibration, settings.gradient_windows, settings.seed, directory
         )
-        self._cluster = self._gather_workers() if settings.workers else None
-        self._team = self._cluster or self._team
+        self.cluster = self._gather_workers() if settings.workers else None
+        self._team = self.cluster or self._team
         progress("load model", 1, 1)
 
     def _gather_workers(self) -> Cluster:
@@ -127,8 +128,8 @@ class Workbench:
 
     def close(self) -> None:
         """Let workers go that were gathered."""
-        if self._cluster is not None:
-            self._cluster.close()
+        if self.cluster is not None:
+            self.cluster.close()
 
     def read_weight(self, name: str) -> Tensor:
         """The weights of a layer as they are in the model, (O, I)."""
@@ -295,17 +296,15 @@ class Workbench:
                 recipe, self.dense[name].to(self._device_of(name)), self._statistics_of(profile, name, recipe)
             )
 
-        def parts_of_block(layers: Sequence[Layer]) -> Mapping[str, Iterable[Tensor]]:
+        def parts_of_block(layers: Sequence[Layer]) -> Any:
             nonlocal done
             names = [layer.name for layer in layers]
-            if self._cluster is None:
+            if self.cluster is None:
                 return {name: parts_of(name) for name in names}
-            jobs = self._list_work(self._cluster, dict.fromkeys(names, 0), profile, recipe)
-            parts: dict[str, Iterable[Tensor]] = {}
-            for answer in self._cluster.hand_out("prune_to_levels", jobs):
-                parts |= answer
-                progress(label, done := done + len(answer), len(self.layers))
-            return parts
+            jobs = self._list_work(self.cluster, dict.fromkeys(names, 0), profile, recipe)
+            kept = list(self.cluster.hand_out("prune_to_levels", jobs, keeps=True))
+            progress(label, done := done + len(names), len(self.layers))
+            return kept
 
         if recipe.changes_survivors:
             self._find_moments(profile, progress)
@@ -387,34 +386,27 @@ class Workbench:
         self, zeros: dict[str, int], profile: str, recipe: Recipe, present: Moments | None = None
     ) -> Iterator[tuple[str, str]]:
         """Prune layers, by the workers where there are some; (name, artifact) of each when it is in the model."""
-        if self._cluster is None:
+        if self.cluster is None:
             for name, count in zeros.items():
                 yield name, self._compute(name, count, recipe, self._statistics_of(profile, name, recipe, present))
             return
-        for results in self._cluster.hand_out("prune", self._list_work(self._cluster, zeros, profile, recipe, present)):
+        for results in self.cluster.hand_out("prune", self._list_work(self.cluster, zeros, profile, recipe, present)):
             for name, tensors, damping in results:
                 yield name, self._keep(name, tensors, damping)
 
     def _list_work(
         self, cluster: Cluster, zeros: dict[str, int], profile: str, recipe: Recipe, present: Moments | None = None
-    ) -> Iterator[tuple[Recipe, list[LayerWork], Any]]:
-        """What workers need to prune layers: layer by layer, or together those that share a second moment.
-
-        Each job is put where they can read it when its turn comes: all second moments at once might not fit.
-        """
-        jobs: dict[str, list[str]] = {}
-        for name in zeros:
-            group = self.read_profile(profile).group[name] if recipe.changes_survivors else name
-            jobs.setdefault(group, []).append(name)
-        for names in jobs.values():
-            work, moment = [], None
+    ) -> Iterator[tuple[Recipe, list[LayerWork], Tensor | None]]:
+        """What workers need to prune layers: those together that stand together and share a second moment."""
+        group = self.read_profile(profile).group if recipe.changes_survivors else {}
+        for _, names in groupby(zeros, lambda name: group.get(name, name)):
+            work, moment_II = [], None
             for name in names:
                 statistics = self._statistics_of(profile, name, recipe, present)
-                if recipe.changes_survivors and moment is None:
-                    moment = cluster.keep(statistics.second_moment_II)
-                dense = cluster.keep_dense(name, self.dense[name])
-                work.append(LayerWork(name, zeros[name], dense, statistics.mean_square_I, statistics.gradient_square_O))
-            yield recipe, work, moment
+                dense, gamma_O = cluster.keep_dense(name, self.dense[name]), statistics.gradient_square_O
+                work.append(LayerWork(name, zeros[name], dense, statistics.mean_square_I, gamma_O))
+                moment_II = statistics.second_moment_II if recipe.changes_survivors else None
+            yield recipe, work, moment_II
 
     def _compute(self, name: str, zeros: int, recipe: Recipe, statistics: LayerStatistics) -> str:
         """Prune one layer in this process, put it into the model and on disk; its artifact."""
@@ -553,10 +545,10 @@ class Workbench:
         prefix: tuple[PrefixCache, Sequence[str]] | None = None,
     ) -> tuple[Evaluation, Tensor]:
         """As `evaluate_windows` of some windows of a text, by the workers where there are some."""
-        if self._cluster is None:
+        if self.cluster is None:
             text_BT = getattr(self.windows, split)[list(windows)].to(self.device)
             return evaluate_windows(self.model, text_BT, dense_hidden_BTD, label, progress, prefix)
-        answers = self._cluster.share(
+        answers = self.cluster.share(
             "losses", len(windows), split, list(windows), dense_hidden_BTD, dense_hidden_BTD is None
         )(count_up(progress, label, len(windows)))
         nll, kl = ([value for answer in answers for value in answer[i]] for i in (0, 1))
@@ -576,12 +568,12 @@ class Workbench:
                 self.warn(f"{path} is damaged; the questions are asked again")
         self.restore(checkpoint)
         pairs = self.questions[split]
-        if self._cluster is None:
+        if self.cluster is None:
             recall = measure_recall(self.model, pairs, label or "questions", progress)
         else:
             batches = len(cut_batches(pairs))
             ticks = count_up(progress, label or "questions", batches)
-            answers = self._cluster.share("recall", batches, split)(ticks)
+            answers = self.cluster.share("recall", batches, split)(ticks)
             recall = put_together(pairs, [value for answer in answers for value in answer])
         write_json(path, recall.model_dump())
         return recall

@@ -27,7 +27,7 @@ from tools.losses import PrefixCache, evaluate_windows
 from tools.recipes import Recipe
 from tools.settings import Split, WorkbenchSettings
 from tools.shards import Span
-from tools.walks import Walks
+from tools.walks import Nodes, Walks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,7 +104,7 @@ class Worker:
         layers = list(self.layers.values())
         walks = Walks(self.blocks, layers, calibration, count, settings.seed, scratch, ahead=1)
         self.moments, self.gradients, self.finish = walks.moments, walks.gradients, walks.finish
-        self.mask_curves, self.curves = walks.mask_curves, walks.curves
+        self.mask_curves, self._walks = walks.mask_curves, walks
         self._marks = [""] * len(self.blocks)
         self._prefix: dict[tuple[int, ...], PrefixCache] = {}
         self._prefix_bytes = prefix_bytes
@@ -119,6 +119,10 @@ class Worker:
                 unpack_weight(tensors["mask"], tensors["values"], (rows, columns)) if packed else tensors["weight"]
             )
         self._marks = list(marks)
+
+    def curves(self, span: Span, walk: str, block: int, parts: Sequence[Mapping[str, Sequence[Tensor]]]) -> Nodes:
+        """As `Walks.curves`, of what `prune_to_levels` gave of all layers of the block."""
+        return self._walks.curves(span, walk, block, {name: part for some in parts for name, part in some.items()})
 
     def losses(
         self, span: Span, split: str, windows: Sequence[int], dense_hidden_BTD: Tensor | None, keeps_hidden: bool

@@ -255,7 +255,7 @@ def test_memory_of_two_workers_of_a_tiny_llama(tiny_llama: Path) -> None:
         "validate the dense model": ([MODEL], [DENSE, 2 * 3 * STATE], [3 * STATE]),
         "profile, statistics": ([MODEL], [DENSE, 2 * MOMENTS], [4 * MOMENTS]),
         "profile, gradients": ([MODEL], [DENSE], []),
-        ASKED_FOR: ([MODEL, matrix], [DENSE, levels], [*given, levels]),
+        ASKED_FOR: ([MODEL, matrix], [DENSE], [*given, levels]),
         "prune": ([MODEL, matrix], [DENSE], [*given, results]),
         IN_ORDER: ([MODEL, matrix], [DENSE, 2 * MOMENTS], [*given, results, 4 * MOMENTS]),
         "validate": ([MODEL], [DENSE, 3 * STATE], [DENSE, packed, 3 * STATE]),

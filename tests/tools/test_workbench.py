@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import tools.workbench
+import tools.worker
 from kernels.guard import Pruned
 from kernels.methods import prune_weight
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
@@ -63,7 +64,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         calls.append((method, zeros))
         return prune_weight(method, weight_OI, statistics, zeros, **options)
 
-    monkeypatch.setattr(tools.workbench, "prune_weight", count)
+    monkeypatch.setattr(tools.worker, "prune_weight", count)
     return calls
 
 
@@ -318,7 +319,7 @@ def test_an_artifact_that_comes_out_different_is_refused(
         pruned = prune_weight(*arguments, **options)
         return pruned._replace(weight_OI=2 * pruned.weight_OI)
 
-    monkeypatch.setattr(tools.workbench, "prune_weight", spoil)
+    monkeypatch.setattr(tools.worker, "prune_weight", spoil)
     with pytest.raises(DamagedArtifact) as refusal:
         bench.restore(checkpoint)
     assert str(refusal.value) == (
@@ -570,7 +571,7 @@ def test_a_damping_that_had_to_grow_is_told(
     def strain(*arguments: Any, **options: Any) -> Pruned:
         return prune_weight(*arguments, **options)._replace(damping=0.1)
 
-    monkeypatch.setattr(tools.workbench, "prune_weight", strain)
+    monkeypatch.setattr(tools.worker, "prune_weight", strain)
     prune(bench, bench.profile(ignore), 0.4)
     assert warnings[0] == (f"layer {bench.layers[0].name} needed damping 0.1 instead of 0.01: its inputs are singular")
 
