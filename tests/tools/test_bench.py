@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tools.bench
 import tools.workbench
+import tools.worker
 from kernels.guard import row_errors
 from kernels.methods import prune_levels, prune_weight
 from kernels.obs import prune_obs
@@ -36,7 +37,7 @@ from tools.bench import (
 from tools.layers import find_layers
 from tools.losses import PrefixCache
 from tools.options import check_options
-from tools.settings import WorkbenchSettings
+from tools.settings import TEAM, WorkbenchSettings
 from tools.workbench import DENSE, Workbench, use_workbench
 
 ROUNDS = 2
@@ -62,7 +63,7 @@ def tiny_flags(model: Path) -> list[str]:
 @pytest.fixture
 def site(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> Iterator[Site]:
     """An opened workbench of a tiny model."""
-    settings = BenchSettings(**tiny_settings(tiny_llama).model_dump(), rounds=ROUNDS)
+    settings = BenchSettings(**tiny_settings(tiny_llama).model_dump(exclude={*TEAM}), rounds=ROUNDS)
     with use_workbench(settings, tmp_path / "work", pytest.fail, lambda *_: None) as bench:
         yield Site(bench, settings)
 
@@ -219,8 +220,8 @@ def test_curves_and_pruning_are_made_anew_every_round(site: Site, monkeypatch: p
         curves.append((method, options["refit"]))
         return prune_levels(method, *arguments, **options)
 
-    monkeypatch.setattr(tools.workbench, "prune_weight", one)
-    monkeypatch.setattr(tools.workbench, "prune_levels", levels)
+    monkeypatch.setattr(tools.worker, "prune_weight", one)
+    monkeypatch.setattr(tools.worker, "prune_levels", levels)
     bench_kappa_of_method(site)
     assert pruned == curves == [("refit", False)] * (1 + ROUNDS) * len(site.bench.layers)
 

@@ -48,7 +48,9 @@ def work(bench: Workbench, at: Callable[[str, int, int], None] = ignore) -> list
         checkpoint = bench.prune(profile, allocation, recipe, ignore)
         losses = bench.evaluate(checkpoint, "validation", profile, at)
         results += [checkpoint, bench.hash_masks(), losses, bench.ask(checkpoint, "validation", ignore)]
-        results += [bench.measure_kl([0, 2])]
+    checkpoints = [DENSE, *results[1::4]]
+    results += [bench.measure_kl_each(checkpoints, [0, 2]), bench.hash_masks()]
+    results += [bench.evaluate_each(checkpoints, 2, profile, at, "side by side"), bench.hash_masks()]
     results += [bench.profile(ignore, profile), bench.evaluate(DENSE, "test", profile, ignore)]
     return results
 
@@ -72,10 +74,12 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
                 os.kill(doomed.pop(), signal.SIGKILL)
             if label == "validation" and done and len(doomed) == 1:
                 os.kill(doomed.pop(), signal.SIGKILL)
+            if (label, done) == ("side by side", 0):
+                os.kill(cluster._places[1].pid, signal.SIGKILL)
 
         assert work(bench, kill) == alone
         directory = cluster._directory
-    assert [text.partition(" on ")[0] for text in warned] == ["worker 1", "worker 0"]
+    assert [text.partition(" on ")[0] for text in warned] == ["worker 1", "worker 0", "worker 1"]
     assert all(text.endswith(" died; another one does its share again") for text in warned)
     close_workbench()
     assert not Path(directory).exists()

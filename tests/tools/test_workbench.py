@@ -1,11 +1,12 @@
 """One loaded model: profiled, pruned and restored bit for bit, whatever happens to the files."""
 
+import copy
 import hashlib
 import json
 import math
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import tools.workbench
+import tools.worker
 from kernels.guard import Pruned
 from kernels.methods import prune_weight
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
@@ -25,6 +27,7 @@ from tools.losses import PrefixCache
 from tools.profile import ModelStatistics, collect_statistics
 from tools.recipes import Adjustment, Recipe, parse_recipe
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
+from tools.worker import Texts, Worker
 
 REFIT = Recipe()
 MASK = Recipe(method="two-sided", refit=False)
@@ -63,7 +66,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         calls.append((method, zeros))
         return prune_weight(method, weight_OI, statistics, zeros, **options)
 
-    monkeypatch.setattr(tools.workbench, "prune_weight", count)
+    monkeypatch.setattr(tools.worker, "prune_weight", count)
     return calls
 
 
@@ -318,7 +321,7 @@ def test_an_artifact_that_comes_out_different_is_refused(
         pruned = prune_weight(*arguments, **options)
         return pruned._replace(weight_OI=2 * pruned.weight_OI)
 
-    monkeypatch.setattr(tools.workbench, "prune_weight", spoil)
+    monkeypatch.setattr(tools.worker, "prune_weight", spoil)
     with pytest.raises(DamagedArtifact) as refusal:
         bench.restore(checkpoint)
     assert str(refusal.value) == (
@@ -570,7 +573,7 @@ def test_a_damping_that_had_to_grow_is_told(
     def strain(*arguments: Any, **options: Any) -> Pruned:
         return prune_weight(*arguments, **options)._replace(damping=0.1)
 
-    monkeypatch.setattr(tools.workbench, "prune_weight", strain)
+    monkeypatch.setattr(tools.worker, "prune_weight", strain)
     prune(bench, bench.profile(ignore), 0.4)
     assert warnings[0] == (f"layer {bench.layers[0].name} needed damping 0.1 instead of 0.01: its inputs are singular")
 
@@ -655,10 +658,101 @@ def test_block_inputs_are_kept_within_their_memory(bench: Workbench) -> None:
 
 def test_kl_on_calibration_windows_leaves_the_weights_as_they_are(bench: Workbench) -> None:
     profile = bench.profile(ignore)
-    prune(bench, profile, 0.5, MASK)
+    checkpoint = prune(bench, profile, 0.5, MASK)
     weights = snapshot(bench)
-    kl = bench.measure_kl([0, 1])
-    assert kl == pytest.approx((bench.measure_kl([0]) + bench.measure_kl([1])) / 2, rel=1e-5)
+    kl = measure_kl(bench, checkpoint, [0, 1])
+    both = measure_kl(bench, checkpoint, [0]) + measure_kl(bench, checkpoint, [1])
+    assert kl == pytest.approx(both / 2, rel=1e-5)
     assert same(snapshot(bench), weights)
-    bench.restore(DENSE)
-    assert bench.measure_kl([1, 0]) == pytest.approx(0, abs=1e-6)
+    assert bench.measure_kl_each([DENSE, checkpoint, DENSE], [1, 0]) == pytest.approx([0, kl, 0], abs=1e-6)
+    assert same(snapshot(bench), weights)
+
+
+def measure_kl(bench: Workbench, checkpoint: str, windows: list[int]) -> float:
+    return bench.measure_kl_each([checkpoint], windows)[0]
+
+
+# --- several checkpoints at once -----------------------------------------------------------------------------------
+
+
+class Team:
+    """Workers as `tools.cluster.Cluster` has them, in this process, the last one given the first job."""
+
+    size = 2
+
+    def __init__(self, bench: Workbench) -> None:
+        texts = Texts(bench.windows.calibration, bench.windows.validation, bench.windows.test, {})
+        self.workers = [
+            Worker(copy.deepcopy(bench.model), bench.settings, texts, bench.directory, 0) for _ in range(self.size)
+        ]
+        self.bench = bench
+        self.handed: list[str] = []
+
+    def keep(self, value: Any) -> Any:
+        return value
+
+    def hand_out(self, method: str, jobs: Sequence[Any], weights: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        for number in reversed(range(len(jobs))):
+            worker = self.workers[number % self.size]
+            found = {name: {"weight": self.bench.read_weight(name, x)} for name, x in weights[number].items()}
+            worker.install(found, self.bench.mark_blocks(weights[number]))
+            self.handed.append(method)
+            yield number, getattr(worker, method)(*jobs[number])
+
+    def share(self, method: str, count: int, *arguments: Any) -> Any:
+        self.workers[0].install({x.name: {"weight": x.weight_OI} for x in self.bench.layers}, [""] * 2)
+        return lambda tick: [getattr(self.workers[0], method)((0, count), *arguments)]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def three(bench: Workbench) -> tuple[str, list[str]]:
+    """A profile and three checkpoints, the last one in the model."""
+    profile = bench.profile(ignore)
+    return profile, [
+        prune(bench, profile, 0.3, MASK),
+        prune(bench, profile, 0.5, REFIT),
+        prune(bench, profile, 0.5, MASK),
+    ]
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_checkpoints_side_by_side_are_as_one_after_another(
+    bench: Workbench, three: tuple[str, list[str]], windows: int
+) -> None:
+    profile, checkpoints = three
+    asked = [*checkpoints, DENSE, checkpoints[0]]
+    weights = snapshot(bench)
+    alone = bench.evaluate_each(asked, windows, profile, ignore), bench.measure_kl_each(asked, [1])
+    assert same(snapshot(bench), weights)
+    assert bench.abreast == 1
+    if windows == 3:
+        assert alone[0] == [bench.evaluate(checkpoint, "validation", profile, ignore) for checkpoint in asked]
+        shutil.rmtree(bench.directory / "evaluations")
+    bench.restore(checkpoints[0])
+    weights = snapshot(bench)
+    team = bench._cluster = Team(bench)  # type: ignore[assignment]
+    ticks: list[tuple[int, int]] = []
+    shared = bench.evaluate_each(asked, windows, profile, lambda _, done, total: ticks.append((done, total)))
+    assert (shared, bench.measure_kl_each(asked, [1])) == alone
+    assert team.handed == ["losses"] * 8 and bench.abreast == 2
+    assert ticks == [(done * windows, 4 * windows) for done in range(5)]
+    assert same(snapshot(bench), weights)
+    if windows == 3:  # kept, so that nothing is handed out again
+        assert bench.evaluate_each(asked, 3, profile, ignore) == shared and len(team.handed) == 8
+
+
+def test_a_layer_damaged_before_it_travels_is_made_again(
+    bench: Workbench, warnings: list[str], three: tuple[str, list[str]]
+) -> None:
+    profile, checkpoints = three
+    alone = bench.evaluate_each(checkpoints, 2, profile, ignore)
+    damage(artifact_path(bench, checkpoints[1], bench.layers[3].name))
+    weights = snapshot(bench)
+    team = bench._cluster = Team(bench)  # type: ignore[assignment]
+    assert bench.evaluate_each(checkpoints, 2, profile, ignore) == alone
+    assert team.handed == ["losses"], "the others are measured one after another"
+    assert len(warnings) == 1 and "computed again" in warnings[0]
+    assert same(snapshot(bench), weights)
