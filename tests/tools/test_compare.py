@@ -18,6 +18,7 @@ import tools.compare
 import tools.files
 import tools.structure
 import tools.workbench
+from tests.team import gather_teams
 from tests.tiny import tiny_settings
 from tools.allocate import allocate
 from tools.compare import (
@@ -372,6 +373,24 @@ def test_a_search_goes_on_where_it_was(
     again = run(copied)[0].rows[-1]
     assert lasting([again]) == lasting([whole])
     assert again.allocation_seconds >= round(saved.seconds, 1)  # the time of the first try is counted
+
+
+def test_workers_take_whole_candidates_of_a_search(
+    copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    directory = Path(copied.out)
+    known = read_comparison(directory)
+    whole = known.rows.pop(TITLES.index("wanda:evolution at 45%"))
+    write_json(directory / "compare.json", known.model_dump())
+    path = directory / "work" / "search-wanda-0.45.json"
+    alone = SavedSearch.model_validate_json(path.read_bytes())
+    path.unlink()
+    teams = gather_teams(monkeypatch)
+    again = run(copied.model_copy(update={"workers": "2"}))[0].rows[-1]
+    assert lasting([again]) == lasting([whole])
+    shared = SavedSearch.model_validate_json(path.read_bytes())
+    assert shared == alone.model_copy(update={"seconds": shared.seconds})
+    assert len(teams) == 1 and len(teams[0].handed) == 2 * (8 + 3)
 
 
 @pytest.mark.parametrize("spoil", ["settings", "profile", "file"])

@@ -9,6 +9,7 @@ import pytest
 
 import tools.workbench
 import tools.worker
+from tests.team import Team
 from tests.tiny import tiny_settings
 from tools.allocate import Allocation, ImpossiblePlan, allocate
 from tools.curves import LEVELS, LayerProfile
@@ -187,6 +188,42 @@ def test_a_probe_is_measured_once(make_round: Callable[..., Round], monkeypatch:
     monkeypatch.setattr(tools.worker, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench, "evaluate_windows", pytest.fail)
     assert probe(round_, [REFIT], 128) == figures, "on as many windows"
+
+
+@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize("tokens", [100, 192])
+def test_several_drafts_are_measured_as_each_alone(
+    workers: bool, tokens: int, make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    booked: list[int] = []
+    round_ = make_round(WANDA, book=booked.append)
+    bench = round_.bench
+    bounds = Adjustment(selector="*", action="bounds", high=0.2)
+    drafts = [REFIT, Draft(sparsity=0.4, adjustments=[bounds]), Draft(sparsity=0.2, recipe=WANDA.recipe), REFIT, WANDA]
+    alone = [probe(round_, [draft], tokens)[0] for draft in (REFIT, drafts[2], WANDA)]
+    assert booked == [2 * 64 if tokens == 100 else 3 * 64] * 3
+    for made in (bench.store.directory / "index.jsonl", *(bench.directory / "evaluations").iterdir()):
+        made.unlink()
+    bench.evaluate(round_.present, "validation", round_.profile, ignore)
+    before = hash_weights(bench)
+    team = Team(bench, 3)
+    if workers:
+        monkeypatch.setattr(bench, "_cluster", team)
+    figures = probe(round_, drafts, tokens)
+    assert [figures[number] for number in (0, 2, 3, 4)] == [alone[0], alone[1], alone[0], alone[2]]
+    assert list(figures[1]) == ["error"] and "allow at most" in figures[1]["error"]
+    assert booked[3:] == [4 * booked[0]], "all that can be"
+    assert hash_weights(bench) == before
+    assert len(team.handed) == (2 if workers else 0)
+    assert probe(round_, drafts, tokens) == figures and len(team.handed) == (2 if workers else 0)
+
+
+def test_drafts_none_of_which_can_be(make_round: Callable[..., Round]) -> None:
+    drafts = [
+        Draft(sparsity=0.4, adjustments=[Adjustment(selector="*", action="bounds", high=high)]) for high in (0.1, 0.2)
+    ]
+    with pytest.raises(ImpossiblePlan, match=r"allow at most .*; .*allow at most"):
+        probe(make_round(), drafts, 1)
 
 
 def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> None:

@@ -1,12 +1,11 @@
 """One loaded model: profiled, pruned and restored bit for bit, whatever happens to the files."""
 
-import copy
 import hashlib
 import json
 import math
 import shutil
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import tools.workbench
 import tools.worker
 from kernels.guard import Pruned
 from kernels.methods import prune_weight
+from tests.team import Team
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
 from tools.allocate import Allocation, allocate
 from tools.errors import DamagedArtifact, UserError
@@ -27,7 +27,6 @@ from tools.losses import PrefixCache
 from tools.profile import ModelStatistics, collect_statistics
 from tools.recipes import Adjustment, Recipe, parse_recipe
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
-from tools.worker import Texts, Worker
 
 REFIT = Recipe()
 MASK = Recipe(method="two-sided", refit=False)
@@ -675,38 +674,6 @@ def measure_kl(bench: Workbench, checkpoint: str, windows: list[int]) -> float:
 # --- several checkpoints at once -----------------------------------------------------------------------------------
 
 
-class Team:
-    """Workers as `tools.cluster.Cluster` has them, in this process, the last one given the first job."""
-
-    size = 2
-
-    def __init__(self, bench: Workbench) -> None:
-        texts = Texts(bench.windows.calibration, bench.windows.validation, bench.windows.test, {})
-        self.workers = [
-            Worker(copy.deepcopy(bench.model), bench.settings, texts, bench.directory, 0) for _ in range(self.size)
-        ]
-        self.bench = bench
-        self.handed: list[str] = []
-
-    def keep(self, value: Any) -> Any:
-        return value
-
-    def hand_out(self, method: str, jobs: Sequence[Any], weights: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        for number in reversed(range(len(jobs))):
-            worker = self.workers[number % self.size]
-            found = {name: {"weight": self.bench.read_weight(name, x)} for name, x in weights[number].items()}
-            worker.install(found, self.bench.mark_blocks(weights[number]))
-            self.handed.append(method)
-            yield number, getattr(worker, method)(*jobs[number])
-
-    def share(self, method: str, count: int, *arguments: Any) -> Any:
-        self.workers[0].install({x.name: {"weight": x.weight_OI} for x in self.bench.layers}, [""] * 2)
-        return lambda tick: [getattr(self.workers[0], method)((0, count), *arguments)]
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture
 def three(bench: Workbench) -> tuple[str, list[str]]:
     """A profile and three checkpoints, the last one in the model."""
@@ -737,7 +704,7 @@ def test_checkpoints_side_by_side_are_as_one_after_another(
     ticks: list[tuple[int, int]] = []
     shared = bench.evaluate_each(asked, windows, profile, lambda _, done, total: ticks.append((done, total)))
     assert (shared, bench.measure_kl_each(asked, [1])) == alone
-    assert team.handed == ["losses"] * 8 and bench.abreast == 2
+    assert team.handed == [("losses", place) for place in (1, 0, 1, 0)] * 2 and bench.abreast == 2
     assert ticks == [(done * windows, 4 * windows) for done in range(5)]
     assert same(snapshot(bench), weights)
     if windows == 3:  # kept, so that nothing is handed out again
@@ -753,6 +720,6 @@ def test_a_layer_damaged_before_it_travels_is_made_again(
     weights = snapshot(bench)
     team = bench._cluster = Team(bench)  # type: ignore[assignment]
     assert bench.evaluate_each(checkpoints, 2, profile, ignore) == alone
-    assert team.handed == ["losses"], "the others are measured one after another"
+    assert team.handed == [("losses", 0)], "the others are measured one after another"
     assert len(warnings) == 1 and "computed again" in warnings[0]
     assert same(snapshot(bench), weights)
