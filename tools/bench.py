@@ -42,7 +42,8 @@ from tools.options import Parser, add_flags, parse_flags, read_options, refuse
 from tools.profile import begin_walk, collect_moments, collect_statistics, work_alone
 from tools.readout import compute_hidden
 from tools.recipes import Recipe
-from tools.settings import WorkbenchSettings
+from tools.settings import TeamSettings, WorkbenchSettings
+from tools.shards import SHARDS
 from tools.summary import describe_protocol
 from tools.walks import layers_by_block
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
@@ -500,6 +501,49 @@ def bench_decode(source: str, settings: BenchSettings) -> Result:
     return compare_rounds("decode", what + difference, packed, "the same with dense layers, bf16", dense, DECODE, peak)
 
 
+def bench_workers(bench: Workbench, settings: BenchSettings, workers: int) -> list[Result]:
+    """Profile and validation by several workers, against the same by one of them."""
+    cluster = bench.cluster
+    assert cluster is not None
+    profile = bench.profile(_ignore)
+    layers, recipe = bench.read_profile(profile).layers, Recipe(method="wanda", refit=False, allocation="uniform")
+    one, other = (
+        bench.prune(profile, allocate(layers, share, recipe), recipe, _ignore) for share in (SPARSITY, OTHER_SPARSITY)
+    )
+    busy: dict[tuple[str, int], float] = {}
+
+    def validate(checkpoint: str) -> None:
+        for path in (bench.directory / "evaluations").glob("*.json"):
+            path.unlink()
+        bench.evaluate(checkpoint, "validation", profile, _ignore)
+
+    def task(name: str, count: int, run: Callable[[], object]) -> Task:
+        def prepare() -> None:
+            cluster.use(workers)
+            validate(other)  # so that no block's weights are those that the task begins with
+            cluster.use(count)
+            cluster.take_busy_seconds()
+
+        def work() -> None:
+            run()
+            busy[name, count] = cluster.take_busy_seconds()
+
+        return Task(work, prepare)
+
+    results = []
+    tasks: dict[str, Callable[[], object]] = {
+        "profile": lambda: bench.profile(_ignore),
+        "validation": lambda: validate(one),
+    }
+    for name, run in tasks.items():
+        several, alone = time_in_turn([task(name, count, run) for count in (workers, 1)], settings)
+        outside = 1 - busy[name, workers] / (workers * several[-1])
+        what = f"{name} by {workers} workers of one thread each; {outside:.0%} of their time was not spent on the text"
+        peak = bench.peak_memory_bytes()
+        results.append(compare_rounds(f"workers/{name}", what, several, "the same by one of them", alone, None, peak))
+    return results
+
+
 BENCHMARKS: dict[str, Callable[[Site], list[Result]]] = {
     "wanda": bench_wanda,
     "profile": bench_profile,
@@ -546,6 +590,24 @@ def run_benchmarks(
                     status.update(name)
                     report.results += BENCHMARKS[name](site)
                     _write(report, path)
+        finally:
+            close_workbench()
+
+
+def run_workers(settings: BenchSettings, workers: int, console: Console) -> list[Result]:
+    """`bench_workers`, in a temporary directory. Raises UserError without Ray, or where it cannot be begun."""
+    team = TeamSettings.model_validate(
+        settings.model_dump(include=set(WorkbenchSettings.model_fields))
+        | {"workers": str(workers), "worker_threads": 1}
+    )
+
+    def warn(text: str) -> None:
+        console.print(f"warning: {text}", highlight=False, markup=False)
+
+    with tempfile.TemporaryDirectory(prefix="billhook-bench-") as directory, console.status("workers"):
+        try:
+            with use_workbench(team, Path(directory), warn, _ignore) as bench:
+                return bench_workers(bench, settings, workers)
         finally:
             close_workbench()
 
@@ -606,6 +668,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="Time only this: a model or run decodes, with packed layers against dense ones, in bf16. Where it is "
         "dense, 45 %% of its weights are set to zero; a directory with only a config.json gets random weights.",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        choices=range(2, SHARDS + 1),
+        help="Time only this: profile and validation by N workers of one thread, on Ray, against one of them.",
+    )
     add_flags(parser, BenchSettings)
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for sentences
     try:
@@ -618,13 +687,16 @@ def main(arguments: list[str] | None = None) -> int:
             versions=describe_protocol(settings, "validation").versions,
         )
         path = Path(options.json) if options.json else None
-        if options.decode and options.only:
-            raise UserError("--decode and --only exclude one another")
+        if sum(map(bool, (options.decode, options.only, options.workers))) > 1:
+            raise UserError("--decode, --workers and --only exclude one another")
         try:
             if options.decode:
                 report.settings |= {"model": options.decode, "dtype": "bf16", "device": "cpu"}
                 _write(report, path)
                 report.results.append(bench_decode(options.decode, settings))
+                _write(report, path)
+            elif options.workers:
+                report.results += run_workers(settings, options.workers, console)
                 _write(report, path)
             else:
                 run_benchmarks(settings, names, path, report, console)

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class Cluster:
         self._coming: list[Weights] = []
         self._identity = identify(model)
         self._places: list[_Place] = []
+        self._idle: list[_Place] = []
         self._ray, self._directory = _connect(settings)
         try:
             count, self._threads = _count_workers(self._ray, settings, model.device.type)
@@ -116,9 +118,18 @@ class Cluster:
         """How many workers there are."""
         return len(self._places)
 
+    def use(self, count: int) -> None:
+        """From now on only the first so many workers have work, to measure what more of them bring."""
+        everyone = [*self._places, *self._idle]
+        self._places, self._idle = everyone[:count], everyone[count:]
+
+    def take_busy_seconds(self) -> float:
+        """Seconds that the workers in use spent on their requests since this was last asked, all together."""
+        return float(sum(self._ray.get([place.actor.take_busy_seconds.remote() for place in self._places])))
+
     def close(self) -> None:
         """Let the workers go, and Ray where it was begun here."""
-        for place in self._places:
+        for place in [*self._places, *self._idle]:
             with contextlib.suppress(Exception):
                 self._ray.kill(place.actor)
         self._kept.clear()
@@ -309,7 +320,7 @@ class _Actor:
         from tools.sources import load_model
 
         torch.set_num_threads(threads)
-        self._scratch = tempfile.TemporaryDirectory()
+        self._scratch, self._busy = tempfile.TemporaryDirectory(), 0.0
         model, _ = load_model(settings)
         limit = int(PREFIX_SHARE * sum(p.nbytes for p in model.parameters()))
         identity = identify(model)
@@ -319,7 +330,15 @@ class _Actor:
     def call(self, method: str, span: Span | None, arguments: Any) -> Any:
         """`method(span, *arguments)`, without the span where it is None."""
         given = thaw(arguments) if span is None else (span, *thaw(arguments))
-        return freeze(getattr(self._worker, method)(*given))
+        began = time.perf_counter()
+        answer = getattr(self._worker, method)(*given)
+        self._busy += time.perf_counter() - began
+        return freeze(answer)
+
+    def take_busy_seconds(self) -> float:
+        """Seconds spent on requests since this was last asked."""
+        busy, self._busy = self._busy, 0.0
+        return busy
 
 
 # --- values in and out -------------------------------------------------------------------------------------------
@@ -366,7 +385,10 @@ def _walk_through(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: nothing is sent anywhere
+    # Read when ray is imported. Nothing is sent anywhere, and its own long lines about dead workers are not printed
+    # among ours.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
         import ray.exceptions
@@ -385,6 +407,7 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
         directory = tempfile.mkdtemp(prefix="billhook-ray-")
         options |= {"address": "local", "_node_ip_address": "127.0.0.1", "_temp_dir": directory}
         options |= {"num_cpus": int(settings.workers) * _threads(settings), "include_dashboard": False}
+        options["_system_config"] = {"worker_niceness": 0}  # by default they give way to whatever else runs
     else:
         options["address"] = settings.workers
     ray = _import_ray()
@@ -396,7 +419,8 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
             ray.init(**options)
     except Exception as error:
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"Ray at {settings.workers!r} cannot be reached: {line}") from error
+        hint = "; a cluster with a token needs RAY_AUTH_MODE=token here" if "://" in settings.workers else ""
+        raise UserError(f"Ray at {settings.workers!r} cannot be reached: {line}{hint}") from error
     return ray, directory
 
 

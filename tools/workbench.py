@@ -117,8 +117,8 @@ class Workbench:
         self._team, self._extent = work_alone(
             blocks, self.layers, calibration, settings.gradient_windows, settings.seed, directory
         )
-        self._cluster = self._gather_workers() if settings.workers else None
-        self._team = self._cluster or self._team
+        self.cluster = self._gather_workers() if settings.workers else None
+        self._team = self.cluster or self._team
         progress("load model", 1, 1)
 
     def _gather_workers(self) -> Cluster:
@@ -127,13 +127,13 @@ class Workbench:
 
     def close(self) -> None:
         """Let workers go that were gathered."""
-        if self._cluster is not None:
-            self._cluster.close()
+        if self.cluster is not None:
+            self.cluster.close()
 
     @property
     def abreast(self) -> int:
         """How many checkpoints are measured at once: one by each worker, or one by this process alone."""
-        return self._cluster.size if self._cluster else 1
+        return self.cluster.size if self.cluster else 1
 
     def read_weight(self, name: str, artifact: str) -> Tensor:
         """The weights of a layer that an artifact stands for, (O, I). Raises DamagedArtifact."""
@@ -303,11 +303,11 @@ class Workbench:
         def parts_of_block(layers: Sequence[Layer]) -> Mapping[str, Iterable[Tensor]]:
             nonlocal done
             names = [layer.name for layer in layers]
-            if self._cluster is None:
+            if self.cluster is None:
                 return {name: parts_of(name) for name in names}
-            jobs = self._list_work(self._cluster, dict.fromkeys(names, 0), profile, recipe)
+            jobs = self._list_work(self.cluster, dict.fromkeys(names, 0), profile, recipe)
             parts: dict[str, Iterable[Tensor]] = {}
-            for _, answer in self._cluster.hand_out("prune_to_levels", jobs):
+            for _, answer in self.cluster.hand_out("prune_to_levels", jobs):
                 parts |= answer
                 progress(label, done := done + len(answer), len(self.layers))
             return parts
@@ -391,12 +391,12 @@ class Workbench:
         self, zeros: dict[str, int], profile: str, recipe: Recipe, present: Moments | None = None
     ) -> Iterator[tuple[str, str]]:
         """Prune layers, by the workers where there are some; (name, artifact) of each when it is in the model."""
-        if self._cluster is None:
+        if self.cluster is None:
             for name, count in zeros.items():
                 yield name, self._compute(name, count, recipe, self._statistics_of(profile, name, recipe, present))
             return
-        jobs = self._list_work(self._cluster, zeros, profile, recipe, present)
-        for _, results in self._cluster.hand_out("prune", jobs):
+        jobs = self._list_work(self.cluster, zeros, profile, recipe, present)
+        for _, results in self.cluster.hand_out("prune", jobs):
             for name, tensors, damping in results:
                 yield name, self._keep(name, tensors, damping)
 
@@ -614,8 +614,8 @@ class Workbench:
         one after another.
         """
         left = list(dict.fromkeys(checkpoints))
-        if self._cluster is not None and len(left) > 1:
-            handed = self._hand_out(self._cluster, split, left.copy(), windows, dense_hidden_BTD, label, progress)
+        if self.cluster is not None and len(left) > 1:
+            handed = self._hand_out(self.cluster, split, left.copy(), windows, dense_hidden_BTD, label, progress)
             with suppress(DamagedArtifact):  # `restore` warns of it below, and makes it again
                 for checkpoint, evaluation in handed:
                     left.remove(checkpoint)
@@ -654,10 +654,10 @@ class Workbench:
         prefix: tuple[PrefixCache, Sequence[str]] | None = None,
     ) -> tuple[Evaluation, Tensor]:
         """As `evaluate_windows` of some windows of a text, by the workers where there are some."""
-        if self._cluster is None:
+        if self.cluster is None:
             text_BT = getattr(self.windows, split)[list(windows)].to(self.device)
             return evaluate_windows(self.model, text_BT, dense_hidden_BTD, label, progress, prefix)
-        answers = self._cluster.share(
+        answers = self.cluster.share(
             "losses", len(windows), split, list(windows), dense_hidden_BTD, dense_hidden_BTD is None
         )(count_up(progress, label, len(windows)))
         nll, kl = ([value for answer in answers for value in answer[i]] for i in (0, 1))
@@ -677,12 +677,12 @@ class Workbench:
                 self.warn(f"{path} is damaged; the questions are asked again")
         self.restore(checkpoint)
         pairs = self.questions[split]
-        if self._cluster is None:
+        if self.cluster is None:
             recall = measure_recall(self.model, pairs, label or "questions", progress)
         else:
             batches = len(cut_batches(pairs))
             ticks = count_up(progress, label or "questions", batches)
-            answers = self._cluster.share("recall", batches, split)(ticks)
+            answers = self.cluster.share("recall", batches, split)(ticks)
             recall = put_together(pairs, [value for answer in answers for value in answer])
         write_json(path, recall.model_dump())
         return recall

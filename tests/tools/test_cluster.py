@@ -15,10 +15,11 @@ import torch
 import tools.cluster
 from tests.tiny import tiny_settings
 from tools.allocate import allocate
+from tools.bench import BenchSettings, bench_workers
 from tools.cluster import Cluster, freeze, thaw
 from tools.errors import UserError
 from tools.recipes import parse_recipe
-from tools.settings import TeamSettings
+from tools.settings import TEAM, TeamSettings
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
 from tools.worker import Identity, LayerWork
 
@@ -65,7 +66,7 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
     warned: list[str] = []
     shared = settings.model_copy(update={"workers": "2", "worker_threads": 1})
     with use_workbench(shared, tmp_path / "shared", warned.append, ignore) as bench:
-        cluster = bench._cluster
+        cluster = bench.cluster
         assert cluster is not None and cluster.size == 2
         doomed = [place.pid for place in cluster._places]
 
@@ -79,6 +80,10 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
 
         assert work(bench, kill) == alone
         directory = cluster._directory
+        rounds = BenchSettings.model_validate(settings.model_dump(exclude=set(TEAM)) | {"rounds": 1})
+        results = bench_workers(bench, rounds, 2)
+        assert [result.name for result in results] == ["workers/profile", "workers/validation"]
+        assert all(" by 2 workers of one thread each; " in result.what for result in results)
     assert [text.partition(" on ")[0] for text in warned] == ["worker 1", "worker 0", "worker 1"]
     assert all(text.endswith(" died; another one does its share again") for text in warned)
     close_workbench()
