@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tools.cluster
+from kernels.packing import unpack_weight
 from tests.tiny import tiny_settings
 from tools.allocate import allocate
 from tools.bench import BenchSettings, bench_workers
@@ -187,6 +188,59 @@ def test_who_is_no_worker(tiny_llama: Path, value: str) -> None:
 @pytest.mark.parametrize("value", ["", "auto", "1", "16", "ray://head.example:10001"])
 def test_who_is(tiny_llama: Path, value: str) -> None:
     assert tiny_settings(tiny_llama, workers=value).workers == value
+
+
+# --- weights of a job's own --------------------------------------------------------------------------------------
+
+
+class Weighed:
+    """An actor whose layers are one number each, all 1 when it was loaded; its answers are these numbers."""
+
+    def __init__(self, dies: bool = False) -> None:
+        self.layers, self.dies, self.call = {"a": 1.0, "b": 1.0}, dies, SimpleNamespace(remote=self.run)
+
+    def run(self, method: str, _: None, arguments: Any) -> Any:
+        if method != "install":
+            layers = dict(self.layers)
+            return lambda: self.answer(layers)  # stands for a reference
+        for name, tensors in thaw(arguments)[0].items():
+            packed = "values" in tensors
+            weight = unpack_weight(tensors["mask"], tensors["values"], (2, 2)) if packed else tensors["weight"]
+            self.layers[name] = float(weight[0, 0])
+        return None
+
+    def answer(self, layers: dict[str, float]) -> dict[str, float]:
+        if self.dies:
+            raise RayActorError
+        return layers
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_each_job_has_its_own_weights_and_layers_travel_once(dies: bool, made: Cluster) -> None:
+    jobs = [{"a": "2", "b": "1"}, {"a": "2", "b": "3"}, {"a": "4", "b": "3"}, {"a": "1", "b": "1"}]
+    read: list[str] = []
+
+    def read_weight(name: str, artifact: str) -> torch.Tensor:
+        read.append(name + artifact)
+        return torch.full((2, 2), float(artifact))
+
+    def replace(place: Any) -> None:
+        place.actor, place.installed = Weighed(), {}
+
+    made._ray.put, made._ray.get = lambda value: value, lambda answer: answer()
+    made._ray.wait = lambda answers, num_returns: (answers[-1:], answers[:-1])
+    made._replace = replace  # type: ignore[method-assign]
+    made._places = [tools.cluster._Place(0, Weighed(), None), tools.cluster._Place(1, Weighed(dies), None)]
+    made._loaded, made._kept, made._coming = {"a": "1", "b": "1"}, {}, []
+    made._source = SimpleNamespace(  # type: ignore[assignment]
+        installed={"a": "5", "b": "1"}, read_weight=read_weight, mark_blocks=lambda weights: sorted(weights.items())
+    )
+    answers = dict(made.hand_out("losses", [()] * 4, jobs))
+    assert answers == {i: {name: float(artifact) for name, artifact in job.items()} for i, job in enumerate(jobs)}
+    assert sorted(set(read)) == ["a1", "a2", "a4", "b1", "b3"]
+    assert dies or len(read) == 5
+    assert list(made.hand_out("losses", [()])) == [(0, {"a": 5.0, "b": 1.0})]
+    assert made._kept.keys() == {("a", "5"), ("a", "dense weights"), ("b", "dense weights")}
 
 
 # --- values in and out -------------------------------------------------------------------------------------------
