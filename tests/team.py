@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from tools.shards import SHARDS, Answers, share_out
-from tools.workbench import Workbench
+from tools.workbench import DENSE, Workbench
 from tools.worker import Texts, Worker
 
 
@@ -60,7 +60,11 @@ class Team:
 
     def _update(self, place: int, weights: Mapping[str, str] | None = None) -> Worker:
         wanted = self.bench.installed if weights is None else weights
-        found = {name: {"weight": self.bench.read_weight(name, artifact)} for name, artifact in wanted.items()}
+        found = {
+            name: {"dense": self.bench.dense[name]}
+            | ({} if artifact == DENSE else self.bench.read_artifact(name, artifact))
+            for name, artifact in wanted.items()
+        }
         self.workers[place].install(found, self.bench.mark_blocks(wanted))
         return self.workers[place]
 

@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.packing import pack_weight
 from tools.errors import UserError
 from tools.settings import TeamSettings
 from tools.shards import SHARDS, Answers, Span, share_out
@@ -47,8 +46,12 @@ class WeightSource(Protocol):
     def installed(self) -> Weights:
         """The weights as they are in this process: the workers' own, unless a request is about others."""
 
-    def read_weight(self, name: str, artifact: str) -> Tensor:
-        """The weights of a layer that an artifact stands for, (O, I). Raises DamagedArtifact."""
+    @property
+    def dense(self) -> Mapping[str, Tensor]:
+        """The weights of each layer as it was loaded, (O, I)."""
+
+    def read_artifact(self, name: str, artifact: str) -> dict[str, Tensor]:
+        """A layer's mask, and its values unless they are the dense weights'. Raises DamagedArtifact."""
 
     def mark_blocks(self, weights: Weights) -> list[str]:
         """For each block, a name of the weights of all blocks before it."""
@@ -254,11 +257,13 @@ class Cluster:
 
     def _find_weight(self, name: str, artifact: str) -> Any:
         if artifact == self._loaded[name]:
-            return {"weight": self.keep_dense(name, self._source.read_weight(name, artifact))}
+            return {"dense": self.keep_dense(name, self._source.dense[name])}
         key = name, artifact
         if key not in self._kept:
-            bits, values = pack_weight(self._source.read_weight(name, artifact))
-            self._kept[key] = self.keep({"mask": bits, "values": values})
+            tensors: dict[str, Any] = dict(self._source.read_artifact(name, artifact))
+            if "values" not in tensors:  # the dense weights are there once, whatever masks they are given
+                tensors["dense"] = self.keep_dense(name, self._source.dense[name])
+            self._kept[key] = self.keep(tensors)
         return self._kept[key]
 
     def _forget_weights(self) -> None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from kernels.methods import LayerStatistics
-from kernels.packing import pack_mask, unpack_mask, unpack_weight
+from kernels.packing import pack_mask, pack_weight
 from kernels.preconditioner import DAMPING
 from tools.allocate import Allocation
 from tools.baselines import measure_alpha
@@ -53,7 +53,7 @@ from tools.settings import Split, TeamSettings, WorkbenchSettings
 from tools.sources import load_model
 from tools.texts import cut_windows
 from tools.walks import layers_by_block
-from tools.worker import LayerWork, Texts, cut_to_levels, prune_layer, to_artifact
+from tools.worker import LayerWork, Texts, cut_to_levels, from_artifact, prune_layer, to_artifact
 
 DENSE = "dense"
 """Id of the unpruned weights, as a checkpoint and as a layer's artifact."""
@@ -135,11 +135,15 @@ class Workbench:
         """How many checkpoints are measured at once: one by each worker, or one by this process alone."""
         return self.cluster.size if self.cluster else 1
 
-    def read_weight(self, name: str, artifact: str) -> Tensor:
-        """The weights of a layer that an artifact stands for, (O, I). Raises DamagedArtifact."""
-        if artifact == self.installed[name]:
-            return self.by_name[name].weight_OI
-        return self.dense[name] if artifact == DENSE else self._unpack(name, self.store.read_tensors(artifact))
+    def read_artifact(self, name: str, artifact: str) -> dict[str, Tensor]:
+        """A layer's mask, and its values unless they are the dense weights'. Raises DamagedArtifact."""
+        try:
+            return self.store.read_tensors(artifact)
+        except DamagedArtifact:
+            if artifact != self.installed[name]:
+                raise
+            bits, values = pack_weight(self.by_name[name].weight_OI)  # what is in the model is whole
+            return {"mask": bits, "values": values}
 
     def _refuse_small_disk(self) -> None:
         """All that a run may write must fit."""
@@ -426,16 +430,8 @@ class Workbench:
         if damping > DAMPING:
             self.warn(f"layer {name} needed damping {damping:g} instead of {DAMPING:g}: its inputs are singular")
         artifact = self.store.write_tensors(tensors)
-        self._write(name, self._unpack(name, tensors), artifact)
+        self._write(name, from_artifact(tensors, self.dense[name]), artifact)
         return artifact
-
-    def _unpack(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """The weights that an artifact stands for."""
-        dense_OI = self.dense[name]
-        shape = (dense_OI.shape[0], dense_OI.shape[1])
-        if "values" in tensors:
-            return unpack_weight(tensors["mask"], tensors["values"], shape)
-        return torch.where(unpack_mask(tensors["mask"], shape), dense_OI.to(tensors["mask"].device), 0)
 
     def _write(self, name: str, weight_OI: Tensor, artifact: str) -> None:
         self.installed[name] = ""  # a write that is cut short leaves neither the old weights nor the new
@@ -455,7 +451,7 @@ class Workbench:
                 self.warn(f"{error}; layer {name} is computed again")
                 self.store.path(artifact, ".safetensors").unlink(missing_ok=True)  # nobody should trip over it again
                 return False
-            weight_OI = self._unpack(name, tensors)
+            weight_OI = from_artifact(tensors, self.dense[name])
         self._write(name, weight_OI, artifact)
         return True
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tools.cluster
-from kernels.packing import unpack_weight
+from kernels.packing import pack_weight
 from tests.tiny import tiny_settings
 from tools.allocate import allocate
 from tools.bench import BenchSettings, bench_workers
@@ -22,7 +22,7 @@ from tools.errors import UserError
 from tools.recipes import parse_recipe
 from tools.settings import TEAM, TeamSettings
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
-from tools.worker import Identity, LayerWork
+from tools.worker import Identity, LayerWork, from_artifact
 
 RECIPES = ("refit:kappa", "sparsegpt~sequential:kappa-mask", "wanda:uniform")
 
@@ -204,9 +204,7 @@ class Weighed:
             layers = dict(self.layers)
             return lambda: self.answer(layers)  # stands for a reference
         for name, tensors in thaw(arguments)[0].items():
-            packed = "values" in tensors
-            weight = unpack_weight(tensors["mask"], tensors["values"], (2, 2)) if packed else tensors["weight"]
-            self.layers[name] = float(weight[0, 0])
+            self.layers[name] = float(from_artifact(tensors, tensors.get("dense", torch.zeros(2, 2)))[0, 0])
         return None
 
     def answer(self, layers: dict[str, float]) -> dict[str, float]:
@@ -217,12 +215,14 @@ class Weighed:
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_each_job_has_its_own_weights_and_layers_travel_once(dies: bool, made: Cluster) -> None:
-    jobs = [{"a": "2", "b": "1"}, {"a": "2", "b": "3"}, {"a": "4", "b": "3"}, {"a": "1", "b": "1"}]
+    jobs = [{"a": "2", "b": "1"}, {"a": "2", "b": "3"}, {"a": "0", "b": "3"}, {"a": "1", "b": "1"}]
     read: list[str] = []
 
-    def read_weight(name: str, artifact: str) -> torch.Tensor:
+    def read_artifact(name: str, artifact: str) -> dict[str, torch.Tensor]:
+        """0 is kept as a mask alone."""
         read.append(name + artifact)
-        return torch.full((2, 2), float(artifact))
+        bits, values = pack_weight(torch.full((2, 2), float(artifact)))
+        return {"mask": bits, "values": values} if float(artifact) else {"mask": bits}
 
     def replace(place: Any) -> None:
         place.actor, place.installed = Weighed(), {}
@@ -233,12 +233,15 @@ def test_each_job_has_its_own_weights_and_layers_travel_once(dies: bool, made: C
     made._places = [tools.cluster._Place(0, Weighed(), None), tools.cluster._Place(1, Weighed(dies), None)]
     made._loaded, made._kept, made._coming = {"a": "1", "b": "1"}, {}, []
     made._source = SimpleNamespace(  # type: ignore[assignment]
-        installed={"a": "5", "b": "1"}, read_weight=read_weight, mark_blocks=lambda weights: sorted(weights.items())
+        installed={"a": "5", "b": "1"},
+        dense={"a": torch.ones(2, 2), "b": torch.ones(2, 2)},
+        read_artifact=read_artifact,
+        mark_blocks=lambda weights: sorted(weights.items()),
     )
     answers = dict(made.hand_out("losses", [()] * 4, jobs))
     assert answers == {i: {name: float(artifact) for name, artifact in job.items()} for i, job in enumerate(jobs)}
-    assert sorted(set(read)) == ["a1", "a2", "a4", "b1", "b3"]
-    assert dies or len(read) == 5
+    assert sorted(set(read)) == ["a0", "a2", "b3"]
+    assert dies or len(read) == 3
     assert list(made.hand_out("losses", [()])) == [(0, {"a": 5.0, "b": 1.0})]
     assert made._kept.keys() == {("a", "5"), ("a", "dense weights"), ("b", "dense weights")}
 
