@@ -55,7 +55,7 @@ DEMO_CALLS: tuple[list[Answer], ...] = (
     [{"tool": "predict", "arguments": {"plan": {"sparsity": 0.45}}}],
     [
         [
-            {"tool": "probe", "arguments": {"plan": _DEMO_PROBE, "tokens": 128}},
+            {"tool": "probe", "arguments": {"plans": [_DEMO_PROBE, {"sparsity": 0.45}], "tokens": 128}},
             {"tool": "history", "arguments": {"n": 3}},
         ]
     ],

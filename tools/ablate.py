@@ -10,7 +10,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -299,18 +300,21 @@ def _try_random(bench: "Workbench", profile: str, settings: AblateSettings, prog
     tokens = settings.validation_tokens
     trials = settings.evaluated_tokens // tokens
     best: tuple[float, str, str] | None = None
-    for number in range(trials):
-        recipe, adjustments = draw_plan(bench.read_profile(profile).layers, settings.seed, number)
-        try:
-            allocation = _share_out(bench, profile, settings, recipe, adjustments, progress)
-        except ImpossiblePlan:
-            continue
-        checkpoint = bench.prune(profile, allocation, recipe, progress)
-        kl = bench.evaluate(checkpoint, "validation", profile, progress).mean_kl
-        kl = math.inf if kl is None else kl
-        if best is None or kl < best[0]:
-            best = kl, checkpoint, recipe.label
-        bench.forget_checkpoints([best[1]])
+    for first in range(0, trials, bench.abreast):
+        tried: list[tuple[str, str]] = []
+        for number in range(first, min(first + bench.abreast, trials)):
+            recipe, adjustments = draw_plan(bench.read_profile(profile).layers, settings.seed, number)
+            with suppress(ImpossiblePlan):
+                allocation = _share_out(bench, profile, settings, recipe, adjustments, progress)
+                tried.append((bench.prune(profile, allocation, recipe, progress), recipe.label))
+        windows = len(bench.windows.validation)
+        evaluations = bench.evaluate_each([checkpoint for checkpoint, _ in tried], windows, profile, progress)
+        for (checkpoint, label), evaluation in zip(tried, evaluations, strict=True):
+            kl = math.inf if evaluation.mean_kl is None else evaluation.mean_kl
+            if best is None or kl < best[0]:
+                best = kl, checkpoint, label
+        if best is not None:
+            bench.forget_checkpoints([best[1]])
     if best is None:
         raise UserError(f"no random plan can meet {settings.target_sparsity:.2%}; raise --max-layer-sparsity")
     return _Choice(best[1], best[2], trials, trials * tokens)
@@ -369,9 +373,13 @@ def _run_graph(
     summary_path = runs / name / "summary.json"
     progress("run of the graph", 0, 1)
     if not summary_path.is_file():
+        if settings.workers:
+            from tools.workbench import close_workbench  # imports torch
+
+            close_workbench()  # its workers would hold the processors, or GPUs, that those of the run need
         command = [sys.executable, "-m", "graph.run", "--runs-dir", str(runs)]
         if (runs / name / "run.json").is_file():
-            command += ["--resume", name]
+            command += ["--resume", name, *_write_flags({field: getattr(settings, field) for field in TEAM})]
         else:
             command += ["--name", name, *_flags_of(arm, seed, settings), *graph_flags]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -412,13 +420,15 @@ def _flags_of(arm: str, seed: int, settings: AblateSettings) -> list[str]:
         "planner": planner,
         "reflector": reflector,
     }
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items() if not isinstance(value, bool)]
-    flags += [
-        f"--{'' if value else 'no-'}{name.replace('_', '-')}"
-        for name, value in fields.items()
-        if isinstance(value, bool)
-    ]
-    return [*flags, "--no-memory"]
+    return [*_write_flags(fields), "--no-memory"]
+
+
+def _write_flags(fields: Mapping[str, Any]) -> list[str]:
+    """Fields as options of a command."""
+    names = {name: name.replace("_", "-") for name in fields}
+    flags = [f"--{names[name]}={value}" for name, value in fields.items() if not isinstance(value, bool)]
+    switches = {names[name]: value for name, value in fields.items() if isinstance(value, bool)}
+    return [*flags, *(f"--{'' if value else 'no-'}{name}" for name, value in switches.items())]
 
 
 def _read_ablation(directory: Path, settings: AblateSettings, graph_flags: Sequence[str]) -> Ablation:

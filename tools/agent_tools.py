@@ -6,13 +6,13 @@ one open workbench, one after another; give ToolNode `{"max_concurrency": 1}`, s
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from langchain_core.tools import BaseTool, tool
-from pydantic import BaseModel, Field, WithJsonSchema
+from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 
 from tools.allocate import Allocation, allocate
-from tools.instruments import Draft, Round, inspect_layers, predict, probe
+from tools.instruments import Draft, Figures, Round, inspect_layers, predict, probe
 from tools.profile import Progress
 from tools.recipes import Adjustment, Recipe
 from tools.workbench import Workbench
@@ -20,9 +20,10 @@ from tools.workbench import Workbench
 # --- what a planner may ask before it commits itself ----------------------------------------------------------------
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
-DraftArgument = Annotated[
-    Draft, WithJsonSchema({"type": "object", "description": "A plan: its sparsity, recipe and adjustments."})
-]
+_SCHEMA: dict[str, Any] = {"type": "object", "description": "A plan: its sparsity, recipe and adjustments."}
+DraftArgument = Annotated[Draft, WithJsonSchema(_SCHEMA)]
+OneDraftArgument = Annotated[Draft | None, WithJsonSchema(_SCHEMA)]
+PlainDraftArgument = Annotated[Draft, WithJsonSchema({"type": "object"})]
 
 
 class InspectArguments(BaseModel):
@@ -39,13 +40,36 @@ class PredictArguments(BaseModel):
     plan: DraftArgument
 
 
-class ProbeArguments(BaseModel):
-    """A plan, and how much text it is measured on."""
+MAX_PROBES = 4
+"""Plans that one call measures."""
 
-    plan: DraftArgument
+
+class ProbeArguments(BaseModel):
+    """A plan or a few, and how much text each is measured on."""
+
+    plan: OneDraftArgument = None
+    plans: list[PlainDraftArgument] = Field(
+        default=[], max_length=MAX_PROBES, description=f"Instead of plan: up to {MAX_PROBES} of them, compared."
+    )
     tokens: int = Field(
         4096, ge=1, description="Tokens of validation text, rounded up to whole windows, at most all of it."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_list(cls, given: Any) -> Any:
+        """Weak models give a list as the plan, or one plan as the list."""
+        if isinstance(given, dict) and isinstance(given.get("plan"), list) and not given.get("plans"):
+            return {**given, "plan": None, "plans": given["plan"]}
+        if isinstance(given, dict) and isinstance(given.get("plans"), dict):
+            return {**given, "plans": [given["plans"]]}
+        return given
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.plan is None) == (not self.plans):
+            raise ValueError(f"give a plan, or up to {MAX_PROBES} plans")
+        return self
 
 
 class HistoryArguments(BaseModel):
@@ -82,10 +106,14 @@ def make_planner_tools(
         return _answer(**figures), f"{_describe(plan)} -> predicted KL {figures['predicted_kl']}"
 
     @tool("probe", args_schema=ProbeArguments, response_format="content_and_artifact")
-    def probe_tool(plan: Draft, tokens: int) -> tuple[str, str]:
-        """Carry a plan out, measure KL and perplexity on some validation text, and undo it. Costs a round's pruning."""
-        figures = probe(round_, plan, tokens)
-        return _answer(**figures), f"{_describe(plan)} -> KL {figures['kl']} on {figures['tokens']} tokens"
+    def probe_tool(plan: Draft | None, plans: list[Draft], tokens: int) -> tuple[str, str]:
+        """Carry plans out, measure KL and perplexity on some validation text, undo them. Each costs pruning once."""
+        found = probe(round_, [plan] if plan else plans, tokens)
+        if plan:
+            return _answer(**found[0]), f"{_describe(plan)} -> {_describe_probe(found[0])}"
+        answers = [{"plan": _describe(draft)} | figures for draft, figures in zip(plans, found, strict=True)]
+        shown = [f"{answer['plan']} -> {_describe_probe(answer)}" for answer in answers]
+        return _answer(plans=answers), "; ".join(shown)
 
     @tool("history", args_schema=HistoryArguments, response_format="content_and_artifact")
     def history_tool(n: int) -> tuple[str, str]:
@@ -105,6 +133,10 @@ def make_planner_tools(
 def _describe(draft: Draft) -> str:
     more = f" · {_count(draft.adjustments, 'adjustment')}" if draft.adjustments else ""
     return f"{draft.sparsity:.1%} {draft.recipe.label}{more}"
+
+
+def _describe_probe(figures: Figures) -> str:
+    return figures.get("error") or f"KL {figures['kl']} on {figures['tokens']} tokens"
 
 
 def _count(things: Sequence[Any], noun: str) -> str:

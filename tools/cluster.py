@@ -1,8 +1,8 @@
 """The team of a run on Ray: one worker for each device, on this machine or on a cluster that is there already.
 
 Workers hold a model each; of what is pruned, only layers that changed travel, through Ray's object store and once for
-all. What a worker answers depends on nothing but the request and the weights, so that the work of one that died is
-simply asked for again.
+all who need them. What a worker answers depends on nothing but the request and the weights, so that the work of one
+that died is simply asked for again.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.packing import pack_weight
 from tools.errors import UserError
 from tools.settings import TeamSettings
 from tools.shards import SHARDS, Answers, Span, share_out
@@ -37,17 +36,25 @@ START_SECONDS = 600
 """Within which a worker must have loaded its model."""
 
 
-class Present(Protocol):
-    """What the workers' models are to be."""
+Weights = Mapping[str, str]
+"""What a whole model's prunable weights are: the artifact of each layer, by its name."""
+
+
+class WeightSource(Protocol):
+    """Where the workers' models get their weights from."""
 
     @property
-    def installed(self) -> Mapping[str, str]:
-        """The artifact of each layer's weights, as they are in this process."""
+    def installed(self) -> Weights:
+        """The weights as they are in this process: the workers' own, unless a request is about others."""
 
-    def read_weight(self, name: str) -> Tensor:
-        """The weights of a layer as they are in this process, (O, I)."""
+    @property
+    def dense(self) -> Mapping[str, Tensor]:
+        """The weights of each layer as it was loaded, (O, I)."""
 
-    def mark_blocks(self) -> list[str]:
+    def read_artifact(self, name: str, artifact: str) -> dict[str, Tensor]:
+        """A layer's mask, and its values unless they are the dense weights'. Raises DamagedArtifact."""
+
+    def mark_blocks(self, weights: Weights) -> list[str]:
         """For each block, a name of the weights of all blocks before it."""
 
 
@@ -74,6 +81,8 @@ class _Request:
     size: int
     """Shards or items that it is about."""
     place: _Place
+    weights: Weights | None = None
+    """Those that the worker is to have; None for those in this process, whatever they are when it is sent."""
     keeps: bool = False
     """Whether the answer stays in the object store."""
     actor: Any = None
@@ -88,13 +97,14 @@ class Cluster:
     ahead = 1
 
     def __init__(
-        self, settings: TeamSettings, texts: Texts, present: Present, model: Any, warn: Callable[[str], None]
+        self, settings: TeamSettings, texts: Texts, source: WeightSource, model: Any, warn: Callable[[str], None]
     ) -> None:
         """`model` is this process' own, as it was loaded."""
-        self._present, self._warn, self._settings = present, warn, settings
+        self._source, self._warn, self._settings = source, warn, settings
         self._shards = min(SHARDS, len(texts.calibration))
-        self._loaded = dict(present.installed)
-        self._weights: dict[tuple[str, str], Any] = {}
+        self._loaded = dict(source.installed)
+        self._kept: dict[tuple[str, str], Any] = {}
+        self._coming: list[Weights] = []
         self._identity = identify(model)
         self._places: list[_Place] = []
         self._idle: list[_Place] = []
@@ -129,7 +139,7 @@ class Cluster:
         for place in [*self._places, *self._idle]:
             with contextlib.suppress(Exception):
                 self._ray.kill(place.actor)
-        self._weights.clear()
+        self._kept.clear()
         with contextlib.suppress(Exception):
             self._ray.shutdown()
         if self._directory:
@@ -159,29 +169,37 @@ class Cluster:
 
         return collect
 
-    def hand_out(self, method: str, jobs: Iterable[tuple[Any, ...]], *, keeps: bool = False) -> Iterator[Any]:
-        """Answers of `method(*job)` for each job, in the order in which they are done, by whoever is free.
+    def hand_out(
+        self, method: str, jobs: Iterable[tuple[Any, ...]], weights: Sequence[Weights] = (), *, keeps: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """(number of a job, answer of `method(*job)`), in the order in which they are done, by whoever is free.
 
-        No more jobs are drawn than the workers have in hand and in line. With `keeps` answers stay in the object store,
-        and references stand for them, in the arguments of other requests, too.
+        With `weights` each job is about its own, else all are about those in this process. No more jobs are drawn than
+        the workers have in hand and in line. With `keeps` answers stay in the object store, and references stand for
+        them, in the arguments of other requests, too. Raises DamagedArtifact.
         """
-        waiting = iter(jobs)
-        running: dict[Any, _Request] = {}
+        waiting = enumerate(jobs)
+        running: dict[Any, tuple[int, _Request]] = {}
+        self._coming = list(reversed(weights))
 
         def give(place: _Place) -> None:
-            for job in islice(waiting, 1):
-                request = self._send(_Request(method, (None, self._ray.put(freeze(job))), 1, place, keeps))
-                running[request.answer] = request
+            for number, job in islice(waiting, 1):
+                own = self._coming.pop() if weights else None
+                request = self._send(_Request(method, (None, self._ray.put(freeze(job))), 1, place, own, keeps))
+                running[request.answer] = number, request
 
-        for place in [*self._places, *self._places]:  # one to work on, and one in line
-            give(place)
-        while running:
-            with self._explained():
-                done, _ = self._ray.wait(list(running), num_returns=1)
-            request = running.pop(done[0])
-            answer = self._receive(request)
-            give(request.place)
-            yield answer
+        try:
+            for place in [*self._places, *self._places]:  # one to work on, and one in line
+                give(place)
+            while running:
+                with self._explained():
+                    done, _ = self._ray.wait(list(running), num_returns=1)
+                number, request = running.pop(done[0])
+                answer = self._receive(request)
+                give(request.place)
+                yield number, answer
+        finally:
+            self._coming = []
 
     def keep(self, value: Any) -> Any:
         """A value put where all workers can read it: to stand for it in the arguments of several requests."""
@@ -190,13 +208,13 @@ class Cluster:
     def keep_dense(self, name: str, weight_OI: Tensor) -> Any:
         """As `keep`, of a layer's dense weights, once for the whole run."""
         key = name, "dense weights"
-        if key not in self._weights:
-            self._weights[key] = self.keep(weight_OI)
-        return self._weights[key]
+        if key not in self._kept:
+            self._kept[key] = self.keep(weight_OI)
+        return self._kept[key]
 
     def _send(self, request: _Request) -> _Request:
         with self._explained():
-            self._update(request.place)
+            self._update(request.place, self._source.installed if request.weights is None else request.weights)
             request.actor = request.place.actor
             if request.keeps:
                 call = request.actor.call_and_keep.options(num_returns=2)
@@ -236,34 +254,34 @@ class Cluster:
                 "--resume, any other command as before"
             ) from error
 
-    def _update(self, place: _Place) -> None:
-        """Give a worker the layers that are other than those it has."""
-        wanted = {n: artifact for n, artifact in self._present.installed.items() if artifact != self._loaded[n]}
-        changed = [n for n in self._loaded if wanted.get(n) != place.installed.get(n)]
+    def _update(self, place: _Place, weights: Weights) -> None:
+        """Give a worker the layers of these weights that are other than those it has."""
+        wanted = {name: artifact for name, artifact in weights.items() if artifact != self._loaded[name]}
+        changed = [name for name in self._loaded if wanted.get(name) != place.installed.get(name)]
         if not changed:
             return
-        weights = {name: self._find_weight(name) for name in changed}
-        place.actor.call.remote("install", None, self._ray.put(freeze((weights, self._present.mark_blocks()))))
+        found = {name: self._find_weight(name, weights[name]) for name in changed}
+        place.actor.call.remote("install", None, self._ray.put(freeze((found, self._source.mark_blocks(weights)))))
         place.installed = wanted
         self._forget_weights()
 
-    def _find_weight(self, name: str) -> Any:
-        artifact = self._present.installed[name]
+    def _find_weight(self, name: str, artifact: str) -> Any:
         if artifact == self._loaded[name]:
-            weight_OI = self._present.read_weight(name)
-            return {"weight": self.keep_dense(name, weight_OI)}
+            return {"dense": self.keep_dense(name, self._source.dense[name])}
         key = name, artifact
-        if key not in self._weights:
-            bits, values = pack_weight(self._present.read_weight(name))
-            self._weights[key] = self.keep({"mask": bits, "values": values})
-        return self._weights[key]
+        if key not in self._kept:
+            tensors: dict[str, Any] = dict(self._source.read_artifact(name, artifact))
+            if "values" not in tensors:  # the dense weights are there once, whatever masks they are given
+                tensors["dense"] = self.keep_dense(name, self._source.dense[name])
+            self._kept[key] = self.keep(tensors)
+        return self._kept[key]
 
     def _forget_weights(self) -> None:
-        """Only what is in this process' model, and the dense weights, is kept for workers that do not have it yet."""
-        present = self._present.installed
-        for name, artifact in list(self._weights):
-            if artifact not in (present[name], "dense weights"):
-                del self._weights[name, artifact]
+        """What others may still need is kept: the weights in this process, those of coming jobs, the dense ones."""
+        needed = [self._source.installed, *self._coming]
+        for name, artifact in list(self._kept):
+            if artifact != "dense weights" and all(weights[name] != artifact for weights in needed):
+                del self._kept[name, artifact]
 
     # --- workers -----------------------------------------------------------------------------------------------
 

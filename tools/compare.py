@@ -3,6 +3,10 @@
 Prunes the model by every recipe (METHOD:ALLOCATION) to every sparsity, measures each on the validation text, and writes
 compare.csv, compare.md, compare.json and a plot of perplexity over sparsity. Rows that are done are kept on Ctrl-C;
 the same command goes on.
+
+Rows are made one after another. With `--workers` the work of each is shared: layers to prune are dealt out, text is
+shared out in windows and questions in batches, and the candidates of an evolutionary search are each measured whole by
+one worker. Structured rows and tasks are this process' alone. The figures are the same.
 """
 
 import argparse
@@ -45,7 +49,7 @@ from tools.summary import Protocol, Score, describe_protocol, escape, show
 from tools.texts import check_texts
 
 if TYPE_CHECKING:
-    from tools.facts import Retention
+    from tools.facts import Recall, Retention
     from tools.losses import Evaluation
     from tools.profile import Progress
     from tools.workbench import Workbench
@@ -382,7 +386,7 @@ def _make_row(
         known,
         settings,
         evaluation,
-        _ask_questions(bench.model, bench, progress),
+        _weigh_facts(bench.ask(checkpoint, "validation", progress), bench, progress) if bench.questions else None,
         achieved_sparsity=zeros / weights,
         seconds=round(seconds, 1),
         allocation_seconds=round(allocation_seconds, 1),
@@ -424,6 +428,7 @@ def _make_structured_row(
     """(the row, the cut model). Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
     from tools.choose import check_cut  # imports torch
     from tools.cut import build_cut, count_weights, without_fits
+    from tools.facts import measure_recall
     from tools.structure import choose_cut
     from tools.workbench import DENSE
 
@@ -438,13 +443,17 @@ def _make_structured_row(
         check_cut(bench.model, choice.cut, build_cut(bench.model, without_fits(choice.cut)), calibration[0])
     except UserError as error:
         raise ImpossiblePlan(str(error)) from error
+    evaluation, facts = bench.evaluate_other(model, known.profile, progress), None
+    if bench.questions:
+        recall = measure_recall(model, bench.questions["validation"], "questions", progress)
+        facts = _weigh_facts(recall, bench, progress)
     row = _fill_row(
         job,
         bench,
         known,
         settings,
-        bench.evaluate_other(model, known.profile, progress),
-        _ask_questions(model, bench, progress),
+        evaluation,
+        facts,
         achieved_sparsity=1 - count_weights(model) / count_weights(bench.model),
         seconds=round(seconds, 1),
         allocation_seconds=0.0,
@@ -453,16 +462,13 @@ def _make_structured_row(
     return row, model
 
 
-def _ask_questions(model: Any, bench: "Workbench", progress: "Progress") -> "Retention | None":
-    """What a model has left of the dense one's facts, on the questions of the trials; None without any.
+def _weigh_facts(recall: "Recall", bench: "Workbench", progress: "Progress") -> "Retention | None":
+    """What is left of the dense model's facts, on the questions of the trials; None where either is not finite.
 
     The dense model was asked first.
     """
-    from tools.facts import compare_recall, measure_recall  # imports torch
+    from tools.facts import compare_recall  # imports torch
 
-    if not bench.questions:
-        return None
-    recall = measure_recall(model, bench.questions["validation"], "questions", progress)
     return compare_recall(recall, bench.ask("dense", "validation", progress))
 
 
@@ -505,12 +511,13 @@ def search_allocation(
     saved = _read_search(path, profile, rules, bench)
     earlier, tokens = (saved.seconds, saved.search.tokens) if saved else (0.0, 0)
 
-    def measure(zeros: dict[str, int], windows: Sequence[int]) -> float:
+    def measure(candidates: list[dict[str, int]], windows: list[int]) -> list[float]:
         nonlocal tokens
         progress(f"evolution for {job.recipe.mask_label}, tokens", tokens, settings.evolution_tokens)
-        bench.prune(profile, _as_allocation(zeros, layers), job.recipe, lambda *_: None)
-        tokens += len(windows) * settings.window
-        return bench.measure_kl(windows)
+        allocations = [_as_allocation(zeros, layers) for zeros in candidates]
+        checkpoints = [bench.prune(profile, allocation, job.recipe, lambda *_: None) for allocation in allocations]
+        tokens += len(candidates) * len(windows) * settings.window
+        return bench.measure_kl_each(checkpoints, windows)
 
     def keep(search: Search) -> None:
         seconds = earlier + time.monotonic() - began

@@ -30,8 +30,8 @@ _TRIES = 10
 
 Levels = NDArray[np.int64]
 
-Measure = Callable[[dict[str, int], list[int]], float]
-"""KL(dense || pruned) in nats per token of (zeros of each layer, numbers of the windows of text to measure on)."""
+Measure = Callable[[list[dict[str, int]], list[int]], list[float]]
+"""KL(dense || pruned) in nats per token of each of (candidates: zeros of each layer, windows of text to measure on)."""
 
 
 class Stage(NamedTuple):
@@ -209,7 +209,8 @@ def _select(
             candidates = [parent, *candidates]  # first, so that it stays unless a child is better
         count = min(stage.windows, settings.windows)
         windows = sorted(generator.choice(settings.windows, count, replace=False).tolist())
-        kls = [kl if math.isfinite(kl := measure(space.zeros(c), windows)) else math.inf for c in candidates]
+        measured = measure([space.zeros(candidate) for candidate in candidates], windows)
+        kls = [kl if math.isfinite(kl) else math.inf for kl in measured]
         order = sorted(range(len(candidates)), key=kls.__getitem__)[: stage.survivors]
         candidates, best = [candidates[place] for place in order], kls[order[0]]
     return candidates[0], best

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, Field
 
-from tools.allocate import Allocation, select_layers
+from tools.allocate import Allocation, ImpossiblePlan, select_layers
 from tools.curves import LEVELS, LayerProfile, predict_kl
+from tools.errors import UserError
 from tools.losses import Evaluation, compare_kl
 from tools.profile import Progress
 from tools.recipes import MAX_ADJUSTMENTS, Adjustment, Recipe
@@ -131,20 +132,45 @@ def _sum_kl(layers: Mapping[str, LayerProfile], shares: Mapping[str, float], nam
     return predict_kl([layers[name] for name in names], np.array([shares[name] for name in names]))
 
 
-def probe(round_: Round, draft: Draft, tokens: int) -> Figures:
-    """Carry a draft out and measure it on the first `tokens` tokens of the validation text, rounded up to windows.
+def probe(round_: Round, drafts: Sequence[Draft], tokens: int) -> list[Figures]:
+    """Carry drafts out and measure each on the first `tokens` tokens of the validation text, rounded up to windows.
 
     Figures are paired with the dense model's on the same text, and with those of the present weights where they are
-    not the dense ones: `kl_change` is the draft's KL minus theirs. Raises ImpossiblePlan, and ValueError when there are
-    no tokens left for it.
+    not the dense ones: `kl_change` is the draft's KL minus theirs. Of a draft that cannot be there is `error` alone.
+    Raises ImpossiblePlan when none can, and ValueError when there are not the tokens for all that can.
     """
-    bench, recipe = round_.bench, round_.recipe(draft)
-    allocation = round_.share_out(draft)
+    bench, shared = round_.bench, [_try_to_share_out(round_, draft) for draft in drafts]
+    possible = {number: found for number, found in enumerate(shared) if isinstance(found, Allocation)}
+    if not possible:
+        raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, shared))))
     windows = min(math.ceil(tokens / bench.settings.window), len(bench.windows.validation))
-    round_.book(windows * bench.settings.window)
-    evaluation = bench.probe(
-        round_.profile, allocation, recipe, windows, round_.progress, back=round_.present, keep=round_.keep
+    round_.book(len(possible) * windows * bench.settings.window)
+    evaluations = bench.probe(
+        round_.profile,
+        [(allocation, round_.recipe(drafts[number])) for number, allocation in possible.items()],
+        windows,
+        round_.progress,
+        back=round_.present,
+        keep=round_.keep,
     )
+    figures: list[Figures] = [{"error": found} for found in shared]
+    for (number, allocation), evaluation in zip(possible.items(), evaluations, strict=True):
+        figures[number] = _describe_probe(round_, allocation, evaluation, windows)
+    return figures
+
+
+def _try_to_share_out(round_: Round, draft: Draft) -> Allocation | str:
+    """The draft's allocation, or why it cannot be."""
+    try:
+        return round_.share_out(draft)
+    except UserError:  # a full disk, say
+        raise
+    except ValueError as error:
+        return str(error)
+
+
+def _describe_probe(round_: Round, allocation: Allocation, evaluation: Evaluation, windows: int) -> Figures:
+    bench = round_.bench
     figures: Figures = {
         "tokens": windows * bench.settings.window,
         "sparsity": _round(allocation.sparsity),

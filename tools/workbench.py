@@ -10,8 +10,8 @@ import math
 import resource
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from kernels.methods import LayerStatistics
-from kernels.packing import pack_mask, unpack_mask, unpack_weight
+from kernels.packing import pack_mask, pack_weight
 from kernels.preconditioner import DAMPING
 from tools.allocate import Allocation
 from tools.baselines import measure_alpha
@@ -54,7 +54,7 @@ from tools.settings import Split, TeamSettings, WorkbenchSettings
 from tools.sources import load_model
 from tools.texts import cut_windows
 from tools.walks import layers_by_block
-from tools.worker import LayerWork, Texts, cut_to_levels, prune_layer, to_artifact
+from tools.worker import LayerWork, Texts, cut_to_levels, from_artifact, prune_layer, to_artifact
 
 DENSE = "dense"
 """Id of the unpruned weights, as a checkpoint and as a layer's artifact."""
@@ -131,9 +131,20 @@ class Workbench:
         if self.cluster is not None:
             self.cluster.close()
 
-    def read_weight(self, name: str) -> Tensor:
-        """The weights of a layer as they are in the model, (O, I)."""
-        return self.by_name[name].weight_OI
+    @property
+    def abreast(self) -> int:
+        """How many checkpoints are measured at once: one by each worker, or one by this process alone."""
+        return self.cluster.size if self.cluster else 1
+
+    def read_artifact(self, name: str, artifact: str) -> dict[str, Tensor]:
+        """A layer's mask, and its values unless they are the dense weights'. Raises DamagedArtifact."""
+        try:
+            return self.store.read_tensors(artifact)
+        except DamagedArtifact:
+            if artifact != self.installed[name]:
+                raise
+            bits, values = pack_weight(self.by_name[name].weight_OI)  # what is in the model is whole
+            return {"mask": bits, "values": values}
 
     def _device_of(self, name: str) -> torch.device:
         return self.by_name[name].weight_OI.device
@@ -268,12 +279,15 @@ class Workbench:
 
     def _measure_once(self, key: list[str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured under this key, from disk if it is there and whole."""
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        artifact = self._read_index(".json").get(digest, "")
-        if artifact and self.store.has(artifact, ".json"):
-            return dict(self.store.read_json(artifact))
-        value = measure()
-        self._append_index(digest, self.store.write_json(value))
+        value = self._read_measured(key)
+        return self._keep_measured(key, measure()) if value is None else value
+
+    def _read_measured(self, key: list[str]) -> dict[str, Any] | None:
+        artifact = self._read_index(".json").get(_hash_key(key), "")
+        return dict(self.store.read_json(artifact)) if artifact and self.store.has(artifact, ".json") else None
+
+    def _keep_measured(self, key: list[str], value: dict[str, Any]) -> dict[str, Any]:
+        self._append_index(_hash_key(key), self.store.write_json(value))
         return value
 
     def _measure_alphas(self, progress: Progress) -> dict[str, float | None]:
@@ -302,7 +316,7 @@ class Workbench:
             if self.cluster is None:
                 return {name: parts_of(name) for name in names}
             jobs = self._list_work(self.cluster, dict.fromkeys(names, 0), profile, recipe)
-            kept = list(self.cluster.hand_out("prune_to_levels", jobs, keeps=True))
+            kept = [answer for _, answer in self.cluster.hand_out("prune_to_levels", jobs, keeps=True)]
             progress(label, done := done + len(names), len(self.layers))
             return kept
 
@@ -390,7 +404,8 @@ class Workbench:
             for name, count in zeros.items():
                 yield name, self._compute(name, count, recipe, self._statistics_of(profile, name, recipe, present))
             return
-        for results in self.cluster.hand_out("prune", self._list_work(self.cluster, zeros, profile, recipe, present)):
+        jobs = self._list_work(self.cluster, zeros, profile, recipe, present)
+        for _, results in self.cluster.hand_out("prune", jobs):
             for name, tensors, damping in results:
                 yield name, self._keep(name, tensors, damping)
 
@@ -418,16 +433,8 @@ class Workbench:
         if damping > DAMPING:
             self.warn(f"layer {name} needed damping {damping:g} instead of {DAMPING:g}: its inputs are singular")
         artifact = self.store.write_tensors(tensors)
-        self._write(name, self._unpack(name, tensors), artifact)
+        self._write(name, from_artifact(tensors, self.dense[name]), artifact)
         return artifact
-
-    def _unpack(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """The weights that an artifact stands for."""
-        dense_OI = self.dense[name]
-        shape = (dense_OI.shape[0], dense_OI.shape[1])
-        if "values" in tensors:
-            return unpack_weight(tensors["mask"], tensors["values"], shape)
-        return torch.where(unpack_mask(tensors["mask"], shape), dense_OI.to(tensors["mask"].device), 0)
 
     def _write(self, name: str, weight_OI: Tensor, artifact: str) -> None:
         self.installed[name] = ""  # a write that is cut short leaves neither the old weights nor the new
@@ -447,7 +454,7 @@ class Workbench:
                 self.warn(f"{error}; layer {name} is computed again")
                 self.store.path(artifact, ".safetensors").unlink(missing_ok=True)  # nobody should trip over it again
                 return False
-            weight_OI = self._unpack(name, tensors)
+            weight_OI = from_artifact(tensors, self.dense[name])
         self._write(name, weight_OI, artifact)
         return True
 
@@ -519,21 +526,122 @@ class Workbench:
 
     def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
         """Losses of a checkpoint on a split (`validation` or `test`); measured once, then read back."""
-        path = self._evaluation_path(checkpoint, split)
-        if path.is_file():
-            try:
-                return Evaluation.model_validate_json(path.read_bytes())
-            except ValueError:
-                self.warn(f"{path} is damaged; {split} is measured again")
+        if known := self._read_evaluation(checkpoint, split):
+            return known
         self.restore(checkpoint)
         hidden, prefix = None, None
         if split == "validation":
-            hidden = self.store.read_tensors(self.read_profile(profile).hidden)["hidden"]
-            prefix = self._prefix, self.mark_blocks()
+            hidden = self._read_hidden(profile)
+            prefix = self._prefix, self.mark_blocks(self.installed)
         every = range(len(getattr(self.windows, split)))
         evaluation, _ = self._evaluate(split, every, hidden, label or split, progress, prefix)
-        write_json(path, evaluation.model_dump())
+        write_json(self._evaluation_path(checkpoint, split), evaluation.model_dump())
         return evaluation
+
+    def _read_evaluation(self, checkpoint: str, split: Split) -> Evaluation | None:
+        """What was measured before, if it is there and whole."""
+        path = self._evaluation_path(checkpoint, split)
+        try:
+            return Evaluation.model_validate_json(path.read_bytes()) if path.is_file() else None
+        except ValueError:
+            self.warn(f"{path} is damaged; {split} is measured again")
+            return None
+
+    def _read_hidden(self, profile: str) -> Tensor:
+        """The dense model's hidden states on the validation text (B, T, D), on the CPU."""
+        return self.store.read_tensors(self.read_profile(profile).hidden)["hidden"]
+
+    def evaluate_each(
+        self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
+    ) -> list[Evaluation]:
+        """Losses of checkpoints on the first `windows` windows of the validation text, as many at once as can be.
+
+        The weights in the model end as they were. Losses on all of the text are kept, and read back, as by `evaluate`.
+        """
+        whole = windows == len(self.windows.validation)
+        found: dict[str, Evaluation] = {}
+        for checkpoint in checkpoints if whole else ():
+            if known := self._read_evaluation(checkpoint, "validation"):
+                found[checkpoint] = known
+        missing = [checkpoint for checkpoint in checkpoints if checkpoint not in found]
+        with self._put_back():
+            hidden = self._read_hidden(profile)[:windows]
+            measured = self._measure_each("validation", missing, range(windows), hidden, label, progress)
+            for checkpoint, evaluation in measured:
+                found[checkpoint] = evaluation
+                if whole:
+                    write_json(self._evaluation_path(checkpoint, "validation"), evaluation.model_dump())
+        return [found[checkpoint] for checkpoint in checkpoints]
+
+    def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:
+        """KL(dense || checkpoint) on some windows of the calibration text, as many checkpoints at once as can be.
+
+        inf where it is not finite. The weights in the model end as they were.
+        """
+        with self._put_back():
+            if self._calibration_hidden is None:
+                self.restore(DENSE)
+                every = range(self._extent.gradient_windows)
+                self._calibration_hidden = self._evaluate("calibration", every, None, "", lambda *_: None)[1]
+            hidden = self._calibration_hidden[list(windows)]
+            found = dict(self._measure_each("calibration", checkpoints, windows, hidden, "", lambda *_: None))
+        return [math.inf if (kl := found[checkpoint].mean_kl) is None else kl for checkpoint in checkpoints]
+
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        """The weights in the model end as they were. Raises DamagedArtifact for those that are not to be had."""
+        present = dict(self.installed)
+        try:
+            yield
+        finally:
+            for name, artifact in present.items():
+                if not self._install(name, artifact):
+                    raise DamagedArtifact(f"layer {name} cannot be put back: artifact {artifact[:12]} is damaged")
+
+    def _measure_each(
+        self,
+        split: Literal["validation", "calibration"],
+        checkpoints: Sequence[str],
+        windows: Sequence[int],
+        dense_hidden_BTD: Tensor,
+        label: str,
+        progress: Progress,
+    ) -> Iterator[tuple[str, Evaluation]]:
+        """Each checkpoint with its losses on some windows of a text.
+
+        Several are handed to the workers whole, and none of their weights come into this process' model; else they come
+        one after another.
+        """
+        left = list(dict.fromkeys(checkpoints))
+        if self.cluster is not None and len(left) > 1:
+            handed = self._hand_out(self.cluster, split, left.copy(), windows, dense_hidden_BTD, label, progress)
+            with suppress(DamagedArtifact):  # `restore` warns of it below, and makes it again
+                for checkpoint, evaluation in handed:
+                    left.remove(checkpoint)
+                    yield checkpoint, evaluation
+        whole = split == "validation" and len(windows) == len(self.windows.validation)
+        for checkpoint in left:
+            self.restore(checkpoint)
+            prefix = (self._prefix, self.mark_blocks(self.installed)) if whole else None
+            yield checkpoint, self._evaluate(split, windows, dense_hidden_BTD, label, progress, prefix)[0]
+
+    def _hand_out(
+        self,
+        cluster: Cluster,
+        split: str,
+        checkpoints: Sequence[str],
+        windows: Sequence[int],
+        dense_hidden_BTD: Tensor,
+        label: str,
+        progress: Progress,
+    ) -> Iterator[tuple[str, Evaluation]]:
+        """As `_measure_each`, whichever worker is done first. Raises DamagedArtifact."""
+        tick = count_up(progress, label, len(checkpoints) * len(windows))
+        job = (0, len(windows)), split, list(windows), cluster.keep(dense_hidden_BTD), False
+        weights = [{name: x.artifact for name, x in self.read_checkpoint(c).items()} for c in checkpoints]
+        for number, (nll, kl, _) in cluster.hand_out("losses", [job] * len(checkpoints), weights):
+            tick(len(windows))
+            yield checkpoints[number], Evaluation(nll=nll, kl=kl)
 
     def _evaluate(
         self,
@@ -587,60 +695,45 @@ class Workbench:
     def probe(
         self,
         profile: str,
-        allocation: Allocation,
-        recipe: Recipe,
+        drafts: Sequence[tuple[Allocation, Recipe]],
         windows: int,
         progress: Progress,
         *,
         back: str,
         keep: Sequence[str] = (),
-    ) -> Evaluation:
-        """Prune as `prune` would, measure on the first `windows` windows of the validation text, and put the weights
-        of the checkpoint `back` back, bit for bit.
+    ) -> list[Evaluation]:
+        """Prune each draft as `prune` would, measure it on the first `windows` windows of the validation text, and put
+        the weights of the checkpoint `back` back, bit for bit.
 
-        Measured once, then read back. Layers on disk that neither `back`, the checkpoints to `keep` nor this probe
-        have are deleted, so that many probes take no more room than one.
+        As many are measured at once as can be; each once, then read back. Layers on disk that neither `back`, the
+        checkpoints to `keep` nor the last ones measured have are deleted, so that many probes take no more room than
+        those that are measured at once.
         """
-
-        def measure() -> dict[str, Any]:
+        keys = [
+            ["probe", profile, recipe.within_layers().model_dump_json(), json.dumps(allocation.zeros), str(windows)]
+            for allocation, recipe in drafts
+        ]
+        found = [self._read_measured(key) for key in keys]
+        missing = [number for number, known in enumerate(found) if known is None]
+        for first in range(0, len(missing), self.abreast):
+            numbers = missing[first : first + self.abreast]
             try:
-                checkpoint = self.prune(profile, allocation, recipe, progress)
-                evaluation = self._evaluate_first(windows, checkpoint, profile, progress)
-                self.forget_checkpoints([back, *keep, checkpoint])
+                checkpoints = [self.prune(profile, *drafts[number], progress) for number in numbers]
+                evaluations = self.evaluate_each(checkpoints, windows, profile, progress, "probe")
+                self.forget_checkpoints([back, *keep, *checkpoints])
             finally:
                 self.restore(back)
-            return evaluation.model_dump()
+            for number, evaluation in zip(numbers, evaluations, strict=True):
+                found[number] = self._keep_measured(keys[number], evaluation.model_dump())
+        return [Evaluation.model_validate(value) for value in found]
 
-        key = ["probe", profile, recipe.within_layers().model_dump_json(), json.dumps(allocation.zeros), str(windows)]
-        return Evaluation.model_validate(self._measure_once(key, measure))
-
-    def _evaluate_first(self, windows: int, checkpoint: str, profile: str, progress: Progress) -> Evaluation:
-        """Losses of the checkpoint in the model on the first windows of the validation text."""
-        if windows == len(self.windows.validation):
-            return self.evaluate(checkpoint, "validation", profile, progress, "probe")
-        hidden = self.store.read_tensors(self.read_profile(profile).hidden)["hidden"][:windows]
-        return self._evaluate("validation", range(windows), hidden, "probe", progress)[0]
-
-    def measure_kl(self, windows: Sequence[int]) -> float:
-        """KL(dense || the weights in the model now) on some windows of the calibration text; inf if not finite."""
-        if self._calibration_hidden is None:
-            present = dict(self.installed)
-            self.restore(DENSE)
-            every = range(self._extent.gradient_windows)
-            self._calibration_hidden = self._evaluate("calibration", every, None, "", lambda *_: None)[1]
-            for name, artifact in present.items():
-                self._install(name, artifact)
-        hidden = self._calibration_hidden[list(windows)]
-        evaluation, _ = self._evaluate("calibration", windows, hidden, "", lambda *_: None)
-        return math.inf if evaluation.mean_kl is None else evaluation.mean_kl
-
-    def mark_blocks(self) -> list[str]:
-        """For each block, a hash that names the weights of all blocks before it."""
+    def mark_blocks(self, weights: Mapping[str, str]) -> list[str]:
+        """For each block, a hash that names the weights of all blocks before it; `weights` is each layer's artifact."""
         digest, marks = hashlib.sha256(), []
         for members in self._layers_by_block():
             marks.append(digest.hexdigest())
             for layer in members:
-                digest.update(f"{layer.name} {self.installed[layer.name]}\n".encode())
+                digest.update(f"{layer.name} {weights[layer.name]}\n".encode())
         return marks
 
     def _evaluation_path(self, checkpoint: str, split: str) -> Path:
@@ -690,6 +783,10 @@ def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
                 raise UserError(
                     f"activations or gradients of {name} are not finite in {dtype}; try --dtype fp32 or bf16"
                 )
+
+
+def _hash_key(key: list[str]) -> str:
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def _layer_key(profile: str, name: str, zeros: int, recipe: Recipe, below: Sequence[str] = ()) -> str:

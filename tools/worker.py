@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.guard import Pruned
 from kernels.methods import LayerStatistics, prune_levels, prune_weight
-from kernels.packing import pack_mask, pack_weight, unpack_weight
+from kernels.packing import pack_mask, pack_weight, unpack_mask, unpack_weight
 from tools.blocks import Blocks
 from tools.curves import LEVELS
 from tools.facts import EncodedPair, cut_batches, read_answers
@@ -110,14 +110,13 @@ class Worker:
         self._prefix_bytes = prefix_bytes
 
     def install(self, weights: Mapping[str, Mapping[str, Tensor]], marks: Sequence[str]) -> None:
-        """Put weights, dense or packed, into layers; `marks[b]` then names those of all blocks before b."""
+        """Put weights into layers, each as an artifact, or as its `dense` weights and what an artifact has of them.
+
+        `marks[b]` then names the weights of all blocks before b.
+        """
         for name, tensors in weights.items():
             layer = self.layers[name]
-            rows, columns = layer.weight_OI.shape
-            packed = "values" in tensors
-            layer.write(
-                unpack_weight(tensors["mask"], tensors["values"], (rows, columns)) if packed else tensors["weight"]
-            )
+            layer.write(from_artifact(tensors, tensors.get("dense", layer.weight_OI)))
         self._marks = list(marks)
 
     def curves(self, span: Span, walk: str, block: int, parts: Sequence[Mapping[str, Sequence[Tensor]]]) -> Nodes:
@@ -202,6 +201,16 @@ def to_artifact(recipe: Recipe, pruned_OI: Tensor) -> dict[str, Tensor]:
         return {"mask": pack_mask(pruned_OI != 0)}
     bits, values = pack_weight(pruned_OI)
     return {"mask": bits, "values": values}
+
+
+def from_artifact(tensors: Mapping[str, Tensor], dense_OI: Tensor) -> Tensor:
+    """The weights that an artifact stands for, or the dense ones where it has neither a mask nor values."""
+    if "mask" not in tensors:
+        return dense_OI
+    shape = (dense_OI.shape[0], dense_OI.shape[1])
+    if "values" in tensors:
+        return unpack_weight(tensors["mask"], tensors["values"], shape)
+    return torch.where(unpack_mask(tensors["mask"], shape), dense_OI.to(tensors["mask"].device), 0)
 
 
 def cut_to_levels(recipe: Recipe, dense_OI: Tensor, statistics: LayerStatistics) -> Iterator[Tensor]:

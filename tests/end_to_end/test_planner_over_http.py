@@ -127,8 +127,9 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     ]
     assert [tool["calls_left"] for tool in tools] == [5, 4, 5, 5, 4, 5]
     assert '"error"' not in "".join(tool["answer"] for tool in tools)
-    assert json.loads(tools[3]["answer"])["tokens"] == 128
-    assert json.loads(tools[3]["answer"]).keys() >= {"kl", "perplexity", "dense_perplexity", "kl_change"}
+    probed = json.loads(tools[3]["answer"])["plans"]
+    assert [(x["plan"], x["tokens"]) for x in probed] == [("45.0% wanda:kappa", 128), ("45.0% refit:kappa", 128)]
+    assert all(x.keys() >= {"kl", "perplexity", "dense_perplexity", "kl_change"} for x in probed)
     assert len(json.loads(tools[4]["answer"])["trials"]) == 2
     for tool in tools:
         assert f"tool {tool['iteration']}: {tool['tool']} {tool['shown']}" in done.out.splitlines()

@@ -142,15 +142,23 @@ GOOD_PLANS = sometimes(
     },
     sparsity=st.sampled_from([0.2, 0.3, 0.45]),
 )
+SEVERAL_PLANS = st.lists(GOOD_PLANS, min_size=1, max_size=3)
 GOOD_CALLS = st.one_of(
     st.fixed_dictionaries({"tool": st.just("inspect_layers"), "arguments": st.just({"selector": "*.q_proj"})}),
     st.fixed_dictionaries({"tool": st.just("predict"), "arguments": st.fixed_dictionaries({"plan": GOOD_PLANS})}),
     st.fixed_dictionaries({"tool": st.just("probe"), "arguments": sometimes({"tokens": st.just(64)}, plan=GOOD_PLANS)}),
+    st.fixed_dictionaries({"tool": st.just("probe"), "arguments": st.fixed_dictionaries({"plans": SEVERAL_PLANS})}),
     st.just({"tool": "history", "arguments": {}}),
     st.just({"tool": "recall", "arguments": {"query": HOSTILE}}),
 )
 ARGUMENTS = (
-    sometimes({"plan": PLANS, "tokens": st.sampled_from([1, 10**9, 10**400, -1, "many"])})
+    sometimes(
+        {
+            "plan": PLANS,
+            "plans": st.lists(PLANS, max_size=5) | PLANS | JUNK,
+            "tokens": st.sampled_from([1, 10**9, 10**400, -1, "many"]),
+        }
+    )
     | sometimes({"selector": SELECTORS, "n": st.sampled_from([1, 50, 51, -1]), "query": st.just(HOSTILE) | st.just("")})
     | st.dictionaries(st.text(max_size=6), JUNK, max_size=3)
     | PLANS

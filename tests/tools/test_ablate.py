@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 
 import tools.ablate
 from tests.profiles import make_profile
+from tests.team import gather_teams
 from tests.tiny import tiny_settings
 from tools.ablate import (
     ARMS,
@@ -165,6 +167,41 @@ def test_rows_are_made_once_and_written(
     assert ablate(settings, [], Console(quiet=True)).rows == known.rows
     with pytest.raises(UserError, match=r"holds an ablation with other settings \(target_sparsity\); choose another"):
         ablate(settings.model_copy(update={"target_sparsity": 0.5}), [], Console(quiet=True))
+
+
+def test_random_plans_are_measured_side_by_side(
+    tiny_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools.ablate, "_plot", lambda _known, _kind, _path: None)
+    few = {"arms": "random", "seeds": "0", "evaluated_tokens": 3 * 192}
+    alone = ablate(make_settings(tiny_llama, tmp_path / "alone", **few), [], Console(quiet=True)).rows
+    teams = gather_teams(monkeypatch)
+    shared = ablate(make_settings(tiny_llama, tmp_path / "shared", workers="2", **few), [], Console(quiet=True)).rows
+    assert [row.model_dump(exclude={"seconds"}) for row in shared] == [
+        row.model_dump(exclude={"seconds"}) for row in alone
+    ]
+    assert [len(team.handed) for team in teams] == [2], "two at once, and the third is shared"
+
+
+def test_runs_of_the_graph_have_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def fail(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=1, stdout="", stderr="stopped")
+
+    monkeypatch.setattr(tools.ablate.subprocess, "run", fail)
+    settings = make_settings("no-model", tmp_path, workers="3", worker_threads=2)
+    run = tmp_path / "runs" / "heuristic-0"
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^heuristic, seed 0: stopped; the same command goes on from there$"):
+            tools.ablate._run_graph("heuristic", 0, settings, [], lambda *_: None)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "run.json").write_text("{}")
+    assert {"--name", "--workers=3", "--worker-threads=2", "--no-memory"} <= set(commands[0])
+    assert commands[1][3:] == [
+        *("--runs-dir", str(tmp_path / "runs"), "--resume", "heuristic-0", "--workers=3", "--worker-threads=2")
+    ]
 
 
 def test_a_budget_below_one_trial_is_refused(

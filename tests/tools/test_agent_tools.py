@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from langchain_core.messages import ToolMessage
@@ -92,6 +93,23 @@ def test_a_planner_gets_five_and_none_of_them_changes_the_model(instruments: dic
     assert call(instruments["recall"], query="v_proj") == ({"lessons": ["about v_proj"]}, "v_proj -> 1 lesson")
 
 
+def test_a_probe_answers_for_each_of_several_plans(instruments: dict[str, BaseTool]) -> None:
+    impossible = {**WANDA, "adjustments": [{"selector": "*", "action": "bounds", "high": 0.1}]}
+    mask = {"sparsity": 0.2, "recipe": {"method": "two-sided", "refit": False}}
+    answer, shown = call(instruments["probe"], plans=[WANDA, impossible, mask], tokens=64)
+    one, _ = call(instruments["probe"], plan=WANDA, tokens=64)
+    found: Any = answer["plans"]
+    assert found[0] == {"plan": "30.0% wanda:uniform", **one}
+    assert list(found[1]) == ["plan", "error"] and "allow at most" in found[1]["error"]
+    assert found[2]["plan"] == "20.0% two-sided:kappa" and found[2]["kl"] > 0
+    assert shown == (
+        f"30.0% wanda:uniform -> KL {one['kl']} on 64 tokens; 30.0% wanda:uniform · 1 adjustment -> "
+        f"{found[1]['error']}; 20.0% two-sided:kappa -> KL {found[2]['kl']} on 64 tokens"
+    )
+    assert call(instruments["probe"], plan=[WANDA], tokens=64)[0] == {"plans": found[:1]}, "a list as the plan"
+    assert call(instruments["probe"], plans=WANDA, plan=None, tokens=64)[0] == {"plans": found[:1]}
+
+
 def test_a_probes_line_tells_of_adjustments(instruments: dict[str, BaseTool]) -> None:
     protect = {"selector": "*.q_proj", "action": "protect"}
     _, shown = call(instruments["predict"], plan={**WANDA, "adjustments": [protect]})
@@ -105,6 +123,11 @@ def test_a_probes_line_tells_of_adjustments(instruments: dict[str, BaseTool]) ->
         ("predict", {"plan": {"sparsity": 45}}, "less than 1"),
         ("predict", {"plan": {**WANDA, "adjustments": [{"selector": "*", "action": "protect"}] * 65}}, "at most 64"),
         ("probe", {"plan": WANDA, "tokens": 0}, "greater than or equal to 1"),
+        ("probe", {"tokens": 64}, "give a plan, or up to 4 plans"),
+        ("probe", {"plan": WANDA, "plans": [WANDA]}, "give a plan, or up to 4 plans"),
+        ("probe", {"plans": []}, "give a plan, or up to 4 plans"),
+        ("probe", {"plans": [WANDA] * 5}, "at most 4 items"),
+        ("probe", {"plan": [WANDA, {"sparsity": 45}]}, "less than 1"),
         ("history", {"n": 51}, "less than or equal to 50"),
         ("recall", {"query": "x" * 201}, "at most 200 characters"),
     ],

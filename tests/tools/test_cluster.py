@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tools.cluster
+from kernels.packing import pack_weight
 from tests.tiny import tiny_settings
 from tools.allocate import allocate
 from tools.bench import BenchSettings, bench_workers
@@ -21,7 +22,7 @@ from tools.errors import UserError
 from tools.recipes import parse_recipe
 from tools.settings import TEAM, TeamSettings
 from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
-from tools.worker import Identity, LayerWork
+from tools.worker import Identity, LayerWork, from_artifact
 
 RECIPES = ("refit:kappa", "sparsegpt~sequential:kappa-mask", "wanda:uniform")
 
@@ -49,7 +50,9 @@ def work(bench: Workbench, at: Callable[[str, int, int], None] = ignore) -> list
         checkpoint = bench.prune(profile, allocation, recipe, ignore)
         losses = bench.evaluate(checkpoint, "validation", profile, at)
         results += [checkpoint, bench.hash_masks(), losses, bench.ask(checkpoint, "validation", ignore)]
-        results += [bench.measure_kl([0, 2])]
+    checkpoints = [DENSE, *results[1::4]]
+    results += [bench.measure_kl_each(checkpoints, [0, 2]), bench.hash_masks()]
+    results += [bench.evaluate_each(checkpoints, 2, profile, at, "side by side"), bench.hash_masks()]
     results += [bench.profile(ignore, profile), bench.evaluate(DENSE, "test", profile, ignore)]
     return results
 
@@ -73,6 +76,8 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
                 os.kill(doomed.pop(), signal.SIGKILL)
             if label == "validation" and done and len(doomed) == 1:
                 os.kill(doomed.pop(), signal.SIGKILL)
+            if (label, done) == ("side by side", 0):
+                os.kill(cluster._places[1].pid, signal.SIGKILL)
 
         assert work(bench, kill) == alone
         directory = cluster._directory
@@ -80,7 +85,7 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
         results = bench_workers(bench, rounds, 2)
         assert [result.name for result in results] == ["workers/profile", "workers/validation"]
         assert all(" by 2 workers of one thread each; " in result.what for result in results)
-    assert [text.partition(" on ")[0] for text in warned] == ["worker 1", "worker 0"]
+    assert [text.partition(" on ")[0] for text in warned] == ["worker 1", "worker 0", "worker 1"]
     assert all(text.endswith(" died; another one does its share again") for text in warned)
     close_workbench()
     assert not Path(directory).exists()
@@ -183,6 +188,62 @@ def test_who_is_no_worker(tiny_llama: Path, value: str) -> None:
 @pytest.mark.parametrize("value", ["", "auto", "1", "16", "ray://head.example:10001"])
 def test_who_is(tiny_llama: Path, value: str) -> None:
     assert tiny_settings(tiny_llama, workers=value).workers == value
+
+
+# --- weights of a job's own --------------------------------------------------------------------------------------
+
+
+class Weighed:
+    """An actor whose layers are one number each, all 1 when it was loaded; its answers are these numbers."""
+
+    def __init__(self, dies: bool = False) -> None:
+        self.layers, self.dies, self.call = {"a": 1.0, "b": 1.0}, dies, SimpleNamespace(remote=self.run)
+
+    def run(self, method: str, _: None, arguments: Any) -> Any:
+        if method != "install":
+            layers = dict(self.layers)
+            return lambda: self.answer(layers)  # stands for a reference
+        for name, tensors in thaw(arguments)[0].items():
+            self.layers[name] = float(from_artifact(tensors, tensors.get("dense", torch.zeros(2, 2)))[0, 0])
+        return None
+
+    def answer(self, layers: dict[str, float]) -> dict[str, float]:
+        if self.dies:
+            raise RayActorError
+        return layers
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_each_job_has_its_own_weights_and_layers_travel_once(dies: bool, made: Cluster) -> None:
+    jobs = [{"a": "2", "b": "1"}, {"a": "2", "b": "3"}, {"a": "0", "b": "3"}, {"a": "1", "b": "1"}]
+    read: list[str] = []
+
+    def read_artifact(name: str, artifact: str) -> dict[str, torch.Tensor]:
+        """0 is kept as a mask alone."""
+        read.append(name + artifact)
+        bits, values = pack_weight(torch.full((2, 2), float(artifact)))
+        return {"mask": bits, "values": values} if float(artifact) else {"mask": bits}
+
+    def replace(place: Any) -> None:
+        place.actor, place.installed = Weighed(), {}
+
+    made._ray.put, made._ray.get = lambda value: value, lambda answer: answer()
+    made._ray.wait = lambda answers, num_returns: (answers[-1:], answers[:-1])
+    made._replace = replace  # type: ignore[method-assign]
+    made._places = [tools.cluster._Place(0, Weighed(), None), tools.cluster._Place(1, Weighed(dies), None)]
+    made._loaded, made._kept, made._coming = {"a": "1", "b": "1"}, {}, []
+    made._source = SimpleNamespace(  # type: ignore[assignment]
+        installed={"a": "5", "b": "1"},
+        dense={"a": torch.ones(2, 2), "b": torch.ones(2, 2)},
+        read_artifact=read_artifact,
+        mark_blocks=lambda weights: sorted(weights.items()),
+    )
+    answers = dict(made.hand_out("losses", [()] * 4, jobs))
+    assert answers == {i: {name: float(artifact) for name, artifact in job.items()} for i, job in enumerate(jobs)}
+    assert sorted(set(read)) == ["a0", "a2", "b3"]
+    assert dies or len(read) == 3
+    assert list(made.hand_out("losses", [()])) == [(0, {"a": 5.0, "b": 1.0})]
+    assert made._kept.keys() == {("a", "5"), ("a", "dense weights"), ("b", "dense weights")}
 
 
 # --- values in and out -------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import tools.compare
 import tools.files
 import tools.structure
 import tools.workbench
+from tests.team import gather_teams
 from tests.tiny import tiny_settings
 from tools.allocate import allocate
 from tools.compare import (
@@ -316,7 +317,7 @@ def test_only_new_rows_are_made(
     [
         (Workbench.evaluate, 2, 1),
         (Workbench._compute, 20, 1),
-        (Workbench.measure_kl, 16, 2),  # in the second generation
+        (Workbench.measure_kl_each, 4, 2),  # in the second generation
         (Workbench._dense_losses, 1, 0),
         (as_csv, 3, 2),
     ],
@@ -368,13 +369,28 @@ def test_a_search_goes_on_where_it_was(
     saved = SavedSearch.model_validate_json(path.read_bytes())
     saved.seconds += 1000
     write_json(path, saved.model_dump())
-    measured: list[list[int]] = []
-    measure = Workbench.measure_kl
-    monkeypatch.setattr(Workbench, "measure_kl", lambda bench, w: measured.append(list(w)) or measure(bench, w))
+    monkeypatch.setattr(Workbench, "measure_kl_each", pytest.fail)
     again = run(copied)[0].rows[-1]
-    assert measured == []  # its generations are on disk
     assert lasting([again]) == lasting([whole])
     assert again.allocation_seconds >= round(saved.seconds, 1)  # the time of the first try is counted
+
+
+def test_workers_take_whole_candidates_of_a_search(
+    copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    directory = Path(copied.out)
+    known = read_comparison(directory)
+    whole = known.rows.pop(TITLES.index("wanda:evolution at 45%"))
+    write_json(directory / "compare.json", known.model_dump())
+    path = directory / "work" / "search-wanda-0.45.json"
+    alone = SavedSearch.model_validate_json(path.read_bytes())
+    path.unlink()
+    teams = gather_teams(monkeypatch)
+    again = run(copied.model_copy(update={"workers": "2"}))[0].rows[-1]
+    assert lasting([again]) == lasting([whole])
+    shared = SavedSearch.model_validate_json(path.read_bytes())
+    assert shared == alone.model_copy(update={"seconds": shared.seconds})
+    assert len(teams) == 1 and len(teams[0].handed) == 2 * (8 + 3)
 
 
 @pytest.mark.parametrize("spoil", ["settings", "profile", "file"])
@@ -394,9 +410,9 @@ def test_a_search_of_other_settings_or_another_model_is_not_gone_on_with(
         path.write_text(path.read_text().replace(known.profile, "0" * 64))
     else:
         path.write_text("{")
-    measured = []
-    measure = Workbench.measure_kl
-    monkeypatch.setattr(Workbench, "measure_kl", lambda bench, w: measured.append(w) or measure(bench, w))
+    measured: list[str] = []
+    measure = Workbench.measure_kl_each
+    monkeypatch.setattr(Workbench, "measure_kl_each", lambda bench, c, w: measured.extend(c) or measure(bench, c, w))
     again, lines = run(copied.model_copy(update=changes))
     assert len(measured) == (1 if spoil == "settings" else 2) * (8 + 3)
     assert again.rows[-1].evaluated_tokens == len(measured) // 11 * GENERATION

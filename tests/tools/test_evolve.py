@@ -46,9 +46,9 @@ class Model:
         self.noise = noise * generator.standard_normal((64, len(layers)))
         self.asked: list[tuple[dict[str, int], list[int]]] = []
 
-    def measure(self, zeros: dict[str, int], windows: list[int]) -> float:
-        self.asked.append((dict(zeros), list(windows)))
-        return self.kl(zeros, windows)
+    def measure(self, candidates: list[dict[str, int]], windows: list[int]) -> list[float]:
+        self.asked += [(dict(zeros), list(windows)) for zeros in candidates]
+        return [self.kl(zeros, windows) for zeros in candidates]
 
     def kl(self, zeros: dict[str, int], windows: Sequence[int] = range(64)) -> float:
         shares = np.array([zeros[layer.name] / layer.weights for layer in self.layers])
@@ -181,10 +181,10 @@ def test_a_search_killed_inside_a_generation_repeats_it() -> None:
     states: list[Search] = []
     model = Model(layers)
 
-    def killed(zeros: dict[str, int], windows: list[int]) -> float:
-        if len(model.asked) == 27:  # in the third generation
+    def killed(candidates: list[dict[str, int]], windows: list[int]) -> list[float]:
+        if len(model.asked) == 30:  # in the second stage of the third generation
             raise KeyboardInterrupt
-        return model.measure(zeros, windows)
+        return model.measure(candidates, windows)
 
     with pytest.raises(KeyboardInterrupt):
         evolve(layers, 0.5, make_settings(), killed, states.append)
@@ -203,13 +203,14 @@ def test_seeds_differ_and_the_same_one_does_not() -> None:
 def test_a_kl_that_is_not_finite_is_the_worst(bad: float) -> None:
     layers = make_layers()
     model, uniform = Model(layers), uniform_zeros(layers, 0.5)
-    lost = evolve(layers, 0.5, make_settings(), lambda zeros, windows: bad)
+    lost = evolve(layers, 0.5, make_settings(), lambda candidates, windows: [bad] * len(candidates))
     assert lost.zeros == uniform and lost.kl is None and lost.generation == 20
     assert Search.model_validate_json(lost.model_dump_json()) == lost
 
-    def break_more_of_the_first(zeros: dict[str, int], windows: list[int]) -> float:
+    def break_more_of_the_first(candidates: list[dict[str, int]], windows: list[int]) -> list[float]:
         first = layers[0].name
-        return bad if zeros[first] > uniform[first] else model.measure(zeros, windows)
+        kls = model.measure(candidates, windows)
+        return [bad if zeros[first] > uniform[first] else kl for zeros, kl in zip(candidates, kls, strict=True)]
 
     found = evolve(layers, 0.5, make_settings(), break_more_of_the_first)
     assert found.zeros[layers[0].name] <= uniform[layers[0].name]
@@ -217,7 +218,7 @@ def test_a_kl_that_is_not_finite_is_the_worst(bad: float) -> None:
 
 
 def test_a_parent_stays_unless_a_child_is_better() -> None:
-    found = evolve(make_layers(), 0.5, make_settings(), lambda zeros, windows: 1.0)
+    found = evolve(make_layers(), 0.5, make_settings(), lambda candidates, windows: [1.0] * len(candidates))
     assert found.zeros == uniform_zeros(make_layers(), 0.5) and found.kl == 1.0
 
 
@@ -255,7 +256,8 @@ def test_another_search_is_not_gone_on_with(change: Any) -> None:
 
 def test_400_layers() -> None:
     layers = make_layers(blocks=100, weights=4_000_037)
-    found = evolve(layers, 0.45, make_settings(children=64, tokens=10 * (640 + 120)), lambda zeros, windows: 1.0)
+    rules = make_settings(children=64, tokens=10 * (640 + 120))
+    found = evolve(layers, 0.45, rules, lambda candidates, windows: [1.0] * len(candidates))
     assert found.generation == 10
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 import tools.workbench
+import tools.worker
+from tests.team import Team
 from tests.tiny import tiny_settings
 from tools.allocate import Allocation, ImpossiblePlan, allocate
 from tools.curves import LEVELS, LayerProfile
@@ -129,7 +131,7 @@ def test_nothing_is_measured_for_an_impossible_draft(
     round_ = make_round()
     monkeypatch.setattr(tools.workbench, "measure_kappa", pytest.fail)
     bounds = Adjustment(selector="*", action="bounds", high=0.2)
-    for instrument in (lambda draft: predict(round_, draft), lambda draft: probe(round_, draft, 1)):
+    for instrument in (lambda draft: predict(round_, draft), lambda draft: probe(round_, [draft], 1)):
         with pytest.raises(ImpossiblePlan, match="allow at most"):
             instrument(Draft(sparsity=0.4, adjustments=[bounds]))
 
@@ -145,7 +147,7 @@ def test_probe_measures_what_a_round_would_and_puts_everything_back(
     round_ = make_round(accepted)
     bench, before = round_.bench, hash_weights(round_.bench)
     present = bench.evaluate(round_.present, "validation", round_.profile, ignore)
-    figures = probe(round_, REFIT, tokens)
+    figures = probe(round_, [REFIT], tokens)[0]
     assert hash_weights(bench) == before
     assert bench.restore(round_.present) == []
     layers = bench.describe_layers(round_.profile, REFIT.recipe, ignore)
@@ -169,8 +171,8 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
     make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     round_ = make_round()
-    figures = probe(round_, WANDA, 192)
-    monkeypatch.setattr(tools.workbench, "prune_weight", pytest.fail)
+    figures = probe(round_, [WANDA], 192)[0]
+    monkeypatch.setattr(tools.worker, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench, "evaluate_windows", pytest.fail)
     bench = round_.bench
     allocation = share_out(bench.read_profile(round_.profile).layers, WANDA)
@@ -181,11 +183,47 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
 
 def test_a_probe_is_measured_once(make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch) -> None:
     round_ = make_round()
-    figures = probe(round_, REFIT, 100)
-    probe(round_, WANDA, 100)
-    monkeypatch.setattr(tools.workbench, "prune_weight", pytest.fail)
+    figures = probe(round_, [REFIT], 100)
+    probe(round_, [WANDA], 100)
+    monkeypatch.setattr(tools.worker, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench, "evaluate_windows", pytest.fail)
-    assert probe(round_, REFIT, 128) == figures, "on as many windows"
+    assert probe(round_, [REFIT], 128) == figures, "on as many windows"
+
+
+@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize("tokens", [100, 192])
+def test_several_drafts_are_measured_as_each_alone(
+    workers: bool, tokens: int, make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    booked: list[int] = []
+    round_ = make_round(WANDA, book=booked.append)
+    bench = round_.bench
+    bounds = Adjustment(selector="*", action="bounds", high=0.2)
+    drafts = [REFIT, Draft(sparsity=0.4, adjustments=[bounds]), Draft(sparsity=0.2, recipe=WANDA.recipe), REFIT, WANDA]
+    alone = [probe(round_, [draft], tokens)[0] for draft in (REFIT, drafts[2], WANDA)]
+    assert booked == [2 * 64 if tokens == 100 else 3 * 64] * 3
+    for made in (bench.store.directory / "index.jsonl", *(bench.directory / "evaluations").iterdir()):
+        made.unlink()
+    bench.evaluate(round_.present, "validation", round_.profile, ignore)
+    before = hash_weights(bench)
+    team = Team(bench, 3)
+    if workers:
+        monkeypatch.setattr(bench, "cluster", team)
+    figures = probe(round_, drafts, tokens)
+    assert [figures[number] for number in (0, 2, 3, 4)] == [alone[0], alone[1], alone[0], alone[2]]
+    assert list(figures[1]) == ["error"] and "allow at most" in figures[1]["error"]
+    assert booked[3:] == [4 * booked[0]], "all that can be"
+    assert hash_weights(bench) == before
+    assert len(team.handed) == (2 if workers else 0)
+    assert probe(round_, drafts, tokens) == figures and len(team.handed) == (2 if workers else 0)
+
+
+def test_drafts_none_of_which_can_be(make_round: Callable[..., Round]) -> None:
+    drafts = [
+        Draft(sparsity=0.4, adjustments=[Adjustment(selector="*", action="bounds", high=high)]) for high in (0.1, 0.2)
+    ]
+    with pytest.raises(ImpossiblePlan, match=r"allow at most .*; .*allow at most"):
+        probe(make_round(), drafts, 1)
 
 
 def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> None:
@@ -202,7 +240,7 @@ def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> N
     count = len([*bench.store.directory.rglob("*.safetensors")])
     sizes = []
     for sparsity in (0.1, 0.2, 0.35):
-        probe(round_, Draft(sparsity=sparsity, recipe=Recipe(method="two-sided", refit=False)), 1)
+        probe(round_, [Draft(sparsity=sparsity, recipe=Recipe(method="two-sided", refit=False))], 1)
         sizes.append(len([*bench.store.directory.rglob("*.safetensors")]) - count)
     assert sizes[0] == sizes[1] == sizes[2] > 0
     for checkpoint in (kept, round_.present):
@@ -215,8 +253,8 @@ def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> N
 def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[..., Round]) -> None:
     booked: list[int] = []
     round_ = make_round(book=booked.append)
-    probe(round_, WANDA, 65)
-    probe(round_, WANDA, 1_000_000)
+    probe(round_, [WANDA], 65)
+    probe(round_, [WANDA], 1_000_000)
     assert booked == [128, 192], "whole windows of 64 tokens, and at most the three that there are"
 
     def refuse(tokens: int) -> None:
@@ -225,7 +263,7 @@ def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[...
     before = hash_weights(round_.bench)
     refused = Round(round_.bench, round_.profile, share_out, ignore, book=refuse)
     with pytest.raises(ValueError, match="none are left"):
-        probe(refused, Draft(sparsity=0.2), 1)
+        probe(refused, [Draft(sparsity=0.2)], 1)
     assert hash_weights(round_.bench) == before
 
 
@@ -245,7 +283,7 @@ def test_what_fails_in_a_probe_leaves_the_weights_as_they_were(
 
     monkeypatch.setattr(Layer, "write", fail_third)
     with pytest.raises(RuntimeError, match="out of memory"):
-        probe(round_, Draft(sparsity=0.2, recipe=WANDA.recipe), 1)
+        probe(round_, [Draft(sparsity=0.2, recipe=WANDA.recipe)], 1)
     assert calls > 3
     assert hash_weights(round_.bench) == before
 

@@ -18,6 +18,7 @@ import tools.workbench
 import tools.worker
 from kernels.guard import Pruned
 from kernels.methods import prune_weight
+from tests.team import Team
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
 from tools.allocate import Allocation, allocate
 from tools.errors import DamagedArtifact, UserError
@@ -656,10 +657,69 @@ def test_block_inputs_are_kept_within_their_memory(bench: Workbench) -> None:
 
 def test_kl_on_calibration_windows_leaves_the_weights_as_they_are(bench: Workbench) -> None:
     profile = bench.profile(ignore)
-    prune(bench, profile, 0.5, MASK)
+    checkpoint = prune(bench, profile, 0.5, MASK)
     weights = snapshot(bench)
-    kl = bench.measure_kl([0, 1])
-    assert kl == pytest.approx((bench.measure_kl([0]) + bench.measure_kl([1])) / 2, rel=1e-5)
+    kl = measure_kl(bench, checkpoint, [0, 1])
+    both = measure_kl(bench, checkpoint, [0]) + measure_kl(bench, checkpoint, [1])
+    assert kl == pytest.approx(both / 2, rel=1e-5)
     assert same(snapshot(bench), weights)
-    bench.restore(DENSE)
-    assert bench.measure_kl([1, 0]) == pytest.approx(0, abs=1e-6)
+    assert bench.measure_kl_each([DENSE, checkpoint, DENSE], [1, 0]) == pytest.approx([0, kl, 0], abs=1e-6)
+    assert same(snapshot(bench), weights)
+
+
+def measure_kl(bench: Workbench, checkpoint: str, windows: list[int]) -> float:
+    return bench.measure_kl_each([checkpoint], windows)[0]
+
+
+# --- several checkpoints at once -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(bench: Workbench) -> tuple[str, list[str]]:
+    """A profile and three checkpoints, the last one in the model."""
+    profile = bench.profile(ignore)
+    return profile, [
+        prune(bench, profile, 0.3, MASK),
+        prune(bench, profile, 0.5, REFIT),
+        prune(bench, profile, 0.5, MASK),
+    ]
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_checkpoints_side_by_side_are_as_one_after_another(
+    bench: Workbench, three: tuple[str, list[str]], windows: int
+) -> None:
+    profile, checkpoints = three
+    asked = [*checkpoints, DENSE, checkpoints[0]]
+    weights = snapshot(bench)
+    alone = bench.evaluate_each(asked, windows, profile, ignore), bench.measure_kl_each(asked, [1])
+    assert same(snapshot(bench), weights)
+    assert bench.abreast == 1
+    if windows == 3:
+        assert alone[0] == [bench.evaluate(checkpoint, "validation", profile, ignore) for checkpoint in asked]
+        shutil.rmtree(bench.directory / "evaluations")
+    bench.restore(checkpoints[0])
+    weights = snapshot(bench)
+    team = bench.cluster = Team(bench)  # type: ignore[assignment]
+    ticks: list[tuple[int, int]] = []
+    shared = bench.evaluate_each(asked, windows, profile, lambda _, done, total: ticks.append((done, total)))
+    assert (shared, bench.measure_kl_each(asked, [1])) == alone
+    assert team.handed == [("losses", place) for place in (1, 0, 1, 0)] * 2 and bench.abreast == 2
+    assert ticks == [(done * windows, 4 * windows) for done in range(5)]
+    assert same(snapshot(bench), weights)
+    if windows == 3:  # kept, so that nothing is handed out again
+        assert bench.evaluate_each(asked, 3, profile, ignore) == shared and len(team.handed) == 8
+
+
+def test_a_layer_damaged_before_it_travels_is_made_again(
+    bench: Workbench, warnings: list[str], three: tuple[str, list[str]]
+) -> None:
+    profile, checkpoints = three
+    alone = bench.evaluate_each(checkpoints, 2, profile, ignore)
+    damage(artifact_path(bench, checkpoints[1], bench.layers[3].name))
+    weights = snapshot(bench)
+    team = bench.cluster = Team(bench)  # type: ignore[assignment]
+    assert bench.evaluate_each(checkpoints, 2, profile, ignore) == alone
+    assert team.handed == [("losses", 0)], "the others are measured one after another"
+    assert len(warnings) == 1 and "computed again" in warnings[0]
+    assert same(snapshot(bench), weights)
