@@ -1,7 +1,7 @@
 """Workers as a run on Ray has them, with models of their own, but all in this process and without Ray."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -40,14 +40,19 @@ class Team:
         return collect
 
     def hand_out(
-        self, method: str, jobs: Sequence[tuple[Any, ...]], weights: Sequence[Mapping[str, str]] = ()
+        self,
+        method: str,
+        jobs: Iterable[tuple[Any, ...]],
+        weights: Sequence[Mapping[str, str]] = (),
+        *,
+        keeps: bool = False,
     ) -> Iterator[tuple[int, Any]]:
-        for number in reversed(range(len(jobs))):
+        for number, job in reversed(list(enumerate(jobs))):
             place = number % self.size
             worker = self._update(place, weights[number] if weights else None)
             if weights:
                 self.handed.append((method, place))
-            yield number, getattr(worker, method)(*jobs[number])
+            yield number, getattr(worker, method)(*job)
 
     def keep(self, value: Any) -> Any:
         return value

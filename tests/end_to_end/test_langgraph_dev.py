@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,7 +220,12 @@ def test_the_command_line_goes_on_with_a_run_that_studio_finished_or_cancelled(s
     started = client.runs.create(thread, "billhook", input={"run": "handed"}, context=config)
     wait_for(lambda: log.is_file() and '"node": "validate"' in log.read_text())
     client.runs.cancel(thread, started["run_id"], wait=True)
-    outcome = wait_for(lambda: run_outside(runs.parent, "--resume", "handed", "--runs-dir", str(runs)), 120)
+
+    def resume() -> subprocess.CompletedProcess[str] | None:  # the server's thread may not have left its node yet
+        done = run_outside(runs.parent, "--resume", "handed", "--runs-dir", str(runs))
+        return None if "another process is working" in done.stderr else done
+
+    outcome = wait_for(resume, 120)
     assert outcome.returncode == 0, outcome.stderr
     assert json.loads((runs / "handed" / "summary.json").read_text())["mask_sha256"] == served.mask_sha256
 

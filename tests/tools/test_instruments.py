@@ -209,6 +209,7 @@ def test_several_drafts_are_measured_as_each_alone(
     team = Team(bench, 3)
     if workers:
         monkeypatch.setattr(bench, "cluster", team)
+        monkeypatch.setattr(bench, "_team", team)
     figures = probe(round_, drafts, tokens)
     assert [figures[number] for number in (0, 2, 3, 4)] == [alone[0], alone[1], alone[0], alone[2]]
     assert list(figures[1]) == ["error"] and "allow at most" in figures[1]["error"]

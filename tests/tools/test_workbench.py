@@ -700,7 +700,7 @@ def test_checkpoints_side_by_side_are_as_one_after_another(
         shutil.rmtree(bench.directory / "evaluations")
     bench.restore(checkpoints[0])
     weights = snapshot(bench)
-    team = bench.cluster = Team(bench)  # type: ignore[assignment]
+    team = bench.cluster = bench._team = Team(bench)  # type: ignore[assignment]
     ticks: list[tuple[int, int]] = []
     shared = bench.evaluate_each(asked, windows, profile, lambda _, done, total: ticks.append((done, total)))
     assert (shared, bench.measure_kl_each(asked, [1])) == alone
@@ -718,7 +718,7 @@ def test_a_layer_damaged_before_it_travels_is_made_again(
     alone = bench.evaluate_each(checkpoints, 2, profile, ignore)
     damage(artifact_path(bench, checkpoints[1], bench.layers[3].name))
     weights = snapshot(bench)
-    team = bench.cluster = Team(bench)  # type: ignore[assignment]
+    team = bench.cluster = bench._team = Team(bench)  # type: ignore[assignment]
     assert bench.evaluate_each(checkpoints, 2, profile, ignore) == alone
     assert team.handed == [("losses", 0)], "the others are measured one after another"
     assert len(warnings) == 1 and "computed again" in warnings[0]
