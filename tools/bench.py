@@ -521,6 +521,7 @@ def bench_workers(bench: Workbench, settings: BenchSettings, workers: int) -> li
         def prepare() -> None:
             cluster.use(workers)
             validate(other)  # so that no block's weights are those that the task begins with
+            bench.restore(one)  # as after a prune; layers have yet to travel to the workers
             cluster.use(count)
             cluster.take_busy_seconds()
 
