@@ -81,6 +81,7 @@ def ask(
     messages: Sequence[AnyMessage],
     *,
     check: Callable[[T], None] | None = None,
+    advise: Callable[[T], str] | None = None,
     hand_backs: int = 3,
     on_call: Callable[[CallRecord], None] | None = None,
     toolbox: Toolbox | None = None,
@@ -89,8 +90,10 @@ def ask(
 
     `messages` must show the schema and ask for JSON, as not every endpoint can be told in
     another way. An answer that does not fit, or for which `check` raises ValueError, is
-    handed back with the reason, at most `hand_backs` times. `on_call` hears of every reply,
-    good or bad, so that all tokens are counted.
+    handed back with the reason, at most `hand_backs` times. An answer that could be used, but
+    for which `advise` has words, is handed back with them too: once, as a model that insists
+    shall have its way, and not where it was the last. `on_call` hears of every reply, good or
+    bad, so that all tokens are counted.
 
     Until its budget is spent, the model may call the tools of the `toolbox` instead of
     answering, several in one message too; they run one after another. The `messages` must
@@ -106,6 +109,8 @@ def ask(
         said = _reply_text(message, schema) if toolbox else _first_text(message)
         text = redact(_clean(said[: READ_LIMIT + 1]))
         answer, calls, reason = _read_reply(message, text, schema, check, toolbox)
+        if answer is not None and advise and left > 1 and (reason := advise(answer)):
+            answer, advise = None, None
         if on_call is not None:
             on_call(_record(method, message, text, reason, len(calls), time.perf_counter() - start))
         if answer is not None:

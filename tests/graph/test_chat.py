@@ -190,6 +190,17 @@ def test_check_hands_back(server: OpenAIServer) -> None:
     assert len(server.requests[2].messages) == 5
 
 
+@pytest.mark.parametrize(("hand_backs", "problems"), [(3, ["a waste", ""]), (0, [""])])
+def test_advice_is_given_once_and_never_for_the_last_answer(
+    server: OpenAIServer, hand_backs: int, problems: list[str]
+) -> None:
+    records: list[CallRecord] = []
+    answer = ask_server(server, "good", advise=lambda plan: "a waste", hand_backs=hand_backs, on_call=records.append)
+    assert answer == PLAN
+    assert [record.problem for record in records] == problems
+    assert len(server.requests) == len(problems)
+
+
 @pytest.mark.parametrize(
     ("name", "requests", "said"),
     [
