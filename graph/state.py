@@ -79,8 +79,11 @@ class Learnt(BaseModel):
     @model_validator(mode="after")
     def _check_direction(self) -> Self:
         if self.multiplier != 1 and (self.multiplier > 1) != (self.direction == "dearer"):
-            side = "above" if self.direction == "dearer" else "below"
-            raise ValueError(f"{self.direction!r} needs a multiplier {side} 1, not {self.multiplier:g}")
+            side, other = ("above", "cheaper") if self.direction == "dearer" else ("below", "dearer")
+            raise ValueError(
+                f"{self.direction!r} needs a multiplier {side} 1, not {self.multiplier:g}; write "
+                f"{1 / self.multiplier:.3g}, or {other!r} if that is what the figures say"
+            )
         return self
 
 
