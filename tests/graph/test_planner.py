@@ -221,6 +221,13 @@ def test_prompt_has_one_place_for_the_schema_and_one_for_tools() -> None:
         assert place not in TOOLS_PROMPT.read_text(encoding="utf-8")
 
 
+def test_the_first_round_is_told_to_correct_nothing() -> None:
+    """A weak model takes the selectors that are named as examples for advice."""
+    instructions = planner_messages(make_situation())[0].text
+    assert "In the first round nothing has been tried, so nothing is to be corrected" in instructions
+    assert "that a selector is named here as an example is no reason" in instructions
+
+
 def test_tools_are_described_where_they_are_offered() -> None:
     alone, offered = (
         planner_messages(make_situation()),
