@@ -38,12 +38,13 @@ class Plan(BaseModel):
     adjustments: list[Adjustment] = Field(
         default_factory=list,
         max_length=MAX_ADJUSTMENTS,
-        description="Corrections to the allocation for groups of layers, at no cost; none trusts the KL curves.",
+        description="Corrections to the allocation for groups of layers, at no cost. An empty list trusts the KL "
+        "curves, and is best until trials show otherwise.",
     )
     reprofile: bool = Field(
         False,
         description="If this round is kept, profile again on its weights before the next; costs as much as the first "
-        "profile, and seldom changes the KL curves much.",
+        "profile, and seldom changes the KL curves much. Leave it false unless predictions were far off.",
     )
     reason: str = Field("", max_length=2000, description="Why this plan, in one or two sentences.")
     multipliers: SkipJsonSchema[dict[str, Annotated[float, Field(ge=1 / MOST, le=MOST)]]] = Field(
@@ -79,8 +80,11 @@ class Learnt(BaseModel):
     @model_validator(mode="after")
     def _check_direction(self) -> Self:
         if self.multiplier != 1 and (self.multiplier > 1) != (self.direction == "dearer"):
-            side = "above" if self.direction == "dearer" else "below"
-            raise ValueError(f"{self.direction!r} needs a multiplier {side} 1, not {self.multiplier:g}")
+            side, other = ("above", "cheaper") if self.direction == "dearer" else ("below", "dearer")
+            raise ValueError(
+                f"{self.direction!r} needs a multiplier {side} 1, not {self.multiplier:g}; write "
+                f"{1 / self.multiplier:.3g}, or {other!r} if that is what the figures say"
+            )
         return self
 
 

@@ -494,6 +494,14 @@ class Workbench:
     def _read_manifest(self, checkpoint: str) -> Checkpoint:
         return Checkpoint.model_validate(self.store.read_json(checkpoint))
 
+    def is_made_of(self, checkpoint: str, profile: str, allocation: Allocation, recipe: Recipe) -> bool:
+        """Whether a checkpoint is what `prune` makes of these. Raises DamagedArtifact without a whole manifest."""
+        if checkpoint == DENSE:
+            return False
+        manifest = self._read_manifest(checkpoint)
+        zeros = {name: record.zeros for name, record in manifest.layers.items()}
+        return (manifest.profile, manifest.recipe, zeros) == (profile, recipe.within_layers(), allocation.zeros)
+
     def planned_sparsity(self, checkpoint: str) -> dict[str, float]:
         """Layer name to the share of zeros that the checkpoint was made for; 0 everywhere for the dense weights."""
         return {name: r.zeros / self.dense[name].numel() for name, r in self.read_checkpoint(checkpoint).items()}

@@ -45,6 +45,8 @@ PROBLEM_LIMIT = 10
 """Problems named in one reason."""
 READ_LIMIT = 1_000_000
 """Characters of an answer that are read at all; no sensible one is a hundredth of it."""
+MAX_WRITTEN = {"array": ("maxItems", 16), "string": ("maxLength", 400)}
+"""What a schema that holds an answer lets a list and a string grow to: a weak model repeats itself without end."""
 CALL_LIMIT = 20
 """Tools that one reply may ask for; what follows is not heard."""
 
@@ -81,6 +83,7 @@ def ask(
     messages: Sequence[AnyMessage],
     *,
     check: Callable[[T], None] | None = None,
+    advise: Callable[[T], str] | None = None,
     hand_backs: int = 3,
     on_call: Callable[[CallRecord], None] | None = None,
     toolbox: Toolbox | None = None,
@@ -89,8 +92,10 @@ def ask(
 
     `messages` must show the schema and ask for JSON, as not every endpoint can be told in
     another way. An answer that does not fit, or for which `check` raises ValueError, is
-    handed back with the reason, at most `hand_backs` times. `on_call` hears of every reply,
-    good or bad, so that all tokens are counted.
+    handed back with the reason, at most `hand_backs` times. An answer that could be used, but
+    for which `advise` has words, is handed back with them too: once, as a model that insists
+    shall have its way, and not where it was the last. `on_call` hears of every reply, good or
+    bad, so that all tokens are counted.
 
     Until its budget is spent, the model may call the tools of the `toolbox` instead of
     answering, several in one message too; they run one after another. The `messages` must
@@ -106,6 +111,8 @@ def ask(
         said = _reply_text(message, schema) if toolbox else _first_text(message)
         text = redact(_clean(said[: READ_LIMIT + 1]))
         answer, calls, reason = _read_reply(message, text, schema, check, toolbox)
+        if answer is not None and advise and left > 1 and (reason := advise(answer)):
+            answer, advise = None, None
         if on_call is not None:
             on_call(_record(method, message, text, reason, len(calls), time.perf_counter() - start))
         if answer is not None:
@@ -296,7 +303,8 @@ def _send(
 ) -> tuple[Method, AIMessage]:
     """Get one reply by the best method that the endpoint takes; AgentError when it takes none."""
     methods = _ladder(model)
-    if toolbox and "function_calling" in methods:  # the one in which models were taught to call tools
+    if toolbox and "function_calling" in methods and not _is_elsewhere(model):
+        # The one in which models were taught to call tools.
         methods = ("function_calling", *(method for method in methods if method != "function_calling"))
     place = _where(model), toolbox is not None, any(isinstance(part, _Exchange) for part in conversation)
     known = _rungs.get(place)
@@ -366,11 +374,11 @@ def _bind(model: BaseChatModel, schema: type[BaseModel], method: Method, toolbox
     if method == "grammar":
         return model.bind(schema=_schema_or_call(described, offered))
     if method == "json_schema":
-        wanted = {"name": name, "schema": _without_lengths(_schema_or_call(described, offered))}
+        wanted = {"name": name, "schema": _bound_lengths(_schema_or_call(described, offered), MAX_WRITTEN)}
         return model.bind(extra_body={"response_format": {"type": "json_schema", "json_schema": wanted}})
     if method == "function_calling":
         function = {"name": name, "description": described.get("description", ""), "parameters": described}
-        functions = _without_lengths([{"type": "function", "function": function}, *tools])
+        functions = _bound_lengths([{"type": "function", "function": function}, *tools], {})
         return model.bind_tools(functions, tool_choice="any" if offered else name)
     if method == "json_mode":
         return model.bind(extra_body={"response_format": {"type": "json_object"}})
@@ -400,26 +408,42 @@ def _schema_or_call(described: dict[str, Any], tools: Sequence[dict[str, Any]]) 
     return {"anyOf": [answer, *calls], "$defs": {**described.get("$defs", {}), title: parts}}
 
 
-def _without_lengths(node: Any) -> Any:
-    """A JSON schema without bounds on lengths.
+def _bound_lengths(node: Any, limits: dict[str, tuple[str, int]]) -> Any:
+    """A JSON schema whose bounds on lengths are these alone, or narrower: of a type, the keyword and the greatest.
 
-    llama.cpp unrolls them into a grammar and refuses it at 2,000 characters (its issue
-    25746); they are checked here anyway.
+    llama.cpp unrolls such bounds into a grammar, and refuses 2,000 characters (its issue 25746). The schema's own are
+    checked here anyway.
     """
     if isinstance(node, list):
-        return [_without_lengths(item) for item in node]
+        return [_bound_lengths(item, limits) for item in node]
     if not isinstance(node, dict):
         return node
     # A field that happens to be called maxLength is a schema, so a dict, and stays.
     lengths = ("minLength", "maxLength", "minItems", "maxItems")
-    return {
-        key: _without_lengths(value) for key, value in node.items() if key not in lengths or isinstance(value, dict)
+    bounded = {
+        key: _bound_lengths(value, limits)
+        for key, value in node.items()
+        if key not in lengths or isinstance(value, dict)
     }
+    kind = node.get("type")
+    if isinstance(kind, str) and kind in limits and "enum" not in node:
+        keyword, most = limits[kind]
+        bounded[keyword] = min(most, node.get(keyword, most))
+    return bounded
 
 
 def _where(model: BaseChatModel) -> str:
     """The model, and where it is, as messages call it: the name that `graph.agents.models` gave it."""
     return model.name or type(model).__name__
+
+
+def _is_elsewhere(model: BaseChatModel) -> bool:
+    """Whether it speaks OpenAI's protocol at another address than OpenAI's.
+
+    There the schema takes calls of tools in words: llama.cpp that must have a function called lets a model write its
+    plan as text first, and then nothing that would end the answer; and functions double what a prompt says of plans.
+    """
+    return bool(getattr(model, "openai_api_base", None))
 
 
 def _ladder(model: BaseChatModel) -> tuple[Method, ...]:

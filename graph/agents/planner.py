@@ -21,7 +21,7 @@ from graph.agents.chat import CallRecord, ask
 from graph.agents.quoting import data_block, quote_data
 from graph.agents.toolbox import Toolbox
 from graph.config import RunConfig
-from graph.state import Lesson, Plan, Trial
+from graph.state import SAME_SPARSITY, Lesson, Plan, Trial
 from tools.curves import LEVELS, LayerProfile
 from tools.recipes import Recipe
 
@@ -53,6 +53,8 @@ class Situation:
     """Number of the round to plan, from 1."""
     read_layers: Callable[[Recipe], Sequence[LayerProfile]] | None = None
     """The profile with what a recipe's allocation needs beside KL curves; without it, what `layers` says must do."""
+    find_trial: Callable[[Plan], Trial | None] | None = None
+    """The trial in which a plan was tried already, or refused; without it, none was."""
 
 
 def plan_with_chat(
@@ -60,6 +62,7 @@ def plan_with_chat(
     model: BaseChatModel,
     on_call: Callable[[CallRecord], None] | None = None,
     check: Callable[[Plan], None] | None = None,
+    advise: Callable[[Plan], str] | None = None,
     on_prompt: Callable[[Sequence[AnyMessage]], None] | None = None,
     toolbox: Toolbox | None = None,
 ) -> Plan:
@@ -68,12 +71,34 @@ def plan_with_chat(
     `check` raises ValueError with a reason for the model when a plan that fits the schema
     still cannot be carried out: a sparsity above the target, a selector that means no
     layer, bounds that no allocation meets. Such a plan is handed back like any that does not
-    fit. `on_prompt` hears of the first messages, `on_call` of every reply. Raises AgentError when no usable plan came.
+    fit. `advise` has words for a plan that can be carried out to no avail, which is handed back with them once.
+    `on_prompt` hears of the first messages, `on_call` of every reply. Raises AgentError when no usable plan came.
     """
     messages = planner_messages(situation, toolbox)
     if on_prompt:
         on_prompt(messages)
-    return ask(model, Plan, messages, check=check, on_call=on_call, toolbox=toolbox)
+    return ask(model, Plan, messages, check=check, advise=advise, on_call=on_call, toolbox=toolbox)
+
+
+def advise_against(plan: Plan, situation: Situation) -> str:
+    """Why a plan that can be carried out would be a wasted round, for the planner; empty where it need not be."""
+    target, accepted = situation.config.target_sparsity, situation.accepted
+    if (
+        accepted is not None
+        and abs(accepted.sparsity - target) <= SAME_SPARSITY
+        and abs(plan.sparsity - accepted.sparsity) > SAME_SPARSITY
+    ):
+        return (
+            f"sparsity {plan.sparsity:g} is off the target, which is reached: such a plan is rolled back whatever it "
+            f"measures; plan {target:g}"
+        )
+    trial = situation.find_trial(plan) if situation.find_trial else None
+    if trial is None:
+        return ""
+    return (
+        "This is a plan that you know the result of, and it would be the same again. Change a lever that is untried.\n"
+        + _describe_trial(trial)
+    )
 
 
 def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> list[AnyMessage]:
@@ -307,7 +332,7 @@ def _describe_rest(situation: Situation) -> str:
     )
     if situation.accepted is not None and now >= target - 0.001:
         text += f" The target is reached: only a KL below {_figure(situation.accepted.kl)} is kept."
-    if not any(situation.sparsity.values()):
+    if all(share < 0.005 for share in situation.sparsity.values()):  # shown as .00; the model may hold some zeros
         return f"{text} Nothing is pruned yet."
     lines: dict[str, list[str]] = {}
     for row in _rows(situation.layers):

@@ -10,7 +10,7 @@ from langgraph.store.base import BaseStore
 from graph.agents.chat import AgentError
 from graph.agents.heuristic import plan_by_rule
 from graph.agents.models import HEURISTIC, open_model
-from graph.agents.planner import Situation, describe_lesson, plan_with_chat, recount_trial
+from graph.agents.planner import Situation, advise_against, describe_lesson, plan_with_chat, recount_trial
 from graph.agents.spending import Account, CapReached
 from graph.agents.toolbox import Toolbox, ToolRecord
 from graph.config import RunConfig
@@ -19,7 +19,7 @@ from graph.nodes.accept import RECENT
 from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
 from graph.replay import find_plan
 from graph.session import Session, enter, open_bench
-from graph.state import Plan, State, last_accepted
+from graph.state import Plan, State, Trial, last_accepted
 from tools.allocate import Allocation
 from tools.curves import LayerProfile, group_layers
 from tools.recipes import Recipe
@@ -27,6 +27,7 @@ from tools.summary import Usage
 
 if TYPE_CHECKING:
     from tools.instruments import Draft
+    from tools.profile import Progress
     from tools.workbench import Workbench
 
 
@@ -52,6 +53,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             trials=state.trials,
             lessons=state.lessons,
             iteration=state.iteration,
+            find_trial=lambda candidate: find_trial(bench, state, candidate, session.progress),
         )
         if state.replay:
             planner, usage = f"the record of {state.replay}", state.usage
@@ -83,6 +85,30 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "evaluated_tokens": evaluated.tokens,
         "seconds": session.seconds,
     }
+
+
+def find_trial(bench: "Workbench", state: State, plan: Plan, progress: "Progress") -> Trial | None:
+    """The last trial that this plan would only repeat: of the same zeros by the same recipe, or refused by a person.
+
+    Nothing is measured. Raises ImpossiblePlan.
+    """
+    recipe = find_recipe(plan, state.config)
+    layers = bench.read_profile(state.profile).layers
+    plan = apply_lessons(plan, state.lessons, layers, state.config)
+    for trial in reversed(state.trials):
+        if trial.verdict == "refuse":
+            if trial.plan == describe_plan(plan):
+                return trial
+            continue
+        tried = trial.recipe and trial.recipe.model_copy(update={"pattern": state.config.pattern})
+        if tried is None or tried.within_layers() != recipe.within_layers():
+            continue
+        if recipe.needs_curves and not tried.needs_curves:
+            continue  # its KL curves may not be there yet, and are worth no measurement here
+        layers = bench.describe_layers(state.profile, recipe, progress)
+        if bench.is_made_of(trial.checkpoint, state.profile, allocate_plan(layers, plan, state.config), recipe):
+            return trial
+    return None
 
 
 @dataclass
@@ -184,7 +210,13 @@ def choose_plan(
     try:
         model = open_model(config.planner, config)
         plan = plan_with_chat(
-            situation, model, on_call=account.keep_call, check=check, on_prompt=account.keep_prompt, toolbox=toolbox
+            situation,
+            model,
+            on_call=account.keep_call,
+            check=check,
+            advise=lambda candidate: advise_against(candidate, situation),
+            on_prompt=account.keep_prompt,
+            toolbox=toolbox,
         )
     except CapReached:
         raise

@@ -108,6 +108,37 @@ def test_the_fallback_goes_on_and_says_so(behaviour: str, tiny_llama: Path, tmp_
     assert read_summary(tmp_path / "runs" / "run")["mask_sha256"] == rule["mask_sha256"]
 
 
+SAME = {"sparsity": 0.45, "recipe": {"method": "two-sided", "refit": False, "curves": "mask"}, "reason": "the rest"}
+AGAIN = SAME | {"adjustments": [{"selector": "*", "action": "factor", "factor": 2}], "reason": "which shares out alike"}
+OTHER = {"sparsity": 0.45, "recipe": {"method": "refit", "curves": "mask"}}
+
+
+def test_a_repeated_plan_is_handed_back_once_with_its_result(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    back = {"sparsity": 0.3}
+    with OpenAIServer([SAME, AGAIN, OTHER, back, AGAIN]) as server:
+        more = ("--max-iterations", "3", "--tau", "9", "--no-memory")
+        done = command(*flags(tiny_llama, server, "fine", *more))
+    assert (done.code, done.err) == (0, "")
+    run = tmp_path / "runs" / "run"
+    problems = [reply["problem"] for reply in read_events(run, "reply")]
+    assert [problem[:25] for problem in problems] == [
+        "",
+        "This is a plan that you k",
+        "",
+        "sparsity 0.3 is off the t",
+        "",
+    ]
+    first, second, last = trials = read_state(run).trials
+    assert "\nround 1: sparsity 0.45" in problems[1]
+    assert problems[1].endswith(f"; accept: {first.reason}")
+    assert last.checkpoint == first.checkpoint != second.checkpoint, "a model that insists has its way"
+    assert [trial.plan for trial in trials] == [
+        *("45.0% two-sided:kappa-mask", "45.0% refit:kappa-mask", "45.0% two-sided:kappa-mask · * x2")
+    ]
+
+
 # A planner that calls tools
 
 FOUR = ("--max-iterations", "4", "--patience", "4")
@@ -145,10 +176,10 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
 def test_the_budget_of_a_round_holds(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
     look = {"tool": "inspect_layers", "arguments": {"selector": "*"}}
     with OpenAIServer([[look] * 5, *PLANS]) as server:
-        assert command(*flags(tiny_llama, server, "fine", "--planner-calls", "2")).code == 0
+        assert command(*flags(tiny_llama, server, "no-response-format", "--planner-calls", "2")).code == 0
     assert [tool["calls_left"] for tool in read_events(tmp_path / "runs" / "run", "tool")] == [1, 0]
     spent = "No calls of tools are left in this round: give the plan now."
-    assert [m["content"].endswith(spent) for m in server.requests[1].messages[-5:]] == [False, True, True, True, True]
+    assert [m["content"].endswith(spent) for m in server.requests[2].messages[-5:]] == [False, True, True, True, True]
     assert '"calls_left": 2, "seconds_left": 600' in server.requests[-1].messages[-1]["content"], "each round anew"
 
 

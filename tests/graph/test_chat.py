@@ -190,6 +190,17 @@ def test_check_hands_back(server: OpenAIServer) -> None:
     assert len(server.requests[2].messages) == 5
 
 
+@pytest.mark.parametrize(("hand_backs", "problems"), [(3, ["a waste", ""]), (0, [""])])
+def test_advice_is_given_once_and_never_for_the_last_answer(
+    server: OpenAIServer, hand_backs: int, problems: list[str]
+) -> None:
+    records: list[CallRecord] = []
+    answer = ask_server(server, "good", advise=lambda plan: "a waste", hand_backs=hand_backs, on_call=records.append)
+    assert answer == PLAN
+    assert [record.problem for record in records] == problems
+    assert len(server.requests) == len(problems)
+
+
 @pytest.mark.parametrize(
     ("name", "requests", "said"),
     [
@@ -273,20 +284,33 @@ def test_500_of_a_known_rung_is_repeated_and_the_rung_forgotten(server: OpenAISe
     ]
 
 
-@pytest.mark.parametrize("name", ["good", "no-response-format"])
-def test_schema_is_sent_without_length_bounds(server: OpenAIServer, name: str) -> None:
-    ask_server(server, name)
+def test_functions_are_sent_without_length_bounds(server: OpenAIServer) -> None:
+    ask_server(server, "no-response-format")
     sent = json.dumps(server.requests[-1].body)
     assert '"exclusiveMaximum": 1' in sent
     assert "Length" not in sent
     assert "Items" not in sent
 
 
+def test_no_list_or_string_of_an_answer_is_endless(server: OpenAIServer) -> None:
+    ask_server(server, "good")
+    schema = server.requests[-1].body["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["sparsity"]["exclusiveMaximum"] == 1
+    assert schema["properties"]["adjustments"]["maxItems"] == 16
+    assert schema["properties"]["reason"]["maxLength"] == 400
+    assert schema["$defs"]["Adjustment"]["properties"]["selector"]["maxLength"] == 200
+    assert "minLength" not in json.dumps(schema)
+    assert "maxLength" not in schema["$defs"]["Recipe"]["properties"]["method"]
+
+
 def test_a_field_called_like_a_bound_is_kept() -> None:
     class Odd(BaseModel):
         maxLength: int
+        type: str
 
-    assert list(chat._without_lengths(Odd.model_json_schema())["properties"]) == ["maxLength"]
+    schema = chat._bound_lengths(Odd.model_json_schema(), chat.MAX_WRITTEN)
+    assert list(schema["properties"]) == ["maxLength", "type"]
+    assert schema["properties"]["type"]["maxLength"] == 400
 
 
 def test_streamed_graph_keeps_token_counts(server: OpenAIServer) -> None:

@@ -19,6 +19,7 @@ from graph.agents.planner import (
     PROMPT,
     TOOLS_PROMPT,
     Situation,
+    advise_against,
     describe_layers,
     plan_with_chat,
     planner_messages,
@@ -220,6 +221,13 @@ def test_prompt_has_one_place_for_the_schema_and_one_for_tools() -> None:
         assert place not in TOOLS_PROMPT.read_text(encoding="utf-8")
 
 
+def test_the_first_round_is_told_to_correct_nothing() -> None:
+    """A weak model takes the selectors that are named as examples for advice."""
+    instructions = planner_messages(make_situation())[0].text
+    assert "In the first round nothing has been tried, so nothing is to be corrected" in instructions
+    assert "that a selector is named here as an example is no reason" in instructions
+
+
 def test_tools_are_described_where_they_are_offered() -> None:
     alone, offered = (
         planner_messages(make_situation()),
@@ -309,6 +317,8 @@ def test_what_is_left_to_prune() -> None:
         "Left to prune: sparsity is 0.0000, the target 0.45, so 0.4500 of 4,644,864 weights are left. "
         "Nothing is pruned yet." in shown(make_situation(layers=layers))
     )
+    zeros = dict.fromkeys([layer.name for layer in layers], 0.0031)
+    assert "are left. Nothing is pruned yet." in shown(make_situation(layers=layers, sparsity=zeros)), "the model's own"
     sparsity = {layer.name: 0.5 * layer.block for layer in layers}
     assert (
         "Left to prune: sparsity is 0.2500, the target 0.45, so 0.2000 of 4,644,864 weights are left. "
@@ -446,6 +456,22 @@ def test_plans_can_be_made_from_the_request() -> None:
     with OpenAIServer(lambda body: {"sparsity": 0.3, "reason": body["messages"][-1]["content"][-13:]}) as server:
         plan = plan_with_chat(make_situation(), open_model(server.planner("demo"), RunConfig()))
     assert plan.reason == "Plan round 1."
+
+
+def test_advice_against_a_wasted_round() -> None:
+    tried = KEPT.model_copy(update={"sparsity": 0.4499, "plan": "45.0% refit:kappa"})
+    plan = Plan(sparsity=0.45)
+    assert advise_against(plan, make_situation(accepted=KEPT, trials=[KEPT])) == ""
+    at_target = make_situation(accepted=tried, trials=[tried], find_trial=lambda plan: None)
+    assert advise_against(plan, at_target) == ""
+    assert advise_against(Plan(sparsity=0.44), at_target) == (
+        "sparsity 0.44 is off the target, which is reached: such a plan is rolled back whatever it measures; plan 0.45"
+    )
+    assert advise_against(plan, replace(at_target, find_trial=lambda plan: tried)) == (
+        "This is a plan that you know the result of, and it would be the same again. Change a lever that is untried.\n"
+        "round 1: sparsity 0.4499 refit:kappa; perplexity 22; KL 0.0312 +- 0.001, predicted 0.02; "
+        "accept: within the limit"
+    )
 
 
 def test_stubborn_planner_ends_in_one_line() -> None:
