@@ -327,8 +327,8 @@ def _describe_rest(situation: Situation) -> str:
     zeros = sum(layer.weights * situation.sparsity.get(layer.name, 0.0) for layer in situation.layers)
     now, target = zeros / total, situation.config.target_sparsity
     text = (
-        f"Left to prune: sparsity is {now:.4f}, the target {target:g}, so {max(0.0, target - now):.4f} of "
-        f"{total:,} weights are left."
+        # Not what is between the two: a weak model takes that for the sparsity to plan.
+        f"Left to prune: sparsity is {now:.4f} of {total:,} weights now, and {target:g} at the target."
     )
     if situation.accepted is not None and now >= target - 0.001:
         text += f" The target is reached: only a KL below {_figure(situation.accepted.kl)} is kept."

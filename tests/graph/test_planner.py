@@ -314,20 +314,22 @@ def test_limit_before_anything_was_accepted() -> None:
 def test_what_is_left_to_prune() -> None:
     layers = make_layers(2)
     assert (
-        "Left to prune: sparsity is 0.0000, the target 0.45, so 0.4500 of 4,644,864 weights are left. "
+        "Left to prune: sparsity is 0.0000 of 4,644,864 weights now, and 0.45 at the target. "
         "Nothing is pruned yet." in shown(make_situation(layers=layers))
     )
     zeros = dict.fromkeys([layer.name for layer in layers], 0.0031)
-    assert "are left. Nothing is pruned yet." in shown(make_situation(layers=layers, sparsity=zeros)), "the model's own"
+    assert "at the target. Nothing is pruned yet." in shown(make_situation(layers=layers, sparsity=zeros)), (
+        "the model's own"
+    )
     sparsity = {layer.name: 0.5 * layer.block for layer in layers}
     assert (
-        "Left to prune: sparsity is 0.2500, the target 0.45, so 0.2000 of 4,644,864 weights are left. "
+        "Left to prune: sparsity is 0.2500 of 4,644,864 weights now, and 0.45 at the target. "
         "Present sparsities, a line per block, in the order of the table:\n<data sparsities>\n"
         f"0:{' .00' * 7}\n1:{' .50' * 7}\n</data>" in shown(make_situation(layers=layers, sparsity=sparsity))
     )
     sparsity = dict.fromkeys(sparsity, 0.45)
     at_target = make_situation(layers=layers, sparsity=sparsity, accepted=KEPT)
-    assert "so 0.0000 of 4,644,864 weights are left. The target is reached: only a KL below 0.0312" in shown(at_target)
+    assert "0.45 at the target. The target is reached: only a KL below 0.0312" in shown(at_target)
 
 
 def test_long_histories_are_cut_aloud() -> None:
