@@ -226,6 +226,7 @@ def test_the_first_round_is_told_to_correct_nothing() -> None:
     instructions = planner_messages(make_situation())[0].text
     assert "In the first round nothing has been tried, so nothing is to be corrected" in instructions
     assert "that a selector is named here as an example is no reason" in instructions
+    assert re.findall(r'"sparsity": ?[\d.]+', TOOLS_PROMPT.read_text(encoding="utf-8")) == []
 
 
 def test_tools_are_described_where_they_are_offered() -> None:
