@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field
 
-from tools.errors import UserError
+from tools.errors import UserError, in_one_line
 from tools.files import hash_file, write_json
 from tools.questions import check_questions, read_questions, split_questions
 from tools.settings import TaskSettings, WorkbenchSettings
@@ -170,8 +170,7 @@ def _load_benchmark(name: str, settings: TaskSettings, dtype: str) -> Benchmark:
     except UserError:
         raise
     except Exception as error:  # datasets raises a different class for every way a data set can be missing
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"task {name} could not be loaded: {line}") from error
+        raise UserError(f"task {name} could not be loaded: {in_one_line(error)}") from error
     leaves = _list_leaves(task)
     for leaf in leaves:
         _set_shots(leaf, settings.shots)

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tools.errors import UserError
+from tools.errors import UserError, in_one_line
 from tools.settings import TeamSettings
 from tools.shards import SHARDS, Answers, Span, share_out
 from tools.worker import Identity, Texts, Worker, identify
@@ -111,7 +111,7 @@ class Cluster:
         self._ray, self._directory = _connect(settings)
         try:
             count, self._threads = _count_workers(self._ray, settings, model.device.type)
-            self._texts = self._ray.put(freeze(texts))
+            self._texts = self.keep(texts)
             self._device = model.device.type
             self._places = [_Place(i, *self._start()) for i in range(count)]  # all load their models at once
             for place in self._places:
@@ -153,7 +153,7 @@ class Cluster:
 
     def share(self, method: str, count: int, *arguments: Any) -> Answers:
         """As `ask`, of any `count` items."""
-        given = self._ray.put(freeze(arguments))
+        given = self.keep(arguments)
         spans = share_out(count, len(self._places))
         requests = [
             self._send(_Request(method, (span, given), span[1] - span[0], place))
@@ -185,7 +185,7 @@ class Cluster:
         def give(place: _Place) -> None:
             for number, job in islice(waiting, 1):
                 own = self._coming.pop() if weights else None
-                request = self._send(_Request(method, (None, self._ray.put(freeze(job))), 1, place, own, keeps))
+                request = self._send(_Request(method, (None, self.keep(job)), 1, place, own, keeps))
                 running[request.answer] = number, request
 
         try:
@@ -248,7 +248,7 @@ class Cluster:
                 raise UserError(str(error.cause)) from None
             raise
         except (errors.RayError, ConnectionError) as error:
-            line = " ".join(str(error).split())[:200]
+            line = in_one_line(error, 200)
             raise UserError(
                 f"the Ray cluster is gone ({type(error).__name__}: {line}); when it is there again, go on: a run with "
                 "--resume, any other command as before"
@@ -261,7 +261,7 @@ class Cluster:
         if not changed:
             return
         found = {name: self._find_weight(name, weights[name]) for name in changed}
-        place.actor.call.remote("install", None, self._ray.put(freeze((found, self._source.mark_blocks(weights)))))
+        place.actor.call.remote("install", None, self.keep((found, self._source.mark_blocks(weights))))
         place.installed = wanted
         self._forget_weights()
 
@@ -331,15 +331,14 @@ class _Actor:
 
     def open(self, settings: TeamSettings, texts: Any, threads: int) -> tuple[Identity, str, int]:
         """Load the model; who this is, on which machine, and the number of its process."""
-        from tools.estimate import PREFIX_SHARE
+        from tools.estimate import limit_prefix
         from tools.sources import load_model
 
         torch.set_num_threads(threads)
         self._scratch, self._busy = tempfile.TemporaryDirectory(), 0.0
         model, _ = load_model(settings)
-        limit = int(PREFIX_SHARE * sum(p.nbytes for p in model.parameters()))
         identity = identify(model)
-        self._worker = Worker(model, settings, thaw(texts), Path(self._scratch.name), limit)
+        self._worker = Worker(model, settings, thaw(texts), Path(self._scratch.name), limit_prefix(model))
         return identity, socket.gethostname(), os.getpid()
 
     def call(self, method: str, span: Span | None, arguments: Any) -> Any:
@@ -437,21 +436,22 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
             warnings.simplefilter("ignore")  # Ray's own
             ray.init(**options)
     except Exception as error:
-        line = " ".join(str(error).split())[:200]
+        line = in_one_line(error, 200)
         hint = "; a cluster with a token needs RAY_AUTH_MODE=token here" if "://" in settings.workers else ""
         raise UserError(f"Ray at {settings.workers!r} cannot be reached: {line}{hint}") from error
     return ray, directory
 
 
 def count_threads(settings: TeamSettings) -> int:
-    """CPU threads of each worker."""
-    workers = int(settings.workers) if settings.workers.isdigit() else 1
-    return settings.worker_threads or max(1, (os.cpu_count() or 1) // workers)
+    """CPU threads of each worker: this machine's cores shared out, or one on a cluster."""
+    if settings.worker_threads or not settings.workers.isdigit():
+        return settings.worker_threads or 1
+    return max(1, (os.cpu_count() or 1) // int(settings.workers))
 
 
 def _count_workers(ray: Any, settings: TeamSettings, device: str) -> tuple[int, int]:
     """(workers, threads of each): a worker for each GPU, or for as many CPUs as it has threads."""
-    threads = settings.worker_threads or (count_threads(settings) if settings.workers.isdigit() else 1)
+    threads = count_threads(settings)
     if settings.workers.isdigit():
         return int(settings.workers), threads
     there = ray.cluster_resources()

@@ -11,3 +11,8 @@ class DiskFull(UserError):
 
 class DamagedArtifact(RuntimeError):
     """A file of the run directory does not match the hash it was written under."""
+
+
+def in_one_line(error: BaseException, limit: int = 300) -> str:
+    """What an error of a library's says, on one line of at most `limit` characters; its class where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

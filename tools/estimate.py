@@ -23,7 +23,7 @@ from rich.text import Text
 
 from tools.cluster import count_threads
 from tools.curves import LEVELS
-from tools.errors import UserError
+from tools.errors import UserError, in_one_line
 from tools.layers import Layer, find_blocks, find_layers, find_unprunable
 from tools.readout import CHUNK
 from tools.settings import TeamSettings, WorkbenchSettings
@@ -50,7 +50,7 @@ LOGITS = 5
 REFIT_PRODUCTS = 13
 """Products (d_out x d_in) (d_in x d_in) of `kernels.refit_steps.refit_in_steps`."""
 PREFIX_SHARE = 0.5
-"""Of the model's own size: what block inputs that validations start from may take (`tools.workbench.PREFIX_SHARE`)."""
+"""Of the model's own size: what block inputs that validations start from may take."""
 
 ASKED_FOR = "KL curves of a method, where a plan asks for them"
 """A phase that not every run has."""
@@ -185,6 +185,11 @@ class Estimate(BaseModel):
         return max((phase.device_bytes + mates.get(phase.name, 0), phase.name) for phase in self.phases)
 
 
+def limit_prefix(model: Any) -> int:
+    """Bytes that a loaded model's cache of block inputs may take."""
+    return int(PREFIX_SHARE * sum(parameter.nbytes for parameter in model.parameters()))
+
+
 # --- the model without its weights ---------------------------------------------------------------------------------
 
 
@@ -198,8 +203,7 @@ def build_empty(settings: WorkbenchSettings) -> tuple[Any, int]:
     try:
         model, stored = build_on_meta(place, settings)
     except Exception as error:  # every way a config can be broken has a class of error of its own
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"model {settings.model!r} could not be built from its config: {line}") from error
+        raise UserError(f"model {settings.model!r} could not be built from its config: {in_one_line(error)}") from error
     if model.get_output_embeddings() is None:
         raise UserError("the model has no output head; a causal language model is needed")
     sizes = [parameter.numel() for parameter in model.parameters()]

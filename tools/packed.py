@@ -30,7 +30,7 @@ from kernels.packed import (
     pack_rows,
     unpack_rows,
 )
-from tools.errors import DamagedArtifact, UserError
+from tools.errors import DamagedArtifact, UserError, in_one_line
 from tools.files import write_directory
 from tools.layers import Layer, find_layers
 from tools.sources import DTYPES, PACKED_FILE
@@ -224,8 +224,7 @@ def _blame(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (SafetensorError, ValueError, KeyError, OSError, RuntimeError, UnicodeError) as error:
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DamagedArtifact(f"packed model {path} is damaged: {line}") from error
+        raise DamagedArtifact(f"packed model {path} is damaged: {in_one_line(error)}") from error
 
 
 def _refuse_version(path: Path, text: str) -> None:
@@ -290,8 +289,7 @@ def _build_skeleton(directory: Path, contents: Contents, dtype: torch.dtype) -> 
         if (directory / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     except Exception as error:  # every way a config can be broken has a class of error of its own
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"no model can be made of {directory / 'config.json'}: {line}") from error
+        raise UserError(f"no model can be made of {directory / 'config.json'}: {in_one_line(error)}") from error
     return model
 
 

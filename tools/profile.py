@@ -148,7 +148,7 @@ def collect_statistics(
     two-sided mask removes of the `dense` weights where they are given, else of those in the model. Raises UserError for
     a layer that never ran.
     """
-    grouped = layers_by_block(layers, 1 + max(layer.block for layer in layers))
+    grouped = _group(layers)
     with begin_walk(team) as walk:
         statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment)
         _walk_down(team, extent, walk, grouped, progress, statistics, dense)
@@ -224,7 +224,7 @@ def measure_kappa(
 
     One walk up and one down over the gradient windows; nats per token, as in `collect_statistics`.
     """
-    grouped = layers_by_block(layers, 1 + max(layer.block for layer in layers))
+    grouped = _group(layers)
     kappa: dict[str, list[float]] = {}
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
     with begin_walk(team) as walk:
@@ -251,6 +251,11 @@ def _finish_curves(answers: Sequence[Nodes], extent: Extent, layers: Sequence[La
     sums, tokens = _join(extent, answers), extent.gradient_windows * extent.tokens
     nothing = torch.zeros(len(LEVELS), dtype=torch.float64)  # of an expert that these windows never reached
     return {x.name: [float(total) for total in sums.get(x.name, nothing) / (2 * tokens)] for x in layers}
+
+
+def _group(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers of each block, to the last that has any."""
+    return layers_by_block(layers, 1 + max(layer.block for layer in layers))
 
 
 def _device(layer: Layer) -> torch.device:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tools.errors import UserError
+from tools.errors import UserError, in_one_line
 from tools.rundir import runs_directory
 from tools.settings import WorkbenchSettings
 
@@ -160,8 +160,7 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
     except UserError:
         raise
     except Exception as error:  # every way a model can be broken has a class of error of its own
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"model {settings.model!r} could not be loaded: {line}") from error
+        raise UserError(f"model {settings.model!r} could not be loaded: {in_one_line(error)}") from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
         raise UserError(f"model {settings.model!r} lacks {len(missing)} of its weights, such as {missing[0]}")

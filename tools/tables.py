@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.errors import UserError
+from tools.errors import UserError, in_one_line
 
 
 def path_of(source: str) -> Path:
@@ -45,8 +45,7 @@ def explain_unreadable(what: str, source: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # datasets raises a different class for every way a data set can be missing
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what} {source!r} could not be read: {line}") from error
+        raise UserError(f"{what} {source!r} could not be read: {in_one_line(error)}") from error
 
 
 def open_rows(source: str) -> Any:

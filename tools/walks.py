@@ -111,10 +111,7 @@ class Walks:
         group: dict[str, str] = {}
         self._put_down(way, span)
         before = dict(way.states) if purpose == "pruning" else {}
-        nodes = [
-            (node, sum_node(node, lambda shard: self._sum_moments(way, block, shard, full, group)))
-            for node in list_nodes((0, len(self.shards)), span)
-        ]
+        nodes = self._sum(span, lambda shard: self._sum_moments(way, block, shard, full, group))
         if purpose == "pruning":
             way.states = before
         else:
@@ -128,10 +125,7 @@ class Walks:
         |dL/dW|.
         """
         seen = self._descend(span, walk, block, language=True)
-        return [
-            (node, sum_node(node, lambda shard: self._sum_gradients(seen, shard)))
-            for node in list_nodes((0, len(self.shards)), span)
-        ]
+        return self._sum(span, lambda shard: self._sum_gradients(seen, shard))
 
     def mask_curves(self, span: Span, walk: str, block: int, known: Mapping[str, Sequence[Tensor]]) -> Nodes:
         """As `curves`, of what the two-sided mask removes.
@@ -313,7 +307,10 @@ class Walks:
             for shard, changes_LP in zip(pairs, columns, strict=True):
                 if changes_LP.shape[1]:
                     leaves[shard][layer.name] = changes_LP.sum(1)
-        return [(node, sum_node(node, leaves.__getitem__)) for node in list_nodes((0, len(self.shards)), span)]
+        return self._sum(span, leaves.__getitem__)
+
+    def _sum(self, span: Span, leaf: Callable[[int], Sums]) -> Nodes:
+        return [(node, sum_node(node, leaf)) for node in list_nodes((0, len(self.shards)), span)]
 
 
 def layers_by_block(layers: Iterable[Layer], count: int) -> list[list[Layer]]:

@@ -29,7 +29,7 @@ from tools.blocks import Blocks
 from tools.cluster import Cluster
 from tools.curves import LayerProfile
 from tools.errors import DamagedArtifact, UserError
-from tools.estimate import PREFIX_SHARE, list_disk
+from tools.estimate import limit_prefix, list_disk
 from tools.facts import EncodedPair, Recall, cut_batches, encode_pairs, measure_recall, put_together
 from tools.files import ArtifactStore, explain_full_disk, write_json
 from tools.layers import Layer, find_layers, find_unprunable
@@ -111,9 +111,8 @@ class Workbench:
         self._profile: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
         self._shared: tuple[str, LayerStatistics] | None = None
         self._calibration_hidden: Tensor | None = None
-        limit = int(PREFIX_SHARE * sum(p.nbytes for p in self.model.parameters()))
         blocks = Blocks(self.model)
-        self._prefix = PrefixCache(blocks, self.windows.validation, limit)
+        self._prefix = PrefixCache(blocks, self.windows.validation, limit_prefix(self.model))
         calibration = self.windows.calibration.to(self.device)
         self._team, self._extent = work_alone(
             blocks, self.layers, calibration, settings.gradient_windows, settings.seed, directory

@@ -358,14 +358,18 @@ def test_interrupted_is_as_uninterrupted(
     assert (known.profile, known.dense_perplexity) == (compared.known.profile, compared.known.dense_perplexity)
 
 
+def lose_the_searched_row(directory: Path) -> tuple[Any, Path]:
+    """(the row of the search, which the comparison has no longer; where that search is saved)."""
+    known = read_comparison(directory)
+    row = known.rows.pop(TITLES.index("wanda:evolution at 45%"))
+    write_json(directory / "compare.json", known.model_dump())
+    return row, directory / "work" / "search-wanda-0.45.json"
+
+
 def test_a_search_goes_on_where_it_was(
     copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
 ) -> None:
-    directory = Path(copied.out)
-    known = read_comparison(directory)
-    whole = known.rows.pop(TITLES.index("wanda:evolution at 45%"))
-    write_json(directory / "compare.json", known.model_dump())
-    path = directory / "work" / "search-wanda-0.45.json"
+    whole, path = lose_the_searched_row(Path(copied.out))
     saved = SavedSearch.model_validate_json(path.read_bytes())
     saved.seconds += 1000
     write_json(path, saved.model_dump())
@@ -378,11 +382,7 @@ def test_a_search_goes_on_where_it_was(
 def test_workers_take_whole_candidates_of_a_search(
     copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
 ) -> None:
-    directory = Path(copied.out)
-    known = read_comparison(directory)
-    whole = known.rows.pop(TITLES.index("wanda:evolution at 45%"))
-    write_json(directory / "compare.json", known.model_dump())
-    path = directory / "work" / "search-wanda-0.45.json"
+    whole, path = lose_the_searched_row(Path(copied.out))
     alone = SavedSearch.model_validate_json(path.read_bytes())
     path.unlink()
     teams = gather_teams(monkeypatch)
