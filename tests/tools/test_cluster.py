@@ -1,6 +1,8 @@
 """Workers on Ray: the same results as alone, whoever dies; and who is refused."""
 
 import builtins
+import contextlib
+import ipaddress
 import json
 import os
 import signal
@@ -81,6 +83,8 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
 
         assert work(bench, kill) == alone
         directory = cluster._directory
+        addresses = listening([os.getpid(), *(place.pid for place in cluster._places), *processes_of(directory)])
+        assert addresses and all(address.is_loopback for address in addresses)
         rounds = BenchSettings.model_validate(settings.model_dump(exclude=set(TEAM)) | {"rounds": 1})
         results = bench_workers(bench, rounds, 2)
         assert [result.name for result in results] == ["workers/profile", "workers/validation"]
@@ -89,14 +93,35 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
     assert all(text.endswith(" died; another one does its share again") for text in warned)
     close_workbench()
     assert not Path(directory).exists()
-    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if directory.encode() in _read(path)]
+    assert processes_of(directory) == []
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+def processes_of(directory: str) -> list[int]:
+    """Processes that a directory is named to at their start."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if directory.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def listening(processes: list[int]) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Addresses at which these processes wait for TCP connections."""
+    sockets = set()
+    for process in processes:
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(descriptor))
+    found: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = []
+    for line in [line for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:  # 0A: listens
+            raw = bytes.fromhex(fields[1].partition(":")[0])
+            words = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))  # each word in the machine's order
+            address = ipaddress.ip_address(words)
+            found.append(getattr(address, "ipv4_mapped", None) or address)
+    return found
 
 
 # --- who is refused, without Ray ---------------------------------------------------------------------------------
