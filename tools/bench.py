@@ -26,10 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from kernels.masks import keep_highest, keep_highest_of_rows
 from kernels.methods import LayerStatistics, prune_weight
 from kernels.obs import prune_obs
 from kernels.preconditioner import DAMPING
 from kernels.refit_steps import refit_in_steps
+from kernels.scores import score_wanda
 from tools.allocate import Allocation, allocate
 from tools.blocks import Blocks
 from tools.curves import LEVELS, LayerProfile
@@ -55,6 +57,9 @@ OTHER_SPARSITY = 0.4
 """For checkpoints that shall differ from it, in which less goes."""
 
 ALLOCATED_LAYERS = 400
+
+MASKS, OBS = 1 / 10, 1 / 3
+"""Seconds of a mask of 4096 x 4096 and of SparseGPT on 2048 x 2048, of what their authors published."""
 
 DECODE = 0.714
 """Seconds of packed decoding, of dense decoding: 1.4 times as many tokens a second."""
@@ -91,7 +96,9 @@ class BenchSettings(WorkbenchSettings):
         "counts.",
     )
     obs_sizes: list[int] = Field(
-        [2048, 4096], min_length=1, description="Sides of the square layers of the benchmark obs, comma-separated."
+        [2048, 4096],
+        min_length=1,
+        description="Sides of the square layers of the benchmarks masks and obs, comma-separated.",
     )
 
     @field_validator("obs_sizes", mode="before")
@@ -258,17 +265,23 @@ def bench_wanda(site: Site) -> list[Result]:
             known = LayerStatistics(mean_square[layer.name], weight_OI.new_ones(len(weight_OI)))
             prune_weight("wanda", weight_OI, known, round(SPARSITY * weight_OI.numel()), refit=False)
 
+    def prune_by_sort() -> None:
+        for layer in bench.layers:
+            weight_OI = layer.weight_OI
+            remove_by_sort(score_wanda(weight_OI, mean_square[layer.name]), SPARSITY).logical_not().mul(weight_OI)
+
     bench.restore(DENSE)
-    bare, full, walked, pruned = site.time(
-        Task(forward), Task(lambda: walk(full=True)), Task(lambda: walk(full=False)), Task(prune)
+    bare, full, walked, pruned, sorted_ = site.time(
+        Task(forward), Task(lambda: walk(full=True)), Task(lambda: walk(full=False)), Task(prune), Task(prune_by_sort)
     )
-    whole = [a + b for a, b in zip(walked, pruned, strict=True)]
+    whole, published = ([a + b for a, b in zip(walked, taken, strict=True)] for taken in (pruned, sorted_))
     reference = f"bare forward of {windows_BT.numel()} calibration tokens, without logits"
     return [
         site.compare("wanda", "mean squares, then Wanda's masks of all layers", whole, reference, bare, 1.3),
         site.compare("wanda/squares", "of this, the walk with mean squares", walked, reference, bare),
         site.compare("wanda/masks", "of this, the masks and masked weights", pruned, reference, bare),
         site.compare("wanda/moments", "not of this: the walk with full second moments", full, reference, bare),
+        site.compare("wanda/published", "the whole of it", whole, "the same with masks by a stable sort", published),
     ]
 
 
@@ -322,13 +335,46 @@ def bench_kappa_of_method(site: Site) -> list[Result]:
     return [site.compare("kappa-of-method", what, taken, "pruning the whole model once by refit", once)]
 
 
+def bench_masks(site: Site) -> list[Result]:
+    """Masks of the lowest scores, of every row and of the layer, against the stable sort of Wanda's authors."""
+    results = []
+    for side in site.settings.obs_sizes:
+        rows, by_rows, layer, by_layer = _time_masks(site, make_layer(side, side, site.bench.device)[0].square())
+        reference, target = "a stable sort of them and a scatter", MASKS if side == 4096 else None
+        for name, part, ours, published in (("rows", "each row", rows, by_rows), ("layer", "all", layer, by_layer)):
+            what = f"mask of the lowest of {part} of {side} x {side} scores, fp32"
+            results.append(site.compare(f"masks/{side}/{name}", what, ours, reference, published, target))
+    return results
+
+
+def _time_masks(site: Site, score_OI: Tensor) -> list[list[float]]:
+    zeros, dead_OI = round(SPARSITY * score_OI.numel()), torch.zeros_like(score_OI, dtype=torch.bool)
+    return site.time(
+        Task(lambda: keep_highest_of_rows(score_OI, dead_OI, zeros)),
+        Task(lambda: remove_by_sort(score_OI, SPARSITY)),
+        Task(lambda: keep_highest(score_OI, dead_OI, zeros)),
+        Task(lambda: remove_by_sort(score_OI.reshape(1, -1), SPARSITY)),
+    )
+
+
+def remove_by_sort(score_RN: Tensor, sparsity: float) -> Tensor:
+    """The mask (bool, True = goes) of the int(`sparsity` * N) lowest scores of each row, as Wanda's code makes it.
+
+    arXiv 2306.11695, its authors' repository: a stable sort, and the first places scattered into a mask.
+    """
+    order_RN = torch.sort(score_RN, dim=-1, stable=True).indices
+    goes_RN = torch.zeros_like(score_RN, dtype=torch.bool)
+    return goes_RN.scatter_(1, order_RN[:, : int(sparsity * score_RN.shape[1])], True)
+
+
 def bench_obs(site: Site) -> list[Result]:
     """SparseGPT on random square layers, against the published loop; both begin with the second moment."""
     results = []
     for side in site.settings.obs_sizes:
         ours, published = _time_obs(site, *make_layer(side, side, site.bench.device))
-        what, reference = f"SparseGPT (prune_obs), {side} x {side}, fp32", "the published loop, blocks of 128 columns"
-        results.append(site.compare(f"obs/{side}", what, ours, reference, published))
+        what, target = f"SparseGPT (prune_obs), {side} x {side}, fp32", OBS if side == 2048 else None
+        reference = "the published loop, blocks of 128 columns"
+        results.append(site.compare(f"obs/{side}", what, ours, reference, published, target))
     return results
 
 
@@ -401,6 +447,9 @@ def bench_refit(site: Site) -> list[Result]:
     what = f"refit in steps, {len(site.bench.layers)} layers: each shape's time as often as it occurs"
     for (key, reference), other in zip(references, others, strict=True):
         results.append(site.compare(f"refit/model/{key}", what, refit, reference, other))
+    obs, published = others
+    what = what.replace("refit in steps", references[0][1])
+    results.append(site.compare("obs/model", what, obs, references[1][1], published))
     return results
 
 
@@ -549,6 +598,7 @@ BENCHMARKS: dict[str, Callable[[Site], list[Result]]] = {
     "wanda": bench_wanda,
     "profile": bench_profile,
     "kappa-of-method": bench_kappa_of_method,
+    "masks": bench_masks,
     "obs": bench_obs,
     "refit": bench_refit,
     "allocation": bench_allocation,
@@ -653,7 +703,7 @@ def describe_target(result: Result) -> str:
     """The target, and whether it was met; empty where there is none."""
     if result.target is None:
         return ""
-    return f"{result.target:g} ({'met' if result.ratio <= result.target else 'missed'})"
+    return f"{result.target:.3g} ({'met' if result.ratio <= result.target else 'missed'})"
 
 
 def main(arguments: list[str] | None = None) -> int:

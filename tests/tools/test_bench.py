@@ -17,6 +17,7 @@ from torch import Tensor
 import tools.bench
 import tools.worker
 from kernels.guard import row_errors
+from kernels.masks import keep_highest, keep_highest_of_rows
 from kernels.methods import prune_levels, prune_weight
 from kernels.obs import prune_obs
 from tests.tiny import make_tiny_model, save_tiny_model, tiny_settings
@@ -32,6 +33,7 @@ from tools.bench import (
     main,
     make_layer,
     prune_as_published,
+    remove_by_sort,
 )
 from tools.layers import find_layers
 from tools.losses import PrefixCache
@@ -41,9 +43,10 @@ from tools.workbench import DENSE, Workbench, use_workbench
 
 ROUNDS = 2
 NAMES = [
-    *("wanda", "wanda/squares", "wanda/masks", "wanda/moments", "profile", "kappa-of-method", "obs/24", "obs/160"),
+    *("wanda", "wanda/squares", "wanda/masks", "wanda/moments", "wanda/published", "profile", "kappa-of-method"),
+    *("masks/24/rows", "masks/24/layer", "masks/160/rows", "masks/160/layer", "obs/24", "obs/160"),
     *(f"refit/{layer}/{other}" for layer in ("32x32", "16x32", "48x32", "32x48") for other in ("obs", "published")),
-    *("refit/model/obs", "refit/model/published", "allocation"),
+    *("refit/model/obs", "refit/model/published", "obs/model", "allocation"),
     *("validation/last-third", "rollback/all", "rollback/last-block"),
 ]
 
@@ -104,10 +107,14 @@ def test_every_benchmark_once(
 
 
 def test_parts_add_up(site: Site) -> None:
-    whole, squares, masks, moments = BENCHMARKS["wanda"](site)
+    whole, squares, masks, moments, published = BENCHMARKS["wanda"](site)
+    assert published.seconds == whole.seconds
     assert whole.seconds == [a + b for a, b in zip(squares.seconds, masks.seconds, strict=True)]
     assert whole.reference_seconds == squares.reference_seconds == masks.reference_seconds == moments.reference_seconds
     results = {result.name: result for result in BENCHMARKS["refit"](site)}
+    model = results["obs/model"]
+    assert model.seconds == results["refit/model/obs"].reference_seconds
+    assert model.reference_seconds == results["refit/model/published"].reference_seconds
     times = {"32x32": 4, "16x32": 4, "48x32": 4, "32x48": 2}  # seven layers in each of two blocks
     for reference in ("obs", "published"):
         for key in ("seconds", "reference_seconds"):
@@ -132,8 +139,8 @@ def test_only_what_was_asked_for_in_the_usual_order(
     [
         (
             ["--only", "obs,wandb"],
-            "there is no benchmark 'wandb'; choose from wanda, profile, kappa-of-method, obs, refit, allocation, "
-            "validation",
+            "there is no benchmark 'wandb'; choose from wanda, profile, kappa-of-method, masks, obs, refit, "
+            "allocation, validation",
         ),
         (["--round", "3"], "unknown option '--round'; did you mean --rounds?"),
         (["--rounds", "0"], "rounds: input should be greater than or equal to 1, not '0'"),
@@ -313,6 +320,14 @@ def test_the_published_loop_prunes_as_well_as_ours(shape: tuple[int, int]) -> No
     masked = float(row_errors(weight * (published == 0), moment).sum())
     assert theirs == pytest.approx(our_error, rel=0.03)
     assert theirs < 0.7 * masked  # or the update does nothing
+
+
+def test_the_published_masks_are_ours() -> None:
+    score = torch.randint(9, (24, 160), generator=torch.Generator().manual_seed(0)).float()  # with many ties
+    none_dead, half = torch.zeros_like(score, dtype=torch.bool), score.numel() // 2
+    assert torch.equal(remove_by_sort(score, 0.5), ~keep_highest_of_rows(score, none_dead, half))
+    layer = remove_by_sort(score.reshape(1, -1), 0.5).reshape(score.shape)
+    assert torch.equal(layer, ~keep_highest(score, none_dead, half))
 
 
 def test_the_published_loop_is_optimal_brain_surgery() -> None:
