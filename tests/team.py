@@ -18,7 +18,8 @@ class Team:
     ahead = 0
 
     def __init__(self, bench: Workbench, size: int = 2) -> None:
-        texts = Texts(bench.windows.calibration, bench.windows.validation, bench.windows.test, bench.questions)
+        windows = bench.windows
+        texts = Texts(windows.calibration, windows.validation, windows.test, bench.questions, windows.mixed)
         self.bench, self.size = bench, size
         self.workers = [
             Worker(copy.deepcopy(bench.model), bench.settings, texts, bench.directory, 10**6) for _ in range(size)

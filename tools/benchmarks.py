@@ -101,16 +101,16 @@ def _check_freebaseqa(source: str) -> None:
 
 
 def refuse_shared_questions(settings: TaskSettings, loop: WorkbenchSettings) -> None:
-    """Raises UserError when freebaseqa would ask what the plans of a run are judged by or fitted to."""
+    """Raises UserError when freebaseqa would ask what the plans of a run are judged by or may be fitted to."""
     if not loop.questions or "freebaseqa" not in settings.tasks:
         return
     parts = split_questions(loop.questions, loop.question_pairs)
-    used = {q.question.casefold() for q in chain(parts.validation, parts.rest if loop.mixed_windows else ())}
+    used = {q.question.casefold() for q in chain(parts.validation, parts.rest)}
     end = settings.shots + settings.limit if settings.limit else None
     asked = islice(read_questions(settings.freebaseqa), settings.shots, end)
     if shared := [q.question for q in asked if q.question.casefold() in used]:
         raise UserError(
-            f"freebaseqa would ask {len(shared)} questions that plans are judged by or fitted to, such as "
+            f"freebaseqa would ask {len(shared)} questions that plans are judged by or may be fitted to, such as "
             f"{shared[0][:100]!r}; choose another --freebaseqa or a smaller --limit"
         )
 

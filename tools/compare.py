@@ -77,7 +77,7 @@ class CompareSettings(TaskSettings, TeamSettings):
 
     recipes: str = Field(
         "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
-        description="Comma-separated METHOD[+refit][~clipped]:ALLOCATION[@STRENGTH], or all. Methods: "
+        description="Comma-separated METHOD[+refit][~clipped][~quarter|~half]:ALLOCATION[@STRENGTH], or all. Methods: "
         f"{', '.join(METHODS)}. Allocations: {', '.join(ALLOCATIONS)}, and kappa-mask. Beside all: "
         "structured[+refit]:flap, the same number of neurons (by FLAP's fluctuation) and groups of heads from every "
         "block, and structured[+refit]:depth, whole blocks; a sparsity is then the share of the prunable weights "

@@ -557,11 +557,13 @@ def list_disk(model: Any, layers: list[Layer], settings: WorkbenchSettings) -> l
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = min(settings.gradient_windows, settings.calibration_windows)
     weights = sum(layer.weight_OI.nbytes for layer in layers)
+    moments, mixes = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers), list(settings.mixes)
     return [
-        Line(
-            what="second moments",
-            how=f"4 bytes × inputs², over {len(layers)} layers",
-            bytes=sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers),
+        Line(what="second moments", how=f"4 bytes × inputs², over {len(layers)} layers", bytes=moments),
+        *(
+            [Line(what="second moments of other texts", how=" and ".join(mixes), bytes=len(mixes) * moments)]
+            if mixes
+            else []
         ),
         _multiply(
             "inputs of all blocks, while the model is profiled",

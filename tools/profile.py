@@ -23,8 +23,9 @@ from tools.blocks import Blocks
 from tools.curves import LEVELS, LayerProfile
 from tools.errors import UserError
 from tools.layers import Layer
+from tools.recipes import Calibration
 from tools.shards import SHARDS, Alone, Span, Sums, Team, ask_in_turn, ignore_ticks, join_nodes
-from tools.walks import Nodes, Purpose, Walks, layers_by_block
+from tools.walks import Nodes, Purpose, Walk, Walks, layers_by_block
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, steps done, steps in all)."""
@@ -60,10 +61,10 @@ _walks = itertools.count()
 
 
 @contextmanager
-def begin_walk(team: Team) -> Iterator[str]:
-    """The name of one more walk through the calibration text; afterwards nothing of it is held."""
+def begin_walk(team: Team, text: Calibration = "run") -> Iterator[Walk]:
+    """One more walk through a calibration text; afterwards nothing of it is held."""
     try:
-        yield f"walk {next(_walks)}"
+        yield Walk(next(_walks), text)
     finally:
         team.ask("finish")(ignore_ticks)
 
@@ -83,18 +84,27 @@ class Extent(NamedTuple):
 
 
 def work_alone(
-    blocks: Blocks, layers: Sequence[Layer], windows_BT: Tensor, gradient_windows: int, seed: int, scratch: Path
+    blocks: Blocks,
+    layers: Sequence[Layer],
+    windows_BT: Tensor,
+    gradient_windows: int,
+    seed: int,
+    scratch: Path,
+    mixed: Mapping[Calibration, Tensor] | None = None,
 ) -> tuple[Team, Extent]:
-    """This process as the team that walks through calibration text; files without a name lie in `scratch`."""
+    """This process as the team that walks through calibration text; files without a name lie in `scratch`.
+
+    The texts `mixed` have as many windows as the run's own.
+    """
     extent = Extent(len(windows_BT), min(gradient_windows, len(windows_BT)), windows_BT.shape[1])
-    walks = Walks(blocks, layers, windows_BT, extent.gradient_windows, seed, scratch)
+    walks = Walks(blocks, layers, windows_BT, extent.gradient_windows, seed, scratch, mixed=mixed)
     return Alone(walks, extent.shards), extent
 
 
 def collect_moments(
     team: Team,
     extent: Extent,
-    walk: str,
+    walk: Walk,
     block: int,
     layers: Sequence[Layer],
     *,
@@ -139,6 +149,7 @@ def collect_statistics(
     progress: Progress,
     keep_moment: Callable[[str, Tensor], None] | None,
     dense: Mapping[str, Tensor] | None = None,
+    text: Calibration = "run",
 ) -> ModelStatistics:
     """Input moments over all windows; output-gradient moments and KL curves over the gradient windows.
 
@@ -149,7 +160,7 @@ def collect_statistics(
     a layer that never ran.
     """
     grouped = _group(layers)
-    with begin_walk(team) as walk:
+    with begin_walk(team, text) as walk:
         statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment)
         _walk_down(team, extent, walk, grouped, progress, statistics, dense)
     return statistics
@@ -158,7 +169,7 @@ def collect_statistics(
 def _walk_up(
     team: Team,
     extent: Extent,
-    walk: str,
+    walk: Walk,
     grouped: Sequence[Sequence[Layer]],
     progress: Progress,
     keep_moment: Callable[[str, Tensor], None] | None,
@@ -185,7 +196,7 @@ def _walk_up(
 def _walk_down(
     team: Team,
     extent: Extent,
-    walk: str,
+    walk: Walk,
     grouped: Sequence[Sequence[Layer]],
     progress: Progress,
     statistics: ModelStatistics,
@@ -217,6 +228,7 @@ def measure_kappa(
     layers: Sequence[Layer],
     progress: Progress,
     parts_of: Callable[[Sequence[Layer]], Any],
+    text: Calibration = "run",
 ) -> dict[str, list[float]]:
     """The KL curve of each layer for any change: `parts_of(layers)` is what each of LEVELS changes beyond the last.
 
@@ -227,7 +239,7 @@ def measure_kappa(
     grouped = _group(layers)
     kappa: dict[str, list[float]] = {}
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
-    with begin_walk(team) as walk:
+    with begin_walk(team, text) as walk:
         for block in reversed(range(len(grouped))):
             answers = team.ask("curves", walk, block, parts_of(grouped[block]))(ticks)
             kappa |= _finish_curves(answers, extent, grouped[block])

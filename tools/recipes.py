@@ -25,6 +25,13 @@ REFIT_STEPS = 5
 """Steps in which the method refit grows its mask, unless a recipe says otherwise."""
 
 
+Calibration = Literal["run", "quarter", "half"]
+"""The run's own calibration text, or that with more questions in it."""
+
+SHARES: dict[Calibration, float] = {"quarter": 0.25, "half": 0.5}
+"""The share of the calibration windows that is made of questions with answers."""
+
+
 class Recipe(BaseModel):
     """How weights are chosen, shared out over the layers, and what happens to the survivors."""
 
@@ -75,6 +82,11 @@ class Recipe(BaseModel):
         "block by block, each seeing what its pruned predecessors pass on; costs two more forwards of the calibration "
         "text a round.",
     )
+    calibration: Calibration = Field(
+        "run",
+        description="Text that statistics and curves are taken from. run: the run's own. quarter, half: with so many "
+        "questions and answers in it, so that facts weigh more; for runs that ask questions. Costs a profile each.",
+    )
     pattern: SkipJsonSchema[str] = Field(  # the user's choice, so that no planner is told of it
         "",
         description="N:M, N zeros in every M consecutive inputs; empty for zeros anywhere. The user's choice.",
@@ -122,8 +134,13 @@ class Recipe(BaseModel):
     def mask_label(self) -> str:
         """What is done inside a layer, such as `two-sided+refit`, or `refit3` for other than `REFIT_STEPS` steps."""
         steps = "" if self.steps == REFIT_STEPS else f"{self.steps}"
-        marks = ["+refit" if self.refits_after else "", "~clipped" if self.gamma == "clipped" else ""]
-        return f"{self.method}{steps}{''.join(marks)}{'~sequential' if self.statistics == 'sequential' else ''}"
+        marks = [
+            "+refit" if self.refits_after else "",
+            "~clipped" if self.gamma == "clipped" else "",
+            f"~{self.calibration}" if self.calibration != "run" else "",
+            "~sequential" if self.statistics == "sequential" else "",
+        ]
+        return f"{self.method}{steps}{''.join(marks)}"
 
     @property
     def allocation_label(self) -> str:
@@ -144,18 +161,21 @@ class Recipe(BaseModel):
             refit_steps=self.steps,
             gamma=self.gamma,
             statistics=self.statistics,
+            calibration=self.calibration,
             pattern=self.pattern,
         )
 
 
 _LABEL = re.compile(
-    r"(?P<method>[a-z-]+?)(?:(?<=^refit)(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?(?P<sequential>~sequential)?"
+    r"(?P<method>[a-z-]+?)(?:(?<=^refit)(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
+    r"(?:~(?P<calibration>quarter|half))?(?P<sequential>~sequential)?"
     r"(?::(?P<allocation>[a-z]+)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
 
 
 def parse_recipe(label: str) -> Recipe:
-    """The recipe of a label `METHOD[+refit][~clipped][~sequential][:ALLOCATION[@STRENGTH]]`, such as `refit3:kappa`.
+    """The recipe of a label `METHOD[+refit][~clipped][~quarter|~half][~sequential][:ALLOCATION[@STRENGTH]]`, such as
+    `refit3:kappa`.
 
     Without an allocation it is uniform. Raises ValueError in one line for another form or a name that there is not.
     """
@@ -170,6 +190,7 @@ def parse_recipe(label: str) -> Recipe:
                 "refit_steps": form["steps"] or REFIT_STEPS,
                 "gamma": "clipped" if form["clipped"] else "plain",
                 "statistics": "sequential" if form["sequential"] else "dense",
+                "calibration": form["calibration"] or "run",
                 "allocation": form["allocation"] or "uniform",
                 "curves": "mask" if form["mask"] else "method",
                 "strength": form["strength"] or 1.0,

@@ -10,6 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tools.recipes import SHARES, Calibration
+
 QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
 Split = Literal["validation", "test"]
 """Texts, and questions, that are measured on."""
@@ -119,17 +121,24 @@ class WorkbenchSettings(LoadSettings):
     def _check_mix(self) -> Self:
         if self.calibration_mix and not self.questions:
             raise ValueError("calibration_mix needs questions to mix in; name their source with questions")
-        if self.calibration_mix and not self.mixed_windows:
+        if self.calibration_mix and not self.count_mixed(self.calibration_mix):
             raise ValueError(
                 f"calibration_mix {self.calibration_mix:g} of {self.calibration_windows} calibration windows is less "
                 "than one window"
             )
         return self
 
+    def count_mixed(self, share: float) -> int:
+        """Calibration windows that a share of questions with answers comes to."""
+        return math.floor(share * self.calibration_windows)
+
     @property
-    def mixed_windows(self) -> int:
-        """Calibration windows that are made of questions with answers."""
-        return math.floor(self.calibration_mix * self.calibration_windows)
+    def mixes(self) -> dict[Calibration, int]:
+        """How many windows of questions the calibration texts have that a recipe may ask for beside the run's own."""
+        if not self.questions:
+            return {}
+        counts = {name: self.count_mixed(share) for name, share in SHARES.items()}
+        return {name: count for name, count in counts.items() if count > self.count_mixed(self.calibration_mix)}
 
     @property
     def validation_tokens(self) -> int:

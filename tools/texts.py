@@ -1,7 +1,7 @@
 """Where text comes from, and how it becomes three disjoint sets of token windows."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tools.errors import UserError
 from tools.questions import Question, check_questions, split_questions, write_pair
+from tools.recipes import Calibration
 from tools.settings import TEXT_SOURCE, WorkbenchSettings
 from tools.tables import explain_unreadable, open_rows, parse_hub, path_of
 
@@ -26,6 +27,8 @@ class Windows(NamedTuple):
     calibration: "Tensor"
     validation: "Tensor"
     test: "Tensor"
+    mixed: "dict[Calibration, Tensor]"
+    """The calibration text with more questions in it, as far as there are enough of them."""
 
 
 def check_source(source: str) -> None:
@@ -106,23 +109,40 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     import torch
 
     counts = {split: getattr(settings, f"{split}_windows") for split in SPLITS}
-    counts["calibration"] -= settings.mixed_windows
+    mixed_windows = settings.count_mixed(settings.calibration_mix)
+    counts["calibration"] -= mixed_windows
     sources = {split: getattr(settings, split) for split in SPLITS}
     windows: dict[str, Tensor] = {}
     for source in dict.fromkeys(sources.values()):
         sharing = [split for split in SPLITS if sources[split] == source]
         asked = {split: counts[split] for split in sharing}
-        ids = _tokenize(read_documents(source), source, tokenizer, settings.window, asked)
-        for split, part in zip(sharing, torch.split(ids, list(asked.values())), strict=True):
+        ids = _read_tokens(read_documents(source), tokenizer, settings.window * sum(asked.values()))
+        parts = torch.split(_cut(ids, source, settings.window, asked), list(asked.values()))
+        for split, part in zip(sharing, parts, strict=True):
             windows[split] = part
-    if settings.mixed_windows:
-        pairs = map(write_pair, split_questions(settings.questions, settings.question_pairs).rest)
-        asked = {"calibration": settings.mixed_windows}
-        mixed = _tokenize(pairs, settings.questions, tokenizer, settings.window, asked)
-        windows["calibration"] = _spread(windows["calibration"], mixed)
-    result = Windows(**windows)
-    _refuse_overlap(result, tokenizer)
-    return result
+    mixed: dict[Calibration, Tensor] = {}
+    if settings.questions:
+        prose, pairs = windows["calibration"], _cut_questions(settings, tokenizer)
+        windows["calibration"] = _spread(prose, pairs[:mixed_windows])
+        for name, count in settings.mixes.items():
+            if count <= len(pairs):
+                mixed[name] = _spread(prose[: settings.calibration_windows - count], pairs[:count])
+    if overlap := _explain_overlap(windows, tokenizer):
+        raise UserError(overlap)
+    for name, text in list(mixed.items()):  # nobody has asked for them yet
+        if _explain_overlap(windows | {"calibration": text}, tokenizer):
+            del mixed[name]
+    return Windows(**windows, mixed=mixed)
+
+
+def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
+    """As many windows of questions as are asked for or can be mixed in."""
+    needed = settings.count_mixed(settings.calibration_mix)
+    pairs = map(write_pair, split_questions(settings.questions, settings.question_pairs).rest)
+    most = max([needed, *settings.mixes.values()])
+    ids = _read_tokens(pairs, tokenizer, settings.window * most)
+    count = max(needed, min(most, len(ids) // settings.window))
+    return _cut(ids, settings.questions, settings.window, {"calibration": count})
 
 
 def _spread(prose: "Tensor", mixed: "Tensor") -> "Tensor":
@@ -134,37 +154,46 @@ def _spread(prose: "Tensor", mixed: "Tensor") -> "Tensor":
     return torch.stack([next(parts[kind]) for kind in kinds])
 
 
-def _tokenize(documents: Iterator[str], source: str, tokenizer: Any, window: int, counts: dict[str, int]) -> "Tensor":
-    """Enough tokens of a source's documents for all the windows cut from it: (windows, window)."""
-    import torch
-
-    needed = window * sum(counts.values())
+def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[int]:
+    """The tokens of documents, in order: as many as are needed or more, or all that there are."""
     ids: list[int] = []
     for document in documents:
         if document.strip():
             ids += tokenizer(document.strip() + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= needed:
-            return torch.tensor(ids[:needed], dtype=torch.int64).view(-1, window)
+            break
+    return ids
+
+
+def _cut(ids: list[int], source: str, window: int, counts: dict[str, int]) -> "Tensor":
+    """All the windows that are cut from a source: (windows, window). Raises UserError when its tokens are too few."""
+    import torch
+
+    windows = sum(counts.values())
+    if len(ids) >= window * windows:
+        return torch.tensor(ids[: window * windows], dtype=torch.int64).view(windows, window)
     asked = " + ".join(f"{count} {split}" for split, count in counts.items())
     raise UserError(
-        f"text source {source!r} is too short: {asked} windows of {window} tokens need {needed} tokens, "
+        f"text source {source!r} is too short: {asked} windows of {window} tokens need {window * windows} tokens, "
         f"but it has {len(ids)}; ask for fewer or shorter windows"
     )
 
 
-def _refuse_overlap(windows: Windows, tokenizer: Any) -> None:
-    length = min(SHINGLE, *(part.numel() for part in windows))
-    hashes = {split: _hash_shingles(part, length) for split, part in zip(SPLITS, windows, strict=True)}
+def _explain_overlap(windows: "Mapping[str, Tensor]", tokenizer: Any) -> str:
+    """What two splits share, in one line; "" where they share no text."""
+    length = min(SHINGLE, *(part.numel() for part in windows.values()))
+    hashes = {split: _hash_shingles(windows[split], length) for split in SPLITS}
     for first, second in (("calibration", "validation"), ("calibration", "test"), ("validation", "test")):
         shared = np.isin(hashes[second], hashes[first])
         if shared.any():
             at = int(shared.argmax())
-            ids = getattr(windows, second).reshape(-1)[at : at + length].tolist()
+            ids = windows[second].reshape(-1)[at : at + length].tolist()
             text = " ".join(tokenizer.decode(ids).split())[:100]
-            raise UserError(
+            return (
                 f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
                 f"such as {text!r}); choose disjoint texts"
             )
+    return ""
 
 
 def _hash_shingles(windows: "Tensor", length: int) -> NDArray[np.uint64]:

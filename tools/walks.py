@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from tools.blocks import Blocks
 from tools.curves import LEVELS
 from tools.layers import Layer
 from tools.readout import compute_hidden, hidden_gradients
+from tools.recipes import Calibration
 from tools.shards import Span, Sums, cut_shards, list_nodes, sum_node
 from tools.states import StateStack
 
@@ -40,6 +41,13 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 Nodes = list[tuple[Span, Sums]]
 """What a span of shards comes to, as few nodes of the tree over all shards."""
+
+
+class Walk(NamedTuple):
+    """One walk through a calibration text."""
+
+    number: int
+    text: Calibration
 
 
 Purpose = Literal["profile", "moments", "pruning"]
@@ -74,7 +82,7 @@ class _Way:
 
 
 class Walks:
-    """One walk at a time; another name begins another one, anew.
+    """One walk at a time; another one begins anew.
 
     Answers depend on the weights in the model and on what is asked, never on what was asked before: whoever takes over
     a span in the middle of a walk finds the way to that block by himself.
@@ -89,8 +97,10 @@ class Walks:
         seed: int,
         scratch: Path,
         ahead: int = 0,
+        mixed: Mapping[Calibration, Tensor] | None = None,
     ) -> None:
-        """`windows_BT` lies on the model's device; in the directory `scratch` lie files without a name.
+        """`windows_BT`, the run's own text, lies on the model's device; in the directory `scratch` lie files without a
+        name. The texts `mixed` have as many windows.
 
         `ahead` is for how many requests others may be made before curves of a block are asked for.
         """
@@ -98,10 +108,11 @@ class Walks:
         self.gradient_windows, self.ahead = gradient_windows, ahead
         self.grouped = layers_by_block(layers, len(blocks))
         self.shards = cut_shards(len(windows_BT))
-        self._walk = ""
+        self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
+        self._walk: Walk | None = None
         self._ways: dict[Span, _Way] = {}
 
-    def moments(self, span: Span, walk: str, block: int, full: bool, purpose: Purpose) -> tuple[Nodes, dict[str, str]]:
+    def moments(self, span: Span, walk: Walk, block: int, full: bool, purpose: Purpose) -> tuple[Nodes, dict[str, str]]:
         """(what a block's layers read, summed over tokens; the first layer of each that read the same tensor).
 
         `A/LAYER` is the sum of x x^T of each group's first layer, or, not `full`, `a/LAYER` that of x^2: all that masks
@@ -118,7 +129,7 @@ class Walks:
             way.up = block + 1
         return nodes, group
 
-    def gradients(self, span: Span, walk: str, block: int) -> Nodes:
+    def gradients(self, span: Span, walk: Walk, block: int) -> Nodes:
         """What flows back through a block's layers, summed over the tokens of the gradient windows.
 
         `plain/LAYER` and `clipped/LAYER` are the sums of g^2; `language/LAYER` is the sum over windows of the mean
@@ -127,7 +138,7 @@ class Walks:
         seen = self._descend(span, walk, block, language=True)
         return self._sum(span, lambda shard: self._sum_gradients(seen, shard))
 
-    def mask_curves(self, span: Span, walk: str, block: int, known: Mapping[str, Sequence[Tensor]]) -> Nodes:
+    def mask_curves(self, span: Span, walk: Walk, block: int, known: Mapping[str, Sequence[Tensor]]) -> Nodes:
         """As `curves`, of what the two-sided mask removes.
 
         `known` is, for each layer, its dense weight where it is not the one in the model (else an empty tensor), a and
@@ -140,7 +151,7 @@ class Walks:
             parts[layer.name] = _parts_of_mask(weight_OI, mean_square_I, gamma_O)
         return self._sum_curves(self._descend(span, walk, block, language=True), span, block, parts)
 
-    def curves(self, span: Span, walk: str, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
+    def curves(self, span: Span, walk: Walk, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
         """By layer, sum_t (g_t^T dW x_t)^2 at each level (levels,), fp64; `parts` is what each adds to dW."""
         return self._sum_curves(self._descend(span, walk, block, language=False), span, block, parts)
 
@@ -150,7 +161,7 @@ class Walks:
 
     # --- up ----------------------------------------------------------------------------------------------------
 
-    def _reach(self, span: Span, walk: str, block: int, returns: bool) -> _Way:
+    def _reach(self, span: Span, walk: Walk, block: int, returns: bool) -> _Way:
         """The way of a span, standing before `block`."""
         self._turn_to(walk)
         way = self._ways.get(span)
@@ -164,9 +175,10 @@ class Walks:
             way.up += 1
         return way
 
-    def _turn_to(self, walk: str) -> None:
+    def _turn_to(self, walk: Walk) -> None:
         if walk != self._walk:
             self._walk, self._ways = walk, {}
+            self.windows_BT = self._texts[walk.text].to(self.windows_BT.device)
 
     def _begin(self, span: Span, windows: Sequence[int], returns: bool) -> _Way:
         states = {window: self.blocks.embed(self.windows_BT[window]).cpu() for window in windows}
@@ -212,7 +224,7 @@ class Walks:
 
     # --- down --------------------------------------------------------------------------------------------------
 
-    def _descend(self, span: Span, walk: str, block: int, *, language: bool) -> _Seen:
+    def _descend(self, span: Span, walk: Walk, block: int, *, language: bool) -> _Seen:
         """What flows back through a block. Each block runs forward once more, so that only its own graph is held."""
         self._turn_to(walk)
         way = self._ways.get(span)

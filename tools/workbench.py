@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from torch import Tensor
 from kernels.methods import LayerStatistics
 from kernels.packing import pack_mask, pack_weight
 from kernels.preconditioner import DAMPING
-from tools.allocate import Allocation
+from tools.allocate import Allocation, ImpossiblePlan
 from tools.baselines import measure_alpha
 from tools.blocks import Blocks
 from tools.cluster import Cluster
@@ -48,7 +49,7 @@ from tools.profile import (
 )
 from tools.questions import split_questions
 from tools.readout import check_readout
-from tools.recipes import REFIT_STEPS, Recipe, count_pattern_zeros
+from tools.recipes import REFIT_STEPS, Calibration, Recipe, count_pattern_zeros
 from tools.rundir import lock_run, unlock_run
 from tools.settings import Split, TeamSettings, WorkbenchSettings
 from tools.sources import load_model
@@ -87,6 +88,8 @@ class StoredProfile(BaseModel):
     group: dict[str, str]
     hidden: str
     dense: Evaluation
+    calibration: Calibration
+    """The text that it is about."""
 
 
 class Workbench:
@@ -115,14 +118,21 @@ class Workbench:
         self._prefix = PrefixCache(blocks, self.windows.validation, limit_prefix(self.model))
         calibration = self.windows.calibration.to(self.device)
         self._team, self._extent = work_alone(
-            blocks, self.layers, calibration, settings.gradient_windows, settings.seed, directory
+            blocks,
+            self.layers,
+            calibration,
+            settings.gradient_windows,
+            settings.seed,
+            directory,
+            self.windows.mixed,
         )
         self.cluster = self._gather_workers() if settings.workers else None
         self._team = self.cluster or self._team
         progress("load model", 1, 1)
 
     def _gather_workers(self) -> Cluster:
-        texts = Texts(self.windows.calibration, self.windows.validation, self.windows.test, self.questions)
+        windows = self.windows
+        texts = Texts(windows.calibration, windows.validation, windows.test, self.questions, windows.mixed)
         return Cluster(self.settings, texts, self, self.model, lambda text: self.warn(text))
 
     def close(self) -> None:
@@ -173,14 +183,27 @@ class Workbench:
         if not first:
             self.restore(DENSE)
         hidden, evaluation = self._dense_losses(first, progress)
+        full = bool(first) or not masks_only
+        return self._profile_text("run", hidden, evaluation, progress, full=full, dense=self.dense if first else None)
+
+    def _profile_text(
+        self,
+        text: Calibration,
+        hidden: str,
+        evaluation: Evaluation,
+        progress: Progress,
+        *,
+        full: bool,
+        dense: dict[str, Tensor] | None = None,
+    ) -> str:
+        """A profile of the weights in the model; second moments are in it if it is `full`."""
         moments: dict[str, str] = {}
 
         def keep_moment(name: str, moment_II: Tensor) -> None:
             moments[name] = self.store.write_tensors({"A": moment_II})
 
-        keep = None if masks_only and not first else keep_moment
-        dense = self.dense if first else None
-        statistics = collect_statistics(self._team, self._extent, self.layers, progress, keep, dense)
+        keep = keep_moment if full else None
+        statistics = collect_statistics(self._team, self._extent, self.layers, progress, keep, dense, text)
         _refuse_infinite(statistics, self.settings.dtype)
         means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
         means |= {f"plain/{name}": value for name, value in statistics.gradient_square.items()}
@@ -192,8 +215,38 @@ class Workbench:
             group=statistics.group,
             hidden=hidden,
             dense=evaluation,
+            calibration=text,
         )
         return self.store.write_json(stored.model_dump())
+
+    def refuse_calibration(self, recipe: Recipe) -> None:
+        """Raises ImpossiblePlan in one line where this run has not the text that a recipe's statistics are to be of."""
+        if recipe.calibration == "run" or recipe.calibration in self.windows.mixed:
+            return
+        asked = f"calibration {recipe.calibration!r}"
+        if not self.settings.questions:
+            raise ImpossiblePlan(f"{asked} mixes questions in, and this run has none; leave it at 'run'")
+        count = self.settings.mixes.get(recipe.calibration)
+        if count is None:
+            raise ImpossiblePlan(f"{asked} has no more questions than the run's own text; leave it at 'run'")
+        raise ImpossiblePlan(f"{asked} needs {count} windows of questions that are in no other text; there are fewer")
+
+    def find_profile(self, profile: str, recipe: Recipe, progress: Progress) -> str:
+        """The profile that a recipe's statistics come from: `profile`, or one of the dense model on the recipe's text.
+
+        Of that nothing but its statistics differs. Measured once, then read back. Raises ImpossiblePlan.
+        """
+        if recipe.calibration == "run":
+            return profile
+        self.refuse_calibration(recipe)
+        run = self.read_profile(profile)
+        full = bool(run.moments)
+
+        def measure() -> dict[str, str]:
+            self.restore(DENSE)
+            return {"profile": self._profile_text(recipe.calibration, run.hidden, run.dense, progress, full=full)}
+
+        return str(self._measure_once(_profile_key(recipe), measure)["profile"])
 
     def _dense_losses(self, first: str, progress: Progress) -> tuple[str, Evaluation]:
         """(artifact of the dense model's hidden states, its losses) on the validation text."""
@@ -240,13 +293,14 @@ class Workbench:
     def _find_moments(self, profile: str, progress: Progress = lambda *_: None) -> dict[str, str]:
         """Artifact of each second moment; where the profile was made for masks alone, measured in the dense model."""
         stored = self.read_profile(profile)
-        return stored.moments or self._measure_once(["moments", profile], lambda: self._measure_moments(progress))
+        measure = partial(self._measure_moments, stored.calibration, progress)
+        return stored.moments or self._measure_once(["moments", profile], measure)
 
-    def _measure_moments(self, progress: Progress) -> dict[str, str]:
+    def _measure_moments(self, text: Calibration, progress: Progress) -> dict[str, str]:
         self.restore(DENSE)
         artifacts: dict[str, str] = {}
         grouped = self._layers_by_block()
-        with begin_walk(self._team) as walk:
+        with begin_walk(self._team, text) as walk:
             for block, layers in enumerate(grouped):
                 progress("second moments", block, len(grouped))
                 moments = collect_moments(self._team, self._extent, walk, block, layers).second_moment
@@ -259,7 +313,11 @@ class Workbench:
         return layers_by_block(self.layers, len(self._prefix.blocks))
 
     def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
-        """The profile's layers, with what the recipe's allocation needs beyond it: measured once, then read back."""
+        """The layers of the recipe's profile, with what its allocation needs beyond: measured once, then read back.
+
+        Raises ImpossiblePlan where the run has not the text that the recipe's statistics are to be of.
+        """
+        profile = self.find_profile(profile, recipe, progress)
         layers = self.read_profile(profile).layers
         if recipe.allocation == "alphapruning" and not recipe.pattern:
             alpha = self._measure_once(["alpha"], lambda: self._measure_alphas(progress))
@@ -273,8 +331,10 @@ class Workbench:
         return layers
 
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
-        """As `describe_layers`, with the profile's KL curves whatever the recipe's: no weight is touched."""
-        return self.describe_layers(profile, recipe.model_copy(update={"curves": "mask"}), progress)
+        """As `describe_layers`, with the KL curves of `profile` whatever the recipe's: no weight is touched."""
+        self.refuse_calibration(recipe)
+        plain = recipe.model_copy(update={"curves": "mask", "calibration": "run"})
+        return self.describe_layers(profile, plain, progress)
 
     def _measure_once(self, key: list[str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured under this key, from disk if it is there and whole."""
@@ -322,7 +382,8 @@ class Workbench:
         if recipe.changes_survivors:
             self._find_moments(profile, progress)
         self.restore(DENSE)
-        kappa = measure_kappa(self._team, self._extent, self.layers, progress, parts_of_block)
+        text = self.read_profile(profile).calibration
+        kappa = measure_kappa(self._team, self._extent, self.layers, progress, parts_of_block, text)
         progress(label, len(self.layers), len(self.layers))
         return kappa
 
@@ -331,8 +392,10 @@ class Workbench:
     def prune(self, profile: str, allocation: Allocation, recipe: Recipe, progress: Progress) -> str:
         """Prune every layer from its dense weights to its number of zeros; the id of the checkpoint.
 
-        Layers whose number of zeros and recipe were made before are read back instead of computed.
+        Layers whose number of zeros and recipe were made before are read back instead of computed. Raises
+        ImpossiblePlan as `describe_layers` does.
         """
+        profile = self.find_profile(profile, recipe, progress)
         recipe = recipe.within_layers()
         if recipe.statistics == "sequential":
             records = self._prune_in_order(profile, allocation.zeros, recipe, progress)
@@ -374,7 +437,7 @@ class Workbench:
         """Block by block: each is pruned by what it reads in the model whose earlier blocks are pruned already."""
         grouped, index = self._layers_by_block(), self._read_index()
         records: dict[str, LayerRecord] = {}
-        with begin_walk(self._team) as walk:
+        with begin_walk(self._team, self.read_profile(profile).calibration) as walk:
             for block, layers in enumerate(grouped):
                 progress("prune in order", block, len(grouped))
                 below = [record.artifact for record in records.values()]
@@ -498,6 +561,8 @@ class Workbench:
         if checkpoint == DENSE:
             return False
         manifest = self._read_manifest(checkpoint)
+        if recipe.calibration != "run":  # known where it was made of it, and worth no measurement where it was not
+            profile = (self._read_measured(_profile_key(recipe)) or {}).get("profile", "")
         zeros = {name: record.zeros for name, record in manifest.layers.items()}
         return (manifest.profile, manifest.recipe, zeros) == (profile, recipe.within_layers(), allocation.zeros)
 
@@ -790,6 +855,10 @@ def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
                 raise UserError(
                     f"activations or gradients of {name} are not finite in {dtype}; try --dtype fp32 or bf16"
                 )
+
+
+def _profile_key(recipe: Recipe) -> list[str]:
+    return ["profile", recipe.calibration]
 
 
 def _hash_key(key: list[str]) -> str:

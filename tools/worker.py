@@ -24,10 +24,10 @@ from tools.curves import LEVELS
 from tools.facts import EncodedPair, cut_batches, read_answers
 from tools.layers import find_layers
 from tools.losses import PrefixCache, evaluate_windows
-from tools.recipes import Recipe
+from tools.recipes import Calibration, Recipe
 from tools.settings import Split, WorkbenchSettings
 from tools.shards import Span
-from tools.walks import Nodes, Walks
+from tools.walks import Nodes, Walk, Walks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,6 +39,8 @@ class Texts(NamedTuple):
     validation: Tensor
     test: Tensor
     questions: dict[Split, list[EncodedPair]]
+    mixed: dict[Calibration, Tensor]
+    """As in `tools.texts.Windows`."""
 
 
 class LayerWork(NamedTuple):
@@ -102,7 +104,7 @@ class Worker:
         calibration = texts.calibration.to(self.device)
         count = min(settings.gradient_windows, len(calibration))
         layers = list(self.layers.values())
-        walks = Walks(self.blocks, layers, calibration, count, settings.seed, scratch, ahead=1)
+        walks = Walks(self.blocks, layers, calibration, count, settings.seed, scratch, ahead=1, mixed=texts.mixed)
         self.moments, self.gradients, self.finish = walks.moments, walks.gradients, walks.finish
         self.mask_curves, self._walks = walks.mask_curves, walks
         self._marks = [""] * len(self.blocks)
@@ -119,7 +121,7 @@ class Worker:
             layer.write(from_artifact(tensors, tensors.get("dense", layer.weight_OI)))
         self._marks = list(marks)
 
-    def curves(self, span: Span, walk: str, block: int, parts: Sequence[Mapping[str, Sequence[Tensor]]]) -> Nodes:
+    def curves(self, span: Span, walk: Walk, block: int, parts: Sequence[Mapping[str, Sequence[Tensor]]]) -> Nodes:
         """As `Walks.curves`, of what `prune_to_levels` gave of all layers of the block."""
         return self._walks.curves(span, walk, block, {name: part for some in parts for name, part in some.items()})
 

@@ -6,6 +6,7 @@ pass, strengthens the recipe and shortens the step after a rollback, and at the 
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from graph.plans import allocate_plan, apply_lessons, describe_plan, drop_lesson
 from graph.state import SAME_SPARSITY, Plan, Trial
 from tools.allocate import ImpossiblePlan
 from tools.curves import LayerProfile, group_layers, predict_kl
-from tools.recipes import Adjustment, Recipe
+from tools.recipes import Adjustment, Calibration, Recipe
 
 FIRST_STEP = 2 / 3
 """Share of the target that the first, cheap round prunes, to learn how far the KL curves are off."""
@@ -157,6 +158,9 @@ def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
     recipe = base.recipe
     if not recipe.refits:
         yield _vary(base, STRONG, "Grow the mask in steps and refit the survivors between them.")
+    if recipe.calibration == "run" and (text := _find_text(situation)):
+        mixed = recipe.model_copy(update={"calibration": text})
+        yield _vary(base, mixed, f"Statistics of a text that is a {text} questions, so that facts weigh more.")
     if recipe.statistics == "dense":
         sequential = recipe.model_copy(update={"statistics": "sequential"})
         yield _vary(base, sequential, "Block by block, each seeing what its pruned predecessors pass on.")
@@ -185,6 +189,16 @@ def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
                     "reason": f"{selector} holds {share:.0%} of the predicted KL; count it {tilt:g} times.",
                 }
             )
+
+
+def _find_text(situation: Situation) -> Calibration | None:
+    """A calibration text with more questions than the run's own; None where there are none, or too few of them."""
+    for text in situation.config.mixes:
+        if situation.read_layers:
+            with suppress(ImpossiblePlan):
+                situation.read_layers(Recipe(calibration=text))
+                return text
+    return None
 
 
 def _vary(base: Plan, recipe: Recipe, reason: str) -> Plan:

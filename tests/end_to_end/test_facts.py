@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.conftest import Command
-from tests.end_to_end.helpers import TINY, read_events, read_summary
+from tests.end_to_end.helpers import TINY, read_events, read_state, read_summary
+from tests.openai_server import OpenAIServer
 
 PAIRS = 8
 
@@ -64,3 +65,31 @@ def test_too_few_questions(command: Command, tiny_llama: Path, questions: str) -
     said = command("--model", str(tiny_llama), "--questions", questions, "--question-pairs", "30", *TINY)
     assert said.code == 2
     assert "has 40 questions with answers, but 30 for the trials and 30 for the report were asked for" in said.err
+
+
+def test_plans_choose_the_text_that_statistics_come_from(
+    command: Command, tiny_llama: Path, questions: str, tmp_path: Path
+) -> None:
+    plans = [
+        {"sparsity": 0.3, "recipe": {"calibration": "quarter", "curves": "mask"}},
+        {"sparsity": 0.45, "recipe": {"calibration": "half"}},
+    ]
+    flags = ["--model", str(tiny_llama), *TINY, "--max-iterations", "2", "--no-memory"]
+    asking = ["--questions", questions, "--question-pairs", str(PAIRS)]
+    with OpenAIServer(plans) as server:
+        planned = [*flags, "--planner", server.planner("fine")]
+        assert command("--name", "run", *planned, *asking).code == 0
+    with OpenAIServer(plans[:1]) as server:
+        assert command("--name", "alone", *flags, "--planner", server.planner("fine")).code == 1
+        replies = [reply["problem"] for reply in read_events(tmp_path / "runs" / "alone", "reply")]
+    assert set(replies) == {"calibration 'quarter' mixes questions in, and this run has none; leave it at 'run'"}
+
+    run = tmp_path / "runs" / "run"
+    assert [trial.plan for trial in read_state(run).trials] == [
+        "30.0% refit~quarter:kappa-mask",
+        "45.0% refit~half:kappa",
+    ]
+    assert command("--replay", "run", "--name", "again").code == 0
+    summaries = [read_summary(tmp_path / "runs" / name) for name in ("run", "again")]
+    assert summaries[0]["mask_sha256"] == summaries[1]["mask_sha256"]
+    assert summaries[0]["achieved_sparsity"] == pytest.approx(0.45, abs=5e-4)

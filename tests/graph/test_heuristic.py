@@ -11,6 +11,7 @@ from graph.config import RunConfig
 from graph.plans import describe_plan, drop_lessons
 from graph.state import Lesson, Plan, Trial
 from tests.profiles import make_profile
+from tools.allocate import ImpossiblePlan
 from tools.curves import LEVELS, LayerProfile, group_layers
 from tools.recipes import Recipe
 
@@ -180,3 +181,26 @@ def test_a_pattern_that_did_not_pass_is_not_proposed_again() -> None:
         trials.append(make_trial(len(trials) + 1, ("refuse", "rollback")[len(trials) % 2], 0.5, plan.recipe))
     changes = [{}, {"statistics": "sequential"}, {"refit_steps": FINE_STEPS}, {"gamma": "clipped"}]
     assert found == [STRONG.model_copy(update=change) for change in changes]
+
+
+@pytest.mark.parametrize(
+    ("questions", "short", "text"),
+    [("", [], "run"), ("file:qa.jsonl", [], "quarter"), ("file:qa.jsonl", ["quarter", "half"], "run")],
+)
+@pytest.mark.parametrize(("pattern", "verdict"), [("", "accept"), ("2:4", "rollback")])
+def test_more_questions_in_the_calibration_text_are_tried_where_there_are_some(
+    questions: str, short: list[str], text: str, pattern: str, verdict: str
+) -> None:
+    config = RunConfig(questions=questions, pattern=pattern)
+    situation = make_situation(make_trial(1, verdict, config.target_sparsity, STRONG))
+
+    def read_layers(recipe: Recipe) -> list[LayerProfile]:
+        if recipe.calibration in short:
+            raise ImpossiblePlan("there are fewer")
+        return make_layers()
+
+    plan = plan_by_rule(dataclasses.replace(situation, config=config, read_layers=read_layers))
+    assert plan is not None
+    assert plan.recipe == STRONG.model_copy(
+        update={"calibration": text, "statistics": "sequential" if text == "run" else "dense"}
+    )

@@ -336,19 +336,17 @@ def test_unknown_tasks_are_refused_with_the_nearest_name(data: Path, monkeypatch
         load_benchmarks(settings_of(data, "mmlu_anatomy"), "fp32")
 
 
-def test_questions_that_plans_are_judged_by_or_fitted_to_are_not_asked(data: Path) -> None:
+def test_questions_that_plans_are_judged_by_or_may_be_fitted_to_are_not_asked(data: Path) -> None:
     loop = tiny_settings("model", questions=f"file:{data / 'qa.jsonl'}", question_pairs=3)  # judged by 3, 4 and 5
     with pytest.raises(UserError) as told:
         refuse_shared_questions(settings_of(data, "freebaseqa"), loop)
     assert str(told.value) == (
-        "freebaseqa would ask 3 questions that plans are judged by or fitted to, such as 'Who is 3?'; "
+        "freebaseqa would ask 5 questions that plans are judged by or may be fitted to, such as 'Who is 3?'; "
         "choose another --freebaseqa or a smaller --limit"
     )
     refuse_shared_questions(settings_of(data, "freebaseqa", limit=1), loop)
-    refuse_shared_questions(settings_of(data, "freebaseqa", shots=6), loop)
-    mixed = tiny_settings("model", questions=loop.questions, question_pairs=3, calibration_mix=0.5)
     with pytest.raises(UserError, match="ask 2 questions"):
-        refuse_shared_questions(settings_of(data, "freebaseqa", shots=6), mixed)
+        refuse_shared_questions(settings_of(data, "freebaseqa", shots=6), loop)
 
 
 def test_without_the_harness_one_line_says_how_to_get_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ from tools.profile import collect_statistics, work_alone
 from tools.readout import CHUNK, hidden_gradients, measure_losses
 from tools.settings import TeamSettings
 from tools.shards import share_out
-from tools.walks import Walks
+from tools.walks import Walk, Walks
 from tools.workbench import Workbench
 
 QWEN3_8B = {
@@ -487,19 +487,19 @@ def test_a_walk_through_the_text_holds_no_more_than_said(workers: int, tmp_path:
         return sum(x.bytes for x in lines if x.what not in held and not x.what.startswith("inputs of every few"))
 
     known = {x.name: (torch.empty(0), *(torch.ones(n) for n in reversed(x.weight_OI.shape))) for x in layers}
-    up, down = 0, 0
+    up, down, walk = 0, 0, Walk(0, "run")
     for span in share_out(8, max(workers, 1)):
         walks = Walks(blocks, layers, ids_BT, 8, 0, tmp_path, ahead=int(workers > 0))
         with LiveTensors() as live:
             for block in range(3):
-                walks.moments(span, "w", block, True, "profile")
+                walks.moments(span, walk, block, True, "profile")
         up = max(up, live.peak)
         with LiveTensors() as live:
             for block in (2, 1, 0):
-                walks.gradients(span, "w", block)
+                walks.gradients(span, walk, block)
                 if workers and block > 0:  # the next one's are asked for before
-                    walks.gradients(span, "w", block - 1)
-                walks.mask_curves(span, "w", block, {x.name: known[x.name] for x in layers if x.block == block})
+                    walks.gradients(span, walk, block - 1)
+                walks.mask_curves(span, walk, block, {x.name: known[x.name] for x in layers if x.block == block})
         down = max(down, live.peak)
     assert 0.9 * bound("profile, statistics") < up <= bound("profile, statistics")
     assert 0.4 * bound("profile, gradients") < down <= bound("profile, gradients")

@@ -32,7 +32,7 @@ from tools.profile import (
     work_alone,
 )
 from tools.readout import compute_hidden, compute_logits
-from tools.walks import CLIP
+from tools.walks import CLIP, Walk
 
 SCRATCH = Path(tempfile.gettempdir())
 WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5
@@ -314,7 +314,7 @@ def test_moments_behind_pruned_blocks_are_explicit_means() -> None:
         if layer.block == 0:
             layer.write(torch.where(layer.weight_OI.abs() < 0.2, 0, layer.weight_OI))
     team, extent = work_alone(Blocks(model), layers, windows, 0, SEED, SCRATCH)
-    moments = collect_moments(team, extent, "a walk", 1, [x for x in layers if x.block == 1])
+    moments = collect_moments(team, extent, Walk(0, "run"), 1, [x for x in layers if x.block == 1])
     total: dict[str, Tensor] = {}
     for ids in windows:
         with torch.no_grad(), watch_inputs(layers) as inputs:
@@ -332,8 +332,8 @@ def test_mean_squares_alone_are_the_diagonal_of_the_second_moments() -> None:
     layers, windows = find_layers(model), make_windows()
     first = [layer for layer in layers if layer.block == 0]
     team, extent = work_alone(Blocks(model), layers, windows, 0, SEED, SCRATCH)
-    full = collect_moments(team, extent, "one walk", 0, first)
-    squares = collect_moments(team, extent, "another walk", 0, first, full=False)
+    full = collect_moments(team, extent, Walk(0, "run"), 0, first)
+    squares = collect_moments(team, extent, Walk(1, "run"), 0, first, full=False)
     assert squares.group == full.group and squares.second_moment == {}
     for leader, square in full.mean_square.items():
         torch.testing.assert_close(squares.mean_square[leader], square, rtol=1e-5, atol=0)

@@ -59,8 +59,8 @@ def test_hooks_change_no_bit_of_blocks_and_gradients(architecture: str) -> None:
         check_readout(model, ids_BT[0])
         blocks, layers = Blocks(model), find_layers(model)
         walked = walks.Walks(blocks, layers, ids_BT, GRADIENT, 3, Path(tempfile.gettempdir()))
-        sums = [walked.moments((0, WINDOWS), "w", block, True, "profile")[0][0][1] for block in (0, 1)]
-        sums += [walked.gradients((0, WINDOWS), "w", block)[0][1] for block in (1, 0)]
+        sums = [walked.moments((0, WINDOWS), walks.Walk(0, "run"), block, True, "profile")[0][0][1] for block in (0, 1)]
+        sums += [walked.gradients((0, WINDOWS), walks.Walk(0, "run"), block)[0][1] for block in (1, 0)]
         loss, hidden_TD = measure_losses(model, ids_BT[0], None)
         results.append((*sums, {"hidden": hidden_TD, "nll": torch.tensor(loss.nll)}))
     assert "_hf_hook" in vars(find_blocks(model)[1])
@@ -140,15 +140,16 @@ def test_no_two_devices_meet(architecture: str, monkeypatch: pytest.MonkeyPatch)
         assert str(blocks.run(ids_BT[0], 1, blocks.embed(ids_BT[0])).device) == "cpu:1"
         assert str(compute_hidden(model, ids_BT).device) == "cpu", "where the head is"
         walked = walks.Walks(blocks, layers, ids_BT, GRADIENT, 3, Path("."))
+        up, down = walks.Walk(0, "run"), walks.Walk(1, "run")
         for block in (0, 1):
-            [(_, sums)], _ = walked.moments((0, WINDOWS), "up", block, True, "moments")
+            [(_, sums)], _ = walked.moments((0, WINDOWS), up, block, True, "moments")
             assert all(total.device == places[name.partition("/")[2]] for name, total in sums.items())
         for block in (1, 0):
-            [(_, sums)] = walked.gradients((0, WINDOWS), "down", block)
+            [(_, sums)] = walked.gradients((0, WINDOWS), down, block)
             own = {name: total for name, total in sums.items() if not name.startswith("language")}
             assert all(total.device == places[name.partition("/")[2]] for name, total in own.items())
             parts = {layer.name: [torch.zeros(layer.weight_OI.shape)] for layer in layers if layer.block == block}
-            walked.curves((0, WINDOWS), "down", block, parts)
+            walked.curves((0, WINDOWS), down, block, parts)
         for measure in (
             lambda: measure_losses(model, ids_BT[0], torch.zeros(LENGTH, 32)),
             lambda: read_answers(model, [EncodedPair([1, 2, 3], 1)]),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from tests.tiny import make_tiny_tokenizer, tiny_settings
 from tools.errors import UserError
-from tools.texts import SPLITS, check_source, check_texts, cut_windows, read_documents
+from tools.questions import split_questions, write_pair
+from tools.texts import SPLITS, Windows, check_source, check_texts, cut_windows, read_documents
 
 
 def write_rows(path: Path, *rows: Any) -> str:
@@ -133,9 +135,10 @@ def write_with(directory: Path, common: str, splits: tuple[str, ...]) -> dict[st
 def test_one_source_is_cut_into_consecutive_disjoint_parts() -> None:
     tokenizer = make_tiny_tokenizer()
     windows = cut_windows(tiny_settings("any"), tokenizer)
-    assert [tuple(part.shape) for part in windows] == [(4, 64), (3, 64), (2, 64)]
-    assert all(part.dtype == torch.int64 for part in windows)
-    ids = torch.cat([part.flatten() for part in windows])
+    assert [tuple(part.shape) for part in windows[:3]] == [(4, 64), (3, 64), (2, 64)]
+    assert windows.mixed == {}
+    assert all(part.dtype == torch.int64 for part in windows[:3])
+    ids = torch.cat([part.flatten() for part in windows[:3]])
     text = "".join(document.strip() + "\n\n" for document in read_documents("pydoc"))[:5000]
     assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"][: len(ids)]
 
@@ -234,6 +237,36 @@ def test_a_share_of_the_calibration_windows_is_made_of_questions(tmp_path: Path)
     assert mixed.calibration[:3].equal(plain.calibration[:3]) and mixed.calibration[4:7].equal(plain.calibration[3:6])
     text = tokenizer.decode(mixed.calibration[3].tolist())
     assert text.startswith(f"Question: {prose(7 * 20, 5)}? Answer: {prose(9020, 1)}".replace("? Answer", "?\nAnswer"))
+
+
+def test_recipes_find_the_texts_of_runs_with_more_questions(tmp_path: Path) -> None:
+    tokenizer = make_tiny_tokenizer()
+    sources = write_with(tmp_path, "", ())
+    common = {"calibration_windows": 8, "questions": write_questions(tmp_path / "qa.jsonl", 200), "question_pairs": 10}
+
+    def cut(mix: float, **fields: Any) -> Windows:
+        return cut_windows(tiny_settings("any", **sources, **common | fields, calibration_mix=mix), tokenizer)
+
+    plain = cut(0)
+    assert list(plain.mixed) == ["quarter", "half"] and list(cut(0.25).mixed) == ["half"] and cut(0.5).mixed == {}
+    assert plain.mixed["quarter"].equal(cut(0.25).calibration)
+    assert plain.mixed["half"].equal(cut(0.5).calibration)
+    assert cut(0.25).mixed["half"].equal(cut(0.5).calibration)
+    assert not cut(0, calibration_windows=1).mixed
+
+
+def test_texts_that_nobody_asked_for_are_left_out_where_they_cannot_be(tmp_path: Path) -> None:
+    tokenizer, lines = make_tiny_tokenizer(), {"calibration_windows": 8, "question_pairs": 10}
+    few = write_questions(tmp_path / "few.jsonl", 26)
+    assert list(cut_windows(tiny_settings("any", **lines, questions=few), tokenizer).mixed) == ["quarter"]
+
+    many = write_questions(tmp_path / "many.jsonl", 60)
+    pairs = [write_pair(pair) for pair in islice(split_questions(many, 10).rest, 3, 7)]  # a quarter takes the first 4
+    validation = write_rows(tmp_path / "text.jsonl", *({"text": text} for text in (*pairs, prose(5000, 900))))
+    settings = tiny_settings("any", **lines, questions=many, validation=validation)
+    assert list(cut_windows(settings, tokenizer).mixed) == ["quarter"]
+    with pytest.raises(UserError, match="the calibration and validation texts overlap"):
+        cut_windows(settings.model_copy(update={"calibration_mix": 0.5}), tokenizer)
 
 
 def test_questions_that_are_a_text_are_refused(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from tests.tiny import BLOCKS, VOCABULARY, make_tiny_model
 from tools.blocks import Blocks
 from tools.layers import find_layers
 from tools.shards import Span
-from tools.walks import Walks
+from tools.walks import Walk, Walks
 
 WINDOWS, GRADIENT = 9, 5
+WALK = Walk(0, "run")
 
 
 def begin(ahead: int = 0) -> Walks:
@@ -33,35 +34,35 @@ def test_moments_of_a_later_block_need_no_earlier_request() -> None:
     span: Span = (2, 5)
     walked, fresh = begin(), begin()
     for block in range(BLOCKS):
-        nodes, group = walked.moments(span, "w", block, True, "profile")
-    others, other_group = fresh.moments(span, "w", BLOCKS - 1, True, "profile")
+        nodes, group = walked.moments(span, WALK, block, True, "profile")
+    others, other_group = fresh.moments(span, WALK, BLOCKS - 1, True, "profile")
     assert same(nodes, others) and group == other_group
-    again, _ = walked.moments(span, "w", 0, True, "profile")  # one block back is a new beginning
-    assert same(again, begin().moments(span, "w", 0, True, "profile")[0])
+    again, _ = walked.moments(span, WALK, 0, True, "profile")  # one block back is a new beginning
+    assert same(again, begin().moments(span, WALK, 0, True, "profile")[0])
 
 
 def test_gradients_and_curves_of_a_lower_block_need_no_earlier_request() -> None:
     span: Span = (0, 8)
     walked = begin(ahead=1)
     for block in range(BLOCKS):
-        walked.moments(span, "w", block, False, "profile")
+        walked.moments(span, WALK, block, False, "profile")
     known = {
         layer.name: (torch.empty(0), torch.ones(layer.weight_OI.shape[1]), torch.ones(layer.weight_OI.shape[0]))
         for layer in find_layers(walked.blocks.model)
     }
-    top, bottom = walked.gradients(span, "w", 1), walked.gradients(span, "w", 0)
-    curves = walked.mask_curves(span, "w", 1, known), walked.mask_curves(span, "w", 0, known)
+    top, bottom = walked.gradients(span, WALK, 1), walked.gradients(span, WALK, 0)
+    curves = walked.mask_curves(span, WALK, 1, known), walked.mask_curves(span, WALK, 0, known)
     fresh = begin(ahead=1)
-    assert same(fresh.gradients(span, "w", 0), bottom) and same(fresh.gradients(span, "w", 1), top)
-    assert same(begin().mask_curves(span, "w", 0, known), curves[1])
-    assert same(begin().mask_curves(span, "w", 1, known), curves[0])
+    assert same(fresh.gradients(span, WALK, 0), bottom) and same(fresh.gradients(span, WALK, 1), top)
+    assert same(begin().mask_curves(span, WALK, 0, known), curves[1])
+    assert same(begin().mask_curves(span, WALK, 1, known), curves[0])
 
 
 def test_spans_do_not_disturb_one_another_and_nothing_is_held_at_the_end() -> None:
     walked = begin()
-    left = walked.gradients((0, 4), "w", 0)
-    right = walked.gradients((4, 8), "w", 0)
-    assert same(left, begin().gradients((0, 4), "w", 0)) and same(right, begin().gradients((4, 8), "w", 0))
+    left = walked.gradients((0, 4), WALK, 0)
+    right = walked.gradients((4, 8), WALK, 0)
+    assert same(left, begin().gradients((0, 4), WALK, 0)) and same(right, begin().gradients((4, 8), WALK, 0))
     walked.finish((0, 4))
     walked.finish((4, 8))
     assert walked._ways == {}
@@ -71,14 +72,14 @@ def test_blocks_that_change_before_the_text_passes_them() -> None:
     """As in pruning in order: moments with a block's old weights, and what follows with its new ones."""
     walked = begin()
     layers = find_layers(walked.blocks.model)
-    before, _ = walked.moments((0, 8), "w", 0, True, "pruning")
+    before, _ = walked.moments((0, 8), WALK, 0, True, "pruning")
     for layer in layers:
         if layer.block == 0:
             layer.write(0.5 * layer.weight_OI)
-    after, _ = walked.moments((0, 8), "w", 1, True, "pruning")
+    after, _ = walked.moments((0, 8), WALK, 1, True, "pruning")
     fresh = begin()
-    assert same(fresh.moments((0, 8), "w", 0, True, "moments")[0], before)
+    assert same(fresh.moments((0, 8), WALK, 0, True, "moments")[0], before)
     for layer in find_layers(fresh.blocks.model):
         if layer.block == 0:
             layer.write(0.5 * layer.weight_OI)
-    assert same(fresh.moments((0, 8), "other", 1, True, "moments")[0], after)
+    assert same(fresh.moments((0, 8), Walk(1, "run"), 1, True, "moments")[0], after)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from kernels.guard import Pruned
 from kernels.methods import prune_weight
 from tests.team import Team
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
-from tools.allocate import Allocation, allocate
+from tools.allocate import Allocation, ImpossiblePlan, allocate
 from tools.errors import DamagedArtifact, UserError
 from tools.export import export_model
 from tools.losses import PrefixCache
@@ -31,6 +32,7 @@ from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
 REFIT = Recipe()
 MASK = Recipe(method="two-sided", refit=False)
 WANDA = Recipe(method="wanda", allocation="uniform", refit=False)
+WORDS = ["river", "stone", "bright", "engine", "quiet", "seven", "market"]
 
 
 def ignore(label: str, done: int, total: int) -> None:
@@ -154,6 +156,116 @@ def test_statistics_that_are_not_finite_are_refused(bench: Workbench, monkeypatc
     sentence = "activations or gradients of model.layers.0.self_attn.o_proj are not finite in fp32; try --dtype"
     with pytest.raises(UserError, match=sentence):
         bench.profile(ignore)
+
+
+# --- the text that statistics come from ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asking(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> Any:
+    """Settings of a run with questions, and text enough for any share of them."""
+    rows = [{"question": f"What is number {i} of {WORDS[i % 7]}?", "answer": WORDS[i % 5]} for i in range(300)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = {}
+    for i, split in enumerate(("calibration", "validation", "test")):
+        words = (WORDS[(i + j * j + j // 5) % 7] + str((7 * i + j * j) % 1000) for j in range(3000))
+        path = tmp_path / f"{split}.txt"
+        path.write_text(" ".join(words))
+        texts[split] = f"file:{path}"
+    return tiny_settings(
+        tiny_llama, **texts, questions=f"file:{tmp_path / 'qa.jsonl'}", question_pairs=4, calibration_windows=8
+    )
+
+
+def test_a_recipe_may_ask_for_the_statistics_of_a_text_with_more_questions(asking: Any, tmp_path: Path) -> None:
+    """They are those of a run whose own text has that many."""
+    results: dict[str, list[dict[str, Tensor]]] = {}
+    for name, mix in (("lever", 0.0), ("config", 0.5)):
+        bench = open_bench(asking.model_copy(update={"calibration_mix": mix}), tmp_path / name)
+        profile = bench.profile(ignore)
+        results[name] = []
+        for label in ("two-sided:kappa", "refit:kappa", "sparsegpt~sequential:owl"):
+            recipe = parse_recipe(label)
+            if name == "lever":
+                own = bench.prune(profile, plan(bench, profile, 0.5, recipe), recipe, ignore)
+                recipe = recipe.model_copy(update={"calibration": "half"})
+            allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
+            checkpoint = bench.prune(profile, allocation, recipe, ignore)
+            results[name].append(snapshot(bench))
+            assert bench.is_made_of(checkpoint, profile, allocation, recipe)
+            if name == "lever":
+                assert checkpoint != own and not bench.is_made_of(own, profile, allocation, recipe)
+                assert not bench.is_made_of(checkpoint, profile, allocation, parse_recipe(label))
+    assert all(same(a, b) for a, b in zip(results["lever"], results["config"], strict=True))
+
+
+def test_another_text_is_profiled_once(asking: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profiled: list[str] = []
+
+    def count(team: Any, extent: Any, layers: Any, progress: Any, keep: Any, dense: Any, text: str) -> ModelStatistics:
+        profiled.append(text)
+        return collect_statistics(team, extent, layers, progress, keep, dense, text)
+
+    monkeypatch.setattr(tools.workbench, "collect_statistics", count)
+    bench = open_bench(asking, tmp_path / "run")
+    profile = bench.profile(ignore, masks_only=True)
+    recipe = parse_recipe("refit~half:kappa-mask")
+    bench.read_layers(profile, recipe, ignore)
+    assert profiled == ["run"]
+    allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
+    checkpoint = bench.prune(profile, allocation, recipe, ignore)
+    expected = snapshot(bench)
+    assert profiled == ["run", "half"]
+    stored = bench.read_profile(bench.find_profile(profile, recipe, ignore))
+    assert (stored.calibration, stored.moments) == ("half", {})
+    assert stored.dense == bench.read_profile(profile).dense
+
+    artifact = artifact_path(bench, checkpoint, bench.layers[3].name)
+    close_workbench()
+    damage(artifact)
+    seen: list[str] = []
+    bench = open_bench(asking, tmp_path / "run", seen.append)
+    assert same(expected, (bench.restore(checkpoint), snapshot(bench))[1])
+    assert profiled == ["run", "half"] and len(seen) == 1
+
+
+@pytest.mark.parametrize("label", ["refit~half:kappa", "sparsegpt~quarter~sequential"])
+def test_workers_walk_through_the_same_text(asking: Any, tmp_path: Path, label: str) -> None:
+    recipe, results = parse_recipe(label), []
+    for name in ("alone", "team"):
+        bench = open_bench(asking, tmp_path / name)
+        if name == "team":
+            bench.cluster = bench._team = Team(bench)  # type: ignore[assignment]
+        profile = bench.profile(ignore)
+        allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
+        results.append((profile, bench.prune(profile, allocation, recipe, ignore)))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"questions": ""},
+            "calibration 'half' mixes questions in, and this run has none; leave it at 'run'",
+        ),
+        ({"calibration_mix": 0.5}, "calibration 'half' has no more questions than the run's own text; leave it at"),
+        (
+            {"calibration_windows": 64, "question_pairs": 140},
+            "calibration 'half' needs 32 windows of questions that are in no other text; there are fewer",
+        ),
+    ],
+)
+def test_a_text_that_the_run_has_not_is_refused_before_anything_is_measured(
+    asking: Any, tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    bench = open_bench(asking.model_copy(update=fields), tmp_path / "run")
+    profile = bench.profile(ignore)
+    recipe = parse_recipe("refit~half:kappa")
+    with pytest.raises(ImpossiblePlan, match=re.escape(reason)):
+        bench.read_layers(profile, recipe, ignore)
+    with pytest.raises(ImpossiblePlan, match=re.escape(reason)):
+        bench.prune(profile, plan(bench, profile, 0.5, MASK), recipe, ignore)
 
 
 # --- prune and restore -----------------------------------------------------------------------------------------
