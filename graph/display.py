@@ -30,7 +30,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tools.controls import strip_controls
-from tools.summary import count
+from tools.summary import count, show_seconds
 
 Event = Mapping[str, Any]
 Clock = Callable[[], float]
@@ -144,14 +144,6 @@ def figure(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
-def duration(seconds: float) -> str:
-    """301.2 → 5 min 1 s"""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = int(seconds) // 60
-    return f"{minutes} min {int(seconds) % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def memory(size: float | None) -> str:
     """2.1e9 → 2.1 GB"""
     return "not measured" if size is None else f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
@@ -225,7 +217,7 @@ def tell_trial(event: Event) -> str:
         f"trial {event['iteration']}: {event['verdict']}, sparsity {percent(event['sparsity'])}, "
         f"perplexity {figure(event['perplexity'])}, KL {tell_kl(event)} "
         f"(predicted {figure(event['predicted_kl'], 4)}){tell_facts(event)}, "
-        f"{duration(event.get('seconds', 0.0))}, {clean(event['plan'])}"
+        f"{show_seconds(event.get('seconds', 0.0))}, {clean(event['plan'])}"
     )
     return f"{line}: {clean(event['reason'], 1000)}" if event.get("reason") else line
 
@@ -276,7 +268,8 @@ def tell_result(event: Event) -> str:
             f"{event['rollbacks']} rolled back",
             f"perplexity: {figure(pruned)} pruned, {figure(dense)} dense, {figure(uniform)} uniform Wanda; "
             f"KL {figure(event['kl'], 4)}",
-            f"degradation: {compared}; {duration(event['seconds'])}, peak memory {memory(event['peak_memory_bytes'])}",
+            f"degradation: {compared}; {show_seconds(event['seconds'])}, "
+            f"peak memory {memory(event['peak_memory_bytes'])}",
             *tell_scores(event.get("benchmarks", [])),
             f"model:  {clean(event['model_directory'], 1000)}",
             f"report: {clean(event['report'], 1000)}",
@@ -383,7 +376,7 @@ class PlainDisplay:
         except UNEXPECTED:
             return tell_unknown(event)
         if done >= total:
-            return f"{label}: {total:,} of {total:,} in {duration(now - self.begun.pop(label, now))}"
+            return f"{label}: {total:,} of {total:,} in {show_seconds(now - self.begun.pop(label, now))}"
         if label in self.begun:
             return ""
         self.begun[label] = now

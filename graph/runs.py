@@ -9,7 +9,8 @@ import yaml
 from rich.table import Column, Table
 from rich.text import Text
 
-from graph.display import clean, duration, figure, percent
+from graph.display import clean, figure, percent
+from tools.summary import show_seconds
 
 MARKS = ("summary.json", "config.yaml", "events.jsonl", "run.json")
 STYLES = {"finished": "green", "unfinished": "yellow", "damaged": "red"}
@@ -63,7 +64,7 @@ def describe_summary(summary: Mapping[str, Any]) -> list[str]:
     perplexity = summary["perplexity"]
     dense, pruned, uniform = (perplexity[key] for key in ("dense", "pruned", "uniform_wanda"))
     return [
-        f"{clean(summary['status'], 20)}\n{duration(summary['seconds'])}",
+        f"{clean(summary['status'], 20)}\n{show_seconds(summary['seconds'])}",
         clean(summary["model"]),
         f"{percent(summary['achieved_sparsity'])}\nof {percent(summary['target_sparsity'])}",
         f"{figure(dense)} → {figure(pruned)}\nWanda {figure(uniform)}",

@@ -26,7 +26,7 @@ from tools.record import Layers, Record, Round, Trial, read_run
 from tools.rows import carry_out
 from tools.rundir import runs_directory
 from tools.secrets import read_secrets, redact
-from tools.summary import Knowledge, Score, Summary, describe_result, list_loading, show
+from tools.summary import Knowledge, Score, Summary, describe_result, list_loading, show, show_seconds
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -436,16 +436,6 @@ def show_score(value: float, error: float | None) -> str:
         return f"{value:.4g}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def show_seconds(value: float) -> str:
-    """301.2 as 5 min 1 s."""
-    seconds = round(value)
-    if seconds < 60:
-        return f"{value:.1f} s"
-    return (
-        f"{seconds // 60} min {seconds % 60} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    )
 
 
 def show_yaml(value: Any) -> str:

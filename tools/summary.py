@@ -340,6 +340,16 @@ def show(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2f}"
 
 
+def show_seconds(value: float) -> str:
+    """301.2 as 5 min 1 s."""
+    seconds = round(value)
+    if seconds < 60:
+        return f"{value:.1f} s"
+    return (
+        f"{seconds // 60} min {seconds % 60} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    )
+
+
 def count(number: int, noun: str) -> str:
     """1 lesson, 2,000 lessons"""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -88,7 +88,7 @@ class StoredProfile(BaseModel):
     group: dict[str, str]
     hidden: str
     dense: Evaluation
-    calibration: Calibration
+    calibration: Calibration = "run"
     """The text that it is about."""
 
 
