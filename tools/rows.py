@@ -2,6 +2,7 @@
 
 import csv
 import io
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +28,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def carry_out(work: Callable[[], object]) -> int:
-    """The exit code of a command: 0 done, 1 interrupted (the same command goes on), 2 bad input, which is told."""
+    """The exit code of a command: 0 done, 1 interrupted (the same command goes on), 2 bad input, which is told.
+
+    SIGTERM interrupts as Ctrl-C does, so that nothing that was started stays behind.
+    """
     try:
-        work()
+        with _interrupted_by(signal.SIGTERM):
+            work()
     except UserError as error:
         return refuse(error)
     except DamagedArtifact as error:
@@ -38,6 +43,15 @@ def carry_out(work: Callable[[], object]) -> int:
         print("stopped; the rows that are done are kept, and the same command goes on", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _interrupted_by(number: signal.Signals) -> Iterator[None]:
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def lock_out(out: Path, locked: Path) -> None:
