@@ -31,7 +31,7 @@ from torch import Tensor
 from kernels.bench_gpu import KernelResult, run_kernels
 from kernels.dispatch import choose_kernel, explain_triton
 from kernels.native import explain_absence
-from kernels.packed import multiply_packed, pack_rows
+from kernels.packed import PackedLinear, multiply_packed, pack_rows, settle_layers
 
 SPARSITIES = (0.45, 0.5, 0.6)
 TARGETS = {0.45: 1.35, 0.5: 1.55, 0.6: 1.8}
@@ -106,7 +106,12 @@ def list_calls(weight_OI: Tensor, ring_bytes: int) -> dict[str, list[Call]]:
         return weights[len(weights) // 2 :] + weights[: len(weights) // 2]
 
     packed = pack_rows(weight_OI)
-    packs = [packed._replace(mask_OW=packed.mask_OW.clone(), values=packed.values.clone()) for _ in ring(packed.nbytes)]
+    layers = [
+        PackedLinear(packed._replace(mask_OW=packed.mask_OW.clone(), values=packed.values.clone()))
+        for _ in ring(packed.nbytes)
+    ]
+    settle_layers(layers)
+    packs = [layer.packed for layer in layers]
     denses = [weight_OI.clone() for _ in ring(weight_OI.nbytes)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "in beta state"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.packed import PackedLinear, pack_rows
+from kernels.packed import PackedLinear, pack_rows, settle_layers
 from tools.errors import UserError
 from tools.generate import decode
 from tools.layers import Layer, find_layers
@@ -63,6 +63,7 @@ def open_pair(source: str) -> Pair:
     packed = {}
     for layer in layers:
         packed[layer.name] = PackedLinear(pack_rows(layer.weight_OI), layer.module._parameters.get("bias"))
+    settle_layers(list(packed.values()))
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     return Pair(model, dense, packed, torch.randint(vocabulary, (1, PROMPT), generator=generator))

@@ -28,6 +28,7 @@ from kernels.packed import (
     PackedWeight,
     check_packed,
     pack_rows,
+    settle_layers,
     unpack_rows,
 )
 from tools.errors import DamagedArtifact, UserError, in_one_line
@@ -263,6 +264,8 @@ def load_packed(
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_meta:
                 raise ValueError(f"the tensor {name} is missing")
+    if device.type == "cpu":
+        settle_layers([module for module in model.modules() if isinstance(module, PackedLinear)])
     if reason:
         warn(f"{directory} is unpacked, and runs as a dense model does: {reason}")
     return model.to(device).eval().requires_grad_(False)
