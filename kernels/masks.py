@@ -6,12 +6,18 @@ Shape suffixes: O output features (rows), I input features (columns).
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.dispatch import choose_kernel
-from kernels.ranks import kth_smallest, order_preserving_ints, score_bits
+from kernels.ranks import INFINITY, NO_SCORE, kth_smallest, order_preserving_ints, score_bits
 from kernels.scores import score_wanda
+from kernels.threads import share_rows
+
+BLOCK_BYTES = 2**20
+"""Of scores that a thread works on at a time: with their ranks and their mask they fit into the cache of a core."""
 
 
 def keep_highest(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:
@@ -38,9 +44,77 @@ def keep_highest_of_rows(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tenso
     the count over the layer is exact. Ties inside a row go by column. Raises ValueError when the layer has more exact
     zeros than `zeros` already.
     """
+    if score_OI.device.type == "cpu" and choose_kernel(score_OI.device) != "triton":
+        return _keep_rows_on_cpu(score_OI.float().contiguous(), dead_OI.contiguous(), zeros)
     ranks_OI = order_preserving_ints(score_OI, dead_OI)
-    zeros_O = _share_among_rows(dead_OI, zeros, lambda k: kth_smallest(ranks_OI, k))
+    zeros_O = _share_among_rows(dead_OI.sum(1), zeros, ranks_OI.shape[1], lambda k: kth_smallest(ranks_OI, k))
     return _keep_above(ranks_OI, zeros_O)
+
+
+def _keep_rows_on_cpu(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:
+    """`keep_highest_of_rows`, a few rows at a time on each thread: all that is done to them is done in its cache."""
+    (rows, columns), wrong = score_OI.shape, []
+    score, dead = score_OI.numpy(), dead_OI.numpy()
+    dead_O, keep = np.zeros(rows, dtype=np.int64), np.empty((rows, columns), dtype=bool)
+    kth_O, before_O = np.empty((2, rows), dtype=np.int32)
+
+    def by_blocks(work: Callable[[slice], None]) -> None:
+        height = max(1, BLOCK_BYTES // (4 * max(columns, 1)))
+
+        def run(first: int, last: int) -> None:
+            for start in range(first, last, height):
+                work(slice(start, min(start + height, last)))
+
+        share_rows(run, rows, score.nbytes)
+
+    def rank(part: slice) -> NDArray[np.int32]:
+        """`order_preserving_ints`; to make them again costs less than to keep them."""
+        bits = (score[part] + np.float32(0)).view(np.int32)
+        if bits.size and (bits.min() < 0 or bits.max() >= INFINITY):
+            wrong.append(part)
+        bits += 1
+        return np.multiply(bits, ~dead[part], out=bits) if dead[part].any() else bits
+
+    def count_dead(part: slice) -> None:
+        if dead[part].any():
+            dead_O[part] = [np.count_nonzero(row) for row in dead[part]]  # along an axis it takes ten times as long
+
+    selected = 0
+
+    def select(k: int) -> Tensor:
+        nonlocal selected
+        selected = k
+
+        def find(part: slice) -> None:
+            ranks = rank(part)
+            ranks.partition(k - 1, axis=1)
+            kth_O[part], before_O[part] = ranks[:, k - 1], ranks[:, : k - 1].max(axis=1, initial=-1)
+
+        by_blocks(find)
+        return torch.from_numpy(kth_O)
+
+    def remove(part: slice) -> None:
+        ranks, threshold_R1, count_R = rank(part), threshold_O[part, None], zeros_O[part]
+        kept = np.greater(ranks, threshold_R1, out=keep[part])
+        if np.count_nonzero(kept) == kept.size - count_R.sum():
+            return
+        for row, count in enumerate(count_R.tolist()):  # ties at the threshold remove too many
+            tied = np.flatnonzero(ranks[row] == threshold_R1[row])
+            lacking = columns - count - np.count_nonzero(kept[row])
+            kept[row, tied[len(tied) - lacking :]] = True
+
+    by_blocks(count_dead)
+    zeros_O = _share_among_rows(torch.from_numpy(dead_O), zeros, columns, select).numpy()
+    if rows and columns:
+        most = int(zeros_O[zeros_O > dead_O].max(initial=1))
+        if selected != most:
+            select(most)
+        # The other rows lose their dead weights and no more, and those have rank 0.
+        threshold_O = np.where(zeros_O == most, kth_O, np.where(zeros_O == most - 1, before_O, 0))
+        by_blocks(remove)
+    if wrong:
+        raise ValueError(NO_SCORE)
+    return torch.from_numpy(keep)
 
 
 def keep_wanda(weight_OI: Tensor, mean_square_I: Tensor, zeros: int) -> Tensor:
@@ -52,17 +126,17 @@ def keep_wanda(weight_OI: Tensor, mean_square_I: Tensor, zeros: int) -> Tensor:
         if weight_OI.shape[1] <= triton_masks.WIDEST_ROW:
             norm_I = mean_square_I.float().sqrt() + 0.0  # the root of -0.0 is -0.0
             select = partial(triton_masks.select_wanda, weight_OI, norm_I)
-            zeros_O = _share_among_rows(dead_OI, zeros, lambda k: select(torch.full((len(dead_OI),), k))[0])
+            dead_O, columns = dead_OI.sum(1), dead_OI.shape[1]
+            zeros_O = _share_among_rows(dead_O, zeros, columns, lambda k: select(torch.full((len(dead_O),), k))[0])
             return select(zeros_O)[1]
     return keep_highest_of_rows(score_wanda(weight_OI, mean_square_I), dead_OI, zeros)
 
 
-def _share_among_rows(dead_OI: Tensor, zeros: int, select: Callable[[int], Tensor]) -> Tensor:
+def _share_among_rows(dead_O: Tensor, zeros: int, columns: int, select: Callable[[int], Tensor]) -> Tensor:
     """How many each row loses; `select(k)` is the k-th smallest rank of each."""
-    dead_O = dead_OI.sum(1)
     if int(dead_O.sum()) > zeros:
         raise ValueError(f"{zeros} zeros asked of a layer that has {int(dead_O.sum())} already")
-    share = _fill_rows(dead_O, zeros, dead_OI.shape[1])
+    share = _fill_rows(dead_O, zeros, columns)
     zeros_O = dead_O.clamp(min=share)
     rest = zeros - int(zeros_O.sum())
     if rest:

@@ -11,23 +11,19 @@ Shape suffixes: B rows of x, O output features (rows), I input features (columns
 
 import ctypes
 import functools
-import os
-import queue
-import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.threads import share_rows
 
 WORD = 32
 """Mask bits that are read at once: a row of a mask is padded to whole words of this many."""
 
 MOST_ROWS = 8
 """Rows of x that one pass over the weight serves; more take several passes."""
-
-THREAD_BYTES = 256 * 1024
-"""Bytes of a packed weight that are worth a thread: waking one takes as long as reading about half as much."""
 
 PREFETCH_BYTES = 8192
 MASK_PREFETCH_BYTES = 1024
@@ -136,40 +132,6 @@ def unpack_rows(mask_OW: Tensor, values: Tensor, offsets_O: Tensor, room: Tensor
     pointers = mask_OW.data_ptr(), values.data_ptr(), offsets_O.data_ptr(), weight.data_ptr()
     share_rows(lambda first, last: unpack(*pointers, first, last, words), rows, weight.nbytes)
     return weight
-
-
-_waiting: list[queue.SimpleQueue[Any]] = []
-"""Of each worker thread, the shares it is given."""
-
-os.register_at_fork(after_in_child=_waiting.clear)  # threads do not live on in a forked process
-
-
-def share_rows(run: Callable[[int, int], None], rows: int, size: int) -> None:
-    """run(first, last) over all rows, by as many of torch's number of threads as `size` bytes are worth.
-
-    A pool of futures needs twice as long to hand over a share.
-    """
-    threads = min(torch.get_num_threads(), rows, size // THREAD_BYTES)
-    if threads <= 1:
-        return run(0, rows)
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    while len(_waiting) < threads - 1:
-        tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(tasks,), daemon=True, name="billhook-packed").start()
-        _waiting.append(tasks)
-    done: queue.SimpleQueue[None] = queue.SimpleQueue()
-    for i in range(1, threads):
-        _waiting[i - 1].put((run, bounds[i], bounds[i + 1], done))
-    run(bounds[0], bounds[1])
-    for _ in range(1, threads):
-        done.get()
-
-
-def _work(tasks: queue.SimpleQueue[Any]) -> None:
-    while True:
-        run, first, last, done = tasks.get()
-        run(first, last)
-        done.put(None)
 
 
 # --- the code ----------------------------------------------------------------------------------------------------

@@ -1,9 +1,16 @@
-"""Small operations on one CPU thread."""
+"""Small operations on one CPU thread, and rows shared among several."""
 
-from collections.abc import Iterator
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+THREAD_BYTES = 256 * 1024
+"""Bytes to read that are worth a thread: waking one takes as long as reading about half as much."""
 
 
 @contextmanager
@@ -22,3 +29,37 @@ def one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+_waiting: list[queue.SimpleQueue[Any]] = []
+"""Of each worker thread, the shares it is given."""
+
+os.register_at_fork(after_in_child=_waiting.clear)  # threads do not live on in a forked process
+
+
+def share_rows(run: Callable[[int, int], None], rows: int, size: int) -> None:
+    """run(first, last) over all rows, by as many of torch's number of threads as `size` bytes are worth.
+
+    A pool of futures needs twice as long to hand over a share.
+    """
+    threads = min(torch.get_num_threads(), rows, size // THREAD_BYTES)
+    if threads <= 1:
+        return run(0, rows)
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    while len(_waiting) < threads - 1:
+        tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=_work, args=(tasks,), daemon=True, name="billhook-rows").start()
+        _waiting.append(tasks)
+    done: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for i in range(1, threads):
+        _waiting[i - 1].put((run, bounds[i], bounds[i + 1], done))
+    run(bounds[0], bounds[1])
+    for _ in range(1, threads):
+        done.get()
+
+
+def _work(tasks: queue.SimpleQueue[Any]) -> None:
+    while True:
+        run, first, last, done = tasks.get()
+        run(first, last)
+        done.put(None)

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
+import kernels.masks
+import kernels.threads
 from kernels.masks import keep_highest, keep_highest_of_rows
 from kernels.scores import score_wanda
 
@@ -115,3 +117,26 @@ def test_cuda_gives_the_same_masks() -> None:
     dead = score < 1
     for keep in (keep_highest, keep_highest_of_rows):
         assert torch.equal(keep(score, dead, 3000), keep(score.cuda(), dead.cuda(), 3000).cpu())
+
+
+def test_neither_threads_nor_blocks_of_rows_change_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ties, rows that have more exact zeros than their share, and counts that do not divide evenly."""
+    generator = torch.Generator().manual_seed(2)
+    threads, cases = torch.get_num_threads(), []
+    for i in range(200):
+        score = torch.randint(0, (2, 5, 1000)[i % 3], (1 + i % 9, 1 + i % 11), generator=generator).float()
+        dead = torch.rand(score.shape, generator=generator) < (0, 0.1, 0.6)[i % 3]
+        dead[0] |= i % 5 == 0
+        least = int(dead.sum())
+        zeros = least + int(torch.randint(0, score.numel() - least + 1, (), generator=generator))
+        cases.append((score, dead, zeros, keep_highest_of_rows(score, dead, zeros)))
+    monkeypatch.setattr(kernels.threads, "THREAD_BYTES", 1)
+    try:
+        for count, size in ((1, 4), (3, 4), (2, 64)):
+            torch.set_num_threads(count)
+            monkeypatch.setattr(kernels.masks, "BLOCK_BYTES", size)
+            for score, dead, zeros, keep in cases:
+                assert int((~keep).sum()) == zeros
+                assert torch.equal(keep_highest_of_rows(score, dead, zeros), keep)
+    finally:
+        torch.set_num_threads(threads)

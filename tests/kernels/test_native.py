@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import native
+from kernels import threads
 from kernels.native import MOST_ROWS, WORD, compile_kernels, explain_absence, multiply_rows, unpack_rows
 from kernels.packed import PADDING, pack_rows
 
@@ -118,13 +118,13 @@ def test_more_rows_than_one_pass_serves(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "THREAD_BYTES", 1)
+    monkeypatch.setattr(threads, "THREAD_BYTES", 1)
     for rows in (1, 5, 8, 67):
         weight_OI = make_weight(rows, 200, dtype, 0.5)
         packed, x_BI = pack_rows(weight_OI), make_inputs(3, 200, dtype)
         answers = []
-        for threads in range(1, 9):
-            torch.set_num_threads(threads)
+        for count in range(1, 9):
+            torch.set_num_threads(count)
             answers.append((multiply_rows(*packed[:3], x_BI), unpack_rows(*packed[:3])))
         torch.set_num_threads(1)
         assert_close(answers[0][0], x_BI, weight_OI)
@@ -135,12 +135,12 @@ def test_small_weights_are_no_work_for_threads(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for size, expected in (
         (0, [(0, 8)]),
-        (2 * native.THREAD_BYTES - 1, [(0, 8)]),
-        (2 * native.THREAD_BYTES, [(0, 4), (4, 8)]),
-        (9 * native.THREAD_BYTES, [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        (2 * threads.THREAD_BYTES - 1, [(0, 8)]),
+        (2 * threads.THREAD_BYTES, [(0, 4), (4, 8)]),
+        (9 * threads.THREAD_BYTES, [(0, 2), (2, 4), (4, 6), (6, 8)]),
     ):
         shares: list[tuple[int, int]] = []
-        native.share_rows(lambda first, last: shares.append((first, last)), 8, size)  # noqa: B023
+        threads.share_rows(lambda first, last: shares.append((first, last)), 8, size)  # noqa: B023
         assert sorted(shares) == expected
 
 
