@@ -29,10 +29,12 @@ def keep_highest(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:
     if choose_kernel(score_OI.device) == "triton":
         ranks_N = order_preserving_ints(score_OI, dead_OI).reshape(1, -1)
         return _keep_above(ranks_N, torch.tensor([zeros], device=ranks_N.device)).reshape(score_OI.shape)
-    ranks_OI = score_bits(score_OI).mul_(~dead_OI)  # times a mask: `where` is slower
-    # As one great tie the dead ones would cost the partition ten times its usual time: each has a place of its own.
-    below_N = torch.arange(-ranks_OI.numel(), 0, dtype=torch.int32, device=ranks_OI.device)
-    ranks_OI += below_N.reshape(ranks_OI.shape).mul_(dead_OI)
+    ranks_OI = score_bits(score_OI)
+    if bool(dead_OI.any()):
+        ranks_OI.mul_(~dead_OI)  # times a mask: `where` is slower
+        # As one great tie they would cost the partition ten times its usual time: each has a place of its own.
+        below_N = torch.arange(-ranks_OI.numel(), 0, dtype=torch.int32, device=ranks_OI.device)
+        ranks_OI += below_N.reshape(ranks_OI.shape).mul_(dead_OI)
     return _remove_lowest(ranks_OI.reshape(1, -1), zeros).reshape(score_OI.shape)
 
 
