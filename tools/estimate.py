@@ -553,18 +553,17 @@ def _measure_process() -> int:
 
 
 def list_disk(model: Any, layers: list[Layer], settings: WorkbenchSettings) -> list[Line]:
-    """What a run may write at most: moments, block inputs, three checkpoints and the exported model."""
+    """What a run may write: moments, block inputs, three checkpoints and the exported model.
+
+    Plans may ask for two texts with more questions; the rule asks for one, and so many are counted.
+    """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = min(settings.gradient_windows, settings.calibration_windows)
     weights = sum(layer.weight_OI.nbytes for layer in layers)
-    moments, mixes = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers), list(settings.mixes)
+    moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers)
     return [
         Line(what="second moments", how=f"4 bytes × inputs², over {len(layers)} layers", bytes=moments),
-        *(
-            [Line(what="second moments of other texts", how=" and ".join(mixes), bytes=len(mixes) * moments)]
-            if mixes
-            else []
-        ),
+        *([Line(what="those of a text with more questions", how="as many", bytes=moments)] if settings.mixes else []),
         _multiply(
             "inputs of all blocks, while the model is profiled",
             *((blocks, "blocks"), (windows, "windows"), (settings.window, "tokens")),
