@@ -18,8 +18,7 @@ class Team:
     ahead = 0
 
     def __init__(self, bench: Workbench, size: int = 2) -> None:
-        windows = bench.windows
-        texts = Texts(windows.calibration, windows.validation, windows.test, bench.questions, windows.mixed)
+        texts = Texts(bench.windows, bench.questions)
         self.bench, self.size = bench, size
         self.workers = [
             Worker(copy.deepcopy(bench.model), bench.settings, texts, bench.directory, 10**6) for _ in range(size)

@@ -101,7 +101,7 @@ class Cluster:
     ) -> None:
         """`model` is this process' own, as it was loaded."""
         self._source, self._warn, self._settings = source, warn, settings
-        self._shards = min(SHARDS, len(texts.calibration))
+        self._shards = min(SHARDS, len(texts.windows.calibration))
         self._loaded = dict(source.installed)
         self._kept: dict[tuple[str, str], Any] = {}
         self._coming: list[Weights] = []

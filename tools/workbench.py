@@ -131,8 +131,7 @@ class Workbench:
         progress("load model", 1, 1)
 
     def _gather_workers(self) -> Cluster:
-        windows = self.windows
-        texts = Texts(windows.calibration, windows.validation, windows.test, self.questions, windows.mixed)
+        texts = Texts(self.windows, self.questions)
         return Cluster(self.settings, texts, self, self.model, lambda text: self.warn(text))
 
     def close(self) -> None:

@@ -24,9 +24,10 @@ from tools.curves import LEVELS
 from tools.facts import EncodedPair, cut_batches, read_answers
 from tools.layers import find_layers
 from tools.losses import PrefixCache, evaluate_windows
-from tools.recipes import Calibration, Recipe
+from tools.recipes import Recipe
 from tools.settings import Split, WorkbenchSettings
 from tools.shards import Span
+from tools.texts import Windows
 from tools.walks import Nodes, Walk, Walks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,12 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 class Texts(NamedTuple):
     """Tokens of all that is measured on."""
 
-    calibration: Tensor
-    validation: Tensor
-    test: Tensor
+    windows: Windows
     questions: dict[Split, list[EncodedPair]]
-    mixed: dict[Calibration, Tensor]
-    """As in `tools.texts.Windows`."""
 
 
 class LayerWork(NamedTuple):
@@ -101,10 +98,10 @@ class Worker:
         self.model, self.texts, self.device = model, texts, model.device
         self.blocks = Blocks(model)
         self.layers = {layer.name: layer for layer in find_layers(model)}
-        calibration = texts.calibration.to(self.device)
+        calibration, mixed = texts.windows.calibration.to(self.device), texts.windows.mixed
         count = min(settings.gradient_windows, len(calibration))
         layers = list(self.layers.values())
-        walks = Walks(self.blocks, layers, calibration, count, settings.seed, scratch, ahead=1, mixed=texts.mixed)
+        walks = Walks(self.blocks, layers, calibration, count, settings.seed, scratch, ahead=1, mixed=mixed)
         self.moments, self.gradients, self.finish = walks.moments, walks.gradients, walks.finish
         self.mask_curves, self._walks = walks.mask_curves, walks
         self._marks = [""] * len(self.blocks)
@@ -133,7 +130,7 @@ class Worker:
         `dense_hidden_BTD` are the dense model's hidden states of all of `windows`.
         """
         chosen = tuple(windows[slice(*span)])
-        text_BT = getattr(self.texts, split)[list(chosen)].to(self.device)
+        text_BT = getattr(self.texts.windows, split)[list(chosen)].to(self.device)
         dense_BTD = None if dense_hidden_BTD is None else dense_hidden_BTD[slice(*span)]
         prefix = (self._find_prefix(chosen, text_BT), self._marks) if split == "validation" else None
         evaluation, hidden_BTD = evaluate_windows(self.model, text_BT, dense_BTD, "", _ignore, prefix)
@@ -142,7 +139,7 @@ class Worker:
     def _find_prefix(self, chosen: tuple[int, ...], text_BT: Tensor) -> PrefixCache:
         """The cache of these windows of the validation text; it takes the place of one of other windows."""
         if chosen not in self._prefix:
-            limit = self._prefix_bytes * len(chosen) // len(self.texts.validation)
+            limit = self._prefix_bytes * len(chosen) // len(self.texts.windows.validation)
             self._prefix = {chosen: PrefixCache(self.blocks, text_BT, limit)}
         return self._prefix[chosen]
 

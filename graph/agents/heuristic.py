@@ -193,10 +193,10 @@ def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
 
 def _find_text(situation: Situation) -> Calibration | None:
     """A calibration text with more questions than the run's own; None where there are none, or too few of them."""
-    for text in situation.config.mixes:
-        if situation.read_layers:
+    if read_layers := situation.read_layers:
+        for text in situation.config.mixes:
             with suppress(ImpossiblePlan):
-                situation.read_layers(Recipe(calibration=text))
+                read_layers(Recipe(calibration=text))
                 return text
     return None
 
