@@ -1,7 +1,7 @@
 """Where text comes from, and how it becomes three disjoint sets of token windows."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -127,12 +127,9 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
         for name, count in settings.mixes.items():
             if count <= len(pairs):
                 mixed[name] = _spread(prose[: settings.calibration_windows - count], pairs[:count])
-    if overlap := _explain_overlap(windows, tokenizer):
-        raise UserError(overlap)
-    for name, text in list(mixed.items()):  # nobody has asked for them yet
-        if _explain_overlap(windows | {"calibration": text}, tokenizer):
-            del mixed[name]
-    return Windows(**windows, mixed=mixed)
+    result = Windows(**windows, mixed=mixed)
+    _check_overlap(result, tokenizer)
+    return result
 
 
 def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
@@ -179,21 +176,24 @@ def _cut(ids: list[int], source: str, window: int, counts: dict[str, int]) -> "T
     )
 
 
-def _explain_overlap(windows: "Mapping[str, Tensor]", tokenizer: Any) -> str:
-    """What two splits share, in one line; "" where they share no text."""
-    length = min(SHINGLE, *(part.numel() for part in windows.values()))
-    hashes = {split: _hash_shingles(windows[split], length) for split in SPLITS}
+def _check_overlap(windows: Windows, tokenizer: Any) -> None:
+    """Raises UserError when two splits share text. A mixed text that does, and nobody has asked for yet, is dropped."""
+    length = min(SHINGLE, *(getattr(windows, split).numel() for split in SPLITS))
+    hashes = {split: _hash_shingles(getattr(windows, split), length) for split in SPLITS}
     for first, second in (("calibration", "validation"), ("calibration", "test"), ("validation", "test")):
         shared = np.isin(hashes[second], hashes[first])
         if shared.any():
             at = int(shared.argmax())
-            ids = windows[second].reshape(-1)[at : at + length].tolist()
+            ids = getattr(windows, second).reshape(-1)[at : at + length].tolist()
             text = " ".join(tokenizer.decode(ids).split())[:100]
-            return (
+            raise UserError(
                 f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
                 f"such as {text!r}); choose disjoint texts"
             )
-    return ""
+    measured = np.concatenate([hashes["validation"], hashes["test"]])
+    for name, text_BT in list(windows.mixed.items()):
+        if np.isin(measured, _hash_shingles(text_BT, length)).any():
+            del windows.mixed[name]
 
 
 def _hash_shingles(windows: "Tensor", length: int) -> NDArray[np.uint64]:
