@@ -13,7 +13,7 @@ import numpy as np
 from graph.agents.planner import Situation
 from graph.lessons import WHOLE, weigh_evidence
 from graph.plans import allocate_plan, apply_lessons, describe_plan, drop_lessons
-from graph.state import SAME_SPARSITY, Plan, Trial
+from graph.state import Plan, Trial
 from tools.allocate import ImpossiblePlan
 from tools.curves import LayerProfile, group_layers, predict_kl
 from tools.recipes import Adjustment, Calibration, Recipe
@@ -35,9 +35,8 @@ TILTS = (1.5, 0.67)
 
 def plan_by_rule(situation: Situation) -> Plan | None:
     """The next plan; None when every lever has been tried. Raises ImpossiblePlan when bounds cannot be met."""
-    accepted, target = situation.accepted, situation.config.target_sparsity
-    if accepted is not None and accepted.sparsity >= target - SAME_SPARSITY:
-        return next(_plan_refinements(situation), None)
+    if situation.at_target:
+        return next(plan_refinements(situation), None)
     return next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)
 
 
@@ -137,7 +136,7 @@ def _apply_lessons(situation: Situation, plan: Plan) -> Plan:
     return apply_lessons(plan, situation.lessons, situation.layers, situation.config)
 
 
-def _plan_refinements(situation: Situation) -> Iterator[Plan]:
+def plan_refinements(situation: Situation) -> Iterator[Plan]:
     """Plans at the target that differ from the accepted one in one lever, untried ones only, likeliest first.
 
     Lessons weigh groups in each of them. A lever that was tried stays tried when lessons change; the accepted plan

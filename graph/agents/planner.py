@@ -55,6 +55,13 @@ class Situation:
     """The profile with what a recipe's allocation needs beside KL curves; without it, what `layers` says must do."""
     find_trial: Callable[[Plan], Trial | None] | None = None
     """The trial in which a plan was tried already, or refused; without it, none was."""
+    untried: Sequence[Plan] = field(default=())
+    """What the rule would try next at the target, likeliest first."""
+
+    @property
+    def at_target(self) -> bool:
+        """Whether what was kept last has the target sparsity, so that rounds go on to lower its KL."""
+        return self.accepted is not None and self.accepted.sparsity >= self.config.target_sparsity - SAME_SPARSITY
 
 
 def plan_with_chat(
@@ -82,12 +89,8 @@ def plan_with_chat(
 
 def advise_against(plan: Plan, situation: Situation) -> str:
     """Why a plan that can be carried out would be a wasted round, for the planner; empty where it need not be."""
-    target, accepted = situation.config.target_sparsity, situation.accepted
-    if (
-        accepted is not None
-        and abs(accepted.sparsity - target) <= SAME_SPARSITY
-        and abs(plan.sparsity - accepted.sparsity) > SAME_SPARSITY
-    ):
+    target = situation.config.target_sparsity
+    if situation.at_target and abs(plan.sparsity - target) > SAME_SPARSITY:
         return (
             f"sparsity {plan.sparsity:g} is off the target, which is reached: such a plan is rolled back whatever it "
             f"measures; plan {target:g}"
@@ -109,6 +112,7 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
         _describe_trials(situation),
         _describe_lessons(situation.lessons),
         _describe_rest(situation),
+        *([_describe_untried(situation.untried)] if situation.untried else []),
         *([f"Tools: {toolbox.describe_budget()}"] if toolbox else []),
         f"Plan round {situation.iteration}.",
     ]
@@ -341,6 +345,16 @@ def _describe_rest(situation: Situation) -> str:
     return f"{text} Present sparsities, a line per block, in the order of the table:\n" + data_block(
         "sparsities", [f"{blocks}: {' '.join(shares)}" for blocks, shares in lines.items()]
     )
+
+
+def _describe_untried(plans: Sequence[Plan]) -> str:
+    lines = []
+    for plan in plans:
+        recipe = {"method": plan.recipe.method, **plan.recipe.model_dump(exclude_defaults=True, exclude={"pattern"})}
+        adjustments = [adjustment.model_dump(exclude_defaults=True) for adjustment in plan.adjustments]
+        shown = {"sparsity": plan.sparsity, "recipe": recipe, **({"adjustments": adjustments} if adjustments else {})}
+        lines.append(quote_data(f"{json.dumps(shown, ensure_ascii=False)}: {plan.reason}", 400))
+    return "Untried, each one lever from the best plan so far, likeliest first:\n" + data_block("untried", lines)
 
 
 def _figure(value: float | None) -> str:

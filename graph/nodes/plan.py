@@ -1,14 +1,15 @@
 """plan: the agent decides the next round; its plan is checked before anything is pruned."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from langgraph.runtime import Runtime
 from langgraph.store.base import BaseStore
 
 from graph.agents.chat import AgentError
-from graph.agents.heuristic import plan_by_rule
+from graph.agents.heuristic import plan_by_rule, plan_refinements
 from graph.agents.models import HEURISTIC, open_model
 from graph.agents.planner import Situation, advise_against, describe_lesson, plan_with_chat, recount_trial
 from graph.agents.spending import Account, CapReached
@@ -111,6 +112,10 @@ def find_trial(bench: "Workbench", state: State, plan: Plan, progress: "Progress
     return None
 
 
+UNTRIED = 4
+"""Plans that a chat planner is shown at the target."""
+
+
 @dataclass
 class Evaluated:
     """Tokens that were put through pruned models."""
@@ -210,7 +215,7 @@ def choose_plan(
     try:
         model = open_model(config.planner, config)
         plan = plan_with_chat(
-            situation,
+            show_untried(situation),
             model,
             on_call=account.keep_call,
             check=check,
@@ -226,6 +231,14 @@ def choose_plan(
         session.warn(f"{error}; the fallback planner ({config.planner_fallback}) plans this round")
         return Choice(plan_by_rule(situation), account.usage, HEURISTIC)
     return Choice(plan, account.usage, config.planner)
+
+
+def show_untried(situation: Situation) -> Situation:
+    """The situation with what the rule would try next at the target, for a planner to choose from."""
+    if not situation.at_target:
+        return situation
+    plans = plan_refinements(replace(situation, read_layers=None))  # no text is profiled just to be named here
+    return replace(situation, untried=list(islice(plans, UNTRIED)))
 
 
 def _missing(what: str) -> Any:

@@ -130,6 +130,13 @@ def test_a_repeated_plan_is_handed_back_once_with_its_result(
         "sparsity 0.3 is off the t",
         "",
     ]
+    prompts = [prompt["messages"][1]["text"] for prompt in read_events(run, "prompt") if "planner" in prompt]
+    untried = [re.findall(r"<data untried>\n(.*?): [A-Z]", prompt) for prompt in prompts]
+    assert untried == [
+        [],  # towards the target
+        ['{"sparsity": 0.45, "recipe": {"method": "refit", "curves": "mask"}}'],
+        ['{"sparsity": 0.45, "recipe": {"method": "refit", "curves": "mask", "statistics": "sequential"}}'],
+    ]
     first, second, last = trials = read_state(run).trials
     assert "\nround 1: sparsity 0.45" in problems[1]
     assert problems[1].endswith(f"; accept: {first.reason}")
