@@ -1,19 +1,35 @@
 """Every option of a run in one pydantic model."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from tools.options import check_options, read_options
 from tools.recipes import parse_pattern
 from tools.settings import TaskSettings, TeamSettings
+from tools.tables import path_of
 
 MODEL_FORM = r"^(heuristic|[a-z][a-z0-9_]*:\S(.*\S)?)$"
 PLANNER = (
     "heuristic (no key, deterministic), openai:NAME, openai:NAME@http://HOST:PORT/v1 for a compatible endpoint, "
     "local:MODEL for a model in this process (MODEL as in --model), or PROVIDER:NAME for a provider of LangChain's"
 )
+PROMPTS = {"planner_prompt": ("planner", ("{tools}", "{schema}")), "reflector_prompt": ("reflector", ("{schema}",))}
+"""Field to the name of Billhook's own prompt, and what any other must have a place for."""
+
+
+@cache
+def read_prompt(name: str) -> str:
+    """The text of `graph/prompts/NAME.md`, as it was when it was first asked for."""
+    return Path(__file__).with_name("prompts").joinpath(f"{name}.md").read_text(encoding="utf-8")
+
+
+def _edit_in_studio(name: str, node: str) -> JsonDict:
+    """What makes Studio show the field as a prompt, to edit where its node is, beginning with Billhook's own."""
+    return {"langgraph_nodes": [node], "langgraph_type": "prompt", "default": read_prompt(name)}
 
 
 class RunConfig(TaskSettings, TeamSettings):
@@ -77,6 +93,12 @@ class RunConfig(TaskSettings, TeamSettings):
         description="Who plans a round when the planner fails; none stops the run, resumable.",
         json_schema_extra={"langgraph_nodes": ["plan"]},
     )
+    planner_prompt: str = Field(
+        "",
+        description="The planner's instructions, as text or file:PATH, with {tools} and {schema} where its tools and "
+        "the JSON schema of a plan go. Empty: graph/prompts/planner.md, which is the place to start from.",
+        json_schema_extra=_edit_in_studio("planner", "plan"),
+    )
     planner_calls: int = Field(
         6,
         ge=0,
@@ -99,6 +121,12 @@ class RunConfig(TaskSettings, TeamSettings):
         pattern=MODEL_FORM,
         description="Who reflects on a trial: a string as for the planner.",
         json_schema_extra={"langgraph_nodes": ["reflect"]},
+    )
+    reflector_prompt: str = Field(
+        "",
+        description="The reflector's instructions, as text or file:PATH, with {schema} where the JSON schema of a "
+        "reflection goes. Empty: graph/prompts/reflector.md.",
+        json_schema_extra=_edit_in_studio("reflector", "reflect"),
     )
     reflector_price_input: float = Field(
         0.0, ge=0, description="US dollars per million tokens sent to the reflector, for the cost shown."
@@ -146,6 +174,26 @@ class RunConfig(TaskSettings, TeamSettings):
             return value
         if percent:
             raise ValueError(f"{value} looks like a percentage; write it as a fraction, such as {float(value) / 100:g}")
+        return value
+
+    @field_validator(*PROMPTS)
+    @classmethod
+    def _read_prompt(cls, value: str, info: ValidationInfo) -> str:
+        """A file's text, so that a run keeps the prompt that it had; Billhook's own is no other prompt."""
+        name, places = PROMPTS[info.field_name or ""]
+        if value.startswith("file:"):
+            try:
+                value = path_of(value).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+                raise ValueError(f"the prompt cannot be read ({reason})") from error
+        if not value.strip() or value.strip() == read_prompt(name).strip():
+            return ""
+        if missing := [place for place in places if place not in value]:
+            raise ValueError(
+                f"the prompt has no {' and no '.join(missing)}, in whose place the agent is told what it needs to "
+                f"answer; start from graph/prompts/{name}.md"
+            )
         return value
 
     @model_validator(mode="after")

@@ -10,8 +10,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from statistics import fmean, median
 
 from langchain_core.language_models import BaseChatModel
@@ -20,13 +18,11 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from graph.agents.chat import CallRecord, ask
 from graph.agents.quoting import data_block, quote_data
 from graph.agents.toolbox import Toolbox
-from graph.config import RunConfig
+from graph.config import RunConfig, read_prompt
 from graph.state import SAME_SPARSITY, Lesson, Plan, Trial
 from tools.curves import LEVELS, LayerProfile
 from tools.recipes import Recipe
 
-PROMPT = Path(__file__).resolve().parents[1] / "prompts" / "planner.md"
-TOOLS_PROMPT = PROMPT.with_name("planner_tools.md")
 MAX_ROWS = 400
 """Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
 MAX_TRIALS = 12
@@ -116,14 +112,13 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
         *([f"Tools: {toolbox.describe_budget()}"] if toolbox else []),
         f"Plan round {situation.iteration}.",
     ]
-    return [SystemMessage(_instructions(toolbox is not None)), HumanMessage("\n\n".join(parts))]
+    return [SystemMessage(_instructions(situation.config, toolbox is not None)), HumanMessage("\n\n".join(parts))]
 
 
-@cache
-def _instructions(tools: bool) -> str:
+def _instructions(config: RunConfig, tools: bool) -> str:
     schema = json.dumps(Plan.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
-    described = TOOLS_PROMPT.read_text(encoding="utf-8") if tools else ""
-    return PROMPT.read_text(encoding="utf-8").replace("{tools}", described).replace("{schema}", schema)
+    text = config.planner_prompt or read_prompt("planner")
+    return text.replace("{tools}", read_prompt("planner_tools") if tools else "").replace("{schema}", schema)
 
 
 # The table of layers

@@ -9,8 +9,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
@@ -19,15 +17,13 @@ from graph.agents.chat import CallRecord, ask
 from graph.agents.heuristic import group_kl
 from graph.agents.planner import describe_facts
 from graph.agents.quoting import data_block, quote_data
-from graph.config import RunConfig
+from graph.config import RunConfig, read_prompt
 from graph.lessons import WHOLE, find_curves, tidy_selector
 from graph.state import MAX_LEARNT, MOST, SAME_SPARSITY, Learnt, Lesson, Plan, Reflection, Trial
 from tools.allocate import select_layers
 from tools.curves import LayerProfile, group_layers
 from tools.recipes import Recipe
 from tools.summary import SIGMAS
-
-PROMPT = Path(__file__).resolve().parents[1] / "prompts" / "reflector.md"
 
 WORD = 0.5
 """A model's lesson weighs at most this much of a measurement without noise."""
@@ -243,13 +239,12 @@ def reflector_messages(evidence: Evidence) -> list[AnyMessage]:
         _describe_rest(evidence),
         f"Reflect on round {evidence.trial.iteration}.",
     ]
-    return [SystemMessage(_instructions()), HumanMessage("\n\n".join(parts))]
+    return [SystemMessage(_instructions(evidence.config)), HumanMessage("\n\n".join(parts))]
 
 
-@cache
-def _instructions() -> str:
+def _instructions(config: RunConfig) -> str:
     schema = json.dumps(Reflection.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
-    text = PROMPT.read_text(encoding="utf-8")
+    text = config.reflector_prompt or read_prompt("reflector")
     for name, value in (("{most}", MAX_LEARNT), ("{least}", 1 / MOST), ("{greatest}", MOST)):
         text = text.replace(name, f"{value:g}")
     return text.replace("{schema}", schema)

@@ -13,7 +13,7 @@ from langgraph_sdk import get_sync_client
 from langgraph_sdk.client import SyncLangGraphClient
 
 from graph import run, studio
-from graph.config import RunConfig
+from graph.config import RunConfig, read_prompt
 from tests.end_to_end.helpers import read_events, run_outside, wait_for
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.options import CONFIGS, read_yaml
@@ -85,6 +85,11 @@ def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:
     assert all(field.get("description") for field in [*inputs.values(), *fields.values()])
     nodes = {name: field["langgraph_nodes"] for name, field in fields.items() if "langgraph_nodes" in field}
     assert (nodes["planner"], nodes["reflector"], nodes["approve"]) == (["plan"], ["reflect"], ["approve"])
+    prompts = {name: field for name, field in fields.items() if field.get("langgraph_type") == "prompt"}
+    assert {(*nodes[name], field["default"]) for name, field in prompts.items()} == {
+        ("plan", read_prompt("planner")),
+        ("reflect", read_prompt("reflector")),
+    }
 
 
 def test_every_config_is_an_assistant_whose_planner_and_reflector_can_be_changed(served: Served) -> None:

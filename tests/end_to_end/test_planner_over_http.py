@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Halt, fork, read_events, read_state, read_summary, read_trials
@@ -144,6 +145,23 @@ def test_a_repeated_plan_is_handed_back_once_with_its_result(
     assert [trial.plan for trial in trials] == [
         *("45.0% two-sided:kappa-mask", "45.0% refit:kappa-mask", "45.0% two-sided:kappa-mask · * x2")
     ]
+
+
+def test_agents_are_told_what_the_users_prompts_say(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+    file = tmp_path / "mine.md"
+    file.write_text("Plan well.\n{tools}{schema}", encoding="utf-8")
+    reflection: dict[str, Any] = {"lessons": [], "reprofile": False, "stop": False, "reason": "nothing"}
+    with OpenAIServer([SAME, reflection]) as server:
+        agents = ("--reflector", server.planner("fine"), "--reflector-prompt", "Reflect well. {schema}")
+        more = ("--planner-prompt", f"file:{file}", *agents, "--max-iterations", "1", "--no-memory")
+        done = command(*flags(tiny_llama, server, "fine", *more))
+    assert (done.code, done.err) == (0, "")
+    run = tmp_path / "runs" / "run"
+    told = [event["messages"][0]["text"] for event in read_events(run, "prompt")]
+    assert [text[:14] for text in told] == ["Plan well.\n\n# ", "Reflect well. "]
+    assert [text.count('"type":"object"') > 0 for text in told] == [True, True]
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert config["planner_prompt"] == "Plan well.\n{tools}{schema}", "the file may go"
 
 
 # A planner that calls tools

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from graph.config import RunConfig, check_config
+from graph.config import RunConfig, check_config, read_prompt
 from graph.plans import find_recipe
 from graph.state import Plan
 from tools.errors import UserError
@@ -62,6 +62,33 @@ def test_a_pattern_sets_the_target_and_bounds_it() -> None:
         RunConfig(pattern="2:4", target_sparsity=0.6)
     with pytest.raises(ValidationError, match=r"pattern '2/4' is not N:M with 0 < N < M, such as 2:4"):
         RunConfig(pattern="2/4")
+
+
+def test_prompts_are_text_or_files(tmp_path: Path) -> None:
+    file = tmp_path / "mine.md"
+    file.write_text("Plan well. {tools}\n{schema}", encoding="utf-8")
+    config = check_config({"planner_prompt": f"file:{file}", "reflector_prompt": "Reflect. {schema}"})
+    assert (config.planner_prompt, config.reflector_prompt) == ("Plan well. {tools}\n{schema}", "Reflect. {schema}")
+    own = {f"{name}_prompt": read_prompt(name) + "\n" for name in ("planner", "reflector")}
+    assert check_config(own) == RunConfig(), "Billhook's own prompt, as Studio sends it back, is no change"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("planner_prompt", "file:{here}/none.md", "the prompt cannot be read (No such file or directory)"),
+        ("reflector_prompt", "file:{here}/latin.md", "the prompt cannot be read (it is not UTF-8 text)"),
+        ("planner_prompt", "{schema}", "the prompt has no {tools}, in whose place"),
+        ("planner_prompt", "Plan well.", "the prompt has no {tools} and no {schema}, in whose place"),
+        ("reflector_prompt", "Reflect.", "the prompt has no {schema}, in whose place"),
+    ],
+)
+def test_prompts_that_no_agent_can_work_with(field: str, value: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "latin.md").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError) as told:
+        check_config({field: value.replace("{here}", str(tmp_path))})
+    assert str(told.value).startswith(f"{field}: {problem}")
+    assert "\n" not in str(told.value)
 
 
 def test_the_pattern_of_a_plan_is_the_users() -> None:

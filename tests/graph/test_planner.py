@@ -16,8 +16,6 @@ from graph.agents.chat import AgentError, CallRecord
 from graph.agents.models import open_model
 from graph.agents.planner import (
     MAX_ROWS,
-    PROMPT,
-    TOOLS_PROMPT,
     Situation,
     advise_against,
     describe_layers,
@@ -27,7 +25,7 @@ from graph.agents.planner import (
 )
 from graph.agents.quoting import quote_data
 from graph.agents.toolbox import Toolbox
-from graph.config import RunConfig
+from graph.config import RunConfig, read_prompt
 from graph.plans import describe_plan
 from graph.state import Lesson, Plan, Trial
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
@@ -217,8 +215,8 @@ def test_what_is_not_shown_is_said() -> None:
 
 def test_prompt_has_one_place_for_the_schema_and_one_for_tools() -> None:
     for place in ("{schema}", "{tools}"):
-        assert PROMPT.read_text(encoding="utf-8").count(place) == 1
-        assert place not in TOOLS_PROMPT.read_text(encoding="utf-8")
+        assert read_prompt("planner").count(place) == 1
+        assert place not in read_prompt("planner_tools")
 
 
 def test_the_first_round_is_told_to_correct_nothing() -> None:
@@ -226,7 +224,15 @@ def test_the_first_round_is_told_to_correct_nothing() -> None:
     instructions = planner_messages(make_situation())[0].text
     assert "In the first round nothing has been tried, so nothing is to be corrected" in instructions
     assert "that a selector is named here as an example is no reason" in instructions
-    assert re.findall(r'"sparsity": ?[\d.]+', TOOLS_PROMPT.read_text(encoding="utf-8")) == []
+    assert re.findall(r'"sparsity": ?[\d.]+', read_prompt("planner_tools")) == []
+
+
+def test_the_instructions_are_the_configs_where_it_has_some() -> None:
+    situation = make_situation(config=RunConfig(planner_prompt="Plan. {tools}Say {schema}."))
+    schema = json.dumps(Plan.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
+    assert planner_messages(situation)[0].text == f"Plan. Say {schema}."
+    offered = planner_messages(situation, Toolbox([], calls=3, seconds=9))[0].text
+    assert offered == f"Plan. {read_prompt('planner_tools')}Say {schema}."
 
 
 def test_tools_are_described_where_they_are_offered() -> None:

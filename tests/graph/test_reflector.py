@@ -16,7 +16,6 @@ from graph.agents.reflector import (
     MAX_GROUPS,
     MAX_LESSONS,
     MAX_TRIALS,
-    PROMPT,
     WORD,
     Evidence,
     combine_lessons,
@@ -24,7 +23,7 @@ from graph.agents.reflector import (
     reflect_with_chat,
     reflector_messages,
 )
-from graph.config import RunConfig
+from graph.config import RunConfig, read_prompt
 from graph.lessons import find_multipliers
 from graph.state import MAX_LEARNT, MOST, Lesson, Plan, Reflection
 from tests.graph.test_heuristic import make_layers, make_lesson, make_trial
@@ -227,7 +226,7 @@ def test_the_instructions_hold_the_schema_and_the_bounds() -> None:
     assert text.rstrip().endswith(schema)
     assert f"at most {MAX_LEARNT}, and none" in text and "between 0.5 and 2;" in text
     assert not re.search(r"\{[a-z]+\}", text)
-    assert set(re.findall(r"\{[a-z]+\}", PROMPT.read_text(encoding="utf-8"))) == {
+    assert set(re.findall(r"\{[a-z]+\}", read_prompt("reflector"))) == {
         *("{most}", "{least}", "{greatest}", "{schema}"),
     }
 
