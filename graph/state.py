@@ -2,9 +2,9 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from graph.config import RunConfig
@@ -77,15 +77,16 @@ class Learnt(BaseModel):
     confidence: float = Field(ge=0, le=1, description="How sure this is, from 0 to 1.")
     evidence: str = Field(min_length=1, max_length=300, description="The figures that say so, in one sentence.")
 
-    @model_validator(mode="after")
-    def _check_direction(self) -> Self:
-        if self.multiplier != 1 and (self.multiplier > 1) != (self.direction == "dearer"):
-            side, other = ("above", "cheaper") if self.direction == "dearer" else ("below", "dearer")
-            raise ValueError(
-                f"{self.direction!r} needs a multiplier {side} 1, not {self.multiplier:g}; write "
-                f"{1 / self.multiplier:.3g}, or {other!r} if that is what the figures say"
-            )
-        return self
+    @property
+    def contradiction(self) -> str:
+        """What is wrong where direction and multiplier contradict each other, in words for the model; else empty."""
+        if self.multiplier == 1 or (self.multiplier > 1) == (self.direction == "dearer"):
+            return ""
+        side, other = ("above", "cheaper") if self.direction == "dearer" else ("below", "dearer")
+        return (
+            f"{self.direction!r} needs a multiplier {side} 1, not {self.multiplier:g}; write "
+            f"{1 / self.multiplier:.3g}, or {other!r} if that is what the figures say"
+        )
 
 
 class Reflection(BaseModel):

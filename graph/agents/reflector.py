@@ -163,18 +163,23 @@ def reflect_with_chat(
 ) -> Reflection:
     """Ask a chat model what a trial taught.
 
-    An answer with a selector that means no layer is handed back like one that does not fit the schema. `on_prompt`
-    hears of the first messages, `on_call` of every reply. Raises AgentError when no usable answer came.
+    An answer with a selector that means no layer is handed back like one that does not fit the schema, and once one
+    with a lesson that contradicts itself. `on_prompt` hears of the first messages, `on_call` of every reply. Raises
+    AgentError when no usable answer came.
     """
 
     def check(reflection: Reflection) -> None:
         for learnt in reflection.lessons:
             select_layers(learnt.selector, evidence.layers)
 
+    def advise(reflection: Reflection) -> str:
+        named = {f"lessons.{i}": learnt.contradiction for i, learnt in enumerate(reflection.lessons)}
+        return "\n".join(f"{name}: {problem}" for name, problem in named.items() if problem)
+
     messages = reflector_messages(evidence)
     if on_prompt:
         on_prompt(messages)
-    return ask(model, Reflection, messages, check=check, on_call=on_call)
+    return ask(model, Reflection, messages, check=check, advise=advise, on_call=on_call)
 
 
 def combine_lessons(evidence: Evidence, reflection: Reflection) -> list[Lesson]:
@@ -204,24 +209,31 @@ def _recount_facts(evidence: Evidence) -> str:
     return f" It left {share:.3f} of the facts" + (f", fewer than {least:g}." if share < least else ".")
 
 
+def _find_idle(evidence: Evidence, learnt: Learnt, selector: str) -> str:
+    """Why a reflector's lesson is not to weigh in any allocation; empty where it is to."""
+    if selector == WHOLE:
+        return "it changes no allocation"
+    if not evidence.is_surprise:
+        return "the trial held no surprise beyond the noise"
+    return "its direction and its multiplier contradict each other" if learnt.contradiction else ""
+
+
 def _make_lesson(evidence: Evidence, learnt: Learnt, selector: str, said: str) -> Lesson:
-    counts = evidence.is_surprise and selector != WHOLE
     trial, measured = evidence.trial, evidence.measured
-    advice = f"count it {learnt.multiplier:.2f} times" if counts else "words only, as it changes no allocation"
-    if selector != WHOLE and not counts:
-        advice = "words only, as the trial held no surprise beyond the noise"
+    idle = _find_idle(evidence, learnt, selector)
+    advice = f"words only, as {idle}" if idle else f"count it {learnt.multiplier:.2f} times"
     return Lesson(
         run=evidence.run,
         iteration=trial.iteration,
         recipe=evidence.recipe.mask_label,
         curves=find_curves(evidence.recipe),
         selector=selector,
-        factor=_round(learnt.multiplier) if counts else 1.0,
+        factor=1.0 if idle else _round(learnt.multiplier),
         predicted=measured.predicted if measured else trial.predicted_kl,
         measured=measured.measured if measured else trial.kl,
         text=f"The reflector finds {selector} {learnt.direction}: {said} ({advice})",
         source="reflector",
-        confidence=round(min(learnt.confidence, WORD), 4) if counts else 0.0,
+        confidence=0.0 if idle else round(min(learnt.confidence, WORD), 4),
     )
 
 

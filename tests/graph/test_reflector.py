@@ -139,8 +139,6 @@ def shown(evidence: Evidence) -> str:
         (learnt("*.v_proj", MOST * 1.01), "less than or equal to 2"),
         (learnt("*.v_proj", 0.49), "greater than or equal to 0.5"),
         (learnt("*.v_proj", confidence=1.1), "less than or equal to 1"),
-        (learnt("*.v_proj", 1.5, direction="cheaper"), "'cheaper' needs a multiplier below 1, not 1.5; write 0.667, "),
-        (learnt("*.v_proj", 0.8, direction="dearer"), "'dearer' needs a multiplier above 1, not 0.8; write 1.25, or"),
         (learnt("*.v_proj", evidence=""), "at least 1 character"),
         (learnt("*.v_proj", protect=True), "Extra inputs are not permitted"),
     ],
@@ -296,6 +294,22 @@ def test_a_reflection_is_checked_and_handed_back() -> None:
     assert [message["content"] for message in server.requests[0].messages] == [message.text for message in prompt]
     with OpenAIServer([{"lessons": [learnt("lm_head")]}]) as server, pytest.raises(AgentError, match="no usable Refl"):
         reflect(server)
+
+
+def test_a_lesson_that_contradicts_itself_is_handed_back_once_and_weighs_nothing() -> None:
+    cheap = learnt("*.v_proj", 1.5, direction="cheaper")
+    dear = learnt("*.q_proj", 0.8, direction="dearer")
+    with OpenAIServer([{"lessons": [cheap, learnt("*.v_proj"), dear]}, {"lessons": [cheap, dear]}]) as server:
+        reflection, problems, _ = reflect(server)
+    assert problems == [
+        "lessons.0: 'cheaper' needs a multiplier below 1, not 1.5; write 0.667, or 'dearer' if that is what the figures"
+        " say\nlessons.2: 'dearer' needs a multiplier above 1, not 0.8; write 1.25, or 'cheaper' if that is what the "
+        "figures say",
+        "",
+    ]
+    lessons = combine_lessons(make_evidence(), reflection)[1:]
+    assert [(lesson.factor, lesson.confidence) for lesson in lessons] == [(1.0, 0.0)] * 2
+    assert lessons[0].text.endswith("(words only, as its direction and its multiplier contradict each other)")
 
 
 @pytest.mark.parametrize("behaviour", ["fenced", "think", "bare", "no-response-format", "no-tools", "no-usage"])
