@@ -155,8 +155,10 @@ def plan_refinements(situation: Situation) -> Iterator[Plan]:
 
 def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
     recipe = base.recipe
-    if not recipe.refits:
-        yield _vary(base, STRONG, "Grow the mask in steps and refit the survivors between them.")
+    if recipe.method != STRONG.method:  # a model's or a person's plan may have been kept
+        work = {name: getattr(STRONG, name) for name in ("method", "refit", "curves")}
+        strong = recipe.model_copy(update=work)
+        yield _vary(base, strong, "Grow the mask in steps and refit the survivors between them.")
     if recipe.calibration == "run" and (text := _find_text(situation)):
         mixed = recipe.model_copy(update={"calibration": text})
         yield _vary(base, mixed, f"Statistics of a text that is a {text} questions, so that facts weigh more.")

@@ -132,6 +132,22 @@ def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is() 
     assert len(set(levers)) == len(levers), "no lever comes again because lessons have changed"
 
 
+@pytest.mark.parametrize(
+    ("kept", "proposed"),
+    [
+        (MASKS, STRONG),
+        (
+            Recipe(method="sparsegpt", statistics="sequential", strength=0.9),
+            Recipe(method="refit", statistics="sequential", strength=0.9, curves="mask"),
+        ),
+    ],
+)
+def test_whatever_was_kept_the_strongest_method_comes_first(kept: Recipe, proposed: Recipe) -> None:
+    plan = plan_by_rule(make_situation(make_trial(1, "accept", 0.45, kept)))
+    assert plan is not None
+    assert plan.recipe == proposed
+
+
 def test_a_refused_plan_is_not_proposed_again() -> None:
     refused = make_trial(1, "refuse", 0.3, MASKS)
     plan = plan_by_rule(make_situation(refused))
