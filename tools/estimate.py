@@ -644,7 +644,7 @@ def list_work(
         Work(
             name="profile, second moments",
             how=f"of what {len(layers)} layers read",
-            times=profiles,
+            times=1,
             flops=2.0 * tokens["calibration"] * squares,
             dtype="fp32",
             share=shares.calibration,

@@ -176,14 +176,14 @@ class Workbench:
         asks for them.
 
         The first profile is that of the dense model. Given its id, another is made of the weights in the model now:
-        activations and gradients are theirs, while scores and curves stay about the dense weights, which all
-        pruning starts from.
+        the activations and gradients behind scores and curves are theirs, while both stay about the dense weights,
+        which all pruning starts from. What layers are pruned by stays the dense model's: by what a pruned model, which
+        was fitted to this text, reads and passes back they come out far worse.
         """
-        if not first:
-            self.restore(DENSE)
-        hidden, evaluation = self._dense_losses(first, progress)
-        full = bool(first) or not masks_only
-        return self._profile_text("run", hidden, evaluation, progress, full=full, dense=self.dense if first else None)
+        if first:
+            return self._profile_text("run", *self._dense_losses(first, progress), progress, full=False, first=first)
+        self.restore(DENSE)
+        return self._profile_text("run", *self._dense_losses(first, progress), progress, full=not masks_only)
 
     def _profile_text(
         self,
@@ -193,22 +193,26 @@ class Workbench:
         progress: Progress,
         *,
         full: bool,
-        dense: dict[str, Tensor] | None = None,
+        first: str = "",
     ) -> str:
-        """A profile of the weights in the model; second moments are in it if it is `full`."""
+        """A profile of the weights in the model; second moments are in it if it is `full`, or in the `first` one."""
         moments: dict[str, str] = {}
 
         def keep_moment(name: str, moment_II: Tensor) -> None:
             moments[name] = self.store.write_tensors({"A": moment_II})
 
-        keep = keep_moment if full else None
+        keep, dense = keep_moment if full else None, self.dense if first else None
         statistics = collect_statistics(self._team, self._extent, self.layers, progress, keep, dense, text)
         _refuse_infinite(statistics, self.settings.dtype)
         means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
         means |= {f"plain/{name}": value for name, value in statistics.gradient_square.items()}
         means |= {f"clipped/{name}": value for name, value in statistics.clipped_square.items()}
+        layers = build_profile(self.layers, statistics, self.dense)
+        if first:
+            stored = self.read_profile(first).model_copy(update={"layers": layers})
+            return self.store.write_json(stored.model_dump())
         stored = StoredProfile(
-            layers=build_profile(self.layers, statistics, self.dense),
+            layers=layers,
             means=self.store.write_tensors(means),
             moments=moments,
             group=statistics.group,
@@ -293,7 +297,7 @@ class Workbench:
         """Artifact of each second moment; where the profile was made for masks alone, measured in the dense model."""
         stored = self.read_profile(profile)
         measure = partial(self._measure_moments, stored.calibration, progress)
-        return stored.moments or self._measure_once(["moments", profile], measure)
+        return stored.moments or self._measure_once(["moments", stored.means], measure)
 
     def _measure_moments(self, text: Calibration, progress: Progress) -> dict[str, str]:
         self.restore(DENSE)

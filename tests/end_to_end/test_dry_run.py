@@ -49,6 +49,7 @@ def test_profiling_again_is_counted_for_every_round(tiny_llama: Path, command: C
         assert (
             f"  profile, statistics; forward of 16 windows of 512 tokens of calibration text; {times} ×" in outcome.out
         )
+        assert "  profile, second moments; of what 14 layers read; 1 ×" in outcome.out, "they stay the dense model's"
 
 
 @pytest.mark.parametrize(("name", "disk"), [("qwen3-8b", "104.0 GB"), ("paper", "140.2 GB")])

@@ -127,6 +127,22 @@ def test_second_moments_wait_until_a_recipe_needs_them(bench: Workbench) -> None
     assert dict(zip(bench.by_name, bench.sparsities(), strict=True)) == pytest.approx(planned)
 
 
+@pytest.mark.parametrize("masks_only", [False, True])
+def test_a_second_profile_has_curves_of_the_present_weights_and_prunes_by_what_the_dense_model_reads(
+    bench: Workbench, masks_only: bool
+) -> None:
+    first = bench.profile(ignore, masks_only=masks_only)
+    allocation = plan(bench, first, 0.5)
+    pruned = bench.prune(first, allocation, REFIT, ignore)
+    second = bench.profile(ignore, first)
+    curves = [[layer.kappa for layer in bench.read_profile(profile).layers] for profile in (first, second)]
+    assert curves[0] != curves[1]
+    present = dict(zip(bench.by_name, bench.sparsities(), strict=True))
+    assert present == pytest.approx(bench.planned_sparsity(pruned)), "the weights are left as they were"
+    again = bench.prune(second, allocation, REFIT, ignore)
+    assert bench.read_checkpoint(again) == bench.read_checkpoint(pruned), "the same layers, by their contents"
+
+
 def test_a_profile_of_a_second_process_is_the_same(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     settings, directory = bench.settings, bench.directory
