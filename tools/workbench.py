@@ -181,9 +181,10 @@ class Workbench:
         was fitted to this text, reads and passes back they come out far worse.
         """
         if first:
-            return self._profile_text("run", *self._dense_losses(first, progress), progress, full=False, first=first)
+            layers = build_profile(self.layers, self._collect_statistics("run", progress, None, self.dense), self.dense)
+            return self.store.write_json(self.read_profile(first).model_copy(update={"layers": layers}).model_dump())
         self.restore(DENSE)
-        return self._profile_text("run", *self._dense_losses(first, progress), progress, full=not masks_only)
+        return self._profile_text("run", *self._dense_losses(progress), progress, full=not masks_only)
 
     def _profile_text(
         self,
@@ -193,26 +194,19 @@ class Workbench:
         progress: Progress,
         *,
         full: bool,
-        first: str = "",
     ) -> str:
-        """A profile of the weights in the model; second moments are in it if it is `full`, or in the `first` one."""
+        """A profile of the dense model, which is in place; second moments are in it if it is `full`."""
         moments: dict[str, str] = {}
 
         def keep_moment(name: str, moment_II: Tensor) -> None:
             moments[name] = self.store.write_tensors({"A": moment_II})
 
-        keep, dense = keep_moment if full else None, self.dense if first else None
-        statistics = collect_statistics(self._team, self._extent, self.layers, progress, keep, dense, text)
-        _refuse_infinite(statistics, self.settings.dtype)
+        statistics = self._collect_statistics(text, progress, keep_moment if full else None)
         means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
         means |= {f"plain/{name}": value for name, value in statistics.gradient_square.items()}
         means |= {f"clipped/{name}": value for name, value in statistics.clipped_square.items()}
-        layers = build_profile(self.layers, statistics, self.dense)
-        if first:
-            stored = self.read_profile(first).model_copy(update={"layers": layers})
-            return self.store.write_json(stored.model_dump())
         stored = StoredProfile(
-            layers=layers,
+            layers=build_profile(self.layers, statistics, self.dense),
             means=self.store.write_tensors(means),
             moments=moments,
             group=statistics.group,
@@ -221,6 +215,18 @@ class Workbench:
             calibration=text,
         )
         return self.store.write_json(stored.model_dump())
+
+    def _collect_statistics(
+        self,
+        text: Calibration,
+        progress: Progress,
+        keep_moment: Callable[[str, Tensor], None] | None,
+        dense: dict[str, Tensor] | None = None,
+    ) -> ModelStatistics:
+        """As in `tools.profile.collect_statistics`. Raises UserError too for statistics that are not finite."""
+        statistics = collect_statistics(self._team, self._extent, self.layers, progress, keep_moment, dense, text)
+        _refuse_infinite(statistics, self.settings.dtype)
+        return statistics
 
     def refuse_calibration(self, recipe: Recipe) -> None:
         """Raises ImpossiblePlan in one line where this run has not the text that a recipe's statistics are to be of."""
@@ -251,11 +257,8 @@ class Workbench:
 
         return str(self._measure_once(_profile_key(recipe), measure)["profile"])
 
-    def _dense_losses(self, first: str, progress: Progress) -> tuple[str, Evaluation]:
+    def _dense_losses(self, progress: Progress) -> tuple[str, Evaluation]:
         """(artifact of the dense model's hidden states, its losses) on the validation text."""
-        if first:
-            stored = self.read_profile(first)
-            return stored.hidden, stored.dense
         every = range(len(self.windows.validation))
         evaluation, hidden = self._evaluate("validation", every, None, "dense validation", progress)
         if not evaluation.finite:

@@ -156,8 +156,7 @@ def plan_refinements(situation: Situation) -> Iterator[Plan]:
 def _change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
     recipe = base.recipe
     if recipe.method != STRONG.method:  # a model's or a person's plan may have been kept
-        work = {name: getattr(STRONG, name) for name in ("method", "refit", "curves")}
-        strong = recipe.model_copy(update=work)
+        strong = recipe.model_copy(update=STRONG.model_dump(include={"method", "refit", "curves"}))
         yield _vary(base, strong, "Grow the mask in steps and refit the survivors between them.")
     if recipe.calibration == "run" and (text := _find_text(situation)):
         mixed = recipe.model_copy(update={"calibration": text})

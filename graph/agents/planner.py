@@ -27,6 +27,7 @@ MAX_ROWS = 400
 """Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
 MAX_TRIALS = 12
 MAX_LESSONS = 12
+MAX_UNTRIED = 4
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ from langgraph.store.base import BaseStore
 from graph.agents.chat import AgentError
 from graph.agents.heuristic import plan_by_rule, plan_refinements
 from graph.agents.models import HEURISTIC, open_model
-from graph.agents.planner import Situation, advise_against, describe_lesson, plan_with_chat, recount_trial
+from graph.agents.planner import (
+    MAX_UNTRIED,
+    Situation,
+    advise_against,
+    describe_lesson,
+    plan_with_chat,
+    recount_trial,
+)
 from graph.agents.spending import Account, CapReached
 from graph.agents.toolbox import Toolbox, ToolRecord
 from graph.config import RunConfig
@@ -110,10 +117,6 @@ def find_trial(bench: "Workbench", state: State, plan: Plan, progress: "Progress
         if bench.is_made_of(trial.checkpoint, state.profile, allocate_plan(layers, plan, state.config), recipe):
             return trial
     return None
-
-
-UNTRIED = 4
-"""Plans that a chat planner is shown at the target."""
 
 
 @dataclass
@@ -238,7 +241,7 @@ def show_untried(situation: Situation) -> Situation:
     if not situation.at_target:
         return situation
     plans = plan_refinements(replace(situation, read_layers=None))  # no text is profiled just to be named here
-    return replace(situation, untried=list(islice(plans, UNTRIED)))
+    return replace(situation, untried=list(islice(plans, MAX_UNTRIED)))
 
 
 def _missing(what: str) -> Any:
