@@ -27,11 +27,14 @@ from graph.persistence import runs_directory
 from graph.session import CANCELLED, create_run, directory_of
 from graph.state import State
 from tools.files import write_text
-from tools.rundir import scan_events
+from tools.rundir import scan_events, unlock_runs
 from tools.settings import TEAM
 
 Update = dict[str, Any]
 Node = Callable[[State, Runtime[RunConfig]], Update]
+
+IDLE_SECONDS = 30.0
+"""How long a server keeps the model for a run's next node; after that the run can be taken up anywhere."""
 
 CHANGEABLE = ("max_agent_tokens", "max_agent_cost", *TEAM)
 """Fields of the config that may change while a run goes on; they have no part in what is pruned."""
@@ -71,16 +74,17 @@ def step_of_server(node: Node) -> Callable[[State, Runtime[RunConfig]], Coroutin
 
     def work_until(cancelled: threading.Event, state: State, runtime: Runtime[RunConfig]) -> Update:
         CANCELLED.set(cancelled)
+        keep = False
+        keeper.begin()
         try:
             update = work(state, runtime)
+            keep = node.__name__ != "finish" and not cancelled.is_set()
+            return update
         except GraphBubbleUp:  # it asks a person
+            keep = True
             raise
-        except Exception:
-            let_go()  # whoever goes on, here or at the command line, finds the run's directory free
-            raise
-        if node.__name__ == "finish":
-            let_go()
-        return update
+        finally:
+            keeper.end(keep)
 
     @wraps(node)
     async def run(state: State, runtime: Runtime[RunConfig]) -> Update:
@@ -94,12 +98,52 @@ def step_of_server(node: Node) -> Callable[[State, Runtime[RunConfig]], Coroutin
     return run
 
 
+class Keeper:
+    """Keeps the model and the run's directory from one node of a server's run to the next, but not for ever.
+
+    Nobody tells when no next node will come: a run is cancelled between two nodes, or asks a person who has left.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._at_work = threading.Lock(), 0
+        self._timer: threading.Timer | None = None
+
+    def begin(self) -> None:
+        """A node begins."""
+        with self._lock:
+            self._at_work += 1
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def end(self, keep: bool) -> None:
+        """A node ends, and another is to be expected or not."""
+        with self._lock:
+            self._at_work -= 1
+            if self._at_work:
+                return
+            if not keep:
+                let_go()
+                return
+            self._timer = threading.Timer(IDLE_SECONDS, self._rest)
+            self._timer.daemon = True  # the server does not wait for it to end
+            self._timer.start()
+
+    def _rest(self) -> None:
+        with self._lock:
+            if not self._at_work:
+                let_go()
+
+
+keeper = Keeper()
+
+
 def let_go() -> None:
-    """Close the model at work, and those of the agents."""
+    """Close the model at work and those of the agents, and free every run's directory."""
     from tools.workbench import close_workbench  # imports torch
 
     close_local()
     close_workbench()
+    unlock_runs()
 
 
 def settle_config(config: RunConfig, context: RunConfig) -> RunConfig:

@@ -48,6 +48,12 @@ def unlock_run(directory: Path) -> None:
         lock.release()
 
 
+def unlock_runs() -> None:
+    """Let others into every directory again that this process has locked."""
+    for directory in list(_locks):
+        unlock_run(directory)
+
+
 def append_event(directory: Path, event: dict[str, Any]) -> None:
     """Add one line to `events.jsonl`, with the time and without any secret of the environment."""
     line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=str)

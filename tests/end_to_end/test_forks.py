@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from graph import persistence
+from graph import persistence, steps
 from graph.build import builder
 from graph.config import RunConfig
 from graph.session import read_run
@@ -246,6 +247,55 @@ def test_a_cancelled_run_stops_before_its_next_layer_and_can_be_resumed(
     assert run.resolve() not in rundir._locks
     assert command("--resume", "run").code == 0
     assert read_trials(run) == read_trials(easy)
+    assert read_summary(run)["mask_sha256"] == read_summary(easy)["mask_sha256"]
+
+
+@pytest.mark.parametrize("at", ["in the last moment of a node", "between two nodes"])
+def test_a_run_cancelled_where_no_layer_follows_is_free_for_the_command_line(
+    at: str, easy: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command("--list")  # at home
+    config, run = read_run_config(easy), tmp_path / "runs" / "run"
+    evaluate, task, calls, cancelled = Workbench.evaluate, None, 0, threading.Event()
+    between = at == "between two nodes"
+
+    def end(*arguments: Any) -> Any:
+        nonlocal calls
+        evaluation = evaluate(*arguments)
+        calls += arguments[2] == "validation"
+        if calls == 1 and not between:
+            assert task is not None
+            task.get_loop().call_soon_threadsafe(task.cancel)
+            cancelled.wait()
+        return evaluation
+
+    async def cancel(app: Any) -> None:
+        nonlocal task
+        settings = {"configurable": {"thread_id": str(uuid.uuid4())}}
+        task = asyncio.create_task(app.ainvoke({"run": "run"}, settings, context=config, durability="sync"))
+        if between:
+            put = app.checkpointer.aput
+
+            async def cancel_there(config: Any, checkpoint: Any, *rest: Any) -> Any:
+                kept = await put(config, checkpoint, *rest)
+                if "branch:to:validate" in checkpoint["updated_channels"]:
+                    task.cancel()
+                return kept
+
+            app.checkpointer.aput = cancel_there
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        cancelled.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "evaluate", end)
+        patch.setattr(steps, "IDLE_SECONDS", 2.0)
+        serve(tmp_path / "runs", cancel)
+    last = "prune" if between else "validate"
+    assert read_events(run, "node")[-1]["node"] == last
+    wait_for(lambda: run.resolve() not in rundir._locks)
+    assert not workbench._open
+    assert command("--resume", "run").code == 0
     assert read_summary(run)["mask_sha256"] == read_summary(easy)["mask_sha256"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools.errors import UserError
-from tools.rundir import append_event, lock_run, scan_events, unlock_run
+from tools.rundir import append_event, lock_run, scan_events, unlock_run, unlock_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = "import sys, pathlib; from tools.rundir import lock_run; lock_run(pathlib.Path(sys.argv[1])); "
@@ -65,8 +65,10 @@ def test_our_own_lock_keeps_others_out_until_it_is_given_back(tmp_path: Path) ->
     assert not is_free_for_another_process(tmp_path)
     unlock_run(tmp_path)
     assert is_free_for_another_process(tmp_path)
+    unlock_runs()
+    lock_run(tmp_path)
+    assert is_free_for_another_process(tmp_path.parent)
     unlock_run(tmp_path)
-    unlock_run(tmp_path.parent)
 
 
 def test_a_lock_taken_in_one_thread_is_given_back_in_another(tmp_path: Path) -> None:
