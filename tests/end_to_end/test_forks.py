@@ -299,6 +299,20 @@ def test_a_run_cancelled_where_no_layer_follows_is_free_for_the_command_line(
     assert read_summary(run)["mask_sha256"] == read_summary(easy)["mask_sha256"]
 
 
+def test_a_run_that_waits_for_an_answer_is_free_for_the_command_line(
+    easy: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command("--list")  # at home
+    run, config = tmp_path / "runs" / "run", read_run_config(easy).model_copy(update={"approve": "plans"})
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "IDLE_SECONDS", 2.0)
+        serve(tmp_path / "runs", lambda app: start(app, "run", config, str(uuid.uuid4())))
+    wait_for(lambda: run.resolve() not in rundir._locks)
+    asked = command("--resume", "run")
+    assert asked.code == 1
+    assert "plan 1 waits for a person to accept, edit or refuse it" in asked.out + asked.err
+
+
 def test_two_runs_at_once_do_not_fight_over_the_model(
     tiny_llama: Path, flags: list[str], easy: Path, tmp_path: Path, command: Command
 ) -> None:
