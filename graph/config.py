@@ -90,7 +90,9 @@ class RunConfig(TaskSettings, TeamSettings):
     )
     planner_fallback: Literal["none", "heuristic"] = Field(
         "none",
-        description="Who plans a round when the planner fails; none stops the run, resumable.",
+        description="Who plans a round when the planner fails; none stops the run, resumable. heuristic also plans "
+        "the third after two that brought nothing, has its strongest recipe tried once at the target, and lets the "
+        "reflector stop only when a round since then brought nothing.",
         json_schema_extra={"langgraph_nodes": ["plan"]},
     )
     planner_prompt: str = Field(

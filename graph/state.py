@@ -21,6 +21,11 @@ SAME_SPARSITY = 5e-4
 """Two sparsities nearer than this are the same budget: the promise is the target within 0.05 %."""
 
 
+def same_sparsity(one: float, other: float) -> bool:
+    """Whether two sparsities are the same budget."""
+    return abs(one - other) <= SAME_SPARSITY
+
+
 class Plan(BaseModel):
     """One round of pruning, as the planner wants it."""
 

@@ -11,9 +11,10 @@ from contextlib import suppress
 import numpy as np
 
 from graph.agents.planner import Situation
+from graph.config import RunConfig
 from graph.lessons import WHOLE, weigh_evidence
 from graph.plans import allocate_plan, apply_lessons, describe_plan, drop_lessons
-from graph.state import Plan, Trial
+from graph.state import Plan, Trial, same_sparsity
 from tools.allocate import ImpossiblePlan
 from tools.curves import LayerProfile, group_layers, predict_kl
 from tools.recipes import Adjustment, Calibration, Recipe
@@ -28,6 +29,9 @@ STRONG = Recipe(method="refit", curves="mask")
 FINE_STEPS = 10
 """Steps of the mask's growth at the target: on SmolLM2's layers 2 % less error than five, in 1.7 times the time."""
 
+LOST_ROUNDS = 2
+"""Rounds in a row that may bring nothing before the rule plans one in a weak planner's stead."""
+
 STRENGTHS = (0.8, 0.9)
 TILTS = (1.5, 0.67)
 """How much more, or less, precious a group is made at the target."""
@@ -38,6 +42,21 @@ def plan_by_rule(situation: Situation) -> Plan | None:
     if situation.at_target:
         return next(plan_refinements(situation), None)
     return next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)
+
+
+def find_relief(situation: Situation) -> str:
+    """Why the rule had better plan this round in the planner's stead; empty where it need not."""
+    if situation.at_target and not tried_strongest(situation.trials, situation.config):
+        return f"the target is reached, but {STRONG.method} has not been tried there"
+    if len(_failures(situation)) % (LOST_ROUNDS + 1) == LOST_ROUNDS:
+        return f"{LOST_ROUNDS} rounds in a row brought nothing"
+    return ""
+
+
+def tried_strongest(trials: Sequence[Trial], config: RunConfig) -> bool:
+    """Whether the strongest method has been tried at the target, or refused by a person."""
+    strong = [trial for trial in trials if trial.recipe and trial.recipe.method == STRONG.method]
+    return any(same_sparsity(trial.sparsity, config.target_sparsity) for trial in strong)
 
 
 def _plan_pattern(situation: Situation) -> Iterator[Plan]:

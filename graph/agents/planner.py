@@ -19,7 +19,7 @@ from graph.agents.chat import CallRecord, ask
 from graph.agents.quoting import data_block, quote_data
 from graph.agents.toolbox import Toolbox
 from graph.config import RunConfig, read_prompt
-from graph.state import SAME_SPARSITY, Lesson, Plan, Trial
+from graph.state import SAME_SPARSITY, Lesson, Plan, Trial, same_sparsity
 from tools.curves import LEVELS, LayerProfile
 from tools.recipes import Recipe
 
@@ -87,7 +87,7 @@ def plan_with_chat(
 def advise_against(plan: Plan, situation: Situation) -> str:
     """Why a plan that can be carried out would be a wasted round, for the planner; empty where it need not be."""
     target = situation.config.target_sparsity
-    if situation.at_target and abs(plan.sparsity - target) > SAME_SPARSITY:
+    if situation.at_target and not same_sparsity(plan.sparsity, target):
         return (
             f"sparsity {plan.sparsity:g} is off the target, which is reached: such a plan is rolled back whatever it "
             f"measures; plan {target:g}"

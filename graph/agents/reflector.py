@@ -19,7 +19,7 @@ from graph.agents.planner import describe_facts
 from graph.agents.quoting import data_block, quote_data
 from graph.config import RunConfig, read_prompt
 from graph.lessons import WHOLE, find_curves, tidy_selector
-from graph.state import MAX_LEARNT, MOST, SAME_SPARSITY, Learnt, Lesson, Plan, Reflection, Trial
+from graph.state import MAX_LEARNT, MOST, Learnt, Lesson, Plan, Reflection, Trial, same_sparsity
 from tools.allocate import select_layers
 from tools.curves import LayerProfile, group_layers
 from tools.recipes import Recipe
@@ -93,7 +93,7 @@ def _is_comparable(before: Trial, trial: Trial) -> bool:
     if before.recipe is None or trial.recipe is None or not before.kl:
         return False
     same_work = before.recipe.mask_label == trial.recipe.mask_label
-    return same_work and abs(before.sparsity - trial.sparsity) <= SAME_SPARSITY
+    return same_work and same_sparsity(before.sparsity, trial.sparsity)
 
 
 def _lesson_of_whole(run: str, recipe: Recipe, trial: Trial) -> Lesson:
@@ -341,7 +341,7 @@ def _describe_lessons(lessons: Sequence[Lesson]) -> str:
 def _describe_rest(evidence: Evidence) -> str:
     config, trial = evidence.config, evidence.trial
     best = trial if trial.verdict == "accept" else evidence.before
-    reached = best is not None and abs(best.sparsity - config.target_sparsity) <= SAME_SPARSITY
+    reached = best is not None and same_sparsity(best.sparsity, config.target_sparsity)
     text = (
         f"Round {trial.iteration} of at most {config.max_iterations}. "
         f"The target sparsity {config.target_sparsity:g} is {'reached' if reached else 'not reached yet'}."

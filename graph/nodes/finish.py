@@ -7,7 +7,7 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.nodes.validate import accepted_trial
 from graph.session import Session, enter, open_bench
-from graph.state import SAME_SPARSITY, State
+from graph.state import State, same_sparsity
 from tools.allocate import allocate
 from tools.benchmarks import measure_checkpoints
 from tools.export import export_model
@@ -36,7 +36,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         def measure(checkpoint: str, label: str) -> float | None:
             return bench.evaluate(checkpoint, "test", state.profile, session.progress, label).perplexity
 
-        reached = abs(achieved - config.target_sparsity) <= SAME_SPARSITY
+        reached = same_sparsity(achieved, config.target_sparsity)
         pattern = config.pattern if reached else ""
         uniform = Recipe(method="wanda", refit=False, allocation="uniform", pattern=pattern)
         least = sum(x.zeros for x in layers) / weights

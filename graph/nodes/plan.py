@@ -9,7 +9,7 @@ from langgraph.runtime import Runtime
 from langgraph.store.base import BaseStore
 
 from graph.agents.chat import AgentError
-from graph.agents.heuristic import plan_by_rule, plan_refinements
+from graph.agents.heuristic import find_relief, plan_by_rule, plan_refinements
 from graph.agents.models import HEURISTIC, open_model
 from graph.agents.planner import (
     MAX_UNTRIED,
@@ -201,13 +201,18 @@ class Choice(NamedTuple):
 def choose_plan(
     situation: Situation, usage: Usage, session: Session, caps: RunConfig, toolbox: Toolbox | None = None
 ) -> Choice:
-    """The planner's plan, or its fallback's.
+    """The planner's plan, or its fallback's, where it failed or had better be relieved.
 
     Raises AgentError without a fallback, and CapReached when the agents have spent what `caps` allows.
     """
     config = situation.config
     if config.planner == HEURISTIC:
         return Choice(plan_by_rule(situation), usage, HEURISTIC)
+    if config.planner_fallback == HEURISTIC and (reason := find_relief(situation)):
+        relief = plan_by_rule(situation)
+        if relief is not None:
+            session.emit("note", text=f"{reason}: the rule plans this round")
+            return Choice(relief, usage, HEURISTIC)
     account = Account("planner", session, usage, config, caps, situation.iteration)
 
     def check(candidate: Plan) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from langgraph.runtime import Runtime
 
 from graph.agents.chat import AgentError
+from graph.agents.heuristic import STRONG, tried_strongest
 from graph.agents.models import HEURISTIC, open_model
 from graph.agents.reflector import Evidence, combine_lessons, draw_lesson, reflect_with_chat
 from graph.agents.spending import Account, CapReached
@@ -14,7 +15,7 @@ from graph.memory import write_lesson
 from graph.plans import find_recipe
 from graph.replay import find_reflection
 from graph.session import Session, enter, open_bench
-from graph.state import SAME_SPARSITY, Reflection, State, Trial, last_accepted
+from graph.state import Reflection, State, Trial, last_accepted, same_sparsity
 from tools.summary import Usage
 
 
@@ -35,10 +36,13 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         if runtime.store is not None and state.config.memory and not state.replay:  # it was learnt there already
             write_lesson(runtime.store, state.config, lesson, number)
         session.emit("lesson", **lesson.model_dump())
-    stop = decide_stop(state) or heed_stop(state, reflection)
+    stop = decide_stop(state)
     reason = " ".join(reflection.reason.split()) or "no reason given"
     if reflection.stop and not stop:
-        session.emit("note", text=f"the reflector would stop, but the target is not reached yet: {reason}")
+        if early := find_early(state):
+            session.emit("note", text=f"the reflector would stop, but {early}: {reason}")
+        else:
+            stop = f"at the target, the reflector stops: {reason}"
     if reflection.reprofile and not stop and state.trials[-1].verdict == "accept":
         session.emit("note", text=f"the reflector asks for a new profile: {reason}")
     if stop:
@@ -115,16 +119,21 @@ def decide_stop(state: State) -> str:
     return ""
 
 
-def heed_stop(state: State, reflection: Reflection) -> str:
-    """Why the loop ends here as the reflector wants it; empty while it goes on, and before the target is reached."""
-    if not reflection.stop or _find_best_at_target(state) is None:
+def find_early(state: State) -> str:
+    """Why it is too early for a reflector to end the loop; empty where it is not."""
+    best = _find_best_at_target(state)
+    if best is None:
+        return "the target is not reached yet"
+    if state.config.planner_fallback == "none":
         return ""
-    return f"at the target, the reflector stops: {' '.join(reflection.reason.split()) or 'no reason given'}"
+    if not tried_strongest(state.trials, state.config):
+        return f"{STRONG.method} has not been tried at the target"
+    return "the last round was an improvement" if best is state.trials[-1] else ""
 
 
 def _find_best_at_target(state: State) -> Trial | None:
     best = last_accepted(state.trials)
-    return best if best and abs(best.sparsity - state.config.target_sparsity) <= SAME_SPARSITY else None
+    return best if best and same_sparsity(best.sparsity, state.config.target_sparsity) else None
 
 
 def after_reflect(state: State) -> Literal["plan", "profile", "finish"]:

@@ -8,7 +8,7 @@ from graph.agents.heuristic import group_kl
 from graph.config import RunConfig
 from graph.plans import describe_plan
 from graph.session import Session, enter, open_bench
-from graph.state import SAME_SPARSITY, State, Trial, last_accepted
+from graph.state import State, Trial, last_accepted, same_sparsity
 from tools.facts import Retention, compare_recall
 from tools.losses import Evaluation, compare_kl
 from tools.summary import SIGMAS
@@ -100,13 +100,13 @@ def judge(
     perplexity, before = trial.perplexity, best.perplexity
     if not trial.finite or perplexity is None or before is None:
         return "rollback", "the loss is not finite"
-    if abs(sparsity - best.sparsity) <= SAME_SPARSITY:
+    if same_sparsity(sparsity, best.sparsity):
         change, error = compare_kl(trial, accepted)
         figures = f"KL {change:+.4f} ± {error:.4f} at the same sparsity"
         if change < -SIGMAS * error:
             return "accept", f"{figures}: better"
         return "rollback", f"{figures}: {'inside the noise' if abs(change) <= SIGMAS * error else 'worse'}"
-    if abs(best.sparsity - config.target_sparsity) <= SAME_SPARSITY:
+    if same_sparsity(best.sparsity, config.target_sparsity):
         return (
             "rollback",
             f"sparsity {sparsity:.2%} is off the target of {config.target_sparsity:.2%}, once reached",

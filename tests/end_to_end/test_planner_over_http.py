@@ -147,6 +147,32 @@ def test_a_repeated_plan_is_handed_back_once_with_its_result(
     ]
 
 
+def test_with_the_fallback_weak_agents_cannot_end_a_run_below_what_the_rule_would_reach(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    with OpenAIServer([SAME]) as planner, OpenAIServer([{"stop": True, "reason": "It is done."}]) as reflector:
+        agents = ("--reflector", reflector.planner("fine"), "--planner-fallback", "heuristic")
+        done = command(
+            *flags(tiny_llama, planner, "fine", "--max-iterations", "9", "--patience", "3", "--tau", "9", *agents)
+        )
+    assert (done.code, done.err) == (0, "")
+    run = tmp_path / "runs" / "run"
+    assert [(event["planner"].split(":")[0], event["plan"]) for event in read_events(run, "plan")] == [
+        ("openai", "45.0% two-sided:kappa-mask"),
+        ("heuristic", "45.0% refit:kappa-mask"),
+        ("openai", "45.0% two-sided:kappa-mask"),
+    ]
+    assert [event["text"] for event in read_events(run, "note")] == [
+        "the reflector would stop, but refit has not been tried at the target: It is done.",
+        "the target is reached, but refit has not been tried there: the rule plans this round",
+        "the reflector would stop, but the last round was an improvement: It is done.",
+        "at the target, the reflector stops: It is done.",
+    ]
+    assert [trial.verdict for trial in read_state(run).trials] == ["accept", "accept", "rollback"]
+    replayed = command("--replay", "run")
+    assert "note: the masks are those of run run " in replayed.out
+
+
 def test_agents_are_told_what_the_users_prompts_say(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
     file = tmp_path / "mine.md"
     file.write_text("Plan well.\n{tools}{schema}", encoding="utf-8")

@@ -5,7 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from graph.agents.heuristic import FINE_STEPS, MASKS, STRONG, calibration, plan_by_rule, rank_groups
+from graph.agents.heuristic import (
+    FINE_STEPS,
+    LOST_ROUNDS,
+    MASKS,
+    STRONG,
+    calibration,
+    find_relief,
+    plan_by_rule,
+    rank_groups,
+)
 from graph.agents.planner import Situation
 from graph.config import RunConfig
 from graph.plans import describe_plan, drop_lessons
@@ -220,3 +229,26 @@ def test_more_questions_in_the_calibration_text_are_tried_where_there_are_some(
     assert plan.recipe == STRONG.model_copy(
         update={"calibration": text, "statistics": "sequential" if text == "run" else "dense"}
     )
+
+
+@pytest.mark.parametrize("verdict", ["accept", "rollback", "refuse"])
+def test_a_planner_is_relieved_once_at_the_target_for_the_strongest_method(verdict: str) -> None:
+    target = RunConfig().target_sparsity
+    weak = make_trial(1, "accept", target, Recipe(method="wanda"))
+    below = make_trial(2, "rollback", target - 0.1, STRONG)
+    for trials in ((weak,), (weak, below)):
+        assert find_relief(make_situation(*trials)) == "the target is reached, but refit has not been tried there"
+    assert find_relief(make_situation(make_trial(1, "accept", target - 0.1, Recipe(method="wanda")))) == ""
+    strong = plan_by_rule(make_situation(weak))
+    assert strong is not None and (strong.sparsity, strong.recipe.method) == (target, "refit")
+    assert find_relief(make_situation(weak, make_trial(2, verdict, target, strong.recipe))) == ""
+
+
+@pytest.mark.parametrize("start", [0.2, RunConfig().target_sparsity])
+def test_a_planner_that_gets_nowhere_is_relieved_every_third_round(start: float) -> None:
+    kept = make_trial(1, "accept", start, STRONG)
+    lost = [make_trial(number, "rollback", 0.4, MASKS) for number in range(2, 9)]
+    relieved = [bool(find_relief(make_situation(kept, *lost[:count]))) for count in range(8)]
+    assert relieved == [False, False, True, False, False, True, False, False]
+    assert find_relief(make_situation(kept, *lost[:LOST_ROUNDS])) == "2 rounds in a row brought nothing"
+    assert find_relief(make_situation()) == ""
