@@ -91,8 +91,8 @@ class RunConfig(TaskSettings, TeamSettings):
     planner_fallback: Literal["none", "heuristic"] = Field(
         "none",
         description="Who plans a round when the planner fails; none stops the run, resumable. heuristic also plans "
-        "the third after two that brought nothing, has its strongest recipe tried once at the target, and lets the "
-        "reflector stop only when a round since then brought nothing.",
+        "the third round after two that brought nothing, the last one where the target is not reached, and its "
+        "strongest recipe once at the target; the reflector can end the run only when a round since brought nothing.",
         json_schema_extra={"langgraph_nodes": ["plan"]},
     )
     planner_prompt: str = Field(

@@ -49,7 +49,9 @@ def select_layers(selector: str, layers: Sequence[LayerProfile]) -> list[str]:
         and any(fnmatchcase(text, glob) for text in (layer.name, layer.kind, layer.name.rsplit(".", 1)[-1]))
     ]
     if not names:
-        raise ImpossiblePlan(f"selector {selector[:80]!r} means no layer; layers are named like {layers[0].name!r}")
+        is_list = re.search("[,;]", glob)
+        problem = "it is one glob, not a list" if is_list else f"layers are named like {layers[0].name!r}"
+        raise ImpossiblePlan(f"selector {selector[:80]!r} means no layer; {problem}")
     return names
 
 

@@ -48,6 +48,8 @@ def find_relief(situation: Situation) -> str:
     """Why the rule had better plan this round in the planner's stead; empty where it need not."""
     if situation.at_target and not tried_strongest(situation.trials, situation.config):
         return f"the target is reached, but {STRONG.method} has not been tried there"
+    if situation.is_last and situation.trials and not situation.at_target:
+        return "the target is not reached, and this is the last round"
     if len(_failures(situation)) % (LOST_ROUNDS + 1) == LOST_ROUNDS:
         return f"{LOST_ROUNDS} rounds in a row brought nothing"
     return ""

@@ -48,6 +48,8 @@ class Situation:
     lessons: Sequence[Lesson] = field(default=())
     iteration: int = 1
     """Number of the round to plan, from 1."""
+    is_last: bool = False
+    """Whether the run ends after this round, unless it improves on what was kept at the target."""
     read_layers: Callable[[Recipe], Sequence[LayerProfile]] | None = None
     """The profile with what a recipe's allocation needs beside KL curves; without it, what `layers` says must do."""
     find_trial: Callable[[Plan], Trial | None] | None = None
@@ -326,14 +328,12 @@ def _describe_rest(situation: Situation) -> str:
     total = sum(layer.weights for layer in situation.layers)
     zeros = sum(layer.weights * situation.sparsity.get(layer.name, 0.0) for layer in situation.layers)
     now, target = zeros / total, situation.config.target_sparsity
-    text = (
-        # Not what is between the two: a weak model takes that for the sparsity to plan.
-        f"Left to prune: sparsity is {now:.4f} of {total:,} weights now, and {target:g} at the target."
-    )
+    # Neither the model's own few zeros nor what is between the two: a weak model takes that for the sparsity to plan.
+    if all(share < 0.005 for share in situation.sparsity.values()):
+        return f"Left to prune: all of {total:,} weights; sparsity is {target:g} at the target. Nothing is pruned yet."
+    text = f"Left to prune: sparsity is {now:.4f} of {total:,} weights now, and {target:g} at the target."
     if situation.accepted is not None and now >= target - 0.001:
         text += f" The target is reached: only a KL below {_figure(situation.accepted.kl)} is kept."
-    if all(share < 0.005 for share in situation.sparsity.values()):  # shown as .00; the model may hold some zeros
-        return f"{text} Nothing is pruned yet."
     lines: dict[str, list[str]] = {}
     for row in _rows(situation.layers):
         share = fmean(situation.sparsity.get(layer.name, 0.0) for layer in row.layers)

@@ -24,6 +24,7 @@ from graph.agents.toolbox import Toolbox, ToolRecord
 from graph.config import RunConfig
 from graph.memory import search_lessons
 from graph.nodes.accept import RECENT
+from graph.nodes.reflect import decide_stop
 from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
 from graph.replay import find_plan
 from graph.session import Session, enter, open_bench
@@ -45,6 +46,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("plan", state, runtime)
     with open_bench(state, session) as bench:
         layers = bench.read_profile(state.profile).layers
+        after = state.model_copy(update={"evaluated_tokens": state.evaluated_tokens + state.trial_tokens})
         evaluated = Evaluated(state.evaluated_tokens, state.config.max_evaluated_tokens, state.trial_tokens)
 
         def read_layers(recipe: Recipe) -> list[LayerProfile]:
@@ -61,6 +63,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             trials=state.trials,
             lessons=state.lessons,
             iteration=state.iteration,
+            is_last=bool(decide_stop(after)),
             find_trial=lambda candidate: find_trial(bench, state, candidate, session.progress),
         )
         if state.replay:
@@ -185,6 +188,11 @@ def allocate_in_bounds(layers: Sequence[LayerProfile], plan: Plan, situation: Si
     Raises ValueError with a reason for the planner.
     """
     refuse_above_target(plan, situation.config)
+    if plan.sparsity <= situation.dense.sparsity:
+        raise ValueError(
+            f"sparsity {plan.sparsity:g} prunes nothing, for as many weights are zero already; plan a step towards "
+            f"{situation.config.target_sparsity:g}"
+        )
     plan = apply_lessons(plan, situation.lessons, situation.layers, situation.config)
     return allocate_plan(layers, plan, situation.config)
 

@@ -252,3 +252,14 @@ def test_a_planner_that_gets_nowhere_is_relieved_every_third_round(start: float)
     assert relieved == [False, False, True, False, False, True, False, False]
     assert find_relief(make_situation(kept, *lost[:LOST_ROUNDS])) == "2 rounds in a row brought nothing"
     assert find_relief(make_situation()) == ""
+
+
+def test_a_planner_that_has_not_reached_the_target_is_relieved_in_the_last_round() -> None:
+    trial = make_trial(1, "accept", 0.1, MASKS)
+    last = dataclasses.replace(make_situation(trial), is_last=True)
+    assert find_relief(last) == "the target is not reached, and this is the last round"
+    plan = plan_by_rule(last)
+    assert plan is not None and plan.sparsity == RunConfig().target_sparsity
+    assert find_relief(dataclasses.replace(make_situation(), is_last=True)) == "", "it may have one round alone"
+    reached = make_trial(1, "accept", RunConfig().target_sparsity, STRONG)
+    assert find_relief(dataclasses.replace(make_situation(reached), is_last=True)) == ""

@@ -26,6 +26,7 @@ from graph.agents.planner import (
 from graph.agents.quoting import quote_data
 from graph.agents.toolbox import Toolbox
 from graph.config import RunConfig, read_prompt
+from graph.nodes.plan import allocate_in_bounds
 from graph.plans import describe_plan
 from graph.state import Lesson, Plan, Trial
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
@@ -320,9 +321,8 @@ def test_limit_before_anything_was_accepted() -> None:
 
 def test_what_is_left_to_prune() -> None:
     layers = make_layers(2)
-    assert (
-        "Left to prune: sparsity is 0.0000 of 4,644,864 weights now, and 0.45 at the target. "
-        "Nothing is pruned yet." in shown(make_situation(layers=layers))
+    assert "Left to prune: all of 4,644,864 weights; sparsity is 0.45 at the target. Nothing is pruned yet." in shown(
+        make_situation(layers=layers)
     )
     zeros = dict.fromkeys([layer.name for layer in layers], 0.0031)
     assert "at the target. Nothing is pruned yet." in shown(make_situation(layers=layers, sparsity=zeros)), (
@@ -337,6 +337,15 @@ def test_what_is_left_to_prune() -> None:
     sparsity = dict.fromkeys(sparsity, 0.45)
     at_target = make_situation(layers=layers, sparsity=sparsity, accepted=KEPT)
     assert "0.45 at the target. The target is reached: only a KL below 0.0312" in shown(at_target)
+
+
+def test_a_plan_that_prunes_nothing_is_handed_back() -> None:
+    layers = make_layers(2)
+    situation = make_situation(layers=layers, dense=DENSE.model_copy(update={"sparsity": 0.0003}))
+    expected = "^sparsity 0.0003 prunes nothing, for as many weights are zero already; plan a step towards 0.45$"
+    with pytest.raises(ValueError, match=expected):
+        allocate_in_bounds(layers, Plan(sparsity=0.0003), situation)
+    assert allocate_in_bounds(layers, Plan(sparsity=0.3), situation).zeros
 
 
 def test_long_histories_are_cut_aloud() -> None:

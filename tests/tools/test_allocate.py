@@ -274,6 +274,11 @@ def test_bounds_that_leave_no_choice_are_met_to_the_weight() -> None:
             0.45,
             r"selector '\*.k_proj' means no layer; layers are named like 'model.layers.0.self_attn.q_proj'",
         ),
+        (
+            [Adjustment(selector="*.q_proj;*.v_proj", action="protect")],
+            0.45,
+            r"selector '\*.q_proj;\*.v_proj' means no layer; it is one glob, not a list",
+        ),
     ],
 )
 def test_an_impossible_plan_says_why(plan: list[Adjustment], sparsity: float, sentence: str) -> None:
