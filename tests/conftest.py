@@ -1,6 +1,7 @@
 """Shared fixtures. No test reaches a hub: models and texts are made here or come with Python."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import pytest
+
+# A shell has the commands that it runs in the background ignore Ctrl-C, and those that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("billhook", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("billhook")

