@@ -38,7 +38,7 @@ from tools.rows import (
     save_figure,
     show_bars,
 )
-from tools.rundir import unlock_run
+from tools.rundir import scan_events, unlock_run
 from tools.secrets import read_secrets
 from tools.settings import TEAM, TeamSettings
 from tools.sources import check_device, locate_model
@@ -107,6 +107,7 @@ class Row(BaseModel):
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, by which it chose.")
     plan: str = Field(description="What it chose, in short.")
     trials: int = Field(description="Plans, or candidates of a search, that were measured.")
+    by_rule: int = Field(0, description="How many of a chat planner's trials the rule planned in its stead.")
     evaluated_tokens: int = Field(description="Tokens put through pruned models until it chose.")
     agent_tokens: int = Field(0, description="Tokens read and written by chat models.")
     cost: float = Field(0.0, description="US dollars, by the prices given.")
@@ -398,12 +399,19 @@ def _run_graph(
         kl=summary["kl"],
         plan=summary["plan"],
         trials=summary["iterations"],
+        by_rule=_count_by_rule(runs / name) if arm in CHAT else 0,
         evaluated_tokens=summary["evaluated_tokens"],
         agent_tokens=agents["input_tokens"] + agents["output_tokens"],
         cost=agents["cost"],
         seconds=round(summary["seconds"], 1),
     )
     return row, summary["perplexity"]["dense"]
+
+
+def _count_by_rule(run: Path) -> int:
+    """Rounds of a run that were planned by rule; a round that was begun again after a kill counts once."""
+    planners = {event["iteration"]: event["planner"] for _, event in scan_events(run, "plan")}
+    return list(planners.values()).count("heuristic")
 
 
 def _flags_of(arm: str, seed: int, settings: AblateSettings) -> list[str]:
@@ -526,11 +534,16 @@ def conclude(rows: Sequence[Row]) -> list[str]:
 # --- what is written -----------------------------------------------------------------------------------------------
 
 
+def _tell_trials(row: Row) -> str:
+    return f"{row.trials} ({row.by_rule} by rule)" if row.by_rule else str(row.trials)
+
+
 def _describe_row(row: Row) -> str:
     kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
     return (
         f"{row.arm}, seed {row.seed}: {row.sparsity:.2%} zeros, perplexity {show(row.perplexity)}, KL {kl}, "
-        f"{row.trials} trials, {row.evaluated_tokens:,} tokens evaluated, {row.agent_tokens:,} by agents: {row.plan}"
+        f"trials {_tell_trials(row)}, {row.evaluated_tokens:,} tokens evaluated, {row.agent_tokens:,} by agents: "
+        f"{row.plan}"
     )
 
 
@@ -590,7 +603,8 @@ def describe(known: Ablation) -> str:
     lines += ["", "## Rows", "", "| arm | seed | perplexity | KL | trials | plan |", "|---|---:|---:|---:|---:|---|"]
     for row in known.rows:
         kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
-        lines.append(f"| {row.arm} | {row.seed} | {show(row.perplexity)} | {kl} | {row.trials} | {escape(row.plan)} |")
+        cells = [row.arm, str(row.seed), show(row.perplexity), kl, _tell_trials(row), escape(row.plan)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

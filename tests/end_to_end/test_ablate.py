@@ -1,6 +1,7 @@
 """`python -m tools.ablate` with arms that are runs of the graph, in processes of their own."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def test_runs_of_the_graph_are_rows(
     flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "3", "--evaluated-tokens", "400"]
     with at_home(tmp_path), OpenAIServer(PLANS) as server:
         chat = ["--arms", "heuristic,chat-alone", "--planner", server.planner("fine")]
-        prices = ["--", "--planner-price-input", "2", "--agent-timeout", "20"]
+        prices = ["--", "--planner-price-input", "2", "--agent-timeout", "20", "--planner-fallback", "heuristic"]
         assert main([*flags, *chat, *prices]) == 0
         rows = {row["arm"]: row for row in json.loads(Path("ablate/ablate.json").read_text())["rows"]}
         assert list(rows) == ["chat-alone", "heuristic"]
@@ -31,6 +32,10 @@ def test_runs_of_the_graph_are_rows(
             assert row["perplexity"] == summary["perplexity"]["pruned"]
             assert (row["seed"], row["trials"], row["evaluated_tokens"]) == (3, 2, 384)
             assert row["sparsity"] == pytest.approx(0.45, abs=5e-4)
+        assert {arm: row["by_rule"] for arm, row in rows.items()} == {"chat-alone": 1, "heuristic": 0}
+        assert re.search(
+            r"\| chat-alone \| 3 \| [^|]+ \| [^|]+ \| 2 \(1 by rule\) \|", Path("ablate/ablate.md").read_text()
+        )
         assert rows["heuristic"]["agent_tokens"] == 0 and rows["heuristic"]["cost"] == 0
         assert rows["chat-alone"]["agent_tokens"] > 0 and rows["chat-alone"]["cost"] > 0
         assert "chat-alone against heuristic: perplexity " in capsys.readouterr().out
