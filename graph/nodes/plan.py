@@ -188,9 +188,9 @@ def allocate_in_bounds(layers: Sequence[LayerProfile], plan: Plan, situation: Si
     Raises ValueError with a reason for the planner.
     """
     refuse_above_target(plan, situation.config)
-    if plan.sparsity <= situation.dense.sparsity:
+    if plan.sparsity < situation.dense.sparsity:
         raise ValueError(
-            f"sparsity {plan.sparsity:g} prunes nothing, for as many weights are zero already; plan a step towards "
+            f"sparsity {plan.sparsity:g} prunes nothing, for more weights are zero already; plan a step towards "
             f"{situation.config.target_sparsity:g}"
         )
     plan = apply_lessons(plan, situation.lessons, situation.layers, situation.config)

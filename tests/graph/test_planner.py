@@ -341,8 +341,8 @@ def test_what_is_left_to_prune() -> None:
 
 def test_a_plan_that_prunes_nothing_is_handed_back() -> None:
     layers = make_layers(2)
-    situation = make_situation(layers=layers, dense=DENSE.model_copy(update={"sparsity": 0.0003}))
-    expected = "^sparsity 0.0003 prunes nothing, for as many weights are zero already; plan a step towards 0.45$"
+    situation = make_situation(layers=layers, dense=DENSE.model_copy(update={"sparsity": 0.00032}))
+    expected = "^sparsity 0.0003 prunes nothing, for more weights are zero already; plan a step towards 0.45$"
     with pytest.raises(ValueError, match=expected):
         allocate_in_bounds(layers, Plan(sparsity=0.0003), situation)
     assert allocate_in_bounds(layers, Plan(sparsity=0.3), situation).zeros
