@@ -19,8 +19,8 @@ from graph.nodes.prune import prune
 from graph.nodes.reflect import after_reflect, reflect
 from graph.nodes.rollback import rollback
 from graph.nodes.validate import after_validate, validate
+from graph.runs.forks import step, step_of_server
 from graph.state import Input, State
-from graph.steps import step, step_of_server
 
 
 def builder(*, server: bool = False) -> StateGraph[State, RunConfig, Input, State]:

@@ -7,10 +7,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 
-from tools.options import check_options, read_options
-from tools.recipes import parse_pattern
-from tools.settings import TaskSettings, TeamSettings
-from tools.tables import path_of
+from tools.base.options import check_options, read_options
+from tools.base.settings import TaskSettings, TeamSettings
+from tools.base.tables import path_of
+from tools.plans.recipe import parse_pattern
 
 MODEL_FORM = r"^(heuristic|[a-z][a-z0-9_]*:\S(.*\S)?)$"
 PLANNER = (
@@ -223,7 +223,7 @@ class RunConfig(TaskSettings, TeamSettings):
 
 
 def read_config(flags: dict[str, Any], path: Path | None) -> RunConfig:
-    """The run's options, as `tools.options.read_options` reads them. Raises UserError in one line."""
+    """The run's options, as `tools.base.options.read_options` reads them. Raises UserError in one line."""
     return read_options(RunConfig, flags, path)
 
 

@@ -24,11 +24,10 @@ from langgraph.runtime import RunControl
 from langgraph.types import Command, StateSnapshot
 from rich.console import Console
 
-from graph.agents.chat import AgentError
-from graph.agents.local import close_local
-from graph.agents.models import check_model
 from graph.config import RunConfig, read_config
-from graph.display import Display, open_display, tell
+from graph.llm.ask import AgentError
+from graph.llm.local import close_local
+from graph.llm.models import check_model
 from graph.persistence import (
     RUNS_DIR_VARIABLE,
     STATE_VARIABLE,
@@ -40,18 +39,19 @@ from graph.persistence import (
     runs_directory,
     state_url,
 )
-from graph.replay import read_record
-from graph.runs import list_runs
-from graph.session import check_input, create_run, read_replay, read_run, write_config
+from graph.runs.forks import CHANGEABLE, name_directory, read_last_node
+from graph.runs.listing import list_runs
+from graph.runs.replay import read_record
+from graph.runs.session import check_input, create_run, read_replay, read_run, write_config
+from graph.show.display import Display, open_display, tell
 from graph.state import Input, State
-from graph.steps import CHANGEABLE, name_directory, read_last_node
-from tools.errors import DamagedArtifact, DiskFull, UserError
-from tools.files import explain_full_disk
-from tools.hub import NotPushed, check_push, push_model
-from tools.options import CONFIGS, Parser, add_flags, parse_flags, refuse
-from tools.rundir import append_event, lock_run, unlock_run
-from tools.secrets import read_secrets, redact
-from tools.texts import check_texts
+from tools.base.errors import DamagedArtifact, DiskFull, UserError
+from tools.base.files import explain_full_disk
+from tools.base.options import CONFIGS, Parser, add_flags, parse_flags, refuse
+from tools.base.rundir import append_event, lock_run, unlock_run
+from tools.base.secrets import read_secrets, redact
+from tools.models.hub import NotPushed, check_push, push_model
+from tools.texts.windows import check_texts
 
 STEPS_PER_ITERATION = 7
 """profile again, plan, approve, prune, validate, accept or roll back, reflect."""
@@ -194,7 +194,7 @@ def _listen(port: int | None) -> Iterator[socket | None]:
         yield None
         return
     try:
-        from graph.serve import listen
+        from graph.show.live import listen
     except ImportError as error:
         raise UserError(
             "the packages for --serve are not installed; install them with: pip install -e '.[serve]'"
@@ -234,7 +234,7 @@ def _read_replayed(runs_dir: Path, replay: str, options: argparse.Namespace, fla
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Print what a run would need; it may be one for another machine, or for a planner whose key is not here."""
-    from tools.estimate import estimate, print_estimate, read_devices  # imports torch
+    from tools.estimate.needs import estimate, print_estimate, read_devices  # imports torch
 
     if options.resume is not None:
         raise UserError("--dry-run is about a new run; leave --resume out")
@@ -286,7 +286,7 @@ def _given_path(options: argparse.Namespace) -> Path | None:
 
 def _drive(work: Work) -> int:
     """Work on a run, and push its model where that is asked for; the directory is free afterwards."""
-    from tools.workbench import close_workbench
+    from tools.workbench.bench import close_workbench
 
     try:
         try:
@@ -369,7 +369,7 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
     control = RunControl()
     with ExitStack() as shown:
         if work.listener:
-            from graph.serve import address, serve
+            from graph.show.live import address, serve
 
             print(f"live page: {address(work.listener)}", flush=True)
         display = shown.enter_context(open_display(Console(), name=work.name, target=work.config.target_sparsity))

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from graph.config import RunConfig
-from tools.recipes import MAX_ADJUSTMENTS, Adjustment, Recipe
-from tools.summary import Usage
+from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
+from tools.results.schema import Usage
 
 MAX_LEARNT = 5
 """Lessons that a reflector may draw from one trial."""
@@ -54,7 +54,7 @@ class Plan(BaseModel):
     reason: str = Field("", max_length=2000, description="Why this plan, in one or two sentences.")
     multipliers: SkipJsonSchema[dict[str, Annotated[float, Field(ge=1 / MOST, le=MOST)]]] = Field(
         {},
-        description="Selectors to factors on the KL curves, from the lessons (`graph.plans.apply_lessons`): the "
+        description="Selectors to factors on the KL curves, from the lessons (`graph.planning.orders`): the "
         "planner neither sees nor sets them. Part of the plan, so that whoever carries it out, again or elsewhere, "
         "uses the same.",
     )

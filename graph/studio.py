@@ -28,9 +28,9 @@ import httpx
 from langgraph_sdk import get_sync_client
 
 from graph.persistence import RUNS_DIR_VARIABLE, STATE_VARIABLE, runs_directory, state_url
-from tools.errors import UserError
-from tools.options import CONFIGS, read_yaml
-from tools.secrets import read_secrets
+from tools.base.errors import UserError
+from tools.base.options import CONFIGS, read_yaml
+from tools.base.secrets import read_secrets
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"

@@ -50,7 +50,7 @@ def ask_for_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str],
 @pytest.fixture
 def workbench_closed() -> Iterator[None]:
     """Let go of the one workbench of this process after the test."""
-    from tools.workbench import close_workbench
+    from tools.workbench.bench import close_workbench
 
     yield
     close_workbench()
@@ -59,7 +59,7 @@ def workbench_closed() -> Iterator[None]:
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the layers that were written to, in order."""
-    from tools.layers import Layer
+    from tools.models.layers import Layer
 
     names: list[str] = []
     write = Layer.write

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from graph.agents.chat import CallRecord
-from graph.agents.toolbox import ToolRecord
 from graph.config import RunConfig
-from graph.plans import describe_plan
-from graph.session import write_config
+from graph.llm.ask import CallRecord
+from graph.llm.toolbox import ToolRecord
+from graph.planning.orders import describe_plan
+from graph.runs.session import write_config
 from graph.state import Lesson, Plan, Trial
 from tests.profiles import make_profile
-from tools.curves import LayerProfile
-from tools.files import ArtifactStore, write_json
-from tools.rundir import append_event
-from tools.summary import Perplexities, Protocol, Summary
+from tools.base.files import ArtifactStore, write_json
+from tools.base.rundir import append_event
+from tools.plans.layer_profile import LayerProfile
+from tools.results.schema import Perplexities, Protocol, Summary
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj")
 PROTOCOL = Protocol(text="pydoc", tokens=4096, window=512, dtype="fp32", versions={"torch": "2.9.1", "python": "3.11"})

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tools.curves import LayerProfile
+from tools.plans.layer_profile import LayerProfile
 
 
 def make_profile(

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tools.shards import SHARDS, Answers, share_out
-from tools.workbench import DENSE, Workbench
-from tools.worker import Texts, Worker
+from tools.statistics.shards import SHARDS, Answers, share_out
+from tools.team.worker import Texts, Worker
+from tools.workbench.bench import DENSE, Workbench
 
 
 class Team:
-    """What `tools.cluster.Cluster` is to a workbench. Jobs handed out are done last to first."""
+    """What `tools.team.cluster.Cluster` is to a workbench. Jobs handed out are done last to first."""
 
     ahead = 0
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from tools.settings import TeamSettings
+from tools.base.settings import TeamSettings
 
 VOCABULARY = 320
 HIDDEN = 32

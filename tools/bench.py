@@ -32,23 +32,23 @@ from kernels.obs import prune_obs
 from kernels.preconditioner import DAMPING
 from kernels.refit_steps import refit_in_steps
 from kernels.scores import score_wanda
-from tools.allocate import Allocation, allocate
-from tools.blocks import Blocks
-from tools.curves import LEVELS, LayerProfile
-from tools.decoding import DECODED, PROMPT, describe_difference, open_pair
-from tools.errors import UserError
-from tools.files import write_json
-from tools.layers import Layer
-from tools.losses import evaluate_windows
-from tools.options import Parser, add_flags, parse_flags, read_options, refuse
-from tools.profile import begin_walk, collect_moments, collect_statistics, work_alone
-from tools.readout import compute_hidden
-from tools.recipes import Recipe
-from tools.settings import TeamSettings, WorkbenchSettings
-from tools.shards import SHARDS
-from tools.summary import describe_protocol
-from tools.walks import layers_by_block
-from tools.workbench import DENSE, Workbench, close_workbench, use_workbench
+from tools.base.errors import UserError
+from tools.base.files import write_json
+from tools.base.options import Parser, add_flags, parse_flags, read_options, refuse
+from tools.base.settings import TeamSettings, WorkbenchSettings
+from tools.experiments.decoding import DECODED, PROMPT, describe_difference, open_pair
+from tools.measure.losses import evaluate_windows
+from tools.models.blocks import Blocks
+from tools.models.layers import Layer
+from tools.models.readout import compute_hidden
+from tools.plans.allocate import Allocation, allocate
+from tools.plans.layer_profile import LEVELS, LayerProfile
+from tools.plans.recipe import Recipe
+from tools.results.schema import describe_protocol
+from tools.statistics.collect import begin_walk, collect_moments, collect_statistics, work_alone
+from tools.statistics.shards import SHARDS
+from tools.statistics.walks import layers_by_block
+from tools.workbench.bench import DENSE, Workbench, close_workbench, use_workbench
 
 SPARSITY = 0.5
 """Share of weights that go, wherever something is pruned."""

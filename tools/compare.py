@@ -23,16 +23,7 @@ from pydantic import BaseModel, Field, field_validator
 from rich.console import Console
 from rich.table import Table
 
-from tools.allocate import Allocation, ImpossiblePlan, allocate
-from tools.benchmarks import Benchmark, load_benchmarks, run_benchmark
-from tools.curves import LayerProfile, predict_kl
-from tools.errors import UserError
-from tools.evolve import Search, SearchSettings, Stage, evolve
-from tools.files import write_json, write_text, write_whole
-from tools.options import Parser, add_flags, parse_flags, read_options
-from tools.paper import PRESETS, Measured, describe_tasks
-from tools.recipes import Recipe, parse_pattern, parse_recipe
-from tools.rows import (
+from tools.base.console import (
     as_csv,
     carry_out,
     lock_out,
@@ -42,17 +33,26 @@ from tools.rows import (
     save_figure,
     show_bars,
 )
-from tools.secrets import read_secrets
-from tools.settings import TEAM, TaskSettings, TeamSettings
-from tools.sources import check_device, locate_model
-from tools.summary import Protocol, Score, describe_protocol, escape, show
-from tools.texts import check_texts
+from tools.base.errors import UserError
+from tools.base.files import write_json, write_text, write_whole
+from tools.base.options import Parser, add_flags, parse_flags, read_options
+from tools.base.secrets import read_secrets
+from tools.base.settings import TEAM, TaskSettings, TeamSettings
+from tools.measure.benchmarks import Benchmark, load_benchmarks, run_benchmark
+from tools.models.load import check_device, locate_model
+from tools.plans.allocate import Allocation, ImpossiblePlan, allocate
+from tools.plans.evolve import Search, SearchSettings, Stage, evolve
+from tools.plans.layer_profile import LayerProfile, predict_kl
+from tools.plans.recipe import Recipe, parse_pattern, parse_recipe
+from tools.results.paper import PRESETS, Measured, describe_tasks
+from tools.results.schema import Protocol, Score, describe_protocol, escape, show
+from tools.texts.windows import check_texts
 
 if TYPE_CHECKING:
-    from tools.facts import Recall, Retention
-    from tools.losses import Evaluation
-    from tools.profile import Progress
-    from tools.workbench import Workbench
+    from tools.base.progress import Progress
+    from tools.measure.losses import Evaluation
+    from tools.measure.recall import Recall, Retention
+    from tools.workbench.bench import Workbench
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "two-sided", "two-sided-obs", "two-sided+refit", "refit")
 ALLOCATIONS = ("uniform", "owl", "alphapruning", "evolution", "kappa")
@@ -310,7 +310,7 @@ def _make_rows(
     console: Console,
 ) -> tuple[Comparison, list[str]]:
     """(`known` with a row for each job that can be, why the others cannot)."""
-    from tools.workbench import use_workbench  # imports torch
+    from tools.workbench.bench import use_workbench  # imports torch
 
     directory = Path(settings.out)
     impossible: list[str] = []
@@ -426,11 +426,11 @@ def _make_structured_row(
     job: Job, bench: "Workbench", known: Comparison, settings: CompareSettings, progress: "Progress"
 ) -> tuple[Row, Any]:
     """(the row, the cut model). Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
-    from tools.choose import check_cut  # imports torch
-    from tools.cut import build_cut, count_weights, without_fits
-    from tools.facts import measure_recall
+    from tools.measure.recall import measure_recall
     from tools.structure import choose_cut
-    from tools.workbench import DENSE
+    from tools.surgery.choose import check_cut  # imports torch
+    from tools.surgery.cut import build_cut, count_weights, without_fits
+    from tools.workbench.bench import DENSE
 
     bench.restore(DENSE)
     calibration = bench.windows.calibration.to(bench.device)
@@ -467,7 +467,7 @@ def _weigh_facts(recall: "Recall", bench: "Workbench", progress: "Progress") -> 
 
     The dense model was asked first.
     """
-    from tools.facts import compare_recall  # imports torch
+    from tools.measure.recall import compare_recall  # imports torch
 
     return compare_recall(recall, bench.ask("dense", "validation", progress))
 
@@ -596,7 +596,7 @@ def show_tables(known: Comparison, console: Console) -> None:
 
 def show_needs(settings: CompareSettings, console: Console) -> None:
     """`--dry-run`: the memory, disk and time that the rows would need. Raises UserError."""
-    from tools.estimate import ASKED_FOR, estimate, print_estimate  # imports torch
+    from tools.estimate.needs import ASKED_FOR, estimate, print_estimate  # imports torch
 
     jobs = list_jobs(settings.recipes, settings.sparsity)
     check_texts(settings)

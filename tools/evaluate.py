@@ -17,7 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tools.benchmarks import (
+from tools.base.console import as_csv, carry_out, lock_out, print_line, read_kept, show_bars
+from tools.base.errors import UserError
+from tools.base.files import write_json, write_text
+from tools.base.options import Parser, add_flags, parse_flags, read_options
+from tools.base.secrets import read_secrets
+from tools.base.settings import LoadSettings, TaskSettings, WorkbenchSettings
+from tools.measure.benchmarks import (
     Benchmark,
     Result,
     compare_scores,
@@ -27,17 +33,11 @@ from tools.benchmarks import (
     subtract,
     warn_of_cut_prompts,
 )
-from tools.errors import UserError
-from tools.files import write_json, write_text
-from tools.options import Parser, add_flags, parse_flags, read_options
-from tools.rows import as_csv, carry_out, lock_out, print_line, read_kept, show_bars
-from tools.secrets import read_secrets
-from tools.settings import LoadSettings, TaskSettings, WorkbenchSettings
-from tools.sources import check_device, load_model, locate_model
-from tools.summary import escape, list_task_protocols, show_score
+from tools.models.load import check_device, load_model, locate_model
+from tools.results.schema import escape, list_task_protocols, show_score
 
 if TYPE_CHECKING:
-    from tools.profile import Progress
+    from tools.base.progress import Progress
 
 
 class EvaluateSettings(TaskSettings, LoadSettings):

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from tools.errors import UserError
-from tools.files import write_directory
-from tools.options import Parser
-from tools.rows import carry_out, print_line
-from tools.settings import WorkbenchSettings
-from tools.sources import DTYPES, Dtype, find_model, load_model, read_dtype
+from tools.base.console import carry_out, print_line
+from tools.base.errors import UserError
+from tools.base.files import write_directory
+from tools.base.options import Parser
+from tools.base.settings import WorkbenchSettings
+from tools.models.load import DTYPES, Dtype, find_model, load_model, read_dtype
 
 
 def export_model(model: Any, tokenizer: Any, directory: Path, card: str) -> None:
@@ -43,7 +43,7 @@ def export_model(model: Any, tokenizer: Any, directory: Path, card: str) -> None
 
 def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], console: Console) -> None:
     """Pack a model. Raises UserError."""
-    from tools.packed import describe_packed, is_packed, save_packed
+    from tools.models.packed import describe_packed, is_packed, save_packed
 
     place = find_model(source)
     if directory.exists():
@@ -59,7 +59,7 @@ def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], cons
 
 def write_packed_card(words: str, contents: Any) -> str:
     """The model card of a packed model."""
-    from tools.packed import describe_packed
+    from tools.models.packed import describe_packed
 
     return "\n".join(
         [

@@ -17,13 +17,13 @@ from rich.table import Table
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
-from tools.controls import strip_controls
-from tools.errors import UserError
-from tools.options import Parser
-from tools.packed import is_packed, measure_sizes, read_contents
-from tools.rows import carry_out, print_line
-from tools.settings import WorkbenchSettings
-from tools.sources import DTYPES, Dtype, find_model, load_model, read_dtype
+from tools.base.console import carry_out, print_line
+from tools.base.errors import UserError
+from tools.base.options import Parser
+from tools.base.settings import WorkbenchSettings
+from tools.base.words import strip_controls
+from tools.models.load import DTYPES, Dtype, find_model, load_model, read_dtype
+from tools.models.packed import is_packed, measure_sizes, read_contents
 
 PROMPTS = (
     "The capital of France is",

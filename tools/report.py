@@ -16,17 +16,17 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from tools.controls import strip_controls
-from tools.curves import predict_layer_kl
-from tools.errors import UserError
-from tools.figures import Cell, Mark, Prediction, draw_iterations, draw_map, draw_predictions
-from tools.files import write_text
-from tools.options import Parser
-from tools.record import Layers, Record, Round, Trial, read_run
-from tools.rows import carry_out
-from tools.rundir import runs_directory
-from tools.secrets import read_secrets, redact
-from tools.summary import Knowledge, Score, Summary, describe_result, list_loading, show, show_seconds
+from tools.base.console import carry_out
+from tools.base.errors import UserError
+from tools.base.files import write_text
+from tools.base.options import Parser
+from tools.base.rundir import runs_directory
+from tools.base.secrets import read_secrets, redact
+from tools.base.words import strip_controls
+from tools.plans.layer_profile import predict_layer_kl
+from tools.results.page.figures import Cell, Mark, Prediction, draw_iterations, draw_map, draw_predictions
+from tools.results.page.record import Layers, Record, Round, Trial, read_run
+from tools.results.schema import Knowledge, Score, Summary, describe_result, list_loading, show, show_seconds
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -62,7 +62,7 @@ def load_templates() -> "Environment":
         return strip_controls(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     templates = Environment(
-        loader=PackageLoader("tools"),
+        loader=PackageLoader("tools.results.page"),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=clean,

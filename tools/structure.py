@@ -21,8 +21,19 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from torch import Tensor
 
-from tools.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl, search_windows
-from tools.cut import (
+from tools.base.errors import UserError
+from tools.base.files import write_json, write_text
+from tools.base.options import Parser, add_flags, parse_flags, read_options, refuse
+from tools.base.progress import Progress
+from tools.base.settings import WorkbenchSettings
+from tools.export import export_model
+from tools.generate import decode
+from tools.measure.losses import Evaluation, evaluate_windows
+from tools.models.load import check_device, load_model, locate_model
+from tools.models.readout import check_readout, compute_hidden
+from tools.results.schema import Protocol, describe_protocol, show
+from tools.surgery.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl, search_windows
+from tools.surgery.cut import (
     STEP,
     Counts,
     Cut,
@@ -34,18 +45,7 @@ from tools.cut import (
     list_counts,
     without_fits,
 )
-from tools.errors import UserError
-from tools.export import export_model
-from tools.files import write_json, write_text
-from tools.generate import decode
-from tools.losses import Evaluation, evaluate_windows
-from tools.options import Parser, add_flags, parse_flags, read_options, refuse
-from tools.profile import Progress
-from tools.readout import check_readout, compute_hidden
-from tools.settings import WorkbenchSettings
-from tools.sources import check_device, load_model, locate_model
-from tools.summary import Protocol, describe_protocol, show
-from tools.texts import check_texts, cut_windows
+from tools.texts.windows import check_texts, cut_windows
 
 PARTS = ("neurons", "heads", "blocks")
 REPEATS = 5

@@ -5,7 +5,7 @@ from typing import Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.session import enter, open_bench
+from graph.runs.session import enter, open_bench
 from graph.state import State
 
 RECENT = 3

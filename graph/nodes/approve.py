@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graph.config import RunConfig
 from graph.nodes.reflect import decide_stop
-from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
-from graph.replay import find_decision
-from graph.session import enter, open_bench
+from graph.planning.orders import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
+from graph.runs.replay import find_decision
+from graph.runs.session import enter, open_bench
 from graph.state import Plan, State, Trial
-from tools.curves import LayerProfile
+from tools.plans.layer_profile import LayerProfile
 
 ReadLayers = Callable[[Plan], Sequence[LayerProfile]]
 """The profile with what a plan's allocation needs."""

@@ -6,19 +6,19 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.nodes.validate import accepted_trial
-from graph.session import Session, enter, open_bench
+from graph.runs.session import Session, enter, open_bench
 from graph.state import State, same_sparsity
-from tools.allocate import allocate
-from tools.benchmarks import measure_checkpoints
+from tools.base.files import write_json, write_text
 from tools.export import export_model
-from tools.facts import Recall, compare_recall
-from tools.files import write_json, write_text
-from tools.recipes import Recipe
+from tools.measure.benchmarks import measure_checkpoints
+from tools.measure.recall import Recall, compare_recall
+from tools.plans.allocate import allocate
+from tools.plans.recipe import Recipe
 from tools.report import write_page
-from tools.summary import Knowledge, Perplexities, Sample, Summary, describe_protocol, write_card, write_report
+from tools.results.schema import Knowledge, Perplexities, Sample, Summary, describe_protocol, write_card, write_report
 
 if TYPE_CHECKING:
-    from tools.workbench import Workbench
+    from tools.workbench.bench import Workbench
 
 
 def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:

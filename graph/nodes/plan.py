@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from langgraph.runtime import Runtime
 from langgraph.store.base import BaseStore
 
-from graph.agents.chat import AgentError
-from graph.agents.heuristic import find_relief, plan_by_rule, plan_refinements
-from graph.agents.models import HEURISTIC, open_model
-from graph.agents.planner import (
+from graph.config import RunConfig
+from graph.llm.ask import AgentError
+from graph.llm.models import HEURISTIC, open_model
+from graph.llm.spending import Account, CapReached
+from graph.llm.toolbox import Toolbox, ToolRecord
+from graph.memory.store import search_lessons
+from graph.nodes.accept import RECENT
+from graph.nodes.reflect import decide_stop
+from graph.planning.brief import (
     MAX_UNTRIED,
     Situation,
     advise_against,
@@ -19,25 +24,20 @@ from graph.agents.planner import (
     plan_with_chat,
     recount_trial,
 )
-from graph.agents.spending import Account, CapReached
-from graph.agents.toolbox import Toolbox, ToolRecord
-from graph.config import RunConfig
-from graph.memory import search_lessons
-from graph.nodes.accept import RECENT
-from graph.nodes.reflect import decide_stop
-from graph.plans import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
-from graph.replay import find_plan
-from graph.session import Session, enter, open_bench
+from graph.planning.orders import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
+from graph.planning.rule import find_relief, plan_by_rule, plan_refinements
+from graph.runs.replay import find_plan
+from graph.runs.session import Session, enter, open_bench
 from graph.state import Plan, State, Trial, last_accepted
-from tools.allocate import Allocation
-from tools.curves import LayerProfile, group_layers
-from tools.recipes import Recipe
-from tools.summary import Usage
+from tools.plans.allocate import Allocation
+from tools.plans.layer_profile import LayerProfile, group_layers
+from tools.plans.recipe import Recipe
+from tools.results.schema import Usage
 
 if TYPE_CHECKING:
-    from tools.instruments import Draft
-    from tools.profile import Progress
-    from tools.workbench import Workbench
+    from tools.base.progress import Progress
+    from tools.instruments.functions import Draft
+    from tools.workbench.bench import Workbench
 
 
 def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def open_toolbox(
     config = situation.config
     if config.planner == HEURISTIC or not config.planner_calls:
         return None
-    from tools.agent_tools import make_planner_tools  # torch again, which the workbench has imported by now
-    from tools.instruments import Round
+    from tools.instruments.agent_tools import make_planner_tools  # torch again, which the workbench has imported by now
+    from tools.instruments.functions import Round
 
     def allocate(layers: Sequence[LayerProfile], draft: "Draft") -> Allocation:
         plan = Plan(sparsity=draft.sparsity, recipe=draft.recipe, adjustments=draft.adjustments)

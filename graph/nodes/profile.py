@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 from langgraph.runtime import Runtime
 
-from graph.agents.models import check_model
 from graph.config import RunConfig
-from graph.memory import read_lessons
+from graph.llm.models import check_model
+from graph.memory.store import read_lessons
 from graph.persistence import runs_directory
-from graph.plans import allocate_plan
-from graph.session import Session, check_input, create_run, enter, open_bench, read_run
+from graph.planning.orders import allocate_plan
+from graph.runs.session import Session, check_input, create_run, enter, open_bench, read_run
 from graph.state import Lesson, Plan, State, Trial
-from tools.allocate import ImpossiblePlan
-from tools.curves import LayerProfile, predict_layer_kl
-from tools.errors import UserError
+from tools.base.errors import UserError
+from tools.plans.allocate import ImpossiblePlan
+from tools.plans.layer_profile import LayerProfile, predict_layer_kl
 
 
 def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from typing import Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.plans import allocate_plan, find_recipe
-from graph.session import enter, open_bench, tell_layers
+from graph.planning.orders import allocate_plan, find_recipe
+from graph.runs.session import enter, open_bench, tell_layers
 from graph.state import State
 
 

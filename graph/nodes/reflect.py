@@ -4,19 +4,19 @@ from typing import Any, Literal
 
 from langgraph.runtime import Runtime
 
-from graph.agents.chat import AgentError
-from graph.agents.heuristic import STRONG, tried_strongest
-from graph.agents.models import HEURISTIC, open_model
-from graph.agents.reflector import Evidence, combine_lessons, draw_lesson, reflect_with_chat
-from graph.agents.spending import Account, CapReached
 from graph.config import RunConfig
-from graph.lessons import CARRIED, merge_lessons
-from graph.memory import write_lesson
-from graph.plans import find_recipe
-from graph.replay import find_reflection
-from graph.session import Session, enter, open_bench
+from graph.llm.ask import AgentError
+from graph.llm.models import HEURISTIC, open_model
+from graph.llm.spending import Account, CapReached
+from graph.memory.store import write_lesson
+from graph.planning.orders import find_recipe
+from graph.planning.rule import STRONG, tried_strongest
+from graph.reflecting.brief import Evidence, combine_lessons, draw_lesson, reflect_with_chat
+from graph.reflecting.lessons import CARRIED, merge_lessons
+from graph.runs.replay import find_reflection
+from graph.runs.session import Session, enter, open_bench
 from graph.state import Reflection, State, Trial, last_accepted, same_sparsity
-from tools.summary import Usage
+from tools.results.schema import Usage
 
 
 def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:

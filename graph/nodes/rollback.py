@@ -5,7 +5,7 @@ from typing import Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.session import enter, open_bench, tell_layers
+from graph.runs.session import enter, open_bench, tell_layers
 from graph.state import State
 
 

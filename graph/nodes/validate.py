@@ -4,17 +4,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from langgraph.runtime import Runtime
 
-from graph.agents.heuristic import group_kl
 from graph.config import RunConfig
-from graph.plans import describe_plan
-from graph.session import Session, enter, open_bench
+from graph.planning.orders import describe_plan
+from graph.planning.rule import group_kl
+from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial, last_accepted, same_sparsity
-from tools.facts import Retention, compare_recall
-from tools.losses import Evaluation, compare_kl
-from tools.summary import SIGMAS
+from tools.measure.losses import Evaluation, compare_kl
+from tools.measure.recall import Retention, compare_recall
+from tools.results.schema import SIGMAS
 
 if TYPE_CHECKING:
-    from tools.workbench import Workbench
+    from tools.workbench.bench import Workbench
 
 Verdict = Literal["accept", "rollback"]
 

@@ -26,12 +26,13 @@ from graph.build import builder
 from graph.config import RunConfig
 from graph.persistence import open_saver, open_store
 from graph.run import main
-from graph.session import read_run
+from graph.runs.session import read_run
 from graph.state import State
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
-from tools import rundir, workbench
-from tools.rundir import unlock_run
-from tools.texts import cut_windows
+from tools.base import rundir
+from tools.base.rundir import unlock_run
+from tools.texts.windows import cut_windows
+from tools.workbench import bench as workbench
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,7 +160,7 @@ class Halt:
 
 def watch_nodes() -> Callable[[], str]:
     """Follow the events of this process; the node at work."""
-    from graph.session import Session
+    from graph.runs.session import Session
 
     emit, node = Session.emit, ""
 

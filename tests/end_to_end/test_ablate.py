@@ -1,4 +1,4 @@
-"""`python -m tools.ablate` with arms that are runs of the graph, in processes of their own."""
+"""`python -m graph.ablate` with arms that are runs of the graph, in processes of their own."""
 
 import json
 import re
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from graph.ablate import main
 from tests.end_to_end.helpers import ROOT, TINY, at_home
 from tests.openai_server import OpenAIServer
-from tools.ablate import main
 
 SMALL = TINY[: TINY.index("--patience")]
 """What of these flags is about the model's texts."""

@@ -14,7 +14,7 @@ import transformers
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Outcome, read_summary, run_outside
 from tests.tiny import make_tiny_config, make_tiny_tokenizer
-from tools import workbench
+from tools.workbench import bench as workbench
 
 
 def assert_refused(outcome: Outcome, *fragments: str) -> None:

@@ -14,9 +14,10 @@ import yaml
 
 from graph.config import RunConfig
 from tests.end_to_end.helpers import TINY, Outcome, at_home, let_go, python_environment, wait_for
-from tools import compare, workbench
+from tools import compare
 from tools.compare import ALLOCATIONS, METHODS
-from tools.workbench import Workbench
+from tools.workbench import bench as workbench
+from tools.workbench.bench import Workbench
 
 Command = Callable[..., Outcome]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.end_to_end.conftest import Command
-from tools import sources, workbench
-from tools.options import CONFIGS, read_yaml
+from tools.base.options import CONFIGS, read_yaml
+from tools.models import load as sources
+from tools.workbench import bench as workbench
 
 QWEN3_8B = {
     **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},

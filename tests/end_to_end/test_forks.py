@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from graph import persistence, steps
+from graph import persistence
 from graph.build import builder
 from graph.config import RunConfig
-from graph.session import read_run
+from graph.runs import forks as steps
+from graph.runs.session import read_run
 from graph.state import Plan, State
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
@@ -31,8 +32,9 @@ from tests.end_to_end.helpers import (
     wait_for,
 )
 from tests.tiny import tiny_settings
-from tools import rundir, workbench
-from tools.workbench import Workbench
+from tools.base import rundir
+from tools.workbench import bench as workbench
+from tools.workbench.bench import Workbench
 
 SAVE = "langgraph.checkpoint.sqlite:SqliteSaver.put"
 
@@ -106,7 +108,7 @@ def test_a_fork_of_the_end_is_a_fork_too(flags: list[str], tmp_path: Path, comma
 def test_an_unfinished_run_and_its_fork_are_resumed_by_their_names(
     flags: list[str], easy: Path, tmp_path: Path, command: Command
 ) -> None:
-    halt = Halt("validate", "tools.workbench:evaluate_windows", 2)
+    halt = Halt("validate", "tools.workbench.bench:evaluate_windows", 2)
     assert fork(tmp_path, *flags, halt=halt).finish().code == -signal.SIGKILL
     run = tmp_path / "runs" / "run"
     with opened(run) as (app, settings):
@@ -146,8 +148,8 @@ def test_a_fork_that_is_killed_at_its_beginning_is_resumed_by_its_name(
     let_go()
     (forked,) = forks(run)
     (forked / "events.jsonl").unlink()
-    assert fork(tmp_path, "--resume", forked.name, halt=Halt("", "graph.steps:_read_past")).finish().code < 0
-    halt = Halt("prune", "tools.workbench:Workbench._compute", 2)
+    assert fork(tmp_path, "--resume", forked.name, halt=Halt("", "graph.runs.forks:_read_past")).finish().code < 0
+    halt = Halt("prune", "tools.workbench.bench:Workbench._compute", 2)
     assert fork(tmp_path, "--resume", forked.name, halt=halt).finish().code == -signal.SIGKILL
     assert command("--resume", forked.name).code == 0
     assert forks(run) == [forked]
@@ -159,7 +161,7 @@ def test_a_fork_that_is_killed_at_its_beginning_is_resumed_by_its_name(
 def test_an_edit_of_the_present_state_is_no_fork(
     flags: list[str], easy: Path, tmp_path: Path, command: Command
 ) -> None:
-    assert fork(tmp_path, *flags, halt=Halt("prune", "tools.workbench:Workbench._compute")).finish().code < 0
+    assert fork(tmp_path, *flags, halt=Halt("prune", "tools.workbench.bench:Workbench._compute")).finish().code < 0
     run = tmp_path / "runs" / "run"
     with opened(run) as (app, settings):
         app.update_state(settings, {"plan": Plan(sparsity=0.35, reason="by hand")}, as_node="plan")

@@ -16,7 +16,7 @@ from graph import run, studio
 from graph.config import RunConfig, read_prompt
 from tests.end_to_end.helpers import read_events, run_outside, wait_for
 from tests.tiny import save_tiny_model, tiny_settings
-from tools.options import CONFIGS, read_yaml
+from tools.base.options import CONFIGS, read_yaml
 
 pytestmark = pytest.mark.slow
 

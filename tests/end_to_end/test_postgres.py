@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from langgraph_sdk import get_sync_client
 
-from graph import persistence, postgres, studio
+from graph import persistence, studio
+from graph.persistence import postgres
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
     Halt,
@@ -28,7 +29,7 @@ from tests.end_to_end.helpers import (
     same_bits,
 )
 from tests.postgres_server import ESCAPED, PASSWORD, PostgresServer, serve_postgres
-from tools import workbench
+from tools.workbench import bench as workbench
 
 SAVE = "langgraph.checkpoint.postgres:PostgresSaver.put"
 NOTE = "langgraph.checkpoint.postgres:PostgresSaver.put_writes"
@@ -39,7 +40,7 @@ NUMBERS = itertools.count()
 HALTS = [
     Halt("profile", NOTE, after=True),
     Halt("plan", SAVE, 2),
-    Halt("prune", "tools.workbench:Workbench._compute", 5),
+    Halt("prune", "tools.workbench.bench:Workbench._compute", 5),
     Halt("validate", NOTE, after=True),
     Halt("reflect", "graph.nodes.reflect:write_lesson", after=True),
     Halt("finish", NOTE, after=True),
@@ -203,8 +204,8 @@ def test_a_run_is_not_resumed_beside_its_checkpoints(
 
 
 def test_missing_packages_are_named(flags: list[str], command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("graph.postgres")
-    monkeypatch.delitem(sys.modules, "graph.postgres")
+    monkeypatch.delattr("graph.persistence.postgres")
+    monkeypatch.delitem(sys.modules, "graph.persistence.postgres")
     monkeypatch.setitem(sys.modules, "psycopg", None)
     missing = command(*flags, "--state", "postgresql://127.0.0.1/x")
     assert (missing.code, missing.err) == (

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from graph.memory import main as memory
+from graph.memory.store import main as memory
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
     TINY,
@@ -131,7 +131,7 @@ def test_a_replay_teaches_nothing_new(copied: Path, command: Command, capsys: py
 def test_a_replay_is_killed_and_resumed(recorded: Recorded, copied: Path, tmp_path: Path, command: Command) -> None:
     for halt in (
         Halt("profile", "langgraph.checkpoint.sqlite:SqliteSaver.put"),
-        Halt("validate", "tools.workbench:evaluate_windows", 2),
+        Halt("validate", "tools.workbench.bench:evaluate_windows", 2),
     ):
         shutil.rmtree(copied.parent / "run-replay", ignore_errors=True)
         killed = fork(tmp_path, "--replay", "run", "--name", "run-replay", halt=halt).finish()

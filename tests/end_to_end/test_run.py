@@ -28,7 +28,7 @@ from tests.end_to_end.helpers import (
 from tests.tiny import ARCHITECTURES, save_tiny_model
 from tools.generate import PROMPTS
 from tools.report import write_page
-from tools.texts import cut_windows
+from tools.texts.windows import cut_windows
 
 KINDS = [*((architecture, "fp32") for architecture in ARCHITECTURES), ("llama", "bf16"), ("llama", "fp16")]
 

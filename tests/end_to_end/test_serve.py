@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from graph.serve import address, listen, make_page, serve
+from graph.show.live import address, listen, make_page, serve
 from tests.chromium import COMMAND, open_browser
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import read_events, wait_for
-from tests.graph.test_serve import Terminal, read_told
-from tools.rundir import append_event
+from tests.graph.show.test_live import Terminal, read_told
+from tools.base.rundir import append_event
 
 
 def find_port() -> int:
@@ -95,7 +95,7 @@ def test_without_its_packages_one_line_says_what_to_install(
     original = builtins.__import__
 
     def refuse(name: str, *arguments: Any) -> Any:
-        if name == "graph.serve":
+        if name == "graph.show.live":
             raise ImportError("No module named 'starlette'")
         return original(name, *arguments)
 

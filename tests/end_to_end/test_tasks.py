@@ -8,8 +8,8 @@ import pytest
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import read_events, read_summary
-from tools import benchmarks
-from tools.errors import UserError
+from tools.base.errors import UserError
+from tools.measure import benchmarks
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from graph.config import RunConfig, check_config, read_prompt
-from graph.plans import find_recipe
+from graph.planning.orders import find_recipe
 from graph.state import Plan
-from tools.errors import UserError
-from tools.options import CONFIGS
-from tools.recipes import Recipe
+from tools.base.errors import UserError
+from tools.base.options import CONFIGS
+from tools.plans.recipe import Recipe
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
 

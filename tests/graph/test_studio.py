@@ -15,7 +15,7 @@ import pytest
 from langgraph_sdk import get_sync_client
 
 from graph import persistence, studio
-from tools.errors import UserError
+from tools.base.errors import UserError
 
 ROOT = studio.ROOT
 

@@ -15,12 +15,14 @@ import transformers
 from torch import Tensor
 
 import tools.bench
-import tools.worker
+import tools.team.worker
 from kernels.guard import row_errors
 from kernels.masks import keep_highest, keep_highest_of_rows
 from kernels.methods import prune_levels, prune_weight
 from kernels.obs import prune_obs
 from tests.tiny import make_tiny_model, save_tiny_model, tiny_settings
+from tools.base.options import check_options
+from tools.base.settings import TEAM, WorkbenchSettings
 from tools.bench import (
     BENCHMARKS,
     BenchSettings,
@@ -35,11 +37,9 @@ from tools.bench import (
     prune_as_published,
     remove_by_sort,
 )
-from tools.layers import find_layers
-from tools.losses import PrefixCache
-from tools.options import check_options
-from tools.settings import TEAM, WorkbenchSettings
-from tools.workbench import DENSE, Workbench, use_workbench
+from tools.measure.losses import PrefixCache
+from tools.models.layers import find_layers
+from tools.workbench.bench import DENSE, Workbench, use_workbench
 
 ROUNDS = 2
 NAMES = [
@@ -226,8 +226,8 @@ def test_curves_and_pruning_are_made_anew_every_round(site: Site, monkeypatch: p
         curves.append((method, options["refit"]))
         return prune_levels(method, *arguments, **options)
 
-    monkeypatch.setattr(tools.worker, "prune_weight", one)
-    monkeypatch.setattr(tools.worker, "prune_levels", levels)
+    monkeypatch.setattr(tools.team.worker, "prune_weight", one)
+    monkeypatch.setattr(tools.team.worker, "prune_levels", levels)
     bench_kappa_of_method(site)
     assert pruned == curves == [("refit", False)] * (1 + ROUNDS) * len(site.bench.layers)
 

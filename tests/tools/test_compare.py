@@ -14,13 +14,16 @@ import pytest
 import torch
 from rich.console import Console
 
+import tools.base.files
 import tools.compare
-import tools.files
 import tools.structure
-import tools.workbench
+import tools.workbench.bench
 from tests.team import gather_teams
 from tests.tiny import tiny_settings
-from tools.allocate import allocate
+from tools.base.console import as_csv, show_bars
+from tools.base.errors import DamagedArtifact, DiskFull, UserError
+from tools.base.files import write_json
+from tools.base.settings import TEAM
 from tools.compare import (
     ALLOCATIONS,
     LABELLED,
@@ -36,16 +39,13 @@ from tools.compare import (
     rank_recipes,
     relative_degradation,
 )
-from tools.errors import DamagedArtifact, DiskFull, UserError
-from tools.files import write_json
-from tools.losses import evaluate_windows
-from tools.profile import measure_kappa
-from tools.recipes import Recipe, parse_recipe
-from tools.rows import as_csv, show_bars
-from tools.settings import TEAM
+from tools.measure.losses import evaluate_windows
+from tools.plans.allocate import allocate
+from tools.plans.recipe import Recipe, parse_recipe
+from tools.results.schema import describe_protocol
+from tools.statistics.collect import measure_kappa
 from tools.structure import StructureSettings, cut_model
-from tools.summary import describe_protocol
-from tools.workbench import Workbench, close_workbench, use_workbench
+from tools.workbench.bench import Workbench, close_workbench, use_workbench
 
 RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda:evolution"
 SPARSITIES = "0.45,0.6,2:4"
@@ -110,8 +110,8 @@ class Calls:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.evaluated: list[str] = []
         self.curves = 0
-        patch.setattr(tools.workbench, "evaluate_windows", self.evaluate)
-        patch.setattr(tools.workbench, "measure_kappa", self.measure)
+        patch.setattr(tools.workbench.bench, "evaluate_windows", self.evaluate)
+        patch.setattr(tools.workbench.bench, "measure_kappa", self.measure)
 
     def evaluate(self, model: Any, windows_BT: Any, hidden: Any, label: str, *rest: Any) -> Any:
         self.evaluated.append(label)
@@ -252,7 +252,7 @@ def test_structured_rows_are_what_tools_structure_gives(
             UserError, match=r"^structured:flap at 97%: 0.97 is too much to remove: 70.00% is the most "
         ):
             run(settings.model_copy(update={"sparsity": "0.97", "recipes": "structured:flap"}))
-        bench, measured = tools.workbench._open[0], 2 * 4 * 64
+        bench, measured = tools.workbench.bench._open[0], 2 * 4 * 64
         assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
         wanted = StructureSettings.model_validate(
             tiny_settings(tiny_llama).model_dump(exclude=set(TEAM)) | {"remove": 0.5}
@@ -285,7 +285,7 @@ def test_structured_rows_are_what_tools_structure_gives(
 def test_what_is_done_is_shown_without_loading_anything(
     copied: CompareSettings, compared: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tools.workbench, "use_workbench", pytest.fail)
+    monkeypatch.setattr(tools.workbench.bench, "use_workbench", pytest.fail)
     (Path(copied.out) / "compare.md").unlink()  # as if killed between two files
     known, lines = run(copied)
     assert known == compared.known
@@ -540,7 +540,7 @@ def test_a_damaged_profile_is_named(
 def test_a_full_disk_is_named_and_the_row_is_kept(
     copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
 ) -> None:
-    write = tools.files._write_utf8
+    write = tools.base.files._write_utf8
 
     def fill(path: Path, text: str) -> None:
         if path.name.startswith(".compare.md"):
@@ -548,7 +548,7 @@ def test_a_full_disk_is_named_and_the_row_is_kept(
         write(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tools.files, "_write_utf8", fill)
+        patch.setattr(tools.base.files, "_write_utf8", fill)
         with pytest.raises(DiskFull, match=r"^the disk is full \(\d+ MB free\) while writing \S+/compare\.md; "):
             run(copied.model_copy(update={"recipes": "wanda:uniform", "sparsity": "0.45"}))
     assert read_comparison(Path(copied.out)).rows[-1].recipe == "wanda:uniform"

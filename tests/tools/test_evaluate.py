@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from tests.tiny import save_tiny_gguf, save_tiny_model
-from tools import benchmarks, evaluate
+from tools import evaluate
+from tools.base.rundir import unlock_run
 from tools.evaluate import Figures, main
-from tools.rundir import unlock_run
+from tools.measure import benchmarks
 
 Models = tuple[str, str]
 

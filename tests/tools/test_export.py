@@ -20,10 +20,10 @@ from tests.tiny import (
     save_tiny_model,
     tiny_settings,
 )
-from tools.errors import UserError
+from tools.base.errors import UserError
 from tools.export import export_model
-from tools.layers import find_layers
-from tools.sources import load_model
+from tools.models.layers import find_layers
+from tools.models.load import load_model
 
 
 def export_pruned(architecture: str, directory: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -10,7 +10,7 @@ from kernels.native import explain_absence
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer
 from tools import export, generate
 from tools.generate import PROMPTS, Continuation, compare_continuations, continue_prompts, decode
-from tools.layers import find_layers
+from tools.models.layers import find_layers
 
 IDS_BT = torch.randint(1, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
 

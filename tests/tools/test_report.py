@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tests.made_runs import KINDS, add_round, begin_run, end_run, make_layers, tell_node, write_run
-from tools.figures import Prediction, group_near, name_columns
-from tools.files import ArtifactStore
-from tools.record import read_run
+from tools.base.files import ArtifactStore
+from tools.base.rundir import append_event
 from tools.report import describe_run, find_costs, find_limits, list_scores, main, place_retention, write_page
-from tools.rundir import append_event
-from tools.summary import Knowledge, Sample, Score
+from tools.results.page.figures import Prediction, group_near, name_columns
+from tools.results.page.record import read_run
+from tools.results.schema import Knowledge, Sample, Score
 
 EVIL = "<script>alert(1)</script>\"'&\x1b[31m\x00\u202e\uffff{{ 7 * 7 }}"
 """As a model might say it."""

@@ -19,13 +19,23 @@ from tests.tiny import (
     make_tiny_tokenizer,
     save_tiny_model,
 )
-from tools.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl
-from tools.cut import Counts, Cut, Fit, build_cut, check_buildable, count_weights, find_parts, list_counts, without_fits
-from tools.errors import UserError
+from tools.base.errors import UserError
 from tools.export import export_model
-from tools.layers import find_blocks, find_layers
-from tools.losses import evaluate_windows
+from tools.measure.losses import evaluate_windows
+from tools.models.layers import find_blocks, find_layers
 from tools.structure import main
+from tools.surgery.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl
+from tools.surgery.cut import (
+    Counts,
+    Cut,
+    Fit,
+    build_cut,
+    check_buildable,
+    count_weights,
+    find_parts,
+    list_counts,
+    without_fits,
+)
 
 GROUPED = ("llama", "qwen3", "gemma3", "qwen3_moe")
 """Architectures whose heads can be cut."""
@@ -405,7 +415,7 @@ def test_the_figures_are_those_of_the_written_model(tiny_llama: Path, tmp_path: 
     assert main(["--out", str(tmp_path / "cut"), *describe(tiny_llama), "--parts", "neurons"]) == 0
     figures = json.loads((tmp_path / "cut" / "structure.json").read_text())
     from tests.tiny import tiny_settings
-    from tools.texts import cut_windows
+    from tools.texts.windows import cut_windows
 
     settings = tiny_settings(tiny_llama, window=64)
     windows = cut_windows(settings, make_tiny_tokenizer()).validation

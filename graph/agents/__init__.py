@@ -1,1 +1,0 @@
-"""The planner and the reflector: what they see in, validated decisions out."""

@@ -1,0 +1,123 @@
+"""The tools that a model may call before it answers, within a budget of calls and seconds."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import BaseModel, Field, ValidationError
+
+from graph.llm.quoting import data_block, quote_data
+from tools.base.errors import UserError
+
+RESULT_LIMIT = 6_000
+"""Characters of one tool's answer."""
+ARGUMENTS_LIMIT = 2_000
+"""Characters of its arguments that are recorded."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool that a model asks for, as it says it: neither name nor arguments are to be trusted."""
+
+    name: str
+    arguments: Any
+
+
+class ToolRecord(BaseModel):
+    """One call of a tool."""
+
+    tool: str = Field(description="As the model named it.")
+    arguments: str = Field(description=f"In JSON; at most {ARGUMENTS_LIMIT} characters.")
+    answer: str = Field(description=f"What the model was told; at most {RESULT_LIMIT} characters.")
+    shown: str = Field(description="What came of it, in a few words for people.")
+    seconds: float
+    calls_left: int
+    seconds_left: float
+
+
+class Toolbox:
+    """Tools and what is left of their budget. They run one after another."""
+
+    def __init__(
+        self,
+        tools: Sequence[BaseTool],
+        *,
+        calls: int,
+        seconds: float,
+        on_tool: Callable[[ToolRecord], None] | None = None,
+    ) -> None:
+        self.tools = {tool.name: tool for tool in tools}
+        self.functions = [convert_to_openai_tool(tool) for tool in tools]
+        self.calls_left, self.seconds_left = calls, seconds
+        self._on_tool = on_tool
+
+    @property
+    def spent(self) -> bool:
+        """Whether no call can be made any more."""
+        return self.calls_left <= 0 or self.seconds_left <= 0
+
+    def describe_budget(self) -> str:
+        """What is left, for the model."""
+        if self.spent:
+            what = "calls" if self.calls_left <= 0 else "seconds"
+            return f"No {what} of tools are left in this round: give the plan now."
+        return f'"calls_left": {self.calls_left}, "seconds_left": {self.seconds_left:.0f}'
+
+    def run(self, call: ToolCall, explain: Callable[[ValidationError], str]) -> str:
+        """Run one tool; its answer as the model is to read it, which may be that the tool cannot be had.
+
+        `explain` says what is wrong with arguments that do not fit the tool's schema.
+        """
+        if self.spent:
+            return self.describe_budget()
+        began = time.monotonic()
+        answer, shown = self._try(call, explain)
+        seconds = time.monotonic() - began
+        self.calls_left -= 1
+        self.seconds_left = max(0.0, self.seconds_left - seconds)
+        answer = quote_data(answer, RESULT_LIMIT)
+        if self._on_tool:
+            self._on_tool(
+                ToolRecord(
+                    tool=quote_data(call.name, 80),
+                    arguments=quote_data(dump(call.arguments), ARGUMENTS_LIMIT),
+                    answer=answer,
+                    shown=quote_data(shown, 200),
+                    seconds=round(seconds, 3),
+                    calls_left=self.calls_left,
+                    seconds_left=round(self.seconds_left, 3),
+                )
+            )
+        return f"{data_block(f'tool {quote_data(call.name, 40)}', [answer])}\n{self.describe_budget()}"
+
+    def _try(self, call: ToolCall, explain: Callable[[ValidationError], str]) -> tuple[str, str]:
+        """(answer in JSON, the same for people)."""
+        try:
+            if call.name not in self.tools:
+                raise ValueError(f"there is no such tool; there are: {', '.join(self.tools)}")
+            if not isinstance(call.arguments, dict):
+                raise ValueError("the arguments are no JSON object")
+            request = {"type": "tool_call", "id": "call", "name": call.name, "args": call.arguments}
+            message = self.tools[call.name].invoke(request)
+            return message.text, str(message.artifact)
+        except UserError:  # a full disk, say: nothing that the model could do better
+            raise
+        except ValidationError as error:
+            problem = explain(error)
+        except ValueError as error:  # ImpossiblePlan among them: what the model asked for cannot be
+            problem = str(error)
+        except RecursionError:
+            problem = "the arguments are nested too deeply"
+        return json.dumps({"error": problem}, ensure_ascii=False), problem
+
+
+def dump(arguments: Any) -> str:
+    """A tool's arguments in JSON."""
+    try:
+        return json.dumps(arguments, ensure_ascii=False)
+    except RecursionError:
+        return "(nested too deeply)"

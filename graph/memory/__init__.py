@@ -1,0 +1,1 @@
+"""Lessons in the store. `python -m graph.memory` looks into them."""

@@ -1,0 +1,276 @@
+"""Lessons in the LangGraph store: what one run taught, for the next ones.
+
+    python -m graph.memory list
+    python -m graph.memory show MODEL
+    python -m graph.memory forget MODEL [--run RUN] [--yes]
+
+Every observation is an item of its own, under the run, the iteration and its number there: written again after a
+crash it lands in the same place, and two runs never rewrite each other's. They become lessons, with counts and means,
+when they are read (`graph.reflecting.lessons`).
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+
+from langgraph.store.base import BaseStore, SearchItem
+
+from graph.config import RunConfig
+from graph.persistence import (
+    RUNS_DIR_VARIABLE,
+    STATE_VARIABLE,
+    database,
+    open_store,
+    runs_directory,
+    state_url,
+)
+from graph.reflecting.lessons import merge_lessons, name_subject, weigh_evidence
+from graph.show.display import clean
+from graph.state import Lesson
+from tools.base.errors import UserError
+from tools.base.options import Parser, refuse
+from tools.base.secrets import read_secrets
+from tools.results.schema import count
+
+LIMIT = 30
+"""Lessons from earlier runs that a new run starts with, those of most evidence."""
+
+KEPT = 60
+"""Lessons that are kept of one model; beyond that, those of least evidence go."""
+
+OBSERVATIONS = 20
+"""Observations that are kept of one lesson, the latest."""
+
+FOUND = 10
+"""Lessons that a search finds at most."""
+
+ALL = 100_000
+"""More items than a namespace ever holds; the store's own limit is 10."""
+
+ROOT = "lessons"
+
+
+def namespace(model: str) -> tuple[str, str]:
+    """Where the lessons of a target model lie; labels of the store may not hold a period."""
+    return ROOT, re.sub(r"[^A-Za-z0-9_-]+", "_", model)
+
+
+def family(model: str) -> str:
+    """The last part of a model's name up to its first digit: `smollm` of HuggingFaceTB/SmolLM2-135M; may be empty.
+
+    Models of one family are relatives: their lessons are found by a search, and nothing is computed with them.
+    """
+    name = re.split(r"[/\\:]", model.rstrip("/\\"))[-1]
+    return re.split(r"\d", name.lower())[0].strip("-_. ")
+
+
+def fingerprint(config: RunConfig) -> str:
+    """A hash of everything that decides a run's masks."""
+    return hashlib.sha256(json.dumps(config.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_lesson(store: BaseStore, config: RunConfig, lesson: Lesson, number: int = 0) -> None:
+    """Keep a lesson, the `number`th of its iteration; writing it again (after a crash) changes nothing.
+
+    Mere words are not kept. What no longer fits into memory is deleted.
+    """
+    if not lesson.confidence:
+        return
+    value = lesson.model_dump(exclude={"same_config"}) | {"config": fingerprint(config), "model": config.model}
+    store.put(namespace(config.model), f"{lesson.run}/{lesson.iteration}/{number}", value)
+    _trim(store, config.model)
+
+
+def read_lessons(store: BaseStore, config: RunConfig, run: str) -> tuple[list[Lesson], int]:
+    """The lessons of earlier runs on the same model, oldest first, and the number of runs that taught them.
+
+    One from a run with this very config is marked: it is shown, but a rule that computes with lessons must leave it
+    out, so that the same config gives the same masks however often it is run.
+    """
+    items = [item for item in _find_items(store, config.model) if item.value["run"] != run]
+    groups = sorted(_group(items, fingerprint(config)), key=lambda group: -weigh_evidence(group[0]))[:LIMIT]
+    groups.sort(key=lambda group: _order(group[1][-1]))
+    return [lesson for lesson, _ in groups], len(_runs_of(item for _, seen in groups for item in seen))
+
+
+def search_lessons(store: BaseStore, config: RunConfig, query: str) -> list[Lesson]:
+    """Lessons of this model and its family that share words with the query, most words first, then most evidence.
+
+    All of them where the query has no words; none where the config does without memory. Lessons about another model
+    name it.
+    """
+    if not config.memory:
+        return []
+    wanted, found = _words(query), []
+    for model, items in _find_models(store).items():
+        if model != config.model and not (family(model) and family(model) == family(config.model)):
+            continue
+        for lesson, _ in _group(items, fingerprint(config)):
+            lesson = lesson if model == config.model else lesson.model_copy(update={"model": model})
+            shared = len(wanted & _words(f"{lesson.selector} {lesson.recipe} {lesson.text} {lesson.model}"))
+            if shared or not wanted:
+                found.append((-shared, -weigh_evidence(lesson), lesson))
+    return [lesson for *_, lesson in sorted(found, key=lambda x: x[:2])[:FOUND]]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+# Items of the store
+
+
+def _order(item: SearchItem) -> tuple[object, ...]:
+    return item.updated_at, item.value["run"], item.value["iteration"], item.key
+
+
+def _model_of(item: SearchItem) -> str:
+    return str(item.value.get("model") or item.namespace[-1])  # items of earlier versions have no model
+
+
+def _find_items(store: BaseStore, model: str) -> list[SearchItem]:
+    """Every observation about a model, oldest first."""
+    place = namespace(model)
+    items = [item for item in store.search(place, limit=ALL) if item.value.get("model", model) == model]
+    return sorted(items, key=_order)
+
+
+def _find_models(store: BaseStore) -> dict[str, list[SearchItem]]:
+    """Every observation, oldest first, by model in the order of names."""
+    models: dict[str, list[SearchItem]] = defaultdict(list)
+    for item in sorted(store.search((ROOT,), limit=ALL), key=_order):
+        models[_model_of(item)].append(item)
+    return dict(sorted(models.items()))
+
+
+def _group(items: Iterable[SearchItem], mine: str = "") -> list[tuple[Lesson, list[SearchItem]]]:
+    """The lessons that items make, each with its items; lessons that were contradicted too often are left out.
+
+    `mine` is the fingerprint of the config whose own lessons are marked.
+    """
+    return [(lesson, seen) for lesson, seen in _merge_items(items, mine) if lesson]
+
+
+def _merge_items(items: Iterable[SearchItem], mine: str = "") -> list[tuple[Lesson | None, list[SearchItem]]]:
+    """Items about the same, and the lesson that they make; None where it was contradicted too often."""
+    groups: dict[tuple[object, ...], list[tuple[Lesson, SearchItem]]] = defaultdict(list)
+    for item in items:
+        if item.value["factor"] <= 0:  # earlier versions rounded small ones to zero, which has no log
+            continue
+        lesson = Lesson.model_validate(item.value | {"model": "", "same_config": item.value["config"] == mine})
+        groups[name_subject(lesson)].append((lesson, item))
+    return [
+        (next(iter(merge_lessons(lesson for lesson, _ in group)), None), [item for _, item in group])
+        for group in groups.values()
+    ]
+
+
+def _trim(store: BaseStore, model: str) -> None:
+    """Delete what is beyond `KEPT` lessons, or beyond `OBSERVATIONS` of one.
+
+    Observations that contradict each other stay until then: without them the next one would count as undisputed.
+    """
+    items = _find_items(store, model)
+    groups = _merge_items(items)
+    groups.sort(key=lambda group: (weigh_evidence(group[0]) if group[0] else 0.0, _order(group[1][-1])))
+    kept = {item.key for _, seen in groups[-KEPT:] for item in seen[-OBSERVATIONS:]}
+    for item in items:
+        if item.key not in kept:
+            store.delete(item.namespace, item.key)
+
+
+def _runs_of(items: Iterable[SearchItem]) -> set[str]:
+    return {item.value["run"] for item in items}
+
+
+# The command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0 done, 2 bad input."""
+    read_secrets()
+    try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        for variable, value in ((RUNS_DIR_VARIABLE, options.runs_dir), (STATE_VARIABLE, options.state)):
+            if value:
+                os.environ[variable] = value
+        place = "PostgreSQL" if state_url() else str(runs_directory())
+        if not state_url() and not database(runs_directory()).is_file():  # looking makes no file
+            if options.command != "list":
+                raise UserError(f"there are no lessons in {place}")
+            print(f"no lessons in {place}")
+            return 0
+        with open_store(runs_directory()) as store:
+            _obey(store, options, place)
+    except UserError as error:
+        return refuse(error)
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m graph.memory", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    common = Parser(add_help=False)
+    common.add_argument("--runs-dir", metavar="DIR", help=f"Where runs are kept; ${RUNS_DIR_VARIABLE} or runs/.")
+    common.add_argument(
+        "--state", metavar="URL", help=f"The PostgreSQL database that runs keep their state in; ${STATE_VARIABLE}."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", parents=[common], help="Models with lessons, and how many.")
+    show = commands.add_parser("show", parents=[common], help="The lessons about a model.")
+    forget = commands.add_parser("forget", parents=[common], help="Delete what is known about a model.")
+    for command in (show, forget):
+        command.add_argument("model", metavar="MODEL", help="As in the list.")
+    forget.add_argument("--run", help="Only what this run taught.")
+    forget.add_argument("--yes", action="store_true", help="Without it, only what would be forgotten is said.")
+    return parser.parse_args(arguments)
+
+
+def _obey(store: BaseStore, options: argparse.Namespace, place: str) -> None:
+    models = _find_models(store)
+    if options.command == "list":
+        for name, items in models.items():
+            print(_describe_model(name, items))
+        if not models:
+            print(f"no lessons in {place}")
+        return
+    items = _pick(models, options.model, "model")
+    if options.command == "show":
+        print(_describe_model(options.model, items))
+        for lesson, _ in _group(items):
+            print(f"  {_describe_lesson(lesson)}")
+        return
+    by_run = {run: [item for item in items if item.value["run"] == run] for run in _runs_of(items)}
+    chosen = items if options.run is None else _pick(by_run, options.run, "run")
+    told = (
+        f"{count(len(chosen), 'observation')} about {clean(options.model)} from {count(len(_runs_of(chosen)), 'run')}"
+    )
+    if not options.yes:
+        print(f"would forget {told}; add --yes to do it")
+        return
+    for item in chosen:
+        store.delete(item.namespace, item.key)
+    print(f"forgot {told}")
+
+
+def _pick(known: dict[str, list[SearchItem]], name: str, what: str) -> list[SearchItem]:
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "; see python -m graph.memory list"
+    raise UserError(f"no lessons of {what} {name!r}{hint}")
+
+
+def _describe_model(model: str, items: list[SearchItem]) -> str:
+    return f"{clean(model)}: {count(len(_group(items)), 'lesson')} from {count(len(_runs_of(items)), 'run')}"
+
+
+def _describe_lesson(lesson: Lesson) -> str:
+    seen = f"{count(lesson.count, 'observation')}, confidence {lesson.confidence:.2f}"
+    figures = f"{clean(lesson.selector)} ×{lesson.factor:.2f} with {clean(lesson.recipe) or 'any recipe'}"
+    return f"{figures} ({seen}): {clean(lesson.text, 400)}"

@@ -1,0 +1,1 @@
+"""What a planner may know, what it answers, and what that comes to."""

@@ -1,0 +1,150 @@
+"""Lessons as figures: what several of them say together, and what that makes of the KL curves.
+
+Where two lessons are about the same layers and recipe, they are one: the mean of their factors' logs, weighted by
+evidence (observations times confidence), with the observations of both. A lesson that a new one contradicts, above 1
+where the other is below and both by more than `LEAST`, loses half of its confidence, and below `FORGET` it is dropped.
+
+At planning time the lessons about one group of layers are merged once more, whatever their recipe, and the factor is
+shrunk towards 1 as if `PRIOR` further observations had found the KL curves right. All factors refer to the KL curves
+as measured, never to curves that lessons corrected before, so that a correction does not feed on itself.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from graph.state import MOST, Lesson
+from tools.plans.allocate import ImpossiblePlan, select_layers
+from tools.plans.layer_profile import LayerProfile
+from tools.plans.recipe import Recipe
+
+WHOLE = "*"
+"""The selector of a lesson about the model as a whole: a calibration of the predicted KL, no matter for allocation."""
+
+LEAST = 1.05
+"""Factors nearer to 1 than this say nothing."""
+
+PRIOR = 1.0
+"""Observations that the KL curves are right, which a group's lessons are weighed against."""
+
+TRANSFER = 0.5
+"""Weight of a lesson for another recipe, or for other curves, than those that it was learnt with."""
+
+DEMOTION = 0.5
+"""What is left of a lesson's confidence when it is contradicted."""
+
+FORGET = 0.25
+"""Merged lessons of less confidence are dropped."""
+
+CARRIED = 40
+"""Lessons that a run carries in its state, those last confirmed."""
+
+
+def find_curves(recipe: Recipe) -> str:
+    """Which KL curves the recipe's allocation reads, as lessons name them."""
+    return "method" if recipe.needs_curves else "mask"
+
+
+def weigh_evidence(lesson: Lesson) -> float:
+    """How many observations of full confidence a lesson is worth."""
+    return lesson.count * lesson.confidence
+
+
+def name_subject(lesson: Lesson) -> tuple[object, ...]:
+    """What a lesson is about: those about the same are merged. A repeat's and mere words stay apart from the rest."""
+    return lesson.selector, lesson.recipe, lesson.curves, lesson.same_config, lesson.confidence > 0
+
+
+def merge_lessons(lessons: Iterable[Lesson]) -> list[Lesson]:
+    """The lessons, oldest first, with those about the same as one, in the order of their last observation."""
+    merged: dict[tuple[object, ...], Lesson] = {}
+    for lesson in lessons:
+        key = name_subject(lesson)
+        old = merged.pop(key, None)
+        merged[key] = _merge_two(old, lesson) if old else lesson
+    return [lesson for lesson in merged.values() if lesson.count == 1 or not 0 < lesson.confidence < FORGET]
+
+
+def _merge_two(old: Lesson, new: Lesson) -> Lesson:
+    weights = weigh_evidence(old), weigh_evidence(new)
+    total, count = sum(weights), old.count + new.count
+    if not total:
+        return new
+    logs = math.log(old.factor), math.log(new.factor)
+    confidence = total / count
+    if new.selector != WHOLE and logs[0] * logs[1] < 0 and min(map(abs, logs)) > math.log(LEAST):
+        confidence *= DEMOTION
+    factor = math.exp((weights[0] * logs[0] + weights[1] * logs[1]) / total)
+    measured = "measured" if "measured" in (old.source, new.source) else "reflector"
+    return new.model_copy(
+        update={"factor": round(factor, 4), "confidence": round(confidence, 4), "count": count, "source": measured}
+    )
+
+
+def find_multipliers(lessons: Iterable[Lesson], layers: Sequence[LayerProfile], recipe: Recipe) -> dict[str, float]:
+    """Selectors to the factors, between 1/MOST and MOST, that lessons put on the recipe's KL curves.
+
+    Left out are lessons of a run with this very config, those about the whole model or no layer of it, and factors
+    within LEAST of 1.
+    """
+    groups: dict[str, Lesson] = {}
+    for lesson in lessons:
+        if lesson.same_config or not lesson.confidence or not _is_group(lesson.selector, layers):
+            continue
+        same = (lesson.recipe, lesson.curves) == (recipe.mask_label, find_curves(recipe))
+        lesson = lesson if same else lesson.model_copy(update={"confidence": TRANSFER * lesson.confidence})
+        old = groups.get(lesson.selector)
+        groups[lesson.selector] = _merge_two(old, lesson) if old else lesson
+    shrunk = {selector: _shrink(lesson) for selector, lesson in sorted(groups.items())}
+    return {selector: factor for selector, factor in shrunk.items() if abs(math.log(factor)) > math.log(LEAST)}
+
+
+def _is_group(selector: str, layers: Sequence[LayerProfile]) -> bool:
+    try:
+        return len(select_layers(selector, layers)) < len(layers)
+    except ImpossiblePlan:
+        return False
+
+
+def _shrink(lesson: Lesson) -> float:
+    evidence = weigh_evidence(lesson)
+    factor = math.exp(math.log(lesson.factor) * evidence / (evidence + PRIOR))
+    return round(min(max(factor, 1 / MOST), MOST), 3)
+
+
+def weigh_layers(layers: Sequence[LayerProfile], multipliers: dict[str, float]) -> list[LayerProfile]:
+    """The layers with their KL curves multiplied; of several selectors, the one that names fewest layers counts.
+
+    Raises ImpossiblePlan when a selector names no layer.
+    """
+    named = [(select_layers(selector, layers), factor) for selector, factor in multipliers.items()]
+    factors = {name: factor for names, factor in sorted(named, key=lambda x: -len(x[0])) for name in names}
+    return [
+        layer.model_copy(update={"kappa": [factors[layer.name] * k for k in layer.kappa]})
+        if layer.name in factors
+        else layer
+        for layer in layers
+    ]
+
+
+def tidy_selector(selector: str, layers: Sequence[LayerProfile]) -> str:
+    """The same layers in one way of writing, where there is one, so that lessons about them meet.
+
+    `*`, a kind such as `mlp.down_proj`, `blocks 0-3 · mlp.down_proj` or `blocks 0-3`; the selector without needless
+    spaces where none of these names the same layers. Raises ImpossiblePlan when it names no layer.
+    """
+    names = select_layers(selector, layers)
+    chosen = [layer for layer in layers if layer.name in set(names)]
+    span = f"blocks {min(layer.block for layer in chosen)}-{max(layer.block for layer in chosen)}"
+    kinds = {layer.kind for layer in chosen}
+    forms = [WHOLE, span]
+    if len(kinds) == 1:
+        kind = kinds.pop()
+        forms += [kind, f"{span} · {kind}"]
+    return next((form for form in forms if _names(form, layers) == names), " ".join(selector.split()))
+
+
+def _names(selector: str, layers: Sequence[LayerProfile]) -> list[str]:
+    try:
+        return select_layers(selector, layers)
+    except ImpossiblePlan:
+        return []

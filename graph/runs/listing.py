@@ -1,0 +1,103 @@
+"""Lists the runs of a directory: what each was asked for, how far it came and what it cost."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Column, Table
+from rich.text import Text
+
+from graph.show.display import clean, figure, percent
+from tools.results.schema import show_seconds
+
+MARKS = ("summary.json", "config.yaml", "events.jsonl", "run.json")
+STYLES = {"finished": "green", "unfinished": "yellow", "damaged": "red"}
+
+
+def list_runs(runs_dir: Path) -> Table:
+    """Past runs as a table, the one begun last at the bottom; a damaged file is named in its run's row."""
+    heads = ("status", "sparsity", "perplexity", "KL", "plans")
+    columns = [Column(head, no_wrap=True, justify="left" if head == "status" else "right") for head in heads]
+    table = Table(Column("run", overflow="fold"), *columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    runs = find_runs(runs_dir)
+    for run in runs:
+        status, what, *cells = describe_run(run)
+        # Two lines a run fit 80 columns; the first column folds and hides nothing, for --resume wants the name.
+        name = Text(clean(run.name), style="bold").append(f"\n{what}" if what else "", "not bold")
+        table.add_row(name, Text(status, style=STYLES.get(status.split("\n")[0], "")), *map(Text, cells))
+    table.caption = None if runs else Text(f"no runs in {clean(runs_dir, 1000)}")
+    return table
+
+
+def find_runs(runs_dir: Path) -> list[Path]:
+    """Directories that hold a run, in the order in which they were begun."""
+    try:
+        found = [path for path in runs_dir.iterdir() if any((path / mark).is_file() for mark in MARKS)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(found, key=lambda path: (begun(path), path.name))
+
+
+def begun(run: Path) -> float:
+    """When a run's first file was written; its directory's time changes with every file."""
+    return min((run / mark).stat().st_mtime for mark in MARKS if (run / mark).is_file())
+
+
+def describe_run(run: Path) -> list[str]:
+    """Status and time, model, sparsity, perplexity, KL and plans of a run, from what it left behind."""
+    try:
+        if (run / "summary.json").is_file():
+            return describe_summary(read_summary(run / "summary.json"))
+        config = read_config(run / "config.yaml")
+        return ["unfinished", clean(config["model"]), f"\nof {percent(config['target_sparsity'])}"]
+    except Damaged as problem:
+        return ["damaged", str(problem)]
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        name = "summary.json" if (run / "summary.json").is_file() else "config.yaml"
+        return ["damaged", f"{name}: {type(problem).__name__}: {clean(problem, 100)}"]
+
+
+def describe_summary(summary: Mapping[str, Any]) -> list[str]:
+    """The cells of a run that left a summary."""
+    perplexity = summary["perplexity"]
+    dense, pruned, uniform = (perplexity[key] for key in ("dense", "pruned", "uniform_wanda"))
+    return [
+        f"{clean(summary['status'], 20)}\n{show_seconds(summary['seconds'])}",
+        clean(summary["model"]),
+        f"{percent(summary['achieved_sparsity'])}\nof {percent(summary['target_sparsity'])}",
+        f"{figure(dense)} → {figure(pruned)}\nWanda {figure(uniform)}",
+        figure(summary["kl"], 4),
+        f"{summary['iterations']:d}\n{summary['rollbacks']:d} undone",
+    ]
+
+
+class Damaged(ValueError):
+    """A file of a run cannot be read; the message names it."""
+
+
+def read_summary(path: Path) -> Mapping[str, Any]:
+    """A run's summary; Damaged when it is not a JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as problem:
+        raise Damaged(f"{path.name}: not JSON (line {problem.lineno}, column {problem.colno})") from problem
+    except (OSError, ValueError, RecursionError) as problem:
+        raise Damaged(f"{path.name}: {type(problem).__name__}") from problem
+    if not isinstance(found, dict):
+        raise Damaged(f"{path.name}: not a JSON object")
+    return found
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """A run's config; Damaged when it is missing or not a YAML mapping."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise Damaged(f"{path.name}: missing") from problem
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as problem:
+        raise Damaged(f"{path.name}: {type(problem).__name__}") from problem
+    if not isinstance(found, dict):
+        raise Damaged(f"{path.name}: not a YAML mapping")
+    return found

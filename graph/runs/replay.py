@@ -1,0 +1,169 @@
+"""Replay a run from its record: `python -m graph.run --replay RUN`.
+
+`events.jsonl` holds every plan, every reflection, and every decision of a person, so a new run can take them from
+there: no agent is asked, and no key or endpoint is needed. What was measured is compared with the record, and the
+first figure that differs is told: then code, data or machine are others than they were.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from graph.persistence import runs_directory
+from graph.planning.orders import allocate_plan, find_recipe
+from graph.state import Plan, Reflection, State
+from tools.plans.allocate import ImpossiblePlan
+from tools.plans.layer_profile import LayerProfile
+from tools.base.errors import UserError
+from tools.plans.recipe import Recipe
+
+Event = dict[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
+
+FIGURES = {"perplexity": "perplexity", "kl": "KL", "verdict": "verdict", "checkpoint": "checkpoint"}
+"""What is compared of a trial, in this order, and what people call it."""
+
+
+@dataclass
+class Record:
+    """What a run left in `events.jsonl`: by iteration, the last word where a crash had one said twice."""
+
+    run: str
+    plans: dict[int, Plan] = field(default_factory=dict)
+    decisions: dict[int, Event] = field(default_factory=dict)
+    """What a person said to a plan, where the run asked one."""
+    reflections: dict[int, Reflection] = field(default_factory=dict)
+    """What a reflector's model said; nothing where the reflections are worked out from figures."""
+    trials: dict[int, Event] = field(default_factory=dict)
+    mask_sha256: str = ""
+    """Of the result; empty when the run did not finish."""
+    stop: str = ""
+    """Why its loop ended."""
+
+
+def read_record(run: str) -> Record:
+    """The record of a run. Raises UserError in one line when there is none, or it is damaged or of another form."""
+    record, path = Record(run), runs_directory() / run / "events.jsonl"
+    if not path.is_file():
+        raise UserError(f"run {run!r} left no record in {path.parent.parent}; see --list")
+    for event in _read_events(record.run, path):
+        try:
+            _take(record, event)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(str(part) for part in problem["loc"])
+            what = f"{event['type']} of iteration {event.get('iteration')}: {place}: {problem['msg'].lower()}"
+            raise UserError(f"the record of run {run!r} is of another version: {what}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{event.get('type')} event without a proper {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"the record of run {run!r} is of another version: {what}") from error
+    return record
+
+
+def _read_events(run: str, path: Path) -> list[Event]:
+    """All events; a line that a kill left unfinished is left out, and the event that was written behind it read."""
+    events = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            events.append(_read_line(line))
+        except ValueError as error:
+            if number == len(lines):
+                continue
+            raise UserError(f"the record of run {run!r} is damaged: line {number} of {path} is no event") from error
+    return events
+
+
+def _read_line(line: bytes) -> Event:
+    """One event; the last one of a line whose beginning is torn. Raises ValueError."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = json.loads(line[line.rindex(b'{"time": ', 1) :])
+    if not isinstance(event, dict):
+        raise ValueError("not an object")
+    return event
+
+
+def _take(record: Record, event: Event) -> None:
+    match event.get("type"):
+        case "plan":
+            record.plans[int(event["iteration"])] = Plan.model_validate(event["details"])
+        case "approval":
+            record.decisions[int(event["iteration"])] = {"decision": event["decision"], "reason": event["reason"]}
+        case "reflection":
+            record.reflections[int(event["iteration"])] = Reflection.model_validate(event["details"])
+        case "trial":
+            record.trials[int(event["iteration"])] = {name: event[name] for name in FIGURES}
+        case "note" if not record.mask_sha256:
+            record.stop = str(event["text"])
+        case "result":
+            record.mask_sha256 = str(event["mask_sha256"])
+
+
+def find_plan(state: State, read_layers: Callable[[Recipe], Sequence[LayerProfile]]) -> tuple[Plan | None, str]:
+    """The recorded plan of the state's iteration; without one that can be carried out, why the replay ends there.
+
+    Where the run asked a person, a plan counts once there was an answer.
+    """
+    record, iteration = read_record(state.replay), state.iteration
+    plan = record.plans.get(iteration)
+    if plan is None or (state.config.approve == "plans" and iteration not in record.decisions):
+        if record.mask_sha256:
+            return None, record.stop or f"run {record.run} planned no more rounds"
+        return None, f"the record of run {record.run} ends here, unfinished"
+    try:
+        allocate_plan(read_layers(find_recipe(plan, state.config)), plan, state.config)
+    except ImpossiblePlan as error:
+        return None, f"plan {iteration} of run {record.run} cannot be carried out here: {error}"
+    return plan, ""
+
+
+def find_reflection(run: str, iteration: int) -> Reflection:
+    """What the reflector's model said of an iteration; nothing where there was none, or the rule stood in for it."""
+    return read_record(run).reflections.get(iteration, Reflection())
+
+
+def find_decision(run: str, iteration: int) -> Event:
+    """What a person said to the plan of an iteration."""
+    return read_record(run).decisions[iteration]
+
+
+def compare(run: str, event: Event, directory: Path) -> tuple[str, str] | None:
+    """What to tell, as (type, text) of an event, when a trial or the result is compared with the record of `run`.
+
+    Of what differs only the first is told; the log in `directory` says whether something was.
+    """
+    if event["type"] == "trial":
+        there = read_record(run).trials.get(event["iteration"])
+        if there is None or _has_parted(directory):
+            return None
+        for name, word in FIGURES.items():
+            if there[name] != event[name]:
+                where = f"trial {event['iteration']}" if event["iteration"] else "the dense model"
+                return "parting", f"{where}: {word} {_show_both(there[name], event[name])}"
+    if event["type"] == "result" and (masks := read_record(run).mask_sha256):
+        if masks == event["mask_sha256"]:
+            return "note", f"the masks are those of run {run} (mask_sha256 {masks[:12]}…)"
+        return "parting", f"the masks: mask_sha256 {_show_both(masks, event['mask_sha256'])}"
+    return None
+
+
+def _has_parted(directory: Path) -> bool:
+    return '"type": "parting"' in (directory / "events.jsonl").read_text(encoding="utf-8")
+
+
+def _show_both(there: Any, here: Any) -> str:
+    """Both values, with as many digits as tell them apart."""
+    if isinstance(there, float) and isinstance(here, float):
+        pairs = ([f"{value:#.{digits}g}".rstrip(".") for value in (there, here)] for digits in range(4, 18))
+        shown = next(pair for pair in pairs if pair[0] != pair[1])
+        return f"{shown[0]} in the record, {shown[1]} here"
+    shown = ["not finite" if value is None else str(value)[:12] for value in (there, here)]
+    return f"{shown[0]} in the record, {shown[1]} here"

@@ -1,0 +1,228 @@
+"""Lessons in the store: kept once, merged when read, found again, and forgotten on request."""
+
+from pathlib import Path
+
+import pytest
+from langgraph.store.base import BaseStore
+from langgraph.store.memory import InMemoryStore
+
+from graph.config import RunConfig
+from graph.memory import store as memory
+from graph.memory.store import family, namespace, read_lessons, search_lessons, write_lesson
+from graph.persistence import open_store
+from graph.state import Lesson
+from tests.graph.planning.test_rule import make_lesson
+
+CONFIG = RunConfig(model="Qwen/Qwen3-4B")
+OTHER_CONFIG = RunConfig(model="Qwen/Qwen3-4B", target_sparsity=0.3)
+GROUP = "blocks 4-5 · mlp.down_proj"
+
+
+def learn(run: str, iteration: int = 1, factor: float = 1.5, selector: str = GROUP, text: str = "") -> Lesson:
+    update = {"run": run, "iteration": iteration, "text": text or f"learnt in {run}"}
+    return make_lesson(selector, factor).model_copy(update=update)
+
+
+@pytest.fixture
+def store() -> BaseStore:
+    return InMemoryStore()
+
+
+def keys(store: BaseStore, config: RunConfig = CONFIG) -> list[str]:
+    return sorted(item.key for item in store.search(namespace(config.model), limit=1000))
+
+
+# Writing and reading
+
+
+def test_writing_again_changes_nothing(store: BaseStore) -> None:
+    for _ in range(2):
+        write_lesson(store, CONFIG, learn("first", 1))
+        write_lesson(store, CONFIG, learn("first", 1, selector="*.v_proj"), number=1)
+        write_lesson(store, CONFIG, learn("first", 2))
+    assert keys(store) == ["first/1/0", "first/1/1", "first/2/0"]
+    lessons, runs = read_lessons(store, CONFIG, "second")
+    assert [(lesson.selector, lesson.count) for lesson in lessons] == [("*.v_proj", 1), (GROUP, 2)]
+    assert runs == 1
+
+
+def test_observations_of_several_runs_are_one_lesson(store: BaseStore) -> None:
+    for run, factor in (("first", 2.0), ("second", 1.0), ("third", 1.5)):
+        write_lesson(store, OTHER_CONFIG, learn(run, factor=factor))
+    lessons, runs = read_lessons(store, CONFIG, "third")
+    assert [(x.count, x.factor, x.run, x.text) for x in lessons] == [(2, 1.4142, "second", "learnt in second")]
+    assert runs == 2, "the run's own are not read back"
+    assert lessons[0].model == ""
+
+
+def test_lessons_of_this_very_config_are_marked_and_kept_apart(store: BaseStore) -> None:
+    write_lesson(store, CONFIG, learn("same"))
+    write_lesson(store, OTHER_CONFIG, learn("other"))
+    lessons, runs = read_lessons(store, CONFIG, "new")
+    assert {lesson.run: lesson.same_config for lesson in lessons} == {"same": True, "other": False}
+    assert runs == 2
+
+
+def test_another_model_of_the_same_label_has_its_own_lessons(store: BaseStore) -> None:
+    other = RunConfig(model="Qwen_Qwen3-4B")
+    assert namespace(other.model) == namespace(CONFIG.model)
+    write_lesson(store, other, learn("other"))
+    assert read_lessons(store, CONFIG, "new") == ([], 0)
+
+
+def test_items_of_earlier_versions_are_read(store: BaseStore) -> None:
+    old = {"run": "old", "iteration": 1, "recipe": "refit", "selector": GROUP, "factor": 1.5}
+    old |= {"predicted": 0.1, "measured": 0.2, "text": "an old one", "config": "0123456789abcdef"}
+    store.put(namespace(CONFIG.model), "old-1", old)
+    store.put(namespace(CONFIG.model), "old-2", old | {"iteration": 2, "factor": 0.0})
+    lessons, runs = read_lessons(store, CONFIG, "new")
+    assert [(x.factor, x.confidence, x.count, x.curves) for x in lessons] == [(1.5, 1.0, 1, "mask")]
+    assert runs == 1
+
+
+def test_a_lesson_that_was_contradicted_again_and_again_is_not_read(store: BaseStore) -> None:
+    for iteration in range(8):
+        write_lesson(store, OTHER_CONFIG, learn("first", iteration, factor=2.0 if iteration % 2 == 0 else 0.5))
+    assert read_lessons(store, CONFIG, "new") == ([], 0)
+    assert len(keys(store)) == 8, "without them the next observation would count as undisputed"
+
+
+def test_mere_words_are_not_kept(store: BaseStore) -> None:
+    write_lesson(store, CONFIG, learn("first").model_copy(update={"confidence": 0.0}))
+    assert not keys(store)
+
+
+def test_a_model_keeps_so_many_lessons_and_observations_of_most_evidence(
+    store: BaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "KEPT", 3)
+    monkeypatch.setattr(memory, "OBSERVATIONS", 4)
+    for iteration in range(6):
+        write_lesson(store, OTHER_CONFIG, learn("often", iteration))
+    for block in range(5):
+        write_lesson(store, OTHER_CONFIG, learn(f"once-{block}", selector=f"blocks {block}-{block}"))
+    expected = [*(f"often/{iteration}/0" for iteration in (2, 3, 4, 5)), "once-3/1/0", "once-4/1/0"]
+    assert keys(store) == sorted(expected)
+    write_lesson(store, OTHER_CONFIG, learn("once-4", selector="blocks 4-4"))
+    assert keys(store) == sorted(expected)
+
+
+def test_a_new_run_starts_with_those_of_most_evidence(store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LIMIT", 2)
+    for run, selector in (("a", "blocks 0-0"), ("b", GROUP), ("c", GROUP), ("d", "blocks 1-1"), ("e", "blocks 1-1")):
+        write_lesson(store, OTHER_CONFIG, learn(run, selector=selector))
+    lessons, runs = read_lessons(store, CONFIG, "new")
+    assert [lesson.selector for lesson in lessons] == [GROUP, "blocks 1-1"]
+    assert runs == 4, "the runs that taught these"
+
+
+# Searching
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("Qwen/Qwen3-4B", "qwen"),
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "qwen"),
+        ("HuggingFaceTB/SmolLM2-135M", "smollm"),
+        ("package:smollm2-135m-gguf", "smollm"),
+        ("meta-llama/Llama-3.2-1B", "llama"),
+        ("/models/Llama-3.2-1B/", "llama"),
+        ("EleutherAI/gpt-neo-125m", "gpt-neo"),
+        ("models/mine", "mine"),
+        ("models/135M", ""),
+    ],
+)
+def test_the_family_is_the_name_up_to_its_first_digit(model: str, expected: str) -> None:
+    assert family(model) == expected
+
+
+def test_a_search_finds_this_model_and_its_relatives_by_words(store: BaseStore) -> None:
+    write_lesson(store, OTHER_CONFIG, learn("own", selector="blocks 0-1 · self_attn.v_proj", text="values are dear"))
+    write_lesson(store, OTHER_CONFIG, learn("own", 2, text="down projections are dear"))
+    write_lesson(store, RunConfig(model="Qwen/Qwen3-8B"), learn("big", text="values of the large one"))
+    write_lesson(store, RunConfig(model="gpt2"), learn("far", text="values of another family"))
+    found = search_lessons(store, CONFIG, "v_proj: values?")
+    assert [(lesson.text, lesson.model) for lesson in found] == [
+        ("values are dear", ""),
+        ("values of the large one", "Qwen/Qwen3-8B"),
+    ]
+    assert len(search_lessons(store, CONFIG, "")) == 3
+    assert search_lessons(store, CONFIG, "nonsense") == []
+    assert search_lessons(store, CONFIG.model_copy(update={"memory": False}), "values") == []
+
+
+def test_models_of_no_family_are_no_relatives(store: BaseStore) -> None:
+    write_lesson(store, RunConfig(model="models/135M"), learn("first"))
+    assert search_lessons(store, RunConfig(model="models/360M"), "") == []
+    assert len(search_lessons(store, RunConfig(model="models/135M"), "")) == 1
+
+
+# The command
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BILLHOOK_RUNS_DIR", raising=False)
+    monkeypatch.setenv("BILLHOOK_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setenv("BILLHOOK_STATE", "")
+    with open_store(tmp_path / "runs") as store:
+        write_lesson(store, CONFIG, learn("first", text="dear\x1b[31m"))
+        write_lesson(store, CONFIG, learn("second", factor=2.0))
+        write_lesson(store, RunConfig(model="gpt2"), learn("third", selector="*.c_attn"))
+    return tmp_path / "runs"
+
+
+def obey(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = memory.main(list(arguments))
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_list_counts_lessons_and_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert obey(capsys, "list") == (0, "Qwen/Qwen3-4B: 1 lesson from 2 runs\ngpt2: 1 lesson from 1 run\n", "")
+    elsewhere = obey(capsys, "list", "--runs-dir", "elsewhere")
+    assert elsewhere == (0, "no lessons in elsewhere\n", "")
+    assert not Path("elsewhere").exists(), "looking makes nothing"
+
+
+def test_a_model_is_shown_with_its_figures(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert obey(capsys, "show", "Qwen/Qwen3-4B") == (
+        0,
+        "Qwen/Qwen3-4B: 1 lesson from 2 runs\n"
+        f"  {GROUP} ×1.73 with refit (2 observations, confidence 1.00): learnt in second\n",
+        "",
+    )
+
+
+def test_forgetting_says_first_what_it_would_forget(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "1 observation about Qwen/Qwen3-4B from 1 run"
+    one = ("forget", "Qwen/Qwen3-4B", "--run", "first")
+    assert obey(capsys, *one) == (0, f"would forget {told}; add --yes to do it\n", "")
+    assert obey(capsys, *one, "--yes") == (0, f"forgot {told}\n", "")
+    assert obey(capsys, *one, "--yes") == (
+        2,
+        "",
+        "error: no lessons of run 'first'; see python -m graph.memory list\n",
+    )
+    assert obey(capsys, "forget", "Qwen/Qwen3-4B", "--yes")[0] == 0
+    assert obey(capsys, "list")[1] == "gpt2: 1 lesson from 1 run\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("show", "Qwen/Qwen3-8B"), "no lessons of model 'Qwen/Qwen3-8B'; did you mean Qwen/Qwen3-4B?"),
+        (("forget", "bert"), "no lessons of model 'bert'; see python -m graph.memory list"),
+        (("show", "gpt2", "--runs-dir", "elsewhere"), "there are no lessons in elsewhere"),
+        (("forget", "Qwen/Qwen3-4B", "--run", "secnd"), "no lessons of run 'secnd'; did you mean second?"),
+        (("sho",), "argument COMMAND: invalid choice: 'sho' (choose from list, show, forget)"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    arguments: tuple[str, ...], error: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = obey(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.replace("'list', 'show', 'forget'", "list, show, forget") == f"error: {error}\n"

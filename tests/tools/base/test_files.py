@@ -1,0 +1,186 @@
+"""Files are whole or absent, artifacts match their hash, and a full disk is said to be one."""
+
+import errno
+import hashlib
+import math
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+
+from tools.base.errors import DamagedArtifact, UserError
+from tools.base.files import ArtifactStore, hash_file, is_disk_full, write_json, write_text, write_whole
+
+
+def files_in(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def no_space(path: Path) -> NoReturn:
+    path.write_bytes(b"half of it")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# --- plain files -----------------------------------------------------------------------------------------------
+
+
+def test_text_and_json(tmp_path: Path) -> None:
+    write_text(tmp_path / "new" / "a.txt", "naïve\n")
+    assert (tmp_path / "new" / "a.txt").read_text(encoding="utf-8") == "naïve\n"
+    write_json(tmp_path / "new" / "b.json", {"b": [1, "é"], "a": None})
+    assert (tmp_path / "new" / "b.json").read_text(encoding="utf-8") == '{\n "b": [\n  1,\n  "é"\n ],\n "a": null\n}\n'
+    assert files_in(tmp_path) == ["new/a.txt", "new/b.json"]
+    assert stat.S_IMODE((tmp_path / "new" / "a.txt").stat().st_mode) == 0o644
+
+
+def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="JSON"):
+            write_json(tmp_path / "a.json", {"x": value})
+        with pytest.raises(ValueError, match="JSON"):
+            ArtifactStore(tmp_path).write_json({"x": value})
+    assert files_in(tmp_path) == []
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fail(aside: Path) -> NoReturn:
+        aside.write_text("half of the n")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        write_whole(path, fail)
+    assert path.read_text() == "old"
+    assert files_in(tmp_path) == ["a.txt"]
+
+
+def test_ctrl_c_leaves_nothing_either(tmp_path: Path) -> None:
+    def interrupt(aside: Path) -> NoReturn:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "a.txt", interrupt)
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, old: str | None) -> None:
+    path = tmp_path / "a.txt"
+    if old:
+        write_text(path, old)
+    with pytest.raises(UserError) as refusal:
+        write_whole(path, no_space)
+    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith("the disk is full (")
+    assert str(refusal.value).endswith(
+        f" MB free) while writing {path}; free some space, then go on: a run with --resume, any other command as before"
+    )
+    assert files_in(tmp_path) == (["a.txt"] if old else [])
+    assert not old or path.read_text() == old
+
+
+def test_what_says_that_the_disk_is_full() -> None:
+    assert is_disk_full(OSError(errno.ENOSPC, "no space"))
+    assert is_disk_full(OSError(errno.EDQUOT, "quota"))
+    assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert not is_disk_full(OSError(errno.EACCES, "denied"))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]
+    if mount is None or os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
+    store = ArtifactStore(tiny_disk / "artifacts")
+    kept = store.write_tensors({"x": torch.zeros(1000)})
+    with pytest.raises(UserError, match=r"^the disk is full \(\d MB free\) while writing "):
+        store.write_tensors({"x": torch.zeros(300_000)})
+    with pytest.raises(UserError, match=r"^the disk is full \(\d MB free\) while writing "):
+        write_text(tiny_disk / "a.txt", "x" * 2_000_000)
+    assert files_in(tiny_disk) == [f"artifacts/{kept[:2]}/{kept}.safetensors"]
+    with pytest.raises(OSError, match="No space left"), (tiny_disk / "filler").open("wb") as file:
+        file.write(b"x" * 2_000_000)
+    with pytest.raises(UserError, match=r"^the disk is full \(0 MB free\) while writing "):
+        write_text(tiny_disk / "another" / "directory" / "a.txt", "x" * 5000)
+    assert store.read_tensors(kept)["x"].numel() == 1000
+
+
+# --- artifacts -------------------------------------------------------------------------------------------------
+
+
+def test_tensors_come_back_bit_for_bit_under_the_hash_of_the_file(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "artifacts")
+    tensors = {
+        "half": torch.tensor([[1.5, -0.0], [float("nan"), float("inf")]], dtype=torch.bfloat16),
+        "bits": torch.arange(7, dtype=torch.uint8),
+        "view": torch.arange(6.0).reshape(2, 3).T,
+    }
+    digest = store.write_tensors(tensors)
+    path = store.path(digest, ".safetensors")
+    assert path == tmp_path / "artifacts" / digest[:2] / f"{digest}.safetensors"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == digest == hash_file(path)
+    again = store.read_tensors(digest)
+    assert torch.equal(again["half"].view(torch.int16), tensors["half"].view(torch.int16))
+    assert torch.equal(again["bits"], tensors["bits"]) and torch.equal(again["view"], tensors["view"])
+    assert store.write_tensors(tensors) == digest
+    assert files_in(tmp_path) == [str(path.relative_to(tmp_path))]
+
+
+def test_json_values_do_not_depend_on_the_order_of_keys(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    digest = store.write_json({"b": 0.1, "a": ["é"]})
+    assert store.write_json({"a": ["é"], "b": 0.1}) == digest
+    assert store.read_json(digest) == {"a": ["é"], "b": 0.1}
+    assert store.has(digest, ".json") and not store.has(digest, ".safetensors")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "delete"])
+def test_damage_is_found_and_named(tmp_path: Path, damage: str) -> None:
+    store = ArtifactStore(tmp_path)
+    tensors, value = store.write_tensors({"x": torch.ones(100)}), store.write_json([1, 2, 3])
+    for digest, suffix, read in ((tensors, ".safetensors", store.read_tensors), (value, ".json", store.read_json)):
+        path = store.path(digest, suffix)
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1
+        path.write_bytes({"flip": bytes(content), "cut": bytes(content[:-1]), "empty": b"", "delete": b""}[damage])
+        if damage == "delete":
+            path.unlink()
+        sentence = "is missing" if damage == "delete" else "is damaged: its content does not match its hash"
+        with pytest.raises(DamagedArtifact) as refusal:
+            read(digest)
+        assert str(refusal.value) == f"artifact {path} {sentence}"
+        assert not store.has(digest, suffix)
+
+
+def test_writing_again_mends_a_damaged_artifact(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    digest = store.write_json([1, 2, 3])
+    store.path(digest, ".json").write_text("[1, 2, 4]")
+    assert store.write_json([1, 2, 3]) == digest
+    assert store.read_json(digest) == [1, 2, 3]
+
+
+def test_a_file_left_by_a_killed_process_is_no_artifact(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    (tmp_path / ".new.json").write_text("[1, 2")
+    digest = store.write_json([1, 2, 3])
+    assert store.read_json(digest) == [1, 2, 3]
+    assert files_in(tmp_path) == [f"{digest[:2]}/{digest}.json"]

@@ -1,0 +1,154 @@
+"""The LangChain wrappers answer what the plain functions answer, and hold the run's bounds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.messages import ToolMessage
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import ValidationError
+
+from tests.tiny import tiny_settings
+from tools.instruments.agent_tools import make_planner_tools, make_tools
+from tools.instruments.functions import Draft, Round
+from tools.plans.allocate import ImpossiblePlan, allocate
+from tools.workbench.bench import Workbench, use_workbench
+
+
+def ignore(label: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture
+def opened(tmp_path: Path, tiny_llama: Path, workbench_closed: None) -> tuple[Workbench, dict[str, BaseTool]]:
+    with use_workbench(tiny_settings(tiny_llama), tmp_path / "run", pytest.fail, ignore) as bench:
+        profile = bench.profile(ignore)
+        tools = make_tools(bench, profile, ignore, protect=["*.v_proj"], max_layer_sparsity=0.9)
+        return bench, {tool.name: tool for tool in tools}
+
+
+def test_prune_validate_restore(opened: tuple[Workbench, dict[str, BaseTool]]) -> None:
+    bench, tools = opened
+    before = {name: layer.weight_OI.clone() for name, layer in bench.by_name.items()}
+    share = json.loads(tools["allocate_sparsity"].invoke({"sparsity": 0.3}))
+    assert all(value == 0 for name, value in share["layers"].items() if name.endswith("v_proj"))
+    pruned = json.loads(tools["prune_model"].invoke({"sparsity": 0.3, "recipe": {"refit": False}}))
+    zeros, weights = bench.count_zeros()
+    assert zeros == round(0.3 * weights)
+    assert pruned["predicted_kl"] == share["predicted_kl"]
+    figures = json.loads(tools["validate_model"].invoke({"checkpoint": pruned["checkpoint"]}))
+    assert figures["kl"] > 0 and figures["perplexity"] > 1
+    restored = json.loads(tools["restore_checkpoint"].invoke({"checkpoint": "dense"}))
+    assert restored["changed_layers"] == sum(not name.endswith("v_proj") for name in before)
+    assert all(bool((layer.weight_OI == before[name]).all()) for name, layer in bench.by_name.items())
+
+
+def test_bad_arguments_are_refused(opened: tuple[Workbench, dict[str, BaseTool]]) -> None:
+    _, tools = opened
+    with pytest.raises(ValueError, match="less than 1"):
+        tools["prune_model"].invoke({"sparsity": 45})
+    with pytest.raises(ImpossiblePlan, match="allow at most"):
+        tools["allocate_sparsity"].invoke({"sparsity": 0.95})
+
+
+# --- a planner's five -------------------------------------------------------------------------------------------------
+
+WANDA = {"sparsity": 0.3, "recipe": {"method": "wanda", "refit": False, "allocation": "uniform"}}
+
+
+@pytest.fixture
+def instruments(opened: tuple[Workbench, dict[str, BaseTool]]) -> dict[str, BaseTool]:
+    bench, _ = opened
+    round_ = Round(
+        bench,
+        bench.profile(ignore),
+        lambda layers, draft: allocate(layers, draft.sparsity, draft.recipe, draft.adjustments, protect=["*.v_proj"]),
+        ignore,
+    )
+    tools = make_planner_tools(
+        round_, history=lambda n: [f"round {i}" for i in range(n)], recall=lambda query: [f"about {query}"]
+    )
+    return {tool.name: tool for tool in tools}
+
+
+def call(tool: BaseTool, **arguments: object) -> tuple[dict[str, object], str]:
+    """The answer, and the same for people."""
+    message = tool.invoke({"type": "tool_call", "id": "1", "name": tool.name, "args": arguments})
+    assert isinstance(message, ToolMessage)
+    return json.loads(message.text), message.artifact
+
+
+def test_a_planner_gets_five_and_none_of_them_changes_the_model(instruments: dict[str, BaseTool]) -> None:
+    assert list(instruments) == ["inspect_layers", "predict", "probe", "history", "recall"]
+    plan = {**WANDA, "reason": "what a plan has beyond that does no harm", "reprofile": False}
+    answer, shown = call(instruments["inspect_layers"], selector="*.v_proj")
+    assert shown == f"*.v_proj -> {answer['layers']} layers"
+    answer, shown = call(instruments["predict"], plan=plan)
+    assert shown == f"30.0% wanda:uniform -> predicted KL {answer['predicted_kl']}"
+    answer, shown = call(instruments["probe"], plan=plan, tokens=64)
+    assert (answer["tokens"], shown) == (64, f"30.0% wanda:uniform -> KL {answer['kl']} on 64 tokens")
+    assert call(instruments["history"], n=2) == ({"trials": ["round 0", "round 1"]}, "2 -> 2 trials")
+    assert call(instruments["recall"], query="v_proj") == ({"lessons": ["about v_proj"]}, "v_proj -> 1 lesson")
+
+
+def test_a_probe_answers_for_each_of_several_plans(instruments: dict[str, BaseTool]) -> None:
+    impossible = {**WANDA, "adjustments": [{"selector": "*", "action": "bounds", "high": 0.1}]}
+    mask = {"sparsity": 0.2, "recipe": {"method": "two-sided", "refit": False}}
+    answer, shown = call(instruments["probe"], plans=[WANDA, impossible, mask], tokens=64)
+    one, _ = call(instruments["probe"], plan=WANDA, tokens=64)
+    found: Any = answer["plans"]
+    assert found[0] == {"plan": "30.0% wanda:uniform", **one}
+    assert list(found[1]) == ["plan", "error"] and "allow at most" in found[1]["error"]
+    assert found[2]["plan"] == "20.0% two-sided:kappa" and found[2]["kl"] > 0
+    assert shown == (
+        f"30.0% wanda:uniform -> KL {one['kl']} on 64 tokens; 30.0% wanda:uniform · 1 adjustment -> "
+        f"{found[1]['error']}; 20.0% two-sided:kappa -> KL {found[2]['kl']} on 64 tokens"
+    )
+    assert call(instruments["probe"], plan=[WANDA], tokens=64)[0] == {"plans": found[:1]}, "a list as the plan"
+    assert call(instruments["probe"], plans=WANDA, plan=None, tokens=64)[0] == {"plans": found[:1]}
+
+
+def test_a_probes_line_tells_of_adjustments(instruments: dict[str, BaseTool]) -> None:
+    protect = {"selector": "*.q_proj", "action": "protect"}
+    _, shown = call(instruments["predict"], plan={**WANDA, "adjustments": [protect]})
+    assert shown.startswith("30.0% wanda:uniform · 1 adjustment -> ")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "problem"),
+    [
+        ("inspect_layers", {"selector": ""}, "at least 1 character"),
+        ("predict", {"plan": {"sparsity": 45}}, "less than 1"),
+        ("predict", {"plan": {**WANDA, "adjustments": [{"selector": "*", "action": "protect"}] * 65}}, "at most 64"),
+        ("probe", {"plan": WANDA, "tokens": 0}, "greater than or equal to 1"),
+        ("probe", {"tokens": 64}, "give a plan, or up to 4 plans"),
+        ("probe", {"plan": WANDA, "plans": [WANDA]}, "give a plan, or up to 4 plans"),
+        ("probe", {"plans": []}, "give a plan, or up to 4 plans"),
+        ("probe", {"plans": [WANDA] * 5}, "at most 4 items"),
+        ("probe", {"plan": [WANDA, {"sparsity": 45}]}, "less than 1"),
+        ("history", {"n": 51}, "less than or equal to 50"),
+        ("recall", {"query": "x" * 201}, "at most 200 characters"),
+    ],
+)
+def test_bad_arguments_of_a_planner(
+    name: str, arguments: dict[str, object], problem: str, instruments: dict[str, BaseTool]
+) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        call(instruments[name], **arguments)
+
+
+def test_selectors_and_bounds_are_checked(instruments: dict[str, BaseTool]) -> None:
+    with pytest.raises(ImpossiblePlan, match="means no layer"):
+        call(instruments["inspect_layers"], selector="*.nothing")
+    bounds = {"selector": "*", "action": "bounds", "high": 0.1}
+    with pytest.raises(ImpossiblePlan, match="allow at most"):
+        call(instruments["probe"], plan={**WANDA, "adjustments": [bounds]})
+
+
+def test_tools_are_described_shortly(instruments: dict[str, BaseTool]) -> None:
+    described = [convert_to_openai_tool(tool)["function"] for tool in instruments.values()]
+    assert len(json.dumps(described)) < 2_500, "a plan's schema is not sent once more for each tool"
+    assert all("\n" not in function["description"] for function in described)
+    assert Draft.model_validate({"sparsity": 0.3}).recipe.method == "refit"

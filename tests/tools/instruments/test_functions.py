@@ -1,0 +1,294 @@
+"""What a planner can find out: the figures that a real round would give, and the same bits in the model afterwards."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tools.team.worker
+import tools.workbench.bench
+from tests.team import Team
+from tests.tiny import tiny_settings
+from tools.instruments.functions import MAX_GROUPS, MAX_INSPECTED, Draft, Round, inspect_layers, predict, probe
+from tools.models.layers import Layer
+from tools.plans.allocate import Allocation, ImpossiblePlan, allocate
+from tools.plans.layer_profile import LEVELS, LayerProfile
+from tools.plans.recipe import Adjustment, Recipe, parse_recipe
+from tools.workbench.bench import DENSE, Workbench, use_workbench
+
+WANDA = Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform"))
+REFIT = Draft(sparsity=0.4)
+PROTECT = ["*.v_proj"]
+
+
+def ignore(label: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_llama: Path, workbench_closed: None) -> Workbench:
+    with use_workbench(tiny_settings(tiny_llama), tmp_path / "run", pytest.fail, ignore) as bench:
+        return bench
+
+
+def share_out(layers: Sequence[LayerProfile], draft: Draft) -> Allocation:
+    return allocate(layers, draft.sparsity, draft.recipe, draft.adjustments, protect=PROTECT, max_layer_sparsity=0.9)
+
+
+@pytest.fixture
+def make_round(bench: Workbench) -> Callable[..., Round]:
+    def make(accepted: Draft | None = None, **more: Any) -> Round:
+        """A round, with the dense weights in the model, or with those of an accepted draft."""
+        profile = bench.profile(ignore)
+        present = DENSE
+        if accepted:
+            allocation = share_out(bench.describe_layers(profile, accepted.recipe, ignore), accepted)
+            present = bench.prune(profile, allocation, accepted.recipe, ignore)
+        return Round(bench, profile, share_out, ignore, present=present, **more)
+
+    return make
+
+
+def hash_weights(bench: Workbench) -> str:
+    """A hash of the bits of all weights."""
+    digest = hashlib.sha256()
+    for layer in bench.layers:
+        digest.update(layer.stored_weight.contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- inspect -------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_the_whole_profile_of_what_a_selector_means(make_round: Callable[..., Round]) -> None:
+    round_ = make_round(WANDA)
+    figures = inspect_layers(round_, "blocks 0 · *.q_proj")
+    layer = round_.bench.read_profile(round_.profile).layers[0]
+    assert layer.name.endswith("0.self_attn.q_proj")
+    name, weights, now, wanda_z, grad_z, *kappa = figures["rows"][0].split()
+    assert figures["columns"].split() == [
+        *("name", "weights", "sparsity_now", "wanda_z", "grad_z"),
+        *(f"kl{level:g}" for level in LEVELS),
+    ]
+    assert (figures["layers"], figures["weights"], len(figures["rows"])) == (1, layer.weights, 1)
+    assert (name, int(weights)) == (layer.name, layer.weights)
+    assert float(now) == pytest.approx(figures["sparsity_now"], rel=0.01)
+    assert figures["sparsity_now"] > 0.4, "the protected layers leave more to the others"
+    assert [float(z) for z in (wanda_z, grad_z)] == pytest.approx([layer.wanda_z, layer.gradient_z], rel=0.01)
+    assert [float(kl) for kl in kappa] == pytest.approx(layer.kappa, rel=0.01)
+    assert list(figures["kl_together"].values()) == pytest.approx(layer.kappa, rel=1e-3)
+
+
+def test_inspect_leaves_rows_out_aloud(make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch) -> None:
+    round_ = make_round()
+    layers = len(round_.bench.layers)
+    assert layers <= MAX_INSPECTED and "rows_left_out" not in inspect_layers(round_, "*")
+    monkeypatch.setattr("tools.instruments.functions.MAX_INSPECTED", 3)
+    figures = inspect_layers(round_, "*")
+    assert (figures["layers"], len(figures["rows"]), figures["rows_left_out"]) == (layers, 3, layers - 3)
+    with pytest.raises(ImpossiblePlan, match="means no layer"):
+        inspect_layers(round_, "*.nothing")
+
+
+# --- predict -------------------------------------------------------------------------------------------------------
+
+
+def test_predict_is_the_allocation_that_a_round_would_have(make_round: Callable[..., Round]) -> None:
+    round_ = make_round(WANDA)
+    bench, before = round_.bench, hash_weights(round_.bench)
+    names = list(bench.by_name)
+    groups = {"early": names[: len(names) // 2], "late": names[len(names) // 2 :]}
+    round_ = Round(bench, round_.profile, share_out, ignore, present=round_.present, groups=groups)
+    figures = predict(round_, REFIT)
+    assert hash_weights(bench) == before, "curves are measured on the dense weights"
+    allocation = share_out(bench.describe_layers(round_.profile, REFIT.recipe, ignore), REFIT)
+    masks = share_out(bench.read_profile(round_.profile).layers, REFIT)
+    assert figures["sparsity"] == pytest.approx(0.4, abs=5e-4)
+    assert figures["predicted_kl"] == pytest.approx(allocation.predicted_kl, rel=1e-3)
+    assert figures["mask_kl"] >= masks.predicted_kl * 0.999, "no allocation is better by the curves of the mask"
+    assert sum(kl for _, kl in figures["groups"].values()) == pytest.approx(1, abs=0.01)
+    for selector, (share, _) in figures["groups"].items():
+        zeros = sum(allocation.zeros[name] for name in groups[selector])
+        weights = sum(bench.dense[name].numel() for name in groups[selector])
+        assert share == pytest.approx(zeros / weights, rel=1e-3)
+
+
+def test_predict_names_the_groups_that_cost_most(make_round: Callable[..., Round]) -> None:
+    round_ = make_round()
+    names = list(round_.bench.by_name)
+    groups = {f"g{i}": [names[i % len(names)]] for i in range(MAX_GROUPS + 5)}
+    figures = predict(Round(round_.bench, round_.profile, share_out, ignore, groups=groups), WANDA)
+    costs = [kl for _, kl in figures["groups"].values()]
+    assert costs == sorted(costs, reverse=True)
+    assert (len(costs), figures["groups_left_out"]) == (MAX_GROUPS, 5)
+
+
+def test_nothing_is_measured_for_an_impossible_draft(
+    make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = make_round()
+    monkeypatch.setattr(tools.workbench.bench, "measure_kappa", pytest.fail)
+    bounds = Adjustment(selector="*", action="bounds", high=0.2)
+    for instrument in (lambda draft: predict(round_, draft), lambda draft: probe(round_, [draft], 1)):
+        with pytest.raises(ImpossiblePlan, match="allow at most"):
+            instrument(Draft(sparsity=0.4, adjustments=[bounds]))
+
+
+# --- probe ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(1, 1), (64, 1), (65, 2), (10**9, 3)])
+@pytest.mark.parametrize("accepted", [None, WANDA])
+def test_probe_measures_what_a_round_would_and_puts_everything_back(
+    accepted: Draft | None, tokens: int, windows: int, make_round: Callable[..., Round]
+) -> None:
+    round_ = make_round(accepted)
+    bench, before = round_.bench, hash_weights(round_.bench)
+    present = bench.evaluate(round_.present, "validation", round_.profile, ignore)
+    figures = probe(round_, [REFIT], tokens)[0]
+    assert hash_weights(bench) == before
+    assert bench.restore(round_.present) == []
+    layers = bench.describe_layers(round_.profile, REFIT.recipe, ignore)
+    checkpoint = bench.prune(round_.profile, share_out(layers, REFIT), REFIT.recipe, ignore)
+    real = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
+    kl, nll = ([x for x in losses[:windows] if x is not None] for losses in (real.kl, real.nll))
+    dense = bench.read_profile(round_.profile).dense
+    assert figures["tokens"] == 64 * windows
+    assert figures["kl"] == pytest.approx(sum(kl) / windows, rel=1e-3)
+    assert (figures["kl_error"] is None) == (windows == 1)
+    assert figures["perplexity"] == pytest.approx(2.718281828 ** (sum(nll) / windows), rel=1e-3)
+    if windows == 3:
+        assert figures["dense_perplexity"] == pytest.approx(dense.perplexity, rel=1e-3)
+    assert ("kl_change" in figures) == (accepted is not None)
+    if accepted:
+        changes = [t - a for t, a in zip(kl, present.kl, strict=False) if a is not None]
+        assert figures["kl_change"] == pytest.approx(sum(changes) / windows, rel=1e-3)
+
+
+def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
+    make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = make_round()
+    figures = probe(round_, [WANDA], 192)[0]
+    monkeypatch.setattr(tools.team.worker, "prune_weight", pytest.fail)
+    monkeypatch.setattr(tools.workbench.bench, "evaluate_windows", pytest.fail)
+    bench = round_.bench
+    allocation = share_out(bench.read_profile(round_.profile).layers, WANDA)
+    checkpoint = bench.prune(round_.profile, allocation, WANDA.recipe, ignore)
+    evaluation = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
+    assert evaluation.mean_kl == pytest.approx(figures["kl"], rel=1e-3)
+
+
+def test_a_probe_is_measured_once(make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch) -> None:
+    round_ = make_round()
+    figures = probe(round_, [REFIT], 100)
+    probe(round_, [WANDA], 100)
+    monkeypatch.setattr(tools.team.worker, "prune_weight", pytest.fail)
+    monkeypatch.setattr(tools.workbench.bench, "evaluate_windows", pytest.fail)
+    assert probe(round_, [REFIT], 128) == figures, "on as many windows"
+
+
+@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize("tokens", [100, 192])
+def test_several_drafts_are_measured_as_each_alone(
+    workers: bool, tokens: int, make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    booked: list[int] = []
+    round_ = make_round(WANDA, book=booked.append)
+    bench = round_.bench
+    bounds = Adjustment(selector="*", action="bounds", high=0.2)
+    drafts = [REFIT, Draft(sparsity=0.4, adjustments=[bounds]), Draft(sparsity=0.2, recipe=WANDA.recipe), REFIT, WANDA]
+    alone = [probe(round_, [draft], tokens)[0] for draft in (REFIT, drafts[2], WANDA)]
+    assert booked == [2 * 64 if tokens == 100 else 3 * 64] * 3
+    for made in (bench.store.directory / "index.jsonl", *(bench.directory / "evaluations").iterdir()):
+        made.unlink()
+    bench.evaluate(round_.present, "validation", round_.profile, ignore)
+    before = hash_weights(bench)
+    team = Team(bench, 3)
+    if workers:
+        monkeypatch.setattr(bench, "cluster", team)
+        monkeypatch.setattr(bench, "_team", team)
+    figures = probe(round_, drafts, tokens)
+    assert [figures[number] for number in (0, 2, 3, 4)] == [alone[0], alone[1], alone[0], alone[2]]
+    assert list(figures[1]) == ["error"] and "allow at most" in figures[1]["error"]
+    assert booked[3:] == [4 * booked[0]], "all that can be"
+    assert hash_weights(bench) == before
+    assert len(team.handed) == (2 if workers else 0)
+    assert probe(round_, drafts, tokens) == figures and len(team.handed) == (2 if workers else 0)
+
+
+def test_drafts_none_of_which_can_be(make_round: Callable[..., Round]) -> None:
+    drafts = [
+        Draft(sparsity=0.4, adjustments=[Adjustment(selector="*", action="bounds", high=high)]) for high in (0.1, 0.2)
+    ]
+    with pytest.raises(ImpossiblePlan, match=r"allow at most .*; .*allow at most"):
+        probe(make_round(), drafts, 1)
+
+
+def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> None:
+    round_ = make_round(WANDA)
+    bench = round_.bench
+    kept = bench.prune(
+        round_.profile,
+        share_out(bench.read_profile(round_.profile).layers, Draft(sparsity=0.3, recipe=WANDA.recipe)),
+        WANDA.recipe,
+        ignore,
+    )
+    bench.restore(round_.present)
+    round_ = Round(bench, round_.profile, share_out, ignore, present=round_.present, keep=[kept])
+    count = len([*bench.store.directory.rglob("*.safetensors")])
+    sizes = []
+    for sparsity in (0.1, 0.2, 0.35):
+        probe(round_, [Draft(sparsity=sparsity, recipe=Recipe(method="two-sided", refit=False))], 1)
+        sizes.append(len([*bench.store.directory.rglob("*.safetensors")]) - count)
+    assert sizes[0] == sizes[1] == sizes[2] > 0
+    for checkpoint in (kept, round_.present):
+        assert all(
+            record.artifact == DENSE or bench.store.has(record.artifact, ".safetensors")
+            for record in bench.read_checkpoint(checkpoint).values()
+        )
+
+
+def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[..., Round]) -> None:
+    booked: list[int] = []
+    round_ = make_round(book=booked.append)
+    probe(round_, [WANDA], 65)
+    probe(round_, [WANDA], 1_000_000)
+    assert booked == [128, 192], "whole windows of 64 tokens, and at most the three that there are"
+
+    def refuse(tokens: int) -> None:
+        raise ValueError("none are left")
+
+    before = hash_weights(round_.bench)
+    refused = Round(round_.bench, round_.profile, share_out, ignore, book=refuse)
+    with pytest.raises(ValueError, match="none are left"):
+        probe(refused, [Draft(sparsity=0.2)], 1)
+    assert hash_weights(round_.bench) == before
+
+
+def test_what_fails_in_a_probe_leaves_the_weights_as_they_were(
+    make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = make_round(WANDA)
+    before, calls = hash_weights(round_.bench), 0
+    real = Layer.write
+
+    def fail_third(layer: Layer, weight_OI: Any) -> None:
+        nonlocal calls
+        calls += 1
+        real(layer, weight_OI)
+        if calls == 3:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Layer, "write", fail_third)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        probe(round_, [Draft(sparsity=0.2, recipe=WANDA.recipe)], 1)
+    assert calls > 3
+    assert hash_weights(round_.bench) == before
+
+
+def test_the_users_pattern_holds_whatever_a_draft_says(make_round: Callable[..., Round]) -> None:
+    round_ = make_round(pattern="2:4")
+    assert round_.recipe(Draft(sparsity=0.5, recipe=Recipe(pattern="1:4"))).pattern == "2:4"

@@ -1,0 +1,66 @@
+"""The probability of answers, and what is left of it."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import ARCHITECTURES, make_tiny_model, make_tiny_tokenizer
+from tools.measure.recall import EncodedPair, Recall, compare_recall, encode_pairs, measure_recall
+from tools.texts.questions import Question
+
+
+def quiet(*_: Any) -> None:
+    pass
+
+
+def read_slowly(model: Any, pair: EncodedPair) -> float:
+    """One question alone, by the model's own logits, in float64."""
+    ids = torch.tensor([pair.ids])
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)
+    places = range(pair.start, len(pair.ids))
+    return sum(float(log_p[place - 1, pair.ids[place]]) for place in places) / len(places)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batches_give_what_each_question_gives_alone(architecture: str) -> None:
+    model = make_tiny_model(architecture)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 9, 2, 14, 5] * 4  # more than a batch
+    pairs = [
+        EncodedPair(torch.randint(0, 60, (length,), generator=generator).tolist(), max(1, length - 3))
+        for length in lengths
+    ]
+    recall = measure_recall(model, pairs, "questions", quiet)
+    assert recall.tokens == sum(lengths)
+    assert recall.logprob == pytest.approx([read_slowly(model, pair) for pair in pairs], abs=2e-4)
+
+
+def test_the_answer_is_what_follows_the_question() -> None:
+    tokenizer = make_tiny_tokenizer()
+    question = Question("Which planet has Maxwell Montes?", ("venus", "the second"))
+    (pair,) = encode_pairs([question], tokenizer)
+    whole = "Question: Which planet has Maxwell Montes?\nAnswer: venus"
+    assert pair.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(pair.ids[pair.start :]).strip() == "venus"
+
+
+def test_retention() -> None:
+    dense = Recall(logprob=[-1.0, -2.0, -3.0], tokens=30)
+    assert compare_recall(dense, dense) == (1.0, 0.0)
+    left = compare_recall(Recall(logprob=[-1.1, -2.3, -3.2], tokens=30), dense)
+    assert left is not None
+    assert left.share == pytest.approx(math.exp(-0.2))
+    assert left.error == pytest.approx(math.exp(-0.2) * 0.1 / math.sqrt(3))
+    assert compare_recall(Recall(logprob=[-1.0, None, -3.0], tokens=30), dense) is None
+    with pytest.raises(ValueError, match="only answers to the same questions can be compared"):
+        compare_recall(Recall(logprob=[-1.0], tokens=10), dense)
+
+
+def test_a_model_that_is_not_finite() -> None:
+    model = make_tiny_model("llama")
+    model.get_output_embeddings().weight.data.fill_(math.nan)
+    recall = measure_recall(model, [EncodedPair([1, 2, 3], 2)], "questions", quiet)
+    assert (recall.logprob, recall.mean) == ([None], None)

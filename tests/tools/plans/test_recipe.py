@@ -1,0 +1,157 @@
+"""What a plan may and may not ask for."""
+
+import re
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+from kernels.methods import METHODS
+from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_recipe
+
+
+def test_every_method_is_a_kernel_and_the_other_way_round() -> None:
+    assert set(get_args(Recipe.model_fields["method"].annotation)) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mask", "label"),
+    [
+        (Recipe(), "refit", "refit:kappa"),
+        (Recipe(method="two-sided"), "two-sided+refit", "two-sided+refit:kappa"),
+        (Recipe(strength=0.8), "refit", "refit:kappa@0.8"),
+        (Recipe(curves="mask", strength=0.8), "refit", "refit:kappa-mask@0.8"),
+        (
+            Recipe(gamma="clipped", statistics="sequential"),
+            "refit~clipped~sequential",
+            "refit~clipped~sequential:kappa",
+        ),
+        (Recipe(method="wanda", refit=False, allocation="uniform"), "wanda", "wanda:uniform"),
+        (Recipe(method="sparsegpt"), "sparsegpt+refit", "sparsegpt+refit:kappa"),
+        (Recipe(allocation="uniform", strength=0.5), "refit", "refit:uniform"),
+        (Recipe(method="sparsegpt", refit=False, allocation="owl"), "sparsegpt", "sparsegpt:owl"),
+        (Recipe(allocation="owl", strength=0.5), "refit", "refit:owl@0.5"),
+        (Recipe(refit_steps=3), "refit3", "refit3:kappa"),
+        (Recipe(refit_steps=10, gamma="clipped", strength=0.8), "refit10~clipped", "refit10~clipped:kappa@0.8"),
+        (Recipe(refit_steps=5), "refit", "refit:kappa"),
+        (Recipe(method="wanda", refit_steps=3), "wanda+refit", "wanda+refit:kappa"),
+        (Recipe(allocation="alphapruning", strength=0), "refit", "refit:alphapruning@0"),
+    ],
+)
+def test_labels(recipe: Recipe, mask: str, label: str) -> None:
+    assert (recipe.mask_label, recipe.label) == (mask, label)
+    assert parse_recipe(label).label == label
+
+
+def test_the_method_refit_is_not_refitted_once_more() -> None:
+    assert not Recipe(method="refit").refits_after
+    assert Recipe(method="refit", refit=False).refits
+    assert Recipe(method="wanda").refits_after
+    assert not Recipe(method="wanda", refit=False).refits
+
+
+def test_a_recipe_is_a_value() -> None:
+    assert Recipe() == Recipe(method="refit") and hash(Recipe()) == hash(Recipe())
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe().strength = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"strength": 1.01}, "less than or equal to 1"),
+        ({"strength": -0.1}, "greater than or equal to 0"),
+        ({"strength": float("nan")}, "strength"),
+        ({"method": "random"}, "'two-sided-obs' or 'refit'"),
+        ({"allocation": "evopress"}, "'kappa', 'uniform', 'owl' or 'alphapruning'"),
+        ({"gamma_clip": 10}, "Extra inputs are not permitted"),
+    ],
+)
+def test_recipes_that_are_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        Recipe.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"action": "factor", "factor": 2},
+        {"action": "bounds", "low": 0.1},
+        {"action": "bounds", "high": 0.1},
+        {"action": "bounds", "low": 0.1, "high": 0.1, "reason": "x" * 500},
+        {"action": "protect"},
+    ],
+)
+def test_adjustments_that_make_sense(fields: dict[str, Any]) -> None:
+    Adjustment.model_validate({"selector": "*", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"action": "factor"}, "action 'factor' needs a factor"),
+        ({"action": "factor", "low": 0.3}, "action 'factor' needs a factor"),
+        ({"action": "bounds", "factor": 2}, "action 'bounds' needs low or high"),
+        ({"action": "bounds", "low": 0.6, "high": 0.5}, "low 0.6 is above high 0.5"),
+        ({"action": "bounds", "high": 45}, "less than or equal to 1"),
+        ({"action": "factor", "factor": 0}, "greater than or equal to 0.05"),
+        ({"action": "factor", "factor": float("nan")}, "factor"),
+        ({"action": "factor", "factor": float("inf")}, "less than or equal to 20"),
+        ({"action": "drop"}, "'factor', 'bounds' or 'protect'"),
+        ({"action": "protect", "selector": ""}, "at least 1 character"),
+        ({"action": "protect", "selector": "x" * 201}, "at most 200 characters"),
+        ({"action": "protect", "reason": "x" * 501}, "at most 500 characters"),
+        ({"action": "protect", "strength": 1}, "Extra inputs are not permitted"),
+    ],
+)
+def test_adjustments_that_are_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        Adjustment.model_validate({"selector": "*", **fields})
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        ("", "recipe '' is not of the form METHOD[+refit]:ALLOCATION, such as refit:kappa"),
+        ("refit:kappa:owl", "is not of the form"),
+        ("obs:kappa", "recipe 'obs:kappa': method: input should be 'magnitude'"),
+        ("wanda:greedy", "recipe 'wanda:greedy': allocation: input should be 'kappa'"),
+        ("refit11:kappa", "recipe 'refit11:kappa': refit_steps: input should be less than or equal to 10"),
+        ("refit0:kappa", "refit_steps: input should be greater than or equal to 1"),
+        ("wanda3:kappa", "is not of the form"),
+        ("two-sided+refit3:kappa", "is not of the form"),
+        ("wanda:owl@2", "recipe 'wanda:owl@2': strength: input should be less than or equal to 1"),
+    ],
+)
+def test_labels_that_are_refused(label: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parse_recipe(label)
+
+
+def test_only_another_change_of_the_weights_needs_curves_of_its_own() -> None:
+    assert parse_recipe("refit:kappa").needs_curves
+    assert parse_recipe("wanda:kappa").needs_curves
+    assert not parse_recipe("two-sided:kappa").needs_curves, "the profile has these"
+    assert not parse_recipe("refit:kappa-mask").needs_curves
+    assert not parse_recipe("refit:owl").needs_curves
+    assert not parse_recipe("refit:kappa").model_copy(update={"pattern": "2:4"}).needs_curves
+
+
+def test_patterns() -> None:
+    assert Recipe(pattern="2:4").group == (2, 4)
+    assert Recipe().group is None
+    assert count_pattern_zeros(64 * 48, (3, 8)) == 64 * 48 * 3 // 8
+    for text in ("4:2", "2:2", "0:4", "2/4", "a:b"):
+        with pytest.raises(ValidationError, match=f"pattern '{text}' is not N:M with 0 < N < M, such as 2:4"):
+            Recipe(pattern=text)
+
+
+def test_the_part_within_layers_leaves_the_allocation_out() -> None:
+    recipe = parse_recipe("two-sided+refit~clipped:owl@0.5")
+    assert recipe.within_layers() == parse_recipe("two-sided+refit~clipped:kappa")
+    assert Recipe(method="refit", refit=True).within_layers() == Recipe(method="refit", refit=False).within_layers()
+
+
+def test_steps_count_for_the_method_refit_alone() -> None:
+    assert parse_recipe("refit3:owl").within_layers() == Recipe(refit=False, refit_steps=3)
+    assert Recipe(method="wanda", refit_steps=3).within_layers() == Recipe(method="wanda").within_layers()

@@ -1,0 +1,65 @@
+"""The paper's three figures, and the table that they stand in."""
+
+import pytest
+
+from tools.base.options import check_options
+from tools.compare import CompareSettings, list_jobs
+from tools.results.paper import PRESETS, PUBLISHED, Measured, compare_with, describe_tasks
+from tools.results.schema import Score
+
+
+def score(task: str, metric: str, value: float | None) -> Score:
+    error = None if value is None else 0.01
+    return Score(
+        model="m", task=task, metric=metric, value=value, error=error, samples=50, protocol={"task": task, "shots": 5}
+    )
+
+
+def measured(
+    recipe: str, perplexity: float | None, mmlu: float | None, answers: float | None, logprob: float | None = None
+) -> Measured:
+    scores = [score("mmlu", "acc", mmlu), score("freebaseqa", "exact_match", answers)]
+    scores.append(score("freebaseqa", "logprob", logprob))
+    return Measured(f"`{recipe}`" if recipe else "dense", recipe, "", 0.45 if recipe else 0.0, perplexity, scores)
+
+
+DENSE = measured("", 10.0, 0.6, 0.4, -2.0)
+OURS = measured("refit:kappa", 13.1, 0.468, 0.19, -2.5)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "figures"),
+    [
+        (measured("structured:flap", 20.0, 0.3, 0.01, -4.0), ("+56.0%", "19.0 ×", "−69.0%", "−75.0%")),
+        (measured("structured:depth", None, None, 0.0), ("–", "19.00% beside none", "–", "–")),
+        (measured("wanda:uniform", 10.0, 0.0, None, -2.4), ("–", "–", "–", "+25.0%")),
+    ],
+)
+def test_figures_beside_a_baseline(baseline: Measured, figures: tuple[str, str, str, str]) -> None:
+    assert compare_with(OURS, baseline, DENSE) == figures
+
+
+def test_the_table() -> None:
+    said = describe_tasks(DENSE, [OURS, measured("structured:flap", 20.0, 0.3, 0.01)])
+    assert "| model | sparsity | perplexity | mmlu acc | freebaseqa exact_match | freebaseqa logprob |" in said
+    assert "| dense | 0.00% | 10.00 | 0.6000 ± 0.0100 | 0.4000 ± 0.0100 | -2.0000 ± 0.0100 |" in said
+    assert "| `refit:kappa` | 45.00% | 13.10 | 0.4680 ± 0.0100 | 0.1900 ± 0.0100 | -2.5000 ± 0.0100 |" in said
+    assert "| `structured:flap` | +56.0% | 19.0 × | −69.0% | – |" in said
+    assert f"| *{PUBLISHED[0]}* | *+56 %* | *19 ×* | *−69 %* |  |" in said
+    assert "- task mmlu, shots 5" in said
+
+
+def test_without_tasks_or_without_ours_there_is_nothing_to_tell() -> None:
+    assert describe_tasks(DENSE._replace(scores=[]), [OURS._replace(scores=[])]) == []
+    assert not any("2601.09694" in line for line in describe_tasks(DENSE, [measured("wanda:uniform", 20.0, 0.3, 0.1)]))
+
+
+def test_the_preset_is_a_comparison() -> None:
+    settings = check_options(CompareSettings, {**PRESETS["paper"]})
+    assert settings.tasks == ["mmlu", "freebaseqa"]
+    titles = [job.title for job in list_jobs(settings.recipes, settings.sparsity)]
+    assert titles == [
+        *("wanda:uniform at 45%", "sparsegpt:uniform at 45%", "refit:kappa at 45%"),
+        *("structured:flap at 45%", "structured:depth at 45%"),
+        *("wanda:uniform at 2:4", "sparsegpt:uniform at 2:4", "refit:uniform at 2:4"),
+    ]

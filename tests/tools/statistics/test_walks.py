@@ -1,0 +1,85 @@
+"""Walks: whoever takes a span over in the middle of one answers as if he had been there from the beginning."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.tiny import BLOCKS, VOCABULARY, make_tiny_model
+from tools.models.blocks import Blocks
+from tools.models.layers import find_layers
+from tools.statistics.shards import Span
+from tools.statistics.walks import Walk, Walks
+
+WINDOWS, GRADIENT = 9, 5
+WALK = Walk(0, "run")
+
+
+def begin(ahead: int = 0) -> Walks:
+    model = make_tiny_model("llama")
+    windows = torch.randint(0, VOCABULARY, (WINDOWS, 12), generator=torch.Generator().manual_seed(1))
+    return Walks(Blocks(model), find_layers(model), windows, GRADIENT, 3, Path(tempfile.gettempdir()), ahead)
+
+
+def same(left: Any, right: Any) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(
+        a_node == b_node and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for (a_node, a), (b_node, b) in pairs
+    )
+
+
+def test_moments_of_a_later_block_need_no_earlier_request() -> None:
+    span: Span = (2, 5)
+    walked, fresh = begin(), begin()
+    for block in range(BLOCKS):
+        nodes, group = walked.moments(span, WALK, block, True, "profile")
+    others, other_group = fresh.moments(span, WALK, BLOCKS - 1, True, "profile")
+    assert same(nodes, others) and group == other_group
+    again, _ = walked.moments(span, WALK, 0, True, "profile")  # one block back is a new beginning
+    assert same(again, begin().moments(span, WALK, 0, True, "profile")[0])
+
+
+def test_gradients_and_curves_of_a_lower_block_need_no_earlier_request() -> None:
+    span: Span = (0, 8)
+    walked = begin(ahead=1)
+    for block in range(BLOCKS):
+        walked.moments(span, WALK, block, False, "profile")
+    known = {
+        layer.name: (torch.empty(0), torch.ones(layer.weight_OI.shape[1]), torch.ones(layer.weight_OI.shape[0]))
+        for layer in find_layers(walked.blocks.model)
+    }
+    top, bottom = walked.gradients(span, WALK, 1), walked.gradients(span, WALK, 0)
+    curves = walked.mask_curves(span, WALK, 1, known), walked.mask_curves(span, WALK, 0, known)
+    fresh = begin(ahead=1)
+    assert same(fresh.gradients(span, WALK, 0), bottom) and same(fresh.gradients(span, WALK, 1), top)
+    assert same(begin().mask_curves(span, WALK, 0, known), curves[1])
+    assert same(begin().mask_curves(span, WALK, 1, known), curves[0])
+
+
+def test_spans_do_not_disturb_one_another_and_nothing_is_held_at_the_end() -> None:
+    walked = begin()
+    left = walked.gradients((0, 4), WALK, 0)
+    right = walked.gradients((4, 8), WALK, 0)
+    assert same(left, begin().gradients((0, 4), WALK, 0)) and same(right, begin().gradients((4, 8), WALK, 0))
+    walked.finish((0, 4))
+    walked.finish((4, 8))
+    assert walked._ways == {}
+
+
+def test_blocks_that_change_before_the_text_passes_them() -> None:
+    """As in pruning in order: moments with a block's old weights, and what follows with its new ones."""
+    walked = begin()
+    layers = find_layers(walked.blocks.model)
+    before, _ = walked.moments((0, 8), WALK, 0, True, "pruning")
+    for layer in layers:
+        if layer.block == 0:
+            layer.write(0.5 * layer.weight_OI)
+    after, _ = walked.moments((0, 8), WALK, 1, True, "pruning")
+    fresh = begin()
+    assert same(fresh.moments((0, 8), WALK, 0, True, "moments")[0], before)
+    for layer in find_layers(fresh.blocks.model):
+        if layer.block == 0:
+            layer.write(0.5 * layer.weight_OI)
+    assert same(fresh.moments((0, 8), Walk(1, "run"), 1, True, "moments")[0], after)

@@ -1,0 +1,132 @@
+"""A command's options as one pydantic model: a flag for every field, and how they are read.
+
+parser = Parser(prog="python -m tools.compare", allow_abbrev=False)
+parser.add_argument("--config", metavar="FILE")
+add_flags(parser, Settings)
+options, flags = parse_flags(parser, Settings, arguments)
+settings = read_options(Settings, flags, Path(options.config), ignore_unknown=True)
+"""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tools.base.errors import UserError
+from tools.base.secrets import redact
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+Options = TypeVar("Options", bound=BaseModel)
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as UserError, instead of printing its usage and ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def refuse(problem: UserError | str) -> int:
+    """Tell bad input in one line, without any secret; the exit code that goes with it."""
+    print(f"error: {redact(' '.join(str(problem).split()))}", file=sys.stderr)
+    return 2
+
+
+def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
+    """One flag per field of the model, with its sentence, its choices and its default."""
+    fields = parser.add_argument_group("fields of the config")
+    for name, field in model.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        choices = f" One of: {', '.join(get_args(field.annotation))}." if _is_choice(field.annotation) else ""
+        text = f"{field.description}{choices} Default: {field.default!r}.".replace("%", "%%")
+        if field.annotation is bool:
+            fields.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            fields.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), default=None, help=text)
+
+
+def _is_choice(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, model: type[BaseModel], arguments: list[str]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """All that a parser with the model's flags reads, and of it the model's fields that were given.
+
+    Raises UserError in one line, with the nearest option for one that does not exist.
+    """
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
+        raise UserError(f"unknown option {unknown[0]!r}{f'; did you mean {near[0]}?' if near else '; see --help'}")
+    return options, {name: value for name in model.model_fields if (value := getattr(options, name)) is not None}
+
+
+class _Environment(BaseSettings):
+    """The names of a model's fields as `BILLHOOK_…` variables, unparsed."""
+
+    model_config = SettingsConfigDict(env_prefix="BILLHOOK_", extra="ignore")
+
+
+def _read_environment(model: type[BaseModel]) -> dict[str, str]:
+    names = dict.fromkeys(model.model_fields, (str | None, None))
+    found = create_model("_Variables", __base__=_Environment, **names)()  # type: ignore[call-overload]
+    return {name: value for name, value in found.model_dump().items() if value is not None}
+
+
+def read_options(
+    model: type[Options], flags: dict[str, Any], path: Path | None, *, ignore_unknown: bool = False
+) -> Options:
+    """The options: flags over `BILLHOOK_…` variables over the YAML file over the model's defaults.
+
+    With `ignore_unknown` the file may hold fields that the model has not: the config of a run says more than a command
+    about its model or its texts needs. Raises UserError in one line for a file that cannot be read, an unknown field
+    (with the nearest name) or a value out of bounds.
+    """
+    values = read_yaml(path) if path else {}
+    if ignore_unknown:
+        values = {name: value for name, value in values.items() if name in model.model_fields}
+    return check_options(model, {**values, **_read_environment(model), **flags})
+
+
+def check_options(model: type[Options], values: dict[str, Any]) -> Options:
+    """The options from plain values. Raises UserError in one line."""
+    unknown = sorted(set(values) - set(model.model_fields))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], model.model_fields, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; see --help for all fields"
+        raise UserError(f"unknown field {unknown[0]!r}{hint}")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_describe_problem(problem) for problem in error.errors())) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file, unchecked. Raises UserError when it cannot be read."""
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise UserError(f"config file {path} does not exist; Billhook's own are in configs/: {known}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} must hold one 'field: value' a line")
+    return {str(key): value for key, value in values.items()}
+
+
+def _describe_problem(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if not name:  # it is about several fields, which the message names
+        return str(message)
+    return f"{name}: {message[0].lower()}{message[1:]}, not {str(problem['input'])[:80]!r}"

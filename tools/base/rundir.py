@@ -1,0 +1,80 @@
+"""A run's directory: its parts, its lock, its log of events."""
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tools.base.errors import UserError
+from tools.base.files import explain_full_disk
+from tools.base.secrets import redact
+
+RUNS_DIR_VARIABLE = "BILLHOOK_RUNS_DIR"
+
+_locks: dict[Path, FileLock] = {}
+
+
+def runs_directory() -> Path:
+    """Where runs live when nothing else is said: `BILLHOOK_RUNS_DIR`, or runs/ in the present directory."""
+    return Path(os.environ.get(RUNS_DIR_VARIABLE) or "runs")
+
+
+def lock_run(directory: Path) -> None:
+    """Keep other processes out of a run directory until this one ends or calls `unlock_run`.
+
+    The lock is the operating system's, so that a killed process leaves none behind. Raises UserError when another
+    process works there.
+    """
+    directory = directory.resolve()
+    if directory in _locks:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", timeout=0, thread_local=False)  # nodes run in whatever thread LangGraph picks
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another process is working in {directory}; wait for it, or use another --name") from error
+    _locks[directory] = lock
+
+
+def unlock_run(directory: Path) -> None:
+    """Let others in again; nothing happens where no lock is held."""
+    lock = _locks.pop(directory.resolve(), None)
+    if lock is not None:
+        lock.release()
+
+
+def unlock_runs() -> None:
+    """Let others into every directory again that this process has locked."""
+    for directory in list(_locks):
+        unlock_run(directory)
+
+
+def append_event(directory: Path, event: dict[str, Any]) -> None:
+    """Add one line to `events.jsonl`, with the time and without any secret of the environment."""
+    line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=str)
+    path = directory / "events.jsonl"
+    with explain_full_disk(path), path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"  # a kill cut the last line short
+            file.write(b"\n" * torn)
+        file.write(f"{redact(line)}\n".encode())
+
+
+def scan_events(directory: Path, *types: str) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the line from 0, event) of every event of these types, without lines that a kill cut short.
+
+    Reads no more of a line than it must: prompts and replies are very long.
+    """
+    found, marks = [], [f'"type": "{type_}"' for type_ in types]
+    with suppress(FileNotFoundError), (directory / "events.jsonl").open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if any(mark in line[:100] for mark in marks):
+                with suppress(ValueError):
+                    found.append((number, json.loads(line)))
+    return found

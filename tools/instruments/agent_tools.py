@@ -1,0 +1,197 @@
+"""The workbench's operations as LangChain tools, for agents and for anyone who binds them to a model.
+
+Thin wrappers: each checks its arguments by schema, calls one plain function, and answers in JSON. They work on the
+one open workbench, one after another; give ToolNode `{"max_concurrency": 1}`, since it runs calls in parallel.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Self
+
+from langchain_core.tools import BaseTool, tool
+from pydantic import BaseModel, Field, WithJsonSchema, model_validator
+
+from tools.base.progress import Progress
+from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, probe
+from tools.plans.allocate import Allocation, allocate
+from tools.plans.recipe import Adjustment, Recipe
+from tools.workbench.bench import Workbench
+
+# --- what a planner may ask before it commits itself ----------------------------------------------------------------
+
+# Spelt out, the plan's schema would be sent once more for each tool that takes one.
+_SCHEMA: dict[str, Any] = {"type": "object", "description": "A plan: its sparsity, recipe and adjustments."}
+DraftArgument = Annotated[Draft, WithJsonSchema(_SCHEMA)]
+OneDraftArgument = Annotated[Draft | None, WithJsonSchema(_SCHEMA)]
+PlainDraftArgument = Annotated[Draft, WithJsonSchema({"type": "object"})]
+
+
+class InspectArguments(BaseModel):
+    """Which layers."""
+
+    selector: str = Field(
+        min_length=1, max_length=200, description="Which layers, such as '*.v_proj' or 'blocks 0-3 · *.v_proj'."
+    )
+
+
+class PredictArguments(BaseModel):
+    """A plan."""
+
+    plan: DraftArgument
+
+
+MAX_PROBES = 4
+"""Plans that one call measures."""
+
+
+class ProbeArguments(BaseModel):
+    """A plan or a few, and how much text each is measured on."""
+
+    plan: OneDraftArgument = None
+    plans: list[PlainDraftArgument] = Field(
+        default=[], max_length=MAX_PROBES, description=f"Instead of plan: up to {MAX_PROBES} of them, compared."
+    )
+    tokens: int = Field(
+        4096, ge=1, description="Tokens of validation text, rounded up to whole windows, at most all of it."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_list(cls, given: Any) -> Any:
+        """Weak models give a list as the plan, or one plan as the list."""
+        if isinstance(given, dict) and isinstance(given.get("plan"), list) and not given.get("plans"):
+            return {**given, "plan": None, "plans": given["plan"]}
+        if isinstance(given, dict) and isinstance(given.get("plans"), dict):
+            return {**given, "plans": [given["plans"]]}
+        return given
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.plan is None) == (not self.plans):
+            raise ValueError(f"give a plan, or up to {MAX_PROBES} plans")
+        return self
+
+
+class HistoryArguments(BaseModel):
+    """How many trials."""
+
+    n: int = Field(10, ge=1, le=50, description="How many trials, counted from the last.")
+
+
+class RecallArguments(BaseModel):
+    """What about."""
+
+    query: str = Field(max_length=200, description="A few words, such as a selector, a method or a kind of layer.")
+
+
+def make_planner_tools(
+    round_: Round, *, history: Callable[[int], Sequence[str]], recall: Callable[[str], Sequence[str]]
+) -> list[BaseTool]:
+    """The five instruments of a planner.
+
+    Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
+    last trials, `recall` one for each lesson that a query finds.
+    """
+
+    @tool("inspect_layers", args_schema=InspectArguments, response_format="content_and_artifact")
+    def inspect_tool(selector: str) -> tuple[str, str]:
+        """Weights, scores and KL at five sparsities of every layer that a selector means. Costs nothing."""
+        figures = inspect_layers(round_, selector)
+        return _answer(**figures), f"{selector} -> {figures['layers']} layers"
+
+    @tool("predict", args_schema=PredictArguments, response_format="content_and_artifact")
+    def predict_tool(plan: Draft) -> tuple[str, str]:
+        """KL of a plan by KL curves, and the sparsities it gives. Costs nothing, but for curves not measured yet."""
+        figures = predict(round_, plan)
+        return _answer(**figures), f"{_describe(plan)} -> predicted KL {figures['predicted_kl']}"
+
+    @tool("probe", args_schema=ProbeArguments, response_format="content_and_artifact")
+    def probe_tool(plan: Draft | None, plans: list[Draft], tokens: int) -> tuple[str, str]:
+        """Carry plans out, measure KL and perplexity on some validation text, undo them. Each costs pruning once."""
+        found = probe(round_, [plan] if plan else plans, tokens)
+        if plan:
+            return _answer(**found[0]), f"{_describe(plan)} -> {_describe_probe(found[0])}"
+        answers = [{"plan": _describe(draft)} | figures for draft, figures in zip(plans, found, strict=True)]
+        shown = [f"{answer['plan']} -> {_describe_probe(answer)}" for answer in answers]
+        return _answer(plans=answers), "; ".join(shown)
+
+    @tool("history", args_schema=HistoryArguments, response_format="content_and_artifact")
+    def history_tool(n: int) -> tuple[str, str]:
+        """The last trials of this run, with their plans and figures in full. Costs nothing."""
+        lines = history(n)
+        return _answer(trials=lines), f"{n} -> {_count(lines, 'trial')}"
+
+    @tool("recall", args_schema=RecallArguments, response_format="content_and_artifact")
+    def recall_tool(query: str) -> tuple[str, str]:
+        """What this and earlier runs learnt on this model and its relatives. Costs nothing."""
+        lines = recall(query)
+        return _answer(lessons=lines), f"{query} -> {_count(lines, 'lesson')}"
+
+    return [inspect_tool, predict_tool, probe_tool, history_tool, recall_tool]
+
+
+def _describe(draft: Draft) -> str:
+    more = f" · {_count(draft.adjustments, 'adjustment')}" if draft.adjustments else ""
+    return f"{draft.sparsity:.1%} {draft.recipe.label}{more}"
+
+
+def _describe_probe(figures: Figures) -> str:
+    return figures.get("error") or f"KL {figures['kl']} on {figures['tokens']} tokens"
+
+
+def _count(things: Sequence[Any], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+# --- what is done to the model --------------------------------------------------------------------------------------
+
+
+class CheckpointArguments(BaseModel):
+    """A checkpoint of the run."""
+
+    checkpoint: str = Field(description="Id of a checkpoint that prune_model gave, or 'dense'.")
+
+
+def make_tools(
+    bench: Workbench, profile: str, progress: Progress, *, protect: list[str], max_layer_sparsity: float
+) -> list[BaseTool]:
+    """Tools over an open workbench and its profile; `protect` and `max_layer_sparsity` hold whatever a caller asks."""
+
+    def share_out(sparsity: float, recipe: Recipe, adjustments: list[Adjustment]) -> Allocation:
+        layers = bench.read_profile(profile).layers
+        return allocate(layers, sparsity, recipe, adjustments, protect=protect, max_layer_sparsity=max_layer_sparsity)
+
+    @tool(args_schema=Draft)
+    def allocate_sparsity(sparsity: float, recipe: Recipe, adjustments: list[Adjustment]) -> str:
+        """Share a sparsity out over the layers, exactly to the weight, and predict its KL; touches no weight."""
+        allocation = share_out(sparsity, recipe, adjustments)
+        layers = {name: round(zeros / bench.dense[name].numel(), 4) for name, zeros in allocation.zeros.items()}
+        return _answer(sparsity=allocation.sparsity, predicted_kl=allocation.predicted_kl, layers=layers)
+
+    @tool(args_schema=Draft)
+    def prune_model(sparsity: float, recipe: Recipe, adjustments: list[Adjustment]) -> str:
+        """Prune the model from its dense weights; the id of the checkpoint."""
+        allocation = share_out(sparsity, recipe, adjustments)
+        checkpoint = bench.prune(profile, allocation, recipe, progress)
+        return _answer(checkpoint=checkpoint, sparsity=allocation.sparsity, predicted_kl=allocation.predicted_kl)
+
+    @tool(args_schema=CheckpointArguments)
+    def validate_model(checkpoint: str) -> str:
+        """Perplexity and paired KL to the dense model, in nats per token, on the validation text."""
+        evaluation = bench.evaluate(checkpoint, "validation", profile, progress)
+        return _answer(
+            perplexity=evaluation.perplexity,
+            kl=evaluation.mean_kl,
+            kl_error=evaluation.kl_error if evaluation.finite else None,
+        )
+
+    @tool(args_schema=CheckpointArguments)
+    def restore_checkpoint(checkpoint: str) -> str:
+        """Put a checkpoint's weights back, bit for bit; how many layers differed."""
+        return _answer(checkpoint=checkpoint, changed_layers=len(bench.restore(checkpoint)))
+
+    return [allocate_sparsity, prune_model, validate_model, restore_checkpoint]
+
+
+def _answer(**figures: Any) -> str:
+    return json.dumps(figures, ensure_ascii=False)

@@ -1,0 +1,196 @@
+"""What a planner may find out before it commits itself to a plan: plain functions that answer in figures.
+
+Each leaves the weights in the model as it found them, bit for bit.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from tools.base.errors import UserError
+from tools.base.progress import Progress
+from tools.measure.losses import Evaluation, compare_kl
+from tools.plans.allocate import Allocation, ImpossiblePlan, select_layers
+from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
+from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
+from tools.workbench.bench import DENSE, Workbench
+
+MAX_INSPECTED = 24
+"""Layers that one look shows one by one."""
+MAX_GROUPS = 48
+"""Groups of layers whose shares a prediction names."""
+
+Figures = dict[str, Any]
+
+
+class Draft(BaseModel):
+    """A plan as far as instruments need it; whatever else a plan has is left out of account."""
+
+    sparsity: float = Field(gt=0, lt=1, description="Share of all prunable weights to be zero, as a fraction.")
+    recipe: Recipe = Field(default_factory=Recipe, description="How weights are chosen and shared out.")
+    adjustments: list[Adjustment] = Field(
+        default_factory=list, max_length=MAX_ADJUSTMENTS, description="Corrections for groups of layers."
+    )
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the instruments of one round work on."""
+
+    bench: Workbench
+    profile: str
+    allocate: Callable[[Sequence[LayerProfile], Draft], Allocation]
+    """The exact allocation of a draft within all bounds; raises ImpossiblePlan."""
+    progress: Progress
+    pattern: str = ""
+    """The user's N:M, whatever a draft says of one."""
+    present: str = DENSE
+    """The checkpoint whose weights are in the model."""
+    keep: Sequence[str] = ()
+    """Other checkpoints that are still needed."""
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Selectors and the layers they mean, by which a prediction sums up."""
+    book: Callable[[int], None] = lambda tokens: None
+    """Told of the tokens of a probe before it is made; raises ValueError when they are not to be had."""
+
+    def recipe(self, draft: Draft) -> Recipe:
+        """The draft's recipe with the user's pattern."""
+        return draft.recipe.model_copy(update={"pattern": self.pattern})
+
+    def share_out(self, draft: Draft) -> Allocation:
+        """The draft's allocation, by the curves that its recipe asks for. Raises ImpossiblePlan."""
+        recipe = self.recipe(draft)
+        self.allocate(self.bench.read_layers(self.profile, recipe, self.progress), draft)  # or curves come for nothing
+        try:
+            layers = self.bench.describe_layers(self.profile, recipe, self.progress)
+        finally:
+            self.bench.restore(self.present)  # curves are measured on the dense weights
+        return self.allocate(layers, draft)
+
+
+def inspect_layers(round_: Round, selector: str) -> Figures:
+    """The whole profile of the layers that a selector means, of at most `MAX_INSPECTED` one by one.
+
+    KL curves are in nats per token at `LEVELS`. Raises ImpossiblePlan when the selector means nothing.
+    """
+    layers = round_.bench.read_profile(round_.profile).layers
+    now = dict(zip(round_.bench.by_name, round_.bench.sparsities(), strict=True))
+    names = set(select_layers(selector, layers))
+    chosen = [layer for layer in layers if layer.name in names]
+    total = sum(layer.weights for layer in chosen)
+    curves = np.sum([layer.kappa for layer in chosen], axis=0)
+    figures: Figures = {
+        "layers": len(chosen),
+        "weights": total,
+        "sparsity_now": _round(sum(now[layer.name] * layer.weights for layer in chosen) / total),
+        "kl_together": {f"{level:g}": _round(kl) for level, kl in zip(LEVELS, curves, strict=True)},
+        "columns": f"name weights sparsity_now wanda_z grad_z {' '.join(f'kl{level:g}' for level in LEVELS)}",
+        "rows": [_describe_layer(layer, now[layer.name]) for layer in chosen[:MAX_INSPECTED]],
+    }
+    return figures | ({"rows_left_out": len(chosen) - MAX_INSPECTED} if len(chosen) > MAX_INSPECTED else {})
+
+
+def _describe_layer(layer: LayerProfile, sparsity: float) -> str:
+    figures = [sparsity, layer.wanda_z, layer.gradient_z, *layer.kappa]
+    return f"{layer.name} {layer.weights} {' '.join(f'{figure:.3g}' for figure in figures)}"
+
+
+def predict(round_: Round, draft: Draft) -> Figures:
+    """What a draft's exact allocation comes to, by KL curves alone; nothing is pruned.
+
+    `predicted_kl` is by the curves that the draft's recipe asks for, `mask_kl` by those of the profile. Curves of a
+    method that nobody asked for before are measured first. Raises ImpossiblePlan.
+    """
+    allocation = round_.share_out(draft)
+    layers = {layer.name: layer for layer in round_.bench.read_profile(round_.profile).layers}
+    shares = {name: zeros / layers[name].weights for name, zeros in allocation.zeros.items()}
+    mask_kl = _sum_kl(layers, shares, list(layers))
+    rows = [
+        (
+            selector,
+            sum(allocation.zeros[name] for name in names) / sum(layers[name].weights for name in names),
+            _sum_kl(layers, shares, names) / (mask_kl or 1.0),
+        )
+        for selector, names in round_.groups.items()
+    ]
+    rows.sort(key=lambda row: -row[2])
+    figures: Figures = {
+        "sparsity": _round(allocation.sparsity),
+        "predicted_kl": _round(allocation.predicted_kl),
+        "mask_kl": _round(mask_kl),
+        "columns": "group: sparsity, share of mask_kl",
+        "groups": {selector: [_round(share), _round(kl)] for selector, share, kl in rows[:MAX_GROUPS]},
+    }
+    return figures | ({"groups_left_out": len(rows) - MAX_GROUPS} if len(rows) > MAX_GROUPS else {})
+
+
+def _sum_kl(layers: Mapping[str, LayerProfile], shares: Mapping[str, float], names: Sequence[str]) -> float:
+    return predict_kl([layers[name] for name in names], np.array([shares[name] for name in names]))
+
+
+def probe(round_: Round, drafts: Sequence[Draft], tokens: int) -> list[Figures]:
+    """Carry drafts out and measure each on the first `tokens` tokens of the validation text, rounded up to windows.
+
+    Figures are paired with the dense model's on the same text, and with those of the present weights where they are
+    not the dense ones: `kl_change` is the draft's KL minus theirs. Of a draft that cannot be there is `error` alone.
+    Raises ImpossiblePlan when none can, and ValueError when there are not the tokens for all that can.
+    """
+    bench, shared = round_.bench, [_try_to_share_out(round_, draft) for draft in drafts]
+    possible = {number: found for number, found in enumerate(shared) if isinstance(found, Allocation)}
+    if not possible:
+        raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, shared))))
+    windows = min(math.ceil(tokens / bench.settings.window), len(bench.windows.validation))
+    round_.book(len(possible) * windows * bench.settings.window)
+    evaluations = bench.probe(
+        round_.profile,
+        [(allocation, round_.recipe(drafts[number])) for number, allocation in possible.items()],
+        windows,
+        round_.progress,
+        back=round_.present,
+        keep=round_.keep,
+    )
+    figures: list[Figures] = [{"error": found} for found in shared]
+    for (number, allocation), evaluation in zip(possible.items(), evaluations, strict=True):
+        figures[number] = _describe_probe(round_, allocation, evaluation, windows)
+    return figures
+
+
+def _try_to_share_out(round_: Round, draft: Draft) -> Allocation | str:
+    """The draft's allocation, or why it cannot be."""
+    try:
+        return round_.share_out(draft)
+    except UserError:  # a full disk, say
+        raise
+    except ValueError as error:
+        return str(error)
+
+
+def _describe_probe(round_: Round, allocation: Allocation, evaluation: Evaluation, windows: int) -> Figures:
+    bench = round_.bench
+    figures: Figures = {
+        "tokens": windows * bench.settings.window,
+        "sparsity": _round(allocation.sparsity),
+        "predicted_kl": _round(allocation.predicted_kl),
+        "kl": _round(evaluation.mean_kl),
+        "kl_error": _round(evaluation.kl_error),
+        "perplexity": _round(evaluation.perplexity),
+        "dense_perplexity": _round(_take(bench.read_profile(round_.profile).dense, windows).perplexity),
+    }
+    if round_.present == DENSE or not evaluation.finite:
+        return figures
+    present = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
+    change, error = compare_kl(evaluation, _take(present, windows))
+    return figures | {"kl_change": _round(change), "kl_change_error": _round(error)}
+
+
+def _take(evaluation: Evaluation, windows: int) -> Evaluation:
+    return Evaluation(nll=evaluation.nll[:windows], kl=evaluation.kl[:windows])
+
+
+def _round(value: float | None) -> float | None:
+    """Four significant digits; None for what is not finite, as JSON has no word for it."""
+    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

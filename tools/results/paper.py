@@ -1,0 +1,106 @@
+"""A comparison as arXiv 2601.09694 makes it: what is left of perplexity, MMLU and FreebaseQA beside the baselines."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tools.results.schema import Score, list_task_protocols, show, show_score
+
+PRESETS: dict[str, dict[str, str]] = {
+    "paper": {
+        "recipes": "wanda:uniform,sparsegpt:uniform,refit:kappa,structured:flap,structured:depth",
+        "sparsity": "0.45,2:4",
+        "tasks": "mmlu,freebaseqa",
+    }
+}
+"""Fields of a comparison by the name of a preset: the baselines of the paper at its sparsity, and its tasks."""
+
+OURS = "refit:kappa"
+"""Billhook's own recipe, in one shot."""
+
+MMLU, FREEBASEQA = ("mmlu", "acc"), ("freebaseqa", "exact_match")
+"""Task and metric of the paper's two accuracies."""
+
+LOGPROB = ("freebaseqa", "logprob")
+"""Ours beside them, for models too small to say the answers."""
+
+PUBLISHED = ("published, agents on Qwen3-4B and 8B beside structured baselines", "+56 %", "19 ×", "−69 %", "")
+"""The three figures of the paper's abstract, and none for what it does not count."""
+
+
+class Measured(NamedTuple):
+    """One model of the table."""
+
+    name: str
+    recipe: str
+    """Empty for the dense model."""
+    pattern: str
+    sparsity: float
+    perplexity: float | None
+    scores: Sequence[Score]
+
+    def figure(self, task: tuple[str, str]) -> float | None:
+        """The figure of a task and metric; None where it was not measured or not finite."""
+        return next((score.value for score in self.scores if (score.task, score.metric) == task), None)
+
+
+def describe_tasks(dense: Measured, rows: Sequence[Measured]) -> list[str]:
+    """Markdown: the tasks' figures of every model, Billhook's relative to each baseline, and how they were measured.
+
+    Nothing where no task was asked.
+    """
+    if not dense.scores:
+        return []
+    keys = [(score.task, score.metric) for score in dense.scores]
+    lines = [
+        "## Tasks",
+        "",
+        "Asked by lm-evaluation-harness; ± one standard error.",
+        "",
+        f"| model | sparsity | perplexity | {' | '.join(' '.join(key) for key in keys)} |",
+        f"|---|{'---:|' * (2 + len(keys))}",
+    ]
+    for row in (dense, *rows):
+        found = {(score.task, score.metric): score for score in row.scores}
+        cells = [show_score(found[key].value, found[key].error) if key in found else "" for key in keys]
+        lines.append(f"| {row.name} | {row.sparsity:.2%} | {show(row.perplexity)} | {' | '.join(cells)} |")
+    return [*lines, "", *_describe_relative(dense, rows), *list_task_protocols(list(dense.scores)), ""]
+
+
+def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
+    ours = next((row for row in rows if row.recipe == OURS and not row.pattern), None)
+    baselines = [row for row in rows if not row.recipe.startswith("refit")]  # which is Billhook's own, too
+    if ours is None or not baselines or dense.figure(MMLU) is None or dense.figure(FREEBASEQA) is None:
+        return []
+    return [
+        f"## `{OURS}` beside the baselines, as arXiv 2601.09694 counts",
+        "",
+        "MMLU: accuracy beside the baseline's. FreebaseQA: how many times the baseline's share of the dense model's "
+        "right answers is retained. Perplexity, and the log-probability of the right answers: what is lost of the "
+        "dense model's beside what the baseline loses. The published line is of other models, and of other baselines.",
+        "",
+        f"| `{OURS}` beside | MMLU | FreebaseQA | perplexity lost | log-probability lost |",
+        "|---|---:|---:|---:|---:|",
+        *(f"| {row.name} | {' | '.join(compare_with(ours, row, dense))} |" for row in baselines),
+        f"| *{PUBLISHED[0]}* | {' | '.join(f'*{figure}*' if figure else '' for figure in PUBLISHED[1:])} |",
+        "",
+    ]
+
+
+def compare_with(ours: Measured, baseline: Measured, dense: Measured) -> tuple[str, str, str, str]:
+    """The paper's three figures and ours in words; a dash where one cannot be had."""
+    accuracy, their_accuracy = ours.figure(MMLU), baseline.figure(MMLU)
+    gain = f"{accuracy / their_accuracy - 1:+.1%}" if accuracy is not None and their_accuracy else "–"
+    answers, their_answers = ours.figure(FREEBASEQA), baseline.figure(FREEBASEQA)
+    retained = "–"
+    if answers is not None and their_answers is not None:
+        retained = f"{answers / their_answers:.1f} ×" if their_answers else f"{answers:.2%} beside none"
+    perplexity = _compare_losses(dense.perplexity, ours.perplexity, baseline.perplexity, sign=1)
+    logprob = _compare_losses(*(row.figure(LOGPROB) for row in (dense, ours, baseline)), sign=-1)
+    return gain, retained, perplexity, logprob
+
+
+def _compare_losses(dense: float | None, ours: float | None, theirs: float | None, *, sign: int) -> str:
+    """How much more or less is lost than the baseline loses; `sign` is 1 for what grows when something is lost."""
+    if ours is None or theirs is None or dense is None or sign * (theirs - dense) <= 0:
+        return "–"
+    return f"{(ours - dense) / (theirs - dense) - 1:+.1%}".replace("-", "−")

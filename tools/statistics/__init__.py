@@ -1,0 +1,1 @@
+"""What the calibration text says of every layer."""

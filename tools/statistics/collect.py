@@ -1,0 +1,316 @@
+"""The profile of a model's prunable layers: the paper's two scores, and the predicted KL of pruning each.
+
+The calibration text walks up through the blocks, one after another, and its gradients walk down again (`walks.py`).
+All figures are sums over its shards (`shards.py`). No layer is ever pruned to measure it.
+
+Shape suffixes: T tokens, I input features (d_in), O output features (d_out), D hidden width.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.scores import score_wanda
+from tools.base.errors import UserError
+from tools.base.progress import Progress, count_up
+from tools.base.settings import Calibration
+from tools.models.blocks import Blocks
+from tools.models.layers import Layer
+from tools.plans.layer_profile import LEVELS, LayerProfile
+from tools.statistics.scores import measure_outliers
+from tools.statistics.shards import SHARDS, Alone, Span, Sums, Team, ask_in_turn, ignore_ticks, join_nodes
+from tools.statistics.walks import Nodes, Purpose, Walk, Walks, layers_by_block
+
+
+@dataclass
+class ModelStatistics:
+    """What the calibration text says of every layer, fp32 on the model's device."""
+
+    mean_square: dict[str, Tensor]
+    gradient_square: dict[str, Tensor]
+    clipped_square: dict[str, Tensor]
+    """Gamma with each token clipped at `tools.statistics.walks.CLIP` times the median one."""
+    group: dict[str, str]
+    """Layer name to the first layer that reads the same input, under whose name their second moment is kept."""
+    gradient: dict[str, float]
+    """The paper's gradient score."""
+    kappa: dict[str, list[float]]
+    """The KL each layer is predicted to cost at each of LEVELS, two-sided mask, nats per token."""
+
+
+class Moments(NamedTuple):
+    """What one block's layers read; fp32, by the first layer of each group that reads the same tensor (q, k and v)."""
+
+    mean_square: dict[str, Tensor]
+    """Mean of x^2 of each input."""
+    second_moment: dict[str, Tensor]
+    """Mean of x x^T; empty where only the mean squares were asked for."""
+    group: dict[str, str]
+
+
+_walks = itertools.count()
+
+
+@contextmanager
+def begin_walk(team: Team, text: Calibration = "run") -> Iterator[Walk]:
+    """One more walk through a calibration text; afterwards nothing of it is held."""
+    try:
+        yield Walk(next(_walks), text)
+    finally:
+        team.ask("finish")(ignore_ticks)
+
+
+class Extent(NamedTuple):
+    """How much calibration text there is."""
+
+    windows: int
+    gradient_windows: int
+    tokens: int
+    """Of one window."""
+
+    @property
+    def shards(self) -> int:
+        """How many its sums are made of."""
+        return min(SHARDS, self.windows)
+
+
+def work_alone(
+    blocks: Blocks,
+    layers: Sequence[Layer],
+    windows_BT: Tensor,
+    gradient_windows: int,
+    seed: int,
+    scratch: Path,
+    mixed: Mapping[Calibration, Tensor] | None = None,
+) -> tuple[Team, Extent]:
+    """This process as the team that walks through calibration text; files without a name lie in `scratch`.
+
+    The texts `mixed` have as many windows as the run's own.
+    """
+    extent = Extent(len(windows_BT), min(gradient_windows, len(windows_BT)), windows_BT.shape[1])
+    walks = Walks(blocks, layers, windows_BT, extent.gradient_windows, seed, scratch, mixed=mixed)
+    return Alone(walks, extent.shards), extent
+
+
+def collect_moments(
+    team: Team,
+    extent: Extent,
+    walk: Walk,
+    block: int,
+    layers: Sequence[Layer],
+    *,
+    full: bool = True,
+    purpose: Purpose = "moments",
+) -> Moments:
+    """The moments of what the layers of a block read: fp32, means over all tokens.
+
+    The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products.
+    Raises UserError for a layer that never ran, such as an expert that no token was sent to.
+    """
+    return _finish_moments(team.ask("moments", walk, block, full, purpose)(ignore_ticks), extent, layers, full)
+
+
+def _finish_moments(
+    answers: Sequence[tuple[Nodes, dict[str, str]]], extent: Extent, layers: Sequence[Layer], full: bool
+) -> Moments:
+    sums = _join(extent, [nodes for nodes, _ in answers])
+    group: dict[str, str] = {}
+    for _, found in reversed(answers):
+        group |= found  # the first one's counts
+    for layer in layers:
+        if layer.name not in group:
+            raise UserError(f"layer {layer.name} never ran on the calibration text, so that nothing is known of it")
+    means = {leader: sums[f"{'A' if full else 'a'}/{leader}"] for leader in dict.fromkeys(group.values())}
+    for total in means.values():
+        total /= extent.windows * extent.tokens
+    if full:
+        return Moments({leader: total_II.diagonal() for leader, total_II in means.items()}, means, group)
+    return Moments(means, {}, group)
+
+
+def _join(extent: Extent, answers: Sequence[Nodes]) -> Sums:
+    known: dict[Span, Sums] = {node: sums for nodes in answers for node, sums in nodes}
+    return join_nodes((0, extent.shards), known)
+
+
+def collect_statistics(
+    team: Team,
+    extent: Extent,
+    layers: Sequence[Layer],
+    progress: Progress,
+    keep_moment: Callable[[str, Tensor], None] | None,
+    dense: Mapping[str, Tensor] | None = None,
+    text: Calibration = "run",
+) -> ModelStatistics:
+    """Input moments over all windows; output-gradient moments and KL curves over the gradient windows.
+
+    Each second moment is handed to `keep_moment` (name of its group, A) as soon as it is whole, and not held; without
+    it only mean squares are collected.
+    kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself; dW is what the
+    two-sided mask removes of the `dense` weights where they are given, else of those in the model. Raises UserError for
+    a layer that never ran.
+    """
+    grouped = _group(layers)
+    with begin_walk(team, text) as walk:
+        statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment)
+        _walk_down(team, extent, walk, grouped, progress, statistics, dense)
+    return statistics
+
+
+def _walk_up(
+    team: Team,
+    extent: Extent,
+    walk: Walk,
+    grouped: Sequence[Sequence[Layer]],
+    progress: Progress,
+    keep_moment: Callable[[str, Tensor], None] | None,
+) -> ModelStatistics:
+    """What the layers read; gradients and curves are empty."""
+    statistics, full = ModelStatistics({}, {}, {}, {}, {}, {}), keep_moment is not None
+    ticks = count_up(progress, "statistics", len(grouped) * extent.shards)
+    requests = [(walk, block, full, "profile") for block in range(len(grouped))]
+    answers = ask_in_turn(team, "moments", requests, ticks)
+    for layers in grouped:
+        moments = _finish_moments(next(answers), extent, layers, full)
+        statistics.group |= moments.group
+        for layer in layers:
+            leader = moments.group[layer.name]
+            statistics.mean_square[layer.name] = moments.mean_square[leader].to(_device(layer), copy=True)
+        if keep_moment is not None:
+            for leader, moment_II in moments.second_moment.items():
+                keep_moment(leader, moment_II)
+            del moment_II
+        del moments  # they are large: let them go before those of the next block are made
+    return statistics
+
+
+def _walk_down(
+    team: Team,
+    extent: Extent,
+    walk: Walk,
+    grouped: Sequence[Sequence[Layer]],
+    progress: Progress,
+    statistics: ModelStatistics,
+    dense: Mapping[str, Tensor] | None,
+) -> None:
+    """Fill in gradients and curves."""
+    tokens, unchanged = extent.gradient_windows * extent.tokens, torch.empty(0)
+    ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
+    requests = [(walk, block) for block in reversed(range(len(grouped)))]
+    for (_, block), answers in zip(requests, ask_in_turn(team, "gradients", requests, ticks), strict=True):
+        sums, layers = _join(extent, answers), grouped[block]
+        known = {}
+        for layer in layers:
+            name = layer.name
+            nothing_O = torch.zeros_like(layer.weight_OI[:, 0], dtype=torch.float32)
+            gamma_O = sums.get(f"plain/{name}", nothing_O).to(_device(layer)) / tokens
+            statistics.gradient_square[name] = gamma_O
+            statistics.clipped_square[name] = sums.get(f"clipped/{name}", nothing_O).to(_device(layer)) / tokens
+            statistics.gradient[name] = float(sums.get(f"language/{name}", 0.0)) / extent.gradient_windows
+            weight_OI = unchanged if dense is None else dense[name]
+            known[name] = weight_OI, statistics.mean_square[name], gamma_O
+        curves = team.ask("mask_curves", walk, block, known)(ignore_ticks)
+        statistics.kappa |= _finish_curves(curves, extent, layers)
+
+
+def measure_kappa(
+    team: Team,
+    extent: Extent,
+    layers: Sequence[Layer],
+    progress: Progress,
+    parts_of: Callable[[Sequence[Layer]], Any],
+    text: Calibration = "run",
+) -> dict[str, list[float]]:
+    """The KL curve of each layer for any change: `parts_of(layers)` is what each of LEVELS changes beyond the last.
+
+    In this process that is a mapping of the layers' names to iterables of tensors, for workers what theirs take.
+
+    One walk up and one down over the gradient windows; nats per token, as in `collect_statistics`.
+    """
+    grouped = _group(layers)
+    kappa: dict[str, list[float]] = {}
+    ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
+    with begin_walk(team, text) as walk:
+        for block in reversed(range(len(grouped))):
+            answers = team.ask("curves", walk, block, parts_of(grouped[block]))(ticks)
+            kappa |= _finish_curves(answers, extent, grouped[block])
+    return kappa
+
+
+def _finish_curves(answers: Sequence[Nodes], extent: Extent, layers: Sequence[Layer]) -> dict[str, list[float]]:
+    sums, tokens = _join(extent, answers), extent.gradient_windows * extent.tokens
+    nothing = torch.zeros(len(LEVELS), dtype=torch.float64)  # of an expert that these windows never reached
+    return {x.name: [float(total) for total in sums.get(x.name, nothing) / (2 * tokens)] for x in layers}
+
+
+def _group(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers of each block, to the last that has any."""
+    return layers_by_block(layers, 1 + max(layer.block for layer in layers))
+
+
+def _device(layer: Layer) -> torch.device:
+    return layer.weight_OI.device
+
+
+def _weight(layer: Layer, dense: Mapping[str, Tensor] | None) -> Tensor:
+    return layer.weight_OI if dense is None else dense[layer.name].to(layer.weight_OI.device)
+
+
+def build_profile(
+    layers: Sequence[Layer],
+    statistics: ModelStatistics,
+    dense: Mapping[str, Tensor] | None = None,
+) -> list[LayerProfile]:
+    """The table of layers, with z-scores over all of them; of the `dense` weights where they are given."""
+    weights = [_weight(layer, dense) for layer in layers]
+    wanda = [
+        _wanda_percentile(weight_OI, statistics.mean_square[layer.name])
+        for layer, weight_OI in zip(layers, weights, strict=True)
+    ]
+    gradient = [statistics.gradient[layer.name] for layer in layers]
+    outliers: dict[int, float] = {}
+    for block in sorted({layer.block for layer in layers}):
+        members = [
+            (w, statistics.mean_square[x.name]) for x, w in zip(layers, weights, strict=True) if x.block == block
+        ]
+        outliers[block] = measure_outliers([w for w, _ in members], [a for _, a in members])
+    return [
+        LayerProfile(
+            name=layer.name,
+            block=layer.block,
+            kind=layer.kind,
+            weights=weight_OI.numel(),
+            zeros=int((weight_OI == 0).sum()),
+            wanda=w,
+            wanda_z=w_z,
+            gradient=g,
+            gradient_z=g_z,
+            kappa=statistics.kappa[layer.name],
+            inputs=weight_OI.shape[1],
+            outliers=outliers[layer.block],
+        )
+        for layer, weight_OI, w, w_z, g, g_z in zip(
+            layers, weights, wanda, compute_z_scores(wanda), gradient, compute_z_scores(gradient), strict=True
+        )
+    ]
+
+
+def _wanda_percentile(weight_OI: Tensor, mean_square_I: Tensor) -> float:
+    """10th percentile of the Wanda scores of the active (non-zero) weights, exactly the ceil(n/10)-th smallest."""
+    scores = score_wanda(weight_OI, mean_square_I)[weight_OI != 0]
+    if scores.numel() == 0:
+        return 0.0
+    return float(np.percentile(scores.cpu().numpy(), 10, method="inverted_cdf"))
+
+
+def compute_z_scores(values: Sequence[float], epsilon: float = 1e-12) -> list[float]:
+    """(v - mean) / (std + epsilon) over all layers (arXiv 2601.09694); std of the population."""
+    array = np.array(values, dtype=np.float64)
+    return [float(z) for z in (array - array.mean()) / (array.std() + epsilon)]

@@ -1,0 +1,79 @@
+"""What two published allocations measure of the weights: OWL (arXiv 2310.05175) and AlphaPruning (arXiv 2410.10912).
+
+Shape suffixes: O output features, I input features, N eigenvalues.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tools.plans.layer_profile import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OUTLIER_TIMES_MEAN = 5.0
+"""OWL's M: a score above this many times the mean of its block is an outlier."""
+
+PEAK_BINS = 100
+"""Bins, equal in log lambda, in which AlphaPruning looks for the peak of a spectrum."""
+
+
+def measure_outliers(weights: Sequence["Tensor"], mean_squares: Sequence["Tensor"]) -> float:
+    """OWL's D of one block, in per cent: scores |W_ij| sqrt(a_j) above M times the mean over all layers of the block.
+
+    `weights` are (O, I), `mean_squares` (I,). The scores are made twice rather than kept: no more than one layer's
+    are in memory.
+    """
+    import torch
+
+    from kernels.scores import score_wanda
+
+    pairs = list(zip(weights, mean_squares, strict=True))
+    count = sum(weight_OI.numel() for weight_OI in weights)
+    mean = sum(float(score_wanda(w_OI, a_I).sum(dtype=torch.float64)) for w_OI, a_I in pairs) / count
+    above = sum(int((score_wanda(w_OI, a_I) > OUTLIER_TIMES_MEAN * mean).sum()) for w_OI, a_I in pairs)
+    return 100 * above / count
+
+
+def measure_alpha(weight_OI: "Tensor") -> float | None:
+    """AlphaPruning's alpha of one layer, from the eigenvalues of W W^T; None when fewer than two are above zero.
+
+    They are computed in float64 from the smaller of W W^T and W^T W, which loses less than the published code's
+    singular values in fp32.
+    """
+    import torch
+
+    weight_OI = weight_OI.double()
+    outputs, inputs = weight_OI.shape
+    gram = weight_OI @ weight_OI.T if outputs <= inputs else weight_OI.T @ weight_OI
+    return fit_tail(torch.linalg.eigvalsh(gram).cpu().numpy())
+
+
+def fit_tail(eigenvalues_N: Array) -> float | None:
+    """Hill's estimate alpha = 1 + n / sum_i ln(lambda_i / lambda_min) over the n eigenvalues from lambda_min up.
+
+    `eigenvalues_N` ascend. This is `alpha_peak`, the published code's default and the one behind the paper's tables,
+    not its `alpha_mid` (lambda_min = the median): of the eigenvalues around the peak of the log spectrum, lambda_min
+    is the one whose tail is nearest to a power law by Kolmogorov and Smirnov. "Around" is from log10(0.95 peak) to
+    1.5 peak. The logarithm looks like a slip, and makes alpha depend on the scale of the weights, but it is what was
+    published. Unlike there, eigenvalues that are zero to rounding are left out.
+    """
+    floor = 10 * np.finfo(np.float64).eps * max(float(eigenvalues_N[-1]), 0.0)
+    spectrum_N = eigenvalues_N[eigenvalues_N > floor]
+    if len(spectrum_N) < 2:
+        return None
+    log_N = np.log(spectrum_N)
+    counts, edges = np.histogram(log_N / np.log(10), bins=PEAK_BINS)
+    peak = 10 ** edges[np.argmax(counts)]
+    first = np.searchsorted(spectrum_N, np.log10(0.95 * peak))
+    end = np.searchsorted(spectrum_N[:-1], 1.5 * peak, side="right")
+    alpha, nearest = None, np.inf
+    for start in range(first, end):
+        tail = log_N[start:] - log_N[start]
+        slope = len(tail) / max(float(tail.sum()), 1e-300)  # alpha - 1
+        distance = np.abs(1 - np.exp(-slope * tail) - np.arange(len(tail)) / len(tail)).max()
+        if distance < nearest:
+            alpha, nearest = 1 + slope, distance
+    return alpha

@@ -1,0 +1,365 @@
+"""The calibration text on its way up through the blocks, and its gradients on their way down, shard by shard.
+
+At no time is more held than what one block reads (in CPU memory), what a block needs on the way down, and, on disk,
+what every block read of the gradient windows.
+
+Shape suffixes: B windows, T tokens, I input features (d_in), O output features (d_out), D hidden width.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.scores import score_two_sided
+from kernels.statistics import (
+    add_second_moment,
+    clip_tokens,
+    level_of_each_weight,
+    mean_absolute_gradient,
+    nested_parts,
+    squared_loss_changes,
+    sum_squares,
+)
+from tools.base.settings import Calibration
+from tools.models.blocks import Blocks
+from tools.models.layers import Layer
+from tools.models.readout import compute_hidden, hidden_gradients
+from tools.plans.layer_profile import LEVELS
+from tools.statistics.shards import Span, Sums, cut_shards, list_nodes, sum_node
+from tools.statistics.states import StateStack
+
+CLIP = 10.0
+"""The clipped gamma counts no token for more than this many times the median token (of its window)."""
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""(input x (T, I), gradient g (T, O) of -log p of drawn labels) of a layer, window by window."""
+
+Nodes = list[tuple[Span, Sums]]
+"""What a span of shards comes to, as few nodes of the tree over all shards."""
+
+
+class Walk(NamedTuple):
+    """One walk through a calibration text."""
+
+    number: int
+    text: Calibration
+
+
+Purpose = Literal["profile", "moments", "pruning"]
+"""Why a text walks up: to come back, for the moments alone, or through blocks that change before it passes them."""
+
+
+@dataclass
+class _Seen:
+    """What flowed back through one block, by shard and layer."""
+
+    pairs: dict[int, dict[str, Pairs]]
+    language: dict[int, dict[str, float]]
+    """Mean over the weights of |dL/dW| of the language modelling loss, summed over the windows."""
+
+
+@dataclass
+class _Way:
+    """How far one span of shards has come."""
+
+    states: dict[int, Tensor]
+    """What the next block up reads, by window; on CPU."""
+    up: int = 0
+    """The next block up."""
+    inputs: StateStack | None = None
+    """What every block read of the gradient windows, the last block's on top."""
+    down: int | None = None
+    """The next block down; None on the way up."""
+    above: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Gradients of that block's output, by window."""
+    seen: dict[int, _Seen] = field(default_factory=dict)
+    """What is held of the blocks that were passed last."""
+
+
+class Walks:
+    """One walk at a time; another one begins anew.
+
+    Answers depend on the weights in the model and on what is asked, never on what was asked before: whoever takes over
+    a span in the middle of a walk finds the way to that block by himself.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        layers: Sequence[Layer],
+        windows_BT: Tensor,
+        gradient_windows: int,
+        seed: int,
+        scratch: Path,
+        ahead: int = 0,
+        mixed: Mapping[Calibration, Tensor] | None = None,
+    ) -> None:
+        """`windows_BT`, the run's own text, lies on the model's device; in the directory `scratch` lie files without a
+        name. The texts `mixed` have as many windows.
+
+        `ahead` is for how many requests others may be made before curves of a block are asked for.
+        """
+        self.blocks, self.windows_BT, self.seed, self.scratch = blocks, windows_BT, seed, scratch
+        self.gradient_windows, self.ahead = gradient_windows, ahead
+        self.grouped = layers_by_block(layers, len(blocks))
+        self.shards = cut_shards(len(windows_BT))
+        self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
+        self._walk: Walk | None = None
+        self._ways: dict[Span, _Way] = {}
+
+    def moments(self, span: Span, walk: Walk, block: int, full: bool, purpose: Purpose) -> tuple[Nodes, dict[str, str]]:
+        """(what a block's layers read, summed over tokens; the first layer of each that read the same tensor).
+
+        `A/LAYER` is the sum of x x^T of each group's first layer, or, not `full`, `a/LAYER` that of x^2: all that masks
+        without an update need, at a fraction of the products.
+        """
+        way = self._reach(span, walk, block, purpose == "profile")
+        group: dict[str, str] = {}
+        self._put_down(way, span)
+        before = dict(way.states) if purpose == "pruning" else {}
+        nodes = self._sum(span, lambda shard: self._sum_moments(way, block, shard, full, group))
+        if purpose == "pruning":
+            way.states = before
+        else:
+            way.up = block + 1
+        return nodes, group
+
+    def gradients(self, span: Span, walk: Walk, block: int) -> Nodes:
+        """What flows back through a block's layers, summed over the tokens of the gradient windows.
+
+        `plain/LAYER` and `clipped/LAYER` are the sums of g^2; `language/LAYER` is the sum over windows of the mean
+        |dL/dW|.
+        """
+        seen = self._descend(span, walk, block, language=True)
+        return self._sum(span, lambda shard: self._sum_gradients(seen, shard))
+
+    def mask_curves(self, span: Span, walk: Walk, block: int, known: Mapping[str, Sequence[Tensor]]) -> Nodes:
+        """As `curves`, of what the two-sided mask removes.
+
+        `known` is, for each layer, its dense weight where it is not the one in the model (else an empty tensor), a and
+        gamma.
+        """
+        parts: dict[str, Iterable[Tensor]] = {}
+        for layer in self.grouped[block]:
+            weight_OI, mean_square_I, gamma_O = (tensor.to(layer.weight_OI.device) for tensor in known[layer.name])
+            weight_OI = weight_OI if weight_OI.numel() else layer.weight_OI
+            parts[layer.name] = _parts_of_mask(weight_OI, mean_square_I, gamma_O)
+        return self._sum_curves(self._descend(span, walk, block, language=True), span, block, parts)
+
+    def curves(self, span: Span, walk: Walk, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
+        """By layer, sum_t (g_t^T dW x_t)^2 at each level (levels,), fp64; `parts` is what each adds to dW."""
+        return self._sum_curves(self._descend(span, walk, block, language=False), span, block, parts)
+
+    def finish(self, span: Span) -> None:
+        """Let go of what is held of a span."""
+        self._ways.pop(span, None)
+
+    # --- up ----------------------------------------------------------------------------------------------------
+
+    def _reach(self, span: Span, walk: Walk, block: int, returns: bool) -> _Way:
+        """The way of a span, standing before `block`."""
+        self._turn_to(walk)
+        way = self._ways.get(span)
+        if way is None or way.up > block:
+            windows = [window for shard in range(*span) for window in self.shards[shard]]
+            way = self._begin(span, windows, returns)
+        while way.up < block:
+            self._put_down(way, span)
+            for window in way.states:
+                self._step(way, way.up, window)
+            way.up += 1
+        return way
+
+    def _turn_to(self, walk: Walk) -> None:
+        if walk != self._walk:
+            self._walk, self._ways = walk, {}
+            self.windows_BT = self._texts[walk.text].to(self.windows_BT.device)
+
+    def _begin(self, span: Span, windows: Sequence[int], returns: bool) -> _Way:
+        states = {window: self.blocks.embed(self.windows_BT[window]).cpu() for window in windows}
+        self._ways[span] = _Way(states, inputs=StateStack(self.scratch) if returns else None)
+        return self._ways[span]
+
+    def _put_down(self, way: _Way, span: Span) -> None:
+        """Keep what the next block reads of the gradient windows."""
+        if way.inputs is not None and way.inputs.height == way.up:
+            way.inputs.push([way.states[window] for window in self._gradient_windows(span)])
+
+    def _gradient_windows(self, span: Span) -> list[int]:
+        return [w for shard in range(*span) for w in self.shards[shard] if w < self.gradient_windows]
+
+    @torch.no_grad()
+    def _step(self, way: _Way, block: int, window: int) -> None:
+        way.states[window] = self.blocks.run(self.windows_BT[window], block, way.states[window]).cpu()
+
+    def _sum_moments(self, way: _Way, block: int, shard: int, full: bool, group: dict[str, str]) -> Sums:
+        sums: Sums = {}
+        last: tuple[str, Tensor | None] = ("", None)
+
+        def on_input(layer: Layer, x_TI: Tensor) -> None:
+            nonlocal last
+            known = last[1]
+            shares = known is not None and known.data_ptr() == x_TI.data_ptr() != 0 and known.shape == x_TI.shape
+            leader = group.setdefault(layer.name, last[0] if shares else layer.name)
+            if leader != layer.name:
+                return
+            width, name = x_TI.shape[1], f"A/{leader}" if full else f"a/{leader}"
+            if name not in sums:
+                sums[name] = torch.zeros((width, width) if full else width, device=x_TI.device)
+            if full:
+                add_second_moment(sums[name], x_TI)
+            else:
+                sums[name] += sum_squares(x_TI)
+            last = (leader, x_TI)
+
+        with _tapped(self.grouped[block], on_input):
+            for window in self.shards[shard]:
+                self._step(way, block, window)
+        return sums
+
+    # --- down --------------------------------------------------------------------------------------------------
+
+    def _descend(self, span: Span, walk: Walk, block: int, *, language: bool) -> _Seen:
+        """What flows back through a block. Each block runs forward once more, so that only its own graph is held."""
+        self._turn_to(walk)
+        way = self._ways.get(span)
+        if way is None or not self._leads_to(way, block):
+            way = self._climb(span)
+        if way.down is None:
+            way.states, way.down = {}, len(self.blocks) - 1  # the way down needs the gradient windows only
+        while block not in way.seen:
+            for passed in sorted(way.seen)[self.ahead :]:
+                del way.seen[passed]
+            way.seen[way.down] = self._step_down(way, way.down, span, language)
+            way.down -= 1
+        return way.seen[block]
+
+    def _leads_to(self, way: _Way, block: int) -> bool:
+        if way.down is None:
+            return way.inputs is not None and way.inputs.height == len(self.blocks)
+        return block in way.seen or block <= way.down
+
+    def _climb(self, span: Span) -> _Way:
+        """Walk up with the gradient windows alone."""
+        way = self._begin(span, self._gradient_windows(span), True)
+        for block in range(len(self.blocks)):
+            self._put_down(way, span)
+            if block < len(self.blocks) - 1:
+                for window in way.states:
+                    self._step(way, block, window)
+            way.up += 1
+        return way
+
+    def _step_down(self, way: _Way, block: int, span: Span, language: bool) -> _Seen:
+        """Back-propagate through a block the loss of labels drawn from the model and, with `language`, the text's."""
+        layers, last, shards = self.grouped[block], block == len(self.blocks) - 1, range(*span)
+        seen = _Seen(
+            {shard: {layer.name: [] for layer in layers} for shard in shards},
+            {shard: dict.fromkeys((layer.name for layer in layers), 0.0) for shard in shards},
+        )
+        assert way.inputs is not None
+        entered = iter(way.inputs.pop())
+        fisher, shard = True, 0
+
+        def on_gradient(layer: Layer, x_TI: Tensor, g_TO: Tensor) -> None:
+            if fisher:
+                seen.pairs[shard][layer.name].append((x_TI, g_TO))
+            else:
+                seen.language[shard][layer.name] += mean_absolute_gradient(g_TO, x_TI)
+
+        for shard in shards:
+            for window in (w for w in self.shards[shard] if w < self.gradient_windows):
+                ids_T = self.windows_BT[window]
+                x_BTD = next(entered).requires_grad_()
+                with _tapped(layers, lambda layer, x: None, on_gradient):
+                    if last:
+                        with self.blocks.only(block, block + 1, ids_T, x_BTD):
+                            output = compute_hidden(self.blocks.model, ids_T[None])
+                        way.above[window] = self._begin_gradients(ids_T, output[0], window)
+                    else:
+                        output = self.blocks.run(ids_T, block, x_BTD)
+                    above, fisher = way.above[window], True
+                    below = torch.autograd.grad(output, x_BTD, above[0].to(output.device), retain_graph=language)
+                    if language:
+                        fisher = False
+                        below += torch.autograd.grad(output, x_BTD, above[1].to(output.device))
+                way.above[window] = tuple(gradient.cpu() for gradient in below)
+        return seen
+
+    def _begin_gradients(self, ids_T: Tensor, hidden_TD: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        # Every window has a generator of its own: labels do not depend on the order of the windows.
+        generator = torch.Generator(device=hidden_TD.device).manual_seed(self.seed * 1_000_003 + window)
+        drawn_TD, text_TD = hidden_gradients(self.blocks.model, ids_T, hidden_TD, generator)
+        return drawn_TD[None], text_TD[None]
+
+    def _sum_gradients(self, seen: _Seen, shard: int) -> Sums:
+        sums: Sums = {}
+        for name, pairs in seen.pairs[shard].items():
+            if pairs:
+                sums[f"plain/{name}"] = sum((sum_squares(g_TO) for _, g_TO in pairs[1:]), sum_squares(pairs[0][1]))
+                clipped = [sum_squares(clip_tokens(g_TO, CLIP)) for _, g_TO in pairs]
+                sums[f"clipped/{name}"] = sum(clipped[1:], clipped[0])
+                sums[f"language/{name}"] = torch.tensor(seen.language[shard][name], dtype=torch.float64)
+        return sums
+
+    def _sum_curves(self, seen: _Seen, span: Span, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
+        leaves: dict[int, Sums] = {shard: {} for shard in range(*span)}
+        for layer in self.grouped[block]:  # layer by layer, so that the parts of one only are held
+            pairs = {shard: seen.pairs[shard][layer.name] for shard in range(*span)}
+            whole = [pair for shard in pairs.values() for pair in shard]
+            if not whole:  # a span without gradient windows, or an expert that these never reached
+                continue
+            changes = (part_OI.to(layer.weight_OI.device) for part_OI in parts[layer.name])
+            columns = squared_loss_changes(whole, changes).split([len(shard) for shard in pairs.values()], 1)
+            for shard, changes_LP in zip(pairs, columns, strict=True):
+                if changes_LP.shape[1]:
+                    leaves[shard][layer.name] = changes_LP.sum(1)
+        return self._sum(span, leaves.__getitem__)
+
+    def _sum(self, span: Span, leaf: Callable[[int], Sums]) -> Nodes:
+        return [(node, sum_node(node, leaf)) for node in list_nodes((0, len(self.shards)), span)]
+
+
+def layers_by_block(layers: Iterable[Layer], count: int) -> list[list[Layer]]:
+    """The layers of each of `count` blocks."""
+    grouped: list[list[Layer]] = [[] for _ in range(count)]
+    for layer in layers:
+        grouped[layer.block].append(layer)
+    return grouped
+
+
+@contextmanager
+def _tapped(
+    layers: Iterable[Layer],
+    on_input: Callable[[Layer, Tensor], None],
+    on_gradient: Callable[[Layer, Tensor, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Hooks on layers: their inputs are seen in the forward pass, their output gradients in the backward pass."""
+
+    def tap(layer: Layer) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def see(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x_TI = inputs[0].detach().flatten(0, -2)
+            on_input(layer, x_TI)
+            if on_gradient is not None and output.requires_grad:
+                output.register_hook(lambda g: on_gradient(layer, x_TI, g.flatten(0, -2)))
+
+        return see
+
+    hooks = [layer.module.register_forward_hook(tap(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _parts_of_mask(weight_OI: Tensor, mean_square_I: Tensor, gradient_square_O: Tensor) -> Iterator[Tensor]:
+    """What the two-sided mask removes at each of LEVELS beyond the last; nothing is held before it is asked for."""
+    score_OI = score_two_sided(weight_OI, mean_square_I, gradient_square_O)
+    zeros = [round(level * weight_OI.numel()) for level in LEVELS]
+    yield from nested_parts(weight_OI, level_of_each_weight(score_OI, weight_OI == 0, zeros), len(LEVELS))

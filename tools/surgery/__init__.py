@@ -1,0 +1,1 @@
+"""Structured pruning: whole parts of the model go."""

@@ -1,0 +1,1 @@
+"""Who does the work: one worker, or a cluster of them."""

@@ -1,0 +1,1 @@
+"""Where text and questions come from, and how they become disjoint windows."""

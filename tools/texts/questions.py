@@ -1,0 +1,116 @@
+"""Questions with short answers, such as FreebaseQA: from the hub or from a file, in order and without repeats."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tools.base.errors import UserError
+from tools.base.settings import QUESTION_SOURCE
+from tools.base.tables import explain_unreadable, open_rows, parse_hub, path_of
+
+QUESTION_FORM = "Question: {}\nAnswer:"
+"""How a question is put; the answer follows after a space."""
+
+
+class Question(NamedTuple):
+    """A question and the answers that count as right, the first of them as the gold one."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
+class Parts(NamedTuple):
+    """Questions of one source that are asked for different ends; no question is in two of them."""
+
+    test: list[Question]
+    """Asked once, for the report."""
+    validation: list[Question]
+    """Asked after every trial."""
+    rest: Iterator[Question]
+    """For the calibration text."""
+
+
+def write_pair(pair: Question) -> str:
+    """A question with its gold answer, as text."""
+    return f"{QUESTION_FORM.format(pair.question)} {pair.answers[0]}"
+
+
+def split_questions(source: str, pairs: int) -> Parts:
+    """The first `pairs` questions for the report, as many for the trials, and what is left.
+
+    Raises UserError when there are too few, or the source cannot be read.
+    """
+    questions = read_questions(source)
+    first = list(itertools.islice(questions, 2 * pairs))
+    if len(first) < 2 * pairs:
+        raise UserError(
+            f"source of questions {source!r} has {len(first)} questions with answers, but {pairs} for the trials and "
+            f"{pairs} for the report were asked for; ask for fewer with --question-pairs"
+        )
+    return Parts(first[:pairs], first[pairs:], questions)
+
+
+def check_questions(source: str) -> None:
+    """Refuse, before anything is loaded, a source that cannot be read. Raises UserError."""
+    if source.startswith("hub:"):
+        parse_hub(source)
+        return
+    if not source.startswith("file:"):
+        raise UserError(f"source of questions {source!r} is not one of {QUESTION_SOURCE}")
+    path = path_of(source)
+    if not os.path.isfile(path):
+        raise UserError(f"file of questions {path} does not exist")
+    if path.suffix not in (".jsonl", ".json"):
+        raise UserError(f"file of questions {path} must end in .jsonl or .json")
+
+
+def read_questions(source: str) -> Iterator[Question]:
+    """The questions of a source, each once. Raises UserError when it cannot be read or is of another form.
+
+    Understood are rows of `question` and `answer` (or `answers`, a list), and FreebaseQA's own: `RawQuestion` (or
+    `ProcessedQuestion`) and `Parses` with `AnswersName`, one row each or all of them in a list `Questions`.
+    """
+    check_questions(source)
+    seen: set[str] = set()
+    with explain_unreadable("source of questions", source):
+        for row in open_rows(source):
+            for record in row["Questions"] if isinstance(row.get("Questions"), list) else [row]:
+                question = _read_record(record, source)
+                key = question.question.casefold()
+                if question.answers and key not in seen:
+                    seen.add(key)
+                    yield question
+
+
+def _read_record(record: dict[str, Any], source: str) -> Question:
+    for key in ("question", "RawQuestion", "ProcessedQuestion"):
+        text = record.get(key)
+        if isinstance(text, str) and text.strip():
+            break
+    else:
+        raise UserError(f"source of questions {source!r} has a row without a question, but {sorted(record)[:10]}")
+    for key in ("answers", "answer", "Parses"):
+        if record.get(key) is not None:
+            found = list(_names(record[key]) if key == "Parses" else _texts(record[key]))
+            return Question(" ".join(text.split()), tuple(dict.fromkeys(found)))
+    raise UserError(f"source of questions {source!r} has a row without an answer, but {sorted(record)[:10]}")
+
+
+def _names(value: Any) -> Iterator[str]:
+    """All that stands under `AnswersName`; datasets may have turned lists of records into records of lists."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _texts(part) if key == "AnswersName" else _names(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _names(part)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        if value.strip():
+            yield " ".join(value.split())
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)

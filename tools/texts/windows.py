@@ -1,0 +1,204 @@
+"""Where text comes from, and how it becomes three disjoint sets of token windows."""
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.base.errors import UserError
+from tools.base.settings import TEXT_SOURCE, Calibration, WorkbenchSettings
+from tools.base.tables import explain_unreadable, open_rows, parse_hub, path_of
+from tools.texts.questions import Question, check_questions, split_questions, write_pair
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SPLITS = ("calibration", "validation", "test")
+SHINGLE = 64
+"""Tokens in a row that two splits may not share."""
+
+
+class Windows(NamedTuple):
+    """Token ids of the three splits, each (windows, window) int64."""
+
+    calibration: "Tensor"
+    validation: "Tensor"
+    test: "Tensor"
+    mixed: "dict[Calibration, Tensor]"
+    """The calibration text with more questions in it, as far as there are enough of them."""
+
+
+def check_source(source: str) -> None:
+    """Refuse, before anything is loaded, a source that cannot be read. Raises UserError."""
+    if source == "pydoc" or source.startswith("hub:"):
+        if source != "pydoc":
+            parse_hub(source)
+        return
+    if not source.startswith("file:"):
+        raise UserError(f"text source {source!r} is not one of {TEXT_SOURCE}")
+    path = path_of(source)
+    if not os.path.isfile(path):  # unlike Path's, it has an answer for a name too long
+        raise UserError(f"text file {path} does not exist")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"text file {path} must end in .txt or .jsonl")
+    if not os.path.getsize(path):
+        raise UserError(f"text file {path} is empty")
+
+
+def check_texts(settings: WorkbenchSettings) -> None:
+    """Refuse, before anything is loaded, texts that cannot be read. Raises UserError."""
+    for split in SPLITS:
+        check_source(getattr(settings, split))
+    if settings.questions:
+        check_questions(settings.questions)
+    for split in SPLITS:
+        if settings.questions == getattr(settings, split):
+            raise UserError(
+                f"the questions and the {split} text are the same, {settings.questions!r}; some questions of a source "
+                "are taken into the calibration text, and no others, with --calibration-mix"
+            )
+
+
+def read_documents(source: str) -> Iterator[str]:
+    """The documents of a source, in order. Raises UserError when it cannot be read or has no text."""
+    check_source(source)
+    if source == "pydoc":
+        yield from _read_pydoc()
+        return
+    with explain_unreadable("text source", source):
+        for row in open_rows(source):
+            yield _text_of(row, source)
+
+
+def _text_of(row: dict[str, Any], source: str) -> str:
+    keys = [key for key in ("text", "content", "document") if key in row]
+    for key in keys:
+        if isinstance(row[key], str):
+            return str(row[key])
+    if any(row[key] is None for key in keys):
+        return ""  # a row without text
+    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+        return write_pair(Question(row["question"], (row["answer"],)))
+    raise UserError(f"text source {source!r} has no text in a column text, content or document, but {sorted(row)[:10]}")
+
+
+def _read_pydoc() -> Iterator[str]:
+    """CPython's own reference prose. Its topics quote one another, so a paragraph is taken only once."""
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    for name in sorted(topics):
+        fresh = []
+        for paragraph in topics[name].split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                seen.add(key)
+                fresh.append(paragraph)
+        yield "\n\n".join(fresh)
+
+
+def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
+    """Three disjoint sets of windows; splits with the same source take consecutive parts of it.
+
+    A share `calibration_mix` of the calibration windows, evenly spread, is made of questions with answers that are
+    asked nowhere else. Raises UserError when a source is too short for the windows asked for, or two splits share text.
+    """
+    import torch
+
+    counts = {split: getattr(settings, f"{split}_windows") for split in SPLITS}
+    mixed_windows = settings.count_mixed(settings.calibration_mix)
+    counts["calibration"] -= mixed_windows
+    sources = {split: getattr(settings, split) for split in SPLITS}
+    windows: dict[str, Tensor] = {}
+    for source in dict.fromkeys(sources.values()):
+        sharing = [split for split in SPLITS if sources[split] == source]
+        asked = {split: counts[split] for split in sharing}
+        ids = _read_tokens(read_documents(source), tokenizer, settings.window * sum(asked.values()))
+        parts = torch.split(_cut(ids, source, settings.window, asked), list(asked.values()))
+        for split, part in zip(sharing, parts, strict=True):
+            windows[split] = part
+    mixed: dict[Calibration, Tensor] = {}
+    if settings.questions:
+        prose, pairs = windows["calibration"], _cut_questions(settings, tokenizer)
+        windows["calibration"] = _spread(prose, pairs[:mixed_windows])
+        for name, count in settings.mixes.items():
+            if count <= len(pairs):
+                mixed[name] = _spread(prose[: settings.calibration_windows - count], pairs[:count])
+    result = Windows(**windows, mixed=mixed)
+    _check_overlap(result, tokenizer)
+    return result
+
+
+def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
+    """As many windows of questions as are asked for or can be mixed in."""
+    needed = settings.count_mixed(settings.calibration_mix)
+    pairs = map(write_pair, split_questions(settings.questions, settings.question_pairs).rest)
+    most = max([needed, *settings.mixes.values()])
+    ids = _read_tokens(pairs, tokenizer, settings.window * most)
+    count = max(needed, min(most, len(ids) // settings.window))
+    return _cut(ids, settings.questions, settings.window, {"calibration": count})
+
+
+def _spread(prose: "Tensor", mixed: "Tensor") -> "Tensor":
+    """Both kinds of windows, the second evenly spread, so that any first few hold their share of it."""
+    import torch
+
+    total, parts = len(prose) + len(mixed), [iter(prose), iter(mixed)]
+    kinds = [(i + 1) * len(mixed) // total > i * len(mixed) // total for i in range(total)]
+    return torch.stack([next(parts[kind]) for kind in kinds])
+
+
+def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[int]:
+    """The tokens of documents, in order: as many as are needed or more, or all that there are."""
+    ids: list[int] = []
+    for document in documents:
+        if document.strip():
+            ids += tokenizer(document.strip() + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= needed:
+            break
+    return ids
+
+
+def _cut(ids: list[int], source: str, window: int, counts: dict[str, int]) -> "Tensor":
+    """All the windows that are cut from a source: (windows, window). Raises UserError when its tokens are too few."""
+    import torch
+
+    windows = sum(counts.values())
+    if len(ids) >= window * windows:
+        return torch.tensor(ids[: window * windows], dtype=torch.int64).view(windows, window)
+    asked = " + ".join(f"{count} {split}" for split, count in counts.items())
+    raise UserError(
+        f"text source {source!r} is too short: {asked} windows of {window} tokens need {window * windows} tokens, "
+        f"but it has {len(ids)}; ask for fewer or shorter windows"
+    )
+
+
+def _check_overlap(windows: Windows, tokenizer: Any) -> None:
+    """Raises UserError when two splits share text. A mixed text that does, and nobody has asked for yet, is dropped."""
+    length = min(SHINGLE, *(getattr(windows, split).numel() for split in SPLITS))
+    hashes = {split: _hash_shingles(getattr(windows, split), length) for split in SPLITS}
+    for first, second in (("calibration", "validation"), ("calibration", "test"), ("validation", "test")):
+        shared = np.isin(hashes[second], hashes[first])
+        if shared.any():
+            at = int(shared.argmax())
+            ids = getattr(windows, second).reshape(-1)[at : at + length].tolist()
+            text = " ".join(tokenizer.decode(ids).split())[:100]
+            raise UserError(
+                f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
+                f"such as {text!r}); choose disjoint texts"
+            )
+    measured = np.concatenate([hashes["validation"], hashes["test"]])
+    for name, text_BT in list(windows.mixed.items()):
+        if np.isin(measured, _hash_shingles(text_BT, length)).any():
+            del windows.mixed[name]
+
+
+def _hash_shingles(windows: "Tensor", length: int) -> NDArray[np.uint64]:
+    """A 64-bit polynomial hash of every run of `length` tokens, over the whole split."""
+    tokens = windows.reshape(-1).numpy().astype(np.uint64) + np.uint64(1)
+    hashes = np.zeros(len(tokens) - length + 1, dtype=np.uint64)
+    for offset in range(length):  # Horner's rule, wrapping at 2^64
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[offset : offset + len(hashes)]
+    return hashes

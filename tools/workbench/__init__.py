@@ -1,0 +1,1 @@
+"""The one loaded model of a run."""
