@@ -1,0 +1,62 @@
+"""What a round of pruning will do, layer by layer: the one thing that everybody reads once a plan has been resolved."""
+
+import hashlib
+import json
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tools.plans.recipe import Recipe
+
+
+class LayerOrder(BaseModel):
+    """What is to become of one layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: Recipe = Field(description="What is done inside the layer (`Recipe.within_layers`).")
+    zeros: int = Field(ge=0, description="Weights that are to be zero.")
+
+
+class WorkOrder(BaseModel):
+    """A plan, resolved once: for every layer its recipe and its number of zeros."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: dict[str, LayerOrder] = Field(description="By layer name, in the model's order.")
+    sparsity: float = Field(description="Share of all prunable weights that will be zero.")
+    predicted_kl: float = Field(
+        description="Sum of the unweighted KL curves that the order was allocated by, nats per token."
+    )
+    multipliers: dict[str, float] = Field({}, description="Selectors to the factors that lessons put on those curves.")
+    line: str = Field("", description="For people; two orders may share it.")
+
+    @property
+    def id(self) -> str:
+        """SHA-256, in hex, of every layer's recipe and zeros: orders of the same id make the same weights."""
+        parts = {name: [layer.recipe.model_dump(), layer.zeros] for name, layer in self.layers.items()}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def zeros(self) -> dict[str, int]:
+        """Layer name to number of zero weights, in layer order."""
+        return {name: layer.zeros for name, layer in self.layers.items()}
+
+
+def order_all(
+    recipe: Recipe,
+    zeros: dict[str, int],
+    *,
+    sparsity: float,
+    predicted_kl: float,
+    multipliers: dict[str, float] | None = None,
+    line: str = "",
+) -> WorkOrder:
+    """The order that has one recipe for all layers."""
+    within = recipe.within_layers()
+    return WorkOrder(
+        layers={name: LayerOrder(recipe=within, zeros=count) for name, count in zeros.items()},
+        sparsity=sparsity,
+        predicted_kl=predicted_kl,
+        multipliers=multipliers or {},
+        line=line,
+    )
