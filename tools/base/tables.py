@@ -4,17 +4,35 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
 
+TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc")
+"""How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
+
+
+def join_forms(forms: Sequence[str]) -> str:
+    """a, b or c"""
+    return " or ".join([", ".join(forms[:-1]), forms[-1]])
+
 
 def path_of(source: str) -> Path:
     """The path of a source `file:PATH`."""
     return Path(os.path.expanduser(source.removeprefix("file:")))  # Path.expanduser raises for ~nobody
+
+
+def check_file(source: str, what: str, *suffixes: str) -> Path:
+    """The path of a source `file:PATH` that is there and of the right kind; `what` it is. Raises UserError."""
+    path = path_of(source)
+    if not os.path.isfile(path):  # unlike Path's, it has an answer for a name too long
+        raise UserError(f"{what} {path} does not exist")
+    if path.suffix not in suffixes:
+        raise UserError(f"{what} {path} must end in {join_forms(suffixes)}")
+    return path
 
 
 class HubText(NamedTuple):

@@ -1,13 +1,12 @@
 """Questions with short answers, such as FreebaseQA: from the hub or from a file, in order and without repeats."""
 
 import itertools
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tools.base.errors import UserError
 from tools.base.settings import QUESTION_SOURCE
-from tools.base.tables import explain_unreadable, open_rows, parse_hub, path_of
+from tools.base.tables import check_file, explain_unreadable, open_rows, parse_hub
 
 QUESTION_FORM = "Question: {}\nAnswer:"
 """How a question is put; the answer follows after a space."""
@@ -58,11 +57,7 @@ def check_questions(source: str) -> None:
         return
     if not source.startswith("file:"):
         raise UserError(f"source of questions {source!r} is not one of {QUESTION_SOURCE}")
-    path = path_of(source)
-    if not os.path.isfile(path):
-        raise UserError(f"file of questions {path} does not exist")
-    if path.suffix not in (".jsonl", ".json"):
-        raise UserError(f"file of questions {path} must end in .jsonl or .json")
+    check_file(source, "file of questions", ".jsonl", ".json")
 
 
 def read_questions(source: str) -> Iterator[Question]:

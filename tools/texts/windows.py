@@ -1,6 +1,5 @@
-"""Where text comes from, and how it becomes three disjoint sets of token windows."""
+"""How text becomes three disjoint sets of token windows."""
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.base.errors import UserError
-from tools.base.settings import TEXT_SOURCE, Calibration, WorkbenchSettings
-from tools.base.tables import explain_unreadable, open_rows, parse_hub, path_of
-from tools.texts.questions import Question, check_questions, split_questions, write_pair
+from tools.base.settings import Calibration, WorkbenchSettings
+from tools.texts.mixtures import mix_questions, write_questions
+from tools.texts.questions import check_questions
+from tools.texts.sources import check_source, read_documents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,23 +30,6 @@ class Windows(NamedTuple):
     """The calibration text with more questions in it, as far as there are enough of them."""
 
 
-def check_source(source: str) -> None:
-    """Refuse, before anything is loaded, a source that cannot be read. Raises UserError."""
-    if source == "pydoc" or source.startswith("hub:"):
-        if source != "pydoc":
-            parse_hub(source)
-        return
-    if not source.startswith("file:"):
-        raise UserError(f"text source {source!r} is not one of {TEXT_SOURCE}")
-    path = path_of(source)
-    if not os.path.isfile(path):  # unlike Path's, it has an answer for a name too long
-        raise UserError(f"text file {path} does not exist")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"text file {path} must end in .txt or .jsonl")
-    if not os.path.getsize(path):
-        raise UserError(f"text file {path} is empty")
-
-
 def check_texts(settings: WorkbenchSettings) -> None:
     """Refuse, before anything is loaded, texts that cannot be read. Raises UserError."""
     for split in SPLITS:
@@ -61,44 +44,6 @@ def check_texts(settings: WorkbenchSettings) -> None:
             )
 
 
-def read_documents(source: str) -> Iterator[str]:
-    """The documents of a source, in order. Raises UserError when it cannot be read or has no text."""
-    check_source(source)
-    if source == "pydoc":
-        yield from _read_pydoc()
-        return
-    with explain_unreadable("text source", source):
-        for row in open_rows(source):
-            yield _text_of(row, source)
-
-
-def _text_of(row: dict[str, Any], source: str) -> str:
-    keys = [key for key in ("text", "content", "document") if key in row]
-    for key in keys:
-        if isinstance(row[key], str):
-            return str(row[key])
-    if any(row[key] is None for key in keys):
-        return ""  # a row without text
-    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
-        return write_pair(Question(row["question"], (row["answer"],)))
-    raise UserError(f"text source {source!r} has no text in a column text, content or document, but {sorted(row)[:10]}")
-
-
-def _read_pydoc() -> Iterator[str]:
-    """CPython's own reference prose. Its topics quote one another, so a paragraph is taken only once."""
-    from pydoc_data.topics import topics
-
-    seen: set[str] = set()
-    for name in sorted(topics):
-        fresh = []
-        for paragraph in topics[name].split("\n\n"):
-            key = " ".join(paragraph.split())
-            if key not in seen:
-                seen.add(key)
-                fresh.append(paragraph)
-        yield "\n\n".join(fresh)
-
-
 def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     """Three disjoint sets of windows; splits with the same source take consecutive parts of it.
 
@@ -108,8 +53,7 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     import torch
 
     counts = {split: getattr(settings, f"{split}_windows") for split in SPLITS}
-    mixed_windows = settings.count_mixed(settings.calibration_mix)
-    counts["calibration"] -= mixed_windows
+    counts["calibration"] -= settings.count_mixed(settings.calibration_mix)
     sources = {split: getattr(settings, split) for split in SPLITS}
     windows: dict[str, Tensor] = {}
     for source in dict.fromkeys(sources.values()):
@@ -121,11 +65,8 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
             windows[split] = part
     mixed: dict[Calibration, Tensor] = {}
     if settings.questions:
-        prose, pairs = windows["calibration"], _cut_questions(settings, tokenizer)
-        windows["calibration"] = _spread(prose, pairs[:mixed_windows])
-        for name, count in settings.mixes.items():
-            if count <= len(pairs):
-                mixed[name] = _spread(prose[: settings.calibration_windows - count], pairs[:count])
+        questions_BT = _cut_questions(settings, tokenizer)
+        windows["calibration"], mixed = mix_questions(settings, windows["calibration"], questions_BT)
     result = Windows(**windows, mixed=mixed)
     _check_overlap(result, tokenizer)
     return result
@@ -134,20 +75,10 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
 def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
     """As many windows of questions as are asked for or can be mixed in."""
     needed = settings.count_mixed(settings.calibration_mix)
-    pairs = map(write_pair, split_questions(settings.questions, settings.question_pairs).rest)
     most = max([needed, *settings.mixes.values()])
-    ids = _read_tokens(pairs, tokenizer, settings.window * most)
+    ids = _read_tokens(write_questions(settings), tokenizer, settings.window * most)
     count = max(needed, min(most, len(ids) // settings.window))
     return _cut(ids, settings.questions, settings.window, {"calibration": count})
-
-
-def _spread(prose: "Tensor", mixed: "Tensor") -> "Tensor":
-    """Both kinds of windows, the second evenly spread, so that any first few hold their share of it."""
-    import torch
-
-    total, parts = len(prose) + len(mixed), [iter(prose), iter(mixed)]
-    kinds = [(i + 1) * len(mixed) // total > i * len(mixed) // total for i in range(total)]
-    return torch.stack([next(parts[kind]) for kind in kinds])
 
 
 def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[int]:

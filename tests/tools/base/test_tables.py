@@ -3,7 +3,7 @@
 import pytest
 
 from tools.base.tables import HubText, parse_hub
-from tools.texts.windows import check_source
+from tools.texts.sources import check_source
 
 
 @pytest.mark.parametrize(

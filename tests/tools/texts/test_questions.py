@@ -1,11 +1,11 @@
 """Questions and answers in every form that they come in."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.rows import write_rows
 from tools.base.errors import UserError
 from tools.texts.questions import Question, read_questions, split_questions, write_pair
 
@@ -22,34 +22,29 @@ FREEBASE: dict[str, Any] = {
 }
 
 
-def write(path: Path, rows: Any) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows) if path.suffix == ".jsonl" else json.dumps(rows))
-    return f"file:{path}"
-
-
 def test_question_and_answer(tmp_path: Path) -> None:
     rows = [{"question": VENUS.question, "answer": "venus"}, {"question": "Who sang Grace?", "answer": "jeff  buckley"}]
-    source = write(tmp_path / "qa.jsonl", [*rows, {"question": "WHO SANG grace?", "answer": "another"}])
+    source = write_rows(tmp_path / "qa.jsonl", [*rows, {"question": "WHO SANG grace?", "answer": "another"}])
     assert list(read_questions(source)) == [VENUS, Question("Who sang Grace?", ("jeff buckley",))]
 
 
 def test_several_answers(tmp_path: Path) -> None:
     rows = [{"question": "Who sang Grace?", "answers": ["jeff buckley", "buckley"]}]
-    assert list(read_questions(write(tmp_path / "qa.jsonl", rows))) == [BOTH]
+    assert list(read_questions(write_rows(tmp_path / "qa.jsonl", rows))) == [BOTH]
 
 
 def test_freebaseqa_row_by_row(tmp_path: Path) -> None:
-    assert list(read_questions(write(tmp_path / "qa.jsonl", [FREEBASE]))) == [BOTH]
+    assert list(read_questions(write_rows(tmp_path / "qa.jsonl", [FREEBASE]))) == [BOTH]
 
 
 def test_freebaseqa_as_one_file(tmp_path: Path) -> None:
     whole = {"Dataset": "FreebaseQA-dev", "Version": "1.0", "Questions": [FREEBASE]}
-    assert list(read_questions(write(tmp_path / "FreebaseQA-dev.json", whole))) == [BOTH]
+    assert list(read_questions(write_rows(tmp_path / "FreebaseQA-dev.json", whole))) == [BOTH]
 
 
 def test_records_of_lists(tmp_path: Path) -> None:
     turned = {"Parse-Id": ["P0"], "Answers": [{"AnswersMid": ["m.1"], "AnswersName": [["jeff buckley", "buckley"]]}]}
-    assert list(read_questions(write(tmp_path / "qa.jsonl", [{**FREEBASE, "Parses": turned}]))) == [BOTH]
+    assert list(read_questions(write_rows(tmp_path / "qa.jsonl", [{**FREEBASE, "Parses": turned}]))) == [BOTH]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +57,7 @@ def test_records_of_lists(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_read_is_told(tmp_path: Path, name: str, rows: Any, error: str) -> None:
     with pytest.raises(UserError) as told:
-        list(read_questions(write(tmp_path / name, rows)))
+        list(read_questions(write_rows(tmp_path / name, rows)))
     assert error in str(told.value)
 
 
@@ -75,7 +70,7 @@ def test_missing_and_strange_sources() -> None:
 
 def test_parts_are_disjoint_and_in_order(tmp_path: Path) -> None:
     rows = [{"question": f"Number {i}?", "answer": str(i)} for i in range(7)]
-    parts = split_questions(write(tmp_path / "qa.jsonl", rows), 3)
+    parts = split_questions(write_rows(tmp_path / "qa.jsonl", rows), 3)
     numbers = [[pair.answers[0] for pair in part] for part in (parts.test, parts.validation, parts.rest)]
     assert numbers == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
     assert write_pair(parts.test[1]) == "Question: Number 1?\nAnswer: 1"
@@ -84,4 +79,4 @@ def test_parts_are_disjoint_and_in_order(tmp_path: Path) -> None:
 def test_too_few_questions(tmp_path: Path) -> None:
     rows = [{"question": f"Number {i}?", "answer": str(i)} for i in range(5)]
     with pytest.raises(UserError, match=r"has 5 questions with answers, but 3 for the trials .* --question-pairs"):
-        split_questions(write(tmp_path / "qa.jsonl", rows), 3)
+        split_questions(write_rows(tmp_path / "qa.jsonl", rows), 3)

@@ -1,0 +1,92 @@
+"""Where running text comes from: every kind of source, how it is checked, and how its documents are read.
+
+A new kind is one entry of SOURCES, and its form in `tools.base.tables.TEXT_FORMS`, of which the flags' help is made.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from tools.base.errors import UserError
+from tools.base.tables import TEXT_FORMS, check_file, explain_unreadable, join_forms, open_rows, parse_hub
+from tools.texts.questions import Question, write_pair
+
+
+class Source(NamedTuple):
+    """A kind of source; both functions are given the source as it was written."""
+
+    check: Callable[[str], object]
+    """Refuses, before anything is loaded, what cannot be read; raises UserError."""
+    read: Callable[[str], Iterator[str]]
+    """Its documents, in order."""
+
+
+def check_source(source: str) -> None:
+    """Refuse, before anything is loaded, a source that cannot be read. Raises UserError."""
+    _find(source).check(source)
+
+
+def read_documents(source: str) -> Iterator[str]:
+    """The documents of a source, in order. Raises UserError when it cannot be read or has no text."""
+    check_source(source)
+    return _find(source).read(source)
+
+
+def _find(source: str) -> Source:
+    kind, colon, _ = source.partition(":")
+    if kind + colon not in SOURCES:
+        raise UserError(f"text source {source!r} is not one of {join_forms(TEXT_FORMS)}")
+    return SOURCES[kind + colon]
+
+
+# --- data sets on the hub, and files ---------------------------------------------------------------------------------
+
+
+def _check_file(source: str) -> None:
+    path = check_file(source, "text file", ".txt", ".jsonl")
+    if not os.path.getsize(path):
+        raise UserError(f"text file {path} is empty")
+
+
+def _read_rows(source: str) -> Iterator[str]:
+    with explain_unreadable("text source", source):
+        for row in open_rows(source):
+            yield _text_of(row, source)
+
+
+def _text_of(row: dict[str, Any], source: str) -> str:
+    keys = [key for key in ("text", "content", "document") if key in row]
+    for key in keys:
+        if isinstance(row[key], str):
+            return str(row[key])
+    if any(row[key] is None for key in keys):
+        return ""  # a row without text
+    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+        return write_pair(Question(row["question"], (row["answer"],)))
+    raise UserError(f"text source {source!r} has no text in a column text, content or document, but {sorted(row)[:10]}")
+
+
+# --- CPython's own documentation -------------------------------------------------------------------------------------
+
+
+def _read_pydoc(source: str) -> Iterator[str]:
+    """CPython's own reference prose. Its topics quote one another, so a paragraph is taken only once."""
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    for name in sorted(topics):
+        fresh = []
+        for paragraph in topics[name].split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                seen.add(key)
+                fresh.append(paragraph)
+        yield "\n\n".join(fresh)
+
+
+SOURCES = {
+    "hub:": Source(parse_hub, _read_rows),
+    "file:": Source(_check_file, _read_rows),
+    "pydoc": Source(lambda source: None, _read_pydoc),
+}
+"""By what a source begins with: a word and a colon, or the word alone where nothing is to be chosen."""
