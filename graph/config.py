@@ -7,9 +7,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from tools.base.names import path_of
 from tools.base.options import check_options, read_options
 from tools.base.settings import TaskSettings, TeamSettings
-from tools.base.tables import path_of
 from tools.plans.recipe import parse_pattern
 
 MODEL_FORM = r"^(heuristic|[a-z][a-z0-9_]*:\S(.*\S)?)$"

@@ -23,21 +23,14 @@ from pydantic import BaseModel, Field, field_validator
 from rich.console import Console
 from rich.table import Table
 
-from tools.base.console import (
-    as_csv,
-    carry_out,
-    lock_out,
-    print_line,
-    read_kept,
-    refuse_other_settings,
-    save_figure,
-    show_bars,
-)
+from tools.base.console import carry_out, print_line, show_bars
 from tools.base.errors import UserError
 from tools.base.files import write_json, write_text, write_whole
 from tools.base.options import Parser, add_flags, parse_flags, read_options
+from tools.base.rows import as_csv, lock_out, read_kept, refuse_other_settings, save_figure
 from tools.base.secrets import read_secrets
 from tools.base.settings import TEAM, TaskSettings, TeamSettings
+from tools.base.words import escape, show
 from tools.measure.benchmarks import Benchmark, load_benchmarks, run_benchmark
 from tools.models.load import check_device, locate_model
 from tools.plans.allocate import Allocation, ImpossiblePlan, allocate
@@ -45,7 +38,7 @@ from tools.plans.evolve import Search, SearchSettings, Stage, evolve
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.recipe import Recipe, parse_pattern, parse_recipe
 from tools.results.paper import PRESETS, Measured, describe_tasks
-from tools.results.schema import Protocol, Score, describe_protocol, escape, show
+from tools.results.schema import Protocol, Score, describe_protocol
 from tools.texts.windows import check_texts
 
 if TYPE_CHECKING:

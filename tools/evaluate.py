@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tools.base.console import as_csv, carry_out, lock_out, print_line, read_kept, show_bars
+from tools.base.console import carry_out, print_line, show_bars
 from tools.base.errors import UserError
 from tools.base.files import write_json, write_text
 from tools.base.options import Parser, add_flags, parse_flags, read_options
+from tools.base.rows import as_csv, lock_out, read_kept
 from tools.base.secrets import read_secrets
 from tools.base.settings import LoadSettings, TaskSettings, WorkbenchSettings
+from tools.base.words import escape, show_score
 from tools.measure.benchmarks import (
     Benchmark,
     Result,
@@ -34,7 +36,7 @@ from tools.measure.benchmarks import (
     warn_of_cut_prompts,
 )
 from tools.models.load import check_device, load_model, locate_model
-from tools.results.schema import escape, list_task_protocols, show_score
+from tools.results.schema import list_task_protocols
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress

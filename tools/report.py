@@ -22,11 +22,11 @@ from tools.base.files import write_text
 from tools.base.options import Parser
 from tools.base.rundir import runs_directory
 from tools.base.secrets import read_secrets, redact
-from tools.base.words import strip_controls
+from tools.base.words import show, show_seconds, strip_controls
 from tools.plans.layer_profile import predict_layer_kl
 from tools.results.page.figures import Cell, Mark, Prediction, draw_iterations, draw_map, draw_predictions
 from tools.results.page.record import Layers, Record, Round, Trial, read_run
-from tools.results.schema import Knowledge, Score, Summary, describe_result, list_loading, show, show_seconds
+from tools.results.schema import Knowledge, Score, Summary, describe_result, list_loading
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -26,12 +26,13 @@ from tools.base.files import write_json, write_text
 from tools.base.options import Parser, add_flags, parse_flags, read_options, refuse
 from tools.base.progress import Progress
 from tools.base.settings import WorkbenchSettings
+from tools.base.words import show
 from tools.export import export_model
 from tools.generate import decode
 from tools.measure.losses import Evaluation, evaluate_windows
 from tools.models.load import check_device, load_model, locate_model
 from tools.models.readout import check_readout, compute_hidden
-from tools.results.schema import Protocol, describe_protocol, show
+from tools.results.schema import Protocol, describe_protocol
 from tools.surgery.choose import check_cut, choose_blocks, choose_channels, fold_blocks, measure_kl, search_windows
 from tools.surgery.cut import (
     STEP,

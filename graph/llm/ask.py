@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, ValidationError
 from graph.llm.quoting import quote_data
 from graph.llm.toolbox import Toolbox, ToolCall, dump
 from tools.base.secrets import redact
-from tools.results.schema import count
+from tools.base.words import count
 
 T = TypeVar("T", bound=BaseModel)
 Method = Literal["grammar", "json_schema", "function_calling", "json_mode", "text"]

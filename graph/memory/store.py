@@ -36,7 +36,7 @@ from graph.state import Lesson
 from tools.base.errors import UserError
 from tools.base.options import Parser, refuse
 from tools.base.secrets import read_secrets
-from tools.results.schema import count
+from tools.base.words import count
 
 LIMIT = 30
 """Lessons from earlier runs that a new run starts with, those of most evidence."""

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from graph.show.display import clean, figure, percent
-from tools.results.schema import show_seconds
+from tools.base.words import show_seconds
 
 MARKS = ("summary.json", "config.yaml", "events.jsonl", "run.json")
 STYLES = {"finished": "green", "unfinished": "yellow", "damaged": "red"}

@@ -29,8 +29,7 @@ from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
-from tools.base.words import strip_controls
-from tools.results.schema import count, show_seconds
+from tools.base.words import count, show_seconds, strip_controls
 
 Event = Mapping[str, Any]
 Clock = Callable[[], float]

@@ -20,9 +20,10 @@ import tools.structure
 import tools.workbench.bench
 from tests.team import gather_teams
 from tests.tiny import tiny_settings
-from tools.base.console import as_csv, show_bars
+from tools.base.console import show_bars
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.files import write_json
+from tools.base.rows import as_csv
 from tools.base.settings import TEAM
 from tools.compare import (
     ALLOCATIONS,

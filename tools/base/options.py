@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from tools.base.errors import UserError
+from tools.base.errors import UserError, in_one_line
 from tools.base.secrets import redact
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -118,7 +118,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"config file {path} is not YAML: {in_one_line(error, 200)}") from error
     if not isinstance(values, dict):
         raise UserError(f"config file {path} must hold one 'field: value' a line")
     return {str(key): value for key, value in values.items()}

@@ -3,13 +3,13 @@
 import glob
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tools.base.errors import UserError, in_one_line
+from tools.base.names import parse_hub, path_of
 
 TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc")
 """How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
@@ -20,11 +20,6 @@ def join_forms(forms: Sequence[str]) -> str:
     return " or ".join([", ".join(forms[:-1]), forms[-1]])
 
 
-def path_of(source: str) -> Path:
-    """The path of a source `file:PATH`."""
-    return Path(os.path.expanduser(source.removeprefix("file:")))  # Path.expanduser raises for ~nobody
-
-
 def check_file(source: str, what: str, *suffixes: str) -> Path:
     """The path of a source `file:PATH` that is there and of the right kind; `what` it is. Raises UserError."""
     path = path_of(source)
@@ -33,26 +28,6 @@ def check_file(source: str, what: str, *suffixes: str) -> Path:
     if path.suffix not in suffixes:
         raise UserError(f"{what} {path} must end in {join_forms(suffixes)}")
     return path
-
-
-class HubText(NamedTuple):
-    """A data set on the hub."""
-
-    name: str
-    config: str | None
-    split: str
-
-
-def parse_hub(source: str) -> HubText:
-    """`hub:NAME[/CONFIG]:SPLIT`, NAME with or without its organisation. Raises UserError for another form."""
-    form = re.fullmatch(r"hub:(?P<path>[^:\s]+):(?P<split>[\w\[\]:%.-]+)", source)
-    parts = form["path"].split("/") if form else []
-    if form is None or not 1 <= len(parts) <= 3 or not all(parts):
-        raise UserError(
-            f"text source {source!r} is not of the form hub:NAME[/CONFIG]:SPLIT, "
-            "such as hub:Salesforce/wikitext/wikitext-2-raw-v1:test"
-        )
-    return HubText("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, form["split"])
 
 
 @contextmanager

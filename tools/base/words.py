@@ -1,13 +1,18 @@
-"""Text that models and files supply, without what a terminal or a page would obey."""
+"""Figures, durations, sizes and counts for people; and text of models and files without what a terminal would obey.
+
+The one place for each of these: whoever tells a figure, in a table, a report or a line, calls it here.
+"""
 
 import re
 import unicodedata
+from typing import Literal
 
 _ESCAPES = re.compile(
     r"\x1b\][^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # window titles, links
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # colours, cursor
     r"|\x1b[ -/]*[0-~]?"
 )
+_UNITS = {"GB": 1e9, "MB": 1e6}
 
 
 def strip_controls(text: str, *, lines: bool = False) -> str:
@@ -19,3 +24,58 @@ def strip_controls(text: str, *, lines: bool = False) -> str:
     if lines:
         return "\n".join(strip_controls(line) for line in re.split(r"\r\n|\r|\n", text))
     return "".join(c for c in text if unicodedata.category(c)[0] != "C")
+
+
+def clean(text: object, limit: int = 300) -> str:
+    """Make one harmless line of at most `limit` characters from text that a model or a file supplied."""
+    head = str(text)[: 8 * limit]  # a reply of megabytes is not worth looking through
+    return shorten(strip_controls(" ".join(head.split())), limit)
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters of a text; a mark stands for the rest."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def escape(text: str) -> str:
+    """Text from models and files inside a Markdown table cell: one line, no markup of its own."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    for mark in "\\`*_[]<>|":
+        flat = flat.replace(mark, "\\" + mark)
+    return flat
+
+
+def count(number: int, noun: str) -> str:
+    """1 lesson, 2,000 lessons"""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def show(value: float | None, digits: int = 2) -> str:
+    """A measured figure: a perplexity to two digits behind the point, a KL to four."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def show_score(value: float | None, error: float | None) -> str:
+    """A figure and its standard error, where it has one: 0.6200 ± 0.0200."""
+    figure = show(value, 4)
+    return figure if value is None or error is None else f"{figure} ± {error:.4f}"
+
+
+def show_percent(value: float | None, digits: int = 2) -> str:
+    """0.45 as 45.00%."""
+    return "not finite" if value is None else f"{value:.{digits}%}"
+
+
+def show_size(size: float, unit: Literal["GB", "MB"], digits: int = 1) -> str:
+    """Bytes: 2100000000 as 2.1 GB."""
+    return f"{size / _UNITS[unit]:.{digits}f} {unit}"
+
+
+def show_seconds(value: float) -> str:
+    """301.2 as 5 min 1 s."""
+    seconds = round(value)
+    if seconds < 60:
+        return f"{value:.1f} s"
+    return (
+        f"{seconds // 60} min {seconds % 60} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    )

@@ -26,8 +26,8 @@ from pydantic import BaseModel, Field
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.files import hash_file, write_json
+from tools.base.names import path_of
 from tools.base.settings import TaskSettings, WorkbenchSettings
-from tools.base.tables import path_of
 from tools.results.schema import Score
 from tools.texts.questions import check_questions, read_questions, split_questions
 

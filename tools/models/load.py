@@ -4,13 +4,13 @@ import importlib.util
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
+from tools.base.names import is_hub_id
 from tools.base.rundir import runs_directory
 from tools.base.settings import WorkbenchSettings
 
@@ -23,9 +23,6 @@ DTYPES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float1
 
 PACKED_FILE = "packed.safetensors"
 """What a directory with a packed model holds."""
-
-
-HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 
 
 class ModelPlace(NamedTuple):
@@ -53,12 +50,6 @@ def locate_model(source: str) -> ModelPlace:
             f"model {source!r} is neither a directory, a .gguf file, package:NAME nor a hub id such as Qwen/Qwen3-4B"
         )
     return ModelPlace(source, None)
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a model's source can only be one of the hub: nothing on this machine has the name."""
-    here = os.path.exists(os.path.expanduser(source)) or source.startswith((".", "/", "~")) or source.endswith(".gguf")
-    return not here and re.fullmatch(HUB_ID, source) is not None
 
 
 def _locate_in_package(name: str) -> ModelPlace:

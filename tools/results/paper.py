@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tools.results.schema import Score, list_task_protocols, show, show_score
+from tools.base.words import show, show_score
+from tools.results.schema import Score, list_task_protocols
 
 PRESETS: dict[str, dict[str, str]] = {
     "paper": {

@@ -2,14 +2,13 @@
 
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
+from tools.base.names import hide_path, is_hub_id, parse_hub
 from tools.base.settings import Split, WorkbenchSettings
-from tools.base.tables import parse_hub
-from tools.models.load import is_hub_id
+from tools.base.words import count, escape, show, show_score, show_size
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -154,7 +153,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         f"- test text: `{summary.protocol.text}`, {summary.protocol.tokens} tokens in windows of "
         f"{summary.protocol.window}, {summary.protocol.dtype}; seen once, by no agent",
         "- versions: " + ", ".join(f"{name} {number}" for name, number in summary.protocol.versions.items()),
-        f"- {summary.seconds:.0f} s, peak memory {summary.peak_memory_bytes / 1e9:.2f} GB, "
+        f"- {summary.seconds:.0f} s, peak memory {show_size(summary.peak_memory_bytes, 'GB', 2)}, "
         f"mask_sha256 `{summary.mask_sha256}`",
         "",
         "## Load it",
@@ -210,7 +209,7 @@ def _list_knowledge(knowledge: Knowledge) -> list[str]:
         "",
         "| | log-probability |",
         "|---|---|",
-        *(f"| {name} | {'not finite' if value is None else f'{value:.3f}'} |" for name, value in rows.items()),
+        *(f"| {name} | {show(value, 3)} |" for name, value in rows.items()),
         "",
     ]
 
@@ -251,12 +250,6 @@ def _flatten(value: Any) -> str:
         return " ".join(f"{key} {_flatten(part)}" for key, part in value.items())
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 else text  # a hash; the whole of it is in the JSON
-
-
-def show_score(value: float | None, error: float | None) -> str:
-    """A figure of a task for people."""
-    figure = "not finite" if value is None else f"{value:.4f}"
-    return figure if value is None or error is None else f"{figure} ± {error:.4f}"
 
 
 def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData":
@@ -302,13 +295,6 @@ def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData"
     )
 
 
-def hide_path(source: str) -> str:
-    """A model's or text's source for strangers: of a file or directory on this machine no more than its name."""
-    kind, path = ("file:", source[5:]) if source.startswith("file:") else ("", source)
-    hidden = source.startswith(("hub:", "package:")) or is_hub_id(source)
-    return source if hidden else kind + Path(path).expanduser().resolve().name
-
-
 def describe_result(summary: Summary) -> str:
     """The result in two sentences."""
     p = summary.perplexity
@@ -335,38 +321,9 @@ def list_loading(directory: str) -> list[str]:
     ]
 
 
-def show(value: float | None) -> str:
-    """A perplexity for people."""
-    return "not finite" if value is None else f"{value:.2f}"
-
-
-def show_seconds(value: float) -> str:
-    """301.2 as 5 min 1 s."""
-    seconds = round(value)
-    if seconds < 60:
-        return f"{value:.1f} s"
-    return (
-        f"{seconds // 60} min {seconds % 60} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    )
-
-
-def count(number: int, noun: str) -> str:
-    """1 lesson, 2,000 lessons"""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def escape(text: str) -> str:
-    """Text from models and files inside a Markdown table cell: one line, no markup of its own."""
-    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    for mark in "\\`*_[]<>|":
-        flat = flat.replace(mark, "\\" + mark)
-    return flat
-
-
 def _trial_row(trial: dict[str, Any]) -> str:
-    kl = "not finite" if trial["kl"] is None else f"{trial['kl']:.4f}"
-    if trial["kl_error"] is not None and trial["kl_error"] != float("inf"):
-        kl += f" ± {trial['kl_error']:.4f}"
+    error = None if trial["kl_error"] == float("inf") else trial["kl_error"]
+    kl = show_score(trial["kl"], error)
     figures = f"{show(trial['perplexity'])} | {kl}"
     if trial["verdict"] == "refuse":  # nothing was measured
         figures = " | "

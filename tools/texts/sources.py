@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tools.base.errors import UserError
-from tools.base.tables import TEXT_FORMS, check_file, explain_unreadable, join_forms, open_rows, parse_hub
+from tools.base.names import parse_hub
+from tools.base.tables import TEXT_FORMS, check_file, explain_unreadable, join_forms, open_rows
 from tools.texts.questions import Question, write_pair
 
 

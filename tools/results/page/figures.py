@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from markupsafe import Markup
 
-from tools.base.console import save_figure
+from tools.base.rows import save_figure
 from tools.base.words import strip_controls
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
-from tools.base.console import read_kept
 from tools.base.errors import DamagedArtifact, UserError
 from tools.base.files import ArtifactStore
 from tools.base.options import read_yaml
+from tools.base.rows import read_kept
 from tools.base.rundir import scan_events
 from tools.plans.layer_profile import LayerProfile
 from tools.results.schema import Summary, Usage

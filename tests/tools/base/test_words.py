@@ -1,0 +1,43 @@
+"""Figures and counts for people, to the letter, and text from outside made harmless."""
+
+import pytest
+
+from tools.base.words import (
+    clean,
+    count,
+    escape,
+    shorten,
+    show,
+    show_percent,
+    show_score,
+    show_seconds,
+    show_size,
+    strip_controls,
+)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        *((show(12.3456), "12.35"), (show(0.1, 4), "0.1000"), (show(None), "not finite")),
+        *((show_score(0.62, 0.02), "0.6200 ± 0.0200"), (show_score(0.62, None), "0.6200")),
+        *((show_score(None, 0.02), "not finite"), (show_score(0.62, 0.0), "0.6200 ± 0.0000")),
+        *((show_percent(0.45), "45.00%"), (show_percent(0.123, 1), "12.3%"), (show_percent(None), "not finite")),
+        *((show_size(2.1e9, "GB"), "2.1 GB"), (show_size(1_500_000_000, "GB", 2), "1.50 GB")),
+        *((show_seconds(3.14), "3.1 s"), (show_seconds(301.2), "5 min 1 s"), (show_seconds(59.6), "1 min 0 s")),
+        *(
+            (show_seconds(7322), "2 h 2 min"),
+            (count(1, "lesson"), "1 lesson"),
+            (count(2000, "lesson"), "2,000 lessons"),
+        ),
+        *((shorten("abcdef", 6), "abcdef"), (shorten("abcdefg", 6), "abcde…"), (clean("a\n b\x1b[31mc", 4), "a bc")),
+        (escape("a|b\n*c* <d>\x00"), "a\\|b \\*c\\* \\<d\\>"),
+    ],
+)
+def test_words_to_the_letter(told: str, words: str) -> None:
+    assert told == words
+
+
+def test_what_a_terminal_would_obey_goes() -> None:
+    assert strip_controls("\x1b]0;title\x07a\x1b[31mred\x1b[0m\tb\u202e\n") == "ared b"
+    assert strip_controls("a\r\nb\rc\x00", lines=True) == "a\nb\nc"

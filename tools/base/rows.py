@@ -1,0 +1,61 @@
+"""What a command keeps of the rows that it makes one by one, so that it goes on where it stopped. No torch in here."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel
+
+from tools.base.errors import UserError, in_one_line
+from tools.base.rundir import lock_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def lock_out(out: Path, locked: Path) -> None:
+    """Keep other processes out of `locked`, in `out`, from before the rows are read. Raises UserError."""
+    try:
+        lock_run(locked)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def read_kept(path: Path, model: type[Model]) -> Model | None:
+    """What an earlier command kept; None where nothing is. Raises UserError when it cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {in_one_line(error, 200)}") from error
+
+
+def refuse_other_settings(
+    directory: Path, what: str, known: dict[str, Any], wanted: dict[str, Any], unused: set[str]
+) -> None:
+    """Raises UserError when kept rows are of other settings, those that are `unused` by any of them left aside."""
+    changed = sorted(name for name in wanted if known.get(name) != wanted[name] and name not in unused)
+    if changed:
+        raise UserError(f"{directory} holds {what} with other settings ({', '.join(changed)}); choose another --out")
+
+
+def as_csv(model: type[BaseModel], rows: Sequence[BaseModel], exclude: Sequence[str] = ()) -> str:
+    """The rows, a column for each field that is not left out."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [name for name in model.model_fields if name not in exclude], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.model_dump(exclude=set(exclude)) for row in rows)
+    return file.getvalue()
+
+
+def save_figure(figure: "Figure", kind: str, path: Path | IO[bytes]) -> None:
+    """Write a figure as png or svg, to a path or into an open file: the same rows give the same file."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "billhook"}):
+        figure.savefig(path, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
