@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, field_validator
 from rich.console import Console
 
 from tools.base.console import carry_out, print_line, show_bars
-from tools.base.errors import UserError
+from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.files import write_json, write_text, write_whole
 from tools.base.options import Parser, add_flags, parse_flags, read_options
 from tools.base.rows import as_csv, lock_out, read_kept, refuse_other_settings, save_figure
@@ -32,7 +32,7 @@ from tools.base.settings import TEAM, TeamSettings
 from tools.base.words import escape, show
 from tools.compare import CompareSettings, Job, search_allocation
 from tools.models.load import check_device, locate_model
-from tools.plans.allocate import Allocation, ImpossiblePlan, allocate
+from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import SIGMAS, Protocol, describe_protocol

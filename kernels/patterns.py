@@ -6,8 +6,6 @@ and 4:8 the two are the same.
 Shape suffixes: O output features (rows), I input features (columns), M position in a group, C group and row.
 """
 
-import re
-
 import torch
 from torch import Tensor
 
@@ -16,14 +14,6 @@ from kernels.ranks import order_preserving_ints
 
 Pattern = tuple[int, int]
 """(N zeroed, of M consecutive inputs)."""
-
-
-def parse_pattern(text: str) -> Pattern:
-    """`"N:M"` to (N zeroed, of M consecutive inputs). Raises ValueError in one line when it is not 0 < N < M."""
-    form = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text, re.ASCII)
-    if form is None or not 0 < int(form[1]) < int(form[2]):
-        raise ValueError(f"pattern {text!r} is not N:M with 0 < N < M, such as 2:4")
-    return int(form[1]), int(form[2])
 
 
 def check_group(columns: int, pruned: int, group: int) -> None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.base.console import carry_out, print_line, show_bars
-from tools.base.errors import UserError
+from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.files import write_json, write_text, write_whole
 from tools.base.options import Parser, add_flags, parse_flags, read_options
 from tools.base.rows import as_csv, lock_out, read_kept, refuse_other_settings, save_figure
@@ -33,7 +33,7 @@ from tools.base.settings import TEAM, TaskSettings, TeamSettings
 from tools.base.words import escape, show
 from tools.measure.benchmarks import Benchmark, load_benchmarks, run_benchmark
 from tools.models.load import check_device, locate_model
-from tools.plans.allocate import Allocation, ImpossiblePlan, allocate
+from tools.plans.allocate import Allocation, allocate
 from tools.plans.evolve import Search, SearchSettings, Stage, evolve
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.recipe import Recipe, parse_pattern, parse_recipe

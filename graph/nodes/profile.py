@@ -14,8 +14,7 @@ from graph.persistence import runs_directory
 from graph.planning.orders import allocate_plan
 from graph.runs.session import Session, check_input, create_run, enter, open_bench, read_run
 from graph.state import Lesson, Plan, State, Trial
-from tools.base.errors import UserError
-from tools.plans.allocate import ImpossiblePlan
+from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
 
 

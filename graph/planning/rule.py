@@ -15,8 +15,8 @@ from graph.planning.brief import Situation
 from graph.planning.orders import allocate_plan, apply_lessons, describe_plan, drop_lessons
 from graph.reflecting.lessons import WHOLE, weigh_evidence
 from graph.state import Plan, Trial, same_sparsity
+from tools.base.errors import ImpossiblePlan
 from tools.base.settings import Calibration
-from tools.plans.allocate import ImpossiblePlan
 from tools.plans.layer_profile import LayerProfile, group_layers, predict_kl
 from tools.plans.recipe import Adjustment, Recipe
 

@@ -20,9 +20,9 @@ from graph.planning.brief import describe_facts
 from graph.planning.rule import group_kl
 from graph.reflecting.lessons import WHOLE, find_curves, tidy_selector
 from graph.state import MAX_LEARNT, MOST, Learnt, Lesson, Plan, Reflection, Trial, same_sparsity
-from tools.plans.allocate import select_layers
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Recipe
+from tools.plans.selectors import select_layers
 from tools.results.schema import SIGMAS
 
 WORD = 0.5

@@ -13,9 +13,10 @@ import math
 from collections.abc import Iterable, Sequence
 
 from graph.state import MOST, Lesson
-from tools.plans.allocate import ImpossiblePlan, select_layers
+from tools.base.errors import ImpossiblePlan
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
+from tools.plans.selectors import select_layers
 
 WHOLE = "*"
 """The selector of a lesson about the model as a whole: a calibration of the predicted KL, no matter for allocation."""

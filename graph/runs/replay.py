@@ -16,9 +16,8 @@ from pydantic import BaseModel, ValidationError
 from graph.persistence import runs_directory
 from graph.planning.orders import allocate_plan, find_recipe
 from graph.state import Plan, Reflection, State
-from tools.plans.allocate import ImpossiblePlan
 from tools.plans.layer_profile import LayerProfile
-from tools.base.errors import UserError
+from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.recipe import Recipe
 
 Event = dict[str, Any]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from kernels.patterns import check_pattern, keep_highest_of_groups, parse_pattern
+from kernels.patterns import check_pattern, keep_highest_of_groups
 
 FEW_VALUES = st.sampled_from([0.0, -0.0, 1e-45, 0.5, 0.5, 1.0, 3e38])  # ties are the rule
 
@@ -86,19 +86,6 @@ def test_scores_that_are_not_finite_are_refused() -> None:
     score[0, 1] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         keep_highest_of_groups(score, torch.zeros(1, 4, dtype=torch.bool), 2, 4)
-
-
-def test_a_pattern_names_the_zeros_first() -> None:
-    assert parse_pattern("2:4") == (2, 4)
-    assert parse_pattern("1:4") == (1, 4)
-    assert parse_pattern("16:32") == (16, 32)
-
-
-@pytest.mark.parametrize("text", ["", "4", "2:4:8", "2/4", "0:4", "4:4", "5:4", "-1:4", "2:4 ", "2:4\n", "٢:4", "a:b"])
-def test_what_is_no_pattern_is_refused_in_one_line(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is not N:M with 0 < N < M, such as 2:4$") as error:
-        parse_pattern(text)
-    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

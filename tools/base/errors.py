@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Bad input: the message is one line that says what was wrong and what to do."""
 
 
+class ImpossiblePlan(ValueError):
+    """The plan cannot be met; the message tells the planner why, in one line."""
+
+
 class DiskFull(UserError):
     """No space was left in the middle of a run; what was done stands, and the run can be resumed."""
 

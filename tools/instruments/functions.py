@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, Field
 
-from tools.base.errors import UserError
+from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
 from tools.measure.losses import Evaluation, compare_kl
-from tools.plans.allocate import Allocation, ImpossiblePlan, select_layers
+from tools.plans.allocate import Allocation
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
+from tools.plans.selectors import select_layers
 from tools.workbench.bench import DENSE, Workbench
 
 MAX_INSPECTED = 24

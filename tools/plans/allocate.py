@@ -1,15 +1,15 @@
 """From a plan to exact per-layer sparsities (a tool)."""
 
-import re
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 from pydantic import BaseModel, Field
 
+from tools.base.errors import ImpossiblePlan
 from tools.plans.layer_profile import Array, LayerProfile, predict_kl, predict_layer_kl
 from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros
 from tools.plans.rules import rank_by_alpha, rank_by_outliers
+from tools.plans.selectors import select_layers
 
 _GRID = np.linspace(0, 1, 801)
 """Sparsities a layer may take before the last rounding."""
@@ -18,51 +18,12 @@ _PATTERN_TOLERANCE = 5e-4
 """A plan may name the sparsity that an N:M pattern gives this roughly: the promise is the plan's within 0.05 %."""
 
 
-class ImpossiblePlan(ValueError):
-    """The plan cannot be met; the message tells the planner why, in one line."""
-
-
 class Allocation(BaseModel):
     """How many weights of each layer are zero, and what that is predicted to cost."""
 
     zeros: dict[str, int] = Field(description="Layer name to number of zero weights, in layer order.")
     sparsity: float = Field(description="Share of all prunable weights that are zero.")
     predicted_kl: float = Field(description="Sum of the unweighted KL curves, nats per token.")
-
-
-def select_layers(selector: str, layers: Sequence[LayerProfile]) -> list[str]:
-    """Names of the layers a selector means, in layer order.
-
-    A selector is a glob over layer names (or a bare last name such as `v_proj`), optionally after a range of blocks:
-    `*.v_proj`, `blocks 0-3`, `blocks 0-3,29 · *.v_proj`. Raises ImpossiblePlan when it is not of that form or
-    means no layer.
-    """
-    form = re.fullmatch(r"\s*(?:blocks?\s+(?P<blocks>\d[\d\s,-]*))?\s*[·:]?\s*(?P<glob>\S*)\s*", selector)
-    if form is None or not (form["blocks"] or form["glob"]):
-        raise ImpossiblePlan(f"selector {selector[:80]!r} is not a glob such as '*.v_proj' or 'blocks 0-3 · *.v_proj'")
-    blocks = _parse_blocks(form["blocks"]) if form["blocks"] else None
-    glob = form["glob"] or "*"
-    names = [
-        layer.name
-        for layer in layers
-        if (blocks is None or any(layer.block in part for part in blocks))
-        and any(fnmatchcase(text, glob) for text in (layer.name, layer.kind, layer.name.rsplit(".", 1)[-1]))
-    ]
-    if not names:
-        is_list = re.search("[,;]", glob)
-        problem = "it is one glob, not a list" if is_list else f"layers are named like {layers[0].name!r}"
-        raise ImpossiblePlan(f"selector {selector[:80]!r} means no layer; {problem}")
-    return names
-
-
-def _parse_blocks(text: str) -> list[range]:
-    blocks = []
-    for part in re.split(r"[,\s]+", text.strip(" ,")):
-        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
-        if ends is None:
-            raise ImpossiblePlan(f"{part!r} is not a range of blocks such as 0-3")
-        blocks.append(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
-    return blocks
 
 
 def allocate(

@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.methods import LayerStatistics
 from kernels.packing import pack_mask, pack_weight
 from kernels.preconditioner import DAMPING
-from tools.base.errors import DamagedArtifact, UserError
+from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.files import ArtifactStore, explain_full_disk, write_json
 from tools.base.progress import Progress, count_up
 from tools.base.rundir import lock_run, unlock_run
@@ -36,7 +36,7 @@ from tools.models.blocks import Blocks
 from tools.models.layers import Layer, find_layers, find_unprunable
 from tools.models.load import load_model
 from tools.models.readout import check_readout
-from tools.plans.allocate import Allocation, ImpossiblePlan
+from tools.plans.allocate import Allocation
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import REFIT_STEPS, Recipe, count_pattern_zeros
 from tools.statistics.collect import (

@@ -30,7 +30,7 @@ from graph.planning.brief import Situation
 from graph.runs.session import Session
 from graph.state import Plan, State, Trial
 from tests.tiny import tiny_settings
-from tools.plans.allocate import select_layers
+from tools.plans.selectors import select_layers
 from tools.results.schema import Usage
 from tools.workbench.bench import DENSE, Workbench, use_workbench
 

@@ -20,7 +20,7 @@ from graph.planning.rule import (
 )
 from graph.state import Lesson, Plan, Trial
 from tests.profiles import make_profile
-from tools.plans.allocate import ImpossiblePlan
+from tools.base.errors import ImpossiblePlan
 from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers
 from tools.plans.recipe import Recipe
 

@@ -18,7 +18,7 @@ from graph.reflecting.lessons import (
 )
 from graph.state import MOST, Lesson
 from tests.graph.planning.test_rule import make_layers, make_lesson
-from tools.plans.allocate import ImpossiblePlan
+from tools.base.errors import ImpossiblePlan
 from tools.plans.recipe import Recipe
 
 LAYERS = make_layers()

@@ -11,9 +11,10 @@ import tools.team.worker
 import tools.workbench.bench
 from tests.team import Team
 from tests.tiny import tiny_settings
+from tools.base.errors import ImpossiblePlan
 from tools.instruments.functions import MAX_GROUPS, MAX_INSPECTED, Draft, Round, inspect_layers, predict, probe
 from tools.models.layers import Layer
-from tools.plans.allocate import Allocation, ImpossiblePlan, allocate
+from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.workbench.bench import DENSE, Workbench, use_workbench

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import assume, given
 
 from tests.profiles import make_profile
-from tools.plans.allocate import Allocation, ImpossiblePlan, allocate, find_bounds, select_layers
+from tools.base.errors import ImpossiblePlan
+from tools.plans.allocate import Allocation, allocate, find_bounds
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import Adjustment, Recipe
+from tools.plans.selectors import select_layers
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 KAPPA = Recipe()

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from pydantic import ValidationError
 
 from tests.profiles import make_profile
-from tools.base.errors import UserError
-from tools.plans.allocate import ImpossiblePlan, allocate
+from tools.base.errors import ImpossiblePlan, UserError
+from tools.plans.allocate import allocate
 from tools.plans.evolve import Search, SearchSettings, evolve
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Recipe

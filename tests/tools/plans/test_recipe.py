@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from kernels.methods import METHODS
-from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_recipe
+from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_pattern, parse_recipe
 
 
 def test_every_method_is_a_kernel_and_the_other_way_round() -> None:
@@ -135,6 +135,19 @@ def test_only_another_change_of_the_weights_needs_curves_of_its_own() -> None:
     assert not parse_recipe("refit:kappa-mask").needs_curves
     assert not parse_recipe("refit:owl").needs_curves
     assert not parse_recipe("refit:kappa").model_copy(update={"pattern": "2:4"}).needs_curves
+
+
+def test_a_pattern_names_the_zeros_first() -> None:
+    assert parse_pattern("2:4") == (2, 4)
+    assert parse_pattern("1:4") == (1, 4)
+    assert parse_pattern("16:32") == (16, 32)
+
+
+@pytest.mark.parametrize("text", ["", "4", "2:4:8", "2/4", "0:4", "4:4", "5:4", "-1:4", "2:4 ", "2:4\n", "٢:4", "a:b"])
+def test_what_is_no_pattern_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not N:M with 0 < N < M, such as 2:4$") as error:
+        parse_pattern(text)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_patterns() -> None:

@@ -21,10 +21,10 @@ from kernels.guard import Pruned
 from kernels.methods import prune_weight
 from tests.team import Team
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
-from tools.base.errors import DamagedArtifact, UserError
+from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.export import export_model
 from tools.measure.losses import PrefixCache
-from tools.plans.allocate import Allocation, ImpossiblePlan, allocate
+from tools.plans.allocate import Allocation, allocate
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.statistics.collect import ModelStatistics, collect_statistics
 from tools.workbench.bench import DENSE, Workbench, close_workbench, use_workbench
