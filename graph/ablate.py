@@ -35,6 +35,7 @@ from tools.models.load import check_device, locate_model
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Adjustment, Recipe
+from tools.plans.work_order import order_allocation
 from tools.results.schema import SIGMAS, Protocol, describe_protocol
 from tools.texts.windows import check_texts
 
@@ -285,7 +286,7 @@ def _share_out(
 def _try_kappa(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> _Choice:
     recipe = Recipe()
     allocation = _share_out(bench, profile, settings, recipe, [], progress)
-    checkpoint = bench.prune(profile, allocation, recipe, progress)
+    checkpoint = bench.prune(profile, order_allocation(recipe, allocation), progress)
     return _Choice(checkpoint, recipe.label, 1, settings.validation_tokens)
 
 
@@ -300,7 +301,7 @@ def _try_random(bench: "Workbench", profile: str, settings: AblateSettings, prog
             recipe, adjustments = draw_plan(bench.read_profile(profile).layers, settings.seed, number)
             with suppress(ImpossiblePlan):
                 allocation = _share_out(bench, profile, settings, recipe, adjustments, progress)
-                tried.append((bench.prune(profile, allocation, recipe, progress), recipe.label))
+                tried.append((bench.prune(profile, order_allocation(recipe, allocation), progress), recipe.label))
         windows = len(bench.windows.validation)
         evaluations = bench.evaluate_each([checkpoint for checkpoint, _ in tried], windows, profile, progress)
         for (checkpoint, label), evaluation in zip(tried, evaluations, strict=True):
@@ -352,7 +353,7 @@ def _try_search(bench: "Workbench", profile: str, settings: AblateSettings, prog
     )
     job = Job(f"{recipe.mask_label}:evolution", recipe, settings.target_sparsity)
     found = search_allocation(job, bench, profile, rules, progress)
-    checkpoint = bench.prune(profile, found.allocation, recipe, progress)
+    checkpoint = bench.prune(profile, order_allocation(recipe, found.allocation), progress)
     return _Choice(checkpoint, job.label, found.tokens // settings.window, found.tokens)
 
 

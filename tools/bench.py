@@ -44,6 +44,7 @@ from tools.models.readout import compute_hidden
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Recipe
+from tools.plans.work_order import order_allocation
 from tools.results.schema import describe_protocol
 from tools.statistics.collect import begin_walk, collect_moments, collect_statistics, work_alone
 from tools.statistics.shards import SHARDS
@@ -329,7 +330,7 @@ def bench_kappa_of_method(site: Site) -> list[Result]:
 
     taken, once = site.time(
         Task(lambda: bench.describe_layers(site.profile, REFIT, _ignore), forget),
-        Task(lambda: bench.prune(site.profile, allocation, REFIT, _ignore), forget),
+        Task(lambda: bench.prune(site.profile, order_allocation(REFIT, allocation), _ignore), forget),
     )
     what = f"KL curves of the method refit, {len(LEVELS)} sparsities of every layer"
     return [site.compare("kappa-of-method", what, taken, "pruning the whole model once by refit", once)]
@@ -505,7 +506,7 @@ def bench_validation(site: Site) -> list[Result]:
         """The checkpoint in which blocks from `first` on are pruned less."""
         less = {layer.name: other[layer.name] for layer in bench.layers if layer.block >= first}
         changed = allocation.model_copy(update={"zeros": allocation.zeros | less})
-        return bench.prune(site.profile, changed, UPDATED, _ignore)
+        return bench.prune(site.profile, order_allocation(UPDATED, changed), _ignore)
 
     all_alike, last_third, last_block = prune(blocks), prune(third), prune(blocks - 1)
     hidden_BTD = bench.store.read_tensors(bench.read_profile(site.profile).hidden)["hidden"]
@@ -557,7 +558,8 @@ def bench_workers(bench: Workbench, settings: BenchSettings, workers: int) -> li
     profile = bench.profile(_ignore)
     layers, recipe = bench.read_profile(profile).layers, Recipe(method="wanda", refit=False, allocation="uniform")
     one, other = (
-        bench.prune(profile, allocate(layers, share, recipe), recipe, _ignore) for share in (SPARSITY, OTHER_SPARSITY)
+        bench.prune(profile, order_allocation(recipe, allocate(layers, share, recipe)), _ignore)
+        for share in (SPARSITY, OTHER_SPARSITY)
     )
     busy: dict[tuple[str, int], float] = {}
 

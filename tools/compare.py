@@ -37,6 +37,7 @@ from tools.plans.allocate import Allocation, allocate
 from tools.plans.evolve import Search, SearchSettings, Stage, evolve
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.recipe import Recipe, parse_pattern, parse_recipe
+from tools.plans.work_order import order_allocation
 from tools.results.paper import PRESETS, Measured, describe_tasks
 from tools.results.schema import Protocol, Score, describe_protocol
 from tools.texts.windows import check_texts
@@ -369,7 +370,7 @@ def _make_row(
     allocation, tokens, allocation_seconds = decide(job, bench, known.profile, settings, progress)
     bench.forget_checkpoints([])  # what earlier rows or tries made, so that every row's time is its own
     began = time.monotonic()
-    checkpoint = bench.prune(known.profile, allocation, job.recipe, progress)
+    checkpoint = bench.prune(known.profile, order_allocation(job.recipe, allocation), progress)
     seconds = time.monotonic() - began
     zeros, weights = bench.count_zeros()
     evaluation = bench.evaluate(checkpoint, "validation", known.profile, progress)
@@ -508,7 +509,10 @@ def search_allocation(
         nonlocal tokens
         progress(f"evolution for {job.recipe.mask_label}, tokens", tokens, settings.evolution_tokens)
         allocations = [_as_allocation(zeros, layers) for zeros in candidates]
-        checkpoints = [bench.prune(profile, allocation, job.recipe, lambda *_: None) for allocation in allocations]
+        checkpoints = [
+            bench.prune(profile, order_allocation(job.recipe, allocation), lambda *_: None)
+            for allocation in allocations
+        ]
         tokens += len(candidates) * len(windows) * settings.window
         return bench.measure_kl_each(checkpoints, windows)
 

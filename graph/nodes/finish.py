@@ -14,6 +14,7 @@ from tools.measure.benchmarks import measure_checkpoints
 from tools.measure.recall import Recall, compare_recall
 from tools.plans.allocate import allocate
 from tools.plans.recipe import Recipe
+from tools.plans.work_order import order_allocation
 from tools.report import write_page
 from tools.results.schema import Knowledge, Perplexities, Sample, Summary, describe_protocol, write_card, write_report
 
@@ -41,7 +42,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         uniform = Recipe(method="wanda", refit=False, allocation="uniform", pattern=pattern)
         least = sum(x.zeros for x in layers) / weights
         share = allocate(layers, max(achieved, least), uniform, protect=config.protect if pattern else [])
-        uniform_checkpoint = bench.prune(state.profile, share, uniform, session.progress)
+        uniform_checkpoint = bench.prune(state.profile, order_allocation(uniform, share), session.progress)
         perplexity = Perplexities(
             dense=measure("dense", "test, dense"),
             uniform_wanda=measure(uniform_checkpoint, "test, uniform Wanda"),

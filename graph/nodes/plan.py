@@ -32,6 +32,7 @@ from graph.state import Plan, State, Trial, last_accepted
 from tools.plans.allocate import Allocation
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Recipe
+from tools.plans.work_order import order_allocation
 from tools.results.schema import Usage
 
 if TYPE_CHECKING:
@@ -117,7 +118,9 @@ def find_trial(bench: "Workbench", state: State, plan: Plan, progress: "Progress
         if recipe.needs_curves and not tried.needs_curves:
             continue  # its KL curves may not be there yet, and are worth no measurement here
         layers = bench.describe_layers(state.profile, recipe, progress)
-        if bench.is_made_of(trial.checkpoint, state.profile, allocate_plan(layers, plan, state.config), recipe):
+        if bench.is_made_of(
+            trial.checkpoint, state.profile, order_allocation(recipe, allocate_plan(layers, plan, state.config))
+        ):
             return trial
     return None
 

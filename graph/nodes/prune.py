@@ -8,6 +8,7 @@ from graph.config import RunConfig
 from graph.planning.orders import allocate_plan, find_recipe
 from graph.runs.session import enter, open_bench, tell_layers
 from graph.state import State
+from tools.plans.work_order import order_allocation
 
 
 def prune(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -18,6 +19,6 @@ def prune(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         recipe = find_recipe(state.plan, state.config)
         layers = bench.describe_layers(state.profile, recipe, session.progress)
         allocation = allocate_plan(layers, state.plan, state.config)
-        checkpoint = bench.prune(state.profile, allocation, recipe, session.progress)
+        checkpoint = bench.prune(state.profile, order_allocation(recipe, allocation), session.progress)
         tell_layers(session, bench, checkpoint)
     return {"current": checkpoint, "seconds": session.seconds}

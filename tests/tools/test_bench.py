@@ -39,6 +39,7 @@ from tools.bench import (
 )
 from tools.measure.losses import PrefixCache
 from tools.models.layers import find_layers
+from tools.plans.work_order import order_allocation
 from tools.workbench.bench import DENSE, Workbench, use_workbench
 
 ROUNDS = 2
@@ -276,10 +277,10 @@ def test_rollbacks_and_validations_change_what_they_say(site: Site, monkeypatch:
 
 def test_dense_weights_are_what_statistics_are_taken_of(site: Site) -> None:
     allocation = site.share_out(0.5)
-    site.bench.prune(site.profile, allocation, tools.bench.UPDATED, lambda *_: None)
+    site.bench.prune(site.profile, order_allocation(tools.bench.UPDATED, allocation), lambda *_: None)
     BENCHMARKS["wanda"](site)
     assert set(site.bench.installed.values()) == {DENSE}
-    site.bench.prune(site.profile, allocation, tools.bench.UPDATED, lambda *_: None)
+    site.bench.prune(site.profile, order_allocation(tools.bench.UPDATED, allocation), lambda *_: None)
     BENCHMARKS["profile"](site)
     assert set(site.bench.installed.values()) == {DENSE}
 

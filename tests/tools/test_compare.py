@@ -43,6 +43,7 @@ from tools.compare import (
 from tools.measure.losses import evaluate_windows
 from tools.plans.allocate import allocate
 from tools.plans.recipe import Recipe, parse_recipe
+from tools.plans.work_order import order_allocation
 from tools.results.schema import describe_protocol
 from tools.statistics.collect import measure_kappa
 from tools.structure import StructureSettings, cut_model
@@ -174,7 +175,10 @@ def test_rows_are_what_the_workbench_gives(compared: Compared, tmp_path: Path, w
             layers = bench.describe_layers(profile, recipe, lambda *_: None)
             allocation = allocate(layers, row.sparsity, recipe, max_layer_sparsity=0.95)
             evaluation = bench.evaluate(
-                bench.prune(profile, allocation, recipe, lambda *_: None), "validation", profile, lambda *_: None
+                bench.prune(profile, order_allocation(recipe, allocation), lambda *_: None),
+                "validation",
+                profile,
+                lambda *_: None,
             )
             zeros, weights = bench.count_zeros()
             assert row.achieved_sparsity == zeros / weights

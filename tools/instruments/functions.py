@@ -18,6 +18,7 @@ from tools.plans.allocate import Allocation
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import select_layers
+from tools.plans.work_order import order_allocation
 from tools.workbench.bench import DENSE, Workbench
 
 MAX_INSPECTED = 24
@@ -148,7 +149,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int) -> list[Figures]:
     round_.book(len(possible) * windows * bench.settings.window)
     evaluations = bench.probe(
         round_.profile,
-        [(allocation, round_.recipe(drafts[number])) for number, allocation in possible.items()],
+        [order_allocation(round_.recipe(drafts[number]), allocation) for number, allocation in possible.items()],
         windows,
         round_.progress,
         back=round_.present,

@@ -5,6 +5,7 @@ import json
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tools.plans.allocate import Allocation
 from tools.plans.recipe import Recipe
 
 
@@ -60,3 +61,8 @@ def order_all(
         multipliers=multipliers or {},
         line=line,
     )
+
+
+def order_allocation(recipe: Recipe, allocation: Allocation) -> WorkOrder:
+    """The order that carries an allocation out with one recipe for all layers."""
+    return order_all(recipe, allocation.zeros, sparsity=allocation.sparsity, predicted_kl=allocation.predicted_kl)

@@ -36,9 +36,9 @@ from tools.models.blocks import Blocks
 from tools.models.layers import Layer, find_layers, find_unprunable
 from tools.models.load import load_model
 from tools.models.readout import check_readout
-from tools.plans.allocate import Allocation
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import REFIT_STEPS, Recipe, count_pattern_zeros
+from tools.plans.work_order import WorkOrder
 from tools.statistics.collect import (
     ModelStatistics,
     Moments,
@@ -394,20 +394,20 @@ class Workbench:
 
     # --- prune and restore -------------------------------------------------------------------------------------
 
-    def prune(self, profile: str, allocation: Allocation, recipe: Recipe, progress: Progress) -> str:
+    def prune(self, profile: str, order: WorkOrder, progress: Progress) -> str:
         """Prune every layer from its dense weights to its number of zeros; the id of the checkpoint.
 
         Layers whose number of zeros and recipe were made before are read back instead of computed. Raises
         ImpossiblePlan as `describe_layers` does.
         """
+        recipe = _only_recipe(order)
         profile = self.find_profile(profile, recipe, progress)
-        recipe = recipe.within_layers()
         if recipe.statistics == "sequential":
-            records = self._prune_in_order(profile, allocation.zeros, recipe, progress)
+            records = self._prune_in_order(profile, order.zeros, recipe, progress)
         else:
             if recipe.changes_survivors:
                 self._find_moments(profile, progress)  # before any layer is pruned: it may run the dense model
-            records = self._prune_from_dense(profile, allocation.zeros, recipe, progress)
+            records = self._prune_from_dense(profile, order.zeros, recipe, progress)
         return self.store.write_json(Checkpoint(profile=profile, recipe=recipe, layers=records).model_dump())
 
     def _prune_from_dense(
@@ -561,15 +561,15 @@ class Workbench:
     def _read_manifest(self, checkpoint: str) -> Checkpoint:
         return Checkpoint.model_validate(self.store.read_json(checkpoint))
 
-    def is_made_of(self, checkpoint: str, profile: str, allocation: Allocation, recipe: Recipe) -> bool:
+    def is_made_of(self, checkpoint: str, profile: str, order: WorkOrder) -> bool:
         """Whether a checkpoint is what `prune` makes of these. Raises DamagedArtifact without a whole manifest."""
         if checkpoint == DENSE:
             return False
-        manifest = self._read_manifest(checkpoint)
+        manifest, recipe = self._read_manifest(checkpoint), _only_recipe(order)
         if recipe.calibration != "run":  # known where it was made of it, and worth no measurement where it was not
             profile = (self._read_measured(_profile_key(recipe)) or {}).get("profile", "")
         zeros = {name: record.zeros for name, record in manifest.layers.items()}
-        return (manifest.profile, manifest.recipe, zeros) == (profile, recipe.within_layers(), allocation.zeros)
+        return (manifest.profile, manifest.recipe, zeros) == (profile, recipe, order.zeros)
 
     def planned_sparsity(self, checkpoint: str) -> dict[str, float]:
         """Layer name to the share of zeros that the checkpoint was made for; 0 everywhere for the dense weights."""
@@ -772,30 +772,30 @@ class Workbench:
     def probe(
         self,
         profile: str,
-        drafts: Sequence[tuple[Allocation, Recipe]],
+        orders: Sequence[WorkOrder],
         windows: int,
         progress: Progress,
         *,
         back: str,
         keep: Sequence[str] = (),
     ) -> list[Evaluation]:
-        """Prune each draft as `prune` would, measure it on the first `windows` windows of the validation text, and put
-        the weights of the checkpoint `back` back, bit for bit.
+        """Prune by each order as `prune` would, measure it on the first `windows` windows of the validation text, and
+        put the weights of the checkpoint `back` back, bit for bit.
 
         As many are measured at once as can be; each once, then read back. Layers on disk that neither `back`, the
         checkpoints to `keep` nor the last ones measured have are deleted, so that many probes take no more room than
         those that are measured at once.
         """
         keys = [
-            ["probe", profile, recipe.within_layers().model_dump_json(), json.dumps(allocation.zeros), str(windows)]
-            for allocation, recipe in drafts
+            ["probe", profile, _only_recipe(order).model_dump_json(), json.dumps(order.zeros), str(windows)]
+            for order in orders
         ]
         found = [self._read_measured(key) for key in keys]
         missing = [number for number, known in enumerate(found) if known is None]
         for first in range(0, len(missing), self.abreast):
             numbers = missing[first : first + self.abreast]
             try:
-                checkpoints = [self.prune(profile, *drafts[number], progress) for number in numbers]
+                checkpoints = [self.prune(profile, orders[number], progress) for number in numbers]
                 evaluations = self.evaluate_each(checkpoints, windows, profile, progress, "probe")
                 self.forget_checkpoints([back, *keep, *checkpoints])
             finally:
@@ -860,6 +860,14 @@ def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
                 raise UserError(
                     f"activations or gradients of {name} are not finite in {dtype}; try --dtype fp32 or bf16"
                 )
+
+
+def _only_recipe(order: WorkOrder) -> Recipe:
+    """The recipe of all layers. Raises ImpossiblePlan where there are several."""
+    recipes = {layer.recipe for layer in order.layers.values()}
+    if len(recipes) != 1:
+        raise ImpossiblePlan("layers of one round have one recipe")
+    return recipes.pop()
 
 
 def _profile_key(recipe: Recipe) -> list[str]:

@@ -17,6 +17,7 @@ from tools.models.layers import Layer
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
+from tools.plans.work_order import order_allocation
 from tools.workbench.bench import DENSE, Workbench, use_workbench
 
 WANDA = Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform"))
@@ -46,7 +47,7 @@ def make_round(bench: Workbench) -> Callable[..., Round]:
         present = DENSE
         if accepted:
             allocation = share_out(bench.describe_layers(profile, accepted.recipe, ignore), accepted)
-            present = bench.prune(profile, allocation, accepted.recipe, ignore)
+            present = bench.prune(profile, order_allocation(accepted.recipe, allocation), ignore)
         return Round(bench, profile, share_out, ignore, present=present, **more)
 
     return make
@@ -152,7 +153,7 @@ def test_probe_measures_what_a_round_would_and_puts_everything_back(
     assert hash_weights(bench) == before
     assert bench.restore(round_.present) == []
     layers = bench.describe_layers(round_.profile, REFIT.recipe, ignore)
-    checkpoint = bench.prune(round_.profile, share_out(layers, REFIT), REFIT.recipe, ignore)
+    checkpoint = bench.prune(round_.profile, order_allocation(REFIT.recipe, share_out(layers, REFIT)), ignore)
     real = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
     kl, nll = ([x for x in losses[:windows] if x is not None] for losses in (real.kl, real.nll))
     dense = bench.read_profile(round_.profile).dense
@@ -177,7 +178,7 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
     monkeypatch.setattr(tools.workbench.bench, "evaluate_windows", pytest.fail)
     bench = round_.bench
     allocation = share_out(bench.read_profile(round_.profile).layers, WANDA)
-    checkpoint = bench.prune(round_.profile, allocation, WANDA.recipe, ignore)
+    checkpoint = bench.prune(round_.profile, order_allocation(WANDA.recipe, allocation), ignore)
     evaluation = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
     assert evaluation.mean_kl == pytest.approx(figures["kl"], rel=1e-3)
 
@@ -233,8 +234,9 @@ def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> N
     bench = round_.bench
     kept = bench.prune(
         round_.profile,
-        share_out(bench.read_profile(round_.profile).layers, Draft(sparsity=0.3, recipe=WANDA.recipe)),
-        WANDA.recipe,
+        order_allocation(
+            WANDA.recipe, share_out(bench.read_profile(round_.profile).layers, Draft(sparsity=0.3, recipe=WANDA.recipe))
+        ),
         ignore,
     )
     bench.restore(round_.present)

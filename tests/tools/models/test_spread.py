@@ -21,6 +21,7 @@ from tools.models.load import load_model, pick_device, spread_blocks
 from tools.models.readout import check_readout, compute_hidden, measure_losses
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
+from tools.plans.work_order import order_allocation
 from tools.statistics import walks
 from tools.surgery.cut import check_alike
 from tools.workbench import bench as workbench
@@ -84,7 +85,7 @@ def test_a_run_of_the_workbench_comes_to_the_same_masks(
         bench = Workbench(tiny_settings(tiny_llama), tmp_path / name, pytest.fail, ignore)
         profile = bench.profile(ignore)
         allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-        checkpoint = bench.prune(profile, allocation, recipe, ignore)
+        checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
         found.append((profile, checkpoint, bench.hash_masks(), bench.evaluate(checkpoint, "test", profile, ignore)))
         monkeypatch.setattr(workbench, "load_model", load_over)
     assert found[0] == found[1]

@@ -22,6 +22,7 @@ from tools.base.settings import TEAM, TeamSettings
 from tools.bench import BenchSettings, bench_workers
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
+from tools.plans.work_order import order_allocation
 from tools.team.cluster import Cluster, freeze, thaw
 from tools.team.worker import Identity, LayerWork, from_artifact
 from tools.workbench.bench import DENSE, Workbench, close_workbench, use_workbench
@@ -49,7 +50,7 @@ def work(bench: Workbench, at: Callable[[str, int, int], None] = ignore) -> list
     for label in RECIPES:
         recipe = parse_recipe(label)
         allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-        checkpoint = bench.prune(profile, allocation, recipe, ignore)
+        checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
         losses = bench.evaluate(checkpoint, "validation", profile, at)
         results += [checkpoint, bench.hash_masks(), losses, bench.ask(checkpoint, "validation", ignore)]
     checkpoints = [DENSE, *results[1::4]]

@@ -26,6 +26,7 @@ from tools.export import export_model
 from tools.measure.losses import PrefixCache
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
+from tools.plans.work_order import order_allocation
 from tools.statistics.collect import ModelStatistics, collect_statistics
 from tools.workbench.bench import DENSE, Workbench, close_workbench, use_workbench
 
@@ -86,7 +87,7 @@ def plan(bench: Workbench, profile: str, sparsity: float, recipe: Recipe = REFIT
 
 
 def prune(bench: Workbench, profile: str, sparsity: float, recipe: Recipe = REFIT) -> str:
-    return bench.prune(profile, plan(bench, profile, sparsity, recipe), recipe, ignore)
+    return bench.prune(profile, order_allocation(recipe, plan(bench, profile, sparsity, recipe)), ignore)
 
 
 def artifact_path(bench: Workbench, checkpoint: str, name: str) -> Path:
@@ -119,9 +120,9 @@ def test_second_moments_wait_until_a_recipe_needs_them(bench: Workbench) -> None
     whole = bench.read_profile(bench.profile(ignore))
     profile = bench.profile(ignore, masks_only=True)
     assert bench.read_profile(profile).moments == {}
-    bench.prune(profile, plan(bench, profile, 0.5, MASK), MASK, ignore)
+    bench.prune(profile, order_allocation(MASK, plan(bench, profile, 0.5, MASK)), ignore)
     assert not any(bench.store.has(artifact, ".json") for artifact in bench._read_index(".json").values())
-    refitted = bench.prune(profile, plan(bench, profile, 0.5), REFIT, ignore)
+    refitted = bench.prune(profile, order_allocation(REFIT, plan(bench, profile, 0.5)), ignore)
     assert bench._find_moments(profile) == whole.moments
     planned = bench.planned_sparsity(refitted)
     assert dict(zip(bench.by_name, bench.sparsities(), strict=True)) == pytest.approx(planned)
@@ -133,13 +134,13 @@ def test_a_second_profile_has_curves_of_the_present_weights_and_prunes_by_what_t
 ) -> None:
     first = bench.profile(ignore, masks_only=masks_only)
     allocation = plan(bench, first, 0.5)
-    pruned = bench.prune(first, allocation, REFIT, ignore)
+    pruned = bench.prune(first, order_allocation(REFIT, allocation), ignore)
     second = bench.profile(ignore, first)
     curves = [[layer.kappa for layer in bench.read_profile(profile).layers] for profile in (first, second)]
     assert curves[0] != curves[1]
     present = dict(zip(bench.by_name, bench.sparsities(), strict=True))
     assert present == pytest.approx(bench.planned_sparsity(pruned)), "the weights are left as they were"
-    again = bench.prune(second, allocation, REFIT, ignore)
+    again = bench.prune(second, order_allocation(REFIT, allocation), ignore)
     assert bench.read_checkpoint(again) == bench.read_checkpoint(pruned), "the same layers, by their contents"
 
 
@@ -203,15 +204,15 @@ def test_a_recipe_may_ask_for_the_statistics_of_a_text_with_more_questions(askin
         for label in ("two-sided:kappa", "refit:kappa", "sparsegpt~sequential:owl"):
             recipe = parse_recipe(label)
             if name == "lever":
-                own = bench.prune(profile, plan(bench, profile, 0.5, recipe), recipe, ignore)
+                own = bench.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, recipe)), ignore)
                 recipe = recipe.model_copy(update={"calibration": "half"})
             allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-            checkpoint = bench.prune(profile, allocation, recipe, ignore)
+            checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
             results[name].append(snapshot(bench))
-            assert bench.is_made_of(checkpoint, profile, allocation, recipe)
+            assert bench.is_made_of(checkpoint, profile, order_allocation(recipe, allocation))
             if name == "lever":
-                assert checkpoint != own and not bench.is_made_of(own, profile, allocation, recipe)
-                assert not bench.is_made_of(checkpoint, profile, allocation, parse_recipe(label))
+                assert checkpoint != own and not bench.is_made_of(own, profile, order_allocation(recipe, allocation))
+                assert not bench.is_made_of(checkpoint, profile, order_allocation(parse_recipe(label), allocation))
     assert all(same(a, b) for a, b in zip(results["lever"], results["config"], strict=True))
 
 
@@ -229,7 +230,7 @@ def test_another_text_is_profiled_once(asking: Any, tmp_path: Path, monkeypatch:
     bench.read_layers(profile, recipe, ignore)
     assert profiled == ["run"]
     allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-    checkpoint = bench.prune(profile, allocation, recipe, ignore)
+    checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
     expected = snapshot(bench)
     assert profiled == ["run", "half"]
     stored = bench.read_profile(bench.find_profile(profile, recipe, ignore))
@@ -254,7 +255,7 @@ def test_workers_walk_through_the_same_text(asking: Any, tmp_path: Path, label: 
             bench.cluster = bench._team = Team(bench)  # type: ignore[assignment]
         profile = bench.profile(ignore)
         allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-        results.append((profile, bench.prune(profile, allocation, recipe, ignore)))
+        results.append((profile, bench.prune(profile, order_allocation(recipe, allocation), ignore)))
     assert results[0] == results[1]
 
 
@@ -281,7 +282,7 @@ def test_a_text_that_the_run_has_not_is_refused_before_anything_is_measured(
     with pytest.raises(ImpossiblePlan, match=re.escape(reason)):
         bench.read_layers(profile, recipe, ignore)
     with pytest.raises(ImpossiblePlan, match=re.escape(reason)):
-        bench.prune(profile, plan(bench, profile, 0.5, MASK), recipe, ignore)
+        bench.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, MASK)), ignore)
 
 
 # --- prune and restore -----------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def test_every_architecture_is_pruned_exactly_and_restored_bit_for_bit(
     made = {}
     for recipe in (REFIT, MASK, WANDA):
         allocation = plan(bench, profile, 0.45, recipe)
-        checkpoint = bench.prune(profile, allocation, recipe, ignore)
+        checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
         made[checkpoint] = snapshot(bench)
         zeros, weights = bench.count_zeros()
         assert zeros == round(0.45 * weights) == sum(allocation.zeros.values())
@@ -320,12 +321,12 @@ def test_every_architecture_is_pruned_exactly_and_restored_bit_for_bit(
 def test_restoring_touches_only_what_differs(bench: Workbench, written: list[str]) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
-    first = bench.prune(profile, allocation, REFIT, ignore)
+    first = bench.prune(profile, order_allocation(REFIT, allocation), ignore)
     names = list(allocation.zeros)
     allocation.zeros[names[2]] -= 10
     allocation.zeros[names[5]] += 10
     written.clear()
-    second = bench.prune(profile, allocation, REFIT, ignore)
+    second = bench.prune(profile, order_allocation(REFIT, allocation), ignore)
     assert sorted(written) == sorted([names[2], names[5]])
     written.clear()
     assert sorted(bench.restore(first)) == sorted([names[2], names[5]]) == sorted(written)
@@ -347,7 +348,7 @@ def test_protected_layers_stay_dense(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     before = snapshot(bench)
     allocation = plan(bench, profile, 0.4, REFIT, Adjustment(selector="*.v_proj", action="protect"))
-    checkpoint = bench.prune(profile, allocation, REFIT, ignore)
+    checkpoint = bench.prune(profile, order_allocation(REFIT, allocation), ignore)
     after = snapshot(bench)
     for name, record in bench.read_checkpoint(checkpoint).items():
         protected = name.endswith("v_proj")
@@ -358,7 +359,7 @@ def test_protected_layers_stay_dense(bench: Workbench) -> None:
 def test_progress_counts_every_layer(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     seen: list[tuple[str, int, int]] = []
-    bench.prune(profile, plan(bench, profile, 0.4), REFIT, lambda *step: seen.append(step))
+    bench.prune(profile, order_allocation(REFIT, plan(bench, profile, 0.4)), lambda *step: seen.append(step))
     assert seen == [("prune", i, 14) for i in range(15)]
 
 
@@ -631,10 +632,12 @@ def test_steps_of_the_method_refit_make_other_layers_by_the_same_curves(
 ) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
-    five, three = (bench.prune(profile, allocation, parse_recipe(label), ignore) for label in ("refit", "refit3"))
+    five, three = (
+        bench.prune(profile, order_allocation(parse_recipe(label), allocation), ignore) for label in ("refit", "refit3")
+    )
     assert five != three
     assert len(computed) == 2 * len(bench.layers)
-    assert bench.prune(profile, allocation, parse_recipe("refit3:owl"), ignore) == three
+    assert bench.prune(profile, order_allocation(parse_recipe("refit3:owl"), allocation), ignore) == three
     assert len(computed) == 2 * len(bench.layers)
     bench.describe_layers(profile, Recipe(), ignore)
     monkeypatch.setattr(tools.workbench.bench, "measure_kappa", pytest.fail)
@@ -646,8 +649,8 @@ def test_steps_of_the_method_refit_make_other_layers_by_the_same_curves(
 def test_the_method_refit_is_made_once_whatever_the_recipe_says_of_a_refit(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
-    first = bench.prune(profile, allocation, Recipe(method="refit"), ignore)
-    assert bench.prune(profile, allocation, Recipe(method="refit", refit=False), ignore) == first
+    first = bench.prune(profile, order_allocation(Recipe(method="refit"), allocation), ignore)
+    assert bench.prune(profile, order_allocation(Recipe(method="refit", refit=False), allocation), ignore) == first
 
 
 # --- what recipes need beyond the profile ------------------------------------------------------------------------
@@ -713,9 +716,9 @@ SEQUENTIAL = Recipe(statistics="sequential")
 def test_in_order_the_first_block_is_as_ever_and_the_others_see_pruned_inputs(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
-    plain = bench.prune(profile, allocation, REFIT, ignore)
+    plain = bench.prune(profile, order_allocation(REFIT, allocation), ignore)
     weights = {layer.name: layer.weight_OI.clone() for layer in bench.layers}
-    ordered = bench.prune(profile, allocation, SEQUENTIAL, ignore)
+    ordered = bench.prune(profile, order_allocation(SEQUENTIAL, allocation), ignore)
     for layer in bench.layers:
         change = (layer.weight_OI - weights[layer.name]).norm() / weights[layer.name].norm()
         assert (float(change) < 1e-3) is (layer.block == 0)
@@ -728,7 +731,7 @@ def test_in_order_interrupted_is_as_uninterrupted(
 ) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
-    checkpoint = bench.prune(profile, allocation, SEQUENTIAL, ignore)
+    checkpoint = bench.prune(profile, order_allocation(SEQUENTIAL, allocation), ignore)
     whole, count = snapshot(bench), len(computed)
     index = bench.store.directory / "index.jsonl"
     lines = index.read_text().splitlines()
@@ -736,14 +739,14 @@ def test_in_order_interrupted_is_as_uninterrupted(
         index.write_text("\n".join(lines[:kept]))
         computed.clear()
         bench.restore(DENSE)
-        assert bench.prune(profile, allocation, SEQUENTIAL, ignore) == checkpoint
+        assert bench.prune(profile, order_allocation(SEQUENTIAL, allocation), ignore) == checkpoint
         assert same(snapshot(bench), whole)
         assert len(computed) <= count - kept + 1
 
 
 def test_a_damaged_layer_of_blocks_pruned_in_order_comes_back(bench: Workbench, warnings: list[str]) -> None:
     profile = bench.profile(ignore)
-    checkpoint = bench.prune(profile, plan(bench, profile, 0.4), SEQUENTIAL, ignore)
+    checkpoint = bench.prune(profile, order_allocation(SEQUENTIAL, plan(bench, profile, 0.4)), ignore)
     whole = snapshot(bench)
     bench.restore(DENSE)
     damage(artifact_path(bench, checkpoint, bench.layers[-1].name))
@@ -765,7 +768,7 @@ def test_validation_starts_at_the_first_changed_block_with_the_same_bits(
     find = PrefixCache.find_start
     monkeypatch.setattr(PrefixCache, "find_start", lambda *args: starts.append(find(*args)) or starts[-1])
     protect = Adjustment(selector="blocks 0", action="protect")
-    checkpoint = bench.prune(profile, plan(bench, profile, 0.3, MASK, protect), MASK, ignore)
+    checkpoint = bench.prune(profile, order_allocation(MASK, plan(bench, profile, 0.3, MASK, protect)), ignore)
     evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
     other = prune(bench, profile, 0.3, MASK)
     bench.evaluate(other, "validation", profile, ignore)
