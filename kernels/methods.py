@@ -212,5 +212,5 @@ def _refit(weight_OI: Tensor, pruned: Pruned, statistics: LayerStatistics) -> Pr
 
 
 def _without_minus_zero(pruned: Pruned) -> Pruned:
-    """-0.0, which a packed weight does not keep, becomes 0.0."""
+    """-0.0 becomes 0.0, so that what counts as zero, the mask and what is packed agree."""
     return pruned._replace(weight_OI=pruned.weight_OI + 0.0)

@@ -55,30 +55,47 @@ class PackedWeight(NamedTuple):
         return self.mask_OW.nbytes + self.values.nbytes + self.offsets_O.nbytes
 
 
-def pack_rows(weight_OI: Tensor) -> PackedWeight:
-    """Pack a weight of bf16, fp16 or fp32, on its device. Raises ValueError for another dtype or shape."""
+def find_kept(weight_OI: Tensor) -> Tensor:
+    """Which weights are packed: bool, False for +0.0 alone. Raises ValueError for a dtype or shape that cannot be."""
     if weight_OI.dtype not in BITS or weight_OI.ndim != 2 or 0 in weight_OI.shape:
         raise ValueError(f"a weight {tuple(weight_OI.shape)} of {weight_OI.dtype} cannot be packed")
-    keep_OI = weight_OI.contiguous().view(BITS[weight_OI.dtype]) != 0
-    columns = weight_OI.shape[1]
+    return weight_OI.contiguous().view(BITS[weight_OI.dtype]) != 0
+
+
+def pack_mask(keep_OI: Tensor) -> Tensor:
+    """The words of a mask (bool), as `PackedWeight` has them, on its device."""
+    if choose_kernel(keep_OI.device) == "triton":
+        from kernels import triton_packed
+
+        return triton_packed.pack_bits(keep_OI)[0]
+    padded = F.pad(keep_OI, (0, -keep_OI.shape[1] % WORD)).cpu().numpy()
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32)).to(keep_OI.device)
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """Eight bits of a mask a byte, without gaps between its rows, lowest bit first: uint8, ceil(n / 8), on the CPU.
+
+    It is what hashes of masks are made of; no weight is stored so any more.
+    """
+    return pack_mask(keep.reshape(1, -1)).cpu().flatten().view(torch.uint8)[: -(-keep.numel() // 8)].clone()
+
+
+def pack_rows(weight_OI: Tensor) -> PackedWeight:
+    """Pack a weight of bf16, fp16 or fp32, on its device. Raises ValueError for another dtype or shape."""
+    keep_OI, columns = find_kept(weight_OI), weight_OI.shape[1]
     if choose_kernel(weight_OI.device) == "triton":
         from kernels import triton_packed
 
         mask_OW, counts_OK = triton_packed.pack_bits(keep_OI)
         return PackedWeight(mask_OW, *triton_packed.collect_kept(weight_OI, keep_OI, counts_OK, PADDING), columns)
-    padded = F.pad(keep_OI, (0, -columns % WORD)).cpu().numpy()
-    mask_OW = torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32))
     kept = weight_OI[keep_OI]
     values = torch.cat([kept, kept.new_zeros(PADDING)])
     counts_O = keep_OI.sum(1)
-    return PackedWeight(mask_OW.to(weight_OI.device), values, counts_O.cumsum(0) - counts_O, columns)
+    return PackedWeight(pack_mask(keep_OI), values, counts_O.cumsum(0) - counts_O, columns)
 
 
-def check_packed(mask_OW: Tensor, values: Tensor, shape: tuple[int, int]) -> PackedWeight:
-    """The packed weight of a shape (O, I) in tensors on the CPU that nobody vouches for.
-
-    After this no kernel reads outside of them. Raises ValueError, in one line, that says what is wrong.
-    """
+def check_mask(mask_OW: Tensor, shape: tuple[int, int]) -> None:
+    """Raises ValueError, in one line, where a tensor on the CPU is no mask of a weight of this shape (O, I)."""
     rows, columns = shape
     if rows < 1 or columns < 1:
         raise ValueError(f"a weight of shape {shape} has no values")
@@ -87,18 +104,34 @@ def check_packed(mask_OW: Tensor, values: Tensor, shape: tuple[int, int]) -> Pac
         raise ValueError(
             f"the mask is {mask_OW.dtype} {tuple(mask_OW.shape)} and not torch.int32 {(rows, words)}, as {shape} needs"
         )
+    if columns % WORD and (mask_OW[:, -1].numpy().view(np.uint32) >> np.uint32(columns % WORD)).any():
+        raise ValueError("the mask has bits behind its last column")
+
+
+def check_packed(mask_OW: Tensor, values: Tensor, shape: tuple[int, int]) -> PackedWeight:
+    """The packed weight of a shape (O, I) in tensors on the CPU that nobody vouches for.
+
+    After this no kernel reads outside of them. Raises ValueError, in one line, that says what is wrong.
+    """
+    check_mask(mask_OW, shape)
     if values.dtype not in BITS or values.ndim != 1:
         raise ValueError(f"the values are {values.dtype} of {values.ndim} dimensions, which cannot be")
     mask_OW, values = mask_OW.contiguous(), values.contiguous()
-    bits_OW = mask_OW.numpy().view(np.uint32)
-    if columns % WORD and (bits_OW[:, -1] >> np.uint32(columns % WORD)).any():
-        raise ValueError("the mask has bits behind its last column")
-    counts_O = torch.from_numpy(np.bitwise_count(bits_OW).sum(1, dtype=np.int64))
+    counts_O = torch.from_numpy(np.bitwise_count(mask_OW.numpy().view(np.uint32)).sum(1, dtype=np.int64))
     if int(counts_O.sum()) + PADDING != values.numel():
         raise ValueError(f"{values.numel()} values for {int(counts_O.sum())} set bits and {PADDING} of padding")
     if values[-PADDING:].view(BITS[values.dtype]).any():
         raise ValueError("the padding behind the values is not zero")
-    return PackedWeight(mask_OW, values, counts_O.cumsum(0) - counts_O, columns)
+    return PackedWeight(mask_OW, values, counts_O.cumsum(0) - counts_O, shape[1])
+
+
+def unpack_mask(mask_OW: Tensor, columns: int) -> Tensor:
+    """The mask again: bool (O, I), on its device."""
+    bytes_OB = mask_OW.contiguous().view(torch.uint8)
+    if mask_OW.device.type == "cpu":  # numpy takes a hundredth of torch's time
+        return torch.from_numpy(np.unpackbits(bytes_OB.numpy(), axis=1, count=columns, bitorder="little")).bool()
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask_OW.device)
+    return ((bytes_OB[..., None] >> shifts) & 1).bool().flatten(1)[:, :columns]
 
 
 def unpack_rows(packed: PackedWeight) -> Tensor:
@@ -117,8 +150,7 @@ def unpack_rows(packed: PackedWeight) -> Tensor:
 def unpack_by_torch(packed: PackedWeight) -> Tensor:
     """The same by torch alone, on any device: the reference."""
     mask_OW, values, offsets_O, columns = packed
-    shifts = torch.arange(8, dtype=torch.uint8, device=mask_OW.device)
-    keep_OI = ((mask_OW.view(torch.uint8)[..., None] >> shifts) & 1).bool().flatten(1)[:, :columns]
+    keep_OI = unpack_mask(mask_OW, columns)
     weight_OI = values.new_zeros(keep_OI.shape)
     # `weight[keep] = values` rewrites a lone NaN.
     return weight_OI.masked_scatter_(keep_OI, values[int(offsets_O[0]) :])

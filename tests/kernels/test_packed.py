@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,8 +19,11 @@ from kernels.packed import (
     PackedLinear,
     check_packed,
     multiply_packed,
+    pack_bits,
+    pack_mask,
     pack_rows,
     unpack_by_torch,
+    unpack_mask,
     unpack_rows,
 )
 
@@ -48,6 +52,19 @@ def test_any_bits_come_back(dtype: torch.dtype, data: st.DataObject) -> None:
     )
     for unpack in (unpack_rows, unpack_by_torch):
         assert torch.equal(unpack(checked).contiguous().view(BITS[dtype]), bits_OI)
+
+
+@given(st.integers(0, 5), st.integers(0, 70), st.data())
+def test_mask_bits_are_row_major_lowest_first(rows: int, columns: int, data: st.DataObject) -> None:
+    flags = data.draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
+    keep_OI = torch.tensor(flags, dtype=torch.bool).reshape(rows, columns)
+    bits = pack_bits(keep_OI)
+    assert bits.dtype == torch.uint8 and bits.numel() == -(-len(flags) // 8)
+    assert [bool(int(bits[i // 8]) >> (i % 8) & 1) for i in range(len(flags))] == flags
+    assert bits.numpy().tobytes() == np.packbits(keep_OI.numpy(), bitorder="little").tobytes()
+    mask_OW = pack_mask(keep_OI)
+    assert mask_OW.dtype == torch.int32 and mask_OW.shape == (rows, -(-columns // 32))
+    assert torch.equal(unpack_mask(mask_OW, columns), keep_OI)
 
 
 def test_the_layout_is_the_one_described() -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kernels.guard import Pruned
 from kernels.methods import LayerStatistics, prune_levels, prune_weight
-from kernels.packing import pack_mask, pack_weight, unpack_mask, unpack_weight
 from tools.base.settings import Split, WorkbenchSettings
 from tools.measure.losses import PrefixCache, evaluate_windows
 from tools.measure.recall import EncodedPair, cut_batches, read_answers
+from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.plans.layer_profile import LEVELS
@@ -115,7 +115,7 @@ class Worker:
         """
         for name, tensors in weights.items():
             layer = self.layers[name]
-            layer.write(from_artifact(tensors, tensors.get("dense", layer.weight_OI)))
+            layer.write(unpack_pruned(tensors, tensors.get("dense", layer.weight_OI)))
         self._marks = list(marks)
 
     def curves(self, span: Span, walk: Walk, block: int, parts: Sequence[Mapping[str, Sequence[Tensor]]]) -> Nodes:
@@ -154,7 +154,7 @@ class Worker:
         results = []
         for layer, statistics in self._with_statistics(layers, moment_II):
             pruned = prune_layer(recipe, layer.dense_OI.to(self.device), statistics, layer.zeros)
-            tensors = {name: tensor.cpu() for name, tensor in to_artifact(recipe, pruned.weight_OI).items()}
+            tensors = pack_pruned(pruned.weight_OI, values=recipe.changes_survivors)
             results.append(LayerResult(layer.name, tensors, pruned.damping))
         return results
 
@@ -192,24 +192,6 @@ def prune_layer(recipe: Recipe, dense_OI: Tensor, statistics: LayerStatistics, z
         refit_steps=recipe.steps,
         pattern=recipe.group,
     )
-
-
-def to_artifact(recipe: Recipe, pruned_OI: Tensor) -> dict[str, Tensor]:
-    """What is kept of a pruned layer: its mask, and its values where they are others than the dense weights'."""
-    if not recipe.changes_survivors:
-        return {"mask": pack_mask(pruned_OI != 0)}
-    bits, values = pack_weight(pruned_OI)
-    return {"mask": bits, "values": values}
-
-
-def from_artifact(tensors: Mapping[str, Tensor], dense_OI: Tensor) -> Tensor:
-    """The weights that an artifact stands for, or the dense ones where it has neither a mask nor values."""
-    if "mask" not in tensors:
-        return dense_OI
-    shape = (dense_OI.shape[0], dense_OI.shape[1])
-    if "values" in tensors:
-        return unpack_weight(tensors["mask"], tensors["values"], shape)
-    return torch.where(unpack_mask(tensors["mask"], shape), dense_OI.to(tensors["mask"].device), 0)
 
 
 def cut_to_levels(recipe: Recipe, dense_OI: Tensor, statistics: LayerStatistics) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from kernels.methods import LayerStatistics
-from kernels.packing import pack_mask, pack_weight
+from kernels.packed import pack_bits
 from kernels.preconditioner import DAMPING
 from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.files import ArtifactStore, explain_full_disk, write_json
@@ -32,6 +32,7 @@ from tools.base.settings import Calibration, Split, TeamSettings, WorkbenchSetti
 from tools.estimate.needs import limit_prefix, list_disk
 from tools.measure.losses import Evaluation, PrefixCache, evaluate_windows
 from tools.measure.recall import EncodedPair, Recall, cut_batches, encode_pairs, measure_recall, put_together
+from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer, find_layers, find_unprunable
 from tools.models.load import load_model
@@ -52,7 +53,7 @@ from tools.statistics.collect import (
 from tools.statistics.scores import measure_alpha
 from tools.statistics.walks import layers_by_block
 from tools.team.cluster import Cluster
-from tools.team.worker import LayerWork, Texts, cut_to_levels, from_artifact, prune_layer, to_artifact
+from tools.team.worker import LayerWork, Texts, cut_to_levels, prune_layer
 from tools.texts.questions import split_questions
 from tools.texts.windows import cut_windows
 
@@ -150,8 +151,7 @@ class Workbench:
         except DamagedArtifact:
             if artifact != self.installed[name]:
                 raise
-            bits, values = pack_weight(self.by_name[name].weight_OI)  # what is in the model is whole
-            return {"mask": bits, "values": values}
+            return pack_pruned(self.by_name[name].weight_OI, values=True)  # what is in the model is whole
 
     def _device_of(self, name: str) -> torch.device:
         return self.by_name[name].weight_OI.device
@@ -493,14 +493,14 @@ class Workbench:
     def _compute(self, name: str, zeros: int, recipe: Recipe, statistics: LayerStatistics) -> str:
         """Prune one layer in this process, put it into the model and on disk; its artifact."""
         pruned = prune_layer(recipe, self.dense[name].to(self._device_of(name)), statistics, zeros)
-        return self._keep(name, to_artifact(recipe, pruned.weight_OI), pruned.damping)
+        return self._keep(name, pack_pruned(pruned.weight_OI, values=recipe.changes_survivors), pruned.damping)
 
     def _keep(self, name: str, tensors: dict[str, Tensor], damping: float) -> str:
         """Put a pruned layer into the model and on disk; its artifact."""
         if damping > DAMPING:
             self.warn(f"layer {name} needed damping {damping:g} instead of {DAMPING:g}: its inputs are singular")
         artifact = self.store.write_tensors(tensors)
-        self._write(name, from_artifact(tensors, self.dense[name]), artifact)
+        self._write(name, unpack_pruned(tensors, self.dense[name]), artifact)
         return artifact
 
     def _write(self, name: str, weight_OI: Tensor, artifact: str) -> None:
@@ -521,7 +521,7 @@ class Workbench:
                 self.warn(f"{error}; layer {name} is computed again")
                 self.store.path(artifact, ".safetensors").unlink(missing_ok=True)  # nobody should trip over it again
                 return False
-            weight_OI = from_artifact(tensors, self.dense[name])
+            weight_OI = unpack_pruned(tensors, self.dense[name])
         self._write(name, weight_OI, artifact)
         return True
 
@@ -539,10 +539,14 @@ class Workbench:
             changed.append(name)
             if not self._install(name, record.artifact):
                 assert manifest is not None, "the dense weights are in memory"
-                if self._make_again(manifest, name) != record.artifact:
-                    raise DamagedArtifact(
-                        f"layer {name} of checkpoint {checkpoint[:12]} is damaged and does not come out the same again"
-                    )
+                made = self._make_again(manifest, name)
+                if made != record.artifact:
+                    if hash_as_earlier(self.store.read_tensors(made), self.dense[name]) != record.artifact:
+                        raise DamagedArtifact(
+                            f"layer {name} of checkpoint {checkpoint[:12]} is damaged and does not come out the same "
+                            "again"
+                        )
+                    self.installed[name] = record.artifact  # the same weights
         return changed
 
     def _make_again(self, manifest: Checkpoint, name: str) -> str:
@@ -834,7 +838,7 @@ class Workbench:
         digest = hashlib.sha256()
         for name in sorted(self.by_name):
             digest.update(name.encode())
-            digest.update(pack_mask(self.by_name[name].stored_weight != 0).numpy().tobytes())
+            digest.update(pack_bits(self.by_name[name].stored_weight != 0).numpy().tobytes())
         return digest.hexdigest()
 
     def peak_memory_bytes(self) -> int:

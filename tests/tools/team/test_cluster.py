@@ -15,16 +15,16 @@ import pytest
 import torch
 
 import tools.team.cluster
-from kernels.packing import pack_weight
 from tests.tiny import tiny_settings
 from tools.base.errors import UserError
 from tools.base.settings import TEAM, TeamSettings
 from tools.bench import BenchSettings, bench_workers
+from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.team.cluster import Cluster, freeze, thaw
-from tools.team.worker import Identity, LayerWork, from_artifact
+from tools.team.worker import Identity, LayerWork
 from tools.workbench.bench import DENSE, Workbench, close_workbench, use_workbench
 
 RECIPES = ("refit:kappa", "sparsegpt~sequential:kappa-mask", "wanda:uniform")
@@ -230,7 +230,7 @@ class Weighed:
             layers = dict(self.layers)
             return lambda: self.answer(layers)  # stands for a reference
         for name, tensors in thaw(arguments)[0].items():
-            self.layers[name] = float(from_artifact(tensors, tensors.get("dense", torch.zeros(2, 2)))[0, 0])
+            self.layers[name] = float(unpack_pruned(tensors, tensors.get("dense", torch.zeros(2, 2)))[0, 0])
         return None
 
     def answer(self, layers: dict[str, float]) -> dict[str, float]:
@@ -247,8 +247,7 @@ def test_each_job_has_its_own_weights_and_layers_travel_once(dies: bool, made: C
     def read_artifact(name: str, artifact: str) -> dict[str, torch.Tensor]:
         """0 is kept as a mask alone."""
         read.append(name + artifact)
-        bits, values = pack_weight(torch.full((2, 2), float(artifact)))
-        return {"mask": bits, "values": values} if float(artifact) else {"mask": bits}
+        return pack_pruned(torch.full((2, 2), float(artifact)), values=artifact != "0")
 
     def replace(place: Any) -> None:
         place.actor, place.installed = Weighed(), {}

@@ -1,0 +1,71 @@
+"""A pruned layer as the tensors of its artifact, and back, bit for bit: the bits of `kernels/FORMAT.md`.
+
+An artifact holds `mask`, and `values` where the survivors are others than the dense layer's. Shape suffixes: O output
+features, I input features, W = ceil(I / 32) words of a mask row.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.packed import (
+    PADDING,
+    check_mask,
+    check_packed,
+    find_kept,
+    pack_bits,
+    pack_mask,
+    pack_rows,
+    unpack_by_torch,
+    unpack_mask,
+)
+
+
+def pack_pruned(pruned_OI: Tensor, *, values: bool) -> dict[str, Tensor]:
+    """The tensors, on the CPU, that stand for a pruned layer; without `values` they need the dense weights beside."""
+    if not values:
+        return {"mask": pack_mask(find_kept(pruned_OI)).cpu()}
+    packed = pack_rows(pruned_OI)
+    return {"mask": packed.mask_OW.cpu(), "values": packed.values.cpu()}
+
+
+def unpack_pruned(tensors: Mapping[str, Tensor], dense_OI: Tensor) -> Tensor:
+    """The weights that an artifact stands for, or the dense ones where it has neither a mask nor values.
+
+    Raises ValueError, in one line, when its tensors do not fit the layer or one another.
+    """
+    if "mask" not in tensors:
+        return dense_OI
+    rows, columns = dense_OI.shape
+    mask_OW, values = tensors["mask"], tensors.get("values")
+    if mask_OW.dtype == torch.uint8:
+        mask_OW, values = _read_earlier(mask_OW, values, (rows, columns))
+    if values is not None:
+        return unpack_by_torch(check_packed(mask_OW, values, (rows, columns)))
+    check_mask(mask_OW, (rows, columns))
+    return torch.where(unpack_mask(mask_OW, columns), dense_OI.to(mask_OW.device), 0)
+
+
+# --- artifacts whose mask is one run of bits, without gaps between the rows -----------------------------------------
+
+
+def _read_earlier(bits: Tensor, values: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Mask words and padded values of such an artifact; its bits are uint8."""
+    count = shape[0] * shape[1]
+    if bits.numel() != -(-count // 8):
+        raise ValueError(f"{bits.numel()} mask bytes for {count} weights")
+    keep = np.unpackbits(bits.numpy(), count=count, bitorder="little").reshape(shape)
+    return pack_mask(torch.from_numpy(keep).bool()), None if values is None else pad(values, (0, PADDING))
+
+
+def hash_as_earlier(tensors: Mapping[str, Tensor], dense_OI: Tensor) -> str:
+    """What such an artifact of the same weights was called: the checkpoints of that time name it so."""
+    earlier = {"mask": pack_bits(unpack_mask(tensors["mask"], dense_OI.shape[1]))}
+    if "values" in tensors:
+        earlier["values"] = tensors["values"][:-PADDING].clone()
+    return hashlib.sha256(save(earlier)).hexdigest()
