@@ -8,8 +8,10 @@ from graph.config import RunConfig
 from graph.llm.ask import CallRecord
 from graph.llm.toolbox import ToolRecord
 from graph.planning.orders import describe_plan
+from graph.planning.plan import Plan
+from graph.reflecting.schema import Lesson
 from graph.runs.session import write_config
-from graph.state import Lesson, Plan, Trial
+from graph.state import Trial
 from tests.profiles import make_profile
 from tools.base.files import ArtifactStore, write_json
 from tools.base.rundir import append_event

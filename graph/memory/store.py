@@ -6,7 +6,7 @@
 
 Every observation is an item of its own, under the run, the iteration and its number there: written again after a
 crash it lands in the same place, and two runs never rewrite each other's. They become lessons, with counts and means,
-when they are read (`graph.reflecting.lessons`).
+when they are read (`graph.reflecting.posterior`).
 """
 
 import argparse
@@ -30,9 +30,9 @@ from graph.persistence import (
     runs_directory,
     state_url,
 )
-from graph.reflecting.lessons import merge_lessons, name_subject, weigh_evidence
+from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
+from graph.reflecting.schema import Lesson
 from graph.show.display import clean
-from graph.state import Lesson
 from tools.base.errors import UserError
 from tools.base.options import Parser, refuse
 from tools.base.secrets import read_secrets

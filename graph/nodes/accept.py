@@ -6,10 +6,7 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.runs.session import enter, open_bench
-from graph.state import State
-
-RECENT = 3
-"""Trials whose layer artifacts are kept, the accepted one among them."""
+from graph.state import RECENT, State
 
 
 def accept(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:

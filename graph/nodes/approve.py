@@ -13,11 +13,12 @@ from langgraph.types import interrupt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graph.config import RunConfig
-from graph.nodes.reflect import decide_stop
 from graph.planning.orders import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
+from graph.planning.plan import Plan
+from graph.planning.verdict import decide_stop
 from graph.runs.replay import find_decision
 from graph.runs.session import enter, open_bench
-from graph.state import Plan, State, Trial
+from graph.state import State, Trial
 from tools.plans.layer_profile import LayerProfile
 
 ReadLayers = Callable[[Plan], Sequence[LayerProfile]]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.nodes.validate import accepted_trial
+from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, same_sparsity
 from tools.base.files import write_json, write_text

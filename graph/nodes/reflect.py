@@ -5,18 +5,14 @@ from typing import Any, Literal
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.llm.ask import AgentError
-from graph.llm.models import HEURISTIC, open_model
-from graph.llm.spending import Account, CapReached
 from graph.memory.store import write_lesson
-from graph.planning.orders import find_recipe
-from graph.planning.rule import STRONG, tried_strongest
-from graph.reflecting.brief import Evidence, combine_lessons, draw_lesson, reflect_with_chat
-from graph.reflecting.lessons import CARRIED, merge_lessons
+from graph.planning.verdict import decide_stop, find_early
+from graph.reflecting.choose import choose_reflection, gather_evidence
+from graph.reflecting.posterior import CARRIED, merge_lessons
+from graph.reflecting.rule import combine_lessons
 from graph.runs.replay import find_reflection
-from graph.runs.session import Session, enter, open_bench
-from graph.state import Reflection, State, Trial, last_accepted, same_sparsity
-from tools.results.schema import Usage
+from graph.runs.session import enter
+from graph.state import State
 
 
 def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -54,86 +50,6 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "stop": stop,
         "seconds": session.seconds,
     }
-
-
-def gather_evidence(state: State, session: Session) -> Evidence:
-    """What the last trial was, and what the rule makes of it."""
-    assert state.plan is not None and state.dense is not None, "plan and profile run first"
-    trial, before = state.trials[-1], last_accepted(state.trials[:-1])
-    recipe = find_recipe(state.plan, state.config)
-    with open_bench(state, session) as bench:
-        layers = bench.describe_layers(state.profile, recipe, session.progress)
-        sparsity = bench.planned_sparsity(trial.checkpoint)
-        before_sparsity = bench.planned_sparsity(before.checkpoint if before else "dense")
-    return Evidence(
-        config=state.config,
-        run=state.run,
-        layers=layers,
-        recipe=recipe,
-        plan=state.plan,
-        trial=trial,
-        sparsity=sparsity,
-        dense=state.dense,
-        before=before,
-        before_sparsity=before_sparsity,
-        trials=state.trials[:-1],
-        lessons=state.lessons,
-        measured=draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity),
-    )
-
-
-def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: RunConfig) -> tuple[Reflection, Usage]:
-    """What the reflector's model makes of the trial, nothing where there is none, and the tokens spent so far.
-
-    Raises AgentError without a fallback, and CapReached when the agents have spent what `caps` allows.
-    """
-    config, iteration = evidence.config, evidence.trial.iteration
-    if config.reflector == HEURISTIC:
-        return Reflection(), usage
-    account = Account("reflector", session, usage, config, caps, iteration)
-    try:
-        model = open_model(config.reflector, config)
-        reflection = reflect_with_chat(evidence, model, on_call=account.keep_call, on_prompt=account.keep_prompt)
-    except CapReached:
-        raise
-    except AgentError as error:
-        if config.planner_fallback == "none":
-            raise
-        session.warn(f"{error}; the rule alone reflects on this round")
-        return Reflection(), account.usage
-    session.record("reflection", iteration=iteration, reflector=config.reflector, details=reflection.model_dump())
-    return reflection, account.usage
-
-
-def decide_stop(state: State) -> str:
-    """Why the loop ends here; empty while it goes on."""
-    if state.iteration >= state.config.max_iterations:
-        return f"{state.iteration} iterations were asked for and done"
-    limit = state.config.max_evaluated_tokens
-    if limit and state.evaluated_tokens + state.trial_tokens > limit:
-        return f"{state.evaluated_tokens:,} of at most {limit:,} tokens were evaluated, and another trial takes more"
-    best = _find_best_at_target(state)
-    idle = state.iteration - best.iteration if best else 0
-    if idle >= state.config.patience:
-        return f"at the target, {idle} rounds in a row brought no improvement"
-    return ""
-
-
-def find_early(state: State) -> str:
-    """Why it is too early for a reflector to end the loop; empty where it is not."""
-    best = _find_best_at_target(state)
-    if best is None:
-        return "the target is not reached yet"
-    if state.config.planner_fallback == "none":
-        return ""
-    if not tried_strongest(state.trials, state.config):
-        return f"{STRONG.method} has not been tried at the target"
-    return "the last round was an improvement" if best is state.trials[-1] else ""
-
-
-def _find_best_at_target(state: State) -> Trial | None:
-    best = last_accepted(state.trials)
-    return best if best and same_sparsity(best.sparsity, state.config.target_sparsity) else None
 
 
 def after_reflect(state: State) -> Literal["plan", "profile", "finish"]:

@@ -27,7 +27,9 @@ from langgraph.store.sqlite import AsyncSqliteStore, SqliteStore
 from pydantic import BaseModel
 
 from graph.config import RunConfig
-from graph.state import Input, Lesson, Plan, State, Trial
+from graph.planning.plan import Plan
+from graph.reflecting.schema import Lesson
+from graph.state import Input, State, Trial
 from tools.base.errors import UserError
 from tools.base.rundir import RUNS_DIR_VARIABLE as RUNS_DIR_VARIABLE
 from tools.base.rundir import runs_directory as runs_directory

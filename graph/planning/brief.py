@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean, median
 
 from langchain_core.language_models import BaseChatModel
@@ -19,48 +19,16 @@ from graph.config import RunConfig, read_prompt
 from graph.llm.ask import CallRecord, ask
 from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import Toolbox
-from graph.state import SAME_SPARSITY, Lesson, Plan, Trial, same_sparsity
+from graph.planning.plan import Plan
+from graph.planning.situation import Situation
+from graph.reflecting.schema import Lesson
+from graph.state import Trial, same_sparsity
 from tools.plans.layer_profile import LEVELS, LayerProfile
-from tools.plans.recipe import Recipe
 
 MAX_ROWS = 400
 """Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
 MAX_TRIALS = 12
 MAX_LESSONS = 12
-MAX_UNTRIED = 4
-
-
-@dataclass(frozen=True)
-class Situation:
-    """All that a planner may know when it plans a round."""
-
-    config: RunConfig
-    layers: Sequence[LayerProfile]
-    """The profile, in the model's order."""
-    sparsity: dict[str, float]
-    """Layer name to the share of its weights that are zero in the last accepted weights; may be empty."""
-    dense: Trial
-    accepted: Trial | None = None
-    """The last trial that was kept."""
-    accepted_plan: Plan | None = None
-    """The plan that made it."""
-    trials: Sequence[Trial] = field(default=())
-    lessons: Sequence[Lesson] = field(default=())
-    iteration: int = 1
-    """Number of the round to plan, from 1."""
-    is_last: bool = False
-    """Whether the run ends after this round, unless it improves on what was kept at the target."""
-    read_layers: Callable[[Recipe], Sequence[LayerProfile]] | None = None
-    """The profile with what a recipe's allocation needs beside KL curves; without it, what `layers` says must do."""
-    find_trial: Callable[[Plan], Trial | None] | None = None
-    """The trial in which a plan was tried already, or refused; without it, none was."""
-    untried: Sequence[Plan] = field(default=())
-    """What the rule would try next at the target, likeliest first."""
-
-    @property
-    def at_target(self) -> bool:
-        """Whether what was kept last has the target sparsity, so that rounds go on to lower its KL."""
-        return self.accepted is not None and self.accepted.sparsity >= self.config.target_sparsity - SAME_SPARSITY
 
 
 def plan_with_chat(

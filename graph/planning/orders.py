@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from graph.config import RunConfig
-from graph.reflecting.lessons import find_multipliers, weigh_layers
-from graph.state import Lesson, Plan
+from graph.planning.plan import Plan
+from graph.reflecting.posterior import find_multipliers, weigh_layers
+from graph.reflecting.schema import Lesson
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.recipe import Adjustment, Recipe
@@ -87,3 +88,8 @@ def _describe_adjustment(adjustment: Adjustment) -> str:
     if low is None:
         return f"{selector} ≤{100 * (high or 0):.3g}%"
     return f"{selector} ≥{100 * low:.3g}%" if high is None else f"{selector} {100 * low:.3g}–{100 * high:.3g}%"
+
+
+def group_kl(group: Sequence[LayerProfile], sparsity: dict[str, float]) -> float:
+    """Predicted KL of a group of layers at these sparsities, nats per token."""
+    return predict_kl(group, np.array([sparsity[layer.name] for layer in group]))

@@ -15,7 +15,10 @@ from pydantic import BaseModel, ValidationError
 
 from graph.persistence import runs_directory
 from graph.planning.orders import allocate_plan, find_recipe
-from graph.state import Plan, Reflection, State
+from graph.planning.plan import Plan
+from graph.reflecting.schema import Reflection
+from graph.state import State
+from tools.base.errors import ImpossiblePlan
 from tools.plans.layer_profile import LayerProfile
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.recipe import Recipe

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from graph.config import RunConfig, check_config, read_prompt
 from graph.planning.orders import find_recipe
-from graph.state import Plan
+from graph.planning.plan import Plan
 from tools.base.errors import UserError
 from tools.base.options import CONFIGS
 from tools.plans.recipe import Recipe

@@ -3,8 +3,8 @@
 import pytest
 
 from graph.config import RunConfig
-from graph.nodes.plan import Evaluated
-from graph.nodes.reflect import decide_stop
+from graph.planning.toolbox import Evaluated
+from graph.planning.verdict import decide_stop
 from graph.state import State
 
 CONFIG = RunConfig(window=64, validation_windows=3, max_evaluated_tokens=600)

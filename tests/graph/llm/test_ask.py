@@ -18,7 +18,7 @@ from graph.agents import chat
 from graph.config import RunConfig
 from graph.llm.ask import AgentError, CallRecord, ask, parse_answer
 from graph.llm.models import open_model
-from graph.state import Plan
+from graph.planning.plan import Plan
 from tests.openai_server import BEHAVIOURS, DEFAULT_PLAN, OpenAIServer
 from tools.base.secrets import redact
 

@@ -25,10 +25,12 @@ import graph.nodes.plan
 from graph.agents import chat
 from graph.config import RunConfig
 from graph.llm.ask import AgentError
-from graph.nodes.plan import Evaluated, allocate_in_bounds, choose_plan, open_toolbox
-from graph.planning.brief import Situation
+from graph.planning.choose import allocate_in_bounds, choose_plan
+from graph.planning.plan import Plan
+from graph.planning.situation import Situation
+from graph.planning.toolbox import Evaluated, open_toolbox
 from graph.runs.session import Session
-from graph.state import Plan, State, Trial
+from graph.state import State, Trial
 from tests.tiny import tiny_settings
 from tools.plans.selectors import select_layers
 from tools.results.schema import Usage

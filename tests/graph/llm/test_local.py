@@ -18,7 +18,8 @@ from graph.config import RunConfig
 from graph.llm.ask import AgentError, CallRecord, ask
 from graph.llm.local import bound_schema, close_local
 from graph.llm.models import check_model, open_model
-from graph.state import Plan, Reflection
+from graph.planning.plan import Plan
+from graph.reflecting.schema import Reflection
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, save_tiny_gguf
 from tools.base.errors import UserError
 

@@ -13,7 +13,7 @@ from graph.agents import chat
 from graph.config import RunConfig
 from graph.llm.ask import AgentError, CallRecord, ask
 from graph.llm.models import check_model, open_model
-from graph.state import Plan
+from graph.planning.plan import Plan
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
 from tools.base.errors import UserError
 

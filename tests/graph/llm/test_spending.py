@@ -10,11 +10,11 @@ from graph.agents import chat
 from graph.config import RunConfig
 from graph.llm.ask import AgentError, CallRecord
 from graph.llm.spending import CapReached, add_calls, check_cap, read_spent
-from graph.nodes.plan import choose_plan
+from graph.planning.choose import choose_plan
+from graph.planning.plan import Plan
 from graph.runs.session import Session
-from graph.state import Plan
-from tests.graph.planning.test_brief import make_situation
 from tests.openai_server import OpenAIServer
+from tests.situations import make_first_situation
 from tools.results.schema import Usage
 
 PRICES = RunConfig(planner_price_input=2, planner_price_output=8, reflector_price_input=1, reflector_price_output=4)
@@ -46,7 +46,7 @@ def read_usage(directory: Path) -> list[Usage]:
 
 def choose(server: OpenAIServer, directory: Path, usage: Usage, **changes: Any) -> tuple[Plan | None, Usage]:
     values = PRICES.model_dump() | {"planner": server.planner("m")} | changes
-    situation = make_situation(config=RunConfig.model_validate(values))
+    situation = make_first_situation(config=RunConfig.model_validate(values))
     return choose_plan(situation, usage, Session(directory, lambda _event: None, 0.0), situation.config)[:2]
 
 

@@ -14,7 +14,7 @@ from graph.config import RunConfig
 from graph.llm.ask import AgentError, CallRecord, ask
 from graph.llm.models import open_model
 from graph.llm.toolbox import Toolbox, ToolRecord
-from graph.state import Plan
+from graph.planning.plan import Plan
 from tests.openai_server import DEFAULT_PLAN, Answer, OpenAIServer
 from tools.base.errors import DiskFull
 from tools.instruments.agent_tools import make_planner_tools

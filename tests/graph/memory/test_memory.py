@@ -10,8 +10,8 @@ from graph.config import RunConfig
 from graph.memory import store as memory
 from graph.memory.store import family, namespace, read_lessons, search_lessons, write_lesson
 from graph.persistence import open_store
-from graph.state import Lesson
-from tests.graph.planning.test_rule import make_lesson
+from graph.reflecting.schema import Lesson
+from tests.situations import make_lesson
 
 CONFIG = RunConfig(model="Qwen/Qwen3-4B")
 OTHER_CONFIG = RunConfig(model="Qwen/Qwen3-4B", target_sparsity=0.3)

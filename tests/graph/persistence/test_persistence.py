@@ -19,7 +19,9 @@ from langgraph.store.base import GetOp, PutOp
 
 from graph import persistence
 from graph.config import RunConfig
-from graph.state import Input, Lesson, Plan, State, Trial
+from graph.planning.plan import Plan
+from graph.reflecting.schema import Lesson
+from graph.state import Input, State, Trial
 from tools.base.errors import UserError
 from tools.base.settings import WorkbenchSettings
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe

@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from graph.config import RunConfig
 from graph.planning.orders import allocate_plan, apply_lessons, describe_plan, drop_lessons
-from graph.state import Plan
-from tests.graph.planning.test_rule import make_layers, make_lesson
+from graph.planning.plan import Plan
+from tests.situations import make_layers, make_lesson
 from tools.plans.allocate import Allocation
 from tools.plans.layer_profile import predict_kl
 from tools.plans.recipe import Adjustment, Recipe

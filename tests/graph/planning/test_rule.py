@@ -2,73 +2,17 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from graph.config import RunConfig
-from graph.planning.brief import Situation
 from graph.planning.orders import describe_plan, drop_lessons
-from graph.planning.rule import (
-    FINE_STEPS,
-    LOST_ROUNDS,
-    MASKS,
-    STRONG,
-    calibration,
-    find_relief,
-    plan_by_rule,
-    rank_groups,
-)
-from graph.state import Lesson, Plan, Trial
-from tests.profiles import make_profile
+from graph.planning.refinements import FINE_STEPS, STRONG, rank_groups
+from graph.planning.rule import LOST_ROUNDS, MASKS, calibration, find_relief, plan_by_rule
+from graph.state import Trial
+from tests.situations import make_layers, make_lesson, make_situation, make_trial
 from tools.base.errors import ImpossiblePlan
-from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers
+from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Recipe
-
-KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-
-
-def make_layers(scale: float = 1.0) -> list[LayerProfile]:
-    return [
-        make_profile(block, kind, 1000, scale * 1e-4 * (block + 1) * np.exp(5 * np.array(LEVELS)))
-        for block in range(6)
-        for kind in KINDS
-    ]
-
-
-def make_trial(iteration: int, verdict: str, sparsity: float, recipe: Recipe, perplexity: float = 11.0) -> Trial:
-    return Trial.model_validate(
-        {
-            **{"iteration": iteration, "checkpoint": str(iteration), "sparsity": sparsity, "perplexity": perplexity},
-            **{"kl": 0.1, "kl_error": 0.01, "predicted_kl": 0.05, "verdict": verdict, "recipe": recipe},
-            "plan": describe_plan(Plan(sparsity=max(sparsity, 0.001), recipe=recipe)),
-        }
-    )
-
-
-def make_situation(*trials: Trial, scale: float = 1.0, lessons: tuple[Lesson, ...] = ()) -> Situation:
-    layers = make_layers(scale)
-    accepted = next((t for t in reversed(trials) if t.verdict == "accept"), None)
-    plan = Plan(sparsity=accepted.sparsity, recipe=accepted.recipe or STRONG) if accepted else None
-    return Situation(
-        config=RunConfig(),
-        layers=layers,
-        sparsity={layer.name: accepted.sparsity if accepted else 0.0 for layer in layers},
-        dense=make_trial(0, "accept", 0.0, STRONG, perplexity=10.0),
-        accepted=accepted,
-        accepted_plan=plan,
-        trials=trials,
-        lessons=lessons,
-        iteration=len(trials) + 1,
-    )
-
-
-def make_lesson(
-    selector: str, factor: float, recipe: str = "refit", same: bool = False, confidence: float = 1.0
-) -> Lesson:
-    return Lesson(
-        run="r", iteration=1, recipe=recipe, selector=selector, factor=factor, predicted=0.1, measured=0.1, text="",
-        same_config=same, confidence=confidence,
-    )  # fmt: skip
 
 
 def test_the_first_round_is_cheap_and_short_of_the_target() -> None:

@@ -3,10 +3,11 @@
 import pytest
 
 from graph.config import RunConfig
-from graph.nodes.reflect import after_reflect, decide_stop
-from graph.nodes.validate import heed_facts, judge
-from graph.state import Plan, State, Trial
-from tests.graph.planning.test_rule import make_trial
+from graph.nodes.reflect import after_reflect
+from graph.planning.plan import Plan
+from graph.planning.verdict import decide_stop, heed_facts, judge
+from graph.state import State, Trial
+from tests.situations import make_trial
 from tools.measure.losses import Evaluation
 from tools.measure.recall import Retention
 from tools.plans.recipe import Recipe

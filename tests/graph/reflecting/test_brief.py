@@ -12,23 +12,16 @@ from pydantic import ValidationError
 from graph.config import RunConfig, read_prompt
 from graph.llm.ask import AgentError
 from graph.llm.models import open_model
-from graph.planning.rule import MASKS, group_kl
-from graph.reflecting.brief import (
-    MAX_GROUPS,
-    MAX_LESSONS,
-    MAX_TRIALS,
-    WORD,
-    Evidence,
-    combine_lessons,
-    draw_lesson,
-    reflect_with_chat,
-    reflector_messages,
-)
-from graph.reflecting.lessons import find_multipliers
-from graph.state import MAX_LEARNT, MOST, Lesson, Plan, Reflection
-from tests.graph.planning.test_rule import make_layers, make_lesson, make_trial
+from graph.planning.orders import group_kl
+from graph.planning.plan import Plan
+from graph.planning.rule import MASKS
+from graph.reflecting.brief import MAX_GROUPS, MAX_LESSONS, MAX_TRIALS, reflect_with_chat, reflector_messages
+from graph.reflecting.posterior import find_multipliers
+from graph.reflecting.rule import WORD, Evidence, combine_lessons, draw_lesson
+from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection
 from tests.openai_server import OpenAIServer
 from tests.profiles import make_profile
+from tests.situations import make_layers, make_lesson, make_trial
 from tools.plans.recipe import Adjustment, Recipe
 
 LAYERS = make_layers()

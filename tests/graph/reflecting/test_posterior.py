@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from graph.reflecting.lessons import (
+from graph.reflecting.posterior import (
     FORGET,
     LEAST,
     PRIOR,
@@ -16,8 +16,8 @@ from graph.reflecting.lessons import (
     weigh_evidence,
     weigh_layers,
 )
-from graph.state import MOST, Lesson
-from tests.graph.planning.test_rule import make_layers, make_lesson
+from graph.reflecting.schema import MOST, Lesson
+from tests.situations import make_layers, make_lesson
 from tools.base.errors import ImpossiblePlan
 from tools.plans.recipe import Recipe
 

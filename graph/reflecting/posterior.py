@@ -12,7 +12,7 @@ as measured, never to curves that lessons corrected before, so that a correction
 import math
 from collections.abc import Iterable, Sequence
 
-from graph.state import MOST, Lesson
+from graph.reflecting.schema import MOST, Lesson
 from tools.base.errors import ImpossiblePlan
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe

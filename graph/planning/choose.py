@@ -1,0 +1,87 @@
+"""Who plans a round: the planner's model, the rule, or the rule in the model's stead."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from graph.config import RunConfig
+from graph.llm.ask import AgentError
+from graph.llm.models import HEURISTIC, open_model
+from graph.llm.spending import Account, CapReached
+from graph.llm.toolbox import Toolbox
+from graph.planning.brief import advise_against, plan_with_chat
+from graph.planning.orders import allocate_plan, apply_lessons, find_recipe, refuse_above_target
+from graph.planning.plan import Plan
+from graph.planning.refinements import show_untried
+from graph.planning.rule import find_relief, plan_by_rule
+from graph.planning.situation import Situation
+from graph.runs.session import Session
+from tools.plans.allocate import Allocation
+from tools.plans.layer_profile import LayerProfile
+from tools.results.schema import Usage
+
+
+def allocate_in_bounds(layers: Sequence[LayerProfile], plan: Plan, situation: Situation) -> Allocation:
+    """The allocation of what a planner says, weighed by the lessons, whatever it says.
+
+    Raises ValueError with a reason for the planner.
+    """
+    refuse_above_target(plan, situation.config)
+    if plan.sparsity < situation.dense.sparsity:
+        raise ValueError(
+            f"sparsity {plan.sparsity:g} prunes nothing, for more weights are zero already; plan a step towards "
+            f"{situation.config.target_sparsity:g}"
+        )
+    plan = apply_lessons(plan, situation.lessons, situation.layers, situation.config)
+    return allocate_plan(layers, plan, situation.config)
+
+
+class Choice(NamedTuple):
+    """A plan, the tokens spent on agents so far, and who made it."""
+
+    plan: Plan | None
+    """None when a rule has nothing left to try."""
+    usage: Usage
+    planner: str
+
+
+def choose_plan(
+    situation: Situation, usage: Usage, session: Session, caps: RunConfig, toolbox: Toolbox | None = None
+) -> Choice:
+    """The planner's plan, or its fallback's, where it failed or had better be relieved.
+
+    Raises AgentError without a fallback, and CapReached when the agents have spent what `caps` allows.
+    """
+    config = situation.config
+    if config.planner == HEURISTIC:
+        return Choice(plan_by_rule(situation), usage, HEURISTIC)
+    if config.planner_fallback == HEURISTIC and (reason := find_relief(situation)):
+        relief = plan_by_rule(situation)
+        if relief is not None:
+            session.emit("note", text=f"{reason}: the rule plans this round")
+            return Choice(relief, usage, HEURISTIC)
+    account = Account("planner", session, usage, config, caps, situation.iteration)
+
+    def check(candidate: Plan) -> None:
+        recipe = find_recipe(candidate, config)
+        layers = situation.read_layers(recipe) if situation.read_layers else situation.layers
+        allocate_in_bounds(layers, candidate, situation)
+
+    try:
+        model = open_model(config.planner, config)
+        plan = plan_with_chat(
+            show_untried(situation),
+            model,
+            on_call=account.keep_call,
+            check=check,
+            advise=lambda candidate: advise_against(candidate, situation),
+            on_prompt=account.keep_prompt,
+            toolbox=toolbox,
+        )
+    except CapReached:
+        raise
+    except AgentError as error:
+        if config.planner_fallback == "none":
+            raise
+        session.warn(f"{error}; the fallback planner ({config.planner_fallback}) plans this round")
+        return Choice(plan_by_rule(situation), account.usage, HEURISTIC)
+    return Choice(plan, account.usage, config.planner)

@@ -1,0 +1,83 @@
+"""The instruments that a chat planner may use before it answers, and their budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from langgraph.store.base import BaseStore
+
+from graph.llm.models import HEURISTIC
+from graph.llm.toolbox import Toolbox, ToolRecord
+from graph.memory.store import search_lessons
+from graph.planning.brief import describe_lesson, recount_trial
+from graph.planning.choose import allocate_in_bounds
+from graph.planning.plan import Plan
+from graph.planning.situation import Situation
+from graph.runs.session import Session
+from graph.state import RECENT, State
+from tools.plans.allocate import Allocation
+from tools.plans.layer_profile import LayerProfile, group_layers
+
+if TYPE_CHECKING:
+    from tools.instruments.functions import Draft
+    from tools.workbench.bench import Workbench
+
+
+@dataclass
+class Evaluated:
+    """Tokens that were put through pruned models."""
+
+    tokens: int
+    limit: int
+    """0 for none."""
+    trial: int
+    """Those that the trial after it will take."""
+
+    def book(self, tokens: int) -> None:
+        """Count those of a probe. Raises ValueError when the trial that follows would go over the limit."""
+        left = self.limit - self.tokens - self.trial
+        if self.limit and tokens > left:
+            raise ValueError(f"a probe of {tokens:,} tokens is too much: {max(left, 0):,} are left beside the trial")
+        self.tokens += tokens
+
+
+def open_toolbox(
+    bench: "Workbench",
+    situation: Situation,
+    state: State,
+    session: Session,
+    store: BaseStore | None,
+    evaluated: Evaluated,
+) -> Toolbox | None:
+    """The instruments of a chat planner and their budget of this round; None where it has none."""
+    config = situation.config
+    if config.planner == HEURISTIC or not config.planner_calls:
+        return None
+    from tools.instruments.agent_tools import make_planner_tools  # torch again, which the workbench has imported by now
+    from tools.instruments.functions import Round
+
+    def allocate(layers: Sequence[LayerProfile], draft: "Draft") -> Allocation:
+        plan = Plan(sparsity=draft.sparsity, recipe=draft.recipe, adjustments=draft.adjustments)
+        return allocate_in_bounds(layers, plan, situation)
+
+    def recall(query: str) -> list[str]:
+        return [describe_lesson(lesson) for lesson in search_lessons(store, config, query)] if store else []
+
+    def tell(record: ToolRecord) -> None:
+        session.emit("tool", iteration=situation.iteration, **record.model_dump())
+
+    round_ = Round(
+        bench=bench,
+        profile=state.profile,
+        allocate=allocate,
+        progress=session.progress,
+        pattern=config.pattern,
+        present=state.current,
+        book=evaluated.book,
+        keep=[state.accepted, *(trial.checkpoint for trial in state.trials[-RECENT:])],
+        groups={selector: [x.name for x in group] for selector, group in group_layers(situation.layers).items()},
+    )
+    tools = make_planner_tools(
+        round_, history=lambda n: [recount_trial(trial) for trial in situation.trials[-n:]], recall=recall
+    )
+    return Toolbox(tools, calls=config.planner_calls, seconds=config.planner_seconds, on_tool=tell)

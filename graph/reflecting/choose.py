@@ -1,0 +1,62 @@
+"""Who reflects on a round: the reflector's model, or the rule alone."""
+
+from graph.config import RunConfig
+from graph.llm.ask import AgentError
+from graph.llm.models import HEURISTIC, open_model
+from graph.llm.spending import Account, CapReached
+from graph.planning.orders import find_recipe
+from graph.reflecting.brief import reflect_with_chat
+from graph.reflecting.rule import Evidence, draw_lesson
+from graph.reflecting.schema import Reflection
+from graph.runs.session import Session, open_bench
+from graph.state import State, last_accepted
+from tools.results.schema import Usage
+
+
+def gather_evidence(state: State, session: Session) -> Evidence:
+    """What the last trial was, and what the rule makes of it."""
+    assert state.plan is not None and state.dense is not None, "plan and profile run first"
+    trial, before = state.trials[-1], last_accepted(state.trials[:-1])
+    recipe = find_recipe(state.plan, state.config)
+    with open_bench(state, session) as bench:
+        layers = bench.describe_layers(state.profile, recipe, session.progress)
+        sparsity = bench.planned_sparsity(trial.checkpoint)
+        before_sparsity = bench.planned_sparsity(before.checkpoint if before else "dense")
+    return Evidence(
+        config=state.config,
+        run=state.run,
+        layers=layers,
+        recipe=recipe,
+        plan=state.plan,
+        trial=trial,
+        sparsity=sparsity,
+        dense=state.dense,
+        before=before,
+        before_sparsity=before_sparsity,
+        trials=state.trials[:-1],
+        lessons=state.lessons,
+        measured=draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity),
+    )
+
+
+def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: RunConfig) -> tuple[Reflection, Usage]:
+    """What the reflector's model makes of the trial, nothing where there is none, and the tokens spent so far.
+
+    Raises AgentError without a fallback, and CapReached when the agents have spent what `caps` allows.
+    """
+    config, iteration = evidence.config, evidence.trial.iteration
+    if config.reflector == HEURISTIC:
+        return Reflection(), usage
+    account = Account("reflector", session, usage, config, caps, iteration)
+    try:
+        model = open_model(config.reflector, config)
+        reflection = reflect_with_chat(evidence, model, on_call=account.keep_call, on_prompt=account.keep_prompt)
+    except CapReached:
+        raise
+    except AgentError as error:
+        if config.planner_fallback == "none":
+            raise
+        session.warn(f"{error}; the rule alone reflects on this round")
+        return Reflection(), account.usage
+    session.record("reflection", iteration=iteration, reflector=config.reflector, details=reflection.model_dump())
+    return reflection, account.usage

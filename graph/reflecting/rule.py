@@ -1,0 +1,195 @@
+"""Say in figures what a trial teaches, whoever else has something to say of it.
+
+`draw_lesson` compares what was predicted with what was measured. A chat model may add to it (`combine_lessons`): its
+lessons weigh by its own confidence, at most `WORD` of a measurement each, and only where the trial's surprise is
+beyond the noise; about the layers that the rule speaks of, the measurement stands and the model adds words.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graph.config import RunConfig
+from graph.planning.orders import group_kl
+from graph.planning.plan import Plan
+from graph.reflecting.posterior import WHOLE, find_curves, tidy_selector
+from graph.reflecting.schema import MOST, Learnt, Lesson, Reflection
+from graph.state import Trial, same_sparsity
+from tools.plans.layer_profile import LayerProfile, group_layers
+from tools.plans.recipe import Recipe
+from tools.results.schema import SIGMAS
+
+WORD = 0.5
+"""A model's lesson weighs at most this much of a measurement without noise."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a reflector may know of a trial."""
+
+    config: RunConfig
+    run: str
+    layers: Sequence[LayerProfile]
+    """In the model's order, with the KL curves that the plan's allocation read."""
+    recipe: Recipe
+    """The plan's, with the user's pattern."""
+    plan: Plan
+    trial: Trial
+    sparsity: dict[str, float]
+    """Of every layer in this trial."""
+    dense: Trial
+    before: Trial | None
+    """The last trial that was kept before this one."""
+    before_sparsity: dict[str, float]
+    trials: Sequence[Trial]
+    """Those before this one."""
+    lessons: Sequence[Lesson]
+    measured: Lesson | None
+    """What the rule makes of the trial."""
+
+    @property
+    def is_surprise(self) -> bool:
+        """Whether what was measured differs from what was predicted by more than the noise."""
+        lesson = self.measured
+        if lesson is None or lesson.measured is None:
+            return False
+        error = self.trial.kl_error if lesson.selector == WHOLE else self.trial.change_error
+        return abs(lesson.measured - lesson.predicted) > SIGMAS * (error or 0.0)
+
+
+def draw_lesson(
+    run: str,
+    layers: Sequence[LayerProfile],
+    trial: Trial,
+    sparsity: dict[str, float],
+    before: Trial | None,
+    before_sparsity: dict[str, float],
+) -> Lesson | None:
+    """What one trial teaches; None when it taught nothing (nothing finite, nothing predicted).
+
+    Where weights moved at the same sparsity and recipe, the surprise goes to the group whose predicted KL moved most.
+    Otherwise the lesson is about the model as a whole: how many times the predicted KL was measured. `layers` have the
+    KL curves that the trial's allocation read. The confidence is 1/(1 + s^2), where s is the standard error of the
+    factor: an observation without noise weighs 1, one as uncertain as the factor itself half of that.
+    """
+    recipe = trial.recipe
+    if recipe is None or trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
+        return None
+    if before is None or not _is_comparable(before, trial):
+        return _lesson_of_whole(run, recipe, trial)
+    groups = group_layers(layers)
+    moved = {s: group_kl(g, sparsity) - group_kl(g, before_sparsity) for s, g in groups.items()}
+    selector = max(moved, key=lambda s: abs(moved[s]))
+    before_kl, before_predicted = before.kl or 0.0, group_kl(layers, before_sparsity)
+    scale = before_kl / before_predicted if before_predicted > 0 else 1.0
+    predicted, measured = scale * (group_kl(layers, sparsity) - before_predicted), trial.kl - before_kl
+    holds = scale * group_kl(groups[selector], sparsity)
+    if holds <= 0:
+        return None
+    # Pruning the group more and being hurt more than predicted means precious; pruning it less and gaining less
+    # than predicted means the opposite.
+    surprise = (measured - predicted) / holds * math.copysign(1.0, moved[selector])
+    if trial.change_error is not None and abs(measured - predicted) <= SIGMAS * trial.change_error:
+        surprise = 0.0
+    factor = min(max(1 + surprise, 1 / MOST), MOST)
+    direction = "more" if moved[selector] > 0 else "less"
+    advice = f"count it {factor:.2f} times" if surprise else "as predicted, within the noise"
+    noise = 1.0 if trial.change_error is None else trial.change_error / holds
+    return Lesson(
+        run=run,
+        iteration=trial.iteration,
+        recipe=recipe.mask_label,
+        curves=find_curves(recipe),
+        selector=selector,
+        factor=_round(factor),
+        confidence=round(1 / (1 + noise**2), 4),
+        predicted=predicted,
+        measured=measured,
+        text=f"Pruning {selector} {direction} changed KL by {measured:+.4f} where {predicted:+.4f} was predicted: "
+        f"{advice}.",
+    )
+
+
+def _is_comparable(before: Trial, trial: Trial) -> bool:
+    """Whether the trial moved weights only: the same work inside each layer, the same sparsity."""
+    if before.recipe is None or trial.recipe is None or not before.kl:
+        return False
+    same_work = before.recipe.mask_label == trial.recipe.mask_label
+    return same_work and same_sparsity(before.sparsity, trial.sparsity)
+
+
+def _lesson_of_whole(run: str, recipe: Recipe, trial: Trial) -> Lesson:
+    assert trial.kl is not None
+    factor = trial.kl / trial.predicted_kl
+    return Lesson(
+        run=run,
+        iteration=trial.iteration,
+        recipe=recipe.mask_label,
+        selector=WHOLE,
+        factor=_round(factor),
+        confidence=round(1 / (1 + ((trial.kl_error or 0.0) / trial.kl) ** 2), 4),
+        predicted=trial.predicted_kl,
+        measured=trial.kl,
+        text=f"At {trial.sparsity:.1%} with {recipe.label} KL was {trial.kl:.4f}, {factor:.2f} times the predicted "
+        f"{trial.predicted_kl:.4f}.",
+    )
+
+
+def _round(factor: float) -> float:
+    """Four digits, but never to zero: factors are averaged as logs."""
+    return float(f"{factor:.4g}")
+
+
+def combine_lessons(evidence: Evidence, reflection: Reflection) -> list[Lesson]:
+    """The measured lesson, and what the reflector adds to it."""
+    lessons = []
+    if evidence.measured is not None:
+        selector = tidy_selector(evidence.measured.selector, evidence.layers)
+        text = f"{evidence.measured.text}{_recount_facts(evidence)}"
+        lessons.append(evidence.measured.model_copy(update={"selector": selector, "text": text}))
+    for learnt in reflection.lessons:
+        selector = tidy_selector(learnt.selector, evidence.layers)
+        said = f"{' '.join(learnt.evidence.split()).rstrip('.')}."
+        known = next((i for i, lesson in enumerate(lessons) if lesson.selector == selector), None)
+        if known is None:
+            lessons.append(_make_lesson(evidence, learnt, selector, said))
+        else:
+            text = f"{lessons[known].text} The reflector ({learnt.direction}): {said}"
+            lessons[known] = lessons[known].model_copy(update={"text": text})
+    return lessons
+
+
+def _recount_facts(evidence: Evidence) -> str:
+    """What the trial did to the facts, as a lesson tells it; nothing where no questions were asked."""
+    share, least = evidence.trial.fact_retention, evidence.config.min_fact_retention
+    if share is None:
+        return ""
+    return f" It left {share:.3f} of the facts" + (f", fewer than {least:g}." if share < least else ".")
+
+
+def _find_idle(evidence: Evidence, learnt: Learnt, selector: str) -> str:
+    """Why a reflector's lesson is not to weigh in any allocation; empty where it is to."""
+    if selector == WHOLE:
+        return "it changes no allocation"
+    if not evidence.is_surprise:
+        return "the trial held no surprise beyond the noise"
+    return "its direction and its multiplier contradict each other" if learnt.contradiction else ""
+
+
+def _make_lesson(evidence: Evidence, learnt: Learnt, selector: str, said: str) -> Lesson:
+    trial, measured = evidence.trial, evidence.measured
+    idle = _find_idle(evidence, learnt, selector)
+    advice = f"words only, as {idle}" if idle else f"count it {learnt.multiplier:.2f} times"
+    return Lesson(
+        run=evidence.run,
+        iteration=trial.iteration,
+        recipe=evidence.recipe.mask_label,
+        curves=find_curves(evidence.recipe),
+        selector=selector,
+        factor=1.0 if idle else _round(learnt.multiplier),
+        predicted=measured.predicted if measured else trial.predicted_kl,
+        measured=measured.measured if measured else trial.kl,
+        text=f"The reflector finds {selector} {learnt.direction}: {said} ({advice})",
+        source="reflector",
+        confidence=0.0 if idle else round(min(learnt.confidence, WORD), 4),
+    )

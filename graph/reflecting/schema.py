@@ -1,0 +1,95 @@
+"""What a reflector answers with, and what becomes of it: a lesson."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_LEARNT = 5
+"""Lessons that a reflector may draw from one trial."""
+
+MOST = 2.0
+"""A lesson corrects a group's KL curves by at most this factor, up or down: one trial is thin evidence."""
+
+
+class Learnt(BaseModel):
+    """What a reflector says that a trial taught of some layers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    selector: str = Field(
+        min_length=1,
+        max_length=200,
+        description="Which layers: a glob over layer names, optionally after a range of blocks, such as '*.v_proj', "
+        "'blocks 0-3' or 'blocks 0-3 · *.v_proj'.",
+    )
+    direction: Literal["dearer", "cheaper"] = Field(
+        description="Whether pruning these layers costs more or less KL than their curves predict."
+    )
+    multiplier: float = Field(
+        ge=1 / MOST,
+        le=MOST,
+        description="How many times the predicted KL they cost: above 1 when dearer, below 1 when cheaper.",
+    )
+    confidence: float = Field(ge=0, le=1, description="How sure this is, from 0 to 1.")
+    evidence: str = Field(min_length=1, max_length=300, description="The figures that say so, in one sentence.")
+
+    @property
+    def contradiction(self) -> str:
+        """What is wrong where direction and multiplier contradict each other, in words for the model; else empty."""
+        if self.multiplier == 1 or (self.multiplier > 1) == (self.direction == "dearer"):
+            return ""
+        side, other = ("above", "cheaper") if self.direction == "dearer" else ("below", "dearer")
+        return (
+            f"{self.direction!r} needs a multiplier {side} 1, not {self.multiplier:g}; write "
+            f"{1 / self.multiplier:.3g}, or {other!r} if that is what the figures say"
+        )
+
+
+class Reflection(BaseModel):
+    """What a reflector makes of one trial."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lessons: list[Learnt] = Field(
+        default_factory=list,
+        max_length=MAX_LEARNT,
+        description="What the trial taught of groups of layers; an empty list when it taught nothing.",
+    )
+    reprofile: bool = Field(
+        False,
+        description="Profile again on the weights just kept, before the next round; costs as much as the first "
+        "profile. Does nothing after a rollback.",
+    )
+    stop: bool = Field(
+        False, description="End the run here, for nothing more is to be won. Does nothing before the target is reached."
+    )
+    reason: str = Field("", max_length=500, description="Why to stop, to profile again or to go on, in one sentence.")
+
+
+class Lesson(BaseModel):
+    """What trials taught: for these layers the KL curves were off by this factor."""
+
+    run: str = Field(description="The run that taught it, or the last of those that did.")
+    iteration: int
+    recipe: str = Field("", description="Mask method and refit the lesson was learnt with, such as two-sided+refit.")
+    curves: Literal["mask", "method"] = Field(
+        "mask", description="The KL curves that it corrects: the profile's, or those of its method itself."
+    )
+    selector: str = Field(description="The layers it is about; * is the model as a whole.")
+    factor: float = Field(
+        description="Measured over predicted; for a group, 2 = twice as precious as its KL curves say."
+    )
+    predicted: float
+    measured: float | None = Field(description="Null where it was not finite.")
+    text: str
+    source: Literal["measured", "reflector"] = Field(
+        "measured", description="Worked out from the trial's figures, or said by the reflector's model."
+    )
+    confidence: float = Field(
+        1.0, ge=0, le=1, description="Weight of an observation in a mean; 0 for words that nothing is computed with."
+    )
+    count: int = Field(1, ge=1, description="Observations that it is the mean of.")
+    model: str = Field("", description="The model it is about, where that is another than the run's.")
+    same_config: bool = Field(
+        False, description="The lesson comes from a run with this very config, so a repeat would count it twice."
+    )
