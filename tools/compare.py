@@ -31,7 +31,8 @@ from tools.base.rows import as_csv, lock_out, read_kept, refuse_other_settings, 
 from tools.base.secrets import read_secrets
 from tools.base.settings import TEAM, TaskSettings, TeamSettings
 from tools.base.words import escape, show
-from tools.measure.benchmarks import Benchmark, load_benchmarks, run_benchmark
+from tools.measure.benchmarks import Benchmark, load_benchmarks
+from tools.measure.harness import run_benchmark
 from tools.models.load import check_device, locate_model
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.evolve import Search, SearchSettings, Stage, evolve

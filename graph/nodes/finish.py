@@ -9,8 +9,8 @@ from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, same_sparsity
 from tools.base.files import write_json, write_text
+from tools.experiments.tasks import measure_checkpoints
 from tools.export import export_model
-from tools.measure.benchmarks import measure_checkpoints
 from tools.measure.recall import Recall, compare_recall
 from tools.plans.allocate import allocate
 from tools.plans.recipe import Recipe

@@ -1,6 +1,5 @@
 """Runs that ask questions: what a plan loses of them, and what comes of it."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, read_events, read_state, read_summary
 from tests.openai_server import OpenAIServer
+from tests.rows import write_rows
 
 PAIRS = 8
 
@@ -16,9 +16,7 @@ PAIRS = 8
 def questions(tmp_path: Path) -> str:
     """The flag's value: a file of made-up questions."""
     rows = [{"question": f"Which statement is number {i}?", "answer": ("class", "import")[i % 2]} for i in range(40)]
-    path = tmp_path / "questions.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return f"file:{path}"
+    return write_rows(tmp_path / "questions.jsonl", rows)
 
 
 def test_a_plan_that_loses_facts_is_rolled_back(command: Command, trained_llama: Path, questions: str) -> None:

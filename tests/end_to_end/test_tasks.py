@@ -1,6 +1,5 @@
 """A run with tasks: the dense and the pruned model are asked at its end, each once."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,16 @@ import pytest
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import read_events, read_summary
+from tests.rows import write_rows
 from tools.base.errors import UserError
-from tools.measure import benchmarks
+from tools.experiments import tasks
 
 
 @pytest.fixture
 def asked(tmp_path: Path, flags: list[str]) -> list[str]:
     """Flags of a run that asks three questions."""
     rows = [{"question": f"Who is {i}?", "answer": f"the {i}"} for i in range(5)]
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "qa.jsonl", rows)
     return [*flags, "--max-iterations", "1", "--tasks", "freebaseqa", "--freebaseqa", "file:qa.jsonl", "--shots", "2"]
 
 
@@ -24,7 +24,7 @@ def test_tasks_are_in_the_summary_the_report_and_the_card_and_are_not_asked_agai
     asked: list[str], tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels: list[str] = []
-    ask = benchmarks.run_benchmark
+    ask = tasks.run_benchmark
 
     def stop_at_the_second(benchmark: Any, model: Any, tokenizer: Any, label: str, progress: Any) -> Any:
         labels.append(label)
@@ -32,7 +32,7 @@ def test_tasks_are_in_the_summary_the_report_and_the_card_and_are_not_asked_agai
             raise UserError("stopped by the test")
         return ask(benchmark, model, tokenizer, label, progress)
 
-    monkeypatch.setattr(benchmarks, "run_benchmark", stop_at_the_second)
+    monkeypatch.setattr(tasks, "run_benchmark", stop_at_the_second)
     assert command(*asked).code == 2
     resumed = command("--resume", "run")
     assert resumed.code == 0

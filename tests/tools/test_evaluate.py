@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from tests.rows import write_rows
 from tests.tiny import save_tiny_gguf, save_tiny_model
-from tools import evaluate
 from tools.base.rundir import unlock_run
-from tools.evaluate import Figures, main
-from tools.measure import benchmarks
+from tools.evaluate import main
+from tools.experiments import evaluation
+from tools.results.evaluation import Figures
 
 Models = tuple[str, str]
 
@@ -26,8 +27,7 @@ def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Models
 def flags(tmp_path: Path) -> list[str]:
     """FreebaseQA with two exemplars and four questions."""
     rows = [{"question": f"Who is {i}?", "answer": f"the {i}"} for i in range(6)]
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = f"file:{tmp_path / 'qa.jsonl'}"
+    source = write_rows(tmp_path / "qa.jsonl", rows)
     options = ("--tasks", "freebaseqa", "--freebaseqa", source, "--shots", "2", "--device", "cpu")
     return [*options, "--out", str(tmp_path / "out")]
 
@@ -81,7 +81,7 @@ def test_what_is_done_is_kept_when_it_is_stopped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked: list[str] = []
-    ask = benchmarks.run_benchmark
+    ask = evaluation.run_benchmark
 
     def stop_at_the_second(benchmark: Any, model: Any, tokenizer: Any, label: str, progress: Any) -> Any:
         asked.append(label)
@@ -89,7 +89,7 @@ def test_what_is_done_is_kept_when_it_is_stopped(
             raise KeyboardInterrupt
         return ask(benchmark, model, tokenizer, label, progress)
 
-    monkeypatch.setattr(evaluate, "run_benchmark", stop_at_the_second)
+    monkeypatch.setattr(evaluation, "run_benchmark", stop_at_the_second)
     assert run(*models, *flags) == 1
     stopped = "stopped; the rows that are done are kept, and the same command goes on\n"
     assert capsys.readouterr().err.endswith(stopped)
@@ -132,7 +132,7 @@ def test_bad_input_is_told_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluation, "load_model", None)
     assert run(*flags, *arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {error}") and err.count("\n") == 1

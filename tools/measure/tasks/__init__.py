@@ -1,1 +1,1 @@
-"""Tasks that lm-evaluation-harness lacks, or whose questions may come from local files. Imports the harness."""
+"""Tasks of our own, a file each, as `tools.measure.own_tasks` finds them; a file imports the harness in functions."""

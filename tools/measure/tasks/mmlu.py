@@ -4,18 +4,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import lm_eval.tasks
 import yaml
-from datasets import Dataset
-from lm_eval.api.group import Group
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks import TaskManager
 from pydantic import BaseModel, Field, ValidationError
 
 from tools.base.errors import UserError
+from tools.base.names import path_of
+from tools.base.settings import TaskSettings
+from tools.measure.own_tasks import OwnTask, hash_files
 
-TEMPLATES = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
-"""The harness' own files of the task: prompts, metrics and how subjects are averaged come from them alone."""
+
+def check(settings: TaskSettings) -> None:
+    """Refuse a directory without exemplars or test. Raises UserError."""
+    if settings.mmlu != "hub":
+        _find_files(settings.mmlu)
+
+
+def load(settings: TaskSettings) -> tuple[Any, Any]:
+    """(the harness' own group of subjects, where its questions come from).
+
+    Raises UserError for lines of another form, and whatever datasets raises where the hub's data cannot be had.
+    """
+    if settings.mmlu == "hub":
+        return load_hub_mmlu(), "hub"
+    files = _find_files(settings.mmlu)
+    return load_local_mmlu(*files), hash_files(*files)
+
+
+TASK = OwnTask(check, load)
+
+
+def _find_files(source: str) -> tuple[Path, Path]:
+    """(exemplars, test)."""
+    if not source.startswith("file:"):
+        raise UserError(f"source of MMLU {source!r} is neither hub nor file:DIR")
+    directory = path_of(source)
+    exemplars, tests = directory / "dev.jsonl", sorted(directory.glob("test*.jsonl"))
+    if not exemplars.is_file():
+        raise UserError(f"directory of MMLU {directory} has no dev.jsonl")
+    if len(tests) != 1:
+        raise UserError(f"directory of MMLU {directory} has {len(tests)} files test*.jsonl, but exactly one is needed")
+    return exemplars, tests[0]
+
+
+def find_templates() -> Path:
+    """The harness' own files of the task: prompts, metrics and how subjects are averaged come from them alone."""
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
 
 
 class Choice(BaseModel):
@@ -27,15 +62,19 @@ class Choice(BaseModel):
     answer: int = Field(ge=0, le=3, description="Index of the right choice.")
 
 
-def load_hub_mmlu() -> Group:
+def load_hub_mmlu() -> Any:
     """The harness' own group of subjects. Raises whatever datasets raises where its data cannot be had."""
-    return TaskManager(include_path=str(TEMPLATES), include_defaults=False).load(["mmlu"])["groups"]["mmlu"]
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(find_templates()), include_defaults=False).load(["mmlu"])["groups"]["mmlu"]
 
 
-def load_local_mmlu(exemplars: Path, test: Path) -> Group:
+def load_local_mmlu(exemplars: Path, test: Path) -> Any:
     """The same group with a subject for each that the test file has. Raises UserError for lines of another form."""
-    template = yaml.safe_load((TEMPLATES / "_default_template_yaml").read_text(encoding="utf-8"))
-    whole = yaml.safe_load((TEMPLATES / "_mmlu.yaml").read_text(encoding="utf-8"))
+    from lm_eval.api.group import Group
+
+    template = yaml.safe_load((find_templates() / "_default_template_yaml").read_text(encoding="utf-8"))
+    whole = yaml.safe_load((find_templates() / "_mmlu.yaml").read_text(encoding="utf-8"))
     group = Group.from_config({**whole, "task": []})
     shown, asked = _group_by_subject(exemplars), _group_by_subject(test)
     for subject, rows in asked.items():
@@ -46,6 +85,9 @@ def load_local_mmlu(exemplars: Path, test: Path) -> Group:
 
 
 def _make_subject(subject: str, template: dict[str, Any], shown: list[dict[str, Any]], asked: list[Any]) -> Any:
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
     splits = {"dev": Dataset.from_list(shown), "test": Dataset.from_list(asked)}
     name = subject.replace("_", " ")
     return ConfigurableTask(

@@ -1,0 +1,81 @@
+"""Models asked tasks of lm-evaluation-harness, one after another; what is done is on disk after each task."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import Field
+from rich.console import Console
+
+from tools.base.console import print_line, show_bars
+from tools.base.errors import UserError
+from tools.base.progress import Progress
+from tools.base.rows import lock_out, read_kept
+from tools.base.settings import LoadSettings, TaskSettings, WorkbenchSettings
+from tools.measure.benchmarks import Benchmark, differ_from, load_benchmarks
+from tools.measure.harness import run_benchmark, warn_of_cut_prompts
+from tools.models.load import check_device, load_model, locate_model
+from tools.results.evaluation import Figures, Row, write_figures
+
+
+class EvaluateSettings(TaskSettings, LoadSettings):
+    """How the models are loaded, and what they are asked."""
+
+    out: str = Field("evaluate", min_length=1, description="Directory of the figures and the tables.")
+
+
+def evaluate(models: list[str], settings: EvaluateSettings, console: Console) -> Figures:
+    """Ask what was not asked yet, under bars on the console; everything is on disk after each task.
+
+    Raises UserError for bad input, and when what is kept in `--out` was measured by another protocol.
+    """
+    models = list(dict.fromkeys(models))
+    for model in models:
+        locate_model(model)
+    check_device(settings.device)
+    if not settings.tasks:
+        raise UserError("no task is given; try --tasks mmlu,freebaseqa")
+    benchmarks = load_benchmarks(settings, settings.dtype)
+    directory = Path(settings.out)
+    lock_out(directory, directory)
+    known = read_kept(directory / "evaluate.json", Figures) or Figures()
+    _refuse_other_protocols(directory, known, benchmarks)
+    wanted = [(model, benchmark.name) for model in models for benchmark in benchmarks]
+    done = {(row.model, row.task) for row in known.rows}
+    with show_bars(console, len(wanted)) as (begin, progress):
+        for model in models:
+            todo = [benchmark for benchmark in benchmarks if (model, benchmark.name) not in done]
+            begin(model, sum(key in done for key in wanted))
+            for row in _ask_model(model, todo, settings, progress) if todo else ():
+                known.rows.append(row)
+                done.add((row.model, row.task))
+                begin(model, sum(key in done for key in wanted))
+                write_figures(directory, known)
+                warn_of_cut_prompts(row.results, lambda text: print_line(console, f"warning: {text}"))
+            gc.collect()  # the next model may need the room of this one
+    known.rows.sort(key=lambda row: wanted.index(key) if (key := (row.model, row.task)) in wanted else len(wanted))
+    write_figures(directory, known)
+    return known
+
+
+def _refuse_other_protocols(directory: Path, known: Figures, benchmarks: list[Benchmark]) -> None:
+    by_name = {benchmark.name: benchmark for benchmark in benchmarks}
+    for row in known.rows:
+        for result in row.results:
+            if row.task in by_name and (differing := differ_from(result.score, by_name[row.task])):
+                raise UserError(
+                    f"{directory} holds figures of {row.task} by another protocol ({', '.join(differing)}); "
+                    "choose another --out"
+                )
+
+
+def _ask_model(
+    model: str, benchmarks: list[Benchmark], settings: EvaluateSettings, progress: Progress
+) -> Iterator[Row]:
+    """A row as soon as a task is done; the model is let go with the last."""
+    progress("load model", 0, 1)
+    load = settings.model_dump(include=set(LoadSettings.model_fields))
+    loaded, tokenizer = load_model(WorkbenchSettings(model=model, **load))
+    for benchmark in benchmarks:
+        results = run_benchmark(benchmark, loaded, tokenizer, model, progress)
+        yield Row(model=model, task=benchmark.name, results=results)
