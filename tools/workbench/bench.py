@@ -328,12 +328,20 @@ class Workbench:
             alpha = self._measure_once(["alpha"], lambda: self._measure_alphas(progress))
             return [layer.model_copy(update={"alpha": alpha[layer.name]}) for layer in layers]
         if recipe.needs_curves:
-            # Curves are always the dense model's, and their levels are the steps of the method refit.
-            plain = recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
-            key = ["kappa", profile, plain.mask_label]
-            kappa = self._measure_once(key, lambda: self._measure_kappa(profile, plain, progress))
+            plain = _plain(recipe)
+            kappa = self._measure_once(
+                _kappa_key(profile, plain), lambda: self._measure_kappa(profile, plain, progress)
+            )
             return [layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in layers]
         return layers
+
+    def has_layers(self, profile: str, recipe: Recipe) -> bool:
+        """Whether `describe_layers` has only to read what was measured before: no weight is touched."""
+        if recipe.calibration != "run":
+            profile = (self._read_measured(_profile_key(recipe)) or {}).get("profile", "")
+        if not profile or not recipe.needs_curves:
+            return bool(profile)
+        return self._read_measured(_kappa_key(profile, _plain(recipe))) is not None
 
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `describe_layers`, with the KL curves of `profile` whatever the recipe's: no weight is touched."""
@@ -876,6 +884,15 @@ def _only_recipe(order: WorkOrder) -> Recipe:
 
 def _profile_key(recipe: Recipe) -> list[str]:
     return ["profile", recipe.calibration]
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The recipe whose KL curves it reads: always the dense model's, whose levels are the steps of the method refit."""
+    return recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
+
+
+def _kappa_key(profile: str, plain: Recipe) -> list[str]:
+    return ["kappa", profile, plain.mask_label]
 
 
 def _hash_key(key: list[str]) -> str:

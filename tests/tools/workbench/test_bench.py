@@ -229,8 +229,9 @@ def test_another_text_is_profiled_once(asking: Any, tmp_path: Path, monkeypatch:
     profile = bench.profile(ignore, masks_only=True)
     recipe = parse_recipe("refit~half:kappa-mask")
     bench.read_layers(profile, recipe, ignore)
-    assert profiled == ["run"]
+    assert profiled == ["run"] and not bench.has_layers(profile, recipe)
     allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
+    assert bench.has_layers(profile, recipe)
     checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
     expected = snapshot(bench)
     assert profiled == ["run", "half"]
@@ -666,7 +667,9 @@ def test_steps_of_the_method_refit_make_other_layers_by_the_same_curves(
     assert len(computed) == 2 * len(bench.layers)
     assert bench.prune(profile, order_allocation(parse_recipe("refit3:owl"), allocation), ignore) == three
     assert len(computed) == 2 * len(bench.layers)
+    assert bench.has_layers(profile, Recipe(curves="mask")) and not bench.has_layers(profile, Recipe())
     bench.describe_layers(profile, Recipe(), ignore)
+    assert bench.has_layers(profile, Recipe(refit_steps=3)) and not bench.has_layers(profile, Recipe(gamma="clipped"))
     monkeypatch.setattr(tools.workbench.bench, "measure_kappa", pytest.fail)
     assert bench.describe_layers(profile, Recipe(refit_steps=3), ignore) == bench.describe_layers(
         profile, Recipe(), ignore
