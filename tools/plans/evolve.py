@@ -18,6 +18,7 @@ from tools.base.errors import UserError
 from tools.plans.allocate import allocate, find_bounds
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
+from tools.plans.rules import UNIFORM
 
 MAX_LEVEL = 8
 """Steps a layer may be away from the uniform allocation, as in the paper's runs."""
@@ -144,7 +145,7 @@ def evolve(
 
 def _make_space(layers: Sequence[LayerProfile], sparsity: float, settings: SearchSettings) -> _Space:
     protect, limit = settings.protect, settings.max_layer_sparsity
-    start = allocate(layers, sparsity, Recipe(allocation="uniform"), protect=protect, max_layer_sparsity=limit)
+    start = allocate(layers, sparsity, Recipe(allocation=UNIFORM), protect=protect, max_layer_sparsity=limit)
     uniform = np.array(list(start.zeros.values()), dtype=np.int64)
     least, most = find_bounds(layers, protect=protect, max_layer_sparsity=limit)
     step = max(1, round(settings.step * sum(layer.weights for layer in layers) / len(layers)))

@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.json_schema import SkipJsonSchema
 
 from tools.base.settings import Calibration
+from tools.plans.methods import METHODS, MOST_STEPS, PROFILED, REFIT_STEPS, MethodName
+from tools.plans.registry import describe_choices
+from tools.plans.rules import RULES, UNIFORM, RuleName
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
@@ -23,25 +26,16 @@ def count_pattern_zeros(weights: int, pattern: tuple[int, int]) -> int:
     return weights // group * pruned
 
 
-REFIT_STEPS = 5
-"""Steps in which the method refit grows its mask, unless a recipe says otherwise."""
-
-
 class Recipe(BaseModel):
     """How weights are chosen, shared out over the layers, and what happens to the survivors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["magnitude", "wanda", "two-sided", "sparsegpt", "two-sided-obs", "refit"] = Field(
-        "refit",
-        description="magnitude: |W| within the layer. wanda: |W|*sqrt(a) within each output row. two-sided: "
-        "W^2*a*gamma within the layer; usually the best mask. sparsegpt, two-sided-obs: survivors corrected column by "
-        "column. refit: the two-sided mask grown in steps, survivors refitted between; the best and slowest.",
-    )
+    method: MethodName = Field("refit", description=describe_choices(METHODS.values()))
     refit_steps: int = Field(
         REFIT_STEPS,
         ge=1,
-        le=10,
+        le=MOST_STEPS,
         description="For method refit: steps in which the mask grows. More let it follow what the survivors take over; "
         "each adds 2 products to the 3 of a round's refit.",
     )
@@ -50,11 +44,8 @@ class Recipe(BaseModel):
         description="After any method but refit, fit all surviving weights of a layer by least squares; costs most of "
         "a round's time and usually wins much.",
     )
-    allocation: Literal["kappa", "uniform", "owl", "alphapruning"] = Field(
-        "kappa",
-        description="kappa: minimise the predicted KL over the layers; only here do factors count. uniform: the same "
-        "sparsity everywhere. owl: less in blocks where more Wanda scores lie far above the mean. alphapruning: less "
-        "in blocks whose weights have heavy-tailed spectra. Sharing out takes no time, only curves do.",
+    allocation: RuleName = Field(
+        "kappa", description=f"{describe_choices(RULES.values())} Sharing out takes no time, only curves do."
     )
     strength: float = Field(
         1.0, ge=0, le=1, description="1 follows the allocation, 0 is uniform, between is linear; costs nothing."
@@ -102,28 +93,37 @@ class Recipe(BaseModel):
     @property
     def refits_after(self) -> bool:
         """Whether a refit follows the method; the method `refit` ends with its own."""
-        return self.refit and self.method != "refit"
+        return self.refit and not METHODS[self.method].refits_in_steps
 
     @property
     def refits(self) -> bool:
         """Whether the survivors end as a least-squares fit, by the method or after it."""
-        return self.refit or self.method == "refit"
+        return self.refit or METHODS[self.method].refits_in_steps
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The fields of `LayerProfile` that its allocation reads; none with a pattern, which says all."""
+        return () if self.pattern else RULES[self.allocation].needs
+
+    @property
+    def reads_curves(self) -> bool:
+        """Whether its allocation goes by KL curves, so that factors on them count."""
+        return not self.pattern and RULES[self.allocation].reads_curves
 
     @property
     def needs_curves(self) -> bool:
         """Whether its allocation reads other KL curves than the profile's, which are those of the two-sided mask."""
-        own = self.curves == "method" and self.mask_label != "two-sided"
-        return own and self.allocation == "kappa" and not self.pattern
+        return self.reads_curves and self.curves == "method" and self.mask_label != PROFILED
 
     @property
     def changes_survivors(self) -> bool:
         """Whether the surviving weights are others than the dense model's."""
-        return self.refits or self.method not in ("magnitude", "wanda", "two-sided")
+        return self.refits or METHODS[self.method].changes_survivors
 
     @property
     def steps(self) -> int:
         """`refit_steps` where they count: methods other than refit have no use for them."""
-        return self.refit_steps if self.method == "refit" else REFIT_STEPS
+        return self.refit_steps if METHODS[self.method].refits_in_steps else REFIT_STEPS
 
     @property
     def mask_label(self) -> str:
@@ -140,8 +140,9 @@ class Recipe(BaseModel):
     @property
     def allocation_label(self) -> str:
         """How sparsity is shared out, such as `kappa@0.8`; `kappa-mask` where the curves are the two-sided mask's."""
-        name = "kappa-mask" if self.allocation == "kappa" and self.curves == "mask" else self.allocation
-        return f"{name}@{self.strength:g}" if self.allocation != "uniform" and self.strength != 1 else name
+        mask = "-mask" if RULES[self.allocation].reads_curves and self.curves == "mask" else ""
+        strength = f"@{self.strength:g}" if self.allocation != UNIFORM and self.strength != 1 else ""
+        return f"{self.allocation}{mask}{strength}"
 
     @property
     def label(self) -> str:
@@ -161,8 +162,10 @@ class Recipe(BaseModel):
         )
 
 
+_IN_STEPS = "|".join(f"(?<=^{name})" for name, method in METHODS.items() if method.refits_in_steps)
+
 _LABEL = re.compile(
-    r"(?P<method>[a-z-]+?)(?:(?<=^refit)(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
+    rf"(?P<method>[a-z-]+?)(?:(?:{_IN_STEPS})(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
     r"(?:~(?P<calibration>quarter|half))?(?P<sequential>~sequential)?"
     r"(?::(?P<allocation>[a-z]+)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
@@ -186,7 +189,7 @@ def parse_recipe(label: str) -> Recipe:
                 "gamma": "clipped" if form["clipped"] else "plain",
                 "statistics": "sequential" if form["sequential"] else "dense",
                 "calibration": form["calibration"] or "run",
-                "allocation": form["allocation"] or "uniform",
+                "allocation": form["allocation"] or UNIFORM,
                 "curves": "mask" if form["mask"] else "method",
                 "strength": form["strength"] or 1.0,
             }

@@ -38,7 +38,8 @@ from tools.models.layers import Layer, find_layers, find_unprunable
 from tools.models.load import load_model
 from tools.models.readout import check_readout
 from tools.plans.layer_profile import LayerProfile
-from tools.plans.recipe import REFIT_STEPS, Recipe, count_pattern_zeros
+from tools.plans.methods import REFIT_STEPS
+from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.plans.work_order import WorkOrder
 from tools.statistics.collect import (
     ModelStatistics,

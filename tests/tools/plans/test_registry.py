@@ -1,0 +1,32 @@
+"""How choices are told of."""
+
+from typing import NamedTuple
+
+from tools.plans.methods import METHODS
+from tools.plans.recipe import Recipe
+from tools.plans.registry import describe_choices, list_choices
+from tools.plans.rules import RULES
+
+
+class Made(NamedTuple):
+    """A choice made up."""
+
+    name: str
+    sentence: str
+
+
+CHOICES = Made("a", "|W| * a"), Made("b", "the same"), Made("c", "the same"), Made("d", "other")
+
+
+def test_neighbours_that_do_the_same_are_told_of_together() -> None:
+    assert describe_choices(CHOICES) == "a: |W| * a. b, c: the same. d: other."
+    assert list_choices("CHOICE", CHOICES) == [
+        *("| CHOICE | |", "|---|---|", r"| `a` | \|W\| \* a |", "| `b`, `c` | the same |", "| `d` | other |")
+    ]
+
+
+def test_planners_are_told_of_every_method_and_rule() -> None:
+    schema = Recipe.model_json_schema()["properties"]
+    for field, registry in (("method", METHODS), ("allocation", RULES)):
+        assert schema[field]["enum"] == list(registry)
+        assert schema[field]["description"].startswith(describe_choices(registry.values()))
