@@ -6,6 +6,7 @@ made from it.
 """
 
 import math
+import os
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -178,3 +179,10 @@ class TeamSettings(WorkbenchSettings):
 
 TEAM = ("workers", "worker_threads")
 """Fields that change who does the work, but no result: a run, or a table, may go on with others."""
+
+
+def count_threads(settings: TeamSettings) -> int:
+    """CPU threads of each worker: this machine's cores shared out, or one on a cluster."""
+    if settings.worker_threads or not settings.workers.isdigit():
+        return settings.worker_threads or 1
+    return max(1, (os.cpu_count() or 1) // int(settings.workers))

@@ -22,13 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 from tools.base.errors import UserError, in_one_line
-from tools.base.settings import TeamSettings, WorkbenchSettings
+from tools.base.settings import TeamSettings, WorkbenchSettings, count_threads
+from tools.measure.losses import PREFIX_SHARE
+from tools.models.disk import Line, list_disk
 from tools.models.layers import Layer, find_blocks, find_layers, find_unprunable
 from tools.models.load import DTYPES, ModelPlace, build_on_meta, locate_model, spread_blocks
 from tools.models.readout import CHUNK
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.shards import count_held, cut_shards, list_nodes, share_out
-from tools.team.cluster import count_threads
 
 # How many tensors of a size are held at once, at most. Counted as live tensors on CPU, for layers of 1024 x 1024,
 # 2048 x 512 and 512 x 2048, and for blocks of Llama, Qwen3, Gemma 3, GPT-2 and OPT, in fp32 and in bf16.
@@ -49,8 +50,6 @@ LOGITS = 5
 
 REFIT_PRODUCTS = 13
 """Products (d_out x d_in) (d_in x d_in) of `kernels.refit_steps.refit_in_steps`."""
-PREFIX_SHARE = 0.5
-"""Of the model's own size: what block inputs that validations start from may take."""
 
 ASKED_FOR = "KL curves of a method, where a plan asks for them"
 """A phase that not every run has."""
@@ -64,14 +63,6 @@ SPEED_SECONDS = 0.3
 
 QUESTION_TOKENS = 30
 """Tokens of a question with its answer: FreebaseQA's have 28 with SmolLM2's tokenizer."""
-
-
-class Line(BaseModel):
-    """One item of a sum."""
-
-    what: str
-    how: str = Field(description="The formula, in words and figures.")
-    bytes: int
 
 
 class Phase(BaseModel):
@@ -183,11 +174,6 @@ class Estimate(BaseModel):
             return max((self.count_host(phase), phase.name) for phase in self.phases)
         mates = {phase.name: phase.device_bytes for phase in self.of_worker}
         return max((phase.device_bytes + mates.get(phase.name, 0), phase.name) for phase in self.phases)
-
-
-def limit_prefix(model: Any) -> int:
-    """Bytes that a loaded model's cache of block inputs may take."""
-    return int(PREFIX_SHARE * sum(parameter.nbytes for parameter in model.parameters()))
 
 
 # --- the model without its weights ---------------------------------------------------------------------------------
@@ -550,28 +536,6 @@ def _count_kept(shape: _Shape, size: int) -> int:
 
 def _measure_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def list_disk(model: Any, layers: list[Layer], settings: WorkbenchSettings) -> list[Line]:
-    """What a run may write: moments, block inputs, three checkpoints and the exported model.
-
-    Plans may ask for two texts with more questions; the rule asks for one, and so many are counted.
-    """
-    blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
-    windows = min(settings.gradient_windows, settings.calibration_windows)
-    weights = sum(layer.weight_OI.nbytes for layer in layers)
-    moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers)
-    return [
-        Line(what="second moments", how=f"4 bytes × inputs², over {len(layers)} layers", bytes=moments),
-        *([Line(what="those of a text with more questions", how="as many", bytes=moments)] if settings.mixes else []),
-        _multiply(
-            "inputs of all blocks, while the model is profiled",
-            *((blocks, "blocks"), (windows, "windows"), (settings.window, "tokens")),
-            *((embedding.shape[1], "wide"), (embedding.element_size(), "bytes")),
-        ),
-        Line(what="checkpoints", how="3 × the prunable layers", bytes=3 * weights),
-        Line(what="the exported model", how="all parameters", bytes=sum(p.nbytes for p in model.parameters())),
-    ]
 
 
 # --- time ----------------------------------------------------------------------------------------------------------

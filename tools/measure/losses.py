@@ -61,6 +61,15 @@ def compare_kl(trial: Evaluation, accepted: Evaluation) -> tuple[float, float]:
     return float(np.mean(differences)), _standard_error(differences)
 
 
+PREFIX_SHARE = 0.5
+"""Of the model's own size: what block inputs that validations start from may take."""
+
+
+def limit_prefix(model: Any) -> int:
+    """Bytes that a loaded model's `PrefixCache` may take."""
+    return int(PREFIX_SHARE * sum(parameter.nbytes for parameter in model.parameters()))
+
+
 class PrefixCache:
     """Block inputs of the last evaluation, so that the next one starts at the first block whose weights differ.
 

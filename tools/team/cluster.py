@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tools.base.errors import UserError, in_one_line
-from tools.base.settings import TeamSettings
+from tools.base.settings import TeamSettings, count_threads
 from tools.statistics.shards import SHARDS, Answers, Span, share_out
 from tools.team.worker import Identity, Texts, Worker, identify
 
@@ -331,7 +331,7 @@ class _Actor:
 
     def open(self, settings: TeamSettings, texts: Any, threads: int) -> tuple[Identity, str, int]:
         """Load the model; who this is, on which machine, and the number of its process."""
-        from tools.estimate.needs import limit_prefix
+        from tools.measure.losses import limit_prefix
         from tools.models.load import load_model
 
         torch.set_num_threads(threads)
@@ -440,13 +440,6 @@ def _connect(settings: TeamSettings) -> tuple[Any, str]:
         hint = "; a cluster with a token needs RAY_AUTH_MODE=token here" if "://" in settings.workers else ""
         raise UserError(f"Ray at {settings.workers!r} cannot be reached: {line}{hint}") from error
     return ray, directory
-
-
-def count_threads(settings: TeamSettings) -> int:
-    """CPU threads of each worker: this machine's cores shared out, or one on a cluster."""
-    if settings.worker_threads or not settings.workers.isdigit():
-        return settings.worker_threads or 1
-    return max(1, (os.cpu_count() or 1) // int(settings.workers))
 
 
 def _count_workers(ray: Any, settings: TeamSettings, device: str) -> tuple[int, int]:

@@ -29,11 +29,11 @@ from tools.base.files import ArtifactStore, explain_full_disk, write_json
 from tools.base.progress import Progress, count_up
 from tools.base.rundir import lock_run, unlock_run
 from tools.base.settings import Calibration, Split, TeamSettings, WorkbenchSettings
-from tools.estimate.needs import limit_prefix, list_disk
-from tools.measure.losses import Evaluation, PrefixCache, evaluate_windows
+from tools.measure.losses import Evaluation, PrefixCache, evaluate_windows, limit_prefix
 from tools.measure.recall import EncodedPair, Recall, cut_batches, encode_pairs, measure_recall, put_together
 from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
 from tools.models.blocks import Blocks
+from tools.models.disk import list_disk
 from tools.models.layers import Layer, find_layers, find_unprunable
 from tools.models.load import load_model
 from tools.models.readout import check_readout

@@ -1,0 +1,39 @@
+"""What a run may write to disk, counted over the shapes of the model and the sizes of the texts."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from tools.base.settings import WorkbenchSettings
+from tools.models.layers import Layer, find_blocks
+
+
+class Line(BaseModel):
+    """One item of a sum."""
+
+    what: str
+    how: str = Field(description="The formula, in words and figures.")
+    bytes: int
+
+
+def list_disk(model: Any, layers: list[Layer], settings: WorkbenchSettings) -> list[Line]:
+    """What a run may write: moments, block inputs, three checkpoints and the exported model.
+
+    Plans may ask for two texts with more questions; the rule asks for one, and so many are counted.
+    """
+    blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
+    windows = min(settings.gradient_windows, settings.calibration_windows)
+    tokens, wide, item = settings.window, embedding.shape[1], embedding.element_size()
+    weights = sum(layer.weight_OI.nbytes for layer in layers)
+    moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers)
+    return [
+        Line(what="second moments", how=f"4 bytes × inputs², over {len(layers)} layers", bytes=moments),
+        *([Line(what="those of a text with more questions", how="as many", bytes=moments)] if settings.mixes else []),
+        Line(
+            what="inputs of all blocks, while the model is profiled",
+            how=f"{blocks:,} blocks × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
+            bytes=blocks * windows * tokens * wide * item,
+        ),
+        Line(what="checkpoints", how="3 × the prunable layers", bytes=3 * weights),
+        Line(what="the exported model", how="all parameters", bytes=sum(p.nbytes for p in model.parameters())),
+    ]
