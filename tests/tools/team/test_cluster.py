@@ -18,7 +18,8 @@ import tools.team.cluster
 from tests.tiny import tiny_settings
 from tools.base.errors import UserError
 from tools.base.settings import TEAM, TeamSettings
-from tools.bench import BenchSettings, bench_workers
+from tools.experiments.speed import BenchSettings
+from tools.experiments.speed_workers import bench_workers
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe

@@ -1,0 +1,39 @@
+"""How benchmarks take turns, and what of them is timed."""
+
+import itertools
+
+import pytest
+
+from tools.base.options import check_options
+from tools.base.settings import WorkbenchSettings
+from tools.experiments.speed import BenchSettings, Site, Task
+
+
+def test_tasks_take_turns_and_the_first_round_warms_up(site: Site) -> None:
+    seen: list[str] = []
+    tasks = Task(lambda: seen.append("a")), Task(lambda: seen.append("b"), lambda: seen.append("before b"))
+    seconds = site.time(*tasks)
+    assert seen == ["a", "before b", "b"] * (1 + site.settings.rounds)
+    assert [len(taken) for taken in seconds] == [site.settings.rounds] * 2
+
+    seen.clear()
+    site.settings.round_seconds = 0
+    assert [len(taken) for taken in site.time(*tasks)] == [1, 1]
+    assert seen == ["a", "before b", "b"]
+
+
+def test_only_the_task_itself_is_timed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(site, "_now", lambda: next(ticks))
+    assert site.time(Task(lambda: next(ticks), lambda: [next(ticks) for _ in range(5)])) == [[2.0, 2.0]]
+
+
+def test_defaults_are_smaller_but_fields_are_the_runs_own() -> None:
+    for name, field in WorkbenchSettings.model_fields.items():
+        own = BenchSettings.model_fields[name]
+        assert (own.description, own.metadata) == (field.description, field.metadata)
+        if name.endswith("window") or name.endswith("windows"):
+            assert own.default < field.default
+        else:
+            assert own.default == field.default
+    assert check_options(BenchSettings, {"obs_sizes": "64, 32"}).obs_sizes == [64, 32]
