@@ -422,9 +422,9 @@ def _make_structured_row(
 ) -> tuple[Row, Any]:
     """(the row, the cut model). Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
     from tools.measure.recall import measure_recall
-    from tools.structure import choose_cut
-    from tools.surgery.choose import check_cut  # imports torch
-    from tools.surgery.cut import build_cut, count_weights, without_fits
+    from tools.surgery.choose import choose_cut  # imports torch
+    from tools.surgery.parts import count_weights, without_fits
+    from tools.surgery.rebuild import build_cut, check_cut
     from tools.workbench.bench import DENSE
 
     bench.restore(DENSE)

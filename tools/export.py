@@ -6,39 +6,16 @@ A packed model is smaller than the dense one and decodes faster; python -m tools
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
 from tools.base.console import carry_out, print_line
 from tools.base.errors import UserError
-from tools.base.files import write_directory
 from tools.base.options import Parser
 from tools.base.settings import WorkbenchSettings
 from tools.models.load import DTYPES, Dtype, find_model, load_model, read_dtype
-
-
-def export_model(model: Any, tokenizer: Any, directory: Path, card: str) -> None:
-    """Write the model in the workbench as a plain transformers directory that stock `from_pretrained` loads.
-
-    Weights (safetensors), config, generation config, tokenizer and model card; whole or not at all.
-    What a dequantised GGUF says of its quantisation is removed, and no `sparsity_config` is written: serving stacks
-    refuse it even for dense weights. Raises DiskFull when no space is left.
-    """
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-
-    def write(aside: Path) -> None:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-
-    write_directory(directory, write)
-
-
-# --- the command -------------------------------------------------------------------------------------------------
+from tools.results.cards import write_packed_card
 
 
 def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], console: Console) -> None:
@@ -52,37 +29,11 @@ def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], cons
         raise UserError(f"{place} is packed already")
     model, tokenizer = load_model(WorkbenchSettings(model=place, dtype=dtype or read_dtype(place), device="cpu"))
     words = f"`{source}`" + (f", weights rounded to {dtype}" if dtype else "")
-    contents = save_packed(model, tokenizer, directory, lambda contents: write_packed_card(words, contents))
+    contents = save_packed(
+        model, tokenizer, directory, lambda contents: write_packed_card(words, describe_packed(contents))
+    )
     print_line(console, describe_packed(contents))
     print_line(console, f"run it: python -m tools.generate {directory}")
-
-
-def write_packed_card(words: str, contents: Any) -> str:
-    """The model card of a packed model."""
-    from tools.models.packed import describe_packed
-
-    return "\n".join(
-        [
-            "---",
-            "tags: [pruned, sparse, packed, billhook]",
-            "---",
-            f"# {words}, packed",
-            "",
-            f"{describe_packed(contents)[0].upper()}{describe_packed(contents)[1:]}.",
-            "",
-            "Stock `transformers` does not read it. With Billhook:",
-            "",
-            "```python",
-            "from tools.packed import load_packed",
-            "",
-            'model = load_packed("DIR")  # works with model.generate',
-            "```",
-            "",
-            "The zeros are not stored: a bit a weight and the values that are not zero, `kernels/FORMAT.md`. The "
-            "weights are those of the pruned model, bit for bit.",
-            "",
-        ]
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,13 +10,15 @@ from graph.runs.session import Session, enter, open_bench
 from graph.state import State, same_sparsity
 from tools.base.files import write_json, write_text
 from tools.experiments.tasks import measure_checkpoints
-from tools.export import export_model
 from tools.measure.recall import Recall, compare_recall
+from tools.models.save import export_model
 from tools.plans.allocate import allocate
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_allocation
-from tools.report import write_page
-from tools.results.schema import Knowledge, Perplexities, Sample, Summary, describe_protocol, write_card, write_report
+from tools.results.cards import write_card
+from tools.results.page.page import write_page
+from tools.results.schema import Knowledge, Perplexities, Sample, Summary, describe_protocol
+from tools.results.tables import write_report
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
@@ -111,7 +113,7 @@ def measure_knowledge(bench: "Workbench", state: State, session: Session, unifor
 
 def continue_with(bench: "Workbench", checkpoint: str, session: Session) -> dict[str, str]:
     """Prompts, and what the model says after each with the weights of a checkpoint, which stay in it."""
-    from tools.generate import PROMPTS, continue_prompts  # imports torch
+    from tools.measure.continuations import PROMPTS, continue_prompts  # imports torch
 
     bench.restore(checkpoint)
     session.progress("continue prompts", 0, 1)

@@ -29,7 +29,7 @@ from starlette.routing import Route
 
 from graph.show.display import UNEXPECTED, Display, Event, clean
 from tools.base.errors import UserError
-from tools.report import write_page
+from tools.results.page.page import write_page
 
 HOST = "127.0.0.1"
 LOOK_SECONDS = 0.25

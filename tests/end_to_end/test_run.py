@@ -26,8 +26,8 @@ from tests.end_to_end.helpers import (
     same_bits,
 )
 from tests.tiny import ARCHITECTURES, save_tiny_model
-from tools.generate import PROMPTS
-from tools.report import write_page
+from tools.measure.continuations import PROMPTS
+from tools.results.page.page import write_page
 from tools.texts.windows import cut_windows
 
 KINDS = [*((architecture, "fp32") for architecture in ARCHITECTURES), ("llama", "bf16"), ("llama", "fp16")]

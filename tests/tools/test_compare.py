@@ -16,7 +16,7 @@ from rich.console import Console
 
 import tools.base.files
 import tools.compare
-import tools.structure
+import tools.experiments.structure
 import tools.workbench.bench
 from tests.team import gather_teams
 from tests.tiny import tiny_settings
@@ -40,13 +40,13 @@ from tools.compare import (
     rank_recipes,
     relative_degradation,
 )
+from tools.experiments.structure import StructureSettings, cut_model
 from tools.measure.losses import evaluate_windows
 from tools.plans.allocate import allocate
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.results.schema import describe_protocol
 from tools.statistics.collect import measure_kappa
-from tools.structure import StructureSettings, cut_model
 from tools.workbench.bench import Workbench, close_workbench, use_workbench
 
 RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda:evolution"
@@ -244,7 +244,7 @@ def test_a_budget_too_small_for_one_generation_leaves_it_uniform(
 def test_structured_rows_are_what_tools_structure_gives(
     tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tools.structure, "REPEATS", 1)
+    monkeypatch.setattr(tools.experiments.structure, "REPEATS", 1)
     labels = ["structured:depth", "structured+refit:depth", "structured:flap", "structured+refit:flap"]
     settings = make_settings(tiny_llama, tmp_path / "out", recipes=",".join(labels), sparsity="0.5,2:4")
     try:

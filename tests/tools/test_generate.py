@@ -1,74 +1,14 @@
-"""Greedy continuations, on tiny models of five architectures."""
+"""The command: two models go on side by side, and bad input is told."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kernels.native import explain_absence
-from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer
+from tests.tiny import make_tiny_model, make_tiny_tokenizer
 from tools import export, generate
-from tools.generate import PROMPTS, Continuation, compare_continuations, continue_prompts, decode
 from tools.models.layers import find_layers
-
-IDS_BT = torch.randint(1, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
-
-
-def test_decode_gives_the_likeliest_tokens() -> None:
-    model = make_tiny_model("llama")
-    tokens_BT = decode(model, IDS_BT, 5)
-    assert tokens_BT.shape == (1, 13) and torch.equal(tokens_BT[:, :8], IDS_BT)
-    logits_BTV = model(tokens_BT).logits
-    assert torch.equal(tokens_BT[:, 8:], logits_BTV[:, 7:-1].argmax(-1))
-
-
-def test_as_many_tokens_are_decoded_where_a_model_would_end_its_text() -> None:
-    model = make_tiny_model("llama")
-    model.generation_config.eos_token_id = int(decode(model, IDS_BT, 1)[0, 8])
-    assert decode(model, IDS_BT, 32).shape == (1, 9)
-    assert decode(model, IDS_BT, 32, least=32).shape == (1, 40)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_prompts_of_different_lengths_go_together_as_each_goes_alone(architecture: str) -> None:
-    model, tokenizer = make_tiny_model(architecture), make_tiny_tokenizer()
-    together = continue_prompts(model, tokenizer, PROMPTS, 6)
-    assert together == [continue_prompts(model, tokenizer, [prompt], 6)[0] for prompt in PROMPTS]
-    assert len({len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS}) > 1
-
-
-def test_a_text_that_ends_is_not_filled_up() -> None:
-    model, tokenizer = make_tiny_model("llama"), make_tiny_tokenizer()
-    plain = continue_prompts(model, tokenizer, PROMPTS, 6)
-    ids_BT = torch.tensor(tokenizer([PROMPTS[0]])["input_ids"])
-    tokens = decode(model, ids_BT, 6)[0, ids_BT.shape[1] :].tolist()
-    model.generation_config.eos_token_id = [tokens[2]]
-    ended = continue_prompts(model, tokenizer, PROMPTS, 6)
-    assert ended[0] == tokenizer.decode(tokens[: tokens.index(tokens[2])]) and len(ended[0]) < len(plain[0])
-
-
-def test_a_model_without_room_says_less_or_nothing() -> None:
-    model, tokenizer = make_tiny_model("gpt2"), make_tiny_tokenizer()
-    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
-    plain = continue_prompts(model, tokenizer, PROMPTS, 3)
-    model.config.n_positions = longest + 3
-    assert continue_prompts(model, tokenizer, PROMPTS) == plain
-    model.config.n_positions = longest
-    assert continue_prompts(model, tokenizer, PROMPTS) == [""] * len(PROMPTS)
-
-
-def test_control_characters_go_and_line_ends_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = make_tiny_tokenizer()
-
-    def say(model: object, ids_BT: Tensor, new: int, least: int = 0, mask_BT: Tensor | None = None) -> Tensor:
-        return torch.cat([ids_BT, torch.tensor([tokenizer("\x1b[31mred\x00\r\n\tblue\x07")["input_ids"]])], 1)
-
-    monkeypatch.setattr(generate, "decode", say)
-    assert continue_prompts(make_tiny_model("llama"), tokenizer, ["colours"]) == ["red\n blue"]
-
-
-# --- the command ---------------------------------------------------------------------------------------------------
 
 
 def save_pair(directory: Path) -> tuple[Path, Path]:
@@ -98,20 +38,6 @@ def test_two_models_go_on_side_by_side(tmp_path: Path, capsys: pytest.CaptureFix
     rows = {cells[1].strip(): cells[2:4] for line in lines if len(cells := line.split("│")) == 5}
     assert [cell.strip() for cell in rows["tokens"]] == ["7", "7"]
     assert [bool(cell.strip()) for cell in rows["of these packed, MB"]] == [True, False]
-
-
-def test_where_two_texts_part() -> None:
-    def say(tokens: list[int], seconds: float, size: int) -> Continuation:
-        return Continuation("a", tokens, seconds, 0, 0, size)
-
-    long, short = say([1, 2, 3, 4, 5], 2.0, 100), say([1, 2, 9], 2.0, 80)
-    assert (long.rate, short.rate, say([1], 0.0, 1).rate) == (2.0, 1.0, None)
-    assert compare_continuations(short, long) == [
-        "the same tokens up to number 2 of 5",
-        "0.50 times as many tokens a second",
-        "0.800 of the bytes",
-    ]
-    assert compare_continuations(say([1], 0.0, 50), say([1], 0.0, 100)) == ["the same 1 tokens", "0.500 of the bytes"]
 
 
 @pytest.mark.parametrize(

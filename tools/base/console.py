@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBars
 from rich.text import Text
 
@@ -14,9 +14,11 @@ from tools.base.errors import DamagedArtifact, UserError
 from tools.base.options import refuse
 from tools.base.progress import Progress
 
+STOPPED = "stopped; the rows that are done are kept, and the same command goes on"
 
-def carry_out(work: Callable[[], object]) -> int:
-    """The exit code of a command: 0 done, 1 interrupted (the same command goes on), 2 bad input, which is told.
+
+def carry_out(work: Callable[[], object], stopped: str = STOPPED) -> int:
+    """The exit code of a command: 0 done, 1 interrupted, which `stopped` tells, 2 bad input, which is told.
 
     SIGTERM interrupts as Ctrl-C does, so that nothing that was started stays behind.
     """
@@ -28,7 +30,7 @@ def carry_out(work: Callable[[], object]) -> int:
     except DamagedArtifact as error:
         return refuse(f"{error}; begin again with another --out")
     except KeyboardInterrupt:
-        print("stopped; the rows that are done are kept, and the same command goes on", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 1
     return 0
 
@@ -59,6 +61,15 @@ def show_bars(console: Console, total: int) -> Iterator[tuple[Callable[[str, int
             bars.update(present, completed=done, total=total)
 
         yield begin, show_step
+
+
+@contextmanager
+def show_bar(console: Console) -> Iterator[Progress]:
+    """Show a step's progress in one bar; without a terminal, nothing."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with ProgressBars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda label, at, total: bars.update(task, description=label, completed=at, total=total)
 
 
 def print_line(console: Console, line: str) -> None:

@@ -3,6 +3,7 @@
 The one place for each of these: whoever tells a figure, in a table, a report or a line, calls it here.
 """
 
+import math
 import re
 import unicodedata
 from typing import Literal
@@ -59,6 +60,14 @@ def show_score(value: float | None, error: float | None) -> str:
     """A figure and its standard error, where it has one: 0.6200 ± 0.0200."""
     figure = show(value, 4)
     return figure if value is None or error is None else f"{figure} ± {error:.4f}"
+
+
+def show_rounded(value: float, error: float | None) -> str:
+    """0.62 ± 0.020 as 0.620 ± 0.020: two digits of the error, and of the figure as many behind the point."""
+    if not error:
+        return f"{value:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def show_percent(value: float | None, digits: int = 2) -> str:

@@ -12,7 +12,7 @@ from kernels.packed import PackedLinear, pack_rows, settle_layers
 from tools.base.errors import UserError
 from tools.base.settings import WorkbenchSettings
 from tools.experiments.speed import BenchSettings, Task, time_in_turn
-from tools.generate import decode
+from tools.measure.continuations import decode
 from tools.models.layers import Layer, find_layers
 from tools.models.load import find_model, load_model, locate_model
 from tools.models.packed import LEAST_SPARSITY

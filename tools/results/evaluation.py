@@ -9,8 +9,8 @@ from rich.text import Text
 from tools.base.files import write_json, write_text
 from tools.base.rows import as_csv
 from tools.base.words import escape, show_score
-from tools.results.schema import list_task_protocols
 from tools.results.scores import Result, compare_scores, subtract
+from tools.results.tables import list_table, list_task_protocols
 
 
 class Row(BaseModel):
@@ -99,9 +99,7 @@ def describe(known: Figures) -> str:
         "of the differences question by question; where the harness gives no value for each question, of two "
         "independent figures (unpaired).",
         "",
-        f"| {' | '.join(_HEADER)} |",
-        f"|---|---|---|{'---:|' * 3}",
-        *(f"| {' | '.join(escape(cell) for cell in _list_cells(line))} |" for line in list_lines(known)),
+        *list_table(_HEADER, [[*map(escape, _list_cells(line))] for line in list_lines(known)], left=3),
         "",
         "## Protocol",
         "",

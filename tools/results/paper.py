@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tools.base.words import show, show_score
-from tools.results.schema import Score, list_task_protocols
+from tools.results.schema import Score
+from tools.results.tables import list_task_protocols
 
 PRESETS: dict[str, dict[str, str]] = {
     "paper": {

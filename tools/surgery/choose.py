@@ -1,13 +1,11 @@
-"""Which heads, neurons or blocks go, and the least-squares fit of what stays; from real forwards of the dense model.
+"""What goes of a model, and the least-squares fit of what stays: how much, which heads and neurons, or which blocks.
 
 Shape suffixes: B windows, T tokens, I input channels of an output projection.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import pairwise
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +22,126 @@ from kernels.channels import (
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
+from tools.models.layers import find_blocks, find_layers
 from tools.models.readout import compute_hidden, measure_losses
-from tools.surgery.cut import KINDS, Counts, Cut, Fit, Part, find_parts
+from tools.surgery.blocks import choose_blocks, fold_blocks
+from tools.surgery.parts import KINDS, Counts, Cut, Fit, Part, check_alike, find_parts
+from tools.surgery.rebuild import accepts, build_cut, check_buildable
+from tools.surgery.statistics import finish_moments, search_windows, tapped
 
-SEARCH_TOKENS = 1024
-"""Calibration tokens, in whole windows, on which whole cuts are compared: a KL is paired, so that few will do."""
-TOLERANCE = 0.05
-"""Of the length of the hidden states: rounding in bf16 stays below, another function of the weights does not."""
+STEP = 8
+"""Neurons go in multiples of this where their number is one: GPUs multiply 16-bit matrices of other widths slowly."""
+
+
+class Choice(NamedTuple):
+    """What goes of a model."""
+
+    cut: Cut
+    constraint: str
+    """What held it to that, in words."""
+    tokens: int
+    """Calibration tokens put through cut models to choose."""
+
+
+def choose_cut(
+    model: Any, kinds: tuple[str, ...], remove: float, windows_BT: Tensor, step: Progress, *, refit: bool = True
+) -> Choice:
+    """The cut of these kinds of parts that takes `remove` of the weights of the blocks' linear layers away.
+
+    Without `refit` what stays has its dense weights. Raises UserError where there is no such cut.
+    """
+    candidates = list_counts(model, kinds, remove)
+    for counts in candidates:
+        check_buildable(model, counts)
+    if "blocks" in kinds:
+        order, tokens = choose_blocks(model, candidates[0].blocks, windows_BT, step)
+        fits = fold_blocks(model, order, windows_BT, step) if refit else []
+        words = f"whole blocks, in this order, each the one without which KL was lowest: {', '.join(map(str, order))}"
+        words += (
+            "" if fits or not refit else "; nothing was refitted, as no MLP before them adds to what the blocks pass on"
+        )
+        return Choice(Cut(candidates[0], fits, tuple(sorted(order))), words, tokens)
+    cuts = choose_channels(model, candidates, windows_BT, step, refit=refit)
+    words = _describe_counts(model, kinds, candidates[0])
+    if len(cuts) == 1:
+        return Choice(cuts[0], words, 0)
+    costs = [measure_kl(model, build_cut(model, cut), windows_BT) for cut in cuts]
+    best = costs.index(min(costs))
+    compared = ", ".join(f"{c.heads} ({cost:.3f})" for c, cost in zip(candidates, costs, strict=True))
+    words = _describe_counts(model, kinds, candidates[best])
+    words += f"; the number of groups that cost the least KL on calibration text, of {compared}"
+    return Choice(cuts[best], words, len(cuts) * search_windows(windows_BT).numel())
+
+
+def _describe_counts(model: Any, kinds: tuple[str, ...], counts: Counts) -> str:
+    parts = {kind: find_parts(model, kind)[0] for kind in ("heads", "neurons") if kind in kinds}
+    names = {"heads": "groups of heads", "neurons": "neurons"}
+    went = " and ".join(f"{getattr(counts, kind)} of {part.units} {names[kind]}" for kind, part in parts.items())
+    words = f"every block loses the same number, its own lowest-scored: {went}"
+    step = math.gcd(parts["neurons"].units, STEP) if "neurons" in parts else 1
+    words += f", in multiples of {step}" if step > 1 else ""
+    if "heads" in parts:
+        refused = [str(n) for n in range(1, parts["heads"].units) if not accepts(model, Counts(heads=n))]
+        words += f"; {type(model.config).__name__} refuses {', '.join(refused)} groups fewer" if refused else ""
+    return words
+
+
+# --- how much ----------------------------------------------------------------------------------------------------
+
+
+def list_counts(model: Any, kinds: Sequence[str], remove: float) -> list[Counts]:
+    """What to take away so that `remove` of the weights of the blocks' linear layers goes, as nearly as units allow.
+
+    `kinds` is blocks, or heads or neurons or both. Of both, heads take their own share, to the next number of groups
+    below and above that the config accepts, and neurons the rest: up to two answers, for a measurement to choose from.
+    Raises UserError when nothing or too much would go.
+    """
+    check_alike(model)
+    if tuple(kinds) == ("blocks",):
+        total = len(find_blocks(model))
+        return [Counts(blocks=_nearest(remove, 1 / total, range(total), total))]
+    weights = sum(layer.weight_OI.numel() for layer in find_layers(model) if layer.block == 0)
+    parts = {kind: find_parts(model, kind)[0] for kind in KINDS if kind in kinds}
+    shares = {kind: part.unit_weights / weights for kind, part in parts.items()}
+    options = {kind: _options(model, part) for kind, part in parts.items()}
+    if len(parts) == 1:
+        return [Counts(**{k: _nearest(remove, shares[k], options[k], part.units) for k, part in parts.items()})]
+    own, step = remove * parts["heads"].units, options["neurons"][1]
+    below = max(n for n in options["heads"] if n <= own)
+    found = []
+    for heads in dict.fromkeys((below, min((n for n in options["heads"] if n >= own), default=below))):
+        neurons = round((remove - heads * shares["heads"]) / shares["neurons"] / step) * step
+        if neurons in options["neurons"] and heads + neurons:
+            found.append(Counts(heads, neurons))
+    if not found:
+        most, least = sum(options[kind][-1] * shares[kind] for kind in parts), step * shares["neurons"]
+        limit = (
+            f"much to remove: {most:.2%} is the most"
+            if remove > most
+            else f"little to remove: {least:.2%} is the least"
+        )
+        raise UserError(f"{remove:g} is too {limit} that can go here")
+    return found
+
+
+def _options(model: Any, part: Part) -> Sequence[int]:
+    """The numbers of units that may go, 0 among them."""
+    if part.kind == "neurons":
+        return range(0, part.units, math.gcd(part.units, STEP))
+    return [n for n in range(part.units) if n == 0 or accepts(model, Counts(heads=n))]
+
+
+def _nearest(remove: float, share: float, options: Sequence[int], units: int) -> int:
+    """The number of units, of those that may go, nearest to the share to remove; `share` is that of one unit."""
+    if len(options) == 1 or remove >= (options[-1] + units) / 2 * share:
+        raise UserError(f"{remove:g} is too much to remove: {options[-1] * share:.2%} is the most that can go here")
+    best = min(options, key=lambda n: abs(n * share - remove))
+    if best == 0:
+        raise UserError(f"{remove:g} is too little to remove: {options[1] * share:.2%} is the least that can go here")
+    return best
+
+
+# --- which heads and neurons -------------------------------------------------------------------------------------
 
 
 def fit_part(part: Part, moments: InputMoments, removed: int, *, refit: bool = True) -> Fit:
@@ -67,12 +178,12 @@ def choose_channels(
     for block, members in enumerate(zip(*parts, strict=True)):
         progress("choose and fit", block, len(blocks))
         sums = [MomentSums(part.output.weight_OI.shape[1], windows_BT.device) for part in members]
-        with _tapped(members, [s.add for s in sums]):
+        with tapped(members, [s.add for s in sums]):
             states = [
                 blocks.run(ids_T, block, x.to(ids_T.device)).cpu() for ids_T, x in zip(windows_BT, states, strict=True)
             ]
         for part in members:
-            moments = _finish(sums.pop(0), part)
+            moments = finish_moments(sums.pop(0), part)
             fits = {
                 n: fit_part(part, moments, n, refit=refit) for n in {getattr(c, part.kind) for c in candidates} if n
             }
@@ -81,149 +192,6 @@ def choose_channels(
                     cut.fits.append(fits[removed])
     progress("choose and fit", len(blocks), len(blocks))
     return cuts
-
-
-def _finish(sums: MomentSums, part: Part) -> InputMoments:
-    try:
-        return sums.finish()
-    except ValueError as error:
-        raise UserError(f"{part.output.name}: {error} on the calibration text; try --dtype fp32 or bf16") from error
-
-
-@contextmanager
-def _tapped(parts: Sequence[Part], see: Sequence[Callable[[Tensor], None]]) -> Iterator[None]:
-    """Inside, each function is shown what the output projection of its part reads, (T, I)."""
-    with ExitStack() as undo:
-        for part, show in zip(parts, see, strict=True):
-            undo.callback(part.output.module.register_forward_pre_hook(_showing(show)).remove)
-        yield
-
-
-def _showing(show: Callable[[Tensor], None]) -> Callable[..., None]:
-    return lambda _module, inputs: show(inputs[0].flatten(0, -2))
-
-
-# --- whole blocks ------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def choose_blocks(model: Any, count: int, windows_BT: Tensor, progress: Progress) -> tuple[list[int], int]:
-    """(blocks to drop, in the order in which they went; tokens put through models without some block).
-
-    Each time the one goes without which the KL is lowest.
-
-    Measured against the dense model on the first SEARCH_TOKENS. A block that cost more when fewer were gone than the
-    best one costs now is not measured again; what runs below a block is not run again to measure it.
-    """
-    blocks = Blocks(model)
-    windows_BT = search_windows(windows_BT)
-    dense = [compute_hidden(model, ids_T[None])[0] for ids_T in windows_BT]
-    dropped: list[int] = []
-    costs = dict.fromkeys(range(len(blocks)), 0.0)
-    tokens = 0
-    for done in range(count):
-        inputs = [_read_inputs(blocks, dropped, ids_T) for ids_T in windows_BT]
-        best = math.inf
-        for i, block in enumerate(sorted(costs, key=costs.__getitem__)):
-            progress("search blocks", done * len(blocks) + i, count * len(blocks))
-            if costs[block] > best:
-                break
-            tokens += windows_BT.numel()
-            kl = 0.0
-            for ids_T, dense_TD, boundary in zip(windows_BT, dense, inputs, strict=True):
-                with skipping(blocks, [*dropped, block]), blocks.only(block, len(blocks), ids_T, boundary[block]):
-                    kl += measure_losses(model, ids_T, dense_TD)[0].kl
-            costs[block] = kl if math.isfinite(kl) else math.inf
-            best = min(best, costs[block])
-        dropped.append(min(costs, key=costs.__getitem__))
-        del costs[dropped[-1]]
-    progress("search blocks", 1, 1)
-    return dropped, tokens
-
-
-def _read_inputs(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Tensor]:
-    """What each block reads when the dropped ones are skipped."""
-    with skipping(blocks, dropped), blocks.only(0, len(blocks), ids_T) as boundary:
-        compute_hidden(blocks.model, ids_T[None])
-    return boundary
-
-
-@torch.no_grad()
-def fold_blocks(model: Any, dropped: Sequence[int], windows_BT: Tensor, progress: Progress) -> list[Fit]:
-    """What makes up for dropped blocks: the MLP's output projection of each block that stays just before some.
-
-    It is fitted to give, beside its own output, what the dropped blocks added in the dense model. Empty where the
-    blocks have no such projection, or do not simply add its output to their own. Nothing precedes a first block.
-    """
-    blocks = Blocks(model)
-    try:
-        parts = find_parts(model, "neurons")
-    except UserError:
-        return []
-    if not _adds_output(blocks, parts[0], windows_BT[0]):
-        return []
-    fits, states = [], [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
-    for first, end in _segments(len(blocks), dropped):
-        progress("fold blocks", first, len(blocks))
-        sums = MomentSums(parts[0].output.weight_OI.shape[1], windows_BT.device)
-        for i, ids_T in enumerate(windows_BT):
-            read: list[Tensor] = []
-            with _tapped(parts[first : first + 1], [read.append]):
-                own_BTD = hidden_BTD = blocks.run(ids_T, first, states[i].to(ids_T.device))
-            for block in range(first + 1, end):
-                hidden_BTD = blocks.run(ids_T, block, hidden_BTD)
-            states[i] = hidden_BTD.cpu()
-            if end > first + 1 and first not in dropped:
-                sums.add(read[0], (hidden_BTD.float() - own_BTD.float())[0])
-        if sums.tokens:
-            part = parts[first]
-            every_U = torch.arange(part.units, device=windows_BT.device)
-            fitted = fit_kept(part.output.weight_OI, part.bias, _finish(sums, part), every_U)
-            fits.append(Fit(part, every_U, *fitted))
-    progress("fold blocks", len(blocks), len(blocks))
-    return fits
-
-
-def _segments(count: int, dropped: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, end) of each block that stays with the dropped ones after it, and of dropped ones before all others."""
-    starts = [block for block in range(count) if block == 0 or block not in dropped]
-    return pairwise([*starts, count])
-
-
-def _adds_output(blocks: Blocks, part: Part, ids_T: Tensor) -> bool:
-    """Whether a block gives its MLP's output projection's output plus something else: not so if a norm comes after."""
-    outputs: list[Tensor] = []
-    embedded_BTD = blocks.embed(ids_T)
-    hook = part.output.module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    once_BTD = blocks.run(ids_T, part.block, embedded_BTD)
-    hook.remove()
-    hook = part.output.module.register_forward_hook(lambda _module, _inputs, output: 2 * output)
-    twice_BTD = blocks.run(ids_T, part.block, embedded_BTD)
-    hook.remove()
-    added_BTD = outputs[0].view_as(once_BTD)
-    return bool((twice_BTD - once_BTD - added_BTD).float().norm() < 0.5 * added_BTD.float().norm())
-
-
-@contextmanager
-def skipping(blocks: Blocks, dropped: Sequence[int]) -> Iterator[None]:
-    """Inside, the dropped blocks run, but pass their input on."""
-
-    def pass_on(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden_BTD = args[0] if args else kwargs["hidden_states"]
-        return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
-
-    with ExitStack() as undo:
-        for block in dropped:
-            undo.callback(blocks.modules[block].register_forward_hook(pass_on, with_kwargs=True).remove)
-        yield
-
-
-# --- whole cuts --------------------------------------------------------------------------------------------------
-
-
-def search_windows(windows_BT: Tensor) -> Tensor:
-    """The first windows, SEARCH_TOKENS in all, or one."""
-    return windows_BT[: max(1, SEARCH_TOKENS // windows_BT.shape[1])]
 
 
 def measure_kl(dense: Any, model: Any, windows_BT: Tensor) -> float:
@@ -235,35 +203,3 @@ def measure_kl(dense: Any, model: Any, windows_BT: Tensor) -> float:
             dense_TD = compute_hidden(dense, ids_T[None])[0]
         total += measure_losses(model, ids_T, dense_TD)[0].kl
     return total / windows_BT.numel() if math.isfinite(total) else math.inf
-
-
-@torch.no_grad()
-def check_cut(dense: Any, cut: Cut, model: Any, ids_T: Tensor) -> None:
-    """Compare the cut model, not fitted, with the dense one without what went. Raises UserError where they differ.
-
-    They do when an architecture orders its heads, or treats its blocks, in a way that is not known here.
-    """
-    with _masked(cut.fits), skipping(Blocks(dense), cut.dropped):
-        expected_BTD = compute_hidden(dense, ids_T[None]).float()
-    difference = (compute_hidden(model, ids_T[None]).float() - expected_BTD).norm() / expected_BTD.norm()
-    if not float(difference) <= TOLERANCE:
-        raise UserError(
-            f"the cut {type(model).__name__} does not compute what the dense one does without what was cut; "
-            "this architecture is not supported"
-        )
-
-
-@contextmanager
-def _masked(fits: Sequence[Fit]) -> Iterator[None]:
-    """Inside, what goes is zero where the output projections read it."""
-    with ExitStack() as undo:
-        for part, units, *_ in fits:
-            weight_OI = part.output.weight_OI
-            stays_I = weight_OI.new_zeros(weight_OI.shape[1])
-            stays_I[expand_units(units, len(stays_I) // part.units)] = 1
-            undo.callback(part.output.module.register_forward_pre_hook(_masking(stays_I)).remove)
-        yield
-
-
-def _masking(stays_I: Tensor) -> Callable[..., tuple[Tensor]]:
-    return lambda _module, inputs: (inputs[0] * stays_I,)

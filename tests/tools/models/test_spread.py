@@ -23,7 +23,7 @@ from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.statistics import walks
-from tools.surgery.cut import check_alike
+from tools.surgery.parts import check_alike
 from tools.workbench import bench as workbench
 from tools.workbench.bench import Workbench
 

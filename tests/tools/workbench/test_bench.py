@@ -23,8 +23,8 @@ from kernels.methods import prune_weight
 from tests.team import Team
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
 from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
-from tools.export import export_model
 from tools.measure.losses import PrefixCache
+from tools.models.save import export_model
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.plans.work_order import order_allocation

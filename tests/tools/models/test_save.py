@@ -21,9 +21,9 @@ from tests.tiny import (
     tiny_settings,
 )
 from tools.base.errors import UserError
-from tools.export import export_model
 from tools.models.layers import find_layers
 from tools.models.load import load_model
+from tools.models.save import export_model
 
 
 def export_pruned(architecture: str, directory: Path, dtype: torch.dtype = torch.float32) -> Any:

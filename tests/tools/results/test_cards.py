@@ -7,7 +7,8 @@ from huggingface_hub import ModelCard
 
 from tests.tiny import tiny_settings
 from tools.base.settings import WorkbenchSettings
-from tools.results.schema import Perplexities, Score, Summary, describe_protocol, write_card
+from tools.results.cards import write_card
+from tools.results.schema import Perplexities, Score, Summary, describe_protocol
 
 
 def make_summary(settings: WorkbenchSettings, **changes: Any) -> Summary:

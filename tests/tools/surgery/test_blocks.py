@@ -1,0 +1,82 @@
+"""Whole blocks are cut: those that do nothing first, and the block before takes over what one added."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from kernels.refit import DAMPING
+from tests.cuts import (
+    IDS,
+    assert_same_logits,
+    compute_logits,
+    cut_blocks,
+    fit_slowly,
+    make_config,
+    make_model,
+    quiet,
+    read_inputs,
+)
+from tests.tiny import ARCHITECTURES, make_tiny_model
+from tools.models.layers import find_blocks
+from tools.surgery.blocks import choose_blocks, fold_blocks
+from tools.surgery.choose import measure_kl
+from tools.surgery.parts import without_fits
+from tools.surgery.rebuild import build_cut
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_that_do_nothing_go_first_and_change_nothing(architecture: str) -> None:
+    options: dict[str, Any] = {"num_hidden_layers": 4}
+    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    if architecture in ("qwen3", "gemma3"):
+        options["layer_types"] = types if architecture == "gemma3" else types[1::2] * 2
+    dense = make_model(make_config(architecture, **options))
+    for block in (1, 2):
+        for tensor in find_blocks(dense)[block].parameters():
+            tensor.zero_()
+    order, _ = choose_blocks(dense, 2, IDS, quiet)
+    assert sorted(order) == [1, 2]
+    cut = cut_blocks(dense, order)
+    model = build_cut(dense, without_fits(cut))
+    assert_same_logits(model, dense)
+    assert_same_logits(build_cut(dense, cut), dense)
+    assert model.config.num_hidden_layers == 2
+    if "layer_types" in options:
+        assert model.config.layer_types == [options["layer_types"][i] for i in (0, 3)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "opt"])
+def test_the_block_before_takes_over_what_a_dropped_block_added(architecture: str) -> None:
+    dense = make_tiny_model(architecture)
+    cut = cut_blocks(dense, [1])
+    (fit,) = cut.fits
+    assert fit.part.block == 0 and fit.weight_OK is not None
+    x, weight = read_inputs(dense, fit.part.output.module), fit.part.output.weight_OI.double().numpy()
+    added = read_outputs(dense, 1) - read_outputs(dense, 0)
+    bias = None if fit.part.bias is None else fit.part.bias.double().numpy()
+    target = x @ weight.T + added + (0 if bias is None else bias)
+    damping = DAMPING * float(((x if bias is None else x - x.mean(0)) ** 2).mean())
+    slow = fit_slowly(x, target, weight, damping, biased=bias is not None)
+    np.testing.assert_allclose(fit.weight_OK.double().numpy(), slow[:, : x.shape[1]], rtol=1e-3, atol=1e-3)
+    if bias is not None:
+        assert fit.bias_O is not None
+        np.testing.assert_allclose(fit.bias_O.numpy(), slow[:, -1], rtol=1e-3, atol=1e-3)
+    kl = [measure_kl(dense, build_cut(dense, each), IDS) for each in (without_fits(cut), cut)]
+    assert kl[1] < 0.7 * kl[0]
+
+
+def read_outputs(model: Any, block: int) -> Any:
+    """What a block gives in one forward of the whole model, float64."""
+    seen: list[Tensor] = []
+    hook = find_blocks(model)[block].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    compute_logits(model)
+    hook.remove()
+    return seen[0].flatten(0, -2).double().numpy()
+
+
+def test_nothing_is_folded_where_it_cannot_be() -> None:
+    assert fold_blocks(make_tiny_model("gemma3"), [1], IDS, quiet) == []  # a norm comes after the MLP
+    assert fold_blocks(make_tiny_model("qwen3_moe"), [1], IDS, quiet) == []  # there is no one MLP
+    assert fold_blocks(make_tiny_model("llama"), [0], IDS, quiet) == []  # nothing comes before

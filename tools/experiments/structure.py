@@ -1,0 +1,137 @@
+"""A model with whole parts cut out beside the dense one: perplexity, KL, size and speed."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tools.base.errors import UserError
+from tools.base.files import write_json, write_text
+from tools.base.progress import Progress
+from tools.base.settings import WorkbenchSettings
+from tools.measure.continuations import decode
+from tools.measure.losses import Evaluation, evaluate_windows
+from tools.models.load import check_device, load_model, locate_model
+from tools.models.readout import check_readout, compute_hidden
+from tools.models.save import export_model
+from tools.results.cards import write_structure_card
+from tools.results.schema import describe_protocol
+from tools.results.structure import Figures, Structure
+from tools.surgery.choose import choose_cut
+from tools.surgery.parts import count_weights, without_fits
+from tools.surgery.rebuild import build_cut, check_cut
+from tools.texts.windows import check_texts, cut_windows
+
+PARTS = ("neurons", "heads", "blocks")
+REPEATS = 5
+"""Timings are medians of this many, dense and cut model by turns."""
+PROMPT, DECODED = 8, 32
+"""Tokens read and tokens decoded to measure the speed of decoding."""
+
+
+class StructureSettings(WorkbenchSettings):
+    """The model, its texts, and what is cut."""
+
+    remove: float = Field(0.2, gt=0, lt=1, description="Share of the weights of the blocks' linear layers to remove.")
+    parts: str = Field("neurons,heads", description="What is cut: neurons, heads, neurons,heads or blocks.")
+    out: str = Field("cut", min_length=1, description="Directory of the model and its figures.")
+
+
+def parse_parts(parts: str) -> tuple[str, ...]:
+    """The kinds of parts named. Raises UserError for one that there is not, or blocks beside another."""
+    kinds = tuple(dict.fromkeys(part.strip() for part in parts.split(",") if part.strip()))
+    unknown = [kind for kind in kinds if kind not in PARTS]
+    if unknown or not kinds or ("blocks" in kinds and len(kinds) > 1):
+        raise UserError(f"--parts {parts!r} is none of neurons; heads; neurons,heads; blocks")
+    return kinds
+
+
+def cut_model(settings: StructureSettings, step: Progress) -> Structure:
+    """Choose, cut, refit, measure and write. Raises UserError, before anything is loaded where that is possible."""
+    kinds = parse_parts(settings.parts)
+    directory = Path(settings.out)
+    if (directory / "model").exists():
+        raise UserError(f"{directory / 'model'} exists already; choose another --out")
+    locate_model(settings.model)
+    check_device(settings.device)
+    check_texts(settings)
+
+    step("load model", 0, 1)
+    dense, tokenizer = load_model(settings)
+    windows = cut_windows(settings, tokenizer)
+    calibration, validation = windows.calibration.to(dense.device), windows.validation.to(dense.device)
+    check_readout(dense, calibration[0])
+    cut, constraint, _ = choose_cut(dense, kinds, settings.remove, calibration, step)
+
+    dense_losses, hidden = evaluate_windows(dense, validation, None, "dense", step)
+    plain = build_cut(dense, without_fits(cut))
+    check_cut(dense, cut, plain, calibration[0])
+    plain_losses, _ = evaluate_windows(plain, validation, hidden, "cut without refit", step)
+    model = build_cut(dense, cut)
+    losses, _ = evaluate_windows(model, validation, hidden, "cut with refit", step)
+    speeds = measure_speeds([dense, model], validation[0], step)
+    result = Structure(
+        model=settings.model,
+        parts=",".join(kinds),
+        target=settings.remove,
+        removed=1 - count_weights(model) / count_weights(dense),
+        heads=cut.counts.heads,
+        neurons=cut.counts.neurons,
+        blocks=list(cut.dropped),
+        constraint=constraint,
+        dense=_figures(dense, dense_losses, speeds[0]),
+        cut=_figures(model, losses, speeds[1]),
+        perplexity_without_refit=plain_losses.perplexity,
+        kl_without_refit=plain_losses.mean_kl,
+        kl=losses.mean_kl,
+        protocol=describe_protocol(settings, "validation"),
+    )
+    export_model(model, tokenizer, directory / "model", write_structure_card(result))
+    result.cut.file_bytes = sum(file.stat().st_size for file in (directory / "model").glob("*.safetensors"))
+    write_text(directory / "model" / "README.md", write_structure_card(result))
+    write_json(directory / "structure.json", result.model_dump())
+    return result
+
+
+def measure_speeds(models: Sequence[Any], ids_T: Tensor, step: Progress) -> list[tuple[float, float]]:
+    """(seconds of a forward of the window, greedily decoded tokens a second) of each model: medians, taken by turns."""
+    forwards: list[list[float]] = [[] for _ in models]
+    decodings: list[list[float]] = [[] for _ in models]
+    for i in range(REPEATS + 1):  # the first warms up
+        step("measure speed", i, REPEATS + 1)
+        for model, forward, decoding in zip(models, forwards, decodings, strict=True):
+            forward.append(_time(lambda: compute_hidden(model, ids_T[None]), ids_T))  # noqa: B023
+            # Without a least number a model that ends its text early would seem the faster one.
+            decoding.append(_time(lambda: decode(model, ids_T[None, :PROMPT], DECODED, DECODED), ids_T))  # noqa: B023
+    step("measure speed", REPEATS + 1, REPEATS + 1)
+    return [
+        (statistics.median(forward[1:]), DECODED / statistics.median(decoding[1:]))
+        for forward, decoding in zip(forwards, decodings, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _time(run: Callable[[], Any], ids_T: Tensor) -> float:
+    cuda = ids_T.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(ids_T.device)
+    began = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize(ids_T.device)
+    return time.perf_counter() - began
+
+
+def _figures(model: Any, evaluation: Evaluation, speed: tuple[float, float]) -> Figures:
+    return Figures(
+        parameters=sum(p.numel() for p in model.parameters()),
+        file_bytes=sum(p.nbytes for p in model.parameters()),
+        perplexity=evaluation.perplexity,
+        seconds_per_window=speed[0],
+        decoded_per_second=speed[1],
+    )

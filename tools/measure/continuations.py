@@ -1,0 +1,159 @@
+"""What a model says: prompts continued with the most likely token each time, and how fast.
+
+Shape suffixes: B rows, T tokens.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, TextStreamer
+
+from tools.base.errors import UserError
+from tools.base.words import strip_controls
+from tools.models.packed import measure_sizes
+
+PROMPTS = (
+    "The capital of France is",
+    "Photosynthesis is the process by which",
+    "Once upon a time, an old fisherman",
+    "def is_prime(n):\n",
+)
+"""A fact, an explanation, a story and code: the same for every run, so that two runs can be compared; none of a run's
+texts, so that nobody reads what a plan was judged by; and whole beginnings, which a window cut out of a text is not."""
+
+CONTINUED = 40
+"""Tokens that a prompt is continued by."""
+
+
+def decode(
+    model: Any, ids_BT: Tensor, new: int, least: int = 0, mask_BT: Tensor | None = None, streamer: Any = None
+) -> Tensor:
+    """The tokens and at most `new`, at least `least` of the most likely ones after them, (B, T + new) int64.
+
+    `mask_BT` is 0 where a row is padded, on its left. A row that ends before others do is filled up with token 0. Each
+    token of the only row goes to a `streamer` of transformers, if one is given, as soon as it is known.
+    """
+    mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=least, pad_token_id=0)
+    tokens_BT: Tensor = model.generate(ids_BT, attention_mask=mask_BT, generation_config=greedy, streamer=streamer)
+    return tokens_BT
+
+
+def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], new: int = CONTINUED) -> list[str]:
+    """What the model says after each prompt: at most `new` tokens, without control characters.
+
+    All prompts go through the model together. Fewer tokens follow where the model has no more positions; none, "",
+    where it has not even enough for the prompts.
+    """
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    longest = max(map(len, rows))
+    positions = _count_positions(model)
+    new = new if positions is None else min(new, positions - longest)
+    if new < 1:
+        return [""] * len(rows)
+    ids_BT = torch.zeros((len(rows), longest), dtype=torch.long, device=model.device)
+    mask_BT = torch.zeros_like(ids_BT)
+    for i, row in enumerate(rows):
+        ids_BT[i, longest - len(row) :] = torch.tensor(row)
+        mask_BT[i, longest - len(row) :] = 1
+    tokens_BT = decode(model, ids_BT, new, mask_BT=mask_BT)
+    texts = tokenizer.batch_decode(_end_rows(model, tokens_BT[:, longest:]), skip_special_tokens=True)
+    return [strip_controls(text, lines=True) for text in texts]
+
+
+def _end_rows(model: Any, tokens_BT: Tensor) -> list[list[int]]:
+    """The rows without what fills them up behind the token that ends a text."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = ends if isinstance(ends, list) else [ends]
+    rows = []
+    for row in tokens_BT.tolist():
+        at = next((i for i, token in enumerate(row) if token in ends), len(row))
+        rows.append(row[:at])
+    return rows
+
+
+def _count_positions(model: Any) -> int | None:
+    """Tokens that the model can have before it; None where its config sets no bound."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
+# --- one prompt, as it comes -------------------------------------------------------------------------------------
+
+
+class Continuation(NamedTuple):
+    """What one model said."""
+
+    model: str
+    tokens: list[int]
+    seconds: float
+    """From the first of the tokens to the last."""
+    layer_bytes: int
+    """Of packed layers; 0 in a dense model."""
+    dense_bytes: int
+    """Of the same layers, if they were dense."""
+    other_bytes: int
+    """Of all other parameters."""
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second, without reading the prompt; None for fewer than two tokens."""
+        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 else None
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights."""
+        return self.layer_bytes + self.other_bytes
+
+
+class _Stream(TextStreamer):
+    """Hands text on as it comes, and notes when each token came."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str, bool], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.show(text, stream_end)
+
+
+def encode_prompt(model: Any, tokenizer: Any, prompt: str, new: int) -> Tensor:
+    """A prompt's tokens, (1, T) int64 on the model's device. Raises UserError without room for `new` more, or any."""
+    ids_BT = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long, device=model.device)
+    positions = _count_positions(model)
+    if not ids_BT.numel():
+        raise UserError("the prompt has no tokens; give some text")
+    if positions is not None and ids_BT.shape[1] + new > positions:
+        raise UserError(f"{ids_BT.shape[1]} tokens of prompt and {new} more do not fit into {positions} positions")
+    return ids_BT
+
+
+def stream_continuation(
+    name: str, model: Any, tokenizer: Any, ids_BT: Tensor, new: int, show: Callable[[str, bool], None]
+) -> Continuation:
+    """What a model called `name` says after a prompt; `show` is given each piece of the text, and whether it ends."""
+    stream = _Stream(tokenizer, show)
+    tokens = decode(model, ids_BT, new, streamer=stream)[0, ids_BT.shape[1] :].tolist()
+    times = stream.times[1:]  # the first is the prompt's
+    return Continuation(name, tokens, times[-1] - times[0], *measure_sizes(model))
+
+
+def compare_continuations(ours: Continuation, dense: Continuation) -> list[str]:
+    """How one model's text, speed and bytes stand to another's, a line each."""
+    same = next((i for i, (a, b) in enumerate(zip(ours.tokens, dense.tokens, strict=False)) if a != b), None)
+    shorter = min(len(ours.tokens), len(dense.tokens))
+    if same is None and len(ours.tokens) == len(dense.tokens):
+        lines = [f"the same {shorter} tokens"]
+    else:
+        lines = [f"the same tokens up to number {shorter if same is None else same} of {len(dense.tokens)}"]
+    if ours.rate and dense.rate:
+        lines.append(f"{ours.rate / dense.rate:.2f} times as many tokens a second")
+    return [*lines, f"{ours.bytes / dense.bytes:.3f} of the bytes"]

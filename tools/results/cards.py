@@ -1,0 +1,130 @@
+"""Model cards, `README.md` beside a model's weights: of a run, of a model that parts were cut out of, and packed.
+
+Nothing in a run's card says where files lie on this machine.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tools.base.names import hide_path, is_hub_id, parse_hub
+from tools.base.settings import WorkbenchSettings
+from tools.base.words import escape
+from tools.results.schema import Summary
+from tools.results.sentences import describe_result
+from tools.results.structure import HEADS, Structure, list_rows
+from tools.results.tables import list_benchmarks, list_perplexities, list_table
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+
+def _write(front: str, title: str, lines: Sequence[str]) -> str:
+    """A card with its front matter, in YAML."""
+    return "\n".join(["---", front, "---", f"# {title}", "", *lines, ""])
+
+
+def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
+    """The model card, `model/README.md`, with nothing in it of where files lie on this machine."""
+    name, text = hide_path(summary.model), hide_path(summary.protocol.text)
+    return _write(
+        _card_data(summary, settings).to_yaml(),
+        f"{escape(name)}, pruned to {summary.achieved_sparsity:.2%}",
+        [
+            describe_result(summary),
+            "",
+            "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither "
+            "smaller nor faster than the dense one by itself.",
+            "",
+            *list_perplexities(summary.perplexity, escape(text), "this model"),
+            "",
+            f"Perplexity was measured on `{text}` ({summary.protocol.tokens} tokens, windows of "
+            f"{summary.protocol.window}, {summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",
+            "",
+            *list_benchmarks(summary.benchmarks),
+            f"What the licence of {escape(name)} says of derived models holds for this one.",
+        ],
+    )
+
+
+def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData":
+    """The card's front matter: what the model was made of, and its own results as the hub reads them."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    name, found = hide_path(summary.model), []
+    if summary.perplexity.pruned is not None:
+        text = parse_hub(settings.test) if settings.test.startswith("hub:") else None
+        place = hide_path(settings.test)
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=text.name if text else place,
+                dataset_name=text.name if text else place,
+                dataset_config=text.config if text else None,
+                dataset_split=text.split if text else None,
+                metric_type="perplexity",
+                metric_name="Perplexity",
+                metric_value=round(summary.perplexity.pruned, 4),
+            )
+        )
+    found += [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score.task,
+            dataset_name=score.task,
+            metric_type=score.metric,
+            metric_value=round(score.value, 4),
+        )
+        for score in summary.benchmarks
+        if score.model == "pruned" and score.value is not None
+    ]
+    calibration = settings.calibration
+    return ModelCardData(
+        base_model=summary.model if is_hub_id(summary.model) else None,
+        datasets=[parse_hub(calibration).name] if calibration.startswith("hub:") else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "billhook"],
+        model_name=f"{name}-pruned",
+        eval_results=found or None,
+    )
+
+
+def write_structure_card(result: Structure) -> str:
+    """The card of a model that parts were cut out of."""
+    protocol = result.protocol
+    return _write(
+        "library_name: transformers\ntags: [pruned, structured, billhook]",
+        f"{result.model}, {result.removed:.2%} of the blocks' weights cut",
+        [
+            f"Constraint: {result.constraint}.",
+            "",
+            "The file is smaller than the dense one and loads with stock `transformers`.",
+            "",
+            *list_table(HEADS, list_rows(result), left=1),
+            "",
+            f"Perplexity was measured on `{protocol.text}` ({protocol.tokens} tokens, windows of {protocol.window}, "
+            f"{protocol.dtype}).",
+        ],
+    )
+
+
+def write_packed_card(words: str, described: str) -> str:
+    """The model card of a packed model: `words` say which it is, and `described` how it was packed."""
+    return _write(
+        "tags: [pruned, sparse, packed, billhook]",
+        f"{words}, packed",
+        [
+            f"{described[0].upper()}{described[1:]}.",
+            "",
+            "Stock `transformers` does not read it. With Billhook:",
+            "",
+            "```python",
+            "from tools.packed import load_packed",
+            "",
+            'model = load_packed("DIR")  # works with model.generate',
+            "```",
+            "",
+            "The zeros are not stored: a bit a weight and the values that are not zero, `kernels/FORMAT.md`. The "
+            "weights are those of the pruned model, bit for bit.",
+        ],
+    )

@@ -1,0 +1,177 @@
+"""`report.html`: one run, or several side by side, finished or not, on one page. No torch in here."""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+from markupsafe import Markup
+
+from tools.base.secrets import redact
+from tools.base.words import show, show_percent, show_rounded, strip_controls
+from tools.results.page.contents import (
+    OVERVIEW,
+    Bar,
+    Continued,
+    ScoreRow,
+    describe_predictions,
+    describe_run,
+    find_cells,
+    find_costs,
+    find_limits,
+    find_status,
+    find_target,
+    list_facts,
+    list_predictions,
+    list_row,
+    list_samples,
+    list_scores,
+    list_tiles,
+    place_retention,
+)
+from tools.results.page.figures import Mark, draw_iterations, draw_map, draw_predictions
+from tools.results.page.record import Record, Round, read_run
+from tools.results.schema import Summary
+from tools.results.sentences import list_loading
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+WORDS = 4000
+"""Characters of what a model said that are shown; the rest is in events.jsonl."""
+
+
+def write_page(runs: Sequence[Path]) -> str:
+    """The page of one run, or of several side by side, from what their directories hold so far.
+
+    Raises UserError where there is no run, or a file of it cannot be read.
+    """
+    records = [read_run(run) for run in runs]
+    several = len(records) > 1
+    limits = find_limits(records)
+    views = [make_view(record, i, limits, several=several) for i, record in enumerate(records)]
+    template = load_templates().get_template("report.html")
+    return redact(template.render(runs=views, several=several, heads=OVERVIEW, longest=WORDS))
+
+
+@cache
+def load_templates() -> "Environment":
+    """Templates in which everything is escaped, and no text has control characters."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    def clean(value: Any) -> Any:
+        return strip_controls(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    templates = Environment(
+        loader=PackageLoader("tools.results.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {
+        "perplexity": show,
+        "percent": show_percent,
+        "nats": partial(show, digits=4),
+        "score": show_rounded,
+        "yaml": _show_yaml,
+    }
+    return templates
+
+
+def _show_yaml(value: Any) -> str:
+    """Nested values, one a line."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
+
+
+class View(NamedTuple):
+    """What the template shows of a run."""
+
+    name: str
+    model: str
+    record: Record
+    summary: Summary | None
+    status: str
+    sentences: list[str]
+    tiles: list[tuple[str, str, str]]
+    """(title, figure, words below it)."""
+    row: list[str]
+    """Its cells in the table of several runs, whose heads are OVERVIEW."""
+    perplexity: Markup | None
+    sparsity: Markup | None
+    layers: Markup | None
+    kappa: Markup | None
+    predictions: Markup | None
+    undrawn: int
+    """Trials without a KL above 0, predicted and measured, which logarithmic axes cannot show."""
+    off: str
+    """How far predictions were off, in words."""
+    rounds: list[tuple[int, Round]]
+    knows: bool
+    """Whether knowledge or benchmarks were measured."""
+    retention: Bar | None
+    scores: list[ScoreRow]
+    samples: list[Continued]
+    facts: list[tuple[str, str]]
+    loading: str
+
+
+def make_view(record: Record, number: int, limits: tuple[float, float], *, several: bool) -> View:
+    """Everything that is worked out or drawn for a run; figures of different `number`s share no id."""
+    marks = [t for t in record.trials if t.verdict != "refuse"]
+    cells = find_cells(record)
+    costs = find_costs(record)
+    points = list_predictions(record.trials)
+    target = find_target(record)
+    dense = record.dense
+
+    def name(figure: str) -> str:
+        return f"{figure}{number}"
+
+    return View(
+        name=record.name,
+        model=str(record.summary.model if record.summary else record.config.get("model", "unknown model")),
+        record=record,
+        summary=record.summary,
+        status=find_status(record),
+        sentences=describe_run(record),
+        tiles=list_tiles(record),
+        row=list_row(record),
+        perplexity=draw_iterations(
+            name("perplexity"),
+            "Perplexity on the validation text over the iterations",
+            [Mark(t.iteration, t.verdict, t.perplexity) for t in marks],
+            dense.perplexity if dense else None,
+            percent=False,
+        )
+        if marks
+        else None,
+        sparsity=draw_iterations(
+            name("sparsity"),
+            "Sparsity over the iterations",
+            [Mark(t.iteration, t.verdict, t.sparsity) for t in marks],
+            dense.sparsity if dense else None,
+            target,
+            percent=True,
+        )
+        if marks
+        else None,
+        layers=draw_map(name("layers"), "Sparsity of every layer", cells, (0, 1), log=False, percent=True)
+        if cells
+        else None,
+        kappa=draw_map(name("kappa"), "Predicted KL of every layer", costs, limits, log=True, percent=False)
+        if any(cell.value > 0 for cell in costs)
+        else None,
+        predictions=draw_predictions(name("predicted"), "Measured over predicted KL", points) if points else None,
+        undrawn=len(marks) - len(points),
+        off=describe_predictions(points),
+        rounds=[(i, r) for i, r in sorted(record.rounds.items()) if r.plan or r.trial],
+        knows=bool(record.summary and (record.summary.knowledge or record.summary.benchmarks)),
+        retention=place_retention(record.summary.knowledge) if record.summary else None,
+        scores=list_scores(record.summary),
+        samples=list_samples(record.summary),
+        facts=list_facts(record),
+        loading="\n".join(list_loading(f"{record.name}/model" if several else "model")),
+    )

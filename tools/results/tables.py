@@ -1,0 +1,139 @@
+"""Markdown: tables of figures, and `report.md`."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tools.base.words import escape, show, show_score, show_size
+from tools.results.schema import Knowledge, Perplexities, Score, Summary
+from tools.results.sentences import describe_result, list_loading
+
+
+def list_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> list[str]:
+    """The lines of a table whose first columns, `left` of them, stand to the left and all others to the right."""
+    marks = f"|{'---|' * left}{'---:|' * (len(heads) - left)}"
+    return [_join_cells(heads), marks, *map(_join_cells, rows)]
+
+
+def _join_cells(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[str, float], stop: str) -> str:
+    """`report.md`: the result, every trial with its reason, and the sparsity of every layer."""
+    lines = [
+        f"# {summary.run}: {summary.model} at {summary.achieved_sparsity:.2%} sparsity",
+        "",
+        describe_result(summary),
+        "",
+        f"The loop ended because {stop}." if stop else "",
+        "",
+        *list_perplexities(summary.perplexity, "test", "Billhook"),
+        "",
+        *(_list_knowledge(summary.knowledge) if summary.knowledge else []),
+        *list_benchmarks(summary.benchmarks),
+        "## Trials",
+        "Measured on the validation text; KL in nats per token against the dense model.",
+        "",
+        "| # | sparsity | perplexity | KL | predicted KL | verdict | plan | why |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_trial_row(trial) for trial in trials),
+        "",
+        "## Sparsity by layer",
+        "",
+        "| layer | sparsity |",
+        "|---|---|",
+        *(f"| {escape(name)} | {value:.2%} |" for name, value in sparsity.items()),
+        "",
+        "## Protocol",
+        f"- test text: `{summary.protocol.text}`, {summary.protocol.tokens} tokens in windows of "
+        f"{summary.protocol.window}, {summary.protocol.dtype}; seen once, by no agent",
+        "- versions: " + ", ".join(f"{name} {number}" for name, number in summary.protocol.versions.items()),
+        f"- {summary.seconds:.0f} s, peak memory {show_size(summary.peak_memory_bytes, 'GB', 2)}, "
+        f"mask_sha256 `{summary.mask_sha256}`",
+        "",
+        "## Load it",
+        "```python",
+        *list_loading("model"),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def list_perplexities(perplexity: Perplexities, text: str, own: str) -> list[str]:
+    """The table of the perplexities on a text; the pruned model is called `own`."""
+    return [
+        f"| | perplexity on {text} |",
+        "|---|---|",
+        f"| dense | {show(perplexity.dense)} |",
+        f"| **{own}** | **{show(perplexity.pruned)}** |",
+        f"| uniform Wanda, same sparsity | {show(perplexity.uniform_wanda)} |",
+    ]
+
+
+def _trial_row(trial: dict[str, Any]) -> str:
+    error = None if trial["kl_error"] == float("inf") else trial["kl_error"]
+    kl = show_score(trial["kl"], error)
+    figures = f"{show(trial['perplexity'])} | {kl}"
+    if trial["verdict"] == "refuse":  # nothing was measured
+        figures = " | "
+    return (
+        f"| {trial['iteration']} | {trial['sparsity']:.2%} | {figures} "
+        f"| {trial['predicted_kl']:.4f} | {trial['verdict']} | {escape(trial['plan'])} | {escape(trial['reason'])} |"
+    )
+
+
+def _list_knowledge(knowledge: Knowledge) -> list[str]:
+    rows = {"dense": knowledge.dense, "**Billhook**": knowledge.pruned, "uniform Wanda": knowledge.uniform_wanda}
+    left = ""
+    if knowledge.retention is not None:
+        error = knowledge.retention_error or 0.0
+        left = f" {knowledge.retention:.3f} ± {error:.3f} of the answers' probability per token is left."
+    return [
+        "## Knowledge",
+        f"{knowledge.pairs} questions of `{knowledge.source}` that no plan was judged by, closed-book and without "
+        f"examples: mean log-probability of the gold answer, nats per token.{left}",
+        "",
+        "| | log-probability |",
+        "|---|---|",
+        *(f"| {name} | {show(value, 3)} |" for name, value in rows.items()),
+        "",
+    ]
+
+
+def list_benchmarks(scores: list[Score]) -> list[str]:
+    """A section with a row for each figure of a task, and what they were measured by; nothing without any."""
+    if not scores:
+        return []
+    models = list(dict.fromkeys(score.model for score in scores))
+    rows: dict[tuple[str, str], dict[str, Score]] = {}
+    for score in scores:
+        rows.setdefault((score.task, score.metric), {})[score.model] = score
+    cells = []
+    for (task, metric), row in rows.items():
+        figures = [show_score(row[model].value, row[model].error) if model in row else "" for model in models]
+        cells.append([escape(task), escape(metric), *figures, str(next(iter(row.values())).samples)])
+    return [
+        "## Tasks",
+        "Asked by lm-evaluation-harness; ± one standard error.",
+        "",
+        *list_table(["task", "metric", *map(escape, models), "questions"], cells, left=2),
+        "",
+        *list_task_protocols(scores),
+        "",
+    ]
+
+
+def list_task_protocols(scores: list[Score]) -> list[str]:
+    """A line for each task: all that its figures share."""
+    protocols = {score.protocol["task"]: score.protocol for score in scores}
+    return [
+        "- " + ", ".join(f"{name} {escape(_flatten(value))}" for name, value in protocol.items())
+        for protocol in protocols.values()
+    ]
+
+
+def _flatten(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_flatten(part)}" for key, part in value.items())
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text  # a hash; the whole of it is in the JSON

@@ -1,0 +1,138 @@
+"""What of a decoder can be cut: the groups of attention heads and the neurons of its blocks; and what of it stays."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tools.base.errors import UserError
+from tools.models.layers import Layer, find_blocks, find_layers
+
+Kind = Literal["heads", "neurons"]
+KINDS: tuple[Kind, ...] = ("heads", "neurons")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The channels between two sets of linear layers of a block: rows of `inputs`, columns of `output`.
+
+    Unit u of U owns the u-th of U equal runs of them: a neuron, or a KV head with the query heads that read it.
+    """
+
+    kind: Kind
+    block: int
+    units: int
+    inputs: tuple[Layer, ...]
+    output: Layer
+
+    @property
+    def unit_weights(self) -> int:
+        """Weights that go with one unit."""
+        return sum(layer.weight_OI.numel() for layer in (*self.inputs, self.output)) // self.units
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the output projection, if it has one."""
+        bias = getattr(self.output.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+
+class Fit(NamedTuple):
+    """What stays of one part."""
+
+    part: Part
+    units: Tensor
+    """Ascending indices of the units that stay."""
+    weight_OK: Tensor | None = None
+    """The output projection fitted to the columns that stay; the dense columns where it is None."""
+    bias_O: Tensor | None = None
+    """Its bias, where it has one and was fitted."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much goes: groups of heads and neurons of every block, and whole blocks."""
+
+    heads: int = 0
+    neurons: int = 0
+    blocks: int = 0
+
+
+@dataclass
+class Cut:
+    """What goes: the same number of units in every block, or whole blocks."""
+
+    counts: Counts
+    fits: list[Fit] = field(default_factory=list)
+    dropped: tuple[int, ...] = ()
+    """Blocks, ascending."""
+
+
+def without_fits(cut: Cut) -> Cut:
+    """The same cut, with dense weights where they stay."""
+    return replace(cut, fits=[Fit(fit.part, fit.units) for fit in cut.fits])
+
+
+def count_weights(model: Any) -> int:
+    """Weights of the blocks' linear layers: what shares to remove are shares of."""
+    return sum(layer.weight_OI.numel() for layer in find_layers(model))
+
+
+def find_parts(model: Any, kind: Kind) -> list[Part]:
+    """The heads or the neurons of every block. Raises UserError, in one line, when they cannot be cut."""
+    check_alike(model)
+    find = _find_heads if kind == "heads" else _find_neurons
+    blocks = find_blocks(model)
+    layers = find_layers(model)
+    return [find(model, block, [x for x in layers if x.block == i]) for i, block in enumerate(blocks)]
+
+
+def check_alike(model: Any) -> None:
+    """Raises UserError when the blocks are not all of the same layers: one config could not describe the rest.
+
+    Nor can blocks be cut that do not lie on one device.
+    """
+    shapes: list[list[tuple[str, torch.Size]]] = [[] for _ in find_blocks(model)]
+    layers = find_layers(model)
+    for layer in layers:
+        shapes[layer.block].append((layer.kind, layer.weight_OI.shape))
+    if len({layer.weight_OI.device for layer in layers}) > 1:
+        raise UserError("only a model on one device can be cut; use another --device than spread")
+    if any(block != shapes[0] for block in shapes):
+        raise UserError(
+            f"the blocks of {type(model).__name__} are not all alike; only models whose blocks are can be cut"
+        )
+
+
+def _find_heads(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
+    attention = [layer for layer in layers if _in_attention(block, layer)]
+    named = {layer.kind.rpartition(".")[2]: layer for layer in attention}
+    inputs = tuple(named.pop(name) for name in ("q_proj", "k_proj", "v_proj") if name in named)
+    if len(inputs) != 3 or len(named) != 1 or len(attention) != 4:
+        kinds = ", ".join(layer.kind for layer in attention) or "no linear layers"
+        raise UserError(
+            f"the heads of {type(model).__name__} cannot be cut: its attention holds {kinds}, not q_proj, k_proj, "
+            "v_proj and one output projection; its neurons or blocks may"
+        )
+    config = model.config.get_text_config()
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return Part("heads", layers[0].block, groups, inputs, next(iter(named.values())))
+
+
+def _find_neurons(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
+    mlp = [layer for layer in layers if not _in_attention(block, layer)]
+    if len(mlp) < 2 or any(layer.weight_OI.shape != mlp[-1].weight_OI.T.shape for layer in mlp[:-1]):
+        kinds = ", ".join(layer.kind for layer in mlp) or "no linear layers"
+        raise UserError(
+            f"the neurons of {type(model).__name__} cannot be cut: beside attention its blocks hold {kinds}, not "
+            "projections up and one down; its heads or blocks may"
+        )
+    return Part("neurons", mlp[-1].block, mlp[-1].weight_OI.shape[1], tuple(mlp[:-1]), mlp[-1])
+
+
+def _in_attention(block: nn.Module, layer: Layer) -> bool:
+    """Whether a module on the way to the layer has a class of attention."""
+    steps = layer.kind.split(".")
+    modules = (block.get_submodule(".".join(steps[:end])) for end in range(1, len(steps)))
+    return any("attention" in type(module).__name__.lower() for module in modules)

@@ -1,0 +1,191 @@
+"""The model with fewer groups of attention heads, narrower MLPs or fewer blocks.
+
+It is a stock one: transformers makes it from a changed config and the weights that stay. The dense model is never
+changed; what is not cut, both share.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from kernels.channels import expand_units
+from tools.base.errors import UserError, in_one_line
+from tools.models.blocks import Blocks
+from tools.models.layers import find_blocks
+from tools.models.readout import compute_hidden
+from tools.surgery.blocks import skipping
+from tools.surgery.parts import KINDS, Counts, Cut, Fit, find_parts
+
+_NEURONS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+"""What configs call the width of their MLPs."""
+
+TOLERANCE = 0.05
+"""Of the length of the hidden states: rounding in bf16 stays below, another function of the weights does not."""
+
+
+def cut_config(model: Any, counts: Counts, dropped: Sequence[int] = ()) -> Any:
+    """The config of the cut model, checked by its own class. Raises ValueError when that refuses it."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):  # of the file that the weights were read from
+        del config.quantization_config
+    text = config.get_text_config()
+    if counts.heads:
+        part = find_parts(model, "heads")[0]
+        heads = text.num_attention_heads
+        text.head_dim = getattr(text, "head_dim", None) or part.output.weight_OI.shape[1] // heads
+        if getattr(text, "num_key_value_heads", None):
+            text.num_key_value_heads = part.units - counts.heads
+        text.num_attention_heads = heads // part.units * (part.units - counts.heads)
+    if counts.neurons:
+        part = find_parts(model, "neurons")[0]
+        name = next((name for name in _NEURONS if hasattr(text, name)), None)
+        if name is None:
+            raise ValueError("it has no field for the width of the MLPs")
+        setattr(text, name, part.units - counts.neurons)
+    if counts.blocks:
+        _cut_lists(text, dropped)
+        text.num_hidden_layers -= counts.blocks
+    return type(config).from_dict(config.to_dict())
+
+
+def _cut_lists(config: Any, dropped: Sequence[int]) -> None:
+    """Take the dropped blocks out of lists with one entry a block, such as `layer_types`."""
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(config, name, [entry for i, entry in enumerate(value) if i not in dropped])
+
+
+def accepts(model: Any, counts: Counts) -> bool:
+    """Whether the architecture's config takes these counts, as far as the config itself can tell."""
+    try:
+        cut_config(model, counts)
+    except Exception:  # every config has checks, and errors, of its own
+        return False
+    return True
+
+
+def check_buildable(model: Any, counts: Counts) -> None:
+    """Raises UserError, before anything is measured, when the architecture has no model of the cut shapes."""
+    dropped = tuple(range(counts.blocks))
+    parts = [part for kind in KINDS if getattr(counts, kind) for part in find_parts(model, kind)]
+    fits = [Fit(part, torch.arange(part.units - getattr(counts, part.kind))) for part in parts]
+    wanted = cut_state(model, Cut(counts, fits, dropped), on_meta=True)
+    try:
+        config = cut_config(model, counts, dropped)
+        with torch.device("meta"):
+            built = type(model)(config).state_dict()
+    except Exception as error:  # every architecture has checks, and errors, of its own
+        raise UserError(f"{type(model).__name__} takes no such cut: {in_one_line(error, 200)}") from error
+    for name in sorted(wanted.keys() | built.keys()):
+        shapes = [tuple(state[name].shape) if name in state else None for state in (wanted, built)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{type(model).__name__} takes no such cut: its config has no way to say that {name} is {shapes[0]}, "
+                f"not {shapes[1]}; other parts may be cut"
+            )
+
+
+# --- the weights -------------------------------------------------------------------------------------------------
+
+
+def cut_state(model: Any, cut: Cut, *, on_meta: bool = False) -> dict[str, Tensor]:
+    """The cut model's state dict; what is not cut is not copied. With `on_meta` only shapes are made."""
+    state: dict[str, Tensor] = {name: t.to("meta") if on_meta else t for name, t in model.state_dict().items()}
+    for fit in cut.fits:
+        _cut_part(state, fit)
+    if cut.dropped:
+        state = _renumber(model, state, cut.dropped)
+    return state
+
+
+def _cut_part(state: dict[str, Tensor], fit: Fit) -> None:
+    part = fit.part
+    for layer in (*part.inputs, part.output) if len(fit.units) < part.units else ():
+        name = f"{layer.name}.weight"
+        dim = 0 if layer is not part.output else 1
+        if isinstance(layer.module, Conv1D):  # stored as d_in x d_out
+            dim = 1 - dim
+        state[name] = _select(state[name], fit.units, part.units, dim)
+        if layer is not part.output and f"{layer.name}.bias" in state:
+            state[f"{layer.name}.bias"] = _select(state[f"{layer.name}.bias"], fit.units, part.units, 0)
+    if fit.weight_OK is not None:
+        transposed = isinstance(part.output.module, Conv1D)
+        state[f"{part.output.name}.weight"] = (fit.weight_OK.T if transposed else fit.weight_OK).contiguous()
+    if fit.bias_O is not None:
+        state[f"{part.output.name}.bias"] = fit.bias_O
+
+
+def _select(tensor: Tensor, kept: Tensor, units: int, dim: int) -> Tensor:
+    """The runs of some units along one dimension, which holds `units` equal runs."""
+    runs = tensor.unflatten(dim, (units, -1))
+    selected: Tensor = runs.index_select(dim, kept.to(tensor.device)).flatten(dim, dim + 1)
+    return selected
+
+
+def _renumber(model: Any, state: Mapping[str, Tensor], dropped: Sequence[int]) -> dict[str, Tensor]:
+    blocks = find_blocks(model)
+    prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
+    stays = [i for i in range(len(blocks)) if i not in dropped]
+    new = {str(old): str(index) for index, old in enumerate(stays)}
+    result = {}
+    for name, tensor in state.items():
+        if not name.startswith(prefix):
+            result[name] = tensor
+            continue
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        if index in new:
+            result[f"{prefix}{new[index]}.{rest}"] = tensor
+    return result
+
+
+def build_cut(model: Any, cut: Cut) -> Any:
+    """The cut model, as transformers itself loads it: eval mode, weights frozen, on the dense model's device."""
+    config = cut_config(model, cut.counts, cut.dropped)
+    loaded: Any = type(model).from_pretrained(
+        None, config=config, state_dict=cut_state(model, cut), dtype=model.dtype, output_loading_info=True
+    )
+    built, loading = loaded
+    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
+    assert not wrong, wrong  # `check_buildable` compared all shapes
+    built.generation_config = copy.deepcopy(model.generation_config)
+    return built.to(model.device).eval().requires_grad_(False)
+
+
+# --- whether it is right -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_cut(dense: Any, cut: Cut, model: Any, ids_T: Tensor) -> None:
+    """Compare the cut model, not fitted, with the dense one without what went. Raises UserError where they differ.
+
+    They do when an architecture orders its heads, or treats its blocks, in a way that is not known here.
+    """
+    with _masked(cut.fits), skipping(Blocks(dense), cut.dropped):
+        expected_BTD = compute_hidden(dense, ids_T[None]).float()
+    difference = (compute_hidden(model, ids_T[None]).float() - expected_BTD).norm() / expected_BTD.norm()
+    if not float(difference) <= TOLERANCE:
+        raise UserError(
+            f"the cut {type(model).__name__} does not compute what the dense one does without what was cut; "
+            "this architecture is not supported"
+        )
+
+
+@contextmanager
+def _masked(fits: Sequence[Fit]) -> Iterator[None]:
+    """Inside, what goes is zero where the output projections read it."""
+    with ExitStack() as undo:
+        for part, units, *_ in fits:
+            weight_OI = part.output.weight_OI
+            stays_I = weight_OI.new_zeros(weight_OI.shape[1])
+            stays_I[expand_units(units, len(stays_I) // part.units)] = 1
+            undo.callback(part.output.module.register_forward_pre_hook(_masking(stays_I)).remove)
+        yield
+
+
+def _masking(stays_I: Tensor) -> Callable[..., tuple[Tensor]]:
+    return lambda _module, inputs: (inputs[0] * stays_I,)

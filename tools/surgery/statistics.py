@@ -1,0 +1,38 @@
+"""What the output projections of parts read in real forwards of the dense model, and the text that choices cost."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from kernels.channels import InputMoments, MomentSums
+from tools.base.errors import UserError
+from tools.surgery.parts import Part
+
+SEARCH_TOKENS = 1024
+"""Calibration tokens, in whole windows, on which whole cuts are compared: a KL is paired, so that few will do."""
+
+
+def search_windows(windows_BT: Tensor) -> Tensor:
+    """The first windows, SEARCH_TOKENS in all, or one."""
+    return windows_BT[: max(1, SEARCH_TOKENS // windows_BT.shape[1])]
+
+
+def finish_moments(sums: MomentSums, part: Part) -> InputMoments:
+    try:
+        return sums.finish()
+    except ValueError as error:
+        raise UserError(f"{part.output.name}: {error} on the calibration text; try --dtype fp32 or bf16") from error
+
+
+@contextmanager
+def tapped(parts: Sequence[Part], see: Sequence[Callable[[Tensor], None]]) -> Iterator[None]:
+    """Inside, each function is shown what the output projection of its part reads, (T, I)."""
+    with ExitStack() as undo:
+        for part, show in zip(parts, see, strict=True):
+            undo.callback(part.output.module.register_forward_pre_hook(_showing(show)).remove)
+        yield
+
+
+def _showing(show: Callable[[Tensor], None]) -> Callable[..., None]:
+    return lambda _module, inputs: show(inputs[0].flatten(0, -2))
