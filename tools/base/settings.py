@@ -11,8 +11,6 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tools.base.tables import TEXT_FORMS, join_forms
-
 QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
 Split = Literal["validation", "test"]
 """Texts, and questions, that are measured on."""
@@ -24,7 +22,10 @@ SHARES: dict[Calibration, float] = {"quarter": 0.25, "half": 0.5}
 """The share of the calibration windows that is made of questions with answers."""
 
 WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
-TEXT_SOURCE = join_forms(TEXT_FORMS)
+TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc")
+"""How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
+
+TEXT_SOURCE = f"{', '.join(TEXT_FORMS[:-1])} or {TEXT_FORMS[-1]}"
 
 
 class LoadSettings(BaseModel):

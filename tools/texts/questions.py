@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tools.base.errors import UserError
 from tools.base.names import parse_hub
 from tools.base.settings import QUESTION_SOURCE
-from tools.base.tables import check_file, explain_unreadable, open_rows
+from tools.texts.tables import check_file, explain_unreadable, open_rows
 
 QUESTION_FORM = "Question: {}\nAnswer:"
 """How a question is put; the answer follows after a space."""

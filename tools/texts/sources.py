@@ -1,6 +1,6 @@
 """Where running text comes from: every kind of source, how it is checked, and how its documents are read.
 
-A new kind is one entry of SOURCES, and its form in `tools.base.tables.TEXT_FORMS`, of which the flags' help is made.
+A new kind is one entry of SOURCES, and its form in `tools.base.settings.TEXT_FORMS`, of which the flags' help is made.
 """
 
 import os
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from tools.base.errors import UserError
 from tools.base.names import parse_hub
-from tools.base.tables import TEXT_FORMS, check_file, explain_unreadable, join_forms, open_rows
+from tools.base.settings import TEXT_SOURCE
 from tools.texts.questions import Question, write_pair
+from tools.texts.tables import check_file, explain_unreadable, open_rows
 
 
 class Source(NamedTuple):
@@ -36,7 +37,7 @@ def read_documents(source: str) -> Iterator[str]:
 def _find(source: str) -> Source:
     kind, colon, _ = source.partition(":")
     if kind + colon not in SOURCES:
-        raise UserError(f"text source {source!r} is not one of {join_forms(TEXT_FORMS)}")
+        raise UserError(f"text source {source!r} is not one of {TEXT_SOURCE}")
     return SOURCES[kind + colon]
 
 

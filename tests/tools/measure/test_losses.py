@@ -7,13 +7,10 @@ import pytest
 import torch
 
 from tests.tiny import VOCABULARY, make_tiny_model
+from tools.base.progress import ignore_progress
 from tools.measure.losses import Evaluation, compare_kl, evaluate_windows
 from tools.models.layers import find_layers
 from tools.models.readout import measure_losses
-
-
-def ignore(label: str, done: int, total: int) -> None:
-    """No progress bar."""
 
 
 def make_windows() -> torch.Tensor:
@@ -35,7 +32,7 @@ def test_windows_are_measured_one_by_one() -> None:
 
     layer = find_layers(model)[0]
     layer.write(layer.weight_OI * 1.5)
-    changed, _ = evaluate_windows(model, windows, hidden, "changed", ignore)
+    changed, _ = evaluate_windows(model, windows, hidden, "changed", ignore_progress)
     for i, ids in enumerate(windows):
         assert changed.kl[i] == pytest.approx(measure_losses(model, ids, hidden[i])[0].kl / 24)
     assert changed.mean_kl is not None and changed.mean_kl > 0
@@ -43,16 +40,18 @@ def test_windows_are_measured_one_by_one() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_hidden_states_stay_in_the_models_dtype(dtype: torch.dtype) -> None:
-    evaluation, hidden = evaluate_windows(make_tiny_model("llama").to(dtype), make_windows(), None, "x", ignore)
+    evaluation, hidden = evaluate_windows(
+        make_tiny_model("llama").to(dtype), make_windows(), None, "x", ignore_progress
+    )
     assert hidden.dtype == dtype and evaluation.finite
 
 
 def test_a_model_that_is_broken_is_not_finite() -> None:
     model, windows = make_tiny_model("llama"), make_windows()
-    _, hidden = evaluate_windows(model, windows, None, "x", ignore)
+    _, hidden = evaluate_windows(model, windows, None, "x", ignore_progress)
     layer = find_layers(model)[0]
     layer.write(layer.weight_OI * math.nan)
-    evaluation, _ = evaluate_windows(model, windows, hidden, "x", ignore)
+    evaluation, _ = evaluate_windows(model, windows, hidden, "x", ignore_progress)
     assert evaluation.nll == evaluation.kl == [None] * 3
     assert not evaluation.finite
     assert evaluation.perplexity is evaluation.mean_kl is evaluation.kl_error is None

@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from tests.tiny import ARCHITECTURES, make_tiny_model, make_tiny_tokenizer
+from tools.base.progress import ignore_progress
 from tools.measure.recall import EncodedPair, Recall, compare_recall, encode_pairs, measure_recall
 from tools.texts.questions import Question
-
-
-def quiet(*_: Any) -> None:
-    pass
 
 
 def read_slowly(model: Any, pair: EncodedPair) -> float:
@@ -33,7 +30,7 @@ def test_batches_give_what_each_question_gives_alone(architecture: str) -> None:
         EncodedPair(torch.randint(0, 60, (length,), generator=generator).tolist(), max(1, length - 3))
         for length in lengths
     ]
-    recall = measure_recall(model, pairs, "questions", quiet)
+    recall = measure_recall(model, pairs, "questions", ignore_progress)
     assert recall.tokens == sum(lengths)
     assert recall.logprob == pytest.approx([read_slowly(model, pair) for pair in pairs], abs=2e-4)
 
@@ -62,5 +59,5 @@ def test_retention() -> None:
 def test_a_model_that_is_not_finite() -> None:
     model = make_tiny_model("llama")
     model.get_output_embeddings().weight.data.fill_(math.nan)
-    recall = measure_recall(model, [EncodedPair([1, 2, 3], 2)], "questions", quiet)
+    recall = measure_recall(model, [EncodedPair([1, 2, 3], 2)], "questions", ignore_progress)
     assert (recall.logprob, recall.mean) == ([None], None)

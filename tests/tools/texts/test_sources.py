@@ -8,8 +8,7 @@ import pytest
 
 from tests.rows import write_rows
 from tools.base.errors import UserError
-from tools.base.settings import TEXT_SOURCE
-from tools.base.tables import TEXT_FORMS
+from tools.base.settings import TEXT_FORMS, TEXT_SOURCE
 from tools.texts.sources import SOURCES, check_source, read_documents
 
 

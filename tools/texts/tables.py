@@ -3,21 +3,13 @@
 import glob
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.names import parse_hub, path_of
-
-TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc")
-"""How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
-
-
-def join_forms(forms: Sequence[str]) -> str:
-    """a, b or c"""
-    return " or ".join([", ".join(forms[:-1]), forms[-1]])
 
 
 def check_file(source: str, what: str, *suffixes: str) -> Path:
@@ -26,7 +18,7 @@ def check_file(source: str, what: str, *suffixes: str) -> Path:
     if not os.path.isfile(path):  # unlike Path's, it has an answer for a name too long
         raise UserError(f"{what} {path} does not exist")
     if path.suffix not in suffixes:
-        raise UserError(f"{what} {path} must end in {join_forms(suffixes)}")
+        raise UserError(f"{what} {path} must end in {' or '.join(suffixes)}")
     return path
 
 
