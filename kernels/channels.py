@@ -10,10 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.refit import DAMPING
-
-ESCALATIONS = 4
-"""How often a failed factorisation is tried again with ten times the damping."""
+from kernels.damping import DAMPING, escalate
 
 
 class InputMoments(NamedTuple):
@@ -114,8 +111,7 @@ def fit_kept(
     takes what they shift: for W' = W_:,K that is FLAP's compensation, W times the mean of what went. Without a bias
     the channels that stay take what they can of the shift, and no bias is added. e is 0 without extra moments.
 
-    The damping is multiplied by ten, up to ESCALATIONS times, where the factorisation fails; ValueError when nothing
-    helps.
+    The damping escalates where the factorisation fails; ValueError when nothing helps.
     """
     weight_OI, given = weight_OI.double(), weight_OI
     moment_II, mean_I = _centre(moments, bias_O is not None), moments.mean_I
@@ -151,12 +147,10 @@ def _solve_damped(matrix_KK: Tensor, target_OK: Tensor, towards_OK: Tensor, mean
 
 def _factor_damped(matrix_NN: Tensor, mean: float) -> tuple[Tensor, float]:
     """(the lower Cholesky factor of M + d I, d): d = DAMPING * mean, or as much more as it takes."""
-    damping = DAMPING * mean
-    for _ in range(ESCALATIONS + 1):
+    for damping in escalate(DAMPING * mean):
         damped_NN = matrix_NN.clone()
         damped_NN.diagonal().add_(damping)
         lower_NN, failed = torch.linalg.cholesky_ex(damped_NN)
         if int(failed) == 0:
             return lower_NN, damping
-        damping *= 10
     raise ValueError("the second moment is not positive definite, whatever the damping")

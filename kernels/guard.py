@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.preconditioner import DAMPING
+from kernels.damping import DAMPING
 
 
 class Pruned(NamedTuple):

@@ -12,12 +12,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.dispatch import choose_kernel
-from kernels.ranks import INFINITY, NO_SCORE, kth_smallest, order_preserving_ints, score_bits
+from kernels.ranks import INFINITY, NO_SCORE, order_preserving_ints, score_bits
 from kernels.scores import score_wanda
 from kernels.threads import share_rows
 
 BLOCK_BYTES = 2**20
 """Of scores that a thread works on at a time: with their ranks and their mask they fit into the cache of a core."""
+
+
+def kth_smallest(ranks_RN: Tensor, k: int) -> Tensor:
+    """The k-th smallest (k from 1) of each row of ranks that are at least 0: shape (R,)."""
+    if choose_kernel(ranks_RN.device) == "triton":
+        from kernels import triton_masks
+
+        return triton_masks.select_kth(ranks_RN, k)
+    if ranks_RN.device.type == "cpu":  # numpy's partition is several times faster than torch.kthvalue here
+        return torch.from_numpy(np.partition(ranks_RN.numpy(), k - 1, axis=1)[:, k - 1].copy())
+    return torch.kthvalue(ranks_RN, k, dim=1).values
 
 
 def keep_highest(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:

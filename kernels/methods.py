@@ -114,14 +114,11 @@ METHODS: dict[str, Callable[[Tensor, LayerStatistics, int, Pattern | None], Prun
 """By name: (weight, statistics, zeros, pattern = None) to the pruned layer.
 
 With a pattern (N, M) the N lowest of every M consecutive inputs go, exact zeros first, and `zeros` must be what that
-comes to. A group with more exact zeros than N keeps the others: a method in MASK_ONLY leaves them zero, so that the
-layer may end with more zeros than `zeros`, while an update may fill them. Each raises ValueError in one line when the
-layer has more exact zeros than `zeros` (without a pattern), when `zeros` or d_in do not fit the pattern, and when the
-statistics are not finite or lack the second moment where it is needed.
+comes to. A group with more exact zeros than N keeps the others: a method that chooses a mask alone leaves them zero, so
+that the layer may end with more zeros than `zeros`, while an update may fill them. Each raises ValueError in one line
+when the layer has more exact zeros than `zeros` (without a pattern), when `zeros` or d_in do not fit the pattern, and
+when the statistics are not finite or lack the second moment where it is needed.
 """
-
-MASK_ONLY = frozenset({"magnitude", "wanda", "two-sided"})
-"""Methods that leave the survivors as they are."""
 
 
 def prune_weight(

@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from kernels.cholesky import factor_lower
+from kernels.damping import DAMPING, escalate
 from kernels.guard import Pruned, finish_update
 from kernels.masks import keep_highest
 from kernels.patterns import check_group, keep_highest_of_columns
 from kernels.ranks import order_preserving_ints
-from kernels.refit import DAMPING
 from kernels.threads import one_thread
 
 BLOCK = 128
 """Columns whose mask is chosen at once, and after which the columns to the right are updated (SparseGPT's B)."""
 INNER = 16
 """Columns updated one by one before the rest of their block is."""
-ESCALATIONS = 4
-"""How often a failed factorisation is tried again with ten times the damping."""
 
 Choose = Callable[[Tensor, int, int], Tensor]
 """Which weights go: (present weights of columns start..end, transposed; start; end) to bool, True = goes."""
@@ -43,15 +41,15 @@ class InverseFactor(NamedTuple):
     """The damping as a share of mean(diag A): DAMPING, or more where that failed."""
 
 
-def inverse_factor(second_moment_II: Tensor, *, damping: float = DAMPING) -> InverseFactor:
+def inverse_factor(second_moment_II: Tensor) -> InverseFactor:
     """The upper Cholesky factor of H^-1, H = A + share * mean(diag A) * I; fp32, never NaN.
 
     `second_moment_II` is A in any float dtype. H is factored from its last row up, H = R R^T with R upper, so that
     U = R^-1: one Cholesky and one triangular inverse instead of the usual Cholesky, inverse and Cholesky. Unlike the
     published code, dead columns do not count in the mean as ones: the damping does not depend on A's scale.
 
-    When H is not positive definite in fp32 the share is multiplied by ten, up to ESCALATIONS times; the result says
-    which share was used. Raises ValueError when A is not finite or nothing helps.
+    The share is DAMPING, and escalates when H is not positive definite in fp32; the result says which was used. Raises
+    ValueError when A is not finite or nothing helps.
     """
     moment_II = second_moment_II.float()
     diagonal_I = moment_II.diagonal()
@@ -59,8 +57,7 @@ def inverse_factor(second_moment_II: Tensor, *, damping: float = DAMPING) -> Inv
         raise ValueError("the second moment is not finite")
     dead_I = diagonal_I == 0
     mean = float(diagonal_I.mean())
-    share = damping
-    for _ in range(ESCALATIONS + 1):
+    for share in escalate(DAMPING):
         hessian_II = moment_II.flip(0, 1)
         hessian_II.diagonal().add_(share * mean).masked_fill_(dead_I.flip(0), 1.0)
         lower_II, positive = factor_lower(hessian_II)
@@ -68,8 +65,7 @@ def inverse_factor(second_moment_II: Tensor, *, damping: float = DAMPING) -> Inv
             factor_II = invert_lower(lower_II).flip(0, 1)
             if bool(torch.isfinite(factor_II).all()):
                 return InverseFactor(factor_II, dead_I, share * mean, share)
-        share = max(share, 1e-4) * 10
-    raise ValueError(f"the second moment is not positive definite, not even with damping {share / 10:g}")
+    raise ValueError(f"the second moment is not positive definite, not even with damping {share:g}")
 
 
 def invert_lower(lower_NN: Tensor) -> Tensor:
@@ -154,15 +150,6 @@ def prune_obs_groups(
         return ~keep_highest_of_columns(order_preserving_ints(score_MO, exact_IO[start:end]), pruned)
 
     return _sweep(weight_OI, second_moment_II, factor, choose, group)
-
-
-def update_obs(
-    weight_OI: Tensor, keep_OI: Tensor, second_moment_II: Tensor, *, factor: InverseFactor | None = None
-) -> Pruned:
-    """The survivors updated for a mask that is given, by whatever score: the same loop without a choice."""
-    factor = factor or inverse_factor(second_moment_II)
-    goes_IO = ~keep_OI.T
-    return _sweep(weight_OI, second_moment_II, factor, lambda _, start, end: goes_IO[start:end], BLOCK)
 
 
 def split_zeros(zeros: int, *, sizes: Sequence[int], exact: Sequence[int], free: Sequence[int]) -> list[int]:

@@ -19,10 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.damping import DAMPING
 from kernels.threads import one_thread
 
-DAMPING = 0.01
-"""Share of mean(diag A) added to A's diagonal, as in SparseGPT (arXiv 2301.00774)."""
 ROUNDS = 4
 """Subspace iterations for the leading eigenvectors: they need not be exact."""
 SPLIT = 0.8

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.preconditioner import DAMPING, Preconditioner, System, prepare_system
-
-__all__ = ["DAMPING", "refit_survivors"]
+from kernels.preconditioner import Preconditioner, System, prepare_system
 
 
 def refit_survivors(

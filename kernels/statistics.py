@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import choose_kernel
-from kernels.ranks import kth_smallest, order_preserving_ints
+from kernels.masks import kth_smallest
+from kernels.ranks import order_preserving_ints
 
 
 def add_second_moment(total_II: Tensor, x_TI: Tensor) -> None:

@@ -14,7 +14,8 @@ from tools.base.console import carry_out, print_line
 from tools.base.errors import UserError
 from tools.base.options import Parser
 from tools.base.settings import WorkbenchSettings
-from tools.models.load import DTYPES, Dtype, find_model, load_model, read_dtype
+from tools.models.formats import DTYPES, Dtype
+from tools.models.load import find_model, load_model, read_dtype
 from tools.results.cards import write_packed_card
 
 

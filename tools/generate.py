@@ -25,7 +25,8 @@ from tools.measure.continuations import (
     encode_prompt,
     stream_continuation,
 )
-from tools.models.load import DTYPES, Dtype, find_model, load_model, read_dtype
+from tools.models.formats import DTYPES, Dtype
+from tools.models.load import find_model, load_model, read_dtype
 from tools.models.packed import is_packed, read_contents
 
 

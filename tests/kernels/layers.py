@@ -7,6 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+MASK_ONLY = ("magnitude", "two-sided", "wanda")
+"""Methods that leave the survivors as they are."""
+
 
 class Layer(NamedTuple):
     """A weight, the second moment of its inputs and the mean square of the gradients of its outputs, all fp32."""

@@ -17,7 +17,7 @@ from kernels.channels import (
     score_fluctuation,
     score_residual,
 )
-from kernels.refit import DAMPING
+from kernels.damping import DAMPING
 
 Array = NDArray[np.float64]
 ROWS, CHANNELS, TOKENS = 7, 24, 300

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.guard import bound_rounding, finish_update, keep_better_rows, row_errors
-from kernels.obs import update_obs
+from kernels.refit import refit_survivors
 from tests.kernels.layers import make_layer
 
 
@@ -16,7 +16,7 @@ def test_rows_are_judged_one_by_one() -> None:
     updated[4] *= -2
     better = keep_better_rows(updated, layer.weight, keep, layer.moment)
     assert torch.equal(better, layer.weight * keep)
-    good = update_obs(layer.weight, keep, layer.moment).weight_OI
+    good = refit_survivors(layer.weight, keep, layer.moment)
     assert keep_better_rows(good, layer.weight, keep, layer.moment) is good
     spoilt = good.clone()
     spoilt[3] *= 5

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels.masks
 import kernels.threads
-from kernels.masks import keep_highest, keep_highest_of_rows
+from kernels.masks import keep_highest, keep_highest_of_rows, kth_smallest
 from kernels.scores import score_wanda
 
 FEW_VALUES = st.sampled_from([0.0, -0.0, 1e-45, 0.5, 0.5, 1.0, 2.0, 3e38])  # ties are the rule
@@ -140,3 +140,11 @@ def test_neither_threads_nor_blocks_of_rows_change_a_mask(monkeypatch: pytest.Mo
                 assert torch.equal(keep_highest_of_rows(score, dead, zeros), keep)
     finally:
         torch.set_num_threads(threads)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=1, max_size=4), st.integers(1, 4))
+def test_kth_smallest(rows: list[list[int]], k: int) -> None:
+    ranks = torch.tensor(rows, dtype=torch.int32)
+    before = ranks.clone()
+    assert kth_smallest(ranks, k).tolist() == [sorted(row)[k - 1] for row in rows]
+    assert torch.equal(ranks, before)  # numpy's partition works on a copy

@@ -11,13 +11,14 @@ from hypothesis import given
 from torch import Tensor
 
 import kernels.methods
+from kernels.damping import DAMPING
 from kernels.masks import keep_highest, keep_highest_of_rows
-from kernels.methods import MASK_ONLY, METHODS, LayerStatistics, prune_levels, prune_weight
+from kernels.methods import METHODS, LayerStatistics, prune_levels, prune_weight
 from kernels.obs import prune_obs_groups
-from kernels.refit import DAMPING, refit_survivors
+from kernels.refit import refit_survivors
 from kernels.refit_steps import refit_in_levels, refit_in_steps
 from kernels.scores import score_two_sided, score_wanda
-from tests.kernels.layers import make_layer
+from tests.kernels.layers import MASK_ONLY, make_layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UPDATES = [(method, refit) for method in sorted(METHODS) for refit in (False, True) if refit or method not in MASK_ONLY]
@@ -73,7 +74,7 @@ def plain_groups(method: str, weight: Tensor, mean_square: Tensor, pruned: int, 
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize(("pruned", "group"), [(2, 4), (4, 8), (1, 4), (5, 12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", sorted(MASK_ONLY))
+@pytest.mark.parametrize("method", MASK_ONLY)
 def test_masks_of_groups(method: str, dtype: torch.dtype, pruned: int, group: int, rows: int, kind: str) -> None:
     weight, statistics = make(dtype, rows, 48)
     if kind == "dead columns":
@@ -221,7 +222,7 @@ def test_more_damping_is_reported() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("method", "refit"), UPDATES + [(method, False) for method in sorted(MASK_ONLY)])
+@pytest.mark.parametrize(("method", "refit"), UPDATES + [(method, False) for method in MASK_ONLY])
 def test_levels_are_the_layer_as_it_would_be_pruned(method: str, refit: bool, dtype: torch.dtype) -> None:
     weight, statistics = make(dtype)
     zeros = [0, 2, 3, 31, 92, 92, 150, weight.numel()]

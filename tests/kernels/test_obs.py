@@ -8,6 +8,8 @@ from hypothesis import given
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.damping import DAMPING
+from kernels.guard import finish_update
 from kernels.obs import (
     InverseFactor,
     inverse_factor,
@@ -15,9 +17,7 @@ from kernels.obs import (
     prune_obs,
     prune_obs_groups,
     split_zeros,
-    update_obs,
 )
-from kernels.refit import DAMPING
 from tests.kernels.layers import Layer, make_layer, true_errors
 
 Array = NDArray[np.float64]
@@ -282,14 +282,6 @@ def test_weights_and_gammas_that_are_not_finite_are_refused() -> None:
         prune_obs(layer.weight, layer.moment, 8)
 
 
-def test_a_given_mask_is_updated_as_the_loop_would() -> None:
-    layer = make_layer(6, 300)
-    chosen = prune_obs(layer.weight, layer.moment, 900)
-    updated = update_obs(layer.weight, chosen.keep_OI, layer.moment)
-    torch.testing.assert_close(updated.weight_OI, chosen.weight_OI)
-    assert torch.equal(updated.keep_OI, chosen.keep_OI)
-
-
 def test_a_factor_at_hand_is_used() -> None:
     layer = make_layer(6, 30)
     factor = inverse_factor(layer.moment)
@@ -320,7 +312,8 @@ def test_a_row_that_the_loop_spoils_falls_back_to_its_mask() -> None:
     plain = plain_loop_with(layer, keep)
     masked = (layer.weight * keep).double().numpy()
     assert true_errors(plain, layer) > true_errors(masked, layer)  # the published loop does lose here
-    assert torch.equal(update_obs(layer.weight, keep, layer.moment).weight_OI, layer.weight * keep)
+    finished = finish_update(torch.from_numpy(plain).float(), layer.weight, keep, layer.moment)
+    assert torch.equal(finished, layer.weight * keep)
 
 
 def plain_loop_with(layer: Layer, keep: Tensor) -> Array:

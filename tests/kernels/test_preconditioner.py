@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.preconditioner import DAMPING, Preconditioner, System, leading_eigenvectors, prepare_system
+from kernels.damping import DAMPING
+from kernels.preconditioner import Preconditioner, System, leading_eigenvectors, prepare_system
 from kernels.refit import refit_survivors
 from tests.kernels.layers import Layer, make_layer
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.refit import DAMPING, refit_survivors
+from kernels.damping import DAMPING
+from kernels.refit import refit_survivors
 
 Array = NDArray[np.float64]
 SCALES = st.sampled_from([1e-12, 1.0, 1e9])

@@ -10,7 +10,8 @@ from hypothesis import given
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.refit import DAMPING, refit_survivors
+from kernels.damping import DAMPING
+from kernels.refit import refit_survivors
 from kernels.refit_steps import plan_steps, refit_in_levels, refit_in_steps
 from tests.kernels.layers import Layer, make_layer, true_errors
 

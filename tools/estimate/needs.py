@@ -25,8 +25,9 @@ from tools.base.errors import UserError, in_one_line
 from tools.base.settings import TeamSettings, WorkbenchSettings, count_threads
 from tools.measure.losses import PREFIX_SHARE
 from tools.models.disk import Line, list_disk
+from tools.models.formats import DTYPES
 from tools.models.layers import Layer, find_blocks, find_layers, find_unprunable
-from tools.models.load import DTYPES, ModelPlace, build_on_meta, locate_model, spread_blocks
+from tools.models.load import ModelPlace, build_on_meta, locate_model, spread_blocks
 from tools.models.readout import CHUNK
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.shards import count_held, cut_shards, list_nodes, share_out

@@ -7,22 +7,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.names import is_hub_id
 from tools.base.rundir import runs_directory
 from tools.base.settings import WorkbenchSettings
+from tools.models.formats import DTYPES, PACKED_FILE, Dtype
 
 if TYPE_CHECKING:
     import torch
-
-Dtype = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Names of the config's number formats in torch."""
-
-PACKED_FILE = "packed.safetensors"
-"""What a directory with a packed model holds."""
 
 
 class ModelPlace(NamedTuple):

@@ -33,8 +33,8 @@ from kernels.packed import (
 )
 from tools.base.errors import DamagedArtifact, UserError, in_one_line
 from tools.base.files import write_directory
+from tools.models.formats import DTYPES, PACKED_FILE
 from tools.models.layers import Layer, find_layers
-from tools.models.load import DTYPES, PACKED_FILE
 
 KEY = "billhook"
 """Of the JSON in the file's metadata."""

@@ -4,7 +4,6 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,12 +23,6 @@ class StateStack:
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - open for as long as the stack is
         weakref.finalize(self, self._file.close)
         self._heights: list[tuple[int, list[tuple[torch.Size, torch.dtype]]]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     @property
     def height(self) -> int:

@@ -21,9 +21,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from kernels.damping import DAMPING
 from kernels.methods import LayerStatistics
 from kernels.packed import pack_bits
-from kernels.preconditioner import DAMPING
 from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.files import ArtifactStore, explain_full_disk, write_json
 from tools.base.progress import Progress, count_up

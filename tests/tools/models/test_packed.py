@@ -20,8 +20,9 @@ from kernels.packed import PADDING, PackedLinear
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools import export
 from tools.base.errors import DamagedArtifact, UserError
+from tools.models.formats import PACKED_FILE
 from tools.models.layers import find_layers
-from tools.models.load import PACKED_FILE, load_model
+from tools.models.load import load_model
 from tools.models.packed import (
     KEY,
     describe_packed,

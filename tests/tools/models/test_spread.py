@@ -16,6 +16,7 @@ from tools.base.errors import UserError
 from tools.measure.recall import EncodedPair, read_answers
 from tools.models import load as sources
 from tools.models.blocks import Blocks
+from tools.models.formats import PACKED_FILE
 from tools.models.layers import find_blocks, find_layers
 from tools.models.load import load_model, pick_device, spread_blocks
 from tools.models.readout import check_readout, compute_hidden, measure_losses
@@ -247,7 +248,7 @@ def test_a_packed_model_runs_on_one_device(tiny_llama: Path, two_gpus: None, tmp
     for file in tiny_llama.iterdir():
         if file.suffix != ".safetensors":
             (packed / file.name).symlink_to(file)
-    (packed / sources.PACKED_FILE).write_bytes(b"")
+    (packed / PACKED_FILE).write_bytes(b"")
     with pytest.raises(UserError, match=r"is packed, and runs on one device; use another --device$"):
         load_model(tiny_settings(packed, device="spread"))
 

@@ -16,32 +16,32 @@ def test_bits_come_back_last_first(tmp_path: Path, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     lists = [[torch.randn(1, 3 + i, 5, generator=generator).to(dtype) for i in range(n)] for n in (2, 0, 3)]
     lists[0][0][0, 0, :2] = torch.tensor([-0.0, torch.nan], dtype=dtype)
-    with StateStack(tmp_path) as stack:
-        for states in lists:
-            stack.push(states)
-        assert list(tmp_path.iterdir()) == [], "the file has no name"
-        for states in reversed(lists):
-            taken = stack.pop()
-            assert [x.shape for x in taken] == [x.shape for x in states]
-            for x, y in zip(taken, states, strict=True):
-                assert x.dtype == dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+    stack = StateStack(tmp_path)
+    for states in lists:
+        stack.push(states)
+    assert list(tmp_path.iterdir()) == [], "the file has no name"
+    for states in reversed(lists):
+        taken = stack.pop()
+        assert [x.shape for x in taken] == [x.shape for x in states]
+        for x, y in zip(taken, states, strict=True):
+            assert x.dtype == dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
 def test_room_is_given_back_and_used_again(tmp_path: Path) -> None:
-    with StateStack(tmp_path) as stack:
-        stack.push([torch.zeros(4)])
-        stack.push([torch.ones(4)])
-        assert torch.equal(stack.pop()[0], torch.ones(4))
-        stack.push([torch.full((2,), 7.0)])
-        assert torch.equal(stack.pop()[0], torch.full((2,), 7.0)) and torch.equal(stack.pop()[0], torch.zeros(4))
-        assert stack._file.seek(0, 2) == 0
+    stack = StateStack(tmp_path)
+    stack.push([torch.zeros(4)])
+    stack.push([torch.ones(4)])
+    assert torch.equal(stack.pop()[0], torch.ones(4))
+    stack.push([torch.full((2,), 7.0)])
+    assert torch.equal(stack.pop()[0], torch.full((2,), 7.0)) and torch.equal(stack.pop()[0], torch.zeros(4))
+    assert stack._file.seek(0, 2) == 0
 
 
 def test_a_part_of_a_larger_tensor(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(3, 4)
-    with StateStack(tmp_path) as stack:
-        stack.push([whole[:, 1:3]])
-        assert torch.equal(stack.pop()[0], whole[:, 1:3])
+    stack = StateStack(tmp_path)
+    stack.push([whole[:, 1:3]])
+    assert torch.equal(stack.pop()[0], whole[:, 1:3])
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from kernels.refit import DAMPING
+from kernels.damping import DAMPING
 from tests.cuts import (
     IDS,
     assert_same_logits,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.refit import DAMPING
+from kernels.damping import DAMPING
 from tests.cuts import IDS, assert_same_logits, fit_slowly, make_config, make_cut, make_model, quiet, read_inputs
 from tests.tiny import ARCHITECTURES, make_tiny_model
 from tools.base.errors import UserError
