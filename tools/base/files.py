@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.base.errors import DamagedArtifact, DiskFull
+from tools.base.words import show_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,8 +63,8 @@ def explain_full_disk(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(next(place for place in path.absolute().parents if place.exists())).free
         raise DiskFull(
-            f"the disk is full ({free / 1e6:.0f} MB free) while writing {path}; free some space, then go on: a run "
-            "with --resume, any other command as before"
+            f"the disk is full ({show_size(free, 'MB', 0)} free) while writing {path}; free some space, then go on: "
+            "a run with --resume, any other command as before"
         ) from error
 
 
@@ -92,6 +93,16 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_artifact(directory: Path, digest: str, suffix: str) -> Path:
+    """A file that is named by the hash of its content, which is checked. Raises DamagedArtifact."""
+    path = directory / digest[:2] / f"{digest}{suffix}"
+    if not path.is_file():
+        raise DamagedArtifact(f"artifact {path} is missing")
+    if hash_file(path) != digest:
+        raise DamagedArtifact(f"artifact {path} is damaged: its content does not match its hash")
+    return path
 
 
 class ArtifactStore:
@@ -128,12 +139,7 @@ class ArtifactStore:
 
     def check(self, digest: str, suffix: str) -> Path:
         """The artifact's path, its content checked against its hash. Raises DamagedArtifact."""
-        path = self.path(digest, suffix)
-        if not path.is_file():
-            raise DamagedArtifact(f"artifact {path} is missing")
-        if hash_file(path) != digest:
-            raise DamagedArtifact(f"artifact {path} is damaged: its content does not match its hash")
-        return path
+        return find_artifact(self.directory, digest, suffix)
 
     def has(self, digest: str, suffix: str) -> bool:
         """Whether the artifact is there and whole."""

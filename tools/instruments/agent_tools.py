@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 from langchain_core.tools import BaseTool, tool
 from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 
+from tools.base.words import count
 from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, probe
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
@@ -113,28 +114,24 @@ def make_planner_tools(
     def history_tool(n: int) -> tuple[str, str]:
         """The last trials of this run, with their plans and figures in full. Costs nothing."""
         lines = history(n)
-        return _answer(trials=lines), f"{n} -> {_count(lines, 'trial')}"
+        return _answer(trials=lines), f"{n} -> {count(len(lines), 'trial')}"
 
     @tool("recall", args_schema=RecallArguments, response_format="content_and_artifact")
     def recall_tool(query: str) -> tuple[str, str]:
         """What this and earlier runs learnt on this model and its relatives. Costs nothing."""
         lines = recall(query)
-        return _answer(lessons=lines), f"{query} -> {_count(lines, 'lesson')}"
+        return _answer(lessons=lines), f"{query} -> {count(len(lines), 'lesson')}"
 
     return [inspect_tool, predict_tool, probe_tool, history_tool, recall_tool]
 
 
 def _describe(draft: Draft) -> str:
-    more = f" · {_count(draft.adjustments, 'adjustment')}" if draft.adjustments else ""
+    more = f" · {count(len(draft.adjustments), 'adjustment')}" if draft.adjustments else ""
     return f"{draft.sparsity:.1%} {draft.recipe.label}{more}"
 
 
 def _describe_probe(figures: Figures) -> str:
     return figures.get("error") or f"KL {figures['kl']} on {figures['tokens']} tokens"
-
-
-def _count(things: Sequence[Any], noun: str) -> str:
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def _answer(**figures: Any) -> str:

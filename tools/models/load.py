@@ -13,6 +13,7 @@ from tools.base.errors import UserError, in_one_line
 from tools.base.names import is_hub_id
 from tools.base.rundir import runs_directory
 from tools.base.settings import WorkbenchSettings
+from tools.base.words import show_size
 from tools.models.formats import DTYPES, PACKED_FILE, Dtype
 
 if TYPE_CHECKING:
@@ -189,9 +190,9 @@ def spread_blocks(model: Any, memory: Mapping[int, int]) -> dict[str, int]:
     if offloaded := [name for name, place in places.items() if place not in memory]:
         weights, room = sum(parameter.nbytes for parameter in model.parameters()), sum(memory.values())
         raise UserError(
-            f"the model's {weights / 1e9:.1f} GB do not fit the GPUs, which have {room / 1e9:.1f} GB free in all: "
-            f"{offloaded[0] or 'the whole model'} would be left on the CPU or on disk, where nothing can be pruned; "
-            "use more or larger GPUs"
+            f"the model's {show_size(weights, 'GB')} do not fit the GPUs, which have {show_size(room, 'GB')} free in "
+            f"all: {offloaded[0] or 'the whole model'} would be left on the CPU or on disk, where nothing can be "
+            "pruned; use more or larger GPUs"
         )
     return dict(places)
 

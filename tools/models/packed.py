@@ -33,6 +33,7 @@ from kernels.packed import (
 )
 from tools.base.errors import DamagedArtifact, UserError, in_one_line
 from tools.base.files import write_directory
+from tools.base.words import show_size
 from tools.models.formats import DTYPES, PACKED_FILE
 from tools.models.layers import Layer, find_layers
 
@@ -155,8 +156,8 @@ def describe_packed(contents: Contents) -> str:
     item = getattr(torch, DTYPES[contents.dtype]).itemsize
     size = sum(measure_packed(x.shape, x.nonzeros, item) for x in layers)
     return (
-        f"{len(layers)} layers packed, {1 - kept / weights:.1%} of their weights zero: {size / 1e6:.1f} MB instead of "
-        f"{weights * item / 1e6:.1f} MB in {contents.dtype}, {size / (weights * item):.3f} of it"
+        f"{len(layers)} layers packed, {1 - kept / weights:.1%} of their weights zero: {show_size(size, 'MB')} instead "
+        f"of {show_size(weights * item, 'MB')} in {contents.dtype}, {size / (weights * item):.3f} of it"
     )
 
 

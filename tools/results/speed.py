@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tools.base.errors import UserError
 from tools.base.files import write_json
+from tools.base.words import show_size
 
 
 class Result(BaseModel):
@@ -88,7 +89,7 @@ def show_report(report: Report, console: Console) -> None:
             " / ".join(f"{seconds:.3g}" for seconds in medians),
             f"{result.ratio:.3g}\n{result.low:.3g} to {result.high:.3g} of {len(result.seconds)}",
             describe_target(result),
-            f"{result.peak_memory_bytes / 1e9:.2f} GB",
+            show_size(result.peak_memory_bytes, "GB", 2),
         )
     console.print(f"{report.settings['model']}, {report.settings['dtype']}, {report.device}, {report.threads} threads")
     console.print(table)

@@ -1,13 +1,14 @@
 """A run as its directory tells it, finished or not: what `tools.report` shows. No torch in here."""
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
-from tools.base.errors import DamagedArtifact, UserError
-from tools.base.files import ArtifactStore
+from tools.base.errors import DamagedArtifact, UserError, in_one_line
+from tools.base.files import find_artifact
 from tools.base.options import read_yaml
 from tools.base.rows import read_kept
 from tools.base.rundir import scan_events
@@ -188,9 +189,10 @@ _PROFILE = TypeAdapter(list[LayerProfile])
 def _read_profile(directory: Path, profile: str) -> list[LayerProfile]:
     """The layers of a profile artifact. Raises UserError when it is not there as it was written."""
     try:
-        return _PROFILE.validate_python(ArtifactStore(directory / "artifacts").read_json(profile)["layers"])
+        text = find_artifact(directory / "artifacts", profile, ".json").read_text(encoding="utf-8")
+        return _PROFILE.validate_python(json.loads(text)["layers"])
     except (DamagedArtifact, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the profile of {directory} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"the profile of {directory} cannot be read: {in_one_line(error)}") from error
 
 
 class _Profile(BaseModel):
