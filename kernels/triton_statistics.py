@@ -101,10 +101,11 @@ def _add_second_moment(
         inside = (i < columns)[:, None] & (j < columns)[None, :]
         wide_i, wide_j = i.to(tl.int64)[:, None], j.to(tl.int64)[None, :]
         below = total + wide_i * row_stride + wide_j * column_stride
-        tl.store(below, tl.load(below, mask=inside, other=0.0) + sums, mask=inside)
-        if tl.program_id(1) < tl.program_id(0):
-            above = total + wide_j * row_stride + wide_i * column_stride
-            tl.store(above, tl.load(above, mask=inside, other=0.0) + sums, mask=inside)
+        # On the diagonal too: what lies above is what lies below, however a product rounds.
+        lower, mirrored = inside & (wide_i >= wide_j), inside & (wide_i > wide_j)
+        tl.store(below, tl.load(below, mask=lower, other=0.0) + sums, mask=lower)
+        above = total + wide_j * row_stride + wide_i * column_stride
+        tl.store(above, tl.load(above, mask=mirrored, other=0.0) + sums, mask=mirrored)
 
 
 @triton.jit
