@@ -32,11 +32,10 @@ from graph.persistence import (
 )
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
-from graph.show.display import clean
 from tools.base.errors import UserError
 from tools.base.options import Parser, refuse
 from tools.base.secrets import read_secrets
-from tools.base.words import count
+from tools.base.words import clean, count
 
 LIMIT = 30
 """Lessons from earlier runs that a new run starts with, those of most evidence."""

@@ -9,8 +9,7 @@ import yaml
 from rich.table import Column, Table
 from rich.text import Text
 
-from graph.show.display import clean, figure, percent
-from tools.base.words import show_seconds
+from tools.base.words import clean, show_compact, show_percent, show_seconds
 
 MARKS = ("summary.json", "config.yaml", "events.jsonl", "run.json")
 STYLES = {"finished": "green", "unfinished": "yellow", "damaged": "red"}
@@ -51,7 +50,7 @@ def describe_run(run: Path) -> list[str]:
         if (run / "summary.json").is_file():
             return describe_summary(read_summary(run / "summary.json"))
         config = read_config(run / "config.yaml")
-        return ["unfinished", clean(config["model"]), f"\nof {percent(config['target_sparsity'])}"]
+        return ["unfinished", clean(config["model"]), f"\nof {show_percent(config['target_sparsity'], 1)}"]
     except Damaged as problem:
         return ["damaged", str(problem)]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
@@ -66,9 +65,9 @@ def describe_summary(summary: Mapping[str, Any]) -> list[str]:
     return [
         f"{clean(summary['status'], 20)}\n{show_seconds(summary['seconds'])}",
         clean(summary["model"]),
-        f"{percent(summary['achieved_sparsity'])}\nof {percent(summary['target_sparsity'])}",
-        f"{figure(dense)} → {figure(pruned)}\nWanda {figure(uniform)}",
-        figure(summary["kl"], 4),
+        f"{show_percent(summary['achieved_sparsity'], 1)}\nof {show_percent(summary['target_sparsity'], 1)}",
+        f"{show_compact(dense)} → {show_compact(pruned)}\nWanda {show_compact(uniform)}",
+        show_compact(summary["kl"], 4),
         f"{summary['iterations']:d}\n{summary['rollbacks']:d} undone",
     ]
 

@@ -29,7 +29,8 @@ from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
-from tools.base.words import count, show_seconds, strip_controls
+from tools.base.words import clean, count, show_compact, show_percent, show_seconds, strip_controls
+from tools.results.sentences import list_outcome
 
 Event = Mapping[str, Any]
 Clock = Callable[[], float]
@@ -118,36 +119,6 @@ def render_svg(events: Iterable[Event], path: Path, width: int = 110) -> None:
     path.write_text(svg.replace("<svg ", '<svg xml:space="preserve" ', 1), encoding="utf-8")
 
 
-# Text and figures ---------------------------------------------------------------------------------
-
-
-def clean(text: object, limit: int = 300) -> str:
-    """Make one harmless line of at most `limit` characters from text that a model or a file supplied.
-
-    The result goes into `rich.text.Text`, never through rich's markup, so brackets mean nothing.
-    """
-    head = str(text)[: 8 * limit]  # a reply of megabytes is not worth looking through
-    line = strip_controls(" ".join(head.split()))
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """0.45 → 45.0%"""
-    return "none" if value is None else f"{100 * value:.{digits}f}%"
-
-
-def figure(value: float | None, digits: int = 2) -> str:
-    """A measured figure; huge ones in powers of ten, so that a column keeps its width."""
-    if value is None:
-        return "not finite"
-    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
-
-
-def memory(size: float | None) -> str:
-    """2.1e9 → 2.1 GB"""
-    return "not measured" if size is None else f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
 # Every event as plain lines -----------------------------------------------------------------------
 
 
@@ -155,14 +126,14 @@ def tell_start(event: Event) -> str:
     """The first line of a run."""
     verb = "resumed" if event.get("resumed") else "started"
     return (
-        f"{verb} {clean(event['run'])}: {clean(event['model'])} to {percent(event['target'])} sparsity, "
+        f"{verb} {clean(event['run'])}: {clean(event['model'])} to {show_percent(event['target'], 1)} sparsity, "
         f"planned by {clean(event['planner'])}, in {clean(event['directory'], 1000)}"
     )
 
 
 def tell_profile(event: Event) -> str:
     """What was profiled, and the layers that are dearest to prune."""
-    top = ", ".join(f"{clean(name, 100)} {figure(kl, 4)}" for name, kl in event["top"][:5])
+    top = ", ".join(f"{clean(name, 100)} {show_compact(kl, 4)}" for name, kl in event["top"][:5])
     return f"profile: {count(event['layers'], 'layer')}, {count(event['weights'], 'weight')}; most precious: {top}"
 
 
@@ -171,13 +142,14 @@ def tell_layers(event: Event) -> str:
     values = event["sparsity"]
     if not values:
         return "layers: none"
-    return f"layers: {count(len(values), 'layer')}, sparsity {percent(min(values))} to {percent(max(values))}"
+    least, most = show_percent(min(values), 1), show_percent(max(values), 1)
+    return f"layers: {count(len(values), 'layer')}, sparsity {least} to {most}"
 
 
 def tell_plan(event: Event) -> str:
     """A plan and why."""
     line = f"plan {event['iteration']} by {clean(event['planner'])}: {clean(event['plan'])}"
-    line += f", predicted KL {figure(event['predicted_kl'], 4)}"
+    line += f", predicted KL {show_compact(event['predicted_kl'], 4)}"
     return f"{line}: {clean(event['reason'], 1000)}" if event.get("reason") else line
 
 
@@ -194,8 +166,8 @@ def tell_tool(event: Event) -> str:
 
 def tell_kl(event: Event) -> str:
     """0.2103 ± 0.0040"""
-    error = "" if event["kl"] is None or event.get("kl_error") is None else f" ± {figure(event['kl_error'], 4)}"
-    return figure(event["kl"], 4) + error
+    error = "" if event["kl"] is None or event.get("kl_error") is None else f" ± {show_compact(event['kl_error'], 4)}"
+    return show_compact(event["kl"], 4) + error
 
 
 def tell_facts(event: Event) -> str:
@@ -203,19 +175,19 @@ def tell_facts(event: Event) -> str:
     share, error = event.get("fact_retention"), event.get("fact_error")
     if share is None:
         return ""
-    return f", facts {percent(share)}" + (f" ± {percent(error)}" if error is not None else "")
+    return f", facts {show_percent(share, 1)}" + (f" ± {show_percent(error, 1)}" if error is not None else "")
 
 
 def tell_trial(event: Event) -> str:
     """A plan as measured."""
     if event["iteration"] == 0:
-        return f"trial 0: the dense model, perplexity {figure(event['perplexity'])}"
+        return f"trial 0: the dense model, perplexity {show_compact(event['perplexity'])}"
     if event["verdict"] == "refuse":
         return f"trial {event['iteration']}: refused, {clean(event['plan'])}: {clean(event['reason'], 1000)}"
     line = (
-        f"trial {event['iteration']}: {event['verdict']}, sparsity {percent(event['sparsity'])}, "
-        f"perplexity {figure(event['perplexity'])}, KL {tell_kl(event)} "
-        f"(predicted {figure(event['predicted_kl'], 4)}){tell_facts(event)}, "
+        f"trial {event['iteration']}: {event['verdict']}, sparsity {show_percent(event['sparsity'], 1)}, "
+        f"perplexity {show_compact(event['perplexity'])}, KL {tell_kl(event)} "
+        f"(predicted {show_compact(event['predicted_kl'], 4)}){tell_facts(event)}, "
         f"{show_seconds(event.get('seconds', 0.0))}, {clean(event['plan'])}"
     )
     return f"{line}: {clean(event['reason'], 1000)}" if event.get("reason") else line
@@ -253,39 +225,6 @@ def tell_usage(event: Event) -> str:
     return f"agents: {count(event['calls'], 'call')}, {tokens}, ${event['cost']:.4f}"
 
 
-def tell_result(event: Event) -> str:
-    """Three lines with the result, one for each figure of a task, then where model and report are."""
-    perplexity = event["perplexity"]
-    dense, pruned, uniform = (perplexity[key] for key in ("dense", "pruned", "uniform_wanda"))
-    compared = "not to be compared with uniform Wanda's"
-    if None not in (dense, pruned, uniform) and uniform > dense:
-        compared = f"{(pruned - dense) / (uniform - dense):.2f} × that of uniform Wanda"
-    return "\n".join(
-        [
-            f"{clean(event['status'])}: sparsity {percent(event['achieved_sparsity'], 2)} "
-            f"(target {percent(event['target_sparsity'], 2)}), {count(event['iterations'], 'iteration')}, "
-            f"{event['rollbacks']} rolled back",
-            f"perplexity: {figure(pruned)} pruned, {figure(dense)} dense, {figure(uniform)} uniform Wanda; "
-            f"KL {figure(event['kl'], 4)}",
-            f"degradation: {compared}; {show_seconds(event['seconds'])}, "
-            f"peak memory {memory(event['peak_memory_bytes'])}",
-            *tell_scores(event.get("benchmarks", [])),
-            f"model:  {clean(event['model_directory'], 1000)}",
-            f"report: {clean(event['report'], 1000)}",
-        ]
-    )
-
-
-def tell_scores(scores: list[dict[str, Any]]) -> list[str]:
-    """A line for each figure of a task, the models side by side."""
-    lines: dict[str, list[str]] = {}
-    for score in scores:
-        error = "" if score["error"] is None else f" ± {figure(score['error'], 4)}"
-        shown = f"{figure(score['value'], 4)}{error} {clean(score['model'])}"
-        lines.setdefault(f"{clean(score['task'])} {clean(score['metric'])}", []).append(shown)
-    return [f"{name}: {', '.join(shown)}" for name, shown in lines.items()]
-
-
 TELL: dict[str, Callable[[Event], str]] = {
     "start": tell_start,
     "node": lambda e: f"iteration {e['iteration']}: {clean(e['node'])}" if e.get("iteration") else clean(e["node"]),
@@ -305,7 +244,7 @@ TELL: dict[str, Callable[[Event], str]] = {
     "parting": lambda e: f"parts from the record at {clean(e['text'], 1000)}",
     "fork": lambda e: f"forked from {clean(e['from'], 100)} after iteration {e['iteration']}",
     "warning": lambda e: f"warning: {clean(e['text'], 1000)}",
-    "result": tell_result,
+    "result": lambda e: "\n".join(list_outcome(e)),
     "pushed": lambda e: f"pushed: {clean(e['url'], 1000)}",
     "stopped": lambda e: f"stopped: {clean(e['reason'], 1000)}\nresume with: {clean(e['resume'], 1000)}",
 }
@@ -330,7 +269,7 @@ def tell(event: Event) -> str:
 def ask_line(console: Console, question: Event) -> str:
     """Show a plan with what it is predicted to do, and read what a person says to it."""
     print_line(console, f"plan {question['iteration']}: {clean(question['line'])}")
-    print_line(console, f"  predicted KL {figure(question['predicted_kl'], 4)} nats per token")
+    print_line(console, f"  predicted KL {show_compact(question['predicted_kl'], 4)} nats per token")
     if question.get("reason"):
         print_line(console, f"  because: {clean(question['reason'], 1000)}")
     fields = {name: value for name, value in question["plan"].items() if name != "reason"}
@@ -413,14 +352,14 @@ def fit(text: str, width: int, lines: int) -> list[Text]:
 def trial_cells(trial: Event) -> list[str]:
     """The figures of a trial, as strings, one per column of TRIAL_COLUMNS."""
     number = trial["iteration"]
-    cells = [str(number), percent(trial["sparsity"]), figure(trial["perplexity"])]
+    cells = [str(number), show_percent(trial["sparsity"], 1), show_compact(trial["perplexity"])]
     if number == 0:
         return [*cells, "", "", "", "dense"]
     if trial["verdict"] == "refuse":
-        return [*cells[:2], "", "", figure(trial["predicted_kl"], 4), "", "refuse"]
-    facts = "" if trial.get("fact_retention") is None else percent(trial["fact_retention"])
+        return [*cells[:2], "", "", show_compact(trial["predicted_kl"], 4), "", "refuse"]
+    facts = "" if trial.get("fact_retention") is None else show_percent(trial["fact_retention"], 1)
     kl = tell_kl(trial).replace("± ", "±")
-    return [*cells, kl, figure(trial["predicted_kl"], 4), facts, clean(trial["verdict"], 8)]
+    return [*cells, kl, show_compact(trial["predicted_kl"], 4), facts, clean(trial["verdict"], 8)]
 
 
 TRIAL_COLUMNS = ("#", "sparsity", "ppl", "KL ± error", "pred.", "facts", "verdict")
@@ -559,7 +498,7 @@ def draw_scale(strip: Strip, label: int, width: int, coloured: bool) -> Text:
     else:
         line.append("in tenths, · untouched")
     for word, (value, layer) in (("least", strip.least), ("most", strip.most)):
-        line.append(f"  {word} {percent(value, 0)} ({layer})")
+        line.append(f"  {word} {show_percent(value, 0)} ({layer})")
     if strip.hidden:
         line.append(f"  {count(strip.hidden, 'kind')} not shown")
     line.truncate(width, overflow="ellipsis")
@@ -744,7 +683,7 @@ class Picture:
 
     def draw_heading(self) -> Rule:
         """Who prunes what, and how far it has come."""
-        words = [self.model, f"target {percent(self.target)}", self.planner]
+        words = [self.model, f"target {show_percent(self.target, 1)}", self.planner]
         words += [f"iteration {self.iteration}"] if self.iteration else []
         title = Text(f"Billhook {self.name}", style="bold")
         title.append("".join(f" · {word}" for word in words if word), "not bold")

@@ -27,8 +27,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from graph.show.display import UNEXPECTED, Display, Event, clean
+from graph.show.display import UNEXPECTED, Display, Event
 from tools.base.errors import UserError
+from tools.base.words import clean
 from tools.results.page.page import write_page
 
 HOST = "127.0.0.1"

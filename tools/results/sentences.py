@@ -1,6 +1,9 @@
-"""The result of a run in words, the same in report.md, report.html and the model card."""
+"""The result of a run in words: sentences for report.md, report.html and the model card, lines for a terminal."""
 
-from tools.base.words import count, show
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tools.base.words import clean, count, show, show_compact, show_percent, show_seconds, show_size
 from tools.results.schema import Summary
 
 
@@ -13,8 +16,7 @@ def describe_result(summary: Summary) -> str:
         f"after {rounds} with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at "
         f"the same sparsity {show(p.uniform_wanda)}"
     )
-    if p.dense and p.pruned and p.uniform_wanda and p.uniform_wanda > p.dense:
-        share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
+    if (share := relate_to_wanda(p.dense, p.pruned, p.uniform_wanda)) is not None:
         text += f", so the degradation is {share:.2f} times uniform Wanda's"
     if summary.knowledge and summary.knowledge.retention is not None:
         text += f". Of its factual recall {summary.knowledge.retention:.1%} is left"
@@ -28,3 +30,48 @@ def list_loading(directory: str) -> list[str]:
         f'model = AutoModelForCausalLM.from_pretrained("{directory}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{directory}")',
     ]
+
+
+def list_outcome(result: Mapping[str, Any]) -> list[str]:
+    """Three lines with a summary's figures, one for each figure of a task, then where model and report are."""
+    dense, pruned, uniform = (result["perplexity"][key] for key in ("dense", "pruned", "uniform_wanda"))
+    share = relate_to_wanda(dense, pruned, uniform)
+    compared = "not to be compared with uniform Wanda's" if share is None else f"{share:.2f} × that of uniform Wanda"
+    return [
+        f"{clean(result['status'])}: sparsity {show_percent(result['achieved_sparsity'])} "
+        f"(target {show_percent(result['target_sparsity'])}), {count(result['iterations'], 'iteration')}, "
+        f"{result['rollbacks']} rolled back",
+        f"perplexity: {show_compact(pruned)} pruned, {show_compact(dense)} dense, {show_compact(uniform)} uniform "
+        f"Wanda; KL {show_compact(result['kl'], 4)}",
+        f"degradation: {compared}; {show_seconds(result['seconds'])}, "
+        f"peak memory {_show_memory(result['peak_memory_bytes'])}",
+        *_list_scores(result.get("benchmarks", [])),
+        f"model:  {clean(result['model_directory'], 1000)}",
+        f"report: {clean(result['report'], 1000)}",
+    ]
+
+
+def _show_memory(size: float | None) -> str:
+    if size is None:
+        return "not measured"
+    return show_size(size, "GB") if size >= 1e9 else show_size(size, "MB", 0)
+
+
+def _list_scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each figure of a task, the models side by side."""
+    lines: dict[str, list[str]] = {}
+    for score in scores:
+        error = "" if score["error"] is None else f" ± {show_compact(score['error'], 4)}"
+        shown = f"{show_compact(score['value'], 4)}{error} {clean(score['model'])}"
+        lines.setdefault(f"{clean(score['task'])} {clean(score['metric'])}", []).append(shown)
+    return [f"{name}: {', '.join(shown)}" for name, shown in lines.items()]
+
+
+def relate_to_wanda(dense: float | None, pruned: float | None, uniform: float | None) -> float | None:
+    """How far perplexity rose above the dense model's, as a share of what uniform Wanda makes it rise.
+
+    None where one was not finite, or Wanda's did not rise.
+    """
+    if dense is None or pruned is None or uniform is None or not uniform > dense:
+        return None
+    return (pruned - dense) / (uniform - dense)

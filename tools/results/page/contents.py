@@ -11,7 +11,7 @@ from tools.plans.layer_profile import predict_layer_kl
 from tools.results.page.figures import Cell, Prediction
 from tools.results.page.record import Layers, Record, Trial
 from tools.results.schema import Knowledge, Score, Summary
-from tools.results.sentences import describe_result
+from tools.results.sentences import describe_result, relate_to_wanda
 
 OVERVIEW = ("sparsity", "perplexity", "dense", "uniform Wanda", "KL", "trials", "rolled back", "agents' tokens", "cost")
 """Heads of the table of several runs, after the run's name and status."""
@@ -70,8 +70,7 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
         p = summary.perplexity
         tiles.append(("Zero weights", f"{summary.achieved_sparsity:.2%}", aim))
         tiles.append(("Perplexity on test", show(p.pruned), f"dense {show(p.dense)}"))
-        if p.dense and p.pruned and p.uniform_wanda and p.uniform_wanda > p.dense:
-            share = (p.pruned - p.dense) / (p.uniform_wanda - p.dense)
+        if (share := relate_to_wanda(p.dense, p.pruned, p.uniform_wanda)) is not None:
             tiles.append(("Perplexity lost", f"{share:.2f} ×", f"that of uniform Wanda ({show(p.uniform_wanda)})"))
         else:
             tiles.append(("Uniform Wanda", show(p.uniform_wanda), "at the same sparsity"))
