@@ -7,6 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Number formats of weights."""
+
 MASK_ONLY = ("magnitude", "two-sided", "wanda")
 """Methods that leave the survivors as they are."""
 

@@ -10,18 +10,7 @@ import kernels.masks
 import kernels.threads
 from kernels.masks import keep_highest, keep_highest_of_rows, kth_smallest
 from kernels.scores import score_wanda
-
-FEW_VALUES = st.sampled_from([0.0, -0.0, 1e-45, 0.5, 0.5, 1.0, 2.0, 3e38])  # ties are the rule
-
-
-def plain_order(score: list[float], dead: list[bool]) -> list[int]:
-    """Positions in the order they are removed: exact zeros, then ascending score, ties by position."""
-    return sorted(range(len(score)), key=lambda i: (not dead[i], 0.0 if dead[i] else score[i], i))
-
-
-def plain_mask(score: list[float], dead: list[bool], zeros: int) -> list[bool]:
-    removed = set(plain_order(score, dead)[:zeros])
-    return [i not in removed for i in range(len(score))]
+from tests.kernels.plain import FEW_VALUES, plain_mask, plain_order
 
 
 def plain_mask_of_rows(score: list[list[float]], dead: list[list[bool]], zeros: int) -> list[list[bool]]:

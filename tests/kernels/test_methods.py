@@ -18,9 +18,9 @@ from kernels.obs import prune_obs_groups
 from kernels.refit import refit_survivors
 from kernels.refit_steps import refit_in_levels, refit_in_steps
 from kernels.scores import score_two_sided, score_wanda
-from tests.kernels.layers import MASK_ONLY, make_layer
+from tests.kernels.layers import DTYPES, MASK_ONLY, make_layer
+from tests.kernels.plain import plain_groups
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UPDATES = [(method, refit) for method in sorted(METHODS) for refit in (False, True) if refit or method not in MASK_ONLY]
 
 
@@ -58,16 +58,13 @@ def test_wanda_compares_within_rows_and_two_sided_within_the_layer() -> None:
     assert torch.equal(METHODS["magnitude"](weight, statistics, 92).keep_OI, keep_highest(weight.abs(), dead, 92))
 
 
-def plain_groups(method: str, weight: Tensor, mean_square: Tensor, pruned: int, group: int) -> list[list[bool]]:
-    """The mask in float64, one group at a time: exact zeros go first, then the lowest scores, ties from the left."""
-    size, root = weight.double().abs().tolist(), mean_square.double().sqrt().tolist()
-    keep = [[True] * len(row) for row in size]
-    for i, row in enumerate(size):
-        for start in range(0, len(row), group):
-            score = {j: row[j] * (1 if method == "magnitude" else root[j]) for j in range(start, start + group)}
-            for j in sorted(score, key=lambda j: (row[j] != 0, score[j], j))[:pruned]:
-                keep[i][j] = False
-    return keep
+def plain_masks(method: str, weight: Tensor, mean_square: Tensor, pruned: int, group: int) -> list[list[bool]]:
+    """The mask in float64, one row at a time."""
+    size, root = weight.double().abs(), mean_square.double().sqrt()
+    score = size if method == "magnitude" else size * root
+    return [
+        plain_groups(row, dead, pruned, group) for row, dead in zip(score.tolist(), (size == 0).tolist(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["dense", "dead columns", "ties", "sparse already"])
@@ -85,7 +82,7 @@ def test_masks_of_groups(method: str, dtype: torch.dtype, pruned: int, group: in
     elif kind == "sparse already":
         weight[:, 8:22] = -0.0
         weight[:, ::3] = 0
-    expected = torch.tensor(plain_groups(method, weight, statistics.mean_square_I, pruned, group))
+    expected = torch.tensor(plain_masks(method, weight, statistics.mean_square_I, pruned, group))
     result = prune_weight(method, weight, statistics, rows * 48 // group * pruned, refit=False, pattern=(pruned, group))
     assert torch.equal(result.keep_OI, expected)
     assert ((~expected).reshape(-1, group).sum(1) == pruned).all()

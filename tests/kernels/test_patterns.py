@@ -7,18 +7,7 @@ from hypothesis import given
 from torch import Tensor
 
 from kernels.patterns import check_pattern, keep_highest_of_groups
-
-FEW_VALUES = st.sampled_from([0.0, -0.0, 1e-45, 0.5, 0.5, 1.0, 3e38])  # ties are the rule
-
-
-def plain_mask(score: list[float], dead: list[bool], pruned: int, group: int) -> list[bool]:
-    """One row: in every group the lowest go, exact zeros first, ties by column."""
-    keep = [True] * len(score)
-    for start in range(0, len(score), group):
-        order = sorted(range(start, start + group), key=lambda i: (not dead[i], 0.0 if dead[i] else score[i], i))
-        for i in order[:pruned]:
-            keep[i] = False
-    return keep
+from tests.kernels.plain import FEW_VALUES, plain_groups
 
 
 @st.composite
@@ -39,7 +28,7 @@ def test_it_is_a_stable_sort_of_each_group(layer: tuple[Tensor, Tensor, int, int
     keep = keep_highest_of_groups(score, dead, pruned, group)
     assert keep.dtype == torch.bool
     assert keep.tolist() == [
-        plain_mask(s, d, pruned, group) for s, d in zip(score.tolist(), dead.tolist(), strict=True)
+        plain_groups(s, d, pruned, group) for s, d in zip(score.tolist(), dead.tolist(), strict=True)
     ]
 
 
@@ -54,7 +43,7 @@ def test_groups_of_every_size(pruned: int, group: int, dtype: torch.dtype) -> No
     keep = keep_highest_of_groups(score, dead, pruned, group)
     assert ((~keep).reshape(-1, group).sum(1) == pruned).all()
     assert keep.tolist() == [
-        plain_mask(s, d, pruned, group) for s, d in zip(score.tolist(), dead.tolist(), strict=True)
+        plain_groups(s, d, pruned, group) for s, d in zip(score.tolist(), dead.tolist(), strict=True)
     ]
 
 

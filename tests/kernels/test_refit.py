@@ -5,28 +5,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.damping import DAMPING
 from kernels.refit import refit_survivors
+from tests.kernels.plain import Array, damped, solve_rows
 
-Array = NDArray[np.float64]
 SCALES = st.sampled_from([1e-12, 1.0, 1e9])
-
-
-def damped(second_moment: Tensor) -> Array:
-    moment = second_moment.double().numpy()
-    return np.asarray(moment + DAMPING * np.diag(moment).mean() * np.eye(len(moment)))
-
-
-def solve_rows(dense: Tensor, keep: Tensor, second_moment: Tensor) -> Array:
-    """argmin over the survivors of (w - w0)^T H (w - w0): H_ss w_s = (H w0)_s."""
-    h, fitted = damped(second_moment), np.zeros(dense.shape)
-    for i, (row, kept) in enumerate(zip(dense.double().numpy(), keep.numpy(), strict=True)):
-        if kept.any():
-            fitted[i, kept] = np.linalg.solve(h[np.ix_(kept, kept)], (h @ row)[kept])
-    return fitted
 
 
 def errors(weight: Tensor | Array, dense: Tensor, second_moment: Tensor) -> Array:
@@ -48,7 +32,7 @@ def test_converged_it_is_the_least_squares_solution() -> None:
     dense, keep, moment = make_layer(12, 33)
     fitted = refit_survivors(dense, keep, moment, iterations=400, tolerance=1e-7)
     assert fitted.dtype == torch.float32
-    exact = solve_rows(dense, keep, moment)
+    exact = solve_rows(dense, keep.numpy(), moment)
     np.testing.assert_allclose(fitted.numpy(), exact, atol=2e-3 * np.abs(exact).max())
     assert errors(fitted, dense, moment).sum() <= errors(exact, dense, moment).sum() * 1.0001
     assert not fitted[~keep].any()
@@ -65,14 +49,14 @@ def test_any_mask_is_fitted(kind: str) -> None:
     elif kind == "rows":
         keep[:] = keep[:, :1]
     fitted = refit_survivors(dense, keep, moment, iterations=400, tolerance=1e-7)
-    exact = solve_rows(dense, keep, moment)
+    exact = solve_rows(dense, keep.numpy(), moment)
     np.testing.assert_allclose(fitted.numpy(), exact, atol=2e-3 * np.abs(exact).max())
 
 
 def test_the_default_comes_near_it() -> None:
     dense, keep, moment = make_layer(12, 33)
     masked = errors(dense * keep, dense, moment).sum()
-    best = errors(solve_rows(dense, keep, moment), dense, moment).sum()
+    best = errors(solve_rows(dense, keep.numpy(), moment), dense, moment).sum()
     fitted = errors(refit_survivors(dense, keep, moment), dense, moment).sum()
     assert fitted - best < 0.02 * (masked - best)
 
@@ -80,7 +64,7 @@ def test_the_default_comes_near_it() -> None:
 def test_as_many_iterations_as_weights_are_enough() -> None:
     dense, keep, moment = make_layer(20, 6)  # which conjugate directions need, and steepest descent does not manage
     masked = errors(dense * keep, dense, moment)
-    best = errors(solve_rows(dense, keep, moment), dense, moment)
+    best = errors(solve_rows(dense, keep.numpy(), moment), dense, moment)
     fitted = errors(refit_survivors(dense, keep, moment, iterations=6, tolerance=0.0), dense, moment)
     assert (fitted - best <= 1e-4 * masked).all()
 
@@ -107,7 +91,7 @@ def test_dead_columns_neither_move_nor_disturb() -> None:
     moment[3], moment[:, 3] = 0, 0
     fitted = refit_survivors(dense, keep, moment, iterations=200, tolerance=1e-7)
     assert torch.equal(fitted[:, 3], (dense * keep)[:, 3])
-    np.testing.assert_allclose(fitted.numpy(), solve_rows(dense, keep, moment), atol=2e-3)
+    np.testing.assert_allclose(fitted.numpy(), solve_rows(dense, keep.numpy(), moment), atol=2e-3)
 
 
 def test_inputs_that_are_all_zero_leave_the_mask() -> None:

@@ -7,29 +7,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.damping import DAMPING
 from kernels.refit import refit_survivors
 from kernels.refit_steps import plan_steps, refit_in_levels, refit_in_steps
 from tests.kernels.layers import Layer, make_layer, true_errors
+from tests.kernels.plain import Array, Flags, solve_rows
 
-Array = NDArray[np.float64]
-Flags = NDArray[np.bool_]
 EXACT = {"iterations": 400, "last_iterations": 400, "tolerance": 1e-7}
-
-
-def solve_rows(layer: Layer, keep: Flags) -> Array:
-    """argmin over the survivors of (w - w0)^T H (w - w0): H_ss w_s = (H w0)_s."""
-    h = layer.moment.double().numpy()
-    h = h + DAMPING * np.diag(h).mean() * np.eye(len(h))
-    dense = layer.weight.double().numpy()
-    fitted = np.zeros(dense.shape)
-    for i, kept in enumerate(keep):
-        if kept.any():
-            fitted[i, kept] = np.linalg.solve(h[np.ix_(kept, kept)], (h @ dense[i])[kept])
-    return fitted
 
 
 def plain_steps(layer: Layer, counts: list[int], pattern: tuple[int, int] | None = None) -> tuple[Array, Flags]:
@@ -51,7 +36,7 @@ def plain_steps(layer: Layer, counts: list[int], pattern: tuple[int, int] | None
                 if (~keep[i, start : start + group]).sum() == pruned:
                     continue
             keep[i, j] = False
-        fitted = solve_rows(layer, keep)
+        fitted = solve_rows(layer.weight, keep, layer.moment)
     return fitted, keep
 
 
@@ -107,7 +92,7 @@ def test_with_the_defaults_it_ends_near_the_optimum_of_its_mask(pattern: tuple[i
     zeros = layer.weight.numel() // 2
     result = refit_in_steps(layer.weight, layer.moment, layer.gamma, zeros, pattern=pattern)
     keep = result.keep_OI.numpy()
-    best = true_errors(solve_rows(layer, keep), layer).sum()
+    best = true_errors(solve_rows(layer.weight, keep, layer.moment), layer).sum()
     masked = true_errors(np.where(keep, layer.weight.double().numpy(), 0), layer).sum()
     assert true_errors(result.weight_OI.double().numpy(), layer).sum() - best < 0.02 * (masked - best)
 
@@ -181,7 +166,7 @@ def test_a_group_with_more_exact_zeros_than_it_may_lose_keeps_the_others() -> No
     result = refit_in_steps(layer.weight, layer.moment, layer.gamma, 24, pattern=(2, 4), **EXACT)
     assert result.keep_OI[1, 4:8].tolist() == [False, False, True, True]
     assert float(result.weight_OI[1, 6]) != 0  # the refit found a use for it
-    expected = solve_rows(layer, result.keep_OI.numpy())
+    expected = solve_rows(layer.weight, result.keep_OI.numpy(), layer.moment)
     np.testing.assert_allclose(result.weight_OI.numpy(), expected, atol=3e-3 * np.abs(expected).max())
 
 

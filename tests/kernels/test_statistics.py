@@ -16,8 +16,7 @@ from kernels.statistics import (
     squared_loss_changes,
     sum_squares,
 )
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from tests.kernels.layers import DTYPES
 
 
 def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -18,10 +18,10 @@ from kernels.packed import (
     unpack_mask,
     unpack_rows,
 )
+from tests.kernels.layers import DTYPES
 
 triton_packed = pytest.importorskip("kernels.triton_packed", reason="triton is not installed")
 MOST_ROWS = triton_packed.MOST_ROWS
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 Ask = Callable[[str], None]
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels.statistics import add_second_moment, squared_loss_changes
+from tests.kernels.layers import DTYPES
 
 triton_statistics = pytest.importorskip("kernels.triton_statistics", reason="triton is not installed")
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.fixture(autouse=True)
