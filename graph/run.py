@@ -29,16 +29,14 @@ from graph.llm.ask import AgentError
 from graph.llm.local import close_local
 from graph.llm.models import check_model
 from graph.persistence import (
-    RUNS_DIR_VARIABLE,
     STATE_VARIABLE,
     StateLost,
-    database,
     explain_lost_state,
     open_saver,
     open_store,
-    runs_directory,
     state_url,
 )
+from graph.persistence.sqlite import database
 from graph.runs.forks import CHANGEABLE, name_directory, read_last_node
 from graph.runs.listing import list_runs
 from graph.runs.replay import read_record
@@ -48,7 +46,7 @@ from graph.state import Input, State
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.files import explain_full_disk
 from tools.base.options import CONFIGS, Parser, add_flags, parse_flags, refuse
-from tools.base.rundir import append_event, lock_run, unlock_run
+from tools.base.rundir import RUNS_DIR_VARIABLE, append_event, lock_run, runs_directory, unlock_run
 from tools.base.secrets import read_secrets, redact
 from tools.models.hub import NotPushed, check_push, push_model
 from tools.texts.windows import check_texts

@@ -27,9 +27,10 @@ from typing import NoReturn
 import httpx
 from langgraph_sdk import get_sync_client
 
-from graph.persistence import RUNS_DIR_VARIABLE, STATE_VARIABLE, runs_directory, state_url
+from graph.persistence import STATE_VARIABLE, state_url
 from tools.base.errors import UserError
 from tools.base.options import CONFIGS, read_yaml
+from tools.base.rundir import RUNS_DIR_VARIABLE, runs_directory
 from tools.base.secrets import read_secrets
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,17 +23,16 @@ from langgraph.store.base import BaseStore, SearchItem
 
 from graph.config import RunConfig
 from graph.persistence import (
-    RUNS_DIR_VARIABLE,
     STATE_VARIABLE,
-    database,
     open_store,
-    runs_directory,
     state_url,
 )
+from graph.persistence.sqlite import database
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
 from tools.base.errors import UserError
 from tools.base.options import Parser, refuse
+from tools.base.rundir import RUNS_DIR_VARIABLE, runs_directory
 from tools.base.secrets import read_secrets
 from tools.base.words import clean, count
 

@@ -10,13 +10,13 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.llm.models import check_model
 from graph.memory.store import read_lessons
-from graph.persistence import runs_directory
 from graph.planning.orders import allocate_plan
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.runs.session import Session, check_input, create_run, enter, open_bench, read_run
 from graph.state import State, Trial
 from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.rundir import runs_directory
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
 
 

@@ -23,7 +23,7 @@ from langgraph.runtime import Runtime
 
 from graph.llm.local import close_local
 from graph.config import RunConfig
-from graph.persistence import runs_directory
+from tools.base.rundir import runs_directory
 from graph.runs.session import CANCELLED, create_run, directory_of
 from graph.state import State
 from tools.base.files import write_text

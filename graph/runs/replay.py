@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from graph.persistence import runs_directory
+from tools.base.rundir import runs_directory
 from graph.planning.orders import allocate_plan, find_recipe
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Reflection

@@ -15,7 +15,8 @@ import yaml
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig, check_config
-from graph.persistence import runs_directory, state_kind
+from graph.persistence import state_kind
+from tools.base.rundir import runs_directory
 from graph.runs.replay import compare
 from graph.state import State
 from tools.measure.benchmarks import load_benchmarks, refuse_shared_questions

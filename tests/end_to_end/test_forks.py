@@ -34,6 +34,7 @@ from tests.end_to_end.helpers import (
 )
 from tests.tiny import tiny_settings
 from tools.base import rundir
+from tools.base.rundir import RUNS_DIR_VARIABLE
 from tools.workbench import bench as workbench
 from tools.workbench.bench import Workbench
 
@@ -197,7 +198,7 @@ def serve(runs_dir: Path, work: Callable[[Any], Any]) -> Any:
             return await work(builder(server=True).compile(checkpointer=saver, store=store))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(persistence.RUNS_DIR_VARIABLE, str(runs_dir))
+        patch.setenv(RUNS_DIR_VARIABLE, str(runs_dir))
         return asyncio.run(run())
 
 

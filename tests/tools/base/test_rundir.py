@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from tools.base.errors import UserError
-from tools.base.rundir import append_event, lock_run, scan_events, unlock_run, unlock_runs
+from tools.base.rundir import (
+    RUNS_DIR_VARIABLE,
+    append_event,
+    lock_run,
+    runs_directory,
+    scan_events,
+    unlock_run,
+    unlock_runs,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 LOCK = "import sys, pathlib; from tools.base.rundir import lock_run; lock_run(pathlib.Path(sys.argv[1])); "
@@ -131,3 +139,11 @@ def test_events_of_a_type_are_found_by_their_lines(tmp_path: Path) -> None:
     with (tmp_path / "events.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"time": 1.0, "type": "usage", "ca')
     assert [(number, event["type"]) for number, event in scan_events(tmp_path, "usage")] == [(0, "usage"), (2, "usage")]
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_runs_directory_defaults_to_runs(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv(RUNS_DIR_VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(RUNS_DIR_VARIABLE, value)
+    assert runs_directory() == Path("runs")

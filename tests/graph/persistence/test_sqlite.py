@@ -1,4 +1,4 @@
-"""The SQLite file: what is written comes back with its types, without pickle, from two processes at once, and small."""
+"""The SQLite file: what is written comes back, without pickle, from two processes at once, and small."""
 
 import asyncio
 import os
@@ -13,52 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import END, START, StateGraph
 from langgraph.store.base import GetOp, PutOp
 
 from graph import persistence
 from graph.config import RunConfig
+from graph.persistence import sqlite
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
-from graph.state import Input, State, Trial
+from graph.state import Input, State
+from tests.graph.persistence.values import LESSON, TRIAL, VALUES
 from tools.base.errors import UserError
-from tools.base.settings import WorkbenchSettings
+from tools.base.rundir import RUNS_DIR_VARIABLE
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.results.schema import Usage
 
 ROOT = Path(__file__).resolve().parents[3]
 THREAD = {"configurable": {"thread_id": "7d9a3f1e-0000-4000-8000-000000000001"}}
-
-TRIAL = Trial(
-    iteration=1, checkpoint="ab12", sparsity=0.3, perplexity=None, kl=0.25, predicted_kl=0.2, verdict="rollback"
-)
-LESSON = Lesson(run="r", iteration=1, selector="*.v_proj", factor=2.0, predicted=0.2, measured=0.4, text="dear")
-VALUES: dict[str, Any] = {
-    "run": "r",
-    "replay": "q",
-    "came_from": "1ef4f797-8335-6428-8001-8a1503f9b875",
-    "config": RunConfig(target_sparsity=0.3, protect=["blocks 0-1"]),
-    "profile": "cd34",
-    "dense": TRIAL.model_copy(update={"iteration": 0, "perplexity": 12.5, "verdict": "accept"}),
-    "iteration": 1,
-    "plan": Plan(
-        sparsity=0.3,
-        recipe=Recipe(method="wanda", refit=False),
-        adjustments=[Adjustment(selector="*.v_proj", action="factor", factor=2.0, reason="they hurt")],
-        reason="small steps",
-    ),
-    "current": "ab12",
-    "accepted": "dense",
-    "accepted_plan": Plan(sparsity=0.2, reason="smaller"),
-    "trials": [TRIAL],
-    "lessons": [LESSON],
-    "reprofile": True,
-    "usage": Usage(calls=1, input_tokens=1000, output_tokens=50, cost=0.01),
-    "stop": "patience",
-    "evaluated_tokens": 4096,
-    "seconds": 1.5,
-}
 
 # Run in another process; the first argument is the runs directory, the second a name.
 WRITER = """
@@ -78,7 +49,8 @@ READER = """
 import sys
 from pathlib import Path
 from graph import persistence
-from tests.graph.persistence.test_persistence import THREAD, VALUES, build
+from tests.graph.persistence.test_sqlite import THREAD, build
+from tests.graph.persistence.values import VALUES
 
 with persistence.open_saver(Path(sys.argv[1])) as saver:
     values = build().compile(checkpointer=saver).get_state(THREAD).values
@@ -116,25 +88,6 @@ def finish(process: subprocess.Popen[str]) -> str:
     return errors
 
 
-def test_values_cover_the_whole_state() -> None:
-    assert VALUES.keys() == State.model_fields.keys()
-
-
-def test_every_value_keeps_its_type(caplog: pytest.LogCaptureFixture) -> None:
-    serializer = persistence.serializer()
-    for name, value in VALUES.items():
-        again = serializer.loads_typed(serializer.dumps_typed(value))
-        assert type(again) is type(value), name
-        assert again == value, name
-    assert not caplog.records
-
-
-def test_another_class_is_not_revived() -> None:
-    serializer = persistence.serializer()
-    again = serializer.loads_typed(serializer.dumps_typed(WorkbenchSettings()))
-    assert again == WorkbenchSettings().model_dump()
-
-
 def test_run_reads_back_in_a_strict_process(tmp_path: Path) -> None:
     run_once(tmp_path)
     assert finish(start(READER, str(tmp_path), LANGGRAPH_STRICT_MSGPACK="true")) == ""
@@ -147,17 +100,9 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pickle, "dumps", refuse)
     monkeypatch.setattr(pickle, "loads", refuse)
     run_once(tmp_path)
-    with closing(sqlite3.connect(persistence.database(tmp_path))) as connection:
+    with closing(sqlite3.connect(sqlite.database(tmp_path))) as connection:
         rows = connection.execute("SELECT type FROM checkpoints UNION SELECT type FROM writes").fetchall()
     assert {kind for (kind,) in rows} == {"msgpack", "msgpack+zlib", "null"}
-
-
-def test_what_was_written_before_checkpoints_were_compressed_is_read() -> None:
-    plain = JsonPlusSerializer(allowed_msgpack_modules=persistence.STATE_MODELS)
-    state = State(run="r", trials=[TRIAL] * 9)
-    assert persistence.serializer().loads_typed(plain.dumps_typed(state)) == state
-    kind, data = persistence.serializer().dumps_typed(state)
-    assert (kind, len(data) < len(plain.dumps_typed(state)[1]) / 2) == ("msgpack+zlib", True)
 
 
 ITERATIONS = 40
@@ -222,21 +167,15 @@ def test_a_long_run_of_a_large_model_leaves_under_5_mb(tmp_path: Path) -> None:
     assert size < 5e6, f"{size / 1e6:.1f} MB"
 
 
-def test_the_state_holds_nothing_by_layer() -> None:
-    """No field grows with the model: the only lists are of trials and lessons, and plans speak in selectors."""
-    lists = {name for name, field in State.model_fields.items() if "list" in str(field.annotation)}
-    assert lists == {"trials", "lessons"}
-
-
 def test_file_is_in_wal_mode(tmp_path: Path) -> None:
     run_once(tmp_path)
-    with closing(sqlite3.connect(persistence.database(tmp_path))) as connection:
+    with closing(sqlite3.connect(sqlite.database(tmp_path))) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_server_sees_what_the_command_line_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_once(tmp_path)
-    monkeypatch.setenv(persistence.RUNS_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(RUNS_DIR_VARIABLE, str(tmp_path))
 
     async def read() -> tuple[dict[str, Any], dict[str, Any]]:
         async with persistence.checkpointer() as saver, persistence.store() as store:
@@ -252,7 +191,7 @@ def test_server_sees_what_the_command_line_wrote(tmp_path: Path, monkeypatch: py
 
 def test_processes_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two command lines and a server open a new file together, then read and write in the same transaction."""
-    monkeypatch.setenv(persistence.RUNS_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(RUNS_DIR_VARIABLE, str(tmp_path))
 
     async def serve() -> None:
         async with persistence.checkpointer() as saver, persistence.store() as store:
@@ -275,23 +214,15 @@ def test_store_waits_for_a_writer_after_reading(tmp_path: Path) -> None:
     """A batch that reads and then writes takes the lock first, so another writer cannot come between."""
     with persistence.open_store(tmp_path) as store:
         with store._cursor():
-            other = sqlite3.connect(persistence.database(tmp_path), timeout=0)
+            other = sqlite3.connect(sqlite.database(tmp_path), timeout=0)
             with closing(other), pytest.raises(sqlite3.OperationalError, match="locked"):
                 other.execute("BEGIN IMMEDIATE")
         store.batch([GetOp(("a",), "k"), PutOp(("a",), "k", {"x": 1})])
         assert store.get(("a",), "k").value == {"x": 1}
 
 
-@pytest.mark.parametrize("value", ["", None])
-def test_runs_directory_defaults_to_runs(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
-    monkeypatch.delenv(persistence.RUNS_DIR_VARIABLE, raising=False)
-    if value is not None:
-        monkeypatch.setenv(persistence.RUNS_DIR_VARIABLE, value)
-    assert persistence.runs_directory() == Path("runs")
-
-
 def test_damaged_file_is_named_in_one_line(tmp_path: Path) -> None:
-    persistence.database(tmp_path).write_text("this is not a database, whatever its name says")
+    sqlite.database(tmp_path).write_text("this is not a database, whatever its name says")
     with (
         pytest.raises(UserError, match=r"^cannot open .*billhook\.sqlite: file is not a database$"),
         persistence.open_saver(tmp_path),

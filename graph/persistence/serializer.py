@@ -1,0 +1,90 @@
+"""How a checkpoint is written: compressed msgpack without pickle, that revives our state models and no other class.
+
+Msgpack names a class by its module, and classes move from one to another: `FORMER_HOMES` says where those named in
+older checkpoints are now.
+"""
+
+import zlib
+from typing import Any
+
+import ormsgpack
+from langgraph.checkpoint.serde.jsonplus import EXT_NUMPY_ARRAY, EXT_PYDANTIC_V2, JsonPlusSerializer
+from pydantic import BaseModel
+
+from graph.config import RunConfig
+from graph.planning.plan import Plan
+from graph.reflecting.schema import Lesson
+from graph.state import Input, State, Trial
+from tools.plans.recipe import Adjustment, Recipe
+from tools.results.schema import Usage
+
+WORTH_COMPRESSING = 512
+"""Bytes from which a part of a checkpoint is compressed."""
+
+# Every class that a checkpoint may revive. Another one would come back as a plain dict.
+STATE_MODELS: tuple[type[BaseModel], ...] = (
+    Adjustment,
+    Input,
+    Lesson,
+    Plan,
+    Recipe,
+    RunConfig,
+    State,
+    Trial,
+    Usage,
+)
+
+FORMER_HOMES: dict[str, tuple[type[BaseModel], ...]] = {
+    "graph.state": (Lesson, Plan),
+    "tools.recipes": (Adjustment, Recipe),
+    "tools.summary": (Usage,),
+}
+"""Module by which checkpoints of earlier versions name classes that are in another now."""
+
+_PRESENT = {
+    (module, model.__name__): (model.__module__, model.__name__)
+    for module, models in FORMER_HOMES.items()
+    for model in models
+}
+
+
+class _Compressed(JsonPlusSerializer):
+    """Msgpack, compressed: the savers keep the whole state at every step, and trials and lessons repeat themselves."""
+
+    def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
+        kind, data = super().dumps_typed(obj)
+        return (f"{kind}+zlib", zlib.compress(data)) if len(data) >= WORTH_COMPRESSING else (kind, data)
+
+    def loads_typed(self, data: tuple[str, bytes]) -> Any:
+        kind, packed = data
+        if kind.endswith("+zlib"):
+            kind, packed = kind.removesuffix("+zlib"), zlib.decompress(packed)
+        return super().loads_typed((kind, rename_moved(packed) if kind == "msgpack" else packed))
+
+
+def make_serializer() -> JsonPlusSerializer:
+    """Msgpack without pickle that revives the state models and LangGraph's own types only."""
+    return _Compressed(pickle_fallback=False, allowed_msgpack_modules=STATE_MODELS)
+
+
+def rename_moved(packed: bytes) -> bytes:
+    """The same msgpack, in which classes that have moved are named by where they are now; nothing is revived here."""
+    return _pack(_unpack(packed))
+
+
+def _rename(code: int, data: bytes) -> ormsgpack.Ext:
+    """One of LangGraph's extensions: of a pydantic model (module, name, values, …); others may hold such ones."""
+    if code == EXT_NUMPY_ARRAY:
+        return ormsgpack.Ext(code, data)
+    content = _unpack(data)
+    if code == EXT_PYDANTIC_V2:
+        content[:2] = _PRESENT.get(tuple(content[:2]), content[:2])
+    return ormsgpack.Ext(code, _pack(content))
+
+
+def _unpack(packed: bytes) -> Any:
+    return ormsgpack.unpackb(packed, ext_hook=_rename, option=ormsgpack.OPT_NON_STR_KEYS)
+
+
+def _pack(content: Any) -> bytes:
+    return ormsgpack.packb(content, option=ormsgpack.OPT_NON_STR_KEYS)

@@ -1,0 +1,40 @@
+"""A value for every field of the state."""
+
+from typing import Any
+
+from graph.config import RunConfig
+from graph.planning.plan import Plan
+from graph.reflecting.schema import Lesson
+from graph.state import Trial
+from tools.plans.recipe import Adjustment, Recipe
+from tools.results.schema import Usage
+
+TRIAL = Trial(
+    iteration=1, checkpoint="ab12", sparsity=0.3, perplexity=None, kl=0.25, predicted_kl=0.2, verdict="rollback"
+)
+LESSON = Lesson(run="r", iteration=1, selector="*.v_proj", factor=2.0, predicted=0.2, measured=0.4, text="dear")
+VALUES: dict[str, Any] = {
+    "run": "r",
+    "replay": "q",
+    "came_from": "1ef4f797-8335-6428-8001-8a1503f9b875",
+    "config": RunConfig(target_sparsity=0.3, protect=["blocks 0-1"]),
+    "profile": "cd34",
+    "dense": TRIAL.model_copy(update={"iteration": 0, "perplexity": 12.5, "verdict": "accept"}),
+    "iteration": 1,
+    "plan": Plan(
+        sparsity=0.3,
+        recipe=Recipe(method="wanda", refit=False),
+        adjustments=[Adjustment(selector="*.v_proj", action="factor", factor=2.0, reason="they hurt")],
+        reason="small steps",
+    ),
+    "current": "ab12",
+    "accepted": "dense",
+    "accepted_plan": Plan(sparsity=0.2, reason="smaller"),
+    "trials": [TRIAL],
+    "lessons": [LESSON],
+    "reprofile": True,
+    "usage": Usage(calls=1, input_tokens=1000, output_tokens=50, cost=0.01),
+    "stop": "patience",
+    "evaluated_tokens": 4096,
+    "seconds": 1.5,
+}
