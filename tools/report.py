@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tools.base.console import carry_out
 from tools.base.errors import UserError
-from tools.base.files import write_text
+from tools.base.files import explain_unwritable, write_text
 from tools.base.options import Parser
-from tools.base.rundir import runs_directory
+from tools.base.rundir import list_places, runs_directory
 from tools.base.secrets import read_secrets
 from tools.results.page.page import write_page
 
@@ -39,16 +39,14 @@ def _obey(arguments: list[str]) -> None:
         raise UserError("several runs need --out FILE for their page")
     path = options.out or runs[0] / "report.html"
     page = write_page(runs)
-    try:
+    with explain_unwritable(path):
         write_text(path, page)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     print(path)
 
 
 def find_run(name: str) -> Path:
     """The directory of a run, by itself or by its name. Raises UserError where there is none."""
-    for path in (Path(name), runs_directory() / name):
+    for path in list_places(name):
         if path.is_dir():
             return path
     raise UserError(f"there is no run {name!r}, neither as a directory nor in {runs_directory()}")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.base.errors import DamagedArtifact, DiskFull
+from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.words import show_size
 
 if TYPE_CHECKING:
@@ -66,6 +66,15 @@ def explain_full_disk(path: Path) -> Iterator[None]:
             f"the disk is full ({show_size(free, 'MB', 0)} free) while writing {path}; free some space, then go on: "
             "a run with --resume, any other command as before"
         ) from error
+
+
+@contextmanager
+def explain_unwritable(what: object) -> Iterator[None]:
+    """Turn an error of the operating system into UserError: `what` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror}") from error
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel
 
 from tools.base.errors import UserError, in_one_line
+from tools.base.files import explain_unwritable
 from tools.base.rundir import lock_run
 
 if TYPE_CHECKING:
@@ -19,10 +20,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def lock_out(out: Path, locked: Path) -> None:
     """Keep other processes out of `locked`, in `out`, from before the rows are read. Raises UserError."""
-    try:
+    with explain_unwritable(f"--out {out}"):
         lock_run(locked)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 def read_kept(path: Path, model: type[Model]) -> Model | None:

@@ -23,6 +23,11 @@ def runs_directory() -> Path:
     return Path(os.environ.get(RUNS_DIR_VARIABLE) or "runs")
 
 
+def list_places(name: str) -> tuple[Path, Path]:
+    """Where a run may be that is named by its directory, or by its name under runs/."""
+    return Path(name), runs_directory() / name
+
+
 def lock_run(directory: Path) -> None:
     """Keep other processes out of a run directory until this one ends or calls `unlock_run`.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.names import is_hub_id
-from tools.base.rundir import runs_directory
+from tools.base.rundir import list_places
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import show_size
 from tools.models.formats import DTYPES, PACKED_FILE, Dtype
@@ -64,7 +64,7 @@ def _locate_in_package(name: str) -> ModelPlace:
 
 def find_model(source: str) -> str:
     """Where a run's model is, or the source itself where it is no run. Raises UserError for a run without a model."""
-    for run in (Path(source), runs_directory() / source):
+    for run in list_places(source):
         if (run / "model" / "config.json").is_file():
             return str(run / "model")
         if (run / "events.jsonl").is_file():

@@ -9,8 +9,7 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.table import Table
 
-from tools.base.errors import UserError
-from tools.base.files import write_json
+from tools.base.files import explain_unwritable, write_json
 from tools.base.words import show_size
 
 
@@ -68,10 +67,8 @@ def write_report(report: Report, path: Path | None) -> None:
     """The JSON, where it is asked for. Raises UserError where it cannot be written."""
     if path is None:
         return
-    try:
+    with explain_unwritable(path):
         write_json(path, report.model_dump())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def show_report(report: Report, console: Console) -> None:
