@@ -14,8 +14,8 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.readout import compute_hidden, measure_losses
+from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import Fit, Part, find_parts
-from tools.surgery.statistics import finish_moments, search_windows, tapped
 
 
 @torch.no_grad()

@@ -25,9 +25,9 @@ from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks, find_layers
 from tools.models.readout import compute_hidden, measure_losses
 from tools.surgery.blocks import choose_blocks, fold_blocks
+from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import KINDS, Counts, Cut, Fit, Part, check_alike, find_parts
 from tools.surgery.rebuild import accepts, build_cut, check_buildable
-from tools.surgery.statistics import finish_moments, search_windows, tapped
 
 STEP = 8
 """Neurons go in multiples of this where their number is one: GPUs multiply 16-bit matrices of other widths slowly."""

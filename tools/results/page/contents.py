@@ -137,6 +137,11 @@ def find_limits(records: Sequence[Record]) -> tuple[float, float]:
     return (least, most) if least < most else (most / 2, most)
 
 
+def list_measured(record: Record) -> list[Trial]:
+    """The trials that were not refused before they were measured."""
+    return [t for t in record.trials if t.verdict != "refuse"]
+
+
 def list_predictions(trials: Sequence[Trial]) -> list[Prediction]:
     """The trials that have a KL above 0, both predicted and measured."""
     return [

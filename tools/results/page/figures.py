@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from tools.base.words import strip_controls
 from tools.results.page.svg import CELLS, INKS, WIDTH, as_svg, draw, set_log_ticks
@@ -173,21 +174,7 @@ def draw_map(
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-    kinds, labels = name_columns(list(dict.fromkeys(cell.kind for cell in cells)))
-    columns = list(dict.fromkeys(kinds.values()))
-    rows = sorted({cell.block for cell in cells})
-    at = {block: i for i, block in enumerate(rows)}
-    shared: dict[tuple[int, int], list[Cell]] = {}
-    for cell in cells:
-        shared.setdefault((at[cell.block], columns.index(kinds[cell.kind])), []).append(cell)
-    values = np.full((len(rows), len(columns)), np.nan)
-    titles = [[""] * len(columns) for _ in rows]
-    for (row, column), members in shared.items():
-        mean = float(np.mean([cell.value for cell in members]))
-        values[row, column] = mean if mean > 0 or not log else np.nan
-        what = members[0].name if len(members) == 1 else f"block {rows[row]}, {columns[column]}: mean of {len(members)}"
-        titles[row][column] = f"{strip_controls(what)}: {f'{mean:.2%}' if percent else f'{mean:.3g}'}"
-
+    rows, labels, values, titles = _arrange(cells, log=log, percent=percent)
     tall = min(max(15 if len(rows) <= 40 else 600 / len(rows), 2.5), 30)  # pixels of a row
     above, below = 14 + 4.7 * max(map(len, labels)), 46
     height = round(above + tall * len(rows) + below)
@@ -201,7 +188,7 @@ def draw_map(
         axes.pcolormesh(np.ma.masked_invalid(values), gid=CELLS, **look)
         axes.invert_yaxis()
         axes.xaxis.tick_top()
-        axes.set_xticks(np.arange(len(columns)) + 0.5, labels, rotation=45, ha="left", rotation_mode="anchor")
+        axes.set_xticks(np.arange(len(labels)) + 0.5, labels, rotation=45, ha="left", rotation_mode="anchor")
         found = MaxNLocator(9, integer=True, min_n_ticks=1).tick_values(0, max(len(rows) - 1, 1))
         ticks = [int(i) for i in found if 0 <= i < len(rows)]
         axes.set_yticks([i + 0.5 for i in ticks], [str(rows[i]) for i in ticks])
@@ -218,7 +205,28 @@ def draw_map(
             set_log_ticks(bar.xaxis, *limits)
         bar.tick_params(length=3, pad=2)
         bar.spines[:].set_visible(False)
-        return as_svg(figure, name, label, [title for row in titles for title in row])
+        return as_svg(figure, name, label, titles)
+
+
+def _arrange(
+    cells: Sequence[Cell], *, log: bool, percent: bool
+) -> tuple[list[int], list[str], NDArray[np.float64], list[str]]:
+    """(the blocks of the rows, the labels of the columns, the cells' values, nan where empty, their titles by row)."""
+    kinds, labels = name_columns(list(dict.fromkeys(cell.kind for cell in cells)))
+    columns = list(dict.fromkeys(kinds.values()))
+    rows = sorted({cell.block for cell in cells})
+    at = {block: i for i, block in enumerate(rows)}
+    shared: dict[tuple[int, int], list[Cell]] = {}
+    for cell in cells:
+        shared.setdefault((at[cell.block], columns.index(kinds[cell.kind])), []).append(cell)
+    values = np.full((len(rows), len(columns)), np.nan)
+    titles = [[""] * len(columns) for _ in rows]
+    for (row, column), members in shared.items():
+        mean = float(np.mean([cell.value for cell in members]))
+        values[row, column] = mean if mean > 0 or not log else np.nan
+        what = members[0].name if len(members) == 1 else f"block {rows[row]}, {columns[column]}: mean of {len(members)}"
+        titles[row][column] = f"{strip_controls(what)}: {f'{mean:.2%}' if percent else f'{mean:.3g}'}"
+    return rows, labels, values, [title for row in titles for title in row]
 
 
 def name_columns(kinds: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -23,6 +23,7 @@ from tools.results.page.contents import (
     find_status,
     find_target,
     list_facts,
+    list_measured,
     list_predictions,
     list_row,
     list_samples,
@@ -50,7 +51,8 @@ def write_page(runs: Sequence[Path]) -> str:
     records = [read_run(run) for run in runs]
     several = len(records) > 1
     limits = find_limits(records)
-    views = [make_view(record, i, limits, several=several) for i, record in enumerate(records)]
+    figures = [draw_figures(record, i, limits) for i, record in enumerate(records)]
+    views = [make_view(record, drawn, several=several) for record, drawn in zip(records, figures, strict=True)]
     template = load_templates().get_template("report.html")
     return redact(template.render(runs=views, several=several, heads=OVERVIEW, longest=WORDS))
 
@@ -86,6 +88,49 @@ def _show_yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
 
 
+class Figures(NamedTuple):
+    """What is drawn of a run; None where there is nothing to draw."""
+
+    perplexity: Markup | None
+    sparsity: Markup | None
+    layers: Markup | None
+    kappa: Markup | None
+    predictions: Markup | None
+
+
+def draw_figures(record: Record, number: int, limits: tuple[float, float]) -> Figures:
+    """Everything that is drawn for a run; figures of different `number`s share no id.
+
+    `limits` are those of the colours of the predicted KL of a layer.
+    """
+    marks = list_measured(record)
+    cells, costs, points = find_cells(record), find_costs(record), list_predictions(record.trials)
+    perplexity = sparsity = layers = kappa = predictions = None
+    if marks:
+        perplexity = draw_iterations(
+            f"perplexity{number}",
+            "Perplexity on the validation text over the iterations",
+            [Mark(t.iteration, t.verdict, t.perplexity) for t in marks],
+            record.dense.perplexity if record.dense else None,
+            percent=False,
+        )
+        sparsity = draw_iterations(
+            f"sparsity{number}",
+            "Sparsity over the iterations",
+            [Mark(t.iteration, t.verdict, t.sparsity) for t in marks],
+            record.dense.sparsity if record.dense else None,
+            find_target(record),
+            percent=True,
+        )
+    if cells:
+        layers = draw_map(f"layers{number}", "Sparsity of every layer", cells, (0, 1), log=False, percent=True)
+    if any(cell.value > 0 for cell in costs):
+        kappa = draw_map(f"kappa{number}", "Predicted KL of every layer", costs, limits, log=True, percent=False)
+    if points:
+        predictions = draw_predictions(f"predicted{number}", "Measured over predicted KL", points)
+    return Figures(perplexity, sparsity, layers, kappa, predictions)
+
+
 class View(NamedTuple):
     """What the template shows of a run."""
 
@@ -99,11 +144,7 @@ class View(NamedTuple):
     """(title, figure, words below it)."""
     row: list[str]
     """Its cells in the table of several runs, whose heads are OVERVIEW."""
-    perplexity: Markup | None
-    sparsity: Markup | None
-    layers: Markup | None
-    kappa: Markup | None
-    predictions: Markup | None
+    figures: Figures
     undrawn: int
     """Trials without a KL above 0, predicted and measured, which logarithmic axes cannot show."""
     off: str
@@ -118,60 +159,26 @@ class View(NamedTuple):
     loading: str
 
 
-def make_view(record: Record, number: int, limits: tuple[float, float], *, several: bool) -> View:
-    """Everything that is worked out or drawn for a run; figures of different `number`s share no id."""
-    marks = [t for t in record.trials if t.verdict != "refuse"]
-    cells = find_cells(record)
-    costs = find_costs(record)
-    points = list_predictions(record.trials)
-    target = find_target(record)
-    dense = record.dense
-
-    def name(figure: str) -> str:
-        return f"{figure}{number}"
-
+def make_view(record: Record, figures: Figures, *, several: bool) -> View:
+    """Everything that is worked out for a run, beside its figures."""
+    summary, points = record.summary, list_predictions(record.trials)
     return View(
         name=record.name,
-        model=str(record.summary.model if record.summary else record.config.get("model", "unknown model")),
+        model=str(summary.model if summary else record.config.get("model", "unknown model")),
         record=record,
-        summary=record.summary,
+        summary=summary,
         status=find_status(record),
         sentences=describe_run(record),
         tiles=list_tiles(record),
         row=list_row(record),
-        perplexity=draw_iterations(
-            name("perplexity"),
-            "Perplexity on the validation text over the iterations",
-            [Mark(t.iteration, t.verdict, t.perplexity) for t in marks],
-            dense.perplexity if dense else None,
-            percent=False,
-        )
-        if marks
-        else None,
-        sparsity=draw_iterations(
-            name("sparsity"),
-            "Sparsity over the iterations",
-            [Mark(t.iteration, t.verdict, t.sparsity) for t in marks],
-            dense.sparsity if dense else None,
-            target,
-            percent=True,
-        )
-        if marks
-        else None,
-        layers=draw_map(name("layers"), "Sparsity of every layer", cells, (0, 1), log=False, percent=True)
-        if cells
-        else None,
-        kappa=draw_map(name("kappa"), "Predicted KL of every layer", costs, limits, log=True, percent=False)
-        if any(cell.value > 0 for cell in costs)
-        else None,
-        predictions=draw_predictions(name("predicted"), "Measured over predicted KL", points) if points else None,
-        undrawn=len(marks) - len(points),
+        figures=figures,
+        undrawn=len(list_measured(record)) - len(points),
         off=describe_predictions(points),
         rounds=[(i, r) for i, r in sorted(record.rounds.items()) if r.plan or r.trial],
-        knows=bool(record.summary and (record.summary.knowledge or record.summary.benchmarks)),
-        retention=place_retention(record.summary.knowledge) if record.summary else None,
-        scores=list_scores(record.summary),
-        samples=list_samples(record.summary),
+        knows=bool(summary and (summary.knowledge or summary.benchmarks)),
+        retention=place_retention(summary.knowledge) if summary else None,
+        scores=list_scores(summary),
+        samples=list_samples(summary),
         facts=list_facts(record),
         loading="\n".join(list_loading(f"{record.name}/model" if several else "model")),
     )

@@ -1,0 +1,61 @@
+"""report.md and the tables in it, to the letter."""
+
+from pathlib import Path
+
+from tests.made_runs import end_run, make_layers, write_run
+from tools.base.rundir import scan_events
+from tools.results.schema import Knowledge, Score, Summary
+from tools.results.tables import list_table, write_report
+
+
+def read_report(run: Path) -> list[str]:
+    """The lines of a made run's report.md."""
+    summary = Summary.model_validate_json((run / "summary.json").read_bytes())
+    trials = [event for _, event in scan_events(run, "trial")]
+    sparsity = {layer.name: 0.45 for layer in make_layers()}
+    return write_report(summary, trials, sparsity, "it was done").splitlines()
+
+
+def test_a_report_to_the_letter(tmp_path: Path) -> None:
+    lines = read_report(write_run(tmp_path / "demo", words="a|b"))
+    assert lines[:11] == [
+        "# demo: tiny at 45.00% sparsity",
+        "",
+        "45.00% of the prunable weights are zero (target 45.00%), after 2 iterations with 1 rollback. Test perplexity "
+        "is 22.00; dense 20.00, uniform Wanda at the same sparsity 25.00, so the degradation is 0.40 times uniform "
+        "Wanda's.",
+        "",
+        "The loop ended because it was done.",
+        "",
+        "| | perplexity on test |",
+        "|---|---|",
+        "| dense | 20.00 |",
+        "| **Billhook** | **22.00** |",
+        "| uniform Wanda, same sparsity | 25.00 |",
+    ]
+    row = "| 2 | 45.00% | 30.00 | 0.4000 ± 0.0100 | 0.0800 | rollback | 45.0% refit:kappa | because a\\|b |"
+    assert row in lines and "| model.layers.0.self\\_attn.q\\_proj | 45.00% |" in lines
+    assert f"- 301 s, peak memory 1.50 GB, mask_sha256 `{'ab' * 32}`" in lines
+
+
+def test_what_was_asked_has_its_tables(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo")
+    knowledge = Knowledge(
+        source="file:q.jsonl", pairs=9, dense=-2.5, pruned=None, uniform_wanda=-3, retention=0.5, retention_error=0.1
+    )
+    scores = [
+        Score(model=model, task="mmlu", metric="acc", value=v, error=0.01, samples=1000, protocol={"task": "mmlu"})
+        for model, v in (("dense", 0.5), ("pruned", None))
+    ]
+    end_run(run, knowledge=knowledge, benchmarks=scores)
+    lines = read_report(run)
+    assert "Of its factual recall 50.0% is left." in lines[2]
+    assert "| dense | -2.500 |" in lines and "| **Billhook** | not finite |" in lines
+    at = lines.index("| task | metric | dense | pruned | questions |")
+    assert lines[at + 1 : at + 5] == [
+        *("|---|---|---:|---:|---:|", "| mmlu | acc | 0.5000 ± 0.0100 | not finite | 1000 |", "", "- task mmlu"),
+    ]
+
+
+def test_columns_stand_to_the_left_or_the_right() -> None:
+    assert list_table(("", "a"), [("b", "1")], left=1) == ["|  | a |", "|---|---:|", "| b | 1 |"]
