@@ -36,3 +36,10 @@ def true_errors(pruned: NDArray[np.float64], layer: Layer) -> NDArray[np.float64
     """Mean over tokens of ((W - W')x)^2 of every row, without damping."""
     change = layer.weight.double().numpy() - pruned
     return np.asarray(np.einsum("oi,ij,oj->o", change, layer.moment.double().numpy(), change))
+
+
+def make_sparse(rows: int, columns: int, dtype: torch.dtype, sparsity: float = 0.5, seed: int = 0) -> Tensor:
+    """A weight of which about `sparsity` is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_OI = torch.randn(rows, columns, generator=generator)
+    return torch.where(torch.rand(rows, columns, generator=generator) < sparsity, 0, weight_OI).to(dtype)

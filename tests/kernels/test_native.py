@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels import threads
 from kernels.native import MOST_ROWS, WORD, compile_kernels, explain_absence, multiply_rows, unpack_rows
 from kernels.packed import PADDING, pack_rows
+from tests.kernels.layers import make_sparse
 
 DTYPES = [
     pytest.param(dtype, marks=pytest.mark.skipif(bool(explain_absence(dtype)), reason=explain_absence(dtype)))
@@ -50,12 +51,6 @@ def guard() -> Iterator[Guard]:
         protect(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def make_weight(rows: int, columns: int, dtype: torch.dtype, sparsity: float, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    weight_OI = torch.randn(rows, columns, generator=generator)
-    return torch.where(torch.rand(rows, columns, generator=generator) < sparsity, 0, weight_OI).to(dtype)
-
-
 def make_inputs(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -75,7 +70,7 @@ def test_nothing_beside_the_buffers_is_touched(guard: Guard, dtype: torch.dtype,
     kernels = compile_kernels(dtype)
     for shape in SHAPES:
         for sparsity in (0.0, 0.5, 1.0):
-            weight_OI = make_weight(*shape, dtype, sparsity)
+            weight_OI = make_sparse(*shape, dtype, sparsity)
             mask_OW, values, offsets_O, _ = pack_rows(weight_OI)
             (rows, words), wide = mask_OW.shape, mask_OW.shape[1] * WORD
             # Without the padding of the format: the kernel reads no value that no bit asks for.
@@ -100,7 +95,7 @@ def test_nothing_beside_the_buffers_is_touched(guard: Guard, dtype: torch.dtype,
 def test_every_small_shape(dtype: torch.dtype) -> None:
     for rows in (1, 2, 3):
         for columns in range(1, 3 * WORD + 2):
-            weight_OI = make_weight(rows, columns, dtype, 0.4, seed=columns)
+            weight_OI = make_sparse(rows, columns, dtype, 0.4, seed=columns)
             packed = pack_rows(weight_OI)
             x_BI = make_inputs(2, columns, dtype)
             assert_close(multiply_rows(*packed[:3], x_BI), x_BI, weight_OI)
@@ -109,7 +104,7 @@ def test_every_small_shape(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_rows_than_one_pass_serves(dtype: torch.dtype) -> None:
-    weight_OI = make_weight(70, 100, dtype, 0.5)
+    weight_OI = make_sparse(70, 100, dtype, 0.5)
     for count in (MOST_ROWS, MOST_ROWS + 1, 3 * MOST_ROWS - 1):
         x_BI = make_inputs(count, 100, dtype)
         assert_close(multiply_rows(*pack_rows(weight_OI)[:3], x_BI), x_BI, weight_OI)
@@ -120,7 +115,7 @@ def test_more_rows_than_one_pass_serves(dtype: torch.dtype) -> None:
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "THREAD_BYTES", 1)
     for rows in (1, 5, 8, 67):
-        weight_OI = make_weight(rows, 200, dtype, 0.5)
+        weight_OI = make_sparse(rows, 200, dtype, 0.5)
         packed, x_BI = pack_rows(weight_OI), make_inputs(3, 200, dtype)
         answers = []
         for count in range(1, 9):

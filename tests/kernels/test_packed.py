@@ -26,15 +26,10 @@ from kernels.packed import (
     unpack_mask,
     unpack_rows,
 )
+from tests.kernels.layers import make_sparse
 
 BF16 = torch.bfloat16
 native_only = pytest.mark.skipif(bool(explain_absence(BF16)), reason=explain_absence(BF16))
-
-
-def make_weight(rows: int, columns: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    keep_OI = torch.rand(rows, columns, generator=generator) < 0.5
-    return torch.where(keep_OI, torch.randn(rows, columns, generator=generator), 0).to(dtype)
 
 
 @given(st.sampled_from(sorted(BITS, key=str)), st.data())
@@ -78,7 +73,7 @@ def test_the_layout_is_the_one_described() -> None:
 
 
 def test_a_transposed_view_is_packed_as_it_reads() -> None:
-    weight_OI = make_weight(40, 5).T
+    weight_OI = make_sparse(40, 5, BF16).T
     assert torch.equal(unpack_rows(pack_rows(weight_OI)), weight_OI)
 
 
@@ -96,7 +91,7 @@ def test_what_cannot_be_packed(weight: Tensor, named: str) -> None:
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
-    mask_OW, values, _, _ = pack_rows(make_weight(4, 40))
+    mask_OW, values, _, _ = pack_rows(make_sparse(4, 40, BF16))
     kept = values.numel() - PADDING
 
     def refuse(problem: str, mask: Tensor = mask_OW, values: Tensor = values, shape: tuple[int, int] = (4, 40)) -> None:
@@ -132,7 +127,7 @@ def test_products_are_those_of_the_dense_weight(
         pytest.skip(reason)
     ask_for_kernels(kernel)
     monkeypatch.setattr(packed, "CHUNK_BYTES", 4096)  # several chunks, the last one smaller
-    weight_OI, bias_O = make_weight(45, 70, dtype), torch.linspace(-1, 1, 45).to(dtype)
+    weight_OI, bias_O = make_sparse(45, 70, dtype), torch.linspace(-1, 1, 45).to(dtype)
     linear = PackedLinear(pack_rows(weight_OI), bias_O)
     for batch in ((), (1,), (2, 3), (MOST_PACKED_ROWS,), (MOST_PACKED_ROWS + 1,), (5, 9), (0,)):
         x = torch.randn(*batch, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -150,7 +145,7 @@ def test_few_rows_are_never_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     unpacked: list[int] = []
     unpack = native.unpack_rows
     monkeypatch.setattr(native, "unpack_rows", lambda mask, *rest: (unpacked.append(len(mask)), unpack(mask, *rest))[1])
-    linear = PackedLinear(pack_rows(make_weight(3, 40)))
+    linear = PackedLinear(pack_rows(make_sparse(3, 40, BF16)))
     linear(torch.ones(MOST_PACKED_ROWS, 40, dtype=BF16))
     assert unpacked == []
     linear(torch.ones(MOST_PACKED_ROWS + 1, 40, dtype=BF16))
@@ -158,7 +153,7 @@ def test_few_rows_are_never_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_go_through() -> None:
-    weight_OI = make_weight(6, 40, torch.float32)
+    weight_OI = make_sparse(6, 40, torch.float32)
     x_BI = torch.randn(2, 40, generator=torch.Generator().manual_seed(1), requires_grad=True)
     PackedLinear(pack_rows(weight_OI))(x_BI).sum().backward()
     assert x_BI.grad is not None
@@ -167,7 +162,7 @@ def test_gradients_go_through() -> None:
 
 def test_inputs_of_another_dtype_are_refused_as_by_a_dense_layer() -> None:
     with pytest.raises(RuntimeError, match="same dtype"):
-        PackedLinear(pack_rows(make_weight(6, 40)))(torch.ones(1, 40))
+        PackedLinear(pack_rows(make_sparse(6, 40, BF16)))(torch.ones(1, 40))
 
 
 def test_a_layer_tells_what_it_is() -> None:

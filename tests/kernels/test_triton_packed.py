@@ -18,7 +18,7 @@ from kernels.packed import (
     unpack_mask,
     unpack_rows,
 )
-from tests.kernels.layers import DTYPES
+from tests.kernels.layers import DTYPES, make_sparse
 
 triton_packed = pytest.importorskip("kernels.triton_packed", reason="triton is not installed")
 MOST_ROWS = triton_packed.MOST_ROWS
@@ -62,8 +62,7 @@ def make_product(
 ) -> tuple[PackedWeight, Tensor, Tensor, Tensor]:
     """(weight packed, x, bias, weight)."""
     generator = torch.Generator().manual_seed(columns)
-    weight_OI = torch.randn(rows, columns, generator=generator).to(dtype)
-    weight_OI[torch.rand(rows, columns, generator=generator) < 0.5] = 0
+    weight_OI = make_sparse(rows, columns, dtype, seed=columns + 1)
     x_BI, bias_O = torch.randn(count, columns, generator=generator), torch.randn(rows, generator=generator)
     return pack_rows(weight_OI.to(device)), x_BI.to(device, dtype), bias_O.to(device, dtype), weight_OI.to(device)
 
