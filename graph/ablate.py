@@ -30,7 +30,6 @@ from tools.base.rundir import scan_events, unlock_run
 from tools.base.secrets import read_secrets
 from tools.base.settings import TEAM, TeamSettings
 from tools.base.words import escape, show
-from tools.compare import CompareSettings, Job, search_allocation
 from tools.models.load import check_device, locate_model
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LayerProfile, group_layers
@@ -38,6 +37,7 @@ from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import order_allocation
 from tools.results.schema import SIGMAS, Protocol, describe_protocol
 from tools.texts.windows import check_texts
+from tools.workbench.search import search_allocation
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
@@ -331,7 +331,7 @@ def draw_plan(layers: Sequence[LayerProfile], seed: int, number: int) -> tuple[R
         strength=pick(RANDOM_STRENGTHS),
         gamma=pick(("plain", "clipped")),
     )
-    if recipe.allocation != "kappa":  # factors count only there
+    if not recipe.reads_curves:  # factors count only where those are read
         return recipe, []
     groups = sorted(group_layers(layers))
     chosen = generator.choice(len(groups), min(RANDOM_GROUPS, len(groups)), replace=False)
@@ -345,16 +345,19 @@ def draw_plan(layers: Sequence[LayerProfile], seed: int, number: int) -> tuple[R
 
 
 def _try_search(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> _Choice:
-    """The search of tools.compare, on calibration text, with the weights of the default recipe."""
+    """An evolutionary search, on calibration text, with the weights of the default recipe."""
     recipe = Recipe(allocation="uniform")
-    values = {name: getattr(settings, name) for name in TeamSettings.model_fields}
-    rules = CompareSettings(
-        **values, max_layer_sparsity=settings.max_layer_sparsity, evolution_tokens=settings.evaluated_tokens
+    found = search_allocation(
+        bench,
+        profile,
+        recipe,
+        settings.target_sparsity,
+        progress,
+        tokens=settings.evaluated_tokens,
+        max_layer_sparsity=settings.max_layer_sparsity,
     )
-    job = Job(f"{recipe.mask_label}:evolution", recipe, settings.target_sparsity)
-    found = search_allocation(job, bench, profile, rules, progress)
     checkpoint = bench.prune(profile, order_allocation(recipe, found.allocation), progress)
-    return _Choice(checkpoint, job.label, found.tokens // settings.window, found.tokens)
+    return _Choice(checkpoint, f"{recipe.mask_label}:evolution", found.tokens // settings.window, found.tokens)
 
 
 def _run_graph(

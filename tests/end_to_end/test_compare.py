@@ -15,7 +15,7 @@ import yaml
 from graph.config import RunConfig
 from tests.end_to_end.helpers import TINY, Outcome, at_home, let_go, python_environment, wait_for
 from tools import compare
-from tools.compare import ALLOCATIONS, METHODS
+from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS
 from tools.workbench import bench as workbench
 from tools.workbench.bench import Workbench
 
@@ -154,9 +154,9 @@ def test_a_dry_run_counts_the_rows_from_the_models_config_alone(
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert "prunable: 14 layers, 15,360 weights; 7,680 zeros at the end" in lines
-    rows = len(METHODS) * len(ALLOCATIONS) + len(METHODS)
+    rows = len(ALL_METHODS) * len(ALL_ALLOCATIONS) + len(ALL_METHODS)
     assert any(line.startswith("  validate; forward of 8 windows") and f"; {rows} ×;" in line for line in lines)
-    own_curves = len(METHODS) - 1  # the two-sided mask's are the profile's
+    own_curves = len(ALL_METHODS) - 1  # the two-sided mask's are the profile's
     assert any(line.startswith("  KL curves of a method") and f"; {own_curves} ×;" in line for line in lines)
     assert lines[-1] == (
         "not counted: 7 evolutionary searches, each of up to 65,536 tokens through models pruned for it"
@@ -170,15 +170,15 @@ def test_every_method_with_every_allocation(tiny_llama: Path, tmp_path: Path, co
     assert (outcome.code, outcome.err) == (0, "")
     rows = read_rows(tmp_path / "compare")
     assert {row["recipe"] for row in rows} == {
-        f"{method}:{allocation}" for method in METHODS for allocation in ALLOCATIONS
+        f"{method}:{allocation}" for method in ALL_METHODS for allocation in ALL_ALLOCATIONS
     }
-    assert len(rows) == len(METHODS) * len(ALLOCATIONS)
+    assert len(rows) == len(ALL_METHODS) * len(ALL_ALLOCATIONS)
     assert {row["achieved_sparsity"] for row in rows} == {round(0.45 * 15_360) / 15_360}
 
 
 @pytest.mark.slow
 def test_a_real_process_is_stopped_by_ctrl_c_and_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
-    recipes = [f"{method}:{allocation}" for method in METHODS[:3] for allocation in ("uniform", "kappa")]
+    recipes = [f"{method}:{allocation}" for method in ALL_METHODS[:3] for allocation in ("uniform", "kappa")]
     flags = ("--model", str(tiny_llama), *FLAGS, "--recipes", ",".join(recipes), "--out")
 
     def start(out: str) -> subprocess.Popen[str]:

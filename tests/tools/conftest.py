@@ -1,4 +1,7 @@
-"""One thread for torch: on a busy machine, tiny tensors on several threads take fifty times as long."""
+"""What tests of the tools share.
+
+One thread for torch: on a busy machine, tiny tensors on several threads take fifty times as long.
+"""
 
 from collections.abc import Iterator
 
@@ -12,3 +15,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots of comparisons take longer than tiny rows."""
+    monkeypatch.setattr("tools.results.comparison._plot", lambda _known, _kind, _path: None)

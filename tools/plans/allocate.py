@@ -54,11 +54,14 @@ def allocate(
         budget = Budget(layers, sizes, round(sparsity * sizes.sum()), least / sizes, most / sizes, factors)
         _refuse_impossible(budget.zeros, sizes.sum(), least.sum(), most.sum())
         zeros = round_to_budget(_share_out(budget, recipe) * sizes, budget.zeros, least, most)
-    return Allocation(
-        zeros={layer.name: int(z) for layer, z in zip(layers, zeros, strict=True)},
-        sparsity=float(zeros.sum() / sizes.sum()),
-        predicted_kl=predict_kl(layers, zeros / sizes),
-    )
+    return describe_zeros(layers, {layer.name: int(z) for layer, z in zip(layers, zeros, strict=True)})
+
+
+def describe_zeros(layers: Sequence[LayerProfile], zeros: dict[str, int]) -> Allocation:
+    """The allocation that has so many zeros in each layer."""
+    shares = np.array([zeros[layer.name] / layer.weights for layer in layers])
+    total = sum(layer.weights for layer in layers)
+    return Allocation(zeros=zeros, sparsity=sum(zeros.values()) / total, predicted_kl=predict_kl(layers, shares))
 
 
 def find_bounds(

@@ -184,6 +184,12 @@ ALLOCATIONS = {
 }
 """By name, in the order in which planners are told of those that they may take, which are the rules."""
 
+
+def name_allocations(*kinds: Kind) -> list[str]:
+    """The names of all allocations of some kinds."""
+    return [name for name, way in ALLOCATIONS.items() if way.kind in kinds]
+
+
 RULES = {name: way for name, way in ALLOCATIONS.items() if way.kind == "rule"}
 
 if TYPE_CHECKING:

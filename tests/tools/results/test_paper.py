@@ -3,7 +3,8 @@
 import pytest
 
 from tools.base.options import check_options
-from tools.compare import CompareSettings, list_jobs
+from tools.experiments.comparison import CompareSettings
+from tools.plans.jobs import list_jobs
 from tools.results.paper import PRESETS, PUBLISHED, Measured, compare_with, describe_tasks
 from tools.results.schema import Score
 

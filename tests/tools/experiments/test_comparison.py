@@ -1,0 +1,502 @@
+"""Recipes compared: rows are what the workbench gives, made once, kept when interrupted, and shown as they are."""
+
+import errno
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from rich.console import Console
+
+import tools.base.files
+import tools.experiments.structure
+import tools.results.comparison
+import tools.workbench.bench
+from tests.comparisons import EVOLUTION_TOKENS, make_comparison, make_row, make_settings, run_comparison
+from tests.team import gather_teams
+from tests.tiny import tiny_settings
+from tools.base.errors import DamagedArtifact, DiskFull, UserError
+from tools.base.files import write_json
+from tools.base.rows import as_csv
+from tools.base.settings import TEAM
+from tools.experiments.comparison import CompareSettings, compare
+from tools.experiments.structure import StructureSettings, cut_model
+from tools.measure.losses import evaluate_windows
+from tools.plans.allocate import allocate
+from tools.plans.recipe import parse_recipe
+from tools.plans.work_order import order_allocation
+from tools.results.comparison import Comparison, Row, describe
+from tools.results.schema import describe_protocol
+from tools.statistics.collect import measure_kappa
+from tools.workbench.bench import Workbench, close_workbench, use_workbench
+from tools.workbench.search import SavedSearch
+
+RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda:evolution"
+SPARSITIES = "0.45,0.6,2:4"
+TITLES = [
+    *(f"{recipe} at {sparsity}" for sparsity in ("45%", "60%") for recipe in RECIPES.split(",")),
+    *(f"{method}:uniform at 2:4" for method in ("magnitude", "wanda", "two-sided", "sparsegpt")),
+]
+GENERATION = 64 * (8 * 1 + (2 + 1) * 2)
+"""Tokens: 8 children on one window, then 2 of them and their parent on the 2 that there are."""
+
+MEASURED_ANEW = {"seconds", "allocation_seconds", "peak_memory_bytes"}
+
+
+def read_comparison(directory: Path) -> Comparison:
+    return Comparison.model_validate_json((directory / "compare.json").read_bytes())
+
+
+def lasting(rows: list[Row]) -> list[dict[str, Any]]:
+    """What must come out the same whenever it is measured."""
+    return [row.model_dump(exclude=MEASURED_ANEW) for row in rows]
+
+
+class Calls:
+    """What a comparison asked the workbench's tools for, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.evaluated: list[str] = []
+        self.curves = 0
+        patch.setattr(tools.workbench.bench, "evaluate_windows", self.evaluate)
+        patch.setattr(tools.workbench.bench, "measure_kappa", self.measure)
+
+    def evaluate(self, model: Any, windows_BT: Any, hidden: Any, label: str, *rest: Any) -> Any:
+        self.evaluated.append(label)
+        return evaluate_windows(model, windows_BT, hidden, label, *rest)
+
+    def measure(self, *arguments: Any) -> Any:
+        self.curves += 1
+        return measure_kappa(*arguments)
+
+
+class Compared(NamedTuple):
+    """One whole comparison."""
+
+    settings: CompareSettings
+    known: Comparison
+    lines: list[str]
+    calls: Calls
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """All of RECIPES at all of SPARSITIES; read its directory, do not write to it."""
+    settings = make_settings(
+        tiny_llama, tmp_path_factory.mktemp("compared") / "out", recipes=RECIPES, sparsity=SPARSITIES
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools.results.comparison, "_plot", lambda _known, _kind, _path: None)
+        calls = Calls(patch)
+        known, lines = run_comparison(settings)
+    close_workbench()
+    torch.set_num_threads(threads)
+    return Compared(settings, known, lines, calls)
+
+
+@pytest.fixture
+def copied(compared: Compared, tmp_path: Path) -> CompareSettings:
+    """The whole comparison, in a directory of the test's own."""
+    shutil.copytree(compared.settings.out, tmp_path / "out")
+    return compared.settings.model_copy(update={"out": str(tmp_path / "out")})
+
+
+def pick(compared: Compared, *titles: str) -> list[Row]:
+    return [compared.known.rows[TITLES.index(title)] for title in titles]
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_what_the_workbench_gives(compared: Compared, tmp_path: Path, workbench_closed: None) -> None:
+    settings, known = compared.settings, compared.known
+    with use_workbench(settings, tmp_path / "run", pytest.fail, lambda *_: None) as bench:
+        profile = bench.profile(lambda *_: None)
+        assert profile == known.profile
+        assert known.dense_perplexity == bench.read_profile(profile).dense.perplexity
+        for row in known.rows:
+            if row.allocation == "evolution":
+                continue
+            recipe = parse_recipe(row.recipe).model_copy(update={"pattern": row.pattern})
+            layers = bench.describe_layers(profile, recipe, lambda *_: None)
+            allocation = allocate(layers, row.sparsity, recipe, max_layer_sparsity=0.95)
+            evaluation = bench.evaluate(
+                bench.prune(profile, order_allocation(recipe, allocation), lambda *_: None),
+                "validation",
+                profile,
+                lambda *_: None,
+            )
+            zeros, weights = bench.count_zeros()
+            assert row.achieved_sparsity == zeros / weights
+            assert (row.perplexity, row.kl) == (evaluation.perplexity, evaluation.mean_kl)
+            assert row.kl_error == evaluation.kl_error
+            assert row.protocol == describe_protocol(settings, "validation")
+
+
+def test_every_row_is_made_once_in_the_order_asked_for_and_exact(compared: Compared) -> None:
+    rows, weights = compared.known.rows, 15_360
+    assert [f"{row.recipe} at {row.pattern or f'{row.sparsity:.0%}'}" for row in rows] == TITLES
+    for row in rows:
+        assert row.achieved_sparsity == (0.5 if row.pattern else round(row.sparsity * weights) / weights)
+        assert row.dense_perplexity == compared.known.dense_perplexity
+        assert row.peak_memory_bytes > 0 and row.seconds >= 0
+    for row in rows[-4:]:
+        assert (row.pattern, row.sparsity, row.allocation) == ("2:4", 0.5, "uniform")
+    assert read_comparison(Path(compared.settings.out)) == compared.known
+
+
+def test_the_dense_model_is_evaluated_once_and_first(compared: Compared) -> None:
+    labels = [label for label in compared.calls.evaluated if label]  # a search's have none
+    assert labels == ["dense validation", *["validation"] * len(TITLES)]
+
+
+def test_curves_of_a_method_are_measured_once_for_all_sparsities(compared: Compared) -> None:
+    assert compared.calls.curves == 1
+    first, second = pick(compared, "sparsegpt:kappa at 45%", "sparsegpt:kappa at 60%")
+    walk = 4 * 2 * 64  # two gradient windows: forward twice, and a backward for two
+    assert first.evaluated_tokens == second.evaluated_tokens == 2 * walk
+
+
+def test_tokens_are_those_of_the_allocation(compared: Compared) -> None:
+    for row in compared.known.rows:
+        if row.allocation == "evolution":
+            assert row.evaluated_tokens == 2 * GENERATION <= EVOLUTION_TOKENS < 3 * GENERATION
+        elif row.allocation != "kappa":
+            assert row.evaluated_tokens == 0
+
+
+def test_one_plain_line_for_each_row_without_a_terminal(compared: Compared) -> None:
+    lines = compared.lines
+    assert lines[0] == f"dense: perplexity {compared.known.dense_perplexity:.2f}"
+    assert len(lines) == len(TITLES) + 2
+    assert lines[-1] == f"see {compared.settings.out}/compare.md"
+    for line, title, row in zip(lines[1:], TITLES, compared.known.rows, strict=False):
+        begin = f"{title}: {row.achieved_sparsity:.2%} zeros, perplexity {row.perplexity:.2f}, KL {row.kl:.4f}, "
+        assert re.fullmatch(re.escape(begin) + r"allocated in \d+\.\d s, pruned in \d+\.\d s", line)
+
+
+def test_a_budget_too_small_for_one_generation_leaves_it_uniform(
+    copied: CompareSettings, workbench_closed: None, no_plot: None
+) -> None:
+    known = read_comparison(Path(copied.out))
+    known.rows = []
+    write_json(Path(copied.out) / "compare.json", known.model_dump())
+    changes = {"evolution_tokens": GENERATION - 1, "recipes": "wanda:evolution,wanda:uniform", "sparsity": "0.45"}
+    searched, uniform = run_comparison(copied.model_copy(update=changes))[0].rows
+    assert searched.evaluated_tokens == 0
+    assert searched.perplexity == uniform.perplexity
+
+
+def test_structured_rows_are_what_tools_structure_gives(
+    tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools.experiments.structure, "REPEATS", 1)
+    labels = ["structured:depth", "structured+refit:depth", "structured:flap", "structured+refit:flap"]
+    settings = make_settings(tiny_llama, tmp_path / "out", recipes=",".join(labels), sparsity="0.5,2:4")
+    try:
+        known, lines = run_comparison(settings.model_copy(update={"recipes": ",".join(labels[:3])}))
+        assert [row.recipe for row in known.rows] == labels[:3]
+        first = known.rows
+        known, lines = run_comparison(settings)
+        assert known.rows[:3] == first, "none is made twice"
+        with pytest.raises(
+            UserError, match=r"^structured:flap at 97%: 0.97 is too much to remove: 70.00% is the most "
+        ):
+            run_comparison(settings.model_copy(update={"sparsity": "0.97", "recipes": "structured:flap"}))
+        bench, measured = tools.workbench.bench._open[0], 2 * 4 * 64
+        assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
+        wanted = StructureSettings.model_validate(
+            tiny_settings(tiny_llama).model_dump(exclude=set(TEAM)) | {"remove": 0.5}
+        )
+        found = {
+            name: cut_model(wanted.model_copy(update={"parts": parts, "out": str(tmp_path / name)}), lambda *_: None)
+            for name, parts in (("depth", "blocks"), ("flap", "neurons,heads"))
+        }
+    finally:
+        close_workbench()
+    for row in known.rows:
+        cut = found[row.allocation]
+        perplexity = cut.cut.perplexity if row.method == "structured+refit" else cut.perplexity_without_refit
+        kl = cut.kl if row.method == "structured+refit" else cut.kl_without_refit
+        assert (row.achieved_sparsity, row.sparsity, row.pattern) == (cut.removed, 0.5, "")
+        assert (row.perplexity, row.kl) == (perplexity, kl)
+        assert row.dense_perplexity == cut.dense.perplexity
+        assert row.protocol == describe_protocol(settings, "validation")
+    assert [row.evaluated_tokens for row in known.rows] == [measured, measured, 0, 0]
+    assert [line.partition(",")[0] for line in lines[1:5]] == [
+        *("structured:depth at 50%: 50.00% removed", "structured+refit:depth at 50%: 50.00% removed"),
+        *("structured:flap at 50%: 50.00% removed", "structured+refit:flap at 50%: 50.00% removed"),
+    ]
+    assert "Structured: the sparsity is the share" in (tmp_path / "out" / "compare.md").read_text()
+
+
+# --- going on ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_shown_without_loading_anything(
+    copied: CompareSettings, compared: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools.workbench.bench, "use_workbench", pytest.fail)
+    (Path(copied.out) / "compare.md").unlink()  # as if killed between two files
+    known, lines = run_comparison(copied)
+    assert known == compared.known
+    assert lines == [*compared.lines[:-1], f"see {copied.out}/compare.md"]
+    assert (Path(copied.out) / "compare.md").read_text(encoding="utf-8") == describe(known)
+
+
+def test_only_new_rows_are_made(
+    copied: CompareSettings,
+    compared: Compared,
+    monkeypatch: pytest.MonkeyPatch,
+    workbench_closed: None,
+    no_plot: None,
+) -> None:
+    calls = Calls(monkeypatch)
+    known, lines = run_comparison(
+        copied.model_copy(update={"recipes": "wanda:uniform,sparsegpt:kappa", "sparsity": "0.45,0.3"})
+    )
+    assert known.rows[: len(TITLES)] == compared.known.rows
+    assert [(row.recipe, row.sparsity) for row in known.rows[len(TITLES) :]] == [
+        *(("wanda:uniform", 0.45), ("wanda:uniform", 0.3), ("sparsegpt:kappa", 0.3))
+    ]
+    assert calls.evaluated == ["validation"] * 3 and calls.curves == 0
+    assert [line.partition(":  ")[0].split(": ")[0] for line in lines[1:-1]] == [
+        *("sparsegpt:kappa at 45%", "wanda:uniform at 45%", "wanda:uniform at 30%", "sparsegpt:kappa at 30%")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "count", "rows_done"),
+    [
+        (Workbench.evaluate, 2, 1),
+        (Workbench._compute, 20, 1),
+        (Workbench.measure_kl_each, 4, 2),  # in the second generation
+        (Workbench._dense_losses, 1, 0),
+        (as_csv, 3, 2),
+    ],
+    ids=["evaluate", "prune", "search", "profile", "write"],
+)
+def test_interrupted_is_as_uninterrupted(
+    target: Any,
+    count: int,
+    rows_done: int,
+    compared: Compared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workbench_closed: None,
+    no_plot: None,
+) -> None:
+    changes = {"recipes": "magnitude:uniform,sparsegpt:kappa,wanda:evolution", "sparsity": "0.45"}
+    settings = compared.settings.model_copy(update={"out": str(tmp_path / "out"), **changes})
+    calls = 0
+
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            raise KeyboardInterrupt
+        return target(*arguments, **options)
+
+    owner = tools.results.comparison if target is as_csv else Workbench
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, target.__name__, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_comparison(settings)
+    if rows_done:
+        assert len(read_comparison(tmp_path / "out").rows) == rows_done
+    close_workbench()
+    known, _ = run_comparison(settings)
+    whole = pick(compared, *(f"{recipe} at 45%" for recipe in changes["recipes"].split(",")))
+    assert lasting(known.rows) == lasting(whole)
+    assert (known.profile, known.dense_perplexity) == (compared.known.profile, compared.known.dense_perplexity)
+
+
+def lose_the_searched_row(directory: Path) -> tuple[Any, Path]:
+    """(the row of the search, which the comparison has no longer; where that search is saved)."""
+    known = read_comparison(directory)
+    row = known.rows.pop(TITLES.index("wanda:evolution at 45%"))
+    write_json(directory / "compare.json", known.model_dump())
+    return row, directory / "work" / "search-wanda-0.45.json"
+
+
+def test_a_search_goes_on_where_it_was(
+    copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    whole, path = lose_the_searched_row(Path(copied.out))
+    saved = SavedSearch.model_validate_json(path.read_bytes())
+    saved.seconds += 1000
+    write_json(path, saved.model_dump())
+    monkeypatch.setattr(Workbench, "measure_kl_each", pytest.fail)
+    again = run_comparison(copied)[0].rows[-1]
+    assert lasting([again]) == lasting([whole])
+    assert again.allocation_seconds >= round(saved.seconds, 1)  # the time of the first try is counted
+
+
+def test_workers_take_whole_candidates_of_a_search(
+    copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    whole, path = lose_the_searched_row(Path(copied.out))
+    alone = SavedSearch.model_validate_json(path.read_bytes())
+    path.unlink()
+    teams = gather_teams(monkeypatch)
+    again = run_comparison(copied.model_copy(update={"workers": "2"}))[0].rows[-1]
+    assert lasting([again]) == lasting([whole])
+    shared = SavedSearch.model_validate_json(path.read_bytes())
+    assert shared == alone.model_copy(update={"seconds": shared.seconds})
+    assert len(teams) == 1 and len(teams[0].handed) == 2 * (8 + 3)
+
+
+@pytest.mark.parametrize("spoil", ["settings", "profile", "file"])
+def test_a_search_of_other_settings_or_another_model_is_not_gone_on_with(
+    spoil: str, copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    directory = Path(copied.out)
+    known = read_comparison(directory)
+    known.rows = [row for row in known.rows if row.allocation != "evolution"]
+    write_json(directory / "compare.json", known.model_dump())
+    path = directory / "work" / "search-wanda-0.45.json"
+    assert path.is_file()
+    changes: dict[str, Any] = {"recipes": "wanda:evolution", "sparsity": "0.45"}
+    if spoil == "settings":
+        changes["evolution_tokens"] = GENERATION
+    elif spoil == "profile":
+        path.write_text(path.read_text().replace(known.profile, "0" * 64))
+    else:
+        path.write_text("{")
+    measured: list[str] = []
+    measure = Workbench.measure_kl_each
+    monkeypatch.setattr(Workbench, "measure_kl_each", lambda bench, c, w: measured.extend(c) or measure(bench, c, w))
+    again, lines = run_comparison(copied.model_copy(update=changes))
+    assert len(measured) == (1 if spoil == "settings" else 2) * (8 + 3)
+    assert again.rows[-1].evaluated_tokens == len(measured) // 11 * GENERATION
+    assert [line for line in lines if "warning" in line] == (
+        [f"warning: {path} is damaged; the search begins anew"] if spoil == "file" else []
+    )
+
+
+# --- rows that cannot be, and bad input --------------------------------------------------------------------------
+
+
+def test_rows_that_cannot_be_lose_no_others(
+    copied: CompareSettings, compared: Compared, workbench_closed: None, no_plot: None
+) -> None:
+    console = Console(file=io.StringIO())
+    changes = {"recipes": "wanda:uniform,magnitude:evolution", "sparsity": "0.97,3:9,0.3"}
+    with pytest.raises(UserError) as refusal:
+        compare(copied.model_copy(update=changes), console)
+    bounds = "bounds and protected layers allow at most 95.05% sparsity, but 97.00% is asked"
+    assert str(refusal.value) == f"wanda:uniform at 97%: {bounds} (and 3 more, warned of above)"
+    warnings = [line for line in console.file.getvalue().splitlines() if line.startswith("warning: ")]
+    assert warnings[:2] == [f"warning: {recipe} at 97%: {bounds}" for recipe in changes["recipes"].split(",")]
+    assert warnings[2].startswith("warning: wanda:uniform at 3:9: ") and "not divisible into groups of 9" in warnings[2]
+    assert len(warnings) == 4
+    rows = read_comparison(Path(copied.out)).rows
+    assert rows[: len(TITLES)] == compared.known.rows
+    assert [(row.recipe, row.sparsity) for row in rows[len(TITLES) :]] == [
+        *(("wanda:uniform", 0.3), ("magnitude:evolution", 0.3))
+    ]
+
+
+def test_other_settings_are_named(tmp_path: Path) -> None:
+    settings = make_settings("no-model", tmp_path)
+    write_json(tmp_path / "compare.json", make_comparison(settings, make_row("wanda:evolution")).model_dump())
+    before = (tmp_path / "compare.json").read_bytes()
+    changed = make_settings("no-model", tmp_path, window=32, seed=1, evolution_tokens=5, recipes="wanda:owl")
+    with pytest.raises(UserError) as refusal:
+        run_comparison(changed)
+    assert str(refusal.value) == (
+        f"{tmp_path} holds a comparison with other settings (evolution_tokens, seed, window); choose another --out"
+    )
+    assert (tmp_path / "compare.json").read_bytes() == before
+
+
+def test_the_budget_of_searches_may_change_until_there_is_one(tmp_path: Path, no_plot: None) -> None:
+    changes = {"recipes": "wanda:uniform", "sparsity": "0.5"}
+    settings = make_settings("no-model", tmp_path, **changes)
+    write_json(tmp_path / "compare.json", make_comparison(settings, make_row()).model_dump())
+    known, _ = run_comparison(make_settings("no-model", tmp_path, evolution_tokens=5, **changes))
+    assert known.settings["evolution_tokens"] == read_comparison(tmp_path).settings["evolution_tokens"] == 5
+
+
+def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text('{"rows": 3')
+    with pytest.raises(UserError, match=rf"^{tmp_path}/compare\.json cannot be read: "):
+        run_comparison(make_settings("no-model", tmp_path))
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_an_output_that_is_a_file(below: str, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        UserError, match=rf"^--out {tmp_path}/file\S* cannot be written: (Not a directory|File exists)$"
+    ):
+        run_comparison(make_settings(tiny_llama, tmp_path / "file" / below))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": "./nowhere"}, "model './nowhere' is neither a directory"),
+        ({"validation": "file:missing.txt"}, "text file missing.txt does not exist"),
+    ],
+)
+def test_a_model_or_text_that_is_not_there_leaves_nothing_behind(
+    changes: dict[str, str], sentence: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        run_comparison(make_settings(**{"model": tiny_llama, "out": tmp_path / "out", **changes}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_profile_is_named(
+    copied: CompareSettings, compared: Compared, workbench_closed: None, no_plot: None
+) -> None:
+    profile = compared.known.profile
+    path = Path(copied.out) / "work" / "artifacts" / profile[:2] / f"{profile}.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(DamagedArtifact, match=rf"^artifact {path} is damaged"):
+        run_comparison(copied.model_copy(update={"recipes": "wanda:uniform"}))
+    assert read_comparison(Path(copied.out)) == compared.known
+
+
+def test_a_full_disk_is_named_and_the_row_is_kept(
+    copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    write = tools.base.files._write_utf8
+
+    def fill(path: Path, text: str) -> None:
+        if path.name.startswith(".compare.md"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.base.files, "_write_utf8", fill)
+        with pytest.raises(DiskFull, match=r"^the disk is full \(\d+ MB free\) while writing \S+/compare\.md; "):
+            run_comparison(copied.model_copy(update={"recipes": "wanda:uniform", "sparsity": "0.45"}))
+    assert read_comparison(Path(copied.out)).rows[-1].recipe == "wanda:uniform"
+
+
+def test_yaml_may_hold_lists_and_numbers() -> None:
+    given = CompareSettings.model_validate({"recipes": ["wanda:owl", "refit:kappa"], "sparsity": [0.45, "2:4"]})
+    assert (given.recipes, given.sparsity) == ("wanda:owl,refit:kappa", "0.45,2:4")
+    assert CompareSettings.model_validate({"sparsity": 0.6}).sparsity == "0.6"
+
+
+def test_what_a_recipe_leaves_of_the_facts(tiny_llama: Path, tmp_path: Path, no_plot: None) -> None:
+    source = tmp_path / "questions.jsonl"
+    source.write_text("\n".join(f'{{"question": "Which is number {i}?", "answer": "class"}}' for i in range(8)))
+    settings = make_settings(tiny_llama, tmp_path / "out").model_copy(
+        update={"recipes": "magnitude:uniform", "sparsity": "0.9", "questions": f"file:{source}", "question_pairs": 4}
+    )
+    known, _ = run_comparison(settings)
+    (row,) = known.rows
+    assert row.fact_retention is not None and row.fact_retention != 1 and row.fact_error is not None
+    said = (tmp_path / "out" / "compare.md").read_text()
+    assert f"| {row.fact_retention:.1%} ± {row.fact_error:.1%} |" in said
+    assert f"on 4 questions of `file:{source}`." in said

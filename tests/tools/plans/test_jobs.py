@@ -1,0 +1,83 @@
+"""Which rows a comparison is asked for."""
+
+import pytest
+
+from tools.base.errors import UserError
+from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, PartsRecipe, list_jobs
+from tools.plans.methods import METHODS
+from tools.plans.rules import RULES
+
+
+def test_all_is_every_method_with_every_allocation_once() -> None:
+    jobs = list_jobs("wanda:uniform,all,wanda:uniform", "0.45,0.450,0.6")
+    labels = [job.label for job in jobs]
+    assert len(jobs) == len({job.key for job in jobs}) == 2 * len(ALL_METHODS) * len(ALL_ALLOCATIONS)
+    assert labels[0] == "wanda:uniform"
+    assert set(labels) == {f"{method}:{allocation}" for method in ALL_METHODS for allocation in ALL_ALLOCATIONS}
+    assert {method.removesuffix("+refit") for method in ALL_METHODS} == set(METHODS)
+    assert {*ALL_ALLOCATIONS} == {*RULES, "evolution"}
+
+
+def test_baselines_stand_before_what_is_our_own() -> None:
+    assert ALL_METHODS == [
+        *("magnitude", "wanda", "sparsegpt", "two-sided", "two-sided-obs", "two-sided+refit", "refit")
+    ]
+    assert ALL_ALLOCATIONS == ["uniform", "owl", "alphapruning", "evolution", "kappa"]
+
+
+def test_with_a_pattern_each_method_is_one_row() -> None:
+    jobs = list_jobs("all,refit:kappa@0.5", "2:4,02:4,4:8,0.5")
+    patterned = [job for job in jobs if job.pattern]
+    assert [job.title for job in patterned] == [f"{m}:uniform at {p}" for p in ("2:4", "4:8") for m in ALL_METHODS]
+    assert {job.sparsity for job in jobs} == {0.5}
+    assert all(job.recipe.allocation == job.allocation == "uniform" for job in patterned)
+    assert [job.title for job in jobs if not job.pattern][-1] == "refit:kappa@0.5 at 50%"
+
+
+def test_structured_recipes_have_no_row_for_a_pattern() -> None:
+    jobs = list_jobs("structured:flap,structured+refit:depth,wanda:uniform", "0.2,2:4")
+    assert [job.title for job in jobs] == [
+        *("structured:flap at 20%", "structured+refit:depth at 20%", "wanda:uniform at 20%", "wanda:uniform at 2:4")
+    ]
+    assert [(job.kind, job.recipe) for job in jobs[:2]] == [
+        ("parts", PartsRecipe(("neurons", "heads"), refit=False)),
+        ("parts", PartsRecipe(("blocks",), refit=True)),
+    ]
+
+
+def test_labels_are_told_apart_by_what_they_mean() -> None:
+    jobs = list_jobs("wanda, wanda:uniform@0.5,two-sided~clipped:evolution,refit+refit:kappa-mask@1", "0.575")
+    assert [job.title for job in jobs] == [
+        *("wanda:uniform at 57.5%", "two-sided~clipped:evolution at 57.5%", "refit:kappa-mask at 57.5%")
+    ]
+    assert [job.recipe.allocation for job in jobs] == ["uniform", "uniform", "kappa"]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "sparsity", "sentence"),
+    [
+        ("wanda:nonsense", "0.45", "recipe 'wanda:nonsense': allocation: input should be 'kappa', 'uniform', "),
+        ("wanda:nonsense", "2:4", "recipe 'wanda:nonsense': allocation: input should be 'kappa', 'uniform', "),
+        ("nonsense:kappa", "0.45", "recipe 'nonsense:kappa': method: input should be 'magnitude', 'wanda', "),
+        ("nonsense:evolution", "0.45", "recipe 'nonsense:uniform': method: input should be"),
+        ("wanda:kappa@2", "0.45", "recipe 'wanda:kappa@2': strength: "),
+        ("Wanda kappa", "0.45", "recipe 'Wanda kappa' is not of the form METHOD[+refit]:ALLOCATION"),
+        (
+            "structured:kappa",
+            "0.2",
+            "recipe 'structured:kappa' is none of structured[+refit]:flap, structured[+refit]:",
+        ),
+        ("structured", "0.2", "recipe 'structured' is none of structured[+refit]:flap, structured[+refit]:depth"),
+        ("wanda:flap", "0.2", "recipe 'wanda:flap': allocation: "),
+        ("structured:flap", "2:4", "patterns are not for structured recipes; try --sparsity 0.2"),
+        (" , ", "0.45", "no recipe is given; try --recipes wanda:uniform,refit:kappa"),
+        ("all", ",", "no sparsity is given; try --sparsity 0.45"),
+        ("all", "half", "sparsity 'half' is neither a fraction such as 0.45 nor a pattern such as 2:4"),
+        ("all", "4:2", "sparsity '4:2' is neither a fraction such as 0.45 nor a pattern such as 2:4"),
+        *(("all", text, f"sparsity '{text}' must lie between 0 and 1, such as 0.45") for text in ("45", "0", "nan")),
+    ],
+)
+def test_recipes_and_sparsities_that_there_are_not(recipes: str, sparsity: str, sentence: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        list_jobs(recipes, sparsity)
+    assert str(refusal.value).startswith(sentence) and "\n" not in str(refusal.value)

@@ -1,0 +1,208 @@
+"""Recipes compared on one model, row by row; what is done is on disk after each, and gone on from."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, field_validator
+from rich.console import Console
+
+from tools.base.console import print_line, show_bars
+from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.rows import lock_out, read_kept, refuse_other_settings
+from tools.base.settings import TEAM, TaskSettings, TeamSettings
+from tools.experiments.comparison_rows import Limits, make_row
+from tools.measure.benchmarks import Benchmark, load_benchmarks
+from tools.measure.harness import run_benchmark
+from tools.models.load import check_device, locate_model
+from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, list_jobs
+from tools.plans.recipe import Recipe
+from tools.plans.rules import ALLOCATIONS, name_allocations
+from tools.results.comparison import Comparison, Row, describe_dense, describe_row, show_tables, write_comparison
+from tools.results.schema import Score
+from tools.texts.windows import check_texts
+
+if TYPE_CHECKING:
+    from tools.base.progress import Progress
+    from tools.workbench.bench import Workbench
+
+_STRUCTURED = ", and ".join(
+    f"{STRUCTURED}[+refit]:{name}, {ALLOCATIONS[name].sentence}" for name in name_allocations("parts")
+)
+
+
+class CompareSettings(TaskSettings, TeamSettings):
+    """The model, its texts, and what is compared."""
+
+    recipes: str = Field(
+        "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
+        description="Comma-separated METHOD[+refit][~clipped][~quarter|~half]:ALLOCATION[@STRENGTH], or all. Methods: "
+        f"{', '.join(ALL_METHODS)}. Allocations: {', '.join(ALL_ALLOCATIONS)}, and kappa-mask. Beside all: "
+        f"{_STRUCTURED}; a sparsity is then the share of the prunable weights that is removed, and patterns have no "
+        "such row.",
+    )
+    sparsity: str = Field("0.45", description="Comma-separated fractions and patterns, such as 0.45,0.6,2:4.")
+    out: str = Field("compare", min_length=1, description="Directory of the tables, the plot and the work.")
+    max_layer_sparsity: float = Field(0.95, gt=0, le=1, description="No layer is pruned further than this.")
+    evolution_tokens: int = Field(
+        65536, ge=1, description="Calibration tokens that the evolutionary search may evaluate for one row."
+    )
+
+    @field_validator("recipes", "sparsity", mode="before")
+    @classmethod
+    def _join_list(cls, value: Any) -> str:
+        """YAML has lists and numbers."""
+        return ",".join(str(part) for part in (value if isinstance(value, list) else [value]))
+
+
+def compare(settings: CompareSettings, console: Console) -> Comparison:
+    """Make the rows that are not there yet and print a line for each; everything is on disk after each.
+
+    A row that cannot be, by its bounds or its pattern, is left out with a warning. Raises UserError for those when all
+    others are made, and for bad input; DamagedArtifact when the profile that rows share is not whole.
+    """
+    jobs = list_jobs(settings.recipes, settings.sparsity)
+    _check_input(settings)
+    benchmarks = load_benchmarks(settings, settings.dtype)
+    directory = Path(settings.out)
+    lock_out(directory, directory / "work")
+    known = _read_comparison(directory, settings)
+    done = {_key(row): row for row in known.rows} if known else {}
+    if known:
+        print_line(console, describe_dense(known))
+    for job in jobs:
+        if job.key in done:
+            print_line(console, describe_row(job, done[job.key]))
+    impossible: list[str] = []
+    todo = [job for job in jobs if job.key not in done]
+    if todo or known is None:
+        known, impossible = _make_rows(todo, len(jobs), known, settings, benchmarks, console)
+    else:
+        write_comparison(directory, known)  # a kill may have left some of the files a row behind
+    if console.is_terminal:
+        show_tables(known, console)
+    print_line(console, f"see {directory / 'compare.md'}")
+    if impossible:
+        more = f" (and {len(impossible) - 1} more, warned of above)" if len(impossible) > 1 else ""
+        raise UserError(f"{impossible[0]}{more}")
+    return known
+
+
+def _check_input(settings: CompareSettings) -> None:
+    """Refuse what can be refused before anything is loaded. Raises UserError."""
+    locate_model(settings.model)
+    check_device(settings.device)
+    check_texts(settings)
+
+
+def _read_comparison(directory: Path, settings: CompareSettings) -> Comparison | None:
+    """What is in `--out`; None where nothing is. Raises UserError for a comparison with other settings."""
+    known = read_kept(directory / "compare.json", Comparison)
+    if known is None:
+        return None
+    wanted = _fingerprint(settings)
+    searched = any(row.allocation in name_allocations("search") for row in known.rows)
+    refuse_other_settings(
+        directory, "a comparison", known.settings, wanted, set() if searched else {"evolution_tokens"}
+    )
+    return known.model_copy(update={"settings": wanted})
+
+
+def _fingerprint(settings: CompareSettings) -> dict[str, Any]:
+    """What rows must agree in to stand in one table."""
+    return settings.model_dump(exclude={"recipes", "sparsity", "out", *TEAM})
+
+
+def _key(row: Row) -> tuple[str, float, str]:
+    return row.recipe, row.sparsity, row.pattern
+
+
+def _make_rows(
+    jobs: list[Job],
+    total: int,
+    known: Comparison | None,
+    settings: CompareSettings,
+    benchmarks: list[Benchmark],
+    console: Console,
+) -> tuple[Comparison, list[str]]:
+    """(`known` with a row for each job that can be, why the others cannot)."""
+    from tools.workbench.bench import use_workbench  # imports torch
+
+    directory = Path(settings.out)
+    limits = Limits(settings.max_layer_sparsity, settings.evolution_tokens)
+    impossible: list[str] = []
+
+    def warn(text: str) -> None:
+        print_line(console, f"warning: {text}")
+
+    with (
+        show_bars(console, total) as (begin, progress),
+        use_workbench(settings, directory / "work", warn, progress) as bench,
+    ):
+        if known is None:
+            begin("dense model", 0)
+            known = _profile(bench, settings, jobs, progress)
+            known.dense_scores = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
+            write_comparison(directory, known)
+            print_line(console, describe_dense(known))
+        if bench.questions:
+            bench.ask("dense", "validation", progress)
+        for i, job in enumerate(jobs):
+            begin(job.title, total - len(jobs) + i)
+            try:
+                row, model = make_row(job, bench, known, limits, progress)
+                row.scores = _ask_tasks(benchmarks, model, bench, job.title, progress)
+            except ImpossiblePlan as error:
+                impossible.append(f"{job.title}: {error}")
+                warn(impossible[-1])
+                continue
+            known.rows.append(row)
+            write_comparison(directory, known)
+            print_line(console, describe_row(job, row))
+    return known, impossible
+
+
+def _profile(bench: "Workbench", settings: CompareSettings, jobs: list[Job], progress: "Progress") -> Comparison:
+    """The dense model's losses, statistics and curves, which all rows share."""
+    began = time.monotonic()
+    recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
+    profile = bench.profile(progress, masks_only=not any(recipe.changes_survivors for recipe in recipes))
+    dense = bench.read_profile(profile).dense.perplexity
+    assert dense is not None, "the workbench refuses a dense model that is not finite"
+    return Comparison(
+        settings=_fingerprint(settings),
+        profile=profile,
+        profile_seconds=round(time.monotonic() - began, 1),
+        dense_perplexity=dense,
+    )
+
+
+def _ask_tasks(
+    benchmarks: list[Benchmark], model: Any, bench: "Workbench", label: str, progress: "Progress"
+) -> list[Score]:
+    found = [run_benchmark(benchmark, model, bench.tokenizer, label, progress) for benchmark in benchmarks]
+    return [result.score for results in found for result in results]
+
+
+def show_needs(settings: CompareSettings, console: Console) -> None:
+    """`--dry-run`: the memory, disk and time that the rows would need. Raises UserError."""
+    from tools.estimate.needs import ASKED_FOR, estimate, print_estimate  # imports torch
+
+    jobs = list_jobs(settings.recipes, settings.sparsity)
+    check_texts(settings)
+    recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
+    found = estimate(settings, target=max(job.sparsity for job in jobs), rounds=len(recipes))
+    for work in found.work:
+        if work.name == ASKED_FOR:
+            work.times = len({recipe.mask_label for recipe in recipes if recipe.needs_curves})
+    print_estimate(found, console)
+    if searches := sum(job.kind == "search" for job in jobs):
+        print_line(
+            console,
+            f"not counted: {searches} evolutionary searches, each of up to {settings.evolution_tokens:,} tokens "
+            "through models pruned for it",
+        )
+    if len(recipes) < len(jobs):
+        print_line(console, "not counted: structured rows")
+    if settings.tasks:
+        print_line(console, f"not counted: {', '.join(settings.tasks)}, asked of the dense model and of every row")

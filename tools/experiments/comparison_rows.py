@@ -1,0 +1,151 @@
+"""The rows of a comparison: it is decided what goes, the model pruned so, and measured on the validation text."""
+
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tools.base.errors import ImpossiblePlan, UserError
+from tools.plans.allocate import allocate
+from tools.plans.jobs import Job, PartsRecipe
+from tools.plans.recipe import Recipe
+from tools.plans.work_order import order_allocation
+from tools.results.comparison import Comparison, Row
+from tools.results.schema import describe_protocol
+from tools.workbench.search import Decision, search_allocation
+
+if TYPE_CHECKING:
+    from tools.base.progress import Progress
+    from tools.measure.losses import Evaluation
+    from tools.measure.recall import Recall, Retention
+    from tools.workbench.bench import Workbench
+
+
+class Limits(NamedTuple):
+    """What holds for every row."""
+
+    max_layer_sparsity: float
+    evolution_tokens: int
+
+
+def make_row(job: Job, bench: "Workbench", known: Comparison, limits: Limits, progress: "Progress") -> tuple[Row, Any]:
+    """(the row, the model that it is about). Raises ImpossiblePlan where bounds, pattern or model do not allow it."""
+    if isinstance(job.recipe, PartsRecipe):
+        return _make_structured_row(job, job.recipe, bench, known, progress)
+    decide = _search if job.kind == "search" else _allocate
+    decision = decide(job.recipe, job.sparsity, bench, known.profile, limits, progress)
+    bench.forget_checkpoints([])  # what earlier rows or tries made, so that every row's time is its own
+    began = time.monotonic()
+    checkpoint = bench.prune(known.profile, order_allocation(job.recipe, decision.allocation), progress)
+    seconds = time.monotonic() - began
+    zeros, weights = bench.count_zeros()
+    row = _fill_row(
+        job,
+        bench,
+        known,
+        bench.evaluate(checkpoint, "validation", known.profile, progress),
+        _weigh_facts(bench.ask(checkpoint, "validation", progress), bench, progress) if bench.questions else None,
+        achieved_sparsity=zeros / weights,
+        seconds=round(seconds, 1),
+        allocation_seconds=round(decision.seconds, 1),
+        evaluated_tokens=decision.tokens,
+    )
+    return row, bench.model
+
+
+def _allocate(
+    recipe: Recipe, sparsity: float, bench: "Workbench", profile: str, limits: Limits, progress: "Progress"
+) -> Decision:
+    began = time.monotonic()
+    layers = bench.describe_layers(profile, recipe, progress)
+    allocation = allocate(layers, sparsity, recipe, max_layer_sparsity=limits.max_layer_sparsity)
+    settings = bench.settings
+    windows = min(settings.gradient_windows, settings.calibration_windows)
+    walks = 1 + recipe.needs_curves if recipe.reads_curves else 0
+    return Decision(allocation, 4 * walks * windows * settings.window, time.monotonic() - began)
+
+
+def _search(
+    recipe: Recipe, sparsity: float, bench: "Workbench", profile: str, limits: Limits, progress: "Progress"
+) -> Decision:
+    return search_allocation(
+        bench,
+        profile,
+        recipe,
+        sparsity,
+        progress,
+        tokens=limits.evolution_tokens,
+        max_layer_sparsity=limits.max_layer_sparsity,
+    )
+
+
+def _make_structured_row(
+    job: Job, recipe: PartsRecipe, bench: "Workbench", known: Comparison, progress: "Progress"
+) -> tuple[Row, Any]:
+    """(the row, the cut model). Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
+    from tools.measure.recall import measure_recall
+    from tools.surgery.choose import choose_cut  # imports torch
+    from tools.surgery.parts import count_weights, without_fits
+    from tools.surgery.rebuild import build_cut, check_cut
+    from tools.workbench.bench import DENSE
+
+    bench.restore(DENSE)
+    calibration = bench.windows.calibration.to(bench.device)
+    began = time.monotonic()
+    try:
+        choice = choose_cut(bench.model, recipe.parts, job.sparsity, calibration, progress, refit=recipe.refit)
+        model = build_cut(bench.model, choice.cut)
+        seconds = time.monotonic() - began
+        check_cut(bench.model, choice.cut, build_cut(bench.model, without_fits(choice.cut)), calibration[0])
+    except UserError as error:
+        raise ImpossiblePlan(str(error)) from error
+    evaluation, facts = bench.evaluate_other(model, known.profile, progress), None
+    if bench.questions:
+        recall = measure_recall(model, bench.questions["validation"], "questions", progress)
+        facts = _weigh_facts(recall, bench, progress)
+    row = _fill_row(
+        job,
+        bench,
+        known,
+        evaluation,
+        facts,
+        achieved_sparsity=1 - count_weights(model) / count_weights(bench.model),
+        seconds=round(seconds, 1),
+        allocation_seconds=0.0,
+        evaluated_tokens=choice.tokens,
+    )
+    return row, model
+
+
+def _fill_row(
+    job: Job,
+    bench: "Workbench",
+    known: Comparison,
+    evaluation: "Evaluation",
+    facts: "Retention | None",
+    **figures: Any,
+) -> Row:
+    return Row(
+        recipe=job.label,
+        method=job.method,
+        allocation=job.allocation,
+        sparsity=job.sparsity,
+        pattern=job.pattern,
+        perplexity=evaluation.perplexity,
+        dense_perplexity=known.dense_perplexity,
+        kl=evaluation.mean_kl,
+        kl_error=evaluation.kl_error,
+        fact_retention=facts.share if facts else None,
+        fact_error=facts.error if facts else None,
+        peak_memory_bytes=bench.peak_memory_bytes(),
+        protocol=describe_protocol(bench.settings, "validation"),
+        **figures,
+    )
+
+
+def _weigh_facts(recall: "Recall", bench: "Workbench", progress: "Progress") -> "Retention | None":
+    """What is left of the dense model's facts, on the questions of the trials; None where either is not finite.
+
+    The dense model was asked first.
+    """
+    from tools.measure.recall import compare_recall  # imports torch
+
+    return compare_recall(recall, bench.ask("dense", "validation", progress))

@@ -1,0 +1,138 @@
+"""What is to be compared: labels of recipes and sparsities, read into one job for each row of the table."""
+
+from typing import NamedTuple
+
+from tools.base.errors import UserError
+from tools.plans.methods import METHODS
+from tools.plans.recipe import Recipe, parse_pattern, parse_recipe
+from tools.plans.rules import ALLOCATIONS, UNIFORM, Kind, name_allocations
+
+
+def _list_all_methods() -> list[str]:
+    """Every method, some with a refit behind them, too: baselines first, and what ends refitted last."""
+    refitted = [(method.ours, True, f"{method.name}+refit") for method in METHODS.values() if method.also_refitted]
+    plain = [(method.ours, method.refits_in_steps, method.name) for method in METHODS.values()]
+    return [name for _, _, name in sorted([*refitted, *plain], key=lambda entry: entry[:2])]
+
+
+ALL_METHODS = _list_all_methods()
+ALL_ALLOCATIONS = sorted(name_allocations("rule", "search"), key=lambda name: ALLOCATIONS[name].ours)
+"""What `all` means: every method with every allocation, baselines before what is Billhook's own."""
+
+STRUCTURED = "structured"
+"""What stands in the place of a method where whole parts of the model go."""
+
+
+class PartsRecipe(NamedTuple):
+    """What is done where whole parts of the model go."""
+
+    parts: tuple[str, ...]
+    """Kinds of parts: neurons, heads or blocks."""
+    refit: bool
+    """Whether what stays is refitted."""
+
+
+class Job(NamedTuple):
+    """One row to be made."""
+
+    label: str
+    kind: Kind
+    """How it is decided what goes."""
+    recipe: Recipe | PartsRecipe
+    """Of a search the allocation is the one that it begins from."""
+    sparsity: float
+
+    @property
+    def key(self) -> tuple[str, float, str]:
+        """What tells rows apart."""
+        return self.label, self.sparsity, self.pattern
+
+    @property
+    def pattern(self) -> str:
+        """N:M, or empty."""
+        return self.recipe.pattern if isinstance(self.recipe, Recipe) else ""
+
+    @property
+    def title(self) -> str:
+        """For people, such as `refit:kappa at 45%`."""
+        return f"{self.label} at {name_target(self.sparsity, self.pattern)}"
+
+    @property
+    def method(self) -> str:
+        """The label's part before the colon."""
+        return self.label.partition(":")[0]
+
+    @property
+    def allocation(self) -> str:
+        """The label's part behind the colon."""
+        return self.label.partition(":")[2]
+
+
+def list_jobs(recipes: str, sparsities: str) -> list[Job]:
+    """The rows asked for, in order. Raises UserError in one line for a recipe or a sparsity that there is not.
+
+    With a pattern every layer gets the same, so that allocations make no difference: each method is one row.
+    """
+    every = [f"{method}:{allocation}" for allocation in ALL_ALLOCATIONS for method in ALL_METHODS]
+    labels = [label for part in _split(recipes) for label in (every if part == "all" else [part])]
+    if not labels:
+        raise UserError("no recipe is given; try --recipes wanda:uniform,refit:kappa")
+    targets = [_parse_sparsity(part) for part in _split(sparsities)]
+    if not targets:
+        raise UserError("no sparsity is given; try --sparsity 0.45")
+    jobs: dict[tuple[str, float, str], Job] = {}
+    for sparsity, pattern in targets:
+        for label in labels:
+            job = _make_job(label, sparsity, pattern)
+            if not (job.kind == "parts" and pattern):
+                jobs.setdefault(job.key, job)
+    if not jobs:
+        raise UserError("patterns are not for structured recipes; try --sparsity 0.2")
+    return list(jobs.values())
+
+
+def name_target(sparsity: float, pattern: str) -> str:
+    """For people: the pattern, or the sparsity in percent."""
+    return pattern or f"{100 * sparsity:g}%"
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _parse_sparsity(text: str) -> tuple[float, str]:
+    """(fraction, pattern or "")."""
+    try:
+        if ":" in text:
+            pruned, group = parse_pattern(text)
+            return pruned / group, f"{pruned}:{group}"
+        sparsity = float(text)
+    except ValueError as error:
+        raise UserError(f"sparsity {text!r} is neither a fraction such as 0.45 nor a pattern such as 2:4") from error
+    if not 0 < sparsity < 1:
+        raise UserError(f"sparsity {text!r} must lie between 0 and 1, such as 0.45")
+    return sparsity, ""
+
+
+def _make_job(label: str, sparsity: float, pattern: str) -> Job:
+    method, _, allocation = label.partition(":")
+    if method.partition("+")[0] == STRUCTURED:
+        return Job(label, "parts", _parse_parts_recipe(label), sparsity)
+    searches = allocation in name_allocations("search")
+    try:
+        recipe = parse_recipe(f"{method}:{UNIFORM}" if searches else label)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if pattern:
+        recipe = recipe.model_copy(update={"pattern": pattern, "allocation": UNIFORM, "strength": 1.0})
+    elif searches:
+        return Job(f"{recipe.mask_label}:{allocation}", "search", recipe, sparsity)
+    return Job(recipe.label, "rule", recipe, sparsity)
+
+
+def _parse_parts_recipe(label: str) -> PartsRecipe:
+    method, _, allocation = label.partition(":")
+    known = name_allocations("parts")
+    if method not in (STRUCTURED, f"{STRUCTURED}+refit") or allocation not in known:
+        raise UserError(f"recipe {label!r} is none of {', '.join(f'{STRUCTURED}[+refit]:{name}' for name in known)}")
+    return PartsRecipe(ALLOCATIONS[allocation].parts, refit=method.endswith("+refit"))

@@ -1,0 +1,267 @@
+"""Recipes compared, as `tools.compare` keeps and shows them: compare.json, .csv, .md and a plot. No torch in here."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import BaseModel, Field
+from rich.console import Console
+from rich.table import Table
+
+from tools.base.files import write_json, write_text, write_whole
+from tools.base.rows import as_csv, save_figure
+from tools.base.words import escape, show
+from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, Job, name_target
+from tools.plans.rules import name_allocations
+from tools.results.paper import Measured, describe_tasks
+from tools.results.schema import Protocol, Score
+
+REFERENCE = "sparsegpt:uniform"
+"""Degradations are shown as multiples of this recipe's."""
+
+LABELLED = 10
+"""Recipes that the plot's legend names, the best ones; it explains the colours and marks of the others."""
+
+
+class Row(BaseModel):
+    """One recipe at one sparsity, measured on the validation text."""
+
+    recipe: str
+    method: str = Field(description="What is done inside a layer, such as two-sided+refit.")
+    allocation: str = Field(description="How sparsity is shared out; uniform wherever a pattern says it all.")
+    sparsity: float = Field(description="The target, as a fraction.")
+    pattern: str = Field(description="N:M, or empty for zeros anywhere.")
+    achieved_sparsity: float = Field(
+        description="Share of the prunable weights that are zero; structured: that are gone, as nearly as parts allow."
+    )
+    perplexity: float | None = Field(description="Null where the loss was not finite.")
+    dense_perplexity: float
+    kl: float | None = Field(description="KL(dense || pruned), nats per token; null where it was not finite.")
+    kl_error: float | None = Field(description="Standard error of kl over the windows.")
+    fact_retention: float | None = Field(
+        None,
+        description="Share of the right answers' probability per token that is left of the dense model's; null without "
+        "--questions, or where one was not finite.",
+    )
+    fact_error: float | None = Field(None, description="Its standard error over the questions.")
+    scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
+    seconds: float = Field(
+        description="Pruning the model, once it is known how much of each layer goes; structured: choosing included."
+    )
+    allocation_seconds: float = Field(
+        description="Deciding that. A search's whole time, over interruptions; but about 0 where the curves or spectra "
+        "it takes were measured before, for another row."
+    )
+    peak_memory_bytes: int = Field(
+        description="The most that the process had used by then: of the GPU where the model is on one."
+    )
+    evaluated_tokens: int = Field(
+        description="Calibration tokens run through the model to share sparsity out, whether or not other rows read "
+        "the same. evolution: through pruned models. kappa: the profile's gradients, forward twice and backward, which "
+        "counts as two; and as many again for curves of the method's own. structured: through models cut on trial."
+    )
+    protocol: Protocol
+
+
+class Comparison(BaseModel):
+    """`compare.json`."""
+
+    settings: dict[str, Any] = Field(description="Model and texts; rows of other settings are never mixed in.")
+    profile: str = Field(description="Hash of the profile that all rows share.")
+    profile_seconds: float
+    dense_perplexity: float
+    dense_scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
+    rows: list[Row] = []
+
+
+def write_comparison(directory: Path, known: Comparison) -> None:
+    """compare.json, .md, .csv, .png and .svg in a directory."""
+    write_json(directory / "compare.json", known.model_dump())
+    write_text(directory / "compare.md", describe(known))
+    write_text(directory / "compare.csv", as_csv(Row, known.rows, exclude=["protocol"]))
+    for kind in ("png", "svg"):
+        write_whole(directory / f"compare.{kind}", partial(_plot, known, kind))
+
+
+def describe_dense(known: Comparison) -> str:
+    """The line about the dense model."""
+    return f"dense: perplexity {show(known.dense_perplexity)}"
+
+
+def describe_row(job: Job, row: Row) -> str:
+    """The line about a row that is done."""
+    kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
+    went = "removed" if job.kind == "parts" else "zeros"
+    return (
+        f"{job.title}: {row.achieved_sparsity:.2%} {went}, perplexity {show(row.perplexity)}, KL {kl}, "
+        f"allocated in {row.allocation_seconds:.1f} s, pruned in {row.seconds:.1f} s"
+    )
+
+
+def show_tables(known: Comparison, console: Console) -> None:
+    """The tables of `compare.md` in the terminal."""
+    for name, rows in group_rows(known.rows):
+        table = Table(title=f"{name}; dense perplexity {show(known.dense_perplexity)}")
+        for i, title in enumerate(_list_titles(known)):
+            table.add_column(title, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*_list_cells(row, known))
+        console.print(table)
+
+
+def group_rows(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """(sparsity or pattern, its rows, best first) in the order of their sparsity."""
+    groups: dict[tuple[float, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.sparsity, row.pattern), []).append(row)
+    return [
+        (name_target(*target), sorted(groups[target], key=lambda row: row.perplexity or float("inf")))
+        for target in sorted(groups)
+    ]
+
+
+def rank_recipes(rows: Sequence[Row]) -> list[str]:
+    """The recipes, best first: by their mean place among the rows of the same sparsity."""
+    places: dict[str, list[int]] = {}
+    for _, members in group_rows(rows):
+        for place, row in enumerate(members):
+            places.setdefault(row.recipe, []).append(place)
+    return sorted(places, key=lambda recipe: fmean(places[recipe]))
+
+
+def relative_degradation(row: Row, rows: Sequence[Row]) -> float | None:
+    """(perplexity - dense) as a multiple of uniform SparseGPT's at the same sparsity; None without it."""
+    same = (r for r in rows if (r.sparsity, r.pattern, r.recipe) == (row.sparsity, row.pattern, REFERENCE))
+    reference = next(same, None)
+    if reference is None or reference.perplexity is None or row.perplexity is None:
+        return None
+    rise = reference.perplexity - row.dense_perplexity
+    return (row.perplexity - row.dense_perplexity) / rise if rise > 0 else None
+
+
+def _list_titles(known: Comparison) -> list[str]:
+    facts = ["facts"] if known.settings["questions"] else []
+    return ["recipe", "sparsity", "perplexity", "× SparseGPT", "KL", *facts, "prune s", "allocate s", "tokens"]
+
+
+def _list_cells(row: Row, known: Comparison) -> list[str]:
+    relative = relative_degradation(row, known.rows)
+    facts = "not finite"
+    if row.fact_retention is not None and row.fact_error is not None:
+        facts = f"{row.fact_retention:.1%} ± {row.fact_error:.1%}"
+    return [
+        row.recipe,
+        f"{row.achieved_sparsity:.2%}",
+        show(row.perplexity),
+        "" if relative is None else f"{relative:.2f}",
+        "not finite" if row.kl is None or row.kl_error is None else f"{row.kl:.4f} ± {row.kl_error:.4f}",
+        *([facts] if known.settings["questions"] else []),
+        f"{row.seconds:.1f}",
+        f"{row.allocation_seconds:.1f}",
+        f"{row.evaluated_tokens:,}",
+    ]
+
+
+_EXPLAIN_FACTS = (
+    "Facts: the share of the right answers' probability per token that is left of the dense model's, on "
+    "{question_pairs} questions of `{questions}`."
+)
+
+
+def describe(known: Comparison) -> str:
+    """`compare.md`."""
+    settings = known.settings
+    structured = any(row.allocation in name_allocations("parts") for row in known.rows)
+    lines = [
+        f"# {escape(settings['model'])}: recipes compared",
+        "",
+        f"Perplexity on {settings['validation_windows'] * settings['window']:,} tokens of `{settings['validation']}` "
+        f"in windows of {settings['window']}, {settings['dtype']}; dense: {show(known.dense_perplexity)}. Statistics "
+        f"from {settings['calibration_windows']} windows of `{settings['calibration']}`, gradients from "
+        f"{min(settings['gradient_windows'], settings['calibration_windows'])} of them "
+        f"({known.profile_seconds:.1f} s with the dense model's perplexity, shared by all rows).",
+        "",
+        f"Best first. × SparseGPT: how far perplexity rises above the dense model's, as a multiple of `{REFERENCE}` at "
+        "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "
+        "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
+        "the seconds of curves that several rows share stand in the first of them."
+        + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else "")
+        + (" Structured: the sparsity is the share of the prunable weights removed." if structured else ""),
+        "",
+        "![Perplexity over sparsity](compare.svg)",
+        "",
+    ]
+    for name, rows in group_rows(known.rows):
+        titles = _list_titles(known)
+        lines += [f"## {name}", "", f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
+        for row in rows:
+            recipe, *figures = _list_cells(row, known)
+            lines.append(f"| {' | '.join([f'`{recipe}`', *figures])} |")
+        lines.append("")
+    dense = Measured("dense", "", "", 0.0, known.dense_perplexity, known.dense_scores)
+    lines += describe_tasks(dense, [_as_measured(row) for _, rows in group_rows(known.rows) for row in rows])
+    return "\n".join(lines)
+
+
+def _as_measured(row: Row) -> Measured:
+    name = f"`{row.recipe}`" + (f" {row.pattern}" if row.pattern else "")
+    return Measured(name, row.recipe, row.pattern, row.achieved_sparsity, row.perplexity, row.scores)
+
+
+_MARKS = "osD^v*PX<>ph"
+
+
+def _plot(known: Comparison, kind: str, path: Path) -> None:
+    """Perplexity over sparsity, a line for each recipe: coloured by allocation, marked by method, hollow for N:M."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatter
+
+    rows = [row for row in known.rows if row.perplexity is not None]
+    recipes = rank_recipes(rows)
+    allocations = list(dict.fromkeys([*ALL_ALLOCATIONS, *(row.allocation for row in rows)]))
+    methods = list(dict.fromkeys([*ALL_METHODS, *(row.method for row in rows)]))
+    colors = {name: f"C{i % 10}" for i, name in enumerate(allocations)}
+    marks = {name: _MARKS[i % len(_MARKS)] for i, name in enumerate(methods)}
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    legend = [axes.axhline(known.dense_perplexity, color="0.5", linestyle=":", label="dense")]
+    for i, recipe in enumerate(recipes):
+        own = [row for row in rows if row.recipe == recipe]
+        named = i < LABELLED
+        look: dict[str, Any] = {"color": colors[own[0].allocation], "marker": marks[own[0].method]}
+        paled = look | {"alpha": 1.0 if named else 0.4, "zorder": 3 if named else 2}
+        axes.plot(*_list_points(own, patterned=False), **paled)
+        axes.plot(*_list_points(own, patterned=True), **paled, linestyle="", fillstyle="none")
+        if named:
+            legend.append(Line2D([], [], **look, label=recipe))
+    if len(recipes) > LABELLED:
+        used = {name for row in rows for name in (row.allocation, row.method)}
+        legend += [Line2D([], [], color=colors[name], label=name) for name in allocations if name in used]
+        legend += [
+            Line2D([], [], color="0.4", linestyle="", marker=marks[name], label=name)
+            for name in methods
+            if name in used
+        ]
+    if any(row.pattern for row in rows):
+        legend.append(Line2D([], [], color="0.4", linestyle="", marker="o", fillstyle="none", label="hollow: N:M"))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set_xlabel("sparsity")
+    axes.set_ylabel("perplexity on the validation text")
+    figure.legend(handles=legend, loc="outside right upper", fontsize="small")
+    save_figure(figure, kind, path)
+
+
+def _list_points(rows: Sequence[Row], *, patterned: bool) -> tuple[list[float], list[float]]:
+    """(sparsities, perplexities)."""
+    points = sorted(
+        (row.achieved_sparsity, row.perplexity)
+        for row in rows
+        if row.perplexity is not None and bool(row.pattern) is patterned
+    )
+    return [x for x, _ in points], [y for _, y in points]
