@@ -25,7 +25,7 @@ from langgraph.types import Command, StateSnapshot
 from rich.console import Console
 
 from graph.config import RunConfig, read_config
-from graph.llm.ask import AgentError
+from graph.llm.ladder import AgentError
 from graph.llm.local import close_local
 from graph.llm.models import check_model
 from graph.persistence import (

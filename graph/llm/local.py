@@ -19,7 +19,7 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from pydantic import PrivateAttr
 
 from graph.config import RunConfig
-from graph.llm.ask import Method
+from graph.llm.ladder import Method
 from tools.base.errors import UserError
 from tools.models.load import load_model, locate_model
 

@@ -7,7 +7,8 @@ from typing import Literal
 from langchain_core.messages import AnyMessage
 
 from graph.config import RunConfig
-from graph.llm.ask import AgentError, CallRecord
+from graph.llm.ask import CallRecord
+from graph.llm.ladder import AgentError
 from graph.runs.session import Session
 from tools.base.rundir import scan_events
 from tools.results.schema import Usage
@@ -39,9 +40,10 @@ class Account:
 
     def keep_call(self, call: CallRecord) -> None:
         """Log and count a reply. Raises CapReached when another call would follow, and may not."""
-        self._session.emit("reply", planner=self._model, **call.model_dump())
+        whose = {"agent": self._agent, "iteration": self._iteration}
+        self._session.emit("reply", planner=self._model, **whose, **call.model_dump())
         self.usage = add_calls(self.usage, [call], self._config, self._agent)
-        self._session.emit("usage", **self.usage.model_dump())
+        self._session.emit("usage", **whose, **self.usage.model_dump())
         if call.problem or call.tools:
             check_cap(self.usage, self._caps)
 

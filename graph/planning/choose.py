@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from graph.config import RunConfig
-from graph.llm.ask import AgentError
+from graph.llm.ladder import AgentError
 from graph.llm.models import HEURISTIC, open_model
 from graph.llm.spending import Account, CapReached
 from graph.llm.toolbox import Toolbox

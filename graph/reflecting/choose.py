@@ -1,7 +1,7 @@
 """Who reflects on a round: the reflector's model, or the rule alone."""
 
 from graph.config import RunConfig
-from graph.llm.ask import AgentError
+from graph.llm.ladder import AgentError
 from graph.llm.models import HEURISTIC, open_model
 from graph.llm.spending import Account, CapReached
 from graph.planning.orders import find_recipe

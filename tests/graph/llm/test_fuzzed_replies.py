@@ -21,10 +21,10 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable
 from pydantic import PrivateAttr
 
-import graph.nodes.plan
-from graph.agents import chat
+import graph.planning.choose
 from graph.config import RunConfig
-from graph.llm.ask import AgentError
+from graph.llm import ladder
+from graph.llm.ladder import AgentError
 from graph.planning.choose import allocate_in_bounds, choose_plan
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
@@ -238,8 +238,8 @@ def test_any_conversation(
     script: list[Any], methods: tuple[str, ...] | None, bench: Workbench, profile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ScriptedModel(script=script, methods=methods)
-    monkeypatch.setattr(graph.nodes.plan, "open_model", lambda spec, config: model)
-    monkeypatch.setattr(chat, "_rungs", {})
+    monkeypatch.setattr(graph.planning.choose, "open_model", lambda spec, config: model)
+    monkeypatch.setattr(ladder, "_rungs", {})
     (bench.directory / "events.jsonl").write_text("")
     session = Session(bench.directory, lambda event: None, 0.0)
     layers = bench.read_profile(profile).layers

@@ -13,9 +13,10 @@ import torch
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel, Field
 
-from graph.agents import local
 from graph.config import RunConfig
-from graph.llm.ask import AgentError, CallRecord, ask
+from graph.llm import local
+from graph.llm.ask import CallRecord, ask
+from graph.llm.ladder import AgentError
 from graph.llm.local import bound_schema, close_local
 from graph.llm.models import check_model, open_model
 from graph.planning.plan import Plan

@@ -9,9 +9,10 @@ import pytest
 from langchain_core.messages import HumanMessage
 from pydantic import ValidationError
 
-from graph.agents import chat
 from graph.config import RunConfig
-from graph.llm.ask import AgentError, CallRecord, ask
+from graph.llm import ladder
+from graph.llm.ask import CallRecord, ask
+from graph.llm.ladder import AgentError
 from graph.llm.models import check_model, open_model
 from graph.planning.plan import Plan
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
@@ -82,10 +83,8 @@ def init_chat_model(model: str, *, model_provider: str, **options: Any) -> BaseC
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _environment(monkeypatch: pytest.MonkeyPatch, unknown_endpoints: None) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(chat, "_rungs", {})
 
 
 @pytest.fixture
@@ -266,4 +265,4 @@ def test_an_answer_that_a_provider_cut_off_is_handed_back() -> None:
 def test_the_words_of_an_endpoint_are_found(body: Any, words: str) -> None:
     error = RuntimeError("as the SDK says it")
     error.body = body  # type: ignore[attr-defined]
-    assert chat._endpoint_words(error) == words
+    assert ladder._endpoint_words(error) == words

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from graph.agents import chat
 from graph.config import RunConfig
-from graph.llm.ask import AgentError, CallRecord
-from graph.llm.spending import CapReached, add_calls, check_cap, read_spent
+from graph.llm.ask import CallRecord
+from graph.llm.ladder import AgentError
+from graph.llm.spending import Account, Agent, CapReached, add_calls, check_cap, read_spent
 from graph.planning.choose import choose_plan
 from graph.planning.plan import Plan
 from graph.runs.session import Session
@@ -17,14 +17,10 @@ from tests.openai_server import OpenAIServer
 from tests.situations import make_first_situation
 from tools.results.schema import Usage
 
+pytestmark = pytest.mark.usefixtures("unknown_endpoints")
+
 PRICES = RunConfig(planner_price_input=2, planner_price_output=8, reflector_price_input=1, reflector_price_output=4)
 TOO_FAR = {"sparsity": 0.9}
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(chat, "_rungs", {})
 
 
 def call(sent: int, written: int) -> CallRecord:
@@ -85,6 +81,25 @@ def test_calls_of_a_round_that_failed_are_paid_for(tmp_path: Path) -> None:
     with OpenAIServer() as server:
         _, usage = choose(server, tmp_path, Usage())
     assert (usage.calls, usage.input_tokens) == (5, sent + server.requests[0].prompt_tokens)
+
+
+def test_replies_and_what_they_cost_name_agent_and_round(tmp_path: Path) -> None:
+    session = Session(tmp_path, lambda _event: None, 0.0)
+    agents: tuple[Agent, ...] = ("planner", "reflector")
+    usage = Usage()
+    for agent in agents:
+        account = Account(agent, session, usage, PRICES, PRICES, iteration=3)
+        account.keep_call(call(1_000_000, 0))
+        usage = account.usage
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(event["type"], event["agent"], event["iteration"]) for event in events] == [
+        ("reply", "planner", 3),
+        ("usage", "planner", 3),
+        ("reply", "reflector", 3),
+        ("usage", "reflector", 3),
+    ]
+    assert [event["cost"] for event in events[1::2]] == [2.0, 3.0], "of all agents so far"
+    assert read_spent(tmp_path, Usage()) == usage
 
 
 # Caps

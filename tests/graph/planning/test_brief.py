@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graph.agents import chat
 from graph.config import RunConfig, read_prompt
-from graph.llm.ask import AgentError, CallRecord
+from graph.llm.ask import CallRecord
+from graph.llm.ladder import AgentError
 from graph.llm.models import open_model
 from graph.llm.quoting import quote_data
 from graph.llm.toolbox import Toolbox
@@ -49,6 +49,8 @@ KEPT = Trial(
     reason="within the limit",
     plan="30.0% two-sided+refit:kappa",
 )
+
+pytestmark = pytest.mark.usefixtures("unknown_endpoints")
 
 
 def shown(situation: Situation) -> str:
@@ -410,12 +412,6 @@ def test_plan_in_one_line(plan: dict[str, Any], line: str) -> None:
 
 
 # Over HTTP
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(chat, "_rungs", {})
 
 
 def test_plan_over_http() -> None:

@@ -10,7 +10,7 @@ from langchain_core.messages import AnyMessage
 from pydantic import ValidationError
 
 from graph.config import RunConfig, read_prompt
-from graph.llm.ask import AgentError
+from graph.llm.ladder import AgentError
 from graph.llm.models import open_model
 from graph.planning.orders import group_kl
 from graph.planning.plan import Plan

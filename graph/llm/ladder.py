@@ -1,0 +1,313 @@
+"""How an answer is held to a schema by whatever endpoint there is: a ladder of methods, strictest first.
+
+Endpoints differ in what they can do, so a call climbs down until the endpoint takes a method, and that rung is
+remembered.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from langchain_core.exceptions import ContextOverflowError, ModelConnectionError, ModelTimeoutError
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
+from langchain_core.runnables import Runnable
+from pydantic import BaseModel, ValidationError
+
+from graph.llm.answers import one_line
+from graph.llm.toolbox import Toolbox, ToolCall, dump
+from tools.base.secrets import redact
+from tools.base.words import count, shorten
+
+Method = Literal["grammar", "json_schema", "function_calling", "json_mode", "text"]
+
+METHODS: tuple[Method, ...] = ("json_schema", "function_calling", "json_mode", "text")
+"""How OpenAI's protocol holds an answer to the schema, strictest first; `text` only asks for it in the prompt."""
+OTHER_METHODS: tuple[Method, ...] = ("function_calling", "text")
+"""What LangChain does in the same way for every other provider."""
+STEP_DOWN = frozenset({400, 422, 500, 501})
+"""HTTP statuses that mean 'I do not know this method': llama.cpp says 500, FastAPI servers 422."""
+ANSWER_LIMIT = 4_000
+"""Characters of an answer that are handed back and recorded."""
+MAX_WRITTEN = {"array": ("maxItems", 16), "string": ("maxLength", 400)}
+"""What a schema that holds an answer lets a list and a string grow to: a weak model repeats itself without end."""
+
+
+_rungs: dict[tuple[str, bool, bool], Method] = {}
+"""The method that a model at its endpoint last took, for the life of the process: apart where tools are offered, and
+again where answers of tools are sent, on which some endpoints choke."""
+
+
+class AgentError(RuntimeError):
+    """An agent gave no usable answer; the message is one line and holds no secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(redact(message), 600))
+
+
+# What is sent
+
+
+@dataclass
+class Exchange:
+    """The tools that one reply asked for, and what they answered."""
+
+    calls: list[ToolCall]
+    answers: list[str]
+
+
+def _render(conversation: Sequence[AnyMessage | Exchange], method: Method, toolbox: Toolbox | None) -> list[AnyMessage]:
+    """The conversation as messages: calls of tools as such where the method knows them, else in words.
+
+    They are made anew, as what the model sent may be nothing that the endpoint takes back.
+    """
+    messages: list[AnyMessage] = []
+    for i, part in enumerate(conversation):
+        if not isinstance(part, Exchange):
+            messages.append(part)
+        elif method == "function_calling" and toolbox and all(_is_plain(call, toolbox) for call in part.calls):
+            ids = [f"call_{i}_{j}" for j in range(len(part.calls))]
+            calls = [
+                {"type": "tool_call", "id": key, "name": call.name, "args": call.arguments}
+                for key, call in zip(ids, part.calls, strict=True)
+            ]
+            messages.append(AIMessage("", tool_calls=calls))
+            messages += [ToolMessage(text, tool_call_id=key) for key, text in zip(ids, part.answers, strict=True)]
+        else:
+            said = "\n".join(in_words(call.name, dump(call.arguments)) for call in part.calls)
+            messages += [AIMessage(shorten(said, ANSWER_LIMIT)), HumanMessage("\n\n".join(part.answers))]
+    return messages
+
+
+def _is_plain(call: ToolCall, toolbox: Toolbox) -> bool:
+    """Whether a call is one that any endpoint takes back."""
+    known = call.name in toolbox.tools and isinstance(call.arguments, dict)
+    return known and len(dump(call.arguments)) <= ANSWER_LIMIT
+
+
+def in_words(name: str, arguments: str) -> str:
+    """A call as a model that knows no tools would write it; the arguments are in JSON."""
+    return f'{{"tool": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
+
+
+# One call, down the ladder
+
+
+@dataclass
+class _Wire:
+    """What passes between one call and the endpoint."""
+
+    requests: int = 0
+    repeat_500: bool = True
+
+
+_wire: ContextVar[_Wire | None] = ContextVar("_wire", default=None)
+
+
+def count_request(request: object) -> None:
+    """A hook of the HTTP client: the SDK repeats requests by itself and does not tell how often."""
+    if wire := _wire.get():
+        wire.requests += 1
+
+
+def judge_retry(response: Any) -> None:
+    """A hook of the HTTP client: keep the SDK from repeating what only says that a method is unknown."""
+    wire = _wire.get()
+    if wire and not wire.repeat_500 and response.status_code in STEP_DOWN:
+        response.headers["x-should-retry"] = "false"  # a header that the SDK obeys
+
+
+def send(
+    model: BaseChatModel,
+    schema: type[BaseModel],
+    conversation: Sequence[AnyMessage | Exchange],
+    toolbox: Toolbox | None,
+) -> tuple[Method, AIMessage]:
+    """Get one reply by the best method that the endpoint takes; AgentError when it takes none."""
+    methods = _ladder(model)
+    if toolbox and "function_calling" in methods and not _is_elsewhere(model):
+        # The one in which models were taught to call tools.
+        methods = ("function_calling", *(method for method in methods if method != "function_calling"))
+    place = name_model(model), toolbox is not None, any(isinstance(part, Exchange) for part in conversation)
+    known = _rungs.get(place)
+    start = known or _rungs.get((*place[:2], False))
+    wire = _Wire()
+    token = _wire.set(wire)
+    try:
+        for method in methods[methods.index(start) if start else 0 :]:
+            # A 500 is worth repeating only where the method cannot be to blame for it.
+            wire.repeat_500 = method in (known, methods[-1])
+            messages = _render(conversation, method, toolbox)
+            reply = _try_method(model, schema, messages, method, toolbox)
+            if isinstance(reply, AIMessage):
+                _rungs[place] = method
+                return method, reply
+            if not reply.by_method or (method == known and reply.status >= 500):
+                break
+    finally:
+        _wire.reset(token)
+    _rungs.pop(place, None)
+    after = f", after {count(wire.requests, 'request')}" if wire.requests else ""
+    raise AgentError(f"{name_model(model)} {reply.text}{after}")
+
+
+@dataclass
+class _Failure:
+    """A call that got no reply."""
+
+    status: int
+    """The HTTP status, or 0."""
+    text: str
+    """What happened, to be read after the endpoint's name."""
+    by_method: bool = False
+    """Whether the method may be to blame, so that another is worth trying."""
+
+
+def _try_method(
+    model: BaseChatModel,
+    schema: type[BaseModel],
+    messages: list[AnyMessage],
+    method: Method,
+    toolbox: Toolbox | None,
+) -> AIMessage | _Failure:
+    with warnings.catch_warnings():
+        # It advises on its own `with_structured_output` when an endpoint refuses json_schema.
+        warnings.filterwarnings("ignore", module="langchain_openai")
+        try:
+            reply = _bind(model, schema, method, toolbox).invoke(messages)
+        except Exception as error:  # any kind: langchain raises even TypeError over what endpoints send
+            # Not raised from here: a chained exception would carry the endpoint's text, key and all.
+            return _describe_failure(error, model)
+    if not isinstance(reply, AIMessage):
+        return _Failure(0, "answers in the role of someone else than the assistant")
+    return reply
+
+
+def _bind(model: BaseChatModel, schema: type[BaseModel], method: Method, toolbox: Toolbox | None) -> Runnable[Any, Any]:
+    """The model, told to answer by `method`, or to call a tool while the toolbox lets it.
+
+    Not langchain's `with_structured_output`: it raises on an answer that was cut off before
+    its text and tokens can be seen, and its JSON parser completes half an answer in silence.
+    As `extra_body`, because langchain hands a plain `response_format` to the same code.
+    """
+    name, described = schema.__name__, schema.model_json_schema()
+    tools = toolbox.functions if toolbox else []
+    offered = tools if toolbox and not toolbox.spent else []
+    if method == "grammar":
+        return model.bind(schema=_schema_or_call(described, offered))
+    if method == "json_schema":
+        wanted = {"name": name, "schema": _bound_lengths(_schema_or_call(described, offered), MAX_WRITTEN)}
+        return model.bind(extra_body={"response_format": {"type": "json_schema", "json_schema": wanted}})
+    if method == "function_calling":
+        function = {"name": name, "description": described.get("description", ""), "parameters": described}
+        functions = _bound_lengths([{"type": "function", "function": function}, *tools], {})
+        return model.bind_tools(functions, tool_choice="any" if offered else name)
+    if method == "json_mode":
+        return model.bind(extra_body={"response_format": {"type": "json_object"}})
+    return model
+
+
+def _schema_or_call(described: dict[str, Any], tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A JSON schema, or one that takes a call of a tool in words as well.
+
+    An argument that is called like the schema (`plan` for Plan) is held to it.
+    """
+    if not tools:
+        return described
+    title = str(described["title"])
+    answer = {"$ref": f"#/$defs/{title}"}
+    calls = []
+    for tool in tools:
+        function = tool["function"]
+        parameters = function["parameters"]
+        given = {name: answer if name == title.lower() else kind for name, kind in parameters["properties"].items()}
+        properties = {
+            "tool": {"type": "string", "enum": [function["name"]]},
+            "arguments": parameters | {"properties": given},
+        }
+        calls.append({"type": "object", "properties": properties, "required": ["tool", "arguments"]})
+    parts = {key: value for key, value in described.items() if key != "$defs"}
+    return {"anyOf": [answer, *calls], "$defs": {**described.get("$defs", {}), title: parts}}
+
+
+def _bound_lengths(node: Any, limits: dict[str, tuple[str, int]]) -> Any:
+    """A JSON schema whose bounds on lengths are these alone, or narrower: of a type, the keyword and the greatest.
+
+    llama.cpp unrolls such bounds into a grammar, and refuses 2,000 characters (its issue 25746). The schema's own are
+    checked here anyway.
+    """
+    if isinstance(node, list):
+        return [_bound_lengths(item, limits) for item in node]
+    if not isinstance(node, dict):
+        return node
+    # A field that happens to be called maxLength is a schema, so a dict, and stays.
+    lengths = ("minLength", "maxLength", "minItems", "maxItems")
+    bounded = {
+        key: _bound_lengths(value, limits)
+        for key, value in node.items()
+        if key not in lengths or isinstance(value, dict)
+    }
+    kind = node.get("type")
+    if isinstance(kind, str) and kind in limits and "enum" not in node:
+        keyword, most = limits[kind]
+        bounded[keyword] = min(most, node.get(keyword, most))
+    return bounded
+
+
+def name_model(model: BaseChatModel) -> str:
+    """The model, and where it is, as messages call it: the name that `graph.llm.models` gave it."""
+    return model.name or type(model).__name__
+
+
+def _is_elsewhere(model: BaseChatModel) -> bool:
+    """Whether it speaks OpenAI's protocol at another address than OpenAI's.
+
+    There the schema takes calls of tools in words: llama.cpp that must have a function called lets a model write its
+    plan as text first, and then nothing that would end the answer; and functions double what a prompt says of plans.
+    """
+    return bool(getattr(model, "openai_api_base", None))
+
+
+def _ladder(model: BaseChatModel) -> tuple[Method, ...]:
+    """The methods that a model may take, strictest first."""
+    own: tuple[Method, ...] | None = getattr(model, "methods", None)
+    return own or (METHODS if hasattr(model, "openai_api_base") else OTHER_METHODS)
+
+
+def _describe_failure(error: Exception, model: BaseChatModel) -> _Failure:
+    """What happened, in words that follow the endpoint's name."""
+    if isinstance(error, ContextOverflowError):
+        return _Failure(400, f"cannot take so long a prompt ({one_line(_endpoint_words(error), 150)})")
+    if isinstance(error, ModelTimeoutError):
+        timeout = getattr(model, "request_timeout", None)
+        return _Failure(0, f"gave no answer within {timeout} s" if timeout else "gave no answer in time")
+    if isinstance(error, ModelConnectionError):
+        return _Failure(0, f"cannot be reached or hung up ({one_line(_root_cause(error), 150)})")
+    status = getattr(error, "status_code", 0)
+    if not isinstance(status, int) or not status:
+        # Arguments of a tool call that are no object end in langchain's ValidationError, and the reply is lost.
+        by_method = isinstance(error, ValidationError | NotImplementedError)  # the latter where it has no tools
+        return _Failure(0, f"sent no chat completion ({type(error).__name__}: {one_line(str(error), 150)})", by_method)
+    if status == 401:  # without the endpoint's words: they quote the key
+        keys = " or ".join(sorted({name for name in model.lc_secrets.values() if name.endswith("_API_KEY")}))
+        return _Failure(status, f"wants another API key{f' than {keys} holds' if keys else ''} (HTTP 401)")
+    known = {403: "denies access", 404: "knows no such model or address", 429: "limits the rate or the quota"}
+    what = known.get(status, "failed" if status >= 500 else "rejected the request")
+    words = one_line(_endpoint_words(error), 150)
+    return _Failure(status, f"{what} (HTTP {status}: {words})", status in STEP_DOWN)
+
+
+def _endpoint_words(error: Exception) -> str:
+    body = getattr(error, "body", str(error))
+    body = body.get("error", body) if isinstance(body, dict) else body  # Anthropic's is one level further down
+    said = body.get("message") or body.get("detail") if isinstance(body, dict) else body  # FastAPI's is the latter
+    return str(said or "no reason given")
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
