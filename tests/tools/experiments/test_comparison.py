@@ -16,7 +16,6 @@ import tools.experiments.structure
 import tools.results.comparison
 import tools.workbench.bench
 from tests.comparisons import EVOLUTION_TOKENS, make_comparison, make_row, make_settings, run_comparison
-from tests.team import gather_teams
 from tests.tiny import tiny_settings
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.files import write_json
@@ -32,7 +31,6 @@ from tools.results.comparison import Comparison, Row, describe
 from tools.results.schema import describe_protocol
 from tools.statistics.collect import measure_kappa
 from tools.workbench.bench import Workbench, close_workbench, use_workbench
-from tools.workbench.search import SavedSearch
 
 RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda:evolution"
 SPARSITIES = "0.45,0.6,2:4"
@@ -314,69 +312,6 @@ def test_interrupted_is_as_uninterrupted(
     whole = pick(compared, *(f"{recipe} at 45%" for recipe in changes["recipes"].split(",")))
     assert lasting(known.rows) == lasting(whole)
     assert (known.profile, known.dense_perplexity) == (compared.known.profile, compared.known.dense_perplexity)
-
-
-def lose_the_searched_row(directory: Path) -> tuple[Any, Path]:
-    """(the row of the search, which the comparison has no longer; where that search is saved)."""
-    known = read_comparison(directory)
-    row = known.rows.pop(TITLES.index("wanda:evolution at 45%"))
-    write_json(directory / "compare.json", known.model_dump())
-    return row, directory / "work" / "search-wanda-0.45.json"
-
-
-def test_a_search_goes_on_where_it_was(
-    copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
-) -> None:
-    whole, path = lose_the_searched_row(Path(copied.out))
-    saved = SavedSearch.model_validate_json(path.read_bytes())
-    saved.seconds += 1000
-    write_json(path, saved.model_dump())
-    monkeypatch.setattr(Workbench, "measure_kl_each", pytest.fail)
-    again = run_comparison(copied)[0].rows[-1]
-    assert lasting([again]) == lasting([whole])
-    assert again.allocation_seconds >= round(saved.seconds, 1)  # the time of the first try is counted
-
-
-def test_workers_take_whole_candidates_of_a_search(
-    copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
-) -> None:
-    whole, path = lose_the_searched_row(Path(copied.out))
-    alone = SavedSearch.model_validate_json(path.read_bytes())
-    path.unlink()
-    teams = gather_teams(monkeypatch)
-    again = run_comparison(copied.model_copy(update={"workers": "2"}))[0].rows[-1]
-    assert lasting([again]) == lasting([whole])
-    shared = SavedSearch.model_validate_json(path.read_bytes())
-    assert shared == alone.model_copy(update={"seconds": shared.seconds})
-    assert len(teams) == 1 and len(teams[0].handed) == 2 * (8 + 3)
-
-
-@pytest.mark.parametrize("spoil", ["settings", "profile", "file"])
-def test_a_search_of_other_settings_or_another_model_is_not_gone_on_with(
-    spoil: str, copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
-) -> None:
-    directory = Path(copied.out)
-    known = read_comparison(directory)
-    known.rows = [row for row in known.rows if row.allocation != "evolution"]
-    write_json(directory / "compare.json", known.model_dump())
-    path = directory / "work" / "search-wanda-0.45.json"
-    assert path.is_file()
-    changes: dict[str, Any] = {"recipes": "wanda:evolution", "sparsity": "0.45"}
-    if spoil == "settings":
-        changes["evolution_tokens"] = GENERATION
-    elif spoil == "profile":
-        path.write_text(path.read_text().replace(known.profile, "0" * 64))
-    else:
-        path.write_text("{")
-    measured: list[str] = []
-    measure = Workbench.measure_kl_each
-    monkeypatch.setattr(Workbench, "measure_kl_each", lambda bench, c, w: measured.extend(c) or measure(bench, c, w))
-    again, lines = run_comparison(copied.model_copy(update=changes))
-    assert len(measured) == (1 if spoil == "settings" else 2) * (8 + 3)
-    assert again.rows[-1].evaluated_tokens == len(measured) // 11 * GENERATION
-    assert [line for line in lines if "warning" in line] == (
-        [f"warning: {path} is damaged; the search begins anew"] if spoil == "file" else []
-    )
 
 
 # --- rows that cannot be, and bad input --------------------------------------------------------------------------

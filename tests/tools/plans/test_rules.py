@@ -30,10 +30,11 @@ def test_every_entry_says_all_that_its_kind_needs() -> None:
     assert {way.kind for way in ALLOCATIONS.values()} == {"rule", "search", "parts"}
 
 
-def test_what_an_allocation_reads_of_a_profile() -> None:
-    needs = {name: parse_recipe(f"wanda:{name}").needs for name in RULES}
-    assert needs == {"kappa": ("kappa",), "uniform": (), "owl": ("outliers",), "alphapruning": ("alpha",)}
-    assert [name for name in RULES if parse_recipe(f"wanda:{name}").reads_curves] == ["kappa"]
+def test_what_is_read_of_a_profile() -> None:
+    for name, needs in {"kappa": "kappa", "owl": "outliers", "alphapruning": "alpha"}.items():
+        recipe = parse_recipe(f"wanda:{name}")
+        assert recipe.needs == (needs,) and recipe.reads_curves is (name == "kappa")
+    assert EVEN.needs == () and not EVEN.reads_curves
     patterned = Recipe(pattern="2:4")
     assert patterned.needs == () and not patterned.reads_curves, "a pattern leaves nothing to share out"
 

@@ -1,0 +1,118 @@
+"""The evolutionary search on a workbench: saved after each generation, gone on with only where it is the same one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.team import gather_teams
+from tests.tiny import tiny_settings
+from tools.base.files import write_json
+from tools.base.progress import ignore_progress
+from tools.plans.allocate import allocate
+from tools.plans.recipe import parse_recipe
+from tools.workbench.bench import Workbench, close_workbench, use_workbench
+from tools.workbench.search import Decision, SavedSearch, search_allocation
+
+RECIPE = parse_recipe("wanda:uniform")
+TOKENS = 2000
+GENERATION = 64 * (8 * 1 + (2 + 1) * 2)
+"""Tokens: 8 children on one window, then 2 of them and their parent on the 2 that there are."""
+
+pytestmark = pytest.mark.usefixtures("workbench_closed")
+
+
+class Searched:
+    """A search that was made in a run directory, and what making it again there gives."""
+
+    def __init__(self, model: Path, directory: Path) -> None:
+        self.model, self.directory = model, directory
+        self.path = directory / "search-wanda-0.45.json"
+        self.warnings: list[str] = []
+        self.found = self.again()
+
+    def again(self, tokens: int = TOKENS, **changes: Any) -> Decision:
+        settings = tiny_settings(self.model, **changes)
+        with use_workbench(settings, self.directory, self.warnings.append, ignore_progress) as bench:
+            profile = bench.profile(ignore_progress, masks_only=True)
+            return search_allocation(
+                bench, profile, RECIPE, 0.45, ignore_progress, tokens=tokens, max_layer_sparsity=0.95
+            )
+
+    def read(self) -> SavedSearch:
+        return SavedSearch.model_validate_json(self.path.read_bytes())
+
+
+@pytest.fixture
+def searched(tiny_llama: Path, tmp_path: Path) -> Searched:
+    return Searched(tiny_llama, tmp_path / "run")
+
+
+def test_what_is_found_is_exact_and_told_with_its_tokens(searched: Searched, tmp_path: Path) -> None:
+    found = searched.found
+    assert sum(found.allocation.zeros.values()) == round(0.45 * 15_360)
+    assert found.tokens == 2 * GENERATION <= TOKENS < 3 * GENERATION
+    assert searched.read().search.zeros == found.allocation.zeros
+    with use_workbench(tiny_settings(searched.model), searched.directory, pytest.fail, ignore_progress) as bench:
+        layers = bench.read_profile(searched.read().profile).layers
+    searched.path.unlink()
+    small = searched.again(GENERATION - 1)
+    assert (small.allocation, small.tokens) == (allocate(layers, 0.45, RECIPE, max_layer_sparsity=0.95), 0)
+    assert not searched.path.exists()
+
+
+def test_it_goes_on_where_it_was(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = searched.read()
+    saved.seconds += 1000
+    write_json(searched.path, saved.model_dump())
+    monkeypatch.setattr(Workbench, "measure_kl_each", pytest.fail)
+    again = searched.again()
+    assert again[:2] == searched.found[:2]
+    assert again.seconds >= saved.seconds, "the time of the first try is counted"
+
+
+def test_an_interrupted_one_ends_as_if_it_never_was(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched.path.unlink()
+    measure, calls = Workbench.measure_kl_each, []
+
+    def interrupt(bench: Workbench, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 4:  # in the second generation
+            raise KeyboardInterrupt
+        return measure(bench, *arguments)
+
+    monkeypatch.setattr(Workbench, "measure_kl_each", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        searched.again()
+    assert searched.read().search.generation == 1
+    assert searched.again()[:2] == searched.found[:2]
+    assert len(calls) == 4 + 2
+
+
+def test_workers_take_whole_candidates(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = searched.read()
+    searched.path.unlink()
+    close_workbench()
+    teams = gather_teams(monkeypatch)
+    assert searched.again(workers="2")[:2] == searched.found[:2]
+    shared = searched.read()
+    assert shared == alone.model_copy(update={"seconds": shared.seconds})
+    assert len(teams) == 1 and len(teams[0].handed) == 2 * (8 + 3)
+
+
+@pytest.mark.parametrize("spoil", ["settings", "profile", "file"])
+def test_one_of_other_settings_or_another_model_is_not_gone_on_with(
+    spoil: str, searched: Searched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = GENERATION if spoil == "settings" else TOKENS
+    if spoil == "profile":
+        searched.path.write_text(searched.path.read_text().replace(searched.read().profile, "0" * 64))
+    elif spoil == "file":
+        searched.path.write_text("{")
+    measured: list[str] = []
+    measure = Workbench.measure_kl_each
+    monkeypatch.setattr(Workbench, "measure_kl_each", lambda bench, c, w: measured.extend(c) or measure(bench, c, w))
+    again = searched.again(tokens)
+    assert len(measured) == (1 if spoil == "settings" else 2) * (8 + 3)
+    assert again.tokens == len(measured) // 11 * GENERATION
+    assert searched.warnings == ([f"{searched.path} is damaged; the search begins anew"] if spoil == "file" else [])
