@@ -37,6 +37,7 @@ from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import order_allocation
 from tools.results.schema import SIGMAS, Protocol, describe_protocol
 from tools.texts.windows import check_texts
+from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.search import search_allocation
 
 if TYPE_CHECKING:
@@ -227,8 +228,6 @@ def _make_row(
     if arm in GRAPH:
         row, known.dense_perplexity = _run_graph(arm, seed, settings, graph_flags, progress)
         return row
-    from tools.workbench.bench import use_workbench  # imports torch
-
     seeded = settings.model_copy(update={"seed": seed})
     work = Path(settings.out) / f"seed-{seed}"
     with use_workbench(seeded, work, lambda text: print_line(console, f"warning: {text}"), progress) as bench:
@@ -372,8 +371,6 @@ def _run_graph(
     progress("run of the graph", 0, 1)
     if not summary_path.is_file():
         if settings.workers:
-            from tools.workbench.bench import close_workbench  # imports torch
-
             close_workbench()  # its workers would hold the processors, or GPUs, that those of the run need
         command = [sys.executable, "-m", "graph.run", "--runs-dir", str(runs)]
         if (runs / name / "run.json").is_file():

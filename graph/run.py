@@ -50,6 +50,7 @@ from tools.base.rundir import RUNS_DIR_VARIABLE, append_event, lock_run, runs_di
 from tools.base.secrets import read_secrets, redact
 from tools.models.hub import NotPushed, check_push, push_model
 from tools.texts.windows import check_texts
+from tools.workbench.open import close_workbench
 
 STEPS_PER_ITERATION = 7
 """profile again, plan, approve, prune, validate, accept or roll back, reflect."""
@@ -284,8 +285,6 @@ def _given_path(options: argparse.Namespace) -> Path | None:
 
 def _drive(work: Work) -> int:
     """Work on a run, and push its model where that is asked for; the directory is free afterwards."""
-    from tools.workbench.bench import close_workbench
-
     try:
         try:
             code = _run_graph(work)

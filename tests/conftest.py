@@ -50,7 +50,7 @@ def ask_for_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str],
 @pytest.fixture
 def workbench_closed() -> Iterator[None]:
     """Let go of the one workbench of this process after the test."""
-    from tools.workbench.bench import close_workbench
+    from tools.workbench.open import close_workbench
 
     yield
     close_workbench()

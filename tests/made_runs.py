@@ -13,10 +13,11 @@ from graph.reflecting.schema import Lesson
 from graph.runs.session import write_config
 from graph.state import Trial
 from tests.profiles import make_profile
-from tools.base.files import ArtifactStore, write_json
+from tools.base.files import write_json
 from tools.base.rundir import append_event
 from tools.plans.layer_profile import LayerProfile
 from tools.results.schema import Perplexities, Protocol, Summary
+from tools.workbench.store import ArtifactStore
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj")
 PROTOCOL = Protocol(text="pydoc", tokens=4096, window=512, dtype="fp32", versions={"torch": "2.9.1", "python": "3.11"})

@@ -1,15 +1,24 @@
 """Workers as a run on Ray has them, with models of their own, but all in this process and without Ray."""
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 from torch import Tensor
 
-from tools.statistics.shards import SHARDS, Answers, share_out
-from tools.team.worker import Texts, Worker
-from tools.workbench.bench import DENSE, Workbench
+import tools.workbench.crew
+from tools.statistics.requests import Answers, Here, ShardRequest
+from tools.statistics.shards import SHARDS, share_out
+from tools.team.carrier import WeightSource
+from tools.team.requests import Job, OnShards, OnSpan, Shared
+from tools.team.worker import StoredLayer, Texts, Worker
+from tools.workbench.bench import Workbench
+from tools.workbench.store import DENSE
+
+T = TypeVar("T")
 
 
 class Team:
@@ -17,70 +26,80 @@ class Team:
 
     ahead = 0
 
-    def __init__(self, bench: Workbench, size: int = 2) -> None:
-        texts = Texts(bench.windows, bench.questions)
-        self.bench, self.size = bench, size
-        self.workers = [
-            Worker(copy.deepcopy(bench.model), bench.settings, texts, bench.directory, 10**6) for _ in range(size)
-        ]
+    def __init__(self, settings: Any, texts: Texts, source: WeightSource, model: Any, size: int = 2) -> None:
+        self.source, self.size, self.shards = source, size, min(SHARDS, len(texts.windows.calibration))
+        scratch, count = Path(tempfile.gettempdir()), range(size)
+        self.workers = [Worker(copy.deepcopy(model), settings, texts, scratch, 10**6) for _ in count]
         self.handed: list[tuple[str, int]] = []
-        """(method, worker) of every job about weights of its own."""
+        """(name of the request, worker) of every job about weights of its own."""
 
-    def ask(self, method: str, *arguments: Any) -> Answers:
-        return self.share(method, min(SHARDS, len(self.bench.windows.calibration)), *arguments)
+    def ask(self, request: ShardRequest[T]) -> Answers[T]:
+        return self.share(OnShards(request), self.shards)
 
-    def share(self, method: str, count: int, *arguments: Any) -> Answers:
+    def share(self, request: Shared[T], count: int) -> Answers[T]:
         spans = share_out(count, self.size)
-        answers = [getattr(self._update(i), method)(span, *arguments) for i, span in enumerate(spans)]
+        answers = [OnSpan(request, span).run(self._update(place)) for place, span in enumerate(spans)]
 
-        def collect(tick: Callable[[int], None]) -> list[Any]:
+        def collect(tick: Callable[[int], None]) -> list[T]:
             tick(count)
             return answers
 
         return collect
 
-    def hand_out(
-        self,
-        method: str,
-        jobs: Iterable[tuple[Any, ...]],
-        weights: Sequence[Mapping[str, str]] = (),
-        *,
-        keeps: bool = False,
-    ) -> Iterator[tuple[int, Any]]:
+    def hand_out(self, jobs: Iterable[Job[T]], weights: Sequence[Mapping[str, str]] = ()) -> Iterator[tuple[int, T]]:
         for number, job in reversed(list(enumerate(jobs))):
             place = number % self.size
             worker = self._update(place, weights[number] if weights else None)
             if weights:
-                self.handed.append((method, place))
-            yield number, getattr(worker, method)(*job)
+                self.handed.append((type(job.request if isinstance(job, OnSpan) else job).__name__, place))
+            yield number, job.run(worker)
 
-    def keep(self, value: Any) -> Any:
-        return value
+    def hand_out_and_keep(self, jobs: Iterable[Job[T]]) -> Iterator[Here[T]]:
+        for _, answer in self.hand_out(jobs):
+            yield Here(answer)
 
-    def keep_dense(self, name: str, weight_OI: Tensor) -> Any:
-        return weight_OI
+    def keep(self, value: T) -> Here[T]:
+        return Here(value)
+
+    def keep_dense(self, name: str) -> Here[Tensor]:
+        return Here(self.source.dense[name])
 
     def close(self) -> None:
         """There is nothing to let go."""
 
     def _update(self, place: int, weights: Mapping[str, str] | None = None) -> Worker:
-        wanted = self.bench.installed if weights is None else weights
+        wanted = self.source.installed if weights is None else weights
         found = {
-            name: {"dense": self.bench.dense[name]}
-            | ({} if artifact == DENSE else self.bench.read_artifact(name, artifact))
+            name: Here(
+                StoredLayer(
+                    {} if artifact == DENSE else self.source.read_artifact(name, artifact), self.keep_dense(name)
+                )
+            )
             for name, artifact in wanted.items()
         }
-        self.workers[place].install(found, self.bench.mark_blocks(wanted))
+        self.workers[place].install(found, self.source.mark_blocks(wanted))
         return self.workers[place]
+
+
+def make_team(bench: Workbench, size: int = 2) -> Team:
+    """A team for a workbench that does its work alone."""
+    return Team(bench.settings, Texts(bench.windows, bench.questions), bench.weights, bench.model, size)
+
+
+def join_team(bench: Workbench) -> Team:
+    """From now on a workbench has the workers of a `Team`, which is given."""
+    team = make_team(bench)
+    bench.crew.cluster = bench.crew.team = team  # type: ignore[assignment]
+    return team
 
 
 def gather_teams(monkeypatch: pytest.MonkeyPatch) -> list[Team]:
     """From now on workbenches with workers have a `Team`; those that were gathered."""
     teams: list[Team] = []
 
-    def gather(bench: Workbench) -> Team:
-        teams.append(Team(bench))
+    def gather(settings: Any, texts: Texts, source: WeightSource, model: Any, _warn: Any) -> Team:
+        teams.append(Team(settings, texts, source, model))
         return teams[-1]
 
-    monkeypatch.setattr(Workbench, "_gather_workers", gather)
+    monkeypatch.setattr(tools.workbench.crew, "Cluster", gather)
     return teams

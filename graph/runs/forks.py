@@ -29,6 +29,7 @@ from graph.state import State
 from tools.base.files import write_text
 from tools.base.rundir import scan_events, unlock_runs
 from tools.base.settings import TEAM
+from tools.workbench.open import close_workbench
 
 Update = dict[str, Any]
 Node = Callable[[State, Runtime[RunConfig]], Update]
@@ -139,8 +140,6 @@ keeper = Keeper()
 
 def let_go() -> None:
     """Close the model at work and those of the agents, and free every run's directory."""
-    from tools.workbench.bench import close_workbench  # imports torch
-
     close_local()
     close_workbench()
     unlock_runs()

@@ -26,6 +26,7 @@ from tools.base.options import read_yaml
 from tools.base.rundir import append_event, lock_run
 from tools.models.load import check_device, locate_model
 from tools.texts.windows import check_texts
+from tools.workbench.open import use_workbench
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
@@ -168,8 +169,6 @@ def enter(node: str, state: State, runtime: Runtime[RunConfig]) -> Session:
 @contextmanager
 def open_bench(state: State, session: Session) -> Iterator["Workbench"]:
     """The run's workbench, holding the weights that the state says are in it."""
-    from tools.workbench.bench import use_workbench  # torch takes seconds to import, and bad input should not wait for it
-
     with use_workbench(state.config, session.directory, session.warn, session.progress) as bench:
         bench.restore(state.current)
         yield bench

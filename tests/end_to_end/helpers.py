@@ -32,7 +32,7 @@ from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.base import rundir
 from tools.base.rundir import unlock_run
 from tools.texts.windows import cut_windows
-from tools.workbench import bench as workbench
+from tools.workbench import open as workbench
 
 ROOT = Path(__file__).resolve().parents[2]
 

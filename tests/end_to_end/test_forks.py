@@ -35,8 +35,9 @@ from tests.end_to_end.helpers import (
 from tests.tiny import tiny_settings
 from tools.base import rundir
 from tools.base.rundir import RUNS_DIR_VARIABLE
-from tools.workbench import bench as workbench
+from tools.workbench import open as workbench
 from tools.workbench.bench import Workbench
+from tools.workbench.prune import Pruner
 
 SAVE = "langgraph.checkpoint.sqlite:SqliteSaver.put"
 
@@ -110,7 +111,7 @@ def test_a_fork_of_the_end_is_a_fork_too(flags: list[str], tmp_path: Path, comma
 def test_an_unfinished_run_and_its_fork_are_resumed_by_their_names(
     flags: list[str], easy: Path, tmp_path: Path, command: Command
 ) -> None:
-    halt = Halt("validate", "tools.workbench.bench:evaluate_windows", 2)
+    halt = Halt("validate", "tools.workbench.losses:evaluate_windows", 2)
     assert fork(tmp_path, *flags, halt=halt).finish().code == -signal.SIGKILL
     run = tmp_path / "runs" / "run"
     with opened(run) as (app, settings):
@@ -151,7 +152,7 @@ def test_a_fork_that_is_killed_at_its_beginning_is_resumed_by_its_name(
     (forked,) = forks(run)
     (forked / "events.jsonl").unlink()
     assert fork(tmp_path, "--resume", forked.name, halt=Halt("", "graph.runs.forks:_read_past")).finish().code < 0
-    halt = Halt("prune", "tools.workbench.bench:Workbench._compute", 2)
+    halt = Halt("prune", "tools.workbench.prune:Pruner._compute", 2)
     assert fork(tmp_path, "--resume", forked.name, halt=halt).finish().code == -signal.SIGKILL
     assert command("--resume", forked.name).code == 0
     assert forks(run) == [forked]
@@ -163,7 +164,7 @@ def test_a_fork_that_is_killed_at_its_beginning_is_resumed_by_its_name(
 def test_an_edit_of_the_present_state_is_no_fork(
     flags: list[str], easy: Path, tmp_path: Path, command: Command
 ) -> None:
-    assert fork(tmp_path, *flags, halt=Halt("prune", "tools.workbench.bench:Workbench._compute")).finish().code < 0
+    assert fork(tmp_path, *flags, halt=Halt("prune", "tools.workbench.prune:Pruner._compute")).finish().code < 0
     run = tmp_path / "runs" / "run"
     with opened(run) as (app, settings):
         app.update_state(settings, {"plan": Plan(sparsity=0.35, reason="by hand")}, as_node="plan")
@@ -217,7 +218,7 @@ def test_a_cancelled_run_stops_before_its_next_layer_and_can_be_resumed(
     tiny_llama: Path, flags: list[str], easy: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command("--list")  # at home
-    compute, made, gate = Workbench._compute, 0, asyncio.Event()
+    compute, made, gate = Pruner._compute, 0, asyncio.Event()
     thread, config = str(uuid.uuid4()), read_run_config(easy)
     loop: asyncio.AbstractEventLoop | None = None
     cancelled = False
@@ -243,7 +244,7 @@ def test_a_cancelled_run_stops_before_its_next_layer_and_can_be_resumed(
         cancelled = True
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workbench, "_compute", count)
+        patch.setattr(Pruner, "_compute", count)
         serve(tmp_path / "runs", cancel)
     assert made == 4
     run = tmp_path / "runs" / "run"

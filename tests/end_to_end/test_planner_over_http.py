@@ -244,9 +244,9 @@ def plan_after_a_probe(body: Body) -> Body:
 @pytest.mark.parametrize(
     "halt",
     [
-        Halt("plan", "tools.workbench.bench:Workbench._compute", 5, after=True),
-        Halt("plan", "tools.workbench.bench:evaluate_windows", 2, after=True),
-        Halt("plan", "tools.workbench.bench:Workbench.restore", 4),
+        Halt("plan", "tools.workbench.prune:Pruner._compute", 5, after=True),
+        Halt("plan", "tools.workbench.losses:evaluate_windows", 2, after=True),
+        Halt("plan", "tools.workbench.prune:Pruner.restore", 4),
     ],
     ids=lambda halt: halt.target.rsplit(".", 1)[-1],
 )

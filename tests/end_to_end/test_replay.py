@@ -131,7 +131,7 @@ def test_a_replay_teaches_nothing_new(copied: Path, command: Command, capsys: py
 def test_a_replay_is_killed_and_resumed(recorded: Recorded, copied: Path, tmp_path: Path, command: Command) -> None:
     for halt in (
         Halt("profile", "langgraph.checkpoint.sqlite:SqliteSaver.put"),
-        Halt("validate", "tools.workbench.bench:evaluate_windows", 2),
+        Halt("validate", "tools.workbench.losses:evaluate_windows", 2),
     ):
         shutil.rmtree(copied.parent / "run-replay", ignore_errors=True)
         killed = fork(tmp_path, "--replay", "run", "--name", "run-replay", halt=halt).finish()

@@ -34,21 +34,21 @@ NOTE = "langgraph.checkpoint.sqlite:SqliteSaver.put_writes"
 """A node's update is noted first, and becomes part of a saved state a moment later."""
 
 HALTS = [
-    Halt("profile", "tools.workbench.bench:collect_statistics", after=True),
+    Halt("profile", "tools.workbench.profiles:collect_statistics", after=True),
     Halt("profile", SAVE),
     Halt("profile", NOTE, after=True),
     Halt("plan", "graph.nodes.plan:choose_plan", 2, after=True),
-    Halt("prune", "tools.workbench.bench:Workbench._compute", 5),
-    Halt("prune", "tools.workbench.bench:Workbench._append_index", 20),
-    Halt("prune", "tools.base.files:ArtifactStore.write_json", after=True),
-    Halt("validate", "tools.workbench.bench:evaluate_windows", after=True),
+    Halt("prune", "tools.workbench.prune:Pruner._compute", 5),
+    Halt("prune", "tools.workbench.store:Index.add", 20),
+    Halt("prune", "tools.workbench.store:ArtifactStore.write_json", after=True),
+    Halt("validate", "tools.workbench.losses:evaluate_windows", after=True),
     Halt("validate", SAVE, 2),
     Halt("validate", NOTE, after=True),
     Halt("accept", "tools.workbench.bench:Workbench.forget_checkpoints", 2, after=True),
-    Halt("rollback", "tools.workbench.bench:Workbench._install", 5, after=True),
+    Halt("rollback", "tools.workbench.weights:Weights.install", 5, after=True),
     Halt("reflect", "graph.nodes.reflect:write_lesson", 2),
     Halt("reflect", "graph.nodes.reflect:write_lesson", 3, after=True),
-    Halt("finish", "tools.workbench.bench:evaluate_windows", 2, after=True),
+    Halt("finish", "tools.workbench.losses:evaluate_windows", 2, after=True),
     Halt("finish", "graph.nodes.finish:export_model", after=True),
     Halt("finish", "graph.nodes.finish:write_json", after=True),
     Halt("finish", NOTE, after=True),
@@ -147,7 +147,7 @@ def test_control_c_ends_after_the_present_step_and_says_how_to_go_on(
 
 
 def test_a_second_control_c_does_not_wait_for_the_step(easy: Easy, tmp_path: Path, command: Command) -> None:
-    work = fork(tmp_path, *easy.flags, halt=Halt("prune", "tools.workbench.bench:Workbench._compute", 5, kind="hang"))
+    work = fork(tmp_path, *easy.flags, halt=Halt("prune", "tools.workbench.prune:Pruner._compute", 5, kind="hang"))
     run = tmp_path / "runs" / "run"
     wait_for(lambda: "prune" in [event["node"] for event in read_events(run, "node")])
     time.sleep(0.3)
@@ -162,7 +162,7 @@ def test_a_second_control_c_does_not_wait_for_the_step(easy: Easy, tmp_path: Pat
 
 
 def test_two_processes_cannot_work_in_one_run(easy: Easy, tmp_path: Path, command: Command) -> None:
-    work = fork(tmp_path, *easy.flags, halt=Halt("prune", "tools.workbench.bench:Workbench._compute", 5, kind="hang"))
+    work = fork(tmp_path, *easy.flags, halt=Halt("prune", "tools.workbench.prune:Pruner._compute", 5, kind="hang"))
     run = tmp_path / "runs" / "run"
     try:
         wait_for(lambda: "prune" in [event["node"] for event in read_events(run, "node")])
@@ -200,7 +200,7 @@ def artifact(run: Path, digest: str, suffix: str) -> Path:
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 def test_a_damaged_layer_is_named_and_made_again(damage: str, easy: Easy, tmp_path: Path, command: Command) -> None:
-    run = stop_in("rollback", "tools.workbench.bench:Workbench._install", easy, tmp_path)
+    run = stop_in("rollback", "tools.workbench.weights:Weights.install", easy, tmp_path)
     manifest = artifact(run, read_state(run).accepted, ".json").read_text()
     digest = re.search(r'down_proj": \{"artifact": "(\w+)"', manifest)
     assert digest is not None
@@ -226,7 +226,7 @@ def test_a_damaged_layer_is_named_and_made_again(damage: str, easy: Easy, tmp_pa
 def test_what_cannot_be_made_again_is_named_and_refused(
     what: str, easy: Easy, tmp_path: Path, command: Command
 ) -> None:
-    run = stop_in("validate", "tools.workbench.bench:evaluate_windows", easy, tmp_path)
+    run = stop_in("validate", "tools.workbench.losses:evaluate_windows", easy, tmp_path)
     state = read_state(run)
     file = artifact(run, state.current if what == "manifest" else state.profile, ".json")
     flip_byte(file)
@@ -237,7 +237,7 @@ def test_what_cannot_be_made_again_is_named_and_refused(
 
 
 def test_a_torn_line_of_the_index_costs_nothing_but_time(easy: Easy, tmp_path: Path, command: Command) -> None:
-    run = stop_in("prune", "tools.workbench.bench:Workbench._compute", easy, tmp_path, count=9)
+    run = stop_in("prune", "tools.workbench.prune:Pruner._compute", easy, tmp_path, count=9)
     index = run / "artifacts" / "index.jsonl"
     index.write_bytes(index.read_bytes()[:-20])
     assert command("--resume", "run").code == 0

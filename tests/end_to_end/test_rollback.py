@@ -17,7 +17,7 @@ from graph.state import Input
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, let_go, read_events, read_state, read_summary, read_weights, same_bits
 from tests.openai_server import OpenAIServer
-from tools.workbench import bench as workbench
+from tools.workbench import open as workbench
 
 MASKS_ALONE = {"method": "wanda", "refit": False, "allocation": "uniform"}
 REFITTED = {"method": "two-sided", "refit": True}

@@ -7,7 +7,7 @@ import pytest
 import tools.compare
 from tests.tiny import tiny_settings
 from tools.results.comparison import Comparison
-from tools.workbench.bench import close_workbench
+from tools.workbench.open import close_workbench
 
 
 def test_tasks_are_asked_of_the_dense_model_and_of_every_row(

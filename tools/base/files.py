@@ -9,13 +9,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.words import show_size
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -112,58 +109,3 @@ def find_artifact(directory: Path, digest: str, suffix: str) -> Path:
     if hash_file(path) != digest:
         raise DamagedArtifact(f"artifact {path} is damaged: its content does not match its hash")
     return path
-
-
-class ArtifactStore:
-    """Files named by the hash of their content; a file that does not match its name is never used."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def path(self, digest: str, suffix: str) -> Path:
-        """Where the artifact lies or would lie."""
-        return self.directory / digest[:2] / f"{digest}{suffix}"
-
-    def write_tensors(self, tensors: dict[str, "Tensor"]) -> str:
-        """Write tensors (copied to CPU); the hash of the file."""
-        from safetensors.torch import save_file  # imports torch
-
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        return self._write(".safetensors", lambda path: save_file(contiguous, path))
-
-    def read_tensors(self, digest: str) -> dict[str, "Tensor"]:
-        """The tensors of an artifact. Raises DamagedArtifact when it is missing or was changed."""
-        from safetensors.torch import load_file  # imports torch
-
-        return load_file(self.check(digest, ".safetensors"))
-
-    def write_json(self, value: Any) -> str:
-        """Write a JSON value with sorted keys; the hash of the file."""
-        text = json.dumps(value, sort_keys=True, allow_nan=False)
-        return self._write(".json", lambda path: _write_utf8(path, text))
-
-    def read_json(self, digest: str) -> Any:
-        """The JSON value of an artifact. Raises DamagedArtifact when it is missing or was changed."""
-        return json.loads(self.check(digest, ".json").read_text(encoding="utf-8"))
-
-    def check(self, digest: str, suffix: str) -> Path:
-        """The artifact's path, its content checked against its hash. Raises DamagedArtifact."""
-        return find_artifact(self.directory, digest, suffix)
-
-    def has(self, digest: str, suffix: str) -> bool:
-        """Whether the artifact is there and whole."""
-        try:
-            self.check(digest, suffix)
-        except DamagedArtifact:
-            return False
-        return True
-
-    def _write(self, suffix: str, write: Callable[[Path], None]) -> str:
-        made = self.directory / f".new{suffix}"
-        write_whole(made, write)
-        digest = hash_file(made)
-        target = self.path(digest, suffix)
-        with explain_full_disk(target):
-            target.parent.mkdir(exist_ok=True)
-            made.replace(target)
-        return digest

@@ -21,6 +21,7 @@ from tools.plans.rules import ALLOCATIONS, name_allocations
 from tools.results.comparison import Comparison, Row, describe_dense, describe_row, show_tables, write_comparison
 from tools.results.schema import Score
 from tools.texts.windows import check_texts
+from tools.workbench.open import use_workbench
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
@@ -126,8 +127,6 @@ def _make_rows(
     console: Console,
 ) -> tuple[Comparison, list[str]]:
     """(`known` with a row for each job that can be, why the others cannot)."""
-    from tools.workbench.bench import use_workbench  # imports torch
-
     directory = Path(settings.out)
     limits = Limits(settings.max_layer_sparsity, settings.evolution_tokens)
     impossible: list[str] = []

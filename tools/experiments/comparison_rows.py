@@ -11,6 +11,7 @@ from tools.plans.work_order import order_allocation
 from tools.results.comparison import Comparison, Row
 from tools.results.schema import describe_protocol
 from tools.workbench.search import Decision, search_allocation
+from tools.workbench.store import DENSE
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
@@ -85,7 +86,6 @@ def _make_structured_row(
     from tools.surgery.choose import choose_cut  # imports torch
     from tools.surgery.parts import count_weights, without_fits
     from tools.surgery.rebuild import build_cut, check_cut
-    from tools.workbench.bench import DENSE
 
     bench.restore(DENSE)
     calibration = bench.windows.calibration.to(bench.device)

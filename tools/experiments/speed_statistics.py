@@ -23,7 +23,7 @@ from tools.plans.work_order import order_allocation
 from tools.results.speed import Result
 from tools.statistics.collect import begin_walk, collect_moments, collect_statistics, work_alone
 from tools.statistics.walks import layers_by_block
-from tools.workbench.bench import DENSE
+from tools.workbench.store import DENSE
 
 REFIT = Recipe(method="refit", refit=False, allocation="kappa", curves="method")
 

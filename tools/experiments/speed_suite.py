@@ -15,7 +15,8 @@ from tools.experiments.speed_pruning import bench_masks, bench_obs, bench_refit
 from tools.experiments.speed_statistics import bench_kappa_of_method, bench_profile, bench_wanda
 from tools.experiments.speed_validation import bench_validation
 from tools.results.speed import Report, Result, write_report
-from tools.workbench.bench import Workbench, close_workbench, use_workbench
+from tools.workbench.bench import Workbench
+from tools.workbench.open import close_workbench, use_workbench
 
 BENCHMARKS: dict[str, Callable[[Site], list[Result]]] = {
     "wanda": bench_wanda,

@@ -9,7 +9,7 @@ from tools.measure.losses import evaluate_windows
 from tools.models.blocks import Blocks
 from tools.plans.work_order import order_allocation
 from tools.results.speed import Result
-from tools.workbench.bench import DENSE
+from tools.workbench.store import DENSE
 
 
 def bench_validation(site: Site) -> list[Result]:

@@ -13,7 +13,8 @@ from tools.plans.allocate import allocate
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_allocation
 from tools.results.speed import Result, compare_rounds
-from tools.workbench.bench import Workbench, close_workbench, use_workbench
+from tools.workbench.bench import Workbench
+from tools.workbench.open import close_workbench, use_workbench
 
 
 def bench_workers(bench: Workbench, settings: BenchSettings, workers: int) -> list[Result]:

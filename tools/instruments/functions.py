@@ -19,7 +19,8 @@ from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import select_layers
 from tools.plans.work_order import order_allocation
-from tools.workbench.bench import DENSE, Workbench
+from tools.workbench.bench import Workbench
+from tools.workbench.store import DENSE
 
 MAX_INSPECTED = 24
 """Layers that one look shows one by one."""

@@ -1,9 +1,9 @@
-"""The profile of a model's prunable layers: the paper's two scores, and the predicted KL of pruning each.
+"""What the calibration text says of every prunable layer: moments, gradients, and the predicted KL of pruning it.
 
 The calibration text walks up through the blocks, one after another, and its gradients walk down again (`walks.py`).
 All figures are sums over its shards (`shards.py`). No layer is ever pruned to measure it.
 
-Shape suffixes: T tokens, I input features (d_in), O output features (d_out), D hidden width.
+Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 """
 
 import itertools
@@ -11,21 +11,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.scores import score_wanda
 from tools.base.errors import UserError
 from tools.base.progress import Progress, count_up
 from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer
-from tools.plans.layer_profile import LEVELS, LayerProfile
-from tools.statistics.scores import measure_outliers
-from tools.statistics.shards import SHARDS, Alone, Span, Sums, Team, ask_in_turn, ignore_ticks, join_nodes
+from tools.plans.layer_profile import LEVELS
+from tools.statistics.requests import (
+    Alone,
+    Finish,
+    Parts,
+    SumCurves,
+    SumGradients,
+    SumMaskCurves,
+    SumMoments,
+    Team,
+    ask_in_turn,
+    ignore_ticks,
+)
+from tools.statistics.shards import SHARDS, Span, Sums, join_nodes
 from tools.statistics.walks import Nodes, Purpose, Walk, Walks, layers_by_block
 
 
@@ -64,7 +73,7 @@ def begin_walk(team: Team, text: Calibration = "run") -> Iterator[Walk]:
     try:
         yield Walk(next(_walks), text)
     finally:
-        team.ask("finish")(ignore_ticks)
+        team.ask(Finish())(ignore_ticks)
 
 
 class Extent(NamedTuple):
@@ -114,7 +123,7 @@ def collect_moments(
     The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products.
     Raises UserError for a layer that never ran, such as an expert that no token was sent to.
     """
-    return _finish_moments(team.ask("moments", walk, block, full, purpose)(ignore_ticks), extent, layers, full)
+    return _finish_moments(team.ask(SumMoments(walk, block, full, purpose))(ignore_ticks), extent, layers, full)
 
 
 def _finish_moments(
@@ -175,8 +184,8 @@ def _walk_up(
     """What the layers read; gradients and curves are empty."""
     statistics, full = ModelStatistics({}, {}, {}, {}, {}, {}), keep_moment is not None
     ticks = count_up(progress, "statistics", len(grouped) * extent.shards)
-    requests = [(walk, block, full, "profile") for block in range(len(grouped))]
-    answers = ask_in_turn(team, "moments", requests, ticks)
+    requests = [SumMoments(walk, block, full, "profile") for block in range(len(grouped))]
+    answers = ask_in_turn(team, requests, ticks)
     for layers in grouped:
         moments = _finish_moments(next(answers), extent, layers, full)
         statistics.group |= moments.group
@@ -203,8 +212,8 @@ def _walk_down(
     """Fill in gradients and curves."""
     tokens, unchanged = extent.gradient_windows * extent.tokens, torch.empty(0)
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
-    requests = [(walk, block) for block in reversed(range(len(grouped)))]
-    for (_, block), answers in zip(requests, ask_in_turn(team, "gradients", requests, ticks), strict=True):
+    requests = [SumGradients(walk, block) for block in reversed(range(len(grouped)))]
+    for (_, block), answers in zip(requests, ask_in_turn(team, requests, ticks), strict=True):
         sums, layers = _join(extent, answers), grouped[block]
         known = {}
         for layer in layers:
@@ -216,7 +225,7 @@ def _walk_down(
             statistics.gradient[name] = float(sums.get(f"language/{name}", 0.0)) / extent.gradient_windows
             weight_OI = unchanged if dense is None else dense[name]
             known[name] = weight_OI, statistics.mean_square[name], gamma_O
-        curves = team.ask("mask_curves", walk, block, known)(ignore_ticks)
+        curves = team.ask(SumMaskCurves(walk, block, known))(ignore_ticks)
         statistics.kappa |= _finish_curves(curves, extent, layers)
 
 
@@ -225,12 +234,10 @@ def measure_kappa(
     extent: Extent,
     layers: Sequence[Layer],
     progress: Progress,
-    parts_of: Callable[[Sequence[Layer]], Any],
+    parts_of: Callable[[Sequence[Layer]], Parts],
     text: Calibration = "run",
 ) -> dict[str, list[float]]:
     """The KL curve of each layer for any change: `parts_of(layers)` is what each of LEVELS changes beyond the last.
-
-    In this process that is a mapping of the layers' names to iterables of tensors, for workers what theirs take.
 
     One walk up and one down over the gradient windows; nats per token, as in `collect_statistics`.
     """
@@ -239,7 +246,7 @@ def measure_kappa(
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
     with begin_walk(team, text) as walk:
         for block in reversed(range(len(grouped))):
-            answers = team.ask("curves", walk, block, parts_of(grouped[block]))(ticks)
+            answers = team.ask(SumCurves(walk, block, parts_of(grouped[block])))(ticks)
             kappa |= _finish_curves(answers, extent, grouped[block])
     return kappa
 
@@ -257,60 +264,3 @@ def _group(layers: Sequence[Layer]) -> list[list[Layer]]:
 
 def _device(layer: Layer) -> torch.device:
     return layer.weight_OI.device
-
-
-def _weight(layer: Layer, dense: Mapping[str, Tensor] | None) -> Tensor:
-    return layer.weight_OI if dense is None else dense[layer.name].to(layer.weight_OI.device)
-
-
-def build_profile(
-    layers: Sequence[Layer],
-    statistics: ModelStatistics,
-    dense: Mapping[str, Tensor] | None = None,
-) -> list[LayerProfile]:
-    """The table of layers, with z-scores over all of them; of the `dense` weights where they are given."""
-    weights = [_weight(layer, dense) for layer in layers]
-    wanda = [
-        _wanda_percentile(weight_OI, statistics.mean_square[layer.name])
-        for layer, weight_OI in zip(layers, weights, strict=True)
-    ]
-    gradient = [statistics.gradient[layer.name] for layer in layers]
-    outliers: dict[int, float] = {}
-    for block in sorted({layer.block for layer in layers}):
-        members = [
-            (w, statistics.mean_square[x.name]) for x, w in zip(layers, weights, strict=True) if x.block == block
-        ]
-        outliers[block] = measure_outliers([w for w, _ in members], [a for _, a in members])
-    return [
-        LayerProfile(
-            name=layer.name,
-            block=layer.block,
-            kind=layer.kind,
-            weights=weight_OI.numel(),
-            zeros=int((weight_OI == 0).sum()),
-            wanda=w,
-            wanda_z=w_z,
-            gradient=g,
-            gradient_z=g_z,
-            kappa=statistics.kappa[layer.name],
-            inputs=weight_OI.shape[1],
-            outliers=outliers[layer.block],
-        )
-        for layer, weight_OI, w, w_z, g, g_z in zip(
-            layers, weights, wanda, compute_z_scores(wanda), gradient, compute_z_scores(gradient), strict=True
-        )
-    ]
-
-
-def _wanda_percentile(weight_OI: Tensor, mean_square_I: Tensor) -> float:
-    """10th percentile of the Wanda scores of the active (non-zero) weights, exactly the ceil(n/10)-th smallest."""
-    scores = score_wanda(weight_OI, mean_square_I)[weight_OI != 0]
-    if scores.numel() == 0:
-        return 0.0
-    return float(np.percentile(scores.cpu().numpy(), 10, method="inverted_cdf"))
-
-
-def compute_z_scores(values: Sequence[float], epsilon: float = 1e-12) -> list[float]:
-    """(v - mean) / (std + epsilon) over all layers (arXiv 2601.09694); std of the population."""
-    array = np.array(values, dtype=np.float64)
-    return [float(z) for z in (array - array.mean()) / (array.std() + epsilon)]

@@ -1,17 +1,16 @@
-"""What two published allocations measure of the weights: OWL (arXiv 2310.05175) and AlphaPruning (arXiv 2410.10912).
+"""Scores of layers: the paper's (arXiv 2601.09694), OWL's outliers (2310.05175) and AlphaPruning's alpha (2410.10912).
 
 Shape suffixes: O output features, I input features, N eigenvalues.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from kernels.scores import score_wanda
 from tools.plans.layer_profile import Array
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 OUTLIER_TIMES_MEAN = 5.0
 """OWL's M: a score above this many times the mean of its block is an outlier."""
@@ -20,16 +19,26 @@ PEAK_BINS = 100
 """Bins, equal in log lambda, in which AlphaPruning looks for the peak of a spectrum."""
 
 
-def measure_outliers(weights: Sequence["Tensor"], mean_squares: Sequence["Tensor"]) -> float:
+def measure_wanda(weight_OI: Tensor, mean_square_I: Tensor) -> float:
+    """10th percentile of the Wanda scores of the active (non-zero) weights, exactly the ceil(n/10)-th smallest."""
+    scores = score_wanda(weight_OI, mean_square_I)[weight_OI != 0]
+    if scores.numel() == 0:
+        return 0.0
+    return float(np.percentile(scores.cpu().numpy(), 10, method="inverted_cdf"))
+
+
+def compute_z_scores(values: Sequence[float], epsilon: float = 1e-12) -> list[float]:
+    """(v - mean) / (std + epsilon) over all layers (arXiv 2601.09694); std of the population."""
+    array = np.array(values, dtype=np.float64)
+    return [float(z) for z in (array - array.mean()) / (array.std() + epsilon)]
+
+
+def measure_outliers(weights: Sequence[Tensor], mean_squares: Sequence[Tensor]) -> float:
     """OWL's D of one block, in per cent: scores |W_ij| sqrt(a_j) above M times the mean over all layers of the block.
 
     `weights` are (O, I), `mean_squares` (I,). The scores are made twice rather than kept: no more than one layer's
     are in memory.
     """
-    import torch
-
-    from kernels.scores import score_wanda
-
     pairs = list(zip(weights, mean_squares, strict=True))
     count = sum(weight_OI.numel() for weight_OI in weights)
     mean = sum(float(score_wanda(w_OI, a_I).sum(dtype=torch.float64)) for w_OI, a_I in pairs) / count
@@ -37,14 +46,12 @@ def measure_outliers(weights: Sequence["Tensor"], mean_squares: Sequence["Tensor
     return 100 * above / count
 
 
-def measure_alpha(weight_OI: "Tensor") -> float | None:
+def measure_alpha(weight_OI: Tensor) -> float | None:
     """AlphaPruning's alpha of one layer, from the eigenvalues of W W^T; None when fewer than two are above zero.
 
     They are computed in float64 from the smaller of W W^T and W^T W, which loses less than the published code's
     singular values in fp32.
     """
-    import torch
-
     weight_OI = weight_OI.double()
     outputs, inputs = weight_OI.shape
     gram = weight_OI @ weight_OI.T if outputs <= inputs else weight_OI.T @ weight_OI

@@ -4,8 +4,7 @@ A text is cut into shards by the number of its windows alone. Sums over shards a
 a worker with several neighbouring shards may hand over their sum, and nothing depends on who made which.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -83,51 +82,3 @@ def _add(left: Sums, right: Sums) -> Sums:
         else:
             left[name] = value
     return left
-
-
-Answers = Callable[[Callable[[int], None]], list[Any]]
-"""Waits for the answers of all workers, in the order of their spans; is told of each how many shards it is about."""
-
-
-class Team(Protocol):
-    """Whoever does the work on the shards of a text, each its span of them."""
-
-    @property
-    def ahead(self) -> int:
-        """Requests that may wait in line while an earlier one's answers are being used."""
-
-    def ask(self, method: str, *arguments: Any) -> Answers:
-        """Begin with `method(span, *arguments)` of every worker."""
-
-
-class Alone:
-    """The team of one that is in this process: all shards, at once."""
-
-    ahead = 0
-
-    def __init__(self, worker: Any, shards: int) -> None:
-        self._worker, self._shards = worker, shards
-
-    def ask(self, method: str, *arguments: Any) -> Answers:
-        """As in `Team`; the answer is there when this returns."""
-        answer = getattr(self._worker, method)((0, self._shards), *arguments)
-
-        def collect(tick: Callable[[int], None]) -> list[Any]:
-            tick(self._shards)
-            return [answer]
-
-        return collect
-
-
-def ask_in_turn(
-    team: Team, method: str, requests: Sequence[tuple[Any, ...]], tick: Callable[[int], None]
-) -> Iterator[list[Any]]:
-    """The answers to one request after another, the next of which the team may begin meanwhile."""
-    begun = [team.ask(method, *arguments) for arguments in requests[: team.ahead]]
-    for i in range(len(requests)):
-        begun += [team.ask(method, *arguments) for arguments in requests[i + team.ahead : i + team.ahead + 1]]
-        yield begun.pop(0)(tick)
-
-
-def ignore_ticks(shards: int) -> None:
-    """For work too small to show progress of."""

@@ -34,7 +34,9 @@ from graph.state import State, Trial
 from tests.tiny import tiny_settings
 from tools.plans.selectors import select_layers
 from tools.results.schema import Usage
-from tools.workbench.bench import DENSE, Workbench, use_workbench
+from tools.workbench.bench import Workbench
+from tools.workbench.open import use_workbench
+from tools.workbench.store import DENSE
 
 CONVERSATIONS = int(os.environ.get("FUZZED_REPLIES", "150"))
 CALLS = 3
@@ -213,7 +215,7 @@ REPLIES = st.one_of(BAD_REPLIES, BAD_REPLIES, GOOD_REPLIES)
 
 @pytest.fixture(scope="module")
 def bench(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
-    from tools.workbench.bench import close_workbench
+    from tools.workbench.open import close_workbench
 
     def ignore(label: str, done: int, total: int) -> None:
         pass

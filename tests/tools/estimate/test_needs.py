@@ -432,7 +432,7 @@ def test_the_workbench_asks_for_the_same_disk_and_keeps_as_many_block_inputs(
         open_with(found.disk_bytes - 1)
     bench = open_with(found.disk_bytes)
     kept = next(line for line in found.phases[1].host if line.what.startswith("inputs of every few blocks"))
-    assert kept.bytes == len(bench._prefix.kept) * 3 * STATE > 0
+    assert kept.bytes == len(bench.losses.prefix.kept) * 3 * STATE > 0
 
 
 class LiveTensors(TorchDispatchMode):

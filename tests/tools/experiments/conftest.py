@@ -9,7 +9,7 @@ from tests.tiny import tiny_settings
 from tools.base.progress import ignore_progress
 from tools.base.settings import TEAM
 from tools.experiments.speed import BenchSettings, Site
-from tools.workbench.bench import use_workbench
+from tools.workbench.open import use_workbench
 
 
 @pytest.fixture

@@ -12,14 +12,16 @@ import torch
 from rich.console import Console
 
 import tools.base.files
+import tools.experiments.comparison
 import tools.experiments.structure
 import tools.results.comparison
-import tools.workbench.bench
+import tools.workbench.curves
+import tools.workbench.losses
+import tools.workbench.open
 from tests.comparisons import EVOLUTION_TOKENS, make_comparison, make_row, make_settings, run_comparison
 from tests.tiny import tiny_settings
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.files import write_json
-from tools.base.rows import as_csv
 from tools.base.settings import TEAM
 from tools.experiments.comparison import CompareSettings, compare
 from tools.experiments.structure import StructureSettings, cut_model
@@ -30,7 +32,10 @@ from tools.plans.work_order import order_allocation
 from tools.results.comparison import Comparison, Row, describe
 from tools.results.schema import describe_protocol
 from tools.statistics.collect import measure_kappa
-from tools.workbench.bench import Workbench, close_workbench, use_workbench
+from tools.workbench.bench import Workbench
+from tools.workbench.open import close_workbench, use_workbench
+from tools.workbench.profiles import Profiles
+from tools.workbench.prune import Pruner
 
 RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda:evolution"
 SPARSITIES = "0.45,0.6,2:4"
@@ -59,8 +64,8 @@ class Calls:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.evaluated: list[str] = []
         self.curves = 0
-        patch.setattr(tools.workbench.bench, "evaluate_windows", self.evaluate)
-        patch.setattr(tools.workbench.bench, "measure_kappa", self.measure)
+        patch.setattr(tools.workbench.losses, "evaluate_windows", self.evaluate)
+        patch.setattr(tools.workbench.curves, "measure_kappa", self.measure)
 
     def evaluate(self, model: Any, windows_BT: Any, hidden: Any, label: str, *rest: Any) -> Any:
         self.evaluated.append(label)
@@ -206,7 +211,7 @@ def test_structured_rows_are_what_tools_structure_gives(
             UserError, match=r"^structured:flap at 97%: 0.97 is too much to remove: 70.00% is the most "
         ):
             run_comparison(settings.model_copy(update={"sparsity": "0.97", "recipes": "structured:flap"}))
-        bench, measured = tools.workbench.bench._open[0], 2 * 4 * 64
+        bench, measured = tools.workbench.open._open[0], 2 * 4 * 64
         assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
         wanted = StructureSettings.model_validate(
             tiny_settings(tiny_llama).model_dump(exclude=set(TEAM)) | {"remove": 0.5}
@@ -239,7 +244,7 @@ def test_structured_rows_are_what_tools_structure_gives(
 def test_what_is_done_is_shown_without_loading_anything(
     copied: CompareSettings, compared: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tools.workbench.bench, "use_workbench", pytest.fail)
+    monkeypatch.setattr(tools.experiments.comparison, "use_workbench", pytest.fail)
     (Path(copied.out) / "compare.md").unlink()  # as if killed between two files
     known, lines = run_comparison(copied)
     assert known == compared.known
@@ -269,18 +274,19 @@ def test_only_new_rows_are_made(
 
 
 @pytest.mark.parametrize(
-    ("target", "count", "rows_done"),
+    ("owner", "name", "count", "rows_done"),
     [
-        (Workbench.evaluate, 2, 1),
-        (Workbench._compute, 20, 1),
-        (Workbench.measure_kl_each, 4, 2),  # in the second generation
-        (Workbench._dense_losses, 1, 0),
-        (as_csv, 3, 2),
+        (Workbench, "evaluate", 2, 1),
+        (Pruner, "_compute", 20, 1),
+        (Workbench, "measure_kl_each", 4, 2),  # in the second generation
+        (Profiles, "_measure_dense", 1, 0),
+        (tools.results.comparison, "as_csv", 3, 2),
     ],
     ids=["evaluate", "prune", "search", "profile", "write"],
 )
 def test_interrupted_is_as_uninterrupted(
-    target: Any,
+    owner: Any,
+    name: str,
     count: int,
     rows_done: int,
     compared: Compared,
@@ -291,7 +297,7 @@ def test_interrupted_is_as_uninterrupted(
 ) -> None:
     changes = {"recipes": "magnitude:uniform,sparsegpt:kappa,wanda:evolution", "sparsity": "0.45"}
     settings = compared.settings.model_copy(update={"out": str(tmp_path / "out"), **changes})
-    calls = 0
+    target, calls = getattr(owner, name), 0
 
     def interrupt(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -300,9 +306,8 @@ def test_interrupted_is_as_uninterrupted(
             raise KeyboardInterrupt
         return target(*arguments, **options)
 
-    owner = tools.results.comparison if target is as_csv else Workbench
     with monkeypatch.context() as patch:
-        patch.setattr(owner, target.__name__, interrupt)
+        patch.setattr(owner, name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_comparison(settings)
     if rows_done:

@@ -14,7 +14,7 @@ from tools.experiments.speed import UPDATED, Site
 from tools.experiments.speed_statistics import back_propagate, bench_kappa_of_method, bench_profile, bench_wanda
 from tools.models.layers import find_layers
 from tools.plans.work_order import order_allocation
-from tools.workbench.bench import DENSE
+from tools.workbench.store import DENSE
 
 
 def test_curves_and_pruning_are_made_anew_every_round(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

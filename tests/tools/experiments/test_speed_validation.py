@@ -10,16 +10,16 @@ from torch import Tensor
 from tools.experiments.speed import Site, Task
 from tools.experiments.speed_validation import bench_validation
 from tools.measure.losses import PrefixCache
-from tools.workbench.bench import Workbench
+from tools.workbench.prune import Pruner
 
 
 def test_rollbacks_and_validations_change_what_they_say(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[list[str]] = []
     starts: list[int] = []
-    restore, time, replay = Workbench.restore, Site.time, PrefixCache.replay
+    restore, time, replay = Pruner.restore, Site.time, PrefixCache.replay
 
-    def record(bench: Workbench, checkpoint: str) -> list[str]:
-        timed.append(restore(bench, checkpoint))
+    def record(pruner: Pruner, checkpoint: str) -> list[str]:
+        timed.append(restore(pruner, checkpoint))
         return timed[-1]
 
     @contextmanager
@@ -43,7 +43,7 @@ def test_rollbacks_and_validations_change_what_they_say(site: Site, monkeypatch:
         return Task(run, prepare)
 
     seen: list[Any] = []
-    monkeypatch.setattr(Workbench, "restore", record)
+    monkeypatch.setattr(Pruner, "restore", record)
     monkeypatch.setattr(PrefixCache, "replay", note)
     monkeypatch.setattr(Site, "time", lambda site, *tasks: time(site, *map(clear_first, tasks)))
     bench_validation(site)

@@ -15,7 +15,7 @@ from tools.base.errors import ImpossiblePlan
 from tools.instruments.agent_tools import make_planner_tools
 from tools.instruments.functions import Draft, Round
 from tools.plans.allocate import allocate
-from tools.workbench.bench import use_workbench
+from tools.workbench.open import use_workbench
 
 
 def ignore(label: str, done: int, total: int) -> None:

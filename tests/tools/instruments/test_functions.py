@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import tools.team.worker
-import tools.workbench.bench
-from tests.team import Team
+import tools.workbench.curves
+import tools.workbench.losses
+from tests.team import make_team
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.functions import MAX_GROUPS, MAX_INSPECTED, Draft, Round, inspect_layers, predict, probe
@@ -18,7 +19,9 @@ from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
-from tools.workbench.bench import DENSE, Workbench, use_workbench
+from tools.workbench.bench import Workbench
+from tools.workbench.open import use_workbench
+from tools.workbench.store import DENSE
 
 WANDA = Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform"))
 REFIT = Draft(sparsity=0.4)
@@ -131,7 +134,7 @@ def test_nothing_is_measured_for_an_impossible_draft(
     make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     round_ = make_round()
-    monkeypatch.setattr(tools.workbench.bench, "measure_kappa", pytest.fail)
+    monkeypatch.setattr(tools.workbench.curves, "measure_kappa", pytest.fail)
     bounds = Adjustment(selector="*", action="bounds", high=0.2)
     for instrument in (lambda draft: predict(round_, draft), lambda draft: probe(round_, [draft], 1)):
         with pytest.raises(ImpossiblePlan, match="allow at most"):
@@ -175,7 +178,7 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
     round_ = make_round()
     figures = probe(round_, [WANDA], 192)[0]
     monkeypatch.setattr(tools.team.worker, "prune_weight", pytest.fail)
-    monkeypatch.setattr(tools.workbench.bench, "evaluate_windows", pytest.fail)
+    monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
     bench = round_.bench
     allocation = share_out(bench.read_profile(round_.profile).layers, WANDA)
     checkpoint = bench.prune(round_.profile, order_allocation(WANDA.recipe, allocation), ignore)
@@ -188,7 +191,7 @@ def test_a_probe_is_measured_once(make_round: Callable[..., Round], monkeypatch:
     figures = probe(round_, [REFIT], 100)
     probe(round_, [WANDA], 100)
     monkeypatch.setattr(tools.team.worker, "prune_weight", pytest.fail)
-    monkeypatch.setattr(tools.workbench.bench, "evaluate_windows", pytest.fail)
+    monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
     assert probe(round_, [REFIT], 128) == figures, "on as many windows"
 
 
@@ -208,10 +211,10 @@ def test_several_drafts_are_measured_as_each_alone(
         made.unlink()
     bench.evaluate(round_.present, "validation", round_.profile, ignore)
     before = hash_weights(bench)
-    team = Team(bench, 3)
+    team = make_team(bench, 3)
     if workers:
-        monkeypatch.setattr(bench, "cluster", team)
-        monkeypatch.setattr(bench, "_team", team)
+        monkeypatch.setattr(bench.crew, "cluster", team)
+        monkeypatch.setattr(bench.crew, "team", team)
     figures = probe(round_, drafts, tokens)
     assert [figures[number] for number in (0, 2, 3, 4)] == [alone[0], alone[1], alone[0], alone[2]]
     assert list(figures[1]) == ["error"] and "allow at most" in figures[1]["error"]

@@ -10,8 +10,8 @@ from hypothesis import given
 from torch import Tensor
 
 from kernels.packed import BITS, PADDING, pack_rows
-from tools.base.files import ArtifactStore
 from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
+from tools.workbench.store import ArtifactStore
 
 NAN_WITH_PAYLOAD = {torch.float32: 0x7FC0BEEF, torch.bfloat16: 0x7FA5, torch.float16: 0x7E5A}
 WEIGHT_OI = torch.tensor([[1.5, 0, -2], [0, 0, 3]])

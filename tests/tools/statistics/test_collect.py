@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.methods import LayerStatistics
-from kernels.scores import score_two_sided, score_wanda
+from kernels.scores import score_two_sided
 from tests.tiny import ARCHITECTURES, BLOCKS, VOCABULARY, make_tiny_model
 from tools.base.errors import UserError
 from tools.models.blocks import Blocks
@@ -25,13 +25,12 @@ from tools.plans.layer_profile import LEVELS
 from tools.statistics.collect import (
     ModelStatistics,
     Progress,
-    build_profile,
     collect_moments,
     collect_statistics,
-    compute_z_scores,
     measure_kappa,
     work_alone,
 )
+from tools.statistics.requests import Here
 from tools.statistics.walks import CLIP, Walk
 
 SCRATCH = Path(tempfile.gettempdir())
@@ -240,7 +239,7 @@ def test_the_model_is_left_as_it_was() -> None:
     collect(model, layers)
     parts = {layer.name: [0 * layer.weight_OI] * len(LEVELS) for layer in layers}
     team, extent = work_alone(Blocks(model), layers, make_windows()[:1], 1, SEED, SCRATCH)
-    measure_kappa(team, extent, layers, ignore, lambda _: parts)
+    measure_kappa(team, extent, layers, ignore, lambda _: [Here(parts)])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
@@ -293,7 +292,7 @@ def test_curves_of_any_change_are_the_explicit_sum(architecture: str) -> None:
     generator = torch.Generator().manual_seed(3)
     parts = {x.name: [0.1 * torch.randn(x.weight_OI.shape, generator=generator) for _ in LEVELS] for x in layers}
     team, extent = work_alone(Blocks(model), layers, make_windows(), BACKWARD, SEED, SCRATCH)
-    kappa = measure_kappa(team, extent, layers, ignore, lambda _: parts)
+    kappa = measure_kappa(team, extent, layers, ignore, lambda _: [Here(parts)])
     expected = {layer.name: np.zeros(len(LEVELS)) for layer in layers}
     for window in range(BACKWARD):
         inputs, gradients = plain_gradients(model, window)
@@ -366,32 +365,3 @@ def test_the_clipped_gamma_counts_no_token_for_more_than_ten_median_ones() -> No
             expected[name] = expected.get(name, torch.zeros(())) + share
     for name, gamma in statistics.clipped_square.items():
         torch.testing.assert_close(gamma.double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max()))
-
-
-def test_the_table_of_layers() -> None:
-    model = make_tiny_model("gpt2")
-    layers = find_layers(model)
-    layers[2].write(torch.where(layers[2].weight_OI.abs() < 0.02, 0, layers[2].weight_OI))
-    layers[3].write(torch.zeros_like(layers[3].weight_OI))
-    statistics = collect(model, layers).statistics
-    table = build_profile(layers, statistics)
-    assert [(row.name, row.block, row.kind) for row in table] == [(la.name, la.block, la.kind) for la in layers]
-    for row, layer in zip(table, layers, strict=True):
-        assert row.weights == layer.stored_weight.numel()
-        assert row.zeros == int((layer.stored_weight == 0).sum())
-        assert row.gradient == statistics.gradient[layer.name]
-        assert row.kappa == statistics.kappa[layer.name]
-        assert row.inputs == layer.weight_OI.shape[1]
-        weight = layer.weight_OI
-        active = sorted(score_wanda(weight, statistics.mean_square[layer.name])[weight != 0].tolist())
-        assert row.wanda == (active[math.ceil(len(active) / 10) - 1] if active else 0)
-    for score in ("wanda", "gradient"):
-        values = np.array([getattr(row, score) for row in table])
-        z = [getattr(row, f"{score}_z") for row in table]
-        np.testing.assert_allclose(z, (values - values.mean()) / values.std(), rtol=1e-6)
-
-
-def test_z_scores() -> None:
-    assert compute_z_scores([1.0, 3.0]) == pytest.approx([-1, 1])
-    assert compute_z_scores([2.0, 2.0, 2.0]) == [0, 0, 0]
-    assert compute_z_scores([7.0]) == [0]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tools.statistics.scores import fit_tail, measure_alpha, measure_outliers
+from tools.statistics.scores import compute_z_scores, fit_tail, measure_alpha, measure_outliers
 
 Array = NDArray[np.float64]
 
@@ -103,3 +103,9 @@ def test_a_weight_without_a_spectrum_has_no_alpha(weight: Tensor) -> None:
 def test_equal_eigenvalues_have_a_finite_alpha() -> None:
     alpha = measure_alpha(torch.eye(8) * 3)
     assert alpha is not None and math.isfinite(alpha)
+
+
+def test_z_scores() -> None:
+    assert compute_z_scores([1.0, 3.0]) == pytest.approx([-1, 1])
+    assert compute_z_scores([2.0, 2.0, 2.0]) == [0, 0, 0]
+    assert compute_z_scores([7.0]) == [0]

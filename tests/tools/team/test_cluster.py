@@ -1,6 +1,5 @@
-"""Workers on Ray: the same results as alone, whoever dies; and who is refused."""
+"""Workers on Ray: the same results as alone, whoever dies; layers travel once."""
 
-import builtins
 import contextlib
 import ipaddress
 import json
@@ -9,14 +8,13 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-import tools.team.cluster
+from tests.fake_ray import RayActorError, make_connection, read_values
 from tests.tiny import tiny_settings
-from tools.base.errors import UserError
 from tools.base.settings import TEAM, TeamSettings
 from tools.experiments.speed import BenchSettings
 from tools.experiments.speed_workers import bench_workers
@@ -24,9 +22,14 @@ from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
-from tools.team.cluster import Cluster, freeze, thaw
-from tools.team.worker import Identity, LayerWork
-from tools.workbench.bench import DENSE, Workbench, close_workbench, use_workbench
+from tools.team.carrier import Carrier
+from tools.team.cluster import Cluster
+from tools.team.frozen import thaw
+from tools.team.places import Place
+from tools.team.requests import Install
+from tools.workbench.bench import Workbench
+from tools.workbench.open import close_workbench, use_workbench
+from tools.workbench.store import DENSE
 
 RECIPES = ("refit:kappa", "sparsegpt~sequential:kappa-mask", "wanda:uniform")
 
@@ -73,7 +76,7 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
     with use_workbench(shared, tmp_path / "shared", warned.append, ignore) as bench:
         cluster = bench.cluster
         assert cluster is not None and cluster.size == 2
-        doomed = [place.pid for place in cluster._places]
+        doomed = [place.pid for place in cluster._places.used]
 
         def kill(label: str, done: int, total: int) -> None:
             if (label, done) == ("statistics", 4) and len(doomed) == 2:
@@ -81,11 +84,11 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
             if label == "validation" and done and len(doomed) == 1:
                 os.kill(doomed.pop(), signal.SIGKILL)
             if (label, done) == ("side by side", 0):
-                os.kill(cluster._places[1].pid, signal.SIGKILL)
+                os.kill(cluster._places.used[1].pid, signal.SIGKILL)
 
         assert work(bench, kill) == alone
-        directory = cluster._directory
-        addresses = listening([os.getpid(), *(place.pid for place in cluster._places), *processes_of(directory)])
+        directory = cluster._connection.directory
+        addresses = listening([os.getpid(), *(place.pid for place in cluster._places.used), *processes_of(directory)])
         assert addresses and all(address.is_loopback for address in addresses)
         rounds = BenchSettings.model_validate(settings.model_dump(exclude=set(TEAM)) | {"rounds": 1})
         results = bench_workers(bench, rounds, 2)
@@ -126,122 +129,42 @@ def listening(processes: list[int]) -> list[ipaddress.IPv4Address | ipaddress.IP
     return found
 
 
-# --- who is refused, without Ray ---------------------------------------------------------------------------------
-
-
-class RayActorError(Exception):
-    """As Ray's."""
-
-
-class GetTimeoutError(Exception):
-    """As Ray's."""
-
-
-OURS = Identity(billhook="0.1.0 (abc)", torch="2.9 on x86_64", device="cpu", model="with weights 12")
-
-
-@pytest.fixture
-def made() -> Cluster:
-    """A cluster that never began."""
-    cluster = Cluster.__new__(Cluster)
-    errors = SimpleNamespace(
-        RayActorError=RayActorError,
-        GetTimeoutError=GetTimeoutError,
-        RayTaskError=type("RayTaskError", (Exception,), {}),
-        RayError=type("RayError", (Exception,), {}),
-    )
-    cluster._ray = SimpleNamespace(exceptions=errors)
-    cluster._identity, cluster._threads, cluster._warn = OURS, 2, pytest.fail
-    return cluster
-
-
-def place(deaths: int = 0) -> Any:
-    return tools.team.cluster._Place(1, None, None, host="far", deaths=deaths)
-
-
-def test_another_version_is_refused_by_name(made: Cluster) -> None:
-    theirs = OURS.model_copy(update={"torch": "2.8 on x86_64", "model": "with weights 34"})
-    made._ray.get = lambda *_, **__: (theirs, "far", 7)
-    with pytest.raises(UserError) as caught:
-        made._open(place())
-    assert str(caught.value) == (
-        "worker 1 on far has torch 2.8 on x86_64 instead of 2.9 on x86_64, model with weights 34 instead of with "
-        "weights 12; give it the same, and start again"
-    )
-
-
-def test_a_worker_that_does_not_start(made: Cluster) -> None:
-    def get(*_: Any, **__: Any) -> Any:
-        raise GetTimeoutError
-
-    made._ray.get = get
-    with pytest.raises(UserError, match="worker 1 did not start within 600 seconds; has the cluster 2 free CPUs"):
-        made._open(place())
-
-
-def test_a_worker_that_keeps_dying_ends_the_run(made: Cluster) -> None:
-    with pytest.raises(UserError, match="worker 1 on far died 4 times; it may lack memory"):
-        made._replace(place(deaths=3))
-
-
-def test_a_cluster_that_is_gone_leaves_the_run_to_go_on(made: Cluster) -> None:
-    with pytest.raises(UserError) as caught, made._explained():
-        raise made._ray.exceptions.RayError("head node\nis dead")
-    assert str(caught.value) == (
-        "the Ray cluster is gone (RayError: head node is dead); when it is there again, go on: a run with --resume, "
-        "any other command as before"
-    )
-
-
-def test_without_ray_one_line_says_what_to_install(settings: TeamSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = builtins.__import__
-
-    def refuse(name: str, *rest: Any) -> Any:
-        if name.partition(".")[0] == "ray":
-            raise ImportError(name)
-        return found(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match=r"workers need Ray, which is not installed; try: pip install -e '.\[ray\]'"):
-        tools.team.cluster._import_ray()
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "many", "100", "ray://host", "http://host:1", " 2"])
-def test_who_is_no_worker(tiny_llama: Path, value: str) -> None:
-    with pytest.raises(ValueError, match="workers"):
-        tiny_settings(tiny_llama, workers=value)
-
-
-@pytest.mark.parametrize("value", ["", "auto", "1", "16", "ray://head.example:10001"])
-def test_who_is(tiny_llama: Path, value: str) -> None:
-    assert tiny_settings(tiny_llama, workers=value).workers == value
-
-
 # --- weights of a job's own --------------------------------------------------------------------------------------
 
 
+class Weigh(NamedTuple):
+    """A job."""
+
+    def run(self, worker: Any) -> dict[str, float]:
+        """What its worker's layers are."""
+        return dict(worker)
+
+
 class Weighed:
-    """An actor whose layers are one number each, all 1 when it was loaded; its answers are these numbers."""
+    """An actor whose layers are one number each, all 1 when it was loaded."""
 
     def __init__(self, dies: bool = False) -> None:
         self.layers, self.dies, self.call = {"a": 1.0, "b": 1.0}, dies, SimpleNamespace(remote=self.run)
 
-    def run(self, method: str, _: None, arguments: Any) -> Any:
-        if method != "install":
+    def run(self, request: Any, _: None) -> Any:
+        request = thaw(request)
+        if not isinstance(request, Install):
             layers = dict(self.layers)
-            return lambda: self.answer(layers)  # stands for a reference
-        for name, tensors in thaw(arguments)[0].items():
-            self.layers[name] = float(unpack_pruned(tensors, tensors.get("dense", torch.zeros(2, 2)))[0, 0])
+            return lambda: self.answer(request, layers)  # stands for a reference
+        for name, kept in request.weights.items():
+            stored = kept.fetch()
+            dense_OI = torch.zeros(2, 2) if stored.dense_OI is None else stored.dense_OI.fetch()
+            self.layers[name] = float(unpack_pruned(stored.tensors, dense_OI)[0, 0])
         return None
 
-    def answer(self, layers: dict[str, float]) -> dict[str, float]:
+    def answer(self, request: Any, layers: dict[str, float]) -> Any:
         if self.dies:
             raise RayActorError
-        return layers
+        return request.run(layers)
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_each_job_has_its_own_weights_and_layers_travel_once(dies: bool, made: Cluster) -> None:
+def test_each_job_has_its_own_weights_and_layers_travel_once(dies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [{"a": "2", "b": "1"}, {"a": "2", "b": "3"}, {"a": "0", "b": "3"}, {"a": "1", "b": "1"}]
     read: list[str] = []
 
@@ -253,37 +176,22 @@ def test_each_job_has_its_own_weights_and_layers_travel_once(dies: bool, made: C
     def replace(place: Any) -> None:
         place.actor, place.installed = Weighed(), {}
 
-    made._ray.put, made._ray.get = lambda value: value, lambda answer: answer()
-    made._ray.wait = lambda answers, num_returns: (answers[-1:], answers[:-1])
-    made._replace = replace  # type: ignore[method-assign]
-    made._places = [tools.team.cluster._Place(0, Weighed(), None), tools.team.cluster._Place(1, Weighed(dies), None)]
-    made._loaded, made._kept, made._coming = {"a": "1", "b": "1"}, {}, []
-    made._source = SimpleNamespace(  # type: ignore[assignment]
-        installed={"a": "5", "b": "1"},
+    read_values(monkeypatch)
+    source = SimpleNamespace(
+        installed={"a": "1", "b": "1"},
         dense={"a": torch.ones(2, 2), "b": torch.ones(2, 2)},
         read_artifact=read_artifact,
         mark_blocks=lambda weights: sorted(weights.items()),
     )
-    answers = dict(made.hand_out("losses", [()] * 4, jobs))
+    made = Cluster.__new__(Cluster)
+    made._connection = make_connection()
+    made._ray, made._carrier = made._connection.ray, Carrier(made._connection.ray, source)  # type: ignore[arg-type]
+    source.installed = {"a": "5", "b": "1"}
+    places = [Place(0, Weighed(), None), Place(1, Weighed(dies), None)]
+    made._places = SimpleNamespace(used=places, replace=replace, stand_in=lambda place: place)  # type: ignore[assignment]
+    answers = dict(made.hand_out([Weigh()] * 4, jobs))
     assert answers == {i: {name: float(artifact) for name, artifact in job.items()} for i, job in enumerate(jobs)}
     assert sorted(set(read)) == ["a0", "a2", "b3"]
     assert dies or len(read) == 3
-    assert list(made.hand_out("losses", [()])) == [(0, {"a": 5.0, "b": 1.0})]
-    assert made._kept.keys() == {("a", "5"), ("a", "dense weights"), ("b", "dense weights")}
-
-
-# --- values in and out -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool]
-)
-def test_tensors_come_out_as_they_went_in(dtype: torch.dtype) -> None:
-    tensor = torch.arange(12).reshape(3, 4).to(dtype).T
-    work = LayerWork("x", 3, tensor, tensor[:0], tensor[0, 0])
-    back = thaw(freeze({"a": [work, (1, "b", None)], 2: tensor}))
-    assert back["a"][1] == (1, "b", None) and isinstance(back["a"][0], LayerWork) and back["a"][0].name == "x"
-    for ours, theirs in ((back[2], tensor), (back["a"][0].mean_square_I, tensor[:0]), (back["a"][0][4], tensor[0, 0])):
-        assert ours.dtype == dtype and torch.equal(ours, theirs)
-    back[2].fill_(0)  # memory of its own
-    assert not torch.equal(back[2], tensor)
+    assert list(made.hand_out([Weigh()])) == [(0, {"a": 5.0, "b": 1.0})]
+    assert made._carrier._stored.keys() == {("a", "5")} and made._carrier._dense.keys() == {"a", "b"}

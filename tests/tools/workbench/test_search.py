@@ -11,7 +11,8 @@ from tools.base.files import write_json
 from tools.base.progress import ignore_progress
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
-from tools.workbench.bench import Workbench, close_workbench, use_workbench
+from tools.workbench.bench import Workbench
+from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.search import Decision, SavedSearch, search_allocation
 
 RECIPE = parse_recipe("wanda:uniform")

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.made_runs import add_round, begin_run, make_layers
-from tools.base.files import ArtifactStore
 from tools.base.rundir import append_event
 from tools.results.page.page import write_page
 from tools.results.page.record import read_run
+from tools.workbench.store import ArtifactStore
 
 
 def test_what_a_killed_node_had_done_is_told_once(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""What tells one process' code from another's."""
+
+from pathlib import Path
+
+from tools.team import identity
+from tools.team.identity import hash_code
+
+
+def test_code_in_any_folder_counts_with_its_place(tmp_path: Path) -> None:
+    for place in ("kernels/a.py", "tools/b.py", "tools/base/c.py", "tools/results/page/templates/d.html"):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"'{place}'\n")
+    seen = [hash_code(tmp_path)]
+
+    def differs() -> bool:
+        seen.append(hash_code(tmp_path))
+        return seen[-1] not in seen[:-1]
+
+    assert not differs(), "the same again"
+    (tmp_path / "tools" / "base" / "c.py").write_text("other = 1\n")
+    assert differs()
+    (tmp_path / "tools" / "base" / "c.py").rename(tmp_path / "tools" / "c.py")
+    assert differs(), "the same code in another place"
+    (tmp_path / "tools" / "results" / "page" / "templates" / "d.html").write_text("another page")
+    (tmp_path / "tools" / "measure").mkdir()
+    (tmp_path / "tools" / "measure" / "task.yaml").write_text("task: x")
+    assert not differs(), "neither makes a result of a worker"
+
+
+def test_the_code_that_runs_is_hashed() -> None:
+    assert (identity.ROOT / "tools" / "team" / "identity.py").samefile(str(identity.__file__))

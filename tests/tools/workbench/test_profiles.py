@@ -1,0 +1,184 @@
+"""The dense model is profiled once for each text, and comes out the same again."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import tools.workbench.profiles
+from tests.benches import MASK, REFIT, artifact_path, damage, ignore, open_bench, plan, prune, same, snapshot
+from tests.team import join_team
+from tools.base.errors import ImpossiblePlan, UserError
+from tools.plans.allocate import allocate
+from tools.plans.recipe import parse_recipe
+from tools.plans.work_order import order_allocation
+from tools.statistics.collect import ModelStatistics, collect_statistics
+from tools.workbench.bench import Workbench
+from tools.workbench.open import close_workbench
+
+
+def test_a_profile_holds_every_layer_and_comes_out_the_same_again(bench: Workbench) -> None:
+    before = snapshot(bench)
+    profile = bench.profile(ignore)
+    stored = bench.read_profile(profile)
+    assert [layer.name for layer in stored.layers] == [layer.name for layer in bench.layers]
+    assert stored.dense.finite and len(stored.dense.nll) == 3
+    assert bench.store.read_tensors(stored.hidden)["hidden"].shape == (3, 64, 32)
+    assert bench.profile(ignore) == profile
+    prune(bench, profile, 0.5)
+    assert bench.profile(ignore) == profile  # of the dense weights, whatever is in the model
+    assert same(snapshot(bench), before)
+
+
+def test_second_moments_wait_until_a_recipe_needs_them(bench: Workbench) -> None:
+    whole = bench.read_profile(bench.profile(ignore))
+    profile = bench.profile(ignore, masks_only=True)
+    assert bench.read_profile(profile).moments == {}
+    bench.prune(profile, order_allocation(MASK, plan(bench, profile, 0.5, MASK)), ignore)
+    assert not any(bench.store.has(artifact, ".json") for artifact in bench.index.read(".json").values())
+    refitted = bench.prune(profile, order_allocation(REFIT, plan(bench, profile, 0.5)), ignore)
+    assert bench.profiles.find_moments(profile) == whole.moments
+    planned = bench.planned_sparsity(refitted)
+    assert dict(zip(bench.by_name, bench.sparsities(), strict=True)) == pytest.approx(planned)
+
+
+@pytest.mark.parametrize("masks_only", [False, True])
+def test_a_second_profile_has_curves_of_the_present_weights_and_prunes_by_what_the_dense_model_reads(
+    bench: Workbench, masks_only: bool
+) -> None:
+    first = bench.profile(ignore, masks_only=masks_only)
+    allocation = plan(bench, first, 0.5)
+    pruned = bench.prune(first, order_allocation(REFIT, allocation), ignore)
+    second = bench.profile(ignore, first)
+    curves = [[layer.kappa for layer in bench.read_profile(profile).layers] for profile in (first, second)]
+    assert curves[0] != curves[1]
+    present = dict(zip(bench.by_name, bench.sparsities(), strict=True))
+    assert present == pytest.approx(bench.planned_sparsity(pruned)), "the weights are left as they were"
+    again = bench.prune(second, order_allocation(REFIT, allocation), ignore)
+    assert bench.read_checkpoint(again) == bench.read_checkpoint(pruned), "the same layers, by their contents"
+
+
+def test_a_profile_of_a_second_process_is_the_same(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    settings, directory = bench.settings, bench.directory
+    close_workbench()
+    again = open_bench(settings, directory)
+    assert again is not bench
+    assert again.profile(ignore) == profile
+    first, second = prune(again, profile, 0.4), prune(again, profile, 0.4)
+    assert first == second
+
+
+def test_a_dense_model_that_is_not_finite_is_refused(bench: Workbench) -> None:
+    bench.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(
+        UserError, match=r"^the dense model's loss is not finite on the validation text; try --dtype fp32$"
+    ):
+        bench.profile(ignore)
+
+
+def test_statistics_that_are_not_finite_are_refused(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(*arguments: Any) -> ModelStatistics:
+        statistics = collect_statistics(*arguments)
+        statistics.gradient_square[bench.layers[3].name][1] = math.inf
+        return statistics
+
+    monkeypatch.setattr(tools.workbench.profiles, "collect_statistics", spoil)
+    sentence = "activations or gradients of model.layers.0.self_attn.o_proj are not finite in fp32; try --dtype"
+    with pytest.raises(UserError, match=sentence):
+        bench.profile(ignore)
+
+
+def test_a_recipe_may_ask_for_the_statistics_of_a_text_with_more_questions(asking: Any, tmp_path: Path) -> None:
+    """They are those of a run whose own text has that many."""
+    results: dict[str, list[dict[str, Tensor]]] = {}
+    for name, mix in (("lever", 0.0), ("config", 0.5)):
+        bench = open_bench(asking.model_copy(update={"calibration_mix": mix}), tmp_path / name)
+        profile = bench.profile(ignore)
+        results[name] = []
+        for label in ("two-sided:kappa", "refit:kappa", "sparsegpt~sequential:owl"):
+            recipe = parse_recipe(label)
+            if name == "lever":
+                own = bench.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, recipe)), ignore)
+                recipe = recipe.model_copy(update={"calibration": "half"})
+            allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
+            checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
+            results[name].append(snapshot(bench))
+            assert bench.is_made_of(checkpoint, profile, order_allocation(recipe, allocation))
+            if name == "lever":
+                assert checkpoint != own and not bench.is_made_of(own, profile, order_allocation(recipe, allocation))
+                assert not bench.is_made_of(checkpoint, profile, order_allocation(parse_recipe(label), allocation))
+    assert all(same(a, b) for a, b in zip(results["lever"], results["config"], strict=True))
+
+
+def test_another_text_is_profiled_once(asking: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profiled: list[str] = []
+
+    def count(team: Any, extent: Any, layers: Any, progress: Any, keep: Any, dense: Any, text: str) -> ModelStatistics:
+        profiled.append(text)
+        return collect_statistics(team, extent, layers, progress, keep, dense, text)
+
+    monkeypatch.setattr(tools.workbench.profiles, "collect_statistics", count)
+    bench = open_bench(asking, tmp_path / "run")
+    profile = bench.profile(ignore, masks_only=True)
+    recipe = parse_recipe("refit~half:kappa-mask")
+    bench.read_layers(profile, recipe, ignore)
+    assert profiled == ["run"] and not bench.has_layers(profile, recipe)
+    allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
+    assert bench.has_layers(profile, recipe)
+    checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
+    expected = snapshot(bench)
+    assert profiled == ["run", "half"]
+    stored = bench.read_profile(bench.profiles.find(profile, recipe, ignore))
+    assert (stored.calibration, stored.moments) == ("half", {})
+    assert stored.dense == bench.read_profile(profile).dense
+
+    artifact = artifact_path(bench, checkpoint, bench.layers[3].name)
+    close_workbench()
+    damage(artifact)
+    seen: list[str] = []
+    bench = open_bench(asking, tmp_path / "run", seen.append)
+    assert same(expected, (bench.restore(checkpoint), snapshot(bench))[1])
+    assert profiled == ["run", "half"] and len(seen) == 1
+
+
+@pytest.mark.parametrize("label", ["refit~half:kappa", "sparsegpt~quarter~sequential"])
+def test_workers_walk_through_the_same_text(asking: Any, tmp_path: Path, label: str) -> None:
+    recipe, results = parse_recipe(label), []
+    for name in ("alone", "team"):
+        bench = open_bench(asking, tmp_path / name)
+        if name == "team":
+            join_team(bench)
+        profile = bench.profile(ignore)
+        allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
+        results.append((profile, bench.prune(profile, order_allocation(recipe, allocation), ignore)))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"questions": ""},
+            "calibration 'half' mixes questions in, and this run has none; leave it at 'run'",
+        ),
+        ({"calibration_mix": 0.5}, "calibration 'half' has no more questions than the run's own text; leave it at"),
+        (
+            {"calibration_windows": 64, "question_pairs": 140},
+            "calibration 'half' needs 32 windows of questions that are in no other text; there are fewer",
+        ),
+    ],
+)
+def test_a_text_that_the_run_has_not_is_refused_before_anything_is_measured(
+    asking: Any, tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    bench = open_bench(asking.model_copy(update=fields), tmp_path / "run")
+    profile = bench.profile(ignore)
+    recipe = parse_recipe("refit~half:kappa")
+    with pytest.raises(ImpossiblePlan, match=re.escape(reason)):
+        bench.read_layers(profile, recipe, ignore)
+    with pytest.raises(ImpossiblePlan, match=re.escape(reason)):
+        bench.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, MASK)), ignore)

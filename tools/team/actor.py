@@ -1,0 +1,50 @@
+"""What Ray runs in a process of its own: a worker, and the way of values in and out."""
+
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.base.settings import TeamSettings
+from tools.measure.losses import limit_prefix
+from tools.models.load import load_model
+from tools.team.frozen import freeze, thaw
+from tools.team.identity import Identity, identify
+from tools.team.requests import Job, OnSpan
+from tools.team.worker import Worker
+
+
+class Actor:
+    """A worker. What goes in and comes out is frozen."""
+
+    def open(self, settings: TeamSettings, texts: Any, threads: int) -> tuple[Identity, str, int]:
+        """Load the model; who this is, on which machine, and the number of its process."""
+        torch.set_num_threads(threads)
+        self._scratch, self._busy = tempfile.TemporaryDirectory(), 0.0
+        model, _ = load_model(settings)
+        identity = identify(model)
+        self._worker = Worker(model, settings, thaw(texts), Path(self._scratch.name), limit_prefix(model))
+        return identity, socket.gethostname(), os.getpid()
+
+    def call(self, request: Any, span: tuple[int, int] | None) -> Any:
+        """The answer to a `Job`, or with a span to a `Shared`."""
+        return self._answer(thaw(request) if span is None else OnSpan(thaw(request), span))
+
+    def _answer(self, job: Job[Any]) -> Any:
+        began = time.perf_counter()
+        answer = job.run(self._worker)
+        self._busy += time.perf_counter() - began
+        return freeze(answer)
+
+    def call_and_keep(self, request: Any) -> tuple[str, Any]:
+        """As `call` of a job, with a word that it went well, which is read while the answer is not."""
+        return "kept", self.call(request, None)
+
+    def take_busy_seconds(self) -> float:
+        """Seconds spent on requests since this was last asked."""
+        busy, self._busy = self._busy, 0.0
+        return busy

@@ -1,0 +1,52 @@
+"""What must be the same in every process of a team."""
+
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Identity(BaseModel):
+    """What must be the same everywhere for results to be the same bits."""
+
+    billhook: str
+    torch: str
+    device: str
+    model: str
+
+    def explain_difference(self, other: "Identity") -> str:
+        """What the other one has instead, in a few words; "" where it has all the same."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in type(self).model_fields)
+        return ", ".join(f"{name} {theirs} instead of {ours}" for name, ours, theirs in pairs if ours != theirs)
+
+
+def identify(model: Any) -> Identity:
+    """This process: versions, with hashes of Billhook's own code and of the model's weights as they are now."""
+    weights = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        weights.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return Identity(
+        billhook=f"{importlib.metadata.version('billhook')} ({hash_code(ROOT)[:12]})",
+        torch=f"{torch.__version__} on {platform.machine()}",
+        device=torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
+        model=f"with weights {weights.hexdigest()[:12]}",
+    )
+
+
+def hash_code(root: Path) -> str:
+    """SHA-256, in hex, of all code that makes results: every file of Python in kernels/ and tools/, with its place."""
+    code = hashlib.sha256()
+    for path in sorted([*(root / "kernels").rglob("*.py"), *(root / "tools").rglob("*.py")]):
+        content = path.read_bytes()
+        code.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
+        code.update(content)
+    return code.hexdigest()

@@ -1,0 +1,116 @@
+"""Where the workers of a team are: one after another in each place, should they die."""
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from tools.base.errors import UserError
+from tools.base.progress import Warn
+from tools.base.settings import TeamSettings, count_threads
+from tools.team.actor import Actor
+from tools.team.connection import Connection
+from tools.team.frozen import keep
+from tools.team.identity import Identity
+from tools.team.worker import Texts
+
+DEATHS = 3
+"""Of one worker after the other in one place, before the run stops."""
+
+START_SECONDS = 600
+"""Within which a worker must have loaded its model."""
+
+
+@dataclass
+class Place:
+    """One worker after another, should they die."""
+
+    number: int
+    actor: Any
+    opened: Any
+    """A reference to what `Actor.open` answers."""
+    host: str = ""
+    pid: int = 0
+    installed: dict[str, str] = field(default_factory=dict)
+    """Layers that are not as the model was loaded."""
+    deaths: int = 0
+
+
+class Places:
+    """All places of a team, of which some may be idle."""
+
+    def __init__(
+        self, connection: Connection, settings: TeamSettings, identity: Identity, device: str, warn: Warn
+    ) -> None:
+        """`identity` is this process', and `device` (cpu or cuda) what the workers' models are on."""
+        self.used: list[Place] = []
+        self._idle: list[Place] = []
+        self._connection, self._settings, self._identity, self._warn = connection, settings, identity, warn
+        self._device, self._threads = device, count_threads(settings)
+        self._texts: Any = None
+
+    def open(self, count: int, texts: Texts) -> None:
+        """Begin with so many workers. Raises UserError when one cannot be had, or is not like this process."""
+        self._texts = keep(self._connection.ray, texts).ref
+        self.used = [Place(i, *self._start()) for i in range(count)]  # all load their models at once
+        for place in self.used:
+            self._wait_for(place)
+
+    def use(self, count: int) -> None:
+        """From now on only the first so many have work."""
+        everyone = [*self.used, *self._idle]
+        self.used, self._idle = everyone[:count], everyone[count:]
+
+    def close(self) -> None:
+        """Let the workers go."""
+        for place in [*self.used, *self._idle]:
+            with contextlib.suppress(Exception):
+                self._connection.ray.kill(place.actor)
+
+    def replace(self, place: Place) -> None:
+        """Another worker for one that died; without one its place is given up.
+
+        Raises UserError when too many died there, or no other place is left.
+        """
+        place.deaths += 1
+        if place.deaths > DEATHS:
+            raise UserError(
+                f"worker {place.number} on {place.host} died {place.deaths} times; it may lack memory. Go on with "
+                "fewer --workers: a run with --resume, any other command as before"
+            )
+        self._warn(f"worker {place.number} on {place.host} died; another one does its share again")
+        (place.actor, place.opened), place.installed = self._start(), {}
+        try:
+            self._wait_for(place)
+        except (UserError, self._connection.ray.exceptions.RayActorError):
+            if len(self.used) == 1:
+                raise
+            self._warn(f"no worker can take the place of number {place.number}; the others share its work")
+            self.used.remove(place)
+
+    def stand_in(self, place: Place) -> Place:
+        """The place itself, or where it was given up the one that has its work now."""
+        return place if place in self.used else self.used[place.number % len(self.used)]
+
+    def _start(self) -> tuple[Any, Any]:
+        """(a new worker, a reference to its identity and host)."""
+        options: dict[str, Any] = {"num_cpus": self._threads, "max_restarts": 0}
+        if self._device == "cuda":
+            options["num_gpus"] = 1
+        actor = self._connection.ray.remote(**options)(Actor).remote()
+        return actor, actor.open.remote(self._settings, self._texts, self._threads)
+
+    def _wait_for(self, place: Place) -> None:
+        """Wait for a worker's model. Raises UserError for one that is not like this process."""
+        ray = self._connection.ray
+        with self._connection.explained():
+            try:
+                identity, place.host, place.pid = ray.get(place.opened, timeout=START_SECONDS)
+            except ray.exceptions.GetTimeoutError as error:
+                raise UserError(
+                    f"worker {place.number} did not start within {START_SECONDS} seconds; has the cluster "
+                    f"{self._threads} free CPUs for it?"
+                ) from error
+        if difference := self._identity.explain_difference(identity):
+            raise UserError(
+                f"worker {place.number} on {place.host} has {difference}; give it the same, and start again"
+            )

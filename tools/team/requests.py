@@ -1,0 +1,113 @@
+"""What is asked of a worker: plain data, whose `run` gives the answer.
+
+Tensors in them may lie elsewhere (`Kept`), so that several requests share one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+from tools.base.settings import Split
+from tools.plans.recipe import Recipe
+from tools.statistics.requests import Kept, ShardRequest
+from tools.statistics.shards import Span
+from tools.team.worker import LayerGroup, LayerResult, StoredLayer, WindowLosses, Worker
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Job(Protocol[T_co]):
+    """What one worker does."""
+
+    def run(self, worker: Worker) -> T_co:
+        """The answer."""
+
+
+class Shared(Protocol[T_co]):
+    """What several workers do, each a span of the items that it is about."""
+
+    def run(self, worker: Worker, span: Span) -> T_co:
+        """The answer of one of them."""
+
+
+class OnSpan(NamedTuple, Generic[T]):
+    """One worker's part of what is shared."""
+
+    request: Shared[T]
+    span: Span
+
+    def run(self, worker: Worker) -> T:
+        """As in `Job`."""
+        return self.request.run(worker, self.span)
+
+
+class OnShards(NamedTuple, Generic[T]):
+    """What is asked about shards of a calibration text."""
+
+    request: ShardRequest[T]
+
+    def run(self, worker: Worker, span: Span) -> T:
+        """As in `Shared`, of shards."""
+        return self.request.run(worker.walks, span)
+
+
+class MeasureLosses(NamedTuple):
+    """Losses on some windows of a text."""
+
+    split: str
+    windows: Sequence[int]
+    dense_hidden_BTD: Kept[Tensor] | None
+    """The dense model's hidden states of all of `windows`."""
+    keeps_hidden: bool
+
+    def run(self, worker: Worker, span: Span) -> WindowLosses:
+        """As in `Shared`, of windows."""
+        part = slice(*span)
+        hidden_BTD = None if self.dense_hidden_BTD is None else self.dense_hidden_BTD.fetch()[part]
+        return worker.losses(self.split, self.windows[part], hidden_BTD, keeps_hidden=self.keeps_hidden)
+
+
+class ReadAnswers(NamedTuple):
+    """What the model makes of the answers to a split's questions."""
+
+    split: Split
+
+    def run(self, worker: Worker, span: Span) -> list[float]:
+        """As in `Shared`, of batches of questions."""
+        return worker.read_answers(self.split, span)
+
+
+class PruneLayers(NamedTuple):
+    """Prune layers from their dense weights."""
+
+    recipe: Recipe
+    group: LayerGroup
+
+    def run(self, worker: Worker) -> list[LayerResult]:
+        """As in `Job`."""
+        return worker.prune(self.recipe, self.group)
+
+
+class PruneToLevels(NamedTuple):
+    """What pruning layers to each of LEVELS changes beyond the last."""
+
+    recipe: Recipe
+    group: LayerGroup
+
+    def run(self, worker: Worker) -> dict[str, list[Tensor]]:
+        """As in `Job`; by layer."""
+        return worker.prune_to_levels(self.recipe, self.group)
+
+
+class Install(NamedTuple):
+    """Put weights into the worker's model."""
+
+    weights: Mapping[str, Kept[StoredLayer]]
+    marks: Sequence[str]
+    """For each block, a name of the weights of all blocks before it."""
+
+    def run(self, worker: Worker) -> None:
+        """As in `Job`."""
+        worker.install(self.weights, self.marks)

@@ -1,0 +1,126 @@
+"""What an allocation needs of the layers beyond the profile: KL curves of a recipe's own method, spectra of weights."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tools.base.progress import Progress
+from tools.models.layers import Layer
+from tools.plans.layer_profile import LayerProfile
+from tools.plans.methods import REFIT_STEPS
+from tools.plans.recipe import Recipe
+from tools.statistics.collect import measure_kappa
+from tools.statistics.requests import Here, Parts
+from tools.statistics.scores import measure_alpha
+from tools.team.requests import PruneToLevels
+from tools.team.worker import cut_to_levels
+from tools.workbench.crew import Crew
+from tools.workbench.profiles import Profiles
+from tools.workbench.store import Index
+from tools.workbench.weights import Weights
+
+
+class Curves:
+    """Layers as allocations read them; what has to be measured is measured once."""
+
+    def __init__(self, weights: Weights, profiles: Profiles, index: Index, crew: Crew) -> None:
+        self._weights, self._profiles, self._index, self._crew = weights, profiles, index, crew
+
+    def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
+        """The layers of the recipe's profile, with what its allocation needs beyond: measured once, then read back.
+
+        Raises ImpossiblePlan where the run has not the text that the recipe's statistics are to be of.
+        """
+        profile = self._profiles.find(profile, recipe, progress)
+        layers = self._profiles.read(profile).layers
+        if recipe.allocation == "alphapruning" and not recipe.pattern:
+            alpha = self._index.measure_once(["alpha"], lambda: self._measure_alphas(progress))
+            return [layer.model_copy(update={"alpha": alpha[layer.name]}) for layer in layers]
+        if recipe.needs_curves:
+            plain = _plain(recipe)
+            key = _kappa_key(profile, plain)
+            kappa = self._index.measure_once(key, lambda: self.measure_kappa(profile, plain, progress))
+            return [layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in layers]
+        return layers
+
+    def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
+        """As `describe_layers`, with the KL curves of `profile` whatever the recipe's: no weight is touched."""
+        self._profiles.refuse_calibration(recipe)
+        plain = recipe.model_copy(update={"curves": "mask", "calibration": "run"})
+        return self.describe_layers(profile, plain, progress)
+
+    def has_layers(self, profile: str, recipe: Recipe) -> bool:
+        """Whether `describe_layers` has only to read what was measured before: no weight is touched."""
+        profile = self._profiles.find_known(profile, recipe)
+        if not profile or not recipe.needs_curves:
+            return bool(profile)
+        return self._index.read_measured(_kappa_key(profile, _plain(recipe))) is not None
+
+    def _measure_alphas(self, progress: Progress) -> dict[str, float | None]:
+        alphas, dense = {}, self._weights.dense
+        for i, (name, dense_OI) in enumerate(dense.items()):
+            progress("spectra", i, len(dense))
+            alphas[name] = measure_alpha(dense_OI.to(self._weights.device_of(name)))
+        progress("spectra", len(dense), len(dense))
+        return alphas
+
+    def measure_kappa(self, profile: str, recipe: Recipe, progress: Progress) -> dict[str, list[float]]:
+        """KL curves of what the recipe's method leaves of each layer."""
+        if recipe.changes_survivors:
+            self._profiles.find_moments(profile, progress)
+        self._weights.restore_dense()
+        parts = _Parts(self._weights, self._profiles, self._crew, profile, recipe, progress)
+        text, layers = self._profiles.read(profile).calibration, self._weights.layers
+        kappa = measure_kappa(self._crew.team, self._crew.extent, layers, progress, parts.of_block, text)
+        progress(parts.label, len(layers), len(layers))
+        return kappa
+
+
+@dataclass
+class _Parts:
+    """What a recipe's method changes of the layers of one block after another, and how far that is."""
+
+    weights: Weights
+    profiles: Profiles
+    crew: Crew
+    profile: str
+    recipe: Recipe
+    progress: Progress
+    done: int = 0
+    """Layers."""
+
+    def of_block(self, layers: Sequence[Layer]) -> Parts:
+        """By the workers where there are some, else when they are asked for."""
+        names = [layer.name for layer in layers]
+        cluster = self.crew.cluster
+        if cluster is None:
+            return [Here({name: self._of_layer(name) for name in names})]
+        groups = self.profiles.list_work(cluster, dict.fromkeys(names, 0), self.profile, self.recipe)
+        kept = list(cluster.hand_out_and_keep(PruneToLevels(self.recipe, group) for group in groups))
+        self.done += len(names)
+        self._tell()
+        return kept
+
+    def _of_layer(self, name: str) -> Iterator[Tensor]:
+        self._tell()
+        self.done += 1
+        dense_OI = self.weights.dense[name].to(self.weights.device_of(name))
+        yield from cut_to_levels(self.recipe, dense_OI, self.profiles.find_statistics(self.profile, name, self.recipe))
+
+    @property
+    def label(self) -> str:
+        """What is going on."""
+        return f"KL curves of {self.recipe.mask_label}"
+
+    def _tell(self) -> None:
+        self.progress(self.label, self.done, len(self.weights.layers))
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The recipe whose KL curves it reads: always the dense model's, whose levels are the steps of the method refit."""
+    return recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
+
+
+def _kappa_key(profile: str, plain: Recipe) -> list[str]:
+    return ["kappa", profile, plain.mask_label]

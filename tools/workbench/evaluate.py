@@ -1,0 +1,155 @@
+"""What checkpoints lose on texts and know of questions, measured once and kept beside the artifacts."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tools.base.errors import DamagedArtifact
+from tools.base.files import write_json
+from tools.base.progress import Progress, Warn, count_up, ignore_progress
+from tools.base.settings import Split
+from tools.measure.losses import Evaluation
+from tools.measure.recall import EncodedPair, Recall, cut_batches, measure_recall, put_together
+from tools.team.requests import ReadAnswers
+from tools.workbench.crew import Crew
+from tools.workbench.losses import Losses, MeasuredText
+from tools.workbench.profiles import Profiles
+from tools.workbench.prune import Pruner
+from tools.workbench.weights import Weights
+
+
+class Evaluator:
+    """Measures checkpoints of one model."""
+
+    def __init__(
+        self,
+        directory: Path,
+        model: Any,
+        questions: Mapping[Split, list[EncodedPair]],
+        weights: Weights,
+        profiles: Profiles,
+        pruner: Pruner,
+        losses: Losses,
+        crew: Crew,
+        warn: Warn,
+    ) -> None:
+        """What was measured lies in `directory`."""
+        self._directory, self._model, self._questions, self._weights = directory, model, questions, weights
+        self._profiles, self._pruner, self._losses, self._crew, self._warn = profiles, pruner, losses, crew, warn
+        self._calibration_hidden: Tensor | None = None
+
+    def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
+        """Losses of a checkpoint on a split (`validation` or `test`); measured once, then read back."""
+        if known := self._read(checkpoint, split):
+            return known
+        self._pruner.restore(checkpoint)
+        validation = split == "validation"
+        hidden = self._profiles.read_hidden(profile) if validation else None
+        every = range(self._losses.count_windows(split))
+        evaluation, _ = self._losses.measure(split, every, hidden, label or split, progress, from_change=validation)
+        write_json(self._path(checkpoint, split), evaluation.model_dump())
+        return evaluation
+
+    def _path(self, checkpoint: str, split: str) -> Path:
+        return self._directory / f"{split}-{checkpoint[:16]}.json"
+
+    def _read(self, checkpoint: str, split: Split) -> Evaluation | None:
+        """What was measured before, if it is there and whole."""
+        path = self._path(checkpoint, split)
+        try:
+            return Evaluation.model_validate_json(path.read_bytes()) if path.is_file() else None
+        except ValueError:
+            self._warn(f"{path} is damaged; {split} is measured again")
+            return None
+
+    def evaluate_each(
+        self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
+    ) -> list[Evaluation]:
+        """Losses of checkpoints on the first `windows` windows of the validation text, as many at once as can be.
+
+        The weights in the model end as they were. Losses on all of the text are kept, and read back, as by `evaluate`.
+        """
+        whole = windows == self._losses.count_windows("validation")
+        found: dict[str, Evaluation] = {}
+        for checkpoint in checkpoints if whole else ():
+            if known := self._read(checkpoint, "validation"):
+                found[checkpoint] = known
+        missing = [checkpoint for checkpoint in checkpoints if checkpoint not in found]
+        with self._weights.put_back():
+            hidden = self._profiles.read_hidden(profile)[:windows]
+            measured = self._measure_each("validation", missing, range(windows), hidden, label, progress)
+            for checkpoint, evaluation in measured:
+                found[checkpoint] = evaluation
+                if whole:
+                    write_json(self._path(checkpoint, "validation"), evaluation.model_dump())
+        return [found[checkpoint] for checkpoint in checkpoints]
+
+    def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:
+        """KL(dense || checkpoint) on some windows of the calibration text, as many checkpoints at once as can be.
+
+        inf where it is not finite. The weights in the model end as they were.
+        """
+        with self._weights.put_back():
+            if self._calibration_hidden is None:
+                self._weights.restore_dense()
+                every = range(self._crew.extent.gradient_windows)
+                self._calibration_hidden = self._losses.measure("calibration", every, None, "", ignore_progress)[1]
+            hidden = self._calibration_hidden[list(windows)]
+            found = dict(self._measure_each("calibration", checkpoints, windows, hidden, "", ignore_progress))
+        return [math.inf if (kl := found[checkpoint].mean_kl) is None else kl for checkpoint in checkpoints]
+
+    def _measure_each(
+        self,
+        split: MeasuredText,
+        checkpoints: Sequence[str],
+        windows: Sequence[int],
+        dense_hidden_BTD: Tensor,
+        label: str,
+        progress: Progress,
+    ) -> Iterator[tuple[str, Evaluation]]:
+        """Each checkpoint with its losses on some windows of a text: several by the workers, else one by one."""
+        left, cluster = list(dict.fromkeys(checkpoints)), self._crew.cluster
+        if cluster is not None and len(left) > 1:
+            with suppress(DamagedArtifact):  # `restore` warns of it below, and makes it again
+                weights = {checkpoint: self._pruner.list_artifacts(checkpoint) for checkpoint in left}
+                handed = self._losses.hand_out(cluster, split, weights, windows, dense_hidden_BTD, label, progress)
+                for checkpoint, evaluation in handed:
+                    left.remove(checkpoint)
+                    yield checkpoint, evaluation
+        whole = split == "validation" and len(windows) == self._losses.count_windows("validation")
+        for checkpoint in left:
+            self._pruner.restore(checkpoint)
+            measured = self._losses.measure(split, windows, dense_hidden_BTD, label, progress, from_change=whole)
+            yield checkpoint, measured[0]
+
+    def evaluate_other(self, model: Any, profile: str, progress: Progress) -> Evaluation:
+        """Losses on the validation text of another model of the same tokens, such as one cut from the dense one."""
+        return self._losses.measure_other(model, self._profiles.read_hidden(profile), "validation", progress)
+
+    def ask(self, checkpoint: str, split: Split, progress: Progress, label: str = "") -> Recall:
+        """What a checkpoint knows of the questions of a split; asked once, then read back.
+
+        Raises KeyError in a run that has no questions.
+        """
+        path = self._path(checkpoint, f"questions-{split}")
+        if path.is_file():
+            try:
+                return Recall.model_validate_json(path.read_bytes())
+            except ValueError:
+                self._warn(f"{path} is damaged; the questions are asked again")
+        self._pruner.restore(checkpoint)
+        recall = self._ask(self._questions[split], split, label or "questions", progress)
+        write_json(path, recall.model_dump())
+        return recall
+
+    def _ask(self, pairs: list[EncodedPair], split: Split, label: str, progress: Progress) -> Recall:
+        if self._crew.cluster is None:
+            return measure_recall(self._model, pairs, label, progress)
+        batches = len(cut_batches(pairs))
+        ticks = count_up(progress, label, batches)
+        answers = self._crew.cluster.share(ReadAnswers(split), batches)(ticks)
+        return put_together(pairs, [value for answer in answers for value in answer])

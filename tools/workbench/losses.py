@@ -1,0 +1,91 @@
+"""Losses of the weights that are in the model, or of several checkpoints beside one another."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tools.base.progress import Progress, count_up
+from tools.base.settings import Split
+from tools.measure.losses import Evaluation, PrefixCache, evaluate_windows, limit_prefix
+from tools.models.blocks import Blocks
+from tools.team.cluster import Cluster
+from tools.team.requests import MeasureLosses, OnSpan
+from tools.texts.windows import Windows
+from tools.workbench.crew import Crew
+from tools.workbench.weights import Weights
+
+MeasuredText = Split | Literal["calibration"]
+
+
+class Losses:
+    """What the model of a workbench loses on its texts."""
+
+    def __init__(self, blocks: Blocks, windows: Windows, weights: Weights, crew: Crew) -> None:
+        self.prefix = PrefixCache(blocks, windows.validation, limit_prefix(blocks.model))
+        self._model, self._windows, self._weights, self._crew = blocks.model, windows, weights, crew
+
+    def count_windows(self, split: MeasuredText) -> int:
+        """How many windows a text has."""
+        return len(self._text(split))
+
+    def _text(self, split: MeasuredText) -> Tensor:
+        windows: Tensor = getattr(self._windows, split)
+        return windows
+
+    def measure(
+        self,
+        split: MeasuredText,
+        windows: Sequence[int],
+        dense_hidden_BTD: Tensor | None,
+        label: str,
+        progress: Progress,
+        *,
+        from_change: bool = False,
+    ) -> tuple[Evaluation, Tensor]:
+        """As `evaluate_windows`, of some windows of a text, by the workers where there are some.
+
+        `from_change`, for the whole validation text alone: from the first block that is other than it was when this
+        was measured last. Hidden states come from workers only where none of the dense model's are given.
+        """
+        if self._crew.cluster is None:
+            text_BT = self._text(split)[list(windows)].to(self._model.device)
+            prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
+            return evaluate_windows(self._model, text_BT, dense_hidden_BTD, label, progress, prefix)
+        dense = None if dense_hidden_BTD is None else self._crew.cluster.keep(dense_hidden_BTD)
+        request = MeasureLosses(split, list(windows), dense, keeps_hidden=dense is None)
+        answers = self._crew.cluster.share(request, len(windows))(count_up(progress, label, len(windows)))
+        evaluation = Evaluation(
+            nll=[value for answer in answers for value in answer.nll],
+            kl=[value for answer in answers for value in answer.kl],
+        )
+        hidden = [answer.hidden_BTD for answer in answers if answer.hidden_BTD is not None]
+        return evaluation, torch.cat(hidden) if hidden else torch.empty(0)
+
+    def measure_other(self, model: Any, dense_hidden_BTD: Tensor, label: str, progress: Progress) -> Evaluation:
+        """Losses on the validation text of another model of the same tokens."""
+        windows_BT = self._windows.validation.to(self._model.device)
+        return evaluate_windows(model, windows_BT, dense_hidden_BTD, label, progress)[0]
+
+    def hand_out(
+        self,
+        cluster: Cluster,
+        split: MeasuredText,
+        weights: Mapping[str, Mapping[str, str]],
+        windows: Sequence[int],
+        dense_hidden_BTD: Tensor,
+        label: str,
+        progress: Progress,
+    ) -> Iterator[tuple[str, Evaluation]]:
+        """Each checkpoint with its losses on some windows of a text, whichever worker is done first.
+
+        `weights` are, for each checkpoint, the artifacts of its layers. They are handed to the workers whole, and none
+        come into this process' model. Raises DamagedArtifact.
+        """
+        tick = count_up(progress, label, len(weights) * len(windows))
+        request = MeasureLosses(split, list(windows), cluster.keep(dense_hidden_BTD), keeps_hidden=False)
+        jobs, names = [OnSpan(request, (0, len(windows)))] * len(weights), list(weights)
+        for number, answer in cluster.hand_out(jobs, list(weights.values())):
+            tick(len(windows))
+            yield names[number], Evaluation(nll=answer.nll, kl=answer.kl)

@@ -1,0 +1,255 @@
+"""Profiles of the dense model: its losses, and what calibration texts say of its layers, measured once and kept."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import groupby
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from kernels.methods import LayerStatistics
+from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.progress import Progress, ignore_progress
+from tools.base.settings import Calibration, WorkbenchSettings
+from tools.measure.losses import Evaluation
+from tools.plans.layer_profile import LayerProfile
+from tools.plans.recipe import Recipe
+from tools.statistics.collect import ModelStatistics, Moments, begin_walk, collect_moments, collect_statistics
+from tools.statistics.table import build_profile
+from tools.team.cluster import Cluster
+from tools.team.worker import LayerGroup, LayerWork
+from tools.workbench.crew import Crew
+from tools.workbench.losses import Losses
+from tools.workbench.store import ArtifactStore, Index
+from tools.workbench.weights import Weights
+
+
+class StoredProfile(BaseModel):
+    """What `Profiles.make` leaves on disk."""
+
+    layers: list[LayerProfile]
+    means: str
+    moments: dict[str, str]
+    """Artifact of the second moment of each group of layers; empty until a recipe needs them."""
+    group: dict[str, str]
+    hidden: str
+    dense: Evaluation
+    calibration: Calibration = "run"
+    """The text that it is about."""
+
+
+class Profiles:
+    """What is known of the layers of one model."""
+
+    def __init__(
+        self,
+        settings: WorkbenchSettings,
+        mixed: Mapping[Calibration, Tensor],
+        weights: Weights,
+        store: ArtifactStore,
+        index: Index,
+        crew: Crew,
+        losses: Losses,
+    ) -> None:
+        """`mixed` are the calibration texts that there are beside the run's own."""
+        self._settings, self._mixed, self._weights, self._crew = settings, mixed, weights, crew
+        self._store, self._index, self._losses = store, index, losses
+        self._last: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
+        self._shared: tuple[str, LayerStatistics] | None = None
+
+    def make(self, progress: Progress, first: str = "", *, masks_only: bool = False) -> str:
+        """Statistics, KL curves and the dense model's losses, kept as artifacts; the id of the profile.
+
+        With `masks_only` the second moments of the dense model's inputs wait until a recipe that changes survivors
+        asks for them.
+
+        The first profile is that of the dense model. Given its id, another is made of the weights in the model now:
+        the activations and gradients behind scores and curves are theirs, while both stay about the dense weights,
+        which all pruning starts from. What layers are pruned by stays the dense model's: by what a pruned model, which
+        was fitted to this text, reads and passes back they come out far worse.
+        """
+        layers, dense = self._weights.layers, self._weights.dense
+        if first:
+            table = build_profile(layers, self._collect("run", progress, None, dense), dense)
+            return self._store.write_json(self.read(first).model_copy(update={"layers": table}).model_dump())
+        self._weights.restore_dense()
+        return self._profile_text("run", *self._measure_dense(progress), progress, full=not masks_only)
+
+    def _measure_dense(self, progress: Progress) -> tuple[str, Evaluation]:
+        """(artifact of the dense model's hidden states, its losses) on the validation text."""
+        every = range(self._losses.count_windows("validation"))
+        evaluation, hidden = self._losses.measure("validation", every, None, "dense validation", progress)
+        if not evaluation.finite:
+            raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
+        return self._store.write_tensors({"hidden": hidden}), evaluation
+
+    def _profile_text(
+        self,
+        text: Calibration,
+        hidden: str,
+        evaluation: Evaluation,
+        progress: Progress,
+        *,
+        full: bool,
+    ) -> str:
+        """A profile of the dense model, which is in place; second moments are in it if it is `full`."""
+        moments: dict[str, str] = {}
+
+        def keep_moment(name: str, moment_II: Tensor) -> None:
+            moments[name] = self._store.write_tensors({"A": moment_II})
+
+        statistics = self._collect(text, progress, keep_moment if full else None)
+        means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
+        means |= {f"plain/{name}": value for name, value in statistics.gradient_square.items()}
+        means |= {f"clipped/{name}": value for name, value in statistics.clipped_square.items()}
+        stored = StoredProfile(
+            layers=build_profile(self._weights.layers, statistics, self._weights.dense),
+            means=self._store.write_tensors(means),
+            moments=moments,
+            group=statistics.group,
+            hidden=hidden,
+            dense=evaluation,
+            calibration=text,
+        )
+        return self._store.write_json(stored.model_dump())
+
+    def _collect(
+        self,
+        text: Calibration,
+        progress: Progress,
+        keep_moment: Callable[[str, Tensor], None] | None,
+        dense: dict[str, Tensor] | None = None,
+    ) -> ModelStatistics:
+        """As `collect_statistics`. Raises UserError too for statistics that are not finite."""
+        team, extent = self._crew.team, self._crew.extent
+        statistics = collect_statistics(team, extent, self._weights.layers, progress, keep_moment, dense, text)
+        _refuse_infinite(statistics, self._settings.dtype)
+        return statistics
+
+    def read(self, profile: str) -> StoredProfile:
+        """A profile by its id. Raises DamagedArtifact."""
+        return self._read(profile)[0]
+
+    def _read(self, profile: str) -> tuple[StoredProfile, dict[str, Tensor]]:
+        """With its means, which are vectors by name."""
+        if self._last is None or self._last[0] != profile:
+            stored = StoredProfile.model_validate(self._store.read_json(profile))
+            self._last = (profile, stored, self._store.read_tensors(stored.means))
+        return self._last[1:]
+
+    def read_hidden(self, profile: str) -> Tensor:
+        """The dense model's hidden states on the validation text (B, T, D), on the CPU."""
+        return self._store.read_tensors(self.read(profile).hidden)["hidden"]
+
+    # --- the text that statistics come from --------------------------------------------------------------------
+
+    def refuse_calibration(self, recipe: Recipe) -> None:
+        """Raises ImpossiblePlan in one line where this run has not the text that a recipe's statistics are to be of."""
+        if recipe.calibration == "run" or recipe.calibration in self._mixed:
+            return
+        asked = f"calibration {recipe.calibration!r}"
+        if not self._settings.questions:
+            raise ImpossiblePlan(f"{asked} mixes questions in, and this run has none; leave it at 'run'")
+        count = self._settings.mixes.get(recipe.calibration)
+        if count is None:
+            raise ImpossiblePlan(f"{asked} has no more questions than the run's own text; leave it at 'run'")
+        raise ImpossiblePlan(f"{asked} needs {count} windows of questions that are in no other text; there are fewer")
+
+    def find(self, profile: str, recipe: Recipe, progress: Progress) -> str:
+        """The profile that a recipe's statistics come from: `profile`, or one of the dense model on the recipe's text.
+
+        Of that nothing but its statistics differs. Measured once, then read back. Raises ImpossiblePlan.
+        """
+        if recipe.calibration == "run":
+            return profile
+        self.refuse_calibration(recipe)
+        run = self.read(profile)
+        full = bool(run.moments)
+
+        def measure() -> dict[str, str]:
+            self._weights.restore_dense()
+            return {"profile": self._profile_text(recipe.calibration, run.hidden, run.dense, progress, full=full)}
+
+        return str(self._index.measure_once(_profile_key(recipe), measure)["profile"])
+
+    def find_known(self, profile: str, recipe: Recipe) -> str:
+        """As `find`, without any measurement; "" where it was never measured."""
+        if recipe.calibration == "run":
+            return profile
+        return str((self._index.read_measured(_profile_key(recipe)) or {}).get("profile", ""))
+
+    # --- what layers are pruned by -----------------------------------------------------------------------------
+
+    def find_statistics(
+        self, profile: str, name: str, recipe: Recipe, present: Moments | None = None
+    ) -> LayerStatistics:
+        """What is known of a layer: from the profile; its inputs from `present` moments where these are given."""
+        stored, means = self._read(profile)
+        device = self._weights.device_of(name)
+        gamma_O = means[f"{recipe.gamma}/{name}"].to(device)
+        if present is not None:
+            leader = present.group[name]
+            moment_II = present.second_moment[leader]
+            return LayerStatistics(moment_II.diagonal(), gamma_O, moment_II)
+        if not recipe.changes_survivors:
+            return LayerStatistics(means[f"a/{name}"].to(device), gamma_O)
+        digest = self.find_moments(profile)[stored.group[name]]
+        if self._shared is None or self._shared[0] != digest:  # neighbours share one; only one is held
+            moment_II = self._store.read_tensors(digest)["A"].to(device)
+            statistics = LayerStatistics(means[f"a/{name}"].to(device), gamma_O, moment_II)
+        else:
+            statistics = self._shared[1].for_outputs(gamma_O)
+        self._shared = (digest, statistics)
+        return statistics
+
+    def find_moments(self, profile: str, progress: Progress = ignore_progress) -> dict[str, str]:
+        """Artifact of each second moment; where the profile was made for masks alone, measured in the dense model."""
+        stored = self.read(profile)
+        measure = partial(self._measure_moments, stored.calibration, progress)
+        return stored.moments or self._index.measure_once(["moments", stored.means], measure)
+
+    def _measure_moments(self, text: Calibration, progress: Progress) -> dict[str, str]:
+        self._weights.restore_dense()
+        artifacts: dict[str, str] = {}
+        grouped, team = self._weights.by_block, self._crew.team
+        with begin_walk(team, text) as walk:
+            for block, layers in enumerate(grouped):
+                progress("second moments", block, len(grouped))
+                moments = collect_moments(team, self._crew.extent, walk, block, layers).second_moment
+                artifacts |= {name: self._store.write_tensors({"A": moment_II}) for name, moment_II in moments.items()}
+                del moments  # they are large: let them go before those of the next block are made
+        progress("second moments", len(grouped), len(grouped))
+        return artifacts
+
+    def list_work(
+        self,
+        cluster: Cluster,
+        zeros: Mapping[str, int],
+        profile: str,
+        recipe: Recipe,
+        present: Moments | None = None,
+    ) -> Iterator[LayerGroup]:
+        """What workers need to prune layers: those together that stand together and share a second moment."""
+        group = self.read(profile).group if recipe.changes_survivors else {}
+        for _, names in groupby(zeros, lambda name: group.get(name, name)):
+            work, moment_II = [], None
+            for name in names:
+                statistics = self.find_statistics(profile, name, recipe, present)
+                dense, gamma_O = cluster.keep_dense(name), statistics.gradient_square_O
+                work.append(LayerWork(name, zeros[name], dense, statistics.mean_square_I, gamma_O))
+                moment_II = statistics.second_moment_II if recipe.changes_survivors else None
+            yield LayerGroup(work, moment_II)
+
+
+def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
+    for values in (statistics.mean_square, statistics.gradient_square):
+        for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(
+                    f"activations or gradients of {name} are not finite in {dtype}; try --dtype fp32 or bf16"
+                )
+
+
+def _profile_key(recipe: Recipe) -> list[str]:
+    return ["profile", recipe.calibration]

@@ -1,0 +1,225 @@
+"""Pruning by a work order, from the dense weights, and the checkpoints that come of it."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+from torch import Tensor
+
+from kernels.damping import DAMPING
+from tools.base.errors import DamagedArtifact, ImpossiblePlan
+from tools.base.progress import Progress, Warn, ignore_progress
+from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
+from tools.plans.recipe import Recipe, count_pattern_zeros
+from tools.plans.work_order import WorkOrder
+from tools.statistics.collect import Moments, begin_walk, collect_moments
+from tools.team.cluster import Cluster
+from tools.team.requests import PruneLayers
+from tools.team.worker import prune_layer
+from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, make_checkpoint, make_layer_key
+from tools.workbench.crew import Crew
+from tools.workbench.profiles import Profiles
+from tools.workbench.store import DENSE, ArtifactStore, Index
+from tools.workbench.weights import Weights
+
+Tasks = Mapping[str, LayerTask]
+"""By layer name, in the model's order."""
+
+
+class Pruner:
+    """Makes checkpoints, and brings them back."""
+
+    def __init__(
+        self, weights: Weights, profiles: Profiles, store: ArtifactStore, index: Index, crew: Crew, warn: Warn
+    ) -> None:
+        self._weights, self._profiles, self._store = weights, profiles, store
+        self._index, self._crew, self._warn = index, crew, warn
+
+    # --- prune -------------------------------------------------------------------------------------------------
+
+    def prune(self, profile: str, order: WorkOrder, progress: Progress) -> str:
+        """Prune every layer from its dense weights to its number of zeros; the id of the checkpoint.
+
+        Layers whose number of zeros and recipe were made before are read back instead of computed. Those whose recipe
+        asks for sequential statistics are pruned block by block, behind all that is pruned before them, once the others
+        have been pruned by what they read in the dense model. Raises ImpossiblePlan where a text that a recipe's
+        statistics are to be of is not there, or sequential ones are to be of several.
+        """
+        recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
+        _refuse_two_walks(recipes)
+        for recipe in recipes:
+            self._profiles.refuse_calibration(recipe)
+        found = {recipe: self._profiles.find(profile, recipe, progress) for recipe in recipes}
+        tasks = {name: LayerTask(x.zeros, x.recipe, found[x.recipe]) for name, x in order.layers.items()}
+        checkpoint = make_checkpoint(tasks, self._prune(tasks, progress))
+        return self._store.write_json(checkpoint.model_dump(exclude_none=True))
+
+    def _prune(self, tasks: Tasks, progress: Progress) -> dict[str, str]:
+        """The artifact of every layer, all of which are in the model."""
+        dense = {name: task for name, task in tasks.items() if task.recipe.statistics == "dense"}
+        for profile in dict.fromkeys(task.profile for task in dense.values() if task.recipe.changes_survivors):
+            self._profiles.find_moments(profile, progress)  # before any layer is pruned: it may run the dense model
+        made = self._prune_from_dense(dense, progress) if dense else {}
+        return made if len(dense) == len(tasks) else self._prune_in_order(tasks, made, progress)
+
+    def _prune_from_dense(self, tasks: Tasks, progress: Progress) -> dict[str, str]:
+        """Every layer by what it reads in the dense model; the artifacts."""
+        index = self._index.read()
+        keys = {name: make_layer_key(name, task) for name, task in tasks.items()}
+        made = {}
+        for name, task in tasks.items():
+            if artifact := self._install_known(name, task, index.get(keys[name], "")):
+                made[name] = artifact
+        progress("prune", len(made), len(tasks))
+        for name, artifact in self._compute_all({n: task for n, task in tasks.items() if n not in made}):
+            self._index.add(keys[name], artifact)
+            made[name] = artifact
+            progress("prune", len(made), len(tasks))
+        return made
+
+    def _install_known(self, name: str, task: LayerTask, artifact: str) -> str:
+        """Put in what is known: the dense weights if no more are to go, else the artifact; "" where there is none."""
+        dense_OI, group = self._weights.dense[name], task.recipe.group
+        patterned = group is not None and task.zeros == count_pattern_zeros(dense_OI.numel(), group)
+        if not patterned and task.zeros <= int((dense_OI == 0).sum()):
+            artifact = DENSE
+        return artifact if artifact and self._weights.install(name, artifact) else ""
+
+    def _prune_in_order(self, tasks: Tasks, made: Mapping[str, str], progress: Progress) -> dict[str, str]:
+        """Block by block: each is pruned by what it reads in the model whose earlier blocks are pruned already.
+
+        Layers that are `made` have their artifacts, and stay as these are; those of all come out.
+        """
+        grouped, index, done = self._weights.by_block, self._index.read(), dict(made)
+        profile = next(task.profile for name, task in tasks.items() if name not in made)
+        with begin_walk(self._crew.team, self._profiles.read(profile).calibration) as walk:
+            for block, layers in enumerate(grouped):
+                progress("prune in order", block, len(grouped))
+                below = [done[layer.name] for earlier in grouped[:block] for layer in earlier]
+                own = {layer.name: tasks[layer.name] for layer in layers if layer.name not in made}
+                keys = {name: make_layer_key(name, task, below) for name, task in own.items()}
+                done |= {name: self._install_known(name, own[name], index.get(key, "")) for name, key in keys.items()}
+                missing = {name: task for name, task in own.items() if not done[name]}
+                if missing:
+                    for layer in layers:
+                        self._weights.install(layer.name, DENSE)
+                    team, extent = self._crew.team, self._crew.extent
+                    moments = collect_moments(team, extent, walk, block, layers, purpose="pruning")
+                    for name, artifact in self._compute_all(missing, moments):
+                        self._index.add(keys[name], artifact)
+                        done[name] = artifact
+                    del moments
+                    for layer in layers:
+                        self._weights.install(layer.name, done[layer.name])
+        progress("prune in order", len(grouped), len(grouped))
+        return done
+
+    def _compute_all(self, tasks: Tasks, present: Moments | None = None) -> Iterator[tuple[str, str]]:
+        """Prune layers, by the workers where there are some; (name, artifact) of each when it is in the model."""
+        if self._crew.cluster is not None:
+            jobs = self._list_jobs(self._crew.cluster, tasks, present)
+            for _, results in self._crew.cluster.hand_out(jobs):
+                for name, tensors, damping in results:
+                    weight_OI = unpack_pruned(tensors, self._weights.dense[name])
+                    yield name, self._keep(name, weight_OI, tensors, damping)
+            return
+        for zeros, recipe, profile in _group(tasks):
+            for name in zeros:
+                yield name, self._compute(name, LayerTask(zeros[name], recipe, profile), present)
+
+    def _list_jobs(self, cluster: Cluster, tasks: Tasks, present: Moments | None) -> Iterator[PruneLayers]:
+        for zeros, recipe, profile in _group(tasks):
+            for group in self._profiles.list_work(cluster, zeros, profile, recipe, present):
+                yield PruneLayers(recipe, group)
+
+    def _compute(self, name: str, task: LayerTask, present: Moments | None = None) -> str:
+        """Prune one layer in this process, put it into the model and on disk; its artifact."""
+        statistics = self._profiles.find_statistics(task.profile, name, task.recipe, present)
+        dense_OI = self._weights.dense[name].to(self._weights.device_of(name))
+        pruned = prune_layer(task.recipe, dense_OI, statistics, task.zeros)
+        tensors = pack_pruned(pruned.weight_OI, values=task.recipe.changes_survivors)
+        return self._keep(name, pruned.weight_OI, tensors, pruned.damping)
+
+    def _keep(self, name: str, weight_OI: Tensor, tensors: dict[str, Tensor], damping: float) -> str:
+        """Put a pruned layer into the model, and on disk as `tensors`, which stand for the same bits; its artifact."""
+        if damping > DAMPING:
+            self._warn(f"layer {name} needed damping {damping:g} instead of {DAMPING:g}: its inputs are singular")
+        artifact = self._store.write_tensors(tensors)
+        self._weights.write(name, weight_OI, artifact)
+        return artifact
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def restore(self, checkpoint: str) -> list[str]:
+        """Put a checkpoint's weights back bit for bit; the names of the layers that differed.
+
+        A damaged artifact is computed again and must come out with the same hash; otherwise DamagedArtifact.
+        """
+        if checkpoint == DENSE:
+            return self._weights.restore_dense()
+        manifest = self._read(checkpoint)
+        artifacts = {name: record.artifact for name, record in manifest.layers.items()}
+        return self._weights.restore(artifacts, partial(self._make_again, checkpoint, manifest))
+
+    def _make_again(self, checkpoint: str, manifest: Checkpoint, name: str) -> None:
+        """Compute a layer of a checkpoint once more."""
+        task, expected = manifest.tasks[name], manifest.layers[name].artifact
+        if task.recipe.statistics == "sequential":
+            made = self._prune(manifest.tasks, ignore_progress)[name]
+        else:
+            made = self._compute(name, task)
+        if made == expected:
+            return
+        if hash_as_earlier(self._store.read_tensors(made), self._weights.dense[name]) != expected:
+            raise DamagedArtifact(
+                f"layer {name} of checkpoint {checkpoint[:12]} is damaged and does not come out the same again"
+            )
+        self._weights.installed[name] = expected  # the same weights
+
+    def read_checkpoint(self, checkpoint: str) -> dict[str, LayerRecord]:
+        """The layers of a checkpoint. Raises DamagedArtifact when its manifest is not whole."""
+        if checkpoint == DENSE:
+            return {name: LayerRecord(artifact=DENSE, zeros=0) for name in self._weights.by_name}
+        return self._read(checkpoint).layers
+
+    def list_artifacts(self, checkpoint: str) -> dict[str, str]:
+        """The artifact of each layer of a checkpoint. Raises DamagedArtifact."""
+        return {name: record.artifact for name, record in self.read_checkpoint(checkpoint).items()}
+
+    def _read(self, checkpoint: str) -> Checkpoint:
+        return Checkpoint.model_validate(self._store.read_json(checkpoint))
+
+    def is_made_of(self, checkpoint: str, profile: str, order: WorkOrder) -> bool:
+        """Whether a checkpoint is what `prune` makes of these. Raises DamagedArtifact without a whole manifest."""
+        if checkpoint == DENSE:
+            return False
+        recipes = {layer.recipe for layer in order.layers.values()}
+        # known where it was made of it, and worth no measurement where it was not
+        known = {recipe: self._profiles.find_known(profile, recipe) for recipe in recipes}
+        asked = {name: LayerTask(x.zeros, x.recipe, known[x.recipe]) for name, x in order.layers.items()}
+        return self._read(checkpoint).tasks == asked
+
+    def planned_sparsity(self, checkpoint: str) -> dict[str, float]:
+        """Layer name to the share of zeros that the checkpoint was made for; 0 everywhere for the dense weights."""
+        dense = self._weights.dense
+        return {name: record.zeros / dense[name].numel() for name, record in self.read_checkpoint(checkpoint).items()}
+
+    def forget(self, keep: list[str]) -> None:
+        """Delete the layer artifacts that none of the checkpoints to keep refers to; their recipes stay known."""
+        kept = {artifact for checkpoint in keep for artifact in self.list_artifacts(checkpoint).values()}
+        for artifact in set(self._index.read().values()) - kept:
+            self._store.path(artifact, ".safetensors").unlink(missing_ok=True)
+
+
+def _refuse_two_walks(recipes: list[Recipe]) -> None:
+    texts = dict.fromkeys(recipe.calibration for recipe in recipes if recipe.statistics == "sequential")
+    if len(texts) > 1:
+        asked = " and ".join(map(repr, texts))
+        raise ImpossiblePlan(f"sequential statistics of one round are of one calibration text, and not of {asked}")
+
+
+def _group(tasks: Tasks) -> list[tuple[dict[str, int], Recipe, str]]:
+    """(zeros by layer, recipe, profile) of all layers that have the last two alike."""
+    groups: dict[tuple[Recipe, str], dict[str, int]] = {}
+    for name, task in tasks.items():
+        groups.setdefault((task.recipe, task.profile), {})[name] = task.zeros
+    return [(zeros, recipe, profile) for (recipe, profile), zeros in groups.items()]

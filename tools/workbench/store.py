@@ -1,0 +1,121 @@
+"""What a workbench keeps on disk: artifacts under the hash of their content, and an index of what was made.
+
+A killed run goes on where it was: whatever it needs is found by what it depends on.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tools.base.errors import DamagedArtifact
+from tools.base.files import explain_full_disk, find_artifact, hash_file, write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DENSE = "dense"
+"""Id of the unpruned weights, as a checkpoint and as a layer's artifact."""
+
+
+class ArtifactStore:
+    """Files named by the hash of their content; a file that does not match its name is never used."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, digest: str, suffix: str) -> Path:
+        """Where the artifact lies or would lie."""
+        return self.directory / digest[:2] / f"{digest}{suffix}"
+
+    def write_tensors(self, tensors: dict[str, "Tensor"]) -> str:
+        """Write tensors (copied to CPU); the hash of the file."""
+        from safetensors.torch import save_file  # imports torch
+
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return self._write(".safetensors", lambda path: save_file(contiguous, path))
+
+    def read_tensors(self, digest: str) -> dict[str, "Tensor"]:
+        """The tensors of an artifact. Raises DamagedArtifact when it is missing or was changed."""
+        from safetensors.torch import load_file  # imports torch
+
+        return load_file(self.check(digest, ".safetensors"))
+
+    def write_json(self, value: Any) -> str:
+        """Write a JSON value with sorted keys; the hash of the file."""
+        text = json.dumps(value, sort_keys=True, allow_nan=False)
+        return self._write(".json", lambda path: _write_text(path, text))
+
+    def read_json(self, digest: str) -> Any:
+        """The JSON value of an artifact. Raises DamagedArtifact when it is missing or was changed."""
+        return json.loads(self.check(digest, ".json").read_text(encoding="utf-8"))
+
+    def check(self, digest: str, suffix: str) -> Path:
+        """The artifact's path, its content checked against its hash. Raises DamagedArtifact."""
+        return find_artifact(self.directory, digest, suffix)
+
+    def has(self, digest: str, suffix: str) -> bool:
+        """Whether the artifact is there and whole."""
+        try:
+            self.check(digest, suffix)
+        except DamagedArtifact:
+            return False
+        return True
+
+    def _write(self, suffix: str, write: Callable[[Path], None]) -> str:
+        made = self.directory / f".new{suffix}"
+        write_whole(made, write)
+        digest = hash_file(made)
+        target = self.path(digest, suffix)
+        with explain_full_disk(target):
+            target.parent.mkdir(exist_ok=True)
+            made.replace(target)
+        return digest
+
+
+class Index:
+    """What was made before, by a key of all that it depends on."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store, self._path = store, store.directory / "index.jsonl"
+
+    def read(self, suffix: str = ".safetensors") -> dict[str, str]:
+        """Key to artifact, of files of this kind, without files that are gone or a line torn by a kill."""
+        known: dict[str, str] = {}
+        if self._path.is_file():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    known[entry["key"]] = entry["artifact"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return {k: a for k, a in known.items() if self._store.path(a, suffix).is_file()}
+
+    def add(self, key: str, artifact: str) -> None:
+        """Remember what was made."""
+        with explain_full_disk(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({"key": key, "artifact": artifact}))  # a torn line never swallows the next
+
+    def measure_once(self, key: Sequence[str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured under this key, from disk if it is there and whole."""
+        value = self.read_measured(key)
+        return self.keep_measured(key, measure()) if value is None else value
+
+    def read_measured(self, key: Sequence[str]) -> dict[str, Any] | None:
+        """As `measure_once`; None where it is not there."""
+        artifact = self.read(".json").get(_hash_key(key), "")
+        return dict(self._store.read_json(artifact)) if artifact and self._store.has(artifact, ".json") else None
+
+    def keep_measured(self, key: Sequence[str], value: dict[str, Any]) -> dict[str, Any]:
+        """Keep a value under a key, and give it back."""
+        self.add(_hash_key(key), self._store.write_json(value))
+        return value
+
+
+def _hash_key(key: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,126 @@
+"""The weights that are in the loaded model now: installed layer by layer, and put back bit for bit."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kernels.packed import pack_bits
+from tools.base.errors import DamagedArtifact
+from tools.base.progress import Warn
+from tools.models.artifacts import pack_pruned, unpack_pruned
+from tools.models.layers import Layer
+from tools.statistics.walks import layers_by_block
+from tools.workbench.store import DENSE, ArtifactStore
+
+
+class Weights:
+    """The prunable layers of one model, each with the artifact that it has now."""
+
+    def __init__(self, layers: Sequence[Layer], blocks: int, store: ArtifactStore, warn: Warn) -> None:
+        """The layers, in `blocks` blocks, are as they were loaded; a copy of them is held on the CPU."""
+        self.layers = list(layers)
+        self.by_name = {layer.name: layer for layer in layers}
+        self.by_block = layers_by_block(layers, blocks)
+        self.dense = {layer.name: layer.weight_OI.to("cpu", copy=True).contiguous() for layer in layers}
+        self.installed = dict.fromkeys(self.by_name, DENSE)
+        self._store, self._warn = store, warn
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a layer is computed."""
+        return self.by_name[name].weight_OI.device
+
+    def read_artifact(self, name: str, artifact: str) -> dict[str, Tensor]:
+        """A layer's mask, and its values unless they are the dense weights'. Raises DamagedArtifact."""
+        try:
+            return self._store.read_tensors(artifact)
+        except DamagedArtifact:
+            if artifact != self.installed[name]:
+                raise
+            return pack_pruned(self.by_name[name].weight_OI, values=True)  # what is in the model is whole
+
+    def write(self, name: str, weight_OI: Tensor, artifact: str) -> None:
+        """Put weights into the model, which are those that the artifact stands for."""
+        self.installed[name] = ""  # a write that is cut short leaves neither the old weights nor the new
+        self.by_name[name].write(weight_OI)
+        self.installed[name] = artifact
+
+    def install(self, name: str, artifact: str) -> bool:
+        """Put a layer's stored weights into the model; False (and a warning) when the artifact is damaged."""
+        if self.installed[name] == artifact:
+            return True
+        if artifact == DENSE:
+            weight_OI = self.dense[name]
+        else:
+            try:
+                tensors = self._store.read_tensors(artifact)
+            except DamagedArtifact as error:
+                self._warn(f"{error}; layer {name} is computed again")
+                self._store.path(artifact, ".safetensors").unlink(missing_ok=True)  # nobody should trip over it again
+                return False
+            weight_OI = unpack_pruned(tensors, self.dense[name])
+        self.write(name, weight_OI, artifact)
+        return True
+
+    def restore(self, artifacts: Mapping[str, str], make_again: Callable[[str], None]) -> list[str]:
+        """Put stored weights into all layers, or where an artifact is damaged those that `make_again(name)` puts in.
+
+        The names of the layers that differed.
+        """
+        changed = []
+        for name in self.by_name:
+            if self.installed[name] != artifacts[name]:
+                changed.append(name)
+                if not self.install(name, artifacts[name]):
+                    make_again(name)
+        return changed
+
+    def restore_dense(self) -> list[str]:
+        """As `restore`, of the weights as they were loaded, which are in memory."""
+        changed = [name for name in self.by_name if self.installed[name] != DENSE]
+        for name in changed:
+            self.install(name, DENSE)
+        return changed
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """The weights in the model end as they were. Raises DamagedArtifact for those that are not to be had."""
+        present = dict(self.installed)
+        try:
+            yield
+        finally:
+            for name, artifact in present.items():
+                if not self.install(name, artifact):
+                    raise DamagedArtifact(f"layer {name} cannot be put back: artifact {artifact[:12]} is damaged")
+
+    def mark_blocks(self, weights: Mapping[str, str]) -> list[str]:
+        """For each block, a hash that names the weights of all blocks before it; `weights` is each layer's artifact."""
+        digest, marks = hashlib.sha256(), []
+        for members in self.by_block:
+            marks.append(digest.hexdigest())
+            for layer in members:
+                digest.update(f"{layer.name} {weights[layer.name]}\n".encode())
+        return marks
+
+    def sparsities(self) -> list[float]:
+        """Share of zeros in each layer of the model as it is now, in layer order."""
+        return [float((layer.weight_OI == 0).float().mean()) for layer in self.layers]
+
+    def count_zeros(self) -> tuple[int, int]:
+        """(zeros, weights) over all prunable layers of the model as it is now."""
+        zeros = sum(int((layer.weight_OI == 0).sum()) for layer in self.layers)
+        return zeros, sum(layer.weight_OI.numel() for layer in self.layers)
+
+    def hash_masks(self) -> str:
+        """SHA-256 over the sorted layer names and their mask bits.
+
+        For each name in sorted order: the name in UTF-8, then one bit per weight as the model's file stores it
+        (row-major, lowest bit first, 1 = not zero), padded to whole bytes.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.by_name):
+            digest.update(name.encode())
+            digest.update(pack_bits(self.by_name[name].stored_weight != 0).numpy().tobytes())
+        return digest.hexdigest()
