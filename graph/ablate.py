@@ -29,7 +29,7 @@ from tools.base.rows import as_csv, lock_out, read_kept, refuse_other_settings, 
 from tools.base.rundir import scan_events, unlock_run
 from tools.base.secrets import read_secrets
 from tools.base.settings import TEAM, TeamSettings
-from tools.base.words import escape, show
+from tools.base.words import count, escape, show
 from tools.models.load import check_device, locate_model
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LayerProfile, group_layers
@@ -520,8 +520,7 @@ def conclude(rows: Sequence[Row]) -> list[str]:
             verdict = f"within {SIGMAS:g} standard errors: not more than the noise"
         else:
             verdict = f"{'better' if mean < 0 else 'worse'} by more than {SIGMAS:g} standard errors"
-        count = f"{seeds} seed{'' if seeds == 1 else 's'}"
-        lines.append(f"{arm} against {other}: perplexity {figures} over {count}, {verdict}.")
+        lines.append(f"{arm} against {other}: perplexity {figures} over {count(seeds, 'seed')}, {verdict}.")
     return lines
 
 
@@ -533,11 +532,10 @@ def _tell_trials(row: Row) -> str:
 
 
 def _describe_row(row: Row) -> str:
-    kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
     return (
-        f"{row.arm}, seed {row.seed}: {row.sparsity:.2%} zeros, perplexity {show(row.perplexity)}, KL {kl}, "
-        f"trials {_tell_trials(row)}, {row.evaluated_tokens:,} tokens evaluated, {row.agent_tokens:,} by agents: "
-        f"{row.plan}"
+        f"{row.arm}, seed {row.seed}: {row.sparsity:.2%} zeros, perplexity {show(row.perplexity)}, "
+        f"KL {show(row.kl, 4)}, trials {_tell_trials(row)}, {row.evaluated_tokens:,} tokens evaluated, "
+        f"{row.agent_tokens:,} by agents: {row.plan}"
     )
 
 
@@ -596,8 +594,7 @@ def describe(known: Ablation) -> str:
         lines.append(f"| {arm} | {other} | {seeds} | {_with_error(mean, error, 3)} |")
     lines += ["", "## Rows", "", "| arm | seed | perplexity | KL | trials | plan |", "|---|---:|---:|---:|---:|---|"]
     for row in known.rows:
-        kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
-        cells = [row.arm, str(row.seed), show(row.perplexity), kl, _tell_trials(row), escape(row.plan)]
+        cells = [row.arm, str(row.seed), show(row.perplexity), show(row.kl, 4), _tell_trials(row), escape(row.plan)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

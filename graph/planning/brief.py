@@ -23,6 +23,7 @@ from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
+from tools.base.words import show_short
 from tools.plans.layer_profile import LEVELS, LayerProfile
 
 MAX_ROWS = 400
@@ -239,7 +240,7 @@ def _describe_bounds(situation: Situation) -> str:
 
 
 def _describe_trials(situation: Situation) -> str:
-    lines = [f"dense: perplexity {_figure(situation.dense.perplexity)}"]
+    lines = [f"dense: perplexity {show_short(situation.dense.perplexity)}"]
     left_out = len(situation.trials) - MAX_TRIALS
     if left_out > 0:
         lines.append(f"({left_out} earlier trials left out)")
@@ -252,10 +253,10 @@ def _describe_trial(trial: Trial, limit: int = 160) -> str:
     if trial.verdict == "refuse":
         reason = quote_data(trial.reason, limit)
         return f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; refused by the user, untried: {reason}"
-    error = f" +- {_figure(trial.kl_error)}" if trial.kl_error is not None else ""
+    error = f" +- {show_short(trial.kl_error)}" if trial.kl_error is not None else ""
     return (
-        f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; perplexity {_figure(trial.perplexity)}; "
-        f"KL {_figure(trial.kl)}{error}, predicted {_figure(trial.predicted_kl)}{describe_facts(trial)}; "
+        f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; perplexity {show_short(trial.perplexity)}; "
+        f"KL {show_short(trial.kl)}{error}, predicted {show_short(trial.predicted_kl)}{describe_facts(trial)}; "
         f"{trial.verdict}: {quote_data(trial.reason, limit)}"
     )
 
@@ -264,12 +265,12 @@ def describe_facts(trial: Trial) -> str:
     """`; facts 0.912 +- 0.008` where questions were asked of both models, else nothing."""
     if trial.fact_retention is None:
         return ""
-    return f"; facts {_figure(trial.fact_retention)} +- {_figure(trial.fact_error)}"
+    return f"; facts {show_short(trial.fact_retention)} +- {show_short(trial.fact_error)}"
 
 
 def recount_trial(trial: Trial) -> str:
     """A trial in one line, with more of it than the prompt has room for."""
-    change = f"; +- {_figure(trial.change_error)} beside the last kept" if trial.change_error is not None else ""
+    change = f"; +- {show_short(trial.change_error)} beside the last kept" if trial.change_error is not None else ""
     return f"{_describe_trial(trial, 2_000)}{change}; {trial.seconds:.0f} s to measure"
 
 
@@ -286,7 +287,7 @@ def describe_lesson(lesson: Lesson) -> str:
     return (
         f"{model}run {quote_data(lesson.run, 40)} round {lesson.iteration}, "
         f"{quote_data(lesson.recipe, 40) or 'any recipe'}: "
-        f"{quote_data(lesson.selector, 80)} cost {_figure(lesson.factor)} times what was predicted. "
+        f"{quote_data(lesson.selector, 80)} cost {show_short(lesson.factor)} times what was predicted. "
         f"{quote_data(lesson.text, 200)}"
     )
 
@@ -301,7 +302,7 @@ def _describe_rest(situation: Situation) -> str:
         return f"Left to prune: all of {total:,} weights; sparsity is {target:g} at the target. Nothing is pruned yet."
     text = f"Left to prune: sparsity is {now:.4f} of {total:,} weights now, and {target:g} at the target."
     if situation.accepted is not None and now >= target - 0.001:
-        text += f" The target is reached: only a KL below {_figure(situation.accepted.kl)} is kept."
+        text += f" The target is reached: only a KL below {show_short(situation.accepted.kl)} is kept."
     lines: dict[str, list[str]] = {}
     for row in _rows(situation.layers):
         share = fmean(situation.sparsity.get(layer.name, 0.0) for layer in row.layers)
@@ -319,7 +320,3 @@ def _describe_untried(plans: Sequence[Plan]) -> str:
         shown = {"sparsity": plan.sparsity, "recipe": recipe, **({"adjustments": adjustments} if adjustments else {})}
         lines.append(quote_data(f"{json.dumps(shown, ensure_ascii=False)}: {plan.reason}", 400))
     return "Untried, each one lever from the best plan so far, likeliest first:\n" + data_block("untried", lines)
-
-
-def _figure(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"

@@ -15,6 +15,7 @@ from graph.planning.plan import Plan
 from graph.reflecting.rule import Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection
 from graph.state import Trial, same_sparsity
+from tools.base.words import show_short
 from tools.plans.layer_profile import group_layers
 from tools.plans.selectors import select_layers
 
@@ -86,7 +87,7 @@ def _describe_groups(evidence: Evidence) -> str:
         ]
         kl = [group_kl(group, sparsity) for sparsity in (evidence.before_sparsity, evidence.sparsity)]
         line = f"{quote_data(selector, 120)}: sparsity {shares[0]:.3f} -> {shares[1]:.3f}, predicted KL "
-        lines.append((max(kl), f"{line}{_figure(kl[0])} -> {_figure(kl[1])}"))
+        lines.append((max(kl), f"{line}{show_short(kl[0])} -> {show_short(kl[1])}"))
     least = sorted((kl for kl, _ in lines), reverse=True)[:MAX_GROUPS][-1]
     shown = [line for kl, line in lines if kl >= least][:MAX_GROUPS]
     left_out = f" ({len(lines) - len(shown)} with less KL left out)" if len(lines) > len(shown) else ""
@@ -131,11 +132,11 @@ def _describe_trials(evidence: Evidence) -> str:
 def _describe_trial(trial: Trial) -> str:
     if trial.verdict == "refuse":
         return f"sparsity {trial.sparsity:.4g}; refused by a person: {quote_data(trial.reason, 160)}"
-    change = f"; change from the last kept known to +- {_figure(trial.change_error)}" if trial.change_error else ""
-    error = "" if trial.kl_error is None else f" +- {_figure(trial.kl_error)}"
+    change = f"; change from the last kept known to +- {show_short(trial.change_error)}" if trial.change_error else ""
+    error = "" if trial.kl_error is None else f" +- {show_short(trial.kl_error)}"
     return (
-        f"sparsity {trial.sparsity:.4g}; perplexity {_figure(trial.perplexity)}; "
-        f"KL {_figure(trial.kl)}{error}{change}, predicted {_figure(trial.predicted_kl)}{describe_facts(trial)}; "
+        f"sparsity {trial.sparsity:.4g}; perplexity {show_short(trial.perplexity)}; "
+        f"KL {show_short(trial.kl)}{error}{change}, predicted {show_short(trial.predicted_kl)}{describe_facts(trial)}; "
         f"{trial.verdict}: {quote_data(trial.reason, 160)}"
     )
 
@@ -163,7 +164,3 @@ def _describe_rest(evidence: Evidence) -> str:
         return text
     idle = trial.iteration - best.iteration
     return f"{text} Rounds without an improvement: {idle}; the run ends by itself at {config.patience}."
-
-
-def _figure(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"

@@ -56,6 +56,11 @@ def show(value: float | None, digits: int = 2) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}"
 
 
+def show_short(value: float | None) -> str:
+    """A measured figure to three significant digits, as planners and reflectors read it."""
+    return "not finite" if value is None else f"{value:.3g}"
+
+
 def show_compact(value: float | None, digits: int = 2) -> str:
     """A measured figure; huge ones in powers of ten, so that a column keeps its width."""
     return show(value, digits) if value is None or abs(value) < 1e5 else f"{value:.1e}"

@@ -12,11 +12,12 @@ from rich.table import Table
 
 from tools.base.files import write_json, write_text, write_whole
 from tools.base.rows import as_csv, save_figure
-from tools.base.words import escape, show
+from tools.base.words import escape, show, show_score
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, Job, name_target
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
 from tools.results.schema import Protocol, Score
+from tools.results.tables import list_table
 
 REFERENCE = "sparsegpt:uniform"
 """Degradations are shown as multiples of this recipe's."""
@@ -92,11 +93,10 @@ def describe_dense(known: Comparison) -> str:
 
 def describe_row(job: Job, row: Row) -> str:
     """The line about a row that is done."""
-    kl = "not finite" if row.kl is None else f"{row.kl:.4f}"
     went = "removed" if job.kind == "parts" else "zeros"
     return (
-        f"{job.title}: {row.achieved_sparsity:.2%} {went}, perplexity {show(row.perplexity)}, KL {kl}, "
-        f"allocated in {row.allocation_seconds:.1f} s, pruned in {row.seconds:.1f} s"
+        f"{job.title}: {row.achieved_sparsity:.2%} {went}, perplexity {show(row.perplexity)}, "
+        f"KL {show(row.kl, 4)}, allocated in {row.allocation_seconds:.1f} s, pruned in {row.seconds:.1f} s"
     )
 
 
@@ -156,7 +156,7 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
         f"{row.achieved_sparsity:.2%}",
         show(row.perplexity),
         "" if relative is None else f"{relative:.2f}",
-        "not finite" if row.kl is None or row.kl_error is None else f"{row.kl:.4f} ± {row.kl_error:.4f}",
+        show_score(None if row.kl_error is None else row.kl, row.kl_error),
         *([facts] if known.settings["questions"] else []),
         f"{row.seconds:.1f}",
         f"{row.allocation_seconds:.1f}",
@@ -194,12 +194,8 @@ def describe(known: Comparison) -> str:
         "",
     ]
     for name, rows in group_rows(known.rows):
-        titles = _list_titles(known)
-        lines += [f"## {name}", "", f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
-        for row in rows:
-            recipe, *figures = _list_cells(row, known)
-            lines.append(f"| {' | '.join([f'`{recipe}`', *figures])} |")
-        lines.append("")
+        cells = [(f"`{recipe}`", *figures) for recipe, *figures in (_list_cells(row, known) for row in rows)]
+        lines += [f"## {name}", "", *list_table(_list_titles(known), cells, left=1), ""]
     dense = Measured("dense", "", "", 0.0, known.dense_perplexity, known.dense_scores)
     lines += describe_tasks(dense, [_as_measured(row) for _, rows in group_rows(known.rows) for row in rows])
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from tools.base.words import show, show_score
 from tools.results.schema import Score
-from tools.results.tables import list_task_protocols
+from tools.results.tables import list_table, list_task_protocols
 
 PRESETS: dict[str, dict[str, str]] = {
     "paper": {
@@ -53,19 +53,22 @@ def describe_tasks(dense: Measured, rows: Sequence[Measured]) -> list[str]:
     if not dense.scores:
         return []
     keys = [(score.task, score.metric) for score in dense.scores]
-    lines = [
+    cells = []
+    for row in (dense, *rows):
+        found = {(score.task, score.metric): score for score in row.scores}
+        figures = [show_score(found[key].value, found[key].error) if key in found else "" for key in keys]
+        cells.append([row.name, f"{row.sparsity:.2%}", show(row.perplexity), *figures])
+    return [
         "## Tasks",
         "",
         "Asked by lm-evaluation-harness; ± one standard error.",
         "",
-        f"| model | sparsity | perplexity | {' | '.join(' '.join(key) for key in keys)} |",
-        f"|---|{'---:|' * (2 + len(keys))}",
+        *list_table(["model", "sparsity", "perplexity", *map(" ".join, keys)], cells, left=1),
+        "",
+        *_describe_relative(dense, rows),
+        *list_task_protocols(list(dense.scores)),
+        "",
     ]
-    for row in (dense, *rows):
-        found = {(score.task, score.metric): score for score in row.scores}
-        cells = [show_score(found[key].value, found[key].error) if key in found else "" for key in keys]
-        lines.append(f"| {row.name} | {row.sparsity:.2%} | {show(row.perplexity)} | {' | '.join(cells)} |")
-    return [*lines, "", *_describe_relative(dense, rows), *list_task_protocols(list(dense.scores)), ""]
 
 
 def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
@@ -73,6 +76,7 @@ def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
     baselines = [row for row in rows if not row.recipe.startswith("refit")]  # which is Billhook's own, too
     if ours is None or not baselines or dense.figure(MMLU) is None or dense.figure(FREEBASEQA) is None:
         return []
+    cells = [(row.name, *compare_with(ours, row, dense)) for row in baselines]
     return [
         f"## `{OURS}` beside the baselines, as arXiv 2601.09694 counts",
         "",
@@ -80,10 +84,11 @@ def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
         "right answers is retained. Perplexity, and the log-probability of the right answers: what is lost of the "
         "dense model's beside what the baseline loses. The published line is of other models, and of other baselines.",
         "",
-        f"| `{OURS}` beside | MMLU | FreebaseQA | perplexity lost | log-probability lost |",
-        "|---|---:|---:|---:|---:|",
-        *(f"| {row.name} | {' | '.join(compare_with(ours, row, dense))} |" for row in baselines),
-        f"| *{PUBLISHED[0]}* | {' | '.join(f'*{figure}*' if figure else '' for figure in PUBLISHED[1:])} |",
+        *list_table(
+            [f"`{OURS}` beside", "MMLU", "FreebaseQA", "perplexity lost", "log-probability lost"],
+            [*cells, [f"*{figure}*" if figure else "" for figure in PUBLISHED]],
+            left=1,
+        ),
         "",
     ]
 
