@@ -1,5 +1,5 @@
 # make demo     prune SmolLM2-135M to 45 % on this machine; the run lands in runs/
-# make test     ruff, mypy and pytest
+# make test     ruff, import contracts, mypy and pytest
 # make studio   serve the graph and past runs to LangGraph Studio
 # make clean    remove the environment and caches; never runs/
 #
@@ -27,6 +27,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest $(SHARED)
 

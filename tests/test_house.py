@@ -1,0 +1,32 @@
+"""The house plan: no circle between files, every file in the wheel, the lints and the first page as promised."""
+
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_no_circle_between_files() -> None:
+    """Imports inside functions count as any others; those for types alone do not."""
+    house = grimp.build_graph("graph", "tools", "kernels", exclude_type_checking_imports=True, cache_dir=None)
+    TopologicalSorter({file: house.find_modules_directly_imported_by(file) for file in house.modules}).prepare()
+
+
+@pytest.mark.slow
+def test_every_file_is_in_the_wheel(tmp_path: Path) -> None:
+    command = "import sys; from setuptools import setup; sys.argv = ['setup.py', '-q', 'build_py', '-d', sys.argv[1]]; setup()"
+    subprocess.run([sys.executable, "-c", command, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    tracked = subprocess.run(["git", "ls-files", "graph", "tools", "kernels"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("this is no git checkout")
+    files = {name for name in tracked.stdout.split() if Path(name).suffix != ".md" or "prompts" in name}
+    assert {name for name in files if not (tmp_path / name).is_file()} == set()
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
