@@ -1,0 +1,134 @@
+"""What a checkout comes to, digit by digit: `python -m tests.record_results OUT.json [--questions file:PATH] [PART …]`
+
+Runs the demo, a comparison, a run with questions, one with two workers, and a packed export of the demo's model, and
+writes mask hashes, perplexities, KL and trials; nothing of it depends on the machine's speed. Two checkouts that
+write the same file (but for `packed.file`, the hash of a file whose format may change) come to the same results. Takes
+about half an hour on 2 cores. The work lies beside OUT, in OUT.work; parts that are in OUT already are not made again.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PARTS = ("demo", "compare", "questions", "workers", "packed")
+SMALL = ("--window", "256", "--calibration-windows", "8", "--gradient-windows", "4")
+RUN = (*SMALL, "--validation-windows", "8", "--test-windows", "4", "--max-iterations", "3")
+RECIPES = "wanda:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa,refit10~sequential:kappa-mask"
+ROW = ("recipe", "sparsity", "pattern", "achieved_sparsity", "perplexity", "kl", "kl_error", "evaluated_tokens")
+TRIAL = ("iteration", "plan", "verdict", "reason", "sparsity", "perplexity", "kl", "kl_error", "predicted_kl", "tokens")
+SUMMARY = (
+    "mask_sha256",
+    "status",
+    "achieved_sparsity",
+    "perplexity",
+    "kl",
+    "knowledge",
+    "samples",
+    "plan",
+    "iterations",
+)
+
+COMPARE = """
+import sys
+from tools.compare import main
+from tools.workbench.bench import Workbench
+
+evaluate = Workbench.evaluate
+
+def tell(bench, *arguments, **options):
+    found = evaluate(bench, *arguments, **options)
+    print("mask_sha256", bench.hash_masks(), flush=True)
+    return found
+
+Workbench.evaluate = tell
+sys.exit(main())
+"""
+
+UNPACK = """
+import hashlib, sys
+import torch
+from kernels.packed import PackedLinear, unpack_rows
+from tools.packed import load_packed
+
+model, digest = load_packed(sys.argv[1]), hashlib.sha256()
+packed = {n: unpack_rows(m.packed).contiguous() for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+for tensors in (packed, dict(model.named_parameters())):
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def call(*arguments: str) -> str:
+    """The output of Python with these arguments."""
+    done = subprocess.run([sys.executable, *arguments], text=True, capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def record_run(work: Path, name: str, *flags: str) -> dict[str, Any]:
+    """A run, and what it left."""
+    call("-m", "graph.run", "--runs-dir", str(work / "runs"), "--name", name, "--no-memory", *flags)
+    return read_run(work / "runs" / name)
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Summary and trials of a finished run, as far as they are the same wherever it is done again."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    trials = [event for event in map(json.loads, lines) if event["type"] == "trial"]
+    return {name: summary[name] for name in SUMMARY} | {"trials": [{k: t[k] for k in TRIAL} for t in trials]}
+
+
+def record_comparison(work: Path) -> dict[str, Any]:
+    """The rows of a comparison, with the hash of each row's masks."""
+    flags = (*SMALL, "--validation-windows", "4", "--sparsity", "0.45,2:4", "--recipes", RECIPES)
+    printed = call("-c", COMPARE, *flags, "--out", str(work / "compare"))
+    known = json.loads((work / "compare" / "compare.json").read_text(encoding="utf-8"))
+    return {
+        "dense": known["dense_perplexity"],
+        "rows": [{name: row[name] for name in ROW} for row in known["rows"]],
+        "masks": [line.split()[1] for line in printed.splitlines() if line.startswith("mask_sha256")],
+    }
+
+
+def record_packed(work: Path) -> dict[str, str]:
+    """The weights of the demo's packed model, whatever they are packed in, and the file itself."""
+    packed = work / "packed"
+    call("-m", "tools.export", str(work / "runs" / "demo"), "--packed", str(packed), "--dtype", "bf16")
+    file = hashlib.sha256((packed / "packed.safetensors").read_bytes()).hexdigest()
+    return {"weights": call("-c", UNPACK, str(packed)).strip(), "file": file}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.record_results", description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT.json")
+    parser.add_argument("--questions", default="", help="Questions of the run with questions; without, it is left out.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"Of {', '.join(PARTS)}; default: all.")
+    given = parser.parse_args()
+    work = given.out.with_suffix(".work")
+    questions = ("--questions", given.questions, "--question-pairs", "64", "--calibration-mix", "0.25")
+    make = {
+        "demo": lambda: record_run(work, "demo"),
+        "compare": lambda: record_comparison(work),
+        "questions": lambda: record_run(work, "questions", *RUN, *questions),
+        "workers": lambda: record_run(work, "workers", *RUN, "--workers", "2", "--worker-threads", "1"),
+        "packed": lambda: record_packed(work),
+    }
+    found = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
+    for part in given.parts or PARTS:
+        if part not in found and (part != "questions" or given.questions):
+            found[part] = make[part]()
+            given.out.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
+            print(f"{part}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
