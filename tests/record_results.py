@@ -20,7 +20,7 @@ RUN = (*SMALL, "--validation-windows", "8", "--test-windows", "4", "--max-iterat
 RECIPES = "wanda:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa,refit10~sequential:kappa-mask"
 ROW = ("recipe", "sparsity", "pattern", "achieved_sparsity", "perplexity", "kl", "kl_error", "evaluated_tokens")
 TRIAL = ("iteration", "plan", "verdict", "reason", "sparsity", "perplexity", "kl", "kl_error", "predicted_kl", "tokens")
-SUMMARY = (
+SUMMARY = ("mask_sha256", "status", "achieved_sparsity", "perplexity", "kl", "knowledge", "samples", "plan")
     "mask_sha256",
     "status",
     "achieved_sparsity",
