@@ -21,16 +21,6 @@ RECIPES = "wanda:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa,refit10~s
 ROW = ("recipe", "sparsity", "pattern", "achieved_sparsity", "perplexity", "kl", "kl_error", "evaluated_tokens")
 TRIAL = ("iteration", "plan", "verdict", "reason", "sparsity", "perplexity", "kl", "kl_error", "predicted_kl", "tokens")
 SUMMARY = ("mask_sha256", "status", "achieved_sparsity", "perplexity", "kl", "knowledge", "samples", "plan")
-    "mask_sha256",
-    "status",
-    "achieved_sparsity",
-    "perplexity",
-    "kl",
-    "knowledge",
-    "samples",
-    "plan",
-    "iterations",
-)
 
 COMPARE = """
 import sys
