@@ -1,0 +1,334 @@
+"""Works on a run until it ends, waits for a person, is stopped, or fails: `python -m graph.run` behind its flags."""
+
+import os
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.errors import GraphDrained
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.runtime import RunControl
+from langgraph.types import Command, StateSnapshot
+from rich.console import Console
+
+from graph.config import RunConfig, read_config
+from graph.llm.ladder import AgentError
+from graph.llm.local import close_local
+from graph.llm.models import check_model
+from graph.persistence import StateLost, explain_lost_state, open_saver, open_store
+from graph.persistence.sqlite import database
+from graph.runs.forks import CHANGEABLE, name_directory, read_last_node
+from graph.runs.replay import read_record
+from graph.runs.session import check_input, create_run, read_replay, read_run, write_config
+from graph.show.display import Display, open_display, tell
+from graph.state import Input, State
+from tools.base.errors import DamagedArtifact, DiskFull, UserError
+from tools.base.files import explain_full_disk
+from tools.base.rundir import append_event, lock_run, unlock_run
+from tools.base.secrets import redact
+from tools.models.hub import NotPushed, push_model
+from tools.workbench.open import close_workbench
+
+STEPS_PER_ITERATION = 7
+"""profile again, plan, approve, prune, validate, accept or roll back, reflect."""
+
+App = CompiledStateGraph[State, RunConfig, Input, State]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run to be worked on."""
+
+    directory: Path
+    config: RunConfig
+    thread: str
+    replay: str = ""
+    """The run that it repeats."""
+    resumed: bool = False
+    push: str = ""
+    """The repository of the hub that the model goes to."""
+    listener: socket | None = None
+    """Where the live page is served."""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.directory.name
+
+    @property
+    def settings(self) -> RunnableConfig:
+        """What LangGraph finds the run by."""
+        limit = STEPS_PER_ITERATION * self.config.max_iterations + 10
+        return {"configurable": {"thread_id": self.thread}, "recursion_limit": limit}
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with the run, and pushes it."""
+        runs_dir = self.directory.parent
+        place = f" --runs-dir {runs_dir}" if str(runs_dir) != "runs" else ""
+        return f"python -m graph.run --resume {self.name}{place}{f' --push-to-hub {self.push}' if self.push else ''}"
+
+
+class Unanswered(RuntimeError):
+    """A plan waits for a person, and nobody is there."""
+
+
+# Which run
+
+
+def start(runs_dir: Path, name: str | None, flags: dict[str, Any], path: Path) -> Work:
+    """A new run by a config file and flags, its directory made and locked. Raises UserError."""
+    config = read_config(flags, path)
+    _check_agents(config)
+    return _create(runs_dir, name, path.stem, config)
+
+
+def start_replay(runs_dir: Path, replay: str, name: str | None, flags: dict[str, Any]) -> Work:
+    """A new run that repeats another, with its config but for the flags. Raises UserError."""
+    _, config = read_run(runs_dir, replay)
+    if not read_record(replay).plans:
+        raise UserError(f"the record of run {replay!r} holds no plan to repeat")
+    return _create(runs_dir, name, f"{replay}-replay", read_config({**config.model_dump(), **flags}, None), replay)
+
+
+def _create(runs_dir: Path, name: str | None, stem: str, config: RunConfig, replay: str = "") -> Work:
+    check_input(config)
+    name = _free_name(runs_dir, stem) if name is None else name
+    thread = str(uuid.uuid4())
+    create_run(runs_dir, name, config, thread, replay)
+    return Work(runs_dir / name, config, thread, replay)
+
+
+def _free_name(runs_dir: Path, stem: str) -> str:
+    """The config's name, with a number when a run has it already."""
+    names = [stem, *(f"{stem}-{number}" for number in range(2, 10_000))]
+    return next(name for name in names if not (runs_dir / name).exists())
+
+
+def resume(runs_dir: Path, name: str, flags: dict[str, Any], path: Path | None) -> Work:
+    """A run that was begun, its directory locked; flags and config file may only say again what it was begun with.
+
+    Raises UserError.
+    """
+    thread, config = read_run(runs_dir, name)
+    replay = read_replay(runs_dir / name)
+    wanted = read_config(flags if path else {**config.model_dump(), **flags}, path)
+    changed = [field for field in RunConfig.model_fields if getattr(wanted, field) != getattr(config, field)]
+    if refused := [field for field in changed if field not in CHANGEABLE]:
+        raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(refused)}); start a new run")
+    if not replay and not (runs_dir / name / "summary.json").is_file():  # else no agent is asked any more
+        _check_agents(config)
+    lock_run(runs_dir / name)
+    if changed:
+        write_config(runs_dir / name, wanted)
+    return Work(runs_dir / name, wanted, thread, replay, resumed=True)
+
+
+def _check_agents(config: RunConfig) -> None:
+    check_model(config.planner)
+    check_model(config.reflector)
+
+
+# The work on it
+
+
+def drive(work: Work) -> int:
+    """Work on a run, and push its model where that is asked for; the directory is free afterwards."""
+    try:
+        try:
+            code = _run_graph(work)
+        finally:
+            close_local()
+            close_workbench()
+        return _push(work) if work.push and code == 0 else code
+    finally:
+        unlock_run(work.directory)
+
+
+def _run_graph(work: Work) -> int:
+    """Run the graph until it ends, waits for a person, is drained, or fails."""
+    from graph.build import builder
+
+    runs_dir = work.directory.parent
+    with open_saver(runs_dir) as saver, open_store(runs_dir) as store:
+        app = builder().compile(checkpointer=saver, store=store, name="billhook")
+        snapshot, settings = _find_snapshot(app, work)
+        if snapshot.values and not snapshot.tasks:  # `next` leaves out a node that ended just before a kill
+            print(f"run {work.name} is finished: see {work.directory / 'report.html'}")
+            return 0
+        state = State.model_validate(snapshot.values) if snapshot.values else None
+        _refuse_lost_state(work, state)
+        _refuse_changed_config(work, state)
+        try:
+            with explain_full_disk(database(runs_dir)):
+                return _stream(app, work, settings, state)
+        except DiskFull:
+            raise
+        except UserError:
+            profiled = app.get_state(work.settings).values.get("profile")
+            if not work.resumed and not profiled:  # nothing was done yet: leave nothing behind
+                saver.delete_thread(work.thread)
+                shutil.rmtree(work.directory)
+            raise
+
+
+def _push(work: Work) -> int:
+    """Upload the model of a finished run; nothing of the run is lost where that fails."""
+    try:
+        url = push_model(work.directory / "model", work.push)
+    except NotPushed as error:
+        later = f"the run is whole; push it later with: {work.resume_command}"
+        print(f"not pushed to {work.push}: {str(error).rstrip('.')}; {later}", file=sys.stderr)
+        return 1
+    event = {"type": "pushed", "repository": work.push, "url": url}
+    append_event(work.directory, event)
+    print(tell(event))
+    return 0
+
+
+def _find_snapshot(app: App, work: Work) -> tuple[StateSnapshot, RunnableConfig]:
+    """Where the run stands, and the settings to go on from there.
+
+    In Studio a fork may have gone on in the run's thread; then the run's own last checkpoint has to be named.
+    """
+    last = app.get_state(work.settings)
+    if _belongs(last, work):
+        return last, work.settings
+    for snapshot in app.get_state_history(work.settings):
+        if _belongs(snapshot, work):
+            named = {**work.settings["configurable"], **snapshot.config["configurable"]}
+            return snapshot, {**work.settings, "configurable": named}
+    raise UserError(f"the checkpoints of run {work.name!r} are gone; its thread holds those of {last.values['run']!r}")
+
+
+def _belongs(snapshot: StateSnapshot, work: Work) -> bool:
+    """Whether what follows a checkpoint works in the run's directory."""
+    if not snapshot.values.get("profile"):
+        return bool(snapshot.values.get("run", work.name) == work.name)
+    node = snapshot.tasks[0].name if snapshot.tasks else ""
+    checkpoint = snapshot.config["configurable"]["checkpoint_id"]
+    return name_directory(State.model_validate(snapshot.values), node, checkpoint, work.thread) == work.name
+
+
+def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None) -> int:
+    """Stream the graph into the display, with a person's answers where it asks. Raises UserError."""
+    control = RunControl()
+    with ExitStack() as shown:
+        if work.listener:
+            from graph.show.live import address, serve
+
+            print(f"live page: {address(work.listener)}", flush=True)
+        display = shown.enter_context(open_display(Console(), name=work.name, target=work.config.target_sparsity))
+        if work.listener:
+            display = shown.enter_context(serve(work.directory, work.listener, display))
+
+        def stop_at_once() -> None:
+            # Python would wait for the node's thread, which cannot be stopped. What it writes is written aside, and
+            # its lock is the operating system's.
+            _stop(display, work, "interrupted")
+            shown.close()
+            sys.stdout.flush()
+            os._exit(1)
+
+        _tell_start(display, work, state)
+        given: Input | Command[Any] | None = None if state else Input(run=work.name, replay=work.replay)
+        try:
+            with explain_lost_state():
+                while True:
+                    with _drain_on_signal(control, display, stop_at_once):
+                        for part in app.stream(
+                            given,
+                            settings,
+                            context=work.config,
+                            stream_mode="custom",
+                            durability="sync",
+                            control=control,
+                        ):
+                            display.show(part)
+                    asked = app.get_state(work.settings).interrupts
+                    if not asked:
+                        return 0
+                    given, settings = Command(resume=_ask(display, asked[0].value)), work.settings
+        except GraphDrained:
+            return _stop(display, work, "stopped as asked, after the present step")
+        except (AgentError, DamagedArtifact, StateLost, Unanswered) as error:
+            return _stop(display, work, str(error))
+
+
+def _ask(display: Display, question: dict[str, Any]) -> str:
+    """A line that a person says to a plan. Raises Unanswered."""
+    waiting = f"plan {question['iteration']} waits for a person to accept, edit or refuse it"
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise Unanswered(f"{waiting}: resume in a terminal, or answer in Studio")
+    try:
+        return display.ask(question)
+    except (EOFError, KeyboardInterrupt):
+        raise Unanswered(waiting) from None
+
+
+def _refuse_lost_state(work: Work, state: State | None) -> None:
+    """A run that was at work has left a checkpoint, before its first node began."""
+    if state is None and read_last_node(work.directory):
+        raise UserError(f"the checkpoints of run {work.name!r} are not in this database; name the one it began with")
+
+
+def _refuse_changed_config(work: Work, state: State | None) -> None:
+    """`config.yaml` must say what the run was started with, but for what may change."""
+    if state is None or not state.profile:
+        return
+    fields = [field for field in RunConfig.model_fields if field not in CHANGEABLE]
+    if changed := [field for field in fields if getattr(state.config, field) != getattr(work.config, field)]:
+        raise UserError(
+            f"run {work.name!r} cannot be resumed with a changed config ({', '.join(changed)}): its config.yaml was "
+            "edited"
+        )
+
+
+def _tell_start(display: Display, work: Work, state: State | None) -> None:
+    event = {
+        "type": "start",
+        "run": work.name,
+        "directory": str(work.directory),
+        "model": work.config.model,
+        "target": work.config.target_sparsity,
+        "planner": f"the record of {work.replay}" if work.replay else work.config.planner,
+        "resumed": work.resumed,
+    }
+    append_event(work.directory, event)
+    display.show(event)
+    if state is not None:
+        for trial in [*([state.dense] if state.dense else []), *state.trials]:
+            display.show({"type": "trial", **trial.model_dump()})
+
+
+def _stop(display: Display, work: Work, reason: str) -> int:
+    event = {"type": "stopped", "reason": redact(reason), "resume": work.resume_command}
+    append_event(work.directory, event)
+    display.show(event)
+    return 1
+
+
+@contextmanager
+def _drain_on_signal(control: RunControl, display: Display, stop_at_once: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run after the present step, a second one at once."""
+
+    def ask(_number: int, _frame: Any) -> None:
+        if control.drain_requested:
+            stop_at_once()
+        control.request_drain("signal")
+        display.show({"type": "note", "text": "stopping after the present step; once more stops at once"})
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
