@@ -1,0 +1,1 @@
+"""The experiment of `python -m graph.ablate`: arms, their rows, and what comes of them."""

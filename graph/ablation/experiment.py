@@ -1,0 +1,124 @@
+"""Makes the rows of an ablation that are not there yet."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from graph.ablation.arms import TRIES
+from graph.ablation.graph_arms import run_graph
+from graph.ablation.rows import Ablation, Profiled, Row, conclude
+from graph.ablation.settings import CHAT, GRAPH, AblateSettings, list_arms, list_seeds
+from graph.ablation.tables import describe_row, write_tables
+from tools.base.console import print_line, show_bars
+from tools.base.errors import UserError
+from tools.base.rows import lock_out, read_kept, refuse_other_settings
+from tools.base.rundir import unlock_run
+from tools.base.settings import TEAM
+from tools.models.load import check_device, locate_model
+from tools.results.schema import describe_protocol
+from tools.texts.windows import check_texts
+from tools.workbench.open import use_workbench
+
+if TYPE_CHECKING:
+    from tools.base.progress import Progress
+
+
+def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Console) -> Ablation:
+    """Make the rows that are not there yet; everything is on disk after each.
+
+    `graph_flags` are handed on to the arms that are runs of the graph. Raises UserError; KeyboardInterrupt passes.
+    """
+    arms, seeds = list_arms(settings), list_seeds(settings)
+    _check_input(settings)
+    directory = Path(settings.out)
+    lock_out(directory, directory)
+    try:
+        known = _read_ablation(directory, settings, graph_flags)
+        wanted = [(arm, seed) for seed in seeds for arm in arms]
+        done = {(row.arm, row.seed): row for row in known.rows}
+        for pair in wanted:
+            if pair in done:
+                print_line(console, describe_row(done[pair]))
+        with show_bars(console, len(wanted)) as (begin, progress):
+            for i, (arm, seed) in enumerate(wanted):
+                if (arm, seed) in done:
+                    continue
+                begin(f"{arm}, seed {seed}", i)
+                row = _make_row(arm, seed, settings, graph_flags, known, console, progress)
+                known.rows.append(row)
+                write_tables(directory, known)
+                print_line(console, describe_row(row))
+        write_tables(directory, known)  # a kill may have left some of the files a row behind
+        for line in conclude(known.rows):
+            print_line(console, line)
+        print_line(console, f"see {directory / 'ablate.md'}")
+    finally:
+        unlock_run(directory)
+    return known
+
+
+def _check_input(settings: AblateSettings) -> None:
+    """Refuse what can be refused before anything is loaded. Raises UserError."""
+    locate_model(settings.model)
+    check_device(settings.device)
+    check_texts(settings)
+    needed = settings.validation_tokens
+    if settings.evaluated_tokens < needed:
+        raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")
+
+
+def _make_row(
+    arm: str,
+    seed: int,
+    settings: AblateSettings,
+    graph_flags: Sequence[str],
+    known: Ablation,
+    console: Console,
+    progress: "Progress",
+) -> Row:
+    if arm in GRAPH:
+        row, known.dense_perplexity = run_graph(arm, seed, settings, graph_flags, progress)
+        return row
+    seeded = settings.model_copy(update={"seed": seed})
+    work = Path(settings.out) / f"seed-{seed}"
+    with use_workbench(seeded, work, lambda text: print_line(console, f"warning: {text}"), progress) as bench:
+        began = time.monotonic()
+        if seed not in known.profiles:
+            profile = bench.profile(progress)
+            known.profiles[seed] = Profiled(profile=profile, seconds=round(time.monotonic() - began, 1))
+            began = time.monotonic()
+        profile = known.profiles[seed].profile
+        known.dense_perplexity = bench.evaluate("dense", "test", profile, progress, "test, dense").perplexity
+        chosen = TRIES[arm](bench, profile, seeded, progress)
+        evaluation = bench.evaluate(chosen.checkpoint, "validation", profile, progress)
+        test = bench.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
+        bench.restore(chosen.checkpoint)
+        zeros, weights = bench.count_zeros()
+        bench.forget_checkpoints([])
+        return Row(
+            arm=arm,
+            seed=seed,
+            sparsity=zeros / weights,
+            reached=True,
+            perplexity=test.perplexity,
+            kl=evaluation.mean_kl,
+            plan=chosen.plan,
+            trials=chosen.trials,
+            evaluated_tokens=chosen.tokens,
+            seconds=round(known.profiles[seed].seconds + time.monotonic() - began, 1),
+        )
+
+
+def _read_ablation(directory: Path, settings: AblateSettings, graph_flags: Sequence[str]) -> Ablation:
+    """What is in `--out`, or an empty one. Raises UserError for one with other settings."""
+    wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed", *TEAM}) | {"graph": list(graph_flags)}
+    known = read_kept(directory / "ablate.json", Ablation)
+    if known is None:
+        return Ablation(settings=wanted, protocol=describe_protocol(settings))
+    arms = {row.arm for row in known.rows}
+    unused = (set() if arms & set(CHAT) else {"planner", "reflector"}) | (set() if arms & set(GRAPH) else {"graph"})
+    refuse_other_settings(directory, "an ablation", known.settings, wanted, unused)
+    return known.model_copy(update={"settings": wanted})

@@ -1,0 +1,92 @@
+"""Arms that are runs of the graph, each in a process of its own, begun or gone on with."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graph.ablation.rows import Row
+from graph.ablation.settings import CHAT, AblateSettings
+from tools.base.errors import UserError
+from tools.base.rundir import scan_events
+from tools.base.settings import TEAM, TeamSettings
+from tools.workbench.open import close_workbench
+
+if TYPE_CHECKING:
+    from tools.base.progress import Progress
+
+
+def run_graph(
+    arm: str, seed: int, settings: AblateSettings, graph_flags: Sequence[str], progress: "Progress"
+) -> tuple[Row, float | None]:
+    """(the row, the dense model's test perplexity) of a run of the graph, begun or gone on with in another process.
+
+    Raises UserError with the run's last words.
+    """
+    runs, name = Path(settings.out) / "runs", f"{arm}-{seed}"
+    summary_path = runs / name / "summary.json"
+    progress("run of the graph", 0, 1)
+    if not summary_path.is_file():
+        if settings.workers:
+            close_workbench()  # its workers would hold the processors, or GPUs, that those of the run need
+        command = [sys.executable, "-m", "graph.run", "--runs-dir", str(runs)]
+        if (runs / name / "run.json").is_file():
+            command += ["--resume", name, *_write_flags({field: getattr(settings, field) for field in TEAM})]
+        else:
+            command += ["--name", name, *_flags_of(arm, seed, settings), *graph_flags]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0 or not summary_path.is_file():
+            said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]
+            raise UserError(f"{arm}, seed {seed}: {' '.join(said[-2:])[:400]}; the same command goes on from there")
+    progress("run of the graph", 1, 1)
+    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    agents = summary["agents"]
+    row = Row(
+        arm=arm,
+        seed=seed,
+        sparsity=summary["achieved_sparsity"],
+        reached=summary["status"] == "finished",
+        perplexity=summary["perplexity"]["pruned"],
+        kl=summary["kl"],
+        plan=summary["plan"],
+        trials=summary["iterations"],
+        by_rule=_count_by_rule(runs / name) if arm in CHAT else 0,
+        evaluated_tokens=summary["evaluated_tokens"],
+        agent_tokens=agents["input_tokens"] + agents["output_tokens"],
+        cost=agents["cost"],
+        seconds=round(summary["seconds"], 1),
+    )
+    return row, summary["perplexity"]["dense"]
+
+
+def _count_by_rule(run: Path) -> int:
+    """Rounds of a run that were planned by rule; a round that was begun again after a kill counts once."""
+    planners = {event["iteration"]: event["planner"] for _, event in scan_events(run, "plan")}
+    return list(planners.values()).count("heuristic")
+
+
+def _flags_of(arm: str, seed: int, settings: AblateSettings) -> list[str]:
+    """The options of a run of the graph that is this arm."""
+    chat, reflector = settings.planner, settings.reflector or settings.planner
+    planner, reflector = {"chat": (chat, reflector), "chat-alone": (chat, "heuristic")}.get(arm, ("heuristic",) * 2)
+    fields = {name: getattr(settings, name) for name in TeamSettings.model_fields} | {
+        "seed": seed,
+        "target_sparsity": settings.target_sparsity,
+        "max_layer_sparsity": settings.max_layer_sparsity,
+        "max_evaluated_tokens": settings.evaluated_tokens,
+        "max_iterations": 200,  # the budget ends the run
+        "patience": 200,
+        "planner": planner,
+        "reflector": reflector,
+    }
+    return [*_write_flags(fields), "--no-memory"]
+
+
+def _write_flags(fields: Mapping[str, Any]) -> list[str]:
+    """Fields as options of a command."""
+    names = {name: name.replace("_", "-") for name in fields}
+    flags = [f"--{names[name]}={value}" for name, value in fields.items() if not isinstance(value, bool)]
+    switches = {names[name]: value for name, value in fields.items() if isinstance(value, bool)}
+    return [*flags, *(f"--{'' if value else 'no-'}{name}" for name, value in switches.items())]

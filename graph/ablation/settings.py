@@ -1,0 +1,71 @@
+"""What an ablation is asked for: a model, its texts, arms and seeds."""
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from tools.base.errors import UserError
+from tools.base.settings import TeamSettings
+
+ARMS = {
+    "chat": "a chat model plans and a chat model reflects",
+    "chat-alone": "a chat model plans, fixed rules reflect",
+    "heuristic": "fixed rules plan and reflect",
+    "kappa": "one plan: the default recipe, shared out by the KL curves",
+    "random": "plans drawn at random from the planner's levers, the best one kept",
+    "search": "an evolutionary search over the shares of the layers, the default recipe's weights",
+}
+"""What is compared; the first three are runs of the graph."""
+
+CHAT = ("chat", "chat-alone")
+GRAPH = (*CHAT, "heuristic")
+ALONE = "kappa"
+"""Gains are counted from this arm, which nobody planned."""
+
+
+class AblateSettings(TeamSettings):
+    """The model, its texts, who plans, and how much each may try."""
+
+    target_sparsity: float = Field(
+        0.45, gt=0, lt=1, description="Share of the prunable weights that are zero at the end, as a fraction."
+    )
+    arms: str = Field(
+        "", description=f"Comma-separated: {', '.join(ARMS)}. Empty: all; those with chat need --planner."
+    )
+    seeds: str = Field("0,1,2", description="Comma-separated seeds; each arm is run once for each.")
+    planner: str = Field("", description="The chat model that plans, as in graph.run; empty leaves its arms out.")
+    reflector: str = Field("", description="The chat model that reflects, as in graph.run; empty: the planner's.")
+    evaluated_tokens: int = Field(
+        49152, ge=1, description="Tokens that each arm may put through pruned models before it has to choose."
+    )
+    max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="No layer is pruned further than this.")
+    out: str = Field("ablate", min_length=1, description="Directory of the tables, the plot and the work.")
+
+    @field_validator("arms", "seeds", mode="before")
+    @classmethod
+    def _join_list(cls, value: Any) -> str:
+        """YAML has lists and numbers."""
+        return ",".join(str(part) for part in (value if isinstance(value, list) else [value]))
+
+
+def list_arms(settings: AblateSettings) -> list[str]:
+    """The arms asked for, in the order of ARMS. Raises UserError in one line."""
+    asked = [part.strip() for part in settings.arms.split(",") if part.strip()]
+    if unknown := [arm for arm in asked if arm not in ARMS]:
+        raise UserError(f"there is no arm {unknown[0]!r}; choose among {', '.join(ARMS)}")
+    if not settings.planner and (chats := [arm for arm in asked if arm in CHAT]):
+        raise UserError(
+            f"the arm {chats[0]} needs a chat model: give --planner, such as openai:NAME@http://HOST:PORT/v1"
+        )
+    return [arm for arm in ARMS if (arm in asked if asked else settings.planner or arm not in CHAT)]
+
+
+def list_seeds(settings: AblateSettings) -> list[int]:
+    """The seeds asked for. Raises UserError in one line."""
+    try:
+        seeds = list(dict.fromkeys(int(part) for part in settings.seeds.split(",") if part.strip()))
+    except ValueError as error:
+        raise UserError(f"seeds {settings.seeds!r} must be whole numbers, such as 0,1,2") from error
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"seeds {settings.seeds!r} must name at least one number from 0 up, such as 0,1,2")
+    return seeds

@@ -1,0 +1,23 @@
+"""Arms and seeds as they are asked for."""
+
+import pytest
+
+from graph.ablation.settings import ARMS, AblateSettings, list_arms, list_seeds
+from tools.base.errors import UserError
+
+
+def test_arms_with_chat_need_a_planner() -> None:
+    assert list_arms(AblateSettings()) == ["heuristic", "kappa", "random", "search"]
+    assert list_arms(AblateSettings(planner="openai:x")) == list(ARMS)
+    assert list_arms(AblateSettings(arms="search, kappa")) == ["kappa", "search"]
+    with pytest.raises(UserError, match=r"^the arm chat-alone needs a chat model: give --planner, such as openai:NAME"):
+        list_arms(AblateSettings(arms="kappa,chat-alone"))
+    with pytest.raises(UserError, match=r"^there is no arm 'kapa'; choose among chat, chat-alone, heuristic, kappa"):
+        list_arms(AblateSettings(arms="kapa"))
+
+
+def test_seeds_are_whole_numbers() -> None:
+    assert list_seeds(AblateSettings.model_validate({"seeds": [0, 3, 0]})) == [0, 3]
+    for wrong in ("", "one", "-1", "0.5"):
+        with pytest.raises(UserError, match=r"^seeds '.*' must "):
+            list_seeds(AblateSettings(seeds=wrong))
