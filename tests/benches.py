@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tools.base.progress import ignore_progress as ignore
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import order_allocation
@@ -18,10 +19,6 @@ REFIT = Recipe()
 MASK = Recipe(method="two-sided", refit=False)
 WANDA = Recipe(method="wanda", allocation="uniform", refit=False)
 SEQUENTIAL = Recipe(statistics="sequential")
-
-
-def ignore(label: str, done: int, total: int) -> None:
-    """No progress bar."""
 
 
 def open_bench(settings: Any, directory: Path, warn: Callable[[str], None] = pytest.fail) -> Workbench:

@@ -8,16 +8,13 @@ import transformers
 from torch import Tensor
 
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_config
+from tools.base.progress import ignore_progress
 from tools.surgery.blocks import choose_blocks, fold_blocks
 from tools.surgery.choose import choose_channels
 from tools.surgery.parts import Counts, Cut
 
 IDS = torch.randint(VOCABULARY, (4, 48), generator=torch.Generator().manual_seed(0))
 COUNTS = {"neurons": Counts(neurons=12), "heads": Counts(heads=1), "both": Counts(heads=1, neurons=12)}
-
-
-def quiet(*_: Any) -> None:
-    """No progress."""
 
 
 def compute_logits(model: Any) -> Tensor:
@@ -32,13 +29,13 @@ def assert_same_logits(model: Any, dense: Any) -> None:
 
 
 def cut_blocks(model: Any, dropped: list[int]) -> Cut:
-    return Cut(Counts(blocks=len(dropped)), fold_blocks(model, dropped, IDS, quiet), tuple(dropped))
+    return Cut(Counts(blocks=len(dropped)), fold_blocks(model, dropped, IDS, ignore_progress), tuple(dropped))
 
 
 def make_cut(model: Any, parts: str) -> Cut:
     if parts == "blocks":
-        return cut_blocks(model, choose_blocks(model, 1, IDS, quiet)[0])
-    return choose_channels(model, [COUNTS[parts]], IDS, quiet)[0]
+        return cut_blocks(model, choose_blocks(model, 1, IDS, ignore_progress)[0])
+    return choose_channels(model, [COUNTS[parts]], IDS, ignore_progress)[0]
 
 
 def make_config(architecture: str, **options: Any) -> Any:

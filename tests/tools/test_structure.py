@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests.cuts import quiet
 from tests.tiny import make_tiny_tokenizer, save_tiny_model, tiny_settings
+from tools.base.progress import ignore_progress
 from tools.measure.losses import evaluate_windows
 from tools.structure import main
 from tools.surgery.parts import count_weights
@@ -109,5 +109,5 @@ def test_the_figures_are_those_of_the_written_model(tiny_llama: Path, tmp_path: 
     windows = cut_windows(settings, make_tiny_tokenizer()).validation
     for source, name in ((tiny_llama, "dense"), (tmp_path / "cut" / "model", "cut")):
         model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
-        evaluation, _ = evaluate_windows(model, windows, None, "", quiet)
+        evaluation, _ = evaluate_windows(model, windows, None, "", ignore_progress)
         assert figures[name]["perplexity"] == pytest.approx(evaluation.perplexity, rel=1e-5)

@@ -22,6 +22,8 @@ def test_a_signal_interrupts_and_is_then_what_it_was(
 
     assert carry_out(work) == 1
     assert capsys.readouterr().err == "stopped; the rows that are done are kept, and the same command goes on\n"
+    assert carry_out(work, "stopped; nothing was written") == 1
+    assert capsys.readouterr().err == "stopped; nothing was written\n"
     assert signal.getsignal(number) == before
 
 

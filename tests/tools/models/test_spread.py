@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_config, make_tiny_model, tiny_settings
 from tools.base.errors import UserError
+from tools.base.progress import ignore_progress as ignore
 from tools.measure.recall import EncodedPair, read_answers
 from tools.models import load as sources
 from tools.models.blocks import Blocks
@@ -29,10 +30,6 @@ from tools.workbench import bench as workbench
 from tools.workbench.bench import Workbench
 
 WINDOWS, LENGTH, GRADIENT = 3, 24, 2
-
-
-def ignore(label: str, done: int, total: int) -> None:
-    """No progress bar."""
 
 
 def split(model: Any) -> dict[str, int]:

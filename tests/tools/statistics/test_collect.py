@@ -18,6 +18,7 @@ from kernels.methods import LayerStatistics
 from kernels.scores import score_two_sided
 from tests.tiny import ARCHITECTURES, BLOCKS, VOCABULARY, make_tiny_model
 from tools.base.errors import UserError
+from tools.base.progress import ignore_progress as ignore
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer, find_layers
 from tools.models.readout import compute_hidden, compute_logits
@@ -35,10 +36,6 @@ from tools.statistics.walks import CLIP, Walk
 
 SCRATCH = Path(tempfile.gettempdir())
 WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5
-
-
-def ignore(label: str, done: int, total: int) -> None:
-    """No progress bar."""
 
 
 def make_windows() -> Tensor:

@@ -15,10 +15,10 @@ from tests.cuts import (
     fit_slowly,
     make_config,
     make_model,
-    quiet,
     read_inputs,
 )
 from tests.tiny import ARCHITECTURES, make_tiny_model
+from tools.base.progress import ignore_progress
 from tools.models.layers import find_blocks
 from tools.surgery.blocks import choose_blocks, fold_blocks
 from tools.surgery.choose import measure_kl
@@ -36,7 +36,7 @@ def test_blocks_that_do_nothing_go_first_and_change_nothing(architecture: str) -
     for block in (1, 2):
         for tensor in find_blocks(dense)[block].parameters():
             tensor.zero_()
-    order, _ = choose_blocks(dense, 2, IDS, quiet)
+    order, _ = choose_blocks(dense, 2, IDS, ignore_progress)
     assert sorted(order) == [1, 2]
     cut = cut_blocks(dense, order)
     model = build_cut(dense, without_fits(cut))
@@ -77,6 +77,6 @@ def read_outputs(model: Any, block: int) -> Any:
 
 
 def test_nothing_is_folded_where_it_cannot_be() -> None:
-    assert fold_blocks(make_tiny_model("gemma3"), [1], IDS, quiet) == []  # a norm comes after the MLP
-    assert fold_blocks(make_tiny_model("qwen3_moe"), [1], IDS, quiet) == []  # there is no one MLP
-    assert fold_blocks(make_tiny_model("llama"), [0], IDS, quiet) == []  # nothing comes before
+    assert fold_blocks(make_tiny_model("gemma3"), [1], IDS, ignore_progress) == []  # a norm comes after the MLP
+    assert fold_blocks(make_tiny_model("qwen3_moe"), [1], IDS, ignore_progress) == []  # there is no one MLP
+    assert fold_blocks(make_tiny_model("llama"), [0], IDS, ignore_progress) == []  # nothing comes before

@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from kernels.damping import DAMPING
-from tests.cuts import IDS, assert_same_logits, fit_slowly, make_config, make_cut, make_model, quiet, read_inputs
+from tests.cuts import (
+    IDS,
+    assert_same_logits,
+    fit_slowly,
+    make_config,
+    make_cut,
+    make_model,
+    read_inputs,
+)
 from tests.tiny import ARCHITECTURES, make_tiny_model
 from tools.base.errors import UserError
+from tools.base.progress import ignore_progress
 from tools.surgery.choose import choose_channels, list_counts
 from tools.surgery.parts import Counts, find_parts, without_fits
 from tools.surgery.rebuild import build_cut, check_buildable
@@ -57,7 +66,7 @@ def test_groups_that_nothing_reads_go_first_and_change_nothing(architecture: str
         weight = part.output.weight_OI.clone()
         weight[:, 16 * (block % 2) :][:, :16] = 0
         part.output.write(weight)
-    cut = choose_channels(dense, [Counts(heads=1)], IDS, quiet)[0]
+    cut = choose_channels(dense, [Counts(heads=1)], IDS, ignore_progress)[0]
     assert [fit.units.tolist() for fit in cut.fits] == [[1], [0]]
     assert_same_logits(build_cut(dense, without_fits(cut)), dense)
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.fake_ray import RayActorError, make_connection, read_values
 from tests.tiny import tiny_settings
+from tools.base.progress import ignore_progress as ignore
 from tools.base.settings import TEAM, TeamSettings
 from tools.experiments.speed import BenchSettings
 from tools.experiments.speed_workers import bench_workers
@@ -32,10 +33,6 @@ from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.store import DENSE
 
 RECIPES = ("refit:kappa", "sparsegpt~sequential:kappa-mask", "wanda:uniform")
-
-
-def ignore(label: str, done: int, total: int) -> None:
-    """No progress bar."""
 
 
 @pytest.fixture
