@@ -28,13 +28,13 @@ def refuse_above_target(plan: Plan, config: RunConfig) -> None:
 
 
 def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Sequence[LayerProfile], config: RunConfig) -> Plan:
-    """The plan with what lessons say of the KL curves, whatever it said of them; they weigh in kappa allocations only.
+    """The plan with what lessons say of the KL curves, whatever it said of them; they weigh only where curves are read.
 
     Every plan goes through here once, whoever made it, before anything is predicted or pruned by it.
     """
     recipe = find_recipe(plan, config)
-    weighs = recipe.allocation == "kappa" and not recipe.pattern
-    return plan.model_copy(update={"multipliers": find_multipliers(lessons, layers, recipe) if weighs else {}})
+    multipliers = find_multipliers(lessons, layers, recipe) if recipe.reads_curves else {}
+    return plan.model_copy(update={"multipliers": multipliers})
 
 
 def allocate_plan(layers: Sequence[LayerProfile], plan: Plan, config: RunConfig) -> Allocation:

@@ -34,7 +34,7 @@ class Curves:
         """
         profile = self._profiles.find(profile, recipe, progress)
         layers = self._profiles.read(profile).layers
-        if recipe.allocation == "alphapruning" and not recipe.pattern:
+        if "alpha" in recipe.needs:
             alpha = self._index.measure_once(["alpha"], lambda: self._measure_alphas(progress))
             return [layer.model_copy(update={"alpha": alpha[layer.name]}) for layer in layers]
         if recipe.needs_curves:
