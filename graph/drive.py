@@ -28,7 +28,8 @@ from graph.persistence.sqlite import database
 from graph.runs.forks import CHANGEABLE, name_directory, read_last_node
 from graph.runs.replay import read_record
 from graph.runs.session import check_input, create_run, read_replay, read_run, write_config
-from graph.show.display import Display, open_display, tell
+from graph.show.display import Display, open_display
+from graph.show.words import tell
 from graph.state import Input, State
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.files import explain_full_disk

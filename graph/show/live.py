@@ -27,7 +27,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from graph.show.display import UNEXPECTED, Display, Event
+from graph.show.display import Display
+from graph.show.words import UNEXPECTED, Event
 from tools.base.errors import UserError
 from tools.base.words import clean
 from tools.results.page.page import write_page

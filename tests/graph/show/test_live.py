@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 import graph.show.live
-from graph.show.display import Event
 from graph.show.live import BAR, HEADERS, SCRIPT, Board, address, listen, make_page, serve
+from graph.show.words import Event
 from tools.base.errors import UserError
 from tools.base.rundir import append_event
 

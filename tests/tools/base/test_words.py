@@ -49,3 +49,12 @@ def test_words_to_the_letter(told: str, words: str) -> None:
 def test_what_a_terminal_would_obey_goes() -> None:
     assert strip_controls("\x1b]0;title\x07a\x1b[31mred\x1b[0m\tb\u202e\n") == "ared b"
     assert strip_controls("a\r\nb\rc\x00", lines=True) == "a\nb\nc"
+
+
+def test_clean_makes_one_harmless_line() -> None:
+    nasty = "[red]boo[/red] [/] [link=x]\x1b[31mred\x1b]0;title\x07\x1b[2J\r\nnext\tline\x9b5m\u202e\ud800end"
+    assert clean(nasty) == "[red]boo[/red] [/] [link=x]red next lineend"
+    assert clean("a" * 301) == "a" * 299 + "…"
+    assert clean("a" * 300) == "a" * 300
+    assert clean("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ \x1b(B\x1b") == "link "
+    assert len(clean("\x1b]" * 1_000_000)) < 300

@@ -1,0 +1,60 @@
+"""What is told of events, of unexpected ones too."""
+
+from typing import Any
+
+import pytest
+
+from tests.graph.show.shown import NASTY, PLAN, RESULT, START, TAME, make_console, show_live, show_plain
+
+
+def test_stopped_says_how_to_resume() -> None:
+    event = {"type": "stopped", "reason": "the planner is unreachable", "resume": "python -m graph.run --resume demo"}
+    assert show_plain(event) == [
+        "stopped: the planner is unreachable",
+        "resume with: python -m graph.run --resume demo",
+    ]
+
+
+def test_a_resumed_run_says_so() -> None:
+    assert show_plain(START | {"resumed": True})[0].startswith("resumed demo: ")
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        ({"type": "moon", "phase": "full", "n": 3}, "type=moon phase=full n=3"),
+        ({"phase": NASTY}, f"phase={TAME}"),
+        ({"type": ["a"], "x": None}, "type=['a'] x=None"),
+        ({"type": "plan", "iteration": 1}, "type=plan iteration=1"),
+        ({"type": "trial", "iteration": 1, "sparsity": "x"}, "type=trial iteration=1 sparsity=x"),
+        ({"type": "progress", "label": "x", "done": None, "total": 3}, "type=progress label=x done=None total=3"),
+    ],
+)
+def test_unexpected_events_are_shown_as_they_are(event: dict[str, Any], line: str) -> None:
+    assert show_plain(event) == [line]
+    assert line in show_live(make_console(), event)
+
+
+def test_a_result_without_figures_still_has_its_lines() -> None:
+    none = dict.fromkeys(("dense", "pruned", "uniform_wanda"))
+    lines = show_plain(RESULT | {"perplexity": none, "kl": None, "peak_memory_bytes": None})
+    assert lines[1:3] == [
+        "perplexity: not finite pruned, not finite dense, not finite uniform Wanda; KL not finite",
+        "degradation: not to be compared with uniform Wanda's; 5 min 1 s, peak memory not measured",
+    ]
+
+
+def test_nasty_text_is_tame_in_plain_lines() -> None:
+    nasty: list[dict[str, Any]] = [PLAN | {"reason": NASTY, "plan": NASTY}, {"type": "warning", "text": NASTY}]
+    nasty += [{"type": "profile", "layers": 1, "weights": 1, "top": [[NASTY, 0.1]]}]
+    assert show_plain(*nasty) == [
+        f"plan 2 by heuristic: {TAME}, predicted KL 0.2100: {TAME}",
+        f"warning: {TAME}",
+        f"profile: 1 layer, 1 weight; most precious: {TAME} 0.1000",
+    ]
+
+
+def test_a_long_reason_is_cut() -> None:
+    (line,) = show_plain(PLAN | {"reason": "word " * 1000})
+    assert len(line) < 1100
+    assert line.endswith("…")
