@@ -9,7 +9,7 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.llm.models import check_model
-from graph.memory.store import read_lessons
+from graph.memory.lessons import read_lessons
 from graph.planning.orders import allocate_plan
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson

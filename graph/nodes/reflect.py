@@ -5,7 +5,7 @@ from typing import Any, Literal
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.memory.store import write_lesson
+from graph.memory.lessons import write_lesson
 from graph.planning.verdict import decide_stop, find_early
 from graph.reflecting.choose import choose_reflection, gather_evidence
 from graph.reflecting.posterior import CARRIED, merge_lessons

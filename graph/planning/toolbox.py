@@ -8,7 +8,7 @@ from langgraph.store.base import BaseStore
 
 from graph.llm.models import HEURISTIC
 from graph.llm.toolbox import Toolbox, ToolRecord
-from graph.memory.store import search_lessons
+from graph.memory.lessons import search_lessons
 from graph.planning.brief import describe_lesson, recount_trial
 from graph.planning.choose import allocate_in_bounds
 from graph.planning.plan import Plan

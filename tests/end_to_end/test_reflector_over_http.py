@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from graph.memory import store as memory
+from graph.memory.__main__ import main as memory
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Halt, fork, read_events, read_state, read_summary, read_trials
 from tests.openai_server import OpenAIServer
@@ -142,14 +142,14 @@ def test_memory_is_told_at_the_start_and_can_be_left_out(
 ) -> None:
     rule = ["--model", str(tiny_llama), *TINY, "--max-iterations", "1"]
     assert command("--name", "silent", "--no-memory", *rule).code == 0
-    assert memory.main(["list"]) == 0
+    assert memory(["list"]) == 0
     assert capsys.readouterr().out == "no lessons in runs\n"
     for name in ("first", "second"):
         assert command("--name", name, *rule, "--target-sparsity", "0.3" if name == "first" else "0.4").code == 0
     third = command("--name", "third", *rule)
     assert "1 lesson from 2 earlier runs\n" in third.out
     assert "lesson from" not in command("--name", "fourth", "--no-memory", *rule).out
-    assert memory.main(["list"]) == 0
+    assert memory(["list"]) == 0
     assert capsys.readouterr().out == f"{tiny_llama}: 1 lesson from 3 runs\n"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from graph.memory.store import main as memory
+from graph.memory.__main__ import main as memory
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
     TINY,

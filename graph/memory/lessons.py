@@ -1,40 +1,21 @@
 """Lessons in the LangGraph store: what one run taught, for the next ones.
 
-    python -m graph.memory list
-    python -m graph.memory show MODEL
-    python -m graph.memory forget MODEL [--run RUN] [--yes]
-
 Every observation is an item of its own, under the run, the iteration and its number there: written again after a
 crash it lands in the same place, and two runs never rewrite each other's. They become lessons, with counts and means,
-when they are read (`graph.reflecting.posterior`).
+when they are read (`graph.reflecting.posterior`). `python -m graph.memory` looks into them.
 """
 
-import argparse
-import difflib
 import hashlib
 import json
-import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 
 from langgraph.store.base import BaseStore, SearchItem
 
 from graph.config import RunConfig
-from graph.persistence import (
-    STATE_VARIABLE,
-    open_store,
-    state_url,
-)
-from graph.persistence.sqlite import database
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
-from tools.base.errors import UserError
-from tools.base.options import Parser, refuse
-from tools.base.rundir import RUNS_DIR_VARIABLE, runs_directory
-from tools.base.secrets import read_secrets
-from tools.base.words import clean, count
 
 LIMIT = 30
 """Lessons from earlier runs that a new run starts with, those of most evidence."""
@@ -92,9 +73,9 @@ def read_lessons(store: BaseStore, config: RunConfig, run: str) -> tuple[list[Le
     out, so that the same config gives the same masks however often it is run.
     """
     items = [item for item in _find_items(store, config.model) if item.value["run"] != run]
-    groups = sorted(_group(items, fingerprint(config)), key=lambda group: -weigh_evidence(group[0]))[:LIMIT]
+    groups = sorted(group_items(items, fingerprint(config)), key=lambda group: -weigh_evidence(group[0]))[:LIMIT]
     groups.sort(key=lambda group: _order(group[1][-1]))
-    return [lesson for lesson, _ in groups], len(_runs_of(item for _, seen in groups for item in seen))
+    return [lesson for lesson, _ in groups], len(runs_of(item for _, seen in groups for item in seen))
 
 
 def search_lessons(store: BaseStore, config: RunConfig, query: str) -> list[Lesson]:
@@ -106,10 +87,10 @@ def search_lessons(store: BaseStore, config: RunConfig, query: str) -> list[Less
     if not config.memory:
         return []
     wanted, found = _words(query), []
-    for model, items in _find_models(store).items():
+    for model, items in find_models(store).items():
         if model != config.model and not (family(model) and family(model) == family(config.model)):
             continue
-        for lesson, _ in _group(items, fingerprint(config)):
+        for lesson, _ in group_items(items, fingerprint(config)):
             lesson = lesson if model == config.model else lesson.model_copy(update={"model": model})
             shared = len(wanted & _words(f"{lesson.selector} {lesson.recipe} {lesson.text} {lesson.model}"))
             if shared or not wanted:
@@ -139,7 +120,7 @@ def _find_items(store: BaseStore, model: str) -> list[SearchItem]:
     return sorted(items, key=_order)
 
 
-def _find_models(store: BaseStore) -> dict[str, list[SearchItem]]:
+def find_models(store: BaseStore) -> dict[str, list[SearchItem]]:
     """Every observation, oldest first, by model in the order of names."""
     models: dict[str, list[SearchItem]] = defaultdict(list)
     for item in sorted(store.search((ROOT,), limit=ALL), key=_order):
@@ -147,7 +128,7 @@ def _find_models(store: BaseStore) -> dict[str, list[SearchItem]]:
     return dict(sorted(models.items()))
 
 
-def _group(items: Iterable[SearchItem], mine: str = "") -> list[tuple[Lesson, list[SearchItem]]]:
+def group_items(items: Iterable[SearchItem], mine: str = "") -> list[tuple[Lesson, list[SearchItem]]]:
     """The lessons that items make, each with its items; lessons that were contradicted too often are left out.
 
     `mine` is the fingerprint of the config whose own lessons are marked.
@@ -183,92 +164,5 @@ def _trim(store: BaseStore, model: str) -> None:
             store.delete(item.namespace, item.key)
 
 
-def _runs_of(items: Iterable[SearchItem]) -> set[str]:
+def runs_of(items: Iterable[SearchItem]) -> set[str]:
     return {item.value["run"] for item in items}
-
-
-# The command
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command: 0 done, 2 bad input."""
-    read_secrets()
-    try:
-        options = _parse(sys.argv[1:] if arguments is None else arguments)
-        for variable, value in ((RUNS_DIR_VARIABLE, options.runs_dir), (STATE_VARIABLE, options.state)):
-            if value:
-                os.environ[variable] = value
-        place = "PostgreSQL" if state_url() else str(runs_directory())
-        if not state_url() and not database(runs_directory()).is_file():  # looking makes no file
-            if options.command != "list":
-                raise UserError(f"there are no lessons in {place}")
-            print(f"no lessons in {place}")
-            return 0
-        with open_store(runs_directory()) as store:
-            _obey(store, options, place)
-    except UserError as error:
-        return refuse(error)
-    return 0
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m graph.memory", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    common = Parser(add_help=False)
-    common.add_argument("--runs-dir", metavar="DIR", help=f"Where runs are kept; ${RUNS_DIR_VARIABLE} or runs/.")
-    common.add_argument(
-        "--state", metavar="URL", help=f"The PostgreSQL database that runs keep their state in; ${STATE_VARIABLE}."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("list", parents=[common], help="Models with lessons, and how many.")
-    show = commands.add_parser("show", parents=[common], help="The lessons about a model.")
-    forget = commands.add_parser("forget", parents=[common], help="Delete what is known about a model.")
-    for command in (show, forget):
-        command.add_argument("model", metavar="MODEL", help="As in the list.")
-    forget.add_argument("--run", help="Only what this run taught.")
-    forget.add_argument("--yes", action="store_true", help="Without it, only what would be forgotten is said.")
-    return parser.parse_args(arguments)
-
-
-def _obey(store: BaseStore, options: argparse.Namespace, place: str) -> None:
-    models = _find_models(store)
-    if options.command == "list":
-        for name, items in models.items():
-            print(_describe_model(name, items))
-        if not models:
-            print(f"no lessons in {place}")
-        return
-    items = _pick(models, options.model, "model")
-    if options.command == "show":
-        print(_describe_model(options.model, items))
-        for lesson, _ in _group(items):
-            print(f"  {_describe_lesson(lesson)}")
-        return
-    by_run = {run: [item for item in items if item.value["run"] == run] for run in _runs_of(items)}
-    chosen = items if options.run is None else _pick(by_run, options.run, "run")
-    told = (
-        f"{count(len(chosen), 'observation')} about {clean(options.model)} from {count(len(_runs_of(chosen)), 'run')}"
-    )
-    if not options.yes:
-        print(f"would forget {told}; add --yes to do it")
-        return
-    for item in chosen:
-        store.delete(item.namespace, item.key)
-    print(f"forgot {told}")
-
-
-def _pick(known: dict[str, list[SearchItem]], name: str, what: str) -> list[SearchItem]:
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else "; see python -m graph.memory list"
-    raise UserError(f"no lessons of {what} {name!r}{hint}")
-
-
-def _describe_model(model: str, items: list[SearchItem]) -> str:
-    return f"{clean(model)}: {count(len(_group(items)), 'lesson')} from {count(len(_runs_of(items)), 'run')}"
-
-
-def _describe_lesson(lesson: Lesson) -> str:
-    seen = f"{count(lesson.count, 'observation')}, confidence {lesson.confidence:.2f}"
-    figures = f"{clean(lesson.selector)} ×{lesson.factor:.2f} with {clean(lesson.recipe) or 'any recipe'}"
-    return f"{figures} ({seen}): {clean(lesson.text, 400)}"

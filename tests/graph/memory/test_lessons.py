@@ -7,8 +7,9 @@ from langgraph.store.base import BaseStore
 from langgraph.store.memory import InMemoryStore
 
 from graph.config import RunConfig
-from graph.memory import store as memory
-from graph.memory.store import family, namespace, read_lessons, search_lessons, write_lesson
+from graph.memory import lessons as memory
+from graph.memory.__main__ import main
+from graph.memory.lessons import family, namespace, read_lessons, search_lessons, write_lesson
 from graph.persistence import open_store
 from graph.reflecting.schema import Lesson
 from tests.situations import make_lesson
@@ -175,7 +176,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def obey(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = memory.main(list(arguments))
+    code = main(list(arguments))
     said = capsys.readouterr()
     return code, said.out, said.err
 
