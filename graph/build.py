@@ -19,7 +19,7 @@ from graph.nodes.prune import prune
 from graph.nodes.reflect import after_reflect, reflect
 from graph.nodes.rollback import rollback
 from graph.nodes.validate import after_validate, validate
-from graph.runs.forks import step, step_of_server
+from graph.runs.steps import step, step_of_server
 from graph.state import Input, State
 
 

@@ -25,9 +25,10 @@ from graph.llm.local import close_local
 from graph.llm.models import check_model
 from graph.persistence import StateLost, explain_lost_state, open_saver, open_store
 from graph.persistence.sqlite import database
-from graph.runs.forks import CHANGEABLE, name_directory, read_last_node
+from graph.runs.directory import check_input, create_run, read_replay, read_run, write_config
+from graph.runs.forks import name_directory, read_last_node
 from graph.runs.replay import read_record
-from graph.runs.session import check_input, create_run, read_replay, read_run, write_config
+from graph.runs.steps import CHANGEABLE
 from graph.show.display import Display, open_display
 from graph.show.words import tell
 from graph.state import Input, State

@@ -10,7 +10,7 @@ from graph.llm.toolbox import ToolRecord
 from graph.planning.orders import describe_plan
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
-from graph.runs.session import write_config
+from graph.runs.directory import write_config
 from graph.state import Trial
 from tests.profiles import make_profile
 from tools.base.files import write_json

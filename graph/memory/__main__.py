@@ -78,9 +78,7 @@ def _obey(store: BaseStore, options: argparse.Namespace, place: str) -> None:
         return
     by_run = {run: [item for item in items if item.value["run"] == run] for run in runs_of(items)}
     chosen = items if options.run is None else _pick(by_run, options.run, "run")
-    told = (
-        f"{count(len(chosen), 'observation')} about {clean(options.model)} from {count(len(runs_of(chosen)), 'run')}"
-    )
+    told = f"{count(len(chosen), 'observation')} about {clean(options.model)} from {count(len(runs_of(chosen)), 'run')}"
     if not options.yes:
         print(f"would forget {told}; add --yes to do it")
         return

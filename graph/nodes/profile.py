@@ -13,7 +13,8 @@ from graph.memory.lessons import read_lessons
 from graph.planning.orders import allocate_plan
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
-from graph.runs.session import Session, check_input, create_run, enter, open_bench, read_run
+from graph.runs.directory import check_input, create_run, read_run
+from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.rundir import runs_directory

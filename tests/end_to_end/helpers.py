@@ -26,7 +26,7 @@ from graph.build import builder
 from graph.config import RunConfig
 from graph.persistence import open_saver, open_store
 from graph.run import main
-from graph.runs.session import read_run
+from graph.runs.directory import read_run
 from graph.state import State
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.base import rundir

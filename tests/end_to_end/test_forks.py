@@ -18,8 +18,8 @@ from graph import persistence
 from graph.build import builder
 from graph.config import RunConfig
 from graph.planning.plan import Plan
-from graph.runs import forks as steps
-from graph.runs.session import read_run
+from graph.runs import steps
+from graph.runs.directory import read_run
 from graph.state import State
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (

@@ -12,7 +12,7 @@ from torch import Tensor
 from graph.build import builder
 from graph.config import RunConfig, read_config
 from graph.persistence import open_saver, open_store
-from graph.runs.session import create_run
+from graph.runs.directory import create_run
 from graph.state import Input
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, let_go, read_events, read_state, read_summary, read_weights, same_bits

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from graph.runs import forks as steps
-from graph.runs.forks import Keeper
+from graph.runs import steps
+from graph.runs.steps import Keeper
 from tests.end_to_end.helpers import wait_for
 
 
