@@ -18,6 +18,9 @@ RECENT = 3
 SAME_SPARSITY = 5e-4
 """Two sparsities nearer than this are the same budget: the promise is the target within 0.05 %."""
 
+SIGMAS = 2.0
+"""Differences below this many standard errors are noise: neither an improvement nor a lesson."""
+
 
 def same_sparsity(one: float, other: float) -> bool:
     """Whether two sparsities are the same budget."""

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from graph.ablation.settings import ALONE, ARMS, GRAPH
+from graph.state import SIGMAS
 from tools.base.words import count
-from tools.results.schema import SIGMAS, Protocol
+from tools.results.schema import Protocol
 
 
 class Row(BaseModel):

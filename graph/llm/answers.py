@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from graph.llm.toolbox import ToolCall, dump
-from tools.base.words import shorten
+from tools.base.words import one_line, shorten
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -188,8 +188,3 @@ def _list_problems(problems: Sequence[str]) -> str:
 def clean(text: str) -> str:
     """Text that can be sent and stored: JSON may smuggle in halves of surrogate pairs."""
     return text.encode("utf-8", "replace").decode()
-
-
-def one_line(text: str, limit: int) -> str:
-    """Text as one line of at most `limit` characters."""
-    return shorten(" ".join(text[: 4 * limit].split()), limit)

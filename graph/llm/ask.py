@@ -14,12 +14,12 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
 from pydantic import BaseModel, Field
 
-from graph.llm.answers import READ_LIMIT, REASON_LIMIT, T, clean, drop_thinking, explain, one_line, parse_reply
+from graph.llm.answers import READ_LIMIT, REASON_LIMIT, T, clean, drop_thinking, explain, parse_reply
 from graph.llm.ladder import ANSWER_LIMIT, AgentError, Exchange, Method, in_words, name_model, send
 from graph.llm.quoting import quote_data
 from graph.llm.toolbox import Toolbox, ToolCall, dump
 from tools.base.secrets import redact
-from tools.base.words import count, shorten
+from tools.base.words import count, one_line, shorten
 
 
 class CallRecord(BaseModel):

@@ -17,10 +17,9 @@ from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMes
 from langchain_core.runnables import Runnable
 from pydantic import BaseModel, ValidationError
 
-from graph.llm.answers import one_line
 from graph.llm.toolbox import Toolbox, ToolCall, dump
 from tools.base.secrets import redact
-from tools.base.words import count, shorten
+from tools.base.words import count, one_line, shorten
 
 Method = Literal["grammar", "json_schema", "function_calling", "json_mode", "text"]
 

@@ -13,11 +13,11 @@ from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
 from graph.config import RunConfig
-from graph.llm.answers import one_line
 from graph.llm.ladder import AgentError, count_request, judge_retry
 from graph.llm.local import check_local, open_local
 from tools.base.errors import UserError
 from tools.base.secrets import redact
+from tools.base.words import one_line
 
 HEURISTIC = "heuristic"
 

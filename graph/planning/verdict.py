@@ -5,10 +5,9 @@ from typing import Literal
 from graph.config import RunConfig
 from graph.planning.refinements import STRONG
 from graph.planning.rule import tried_strongest
-from graph.state import State, Trial, last_accepted, same_sparsity
+from graph.state import SIGMAS, State, Trial, last_accepted, same_sparsity
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.recall import Retention
-from tools.results.schema import SIGMAS
 
 Verdict = Literal["accept", "rollback"]
 

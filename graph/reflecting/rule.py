@@ -14,10 +14,9 @@ from graph.planning.orders import group_kl
 from graph.planning.plan import Plan
 from graph.reflecting.posterior import WHOLE, find_curves, tidy_selector
 from graph.reflecting.schema import MOST, Learnt, Lesson, Reflection
-from graph.state import Trial, same_sparsity
+from graph.state import SIGMAS, Trial, same_sparsity
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Recipe
-from tools.results.schema import SIGMAS
 
 WORD = 0.5
 """A model's lesson weighs at most this much of a measurement without noise."""

@@ -38,6 +38,11 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def one_line(text: str, limit: int) -> str:
+    """Text as one line of at most `limit` characters."""
+    return shorten(" ".join(text[: 4 * limit].split()), limit)
+
+
 def escape(text: str) -> str:
     """Text from models and files inside a Markdown table cell: one line, no markup of its own."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -8,9 +8,6 @@ from pydantic import BaseModel, Field
 
 from tools.base.settings import Split, WorkbenchSettings
 
-SIGMAS = 2.0
-"""Differences below this many standard errors are noise: neither an improvement nor a lesson."""
-
 PACKAGES = ("torch", "transformers", "langgraph", "numpy")
 
 
