@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from tools.base.rundir import runs_directory
 from graph.planning.orders import allocate_plan, find_recipe
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Reflection
 from graph.state import State
-from tools.base.errors import ImpossiblePlan
-from tools.plans.layer_profile import LayerProfile
 from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.rundir import runs_directory
+from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
 
 Event = dict[str, Any]

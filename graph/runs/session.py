@@ -1,32 +1,20 @@
 """What every node needs: the run's workbench, and a way to tell what happens."""
 
-import json
-import re
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.persistence import state_kind
-from tools.base.rundir import runs_directory
 from graph.runs.directory import directory_of
 from graph.runs.replay import compare
 from graph.state import State
-from tools.measure.benchmarks import load_benchmarks, refuse_shared_questions
-from tools.base.errors import UserError
-from tools.base.files import write_json, write_text
-from tools.base.options import read_yaml
-from tools.base.rundir import append_event, lock_run
-from tools.models.load import check_device, locate_model
-from tools.texts.windows import check_texts
+from tools.base.rundir import append_event
 from tools.workbench.open import use_workbench
 
 if TYPE_CHECKING:

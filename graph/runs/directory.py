@@ -1,0 +1,93 @@
+"""A run's directory: made, locked, and read again; `run.json` names its thread, `config.yaml` all its options."""
+
+import json
+import re
+import time
+import uuid
+from pathlib import Path
+
+import yaml
+
+from graph.config import RunConfig, check_config
+from graph.persistence import state_kind
+from graph.state import State
+from tools.base.errors import UserError
+from tools.base.files import write_json, write_text
+from tools.base.options import read_yaml
+from tools.base.rundir import lock_run, runs_directory
+from tools.measure.benchmarks import load_benchmarks, refuse_shared_questions
+from tools.models.load import check_device, locate_model
+from tools.texts.windows import check_texts
+
+
+def directory_of(state: State) -> Path:
+    """The directory of the state's run."""
+    return runs_directory() / state.run
+
+
+def check_input(config: RunConfig) -> None:
+    """Refuse what can be refused before anything is loaded. Raises UserError."""
+    locate_model(config.model)
+    check_device(config.device)
+    check_texts(config)
+    load_benchmarks(config, config.dtype)
+    refuse_shared_questions(config, config)
+
+
+def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str, replay: str = "") -> Path:
+    """Make and lock a run's directory, with `config.yaml` as resolved and `run.json`.
+
+    Calling again for the same thread changes nothing. Raises UserError when another run has the name or another
+    process works in it.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(f"run name {name!r} must be letters, digits, '.', '_' or '-', and begin with a letter or digit")
+    directory = runs_dir / name
+    record = directory / "run.json"
+    if record.is_file() and read_run(runs_dir, name)[0] == thread_id:
+        lock_run(directory)
+        return directory
+    if record.is_file() or (directory.is_dir() and not _is_unborn(directory)):
+        raise UserError(
+            f"run {name!r} exists already in {runs_dir}; resume it with --resume {name}, or choose another --name"
+        )
+    try:
+        lock_run(directory)
+        write_config(directory, config)
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        write_json(record, {"thread_id": thread_id, "created": created, "state": state_kind(), "replay": replay})
+    except OSError as error:
+        raise UserError(f"run directory {directory} cannot be written: {error.strerror}") from error
+    return directory
+
+
+def write_config(directory: Path, config: RunConfig) -> None:
+    """Write a run's `config.yaml`."""
+    write_text(directory / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+def _is_unborn(directory: Path) -> bool:
+    """Whether a directory holds no more than a start leaves that was killed before it wrote `run.json`."""
+    return all(path.name == "config.yaml" or path.name.startswith(".") for path in directory.iterdir())
+
+
+def read_run(runs_dir: Path, name: str) -> tuple[str, RunConfig]:
+    """(thread id, config) of a run. Raises UserError when there is no such run or its files cannot be read."""
+    directory = runs_dir / name
+    if not (directory / "run.json").is_file():
+        raise UserError(f"there is no run {name!r} in {runs_dir}; see --list")
+    try:
+        thread = json.loads((directory / "run.json").read_text(encoding="utf-8"))["thread_id"]
+        return str(uuid.UUID(thread)), check_config(read_yaml(directory / "config.yaml"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"run {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def read_replay(directory: Path) -> str:
+    """The run that the one in `directory` replays, "" for none. UserError when its checkpoints are in another place."""
+    made = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    kept = made.get("state", "SQLite")
+    if kept != state_kind():
+        advice = "name it with --state or in BILLHOOK_STATE" if kept == "PostgreSQL" else "leave --state out"
+        raise UserError(f"run {directory.name!r} keeps its checkpoints in {kept}: {advice}")
+    return str(made.get("replay", ""))

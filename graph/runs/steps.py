@@ -1,0 +1,138 @@
+"""What is done around every node: a fork gets its own directory, caps may be raised, and a run can be cancelled."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any
+
+from langgraph.errors import GraphBubbleUp
+from langgraph.runtime import Runtime
+
+from graph.config import RunConfig
+from graph.llm.local import close_local
+from graph.runs.forks import fork_run, name_directory
+from graph.runs.session import CANCELLED
+from graph.state import State
+from tools.base.rundir import unlock_runs
+from tools.base.settings import TEAM
+from tools.workbench.open import close_workbench
+
+Update = dict[str, Any]
+Node = Callable[[State, Runtime[RunConfig]], Update]
+
+IDLE_SECONDS = 30.0
+"""How long a server keeps the model for a run's next node; after that the run can be taken up anywhere."""
+
+CHANGEABLE = ("max_agent_tokens", "max_agent_cost", *TEAM)
+"""Fields of the config that may change while a run goes on; they have no part in what is pruned."""
+
+
+def step(node: Node) -> Node:
+    """A node as the command line runs it."""
+
+    @wraps(node)
+    def work(state: State, runtime: Runtime[RunConfig]) -> Update:
+        checkpoint, thread = "", None
+        if runtime.execution_info is not None:
+            checkpoint, thread = runtime.execution_info.checkpoint_id, runtime.execution_info.thread_id
+        moved: Update = {}
+        config = state.config
+        if state.profile:
+            name = name_directory(state, node.__name__, checkpoint, thread)
+            if name != state.run:
+                fork_run(state, name, thread or "")
+                moved = {"run": name}
+            if runtime.context is not None:
+                config = settle_config(state.config, runtime.context)
+                runtime = runtime.override(context=config)
+        state = state.model_copy(update={**moved, "config": config})
+        return moved | node(state, runtime) | {"came_from": checkpoint}
+
+    return work
+
+
+def step_of_server(node: Node) -> Callable[[State, Runtime[RunConfig]], Coroutine[Any, Any, Update]]:
+    """A node as Studio's server runs it: cancelling the run stops it before its next layer or window of text.
+
+    The node itself stays in a thread, which no one can stop from outside; it holds the lock on the model until it
+    leaves, so that the next run waits for it.
+    """
+    work = step(node)
+
+    def work_until(cancelled: threading.Event, state: State, runtime: Runtime[RunConfig]) -> Update:
+        CANCELLED.set(cancelled)
+        keep = False
+        keeper.begin()
+        try:
+            update = work(state, runtime)
+            keep = node.__name__ != "finish" and not cancelled.is_set()
+            return update
+        except GraphBubbleUp:  # it asks a person
+            keep = True
+            raise
+        finally:
+            keeper.end(keep)
+
+    @wraps(node)
+    async def run(state: State, runtime: Runtime[RunConfig]) -> Update:
+        cancelled = threading.Event()
+        try:
+            return await asyncio.to_thread(work_until, cancelled, state, runtime)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    return run
+
+
+class Keeper:
+    """Keeps the model and the run's directory from one node of a server's run to the next, but not for ever.
+
+    Nobody tells when no next node will come: a run is cancelled between two nodes, or asks a person who has left.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._at_work = threading.Lock(), 0
+        self._timer: threading.Timer | None = None
+
+    def begin(self) -> None:
+        """A node begins."""
+        with self._lock:
+            self._at_work += 1
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def end(self, keep: bool) -> None:
+        """A node ends, and another is to be expected or not."""
+        with self._lock:
+            self._at_work -= 1
+            if self._at_work:
+                return
+            if not keep:
+                let_go()
+                return
+            self._timer = threading.Timer(IDLE_SECONDS, self._rest)
+            self._timer.daemon = True  # the server does not wait for it to end
+            self._timer.start()
+
+    def _rest(self) -> None:
+        with self._lock:
+            if not self._at_work:
+                let_go()
+
+
+keeper = Keeper()
+
+
+def let_go() -> None:
+    """Close the model at work and those of the agents, and free every run's directory."""
+    close_local()
+    close_workbench()
+    unlock_runs()
+
+
+def settle_config(config: RunConfig, context: RunConfig) -> RunConfig:
+    """The run's config, with what the present context changes: a server fills in what a caller left out."""
+    named = [name for name in CHANGEABLE if name in context.model_fields_set]
+    return config.model_copy(update={name: getattr(context, name) for name in named})
