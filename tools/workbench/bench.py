@@ -16,6 +16,7 @@ from torch import Tensor
 from tools.base.errors import UserError
 from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings, WorkbenchSettings
+from tools.base.words import show_size
 from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, encode_pairs
 from tools.models.blocks import Blocks
@@ -259,8 +260,8 @@ def _refuse_small_disk(model: Any, layers: list[Layer], settings: WorkbenchSetti
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
-            f"the disk is full: a run of this model may write {needed / 1e9:.1f} GB to {directory}, "
-            f"but {free / 1e9:.1f} GB are free; free some, or use another --runs-dir"
+            f"the disk is full: a run of this model may write {show_size(needed, 'GB')} to {directory}, "
+            f"but {show_size(free, 'GB')} are free; free some, or use another --runs-dir"
         )
 
 
