@@ -52,6 +52,10 @@ class Trial(BaseModel):
     )
     reason: str = ""
     plan: str = Field("", description="The plan in one line.")
+    order: str = Field(
+        "", description="Id of the plan's work order; empty for the dense model, and in runs of an earlier version."
+    )
+    asked: str = Field("", description="Hash of what the plan asked for, whatever lessons made of it.")
     recipe: Recipe | None = Field(None, description="The plan's recipe; null for the dense model.")
     seconds: float = 0.0
 
@@ -86,6 +90,7 @@ class State(Input):
     dense: Trial | None = Field(None, description="The dense model on the validation text, as iteration 0.")
     iteration: int = 0
     plan: Plan | None = None
+    order: str = Field("", description="Hash of the artifact with the plan's work order.")
     current: str = Field("dense", description="Manifest of the weights that are in the model now.")
     accepted: str = Field("dense", description="Manifest of the last accepted weights.")
     accepted_plan: Plan | None = Field(None, description="The plan that made them.")

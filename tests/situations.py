@@ -2,13 +2,14 @@
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from graph.config import RunConfig
-from graph.planning.orders import describe_plan
+from graph.planning.orders import Orders, describe_plan, hash_request, measure_with, read_curves
 from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG
 from graph.planning.situation import Situation
@@ -17,6 +18,10 @@ from graph.state import Trial
 from tests.profiles import make_profile
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Recipe
+from tools.plans.work_order import WorkOrder
+
+if TYPE_CHECKING:
+    from tools.workbench.bench import Workbench
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
@@ -31,7 +36,7 @@ def make_layers(scale: float = 1.0) -> list[LayerProfile]:
 
 
 def make_trial(iteration: int, verdict: str, sparsity: float, recipe: Recipe, perplexity: float = 11.0) -> Trial:
-    """A trial of a plan without adjustments."""
+    """A trial of a plan without adjustments, as runs recorded it that knew no work orders."""
     return Trial.model_validate(
         {
             **{"iteration": iteration, "checkpoint": str(iteration), "sparsity": sparsity, "perplexity": perplexity},
@@ -57,6 +62,24 @@ def make_situation(*trials: Trial, scale: float = 1.0, lessons: tuple[Lesson, ..
         lessons=lessons,
         iteration=len(trials) + 1,
     )
+
+
+def try_plan(situation: Situation, plan: Plan, verdict: str) -> Trial:
+    """The trial of a plan in this situation."""
+    trial = make_trial(situation.iteration, verdict, plan.sparsity, plan.recipe)
+    made = {"plan": describe_plan(plan), "order": situation.orders.identify(plan), "asked": hash_request(plan)}
+    return trial.model_copy(update=made)
+
+
+def open_orders(bench: "Workbench", profile: str, config: RunConfig, present: str) -> Callable[[Plan], WorkOrder]:
+    """What a plan comes to at an open workbench in which the weights of `present` are, as the nodes have it."""
+    layers = bench.read_profile(profile).layers
+    orders = Orders(config, (), layers, lambda recipe: read_curves(bench, profile, recipe, ignore))
+    return lambda plan: orders.resolve(plan, measure_with(bench, profile, present, ignore))
+
+
+def ignore(label: str, done: int, total: int) -> None:
+    pass
 
 
 def make_lesson(

@@ -5,24 +5,31 @@ made from the schema that comes with the question. An answer that cannot be used
 """
 
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from langgraph.runtime import Runtime
 from langgraph.types import interrupt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graph.config import RunConfig
-from graph.planning.orders import allocate_plan, apply_lessons, describe_plan, find_recipe, refuse_above_target
+from graph.planning.orders import (
+    find_order,
+    hash_request,
+    keep_order,
+    measure_with,
+    record_plan,
+    refuse_above_target,
+)
 from graph.planning.plan import Plan
+from graph.planning.situation import gather_situation
 from graph.planning.verdict import decide_stop
 from graph.runs.replay import find_decision
-from graph.runs.session import enter, open_bench
+from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
-from tools.plans.layer_profile import LayerProfile
-
-ReadLayers = Callable[[Plan], Sequence[LayerProfile]]
-"""The profile with what a plan's allocation needs."""
+from tools.base.errors import UserError
+from tools.plans.work_order import WorkOrder
 
 ACCEPT = ("accept", "a", "yes", "y")
 REFUSE = ("refuse", "r", "no", "n")
@@ -45,55 +52,56 @@ def approve(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     assert state.plan is not None, "plan runs first"
     session = enter("approve", state, runtime)
     with open_bench(state, session) as bench:
-
-        def read_layers(plan: Plan) -> Sequence[LayerProfile]:
-            return bench.read_layers(state.profile, find_recipe(plan, state.config), session.progress)
-
-        if state.replay:
-            answer = Answer(**find_decision(state.replay, state.iteration))
-        else:
-            answer = ask(state, state.plan, read_layers)
-        layers = read_layers(answer.plan or state.plan)
+        order = find_order(bench, state, session.progress)
+    if state.replay:
+        answer, edited = Answer(**find_decision(state.replay, state.iteration)), None
+    else:
+        answer, edited = ask(state.plan, order, state.iteration, partial(resolve_edit, state=state, session=session))
     session.emit("approval", iteration=state.iteration, decision=answer.decision, reason=answer.reason)
     if answer.decision == "refuse":
-        trial = record_refusal(state, state.plan, layers, answer.reason)
+        trial = record_refusal(state, state.plan, order, answer.reason)
         session.emit("trial", **trial.model_dump())
         stop = decide_stop(state.model_copy(update={"trials": [*state.trials, trial]}))
         if stop:
             session.emit("note", text=stop)
         return {"trials": [trial], "stop": stop, "seconds": session.seconds}
-    plan = answer.plan or state.plan
-    if answer.plan:
-        session.emit(
-            "plan",
-            iteration=state.iteration,
-            planner="you",
-            plan=describe_plan(plan),
-            reason=plan.reason,
-            predicted_kl=allocate_plan(layers, plan, state.config).predicted_kl,
-            details=plan.model_dump(),
-        )
-    return {"plan": plan, "seconds": session.seconds}
+    if edited is None:
+        return {"plan": state.plan, "seconds": session.seconds}
+    session.emit("plan", iteration=state.iteration, planner="you", **record_plan(edited.plan, edited.order))
+    return {"plan": edited.plan, "order": edited.kept, "seconds": session.seconds}
 
 
-def ask(state: State, plan: Plan, read_layers: ReadLayers) -> Answer:
-    """Interrupt until there is an answer that can be carried out; what it edits is checked and complete."""
+class Edited(NamedTuple):
+    """A plan as a person changed it."""
+
+    plan: Plan
+    order: WorkOrder
+    kept: str
+    """Hash of the order's artifact."""
+
+
+def ask(
+    plan: Plan, order: WorkOrder, iteration: int, resolve: Callable[[Plan], Edited]
+) -> tuple[Answer, Edited | None]:
+    """Interrupt until there is an answer that can be carried out; with it, what it edits.
+
+    `resolve` raises ValueError for an edited plan that cannot be carried out.
+    """
     question = {
-        "iteration": state.iteration,
+        "iteration": iteration,
         "plan": plan.model_dump(exclude={"multipliers"}),
-        "line": describe_plan(plan),
+        "line": order.line,
         "reason": plan.reason,
-        "predicted_kl": allocate_plan(read_layers(plan), plan, state.config).predicted_kl,
+        "predicted_kl": order.predicted_kl,
         "problem": "",
     }
     while True:
         given = interrupt(question, response_schema=Answer.model_json_schema())
         try:
             answer = read_answer(given, plan)
-            if answer.plan is None:
-                return answer
-            edited = check_edit(answer.plan, state, read_layers)
-            return answer.model_copy(update={"plan": edited})
+            return answer, resolve(answer.plan) if answer.plan else None
+        except UserError:  # a full disk, say: nothing that another answer could do better
+            raise
         except ValueError as error:
             question = question | {"problem": str(error)}
 
@@ -151,16 +159,18 @@ def _describe(problem: Any) -> str:
     return f"{'.'.join(str(part) for part in problem['loc']) or 'answer'}: {problem['msg'].lower()}"
 
 
-def check_edit(plan: Plan, state: State, read_layers: ReadLayers) -> Plan:
-    """An edited plan, weighed by the lessons like any other. Raises ValueError when it cannot be carried out."""
+def resolve_edit(plan: Plan, state: State, session: Session) -> Edited:
+    """An edited plan, weighed by the lessons like any other, and its order. Raises ValueError when it cannot be."""
     refuse_above_target(plan, state.config)
-    layers = read_layers(plan)
-    plan = apply_lessons(plan, state.lessons, layers, state.config)
-    allocate_plan(layers, plan, state.config)
-    return plan
+    with open_bench(state, session) as bench:
+        situation = gather_situation(bench, state, session.progress, is_last=False)
+        plan = situation.orders.weigh(plan)
+        measure = measure_with(bench, state.profile, state.current, session.progress)
+        order = situation.orders.resolve(plan, measure)
+        return Edited(plan, order, keep_order(bench.store, plan, order))
 
 
-def record_refusal(state: State, plan: Plan, layers: Sequence[LayerProfile], reason: str) -> Trial:
+def record_refusal(state: State, plan: Plan, order: WorkOrder, reason: str) -> Trial:
     """A refused plan among the trials, so that planners and people see it and nobody proposes it again."""
     return Trial(
         iteration=state.iteration,
@@ -168,10 +178,12 @@ def record_refusal(state: State, plan: Plan, layers: Sequence[LayerProfile], rea
         sparsity=plan.sparsity,
         perplexity=None,
         kl=None,
-        predicted_kl=allocate_plan(layers, plan, state.config).predicted_kl,
+        predicted_kl=order.predicted_kl,
         verdict="refuse",
         reason=reason,
-        plan=describe_plan(plan),
+        plan=order.line,
+        order=order.id,
+        asked=hash_request(plan),
         recipe=plan.recipe,
     )
 

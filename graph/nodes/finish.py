@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
+from graph.planning.orders import order_uniform
 from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, same_sparsity
@@ -12,9 +13,6 @@ from tools.base.files import write_json, write_text
 from tools.experiments.tasks import measure_checkpoints
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
-from tools.plans.allocate import allocate
-from tools.plans.recipe import Recipe
-from tools.plans.work_order import order_allocation
 from tools.results.cards import write_card
 from tools.results.page.page import write_page
 from tools.results.schema import Knowledge, Perplexities, Sample, Summary, describe_protocol
@@ -40,11 +38,9 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             return bench.evaluate(checkpoint, "test", state.profile, session.progress, label).perplexity
 
         reached = same_sparsity(achieved, config.target_sparsity)
-        pattern = config.pattern if reached else ""
-        uniform = Recipe(method="wanda", refit=False, allocation="uniform", pattern=pattern)
         least = sum(x.zeros for x in layers) / weights
-        share = allocate(layers, max(achieved, least), uniform, protect=config.protect if pattern else [])
-        uniform_checkpoint = bench.prune(state.profile, order_allocation(uniform, share), session.progress)
+        uniform = order_uniform(layers, max(achieved, least), config.pattern if reached else "", config.protect)
+        uniform_checkpoint = bench.prune(state.profile, uniform, session.progress)
         perplexity = Perplexities(
             dense=measure("dense", "test, dense"),
             uniform_wanda=measure(uniform_checkpoint, "test, uniform Wanda"),

@@ -10,7 +10,7 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.llm.models import check_model
 from graph.memory.lessons import read_lessons
-from graph.planning.orders import allocate_plan
+from graph.planning.orders import resolve
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.runs.directory import check_input, create_run, read_run
@@ -82,7 +82,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
 def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig) -> None:
     try:
-        allocate_plan(layers, Plan(sparsity=config.target_sparsity), config)
+        resolve(Plan(sparsity=config.target_sparsity), layers, config)
     except ImpossiblePlan as error:
         raise UserError(f"the target cannot be met: {error}") from error
 

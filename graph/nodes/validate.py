@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.planning.orders import describe_plan, group_kl
+from graph.planning.orders import find_order, group_kl, hash_request
 from graph.planning.verdict import Verdict, accepted_trial, heed_facts, judge
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
@@ -30,6 +30,7 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             else bench.read_profile(state.profile).dense
         )
         retention, asked = ask_questions(bench, state, session)
+        order = find_order(bench, state, session.progress)
         verdict, reason = judge(state.config, zeros / weights, evaluation, best, accepted)
         verdict, reason = heed_facts(state.config.min_fact_retention, retention, verdict, reason)
         trial = Trial(
@@ -46,7 +47,9 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             tokens=state.config.validation_tokens + asked,
             verdict=verdict,
             reason=reason,
-            plan=describe_plan(state.plan),
+            plan=order.line,
+            order=order.id,
+            asked=hash_request(state.plan),
             recipe=state.plan.recipe,
             seconds=round(session.elapsed, 3),
         )

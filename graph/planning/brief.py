@@ -63,7 +63,7 @@ def advise_against(plan: Plan, situation: Situation) -> str:
             f"sparsity {plan.sparsity:g} is off the target, which is reached: such a plan is rolled back whatever it "
             f"measures; plan {target:g}"
         )
-    trial = situation.find_trial(plan) if situation.find_trial else None
+    trial = situation.find_trial(plan)
     if trial is None:
         return ""
     return (

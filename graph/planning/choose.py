@@ -1,6 +1,5 @@
 """Who plans a round: the planner's model, the rule, or the rule in the model's stead."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from graph.config import RunConfig
@@ -9,30 +8,24 @@ from graph.llm.models import HEURISTIC, open_model
 from graph.llm.spending import Account, CapReached
 from graph.llm.toolbox import Toolbox
 from graph.planning.brief import advise_against, plan_with_chat
-from graph.planning.orders import allocate_plan, apply_lessons, find_recipe, refuse_above_target
+from graph.planning.orders import refuse_above_target
 from graph.planning.plan import Plan
 from graph.planning.refinements import show_untried
 from graph.planning.rule import find_relief, plan_by_rule
 from graph.planning.situation import Situation
 from graph.runs.session import Session
-from tools.plans.allocate import Allocation
-from tools.plans.layer_profile import LayerProfile
 from tools.results.schema import Usage
 
 
-def allocate_in_bounds(layers: Sequence[LayerProfile], plan: Plan, situation: Situation) -> Allocation:
-    """The allocation of what a planner says, weighed by the lessons, whatever it says.
-
-    Raises ValueError with a reason for the planner.
-    """
+def weigh_in_bounds(plan: Plan, situation: Situation) -> Plan:
+    """What a planner says, weighed by the lessons, whatever it says. Raises ValueError with a reason for it."""
     refuse_above_target(plan, situation.config)
     if plan.sparsity < situation.dense.sparsity:
         raise ValueError(
             f"sparsity {plan.sparsity:g} prunes nothing, for more weights are zero already; plan a step towards "
             f"{situation.config.target_sparsity:g}"
         )
-    plan = apply_lessons(plan, situation.lessons, situation.layers, situation.config)
-    return allocate_plan(layers, plan, situation.config)
+    return situation.orders.weigh(plan)
 
 
 class Choice(NamedTuple):
@@ -62,9 +55,7 @@ def choose_plan(
     account = Account("planner", session, usage, config, caps, situation.iteration)
 
     def check(candidate: Plan) -> None:
-        recipe = find_recipe(candidate, config)
-        layers = situation.read_layers(recipe) if situation.read_layers else situation.layers
-        allocate_in_bounds(layers, candidate, situation)
+        situation.orders.draft(weigh_in_bounds(candidate, situation))
 
     try:
         model = open_model(config.planner, config)

@@ -1,19 +1,39 @@
-"""What a plan comes to: its recipe under the user's pattern, its exact allocation, and its one line for people."""
+"""What a plan comes to: its recipe under the user's pattern, its work order, and its one line for people.
 
-from collections.abc import Sequence
+`resolve` is the only place where a plan is shared out over the layers. A plan that is to be carried out is resolved
+once, by the KL curves that its recipe asks for, and its order kept as an artifact that all later nodes read.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel
 
 from graph.config import RunConfig
 from graph.planning.plan import Plan
 from graph.reflecting.posterior import find_multipliers, weigh_layers
 from graph.reflecting.schema import Lesson
-from tools.plans.allocate import Allocation, allocate
+from graph.state import State
+from tools.base.errors import DamagedArtifact
+from tools.plans.allocate import allocate
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.recipe import Adjustment, Recipe
+from tools.plans.work_order import LayerOrder, WorkOrder, order_all
+from tools.workbench.store import ArtifactStore
+
+if TYPE_CHECKING:
+    from tools.base.progress import Progress
+    from tools.workbench.bench import Workbench
 
 LESSONS = " · lessons x"
 """What parts a plan's line from how many groups of layers it weighs as lessons say."""
+
+Layers = Sequence[LayerProfile]
+Measure = Callable[[Recipe], Layers]
 
 
 def find_recipe(plan: Plan, config: RunConfig) -> Recipe:
@@ -27,7 +47,7 @@ def refuse_above_target(plan: Plan, config: RunConfig) -> None:
         raise ValueError(f"sparsity {plan.sparsity:g} is above the target; plan at most {config.target_sparsity:g}")
 
 
-def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Sequence[LayerProfile], config: RunConfig) -> Plan:
+def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Layers, config: RunConfig) -> Plan:
     """The plan with what lessons say of the KL curves, whatever it said of them; they weigh only where curves are read.
 
     Every plan goes through here once, whoever made it, before anything is predicted or pruned by it.
@@ -37,22 +57,204 @@ def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Sequence[LayerP
     return plan.model_copy(update={"multipliers": multipliers})
 
 
-def allocate_plan(layers: Sequence[LayerProfile], plan: Plan, config: RunConfig) -> Allocation:
-    """The plan's exact share for every layer, within the config's bounds. Raises ImpossiblePlan.
+def resolve(plan: Plan, layers: Layers, config: RunConfig) -> WorkOrder:
+    """For every layer its recipe and its exact number of zeros, within the config's bounds. Raises ImpossiblePlan.
 
-    Lessons multiply the KL curves first, and the plan's own factors come on top. The predicted KL is that of the
-    curves as they are.
+    Lessons multiply the KL curves of `layers` first, and the plan's own factors come on top. The predicted KL is that
+    of the curves as they are. The order's id says nothing of multipliers: they change no weight but by the zeros.
     """
+    recipe = find_recipe(plan, config)
     shared = allocate(
         weigh_layers(layers, plan.multipliers),
         plan.sparsity,
-        find_recipe(plan, config),
+        recipe,
         plan.adjustments,
         protect=config.protect,
         max_layer_sparsity=config.max_layer_sparsity,
     )
     sparsity = np.array([shared.zeros[layer.name] / layer.weights for layer in layers])
-    return shared.model_copy(update={"predicted_kl": predict_kl(layers, sparsity)})
+    return order_all(
+        recipe,
+        shared.zeros,
+        sparsity=shared.sparsity,
+        predicted_kl=predict_kl(layers, sparsity),
+        multipliers=plan.multipliers,
+        line=describe_plan(plan),
+    )
+
+
+def order_uniform(layers: Layers, sparsity: float, pattern: str, protect: Sequence[str]) -> WorkOrder:
+    """Wanda with the same sparsity everywhere, or with a pattern in all layers but the protected: what plans are
+    compared with. Raises ImpossiblePlan."""
+    recipe = Recipe(method="wanda", refit=False, allocation="uniform", pattern=pattern)
+    shared = allocate(layers, sparsity, recipe, protect=protect if pattern else [])
+    return order_all(recipe, shared.zeros, sparsity=shared.sparsity, predicted_kl=shared.predicted_kl)
+
+
+# The plans of one round
+
+
+class Curves(NamedTuple):
+    """Layers to share a plan out over, as far as they are known."""
+
+    layers: Layers
+    exact: bool
+    """Whether the plan's recipe goes by these KL curves, or by some that are not measured yet."""
+
+
+@dataclass
+class Orders:
+    """Resolves the plans of one round, each once."""
+
+    config: RunConfig
+    lessons: Sequence[Lesson]
+    layers: Layers
+    """The profile."""
+    read_layers: Callable[[Recipe], Curves] | None = None
+    """What is known of the layers for a recipe's allocation, without a run of the model; without it, the profile."""
+    _curves: dict[Recipe, Curves] = field(default_factory=dict)
+    _drafts: dict[tuple[str, bool], WorkOrder] = field(default_factory=dict)
+
+    def weigh(self, plan: Plan) -> Plan:
+        """The plan with what the lessons say."""
+        return apply_lessons(plan, self.lessons, self.layers, self.config)
+
+    def draft(self, plan: Plan) -> WorkOrder:
+        """The order of a plan by the curves that are known, which need not be those that it asks for.
+
+        Raises ImpossiblePlan.
+        """
+        curves = self._find_curves(plan)
+        key = plan.model_dump_json(exclude={"reason", "reprofile"}), curves.exact
+        if key not in self._drafts:
+            self._drafts[key] = resolve(plan, curves.layers, self.config)
+        return self._drafts[key]
+
+    def identify(self, plan: Plan) -> str:
+        """The id of the plan's order; empty where it hangs on curves that are not measured. Raises ImpossiblePlan."""
+        return self.draft(plan).id if self._find_curves(plan).exact else ""
+
+    def resolve(self, plan: Plan, measure: Measure) -> WorkOrder:
+        """The order of a plan by the curves that it asks for, which are measured if need be. Raises ImpossiblePlan."""
+        recipe, draft = find_recipe(plan, self.config), self.draft(plan)  # refused before curves come for nothing
+        if not self._find_curves(plan).exact:
+            self._curves[recipe] = Curves(measure(recipe), exact=True)
+            draft = self.draft(plan)
+        return draft
+
+    def _find_curves(self, plan: Plan) -> Curves:
+        recipe = find_recipe(plan, self.config)
+        if (known := self._curves.get(recipe)) is not None:
+            return known
+        read = self.read_layers or (lambda recipe: Curves(self.layers, not recipe.needs_curves))
+        curves = read(recipe)
+        if curves.exact:
+            self._curves[recipe] = curves
+        return curves
+
+
+def read_curves(bench: "Workbench", profile: str, recipe: Recipe, progress: "Progress") -> Curves:
+    """What the workbench knows of the layers for a recipe's allocation. Raises ImpossiblePlan for a text there is not.
+
+    No weight in the model is touched.
+    """
+    if bench.has_layers(profile, recipe):
+        return Curves(bench.describe_layers(profile, recipe, progress), exact=True)
+    return Curves(bench.read_layers(profile, recipe, progress), exact=False)
+
+
+def measure_with(bench: "Workbench", profile: str, present: str, progress: "Progress") -> Measure:
+    """Gives the layers with all that a recipe's allocation needs, measured if need be.
+
+    The weights in the model are those of `present` before and after.
+    """
+
+    def measure(recipe: Recipe) -> Layers:
+        try:
+            return bench.describe_layers(profile, recipe, progress)
+        finally:
+            bench.restore(present)  # curves are measured on the dense weights
+
+    return measure
+
+
+# Kept from node to node
+
+
+class _Kept(BaseModel):
+    """An order as an artifact: a recipe that many layers share is written once."""
+
+    plan: Plan
+    recipes: list[Recipe]
+    layers: list[tuple[str, int, int]]
+    """(name, number of its recipe, zeros) of every layer, in the model's order."""
+    sparsity: float
+    predicted_kl: float
+
+
+def keep_order(store: ArtifactStore, plan: Plan, order: WorkOrder) -> str:
+    """Write the order of a plan as an artifact; its hash."""
+    recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
+    kept = _Kept(
+        plan=plan,
+        recipes=recipes,
+        layers=[(name, recipes.index(layer.recipe), layer.zeros) for name, layer in order.layers.items()],
+        sparsity=order.sparsity,
+        predicted_kl=order.predicted_kl,
+    )
+    return store.write_json(kept.model_dump())
+
+
+def read_order(store: ArtifactStore, artifact: str, plan: Plan) -> WorkOrder | None:
+    """The order that was kept for exactly this plan; None where it was not, or for another. Raises DamagedArtifact."""
+    kept = _Kept.model_validate(store.read_json(artifact)) if artifact else None
+    if kept is None or kept.plan.model_dump() != plan.model_dump():
+        return None
+    return WorkOrder(
+        layers={name: LayerOrder(recipe=kept.recipes[number], zeros=zeros) for name, number, zeros in kept.layers},
+        sparsity=kept.sparsity,
+        predicted_kl=kept.predicted_kl,
+        multipliers=plan.multipliers,
+        line=describe_plan(plan),
+    )
+
+
+def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOrder:
+    """The order of the state's plan; made here where the plan was edited between nodes, or made by an earlier version.
+
+    The weights in the model end as the state says. Raises ImpossiblePlan.
+    """
+    assert state.plan is not None, "the plan node runs first"
+    kept = None
+    try:
+        kept = read_order(bench.store, state.order, state.plan)
+    except DamagedArtifact as error:
+        bench.warn(f"{error}; the plan is resolved again")
+    if kept is not None:
+        return kept
+    measure = measure_with(bench, state.profile, state.current, progress)
+    return resolve(state.plan, measure(find_recipe(state.plan, state.config)), state.config)
+
+
+def hash_request(plan: Plan) -> str:
+    """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipe, adjustments."""
+    adjustments = [[" ".join(a.selector.split()), a.action, a.factor, a.low, a.high] for a in plan.adjustments]
+    parts = [round(plan.sparsity, 3), plan.recipe.label, adjustments]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# For people, and for the log
+
+
+def record_plan(plan: Plan, order: WorkOrder) -> dict[str, Any]:
+    """What a run's log says of a plan."""
+    return {
+        "plan": order.line,
+        "reason": plan.reason,
+        "predicted_kl": order.predicted_kl,
+        "order": order.id,
+        "details": plan.model_dump(),
+    }
 
 
 def describe_plan(plan: Plan) -> str:

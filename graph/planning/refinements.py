@@ -1,11 +1,11 @@
 """What a rule tries at the target: plans that differ from the accepted one in one lever."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
-from graph.planning.orders import allocate_plan, apply_lessons, describe_plan, drop_lessons, group_kl
+from graph.planning.orders import describe_plan, drop_lessons, group_kl, hash_request
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from tools.base.errors import ImpossiblePlan
@@ -27,30 +27,53 @@ MAX_UNTRIED = 4
 """Plans that a chat planner is shown as untried."""
 
 
-def plan_refinements(situation: Situation) -> Iterator[Plan]:
+def plan_refinements(situation: Situation, *, texts: bool = True) -> Iterator[Plan]:
     """Plans at the target that differ from the accepted one in one lever, untried ones only, likeliest first.
 
     Lessons weigh groups in each of them. A lever that was tried stays tried when lessons change; the accepted plan
-    itself is tried again whenever lessons give it another line.
+    itself is tried again when they give it another line, for what they change beyond two digits is worth no round.
+    Without `texts`, no plan asks for another calibration text.
     """
     base = situation.accepted_plan
     assert base is not None, "a trial was accepted, so there is a plan that made it"
     base = base.model_copy(update={"sparsity": situation.config.target_sparsity, "multipliers": {}})
-    lines = {trial.plan for trial in situation.trials}
-    levers = {drop_lessons(line) for line in lines} - {describe_plan(base)}
-    for change in change_one_lever(situation, base):
-        plan = apply_lessons(change, situation.lessons, situation.layers, situation.config)
-        if describe_plan(plan) not in lines and describe_plan(change) not in levers and _is_possible(situation, plan):
+    own, line = hash_request(base), describe_plan(base)
+    lines = {trial.plan for trial in situation.trials if trial.asked in (own, "")}
+    # Trials of an earlier version have no hash, but a line.
+    tried = {trial.asked or drop_lessons(trial.plan) for trial in situation.trials} - {own, line}
+
+    def is_untried(change: Plan) -> bool:
+        if hash_request(change) == own:
+            return describe_plan(situation.orders.weigh(change)) not in lines
+        return not tried & {hash_request(change), describe_plan(change)}
+
+    return skip_repeats(situation, filter(is_untried, change_one_lever(situation, base, texts=texts)))
+
+
+def skip_repeats(situation: Situation, plans: Iterable[Plan]) -> Iterator[Plan]:
+    """The plans, weighed by the lessons, without those that cannot be carried out or make the weights of a trial again.
+
+    Of several that make the same weights, the first.
+    """
+    seen: set[str] = set()
+    for plan in map(situation.orders.weigh, plans):
+        try:
+            made = situation.orders.identify(plan)
+            repeated = made in seen or situation.find_trial(plan) is not None
+        except ImpossiblePlan:
+            continue
+        if not repeated:
             yield plan
+        seen |= {made} - {""}
 
 
-def change_one_lever(situation: Situation, base: Plan) -> Iterator[Plan]:
+def change_one_lever(situation: Situation, base: Plan, *, texts: bool = True) -> Iterator[Plan]:
     """Every plan that differs from `base` in one lever, likeliest first, tried or not."""
     recipe = base.recipe
     if recipe.method != STRONG.method:  # a model's or a person's plan may have been kept
         strong = recipe.model_copy(update=STRONG.model_dump(include={"method", "refit", "curves"}))
         yield _vary(base, strong, "Grow the mask in steps and refit the survivors between them.")
-    if recipe.calibration == "run" and (text := _find_text(situation)):
+    if texts and recipe.calibration == "run" and (text := _find_text(situation)):
         mixed = recipe.model_copy(update={"calibration": text})
         yield _vary(base, mixed, f"Statistics of a text that is a {text} questions, so that facts weigh more.")
     if recipe.statistics == "dense":
@@ -97,14 +120,6 @@ def _vary(base: Plan, recipe: Recipe, reason: str) -> Plan:
     return base.model_copy(update={"recipe": recipe, "reason": reason})
 
 
-def _is_possible(situation: Situation, plan: Plan) -> bool:
-    try:
-        allocate_plan(situation.layers, plan, situation.config)
-    except ImpossiblePlan:
-        return False
-    return True
-
-
 def rank_groups(layers: Sequence[LayerProfile], sparsity: dict[str, float]) -> list[tuple[str, float]]:
     """(selector, share of the predicted KL at these sparsities) of every group, largest first."""
     kl = {selector: group_kl(group, sparsity) for selector, group in group_layers(layers).items()}
@@ -116,5 +131,5 @@ def show_untried(situation: Situation) -> Situation:
     """The situation with what the rule would try next at the target, for a planner to choose from."""
     if not situation.at_target:
         return situation
-    plans = plan_refinements(replace(situation, read_layers=None))  # no text is profiled just to be named here
+    plans = plan_refinements(situation, texts=False)  # no text is profiled just to be named here
     return replace(situation, untried=list(islice(plans, MAX_UNTRIED)))

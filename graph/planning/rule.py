@@ -8,9 +8,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from graph.config import RunConfig
-from graph.planning.orders import allocate_plan, apply_lessons
 from graph.planning.plan import Plan
-from graph.planning.refinements import STRONG, change_one_lever, plan_refinements
+from graph.planning.refinements import STRONG, change_one_lever, plan_refinements, skip_repeats
 from graph.planning.situation import Situation
 from graph.reflecting.posterior import WHOLE, weigh_evidence
 from graph.state import Trial, same_sparsity
@@ -55,12 +54,7 @@ def _plan_pattern(situation: Situation) -> Iterator[Plan]:
     config = situation.config
     reason = f"{config.pattern} in one step, with the strongest recipe."
     first = Plan(sparsity=config.target_sparsity, recipe=STRONG, reason=reason)
-    seen = {trial.recipe.within_layers() for trial in situation.trials if trial.recipe}
-    for plan in (first, *change_one_lever(situation, first)):
-        work = plan.recipe.within_layers()
-        if work not in seen:
-            seen.add(work)
-            yield plan
+    yield from skip_repeats(situation, (first, *change_one_lever(situation, first)))
 
 
 def _plan_climb(situation: Situation) -> Plan:
@@ -126,8 +120,8 @@ def _predict_perplexity(situation: Situation, sparsity: float, recipe: Recipe) -
 
     On the text a model models well, nats of KL are nats of loss, so the dense perplexity grows by exp(KL).
     """
-    plan = _apply_lessons(situation, Plan(sparsity=sparsity, recipe=recipe))
-    kl = allocate_plan(situation.layers, plan, situation.config).predicted_kl
+    orders = situation.orders
+    kl = orders.draft(orders.weigh(Plan(sparsity=sparsity, recipe=recipe))).predicted_kl
     return (situation.dense.perplexity or math.inf) * math.exp(min(kl * calibration(situation, recipe), 50.0))
 
 
@@ -140,7 +134,3 @@ def calibration(situation: Situation, recipe: Recipe) -> float:
     ]
     total = sum(weight for _, weight in known)
     return math.exp(sum(log * weight for log, weight in known) / total) if total else 1.0
-
-
-def _apply_lessons(situation: Situation, plan: Plan) -> Plan:
-    return apply_lessons(plan, situation.lessons, situation.layers, situation.config)

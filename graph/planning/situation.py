@@ -2,13 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
+from graph.planning.orders import Curves, Orders, describe_plan, read_curves
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
-from graph.state import SAME_SPARSITY, Trial
+from graph.state import SAME_SPARSITY, State, Trial, last_accepted
+from tools.base.errors import DamagedArtifact
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
+from tools.plans.work_order import order_all
+
+if TYPE_CHECKING:
+    from tools.base.progress import Progress
+    from tools.workbench.bench import Workbench
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,8 @@ class Situation:
     """Number of the round to plan, from 1."""
     is_last: bool = False
     """Whether the run ends after this round, unless it improves on what was kept at the target."""
-    read_layers: Callable[[Recipe], Sequence[LayerProfile]] | None = None
-    """The profile with what a recipe's allocation needs beside KL curves; without it, what `layers` says must do."""
-    find_trial: Callable[[Plan], Trial | None] | None = None
-    """The trial in which a plan was tried already, or refused; without it, none was."""
+    read_layers: Callable[[Recipe], Curves] | None = None
+    """What is known of the layers for a recipe's allocation, without a run of the model; without it, `layers`."""
     untried: Sequence[Plan] = field(default=())
     """What the rule would try next at the target, likeliest first."""
 
@@ -42,3 +49,51 @@ class Situation:
     def at_target(self) -> bool:
         """Whether what was kept last has the target sparsity, so that rounds go on to lower its KL."""
         return self.accepted is not None and self.accepted.sparsity >= self.config.target_sparsity - SAME_SPARSITY
+
+    @cached_property
+    def orders(self) -> Orders:
+        """What plans of this round come to."""
+        return Orders(self.config, self.lessons, self.layers, self.read_layers)
+
+    def find_trial(self, plan: Plan) -> Trial | None:
+        """The last trial, refused ones among them, that this plan would only repeat. Raises ImpossiblePlan.
+
+        Nothing is measured: what hangs on curves that nobody has measured yet was not tried.
+        """
+        weighed = self.orders.weigh(plan)
+        made, line = self.orders.identify(weighed), describe_plan(weighed)
+        for trial in reversed(self.trials):
+            if trial.order == made if trial.order else trial.plan == line:  # of an earlier version by its line
+                return trial
+        return None
+
+
+def gather_situation(bench: "Workbench", state: State, progress: "Progress", *, is_last: bool) -> Situation:
+    """The situation of the round that the state is in, with the weights in the model that the state says."""
+    assert state.dense is not None, "profile runs first"
+    return Situation(
+        config=state.config,
+        layers=bench.read_profile(state.profile).layers,
+        read_layers=lambda recipe: read_curves(bench, state.profile, recipe, progress),
+        sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
+        dense=state.dense,
+        accepted=last_accepted(state.trials),
+        accepted_plan=state.accepted_plan,
+        trials=[identify_trial(bench, trial, state.config.pattern) for trial in state.trials],
+        lessons=state.lessons,
+        iteration=state.iteration,
+        is_last=is_last,
+    )
+
+
+def identify_trial(bench: "Workbench", trial: Trial, pattern: str) -> Trial:
+    """A trial with its order's id: for one of an earlier version, of what its checkpoint was made of."""
+    if trial.order or trial.recipe is None or trial.verdict == "refuse":
+        return trial
+    try:
+        zeros = {name: record.zeros for name, record in bench.read_checkpoint(trial.checkpoint).items()}
+    except DamagedArtifact:
+        return trial  # which leaves its line
+    recipe = trial.recipe.model_copy(update={"pattern": pattern})
+    order = order_all(recipe, zeros, sparsity=trial.sparsity, predicted_kl=trial.predicted_kl)
+    return trial.model_copy(update={"order": order.id})

@@ -1,6 +1,5 @@
 """The instruments that a chat planner may use before it answers, and their budget."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,13 +9,14 @@ from graph.llm.models import HEURISTIC
 from graph.llm.toolbox import Toolbox, ToolRecord
 from graph.memory.lessons import search_lessons
 from graph.planning.brief import describe_lesson, recount_trial
-from graph.planning.choose import allocate_in_bounds
+from graph.planning.choose import weigh_in_bounds
+from graph.planning.orders import measure_with
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.runs.session import Session
 from graph.state import RECENT, State
-from tools.plans.allocate import Allocation
-from tools.plans.layer_profile import LayerProfile, group_layers
+from tools.plans.layer_profile import group_layers
+from tools.plans.work_order import WorkOrder
 
 if TYPE_CHECKING:
     from tools.instruments.functions import Draft
@@ -56,9 +56,11 @@ def open_toolbox(
     from tools.instruments.agent_tools import make_planner_tools  # torch again, which the workbench has imported by now
     from tools.instruments.functions import Round
 
-    def allocate(layers: Sequence[LayerProfile], draft: "Draft") -> Allocation:
+    measure = measure_with(bench, state.profile, state.current, session.progress)
+
+    def resolve(draft: "Draft") -> WorkOrder:
         plan = Plan(sparsity=draft.sparsity, recipe=draft.recipe, adjustments=draft.adjustments)
-        return allocate_in_bounds(layers, plan, situation)
+        return situation.orders.resolve(weigh_in_bounds(plan, situation), measure)
 
     def recall(query: str) -> list[str]:
         return [describe_lesson(lesson) for lesson in search_lessons(store, config, query)] if store else []
@@ -69,9 +71,8 @@ def open_toolbox(
     round_ = Round(
         bench=bench,
         profile=state.profile,
-        allocate=allocate,
+        resolve=resolve,
         progress=session.progress,
-        pattern=config.pattern,
         present=state.current,
         book=evaluated.book,
         keep=[state.accepted, *(trial.checkpoint for trial in state.trials[-RECENT:])],

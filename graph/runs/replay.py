@@ -6,21 +6,19 @@ first figure that differs is told: then code, data or machine are others than th
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from graph.planning.orders import allocate_plan, find_recipe
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Reflection
 from graph.state import State
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.rundir import runs_directory
-from tools.plans.layer_profile import LayerProfile
-from tools.plans.recipe import Recipe
+from tools.plans.work_order import WorkOrder
 
 Event = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
@@ -35,6 +33,8 @@ class Record:
 
     run: str
     plans: dict[int, Plan] = field(default_factory=dict)
+    orders: dict[int, str] = field(default_factory=dict)
+    """Ids of their work orders; empty in runs of an earlier version."""
     decisions: dict[int, Event] = field(default_factory=dict)
     """What a person said to a plan, where the run asked one."""
     reflections: dict[int, Reflection] = field(default_factory=dict)
@@ -96,6 +96,7 @@ def _take(record: Record, event: Event) -> None:
     match event.get("type"):
         case "plan":
             record.plans[int(event["iteration"])] = Plan.model_validate(event["details"])
+            record.orders[int(event["iteration"])] = str(event.get("order", ""))
         case "approval":
             record.decisions[int(event["iteration"])] = {"decision": event["decision"], "reason": event["reason"]}
         case "reflection":
@@ -108,10 +109,10 @@ def _take(record: Record, event: Event) -> None:
             record.mask_sha256 = str(event["mask_sha256"])
 
 
-def find_plan(state: State, read_layers: Callable[[Recipe], Sequence[LayerProfile]]) -> tuple[Plan | None, str]:
+def find_plan(state: State, resolve: Callable[[Plan], WorkOrder]) -> tuple[Plan | None, str]:
     """The recorded plan of the state's iteration; without one that can be carried out, why the replay ends there.
 
-    Where the run asked a person, a plan counts once there was an answer.
+    Where the run asked a person, a plan counts once there was an answer. `resolve` raises ImpossiblePlan.
     """
     record, iteration = read_record(state.replay), state.iteration
     plan = record.plans.get(iteration)
@@ -120,7 +121,7 @@ def find_plan(state: State, read_layers: Callable[[Recipe], Sequence[LayerProfil
             return None, record.stop or f"run {record.run} planned no more rounds"
         return None, f"the record of run {record.run} ends here, unfinished"
     try:
-        allocate_plan(read_layers(find_recipe(plan, state.config)), plan, state.config)
+        resolve(plan)
     except ImpossiblePlan as error:
         return None, f"plan {iteration} of run {record.run} cannot be carried out here: {error}"
     return plan, ""
@@ -137,10 +138,14 @@ def find_decision(run: str, iteration: int) -> Event:
 
 
 def compare(run: str, event: Event, directory: Path) -> tuple[str, str] | None:
-    """What to tell, as (type, text) of an event, when a trial or the result is compared with the record of `run`.
+    """What to tell, as (type, text) of an event, when an order, a trial or the result is compared with the record of `run`.
 
     Of what differs only the first is told; the log in `directory` says whether something was.
     """
+    if event["type"] == "plan":
+        order = read_record(run).orders.get(event["iteration"], "")
+        if order and order != event["order"] and not _has_parted(directory):
+            return "parting", f"plan {event['iteration']}: work order {_show_both(order, event['order'])}"
     if event["type"] == "trial":
         there = read_record(run).trials.get(event["iteration"])
         if there is None or _has_parted(directory):

@@ -7,14 +7,21 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, python_environment, read_events, read_state, read_summary, read_trials
 from tests.openai_server import OpenAIServer
+from tests.situations import ignore
+from tools.plans.allocate import Allocation, allocate
+from tools.plans.layer_profile import LayerProfile, predict_kl
+from tools.plans.recipe import Recipe
+from tools.workbench.open import use_workbench
 
 APPROVE = ("--approve", "plans")
 PROMPT = 'accept, refuse WHY, or what to change, such as {"sparsity": 0.3}: '
@@ -162,6 +169,43 @@ def test_a_planner_is_told_why(tiny_llama: Path, flags: list[str], run: Path, co
     first, second = (str(request.messages[1]["content"]) for request in server.requests)
     assert "precious" not in first
     assert "the value projections are precious" in second
+
+
+def test_the_kl_shown_is_that_of_the_curves_that_the_plan_goes_by(
+    flags: list[str], run: Path, command: Command, say: Say
+) -> None:
+    say("accept")
+    with OpenAIServer([{"sparsity": 0.4, "recipe": {"method": "refit", "curves": "method"}}]) as server:
+        done = command(*flags, "--planner", server.planner("m"), "--max-iterations", "1")
+    (plan,), state = read_events(run, "plan"), read_state(run)
+    trial = state.trials[0]
+    recipe = Recipe(method="refit", curves="method")
+    with use_workbench(state.config, run, pytest.fail, ignore) as bench:
+        assert bench.has_layers(state.profile, recipe), "they were measured before the question"
+        curves = bench.describe_layers(state.profile, recipe, ignore)
+        masks, shares = bench.read_profile(state.profile).layers, bench.planned_sparsity(trial.checkpoint)
+    own, by_mask = (predict_kl(x, np.array([shares[layer.name] for layer in x])) for x in (curves, masks))
+    assert plan["predicted_kl"] == own != by_mask
+    assert trial.predicted_kl == pytest.approx(by_mask)
+    assert f"predicted KL {own:.4f} nats per token" in done.out
+    assert trial.order == plan["order"] != ""
+
+
+def test_no_plan_is_shared_out_twice_in_a_round(
+    flags: list[str], run: Path, command: Command, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[str] = []
+
+    def count(layers: Sequence[LayerProfile], sparsity: float, recipe: Recipe, *more: Any, **bounds: Any) -> Allocation:
+        round_ = [event["node"] for event in read_events(run, "node")].count("plan")
+        shared.append(repr((round_, sparsity, recipe, more, bounds, [layer.kappa for layer in layers])))
+        return allocate(layers, sparsity, recipe, *more, **bounds)
+
+    monkeypatch.setattr("graph.planning.orders.allocate", count)
+    say("accept", '{"sparsity": 0.44}', "accept", "refuse it is enough", *["accept"] * 9)
+    assert command(*flags, "--max-iterations", "5").code == 0
+    assert [trial.verdict == "refuse" for trial in read_state(run).trials] == [False, False, False, True]
+    assert len(set(shared)) == len(shared)
 
 
 def test_a_real_terminal_shows_the_picture_around_the_question(flags: list[str], run: Path, tmp_path: Path) -> None:

@@ -179,6 +179,25 @@ def test_the_first_figure_that_differs_is_told(
     assert done.code == 0 and "note: the masks are those of run run" in done.out
 
 
+def test_an_order_that_differs_is_told(copied: Path, command: Command) -> None:
+    there = read_events(copied, "plan")[1]["order"]
+    edit_event(copied, "plan", 1, order="0" * 64)
+    edit_event(copied, "trial", 3, kl=0.5)
+    done = command("--replay", "run")
+    told = f"parts from the record at plan 2: work order 000000000000 in the record, {there[:12]} here"
+    assert partings(done) == [told], "and only the first"
+
+
+def test_a_record_of_an_earlier_version_knows_no_orders(recorded: Recorded, copied: Path, command: Command) -> None:
+    events = [
+        {name: value for name, value in event.items() if name not in ("order", "asked")}
+        for event in read_events(copied)
+    ]
+    (copied / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert partings(command("--replay", "run")) == []
+    assert_same(copied.parent / "run-replay", recorded.run)
+
+
 def test_other_masks_are_told_at_the_end(copied: Path, command: Command) -> None:
     edit_event(copied, "result", 0, mask_sha256="0" * 64)
     done = command("--replay", "run")

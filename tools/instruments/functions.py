@@ -14,11 +14,10 @@ from pydantic import BaseModel, Field
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
 from tools.measure.losses import Evaluation, compare_kl
-from tools.plans.allocate import Allocation
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import select_layers
-from tools.plans.work_order import order_allocation
+from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
 from tools.workbench.store import DENSE
 
@@ -46,11 +45,10 @@ class Round:
 
     bench: Workbench
     profile: str
-    allocate: Callable[[Sequence[LayerProfile], Draft], Allocation]
-    """The exact allocation of a draft within all bounds; raises ImpossiblePlan."""
+    resolve: Callable[[Draft], WorkOrder]
+    """What a draft comes to within all bounds, by the curves that its recipe asks for, which are measured if need be;
+    the weights in the model stay as they are. Raises ImpossiblePlan."""
     progress: Progress
-    pattern: str = ""
-    """The user's N:M, whatever a draft says of one."""
     present: str = DENSE
     """The checkpoint whose weights are in the model."""
     keep: Sequence[str] = ()
@@ -59,20 +57,6 @@ class Round:
     """Selectors and the layers they mean, by which a prediction sums up."""
     book: Callable[[int], None] = lambda tokens: None
     """Told of the tokens of a probe before it is made; raises ValueError when they are not to be had."""
-
-    def recipe(self, draft: Draft) -> Recipe:
-        """The draft's recipe with the user's pattern."""
-        return draft.recipe.model_copy(update={"pattern": self.pattern})
-
-    def share_out(self, draft: Draft) -> Allocation:
-        """The draft's allocation, by the curves that its recipe asks for. Raises ImpossiblePlan."""
-        recipe = self.recipe(draft)
-        self.allocate(self.bench.read_layers(self.profile, recipe, self.progress), draft)  # or curves come for nothing
-        try:
-            layers = self.bench.describe_layers(self.profile, recipe, self.progress)
-        finally:
-            self.bench.restore(self.present)  # curves are measured on the dense weights
-        return self.allocate(layers, draft)
 
 
 def inspect_layers(round_: Round, selector: str) -> Figures:
@@ -108,22 +92,23 @@ def predict(round_: Round, draft: Draft) -> Figures:
     `predicted_kl` is by the curves that the draft's recipe asks for, `mask_kl` by those of the profile. Curves of a
     method that nobody asked for before are measured first. Raises ImpossiblePlan.
     """
-    allocation = round_.share_out(draft)
+    order = round_.resolve(draft)
     layers = {layer.name: layer for layer in round_.bench.read_profile(round_.profile).layers}
-    shares = {name: zeros / layers[name].weights for name, zeros in allocation.zeros.items()}
+    zeros = order.zeros
+    shares = {name: count / layers[name].weights for name, count in zeros.items()}
     mask_kl = _sum_kl(layers, shares, list(layers))
     rows = [
         (
             selector,
-            sum(allocation.zeros[name] for name in names) / sum(layers[name].weights for name in names),
+            sum(zeros[name] for name in names) / sum(layers[name].weights for name in names),
             _sum_kl(layers, shares, names) / (mask_kl or 1.0),
         )
         for selector, names in round_.groups.items()
     ]
     rows.sort(key=lambda row: -row[2])
     figures: Figures = {
-        "sparsity": _round(allocation.sparsity),
-        "predicted_kl": _round(allocation.predicted_kl),
+        "sparsity": _round(order.sparsity),
+        "predicted_kl": _round(order.predicted_kl),
         "mask_kl": _round(mask_kl),
         "columns": "group: sparsity, share of mask_kl",
         "groups": {selector: [_round(share), _round(kl)] for selector, share, kl in rows[:MAX_GROUPS]},
@@ -142,42 +127,42 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int) -> list[Figures]:
     not the dense ones: `kl_change` is the draft's KL minus theirs. Of a draft that cannot be there is `error` alone.
     Raises ImpossiblePlan when none can, and ValueError when there are not the tokens for all that can.
     """
-    bench, shared = round_.bench, [_try_to_share_out(round_, draft) for draft in drafts]
-    possible = {number: found for number, found in enumerate(shared) if isinstance(found, Allocation)}
-    if not possible:
-        raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, shared))))
+    bench, found = round_.bench, [_try_to_resolve(round_, draft) for draft in drafts]
+    orders = {number: order for number, order in enumerate(found) if isinstance(order, WorkOrder)}
+    if not orders:
+        raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, found))))
     windows = min(math.ceil(tokens / bench.settings.window), len(bench.windows.validation))
-    round_.book(len(possible) * windows * bench.settings.window)
+    round_.book(len(orders) * windows * bench.settings.window)
     evaluations = bench.probe(
         round_.profile,
-        [order_allocation(round_.recipe(drafts[number]), allocation) for number, allocation in possible.items()],
+        list(orders.values()),
         windows,
         round_.progress,
         back=round_.present,
         keep=round_.keep,
     )
-    figures: list[Figures] = [{"error": found} for found in shared]
-    for (number, allocation), evaluation in zip(possible.items(), evaluations, strict=True):
-        figures[number] = _describe_probe(round_, allocation, evaluation, windows)
+    figures: list[Figures] = [{"error": problem} for problem in found]
+    for (number, order), evaluation in zip(orders.items(), evaluations, strict=True):
+        figures[number] = _describe_probe(round_, order, evaluation, windows)
     return figures
 
 
-def _try_to_share_out(round_: Round, draft: Draft) -> Allocation | str:
-    """The draft's allocation, or why it cannot be."""
+def _try_to_resolve(round_: Round, draft: Draft) -> WorkOrder | str:
+    """What the draft comes to, or why it cannot be."""
     try:
-        return round_.share_out(draft)
+        return round_.resolve(draft)
     except UserError:  # a full disk, say
         raise
     except ValueError as error:
         return str(error)
 
 
-def _describe_probe(round_: Round, allocation: Allocation, evaluation: Evaluation, windows: int) -> Figures:
+def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, windows: int) -> Figures:
     bench = round_.bench
     figures: Figures = {
         "tokens": windows * bench.settings.window,
-        "sparsity": _round(allocation.sparsity),
-        "predicted_kl": _round(allocation.predicted_kl),
+        "sparsity": _round(order.sparsity),
+        "predicted_kl": _round(order.predicted_kl),
         "kl": _round(evaluation.mean_kl),
         "kl_error": _round(evaluation.kl_error),
         "perplexity": _round(evaluation.perplexity),

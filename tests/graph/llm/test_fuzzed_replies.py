@@ -25,12 +25,14 @@ import graph.planning.choose
 from graph.config import RunConfig
 from graph.llm import ladder
 from graph.llm.ladder import AgentError
-from graph.planning.choose import allocate_in_bounds, choose_plan
+from graph.planning.choose import choose_plan, weigh_in_bounds
+from graph.planning.orders import read_curves
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.planning.toolbox import Evaluated, open_toolbox
 from graph.runs.session import Session
 from graph.state import State, Trial
+from tests.situations import ignore
 from tests.tiny import tiny_settings
 from tools.plans.selectors import select_layers
 from tools.results.schema import Usage
@@ -217,9 +219,6 @@ REPLIES = st.one_of(BAD_REPLIES, BAD_REPLIES, GOOD_REPLIES)
 def bench(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
     from tools.workbench.open import close_workbench
 
-    def ignore(label: str, done: int, total: int) -> None:
-        pass
-
     directory = tmp_path_factory.mktemp("fuzz")
     with use_workbench(tiny_settings(tiny_llama), directory, pytest.fail, ignore) as bench:
         yield bench
@@ -228,7 +227,7 @@ def bench(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def profile(bench: Workbench) -> str:
-    return bench.profile(lambda label, done, total: None)
+    return bench.profile(ignore)
 
 
 @settings(max_examples=CONVERSATIONS, phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
@@ -245,7 +244,14 @@ def test_any_conversation(
     (bench.directory / "events.jsonl").write_text("")
     session = Session(bench.directory, lambda event: None, 0.0)
     layers = bench.read_profile(profile).layers
-    situation = Situation(CONFIG, layers, {}, TRIAL, trials=[TRIAL])
+    situation = Situation(
+        CONFIG,
+        layers,
+        {},
+        TRIAL,
+        trials=[TRIAL],
+        read_layers=lambda recipe: read_curves(bench, profile, recipe, ignore),
+    )
     state = State(run="fuzz", config=CONFIG, profile=profile)
     toolbox = open_toolbox(
         bench, situation, state, session, None, Evaluated(0, CONFIG.max_evaluated_tokens, state.trial_tokens)
@@ -274,7 +280,7 @@ def test_any_conversation(
 
 def check_bounds(plan: Plan, situation: Situation) -> None:
     """Nothing of the plan is beyond what the config allows."""
-    zeros = allocate_in_bounds(situation.layers, plan, situation).zeros
+    zeros = situation.orders.draft(weigh_in_bounds(plan, situation)).zeros
     total = sum(layer.weights for layer in situation.layers)
     assert sum(zeros.values()) / total <= CONFIG.target_sparsity + 5e-4
     for layer in situation.layers:

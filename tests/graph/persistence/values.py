@@ -27,6 +27,7 @@ VALUES: dict[str, Any] = {
         adjustments=[Adjustment(selector="*.v_proj", action="factor", factor=2.0, reason="they hurt")],
         reason="small steps",
     ),
+    "order": "ef56",
     "current": "ab12",
     "accepted": "dense",
     "accepted_plan": Plan(sparsity=0.2, reason="smaller"),

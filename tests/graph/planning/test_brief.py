@@ -24,8 +24,8 @@ from graph.planning.brief import (
     planner_messages,
     recount_trial,
 )
-from graph.planning.choose import allocate_in_bounds
-from graph.planning.orders import describe_plan
+from graph.planning.choose import weigh_in_bounds
+from graph.planning.orders import Curves, describe_plan
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.reflecting.schema import Lesson
@@ -319,8 +319,8 @@ def test_a_plan_that_prunes_nothing_is_handed_back() -> None:
     situation = make_first_situation(layers=layers, dense=DENSE.model_copy(update={"sparsity": 0.00032}))
     expected = "^sparsity 0.0003 prunes nothing, for more weights are zero already; plan a step towards 0.45$"
     with pytest.raises(ValueError, match=expected):
-        allocate_in_bounds(layers, Plan(sparsity=0.0003), situation)
-    assert allocate_in_bounds(layers, Plan(sparsity=0.3), situation).zeros
+        weigh_in_bounds(Plan(sparsity=0.0003), situation)
+    assert weigh_in_bounds(Plan(sparsity=0.3), situation) == Plan(sparsity=0.3)
 
 
 def test_long_histories_are_cut_aloud() -> None:
@@ -449,12 +449,14 @@ def test_advice_against_a_wasted_round() -> None:
     tried = KEPT.model_copy(update={"sparsity": 0.4499, "plan": "45.0% refit:kappa"})
     plan = Plan(sparsity=0.45)
     assert advise_against(plan, make_first_situation(accepted=KEPT, trials=[KEPT])) == ""
-    at_target = make_first_situation(accepted=tried, trials=[tried], find_trial=lambda plan: None)
+    measured = make_first_situation(read_layers=lambda recipe: Curves(draw_layers(3), exact=True))
+    at_target = replace(measured, accepted=tried, trials=[tried.model_copy(update={"order": "another"})])
     assert advise_against(plan, at_target) == ""
+    same = tried.model_copy(update={"order": measured.orders.identify(plan)})
     assert advise_against(Plan(sparsity=0.44), at_target) == (
         "sparsity 0.44 is off the target, which is reached: such a plan is rolled back whatever it measures; plan 0.45"
     )
-    assert advise_against(plan, replace(at_target, find_trial=lambda plan: tried)) == (
+    assert advise_against(plan, replace(at_target, trials=[same])) == (
         "This is a plan that you know the result of, and it would be the same again. Change a lever that is untried.\n"
         "round 1: sparsity 0.4499 refit:kappa; perplexity 22; KL 0.0312 +- 0.001, predicted 0.02; "
         "accept: within the limit"

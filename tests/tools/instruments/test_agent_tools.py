@@ -10,17 +10,15 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ValidationError
 
+from graph.config import RunConfig
+from graph.planning.plan import Plan
+from tests.situations import ignore, open_orders
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.agent_tools import make_planner_tools
 from tools.instruments.functions import Draft, Round
-from tools.plans.allocate import allocate
 from tools.workbench.open import use_workbench
-
-
-def ignore(label: str, done: int, total: int) -> None:
-    pass
-
+from tools.workbench.store import DENSE
 
 WANDA = {"sparsity": 0.3, "recipe": {"method": "wanda", "refit": False, "allocation": "uniform"}}
 
@@ -29,12 +27,8 @@ WANDA = {"sparsity": 0.3, "recipe": {"method": "wanda", "refit": False, "allocat
 def instruments(tmp_path: Path, tiny_llama: Path, workbench_closed: None) -> dict[str, BaseTool]:
     with use_workbench(tiny_settings(tiny_llama), tmp_path / "run", pytest.fail, ignore) as bench:
         profile = bench.profile(ignore)
-    round_ = Round(
-        bench,
-        profile,
-        lambda layers, draft: allocate(layers, draft.sparsity, draft.recipe, draft.adjustments, protect=["*.v_proj"]),
-        ignore,
-    )
+    orders = open_orders(bench, profile, RunConfig(protect=["*.v_proj"]), DENSE)
+    round_ = Round(bench, profile, lambda draft: orders(Plan.model_validate(draft.model_dump())), ignore)
     tools = make_planner_tools(
         round_, history=lambda n: [f"round {i}" for i in range(n)], recall=lambda query: [f"about {query}"]
     )

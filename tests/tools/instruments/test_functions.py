@@ -1,7 +1,8 @@
 """What a planner can find out: the figures that a real round would give, and the same bits in the model afterwards."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import pytest
 import tools.team.worker
 import tools.workbench.curves
 import tools.workbench.losses
+from graph.config import RunConfig
+from graph.planning.orders import resolve
+from graph.planning.plan import Plan
+from tests.situations import ignore, open_orders
 from tests.team import make_team
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.functions import MAX_GROUPS, MAX_INSPECTED, Draft, Round, inspect_layers, predict, probe
 from tools.models.layers import Layer
-from tools.plans.allocate import Allocation, allocate
-from tools.plans.layer_profile import LEVELS, LayerProfile
+from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
-from tools.plans.work_order import order_allocation
+from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
 from tools.workbench.open import use_workbench
 from tools.workbench.store import DENSE
@@ -28,18 +32,16 @@ REFIT = Draft(sparsity=0.4)
 PROTECT = ["*.v_proj"]
 
 
-def ignore(label: str, done: int, total: int) -> None:
-    pass
-
-
 @pytest.fixture
 def bench(tmp_path: Path, tiny_llama: Path, workbench_closed: None) -> Workbench:
     with use_workbench(tiny_settings(tiny_llama), tmp_path / "run", pytest.fail, ignore) as bench:
         return bench
 
 
-def share_out(layers: Sequence[LayerProfile], draft: Draft) -> Allocation:
-    return allocate(layers, draft.sparsity, draft.recipe, draft.adjustments, protect=PROTECT, max_layer_sparsity=0.9)
+def resolver(bench: Workbench, profile: str, present: str = DENSE) -> Callable[[Draft], WorkOrder]:
+    """What a draft comes to, as the plan node has it; the weights in the model stay those of `present`."""
+    orders = open_orders(bench, profile, RunConfig(protect=PROTECT), present)
+    return lambda draft: orders(Plan.model_validate(draft.model_dump()))
 
 
 @pytest.fixture
@@ -49,9 +51,8 @@ def make_round(bench: Workbench) -> Callable[..., Round]:
         profile = bench.profile(ignore)
         present = DENSE
         if accepted:
-            allocation = share_out(bench.describe_layers(profile, accepted.recipe, ignore), accepted)
-            present = bench.prune(profile, order_allocation(accepted.recipe, allocation), ignore)
-        return Round(bench, profile, share_out, ignore, present=present, **more)
+            present = bench.prune(profile, resolver(bench, profile)(accepted), ignore)
+        return Round(bench, profile, resolver(bench, profile, present), ignore, present=present, **more)
 
     return make
 
@@ -105,11 +106,12 @@ def test_predict_is_the_allocation_that_a_round_would_have(make_round: Callable[
     bench, before = round_.bench, hash_weights(round_.bench)
     names = list(bench.by_name)
     groups = {"early": names[: len(names) // 2], "late": names[len(names) // 2 :]}
-    round_ = Round(bench, round_.profile, share_out, ignore, present=round_.present, groups=groups)
+    round_ = replace(round_, groups=groups)
     figures = predict(round_, REFIT)
     assert hash_weights(bench) == before, "curves are measured on the dense weights"
-    allocation = share_out(bench.describe_layers(round_.profile, REFIT.recipe, ignore), REFIT)
-    masks = share_out(bench.read_profile(round_.profile).layers, REFIT)
+    plan, config = Plan.model_validate(REFIT.model_dump()), RunConfig(protect=PROTECT)
+    allocation = resolve(plan, bench.describe_layers(round_.profile, REFIT.recipe, ignore), config)
+    masks = resolve(plan, bench.read_profile(round_.profile).layers, config)
     assert figures["sparsity"] == pytest.approx(0.4, abs=5e-4)
     assert figures["predicted_kl"] == pytest.approx(allocation.predicted_kl, rel=1e-3)
     assert figures["mask_kl"] >= masks.predicted_kl * 0.999, "no allocation is better by the curves of the mask"
@@ -124,7 +126,7 @@ def test_predict_names_the_groups_that_cost_most(make_round: Callable[..., Round
     round_ = make_round()
     names = list(round_.bench.by_name)
     groups = {f"g{i}": [names[i % len(names)]] for i in range(MAX_GROUPS + 5)}
-    figures = predict(Round(round_.bench, round_.profile, share_out, ignore, groups=groups), WANDA)
+    figures = predict(replace(round_, groups=groups), WANDA)
     costs = [kl for _, kl in figures["groups"].values()]
     assert costs == sorted(costs, reverse=True)
     assert (len(costs), figures["groups_left_out"]) == (MAX_GROUPS, 5)
@@ -155,8 +157,7 @@ def test_probe_measures_what_a_round_would_and_puts_everything_back(
     figures = probe(round_, [REFIT], tokens)[0]
     assert hash_weights(bench) == before
     assert bench.restore(round_.present) == []
-    layers = bench.describe_layers(round_.profile, REFIT.recipe, ignore)
-    checkpoint = bench.prune(round_.profile, order_allocation(REFIT.recipe, share_out(layers, REFIT)), ignore)
+    checkpoint = bench.prune(round_.profile, round_.resolve(REFIT), ignore)
     real = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
     kl, nll = ([x for x in losses[:windows] if x is not None] for losses in (real.kl, real.nll))
     dense = bench.read_profile(round_.profile).dense
@@ -180,8 +181,7 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
     monkeypatch.setattr(tools.team.worker, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
     bench = round_.bench
-    allocation = share_out(bench.read_profile(round_.profile).layers, WANDA)
-    checkpoint = bench.prune(round_.profile, order_allocation(WANDA.recipe, allocation), ignore)
+    checkpoint = bench.prune(round_.profile, round_.resolve(WANDA), ignore)
     evaluation = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
     assert evaluation.mean_kl == pytest.approx(figures["kl"], rel=1e-3)
 
@@ -235,15 +235,9 @@ def test_drafts_none_of_which_can_be(make_round: Callable[..., Round]) -> None:
 def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> None:
     round_ = make_round(WANDA)
     bench = round_.bench
-    kept = bench.prune(
-        round_.profile,
-        order_allocation(
-            WANDA.recipe, share_out(bench.read_profile(round_.profile).layers, Draft(sparsity=0.3, recipe=WANDA.recipe))
-        ),
-        ignore,
-    )
+    kept = bench.prune(round_.profile, round_.resolve(Draft(sparsity=0.3, recipe=WANDA.recipe)), ignore)
     bench.restore(round_.present)
-    round_ = Round(bench, round_.profile, share_out, ignore, present=round_.present, keep=[kept])
+    round_ = replace(round_, keep=[kept])
     count = len([*bench.store.directory.rglob("*.safetensors")])
     sizes = []
     for sparsity in (0.1, 0.2, 0.35):
@@ -268,7 +262,7 @@ def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[...
         raise ValueError("none are left")
 
     before = hash_weights(round_.bench)
-    refused = Round(round_.bench, round_.profile, share_out, ignore, book=refuse)
+    refused = replace(round_, book=refuse)
     with pytest.raises(ValueError, match="none are left"):
         probe(refused, [Draft(sparsity=0.2)], 1)
     assert hash_weights(round_.bench) == before
@@ -293,8 +287,3 @@ def test_what_fails_in_a_probe_leaves_the_weights_as_they_were(
         probe(round_, [Draft(sparsity=0.2, recipe=WANDA.recipe)], 1)
     assert calls > 3
     assert hash_weights(round_.bench) == before
-
-
-def test_the_users_pattern_holds_whatever_a_draft_says(make_round: Callable[..., Round]) -> None:
-    round_ = make_round(pattern="2:4")
-    assert round_.recipe(Draft(sparsity=0.5, recipe=Recipe(pattern="1:4"))).pattern == "2:4"
