@@ -64,6 +64,12 @@ def make_situation(*trials: Trial, scale: float = 1.0, lessons: tuple[Lesson, ..
     )
 
 
+def make_patterned(*trials: Trial) -> Situation:
+    """The situation of a run with a pattern."""
+    layers = [layer.model_copy(update={"inputs": 20}) for layer in make_layers()]
+    return replace(make_situation(*trials), config=RunConfig(pattern="2:4"), layers=layers)
+
+
 def try_plan(situation: Situation, plan: Plan, verdict: str) -> Trial:
     """The trial of a plan in this situation."""
     trial = make_trial(situation.iteration, verdict, plan.sparsity, plan.recipe)

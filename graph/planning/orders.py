@@ -84,8 +84,10 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig) -> WorkOrder:
 
 
 def order_uniform(layers: Layers, sparsity: float, pattern: str, protect: Sequence[str]) -> WorkOrder:
-    """Wanda with the same sparsity everywhere, or with a pattern in all layers but the protected: what plans are
-    compared with. Raises ImpossiblePlan."""
+    """Wanda with one sparsity for all layers, or a pattern for all but the protected: what a result is compared with.
+
+    Raises ImpossiblePlan.
+    """
     recipe = Recipe(method="wanda", refit=False, allocation="uniform", pattern=pattern)
     shared = allocate(layers, sparsity, recipe, protect=protect if pattern else [])
     return order_all(recipe, shared.zeros, sparsity=shared.sparsity, predicted_kl=shared.predicted_kl)

@@ -138,27 +138,35 @@ def find_decision(run: str, iteration: int) -> Event:
 
 
 def compare(run: str, event: Event, directory: Path) -> tuple[str, str] | None:
-    """What to tell, as (type, text) of an event, when an order, a trial or the result is compared with the record of `run`.
+    """What to tell, as (type, text) of an event, when a plan, a trial or the result is compared with the record of `run`.
 
-    Of what differs only the first is told; the log in `directory` says whether something was.
+    Of plans and trials only the first that differs is told; the log in `directory` says whether one was.
     """
-    if event["type"] == "plan":
-        order = read_record(run).orders.get(event["iteration"], "")
-        if order and order != event["order"] and not _has_parted(directory):
-            return "parting", f"plan {event['iteration']}: work order {_show_both(order, event['order'])}"
-    if event["type"] == "trial":
-        there = read_record(run).trials.get(event["iteration"])
-        if there is None or _has_parted(directory):
-            return None
-        for name, word in FIGURES.items():
-            if there[name] != event[name]:
-                where = f"trial {event['iteration']}" if event["iteration"] else "the dense model"
-                return "parting", f"{where}: {word} {_show_both(there[name], event[name])}"
+    if event["type"] in ("plan", "trial"):
+        parting = _compare_plan(run, event) if event["type"] == "plan" else _compare_trial(run, event)
+        return ("parting", parting) if parting and not _has_parted(directory) else None
     if event["type"] == "result" and (masks := read_record(run).mask_sha256):
         if masks == event["mask_sha256"]:
             return "note", f"the masks are those of run {run} (mask_sha256 {masks[:12]}…)"
         return "parting", f"the masks: mask_sha256 {_show_both(masks, event['mask_sha256'])}"
     return None
+
+
+def _compare_plan(run: str, event: Event) -> str:
+    """Where a plan comes to another work order than in the record; empty where it does not, or the record knows none."""
+    iteration, here = event["iteration"], event["order"]
+    there = read_record(run).orders.get(iteration) or here
+    return f"plan {iteration}: work order {_show_both(there, here)}" if there != here else ""
+
+
+def _compare_trial(run: str, event: Event) -> str:
+    """The first figure of a trial that differs from the record's; empty where none does."""
+    there = read_record(run).trials.get(event["iteration"], event)
+    for name, word in FIGURES.items():
+        if there[name] != event[name]:
+            where = f"trial {event['iteration']}" if event["iteration"] else "the dense model"
+            return f"{where}: {word} {_show_both(there[name], event[name])}"
+    return ""
 
 
 def _has_parted(directory: Path) -> bool:

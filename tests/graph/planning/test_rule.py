@@ -1,24 +1,17 @@
 """The rule: cheap first, stronger after a rollback, one lever at a time at the target, lessons in figures."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 
 from graph.config import RunConfig
-from graph.planning.orders import Curves, describe_plan, drop_lessons
-from graph.planning.plan import Plan
-from graph.planning.refinements import FINE_STEPS, STRONG, plan_refinements, rank_groups
+from graph.planning.orders import Curves
+from graph.planning.refinements import FINE_STEPS, STRONG
 from graph.planning.rule import LOST_ROUNDS, MASKS, calibration, find_relief, plan_by_rule
-from graph.planning.situation import Situation
 from graph.state import Trial
-from tests.situations import make_layers, make_lesson, make_situation, make_trial, try_plan
+from tests.situations import make_lesson, make_patterned, make_situation, make_trial, try_plan
 from tools.base.errors import ImpossiblePlan
-from tools.plans.layer_profile import group_layers
-from tools.plans.recipe import Adjustment, Recipe
-
-Record = Callable[[Situation, Plan], Trial]
+from tools.plans.recipe import Recipe
 
 
 def test_the_first_round_is_cheap_and_short_of_the_target() -> None:
@@ -46,124 +39,6 @@ def test_after_a_rollback_the_recipe_grows_stronger_and_then_the_step_shorter() 
     assert (plan.sparsity, plan.recipe.refit) == (pytest.approx(0.375), True)
 
 
-def record_by_line(situation: Situation, plan: Plan) -> Trial:
-    """The trial of a plan in a run of an earlier version."""
-    return try_plan(situation, plan, "rollback").model_copy(update={"order": "", "asked": ""})
-
-
-RECORDS = pytest.mark.parametrize(
-    "record", [partial(try_plan, verdict="rollback"), record_by_line], ids=["by order", "by line"]
-)
-
-
-@RECORDS
-def test_at_the_target_each_plan_changes_one_lever_and_none_comes_twice(record: Record) -> None:
-    trials = [make_trial(1, "accept", 0.45, STRONG)]
-    for _ in range(2, 60):
-        plan = plan_by_rule(make_situation(*trials))
-        if plan is None:
-            break
-        assert plan.sparsity == 0.45
-        assert (plan.recipe != STRONG) + bool(plan.adjustments) == 1
-        trials.append(record(make_situation(*trials), plan))
-    assert len({trial.plan for trial in trials}) == len(trials)
-    assert len(trials) == 1 + 6 + 2 * len(group_layers(make_layers())), "six recipes, two tilts of each group"
-
-
-def test_lessons_of_groups_weigh_in_every_plan_and_those_of_a_repeat_do_not() -> None:
-    base = make_trial(1, "accept", 0.45, STRONG)
-    selector = "blocks 0-1 · mlp.down_proj"
-    for lessons, weighed in (
-        ((make_lesson(selector, 2.0), make_lesson(selector, 0.5)), []),  # a contradicted lesson weighs nothing
-        ((make_lesson(selector, 1.5), make_lesson("*", 1.7)), [selector]),
-        ((make_lesson(selector, 1.5, same=True),), []),
-    ):
-        plan = plan_by_rule(make_situation(base, lessons=lessons))
-        assert plan is not None
-        assert (list(plan.multipliers), plan.adjustments) == (weighed, [])
-
-
-@RECORDS
-def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is(record: Record) -> None:
-    selector = "blocks 0-1 · mlp.down_proj"
-    trials = [make_trial(1, "accept", 0.45, STRONG)]
-    lines: list[str] = []
-    for iteration in range(2, 60):
-        lessons = [make_lesson(selector, 1.5)] if iteration < 7 else [make_lesson(selector, 1.9)] * 3
-        situation = make_situation(*trials, lessons=tuple(lessons))
-        plan = plan_by_rule(situation)
-        if plan is None:
-            break
-        lines.append(describe_plan(plan))
-        trials.append(record(situation, plan))
-    again = [line for line in lines if line.startswith("45.0% refit:kappa-mask · lessons")]
-    assert again == ["45.0% refit:kappa-mask · lessons x1 (1.23)", "45.0% refit:kappa-mask · lessons x1 (1.62)"]
-    assert len(lines) == 6 + 2 * len(group_layers(make_layers())) + len(again)
-    levers = [drop_lessons(line) for line in lines if line not in again]
-    assert len(set(levers)) == len(levers), "no lever comes again because lessons have changed"
-
-
-def refine(situation: Situation) -> list[Plan]:
-    """What the rule would try next at the target."""
-    return list(plan_refinements(situation))
-
-
-def test_plans_whose_lines_are_alike_are_told_apart() -> None:
-    """Behind four adjustments a line tells no more; each tilt is another plan all the same."""
-    own = [Adjustment(selector=f"blocks {i}", action="factor", factor=1 + i / 10) for i in range(1, 5)]
-    base = Plan(sparsity=0.45, recipe=STRONG, adjustments=own)
-    first = make_situation(make_trial(1, "accept", 0.45, STRONG))
-    kept = try_plan(first, base, "accept")
-    situation = dataclasses.replace(first, trials=(kept,), accepted=kept, accepted_plan=base)
-    tilts = [plan for plan in refine(situation) if len(plan.adjustments) == 5]
-    assert len(tilts) == 2 * len(group_layers(make_layers()))
-    assert len({describe_plan(plan) for plan in tilts}) == 1
-    tried = dataclasses.replace(situation, trials=(kept, try_plan(situation, tilts[0], "rollback")))
-    assert [plan for plan in refine(tried) if len(plan.adjustments) == 5] == tilts[1:]
-
-
-def test_the_same_weights_under_another_name_are_no_other_plan() -> None:
-    """With a pattern nothing is shared out: curves and strengths change no weight."""
-    situation = make_patterned()
-    first = plan_by_rule(situation)
-    assert first is not None
-    kept = try_plan(situation, first, "accept")
-    at_target = dataclasses.replace(make_patterned(kept), accepted_plan=first)
-    plans = refine(at_target)
-    assert [plan.recipe.mask_label for plan in plans] == ["refit~sequential", "refit10", "refit~clipped"]
-    strength = first.model_copy(update={"recipe": STRONG.model_copy(update={"strength": 0.8})})
-    assert at_target.find_trial(strength) == kept
-    uniform = Plan(sparsity=0.45, recipe=Recipe(method="refit", allocation="uniform"))
-    even = make_situation(make_trial(1, "accept", 0.45, uniform.recipe))
-    orders = [even.orders.identify(plan) for plan in refine(even) if not plan.adjustments]
-    assert len(set(orders)) == len(orders), "a strength of an even allocation is none"
-
-
-def test_what_hangs_on_curves_that_nobody_measured_was_not_tried() -> None:
-    plan = Plan(sparsity=0.45, recipe=Recipe())
-    measured = dataclasses.replace(make_situation(), read_layers=lambda recipe: Curves(make_layers(), exact=True))
-    trial = try_plan(measured, plan, "rollback")
-    assert trial.order and make_situation().orders.identify(plan) == ""
-    assert make_situation(trial).find_trial(plan) is None
-    assert dataclasses.replace(make_situation(trial), read_layers=measured.read_layers).find_trial(plan) == trial
-
-
-@pytest.mark.parametrize(
-    ("kept", "proposed"),
-    [
-        (MASKS, STRONG),
-        (
-            Recipe(method="sparsegpt", statistics="sequential", strength=0.9),
-            Recipe(method="refit", statistics="sequential", strength=0.9, curves="mask"),
-        ),
-    ],
-)
-def test_whatever_was_kept_the_strongest_method_comes_first(kept: Recipe, proposed: Recipe) -> None:
-    plan = plan_by_rule(make_situation(make_trial(1, "accept", 0.45, kept)))
-    assert plan is not None
-    assert plan.recipe == proposed
-
-
 def test_a_refused_plan_is_not_proposed_again() -> None:
     refused = make_trial(1, "refuse", 0.3, MASKS)
     plan = plan_by_rule(make_situation(refused))
@@ -180,22 +55,6 @@ def test_calibration_is_the_geometric_mean_of_this_recipe_alone() -> None:
     assert calibration(situation, STRONG) == pytest.approx(2.0)
     assert calibration(situation, MASKS) == pytest.approx(9.0)
     assert calibration(situation, Recipe(method="wanda")) == 1.0
-
-
-def test_groups_cover_every_layer_once_and_rank_by_predicted_kl() -> None:
-    layers = make_layers()
-    groups = group_layers(layers)
-    assert sorted(layer.name for group in groups.values() for layer in group) == sorted(layer.name for layer in layers)
-    ranked = rank_groups(layers, dict.fromkeys((layer.name for layer in layers), 0.45))
-    assert sum(share for _, share in ranked) == pytest.approx(1)
-    assert [share for _, share in ranked] == sorted((share for _, share in ranked), reverse=True)
-    assert ranked[0][0].startswith("blocks 4-5")
-
-
-def make_patterned(*trials: Trial) -> Situation:
-    """The situation of a run with a pattern."""
-    layers = [layer.model_copy(update={"inputs": 20}) for layer in make_layers()]
-    return dataclasses.replace(make_situation(*trials), config=RunConfig(pattern="2:4"), layers=layers)
 
 
 def test_a_pattern_is_planned_in_one_step() -> None:

@@ -117,3 +117,11 @@ def test_facts_save_no_plan_and_must_be_finite() -> None:
     assert heed_facts(0.5, Retention(1.0, 0.01), "rollback", "bad") == ("rollback", "bad")
     assert heed_facts(0.5, None, "accept", "good") == ("rollback", "the probability of an answer is not finite")
     assert heed_facts(0.0, None, "accept", "good") == ("accept", "good")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop"), [(384, ""), (409, "409 of at most 600 tokens were evaluated, and another trial takes more")]
+)
+def test_the_run_ends_when_no_trial_fits(tokens: int, stop: str) -> None:
+    config = RunConfig(window=64, validation_windows=3, max_evaluated_tokens=600)
+    assert decide_stop(State(config=config, iteration=2, evaluated_tokens=tokens)) == stop

@@ -1,0 +1,128 @@
+"""What a trial teaches, in figures, and what a reflector's model may add."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from graph.planning.orders import group_kl
+from graph.planning.rule import MASKS
+from graph.reflecting.posterior import find_multipliers
+from graph.reflecting.rule import WORD, Evidence, combine_lessons, draw_lesson
+from graph.reflecting.schema import MOST, Lesson, Reflection
+from tests.evidence import EVEN, GROUP, IN_GROUP, LAYERS, learnt, make_evidence, tilt
+from tests.situations import make_trial
+from tools.plans.recipe import Recipe
+
+
+def test_a_climb_teaches_how_far_the_curves_are_off() -> None:
+    trial = make_trial(1, "accept", 0.3, Recipe())
+    lesson = draw_lesson("run", LAYERS, trial, EVEN, None, dict.fromkeys(EVEN, 0.0))
+    assert lesson is not None
+    assert (lesson.selector, lesson.factor, lesson.recipe, lesson.curves) == ("*", 2.0, "refit", "mask")
+    assert lesson.confidence == pytest.approx(1 / (1 + 0.1**2), abs=1e-4), "KL 0.1 ± 0.01"
+    assert "2.00 times the predicted" in lesson.text
+
+
+@pytest.mark.parametrize(("amount", "surprise", "above"), [(0.1, 0.05, True), (0.1, -0.05, False), (-0.1, 0.05, False)])
+def test_a_surprise_goes_to_the_group_that_moved_most(amount: float, surprise: float, above: bool) -> None:
+    before = make_trial(1, "accept", 0.45, Recipe())
+    after = tilt(amount)
+    scale = before.kl / group_kl(LAYERS, EVEN)  # type: ignore[operator]
+    expected = before.kl + scale * (group_kl(LAYERS, after) - group_kl(LAYERS, EVEN))  # type: ignore[operator]
+    trial = make_trial(2, "rollback", 0.45, Recipe()).model_copy(update={"kl": expected + surprise})
+    lesson = draw_lesson("run", LAYERS, trial, after, before, EVEN)
+    assert lesson is not None
+    assert lesson.selector == GROUP
+    assert (lesson.factor > 1) is above
+    assert 1 / MOST <= lesson.factor <= MOST
+    exact = trial.model_copy(update={"kl": expected})
+    unsurprised = draw_lesson("run", LAYERS, exact, after, before, EVEN)
+    assert unsurprised is not None
+    assert unsurprised.factor == pytest.approx(1, abs=1e-3)
+
+
+def test_a_surprise_inside_the_noise_teaches_nothing() -> None:
+    before, after = make_trial(1, "accept", 0.45, Recipe()), tilt(0.1)
+    for error, factor in ((1.0, 1.0), (1e-6, MOST)):
+        trial = make_trial(2, "rollback", 0.45, Recipe()).model_copy(update={"kl": 0.5, "change_error": error})
+        lesson = draw_lesson("run", LAYERS, trial, after, before, EVEN)
+        assert lesson is not None
+        assert lesson.factor == factor
+        assert ("within the noise" in lesson.text) is (factor == 1.0)
+        noise = error / (before.kl / group_kl(LAYERS, EVEN) * group_kl(IN_GROUP, after))  # type: ignore[operator]
+        assert lesson.confidence == pytest.approx(1 / (1 + noise**2), abs=1e-4)
+
+
+def test_a_change_of_method_is_about_the_whole_model() -> None:
+    before = make_trial(1, "accept", 0.45, MASKS)
+    lesson = draw_lesson("run", LAYERS, make_trial(2, "accept", 0.45, Recipe()), EVEN, before, EVEN)
+    assert lesson is not None
+    assert lesson.selector == "*"
+
+
+def test_nothing_is_learnt_from_a_loss_that_is_not_finite() -> None:
+    trial = make_trial(1, "rollback", 0.3, Recipe()).model_copy(update={"kl": None})
+    assert draw_lesson("run", LAYERS, trial, EVEN, None, EVEN) is None
+
+
+def combine(evidence: Evidence, *lessons: dict[str, Any]) -> list[Lesson]:
+    return combine_lessons(evidence, Reflection.model_validate({"lessons": lessons}))
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (learnt("*.v_proj", MOST * 1.01), "less than or equal to 2"),
+        (learnt("*.v_proj", 0.49), "greater than or equal to 0.5"),
+        (learnt("*.v_proj", confidence=1.1), "less than or equal to 1"),
+        (learnt("*.v_proj", evidence=""), "at least 1 character"),
+        (learnt("*.v_proj", protect=True), "Extra inputs are not permitted"),
+    ],
+)
+def test_an_answer_is_held_to_its_bounds(answer: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        Reflection.model_validate({"lessons": [answer]})
+
+
+def test_the_measured_lesson_stands_and_the_models_are_added_with_their_confidence() -> None:
+    measured, own, cheap = combine(
+        make_evidence(), learnt("blocks 0-5 · *v_proj", confidence=0.3), learnt("blocks 0-1", 0.8, confidence=0.9)
+    )
+    assert (measured.selector, measured.factor, measured.source) == (GROUP, MOST, "measured")
+    assert (own.selector, own.factor, own.confidence, own.source) == ("self_attn.v_proj", 1.5, 0.3, "reflector")
+    assert own.text == (
+        "The reflector finds self_attn.v_proj dearer: KL rose more than predicted. (count it 1.50 times)"
+    )
+    assert (cheap.factor, cheap.confidence) == (0.8, WORD), "a word is never as good as a measurement"
+    multipliers = find_multipliers([measured, own, cheap], LAYERS, Recipe())
+    assert multipliers[GROUP] > multipliers["self_attn.v_proj"] > 1 > multipliers["blocks 0-1"]
+
+
+def test_about_layers_that_were_measured_a_model_only_adds_words() -> None:
+    measured, own = combine(
+        make_evidence(), learnt("model.layers.[45].mlp.down_proj", 0.5), learnt("*.v_proj"), learnt("v_proj", 2.0)
+    )
+    assert (measured.factor, measured.confidence) == (MOST, make_evidence().measured.confidence)  # type: ignore[union-attr]
+    assert measured.text.endswith(" The reflector (cheaper): KL rose more than predicted.")
+    assert (own.selector, own.factor) == ("self_attn.v_proj", 1.5), "of two the first counts"
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        make_evidence(error=1.0),
+        make_evidence(measured=None, trial=make_trial(2, "rollback", 0.45, Recipe()).model_copy(update={"kl": None})),
+    ],
+    ids=["noise", "not finite"],
+)
+def test_without_a_surprise_a_model_only_adds_words(evidence: Evidence) -> None:
+    own = combine(evidence, learnt("*.v_proj", 2.0, 1.0))[-1]
+    assert (own.factor, own.confidence) == (1.0, 0.0)
+    assert own.text.endswith("(words only, as the trial held no surprise beyond the noise)")
+    assert find_multipliers([own], LAYERS, Recipe()) == {}
+
+
+def test_what_a_model_says_of_the_whole_is_words() -> None:
+    own = combine(make_evidence(), learnt("*", 2.0, 1.0))[-1]
+    assert (own.selector, own.factor, own.confidence) == ("*", 1.0, 0.0)
