@@ -138,7 +138,7 @@ def find_decision(run: str, iteration: int) -> Event:
 
 
 def compare(run: str, event: Event, directory: Path) -> tuple[str, str] | None:
-    """What to tell, as (type, text) of an event, when a plan, a trial or the result is compared with the record of `run`.
+    """What to tell, as (type, text) of an event, of a plan, a trial or the result beside the record of `run`.
 
     Of plans and trials only the first that differs is told; the log in `directory` says whether one was.
     """
@@ -153,7 +153,7 @@ def compare(run: str, event: Event, directory: Path) -> tuple[str, str] | None:
 
 
 def _compare_plan(run: str, event: Event) -> str:
-    """Where a plan comes to another work order than in the record; empty where it does not, or the record knows none."""
+    """How a plan comes to another work order than in the record; empty where it does not, or the record has none."""
     iteration, here = event["iteration"], event["order"]
     there = read_record(run).orders.get(iteration) or here
     return f"plan {iteration}: work order {_show_both(there, here)}" if there != here else ""
