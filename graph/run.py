@@ -28,8 +28,6 @@ from tools.models.hub import check_push
 from tools.texts.windows import check_texts
 
 SERVE_PORT = 8765
-TESTED_MODELS = 3
-"""The dense, the pruned and the uniform Wanda model are measured on the test text."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -142,20 +140,17 @@ def _given_path(options: argparse.Namespace) -> Path | None:
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Print what a run would need; it may be one for another machine, or for a planner whose key is not here."""
-    from tools.estimate.needs import estimate, print_estimate, read_devices  # imports torch
+    from graph.planning.foresee import foresee_course  # imports torch, as the others do
+    from tools.estimate.needs import estimate
+    from tools.estimate.room import read_devices
+    from tools.estimate.show import print_estimate
 
     if options.resume is not None:
         raise UserError("--dry-run is about a new run; leave --resume out")
     config = read_config(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
     check_texts(config)
-    found = estimate(
-        config,
-        target=config.target_sparsity,
-        rounds=config.max_iterations,
-        profiles=config.max_iterations if config.reprofile else 1,
-        tests=TESTED_MODELS,
-        devices=None if options.device_memory is None else read_devices(options.device_memory),
-    )
+    devices = None if options.device_memory is None else read_devices(options.device_memory)
+    found = estimate(config, foresee_course(config), target=config.target_sparsity, devices=devices)
     print_estimate(found, Console())
     return 0
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.end_to_end.conftest import Command
 from tools.base.options import CONFIGS, read_yaml
+from tools.estimate import timing
 from tools.models import load as sources
 from tools.workbench import bench as workbench
 
@@ -22,7 +23,7 @@ FILES = sorted(CONFIGS.glob("*.yaml"))
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse to load a model; there is no GPU."""
+    """Refuse to load a model; there is no GPU, and little is timed."""
 
     def refuse(*_arguments: Any, **_options: Any) -> Any:
         raise AssertionError("a model is being loaded")
@@ -30,17 +31,26 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "load_model", refuse)
     monkeypatch.setattr(workbench, "load_model", refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(timing, "BUDGET", 0.5)
 
 
 def test_a_model_of_this_machine(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
     outcome = command("--dry-run", "--model", str(tiny_llama), "--target-sparsity", "0.5", "--max-iterations", "4")
     assert (outcome.code, outcome.err) == (0, "")
-    assert "prunable: 14 layers, 15,360 weights; 7,680 zeros at the end" in outcome.out.splitlines()
-    assert (
-        "  validate; forward of 8 windows of 512 tokens of validation text, the output head twice; 4 ×" in outcome.out
-    )
-    assert "  test; forward of 8 windows of 512 tokens of test text; 3 ×" in outcome.out
-    assert "at the speed of one product here" in outcome.out.splitlines()[-1]
+    lines = outcome.out.splitlines()
+    assert "prunable: 14 layers, 15,360 weights; 7,680 zeros at the end" in lines
+    for step in (
+        "prune; 14 layers by two-sided; 1 ×",
+        "prune; 14 layers by refit; 1 ×",
+        "prune; 14 layers by refit~sequential, with two more forwards of the calibration text; 1 ×",
+        "prune; 14 layers by refit10; 1 ×",
+        "prune; 14 layers by wanda; 1 ×",
+        "validate; forward of 8 windows of 512 tokens of validation text, the output head twice; 4 ×",
+        "test; forward of 8 windows of 512 tokens of test text; 3 ×",
+    ):
+        (line,) = [line for line in lines if line.startswith(f"  {step}")]
+        assert line.endswith(" s"), "each step of one block was timed"
+    assert " s without loading the model, as one block took here on " in lines[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,9 +88,9 @@ def test_workers_of_another_machine(tmp_path: Path, command: Command) -> None:
     assert lines[0] == "this process, memory, in all phases but load"
     assert any(line.startswith("this process, prune: 17.0 GB on the GPU, ") for line in lines)
     assert "  dense weights; the prunable layers, each put there once; object store; 13.9 GB" in lines
-    assert any(line.startswith("each worker, prune: 21.4 GB on the GPU, ") for line in lines)
-    assert any(line.endswith("; 8 ×; 1.1 PFLOP; 0.138 of it by the busiest worker") for line in lines)
-    assert any(line.startswith("fits one GPU of 80.0 GB: 43.0 GB at most (") for line in lines)
+    assert any(line.startswith("each worker, prune: 19.9 GB on the GPU, ") for line in lines)
+    assert any(line.endswith("; 4 ×; 1.6 PFLOP; 0.138 of it by the busiest worker") for line in lines)
+    assert any(line.startswith("fits one GPU of 80.0 GB: 40.1 GB at most (") for line in lines)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

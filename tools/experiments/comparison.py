@@ -185,16 +185,14 @@ def _ask_tasks(
 
 def show_needs(settings: CompareSettings, console: Console) -> None:
     """`--dry-run`: the memory, disk and time that the rows would need. Raises UserError."""
-    from tools.estimate.needs import ASKED_FOR, estimate, print_estimate  # imports torch
+    from tools.estimate.needs import estimate  # imports torch, as the others do
+    from tools.estimate.show import print_estimate
+    from tools.estimate.work import Course
 
     jobs = list_jobs(settings.recipes, settings.sparsity)
     check_texts(settings)
     recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
-    found = estimate(settings, target=max(job.sparsity for job in jobs), rounds=len(recipes))
-    for work in found.work:
-        if work.name == ASKED_FOR:
-            work.times = len({recipe.mask_label for recipe in recipes if recipe.needs_curves})
-    print_estimate(found, console)
+    print_estimate(estimate(settings, Course(recipes), target=max(job.sparsity for job in jobs)), console)
     if searches := sum(job.kind == "search" for job in jobs):
         print_line(
             console,

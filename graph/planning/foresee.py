@@ -1,0 +1,43 @@
+"""What a run will most likely do, before there is a model: for what it will need."""
+
+from typing import Any
+
+from graph.config import RunConfig
+from graph.planning.refinements import FINE_STEPS, STRONG
+from graph.planning.rule import MASKS
+from tools.estimate.work import Course
+from tools.measure.continuations import CONTINUED, PROMPTS
+from tools.plans.recipe import Recipe
+
+TESTED_MODELS = 3
+"""On the test text, at the end of a run: dense, uniform Wanda, and what the run has made."""
+
+
+def foresee_course(config: RunConfig) -> Course:
+    """All rounds as the rule plans them, and the end of the run: a chat planner's rounds are told likewise."""
+    return Course(
+        rounds=foresee_recipes(config),
+        baselines=[Recipe(method="wanda", refit=False, allocation="uniform", pattern=config.pattern)],
+        profiles=config.max_iterations if config.reprofile else 1,
+        tests=TESTED_MODELS,
+        prompts=len(PROMPTS),
+        words=2 * CONTINUED,
+    )
+
+
+def foresee_recipes(config: RunConfig) -> list[Recipe]:
+    """The recipe of every round where the rule's first ones are kept: then it pulls one lever after another.
+
+    Rounds beyond the levers that change what is done inside layers prune by the strong recipe.
+    """
+    strong = STRONG.model_copy(update={"pattern": config.pattern})
+    levers: list[dict[str, Any]] = [
+        *({"calibration": text} for text in list(config.mixes)[:1]),
+        {"statistics": "sequential"},
+        {"refit_steps": FINE_STEPS},
+        {"gamma": "clipped"},
+        {"curves": "method"},
+    ]
+    first = [strong] if config.pattern else [MASKS, strong]
+    course = [*first, *(strong.model_copy(update=lever) for lever in levers)]
+    return [*course, *[strong] * config.max_iterations][: config.max_iterations]

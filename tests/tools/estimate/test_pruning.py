@@ -1,0 +1,106 @@
+"""What a small layer holds says what a large one holds; a few rows say how long all of them take."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tools.estimate import pruning as module
+from tools.estimate.pruning import (
+    count_flops,
+    count_layer,
+    make_statistics,
+    make_weight,
+    time_preparation,
+    time_rows,
+)
+from tools.plans.methods import METHODS
+from tools.plans.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("form", [(256, 256), (512, 128), (128, 512)])
+def test_pruning_a_layer_holds_what_was_counted(form: tuple[int, int]) -> None:
+    said = count_layer([form, (16, 16)], torch.float32)
+    weight_OI, statistics = make_weight(form, torch.float32), make_statistics(form[1])
+    recipes = [Recipe(method=name, refit=refit) for name in METHODS for refit in (False, True)]
+    pruned = {recipe.mask_label: module._meter_pruning(recipe, weight_OI, statistics).peak for recipe in recipes}
+    levels = {recipe.mask_label: module._meter_levels(recipe, weight_OI, statistics).peak for recipe in recipes}
+    assert max(pruned.values()) == pytest.approx(said.pruned, rel=0.05)
+    assert max(levels.values()) == pytest.approx(said.levels, rel=0.05)
+    assert module._meter_curve(weight_OI, statistics).peak == pytest.approx(said.curve, rel=0.05)
+
+
+def test_the_worst_of_the_forms_counts() -> None:
+    wide, tall = count_layer([(64, 128)], torch.float32), count_layer([(192, 64)], torch.float32)
+    both = count_layer([(64, 128), (192, 64), (16, 16)], torch.float32)
+    assert both == tuple(max(pair) for pair in zip(wide, tall, strict=True))
+
+
+def test_products_grow_with_outputs_and_the_square_of_inputs() -> None:
+    product = 2 * 128 * 128**2
+    assert 13 < count_flops(Recipe(), (128, 128)) / product < 20  # 13 products, and what prepares them
+    for recipe, part in ((Recipe(), 0.15), (Recipe(refit_steps=10), 0.15), (Recipe(method="sparsegpt"), 0.3)):
+        weight_OI, statistics = make_weight((384, 256), torch.float32), make_statistics(256)
+        real = module._meter_pruning(recipe, weight_OI, statistics).flops
+        assert count_flops(recipe, (384, 256)) == pytest.approx(real, rel=part)
+    assert count_flops(Recipe(method="wanda", refit=False), (128, 128)) == 0
+    assert count_flops(Recipe(pattern="2:4"), (500, 300)) > 0
+    assert count_flops(Recipe(), (128, 128), levels=True) > count_flops(Recipe(), (128, 128))
+
+
+# --- seconds ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Nothing is pruned; a layer takes half a second, and a hundredth more for each of its rows, which are noted."""
+    seen: list[int] = []
+
+    def take(_device: torch.device, call: Callable[[], Any]) -> float:
+        call()
+        return 0.5 + seen[-1] / 100
+
+    def prune(_recipe: Recipe, weight_OI: torch.Tensor, _statistics: Any) -> None:
+        seen.append(len(weight_OI))
+
+    monkeypatch.setattr(module, "time_call", take)
+    monkeypatch.setattr(module, "_prune", prune)
+    monkeypatch.setattr(module, "_cut", prune)
+    return seen
+
+
+@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize(("allowance", "run"), [(100.0, [64, 1000]), (1.0, [64, 32])])
+def test_all_rows_are_pruned_where_there_is_time(
+    rows: list[int], levels: bool, allowance: float, run: list[int]
+) -> None:
+    seconds = time_rows(Recipe(), (1000, 16), make_statistics(16), torch.float32, allowance, levels=levels)
+    assert (seconds, rows) == (pytest.approx(10.5), run)
+
+
+def test_a_layer_of_few_rows_is_pruned_whole(rows: list[int]) -> None:
+    assert time_rows(Recipe(), (8, 16), make_statistics(16), torch.float32, 1.0, levels=False) == pytest.approx(0.58)
+    assert rows == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seconds"),
+    [
+        (Recipe(method="wanda", refit=False), 0.0),
+        (Recipe(method="refit"), 1.0),
+        (Recipe(method="sparsegpt", refit=False), 8.0),  # twice as wide as what is factored
+        (Recipe(method="sparsegpt", refit=True), 9.0),
+    ],
+)
+def test_what_layers_share_is_prepared_once(
+    recipe: Recipe, seconds: float, a_second_each: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FACTORED", 32)
+    statistics = make_statistics(64)
+    assert time_preparation(recipe, statistics) == seconds
+    took = len(a_second_each)
+    module._prune(recipe, make_weight((16, 64), torch.float32), statistics)
+    assert len(a_second_each) == took

@@ -1,0 +1,144 @@
+"""What is shown: every line of the arithmetic, then the peaks, whether there is room, and the time."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.tiny import make_tiny_config, tiny_settings
+from tests.tools.estimate.helpers import DENSE, LLAMA_70B, MODEL, QWEN3_8B, write_config
+from tests.tools.estimate.test_needs import COURSE, find, find_large
+from tools.estimate import show as module
+from tools.estimate.needs import Estimate, estimate
+from tools.estimate.room import Devices
+from tools.estimate.show import print_estimate, summarise
+
+
+def show(found: Estimate, **options: Any) -> str:
+    console = Console(file=io.StringIO(), **options)
+    print_estimate(found, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None, untimed: None) -> None:
+    found = find(tiny_llama, dtype="bf16", device="cuda")
+    lines = show(found, width=20).splitlines()
+    assert lines[0] == "memory, in all phases but load"
+    assert lines[1] == "  the model; all parameters, each once; GPU; 51.5 kB"
+    assert "  dense copy of the prunable layers; each is pruned from it; CPU; 30.7 kB" in lines
+    pruned = next(phase for phase in found.phases if phase.name == "prune")
+    gpu = module._size(pruned.device_bytes)
+    assert any(re.fullmatch(rf"prune: {gpu} on the GPU, [\d.]+ [MG]B in CPU memory", line) for line in lines)
+    layer = module._size(pruned.device[1].bytes)
+    counted = "counted in a run of it on a smaller layer of the same form"
+    assert f"  one layer being pruned; {counted}; GPU; {layer}" in lines
+    assert "  its second moment; 48 inputs × 48 inputs × 4 bytes; GPU; 9.2 kB" in lines
+    assert f"disk: {(67_584 + 16_384 + 3 * DENSE // 2 + MODEL // 2) / 1e3:.1f} kB" in lines
+    assert "  second moments; 4 bytes × inputs², over 14 layers; 67.6 kB" in lines
+    assert "  prune; 14 layers by two-sided; 1 ×" in lines
+    assert any(re.fullmatch(r"  prune; 14 layers by refit; 1 ×; [\d.]+ MFLOP", line) for line in lines)
+    most = max(phase.device_bytes for phase in found.phases)
+    assert lines[-8:-1] == [
+        "",
+        f"{tiny_llama}, bf16 on cuda: 25,760 parameters, 2 blocks",
+        "prunable: 14 layers, 15,360 weights; 6,912 zeros at the end",
+        f"peak memory of the GPU: {module._size(most)} ({found.needed[1]})",
+        lines[-4],
+        "whether that fits: torch sees no GPU here; say what there is with --device-memory, such as 80 or 8x80",
+        "disk: 227.6 kB",
+    ]
+    assert re.fullmatch(r"peak memory of the CPU: [\d.]+ [MG]B \(load\)", lines[-4])
+    total = module._flops(sum(work.times * work.flops for work in found.work))
+    assert lines[-1] == f"work: about {total}; no time can be predicted, as this test has no time"
+
+
+def test_a_table_on_a_terminal(tiny_llama: Path) -> None:
+    found = find(tiny_llama)
+    text = show(found, force_terminal=True, width=150, color_system=None)
+    for phase in found.phases:
+        for line in [*phase.device, *phase.host]:
+            assert line.what in text
+    assert max(map(len, text.splitlines()[:-5])) <= 150
+    assert re.search(r"peak memory: [\d.]+ [MG]B \(", text)
+    assert re.search(
+        r"work: about [\d.]+ .FLOP, [\d.]+ s without loading the model, as one block took here on 64 tokens", text
+    )
+
+
+def test_fused_experts_are_named(tmp_path: Path, untimed: None) -> None:
+    found = find(write_config(tmp_path / "moe", make_tiny_config("qwen3_moe").to_dict()))
+    assert f"stay dense: {len(found.dense)} weights such as {found.dense[0]}, no plain linear layers" in summarise(
+        found
+    )
+
+
+def test_the_memory_of_this_machine(tiny_llama: Path, untimed: None) -> None:
+    found = find(tiny_llama)
+    assert found.devices is not None and found.devices.bytes > 1e9
+    most = max(found.phases, key=lambda phase: phase.bytes)
+    (line,) = [line for line in summarise(found) if line.startswith("fits ")]
+    needs = module._size(most.bytes)
+    assert line == f"fits this memory of {module._size(found.devices.bytes)}: {needs} at most ({most.name})"
+    small = found.model_copy(update={"devices": Devices(count=1, bytes=1000)})
+    (line,) = [line for line in summarise(small) if line.startswith("does not fit ")]
+    assert line.endswith("; fewer or shorter windows need less")
+
+
+def test_a_gpu_that_is_a_little_too_small(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+    lines = summarise(find_large(write_config(tmp_path / "qwen3-8b", QWEN3_8B), "24"))
+    (line,) = [line for line in lines if line.startswith("does not fit ")]
+    assert re.match(r"does not fit one GPU of 24\.0 GB: 2[89]\.\d GB \(", line)
+    assert line.endswith(
+        "), 16.4 GB of it the model; fewer or shorter windows need less; --device spread lays its blocks over several "
+        "GPUs, at least 2 of these"
+    )
+
+
+def test_eight_workers_on_eight_gpus(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+    directory = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
+    lines = summarise(find_large(directory, "8x80", workers="8"))
+    asked = r"\(KL curves of a method, where a plan asks for them"
+    text = "\n".join(lines)
+    assert re.search(rf"^each of 8 workers: peak memory of the GPU: 2\d\.\d GB {asked}\)$", text, re.MULTILINE)
+    assert re.search(r"^each of 8 workers: peak memory of the CPU: 1", text, re.MULTILINE)
+    assert "peak of Ray's object store: 40.1 GB (prune block by block, where a plan asks for it)" in lines
+    beside = "with this process and a worker on the first"
+    assert re.search(rf"^fits one GPU of 80\.0 GB: 4\d\.\d GB at most {asked}, {beside}\)$", text, re.MULTILINE)
+    assert lines[-1].startswith("work: about ") and "by the busiest worker; no time can be" in lines[-1]
+    few = summarise(find_large(directory, "4x80", workers="8"))
+    assert any(line.startswith("8 workers need as many GPUs, but there are 4; fits one GPU") for line in few)
+
+
+def test_a_model_over_eight_gpus(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+    directory = write_config(tmp_path / "70b", LLAMA_70B)
+    spread = find_large(directory, "8x80", device="spread")
+    assert (spread.parameters, spread.blocks, spread.layers) == (70_553_706_496, 80, 560)
+    text = show(spread, width=80)
+    assert text.startswith("the model over 8 GPUs\n  GPU 0; 9 blocks, model.embed_tokens; 17.5 GB\n")
+    assert "\nload: 18.8 GB on one GPU, " in text
+    assert re.search(r"\nfits each of 8 GPUs of 80\.0 GB: [56]\d\.\d GB at most \(KL curves of a method", text)
+    alone = "\n".join(summarise(find_large(directory, "80")))
+    assert re.search(r"does not fit one GPU of 80\.0 GB: 1[89]\d\.\d GB \(", alone)
+    assert "141.1 GB of it the model; --device spread lays its blocks over several GPUs, at least " in alone
+    two = "\n".join(summarise(find_large(directory, "2x80", device="spread")))
+    assert re.search(r"does not fit each of 2 GPUs of 80\.0 GB: 1[01]\d\.\d GB \(", two)
+    assert "; fewer or shorter windows need less, or more GPUs hold less each" in two
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.1e9, "2.1 GB"), (3e12, "3000.0 GB")]
+)
+def test_sizes(count: float, text: str) -> None:
+    assert module._size(count) == text
+
+
+def test_a_run_that_asks_for_much_work_is_told_in_its_unit(tiny_llama: Path, untimed: None) -> None:
+    settings = tiny_settings(tiny_llama, workers="2")
+    line = summarise(estimate(settings, COURSE, target=0.5))[-1]
+    assert re.fullmatch(
+        r"work: about [\d.]+ MFLOP, [\d.]+ MFLOP of it by the busiest worker; no time can be predicted, as .*", line
+    )

@@ -1,0 +1,385 @@
+"""What is held in memory in each phase of a run: sums of lines, each a product over shapes and sizes, or counted.
+
+What a forward, a backward, the output head and a method of pruning hold was counted while they ran
+(`tools.estimate.block`, `tools.estimate.pruning`). The lines are bounds: no two layers are taken to share their input,
+though q, k and v do. On a GPU only tensors are counted, not what CUDA itself takes.
+"""
+
+import math
+import resource
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, Field
+
+from tools.base.settings import WorkbenchSettings
+from tools.estimate.block import Counts
+from tools.estimate.pruning import Held
+from tools.measure.losses import PREFIX_SHARE
+from tools.models.disk import Line
+from tools.models.layers import Layer, find_blocks
+from tools.models.readout import CHUNK
+from tools.plans.layer_profile import LEVELS
+from tools.statistics.shards import count_held, cut_shards, list_nodes, share_out
+
+ASKED_FOR = "KL curves of a method, where a plan asks for them"
+"""A phase that not every run has."""
+
+IN_ORDER = "prune block by block, where a plan asks for it"
+"""Another one."""
+
+
+class Phase(BaseModel):
+    """What is held at once in one phase of a run, at most."""
+
+    name: str
+    device: list[Line] = Field(description="On the device that the model runs on.")
+    host: list[Line] = Field(description="In CPU memory; where the device is the CPU, beside the lines of the device.")
+    store: list[Line] = Field([], description="In Ray's object store, in the memory of the machine with workers.")
+
+    @property
+    def device_bytes(self) -> int:
+        """Sum of the lines of the device."""
+        return sum(line.bytes for line in self.device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Sum of the lines of the CPU."""
+        return sum(line.bytes for line in self.host)
+
+    @property
+    def store_bytes(self) -> int:
+        """Sum of the lines of the object store."""
+        return sum(line.bytes for line in self.store)
+
+    @property
+    def bytes(self) -> int:
+        """Those of device and CPU together, as on a machine whose device is the CPU."""
+        return self.device_bytes + self.host_bytes
+
+
+# --- shapes and shares ---------------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """The figures that all formulas are made of."""
+
+    weights: int
+    """Bytes of the whole model."""
+    prunable: int
+    """Bytes of the prunable layers."""
+    item: int
+    """Bytes of one number of the model."""
+    blocks: int
+    hidden: int
+    """Width of what blocks pass on."""
+    vocabulary: int
+    flow: int
+    """Numbers a token that the layers of one block read and write, at most."""
+    widest: int
+    """Inputs of the layer that has most."""
+    flow_layer: int
+    """Numbers a token that one layer reads and writes, at most."""
+    moments: int
+    """Bytes of the second moments of one block, at most."""
+    members: int
+    """Weights of the layers of one block, at most."""
+    packed: int
+    """Bytes of the prunable layers with their masks, as they travel when they were pruned."""
+
+
+def measure_shape(model: Any, layers: Sequence[Layer]) -> Shape:
+    """The shape of a model, which may be on the meta device."""
+    flows: dict[int, int] = {}
+    moments: dict[int, int] = {}
+    members: dict[int, int] = {}
+    for layer in layers:
+        outputs, inputs = layer.weight_OI.shape
+        members[layer.block] = members.get(layer.block, 0) + outputs * inputs
+        flows[layer.block] = flows.get(layer.block, 0) + outputs + inputs
+        moments[layer.block] = moments.get(layer.block, 0) + 4 * inputs**2
+    head = model.get_output_embeddings().weight
+    return Shape(
+        weights=sum(parameter.nbytes for parameter in model.parameters()),
+        prunable=sum(layer.weight_OI.nbytes for layer in layers),
+        item=head.itemsize,
+        blocks=len(find_blocks(model)),
+        hidden=model.config.get_text_config().hidden_size,
+        vocabulary=head.shape[0],
+        flow=max(flows.values()),
+        widest=max(layer.weight_OI.shape[1] for layer in layers),
+        flow_layer=max(sum(layer.weight_OI.shape) for layer in layers),
+        moments=max(moments.values()),
+        members=max(members.values()),
+        packed=sum(layer.weight_OI.nbytes + layer.weight_OI.numel() // 8 for layer in layers),
+    )
+
+
+def _multiply(what: str, *factors: tuple[float, str]) -> Line:
+    """A line that is one product: its factors are (number, what is counted), the last one in bytes."""
+    how = " × ".join(f"{number:,} {name}".rstrip() for number, name in factors)
+    return Line(what=what, how=how, bytes=round(math.prod(number for number, _ in factors)))
+
+
+class Part(NamedTuple):
+    """How much of the texts one process works on, at most."""
+
+    calibration: int
+    """Windows; of the others as well."""
+    gradient: int
+    validation: int
+    sums: int
+    """Sums over shards that are held at once."""
+    nodes: int
+    """Sums over shards that are handed over."""
+    passed: int
+    """Blocks of which what flowed back is held."""
+    workers: int
+    """How many there are; 0 for the one process that does it all."""
+
+
+def cut_parts(settings: WorkbenchSettings, workers: int) -> list[Part]:
+    """What each worker does of the calibration text, beside the busiest one's share of the validation text; all of it
+    without any workers."""
+    shards, count = cut_shards(settings.calibration_windows), max(workers, 1)
+    validation = max(end - first for first, end in share_out(settings.validation_windows, count))
+    parts = []
+    for span in share_out(len(shards), count):
+        windows = [window for shard in range(*span) for window in shards[shard]]
+        nodes = list(list_nodes((0, len(shards)), span))
+        parts.append(
+            Part(
+                calibration=len(windows),
+                gradient=sum(window < settings.gradient_windows for window in windows),
+                validation=validation,
+                sums=count_held((0, len(shards)), span),
+                nodes=len(nodes),
+                passed=2 if workers else 1,
+                workers=workers,
+            )
+        )
+    return parts
+
+
+def find_busiest(parts: Sequence[Part]) -> Part:
+    return Part(*(max(numbers) for numbers in zip(*parts, strict=True)))
+
+
+# --- phases --------------------------------------------------------------------------------------------------------
+
+
+class Facts(NamedTuple):
+    """What is known of the model, of the code that runs on it, and of this machine."""
+
+    shape: Shape
+    counts: Counts
+    held: Held
+    process: int
+    """Bytes of a process that has imported what a run imports."""
+    reading: int
+    """Bytes that reading the model's file takes beside the model."""
+    device: str
+    """cpu or cuda."""
+
+
+def list_phases(facts: Facts, settings: WorkbenchSettings, part: Part, weights: int) -> list[Phase]:
+    """What each phase holds in a process that works on `part`, with its arithmetic.
+
+    `weights` is what one device holds of the model, bytes.
+    """
+    shape, counts, held = facts.shape, facts.counts, facts.held
+    state = (settings.window, "tokens"), (shape.hidden, "wide"), (shape.item, "bytes")
+    flow = (settings.window, "tokens"), (shape.flow, "numbers into and out of layers"), (shape.item, "bytes")
+    kept = _count_kept(shape, settings.validation_windows * settings.window * shape.hidden * shape.item)
+
+    def states(what: str, *factors: tuple[float, str]) -> Line:
+        return _multiply(what, *factors, *state)
+
+    def counted(what: str, size: int, on: str = "one window") -> Line:
+        return Line(what=what, how=f"counted in a run of it on {on}", bytes=size)
+
+    def pruned(what: str, size: int) -> list[Line]:
+        moment = _multiply("its second moment", (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes"))
+        return [counted(what, size, "a smaller layer of the same form"), moment]
+
+    model = _describe_model(shape, weights)
+    dense = Line(what="dense copy of the prunable layers", how="each is pruned from it", bytes=shape.prunable)
+    program = _describe_program(facts)
+    always = [
+        program,
+        *([] if part.workers else [dense]),
+        states("inputs of every few blocks, validation text", (kept, "blocks"), (part.validation, "windows")),
+    ]
+    chunk = f"{CHUNK} tokens, {shape.vocabulary:,} words"
+    forward = counted("forward of one block", counts.forward_bytes)
+    evaluation = [
+        model,
+        forward,
+        states("inputs of every few blocks, one window", (kept, "blocks")),
+        counted("logits of a chunk, beside the dense model's", counts.loss_bytes, chunk),
+    ]
+    passed = ((part.passed, "blocks"),) if part.passed > 1 else ()
+    backward = [
+        model,
+        counted("graph and backward of one block", counts.graph_bytes),
+        counted("logits of a chunk, with their gradients", counts.readout_bytes, chunk),
+        _multiply("inputs and output gradients of one block's layers", *passed, (part.gradient, "windows"), *flow),
+    ]
+    if shape.item < 4:
+        tokens = (part.gradient, "windows"), (settings.window, "tokens")
+        backward.append(_multiply("those of one layer in fp32", *tokens, (shape.flow_layer, "numbers"), (4, "bytes")))
+    walk = [*always, states("inputs of one block", (part.gradient, "windows"))]
+    statistics = [model, forward, _count_moments(shape, part.sums, "sums over shards in the making")]
+    if shape.item < 4:
+        tokens = (settings.window, "tokens"), (shape.widest, "inputs of the widest layer")
+        statistics.append(_multiply("inputs of one layer in fp32", *tokens, (4, "bytes")))
+    walked = states("inputs and outputs of one block", (2, "sets"), (part.calibration, "windows"))
+    layer = pruned("one layer being pruned", held.pruned)
+    moved = _move_model(facts)
+    straight = settings.device == "spread"  # accelerate puts each weight where it belongs
+    handed = facts.device != "cpu" and part.workers
+    answer = [_count_moments(shape, part.nodes, "sums handed over")] if handed else []
+    reference = [states("dense hidden states as received", (settings.validation_windows, "windows"))]
+    job = _list_job(shape) if part.workers else []
+    return [
+        Phase(name="load", device=[model], host=[program, *_read_file(facts), *([] if straight else moved)]),
+        Phase(
+            name="validate the dense model",
+            device=evaluation,
+            host=[*always, states("hidden states", (2, "copies"), (part.validation, "windows"))],
+        ),
+        Phase(name="profile, statistics", device=statistics, host=[*always, walked, *answer]),
+        Phase(
+            name="profile, gradients",
+            device=[
+                *backward,
+                counted("levels of one layer's KL curve", held.curve, "a smaller layer of the same form"),
+            ],
+            host=[*walk, states("gradients passed on", (2, "losses"), (part.gradient, "windows"))],
+        ),
+        Phase(
+            name=ASKED_FOR,
+            device=[*backward, *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels)],
+            host=[
+                *walk,
+                states("gradients passed on", (part.gradient, "windows")),
+                *([*job, _count_levels(shape)] if part.workers else []),
+            ],
+        ),
+        Phase(name="prune", device=[model, *layer], host=[*always, *job]),
+        Phase(
+            name=IN_ORDER,
+            device=[model, *([] if part.workers else [_count_moments(shape, 1)]), *layer],
+            host=[*always, walked, *answer, *job],
+        ),
+        Phase(
+            name="validate",
+            device=evaluation,
+            host=[
+                *always,
+                *([_count_changed(shape, "changed layers as received"), *reference] if part.workers else []),
+                states("hidden states", (2 if part.workers else 3, "copies"), (part.validation, "windows")),
+            ],
+        ),
+        Phase(name="export", device=[model], host=[*always, *([] if part.workers else moved)]),
+    ]
+
+
+def list_phases_beside(facts: Facts, settings: WorkbenchSettings, parts: Sequence[Part]) -> list[Phase]:
+    """What each phase holds in the process that workers with these `parts` work for, and in their object store."""
+    shape, workers, nodes = facts.shape, parts[0].workers, sum(part.nodes for part in parts)
+    model, program, moved = _describe_model(shape, shape.weights), _describe_program(facts), _move_model(facts)
+    always = [
+        program,
+        Line(what="dense copy of the prunable layers", how="each is pruned from it", bytes=shape.prunable),
+    ]
+
+    def hidden(what: str, count: int) -> Line:
+        states = (settings.validation_windows, "windows"), (settings.window, "tokens")
+        copies = ((count, "copies"),) if count > 1 else ()
+        return _multiply(what, *copies, *states, (shape.hidden, "wide"), (shape.item, "bytes"))
+
+    matrix = (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes")
+    given = [
+        Line(what="dense weights", how="the prunable layers, each put there once", bytes=shape.prunable),
+        _multiply("second moments of layers to prune", (2 * workers, "layers"), *matrix),
+    ]
+    moment = _multiply("second moment of one layer", *matrix)
+    levels, sums = _count_levels(shape), _count_moments(shape, nodes, "sums of all workers")
+    two = _count_moments(shape, 2 * nodes, "sums of all workers for two blocks")
+    results = _multiply("pruned layers of one block", (shape.members, "weights"), (shape.item + 1 / 8, "bytes"))
+    return [
+        Phase(name="load", device=[model], host=[program, *_read_file(facts), *moved]),
+        Phase(
+            name="validate the dense model",
+            device=[model],
+            host=[*always, hidden("hidden states", 2)],
+            store=[hidden("hidden states", 1)],
+        ),
+        Phase(name="profile, statistics", device=[model], host=[*always, sums], store=[two]),
+        Phase(name="profile, gradients", device=[model], host=always),
+        Phase(name=ASKED_FOR, device=[model, moment], host=always, store=[*given, levels]),
+        Phase(name="prune", device=[model, moment], host=always, store=[*given, results]),
+        Phase(name=IN_ORDER, device=[model, moment], host=[*always, sums], store=[*given, results, two]),
+        Phase(
+            name="validate",
+            device=[model],
+            host=[*always, hidden("hidden states", 1)],
+            store=[given[0], _count_changed(shape, "pruned layers"), hidden("hidden states", 1)],
+        ),
+        Phase(name="export", device=[model], host=[*always, *moved], store=[given[0]]),
+    ]
+
+
+def _describe_program(facts: Facts) -> Line:
+    return Line(what="Python, torch and transformers", how="measured in this process", bytes=facts.process)
+
+
+def _read_file(facts: Facts) -> list[Line]:
+    """Nothing where the file is mapped and its weights are used as they are."""
+    line = Line(what="its file as it is read", how="mapped, and converted in part", bytes=facts.reading)
+    return [line] if facts.reading else []
+
+
+def _move_model(facts: Facts) -> list[Line]:
+    """Weights pass through CPU memory on their way to a GPU, and back."""
+    line = Line(what="the model on its way", how="all parameters", bytes=facts.shape.weights)
+    return [] if facts.device == "cpu" else [line]
+
+
+def _describe_model(shape: Shape, weights: int) -> Line:
+    if weights == shape.weights:
+        return Line(what="the model", how="all parameters, each once", bytes=weights)
+    return Line(what="the model's part on one GPU", how="the largest of these parts", bytes=weights)
+
+
+def _count_moments(shape: Shape, count: int, what: str = "") -> Line:
+    how = f"{f'{count} {what}' if count > 1 else 'one sum'} × 4 bytes × inputs², over its layers"
+    return Line(what="second moments of one block", how=how, bytes=count * shape.moments)
+
+
+def _count_levels(shape: Shape) -> Line:
+    what = f"one block's layers at {len(LEVELS)} levels"
+    return _multiply(what, (len(LEVELS), "levels"), (shape.members, "weights of its layers"), (4, "bytes"))
+
+
+def _count_changed(shape: Shape, what: str) -> Line:
+    return Line(what=what, how="all prunable layers, with a bit for each weight's mask", bytes=shape.packed)
+
+
+def _list_job(shape: Shape) -> list[Line]:
+    """What a worker holds of the layers that it prunes, which are those of one block at most."""
+    matrix = (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes")
+    weights = (2, "copies"), (shape.members, "weights of one block"), (shape.item, "bytes")
+    return [_multiply("layers as received and as pruned", *weights), _multiply("second moment as received", *matrix)]
+
+
+def _count_kept(shape: Shape, size: int) -> int:
+    """Of how many blocks the validation text's inputs are kept, at `size` bytes each (`PrefixCache`)."""
+    step = math.ceil(shape.blocks * size / max(int(PREFIX_SHARE * shape.weights), 1))
+    return len(range(step, shape.blocks, step))
+
+
+def measure_process() -> int:
+    """Bytes of this process as it is: measured before anything is run in it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

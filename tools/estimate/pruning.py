@@ -1,0 +1,214 @@
+"""What pruning a layer holds, multiplies out and takes, from runs of `kernels.methods` themselves.
+
+Bytes and operations are counted on a smaller layer of the same form: all that is held at once are copies of the weight
+and of the second moment, which grow with the area, and what is multiplied are the weight and the second moment. Seconds
+are those of a few rows on the device, where all of them would take too long: rows are pruned independently of one
+another, beside a part that all of them share.
+
+Shape suffixes: O output features, I input features.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.methods import LayerStatistics, prune_levels, prune_weight
+from kernels.obs import InverseFactor
+from kernels.scores import score_two_sided
+from kernels.statistics import level_of_each_weight, nested_parts
+from tools.estimate.clock import fit, time_call
+from tools.estimate.meter import Meter
+from tools.plans.layer_profile import LEVELS
+from tools.plans.methods import METHODS
+from tools.plans.recipe import Recipe, count_pattern_zeros
+
+SMALL = 128
+"""Outputs or inputs, whichever are more, of the layer that is counted."""
+
+ROWS = 64
+"""Rows that are pruned first, to see how long all of them would take."""
+
+FACTORED = 2048
+"""Inputs of the widest layer whose second moment is really factored; a wider one takes longer by the cube of it."""
+
+SHARE = 0.45
+"""Of the weights go: what is counted and timed hardly depends on it."""
+
+Form = tuple[int, int]
+"""(outputs, inputs) of a layer."""
+
+
+class Held(NamedTuple):
+    """Most bytes that are held at once while one layer, the worst of a model, goes through something."""
+
+    pruned: int
+    """Pruned by whatever method holds most."""
+    levels: int
+    """Pruned to all of LEVELS."""
+    curve: int
+    """Cut by the two-sided mask to all of LEVELS."""
+
+
+def count_layer(forms: Iterable[Form], dtype: torch.dtype) -> Held:
+    """Over the largest layer and the widest, beside the second moment and the weight that is in the model."""
+    forms = set(forms)
+    worst = {max(forms, key=lambda form: form[0] * form[1]), max(forms, key=lambda form: (form[1], form[0]))}
+    counts = [_count_form(form, dtype) for form in worst]
+    return Held(*(max(numbers) for numbers in zip(*counts, strict=True)))
+
+
+def _count_form(form: Form, dtype: torch.dtype) -> Held:
+    small = _shrink(form, 1)
+    growth = form[0] * form[1] / (small[0] * small[1])
+    recipes = [Recipe(method=name, refit=True) for name in METHODS]  # without a refit after it none holds more
+    weight_OI, statistics = make_weight(small, dtype), make_statistics(small[1])
+    pruned, levels = 0, 0
+    for recipe in recipes:
+        pruned = max(pruned, _meter_pruning(recipe, weight_OI, statistics).peak)
+        levels = max(levels, _meter_levels(recipe, weight_OI, statistics).peak)
+    curve = _meter_curve(weight_OI, statistics).peak
+    return Held(*(round(growth * peak) for peak in (pruned, levels, curve)))
+
+
+def _shrink(form: Form, multiple: int) -> Form:
+    """A layer of the same form, no side of it longer than SMALL; its inputs are a multiple of 16 and of `multiple`."""
+    ratio = max(max(form) / SMALL, 1.0)
+    step = 16 * multiple
+    return max(16, round(form[0] / ratio)), max(step, round(form[1] / ratio / step) * step) if ratio > 1 else form[1]
+
+
+def make_weight(form: Form, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Random weights (O, I), the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(*form, generator=generator).mul_(form[1] ** -0.5)
+    return weight_OI.to(device, dtype)
+
+
+def make_statistics(inputs: int, device: torch.device | str = "cpu") -> LayerStatistics:
+    """Those of correlated inputs, some much louder than others, as in real models; gammas are for any outputs."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = min(2 * inputs, 256)
+    x_TI = torch.randn(tokens, inputs, generator=generator).to(device)
+    x_TI += torch.randn(tokens, 4, generator=generator).to(device) @ torch.randn(4, inputs, generator=generator).to(
+        device
+    )
+    x_TI *= torch.rand(inputs, generator=generator).to(device) + 0.1
+    moment_II = x_TI.T @ x_TI / tokens
+    return LayerStatistics(moment_II.diagonal().clone(), torch.ones(0, device=device), moment_II)
+
+
+def _for_rows(statistics: LayerStatistics, weight_OI: Tensor) -> LayerStatistics:
+    generator = torch.Generator().manual_seed(2)
+    gamma_O = torch.rand(len(weight_OI), generator=generator) + 0.1
+    return statistics.for_outputs(gamma_O.to(weight_OI.device))
+
+
+def _count_zeros(recipe: Recipe, weight_OI: Tensor) -> int:
+    if recipe.group is not None:
+        return count_pattern_zeros(weight_OI.numel(), recipe.group)
+    return round(SHARE * weight_OI.numel())
+
+
+def _prune(recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> Tensor:
+    pruned = prune_weight(
+        recipe.method,
+        weight_OI,
+        _for_rows(statistics, weight_OI),
+        _count_zeros(recipe, weight_OI),
+        refit=recipe.refits_after,
+        refit_steps=recipe.steps,
+        pattern=recipe.group,
+    )
+    return pruned.weight_OI
+
+
+def _cut(recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> None:
+    """To all levels; what one changes beyond the last is made of two of them."""
+    zeros = [round(level * weight_OI.numel()) for level in LEVELS]
+    own = _for_rows(statistics, weight_OI)
+    before_OI = weight_OI
+    for pruned_OI in prune_levels(recipe.method, weight_OI, own, zeros, refit=recipe.refits_after):
+        part_OI = before_OI.float() - pruned_OI.float()
+        before_OI = pruned_OI
+        del part_OI
+
+
+def _meter_pruning(recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> Meter:
+    fresh = LayerStatistics(*(getattr(statistics, name) for name in _FIELDS))
+    meter = Meter()
+    with meter:
+        _prune(recipe, weight_OI, fresh)
+    return meter
+
+
+def _meter_levels(recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> Meter:
+    fresh = LayerStatistics(*(getattr(statistics, name) for name in _FIELDS))
+    meter = Meter()
+    with meter:
+        _cut(recipe, weight_OI, fresh)
+    return meter
+
+
+_FIELDS = ("mean_square_I", "gradient_square_O", "second_moment_II")
+
+
+def _meter_curve(weight_OI: Tensor, statistics: LayerStatistics) -> Meter:
+    zeros = [round(level * weight_OI.numel()) for level in LEVELS]
+    gamma_O = _for_rows(statistics, weight_OI).gradient_square_O
+    meter = Meter()
+    with meter:
+        score_OI = score_two_sided(weight_OI, statistics.mean_square_I, gamma_O)
+        for part_OI in nested_parts(weight_OI, level_of_each_weight(score_OI, weight_OI == 0, zeros), len(zeros)):
+            del part_OI
+    return meter
+
+
+def count_flops(recipe: Recipe, form: Form, *, levels: bool = False) -> float:
+    """Of the products of pruning one layer, once or to all of LEVELS."""
+    small = _shrink(form, recipe.group[1] if recipe.group else 1)
+    weight_OI, statistics = make_weight(small, torch.float32), make_statistics(small[1])
+    meter = (_meter_levels if levels else _meter_pruning)(recipe, weight_OI, statistics)
+    return meter.flops * (form[0] * form[1] ** 2) / (small[0] * small[1] ** 2)
+
+
+# --- seconds -------------------------------------------------------------------------------------------------------
+
+
+def time_preparation(recipe: Recipe, statistics: LayerStatistics) -> float:
+    """Seconds of what layers share that read the same inputs; `statistics` hold it afterwards."""
+    moment_II, seconds = statistics.moment_II, 0.0
+    device, inputs = moment_II.device, len(moment_II)
+    if recipe.refits:
+        seconds += time_call(device, lambda: statistics.system)
+    if recipe.changes_survivors and recipe.method != "refit":
+        if inputs <= FACTORED:
+            return seconds + time_call(device, lambda: statistics.factor)
+        part = LayerStatistics(statistics.mean_square_I, statistics.gradient_square_O, moment_II[:FACTORED, :FACTORED])
+        seconds += time_call(device, lambda: part.factor) * (inputs / FACTORED) ** 3
+        dead_I = torch.zeros(inputs, dtype=torch.bool, device=device)
+        vars(statistics)["factor"] = InverseFactor(torch.eye(inputs, device=device), dead_I, 0.01, 0.01)
+    return seconds
+
+
+def time_rows(
+    recipe: Recipe, form: Form, statistics: LayerStatistics, dtype: torch.dtype, allowance: float, *, levels: bool
+) -> float:
+    """Seconds of pruning all rows of a layer whose `statistics` are prepared, once or to all of LEVELS.
+
+    All of them are pruned where that takes no longer than the `allowance`, seconds.
+    """
+    device = statistics.moment_II.device
+    run = _cut if levels else _prune
+
+    def take(rows: int) -> tuple[float, float]:
+        weight_OI = make_weight((rows, form[1]), dtype, device)
+        return rows, time_call(device, lambda: run(recipe, weight_OI, statistics))
+
+    few = take(min(form[0], ROWS))
+    if few[0] == form[0]:
+        return min(few[1], take(form[0])[1])  # the first call of all pays for more than its rows
+    if few[1] * form[0] / few[0] <= allowance:
+        return take(form[0])[1]
+    return fit(take(ROWS // 2), few).at(form[0])

@@ -1,0 +1,182 @@
+"""What was estimated, for people: every line of the arithmetic, then what it comes to, in a few lines."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tools.base.words import show_seconds
+from tools.estimate.memory import Phase
+from tools.estimate.needs import Estimate
+from tools.estimate.work import Work
+from tools.models.disk import Line
+
+
+def print_estimate(found: Estimate, console: Console) -> None:
+    """Every line of the arithmetic, then what it comes to; plain lines where there is no terminal."""
+    if found.spread:
+        own = [(line.what, line.how, _size(line.bytes)) for line in found.spread]
+        _print_table(console, f"the model over {len(own)} GPUs", own)
+    for title, rows in _list_memory(found, found.phases, "this process, " if found.workers else ""):
+        _print_table(console, title, rows)
+    if found.workers:
+        for title, rows in _list_memory(found, found.of_worker, "each worker, "):
+            _print_table(console, title, rows)
+    disk = [(line.what, line.how, _size(line.bytes)) for line in found.disk]
+    _print_table(console, f"disk: {_size(found.disk_bytes)}", disk)
+    work = [
+        (
+            *(step.name, step.how, f"{step.times} ×" if step.times else "", _flops(step.flops) if step.flops else ""),
+            *([f"{step.share:.3g} of it by the busiest worker"] if found.workers else []),
+            _time_of(found, step),
+        )
+        for step in found.work
+    ]
+    _print_table(console, "work, one time each", work)
+    console.print()
+    for text in summarise(found):
+        console.print(Text(text), soft_wrap=True)
+
+
+def _list_memory(found: Estimate, phases: Sequence[Phase], whose: str) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """(title, rows) of each phase; what all of them hold once the model is loaded comes first, and only once."""
+
+    def place(phase: Phase) -> list[tuple[str, Line]]:
+        gpu, cpu = ("", "") if found.device == "cpu" else ("GPU", "CPU")
+        own = [*((gpu, line) for line in phase.device), *((cpu, line) for line in phase.host)]
+        return own + [("object store", line) for line in phase.store]
+
+    def show(lines: list[tuple[str, Line]]) -> list[tuple[str, ...]]:
+        return [(line.what, line.how, where, _size(line.bytes)) for where, line in lines]
+
+    load, *others = phases
+    common = [item for item in place(others[0]) if all(item in place(phase) for phase in others)]
+    yield f"{whose}memory, in all phases but load", show(common)
+    for phase in phases:
+        size = _size(phase.bytes)
+        if found.device == "cuda":
+            which = "one" if found.spread else "the"
+            size = f"{_size(phase.device_bytes)} on {which} GPU, {_size(phase.host_bytes)} in CPU memory"
+        if phase.store:
+            size += f", {_size(phase.store_bytes)} in the object store"
+        lines = place(phase)
+        named = show(lines if phase is load else [item for item in lines if item not in common])
+        yield f"{whose}{phase.name}: {size}", named
+
+
+def summarise(found: Estimate) -> list[str]:
+    """What is to be pruned, the peaks, and whether there is room for them, in a few lines."""
+    lines = [
+        f"{found.model}, {found.dtype} on {found.device}: {found.parameters:,} parameters, {found.blocks} blocks",
+        f"prunable: {found.layers} layers, {found.weights:,} weights; {found.zeros:,} zeros at the end",
+    ]
+    if found.dense:
+        lines.append(f"stay dense: {len(found.dense)} weights such as {found.dense[0]}, no plain linear layers")
+    lines += _list_peaks(found)
+    lines.append(f"disk: {_size(found.disk_bytes)}")
+    return [*lines, _sum_up_work(found)]
+
+
+def _sum_up_work(found: Estimate) -> str:
+    total = sum(work.times * work.flops for work in found.work)
+    if found.untimed:
+        alone = sum(work.times * work.flops * work.share for work in found.work)
+        share = f", {_flops(alone)} of it by the busiest worker" if found.workers else ""
+        return f"work: about {_flops(total)}{share}; no time can be predicted, as {found.untimed}"
+    seconds = sum(work.times * (found.seconds(work) or 0.0) for work in found.work)
+    whose = f" by the busiest of {found.workers} workers" if found.workers else ""
+    took = f"without loading the model, as one block took here on {found.tokens} tokens"
+    return f"work: about {_flops(total)}, {show_seconds(seconds)}{whose} {took}"
+
+
+def _list_peaks(found: Estimate) -> list[str]:
+    if found.workers:
+        lines = _list_peaks_of(found.of_worker, found.device, f"each of {found.workers} workers: ")
+        lines += _list_peaks_of(found.phases, found.device, "this process: ")
+        store = max(found.phases, key=lambda phase: phase.store_bytes)
+        lines.append(f"peak of Ray's object store: {_size(store.store_bytes)} ({store.name})")
+        most = max(found.phases, key=found.count_host)
+        kind = "memory" if found.device == "cpu" else "memory of the CPU"
+        lines.append(f"peak {kind} of a machine with all of them: {_size(found.count_host(most))} ({most.name})")
+    else:
+        lines = _list_peaks_of(found.phases, found.device, "", "each" if found.spread else "the")
+    return [*lines, _judge_room(found)]
+
+
+def _list_peaks_of(phases: Sequence[Phase], device: str, whose: str, which: str = "the") -> list[str]:
+    if device == "cpu":
+        most = max(phases, key=lambda phase: phase.bytes)
+        return [f"{whose}peak memory: {_size(most.bytes)} ({most.name})"]
+    on_device = max(phases, key=lambda phase: phase.device_bytes)
+    on_host = max(phases, key=lambda phase: phase.host_bytes)
+    return [
+        f"{whose}peak memory of {which} GPU: {_size(on_device.device_bytes)} ({on_device.name})",
+        f"{whose}peak memory of the CPU: {_size(on_host.host_bytes)} ({on_host.name})",
+    ]
+
+
+def _judge_room(found: Estimate) -> str:
+    """Whether it all fits, and what to do if not."""
+    needed, phase = found.needed
+    if found.devices is None:
+        return "whether that fits: torch sees no GPU here; say what there is with --device-memory, such as 80 or 8x80"
+    room, count = found.devices.bytes, found.devices.count
+    several = f"each of {count} GPUs" if len(found.spread) > 1 else "one GPU"
+    place = "this memory" if found.device == "cpu" else several
+    beside = ", with this process and a worker on the first" if found.workers and found.device == "cuda" else ""
+    short = f"{found.workers} workers need as many GPUs, but there are {count}; " if _lacks_devices(found) else ""
+    if needed <= room:
+        return f"{short}fits {place} of {_size(room)}: {_size(needed)} at most ({phase}{beside})"
+    verdict = f"{short}does not fit {place} of {_size(room)}: {_size(needed)} ({phase}{beside})"
+    if found.device == "cpu":
+        return f"{verdict}; {'fewer --workers' if found.workers else 'fewer or shorter windows'} need less"
+    if found.spread:
+        return f"{verdict}; fewer or shorter windows need less, or more GPUs hold less each"
+    weights = found.phases[0].device_bytes
+    working = needed - weights * (2 if found.workers else 1)
+    fewer = "" if weights + working > room and weights >= room else "fewer or shorter windows need less; "
+    least = f", at least {math.ceil(weights / (room - working))} of these" if working < room else ""
+    alone = " without --workers" if found.workers else ""
+    advice = f"{fewer}--device spread{alone} lays its blocks over several GPUs{least}"
+    return f"{verdict}, {_size(weights)} of it the model; {advice}"
+
+
+def _lacks_devices(found: Estimate) -> bool:
+    return found.devices is not None and found.device == "cuda" and found.workers > found.devices.count
+
+
+def _print_table(console: Console, title: str, rows: Sequence[tuple[str, ...]]) -> None:
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    if not rows:
+        return
+    if not console.is_terminal:
+        for row in rows:
+            console.print(Text(f"  {'; '.join(cell for cell in row if cell)}"), soft_wrap=True)
+        return
+    table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
+    for i in range(len(rows[0])):
+        table.add_column(justify="left" if i < 2 else "right", no_wrap=i >= 2)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _time_of(found: Estimate, work: Work) -> str:
+    seconds = found.seconds(work)
+    return "" if seconds is None else show_seconds(seconds)
+
+
+def _size(count: float) -> str:
+    """2100000000 → 2.1 GB"""
+    return _scale(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "bytes")
+
+
+def _flops(count: float) -> str:
+    return _scale(count, (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)), "FLOP")
+
+
+def _scale(count: float, units: tuple[tuple[str, float], ...], least: str) -> str:
+    name, unit = next(((name, unit) for name, unit in units if count >= unit), (least, 1.0))
+    return f"{count / unit:.1f} {name}" if unit > 1 else f"{count:.0f} {name}"

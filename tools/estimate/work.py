@@ -1,0 +1,263 @@
+"""What a run does, step by step: what is done how often, priced in operations of products and in measured seconds.
+
+Where workers share the work, a step takes as long as its busiest worker.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pydantic import BaseModel, Field
+
+from tools.base.settings import WorkbenchSettings
+from tools.estimate.block import Counts
+from tools.estimate.memory import ASKED_FOR, Part
+from tools.estimate.pruning import count_flops
+from tools.estimate.timing import Times
+from tools.models.layers import Layer
+from tools.plans.layer_profile import LEVELS
+from tools.plans.recipe import Recipe
+
+QUESTION_TOKENS = 30
+"""Tokens of a question with its answer: FreebaseQA's have 28 with SmolLM2's tokenizer."""
+
+Prices = Mapping[str, float]
+"""What one of each thing costs that is done: a `forward` of one window through all blocks, its `moments`, ..."""
+
+
+class Work(BaseModel):
+    """A step of a run."""
+
+    name: str
+    how: str
+    times: int = Field(description="How often, as foreseen; 0 for what only some plans ask for.")
+    flops: float = Field(description="Floating-point operations of the products of one time.")
+    seconds: float | None = Field(description="Of one time, all of it by one process; null where nothing was timed.")
+    share: float = Field(1.0, description="How much of it the busiest worker does; all of it where there are none.")
+
+
+class Course(NamedTuple):
+    """What a run is expected to do."""
+
+    rounds: Sequence[Recipe]
+    """What the plan of each round asks for."""
+    baselines: Sequence[Recipe] = ()
+    """By what the model is pruned besides, to be measured on the test text alone."""
+    profiles: int = 1
+    tests: int = 0
+    """Models that are measured on the test text."""
+    prompts: int = 0
+    """That a model goes on with."""
+    words: int = 0
+    """Tokens that follow each of them, by all models that go on with them."""
+
+    @property
+    def pruned(self) -> list[tuple[Recipe, int]]:
+        """What is done inside the layers, and how often."""
+        asked = [*self.rounds, *self.baselines]
+        labels = [_label(recipe) for recipe in asked]
+        return [(recipe, labels.count(label)) for label, recipe in dict(zip(labels, asked, strict=True)).items()]
+
+    @property
+    def curves(self) -> list[Recipe]:
+        """The recipes whose own KL curves are measured; those of `refit` where none of them are."""
+        asked = {recipe.mask_label: recipe for recipe in self.rounds if recipe.needs_curves}
+        return list(asked.values()) or [Recipe()]
+
+    @property
+    def profiled(self) -> int:
+        """How often a text walks up and down."""
+        return self.profiles + self.texts - 1
+
+    @property
+    def texts(self) -> int:
+        """Calibration texts that there are second moments of."""
+        return len({"run", *(recipe.calibration for recipe in self.rounds)})
+
+
+def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Counts, course: Course) -> Prices:
+    """In floating-point operations of products; what has none costs nothing."""
+    forms = [tuple(layer.weight_OI.shape) for layer in layers]
+    weights, squares = sum(o * i for o, i in forms), sum(i**2 for _, i in forms)
+    often = {(o, i): forms.count((o, i)) for o, i in forms}
+    prices = {
+        "forward": counts.forward,
+        "moments": 2.0 * settings.window * squares,
+        "gradients": counts.forward + counts.head + 2 * (counts.backward + counts.head),
+        "curves": 2.0 * settings.window * weights * (1 + len(LEVELS)),
+        "loss": counts.head,
+        "divergence": 2 * counts.head,
+    }
+    for recipe, _ in course.pruned:
+        prices[f"prune {name_recipe(recipe)}"] = sum(n * count_flops(recipe, form) for form, n in often.items())
+    for recipe in course.curves:
+        prices[f"cut {name_recipe(recipe)}"] = sum(
+            n * count_flops(recipe, form, levels=True) for form, n in often.items()
+        )
+    return prices
+
+
+def price_seconds(times: Times) -> Prices:
+    """In seconds of one process."""
+    steps = times.steps
+    return {
+        "forward": steps.forward,
+        "moments": max(steps.statistics - steps.forward, 0.0),
+        "gradients": steps.gradients,
+        "curves": steps.curves.each,
+        "cut masks": steps.curves.fixed,
+        "describe": steps.describe,
+        "loss": steps.loss,
+        "divergence": steps.divergence,
+        "word": steps.word,
+        "write moments": times.write * times.moments,
+        "read moments": times.read * times.moments,
+        **{f"prune {label}": seconds for label, seconds in times.prune.items()},
+        **{f"cut {label}": seconds for label, seconds in times.cut.items()},
+    }
+
+
+def name_recipe(recipe: Recipe) -> str:
+    """What is done inside a layer, whatever text and order its statistics come from."""
+    return _label(recipe.model_copy(update={"calibration": "run", "statistics": "dense", "gamma": "plain"}))
+
+
+def _label(recipe: Recipe) -> str:
+    return f"{recipe.mask_label} to {recipe.pattern}" if recipe.pattern else recipe.mask_label
+
+
+# --- shares --------------------------------------------------------------------------------------------------------
+
+
+class Shares(NamedTuple):
+    """How much the busiest process does of the work on each text, and on the layers."""
+
+    calibration: float
+    gradient: float
+    validation: float
+    test: float
+    layers: float
+    questions: float
+
+
+def find_shares(settings: WorkbenchSettings, layers: Sequence[Layer], part: Part) -> Shares:
+    """Layers are taken one by one by whoever is free, so that nobody has more than an even share and one layer."""
+    gradient, workers = min(settings.gradient_windows, settings.calibration_windows), max(part.workers, 1)
+    costs = [math.prod(layer.weight_OI.shape) * layer.weight_OI.shape[1] for layer in layers]
+    return Shares(
+        calibration=part.calibration / settings.calibration_windows,
+        gradient=part.gradient / gradient,
+        validation=part.validation / settings.validation_windows,
+        test=math.ceil(settings.test_windows / workers) / settings.test_windows,
+        layers=1 / workers + (1 - 1 / workers) * max(costs) / sum(costs),
+        questions=1 / workers,
+    )
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def list_work(
+    settings: WorkbenchSettings, layers: int, shares: Shares, course: Course, flops: Prices, seconds: Prices | None
+) -> list[Work]:
+    """The plan of a run; without a price in `seconds` no step has any."""
+    calibration, validation = settings.calibration_windows, settings.validation_windows
+    gradient = min(settings.gradient_windows, calibration)
+
+    def text(split: str, windows: int) -> str:
+        return f"{windows} windows of {settings.window} tokens of {split} text"
+
+    def step(name: str, how: str, times: int, share: float, done: Mapping[str, float]) -> Work:
+        """`done` is how often each thing is done that has a price."""
+        operations = sum(often * flops.get(thing, 0.0) for thing, often in done.items())
+        took = None if seconds is None else sum(often * seconds[thing] for thing, often in done.items())
+        return Work(name=name, how=how, times=times, flops=operations, seconds=took, share=share)
+
+    steps = [
+        step(
+            "validate the dense model",
+            f"forward of {text('validation', validation)}",
+            1,
+            shares.validation,
+            {"forward": validation, "loss": validation},
+        ),
+        step(
+            "profile, statistics",
+            f"forward of {text('calibration', calibration)}",
+            course.profiled,
+            shares.calibration,
+            {"forward": calibration},
+        ),
+        step(
+            "profile, second moments",
+            f"of what {layers} layers read",
+            course.texts,
+            shares.calibration,
+            {"moments": calibration, "write moments": 1},
+        ),
+        step(
+            "profile, gradients",
+            f"forward again and two backwards of {gradient} of the windows",
+            course.profiled,
+            shares.gradient,
+            {"gradients": gradient},
+        ),
+        step(
+            "profile, scores and KL curves",
+            f"1 + {len(LEVELS)} products for each layer and window",
+            course.profiled,
+            shares.gradient,
+            {"curves": gradient, "cut masks": 1, "describe": 1},
+        ),
+    ]
+    asked = [recipe for recipe in course.rounds if recipe.needs_curves]
+    for recipe in course.curves:
+        steps.append(
+            step(
+                ASKED_FOR,
+                f"two forwards and backwards of {gradient} windows, and every layer pruned by {recipe.mask_label} to "
+                f"{len(LEVELS)} levels",
+                1 if asked else 0,
+                max(shares.gradient, shares.layers),
+                {"forward": gradient, "gradients": gradient, "curves": gradient, f"cut {name_recipe(recipe)}": 1},
+            )
+        )
+    for recipe, times in course.pruned:
+        done = {f"prune {name_recipe(recipe)}": 1.0} | ({"read moments": 1.0} if recipe.changes_survivors else {})
+        how = f"{layers} layers by {_label(recipe)}"
+        if recipe.statistics == "sequential":
+            done |= {"forward": 2.0 * calibration, "moments": calibration}
+            how += ", with two more forwards of the calibration text"
+        steps.append(step("prune", how, times, shares.layers, done))
+    steps.append(
+        step(
+            "validate",
+            f"forward of {text('validation', validation)}, the output head twice",
+            len(course.rounds),
+            shares.validation,
+            {"forward": validation, "divergence": validation},
+        )
+    )
+    if settings.questions:
+        steps.append(
+            step(
+                "ask questions",
+                f"forward of {settings.question_pairs} questions of about {QUESTION_TOKENS} tokens with their answers",
+                1 + len(course.rounds) + course.tests,
+                shares.questions,
+                {"forward": settings.question_pairs * QUESTION_TOKENS / settings.window},
+            )
+        )
+    steps.append(
+        step(
+            "test",
+            f"forward of {text('test', settings.test_windows)}",
+            course.tests,
+            shares.test,
+            {"forward": settings.test_windows, "loss": settings.test_windows},
+        )
+    )
+    if course.prompts:
+        how = f"{course.words} forwards of a token of each of {course.prompts} prompts"
+        steps.append(step("go on with prompts", how, 1, 1.0, {"word": course.words}))
+    return steps
