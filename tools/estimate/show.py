@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tools.base.words import show_seconds
+from tools.base.words import show_flops, show_seconds, show_size
 from tools.estimate.memory import Phase
 from tools.estimate.needs import Estimate
 from tools.estimate.work import Work
@@ -17,18 +17,19 @@ from tools.models.disk import Line
 def print_estimate(found: Estimate, console: Console) -> None:
     """Every line of the arithmetic, then what it comes to; plain lines where there is no terminal."""
     if found.spread:
-        own = [(line.what, line.how, _size(line.bytes)) for line in found.spread]
+        own = [(line.what, line.how, show_size(line.bytes)) for line in found.spread]
         _print_table(console, f"the model over {len(own)} GPUs", own)
     for title, rows in _list_memory(found, found.phases, "this process, " if found.workers else ""):
         _print_table(console, title, rows)
     if found.workers:
         for title, rows in _list_memory(found, found.of_worker, "each worker, "):
             _print_table(console, title, rows)
-    disk = [(line.what, line.how, _size(line.bytes)) for line in found.disk]
-    _print_table(console, f"disk: {_size(found.disk_bytes)}", disk)
+    disk = [(line.what, line.how, show_size(line.bytes)) for line in found.disk]
+    _print_table(console, f"disk: {show_size(found.disk_bytes)}", disk)
     work = [
         (
-            *(step.name, step.how, f"{step.times} ×" if step.times else "", _flops(step.flops) if step.flops else ""),
+            *(step.name, step.how),
+            *(f"{step.times} ×" if step.times else "", show_flops(step.flops) if step.flops else ""),
             *([f"{step.share:.3g} of it by the busiest worker"] if found.workers else []),
             _time_of(found, step),
         )
@@ -49,18 +50,18 @@ def _list_memory(found: Estimate, phases: Sequence[Phase], whose: str) -> Iterat
         return own + [("object store", line) for line in phase.store]
 
     def show(lines: list[tuple[str, Line]]) -> list[tuple[str, ...]]:
-        return [(line.what, line.how, where, _size(line.bytes)) for where, line in lines]
+        return [(line.what, line.how, where, show_size(line.bytes)) for where, line in lines]
 
     load, *others = phases
     common = [item for item in place(others[0]) if all(item in place(phase) for phase in others)]
     yield f"{whose}memory, in all phases but load", show(common)
     for phase in phases:
-        size = _size(phase.bytes)
+        size = show_size(phase.bytes)
         if found.device == "cuda":
             which = "one" if found.spread else "the"
-            size = f"{_size(phase.device_bytes)} on {which} GPU, {_size(phase.host_bytes)} in CPU memory"
+            size = f"{show_size(phase.device_bytes)} on {which} GPU, {show_size(phase.host_bytes)} in CPU memory"
         if phase.store:
-            size += f", {_size(phase.store_bytes)} in the object store"
+            size += f", {show_size(phase.store_bytes)} in the object store"
         lines = place(phase)
         named = show(lines if phase is load else [item for item in lines if item not in common])
         yield f"{whose}{phase.name}: {size}", named
@@ -75,7 +76,7 @@ def summarise(found: Estimate) -> list[str]:
     if found.dense:
         lines.append(f"stay dense: {len(found.dense)} weights such as {found.dense[0]}, no plain linear layers")
     lines += _list_peaks(found)
-    lines.append(f"disk: {_size(found.disk_bytes)}")
+    lines.append(f"disk: {show_size(found.disk_bytes)}")
     return [*lines, _sum_up_work(found)]
 
 
@@ -83,12 +84,12 @@ def _sum_up_work(found: Estimate) -> str:
     total = sum(work.times * work.flops for work in found.work)
     if found.untimed:
         alone = sum(work.times * work.flops * work.share for work in found.work)
-        share = f", {_flops(alone)} of it by the busiest worker" if found.workers else ""
-        return f"work: about {_flops(total)}{share}; no time can be predicted, as {found.untimed}"
+        share = f", {show_flops(alone)} of it by the busiest worker" if found.workers else ""
+        return f"work: about {show_flops(total)}{share}; no time can be predicted, as {found.untimed}"
     seconds = sum(work.times * (found.seconds(work) or 0.0) for work in found.work)
     whose = f" by the busiest of {found.workers} workers" if found.workers else ""
     took = f"without loading the model, as one block took here on {found.tokens} tokens"
-    return f"work: about {_flops(total)}, {show_seconds(seconds)}{whose} {took}"
+    return f"work: about {show_flops(total)}, {show_seconds(seconds)}{whose} {took}"
 
 
 def _list_peaks(found: Estimate) -> list[str]:
@@ -96,10 +97,10 @@ def _list_peaks(found: Estimate) -> list[str]:
         lines = _list_peaks_of(found.of_worker, found.device, f"each of {found.workers} workers: ")
         lines += _list_peaks_of(found.phases, found.device, "this process: ")
         store = max(found.phases, key=lambda phase: phase.store_bytes)
-        lines.append(f"peak of Ray's object store: {_size(store.store_bytes)} ({store.name})")
+        lines.append(f"peak of Ray's object store: {show_size(store.store_bytes)} ({store.name})")
         most = max(found.phases, key=found.count_host)
         kind = "memory" if found.device == "cpu" else "memory of the CPU"
-        lines.append(f"peak {kind} of a machine with all of them: {_size(found.count_host(most))} ({most.name})")
+        lines.append(f"peak {kind} of a machine with all of them: {show_size(found.count_host(most))} ({most.name})")
     else:
         lines = _list_peaks_of(found.phases, found.device, "", "each" if found.spread else "the")
     return [*lines, _judge_room(found)]
@@ -108,12 +109,12 @@ def _list_peaks(found: Estimate) -> list[str]:
 def _list_peaks_of(phases: Sequence[Phase], device: str, whose: str, which: str = "the") -> list[str]:
     if device == "cpu":
         most = max(phases, key=lambda phase: phase.bytes)
-        return [f"{whose}peak memory: {_size(most.bytes)} ({most.name})"]
+        return [f"{whose}peak memory: {show_size(most.bytes)} ({most.name})"]
     on_device = max(phases, key=lambda phase: phase.device_bytes)
     on_host = max(phases, key=lambda phase: phase.host_bytes)
     return [
-        f"{whose}peak memory of {which} GPU: {_size(on_device.device_bytes)} ({on_device.name})",
-        f"{whose}peak memory of the CPU: {_size(on_host.host_bytes)} ({on_host.name})",
+        f"{whose}peak memory of {which} GPU: {show_size(on_device.device_bytes)} ({on_device.name})",
+        f"{whose}peak memory of the CPU: {show_size(on_host.host_bytes)} ({on_host.name})",
     ]
 
 
@@ -128,8 +129,8 @@ def _judge_room(found: Estimate) -> str:
     beside = ", with this process and a worker on the first" if found.workers and found.device == "cuda" else ""
     short = f"{found.workers} workers need as many GPUs, but there are {count}; " if _lacks_devices(found) else ""
     if needed <= room:
-        return f"{short}fits {place} of {_size(room)}: {_size(needed)} at most ({phase}{beside})"
-    verdict = f"{short}does not fit {place} of {_size(room)}: {_size(needed)} ({phase}{beside})"
+        return f"{short}fits {place} of {show_size(room)}: {show_size(needed)} at most ({phase}{beside})"
+    verdict = f"{short}does not fit {place} of {show_size(room)}: {show_size(needed)} ({phase}{beside})"
     if found.device == "cpu":
         return f"{verdict}; {'fewer --workers' if found.workers else 'fewer or shorter windows'} need less"
     if found.spread:
@@ -140,7 +141,7 @@ def _judge_room(found: Estimate) -> str:
     least = f", at least {math.ceil(weights / (room - working))} of these" if working < room else ""
     alone = " without --workers" if found.workers else ""
     advice = f"{fewer}--device spread{alone} lays its blocks over several GPUs{least}"
-    return f"{verdict}, {_size(weights)} of it the model; {advice}"
+    return f"{verdict}, {show_size(weights)} of it the model; {advice}"
 
 
 def _lacks_devices(found: Estimate) -> bool:
@@ -166,17 +167,3 @@ def _print_table(console: Console, title: str, rows: Sequence[tuple[str, ...]]) 
 def _time_of(found: Estimate, work: Work) -> str:
     seconds = found.seconds(work)
     return "" if seconds is None else show_seconds(seconds)
-
-
-def _size(count: float) -> str:
-    """2100000000 → 2.1 GB"""
-    return _scale(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "bytes")
-
-
-def _flops(count: float) -> str:
-    return _scale(count, (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)), "FLOP")
-
-
-def _scale(count: float, units: tuple[tuple[str, float], ...], least: str) -> str:
-    name, unit = next(((name, unit) for name, unit in units if count >= unit), (least, 1.0))
-    return f"{count / unit:.1f} {name}" if unit > 1 else f"{count:.0f} {name}"

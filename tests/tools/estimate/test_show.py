@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.tiny import make_tiny_config, tiny_settings
 from tests.tools.estimate.helpers import DENSE, LLAMA_70B, MODEL, QWEN3_8B, write_config
 from tests.tools.estimate.test_needs import COURSE, find, find_large
-from tools.estimate import show as module
+from tools.base.words import show_flops, show_size
 from tools.estimate.needs import Estimate, estimate
 from tools.estimate.room import Devices
 from tools.estimate.show import print_estimate, summarise
@@ -31,9 +31,9 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None, untimed:
     assert lines[1] == "  the model; all parameters, each once; GPU; 51.5 kB"
     assert "  dense copy of the prunable layers; each is pruned from it; CPU; 30.7 kB" in lines
     pruned = next(phase for phase in found.phases if phase.name == "prune")
-    gpu = module._size(pruned.device_bytes)
+    gpu = show_size(pruned.device_bytes)
     assert any(re.fullmatch(rf"prune: {gpu} on the GPU, [\d.]+ [MG]B in CPU memory", line) for line in lines)
-    layer = module._size(pruned.device[1].bytes)
+    layer = show_size(pruned.device[1].bytes)
     counted = "counted in a run of it on a smaller layer of the same form"
     assert f"  one layer being pruned; {counted}; GPU; {layer}" in lines
     assert "  its second moment; 48 inputs × 48 inputs × 4 bytes; GPU; 9.2 kB" in lines
@@ -46,13 +46,13 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None, untimed:
         "",
         f"{tiny_llama}, bf16 on cuda: 25,760 parameters, 2 blocks",
         "prunable: 14 layers, 15,360 weights; 6,912 zeros at the end",
-        f"peak memory of the GPU: {module._size(most)} ({found.needed[1]})",
+        f"peak memory of the GPU: {show_size(most)} ({found.needed[1]})",
         lines[-4],
         "whether that fits: torch sees no GPU here; say what there is with --device-memory, such as 80 or 8x80",
         "disk: 227.6 kB",
     ]
     assert re.fullmatch(r"peak memory of the CPU: [\d.]+ [MG]B \(load\)", lines[-4])
-    total = module._flops(sum(work.times * work.flops for work in found.work))
+    total = show_flops(sum(work.times * work.flops for work in found.work))
     assert lines[-1] == f"work: about {total}; no time can be predicted, as this test has no time"
 
 
@@ -81,8 +81,8 @@ def test_the_memory_of_this_machine(tiny_llama: Path, untimed: None) -> None:
     assert found.devices is not None and found.devices.bytes > 1e9
     most = max(found.phases, key=lambda phase: phase.bytes)
     (line,) = [line for line in summarise(found) if line.startswith("fits ")]
-    needs = module._size(most.bytes)
-    assert line == f"fits this memory of {module._size(found.devices.bytes)}: {needs} at most ({most.name})"
+    needs = show_size(most.bytes)
+    assert line == f"fits this memory of {show_size(found.devices.bytes)}: {needs} at most ({most.name})"
     small = found.model_copy(update={"devices": Devices(count=1, bytes=1000)})
     (line,) = [line for line in summarise(small) if line.startswith("does not fit ")]
     assert line.endswith("; fewer or shorter windows need less")
@@ -133,7 +133,7 @@ def test_a_model_over_eight_gpus(tmp_path: Path, no_gpu: None, untimed: None) ->
     ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.1e9, "2.1 GB"), (3e12, "3000.0 GB")]
 )
 def test_sizes(count: float, text: str) -> None:
-    assert module._size(count) == text
+    assert show_size(count) == text
 
 
 def test_a_run_that_asks_for_much_work_is_told_in_its_unit(tiny_llama: Path, untimed: None) -> None:
