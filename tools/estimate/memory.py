@@ -5,9 +5,11 @@ What a forward, a backward, the output head and a method of pruning hold was cou
 though q, k and v do. On a GPU only tensors are counted, not what CUDA itself takes.
 """
 
+import gc
 import math
 import resource
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -175,7 +177,7 @@ class Facts(NamedTuple):
     counts: Counts
     held: Held
     process: int
-    """Bytes of a process that has imported what a run imports."""
+    """Bytes of a process that holds no model."""
     reading: int
     """Bytes that reading the model's file takes beside the model."""
     device: str
@@ -381,5 +383,9 @@ def _count_kept(shape: Shape, size: int) -> int:
 
 
 def measure_process() -> int:
-    """Bytes of this process as it is: measured before anything is run in it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of this process as it is, which has run what a run runs, and let go of it."""
+    gc.collect()
+    told = Path("/proc/self/status")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
+    resident = [int(line.split()[1]) for line in lines if line.startswith("VmRSS:")]
+    return 1024 * (resident[0] if resident else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -104,7 +104,7 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     `devices` are those of another machine; without them, those that are here. Reads the model's config, and runs one
     block of each kind for some seconds where the device is here. Raises UserError in one line.
     """
-    process, workers = measure_process(), _count_workers(settings)
+    workers = _count_workers(settings)
     model, reading = build_empty(settings)
     layers = find_layers(model)
     here = torch.cuda.is_available()
@@ -114,13 +114,13 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     counts = count_block(model, settings.window)
     forms = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
     held = count_layer(forms, layers[0].weight_OI.dtype)
-    facts = Facts(measure_shape(model, layers), counts, held, process, reading, device)
-    parts = cut_parts(settings, workers)
-    busiest = find_busiest(parts)
-    phases = list_phases(facts, settings, busiest, max((line.bytes for line in spread), default=facts.shape.weights))
     threads = count_threads(settings) if workers else torch.get_num_threads()
     untimed = explain_absence(model, device)
     times = None if untimed else _time(model, settings, course, device, threads)
+    facts = Facts(measure_shape(model, layers), counts, held, measure_process(), reading, device)
+    parts = cut_parts(settings, workers)
+    busiest = find_busiest(parts)
+    phases = list_phases(facts, settings, busiest, max((line.bytes for line in spread), default=facts.shape.weights))
     weights = sum(layer.weight_OI.numel() for layer in layers)
     return Estimate(
         model=settings.model,
