@@ -30,20 +30,13 @@ _OBJECT = re.compile(r"""\{\s*["'}]""")
 """Where JSON begins, or what a model takes for it; any other brace is prose."""
 
 
-def parse_answer(text: str, schema: type[T]) -> T:
+def parse_reply(text: str, schema: type[T], *, tools: bool) -> T | list[ToolCall]:
     """The `schema` in a model's answer: bare, fenced, after thoughts, or amid prose.
 
-    Of several objects that fit, the last counts, as models end with their conclusion.
-    Raises ValueError with a reason that the model can act on, of at most about 1,000
-    characters.
+    Of several objects that fit, the last counts, as models end with their conclusion. With `tools`, and if the last
+    object that means anything asks for one, all the calls in the text. Raises ValueError with a reason that the model
+    can act on, of at most about 1,000 characters.
     """
-    answer = parse_reply(text, schema, tools=False)
-    assert not isinstance(answer, list)
-    return answer
-
-
-def parse_reply(text: str, schema: type[T], *, tools: bool) -> T | list[ToolCall]:
-    """As `parse_answer`; or, if the last object that means anything asks for a tool, all the calls in the text."""
     if not text.strip():
         raise ValueError("The answer is empty.")
     if len(text) > READ_LIMIT:

@@ -3,10 +3,12 @@
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.end_to_end.helpers import TINY, Outcome, at_home, end_forks, run_here, train_tiny_model
+from tools.workbench import bench
 
 Command = Callable[..., Outcome]
 
@@ -35,6 +37,16 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Comm
     with at_home(tmp_path):
         yield run
     end_forks()
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to load a model."""
+
+    def refuse(*_arguments: Any, **_options: Any) -> Any:
+        raise AssertionError("a model is being loaded")
+
+    monkeypatch.setattr(bench, "load_model", refuse)
 
 
 @pytest.fixture(scope="module")

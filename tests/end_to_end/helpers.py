@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -116,6 +117,11 @@ def run_outside(directory: Path, *arguments: str, **environment: str) -> subproc
 
 
 # The command, in a forked process that dies or hangs where it is told to
+
+
+SAVE = "langgraph.checkpoint.sqlite:SqliteSaver.put"
+NOTE = "langgraph.checkpoint.sqlite:SqliteSaver.put_writes"
+"""A node's update is noted first, and becomes part of a saved state a moment later."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +311,18 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(
         first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8)
     )
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    """Two runs have left the same model, to the bit."""
+    ours, theirs = read_weights(run / "model"), read_weights(other / "model")
+    assert ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in ours)
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """Every file of a run, by its content."""
+    files = [path for path in run.rglob("*") if path.is_file()]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 # A model that can be hurt

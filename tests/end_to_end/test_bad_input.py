@@ -14,7 +14,6 @@ import transformers
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Outcome, read_summary, run_outside
 from tests.tiny import make_tiny_config, make_tiny_tokenizer
-from tools.workbench import bench as workbench
 
 
 def assert_refused(outcome: Outcome, *fragments: str) -> None:
@@ -91,17 +90,6 @@ EARLY = {
     "resume of no name": (["--resume", ""], ["there is no run ''"]),
     "resume and name": (["--resume", "nothing", "--name", "x"], ["--resume takes the run's name itself"]),
 }
-
-
-@pytest.fixture
-def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Refuse to load a model."""
-
-    def refuse(*_arguments: Any) -> Any:
-        raise AssertionError("a model is being loaded")
-
-    monkeypatch.setattr(workbench, "load_model", refuse)
-    return
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

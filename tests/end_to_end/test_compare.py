@@ -16,7 +16,6 @@ from graph.config import RunConfig
 from tests.end_to_end.helpers import TINY, Outcome, at_home, let_go, python_environment, wait_for
 from tools import compare
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS
-from tools.workbench import bench as workbench
 from tools.workbench.bench import Workbench
 
 Command = Callable[..., Outcome]
@@ -36,16 +35,6 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Comm
 
     with at_home(tmp_path):
         yield run
-
-
-@pytest.fixture
-def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse to load a model."""
-
-    def refuse(*_arguments: Any, **_options: Any) -> Any:
-        raise AssertionError("a model is being loaded")
-
-    monkeypatch.setattr(workbench, "load_model", refuse)
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """A fork works in a directory of its own, a cancelled run stops between layers, and two runs share the one model."""
 
 import asyncio
-import hashlib
 import json
 import signal
 import threading
@@ -23,7 +22,9 @@ from graph.runs.directory import read_run
 from graph.state import State
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
+    SAVE,
     Halt,
+    fingerprint,
     fork,
     let_go,
     read_events,
@@ -38,14 +39,6 @@ from tools.base.rundir import RUNS_DIR_VARIABLE
 from tools.workbench import open as workbench
 from tools.workbench.bench import Workbench
 from tools.workbench.prune import Pruner
-
-SAVE = "langgraph.checkpoint.sqlite:SqliteSaver.put"
-
-
-def fingerprint(run: Path) -> dict[str, str]:
-    """Every file of a run, by its content."""
-    files = [path for path in run.rglob("*") if path.is_file()]
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from langgraph_sdk.client import SyncLangGraphClient
 
 from graph import run, studio
 from graph.config import RunConfig, read_prompt
-from tests.end_to_end.helpers import read_events, run_outside, wait_for
+from tests.end_to_end.helpers import fingerprint, read_events, run_outside, wait_for
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.options import CONFIGS, read_yaml
 
@@ -109,10 +109,6 @@ def test_every_config_is_an_assistant_whose_planner_and_reflector_can_be_changed
     client.assistants.update(mine["assistant_id"], context=tiny_config(served.model) | {"max_iterations": 1})
     out = client.runs.wait(thread, mine["assistant_id"], input={"run": "of-mine"})
     assert (out["iteration"], out["config"]["max_iterations"]) == (1, 1)
-
-
-def fingerprint(run: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_run_of_the_command_line_has_its_history_and_can_be_forked(

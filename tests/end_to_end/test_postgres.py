@@ -19,14 +19,13 @@ from graph.persistence import postgres
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
     Halt,
+    assert_same_weights,
     fork,
     python_environment,
     read_events,
     read_state,
     read_summary,
     read_trials,
-    read_weights,
-    same_bits,
 )
 from tests.postgres_server import ESCAPED, PASSWORD, PostgresServer, serve_postgres
 from tools.workbench.prune import Pruner
@@ -67,8 +66,7 @@ def assert_same(run: Path, easy: Path, url: str) -> None:
     assert not (run.parent / "billhook.sqlite").exists(), "nothing is kept in two places"
     assert (trials, lessons) == (read_trials(easy), read_state(easy).lessons)
     assert read_summary(run)["mask_sha256"] == read_summary(easy)["mask_sha256"]
-    ours, theirs = read_weights(run / "model"), read_weights(easy / "model")
-    assert ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(run, easy)
 
 
 @pytest.mark.parametrize("halt", HALTS, ids=lambda halt: f"{halt.node}-{halt.target.rsplit('.', 1)[-1]}")

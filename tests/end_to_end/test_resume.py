@@ -14,8 +14,11 @@ import pytest
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
+    NOTE,
+    SAVE,
     TINY,
     Halt,
+    assert_same_weights,
     at_home,
     fork,
     python_environment,
@@ -23,15 +26,9 @@ from tests.end_to_end.helpers import (
     read_state,
     read_summary,
     read_trials,
-    read_weights,
     run_here,
-    same_bits,
     wait_for,
 )
-
-SAVE = "langgraph.checkpoint.sqlite:SqliteSaver.put"
-NOTE = "langgraph.checkpoint.sqlite:SqliteSaver.put_writes"
-"""A node's update is noted first, and becomes part of a saved state a moment later."""
 
 HALTS = [
     Halt("profile", "tools.workbench.profiles:collect_statistics", after=True),
@@ -85,8 +82,7 @@ def assert_same(run: Path, easy: Easy) -> None:
     assert read_state(run).lessons == read_state(easy.run).lessons
     changing = {"seconds": 0, "peak_memory_bytes": 0}
     assert read_summary(run) | changing == read_summary(easy.run) | changing
-    ours, theirs = read_weights(run / "model"), read_weights(easy.run / "model")
-    assert ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(run, easy.run)
     leftovers = [path.name for path in run.rglob(".*") if path.name != ".lock"]
     assert not leftovers, "files that were being written are cleared away"
 

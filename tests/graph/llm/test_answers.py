@@ -7,18 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graph.llm.answers import parse_answer
+from graph.llm.answers import parse_reply
 from graph.planning.plan import Plan
-from tests.openai_server import DEFAULT_PLAN
 from tools.base.secrets import redact
 
-PLAN = Plan.model_validate(DEFAULT_PLAN)
+
+def parse_plan(text: str) -> Plan:
+    plan = parse_reply(text, Plan, tools=False)
+    assert isinstance(plan, Plan)
+    return plan
 
 
 def test_many_problems_are_summed_up() -> None:
     bad = {"sparsity": 0.3, "adjustments": [{"selector": "x" * 5_000, "action": "factor", "factor": -1}] * 60}
     with pytest.raises(ValueError, match=r"adjustments\.0\.selector") as caught:
-        parse_answer(json.dumps(bad), Plan)
+        parse_plan(json.dumps(bad))
     lines = str(caught.value).splitlines()
     assert len(lines) == 11
     assert lines[-1] == "and 110 more"
@@ -41,7 +44,7 @@ def test_many_problems_are_summed_up() -> None:
     ],
 )
 def test_json_is_found(text: str, sparsity: float) -> None:
-    assert parse_answer(text, Plan).sparsity == sparsity
+    assert parse_plan(text).sparsity == sparsity
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_json_is_found(text: str, sparsity: float) -> None:
 )
 def test_reason_helps(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
-        parse_answer(text, Plan)
+        parse_plan(text)
     assert reason in str(caught.value)
 
 
@@ -78,7 +81,7 @@ def test_reading_is_linear(piece: str) -> None:
     start = time.perf_counter()
     redact(text)
     with pytest.raises(ValueError, match=r"."):
-        parse_answer(text, Plan)
+        parse_plan(text)
     assert time.perf_counter() - start < 5  # reading it quadratically takes over 20 s
 
 
@@ -138,7 +141,7 @@ def test_any_reply_gives_a_plan_or_a_clean_reason(text: str) -> None:
 
 def read(text: str) -> tuple[Plan | None, str]:
     try:
-        return parse_answer(text, Plan), ""
+        return parse_plan(text), ""
     except ValueError as error:
         return None, str(error)
 
@@ -146,4 +149,4 @@ def read(text: str) -> tuple[Plan | None, str]:
 @settings(max_examples=100, deadline=None)
 @given(PLANS, st.text(st.characters(exclude_characters="{}<>")), st.text(st.characters(exclude_characters="{}<>")))
 def test_a_plan_in_prose_is_found(plan: Plan, before: str, after: str) -> None:
-    assert parse_answer(f"{before}\n{plan.model_dump_json()}\n{after}", Plan) == plan
+    assert parse_plan(f"{before}\n{plan.model_dump_json()}\n{after}") == plan

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from langchain_core.messages import HumanMessage
 from langgraph.graph import END, START, StateGraph
 from pydantic import BaseModel
 
@@ -18,11 +17,8 @@ from graph.llm.ask import CallRecord, ask
 from graph.llm.ladder import AgentError
 from graph.llm.models import open_model
 from graph.planning.plan import Plan
-from tests.openai_server import BEHAVIOURS, DEFAULT_PLAN, OpenAIServer
-
-KEY = "sk-proj-Zk39_secret-Qx7"
-PLAN = Plan.model_validate(DEFAULT_PLAN)
-QUESTION = [HumanMessage("Plan, as JSON.")]
+from tests.graph.llm.asking import KEY, PLAN, QUESTION
+from tests.openai_server import BEHAVIOURS, OpenAIServer
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_core.messages import HumanMessage
 from pydantic import ValidationError
 
 from graph.config import RunConfig
@@ -15,12 +14,9 @@ from graph.llm.ask import CallRecord, ask
 from graph.llm.ladder import AgentError
 from graph.llm.models import check_model, open_model
 from graph.planning.plan import Plan
-from tests.openai_server import DEFAULT_PLAN, OpenAIServer
+from tests.graph.llm.asking import KEY, PLAN, QUESTION
+from tests.openai_server import OpenAIServer
 from tools.base.errors import UserError
-
-KEY = "sk-proj-Zk39_secret-Qx7"
-PLAN = Plan.model_validate(DEFAULT_PLAN)
-QUESTION = [HumanMessage("Plan, as JSON.")]
 
 PROVIDER = '''
 """Stands in for langchain's own: one provider whose models call tools, one whose models only write."""
