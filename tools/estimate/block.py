@@ -27,7 +27,7 @@ from tools.models.blocks import Blocks
 from tools.models.formats import DTYPES
 from tools.models.layers import Layer, find_blocks, find_layers
 from tools.models.load import ModelPlace, build_on_meta, locate_model
-from tools.models.readout import CHUNK, hidden_gradients, measure_losses
+from tools.models.readout import CHUNK, compute_hidden, hidden_gradients, measure_losses
 
 WORDS = 2**15
 """Rows of the output head that are really there, at most: what it takes grows with them in proportion."""
@@ -119,7 +119,8 @@ def _keep_one_of_each(model: Any) -> list[int]:
     config, blocks, kinds = model.config.get_text_config(), find_blocks(model), count_kinds(model)
     if types := getattr(config, "layer_types", None):
         picked = [types[first] for first, _ in kinds]
-        config.layer_types = [*picked, picked[-1]]
+        with suppress(AttributeError):  # some configs make them of other fields
+            config.layer_types = [*picked, picked[-1]]
     config.num_hidden_layers = len(kinds) + 1
     chosen = [blocks[first] for first, _ in kinds]
     blocks._modules = {str(index): block for index, block in enumerate([*chosen, _make_tail(chosen[-1])])}
@@ -146,12 +147,19 @@ def _make_tail(block: nn.Module) -> nn.Module:
         if isinstance(value, dict):  # its parts and its hooks are not the other one's
             vars(tail)[name] = type(value)()
     tail._parameters["place"] = nn.Parameter(torch.empty(1, device="meta"))  # says which device it is on
-    tail.forward = _pass_on
+    lengths: list[int | None] = [None]
+
+    def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        lengths[0] = len(output) if isinstance(output, tuple) else None
+
+    def pass_on(*args: Any, **kwargs: Any) -> Any:
+        """In the form in which the block below returned its output."""
+        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        return hidden_BTD if lengths[0] is None else (hidden_BTD, *[None] * (lengths[0] - 1))
+
+    block.register_forward_hook(see)
+    tail.forward = pass_on
     return tail
-
-
-def _pass_on(*args: Any, **kwargs: Any) -> Any:
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def _fill(model: nn.Module, device: torch.device) -> None:
@@ -224,7 +232,7 @@ def _count(model: Any, window: int) -> Counts:
         x_BTD = sample.blocks.embed(ids_T).clone()
         forwards = [_count_forward(sample, ids_T, kind, x_BTD) for kind in range(len(sample.counts))]
         graphs = [_count_graph(sample, ids_T, kind, x_BTD) for kind in range(len(sample.counts))]
-        loss, readout = _count_head(sample, ids_T[:CHUNK], x_BTD[0, :CHUNK])
+        loss, readout = _count_head(sample, ids_T[:CHUNK])
     forward, both = (
         float(sum(count * meter.flops for count, meter in zip(sample.counts, meters, strict=True)))
         for meters in (forwards, graphs)
@@ -280,10 +288,10 @@ def _count_graph(sample: Sample, ids_T: Tensor, kind: int, x_BTD: Tensor) -> Met
     return meter
 
 
-def _count_head(sample: Sample, ids_T: Tensor, hidden_TD: Tensor) -> tuple[Meter, Meter]:
+def _count_head(sample: Sample, ids_T: Tensor) -> tuple[Meter, Meter]:
     """Of one chunk: its losses beside the dense model's, and the gradients of what the head reads."""
     loss, readout = Meter(), Meter()
-    with only_head(sample, ids_T, hidden_TD), loss, suppress(DataDependentOutputException):
+    with only_head(sample, ids_T) as hidden_TD, loss, suppress(DataDependentOutputException):
         measure_losses(sample.model, ids_T, hidden_TD)  # at its end makes numbers of two sums, which have no value here
     with readout:
         hidden_gradients(sample.model, ids_T, hidden_TD, torch.Generator())
@@ -291,8 +299,10 @@ def _count_head(sample: Sample, ids_T: Tensor, hidden_TD: Tensor) -> tuple[Meter
 
 
 @contextmanager
-def only_head(sample: Sample, ids_T: Tensor, hidden_TD: Tensor) -> Iterator[None]:
-    """Inside, a forward of the model runs no block."""
+def only_head(sample: Sample, ids_T: Tensor) -> Iterator[Tensor]:
+    """Inside, a forward of the model runs no block; what its output head reads of these tokens, (T, D)."""
     last = len(sample.counts)
-    with sample.blocks.only(last, last + 1, ids_T, hidden_TD[None]):
-        yield
+    with sample.blocks.only(last, last + 1, ids_T, sample.blocks.embed(ids_T)):
+        with torch.no_grad():
+            hidden_TD = compute_hidden(sample.model, ids_T[None])[0]
+        yield hidden_TD

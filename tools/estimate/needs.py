@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field
 
-from tools.base.errors import UserError
+from tools.base.errors import UserError, in_one_line
 from tools.base.settings import TeamSettings, count_threads
 from tools.estimate.block import build_empty, count_block
 from tools.estimate.memory import (
@@ -115,8 +115,7 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     forms = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
     held = count_layer(forms, layers[0].weight_OI.dtype)
     threads = count_threads(settings) if workers else torch.get_num_threads()
-    untimed = explain_absence(model, device)
-    times = None if untimed else _time(model, settings, course, device, threads)
+    times, untimed = _time(model, settings, course, device, threads)
     facts = Facts(measure_shape(model, layers), counts, held, measure_process(), reading, device)
     parts = cut_parts(settings, workers)
     busiest = find_busiest(parts)
@@ -152,14 +151,18 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     )
 
 
-def _time(model: Any, settings: TeamSettings, course: Course, device: str, threads: int) -> Times:
-    """On so many threads of a CPU."""
+def _time(model: Any, settings: TeamSettings, course: Course, device: str, threads: int) -> tuple[Times | None, str]:
+    """Seconds on so many threads of a CPU, or why there are none."""
+    if absence := explain_absence(model, device):
+        return None, absence
+    prune = {name_recipe(recipe): recipe for recipe, _ in course.pruned}
+    cut = {name_recipe(recipe): recipe for recipe in course.curves}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        prune = {name_recipe(recipe): recipe for recipe, _ in course.pruned}
-        cut = {name_recipe(recipe): recipe for recipe in course.curves}
-        return time_run(model, settings.window, torch.device(device), course.prompts, prune, cut)
+        return time_run(model, settings.window, torch.device(device), course.prompts, prune, cut), ""
+    except Exception as error:  # there may be too little memory, or no code for an operation
+        return None, f"one block could not be run here: {in_one_line(error, 100)}"
     finally:
         torch.set_num_threads(before)
 

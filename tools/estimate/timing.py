@@ -170,9 +170,9 @@ def _walk(sample: Sample, ids_T: Tensor, device: torch.device, scratch: Path) ->
         gradients += count * time_call(device, partial(walks.gradients, span, walk, kind))
         known = {layer.name: _make_known(layer) for layer in sample.members(kind)}
         curves += count * time_call(device, partial(walks.mask_curves, span, walk, kind, known))
-    with only_head(sample, ids_T, x_BTD[0]):
+    with only_head(sample, ids_T) as hidden_TD:
         loss = time_call(device, partial(measure_losses, sample.model, ids_T, None))
-        divergence = time_call(device, partial(measure_losses, sample.model, ids_T, x_BTD[0]))
+        divergence = time_call(device, partial(measure_losses, sample.model, ids_T, hidden_TD))
     words = sample.words
     return _Pass(forward, statistics, gradients + words * head, curves, words * loss, words * divergence)
 
@@ -191,11 +191,13 @@ def _time_word(sample: Sample, device: torch.device, prompts: int) -> float:
     """Of all blocks and the output head; most of it goes to reading their weights."""
     ids_T = torch.zeros(max(prompts, 1), dtype=torch.long, device=device)
     x_BTD, head = sample.blocks.embed(ids_T), sample.model.get_output_embeddings()
+    with only_head(sample, ids_T) as hidden_TD:
+        pass
 
     @torch.no_grad()
     def run() -> float:
         blocks = _time_kinds(sample, device, lambda kind: sample.blocks.run(ids_T, kind, x_BTD))
-        return blocks + sample.words * time_call(device, partial(head, x_BTD[0]))
+        return blocks + sample.words * time_call(device, partial(head, hidden_TD))
 
     return min(run() for _ in range(REPEATS))
 

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tests.tiny import ARCHITECTURES, make_tiny_config, make_tiny_model, save_tiny_gguf, tiny_settings
 from tests.tools.estimate.helpers import MODEL, QWEN3_8B, write_config
 from tools.base.errors import UserError
 from tools.estimate import block as module
-from tools.estimate.block import build_empty, build_sample, count_block, count_kinds
+from tools.estimate.block import build_empty, build_sample, count_block, count_kinds, only_head
 from tools.estimate.meter import Meter
 from tools.models.blocks import Blocks
-from tools.models.readout import CHUNK, hidden_gradients, measure_losses
+from tools.models.readout import CHUNK, compute_logits, hidden_gradients, measure_losses
 from tools.statistics.walks import Walk, Walks
 
 
@@ -54,6 +55,9 @@ def test_a_sample_runs_as_a_model_does(architecture: str, tmp_path: Path) -> Non
     ids_T = torch.arange(16)
     x_BTD = sample.blocks.embed(ids_T)
     assert torch.equal(sample.blocks.run(ids_T, kinds, x_BTD), x_BTD), "the last one hands its input on"
+    with only_head(sample, ids_T) as hidden_TD:
+        assert hidden_TD.shape == (16, 32)
+        assert torch.equal(sample.model(input_ids=ids_T[None]).logits[0], compute_logits(sample.model, hidden_TD))
     assert not torch.equal(sample.blocks.run(ids_T, 0, x_BTD), x_BTD)
     assert bool(torch.isfinite(sample.model(input_ids=ids_T[None]).logits).all())
 
@@ -63,6 +67,15 @@ def test_a_sample_runs_as_a_model_does(architecture: str, tmp_path: Path) -> Non
     assert walks.gradients((0, 1), walk, kinds) == [((0, 1), {})], "no layer is in the last one"
     found = {name for _, sums in walks.gradients((0, 1), walk, 0) for name in sums}
     assert {f"plain/{layer.name}" for layer in sample.members(0)} <= found
+
+
+def test_a_block_that_returns_a_tuple_is_handed_on_as_one() -> None:
+    config = transformers.AutoConfig.for_model("bloom", vocab_size=320, hidden_size=32, n_layer=2, n_head=4)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    sample = build_sample(model, "cpu")
+    assert sample.model(input_ids=torch.arange(16)[None]).logits.shape == (1, 16, 320)
+    assert count_block(model, 64).forward > 0
 
 
 def test_tied_weights_stay_one_and_a_great_vocabulary_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,15 @@ def test_what_cannot_be_estimated_is_said_in_one_line(
         find(model)
 
 
-def test_threads_are_put_back(tiny_llama: Path) -> None:
-    before = torch.get_num_threads()
-    find(tiny_llama, workers="1", worker_threads=2)
-    assert torch.get_num_threads() == before
+def test_a_block_that_cannot_be_run_here_has_no_time(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def fail(*_arguments: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("no memory\nis left")
+
+    monkeypatch.setattr(module, "time_run", fail)
+    found = find(tiny_llama, workers="1", worker_threads=2)
+    assert (found.untimed, found.tokens) == ("one block could not be run here: no memory is left", 0)
+    assert {work.seconds for work in found.work} == {None}
+    assert (seen, torch.get_num_threads()) == ([2], before), "as many threads as a worker has"
