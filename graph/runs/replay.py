@@ -161,10 +161,13 @@ def _compare_plan(run: str, event: Event) -> str:
 
 def _compare_trial(run: str, event: Event) -> str:
     """The first figure of a trial that differs from the record's; empty where none does."""
-    there = read_record(run).trials.get(event["iteration"], event)
+    record, iteration = read_record(run), event["iteration"]
+    there = record.trials.get(iteration, event)
     for name, word in FIGURES.items():
+        if name == "checkpoint" and not record.orders.get(iteration):
+            continue  # earlier versions recorded no orders, and kept the same weights in other files
         if there[name] != event[name]:
-            where = f"trial {event['iteration']}" if event["iteration"] else "the dense model"
+            where = f"trial {iteration}" if iteration else "the dense model"
             return f"{where}: {word} {_show_both(there[name], event[name])}"
     return ""
 

@@ -1,0 +1,54 @@
+"""What is told of a replay where it is no longer the run that was recorded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from graph.runs.replay import compare, read_record
+from tests.made_runs import write_run
+from tools.base.rundir import RUNS_DIR_VARIABLE
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recorded run whose plans name no work orders, as earlier versions wrote it."""
+    monkeypatch.setenv(RUNS_DIR_VARIABLE, str(tmp_path))
+    run = write_run(tmp_path / "recorded")
+    assert not any(read_record("recorded").orders.values())
+    return run
+
+
+@pytest.fixture
+def replaying(tmp_path: Path) -> Path:
+    """The directory of its replay, in whose log nothing parts yet."""
+    directory = tmp_path / "replaying"
+    directory.mkdir()
+    (directory / "events.jsonl").write_text("")
+    return directory
+
+
+def read_trial(run: Path) -> dict[str, object]:
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    found: dict[str, object] = next(event for event in events if event["type"] == "trial" and event["iteration"] == 1)
+    return found
+
+
+def test_the_files_of_an_earlier_version_are_not_compared(recorded: Path, replaying: Path) -> None:
+    trial = read_trial(recorded)
+    assert compare("recorded", trial | {"checkpoint": "f" * 64}, replaying) is None
+    assert compare("recorded", trial | {"kl": 0.2}, replaying) == (
+        "parting",
+        "trial 1: KL 0.1000 in the record, 0.2000 here",
+    )
+
+
+def test_those_of_a_run_with_work_orders_are(recorded: Path, replaying: Path) -> None:
+    log = recorded / "events.jsonl"
+    log.write_text(log.read_text().replace('"type": "plan", ', '"type": "plan", "order": "ab12", '))
+    trial = read_trial(recorded)
+    assert compare("recorded", trial, replaying) is None
+    assert compare("recorded", trial | {"checkpoint": "f" * 64}, replaying) == (
+        "parting",
+        "trial 1: checkpoint 000000000000 in the record, ffffffffffff here",
+    )
