@@ -8,6 +8,8 @@ from pathlib import Path
 import grimp
 import pytest
 
+from tests.write_tables import PAGE, write_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,3 +32,9 @@ def test_every_file_is_in_the_wheel(tmp_path: Path) -> None:
 
 def test_the_first_page_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
+
+
+def test_tables_of_choices_are_those_of_the_registries() -> None:
+    """Else: python -m tests.write_tables"""
+    page = PAGE.read_text(encoding="utf-8")
+    assert write_tables(page) == page

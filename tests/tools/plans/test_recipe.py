@@ -114,6 +114,7 @@ def test_adjustments_that_are_refused(fields: dict[str, Any], sentence: str) -> 
         ("refit11:kappa", "recipe 'refit11:kappa': refit_steps: input should be less than or equal to 10"),
         ("refit0:kappa", "refit_steps: input should be greater than or equal to 1"),
         ("wanda3:kappa", "is not of the form"),
+        ("wanda:by-depth", "recipe 'wanda:by-depth': allocation: input should be"),  # hyphens are no other form
         ("two-sided+refit3:kappa", "is not of the form"),
         ("wanda:owl@2", "recipe 'wanda:owl@2': strength: input should be less than or equal to 1"),
     ],
