@@ -2,19 +2,39 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+from tools.base.settings import TEXT_FORMS
+from tools.measure.own_tasks import find_own_tasks
 from tools.plans.methods import METHODS
-from tools.plans.registry import list_choices
+from tools.plans.registry import Choice, list_choices
 from tools.plans.rules import ALLOCATIONS
+from tools.texts.sources import SOURCES
 
 PAGE = Path(__file__).resolve().parents[1] / "tools" / "README.md"
-TABLES = {"METHOD": METHODS, "ALLOCATION": ALLOCATIONS}
+
+
+class Entry(NamedTuple):
+    """What a table tells of an entry."""
+
+    name: str
+    sentence: str
+
+
+def list_tables() -> dict[str, list[Choice]]:
+    """The entries of every table, by its title."""
+    return {
+        "METHOD": [*METHODS.values()],
+        "ALLOCATION": [*ALLOCATIONS.values()],
+        "TEXT": [Entry(form, source.sentence) for form, source in zip(TEXT_FORMS, SOURCES.values(), strict=True)],
+        "TASK of ours": [Entry(name, task.sentence) for name, task in find_own_tasks().items()],
+    }
 
 
 def write_tables(text: str) -> str:
     """The page with each table as its registry has it now."""
-    for title, entries in TABLES.items():
-        table = "\n".join(list_choices(title, entries.values()))
+    for title, entries in list_tables().items():
+        table = "\n".join(list_choices(title, entries))
         text, count = re.subn(rf"^\| {title} \|.*(?:\n\|.*)*", lambda _, new=table: new, text, flags=re.MULTILINE)
         assert count == 1, f"the page has {count} tables of {title}"
     return text

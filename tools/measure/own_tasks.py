@@ -21,6 +21,8 @@ class OwnTask(NamedTuple):
     figure.
     """
 
+    sentence: str
+    """What it asks, without a full stop."""
     check: Callable[[TaskSettings], object]
     """Refuses, before anything is loaded, what cannot be asked; raises UserError. Imports neither harness nor torch."""
     load: Callable[[TaskSettings], tuple[Any, Any]]

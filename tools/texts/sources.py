@@ -15,8 +15,10 @@ from tools.texts.tables import check_file, explain_unreadable, open_rows
 
 
 class Source(NamedTuple):
-    """A kind of source; both functions are given the source as it was written."""
+    """A kind of source; its two functions are given the source as it was written."""
 
+    sentence: str
+    """What it is, without a full stop."""
     check: Callable[[str], object]
     """Refuses, before anything is loaded, what cannot be read; raises UserError."""
     read: Callable[[str], Iterator[str]]
@@ -87,8 +89,10 @@ def _read_pydoc(source: str) -> Iterator[str]:
 
 
 SOURCES = {
-    "hub:": Source(parse_hub, _read_rows),
-    "file:": Source(_check_file, _read_rows),
-    "pydoc": Source(lambda source: None, _read_pydoc),
+    "hub:": Source("a data set on the hub, streamed, with a column text, content or document", parse_hub, _read_rows),
+    "file:": Source(
+        "a text file as one document, or a JSON object a line, with such a column", _check_file, _read_rows
+    ),
+    "pydoc": Source("Python's own reference prose, which is on every machine", lambda source: None, _read_pydoc),
 }
 """By what a source begins with: a word and a colon, or the word alone where nothing is to be chosen."""

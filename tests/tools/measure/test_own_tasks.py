@@ -32,7 +32,7 @@ def load(settings):
         "custom_dataset": lambda **_: {"test": rows},
     }), "made up"
 
-TASK = OwnTask(check, load)
+TASK = OwnTask("sums of one", check, load)
 """
 
 

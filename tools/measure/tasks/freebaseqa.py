@@ -45,7 +45,13 @@ def read_asked(settings: TaskSettings) -> Iterator[Question]:
     return islice(read_questions(settings.freebaseqa), settings.shots, None)
 
 
-TASK = OwnTask(check, load, read_asked)
+TASK = OwnTask(
+    "closed book: normalised exact match, and the log-probability per token of the right answer, which still says "
+    "something of small models; --freebaseqa",
+    check,
+    load,
+    read_asked,
+)
 
 
 def make_task(questions: Sequence[Question], shots: int) -> Any:

@@ -30,7 +30,7 @@ def load(settings: TaskSettings) -> tuple[Any, Any]:
     return load_local_mmlu(*files), hash_files(*files)
 
 
-TASK = OwnTask(check, load)
+TASK = OwnTask("four choices in 57 subjects, as the harness asks them; from the hub, or --mmlu file:DIR", check, load)
 
 
 def _find_files(source: str) -> tuple[Path, Path]:
