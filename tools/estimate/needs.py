@@ -57,16 +57,6 @@ class Estimate(BaseModel):
     tokens: int = Field(0, description="Of the longest window that one block was really run on; 0 without any.")
 
     @property
-    def peak_device(self) -> Phase:
-        """The phase that holds most on the device."""
-        return max(self.phases, key=lambda phase: phase.device_bytes)
-
-    @property
-    def peak_host(self) -> Phase:
-        """The phase that holds most in CPU memory, beside the device."""
-        return max(self.phases, key=lambda phase: phase.host_bytes)
-
-    @property
     def peak(self) -> Phase:
         """The phase that holds most in both together."""
         return max(self.phases, key=lambda phase: phase.bytes)
