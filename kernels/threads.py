@@ -40,7 +40,8 @@ os.register_at_fork(after_in_child=_waiting.clear)  # threads do not live on in 
 def share_rows(run: Callable[[int, int], None], rows: int, size: int) -> None:
     """run(first, last) over all rows, by as many of torch's number of threads as `size` bytes are worth.
 
-    A pool of futures needs twice as long to hand over a share.
+    What a share raises is raised here, once all of them have ended. A pool of futures needs twice as long to hand over
+    a share.
     """
     threads = min(torch.get_num_threads(), rows, size // THREAD_BYTES)
     if threads <= 1:
@@ -50,16 +51,28 @@ def share_rows(run: Callable[[int, int], None], rows: int, size: int) -> None:
         tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=_work, args=(tasks,), daemon=True, name="billhook-rows").start()
         _waiting.append(tasks)
-    done: queue.SimpleQueue[None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     for i in range(1, threads):
         _waiting[i - 1].put((run, bounds[i], bounds[i + 1], done))
-    run(bounds[0], bounds[1])
-    for _ in range(1, threads):
-        done.get()
+    ends = [
+        _try(run, bounds[0], bounds[1]),
+        *(done.get() for _ in range(1, threads)),
+    ]  # all of them, before any is told
+    for error in ends:
+        if error is not None:
+            raise error
 
 
 def _work(tasks: queue.SimpleQueue[Any]) -> None:
     while True:
         run, first, last, done = tasks.get()
+        done.put(_try(run, first, last))
+
+
+def _try(run: Callable[[int, int], None], first: int, last: int) -> BaseException | None:
+    """What went wrong with a share; whoever waits for it must hear of its end, whatever that is."""
+    try:
         run(first, last)
-        done.put(None)
+    except BaseException as error:
+        return error
+    return None
