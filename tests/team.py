@@ -12,7 +12,7 @@ from torch import Tensor
 import tools.workbench.crew
 from tools.statistics.requests import Answers, Here, ShardRequest
 from tools.statistics.shards import SHARDS, share_out
-from tools.team.carrier import WeightSource
+from tools.team.carrier import WeightSource, name_weights
 from tools.team.requests import Job, OnShards, OnSpan, Shared
 from tools.team.worker import StoredLayer, Texts, Worker
 from tools.workbench.bench import Workbench
@@ -77,7 +77,7 @@ class Team:
             )
             for name, artifact in wanted.items()
         }
-        self.workers[place].install(found, self.source.mark_blocks(wanted))
+        self.workers[place].install(name_weights(wanted), found, self.source.mark_blocks(wanted))
         return self.workers[place]
 
 

@@ -30,9 +30,10 @@ class Actor:
         self._worker = Worker(model, settings, thaw(texts), Path(self._scratch.name), limit_prefix(model))
         return identity, socket.gethostname(), os.getpid()
 
-    def call(self, request: Any, span: tuple[int, int] | None) -> Any:
-        """The answer to a `Job`, or with a span to a `Shared`."""
-        return self._answer(thaw(request) if span is None else OnSpan(thaw(request), span))
+    def call(self, request: Any, span: tuple[int, int] | None) -> tuple[str, Any]:
+        """(the name of the model's weights, the answer to a `Job`, or with a span to a `Shared`)."""
+        answer = self._answer(thaw(request) if span is None else OnSpan(thaw(request), span))
+        return self._worker.weights, answer
 
     def _answer(self, job: Job[Any]) -> Any:
         began = time.perf_counter()
@@ -41,8 +42,8 @@ class Actor:
         return freeze(answer)
 
     def call_and_keep(self, request: Any) -> tuple[str, Any]:
-        """As `call` of a job, with a word that it went well, which is read while the answer is not."""
-        return "kept", self.call(request, None)
+        """As `call` of a job: the name is read, the answer is not."""
+        return self.call(request, None)
 
     def take_busy_seconds(self) -> float:
         """Seconds spent on requests since this was last asked."""

@@ -1,5 +1,7 @@
 """How pruned layers come to the workers: only those that changed, and each once for all who need it."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -13,6 +15,11 @@ from tools.team.worker import StoredLayer
 
 Weights = Mapping[str, str]
 """What a whole model's prunable weights are: the artifact of each layer, by its name."""
+
+
+def name_weights(changed: Weights) -> str:
+    """A name for a model's weights: "" as it was loaded, else a hash of the layers that are others, and of what."""
+    return hashlib.sha256(json.dumps(sorted(changed.items())).encode()).hexdigest() if changed else ""
 
 
 class WeightSource(Protocol):
@@ -51,18 +58,23 @@ class Carrier:
             self._dense[name] = keep(self._ray, self._source.dense[name])
         return self._dense[name]
 
-    def update(self, place: Place, weights: Weights | None) -> None:
-        """Give a worker the layers of these weights, or of those in this process, that are other than those it has."""
+    def update(self, place: Place, weights: Weights | None) -> str:
+        """Give a worker the layers of these weights, or of those in this process, that are other than those it has.
+
+        The name that its weights then have: whether it has them, it says with every answer.
+        """
         weights = self._source.installed if weights is None else weights
         wanted = {name: artifact for name, artifact in weights.items() if artifact != self._loaded[name]}
         changed = [name for name in self._loaded if wanted.get(name) != place.installed.get(name)]
+        name = name_weights(wanted)
         if not changed:
-            return
-        found = {name: self._find(name, weights[name]) for name in changed}
-        install = Install(found, self._source.mark_blocks(weights))
-        place.actor.call.remote(keep(self._ray, install).ref, None)
+            return name
+        found = {layer: self._find(layer, weights[layer]) for layer in changed}
+        install = Install(name, found, self._source.mark_blocks(weights))
+        place.sent = place.actor.call.remote(keep(self._ray, install).ref, None)
         place.installed = wanted
         self._forget()
+        return name
 
     def _find(self, name: str, artifact: str) -> Kept[StoredLayer]:
         if artifact == self._loaded[name]:

@@ -1,8 +1,8 @@
 """The team of a run on Ray: one worker for each device, on this machine or on a cluster that is there already.
 
 Workers hold a model each; of what is pruned, only layers that changed travel, through Ray's object store and once for
-all who need them. What a worker answers depends on nothing but the request and the weights, so that the work of one
-that died is simply asked for again.
+all who need them. What a worker answers depends on nothing but the request and the weights, whose name comes with every
+answer, so that the work of one that died, or has other weights, is simply asked for again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,8 +41,10 @@ class _Call:
     keeps: bool = False
     """Whether the answer stays in the object store."""
     actor: Any = None
+    expected: str = ""
+    """The name of the weights that the worker then has."""
     answer: Any = None
-    """A reference to it, or to the word that it is kept."""
+    """A reference to the name of the weights that it had, and to the answer where that is not kept."""
     kept: Any = None
 
 
@@ -150,7 +152,7 @@ class Cluster:
 
     def _send(self, call: _Call) -> _Call:
         with self._connection.explained():
-            self._carrier.update(call.place, call.weights)
+            call.expected = self._carrier.update(call.place, call.weights)
             call.actor = call.place.actor
             if call.keeps:
                 remote = call.actor.call_and_keep.options(num_returns=2)
@@ -163,10 +165,14 @@ class Cluster:
         while True:
             try:
                 with self._connection.explained():
-                    answer = thaw(self._ray.get(call.answer))
-                return call.kept if call.keeps else answer
+                    found = self._ray.get(call.answer)
+                weights, answer = (found, call.kept) if call.keeps else (found[0], thaw(found[1]))
+                if weights == call.expected:
+                    return answer
+                problem = self._places.explain_weights(call.place)
             except self._ray.exceptions.RayActorError:
-                if call.actor is call.place.actor:  # else another call has found it dead already
-                    self._places.replace(call.place)
-                call.place = self._places.stand_in(call.place)
-                self._send(call)
+                problem = "died"
+            if call.actor is call.place.actor:  # else another call has found it so already
+                self._places.replace(call.place, problem)
+            call.place = self._places.stand_in(call.place)
+            self._send(call)

@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from tools.base.errors import UserError
+from tools.base.errors import UserError, in_one_line
 from tools.base.progress import Warn
 from tools.base.settings import TeamSettings, count_threads
 from tools.team.actor import Actor
@@ -32,6 +32,8 @@ class Place:
     pid: int = 0
     installed: dict[str, str] = field(default_factory=dict)
     """Layers that are not as the model was loaded."""
+    sent: Any = None
+    """A reference to what came of the last weights that it was sent."""
     deaths: int = 0
 
 
@@ -66,8 +68,17 @@ class Places:
             with contextlib.suppress(Exception):
                 self._connection.ray.kill(place.actor)
 
-    def replace(self, place: Place) -> None:
-        """Another worker for one that died; without one its place is given up.
+    def explain_weights(self, place: Place) -> str:
+        """Why a worker's weights are others than those that it was sent last, in a few words."""
+        try:
+            self._connection.ray.get(place.sent)
+        except Exception as error:  # whatever went wrong there
+            cause = getattr(error, "cause", None) or error
+            return f"has not the weights that it was sent ({in_one_line(cause, 200)})"
+        return "has other weights than it was sent"
+
+    def replace(self, place: Place, problem: str = "died") -> None:
+        """Another worker for one that died, or has a `problem`; without one its place is given up.
 
         Raises UserError when too many died there, or no other place is left.
         """
@@ -77,7 +88,9 @@ class Places:
                 f"worker {place.number} on {place.host} died {place.deaths} times; it may lack memory. Go on with "
                 "fewer --workers: a run with --resume, any other command as before"
             )
-        self._warn(f"worker {place.number} on {place.host} died; another one does its share again")
+        self._warn(f"worker {place.number} on {place.host} {problem}; another one does its share again")
+        with contextlib.suppress(Exception):
+            self._connection.ray.kill(place.actor)
         (place.actor, place.opened), place.installed = self._start(), {}
         try:
             self._wait_for(place)

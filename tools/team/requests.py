@@ -104,10 +104,12 @@ class PruneToLevels(NamedTuple):
 class Install(NamedTuple):
     """Put weights into the worker's model."""
 
+    name: str
+    """Of all weights of the model, once these are in it."""
     weights: Mapping[str, Kept[StoredLayer]]
     marks: Sequence[str]
     """For each block, a name of the weights of all blocks before it."""
 
     def run(self, worker: Worker) -> None:
         """As in `Job`."""
-        worker.install(self.weights, self.marks)
+        worker.install(self.name, self.weights, self.marks)

@@ -88,17 +88,20 @@ class Worker:
         count = min(settings.gradient_windows, len(calibration))
         layers = list(self.layers.values())
         self.walks = Walks(self.blocks, layers, calibration, count, settings.seed, scratch, ahead=1, mixed=mixed)
+        self.weights = ""
+        """The name of those in the model, given by whoever sent them; "" as they were loaded."""
         self._marks = [""] * len(self.blocks)
         self._prefix: dict[tuple[int, ...], PrefixCache] = {}
         self._prefix_bytes = prefix_bytes
 
-    def install(self, weights: Mapping[str, Kept[StoredLayer]], marks: Sequence[str]) -> None:
-        """Put weights into layers; `marks[b]` then names the weights of all blocks before b."""
-        for name, kept in weights.items():
-            layer, stored = self.layers[name], kept.fetch()
+    def install(self, name: str, weights: Mapping[str, Kept[StoredLayer]], marks: Sequence[str]) -> None:
+        """Put weights into layers; `marks[b]` then names the weights of all blocks before b, and `name` all of them."""
+        self.weights = "neither the old ones nor the new"
+        for layer_name, kept in weights.items():
+            layer, stored = self.layers[layer_name], kept.fetch()
             dense_OI = layer.weight_OI if stored.dense_OI is None else stored.dense_OI.fetch()
             layer.write(unpack_pruned(stored.tensors, dense_OI))
-        self._marks = list(marks)
+        self._marks, self.weights = list(marks), name
 
     def losses(
         self, split: str, windows: Sequence[int], dense_hidden_BTD: Tensor | None, *, keeps_hidden: bool
