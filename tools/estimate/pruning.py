@@ -8,21 +8,19 @@ another, beside a part that all of them share.
 Shape suffixes: O output features, I input features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.methods import LayerStatistics, prune_levels, prune_weight
+from kernels.methods import LayerStatistics
 from kernels.obs import InverseFactor
-from kernels.scores import score_two_sided
-from kernels.statistics import level_of_each_weight, nested_parts
 from tools.estimate.clock import fit, time_call
 from tools.estimate.meter import Meter
-from tools.plans.layer_profile import LEVELS
 from tools.plans.methods import METHODS
 from tools.plans.recipe import Recipe, count_pattern_zeros
+from tools.statistics.pruned import cut_to_levels, parts_of_mask, prune_layer
 
 SMALL = 128
 """Outputs or inputs, whichever are more, of the layer that is counted."""
@@ -38,6 +36,9 @@ SHARE = 0.45
 
 Form = tuple[int, int]
 """(outputs, inputs) of a layer."""
+
+Run = Callable[[Recipe, Tensor, LayerStatistics], None]
+"""Prunes a layer, once or to all of LEVELS."""
 
 
 class Held(NamedTuple):
@@ -66,8 +67,8 @@ def _count_form(form: Form, dtype: torch.dtype) -> Held:
     weight_OI, statistics = make_weight(small, dtype), make_statistics(small[1])
     pruned, levels = 0, 0
     for recipe in recipes:
-        pruned = max(pruned, _meter_pruning(recipe, weight_OI, statistics).peak)
-        levels = max(levels, _meter_levels(recipe, weight_OI, statistics).peak)
+        pruned = max(pruned, _meter(_prune, recipe, weight_OI, statistics).peak)
+        levels = max(levels, _meter(_cut, recipe, weight_OI, statistics).peak)
     curve = _meter_curve(weight_OI, statistics).peak
     return Held(*(round(growth * peak) for peak in (pruned, levels, curve)))
 
@@ -111,43 +112,25 @@ def _count_zeros(recipe: Recipe, weight_OI: Tensor) -> int:
     return round(SHARE * weight_OI.numel())
 
 
-def _prune(recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> Tensor:
-    pruned = prune_weight(
-        recipe.method,
-        weight_OI,
-        _for_rows(statistics, weight_OI),
-        _count_zeros(recipe, weight_OI),
-        refit=recipe.refits_after,
-        refit_steps=recipe.steps,
-        pattern=recipe.group,
-    )
-    return pruned.weight_OI
+def _prune(recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> None:
+    prune_layer(recipe, weight_OI, _for_rows(statistics, weight_OI), _count_zeros(recipe, weight_OI))
 
 
 def _cut(recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> None:
-    """To all levels; what one changes beyond the last is made of two of them."""
-    zeros = [round(level * weight_OI.numel()) for level in LEVELS]
-    own = _for_rows(statistics, weight_OI)
-    before_OI = weight_OI
-    for pruned_OI in prune_levels(recipe.method, weight_OI, own, zeros, refit=recipe.refits_after):
-        part_OI = before_OI.float() - pruned_OI.float()
-        before_OI = pruned_OI
+    _let_go(cut_to_levels(recipe, weight_OI, _for_rows(statistics, weight_OI)))
+
+
+def _let_go(parts: Iterable[Tensor]) -> None:
+    """One of them is held at a time."""
+    for part_OI in parts:
         del part_OI
 
 
-def _meter_pruning(recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> Meter:
+def _meter(run: Run, recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> Meter:
     fresh = LayerStatistics(*(getattr(statistics, name) for name in _FIELDS))
     meter = Meter()
     with meter:
-        _prune(recipe, weight_OI, fresh)
-    return meter
-
-
-def _meter_levels(recipe: Recipe, weight_OI: Tensor, statistics: LayerStatistics) -> Meter:
-    fresh = LayerStatistics(*(getattr(statistics, name) for name in _FIELDS))
-    meter = Meter()
-    with meter:
-        _cut(recipe, weight_OI, fresh)
+        run(recipe, weight_OI, fresh)
     return meter
 
 
@@ -155,13 +138,10 @@ _FIELDS = ("mean_square_I", "gradient_square_O", "second_moment_II")
 
 
 def _meter_curve(weight_OI: Tensor, statistics: LayerStatistics) -> Meter:
-    zeros = [round(level * weight_OI.numel()) for level in LEVELS]
     gamma_O = _for_rows(statistics, weight_OI).gradient_square_O
     meter = Meter()
     with meter:
-        score_OI = score_two_sided(weight_OI, statistics.mean_square_I, gamma_O)
-        for part_OI in nested_parts(weight_OI, level_of_each_weight(score_OI, weight_OI == 0, zeros), len(zeros)):
-            del part_OI
+        _let_go(parts_of_mask(weight_OI, statistics.mean_square_I, gamma_O))
     return meter
 
 
@@ -169,7 +149,7 @@ def count_flops(recipe: Recipe, form: Form, *, levels: bool = False) -> float:
     """Of the products of pruning one layer, once or to all of LEVELS."""
     small = _shrink(form, recipe.group[1] if recipe.group else 1)
     weight_OI, statistics = make_weight(small, torch.float32), make_statistics(small[1])
-    meter = (_meter_levels if levels else _meter_pruning)(recipe, weight_OI, statistics)
+    meter = _meter(_cut if levels else _prune, recipe, weight_OI, statistics)
     return meter.flops * (form[0] * form[1] ** 2) / (small[0] * small[1] ** 2)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,7 +32,7 @@ class WorkOrder(BaseModel):
     multipliers: dict[str, float] = Field({}, description="Selectors to the factors that lessons put on those curves.")
     line: str = Field("", description="For people; two orders may share it.")
 
-    @property
+    @cached_property
     def id(self) -> str:
         """SHA-256, in hex, of every layer's recipe and zeros: orders of the same id make the same weights."""
         parts = {name: [layer.recipe.model_dump(), layer.zeros] for name, layer in self.layers.items()}

@@ -15,13 +15,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.scores import score_two_sided
 from kernels.statistics import (
     add_second_moment,
     clip_tokens,
-    level_of_each_weight,
     mean_absolute_gradient,
-    nested_parts,
     squared_loss_changes,
     sum_squares,
 )
@@ -29,7 +26,7 @@ from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer
 from tools.models.readout import compute_hidden, hidden_gradients
-from tools.plans.layer_profile import LEVELS
+from tools.statistics.pruned import parts_of_mask
 from tools.statistics.shards import Span, Sums, cut_shards, list_nodes, sum_node
 from tools.statistics.states import StateStack
 
@@ -148,7 +145,7 @@ class Walks:
         for layer in self.grouped[block]:
             weight_OI, mean_square_I, gamma_O = (tensor.to(layer.weight_OI.device) for tensor in known[layer.name])
             weight_OI = weight_OI if weight_OI.numel() else layer.weight_OI
-            parts[layer.name] = _parts_of_mask(weight_OI, mean_square_I, gamma_O)
+            parts[layer.name] = parts_of_mask(weight_OI, mean_square_I, gamma_O)
         return self._sum_curves(self._descend(span, walk, block, language=True), span, block, parts)
 
     def curves(self, span: Span, walk: Walk, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
@@ -356,10 +353,3 @@ def _tapped(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _parts_of_mask(weight_OI: Tensor, mean_square_I: Tensor, gradient_square_O: Tensor) -> Iterator[Tensor]:
-    """What the two-sided mask removes at each of LEVELS beyond the last; nothing is held before it is asked for."""
-    score_OI = score_two_sided(weight_OI, mean_square_I, gradient_square_O)
-    zeros = [round(level * weight_OI.numel()) for level in LEVELS]
-    yield from nested_parts(weight_OI, level_of_each_weight(score_OI, weight_OI == 0, zeros), len(LEVELS))

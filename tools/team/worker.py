@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kernels.guard import Pruned
-from kernels.methods import LayerStatistics, prune_levels, prune_weight
+from kernels.methods import LayerStatistics
 from tools.base.progress import ignore_progress
 from tools.base.settings import Split, WorkbenchSettings
 from tools.measure.losses import PrefixCache, evaluate_windows
@@ -20,8 +19,8 @@ from tools.measure.recall import EncodedPair, cut_batches, read_answers
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
-from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
+from tools.statistics.pruned import cut_to_levels, prune_layer
 from tools.statistics.requests import Kept
 from tools.statistics.shards import Span
 from tools.statistics.walks import Walks
@@ -153,25 +152,3 @@ class Worker:
             else:
                 statistics = statistics.for_outputs(gamma_O)
             yield layer, layer.dense_OI.fetch().to(self.device), statistics
-
-
-def prune_layer(recipe: Recipe, dense_OI: Tensor, statistics: LayerStatistics, zeros: int) -> Pruned:
-    """The layer as the recipe leaves it, with its damping."""
-    return prune_weight(
-        recipe.method,
-        dense_OI,
-        statistics,
-        zeros,
-        refit=recipe.refits_after,
-        refit_steps=recipe.steps,
-        pattern=recipe.group,
-    )
-
-
-def cut_to_levels(recipe: Recipe, dense_OI: Tensor, statistics: LayerStatistics) -> Iterator[Tensor]:
-    """What the recipe's method changes of a layer at each of LEVELS beyond the last; fp32."""
-    zeros = [round(level * dense_OI.numel()) for level in LEVELS]
-    before_OI = dense_OI
-    for pruned_OI in prune_levels(recipe.method, dense_OI, statistics, zeros, refit=recipe.refits_after):
-        yield before_OI.float() - pruned_OI.float()
-        before_OI = pruned_OI

@@ -11,10 +11,10 @@ from tools.plans.layer_profile import LayerProfile
 from tools.plans.methods import REFIT_STEPS
 from tools.plans.recipe import Recipe
 from tools.statistics.collect import measure_kappa
+from tools.statistics.pruned import cut_to_levels
 from tools.statistics.requests import Here, Parts
 from tools.statistics.scores import measure_alpha
 from tools.team.requests import PruneToLevels
-from tools.team.worker import cut_to_levels
 from tools.workbench.crew import Crew
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import Index

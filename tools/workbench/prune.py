@@ -12,9 +12,9 @@ from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.plans.work_order import WorkOrder
 from tools.statistics.collect import Moments, begin_walk, collect_moments
+from tools.statistics.pruned import prune_layer
 from tools.team.cluster import Cluster
 from tools.team.requests import PruneLayers
-from tools.team.worker import prune_layer
 from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, make_checkpoint, make_layer_key
 from tools.workbench.crew import Crew
 from tools.workbench.profiles import Profiles

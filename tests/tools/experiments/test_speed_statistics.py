@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import tools.team.worker
+import tools.statistics.pruned
 from kernels.methods import prune_levels, prune_weight
 from tests.tiny import make_tiny_model
 from tools.base.progress import ignore_progress
@@ -28,8 +28,8 @@ def test_curves_and_pruning_are_made_anew_every_round(site: Site, monkeypatch: p
         curves.append((method, options["refit"]))
         return prune_levels(method, *arguments, **options)
 
-    monkeypatch.setattr(tools.team.worker, "prune_weight", one)
-    monkeypatch.setattr(tools.team.worker, "prune_levels", levels)
+    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", one)
+    monkeypatch.setattr(tools.statistics.pruned, "prune_levels", levels)
     bench_kappa_of_method(site)
     assert pruned == curves == [("refit", False)] * (1 + site.settings.rounds) * len(site.bench.layers)
 

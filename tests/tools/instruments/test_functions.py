@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import tools.team.worker
+import tools.statistics.pruned
 import tools.workbench.curves
 import tools.workbench.losses
 from graph.config import RunConfig
@@ -178,7 +178,7 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
 ) -> None:
     round_ = make_round()
     figures = probe(round_, [WANDA], 192)[0]
-    monkeypatch.setattr(tools.team.worker, "prune_weight", pytest.fail)
+    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
     bench = round_.bench
     checkpoint = bench.prune(round_.profile, round_.resolve(WANDA), ignore)
@@ -190,7 +190,7 @@ def test_a_probe_is_measured_once(make_round: Callable[..., Round], monkeypatch:
     round_ = make_round()
     figures = probe(round_, [REFIT], 100)
     probe(round_, [WANDA], 100)
-    monkeypatch.setattr(tools.team.worker, "prune_weight", pytest.fail)
+    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
     assert probe(round_, [REFIT], 128) == figures, "on as many windows"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import tools.team.worker
+import tools.statistics.pruned
 from kernels.guard import Pruned
 from kernels.methods import prune_weight
 from tests.benches import open_bench
@@ -40,7 +40,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         calls.append((method, zeros))
         return prune_weight(method, weight_OI, statistics, zeros, **options)
 
-    monkeypatch.setattr(tools.team.worker, "prune_weight", count)
+    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", count)
     return calls
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import tools.team.worker
+import tools.statistics.pruned
 from kernels.guard import Pruned
 from kernels.methods import prune_weight
 from tests.benches import (
@@ -128,7 +128,7 @@ def test_an_artifact_that_comes_out_different_is_refused(
         pruned = prune_weight(*arguments, **options)
         return pruned._replace(weight_OI=2 * pruned.weight_OI)
 
-    monkeypatch.setattr(tools.team.worker, "prune_weight", spoil)
+    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", spoil)
     with pytest.raises(DamagedArtifact) as refusal:
         bench.restore(checkpoint)
     assert str(refusal.value) == (
