@@ -26,8 +26,8 @@ def test_pruning_a_layer_holds_what_was_counted(form: tuple[int, int]) -> None:
     said = count_layer([form, (16, 16)], torch.float32)
     weight_OI, statistics = make_weight(form, torch.float32), make_statistics(form[1])
     recipes = [Recipe(method=name, refit=refit) for name in METHODS for refit in (False, True)]
-    pruned = {recipe.mask_label: module._meter_pruning(recipe, weight_OI, statistics).peak for recipe in recipes}
-    levels = {recipe.mask_label: module._meter_levels(recipe, weight_OI, statistics).peak for recipe in recipes}
+    pruned = {recipe.mask_label: module._meter(module._prune, recipe, weight_OI, statistics).peak for recipe in recipes}
+    levels = {recipe.mask_label: module._meter(module._cut, recipe, weight_OI, statistics).peak for recipe in recipes}
     assert max(pruned.values()) == pytest.approx(said.pruned, rel=0.05)
     assert max(levels.values()) == pytest.approx(said.levels, rel=0.05)
     assert module._meter_curve(weight_OI, statistics).peak == pytest.approx(said.curve, rel=0.05)
@@ -44,7 +44,7 @@ def test_products_grow_with_outputs_and_the_square_of_inputs() -> None:
     assert 13 < count_flops(Recipe(), (128, 128)) / product < 20  # 13 products, and what prepares them
     for recipe, part in ((Recipe(), 0.15), (Recipe(refit_steps=10), 0.15), (Recipe(method="sparsegpt"), 0.3)):
         weight_OI, statistics = make_weight((384, 256), torch.float32), make_statistics(256)
-        real = module._meter_pruning(recipe, weight_OI, statistics).flops
+        real = module._meter(module._prune, recipe, weight_OI, statistics).flops
         assert count_flops(recipe, (384, 256)) == pytest.approx(real, rel=part)
     assert count_flops(Recipe(method="wanda", refit=False), (128, 128)) == 0
     assert count_flops(Recipe(pattern="2:4"), (500, 300)) > 0
