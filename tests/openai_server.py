@@ -71,6 +71,9 @@ class Request:
     path: str
     body: Body
     key: str
+    """What came as the bearer's; "" where no key did."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """By their names in lower case."""
     status: int = 0
     """HTTP status of the answer; 0 when there was none."""
     prompt_tokens: int = 0
@@ -321,7 +324,7 @@ class OpenAIServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 key = self.headers.get("authorization", "").removeprefix("Bearer ")
-                request = Request(self.path, body, key)
+                request = Request(self.path, body, key, {name.lower(): value for name, value in self.headers.items()})
                 _respond(self, request, server.answer(request))
 
         return Handler

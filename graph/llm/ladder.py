@@ -267,7 +267,7 @@ def _is_elsewhere(model: BaseChatModel) -> bool:
     There the schema takes calls of tools in words: llama.cpp that must have a function called lets a model write its
     plan as text first, and then nothing that would end the answer; and functions double what a prompt says of plans.
     """
-    return bool(getattr(model, "openai_api_base", None))
+    return bool(getattr(model, "elsewhere", False))
 
 
 def _ladder(model: BaseChatModel) -> tuple[Method, ...]:
@@ -292,7 +292,12 @@ def _describe_failure(error: Exception, model: BaseChatModel) -> _Failure:
         return _Failure(0, f"sent no chat completion ({type(error).__name__}: {one_line(str(error), 150)})", by_method)
     if status == 401:  # without the endpoint's words: they quote the key
         keys = " or ".join(sorted({name for name in model.lc_secrets.values() if name.endswith("_API_KEY")}))
-        return _Failure(status, f"wants another API key{f' than {keys} holds' if keys else ''} (HTTP 401)")
+        wanted = getattr(model, "wanted_key", "") or f"another API key{f' than {keys} holds' if keys else ''}"
+        return _Failure(status, f"wants {wanted} (HTTP 401)")
+    if 300 <= status < 400:
+        return _Failure(
+            status, f"sends calls on to another address (HTTP {status}), which none is sent to; name that one"
+        )
     known = {403: "denies access", 404: "knows no such model or address", 429: "limits the rate or the quota"}
     what = known.get(status, "failed" if status >= 500 else "rejected the request")
     words = one_line(_endpoint_words(error), 150)

@@ -4,7 +4,6 @@
 """
 
 import importlib.util
-import os
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +12,8 @@ from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
 from graph.config import RunConfig
-from graph.llm.ladder import AgentError, count_request, judge_retry
+from graph.llm.keys import check_key, name_variable
+from graph.llm.ladder import AgentError
 from graph.llm.local import check_local, open_local
 from tools.base.errors import UserError
 from tools.base.secrets import redact
@@ -82,37 +82,16 @@ def _quote(text: str) -> str:
 
 
 def _check_openai(spec: str) -> None:
-    _, url = _split_address(spec)
-    if url is None and not os.environ.get("OPENAI_API_KEY", "").strip():
-        raise UserError(
-            f"{spec} needs an API key: set the environment variable OPENAI_API_KEY, or name an endpoint that needs "
-            f"none with {spec}@http://HOST:PORT/v1"
-        )
+    check_key(spec, _split_address(spec)[1])
 
 
 def _open_openai(spec: str, config: RunConfig) -> BaseChatModel:
     _check_openai(spec)
-    name, url = _split_address(spec)
     # Imported here because it takes over a second, and most runs plan without a chat model.
-    from langchain_openai import ChatOpenAI
-    from openai import DefaultHttpxClient
+    from graph.llm.endpoint import open_endpoint
 
-    return ChatOpenAI(
-        name=f"openai:{name} at {url}" if url else spec,
-        model=name,
-        base_url=url,
-        api_key=SecretStr(os.environ.get("OPENAI_API_KEY", "").strip() or "none"),
-        temperature=config.agent_temperature,  # said aloud when None, since langchain fills in a 1 for o1 otherwise
-        timeout=config.agent_timeout,
-        max_retries=config.agent_retries,
-        # Compatible endpoints rarely have the Responses API, which langchain picks by the model's name.
-        use_responses_api=False if url else None,
-        # A graph streamed in mode `messages` would stream the model too, and lose the token counts.
-        disable_streaming=True,
-        http_client=DefaultHttpxClient(event_hooks={"request": [count_request], "response": [judge_retry]}),
-        # Minutes of pruning lie between two calls: a kept connection would be stale by then.
-        default_headers={"Connection": "close"},
-    )
+    name, address = _split_address(spec)
+    return open_endpoint(name, address, spec, config)
 
 
 def _split_address(spec: str) -> tuple[str, str | None]:
@@ -124,7 +103,10 @@ def _split_address(spec: str) -> tuple[str, str | None]:
     if url is not None and not _is_address(url):
         raise UserError(f"the model's address {_quote(url)} is not of the form http://HOST:PORT/v1")
     if url is not None and "@" in urlsplit(url).netloc:  # it would stand in config.yaml and in every checkpoint
-        raise UserError("the model's address holds a password; set the environment variable OPENAI_API_KEY instead")
+        raise UserError(
+            "the model's address holds a password; put its key into the environment variable "
+            f"{name_variable(url)} instead"
+        )
     return name, url
 
 

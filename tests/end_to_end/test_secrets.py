@@ -36,10 +36,10 @@ def test_a_key_that_the_endpoint_quotes(
     key: str, place: str, tiny_llama: Path, tmp_path: Path, command: Command
 ) -> None:
     if place == "environment":
-        os.environ["OPENAI_API_KEY"] = key
+        os.environ["BILLHOOK_API_KEY"] = key
     else:
         escaped = key.replace("\\", "\\\\").replace("'", "\\'")
-        (tmp_path / ".env").write_text(f"OPENAI_API_KEY='{escaped}'\n")
+        (tmp_path / ".env").write_text(f"BILLHOOK_API_KEY='{escaped}'\n")
     flags = [*TINY, "--model", str(tiny_llama), "--max-iterations", "2", "--agent-retries", "0", "--planner"]
     with OpenAIServer() as server:
         refused = command("--name", "refused", *flags, server.planner("unauthorized"))
@@ -47,7 +47,7 @@ def test_a_key_that_the_endpoint_quotes(
         echoed = command("--name", "echoed", *flags, server.planner("echo-key"))
     assert {request.key for request in server.requests} == {key}, "it was sent"
     assert (refused.code, forbidden.code, echoed.code) == (1, 1, 0)
-    assert "wants another API key than OPENAI_API_KEY holds (HTTP 401)" in refused.out
+    assert "wants another API key than BILLHOOK_API_KEY holds (HTTP 401)" in refused.out
     assert "denies access" in forbidden.out
     (plan, *_) = read_events(tmp_path / "runs" / "echoed", "plan")
     assert plan["reason"] == "your key is [key]"
@@ -58,7 +58,7 @@ def test_a_run_that_was_killed_leaves_no_key_in_the_journal(tiny_llama: Path, tm
     halt = Halt("prune", "tools.workbench.prune:Pruner._compute", 3)
     with OpenAIServer() as server:
         flags = ["--name", "x", *TINY, "--model", str(tiny_llama), "--planner", server.planner("echo-key")]
-        killed = fork(tmp_path, *flags, halt=halt, OPENAI_API_KEY=PLAIN).finish()
+        killed = fork(tmp_path, *flags, halt=halt, BILLHOOK_API_KEY=PLAIN).finish()
     assert killed.code == -signal.SIGKILL
     assert (tmp_path / "runs" / "billhook.sqlite-wal").stat().st_size > 0
     assert_kept_secret(PLAIN, tmp_path, killed)
@@ -81,7 +81,7 @@ def a_yaml_field(home: Path) -> list[str]:
 def test_a_key_in_the_wrong_place_is_not_repeated(
     mistake: Callable[[Path], list[str]], tmp_path: Path, command: Command
 ) -> None:
-    os.environ["OPENAI_API_KEY"] = PLAIN
+    os.environ["BILLHOOK_API_KEY"] = PLAIN
     outcome = command(*mistake(tmp_path))
     assert outcome.code == 2 and "[key]" in outcome.err
     assert PLAIN not in outcome.out + outcome.err
@@ -91,6 +91,7 @@ def test_a_password_in_the_planners_address_is_refused(tiny_llama: Path, tmp_pat
     outcome = command("--model", str(tiny_llama), "--planner", f"openai:m@http://me:{PLAIN}@127.0.0.1:8000/v1")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err == (
-        "error: the model's address holds a password; set the environment variable OPENAI_API_KEY instead\n"
+        "error: the model's address holds a password; put its key into the environment variable "
+        "BILLHOOK_127_0_0_1_API_KEY instead\n"
     )
     assert not (tmp_path / "runs").exists()

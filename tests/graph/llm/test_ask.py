@@ -23,7 +23,7 @@ from tests.openai_server import BEHAVIOURS, OpenAIServer
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, unknown_endpoints: None) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("BILLHOOK_API_KEY", KEY)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_advice_is_given_once_and_never_for_the_last_answer(
         ("unavailable", 3, "failed (HTTP 503: overloaded), after 3 requests"),
         ("broken", 6, "failed (HTTP 500: boom), after 6 requests"),
         ("bad-request", 4, "rejected the request (HTTP 400: no), after 4 requests"),
-        ("unauthorized", 1, "wants another API key than OPENAI_API_KEY holds (HTTP 401), after 1 request"),
+        ("unauthorized", 1, "wants another API key than BILLHOOK_API_KEY holds (HTTP 401), after 1 request"),
         ("forbidden", 1, "denies access (HTTP 403: key [key] may not), after 1 request"),
         ("not-found", 1, "knows no such model or address (HTTP 404: no such model), after 1 request"),
         ("too-long", 1, "cannot take so long a prompt (context_length_exceeded: prompt is too long), after 1 request"),
