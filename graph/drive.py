@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
+from threading import Event
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -34,6 +35,7 @@ from graph.show.words import tell
 from graph.state import Input, State
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.files import explain_full_disk
+from tools.base.progress import Stopped, stop_at
 from tools.base.rundir import append_event, lock_run, unlock_run
 from tools.base.secrets import redact
 from tools.models.hub import NotPushed, push_model
@@ -222,7 +224,7 @@ def _belongs(snapshot: StateSnapshot, work: Work) -> bool:
 
 def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None) -> int:
     """Stream the graph into the display, with a person's answers where it asks. Raises UserError."""
-    control = RunControl()
+    control, stop = RunControl(), Event()
     with ExitStack() as shown:
         if work.listener:
             from graph.show.live import address, serve
@@ -243,9 +245,9 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
         _tell_start(display, work, state)
         given: Input | Command[Any] | None = None if state else Input(run=work.name, replay=work.replay)
         try:
-            with explain_lost_state():
+            with explain_lost_state(), stop_at(stop):
                 while True:
-                    with _drain_on_signal(control, display, stop_at_once):
+                    with _drain_on_signal(control, stop, display, stop_at_once):
                         for part in app.stream(
                             given,
                             settings,
@@ -261,7 +263,7 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
                     given, settings = Command(resume=_ask(display, asked[0].value)), work.settings
         except GraphDrained:
             return _stop(display, work, "stopped as asked, after the present step")
-        except (AgentError, DamagedArtifact, StateLost, Unanswered) as error:
+        except (AgentError, DamagedArtifact, StateLost, Stopped, Unanswered) as error:
             return _stop(display, work, str(error))
 
 
@@ -319,14 +321,18 @@ def _stop(display: Display, work: Work, reason: str) -> int:
 
 
 @contextmanager
-def _drain_on_signal(control: RunControl, display: Display, stop_at_once: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run after the present step, a second one at once."""
+def _drain_on_signal(
+    control: RunControl, stop: Event, display: Display, stop_at_once: Callable[[], None]
+) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run at the next layer, window of text or step, a second one at once."""
 
     def ask(_number: int, _frame: Any) -> None:
         if control.drain_requested:
             stop_at_once()
         control.request_drain("signal")
-        display.show({"type": "note", "text": "stopping after the present step; once more stops at once"})
+        stop.set()
+        text = "stopping at the next layer, window of text or step; once more stops at once"
+        display.show({"type": "note", "text": text})
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,6 +1,6 @@
 """Prune a model with agents: `python -m graph.run [--config FILE] [--name NAME] [--FIELD VALUE …]`.
 
-Without arguments it prunes SmolLM2-135M by `configs/quickstart.yaml`. Ctrl-C stops after the present step;
+Without arguments it prunes SmolLM2-135M by `configs/quickstart.yaml`. Ctrl-C stops at the next layer;
 `--resume NAME` goes on from there, as it does after a crash.
 """
 

@@ -13,15 +13,10 @@ class RayActorError(Exception):
     """As Ray's."""
 
 
-class GetTimeoutError(Exception):
-    """As Ray's."""
-
-
 def make_connection() -> Connection:
     """A connection to it."""
     errors = SimpleNamespace(
         RayActorError=RayActorError,
-        GetTimeoutError=GetTimeoutError,
         RayTaskError=type("RayTaskError", (Exception,), {}),
         RayError=type("RayError", (Exception,), {}),
     )
@@ -29,7 +24,7 @@ def make_connection() -> Connection:
         exceptions=errors,
         put=lambda value: value,
         get=lambda answer, **_: answer(),
-        wait=lambda answers, num_returns: (answers[-num_returns:], answers[:-num_returns]),
+        wait=lambda answers, num_returns, **_: (answers[-num_returns:], answers[:-num_returns]),
     )
     return Connection(ray)
 

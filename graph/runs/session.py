@@ -1,10 +1,8 @@
 """What every node needs: the run's workbench, and a way to tell what happens."""
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +12,12 @@ from graph.config import RunConfig
 from graph.runs.directory import directory_of
 from graph.runs.replay import compare
 from graph.state import State
+from tools.base.progress import heed_stop
 from tools.base.rundir import append_event
 from tools.workbench.open import use_workbench
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
-
-CANCELLED: ContextVar[threading.Event | None] = ContextVar("CANCELLED", default=None)
-"""Set in a node's thread by whoever may cancel it; see `graph.runs.steps`."""
-
-
-class Cancelled(RuntimeError):
-    """The run was cancelled while a node was at work; what is on disk stands."""
 
 
 class Session:
@@ -58,10 +50,8 @@ class Session:
         append_event(self.directory, {"type": type_, **data})
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """Show how far a step is; not recorded. Raises Cancelled between two layers of a cancelled run."""
-        cancelled = CANCELLED.get()
-        if cancelled is not None and cancelled.is_set():
-            raise Cancelled("the run was cancelled")
+        """Show how far a step is; not recorded. Raises Stopped where the run is to end."""
+        heed_stop()
         self._write({"type": "progress", "label": label, "done": done, "total": total})
 
     def warn(self, text: str) -> None:

@@ -12,8 +12,8 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.llm.local import close_local
 from graph.runs.forks import fork_run, name_directory
-from graph.runs.session import CANCELLED
 from graph.state import State
+from tools.base.progress import stop_at
 from tools.base.rundir import unlock_runs
 from tools.base.settings import TEAM
 from tools.workbench.open import close_workbench
@@ -61,11 +61,11 @@ def step_of_server(node: Node) -> Callable[[State, Runtime[RunConfig]], Coroutin
     work = step(node)
 
     def work_until(cancelled: threading.Event, state: State, runtime: Runtime[RunConfig]) -> Update:
-        CANCELLED.set(cancelled)
         keep = False
         keeper.begin()
         try:
-            update = work(state, runtime)
+            with stop_at(cancelled):
+                update = work(state, runtime)
             keep = node.__name__ != "finish" and not cancelled.is_set()
             return update
         except GraphBubbleUp:  # it asks a person

@@ -31,6 +31,7 @@ from graph.runs.directory import read_run
 from graph.state import State
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.base import rundir
+from tools.base.progress import Stopped, heed_stop
 from tools.base.rundir import unlock_run
 from tools.texts.windows import cut_windows
 from tools.workbench import open as workbench
@@ -116,7 +117,7 @@ def run_outside(directory: Path, *arguments: str, **environment: str) -> subproc
     )
 
 
-# The command, in a forked process that dies or hangs where it is told to
+# The command, in a forked process that dies, hangs or is asked to stop where it is told to
 
 
 SAVE = "langgraph.checkpoint.sqlite:SqliteSaver.put"
@@ -126,7 +127,7 @@ NOTE = "langgraph.checkpoint.sqlite:SqliteSaver.put_writes"
 
 @dataclass(frozen=True)
 class Halt:
-    """Where a process is killed, or hangs: at the nth call of `target` while `node` is at work."""
+    """Where a process is killed, hangs, or gets SIGTERM: at the nth call of `target` while `node` is at work."""
 
     node: str
     target: str
@@ -134,7 +135,7 @@ class Halt:
     count: int = 1
     after: bool = False
     """After the call has returned, rather than before it begins."""
-    kind: Literal["kill", "hang"] = "kill"
+    kind: Literal["kill", "hang", "stop"] = "kill"
 
     def arm(self) -> None:
         """Patch the target in this process."""
@@ -149,6 +150,8 @@ class Halt:
             nonlocal calls
             calls += present() == self.node
             now = present() == self.node and calls == self.count
+            if self.kind == "stop" and calls > self.count:
+                print("one call too many", file=sys.stderr)
             if now and not self.after:
                 self.strike()
             result = original(*arguments, **options)
@@ -161,7 +164,19 @@ class Halt:
     def strike(self) -> None:
         if self.kind == "hang":
             time.sleep(600)
+        if self.kind == "stop":  # whoever made the call goes on with a slow layer, until it has heard of it
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(is_asked_to_stop)
+            return
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_asked_to_stop() -> bool:
+    try:
+        heed_stop()
+    except Stopped:
+        return True
+    return False
 
 
 def watch_nodes() -> Callable[[], str]:

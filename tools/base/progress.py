@@ -1,6 +1,12 @@
-"""How far a step is, and what went wrong without stopping it, told to whoever shows it."""
+"""How far a step is, and what went wrong without stopping it, told to whoever shows it; and who may stop it.
 
-from collections.abc import Callable
+Long work asks at every boundary whether it is to end there: before each layer, and before each window of text.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Event
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, steps done, steps in all)."""
@@ -22,6 +28,30 @@ class Warner:
 
 def ignore_progress(label: str, done: int, total: int) -> None:
     """Tell nobody."""
+
+
+_stop: ContextVar[Event | None] = ContextVar("stop", default=None)
+
+
+class Stopped(RuntimeError):
+    """The work was asked to end, and did before its next layer or window of text; what is on disk stands."""
+
+
+@contextmanager
+def stop_at(asked: Event) -> Iterator[None]:
+    """What is begun inside, in threads of this context too, ends by `Stopped` once the event is set."""
+    token = _stop.set(asked)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
+
+
+def heed_stop() -> None:
+    """Between two layers or windows: raises Stopped where the work was asked to end."""
+    asked = _stop.get()
+    if asked is not None and asked.is_set():
+        raise Stopped("stopped as asked, before the next layer or window of text")
 
 
 def count_up(progress: Progress, label: str, total: int) -> Callable[[int], None]:

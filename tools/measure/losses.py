@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from tools.base.progress import Progress
+from tools.base.progress import Progress, heed_stop
 from tools.models.blocks import Blocks
 from tools.models.readout import measure_losses
 
@@ -129,6 +129,7 @@ def evaluate_windows(
         first = prefix[0].find_start(prefix[1])
         prefix[0].forget_from(first)
     for i, ids_T in enumerate(windows_BT):
+        heed_stop()
         progress(label, i, count)
         reference = None if dense_hidden_BTD is None else dense_hidden_BTD[i]
         with prefix[0].replay(ids_T, first, i) if prefix else nullcontext():

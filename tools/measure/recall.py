@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
+from tools.base.progress import heed_stop
 from tools.models.readout import CHUNK, compute_hidden, compute_logits
 from tools.texts.questions import QUESTION_FORM, Question
 
@@ -77,6 +78,7 @@ def measure_recall(
     """
     values: list[float] = []
     for batch in cut_batches(pairs):
+        heed_stop()
         progress(label, len(values), len(pairs))
         values += read_answers(model, [pairs[i] for i in batch])
     progress(label, len(pairs), len(pairs))

@@ -22,6 +22,7 @@ from kernels.statistics import (
     squared_loss_changes,
     sum_squares,
 )
+from tools.base.progress import heed_stop
 from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer
@@ -192,6 +193,7 @@ class Walks:
 
     @torch.no_grad()
     def _step(self, way: _Way, block: int, window: int) -> None:
+        heed_stop()
         way.states[window] = self.blocks.run(self.windows_BT[window], block, way.states[window]).cpu()
 
     def _sum_moments(self, way: _Way, block: int, shard: int, full: bool, group: dict[str, str]) -> Sums:
@@ -271,6 +273,7 @@ class Walks:
 
         for shard in shards:
             for window in (w for w in self.shards[shard] if w < self.gradient_windows):
+                heed_stop()
                 ids_T = self.windows_BT[window]
                 x_BTD = next(entered).requires_grad_()
                 with _tapped(layers, lambda layer, x: None, on_gradient):
@@ -309,6 +312,7 @@ class Walks:
         for layer in self.grouped[block]:  # layer by layer, so that the parts of one only are held
             pairs = {shard: seen.pairs[shard][layer.name] for shard in range(*span)}
             whole = [pair for shard in pairs.values() for pair in shard]
+            heed_stop()
             if not whole:  # a span without gradient windows, or an expert that these never reached
                 continue
             changes = (part_OI.to(layer.weight_OI.device) for part_OI in parts[layer.name])

@@ -134,8 +134,8 @@ class Cluster:
                 give(place)
             while running:
                 with self._connection.explained():
-                    done, _ = self._ray.wait(list(running), num_returns=1)
-                number, call = running.pop(done[0])
+                    done = self._connection.wait(list(running))
+                number, call = running.pop(done)
                 answer = self._receive(call)
                 give(call.place)
                 yield number, answer
@@ -165,7 +165,7 @@ class Cluster:
         while True:
             try:
                 with self._connection.explained():
-                    found = self._ray.get(call.answer)
+                    found = self._ray.get(self._connection.wait([call.answer]))
                 weights, answer = (found, call.kept) if call.keeps else (found[0], thaw(found[1]))
                 if weights == call.expected:
                     return answer

@@ -5,13 +5,18 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tools.base.errors import UserError, in_one_line
+from tools.base.progress import heed_stop
 from tools.base.settings import TeamSettings, count_threads
 from tools.statistics.shards import SHARDS
+
+POLL_SECONDS = 0.2
+"""How often whoever waits for workers looks whether the work is to end."""
 
 
 def import_ray() -> Any:
@@ -53,6 +58,20 @@ class Connection:
                 f"the Ray cluster is gone ({type(error).__name__}: {line}); when it is there again, go on: a run with "
                 "--resume, any other command as before"
             ) from error
+
+    def wait(self, answers: Sequence[Any], seconds: float = float("inf")) -> Any:
+        """The first of these references whose value is there, or an error instead; None where the time is over.
+
+        Raises Stopped where the work is to end: workers then go on with what they have begun, until they are let go.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            heed_stop()
+            done, _ = self.ray.wait(list(answers), num_returns=1, timeout=POLL_SECONDS)
+            if done:
+                return done[0]
+            if time.monotonic() > end:
+                return None
 
     def close(self) -> None:
         """Let Ray go where it was begun here."""

@@ -114,15 +114,13 @@ class Places:
 
     def _wait_for(self, place: Place) -> None:
         """Wait for a worker's model. Raises UserError for one that is not like this process."""
-        ray = self._connection.ray
         with self._connection.explained():
-            try:
-                identity, place.host, place.pid = ray.get(place.opened, timeout=START_SECONDS)
-            except ray.exceptions.GetTimeoutError as error:
+            if self._connection.wait([place.opened], START_SECONDS) is None:
                 raise UserError(
                     f"worker {place.number} did not start within {START_SECONDS} seconds; has the cluster "
                     f"{self._threads} free CPUs for it?"
-                ) from error
+                )
+            identity, place.host, place.pid = self._connection.ray.get(place.opened)
         if difference := self._identity.explain_difference(identity):
             raise UserError(
                 f"worker {place.number} on {place.host} has {difference}; give it the same, and start again"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.damping import DAMPING
 from tools.base.errors import DamagedArtifact, ImpossiblePlan
-from tools.base.progress import Progress, Warn, ignore_progress
+from tools.base.progress import Progress, Warn, heed_stop, ignore_progress
 from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.plans.work_order import WorkOrder
@@ -124,6 +124,7 @@ class Pruner:
             return
         for zeros, recipe, profile in _group(tasks):
             for name in zeros:
+                heed_stop()
                 yield name, self._compute(name, LayerTask(zeros[name], recipe, profile), present)
 
     def _list_jobs(self, cluster: Cluster, tasks: Tasks, present: Moments | None) -> Iterator[PruneLayers]:

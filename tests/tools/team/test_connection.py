@@ -2,6 +2,7 @@
 
 import builtins
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.fake_ray import make_connection
 from tests.tiny import tiny_settings
 from tools.base.errors import UserError
+from tools.base.progress import Stopped, stop_at
 from tools.team.connection import import_ray
 
 
@@ -20,6 +22,22 @@ def test_a_cluster_that_is_gone_leaves_the_run_to_go_on() -> None:
         "the Ray cluster is gone (RayError: head node is dead); when it is there again, go on: a run with --resume, "
         "any other command as before"
     )
+
+
+def test_who_waits_for_workers_hears_that_the_work_is_to_end() -> None:
+    made, asked, waits = make_connection(), Event(), 0
+
+    def wait(answers: list[str], **_: Any) -> tuple[list[str], list[str]]:
+        nonlocal waits
+        waits += 1
+        if waits == 3:
+            asked.set()
+        return [], answers
+
+    made.ray.wait = wait
+    with stop_at(asked), pytest.raises(Stopped):
+        made.wait(["an answer that never comes"])
+    assert waits == 3
 
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """Workers that cannot be had, or are not like this process."""
 
+import itertools
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fake_ray import GetTimeoutError, make_connection
+from tests.fake_ray import make_connection
 from tests.tiny import tiny_settings
 from tools.base.errors import UserError
 from tools.team.identity import Identity
@@ -22,7 +24,7 @@ def made(tiny_llama: Path) -> Places:
 
 
 def place(deaths: int = 0) -> Any:
-    return Place(1, None, None, host="far", deaths=deaths)
+    return Place(1, None, "opened", host="far", deaths=deaths)
 
 
 def test_another_version_is_refused_by_name(made: Places) -> None:
@@ -36,11 +38,10 @@ def test_another_version_is_refused_by_name(made: Places) -> None:
     )
 
 
-def test_a_worker_that_does_not_start(made: Places) -> None:
-    def get(*_: Any, **__: Any) -> Any:
-        raise GetTimeoutError
-
-    made._connection.ray.get = get
+def test_a_worker_that_does_not_start(made: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    made._connection.ray.wait = lambda answers, **_: ([], answers)
+    clock = itertools.count(0, 200)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with pytest.raises(UserError, match="worker 1 did not start within 600 seconds; has the cluster 2 free CPUs"):
         made._wait_for(place())
 
