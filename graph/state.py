@@ -9,11 +9,9 @@ from pydantic import BaseModel, Field
 from graph.config import RunConfig
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
+from tools.base.settings import KEPT
 from tools.plans.recipe import Recipe
 from tools.results.schema import Usage
-
-RECENT = 3
-"""Trials whose layer artifacts are kept, the accepted one among them."""
 
 SAME_SPARSITY = 5e-4
 """Two sparsities nearer than this are the same budget: the promise is the target within 0.05 %."""
@@ -101,6 +99,15 @@ class State(Input):
     evaluated_tokens: int = Field(0, description="Tokens put through pruned models so far, by trials and probes.")
     stop: str = Field("", description="Why the loop ended; empty while it goes on.")
     seconds: float = Field(0.0, description="Time spent inside nodes, over all processes that worked on the run.")
+
+    @property
+    def kept(self) -> list[str]:
+        """Checkpoints whose layers stay on disk: the accepted one, and beside it those of the last trials.
+
+        Planners like to come back to what was just rolled back; what is not kept can be made again.
+        """
+        recent = reversed([trial.checkpoint for trial in self.trials])
+        return list(dict.fromkeys([self.accepted, *recent]))[:KEPT]
 
     @property
     def trial_tokens(self) -> int:

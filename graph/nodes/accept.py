@@ -6,17 +6,14 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.runs.session import enter, open_bench
-from graph.state import RECENT, State
+from graph.state import State
 
 
 def accept(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
-    """Keep the trial; layer artifacts that only older checkpoints need are deleted (they can be made again).
-
-    Those of the last few trials stay: planners like to come back to what was just rolled back.
-    """
+    """Keep the trial; layer artifacts that only older checkpoints need are deleted (they can be made again)."""
     session = enter("accept", state, runtime)
     with open_bench(state, session) as bench:
-        bench.forget_checkpoints(keep=[trial.checkpoint for trial in state.trials[-RECENT:]])
+        bench.forget_checkpoints(state.model_copy(update={"accepted": state.current}).kept)
         session.emit("accept", iteration=state.iteration, checkpoint=state.current)
     return {
         "accepted": state.current,

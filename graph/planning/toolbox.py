@@ -14,7 +14,7 @@ from graph.planning.orders import measure_with
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.runs.session import Session
-from graph.state import RECENT, State
+from graph.state import State
 from tools.plans.layer_profile import group_layers
 from tools.plans.work_order import WorkOrder
 
@@ -75,7 +75,7 @@ def open_toolbox(
         progress=session.progress,
         present=state.current,
         book=evaluated.book,
-        keep=[state.accepted, *(trial.checkpoint for trial in state.trials[-RECENT:])],
+        keep=state.kept,
         groups={selector: [x.name for x in group] for selector, group in group_layers(situation.layers).items()},
     )
     tools = make_planner_tools(

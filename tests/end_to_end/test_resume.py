@@ -43,6 +43,7 @@ HALTS = [
     Halt("validate", NOTE, after=True),
     Halt("accept", "tools.workbench.bench:Workbench.forget_checkpoints", 2, after=True),
     Halt("rollback", "tools.workbench.weights:Weights.install", 5, after=True),
+    Halt("rollback", "tools.workbench.bench:Workbench.forget_checkpoints", after=True),
     Halt("reflect", "graph.nodes.reflect:write_lesson", 2),
     Halt("reflect", "graph.nodes.reflect:write_lesson", 3, after=True),
     Halt("finish", "tools.workbench.losses:evaluate_windows", 2, after=True),
@@ -109,7 +110,7 @@ def test_killed_before_there_was_a_run(easy: Easy, tmp_path: Path, command: Comm
 
 def test_killed_again_and_again(easy: Easy, tmp_path: Path, command: Command) -> None:
     given = easy.flags
-    for halt in (HALTS[i] for i in (1, 4, 8, 11, 15)):
+    for halt in (HALTS[i] for i in (1, 4, 8, 11, 16)):
         assert fork(tmp_path, *given, halt=halt).finish().code == -signal.SIGKILL
         given = ["--resume", "run"]
     assert command("--resume", "run").code == 0

@@ -182,6 +182,20 @@ TEAM = ("workers", "worker_threads")
 """Fields that change who does the work, but no result: a run, or a table, may go on with others."""
 
 
+KEPT = 3
+"""Checkpoints whose layers a run keeps on disk: the accepted one, and those of the last trials beside it."""
+
+MOST_PROBES = 4
+"""Plans that one call of a planner measures at most."""
+
+
+def count_checkpoints(settings: TeamSettings) -> int:
+    """Checkpoints whose layers lie on disk at once, at most: those that are kept, and beside them what the last probe
+    measured at once and what the next one, or a trial, makes."""
+    workers = int(settings.workers) if settings.workers.isdigit() else MOST_PROBES * bool(settings.workers)
+    return KEPT + 2 * min(max(workers, 1), MOST_PROBES)
+
+
 def count_threads(settings: TeamSettings) -> int:
     """CPU threads of each worker: this machine's cores shared out, or one on a cluster."""
     if settings.worker_threads or not settings.workers.isdigit():

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 from langchain_core.tools import BaseTool, tool
 from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 
+from tools.base.settings import MOST_PROBES
 from tools.base.words import count
 from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, probe
 
@@ -35,16 +36,12 @@ class PredictArguments(BaseModel):
     plan: DraftArgument
 
 
-MAX_PROBES = 4
-"""Plans that one call measures."""
-
-
 class ProbeArguments(BaseModel):
     """A plan or a few, and how much text each is measured on."""
 
     plan: OneDraftArgument = None
     plans: list[PlainDraftArgument] = Field(
-        default=[], max_length=MAX_PROBES, description=f"Instead of plan: up to {MAX_PROBES} of them, compared."
+        default=[], max_length=MOST_PROBES, description=f"Instead of plan: up to {MOST_PROBES} of them, compared."
     )
     tokens: int = Field(
         4096, ge=1, description="Tokens of validation text, rounded up to whole windows, at most all of it."
@@ -63,7 +60,7 @@ class ProbeArguments(BaseModel):
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if (self.plan is None) == (not self.plans):
-            raise ValueError(f"give a plan, or up to {MAX_PROBES} plans")
+            raise ValueError(f"give a plan, or up to {MOST_PROBES} plans")
         return self
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.native import WORD
 from kernels.packed import (
     PADDING,
     check_mask,
@@ -33,6 +34,17 @@ def pack_pruned(pruned_OI: Tensor, *, values: bool) -> dict[str, Tensor]:
         return {"mask": pack_mask(find_kept(pruned_OI)).cpu()}
     packed = pack_rows(pruned_OI)
     return {"mask": packed.mask_OW.cpu(), "values": packed.values.cpu()}
+
+
+HEADER = 512
+"""Bytes of a file of one or two tensors that are not theirs, at most: their names, dtypes and shapes as JSON."""
+
+
+def bound_artifact(weight_OI: Tensor) -> int:
+    """Bytes of the file that stands for a pruned layer of this shape and dtype, at most; no value is read."""
+    rows, columns = weight_OI.shape
+    values = (weight_OI.numel() + PADDING) * weight_OI.element_size()
+    return values + 4 * rows * -(-columns // WORD) + HEADER
 
 
 def unpack_pruned(tensors: Mapping[str, Tensor], dense_OI: Tensor) -> Tensor:

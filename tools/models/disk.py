@@ -4,7 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from tools.base.settings import WorkbenchSettings
+from tools.base.settings import TeamSettings, count_checkpoints
+from tools.models.artifacts import bound_artifact
 from tools.models.layers import Layer, find_blocks
 
 
@@ -16,15 +17,15 @@ class Line(BaseModel):
     bytes: int
 
 
-def list_disk(model: Any, layers: list[Layer], settings: WorkbenchSettings) -> list[Line]:
-    """What a run may write: moments, block inputs, three checkpoints and the exported model.
+def list_disk(model: Any, layers: list[Layer], settings: TeamSettings) -> list[Line]:
+    """What a run may write: moments, block inputs, checkpoints and the exported model.
 
     Plans may ask for two texts with more questions; the rule asks for one, and so many are counted.
     """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = min(settings.gradient_windows, settings.calibration_windows)
     tokens, wide, item = settings.window, embedding.shape[1], embedding.element_size()
-    weights = sum(layer.weight_OI.nbytes for layer in layers)
+    checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
     moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers)
     return [
         Line(what="second moments", how=f"4 bytes × inputs², over {len(layers)} layers", bytes=moments),
@@ -34,6 +35,10 @@ def list_disk(model: Any, layers: list[Layer], settings: WorkbenchSettings) -> l
             how=f"{blocks:,} blocks × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
             bytes=blocks * windows * tokens * wide * item,
         ),
-        Line(what="checkpoints", how="3 × the prunable layers", bytes=3 * weights),
+        Line(
+            what="layers of checkpoints",
+            how=f"{checkpoints} × the prunable layers, each with its mask",
+            bytes=checkpoints * checkpoint,
+        ),
         Line(what="the exported model", how="all parameters", bytes=sum(p.nbytes for p in model.parameters())),
     ]

@@ -254,7 +254,7 @@ class Workbench:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _refuse_small_disk(model: Any, layers: list[Layer], settings: WorkbenchSettings, directory: Path) -> None:
+def _refuse_small_disk(model: Any, layers: list[Layer], settings: TeamSettings, directory: Path) -> None:
     """All that a run may write must fit."""
     needed = sum(line.bytes for line in list_disk(model, layers, settings))
     free = shutil.disk_usage(directory).free

@@ -69,13 +69,19 @@ class Weights:
 
         The names of the layers that differed.
         """
-        changed = []
-        for name in self.by_name:
-            if self.installed[name] != artifacts[name]:
-                changed.append(name)
-                if not self.install(name, artifacts[name]):
-                    make_again(name)
+        changed = [name for name in self.by_name if self.installed[name] != artifacts[name]]
+        gone = [name for name in changed if not self._is_there(artifacts[name])]
+        if len(gone) > 1:  # as of a checkpoint that is no longer kept, which a fork goes back to
+            self._warn(f"{len(gone)} layers are no longer on disk and are computed again")
+        for name in changed:
+            if self.installed[name] == artifacts[name]:  # `make_again` of another put it in
+                continue
+            if (len(gone) > 1 and name in gone) or not self.install(name, artifacts[name]):
+                make_again(name)
         return changed
+
+    def _is_there(self, artifact: str) -> bool:
+        return artifact == DENSE or self._store.path(artifact, ".safetensors").is_file()
 
     def restore_dense(self) -> list[str]:
         """As `restore`, of the weights as they were loaded, which are in memory."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.packed import PADDING
 from tests.tiny import make_tiny_config, tiny_settings
 from tests.tools.estimate.helpers import QWEN3_8B, STATE, large_settings, sizes, write_config
 from tools.base.errors import UserError
@@ -16,6 +17,7 @@ from tools.estimate.memory import ASKED_FOR
 from tools.estimate.needs import Estimate, estimate
 from tools.estimate.room import Devices, read_devices
 from tools.estimate.work import Course
+from tools.models.artifacts import HEADER
 from tools.plans.recipe import Recipe
 from tools.workbench.bench import Workbench
 
@@ -79,8 +81,8 @@ def test_qwen3_8b_on_a_gpu_that_is_not_here(tmp_path: Path, no_gpu: None, untime
     assert found.disk_bytes == (
         36 * 4 * (6 * 4096**2 + 12288**2)
         + 36 * 16 * 2048 * 4096 * 2
-        + 3 * 2 * found.weights
-        + 2 * found.parameters  # 104 GB
+        + 5 * (found.weights * 17 // 8 + found.layers * (2 * PADDING + HEADER))
+        + 2 * found.parameters  # 136 GB
     )
     assert {work.seconds for work in found.work} == {None}
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from kernels.packed import PADDING
 from tests.tiny import make_tiny_config, tiny_settings
 from tests.tools.estimate.helpers import DENSE, LLAMA_70B, MODEL, QWEN3_8B, write_config
 from tests.tools.estimate.test_needs import COURSE, find, find_large
@@ -15,6 +16,7 @@ from tools.base.words import show_flops, show_size
 from tools.estimate.needs import Estimate, estimate
 from tools.estimate.room import Devices
 from tools.estimate.show import print_estimate, summarise
+from tools.models.artifacts import HEADER
 
 
 def show(found: Estimate, **options: Any) -> str:
@@ -37,7 +39,8 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None, untimed:
     counted = "counted in a run of it on a smaller layer of the same form"
     assert f"  one layer being pruned; {counted}; GPU; {layer}" in lines
     assert "  its second moment; 48 inputs × 48 inputs × 4 bytes; GPU; 9.2 kB" in lines
-    assert f"disk: {(67_584 + 16_384 + 3 * DENSE // 2 + MODEL // 2) / 1e3:.1f} kB" in lines
+    layers = DENSE // 2 + 4 * 2 * (192 + 32 * 2) + 14 * (2 * PADDING + HEADER)  # rows of one mask word, and of two
+    assert f"disk: {(67_584 + 16_384 + 5 * layers + MODEL // 2) / 1e3:.1f} kB" in lines
     assert "  second moments; 4 bytes × inputs², over 14 layers; 67.6 kB" in lines
     assert "  prune; 14 layers by two-sided; 1 ×" in lines
     assert any(re.fullmatch(r"  prune; 14 layers by refit; 1 ×; [\d.]+ MFLOP", line) for line in lines)
@@ -49,7 +52,7 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None, untimed:
         f"peak memory of the GPU: {show_size(most)} ({found.needed[1]})",
         lines[-4],
         "whether that fits: torch sees no GPU here; say what there is with --device-memory, such as 80 or 8x80",
-        "disk: 227.6 kB",
+        "disk: 339.6 kB",
     ]
     assert re.fullmatch(r"peak memory of the CPU: [\d.]+ [MG]B \(load\)", lines[-4])
     total = show_flops(sum(work.times * work.flops for work in found.work))

@@ -10,7 +10,7 @@ from hypothesis import given
 from torch import Tensor
 
 from kernels.packed import BITS, PADDING, pack_rows
-from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
+from tools.models.artifacts import HEADER, bound_artifact, hash_as_earlier, pack_pruned, unpack_pruned
 from tools.workbench.store import ArtifactStore
 
 NAN_WITH_PAYLOAD = {torch.float32: 0x7FC0BEEF, torch.bfloat16: 0x7FA5, torch.float16: 0x7E5A}
@@ -40,6 +40,16 @@ def test_any_bits_come_back(dtype: torch.dtype, data: st.DataObject) -> None:
     plain_OI = torch.where(weight_OI == 0, 0, weight_OI)  # earlier a negative zero counted as zero
     again_OI = unpack_pruned(pack_earlier(weight_OI, values=True), dense_OI)
     assert again_OI.dtype == dtype and torch.equal(again_OI.view(BITS[dtype]), plain_OI.view(BITS[dtype]))
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (64, 96)])
+def test_the_bound_is_the_file_of_a_layer_without_zeros(
+    dtype: torch.dtype, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    store, weight_OI = ArtifactStore(tmp_path), torch.ones(shape, dtype=dtype)
+    file = store.path(store.write_tensors(pack_pruned(weight_OI, values=True)), ".safetensors")
+    assert 0 <= bound_artifact(weight_OI) - file.stat().st_size < HEADER
 
 
 @pytest.mark.parametrize("dtype", BITS)

@@ -1,0 +1,65 @@
+"""What stays on disk while round after round is rolled back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langgraph.runtime import Runtime
+from torch import Tensor
+
+from graph.config import RunConfig
+from graph.nodes.profile import profile
+from graph.nodes.prune import prune
+from graph.nodes.rollback import rollback
+from graph.nodes.validate import validate
+from graph.planning.plan import Plan
+from graph.state import State
+from tests.tiny import tiny_settings
+from tools.base.settings import KEPT
+from tools.models.disk import list_disk
+from tools.plans.recipe import parse_recipe
+from tools.workbench import open as workbench
+from tools.workbench.store import ArtifactStore
+
+ROUNDS = 30
+
+
+@pytest.mark.usefixtures("workbench_closed")
+def test_the_layers_on_disk_never_take_more_than_the_disk_check_reckons_with(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer of every round is another file."""
+    monkeypatch.setenv("BILLHOOK_RUNS_DIR", str(tmp_path))
+    config = RunConfig.model_validate(tiny_settings(tiny_llama).model_dump() | {"memory": False})
+    runtime: Runtime[RunConfig] = Runtime(context=config, stream_writer=lambda _: None)
+
+    def work(node: Any, **update: Any) -> None:
+        nonlocal state
+        update |= node(state.model_copy(update=update), runtime)
+        state = state.model_copy(update=update | {"trials": [*state.trials, *update.get("trials", [])]})
+
+    state = State(run="run")
+    work(profile)
+    measured, write, sizes = set(tmp_path.rglob("*.safetensors")), ArtifactStore.write_tensors, []
+
+    def watch(store: ArtifactStore, tensors: dict[str, Tensor]) -> str:
+        digest = write(store, tensors)
+        sizes.append([path.stat().st_size for path in set(tmp_path.rglob("*.safetensors")) - measured])
+        return digest
+
+    monkeypatch.setattr(ArtifactStore, "write_tensors", watch)
+    for n in range(ROUNDS):
+        plan = Plan(sparsity=0.2 + n / 50, recipe=parse_recipe("two-sided+refit"))
+        work(prune, iteration=n + 1, plan=plan)
+        made = state.current
+        work(validate)
+        work(rollback)
+        (bench,) = workbench._open
+        artifacts = bench.pruner.list_artifacts(made).values()
+        assert all(bench.store.has(artifact, ".safetensors") for artifact in artifacts), "a resumed rollback reads them"
+    (line,) = [x for x in list_disk(bench.model, bench.layers, bench.settings) if x.what == "layers of checkpoints"]
+    layers = len(bench.layers)
+    assert line.how == f"{KEPT + 2} × the prunable layers, each with its mask"
+    assert max(len(files) for files in sizes) == KEPT * layers, "two of the last rounds, and the one in the making"
+    assert max(sum(files) for files in sizes) <= line.bytes
+    assert len(sizes) == ROUNDS * layers
