@@ -14,7 +14,9 @@ VOCABULARY = 320
 HIDDEN = 32
 BLOCKS = 2
 ARCHITECTURES = ("llama", "qwen3", "gemma3", "gpt2", "opt")
-"""What can be pruned whole; `make_tiny_model` also knows "qwen3_moe", whose experts are fused."""
+"""What can be pruned whole; `make_tiny_model` also knows "qwen3_moe", whose experts are fused, and those below."""
+SHARING = ("gemma3n", "gemma4")
+"""Four blocks, of which the last two read the keys and values of the two before."""
 
 # Weights large enough that attention, norms and soft caps do something: logits of a few units.
 _SPREAD = 0.3
@@ -23,10 +25,16 @@ _DECODER: dict[str, Any] = _TOKENS | {
     **{"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2},
     **{"head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 256, "initializer_range": _SPREAD},
 }
+_SHARING: dict[str, Any] = _DECODER | {
+    **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
+    **{"sliding_window": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
+}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "llama": _DECODER | {"tie_word_embeddings": True},
     "qwen3": _DECODER | {"tie_word_embeddings": False},
     "gemma3_text": _DECODER | {"sliding_window": 16, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma3n_text": _SHARING | {"laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    "gemma4_text": _SHARING | {"global_head_dim": 16},
     "gpt2": _TOKENS
     | {
         "n_embd": HIDDEN,
@@ -45,8 +53,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def make_tiny_config(architecture: str) -> Any:
-    """The config of a decoder with two blocks of width 32."""
-    name = "gemma3_text" if architecture == "gemma3" else architecture
+    """The config of a decoder of width 32, with two blocks, or four where they share."""
+    name = f"{architecture}_text" if architecture.startswith("gemma") else architecture
     return transformers.AutoConfig.for_model(name, **_OPTIONS[name])
 
 

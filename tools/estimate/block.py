@@ -150,7 +150,7 @@ def _make_tail(block: nn.Module) -> nn.Module:
     lengths: list[int | None] = [None]
 
     def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        lengths[0] = len(output) if isinstance(output, tuple) else None
+        lengths[0] = None if isinstance(output, Tensor) else len(output)
 
     def pass_on(*args: Any, **kwargs: Any) -> Any:
         """In the form in which the block below returned its output."""

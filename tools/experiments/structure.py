@@ -16,6 +16,7 @@ from tools.base.progress import Progress
 from tools.base.settings import WorkbenchSettings
 from tools.measure.continuations import decode
 from tools.measure.losses import Evaluation, evaluate_windows
+from tools.models.blocks import Blocks, check_blocks
 from tools.models.load import check_device, load_model, locate_model
 from tools.models.readout import check_readout, compute_hidden
 from tools.models.save import export_model
@@ -66,6 +67,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     windows = cut_windows(settings, tokenizer)
     calibration, validation = windows.calibration.to(dense.device), windows.validation.to(dense.device)
     check_readout(dense, calibration[0])
+    check_blocks(Blocks(dense), calibration[0])
     cut, constraint, _ = choose_cut(dense, kinds, settings.remove, calibration, step)
 
     dense_losses, hidden = evaluate_windows(dense, validation, None, "dense", step)

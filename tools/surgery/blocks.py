@@ -122,7 +122,7 @@ def skipping(blocks: Blocks, dropped: Sequence[int]) -> Iterator[None]:
 
     def pass_on(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden_BTD = args[0] if args else kwargs["hidden_states"]
-        return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
+        return hidden_BTD if isinstance(output, Tensor) else (hidden_BTD, *output[1:])
 
     with ExitStack() as undo:
         for block in dropped:

@@ -19,7 +19,7 @@ from tools.base.settings import Split, TeamSettings, WorkbenchSettings
 from tools.base.words import show_size
 from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, encode_pairs
-from tools.models.blocks import Blocks
+from tools.models.blocks import Blocks, check_blocks
 from tools.models.disk import list_disk
 from tools.models.layers import Layer, find_layers, find_unprunable
 from tools.models.load import load_model
@@ -60,8 +60,9 @@ class Workbench:
         _refuse_small_disk(self.model, layers, settings, directory)
         self.windows = cut_windows(settings, self.tokenizer)
         self.questions = _encode_questions(settings, self.tokenizer)
-        check_readout(self.model, self.windows.calibration[0].to(self.device))
-        blocks = Blocks(self.model)
+        ids_T, blocks = self.windows.calibration[0].to(self.device), Blocks(self.model)
+        check_readout(self.model, ids_T)
+        check_blocks(blocks, ids_T)
         self.index = Index(self.store)
         self.weights = Weights(layers, len(blocks), self.store, self._warn)
         texts = Texts(self.windows, self.questions)

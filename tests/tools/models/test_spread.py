@@ -11,12 +11,12 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_config, make_tiny_model, tiny_settings
+from tests.tiny import ARCHITECTURES, SHARING, VOCABULARY, make_tiny_config, make_tiny_model, tiny_settings
 from tools.base.errors import UserError
 from tools.base.progress import ignore_progress as ignore
 from tools.measure.recall import EncodedPair, read_answers
 from tools.models import load as sources
-from tools.models.blocks import Blocks
+from tools.models.blocks import Blocks, check_blocks
 from tools.models.formats import PACKED_FILE
 from tools.models.layers import find_blocks, find_layers
 from tools.models.load import load_model, pick_device, spread_blocks
@@ -52,7 +52,7 @@ def lay_over(model: Any) -> Any:
 # --- the same bits -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "qwen3_moe"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *SHARING, "qwen3_moe"])
 def test_hooks_change_no_bit_of_blocks_and_gradients(architecture: str) -> None:
     ids_BT = torch.randint(0, VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     results = []
@@ -155,6 +155,7 @@ def test_no_two_devices_meet(architecture: str, monkeypatch: pytest.MonkeyPatch)
             lambda: measure_losses(model, ids_BT[0], torch.zeros(LENGTH, 32)),
             lambda: read_answers(model, [EncodedPair([1, 2, 3], 1)]),
             lambda: check_readout(model, ids_BT[0]),
+            lambda: check_blocks(blocks, ids_BT[0]),
         ):
             with pytest.raises(DataDependentOutputException):  # the number at the very end, which nobody has
                 measure()

@@ -129,7 +129,7 @@ def test_moments_are_explicit_means_over_all_windows(architecture: str) -> None:
         torch.testing.assert_close(of.mean_square_I, of.second_moment_II.diagonal())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma4"])
 def test_gamma_and_gradient_score_equal_plain_autograd(architecture: str) -> None:
     model = make_tiny_model(architecture)
     layers = find_layers(model)

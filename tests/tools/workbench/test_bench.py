@@ -3,8 +3,10 @@
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from tests.benches import open_bench
 from tests.tiny import save_tiny_model, tiny_settings
@@ -20,6 +22,19 @@ def test_fused_experts_are_warned_of(tmp_path: Path, workbench_closed: None) -> 
     seen: list[str] = []
     open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "qwen3_moe")), tmp_path / "run", seen.append)
     assert "model.layers.0.mlp.experts.down_proj is not a plain linear layer and stays dense" in seen
+
+
+def test_a_model_that_is_not_the_chain_of_its_blocks_is_refused(
+    tiny_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaModel.forward
+
+    def loop(self: Any, **inputs: Any) -> Any:
+        return forward(self, inputs_embeds=forward(self, **inputs).last_hidden_state)
+
+    monkeypatch.setattr(LlamaModel, "forward", loop)
+    with pytest.raises(UserError, match=r"^the blocks of LlamaForCausalLM cannot be run one by one \(they do not run"):
+        open_bench(tiny_settings(tiny_llama), tmp_path / "run")
 
 
 def test_a_disk_too_small_is_refused_at_once(
