@@ -1,10 +1,11 @@
 """Shared fixtures. No test reaches a hub: models and texts are made here or come with Python."""
 
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, hence before the imports below
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -13,6 +14,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from tests.hub_server import HubServer
 
 # A shell has the commands that it runs in the background ignore Ctrl-C, and those that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,6 +31,32 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator["HubServer"]:
+    """The hub that huggingface_hub knows, and its cache; it reads its variables once, when it is imported."""
+    import datasets
+    import huggingface_hub.hf_api
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    import tools.base.hub
+    from tests.hub_server import HubServer
+
+    monkeypatch.setattr(tools.base.hub, "_last_look", (-math.inf, ""))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield server
+        close_session()
 
 
 @pytest.fixture

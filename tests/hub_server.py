@@ -1,18 +1,21 @@
-"""A real model hub on this machine, as far as an upload needs one; what arrives is kept and can be looked at.
+"""A real model hub on this machine, as far as up- and downloads need one; what arrives is kept and can be looked at.
 
 It speaks the part of the hub's protocol that `huggingface_hub` uses without Xet: make a repository, list its files,
-check a card, ask how each file is sent, send large ones by Git LFS, commit.
+check a card, ask how each file is sent, send large ones by Git LFS, commit; describe a file and hand it out.
 """
 
 import base64
 import hashlib
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
+
+COMMIT = "1" * 40
 
 
 @dataclass
@@ -34,6 +37,8 @@ class HubServer:
         self.tokens: set[str] = set()
         self.requests: list[str] = []
         self.broken: tuple[int, str] | None = None
+        self.delay = 0.0
+        """Seconds before every answer."""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -41,6 +46,8 @@ class HubServer:
 
             def do_GET(self) -> None:
                 self.answer(b"")
+
+            do_HEAD = do_GET
 
             def do_POST(self) -> None:
                 self.answer(self.read())
@@ -60,6 +67,7 @@ class HubServer:
             def answer(self, body: bytes) -> None:
                 path = urlsplit(self.path).path
                 hub.requests.append(f"{self.command} {path}")
+                time.sleep(hub.delay)
                 token = self.headers.get("Authorization", "").removeprefix("Bearer ")
                 if token:
                     hub.tokens.add(token)
@@ -67,12 +75,18 @@ class HubServer:
                     status, said = hub.broken[0], {"error": hub.broken[1].format(token=token)}
                 else:
                     status, said = hub.serve(self.command, path, body)
-                data = json.dumps(said).encode()
+                data = said if isinstance(said, bytes) else json.dumps(said).encode()
                 self.send_response(status)
+                if isinstance(said, bytes):
+                    self.send_header("ETag", hashlib.sha1(data).hexdigest())
+                    self.send_header("X-Repo-Commit", COMMIT)
+                elif "repository" in str(said).lower():
+                    self.send_header("X-Error-Code", "RepoNotFound")
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                if self.command != "HEAD":
+                    self.wfile.write(data)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -99,11 +113,15 @@ class HubServer:
             return self._keep(path.removeprefix("/objects/"), body)
         if path.endswith(".git/info/lfs/objects/batch"):
             return 200, {"transfer": "basic", "objects": [self._offer(o) for o in json.loads(body)["objects"]]}
+        if "/resolve/" in path:
+            return self._hand_out(*path.removeprefix("/").split("/resolve/"))
         name = "/".join(path.split("/")[3:5])
         repository = self.repositories.get(name)
         if not path.startswith("/api/models/") or repository is None:
             return 404, {"error": "Repository not found"}
-        match path.split("/")[5]:
+        match path.split("/")[5] if path.count("/") > 4 else "":
+            case "":
+                return 200, {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in repository.files]}
             case "preupload":
                 return 200, {"files": [self._describe(file) for file in json.loads(body)["files"]]}
             case "tree":
@@ -111,8 +129,14 @@ class HubServer:
                 return 200, [{"type": "file", "path": p, "size": len(data), "oid": "0" * 40} for p, data in listed]
             case "commit":
                 self._commit(repository, body)
-                return 200, {"commitUrl": f"{self.url}/{name}/commit/1", "commitOid": "1" * 40}
+                return 200, {"commitUrl": f"{self.url}/{name}/commit/1", "commitOid": COMMIT}
         return 404, {"error": "Not found"}
+
+    def _hand_out(self, name: str, place: str) -> tuple[int, Any]:
+        if name not in self.repositories:
+            return 404, {"error": "Repository not found"}
+        data = self.repositories[name].files.get(place.split("/", 1)[1])
+        return (404, {"error": "Entry not found"}) if data is None else (200, data)
 
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:
         name = f"{asked['organization']}/{asked['name']}"

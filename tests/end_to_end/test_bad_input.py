@@ -176,7 +176,10 @@ LATE = {
     ),
     "rows without text": (["--test", "file:rows.jsonl"], ["has no", "column"]),
     "rows that are no JSON": (["--test", "file:broken.jsonl"], ["'file:broken.jsonl' could not be read: "]),
-    "a hub id that nobody has": (["--model", "no/such-model"], ["model 'no/such-model' could not be loaded: "]),
+    "a hub id that is not here": (
+        ["--model", "no/such-model"],
+        ["model 'no/such-model' is not on this machine, and the "],
+    ),
     "a model without layers": (
         ["--model", "blockless"],
         ["the model has no prunable linear layers inside decoder blocks"],

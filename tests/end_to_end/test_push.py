@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import huggingface_hub.constants
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import close_session
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import read_events, read_summary
@@ -22,17 +20,6 @@ PUSH = ("--push-to-hub", NAME)
 
 # How huggingface_hub itself calls its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The hub that huggingface_hub knows, with a token for it; it reads its variables once, when it is imported."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    with HubServer() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        yield server
-        close_session()
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from tools.base.settings import WorkbenchSettings
 from tools.estimate.meter import Meter
 from tools.models.blocks import Blocks
 from tools.models.formats import DTYPES
+from tools.models.hub import check_in_reach
 from tools.models.layers import Layer, find_blocks, find_layers
 from tools.models.load import ModelPlace, build_on_meta, locate_model
 from tools.models.readout import CHUNK, compute_hidden, hidden_gradients, measure_losses
@@ -40,6 +41,7 @@ def build_empty(settings: WorkbenchSettings) -> tuple[Any, int]:
     line.
     """
     place = _locate_config(settings.model)
+    check_in_reach(settings.model)
     try:
         model, stored = build_on_meta(place, settings)
     except Exception as error:  # every way a config can be broken has a class of error of its own

@@ -14,6 +14,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
+from tools.base.hub import look_at_hub
 from tools.base.settings import TaskSettings, WorkbenchSettings
 from tools.measure.own_tasks import find_own_tasks
 from tools.results.schema import Score
@@ -132,6 +133,7 @@ def _load_task(name: str, settings: TaskSettings) -> tuple[Any, Any]:
     """(the harness' task, where its questions come from)."""
     if own := find_own_tasks().get(name):
         return own.load(settings)
+    look_at_hub()
     loaded = _index_tasks().load([name])
     return loaded["groups"].get(name) or list(loaded["tasks"].values()), "hub"
 

@@ -1,10 +1,12 @@
-"""Pushes an exported model to the Hugging Face hub, or to another one at `HF_ENDPOINT`."""
+"""The Hugging Face hub, or another one at `HF_ENDPOINT`: is a model there to be had, and pushing one to it."""
 
 import os
 import sys
 from pathlib import Path
 
 from tools.base.errors import UserError
+from tools.base.hub import look_at_hub
+from tools.base.names import is_hub_id
 from tools.base.secrets import redact
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -13,6 +15,25 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 class NotPushed(RuntimeError):
     """The hub could not be reached or refused the model; the message is one line, without the token."""
+
+
+def check_in_reach(source: str) -> None:
+    """Refuse a model that is neither on this machine nor, as no hub answers, to be downloaded. Raises UserError.
+
+    One that is here is loaded from here alone, where no hub answers.
+    """
+    if not is_hub_id(source) or not (problem := look_at_hub()):
+        return
+    import huggingface_hub
+
+    try:
+        absent = huggingface_hub.try_to_load_from_cache(source, "config.json") is None
+    except ValueError:  # no id that a hub could have
+        absent = True
+    if absent:
+        raise UserError(
+            f"model {source!r} is not on this machine, and {problem}; a directory or a .gguf file needs no hub"
+        )
 
 
 def check_push(repository: str) -> None:
@@ -51,6 +72,8 @@ def push_model(directory: Path, repository: str) -> str:
         raise NotPushed(f"{directory} holds no model")
     if not sys.stderr.isatty():
         disable_progress_bars()
+    if problem := look_at_hub():
+        raise NotPushed(problem)
     hub = huggingface_hub.HfApi(token=huggingface_hub.get_token())
     try:
         url = hub.create_repo(repository, private=True, exist_ok=True)

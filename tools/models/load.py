@@ -15,6 +15,7 @@ from tools.base.rundir import list_places
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import show_size
 from tools.models.formats import DTYPES, PACKED_FILE, Dtype
+from tools.models.hub import check_in_reach
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +124,7 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
 
     transformers.utils.logging.disable_progress_bar()  # Billhook draws its own
     place, device = locate_model(settings.model), pick_device(settings.device)
+    check_in_reach(settings.model)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     quantization: dict[str, Any] = {}
     if place.gguf_file:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.base.errors import UserError, in_one_line
+from tools.base.hub import look_at_hub
 from tools.base.names import parse_hub, path_of
 
 
@@ -34,13 +35,21 @@ def explain_unreadable(what: str, source: str) -> Iterator[None]:
 
 
 def open_rows(source: str) -> Any:
-    """The rows of a source `hub:…` or `file:…`, streamed in order. Raises whatever datasets raises."""
+    """The rows of a source `hub:…` or `file:…`, streamed in order.
+
+    Raises UserError for a data set that is not here while no hub answers, and else whatever datasets raises.
+    """
     import datasets
 
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
     if source.startswith("hub:"):
-        hub = parse_hub(source)  # streamed: C4 is 800 GB, and a run reads a few megabytes of it
-        return datasets.load_dataset(hub.name, hub.config, split=hub.split, streaming=True)
+        hub, problem = parse_hub(source), look_at_hub()
+        try:  # streamed: C4 is 800 GB, and a run reads a few megabytes of it
+            return datasets.load_dataset(hub.name, hub.config, split=hub.split, streaming=True)
+        except OSError as error:  # among them ConnectionError and FileNotFoundError
+            if problem:
+                raise UserError(f"data set {hub.name!r} is not on this machine, and {problem}") from error
+            raise
     path = path_of(source)
     files = glob.escape(str(path))  # datasets takes a pattern
     if path.suffix == ".txt":

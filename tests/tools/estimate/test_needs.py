@@ -144,7 +144,7 @@ def test_the_workbench_asks_for_the_same_disk_and_keeps_as_many_block_inputs(
     ("model", "sentence"),
     [
         ("nowhere.json", r"model config nowhere\.json does not exist; give the path of a config\.json"),
-        ("no-such/model", r"model 'no-such/model' could not be built from its config: We couldn't connect to .*"),
+        ("no-such/model", r"model 'no-such/model' is not on this machine, and the hub is not asked, .*"),
         ("empty", r"model directory empty has no config\.json; is it a saved transformers model\?"),
         ("./nowhere", r"model '\./nowhere' is neither a directory, a \.gguf file, .*"),
         ("torn", r"model 'torn' could not be built from its config: .*not a valid JSON file.*"),

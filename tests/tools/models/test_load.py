@@ -2,14 +2,18 @@
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
+import tools.base.hub
+from tests.hub_server import COMMIT, HubServer, Repository
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, save_tiny_gguf, tiny_settings
 from tools.base.errors import UserError
 from tools.models.layers import find_layers
@@ -194,10 +198,55 @@ def test_a_gguf_file_that_is_broken(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("source", ["no-such-organisation/no-such-model", "a" * 300])
-def test_a_hub_id_that_cannot_be_had(source: str) -> None:
+@pytest.mark.parametrize("source", ["no-such-organisation/no-such-model", "a" * 97])
+def test_a_hub_id_that_is_not_here_when_no_hub_is_asked(source: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_model(tiny_settings(source))
+    assert str(refusal.value) == (
+        f"model {source!r} is not on this machine, and the hub is not asked, as HF_HUB_OFFLINE is set; a directory or "
+        "a .gguf file needs no hub"
+    )
+
+
+@pytest.mark.parametrize("source", ["no-such-organisation/no-such-model", "a" * 97])
+def test_a_hub_id_without_a_network_is_one_line_at_once(
+    source: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with HubServer() as gone:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", gone.url)
+    with pytest.raises(UserError) as refusal:
+        load_model(tiny_settings(source))
+    assert str(refusal.value) == (
+        f"model {source!r} is not on this machine, and {gone.url} cannot be reached ([Errno 111] Connection refused); "
+        "a directory or a .gguf file needs no hub"
+    )
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("source", ["me/none", "a" * 300])
+def test_a_hub_id_that_the_hub_does_not_know(source: str, hub: HubServer, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match=rf"^model '{source}' could not be loaded: "):
         load_model(tiny_settings(source))
+    assert "Retrying" not in caplog.text
+
+
+def test_a_slow_hub_is_waited_for_and_its_model_loaded_again_without_it(
+    tiny_llama: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
+    hub.repositories["me/tiny"] = Repository("public", files)
+    monkeypatch.setattr(tools.base.hub, "_PATIENCE", 0.02)
+    hub.delay = 0.05
+    model, _ = load_model(tiny_settings("me/tiny"))
+    assert "GET /me/tiny/resolve/main/model.safetensors" in [
+        request.replace(COMMIT, "main") for request in hub.requests
+    ]
+    with HubServer() as gone:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", gone.url)
+    monkeypatch.setattr(tools.base.hub, "_last_look", (-math.inf, ""))
+    again, _ = load_model(tiny_settings("me/tiny"))
+    weights = model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in again.state_dict().items())
 
 
 # --- devices ---------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
+from tests.hub_server import HubServer
 from tests.rows import write_rows
 from tools.base.errors import UserError
 from tools.base.settings import TEXT_FORMS, TEXT_SOURCE
@@ -69,8 +71,25 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, pr
 
 
 def test_a_data_set_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"^text source 'hub:no/such-data:train' could not be read: Couldn't reach"):
+    with pytest.raises(UserError) as refusal:
         list(read_documents("hub:no/such-data:train"))
+    assert str(refusal.value) == (
+        "data set 'no/such-data' is not on this machine, and the hub is not asked, as HF_HUB_OFFLINE is set"
+    )
+
+
+def test_a_data_set_without_a_network_is_one_line_at_once(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with HubServer() as gone:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", gone.url)
+    with pytest.raises(UserError) as refusal:
+        list(read_documents("hub:no/such-data:train"))
+    assert str(refusal.value) == (
+        f"data set 'no/such-data' is not on this machine, and {gone.url} cannot be reached ([Errno 111] Connection "
+        "refused)"
+    )
+    assert caplog.messages == []
 
 
 FORMS = "hub:NAME[/CONFIG]:SPLIT, file:PATH (.txt or .jsonl) or pydoc"

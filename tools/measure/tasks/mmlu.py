@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from tools.base.errors import UserError
+from tools.base.hub import look_at_hub
 from tools.base.names import path_of
 from tools.base.settings import TaskSettings
 from tools.measure.own_tasks import OwnTask, hash_files
@@ -66,6 +67,7 @@ def load_hub_mmlu() -> Any:
     """The harness' own group of subjects. Raises whatever datasets raises where its data cannot be had."""
     from lm_eval.tasks import TaskManager
 
+    look_at_hub()
     return TaskManager(include_path=str(find_templates()), include_defaults=False).load(["mmlu"])["groups"]["mmlu"]
 
 
