@@ -36,6 +36,9 @@ def pack_pruned(pruned_OI: Tensor, *, values: bool) -> dict[str, Tensor]:
     return {"mask": packed.mask_OW.cpu(), "values": packed.values.cpu()}
 
 
+FORMAT = 1
+"""Version of the format that artifacts are written in."""
+
 HEADER = 512
 """Bytes of a file of one or two tensors that are not theirs, at most: their names, dtypes and shapes as JSON."""
 

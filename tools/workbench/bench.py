@@ -232,7 +232,7 @@ class Workbench:
         checkpoints to `keep` nor the last ones measured have are deleted, so that many probes take no more room than
         those that are measured at once.
         """
-        keys = [_probe_key(profile, order, windows) for order in orders]
+        keys = [_probe_key(self.read_profile(profile), order, windows) for order in orders]
         found = [self.index.read_measured(key) for key in keys]
         missing = [number for number, known in enumerate(found) if known is None]
         for first in range(0, len(missing), self.abreast):
@@ -274,9 +274,9 @@ def _encode_questions(settings: WorkbenchSettings, tokenizer: Any) -> dict[Split
     return {"validation": encode_pairs(parts.validation, tokenizer), "test": encode_pairs(parts.test, tokenizer)}
 
 
-def _probe_key(profile: str, order: WorkOrder, windows: int) -> list[str]:
-    """What the losses of an order depend on."""
+def _probe_key(profile: StoredProfile, order: WorkOrder, windows: int) -> list[str]:
+    """What the losses of an order depend on: its layers, by the statistics that they are pruned by, and the text."""
     recipes = {name: layer.recipe.model_dump_json() for name, layer in order.layers.items()}
     shared = set(recipes.values())
     recipe = shared.pop() if len(shared) == 1 else json.dumps(recipes)
-    return ["probe", profile, recipe, json.dumps(order.zeros), str(windows)]
+    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(windows)]

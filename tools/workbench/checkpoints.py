@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from tools.models.artifacts import FORMAT
 from tools.plans.recipe import Recipe
 
 
@@ -64,7 +65,11 @@ def make_checkpoint(tasks: Mapping[str, LayerTask], artifacts: Mapping[str, str]
     return Checkpoint(profile=profile, recipe=recipe, layers=layers)
 
 
-def make_layer_key(name: str, task: LayerTask, below: Sequence[str] = ()) -> str:
-    """What a layer's weights depend on; `below` are the artifacts of the layers that its inputs passed through."""
-    parts = [task.profile, name, task.zeros, task.recipe.mask_label, task.recipe.pattern, *below]
+def make_layer_key(name: str, dense: str, statistics: str, task: LayerTask, below: Sequence[str] = ()) -> str:
+    """What a pruned layer's artifact depends on, whatever profile it is pruned for.
+
+    `dense` is the hash of its dense weights, `statistics` the artifact of those it is pruned by, `below` are the
+    artifacts of the layers that its inputs passed through.
+    """
+    parts = [FORMAT, name, dense, statistics, task.zeros, task.recipe.mask_label, task.recipe.pattern, *below]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

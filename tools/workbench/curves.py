@@ -35,11 +35,12 @@ class Curves:
         profile = self._profiles.find(profile, recipe, progress)
         layers = self._profiles.read(profile).layers
         if "alpha" in recipe.needs:
-            alpha = self._index.measure_once(["alpha"], lambda: self._measure_alphas(progress))
+            key = ["alpha", self._weights.hash_all_dense()]
+            alpha = self._index.measure_once(key, lambda: self._measure_alphas(progress))
             return [layer.model_copy(update={"alpha": alpha[layer.name]}) for layer in layers]
         if recipe.needs_curves:
             plain = _plain(recipe)
-            key = _kappa_key(profile, plain)
+            key = self._name_kappa(profile, plain)
             kappa = self._index.measure_once(key, lambda: self.measure_kappa(profile, plain, progress))
             return [layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in layers]
         return layers
@@ -55,7 +56,11 @@ class Curves:
         profile = self._profiles.find_known(profile, recipe)
         if not profile or not recipe.needs_curves:
             return bool(profile)
-        return self._index.read_measured(_kappa_key(profile, _plain(recipe))) is not None
+        return self._index.read_measured(self._name_kappa(profile, _plain(recipe))) is not None
+
+    def _name_kappa(self, profile: str, plain: Recipe) -> list[str]:
+        """What KL curves depend on: the weights, the text and the labels drawn for it, as the statistics name them."""
+        return ["kappa", self._weights.hash_all_dense(), self._profiles.read(profile).means, plain.mask_label]
 
     def _measure_alphas(self, progress: Progress) -> dict[str, float | None]:
         alphas, dense = {}, self._weights.dense
@@ -120,7 +125,3 @@ class _Parts:
 def _plain(recipe: Recipe) -> Recipe:
     """The recipe whose KL curves it reads: always the dense model's, whose levels are the steps of the method refit."""
     return recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
-
-
-def _kappa_key(profile: str, plain: Recipe) -> list[str]:
-    return ["kappa", profile, plain.mask_label]

@@ -171,13 +171,18 @@ class Profiles:
             self._weights.restore_dense()
             return {"profile": self._profile_text(recipe.calibration, run.hidden, run.dense, progress, full=full)}
 
-        return str(self._index.measure_once(_profile_key(recipe), measure)["profile"])
+        return str(self._index.measure_once(self._name_mixed(profile, recipe), measure)["profile"])
 
     def find_known(self, profile: str, recipe: Recipe) -> str:
         """As `find`, without any measurement; "" where it was never measured."""
         if recipe.calibration == "run":
             return profile
-        return str((self._index.read_measured(_profile_key(recipe)) or {}).get("profile", ""))
+        return str((self._index.read_measured(self._name_mixed(profile, recipe)) or {}).get("profile", ""))
+
+    def _name_mixed(self, profile: str, recipe: Recipe) -> list[str]:
+        """What the profile of another text depends on beside that text: the run's own names model and settings."""
+        run = self.read(profile)
+        return ["profile", recipe.calibration, run.means, run.hidden, "full" if run.moments else "masks"]
 
     # --- what layers are pruned by -----------------------------------------------------------------------------
 
@@ -249,7 +254,3 @@ def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
                 raise UserError(
                     f"activations or gradients of {name} are not finite in {dtype}; try --dtype fp32 or bf16"
                 )
-
-
-def _profile_key(recipe: Recipe) -> list[str]:
-    return ["profile", recipe.calibration]

@@ -1,6 +1,6 @@
 """Pruning by a work order, from the dense weights, and the checkpoints that come of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -64,7 +64,7 @@ class Pruner:
     def _prune_from_dense(self, tasks: Tasks, progress: Progress) -> dict[str, str]:
         """Every layer by what it reads in the dense model; the artifacts."""
         index = self._index.read()
-        keys = {name: make_layer_key(name, task) for name, task in tasks.items()}
+        keys = self._make_keys(tasks)
         made = {}
         for name, task in tasks.items():
             if artifact := self._install_known(name, task, index.get(keys[name], "")):
@@ -75,6 +75,14 @@ class Pruner:
             made[name] = artifact
             progress("prune", len(made), len(tasks))
         return made
+
+    def _make_keys(self, tasks: Tasks, below: Sequence[str] = ()) -> dict[str, str]:
+        profiles = dict.fromkeys(task.profile for task in tasks.values())
+        statistics = {profile: self._profiles.read(profile).means for profile in profiles}
+        return {
+            name: make_layer_key(name, self._weights.hash_dense(name), statistics[task.profile], task, below)
+            for name, task in tasks.items()
+        }
 
     def _install_known(self, name: str, task: LayerTask, artifact: str) -> str:
         """Put in what is known: the dense weights if no more are to go, else the artifact; "" where there is none."""
@@ -96,7 +104,7 @@ class Pruner:
                 progress("prune in order", block, len(grouped))
                 below = [done[layer.name] for earlier in grouped[:block] for layer in earlier]
                 own = {layer.name: tasks[layer.name] for layer in layers if layer.name not in made}
-                keys = {name: make_layer_key(name, task, below) for name, task in own.items()}
+                keys = self._make_keys(own, below)
                 done |= {name: self._install_known(name, own[name], index.get(key, "")) for name, key in keys.items()}
                 missing = {name: task for name, task in own.items() if not done[name]}
                 if missing:

@@ -27,10 +27,24 @@ class Weights:
         self.dense = {layer.name: layer.weight_OI.to("cpu", copy=True).contiguous() for layer in layers}
         self.installed = dict.fromkeys(self.by_name, DENSE)
         self._store, self._warn = store, warn
+        self._hashes: dict[str, str] = {}
 
     def device_of(self, name: str) -> torch.device:
         """Where a layer is computed."""
         return self.by_name[name].weight_OI.device
+
+    def hash_dense(self, name: str) -> str:
+        """SHA-256 of a layer's weights as they were loaded."""
+        if name not in self._hashes:
+            weight_OI = self.dense[name]
+            digest = hashlib.sha256(f"{tuple(weight_OI.shape)} {weight_OI.dtype}\n".encode())
+            digest.update(weight_OI.flatten().view(torch.uint8).numpy().data)
+            self._hashes[name] = digest.hexdigest()
+        return self._hashes[name]
+
+    def hash_all_dense(self) -> str:
+        """SHA-256 that names the weights of all layers as they were loaded."""
+        return hashlib.sha256("".join(map(self.hash_dense, self.dense)).encode()).hexdigest()
 
     def read_artifact(self, name: str, artifact: str) -> dict[str, Tensor]:
         """A layer's mask, and its values unless they are the dense weights'. Raises DamagedArtifact."""

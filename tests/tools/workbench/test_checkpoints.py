@@ -29,6 +29,7 @@ from tools.base.errors import DamagedArtifact
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
+from tools.workbench.checkpoints import LayerTask, make_layer_key
 from tools.workbench.open import close_workbench
 from tools.workbench.store import DENSE
 
@@ -54,6 +55,25 @@ def test_manifests_are_small_and_plain(bench: Workbench) -> None:
         sort_keys=True,
     )
     assert bench.store.path(checkpoint, ".json").read_text() == text, "as ever"
+
+
+def test_the_key_of_a_layer_names_all_that_it_depends_on_and_nothing_else() -> None:
+    task = LayerTask(3, parse_recipe("refit"), "first")
+    other = {
+        "name": ("m", "d", "s", task),
+        "dense": ("n", "e", "s", task),
+        "statistics": ("n", "d", "t", task),
+        "zeros": ("n", "d", "s", task._replace(zeros=4)),
+        "method": ("n", "d", "s", task._replace(recipe=parse_recipe("refit3"))),
+        "gamma": ("n", "d", "s", task._replace(recipe=parse_recipe("refit~clipped"))),
+        "pattern": ("n", "d", "s", task._replace(recipe=task.recipe.model_copy(update={"pattern": "2:4"}))),
+        "below": ("n", "d", "s", task, ["b"]),
+    }
+    key = make_layer_key("n", "d", "s", task)
+    assert len({key, *(make_layer_key(*parts) for parts in other.values())}) == 1 + len(other)
+    assert make_layer_key("n", "d", "s", task._replace(profile="second")) == key
+    shared_out = task.recipe.model_copy(update={"allocation": "owl", "strength": 0.5})
+    assert make_layer_key("n", "d", "s", task._replace(recipe=shared_out)) == key
 
 
 def test_a_layer_of_another_recipe_says_so_and_is_made_again_by_it(

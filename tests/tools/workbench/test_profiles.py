@@ -45,6 +45,34 @@ def test_second_moments_wait_until_a_recipe_needs_them(bench: Workbench) -> None
     assert dict(zip(bench.by_name, bench.sparsities(), strict=True)) == pytest.approx(planned)
 
 
+def test_a_second_profile_makes_no_layer_and_no_curve_again(
+    bench: Workbench, computed: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hang on the dense model's statistics, which a profile of the present weights leaves as they are."""
+    recipes = [parse_recipe(label) for label in ("refit:kappa", "sparsegpt~sequential:alphapruning", "wanda:owl")]
+    first = bench.profile(ignore)
+    told = {recipe: bench.describe_layers(first, recipe, ignore) for recipe in recipes}
+    orders = [order_allocation(recipe, allocate(told[recipe], 0.4, recipe)) for recipe in recipes]
+    checkpoints = [bench.prune(first, order, ignore) for order in orders]
+    probed = bench.probe(first, orders[:1], 2, ignore, back=checkpoints[0], keep=checkpoints)
+    count = len(computed)
+    assert count == 3 * len(bench.layers)
+    second = bench.profile(ignore, first)
+    assert second != first
+    for name in ("measure_kappa", "measure_alpha"):
+        monkeypatch.setattr(tools.workbench.curves, name, pytest.fail)
+    for recipe, order, checkpoint in zip(recipes, orders, checkpoints, strict=True):
+        layers = bench.describe_layers(second, recipe, ignore)
+        own = [(x.kappa if recipe.needs_curves else x.alpha) for x in layers]
+        assert own == [(x.kappa if recipe.needs_curves else x.alpha) for x in told[recipe]]
+        assert bench.has_layers(second, recipe)
+        again = bench.prune(second, order, ignore)
+        assert bench.read_checkpoint(again) == bench.read_checkpoint(checkpoint)
+    monkeypatch.setattr(bench.pruner, "prune", pytest.fail)
+    assert bench.probe(second, orders[:1], 2, ignore, back=again) == probed
+    assert len(computed) == count
+
+
 @pytest.mark.parametrize("masks_only", [False, True])
 def test_a_second_profile_has_curves_of_the_present_weights_and_prunes_by_what_the_dense_model_reads(
     bench: Workbench, masks_only: bool
