@@ -36,6 +36,7 @@ from graph.state import Input, State
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.files import explain_full_disk
 from tools.base.progress import Stopped, stop_at
+from tools.base.rows import follow_kept
 from tools.base.rundir import append_event, lock_run, unlock_run
 from tools.base.secrets import redact
 from tools.models.hub import NotPushed, push_model
@@ -125,6 +126,7 @@ def resume(runs_dir: Path, name: str, flags: dict[str, Any], path: Path | None) 
     thread, config = read_run(runs_dir, name)
     replay = read_replay(runs_dir / name)
     wanted = read_config(flags if path else {**config.model_dump(), **flags}, path)
+    wanted = follow_kept(wanted, config.model_dump())
     changed = [field for field in RunConfig.model_fields if getattr(wanted, field) != getattr(config, field)]
     if refused := [field for field in changed if field not in CHANGEABLE]:
         raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(refused)}); start a new run")

@@ -33,6 +33,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
 
 
+@pytest.fixture(scope="session")
+def beginning_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model; its tokenizer begins a text with a beginning-of-sequence token."""
+    from tests.tiny import make_beginning_tokenizer, save_tiny_model
+
+    directory = save_tiny_model(tmp_path_factory.mktemp("models") / "beginning-llama", "llama")
+    make_beginning_tokenizer().save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator["HubServer"]:
     """The hub that huggingface_hub knows, and its cache; it reads its variables once, when it is imported."""

@@ -1,5 +1,6 @@
 """Tiny random models of several architectures, and a small tokenizer: real transformers objects, built in moments."""
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -84,6 +85,22 @@ def make_tiny_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw._tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
     )
+
+
+@functools.cache
+def make_beginning_tokenizer() -> Any:
+    """The same tokenizer, which begins a text with a beginning-of-sequence token, as those of Llama and Gemma do.
+
+    It is the byte 0, which is in no text: token 0 pads, so that tiny models embed it as nothing.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(make_tiny_tokenizer())
+    tokenizer.bos_token = bos = "\N{LATIN CAPITAL LETTER A WITH MACRON}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def save_tiny_model(directory: Path, architecture: str = "llama", seed: int = 0) -> Path:

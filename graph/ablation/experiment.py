@@ -14,7 +14,7 @@ from graph.ablation.settings import CHAT, GRAPH, AblateSettings, list_arms, list
 from graph.ablation.tables import describe_row, write_tables
 from tools.base.console import print_line, show_bars
 from tools.base.errors import UserError
-from tools.base.rows import lock_out, read_kept, refuse_other_settings
+from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.rundir import unlock_run
 from tools.base.settings import TEAM
 from tools.models.load import check_device, locate_model
@@ -36,7 +36,7 @@ def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Consol
     directory = Path(settings.out)
     lock_out(directory, directory)
     try:
-        known = _read_ablation(directory, settings, graph_flags)
+        known, settings = _read_ablation(directory, settings, graph_flags)
         wanted = [(arm, seed) for seed in seeds for arm in arms]
         done = {(row.arm, row.seed): row for row in known.rows}
         for pair in wanted:
@@ -80,12 +80,13 @@ def _make_row(
     progress: "Progress",
 ) -> Row:
     if arm in GRAPH:
-        row, known.dense_perplexity = run_graph(arm, seed, settings, graph_flags, progress)
+        row, known.dense_perplexity, known.protocol.bos = run_graph(arm, seed, settings, graph_flags, progress)
         return row
     seeded = settings.model_copy(update={"seed": seed})
     work = Path(settings.out) / f"seed-{seed}"
     with use_workbench(seeded, work, lambda text: print_line(console, f"warning: {text}"), progress) as bench:
         began = time.monotonic()
+        known.protocol.bos = bench.windows.lead > 0
         if seed not in known.profiles:
             profile = bench.profile(progress)
             known.profiles[seed] = Profiled(profile=profile, seconds=round(time.monotonic() - began, 1))
@@ -112,13 +113,16 @@ def _make_row(
         )
 
 
-def _read_ablation(directory: Path, settings: AblateSettings, graph_flags: Sequence[str]) -> Ablation:
-    """What is in `--out`, or an empty one. Raises UserError for one with other settings."""
-    wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed", *TEAM}) | {"graph": list(graph_flags)}
+def _read_ablation(
+    directory: Path, settings: AblateSettings, graph_flags: Sequence[str]
+) -> tuple[Ablation, AblateSettings]:
+    """(what is in `--out`, or an empty one; the settings to go on with). Raises UserError for other settings."""
     known = read_kept(directory / "ablate.json", Ablation)
+    settings = settings if known is None else follow_kept(settings, known.settings)
+    wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed", *TEAM}) | {"graph": list(graph_flags)}
     if known is None:
-        return Ablation(settings=wanted, protocol=describe_protocol(settings))
+        return Ablation(settings=wanted, protocol=describe_protocol(settings)), settings
     arms = {row.arm for row in known.rows}
     unused = (set() if arms & set(CHAT) else {"planner", "reflector"}) | (set() if arms & set(GRAPH) else {"graph"})
     refuse_other_settings(directory, "an ablation", known.settings, wanted, unused)
-    return known.model_copy(update={"settings": wanted})
+    return known.model_copy(update={"settings": wanted}), settings

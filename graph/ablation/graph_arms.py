@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def run_graph(
     arm: str, seed: int, settings: AblateSettings, graph_flags: Sequence[str], progress: "Progress"
-) -> tuple[Row, float | None]:
-    """(the row, the dense model's test perplexity) of a run of the graph, begun or gone on with in another process.
+) -> tuple[Row, float | None, bool]:
+    """(the row; the dense model's test perplexity; whether windows began with a beginning-of-sequence token).
 
-    Raises UserError with the run's last words.
+    Of a run of the graph, begun or gone on with in another process. Raises UserError with the run's last words.
     """
     runs, name = Path(settings.out) / "runs", f"{arm}-{seed}"
     summary_path = runs / name / "summary.json"
@@ -58,7 +58,7 @@ def run_graph(
         cost=agents["cost"],
         seconds=round(summary["seconds"], 1),
     )
-    return row, summary["perplexity"]["dense"]
+    return row, summary["perplexity"]["dense"], summary["protocol"].get("bos", False)
 
 
 def _count_by_rule(run: Path) -> int:

@@ -43,7 +43,7 @@ def describe(known: Ablation) -> str:
     lines = [
         f"# {escape(settings['model'])} at {settings['target_sparsity']:.0%}: was the agent worth its tokens?",
         "",
-        f"Perplexity on {protocol.tokens:,} tokens of `{protocol.text}` (test text, windows of {protocol.window}, "
+        f"Perplexity on {protocol.tokens:,} tokens of `{protocol.text}` (test text, {protocol.windows}, "
         f"{protocol.dtype}; dense: {dense}) of what each arm chose by the validation text. Each arm may put "
         f"{settings['evaluated_tokens']:,} tokens through pruned models; ± is the standard error over seeds.",
         "",

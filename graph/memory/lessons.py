@@ -51,7 +51,8 @@ def family(model: str) -> str:
 
 def fingerprint(config: RunConfig) -> str:
     """A hash of everything that decides a run's masks."""
-    return hashlib.sha256(json.dumps(config.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
+    values = config.model_dump(exclude=set() if config.bos == "never" else {"bos"})  # as before there was the field
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_lesson(store: BaseStore, config: RunConfig, lesson: Lesson, number: int = 0) -> None:

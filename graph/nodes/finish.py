@@ -71,7 +71,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             seconds=round(seconds, 3),
             peak_memory_bytes=bench.peak_memory_bytes(),
             mask_sha256=masks,
-            protocol=describe_protocol(config),
+            protocol=describe_protocol(config, bos=bench.windows.lead > 0),
         )
         export_model(bench.model, bench.tokenizer, session.directory / "model", write_card(summary, config))
         sparsity = dict(zip(bench.by_name, bench.sparsities(), strict=True))

@@ -1,7 +1,8 @@
 """How a checkpoint is written: compressed msgpack without pickle, that revives our state models and no other class.
 
 Msgpack names a class by its module, and classes move from one to another: `FORMER_HOMES` says where those named in
-older checkpoints are now.
+older checkpoints are now. A config in which a field is missing was written before there was such a field, and has what
+that meant.
 """
 
 import zlib
@@ -15,6 +16,7 @@ from graph.config import RunConfig
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.state import Input, State, Trial
+from tools.base.settings import FORMER
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import Usage
 
@@ -68,7 +70,7 @@ def make_serializer() -> JsonPlusSerializer:
 
 
 def rename_moved(packed: bytes) -> bytes:
-    """The same msgpack, in which classes that have moved are named by where they are now; nothing is revived here."""
+    """The same msgpack with classes named by where they are now, and configs whole; nothing is revived here."""
     return _pack(_unpack(packed))
 
 
@@ -79,7 +81,17 @@ def _rename(code: int, data: bytes) -> ormsgpack.Ext:
     content = _unpack(data)
     if code == EXT_PYDANTIC_V2:
         content[:2] = _PRESENT.get(tuple(content[:2]), content[:2])
+        content[2] = _fill(tuple(content[:2]), content[2])
     return ormsgpack.Ext(code, _pack(content))
+
+
+def _fill(name: tuple[str, str], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a model by its present name, with what a config lacks that was written before there was such."""
+    if name == (State.__module__, State.__name__) and "config" in values:
+        return {**values, "config": _fill((RunConfig.__module__, RunConfig.__name__), values["config"])}
+    if name != (RunConfig.__module__, RunConfig.__name__):
+        return values
+    return values | {field: value for field, value in FORMER.items() if field not in values}
 
 
 def _unpack(packed: bytes) -> Any:

@@ -15,6 +15,7 @@ from tools.base.errors import UserError
 from tools.base.files import write_json, write_text
 from tools.base.options import read_yaml
 from tools.base.rundir import lock_run, runs_directory
+from tools.base.settings import FORMER
 from tools.measure.benchmarks import load_benchmarks, refuse_shared_questions
 from tools.models.load import check_device, locate_model
 from tools.texts.windows import check_texts
@@ -78,7 +79,7 @@ def read_run(runs_dir: Path, name: str) -> tuple[str, RunConfig]:
         raise UserError(f"there is no run {name!r} in {runs_dir}; see --list")
     try:
         thread = json.loads((directory / "run.json").read_text(encoding="utf-8"))["thread_id"]
-        return str(uuid.UUID(thread)), check_config(read_yaml(directory / "config.yaml"))
+        return str(uuid.UUID(thread)), check_config(FORMER | read_yaml(directory / "config.yaml"))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"run {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
 

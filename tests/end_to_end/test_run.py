@@ -54,7 +54,7 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     ]
     assert list(summary["agents"]) == ["calls", "input_tokens", "output_tokens", "cost"]
     assert list(summary["perplexity"]) == ["dense", "pruned", "uniform_wanda"]
-    assert list(summary["protocol"]) == ["text", "tokens", "window", "dtype", "versions"]
+    assert list(summary["protocol"]) == ["text", "tokens", "window", "dtype", "versions", "bos"]
     assert (summary["run"], summary["model"], summary["status"]) == ("run", "tiny", "finished")
     assert summary["protocol"]["tokens"] == 128 and summary["protocol"]["dtype"] == read_run_config(finished).dtype
     assert all(math.isfinite(value) for value in summary["perplexity"].values())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests.tiny import make_tiny_tokenizer, save_tiny_model, tiny_settings
+from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.progress import ignore_progress
 from tools.measure.losses import evaluate_windows
 from tools.structure import main
@@ -102,12 +102,18 @@ def test_the_command_writes_a_smaller_model_and_its_figures(
 SPEEDS = ("seconds_per_window", "decoded_per_second")
 
 
-def test_the_figures_are_those_of_the_written_model(tiny_llama: Path, tmp_path: Path) -> None:
-    assert main(["--out", str(tmp_path / "cut"), *describe(tiny_llama), "--parts", "neurons"]) == 0
+@pytest.mark.parametrize(("model", "lead"), [("tiny_llama", 0), ("beginning_llama", 1)])
+def test_the_figures_are_those_of_the_written_model(
+    model: str, lead: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    dense = request.getfixturevalue(model)
+    assert main(["--out", str(tmp_path / "cut"), *describe(dense), "--parts", "neurons"]) == 0
     figures = json.loads((tmp_path / "cut" / "structure.json").read_text())
-    settings = tiny_settings(tiny_llama, window=64)
-    windows = cut_windows(settings, make_tiny_tokenizer()).validation
-    for source, name in ((tiny_llama, "dense"), (tmp_path / "cut" / "model", "cut")):
-        model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
-        evaluation, _ = evaluate_windows(model, windows, None, "", ignore_progress)
+    assert figures["protocol"]["bos"] is bool(lead)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "cut" / "model")
+    windows = cut_windows(tiny_settings(dense, window=64), tokenizer)
+    assert windows.lead == lead
+    for source, name in ((dense, "dense"), (tmp_path / "cut" / "model", "cut")):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+        evaluation, _ = evaluate_windows(loaded, windows.validation, None, "", ignore_progress, lead=lead)
         assert figures[name]["perplexity"] == pytest.approx(evaluation.perplexity, rel=1e-5)

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from tools.base.errors import UserError, in_one_line
 from tools.base.files import explain_unwritable
 from tools.base.rundir import lock_run
+from tools.base.settings import FORMER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,10 +35,17 @@ def read_kept(path: Path, model: type[Model]) -> Model | None:
         raise UserError(f"{path} cannot be read: {in_one_line(error, 200)}") from error
 
 
+def follow_kept(settings: Model, known: dict[str, Any]) -> Model:
+    """The settings, with what kept rows were made by in fields that earlier versions lack and nobody named now."""
+    kept = {name: value for name, value in (FORMER | known).items() if name in FORMER}
+    return settings.model_copy(update={n: kept[n] for n in kept if n not in settings.model_fields_set})
+
+
 def refuse_other_settings(
     directory: Path, what: str, known: dict[str, Any], wanted: dict[str, Any], unused: set[str]
 ) -> None:
     """Raises UserError when kept rows are of other settings, those that are `unused` by any of them left aside."""
+    known = FORMER | known
     changed = sorted(name for name in wanted if known.get(name) != wanted[name] and name not in unused)
     if changed:
         raise UserError(f"{directory} holds {what} with other settings ({', '.join(changed)}); choose another --out")

@@ -25,6 +25,9 @@ WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
 TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc")
 """How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
 
+FORMER: dict[str, Any] = {"bos": "never"}
+"""What fields meant in settings that were kept before there were such fields."""
+
 TEXT_SOURCE = f"{', '.join(TEXT_FORMS[:-1])} or {TEXT_FORMS[-1]}"
 
 
@@ -111,6 +114,11 @@ class WorkbenchSettings(LoadSettings):
         description="Share of the calibration windows that is made of other questions with their answers.",
     )
     window: int = Field(512, ge=8, le=131072, description="Tokens in one window of text.")
+    bos: Literal["auto", "never"] = Field(
+        "auto",
+        description="auto: where the tokenizer begins a text with its beginning-of-sequence token, every window begins "
+        "with it too; no loss counts its position. never: windows of text alone, as in the literature.",
+    )
     calibration_windows: int = Field(
         16, ge=1, le=65536, description="Windows of calibration text for the input statistics."
     )

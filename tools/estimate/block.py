@@ -27,8 +27,9 @@ from tools.models.blocks import Blocks
 from tools.models.formats import DTYPES
 from tools.models.hub import check_in_reach
 from tools.models.layers import Layer, find_blocks, find_layers
-from tools.models.load import ModelPlace, build_on_meta, locate_model
+from tools.models.load import ModelPlace, build_on_meta, load_tokenizer, locate_model
 from tools.models.readout import CHUNK, compute_hidden, hidden_gradients, measure_losses
+from tools.texts.windows import count_lead
 
 WORDS = 2**15
 """Rows of the output head that are really there, at most: what it takes grows with them in proportion."""
@@ -53,6 +54,14 @@ def build_empty(settings: WorkbenchSettings) -> tuple[Any, int]:
         return model, os.path.getsize(os.path.join(place.path, place.gguf_file)) + 4 * max(sizes)
     same = not isinstance(stored, torch.dtype) or stored == dtype_of(settings)
     return model, 0 if same else stored.itemsize * sum(sizes)
+
+
+def read_lead(settings: WorkbenchSettings) -> int:
+    """Tokens of each window that are no text; none where there is a config alone, without a tokenizer."""
+    try:
+        return 0 if settings.model.endswith(".json") else count_lead(settings, load_tokenizer(settings))
+    except Exception:  # every way a tokenizer can be missing has a class of error of its own
+        return 0
 
 
 def dtype_of(settings: WorkbenchSettings) -> torch.dtype:
@@ -207,18 +216,19 @@ class Counts(NamedTuple):
     """FLOPs of the output head, forward."""
 
 
-def count_block(model: Any, window: int) -> Counts:
+def count_block(model: Any, window: int, lead: int = 0) -> Counts:
     """Run one block of each kind of a model on the meta device, and the output head, on tensors that take no memory.
 
+    A window is so many tokens of text behind `lead` others, which the head makes nothing of.
     Where torch does not know the shapes that an operation gives in the model's number format, it is counted in bf16.
     Raises UserError for a model that can be counted in neither.
     """
     try:
-        return _count(model, window)
+        return _count(model, window, lead)
     except Exception as error:  # whatever an operation raises that knows no tensors without memory
         problem = in_one_line(error, 200)
     try:
-        counts = _count(copy.deepcopy(model).to(torch.bfloat16), window)
+        counts = _count(copy.deepcopy(model).to(torch.bfloat16), window, lead)
     except Exception as error:
         raise UserError(f"one block of the model could not be run on shapes alone: {problem}") from error
     ratio = next(model.parameters()).itemsize / 2
@@ -227,14 +237,14 @@ def count_block(model: Any, window: int) -> Counts:
     )
 
 
-def _count(model: Any, window: int) -> Counts:
+def _count(model: Any, window: int, lead: int) -> Counts:
     with _no_word_of_torch(), FakeTensorMode(), _as_one_text():
         sample = build_sample(model, "cpu")
-        ids_T = torch.zeros(window, dtype=torch.long)
+        ids_T = torch.zeros(lead + window, dtype=torch.long)
         x_BTD = sample.blocks.embed(ids_T).clone()
         forwards = [_count_forward(sample, ids_T, kind, x_BTD) for kind in range(len(sample.counts))]
         graphs = [_count_graph(sample, ids_T, kind, x_BTD) for kind in range(len(sample.counts))]
-        loss, readout = _count_head(sample, ids_T[:CHUNK])
+        loss, readout = _count_head(sample, ids_T[lead:][:CHUNK])
     forward, both = (
         float(sum(count * meter.flops for count, meter in zip(sample.counts, meters, strict=True)))
         for meters in (forwards, graphs)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.settings import TeamSettings, count_threads
-from tools.estimate.block import build_empty, count_block
+from tools.estimate.block import build_empty, count_block, read_lead
 from tools.estimate.memory import (
     Facts,
     Phase,
@@ -31,6 +31,7 @@ from tools.estimate.timing import Times, time_run
 from tools.estimate.work import Course, Prices, Work, find_shares, list_work, name_recipe, price_flops, price_seconds
 from tools.models.disk import Line, list_disk
 from tools.models.layers import find_blocks, find_layers, find_unprunable
+from tools.models.positions import refuse_long_windows
 
 
 class Estimate(BaseModel):
@@ -96,20 +97,23 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     """
     workers = _count_workers(settings)
     model, reading = build_empty(settings)
+    lead = read_lead(settings)
+    refuse_long_windows(model, settings.window, lead)
+    read = settings.model_copy(update={"window": lead + settings.window})  # what layers read of a window
     layers = find_layers(model)
     here = torch.cuda.is_available()
     device = "cpu" if settings.device == "cpu" or (settings.device == "auto" and not here) else "cuda"
     devices = devices or find_devices(device)
     spread = lay_out(model, devices) if settings.device == "spread" else []
-    counts = count_block(model, settings.window)
+    counts = count_block(model, settings.window, lead)
     forms = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
     held = count_layer(forms, layers[0].weight_OI.dtype)
     threads = count_threads(settings) if workers else torch.get_num_threads()
-    times, untimed = _time(model, settings, course, device, threads)
+    times, untimed = _time(model, read, course, device, threads)
     facts = Facts(measure_shape(model, layers), counts, held, measure_process(), reading, device)
     parts = cut_parts(settings, workers)
     busiest = find_busiest(parts)
-    phases = list_phases(facts, settings, busiest, max((line.bytes for line in spread), default=facts.shape.weights))
+    phases = list_phases(facts, read, busiest, max((line.bytes for line in spread), default=facts.shape.weights))
     weights = sum(layer.weight_OI.numel() for layer in layers)
     return Estimate(
         model=settings.model,
@@ -121,19 +125,19 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
         weights=weights,
         zeros=round(target * weights),
         dense=find_unprunable(model),
-        phases=list_phases_beside(facts, settings, parts) if workers else phases,
+        phases=list_phases_beside(facts, read, parts) if workers else phases,
         workers=workers,
         threads=threads,
         of_worker=phases if workers else [],
         devices=devices,
         spread=spread,
-        disk=list_disk(model, layers, settings),
+        disk=list_disk(model, layers, settings, lead),
         work=list_work(
             settings,
             len(layers),
             find_shares(settings, layers, busiest),
             course,
-            price_flops(settings, layers, counts, course),
+            price_flops(read, layers, counts, course),
             None if times is None else _crowd(price_seconds(times), device, workers * threads),
         ),
         untimed=untimed,

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tools.base.console import print_line, show_bars
 from tools.base.errors import ImpossiblePlan, UserError
-from tools.base.rows import lock_out, read_kept, refuse_other_settings
+from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.settings import TEAM, TaskSettings, TeamSettings
 from tools.experiments.comparison_rows import Limits, make_row
 from tools.measure.benchmarks import Benchmark, load_benchmarks
@@ -67,7 +67,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     benchmarks = load_benchmarks(settings, settings.dtype)
     directory = Path(settings.out)
     lock_out(directory, directory / "work")
-    known = _read_comparison(directory, settings)
+    known, settings = _read_comparison(directory, settings)
     done = {_key(row): row for row in known.rows} if known else {}
     if known:
         print_line(console, describe_dense(known))
@@ -96,17 +96,21 @@ def _check_input(settings: CompareSettings) -> None:
     check_texts(settings)
 
 
-def _read_comparison(directory: Path, settings: CompareSettings) -> Comparison | None:
-    """What is in `--out`; None where nothing is. Raises UserError for a comparison with other settings."""
+def _read_comparison(directory: Path, settings: CompareSettings) -> tuple[Comparison | None, CompareSettings]:
+    """(what is in `--out`, the settings to go on with); None where nothing is.
+
+    Raises UserError for a comparison with other settings.
+    """
     known = read_kept(directory / "compare.json", Comparison)
     if known is None:
-        return None
+        return None, settings
+    settings = follow_kept(settings, known.settings)
     wanted = _fingerprint(settings)
     searched = any(row.allocation in name_allocations("search") for row in known.rows)
     refuse_other_settings(
         directory, "a comparison", known.settings, wanted, set() if searched else {"evolution_tokens"}
     )
-    return known.model_copy(update={"settings": wanted})
+    return known.model_copy(update={"settings": wanted}), settings
 
 
 def _fingerprint(settings: CompareSettings) -> dict[str, Any]:
@@ -173,6 +177,7 @@ def _profile(bench: "Workbench", settings: CompareSettings, jobs: list[Job], pro
         profile=profile,
         profile_seconds=round(time.monotonic() - began, 1),
         dense_perplexity=dense,
+        bos=bench.windows.lead > 0,
     )
 
 

@@ -88,10 +88,12 @@ def _make_structured_row(
     from tools.surgery.rebuild import build_cut, check_cut
 
     bench.restore(DENSE)
-    calibration = bench.windows.calibration.to(bench.device)
+    calibration, lead = bench.windows.calibration.to(bench.device), bench.windows.lead
     began = time.monotonic()
     try:
-        choice = choose_cut(bench.model, recipe.parts, job.sparsity, calibration, progress, refit=recipe.refit)
+        choice = choose_cut(
+            bench.model, recipe.parts, job.sparsity, calibration, progress, refit=recipe.refit, lead=lead
+        )
         model = build_cut(bench.model, choice.cut)
         seconds = time.monotonic() - began
         check_cut(bench.model, choice.cut, build_cut(bench.model, without_fits(choice.cut)), calibration[0])
@@ -136,7 +138,7 @@ def _fill_row(
         fact_retention=facts.share if facts else None,
         fact_error=facts.error if facts else None,
         peak_memory_bytes=bench.peak_memory_bytes(),
-        protocol=describe_protocol(bench.settings, "validation"),
+        protocol=describe_protocol(bench.settings, "validation", bos=bench.windows.lead > 0),
         **figures,
     )
 

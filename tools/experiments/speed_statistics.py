@@ -43,7 +43,7 @@ def bench_wanda(site: Site) -> list[Result]:
             compute_hidden(bench.model, ids_T[None])
 
     def walk(full: bool) -> None:
-        team, extent = work_alone(blocks, bench.layers, windows_BT, 0, 0, bench.directory)
+        team, extent = work_alone(blocks, bench.layers, windows_BT, 0, 0, bench.directory, lead=bench.windows.lead)
         with begin_walk(team) as name:
             for block, layers in enumerate(layers_by_block(bench.layers, len(blocks))):
                 moments = collect_moments(team, extent, name, block, layers, full=full)
@@ -82,7 +82,8 @@ def bench_profile(site: Site) -> list[Result]:
 
     def profile() -> None:
         blocks = Blocks(bench.model)
-        team, extent = work_alone(blocks, bench.layers, windows_BT, len(windows_BT), seed, bench.directory)
+        count, lead = len(windows_BT), bench.windows.lead
+        team, extent = work_alone(blocks, bench.layers, windows_BT, count, seed, bench.directory, lead=lead)
         collect_statistics(team, extent, bench.layers, ignore_progress, lambda name, moment_II: None)
 
     bench.restore(DENSE)

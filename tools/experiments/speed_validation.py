@@ -15,7 +15,7 @@ from tools.workbench.store import DENSE
 def bench_validation(site: Site) -> list[Result]:
     """Rollbacks, and a validation that starts where the weights differ, against a validation of the whole model."""
     bench, blocks = site.bench, len(Blocks(site.bench.model))
-    windows_BT = bench.windows.validation.to(bench.device)
+    windows_BT, lead = bench.windows.validation.to(bench.device), bench.windows.lead
     third = 2 * blocks // 3
     allocation, other = site.share_out(SPARSITY), site.share_out(OTHER_SPARSITY).zeros
 
@@ -38,7 +38,7 @@ def bench_validation(site: Site) -> list[Result]:
         bench.restore(last_third)
 
     full, cached, everything, block = site.time(
-        Task(lambda: evaluate_windows(bench.model, windows_BT, hidden_BTD, "", ignore_progress)),
+        Task(lambda: evaluate_windows(bench.model, windows_BT, hidden_BTD, "", ignore_progress, lead=lead)),
         Task(lambda: bench.evaluate(last_third, "validation", site.profile, ignore_progress), change_last_third),
         Task(lambda: bench.restore(all_alike), lambda: bench.restore(DENSE)),
         Task(lambda: bench.restore(all_alike), lambda: bench.restore(last_block)),

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tools.measure.continuations import decode
 from tools.measure.losses import Evaluation, evaluate_windows
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.load import check_device, load_model, locate_model
+from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout, compute_hidden
 from tools.models.save import export_model
 from tools.results.cards import write_structure_card
@@ -65,17 +67,19 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     step("load model", 0, 1)
     dense, tokenizer = load_model(settings)
     windows = cut_windows(settings, tokenizer)
+    refuse_long_windows(dense, settings.window, windows.lead)
     calibration, validation = windows.calibration.to(dense.device), windows.validation.to(dense.device)
     check_readout(dense, calibration[0])
     check_blocks(Blocks(dense), calibration[0])
-    cut, constraint, _ = choose_cut(dense, kinds, settings.remove, calibration, step)
+    cut, constraint, _ = choose_cut(dense, kinds, settings.remove, calibration, step, lead=windows.lead)
 
-    dense_losses, hidden = evaluate_windows(dense, validation, None, "dense", step)
+    measure = partial(evaluate_windows, lead=windows.lead)
+    dense_losses, hidden = measure(dense, validation, None, "dense", step)
     plain = build_cut(dense, without_fits(cut))
     check_cut(dense, cut, plain, calibration[0])
-    plain_losses, _ = evaluate_windows(plain, validation, hidden, "cut without refit", step)
+    plain_losses, _ = measure(plain, validation, hidden, "cut without refit", step)
     model = build_cut(dense, cut)
-    losses, _ = evaluate_windows(model, validation, hidden, "cut with refit", step)
+    losses, _ = measure(model, validation, hidden, "cut with refit", step)
     speeds = measure_speeds([dense, model], validation[0], step)
     result = Structure(
         model=settings.model,
@@ -91,7 +95,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
         perplexity_without_refit=plain_losses.perplexity,
         kl_without_refit=plain_losses.mean_kl,
         kl=losses.mean_kl,
-        protocol=describe_protocol(settings, "validation"),
+        protocol=describe_protocol(settings, "validation", bos=windows.lead > 0),
     )
     export_model(model, tokenizer, directory / "model", write_structure_card(result))
     result.cut.file_bytes = sum(file.stat().st_size for file in (directory / "model").glob("*.safetensors"))

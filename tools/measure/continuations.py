@@ -14,6 +14,7 @@ from transformers import GenerationConfig, TextStreamer
 from tools.base.errors import UserError
 from tools.base.words import strip_controls
 from tools.models.packed import measure_sizes
+from tools.models.positions import count_positions
 
 PROMPTS = (
     "The capital of France is",
@@ -50,7 +51,7 @@ def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], new: in
     """
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     longest = max(map(len, rows))
-    positions = _count_positions(model)
+    positions = count_positions(model)
     new = new if positions is None else min(new, positions - longest)
     if new < 1:
         return [""] * len(rows)
@@ -73,12 +74,6 @@ def _end_rows(model: Any, tokens_BT: Tensor) -> list[list[int]]:
         at = next((i for i, token in enumerate(row) if token in ends), len(row))
         rows.append(row[:at])
     return rows
-
-
-def _count_positions(model: Any) -> int | None:
-    """Tokens that the model can have before it; None where its config sets no bound."""
-    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions
 
 
 # --- one prompt, as it comes -------------------------------------------------------------------------------------
@@ -128,7 +123,7 @@ class _Stream(TextStreamer):
 def encode_prompt(model: Any, tokenizer: Any, prompt: str, new: int) -> Tensor:
     """A prompt's tokens, (1, T) int64 on the model's device. Raises UserError without room for `new` more, or any."""
     ids_BT = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long, device=model.device)
-    positions = _count_positions(model)
+    positions = count_positions(model)
     if not ids_BT.numel():
         raise UserError("the prompt has no tokens; give some text")
     if positions is not None and ids_BT.shape[1] + new > positions:

@@ -16,7 +16,7 @@ from tools.models.readout import measure_losses
 
 
 class Evaluation(BaseModel):
-    """Losses per window; every window has the same number of tokens, so plain means are means over tokens."""
+    """Losses per window; every window has as many tokens of text, so plain means are means over tokens."""
 
     nll: list[float | None] = Field(description="Nats per token of each window; null where it was not finite.")
     kl: list[float | None] = Field(description="KL(dense || model) of each window, nats per token.")
@@ -115,15 +115,18 @@ def evaluate_windows(
     label: str,
     progress: Progress,
     prefix: tuple[PrefixCache, Sequence[str]] | None = None,
+    *,
+    lead: int = 0,
 ) -> tuple[Evaluation, Tensor]:
     """Losses of every window, and the hidden states (B, T, D) in the model's dtype, on CPU.
 
-    `prefix` is the cache of these windows' block inputs, with its marks of the weights in the model now.
+    `prefix` is the cache of these windows' block inputs, with its marks of the weights in the model now. The first
+    `lead` tokens of each window are no text, and count in no loss.
     """
     nll: list[float | None] = []
     kl: list[float | None] = []
     hidden = []
-    count, length = windows_BT.shape
+    count, length = len(windows_BT), windows_BT.shape[1] - lead
     first = 0
     if prefix:
         first = prefix[0].find_start(prefix[1])
@@ -133,7 +136,7 @@ def evaluate_windows(
         progress(label, i, count)
         reference = None if dense_hidden_BTD is None else dense_hidden_BTD[i]
         with prefix[0].replay(ids_T, first, i) if prefix else nullcontext():
-            losses, hidden_TD = measure_losses(model, ids_T, reference)
+            losses, hidden_TD = measure_losses(model, ids_T, reference, lead=lead)
         nll.append(_finite(losses.nll / (length - 1)))
         kl.append(_finite(losses.kl / length))
         hidden.append(hidden_TD.cpu())

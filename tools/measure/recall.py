@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from tools.base.progress import heed_stop
 from tools.models.readout import CHUNK, compute_hidden, compute_logits
 from tools.texts.questions import QUESTION_FORM, Question
+from tools.texts.windows import find_bos
 
 BATCH = 16
 """Questions in one forward; they are sorted by length, so that little of it is padding."""
@@ -54,8 +55,8 @@ class Retention(NamedTuple):
 
 def encode_pairs(questions: Sequence[Question], tokenizer: Any) -> list[EncodedPair]:
     """Each question with its gold answer in the form of `QUESTION_FORM`, behind the tokenizer's own first token."""
-    lead = tokenizer("a")["input_ids"][:1]
-    begin = lead if tokenizer.bos_token_id is not None and lead == [tokenizer.bos_token_id] else []
+    bos = find_bos(tokenizer)
+    begin = [] if bos is None else [bos]
     pairs = []
     for question in questions:
         put = QUESTION_FORM.format(question.question)

@@ -17,14 +17,15 @@ class Line(BaseModel):
     bytes: int
 
 
-def list_disk(model: Any, layers: list[Layer], settings: TeamSettings) -> list[Line]:
+def list_disk(model: Any, layers: list[Layer], settings: TeamSettings, lead: int = 0) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints and the exported model.
 
-    Plans may ask for two texts with more questions; the rule asks for one, and so many are counted.
+    Plans may ask for two texts with more questions; the rule asks for one, and so many are counted. Each window has
+    `lead` tokens before its text.
     """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = min(settings.gradient_windows, settings.calibration_windows)
-    tokens, wide, item = settings.window, embedding.shape[1], embedding.element_size()
+    tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
     checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
     moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers)
     return [

@@ -114,6 +114,15 @@ def pick_device(device: str) -> "torch.device":
     return picked
 
 
+def load_tokenizer(settings: WorkbenchSettings) -> Any:
+    """The model's tokenizer. Raises whatever transformers raises where there is none, or it is broken."""
+    import transformers
+
+    place, trust = locate_model(settings.model), {"trust_remote_code": settings.trust_remote_code}
+    file = {"gguf_file": place.gguf_file} if place.gguf_file else {}
+    return transformers.AutoTokenizer.from_pretrained(place.path, **file, **trust)
+
+
 def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
     """(model in eval mode with frozen weights, tokenizer). Raises UserError in one line when it cannot be loaded.
 
@@ -130,9 +139,8 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
     if place.gguf_file:
         options["gguf_file"] = place.gguf_file
         quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    tokenizer: Any
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **options)
+        tokenizer = load_tokenizer(settings)
         if (Path(place.path) / PACKED_FILE).is_file():
             return _load_packed(settings, Path(place.path), device), tokenizer
         if settings.device == "spread":

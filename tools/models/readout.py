@@ -1,6 +1,8 @@
 """From token ids to hidden states to losses, in chunks, never holding the logits of a whole window.
 
-Shape suffixes: B windows, T tokens, D hidden width, V vocabulary.
+The first `lead` tokens of a window may be no text: what is predicted there counts in no loss.
+
+Shape suffixes: B windows, T tokens, L those before the text, D hidden width, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -60,12 +62,12 @@ def check_readout(model: Any, ids_T: Tensor) -> None:
 
 
 class TokenLosses(NamedTuple):
-    """Sums over one window."""
+    """Sums over the text of one window."""
 
     nll: float
-    """Negative log-likelihood of the text, nats, over T - 1 tokens."""
+    """Negative log-likelihood of its tokens but the first, nats."""
     kl: float
-    """KL(dense || model), nats, over T tokens; 0 without a dense reference."""
+    """KL(dense || model) at all of its tokens, nats; 0 without a dense reference."""
 
 
 def _chunks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -78,12 +80,15 @@ def _shift(ids_T: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_losses(model: Any, ids_T: Tensor, dense_hidden_TD: Tensor | None) -> tuple[TokenLosses, Tensor]:
+def measure_losses(
+    model: Any, ids_T: Tensor, dense_hidden_TD: Tensor | None, *, lead: int = 0
+) -> tuple[TokenLosses, Tensor]:
     """Losses of one window, and its hidden states; the reference is the dense model's hidden states."""
     hidden_TD = compute_hidden(model, ids_T[None])[0]
     nll = kl = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
     dense_TD = hidden_TD if dense_hidden_TD is None else dense_hidden_TD.to(hidden_TD.device)
-    for hidden, dense, targets in _chunks(hidden_TD, dense_TD, _shift(ids_T).to(hidden_TD.device)):
+    text = hidden_TD[lead:], dense_TD[lead:], _shift(ids_T)[lead:].to(hidden_TD.device)
+    for hidden, dense, targets in _chunks(*text):
         log_p = torch.log_softmax(compute_logits(model, hidden), -1)
         nll = nll + torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum").double()
         if dense_hidden_TD is not None:
@@ -92,19 +97,23 @@ def measure_losses(model: Any, ids_T: Tensor, dense_hidden_TD: Tensor | None) ->
     return TokenLosses(float(nll), float(kl)), hidden_TD
 
 
-def hidden_gradients(model: Any, ids_T: Tensor, hidden_TD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def hidden_gradients(
+    model: Any, ids_T: Tensor, hidden_TD: Tensor, generator: torch.Generator, *, lead: int = 0
+) -> tuple[Tensor, Tensor]:
     """(gradient of sum_t -log p(y_t) with y drawn from the model, gradient of the mean LM loss), both (T, D).
 
-    The first gives the Fisher information of the model's own predictions, the second the paper's gradient score.
-    `hidden_TD` and the generator are on the head's device.
+    The first gives the Fisher information of the model's own predictions, the second the paper's gradient score; both
+    are zero before the text. `hidden_TD` and the generator are on the head's device.
     """
-    fisher, language = [], []
-    for chunk, targets in _chunks(hidden_TD.detach(), _shift(ids_T).to(hidden_TD.device)):
+    nothing_LD = torch.zeros_like(hidden_TD[:lead])
+    fisher, language = [nothing_LD], [nothing_LD]
+    for chunk, targets in _chunks(hidden_TD[lead:].detach(), _shift(ids_T)[lead:].to(hidden_TD.device)):
         hidden = chunk.requires_grad_()
         log_p = torch.log_softmax(compute_logits(model, hidden), -1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)[:, 0]
         drawn_loss = torch.nn.functional.nll_loss(log_p, drawn, reduction="sum")
-        text_loss = torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum") / (len(ids_T) - 1)
+        text_loss = torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum")
+        text_loss = text_loss / (len(ids_T) - lead - 1)
         fisher.append(torch.autograd.grad(drawn_loss, hidden, retain_graph=True)[0])
         language.append(torch.autograd.grad(text_loss, hidden)[0])
     return torch.cat(fisher), torch.cat(language)

@@ -37,8 +37,8 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
             "",
             *list_perplexities(summary.perplexity, escape(text), "this model"),
             "",
-            f"Perplexity was measured on `{text}` ({summary.protocol.tokens} tokens, windows of "
-            f"{summary.protocol.window}, {summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",
+            f"Perplexity was measured on `{text}` ({summary.protocol.tokens} tokens, {summary.protocol.windows}, "
+            f"{summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",
             "",
             *list_benchmarks(summary.benchmarks),
             f"What the licence of {escape(name)} says of derived models holds for this one.",
@@ -102,7 +102,7 @@ def write_structure_card(result: Structure) -> str:
             "",
             *list_table(HEADS, list_rows(result), left=1),
             "",
-            f"Perplexity was measured on `{protocol.text}` ({protocol.tokens} tokens, windows of {protocol.window}, "
+            f"Perplexity was measured on `{protocol.text}` ({protocol.tokens} tokens, {protocol.windows}, "
             f"{protocol.dtype}).",
         ],
     )

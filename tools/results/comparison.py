@@ -16,7 +16,7 @@ from tools.base.words import escape, show, show_score
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, Job, name_target
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
-from tools.results.schema import Protocol, Score
+from tools.results.schema import Protocol, Score, describe_bos
 from tools.results.tables import list_table
 
 REFERENCE = "sparsegpt:uniform"
@@ -73,6 +73,7 @@ class Comparison(BaseModel):
     profile: str = Field(description="Hash of the profile that all rows share.")
     profile_seconds: float
     dense_perplexity: float
+    bos: bool = Field(False, description="As in the protocols of the rows.")
     dense_scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
     rows: list[Row] = []
 
@@ -178,8 +179,9 @@ def describe(known: Comparison) -> str:
         f"# {escape(settings['model'])}: recipes compared",
         "",
         f"Perplexity on {settings['validation_windows'] * settings['window']:,} tokens of `{settings['validation']}` "
-        f"in windows of {settings['window']}, {settings['dtype']}; dense: {show(known.dense_perplexity)}. Statistics "
-        f"from {settings['calibration_windows']} windows of `{settings['calibration']}`, gradients from "
+        f"in windows of {settings['window']}{describe_bos(known.bos)}, {settings['dtype']}; dense: "
+        f"{show(known.dense_perplexity)}. Statistics from {settings['calibration_windows']} windows of "
+        f"`{settings['calibration']}`, gradients from "
         f"{min(settings['gradient_windows'], settings['calibration_windows'])} of them "
         f"({known.profile_seconds:.1f} s with the dense model's perplexity, shared by all rows).",
         "",

@@ -19,6 +19,20 @@ class Protocol(BaseModel):
     window: int = Field(description="Tokens in a window; windows do not overlap and share no context.")
     dtype: str
     versions: dict[str, str]
+    bos: bool = Field(
+        False,
+        description="Whether the tokenizer's beginning-of-sequence token stood before every window; no loss counts it.",
+    )
+
+    @property
+    def windows(self) -> str:
+        """How the text was cut, in words."""
+        return f"windows of {self.window}{describe_bos(self.bos)}"
+
+
+def describe_bos(used: bool) -> str:
+    """What is said of windows, after their length, where a beginning-of-sequence token stands before each."""
+    return ", a beginning-of-sequence token before every window (not counted)" if used else ""
 
 
 class Perplexities(BaseModel):
@@ -98,8 +112,8 @@ class Summary(BaseModel):
     protocol: Protocol
 
 
-def describe_protocol(settings: WorkbenchSettings, split: Split = "test") -> Protocol:
-    """The protocol of figures on a split of the text."""
+def describe_protocol(settings: WorkbenchSettings, split: Split = "test", *, bos: bool = False) -> Protocol:
+    """The protocol of figures on a split of the text; `bos` as in it."""
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     return Protocol(
         text=getattr(settings, split),
@@ -107,4 +121,5 @@ def describe_protocol(settings: WorkbenchSettings, split: Split = "test") -> Pro
         window=settings.window,
         dtype=settings.dtype,
         versions=versions,
+        bos=bos,
     )

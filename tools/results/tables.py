@@ -45,8 +45,8 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         *(f"| {escape(name)} | {value:.2%} |" for name, value in sparsity.items()),
         "",
         "## Protocol",
-        f"- test text: `{summary.protocol.text}`, {summary.protocol.tokens} tokens in windows of "
-        f"{summary.protocol.window}, {summary.protocol.dtype}; seen once, by no agent",
+        f"- test text: `{summary.protocol.text}`, {summary.protocol.tokens} tokens in {summary.protocol.windows}, "
+        f"{summary.protocol.dtype}; seen once, by no agent",
         "- versions: " + ", ".join(f"{name} {number}" for name, number in summary.protocol.versions.items()),
         f"- {summary.seconds:.0f} s, peak memory {show_size(summary.peak_memory_bytes, 'GB', 2)}, "
         f"mask_sha256 `{summary.mask_sha256}`",

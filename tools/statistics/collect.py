@@ -3,6 +3,10 @@
 The calibration text walks up through the blocks, one after another, and its gradients walk down again (`walks.py`).
 All figures are sums over its shards (`shards.py`). No layer is ever pruned to measure it.
 
+A token before the text of each window, the beginning of the sequence, is read by layers like any other, and what flows
+back to it counts: every later token attends to it, and models keep their largest activations there. Left out, a layer
+might do with it as it likes. It stands once in a window, as in use; and it only predicts nothing that a loss counts.
+
 Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 """
 
@@ -82,12 +86,19 @@ class Extent(NamedTuple):
     windows: int
     gradient_windows: int
     tokens: int
-    """Of one window."""
+    """Of one window's text: those that its losses count."""
+    lead: int = 0
+    """Tokens of a window before its text."""
 
     @property
     def shards(self) -> int:
         """How many its sums are made of."""
         return min(SHARDS, self.windows)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that layers read of all windows."""
+        return self.windows * (self.lead + self.tokens)
 
 
 def work_alone(
@@ -98,13 +109,14 @@ def work_alone(
     seed: int,
     scratch: Path,
     mixed: Mapping[Calibration, Tensor] | None = None,
+    lead: int = 0,
 ) -> tuple[Team, Extent]:
     """This process as the team that walks through calibration text; files without a name lie in `scratch`.
 
-    The texts `mixed` have as many windows as the run's own.
+    The texts `mixed` have as many windows as the run's own. The first `lead` tokens of each window are no text.
     """
-    extent = Extent(len(windows_BT), min(gradient_windows, len(windows_BT)), windows_BT.shape[1])
-    walks = Walks(blocks, layers, windows_BT, extent.gradient_windows, seed, scratch, mixed=mixed)
+    extent = Extent(len(windows_BT), min(gradient_windows, len(windows_BT)), windows_BT.shape[1] - lead, lead)
+    walks = Walks(blocks, layers, windows_BT, extent.gradient_windows, seed, scratch, mixed=mixed, lead=lead)
     return Alone(walks, extent.shards), extent
 
 
@@ -138,7 +150,7 @@ def _finish_moments(
             raise UserError(f"layer {layer.name} never ran on the calibration text, so that nothing is known of it")
     means = {leader: sums[f"{'A' if full else 'a'}/{leader}"] for leader in dict.fromkeys(group.values())}
     for total in means.values():
-        total /= extent.windows * extent.tokens
+        total /= extent.positions
     if full:
         return Moments({leader: total_II.diagonal() for leader, total_II in means.items()}, means, group)
     return Moments(means, {}, group)

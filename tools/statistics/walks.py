@@ -96,14 +96,16 @@ class Walks:
         scratch: Path,
         ahead: int = 0,
         mixed: Mapping[Calibration, Tensor] | None = None,
+        lead: int = 0,
     ) -> None:
         """`windows_BT`, the run's own text, lies on the model's device; in the directory `scratch` lie files without a
         name. The texts `mixed` have as many windows.
 
-        `ahead` is for how many requests others may be made before curves of a block are asked for.
+        `ahead` is for how many requests others may be made before curves of a block are asked for. The first `lead`
+        tokens of each window are no text: no label is drawn there, and no loss begins.
         """
         self.blocks, self.windows_BT, self.seed, self.scratch = blocks, windows_BT, seed, scratch
-        self.gradient_windows, self.ahead = gradient_windows, ahead
+        self.gradient_windows, self.ahead, self.lead = gradient_windows, ahead, lead
         self.grouped = layers_by_block(layers, len(blocks))
         self.shards = cut_shards(len(windows_BT))
         self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
@@ -294,7 +296,7 @@ class Walks:
     def _begin_gradients(self, ids_T: Tensor, hidden_TD: Tensor, window: int) -> tuple[Tensor, Tensor]:
         # Every window has a generator of its own: labels do not depend on the order of the windows.
         generator = torch.Generator(device=hidden_TD.device).manual_seed(self.seed * 1_000_003 + window)
-        drawn_TD, text_TD = hidden_gradients(self.blocks.model, ids_T, hidden_TD, generator)
+        drawn_TD, text_TD = hidden_gradients(self.blocks.model, ids_T, hidden_TD, generator, lead=self.lead)
         return drawn_TD[None], text_TD[None]
 
     def _sum_gradients(self, seen: _Seen, shard: int) -> Sums:

@@ -19,16 +19,19 @@ from tools.surgery.parts import Fit, Part, find_parts
 
 
 @torch.no_grad()
-def choose_blocks(model: Any, count: int, windows_BT: Tensor, progress: Progress) -> tuple[list[int], int]:
-    """(blocks to drop, in the order in which they went; tokens put through models without some block).
+def choose_blocks(
+    model: Any, count: int, windows_BT: Tensor, progress: Progress, *, lead: int = 0
+) -> tuple[list[int], int]:
+    """(blocks to drop, in the order in which they went; tokens of text put through models without some block).
 
     Each time the one goes without which the KL is lowest.
 
     Measured against the dense model on the first SEARCH_TOKENS. A block that cost more when fewer were gone than the
-    best one costs now is not measured again; what runs below a block is not run again to measure it.
+    best one costs now is not measured again; what runs below a block is not run again to measure it. The first `lead`
+    tokens of each window are no text, and count in no KL.
     """
     blocks = Blocks(model)
-    windows_BT = search_windows(windows_BT)
+    windows_BT = search_windows(windows_BT, lead)
     dense = [compute_hidden(model, ids_T[None])[0] for ids_T in windows_BT]
     dropped: list[int] = []
     costs = dict.fromkeys(range(len(blocks)), 0.0)
@@ -40,11 +43,11 @@ def choose_blocks(model: Any, count: int, windows_BT: Tensor, progress: Progress
             progress("search blocks", done * len(blocks) + i, count * len(blocks))
             if costs[block] > best:
                 break
-            tokens += windows_BT.numel()
+            tokens += windows_BT[:, lead:].numel()
             kl = 0.0
             for ids_T, dense_TD, boundary in zip(windows_BT, dense, inputs, strict=True):
                 with skipping(blocks, [*dropped, block]), blocks.only(block, len(blocks), ids_T, boundary[block]):
-                    kl += measure_losses(model, ids_T, dense_TD)[0].kl
+                    kl += measure_losses(model, ids_T, dense_TD, lead=lead)[0].kl
             costs[block] = kl if math.isfinite(kl) else math.inf
             best = min(best, costs[block])
         dropped.append(min(costs, key=costs.__getitem__))

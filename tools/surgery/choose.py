@@ -44,17 +44,25 @@ class Choice(NamedTuple):
 
 
 def choose_cut(
-    model: Any, kinds: tuple[str, ...], remove: float, windows_BT: Tensor, step: Progress, *, refit: bool = True
+    model: Any,
+    kinds: tuple[str, ...],
+    remove: float,
+    windows_BT: Tensor,
+    step: Progress,
+    *,
+    refit: bool = True,
+    lead: int = 0,
 ) -> Choice:
     """The cut of these kinds of parts that takes `remove` of the weights of the blocks' linear layers away.
 
-    Without `refit` what stays has its dense weights. Raises UserError where there is no such cut.
+    Without `refit` what stays has its dense weights. The first `lead` tokens of each window are no text: they count in
+    no KL. Raises UserError where there is no such cut.
     """
     candidates = list_counts(model, kinds, remove)
     for counts in candidates:
         check_buildable(model, counts)
     if "blocks" in kinds:
-        order, tokens = choose_blocks(model, candidates[0].blocks, windows_BT, step)
+        order, tokens = choose_blocks(model, candidates[0].blocks, windows_BT, step, lead=lead)
         fits = fold_blocks(model, order, windows_BT, step) if refit else []
         words = f"whole blocks, in this order, each the one without which KL was lowest: {', '.join(map(str, order))}"
         words += (
@@ -65,12 +73,12 @@ def choose_cut(
     words = _describe_counts(model, kinds, candidates[0])
     if len(cuts) == 1:
         return Choice(cuts[0], words, 0)
-    costs = [measure_kl(model, build_cut(model, cut), windows_BT) for cut in cuts]
+    costs = [measure_kl(model, build_cut(model, cut), windows_BT, lead=lead) for cut in cuts]
     best = costs.index(min(costs))
     compared = ", ".join(f"{c.heads} ({cost:.3f})" for c, cost in zip(candidates, costs, strict=True))
     words = _describe_counts(model, kinds, candidates[best])
     words += f"; the number of groups that cost the least KL on calibration text, of {compared}"
-    return Choice(cuts[best], words, len(cuts) * search_windows(windows_BT).numel())
+    return Choice(cuts[best], words, len(cuts) * search_windows(windows_BT, lead)[:, lead:].numel())
 
 
 def _describe_counts(model: Any, kinds: tuple[str, ...], counts: Counts) -> str:
@@ -194,12 +202,12 @@ def choose_channels(
     return cuts
 
 
-def measure_kl(dense: Any, model: Any, windows_BT: Tensor) -> float:
+def measure_kl(dense: Any, model: Any, windows_BT: Tensor, *, lead: int = 0) -> float:
     """KL(dense || model) on the first SEARCH_TOKENS, nats per token; infinite where it is not a number."""
-    windows_BT = search_windows(windows_BT)
+    windows_BT = search_windows(windows_BT, lead)
     total = 0.0
     for ids_T in windows_BT:
         with torch.no_grad():
             dense_TD = compute_hidden(dense, ids_T[None])[0]
-        total += measure_losses(model, ids_T, dense_TD)[0].kl
-    return total / windows_BT.numel() if math.isfinite(total) else math.inf
+        total += measure_losses(model, ids_T, dense_TD, lead=lead)[0].kl
+    return total / windows_BT[:, lead:].numel() if math.isfinite(total) else math.inf

@@ -13,9 +13,9 @@ SEARCH_TOKENS = 1024
 """Calibration tokens, in whole windows, on which whole cuts are compared: a KL is paired, so that few will do."""
 
 
-def search_windows(windows_BT: Tensor) -> Tensor:
-    """The first windows, SEARCH_TOKENS in all, or one."""
-    return windows_BT[: max(1, SEARCH_TOKENS // windows_BT.shape[1])]
+def search_windows(windows_BT: Tensor, lead: int = 0) -> Tensor:
+    """The first windows, SEARCH_TOKENS of text in all, or one; the first `lead` tokens of each are no text."""
+    return windows_BT[: max(1, SEARCH_TOKENS // (windows_BT.shape[1] - lead))]
 
 
 def finish_moments(sums: MomentSums, part: Part) -> InputMoments:

@@ -83,10 +83,18 @@ class Worker:
         self.model, self.texts, self.device = model, texts, model.device
         self.blocks = Blocks(model)
         self.layers = {layer.name: layer for layer in find_layers(model)}
-        calibration, mixed = texts.windows.calibration.to(self.device), texts.windows.mixed
-        count = min(settings.gradient_windows, len(calibration))
-        layers = list(self.layers.values())
-        self.walks = Walks(self.blocks, layers, calibration, count, settings.seed, scratch, ahead=1, mixed=mixed)
+        calibration, mixed, self._lead = texts.windows.calibration, texts.windows.mixed, texts.windows.lead
+        self.walks = Walks(
+            self.blocks,
+            list(self.layers.values()),
+            calibration.to(self.device),
+            min(settings.gradient_windows, len(calibration)),
+            settings.seed,
+            scratch,
+            ahead=1,
+            mixed=mixed,
+            lead=self._lead,
+        )
         self.weights = ""
         """The name of those in the model, given by whoever sent them; "" as they were loaded."""
         self._marks = [""] * len(self.blocks)
@@ -109,7 +117,9 @@ class Worker:
         chosen = tuple(windows)
         text_BT = getattr(self.texts.windows, split)[list(chosen)].to(self.device)
         prefix = (self._find_prefix(chosen, text_BT), self._marks) if split == "validation" else None
-        evaluation, hidden_BTD = evaluate_windows(self.model, text_BT, dense_hidden_BTD, "", ignore_progress, prefix)
+        evaluation, hidden_BTD = evaluate_windows(
+            self.model, text_BT, dense_hidden_BTD, "", ignore_progress, prefix, lead=self._lead
+        )
         return WindowLosses(evaluation.nll, evaluation.kl, hidden_BTD if keeps_hidden else None)
 
     def _find_prefix(self, chosen: tuple[int, ...], text_BT: Tensor) -> PrefixCache:

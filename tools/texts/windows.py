@@ -21,13 +21,26 @@ SHINGLE = 64
 
 
 class Windows(NamedTuple):
-    """Token ids of the three splits, each (windows, window) int64."""
+    """Token ids of the three splits, each (windows, lead + window) int64."""
 
     calibration: "Tensor"
     validation: "Tensor"
     test: "Tensor"
     mixed: "dict[Calibration, Tensor]"
     """The calibration text with more questions in it, as far as there are enough of them."""
+    lead: int = 0
+    """Tokens of each window that are no text: 1 where it begins with the beginning-of-sequence token."""
+
+
+def find_bos(tokenizer: Any) -> int | None:
+    """The beginning-of-sequence token, where the tokenizer itself begins a text with it; asked by doing so."""
+    begun = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
+    return begun[0] if begun == [tokenizer.bos_token_id] else None
+
+
+def count_lead(settings: WorkbenchSettings, tokenizer: Any) -> int:
+    """Tokens of each window that are no text."""
+    return int(settings.bos == "auto" and find_bos(tokenizer) is not None)
 
 
 def check_texts(settings: WorkbenchSettings) -> None:
@@ -48,7 +61,9 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     """Three disjoint sets of windows; splits with the same source take consecutive parts of it.
 
     A share `calibration_mix` of the calibration windows, evenly spread, is made of questions with answers that are
-    asked nowhere else. Raises UserError when a source is too short for the windows asked for, or two splits share text.
+    asked nowhere else. The settings say whether each window begins with the tokenizer's beginning-of-sequence token:
+    it then stands before as much text as without. Raises UserError when a source is too short for the windows asked
+    for, or two splits share text.
     """
     import torch
 
@@ -67,9 +82,20 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     if settings.questions:
         questions_BT = _cut_questions(settings, tokenizer)
         windows["calibration"], mixed = mix_questions(settings, windows["calibration"], questions_BT)
-    result = Windows(**windows, mixed=mixed)
+    result = Windows(windows["calibration"], windows["validation"], windows["test"], mixed)
     _check_overlap(result, tokenizer)
-    return result
+    return _begin(result, tokenizer.bos_token_id) if count_lead(settings, tokenizer) else result
+
+
+def _begin(windows: Windows, bos: int) -> Windows:
+    """The same windows, each behind the beginning-of-sequence token."""
+    import torch
+
+    def begin(text_BT: "Tensor") -> "Tensor":
+        return torch.nn.functional.pad(text_BT, (1, 0), value=bos)
+
+    splits = begin(windows.calibration), begin(windows.validation), begin(windows.test)
+    return Windows(*splits, {name: begin(text_BT) for name, text_BT in windows.mixed.items()}, lead=1)
 
 
 def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":

@@ -23,6 +23,7 @@ from tools.models.blocks import Blocks, check_blocks
 from tools.models.disk import list_disk
 from tools.models.layers import Layer, find_layers, find_unprunable
 from tools.models.load import load_model
+from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
@@ -30,7 +31,7 @@ from tools.plans.work_order import WorkOrder
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
 from tools.texts.questions import split_questions
-from tools.texts.windows import cut_windows
+from tools.texts.windows import count_lead, cut_windows
 from tools.workbench.checkpoints import LayerRecord
 from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
@@ -57,7 +58,9 @@ class Workbench:
         layers = find_layers(self.model)
         for name in find_unprunable(self.model):
             warn(f"{name} is not a plain linear layer and stays dense")
-        _refuse_small_disk(self.model, layers, settings, directory)
+        lead = count_lead(settings, self.tokenizer)
+        refuse_long_windows(self.model, settings.window, lead)
+        _refuse_small_disk(self.model, layers, settings, directory, lead)
         self.windows = cut_windows(settings, self.tokenizer)
         self.questions = _encode_questions(settings, self.tokenizer)
         ids_T, blocks = self.windows.calibration[0].to(self.device), Blocks(self.model)
@@ -255,9 +258,9 @@ class Workbench:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _refuse_small_disk(model: Any, layers: list[Layer], settings: TeamSettings, directory: Path) -> None:
+def _refuse_small_disk(model: Any, layers: list[Layer], settings: TeamSettings, directory: Path, lead: int) -> None:
     """All that a run may write must fit."""
-    needed = sum(line.bytes for line in list_disk(model, layers, settings))
+    needed = sum(line.bytes for line in list_disk(model, layers, settings, lead))
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(

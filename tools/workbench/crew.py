@@ -41,7 +41,14 @@ def gather_crew(
     windows = texts.windows
     calibration = windows.calibration.to(blocks.model.device)
     team, extent = work_alone(
-        blocks, weights.layers, calibration, settings.gradient_windows, settings.seed, scratch, windows.mixed
+        blocks,
+        weights.layers,
+        calibration,
+        settings.gradient_windows,
+        settings.seed,
+        scratch,
+        windows.mixed,
+        windows.lead,
     )
     if not settings.workers:
         return Crew(team, extent)

@@ -52,7 +52,8 @@ class Losses:
         if self._crew.cluster is None:
             text_BT = self._text(split)[list(windows)].to(self._model.device)
             prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
-            return evaluate_windows(self._model, text_BT, dense_hidden_BTD, label, progress, prefix)
+            lead = self._windows.lead
+            return evaluate_windows(self._model, text_BT, dense_hidden_BTD, label, progress, prefix, lead=lead)
         dense = None if dense_hidden_BTD is None else self._crew.cluster.keep(dense_hidden_BTD)
         request = MeasureLosses(split, list(windows), dense, keeps_hidden=dense is None)
         answers = self._crew.cluster.share(request, len(windows))(count_up(progress, label, len(windows)))
@@ -66,7 +67,8 @@ class Losses:
     def measure_other(self, model: Any, dense_hidden_BTD: Tensor, label: str, progress: Progress) -> Evaluation:
         """Losses on the validation text of another model of the same tokens."""
         windows_BT = self._windows.validation.to(self._model.device)
-        return evaluate_windows(model, windows_BT, dense_hidden_BTD, label, progress)[0]
+        lead = self._windows.lead
+        return evaluate_windows(model, windows_BT, dense_hidden_BTD, label, progress, lead=lead)[0]
 
     def hand_out(
         self,

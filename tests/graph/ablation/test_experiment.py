@@ -11,7 +11,7 @@ from rich.console import Console
 
 from graph.ablation import experiment, graph_arms, tables
 from graph.ablation.experiment import ablate
-from graph.ablation.rows import Row
+from graph.ablation.rows import Ablation, Row
 from graph.ablation.settings import AblateSettings
 from tests.team import gather_teams
 from tests.tiny import tiny_settings
@@ -63,6 +63,27 @@ def test_rows_are_made_once_and_written(
     assert ablate(settings, [], Console(quiet=True)).rows == known.rows
     with pytest.raises(UserError, match=r"holds an ablation with other settings \(target_sparsity\); choose another"):
         ablate(settings.model_copy(update={"target_sparsity": 0.5}), [], Console(quiet=True))
+
+
+def test_rows_of_an_earlier_version_are_gone_on_with_by_its_windows(
+    beginning_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_plot", lambda _known, _kind, _path: None)
+
+    def run(out: str, **changes: Any) -> Ablation:
+        named = make_settings(beginning_llama, tmp_path / out, arms="kappa").model_dump(exclude={"bos"})
+        return ablate(AblateSettings.model_validate(named | changes), [], Console(quiet=True))
+
+    new, never = run("new", seeds="0"), run("never", bos="never")
+    before = "(test text, windows of 64, a beginning-of-sequence token before every window (not counted), fp32; dense: "
+    assert new.protocol.bos and before in (tmp_path / "new" / "ablate.md").read_text()
+    run("old", bos="never", seeds="0")
+    values = json.loads((tmp_path / "old" / "ablate.json").read_text())
+    del values["settings"]["bos"], values["protocol"]["bos"]
+    (tmp_path / "old" / "ablate.json").write_text(json.dumps(values))
+    old = run("old")
+    assert [row.perplexity for row in old.rows] == [row.perplexity for row in never.rows]
+    assert old.dense_perplexity == never.dense_perplexity != new.dense_perplexity and not old.protocol.bos
 
 
 def test_random_plans_are_measured_side_by_side(

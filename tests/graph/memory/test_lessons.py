@@ -1,5 +1,7 @@
 """Lessons in the store: kept once, merged when read, found again, and forgotten on request."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from langgraph.store.memory import InMemoryStore
 from graph.config import RunConfig
 from graph.memory import lessons as memory
 from graph.memory.__main__ import main
-from graph.memory.lessons import family, namespace, read_lessons, search_lessons, write_lesson
+from graph.memory.lessons import family, fingerprint, namespace, read_lessons, search_lessons, write_lesson
 from graph.persistence import open_store
 from graph.reflecting.schema import Lesson
 from tests.situations import make_lesson
@@ -34,6 +36,13 @@ def keys(store: BaseStore, config: RunConfig = CONFIG) -> list[str]:
 
 
 # Writing and reading
+
+
+def test_runs_that_begin_their_windows_otherwise_are_not_the_same_run_again() -> None:
+    """What a run of a version before the field had counts as the same as one that leaves it alone."""
+    fields = CONFIG.model_dump(exclude={"bos"})
+    before = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    assert fingerprint(CONFIG) == before != fingerprint(CONFIG.model_copy(update={"bos": "never"}))
 
 
 def test_writing_again_changes_nothing(store: BaseStore) -> None:

@@ -140,6 +140,24 @@ def test_the_workbench_asks_for_the_same_disk_and_keeps_as_many_block_inputs(
     assert kept.bytes == len(bench.losses.prefix.kept) * 3 * STATE > 0
 
 
+def test_a_token_before_the_text_of_each_window_is_read_too(
+    beginning_llama: Path, tiny_llama: Path, tmp_path: Path, untimed: None
+) -> None:
+    begun, plain = find(beginning_llama), find(tiny_llama)
+    never = find(beginning_llama, bos="never")
+    assert (never.phases, never.disk, never.work) == (plain.phases, plain.disk, plain.work)
+    assert begun.disk[1].bytes - plain.disk[1].bytes == 2 * 2 * 32 * 4, "blocks, windows, width, bytes"
+    assert begun.disk[1].how == "2 blocks × 2 windows × 65 tokens × 32 wide × 4 bytes"
+    hidden = [next(line for line in found.phases[1].host if line.what == "hidden states") for found in (begun, plain)]
+    assert hidden[0].bytes - hidden[1].bytes == 2 * 3 * 32 * 4
+    assert begun.work[1].how == plain.work[1].how == "forward of 4 windows of 64 tokens of calibration text"
+    assert begun.work[1].flops > plain.work[1].flops
+    config = write_config(tmp_path / "shape", json.loads((beginning_llama / "config.json").read_text()))
+    assert find(config / "config.json").disk == plain.disk, "a config alone has no tokenizer to ask"
+    with pytest.raises(UserError, match=r"^windows of 256 tokens behind the beginning-of-sequence token take 257 posi"):
+        find(beginning_llama, window=256)
+
+
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [

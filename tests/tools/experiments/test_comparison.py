@@ -67,9 +67,9 @@ class Calls:
         patch.setattr(tools.workbench.losses, "evaluate_windows", self.evaluate)
         patch.setattr(tools.workbench.curves, "measure_kappa", self.measure)
 
-    def evaluate(self, model: Any, windows_BT: Any, hidden: Any, label: str, *rest: Any) -> Any:
+    def evaluate(self, model: Any, windows_BT: Any, hidden: Any, label: str, *rest: Any, lead: int) -> Any:
         self.evaluated.append(label)
-        return evaluate_windows(model, windows_BT, hidden, label, *rest)
+        return evaluate_windows(model, windows_BT, hidden, label, *rest, lead=lead)
 
     def measure(self, *arguments: Any) -> Any:
         self.curves += 1

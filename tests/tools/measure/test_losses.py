@@ -38,6 +38,32 @@ def test_windows_are_measured_one_by_one() -> None:
     assert changed.mean_kl is not None and changed.mean_kl > 0
 
 
+def test_the_beginning_of_the_sequence_counts_in_no_loss() -> None:
+    """By hand, in float64: the same targets as without it, which the model now predicts from behind it."""
+    model, text_BT = make_tiny_model("llama"), make_windows()
+    windows = torch.nn.functional.pad(text_BT, (1, 0), value=7)
+
+    def log_p(ids_BT: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(ids_BT, use_cache=False).logits
+        return logits.double().log_softmax(-1)
+
+    dense, hidden = evaluate_windows(model, windows, None, "dense", ignore_progress, lead=1)
+    assert hidden.shape == (3, 25, 32)
+    dense_log_p = log_p(windows)
+    expected = -dense_log_p[:, 1:-1].gather(2, text_BT[:, 1:, None]).mean((1, 2))
+    assert dense.nll == pytest.approx(expected.tolist(), rel=1e-5)
+    without, _ = evaluate_windows(model, text_BT, None, "dense", ignore_progress)
+    assert without.nll != pytest.approx(expected.tolist(), rel=1e-2)
+
+    layer = find_layers(model)[2]  # values, which the first token reads too
+    layer.write(layer.weight_OI * 1.5)
+    changed, _ = evaluate_windows(model, windows, hidden, "changed", ignore_progress, lead=1)
+    kl = (dense_log_p.exp() * (dense_log_p - log_p(windows))).sum(-1)
+    assert changed.kl == pytest.approx(kl[:, 1:].mean(1).tolist(), rel=1e-4)
+    assert kl[:, 0].min() > 0, "there is something to leave out"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_hidden_states_stay_in_the_models_dtype(dtype: torch.dtype) -> None:
     evaluation, hidden = evaluate_windows(

@@ -121,6 +121,16 @@ def test_gradients_equal_autograd_through_all_logits(architecture: str) -> None:
     assert not language[-1].any() and fisher[-1].any()
 
 
+def test_no_loss_begins_before_the_text() -> None:
+    model, ids = make_tiny_model("llama"), make_ids(length=CHUNK + 1)
+    with torch.no_grad():
+        hidden = compute_hidden(model, ids[None])[0]
+    ours = hidden_gradients(model, ids, hidden, torch.Generator().manual_seed(7), lead=1)
+    text = hidden_gradients(model, ids[1:], hidden[1:], torch.Generator().manual_seed(7))
+    for with_lead, without in zip(ours, text, strict=True):
+        assert not with_lead[0].any() and torch.equal(with_lead[1:], without)
+
+
 def test_drawn_labels_depend_on_the_generator_alone() -> None:
     model, ids = make_tiny_model("llama"), make_ids()
     with torch.no_grad():

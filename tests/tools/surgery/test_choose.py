@@ -19,9 +19,12 @@ from tests.cuts import (
 from tests.tiny import ARCHITECTURES, make_tiny_model
 from tools.base.errors import UserError
 from tools.base.progress import ignore_progress
-from tools.surgery.choose import choose_channels, list_counts
+from tools.measure.losses import evaluate_windows
+from tools.surgery.choose import choose_channels, choose_cut, list_counts, measure_kl
 from tools.surgery.parts import Counts, find_parts, without_fits
 from tools.surgery.rebuild import build_cut, check_buildable
+
+PAIR = ("neurons", "heads")
 
 
 @pytest.mark.parametrize(
@@ -110,3 +113,12 @@ def test_the_refit_is_damped_least_squares_and_lowers_the_error(architecture: st
             fitted, plain = fitted + fit.bias_O.double().numpy(), plain + bias
             np.testing.assert_allclose(fitted.mean(0), target.mean(0), atol=1e-5)
         assert ((fitted - target) ** 2).sum() < 0.9 * ((plain - target) ** 2).sum()
+
+
+def test_a_token_before_the_text_counts_in_no_kl() -> None:
+    dense, other = make_tiny_model("llama"), make_tiny_model("llama", seed=1)
+    _, hidden = evaluate_windows(dense, IDS, None, "", ignore_progress, lead=1)
+    expected = evaluate_windows(other, IDS, hidden, "", ignore_progress, lead=1)[0].mean_kl
+    assert measure_kl(dense, other, IDS, lead=1) == pytest.approx(expected, rel=1e-6)
+    blocks, parts = (choose_cut(dense, kinds, 0.3, IDS, ignore_progress, lead=1) for kinds in (("blocks",), PAIR))
+    assert (blocks.tokens, parts.tokens) == (2 * 4 * 47, 2 * 4 * 47), "two tries on the text of four windows"

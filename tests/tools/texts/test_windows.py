@@ -1,5 +1,6 @@
 """The cutting of texts into three disjoint splits."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 
 from tests.rows import prose, write_questions, write_rows, write_splits
-from tests.tiny import make_tiny_tokenizer, tiny_settings
+from tests.tiny import make_beginning_tokenizer, make_tiny_tokenizer, tiny_settings
 from tools.base.errors import UserError
 from tools.texts.sources import read_documents
-from tools.texts.windows import SPLITS, check_texts, cut_windows
+from tools.texts.windows import SPLITS, check_texts, cut_windows, find_bos
 
 
 def test_one_source_is_cut_into_consecutive_disjoint_parts() -> None:
@@ -35,6 +36,29 @@ def test_different_sources_and_one_that_two_splits_share(tmp_path: Path) -> None
     a, b = prose(0, 2000), prose(5000, 2000)
     assert a.startswith(decode(torch.cat([windows.calibration, windows.test]).flatten().tolist()))
     assert b.startswith(decode(windows.validation.flatten().tolist()))
+
+
+def test_windows_begin_with_the_token_that_the_tokenizer_begins_a_text_with(tmp_path: Path) -> None:
+    source = write_questions(tmp_path / "qa.jsonl", 300)
+    settings = tiny_settings("any", questions=source, question_pairs=2, calibration_windows=8)
+    begun, plain = (cut_windows(settings, make()) for make in (make_beginning_tokenizer, make_tiny_tokenizer))
+    assert (begun.lead, plain.lead) == (1, 0)
+    assert list(begun.mixed) == list(plain.mixed) == ["quarter", "half"]
+    for ours, text in zip([*begun[:3], *begun.mixed.values()], [*plain[:3], *plain.mixed.values()], strict=True):
+        assert ours.dtype == torch.int64 and ours.shape == (len(text), 65)
+        assert set(ours[:, 0].tolist()) == {make_beginning_tokenizer().bos_token_id}
+        assert torch.equal(ours[:, 1:], text), "as much text as without"
+    never = cut_windows(settings.model_copy(update={"bos": "never"}), make_beginning_tokenizer())
+    assert never.lead == 0
+    assert all(torch.equal(ours, text) for ours, text in zip(never[:3], plain[:3], strict=True))
+
+
+def test_a_tokenizer_is_asked_by_calling_it() -> None:
+    assert find_bos(make_beginning_tokenizer()) == make_beginning_tokenizer().bos_token_id
+    assert find_bos(make_tiny_tokenizer()) is None and make_tiny_tokenizer().bos_token_id == 0
+    other = copy.deepcopy(make_beginning_tokenizer())
+    other.bos_token = None
+    assert find_bos(other) is None, "what it begins with is no beginning-of-sequence token"
 
 
 def test_blank_documents_are_left_out(tmp_path: Path) -> None:

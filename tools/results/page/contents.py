@@ -243,7 +243,7 @@ def list_facts(record: Record) -> list[tuple[str, str]]:
     if summary:
         p = summary.protocol
         facts += [
-            ("Test text", f"{p.text}: {p.tokens:,} tokens in windows of {p.window}, {p.dtype}; seen once, by no agent"),
+            ("Test text", f"{p.text}: {p.tokens:,} tokens in {p.windows}, {p.dtype}; seen once, by no agent"),
         ]
     for split in ("calibration", "validation"):
         if {split, f"{split}_windows", "window"} <= config.keys():

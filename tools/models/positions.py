@@ -1,0 +1,21 @@
+"""How many tokens a model can have before it."""
+
+from typing import Any
+
+from tools.base.errors import UserError
+
+
+def count_positions(model: Any) -> int | None:
+    """Tokens that the model can have before it; None where its config sets no bound."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
+def refuse_long_windows(model: Any, window: int, lead: int) -> None:
+    """Raises UserError when windows of text fit the model's positions, but not behind `lead` more tokens."""
+    positions = count_positions(model)
+    if lead and positions is not None and window + lead > positions:
+        raise UserError(
+            f"windows of {window} tokens behind the beginning-of-sequence token take {window + lead} positions, but "
+            f"the model has {positions}; use --window {positions - lead}, or --bos never"
+        )
