@@ -169,8 +169,8 @@ class TeamSettings(WorkbenchSettings):
         "",
         pattern=WORKERS_FORM,
         description="Who shares the work, on Ray: a number of processes (or GPUs) on this machine, ray://HOST:PORT, or "
-        "auto for a cluster that this machine belongs to. Empty: this process alone. The results are the same. Needs "
-        "pip install -e '.[ray]'.",
+        "auto for a cluster that this machine belongs to. Empty: this process alone. On CPUs the results are the same, "
+        "to the bit; on GPUs last bits may differ from run to run. Needs pip install -e '.[ray]'.",
     )
     worker_threads: int = Field(
         0,
@@ -187,7 +187,8 @@ class TeamSettings(WorkbenchSettings):
 
 
 TEAM = ("workers", "worker_threads")
-"""Fields that change who does the work, but no result: a run, or a table, may go on with others."""
+"""Fields that change who does the work, but no result (on CPUs; on GPUs last bits may differ from one run to the next):
+a run, or a table, may go on with others."""
 
 
 KEPT = 3

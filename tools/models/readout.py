@@ -49,12 +49,18 @@ def compute_logits(model: Any, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_readout(model: Any, ids_T: Tensor) -> None:
-    """Compare `compute_logits` with the model's own. Raises UserError for an architecture it does not know."""
+    """Compare `compute_logits` with the model's own.
+
+    Raises UserError for an architecture it does not know, and for logits that are not numbers.
+    """
     if model.get_output_embeddings() is None:
         raise UserError("the model has no output head; a causal language model is needed")
     ids_BT = ids_T[None, :16]
     ours = compute_logits(model, compute_hidden(model, ids_BT))
     theirs = model(input_ids=ids_BT, use_cache=False).logits.float().to(ours.device)
+    if theirs.isnan().any():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise UserError(f"the logits of {type(model).__name__} are not numbers in {dtype}; use another --dtype")
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2):
         raise UserError(
             f"the logits of {type(model).__name__} are not head(hidden) with a known scale; it is not supported yet"
@@ -98,12 +104,19 @@ def measure_losses(
 
 
 def hidden_gradients(
-    model: Any, ids_T: Tensor, hidden_TD: Tensor, generator: torch.Generator, *, lead: int = 0
+    model: Any,
+    ids_T: Tensor,
+    hidden_TD: Tensor,
+    generator: torch.Generator,
+    *,
+    lead: int = 0,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """(gradient of sum_t -log p(y_t) with y drawn from the model, gradient of the mean LM loss), both (T, D).
 
     The first gives the Fisher information of the model's own predictions, the second the paper's gradient score; both
-    are zero before the text. `hidden_TD` and the generator are on the head's device.
+    are zero before the text. Each loss is multiplied with its scale first. `hidden_TD` and the generator are on the
+    head's device.
     """
     nothing_LD = torch.zeros_like(hidden_TD[:lead])
     fisher, language = [nothing_LD], [nothing_LD]
@@ -114,6 +127,6 @@ def hidden_gradients(
         drawn_loss = torch.nn.functional.nll_loss(log_p, drawn, reduction="sum")
         text_loss = torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum")
         text_loss = text_loss / (len(ids_T) - lead - 1)
-        fisher.append(torch.autograd.grad(drawn_loss, hidden, retain_graph=True)[0])
-        language.append(torch.autograd.grad(text_loss, hidden)[0])
+        fisher.append(torch.autograd.grad(drawn_loss * scales[0], hidden, retain_graph=True)[0])
+        language.append(torch.autograd.grad(text_loss * scales[1], hidden)[0])
     return torch.cat(fisher), torch.cat(language)

@@ -1,4 +1,4 @@
-"""Fixed pieces of text, and sums over them in one order: the same bits however many workers make them.
+"""Fixed pieces of text, and sums over them in one order: on CPUs the same bits however many workers make them.
 
 A text is cut into shards by the number of its windows alone. Sums over shards are those of a fixed binary tree, so that
 a worker with several neighbouring shards may hand over their sum, and nothing depends on who made which.

@@ -22,11 +22,13 @@ from kernels.statistics import (
     squared_loss_changes,
     sum_squares,
 )
+from tools.base.errors import UserError
 from tools.base.progress import heed_stop
 from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer
 from tools.models.readout import compute_hidden, hidden_gradients
+from tools.statistics.gradients import OVERFLOW, Gradient, bring_near, flow_back, scale_losses
 from tools.statistics.pruned import parts_of_mask
 from tools.statistics.shards import Span, Sums, cut_shards, list_nodes, sum_node
 from tools.statistics.states import StateStack
@@ -34,8 +36,15 @@ from tools.statistics.states import StateStack
 CLIP = 10.0
 """The clipped gamma counts no token for more than this many times the median token (of its window)."""
 
-Pairs = list[tuple[Tensor, Tensor]]
-"""(input x (T, I), gradient g (T, O) of -log p of drawn labels) of a layer, window by window."""
+
+class Pair(NamedTuple):
+    """What a layer read and what flowed back to it, of one window."""
+
+    x_TI: Tensor
+    g_TO: Tensor
+    """The gradient of -log p of drawn labels, times `scale`."""
+    scale: float
+
 
 Nodes = list[tuple[Span, Sums]]
 """What a span of shards comes to, as few nodes of the tree over all shards."""
@@ -56,7 +65,7 @@ Purpose = Literal["profile", "moments", "pruning"]
 class _Seen:
     """What flowed back through one block, by shard and layer."""
 
-    pairs: dict[int, dict[str, Pairs]]
+    pairs: dict[int, dict[str, list[Pair]]]
     language: dict[int, dict[str, float]]
     """Mean over the weights of |dL/dW| of the language modelling loss, summed over the windows."""
 
@@ -73,8 +82,8 @@ class _Way:
     """What every block read of the gradient windows, the last block's on top."""
     down: int | None = None
     """The next block down; None on the way up."""
-    above: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    """Gradients of that block's output, by window."""
+    above: dict[int, tuple[Gradient, ...]] = field(default_factory=dict)
+    """Gradients of that block's output, by window; on CPU."""
     seen: dict[int, _Seen] = field(default_factory=dict)
     """What is held of the blocks that were passed last."""
 
@@ -107,6 +116,7 @@ class Walks:
         self.blocks, self.windows_BT, self.seed, self.scratch = blocks, windows_BT, seed, scratch
         self.gradient_windows, self.ahead, self.lead = gradient_windows, ahead, lead
         self.grouped = layers_by_block(layers, len(blocks))
+        self._scaled = blocks.model.dtype == torch.float16
         self.shards = cut_shards(len(windows_BT))
         self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
         self._walk: Walk | None = None
@@ -257,7 +267,10 @@ class Walks:
         return way
 
     def _step_down(self, way: _Way, block: int, span: Span, language: bool) -> _Seen:
-        """Back-propagate through a block the loss of labels drawn from the model and, with `language`, the text's."""
+        """Back-propagate through a block the loss of labels drawn from the model and, with `language`, the text's.
+
+        Raises UserError when fp16 cannot hold what flows back.
+        """
         layers, last, shards = self.grouped[block], block == len(self.blocks) - 1, range(*span)
         seen = _Seen(
             {shard: {layer.name: [] for layer in layers} for shard in shards},
@@ -265,13 +278,15 @@ class Walks:
         )
         assert way.inputs is not None
         entered = iter(way.inputs.pop())
-        fisher, shard = True, 0
+        pairs: list[tuple[str, Tensor, Tensor]] = []
+        means: list[tuple[str, float]] = []
+        fisher = True
 
         def on_gradient(layer: Layer, x_TI: Tensor, g_TO: Tensor) -> None:
             if fisher:
-                seen.pairs[shard][layer.name].append((x_TI, g_TO))
+                pairs.append((layer.name, x_TI, g_TO))
             else:
-                seen.language[shard][layer.name] += mean_absolute_gradient(g_TO, x_TI)
+                means.append((layer.name, mean_absolute_gradient(g_TO, x_TI)))
 
         for shard in shards:
             for window in (w for w in self.shards[shard] if w < self.gradient_windows):
@@ -286,25 +301,38 @@ class Walks:
                     else:
                         output = self.blocks.run(ids_T, block, x_BTD)
                     above, fisher = way.above[window], True
-                    below = torch.autograd.grad(output, x_BTD, above[0].to(output.device), retain_graph=language)
+                    drawn = flow_back(output, x_BTD, above[0], pairs.clear, scaled=self._scaled, again=language)
+                    below = [drawn]
                     if language:
                         fisher = False
-                        below += torch.autograd.grad(output, x_BTD, above[1].to(output.device))
-                way.above[window] = tuple(gradient.cpu() for gradient in below)
+                        below.append(flow_back(output, x_BTD, above[1], means.clear, scaled=self._scaled))
+                for name, x_TI, g_TO in pairs:
+                    seen.pairs[shard][name].append(Pair(x_TI, g_TO, drawn.scale))
+                for name, mean in means:
+                    seen.language[shard][name] += mean / below[1].scale
+                pairs.clear()
+                means.clear()
+                way.above[window] = tuple(bring_near(gradient, scaled=self._scaled) for gradient in below)
         return seen
 
-    def _begin_gradients(self, ids_T: Tensor, hidden_TD: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    def _begin_gradients(self, ids_T: Tensor, hidden_TD: Tensor, window: int) -> tuple[Gradient, Gradient]:
+        if self._scaled and not hidden_TD.isfinite().all():
+            raise UserError(f"what the model makes of the calibration text {OVERFLOW}")
         # Every window has a generator of its own: labels do not depend on the order of the windows.
         generator = torch.Generator(device=hidden_TD.device).manual_seed(self.seed * 1_000_003 + window)
-        drawn_TD, text_TD = hidden_gradients(self.blocks.model, ids_T, hidden_TD, generator, lead=self.lead)
-        return drawn_TD[None], text_TD[None]
+        scales = scale_losses(len(ids_T) - self.lead) if self._scaled else (1.0, 1.0)
+        drawn_TD, text_TD = hidden_gradients(
+            self.blocks.model, ids_T, hidden_TD, generator, lead=self.lead, scales=scales
+        )
+        return Gradient(drawn_TD[None], scales[0]), Gradient(text_TD[None], scales[1])
 
     def _sum_gradients(self, seen: _Seen, shard: int) -> Sums:
         sums: Sums = {}
         for name, pairs in seen.pairs[shard].items():
             if pairs:
-                sums[f"plain/{name}"] = sum((sum_squares(g_TO) for _, g_TO in pairs[1:]), sum_squares(pairs[0][1]))
-                clipped = [sum_squares(clip_tokens(g_TO, CLIP)) for _, g_TO in pairs]
+                plain = [sum_squares(pair.g_TO) / pair.scale**2 for pair in pairs]
+                clipped = [sum_squares(clip_tokens(pair.g_TO, CLIP)) / pair.scale**2 for pair in pairs]
+                sums[f"plain/{name}"] = sum(plain[1:], plain[0])
                 sums[f"clipped/{name}"] = sum(clipped[1:], clipped[0])
                 sums[f"language/{name}"] = torch.tensor(seen.language[shard][name], dtype=torch.float64)
         return sums
@@ -318,10 +346,12 @@ class Walks:
             if not whole:  # a span without gradient windows, or an expert that these never reached
                 continue
             changes = (part_OI.to(layer.weight_OI.device) for part_OI in parts[layer.name])
-            columns = squared_loss_changes(whole, changes).split([len(shard) for shard in pairs.values()], 1)
-            for shard, changes_LP in zip(pairs, columns, strict=True):
-                if changes_LP.shape[1]:
-                    leaves[shard][layer.name] = changes_LP.sum(1)
+            changes_LP = squared_loss_changes([(pair.x_TI, pair.g_TO) for pair in whole], changes)
+            changes_LP /= torch.tensor([pair.scale**2 for pair in whole], dtype=torch.float64).to(changes_LP.device)
+            columns = changes_LP.split([len(shard) for shard in pairs.values()], 1)
+            for shard, column_LP in zip(pairs, columns, strict=True):
+                if column_LP.shape[1]:
+                    leaves[shard][layer.name] = column_LP.sum(1)
         return self._sum(span, leaves.__getitem__)
 
     def _sum(self, span: Span, leaf: Callable[[int], Sums]) -> Nodes:

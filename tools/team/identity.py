@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Identity(BaseModel):
-    """What must be the same everywhere for results to be the same bits."""
+    """What must be the same everywhere for results to be the same bits, as far as the device gives them twice."""
 
     billhook: str
     torch: str

@@ -58,6 +58,15 @@ def test_an_unknown_scale_is_refused() -> None:
         check_readout(model, ids)
 
 
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    model = make_tiny_model("llama").half()
+    model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+    with pytest.raises(
+        UserError, match=r"^the logits of LlamaForCausalLM are not numbers in float16; use another --dty"
+    ):
+        check_readout(model, make_ids())
+
+
 def test_a_model_without_a_head_is_refused() -> None:
     model = make_tiny_model("llama").model
     with pytest.raises(UserError, match="the model has no output head; a causal language model is needed"):

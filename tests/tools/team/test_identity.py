@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from tools.base.settings import TeamSettings
 from tools.team import identity
-from tools.team.identity import hash_code
+from tools.team.identity import ROOT, hash_code
 
 
 def test_code_in_any_folder_counts_with_its_place(tmp_path: Path) -> None:
@@ -30,3 +31,11 @@ def test_code_in_any_folder_counts_with_its_place(tmp_path: Path) -> None:
 
 def test_the_code_that_runs_is_hashed() -> None:
     assert (identity.ROOT / "tools" / "team" / "identity.py").samefile(str(identity.__file__))
+
+
+def test_the_same_bits_are_promised_of_cpus_alone() -> None:
+    """On GPUs the backward of attention adds in any order."""
+    help_of_workers = TeamSettings.model_fields["workers"].description or ""
+    assert "On CPUs the results are the same, to the bit; on GPUs last bits may differ" in help_of_workers
+    page = (ROOT / "tools" / "README.md").read_text(encoding="utf-8")
+    assert "On GPUs the same is not promised" in page
