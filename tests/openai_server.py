@@ -248,6 +248,9 @@ BEHAVIOURS: dict[str, Callable[[Call], Reply]] = {
     "unauthorized": _quote_key,
     "forbidden": lambda call: Reply(403, error=f"key {call.request.key} may not"),
     "not-found": _fail(404, "no such model"),
+    "short-memory": lambda call: (
+        Reply(400, error="context_length_exceeded: too long") if len(call.request.messages) > 2 else call.good()
+    ),
     "too-long": lambda call: Reply(400, error="context_length_exceeded: prompt is too long"),
 }
 

@@ -3,11 +3,15 @@
 The ladder (`ladder.py`) finds how the endpoint is held to the schema; what comes back is read as text from outside
 (`answers.py`) and handed back with the reason when it does not fit. A model may be given tools to call before it
 answers (`toolbox.py`); where an endpoint knows no tools, it asks for them in words.
+
+A conversation can be held again after a kill: it is made of its first messages, replies and answers of tools, each of
+which may be had from where it was kept.
 """
 
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
@@ -15,9 +19,19 @@ from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
 from pydantic import BaseModel, Field
 
 from graph.llm.answers import READ_LIMIT, REASON_LIMIT, T, clean, drop_thinking, explain, parse_reply
-from graph.llm.ladder import ANSWER_LIMIT, AgentError, Exchange, Method, in_words, name_model, send
+from graph.llm.ladder import (
+    ANSWER_LIMIT,
+    DeadEnd,
+    Exchange,
+    Method,
+    Rejected,
+    in_words,
+    name_model,
+    remember_rung,
+    send,
+)
 from graph.llm.quoting import quote_data
-from graph.llm.toolbox import Toolbox, ToolCall, dump
+from graph.llm.toolbox import Toolbox, ToolCall, do_now, dump
 from tools.base.secrets import redact
 from tools.base.words import count, one_line, shorten
 
@@ -34,6 +48,18 @@ class CallRecord(BaseModel):
     seconds: float = Field(description="Wall-clock time of the call, waits and repeats included.")
 
 
+class Reply(CallRecord):
+    """A reply as far as the conversation goes on with it."""
+
+    text: str = Field(description="What the model said, without secrets.")
+    refusal: str = Field("", description="Why it declines to answer; empty when it does not.")
+    advised: bool = Field(False, description="Whether the problem is advice, which is given once.")
+
+
+KeepPrompt = Callable[[Callable[[], list[AnyMessage]]], list[AnyMessage]]
+"""Makes a conversation's first messages, or has them from where they were kept."""
+
+
 def ask(
     model: BaseChatModel,
     schema: type[T],
@@ -44,6 +70,7 @@ def ask(
     hand_backs: int = 3,
     on_call: Callable[[CallRecord], None] | None = None,
     toolbox: Toolbox | None = None,
+    carry_out: Callable[[Callable[[], Reply]], Reply] = do_now,
 ) -> T:
     """Ask for one `schema` and return it, validated.
 
@@ -58,32 +85,69 @@ def ask(
     answering, several in one message too; they run one after another. The `messages` must
     describe them, and how to ask for one in JSON: `{"tool": NAME, "arguments": {...}}`.
 
-    Raises AgentError when the endpoint cannot be used, refuses, or gave no answer that fits.
+    `carry_out` does a call of the model, in which its reply is judged too, or has the reply from where it was kept.
+
+    Raises AgentError when the endpoint cannot be used, and DeadEnd when it refuses, or gave no answer that fits.
     """
     conversation: list[AnyMessage | Exchange] = list(messages)
     reason, left = "", hand_backs + 1
     while left:
-        start = time.perf_counter()
-        method, message = send(model, schema, conversation, toolbox)
-        said = _reply_text(message, schema) if toolbox else _first_text(message)
-        text = redact(clean(said[: READ_LIMIT + 1]))
-        answer, calls, reason = _read_reply(message, text, schema, check, toolbox)
-        if answer is not None and advise and left > 1 and (reason := advise(answer)):
-            answer, advise = None, None
+        advice = advise if left > 1 else None
+        try:
+            reply = carry_out(partial(_call, model, schema, conversation, check, advice, toolbox))
+        except Rejected as error:
+            if len(conversation) > len(messages):
+                raise DeadEnd(str(error)) from None
+            raise
+        remember_rung(model, conversation, toolbox, reply.method)
         if on_call is not None:
-            on_call(_record(method, message, text, reason, len(calls), time.perf_counter() - start))
-        if answer is not None:
-            return answer
-        if refusal := _refusal(message):
-            raise AgentError(f"{name_model(model)} refused to answer: {one_line(refusal, 300)}")
-        if toolbox and calls:
-            conversation.append(Exchange(calls, [toolbox.run(call, explain) for call in calls]))
+            on_call(reply)
+        reason = reply.problem
+        if reply.refusal:
+            raise DeadEnd(f"{name_model(model)} refused to answer: {reply.refusal}")
+        said = None if reason else parse_reply(reply.text, schema, tools=toolbox is not None)
+        if isinstance(said, list):
+            assert toolbox is not None, "calls are heard only where there are tools"
+            conversation.append(Exchange(said, [toolbox.run(call, explain) for call in said]))
             continue
+        if said is not None:
+            return said
+        advise = None if reply.advised else advise
         left -= 1
-        conversation += _hand_back(text, reason)
+        conversation += _hand_back(reply.text, reason)
     problem = one_line(reason.replace("\n", "; "), 300)
     answers = count(hand_backs + 1, "answer")
-    raise AgentError(f"{name_model(model)} gave no usable {schema.__name__} in {answers}; the last one: {problem}")
+    raise DeadEnd(f"{name_model(model)} gave no usable {schema.__name__} in {answers}; the last one: {problem}")
+
+
+def _call(
+    model: BaseChatModel,
+    schema: type[T],
+    conversation: Sequence[AnyMessage | Exchange],
+    check: Callable[[T], None] | None,
+    advise: Callable[[T], str] | None,
+    toolbox: Toolbox | None,
+) -> Reply:
+    """One reply, read and judged."""
+    start = time.perf_counter()
+    method, message = send(model, schema, conversation, toolbox)
+    said = _reply_text(message, schema) if toolbox else _first_text(message)
+    text = redact(clean(said[: READ_LIMIT + 1]))
+    answer, calls, problem = _read_reply(message, text, schema, check, toolbox)
+    advised = bool(answer is not None and advise and (problem := advise(answer)))
+    usage: Any = message.usage_metadata or {}
+    return Reply(
+        method=method,
+        reply=shorten(text, ANSWER_LIMIT),
+        input_tokens=_whole(usage.get("input_tokens")),
+        output_tokens=_whole(usage.get("output_tokens")),
+        problem=problem,
+        tools=len(calls),
+        seconds=time.perf_counter() - start,
+        text=text,
+        refusal=_refusal(message),
+        advised=advised,
+    )
 
 
 def _read_reply(
@@ -91,7 +155,7 @@ def _read_reply(
 ) -> tuple[T | None, list[ToolCall], str]:
     """The answer in a reply; or None and the tools it asks for, or what is wrong with it."""
     if refusal := _refusal(message):
-        return None, [], f"refused: {one_line(refusal, 300)}"
+        return None, [], f"refused: {refusal}"
     if _is_truncated(message):
         reason = "The answer was cut off at the length limit. Give a shorter one: fewer adjustments, short reasons."
         return None, [], reason
@@ -120,19 +184,6 @@ def _hand_back(text: str, reason: str) -> list[AnyMessage]:
 
 
 # A reply as the endpoint sent it
-
-
-def _record(method: Method, message: AIMessage, text: str, problem: str, tools: int, seconds: float) -> CallRecord:
-    usage: Any = message.usage_metadata or {}
-    return CallRecord(
-        method=method,
-        reply=shorten(text, ANSWER_LIMIT),
-        input_tokens=_whole(usage.get("input_tokens")),
-        output_tokens=_whole(usage.get("output_tokens")),
-        problem=problem,
-        tools=tools,
-        seconds=seconds,
-    )
 
 
 def _whole(value: object) -> int:
@@ -165,9 +216,9 @@ def _first_text(message: AIMessage) -> str:
 
 
 def _refusal(message: AIMessage) -> str:
-    """Why the model declines to answer; empty when it does not."""
+    """Why the model declines to answer, in a line; empty when it does not."""
     if refusal := message.additional_kwargs.get("refusal"):
-        return str(refusal)
+        return one_line(redact(clean(str(refusal))), 300)
     return "stopped by a content filter" if _end(message) in ("content_filter", "refusal") else ""
 
 

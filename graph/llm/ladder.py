@@ -29,6 +29,8 @@ OTHER_METHODS: tuple[Method, ...] = ("function_calling", "text")
 """What LangChain does in the same way for every other provider."""
 STEP_DOWN = frozenset({400, 422, 500, 501})
 """HTTP statuses that mean 'I do not know this method': llama.cpp says 500, FastAPI servers 422."""
+REJECTIONS = frozenset({400, 413, 422})
+"""HTTP statuses that mean 'not this conversation', once no method is left: it may have grown too long."""
 ANSWER_LIMIT = 4_000
 """Characters of an answer that are handed back and recorded."""
 MAX_WRITTEN = {"array": ("maxItems", 16), "string": ("maxLength", 400)}
@@ -45,6 +47,14 @@ class AgentError(RuntimeError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(redact(message), 600))
+
+
+class Rejected(AgentError):
+    """The endpoint does not take what it was sent, and would not take it again."""
+
+
+class DeadEnd(AgentError):
+    """The conversation leads nowhere: nothing but another one, from its beginning, can bring an answer."""
 
 
 # What is sent
@@ -125,12 +135,12 @@ def send(
     conversation: Sequence[AnyMessage | Exchange],
     toolbox: Toolbox | None,
 ) -> tuple[Method, AIMessage]:
-    """Get one reply by the best method that the endpoint takes; AgentError when it takes none."""
+    """Get one reply by the best method that the endpoint takes; AgentError, or Rejected, when it takes none."""
     methods = _ladder(model)
     if toolbox and "function_calling" in methods and not _is_elsewhere(model):
         # The one in which models were taught to call tools.
         methods = ("function_calling", *(method for method in methods if method != "function_calling"))
-    place = name_model(model), toolbox is not None, any(isinstance(part, Exchange) for part in conversation)
+    place = _find_place(model, conversation, toolbox)
     known = _rungs.get(place)
     start = known or _rungs.get((*place[:2], False))
     wire = _Wire()
@@ -150,7 +160,22 @@ def send(
         _wire.reset(token)
     _rungs.pop(place, None)
     after = f", after {count(wire.requests, 'request')}" if wire.requests else ""
-    raise AgentError(f"{name_model(model)} {reply.text}{after}")
+    assert isinstance(reply, _Failure)
+    text = f"{name_model(model)} {reply.text}{after}"
+    raise Rejected(text) if reply.status in REJECTIONS else AgentError(text)
+
+
+def remember_rung(
+    model: BaseChatModel, conversation: Sequence[AnyMessage | Exchange], toolbox: Toolbox | None, method: Method
+) -> None:
+    """Start at the method that a reply came by, also where another process got it."""
+    _rungs[_find_place(model, conversation, toolbox)] = method
+
+
+def _find_place(
+    model: BaseChatModel, conversation: Sequence[AnyMessage | Exchange], toolbox: Toolbox | None
+) -> tuple[str, bool, bool]:
+    return name_model(model), toolbox is not None, any(isinstance(part, Exchange) for part in conversation)
 
 
 @dataclass

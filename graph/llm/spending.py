@@ -1,57 +1,123 @@
 """What the agents of a run say and spend, and the caps on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from langchain_core.messages import AnyMessage
+from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
+from pydantic import BaseModel
 
 from graph.config import RunConfig
-from graph.llm.ask import CallRecord
-from graph.llm.ladder import AgentError
+from graph.llm.ask import CallRecord, Reply
+from graph.llm.ladder import AgentError, DeadEnd
 from graph.runs.session import Session
+from graph.runs.tasks import do_once
 from tools.base.rundir import scan_events
 from tools.results.schema import Usage
 
 Agent = Literal["planner", "reflector"]
+T = TypeVar("T")
 
 
 class CapReached(AgentError):
     """The agents may spend no more; no fallback makes up for it."""
 
 
+class Prompt(BaseModel):
+    """The first messages of a conversation."""
+
+    instructions: str
+    question: str
+
+
+class Paid(BaseModel):
+    """A reply, and what all agents have spent with it."""
+
+    reply: Reply
+    usage: Usage
+
+
+class GivenUp(BaseModel):
+    """A conversation that led nowhere."""
+
+    problem: str
+
+
 class Account:
-    """The calls of one agent in one round: they go into the run's log, are counted, and are held to the caps."""
+    """The calls of one agent in one round: done once each, logged, counted, and held to the caps."""
 
     def __init__(
         self, agent: Agent, session: Session, usage: Usage, config: RunConfig, caps: RunConfig, iteration: int
     ) -> None:
-        """Raises CapReached when no call may be made at all."""
-        self.usage = read_spent(session.directory, usage)
+        self.usage = usage
         self._agent, self._session, self._config, self._caps = agent, session, config, caps
         self._model = config.planner if agent == "planner" else config.reflector
         self._iteration = iteration
-        check_cap(self.usage, caps)
 
-    def keep_prompt(self, messages: Sequence[AnyMessage]) -> None:
-        """Log what the agent is asked."""
+    def keep_prompt(self, make: Callable[[], Sequence[AnyMessage]]) -> list[AnyMessage]:
+        """What the agent is asked, logged: what was kept of it, or else what `make` gives."""
+
+        def write() -> Prompt:
+            instructions, question = make()
+            return Prompt(instructions=instructions.text, question=question.text)
+
+        kept = do_once("prompt", write, Prompt)
+        messages: list[AnyMessage] = [SystemMessage(kept.instructions), HumanMessage(kept.question)]
         prompt = [{"role": message.type, "text": message.text} for message in messages]
         self._session.record("prompt", **{self._agent: self._model}, iteration=self._iteration, messages=prompt)
+        return messages
+
+    def carry_out(self, call: Callable[[], Reply]) -> Reply:
+        """Do a call and count it, or have what was kept of it, which counts once. Raises CapReached."""
+
+        def pay() -> Paid:
+            spent = read_spent(self._session.directory, self.usage)
+            check_cap(spent, self._caps)
+            reply = call()
+            return Paid(reply=reply, usage=add_calls(spent, [reply], self._config, self._agent))
+
+        paid = do_once("reply", pay, Paid)
+        self.usage = paid.usage
+        return paid.reply
 
     def keep_call(self, call: CallRecord) -> None:
-        """Log and count a reply. Raises CapReached when another call would follow, and may not."""
+        """Log a reply and what is spent. Raises CapReached when another call would follow, and may not."""
         whose = {"agent": self._agent, "iteration": self._iteration}
-        self._session.emit("reply", planner=self._model, **whose, **call.model_dump())
-        self.usage = add_calls(self.usage, [call], self._config, self._agent)
+        said = call.model_dump(include=set(CallRecord.model_fields))
+        self._session.emit("reply", planner=self._model, **whose, **said)
         self._session.emit("usage", **whose, **self.usage.model_dump())
         if call.problem or call.tools:
             check_cap(self.usage, self._caps)
+
+    def converse(self, ask: Callable[[], T]) -> T:
+        """What a conversation brings; another one, where an earlier one led nowhere and the run was resumed since.
+
+        Raises AgentError, and CapReached as `carry_out` does.
+        """
+        while True:
+            try:
+                return ask()
+            except DeadEnd as error:
+                if self._config.planner_fallback != "none" or self._is_first(str(error)):
+                    raise
+
+    def _is_first(self, problem: str) -> bool:
+        """Whether it has not come to this before."""
+        known = True
+
+        def give_up() -> GivenUp:
+            nonlocal known
+            known = False
+            return GivenUp(problem=problem)
+
+        do_once("give_up", give_up, GivenUp)
+        return not known
 
 
 def read_spent(directory: Path, usage: Usage) -> Usage:
     """What the run in `directory` has spent: `usage`, or what its log says where that is more.
 
-    A node that a failure or a kill ended has paid for its calls, but left nothing in the state.
+    A node that failed has paid for calls that nothing was kept of.
     """
     events = scan_events(directory, "usage")
     logged = Usage.model_validate(events[-1][1]) if events else usage

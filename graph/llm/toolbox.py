@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from graph.llm.quoting import data_block, quote_data
 from tools.base.errors import UserError
+
+Result = TypeVar("Result")
 
 RESULT_LIMIT = 6_000
 """Characters of one tool's answer."""
@@ -39,8 +41,24 @@ class ToolRecord(BaseModel):
     seconds_left: float
 
 
+class ToolAnswer(BaseModel):
+    """What came of one call of a tool."""
+
+    answer: str = Field(description=f"For the model; at most {RESULT_LIMIT} characters.")
+    shown: str = Field(description="The same in a few words for people.")
+    seconds: float
+
+
+def do_now(work: Callable[[], Result]) -> Result:
+    """What a piece of work gives, where nothing is kept of it."""
+    return work()
+
+
 class Toolbox:
-    """Tools and what is left of their budget. They run one after another."""
+    """Tools and what is left of their budget. They run one after another.
+
+    `carry_out` runs one, or has its answer from where that was kept; `on_tool` hears of every answer.
+    """
 
     def __init__(
         self,
@@ -49,11 +67,12 @@ class Toolbox:
         calls: int,
         seconds: float,
         on_tool: Callable[[ToolRecord], None] | None = None,
+        carry_out: Callable[[Callable[[], ToolAnswer]], ToolAnswer] = do_now,
     ) -> None:
         self.tools = {tool.name: tool for tool in tools}
         self.functions = [convert_to_openai_tool(tool) for tool in tools]
         self.calls_left, self.seconds_left = calls, seconds
-        self._on_tool = on_tool
+        self._on_tool, self._carry_out = on_tool, carry_out
 
     @property
     def spent(self) -> bool:
@@ -74,25 +93,28 @@ class Toolbox:
         """
         if self.spent:
             return self.describe_budget()
-        began = time.monotonic()
-        answer, shown = self._try(call, explain)
-        seconds = time.monotonic() - began
+        done = self._carry_out(lambda: self._answer(call, explain))
         self.calls_left -= 1
-        self.seconds_left = max(0.0, self.seconds_left - seconds)
-        answer = quote_data(answer, RESULT_LIMIT)
+        self.seconds_left = max(0.0, self.seconds_left - done.seconds)
         if self._on_tool:
             self._on_tool(
                 ToolRecord(
                     tool=quote_data(call.name, 80),
                     arguments=quote_data(dump(call.arguments), ARGUMENTS_LIMIT),
-                    answer=answer,
-                    shown=quote_data(shown, 200),
-                    seconds=round(seconds, 3),
+                    answer=done.answer,
+                    shown=done.shown,
+                    seconds=round(done.seconds, 3),
                     calls_left=self.calls_left,
                     seconds_left=round(self.seconds_left, 3),
                 )
             )
-        return f"{data_block(f'tool {quote_data(call.name, 40)}', [answer])}\n{self.describe_budget()}"
+        return f"{data_block(f'tool {quote_data(call.name, 40)}', [done.answer])}\n{self.describe_budget()}"
+
+    def _answer(self, call: ToolCall, explain: Callable[[ValidationError], str]) -> ToolAnswer:
+        began = time.monotonic()
+        answer, shown = self._try(call, explain)
+        seconds = time.monotonic() - began
+        return ToolAnswer(answer=quote_data(answer, RESULT_LIMIT), shown=quote_data(shown, 200), seconds=seconds)
 
     def _try(self, call: ToolCall, explain: Callable[[ValidationError], str]) -> tuple[str, str]:
         """(answer in JSON, the same for people)."""

@@ -22,6 +22,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
+from graph.persistence.saved import TellingSaver
 from tools.base.errors import UserError
 
 FORM = "postgresql://HOST:PORT/DATABASE, with USER:PASSWORD@ before the host; write / @ : in a password as %2F %40 %3A"
@@ -43,12 +44,20 @@ POOL: dict[str, Any] = {"min_size": 1, "max_size": 4, "timeout": BUSY_SECONDS}
 logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # each attempt to reconnect; the last one's error is told
 
 
+class _Saver(TellingSaver, PostgresSaver):
+    pass
+
+
+class _AsyncSaver(TellingSaver, AsyncPostgresSaver):
+    pass
+
+
 @contextmanager
 def open_saver(url: str, serde: SerializerProtocol) -> Iterator[PostgresSaver]:
     """The checkpoints of all runs in the database; UserError when it cannot be reached or written."""
     create_tables(url)
     with _open_pool(url) as pool:
-        yield PostgresSaver(pool, serde=serde)
+        yield _Saver(pool, serde=serde)
 
 
 @contextmanager
@@ -63,7 +72,7 @@ def open_store(url: str) -> Iterator[PostgresStore]:
 async def checkpointer(url: str, serde: SerializerProtocol) -> AsyncIterator[AsyncPostgresSaver]:
     """What `langgraph dev` checkpoints with; UserError as in `open_saver`."""
     async with _open_async_pool(url) as pool:
-        yield AsyncPostgresSaver(pool, serde=serde)
+        yield _AsyncSaver(pool, serde=serde)
 
 
 @asynccontextmanager

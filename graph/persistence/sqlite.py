@@ -14,6 +14,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.store.sqlite import AsyncSqliteStore, SqliteStore
 
+from graph.persistence.saved import TellingSaver
 from tools.base.errors import UserError
 
 # A writer holds the file for milliseconds; a minute of waiting means a disk or a process that hangs.
@@ -31,6 +32,14 @@ class _Connection(sqlite3.Connection):
         return super().execute("BEGIN IMMEDIATE" if sql == "BEGIN" else sql, parameters)
 
 
+class _Saver(TellingSaver, SqliteSaver):
+    pass
+
+
+class _AsyncSaver(TellingSaver, AsyncSqliteSaver):
+    pass
+
+
 def database(runs_dir: Path) -> Path:
     """The SQLite file of a runs directory."""
     return runs_dir / "billhook.sqlite"
@@ -41,7 +50,7 @@ def open_saver(runs_dir: Path, serde: SerializerProtocol) -> Iterator[SqliteSave
     """The checkpoints of all runs in `runs_dir`; UserError when they cannot be opened or made."""
     create_tables(runs_dir)
     with closing(_connect(database(runs_dir))) as connection:
-        yield SqliteSaver(connection, serde=serde)
+        yield _Saver(connection, serde=serde)
 
 
 @contextmanager
@@ -59,7 +68,7 @@ async def checkpointer(runs_dir: Path, serde: SerializerProtocol) -> AsyncIterat
     """What `langgraph dev` checkpoints with; UserError as in `open_saver`."""
     await asyncio.to_thread(create_tables, runs_dir)  # the server forbids blocking calls on its loop
     async with aiosqlite.connect(database(runs_dir), timeout=BUSY_SECONDS) as connection:
-        saver = AsyncSqliteSaver(connection, serde=serde)
+        saver = _AsyncSaver(connection, serde=serde)
         await saver.setup()
         yield saver
 

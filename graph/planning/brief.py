@@ -16,9 +16,9 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 
 from graph.config import RunConfig, read_prompt
-from graph.llm.ask import CallRecord, ask
+from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
 from graph.llm.quoting import data_block, quote_data
-from graph.llm.toolbox import Toolbox
+from graph.llm.toolbox import Toolbox, do_now
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.reflecting.schema import Lesson
@@ -38,8 +38,9 @@ def plan_with_chat(
     on_call: Callable[[CallRecord], None] | None = None,
     check: Callable[[Plan], None] | None = None,
     advise: Callable[[Plan], str] | None = None,
-    on_prompt: Callable[[Sequence[AnyMessage]], None] | None = None,
+    keep_prompt: KeepPrompt = do_now,
     toolbox: Toolbox | None = None,
+    carry_out: Callable[[Callable[[], Reply]], Reply] = do_now,
 ) -> Plan:
     """Ask a chat model for the plan of the next round; it may call the tools of the `toolbox` first.
 
@@ -47,12 +48,11 @@ def plan_with_chat(
     still cannot be carried out: a sparsity above the target, a selector that means no
     layer, bounds that no allocation meets. Such a plan is handed back like any that does not
     fit. `advise` has words for a plan that can be carried out to no avail, which is handed back with them once.
-    `on_prompt` hears of the first messages, `on_call` of every reply. Raises AgentError when no usable plan came.
+    `keep_prompt` makes the first messages, `carry_out` does a call, and either may have kept what it gives; `on_call`
+    hears of every reply. Raises AgentError when no usable plan came.
     """
-    messages = planner_messages(situation, toolbox)
-    if on_prompt:
-        on_prompt(messages)
-    return ask(model, Plan, messages, check=check, advise=advise, on_call=on_call, toolbox=toolbox)
+    messages = keep_prompt(lambda: planner_messages(situation, toolbox))
+    return ask(model, Plan, messages, check=check, advise=advise, on_call=on_call, toolbox=toolbox, carry_out=carry_out)
 
 
 def advise_against(plan: Plan, situation: Situation) -> str:

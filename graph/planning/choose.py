@@ -59,14 +59,18 @@ def choose_plan(
 
     try:
         model = open_model(config.planner, config)
-        plan = plan_with_chat(
-            show_untried(situation),
-            model,
-            on_call=account.keep_call,
-            check=check,
-            advise=lambda candidate: advise_against(candidate, situation),
-            on_prompt=account.keep_prompt,
-            toolbox=toolbox,
+        shown = show_untried(situation)
+        plan = account.converse(
+            lambda: plan_with_chat(
+                shown,
+                model,
+                on_call=account.keep_call,
+                check=check,
+                advise=lambda candidate: advise_against(candidate, situation),
+                keep_prompt=account.keep_prompt,
+                toolbox=toolbox,
+                carry_out=account.carry_out,
+            )
         )
     except CapReached:
         raise

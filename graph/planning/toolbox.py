@@ -1,12 +1,14 @@
 """The instruments that a chat planner may use before it answers, and their budget."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from langgraph.store.base import BaseStore
+from pydantic import BaseModel
 
 from graph.llm.models import HEURISTIC
-from graph.llm.toolbox import Toolbox, ToolRecord
+from graph.llm.toolbox import ToolAnswer, Toolbox, ToolRecord
 from graph.memory.lessons import search_lessons
 from graph.planning.brief import describe_lesson, recount_trial
 from graph.planning.choose import weigh_in_bounds
@@ -14,6 +16,7 @@ from graph.planning.orders import measure_with
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.runs.session import Session
+from graph.runs.tasks import do_once
 from graph.state import State
 from tools.plans.layer_profile import group_layers
 from tools.plans.work_order import WorkOrder
@@ -39,6 +42,13 @@ class Evaluated:
         if self.limit and tokens > left:
             raise ValueError(f"a probe of {tokens:,} tokens is too much: {max(left, 0):,} are left beside the trial")
         self.tokens += tokens
+
+
+class Measured(BaseModel):
+    """What a tool answered, and what had been evaluated with it."""
+
+    answer: ToolAnswer
+    evaluated_tokens: int
 
 
 def open_toolbox(
@@ -68,6 +78,14 @@ def open_toolbox(
     def tell(record: ToolRecord) -> None:
         session.emit("tool", iteration=situation.iteration, **record.model_dump())
 
+    def carry_out(call: Callable[[], ToolAnswer]) -> ToolAnswer:
+        def measured() -> Measured:
+            return Measured(answer=call(), evaluated_tokens=evaluated.tokens)
+
+        kept = do_once("tool", measured, Measured)
+        evaluated.tokens = kept.evaluated_tokens
+        return kept.answer
+
     round_ = Round(
         bench=bench,
         profile=state.profile,
@@ -81,4 +99,4 @@ def open_toolbox(
     tools = make_planner_tools(
         round_, history=lambda n: [recount_trial(trial) for trial in situation.trials[-n:]], recall=recall
     )
-    return Toolbox(tools, calls=config.planner_calls, seconds=config.planner_seconds, on_tool=tell)
+    return Toolbox(tools, calls=config.planner_calls, seconds=config.planner_seconds, on_tool=tell, carry_out=carry_out)

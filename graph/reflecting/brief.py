@@ -7,8 +7,9 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 
 from graph.config import RunConfig, read_prompt
-from graph.llm.ask import CallRecord, ask
+from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
 from graph.llm.quoting import data_block, quote_data
+from graph.llm.toolbox import do_now
 from graph.planning.brief import describe_facts
 from graph.planning.orders import group_kl
 from graph.planning.plan import Plan
@@ -28,13 +29,14 @@ def reflect_with_chat(
     evidence: Evidence,
     model: BaseChatModel,
     on_call: Callable[[CallRecord], None] | None = None,
-    on_prompt: Callable[[Sequence[AnyMessage]], None] | None = None,
+    keep_prompt: KeepPrompt = do_now,
+    carry_out: Callable[[Callable[[], Reply]], Reply] = do_now,
 ) -> Reflection:
     """Ask a chat model what a trial taught.
 
     An answer with a selector that means no layer is handed back like one that does not fit the schema, and once one
-    with a lesson that contradicts itself. `on_prompt` hears of the first messages, `on_call` of every reply. Raises
-    AgentError when no usable answer came.
+    with a lesson that contradicts itself. `keep_prompt` makes the first messages, `carry_out` does a call, and either
+    may have kept what it gives; `on_call` hears of every reply. Raises AgentError when no usable answer came.
     """
 
     def check(reflection: Reflection) -> None:
@@ -45,10 +47,8 @@ def reflect_with_chat(
         named = {f"lessons.{i}": learnt.contradiction for i, learnt in enumerate(reflection.lessons)}
         return "\n".join(f"{name}: {problem}" for name, problem in named.items() if problem)
 
-    messages = reflector_messages(evidence)
-    if on_prompt:
-        on_prompt(messages)
-    return ask(model, Reflection, messages, check=check, advise=advise, on_call=on_call)
+    messages = keep_prompt(lambda: reflector_messages(evidence))
+    return ask(model, Reflection, messages, check=check, advise=advise, on_call=on_call, carry_out=carry_out)
 
 
 # What it is shown

@@ -50,7 +50,9 @@ def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: 
     account = Account("reflector", session, usage, config, caps, iteration)
     try:
         model = open_model(config.reflector, config)
-        reflection = reflect_with_chat(evidence, model, on_call=account.keep_call, on_prompt=account.keep_prompt)
+        reflection = account.converse(
+            lambda: reflect_with_chat(evidence, model, account.keep_call, account.keep_prompt, account.carry_out)
+        )
     except CapReached:
         raise
     except AgentError as error:

@@ -1,8 +1,10 @@
 """What every node needs: the run's workbench, and a way to tell what happens."""
 
+import json
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from graph.runs.directory import directory_of
 from graph.runs.replay import compare
 from graph.state import State
 from tools.base.progress import heed_stop
-from tools.base.rundir import append_event
+from tools.base.rundir import append_event, write_event
 from tools.workbench.open import use_workbench
 
 if TYPE_CHECKING:
@@ -21,11 +23,17 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One node at work: emits events to the run's log and to whoever streams the graph."""
+    """One node at work: emits events to the run's log and to whoever streams the graph.
 
-    def __init__(self, directory: Path, write: Any, spent: float, replay: str = "") -> None:
+    What the node has `logged` before a kill it does not log again: a task that is not done again tells what it told.
+    """
+
+    def __init__(
+        self, directory: Path, write: Any, spent: float, replay: str = "", logged: Counter[str] | None = None
+    ) -> None:
         self.directory, self._write, self._replay = directory, write, replay
         self._spent, self._began = spent, time.monotonic()
+        self._logged = logged or Counter()
 
     @property
     def elapsed(self) -> float:
@@ -40,14 +48,21 @@ class Session:
     def emit(self, type_: str, **data: Any) -> None:
         """Record an event in `events.jsonl` and show it; in a replay, say where it parts from the record."""
         event = {"type": type_, **data}
-        append_event(self.directory, event)
+        self._log(event)
         self._write(event)
         if self._replay and (found := compare(self._replay, event, self.directory)):
             self.emit(found[0], text=found[1])
 
     def record(self, type_: str, **data: Any) -> None:
         """Record an event in `events.jsonl` only: what is too long to show."""
-        append_event(self.directory, {"type": type_, **data})
+        self._log({"type": type_, **data})
+
+    def _log(self, event: dict[str, Any]) -> None:
+        line = write_event(event)
+        if self._logged[line]:
+            self._logged[line] -= 1
+        else:
+            append_event(self.directory, event)
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Show how far a step is; not recorded. Raises Stopped where the run is to end."""
@@ -61,15 +76,28 @@ class Session:
 
 def enter(node: str, state: State, runtime: Runtime[RunConfig]) -> Session:
     """Announce a node; its session."""
-    session = Session(directory_of(state), runtime.stream_writer, state.seconds, state.replay)
-    session.emit(
-        "node",
-        node=node,
-        iteration=state.iteration,
-        checkpoint=runtime.execution_info.checkpoint_id if runtime.execution_info else "",
-        came_from=state.came_from,
-    )
+    directory = directory_of(state)
+    checkpoint = runtime.execution_info.checkpoint_id if runtime.execution_info else ""
+    logged = read_logged(directory, node, checkpoint)
+    session = Session(directory, runtime.stream_writer, state.seconds, state.replay, logged)
+    session.emit("node", node=node, iteration=state.iteration, checkpoint=checkpoint, came_from=state.came_from)
     return session
+
+
+def read_logged(directory: Path, node: str, checkpoint: str) -> Counter[str]:
+    """What a node logged from this checkpoint before it was interrupted, if it was; each as `write_event` gives it."""
+    logged: Counter[str] = Counter()
+    again = False
+    with suppress(FileNotFoundError), (directory / "events.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            if '"type": "node"' in line[:100]:
+                with suppress(ValueError):
+                    event = json.loads(line)
+                    again = checkpoint != "" and (event["node"], event["checkpoint"]) == (node, checkpoint)
+                    logged = logged if again else Counter()
+            elif again:
+                logged["{" + line.rstrip("\n").partition(", ")[2]] += 1
+    return logged
 
 
 @contextmanager

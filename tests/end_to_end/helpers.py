@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib
 import json
@@ -198,7 +199,13 @@ def watch_nodes() -> Callable[[], str]:
 def _fork_server() -> Any:
     """A clean process that has imported everything; each of its forks starts in milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.end_to_end.helpers", "transformers.models.llama.modeling_llama", "datasets"])
+    imported = [
+        "transformers.models.llama.modeling_llama",
+        "datasets",
+        "langchain_openai",
+        "tools.instruments.agent_tools",
+    ]
+    context.set_forkserver_preload(["tests.end_to_end.helpers", *imported])
     environment = dict(os.environ)
     try:
         os.environ |= python_environment(OPENBLAS_NUM_THREADS="1")
@@ -256,6 +263,7 @@ def _work(directory: Path, arguments: tuple[str, ...], halt: Halt | None, enviro
         file = os.open(f"fork-{os.getpid()}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
     torch.set_num_threads(1)
+    gc.freeze()  # as in this process: a run ends with a full collection
     if halt:
         halt.arm()
     sys.exit(main(list(arguments)))

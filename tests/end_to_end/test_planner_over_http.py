@@ -81,9 +81,10 @@ def test_an_endpoint_that_never_answers_well_stops_the_run_which_a_better_one_fi
     unreachable = command("--resume", "run")
     assert unreachable.code == 1
     assert f"stopped: openai:model at {server.url} cannot be reached or hung up" in unreachable.out
-    with OpenAIServer(PLANS, port=port):
+    with OpenAIServer(PLANS, port=port) as better:
         resumed = command("--resume", "run")
     assert (resumed.code, resumed.err) == (0, "")
+    assert read_state(run).usage.calls == len(server.requests) + len(better.requests) == 6
     with OpenAIServer(PLANS) as easy:
         assert command("--runs-dir", "easy", *flags(tiny_llama, easy, "model")).code == 0
     assert read_trials(run) == read_trials(tmp_path / "easy" / "run")

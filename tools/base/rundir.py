@@ -61,14 +61,19 @@ def unlock_runs() -> None:
 
 def append_event(directory: Path, event: dict[str, Any]) -> None:
     """Add one line to `events.jsonl`, with the time and without any secret of the environment."""
-    line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=str)
+    line = f'{{"time": {round(time.time(), 3)}, {write_event(event)[1:]}'
     path = directory / "events.jsonl"
     with explain_full_disk(path), path.open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"  # a kill cut the last line short
             file.write(b"\n" * torn)
-        file.write(f"{redact(line)}\n".encode())
+        file.write(f"{line}\n".encode())
+
+
+def write_event(event: dict[str, Any]) -> str:
+    """An event as its line has it, but for the time."""
+    return redact(json.dumps(event, ensure_ascii=False, default=str))
 
 
 def scan_events(directory: Path, *types: str) -> list[tuple[int, dict[str, Any]]]:

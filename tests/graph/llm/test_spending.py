@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from graph.config import RunConfig
-from graph.llm.ask import CallRecord
+from graph.llm.ask import CallRecord, Reply
 from graph.llm.ladder import AgentError
 from graph.llm.spending import Account, Agent, CapReached, add_calls, check_cap, read_spent
 from graph.planning.choose import choose_plan
@@ -89,7 +89,8 @@ def test_replies_and_what_they_cost_name_agent_and_round(tmp_path: Path) -> None
     usage = Usage()
     for agent in agents:
         account = Account(agent, session, usage, PRICES, PRICES, iteration=3)
-        account.keep_call(call(1_000_000, 0))
+        reply = Reply(text="", **call(1_000_000, 0).model_dump())
+        account.keep_call(account.carry_out(lambda reply=reply: reply))  # type: ignore[misc]
         usage = account.usage
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [(event["type"], event["agent"], event["iteration"]) for event in events] == [

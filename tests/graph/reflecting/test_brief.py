@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 
 import pytest
 from langchain_core.messages import AnyMessage
@@ -111,9 +112,12 @@ def reflect(server: OpenAIServer, behaviour: str = "model") -> tuple[Reflection,
     problems: list[str] = []
     prompt: list[AnyMessage] = []
     model = open_model(server.planner(behaviour), RunConfig(agent_retries=0))
-    reflection = reflect_with_chat(
-        make_evidence(), model, on_call=lambda call: problems.append(call.problem), on_prompt=prompt.extend
-    )
+
+    def keep_prompt(make: Callable[[], list[AnyMessage]]) -> list[AnyMessage]:
+        prompt.extend(make())
+        return prompt
+
+    reflection = reflect_with_chat(make_evidence(), model, lambda call: problems.append(call.problem), keep_prompt)
     return reflection, problems, prompt
 
 
