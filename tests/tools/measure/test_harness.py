@@ -9,7 +9,7 @@ import yaml
 
 from tests.rows import write_rows
 from tests.tasks import ask, settings_of
-from tests.tiny import make_tiny_model, make_tiny_tokenizer
+from tests.tiny import make_beginning_tokenizer, make_tiny_model, make_tiny_tokenizer
 from tools.base.files import hash_file
 from tools.base.progress import ignore_progress
 from tools.measure import benchmarks
@@ -68,6 +68,17 @@ def test_the_tokenizer_gets_no_padding_token(data: Path) -> None:
     tokenizer.pad_token = None
     run_benchmark(benchmark, make_tiny_model("llama"), tokenizer, "tiny", ignore_progress)
     assert tokenizer.pad_token is None
+
+
+def test_the_harness_begins_prompts_as_the_tokenizer_begins_a_text(data: Path) -> None:
+    (benchmark,) = load_benchmarks(settings_of(data, "freebaseqa", limit=2), "fp32")
+    model, seen = make_tiny_model("llama"), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _module, ids: seen.extend(ids[0].tolist()))
+    for tokenizer in (make_tiny_tokenizer(), make_beginning_tokenizer()):
+        seen.clear()
+        run_benchmark(benchmark, model, tokenizer, "tiny", ignore_progress)
+        begun = [row[0] == make_beginning_tokenizer().bos_token_id for row in seen if len(row) > 1]
+        assert begun == [tokenizer is make_beginning_tokenizer()] * 4, "two questions, each asked twice"
 
 
 def test_prompts_that_are_too_long_are_counted(data: Path, tmp_path: Path) -> None:
