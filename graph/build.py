@@ -3,6 +3,8 @@
 profile → plan → (approve) → prune → validate ─┬─ accept ───┐
    ↑        ↑                                  └─ rollback ─┤
    └────────┴────────────────── reflect ←───────────────────┘ → finish
+
+A plan that breaks before there is anything to validate goes straight to rollback.
 """
 
 from typing import Any
@@ -15,7 +17,7 @@ from graph.nodes.approve import after_approve, approve
 from graph.nodes.finish import finish
 from graph.nodes.plan import after_plan, plan
 from graph.nodes.profile import profile
-from graph.nodes.prune import prune
+from graph.nodes.prune import after_prune, prune
 from graph.nodes.reflect import after_reflect, reflect
 from graph.nodes.rollback import rollback
 from graph.nodes.validate import after_validate, validate
@@ -37,7 +39,7 @@ def builder(*, server: bool = False) -> StateGraph[State, RunConfig, Input, Stat
     graph.add_edge("profile", "plan")
     graph.add_conditional_edges("plan", after_plan)
     graph.add_conditional_edges("approve", after_approve)
-    graph.add_edge("prune", "validate")
+    graph.add_conditional_edges("prune", after_prune)
     graph.add_conditional_edges("validate", after_validate)
     graph.add_edge("accept", "reflect")
     graph.add_edge("rollback", "reflect")

@@ -33,7 +33,7 @@ from graph.runs.steps import CHANGEABLE
 from graph.show.display import Display, open_display
 from graph.show.words import tell
 from graph.state import Input, State
-from tools.base.errors import DamagedArtifact, DiskFull, UserError
+from tools.base.errors import BrokenBaseline, BrokenPlan, DamagedArtifact, DiskFull, UserError
 from tools.base.files import explain_full_disk
 from tools.base.progress import Stopped, stop_at
 from tools.base.rows import follow_kept
@@ -265,7 +265,7 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
                     given, settings = Command(resume=_ask(display, asked[0].value)), work.settings
         except GraphDrained:
             return _stop(display, work, "stopped as asked, after the present step")
-        except (AgentError, DamagedArtifact, StateLost, Stopped, Unanswered) as error:
+        except (AgentError, BrokenBaseline, BrokenPlan, DamagedArtifact, StateLost, Stopped, Unanswered) as error:
             return _stop(display, work, str(error))
 
 

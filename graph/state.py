@@ -26,13 +26,15 @@ def same_sparsity(one: float, other: float) -> bool:
 
 
 class Trial(BaseModel):
-    """One plan, carried out and measured on the validation text."""
+    """One plan, carried out and measured on the validation text, or without figures where it was not."""
 
     iteration: int
     checkpoint: str = Field(description="Id of the manifest that holds this trial's weights.")
     sparsity: float
-    perplexity: float | None = Field(description="On the validation text; null when it was not finite.")
-    kl: float | None = Field(description="KL(dense || pruned) in nats per token; null when not finite.")
+    perplexity: float | None = Field(
+        description="On the validation text; null when it was not finite, or not measured."
+    )
+    kl: float | None = Field(description="KL(dense || pruned) in nats per token; null likewise.")
     kl_error: float | None = Field(None, description="Standard error of kl over the windows.")
     change_error: float | None = Field(
         None, description="Standard error of kl minus the last accepted trial's, paired; null where not comparable."
@@ -48,6 +50,9 @@ class Trial(BaseModel):
     verdict: Literal["accept", "rollback", "refuse"] = Field(
         description="refuse: a person refused the plan before it was carried out, and nothing was measured."
     )
+    broken: bool = Field(
+        False, description="Rolled back because it broke while it was carried out, by the reason; nothing was measured."
+    )
     reason: str = ""
     plan: str = Field("", description="The plan in one line.")
     order: str = Field(
@@ -56,6 +61,11 @@ class Trial(BaseModel):
     asked: str = Field("", description="Hash of what the plan asked for, whatever lessons made of it.")
     recipe: Recipe | None = Field(None, description="The plan's recipe; null for the dense model.")
     seconds: float = 0.0
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has figures."""
+        return self.verdict != "refuse" and not self.broken
 
 
 class Input(BaseModel):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from graph.ablation.settings import AblateSettings
-from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Adjustment, Recipe
@@ -69,7 +69,10 @@ def try_random(bench: "Workbench", profile: str, settings: AblateSettings, progr
                 allocation = _share_out(bench, profile, settings, recipe, adjustments, progress)
                 tried.append((bench.prune(profile, order_allocation(recipe, allocation), progress), recipe.label))
         windows = len(bench.windows.validation)
-        evaluations = bench.evaluate_each([checkpoint for checkpoint, _ in tried], windows, profile, progress)
+        try:
+            evaluations = bench.evaluate_each([checkpoint for checkpoint, _ in tried], windows, profile, progress)
+        except BrokenPlan:
+            continue
         for (checkpoint, label), evaluation in zip(tried, evaluations, strict=True):
             kl = math.inf if evaluation.mean_kl is None else evaluation.mean_kl
             if best is None or kl < best[0]:

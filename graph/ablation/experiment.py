@@ -13,7 +13,7 @@ from graph.ablation.rows import Ablation, Profiled, Row, conclude
 from graph.ablation.settings import CHAT, GRAPH, AblateSettings, list_arms, list_seeds
 from graph.ablation.tables import describe_row, write_tables
 from tools.base.console import print_line, show_bars
-from tools.base.errors import UserError
+from tools.base.errors import BrokenPlan, UserError
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.rundir import unlock_run
 from tools.base.settings import TEAM
@@ -93,7 +93,10 @@ def _make_row(
             began = time.monotonic()
         profile = known.profiles[seed].profile
         known.dense_perplexity = bench.evaluate("dense", "test", profile, progress, "test, dense").perplexity
-        chosen = TRIES[arm](bench, profile, seeded, progress)
+        try:
+            chosen = TRIES[arm](bench, profile, seeded, progress)
+        except BrokenPlan as error:
+            raise UserError(f"{arm}, seed {seed}: {error}; the same command goes on from there") from error
         evaluation = bench.evaluate(chosen.checkpoint, "validation", profile, progress)
         test = bench.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
         bench.restore(chosen.checkpoint)

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from graph.config import RunConfig
 from graph.planning.orders import (
     find_order,
-    hash_request,
     keep_order,
     measure_with,
     record_plan,
@@ -24,10 +23,11 @@ from graph.planning.orders import (
 )
 from graph.planning.plan import Plan
 from graph.planning.situation import gather_situation
+from graph.planning.unmeasured import is_unmeasured, record_unmeasured
 from graph.planning.verdict import decide_stop
 from graph.runs.replay import find_decision
 from graph.runs.session import Session, enter, open_bench
-from graph.state import State, Trial
+from graph.state import State
 from tools.base.errors import UserError
 from tools.plans.work_order import WorkOrder
 
@@ -59,7 +59,7 @@ def approve(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         answer, edited = ask(state.plan, order, state.iteration, partial(resolve_edit, state=state, session=session))
     session.emit("approval", iteration=state.iteration, decision=answer.decision, reason=answer.reason)
     if answer.decision == "refuse":
-        trial = record_refusal(state, state.plan, order, answer.reason)
+        trial = record_unmeasured(state, state.plan, order, "refuse", answer.reason)
         session.emit("trial", **trial.model_dump())
         stop = decide_stop(state.model_copy(update={"trials": [*state.trials, trial]}))
         if stop:
@@ -170,27 +170,8 @@ def resolve_edit(plan: Plan, state: State, session: Session) -> Edited:
         return Edited(plan, order, keep_order(bench.store, plan, order))
 
 
-def record_refusal(state: State, plan: Plan, order: WorkOrder, reason: str) -> Trial:
-    """A refused plan among the trials, so that planners and people see it and nobody proposes it again."""
-    return Trial(
-        iteration=state.iteration,
-        checkpoint=state.accepted,
-        sparsity=plan.sparsity,
-        perplexity=None,
-        kl=None,
-        predicted_kl=order.predicted_kl,
-        verdict="refuse",
-        reason=reason,
-        plan=order.line,
-        order=order.id,
-        asked=hash_request(plan),
-        recipe=plan.recipe,
-    )
-
-
 def after_approve(state: State) -> Literal["prune", "plan", "finish"]:
     """Prune what was approved; plan again, or finish, after a refusal."""
-    refused = bool(state.trials) and state.trials[-1].iteration == state.iteration
-    if not refused:
+    if not is_unmeasured(state):
         return "prune"
     return "finish" if state.stop else "plan"

@@ -7,16 +7,21 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.planning.choose import choose_plan
 from graph.planning.orders import keep_order, measure_with, record_plan
-from graph.planning.situation import gather_situation
+from graph.planning.situation import Situation, gather_situation
 from graph.planning.toolbox import Evaluated, open_toolbox
+from graph.planning.unmeasured import is_unmeasured, record_unmeasured
 from graph.planning.verdict import decide_stop
-from graph.runs.replay import find_plan
+from graph.runs.replay import find_breakage, find_plan
 from graph.runs.session import enter, open_bench
 from graph.state import State
+from tools.base.errors import BrokenPlan
 
 
 def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
-    """Ask the planner for the next round. Raises AgentError (resumable) when it fails and there is no fallback."""
+    """Ask the planner for the next round. Raises AgentError (resumable) when it fails and there is no fallback.
+
+    A plan whose KL curves cannot be measured is a trial without figures, which is rolled back.
+    """
     state = state.model_copy(update={"iteration": state.iteration + 1})
     session = enter("plan", state, runtime)
     with open_bench(state, session) as bench:
@@ -32,25 +37,46 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             caps = runtime.context or state.config
             chosen, usage, planner = choose_plan(situation, state.usage, session, caps, toolbox)
             chosen = chosen and situation.orders.weigh(chosen)
-            stop = "every lever of the rule has been tried"
+            stop = explain_end(situation)
         if chosen is None:
             session.emit("note", text=stop)
             return {"iteration": state.iteration - 1, "stop": stop, "seconds": session.seconds}
-        order = situation.orders.resolve(chosen, measure)
+        update = {
+            "iteration": state.iteration,
+            "plan": chosen,
+            "usage": usage,
+            "evaluated_tokens": evaluated.tokens,
+        }
+        try:
+            if state.replay and (reason := find_breakage(state.replay, state.iteration, planned=True)):
+                raise BrokenPlan(reason)
+            order = situation.orders.resolve(chosen, measure)
+        except BrokenPlan as error:
+            record = record_plan(chosen, situation.orders.draft(chosen)) | {"order": ""}
+            session.emit("plan", iteration=state.iteration, planner=planner, **record)
+            trial = record_unmeasured(state, chosen, None, "rollback", str(error), seconds=session.elapsed)
+            session.emit("trial", **trial.model_dump())
+            return {**update, "order": "", "trials": [trial], "seconds": session.seconds}
         kept = keep_order(bench.store, chosen, order)
     session.emit("plan", iteration=state.iteration, planner=planner, **record_plan(chosen, order))
-    return {
-        "iteration": state.iteration,
-        "plan": chosen,
-        "order": kept,
-        "usage": usage,
-        "evaluated_tokens": evaluated.tokens,
-        "seconds": session.seconds,
-    }
+    return {**update, "order": kept, "seconds": session.seconds}
 
 
-def after_plan(state: State) -> Literal["approve", "prune", "finish"]:
-    """Prune what was planned, once a person has approved it where the config asks for that; finish without a plan."""
+def explain_end(situation: Situation) -> str:
+    """Why the rule has no plan any more."""
+    if not situation.broken:
+        return "every lever of the rule has been tried"
+    methods = " and ".join(sorted(situation.broken))
+    return f"every lever of the rule has been tried, but for {methods}, which broke while it was carried out"
+
+
+def after_plan(state: State) -> Literal["approve", "prune", "rollback", "finish"]:
+    """Prune what was planned, once a person has approved it where the config asks for that; finish without a plan.
+
+    What broke before it could be approved is rolled back.
+    """
     if state.stop:
         return "finish"
+    if is_unmeasured(state):
+        return "rollback"
     return "approve" if state.config.approve == "plans" else "prune"

@@ -16,7 +16,7 @@ from graph.reflecting.schema import Lesson
 from graph.runs.directory import check_input, create_run, read_run
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
-from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.errors import BrokenBaseline, ImpossiblePlan, UserError
 from tools.base.rundir import runs_directory
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
 
@@ -90,7 +90,11 @@ def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig)
 def _profile_again(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("profile", state, runtime)
     with open_bench(state, session) as bench:
-        profile_id = bench.profile(session.progress, first=state.profile)
+        try:
+            profile_id = bench.profile(session.progress, first=state.profile)
+        except BrokenBaseline as error:
+            session.warn(f"{error}; the profile stays that of before")
+            return {"seconds": session.seconds}
         _tell_profile(session, profile_id, bench.read_profile(profile_id).layers, state.config)
     return {"profile": profile_id, "seconds": session.seconds}
 

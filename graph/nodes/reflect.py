@@ -10,6 +10,7 @@ from graph.planning.verdict import decide_stop, find_early
 from graph.reflecting.choose import choose_reflection, gather_evidence
 from graph.reflecting.posterior import CARRIED, merge_lessons
 from graph.reflecting.rule import combine_lessons
+from graph.reflecting.schema import Reflection
 from graph.runs.replay import find_reflection
 from graph.runs.session import enter
 from graph.state import State
@@ -18,16 +19,19 @@ from graph.state import State
 def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Compare the trial's prediction with its measurement, and decide whether the loop goes on.
 
-    Raises AgentError (resumable) when the reflector fails and there is no fallback.
+    A trial without figures teaches nothing, and nobody is asked about it. Raises AgentError (resumable) when the
+    reflector fails and there is no fallback.
     """
     session = enter("reflect", state, runtime)
-    evidence = gather_evidence(state, session)
-    if state.replay:
+    evidence = gather_evidence(state, session) if state.trials[-1].measured else None
+    if evidence is None:
+        reflection, usage = Reflection(), state.usage
+    elif state.replay:
         reflection, usage = find_reflection(state.replay, state.iteration), state.usage
         session.record("reflection", iteration=state.iteration, details=reflection.model_dump())
     else:
         reflection, usage = choose_reflection(evidence, state.usage, session, runtime.context or state.config)
-    lessons = combine_lessons(evidence, reflection)
+    lessons = combine_lessons(evidence, reflection) if evidence else []
     for number, lesson in enumerate(lessons):
         if runtime.store is not None and state.config.memory and not state.replay:  # it was learnt there already
             write_lesson(runtime.store, state.config, lesson, number)

@@ -6,55 +6,70 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.planning.orders import find_order, group_kl, hash_request
+from graph.planning.unmeasured import record_unmeasured
 from graph.planning.verdict import Verdict, accepted_trial, heed_facts, judge
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
+from tools.base.errors import BrokenPlan
 from tools.measure.losses import compare_kl
 from tools.measure.recall import Retention, compare_recall
+from tools.plans.work_order import WorkOrder
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
 
 
 def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
-    """Measure the weights in the model and judge them against the last accepted ones."""
+    """Measure the weights in the model and judge them against the last accepted ones.
+
+    Weights whose measurement breaks are rolled back.
+    """
     assert state.plan is not None, "plan runs first"
     session = enter("validate", state, runtime)
     with open_bench(state, session) as bench:
-        zeros, weights = bench.count_zeros()  # before an evaluation that may have to put other weights in
-        evaluation = bench.evaluate(state.current, "validation", state.profile, session.progress)
-        best = accepted_trial(state)
-        accepted = (
-            bench.evaluate(state.accepted, "validation", state.profile, session.progress)
-            if state.trials and best is not state.dense
-            else bench.read_profile(state.profile).dense
-        )
-        retention, asked = ask_questions(bench, state, session)
         order = find_order(bench, state, session.progress)
-        verdict, reason = judge(state.config, zeros / weights, evaluation, best, accepted)
-        verdict, reason = heed_facts(state.config.min_fact_retention, retention, verdict, reason)
-        trial = Trial(
-            iteration=state.iteration,
-            checkpoint=state.current,
-            sparsity=zeros / weights,
-            perplexity=evaluation.perplexity,
-            kl=evaluation.mean_kl,
-            kl_error=evaluation.kl_error if evaluation.finite else None,
-            change_error=compare_kl(evaluation, accepted)[1] if evaluation.finite else None,
-            predicted_kl=group_kl(bench.read_profile(state.profile).layers, bench.planned_sparsity(state.current)),
-            fact_retention=retention.share if retention else None,
-            fact_error=retention.error if retention else None,
-            tokens=state.config.validation_tokens + asked,
-            verdict=verdict,
-            reason=reason,
-            plan=order.line,
-            order=order.id,
-            asked=hash_request(state.plan),
-            recipe=state.plan.recipe,
-            seconds=round(session.elapsed, 3),
-        )
+        try:
+            trial = measure_trial(bench, state, order, session)
+        except BrokenPlan as error:
+            trial = record_unmeasured(state, state.plan, order, "rollback", str(error), seconds=session.elapsed)
         session.emit("trial", **trial.model_dump())
     return {"trials": [trial], "evaluated_tokens": state.evaluated_tokens + trial.tokens, "seconds": session.seconds}
+
+
+def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: Session) -> Trial:
+    """Figures and verdict of the state's plan, whose order was carried out. Raises BrokenPlan."""
+    assert state.plan is not None
+    zeros, weights = bench.count_zeros()  # before an evaluation that may have to put other weights in
+    evaluation = bench.evaluate(state.current, "validation", state.profile, session.progress)
+    best = accepted_trial(state)
+    accepted = (
+        bench.evaluate(state.accepted, "validation", state.profile, session.progress)
+        if state.trials and best is not state.dense
+        else bench.read_profile(state.profile).dense
+    )
+    retention, asked = ask_questions(bench, state, session)
+    verdict, reason = judge(state.config, zeros / weights, evaluation, best, accepted)
+    verdict, reason = heed_facts(state.config.min_fact_retention, retention, verdict, reason)
+    return Trial(
+        iteration=state.iteration,
+        checkpoint=state.current,
+        sparsity=zeros / weights,
+        perplexity=evaluation.perplexity,
+        kl=evaluation.mean_kl,
+        kl_error=evaluation.kl_error if evaluation.finite else None,
+        change_error=compare_kl(evaluation, accepted)[1] if evaluation.finite else None,
+        predicted_kl=group_kl(bench.read_profile(state.profile).layers, bench.planned_sparsity(state.current)),
+        fact_retention=retention.share if retention else None,
+        fact_error=retention.error if retention else None,
+        tokens=state.config.validation_tokens + asked,
+        verdict=verdict,
+        reason=reason,
+        plan=order.line,
+        order=order.id,
+        asked=hash_request(state.plan),
+        recipe=state.plan.recipe,
+        seconds=round(session.elapsed, 3),
+    )
 
 
 def ask_questions(bench: "Workbench", state: State, session: Session) -> tuple[Retention | None, int]:

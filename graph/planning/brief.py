@@ -253,6 +253,9 @@ def _describe_trial(trial: Trial, limit: int = 160) -> str:
     if trial.verdict == "refuse":
         reason = quote_data(trial.reason, limit)
         return f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; refused by the user, untried: {reason}"
+    if trial.broken:
+        reason = f"broke unmeasured, and would again: {quote_data(trial.reason, 2 * limit)}"
+        return f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; {reason}"
     error = f" +- {show_short(trial.kl_error)}" if trial.kl_error is not None else ""
     return (
         f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; perplexity {show_short(trial.perplexity)}; "

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from graph.config import RunConfig
 from graph.llm.ladder import AgentError
 from graph.llm.models import HEURISTIC, open_model
+from graph.llm.quoting import quote_data
 from graph.llm.spending import Account, CapReached
 from graph.llm.toolbox import Toolbox
 from graph.planning.brief import advise_against, plan_with_chat
@@ -56,6 +57,11 @@ def choose_plan(
 
     def check(candidate: Plan) -> None:
         situation.orders.draft(weigh_in_bounds(candidate, situation))
+        if broken := situation.find_broken(candidate):
+            raise ValueError(
+                f"this is the plan of round {broken.iteration}, which broke while it was carried out and would again: "
+                f"{quote_data(broken.reason, 300)}; plan another method, or less"
+            )
 
     try:
         model = open_model(config.planner, config)

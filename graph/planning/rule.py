@@ -1,7 +1,8 @@
 """Plan a round by rule: no key, no model, the same answer every time.
 
 It starts from the KL curves' own allocation, climbs towards the target in steps that the lessons so far predict to
-pass, strengthens the recipe and shortens the step after a rollback, and at the target tries one lever at a time.
+pass, strengthens the recipe and shortens the step after a rollback, and at the target tries one lever at a time. A
+method that broke whenever it was carried out is not planned again.
 """
 
 import math
@@ -26,7 +27,7 @@ LOST_ROUNDS = 2
 
 
 def plan_by_rule(situation: Situation) -> Plan | None:
-    """The next plan; None when every lever has been tried. Raises ImpossiblePlan when bounds cannot be met."""
+    """The next plan; None when every lever was tried, or broke. Raises ImpossiblePlan when bounds cannot be met."""
     if situation.at_target:
         return next(plan_refinements(situation), None)
     return next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)
@@ -51,18 +52,22 @@ def tried_strongest(trials: Sequence[Trial], config: RunConfig) -> bool:
 
 def _plan_pattern(situation: Situation) -> Iterator[Plan]:
     """A pattern has one step, and leaves nothing to share out: the strongest recipe, then what may make it stronger."""
-    config = situation.config
-    reason = f"{config.pattern} in one step, with the strongest recipe."
-    first = Plan(sparsity=config.target_sparsity, recipe=STRONG, reason=reason)
+    config, strongest = situation.config, _find_strongest(situation)
+    if strongest is None:
+        return
+    reason = f"{config.pattern} in one step, with the strongest recipe{_name_broken(situation)}."
+    first = Plan(sparsity=config.target_sparsity, recipe=strongest, reason=reason)
     yield from skip_repeats(situation, (first, *change_one_lever(situation, first)))
 
 
-def _plan_climb(situation: Situation) -> Plan:
+def _plan_climb(situation: Situation) -> Plan | None:
     target = situation.config.target_sparsity
     start = (situation.accepted or situation.dense).sparsity
-    failed = _failures(situation)
+    failed, strongest = _failures(situation), _find_strongest(situation)
+    if strongest is None:
+        return None
     if failed:
-        return _plan_after_rollback(situation, start, failed[-1])
+        return _plan_after_rollback(situation, start, failed[-1], strongest)
     if not situation.trials:
         step = round(max(FIRST_STEP * target, (start + target) / 2), 4)  # the model may hold zeros already
         return Plan(
@@ -71,12 +76,16 @@ def _plan_climb(situation: Situation) -> Plan:
             reason=f"A first, cheap round at {step:.1%} (masks alone) shows how far the KL curves are off.",
         )
     limit = _limit(situation)
-    if (perplexity := _predict_perplexity(situation, target, MASKS)) <= limit:
+    perplexity = _predict_perplexity(situation, target, MASKS)
+    if perplexity <= limit and MASKS.method not in situation.broken:
         return Plan(
             sparsity=target,
             recipe=MASKS,
             reason=f"Masks alone are predicted to reach perplexity {perplexity:.2f}, within the limit of {limit:.2f}.",
         )
+    if strongest != STRONG:
+        reason = f"The whole step, with the strongest recipe{_name_broken(situation)}."
+        return Plan(sparsity=target, recipe=strongest, reason=reason)
     return Plan(
         sparsity=target,
         recipe=STRONG,
@@ -85,21 +94,37 @@ def _plan_climb(situation: Situation) -> Plan:
     )
 
 
-def _plan_after_rollback(situation: Situation, start: float, last: Trial) -> Plan:
-    """Strengthen the recipe first; with the strongest recipe, halve the step."""
+def _plan_after_rollback(situation: Situation, start: float, last: Trial, strongest: Recipe) -> Plan:
+    """Strengthen the recipe first; with the strongest recipe, halve the step. After one that broke, take another."""
     undone = f"Round {last.iteration} was {'refused' if last.verdict == 'refuse' else 'rolled back'}"
-    if last.recipe and not last.recipe.refits:
+    sparsity = min(last.sparsity, situation.config.target_sparsity)
+    if last.broken:
+        other = Plan(sparsity=sparsity, recipe=strongest, reason=f"Round {last.iteration} broke: {last.reason}.")
+        if situation.find_trial(other) is None:
+            return other
+        undone = f"Round {last.iteration} broke"
+    elif last.recipe and not last.recipe.refits and strongest == STRONG:
         return Plan(
-            sparsity=min(last.sparsity, situation.config.target_sparsity),
+            sparsity=sparsity,
             recipe=STRONG,
             reason=f"{undone}; refitting the survivors repairs most of a mask's damage.",
         )
     step = round(start + (last.sparsity - start) / 2, 4)
     return Plan(
         sparsity=step,
-        recipe=STRONG,
+        recipe=strongest,
         reason=f"{undone} at {last.sparsity:.1%}; half the step from {start:.1%}.",
     )
+
+
+def _find_strongest(situation: Situation) -> Recipe | None:
+    """The strongest recipe whose method has not broken; None where they all have."""
+    return next((recipe for recipe in (STRONG, MASKS) if recipe.method not in situation.broken), None)
+
+
+def _name_broken(situation: Situation) -> str:
+    """Which methods are out of the question, in a reason's words; empty where none is."""
+    return f" that does not break ({', '.join(sorted(situation.broken))} did)" if situation.broken else ""
 
 
 def _failures(situation: Situation) -> list[Trial]:

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
-from graph.planning.orders import Curves, Orders, describe_plan, read_curves
+from graph.planning.orders import Curves, Orders, describe_plan, hash_request, read_curves
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted
@@ -50,6 +50,12 @@ class Situation:
         """Whether what was kept last has the target sparsity, so that rounds go on to lower its KL."""
         return self.accepted is not None and self.accepted.sparsity >= self.config.target_sparsity - SAME_SPARSITY
 
+    @property
+    def broken(self) -> set[str]:
+        """Methods that broke whenever they were carried out."""
+        broke = {trial.recipe.method for trial in self.trials if trial.recipe and trial.broken}
+        return broke - {trial.recipe.method for trial in self.trials if trial.recipe and trial.measured}
+
     @cached_property
     def orders(self) -> Orders:
         """What plans of this round come to."""
@@ -64,6 +70,17 @@ class Situation:
         made, line = self.orders.identify(weighed), describe_plan(weighed)
         for trial in reversed(self.trials):
             if trial.order == made if trial.order else trial.plan == line:  # of an earlier version by its line
+                return trial
+        return None
+
+    def find_broken(self, plan: Plan) -> Trial | None:
+        """The last trial that broke, and that this plan would only repeat, whatever lessons made of it since.
+
+        Raises ImpossiblePlan.
+        """
+        made, asked = self.orders.identify(self.orders.weigh(plan)), hash_request(plan)
+        for trial in reversed(self.trials):
+            if trial.broken and (trial.asked == asked or (trial.order and trial.order == made)):
                 return trial
         return None
 
@@ -88,7 +105,7 @@ def gather_situation(bench: "Workbench", state: State, progress: "Progress", *, 
 
 def identify_trial(bench: "Workbench", trial: Trial, pattern: str) -> Trial:
     """A trial with its order's id: for one of an earlier version, of what its checkpoint was made of."""
-    if trial.order or trial.recipe is None or trial.verdict == "refuse":
+    if trial.order or trial.recipe is None or not trial.measured:
         return trial
     try:
         zeros = {name: record.zeros for name, record in bench.read_checkpoint(trial.checkpoint).items()}

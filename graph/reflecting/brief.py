@@ -132,6 +132,8 @@ def _describe_trials(evidence: Evidence) -> str:
 def _describe_trial(trial: Trial) -> str:
     if trial.verdict == "refuse":
         return f"sparsity {trial.sparsity:.4g}; refused by a person: {quote_data(trial.reason, 160)}"
+    if trial.broken:
+        return f"sparsity {trial.sparsity:.4g}; broke, nothing measured: {quote_data(trial.reason, 160)}"
     change = f"; change from the last kept known to +- {show_short(trial.change_error)}" if trial.change_error else ""
     error = "" if trial.kl_error is None else f" +- {show_short(trial.kl_error)}"
     return (

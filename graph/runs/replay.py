@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Reflection
 from graph.state import State
-from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
 from tools.base.rundir import runs_directory
 from tools.plans.work_order import WorkOrder
 
@@ -102,11 +102,26 @@ def _take(record: Record, event: Event) -> None:
         case "reflection":
             record.reflections[int(event["iteration"])] = Reflection.model_validate(event["details"])
         case "trial":
-            record.trials[int(event["iteration"])] = {name: event[name] for name in FIGURES}
+            record.trials[int(event["iteration"])] = {
+                **{name: event[name] for name in FIGURES},
+                "broken": bool(event.get("broken")),  # earlier versions had no such trials
+                "reason": str(event.get("reason", "")),
+                "order": str(event.get("order", "")),
+            }
         case "note" if not record.mask_sha256:
             record.stop = str(event["text"])
         case "result":
             record.mask_sha256 = str(event["mask_sha256"])
+
+
+def find_breakage(run: str, iteration: int, *, planned: bool = False) -> str:
+    """How the plan of an iteration broke in the record, where another machine may have less memory; empty for none.
+
+    With `planned` only where it broke before it came to a work order. It is taken as it was, so that all that follows
+    is what followed then.
+    """
+    trial = read_record(run).trials.get(iteration, {})
+    return trial["reason"] if trial.get("broken") and not (planned and trial["order"]) else ""
 
 
 def find_plan(state: State, resolve: Callable[[Plan], WorkOrder]) -> tuple[Plan | None, str]:
@@ -121,7 +136,10 @@ def find_plan(state: State, resolve: Callable[[Plan], WorkOrder]) -> tuple[Plan 
             return None, record.stop or f"run {record.run} planned no more rounds"
         return None, f"the record of run {record.run} ends here, unfinished"
     try:
-        resolve(plan)
+        if not find_breakage(record.run, iteration, planned=True):
+            resolve(plan)
+    except BrokenPlan:
+        return plan, ""  # a round of its own, as it would be in any run
     except ImpossiblePlan as error:
         return None, f"plan {iteration} of run {record.run} cannot be carried out here: {error}"
     return plan, ""
@@ -163,6 +181,10 @@ def _compare_trial(run: str, event: Event) -> str:
     """The first figure of a trial that differs from the record's; empty where none does."""
     record, iteration = read_record(run), event["iteration"]
     there = record.trials.get(iteration, event)
+    if there["broken"] != event["broken"]:
+        where = "in the record" if there["broken"] else "here"
+        reason = there["reason"] if there["broken"] else event["reason"]
+        return f"trial {iteration}: it broke {where} only ({reason})"
     for name, word in FIGURES.items():
         if name == "checkpoint" and not record.orders.get(iteration):
             continue  # earlier versions recorded no orders, and kept the same weights in other files

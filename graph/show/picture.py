@@ -121,7 +121,8 @@ class Picture:
         self.trials[number] = dict(event)
         self.trials = dict(sorted(self.trials.items()))
         if number:
-            self.say(f"{verdict} {number}", event.get("reason", ""), VERDICTS.get(verdict, ""))
+            word = "broke" if event.get("broken") else verdict
+            self.say(f"{word} {number}", event.get("reason", ""), VERDICTS.get(verdict, ""))
 
     def take_rollback(self, event: Event) -> None:
         """Which weights came back."""

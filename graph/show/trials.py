@@ -20,8 +20,9 @@ def trial_cells(trial: Event) -> list[str]:
     cells = [str(number), show_percent(trial["sparsity"], 1), show_compact(trial["perplexity"])]
     if number == 0:
         return [*cells, "", "", "", "dense"]
-    if trial["verdict"] == "refuse":
-        return [*cells[:2], "", "", show_compact(trial["predicted_kl"], 4), "", "refuse"]
+    if trial["verdict"] == "refuse" or trial.get("broken"):
+        word = "broke" if trial.get("broken") else "refuse"
+        return [*cells[:2], "", "", show_compact(trial["predicted_kl"], 4), "", word]
     facts = "" if trial.get("fact_retention") is None else show_percent(trial["fact_retention"], 1)
     kl = tell_kl(trial).replace("± ", "±")
     return [*cells, kl, show_compact(trial["predicted_kl"], 4), facts, clean(trial["verdict"], 8)]

@@ -71,6 +71,8 @@ def tell_trial(event: Event) -> str:
         return f"trial 0: the dense model, perplexity {show_compact(event['perplexity'])}"
     if event["verdict"] == "refuse":
         return f"trial {event['iteration']}: refused, {clean(event['plan'])}: {clean(event['reason'], 1000)}"
+    if event.get("broken"):
+        return f"trial {event['iteration']}: broke, {clean(event['plan'])}: {clean(event['reason'], 1000)}"
     line = (
         f"trial {event['iteration']}: {event['verdict']}, sparsity {show_percent(event['sparsity'], 1)}, "
         f"perplexity {show_compact(event['perplexity'])}, KL {tell_kl(event)} "

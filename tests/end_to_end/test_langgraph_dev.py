@@ -67,10 +67,13 @@ def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:
     assert branches == {
         ("plan", "approve"),
         ("plan", "prune"),
+        ("plan", "rollback"),
         ("plan", "finish"),
         ("approve", "prune"),
         ("approve", "plan"),
         ("approve", "finish"),
+        ("prune", "validate"),
+        ("prune", "rollback"),
         ("validate", "accept"),
         ("validate", "rollback"),
         ("reflect", "plan"),

@@ -9,6 +9,18 @@ class ImpossiblePlan(ValueError):
     """The plan cannot be met; the message tells the planner why, in one line."""
 
 
+class BrokenPlan(ImpossiblePlan):
+    """The plan broke while it was carried out, for want of memory or in a layer whose numbers give no answer."""
+
+
+class UnknownStatistics(UserError):
+    """A text says nothing of a layer, or nothing finite."""
+
+
+class BrokenBaseline(UserError):
+    """The dense model cannot be profiled, for want of memory say; what was done stands, and the run can be resumed."""
+
+
 class DiskFull(UserError):
     """No space was left in the middle of a run; what was done stands, and the run can be resumed."""
 

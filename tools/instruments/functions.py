@@ -124,8 +124,9 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int) -> list[Figures]:
     """Carry drafts out and measure each on the first `tokens` tokens of the validation text, rounded up to windows.
 
     Figures are paired with the dense model's on the same text, and with those of the present weights where they are
-    not the dense ones: `kl_change` is the draft's KL minus theirs. Of a draft that cannot be there is `error` alone.
-    Raises ImpossiblePlan when none can, and ValueError when there are not the tokens for all that can.
+    not the dense ones: `kl_change` is the draft's KL minus theirs. Of a draft that cannot be, or breaks while it is
+    carried out, there is `error` alone. Raises ImpossiblePlan when none can, and ValueError when there are not the
+    tokens for all that can.
     """
     bench, found = round_.bench, [_try_to_resolve(round_, draft) for draft in drafts]
     orders = {number: order for number, order in enumerate(found) if isinstance(order, WorkOrder)}
@@ -142,8 +143,13 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int) -> list[Figures]:
         keep=round_.keep,
     )
     figures: list[Figures] = [{"error": problem} for problem in found]
-    for (number, order), evaluation in zip(orders.items(), evaluations, strict=True):
-        figures[number] = _describe_probe(round_, order, evaluation, windows)
+    for (number, order), measured in zip(orders.items(), evaluations, strict=True):
+        if isinstance(measured, str):
+            figures[number] = {"error": measured}
+        else:
+            figures[number] = _describe_probe(round_, order, measured, windows)
+    if all("error" in figure for figure in figures):
+        raise ImpossiblePlan("; ".join(dict.fromkeys(figure["error"] for figure in figures)))
     return figures
 
 

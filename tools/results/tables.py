@@ -74,11 +74,12 @@ def _trial_row(trial: dict[str, Any]) -> str:
     error = None if trial["kl_error"] == float("inf") else trial["kl_error"]
     kl = show_score(trial["kl"], error)
     figures = f"{show(trial['perplexity'])} | {kl}"
-    if trial["verdict"] == "refuse":  # nothing was measured
+    verdict = "broke" if trial.get("broken") else trial["verdict"]
+    if verdict in ("refuse", "broke"):  # nothing was measured
         figures = " | "
     return (
         f"| {trial['iteration']} | {trial['sparsity']:.2%} | {figures} "
-        f"| {trial['predicted_kl']:.4f} | {trial['verdict']} | {escape(trial['plan'])} | {escape(trial['reason'])} |"
+        f"| {trial['predicted_kl']:.4f} | {verdict} | {escape(trial['plan'])} | {escape(trial['reason'])} |"
     )
 
 

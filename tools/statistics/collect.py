@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tools.base.errors import UserError
+from tools.base.errors import UnknownStatistics
 from tools.base.progress import Progress, count_up
 from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
@@ -133,7 +133,7 @@ def collect_moments(
     """The moments of what the layers of a block read: fp32, means over all tokens.
 
     The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products.
-    Raises UserError for a layer that never ran, such as an expert that no token was sent to.
+    Raises UnknownStatistics for a layer that never ran, such as an expert that no token was sent to.
     """
     return _finish_moments(team.ask(SumMoments(walk, block, full, purpose))(ignore_ticks), extent, layers, full)
 
@@ -147,7 +147,9 @@ def _finish_moments(
         group |= found  # the first one's counts
     for layer in layers:
         if layer.name not in group:
-            raise UserError(f"layer {layer.name} never ran on the calibration text, so that nothing is known of it")
+            raise UnknownStatistics(
+                f"layer {layer.name} never ran on the calibration text, so that nothing is known of it"
+            )
     means = {leader: sums[f"{'A' if full else 'a'}/{leader}"] for leader in dict.fromkeys(group.values())}
     for total in means.values():
         total /= extent.positions
@@ -175,8 +177,8 @@ def collect_statistics(
     Each second moment is handed to `keep_moment` (name of its group, A) as soon as it is whole, and not held; without
     it only mean squares are collected.
     kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself; dW is what the
-    two-sided mask removes of the `dense` weights where they are given, else of those in the model. Raises UserError for
-    a layer that never ran.
+    two-sided mask removes of the `dense` weights where they are given, else of those in the model. Raises
+    UnknownStatistics for a layer that never ran.
     """
     grouped = _group(layers)
     with begin_walk(team, text) as walk:

@@ -22,7 +22,8 @@ from kernels.statistics import (
     squared_loss_changes,
     sum_squares,
 )
-from tools.base.errors import UserError
+from tools.base.errors import UnknownStatistics
+from tools.base.failures import explain_layer
 from tools.base.progress import heed_stop
 from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
@@ -269,7 +270,7 @@ class Walks:
     def _step_down(self, way: _Way, block: int, span: Span, language: bool) -> _Seen:
         """Back-propagate through a block the loss of labels drawn from the model and, with `language`, the text's.
 
-        Raises UserError when fp16 cannot hold what flows back.
+        Raises UnknownStatistics when fp16 cannot hold what flows back.
         """
         layers, last, shards = self.grouped[block], block == len(self.blocks) - 1, range(*span)
         seen = _Seen(
@@ -317,7 +318,7 @@ class Walks:
 
     def _begin_gradients(self, ids_T: Tensor, hidden_TD: Tensor, window: int) -> tuple[Gradient, Gradient]:
         if self._scaled and not hidden_TD.isfinite().all():
-            raise UserError(f"what the model makes of the calibration text {OVERFLOW}")
+            raise UnknownStatistics(f"what the model makes of the calibration text {OVERFLOW}")
         # Every window has a generator of its own: labels do not depend on the order of the windows.
         generator = torch.Generator(device=hidden_TD.device).manual_seed(self.seed * 1_000_003 + window)
         scales = scale_losses(len(ids_T) - self.lead) if self._scaled else (1.0, 1.0)
@@ -346,7 +347,8 @@ class Walks:
             if not whole:  # a span without gradient windows, or an expert that these never reached
                 continue
             changes = (part_OI.to(layer.weight_OI.device) for part_OI in parts[layer.name])
-            changes_LP = squared_loss_changes([(pair.x_TI, pair.g_TO) for pair in whole], changes)
+            with explain_layer(f"KL curve of layer {layer.name}"):
+                changes_LP = squared_loss_changes([(pair.x_TI, pair.g_TO) for pair in whole], changes)
             changes_LP /= torch.tensor([pair.scale**2 for pair in whole], dtype=torch.float64).to(changes_LP.device)
             columns = changes_LP.split([len(shard) for shard in pairs.values()], 1)
             for shard, column_LP in zip(pairs, columns, strict=True):

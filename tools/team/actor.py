@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tools.base.failures import explain_work
 from tools.base.settings import TeamSettings
 from tools.measure.losses import limit_prefix
 from tools.models.load import load_model
@@ -37,7 +38,8 @@ class Actor:
 
     def _answer(self, job: Job[Any]) -> Any:
         began = time.perf_counter()
-        answer = job.run(self._worker)
+        with explain_work(f"worker {os.getpid()} on {socket.gethostname()}"):
+            answer = job.run(self._worker)
         self._busy += time.perf_counter() - began
         return freeze(answer)
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tools.base.errors import UserError, in_one_line
+from tools.base.errors import BrokenPlan, UserError, in_one_line
 from tools.base.progress import heed_stop
 from tools.base.settings import TeamSettings, count_threads
 from tools.statistics.shards import SHARDS
@@ -42,15 +42,15 @@ class Connection:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turns what Ray raises into UserError, but for a worker's death (RayActorError)."""
+        """Turns what Ray raises into UserError, but for a worker's death (RayActorError) and a BrokenPlan."""
         errors = self.ray.exceptions
         try:
             yield
         except errors.RayActorError:
             raise
         except errors.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from None
+            if isinstance(error.cause, BrokenPlan | UserError):
+                raise type(error.cause)(str(error.cause)) from None
             raise
         except (errors.RayError, ConnectionError) as error:
             line = in_one_line(error, 200)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kernels.methods import LayerStatistics
+from tools.base.failures import explain_layer
 from tools.base.progress import ignore_progress
 from tools.base.settings import Split, WorkbenchSettings
 from tools.measure.losses import PrefixCache, evaluate_windows
@@ -139,17 +140,19 @@ class Worker:
         """Prune layers from their dense weights."""
         results = []
         for layer, dense_OI, statistics in self._with_statistics(group):
-            pruned = prune_layer(recipe, dense_OI, statistics, layer.zeros)
-            tensors = pack_pruned(pruned.weight_OI, values=recipe.changes_survivors)
+            with explain_layer(f"pruning layer {layer.name}"):
+                pruned = prune_layer(recipe, dense_OI, statistics, layer.zeros)
+                tensors = pack_pruned(pruned.weight_OI, values=recipe.changes_survivors)
             results.append(LayerResult(layer.name, tensors, pruned.damping))
         return results
 
     def prune_to_levels(self, recipe: Recipe, group: LayerGroup) -> dict[str, list[Tensor]]:
         """What `cut_to_levels` gives of each layer, on the CPU."""
-        return {
-            layer.name: [part_OI.cpu() for part_OI in cut_to_levels(recipe, dense_OI, statistics)]
-            for layer, dense_OI, statistics in self._with_statistics(group)
-        }
+        parts = {}
+        for layer, dense_OI, statistics in self._with_statistics(group):
+            with explain_layer(f"KL curve of layer {layer.name}"):
+                parts[layer.name] = [part_OI.cpu() for part_OI in cut_to_levels(recipe, dense_OI, statistics)]
+        return parts
 
     def _with_statistics(self, group: LayerGroup) -> Iterator[tuple[LayerWork, Tensor, LayerStatistics]]:
         """Each layer with its dense weights and its statistics, on this worker's device."""

@@ -6,14 +6,16 @@ Everything it makes goes to disk under the hash of its content, so a killed run 
 import json
 import resource
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tools.base.errors import UserError
+from tools.base.errors import BrokenBaseline, BrokenPlan, ImpossiblePlan, UserError
+from tools.base.failures import explain_work
 from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings, WorkbenchSettings
 from tools.base.words import show_size
@@ -46,7 +48,9 @@ from tools.workbench.weights import Weights
 class Workbench:
     """Owns one loaded model, and the parts that work on it. Raises UserError when model or texts cannot be had.
 
-    What it is asked is done by its parts, where it is described.
+    What it is asked is done by its parts, where it is described. Where that breaks for want of memory, or in a layer
+    whose numbers give no answer, it raises BrokenPlan, of a profile BrokenBaseline: what was finished is kept, and
+    `restore` puts any checkpoint back.
     """
 
     def __init__(self, settings: TeamSettings, directory: Path, warn: Warn, progress: Progress) -> None:
@@ -88,6 +92,16 @@ class Workbench:
             self._warn,
         )
         progress("load model", 1, 1)
+
+    @contextmanager
+    def _explained(self, what: str, kind: type[BrokenPlan] | type[BrokenBaseline] = BrokenPlan) -> Iterator[None]:
+        """As `explain_work`; no second moment is held where it breaks."""
+        with explain_work(what, kind):
+            try:
+                yield
+            except Exception:
+                self.profiles.let_go()
+                raise
 
     def close(self) -> None:
         """Let workers go that were gathered."""
@@ -140,7 +154,8 @@ class Workbench:
 
     def profile(self, progress: Progress, first: str = "", *, masks_only: bool = False) -> str:
         """As `Profiles.make`."""
-        return self.profiles.make(progress, first, masks_only=masks_only)
+        with self._explained("profiling the model", BrokenBaseline):
+            return self.profiles.make(progress, first, masks_only=masks_only)
 
     def read_profile(self, profile: str) -> StoredProfile:
         """As `Profiles.read`."""
@@ -148,11 +163,13 @@ class Workbench:
 
     def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `Curves.describe_layers`."""
-        return self.curves.describe_layers(profile, recipe, progress)
+        with self._explained(f"measuring what {recipe.label} needs to know of layers"):
+            return self.curves.describe_layers(profile, recipe, progress)
 
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `Curves.read_layers`."""
-        return self.curves.read_layers(profile, recipe, progress)
+        with self._explained(f"measuring what {recipe.label} needs to know of layers"):
+            return self.curves.read_layers(profile, recipe, progress)
 
     def has_layers(self, profile: str, recipe: Recipe) -> bool:
         """As `Curves.has_layers`."""
@@ -162,7 +179,8 @@ class Workbench:
 
     def prune(self, profile: str, order: WorkOrder, progress: Progress) -> str:
         """As `Pruner.prune`."""
-        return self.pruner.prune(profile, order, progress)
+        with self._explained("pruning"):
+            return self.pruner.prune(profile, order, progress)
 
     def restore(self, checkpoint: str) -> list[str]:
         """As `Pruner.restore`."""
@@ -198,25 +216,30 @@ class Workbench:
 
     def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
         """As `Evaluator.evaluate`."""
-        return self.evaluator.evaluate(checkpoint, split, profile, progress, label)
+        with self._explained(f"measuring on the {split} text"):
+            return self.evaluator.evaluate(checkpoint, split, profile, progress, label)
 
     def evaluate_each(
         self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
     ) -> list[Evaluation]:
         """As `Evaluator.evaluate_each`."""
-        return self.evaluator.evaluate_each(checkpoints, windows, profile, progress, label)
+        with self._explained("measuring on the validation text"):
+            return self.evaluator.evaluate_each(checkpoints, windows, profile, progress, label)
 
     def evaluate_other(self, model: Any, profile: str, progress: Progress) -> Evaluation:
         """As `Evaluator.evaluate_other`."""
-        return self.evaluator.evaluate_other(model, profile, progress)
+        with self._explained("measuring on the validation text"):
+            return self.evaluator.evaluate_other(model, profile, progress)
 
     def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:
         """As `Evaluator.measure_kl_each`."""
-        return self.evaluator.measure_kl_each(checkpoints, windows)
+        with self._explained("measuring on the calibration text"):
+            return self.evaluator.measure_kl_each(checkpoints, windows)
 
     def ask(self, checkpoint: str, split: Split, progress: Progress, label: str = "") -> Recall:
         """As `Evaluator.ask`."""
-        return self.evaluator.ask(checkpoint, split, progress, label)
+        with self._explained("asking questions"):
+            return self.evaluator.ask(checkpoint, split, progress, label)
 
     def probe(
         self,
@@ -227,28 +250,40 @@ class Workbench:
         *,
         back: str,
         keep: Sequence[str] = (),
-    ) -> list[Evaluation]:
+    ) -> list[Evaluation | str]:
         """Prune by each order as `prune` would, measure it on the first `windows` windows of the validation text, and
-        put the weights of the checkpoint `back` back, bit for bit.
+        put the weights of the checkpoint `back` back, bit for bit. In place of losses: why an order could not be
+        carried out.
 
         As many are measured at once as can be; each once, then read back. Layers on disk that neither `back`, the
         checkpoints to `keep` nor the last ones measured have are deleted, so that many probes take no more room than
         those that are measured at once.
         """
         keys = [_probe_key(self.read_profile(profile), order, windows) for order in orders]
-        found = [self.index.read_measured(key) for key in keys]
-        missing = [number for number, known in enumerate(found) if known is None]
+        found: dict[int, Evaluation | str] = {}
+        for number, key in enumerate(keys):
+            if (known := self.index.read_measured(key)) is not None:
+                found[number] = Evaluation.model_validate(known)
+        missing = [number for number in range(len(orders)) if number not in found]
         for first in range(0, len(missing), self.abreast):
-            numbers = missing[first : first + self.abreast]
+            made: dict[int, str] = {}
             try:
-                checkpoints = [self.prune(profile, orders[number], progress) for number in numbers]
-                evaluations = self.evaluate_each(checkpoints, windows, profile, progress, "probe")
-                self.forget_checkpoints([back, *keep, *checkpoints])
+                for number in missing[first : first + self.abreast]:
+                    try:
+                        made[number] = self.prune(profile, orders[number], progress)
+                    except ImpossiblePlan as error:
+                        found[number] = str(error)
+                evaluations = self.evaluate_each(list(made.values()), windows, profile, progress, "probe")
+                self.forget_checkpoints([back, *keep, *made.values()])
+            except BrokenPlan as error:
+                found |= dict.fromkeys(made, str(error))
+                continue
             finally:
                 self.restore(back)
-            for number, evaluation in zip(numbers, evaluations, strict=True):
-                found[number] = self.index.keep_measured(keys[number], evaluation.model_dump())
-        return [Evaluation.model_validate(value) for value in found]
+            for number, evaluation in zip(made, evaluations, strict=True):
+                self.index.keep_measured(keys[number], evaluation.model_dump())
+                found[number] = evaluation
+        return [found[number] for number in range(len(orders))]
 
     def peak_memory_bytes(self) -> int:
         """The most memory used so far: of all GPUs that the model is on, else of this process."""

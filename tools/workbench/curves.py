@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tools.base.failures import explain_layer
 from tools.base.progress import Progress
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LayerProfile
@@ -66,7 +67,8 @@ class Curves:
         alphas, dense = {}, self._weights.dense
         for i, (name, dense_OI) in enumerate(dense.items()):
             progress("spectra", i, len(dense))
-            alphas[name] = measure_alpha(dense_OI.to(self._weights.device_of(name)))
+            with explain_layer(f"spectrum of layer {name}"):
+                alphas[name] = measure_alpha(dense_OI.to(self._weights.device_of(name)))
         progress("spectra", len(dense), len(dense))
         return alphas
 

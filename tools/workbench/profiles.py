@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from kernels.methods import LayerStatistics
-from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.errors import ImpossiblePlan, UnknownStatistics, UserError
 from tools.base.progress import Progress, ignore_progress
 from tools.base.settings import Calibration, WorkbenchSettings
 from tools.measure.losses import Evaluation
@@ -121,7 +121,7 @@ class Profiles:
         keep_moment: Callable[[str, Tensor], None] | None,
         dense: dict[str, Tensor] | None = None,
     ) -> ModelStatistics:
-        """As `collect_statistics`. Raises UserError too for statistics that are not finite."""
+        """As `collect_statistics`. Raises UnknownStatistics too for statistics that are not finite."""
         team, extent = self._crew.team, self._crew.extent
         statistics = collect_statistics(team, extent, self._weights.layers, progress, keep_moment, dense, text)
         _refuse_infinite(statistics, self._settings.dtype)
@@ -141,6 +141,10 @@ class Profiles:
     def read_hidden(self, profile: str) -> Tensor:
         """The dense model's hidden states on the validation text (B, T, D), on the CPU."""
         return self._store.read_tensors(self.read(profile).hidden)["hidden"]
+
+    def let_go(self) -> None:
+        """Hold no second moment on the device."""
+        self._shared = None
 
     # --- the text that statistics come from --------------------------------------------------------------------
 
@@ -251,6 +255,6 @@ def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
     for values in (statistics.mean_square, statistics.gradient_square):
         for name, value in values.items():
             if not bool(torch.isfinite(value).all()):
-                raise UserError(
+                raise UnknownStatistics(
                     f"activations or gradients of {name} are not finite in {dtype}; try --dtype fp32 or bf16"
                 )

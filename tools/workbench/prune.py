@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.damping import DAMPING
 from tools.base.errors import DamagedArtifact, ImpossiblePlan
+from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop, ignore_progress
 from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
 from tools.plans.recipe import Recipe, count_pattern_zeros
@@ -42,7 +43,8 @@ class Pruner:
         Layers whose number of zeros and recipe were made before are read back instead of computed. Those whose recipe
         asks for sequential statistics are pruned block by block, behind all that is pruned before them, once the others
         have been pruned by what they read in the dense model. Raises ImpossiblePlan where a text that a recipe's
-        statistics are to be of is not there, or sequential ones are to be of several.
+        statistics are to be of is not there, or sequential ones are to be of several, and BrokenPlan for a layer that
+        cannot be pruned so: those that were made before it are kept, and the model holds a mixture.
         """
         recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
         _refuse_two_walks(recipes)
@@ -142,10 +144,11 @@ class Pruner:
 
     def _compute(self, name: str, task: LayerTask, present: Moments | None = None) -> str:
         """Prune one layer in this process, put it into the model and on disk; its artifact."""
-        statistics = self._profiles.find_statistics(task.profile, name, task.recipe, present)
-        dense_OI = self._weights.dense[name].to(self._weights.device_of(name))
-        pruned = prune_layer(task.recipe, dense_OI, statistics, task.zeros)
-        tensors = pack_pruned(pruned.weight_OI, values=task.recipe.changes_survivors)
+        with explain_layer(f"pruning layer {name}"):
+            statistics = self._profiles.find_statistics(task.profile, name, task.recipe, present)
+            dense_OI = self._weights.dense[name].to(self._weights.device_of(name))
+            pruned = prune_layer(task.recipe, dense_OI, statistics, task.zeros)
+            tensors = pack_pruned(pruned.weight_OI, values=task.recipe.changes_survivors)
         return self._keep(name, pruned.weight_OI, tensors, pruned.damping)
 
     def _keep(self, name: str, weight_OI: Tensor, tensors: dict[str, Tensor], damping: float) -> str:

@@ -107,7 +107,7 @@ class Weights:
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """The weights in the model end as they were. Raises DamagedArtifact for those that are not to be had."""
-        present = dict(self.installed)
+        present = {name: artifact for name, artifact in self.installed.items() if artifact}  # no half-written ones
         try:
             yield
         finally:

@@ -157,3 +157,6 @@ def test_a_refused_trial_shows_no_figures() -> None:
     refused = make_trial(1, "refuse", perplexity=None, kl=None, kl_error=None, reason="too bold")
     (line,) = [line for line in draw(START, make_trial(0), refused) if line.startswith("1 ")]
     assert "not finite" not in line and "refuse" in line
+    broke = make_trial(1, "rollback", perplexity=None, kl=None, kl_error=None, broken=True, reason="out of memory (x)")
+    (line,) = [line for line in draw(START, make_trial(0), broke) if line.startswith("1 ")]
+    assert "not finite" not in line and "broke" in line

@@ -283,7 +283,7 @@ def test_what_fails_in_a_probe_leaves_the_weights_as_they_were(
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(Layer, "write", fail_third)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(ImpossiblePlan, match=r"^pruning: out of memory \(out of memory\)$"):
         probe(round_, [Draft(sparsity=0.2, recipe=WANDA.recipe)], 1)
     assert calls > 3
     assert hash_weights(round_.bench) == before

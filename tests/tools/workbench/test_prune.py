@@ -9,12 +9,13 @@ import torch
 
 import tools.statistics.pruned
 import tools.workbench.curves
+import tools.workbench.prune
 from kernels.guard import Pruned
 from kernels.methods import prune_weight
 from tests.benches import MASK, REFIT, SEQUENTIAL, WANDA, artifact_path, ignore, open_bench, plan, prune, same, snapshot
 from tests.team import join_team
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
-from tools.base.errors import ImpossiblePlan
+from tools.base.errors import BrokenPlan, ImpossiblePlan
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.plans.work_order import WorkOrder, order_allocation
 from tools.workbench.bench import Workbench
@@ -50,6 +51,30 @@ def test_every_architecture_is_pruned_exactly_and_restored_bit_for_bit(
     names = {layer.name for layer in bench.layers}
     for bits in made.values():  # nothing but the prunable layers is touched
         assert {k.removesuffix(".weight") for k in bits if not torch.equal(bits[k], dense[k])} <= names
+
+
+def test_what_was_finished_before_a_layer_breaks_is_kept_and_the_rest_put_back(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = bench.profile(ignore)
+    before, snapped = prune(bench, profile, 0.2, MASK), snapshot(bench)
+    prune_layer, begun = tools.workbench.prune.prune_layer, 0
+
+    def fail(*arguments: Any) -> Pruned:
+        nonlocal begun
+        begun += 1
+        if begun == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return prune_layer(*arguments)
+
+    monkeypatch.setattr(tools.workbench.prune, "prune_layer", fail)
+    name = list(bench.by_name)[4]
+    with pytest.raises(BrokenPlan, match=rf"^pruning layer {name}: out of memory \(CUDA out of memory\.\)$"):
+        prune(bench, profile, 0.45)
+    assert not same(snapshot(bench), snapped), "it broke in the middle"
+    assert len(bench.restore(before)) == 4
+    assert same(snapshot(bench), snapped)
+    assert prune(bench, profile, 0.45) and begun == 1 + len(bench.layers), "four were read back"
 
 
 def test_restoring_touches_only_what_differs(bench: Workbench, written: list[str]) -> None:

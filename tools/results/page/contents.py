@@ -138,8 +138,8 @@ def find_limits(records: Sequence[Record]) -> tuple[float, float]:
 
 
 def list_measured(record: Record) -> list[Trial]:
-    """The trials that were not refused before they were measured."""
-    return [t for t in record.trials if t.verdict != "refuse"]
+    """The trials that have figures."""
+    return [t for t in record.trials if t.measured]
 
 
 def list_predictions(trials: Sequence[Trial]) -> list[Prediction]:
@@ -147,7 +147,7 @@ def list_predictions(trials: Sequence[Trial]) -> list[Prediction]:
     return [
         Prediction(t.iteration, t.verdict, t.predicted_kl, t.kl, t.kl_error or 0.0)
         for t in trials
-        if t.verdict != "refuse" and t.kl is not None and t.kl > 0 and t.predicted_kl > 0
+        if t.measured and t.kl is not None and t.kl > 0 and t.predicted_kl > 0
     ]
 
 

@@ -40,9 +40,15 @@ class Trial(BaseModel):
     fact_retention: Measured = None
     fact_error: Measured = None
     verdict: Literal["accept", "rollback", "refuse"]
+    broken: bool = False
     reason: str = ""
     plan: str = ""
     seconds: FiniteFloat = 0.0
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has figures: nobody refused it, and it did not break while it was carried out."""
+        return self.verdict != "refuse" and not self.broken
 
 
 class Plan(BaseModel):
