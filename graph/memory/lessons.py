@@ -16,6 +16,7 @@ from langgraph.store.base import BaseStore, SearchItem
 from graph.config import RunConfig
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
+from tools.base.settings import TEAM, TaskSettings
 
 LIMIT = 30
 """Lessons from earlier runs that a new run starts with, those of most evidence."""
@@ -49,10 +50,28 @@ def family(model: str) -> str:
     return re.split(r"\d", name.lower())[0].strip("-_. ")
 
 
+IDLE = (
+    *(*TEAM, "device", "trust_remote_code", "memory"),
+    *("test", "test_windows", *TaskSettings.model_fields),  # asked once, at the end
+    *("max_iterations", "patience", "max_evaluated_tokens", "max_agent_tokens", "max_agent_cost", "approve"),
+    *("planner_calls", "planner_seconds", "agent_timeout", "agent_retries"),
+    *(f"{agent}_price_{way}" for agent in ("planner", "reflector") for way in ("input", "output")),
+)
+"""Fields of the config that change no trial: where and how long the work is done, and how many rounds there are."""
+
+
 def fingerprint(config: RunConfig) -> str:
-    """A hash of everything that decides a run's masks."""
-    values = config.model_dump(exclude=set() if config.bos == "never" else {"bos"})  # as before there was the field
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    """A hash of all that determines what a run's trials come to: runs that share it are repeats of one another."""
+    return _hash(config, *IDLE)
+
+
+def _list_fingerprints(config: RunConfig) -> tuple[str, str]:
+    """The fingerprint, and that of earlier versions: a hash of the whole config, as before there was the field bos."""
+    return fingerprint(config), _hash(config, *(() if config.bos == "never" else ("bos",)))
+
+
+def _hash(config: RunConfig, *left_out: str) -> str:
+    return hashlib.sha256(json.dumps(config.model_dump(exclude={*left_out}), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_lesson(store: BaseStore, config: RunConfig, lesson: Lesson, number: int = 0) -> None:
@@ -70,11 +89,16 @@ def write_lesson(store: BaseStore, config: RunConfig, lesson: Lesson, number: in
 def read_lessons(store: BaseStore, config: RunConfig, run: str) -> tuple[list[Lesson], int]:
     """The lessons of earlier runs on the same model, oldest first, and the number of runs that taught them.
 
-    One from a run with this very config is marked: it is shown, but a rule that computes with lessons must leave it
-    out, so that the same config gives the same masks however often it is run.
+    One from a run of the same trials is marked: it is shown, but a rule that computes with lessons must leave it out,
+    so that the same config gives the same masks however often it is run. Where they are too many, those that were
+    learnt on this text and pattern go first.
     """
     items = [item for item in _find_items(store, config.model) if item.value["run"] != run]
-    groups = sorted(group_items(items, fingerprint(config)), key=lambda group: -weigh_evidence(group[0]))[:LIMIT]
+
+    def rank(group: tuple[Lesson, list[SearchItem]]) -> tuple[bool, float]:
+        return not group[0].knows(config.calibration_text, config.pattern), -weigh_evidence(group[0])
+
+    groups = sorted(group_items(items, *_list_fingerprints(config)), key=rank)[:LIMIT]
     groups.sort(key=lambda group: _order(group[1][-1]))
     return [lesson for lesson, _ in groups], len(runs_of(item for _, seen in groups for item in seen))
 
@@ -91,7 +115,7 @@ def search_lessons(store: BaseStore, config: RunConfig, query: str) -> list[Less
     for model, items in find_models(store).items():
         if model != config.model and not (family(model) and family(model) == family(config.model)):
             continue
-        for lesson, _ in group_items(items, fingerprint(config)):
+        for lesson, _ in group_items(items, *_list_fingerprints(config)):
             lesson = lesson if model == config.model else lesson.model_copy(update={"model": model})
             shared = len(wanted & _words(f"{lesson.selector} {lesson.recipe} {lesson.text} {lesson.model}"))
             if shared or not wanted:
@@ -129,21 +153,21 @@ def find_models(store: BaseStore) -> dict[str, list[SearchItem]]:
     return dict(sorted(models.items()))
 
 
-def group_items(items: Iterable[SearchItem], mine: str = "") -> list[tuple[Lesson, list[SearchItem]]]:
+def group_items(items: Iterable[SearchItem], *mine: str) -> list[tuple[Lesson, list[SearchItem]]]:
     """The lessons that items make, each with its items; lessons that were contradicted too often are left out.
 
-    `mine` is the fingerprint of the config whose own lessons are marked.
+    `mine` are the fingerprints of the config whose own lessons are marked.
     """
-    return [(lesson, seen) for lesson, seen in _merge_items(items, mine) if lesson]
+    return [(lesson, seen) for lesson, seen in _merge_items(items, *mine) if lesson]
 
 
-def _merge_items(items: Iterable[SearchItem], mine: str = "") -> list[tuple[Lesson | None, list[SearchItem]]]:
+def _merge_items(items: Iterable[SearchItem], *mine: str) -> list[tuple[Lesson | None, list[SearchItem]]]:
     """Items about the same, and the lesson that they make; None where it was contradicted too often."""
     groups: dict[tuple[object, ...], list[tuple[Lesson, SearchItem]]] = defaultdict(list)
     for item in items:
         if item.value["factor"] <= 0:  # earlier versions rounded small ones to zero, which has no log
             continue
-        lesson = Lesson.model_validate(item.value | {"model": "", "same_config": item.value["config"] == mine})
+        lesson = Lesson.model_validate(item.value | {"model": "", "same_config": item.value["config"] in mine})
         groups[name_subject(lesson)].append((lesson, item))
     return [
         (next(iter(merge_lessons(lesson for lesson, _ in group)), None), [item for _, item in group])

@@ -23,6 +23,7 @@ from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
+from tools.base.names import hide_directories
 from tools.base.words import show_short
 from tools.plans.layer_profile import LEVELS, LayerProfile
 
@@ -78,7 +79,7 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
         describe_layers(situation),
         _describe_bounds(situation),
         _describe_trials(situation),
-        _describe_lessons(situation.lessons),
+        _describe_lessons(situation.lessons, situation.config),
         _describe_rest(situation),
         *([_describe_untried(situation.untried)] if situation.untried else []),
         *([f"Tools: {toolbox.describe_budget()}"] if toolbox else []),
@@ -277,19 +278,23 @@ def recount_trial(trial: Trial) -> str:
     return f"{_describe_trial(trial, 2_000)}{change}; {trial.seconds:.0f} s to measure"
 
 
-def _describe_lessons(lessons: Sequence[Lesson]) -> str:
+def _describe_lessons(lessons: Sequence[Lesson], config: RunConfig) -> str:
     if not lessons:
         return "Lessons: none yet."
-    lines = [describe_lesson(lesson) for lesson in lessons[-MAX_LESSONS:]]
+    lines = [describe_lesson(lesson, config) for lesson in lessons[-MAX_LESSONS:]]
     return "Lessons of this and earlier runs, oldest first:\n" + data_block("lessons", lines)
 
 
-def describe_lesson(lesson: Lesson) -> str:
-    """A lesson in one line."""
+def describe_lesson(lesson: Lesson, config: RunConfig) -> str:
+    """A lesson in one line; of one that was learnt on another text or pattern, that it weighs nothing in this run."""
     model = f"{quote_data(lesson.model, 60)}, " if lesson.model else ""  # a relative's
+    ground = f" {quote_data(hide_directories(lesson.ground), 80)}" if lesson.ground else ""
+    text, pattern = config.calibration_text, config.pattern
+    other = "text" if not lesson.knows(text, lesson.pattern or "") else "pattern"
+    idle = "" if lesson.knows(text, pattern) else f" (another {other} than this run's: in no allocation)"
     return (
         f"{model}run {quote_data(lesson.run, 40)} round {lesson.iteration}, "
-        f"{quote_data(lesson.recipe, 40) or 'any recipe'}: "
+        f"{quote_data(lesson.recipe, 40) or 'any recipe'}{ground}{idle}: "
         f"{quote_data(lesson.selector, 80)} cost {show_short(lesson.factor)} times what was predicted. "
         f"{quote_data(lesson.text, 200)}"
     )

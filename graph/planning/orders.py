@@ -53,7 +53,9 @@ def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Layers, config:
     Every plan goes through here once, whoever made it, before anything is predicted or pruned by it.
     """
     recipe = find_recipe(plan, config)
-    multipliers = find_multipliers(lessons, layers, recipe) if recipe.reads_curves else {}
+    if not recipe.reads_curves:
+        return plan.model_copy(update={"multipliers": {}})
+    multipliers = find_multipliers(lessons, layers, recipe, plan.sparsity, config.calibration_text)
     return plan.model_copy(update={"multipliers": multipliers})
 
 

@@ -151,11 +151,16 @@ def _predict_perplexity(situation: Situation, sparsity: float, recipe: Recipe) -
 
 
 def calibration(situation: Situation, recipe: Recipe) -> float:
-    """Measured over predicted KL for this method and refit: the mean of what lessons measured, 1 without any."""
+    """Measured over predicted KL for this method and refit: the mean of what lessons measured, 1 without any.
+
+    On this text and pattern, at whatever sparsity: it is what a step from one sparsity to another goes by.
+    """
+    text, pattern = situation.config.calibration_text, situation.config.pattern
     known = [
         (math.log(lesson.factor), weigh_evidence(lesson))
         for lesson in situation.lessons
-        if lesson.selector == WHOLE and lesson.recipe == recipe.mask_label and not lesson.same_config
+        if lesson.selector == WHOLE and lesson.recipe == recipe.mask_label and lesson.knows(text, pattern)
+        if not lesson.same_config
     ]
     total = sum(weight for _, weight in known)
     return math.exp(sum(log * weight for log, weight in known) / total) if total else 1.0

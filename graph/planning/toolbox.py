@@ -73,7 +73,7 @@ def open_toolbox(
         return situation.orders.resolve(weigh_in_bounds(plan, situation), measure)
 
     def recall(query: str) -> list[str]:
-        return [describe_lesson(lesson) for lesson in search_lessons(store, config, query)] if store else []
+        return [describe_lesson(lesson, config) for lesson in search_lessons(store, config, query)] if store else []
 
     def tell(record: ToolRecord) -> None:
         session.emit("tool", iteration=situation.iteration, **record.model_dump())

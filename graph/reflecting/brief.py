@@ -16,6 +16,7 @@ from graph.planning.plan import Plan
 from graph.reflecting.rule import Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection
 from graph.state import Trial, same_sparsity
+from tools.base.names import hide_directories
 from tools.base.words import show_short
 from tools.plans.layer_profile import group_layers
 from tools.plans.selectors import select_layers
@@ -147,7 +148,8 @@ def _describe_lessons(lessons: Sequence[Lesson]) -> str:
     if not lessons:
         return "Lessons so far: none."
     lines = [
-        f"{quote_data(lesson.selector, 80)} with {quote_data(lesson.recipe, 40) or 'any recipe'}: x{lesson.factor:g}, "
+        f"{quote_data(lesson.selector, 80)} with {quote_data(lesson.recipe, 40) or 'any recipe'}"
+        f"{f' {quote_data(hide_directories(lesson.ground), 80)}' if lesson.ground else ''}: x{lesson.factor:g}, "
         f"observed {lesson.count} times, confidence {lesson.confidence:.2f}. {quote_data(lesson.text, 200)}"
         for lesson in lessons[-MAX_LESSONS:]
     ]

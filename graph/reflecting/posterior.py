@@ -52,7 +52,9 @@ def weigh_evidence(lesson: Lesson) -> float:
 
 def name_subject(lesson: Lesson) -> tuple[object, ...]:
     """What a lesson is about: those about the same are merged. A repeat's and mere words stay apart from the rest."""
-    return lesson.selector, lesson.recipe, lesson.curves, lesson.same_config, lesson.confidence > 0
+    sparsity = None if lesson.sparsity is None else round(lesson.sparsity, 2)
+    ground = lesson.calibration, lesson.pattern, sparsity
+    return lesson.selector, lesson.recipe, lesson.curves, *ground, lesson.same_config, lesson.confidence > 0
 
 
 def merge_lessons(lessons: Iterable[Lesson]) -> list[Lesson]:
@@ -81,15 +83,19 @@ def _merge_two(old: Lesson, new: Lesson) -> Lesson:
     )
 
 
-def find_multipliers(lessons: Iterable[Lesson], layers: Sequence[LayerProfile], recipe: Recipe) -> dict[str, float]:
+def find_multipliers(
+    lessons: Iterable[Lesson], layers: Sequence[LayerProfile], recipe: Recipe, sparsity: float, calibration: str
+) -> dict[str, float]:
     """Selectors to the factors, between 1/MOST and MOST, that lessons put on the recipe's KL curves.
 
-    Left out are lessons of a run with this very config, those about the whole model or no layer of it, and factors
-    within LEAST of 1.
+    Left out are lessons of a run of the same trials, those that were learnt on another text or pattern than the plan's
+    or far from its sparsity, those about the whole model or no layer of it, and factors within LEAST of 1.
     """
     groups: dict[str, Lesson] = {}
     for lesson in lessons:
-        if lesson.same_config or not lesson.confidence or not _is_group(lesson.selector, layers):
+        if lesson.same_config or not lesson.confidence or not lesson.fits(calibration, recipe.pattern, sparsity):
+            continue
+        if not _is_group(lesson.selector, layers):
             continue
         same = (lesson.recipe, lesson.curves) == (recipe.mask_label, find_curves(recipe))
         lesson = lesson if same else lesson.model_copy(update={"confidence": TRANSFER * lesson.confidence})

@@ -155,7 +155,9 @@ def combine_lessons(evidence: Evidence, reflection: Reflection) -> list[Lesson]:
         else:
             text = f"{lessons[known].text} The reflector ({learnt.direction}): {said}"
             lessons[known] = lessons[known].model_copy(update={"text": text})
-    return lessons
+    config, sparsity = evidence.config, round(evidence.trial.sparsity, 4)
+    ground = {"calibration": config.calibration_text, "pattern": config.pattern, "sparsity": sparsity}
+    return [lesson.model_copy(update=ground) for lesson in lessons]
 
 
 def _recount_facts(evidence: Evidence) -> str:

@@ -11,6 +11,10 @@ MOST = 2.0
 """A lesson corrects a group's KL curves by at most this factor, up or down: one trial is thin evidence."""
 
 
+NEAR = 0.2
+"""A lesson weighs in plans whose sparsity is at most so far from its own: as far as a step of the rule."""
+
+
 class Learnt(BaseModel):
     """What a reflector says that a trial taught of some layers."""
 
@@ -67,7 +71,10 @@ class Reflection(BaseModel):
 
 
 class Lesson(BaseModel):
-    """What trials taught: for these layers the KL curves were off by this factor."""
+    """What trials taught: for these layers the KL curves were off by this factor.
+
+    What is null of calibration, pattern and sparsity was not noted by earlier versions, whose lessons hold everywhere.
+    """
 
     run: str = Field(description="The run that taught it, or the last of those that did.")
     iteration: int
@@ -75,6 +82,9 @@ class Lesson(BaseModel):
     curves: Literal["mask", "method"] = Field(
         "mask", description="The KL curves that it corrects: the profile's, or those of its method itself."
     )
+    calibration: str | None = Field(None, description="The calibration text it was learnt on.")
+    pattern: str | None = Field(None, description="The run's pattern; empty for zeros anywhere.")
+    sparsity: float | None = Field(None, description="Sparsity of the trial, or of the last of them, that taught it.")
     selector: str = Field(description="The layers it is about; * is the model as a whole.")
     factor: float = Field(
         description="Measured over predicted; for a group, 2 = twice as precious as its KL curves say."
@@ -91,5 +101,22 @@ class Lesson(BaseModel):
     count: int = Field(1, ge=1, description="Observations that it is the mean of.")
     model: str = Field("", description="The model it is about, where that is another than the run's.")
     same_config: bool = Field(
-        False, description="The lesson comes from a run with this very config, so a repeat would count it twice."
+        False, description="The lesson comes from a run of the same trials, so a repeat would count it twice."
     )
+
+    def knows(self, calibration: str, pattern: str) -> bool:
+        """Whether it was learnt on this text and pattern, as far as that was noted."""
+        return self.calibration in (None, calibration) and self.pattern in (None, pattern)
+
+    def fits(self, calibration: str, pattern: str, sparsity: float) -> bool:
+        """Whether it says something of the KL curves of a plan: learnt on its text and pattern, near its sparsity."""
+        near = self.sparsity is None or round(abs(self.sparsity - sparsity), 3) <= NEAR
+        return near and self.knows(calibration, pattern)
+
+    @property
+    def ground(self) -> str:
+        """Where it was learnt, such as `at 45.0% on pydoc`, or `at 50.0% as 2:4 on pydoc`; empty if not noted."""
+        at = "" if self.sparsity is None else f"at {self.sparsity:.1%}"
+        form = f"as {self.pattern}" if self.pattern else ""
+        on = f"on {self.calibration}" if self.calibration else ""
+        return " ".join(part for part in (at, form, on) if part)

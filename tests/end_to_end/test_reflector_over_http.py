@@ -1,5 +1,6 @@
 """Whole runs with a reflector's model: its lessons move the next allocation, it may stop a run, and it may fail."""
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,14 @@ def test_memory_is_told_at_the_start_and_can_be_left_out(
     for name in ("first", "second"):
         assert command("--name", name, *rule, "--target-sparsity", "0.3" if name == "first" else "0.4").code == 0
     third = command("--name", "third", *rule)
-    assert "1 lesson from 2 earlier runs\n" in third.out
+    assert "2 lessons from 2 earlier runs\n" in third.out
     assert "lesson from" not in command("--name", "fourth", "--no-memory", *rule).out
     assert memory(["list"]) == 0
-    assert capsys.readouterr().out == f"{tiny_llama}: 1 lesson from 3 runs\n"
+    assert capsys.readouterr().out == f"{tiny_llama}: 3 lessons from 3 runs\n"
+    assert memory(["show", str(tiny_llama)]) == 0
+    shown = capsys.readouterr().out.splitlines()[1:]
+    grounds = [re.search(r" with two-sided (at .*) \(1 observation", line) for line in shown]
+    assert [ground and ground[1] for ground in grounds] == [f"at {x}% on pydoc" for x in ("20.0", "26.7", "30.0")]
 
 
 @pytest.mark.parametrize("behaviour", ["prose", "refusal"])

@@ -42,6 +42,16 @@ def path_of(source: str) -> Path:
     return Path(os.path.expanduser(source.removeprefix("file:")))  # Path.expanduser raises for ~nobody
 
 
+def name_source(source: str) -> str:
+    """A text's source, the same whatever directory one works in."""
+    return f"file:{path_of(source).absolute()}" if source.startswith("file:") else source
+
+
+def hide_directories(text: str) -> str:
+    """A text's name, or several, as `name_source` gives them, for strangers: of files no more than their names."""
+    return re.sub(r"file:.*?(?=[^/]*( with |$))", "file:", text)
+
+
 def hide_path(source: str) -> str:
     """A model's or text's source for strangers: of a file or directory on this machine no more than its name."""
     kind, path = ("file:", source[5:]) if source.startswith("file:") else ("", source)

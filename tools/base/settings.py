@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tools.base.names import name_source
+
 QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
 Split = Literal["validation", "test"]
 """Texts, and questions, that are measured on."""
@@ -155,6 +157,12 @@ class WorkbenchSettings(LoadSettings):
             return {}
         counts = {name: self.count_mixed(share) for name, share in SHARES.items()}
         return {name: count for name, count in counts.items() if count > self.count_mixed(self.calibration_mix)}
+
+    @property
+    def calibration_text(self) -> str:
+        """What tells the calibration texts of several runs apart: the source, and which share of it questions are."""
+        text = name_source(self.calibration)
+        return f"{text} with {self.calibration_mix:.0%} {name_source(self.questions)}" if self.calibration_mix else text
 
     @property
     def validation_tokens(self) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from langgraph.store.base import BaseStore
@@ -11,7 +12,7 @@ from langgraph.store.memory import InMemoryStore
 from graph.config import RunConfig
 from graph.memory import lessons as memory
 from graph.memory.__main__ import main
-from graph.memory.lessons import family, fingerprint, namespace, read_lessons, search_lessons, write_lesson
+from graph.memory.lessons import family, namespace, read_lessons, search_lessons, write_lesson
 from graph.persistence import open_store
 from graph.reflecting.schema import Lesson
 from tests.situations import make_lesson
@@ -38,11 +39,14 @@ def keys(store: BaseStore, config: RunConfig = CONFIG) -> list[str]:
 # Writing and reading
 
 
-def test_runs_that_begin_their_windows_otherwise_are_not_the_same_run_again() -> None:
-    """What a run of a version before the field had counts as the same as one that leaves it alone."""
+def test_a_run_of_an_earlier_version_is_known_again(store: BaseStore) -> None:
+    """It wrote a hash of its whole config, which did not say yet how windows begin."""
     fields = CONFIG.model_dump(exclude={"bos"})
     before = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-    assert fingerprint(CONFIG) == before != fingerprint(CONFIG.model_copy(update={"bos": "never"}))
+    value = learn("old").model_dump(exclude={"same_config"}) | {"config": before, "model": CONFIG.model}
+    store.put(namespace(CONFIG.model), "old/1/0", value)
+    for config, same in ((CONFIG, True), (CONFIG.model_copy(update={"bos": "never"}), False), (OTHER_CONFIG, False)):
+        assert [lesson.same_config for lesson in read_lessons(store, config, "new")[0]] == [same]
 
 
 def test_writing_again_changes_nothing(store: BaseStore) -> None:
@@ -73,6 +77,45 @@ def test_lessons_of_this_very_config_are_marked_and_kept_apart(store: BaseStore)
     assert runs == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        *(({"workers": "4", "worker_threads": 1}, True), ({"device": "cuda"}, True), ({"patience": 9}, True)),
+        *(({"agent_timeout": 9.0, "agent_retries": 0}, True), ({"max_agent_tokens": 9, "max_agent_cost": 9.0}, True)),
+        *(({"planner_price_input": 2.0, "approve": "plans", "max_iterations": 3}, True), ({"tasks": ["mmlu"]}, True)),
+        *(
+            ({"seed": 1}, False),
+            ({"bos": "never"}, False),
+            ({"calibration": "hub:x:train"}, False),
+            ({"dtype": "bf16"}, False),
+        ),
+        *(({"target_sparsity": 0.5}, False), ({"tau": 0.2}, False), ({"planner": "openai:x"}, False)),
+    ],
+    ids=str,
+)
+def test_a_repeat_is_a_run_of_the_same_trials_wherever_and_however_long_it_works(
+    store: BaseStore, change: dict[str, Any], same: bool
+) -> None:
+    write_lesson(store, CONFIG, learn("first"))
+    (lesson,), _ = read_lessons(store, CONFIG.model_copy(update=change), "second")
+    assert lesson.same_config is same
+
+
+def test_what_the_fingerprint_leaves_out_are_fields_of_the_config() -> None:
+    assert set(memory.IDLE) < set(RunConfig.model_fields)
+
+
+def test_lessons_of_this_text_go_before_those_of_another(store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LIMIT", 1)
+    elsewhere = {"calibration": "hub:x:train", "pattern": "", "sparsity": 0.45}
+    for iteration in range(3):
+        write_lesson(store, OTHER_CONFIG, learn("often", iteration).model_copy(update=elsewhere))
+    write_lesson(store, OTHER_CONFIG, learn("once").model_copy(update=elsewhere | {"calibration": "pydoc"}))
+    assert [lesson.run for lesson in read_lessons(store, CONFIG, "new")[0]] == ["once"]
+    far = CONFIG.model_copy(update={"calibration": "hub:x:train"})
+    assert [lesson.run for lesson in read_lessons(store, far, "new")[0]] == ["often"]
+
+
 def test_another_model_of_the_same_label_has_its_own_lessons(store: BaseStore) -> None:
     other = RunConfig(model="Qwen_Qwen3-4B")
     assert namespace(other.model) == namespace(CONFIG.model)
@@ -87,6 +130,7 @@ def test_items_of_earlier_versions_are_read(store: BaseStore) -> None:
     store.put(namespace(CONFIG.model), "old-2", old | {"iteration": 2, "factor": 0.0})
     lessons, runs = read_lessons(store, CONFIG, "new")
     assert [(x.factor, x.confidence, x.count, x.curves) for x in lessons] == [(1.5, 1.0, 1, "mask")]
+    assert [(x.calibration, x.pattern, x.sparsity, x.ground) for x in lessons] == [(None, None, None, "")]
     assert runs == 1
 
 
@@ -180,7 +224,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with open_store(tmp_path / "runs") as store:
         write_lesson(store, CONFIG, learn("first", text="dear\x1b[31m"))
         write_lesson(store, CONFIG, learn("second", factor=2.0))
-        write_lesson(store, RunConfig(model="gpt2"), learn("third", selector="*.c_attn"))
+        at = {"calibration": "pydoc", "pattern": "2:4", "sparsity": 0.5}
+        write_lesson(store, RunConfig(model="gpt2"), learn("third", selector="*.c_attn").model_copy(update=at))
     return tmp_path / "runs"
 
 
@@ -203,6 +248,9 @@ def test_a_model_is_shown_with_its_figures(runs: Path, capsys: pytest.CaptureFix
         "Qwen/Qwen3-4B: 1 lesson from 2 runs\n"
         f"  {GROUP} ×1.73 with refit (2 observations, confidence 1.00): learnt in second\n",
         "",
+    )
+    assert obey(capsys, "show", "gpt2")[1].splitlines()[1] == (
+        "  *.c_attn ×1.50 with refit at 50.0% as 2:4 on pydoc (1 observation, confidence 1.00): learnt in third"
     )
 
 

@@ -20,6 +20,7 @@ from graph.planning.brief import (
     MAX_ROWS,
     advise_against,
     describe_layers,
+    describe_lesson,
     plan_with_chat,
     planner_messages,
     recount_trial,
@@ -265,6 +266,21 @@ def test_prompt_of_a_model_like_qwen3_8b() -> None:
         36, sparsity=dict.fromkeys(names, 0.4321), accepted=KEPT, trials=trials, lessons=[lesson] * 9, iteration=10
     )
     assert len("".join(message.text for message in planner_messages(tenth, toolbox))) < 21_000
+
+
+def test_a_lesson_says_where_it_was_learnt_and_whether_it_weighs_here() -> None:
+    """Where a text of this machine lies is nobody's business."""
+    lesson = Lesson(run="r", iteration=2, recipe="refit", selector="s", factor=1.5, predicted=1, measured=2, text="t")
+    here = lesson.model_copy(update={"calibration": "pydoc", "pattern": "", "sparsity": 0.45})
+    there = here.model_copy(update={"calibration": "file:/home/me/other.txt"})
+    formed = here.model_copy(update={"pattern": "2:4", "sparsity": 0.5})
+    said = "s cost 1.5 times what was predicted. t"
+    assert [describe_lesson(x, RunConfig()) for x in (lesson, here, there, formed)] == [
+        f"run r round 2, refit: {said}",
+        f"run r round 2, refit at 45.0% on pydoc: {said}",
+        f"run r round 2, refit at 45.0% on file:other.txt (another text than this run's: in no allocation): {said}",
+        f"run r round 2, refit at 50.0% as 2:4 on pydoc (another pattern than this run's: in no allocation): {said}",
+    ]
 
 
 def test_bounds_and_trials() -> None:

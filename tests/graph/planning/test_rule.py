@@ -50,6 +50,8 @@ def test_calibration_is_the_geometric_mean_of_this_recipe_alone() -> None:
     lessons = (
         *(make_lesson("*", 1.0), make_lesson("*", 4.0), make_lesson("*", 9.0, recipe="two-sided")),
         *(make_lesson("*", 1.5, confidence=0.0), make_lesson("*", 7.0, same=True)),
+        make_lesson("*", 7.0).model_copy(update={"calibration": "hub:other:train"}),
+        make_lesson("*", 7.0).model_copy(update={"calibration": "pydoc", "pattern": "2:4"}),
     )
     situation = make_situation(lessons=lessons)
     assert calibration(situation, STRONG) == pytest.approx(2.0)

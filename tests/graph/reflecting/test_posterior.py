@@ -27,7 +27,7 @@ REFIT = Recipe(method="refit", curves="mask")
 
 
 def multiply(*lessons: Lesson, recipe: Recipe = REFIT) -> dict[str, float]:
-    return find_multipliers(lessons, LAYERS, recipe)
+    return find_multipliers(lessons, LAYERS, recipe, 0.45, "pydoc")
 
 
 def shrink(factor: float, evidence: float) -> float:
@@ -55,7 +55,11 @@ def test_merging_step_by_step_comes_to_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"selector": OTHER}, {"recipe": "wanda"}, {"curves": "method"}, {"same_config": True}, {"confidence": 0}]
+    "change",
+    [
+        *({"selector": OTHER}, {"recipe": "wanda"}, {"curves": "method"}, {"same_config": True}, {"confidence": 0}),
+        *({"calibration": "pydoc"}, {"pattern": "2:4"}, {"sparsity": 0.45}),
+    ],
 )
 def test_lessons_about_something_else_stay_apart(change: dict[str, object]) -> None:
     lesson = make_lesson(GROUP, 2.0)
@@ -125,6 +129,28 @@ def test_lessons_of_another_recipe_or_other_curves_count_less() -> None:
 )
 def test_what_lessons_leave_alone(lesson: Lesson) -> None:
     assert multiply(lesson) == {}
+
+
+HERE = {"calibration": "pydoc", "pattern": "", "sparsity": 0.45}
+
+
+@pytest.mark.parametrize(
+    ("change", "weighs"),
+    [
+        *(({}, True), ({"sparsity": 0.65}, True), ({"sparsity": 0.2499}, True), ({"sparsity": 0.66}, False)),
+        *(({"calibration": "file:/other.txt"}, False), ({"pattern": "2:4"}, False)),
+        (dict.fromkeys(HERE), True),
+    ],
+    ids=["alike", "above", "below", "far", "another text", "another pattern", "of an earlier version"],
+)
+def test_a_lesson_weighs_where_it_was_learnt(change: dict[str, object], weighs: bool) -> None:
+    lesson = make_lesson(GROUP, 2.0).model_copy(update=HERE | change)
+    assert multiply(lesson) == ({GROUP: shrink(2.0, 1.0)} if weighs else {})
+
+
+def test_observations_at_nearly_the_same_sparsity_are_one_lesson() -> None:
+    seen = [make_lesson(GROUP, 2.0).model_copy(update=HERE | {"sparsity": s}) for s in (0.4499, 0.4501, 0.46)]
+    assert [lesson.count for lesson in merge_lessons(seen)] == [2, 1]
 
 
 def test_a_contradiction_takes_the_multiplier_back() -> None:

@@ -1,5 +1,6 @@
 """What a trial teaches, in figures, and what a reflector's model may add."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from graph.reflecting.posterior import find_multipliers
 from graph.reflecting.rule import WORD, Evidence, combine_lessons, draw_lesson
 from graph.reflecting.schema import MOST, Lesson, Reflection
 from tests.evidence import EVEN, GROUP, IN_GROUP, LAYERS, learnt, make_evidence, tilt
-from tests.situations import make_trial
+from tests.situations import make_lesson, make_trial
 from tools.plans.recipe import Recipe
 
 
@@ -95,8 +96,20 @@ def test_the_measured_lesson_stands_and_the_models_are_added_with_their_confiden
         "The reflector finds self_attn.v_proj dearer: KL rose more than predicted. (count it 1.50 times)"
     )
     assert (cheap.factor, cheap.confidence) == (0.8, WORD), "a word is never as good as a measurement"
-    multipliers = find_multipliers([measured, own, cheap], LAYERS, Recipe())
+    multipliers = find_multipliers([measured, own, cheap], LAYERS, Recipe(), 0.45, "pydoc")
     assert multipliers[GROUP] > multipliers["self_attn.v_proj"] > 1 > multipliers["blocks 0-1"]
+
+
+def test_every_lesson_says_where_it_was_learnt() -> None:
+    evidence = make_evidence()
+    asked = evidence.config.model_copy(update={"questions": "hub:qa:train", "calibration_mix": 0.25})
+    for config, text in ((evidence.config, "pydoc"), (asked, "pydoc with 25% hub:qa:train")):
+        for lesson in combine(replace(evidence, config=config), learnt("blocks 0-1", 0.8)):
+            assert (lesson.calibration, lesson.pattern) == (text, "")
+            assert lesson.sparsity == evidence.trial.sparsity
+    assert lesson.ground == "at 45.0% on pydoc with 25% hub:qa:train"
+    assert lesson.model_copy(update={"sparsity": 0.5, "pattern": "2:4"}).ground.startswith("at 50.0% as 2:4 on pydoc")
+    assert make_lesson("*", 1.0).ground == ""
 
 
 def test_about_layers_that_were_measured_a_model_only_adds_words() -> None:
@@ -120,7 +133,7 @@ def test_without_a_surprise_a_model_only_adds_words(evidence: Evidence) -> None:
     own = combine(evidence, learnt("*.v_proj", 2.0, 1.0))[-1]
     assert (own.factor, own.confidence) == (1.0, 0.0)
     assert own.text.endswith("(words only, as the trial held no surprise beyond the noise)")
-    assert find_multipliers([own], LAYERS, Recipe()) == {}
+    assert find_multipliers([own], LAYERS, Recipe(), 0.45, "pydoc") == {}
 
 
 def test_what_a_model_says_of_the_whole_is_words() -> None:

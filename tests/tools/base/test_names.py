@@ -1,8 +1,10 @@
 """Names of models and texts."""
 
+from pathlib import Path
+
 import pytest
 
-from tools.base.names import HubText, hide_path, parse_hub
+from tools.base.names import HubText, hide_directories, hide_path, name_source, parse_hub
 from tools.texts.sources import check_source
 
 
@@ -33,3 +35,22 @@ def test_hub_sources(source: str, parsed: HubText) -> None:
 )
 def test_where_files_lie_is_hidden(source: str, told: str) -> None:
     assert hide_path(source) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        *(("pydoc", "pydoc"), ("hub:allenai/c4/en:train", "hub:allenai/c4/en:train"), ("", "")),
+        ("at 45.0% on file:/home/me and you/text.txt", "at 45.0% on file:text.txt"),
+        ("file:/a/b/t.txt with 25% file:/c/with d/qa.jsonl", "file:t.txt with 25% file:qa.jsonl"),
+        ("file:/a/t.txt with 25% hub:x/qa:train", "file:t.txt with 25% hub:x/qa:train"),
+    ],
+)
+def test_where_texts_of_lessons_lie_is_hidden(text: str, told: str) -> None:
+    assert hide_directories(text) == told
+
+
+def test_a_file_is_the_same_text_from_whatever_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert name_source("file:t.txt") == name_source(f"file:{tmp_path}/t.txt") == f"file:{tmp_path}/t.txt"
+    assert name_source("hub:x:train") == "hub:x:train"
