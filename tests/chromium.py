@@ -20,8 +20,12 @@ COMMAND = shutil.which("chromium")
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--mute-audio"),
-    *("--remote-debugging-port=0", "--hide-scrollbars"),
+    *("--remote-debugging-port=0", "--hide-scrollbars", "--no-proxy-server"),
+    # Newer versions ask a person before a page of the internet may speak to this machine; older ones do not.
+    "--disable-features=LocalNetworkAccessChecks",
 )
+FOREIGN = "evil.example"
+"""A name that the browser finds on this machine, as if its owner had pointed it here."""
 
 
 class Page:
@@ -29,28 +33,46 @@ class Page:
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket, self._ids = socket, itertools.count(1)
+        self._stand_in = ""
         self.events: list[dict[str, Any]] = []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command; its result. Events that come before it are kept."""
-        number = next(self._ids)
-        self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        number = self._tell(method, parameters)
         while True:
-            message = json.loads(self._socket.recv(timeout=60))
+            message = self._receive()
             if message.get("id") == number:
                 assert "error" not in message, message
                 result: dict[str, Any] = message["result"]
                 return result
             self.events.append(message)
 
+    def _tell(self, method: str, parameters: dict[str, Any]) -> int:
+        number = next(self._ids)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        return number
+
+    def _receive(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self._socket.recv(timeout=60))
+        if message.get("method") == "Fetch.requestPaused":
+            page = base64.b64encode(self._stand_in.encode()).decode()
+            answer = {"requestId": message["params"]["requestId"], "responseCode": 200, "body": page}
+            self._tell("Fetch.fulfillRequest", answer)
+        return message
+
+    def stand_in(self, origin: str, page: str) -> None:
+        """Answer every request to an origin with a page, which then is of that origin; its site is not asked."""
+        self._stand_in = page
+        self.send("Fetch.enable", patterns=[{"urlPattern": f"{origin}/*"}])
+
     def open(self, address: str) -> None:
         """Go to an address and wait until all of it is loaded."""
         self.events.clear()
         self.send("Page.navigate", url=address)
         while not self.pick("Page.loadEventFired"):
-            self.events.append(json.loads(self._socket.recv(timeout=60)))
+            self.events.append(self._receive())
         self.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
 
     def pick(self, *methods: str) -> list[dict[str, Any]]:
@@ -90,7 +112,8 @@ class Page:
 def open_browser(directory: Path) -> Iterator[Page]:
     """A browser with one empty tab; what it keeps goes into `directory`, which must be new."""
     assert COMMAND, "chromium is not installed"
-    command = [COMMAND, *_FLAGS, f"--user-data-dir={directory}", "about:blank"]
+    here = f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1"
+    command = [COMMAND, *_FLAGS, here, f"--user-data-dir={directory}", "about:blank"]
     environment = os.environ | {"HOME": str(directory)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:

@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from tests.openai_server import refuse_foreign
+
 COMMIT = "1" * 40
 
 
@@ -45,12 +47,14 @@ class HubServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self.answer(b"")
+                if not refuse_foreign(self):
+                    self.answer(b"")
 
             do_HEAD = do_GET
 
             def do_POST(self) -> None:
-                self.answer(self.read())
+                if not refuse_foreign(self):
+                    self.answer(self.read())
 
             do_PUT = do_POST
 

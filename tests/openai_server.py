@@ -25,6 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
+from graph.doors import judge
+
 Body = dict[str, Any]
 Answer = Body | list[Body]
 PlanSource = Sequence[Answer] | Callable[[Body], Answer]
@@ -325,12 +327,26 @@ class OpenAIServer:
                 pass
 
             def do_POST(self) -> None:
+                if refuse_foreign(self):
+                    return
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 key = self.headers.get("authorization", "").removeprefix("Bearer ")
                 request = Request(self.path, body, key, {name.lower(): value for name, value in self.headers.items()})
                 _respond(self, request, server.answer(request))
 
         return Handler
+
+
+def refuse_foreign(handler: BaseHTTPRequestHandler) -> bool:
+    """Whether a request is of a foreign page or by a foreign name, and was refused: what is here is for tests alone."""
+    status, reason = judge(handler.headers.get_all("host", []), handler.headers.get_all("origin", []))
+    if status:
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(reason)))
+        handler.end_headers()
+        handler.wfile.write(reason.encode())
+        handler.close_connection = True
+    return bool(status)
 
 
 def _respond(handler: BaseHTTPRequestHandler, request: Request, reply: Reply) -> None:

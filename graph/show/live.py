@@ -22,11 +22,11 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from graph.doors import Doors
 from graph.show.display import Display
 from graph.show.words import UNEXPECTED, Event
 from tools.base.errors import UserError
@@ -168,9 +168,7 @@ def make_app(board: Board) -> Starlette:
     routes = [Route("/", page), Route("/events", events)]
     for route in routes:
         route.methods = {"GET"}  # without HEAD, whose answer to /events would have no end
-    # A foreign name that resolves to this machine would let a foreign page read this one.
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
-    return Starlette(routes=routes, middleware=[hosts])
+    return Starlette(routes=routes, middleware=[Middleware(Doors)])
 
 
 async def tell_changes(board: Board, request: Request, seen: str) -> AsyncIterator[str]:

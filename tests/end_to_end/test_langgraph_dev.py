@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 from langgraph_sdk import get_sync_client
 from langgraph_sdk.client import SyncLangGraphClient
 
 from graph import run, studio
 from graph.config import RunConfig, read_prompt
+from graph.doors import FOREIGN_HOST, FOREIGN_ORIGIN, NO_SUCH_PAGE, STUDIO
+from tests.chromium import COMMAND
 from tests.end_to_end.helpers import fingerprint, read_events, run_outside, wait_for
+from tests.foreign_page import visit_with_pages
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.options import CONFIGS, read_yaml
 
@@ -35,6 +39,7 @@ class Served(NamedTuple):
     model: Path
     mask_sha256: str
     client: SyncLangGraphClient
+    port: int
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,62 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             studio.register_configs(port)
             studio.register_runs(port, runs)
             with get_sync_client(url=f"http://{studio.HOST}:{port}", api_key=None) as client:
-                yield Served(runs, model, made["mask_sha256"], client)
+                yield Served(runs, model, made["mask_sha256"], client, port)
+
+
+@pytest.mark.skipif(COMMAND is None, reason="chromium is not installed")
+def test_no_page_in_a_browser_starts_a_run_but_studio_s(served: Served, tmp_path: Path) -> None:
+    context = tiny_config(served.model) | {"max_iterations": 1}
+    visit_with_pages(tmp_path / "browser", served.client, served.port, served.runs, context)
+    assert (served.runs / "openly" / "summary.json").is_file(), "the run of Studio's page"
+
+
+ASKING = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+NETWORK = {"Access-Control-Request-Private-Network": "true"}
+
+
+def test_requests_of_foreign_pages_and_names_are_refused(served: Served) -> None:
+    own, starts = f"127.0.0.1:{served.port}", {"assistant_id": "billhook", "input": {"run": "foreign"}}
+    before = {thread["thread_id"] for thread in served.client.threads.search(limit=1000)}
+    with httpx.Client(base_url=f"http://{own}", trust_env=False, timeout=60) as client:
+
+        def ask(path: str, headers: dict[str, str], method: str = "POST") -> tuple[int, str, str]:
+            text = json.dumps(starts if path == "/runs" else {})
+            answer = client.request(method, path, content=text, headers={"Content-Type": "text/plain", **headers})
+            allowed = answer.headers.get("access-control-allow-origin", "")
+            return (
+                answer.status_code,
+                answer.text,
+                allowed + answer.headers.get("access-control-allow-private-network", ""),
+            )
+
+        pages = (
+            "http://evil.example",
+            "null",
+            "http://127.0.0.1:1",
+            f"{STUDIO}.evil.example",
+            "http://smith.langchain.com",
+        )
+        for origin in pages:
+            for path in ("/runs", "/threads", "/info", "/ok", "/store/items"):
+                assert ask(path, {"Origin": origin}) == (403, f"{FOREIGN_ORIGIN}\n", ""), (origin, path)
+            for more in ({}, NETWORK):
+                refused = ask("/runs", {"Origin": origin, **ASKING, **more}, "OPTIONS")
+                assert refused == (403, f"{FOREIGN_ORIGIN}\n", "")
+        for host in ("evil.example", f"evil.example:{served.port}", "0.0.0.0", "127.0.0.1.evil.example"):
+            assert ask("/runs", {"Host": host}) == (400, f"{FOREIGN_HOST}\n", "")
+            assert ask("/runs", {"Host": host, "Origin": STUDIO}) == (400, f"{FOREIGN_HOST}\n", "")
+        for path in ("/deploy", "/deploy/", "/internal/truncate"):
+            assert ask(path, {"Origin": STUDIO}) == (404, f"{NO_SUCH_PAGE}\n", "")
+        for path in ("/mcp", "/a2a/billhook"):
+            assert ask(path, {})[0] == 404
+        assert {thread["thread_id"] for thread in served.client.threads.search(limit=1000)} == before
+        assert ask("/threads", {"Origin": STUDIO})[::2] == (200, STUDIO)
+        assert ask("/threads", {"Origin": f"http://{own}"})[0] == 200
+        assert ask("/threads", {"Origin": f"http://localhost:{served.port}"})[0] == 200
+        assert ask("/runs", {"Origin": STUDIO, **ASKING}, "OPTIONS")[::2] == (200, f"{STUDIO}true")
+        assert ask("/runs", {"Origin": STUDIO, **ASKING, **NETWORK}, "OPTIONS")[::2] == (200, f"{STUDIO}true")
+    assert not (served.runs / "foreign").exists()
 
 
 def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:

@@ -15,6 +15,8 @@ import pytest
 from langgraph_sdk import get_sync_client
 
 from graph import persistence, studio
+from tests.chromium import COMMAND
+from tests.foreign_page import visit_with_pages
 from tools.base.errors import UserError
 
 ROOT = studio.ROOT
@@ -181,6 +183,8 @@ def test_past_run_is_served_and_the_server_ends_with_ctrl_c(tmp_path: Path, port
             before_plan = next(state for state in client.threads.get_history(thread) if state["next"] == ["plan"])
             fork = client.runs.wait(thread, "billhook", input=None, checkpoint=before_plan["checkpoint"])
             assert fork["iteration"] == 1
+            if COMMAND is not None:
+                visit_with_pages(tmp_path / "browser", client, port, tmp_path / "runs", {})
         assert children_of(port)
     finally:
         process.send_signal(signal.SIGINT)

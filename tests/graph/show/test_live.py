@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 import graph.show.live
+from graph.doors import FOREIGN_HOST, FOREIGN_ORIGIN, STUDIO
 from graph.show.live import BAR, HEADERS, SCRIPT, Board, address, listen, make_page, serve
 from graph.show.words import Event
 from tools.base.errors import UserError
@@ -140,8 +141,18 @@ def test_a_foreign_name_is_turned_away(live: Live) -> None:
     for path in ("/", "/events"):
         for host in ("evil.example", f"evil.example:{port}", f"127.0.0.1.evil.example:{port}", "0.0.0.0", ""):
             answer = live.client.get(path, headers={"Host": host})
-            assert (answer.status_code, answer.text) == (400, "Invalid host header"), host
+            assert (answer.status_code, answer.text) == (400, f"{FOREIGN_HOST}\n"), host
     assert live.client.get("/", headers={"Host": f"localhost:{port}"}).status_code == 200
+
+
+def test_a_page_of_another_origin_is_turned_away(live: Live) -> None:
+    for path in ("/", "/events"):
+        for origin in ("http://evil.example", "null", "http://127.0.0.1:1", STUDIO):
+            for method in ("GET", "POST", "OPTIONS"):
+                answer = live.client.request(method, path, headers={"Origin": origin})
+                assert (answer.status_code, answer.text) == (403, f"{FOREIGN_ORIGIN}\n"), (method, path, origin)
+                assert not [name for name in answer.headers if name.startswith("access-control")]
+    assert live.client.get("/", headers={"Origin": live.url.rstrip("/")}).status_code == 200
 
 
 def test_only_this_machine_can_reach_it(live: Live) -> None:

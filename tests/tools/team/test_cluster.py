@@ -85,8 +85,11 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
 
         assert work(bench, kill) == alone
         directory = cluster._connection.directory
-        addresses = listening([os.getpid(), *(place.pid for place in cluster._places.used), *processes_of(directory)])
+        begun = processes_of(directory)
+        addresses = listening([os.getpid(), *(place.pid for place in cluster._places.used), *begun])
         assert addresses and all(address.is_loopback for address in addresses)
+        dashboards = [process for process in begun if is_dashboard(process)]
+        assert listening(dashboards) == [], "its pages would run whatever job they are sent"
         rounds = BenchSettings.model_validate(settings.model_dump(exclude=set(TEAM)) | {"rounds": 1})
         results = bench_workers(bench, rounds, 2)
         assert [result.name for result in results] == ["workers/profile", "workers/validation"]
@@ -106,6 +109,12 @@ def processes_of(directory: str) -> list[int]:
             if directory.encode() in path.read_bytes():
                 found.append(int(path.parent.name))
     return found
+
+
+def is_dashboard(process: int) -> bool:
+    """Whether a process is Ray's dashboard or its agent, which Ray begins even where it is to have no pages."""
+    arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    return any(argument.endswith((b"/dashboard/dashboard.py", b"/dashboard/agent.py")) for argument in arguments)
 
 
 def listening(processes: list[int]) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
