@@ -7,6 +7,7 @@ profile → plan → (approve) → prune → validate ─┬─ accept ───
 A plan that breaks before there is anything to validate goes straight to rollback.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from langgraph.graph import END, START, StateGraph
@@ -36,16 +37,28 @@ def builder(*, server: bool = False) -> StateGraph[State, RunConfig, Input, Stat
         work: Any = step_of_server(node) if server else step(node)
         graph.add_node(node.__name__, work, metadata={"description": description})
     graph.add_edge(START, "profile")
-    graph.add_edge("profile", "plan")
+    graph.add_conditional_edges("profile", go_on_to("plan"), ["plan"])
     graph.add_conditional_edges("plan", after_plan)
     graph.add_conditional_edges("approve", after_approve)
     graph.add_conditional_edges("prune", after_prune)
     graph.add_conditional_edges("validate", after_validate)
-    graph.add_edge("accept", "reflect")
-    graph.add_edge("rollback", "reflect")
+    graph.add_conditional_edges("accept", go_on_to("reflect"), ["reflect"])
+    graph.add_conditional_edges("rollback", go_on_to("reflect"), ["reflect"])
     graph.add_conditional_edges("reflect", after_reflect)
     graph.add_edge("finish", END)
     return graph
+
+
+def go_on_to(node: str) -> Callable[[State], str]:
+    """An edge that has one end, but reads the state: so a person's edit of it that cannot be is refused at once.
+
+    Later LangGraph could not even show a run with it.
+    """
+
+    def go_on(state: State) -> str:
+        return node
+
+    return go_on
 
 
 graph = builder(server=True)

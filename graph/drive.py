@@ -32,7 +32,7 @@ from graph.runs.replay import read_record
 from graph.runs.steps import CHANGEABLE
 from graph.show.display import Display, open_display
 from graph.show.words import tell
-from graph.state import Input, State
+from graph.state import Input, State, UnreadableState
 from tools.base.errors import BrokenBaseline, BrokenPlan, DamagedArtifact, DiskFull, UserError
 from tools.base.files import explain_full_disk
 from tools.base.progress import Stopped, stop_at
@@ -151,6 +151,8 @@ def drive(work: Work) -> int:
     try:
         try:
             code = _run_graph(work)
+        except UnreadableState as error:
+            raise UserError(f"run {work.name!r} cannot go on: {error}") from error
         finally:
             close_local()
             close_workbench()
@@ -272,8 +274,10 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
 def _ask(display: Display, question: dict[str, Any]) -> str:
     """A line that a person says to a plan. Raises Unanswered."""
     waiting = f"plan {question['iteration']} waits for a person to accept, edit or refuse it"
+    if question["problem"]:
+        waiting += f", for it cannot be carried out as it was edited: {question['problem']}"
     if sys.stdin is None or not sys.stdin.isatty():
-        raise Unanswered(f"{waiting}: resume in a terminal, or answer in Studio")
+        raise Unanswered(f"{waiting}{'; ' if question['problem'] else ': '}resume in a terminal, or answer in Studio")
     try:
         return display.ask(question)
     except (EOFError, KeyboardInterrupt):

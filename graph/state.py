@@ -2,13 +2,14 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from graph.config import RunConfig
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
+from tools.base.options import describe_problem
 from tools.base.settings import KEPT
 from tools.plans.recipe import Recipe
 from tools.results.schema import Usage
@@ -89,6 +90,10 @@ def last_accepted(trials: Sequence[Trial]) -> Trial | None:
     return next((trial for trial in reversed(trials) if trial.verdict == "accept"), None)
 
 
+class UnreadableState(RuntimeError):
+    """A run's state is none, because a person edited it to what cannot be; the message says what, in one line."""
+
+
 class State(Input):
     """The whole state of a run between two nodes."""
 
@@ -109,6 +114,17 @@ class State(Input):
     evaluated_tokens: int = Field(0, description="Tokens put through pruned models so far, by trials and probes.")
     stop: str = Field("", description="Why the loop ended; empty while it goes on.")
     seconds: float = Field(0.0, description="Time spent inside nodes, over all processes that worked on the run.")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(values)
+        except ValidationError as error:
+            problems = "; ".join(describe_problem(problem) for problem in error.errors()[:3])
+            raise UnreadableState(
+                f"the run's state was edited to what it cannot be ({problems}); edit it again"
+            ) from error
 
     @property
     def kept(self) -> list[str]:

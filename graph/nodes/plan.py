@@ -9,7 +9,7 @@ from graph.planning.choose import choose_plan
 from graph.planning.orders import keep_order, measure_with, record_plan
 from graph.planning.situation import Situation, gather_situation
 from graph.planning.toolbox import Evaluated, open_toolbox
-from graph.planning.unmeasured import is_unmeasured, record_unmeasured
+from graph.planning.unmeasured import is_unmeasured, record_breakage
 from graph.planning.verdict import decide_stop
 from graph.runs.replay import find_breakage, find_plan
 from graph.runs.session import enter, open_bench
@@ -54,9 +54,8 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         except BrokenPlan as error:
             record = record_plan(chosen, situation.orders.draft(chosen)) | {"order": ""}
             session.emit("plan", iteration=state.iteration, planner=planner, **record)
-            trial = record_unmeasured(state, chosen, None, "rollback", str(error), seconds=session.elapsed)
-            session.emit("trial", **trial.model_dump())
-            return {**update, "order": "", "trials": [trial], "seconds": session.seconds}
+            broke = record_breakage(state.model_copy(update={"plan": chosen}), None, str(error), session)
+            return {**update, "order": ""} | broke
         kept = keep_order(bench.store, chosen, order)
     session.emit("plan", iteration=state.iteration, planner=planner, **record_plan(chosen, order))
     return {**update, "order": kept, "seconds": session.seconds}

@@ -1,41 +1,69 @@
 """prune: carry the plan's work order out, from the dense weights, and write the checkpoint."""
 
+from functools import partial
 from typing import Any, Literal
 
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.planning.orders import find_order
-from graph.planning.unmeasured import is_unmeasured, record_unmeasured
-from graph.runs.replay import find_breakage
-from graph.runs.session import enter, open_bench, tell_layers
+from graph.planning.approval import Settled, ask, examine_edit, settle_plan
+from graph.planning.orders import record_plan
+from graph.planning.unmeasured import is_unmeasured, record_breakage, record_refusal
+from graph.runs.replay import find_breakage, find_refusal
+from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State
-from tools.base.errors import BrokenPlan, ImpossiblePlan
-from tools.plans.work_order import WorkOrder
+from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
+
+
+class Refused(Exception):
+    """A person will not have the plan, for the reason given."""
 
 
 def prune(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Prune by the order; layers that were made before by the same recipe are read back.
 
-    A plan that breaks at that is a trial without figures, which is rolled back.
+    A plan that was edited since it was made is first examined as a planner's is, and logged; where it cannot be carried
+    out, a person is asked. A plan that breaks is a trial without figures, which is rolled back.
     """
-    assert state.plan is not None, "plan runs first"
     session = enter("prune", state, runtime)
-    order: WorkOrder | None = None
+    settled: Settled | None = None
     try:
+        settled = find_settled(state, session)
+        if settled.edited:
+            session.emit("plan", iteration=state.iteration, planner="you", **record_plan(settled.plan, settled.order))
+            state = state.model_copy(update={"plan": settled.plan})
+        if state.replay and (reason := find_breakage(state.replay, state.iteration)):
+            raise BrokenPlan(reason)
         with open_bench(state, session) as bench:
-            order = find_order(bench, state, session.progress)
-            if state.replay and (reason := find_breakage(state.replay, state.iteration)):
-                raise BrokenPlan(reason)
-            checkpoint = bench.prune(state.profile, order, session.progress)
+            checkpoint = bench.prune(state.profile, settled.order, session.progress)
             tell_layers(session, bench, checkpoint)
+    except Refused as refused:
+        return record_refusal(state, None, str(refused), session)
     except ImpossiblePlan as error:
-        trial = record_unmeasured(state, state.plan, order, "rollback", str(error), seconds=session.elapsed)
-        session.emit("trial", **trial.model_dump())
-        return {"trials": [trial], "seconds": session.seconds}
-    return {"current": checkpoint, "seconds": session.seconds}
+        return record_breakage(state, settled and settled.order, str(error), session)
+    return {"plan": settled.plan, "order": settled.kept, "current": checkpoint, "seconds": session.seconds}
 
 
-def after_prune(state: State) -> Literal["validate", "rollback"]:
-    """Measure what was made; roll back what broke."""
-    return "rollback" if is_unmeasured(state) else "validate"
+def find_settled(state: State, session: Session) -> Settled:
+    """The plan to carry out: the state's, or what a person says instead. Raises Refused and BrokenPlan."""
+    if state.replay and (reason := find_refusal(state.replay, state.iteration)):
+        raise Refused(reason)
+    try:
+        return settle_plan(state, session)
+    except (UserError, BrokenPlan):
+        raise
+    except ValueError as error:
+        answer, settled = ask(state, None, partial(examine_edit, state=state, session=session), str(error))
+    if settled is None:
+        raise Refused(answer.reason)
+    session.emit("approval", iteration=state.iteration, decision=answer.decision, reason=answer.reason)
+    return settled
+
+
+def after_prune(state: State) -> Literal["validate", "rollback", "plan", "finish"]:
+    """Measure what was made, and roll back what broke; plan again, or finish, after a refusal."""
+    if not is_unmeasured(state):
+        return "validate"
+    if state.trials[-1].broken:
+        return "rollback"
+    return "finish" if state.stop else "plan"

@@ -6,7 +6,7 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.planning.orders import find_order, group_kl, hash_request
-from graph.planning.unmeasured import record_unmeasured
+from graph.planning.unmeasured import record_breakage
 from graph.planning.verdict import Verdict, accepted_trial, heed_facts, judge
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
@@ -24,21 +24,20 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
     Weights whose measurement breaks are rolled back.
     """
-    assert state.plan is not None, "plan runs first"
     session = enter("validate", state, runtime)
     with open_bench(state, session) as bench:
         order = find_order(bench, state, session.progress)
         try:
             trial = measure_trial(bench, state, order, session)
         except BrokenPlan as error:
-            trial = record_unmeasured(state, state.plan, order, "rollback", str(error), seconds=session.elapsed)
+            return record_breakage(state, order, str(error), session)
         session.emit("trial", **trial.model_dump())
     return {"trials": [trial], "evaluated_tokens": state.evaluated_tokens + trial.tokens, "seconds": session.seconds}
 
 
 def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: Session) -> Trial:
     """Figures and verdict of the state's plan, whose order was carried out. Raises BrokenPlan."""
-    assert state.plan is not None
+    assert state.plan is not None, "plan runs first"
     zeros, weights = bench.count_zeros()  # before an evaluation that may have to put other weights in
     evaluation = bench.evaluate(state.current, "validation", state.profile, session.progress)
     best = accepted_trial(state)

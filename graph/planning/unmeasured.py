@@ -1,26 +1,48 @@
 """Trials without figures: of a plan that a person refused, or that broke while it was carried out."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from graph.planning.orders import describe_plan, hash_request
-from graph.planning.plan import Plan
+from graph.planning.verdict import decide_stop
+from graph.runs.session import Session
 from graph.state import State, Trial
 from tools.plans.work_order import WorkOrder
 
+Update = dict[str, Any]
 
-def record_unmeasured(
-    state: State,
-    plan: Plan,
-    order: WorkOrder | None,
-    verdict: Literal["rollback", "refuse"],
-    reason: str,
-    *,
-    seconds: float = 0.0,
-) -> Trial:
-    """Such a plan among the trials, so that planners and people see it and nobody proposes it again.
 
-    `order` is None where the plan broke before there was one. What is rolled back broke, for the `reason` given.
+def record_refusal(state: State, order: WorkOrder | None, reason: str, session: Session) -> Update:
+    """A person refused the state's plan: the trial is logged, and the loop may end with it.
+
+    `order` is None where the plan could not be carried out anyhow.
     """
+    session.emit("approval", iteration=state.iteration, decision="refuse", reason=reason)
+    trial = _make_trial(state, order, "refuse", reason, 0.0)
+    session.emit("trial", **trial.model_dump())
+    stop = decide_stop(state.model_copy(update={"trials": [*state.trials, trial]}))
+    if stop:
+        session.emit("note", text=stop)
+    return {"trials": [trial], "stop": stop, "seconds": session.seconds}
+
+
+def record_breakage(state: State, order: WorkOrder | None, reason: str, session: Session) -> Update:
+    """The state's plan broke for this reason, before there was an `order` if that is None: the trial is logged."""
+    trial = _make_trial(state, order, "rollback", reason, session.elapsed)
+    session.emit("trial", **trial.model_dump())
+    return {"trials": [trial], "seconds": session.seconds}
+
+
+def is_unmeasured(state: State) -> bool:
+    """Whether the present round has its trial already, before anything was measured."""
+    return bool(state.trials) and state.trials[-1].iteration == state.iteration
+
+
+def _make_trial(
+    state: State, order: WorkOrder | None, verdict: Literal["rollback", "refuse"], reason: str, seconds: float
+) -> Trial:
+    """Such a plan among the trials, so that planners and people see it and nobody proposes it again."""
+    plan = state.plan
+    assert plan is not None, "plan runs first"
     return Trial(
         iteration=state.iteration,
         checkpoint=state.accepted,
@@ -37,8 +59,3 @@ def record_unmeasured(
         recipe=plan.recipe,
         seconds=round(seconds, 3),
     )
-
-
-def is_unmeasured(state: State) -> bool:
-    """Whether the present round has its trial already, before anything was measured."""
-    return bool(state.trials) and state.trials[-1].iteration == state.iteration

@@ -155,6 +155,12 @@ def find_decision(run: str, iteration: int) -> Event:
     return read_record(run).decisions[iteration]
 
 
+def find_refusal(run: str, iteration: int) -> str:
+    """Why a person refused the plan of an iteration, whoever asked; empty where nobody did."""
+    decision = read_record(run).decisions.get(iteration, {})
+    return str(decision["reason"]) if decision.get("decision") == "refuse" else ""
+
+
 def compare(run: str, event: Event, directory: Path) -> tuple[str, str] | None:
     """What to tell, as (type, text) of an event, of a plan, a trial or the result beside the record of `run`.
 

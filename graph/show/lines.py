@@ -19,7 +19,8 @@ def print_line(console: Console, line: str) -> None:
 def ask_line(console: Console, question: Event) -> str:
     """Show a plan with what it is predicted to do, and read what a person says to it."""
     print_line(console, f"plan {question['iteration']}: {clean(question['line'])}")
-    print_line(console, f"  predicted KL {show_compact(question['predicted_kl'], 4)} nats per token")
+    if question["predicted_kl"] is not None:
+        print_line(console, f"  predicted KL {show_compact(question['predicted_kl'], 4)} nats per token")
     if question.get("reason"):
         print_line(console, f"  because: {clean(question['reason'], 1000)}")
     fields = {name: value for name, value in question["plan"].items() if name != "reason"}

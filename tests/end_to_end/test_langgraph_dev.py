@@ -125,17 +125,23 @@ def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:
     assert {node["id"] for node in drawn["nodes"]} == NODES | {"__start__", "__end__"}
     branches = {(edge["source"], edge["target"]) for edge in drawn["edges"] if edge.get("conditional")}
     assert branches == {
+        ("profile", "plan"),
         ("plan", "approve"),
         ("plan", "prune"),
         ("plan", "rollback"),
         ("plan", "finish"),
         ("approve", "prune"),
         ("approve", "plan"),
+        ("approve", "rollback"),
         ("approve", "finish"),
         ("prune", "validate"),
         ("prune", "rollback"),
+        ("prune", "plan"),
+        ("prune", "finish"),
         ("validate", "accept"),
         ("validate", "rollback"),
+        ("accept", "reflect"),
+        ("rollback", "reflect"),
         ("reflect", "plan"),
         ("reflect", "profile"),
         ("reflect", "finish"),

@@ -107,7 +107,7 @@ def check_options(model: type[Options], values: dict[str, Any]) -> Options:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(_describe_problem(problem) for problem in error.errors())) from error
+        raise UserError("; ".join(describe_problem(problem) for problem in error.errors())) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -124,7 +124,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _describe_problem(problem: Any) -> str:
+def describe_problem(problem: Any) -> str:
+    """One of the errors of a ValidationError, in a clause."""
     name = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if not name:  # it is about several fields, which the message names

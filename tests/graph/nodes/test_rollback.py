@@ -30,7 +30,9 @@ def test_the_layers_on_disk_never_take_more_than_the_disk_check_reckons_with(
 ) -> None:
     """Every layer of every round is another file."""
     monkeypatch.setenv("BILLHOOK_RUNS_DIR", str(tmp_path))
-    config = RunConfig.model_validate(tiny_settings(tiny_llama).model_dump() | {"memory": False})
+    config = RunConfig.model_validate(
+        tiny_settings(tiny_llama).model_dump() | {"memory": False, "target_sparsity": 0.8}
+    )
     runtime: Runtime[RunConfig] = Runtime(context=config, stream_writer=lambda _: None)
 
     def work(node: Any, **update: Any) -> None:
