@@ -7,12 +7,17 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from tools.base.errors import UserError
 from tools.base.names import path_of
 from tools.base.options import check_options, read_options
 from tools.base.settings import TaskSettings, TeamSettings
 from tools.plans.recipe import parse_pattern
 
+HEURISTIC = "heuristic"
+"""The planner and the reflector that are a rule, and no model."""
 MODEL_FORM = r"^(heuristic|[a-z][a-z0-9_]*:\S(.*\S)?)$"
+Agent = Literal["planner", "reflector"]
+PRICES = ("planner_price_input", "planner_price_output", "reflector_price_input", "reflector_price_output")
 PLANNER = (
     "heuristic (no key, deterministic), openai:NAME, openai:NAME@http://HOST:PORT/v1 for a compatible endpoint, "
     "local:MODEL for a model in this process (MODEL as in --model), or PROVIDER:NAME for a provider of LangChain's"
@@ -113,10 +118,10 @@ class RunConfig(TaskSettings, TeamSettings):
         description="Seconds that these tools may take, in each round; the call that goes beyond is the last.",
     )
     planner_price_input: float = Field(
-        0.0, ge=0, description="US dollars per million tokens sent to the planner, for the cost shown."
+        0.0, ge=0, description="US dollars per million tokens sent to the planner, for the cost shown and its cap."
     )
     planner_price_output: float = Field(
-        0.0, ge=0, description="US dollars per million tokens the planner writes, for the cost shown."
+        0.0, ge=0, description="US dollars per million tokens the planner writes, for the cost shown and its cap."
     )
     reflector: str = Field(
         "heuristic",
@@ -131,16 +136,23 @@ class RunConfig(TaskSettings, TeamSettings):
         json_schema_extra=_edit_in_studio("reflector", "reflect"),
     )
     reflector_price_input: float = Field(
-        0.0, ge=0, description="US dollars per million tokens sent to the reflector, for the cost shown."
+        0.0, ge=0, description="US dollars per million tokens sent to the reflector, for the cost shown and its cap."
     )
     reflector_price_output: float = Field(
-        0.0, ge=0, description="US dollars per million tokens the reflector writes, for the cost shown."
+        0.0, ge=0, description="US dollars per million tokens the reflector writes, for the cost shown and its cap."
     )
     agent_timeout: float = Field(
         120.0, gt=0, le=3600, description="Seconds to wait for one answer of a planner or reflector over the network."
     )
     agent_retries: int = Field(
         2, ge=0, le=10, description="Times a failed request (429, 5xx, time-out) to a planner or reflector is repeated."
+    )
+    agent_answer_tokens: int = Field(
+        8192,
+        ge=256,
+        le=1_000_000,
+        description="Tokens that one answer of a planner or reflector may have at most, thoughts among them; a local "
+        "model's has 1,024 at most.",
     )
     agent_temperature: float | None = Field(
         None,
@@ -152,20 +164,26 @@ class RunConfig(TaskSettings, TeamSettings):
     max_agent_tokens: int = Field(
         0,
         ge=0,
-        description="Tokens, in and out, after which no call of an agent starts and the run stops, resumable; 0 for no "
-        "cap.",
+        description="Tokens, in and out, that the agents may spend: a call that could pass them, with the longest "
+        "answer allowed, does not start, and the run stops, resumable; 0 for no cap.",
     )
     max_agent_cost: float = Field(
         0.0,
         ge=0,
-        description="US dollars, by the prices given, after which no call of an agent starts and the run stops, "
-        "resumable; 0 for no cap.",
+        description="US dollars, by the prices given, that the agents may spend: a call that could pass them does not "
+        "start, and the run stops, resumable; 0 for no cap. Needs both prices of every agent behind a network.",
     )
 
     memory: bool = Field(
         True,
         description="Start with the lessons of earlier runs on this model, and keep this run's for later ones.",
     )
+
+    def find_prices(self, agent: Agent) -> tuple[float, float]:
+        """US dollars per million tokens that an agent reads, and that it writes."""
+        if agent == "planner":
+            return self.planner_price_input, self.planner_price_output
+        return self.reflector_price_input, self.reflector_price_output
 
     @field_validator("target_sparsity", "max_layer_sparsity", mode="before")
     @classmethod
@@ -220,6 +238,21 @@ class RunConfig(TaskSettings, TeamSettings):
     @classmethod
     def _split_selectors(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def check_prices(config: RunConfig) -> None:
+    """Refuse a cap on a cost that nobody can reckon. Raises UserError.
+
+    Not part of the model: runs that were begun with such a cap are still read.
+    """
+    agents: tuple[tuple[Agent, str], ...] = (("planner", config.planner), ("reflector", config.reflector))
+    for agent, spec in agents:
+        free = spec == HEURISTIC or spec.startswith("local:")
+        if config.max_agent_cost and not free and not all(config.find_prices(agent)):
+            raise UserError(
+                f"max_agent_cost caps nothing without prices: give --{agent}-price-input and --{agent}-price-output, "
+                f"in dollars per million tokens of {spec}, or --max-agent-cost 0"
+            )
 
 
 def read_config(flags: dict[str, Any], path: Path | None) -> RunConfig:

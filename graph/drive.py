@@ -23,7 +23,7 @@ from rich.console import Console
 from graph.config import RunConfig, read_config
 from graph.llm.ladder import AgentError
 from graph.llm.local import close_local
-from graph.llm.models import check_model
+from graph.llm.models import check_agents
 from graph.persistence import StateLost, explain_lost_state, open_saver, open_store
 from graph.persistence.sqlite import database
 from graph.runs.directory import check_input, create_run, read_replay, read_run, write_config
@@ -92,7 +92,7 @@ class Unanswered(RuntimeError):
 def start(runs_dir: Path, name: str | None, flags: dict[str, Any], path: Path) -> Work:
     """A new run by a config file and flags, its directory made and locked. Raises UserError."""
     config = read_config(flags, path)
-    _check_agents(config)
+    check_agents(config)
     return _create(runs_dir, name, path.stem, config)
 
 
@@ -131,16 +131,11 @@ def resume(runs_dir: Path, name: str, flags: dict[str, Any], path: Path | None) 
     if refused := [field for field in changed if field not in CHANGEABLE]:
         raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(refused)}); start a new run")
     if not replay and not (runs_dir / name / "summary.json").is_file():  # else no agent is asked any more
-        _check_agents(config)
+        check_agents(wanted)
     lock_run(runs_dir / name)
     if changed:
         write_config(runs_dir / name, wanted)
     return Work(runs_dir / name, wanted, thread, replay, resumed=True)
-
-
-def _check_agents(config: RunConfig) -> None:
-    check_model(config.planner)
-    check_model(config.reflector)
 
 
 # The work on it

@@ -183,6 +183,12 @@ def _write_as_template(answer: str) -> str:
     return f"Let me see.\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
 
 
+def _rename_bound(call: Call) -> Reply:
+    """As OpenAI's reasoning models do, wherever they run."""
+    return Reply(400, error=RENAMED) if "max_tokens" in call.request.body else call.good()
+
+
+RENAMED = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
 UNSUPPORTED = "'response_format' of type 'json_schema' is not supported with this model"  # OpenAI's words
 LLAMA_CPP = "Unsupported param: response_format"
 PROSE = "I would prune the early blocks gently and the late ones hard."
@@ -234,6 +240,7 @@ BEHAVIOURS: dict[str, Callable[[Call], Reply]] = {
     "bare-500": _refuse_methods(500, "json_schema", "json_mode", "function_calling", error=LLAMA_CPP),
     "no-answers-of-tools": lambda call: _refuse_answers_of_tools(call, 400),
     "no-answers-of-tools-500": lambda call: _refuse_answers_of_tools(call, 500),
+    "renamed-bound": _rename_bound,
     "hermes": lambda call: Reply(content=_write_as_template(call.plan())),
     "ignores-tools": lambda call: (
         Reply(400, error=UNSUPPORTED) if call.asks("json_schema") else Reply(content=f"Sure! {call.plan()}")
@@ -242,10 +249,12 @@ BEHAVIOURS: dict[str, Callable[[Call], Reply]] = {
     "rate-twice": _second_time(_fail(429, "slow down"), failures=2),
     "rate-forever": _fail(429, "slow down"),
     "unavailable": _fail(503, "overloaded"),
+    "busy-for-long": lambda call: Reply(429, error="come back tomorrow", headers={"retry-after": "86400"}),
     "broken": _fail(500, "boom"),
     "broken-later": lambda call: call.good() if call.count == 1 else _fail(500, "boom")(call),
     "bad-request": _fail(400, "no"),
     "slow": lambda call: Reply(content=call.plan(), delay=30.0),
+    "slow-once": lambda call: Reply(content=call.plan(), delay=30.0 if call.count == 1 else 0.0),
     "hang-up": lambda call: Reply(0),
     "unauthorized": _quote_key,
     "forbidden": lambda call: Reply(403, error=f"key {call.request.key} may not"),

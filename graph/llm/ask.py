@@ -30,6 +30,7 @@ from graph.llm.ladder import (
     remember_rung,
     send,
 )
+from graph.llm.metering import UNMETERED, Meter, count_answer
 from graph.llm.quoting import quote_data
 from graph.llm.toolbox import Toolbox, ToolCall, do_now, dump
 from tools.base.secrets import redact
@@ -41,8 +42,9 @@ class CallRecord(BaseModel):
 
     method: Method = Field(description="The method that held the reply to the schema.")
     reply: str = Field(description=f"What the model said; at most {ANSWER_LIMIT} characters.")
-    input_tokens: int = Field(description="As the endpoint counts them; 0 when it does not say.")
-    output_tokens: int = Field(description="As the endpoint counts them; 0 when it does not say.")
+    input_tokens: int = Field(description="As the endpoint counts them, or as Billhook does where it does not say.")
+    output_tokens: int = Field(description="Likewise; of thoughts that are not shown Billhook's count knows nothing.")
+    own_count: int = Field(0, description="Of these tokens, those that Billhook counted.")
     problem: str = Field("", description="Why the reply was not used; empty when it was.")
     tools: int = Field(0, description="Tools that it asks for, in place of an answer.")
     seconds: float = Field(description="Wall-clock time of the call, waits and repeats included.")
@@ -71,6 +73,7 @@ def ask(
     on_call: Callable[[CallRecord], None] | None = None,
     toolbox: Toolbox | None = None,
     carry_out: Callable[[Callable[[], Reply]], Reply] = do_now,
+    meter: Meter = UNMETERED,
 ) -> T:
     """Ask for one `schema` and return it, validated.
 
@@ -85,6 +88,7 @@ def ask(
     answering, several in one message too; they run one after another. The `messages` must
     describe them, and how to ask for one in JSON: `{"tool": NAME, "arguments": {...}}`.
 
+    The `meter` admits every request before it is sent, and hears of each that brought no answer.
     `carry_out` does a call of the model, in which its reply is judged too, or has the reply from where it was kept.
 
     Raises AgentError when the endpoint cannot be used, and DeadEnd when it refuses, or gave no answer that fits.
@@ -94,7 +98,7 @@ def ask(
     while left:
         advice = advise if left > 1 else None
         try:
-            reply = carry_out(partial(_call, model, schema, conversation, check, advice, toolbox))
+            reply = carry_out(partial(_call, model, schema, conversation, check, advice, toolbox, meter))
         except Rejected as error:
             if len(conversation) > len(messages):
                 raise DeadEnd(str(error)) from None
@@ -127,20 +131,24 @@ def _call(
     check: Callable[[T], None] | None,
     advise: Callable[[T], str] | None,
     toolbox: Toolbox | None,
+    meter: Meter,
 ) -> Reply:
     """One reply, read and judged."""
     start = time.perf_counter()
-    method, message = send(model, schema, conversation, toolbox)
+    method, message, prompt = send(model, schema, conversation, toolbox, meter)
     said = _reply_text(message, schema) if toolbox else _first_text(message)
     text = redact(clean(said[: READ_LIMIT + 1]))
     answer, calls, problem = _read_reply(message, text, schema, check, toolbox)
     advised = bool(answer is not None and advise and (problem := advise(answer)))
     usage: Any = message.usage_metadata or {}
+    sent, written = _whole(usage.get("input_tokens")), _whole(usage.get("output_tokens"))
+    our_sent, our_written = (0 if sent else prompt), (0 if written else count_answer(message))
     return Reply(
         method=method,
         reply=shorten(text, ANSWER_LIMIT),
-        input_tokens=_whole(usage.get("input_tokens")),
-        output_tokens=_whole(usage.get("output_tokens")),
+        input_tokens=sent or our_sent,
+        output_tokens=written or our_written,
+        own_count=our_sent + our_written,
         problem=problem,
         tools=len(calls),
         seconds=time.perf_counter() - start,

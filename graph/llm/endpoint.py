@@ -15,13 +15,18 @@ from pydantic import SecretStr
 
 from graph.config import RunConfig
 from graph.llm.keys import ANY_KEY, Key, find_openai, is_loopback, name_variable, read_key
-from graph.llm.ladder import count_request, judge_retry
+from graph.llm.metering import describe_terms
 
 SENT_ELSEWHERE = frozenset(
     ("accept", "accept-encoding", "authorization", "connection", "content-length", "content-type", "host", "user-agent")
 )
 """The headers that an address other than OpenAI's gets, beside those in which the client says what it runs on."""
 CLIENT_HEADERS = "x-stainless-"
+MAX_TOKENS, MAX_COMPLETION_TOKENS = "max_tokens", "max_completion_tokens"
+
+
+_spellings: dict[str, str] = {}
+"""How a model elsewhere wants the bound on its answer called, where it is not as most do."""
 
 
 class Endpoint(ChatOpenAI):
@@ -37,11 +42,26 @@ class Endpoint(ChatOpenAI):
         """Whether it is at another address than OpenAI's."""
         return self.address is not None
 
+    def respell_bound(self, words: str) -> bool:
+        """Whether an endpoint's words ask for the bound on its answer by another name, which it has from now on."""
+        known = _spellings.get(str(self.name), MAX_TOKENS)
+        if not self.elsewhere or known != MAX_TOKENS or MAX_COMPLETION_TOKENS not in words:
+            return False
+        _spellings[str(self.name)] = MAX_COMPLETION_TOKENS
+        return True
+
+    def _get_request_payload(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """What is sent. OpenAI renamed the bound on an answer; of others not all have heard of it."""
+        payload = super()._get_request_payload(*arguments, **options)
+        if self.elsewhere and MAX_COMPLETION_TOKENS in payload:
+            payload[_spellings.get(str(self.name), MAX_TOKENS)] = payload.pop(MAX_COMPLETION_TOKENS)
+        return payload
+
 
 def open_endpoint(name: str, address: str | None, spec: str, config: RunConfig) -> Endpoint:
     """The model `name` at an address, or at OpenAI; nothing is sent yet. Raises UserError as `find_openai` does."""
     key = read_key(address)
-    hooks: list[Callable[[Any], None]] = [count_request, *([] if address is None else [_keep_from_others(key)])]
+    hooks: list[Callable[[Any], None]] = [] if address is None else [_keep_from_others(key)]
     return Endpoint(
         name=f"openai:{name} at {address}" if address else spec,
         address=address,
@@ -54,13 +74,15 @@ def open_endpoint(name: str, address: str | None, spec: str, config: RunConfig) 
         http_socket_options=(),  # for a client of LangChain's own; it would warn of proxies that it goes around
         temperature=config.agent_temperature,  # said aloud when None, since langchain fills in a 1 for o1 otherwise
         timeout=config.agent_timeout,
-        max_retries=config.agent_retries,
+        max_completion_tokens=config.agent_answer_tokens,
+        max_retries=0,  # the ladder repeats requests, and counts them
+        metadata=describe_terms(config.agent_retries, config.agent_answer_tokens),
         # Compatible endpoints rarely have the Responses API, which langchain picks by the model's name.
         use_responses_api=False if address else None,
         # A graph streamed in mode `messages` would stream the model too, and lose the token counts.
         disable_streaming=True,
         http_client=DefaultHttpxClient(
-            event_hooks={"request": hooks, "response": [judge_retry]},
+            event_hooks={"request": hooks},
             follow_redirects=False,  # to wherever an endpoint says
             # What is for this machine goes through no proxy, which could read it.
             trust_env=address is None or not is_loopback(address),

@@ -5,18 +5,18 @@ remembered.
 """
 
 import json
-import warnings
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from langchain_core.exceptions import ContextOverflowError, ModelConnectionError, ModelTimeoutError
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
 from langchain_core.runnables import Runnable
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from graph.llm.attempts import Answer, Attempts
+from graph.llm.failures import Failure
+from graph.llm.metering import Meter
 from graph.llm.toolbox import Toolbox, ToolCall, dump
 from tools.base.secrets import redact
 from tools.base.words import count, one_line, shorten
@@ -27,8 +27,6 @@ METHODS: tuple[Method, ...] = ("json_schema", "function_calling", "json_mode", "
 """How OpenAI's protocol holds an answer to the schema, strictest first; `text` only asks for it in the prompt."""
 OTHER_METHODS: tuple[Method, ...] = ("function_calling", "text")
 """What LangChain does in the same way for every other provider."""
-STEP_DOWN = frozenset({400, 422, 500, 501})
-"""HTTP statuses that mean 'I do not know this method': llama.cpp says 500, FastAPI servers 422."""
 REJECTIONS = frozenset({400, 413, 422})
 """HTTP statuses that mean 'not this conversation', once no method is left: it may have grown too long."""
 ANSWER_LIMIT = 4_000
@@ -105,28 +103,12 @@ def in_words(name: str, arguments: str) -> str:
 # One call, down the ladder
 
 
-@dataclass
-class _Wire:
-    """What passes between one call and the endpoint."""
+class Received(NamedTuple):
+    """A reply, the method that it came by, and our count of what was sent for it."""
 
-    requests: int = 0
-    repeat_500: bool = True
-
-
-_wire: ContextVar[_Wire | None] = ContextVar("_wire", default=None)
-
-
-def count_request(request: object) -> None:
-    """A hook of the HTTP client: the SDK repeats requests by itself and does not tell how often."""
-    if wire := _wire.get():
-        wire.requests += 1
-
-
-def judge_retry(response: Any) -> None:
-    """A hook of the HTTP client: keep the SDK from repeating what only says that a method is unknown."""
-    wire = _wire.get()
-    if wire and not wire.repeat_500 and response.status_code in STEP_DOWN:
-        response.headers["x-should-retry"] = "false"  # a header that the SDK obeys
+    method: Method
+    message: AIMessage
+    prompt: int
 
 
 def send(
@@ -134,8 +116,12 @@ def send(
     schema: type[BaseModel],
     conversation: Sequence[AnyMessage | Exchange],
     toolbox: Toolbox | None,
-) -> tuple[Method, AIMessage]:
-    """Get one reply by the best method that the endpoint takes; AgentError, or Rejected, when it takes none."""
+    meter: Meter,
+) -> Received:
+    """Get one reply by the best method that the endpoint takes; AgentError, or Rejected, when it takes none.
+
+    The meter admits every request, and hears of those that brought nothing.
+    """
     methods = _ladder(model)
     if toolbox and "function_calling" in methods and not _is_elsewhere(model):
         # The one in which models were taught to call tools.
@@ -143,24 +129,21 @@ def send(
     place = _find_place(model, conversation, toolbox)
     known = _rungs.get(place)
     start = known or _rungs.get((*place[:2], False))
-    wire = _Wire()
-    token = _wire.set(wire)
-    try:
-        for method in methods[methods.index(start) if start else 0 :]:
-            # A 500 is worth repeating only where the method cannot be to blame for it.
-            wire.repeat_500 = method in (known, methods[-1])
-            messages = _render(conversation, method, toolbox)
-            reply = _try_method(model, schema, messages, method, toolbox)
-            if isinstance(reply, AIMessage):
-                _rungs[place] = method
-                return method, reply
-            if not reply.by_method or (method == known and reply.status >= 500):
-                break
-    finally:
-        _wire.reset(token)
+    attempts = Attempts(model, meter)
+    for method in methods[methods.index(start) if start else 0 :]:
+        try:
+            bound = _bind(model, schema, method, toolbox)
+        except NotImplementedError:  # LangChain's word for a model without tools
+            continue
+        reply = attempts.send(bound, _render(conversation, method, toolbox), is_known=method in (known, methods[-1]))
+        if isinstance(reply, Answer):
+            _rungs[place] = method
+            return Received(method, *reply)
+        if not reply.by_method or (method == known and reply.status >= 500):
+            break
     _rungs.pop(place, None)
-    after = f", after {count(wire.requests, 'request')}" if wire.requests else ""
-    assert isinstance(reply, _Failure)
+    assert isinstance(reply, Failure)
+    after = "" if hasattr(model, "methods") else f", after {count(attempts.count, 'request')}"  # none in this process
     text = f"{name_model(model)} {reply.text}{after}"
     raise Rejected(text) if reply.status in REJECTIONS else AgentError(text)
 
@@ -176,38 +159,6 @@ def _find_place(
     model: BaseChatModel, conversation: Sequence[AnyMessage | Exchange], toolbox: Toolbox | None
 ) -> tuple[str, bool, bool]:
     return name_model(model), toolbox is not None, any(isinstance(part, Exchange) for part in conversation)
-
-
-@dataclass
-class _Failure:
-    """A call that got no reply."""
-
-    status: int
-    """The HTTP status, or 0."""
-    text: str
-    """What happened, to be read after the endpoint's name."""
-    by_method: bool = False
-    """Whether the method may be to blame, so that another is worth trying."""
-
-
-def _try_method(
-    model: BaseChatModel,
-    schema: type[BaseModel],
-    messages: list[AnyMessage],
-    method: Method,
-    toolbox: Toolbox | None,
-) -> AIMessage | _Failure:
-    with warnings.catch_warnings():
-        # It advises on its own `with_structured_output` when an endpoint refuses json_schema.
-        warnings.filterwarnings("ignore", module="langchain_openai")
-        try:
-            reply = _bind(model, schema, method, toolbox).invoke(messages)
-        except Exception as error:  # any kind: langchain raises even TypeError over what endpoints send
-            # Not raised from here: a chained exception would carry the endpoint's text, key and all.
-            return _describe_failure(error, model)
-    if not isinstance(reply, AIMessage):
-        return _Failure(0, "answers in the role of someone else than the assistant")
-    return reply
 
 
 def _bind(model: BaseChatModel, schema: type[BaseModel], method: Method, toolbox: Toolbox | None) -> Runnable[Any, Any]:
@@ -299,44 +250,3 @@ def _ladder(model: BaseChatModel) -> tuple[Method, ...]:
     """The methods that a model may take, strictest first."""
     own: tuple[Method, ...] | None = getattr(model, "methods", None)
     return own or (METHODS if hasattr(model, "openai_api_base") else OTHER_METHODS)
-
-
-def _describe_failure(error: Exception, model: BaseChatModel) -> _Failure:
-    """What happened, in words that follow the endpoint's name."""
-    if isinstance(error, ContextOverflowError):
-        return _Failure(400, f"cannot take so long a prompt ({one_line(_endpoint_words(error), 150)})")
-    if isinstance(error, ModelTimeoutError):
-        timeout = getattr(model, "request_timeout", None)
-        return _Failure(0, f"gave no answer within {timeout} s" if timeout else "gave no answer in time")
-    if isinstance(error, ModelConnectionError):
-        return _Failure(0, f"cannot be reached or hung up ({one_line(_root_cause(error), 150)})")
-    status = getattr(error, "status_code", 0)
-    if not isinstance(status, int) or not status:
-        # Arguments of a tool call that are no object end in langchain's ValidationError, and the reply is lost.
-        by_method = isinstance(error, ValidationError | NotImplementedError)  # the latter where it has no tools
-        return _Failure(0, f"sent no chat completion ({type(error).__name__}: {one_line(str(error), 150)})", by_method)
-    if status == 401:  # without the endpoint's words: they quote the key
-        keys = " or ".join(sorted({name for name in model.lc_secrets.values() if name.endswith("_API_KEY")}))
-        wanted = getattr(model, "wanted_key", "") or f"another API key{f' than {keys} holds' if keys else ''}"
-        return _Failure(status, f"wants {wanted} (HTTP 401)")
-    if 300 <= status < 400:
-        return _Failure(
-            status, f"sends calls on to another address (HTTP {status}), which none is sent to; name that one"
-        )
-    known = {403: "denies access", 404: "knows no such model or address", 429: "limits the rate or the quota"}
-    what = known.get(status, "failed" if status >= 500 else "rejected the request")
-    words = one_line(_endpoint_words(error), 150)
-    return _Failure(status, f"{what} (HTTP {status}: {words})", status in STEP_DOWN)
-
-
-def _endpoint_words(error: Exception) -> str:
-    body = getattr(error, "body", str(error))
-    body = body.get("error", body) if isinstance(body, dict) else body  # Anthropic's is one level further down
-    said = body.get("message") or body.get("detail") if isinstance(body, dict) else body  # FastAPI's is the latter
-    return str(said or "no reason given")
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error) or type(error).__name__

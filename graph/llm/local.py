@@ -20,11 +20,12 @@ from pydantic import PrivateAttr
 
 from graph.config import RunConfig
 from graph.llm.ladder import Method
+from graph.llm.metering import describe_terms
 from tools.base.errors import UserError
 from tools.models.load import load_model, locate_model
 
 MAX_NEW_TOKENS = 1024
-"""Tokens of one answer."""
+"""Tokens of one answer, where the config does not say fewer."""
 MIN_NEW_TOKENS = 128
 """A prompt that leaves less of the context is refused."""
 CLOSING_SHARE = 0.25
@@ -69,7 +70,15 @@ def open_local(source: str, config: RunConfig) -> BaseChatModel:
         while len(_loaded) >= MAX_LOADED:
             del _loaded[next(iter(_loaded))]
         _loaded[key] = _load(config.model_copy(update={"model": source}))
-    return LocalChat.over(_loaded[key], name=f"local:{source}", temperature=config.agent_temperature, seed=config.seed)
+    longest = min(MAX_NEW_TOKENS, config.agent_answer_tokens)
+    return LocalChat.over(
+        _loaded[key],
+        name=f"local:{source}",
+        temperature=config.agent_temperature,
+        seed=config.seed,
+        max_tokens=longest,
+        metadata=describe_terms(0, longest),
+    )
 
 
 def close_local() -> None:
@@ -105,6 +114,7 @@ class LocalChat(BaseChatModel):
     methods: ClassVar[tuple[Method, ...]] = ("grammar",)
     temperature: float | None = None
     seed: int = 0
+    max_tokens: int = MAX_NEW_TOKENS
     _loaded: _Loaded = PrivateAttr()
 
     @classmethod
@@ -133,7 +143,7 @@ class LocalChat(BaseChatModel):
         """
         loaded = self._loaded
         prompt = _encode(loaded.tokenizer, messages)
-        limit = _count_room(loaded.model, len(prompt))
+        limit = _count_room(loaded.model, len(prompt), self.max_tokens)
         hold = [_Grammar(loaded, schema, len(prompt), limit)] if schema else []
         with loaded.lock:  # two of Studio's runs may share it
             tokens = _decode(loaded.model, prompt, limit, hold, self.temperature, self.seed)
@@ -174,16 +184,16 @@ def _apply_template(tokenizer: Any, turns: list[dict[str, str]]) -> str:
         return str(tokenizer.apply_chat_template([both, *rest], **options))
 
 
-def _count_room(model: Any, prompt: int) -> int:
-    """Tokens that an answer may have."""
+def _count_room(model: Any, prompt: int, longest: int) -> int:
+    """Tokens that an answer may have, `longest` at most."""
     context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
-        return MAX_NEW_TOKENS
+        return longest
     if prompt + MIN_NEW_TOKENS > context:
         raise ContextOverflowError(
             f"it has {prompt:,} tokens, and with {MIN_NEW_TOKENS} for an answer more than the context of {context:,}"
         )
-    return min(MAX_NEW_TOKENS, context - prompt)
+    return min(longest, context - prompt)
 
 
 def _decode(

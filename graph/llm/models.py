@@ -11,15 +11,14 @@ from urllib.parse import urlsplit
 from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
-from graph.config import RunConfig
+from graph.config import HEURISTIC, RunConfig, check_prices
 from graph.llm.keys import check_key, name_variable
 from graph.llm.ladder import AgentError
 from graph.llm.local import check_local, open_local
+from graph.llm.metering import describe_terms
 from tools.base.errors import UserError
 from tools.base.secrets import redact
 from tools.base.words import one_line
-
-HEURISTIC = "heuristic"
 
 
 def check_model(spec: str) -> None:
@@ -39,11 +38,18 @@ def check_model(spec: str) -> None:
         _open_provider(provider, name, RunConfig())
 
 
+def check_agents(config: RunConfig) -> None:
+    """See whether planner and reflector can be asked, and what they cost be capped. Raises UserError."""
+    check_model(config.planner)
+    check_model(config.reflector)
+    check_prices(config)
+
+
 def open_model(spec: str, config: RunConfig) -> BaseChatModel:
     """Make the chat model that `spec` stands for, called `spec` in errors; anything but `heuristic`.
 
-    Of the config it takes the time-out, retries and temperature (not sent when None, because
-    many models refuse any), and for a local model where and how to load one. Keys come from
+    Of the config it takes the time-out, retries, the bound on an answer and the temperature (not
+    sent when None, because many models refuse any), and for a local model where and how to load one. Keys come from
     the environment. Nothing is asked yet; a local model is loaded, once per process.
 
     Raises UserError as `check_model` does, AgentError when a local model cannot be loaded.
@@ -129,7 +135,10 @@ def _open_provider(provider: str, name: str, config: RunConfig) -> BaseChatModel
         raise UserError(f"{_quote(spec)} needs packages that are not installed; try: pip install langchain {package}")
     from langchain.chat_models import init_chat_model
 
-    options: dict[str, Any] = {"timeout": config.agent_timeout, "max_retries": config.agent_retries}
+    # The ladder repeats requests, and counts them.
+    options: dict[str, Any] = {"timeout": config.agent_timeout, "max_retries": 0}
+    options["num_predict" if provider == "ollama" else "max_tokens"] = config.agent_answer_tokens
+    options["metadata"] = describe_terms(config.agent_retries, config.agent_answer_tokens)
     if config.agent_temperature is not None:
         options["temperature"] = config.agent_temperature
     try:
@@ -138,6 +147,8 @@ def _open_provider(provider: str, name: str, config: RunConfig) -> BaseChatModel
         )
     except Exception as error:  # a package that is missing, which it names, or whatever else the provider minds
         raise UserError(f"{_quote(spec)} cannot be used: {_shorten(error)}") from None
+    if config.agent_answer_tokens not in model.__dict__.values():  # LangChain drops what a model does not know
+        raise UserError(f"{_quote(spec)} cannot be used: it takes no bound on the length of its answers")
     for field, variable in model.lc_secrets.items():
         if variable.endswith("_API_KEY") and not _reveal(getattr(model, field, None)):
             raise UserError(f"{_quote(spec)} needs an API key: set the environment variable {variable}")

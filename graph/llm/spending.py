@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel
 
-from graph.config import RunConfig
+from graph.config import Agent, RunConfig, check_prices
 from graph.llm.ask import CallRecord, Reply
 from graph.llm.ladder import AgentError, DeadEnd
+from graph.llm.metering import FailedRequest
 from graph.runs.session import Session
 from graph.runs.tasks import do_once
 from tools.base.rundir import scan_events
 from tools.results.schema import Usage
 
-Agent = Literal["planner", "reflector"]
 T = TypeVar("T")
 
 
@@ -49,10 +49,12 @@ class Account:
     def __init__(
         self, agent: Agent, session: Session, usage: Usage, config: RunConfig, caps: RunConfig, iteration: int
     ) -> None:
+        """Raises UserError where there is a cap on a cost that nobody can reckon."""
         self.usage = usage
         self._agent, self._session, self._config, self._caps = agent, session, config, caps
         self._model = config.planner if agent == "planner" else config.reflector
         self._iteration = iteration
+        check_prices(config.model_copy(update={"max_agent_cost": caps.max_agent_cost}))
 
     def keep_prompt(self, make: Callable[[], Sequence[AnyMessage]]) -> list[AnyMessage]:
         """What the agent is asked, logged: what was kept of it, or else what `make` gives."""
@@ -71,23 +73,31 @@ class Account:
         """Do a call and count it, or have what was kept of it, which counts once. Raises CapReached."""
 
         def pay() -> Paid:
-            spent = read_spent(self._session.directory, self.usage)
-            check_cap(spent, self._caps)
-            reply = call()
-            return Paid(reply=reply, usage=add_calls(spent, [reply], self._config, self._agent))
+            self.usage = read_spent(self._session.directory, self.usage)
+            reply = call()  # in which `admit` and `keep_failure` are called
+            return Paid(reply=reply, usage=add_calls(self.usage, [reply], self._config, self._agent))
 
         paid = do_once("reply", pay, Paid)
         self.usage = paid.usage
         return paid.reply
 
+    def admit(self, prompt: int, answer: int) -> None:
+        """Before a request of that many tokens, and an answer of as many at most. Raises CapReached."""
+        check_cap(self.usage, _add(self.usage, prompt, answer, 0, self._config, self._agent), self._caps)
+
+    def keep_failure(self, failed: FailedRequest) -> None:
+        """Log a request that brought no answer, and count what it may have cost."""
+        whose = {"agent": self._agent, "iteration": self._iteration}
+        self.usage = add_failure(self.usage, failed, self._config, self._agent)
+        self._session.emit("request", planner=self._model, **whose, **failed.model_dump())
+        self._session.emit("usage", **whose, **self.usage.model_dump())
+
     def keep_call(self, call: CallRecord) -> None:
-        """Log a reply and what is spent. Raises CapReached when another call would follow, and may not."""
+        """Log a reply and what is spent."""
         whose = {"agent": self._agent, "iteration": self._iteration}
         said = call.model_dump(include=set(CallRecord.model_fields))
         self._session.emit("reply", planner=self._model, **whose, **said)
         self._session.emit("usage", **whose, **self.usage.model_dump())
-        if call.problem or call.tools:
-            check_cap(self.usage, self._caps)
 
     def converse(self, ask: Callable[[], T]) -> T:
         """What a conversation brings; another one, where an earlier one led nowhere and the run was resumed since.
@@ -121,38 +131,56 @@ def read_spent(directory: Path, usage: Usage) -> Usage:
     """
     events = scan_events(directory, "usage")
     logged = Usage.model_validate(events[-1][1]) if events else usage
-    return logged if logged.calls > usage.calls else usage
+    return logged if _count_requests(logged) > _count_requests(usage) else usage
+
+
+def _count_requests(usage: Usage) -> int:
+    return usage.calls + usage.failed_requests
 
 
 def add_calls(usage: Usage, calls: Sequence[CallRecord], config: RunConfig, agent: Agent) -> Usage:
-    """Tokens and dollars after these calls, at the agent's prices."""
-    sent = sum(call.input_tokens for call in calls)
-    written = sum(call.output_tokens for call in calls)
-    if agent == "planner":
-        cost = sent * config.planner_price_input + written * config.planner_price_output
-    else:
-        cost = sent * config.reflector_price_input + written * config.reflector_price_output
-    return Usage(
-        calls=usage.calls + len(calls),
-        input_tokens=usage.input_tokens + sent,
-        output_tokens=usage.output_tokens + written,
-        cost=usage.cost + cost / 1e6,
-    )
+    """What is spent after these calls, at the agent's prices."""
+    for call in calls:
+        usage = _add(usage, call.input_tokens, call.output_tokens, call.own_count, config, agent)
+    return usage.model_copy(update={"calls": usage.calls + len(calls)})
 
 
-def check_cap(usage: Usage, config: RunConfig) -> None:
-    """Before a call: raises CapReached when as much has been spent as the config allows.
+def add_failure(usage: Usage, failed: FailedRequest, config: RunConfig, agent: Agent) -> Usage:
+    """What is spent after a request that brought nothing, at the agent's prices."""
+    own = failed.input_tokens + failed.output_tokens
+    usage = _add(usage, failed.input_tokens, failed.output_tokens, own, config, agent)
+    return usage.model_copy(update={"failed_requests": usage.failed_requests + 1})
 
-    The config is the present one, the runtime's context: a run that was stopped here goes on with a higher cap.
+
+def _add(usage: Usage, sent: int, written: int, own: int, config: RunConfig, agent: Agent) -> Usage:
+    price_sent, price_written = config.find_prices(agent)
+    more = {
+        "input_tokens": usage.input_tokens + sent,
+        "output_tokens": usage.output_tokens + written,
+        "own_count": usage.own_count + own,
+        "cost": usage.cost + (sent * price_sent + written * price_written) / 1e6,
+    }
+    return usage.model_copy(update=more)
+
+
+def check_cap(usage: Usage, most: Usage, config: RunConfig) -> None:
+    """Before a request: raises CapReached when the config allows no more, or less than that request may take.
+
+    `most` is what will then have been spent at most, in all. The config is the present one, the runtime's context: a
+    run that was stopped here goes on with a higher cap.
     """
+    sent, written = most.input_tokens - usage.input_tokens, most.output_tokens - usage.output_tokens
     tokens, cap = usage.input_tokens + usage.output_tokens, config.max_agent_tokens
-    if cap and tokens >= cap:
+    if cap and (tokens >= cap or tokens + sent + written > cap):
+        ahead = f"; a request may take {sent:,} more (our count) and its answer {written:,}" if tokens < cap else ""
         raise CapReached(
-            f"the agents have spent {tokens:,} tokens, and max_agent_tokens is {cap:,}; "
+            f"the agents have spent {tokens:,} tokens, and max_agent_tokens is {cap:,}{ahead}; "
             "go on with --resume NAME --max-agent-tokens N, where 0 is no cap"
         )
-    if config.max_agent_cost and usage.cost >= config.max_agent_cost:
+    if config.max_agent_cost and (usage.cost >= config.max_agent_cost or most.cost > config.max_agent_cost):
+        left = usage.cost < config.max_agent_cost
+        ahead = f"; a request and its answer may take ${most.cost - usage.cost:.4g} more" if left else ""
         raise CapReached(
-            f"the agents have spent ${usage.cost:.4g}, and max_agent_cost is ${config.max_agent_cost:.4g}; "
+            f"the agents have spent ${usage.cost:.4g}, and max_agent_cost is ${config.max_agent_cost:.4g}{ahead}; "
             "go on with --resume NAME --max-agent-cost N, where 0 is no cap"
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from langgraph.store.base import BaseStore, SearchItem
 
-from graph.config import RunConfig
+from graph.config import PRICES, RunConfig
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
 from tools.base.settings import TEAM, TaskSettings
@@ -54,8 +54,7 @@ IDLE = (
     *(*TEAM, "device", "trust_remote_code", "memory"),
     *("test", "test_windows", *TaskSettings.model_fields),  # asked once, at the end
     *("max_iterations", "patience", "max_evaluated_tokens", "max_agent_tokens", "max_agent_cost", "approve"),
-    *("planner_calls", "planner_seconds", "agent_timeout", "agent_retries"),
-    *(f"{agent}_price_{way}" for agent in ("planner", "reflector") for way in ("input", "output")),
+    *("planner_calls", "planner_seconds", "agent_timeout", "agent_retries", "agent_answer_tokens", *PRICES),
 )
 """Fields of the config that change no trial: where and how long the work is done, and how many rounds there are."""
 
@@ -66,8 +65,9 @@ def fingerprint(config: RunConfig) -> str:
 
 
 def _list_fingerprints(config: RunConfig) -> tuple[str, str]:
-    """The fingerprint, and that of earlier versions: a hash of the whole config, as before there was the field bos."""
-    return fingerprint(config), _hash(config, *(() if config.bos == "never" else ("bos",)))
+    """The fingerprint, and that of earlier versions: a hash of the whole config, without fields that it had not."""
+    later = ("agent_answer_tokens",) if config.bos == "never" else ("agent_answer_tokens", "bos")
+    return fingerprint(config), _hash(config, *later)
 
 
 def _hash(config: RunConfig, *left_out: str) -> str:

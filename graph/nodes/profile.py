@@ -8,7 +8,7 @@ import numpy as np
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.llm.models import check_model
+from graph.llm.models import check_agents
 from graph.memory.lessons import read_lessons
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
@@ -35,8 +35,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     thread = (runtime.execution_info.thread_id if runtime.execution_info else None) or str(uuid.uuid4())
     name = state.run or f"studio-{thread[:8]}"
     if not state.replay:
-        check_model(config.planner)
-        check_model(config.reflector)
+        check_agents(config)
     check_input(config)  # a run that was not started from the command line has not been looked at
     create_run(runs_directory(), name, config, thread, state.replay)
     state = state.model_copy(update={"run": name, "config": config})

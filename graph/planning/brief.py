@@ -17,6 +17,7 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 
 from graph.config import RunConfig, read_prompt
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
+from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import Toolbox, do_now
 from graph.planning.plan import Plan
@@ -42,6 +43,7 @@ def plan_with_chat(
     keep_prompt: KeepPrompt = do_now,
     toolbox: Toolbox | None = None,
     carry_out: Callable[[Callable[[], Reply]], Reply] = do_now,
+    meter: Meter = UNMETERED,
 ) -> Plan:
     """Ask a chat model for the plan of the next round; it may call the tools of the `toolbox` first.
 
@@ -50,10 +52,20 @@ def plan_with_chat(
     layer, bounds that no allocation meets. Such a plan is handed back like any that does not
     fit. `advise` has words for a plan that can be carried out to no avail, which is handed back with them once.
     `keep_prompt` makes the first messages, `carry_out` does a call, and either may have kept what it gives; `on_call`
-    hears of every reply. Raises AgentError when no usable plan came.
+    hears of every reply, the `meter` of every request. Raises AgentError when no usable plan came.
     """
     messages = keep_prompt(lambda: planner_messages(situation, toolbox))
-    return ask(model, Plan, messages, check=check, advise=advise, on_call=on_call, toolbox=toolbox, carry_out=carry_out)
+    return ask(
+        model,
+        Plan,
+        messages,
+        check=check,
+        advise=advise,
+        on_call=on_call,
+        toolbox=toolbox,
+        carry_out=carry_out,
+        meter=meter,
+    )
 
 
 def advise_against(plan: Plan, situation: Situation) -> str:

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from graph.config import RunConfig
+from graph.config import HEURISTIC, RunConfig
 from graph.llm.ladder import AgentError
-from graph.llm.models import HEURISTIC, open_model
+from graph.llm.models import open_model
 from graph.llm.quoting import quote_data
 from graph.llm.spending import Account, CapReached
 from graph.llm.toolbox import Toolbox
@@ -76,6 +76,7 @@ def choose_plan(
                 keep_prompt=account.keep_prompt,
                 toolbox=toolbox,
                 carry_out=account.carry_out,
+                meter=account,
             )
         )
     except CapReached:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from langgraph.store.base import BaseStore
 from pydantic import BaseModel
 
-from graph.llm.models import HEURISTIC
+from graph.config import HEURISTIC
 from graph.llm.toolbox import ToolAnswer, Toolbox, ToolRecord
 from graph.memory.lessons import search_lessons
 from graph.planning.brief import describe_lesson, recount_trial

@@ -8,6 +8,7 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 
 from graph.config import RunConfig, read_prompt
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
+from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import do_now
 from graph.planning.brief import describe_facts
@@ -32,12 +33,14 @@ def reflect_with_chat(
     on_call: Callable[[CallRecord], None] | None = None,
     keep_prompt: KeepPrompt = do_now,
     carry_out: Callable[[Callable[[], Reply]], Reply] = do_now,
+    meter: Meter = UNMETERED,
 ) -> Reflection:
     """Ask a chat model what a trial taught.
 
     An answer with a selector that means no layer is handed back like one that does not fit the schema, and once one
     with a lesson that contradicts itself. `keep_prompt` makes the first messages, `carry_out` does a call, and either
-    may have kept what it gives; `on_call` hears of every reply. Raises AgentError when no usable answer came.
+    may have kept what it gives; `on_call` hears of every reply, the `meter` of every request. Raises AgentError when no
+    usable answer came.
     """
 
     def check(reflection: Reflection) -> None:
@@ -49,7 +52,9 @@ def reflect_with_chat(
         return "\n".join(f"{name}: {problem}" for name, problem in named.items() if problem)
 
     messages = keep_prompt(lambda: reflector_messages(evidence))
-    return ask(model, Reflection, messages, check=check, advise=advise, on_call=on_call, carry_out=carry_out)
+    return ask(
+        model, Reflection, messages, check=check, advise=advise, on_call=on_call, carry_out=carry_out, meter=meter
+    )
 
 
 # What it is shown

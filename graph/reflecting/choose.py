@@ -1,8 +1,8 @@
 """Who reflects on a round: the reflector's model, or the rule alone."""
 
-from graph.config import RunConfig
+from graph.config import HEURISTIC, RunConfig
 from graph.llm.ladder import AgentError
-from graph.llm.models import HEURISTIC, open_model
+from graph.llm.models import open_model
 from graph.llm.spending import Account, CapReached
 from graph.planning.orders import find_recipe
 from graph.reflecting.brief import reflect_with_chat
@@ -51,7 +51,9 @@ def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: 
     try:
         model = open_model(config.reflector, config)
         reflection = account.converse(
-            lambda: reflect_with_chat(evidence, model, account.keep_call, account.keep_prompt, account.carry_out)
+            lambda: reflect_with_chat(
+                evidence, model, account.keep_call, account.keep_prompt, account.carry_out, account
+            )
         )
     except CapReached:
         raise

@@ -9,7 +9,7 @@ from typing import Any
 from langgraph.errors import GraphBubbleUp
 from langgraph.runtime import Runtime
 
-from graph.config import RunConfig
+from graph.config import PRICES, RunConfig
 from graph.llm.local import close_local
 from graph.runs.forks import fork_run, name_directory
 from graph.state import State
@@ -24,7 +24,7 @@ Node = Callable[[State, Runtime[RunConfig]], Update]
 IDLE_SECONDS = 30.0
 """How long a server keeps the model for a run's next node; after that the run can be taken up anywhere."""
 
-CHANGEABLE = ("max_agent_tokens", "max_agent_cost", *TEAM)
+CHANGEABLE = ("max_agent_tokens", "max_agent_cost", *PRICES, *TEAM)
 """Fields of the config that may change while a run goes on; they have no part in what is pruned."""
 
 

@@ -17,7 +17,17 @@ from graph.show.loop import draw_loop, fit
 from graph.show.plain import Clock
 from graph.show.strip import Strip, count_strip_lines, draw_strip, make_strip
 from graph.show.trials import VERDICTS, draw_trials, trial_cells
-from graph.show.words import Event, tell, tell_approval, tell_lesson, tell_profile, tell_rollback, tell_tool, tell_usage
+from graph.show.words import (
+    Event,
+    tell,
+    tell_approval,
+    tell_lesson,
+    tell_profile,
+    tell_request,
+    tell_rollback,
+    tell_tool,
+    tell_usage,
+)
 from tools.base.words import clean, show_percent
 
 MAX_TRIALS = 12
@@ -100,6 +110,10 @@ class Picture:
     def take_reply(self, event: Event) -> None:
         """Only what was wrong with a reply; its tokens are in the last line."""
         self.say("handed back", event["problem"], "yellow")
+
+    def take_request(self, event: Event) -> None:
+        """What brought no answer."""
+        self.say("request", tell_request(event).partition(": ")[2], "yellow")
 
     def take_tool(self, event: Event) -> None:
         """What a planner looks up or tries out."""

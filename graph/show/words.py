@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tools.base.words import clean, count, show_compact, show_percent, show_seconds
-from tools.results.sentences import list_outcome
+from tools.results.sentences import list_outcome, tell_spending
 
 Event = Mapping[str, Any]
 
@@ -43,7 +43,15 @@ def tell_plan(event: Event) -> str:
 def tell_reply(event: Event) -> str:
     """An answer of a planner's model, and what was wrong with it."""
     line = f"reply of {clean(event['planner'])}: {event['input_tokens']:,} tokens in, {event['output_tokens']:,} out"
+    line += " by our own count" if event.get("own_count") else ""
     return f"{line}; handed back: {clean(event['problem'], 1000)}" if event.get("problem") else line
+
+
+def tell_request(event: Event) -> str:
+    """A request that brought no answer, and what it counts for."""
+    counted = f"counted as {event['input_tokens']:,} tokens in, {event['output_tokens']:,} out"
+    line = f"request: {clean(event['planner'])} {clean(event['problem'], 1000)}; {counted}"
+    return f"{line}; it is tried again" if event.get("again") else line
 
 
 def tell_tool(event: Event) -> str:
@@ -108,10 +116,9 @@ def tell_lesson(event: Event) -> str:
 
 def tell_usage(event: Event) -> str:
     """What the agents have cost so far."""
-    if not event["calls"]:
+    if not event["calls"] and not event.get("failed_requests"):
         return "agents: no calls"
-    tokens = f"{event['input_tokens']:,} tokens in, {event['output_tokens']:,} out"
-    return f"agents: {count(event['calls'], 'call')}, {tokens}, ${event['cost']:.4f}"
+    return f"agents: {tell_spending(event)}"
 
 
 TELL: dict[str, Callable[[Event], str]] = {
@@ -122,6 +129,7 @@ TELL: dict[str, Callable[[Event], str]] = {
     "plan": tell_plan,
     "approval": tell_approval,
     "reply": tell_reply,
+    "request": tell_request,
     "tool": tell_tool,
     "trial": tell_trial,
     "rollback": tell_rollback,

@@ -1,5 +1,6 @@
 """A cap on what the agents spend ends a run, which a higher cap finishes as if there had been none."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ PLANS: list[dict[str, Any]] = [{"sparsity": 0.3, "reason": "a step"}, {"sparsity
 PRICES = ["--planner-price-input", "2", "--planner-price-output", "8"]
 
 
-def flags(model: Path, server: OpenAIServer) -> list[str]:
-    planner = ["--planner", server.planner("m"), "--planner-calls", "0", *PRICES]
+def flags(model: Path, server: OpenAIServer, name: str = "m") -> list[str]:
+    planner = ["--planner", server.planner(name), "--planner-calls", "0", "--agent-answer-tokens", "300", *PRICES]
     return ["--name", "run", "--model", str(model), *TINY, "--max-iterations", "2", *planner]
 
 
@@ -20,14 +21,20 @@ def test_a_run_stops_at_its_cap_and_goes_on_with_another(tiny_llama: Path, tmp_p
     run = tmp_path / "runs" / "run"
     with OpenAIServer(PLANS) as server:
         stopped = command(*flags(tiny_llama, server), "--max-agent-tokens", "1")
-        assert (stopped.code, stopped.err) == (1, "")
-        assert len(server.requests) == 1
+        assert (stopped.code, stopped.err, len(server.requests)) == (1, "", 0)
+        said = re.fullmatch(
+            r"stopped: the agents have spent 0 tokens, and max_agent_tokens is 1; a request may take ([\d,]+) more "
+            r"\(our count\) and its answer 300; go on with --resume NAME --max-agent-tokens N, where 0 is no cap",
+            stopped.out.splitlines()[-2],
+        )
+        assert said and stopped.out.splitlines()[-1] == "resume with: python -m graph.run --resume run"
+        most = int(said[1].replace(",", "")) + 300
+        once = command("--resume", "run", "--max-agent-tokens", str(most))
+        assert (once.code, len(server.requests)) == (1, 1), "the next round could pass the cap"
         spent = server.requests[0].prompt_tokens + server.requests[0].completion_tokens
-        assert stopped.out.splitlines()[-2:] == [
-            f"stopped: the agents have spent {spent:,} tokens, and max_agent_tokens is 1; go on with --resume NAME "
-            "--max-agent-tokens N, where 0 is no cap",
-            "resume with: python -m graph.run --resume run",
-        ]
+        assert (
+            f"stopped: the agents have spent {spent:,} tokens, and max_agent_tokens is {most:,}; a request " in once.out
+        )
         still = command("--resume", "run")
         assert (still.code, len(server.requests)) == (1, 1), "the cap is still there"
         costly = command("--resume", "run", "--max-agent-tokens", "0", "--max-agent-cost", "0.000001")
@@ -44,3 +51,49 @@ def test_a_run_stops_at_its_cap_and_goes_on_with_another(tiny_llama: Path, tmp_p
         assert command("--runs-dir", "free", *flags(tiny_llama, free)).code == 0
     assert read_trials(run) == read_trials(tmp_path / "free" / "run")
     assert read_summary(run)["mask_sha256"] == read_summary(tmp_path / "free" / "run")["mask_sha256"]
+
+
+def test_a_cap_on_the_cost_without_prices_is_refused_before_any_work(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    with OpenAIServer(PLANS) as server:
+        planner = server.planner("m")
+        refused = command("--model", str(tiny_llama), *TINY, "--planner", planner, "--max-agent-cost", "1")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == (
+        "error: max_agent_cost caps nothing without prices: give --planner-price-input and --planner-price-output, in "
+        f"dollars per million tokens of {planner}, or --max-agent-cost 0\n"
+    )
+    assert not server.requests and not (tmp_path / "runs").exists()
+
+
+def test_tokens_that_an_endpoint_does_not_tell_are_counted_said_and_capped(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    run = tmp_path / "runs" / "run"
+    with OpenAIServer(PLANS) as server:
+        stopped = command(*flags(tiny_llama, server, "no-usage"), "--max-agent-cost", "0.03")
+        assert (stopped.code, len(server.requests)) == (1, 1)
+        spent = read_events(run, "usage")[-1]
+        assert spent["own_count"] == spent["input_tokens"] + spent["output_tokens"] > 5_000
+        assert f"the agents have spent ${spent['cost']:.4g}, and max_agent_cost is $0.03; a request" in stopped.out
+        done = command("--resume", "run", "--max-agent-cost", "1", "--planner-price-output", "9")
+    assert (done.code, done.err, len(server.requests)) == (0, "", 2)
+    agents = read_summary(run)["agents"]
+    assert agents["own_count"] == agents["input_tokens"] + agents["output_tokens"] > spent["own_count"]
+    own = f"{agents['own_count']:,} of the tokens by our own count"
+    assert own in done.out
+    assert own in (run / "report.md").read_text(encoding="utf-8")
+    assert own in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_requests_that_were_tried_again_are_told(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+    with OpenAIServer(PLANS) as server:
+        done = command(*flags(tiny_llama, server, "rate-twice"))
+    assert (done.code, done.err) == (0, "")
+    usage = read_state(tmp_path / "runs" / "run").usage
+    assert (usage.calls, usage.failed_requests) == (2, 2)
+    requests = read_events(tmp_path / "runs" / "run", "request")
+    assert usage.own_count == sum(request["input_tokens"] for request in requests)
+    told = f"request: {server.planner('rate-twice')} limits the rate or the quota (HTTP 429: slow down); counted"
+    assert done.out.count(told) == 2 and "; 2 requests failed" in done.out

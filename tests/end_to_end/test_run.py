@@ -52,7 +52,9 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
         *("iterations", "rollbacks", "evaluated_tokens", "agents", "seconds", "peak_memory_bytes", "mask_sha256"),
         "protocol",
     ]
-    assert list(summary["agents"]) == ["calls", "input_tokens", "output_tokens", "cost"]
+    assert list(summary["agents"]) == [
+        *("calls", "input_tokens", "output_tokens", "cost", "own_count", "failed_requests"),
+    ]
     assert list(summary["perplexity"]) == ["dense", "pruned", "uniform_wanda"]
     assert list(summary["protocol"]) == ["text", "tokens", "window", "dtype", "versions", "bos"]
     assert (summary["run"], summary["model"], summary["status"]) == ("run", "tiny", "finished")

@@ -82,10 +82,20 @@ class Sample(BaseModel):
 class Usage(BaseModel):
     """Tokens and money spent on agents so far."""
 
-    calls: int = 0
+    calls: int = Field(0, description="Answers, used or not.")
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float = Field(0.0, description="US dollars, from the prices in the config.")
+    own_count: int = Field(
+        0,
+        description="Of the tokens, those that no endpoint told and Billhook counted itself, one for every "
+        "digit and every two other bytes: of endpoints that report none, and of requests that failed.",
+    )
+    failed_requests: int = Field(
+        0,
+        description="Requests without an answer. Of one that passes (429, 5xx) the prompt is among the tokens; of one "
+        "that timed out or was cut off, the longest answer allowed too.",
+    )
 
 
 class Summary(BaseModel):

@@ -23,6 +23,17 @@ def describe_result(summary: Summary) -> str:
     return text + "."
 
 
+def tell_spending(usage: Mapping[str, Any]) -> str:
+    """Calls, tokens and dollars of the agents, and what of it is Billhook's own count."""
+    tokens = f"{usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out"
+    text = f"{count(usage['calls'], 'call')}, {tokens}, ${usage['cost']:.4f}"
+    if own := usage.get("own_count"):
+        text += f"; {own:,} of the tokens by our own count"
+    if failed := usage.get("failed_requests"):
+        text += f"; {count(failed, 'request')} failed"
+    return text
+
+
 def list_loading(directory: str) -> list[str]:
     """Lines of Python that load the model from a directory."""
     return [

@@ -5,7 +5,7 @@ from typing import Any
 
 from tools.base.words import escape, show, show_score, show_size
 from tools.results.schema import Knowledge, Perplexities, Score, Summary
-from tools.results.sentences import describe_result, list_loading
+from tools.results.sentences import describe_result, list_loading, tell_spending
 
 
 def list_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> list[str]:
@@ -48,6 +48,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         f"- test text: `{summary.protocol.text}`, {summary.protocol.tokens} tokens in {summary.protocol.windows}, "
         f"{summary.protocol.dtype}; seen once, by no agent",
         "- versions: " + ", ".join(f"{name} {number}" for name, number in summary.protocol.versions.items()),
+        *([f"- agents: {tell_spending(summary.agents.model_dump())}"] if summary.agents.calls else []),
         f"- {summary.seconds:.0f} s, peak memory {show_size(summary.peak_memory_bytes, 'GB', 2)}, "
         f"mask_sha256 `{summary.mask_sha256}`",
         "",

@@ -15,10 +15,11 @@ from graph.config import RunConfig
 from graph.llm import ladder
 from graph.llm.ask import CallRecord, ask
 from graph.llm.ladder import AgentError
+from graph.llm.metering import count_tokens
 from graph.llm.models import open_model
 from graph.planning.plan import Plan
 from tests.graph.llm.asking import KEY, PLAN, QUESTION
-from tests.openai_server import BEHAVIOURS, OpenAIServer
+from tests.openai_server import BEHAVIOURS, DEFAULT_PLAN, OpenAIServer
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +74,20 @@ def test_plan_arrives(server: OpenAIServer, name: str, expected: list[tuple[str,
     assert ask_server(server, name, on_call=records.append) == PLAN
     assert traffic(server) == expected
     replies = [request for request in server.requests if request.status == 200]
-    assert [(r.input_tokens, r.output_tokens) for r in records] == [
-        (request.prompt_tokens, request.completion_tokens) for request in replies
+    if name == "no-usage":
+        [record] = records
+        assert (record.own_count, record.output_tokens) == (
+            record.input_tokens + record.output_tokens,
+            count_tokens(json.dumps(DEFAULT_PLAN)),
+        )
+        assert record.input_tokens > count_tokens(json.dumps(server.requests[0].messages))
+        return
+    assert [(r.input_tokens, r.output_tokens, r.own_count) for r in records] == [
+        (request.prompt_tokens, request.completion_tokens, 0) for request in replies
     ]
     assert [record.method for record in records] == [request.method for request in replies]
     assert [bool(record.problem) for record in records] == [True] * (len(records) - 1) + [False]
-    assert name == "no-usage" or all(record.input_tokens > 0 and record.output_tokens > 0 for record in records)
+    assert all(record.input_tokens > 0 and record.output_tokens > 0 for record in records)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +321,7 @@ def test_streamed_graph_keeps_token_counts(server: OpenAIServer) -> None:
     assert request.prompt_tokens > 0
 
 
-@pytest.mark.parametrize("name", sorted(set(BEHAVIOURS) - {"slow", "hang-up"}))
+@pytest.mark.parametrize("name", sorted(set(BEHAVIOURS) - {"slow", "slow-once", "hang-up"}))
 def test_key_never_shows(server: OpenAIServer, name: str) -> None:
     shown: list[str] = []
     errors: list[AgentError] = []

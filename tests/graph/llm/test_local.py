@@ -18,6 +18,7 @@ from graph.llm import local
 from graph.llm.ask import CallRecord, ask
 from graph.llm.ladder import AgentError
 from graph.llm.local import bound_schema, close_local
+from graph.llm.metering import read_terms
 from graph.llm.models import check_model, open_model
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Reflection
@@ -150,6 +151,14 @@ def test_without_a_schema_it_just_writes(tmp_path: Path) -> None:
     answer = open_tiny(save_model(tmp_path, context=prompt + 130)).invoke(QUESTION)
     tokens = answer.usage_metadata["output_tokens"]
     assert tokens == 130 if answer.response_metadata["finish_reason"] == "length" else tokens < 130
+
+
+@pytest.mark.parametrize(("asked", "most"), [(300, 300), (8192, 1024)])
+def test_an_answer_has_a_bound(asked: int, most: int, tmp_path: Path) -> None:
+    model = open_tiny(save_model(tmp_path, context=4096), agent_answer_tokens=asked)
+    assert (model.max_tokens, read_terms(model).answer) == (most, most)
+    if asked == most:  # the tiny model never ends a text by itself
+        assert model.invoke(QUESTION).usage_metadata["output_tokens"] <= most
 
 
 def test_it_is_asked_like_any_other_model(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from graph.config import RunConfig
-from graph.llm import ladder
+from graph.llm import failures
 from graph.llm.ask import CallRecord, ask
 from graph.llm.ladder import AgentError
 from graph.llm.models import check_model, open_model
@@ -33,6 +33,7 @@ class Writer(BaseChatModel):
     model: str
     timeout: float
     max_retries: int
+    max_tokens: int
     temperature: float | None = None
     end: str = "end_turn"
 
@@ -41,11 +42,18 @@ class Writer(BaseChatModel):
         return "writer"
 
     def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **options: Any) -> ChatResult:
-        settings = [self.model, self.timeout, self.max_retries, self.temperature]
+        settings = [self.model, self.timeout, self.max_retries, self.max_tokens, self.temperature]
         message = AIMessage(
             json.dumps({"sparsity": 0.3, "reason": str(settings)}), response_metadata={"stop_reason": self.end}
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+class Endless(Writer):
+    max_tokens: None = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "max_tokens": None})
 
 
 class Caller(Writer):
@@ -71,6 +79,8 @@ def init_chat_model(model: str, *, model_provider: str, **options: Any) -> BaseC
         return Writer(model=model, end="max_tokens", **options)
     if model_provider == "caller":
         return Caller(model=model, caller_api_key=__import__("os").environ.get("CALLER_API_KEY", ""), **options)
+    if model_provider == "endless":
+        return Endless(model=model, **options)
     if model_provider == "absent":
         raise ImportError("Initializing ChatAbsent requires the langchain-absent package.\\nPlease install it with "
                           "`pip install langchain-absent`")
@@ -163,7 +173,10 @@ def test_what_is_sent(name: str) -> None:
         assert ask(open_model(server.planner(name), RunConfig()), Plan, QUESTION) == PLAN
     [request] = server.requests
     assert request.path == "/v1/chat/completions"
-    assert set(request.body) == {"messages", "model", "response_format"} | ({"stream"} & set(request.body))
+    assert set(request.body) == {"max_tokens", "messages", "model", "response_format"} | (
+        {"stream"} & set(request.body)
+    )
+    assert request.body["max_tokens"] == 8192
     assert not request.body.get("stream")
     assert request.body["response_format"]["json_schema"]["name"] == "Plan"
     assert request.key == KEY
@@ -201,6 +214,7 @@ def test_a_provider_without_langchain_names_the_packages(monkeypatch: pytest.Mon
         ),
         ("magic:m", "'magic:m' cannot be used: Unsupported provider='magic'."),
         (f"magic:{KEY}", "'magic:[key]' cannot be used: Unsupported provider='magic'."),
+        ("endless:m", "'endless:m' cannot be used: it takes no bound on the length of its answers"),
         ("caller:m", "'caller:m' needs an API key: set the environment variable CALLER_API_KEY"),
     ],
 )
@@ -222,11 +236,11 @@ def test_a_provider_with_tools_is_asked_by_a_tool(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("providers")
 def test_a_provider_without_tools_is_asked_in_words() -> None:
     records: list[CallRecord] = []
-    config = RunConfig(agent_timeout=7, agent_retries=4, agent_temperature=0.5)
+    config = RunConfig(agent_timeout=7, agent_retries=4, agent_answer_tokens=300, agent_temperature=0.5)
     plan = ask(open_model("writer:org/m:1", config), Plan, QUESTION, on_call=records.append)
-    assert plan.reason == "['org/m:1', 7.0, 4, 0.5]"
+    assert plan.reason == "['org/m:1', 7.0, 0, 300, 0.5]"
     assert [record.method for record in records] == ["text"]
-    assert ask(open_model("writer:m", RunConfig()), Plan, QUESTION).reason == "['m', 120.0, 2, None]"
+    assert ask(open_model("writer:m", RunConfig()), Plan, QUESTION).reason == "['m', 120.0, 0, 8192, None]"
 
 
 @pytest.mark.usefixtures("providers")
@@ -256,4 +270,4 @@ def test_an_answer_that_a_provider_cut_off_is_handed_back() -> None:
 def test_the_words_of_an_endpoint_are_found(body: Any, words: str) -> None:
     error = RuntimeError("as the SDK says it")
     error.body = body  # type: ignore[attr-defined]
-    assert ladder._endpoint_words(error) == words
+    assert failures._endpoint_words(error) == words

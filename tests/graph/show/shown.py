@@ -71,6 +71,10 @@ RUN: list[dict[str, Any]] = [
     {"type": "profile", "layers": 210, "weights": 106168320, "top": [["model.layers.0.mlp.down_proj", 0.012]]},
     make_trial(0, sparsity=0.0, perplexity=22.9, kl=0.0, predicted_kl=0.0, plan="", reason=""),
     {"type": "node", "node": "plan", "iteration": 2},
+    {
+        **{"type": "request", "planner": "openai:x", "problem": "failed (HTTP 503: busy)", "again": True},
+        **{"input_tokens": 900, "output_tokens": 0},
+    },
     {"type": "reply", "planner": "openai:x", "problem": "", "input_tokens": 812, "output_tokens": 90},
     {"type": "tool", "iteration": 2, "tool": "probe", "shown": "45.0% refit:kappa -> KL 0.123 on 512 tokens"},
     {"type": "reply", "planner": "openai:x", "problem": "no JSON", "input_tokens": 1812, "output_tokens": 9},
@@ -100,6 +104,7 @@ PLAIN = [
     "profile: 210 layers, 106,168,320 weights; most precious: model.layers.0.mlp.down_proj 0.0120",
     "trial 0: the dense model, perplexity 22.90",
     "iteration 2: plan",
+    "request: openai:x failed (HTTP 503: busy); counted as 900 tokens in, 0 out; it is tried again",
     "reply of openai:x: 812 tokens in, 90 out",
     "tool 2: probe 45.0% refit:kappa -> KL 0.123 on 512 tokens",
     "reply of openai:x: 1,812 tokens in, 9 out; handed back: no JSON",

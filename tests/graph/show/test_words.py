@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.graph.show.shown import NASTY, PLAN, RESULT, START, TAME, make_console, show_live, show_plain
+from tests.graph.show.shown import NASTY, PLAN, RESULT, START, TAME, USAGE, make_console, show_live, show_plain
 
 
 def test_stopped_says_how_to_resume() -> None:
@@ -13,6 +13,19 @@ def test_stopped_says_how_to_resume() -> None:
         "stopped: the planner is unreachable",
         "resume with: python -m graph.run --resume demo",
     ]
+
+
+def test_what_is_our_own_count_and_what_failed_is_said() -> None:
+    assert show_plain(USAGE | {"own_count": 1200, "failed_requests": 2}) == [
+        "agents: 3 calls, 2,400 tokens in, 300 out, $0.0123; 1,200 of the tokens by our own count; 2 requests failed"
+    ]
+    nothing = {"calls": 0, "input_tokens": 0, "output_tokens": 0, "cost": 0.0}
+    assert show_plain(USAGE | nothing) == ["agents: no calls"]
+    assert show_plain(USAGE | nothing | {"failed_requests": 1}) == [
+        "agents: 0 calls, 0 tokens in, 0 out, $0.0000; 1 request failed"
+    ]
+    reply = {"type": "reply", "planner": "openai:x", "input_tokens": 812, "output_tokens": 90, "own_count": 90}
+    assert show_plain(reply) == ["reply of openai:x: 812 tokens in, 90 out by our own count"]
 
 
 def test_a_resumed_run_says_so() -> None:

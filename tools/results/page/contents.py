@@ -11,7 +11,7 @@ from tools.plans.layer_profile import predict_layer_kl
 from tools.results.page.figures import Cell, Prediction
 from tools.results.page.record import Layers, Record, Trial
 from tools.results.schema import Knowledge, Score, Summary
-from tools.results.sentences import describe_result, relate_to_wanda
+from tools.results.sentences import describe_result, relate_to_wanda, tell_spending
 
 OVERVIEW = ("sparsity", "perplexity", "dense", "uniform Wanda", "KL", "trials", "rolled back", "agents' tokens", "cost")
 """Heads of the table of several runs, after the run's name and status."""
@@ -252,9 +252,8 @@ def list_facts(record: Record) -> list[tuple[str, str]]:
     agents = [f"{agent}: {config[agent]}" for agent in ("planner", "reflector") if agent in config]
     if agents:
         facts.append(("Agents", ", ".join(agents)))
-    tokens = f"{usage.calls:,} calls, {usage.input_tokens:,} tokens read, {usage.output_tokens:,} written"
-    cost = f", ${usage.cost:.4f}" if usage.cost else ""
-    facts.append(("Spent on agents", tokens + cost if usage.calls else "nothing: no model was asked"))
+    asked = usage.calls or usage.failed_requests
+    facts.append(("Spent on agents", tell_spending(usage.model_dump()) if asked else "nothing: no model was asked"))
     if summary:
         facts += [
             ("Evaluated", f"{summary.evaluated_tokens:,} tokens through pruned models, by trials and probes"),

@@ -70,6 +70,7 @@ class Reply(BaseModel):
     problem: str = Field("", description="Why it was not used; empty when it was.")
     input_tokens: int = 0
     output_tokens: int = 0
+    own_count: int = Field(0, description="Of the tokens, those that the endpoint did not tell.")
 
 
 class ToolCall(BaseModel):
