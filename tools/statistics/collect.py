@@ -6,6 +6,7 @@ All figures are sums over its shards (`shards.py`). No layer is ever pruned to m
 A token before the text of each window, the beginning of the sequence, is read by layers like any other, and what flows
 back to it counts: every later token attends to it, and models keep their largest activations there. Left out, a layer
 might do with it as it likes. It stands once in a window, as in use; and it only predicts nothing that a loss counts.
+(Gemma 3 270M at 30 % came out the same within the error with it left out of the moments: KL 0.129 ± 0.012 by Wanda.)
 
 Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 """
