@@ -13,7 +13,7 @@ import transformers
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Outcome, read_summary, run_outside
-from tests.tiny import make_tiny_config, make_tiny_tokenizer
+from tests.tiny import make_tiny_config, make_tiny_tokenizer, save_tiny_model
 
 
 def assert_refused(outcome: Outcome, *fragments: str) -> None:
@@ -184,6 +184,13 @@ LATE = {
         ["--model", "blockless"],
         ["the model has no prunable linear layers inside decoder blocks"],
     ),
+    "a model of which little can be pruned": (
+        ["--model", "jetmoe"],
+        [
+            "only 4.8% of the weights in the model's blocks can be pruned (4.0% of the whole model), not ",
+            "; --partial ",
+        ],
+    ),
     "a broken config": (["--model", "broken"], ["model 'broken' could not be loaded: "]),
     "a broken model": (["--model", "torn"], ["model 'torn' could not be loaded: "]),
     "a model that does not generate": (["--model", "bert"], ["model 'bert' "]),
@@ -206,6 +213,7 @@ def write_late_inputs(home: Path, tiny: Path) -> None:
     blockless = make_tiny_config("llama")
     blockless.num_hidden_layers = 0
     save_model(home / "blockless", transformers.AutoModelForCausalLM.from_config(blockless))
+    save_tiny_model(home / "jetmoe", "jetmoe")
     bert = transformers.BertConfig(
         vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
     )

@@ -47,14 +47,15 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     summary = read_summary(finished)
     assert list(summary) == [
-        *("run", "model", "status", "target_sparsity", "achieved_sparsity", "perplexity", "kl"),
-        *("knowledge", "benchmarks", "samples", "plan"),
+        *("run", "model", "status", "target_sparsity", "achieved_sparsity", "reach"),
+        *("perplexity", "kl", "knowledge", "benchmarks", "samples", "plan"),
         *("iterations", "rollbacks", "evaluated_tokens", "agents", "seconds", "peak_memory_bytes", "mask_sha256"),
         "protocol",
     ]
     assert list(summary["agents"]) == [
         *("calls", "input_tokens", "output_tokens", "cost", "own_count", "failed_requests"),
     ]
+    assert 0 < summary["reach"]["of_model"] < summary["reach"]["of_blocks"] == 1
     assert list(summary["perplexity"]) == ["dense", "pruned", "uniform_wanda"]
     assert list(summary["protocol"]) == ["text", "tokens", "window", "dtype", "versions", "bos"]
     assert (summary["run"], summary["model"], summary["status"]) == ("run", "tiny", "finished")

@@ -49,8 +49,9 @@ from tools.texts.windows import cut_windows
         (
             "qwen3_moe",
             "--parts neurons",
-            "the neurons of Qwen3MoeForCausalLM cannot be cut: beside attention its blocks hold no linear layers, not "
-            "projections up and one down; its heads or blocks may",
+            "the neurons of Qwen3MoeForCausalLM cannot be cut: beside attention its blocks hold "
+            "mlp.experts.gate_proj, mlp.experts.up_proj, mlp.experts.down_proj, not projections up and one down; its "
+            "heads or blocks may",
         ),
     ],
 )

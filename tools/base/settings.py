@@ -133,6 +133,11 @@ class WorkbenchSettings(LoadSettings):
     )
     validation_windows: int = Field(8, ge=2, le=65536, description="Windows of validation text.")
     test_windows: int = Field(8, ge=1, le=65536, description="Windows of test text.")
+    partial: bool = Field(
+        False,
+        description="Go on where less than half of the weights in the model's blocks can be pruned; all others stay "
+        "dense.",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the labels drawn from the model for the KL curves.")
 
     @model_validator(mode="after")
@@ -194,9 +199,9 @@ class TeamSettings(WorkbenchSettings):
         return self
 
 
-TEAM = ("workers", "worker_threads")
-"""Fields that change who does the work, but no result (on CPUs; on GPUs last bits may differ from one run to the next):
-a run, or a table, may go on with others."""
+TEAM = ("workers", "worker_threads", "partial")
+"""Fields that say who does the work, or that it is meant, but change no result (on CPUs; on GPUs last bits may differ
+from one run to the next): a run, or a table, may go on with others."""
 
 
 KEPT = 3

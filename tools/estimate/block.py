@@ -24,6 +24,7 @@ from tools.base.errors import UserError, in_one_line
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.meter import Meter
 from tools.models.blocks import Blocks
+from tools.models.experts import is_fused
 from tools.models.formats import DTYPES
 from tools.models.hub import check_in_reach
 from tools.models.layers import Layer, find_blocks, find_layers
@@ -214,6 +215,8 @@ class Counts(NamedTuple):
     """FLOPs of all blocks, backward to what they read."""
     head: float
     """FLOPs of the output head, forward."""
+    routed: float = 1.0
+    """Share of the tokens that each expert is sent, on average; 1 without fused experts."""
 
 
 def count_block(model: Any, window: int, lead: int = 0) -> Counts:
@@ -245,6 +248,7 @@ def _count(model: Any, window: int, lead: int) -> Counts:
         forwards = [_count_forward(sample, ids_T, kind, x_BTD) for kind in range(len(sample.counts))]
         graphs = [_count_graph(sample, ids_T, kind, x_BTD) for kind in range(len(sample.counts))]
         loss, readout = _count_head(sample, ids_T[lead:][:CHUNK])
+        routed = _find_routed(sample, ids_T)
     forward, both = (
         float(sum(count * meter.flops for count, meter in zip(sample.counts, meters, strict=True)))
         for meters in (forwards, graphs)
@@ -258,6 +262,7 @@ def _count(model: Any, window: int, lead: int) -> Counts:
         forward=forward,
         backward=both - forward,
         head=sample.words * loss.flops / 2 * chunks,  # the model's logits, and the dense model's
+        routed=routed,
     )
 
 
@@ -308,6 +313,20 @@ def _count_head(sample: Sample, ids_T: Tensor) -> tuple[Meter, Meter]:
     with readout:
         hidden_gradients(sample.model, ids_T, hidden_TD, torch.Generator())
     return loss, readout
+
+
+def _find_routed(sample: Sample, ids_T: Tensor) -> float:
+    shares = [1.0]
+
+    def see(module: Any, inputs: Any, _output: Any) -> None:
+        shares.append(inputs[1].shape[-1] / module.num_experts)
+
+    hooks = [module.register_forward_hook(see) for module in sample.model.modules() if is_fused(module)]
+    with torch.no_grad():
+        compute_hidden(sample.model, ids_T[None])
+    for hook in hooks:
+        hook.remove()
+    return shares[-1]
 
 
 @contextmanager

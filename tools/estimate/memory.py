@@ -2,7 +2,8 @@
 
 What a forward, a backward, the output head and a method of pruning hold was counted while they ran
 (`tools.estimate.block`, `tools.estimate.pruning`). The lines are bounds: no two layers are taken to share their input,
-though q, k and v do. On a GPU only tensors are counted, not what CUDA itself takes.
+though q, k and v do; gate and up of a fused expert are known to. On a GPU only tensors are counted, not what CUDA
+itself takes.
 """
 
 import gc
@@ -19,7 +20,7 @@ from tools.estimate.block import Counts
 from tools.estimate.pruning import Held
 from tools.measure.losses import PREFIX_SHARE
 from tools.models.disk import Line
-from tools.models.layers import Layer, find_blocks
+from tools.models.layers import Layer, find_blocks, list_readers
 from tools.models.readout import CHUNK
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.shards import count_held, cut_shards, list_nodes, share_out
@@ -90,16 +91,17 @@ class Shape(NamedTuple):
     """Bytes of the prunable layers with their masks, as they travel when they were pruned."""
 
 
-def measure_shape(model: Any, layers: Sequence[Layer]) -> Shape:
-    """The shape of a model, which may be on the meta device."""
-    flows: dict[int, int] = {}
+def measure_shape(model: Any, layers: Sequence[Layer], routed: float = 1.0) -> Shape:
+    """The shape of a model, which may be on the meta device; its experts are sent the share `routed` of all tokens."""
+    flows: dict[int, float] = {}
     moments: dict[int, int] = {}
     members: dict[int, int] = {}
     for layer in layers:
         outputs, inputs = layer.weight_OI.shape
         members[layer.block] = members.get(layer.block, 0) + outputs * inputs
-        flows[layer.block] = flows.get(layer.block, 0) + outputs + inputs
-        moments[layer.block] = moments.get(layer.block, 0) + 4 * inputs**2
+        flows[layer.block] = flows.get(layer.block, 0) + (outputs + inputs) * (routed if layer.pool else 1)
+    for layer in list_readers(layers):
+        moments[layer.block] = moments.get(layer.block, 0) + 4 * layer.weight_OI.shape[1] ** 2
     head = model.get_output_embeddings().weight
     return Shape(
         weights=sum(parameter.nbytes for parameter in model.parameters()),
@@ -108,7 +110,7 @@ def measure_shape(model: Any, layers: Sequence[Layer]) -> Shape:
         blocks=len(find_blocks(model)),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.shape[0],
-        flow=max(flows.values()),
+        flow=math.ceil(max(flows.values())),
         widest=max(layer.weight_OI.shape[1] for layer in layers),
         flow_layer=max(sum(layer.weight_OI.shape) for layer in layers),
         moments=max(moments.values()),

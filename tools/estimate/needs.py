@@ -30,7 +30,7 @@ from tools.estimate.room import Devices, explain_absence, find_devices, lay_out
 from tools.estimate.timing import Times, time_run
 from tools.estimate.work import Course, Prices, Work, find_shares, list_work, name_recipe, price_flops, price_seconds
 from tools.models.disk import Line, list_disk
-from tools.models.layers import find_blocks, find_layers, find_unprunable
+from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
 from tools.models.positions import refuse_long_windows
 
 
@@ -45,7 +45,9 @@ class Estimate(BaseModel):
     layers: int = Field(description="Prunable layers.")
     weights: int = Field(description="Their weights.")
     zeros: int = Field(description="How many of these are to be zero at the end.")
-    dense: list[str] = Field(description="Weights inside the blocks that stay dense, such as fused experts.")
+    of_blocks: float = Field(description="Share of the weights in the blocks that is prunable.")
+    of_model: float = Field(description="Share of all weights that is prunable.")
+    dense: list[str] = Field(description="Weights inside the blocks that stay dense, such as routers.")
     phases: list[Phase] = Field(description="Of this process; with workers, of the one that they work for.")
     workers: int = Field(0, description="0: this process does the work.")
     threads: int = Field(description="CPU threads of each process that does the work.")
@@ -101,6 +103,8 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     refuse_long_windows(model, settings.window, lead)
     read = settings.model_copy(update={"window": lead + settings.window})  # what layers read of a window
     layers = find_layers(model)
+    reach = measure_reach(model, layers)
+    refuse_small_reach(reach, partial=settings.partial)
     here = torch.cuda.is_available()
     device = "cpu" if settings.device == "cpu" or (settings.device == "auto" and not here) else "cuda"
     devices = devices or find_devices(device)
@@ -110,7 +114,7 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     held = count_layer(forms, layers[0].weight_OI.dtype)
     threads = count_threads(settings) if workers else torch.get_num_threads()
     times, untimed = _time(model, read, course, device, threads)
-    facts = Facts(measure_shape(model, layers), counts, held, measure_process(), reading, device)
+    facts = Facts(measure_shape(model, layers, counts.routed), counts, held, measure_process(), reading, device)
     parts = cut_parts(settings, workers)
     busiest = find_busiest(parts)
     phases = list_phases(facts, read, busiest, max((line.bytes for line in spread), default=facts.shape.weights))
@@ -124,7 +128,9 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
         layers=len(layers),
         weights=weights,
         zeros=round(target * weights),
-        dense=find_unprunable(model),
+        of_blocks=reach.of_blocks,
+        of_model=reach.of_model,
+        dense=reach.dense,
         phases=list_phases_beside(facts, read, parts) if workers else phases,
         workers=workers,
         threads=threads,

@@ -74,7 +74,8 @@ def summarise(found: Estimate) -> list[str]:
         f"prunable: {found.layers} layers, {found.weights:,} weights; {found.zeros:,} zeros at the end",
     ]
     if found.dense:
-        lines.append(f"stay dense: {len(found.dense)} weights such as {found.dense[0]}, no plain linear layers")
+        share = f"{1 - found.of_blocks:.2%} of the weights in the blocks"
+        lines.append(f"stay dense: {share}, such as {found.dense[0]}, no plain linear layers")
     lines += _list_peaks(found)
     lines.append(f"disk: {show_size(found.disk_bytes)}")
     return [*lines, _sum_up_work(found)]

@@ -23,7 +23,7 @@ from tools.base.files import hash_file
 from tools.estimate.block import Sample, build_sample, only_head
 from tools.estimate.clock import Fit, fit, time_call
 from tools.estimate.pruning import Form, make_statistics, time_preparation, time_rows
-from tools.models.layers import Layer
+from tools.models.layers import Layer, list_readers
 from tools.models.readout import measure_losses
 from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
@@ -240,7 +240,7 @@ def _find_groups(sample: Sample, device: torch.device, scratch: Path) -> dict[st
 def _count_widths(sample: Sample, group: dict[str, str]) -> dict[int, int]:
     """How many tensors of each width the layers of the whole model read."""
     widths: dict[int, int] = {}
-    for layer in sample.layers:
+    for layer in list_readers(sample.layers):
         if group.get(layer.name, layer.name) == layer.name:
             width = layer.weight_OI.shape[1]
             widths[width] = widths.get(width, 0) + sample.counts[layer.block]

@@ -14,7 +14,7 @@ from tools.estimate.block import Counts
 from tools.estimate.memory import ASKED_FOR, Part
 from tools.estimate.pruning import count_flops
 from tools.estimate.timing import Times
-from tools.models.layers import Layer
+from tools.models.layers import Layer, list_readers
 from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
 
@@ -78,7 +78,8 @@ class Course(NamedTuple):
 def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Counts, course: Course) -> Prices:
     """In floating-point operations of products; what has none costs nothing."""
     forms = [tuple(layer.weight_OI.shape) for layer in layers]
-    weights, squares = sum(o * i for o, i in forms), sum(i**2 for _, i in forms)
+    squares = sum(_count_tokens(layer, counts) * layer.weight_OI.shape[1] ** 2 for layer in list_readers(layers))
+    weights = sum(_count_tokens(layer, counts) * layer.weight_OI.numel() for layer in layers)
     often = {(o, i): forms.count((o, i)) for o, i in forms}
     prices = {
         "forward": counts.forward,
@@ -95,6 +96,11 @@ def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Co
             n * count_flops(recipe, form, levels=True) for form, n in often.items()
         )
     return prices
+
+
+def _count_tokens(layer: Layer, counts: Counts) -> float:
+    """How many of a text's tokens a layer sees, as a share."""
+    return counts.routed if layer.pool else 1
 
 
 def price_seconds(times: Times) -> Prices:

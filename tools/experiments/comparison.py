@@ -19,7 +19,7 @@ from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, list
 from tools.plans.recipe import Recipe
 from tools.plans.rules import ALLOCATIONS, name_allocations
 from tools.results.comparison import Comparison, Row, describe_dense, describe_row, show_tables, write_comparison
-from tools.results.schema import Score
+from tools.results.schema import Reach, Score
 from tools.texts.windows import check_texts
 from tools.workbench.open import use_workbench
 
@@ -178,6 +178,7 @@ def _profile(bench: "Workbench", settings: CompareSettings, jobs: list[Job], pro
         profile_seconds=round(time.monotonic() - began, 1),
         dense_perplexity=dense,
         bos=bench.windows.lead > 0,
+        reach=Reach(of_blocks=bench.reach.of_blocks, of_model=bench.reach.of_model),
     )
 
 

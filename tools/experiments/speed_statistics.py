@@ -97,7 +97,7 @@ def bench_profile(site: Site) -> list[Result]:
 
 def back_propagate(model: Any, layers: Sequence[Layer], windows_BT: Tensor) -> None:
     """The language modelling loss of each window, and its gradients at the layers' weights."""
-    weights = [layer.module.get_parameter("weight") for layer in layers]
+    weights = list({id(layer.parameter): layer.parameter for layer in layers}.values())
     for weight in weights:
         weight.requires_grad_()
     try:

@@ -18,6 +18,7 @@ from tools.base.settings import WorkbenchSettings
 from tools.measure.continuations import decode
 from tools.measure.losses import Evaluation, evaluate_windows
 from tools.models.blocks import Blocks, check_blocks
+from tools.models.layers import find_layers, measure_reach, refuse_small_reach
 from tools.models.load import check_device, load_model, locate_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout, compute_hidden
@@ -66,6 +67,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
 
     step("load model", 0, 1)
     dense, tokenizer = load_model(settings)
+    refuse_small_reach(measure_reach(dense, find_layers(dense)), partial=settings.partial)
     windows = cut_windows(settings, tokenizer)
     refuse_long_windows(dense, settings.window, windows.lead)
     calibration, validation = windows.calibration.to(dense.device), windows.validation.to(dense.device)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from tools.base.settings import TeamSettings, count_checkpoints
 from tools.models.artifacts import bound_artifact
-from tools.models.layers import Layer, find_blocks
+from tools.models.layers import Layer, find_blocks, list_readers
 
 
 class Line(BaseModel):
@@ -27,9 +27,10 @@ def list_disk(model: Any, layers: list[Layer], settings: TeamSettings, lead: int
     windows = min(settings.gradient_windows, settings.calibration_windows)
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
     checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
-    moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in layers)
+    readers = list_readers(layers)
+    moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in readers)
     return [
-        Line(what="second moments", how=f"4 bytes × inputs², over {len(layers)} layers", bytes=moments),
+        Line(what="second moments", how=f"4 bytes × inputs², over {len(readers)} layers", bytes=moments),
         *([Line(what="those of a text with more questions", how="as many", bytes=moments)] if settings.mixes else []),
         Line(
             what="inputs of all blocks, while the model is profiled",

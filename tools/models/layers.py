@@ -1,6 +1,9 @@
 """Find what can be pruned in a decoder, whatever its architecture calls its parts."""
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from kernels.packed import PackedLinear
 from tools.base.errors import UserError
+from tools.models.experts import ExpertLinear, is_fused, list_stacked, split_experts
+
+LEAST_SHARE = 0.5
+"""Share of the blocks' weights below which a run wants to be told that pruning the rest is meant."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,10 @@ class Layer:
     name: str
     block: int
     kind: str
+    """Its name inside the block; all fused experts of a block share one for each projection."""
     module: nn.Module
+    pool: str = ""
+    """Of an expert: what its layer and the same one of its fellows have in common in their names; "" of all others."""
 
     @property
     def weight_OI(self) -> Tensor:
@@ -33,6 +43,11 @@ class Layer:
         assert isinstance(weight, Tensor)
         return weight.detach()
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the weight, which all experts of a fused set share."""
+        return self.module.stacked if isinstance(self.module, ExpertLinear) else self.module.get_parameter("weight")
+
     def write(self, weight_OI: Tensor) -> None:
         """Replace the weight in place, so that tied uses and captured references stay valid."""
         with torch.no_grad():
@@ -47,7 +62,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     best, most = None, 0
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
-            size = sum(_weight_count(part) for part in module.modules())
+            size = _count_weights(module)
             if size > most:  # a list of experts inside a block is always smaller than the list of blocks
                 best, most = module, size
     if best is None:
@@ -56,29 +71,148 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
-    """Every nn.Linear and Conv1D inside the decoder blocks, in depth order; tied weights once.
+    """Every nn.Linear and Conv1D inside the decoder blocks, and every projection of fused experts, in depth order.
 
-    Raises UserError when there are none, or when some are packed.
+    Tied weights come once, and what chooses experts not at all. Raises UserError when there are none, or when some are
+    packed.
     """
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise UserError("the model is packed, to be run and not to be changed; give the dense model it was made of")
     blocks = find_blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is blocks)
-    layers, seen = [], set()
+    layers: list[Layer] = []
+    seen: set[int] = set()
     for index, block in enumerate(blocks):
+        at = f"{prefix}.{index}"
+        lists, stacks = _find_experts(block)
+        routers = _find_routers(block, lists | stacks)
         for kind, module in block.named_modules():
-            if _weight_count(module) and id(module.weight) not in seen:
+            if is_fused(module) and id(module.down_proj) not in seen:
+                seen.add(id(module.down_proj))
+                layers += _list_experts(module, index, at, kind)
+            elif _weight_count(module) and id(module.weight) not in seen and kind not in routers:
                 seen.add(id(module.weight))
-                layers.append(Layer(f"{prefix}.{index}.{kind}", index, kind, module))
+                layers.append(Layer(f"{at}.{kind}", index, kind, module, _name_pool(at, kind, lists)))
+    if not layers:
+        raise UserError("the model has no prunable linear layers inside decoder blocks")
     return layers
 
 
-def find_unprunable(model: nn.Module) -> list[str]:
-    """Names of weights inside the blocks that pruning does not reach: fused experts (3-D), other projections."""
+def list_readers(layers: Iterable[Layer]) -> list[Layer]:
+    """The layers without those that are known to read what another one does before anything has run: up of experts."""
+    return [layer for layer in layers if not (isinstance(layer.module, ExpertLinear) and layer.module.is_second)]
+
+
+class Reach(NamedTuple):
+    """How much of a model is prunable."""
+
+    prunable: int
+    """Weights of the layers that are."""
+    blocks: int
+    """All weights of matrices inside the decoder blocks."""
+    model: int
+    """All weights of the model, embeddings included."""
+    dense: list[str]
+    """Names of the matrices that pruning does not reach, `*` in place of a block's number; the largest first."""
+
+    @property
+    def of_blocks(self) -> float:
+        """Share of the blocks' weights that is prunable: what a run goes by, however large the embeddings are."""
+        return self.prunable / self.blocks
+
+    @property
+    def of_model(self) -> float:
+        """Share of all weights that is prunable."""
+        return self.prunable / self.model
+
+
+def measure_reach(model: nn.Module, layers: Sequence[Layer]) -> Reach:
+    """What of a model its prunable layers are; not reached are routers, odd projections, experts of unknown kinds."""
     blocks = find_blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is blocks)
-    reached = {id(layer.module.weight) for layer in find_layers(model)}
-    return [name for name, p in blocks.named_parameters(prefix) if p.ndim >= 2 and id(p) not in reached]
+    reached = {id(layer.parameter) for layer in layers}
+    inside = {name: p for name, p in blocks.named_parameters(prefix) if p.ndim >= 2 and not name.endswith("bias")}
+    dense: dict[str, int] = {}
+    for name, p in inside.items():
+        if id(p) not in reached:
+            merged = re.sub(r"^\.\d+", ".*", name.removeprefix(prefix))
+            dense[f"{prefix}{merged}"] = dense.get(f"{prefix}{merged}", 0) + p.numel()
+    return Reach(
+        prunable=sum(layer.weight_OI.numel() for layer in layers),
+        blocks=sum(p.numel() for p in inside.values()),
+        model=sum(p.numel() for p in model.parameters()),
+        dense=sorted(dense, key=lambda name: -dense[name]),
+    )
+
+
+def refuse_small_reach(reach: Reach, *, partial: bool) -> None:
+    """Raises UserError where less than half of the blocks' weights is prunable and nobody said that this is meant."""
+    if reach.of_blocks < LEAST_SHARE and not partial:
+        named = ", ".join(reach.dense[:3]) + (", …" if len(reach.dense) > 3 else "")
+        raise UserError(
+            f"only {reach.of_blocks:.1%} of the weights in the model's blocks can be pruned ({reach.of_model:.1%} of "
+            f"the whole model), not {named}; --partial prunes that share and leaves the rest dense"
+        )
+
+
+def _list_experts(module: nn.Module, block: int, at: str, kind: str) -> list[Layer]:
+    return [
+        Layer(f"{at}.{kind}.{expert}.{name}", block, f"{kind}.{name}", linear, f"{at}.{kind}.*.{name}")
+        for expert, projections in enumerate(split_experts(module))
+        for name, linear in projections.items()
+    ]
+
+
+def _find_experts(block: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """Where the experts of a block are and how many: those that are modules of their own, and those that are stacked.
+
+    Any parameter of three dimensions is taken for stacked experts, which may be of an unknown kind.
+    """
+    lists, stacks = {}, {}
+    for name, module in block.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            forms = {tuple((n, p.shape) for n, p in expert.named_parameters()) for expert in module}
+            if len(forms) == 1 and _count_weights(module):
+                lists[name] = len(module)
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1:
+                stacks[name] = parameter.shape[0]
+    return lists, stacks
+
+
+def _name_pool(at: str, kind: str, lists: Iterable[str]) -> str:
+    for place in lists:
+        if kind.startswith(f"{place}."):
+            _, _, rest = kind.removeprefix(f"{place}.").partition(".")
+            return f"{at}.{place}.*.{rest}".rstrip(".")
+    return ""
+
+
+def _find_routers(block: nn.Module, experts: Mapping[str, int]) -> set[str]:
+    """Linear layers that choose experts: beside these, not in attention, with as many outputs as there are."""
+    routers = set()
+    for place, count in experts.items():
+        beside = place.rpartition(".")[0]
+        for name, module in block.named_modules():
+            if name.startswith(beside) and not name.startswith(f"{place}.") and _count_outputs(module) == count:
+                steps = name.split(".")
+                way = (block.get_submodule(".".join(steps[:end])) for end in range(1, len(steps)))
+                if not any("attention" in type(module).__name__.lower() for module in way):
+                    routers.add(name)
+    return routers
+
+
+def _count_outputs(module: nn.Module) -> int:
+    if not _weight_count(module):
+        return 0
+    return module.get_parameter("weight").shape[1 if isinstance(module, Conv1D) else 0]
+
+
+def _count_weights(module: nn.Module) -> int:
+    """Weights of linear layers in a module, fused experts included."""
+    parts = list(module.modules())
+    fused = (part for part in parts if is_fused(part))
+    return sum(map(_weight_count, parts)) + sum(p.numel() for part in fused for p in list_stacked(part).values())
 
 
 def _weight_count(module: nn.Module) -> int:

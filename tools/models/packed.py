@@ -8,7 +8,7 @@ read is counted again. In memory are the packed layers and the other weights; mo
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,6 +34,7 @@ from kernels.packed import (
 from tools.base.errors import DamagedArtifact, UserError, in_one_line
 from tools.base.files import write_directory
 from tools.base.words import show_size
+from tools.models.experts import ExpertLinear, PackedExpert, list_stacked, replace_experts
 from tools.models.formats import DTYPES, PACKED_FILE
 from tools.models.layers import Layer, find_layers
 
@@ -108,7 +109,7 @@ def save_packed(model: Any, tokenizer: Any, directory: Path, card: Callable[[Con
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    layers = [layer for layer in find_layers(model) if uses[id(layer.module.weight)] == 1 and _is_sparse(layer)]
+    layers = [layer for layer in _find_sparse(model) if uses[id(layer.parameter)] == 1]
     if not layers:
         raise UserError(f"no layer of the model has {LEAST_SPARSITY:.0%} zeros; prune it before it is packed")
     dtypes = {layer.weight_OI.dtype for layer in layers}
@@ -128,7 +129,7 @@ def save_packed(model: Any, tokenizer: Any, directory: Path, card: Callable[[Con
             mask_sha256=hash_tensor(packed.mask_OW),
             values_sha256=hash_tensor(packed.values),
         )
-    others = _list_others(model, {f"{layer.name}.weight" for layer in layers})
+    others = _list_others(model, {id(layer.parameter) for layer in layers})
     described = {
         name: TensorRecord(shape=list(tensor.shape), dtype=_name(tensor.dtype), sha256=hash_tensor(tensor))
         for name, tensor in others.items()
@@ -161,16 +162,25 @@ def describe_packed(contents: Contents) -> str:
     )
 
 
-def _is_sparse(layer: Layer) -> bool:
-    weight_OI = layer.weight_OI
-    return int((weight_OI == 0).sum()) >= LEAST_SPARSITY * weight_OI.numel()
+def _find_sparse(model: Any) -> list[Layer]:
+    """The layers to pack; of fused experts all or none, as they share their parameters."""
+    layers = find_layers(model)
+    full = [layer for layer in layers if int((layer.weight_OI == 0).sum()) < LEAST_SPARSITY * layer.weight_OI.numel()]
+    stay = {id(_whole(layer)) for layer in full}
+    return [layer for layer in layers if id(_whole(layer)) not in stay]
 
 
-def _list_others(model: Any, packed: set[str]) -> dict[str, Tensor]:
+def _whole(layer: Layer) -> nn.Module:
+    """What is packed at once: the layer, or all experts that it is stacked with."""
+    module: nn.Module = layer.module.experts if isinstance(layer.module, ExpertLinear) else layer.module
+    return module
+
+
+def _list_others(model: Any, packed: set[int]) -> dict[str, Tensor]:
     """The rest of the model's state on the CPU, tied tensors once, under the first of their names."""
-    others, seen = {}, set()
+    others, seen = {}, set[int]()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in packed and id(tensor) not in seen:
+        if id(tensor) not in packed | seen:
             seen.add(id(tensor))
             others[name] = tensor.detach().cpu().contiguous()
     return others
@@ -252,11 +262,16 @@ def load_packed(
         reason = _explain_dense(dtype, device)
         model = _build_skeleton(directory, contents, dtype)
         layers = {layer.name: layer for layer in find_layers(model)}
+        experts: dict[ExpertLinear, PackedWeight] = {}
         for name, record in contents.layers.items():
             if name not in layers:
                 raise ValueError(f"the model that its config describes has no layer {name}")
-            packed = _read_layer(file, layers[name], record, dtype)
-            _install(model, layers[name], packed, dense=bool(reason))
+            packed, module = _read_layer(file, layers[name], record, dtype), layers[name].module
+            if isinstance(module, ExpertLinear):
+                experts[module] = packed
+            else:
+                _install(model, layers[name], packed, dense=bool(reason))
+        _install_experts(experts, dense=bool(reason))
         state = {name: _read_tensor(file, name, record) for name, record in contents.tensors.items()}
         answer = model.load_state_dict(state, strict=False, assign=True)
         if answer.unexpected_keys:
@@ -335,6 +350,23 @@ def _install(model: nn.Module, layer: Layer, packed: PackedWeight, *, dense: boo
     parent, _, name = layer.name.rpartition(".")
     bias_O = layer.module._parameters.get("bias")  # without values yet
     setattr(model.get_submodule(parent), name, PackedLinear(packed, bias_O))
+
+
+def _install_experts(linears: Mapping[ExpertLinear, PackedWeight], *, dense: bool) -> None:
+    """The same for fused experts. Raises ValueError where some of those that are stacked with others are missing."""
+    for siblings in {id(linear.siblings): linear.siblings for linear in linears}.values():
+        members = [linear for expert in siblings for linear in expert.values()]
+        if not linears.keys() >= set(members):
+            raise ValueError("some of its experts are packed, and others that are stacked with them are not")
+        experts = members[0].experts
+        if dense:
+            for name, parameter in list_stacked(experts).items():
+                experts._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            for linear in members:
+                linear.weight.copy_(unpack_rows(linears[linear]))
+        else:
+            packed = {linear: PackedExpert(PackedLinear(linears[linear]), linear) for linear in members}
+            replace_experts(experts, [{name: packed[x] for name, x in expert.items()} for expert in siblings])
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from tools.base.names import hide_path, is_hub_id, parse_hub
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import escape
 from tools.results.schema import Summary
-from tools.results.sentences import describe_result
+from tools.results.sentences import describe_result, name_sparsity
 from tools.results.structure import HEADS, Structure, list_rows
 from tools.results.tables import list_benchmarks, list_perplexities, list_table
 
@@ -28,7 +28,7 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
     name, text = hide_path(summary.model), hide_path(summary.protocol.text)
     return _write(
         _card_data(summary, settings).to_yaml(),
-        f"{escape(name)}, pruned to {summary.achieved_sparsity:.2%}",
+        f"{escape(name)}, pruned to {name_sparsity(summary)}",
         [
             describe_result(summary),
             "",

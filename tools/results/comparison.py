@@ -16,7 +16,8 @@ from tools.base.words import escape, show, show_score
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, Job, name_target
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
-from tools.results.schema import Protocol, Score, describe_bos
+from tools.results.schema import Protocol, Reach, Score, describe_bos
+from tools.results.sentences import describe_reach
 from tools.results.tables import list_table
 
 REFERENCE = "sparsegpt:uniform"
@@ -74,6 +75,7 @@ class Comparison(BaseModel):
     profile_seconds: float
     dense_perplexity: float
     bos: bool = Field(False, description="As in the protocols of the rows.")
+    reach: Reach | None = Field(None, description="Null where an earlier version did not record it.")
     dense_scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
     rows: list[Row] = []
 
@@ -184,6 +186,7 @@ def describe(known: Comparison) -> str:
         f"`{settings['calibration']}`, gradients from "
         f"{min(settings['gradient_windows'], settings['calibration_windows'])} of them "
         f"({known.profile_seconds:.1f} s with the dense model's perplexity, shared by all rows).",
+        *(["", told] if (told := describe_reach(known.reach)) else []),
         "",
         f"Best first. × SparseGPT: how far perplexity rises above the dense model's, as a multiple of `{REFERENCE}` at "
         "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "

@@ -79,6 +79,18 @@ class Sample(BaseModel):
     pruned: str
 
 
+class Reach(BaseModel):
+    """How much of a model is prunable: what shares of zeros are shares of."""
+
+    of_blocks: float = Field(description="Prunable weights, as a share of those of all matrices in the decoder blocks.")
+    of_model: float = Field(description="The same as a share of all the model's weights, embeddings included.")
+
+    @property
+    def is_nearly_all(self) -> bool:
+        """Whether so little in the blocks stays dense (routers of experts) that nobody needs to be told."""
+        return self.of_blocks >= 0.99
+
+
 class Usage(BaseModel):
     """Tokens and money spent on agents so far."""
 
@@ -106,6 +118,7 @@ class Summary(BaseModel):
     status: str = Field(description="finished, or short-of-target when no plan reached the target.")
     target_sparsity: float
     achieved_sparsity: float
+    reach: Reach | None = Field(None, description="Null where an earlier version did not record it.")
     perplexity: Perplexities
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, nats per token.")
     knowledge: Knowledge | None = Field(None, description="Null where the run asked no questions.")

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.base.words import clean, count, show, show_compact, show_percent, show_seconds, show_size
-from tools.results.schema import Summary
+from tools.results.schema import Reach, Summary
 
 
 def describe_result(summary: Summary) -> str:
-    """The result in two sentences."""
+    """The result in two sentences, or three where much of the model cannot be pruned."""
     p = summary.perplexity
     rounds, undone = count(summary.iterations, "iteration"), count(summary.rollbacks, "rollback")
     text = (
@@ -20,7 +20,25 @@ def describe_result(summary: Summary) -> str:
         text += f", so the degradation is {share:.2f} times uniform Wanda's"
     if summary.knowledge and summary.knowledge.retention is not None:
         text += f". Of its factual recall {summary.knowledge.retention:.1%} is left"
-    return text + "."
+    return f"{text}. {told}" if (told := describe_reach(summary.reach)) else f"{text}."
+
+
+def describe_reach(reach: Reach | None) -> str:
+    """Which share of the model is prunable, in one sentence; "" where it is nearly all of the blocks or unknown."""
+    if reach is None or reach.is_nearly_all:
+        return ""
+    return (
+        f"Only {reach.of_blocks:.1%} of the weights in the blocks are prunable, {reach.of_model:.1%} of the whole "
+        "model; all others are dense."
+    )
+
+
+def name_sparsity(summary: Summary) -> str:
+    """The sparsity for a title, and of what it is where much of the model cannot be pruned."""
+    achieved, reach = f"{summary.achieved_sparsity:.2%}", summary.reach
+    if reach is None or reach.is_nearly_all:
+        return achieved
+    return f"{achieved} of the {reach.of_blocks:.1%} of its blocks' weights that are prunable"
 
 
 def tell_spending(usage: Mapping[str, Any]) -> str:
@@ -44,7 +62,9 @@ def list_loading(directory: str) -> list[str]:
 
 
 def list_outcome(result: Mapping[str, Any]) -> list[str]:
-    """Three lines with a summary's figures, one for each figure of a task, then where model and report are."""
+    """Three lines with a summary's figures (four where much of the model cannot be pruned), one for each figure of a
+    task, then where model and report are.
+    """
     dense, pruned, uniform = (result["perplexity"][key] for key in ("dense", "pruned", "uniform_wanda"))
     share = relate_to_wanda(dense, pruned, uniform)
     compared = "not to be compared with uniform Wanda's" if share is None else f"{share:.2f} × that of uniform Wanda"
@@ -52,6 +72,7 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
         f"{clean(result['status'])}: sparsity {show_percent(result['achieved_sparsity'])} "
         f"(target {show_percent(result['target_sparsity'])}), {count(result['iterations'], 'iteration')}, "
         f"{result['rollbacks']} rolled back",
+        *_list_reach(result.get("reach")),
         f"perplexity: {show_compact(pruned)} pruned, {show_compact(dense)} dense, {show_compact(uniform)} uniform "
         f"Wanda; KL {show_compact(result['kl'], 4)}",
         f"degradation: {compared}; {show_seconds(result['seconds'])}, "
@@ -60,6 +81,11 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
         f"model:  {clean(result['model_directory'], 1000)}",
         f"report: {clean(result['report'], 1000)}",
     ]
+
+
+def _list_reach(reach: Mapping[str, Any] | None) -> list[str]:
+    told = describe_reach(Reach.model_validate(reach) if reach else None)
+    return [told] if told else []
 
 
 def _show_memory(size: float | None) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tools.base.words import escape, show, show_score, show_size
 from tools.results.schema import Knowledge, Perplexities, Score, Summary
-from tools.results.sentences import describe_result, list_loading, tell_spending
+from tools.results.sentences import describe_reach, describe_result, list_loading, name_sparsity, tell_spending
 
 
 def list_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> list[str]:
@@ -20,8 +20,10 @@ def _join_cells(cells: Sequence[str]) -> str:
 
 def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[str, float], stop: str) -> str:
     """`report.md`: the result, every trial with its reason, and the sparsity of every layer."""
+    partly = describe_reach(summary.reach)
+    title = f"pruned to {name_sparsity(summary)}" if partly else f"at {summary.achieved_sparsity:.2%} sparsity"
     lines = [
-        f"# {summary.run}: {summary.model} at {summary.achieved_sparsity:.2%} sparsity",
+        f"# {summary.run}: {summary.model} {title}",
         "",
         describe_result(summary),
         "",

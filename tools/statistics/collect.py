@@ -14,7 +14,7 @@ Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS
+from tools.statistics.experts import FEW, fill_up, find_few, list_pools
 from tools.statistics.requests import (
     Alone,
     Finish,
@@ -57,6 +58,8 @@ class ModelStatistics:
     """The paper's gradient score."""
     kappa: dict[str, list[float]]
     """The KL each layer is predicted to cost at each of LEVELS, two-sided mask, nats per token."""
+    few: dict[str, int] = field(default_factory=dict)
+    """Tokens that experts were sent which were sent too few of them (`tools.statistics.experts`)."""
 
 
 class Moments(NamedTuple):
@@ -67,6 +70,8 @@ class Moments(NamedTuple):
     second_moment: dict[str, Tensor]
     """Mean of x x^T; empty where only the mean squares were asked for."""
     group: dict[str, str]
+    few: dict[str, int]
+    """As in `ModelStatistics`."""
 
 
 _walks = itertools.count()
@@ -134,7 +139,8 @@ def collect_moments(
     """The moments of what the layers of a block read: fp32, means over all tokens.
 
     The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products.
-    Raises UnknownStatistics for a layer that never ran, such as an expert that no token was sent to.
+    Experts that few tokens were sent to have those of all filled in. Raises UnknownStatistics for any other layer that
+    never ran.
     """
     return _finish_moments(team.ask(SumMoments(walk, block, full, purpose))(ignore_ticks), extent, layers, full)
 
@@ -146,17 +152,39 @@ def _finish_moments(
     group: dict[str, str] = {}
     for _, found in reversed(answers):
         group |= found  # the first one's counts
+    ran = {layer.pool for layer in layers if layer.pool and layer.name in group}
     for layer in layers:
-        if layer.name not in group:
+        if layer.name not in group and layer.pool not in ran:
             raise UnknownStatistics(
                 f"layer {layer.name} never ran on the calibration text, so that nothing is known of it"
             )
-    means = {leader: sums[f"{'A' if full else 'a'}/{leader}"] for leader in dict.fromkeys(group.values())}
+        group.setdefault(layer.name, layer.name)
+    few = _fill_up_moments(sums, extent, layers, group, full)
+    means = {key: sums[key] for leader in group.values() for key in (f"A/{leader}", f"a/{leader}") if key in sums}
     for total in means.values():
         total /= extent.positions
-    if full:
-        return Moments({leader: total_II.diagonal() for leader, total_II in means.items()}, means, group)
-    return Moments(means, {}, group)
+    second = {leader: means[f"A/{leader}"] for leader in dict.fromkeys(group.values()) if full}
+    squares = {leader: means.get(f"a/{leader}") for leader in dict.fromkeys(group.values())}
+    mean_square = {name: second[name].diagonal() if mean_I is None else mean_I for name, mean_I in squares.items()}
+    return Moments(mean_square, second, group, few)
+
+
+def _fill_up_moments(
+    sums: Sums, extent: Extent, layers: Sequence[Layer], group: Mapping[str, str], full: bool
+) -> dict[str, int]:
+    """Of experts that were sent few tokens; the tokens of those that were sent fewer than they have inputs.
+
+    Masks go by mean squares, which are their own where the second moments, of so many more figures, are not.
+    """
+    inputs = {layer.name: layer.weight_OI.shape[1] for layer in layers}
+    few: dict[str, int] = {}
+    for pool in list_pools(layers, group):
+        few |= find_few(sums, pool, inputs[pool[0]], extent.positions)
+        if full:
+            sums |= {f"a/{name}": sums[f"A/{name}"].diagonal().clone() for name in pool if f"A/{name}" in sums}
+            fill_up(sums, "A", pool, inputs[pool[0]], extent.positions)
+        fill_up(sums, "a", pool, FEW, extent.positions)
+    return {name: few[leader] for name, leader in group.items() if leader in few}
 
 
 def _join(extent: Extent, answers: Sequence[Nodes]) -> Sums:
@@ -204,6 +232,7 @@ def _walk_up(
     for layers in grouped:
         moments = _finish_moments(next(answers), extent, layers, full)
         statistics.group |= moments.group
+        statistics.few |= moments.few
         for layer in layers:
             leader = moments.group[layer.name]
             statistics.mean_square[layer.name] = moments.mean_square[leader].to(_device(layer), copy=True)
@@ -230,6 +259,8 @@ def _walk_down(
     requests = [SumGradients(walk, block) for block in reversed(range(len(grouped)))]
     for (_, block), answers in zip(requests, ask_in_turn(team, requests, ticks), strict=True):
         sums, layers = _join(extent, answers), grouped[block]
+        for pool, kind in itertools.product(list_pools(layers), ("plain", "clipped")):
+            fill_up(sums, kind, pool, FEW, tokens)
         known = {}
         for layer in layers:
             name = layer.name
@@ -268,8 +299,10 @@ def measure_kappa(
 
 def _finish_curves(answers: Sequence[Nodes], extent: Extent, layers: Sequence[Layer]) -> dict[str, list[float]]:
     sums, tokens = _join(extent, answers), extent.gradient_windows * extent.tokens
-    nothing = torch.zeros(len(LEVELS), dtype=torch.float64)  # of an expert that these windows never reached
-    return {x.name: [float(total) for total in sums.get(x.name, nothing) / (2 * tokens)] for x in layers}
+    for pool in list_pools(layers):
+        fill_up(sums, "curve", pool, FEW, tokens)
+    nothing = torch.zeros(len(LEVELS), dtype=torch.float64)  # of experts none of which these windows reached
+    return {x.name: [float(total) for total in sums.get(f"curve/{x.name}", nothing) / (2 * tokens)] for x in layers}
 
 
 def _group(layers: Sequence[Layer]) -> list[list[Layer]]:

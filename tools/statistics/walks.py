@@ -6,11 +6,11 @@ what every block read of the gradient windows.
 Shape suffixes: B windows, T tokens, I input features (d_in), O output features (d_out), D hidden width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +27,14 @@ from tools.base.failures import explain_layer
 from tools.base.progress import heed_stop
 from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
+from tools.models.experts import run_apart
 from tools.models.layers import Layer
 from tools.models.readout import compute_hidden, hidden_gradients
 from tools.statistics.gradients import OVERFLOW, Gradient, bring_near, flow_back, scale_losses
 from tools.statistics.pruned import parts_of_mask
 from tools.statistics.shards import Span, Sums, cut_shards, list_nodes, sum_node
 from tools.statistics.states import StateStack
+from tools.statistics.taps import tapped
 
 CLIP = 10.0
 """The clipped gamma counts no token for more than this many times the median token (of its window)."""
@@ -118,6 +120,7 @@ class Walks:
         self.gradient_windows, self.ahead, self.lead = gradient_windows, ahead, lead
         self.grouped = layers_by_block(layers, len(blocks))
         self._scaled = blocks.model.dtype == torch.float16
+        self._pooled = {layer.name for layer in layers if layer.pool}
         self.shards = cut_shards(len(windows_BT))
         self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
         self._walk: Walk | None = None
@@ -127,7 +130,7 @@ class Walks:
         """(what a block's layers read, summed over tokens; the first layer of each that read the same tensor).
 
         `A/LAYER` is the sum of x x^T of each group's first layer, or, not `full`, `a/LAYER` that of x^2: all that masks
-        without an update need, at a fraction of the products.
+        without an update need, at a fraction of the products. `n/LAYER` is how many tokens an expert's sum is over.
         """
         way = self._reach(span, walk, block, purpose == "profile")
         group: dict[str, str] = {}
@@ -144,7 +147,7 @@ class Walks:
         """What flows back through a block's layers, summed over the tokens of the gradient windows.
 
         `plain/LAYER` and `clipped/LAYER` are the sums of g^2; `language/LAYER` is the sum over windows of the mean
-        |dL/dW|.
+        |dL/dW|; `n/LAYER` is how many tokens an expert's sums are over.
         """
         seen = self._descend(span, walk, block, language=True)
         return self._sum(span, lambda shard: self._sum_gradients(seen, shard))
@@ -163,7 +166,7 @@ class Walks:
         return self._sum_curves(self._descend(span, walk, block, language=True), span, block, parts)
 
     def curves(self, span: Span, walk: Walk, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
-        """By layer, sum_t (g_t^T dW x_t)^2 at each level (levels,), fp64; `parts` is what each adds to dW."""
+        """`curve/LAYER` is sum_t (g_t^T dW x_t)^2 at each level (levels,), fp64; `parts` is what each adds to dW."""
         return self._sum_curves(self._descend(span, walk, block, language=False), span, block, parts)
 
     def finish(self, span: Span) -> None:
@@ -207,7 +210,12 @@ class Walks:
     @torch.no_grad()
     def _step(self, way: _Way, block: int, window: int) -> None:
         heed_stop()
-        way.states[window] = self.blocks.run(self.windows_BT[window], block, way.states[window]).cpu()
+        with self._run_apart(block):
+            way.states[window] = self.blocks.run(self.windows_BT[window], block, way.states[window]).cpu()
+
+    def _run_apart(self, block: int) -> AbstractContextManager[None]:
+        """Fused experts run one by one on every walk, seen or not: whoever takes over a span finds the same states."""
+        return run_apart(layer.module for layer in self.grouped[block])
 
     def _sum_moments(self, way: _Way, block: int, shard: int, full: bool, group: dict[str, str]) -> Sums:
         sums: Sums = {}
@@ -227,9 +235,11 @@ class Walks:
                 add_second_moment(sums[name], x_TI)
             else:
                 sums[name] += sum_squares(x_TI)
+            if layer.pool:
+                _add_count(sums, leader, x_TI)
             last = (leader, x_TI)
 
-        with _tapped(self.grouped[block], on_input):
+        with tapped(self.grouped[block], on_input):
             for window in self.shards[shard]:
                 self._step(way, block, window)
         return sums
@@ -294,7 +304,7 @@ class Walks:
                 heed_stop()
                 ids_T = self.windows_BT[window]
                 x_BTD = next(entered).requires_grad_()
-                with _tapped(layers, lambda layer, x: None, on_gradient):
+                with self._run_apart(block), tapped(layers, lambda layer, x: None, on_gradient):
                     if last:
                         with self.blocks.only(block, block + 1, ids_T, x_BTD):
                             output = compute_hidden(self.blocks.model, ids_T[None])
@@ -336,6 +346,8 @@ class Walks:
                 sums[f"plain/{name}"] = sum(plain[1:], plain[0])
                 sums[f"clipped/{name}"] = sum(clipped[1:], clipped[0])
                 sums[f"language/{name}"] = torch.tensor(seen.language[shard][name], dtype=torch.float64)
+                if name in self._pooled:
+                    _add_count(sums, name, *(pair.g_TO for pair in pairs))
         return sums
 
     def _sum_curves(self, seen: _Seen, span: Span, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
@@ -353,11 +365,19 @@ class Walks:
             columns = changes_LP.split([len(shard) for shard in pairs.values()], 1)
             for shard, column_LP in zip(pairs, columns, strict=True):
                 if column_LP.shape[1]:
-                    leaves[shard][layer.name] = column_LP.sum(1)
+                    leaves[shard][f"curve/{layer.name}"] = column_LP.sum(1)
+                    if layer.pool:
+                        _add_count(leaves[shard], layer.name, *(pair.x_TI for pair in pairs[shard]))
         return self._sum(span, leaves.__getitem__)
 
     def _sum(self, span: Span, leaf: Callable[[int], Sums]) -> Nodes:
         return [(node, sum_node(node, leaf)) for node in list_nodes((0, len(self.shards)), span)]
+
+
+def _add_count(sums: Sums, name: str, *rows: Tensor) -> None:
+    """Add to `n/NAME`, the tokens that the sums of a layer are over; experts see some of them."""
+    key = f"n/{name}"
+    sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + sum(map(len, rows))
 
 
 def layers_by_block(layers: Iterable[Layer], count: int) -> list[list[Layer]]:
@@ -366,28 +386,3 @@ def layers_by_block(layers: Iterable[Layer], count: int) -> list[list[Layer]]:
     for layer in layers:
         grouped[layer.block].append(layer)
     return grouped
-
-
-@contextmanager
-def _tapped(
-    layers: Iterable[Layer],
-    on_input: Callable[[Layer, Tensor], None],
-    on_gradient: Callable[[Layer, Tensor, Tensor], None] | None = None,
-) -> Iterator[None]:
-    """Hooks on layers: their inputs are seen in the forward pass, their output gradients in the backward pass."""
-
-    def tap(layer: Layer) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
-        def see(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x_TI = inputs[0].detach().flatten(0, -2)
-            on_input(layer, x_TI)
-            if on_gradient is not None and output.requires_grad:
-                output.register_hook(lambda g: on_gradient(layer, x_TI, g.flatten(0, -2)))
-
-        return see
-
-    hooks = [layer.module.register_forward_hook(tap(layer)) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -122,8 +122,8 @@ def _find_heads(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
 
 def _find_neurons(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
     mlp = [layer for layer in layers if not _in_attention(block, layer)]
-    if len(mlp) < 2 or any(layer.weight_OI.shape != mlp[-1].weight_OI.T.shape for layer in mlp[:-1]):
-        kinds = ", ".join(layer.kind for layer in mlp) or "no linear layers"
+    if len(mlp) < 2 or any(layer.pool or layer.weight_OI.shape != mlp[-1].weight_OI.T.shape for layer in mlp[:-1]):
+        kinds = ", ".join(dict.fromkeys(layer.kind for layer in mlp)) or "no linear layers"
         raise UserError(
             f"the neurons of {type(model).__name__} cannot be cut: beside attention its blocks hold {kinds}, not "
             "projections up and one down; its heads or blocks may"

@@ -23,13 +23,15 @@ from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, encode_pairs
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.disk import list_disk
-from tools.models.layers import Layer, find_layers, find_unprunable
+from tools.models.experts import check_experts
+from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
+from tools.statistics.experts import describe_few
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
 from tools.texts.questions import split_questions
@@ -60,8 +62,11 @@ class Workbench:
         self.model, self.tokenizer = load_model(settings)
         self.device = self.model.device
         layers = find_layers(self.model)
-        for name in find_unprunable(self.model):
-            warn(f"{name} is not a plain linear layer and stays dense")
+        self.reach = measure_reach(self.model, layers)
+        refuse_small_reach(self.reach, partial=settings.partial)
+        if self.reach.dense:
+            share, names = 1 - self.reach.of_blocks, ", ".join(self.reach.dense)
+            warn(f"{share:.2%} of the weights in the blocks are no linear layers to prune, and stay dense: {names}")
         lead = count_lead(settings, self.tokenizer)
         refuse_long_windows(self.model, settings.window, lead)
         _refuse_small_disk(self.model, layers, settings, directory, lead)
@@ -70,6 +75,7 @@ class Workbench:
         ids_T, blocks = self.windows.calibration[0].to(self.device), Blocks(self.model)
         check_readout(self.model, ids_T)
         check_blocks(blocks, ids_T)
+        check_experts(self.model, ids_T)
         self.index = Index(self.store)
         self.weights = Weights(layers, len(blocks), self.store, self._warn)
         texts = Texts(self.windows, self.questions)
@@ -153,9 +159,13 @@ class Workbench:
     # --- profile ------------------------------------------------------------------------------------------------
 
     def profile(self, progress: Progress, first: str = "", *, masks_only: bool = False) -> str:
-        """As `Profiles.make`."""
+        """As `Profiles.make`; warns of experts that the calibration text says little of."""
         with self._explained("profiling the model", BrokenBaseline):
-            return self.profiles.make(progress, first, masks_only=masks_only)
+            profile = self.profiles.make(progress, first, masks_only=masks_only)
+            few = "" if first else describe_few(self.read_profile(profile).few, self.layers)
+            if few:
+                self._warn(few)
+            return profile
 
     def read_profile(self, profile: str) -> StoredProfile:
         """As `Profiles.read`."""

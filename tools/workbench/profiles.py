@@ -37,6 +37,8 @@ class StoredProfile(BaseModel):
     dense: Evaluation
     calibration: Calibration = "run"
     """The text that it is about."""
+    few: dict[str, int] = {}
+    """Layers of experts that were sent too few of its tokens (`tools.statistics.experts`), with their number."""
 
 
 class Profiles:
@@ -111,6 +113,7 @@ class Profiles:
             hidden=hidden,
             dense=evaluation,
             calibration=text,
+            few=statistics.few,
         )
         return self._store.write_json(stored.model_dump())
 
@@ -200,7 +203,7 @@ class Profiles:
         if present is not None:
             leader = present.group[name]
             moment_II = present.second_moment[leader]
-            return LayerStatistics(moment_II.diagonal(), gamma_O, moment_II)
+            return LayerStatistics(present.mean_square[leader], gamma_O, moment_II)
         if not recipe.changes_survivors:
             return LayerStatistics(means[f"a/{name}"].to(device), gamma_O)
         digest = self.find_moments(profile)[stored.group[name]]

@@ -128,6 +128,13 @@ class Weights:
         """Share of zeros in each layer of the model as it is now, in layer order."""
         return [float((layer.weight_OI == 0).float().mean()) for layer in self.layers]
 
+    def describe_sparsity(self) -> dict[str, float]:
+        """The same by name; of the experts of one block the mean."""
+        found: dict[str, list[float]] = {}
+        for layer, sparsity in zip(self.layers, self.sparsities(), strict=True):
+            found.setdefault(layer.pool or layer.name, []).append(sparsity)
+        return {name: sum(shares) / len(shares) for name, shares in found.items()}
+
     def count_zeros(self) -> tuple[int, int]:
         """(zeros, weights) over all prunable layers of the model as it is now."""
         zeros = sum(int((layer.weight_OI == 0).sum()) for layer in self.layers)

@@ -117,5 +117,6 @@ def test_runs_of_the_graph_have_the_workers(tmp_path: Path, monkeypatch: pytest.
         (run / "run.json").write_text("{}")
     assert {"--name", "--workers=3", "--worker-threads=2", "--no-memory"} <= set(commands[0])
     assert commands[1][3:] == [
-        *("--runs-dir", str(tmp_path / "runs"), "--resume", "heuristic-0", "--workers=3", "--worker-threads=2")
+        *("--runs-dir", str(tmp_path / "runs"), "--resume", "heuristic-0", "--workers=3", "--worker-threads=2"),
+        "--no-partial",
     ]

@@ -60,14 +60,18 @@ def test_workers_that_crowd_a_cpu_are_slower(tiny_llama: Path, monkeypatch: pyte
     assert module._crowd(prices, "cpu", 1) == module._crowd(prices, "cuda", 6) == prices
 
 
-def test_fused_experts_are_what_stays_dense(tmp_path: Path, untimed: None) -> None:
+def test_experts_are_counted_by_the_tokens_that_they_are_sent(tmp_path: Path, untimed: None) -> None:
     found = find(write_config(tmp_path / "moe", make_tiny_config("qwen3_moe").to_dict()))
-    assert (found.layers, found.weights) == (8, 2 * (1024 + 512 + 512 + 1024))
-    assert found.dense[:2] == ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+    plain, experts = 1024 + 512 + 512 + 1024, 4 * 3 * 16 * 32
+    assert (found.layers, found.weights) == (32, 2 * (plain + experts))
+    assert found.dense == ["model.layers.*.mlp.gate.weight"]
     # A token meets 2 of 4 experts of 16 features, and a router to 4: FLOPs count these alone.
-    experts = 2 * (2 * 2 * 16 * 32 + 2 * 16 * 32 + 4 * 32)
-    attention = 2 * 2 * 2 * 64 * 64 * 32
-    assert found.work[1].flops == 4 * (64 * 2 * (found.weights + experts) + attention)
+    attention = 2 * 2 * 64 * 64 * 32
+    assert found.work[1].flops == 4 * 2 * (64 * 2 * (plain + experts / 2 + 4 * 32) + attention)
+    # What experts read is summed over the tokens that they are sent; gate and up of each read the same.
+    assert found.work[2].flops == 4 * 2 * 64 * 2 * (4 * 32**2 + 4 / 2 * (32**2 + 16**2))
+    assert found.disk[0].bytes == 2 * 4 * (4 * 32**2 + 4 * (32**2 + 16**2))
+    assert found.disk[0].how == "4 bytes × inputs², over 24 layers"
 
 
 def test_qwen3_8b_on_a_gpu_that_is_not_here(tmp_path: Path, no_gpu: None, untimed: None) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.tiny import ARCHITECTURES, BLOCKS, make_tiny_model
+from tests.tiny import ARCHITECTURES, BLOCKS, MIXTURES, make_tiny_model
 from tools.base.errors import UserError
-from tools.models.layers import find_blocks, find_layers, find_unprunable
+from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
 
 GATED = [
     *(f"self_attn.{kind}_proj" for kind in ("q", "k", "v", "o")),
@@ -38,7 +38,9 @@ def test_every_linear_layer_of_every_block_is_found(architecture: str) -> None:
     parameters = dict(model.named_parameters())
     for layer in layers:  # the file knows the weight by this name
         assert parameters[f"{layer.name}.weight"].data_ptr() == layer.stored_weight.data_ptr()
-    assert find_unprunable(model) == []
+    reach = measure_reach(model, layers)
+    assert reach.dense == [] and reach.of_blocks == 1
+    assert reach.model == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -96,7 +98,7 @@ def test_tied_weights_are_pruned_once() -> None:
     model.blocks[2] = model.blocks[0]
     names = [layer.name for layer in find_layers(model)]
     assert names == ["blocks.0.first", "blocks.0.second", "blocks.1.second"]
-    assert find_unprunable(model) == []
+    assert measure_reach(model, find_layers(model)).dense == []
 
 
 def test_blocks_are_the_outermost_list() -> None:
@@ -114,14 +116,62 @@ def test_one_block_with_everything_in_an_inner_list() -> None:
     assert [layer.name for layer in find_layers(model)] == ["blocks.0.experts.0", "blocks.0.experts.1"]
 
 
-def test_fused_experts_are_named() -> None:
-    model = make_tiny_model("qwen3_moe")
-    assert [layer.kind for layer in find_layers(model)] == GATED[:4] * BLOCKS
-    assert find_unprunable(model) == [
-        f"model.layers.{block}.mlp.{name}"
-        for block in range(BLOCKS)
-        for name in ("experts.gate_up_proj", "experts.down_proj", "gate.weight")
-    ]
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_fused_experts_are_layers_whose_weights_are_views(architecture: str) -> None:
+    model = make_tiny_model(architecture)
+    layers, router = find_layers(model), "router" if architecture == "gpt_oss" else "gate"
+    names = [f"{expert}.{part}_proj" for expert in range(4) for part in ("gate", "up", "down")]
+    assert [layer.name for layer in layers[4:16]] == [f"model.layers.0.mlp.experts.{name}" for name in names]
+    assert {layer.kind for layer in layers} == {*GATED[:4], *(f"mlp.experts.{p}_proj" for p in ("gate", "up", "down"))}
+    assert layers[6].pool == "model.layers.0.mlp.experts.*.down_proj" and not layers[0].pool
+
+    stacked = dict(model.named_parameters())
+    for layer in layers[4:16]:
+        layer.write(torch.full_like(layer.weight_OI, 3.0))
+    for name in ("gate_up_proj", "down_proj"):
+        assert bool((stacked[f"model.layers.0.mlp.experts.{name}"] == 3).all())
+        assert not bool((stacked[f"model.layers.1.mlp.experts.{name}"] == 3).any())
+
+    reach = measure_reach(model, layers)
+    matrices = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 4 * 3 * 16 * 32)
+    assert reach[:2] == (matrices, matrices + 2 * 4 * 32)
+    assert reach.dense == [f"model.layers.*.mlp.{router}.weight"]
+
+
+def test_linear_layers_that_choose_experts_are_none_to_prune() -> None:
+    model = Decoder(2)
+    for block in model.blocks:
+        block.moe = nn.Module()
+        block.moe.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        block.moe.router = nn.Linear(6, 3)
+    layers = find_layers(model)
+    assert [layer.kind for layer in layers if layer.block][2:] == [f"moe.experts.{i}" for i in range(3)]
+    assert {layer.pool for layer in layers if layer.block} == {"", "blocks.1.moe.experts.*"}
+    assert measure_reach(model, layers).dense == ["blocks.*.moe.router.weight"]
+
+
+class Stack(nn.Module):
+    """Experts of a kind that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.zeros(4, 6, 6))
+
+
+def test_a_model_of_which_little_can_be_pruned_is_refused_unless_that_is_meant() -> None:
+    model = Decoder(2)
+    for block in model.blocks:
+        block.experts = Stack()
+    reach = measure_reach(model, find_layers(model))
+    assert reach == (144, 432, 432 + 600 + 6 + 24, ["blocks.*.experts.stack"])
+    with pytest.raises(UserError) as refused:
+        refuse_small_reach(reach, partial=False)
+    assert str(refused.value) == (
+        "only 33.3% of the weights in the model's blocks can be pruned (13.6% of the whole model), not "
+        "blocks.*.experts.stack; --partial prunes that share and leaves the rest dense"
+    )
+    refuse_small_reach(reach, partial=True)
+    refuse_small_reach(reach._replace(prunable=216), partial=False)  # half
 
 
 @pytest.mark.parametrize(
@@ -133,6 +183,5 @@ def test_fused_experts_are_named() -> None:
     ],
 )
 def test_a_model_without_prunable_layers_is_refused(model: nn.Module) -> None:
-    for find in (find_layers, find_unprunable):
-        with pytest.raises(UserError, match=r"^the model has no prunable linear layers inside decoder blocks$"):
-            find(model)
+    with pytest.raises(UserError, match=r"^the model has no prunable linear layers inside decoder blocks$"):
+        find_layers(model)

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from tests.tiny import tiny_settings
 from tools.base.settings import WorkbenchSettings
 from tools.results.cards import write_card
-from tools.results.schema import Perplexities, Score, Summary, describe_protocol
+from tools.results.schema import Perplexities, Reach, Score, Summary, describe_protocol
 
 
 def make_summary(settings: WorkbenchSettings, **changes: Any) -> Summary:
@@ -49,6 +49,12 @@ def test_of_files_on_this_machine_only_the_names_are_told(tmp_path: Path) -> Non
     assert (card.data.base_model, card.data.datasets, card.data.model_name) == (None, None, "my: model-pruned")
     assert [result.dataset_type for result in card.data.eval_results or []] == ["file:my # text.txt"]
     assert "# my: model, pruned to 50.00%" in card.content.splitlines()
+
+
+def test_a_card_says_of_what_its_sparsity_is_a_share() -> None:
+    card = read_card(tiny_settings("tiny"), reach=Reach(of_blocks=0.03, of_model=0.025))
+    assert "# tiny, pruned to 50.00% of the 3.0% of its blocks' weights that are prunable" in card.content.splitlines()
+    assert "Only 3.0% of the weights in the blocks are prunable, 2.5% of the whole model; all others" in card.content
 
 
 def test_a_perplexity_that_is_not_finite_is_no_result() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.made_runs import end_run, make_layers, write_run
 from tools.base.rundir import scan_events
-from tools.results.schema import Knowledge, Score, Summary
+from tools.results.schema import Knowledge, Reach, Score, Summary
 from tools.results.tables import list_table, write_report
 
 
@@ -36,6 +36,20 @@ def test_a_report_to_the_letter(tmp_path: Path) -> None:
     row = "| 2 | 45.00% | 30.00 | 0.4000 ± 0.0100 | 0.0800 | rollback | 45.0% refit:kappa | because a\\|b |"
     assert row in lines and "| model.layers.0.self\\_attn.q\\_proj | 45.00% |" in lines
     assert f"- 301 s, peak memory 1.50 GB, mask_sha256 `{'ab' * 32}`" in lines
+
+
+def test_a_report_of_a_model_of_which_little_can_be_pruned(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo")
+    end_run(run, reach=Reach(of_blocks=0.03, of_model=0.025))
+    lines = read_report(run)
+    assert lines[0] == "# demo: tiny pruned to 45.00% of the 3.0% of its blocks' weights that are prunable"
+    assert lines[2].endswith(
+        " times uniform Wanda's. Only 3.0% of the weights in the blocks are prunable, 2.5% of the whole model; all "
+        "others are dense."
+    )
+    end_run(run, reach=Reach(of_blocks=0.995, of_model=0.5))  # large embeddings are nobody's fault
+    lines = read_report(run)
+    assert lines[0] == "# demo: tiny at 45.00% sparsity" and lines[2].endswith(" times uniform Wanda's.")
 
 
 def test_what_was_asked_has_its_tables(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.tiny import BLOCKS, VOCABULARY, make_tiny_model
@@ -16,8 +17,8 @@ WINDOWS, GRADIENT = 9, 5
 WALK = Walk(0, "run")
 
 
-def begin(ahead: int = 0) -> Walks:
-    model = make_tiny_model("llama")
+def begin(ahead: int = 0, architecture: str = "llama") -> Walks:
+    model = make_tiny_model(architecture)
     windows = torch.randint(0, VOCABULARY, (WINDOWS, 12), generator=torch.Generator().manual_seed(1))
     return Walks(Blocks(model), find_layers(model), windows, GRADIENT, 3, Path(tempfile.gettempdir()), ahead)
 
@@ -30,20 +31,22 @@ def same(left: Any, right: Any) -> bool:
     )
 
 
-def test_moments_of_a_later_block_need_no_earlier_request() -> None:
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_moments_of_a_later_block_need_no_earlier_request(architecture: str) -> None:
     span: Span = (2, 5)
-    walked, fresh = begin(), begin()
+    walked, fresh = begin(0, architecture), begin(0, architecture)
     for block in range(BLOCKS):
         nodes, group = walked.moments(span, WALK, block, True, "profile")
     others, other_group = fresh.moments(span, WALK, BLOCKS - 1, True, "profile")
     assert same(nodes, others) and group == other_group
     again, _ = walked.moments(span, WALK, 0, True, "profile")  # one block back is a new beginning
-    assert same(again, begin().moments(span, WALK, 0, True, "profile")[0])
+    assert same(again, begin(0, architecture).moments(span, WALK, 0, True, "profile")[0])
 
 
-def test_gradients_and_curves_of_a_lower_block_need_no_earlier_request() -> None:
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_gradients_and_curves_of_a_lower_block_need_no_earlier_request(architecture: str) -> None:
     span: Span = (0, 8)
-    walked = begin(ahead=1)
+    walked = begin(1, architecture)
     for block in range(BLOCKS):
         walked.moments(span, WALK, block, False, "profile")
     known = {
@@ -52,10 +55,10 @@ def test_gradients_and_curves_of_a_lower_block_need_no_earlier_request() -> None
     }
     top, bottom = walked.gradients(span, WALK, 1), walked.gradients(span, WALK, 0)
     curves = walked.mask_curves(span, WALK, 1, known), walked.mask_curves(span, WALK, 0, known)
-    fresh = begin(ahead=1)
+    fresh = begin(1, architecture)
     assert same(fresh.gradients(span, WALK, 0), bottom) and same(fresh.gradients(span, WALK, 1), top)
-    assert same(begin().mask_curves(span, WALK, 0, known), curves[1])
-    assert same(begin().mask_curves(span, WALK, 1, known), curves[0])
+    assert same(begin(0, architecture).mask_curves(span, WALK, 0, known), curves[1])
+    assert same(begin(0, architecture).mask_curves(span, WALK, 1, known), curves[0])
 
 
 def test_spans_do_not_disturb_one_another_and_nothing_is_held_at_the_end() -> None:

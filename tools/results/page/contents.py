@@ -68,7 +68,7 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
     tiles = []
     if summary:
         p = summary.perplexity
-        tiles.append(("Zero weights", f"{summary.achieved_sparsity:.2%}", aim))
+        tiles.append(("Zero weights", f"{summary.achieved_sparsity:.2%}", _say_of_what(aim, summary)))
         tiles.append(("Perplexity on test", show(p.pruned), f"dense {show(p.dense)}"))
         if (share := relate_to_wanda(p.dense, p.pruned, p.uniform_wanda)) is not None:
             tiles.append(("Perplexity lost", f"{share:.2f} ×", f"that of uniform Wanda ({show(p.uniform_wanda)})"))
@@ -84,6 +84,11 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
         undone = sum(t.verdict == "rollback" for t in record.trials)
         tiles.append(("Trials", str(len(record.trials)), f"{undone} rolled back"))
     return tiles
+
+
+def _say_of_what(aim: str, summary: Summary) -> str:
+    reach = summary.reach
+    return aim if reach is None or reach.is_nearly_all else f"{aim}, of {reach.of_blocks:.1%} of the blocks' weights"
 
 
 def list_row(record: Record) -> list[str]:

@@ -1,0 +1,74 @@
+"""Experts that were sent few tokens: how many are enough, and how those of all their fellows fill up what lacks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from tools.models.layers import Layer
+from tools.statistics.shards import Sums
+
+FEW = 64
+"""From so many tokens on an expert's mean squares (a and gamma) and its KL curve stand on their own: the mean of 64
+squares of a normal variable is within 18 % of the truth (one standard error). Its second moment needs as many as it has
+inputs: of fewer it is singular."""
+
+SHOWN = 8
+"""Experts that a warning names."""
+
+
+def find_few(sums: Sums, pool: Sequence[str], enough: int, tokens: int) -> dict[str, int]:
+    """The layers of a pool that saw fewer than `enough` tokens, and not all `tokens` of the text; with their number."""
+    seen = {name: int(sums.get(f"n/{name}", 0)) for name in pool}
+    return {name: n for name, n in seen.items() if n < min(enough, tokens)}
+
+
+def fill_up(sums: Sums, kind: str, pool: Sequence[str], enough: int, tokens: int) -> None:
+    """Mix into `KIND/LAYER`, a sum over the tokens that an expert saw, what an average token of its fellows adds.
+
+    An expert that saw n tokens, fewer than `enough` and than the text's `tokens`, gets `enough` - n average ones, and
+    the sum is scaled back to n tokens (to one, where it saw none), so that rarely used experts stay rarely used. The
+    `pool` are the layers that stand for each other, `n/LAYER` their tokens.
+    """
+    few, whole = find_few(sums, pool, enough, tokens), sum(int(sums.get(f"n/{name}", 0)) for name in pool)
+    known = [sums[f"{kind}/{name}"] for name in pool if f"{kind}/{name}" in sums]
+    if not few or not known:
+        return
+    total: Tensor = sum(known[1:], known[0].clone())
+    for name, n in few.items():
+        filled = total * ((enough - n) / whole)
+        if n:
+            filled += sums[f"{kind}/{name}"]
+        sums[f"{kind}/{name}"] = filled.mul_(max(n, 1) / enough)
+
+
+def list_pools(layers: Iterable[Layer], group: Mapping[str, str] | None = None) -> list[list[str]]:
+    """The layers that stand for each other, or the first layers of the groups that these read with."""
+    pools: dict[str, dict[str, None]] = {}
+    for layer in layers:
+        if layer.pool:
+            name = layer.name if group is None else group[layer.name]
+            pools.setdefault(layer.pool, {})[name] = None
+    return [list(pool) for pool in pools.values()]
+
+
+def describe_few(few: Mapping[str, int], layers: Iterable[Layer]) -> str:
+    """Which experts did not see enough tokens, in one sentence; "" where all did."""
+    experts: dict[tuple[str, str], int] = {}
+    count: set[tuple[str, str]] = set()
+    for layer in layers:
+        if layer.pool:
+            place, _, rest = layer.pool.partition(".*")
+            expert = place, layer.name.removeprefix(f"{place}.").removesuffix(rest)
+            count.add(expert)
+            if layer.name in few:
+                experts[expert] = min(few[layer.name], experts.get(expert, few[layer.name]))
+    if not experts:
+        return ""
+    fewest = sorted(experts.items(), key=lambda item: item[1])
+    named = [f"{place}.{number} ({n})" for (place, number), n in fewest[:SHOWN]]
+    return (
+        f"{len(experts)} of {len(count)} experts were sent fewer calibration tokens than they have inputs, "
+        f"{sum(n < FEW for n in experts.values())} of them fewer than {FEW}; their statistics are filled up with those "
+        f"of all experts of their block: {', '.join(named)}{', …' if len(experts) > SHOWN else ''}. More calibration "
+        "windows give them their own"
+    )
