@@ -91,7 +91,7 @@ def _render(conversation: Sequence[AnyMessage | Exchange], method: Method, toolb
 
 def _is_plain(call: ToolCall, toolbox: Toolbox) -> bool:
     """Whether a call is one that any endpoint takes back."""
-    known = call.name in toolbox.tools and isinstance(call.arguments, dict)
+    known = call.name in toolbox.names and isinstance(call.arguments, dict)
     return known and len(dump(call.arguments)) <= ANSWER_LIMIT
 
 

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -49,6 +50,10 @@ class ToolAnswer(BaseModel):
     seconds: float
 
 
+Offer = Callable[[], AbstractContextManager[Sequence[BaseTool]]]
+"""Brings the tools, the same ones each time."""
+
+
 def do_now(work: Callable[[], Result]) -> Result:
     """What a piece of work gives, where nothing is kept of it."""
     return work()
@@ -57,20 +62,23 @@ def do_now(work: Callable[[], Result]) -> Result:
 class Toolbox:
     """Tools and what is left of their budget. They run one after another.
 
-    `carry_out` runs one, or has its answer from where that was kept; `on_tool` hears of every answer.
+    They are had by `offer`, for as long as one runs. `carry_out` runs one, or has its answer from where that was kept;
+    `on_tool` hears of every answer.
     """
 
     def __init__(
         self,
-        tools: Sequence[BaseTool],
+        offer: Offer,
         *,
         calls: int,
         seconds: float,
         on_tool: Callable[[ToolRecord], None] | None = None,
         carry_out: Callable[[Callable[[], ToolAnswer]], ToolAnswer] = do_now,
     ) -> None:
-        self.tools = {tool.name: tool for tool in tools}
-        self.functions = [convert_to_openai_tool(tool) for tool in tools]
+        with offer() as tools:
+            self.names = [tool.name for tool in tools]
+            self.functions = [convert_to_openai_tool(tool) for tool in tools]
+        self._offer = offer
         self.calls_left, self.seconds_left = calls, seconds
         self._on_tool, self._carry_out = on_tool, carry_out
 
@@ -111,20 +119,23 @@ class Toolbox:
         return f"{data_block(f'tool {quote_data(call.name, 40)}', [done.answer])}\n{self.describe_budget()}"
 
     def _answer(self, call: ToolCall, explain: Callable[[ValidationError], str]) -> ToolAnswer:
-        began = time.monotonic()
-        answer, shown = self._try(call, explain)
-        seconds = time.monotonic() - began
+        with self._offer() as tools:
+            began = time.monotonic()
+            answer, shown = self._try({tool.name: tool for tool in tools}, call, explain)
+            seconds = time.monotonic() - began
         return ToolAnswer(answer=quote_data(answer, RESULT_LIMIT), shown=quote_data(shown, 200), seconds=seconds)
 
-    def _try(self, call: ToolCall, explain: Callable[[ValidationError], str]) -> tuple[str, str]:
+    def _try(
+        self, tools: Mapping[str, BaseTool], call: ToolCall, explain: Callable[[ValidationError], str]
+    ) -> tuple[str, str]:
         """(answer in JSON, the same for people)."""
         try:
-            if call.name not in self.tools:
-                raise ValueError(f"there is no such tool; there are: {', '.join(self.tools)}")
+            if call.name not in tools:
+                raise ValueError(f"there is no such tool; there are: {', '.join(tools)}")
             if not isinstance(call.arguments, dict):
                 raise ValueError("the arguments are no JSON object")
             request = {"type": "tool_call", "id": "call", "name": call.name, "args": call.arguments}
-            message = self.tools[call.name].invoke(request)
+            message = tools[call.name].invoke(request)
             return message.text, str(message.artifact)
         except UserError:  # a full disk, say: nothing that the model could do better
             raise

@@ -68,6 +68,7 @@ def expect(thread: str | None, task: str) -> bool:
         return False
     with _changed:
         _expected[task] = None
+        _saved.discard(task)
     return True
 
 

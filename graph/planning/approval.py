@@ -6,6 +6,7 @@ says of a plan is the word of whoever made it; a state with another plan was edi
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from langgraph.types import interrupt
@@ -73,7 +74,7 @@ def _is_logged(plan: Plan, iteration: int, session: Session) -> bool:
 def examine_edit(plan: Plan, state: State, session: Session) -> Settled:
     """An edited plan, held to all that a planner's is and weighed by the lessons, and its order. Raises ValueError."""
     with open_bench(state, session) as bench:
-        situation = gather_situation(bench, state, session.progress, is_last=False)
+        situation = gather_situation(partial(open_bench, state, session), state, session.progress, is_last=False)
         plan = weigh_in_bounds(plan, situation)
         measure = measure_with(bench, state.profile, state.current, session.progress)
         order = situation.orders.resolve(plan, measure)

@@ -16,6 +16,7 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_all
 
 if TYPE_CHECKING:
+    from graph.runs.session import OpenBench
     from tools.base.progress import Progress
     from tools.workbench.bench import Workbench
 
@@ -85,22 +86,28 @@ class Situation:
         return None
 
 
-def gather_situation(bench: "Workbench", state: State, progress: "Progress", *, is_last: bool) -> Situation:
+def gather_situation(open_bench: "OpenBench", state: State, progress: "Progress", *, is_last: bool) -> Situation:
     """The situation of the round that the state is in, with the weights in the model that the state says."""
     assert state.dense is not None, "profile runs first"
-    return Situation(
-        config=state.config,
-        layers=bench.read_profile(state.profile).layers,
-        read_layers=lambda recipe: read_curves(bench, state.profile, recipe, progress),
-        sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
-        dense=state.dense,
-        accepted=last_accepted(state.trials),
-        accepted_plan=state.accepted_plan,
-        trials=[identify_trial(bench, trial, state.config.pattern) for trial in state.trials],
-        lessons=state.lessons,
-        iteration=state.iteration,
-        is_last=is_last,
-    )
+
+    def read_layers(recipe: Recipe) -> Curves:
+        with open_bench() as bench:
+            return read_curves(bench, state.profile, recipe, progress)
+
+    with open_bench() as bench:
+        return Situation(
+            config=state.config,
+            layers=bench.read_profile(state.profile).layers,
+            read_layers=read_layers,
+            sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
+            dense=state.dense,
+            accepted=last_accepted(state.trials),
+            accepted_plan=state.accepted_plan,
+            trials=[identify_trial(bench, trial, state.config.pattern) for trial in state.trials],
+            lessons=state.lessons,
+            iteration=state.iteration,
+            is_last=is_last,
+        )
 
 
 def identify_trial(bench: "Workbench", trial: Trial, pattern: str) -> Trial:

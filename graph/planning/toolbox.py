@@ -1,9 +1,11 @@
 """The instruments that a chat planner may use before it answers, and their budget."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from langchain_core.tools import BaseTool
 from langgraph.store.base import BaseStore
 from pydantic import BaseModel
 
@@ -15,14 +17,14 @@ from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import measure_with
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
-from graph.runs.session import Session
+from graph.runs.session import OpenBench, Session
 from graph.runs.tasks import do_once
 from graph.state import State
 from tools.plans.layer_profile import group_layers
 from tools.plans.work_order import WorkOrder
 
 if TYPE_CHECKING:
-    from tools.instruments.functions import Draft
+    from tools.instruments.functions import Draft, Round
     from tools.workbench.bench import Workbench
 
 
@@ -52,7 +54,7 @@ class Measured(BaseModel):
 
 
 def open_toolbox(
-    bench: "Workbench",
+    open_bench: OpenBench,
     situation: Situation,
     state: State,
     session: Session,
@@ -63,7 +65,39 @@ def open_toolbox(
     config = situation.config
     if config.planner == HEURISTIC or not config.planner_calls:
         return None
-    from tools.instruments.agent_tools import make_planner_tools  # torch again, which the workbench has imported by now
+
+    def recall(query: str) -> list[str]:
+        return [describe_lesson(lesson, config) for lesson in search_lessons(store, config, query)] if store else []
+
+    def recount(n: int) -> list[str]:
+        return [recount_trial(trial) for trial in situation.trials[-n:]]
+
+    @contextmanager
+    def offer() -> Iterator[Sequence[BaseTool]]:
+        with open_bench() as bench:
+            from tools.instruments.agent_tools import make_planner_tools  # torch again, imported by now
+
+            round_ = _describe_round(bench, situation, state, session, evaluated)
+            yield make_planner_tools(round_, history=recount, recall=recall)
+
+    def carry_out(call: Callable[[], ToolAnswer]) -> ToolAnswer:
+        def measure() -> Measured:
+            return Measured(answer=call(), evaluated_tokens=evaluated.tokens)
+
+        kept = do_once("tool", measure, Measured)
+        evaluated.tokens = kept.evaluated_tokens
+        return kept.answer
+
+    def tell(record: ToolRecord) -> None:
+        session.emit("tool", iteration=situation.iteration, **record.model_dump())
+
+    return Toolbox(offer, calls=config.planner_calls, seconds=config.planner_seconds, on_tool=tell, carry_out=carry_out)
+
+
+def _describe_round(
+    bench: "Workbench", situation: Situation, state: State, session: Session, evaluated: Evaluated
+) -> "Round":
+    """What the instruments work on."""
     from tools.instruments.functions import Round
 
     measure = measure_with(bench, state.profile, state.current, session.progress)
@@ -72,21 +106,7 @@ def open_toolbox(
         plan = Plan(sparsity=draft.sparsity, recipe=draft.recipe, adjustments=draft.adjustments)
         return situation.orders.resolve(weigh_in_bounds(plan, situation), measure)
 
-    def recall(query: str) -> list[str]:
-        return [describe_lesson(lesson, config) for lesson in search_lessons(store, config, query)] if store else []
-
-    def tell(record: ToolRecord) -> None:
-        session.emit("tool", iteration=situation.iteration, **record.model_dump())
-
-    def carry_out(call: Callable[[], ToolAnswer]) -> ToolAnswer:
-        def measured() -> Measured:
-            return Measured(answer=call(), evaluated_tokens=evaluated.tokens)
-
-        kept = do_once("tool", measured, Measured)
-        evaluated.tokens = kept.evaluated_tokens
-        return kept.answer
-
-    round_ = Round(
+    return Round(
         bench=bench,
         profile=state.profile,
         resolve=resolve,
@@ -96,7 +116,3 @@ def open_toolbox(
         keep=state.kept,
         groups={selector: [x.name for x in group] for selector, group in group_layers(situation.layers).items()},
     )
-    tools = make_planner_tools(
-        round_, history=lambda n: [recount_trial(trial) for trial in situation.trials[-n:]], recall=recall
-    )
-    return Toolbox(tools, calls=config.planner_calls, seconds=config.planner_seconds, on_tool=tell, carry_out=carry_out)

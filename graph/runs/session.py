@@ -3,8 +3,9 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,13 @@ from tools.workbench.open import use_workbench
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
+
+
+AT_WORK: ContextVar[bool] = ContextVar("AT_WORK", default=False)
+"""Set in a task that is done now, whose events are new; see `graph.runs.tasks`."""
+
+OpenBench = Callable[[], AbstractContextManager["Workbench"]]
+"""Opens the run's workbench for as long as it is worked on, which is not while a chat model thinks."""
 
 
 class Session:
@@ -59,7 +67,7 @@ class Session:
 
     def _log(self, event: dict[str, Any]) -> None:
         line = write_event(event)
-        if self._logged[line]:
+        if self._logged[line] and not AT_WORK.get():
             self._logged[line] -= 1
         else:
             append_event(self.directory, event)

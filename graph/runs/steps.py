@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -11,10 +12,11 @@ from langgraph.runtime import Runtime
 
 from graph.config import PRICES, RunConfig
 from graph.llm.local import close_local
+from graph.runs.directory import directory_of
 from graph.runs.forks import fork_run, name_directory
 from graph.state import State
 from tools.base.progress import stop_at
-from tools.base.rundir import unlock_runs
+from tools.base.rundir import hold_run, unlock_runs
 from tools.base.settings import TEAM
 from tools.workbench.open import close_workbench
 
@@ -47,7 +49,8 @@ def step(node: Node) -> Node:
                 config = settle_config(state.config, runtime.context)
                 runtime = runtime.override(context=config)
         state = state.model_copy(update={**moved, "config": config})
-        return moved | node(state, runtime) | {"came_from": checkpoint}
+        with hold_run(directory_of(state)) if state.profile else nullcontext():
+            return moved | node(state, runtime) | {"came_from": checkpoint}
 
     return work
 
@@ -55,8 +58,8 @@ def step(node: Node) -> Node:
 def step_of_server(node: Node) -> Callable[[State, Runtime[RunConfig]], Coroutine[Any, Any, Update]]:
     """A node as Studio's server runs it: cancelling the run stops it before its next layer or window of text.
 
-    The node itself stays in a thread, which no one can stop from outside; it holds the lock on the model until it
-    leaves, so that the next run waits for it.
+    The node itself stays in a thread, which no one can stop from outside; it holds the run's directory until it leaves,
+    and the lock on the model while it works on it, so that the next run waits for it.
     """
     work = step(node)
 

@@ -18,6 +18,7 @@ from langgraph.runtime import get_runtime
 from pydantic import BaseModel
 
 from graph.persistence.saved import LOOK_SECONDS, expect, wait_saved
+from graph.runs.session import AT_WORK
 from tools.base.progress import Stopped, heed_stop
 
 Result = TypeVar("Result", bound=BaseModel)
@@ -61,6 +62,11 @@ def _is_in_node() -> bool:
     return True
 
 
+def _is_saved_at_exit() -> bool:
+    """Whether whoever runs the graph has asked for nothing to be saved before it ends (`durability="exit"`)."""
+    return bool(get_config()["configurable"].get("__pregel_durability") == "exit")
+
+
 class _Turn:
     """One task at work, in a thread that LangGraph picks, for a node that must not leave before it."""
 
@@ -82,12 +88,13 @@ class _Turn:
                 raise Stopped("the run was cancelled")
             given = self._context.run(self._do)
             info = get_runtime().execution_info
-            if info is not None and expect(info.thread_id, info.task_id):
+            if info is not None and not _is_saved_at_exit() and expect(info.thread_id, info.task_id):
                 self.awaited = info.task_id
             return given
 
     def _do(self) -> dict[str, Any]:
         heed_stop()
+        AT_WORK.set(True)  # in the context of this task alone
         return self._work().model_dump(mode="json")
 
     def end(self) -> None:

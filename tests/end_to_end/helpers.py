@@ -1,5 +1,6 @@
 """Run the command in this process, in a forked one or as a person would, and read what a run left behind."""
 
+import asyncio
 import contextlib
 import functools
 import gc
@@ -19,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from graph import persistence
 from graph.build import builder
 from graph.config import RunConfig
 from graph.persistence import open_saver, open_store
@@ -33,7 +36,7 @@ from graph.state import State
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.base import rundir
 from tools.base.progress import Stopped, heed_stop
-from tools.base.rundir import unlock_run
+from tools.base.rundir import RUNS_DIR_VARIABLE, unlock_run
 from tools.texts.windows import cut_windows
 from tools.workbench import open as workbench
 
@@ -276,6 +279,27 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
     return value
+
+
+# The graph as a server runs it, in this process
+
+
+def serve(runs_dir: Path, work: Callable[[Any], Any]) -> Any:
+    """Do something with the graph that `langgraph dev` serves, on the runs directory's own state."""
+
+    async def run() -> Any:
+        async with persistence.checkpointer() as saver, persistence.store() as store:
+            return await work(builder(server=True).compile(checkpointer=saver, store=store))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(RUNS_DIR_VARIABLE, str(runs_dir))
+        return asyncio.run(run())
+
+
+async def start(app: Any, name: str, config: RunConfig, thread: str) -> State:
+    """A new run in the server, to its end."""
+    settings = {"configurable": {"thread_id": thread}, "recursion_limit": 100}
+    return State.model_validate(await app.ainvoke({"run": name}, settings, context=config, durability="sync"))
 
 
 # What a run left behind

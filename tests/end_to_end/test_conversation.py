@@ -1,17 +1,37 @@
 """A conversation that is killed between any two of its calls: no reply is paid twice, no probe measured twice."""
 
+import asyncio
 import json
 import re
 import signal
+import threading
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from graph.config import RunConfig
 from tests.end_to_end.conftest import Command
-from tests.end_to_end.helpers import NOTE, TINY, Halt, fork, read_events, read_state, read_summary, read_trials
+from tests.end_to_end.helpers import (
+    NOTE,
+    TINY,
+    Halt,
+    fork,
+    read_events,
+    read_state,
+    read_summary,
+    read_trials,
+    serve,
+    start,
+    wait_for,
+)
 from tests.openai_server import Answer, Body, OpenAIServer
+from tests.tiny import tiny_settings
+from tools.base import rundir
+from tools.workbench import open as workbench
+from tools.workbench.prune import Pruner
 
 PROBE = {"sparsity": 0.45, "recipe": {"method": "wanda", "refit": False}}
 LEARNT = {"selector": "*.v_proj", "direction": "dearer", "multiplier": 1.5, "confidence": 0.5, "evidence": "figures"}
@@ -119,3 +139,77 @@ def test_a_conversation_that_leads_nowhere_is_begun_anew_when_the_run_is_resumed
     assert '"calls_left": 5' in last.messages[1]["content"], "the budget is the round's"
     run = tmp_path / "runs" / "run"
     assert read_state(run).usage.calls == len(read_events(run, "reply")) == 2
+
+
+# In the server: coroutines around the same nodes
+
+
+def config_of(model: Path, server: OpenAIServer) -> RunConfig:
+    agents = {"planner": server.planner("fine"), "max_iterations": 1, "memory": False}
+    return RunConfig.model_validate(tiny_settings(model).model_dump() | agents)
+
+
+def test_a_planner_that_thinks_keeps_no_other_run_from_the_model(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    command("--list")  # at home
+    script = iter([{"tool": "probe", "arguments": {"plan": PROBE, "tokens": 64}}, PROBE])
+    over = threading.Event()
+
+    def think(_body: Body) -> Answer:
+        assert over.wait(30), "the other run waits for this one"
+        return next(script)
+
+    async def work(app: Any) -> None:
+        thinking = asyncio.create_task(start(app, "thinking", config, str(uuid.uuid4())))
+        await asyncio.to_thread(wait_for, lambda: server.requests)
+        assert tmp_path / "runs" / "thinking" in rundir._locks
+        other = config.model_copy(update={"planner": "heuristic", "target_sparsity": 0.3})
+        await start(app, "other", other, str(uuid.uuid4()))
+        assert tmp_path / "runs" / "thinking" in rundir._locks, "nobody else takes it up meanwhile"
+        over.set()
+        await thinking
+
+    with OpenAIServer(think) as server:
+        config = config_of(tiny_llama, server)
+        serve(tmp_path / "runs", work)
+    assert not workbench._open and not rundir._locks
+    with OpenAIServer([{"tool": "probe", "arguments": {"plan": PROBE, "tokens": 64}}, PROBE]) as server:
+        serve(tmp_path / "runs", lambda app: start(app, "alone", config_of(tiny_llama, server), str(uuid.uuid4())))
+    runs = [tmp_path / "runs" / name for name in ("thinking", "alone")]
+    assert read_trials(runs[0]) == read_trials(runs[1])
+    assert len({str(read_events(run, "tool")[0]["answer"]) for run in runs}) == 1
+    assert len({read_summary(run)["mask_sha256"] for run in runs}) == 1
+
+
+def test_a_probe_that_is_cancelled_in_studio_is_made_again_and_what_was_paid_for_stands(
+    tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command("--list")  # at home
+    compute, cancelled, begun = Pruner._compute, threading.Event(), threading.Event()
+
+    def hang(*arguments: Any) -> Any:
+        assert not cancelled.is_set(), "no layer is begun after the run was cancelled"
+        begun.set()
+        assert cancelled.wait(30)
+        return compute(*arguments)
+
+    async def cancel(app: Any) -> None:
+        running = asyncio.create_task(start(app, "run", config, str(uuid.uuid4())))
+        await asyncio.to_thread(wait_for, begun.is_set)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert workbench._open, "the probe is still at work"
+        cancelled.set()
+
+    with OpenAIServer(PLANNER[1:]) as server:
+        config = config_of(tiny_llama, server)
+        with monkeypatch.context() as patch:
+            patch.setattr(Pruner, "_compute", hang)
+            serve(tmp_path / "runs", cancel)
+        assert not workbench._open and not rundir._locks
+        assert command("--resume", "run").code == 0
+    run = tmp_path / "runs" / "run"
+    assert len(server.requests) == len(PLANNER[1:]) == read_state(run).usage.calls
+    assert read_state(run).evaluated_tokens == 64 + read_state(run).trials[0].tokens

@@ -5,7 +5,7 @@ import json
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import yaml
 
 from graph import persistence
 from graph.build import builder
-from graph.config import RunConfig
 from graph.planning.plan import Plan
 from graph.runs import steps
 from graph.runs.directory import read_run
@@ -31,11 +30,11 @@ from tests.end_to_end.helpers import (
     read_run_config,
     read_summary,
     read_trials,
+    serve,
+    start,
     wait_for,
 )
-from tests.tiny import tiny_settings
 from tools.base import rundir
-from tools.base.rundir import RUNS_DIR_VARIABLE
 from tools.workbench import open as workbench
 from tools.workbench.bench import Workbench
 from tools.workbench.prune import Pruner
@@ -182,29 +181,6 @@ def test_a_copied_thread_gets_its_own_directory(flags: list[str], tmp_path: Path
 
 
 # In the server: coroutines around the same nodes
-
-
-def serve(runs_dir: Path, work: Callable[[Any], Any]) -> Any:
-    """Do something with the graph that `langgraph dev` serves, on the runs directory's own state."""
-
-    async def run() -> Any:
-        async with persistence.checkpointer() as saver, persistence.store() as store:
-            return await work(builder(server=True).compile(checkpointer=saver, store=store))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(RUNS_DIR_VARIABLE, str(runs_dir))
-        return asyncio.run(run())
-
-
-def config_of(model: Path, **changes: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        tiny_settings(model, patience=1, **changes).model_dump() | {"patience": 1} | changes
-    )
-
-
-async def start(app: Any, name: str, config: RunConfig, thread: str) -> State:
-    settings = {"configurable": {"thread_id": thread}, "recursion_limit": 100}
-    return State.model_validate(await app.ainvoke({"run": name}, settings, context=config, durability="sync"))
 
 
 def test_a_cancelled_run_stops_before_its_next_layer_and_can_be_resumed(

@@ -2,8 +2,11 @@
 
 import json
 import os
+import threading
 import time
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,11 @@ from tools.base.secrets import redact
 RUNS_DIR_VARIABLE = "BILLHOOK_RUNS_DIR"
 
 _locks: dict[Path, FileLock] = {}
+_holders: Counter[Path] = Counter()
+_unlocked: set[Path] = set()
+"""Directories that somebody holds and somebody else has unlocked."""
+_guard = threading.RLock()
+"""Nodes of several runs are at work in a server, each in a thread."""
 
 
 def runs_directory() -> Path:
@@ -36,6 +44,7 @@ def lock_run(directory: Path) -> None:
     """
     directory = directory.resolve()
     if directory in _locks:
+        _unlocked.discard(directory)
         return
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock", timeout=0, thread_local=False)  # nodes run in whatever thread LangGraph picks
@@ -47,10 +56,31 @@ def lock_run(directory: Path) -> None:
 
 
 def unlock_run(directory: Path) -> None:
-    """Let others in again; nothing happens where no lock is held."""
-    lock = _locks.pop(directory.resolve(), None)
-    if lock is not None:
-        lock.release()
+    """Let others in again, once nobody holds the directory; nothing happens where no lock is held."""
+    directory = directory.resolve()
+    with _guard:
+        if _holders[directory]:
+            _unlocked.add(directory)
+            return
+        _unlocked.discard(directory)
+        if lock := _locks.pop(directory, None):
+            lock.release()
+
+
+@contextmanager
+def hold_run(directory: Path) -> Iterator[None]:
+    """Keep others out of a run directory inside, whoever unlocks it meanwhile. Raises UserError as `lock_run` does."""
+    directory = directory.resolve()
+    with _guard:
+        lock_run(directory)
+        _holders[directory] += 1
+    try:
+        yield
+    finally:
+        with _guard:
+            _holders[directory] -= 1
+            if directory in _unlocked and not _holders[directory]:
+                unlock_run(directory)
 
 
 def unlock_runs() -> None:

@@ -8,7 +8,7 @@ tries as many conversations; without it, some hundred.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +253,8 @@ def test_any_conversation(
         read_layers=lambda recipe: read_curves(bench, profile, recipe, ignore),
     )
     state = State(run="fuzz", config=CONFIG, profile=profile)
-    toolbox = open_toolbox(
-        bench, situation, state, session, None, Evaluated(0, CONFIG.max_evaluated_tokens, state.trial_tokens)
-    )
+    evaluated = Evaluated(0, CONFIG.max_evaluated_tokens, state.trial_tokens)
+    toolbox = open_toolbox(lambda: nullcontext(bench), situation, state, session, None, evaluated)
     assert toolbox is not None
     plan = None
     with suppress(AgentError):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def records() -> list[ToolRecord]:
 
 @pytest.fixture
 def toolbox(tools: list[BaseTool], records: list[ToolRecord]) -> Toolbox:
-    return Toolbox(tools, calls=4, seconds=60, on_tool=records.append)
+    return Toolbox(lambda: nullcontext(tools), calls=4, seconds=60, on_tool=records.append)
 
 
 @pytest.fixture
@@ -213,7 +214,8 @@ def test_schema_of_an_answer_in_words_is_a_union_until_the_budget_is_spent(serve
 
 def test_an_argument_called_like_the_answer_is_held_to_its_schema() -> None:
     tools = make_planner_tools(Round(None, "", None, None), history=lambda n: [], recall=lambda query: [])  # type: ignore[arg-type]
-    union = ladder._schema_or_call(Plan.model_json_schema(), Toolbox(tools, calls=1, seconds=1).functions)
+    toolbox = Toolbox(lambda: nullcontext(tools), calls=1, seconds=1)
+    union = ladder._schema_or_call(Plan.model_json_schema(), toolbox.functions)
     arguments = [part["properties"]["arguments"]["properties"] for part in union["anyOf"][1:]]
     assert [given.get("plan") for given in arguments] == [None, *[{"$ref": "#/$defs/Plan"}] * 2, None, None]
 
@@ -394,13 +396,13 @@ def test_hostile_results_stay_in_their_block(serve: Any, toolbox: Toolbox, recor
     assert all("<" not in record.model_dump_json() for record in records)
 
 
-def test_long_results_are_cut(toolbox: Toolbox, records: list[ToolRecord]) -> None:
+def test_long_results_are_cut(records: list[ToolRecord]) -> None:
     @tool(args_schema=LookArguments, response_format="content_and_artifact")
     def look(name: str, level: float) -> tuple[str, str]:
         """Look something up."""
         return "word " * 100_000, "w" * 1_000
 
-    toolbox.tools = {"look": look}
+    toolbox = Toolbox(lambda: nullcontext([look]), calls=4, seconds=60, on_tool=records.append)
     answer = toolbox.run(ToolCall("look", {"name": "n" * 5_000}), explain)
     assert len(answer) < 6_200
     answer = toolbox.run(ToolCall("look", {"name": "n"}), explain)

@@ -3,12 +3,14 @@
 import json
 import math
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from langchain_core.tools import BaseTool
 
 from graph.config import RunConfig, read_prompt
 from graph.llm.ask import CallRecord
@@ -52,6 +54,10 @@ KEPT = Trial(
 )
 
 pytestmark = pytest.mark.usefixtures("unknown_endpoints")
+
+
+def offer_nothing() -> AbstractContextManager[list[BaseTool]]:
+    return nullcontext([])
 
 
 def shown(situation: Situation) -> str:
@@ -208,14 +214,14 @@ def test_the_instructions_are_the_configs_where_it_has_some() -> None:
     situation = make_first_situation(config=RunConfig(planner_prompt="Plan. {tools}Say {schema}."))
     schema = json.dumps(Plan.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
     assert planner_messages(situation)[0].text == f"Plan. Say {schema}."
-    offered = planner_messages(situation, Toolbox([], calls=3, seconds=9))[0].text
+    offered = planner_messages(situation, Toolbox(offer_nothing, calls=3, seconds=9))[0].text
     assert offered == f"Plan. {read_prompt('planner_tools')}Say {schema}."
 
 
 def test_tools_are_described_where_they_are_offered() -> None:
     alone, offered = (
         planner_messages(make_first_situation()),
-        planner_messages(make_first_situation(), Toolbox([], calls=3, seconds=9)),
+        planner_messages(make_first_situation(), Toolbox(offer_nothing, calls=3, seconds=9)),
     )
     tools = make_planner_tools(Round(None, "", None, None), history=lambda n: [], recall=lambda query: [])  # type: ignore[arg-type]
     assert len(tools) == 5
@@ -255,7 +261,7 @@ def test_long_parts_never_change_within_a_run() -> None:
 
 def test_prompt_of_a_model_like_qwen3_8b() -> None:
     """252 layers; the real tokenisers of Qwen and OpenAI make less of it than is counted here."""
-    toolbox = Toolbox([], calls=6, seconds=600)
+    toolbox = Toolbox(offer_nothing, calls=6, seconds=600)
     first = "".join(message.text for message in planner_messages(make_first_situation(36), toolbox))
     assert count_tokens(first) < 6_000
     assert len(first) < 15_700

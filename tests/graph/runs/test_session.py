@@ -1,8 +1,9 @@
 """What a node tells the run's log."""
 
+from contextvars import copy_context
 from pathlib import Path
 
-from graph.runs.session import Session, read_logged
+from graph.runs.session import AT_WORK, Session, read_logged
 from tools.base.rundir import scan_events
 
 
@@ -22,8 +23,12 @@ def test_a_node_tells_only_what_it_has_not_told_before_a_kill(tmp_path: Path) ->
     with (tmp_path / "events.jsonl").open("a") as log:
         log.write('{"time": 1785000000.1, "type": "note", "text": "c')  # a kill cut it short
     tell(enter_node("plan", "1"), "a", "b", "b", "c", "é 3.0e-05")
+    again = enter_node("plan", "1")
+    at_work = copy_context()
+    at_work.run(AT_WORK.set, True)
+    at_work.run(tell, again, "a")  # a task that is done again: a second time
     tell(enter_node("plan", "2"), "a")
     tell(enter_node("plan", ""), "a")
     tell(enter_node("plan", ""), "a")
     told = [event.get("text", f" {event.get('checkpoint')}:") for _, event in scan_events(tmp_path, "node", "note")]
-    assert "".join(told) == " 0:a 1:ab 1: 1:bcé 3.0e-05 2:a :a :a"
+    assert "".join(told) == " 0:a 1:ab 1: 1:bcé 3.0e-05 1:a 2:a :a :a"

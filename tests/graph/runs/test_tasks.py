@@ -81,6 +81,15 @@ def test_a_task_is_saved_before_the_next_begins(tmp_path: Path, monkeypatch: pyt
     assert not _expected and not _saved
 
 
+def test_nothing_is_waited_for_where_all_is_saved_at_the_end(tmp_path: Path) -> None:
+    def node(state: Count) -> dict[str, Any]:
+        return {"count": len(do_once("work", lambda: Given(text=str(read_saved(tmp_path))), Given).text)}
+
+    with open_saver(tmp_path) as saver:
+        app = wire(node).compile(checkpointer=saver)
+        assert app.invoke(Count(), THREAD, durability="exit") == {"count": 1}
+
+
 def test_what_is_done_is_not_done_again_and_what_fails_is(tmp_path: Path) -> None:
     done: list[str] = []
 
