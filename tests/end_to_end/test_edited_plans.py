@@ -86,10 +86,6 @@ BAD = {
         {"adjustments": [{"selector": "*.nothing", "action": "protect"}]},
         "selector '*.nothing' means no layer; ",
     ),
-    "bounds": (
-        {"adjustments": [{"selector": "*", "action": "bounds", "high": 0.1}]},
-        "bounds and protected layers allow at most ",
-    ),
 }
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -108,6 +109,16 @@ class PrefixCache:
         self._marks = {block: marks[block] for block in self.kept}
 
 
+@dataclass
+class SoFar:
+    """What is known of the first windows of a text, and grows window by window: interrupted, it goes on from there."""
+
+    nll: list[float | None] = field(default_factory=list)
+    kl: list[float | None] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    """Hidden states (T, D) on the CPU, of none or of all of them."""
+
+
 def evaluate_windows(
     model: Any,
     windows_BT: Tensor,
@@ -117,33 +128,35 @@ def evaluate_windows(
     prefix: tuple[PrefixCache, Sequence[str]] | None = None,
     *,
     lead: int = 0,
+    so_far: SoFar | None = None,
 ) -> tuple[Evaluation, Tensor]:
     """Losses of every window, and the hidden states (B, T, D) in the model's dtype, on CPU.
 
-    `prefix` is the cache of these windows' block inputs, with its marks of the weights in the model now. The first
-    `lead` tokens of each window are no text, and count in no loss.
+    `prefix` is the cache of these windows' block inputs, with its marks of the weights in the model now; it is of no
+    use where windows are known `so_far`, and not touched. The first `lead` tokens of each window are no text, and count
+    in no loss.
     """
-    nll: list[float | None] = []
-    kl: list[float | None] = []
-    hidden = []
+    so_far = so_far or SoFar()
     count, length = len(windows_BT), windows_BT.shape[1] - lead
-    first = 0
+    prefix, first = None if so_far.nll else prefix, 0
     if prefix:
         first = prefix[0].find_start(prefix[1])
         prefix[0].forget_from(first)
-    for i, ids_T in enumerate(windows_BT):
+    for i in range(len(so_far.nll), count):
+        ids_T = windows_BT[i]
         heed_stop()
         progress(label, i, count)
         reference = None if dense_hidden_BTD is None else dense_hidden_BTD[i]
         with prefix[0].replay(ids_T, first, i) if prefix else nullcontext():
             losses, hidden_TD = measure_losses(model, ids_T, reference, lead=lead)
-        nll.append(_finite(losses.nll / (length - 1)))
-        kl.append(_finite(losses.kl / length))
-        hidden.append(hidden_TD.cpu())
+        so_far.nll.append(_finite(losses.nll / (length - 1)))
+        so_far.kl.append(_finite(losses.kl / length))
+        so_far.hidden.append(hidden_TD.cpu())
     if prefix:
         prefix[0].remember(prefix[1])
     progress(label, count, count)
-    return Evaluation(nll=nll, kl=kl), torch.stack(hidden)
+    whole = len(so_far.hidden) == count
+    return Evaluation(nll=so_far.nll, kl=so_far.kl), torch.stack(so_far.hidden) if whole else torch.empty(0)
 
 
 def _finite(value: float) -> float | None:

@@ -71,14 +71,19 @@ def encode_pairs(questions: Sequence[Question], tokenizer: Any) -> list[EncodedP
 
 
 def measure_recall(
-    model: Any, pairs: Sequence[EncodedPair], label: str, progress: Callable[[str, int, int], None]
+    model: Any,
+    pairs: Sequence[EncodedPair],
+    label: str,
+    progress: Callable[[str, int, int], None],
+    so_far: list[float] | None = None,
 ) -> Recall:
     """The log-probability of every gold answer.
 
-    Questions of a batch are padded on the right, where a causal model does not look, so no mask is needed.
+    Questions of a batch are padded on the right, where a causal model does not look, so no mask is needed. What is
+    known `so_far`, of the first batches, is not asked again, and grows batch by batch.
     """
-    values: list[float] = []
-    for batch in cut_batches(pairs):
+    values = [] if so_far is None else so_far
+    for batch in cut_batches(pairs)[-(-len(values) // BATCH) :]:
         heed_stop()
         progress(label, len(values), len(pairs))
         values += read_answers(model, [pairs[i] for i in batch])

@@ -12,11 +12,11 @@ Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +60,28 @@ class ModelStatistics:
     """The KL each layer is predicted to cost at each of LEVELS, two-sided mask, nats per token."""
     few: dict[str, int] = field(default_factory=dict)
     """Tokens that experts were sent which were sent too few of them (`tools.statistics.experts`)."""
+
+    def take(self, part: "ModelStatistics") -> None:
+        """Add what is known of more layers."""
+        for own in fields(self):
+            getattr(self, own.name).update(getattr(part, own.name))
+
+
+def _know_nothing() -> ModelStatistics:
+    return ModelStatistics({}, {}, {}, {}, {}, {})
+
+
+Way = Literal["up", "down"]
+
+
+class KeptBlocks(Protocol):
+    """Whoever keeps what a walk learnt of each block, so that it goes on from there once it was interrupted."""
+
+    def read(self, way: Way, block: int) -> ModelStatistics | None:
+        """What was learnt of a block; None where it was not passed."""
+
+    def keep(self, way: Way, block: int, part: ModelStatistics) -> None:
+        """Keep what was learnt of a block."""
 
 
 class Moments(NamedTuple):
@@ -200,20 +222,39 @@ def collect_statistics(
     keep_moment: Callable[[str, Tensor], None] | None,
     dense: Mapping[str, Tensor] | None = None,
     text: Calibration = "run",
+    kept: KeptBlocks | None = None,
 ) -> ModelStatistics:
     """Input moments over all windows; output-gradient moments and KL curves over the gradient windows.
 
     Each second moment is handed to `keep_moment` (name of its group, A) as soon as it is whole, and not held; without
     it only mean squares are collected.
     kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself; dW is what the
-    two-sided mask removes of the `dense` weights where they are given, else of those in the model. Raises
-    UnknownStatistics for a layer that never ran.
+    two-sided mask removes of the `dense` weights where they are given, else of those in the model. What is `kept` of
+    blocks is not collected again, nor are their second moments handed out. Raises UnknownStatistics for a layer that
+    never ran.
     """
     grouped = _group(layers)
     with begin_walk(team, text) as walk:
-        statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment)
-        _walk_down(team, extent, walk, grouped, progress, statistics, dense)
+        statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept)
+        _walk_down(team, extent, walk, grouped, progress, statistics, dense, kept)
     return statistics
+
+
+def _read_passed(
+    kept: KeptBlocks | None,
+    way: Way,
+    blocks: Iterable[int],
+    statistics: ModelStatistics,
+    extent: Extent,
+    ticks: Callable[[int], None],
+) -> list[int]:
+    """Take over what is kept of blocks, which are given in the order of the walk; those that are still to be passed."""
+    left = list(blocks)
+    while left and kept is not None and (part := kept.read(way, left[0])) is not None:
+        statistics.take(part)
+        ticks(extent.shards)
+        left.pop(0)
+    return left
 
 
 def _walk_up(
@@ -223,24 +264,29 @@ def _walk_up(
     grouped: Sequence[Sequence[Layer]],
     progress: Progress,
     keep_moment: Callable[[str, Tensor], None] | None,
+    kept: KeptBlocks | None,
 ) -> ModelStatistics:
     """What the layers read; gradients and curves are empty."""
-    statistics, full = ModelStatistics({}, {}, {}, {}, {}, {}), keep_moment is not None
+    statistics, full = _know_nothing(), keep_moment is not None
     ticks = count_up(progress, "statistics", len(grouped) * extent.shards)
-    requests = [SumMoments(walk, block, full, "profile") for block in range(len(grouped))]
-    answers = ask_in_turn(team, requests, ticks)
-    for layers in grouped:
+    left = _read_passed(kept, "up", range(len(grouped)), statistics, extent, ticks)
+    answers = ask_in_turn(team, [SumMoments(walk, block, full, "profile") for block in left], ticks)
+    for block in left:
+        layers, part = grouped[block], _know_nothing()
         moments = _finish_moments(next(answers), extent, layers, full)
-        statistics.group |= moments.group
-        statistics.few |= moments.few
+        part.group |= moments.group
+        part.few |= moments.few
         for layer in layers:
             leader = moments.group[layer.name]
-            statistics.mean_square[layer.name] = moments.mean_square[leader].to(_device(layer), copy=True)
+            part.mean_square[layer.name] = moments.mean_square[leader].to(_device(layer), copy=True)
         if keep_moment is not None:
             for leader, moment_II in moments.second_moment.items():
                 keep_moment(leader, moment_II)
             del moment_II
         del moments  # they are large: let them go before those of the next block are made
+        statistics.take(part)
+        if kept is not None:
+            kept.keep("up", block, part)
     return statistics
 
 
@@ -252,13 +298,15 @@ def _walk_down(
     progress: Progress,
     statistics: ModelStatistics,
     dense: Mapping[str, Tensor] | None,
+    kept: KeptBlocks | None,
 ) -> None:
     """Fill in gradients and curves."""
     tokens, unchanged = extent.gradient_windows * extent.tokens, torch.empty(0)
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
-    requests = [SumGradients(walk, block) for block in reversed(range(len(grouped)))]
-    for (_, block), answers in zip(requests, ask_in_turn(team, requests, ticks), strict=True):
-        sums, layers = _join(extent, answers), grouped[block]
+    left = _read_passed(kept, "down", reversed(range(len(grouped))), statistics, extent, ticks)
+    requests = [SumGradients(walk, block) for block in left]
+    for block, answers in zip(left, ask_in_turn(team, requests, ticks), strict=True):
+        sums, layers, part = _join(extent, answers), grouped[block], _know_nothing()
         for pool, kind in itertools.product(list_pools(layers), ("plain", "clipped")):
             fill_up(sums, kind, pool, FEW, tokens)
         known = {}
@@ -266,13 +314,16 @@ def _walk_down(
             name = layer.name
             nothing_O = torch.zeros_like(layer.weight_OI[:, 0], dtype=torch.float32)
             gamma_O = sums.get(f"plain/{name}", nothing_O).to(_device(layer)) / tokens
-            statistics.gradient_square[name] = gamma_O
-            statistics.clipped_square[name] = sums.get(f"clipped/{name}", nothing_O).to(_device(layer)) / tokens
-            statistics.gradient[name] = float(sums.get(f"language/{name}", 0.0)) / extent.gradient_windows
+            part.gradient_square[name] = gamma_O
+            part.clipped_square[name] = sums.get(f"clipped/{name}", nothing_O).to(_device(layer)) / tokens
+            part.gradient[name] = float(sums.get(f"language/{name}", 0.0)) / extent.gradient_windows
             weight_OI = unchanged if dense is None else dense[name]
             known[name] = weight_OI, statistics.mean_square[name], gamma_O
         curves = team.ask(SumMaskCurves(walk, block, known))(ignore_ticks)
-        statistics.kappa |= _finish_curves(curves, extent, layers)
+        part.kappa |= _finish_curves(curves, extent, layers)
+        statistics.take(part)
+        if kept is not None:
+            kept.keep("down", block, part)
 
 
 def measure_kappa(
@@ -282,19 +333,23 @@ def measure_kappa(
     progress: Progress,
     parts_of: Callable[[Sequence[Layer]], Parts],
     text: Calibration = "run",
+    kept: KeptBlocks | None = None,
 ) -> dict[str, list[float]]:
     """The KL curve of each layer for any change: `parts_of(layers)` is what each of LEVELS changes beyond the last.
 
-    One walk up and one down over the gradient windows; nats per token, as in `collect_statistics`.
+    One walk up and one down over the gradient windows; nats per token, and `kept`, as in `collect_statistics`.
     """
-    grouped = _group(layers)
-    kappa: dict[str, list[float]] = {}
+    grouped, statistics = _group(layers), _know_nothing()
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
+    left = _read_passed(kept, "down", reversed(range(len(grouped))), statistics, extent, ticks)
     with begin_walk(team, text) as walk:
-        for block in reversed(range(len(grouped))):
-            answers = team.ask(SumCurves(walk, block, parts_of(grouped[block])))(ticks)
-            kappa |= _finish_curves(answers, extent, grouped[block])
-    return kappa
+        for block in left:
+            answers, part = team.ask(SumCurves(walk, block, parts_of(grouped[block])))(ticks), _know_nothing()
+            part.kappa |= _finish_curves(answers, extent, grouped[block])
+            statistics.take(part)
+            if kept is not None:
+                kept.keep("down", block, part)
+    return statistics.kappa
 
 
 def _finish_curves(answers: Sequence[Nodes], extent: Extent, layers: Sequence[Layer]) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ from tools.team.requests import PruneToLevels
 from tools.workbench.crew import Crew
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import Index
+from tools.workbench.unfinished import UnfinishedWalk
 from tools.workbench.weights import Weights
 
 
@@ -79,7 +80,9 @@ class Curves:
         self._weights.restore_dense()
         parts = _Parts(self._weights, self._profiles, self._crew, profile, recipe, progress)
         text, layers = self._profiles.read(profile).calibration, self._weights.layers
-        kappa = measure_kappa(self._crew.team, self._crew.extent, layers, progress, parts.of_block, text)
+        walk = UnfinishedWalk(self._index, self._weights, self._name_kappa(profile, recipe))
+        kappa = measure_kappa(self._crew.team, self._crew.extent, layers, progress, parts.of_block, text, walk)
+        walk.forget()
         progress(parts.label, len(layers), len(layers))
         return kappa
 

@@ -1,18 +1,19 @@
 """What checkpoints lose on texts and know of questions, measured once and kept beside the artifacts."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from torch import Tensor
 
 from tools.base.errors import DamagedArtifact
 from tools.base.files import write_json
-from tools.base.progress import Progress, Warn, count_up, ignore_progress
+from tools.base.progress import Progress, Stopped, Warn, count_up, ignore_progress
 from tools.base.settings import Split
-from tools.measure.losses import Evaluation
+from tools.measure.losses import Evaluation, SoFar
 from tools.measure.recall import EncodedPair, Recall, cut_batches, measure_recall, put_together
 from tools.team.requests import ReadAnswers
 from tools.workbench.crew import Crew
@@ -20,6 +21,15 @@ from tools.workbench.losses import Losses, MeasuredText
 from tools.workbench.profiles import Profiles
 from tools.workbench.prune import Pruner
 from tools.workbench.weights import Weights
+
+
+class Answered(BaseModel):
+    """The log-probabilities of the answers in the first batches of questions; null where they are not finite."""
+
+    values: list[float | None]
+
+
+Begun = TypeVar("Begun", bound=BaseModel)
 
 
 class Evaluator:
@@ -50,9 +60,32 @@ class Evaluator:
         validation = split == "validation"
         hidden = self._profiles.read_hidden(profile) if validation else None
         every = range(self._losses.count_windows(split))
-        evaluation, _ = self._losses.measure(split, every, hidden, label or split, progress, from_change=validation)
+        begun = self._path(checkpoint, f"{split}-begun")
+        known = self._read_begun(begun, Evaluation)
+        so_far = SoFar(known.nll, known.kl) if known and len(known.nll) < len(every) else SoFar()
+        with self._keep_begun(begun, lambda: {"nll": so_far.nll, "kl": so_far.kl}):
+            evaluation, _ = self._losses.measure(
+                split, every, hidden, label or split, progress, from_change=validation, so_far=so_far
+            )
         write_json(self._path(checkpoint, split), evaluation.model_dump())
+        begun.unlink(missing_ok=True)
         return evaluation
+
+    def _read_begun(self, path: Path, kind: type[Begun]) -> Begun | None:
+        """What was measured before it was interrupted, if it is there and whole."""
+        try:
+            return kind.model_validate_json(path.read_bytes()) if path.is_file() else None
+        except ValueError:
+            return None
+
+    @contextmanager
+    def _keep_begun(self, path: Path, measured: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """Keep what was `measured` when the work inside is asked to stop."""
+        try:
+            yield
+        except Stopped:
+            write_json(path, measured())
+            raise
 
     def _path(self, checkpoint: str, split: str) -> Path:
         return self._directory / f"{split}-{checkpoint[:16]}.json"
@@ -142,13 +175,20 @@ class Evaluator:
             except ValueError:
                 self._warn(f"{path} is damaged; the questions are asked again")
         self._pruner.restore(checkpoint)
-        recall = self._ask(self._questions[split], split, label or "questions", progress)
+        begun = self._path(checkpoint, f"questions-{split}-begun")
+        known = self._read_begun(begun, Answered)
+        so_far = [math.nan if value is None else value for value in known.values] if known else []
+        with self._keep_begun(begun, lambda: {"values": [x if math.isfinite(x) else None for x in so_far]}):
+            recall = self._ask(self._questions[split], split, label or "questions", progress, so_far)
         write_json(path, recall.model_dump())
+        begun.unlink(missing_ok=True)
         return recall
 
-    def _ask(self, pairs: list[EncodedPair], split: Split, label: str, progress: Progress) -> Recall:
+    def _ask(
+        self, pairs: list[EncodedPair], split: Split, label: str, progress: Progress, so_far: list[float]
+    ) -> Recall:
         if self._crew.cluster is None:
-            return measure_recall(self._model, pairs, label, progress)
+            return measure_recall(self._model, pairs, label, progress, so_far)
         batches = len(cut_batches(pairs))
         ticks = count_up(progress, label, batches)
         answers = self._crew.cluster.share(ReadAnswers(split), batches)(ticks)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tools.base.progress import Progress, count_up
 from tools.base.settings import Split
-from tools.measure.losses import Evaluation, PrefixCache, evaluate_windows, limit_prefix
+from tools.measure.losses import Evaluation, PrefixCache, SoFar, evaluate_windows, limit_prefix
 from tools.models.blocks import Blocks
 from tools.team.cluster import Cluster
 from tools.team.requests import MeasureLosses, OnSpan
@@ -43,17 +43,21 @@ class Losses:
         progress: Progress,
         *,
         from_change: bool = False,
+        so_far: SoFar | None = None,
     ) -> tuple[Evaluation, Tensor]:
         """As `evaluate_windows`, of some windows of a text, by the workers where there are some.
 
         `from_change`, for the whole validation text alone: from the first block that is other than it was when this
-        was measured last. Hidden states come from workers only where none of the dense model's are given.
+        was measured last. Hidden states come from workers only where none of the dense model's are given. What is known
+        `so_far` is not measured again; workers, each of whom answers for all of its windows at once, do not fill it.
         """
         if self._crew.cluster is None:
             text_BT = self._text(split)[list(windows)].to(self._model.device)
             prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
             lead = self._windows.lead
-            return evaluate_windows(self._model, text_BT, dense_hidden_BTD, label, progress, prefix, lead=lead)
+            return evaluate_windows(
+                self._model, text_BT, dense_hidden_BTD, label, progress, prefix, lead=lead, so_far=so_far
+            )
         dense = None if dense_hidden_BTD is None else self._crew.cluster.keep(dense_hidden_BTD)
         request = MeasureLosses(split, list(windows), dense, keeps_hidden=dense is None)
         answers = self._crew.cluster.share(request, len(windows))(count_up(progress, label, len(windows)))

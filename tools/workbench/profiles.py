@@ -1,5 +1,6 @@
 """Profiles of the dense model: its losses, and what calibration texts say of its layers, measured once and kept."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import groupby
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from kernels.methods import LayerStatistics
 from tools.base.errors import ImpossiblePlan, UnknownStatistics, UserError
-from tools.base.progress import Progress, ignore_progress
-from tools.base.settings import Calibration, WorkbenchSettings
-from tools.measure.losses import Evaluation
+from tools.base.progress import Progress, Stopped, ignore_progress
+from tools.base.settings import TEAM, Calibration, WorkbenchSettings
+from tools.measure.losses import Evaluation, SoFar
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
 from tools.statistics.collect import ModelStatistics, Moments, begin_walk, collect_moments, collect_statistics
@@ -22,6 +23,7 @@ from tools.team.worker import LayerGroup, LayerWork
 from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses
 from tools.workbench.store import ArtifactStore, Index
+from tools.workbench.unfinished import UnfinishedWalk
 from tools.workbench.weights import Weights
 
 
@@ -73,7 +75,9 @@ class Profiles:
         """
         layers, dense = self._weights.layers, self._weights.dense
         if first:
-            table = build_profile(layers, self._collect("run", progress, None, dense), dense)
+            walk = self._find_unfinished("run", {}, "again")
+            table = build_profile(layers, self._collect("run", progress, None, walk, dense), dense)
+            walk.forget()
             return self._store.write_json(self.read(first).model_copy(update={"layers": table}).model_dump())
         self._weights.restore_dense()
         return self._profile_text("run", *self._measure_dense(progress), progress, full=not masks_only)
@@ -81,10 +85,30 @@ class Profiles:
     def _measure_dense(self, progress: Progress) -> tuple[str, Evaluation]:
         """(artifact of the dense model's hidden states, its losses) on the validation text."""
         every = range(self._losses.count_windows("validation"))
-        evaluation, hidden = self._losses.measure("validation", every, None, "dense validation", progress)
+        key = ["unfinished", *self._name_dense(), "validation"]
+        so_far = self._read_so_far(key, len(every))
+        try:
+            evaluation, hidden = self._losses.measure(
+                "validation", every, None, "dense validation", progress, so_far=so_far
+            )
+        except Stopped:
+            if so_far.nll:
+                kept = self._store.write_tensors({"hidden": torch.stack(so_far.hidden)})
+                self._index.keep_measured(key, {"nll": so_far.nll, "kl": so_far.kl, "hidden": kept})
+            raise
         if not evaluation.finite:
             raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
+        if begun := self._index.read_measured(key):
+            self._index.forget_measured(key)
+            self._store.path(begun["hidden"], ".safetensors").unlink(missing_ok=True)
         return self._store.write_tensors({"hidden": hidden}), evaluation
+
+    def _read_so_far(self, key: list[str], windows: int) -> SoFar:
+        """What was measured of the dense model before it was interrupted."""
+        found = self._index.read_measured(key)
+        if found is None or len(found["nll"]) >= windows or not self._store.has(found["hidden"], ".safetensors"):
+            return SoFar()
+        return SoFar(found["nll"], found["kl"], list(self._store.read_tensors(found["hidden"])["hidden"]))
 
     def _profile_text(
         self,
@@ -101,7 +125,8 @@ class Profiles:
         def keep_moment(name: str, moment_II: Tensor) -> None:
             moments[name] = self._store.write_tensors({"A": moment_II})
 
-        statistics = self._collect(text, progress, keep_moment if full else None)
+        walk = self._find_unfinished(text, moments, "full" if full else "masks")
+        statistics = self._collect(text, progress, keep_moment if full else None, walk)
         means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
         means |= {f"plain/{name}": value for name, value in statistics.gradient_square.items()}
         means |= {f"clipped/{name}": value for name, value in statistics.clipped_square.items()}
@@ -115,18 +140,30 @@ class Profiles:
             calibration=text,
             few=statistics.few,
         )
-        return self._store.write_json(stored.model_dump())
+        profile = self._store.write_json(stored.model_dump())
+        walk.forget()
+        return profile
+
+    def _find_unfinished(self, text: Calibration, moments: dict[str, str], kind: str) -> UnfinishedWalk:
+        """What an earlier walk through a text left that was interrupted, by the same weights and settings."""
+        key = [*self._name_dense(), json.dumps(self._weights.installed), text, kind]
+        return UnfinishedWalk(self._index, self._weights, key, moments)
+
+    def _name_dense(self) -> list[str]:
+        """What all that is known of the dense model depends on."""
+        return [self._weights.hash_all_dense(), self._settings.model_dump_json(exclude=set(TEAM))]
 
     def _collect(
         self,
         text: Calibration,
         progress: Progress,
         keep_moment: Callable[[str, Tensor], None] | None,
+        kept: UnfinishedWalk,
         dense: dict[str, Tensor] | None = None,
     ) -> ModelStatistics:
         """As `collect_statistics`. Raises UnknownStatistics too for statistics that are not finite."""
         team, extent = self._crew.team, self._crew.extent
-        statistics = collect_statistics(team, extent, self._weights.layers, progress, keep_moment, dense, text)
+        statistics = collect_statistics(team, extent, self._weights.layers, progress, keep_moment, dense, text, kept)
         _refuse_infinite(statistics, self._settings.dtype)
         return statistics
 
@@ -218,19 +255,24 @@ class Profiles:
     def find_moments(self, profile: str, progress: Progress = ignore_progress) -> dict[str, str]:
         """Artifact of each second moment; where the profile was made for masks alone, measured in the dense model."""
         stored = self.read(profile)
-        measure = partial(self._measure_moments, stored.calibration, progress)
+        measure = partial(self._measure_moments, stored, progress)
         return stored.moments or self._index.measure_once(["moments", stored.means], measure)
 
-    def _measure_moments(self, text: Calibration, progress: Progress) -> dict[str, str]:
+    def _measure_moments(self, stored: StoredProfile, progress: Progress) -> dict[str, str]:
         self._weights.restore_dense()
         artifacts: dict[str, str] = {}
         grouped, team = self._weights.by_block, self._crew.team
-        with begin_walk(team, text) as walk:
+        with begin_walk(team, stored.calibration) as walk:
             for block, layers in enumerate(grouped):
                 progress("second moments", block, len(grouped))
-                moments = collect_moments(team, self._crew.extent, walk, block, layers).second_moment
-                artifacts |= {name: self._store.write_tensors({"A": moment_II}) for name, moment_II in moments.items()}
-                del moments  # they are large: let them go before those of the next block are made
+                key = ["moments", stored.means, str(block)]
+                made = self._index.read_measured(key)  # before it was interrupted
+                if made is None or not all(self._store.has(x, ".safetensors") for x in made.values()):
+                    moments = collect_moments(team, self._crew.extent, walk, block, layers).second_moment
+                    made = {name: self._store.write_tensors({"A": moment_II}) for name, moment_II in moments.items()}
+                    del moments  # they are large: let them go before those of the next block are made
+                    self._index.keep_measured(key, made)
+                artifacts |= made
         progress("second moments", len(grouped), len(grouped))
         return artifacts
 

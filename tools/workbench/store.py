@@ -78,7 +78,7 @@ class Index:
     """What was made before, by a key of all that it depends on."""
 
     def __init__(self, store: ArtifactStore) -> None:
-        self._store, self._path = store, store.directory / "index.jsonl"
+        self.store, self._path = store, store.directory / "index.jsonl"
 
     def read(self, suffix: str = ".safetensors") -> dict[str, str]:
         """Key to artifact, of files of this kind, without files that are gone or a line torn by a kill."""
@@ -90,7 +90,7 @@ class Index:
                     known[entry["key"]] = entry["artifact"]
                 except (ValueError, KeyError, TypeError):
                     continue
-        return {k: a for k, a in known.items() if self._store.path(a, suffix).is_file()}
+        return {k: a for k, a in known.items() if self.store.path(a, suffix).is_file()}
 
     def add(self, key: str, artifact: str) -> None:
         """Remember what was made."""
@@ -105,12 +105,17 @@ class Index:
     def read_measured(self, key: Sequence[str]) -> dict[str, Any] | None:
         """As `measure_once`; None where it is not there."""
         artifact = self.read(".json").get(_hash_key(key), "")
-        return dict(self._store.read_json(artifact)) if artifact and self._store.has(artifact, ".json") else None
+        return dict(self.store.read_json(artifact)) if artifact and self.store.has(artifact, ".json") else None
 
     def keep_measured(self, key: Sequence[str], value: dict[str, Any]) -> dict[str, Any]:
         """Keep a value under a key, and give it back."""
-        self.add(_hash_key(key), self._store.write_json(value))
+        self.add(_hash_key(key), self.store.write_json(value))
         return value
+
+    def forget_measured(self, key: Sequence[str]) -> None:
+        """Delete the value that was kept under a key, if there is one."""
+        if artifact := self.read(".json").get(_hash_key(key)):
+            self.store.path(artifact, ".json").unlink(missing_ok=True)
 
 
 def _hash_key(key: Sequence[str]) -> str:

@@ -67,9 +67,9 @@ class Calls:
         patch.setattr(tools.workbench.losses, "evaluate_windows", self.evaluate)
         patch.setattr(tools.workbench.curves, "measure_kappa", self.measure)
 
-    def evaluate(self, model: Any, windows_BT: Any, hidden: Any, label: str, *rest: Any, lead: int) -> Any:
+    def evaluate(self, model: Any, windows_BT: Any, hidden: Any, label: str, *rest: Any, **options: Any) -> Any:
         self.evaluated.append(label)
-        return evaluate_windows(model, windows_BT, hidden, label, *rest, lead=lead)
+        return evaluate_windows(model, windows_BT, hidden, label, *rest, **options)
 
     def measure(self, *arguments: Any) -> Any:
         self.curves += 1

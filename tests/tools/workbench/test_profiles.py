@@ -145,9 +145,9 @@ def test_a_recipe_may_ask_for_the_statistics_of_a_text_with_more_questions(askin
 def test_another_text_is_profiled_once(asking: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profiled: list[str] = []
 
-    def count(team: Any, extent: Any, layers: Any, progress: Any, keep: Any, dense: Any, text: str) -> ModelStatistics:
-        profiled.append(text)
-        return collect_statistics(team, extent, layers, progress, keep, dense, text)
+    def count(*arguments: Any) -> ModelStatistics:
+        profiled.append(arguments[6])
+        return collect_statistics(*arguments)
 
     monkeypatch.setattr(tools.workbench.profiles, "collect_statistics", count)
     bench = open_bench(asking, tmp_path / "run")
