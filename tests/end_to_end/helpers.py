@@ -289,7 +289,11 @@ def serve(runs_dir: Path, work: Callable[[Any], Any]) -> Any:
 
     async def run() -> Any:
         async with persistence.checkpointer() as saver, persistence.store() as store:
-            return await work(builder(server=True).compile(checkpointer=saver, store=store))
+            own = asyncio.all_tasks()
+            done = await work(builder(server=True).compile(checkpointer=saver, store=store))
+            if left := asyncio.all_tasks() - own:  # a server lives on: what a cancelled run still saves is saved
+                await asyncio.wait(left)
+            return done
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(RUNS_DIR_VARIABLE, str(runs_dir))
