@@ -15,7 +15,7 @@ def test_tasks_are_asked_of_the_dense_model_and_of_every_row(
 ) -> None:
     source = tmp_path / "questions.jsonl"
     source.write_text("\n".join(f'{{"question": "Which is number {i}?", "answer": "class"}}' for i in range(8)))
-    flags = tiny_settings(tiny_llama).model_dump(exclude={"model", "trust_remote_code", "calibration_mix"})
+    flags = tiny_settings(tiny_llama).model_dump(exclude={"model", "trust_remote_code", "partial", "calibration_mix"})
     given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     given += [f"--model={tiny_llama}", f"--out={tmp_path / 'out'}", "--preset=paper", "--sparsity=0.5"]
     given += ["--recipes=wanda:uniform,structured:flap", "--tasks=freebaseqa", f"--freebaseqa=file:{source}"]

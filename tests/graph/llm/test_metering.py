@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from threading import Event
 from typing import Any
 
@@ -58,7 +59,7 @@ def make_toolbox() -> Toolbox:
         """Look at a layer."""
         return name
 
-    return Toolbox([look], calls=2, seconds=60)
+    return Toolbox(lambda: nullcontext([look]), calls=2, seconds=60)
 
 
 def ask_server(server: OpenAIServer, name: str, book: Book, toolbox: Toolbox | None = None, **changes: Any) -> Plan:
