@@ -18,7 +18,8 @@ ARCHITECTURES = ("llama", "qwen3", "gemma3", "gpt2", "opt")
 """What can be pruned whole."""
 MIXTURES = ("qwen3_moe", "mixtral", "gpt_oss")
 """Whose experts are fused, those of the last one transposed, interleaved and with biases; their routers stay dense.
-`make_tiny_model` also knows "jetmoe", whose experts, and so nearly all weights of its blocks, cannot be pruned."""
+`make_tiny_model` also knows "llama4_text", of whose experts each reads a row of every token, and "jetmoe", whose
+experts, and so nearly all weights of its blocks, cannot be pruned."""
 SHARING = ("gemma3n", "gemma4")
 """Four blocks, of which the last two read the keys and values of the two before."""
 
@@ -57,6 +58,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "gpt_oss": _DECODER
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "sliding_window": 16}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+    "llama4_text": _DECODER
+    | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 16, "intermediate_size_mlp": 48},
     "jetmoe": _TOKENS
     | {"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_key_value_heads": 2, "kv_channels": 8}
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48, "max_position_embeddings": 256}

@@ -319,7 +319,9 @@ def _find_routed(sample: Sample, ids_T: Tensor) -> float:
     shares = [1.0]
 
     def see(module: Any, inputs: Any, _output: Any) -> None:
-        shares.append(inputs[1].shape[-1] / module.num_experts)
+        config = sample.model.config.get_text_config()
+        chosen = inputs[1].shape[-1] if len(inputs) > 1 else getattr(config, "num_experts_per_tok", module.num_experts)
+        shares.append(chosen / module.num_experts)
 
     hooks = [module.register_forward_hook(see) for module in sample.model.modules() if is_fused(module)]
     with torch.no_grad():

@@ -41,7 +41,7 @@ def test_blocks_alike_are_one_kind() -> None:
     assert count_kinds(mixed) == [(0, 3), (2, 1)]
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "qwen3_moe"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "qwen3_moe", "llama4_text"])
 def test_a_sample_runs_as_a_model_does(architecture: str, tmp_path: Path) -> None:
     model = make_empty(architecture)
     before = [(name, parameter.device.type) for name, parameter in model.named_parameters()]

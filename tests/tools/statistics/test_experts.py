@@ -101,7 +101,7 @@ def test_an_expert_is_known_by_the_tokens_that_are_sent_to_it(architecture: str)
             torch.testing.assert_close(statistics.mean_square[name].double(), expected.diag(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", MIXTURES)
+@pytest.mark.parametrize("architecture", [*MIXTURES, "llama4_text"])
 def test_gradients_of_experts_are_those_of_the_stacked_parameters(architecture: str) -> None:
     model = make_tiny_model(architecture)
     statistics, _ = collect(model)
