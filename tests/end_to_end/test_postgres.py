@@ -27,6 +27,7 @@ from tests.end_to_end.helpers import (
     read_summary,
     read_trials,
 )
+from tests.openai_server import Answer, OpenAIServer
 from tests.postgres_server import ESCAPED, PASSWORD, PostgresServer, serve_postgres
 from tools.workbench.prune import Pruner
 
@@ -82,6 +83,25 @@ def test_killed_and_resumed_from_another_process(
     assert_same(run, easy, url)
     again = command("--resume", "run", "--state", url)
     assert (again.code, again.out) == (0, "run run is finished: see runs/run/report.html\n")
+
+
+def test_a_conversation_goes_on_in_another_process(
+    flags: list[str], url: str, tmp_path: Path, command: Command
+) -> None:
+    probe: Answer = {"tool": "probe", "arguments": {"plan": {"sparsity": 0.45}, "tokens": 64}}
+    with OpenAIServer([probe, {"sparsity": 0.45}]) as server:
+        given = [*flags, "--planner", server.planner("fine"), "--max-iterations", "1", "--no-memory"]
+        halt = Halt("plan", NOTE, 3, after=True)  # of the prompt, a reply and the probe
+        killed = fork(tmp_path, *given, halt=halt, BILLHOOK_STATE=url, NO_PROXY="127.0.0.1").finish()
+        resumed = command("--resume", "run", "--state", url)
+    assert (killed.code, resumed.code) == (-signal.SIGKILL, 0), killed.err + resumed.err
+    assert len(server.requests) == 2
+    run = tmp_path / "runs" / "run"
+    assert [tool["tool"] for tool in read_events(run, "tool")] == ["probe"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(persistence.STATE_VARIABLE, url)
+        state = read_state(run)
+    assert (state.usage.calls, state.evaluated_tokens) == (2, 64 + state.trials[0].tokens)
 
 
 def test_the_password_is_in_no_file_no_row_and_no_message(
