@@ -24,7 +24,7 @@ from tools.models.readout import compute_hidden
 _PROBE = 4
 """Tokens of the forward that shows what a block returns."""
 
-_CHECKED = 16
+CHECKED = 16
 """Tokens on which the chain of blocks is compared with the model."""
 
 _TOLERANCE = 0.02
@@ -177,9 +177,9 @@ def check_blocks(blocks: Blocks, ids_T: Tensor) -> None:
     What the head reads, and a gradient of it at the first block, must be the same either way, to `_TOLERANCE`. Raises
     UserError, in one line, for an architecture of which that is not true.
     """
-    model, ids_T = blocks.model, ids_T[:_CHECKED]
+    model, ids_T = blocks.model, ids_T[:CHECKED]
     try:
-        ours, theirs = _run_chain(blocks, ids_T), _run_whole(blocks, ids_T)
+        ours, theirs = _run_chain(blocks, ids_T), run_whole(blocks, ids_T)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # every architecture breaks in a way of its own
@@ -209,7 +209,7 @@ def _run_chain(blocks: Blocks, ids_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.enable_grad()
-def _run_whole(blocks: Blocks, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+def run_whole(blocks: Blocks, ids_T: Tensor) -> tuple[Tensor, Tensor]:
     """As `_run_chain`, by one forward and one backward of the model."""
     start = blocks.embed(ids_T).detach().requires_grad_()
     with blocks.only(0, len(blocks), ids_T, start):

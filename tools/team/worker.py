@@ -20,6 +20,7 @@ from tools.measure.recall import EncodedPair, cut_batches, read_answers
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
+from tools.models.linear import keep_linear
 from tools.plans.recipe import Recipe
 from tools.statistics.pruned import cut_to_levels, prune_layer
 from tools.statistics.requests import Kept
@@ -83,11 +84,12 @@ class Worker:
         """`prefix_bytes` may be kept of what blocks read of the whole validation text."""
         self.model, self.texts, self.device = model, texts, model.device
         self.blocks = Blocks(model)
-        self.layers = {layer.name: layer for layer in find_layers(model)}
         calibration, mixed, self._lead = texts.windows.calibration, texts.windows.mixed, texts.windows.lead
+        layers, _ = keep_linear(self.blocks, find_layers(model), calibration[0].to(self.device))
+        self.layers = {layer.name: layer for layer in layers}
         self.walks = Walks(
             self.blocks,
-            list(self.layers.values()),
+            layers,
             calibration.to(self.device),
             min(settings.gradient_windows, len(calibration)),
             settings.seed,

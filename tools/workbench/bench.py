@@ -25,6 +25,7 @@ from tools.models.blocks import Blocks, check_blocks
 from tools.models.disk import list_disk
 from tools.models.experts import check_experts
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
+from tools.models.linear import keep_linear
 from tools.models.load import load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
@@ -62,11 +63,6 @@ class Workbench:
         self.model, self.tokenizer = load_model(settings)
         self.device = self.model.device
         layers = find_layers(self.model)
-        self.reach = measure_reach(self.model, layers)
-        refuse_small_reach(self.reach, partial=settings.partial)
-        if self.reach.dense:
-            share, names = 1 - self.reach.of_blocks, ", ".join(self.reach.dense)
-            warn(f"{share:.2%} of the weights in the blocks are no linear layers to prune, and stay dense: {names}")
         lead = count_lead(settings, self.tokenizer)
         refuse_long_windows(self.model, settings.window, lead)
         _refuse_small_disk(self.model, layers, settings, directory, lead)
@@ -76,6 +72,14 @@ class Workbench:
         check_readout(self.model, ids_T)
         check_blocks(blocks, ids_T)
         check_experts(self.model, ids_T)
+        layers, told = keep_linear(blocks, layers, ids_T)
+        self.reach = measure_reach(self.model, layers)
+        refuse_small_reach(self.reach, partial=settings.partial)
+        if self.reach.dense:
+            share, names = 1 - self.reach.of_blocks, ", ".join(self.reach.dense)
+            warn(f"{share:.2%} of the weights in the blocks are no linear layers to prune, and stay dense: {names}")
+        for line in told:
+            warn(line)
         self.index = Index(self.store)
         self.weights = Weights(layers, len(blocks), self.store, self._warn)
         texts = Texts(self.windows, self.questions)
