@@ -18,8 +18,17 @@ SHOWN = 8
 
 def find_few(sums: Sums, pool: Sequence[str], enough: int, tokens: int) -> dict[str, int]:
     """The layers of a pool that saw fewer than `enough` tokens, and not all `tokens` of the text; with their number."""
-    seen = {name: int(sums.get(f"n/{name}", 0)) for name in pool}
+    seen = count_seen(sums, pool, tokens)
     return {name: n for name, n in seen.items() if n < min(enough, tokens)}
+
+
+def count_seen(sums: Sums, pool: Sequence[str], tokens: int) -> dict[str, int]:
+    """How many tokens each layer of a pool saw.
+
+    One that is known but was not counted stands for layers outside of the pool that read the same: all `tokens`.
+    """
+    uncounted = {name: tokens if f"A/{name}" in sums or f"a/{name}" in sums else 0 for name in pool}
+    return {name: int(sums.get(f"n/{name}", uncounted[name])) for name in pool}
 
 
 def fill_up(sums: Sums, kind: str, pool: Sequence[str], enough: int, tokens: int) -> None:
@@ -29,7 +38,7 @@ def fill_up(sums: Sums, kind: str, pool: Sequence[str], enough: int, tokens: int
     the sum is scaled back to n tokens (to one, where it saw none), so that rarely used experts stay rarely used. The
     `pool` are the layers that stand for each other, `n/LAYER` their tokens.
     """
-    few, whole = find_few(sums, pool, enough, tokens), sum(int(sums.get(f"n/{name}", 0)) for name in pool)
+    few, whole = find_few(sums, pool, enough, tokens), sum(count_seen(sums, pool, tokens).values())
     known = [sums[f"{kind}/{name}"] for name in pool if f"{kind}/{name}" in sums]
     if not few or not known:
         return
