@@ -9,7 +9,7 @@ from pydantic.config import JsonDict
 
 from tools.base.errors import UserError
 from tools.base.names import path_of
-from tools.base.options import check_options, read_options
+from tools.base.options import READS_FILES, check_options, read_options
 from tools.base.settings import TaskSettings, TeamSettings
 from tools.plans.recipe import parse_pattern
 
@@ -202,6 +202,8 @@ class RunConfig(TaskSettings, TeamSettings):
         """A file's text, so that a run keeps the prompt that it had; Billhook's own is no other prompt."""
         name, places = PROMPTS[info.field_name or ""]
         if value.startswith("file:"):
+            if not (info.context or {}).get(READS_FILES):
+                return value  # refused by whoever works with it: an error in here has no single line
             try:
                 value = path_of(value).read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
@@ -258,6 +260,13 @@ def check_prices(config: RunConfig) -> None:
 def read_config(flags: dict[str, Any], path: Path | None) -> RunConfig:
     """The run's options, as `tools.base.options.read_options` reads them. Raises UserError in one line."""
     return read_options(RunConfig, flags, path)
+
+
+def refuse_prompt_files(config: RunConfig) -> None:
+    """Refuse a prompt that is still the name of its file: nobody at the command line gave it. Raises UserError."""
+    for field in PROMPTS:
+        if getattr(config, field).startswith("file:"):
+            raise UserError(f"{field}: files are read as prompts at the command line alone; give the text itself")
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:

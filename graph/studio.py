@@ -22,11 +22,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
 from langgraph_sdk import get_sync_client
 
+from graph.config import PROMPTS, check_config
 from graph.persistence import STATE_VARIABLE, state_url
 from tools.base.errors import UserError
 from tools.base.options import CONFIGS, read_yaml
@@ -142,12 +143,19 @@ def register_configs(port: int) -> None:
     """Make every file of configs/ an assistant of the server, whose context (planner, reflector …) can be edited."""
     with get_sync_client(url=_address(port), api_key=None) as client:
         for file in sorted(CONFIGS.glob("*.yaml")):
-            context, mark = read_yaml(file), str(uuid.uuid5(uuid.NAMESPACE_URL, f"billhook/configs/{file.stem}"))
+            context, mark = read_context(file), str(uuid.uuid5(uuid.NAMESPACE_URL, f"billhook/configs/{file.stem}"))
             made = client.assistants.create(
                 "billhook", name=file.stem, assistant_id=mark, context=context, if_exists="do_nothing"
             )
             if made["context"] != context:  # the server remembers the file of an earlier start
                 client.assistants.update(mark, context=context)
+
+
+def read_context(file: Path) -> dict[str, Any]:
+    """The fields of a config file, prompts as their text: the server reads no files for them. Raises UserError."""
+    values = read_yaml(file)
+    named = [field for field in PROMPTS if field in values]
+    return values | (check_config(values).model_dump(include=set(named)) if named else {})
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from graph.memory.lessons import read_lessons
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
-from graph.runs.directory import check_input, create_run, read_run
+from graph.runs.directory import check_input, create_run
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
 from tools.base.errors import BrokenBaseline, ImpossiblePlan, UserError
@@ -27,18 +27,14 @@ def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
 
 def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
-    # The library hands over None where the caller gave no context, although every field has a default.
-    config = runtime.context or RunConfig()
-    if state.replay:
-        named = {name: getattr(config, name) for name in config.model_fields_set}
-        config = read_run(runs_directory(), state.replay)[1].model_copy(update=named)
+    config = state.config
     thread = (runtime.execution_info.thread_id if runtime.execution_info else None) or str(uuid.uuid4())
     name = state.run or f"studio-{thread[:8]}"
     if not state.replay:
         check_agents(config)
     check_input(config)  # a run that was not started from the command line has not been looked at
     create_run(runs_directory(), name, config, thread, state.replay)
-    state = state.model_copy(update={"run": name, "config": config})
+    state = state.model_copy(update={"run": name})
     session = enter("profile", state, runtime)
     with open_bench(state, session) as bench:
         lessons: list[Lesson] = []

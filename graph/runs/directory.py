@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from graph.config import RunConfig, check_config
+from graph.config import RunConfig, check_config, refuse_prompt_files
 from graph.persistence import state_kind
 from graph.state import State
 from tools.base.errors import UserError
@@ -28,6 +28,7 @@ def directory_of(state: State) -> Path:
 
 def check_input(config: RunConfig) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
+    refuse_prompt_files(config)
     locate_model(config.model)
     check_device(config.device)
     check_texts(config)

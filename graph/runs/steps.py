@@ -12,11 +12,12 @@ from langgraph.runtime import Runtime
 
 from graph.config import PRICES, RunConfig
 from graph.llm.local import close_local
-from graph.runs.directory import directory_of
+from graph.runs.directory import directory_of, read_run
 from graph.runs.forks import fork_run, name_directory
+from graph.runs.permits import check_permitted
 from graph.state import State
 from tools.base.progress import stop_at
-from tools.base.rundir import hold_run, unlock_runs
+from tools.base.rundir import hold_run, runs_directory, unlock_runs
 from tools.base.settings import TEAM
 from tools.workbench.open import close_workbench
 
@@ -30,25 +31,28 @@ CHANGEABLE = ("max_agent_tokens", "max_agent_cost", *PRICES, *TEAM)
 """Fields of the config that may change while a run goes on; they have no part in what is pruned."""
 
 
-def step(node: Node) -> Node:
-    """A node as the command line runs it."""
+def step(node: Node, *, served: bool = False) -> Node:
+    """A node as the command line runs it; `served`, one that first refuses what a server may not do."""
 
     @wraps(node)
     def work(state: State, runtime: Runtime[RunConfig]) -> Update:
         checkpoint, thread = "", None
         if runtime.execution_info is not None:
             checkpoint, thread = runtime.execution_info.checkpoint_id, runtime.execution_info.thread_id
+        settled = state.model_copy(update={"config": choose_config(state, runtime.context)})
+        if served:
+            check_permitted(settled)
         moved: Update = {}
-        config = state.config
         if state.profile:
+            if served:
+                check_permitted(state)  # a fork's config.yaml says what the run began with
             name = name_directory(state, node.__name__, checkpoint, thread)
             if name != state.run:
                 fork_run(state, name, thread or "")
                 moved = {"run": name}
             if runtime.context is not None:
-                config = settle_config(state.config, runtime.context)
-                runtime = runtime.override(context=config)
-        state = state.model_copy(update={**moved, "config": config})
+                runtime = runtime.override(context=settled.config)
+        state = settled.model_copy(update=moved)
         with hold_run(directory_of(state)) if state.profile else nullcontext():
             return moved | node(state, runtime) | {"came_from": checkpoint}
 
@@ -61,7 +65,7 @@ def step_of_server(node: Node) -> Callable[[State, Runtime[RunConfig]], Coroutin
     The node itself stays in a thread, which no one can stop from outside; it holds the run's directory until it leaves,
     and the lock on the model while it works on it, so that the next run waits for it.
     """
-    work = step(node)
+    work = step(node, served=True)
 
     def work_until(cancelled: threading.Event, state: State, runtime: Runtime[RunConfig]) -> Update:
         keep = False
@@ -135,7 +139,16 @@ def let_go() -> None:
     unlock_runs()
 
 
-def settle_config(config: RunConfig, context: RunConfig) -> RunConfig:
-    """The run's config, with what the present context changes: a server fills in what a caller left out."""
-    named = [name for name in CHANGEABLE if name in context.model_fields_set]
-    return config.model_copy(update={name: getattr(context, name) for name in named})
+def choose_config(state: State, context: RunConfig | None) -> RunConfig:
+    """The config that a node works by, as the context makes it; a server fills in there what a caller left out.
+
+    A new run's is the context, or that of the run that it replays with what the context names; later only what may
+    change. Raises UserError when the run to replay cannot be read.
+    """
+    named = {name: getattr(context, name) for name in context.model_fields_set} if context is not None else {}
+    if state.profile:
+        changes = {name: value for name, value in named.items() if name in CHANGEABLE}
+        return state.config.model_copy(update=changes)
+    if state.replay:
+        return read_run(runs_directory(), state.replay)[1].model_copy(update=named)
+    return context or RunConfig()  # the library hands over None where the caller gave none

@@ -1,6 +1,7 @@
 """`langgraph dev` on the real graph, driven through its SDK, beside runs made by the command line."""
 
 import json
+import re
 import socket
 import subprocess
 import uuid
@@ -116,6 +117,43 @@ def test_requests_of_foreign_pages_and_names_are_refused(served: Served) -> None
         assert ask("/runs", {"Origin": STUDIO, **ASKING}, "OPTIONS")[::2] == (200, f"{STUDIO}true")
         assert ask("/runs", {"Origin": STUDIO, **ASKING, **NETWORK}, "OPTIONS")[::2] == (200, f"{STUDIO}true")
     assert not (served.runs / "foreign").exists()
+
+
+def test_what_a_server_may_not_name_is_refused_in_one_line_before_anything_is_made(served: Served) -> None:
+    client, thread = served.client, served.client.threads.create()["thread_id"]
+    evil, started = "openai:x@http://evil.example/v1", "start the run with python -m graph.run"
+    name_it = "name it in a file of configs/ or in BILLHOOK"
+    refusals: dict[str, tuple[Any, str]] = {
+        "planner": (
+            evil,
+            f"planner {evil!r} is refused on a server: it is an address that no config names; {name_it}_PLANNER, or "
+            f"{started}",
+        ),
+        "test": (
+            "file:/etc/passwd",
+            "test 'file:/etc/passwd' is refused on a server: it is outside of the runs directory and the present one; "
+            f"{name_it}_TEST, or {started}",
+        ),
+        "planner_prompt": (
+            "file:/etc/passwd",
+            "planner_prompt: files are read as prompts at the command line alone; give the text itself",
+        ),
+        "trust_remote_code": (
+            True,
+            "trust_remote_code is refused on a server: what runs code of a hub is started with python -m graph.run",
+        ),
+    }
+    before = set(served.runs.iterdir())
+    for field, (value, reason) in refusals.items():
+        context = tiny_config(served.model) | {field: value}
+        with pytest.raises(Exception, match=f"^UserError: {re.escape(reason)}$"):
+            client.runs.wait(thread, "billhook", input={"run": "hostile"}, context=context)
+    copied: Any = client.threads.copy(json.loads((served.runs / "cli" / "run.json").read_text())["thread_id"])
+    config = tiny_config(served.model) | {"reflector": evil}
+    client.threads.update_state(copied["thread_id"], {"config": config, "stop": ""}, as_node="reflect")
+    with pytest.raises(Exception, match="is refused on a server: it is an address that no config names"):
+        client.runs.wait(copied["thread_id"], "billhook", input=None)
+    assert set(served.runs.iterdir()) == before
 
 
 def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:

@@ -20,6 +20,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from tools.base.errors import UserError, in_one_line
 from tools.base.secrets import redact
 
+READS_FILES = "reads_files"
+"""In pydantic's context where options are read for a person: fields may then read files that the options name."""
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 Options = TypeVar("Options", bound=BaseModel)
@@ -76,7 +79,8 @@ class _Environment(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BILLHOOK_", extra="ignore")
 
 
-def _read_environment(model: type[BaseModel]) -> dict[str, str]:
+def read_environment(model: type[BaseModel]) -> dict[str, str]:
+    """The fields of a model that `BILLHOOK_…` variables name, unchecked."""
     names = dict.fromkeys(model.model_fields, (str | None, None))
     found = create_model("_Variables", __base__=_Environment, **names)()  # type: ignore[call-overload]
     return {name: value for name, value in found.model_dump().items() if value is not None}
@@ -94,7 +98,7 @@ def read_options(
     values = read_yaml(path) if path else {}
     if ignore_unknown:
         values = {name: value for name, value in values.items() if name in model.model_fields}
-    return check_options(model, {**values, **_read_environment(model), **flags})
+    return check_options(model, {**values, **read_environment(model), **flags})
 
 
 def check_options(model: type[Options], values: dict[str, Any]) -> Options:
@@ -105,7 +109,7 @@ def check_options(model: type[Options], values: dict[str, Any]) -> Options:
         hint = f"; did you mean {near[0]}?" if near else "; see --help for all fields"
         raise UserError(f"unknown field {unknown[0]!r}{hint}")
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context={READS_FILES: True})
     except ValidationError as error:
         raise UserError("; ".join(describe_problem(problem) for problem in error.errors())) from error
 
