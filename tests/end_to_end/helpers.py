@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from graph.build import builder
 from graph.config import RunConfig
 from graph.persistence import open_saver, open_store
 from graph.run import main
+from graph.runs import permits
 from graph.runs.directory import read_run
 from graph.state import State
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
@@ -285,7 +287,10 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 def serve(runs_dir: Path, work: Callable[[Any], Any]) -> Any:
-    """Do something with the graph that `langgraph dev` serves, on the runs directory's own state."""
+    """Do something with the graph that `langgraph dev` serves, on the runs directory's own state.
+
+    What `start` starts there is named by a file of configs/, as a person would.
+    """
 
     async def run() -> Any:
         async with persistence.checkpointer() as saver, persistence.store() as store:
@@ -295,13 +300,15 @@ def serve(runs_dir: Path, work: Callable[[Any], Any]) -> Any:
                 await asyncio.wait(left)
             return done
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as configs:
         patch.setenv(RUNS_DIR_VARIABLE, str(runs_dir))
+        patch.setattr(permits, "CONFIGS", Path(configs))
         return asyncio.run(run())
 
 
 async def start(app: Any, name: str, config: RunConfig, thread: str) -> State:
     """A new run in the server, to its end."""
+    (permits.CONFIGS / f"{name}.yaml").write_text(config.model_dump_json(), encoding="utf-8")  # JSON is YAML
     settings = {"configurable": {"thread_id": thread}, "recursion_limit": 100}
     return State.model_validate(await app.ainvoke({"run": name}, settings, context=config, durability="sync"))
 

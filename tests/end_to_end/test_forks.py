@@ -245,8 +245,7 @@ def test_a_run_cancelled_where_no_layer_follows_is_free_for_the_command_line(
 
     async def cancel(app: Any) -> None:
         nonlocal task
-        settings = {"configurable": {"thread_id": str(uuid.uuid4())}}
-        task = asyncio.create_task(app.ainvoke({"run": "run"}, settings, context=config, durability="sync"))
+        task = asyncio.create_task(start(app, "run", config, str(uuid.uuid4())))
         if between:
             put = app.checkpointer.aput
 
