@@ -40,7 +40,7 @@ def test_the_layers_on_disk_never_take_more_than_the_disk_check_reckons_with(
         update |= node(state.model_copy(update=update), runtime)
         state = state.model_copy(update=update | {"trials": [*state.trials, *update.get("trials", [])]})
 
-    state = State(run="run")
+    state = State(run="run", config=config)
     work(profile)
     measured, write, sizes = set(tmp_path.rglob("*.safetensors")), ArtifactStore.write_tensors, []
 
