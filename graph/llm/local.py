@@ -23,6 +23,7 @@ from graph.llm.ladder import Method
 from graph.llm.metering import describe_terms
 from tools.base.errors import UserError
 from tools.models.load import load_model, locate_model
+from tools.models.positions import count_positions
 
 MAX_NEW_TOKENS = 1024
 """Tokens of one answer, where the config does not say fewer."""
@@ -186,7 +187,7 @@ def _apply_template(tokenizer: Any, turns: list[dict[str, str]]) -> str:
 
 def _count_room(model: Any, prompt: int, longest: int) -> int:
     """Tokens that an answer may have, `longest` at most."""
-    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = count_positions(model)
     if context is None:
         return longest
     if prompt + MIN_NEW_TOKENS > context:

@@ -12,7 +12,7 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.planning.approval import Answer, Settled, ask, examine_edit, settle_plan
 from graph.planning.orders import record_plan
-from graph.planning.unmeasured import is_unmeasured, record_breakage, record_refusal
+from graph.planning.unmeasured import leave_unmeasured, record_breakage, record_refusal
 from graph.runs.replay import find_decision
 from graph.runs.session import enter
 from graph.state import State
@@ -46,8 +46,4 @@ def approve(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
 def after_approve(state: State) -> Literal["prune", "rollback", "plan", "finish"]:
     """Prune what was approved; plan again, or finish, after a refusal. What broke before it is rolled back."""
-    if not is_unmeasured(state):
-        return "prune"
-    if state.trials[-1].broken:
-        return "rollback"
-    return "finish" if state.stop else "plan"
+    return leave_unmeasured(state) or "prune"

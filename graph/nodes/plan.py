@@ -7,14 +7,14 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.planning.choose import choose_plan
-from graph.planning.orders import keep_order, measure_with, record_plan
+from graph.planning.orders import record_plan
 from graph.planning.plan import Plan
-from graph.planning.situation import Situation, gather_situation
+from graph.planning.situation import Situation, gather_situation, resolve_plan
 from graph.planning.toolbox import Evaluated, open_toolbox
 from graph.planning.unmeasured import is_unmeasured, record_breakage
 from graph.planning.verdict import decide_stop
 from graph.runs.replay import find_breakage, find_plan
-from graph.runs.session import Session, enter, open_bench
+from graph.runs.session import enter, open_bench
 from graph.state import State
 from tools.base.errors import BrokenPlan
 from tools.plans.work_order import WorkOrder
@@ -30,10 +30,14 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     after = state.model_copy(update={"evaluated_tokens": state.evaluated_tokens + state.trial_tokens})
     bench_of_run = partial(open_bench, state, session)
     situation = gather_situation(bench_of_run, state, session.progress, is_last=bool(decide_stop(after)))
+
+    def resolve(plan: Plan) -> tuple[WorkOrder, str]:
+        return resolve_plan(bench_of_run, situation, state, plan, session.progress)
+
     evaluated = Evaluated(state.evaluated_tokens, state.config.max_evaluated_tokens, state.trial_tokens)
     if state.replay:
         planner, usage = f"the record of {state.replay}", state.usage
-        chosen, stop = find_plan(state, lambda recorded: resolve_plan(recorded, situation, state, session)[0])
+        chosen, stop = find_plan(state, lambda recorded: resolve(recorded)[0])
     else:
         toolbox = open_toolbox(bench_of_run, situation, state, session, runtime.store, evaluated)
         caps = runtime.context or state.config
@@ -52,7 +56,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     try:
         if state.replay and (reason := find_breakage(state.replay, state.iteration, planned=True)):
             raise BrokenPlan(reason)
-        order, kept = resolve_plan(chosen, situation, state, session)
+        order, kept = resolve(chosen)
     except BrokenPlan as error:
         record = record_plan(chosen, situation.orders.draft(chosen)) | {"order": ""}
         session.emit("plan", iteration=state.iteration, planner=planner, **record)
@@ -68,14 +72,6 @@ def explain_end(situation: Situation) -> str:
         return "every lever of the rule has been tried"
     methods = " and ".join(sorted(situation.broken))
     return f"every lever of the rule has been tried, but for {methods}, which broke while it was carried out"
-
-
-def resolve_plan(plan: Plan, situation: Situation, state: State, session: Session) -> tuple[WorkOrder, str]:
-    """The plan's order, and the hash of its artifact. Raises ImpossiblePlan, and BrokenPlan as `describe_layers`."""
-    with open_bench(state, session) as bench:
-        measure = measure_with(bench, state.profile, state.current, session.progress)
-        order = situation.orders.resolve(plan, measure)
-        return order, keep_order(bench.store, plan, order)
 
 
 def after_plan(state: State) -> Literal["approve", "prune", "rollback", "finish"]:

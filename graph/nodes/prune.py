@@ -8,7 +8,7 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.planning.approval import Settled, ask, examine_edit, settle_plan
 from graph.planning.orders import record_plan
-from graph.planning.unmeasured import is_unmeasured, record_breakage, record_refusal
+from graph.planning.unmeasured import leave_unmeasured, record_breakage, record_refusal
 from graph.runs.replay import find_breakage, find_refusal
 from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State
@@ -62,8 +62,4 @@ def find_settled(state: State, session: Session) -> Settled:
 
 def after_prune(state: State) -> Literal["validate", "rollback", "plan", "finish"]:
     """Measure what was made, and roll back what broke; plan again, or finish, after a refusal."""
-    if not is_unmeasured(state):
-        return "validate"
-    if state.trials[-1].broken:
-        return "rollback"
-    return "finish" if state.stop else "plan"
+    return leave_unmeasured(state) or "validate"

@@ -13,9 +13,9 @@ from langgraph.types import interrupt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graph.planning.choose import weigh_in_bounds
-from graph.planning.orders import describe_plan, find_order, keep_order, measure_with
+from graph.planning.orders import describe_plan, find_order, keep_order
 from graph.planning.plan import Plan
-from graph.planning.situation import gather_situation
+from graph.planning.situation import gather_situation, resolve_plan
 from graph.runs.session import Session, open_bench
 from graph.state import State
 from tools.base.errors import UserError
@@ -73,12 +73,10 @@ def _is_logged(plan: Plan, iteration: int, session: Session) -> bool:
 
 def examine_edit(plan: Plan, state: State, session: Session) -> Settled:
     """An edited plan, held to all that a planner's is and weighed by the lessons, and its order. Raises ValueError."""
-    with open_bench(state, session) as bench:
-        situation = gather_situation(partial(open_bench, state, session), state, session.progress, is_last=False)
-        plan = weigh_in_bounds(plan, situation)
-        measure = measure_with(bench, state.profile, state.current, session.progress)
-        order = situation.orders.resolve(plan, measure)
-        return Settled(plan, order, keep_order(bench.store, plan, order), edited=True)
+    bench_of_run = partial(open_bench, state, session)
+    situation = gather_situation(bench_of_run, state, session.progress, is_last=False)
+    plan = weigh_in_bounds(plan, situation)
+    return Settled(plan, *resolve_plan(bench_of_run, situation, state, plan, session.progress), edited=True)
 
 
 def ask(

@@ -6,14 +6,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
-from graph.planning.orders import Curves, Orders, describe_plan, hash_request, read_curves
+from graph.planning.orders import Curves, Orders, describe_plan, hash_request, keep_order, measure_with, read_curves
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted
 from tools.base.errors import DamagedArtifact
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
-from tools.plans.work_order import order_all
+from tools.plans.work_order import WorkOrder, order_all
 
 if TYPE_CHECKING:
     from graph.runs.session import OpenBench
@@ -108,6 +108,15 @@ def gather_situation(open_bench: "OpenBench", state: State, progress: "Progress"
             iteration=state.iteration,
             is_last=is_last,
         )
+
+
+def resolve_plan(
+    open_bench: "OpenBench", situation: Situation, state: State, plan: Plan, progress: "Progress"
+) -> tuple[WorkOrder, str]:
+    """The plan's order, and the hash of its artifact. Raises ImpossiblePlan, and BrokenPlan as `describe_layers`."""
+    with open_bench() as bench:
+        order = situation.orders.resolve(plan, measure_with(bench, state.profile, state.current, progress))
+        return order, keep_order(bench.store, plan, order)
 
 
 def identify_trial(bench: "Workbench", trial: Trial, pattern: str) -> Trial:

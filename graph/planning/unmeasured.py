@@ -37,6 +37,17 @@ def is_unmeasured(state: State) -> bool:
     return bool(state.trials) and state.trials[-1].iteration == state.iteration
 
 
+def leave_unmeasured(state: State) -> Literal["rollback", "plan", "finish"] | None:
+    """Where the present round goes without figures: what broke is rolled back; after a refusal the loop plans again, or
+    ends. None where it has yet to be measured.
+    """
+    if not is_unmeasured(state):
+        return None
+    if state.trials[-1].broken:
+        return "rollback"
+    return "finish" if state.stop else "plan"
+
+
 def _make_trial(
     state: State, order: WorkOrder | None, verdict: Literal["rollback", "refuse"], reason: str, seconds: float
 ) -> Trial:

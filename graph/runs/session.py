@@ -66,8 +66,7 @@ class Session:
         self._log({"type": type_, **data})
 
     def _log(self, event: dict[str, Any]) -> None:
-        line = write_event(event)
-        if self._logged[line] and not AT_WORK.get():
+        if self._logged and not AT_WORK.get() and self._logged[line := write_event(event)]:
             self._logged[line] -= 1
         else:
             append_event(self.directory, event)

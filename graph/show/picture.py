@@ -29,6 +29,7 @@ from graph.show.words import (
     tell_usage,
 )
 from tools.base.words import clean, show_percent
+from tools.results.sentences import name_verdict
 
 MAX_TRIALS = 12
 MAX_BARS = 3
@@ -135,8 +136,7 @@ class Picture:
         self.trials[number] = dict(event)
         self.trials = dict(sorted(self.trials.items()))
         if number:
-            word = "broke" if event.get("broken") else verdict
-            self.say(f"{word} {number}", event.get("reason", ""), VERDICTS.get(verdict, ""))
+            self.say(f"{name_verdict(event)} {number}", event.get("reason", ""), VERDICTS.get(verdict, ""))
 
     def take_rollback(self, event: Event) -> None:
         """Which weights came back."""

@@ -8,6 +8,7 @@ from rich.text import Text
 from graph.show.loop import fit
 from graph.show.words import Event, tell_kl
 from tools.base.words import clean, show_compact, show_percent
+from tools.results.sentences import name_verdict
 
 WIDE = 100
 """Columns from which the plan and the reason of a trial have a column each."""
@@ -20,12 +21,11 @@ def trial_cells(trial: Event) -> list[str]:
     cells = [str(number), show_percent(trial["sparsity"], 1), show_compact(trial["perplexity"])]
     if number == 0:
         return [*cells, "", "", "", "dense"]
-    if trial["verdict"] == "refuse" or trial.get("broken"):
-        word = "broke" if trial.get("broken") else "refuse"
-        return [*cells[:2], "", "", show_compact(trial["predicted_kl"], 4), "", word]
+    if (verdict := name_verdict(trial)) in ("refuse", "broke"):  # nothing was measured
+        return [*cells[:2], "", "", show_compact(trial["predicted_kl"], 4), "", verdict]
     facts = "" if trial.get("fact_retention") is None else show_percent(trial["fact_retention"], 1)
     kl = tell_kl(trial).replace("± ", "±")
-    return [*cells, kl, show_compact(trial["predicted_kl"], 4), facts, clean(trial["verdict"], 8)]
+    return [*cells, kl, show_compact(trial["predicted_kl"], 4), facts, clean(verdict, 8)]
 
 
 TRIAL_COLUMNS = ("#", "sparsity", "ppl", "KL ± error", "pred.", "facts", "verdict")

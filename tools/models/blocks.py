@@ -19,13 +19,10 @@ from torch import Tensor, nn
 
 from tools.base.errors import UserError, in_one_line
 from tools.models.layers import find_blocks
-from tools.models.readout import compute_hidden
+from tools.models.readout import CHECKED, compute_hidden
 
 _PROBE = 4
 """Tokens of the forward that shows what a block returns."""
-
-CHECKED = 16
-"""Tokens on which the chain of blocks is compared with the model."""
 
 _TOLERANCE = 0.02
 """How far the two may lie apart at a token, as a share of the length of what stands there: room for sums that a GPU

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tools.base.errors import UserError, in_one_line
+from tools.models.readout import CHECKED
 
 Experts = Sequence[Mapping[str, nn.Module]]
 """For each expert its projections, by name: gate_proj where it has one, up_proj and down_proj, as they run."""
@@ -255,7 +256,7 @@ def check_experts(model: Any, ids_T: Tensor) -> None:
     hooks = [module.register_forward_hook(compare, with_kwargs=True) for module in fused]
     try:
         if hooks:
-            model(input_ids=ids_T[None, :16], use_cache=False)
+            model(input_ids=ids_T[None, :CHECKED], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -118,9 +118,14 @@ def load_tokenizer(settings: WorkbenchSettings) -> Any:
     """The model's tokenizer. Raises whatever transformers raises where there is none, or it is broken."""
     import transformers
 
-    place, trust = locate_model(settings.model), {"trust_remote_code": settings.trust_remote_code}
+    place = locate_model(settings.model)
+    return transformers.AutoTokenizer.from_pretrained(place.path, **_choose_source(place, settings))
+
+
+def _choose_source(place: ModelPlace, settings: WorkbenchSettings) -> dict[str, Any]:
+    """What every `from_pretrained` is told: the file to read, where the place has several, and whether code may run."""
     file = {"gguf_file": place.gguf_file} if place.gguf_file else {}
-    return transformers.AutoTokenizer.from_pretrained(place.path, **file, **trust)
+    return {"trust_remote_code": settings.trust_remote_code, **file}
 
 
 def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
@@ -134,11 +139,9 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()  # Billhook draws its own
     place, device = locate_model(settings.model), pick_device(settings.device)
     check_in_reach(settings.model)
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    quantization: dict[str, Any] = {}
+    options = _choose_source(place, settings)
     if place.gguf_file:
-        options["gguf_file"] = place.gguf_file
-        quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         tokenizer = load_tokenizer(settings)
         if (Path(place.path) / PACKED_FILE).is_file():
@@ -151,7 +154,6 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
             use_safetensors=True,  # the other format is pickle
             output_loading_info=True,
             **options,
-            **quantization,
         )
     except UserError:
         raise
@@ -172,13 +174,13 @@ def build_on_meta(place: ModelPlace, settings: WorkbenchSettings) -> tuple[Any, 
     import torch
     import transformers
 
-    trust: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    file = {"gguf_file": place.gguf_file} if place.gguf_file else {}
-    config = transformers.AutoConfig.from_pretrained(place.path, **file, **trust)
+    config = transformers.AutoConfig.from_pretrained(place.path, **_choose_source(place, settings))
     stored = config.get_text_config().dtype  # before the model is built, which changes it
     with torch.device("meta"):
         dtype = getattr(torch, DTYPES[settings.dtype])
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust), stored
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+        ), stored
 
 
 def spread_blocks(model: Any, memory: Mapping[int, int]) -> dict[str, int]:

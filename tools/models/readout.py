@@ -13,6 +13,9 @@ from torch import Tensor
 
 from tools.base.errors import UserError
 
+CHECKED = 16
+"""Tokens on which what a model is taken for is compared with the model itself, when it is loaded."""
+
 CHUNK = 128
 """Tokens whose logits are held at once."""
 
@@ -55,7 +58,7 @@ def check_readout(model: Any, ids_T: Tensor) -> None:
     """
     if model.get_output_embeddings() is None:
         raise UserError("the model has no output head; a causal language model is needed")
-    ids_BT = ids_T[None, :16]
+    ids_BT = ids_T[None, :CHECKED]
     ours = compute_logits(model, compute_hidden(model, ids_BT))
     theirs = model(input_ids=ids_BT, use_cache=False).logits.float().to(ours.device)
     if theirs.isnan().any():

@@ -41,6 +41,11 @@ def name_sparsity(summary: Summary) -> str:
     return f"{achieved} of the {reach.of_blocks:.1%} of its blocks' weights that are prunable"
 
 
+def name_verdict(trial: Mapping[str, Any]) -> str:
+    """A trial's verdict; of one that broke while it was carried out, that it did."""
+    return "broke" if trial.get("broken") else str(trial["verdict"])
+
+
 def tell_spending(usage: Mapping[str, Any]) -> str:
     """Calls, tokens and dollars of the agents, and what of it is Billhook's own count."""
     tokens = f"{usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out"

@@ -5,7 +5,14 @@ from typing import Any
 
 from tools.base.words import escape, show, show_score, show_size
 from tools.results.schema import Knowledge, Perplexities, Score, Summary
-from tools.results.sentences import describe_reach, describe_result, list_loading, name_sparsity, tell_spending
+from tools.results.sentences import (
+    describe_reach,
+    describe_result,
+    list_loading,
+    name_sparsity,
+    name_verdict,
+    tell_spending,
+)
 
 
 def list_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> list[str]:
@@ -77,7 +84,7 @@ def _trial_row(trial: dict[str, Any]) -> str:
     error = None if trial["kl_error"] == float("inf") else trial["kl_error"]
     kl = show_score(trial["kl"], error)
     figures = f"{show(trial['perplexity'])} | {kl}"
-    verdict = "broke" if trial.get("broken") else trial["verdict"]
+    verdict = name_verdict(trial)
     if verdict in ("refuse", "broke"):  # nothing was measured
         figures = " | "
     return (

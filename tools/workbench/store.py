@@ -82,6 +82,10 @@ class Index:
 
     def read(self, suffix: str = ".safetensors") -> dict[str, str]:
         """Key to artifact, of files of this kind, without files that are gone or a line torn by a kill."""
+        return {k: a for k, a in self._read_all().items() if self.store.path(a, suffix).is_file()}
+
+    def _read_all(self) -> dict[str, str]:
+        """Key to artifact, be it there or not; on a look at one key the files of all others are left alone."""
         known: dict[str, str] = {}
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8").splitlines():
@@ -90,7 +94,7 @@ class Index:
                     known[entry["key"]] = entry["artifact"]
                 except (ValueError, KeyError, TypeError):
                     continue
-        return {k: a for k, a in known.items() if self.store.path(a, suffix).is_file()}
+        return known
 
     def add(self, key: str, artifact: str) -> None:
         """Remember what was made."""
@@ -104,7 +108,7 @@ class Index:
 
     def read_measured(self, key: Sequence[str]) -> dict[str, Any] | None:
         """As `measure_once`; None where it is not there."""
-        artifact = self.read(".json").get(_hash_key(key), "")
+        artifact = self._read_all().get(_hash_key(key), "")
         return dict(self.store.read_json(artifact)) if artifact and self.store.has(artifact, ".json") else None
 
     def keep_measured(self, key: Sequence[str], value: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +118,7 @@ class Index:
 
     def forget_measured(self, key: Sequence[str]) -> None:
         """Delete the value that was kept under a key, if there is one."""
-        if artifact := self.read(".json").get(_hash_key(key)):
+        if artifact := self._read_all().get(_hash_key(key)):
             self.store.path(artifact, ".json").unlink(missing_ok=True)
 
 
