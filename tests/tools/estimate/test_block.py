@@ -66,7 +66,9 @@ def test_a_sample_runs_as_a_model_does(architecture: str, tmp_path: Path) -> Non
         walks.moments((0, 1), walk, index, True, "profile")
     assert walks.gradients((0, 1), walk, kinds) == [((0, 1), {})], "no layer is in the last one"
     found = {name for _, sums in walks.gradients((0, 1), walk, 0) for name in sums}
-    assert {f"plain/{layer.name}" for layer in sample.members(0)} <= found
+    missing = [layer for layer in sample.members(0) if f"plain/{layer.name}" not in found]
+    assert all(layer.pool for layer in missing), "no token need be sent to an expert of random weights"
+    assert len(missing) < sum(bool(layer.pool) for layer in sample.members(0)) or not missing
 
 
 def test_a_block_that_returns_a_tuple_is_handed_on_as_one() -> None:
