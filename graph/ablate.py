@@ -1,4 +1,4 @@
-"""Was the agent worth its tokens? `python -m graph.ablate --planner openai:gpt-5.1 --seeds 0,1,2 --out ablate`
+"""Was the agent worth its tokens? `python -m graph.ablate --planner openai:gpt-5.1 --out ablate`
 
 Prunes the same model to the same sparsity in several ways (arms), each with the same budget of tokens put through
 pruned models, once for every seed, and measures what each arm kept on the test text. Writes ablate.csv, ablate.md,

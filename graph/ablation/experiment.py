@@ -1,7 +1,8 @@
 """Makes the rows of an ablation that are not there yet."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,16 @@ from tools.base.errors import BrokenPlan, UserError
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.rundir import unlock_run
 from tools.base.settings import TEAM
-from tools.models.load import check_device, locate_model
+from tools.models.load import check_device, load_tokenizer, locate_model
 from tools.results.schema import describe_protocol
-from tools.texts.windows import check_texts
+from tools.texts.windows import check_texts, cut_windows
 from tools.workbench.open import use_workbench
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
+
+COUNTING = 2
+"""How seeds and tokens are counted: rows of another way are never mixed in. 1: seeds changed the drawn labels alone."""
 
 
 def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Console) -> Ablation:
@@ -42,6 +46,8 @@ def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Consol
         for pair in wanted:
             if pair in done:
                 print_line(console, describe_row(done[pair]))
+        if missing := {seed for arm, seed in wanted if (arm, seed) not in done}:
+            _check_length(settings.for_seed(max(missing)))
         with show_bars(console, len(wanted)) as (begin, progress):
             for i, (arm, seed) in enumerate(wanted):
                 if (arm, seed) in done:
@@ -70,6 +76,25 @@ def _check_input(settings: AblateSettings) -> None:
         raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")
 
 
+def _check_length(settings: AblateSettings) -> None:
+    """Refuse texts that are too short for the greatest seed, hours before its turn comes. Raises UserError."""
+    try:
+        tokenizer = load_tokenizer(settings)
+    except Exception:  # whatever is wrong with a model is said in one line where it is loaded
+        return
+    with _named(f"seed {settings.seed}"):
+        cut_windows(settings, tokenizer)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors inside say what they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
 def _make_row(
     arm: str,
     seed: int,
@@ -79,10 +104,10 @@ def _make_row(
     console: Console,
     progress: "Progress",
 ) -> Row:
+    seeded = settings.for_seed(seed)
     if arm in GRAPH:
-        row, known.dense_perplexity, known.protocol.bos = run_graph(arm, seed, settings, graph_flags, progress)
+        row, known.dense[seed], known.protocol.bos = run_graph(arm, seeded, graph_flags, progress)
         return row
-    seeded = settings.model_copy(update={"seed": seed})
     work = Path(settings.out) / f"seed-{seed}"
     with use_workbench(seeded, work, lambda text: print_line(console, f"warning: {text}"), progress) as bench:
         began = time.monotonic()
@@ -92,7 +117,7 @@ def _make_row(
             known.profiles[seed] = Profiled(profile=profile, seconds=round(time.monotonic() - began, 1))
             began = time.monotonic()
         profile = known.profiles[seed].profile
-        known.dense_perplexity = bench.evaluate("dense", "test", profile, progress, "test, dense").perplexity
+        known.dense[seed] = bench.evaluate("dense", "test", profile, progress, "test, dense").perplexity
         try:
             chosen = TRIES[arm](bench, profile, seeded, progress)
         except BrokenPlan as error:
@@ -122,7 +147,8 @@ def _read_ablation(
     """(what is in `--out`, or an empty one; the settings to go on with). Raises UserError for other settings."""
     known = read_kept(directory / "ablate.json", Ablation)
     settings = settings if known is None else follow_kept(settings, known.settings)
-    wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed", *TEAM}) | {"graph": list(graph_flags)}
+    wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed", *TEAM})
+    wanted |= {"graph": list(graph_flags), "counting": COUNTING}
     if known is None:
         return Ablation(settings=wanted, protocol=describe_protocol(settings)), settings
     arms = {row.arm for row in known.rows}

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 
 def run_graph(
-    arm: str, seed: int, settings: AblateSettings, graph_flags: Sequence[str], progress: "Progress"
+    arm: str, settings: AblateSettings, graph_flags: Sequence[str], progress: "Progress"
 ) -> tuple[Row, float | None, bool]:
     """(the row; the dense model's test perplexity; whether windows began with a beginning-of-sequence token).
 
-    Of a run of the graph, begun or gone on with in another process. Raises UserError with the run's last words.
+    Of a run of the graph by the settings of a seed, begun or gone on with in another process. Raises UserError with
+    the run's last words.
     """
+    seed = settings.seed
     runs, name = Path(settings.out) / "runs", f"{arm}-{seed}"
     summary_path = runs / name / "summary.json"
     progress("run of the graph", 0, 1)
@@ -35,7 +37,7 @@ def run_graph(
         if (runs / name / "run.json").is_file():
             command += ["--resume", name, *_write_flags({field: getattr(settings, field) for field in TEAM})]
         else:
-            command += ["--name", name, *_flags_of(arm, seed, settings), *graph_flags]
+            command += ["--name", name, *_flags_of(arm, settings), *graph_flags]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0 or not summary_path.is_file():
             said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]
@@ -67,12 +69,11 @@ def _count_by_rule(run: Path) -> int:
     return list(planners.values()).count("heuristic")
 
 
-def _flags_of(arm: str, seed: int, settings: AblateSettings) -> list[str]:
+def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     """The options of a run of the graph that is this arm."""
     chat, reflector = settings.planner, settings.reflector or settings.planner
     planner, reflector = {"chat": (chat, reflector), "chat-alone": (chat, "heuristic")}.get(arm, ("heuristic",) * 2)
     fields = {name: getattr(settings, name) for name in TeamSettings.model_fields} | {
-        "seed": seed,
         "target_sparsity": settings.target_sparsity,
         "max_layer_sparsity": settings.max_layer_sparsity,
         "max_evaluated_tokens": settings.evaluated_tokens,

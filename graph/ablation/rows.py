@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from graph.ablation.settings import ALONE, ARMS, GRAPH
-from graph.state import SIGMAS
+from graph.ablation.student import CONFIDENCE, find_p, find_quantile
 from tools.base.words import count
 from tools.results.schema import Protocol
 
 
 class Row(BaseModel):
-    """What one arm reached with one seed."""
+    """What one arm reached with one seed, which says which labels are drawn and which stretch of every text is used."""
 
     arm: str
     seed: int
@@ -42,27 +42,54 @@ class Ablation(BaseModel):
     """`ablate.json`."""
 
     settings: dict[str, Any] = Field(description="Model, texts and budget; rows of other settings are never mixed in.")
-    protocol: Protocol
-    dense_perplexity: float | None = Field(None, description="On the test text; null before it was measured.")
+    protocol: Protocol = Field(description="Of seed 0; every other seed has another stretch of the texts.")
+    dense: dict[int, float | None] = Field({}, description="The dense model's perplexity on the test text, by seed.")
     profiles: dict[int, Profiled] = Field({}, description="By seed; arms that are runs of the graph make their own.")
     rows: list[Row] = []
 
 
+class Mean(NamedTuple):
+    """A mean over seeds."""
+
+    value: float
+    margin: float | None
+    """What the t interval of CONFIDENCE reaches to either side; None with one seed."""
+    p: float | None
+    """How often a mean as far from 0 comes by chance, by a two-sided t test; None with one seed."""
+
+
 class Standing(NamedTuple):
-    """One arm over all its seeds; errors are standard errors, None with one seed."""
+    """One arm over all its seeds."""
 
     arm: str
     seeds: int
-    perplexity: float
-    perplexity_error: float | None
+    perplexity: Mean
     kl: float
-    gain: float | None
+    gain: Mean | None
     """Perplexity gained over the arm kappa, paired by seed: positive is better."""
-    gain_error: float | None
     evaluated_tokens: float
     agent_tokens: float
     cost: float
     seconds: float
+
+
+class Difference(NamedTuple):
+    """What one arm's perplexity is above another's, paired by seed."""
+
+    arm: str
+    other: str
+    seeds: int
+    perplexity: Mean
+
+
+def average(values: Sequence[float]) -> Mean:
+    """The mean of one value for each seed."""
+    mean, degrees = fmean(values), len(values) - 1
+    if not degrees:
+        return Mean(mean, None, None)
+    error = stdev(values) / math.sqrt(len(values))
+    t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+    return Mean(mean, find_quantile(degrees) * error, find_p(t, degrees))
 
 
 def rank_arms(rows: Sequence[Row]) -> list[Standing]:
@@ -75,27 +102,21 @@ def rank_arms(rows: Sequence[Row]) -> list[Standing]:
         values = list(by_arm[arm].values())
         if not own or len(values) < len(own):
             continue
-        gains = [alone[seed] - value for seed, value in by_arm[arm].items() if seed in alone]
+        gains = [alone[seed] - value for seed, value in by_arm[arm].items() if seed in alone and arm != ALONE]
         standings.append(
             Standing(
                 arm=arm,
                 seeds=len(own),
-                perplexity=fmean(values),
-                perplexity_error=_standard_error(values),
+                perplexity=average(values),
                 kl=fmean(row.kl or math.inf for row in own),
-                gain=fmean(gains) if gains and arm != ALONE else None,
-                gain_error=_standard_error(gains) if arm != ALONE else None,
+                gain=average(gains) if gains else None,
                 evaluated_tokens=fmean(row.evaluated_tokens for row in own),
                 agent_tokens=fmean(row.agent_tokens for row in own),
                 cost=fmean(row.cost for row in own),
                 seconds=fmean(row.seconds for row in own),
             )
         )
-    return sorted(standings, key=lambda standing: standing.perplexity)
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return sorted(standings, key=lambda standing: standing.perplexity.value)
 
 
 def _perplexities(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
@@ -106,8 +127,8 @@ def _perplexities(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     }
 
 
-def list_differences(rows: Sequence[Row]) -> list[tuple[str, str, int, float, float | None]]:
-    """(arm, other arm, seeds, mean, standard error) of every pair's difference in perplexity, paired by seed."""
+def list_differences(rows: Sequence[Row]) -> list[Difference]:
+    """Every pair of arms that have seeds in common."""
     by_arm = _perplexities(rows)
     found = []
     for i, arm in enumerate(ARMS):
@@ -115,7 +136,7 @@ def list_differences(rows: Sequence[Row]) -> list[tuple[str, str, int, float, fl
             seeds = sorted(by_arm[arm].keys() & by_arm[other].keys())
             if seeds:
                 values = [by_arm[arm][seed] - by_arm[other][seed] for seed in seeds]
-                found.append((arm, other, len(seeds), fmean(values), _standard_error(values)))
+                found.append(Difference(arm, other, len(seeds), average(values)))
     return found
 
 
@@ -127,15 +148,22 @@ def conclude(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if not row.reached
     ]
-    for arm, other, seeds, mean, error in list_differences(rows):
-        if arm not in GRAPH or other not in ("heuristic", ALONE):
-            continue
-        figures = f"{mean:+.3f}" if error is None else f"{mean:+.3f} ± {error:.3f}"
-        if error is None:
-            verdict = "one seed says nothing about the noise"
-        elif abs(mean) <= SIGMAS * error:
-            verdict = f"within {SIGMAS:g} standard errors: not more than the noise"
-        else:
-            verdict = f"{'better' if mean < 0 else 'worse'} by more than {SIGMAS:g} standard errors"
-        lines.append(f"{arm} against {other}: perplexity {figures} over {count(seeds, 'seed')}, {verdict}.")
+    for difference in list_differences(rows):
+        if difference.arm in GRAPH and difference.other in ("heuristic", ALONE):
+            lines.append(_judge(difference))
     return lines
+
+
+def _judge(difference: Difference) -> str:
+    """Whether a difference exceeds the noise."""
+    mean, margin, p = difference.perplexity
+    beginning, seeds = f"{difference.arm} against {difference.other}: perplexity {mean:+.3f}", difference.seeds
+    if margin is None or p is None:
+        return f"{beginning} over {count(seeds, 'seed')}, which says nothing about the noise."
+    verdict = f"{'better' if mean < 0 else 'worse'}" if p < 1 - CONFIDENCE else "not more than the noise"
+    return f"{beginning} ± {margin:.3f} ({CONFIDENCE:.0%} t interval over {seeds} seeds, p {show_p(p)}): {verdict}."
+
+
+def show_p(p: float) -> str:
+    """A probability, with its sign."""
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"

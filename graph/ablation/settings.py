@@ -1,6 +1,6 @@
 """What an ablation is asked for: a model, its texts, arms and seeds."""
 
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, field_validator
 
@@ -32,7 +32,11 @@ class AblateSettings(TeamSettings):
     arms: str = Field(
         "", description=f"Comma-separated: {', '.join(ARMS)}. Empty: all; those with chat need --planner."
     )
-    seeds: str = Field("0,1,2", description="Comma-separated seeds; each arm is run once for each.")
+    seeds: str = Field(
+        "0,1,2,3,4",
+        description="Comma-separated seeds; each arm is run once for each, with labels of its own and another stretch "
+        "of every text: so many stretches behind --text-cut.",
+    )
     planner: str = Field("", description="The chat model that plans, as in graph.run; empty leaves its arms out.")
     reflector: str = Field("", description="The chat model that reflects, as in graph.run; empty: the planner's.")
     evaluated_tokens: int = Field(
@@ -40,6 +44,10 @@ class AblateSettings(TeamSettings):
     )
     max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="No layer is pruned further than this.")
     out: str = Field("ablate", min_length=1, description="Directory of the tables, the plot and the work.")
+
+    def for_seed(self, seed: int) -> Self:
+        """What a row of this seed is made by: other labels, and another stretch of every text."""
+        return self.model_copy(update={"seed": seed, "text_cut": self.text_cut + seed})
 
     @field_validator("arms", "seeds", mode="before")
     @classmethod
@@ -65,7 +73,7 @@ def list_seeds(settings: AblateSettings) -> list[int]:
     try:
         seeds = list(dict.fromkeys(int(part) for part in settings.seeds.split(",") if part.strip()))
     except ValueError as error:
-        raise UserError(f"seeds {settings.seeds!r} must be whole numbers, such as 0,1,2") from error
+        raise UserError(f"seeds {settings.seeds!r} must be whole numbers, such as 0,1,2,3,4") from error
     if not seeds or min(seeds) < 0:
-        raise UserError(f"seeds {settings.seeds!r} must name at least one number from 0 up, such as 0,1,2")
+        raise UserError(f"seeds {settings.seeds!r} must name at least one number from 0 up, such as 0,1,2,3,4")
     return seeds

@@ -3,11 +3,17 @@
 from functools import partial
 from pathlib import Path
 
-from graph.ablation.rows import Ablation, Row, conclude, list_differences, rank_arms
+from graph.ablation.rows import Ablation, Mean, Row, average, conclude, list_differences, rank_arms, show_p
 from graph.ablation.settings import ARMS
+from graph.ablation.student import CONFIDENCE
 from tools.base.files import write_json, write_text, write_whole
 from tools.base.rows import as_csv, save_figure
 from tools.base.words import escape, show
+
+WHAT_MARGINS_ARE = (
+    f"± is the {CONFIDENCE:.0%} interval of Student's t over the seeds, of gains and differences paired by seed; p is "
+    "that of the paired two-sided t test."
+)
 
 
 def _tell_trials(row: Row) -> str:
@@ -30,22 +36,26 @@ def write_tables(directory: Path, known: Ablation) -> None:
         write_whole(directory / f"ablate.{kind}", partial(_plot, known, kind))
 
 
-def _with_error(value: float | None, error: float | None, digits: int) -> str:
-    if value is None:
+def _show_mean(mean: Mean | None, digits: int) -> str:
+    if mean is None:
         return ""
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{mean.value:.{digits}f}" + ("" if mean.margin is None else f" ± {mean.margin:.{digits}f}")
 
 
 def describe(known: Ablation) -> str:
     """`ablate.md`."""
     settings, protocol = known.settings, known.protocol
-    dense = "not measured" if known.dense_perplexity is None else show(known.dense_perplexity)
+    finite = [value for value in known.dense.values() if value is not None]
+    dense = _show_mean(average(finite), 2) if finite else "not measured"
     lines = [
         f"# {escape(settings['model'])} at {settings['target_sparsity']:.0%}: was the agent worth its tokens?",
         "",
         f"Perplexity on {protocol.tokens:,} tokens of `{protocol.text}` (test text, {protocol.windows}, "
         f"{protocol.dtype}; dense: {dense}) of what each arm chose by the validation text. Each arm may put "
-        f"{settings['evaluated_tokens']:,} tokens through pruned models; ± is the standard error over seeds.",
+        f"{settings['evaluated_tokens']:,} tokens through pruned models. {WHAT_MARGINS_ARE}",
+        "",
+        "Every seed has labels of its own for the KL curves, and its own windows for calibration, validation and test: "
+        f"seed 0 those of --text-cut {settings['text_cut']}, each other one those behind the seed's before.",
         "",
         *(f"- **{arm}**: {ARMS[arm]}" for arm in ARMS if any(row.arm == arm for row in known.rows)),
         "",
@@ -57,12 +67,12 @@ def describe(known: Ablation) -> str:
         "|---|" + "---:|" * 10,
     ]
     for s in rank_arms(known.rows):
-        gained = s.gain if s.gain is not None and s.gain > 0 and s.agent_tokens else None
+        gained = s.gain.value if s.gain is not None and s.gain.value > 0 and s.agent_tokens else None
         cells = [
             s.arm,
             f"{s.seeds}",
-            _with_error(s.perplexity, s.perplexity_error, 2),
-            _with_error(s.gain, s.gain_error, 3),
+            _show_mean(s.perplexity, 2),
+            _show_mean(s.gain, 3),
             f"{s.kl:.4f}",
             f"{s.evaluated_tokens:,.0f}",
             f"{s.agent_tokens:,.0f}",
@@ -72,9 +82,16 @@ def describe(known: Ablation) -> str:
             f"{s.seconds:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Differences, paired by seed", "", "| arm | less | seeds | perplexity |", "|---|---|---:|---:|"]
-    for arm, other, seeds, mean, error in list_differences(known.rows):
-        lines.append(f"| {arm} | {other} | {seeds} | {_with_error(mean, error, 3)} |")
+    lines += [
+        "",
+        "## Differences, paired by seed",
+        "",
+        "| arm | less | seeds | perplexity | p |",
+        "|---|---|" + "---:|" * 3,
+    ]
+    for arm, other, seeds, mean in list_differences(known.rows):
+        p = "" if mean.p is None else show_p(mean.p).removeprefix("= ")
+        lines.append(f"| {arm} | {other} | {seeds} | {_show_mean(mean, 3)} | {p} |")
     lines += ["", "## Rows", "", "| arm | seed | perplexity | KL | trials | plan |", "|---|---:|---:|---:|---:|---|"]
     for row in known.rows:
         cells = [row.arm, str(row.seed), show(row.perplexity), show(row.kl, 4), _tell_trials(row), escape(row.plan)]
@@ -83,7 +100,7 @@ def describe(known: Ablation) -> str:
 
 
 def _plot(known: Ablation, kind: str, path: Path) -> None:
-    """A dot for each row, a bar for each arm's mean and its standard error."""
+    """A dot for each row, a bar for each arm's mean and its t interval."""
     from matplotlib.figure import Figure
 
     standings = rank_arms(known.rows)
@@ -92,9 +109,10 @@ def _plot(known: Ablation, kind: str, path: Path) -> None:
     for place, standing in enumerate(standings):
         dots = [row.perplexity for row in known.rows if row.arm == standing.arm and row.perplexity is not None]
         axes.plot(dots, [place] * len(dots), "o", color="0.6", markersize=4)
-        axes.errorbar(standing.perplexity, place, xerr=standing.perplexity_error or 0, fmt="D", color="C0", capsize=4)
+        mean = standing.perplexity
+        axes.errorbar(mean.value, place, xerr=mean.margin or 0, fmt="D", color="C0", capsize=4)
     axes.set_yticks(range(len(standings)), [standing.arm for standing in standings])
     axes.invert_yaxis()
     axes.margins(y=0.2)
-    axes.set_xlabel("perplexity on the test text; bars: standard error over seeds")
+    axes.set_xlabel(f"perplexity on the test text; bars: {CONFIDENCE:.0%} t interval over seeds")
     save_figure(figure, kind, path)

@@ -59,6 +59,10 @@ IDLE = (
 """Fields of the config that change no trial: where and how long the work is done, and how many rounds there are."""
 
 
+LATER = ("text_cut",)
+"""Fields whose defaults mean what earlier versions, which had not the fields, did: left out of hashes at these."""
+
+
 def fingerprint(config: RunConfig) -> str:
     """A hash of all that determines what a run's trials come to: runs that share it are repeats of one another."""
     return _hash(config, *IDLE)
@@ -71,7 +75,9 @@ def _list_fingerprints(config: RunConfig) -> tuple[str, str]:
 
 
 def _hash(config: RunConfig, *left_out: str) -> str:
-    return hashlib.sha256(json.dumps(config.model_dump(exclude={*left_out}), sort_keys=True).encode()).hexdigest()[:16]
+    fresh = {name for name in LATER if getattr(config, name) == RunConfig.model_fields[name].default}
+    values = config.model_dump(exclude={*left_out, *fresh})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_lesson(store: BaseStore, config: RunConfig, lesson: Lesson, number: int = 0) -> None:

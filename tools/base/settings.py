@@ -27,7 +27,7 @@ WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
 TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc")
 """How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
 
-FORMER: dict[str, Any] = {"bos": "never"}
+FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0}
 """What fields meant in settings that were kept before there were such fields."""
 
 TEXT_SOURCE = f"{', '.join(TEXT_FORMS[:-1])} or {TEXT_FORMS[-1]}"
@@ -114,6 +114,13 @@ class WorkbenchSettings(LoadSettings):
         ge=0,
         le=1,
         description="Share of the calibration windows that is made of other questions with their answers.",
+    )
+    text_cut: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Which stretch of every text source, and of the questions, is used: 0 the first, 1 the one behind "
+        "it, and so on, each as long as all that is cut from that source.",
     )
     window: int = Field(512, ge=8, le=131072, description="Tokens in one window of text.")
     bos: Literal["auto", "never"] = Field(

@@ -58,7 +58,7 @@ def refuse_shared_questions(settings: TaskSettings, loop: WorkbenchSettings) -> 
     for name, task in find_own_tasks().items():
         if not loop.questions or name not in settings.tasks or task.read_questions is None:
             continue
-        parts = split_questions(loop.questions, loop.question_pairs)
+        parts = split_questions(loop.questions, loop.question_pairs, loop.text_cut)
         used = {q.question.casefold() for q in chain(parts.validation, parts.rest)}
         asked = islice(task.read_questions(settings), settings.limit or None)
         if shared := [q.question for q in asked if q.question.casefold() in used]:

@@ -16,7 +16,7 @@ from tools.base.words import escape, show, show_score
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, Job, name_target
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
-from tools.results.schema import Protocol, Reach, Score, describe_bos
+from tools.results.schema import Protocol, Reach, Score, describe_bos, describe_cut
 from tools.results.sentences import describe_reach
 from tools.results.tables import list_table
 
@@ -181,8 +181,9 @@ def describe(known: Comparison) -> str:
         f"# {escape(settings['model'])}: recipes compared",
         "",
         f"Perplexity on {settings['validation_windows'] * settings['window']:,} tokens of `{settings['validation']}` "
-        f"in windows of {settings['window']}{describe_bos(known.bos)}, {settings['dtype']}; dense: "
-        f"{show(known.dense_perplexity)}. Statistics from {settings['calibration_windows']} windows of "
+        f"in windows of {settings['window']}{describe_cut(settings.get('text_cut', 0))}{describe_bos(known.bos)}, "
+        f"{settings['dtype']}; dense: {show(known.dense_perplexity)}. Statistics from "
+        f"{settings['calibration_windows']} windows of "
         f"`{settings['calibration']}`, gradients from "
         f"{min(settings['gradient_windows'], settings['calibration_windows'])} of them "
         f"({known.profile_seconds:.1f} s with the dense model's perplexity, shared by all rows).",

@@ -24,15 +24,24 @@ class Protocol(BaseModel):
         description="Whether the tokenizer's beginning-of-sequence token stood before every window; no loss counts it.",
     )
 
+    cut: int = Field(
+        0, description="Which stretch of the text the windows are: 0 the first, N behind N others of its length."
+    )
+
     @property
     def windows(self) -> str:
         """How the text was cut, in words."""
-        return f"windows of {self.window}{describe_bos(self.bos)}"
+        return f"windows of {self.window}{describe_cut(self.cut)}{describe_bos(self.bos)}"
 
 
 def describe_bos(used: bool) -> str:
     """What is said of windows, after their length, where a beginning-of-sequence token stands before each."""
     return ", a beginning-of-sequence token before every window (not counted)" if used else ""
+
+
+def describe_cut(cut: int) -> str:
+    """What is said of windows, after their length, that are not the first of their text."""
+    return f" from stretch {cut + 1} of it (--text-cut {cut})" if cut else ""
 
 
 class Perplexities(BaseModel):
@@ -145,4 +154,5 @@ def describe_protocol(settings: WorkbenchSettings, split: Split = "test", *, bos
         dtype=settings.dtype,
         versions=versions,
         bos=bos,
+        cut=settings.text_cut,
     )

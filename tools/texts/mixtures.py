@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def write_questions(settings: WorkbenchSettings) -> Iterator[str]:
     """The questions that are asked nowhere else, as documents. Raises UserError where there are too few to ask."""
-    return map(write_pair, split_questions(settings.questions, settings.question_pairs).rest)
+    return map(write_pair, split_questions(settings.questions, settings.question_pairs, settings.text_cut).rest)
 
 
 def mix_questions(

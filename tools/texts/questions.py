@@ -36,17 +36,20 @@ def write_pair(pair: Question) -> str:
     return f"{QUESTION_FORM.format(pair.question)} {pair.answers[0]}"
 
 
-def split_questions(source: str, pairs: int) -> Parts:
-    """The first `pairs` questions for the report, as many for the trials, and what is left.
+def split_questions(source: str, pairs: int, cut: int = 0) -> Parts:
+    """The first `pairs` questions for the report, as many for the trials, and what is left; all behind `cut` times as
+    many as are asked.
 
     Raises UserError when there are too few, or the source cannot be read.
     """
     questions = read_questions(source)
+    passed = sum(1 for _ in itertools.islice(questions, 2 * pairs * cut))
     first = list(itertools.islice(questions, 2 * pairs))
     if len(first) < 2 * pairs:
+        behind = f" behind {2 * pairs * cut} that --text-cut {cut} passes over" if cut else ""
         raise UserError(
-            f"source of questions {source!r} has {len(first)} questions with answers, but {pairs} for the trials and "
-            f"{pairs} for the report were asked for; ask for fewer with --question-pairs"
+            f"source of questions {source!r} has {passed + len(first)} questions with answers, but {pairs} for the "
+            f"trials and {pairs} for the report{behind} were asked for; ask for fewer with --question-pairs"
         )
     return Parts(first[:pairs], first[pairs:], questions)
 

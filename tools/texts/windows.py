@@ -60,6 +60,8 @@ def check_texts(settings: WorkbenchSettings) -> None:
 def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     """Three disjoint sets of windows; splits with the same source take consecutive parts of it.
 
+    With `text_cut` N that is the N-th stretch of a source, as long as the windows of all splits that share it.
+
     A share `calibration_mix` of the calibration windows, evenly spread, is made of questions with answers that are
     asked nowhere else. The settings say whether each window begins with the tokenizer's beginning-of-sequence token:
     it then stands before as much text as without. Raises UserError when a source is too short for the windows asked
@@ -74,8 +76,8 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     for source in dict.fromkeys(sources.values()):
         sharing = [split for split in SPLITS if sources[split] == source]
         asked = {split: counts[split] for split in sharing}
-        ids = _read_tokens(read_documents(source), tokenizer, settings.window * sum(asked.values()))
-        parts = torch.split(_cut(ids, source, settings.window, asked), list(asked.values()))
+        ids = _read_tokens(read_documents(source), tokenizer, _reach(settings, asked))
+        parts = torch.split(_cut(ids, source, settings, asked), list(asked.values()))
         for split, part in zip(sharing, parts, strict=True):
             windows[split] = part
     mixed: dict[Calibration, Tensor] = {}
@@ -104,7 +106,8 @@ def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
     most = max([needed, *settings.mixes.values()])
     ids = _read_tokens(write_questions(settings), tokenizer, settings.window * most)
     count = max(needed, min(most, len(ids) // settings.window))
-    return _cut(ids, settings.questions, settings.window, {"calibration": count})
+    # Which questions are the rest of those asked hangs on `text_cut`: the windows are the first of them.
+    return _cut(ids, settings.questions, settings.model_copy(update={"text_cut": 0}), {"calibration": count})
 
 
 def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[int]:
@@ -118,17 +121,24 @@ def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[
     return ids
 
 
-def _cut(ids: list[int], source: str, window: int, counts: dict[str, int]) -> "Tensor":
+def _reach(settings: WorkbenchSettings, counts: dict[str, int]) -> int:
+    """Tokens up to the end of the stretch of a source that the windows are cut from."""
+    return (settings.text_cut + 1) * settings.window * sum(counts.values())
+
+
+def _cut(ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[str, int]) -> "Tensor":
     """All the windows that are cut from a source: (windows, window). Raises UserError when its tokens are too few."""
     import torch
 
-    windows = sum(counts.values())
-    if len(ids) >= window * windows:
-        return torch.tensor(ids[: window * windows], dtype=torch.int64).view(windows, window)
+    windows, window, cut = sum(counts.values()), settings.window, settings.text_cut
+    end = _reach(settings, counts)
+    if len(ids) >= end:
+        return torch.tensor(ids[end - window * windows : end], dtype=torch.int64).view(windows, window)
     asked = " + ".join(f"{count} {split}" for split, count in counts.items())
+    behind = f" behind {end - window * windows} that --text-cut {cut} passes over" if cut else ""
     raise UserError(
-        f"text source {source!r} is too short: {asked} windows of {window} tokens need {window * windows} tokens, "
-        f"but it has {len(ids)}; ask for fewer or shorter windows"
+        f"text source {source!r} is too short: {asked} windows of {window} tokens need {window * windows} tokens"
+        f"{behind}, but it has {len(ids)}; ask for fewer or shorter windows{', or an earlier cut' if cut else ''}"
     )
 
 

@@ -322,7 +322,7 @@ def _encode_questions(settings: WorkbenchSettings, tokenizer: Any) -> dict[Split
     """The questions of each split; empty where none are asked."""
     if not settings.questions:
         return {}
-    parts = split_questions(settings.questions, settings.question_pairs)
+    parts = split_questions(settings.questions, settings.question_pairs, settings.text_cut)
     return {"validation": encode_pairs(parts.validation, tokenizer), "test": encode_pairs(parts.test, tokenizer)}
 
 

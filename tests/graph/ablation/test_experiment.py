@@ -11,8 +11,9 @@ from rich.console import Console
 
 from graph.ablation import experiment, graph_arms, tables
 from graph.ablation.experiment import ablate
-from graph.ablation.rows import Ablation, Row
+from graph.ablation.rows import Row
 from graph.ablation.settings import AblateSettings
+from tests.rows import prose
 from tests.team import gather_teams
 from tests.tiny import tiny_settings
 from tools.base.errors import UserError
@@ -45,7 +46,8 @@ def test_rows_are_made_once_and_written(
         assert row.sparsity == pytest.approx(0.45, abs=5e-4)
         assert row.evaluated_tokens <= 800
     assert [row.trials for row in known.rows[:2]] == [1, 4]
-    assert known.dense_perplexity is not None and known.dense_perplexity > 1
+    dense = [known.dense[seed] or 0.0 for seed in (0, 1)]
+    assert min(dense) > 1 and dense[0] != dense[1], "the seeds have other texts"
     stored = json.loads((tmp_path / "out" / "ablate.json").read_text())
     assert [row["perplexity"] for row in stored["rows"]] == [row.perplexity for row in known.rows]
     with (tmp_path / "out" / "ablate.csv").open() as file:
@@ -65,25 +67,30 @@ def test_rows_are_made_once_and_written(
         ablate(settings.model_copy(update={"target_sparsity": 0.5}), [], Console(quiet=True))
 
 
-def test_rows_of_an_earlier_version_are_gone_on_with_by_its_windows(
+def test_rows_of_an_earlier_version_are_refused_in_one_line(
     beginning_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "_plot", lambda _known, _kind, _path: None)
-
-    def run(out: str, **changes: Any) -> Ablation:
-        named = make_settings(beginning_llama, tmp_path / out, arms="kappa").model_dump(exclude={"bos"})
-        return ablate(AblateSettings.model_validate(named | changes), [], Console(quiet=True))
-
-    new, never = run("new", seeds="0"), run("never", bos="never")
+    settings = make_settings(beginning_llama, tmp_path / "out", arms="kappa", seeds="0")
+    known = ablate(settings, [], Console(quiet=True))
     before = "(test text, windows of 64, a beginning-of-sequence token before every window (not counted), fp32; dense: "
-    assert new.protocol.bos and before in (tmp_path / "new" / "ablate.md").read_text()
-    run("old", bos="never", seeds="0")
-    values = json.loads((tmp_path / "old" / "ablate.json").read_text())
-    del values["settings"]["bos"], values["protocol"]["bos"]
-    (tmp_path / "old" / "ablate.json").write_text(json.dumps(values))
-    old = run("old")
-    assert [row.perplexity for row in old.rows] == [row.perplexity for row in never.rows]
-    assert old.dense_perplexity == never.dense_perplexity != new.dense_perplexity and not old.protocol.bos
+    assert known.protocol.bos and before in (tmp_path / "out" / "ablate.md").read_text()
+    path = tmp_path / "out" / "ablate.json"
+    values = json.loads(path.read_text())
+    del values["settings"]["counting"], values["settings"]["text_cut"], values["dense"], values["protocol"]["cut"]
+    path.write_text(json.dumps(values | {"dense_perplexity": 1.0}))
+    with pytest.raises(UserError, match=r"holds an ablation with other settings \(counting\); choose another --out$"):
+        ablate(settings, [], Console(quiet=True))
+
+
+def test_texts_too_short_for_a_seed_are_refused_before_anything_is_pruned(
+    tiny_llama: Path, tmp_path: Path, workbench_closed: None
+) -> None:
+    (tmp_path / "short.txt").write_text(prose(0, 200))
+    settings = make_settings(tiny_llama, tmp_path / "out", test=f"file:{tmp_path / 'short.txt'}", seeds="9,0")
+    with pytest.raises(UserError, match=r"^seed 9: text source 'file:.*short\.txt' is too short: 2 test windows "):
+        ablate(settings, [], Console(quiet=True))
+    assert not (tmp_path / "out" / "seed-0").exists()
 
 
 def test_random_plans_are_measured_side_by_side(
@@ -109,14 +116,15 @@ def test_runs_of_the_graph_have_the_workers(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(graph_arms.subprocess, "run", fail)
     settings = make_settings("no-model", tmp_path, workers="3", worker_threads=2)
-    run = tmp_path / "runs" / "heuristic-0"
+    run = tmp_path / "runs" / "heuristic-2"
     for _ in range(2):
-        with pytest.raises(UserError, match=r"^heuristic, seed 0: stopped; the same command goes on from there$"):
-            graph_arms.run_graph("heuristic", 0, settings, [], lambda *_: None)
+        with pytest.raises(UserError, match=r"^heuristic, seed 2: stopped; the same command goes on from there$"):
+            graph_arms.run_graph("heuristic", settings.for_seed(2), [], lambda *_: None)
         run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text("{}")
+    assert {"--seed=2", "--text-cut=2"} <= set(commands[0])
     assert {"--name", "--workers=3", "--worker-threads=2", "--no-memory"} <= set(commands[0])
     assert commands[1][3:] == [
-        *("--runs-dir", str(tmp_path / "runs"), "--resume", "heuristic-0", "--workers=3", "--worker-threads=2"),
+        *("--runs-dir", str(tmp_path / "runs"), "--resume", "heuristic-2", "--workers=3", "--worker-threads=2"),
         "--no-partial",
     ]

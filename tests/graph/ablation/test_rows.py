@@ -1,8 +1,11 @@
 """Gains are paired by seed, and the sentence at the end is no kinder than they."""
 
+import math
 from typing import Any
 
-from graph.ablation.rows import Row, conclude, list_differences, rank_arms
+import pytest
+
+from graph.ablation.rows import Row, average, conclude, list_differences, rank_arms
 
 
 def make_row(arm: str, seed: int, perplexity: float | None, **changes: Any) -> Row:
@@ -24,18 +27,36 @@ def test_gains_are_paired_by_seed() -> None:
     rows += [make_row("chat", 0, 21.0, agent_tokens=500)]
     by_arm = {standing.arm: standing for standing in rank_arms(rows)}
     assert [standing.arm for standing in rank_arms(rows)] == ["chat", "heuristic", "kappa"]
-    assert (by_arm["heuristic"].gain, by_arm["heuristic"].gain_error) == (0.5, 0.0)
-    assert (by_arm["kappa"].gain, by_arm["kappa"].gain_error) == (None, None)
-    assert (by_arm["chat"].gain, by_arm["chat"].gain_error) == (-1.0, None)
+    assert by_arm["heuristic"].gain == (0.5, 0.0, 0.0)
+    assert by_arm["kappa"].gain is None
+    assert by_arm["chat"].gain == (-1.0, None, None)
     assert list_differences(rows) == [
-        ("chat", "heuristic", 1, 1.5, None),
-        ("chat", "kappa", 1, 1.0, None),
-        ("heuristic", "kappa", 3, -0.5, 0.0),
+        ("chat", "heuristic", 1, (1.5, None, None)),
+        ("chat", "kappa", 1, (1.0, None, None)),
+        ("heuristic", "kappa", 3, (-0.5, 0.0, 0.0)),
     ]
     assert conclude(rows) == [
-        "chat against heuristic: perplexity +1.500 over 1 seed, one seed says nothing about the noise.",
-        "chat against kappa: perplexity +1.000 over 1 seed, one seed says nothing about the noise.",
-        "heuristic against kappa: perplexity -0.500 ± 0.000 over 3 seeds, better by more than 2 standard errors.",
+        "chat against heuristic: perplexity +1.500 over 1 seed, which says nothing about the noise.",
+        "chat against kappa: perplexity +1.000 over 1 seed, which says nothing about the noise.",
+        "heuristic against kappa: perplexity -0.500 ± 0.000 (95% t interval over 3 seeds, p < 0.001): better.",
+    ]
+
+
+def test_the_margin_is_that_of_the_t_interval() -> None:
+    mean, margin, p = average([-1.0, -2.0, -3.0])
+    assert mean == -2.0
+    assert margin == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
+    assert p == pytest.approx(0.074180, abs=1e-6)
+    assert average([0.0, 0.0]) == (0.0, 0.0, 1.0)
+
+
+def test_two_standard_errors_over_three_seeds_are_not_better() -> None:
+    step = math.sqrt(3) / 2  # of standard deviation 1, so that the mean of -1 is two standard errors from 0
+    rows = [make_row("kappa", seed, 20.0) for seed in range(3)]
+    rows += [make_row("heuristic", seed, 19.0 + place * step) for seed, place in enumerate((-1, 0, 1))]
+    assert conclude(rows) == [
+        "heuristic against kappa: perplexity -1.000 ± 2.151 (95% t interval over 3 seeds, p = 0.18): not more than "
+        "the noise."
     ]
 
 
@@ -43,7 +64,7 @@ def test_a_gain_inside_the_noise_is_called_so() -> None:
     rows = [make_row("kappa", seed, 20.0) for seed in range(3)]
     rows += [make_row("heuristic", seed, value) for seed, value in enumerate((19.0, 20.5, 19.5))]
     assert conclude(rows) == [
-        "heuristic against kappa: perplexity -0.333 ± 0.441 over 3 seeds, within 2 standard errors: not more than "
+        "heuristic against kappa: perplexity -0.333 ± 1.897 (95% t interval over 3 seeds, p = 0.53): not more than "
         "the noise."
     ]
 

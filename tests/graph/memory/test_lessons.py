@@ -85,6 +85,7 @@ def test_lessons_of_this_very_config_are_marked_and_kept_apart(store: BaseStore)
         *(({"planner_price_input": 2.0, "approve": "plans", "max_iterations": 3}, True), ({"tasks": ["mmlu"]}, True)),
         *(
             ({"seed": 1}, False),
+            ({"text_cut": 1}, False),
             ({"bos": "never"}, False),
             ({"calibration": "hub:x:train"}, False),
             ({"dtype": "bf16"}, False),
@@ -102,7 +103,7 @@ def test_a_repeat_is_a_run_of_the_same_trials_wherever_and_however_long_it_works
 
 
 def test_what_the_fingerprint_leaves_out_are_fields_of_the_config() -> None:
-    assert set(memory.IDLE) < set(RunConfig.model_fields)
+    assert {*memory.IDLE, *memory.LATER} < set(RunConfig.model_fields)
 
 
 def test_lessons_of_this_text_go_before_those_of_another(store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,16 @@ def test_parts_are_disjoint_and_in_order(tmp_path: Path) -> None:
     assert write_pair(parts.test[1]) == "Question: Number 1?\nAnswer: 1"
 
 
+def test_parts_of_a_later_cut_are_other_questions(tmp_path: Path) -> None:
+    rows = [{"question": f"Number {i}?", "answer": str(i)} for i in range(14)]
+    source = write_rows(tmp_path / "qa.jsonl", rows)
+    parts = split_questions(source, 3, cut=1)
+    numbers = [[pair.answers[0] for pair in part] for part in (parts.test, parts.validation, parts.rest)]
+    assert numbers == [["6", "7", "8"], ["9", "10", "11"], ["12", "13"]]
+    with pytest.raises(UserError, match=r"has 14 questions with answers, but 3 .* behind 12 that --text-cut 2 passes"):
+        split_questions(source, 3, cut=2)
+
+
 def test_too_few_questions(tmp_path: Path) -> None:
     rows = [{"question": f"Number {i}?", "answer": str(i)} for i in range(5)]
     with pytest.raises(UserError, match=r"has 5 questions with answers, but 3 for the trials .* --question-pairs"):

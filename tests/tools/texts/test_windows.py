@@ -86,6 +86,34 @@ def test_pydoc_too_short() -> None:
         cut_windows(tiny_settings("any", calibration_windows=65536), make_tiny_tokenizer())
 
 
+def test_a_later_cut_is_the_stretch_behind_and_the_first_is_as_ever(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(0, 2000))
+    shared = tiny_settings("any", calibration=(source := f"file:{tmp_path / 'a.txt'}"), test=source)
+    tokenizer = make_tiny_tokenizer()
+    first, second = (
+        cut_windows(shared.model_copy(update={"text_cut": cut}), tokenizer) for cut in range(2)
+    )  # six windows of the file, and three of Python's reference
+    assert all(map(torch.equal, first[:3], cut_windows(shared, tokenizer)[:3]))
+    ids = tokenizer(prose(0, 2000) + "\n\n", add_special_tokens=False)["input_ids"]
+    cut = torch.cat([first.calibration, first.test, second.calibration, second.test]).flatten()
+    assert cut.tolist() == ids[: 2 * 6 * 64]
+    text = "".join(document.strip() + "\n\n" for document in read_documents("pydoc"))[:5000]
+    prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert torch.cat([first.validation, second.validation]).flatten().tolist() == prefix[: 2 * 3 * 64]
+
+
+def test_too_short_a_text_for_a_later_cut_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(0, 300))
+    source = f"file:{tmp_path / 'a.txt'}"
+    with pytest.raises(UserError) as refusal:
+        cut_windows(tiny_settings("any", test=source, text_cut=9), make_tiny_tokenizer())
+    assert re.fullmatch(
+        re.escape(f"text source {source!r} is too short: 2 test windows of 64 tokens need 128 tokens behind 1152 that ")
+        + r"--text-cut 9 passes over, but it has \d+; ask for fewer or shorter windows, or an earlier cut",
+        str(refusal.value),
+    )
+
+
 @pytest.mark.parametrize("second", ["validation", "test"])
 def test_text_in_two_splits_is_refused(tmp_path: Path, second: str) -> None:
     common = prose(13_000, 32)
