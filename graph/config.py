@@ -68,12 +68,19 @@ class RunConfig(TaskSettings, TeamSettings):
         le=10,
         description="A plan is rolled back when validation perplexity exceeds (1 + tau) times the last accepted one.",
     )
+    accept_probability: float = Field(
+        0.75,
+        ge=0.5,
+        lt=1,
+        description="Probability of a lower KL, by a paired t-test over windows, from which a plan replaces another at "
+        "the target, where further_windows are asked for.",
+    )
     min_fact_retention: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="A plan is rolled back when less than this share of the right answers' probability per token is "
-        "left, beside the dense model, however good its perplexity; 0 for no limit. Needs questions.",
+        description="A plan is rolled back when its answer probability kept (the right answers' probability per token, "
+        "as a share of the dense model's) is less, however good its perplexity; 0 for no limit. Needs questions.",
     )
     approve: Literal["none", "plans"] = Field(
         "none",

@@ -40,11 +40,19 @@ class Trial(BaseModel):
     change_error: float | None = Field(
         None, description="Standard error of kl minus the last accepted trial's, paired; null where not comparable."
     )
+    better: float | None = Field(
+        None,
+        description="Probability that its KL is below the last accepted trial's, by a paired t-test over "
+        "compared_windows; null where the verdict does not go by it.",
+    )
+    compared_windows: int = Field(
+        0, description="Windows of validation text, further ones among them, that better is over; else 0."
+    )
     predicted_kl: float = Field(description="Sum of the KL curves at this allocation, nats per token.")
     fact_retention: float | None = Field(
         None,
-        description="Share of the gold answers' probability per token that is left of the dense model's; null where no "
-        "questions are asked, or an answer's was not finite.",
+        description="Answer probability kept: exp of the mean change of the gold answers' log-probability per token "
+        "beside the dense model; null where no questions are asked, or an answer's was not finite.",
     )
     fact_error: float | None = Field(None, description="Standard error of fact_retention, over questions.")
     tokens: int = Field(0, description="Tokens put through the model to measure it.")
@@ -136,6 +144,20 @@ class State(Input):
         return list(dict.fromkeys([self.accepted, *recent]))[:KEPT]
 
     @property
+    def weighs(self) -> bool:
+        """Whether the next trial at the target replaces the accepted one by the probability that it is better."""
+        best = last_accepted(self.trials)
+        reached = best is not None and same_sparsity(best.sparsity, self.config.target_sparsity)
+        return reached and self.config.further_windows > 0
+
+    @property
     def trial_tokens(self) -> int:
-        """Tokens that one trial puts through the model."""
-        return self.dense.tokens if self.dense and self.dense.tokens else self.config.validation_tokens
+        """Tokens that one trial puts through the model, at most."""
+        once = self.dense.tokens if self.dense and self.dense.tokens else self.config.validation_tokens
+        return once + (self.count_further_tokens(self.config.further_windows) if self.weighs else 0)
+
+    def count_further_tokens(self, windows: int) -> int:
+        """Tokens of a trial's comparison on so many further windows: its own, and the accepted one's that are new."""
+        first = max(i for i, trial in enumerate(self.trials) if trial.verdict == "accept")
+        known = max(trial.compared_windows for trial in self.trials[first:]) - self.config.validation_windows
+        return (windows + max(windows - max(known, 0), 0)) * self.config.window

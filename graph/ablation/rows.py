@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from graph.ablation.settings import ALONE, ARMS, GRAPH
-from graph.ablation.student import CONFIDENCE, find_p, find_quantile
+from tools.base.student import CONFIDENCE, find_p, find_quantile
 from tools.base.words import count
 from tools.results.schema import Protocol
 

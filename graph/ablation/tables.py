@@ -5,9 +5,9 @@ from pathlib import Path
 
 from graph.ablation.rows import Ablation, Mean, Row, average, conclude, list_differences, rank_arms, show_p
 from graph.ablation.settings import ARMS
-from graph.ablation.student import CONFIDENCE
 from tools.base.files import write_json, write_text, write_whole
 from tools.base.rows import as_csv, save_figure
+from tools.base.student import CONFIDENCE
 from tools.base.words import escape, show
 
 WHAT_MARGINS_ARE = (

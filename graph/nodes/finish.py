@@ -15,7 +15,7 @@ from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
 from tools.results.cards import write_card
 from tools.results.page.page import write_page
-from tools.results.schema import Knowledge, Perplexities, Reach, Sample, Summary, describe_protocol
+from tools.results.schema import Knowledge, Perplexities, Sample, Summary, describe_protocol
 from tools.results.tables import write_report
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             status="finished" if reached else "short-of-target",
             target_sparsity=config.target_sparsity,
             achieved_sparsity=achieved,
-            reach=Reach(of_blocks=bench.reach.of_blocks, of_model=bench.reach.of_model),
+            reach=bench.told_reach,
             perplexity=perplexity,
             kl=best.kl,
             benchmarks=benchmarks,

@@ -7,11 +7,11 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.planning.orders import find_order, group_kl, hash_request
 from graph.planning.unmeasured import record_breakage
-from graph.planning.verdict import Verdict, accepted_trial, heed_facts, judge
+from graph.planning.verdict import Verdict, accepted_trial, heed_facts, is_settled, judge
 from graph.runs.session import Session, enter, open_bench
-from graph.state import State, Trial
+from graph.state import State, Trial, same_sparsity
 from tools.base.errors import BrokenPlan
-from tools.measure.losses import compare_kl
+from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
 from tools.measure.recall import Retention, compare_recall
 from tools.plans.work_order import WorkOrder
 
@@ -47,7 +47,12 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         else bench.read_profile(state.profile).dense
     )
     retention, asked = ask_questions(bench, state, session)
-    verdict, reason = judge(state.config, zeros / weights, evaluation, best, accepted)
+    noise = compare_kl(evaluation, accepted)[1] if evaluation.finite else None
+    compared, tokens = evaluation, state.config.validation_tokens + asked
+    if weighed := state.weighs and same_sparsity(zeros / weights, best.sparsity) and evaluation.finite:
+        compared, accepted = weigh(bench, state, evaluation, accepted, session)
+        tokens += state.count_further_tokens(len(compared.kl) - len(evaluation.kl))
+    verdict, reason = judge(state.config, zeros / weights, compared, best, accepted)
     verdict, reason = heed_facts(state.config.min_fact_retention, retention, verdict, reason)
     return Trial(
         iteration=state.iteration,
@@ -56,11 +61,13 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         perplexity=evaluation.perplexity,
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error if evaluation.finite else None,
-        change_error=compare_kl(evaluation, accepted)[1] if evaluation.finite else None,
+        change_error=noise,
+        better=find_likelihood_better(compared, accepted) if weighed and compared.finite else None,
+        compared_windows=len(compared.kl) if weighed else 0,
         predicted_kl=group_kl(bench.read_profile(state.profile).layers, bench.planned_sparsity(state.current)),
         fact_retention=retention.share if retention else None,
         fact_error=retention.error if retention else None,
-        tokens=state.config.validation_tokens + asked,
+        tokens=tokens,
         verdict=verdict,
         reason=reason,
         plan=order.line,
@@ -69,6 +76,24 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         recipe=state.plan.recipe,
         seconds=round(session.elapsed, 3),
     )
+
+
+def weigh(
+    bench: "Workbench", state: State, trial: Evaluation, accepted: Evaluation, session: Session
+) -> tuple[Evaluation, Evaluation]:
+    """The losses of the trial and of the accepted weights on as many further windows as it takes to tell them apart.
+
+    As many at once as the validation text has; all that there are where it stays open.
+    """
+    config, first = state.config, 0
+    while first < config.further_windows and trial.finite and not is_settled(trial, accepted):
+        windows = range(first, min(first + config.validation_windows, config.further_windows))
+        ours, theirs = (bench.evaluate_further(x, windows, session.progress) for x in (state.current, state.accepted))
+        if not theirs.finite:
+            break
+        trial, accepted = join_windows(trial, ours), join_windows(accepted, theirs)
+        first = windows.stop
+    return trial, accepted
 
 
 def ask_questions(bench: "Workbench", state: State, session: Session) -> tuple[Retention | None, int]:

@@ -245,7 +245,7 @@ def _describe_bounds(situation: Situation) -> str:
         f"(1 + {config.tau:g} times that of the last accepted weights)."
     )
     if config.min_fact_retention:
-        text += f" Facts: a round that leaves less than {config.min_fact_retention:g} of them is rolled back."
+        text += f" A round whose answer probability kept is below {config.min_fact_retention:g} is rolled back."
     if not config.protect:
         return text
     selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
@@ -278,10 +278,10 @@ def _describe_trial(trial: Trial, limit: int = 160) -> str:
 
 
 def describe_facts(trial: Trial) -> str:
-    """`; facts 0.912 +- 0.008` where questions were asked of both models, else nothing."""
+    """`; answer probability kept 0.912 +- 0.008` where questions were asked of both models, else nothing."""
     if trial.fact_retention is None:
         return ""
-    return f"; facts {show_short(trial.fact_retention)} +- {show_short(trial.fact_error)}"
+    return f"; answer probability kept {show_short(trial.fact_retention)} +- {show_short(trial.fact_error)}"
 
 
 def recount_trial(trial: Trial) -> str:

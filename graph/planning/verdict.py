@@ -6,22 +6,25 @@ from graph.config import RunConfig
 from graph.planning.refinements import STRONG
 from graph.planning.rule import tried_strongest
 from graph.state import SIGMAS, State, Trial, last_accepted, same_sparsity
-from tools.measure.losses import Evaluation, compare_kl
+from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better
 from tools.measure.recall import Retention
 
 Verdict = Literal["accept", "rollback"]
 
+UNSETTLED = (0.05, 0.95)
+"""Probabilities of a lower KL between which a comparison goes on over further windows."""
+
 
 def heed_facts(least: float, retention: Retention | None, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
-    """The verdict, with the facts that a plan must not lose: less than the `least` share of them rolls it back."""
+    """The verdict, with the answer probability that a plan must keep: less than the `least` share rolls it back."""
     if verdict == "rollback" or not least:
         return verdict, reason
     if retention is None:
         return "rollback", "the probability of an answer is not finite"
-    figures = f"{retention.share:.3f} ± {retention.error:.3f} of the answers' probability per token is left"
+    figures = f"answer probability kept {retention.share:.3f} ± {retention.error:.3f}"
     if retention.share < least:
-        return "rollback", f"facts: {figures}, below {least:g}, although {reason}"
-    return verdict, f"{reason}; facts: {figures}"
+        return "rollback", f"{figures}, below {least:g}, although {reason}"
+    return verdict, f"{reason}; {figures}"
 
 
 def accepted_trial(state: State) -> Trial:
@@ -36,20 +39,24 @@ def judge(
     """The verdict on a trial, and why.
 
     Towards the target: accept while perplexity is at most (1 + tau) times the last accepted one. At the same
-    sparsity: accept only when the paired KL falls by SIGMAS standard errors. At the target, nothing sparser or less
+    sparsity: accept only when the paired KL falls by SIGMAS standard errors; where further windows are asked for and
+    the target is reached, when it is lower with the probability asked for. At the target, nothing sparser or less
     sparse replaces an accepted trial. A pattern is reached in one step, whatever the perplexity. Anything that is not
     finite is rolled back.
     """
     perplexity, before = trial.perplexity, best.perplexity
+    reached = same_sparsity(best.sparsity, config.target_sparsity)
     if not trial.finite or perplexity is None or before is None:
         return "rollback", "the loss is not finite"
     if same_sparsity(sparsity, best.sparsity):
         change, error = compare_kl(trial, accepted)
+        if reached and config.further_windows:
+            return _judge_likely(config.accept_probability, trial, accepted)
         figures = f"KL {change:+.4f} ± {error:.4f} at the same sparsity"
         if change < -SIGMAS * error:
             return "accept", f"{figures}: better"
         return "rollback", f"{figures}: {'inside the noise' if abs(change) <= SIGMAS * error else 'worse'}"
-    if same_sparsity(best.sparsity, config.target_sparsity):
+    if reached:
         return (
             "rollback",
             f"sparsity {sparsity:.2%} is off the target of {config.target_sparsity:.2%}, once reached",
@@ -60,6 +67,20 @@ def judge(
     if perplexity <= limit:
         return "accept", f"perplexity {perplexity:.2f} is within {limit:.2f} = (1 + {config.tau:g}) x {before:.2f}"
     return "rollback", f"perplexity {perplexity:.2f} is above {limit:.2f} = (1 + {config.tau:g}) x {before:.2f}"
+
+
+def _judge_likely(least: float, trial: Evaluation, accepted: Evaluation) -> tuple[Verdict, str]:
+    """The verdict at the target by the probability of a lower KL; a swap of two equals costs nothing."""
+    (change, error), better = compare_kl(trial, accepted), find_likelihood_better(trial, accepted)
+    figures = f"KL {change:+.4f} ± {error:.4f} on {len(trial.kl)} windows, better with probability {better:.3f}"
+    if better >= least:
+        return "accept", f"{figures}, at least {least:g}"
+    return "rollback", f"{figures}, below {least:g}"
+
+
+def is_settled(trial: Evaluation, accepted: Evaluation) -> bool:
+    """Whether further windows are not worth their tokens: which one is better is as good as known."""
+    return not UNSETTLED[0] < find_likelihood_better(trial, accepted) < UNSETTLED[1]
 
 
 def decide_stop(state: State) -> str:

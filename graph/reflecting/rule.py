@@ -161,11 +161,11 @@ def combine_lessons(evidence: Evidence, reflection: Reflection) -> list[Lesson]:
 
 
 def _recount_facts(evidence: Evidence) -> str:
-    """What the trial did to the facts, as a lesson tells it; nothing where no questions were asked."""
+    """What the trial did to the right answers' probability, as a lesson tells it; "" where no questions were asked."""
     share, least = evidence.trial.fact_retention, evidence.config.min_fact_retention
     if share is None:
         return ""
-    return f" It left {share:.3f} of the facts" + (f", fewer than {least:g}." if share < least else ".")
+    return f" Answer probability kept: {share:.3f}" + (f", less than {least:g}." if share < least else ".")
 
 
 def _find_idle(evidence: Evidence, learnt: Learnt, selector: str) -> str:

@@ -28,7 +28,8 @@ def trial_cells(trial: Event) -> list[str]:
     return [*cells, kl, show_compact(trial["predicted_kl"], 4), facts, clean(verdict, 8)]
 
 
-TRIAL_COLUMNS = ("#", "sparsity", "ppl", "KL ± error", "pred.", "facts", "verdict")
+ANSWERS = "answer p kept"
+TRIAL_COLUMNS = ("#", "sparsity", "ppl", "KL ± error", "pred.", ANSWERS, "verdict")
 
 
 def draw_trials(trials: Sequence[Event], width: int, shown: int, lines: int) -> Table:
@@ -36,7 +37,7 @@ def draw_trials(trials: Sequence[Event], width: int, shown: int, lines: int) -> 
     rest = trials[len(trials) - shown + 1 :] if len(trials) > shown else trials[1:]
     skipped = len(trials) - 1 - len(rest)
     asked = any(trial.get("fact_retention") is not None for trial in trials)
-    keep = [i for i, head in enumerate(TRIAL_COLUMNS) if head != "facts" or asked] if width >= 70 else [0, 1, 2, 6]
+    keep = [i for i, head in enumerate(TRIAL_COLUMNS) if head != ANSWERS or asked] if width >= 70 else [0, 1, 2, 6]
     rows = [[cells[i] for i in keep] for cells in map(trial_cells, (trials[0], *rest))]
     used, columns = 0, []
     for place, head in enumerate(TRIAL_COLUMNS[i] for i in keep):

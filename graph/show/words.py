@@ -66,11 +66,12 @@ def tell_kl(event: Event) -> str:
 
 
 def tell_facts(event: Event) -> str:
-    """, facts 91.2 % ± 0.8 %: what is left of the answers' probability; nothing where no questions were asked."""
+    """, answer probability kept 91.2 % ± 0.8 %; nothing where no questions were asked."""
     share, error = event.get("fact_retention"), event.get("fact_error")
     if share is None:
         return ""
-    return f", facts {show_percent(share, 1)}" + (f" ± {show_percent(error, 1)}" if error is not None else "")
+    told = f" ± {show_percent(error, 1)}" if error is not None else ""
+    return f", answer probability kept {show_percent(share, 1)}{told}"
 
 
 def tell_trial(event: Event) -> str:

@@ -29,9 +29,9 @@ def test_a_plan_that_loses_facts_is_rolled_back(command: Command, trained_llama:
     assert command("--name", "bound", "--min-fact-retention", "1", *flags).code == 0
     free, bound = (read_events(Path("runs") / name, "trial")[-1] for name in ("free", "bound"))
     assert free["verdict"] == "accept" and free["fact_retention"] < 1
-    figures = f"{free['fact_retention']:.3f} ± {free['fact_error']:.3f} of the answers' probability per token is left"
+    figures = f"answer probability kept {free['fact_retention']:.3f} ± {free['fact_error']:.3f}"
     assert bound["verdict"] == "rollback"
-    assert bound["reason"] == f"facts: {figures}, below 1, although {free['reason']}"
+    assert bound["reason"] == f"{figures}, below 1, although {free['reason']}"
     for key in ("checkpoint", "perplexity", "kl", "fact_retention", "fact_error", "tokens"):
         assert bound[key] == free[key], key
 
@@ -44,9 +44,9 @@ def test_a_plan_that_loses_facts_is_rolled_back(command: Command, trained_llama:
     assert knowledge["pruned"] < knowledge["dense"]
     report = Path("runs/free/report.md").read_text()
     assert f"| **Billhook** | {knowledge['pruned']:.3f} |" in report
-    assert f"Of its factual recall {knowledge['retention']:.1%} is left." in report
+    assert f"Answer probability kept: {knowledge['retention']:.1%}." in report
     (lesson,) = read_events(Path("runs/bound"), "lesson")
-    assert lesson["text"].endswith(f"It left {free['fact_retention']:.3f} of the facts, fewer than 1.")
+    assert lesson["text"].endswith(f"Answer probability kept: {free['fact_retention']:.3f}, less than 1.")
     tokens = read_summary(Path("runs/free"))["evaluated_tokens"]
     assert tokens == free["tokens"] > 3 * 64
 

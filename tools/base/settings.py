@@ -27,7 +27,7 @@ WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
 TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc")
 """How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
 
-FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0}
+FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0, "further_windows": 0}
 """What fields meant in settings that were kept before there were such fields."""
 
 TEXT_SOURCE = f"{', '.join(TEXT_FORMS[:-1])} or {TEXT_FORMS[-1]}"
@@ -139,6 +139,14 @@ class WorkbenchSettings(LoadSettings):
         "scores and the KL curves.",
     )
     validation_windows: int = Field(8, ge=2, le=65536, description="Windows of validation text.")
+    further_windows: int = Field(
+        0,
+        ge=0,
+        le=65536,
+        description="Windows of validation text beyond those. Where the target is reached, a run measures on as many "
+        "of them as it takes to tell which weights are better, and keeps the likelier ones (accept_probability); 0 "
+        "keeps what is better by two standard errors.",
+    )
     test_windows: int = Field(8, ge=1, le=65536, description="Windows of test text.")
     partial: bool = Field(
         False,

@@ -168,6 +168,7 @@ def list_work(
 ) -> list[Work]:
     """The plan of a run; without a price in `seconds` no step has any."""
     calibration, validation = settings.calibration_windows, settings.validation_windows
+    further = settings.further_windows
     gradient = min(settings.gradient_windows, calibration)
 
     def text(split: str, windows: int) -> str:
@@ -182,10 +183,10 @@ def list_work(
     steps = [
         step(
             "validate the dense model",
-            f"forward of {text('validation', validation)}",
+            f"forward of {text('validation', validation + further)}",
             1,
             shares.validation,
-            {"forward": validation, "loss": validation},
+            {"forward": validation + further, "loss": validation + further},
         ),
         step(
             "profile, statistics",
@@ -244,6 +245,16 @@ def list_work(
             {"forward": validation, "divergence": validation},
         )
     )
+    if further:
+        steps.append(
+            step(
+                "compare at the target, at most",
+                f"forward of {text('validation', further)} beyond those, the output head twice",
+                len(course.rounds),
+                shares.validation,
+                {"forward": further, "divergence": further},
+            )
+        )
     if settings.questions:
         steps.append(
             step(

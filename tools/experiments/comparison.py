@@ -12,14 +12,14 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.settings import TEAM, TaskSettings, TeamSettings
 from tools.experiments.comparison_rows import Limits, make_row
-from tools.measure.benchmarks import Benchmark, load_benchmarks
+from tools.measure.benchmarks import Benchmark, load_benchmarks, refuse_shared_questions
 from tools.measure.harness import run_benchmark
 from tools.models.load import check_device, locate_model
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, list_jobs
 from tools.plans.recipe import Recipe
 from tools.plans.rules import ALLOCATIONS, name_allocations
 from tools.results.comparison import Comparison, Row, describe_dense, describe_row, show_tables, write_comparison
-from tools.results.schema import Reach, Score
+from tools.results.schema import Score
 from tools.texts.windows import check_texts
 from tools.workbench.open import use_workbench
 
@@ -71,9 +71,9 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     done = {_key(row): row for row in known.rows} if known else {}
     if known:
         print_line(console, describe_dense(known))
-    for job in jobs:
-        if job.key in done:
-            print_line(console, describe_row(job, done[job.key]))
+        for job in jobs:
+            if job.key in done:
+                print_line(console, describe_row(job, done[job.key], known.reach))
     impossible: list[str] = []
     todo = [job for job in jobs if job.key not in done]
     if todo or known is None:
@@ -94,6 +94,7 @@ def _check_input(settings: CompareSettings) -> None:
     locate_model(settings.model)
     check_device(settings.device)
     check_texts(settings)
+    refuse_shared_questions(settings, settings)
 
 
 def _read_comparison(directory: Path, settings: CompareSettings) -> tuple[Comparison | None, CompareSettings]:
@@ -161,7 +162,7 @@ def _make_rows(
                 continue
             known.rows.append(row)
             write_comparison(directory, known)
-            print_line(console, describe_row(job, row))
+            print_line(console, describe_row(job, row, known.reach))
     return known, impossible
 
 
@@ -178,7 +179,7 @@ def _profile(bench: "Workbench", settings: CompareSettings, jobs: list[Job], pro
         profile_seconds=round(time.monotonic() - began, 1),
         dense_perplexity=dense,
         bos=bench.windows.lead > 0,
-        reach=Reach(of_blocks=bench.reach.of_blocks, of_model=bench.reach.of_model),
+        reach=bench.told_reach,
     )
 
 

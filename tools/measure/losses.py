@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from tools.base.progress import Progress, heed_stop
+from tools.base.student import find_p
 from tools.models.blocks import Blocks
 from tools.models.readout import measure_losses
 
@@ -60,6 +61,25 @@ def compare_kl(trial: Evaluation, accepted: Evaluation) -> tuple[float, float]:
     pairs = zip(trial.kl, accepted.kl, strict=True)
     differences = [t - a for t, a in pairs if t is not None and a is not None]
     return float(np.mean(differences)), _standard_error(differences)
+
+
+def find_likelihood_better(trial: Evaluation, accepted: Evaluation) -> float:
+    """The probability that the trial's mean KL is the lower one: of the paired t statistic over windows, one-sided.
+
+    Student's distribution, as the posterior of a mean of normal differences under a flat prior. 0.5 where all
+    losses are the same. Raises ValueError as `compare_kl`.
+    """
+    change, error = compare_kl(trial, accepted)
+    if not error:
+        return 0.5 if change == 0 else float(change < 0)
+    tail = find_p(change / error, len(trial.kl) - 1) / 2
+    return 1 - tail if change < 0 else tail
+
+
+def join_windows(first: Evaluation, *more: Evaluation) -> Evaluation:
+    """The losses on one text after another."""
+    every = (first, *more)
+    return Evaluation(nll=[x for part in every for x in part.nll], kl=[x for part in every for x in part.kl])
 
 
 PREFIX_SHARE = 0.5

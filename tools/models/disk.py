@@ -37,6 +37,17 @@ def list_disk(model: Any, layers: list[Layer], settings: TeamSettings, lead: int
             how=f"{blocks:,} blocks × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
             bytes=blocks * windows * tokens * wide * item,
         ),
+        *(
+            [
+                Line(
+                    what="the dense model's hidden states on further windows",
+                    how=f"{further:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
+                    bytes=further * tokens * wide * item,
+                )
+            ]
+            if (further := settings.further_windows)
+            else []
+        ),
         Line(
             what="layers of checkpoints",
             how=f"{checkpoints} × the prunable layers, each with its mask",

@@ -11,7 +11,7 @@ from tools.base.settings import WorkbenchSettings
 from tools.base.words import escape
 from tools.results.schema import Summary
 from tools.results.sentences import describe_result, name_sparsity
-from tools.results.structure import HEADS, Structure, list_rows
+from tools.results.structure import HEADS, Structure, list_rows, name_removed
 from tools.results.tables import list_benchmarks, list_perplexities, list_table
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def write_structure_card(result: Structure) -> str:
     protocol = result.protocol
     return _write(
         "library_name: transformers\ntags: [pruned, structured, billhook]",
-        f"{result.model}, {result.removed:.2%} of the blocks' weights cut",
+        f"{result.model}, {name_removed(result)}",
         [
             f"Constraint: {result.constraint}.",
             "",

@@ -17,7 +17,7 @@ from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, Job, name_target
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
 from tools.results.schema import Protocol, Reach, Score, describe_bos, describe_cut
-from tools.results.sentences import describe_reach
+from tools.results.sentences import describe_reach, tell_share
 from tools.results.tables import list_table
 
 REFERENCE = "sparsegpt:uniform"
@@ -44,8 +44,8 @@ class Row(BaseModel):
     kl_error: float | None = Field(description="Standard error of kl over the windows.")
     fact_retention: float | None = Field(
         None,
-        description="Share of the right answers' probability per token that is left of the dense model's; null without "
-        "--questions, or where one was not finite.",
+        description="Answer probability kept: exp of the mean change of the right answers' log-probability per token "
+        "beside the dense model; null without --questions, or where one was not finite.",
     )
     fact_error: float | None = Field(None, description="Its standard error over the questions.")
     scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
@@ -94,12 +94,13 @@ def describe_dense(known: Comparison) -> str:
     return f"dense: perplexity {show(known.dense_perplexity)}"
 
 
-def describe_row(job: Job, row: Row) -> str:
+def describe_row(job: Job, row: Row, reach: Reach | None) -> str:
     """The line about a row that is done."""
     went = "removed" if job.kind == "parts" else "zeros"
     return (
-        f"{job.title}: {row.achieved_sparsity:.2%} {went}, perplexity {show(row.perplexity)}, "
-        f"KL {show(row.kl, 4)}, allocated in {row.allocation_seconds:.1f} s, pruned in {row.seconds:.1f} s"
+        f"{job.title}: {row.achieved_sparsity:.2%} {went}{tell_share(row.achieved_sparsity, reach)}, "
+        f"perplexity {show(row.perplexity)}, KL {show(row.kl, 4)}, allocated in {row.allocation_seconds:.1f} s, "
+        f"pruned in {row.seconds:.1f} s"
     )
 
 
@@ -145,8 +146,9 @@ def relative_degradation(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def _list_titles(known: Comparison) -> list[str]:
-    facts = ["facts"] if known.settings["questions"] else []
-    return ["recipe", "sparsity", "perplexity", "× SparseGPT", "KL", *facts, "prune s", "allocate s", "tokens"]
+    facts = ["answer probability kept"] if known.settings["questions"] else []
+    share = ["of the model"] if known.reach else []
+    return ["recipe", "sparsity", *share, "perplexity", "× SparseGPT", "KL", *facts, "prune s", "allocate s", "tokens"]
 
 
 def _list_cells(row: Row, known: Comparison) -> list[str]:
@@ -157,6 +159,7 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
     return [
         row.recipe,
         f"{row.achieved_sparsity:.2%}",
+        *([f"{row.achieved_sparsity * known.reach.of_model:.2%}"] if known.reach else []),
         show(row.perplexity),
         "" if relative is None else f"{relative:.2f}",
         show_score(None if row.kl_error is None else row.kl, row.kl_error),
@@ -168,7 +171,7 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
 
 
 _EXPLAIN_FACTS = (
-    "Facts: the share of the right answers' probability per token that is left of the dense model's, on "
+    "Answer probability kept: exp of the mean change of the right answers' log-probability per token, on "
     "{question_pairs} questions of `{questions}`."
 )
 
@@ -194,7 +197,12 @@ def describe(known: Comparison) -> str:
         "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
         "the seconds of curves that several rows share stand in the first of them."
         + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else "")
-        + (" Structured: the sparsity is the share of the prunable weights removed." if structured else ""),
+        + (" Structured: the sparsity is the share of the prunable weights removed." if structured else "")
+        + (
+            " Of the model: the share of all its weights, embeddings included, that is zero or gone."
+            if known.reach
+            else ""
+        ),
         "",
         "![Perplexity over sparsity](compare.svg)",
         "",

@@ -60,9 +60,7 @@ class Knowledge(BaseModel):
     dense: float | None = Field(description="Mean log-probability of a gold answer's tokens, nats per token.")
     pruned: float | None = Field(description="The same of the pruned model; null where it was not finite.")
     uniform_wanda: float | None = Field(description="The same of uniform Wanda at the same sparsity.")
-    retention: float | None = Field(
-        description="exp(pruned - dense): the share of the answers' probability per token that is left."
-    )
+    retention: float | None = Field(description="Answer probability kept: exp(pruned - dense), per token.")
     retention_error: float | None = Field(description="Its standard error, from the paired differences.")
 
 
@@ -93,6 +91,7 @@ class Reach(BaseModel):
 
     of_blocks: float = Field(description="Prunable weights, as a share of those of all matrices in the decoder blocks.")
     of_model: float = Field(description="The same as a share of all the model's weights, embeddings included.")
+    prunable: int | None = Field(None, description="Prunable weights; null where an earlier version did not record it.")
 
     @property
     def is_nearly_all(self) -> bool:

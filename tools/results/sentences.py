@@ -12,15 +12,30 @@ def describe_result(summary: Summary) -> str:
     p = summary.perplexity
     rounds, undone = count(summary.iterations, "iteration"), count(summary.rollbacks, "rollback")
     text = (
-        f"{summary.achieved_sparsity:.2%} of the prunable weights are zero (target {summary.target_sparsity:.2%}), "
-        f"after {rounds} with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at "
-        f"the same sparsity {show(p.uniform_wanda)}"
+        f"{summary.achieved_sparsity:.2%} of {name_prunable(summary.reach)} are zero (target "
+        f"{summary.target_sparsity:.2%}){tell_share(summary.achieved_sparsity, summary.reach)}, after {rounds} "
+        f"with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at the same "
+        f"sparsity {show(p.uniform_wanda)}"
     )
     if (share := relate_to_wanda(p.dense, p.pruned, p.uniform_wanda)) is not None:
         text += f", so the degradation is {share:.2f} times uniform Wanda's"
     if summary.knowledge and summary.knowledge.retention is not None:
-        text += f". Of its factual recall {summary.knowledge.retention:.1%} is left"
+        text += f". Answer probability kept: {summary.knowledge.retention:.1%}"
     return f"{text}. {told}" if (told := describe_reach(summary.reach)) else f"{text}."
+
+
+def name_prunable(reach: Reach | None) -> str:
+    """`the 106,168,320 prunable weights`, without their number where it is not known."""
+    return (
+        "the prunable weights"
+        if reach is None or reach.prunable is None
+        else f"the {reach.prunable:,} prunable weights"
+    )
+
+
+def tell_share(share: float, reach: Reach | None) -> str:
+    """`, 35.52% of the whole model`: what a share of the prunable weights is of all; "" where that is not known."""
+    return f", {share * reach.of_model:.2%} of the whole model" if reach else ""
 
 
 def describe_reach(reach: Reach | None) -> str:
@@ -73,11 +88,13 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
     dense, pruned, uniform = (result["perplexity"][key] for key in ("dense", "pruned", "uniform_wanda"))
     share = relate_to_wanda(dense, pruned, uniform)
     compared = "not to be compared with uniform Wanda's" if share is None else f"{share:.2f} × that of uniform Wanda"
+    reach = Reach.model_validate(result["reach"]) if result.get("reach") else None
+    told = f" of {name_prunable(reach)}{tell_share(result['achieved_sparsity'], reach)}" if reach else ""
     return [
         f"{clean(result['status'])}: sparsity {show_percent(result['achieved_sparsity'])} "
-        f"(target {show_percent(result['target_sparsity'])}), {count(result['iterations'], 'iteration')}, "
+        f"(target {show_percent(result['target_sparsity'])}){told}, {count(result['iterations'], 'iteration')}, "
         f"{result['rollbacks']} rolled back",
-        *_list_reach(result.get("reach")),
+        *([partly] if (partly := describe_reach(reach)) else []),
         f"perplexity: {show_compact(pruned)} pruned, {show_compact(dense)} dense, {show_compact(uniform)} uniform "
         f"Wanda; KL {show_compact(result['kl'], 4)}",
         f"degradation: {compared}; {show_seconds(result['seconds'])}, "
@@ -86,11 +103,6 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
         f"model:  {clean(result['model_directory'], 1000)}",
         f"report: {clean(result['report'], 1000)}",
     ]
-
-
-def _list_reach(reach: Mapping[str, Any] | None) -> list[str]:
-    told = describe_reach(Reach.model_validate(reach) if reach else None)
-    return [told] if told else []
 
 
 def _show_memory(size: float | None) -> str:

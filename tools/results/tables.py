@@ -98,7 +98,7 @@ def _list_knowledge(knowledge: Knowledge) -> list[str]:
     left = ""
     if knowledge.retention is not None:
         error = knowledge.retention_error or 0.0
-        left = f" {knowledge.retention:.3f} ± {error:.3f} of the answers' probability per token is left."
+        left = f" Answer probability kept (exp of the mean change): {knowledge.retention:.3f} ± {error:.3f}."
     return [
         "## Knowledge",
         f"{knowledge.pairs} questions of `{knowledge.source}` that no plan was judged by, closed-book and without "

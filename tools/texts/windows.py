@@ -1,6 +1,7 @@
 """How text becomes three disjoint sets of token windows."""
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,11 +22,13 @@ SHINGLE = 64
 
 
 class Windows(NamedTuple):
-    """Token ids of the three splits, each (windows, lead + window) int64."""
+    """Token ids of the splits, each (windows, lead + window) int64."""
 
     calibration: "Tensor"
     validation: "Tensor"
     test: "Tensor"
+    further: "Tensor"
+    """More of the validation text, behind all else that its source is cut into; none where none is asked for."""
     mixed: "dict[Calibration, Tensor]"
     """The calibration text with more questions in it, as far as there are enough of them."""
     lead: int = 0
@@ -58,7 +61,7 @@ def check_texts(settings: WorkbenchSettings) -> None:
 
 
 def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
-    """Three disjoint sets of windows; splits with the same source take consecutive parts of it.
+    """Disjoint sets of windows; splits with the same source take consecutive parts of it.
 
     With `text_cut` N that is the N-th stretch of a source, as long as the windows of all splits that share it.
 
@@ -72,9 +75,10 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     counts = {split: getattr(settings, f"{split}_windows") for split in SPLITS}
     counts["calibration"] -= settings.count_mixed(settings.calibration_mix)
     sources = {split: getattr(settings, split) for split in SPLITS}
+    counts["further"], sources["further"] = settings.further_windows, settings.validation
     windows: dict[str, Tensor] = {}
     for source in dict.fromkeys(sources.values()):
-        sharing = [split for split in SPLITS if sources[split] == source]
+        sharing = [split for split in sources if sources[split] == source]
         asked = {split: counts[split] for split in sharing}
         ids = _read_tokens(read_documents(source), tokenizer, _reach(settings, asked))
         parts = torch.split(_cut(ids, source, settings, asked), list(asked.values()))
@@ -84,7 +88,7 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     if settings.questions:
         questions_BT = _cut_questions(settings, tokenizer)
         windows["calibration"], mixed = mix_questions(settings, windows["calibration"], questions_BT)
-    result = Windows(windows["calibration"], windows["validation"], windows["test"], mixed)
+    result = Windows(windows["calibration"], windows["validation"], windows["test"], windows["further"], mixed)
     _check_overlap(result, tokenizer)
     return _begin(result, tokenizer.bos_token_id) if count_lead(settings, tokenizer) else result
 
@@ -96,7 +100,7 @@ def _begin(windows: Windows, bos: int) -> Windows:
     def begin(text_BT: "Tensor") -> "Tensor":
         return torch.nn.functional.pad(text_BT, (1, 0), value=bos)
 
-    splits = begin(windows.calibration), begin(windows.validation), begin(windows.test)
+    splits = begin(windows.calibration), begin(windows.validation), begin(windows.test), begin(windows.further)
     return Windows(*splits, {name: begin(text_BT) for name, text_BT in windows.mixed.items()}, lead=1)
 
 
@@ -134,7 +138,7 @@ def _cut(ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[
     end = _reach(settings, counts)
     if len(ids) >= end:
         return torch.tensor(ids[end - window * windows : end], dtype=torch.int64).view(windows, window)
-    asked = " + ".join(f"{count} {split}" for split, count in counts.items())
+    asked = " + ".join(f"{count} {split}" for split, count in counts.items() if count)
     behind = f" behind {end - window * windows} that --text-cut {cut} passes over" if cut else ""
     raise UserError(
         f"text source {source!r} is too short: {asked} windows of {window} tokens need {window * windows} tokens"
@@ -144,9 +148,10 @@ def _cut(ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[
 
 def _check_overlap(windows: Windows, tokenizer: Any) -> None:
     """Raises UserError when two splits share text. A mixed text that does, and nobody has asked for yet, is dropped."""
-    length = min(SHINGLE, *(getattr(windows, split).numel() for split in SPLITS))
-    hashes = {split: _hash_shingles(getattr(windows, split), length) for split in SPLITS}
-    for first, second in (("calibration", "validation"), ("calibration", "test"), ("validation", "test")):
+    splits = [*SPLITS, "further"] if len(windows.further) else SPLITS
+    length = min(SHINGLE, *(getattr(windows, split).numel() for split in splits))
+    hashes = {split: _hash_shingles(getattr(windows, split), length) for split in splits}
+    for first, second in combinations(splits, 2):
         shared = np.isin(hashes[second], hashes[first])
         if shared.any():
             at = int(shared.argmax())
@@ -156,7 +161,7 @@ def _check_overlap(windows: Windows, tokenizer: Any) -> None:
                 f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
                 f"such as {text!r}); choose disjoint texts"
             )
-    measured = np.concatenate([hashes["validation"], hashes["test"]])
+    measured = np.concatenate([hashes[split] for split in splits if split != "calibration"])
     for name, text_BT in list(windows.mixed.items()):
         if np.isin(measured, _hash_shingles(text_BT, length)).any():
             del windows.mixed[name]

@@ -32,6 +32,7 @@ from tools.models.readout import check_readout
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
+from tools.results.schema import Reach
 from tools.statistics.experts import describe_few
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
@@ -160,6 +161,12 @@ class Workbench:
         """As `Weights.hash_masks`."""
         return self.weights.hash_masks()
 
+    @property
+    def told_reach(self) -> Reach:
+        """How much of the model is prunable, as reports tell it."""
+        reach = self.reach
+        return Reach(of_blocks=reach.of_blocks, of_model=reach.of_model, prunable=reach.prunable)
+
     # --- profile ------------------------------------------------------------------------------------------------
 
     def profile(self, progress: Progress, first: str = "", *, masks_only: bool = False) -> str:
@@ -232,6 +239,11 @@ class Workbench:
         """As `Evaluator.evaluate`."""
         with self._explained(f"measuring on the {split} text"):
             return self.evaluator.evaluate(checkpoint, split, profile, progress, label)
+
+    def evaluate_further(self, checkpoint: str, windows: range, progress: Progress) -> Evaluation:
+        """As `Evaluator.evaluate_further`."""
+        with self._explained("measuring on the validation text"):
+            return self.evaluator.evaluate_further(checkpoint, windows, progress)
 
     def evaluate_each(
         self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"

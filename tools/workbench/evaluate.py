@@ -56,18 +56,38 @@ class Evaluator:
         """Losses of a checkpoint on a split (`validation` or `test`); measured once, then read back."""
         if known := self._read(checkpoint, split):
             return known
-        self._pruner.restore(checkpoint)
-        validation = split == "validation"
-        hidden = self._profiles.read_hidden(profile) if validation else None
+        hidden = self._profiles.read_hidden(profile) if split == "validation" else None
         every = range(self._losses.count_windows(split))
-        begun = self._path(checkpoint, f"{split}-begun")
+        return self._measure_once(checkpoint, split, split, every, hidden, label or split, progress)
+
+    def evaluate_further(self, checkpoint: str, windows: range, progress: Progress) -> Evaluation:
+        """Losses of a checkpoint on some of the validation text's further windows; measured once, then read back."""
+        name = f"further-{windows.start}-{windows.stop}"
+        if known := self._read(checkpoint, name):
+            return known
+        hidden = self._profiles.read_further(windows, progress)
+        return self._measure_once(checkpoint, name, "further", windows, hidden, "further validation", progress)
+
+    def _measure_once(
+        self,
+        checkpoint: str,
+        name: str,
+        text: MeasuredText,
+        windows: range,
+        hidden: Tensor | None,
+        label: str,
+        progress: Progress,
+    ) -> Evaluation:
+        """Measure some windows of a text, and keep the losses under a name."""
+        self._pruner.restore(checkpoint)
+        begun = self._path(checkpoint, f"{name}-begun")
         known = self._read_begun(begun, Evaluation)
-        so_far = SoFar(known.nll, known.kl) if known and len(known.nll) < len(every) else SoFar()
+        so_far = SoFar(known.nll, known.kl) if known and len(known.nll) < len(windows) else SoFar()
         with self._keep_begun(begun, lambda: {"nll": so_far.nll, "kl": so_far.kl}):
             evaluation, _ = self._losses.measure(
-                split, every, hidden, label or split, progress, from_change=validation, so_far=so_far
+                text, windows, hidden, label, progress, from_change=text == "validation", so_far=so_far
             )
-        write_json(self._path(checkpoint, split), evaluation.model_dump())
+        write_json(self._path(checkpoint, name), evaluation.model_dump())
         begun.unlink(missing_ok=True)
         return evaluation
 
@@ -90,7 +110,7 @@ class Evaluator:
     def _path(self, checkpoint: str, split: str) -> Path:
         return self._directory / f"{split}-{checkpoint[:16]}.json"
 
-    def _read(self, checkpoint: str, split: Split) -> Evaluation | None:
+    def _read(self, checkpoint: str, split: str) -> Evaluation | None:
         """What was measured before, if it is there and whole."""
         path = self._path(checkpoint, split)
         try:

@@ -16,7 +16,7 @@ from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
 from tools.workbench.weights import Weights
 
-MeasuredText = Split | Literal["calibration"]
+MeasuredText = Split | Literal["calibration", "further"]
 
 
 class Losses:

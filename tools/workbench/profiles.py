@@ -103,6 +103,21 @@ class Profiles:
             self._store.path(begun["hidden"], ".safetensors").unlink(missing_ok=True)
         return self._store.write_tensors({"hidden": hidden}), evaluation
 
+    def read_further(self, windows: range, progress: Progress) -> Tensor:
+        """The dense model's hidden states (B, T, D), on the CPU, on some of the validation text's further windows.
+
+        Measured once; then the dense weights stay in the model. Raises UserError where its losses are not finite.
+        """
+        key = ["further", *self._name_dense(), str(windows)]
+        found = self._index.read_measured(key)
+        if found is None or not self._store.has(found["hidden"], ".safetensors"):
+            self._weights.restore_dense()
+            evaluation, hidden = self._losses.measure("further", windows, None, "dense, further validation", progress)
+            if not evaluation.finite:
+                raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
+            found = self._index.keep_measured(key, {"hidden": self._store.write_tensors({"hidden": hidden})})
+        return self._store.read_tensors(found["hidden"])["hidden"]
+
     def _read_so_far(self, key: list[str], windows: int) -> SoFar:
         """What was measured of the dense model before it was interrupted."""
         found = self._index.read_measured(key)

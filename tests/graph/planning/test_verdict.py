@@ -64,6 +64,34 @@ def test_what_is_not_finite_is_rolled_back(broken: Evaluation) -> None:
     assert judge(CONFIG, 0.3, broken, DENSE, losses(10, 0, 0)) == ("rollback", "the loss is not finite")
 
 
+@pytest.mark.parametrize(
+    ("kl", "verdict", "figures"),
+    [
+        (
+            (0.09, 0.11, 0.1, 0.08),
+            "accept",
+            "-0.0100 ± 0.0000 on 4 windows, better with probability 1.000, at least 0.75",
+        ),
+        (
+            (0.05, 0.12, 0.11, 0.1),
+            "accept",
+            "-0.0100 ± 0.0135 on 4 windows, better with probability 0.743, at least 0.7",
+        ),
+        (
+            (0.09, 0.12, 0.11, 0.1),
+            "rollback",
+            "+0.0000 ± 0.0041 on 4 windows, better with probability 0.500, below 0.75",
+        ),
+    ],
+)
+def test_with_further_windows_the_likelier_weights_are_kept(kl: tuple[float, ...], verdict: str, figures: str) -> None:
+    config = RunConfig(further_windows=8, accept_probability=0.7 if figures.endswith("0.7") else 0.75)
+    accepted = losses(11, 0.1, 0.12, 0.11, 0.09)
+    assert judge(config, 0.45, losses(99, *kl), AT_TARGET, accepted) == (verdict, f"KL {figures}")
+    short = make_trial(2, "accept", 0.3, Recipe())
+    assert "at the same sparsity" in judge(config, 0.3, losses(99, *kl), short, accepted)[1], "short of the target"
+
+
 def state_with(*trials: Trial) -> State:
     return State(run="r", dense=DENSE, trials=list(trials), iteration=trials[-1].iteration)
 
@@ -100,12 +128,12 @@ def test_a_new_profile_where_config_or_an_accepted_plan_asks_for_one() -> None:
     ("least", "share", "verdict", "reason"),
     [
         (0.0, 0.2, "accept", "good"),
-        (0.9, 0.9, "accept", "good; facts: 0.900 ± 0.010 of the answers' probability per token is left"),
+        (0.9, 0.9, "accept", "good; answer probability kept 0.900 ± 0.010"),
         (
             0.9,
             0.899,
             "rollback",
-            "facts: 0.899 ± 0.010 of the answers' probability per token is left, below 0.9, although good",
+            "answer probability kept 0.899 ± 0.010, below 0.9, although good",
         ),
     ],
 )

@@ -175,11 +175,15 @@ def test_tokens_are_those_of_the_allocation(compared: Compared) -> None:
 
 def test_one_plain_line_for_each_row_without_a_terminal(compared: Compared) -> None:
     lines = compared.lines
+    assert compared.known.reach
     assert lines[0] == f"dense: perplexity {compared.known.dense_perplexity:.2f}"
     assert len(lines) == len(TITLES) + 2
     assert lines[-1] == f"see {compared.settings.out}/compare.md"
     for line, title, row in zip(lines[1:], TITLES, compared.known.rows, strict=False):
-        begin = f"{title}: {row.achieved_sparsity:.2%} zeros, perplexity {row.perplexity:.2f}, KL {row.kl:.4f}, "
+        share = f"{row.achieved_sparsity * compared.known.reach.of_model:.2%} of the whole model"
+        begin = (
+            f"{title}: {row.achieved_sparsity:.2%} zeros, {share}, perplexity {row.perplexity:.2f}, KL {row.kl:.4f}, "
+        )
         assert re.fullmatch(re.escape(begin) + r"allocated in \d+\.\d s, pruned in \d+\.\d s", line)
 
 
@@ -440,3 +444,20 @@ def test_what_a_recipe_leaves_of_the_facts(tiny_llama: Path, tmp_path: Path, no_
     said = (tmp_path / "out" / "compare.md").read_text()
     assert f"| {row.fact_retention:.1%} ± {row.fact_error:.1%} |" in said
     assert f"on 4 questions of `file:{source}`." in said
+
+
+def test_questions_that_rows_may_be_fitted_to_are_not_asked_as_a_task(tiny_llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "questions.jsonl"
+    source.write_text("\n".join(f'{{"question": "Which is number {i}?", "answer": "class"}}' for i in range(12)))
+    asked = {
+        "questions": f"file:{source}",
+        "question_pairs": 4,
+        "tasks": ["freebaseqa"],
+        "freebaseqa": f"file:{source}",
+    }
+    settings = make_settings(tiny_llama, tmp_path / "out").model_copy(update={**asked, "shots": 0})
+    with pytest.raises(
+        UserError, match=r"^freebaseqa would ask 8 questions that plans are judged by or may be fitted to, "
+    ):
+        run_comparison(settings)
+    assert not (tmp_path / "out").exists()

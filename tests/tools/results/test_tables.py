@@ -50,6 +50,13 @@ def test_a_report_of_a_model_of_which_little_can_be_pruned(tmp_path: Path) -> No
     end_run(run, reach=Reach(of_blocks=0.995, of_model=0.5))  # large embeddings are nobody's fault
     lines = read_report(run)
     assert lines[0] == "# demo: tiny at 45.00% sparsity" and lines[2].endswith(" times uniform Wanda's.")
+    assert lines[2].startswith(
+        "45.00% of the prunable weights are zero (target 45.00%), 22.50% of the whole model, after"
+    )
+    end_run(run, reach=Reach(of_blocks=1.0, of_model=0.5, prunable=12_345))
+    assert read_report(run)[2].startswith(
+        "45.00% of the 12,345 prunable weights are zero (target 45.00%), 22.50% of the "
+    )
 
 
 def test_what_was_asked_has_its_tables(tmp_path: Path) -> None:
@@ -63,7 +70,7 @@ def test_what_was_asked_has_its_tables(tmp_path: Path) -> None:
     ]
     end_run(run, knowledge=knowledge, benchmarks=scores)
     lines = read_report(run)
-    assert "Of its factual recall 50.0% is left." in lines[2]
+    assert "Answer probability kept: 50.0%." in lines[2]
     assert "| dense | -2.500 |" in lines and "| **Billhook** | not finite |" in lines
     at = lines.index("| task | metric | dense | pruned | questions |")
     assert lines[at + 1 : at + 5] == [

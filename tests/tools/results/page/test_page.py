@@ -311,7 +311,7 @@ def test_what_a_trial_left_of_the_facts(tmp_path: Path) -> None:
     layers = make_layers()
     run = begin_run(tmp_path / "asked", layers)
     add_round(run, 1, "accept", layers)
-    assert "answers' probability" not in read_page(run).page
+    assert "Answer probability kept" not in read_page(run).page
     add_round(run, 2, "rollback", layers, facts=0.912)
     page = read_page(run)
-    assert page.all("dd").count("91.2% ± 0.8% of the right answers' probability per token is left") == 1
+    assert page.all("dd").count("91.2% ± 0.8% of the dense model's, per token") == 1

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from graph.ablation.student import find_p, find_quantile
+from tools.base.student import find_p, find_quantile
 
 TABLE = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445, 5: 2.570582, 9: 2.262157, 10: 2.228139, 30: 2.042272}
 """Degrees of freedom to the quantile of 97.5 %, as printed in every table."""

@@ -1,4 +1,4 @@
-"""Student's t distribution, for whole degrees of freedom: how surely a mean over few seeds is no chance."""
+"""Student's t distribution, for whole degrees of freedom: how surely a mean over few seeds or windows is no chance."""
 
 import math
 
