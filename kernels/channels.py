@@ -28,22 +28,38 @@ class InputMoments(NamedTuple):
     """Mean of e x^T, fp32."""
 
 
-class MomentSums:
-    """Sums of a layer's inputs, and of what else it shall give, batch after batch."""
+class ChannelSums:
+    """Sums of a layer's inputs, batch after batch."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.tokens = 0
-        self.extra_O: Tensor | None = None
-        self.extra_product_OI: Tensor | None = None
         self.sum_I = torch.zeros(channels, dtype=torch.float64, device=device)
         self.squares_I = torch.zeros_like(self.sum_I)
+
+    def add(self, x_TI: Tensor) -> None:
+        """Count a batch of tokens."""
+        self.tokens += len(x_TI)
+        self.sum_I += x_TI.double().sum(0)
+        self.squares_I += x_TI.double().square().sum(0)
+
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """(mean, variance of the whole population) of every channel, fp64."""
+        mean_I = self.sum_I / self.tokens
+        return mean_I, (self.squares_I / self.tokens - mean_I.square()).clamp(min=0)
+
+
+class MomentSums(ChannelSums):
+    """Sums of a layer's inputs, of their products, and of what else it shall give, batch after batch."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        super().__init__(channels, device)
+        self.extra_O: Tensor | None = None
+        self.extra_product_OI: Tensor | None = None
         self.product_II = torch.zeros(channels, channels, device=device)
 
     def add(self, x_TI: Tensor, extra_TO: Tensor | None = None) -> None:
         """Count a batch of tokens; `extra_TO` with every batch or with none."""
-        self.tokens += len(x_TI)
-        self.sum_I += x_TI.double().sum(0)
-        self.squares_I += x_TI.double().square().sum(0)
+        super().add(x_TI)
         self.product_II.addmm_(x_TI.float().T, x_TI.float())
 
         if extra_TO is not None:
@@ -55,20 +71,26 @@ class MomentSums:
 
     def finish(self) -> InputMoments:
         """The moments; the sums are used up. Raises ValueError when they are not finite."""
-        mean_I = self.sum_I / self.tokens
+        mean_I, variance_I = self.spread()
         moment_II = self.product_II.div_(self.tokens)
         if not bool(torch.isfinite(moment_II).all()):
             raise ValueError("the second moment is not finite")
-        variance_I = (self.squares_I / self.tokens - mean_I.square()).clamp(min=0)
         if self.extra_O is None or self.extra_product_OI is None:
             return InputMoments(mean_I, variance_I, moment_II)
         extras = self.extra_O / self.tokens, self.extra_product_OI.div_(self.tokens)
         return InputMoments(mean_I, variance_I, moment_II, *extras)
 
 
-def score_fluctuation(weight_OI: Tensor, moments: InputMoments) -> Tensor:
+def score_fluctuation(weight_OI: Tensor, variance_I: Tensor) -> Tensor:
     """FLAP's fluctuation (arXiv 2312.11983): Var(x_j) * ||W_:,j||^2 of every channel, shape (I,), fp64."""
-    return moments.variance_I * weight_OI.double().square().sum(0)
+    return variance_I * weight_OI.double().square().sum(0)
+
+
+def standardise(score_I: Tensor) -> Tensor:
+    """FLAP's standardised scores: (s - mean) / standard deviation (of a sample), shape (I,); 0 where all are alike."""
+    centred_I = score_I - score_I.mean()
+    deviation = centred_I.square().sum().div(max(1, len(score_I) - 1)).sqrt()
+    return centred_I / deviation if float(deviation) > 0 else centred_I
 
 
 def score_residual(weight_OI: Tensor, moments: InputMoments, units: int, *, biased: bool) -> Tensor:
@@ -94,6 +116,19 @@ def score_residual(weight_OI: Tensor, moments: InputMoments, units: int, *, bias
 def keep_highest_units(score_U: Tensor, removed: int) -> Tensor:
     """Ascending indices of the units that stay when the `removed` lowest go, ties from the left."""
     return score_U.sort(stable=True).indices[removed:].sort().values
+
+
+def mark_kept(score_U: Tensor, cost_U: Tensor, share: float) -> Tensor:
+    """Which units stay when the highest-scored do whose costs together come nearest to `share` of all: bool, (U,).
+
+    Ties from the left. FLAP's threshold over the whole model, with every unit counted as the weights that go with it.
+    """
+    order_U = score_U.sort(descending=True, stable=True).indices
+    spent = torch.cat([cost_U.new_zeros(1), cost_U[order_U].cumsum(0)]).double()
+    kept = int((spent - share * float(spent[-1])).abs().argmin())
+    stays_U = torch.zeros(len(score_U), dtype=torch.bool, device=score_U.device)
+    stays_U[order_U[:kept]] = True
+    return stays_U
 
 
 def expand_units(unit_U: Tensor, width: int) -> Tensor:

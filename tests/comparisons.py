@@ -11,7 +11,7 @@ from tools.experiments.comparison import CompareSettings, compare
 from tools.results.comparison import Comparison, Row
 from tools.results.schema import describe_protocol
 
-EVOLUTION_TOKENS = 2000
+EVOLUTION_TOKENS = 10_000
 
 
 def make_settings(model: Path | str, out: Path, **changes: Any) -> CompareSettings:

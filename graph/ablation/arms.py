@@ -10,6 +10,7 @@ import numpy as np
 from graph.ablation.settings import AblateSettings
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
 from tools.plans.allocate import Allocation, allocate
+from tools.plans.evolve import describe_search
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import order_allocation
@@ -114,7 +115,7 @@ def draw_plan(layers: Sequence[LayerProfile], seed: int, number: int) -> tuple[R
 
 
 def try_search(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> Choice:
-    """An evolutionary search, on calibration text, with the weights of the default recipe."""
+    """EvoPress's super-fast search, as long as the tokens allow, with the weights of the default recipe."""
     recipe = Recipe(allocation="uniform")
     found = search_allocation(
         bench,
@@ -126,7 +127,9 @@ def try_search(bench: "Workbench", profile: str, settings: AblateSettings, progr
         max_layer_sparsity=settings.max_layer_sparsity,
     )
     checkpoint = bench.prune(profile, order_allocation(recipe, found.allocation), progress)
-    return Choice(checkpoint, f"{recipe.mask_label}:evolution", found.tokens // settings.window, found.tokens)
+    assert found.searched is not None
+    length = describe_search(*found.searched[:3], found.tokens)
+    return Choice(checkpoint, f"{recipe.mask_label}:evolution, {length}", found.searched.measured, found.tokens)
 
 
 TRIES: dict[str, Callable[["Workbench", str, AblateSettings, "Progress"], Choice]] = {

@@ -13,7 +13,8 @@ ARMS = {
     "heuristic": "fixed rules plan and reflect",
     "kappa": "one plan: the default recipe, shared out by the KL curves",
     "random": "plans drawn at random from the planner's levers, the best one kept",
-    "search": "an evolutionary search over the shares of the layers, the default recipe's weights",
+    "search": "EvoPress's super-fast search over the shares of the layers, cut short by the tokens that every arm has, "
+    "with the default recipe's weights",
 }
 """What is compared; the first three are runs of the graph."""
 

@@ -20,7 +20,7 @@ from tools.workbench.bench import Workbench
 
 Command = Callable[..., Outcome]
 
-FLAGS = (*TINY[: TINY.index("--patience")], "--evolution-tokens", "1000")
+FLAGS = (*TINY[: TINY.index("--patience")], "--evolution-tokens", "5000")
 
 
 @pytest.fixture
@@ -107,7 +107,8 @@ def test_interrupted_and_gone_on_with_by_the_same_command(
         (["--out", "/proc/nothing"], "--out /proc/nothing cannot be written: "),
         (["--config", "missing.yaml"], "config file missing.yaml does not exist"),
         (["--test", "file:missing.txt", "--dry-run"], "text file missing.txt does not exist"),
-        (["--evolution-tokens", "0"], "evolution_tokens: input should be greater than or equal to 1, not '0'"),
+        (["--evolution-tokens", "-1"], "evolution_tokens: input should be greater than or equal to 0, not '-1'"),
+        (["--evolution", "slow"], "evolution: input should be 'fast' or 'full', not 'slow'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(
@@ -149,7 +150,8 @@ def test_a_dry_run_counts_the_rows_from_the_models_config_alone(
     asked = [line for line in lines if line.startswith("  KL curves of a method") and "; 1 ×;" in line]
     assert len(asked) == own_curves
     assert lines[-1] == (
-        "not counted: 7 evolutionary searches, each of up to 65,536 tokens through models pruned for it"
+        "not counted: the searches of 7 rows, each of up to 9,830,400 tokens through models pruned for it "
+        "(400 generations of 16 children, of which are kept 1 by 512 tokens, 1 by 8,192 tokens)"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -14,8 +14,10 @@ from kernels.channels import (
     expand_units,
     fit_kept,
     keep_highest_units,
+    mark_kept,
     score_fluctuation,
     score_residual,
+    standardise,
 )
 from kernels.damping import DAMPING
 
@@ -105,7 +107,24 @@ def test_fluctuation_is_variance_times_the_column_s_length() -> None:
         mean = sum(values) / TOKENS
         variance = sum((v - mean) ** 2 for v in values) / TOKENS
         slow.append(variance * sum(float(w) ** 2 for w in case.weight[:, j]))
-    np.testing.assert_allclose(score_fluctuation(case.weight, sum_up(case.x)), slow, rtol=1e-9)
+    np.testing.assert_allclose(score_fluctuation(case.weight, sum_up(case.x).variance_I), slow, rtol=1e-9)
+
+
+def test_standardised_scores_have_mean_zero_and_deviation_one() -> None:
+    scores = make_case().x[0].double()
+    slow = (scores.numpy() - scores.numpy().mean()) / scores.numpy().std(ddof=1)
+    np.testing.assert_allclose(standardise(scores), slow, rtol=1e-12)
+    assert standardise(torch.full((5,), 3.0)).tolist() == [0.0] * 5
+    assert standardise(torch.ones(1)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("share", "stays"),
+    [(1.0, "0123"), (0.0, ""), (0.5, "13"), (0.74, "13"), (0.76, "013"), (0.94, "013"), (0.96, "0123"), (0.1, "")],
+)
+def test_the_highest_units_stay_whose_costs_come_nearest(share: float, stays: str) -> None:
+    scores, costs = torch.tensor([1.0, 2.0, 0.5, 2.0]), torch.tensor([3.0, 3.0, 1.0, 3.0])
+    assert "".join(map(str, mark_kept(scores, costs, share).nonzero()[:, 0].tolist())) == stays
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -11,13 +11,15 @@ from tools.base.console import print_line, show_bars
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.settings import TEAM, TaskSettings, TeamSettings
+from tools.base.words import count
 from tools.experiments.comparison_rows import Limits, make_row
 from tools.measure.benchmarks import Benchmark, load_benchmarks, refuse_shared_questions
 from tools.measure.harness import run_benchmark
 from tools.models.load import check_device, locate_model
-from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, list_jobs
+from tools.plans.evolve import EFFORTS, EffortName, describe_effort, follow_effort
+from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, LABELS_OF_PARTS, Job, list_jobs
 from tools.plans.recipe import Recipe
-from tools.plans.rules import ALLOCATIONS, name_allocations
+from tools.plans.rules import name_allocations
 from tools.results.comparison import Comparison, Row, describe_dense, describe_row, show_tables, write_comparison
 from tools.results.schema import Score
 from tools.texts.windows import check_texts
@@ -27,9 +29,7 @@ if TYPE_CHECKING:
     from tools.base.progress import Progress
     from tools.workbench.bench import Workbench
 
-_STRUCTURED = ", and ".join(
-    f"{STRUCTURED}[+refit]:{name}, {ALLOCATIONS[name].sentence}" for name in name_allocations("parts")
-)
+_STRUCTURED = "; ".join(f"{label}, {sentence}" for label, sentence in LABELS_OF_PARTS.items())
 
 
 class CompareSettings(TaskSettings, TeamSettings):
@@ -45,8 +45,16 @@ class CompareSettings(TaskSettings, TeamSettings):
     sparsity: str = Field("0.45", description="Comma-separated fractions and patterns, such as 0.45,0.6,2:4.")
     out: str = Field("compare", min_length=1, description="Directory of the tables, the plot and the work.")
     max_layer_sparsity: float = Field(0.95, gt=0, le=1, description="No layer is pruned further than this.")
+    evolution: EffortName = Field(
+        "fast",
+        description="How long the evolutionary search of a row is, as EvoPress (arXiv 2410.14649) publishes it. "
+        f"{'; '.join(f'{name}: {describe_effort(effort)}' for name, effort in EFFORTS.items())}.",
+    )
     evolution_tokens: int = Field(
-        65536, ge=1, description="Calibration tokens that the evolutionary search may evaluate for one row."
+        0,
+        ge=0,
+        description="Calibration tokens that such a search may put through pruned models for one row: it ends before "
+        "the generation that would exceed them, and the row says how many generations were done of how many. 0: all.",
     )
 
     @field_validator("recipes", "sparsity", mode="before")
@@ -109,9 +117,19 @@ def _read_comparison(directory: Path, settings: CompareSettings) -> tuple[Compar
     wanted = _fingerprint(settings)
     searched = any(row.allocation in name_allocations("search") for row in known.rows)
     refuse_other_settings(
-        directory, "a comparison", known.settings, wanted, set() if searched else {"evolution_tokens"}
+        directory, "a comparison", known.settings, wanted, set() if searched else {"evolution", "evolution_tokens"}
     )
+    if "evolution" not in known.settings:
+        _rename_equal_widths(known)
     return known.model_copy(update={"settings": wanted}), settings
+
+
+def _rename_equal_widths(known: Comparison) -> None:
+    """Rows of an earlier version, which called a cut to equal widths flap."""
+    for row in known.rows:
+        if row.allocation == "flap":
+            row.allocation = "equal"
+            row.recipe = f"{row.method}:{row.allocation}"
 
 
 def _fingerprint(settings: CompareSettings) -> dict[str, Any]:
@@ -133,7 +151,7 @@ def _make_rows(
 ) -> tuple[Comparison, list[str]]:
     """(`known` with a row for each job that can be, why the others cannot)."""
     directory = Path(settings.out)
-    limits = Limits(settings.max_layer_sparsity, settings.evolution_tokens)
+    limits = Limits(settings.max_layer_sparsity, settings.evolution, settings.evolution_tokens)
     impossible: list[str] = []
 
     def warn(text: str) -> None:
@@ -201,10 +219,16 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
     recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
     print_estimate(estimate(settings, Course(recipes), target=max(job.sparsity for job in jobs)), console)
     if searches := sum(job.kind == "search" for job in jobs):
+        rules = follow_effort(
+            settings.evolution,
+            window=settings.window,
+            windows=settings.calibration_windows,
+            tokens=settings.evolution_tokens,
+        )
         print_line(
             console,
-            f"not counted: {searches} evolutionary searches, each of up to {settings.evolution_tokens:,} tokens "
-            "through models pruned for it",
+            f"not counted: the searches of {count(searches, 'row')}, each of up to {rules.planned_tokens:,} tokens "
+            f"through models pruned for it ({describe_effort(EFFORTS[settings.evolution])})",
         )
     if len(recipes) < len(jobs):
         print_line(console, "not counted: structured rows")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
+from tools.plans.evolve import EffortName
 from tools.plans.jobs import Job, PartsRecipe
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_allocation
@@ -24,6 +25,7 @@ class Limits(NamedTuple):
     """What holds for every row."""
 
     max_layer_sparsity: float
+    evolution: EffortName
     evolution_tokens: int
 
 
@@ -48,8 +50,20 @@ def make_row(job: Job, bench: "Workbench", known: Comparison, limits: Limits, pr
         seconds=round(seconds, 1),
         allocation_seconds=round(decision.seconds, 1),
         evaluated_tokens=decision.tokens,
+        **_tell_search(decision),
     )
     return row, bench.model
+
+
+def _tell_search(decision: Decision) -> dict[str, int]:
+    searched = decision.searched
+    if searched is None:
+        return {}
+    return {
+        "generations": searched.generations,
+        "planned_generations": searched.planned,
+        "children": searched.children,
+    }
 
 
 def _allocate(
@@ -73,6 +87,7 @@ def _search(
         recipe,
         sparsity,
         progress,
+        effort=limits.evolution,
         tokens=limits.evolution_tokens,
         max_layer_sparsity=limits.max_layer_sparsity,
     )
@@ -82,24 +97,16 @@ def _make_structured_row(
     job: Job, recipe: PartsRecipe, bench: "Workbench", known: Comparison, progress: "Progress"
 ) -> tuple[Row, Any]:
     """(the row, the cut model). Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
-    from tools.measure.recall import measure_recall
-    from tools.surgery.choose import choose_cut  # imports torch
-    from tools.surgery.parts import count_weights, without_fits
-    from tools.surgery.rebuild import build_cut, check_cut
+    from tools.measure.recall import measure_recall  # imports torch
 
     bench.restore(DENSE)
-    calibration, lead = bench.windows.calibration.to(bench.device), bench.windows.lead
-    began = time.monotonic()
+    make = _rank_parts if recipe.ranked else _cut_parts
     try:
-        choice = choose_cut(
-            bench.model, recipe.parts, job.sparsity, calibration, progress, refit=recipe.refit, lead=lead
-        )
-        model = build_cut(bench.model, choice.cut)
-        seconds = time.monotonic() - began
-        check_cut(bench.model, choice.cut, build_cut(bench.model, without_fits(choice.cut)), calibration[0])
+        made = make(recipe, job.sparsity, bench, progress)
     except UserError as error:
         raise ImpossiblePlan(str(error)) from error
-    evaluation, facts = bench.evaluate_other(model, known.profile, progress), None
+    model, facts = made.model, None
+    evaluation = bench.evaluate_other(model, known.profile, progress)
     if bench.questions:
         recall = measure_recall(model, bench.questions["validation"], "questions", progress)
         facts = _weigh_facts(recall, bench, progress)
@@ -109,12 +116,50 @@ def _make_structured_row(
         known,
         evaluation,
         facts,
-        achieved_sparsity=1 - count_weights(model) / count_weights(bench.model),
-        seconds=round(seconds, 1),
+        achieved_sparsity=made.removed,
+        seconds=round(made.seconds, 1),
         allocation_seconds=0.0,
-        evaluated_tokens=choice.tokens,
+        evaluated_tokens=made.tokens,
     )
     return row, model
+
+
+class _Made(NamedTuple):
+    """A model that parts are gone of."""
+
+    model: Any
+    removed: float
+    """Share of the weights of the blocks' linear layers."""
+    tokens: int
+    """Put through models cut on trial."""
+    seconds: float
+
+
+def _cut_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> _Made:
+    """As `tools.structure` does it. Raises UserError."""
+    from tools.surgery.choose import choose_cut  # imports torch
+    from tools.surgery.parts import count_weights, without_fits
+    from tools.surgery.rebuild import build_cut, check_cut
+
+    began, dense = time.monotonic(), bench.model
+    calibration, lead = bench.windows.calibration.to(bench.device), bench.windows.lead
+    choice = choose_cut(dense, recipe.parts, sparsity, calibration, progress, refit=recipe.refit, lead=lead)
+    model = build_cut(dense, choice.cut)
+    seconds = time.monotonic() - began
+    check_cut(dense, choice.cut, build_cut(dense, without_fits(choice.cut)), calibration[0])
+    return _Made(model, 1 - count_weights(model) / count_weights(dense), choice.tokens, seconds)
+
+
+def _rank_parts(_recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> _Made:
+    """FLAP. Raises UserError."""
+    from tools.surgery.flap import build_narrowed, check_narrowed, rank_units  # imports torch
+
+    began, calibration = time.monotonic(), bench.windows.calibration.to(bench.device)
+    ranking = rank_units(bench.model, sparsity, calibration, progress)
+    model = build_narrowed(bench.model, ranking.narrowed)
+    seconds = time.monotonic() - began
+    check_narrowed(bench.model, ranking.narrowed, calibration[0])
+    return _Made(model, ranking.removed, 0, seconds)
 
 
 def _fill_row(

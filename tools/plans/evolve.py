@@ -4,11 +4,16 @@ A layer may lose as much as in the uniform allocation, or up to MAX_LEVEL steps 
 of weights in every layer. A child is its parent with a step moved from one layer to another, one to MAX_SWAPS times,
 so that the budget is met to the weight. Children are measured on little text, the best of them on more, and the best
 of those together with their parent on the most: the best one is the next generation's parent.
+
+How long and on how much text is published (EFFORTS); the mutation, the levels, the KL divergence as fitness and a step
+of 3 % of the mean layer are, too (a million weights, where the mean layer of Mistral-7B has 31 million). Two things are
+otherwise in the authors' code (github.com/IST-DASLab/EvoPress): a child there may be its parent over again, and the
+parent joins each stage that has as many survivors as the last one, not the last one alone as in the paper's algorithm.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,27 +44,54 @@ class Stage(NamedTuple):
     """One round of selection."""
 
     survivors: PositiveInt
-    windows: PositiveInt
+    tokens: PositiveInt
+
+
+class Effort(NamedTuple):
+    """How long to search, and on how much text."""
+
+    generations: int
+    children: int
+    stages: tuple[Stage, ...]
+
+
+EffortName = Literal["fast", "full"]
+
+EFFORTS: dict[EffortName, Effort] = {
+    "fast": Effort(400, 16, (Stage(1, 512), Stage(1, 8192))),
+    "full": Effort(400, 64, (Stage(8, 2048), Stage(2, 16384), Stage(1, 65536))),
+}
+"""The paper's two settings for unstructured sparsity: "super-fast", and the one of its main results."""
+
+
+def describe_effort(effort: Effort) -> str:
+    """For people."""
+    stages = ", ".join(f"{stage.survivors} by {stage.tokens:,} tokens" for stage in effort.stages)
+    return f"{effort.generations} generations of {effort.children} children, of which are kept {stages}"
+
+
+def describe_search(generations: int, planned: int, children: int, tokens: int) -> str:
+    """How long a search was, for people."""
+    return f"{generations} of {planned} generations of {children} children, {tokens:,} tokens"
 
 
 class SearchSettings(BaseModel):
-    """How long and on how much text to search.
-
-    With windows of 512 tokens the defaults are the paper's fastest search (16 children, on 512 and then 8,192 tokens)
-    but for the two survivors of the first stage, which are ours. Its full search has 64 children, stages of (8, 4),
-    (2, 32) and (1, 128) such windows, and 400 generations.
-    """
+    """How long and on how much text to search; by default the paper's super-fast setting."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     window: int = Field(ge=1, description="Tokens in a window of text.")
     windows: int = Field(ge=1, description="How many windows there are to draw from.")
-    tokens: int = Field(2**22, ge=0, description="Tokens that may be put through pruned models, over all generations.")
-    children: int = Field(16, ge=1, description="Children in each generation.")
+    tokens: int = Field(
+        0, ge=0, description="Tokens that may be put through pruned models, over all generations; 0: no cap."
+    )
+    generations: int = Field(EFFORTS["fast"].generations, ge=1, description="Generations, where the tokens allow them.")
+    children: int = Field(EFFORTS["fast"].children, ge=1, description="Children in each generation.")
     stages: list[Stage] = Field(
-        [Stage(2, 1), Stage(1, 16)],
+        [*EFFORTS["fast"].stages],
         min_length=1,
-        description="Rounds of selection: how many survive, measured on how many windows (or all that there are).",
+        description="Rounds of selection: how many survive, measured on how many tokens: as many windows as come "
+        "nearest, but at least one, and at most all that there are.",
     )
     step: float = Field(0.03, gt=0, le=1, description="Weights moved at once, as a share of the mean layer's.")
     seed: int = Field(0, ge=0, description="Seed of the children and of the windows drawn.")
@@ -72,6 +104,31 @@ class SearchSettings(BaseModel):
             raise ValueError("the last stage must have one survivor")
         return self
 
+    @property
+    def planned_tokens(self) -> int:
+        """The most tokens that the search puts through models."""
+        planned = self.generations * self.count_tokens(self.children)
+        return min(planned, self.tokens or planned)
+
+    def count_windows(self, stage: Stage) -> int:
+        """How many windows a stage measures on."""
+        return min(max(1, round(stage.tokens / self.window)), self.windows)
+
+    def count_tokens(self, children: int) -> int:
+        """Tokens that a generation with so many children puts through models."""
+        windows, candidates = 0, children
+        for i, stage in enumerate(self.stages):
+            candidates += i == len(self.stages) - 1  # the parent joins
+            windows += candidates * self.count_windows(stage)
+            candidates = min(candidates, stage.survivors)
+        return windows * self.window
+
+
+def follow_effort(name: EffortName, **others: Any) -> SearchSettings:
+    """The settings of a published search, on other texts, tokens and bounds."""
+    generations, children, stages = EFFORTS[name]
+    return SearchSettings(generations=generations, children=children, stages=list(stages), **others)
+
 
 class Search(BaseModel):
     """Where a search stands after a generation; given back to `evolve`, it goes on as if never interrupted."""
@@ -79,6 +136,7 @@ class Search(BaseModel):
     zeros: dict[str, int] = Field(description="The best allocation so far: layer name to number of zero weights.")
     generation: int = Field(0, description="Generations done.")
     tokens: int = Field(0, description="Tokens put through pruned models.")
+    children: int = Field(0, description="Children measured, over all generations.")
     kl: float | None = Field(
         None,
         description="KL of the best allocation on the last stage's windows, nats per token; they are other windows in "
@@ -116,7 +174,7 @@ def evolve(
     on_generation: Callable[[Search], None] | None = None,
     state: Search | None = None,
 ) -> Search:
-    """Search from the uniform allocation, or go on from `state`, until a generation would exceed the tokens.
+    """Search from the uniform allocation, or go on from `state`, for all generations or until one would exceed tokens.
 
     Every allocation measured has exactly round(sparsity * weights) zeros, within bounds, and protected layers as they
     are. What happens in a generation depends on its number, the seed and its parent alone. A KL that is not finite
@@ -125,22 +183,24 @@ def evolve(
     """
     space = _make_space(layers, sparsity, settings)
     search = state or Search(zeros=space.zeros(np.zeros_like(space.uniform)))
-    while True:
+    while search.generation < settings.generations:
         parent = space.levels(search.zeros)
         generator = np.random.default_rng([settings.seed, search.generation])
         children = _breed(parent, space, settings.children, generator)
-        cost = _count_tokens(len(children), settings)
-        if not children or search.tokens + cost > settings.tokens:
-            return search
+        cost = settings.count_tokens(len(children))
+        if not children or 0 < settings.tokens < search.tokens + cost:
+            break
         best, kl = _select(parent, children, space, settings, measure, generator)
         search = Search(
             zeros=space.zeros(best),
             generation=search.generation + 1,
             tokens=search.tokens + cost,
+            children=search.children + len(children),
             kl=kl if math.isfinite(kl) else None,
         )
         if on_generation:
             on_generation(search)
+    return search
 
 
 def _make_space(layers: Sequence[LayerProfile], sparsity: float, settings: SearchSettings) -> _Space:
@@ -185,16 +245,6 @@ def _mutate(parent: Levels, space: _Space, generator: np.random.Generator) -> Le
     return child
 
 
-def _count_tokens(children: int, settings: SearchSettings) -> int:
-    """Tokens that a generation with so many children evaluates."""
-    windows, candidates = 0, children
-    for i, stage in enumerate(settings.stages):
-        candidates += i == len(settings.stages) - 1  # the parent joins
-        windows += candidates * min(stage.windows, settings.windows)
-        candidates = min(candidates, stage.survivors)
-    return windows * settings.window
-
-
 def _select(
     parent: Levels,
     children: list[Levels],
@@ -208,8 +258,7 @@ def _select(
     for i, stage in enumerate(settings.stages):
         if i == len(settings.stages) - 1:
             candidates = [parent, *candidates]  # first, so that it stays unless a child is better
-        count = min(stage.windows, settings.windows)
-        windows = sorted(generator.choice(settings.windows, count, replace=False).tolist())
+        windows = sorted(generator.choice(settings.windows, settings.count_windows(stage), replace=False).tolist())
         measured = measure([space.zeros(candidate) for candidate in candidates], windows)
         kls = [kl if math.isfinite(kl) else math.inf for kl in measured]
         order = sorted(range(len(candidates)), key=kls.__getitem__)[: stage.survivors]

@@ -23,6 +23,13 @@ STRUCTURED = "structured"
 """What stands in the place of a method where whole parts of the model go."""
 
 
+LABELS_OF_PARTS = {
+    f"{STRUCTURED}{'' if ALLOCATIONS[name].ranked else '[+refit]'}:{name}": ALLOCATIONS[name].sentence
+    for name in name_allocations("parts")
+}
+"""How recipes of whole parts are written, and what each does."""
+
+
 class PartsRecipe(NamedTuple):
     """What is done where whole parts of the model go."""
 
@@ -30,6 +37,8 @@ class PartsRecipe(NamedTuple):
     """Kinds of parts: neurons, heads or blocks."""
     refit: bool
     """Whether what stays is refitted."""
+    ranked: bool = False
+    """Whether they are ranked over all blocks, as FLAP does."""
 
 
 class Job(NamedTuple):
@@ -132,7 +141,8 @@ def _make_job(label: str, sparsity: float, pattern: str) -> Job:
 
 def _parse_parts_recipe(label: str) -> PartsRecipe:
     method, _, allocation = label.partition(":")
-    known = name_allocations("parts")
-    if method not in (STRUCTURED, f"{STRUCTURED}+refit") or allocation not in known:
-        raise UserError(f"recipe {label!r} is none of {', '.join(f'{STRUCTURED}[+refit]:{name}' for name in known)}")
-    return PartsRecipe(ALLOCATIONS[allocation].parts, refit=method.endswith("+refit"))
+    refit = method == f"{STRUCTURED}+refit"
+    way = ALLOCATIONS.get(allocation)
+    if (method != STRUCTURED and not refit) or way is None or way.kind != "parts" or (way.ranked and refit):
+        raise UserError(f"recipe {label!r} is none of {', '.join(LABELS_OF_PARTS)}")
+    return PartsRecipe(way.parts, refit, way.ranked)

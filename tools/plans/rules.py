@@ -143,6 +143,8 @@ class Way(NamedTuple):
     kind: Kind = "rule"
     parts: tuple[str, ...] = ()
     """Of the kind parts: which of a model's parts go."""
+    ranked: bool = False
+    """Of the kind parts: whether they are ranked over all blocks, and what stays is never refitted."""
 
     @property
     def reads_curves(self) -> bool:
@@ -170,12 +172,19 @@ ALLOCATIONS = {
         Way("alphapruning", "less in blocks whose weights have heavy-tailed spectra", share_by_alpha, needs=("alpha",)),
         Way(
             "evolution",
-            "a search in the manner of EvoPress (arXiv 2410.14649) within --evolution-tokens of calibration text",
+            "EvoPress (arXiv 2410.14649): an evolutionary search of --evolution generations on calibration text",
             kind="search",
         ),
         Way(
             "flap",
-            "the same number of neurons (by FLAP's fluctuation) and groups of heads from every block",
+            "FLAP (arXiv 2312.11983): neurons and groups of heads ranked over the whole model, a bias for what went",
+            kind="parts",
+            parts=("neurons", "heads"),
+            ranked=True,
+        ),
+        Way(
+            "equal",
+            "the same number of neurons and groups of heads from every block, each block's own lowest-scored",
             kind="parts",
             parts=("neurons", "heads"),
         ),

@@ -13,6 +13,7 @@ from rich.table import Table
 from tools.base.files import write_json, write_text, write_whole
 from tools.base.rows import as_csv, save_figure
 from tools.base.words import escape, show, show_score
+from tools.plans.evolve import describe_search
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, Job, name_target
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
@@ -64,7 +65,19 @@ class Row(BaseModel):
         "the same. evolution: through pruned models. kappa: the profile's gradients, forward twice and backward, which "
         "counts as two; and as many again for curves of the method's own. structured: through models cut on trial."
     )
+    generations: int | None = Field(None, description="evolution: generations of the search that were done.")
+    planned_generations: int | None = Field(
+        None, description="evolution: generations of EvoPress's setting; fewer are done where --evolution-tokens end."
+    )
+    children: int | None = Field(None, description="evolution: children in each generation.")
     protocol: Protocol
+
+    @property
+    def search(self) -> str:
+        """How long the search was, for people; empty where there was none, or an earlier version did not record it."""
+        if self.generations is None or self.planned_generations is None or self.children is None:
+            return ""
+        return describe_search(self.generations, self.planned_generations, self.children, self.evaluated_tokens)
 
 
 class Comparison(BaseModel):
@@ -99,8 +112,8 @@ def describe_row(job: Job, row: Row, reach: Reach | None) -> str:
     went = "removed" if job.kind == "parts" else "zeros"
     return (
         f"{job.title}: {row.achieved_sparsity:.2%} {went}{tell_share(row.achieved_sparsity, reach)}, "
-        f"perplexity {show(row.perplexity)}, KL {show(row.kl, 4)}, allocated in {row.allocation_seconds:.1f} s, "
-        f"pruned in {row.seconds:.1f} s"
+        f"perplexity {show(row.perplexity)}, KL {show(row.kl, 4)}, allocated in {row.allocation_seconds:.1f} s"
+        f"{f' by {row.search}' if row.search else ''}, pruned in {row.seconds:.1f} s"
     )
 
 
@@ -148,7 +161,9 @@ def relative_degradation(row: Row, rows: Sequence[Row]) -> float | None:
 def _list_titles(known: Comparison) -> list[str]:
     facts = ["answer probability kept"] if known.settings["questions"] else []
     share = ["of the model"] if known.reach else []
-    return ["recipe", "sparsity", *share, "perplexity", "× SparseGPT", "KL", *facts, "prune s", "allocate s", "tokens"]
+    search = ["search"] if any(row.search for row in known.rows) else []
+    figures = ["perplexity", "× SparseGPT", "KL", *facts, "prune s", "allocate s", "tokens", *search]
+    return ["recipe", "sparsity", *share, *figures]
 
 
 def _list_cells(row: Row, known: Comparison) -> list[str]:
@@ -167,8 +182,14 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
         f"{row.seconds:.1f}",
         f"{row.allocation_seconds:.1f}",
         f"{row.evaluated_tokens:,}",
+        *([row.search] if any(other.search for other in known.rows) else []),
     ]
 
+
+_EXPLAIN_SEARCH = (
+    "Search: generations done, of those of EvoPress's setting (arXiv 2410.14649); where they are fewer, "
+    "`--evolution-tokens` cut it short, and it is no run of EvoPress's authors."
+)
 
 _EXPLAIN_FACTS = (
     "Answer probability kept: exp of the mean change of the right answers' log-probability per token, on "
@@ -196,6 +217,7 @@ def describe(known: Comparison) -> str:
         "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "
         "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
         "the seconds of curves that several rows share stand in the first of them."
+        + (f" {_EXPLAIN_SEARCH}" if any(row.search for row in known.rows) else "")
         + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else "")
         + (" Structured: the sparsity is the share of the prunable weights removed." if structured else "")
         + (

@@ -163,7 +163,7 @@ def fit_part(part: Part, moments: InputMoments, removed: int, *, refit: bool = T
     if part.kind == "heads":
         score_U = score_residual(weight_OI, moments, part.units, biased=part.bias is not None)
     else:
-        score_U = score_fluctuation(weight_OI, moments)
+        score_U = score_fluctuation(weight_OI, moments.variance_I)
     units = keep_highest_units(score_U, removed)
     if not refit:
         return Fit(part, units)

@@ -165,7 +165,7 @@ def check_cut(dense: Any, cut: Cut, model: Any, ids_T: Tensor) -> None:
 
     They do when an architecture orders its heads, or treats its blocks, in a way that is not known here.
     """
-    with _masked(cut.fits), skipping(Blocks(dense), cut.dropped):
+    with masked(cut.fits), skipping(Blocks(dense), cut.dropped):
         expected_BTD = compute_hidden(dense, ids_T[None]).float()
     difference = (compute_hidden(model, ids_T[None]).float() - expected_BTD).norm() / expected_BTD.norm()
     if not float(difference) <= TOLERANCE:
@@ -176,16 +176,22 @@ def check_cut(dense: Any, cut: Cut, model: Any, ids_T: Tensor) -> None:
 
 
 @contextmanager
-def _masked(fits: Sequence[Fit]) -> Iterator[None]:
+def masked(fits: Sequence[Fit]) -> Iterator[None]:
     """Inside, what goes is zero where the output projections read it."""
     with ExitStack() as undo:
         for part, units, *_ in fits:
-            weight_OI = part.output.weight_OI
-            stays_I = weight_OI.new_zeros(weight_OI.shape[1])
-            stays_I[expand_units(units, len(stays_I) // part.units)] = 1
-            undo.callback(part.output.module.register_forward_pre_hook(_masking(stays_I)).remove)
+            stays_I = mark_channels(units, part.units, part.output.weight_OI[0])
+            undo.callback(part.output.module.register_forward_pre_hook(mask_input(stays_I)).remove)
         yield
 
 
-def _masking(stays_I: Tensor) -> Callable[..., tuple[Tensor]]:
+def mark_channels(units: Tensor, total: int, like_N: Tensor) -> Tensor:
+    """1 for the channels of some of `total` units, 0 for the others: shape, dtype and device of `like_N`."""
+    stays_N = torch.zeros_like(like_N)
+    stays_N[expand_units(units, len(like_N) // total)] = 1
+    return stays_N
+
+
+def mask_input(stays_I: Tensor) -> Callable[..., tuple[Tensor]]:
+    """A hook before a layer: what it reads of the channels that do not stay is zero."""
     return lambda _module, inputs: (inputs[0] * stays_I,)

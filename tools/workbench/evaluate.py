@@ -149,7 +149,7 @@ class Evaluator:
         with self._weights.put_back():
             if self._calibration_hidden is None:
                 self._weights.restore_dense()
-                every = range(self._crew.extent.gradient_windows)
+                every = range(self._losses.count_windows("calibration"))
                 self._calibration_hidden = self._losses.measure("calibration", every, None, "", ignore_progress)[1]
             hidden = self._calibration_hidden[list(windows)]
             found = dict(self._measure_each("calibration", checkpoints, windows, hidden, "", ignore_progress))

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from tools.base.files import write_json
 from tools.plans.allocate import Allocation, describe_zeros
-from tools.plans.evolve import Search, SearchSettings, Stage, evolve
+from tools.plans.evolve import EffortName, Search, SearchSettings, evolve, follow_effort
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_allocation
@@ -18,10 +18,6 @@ from tools.plans.work_order import order_allocation
 if TYPE_CHECKING:
     from tools.base.progress import Progress
     from tools.workbench.bench import Workbench
-
-CHILDREN = 8
-STAGES = (Stage(2, 1), Stage(1, 4))
-"""The search's generations: small ones, so that a budget of a laptop's size holds several."""
 
 
 class SavedSearch(BaseModel):
@@ -33,12 +29,25 @@ class SavedSearch(BaseModel):
     seconds: float
 
 
+class Searched(NamedTuple):
+    """How long an evolutionary search was."""
+
+    generations: int
+    planned: int
+    """Generations of the setting, which the tokens may not allow."""
+    children: int
+    """In each generation; a small model may not have as many different ones."""
+    measured: int
+    """Children, over all generations."""
+
+
 class Decision(NamedTuple):
     """How much of each layer goes, and what it took to find out."""
 
     allocation: Allocation
     tokens: int
     seconds: float
+    searched: Searched | None = None
 
 
 def search_allocation(
@@ -48,31 +57,38 @@ def search_allocation(
     sparsity: float,
     progress: "Progress",
     *,
+    effort: EffortName = "fast",
     tokens: int,
     max_layer_sparsity: float,
 ) -> Decision:
     """Search for what the recipe does within layers, from its allocation, which is uniform; saved after each
     generation, and gone on with where one of the same profile and settings was saved.
 
-    `tokens` of the calibration text may be put through pruned models. Raises ImpossiblePlan.
+    At most `tokens` of the calibration text are put through pruned models; 0: as many as the setting takes. Warns where
+    there is less text than that selects on. Raises ImpossiblePlan.
     """
     began = time.monotonic()
     layers = bench.describe_layers(profile, recipe, progress)
-    rules = SearchSettings(
-        children=CHILDREN,
-        stages=list(STAGES),
+    rules = follow_effort(
+        effort,
         window=bench.settings.window,
-        windows=min(bench.settings.gradient_windows, bench.settings.calibration_windows),
+        windows=bench.settings.calibration_windows,
         tokens=tokens,
         seed=bench.settings.seed,
         max_layer_sparsity=max_layer_sparsity,
     )
+    if (text := rules.windows * rules.window) < rules.stages[-1].tokens:
+        bench.warn(
+            f"{recipe.mask_label}:evolution selects on all of the {text:,} calibration tokens, where EvoPress has "
+            f"{rules.stages[-1].tokens:,}; give more --calibration-windows"
+        )
     path = bench.directory / f"search-{recipe.mask_label}-{sparsity}.json"
     saved = _read_search(path, profile, rules, bench.warn)
     earlier, done = (saved.seconds, saved.search.tokens) if saved else (0.0, 0)
     running = _Running(bench, profile, recipe, layers, rules, path, progress, began - earlier, done)
     found = evolve(layers, sparsity, rules, running.measure, running.keep, saved.search if saved else None)
-    return Decision(describe_zeros(layers, found.zeros), found.tokens, running.seconds)
+    searched = Searched(found.generation, rules.generations, rules.children, found.children)
+    return Decision(describe_zeros(layers, found.zeros), found.tokens, running.seconds, searched)
 
 
 @dataclass
@@ -98,7 +114,7 @@ class _Running:
 
     def measure(self, candidates: list[dict[str, int]], windows: list[int]) -> list[float]:
         """As `tools.plans.evolve.Measure`."""
-        self.progress(f"evolution for {self.recipe.mask_label}, tokens", self.tokens, self.rules.tokens)
+        self.progress(f"evolution for {self.recipe.mask_label}, tokens", self.tokens, self.rules.planned_tokens)
         orders = [order_allocation(self.recipe, describe_zeros(self.layers, zeros)) for zeros in candidates]
         checkpoints = [self.bench.prune(self.profile, order, lambda *_: None) for order in orders]
         self.tokens += len(candidates) * len(windows) * self.rules.window

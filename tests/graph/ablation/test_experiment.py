@@ -45,6 +45,8 @@ def test_rows_are_made_once_and_written(
     for row in known.rows:
         assert row.sparsity == pytest.approx(0.45, abs=5e-4)
         assert row.evaluated_tokens <= 800
+        searched = "refit:evolution, 0 of 400 generations of 16 children, 0 tokens"
+        assert (row.plan == searched) is (row.arm == "search"), "one takes 4,608 tokens"
     assert [row.trials for row in known.rows[:2]] == [1, 4]
     dense = [known.dense[seed] or 0.0 for seed in (0, 1)]
     assert min(dense) > 1 and dense[0] != dense[1], "the seeds have other texts"

@@ -22,6 +22,7 @@ from tests.comparisons import EVOLUTION_TOKENS, make_comparison, make_row, make_
 from tests.tiny import tiny_settings
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.files import write_json
+from tools.base.progress import ignore_progress
 from tools.base.settings import TEAM
 from tools.experiments.comparison import CompareSettings, compare
 from tools.experiments.structure import StructureSettings, cut_model
@@ -32,6 +33,7 @@ from tools.plans.work_order import order_allocation
 from tools.results.comparison import Comparison, Row, describe
 from tools.results.schema import describe_protocol
 from tools.statistics.collect import measure_kappa
+from tools.surgery.flap import build_narrowed, rank_units
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.profiles import Profiles
@@ -43,8 +45,8 @@ TITLES = [
     *(f"{recipe} at {sparsity}" for sparsity in ("45%", "60%") for recipe in RECIPES.split(",")),
     *(f"{method}:uniform at 2:4" for method in ("magnitude", "wanda", "two-sided", "sparsegpt")),
 ]
-GENERATION = 64 * (8 * 1 + (2 + 1) * 2)
-"""Tokens: 8 children on one window, then 2 of them and their parent on the 2 that there are."""
+GENERATION = 64 * (16 * 4 + (1 + 1) * 4)
+"""Tokens: 16 children on 512 tokens, then the best and its parent on more, which are the 4 windows that there are."""
 
 MEASURED_ANEW = {"seconds", "allocation_seconds", "peak_memory_bytes"}
 
@@ -169,12 +171,15 @@ def test_tokens_are_those_of_the_allocation(compared: Compared) -> None:
     for row in compared.known.rows:
         if row.allocation == "evolution":
             assert row.evaluated_tokens == 2 * GENERATION <= EVOLUTION_TOKENS < 3 * GENERATION
+            assert (row.generations, row.planned_generations, row.children) == (2, 400, 16)
         elif row.allocation != "kappa":
             assert row.evaluated_tokens == 0
+        assert (row.generations is None) is (row.allocation != "evolution")
 
 
 def test_one_plain_line_for_each_row_without_a_terminal(compared: Compared) -> None:
-    lines = compared.lines
+    lines = [line for line in compared.lines if not line.startswith("warning: wanda:evolution selects on all of the ")]
+    assert len(compared.lines) == len(lines) + 2
     assert compared.known.reach
     assert lines[0] == f"dense: perplexity {compared.known.dense_perplexity:.2f}"
     assert len(lines) == len(TITLES) + 2
@@ -184,7 +189,9 @@ def test_one_plain_line_for_each_row_without_a_terminal(compared: Compared) -> N
         begin = (
             f"{title}: {row.achieved_sparsity:.2%} zeros, {share}, perplexity {row.perplexity:.2f}, KL {row.kl:.4f}, "
         )
-        assert re.fullmatch(re.escape(begin) + r"allocated in \d+\.\d s, pruned in \d+\.\d s", line)
+        by = re.escape(f" by 2 of 400 generations of 16 children, {2 * GENERATION:,} tokens") if row.search else ""
+        assert bool(row.search) is (row.allocation == "evolution")
+        assert re.fullmatch(re.escape(begin) + rf"allocated in \d+\.\d s{by}, pruned in \d+\.\d s", line)
 
 
 def test_a_budget_too_small_for_one_generation_leaves_it_uniform(
@@ -203,7 +210,7 @@ def test_structured_rows_are_what_tools_structure_gives(
     tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tools.experiments.structure, "REPEATS", 1)
-    labels = ["structured:depth", "structured+refit:depth", "structured:flap", "structured+refit:flap"]
+    labels = ["structured:depth", "structured+refit:depth", "structured:equal", "structured+refit:equal"]
     settings = make_settings(tiny_llama, tmp_path / "out", recipes=",".join(labels), sparsity="0.5,2:4")
     try:
         known, lines = run_comparison(settings.model_copy(update={"recipes": ",".join(labels[:3])}))
@@ -212,9 +219,9 @@ def test_structured_rows_are_what_tools_structure_gives(
         known, lines = run_comparison(settings)
         assert known.rows[:3] == first, "none is made twice"
         with pytest.raises(
-            UserError, match=r"^structured:flap at 97%: 0.97 is too much to remove: 70.00% is the most "
+            UserError, match=r"^structured:equal at 97%: 0.97 is too much to remove: 70.00% is the most "
         ):
-            run_comparison(settings.model_copy(update={"sparsity": "0.97", "recipes": "structured:flap"}))
+            run_comparison(settings.model_copy(update={"sparsity": "0.97", "recipes": "structured:equal"}))
         bench, measured = tools.workbench.open._open[0], 2 * 4 * 64
         assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
         wanted = StructureSettings.model_validate(
@@ -222,7 +229,7 @@ def test_structured_rows_are_what_tools_structure_gives(
         )
         found = {
             name: cut_model(wanted.model_copy(update={"parts": parts, "out": str(tmp_path / name)}), lambda *_: None)
-            for name, parts in (("depth", "blocks"), ("flap", "neurons,heads"))
+            for name, parts in (("depth", "blocks"), ("equal", "neurons,heads"))
         }
     finally:
         close_workbench()
@@ -237,9 +244,44 @@ def test_structured_rows_are_what_tools_structure_gives(
     assert [row.evaluated_tokens for row in known.rows] == [measured, measured, 0, 0]
     assert [line.partition(",")[0] for line in lines[1:5]] == [
         *("structured:depth at 50%: 50.00% removed", "structured+refit:depth at 50%: 50.00% removed"),
-        *("structured:flap at 50%: 50.00% removed", "structured+refit:flap at 50%: 50.00% removed"),
+        *("structured:equal at 50%: 50.00% removed", "structured+refit:equal at 50%: 50.00% removed"),
     ]
     assert "Structured: the sparsity is the share" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_a_row_of_flap_is_the_masked_model_of_the_dense_one(tiny_llama: Path, tmp_path: Path, no_plot: None) -> None:
+    settings = make_settings(tiny_llama, tmp_path / "out", recipes="structured:flap", sparsity="0.45")
+    try:
+        (row,), lines = (made := run_comparison(settings))[0].rows, made[1]
+        bench = tools.workbench.open._open[0]
+        assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
+        ranking = rank_units(bench.model, 0.45, bench.windows.calibration, ignore_progress)
+        model = build_narrowed(bench.model, ranking.narrowed)
+        evaluation = bench.evaluate_other(model, made[0].profile, ignore_progress)
+    finally:
+        close_workbench()
+    assert (row.perplexity, row.kl) == (evaluation.perplexity, evaluation.mean_kl)
+    assert row.achieved_sparsity == ranking.removed
+    assert (row.allocation, row.evaluated_tokens, row.scores) == ("flap", 0, [])
+    assert abs(row.achieved_sparsity - 0.45) <= 0.05 and row.perplexity != row.dense_perplexity
+    assert lines[1].startswith(f"structured:flap at 45%: {row.achieved_sparsity:.2%} removed, ")
+
+
+def test_rows_of_an_earlier_version_by_equal_widths_are_called_so(tmp_path: Path, no_plot: None) -> None:
+    settings = make_settings("no-model", tmp_path, recipes="structured:equal,structured+refit:equal", sparsity="0.5")
+    known = make_comparison(settings, make_row("structured:flap"), make_row("structured+refit:flap")).model_dump()
+    del known["settings"]["evolution"]
+    write_json(tmp_path / "compare.json", known)
+    again, lines = run_comparison(settings)
+    assert [(row.recipe, row.allocation) for row in again.rows] == [
+        *(("structured:equal", "equal"), ("structured+refit:equal", "equal"))
+    ]
+    assert [line.partition(" at ")[0] for line in lines[1:3]] == ["structured:equal", "structured+refit:equal"]
+    again.rows[0].recipe, again.rows[0].allocation = "structured:flap", "flap"
+    write_json(tmp_path / "compare.json", again.model_dump())
+    assert read_comparison(tmp_path).rows[0].recipe == "structured:flap"
+    kept, _ = run_comparison(settings.model_copy(update={"recipes": "structured:flap"}))
+    assert kept.rows[0].recipe == "structured:flap"
 
 
 # --- going on ----------------------------------------------------------------------------------------------------
@@ -252,7 +294,8 @@ def test_what_is_done_is_shown_without_loading_anything(
     (Path(copied.out) / "compare.md").unlink()  # as if killed between two files
     known, lines = run_comparison(copied)
     assert known == compared.known
-    assert lines == [*compared.lines[:-1], f"see {copied.out}/compare.md"]
+    made = [line for line in compared.lines[:-1] if not line.startswith("warning: ")]
+    assert lines == [*made, f"see {copied.out}/compare.md"]
     assert (Path(copied.out) / "compare.md").read_text(encoding="utf-8") == describe(known)
 
 
@@ -335,7 +378,9 @@ def test_rows_that_cannot_be_lose_no_others(
         compare(copied.model_copy(update=changes), console)
     bounds = "bounds and protected layers allow at most 95.05% sparsity, but 97.00% is asked"
     assert str(refusal.value) == f"wanda:uniform at 97%: {bounds} (and 3 more, warned of above)"
-    warnings = [line for line in console.file.getvalue().splitlines() if line.startswith("warning: ")]
+    told = [line for line in console.file.getvalue().splitlines() if line.startswith("warning: ")]
+    warnings = [line for line in told if "evolution selects on all of the 256 calibration tokens" not in line]
+    assert len(told) == len(warnings) + 2, "once for each search that there may be"
     assert warnings[:2] == [f"warning: {recipe} at 97%: {bounds}" for recipe in changes["recipes"].split(",")]
     assert warnings[2].startswith("warning: wanda:uniform at 3:9: ") and "not divisible into groups of 9" in warnings[2]
     assert len(warnings) == 4
@@ -350,11 +395,13 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     settings = make_settings("no-model", tmp_path)
     write_json(tmp_path / "compare.json", make_comparison(settings, make_row("wanda:evolution")).model_dump())
     before = (tmp_path / "compare.json").read_bytes()
-    changed = make_settings("no-model", tmp_path, window=32, seed=1, evolution_tokens=5, recipes="wanda:owl")
+    search = {"evolution": "full", "evolution_tokens": 5}
+    changed = make_settings("no-model", tmp_path, window=32, seed=1, recipes="wanda:owl", **search)
     with pytest.raises(UserError) as refusal:
         run_comparison(changed)
     assert str(refusal.value) == (
-        f"{tmp_path} holds a comparison with other settings (evolution_tokens, seed, window); choose another --out"
+        f"{tmp_path} holds a comparison with other settings (evolution, evolution_tokens, seed, window); "
+        "choose another --out"
     )
     assert (tmp_path / "compare.json").read_bytes() == before
 
@@ -363,8 +410,10 @@ def test_the_budget_of_searches_may_change_until_there_is_one(tmp_path: Path, no
     changes = {"recipes": "wanda:uniform", "sparsity": "0.5"}
     settings = make_settings("no-model", tmp_path, **changes)
     write_json(tmp_path / "compare.json", make_comparison(settings, make_row()).model_dump())
-    known, _ = run_comparison(make_settings("no-model", tmp_path, evolution_tokens=5, **changes))
-    assert known.settings["evolution_tokens"] == read_comparison(tmp_path).settings["evolution_tokens"] == 5
+    other = make_settings("no-model", tmp_path, evolution="full", evolution_tokens=5, **changes)
+    known, _ = run_comparison(other)
+    for found in (known, read_comparison(tmp_path)):
+        assert (found.settings["evolution"], found.settings["evolution_tokens"]) == ("full", 5)
 
 
 def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tests.profiles import make_profile
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
-from tools.plans.evolve import Search, SearchSettings, evolve
+from tools.plans.evolve import EFFORTS, Search, SearchSettings, describe_effort, evolve, follow_effort
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Recipe
 
@@ -32,7 +32,7 @@ def make_layers(blocks: int = 2, zeros: int = 0, weights: int = 10_007) -> list[
 
 def make_settings(**changes: Any) -> SearchSettings:
     """A small search: 32 windows of 10 tokens, generations of 8 * 10 + (1 + 2) * 40 = 200 tokens."""
-    few = {"window": 10, "windows": 32, "tokens": 4_000, "children": 8, "stages": [(2, 1), (1, 4)]}
+    few = {"window": 10, "windows": 32, "tokens": 4_000, "children": 8, "stages": [(2, 10), (1, 40)]}
     return SearchSettings.model_validate(few | changes)
 
 
@@ -131,7 +131,7 @@ def test_children_differ_and_move_one_to_three_steps() -> None:
 def test_stages_see_the_same_windows_and_the_parent_joins_the_last() -> None:
     layers = make_layers()
     model = Model(layers)
-    evolve(layers, 0.5, make_settings(tokens=410, stages=[(4, 1), (2, 3), (1, 5)]), model.measure)  # one generation
+    evolve(layers, 0.5, make_settings(tokens=410, stages=[(4, 10), (2, 30), (1, 50)]), model.measure)  # one generation
     windows = [asked for _, asked in model.asked]
     assert [len(asked) for asked in windows] == [1] * 8 + [3] * 4 + [5] * 3
     for stage in (windows[:8], windows[8:12], windows[12:]):
@@ -149,7 +149,7 @@ def test_a_stage_takes_all_windows_when_it_asks_for_more() -> None:
     assert model.asked[-1][1] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("tokens", [0, 199, 200, 399, 400, 3_333])
+@pytest.mark.parametrize("tokens", [1, 199, 200, 399, 400, 3_333])
 def test_the_budget_of_tokens_is_kept_and_told(tokens: int) -> None:
     model = Model(make_layers())
     found = evolve(make_layers(), 0.5, make_settings(tokens=tokens), model.measure)
@@ -157,6 +157,43 @@ def test_the_budget_of_tokens_is_kept_and_told(tokens: int) -> None:
     assert found.generation == tokens // 200
     if tokens < 200:
         assert found == Search(zeros=uniform_zeros(make_layers(), 0.5))
+
+
+def test_without_a_cap_all_generations_are_done_and_told() -> None:
+    layers = make_layers()
+    model = Model(layers)
+    rules = make_settings(tokens=0, generations=7)
+    found = evolve(layers, 0.5, rules, model.measure)
+    assert (found.generation, found.tokens, found.children) == (7, 7 * 200, 7 * 8)
+    assert rules.planned_tokens == 7 * 200
+    assert make_settings(tokens=900, generations=7).planned_tokens == 900
+    model.asked.clear()
+    assert evolve(layers, 0.5, rules, model.measure, state=found) == found and not model.asked
+
+
+def test_the_published_settings_are_those_of_the_paper() -> None:
+    fast, full = (follow_effort(name, window=512, windows=1024) for name in ("fast", "full"))
+    assert SearchSettings(window=512, windows=1024) == fast
+    assert (fast.generations, fast.children, fast.stages) == (400, 16, [(1, 512), (1, 8192)])
+    assert (full.generations, full.children) == (400, 64)
+    assert full.stages == [(8, 2048), (2, 16384), (1, 65536)]
+    assert fast.planned_tokens == 400 * (16 * 512 + 2 * 8192) == 9_830_400
+    assert full.planned_tokens == 400 * (64 * 2048 + 8 * 16384 + 3 * 65536) == 183_500_800
+    assert describe_effort(EFFORTS["fast"]) == (
+        "400 generations of 16 children, of which are kept 1 by 512 tokens, 1 by 8,192 tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("window", "windows", "counts"),
+    [
+        *((512, 64, [1, 16]), (256, 64, [2, 32]), (1024, 64, [1, 8]), (2048, 64, [1, 4]), (300, 64, [2, 27])),
+        *((16_384, 64, [1, 1]), (512, 8, [1, 8])),
+    ],
+)
+def test_stages_are_as_many_tokens_with_windows_of_any_length(window: int, windows: int, counts: list[int]) -> None:
+    rules = follow_effort("fast", window=window, windows=windows)
+    assert [rules.count_windows(stage) for stage in rules.stages] == counts
 
 
 def test_a_search_goes_on_as_if_it_had_not_been_interrupted() -> None:
@@ -264,7 +301,7 @@ def test_400_layers() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"stages": [(4, 1), (2, 4)]}, "the last stage must have one survivor"),
+        ({"stages": [(4, 10), (2, 40)]}, "the last stage must have one survivor"),
         ({"stages": []}, "at least 1 item"),
         ({"stages": [(0, 1), (1, 4)]}, "greater than 0"),
         ({"stages": [(1, 0)]}, "greater than 0"),
@@ -272,7 +309,8 @@ def test_400_layers() -> None:
         ({"children": 0}, "greater than or equal to 1"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"max_layer_sparsity": 1.5}, "less than or equal to 1"),
-        ({"generations": 4}, "Extra inputs are not permitted"),
+        ({"generations": 0}, "greater than or equal to 1"),
+        ({"parents": 4}, "Extra inputs are not permitted"),
     ],
 )
 def test_settings_that_are_refused(changes: dict[str, Any], sentence: str) -> None:

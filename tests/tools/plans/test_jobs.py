@@ -35,12 +35,16 @@ def test_with_a_pattern_each_method_is_one_row() -> None:
 
 
 def test_structured_recipes_have_no_row_for_a_pattern() -> None:
-    jobs = list_jobs("structured:flap,structured+refit:depth,wanda:uniform", "0.2,2:4")
+    labels = ["structured:flap", "structured:equal", "structured+refit:equal", "structured+refit:depth"]
+    jobs = list_jobs(",".join([*labels, "wanda:uniform"]), "0.2,2:4")
     assert [job.title for job in jobs] == [
-        *("structured:flap at 20%", "structured+refit:depth at 20%", "wanda:uniform at 20%", "wanda:uniform at 2:4")
+        *(f"{label} at 20%" for label in labels),
+        *("wanda:uniform at 20%", "wanda:uniform at 2:4"),
     ]
-    assert [(job.kind, job.recipe) for job in jobs[:2]] == [
+    assert [(job.kind, job.recipe) for job in jobs[:4]] == [
+        ("parts", PartsRecipe(("neurons", "heads"), refit=False, ranked=True)),
         ("parts", PartsRecipe(("neurons", "heads"), refit=False)),
+        ("parts", PartsRecipe(("neurons", "heads"), refit=True)),
         ("parts", PartsRecipe(("blocks",), refit=True)),
     ]
 
@@ -65,9 +69,10 @@ def test_labels_are_told_apart_by_what_they_mean() -> None:
         (
             "structured:kappa",
             "0.2",
-            "recipe 'structured:kappa' is none of structured[+refit]:flap, structured[+refit]:",
+            "recipe 'structured:kappa' is none of structured:flap, structured[+refit]:equal, structured[+refit]:depth",
         ),
-        ("structured", "0.2", "recipe 'structured' is none of structured[+refit]:flap, structured[+refit]:depth"),
+        ("structured", "0.2", "recipe 'structured' is none of structured:flap, structured[+refit]:equal, structured"),
+        ("structured+refit:flap", "0.2", "recipe 'structured+refit:flap' is none of structured:flap, structured[+re"),
         ("wanda:flap", "0.2", "recipe 'wanda:flap': allocation: "),
         ("structured:flap", "2:4", "patterns are not for structured recipes; try --sparsity 0.2"),
         (" , ", "0.45", "no recipe is given; try --recipes wanda:uniform,refit:kappa"),

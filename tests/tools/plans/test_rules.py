@@ -26,6 +26,7 @@ def test_every_entry_says_all_that_its_kind_needs() -> None:
         assert name == way.name and way.sentence and not way.sentence.endswith(".")
         assert (way.share is not None) is (way.kind == "rule") is (name in RULES)
         assert bool(way.parts) is (way.kind == "parts")
+        assert not way.ranked or way.parts
         assert set(way.needs) <= set(LayerProfile.model_fields)
     assert {way.kind for way in ALLOCATIONS.values()} == {"rule", "search", "parts"}
 

@@ -67,6 +67,22 @@ def test_the_description_says_what_was_measured(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_of_a_search_say_how_long_it_was(tmp_path: Path) -> None:
+    counts = {"generations": 3, "planned_generations": 400, "children": 16, "evaluated_tokens": 98_304}
+    rows = make_row("wanda:evolution", **counts), make_row("wanda:owl", perplexity=13.0)
+    said = describe(make_comparison(make_settings("no-model", tmp_path), *rows))
+    assert "Search: generations done, of those of EvoPress's setting (arXiv 2410.14649); " in said
+    assert said.splitlines()[-4:] == [
+        "| recipe | sparsity | perplexity | × SparseGPT | KL | prune s | allocate s | tokens | search |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| `wanda:evolution` | 50.00% | 12.50 |  | 0.2500 ± 0.0100 | 1.5 | 0.0 | 98,304 | "
+        "3 of 400 generations of 16 children, 98,304 tokens |",
+        "| `wanda:owl` | 50.00% | 13.00 |  | 0.2500 ± 0.0100 | 1.5 | 0.0 | 0 |  |",
+    ]
+    earlier = describe(make_comparison(make_settings("no-model", tmp_path), make_row("wanda:evolution")))
+    assert "| search |" not in earlier and "Search: " not in earlier
+
+
 def test_all_files_are_written_and_can_be_read(tmp_path: Path) -> None:
     settings = make_settings("no-model", tmp_path, recipes="wanda:uniform,refit:kappa", sparsity="0.5,0.6,2:4")
     rows = [

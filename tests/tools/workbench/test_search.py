@@ -16,9 +16,13 @@ from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.search import Decision, SavedSearch, search_allocation
 
 RECIPE = parse_recipe("wanda:uniform")
-TOKENS = 2000
-GENERATION = 64 * (8 * 1 + (2 + 1) * 2)
-"""Tokens: 8 children on one window, then 2 of them and their parent on the 2 that there are."""
+TOKENS = 10_000
+GENERATION = 64 * (16 * 4 + (1 + 1) * 4)
+"""Tokens: 16 children on 512 tokens, then the best and its parent on more, which are the 4 windows that there are."""
+CANDIDATES = 16 + 1 + 1
+SHORT = (
+    "wanda:evolution selects on all of the 256 calibration tokens, where EvoPress has 8,192; give more --calibration"
+)
 
 pytestmark = pytest.mark.usefixtures("workbench_closed")
 
@@ -53,12 +57,15 @@ def test_what_is_found_is_exact_and_told_with_its_tokens(searched: Searched, tmp
     found = searched.found
     assert sum(found.allocation.zeros.values()) == round(0.45 * 15_360)
     assert found.tokens == 2 * GENERATION <= TOKENS < 3 * GENERATION
+    assert found.searched == (2, 400, 16, 32)
+    assert [text[: len(SHORT)] for text in searched.warnings] == [SHORT]
     assert searched.read().search.zeros == found.allocation.zeros
     with use_workbench(tiny_settings(searched.model), searched.directory, pytest.fail, ignore_progress) as bench:
         layers = bench.read_profile(searched.read().profile).layers
     searched.path.unlink()
     small = searched.again(GENERATION - 1)
     assert (small.allocation, small.tokens) == (allocate(layers, 0.45, RECIPE, max_layer_sparsity=0.95), 0)
+    assert small.searched == (0, 400, 16, 0)
     assert not searched.path.exists()
 
 
@@ -98,7 +105,7 @@ def test_workers_take_whole_candidates(searched: Searched, monkeypatch: pytest.M
     assert searched.again(workers="2")[:2] == searched.found[:2]
     shared = searched.read()
     assert shared == alone.model_copy(update={"seconds": shared.seconds})
-    assert len(teams) == 1 and len(teams[0].handed) == 2 * (8 + 3)
+    assert len(teams) == 1 and len(teams[0].handed) == 2 * CANDIDATES
 
 
 @pytest.mark.parametrize("spoil", ["settings", "profile", "file"])
@@ -114,6 +121,7 @@ def test_one_of_other_settings_or_another_model_is_not_gone_on_with(
     measure = Workbench.measure_kl_each
     monkeypatch.setattr(Workbench, "measure_kl_each", lambda bench, c, w: measured.extend(c) or measure(bench, c, w))
     again = searched.again(tokens)
-    assert len(measured) == (1 if spoil == "settings" else 2) * (8 + 3)
-    assert again.tokens == len(measured) // 11 * GENERATION
-    assert searched.warnings == ([f"{searched.path} is damaged; the search begins anew"] if spoil == "file" else [])
+    assert len(measured) == (1 if spoil == "settings" else 2) * CANDIDATES
+    assert again.tokens == len(measured) // CANDIDATES * GENERATION
+    others = [text for text in searched.warnings if not text.startswith(SHORT)]
+    assert others == ([f"{searched.path} is damaged; the search begins anew"] if spoil == "file" else [])
