@@ -10,6 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from kernels.admm import Spectrum, prepare_spectrum, solve_admm, solve_alps
 from kernels.guard import Pruned, finish_update
 from kernels.masks import keep_highest, keep_wanda
 from kernels.obs import InverseFactor, inverse_factor, prune_obs, prune_obs_groups
@@ -18,6 +19,9 @@ from kernels.preconditioner import System, prepare_system
 from kernels.refit import refit_survivors
 from kernels.refit_steps import refit_in_levels, refit_in_steps
 from kernels.scores import score_two_sided, score_wanda
+
+PREPARES = {"alps": "spectrum", "sparsegpt": "factor", "two-sided-obs": "factor", "refit": "system"}
+"""What of `LayerStatistics` a method asks for: made from A once, for all the layers that read the same inputs."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,15 @@ class LayerStatistics:
         """`inverse_factor(A)`, likewise."""
         return inverse_factor(self.moment_II)
 
+    @cached_property
+    def spectrum(self) -> Spectrum | None:
+        """`prepare_spectrum(A)`, likewise."""
+        return prepare_spectrum(self.moment_II)
+
     def for_outputs(self, gradient_square_O: Tensor) -> "LayerStatistics":
         """The statistics of another layer that reads the same inputs; what was prepared from A is shared."""
         other = replace(self, gradient_square_O=gradient_square_O)
-        vars(other).update({name: value for name, value in vars(self).items() if name in ("system", "factor")})
+        vars(other).update({name: value for name, value in vars(self).items() if name in PREPARES.values()})
         return other
 
 
@@ -66,7 +75,7 @@ def prune_wanda(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, patt
     """Wanda (arXiv 2306.11695): lowest |W| sqrt(a) of each output row."""
     if pattern is not None:
         return _prune_lowest(weight_OI, score_wanda(weight_OI, statistics.mean_square_I), zeros, pattern)
-    _check_zeros(weight_OI, zeros)
+    _check_request(weight_OI, zeros, None)
     keep_OI = keep_wanda(weight_OI, statistics.mean_square_I, zeros)
     return Pruned(torch.where(keep_OI, weight_OI, 0), keep_OI)
 
@@ -79,6 +88,18 @@ def prune_two_sided(
         return prune_wanda(weight_OI, statistics, zeros, pattern)
     score_OI = score_two_sided(weight_OI, statistics.mean_square_I, statistics.gradient_square_O)
     return _prune_lowest(weight_OI, score_OI, zeros, pattern)
+
+
+def prune_admm(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None) -> Pruned:
+    """ADMM-Grad (arXiv 2401.02938): the mask grows while ADMM moves the survivors."""
+    _check_request(weight_OI, zeros, pattern)
+    return solve_admm(weight_OI, statistics.moment_II, zeros, pattern=pattern)
+
+
+def prune_alps(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None) -> Pruned:
+    """ALPS (arXiv 2406.07831): ADMM chooses the mask, conjugate gradients refit its survivors."""
+    _check_request(weight_OI, zeros, pattern)
+    return solve_alps(weight_OI, statistics.moment_II, zeros, pattern=pattern, spectrum=statistics.spectrum)
 
 
 def prune_sparsegpt(
@@ -107,6 +128,8 @@ METHODS: dict[str, Callable[[Tensor, LayerStatistics, int, Pattern | None], Prun
     "magnitude": prune_magnitude,
     "wanda": prune_wanda,
     "two-sided": prune_two_sided,
+    "admm": prune_admm,
+    "alps": prune_alps,
     "sparsegpt": prune_sparsegpt,
     "two-sided-obs": prune_two_sided_obs,
     "refit": prune_refit,
@@ -169,17 +192,19 @@ def prune_levels(
 
 def _prune_lowest(weight_OI: Tensor, score_OI: Tensor, zeros: int, pattern: Pattern | None) -> Pruned:
     """A mask alone; scores are compared over the layer where there is no pattern."""
+    _check_request(weight_OI, zeros, pattern)
     dead_OI = weight_OI == 0
     if pattern is not None:
-        check_pattern(weight_OI.shape, zeros, pattern)
         keep_OI = keep_highest_of_groups(score_OI, dead_OI, *pattern)
     else:
-        _check_zeros(weight_OI, zeros)
         keep_OI = keep_highest(score_OI, dead_OI, zeros)
     return Pruned(torch.where(keep_OI, weight_OI, 0), keep_OI)
 
 
-def _check_zeros(weight_OI: Tensor, zeros: int) -> None:
+def _check_request(weight_OI: Tensor, zeros: int, pattern: Pattern | None) -> None:
+    if pattern is not None:
+        check_pattern(weight_OI.shape, zeros, pattern)
+        return
     weights = weight_OI.numel()
     present = weights - int(torch.count_nonzero(weight_OI))
     if not present <= zeros <= weights:

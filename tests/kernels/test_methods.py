@@ -248,7 +248,7 @@ def test_levels_of_the_stepped_method_are_one_mask_that_grows() -> None:
 def test_levels_prepare_the_second_moment_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, statistics = make()
     calls = []
-    for name in ("prepare_system", "inverse_factor"):
+    for name in ("prepare_system", "inverse_factor", "prepare_spectrum"):
         function = getattr(kernels.methods, name)
         monkeypatch.setattr(kernels.methods, name, lambda a, n=name, f=function: calls.append(n) or f(a))
     prune_levels("sparsegpt", weight, statistics, [31, 92, 150], refit=True)
@@ -256,6 +256,8 @@ def test_levels_prepare_the_second_moment_once(monkeypatch: pytest.MonkeyPatch) 
     prune_levels("refit", weight, statistics, [31, 92, 150], refit=False)
     prune_levels("wanda", weight, replace(statistics, second_moment_II=None), [31, 92, 150], refit=False)
     assert len(calls) == 2
+    prune_levels("alps", weight, statistics, [31, 92, 150], refit=False)
+    assert calls[2:] == ["prepare_spectrum"]
 
 
 def test_no_levels_are_no_weights() -> None:
@@ -317,7 +319,7 @@ def test_layers_that_read_the_same_inputs_share_what_is_prepared() -> None:
     x_TI = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     first = LayerStatistics(x_TI.square().mean(0), torch.ones(3), x_TI.T @ x_TI / 40)
     assert "system" not in vars(first.for_outputs(torch.ones(5)))
-    system, factor = first.system, first.factor
+    system, factor, spectrum = first.system, first.factor, first.spectrum
     second = first.for_outputs(2 * torch.ones(5))
-    assert second.system is system and second.factor is factor
+    assert second.system is system and second.factor is factor and second.spectrum is spectrum
     assert second.gradient_square_O.tolist() == [2.0] * 5 and first.gradient_square_O.tolist() == [1.0] * 3

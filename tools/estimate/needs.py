@@ -32,6 +32,7 @@ from tools.estimate.work import Course, Prices, Work, find_shares, list_work, na
 from tools.models.disk import Line, list_disk
 from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
 from tools.models.positions import refuse_long_windows
+from tools.plans.methods import LEVERS
 
 
 class Estimate(BaseModel):
@@ -111,7 +112,8 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     spread = lay_out(model, devices) if settings.device == "spread" else []
     counts = count_block(model, settings.window, lead)
     forms = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
-    held = count_layer(forms, layers[0].weight_OI.dtype)
+    methods = {*LEVERS, *(recipe.method for recipe, _ in course.pruned)}
+    held = count_layer(forms, layers[0].weight_OI.dtype, methods)
     threads = count_threads(settings) if workers else torch.get_num_threads()
     times, untimed = _time(model, read, course, device, threads)
     facts = Facts(measure_shape(model, layers, counts.routed), counts, held, measure_process(), reading, device)

@@ -8,17 +8,18 @@ another, beside a part that all of them share.
 Shape suffixes: O output features, I input features.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.methods import LayerStatistics
+from kernels.admm import Spectrum
+from kernels.methods import PREPARES, LayerStatistics
 from kernels.obs import InverseFactor
 from tools.estimate.clock import fit, time_call
 from tools.estimate.meter import Meter
-from tools.plans.methods import METHODS
+from tools.plans.methods import LEVERS
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.statistics.pruned import cut_to_levels, parts_of_mask, prune_layer
 
@@ -45,25 +46,25 @@ class Held(NamedTuple):
     """Most bytes that are held at once while one layer, the worst of a model, goes through something."""
 
     pruned: int
-    """Pruned by whatever method holds most."""
+    """Pruned by whichever of the methods holds most."""
     levels: int
     """Pruned to all of LEVELS."""
     curve: int
     """Cut by the two-sided mask to all of LEVELS."""
 
 
-def count_layer(forms: Iterable[Form], dtype: torch.dtype) -> Held:
+def count_layer(forms: Iterable[Form], dtype: torch.dtype, methods: Iterable[str] = LEVERS) -> Held:
     """Over the largest layer and the widest, beside the second moment and the weight that is in the model."""
     forms = set(forms)
     worst = {max(forms, key=lambda form: form[0] * form[1]), max(forms, key=lambda form: (form[1], form[0]))}
-    counts = [_count_form(form, dtype) for form in worst]
+    recipes = [Recipe(method=name, refit=True) for name in methods]  # without a refit after it none holds more
+    counts = [_count_form(form, dtype, recipes) for form in worst]
     return Held(*(max(numbers) for numbers in zip(*counts, strict=True)))
 
 
-def _count_form(form: Form, dtype: torch.dtype) -> Held:
+def _count_form(form: Form, dtype: torch.dtype, recipes: Sequence[Recipe]) -> Held:
     small = _shrink(form, 1)
     growth = form[0] * form[1] / (small[0] * small[1])
-    recipes = [Recipe(method=name, refit=True) for name in METHODS]  # without a refit after it none holds more
     weight_OI, statistics = make_weight(small, dtype), make_statistics(small[1])
     pruned, levels = 0, 0
     for recipe in recipes:
@@ -162,14 +163,23 @@ def time_preparation(recipe: Recipe, statistics: LayerStatistics) -> float:
     device, inputs = moment_II.device, len(moment_II)
     if recipe.refits:
         seconds += time_call(device, lambda: statistics.system)
-    if recipe.changes_survivors and recipe.method != "refit":
-        if inputs <= FACTORED:
-            return seconds + time_call(device, lambda: statistics.factor)
-        part = LayerStatistics(statistics.mean_square_I, statistics.gradient_square_O, moment_II[:FACTORED, :FACTORED])
-        seconds += time_call(device, lambda: part.factor) * (inputs / FACTORED) ** 3
-        dead_I = torch.zeros(inputs, dtype=torch.bool, device=device)
-        vars(statistics)["factor"] = InverseFactor(torch.eye(inputs, device=device), dead_I, 0.01, 0.01)
+    name = PREPARES.get(recipe.method, "system")
+    if name == "system":
+        return seconds
+    if inputs <= FACTORED:
+        return seconds + time_call(device, lambda: getattr(statistics, name))
+    part = LayerStatistics(statistics.mean_square_I, statistics.gradient_square_O, moment_II[:FACTORED, :FACTORED])
+    seconds += time_call(device, lambda: getattr(part, name)) * (inputs / FACTORED) ** 3
+    vars(statistics)[name] = _stand_in(name, inputs, device)
     return seconds
+
+
+def _stand_in(name: str, inputs: int, device: torch.device) -> InverseFactor | Spectrum:
+    """What is multiplied as long as the real one."""
+    eye_II, ones_I = torch.eye(inputs, device=device), torch.ones(inputs, device=device)
+    if name == "factor":
+        return InverseFactor(eye_II, ones_I == 0, 0.01, 0.01)
+    return Spectrum(eye_II, ones_I, ones_I.double(), eye_II)
 
 
 def time_rows(

@@ -30,6 +30,8 @@ class Method(NamedTuple):
     """Whether it is Billhook's own; the others, which are baselines, stand before it wherever methods are compared."""
     also_refitted: bool = False
     """Whether `--recipes all` of tools.compare has it with a refit after it, too."""
+    lever: bool = True
+    """Whether planners are told of it; opponents that only a comparison has a use for are not."""
 
 
 METHODS = {
@@ -38,6 +40,8 @@ METHODS = {
         Method("magnitude", "|W| within the layer"),
         Method("wanda", "|W|*sqrt(a) within each output row"),
         Method("two-sided", "W^2*a*gamma within the layer; usually the best mask", ours=True, also_refitted=True),
+        Method("admm", "ADMM-Grad, zeros and survivors by ADMM as the mask grows", changes_survivors=True, lever=False),
+        Method("alps", "ALPS, the whole mask by ADMM, then a fit of survivors", changes_survivors=True, lever=False),
         Method("sparsegpt", "survivors corrected column by column", changes_survivors=True),
         Method("two-sided-obs", "survivors corrected column by column", changes_survivors=True, ours=True),
         Method(
@@ -49,7 +53,10 @@ METHODS = {
         ),
     )
 }
-"""By name, in the order in which planners are told of them."""
+"""By name, in the order in which planners are told of those that are levers."""
+
+LEVERS = {name: method for name, method in METHODS.items() if method.lever}
+"""Those that planners choose from."""
 
 if TYPE_CHECKING:
     MethodName = str

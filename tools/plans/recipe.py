@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.json_schema import SkipJsonSchema
 
 from tools.base.settings import Calibration
-from tools.plans.methods import METHODS, MOST_STEPS, PROFILED, REFIT_STEPS, MethodName
+from tools.plans.methods import LEVERS, METHODS, MOST_STEPS, PROFILED, REFIT_STEPS, MethodName
 from tools.plans.registry import describe_choices
 from tools.plans.rules import RULES, UNIFORM, RuleName
 
@@ -31,7 +31,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: MethodName = Field("refit", description=describe_choices(METHODS.values()))
+    method: MethodName = Field(  # any is carried out; a schema names those that planners have a use for
+        "refit",
+        description=describe_choices(LEVERS.values()),
+        json_schema_extra={"enum": [*LEVERS]},
+    )
     refit_steps: int = Field(
         REFIT_STEPS,
         ge=1,

@@ -24,12 +24,12 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def _count_forms(forms: frozenset[tuple[int, int]], dtype: torch.dtype) -> pruning.Held:
-    return pruning.count_layer(forms, dtype)
+def _count_forms(forms: frozenset[tuple[int, int]], dtype: torch.dtype, methods: frozenset[str]) -> pruning.Held:
+    return pruning.count_layer(forms, dtype, methods)
 
 
-def _count_once(forms: Any, dtype: torch.dtype) -> pruning.Held:
-    return _count_forms(frozenset(forms), dtype)
+def _count_once(forms: Any, dtype: torch.dtype, methods: Any) -> pruning.Held:
+    return _count_forms(frozenset(forms), dtype, frozenset(methods))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tools.estimate.pruning import (
     time_preparation,
     time_rows,
 )
-from tools.plans.methods import METHODS
+from tools.plans.methods import LEVERS, METHODS
 from tools.plans.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("form", [(256, 256), (512, 128), (128, 512)])
 def test_pruning_a_layer_holds_what_was_counted(form: tuple[int, int]) -> None:
-    said = count_layer([form, (16, 16)], torch.float32)
+    said = count_layer([form, (16, 16)], torch.float32, METHODS)
     weight_OI, statistics = make_weight(form, torch.float32), make_statistics(form[1])
     recipes = [Recipe(method=name, refit=refit) for name in METHODS for refit in (False, True)]
     pruned = {recipe.mask_label: module._meter(module._prune, recipe, weight_OI, statistics).peak for recipe in recipes}
@@ -31,6 +31,12 @@ def test_pruning_a_layer_holds_what_was_counted(form: tuple[int, int]) -> None:
     assert max(pruned.values()) == pytest.approx(said.pruned, rel=0.05)
     assert max(levels.values()) == pytest.approx(said.levels, rel=0.05)
     assert module._meter_curve(weight_OI, statistics).peak == pytest.approx(said.curve, rel=0.05)
+
+
+def test_an_opponent_counts_where_it_is_asked_for() -> None:
+    planned, asked = (count_layer([(64, 64)], torch.float32, methods) for methods in (LEVERS, [*LEVERS, "alps"]))
+    assert count_layer([(64, 64)], torch.float32) == planned
+    assert asked.pruned > planned.pruned and asked.curve == planned.curve
 
 
 def test_the_worst_of_the_forms_counts() -> None:
@@ -93,6 +99,8 @@ def test_a_layer_of_few_rows_is_pruned_whole(rows: list[int]) -> None:
         (Recipe(method="refit"), 1.0),
         (Recipe(method="sparsegpt", refit=False), 8.0),  # twice as wide as what is factored
         (Recipe(method="sparsegpt", refit=True), 9.0),
+        (Recipe(method="alps", refit=False), 8.0),
+        (Recipe(method="admm", refit=True), 1.0),
     ],
 )
 def test_what_layers_share_is_prepared_once(

@@ -19,7 +19,17 @@ def test_all_is_every_method_with_every_allocation_once() -> None:
 
 
 def test_baselines_stand_before_what_is_our_own() -> None:
-    methods = ["magnitude", "wanda", "sparsegpt", "two-sided", "two-sided-obs", "two-sided+refit", "refit"]
+    methods = [
+        "magnitude",
+        "wanda",
+        "admm",
+        "alps",
+        "sparsegpt",
+        "two-sided",
+        "two-sided-obs",
+        "two-sided+refit",
+        "refit",
+    ]
     allocations = ["uniform", "owl", "alphapruning", "evolution", "kappa"]
     assert [name for name in ALL_METHODS if name in methods] == methods
     assert [name for name in ALL_ALLOCATIONS if name in allocations] == allocations

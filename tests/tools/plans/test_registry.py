@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tools.plans.methods import METHODS
+from tools.plans.methods import LEVERS, METHODS
 from tools.plans.recipe import Recipe
 from tools.plans.registry import describe_choices, list_choices
 from tools.plans.rules import RULES
@@ -25,8 +25,14 @@ def test_neighbours_that_do_the_same_are_told_of_together() -> None:
     ]
 
 
-def test_planners_are_told_of_every_method_and_rule() -> None:
+def test_planners_are_told_of_every_rule_and_of_the_methods_that_are_levers() -> None:
     schema = Recipe.model_json_schema()["properties"]
-    for field, registry in (("method", METHODS), ("allocation", RULES)):
+    for field, registry in (("method", LEVERS), ("allocation", RULES)):
         assert schema[field]["enum"] == list(registry)
         assert schema[field]["description"].startswith(describe_choices(registry.values()))
+
+
+def test_opponents_are_no_levers_but_can_be_asked_for() -> None:
+    assert {*METHODS} - {*LEVERS} == {"admm", "alps"}
+    assert not any(method.ours for method in METHODS.values() if not method.lever)
+    assert Recipe.model_validate({"method": "alps"}).method == "alps"

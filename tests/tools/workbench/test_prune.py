@@ -334,7 +334,9 @@ def test_in_order_there_is_one_text(bench: Workbench) -> None:
     )
 
 
-@pytest.mark.parametrize("label", ["magnitude", "wanda", "two-sided+refit", "sparsegpt", "two-sided-obs", "refit"])
+@pytest.mark.parametrize(
+    "label", ["magnitude", "wanda", "two-sided+refit", "alps", "sparsegpt", "two-sided-obs", "refit"]
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_is_put_in_from_memory_is_what_its_artifact_stands_for(
     label: str, dtype: str, tiny_llama: Path, tmp_path: Path, workbench_closed: None
