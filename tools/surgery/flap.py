@@ -5,8 +5,8 @@ stays is changed, and a bias makes up for the mean of what went. No stock config
 copy with hooks, which computes what the narrow one would.
 
 - Score of a channel of an output projection: its fluctuation, the variance of what is read times the squared length of
-  the column; in attention the square of that, which is in the authors' code alone. Standardised over the channels of
-  the layer; a unit's score is the mean of its channels'. (The authors update their variance window by window, from
+  the column; in attention the square of that, as the authors' code has it. Standardised over the channels of the
+  layer; a unit's score is the mean of its channels'. (The authors update their variance window by window, from
   running means and without the first window; here it is the variance over all tokens. A factor that all channels of a
   layer share has no effect.)
 - The units that stay are the highest-scored of all blocks, whose weights together come nearest to the share that shall

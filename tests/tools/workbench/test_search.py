@@ -1,5 +1,6 @@
 """The evolutionary search on a workbench: saved after each generation, gone on with only where it is the same one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +109,23 @@ def test_workers_take_whole_candidates(searched: Searched, monkeypatch: pytest.M
     assert len(teams) == 1 and len(teams[0].handed) == 2 * CANDIDATES
 
 
-@pytest.mark.parametrize("spoil", ["settings", "profile", "file"])
+@pytest.mark.parametrize("spoil", ["version", "profile", "file"])
 def test_one_of_other_settings_or_another_model_is_not_gone_on_with(
     spoil: str, searched: Searched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = GENERATION if spoil == "settings" else TOKENS
-    if spoil == "profile":
+    if spoil == "version":  # whose generations had eight children, and stages of so many windows
+        saved = json.loads(searched.path.read_text())
+        del saved["settings"]["generations"], saved["search"]["children"]
+        saved["settings"] |= {"windows": 2, "children": 8, "stages": [[2, 1], [1, 4]]}
+        write_json(searched.path, saved)
+    elif spoil == "profile":
         searched.path.write_text(searched.path.read_text().replace(searched.read().profile, "0" * 64))
     elif spoil == "file":
         searched.path.write_text("{")
     measured: list[str] = []
     measure = Workbench.measure_kl_each
     monkeypatch.setattr(Workbench, "measure_kl_each", lambda bench, c, w: measured.extend(c) or measure(bench, c, w))
-    again = searched.again(tokens)
-    assert len(measured) == (1 if spoil == "settings" else 2) * CANDIDATES
-    assert again.tokens == len(measured) // CANDIDATES * GENERATION
+    again = searched.again()
+    assert len(measured) == 2 * CANDIDATES and again.tokens == 2 * GENERATION
     others = [text for text in searched.warnings if not text.startswith(SHORT)]
     assert others == ([f"{searched.path} is damaged; the search begins anew"] if spoil == "file" else [])
