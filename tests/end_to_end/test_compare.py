@@ -150,8 +150,8 @@ def test_a_dry_run_counts_the_rows_from_the_models_config_alone(
     asked = [line for line in lines if line.startswith("  KL curves of a method") and "; 1 ×;" in line]
     assert len(asked) == own_curves
     assert lines[-1] == (
-        f"not counted: the searches of {len(ALL_METHODS)} rows, each of up to 9,830,400 tokens through models pruned for it "
-        "(400 generations of 16 children, of which are kept 1 by 512 tokens, 1 by 8,192 tokens)"
+        f"not counted: the searches of {len(ALL_METHODS)} rows, each of up to 9,830,400 tokens through models pruned "
+        "for it (400 generations of 16 children, of which are kept 1 by 512 tokens, 1 by 8,192 tokens)"
     )
     assert list(tmp_path.iterdir()) == []
 
