@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
+from graph.planning.finalists import compare_finalists
 from graph.planning.orders import order_uniform
 from graph.planning.verdict import accepted_trial
-from graph.runs.session import Session, enter, open_bench
+from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State, same_sparsity
 from tools.base.files import write_json, write_text
 from tools.experiments.tasks import measure_checkpoints
@@ -16,6 +17,7 @@ from tools.models.save import export_model
 from tools.results.cards import write_card
 from tools.results.page.page import write_page
 from tools.results.schema import Knowledge, Perplexities, Sample, Summary, describe_protocol
+from tools.results.sentences import describe_finalists
 from tools.results.tables import write_report
 
 if TYPE_CHECKING:
@@ -28,6 +30,14 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     state = state.model_copy(update={"current": state.accepted})
     session = enter("finish", state, runtime)
     with open_bench(state, session) as bench:
+        best, finalists = compare_finalists(bench, state, session.progress)
+        best = best or accepted_trial(state)
+        tokens = state.evaluated_tokens + sum(f.windows for f in finalists) * config.window
+        if finalists:
+            session.emit("note", text=describe_finalists(finalists, best.iteration))
+            state = state.model_copy(update={"current": best.checkpoint, "accepted": best.checkpoint})
+            bench.restore(state.accepted)
+            tell_layers(session, bench, state.accepted)
         layers = bench.read_profile(state.profile).layers
         zeros, weights = bench.count_zeros()
         achieved, masks = zeros / weights, bench.hash_masks()
@@ -50,7 +60,6 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         checkpoints = {"dense": "dense", "pruned": state.accepted}
         benchmarks = measure_checkpoints(bench, config, checkpoints, session.progress)
         pruned_words = continue_with(bench, state.accepted, session)
-        best = accepted_trial(state)
         seconds = session.seconds
         summary = Summary(
             run=state.run,
@@ -64,10 +73,12 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             benchmarks=benchmarks,
             samples=[Sample(prompt=p, dense=words, pruned=pruned_words[p]) for p, words in dense_words.items()],
             plan=best.plan,
+            kept=best.iteration,
+            finalists=finalists,
             knowledge=knowledge,
             iterations=state.iteration,
             rollbacks=sum(trial.verdict == "rollback" for trial in state.trials),
-            evaluated_tokens=state.evaluated_tokens,
+            evaluated_tokens=tokens,
             agents=state.usage,
             seconds=round(seconds, 3),
             peak_memory_bytes=bench.peak_memory_bytes(),
@@ -86,7 +97,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             model_directory=str(session.directory / "model"),
             report=str(session.directory / "report.html"),
         )
-    return {"current": state.accepted, "seconds": session.seconds}
+    found = {"current": state.accepted, "accepted": state.accepted, "evaluated_tokens": tokens}
+    return {**found, "seconds": session.seconds}
 
 
 def measure_knowledge(bench: "Workbench", state: State, session: Session, uniform: str) -> Knowledge:

@@ -7,6 +7,7 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.planning.choose import choose_plan
+from graph.planning.finalists import reserve_tokens
 from graph.planning.orders import record_plan
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation, gather_situation, resolve_plan
@@ -34,7 +35,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     def resolve(plan: Plan) -> tuple[WorkOrder, str]:
         return resolve_plan(bench_of_run, situation, state, plan, session.progress)
 
-    evaluated = Evaluated(state.evaluated_tokens, state.config.max_evaluated_tokens, state.trial_tokens)
+    evaluated = Evaluated(state.evaluated_tokens, state.config.max_evaluated_tokens, reserve_tokens(state))
     if state.replay:
         planner, usage = f"the record of {state.replay}", state.usage
         chosen, stop = find_plan(state, lambda recorded: resolve(recorded)[0])

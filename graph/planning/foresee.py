@@ -3,6 +3,7 @@
 from typing import Any
 
 from graph.config import RunConfig
+from graph.planning.finalists import FINALISTS
 from graph.planning.refinements import FINE_STEPS, STRONG
 from graph.planning.rule import MASKS
 from tools.estimate.work import Course
@@ -20,6 +21,7 @@ def foresee_course(config: RunConfig) -> Course:
         baselines=[Recipe(method="wanda", refit=False, allocation="uniform", pattern=config.pattern)],
         profiles=config.max_iterations if config.reprofile else 1,
         tests=TESTED_MODELS,
+        finalists=FINALISTS if config.further_windows else 0,
         prompts=len(PROMPTS),
         words=2 * CONTINUED,
     )

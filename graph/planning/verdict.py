@@ -3,6 +3,7 @@
 from typing import Literal
 
 from graph.config import RunConfig
+from graph.planning.finalists import reserve_tokens
 from graph.planning.refinements import STRONG
 from graph.planning.rule import tried_strongest
 from graph.state import SIGMAS, State, Trial, last_accepted, same_sparsity
@@ -88,7 +89,7 @@ def decide_stop(state: State) -> str:
     if state.iteration >= state.config.max_iterations:
         return f"{state.iteration} iterations were asked for and done"
     limit = state.config.max_evaluated_tokens
-    if limit and state.evaluated_tokens + state.trial_tokens > limit:
+    if limit and state.evaluated_tokens + reserve_tokens(state) > limit:
         return f"{state.evaluated_tokens:,} of at most {limit:,} tokens were evaluated, and another trial takes more"
     best = _find_best_at_target(state)
     idle = state.iteration - best.iteration if best else 0

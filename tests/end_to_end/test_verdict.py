@@ -48,7 +48,26 @@ def test_at_the_target_the_likelier_weights_are_kept(weighed: Path) -> None:
         further = trial["compared_windows"] - 3
         assert trial["tokens"] == (3 + further + max(further - known, 0)) * 64
         known = further if trial["verdict"] == "accept" else max(known, further)
-    assert read_summary(weighed)["evaluated_tokens"] == sum(trial["tokens"] for trial in trials)
+    finalists = read_summary(weighed)["finalists"]
+    trials_and_finals = sum(trial["tokens"] for trial in trials) + len(finalists) * 5 * 64
+    assert read_summary(weighed)["evaluated_tokens"] == trials_and_finals
+
+
+def test_finalists_are_compared_on_windows_that_no_verdict_went_by(weighed: Path) -> None:
+    summary, trials = read_summary(weighed), {trial["iteration"]: trial for trial in read_events(weighed, "trial")}
+    finalists, kept = summary["finalists"], trials[summary["kept"]]
+    accepted = [trial["iteration"] for trial in trials.values() if trial["verdict"] == "accept"]
+    assert len(finalists) > 1 and finalists[0]["iteration"] == accepted[-1] and finalists[0]["better"] is None
+    assert {finalist["windows"] for finalist in finalists} == {5}
+    best = min(finalists, key=lambda finalist: finalist["kl"])
+    assert (best["iteration"], best["plan"]) == (summary["kept"], summary["plan"]) == (kept["iteration"], kept["plan"])
+    assert summary["kl"] == kept["kl"]
+    others = [trials[finalist["iteration"]] for finalist in finalists[1:]]
+    assert all(trial["verdict"] == "accept" or trial["better"] >= 0.25 for trial in others)
+    assert read_events(weighed, "layers")[-1]["checkpoint"] == kept["checkpoint"]
+    assert f"round {kept['iteration']} has the lowest KL on 5 windows" in (weighed / "report.md").read_text("utf-8")
+    files = {path.name for path in (weighed / "evaluations").iterdir()}
+    assert {f"further-{span}-{kept['checkpoint'][:16]}.json" for span in ("5-8", "8-10")} <= files
 
 
 def test_a_comparison_that_is_stopped_goes_on_where_it_was(
@@ -61,12 +80,13 @@ def test_a_comparison_that_is_stopped_goes_on_where_it_was(
     assert command("--resume", "run").code == 0
     assert read_trials(run) == read_trials(weighed)
     assert_same_weights(run, weighed)
+    assert read_summary(run)["finalists"] == read_summary(weighed)["finalists"]
 
 
 def test_no_trial_passes_the_cap(weighing: list[str], weighed: Path, command: Command) -> None:
     trials = read_events(weighed, "trial")[1:]
     reached = next(i for i, trial in enumerate(trials) if trial["verdict"] == "accept" and trial["sparsity"] > 0.449)
     before = sum(trial["tokens"] for trial in trials[: reached + 1])
-    longest = (3 + 2 * 5) * 64
+    longest = (3 + 2 * 5) * 64 + 2 * 5 * 64  # with the finalists that it would leave
     assert command(*weighing, "--max-evaluated-tokens", str(before + longest - 1)).code == 0
     assert len(read_events(Path("runs/run"), "trial")[1:]) == reached + 1

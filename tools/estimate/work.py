@@ -46,6 +46,8 @@ class Course(NamedTuple):
     profiles: int = 1
     tests: int = 0
     """Models that are measured on the test text."""
+    finalists: int = 0
+    """Models that are compared once more on validation text at the end, at most."""
     prompts: int = 0
     """That a model goes on with."""
     words: int = 0
@@ -183,10 +185,10 @@ def list_work(
     steps = [
         step(
             "validate the dense model",
-            f"forward of {text('validation', validation + further)}",
+            f"forward of {text('validation', validation + 2 * further)}",
             1,
             shares.validation,
-            {"forward": validation + further, "loss": validation + further},
+            {"forward": validation + 2 * further, "loss": validation + 2 * further},
         ),
         step(
             "profile, statistics",
@@ -249,8 +251,8 @@ def list_work(
         steps.append(
             step(
                 "compare at the target, at most",
-                f"forward of {text('validation', further)} beyond those, the output head twice",
-                len(course.rounds),
+                f"forward of {text('validation', further)} beyond those, the output head twice; finalists too",
+                len(course.rounds) + course.finalists,
                 shares.validation,
                 {"forward": further, "divergence": further},
             )

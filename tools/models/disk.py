@@ -45,7 +45,7 @@ def list_disk(model: Any, layers: list[Layer], settings: TeamSettings, lead: int
                     bytes=further * tokens * wide * item,
                 )
             ]
-            if (further := settings.further_windows)
+            if (further := 2 * settings.further_windows)
             else []
         ),
         Line(

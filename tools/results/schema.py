@@ -118,6 +118,19 @@ class Usage(BaseModel):
     )
 
 
+class Finalist(BaseModel):
+    """A trial at the target, compared at the end of a run on windows of validation text that no verdict went by."""
+
+    iteration: int
+    plan: str = Field(description="In one line.")
+    windows: int
+    kl: float | None = Field(description="KL(dense || pruned) on them, nats per token; null where it was not finite.")
+    better: float | None = Field(
+        description="Probability that it is below that of the trial accepted last, by a paired t-test over the "
+        "windows; null for that trial itself, or where one was not finite."
+    )
+
+
 class Summary(BaseModel):
     """`summary.json`: machine-readable, a stable schema."""
 
@@ -133,6 +146,13 @@ class Summary(BaseModel):
     benchmarks: list[Score] = Field([], description="Tasks of lm-evaluation-harness, where any were asked for.")
     samples: list[Sample] = Field([], description="Prompts continued by the dense and the pruned model.")
     plan: str = Field("", description="The plan that was kept, in one line.")
+    kept: int | None = Field(
+        None,
+        description="Iteration of that plan, 0 for the dense model; null where an earlier version did not record it.",
+    )
+    finalists: list[Finalist] = Field(
+        [], description="What was compared at the end, the trial accepted last first; none without further windows."
+    )
     iterations: int
     rollbacks: int
     evaluated_tokens: int = Field(0, description="Tokens put through pruned models, by trials and probes.")

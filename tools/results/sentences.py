@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.base.words import clean, count, show, show_compact, show_percent, show_seconds, show_size
-from tools.results.schema import Reach, Summary
+from tools.results.schema import Finalist, Reach, Summary
 
 
 def describe_result(summary: Summary) -> str:
@@ -36,6 +36,19 @@ def name_prunable(reach: Reach | None) -> str:
 def tell_share(share: float, reach: Reach | None) -> str:
     """`, 35.52% of the whole model`: what a share of the prunable weights is of all; "" where that is not known."""
     return f", {share * reach.of_model:.2%} of the whole model" if reach else ""
+
+
+def describe_finalists(finalists: Sequence[Finalist], kept: int | None) -> str:
+    """Which finalist was kept, and the figures of all, in one sentence; "" without any."""
+    if not finalists:
+        return ""
+    told = [f"round {f.iteration} {show(f.kl, 4)}" for f in finalists]
+    likely = [f"round {f.iteration} {f.better:.3f}" for f in finalists if f.better is not None]
+    return (
+        f"Of {len(finalists)} finalists round {kept} has the lowest KL on {finalists[0].windows} windows that no "
+        f"verdict went by: {', '.join(told)}. Probability of a lower one than round {finalists[0].iteration}'s: "
+        f"{', '.join(likely)}."
+    )
 
 
 def describe_reach(reach: Reach | None) -> str:

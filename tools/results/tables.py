@@ -6,6 +6,7 @@ from typing import Any
 from tools.base.words import escape, show, show_score, show_size
 from tools.results.schema import Knowledge, Perplexities, Score, Summary
 from tools.results.sentences import (
+    describe_finalists,
     describe_reach,
     describe_result,
     list_loading,
@@ -36,6 +37,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         "",
         f"The loop ended because {stop}." if stop else "",
         "",
+        *([told, ""] if (told := describe_finalists(summary.finalists, summary.kept)) else []),
         *list_perplexities(summary.perplexity, "test", "Billhook"),
         "",
         *(_list_knowledge(summary.knowledge) if summary.knowledge else []),

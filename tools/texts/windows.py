@@ -28,7 +28,8 @@ class Windows(NamedTuple):
     validation: "Tensor"
     test: "Tensor"
     further: "Tensor"
-    """More of the validation text, behind all else that its source is cut into; none where none is asked for."""
+    """More of the validation text, behind all else that its source is cut into, where any is asked for: windows for
+    verdicts, then as many that finalists are compared on."""
     mixed: "dict[Calibration, Tensor]"
     """The calibration text with more questions in it, as far as there are enough of them."""
     lead: int = 0
@@ -75,7 +76,7 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
     counts = {split: getattr(settings, f"{split}_windows") for split in SPLITS}
     counts["calibration"] -= settings.count_mixed(settings.calibration_mix)
     sources = {split: getattr(settings, split) for split in SPLITS}
-    counts["further"], sources["further"] = settings.further_windows, settings.validation
+    counts["further"], sources["further"] = 2 * settings.further_windows, settings.validation
     windows: dict[str, Tensor] = {}
     for source in dict.fromkeys(sources.values()):
         sharing = [split for split in sources if sources[split] == source]

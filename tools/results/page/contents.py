@@ -11,7 +11,7 @@ from tools.plans.layer_profile import predict_layer_kl
 from tools.results.page.figures import Cell, Prediction
 from tools.results.page.record import Layers, Record, Trial
 from tools.results.schema import Knowledge, Score, Summary
-from tools.results.sentences import describe_result, relate_to_wanda, tell_spending
+from tools.results.sentences import describe_finalists, describe_result, relate_to_wanda, tell_spending
 
 OVERVIEW = ("sparsity", "perplexity", "dense", "uniform Wanda", "KL", "trials", "rolled back", "agents' tokens", "cost")
 """Heads of the table of several runs, after the run's name and status."""
@@ -37,7 +37,8 @@ def describe_run(record: Record) -> list[str]:
     if record.summary:
         last = f"The plan that was kept: {kept.plan}" if kept and changed else "No plan was kept, so nothing was pruned"
         why = f"; the loop ended because {record.stop}" if record.stop else ""
-        return [describe_result(record.summary), f"{last}{why}."]
+        finalists = describe_finalists(record.summary.finalists, record.summary.kept)
+        return [describe_result(record.summary), f"{last}{why}.", *([finalists] if finalists else [])]
     most = record.config.get("max_iterations")
     undone = sum(t.verdict == "rollback" for t in record.trials)
     said = [

@@ -163,6 +163,8 @@ class Record(BaseModel):
     @property
     def kept(self) -> Trial | None:
         """The trial whose weights were kept; the dense model's before the first."""
+        if self.summary and self.summary.kept:
+            return next((t for t in self.trials if t.iteration == self.summary.kept), self.dense)
         return next((t for t in reversed(self.trials) if t.verdict == "accept"), self.dense)
 
 
