@@ -107,7 +107,11 @@ def measure_knowledge(bench: "Workbench", state: State, session: Session, unifor
     def ask(checkpoint: str, name: str) -> Recall:
         return bench.ask(checkpoint, "test", session.progress, f"questions, {name}")
 
+    def count(checkpoint: str, name: str) -> int:
+        return bench.count_right(checkpoint, "test", session.progress, f"own answers, {name}")
+
     dense, wanda, pruned = ask("dense", "dense"), ask(uniform, "uniform Wanda"), ask(state.accepted, "pruned")
+    right = count("dense", "dense")
     left = compare_recall(pruned, dense)
     return Knowledge(
         source=state.config.questions,
@@ -115,6 +119,8 @@ def measure_knowledge(bench: "Workbench", state: State, session: Session, unifor
         dense=dense.mean,
         pruned=pruned.mean,
         uniform_wanda=wanda.mean,
+        dense_right=right,
+        pruned_right=count(state.accepted, "pruned") if right else None,
         retention=left.share if left else None,
         retention_error=left.error if left else None,
     )

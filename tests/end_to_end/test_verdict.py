@@ -81,6 +81,9 @@ def test_a_comparison_that_is_stopped_goes_on_where_it_was(
     assert read_trials(run) == read_trials(weighed)
     assert_same_weights(run, weighed)
     assert read_summary(run)["finalists"] == read_summary(weighed)["finalists"]
+    assert command("--replay", "run", "--name", "again").code == 0
+    assert read_summary(tmp_path / "runs" / "again")["finalists"] == read_summary(weighed)["finalists"]
+    assert_same_weights(tmp_path / "runs" / "again", weighed)
 
 
 def test_no_trial_passes_the_cap(weighing: list[str], weighed: Path, command: Command) -> None:

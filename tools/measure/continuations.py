@@ -46,10 +46,17 @@ def decode(
 def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], new: int = CONTINUED) -> list[str]:
     """What the model says after each prompt: at most `new` tokens, without control characters.
 
-    All prompts go through the model together. Fewer tokens follow where the model has no more positions; none, "",
-    where it has not even enough for the prompts.
+    As `continue_rows`.
     """
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    return continue_rows(model, tokenizer, [tokenizer(prompt)["input_ids"] for prompt in prompts], new)
+
+
+def continue_rows(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], new: int) -> list[str]:
+    """What the model says after the tokens of each row: at most `new` tokens, without control characters.
+
+    All rows go through the model together. Fewer tokens follow where the model has no more positions; none, "", where
+    it has not even enough for the rows.
+    """
     longest = max(map(len, rows))
     positions = count_positions(model)
     new = new if positions is None else min(new, positions - longest)

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
-from tools.base.progress import heed_stop
+from tools.base.progress import Progress, heed_stop
+from tools.measure.continuations import continue_rows
+from tools.measure.tasks.freebaseqa import normalize
 from tools.models.readout import CHUNK, compute_hidden, compute_logits
 from tools.texts.questions import QUESTION_FORM, Question
 from tools.texts.windows import find_bos
@@ -23,12 +25,18 @@ BATCH = 16
 """Questions in one forward; they are sorted by length, so that little of it is padding."""
 
 
+ANSWER_TOKENS = 16
+"""Tokens of a model's own answer at most."""
+
+
 class EncodedPair(NamedTuple):
     """A question with its gold answer, as tokens."""
 
     ids: list[int]
     start: int
     """Where the answer begins."""
+    answers: tuple[str, ...] = ()
+    """All that count as right, in words."""
 
 
 class Recall(BaseModel):
@@ -66,7 +74,7 @@ def encode_pairs(questions: Sequence[Question], tokenizer: Any) -> list[EncodedP
         )
         # A tokenizer may join the last sign of the question with the first of the answer: what differs is the answer.
         start = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(asked))
-        pairs.append(EncodedPair(whole, max(min(start, len(whole) - 1), 1)))
+        pairs.append(EncodedPair(whole, max(min(start, len(whole) - 1), 1), question.answers))
     return pairs
 
 
@@ -104,6 +112,23 @@ def put_together(pairs: Sequence[EncodedPair], values: Sequence[float]) -> Recal
     for i, value in zip(order, values, strict=True):
         found[i] = value if math.isfinite(value) else None
     return Recall(logprob=found, tokens=sum(len(pair.ids) for pair in pairs))
+
+
+def count_right(model: Any, tokenizer: Any, pairs: Sequence[EncodedPair], label: str, progress: Progress) -> int:
+    """Questions to which the model's own answer, its likeliest tokens up to the end of the line, is one that counts.
+
+    Compared as FreebaseQA's are (`normalize`). A small model that is put to it without examples may get none right.
+    """
+    right = 0
+    for done, batch in enumerate(batches := cut_batches(pairs)):
+        heed_stop()
+        progress(label, done, len(batches))
+        asked = [pairs[i].ids[: pairs[i].start] for i in batch]
+        for i, said in zip(batch, continue_rows(model, tokenizer, asked, ANSWER_TOKENS), strict=True):
+            line = normalize(said.strip().partition("\n")[0])
+            right += line in {normalize(answer) for answer in pairs[i].answers}
+    progress(label, len(batches), len(batches))
+    return right
 
 
 @torch.no_grad()

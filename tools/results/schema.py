@@ -60,6 +60,10 @@ class Knowledge(BaseModel):
     dense: float | None = Field(description="Mean log-probability of a gold answer's tokens, nats per token.")
     pruned: float | None = Field(description="The same of the pruned model; null where it was not finite.")
     uniform_wanda: float | None = Field(description="The same of uniform Wanda at the same sparsity.")
+    dense_right: int | None = Field(
+        None, description="Questions that the dense model's own answer gets right: exact match after normalising."
+    )
+    pruned_right: int | None = Field(None, description="The same of the pruned model; null where dense had none right.")
     retention: float | None = Field(description="Answer probability kept: exp(pruned - dense), per token.")
     retention_error: float | None = Field(description="Its standard error, from the paired differences.")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.base.words import clean, count, show, show_compact, show_percent, show_seconds, show_size
-from tools.results.schema import Finalist, Reach, Summary
+from tools.results.schema import Finalist, Knowledge, Reach, Summary
 
 
 def describe_result(summary: Summary) -> str:
@@ -20,8 +20,17 @@ def describe_result(summary: Summary) -> str:
     if (share := relate_to_wanda(p.dense, p.pruned, p.uniform_wanda)) is not None:
         text += f", so the degradation is {share:.2f} times uniform Wanda's"
     if summary.knowledge and summary.knowledge.retention is not None:
-        text += f". Answer probability kept: {summary.knowledge.retention:.1%}"
+        text += f". Answer probability kept: {summary.knowledge.retention:.1%}{_tell_right(summary.knowledge)}"
     return f"{text}. {told}" if (told := describe_reach(summary.reach)) else f"{text}."
+
+
+def _tell_right(knowledge: Knowledge) -> str:
+    """`, exact match 9 beside the dense model's 12 of 256`; "" where that has none right, or nobody counted."""
+    if not knowledge.dense_right or knowledge.pruned_right is None:
+        return ""
+    return (
+        f", exact match {knowledge.pruned_right} beside the dense model's {knowledge.dense_right} of {knowledge.pairs}"
+    )
 
 
 def name_prunable(reach: Reach | None) -> str:

@@ -101,6 +101,8 @@ def _list_knowledge(knowledge: Knowledge) -> list[str]:
     if knowledge.retention is not None:
         error = knowledge.retention_error or 0.0
         left = f" Answer probability kept (exp of the mean change): {knowledge.retention:.3f} ± {error:.3f}."
+    if knowledge.dense_right and knowledge.pruned_right is not None:
+        left += f" Exact match: {knowledge.pruned_right} right, {knowledge.dense_right} by the dense model."
     return [
         "## Knowledge",
         f"{knowledge.pairs} questions of `{knowledge.source}` that no plan was judged by, closed-book and without "

@@ -20,7 +20,7 @@ from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings, WorkbenchSettings
 from tools.base.words import show_size
 from tools.measure.losses import Evaluation
-from tools.measure.recall import EncodedPair, Recall, encode_pairs
+from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.disk import list_disk
 from tools.models.experts import check_experts
@@ -266,6 +266,12 @@ class Workbench:
         """As `Evaluator.ask`."""
         with self._explained("asking questions"):
             return self.evaluator.ask(checkpoint, split, progress, label)
+
+    def count_right(self, checkpoint: str, split: Split, progress: Progress, label: str) -> int:
+        """As `tools.measure.recall.count_right`, of a checkpoint, whose weights stay in the model."""
+        with self._explained("asking questions"):
+            self.restore(checkpoint)
+            return count_right(self.model, self.tokenizer, self.questions[split], label, progress)
 
     def probe(
         self,

@@ -6,9 +6,19 @@ from typing import Any
 import pytest
 import torch
 
+import tools.measure.recall
 from tests.tiny import ARCHITECTURES, make_tiny_model, make_tiny_tokenizer
 from tools.base.progress import ignore_progress
-from tools.measure.recall import EncodedPair, Recall, compare_recall, encode_pairs, measure_recall
+from tools.measure.continuations import continue_rows
+from tools.measure.recall import (
+    EncodedPair,
+    Recall,
+    compare_recall,
+    count_right,
+    cut_batches,
+    encode_pairs,
+    measure_recall,
+)
 from tools.texts.questions import Question
 
 
@@ -61,3 +71,30 @@ def test_a_model_that_is_not_finite() -> None:
     model.get_output_embeddings().weight.data.fill_(math.nan)
     recall = measure_recall(model, [EncodedPair([1, 2, 3], 2)], "questions", ignore_progress)
     assert (recall.logprob, recall.mean) == ([None], None)
+
+
+def test_own_answers_are_right_up_to_the_end_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tiny_tokenizer()
+    questions = [Question(f"Which is {i}?", ("the Venus", "second")) for i in range(20)]
+    pairs = encode_pairs(questions, tokenizer)
+    said = [" Venus.\nQuestion: more", "Second", "third", "", "the second one"] * 4
+    asked: list[list[int]] = []
+
+    def say(_model: Any, _tokenizer: Any, rows: list[list[int]], new: int) -> list[str]:
+        asked.extend(rows)
+        assert new == 16
+        return [said[len(asked) - len(rows) + i] for i in range(len(rows))]
+
+    monkeypatch.setattr(tools.measure.recall, "continue_rows", say)
+    assert count_right(None, tokenizer, pairs, "own answers", ignore_progress) == 8
+    order = [i for batch in cut_batches(pairs) for i in batch]
+    assert asked == [pairs[i].ids[: pairs[i].start] for i in order]
+
+
+def test_own_answers_are_the_likeliest_tokens() -> None:
+    model, tokenizer = make_tiny_model("llama"), make_tiny_tokenizer()
+    (pair,) = encode_pairs([Question("Which?", ("none",))], tokenizer)
+    (said,) = continue_rows(model, tokenizer, [pair.ids[: pair.start]], 16)
+    right = pair._replace(answers=("none", said.strip().partition("\n")[0]))
+    other = pair._replace(answers=(f"not {right.answers[1]}",))
+    assert count_right(model, tokenizer, [right, other], "own answers", ignore_progress) == 1

@@ -71,6 +71,11 @@ def test_what_was_asked_has_its_tables(tmp_path: Path) -> None:
     end_run(run, knowledge=knowledge, benchmarks=scores)
     lines = read_report(run)
     assert "Answer probability kept: 50.0%." in lines[2]
+    counted = knowledge.model_copy(update={"dense_right": 3, "pruned_right": 2})
+    end_run(run, knowledge=counted)
+    told = read_report(run)
+    assert "Answer probability kept: 50.0%, exact match 2 beside the dense model's 3 of 9." in told[2]
+    assert any(line.endswith("Exact match: 2 right, 3 by the dense model.") for line in told)
     assert "| dense | -2.500 |" in lines and "| **Billhook** | not finite |" in lines
     at = lines.index("| task | metric | dense | pruned | questions |")
     assert lines[at + 1 : at + 5] == [
