@@ -83,6 +83,14 @@ def test_every_step_is_done_so_often_and_takes_so_long(tiny_llama: Path) -> None
     assert [work.flops for work in found if work.name == "prune"] == [0, 7, 7 + 2 * 4 * 3 + 4 * 5, 0]
 
 
+def test_further_windows_are_measured_by_the_dense_model_by_every_round_and_by_finalists(tiny_llama: Path) -> None:
+    found = work_of(tiny_settings(tiny_llama, further_windows=5), COURSE._replace(finalists=3))
+    steps = {work.name: (work.times, work.seconds) for work in found}
+    assert steps["validate the dense model"] == (1, (3 + 2 * 5) * 2.25)
+    assert steps["compare at the target, at most"] == (4 + 3, 5 * 2.5)
+    assert steps["validate"] == (4, 3 * 2.5)
+
+
 def test_without_prices_in_seconds_there_are_none(tiny_llama: Path) -> None:
     settings = tiny_settings(tiny_llama)
     shares = find_shares(settings, find_layers(make_empty("llama")), cut_parts(settings, 0)[0])

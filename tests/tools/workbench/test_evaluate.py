@@ -11,6 +11,7 @@ from tests.benches import MASK, REFIT, artifact_path, damage, ignore, open_bench
 from tests.team import join_team
 from tests.tiny import make_tiny_tokenizer, tiny_settings
 from tools.measure.losses import PrefixCache
+from tools.models.disk import list_disk
 from tools.plans.recipe import Adjustment
 from tools.plans.work_order import order_allocation
 from tools.texts.windows import cut_windows
@@ -145,6 +146,8 @@ def test_further_windows_are_measured_once_and_by_a_team_to_the_same_bits(
 ) -> None:
     bench = open_bench(tiny_settings(tiny_llama, further_windows=3), tmp_path / "run")
     assert len(bench.windows.further) == 6
+    (line,) = [x for x in list_disk(bench.model, bench.layers, bench.settings) if "further windows" in x.what]
+    assert line.bytes == bench.windows.further.numel() * bench.model.config.hidden_size * 4
     profile = bench.profile(ignore)
     checkpoint = prune(bench, profile, 0.5, MASK)
     first, second = (bench.evaluate_further(checkpoint, windows, ignore) for windows in (range(3), range(3, 6)))
