@@ -10,7 +10,7 @@ from pydantic.config import JsonDict
 from tools.base.errors import UserError
 from tools.base.names import path_of
 from tools.base.options import READS_FILES, check_options, read_options
-from tools.base.settings import TaskSettings, TeamSettings
+from tools.base.settings import TEAM, TaskSettings, TeamSettings
 from tools.plans.recipe import parse_pattern
 
 HEURISTIC = "heuristic"
@@ -18,6 +18,9 @@ HEURISTIC = "heuristic"
 MODEL_FORM = r"^(heuristic|[a-z][a-z0-9_]*:\S(.*\S)?)$"
 Agent = Literal["planner", "reflector"]
 PRICES = ("planner_price_input", "planner_price_output", "reflector_price_input", "reflector_price_output")
+CHANGEABLE = ("max_agent_tokens", "max_agent_cost", "memory", *PRICES, *TEAM)
+"""Fields that may change while a run goes on; they have no part in what is pruned."""
+
 PLANNER = (
     "heuristic (no key, deterministic), openai:NAME, openai:NAME@http://HOST:PORT/v1 for a compatible endpoint, "
     "local:MODEL for a model in this process (MODEL as in --model), or PROVIDER:NAME for a provider of LangChain's"

@@ -20,21 +20,21 @@ from langgraph.runtime import RunControl
 from langgraph.types import Command, StateSnapshot
 from rich.console import Console
 
-from graph.config import RunConfig, read_config
+from graph.config import CHANGEABLE, RunConfig, read_config
 from graph.llm.ladder import AgentError
 from graph.llm.local import close_local
 from graph.llm.models import check_agents
-from graph.persistence import StateLost, explain_lost_state, open_saver, open_store
+from graph.persistence import StateLost, explain_damaged_state, explain_lost_state, open_saver, open_store
 from graph.persistence.sqlite import database
 from graph.runs.directory import check_input, create_run, read_replay, read_run, write_config
 from graph.runs.forks import name_directory, read_last_node
 from graph.runs.replay import read_record
-from graph.runs.steps import CHANGEABLE
 from graph.show.display import Display, open_display
 from graph.show.words import tell
 from graph.state import Input, State, UnreadableState
 from tools.base.errors import BrokenBaseline, BrokenPlan, DamagedArtifact, DiskFull, UserError
 from tools.base.files import explain_full_disk
+from tools.base.made import advise, check_model
 from tools.base.progress import Stopped, stop_at
 from tools.base.rows import follow_kept
 from tools.base.rundir import append_event, lock_run, unlock_run
@@ -161,7 +161,7 @@ def _run_graph(work: Work) -> int:
     from graph.build import builder
 
     runs_dir = work.directory.parent
-    with open_saver(runs_dir) as saver, open_store(runs_dir) as store:
+    with explain_damaged_state(runs_dir), open_saver(runs_dir) as saver, open_store(runs_dir) as store:
         app = builder().compile(checkpointer=saver, store=store, name="billhook")
         snapshot, settings = _find_snapshot(app, work)
         if snapshot.values and not snapshot.tasks:  # `next` leaves out a node that ended just before a kill
@@ -185,6 +185,7 @@ def _run_graph(work: Work) -> int:
 
 def _push(work: Work) -> int:
     """Upload the model of a finished run; nothing of the run is lost where that fails."""
+    check_model(work.directory)
     try:
         url = push_model(work.directory / "model", work.push)
     except NotPushed as error:
@@ -209,6 +210,11 @@ def _find_snapshot(app: App, work: Work) -> tuple[StateSnapshot, RunnableConfig]
         if _belongs(snapshot, work):
             named = {**work.settings["configurable"], **snapshot.config["configurable"]}
             return snapshot, {**work.settings, "configurable": named}
+    if last.values.get("run", work.name) == work.name:
+        raise UserError(
+            f"run {work.name!r} cannot go on: its events.jsonl and its checkpoints are not of one time; "
+            f"{advise(work.directory)}"
+        )
     raise UserError(f"the checkpoints of run {work.name!r} are gone; its thread holds those of {last.values['run']!r}")
 
 
@@ -262,7 +268,9 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
                     given, settings = Command(resume=_ask(display, asked[0].value)), work.settings
         except GraphDrained:
             return _stop(display, work, "stopped as asked, after the present step")
-        except (AgentError, BrokenBaseline, BrokenPlan, DamagedArtifact, StateLost, Stopped, Unanswered) as error:
+        except DamagedArtifact as error:
+            return _stop(display, work, f"{error}; {advise(work.directory)}")
+        except (AgentError, BrokenBaseline, BrokenPlan, StateLost, Stopped, Unanswered) as error:
             return _stop(display, work, str(error))
 
 

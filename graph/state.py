@@ -106,6 +106,7 @@ class State(Input):
     """The whole state of a run between two nodes."""
 
     came_from: str = Field("", description="The checkpoint that the last node worked from; it tells a fork.")
+    log: str = Field("", description="Seal of what the last node wrote last into the run's log, which must be there.")
     config: RunConfig = Field(default_factory=RunConfig)
     profile: str = Field("", description="Hash of the profile artifact.")
     dense: Trial | None = Field(None, description="The dense model on the validation text, as iteration 0.")

@@ -1,6 +1,5 @@
 """Arms that are runs of the graph, each in a process of its own, begun or gone on with."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from graph.ablation.rows import Row
 from graph.ablation.settings import CHAT, AblateSettings
 from tools.base.errors import UserError
+from tools.base.made import read_result
 from tools.base.rundir import scan_events
 from tools.base.settings import TEAM, TeamSettings
 from tools.workbench.open import close_workbench
@@ -43,7 +43,7 @@ def run_graph(
             said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]
             raise UserError(f"{arm}, seed {seed}: {' '.join(said[-2:])[:400]}; the same command goes on from there")
     progress("run of the graph", 1, 1)
-    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    summary = read_result(runs / name) or {}
     agents = summary["agents"]
     row = Row(
         arm=arm,

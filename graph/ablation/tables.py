@@ -5,8 +5,8 @@ from pathlib import Path
 
 from graph.ablation.rows import Ablation, Mean, Row, average, conclude, list_differences, rank_arms, show_p
 from graph.ablation.settings import ARMS
-from tools.base.files import write_json, write_text, write_whole
-from tools.base.rows import as_csv, save_figure
+from tools.base.files import write_text, write_whole
+from tools.base.rows import as_csv, save_figure, write_kept
 from tools.base.student import CONFIDENCE
 from tools.base.words import escape, show
 
@@ -29,7 +29,7 @@ def describe_row(row: Row) -> str:
 
 
 def write_tables(directory: Path, known: Ablation) -> None:
-    write_json(directory / "ablate.json", known.model_dump(mode="json"))
+    write_kept(directory / "ablate.json", known)
     write_text(directory / "ablate.md", describe(known))
     write_text(directory / "ablate.csv", as_csv(Row, known.rows))
     for kind in ("png", "svg"):

@@ -13,7 +13,7 @@ import sys
 from langgraph.store.base import BaseStore, SearchItem
 
 from graph.memory.lessons import find_models, group_items, runs_of
-from graph.persistence import STATE_VARIABLE, open_store, state_url
+from graph.persistence import STATE_VARIABLE, explain_damaged_state, open_store, state_url
 from graph.persistence.sqlite import database
 from graph.reflecting.schema import Lesson
 from tools.base.errors import UserError
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"there are no lessons in {place}")
             print(f"no lessons in {place}")
             return 0
-        with open_store(runs_directory()) as store:
+        with explain_damaged_state(runs_directory()), open_store(runs_directory()) as store:
             _obey(store, options, place)
     except UserError as error:
         return refuse(error)

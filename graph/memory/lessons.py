@@ -16,6 +16,8 @@ from langgraph.store.base import BaseStore, SearchItem
 from graph.config import PRICES, RunConfig
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
+from tools.base.errors import UserError, in_one_line
+from tools.base.seals import is_whole, seal_value
 from tools.base.settings import TEAM, TaskSettings
 
 LIMIT = 30
@@ -88,7 +90,8 @@ def write_lesson(store: BaseStore, config: RunConfig, lesson: Lesson, number: in
     if not lesson.confidence:
         return
     value = lesson.model_dump(exclude={"same_config"}) | {"config": fingerprint(config), "model": config.model}
-    store.put(namespace(config.model), f"{lesson.run}/{lesson.iteration}/{number}", value)
+    key = f"{lesson.run}/{lesson.iteration}/{number}"
+    store.put(namespace(config.model), key, seal_value(value, key))
     _trim(store, config.model)
 
 
@@ -147,14 +150,28 @@ def _model_of(item: SearchItem) -> str:
 def _find_items(store: BaseStore, model: str) -> list[SearchItem]:
     """Every observation about a model, oldest first."""
     place = namespace(model)
-    items = [item for item in store.search(place, limit=ALL) if item.value.get("model", model) == model]
-    return sorted(items, key=_order)
+    return sorted((item for item in _search(store, place) if item.value.get("model", model) == model), key=_order)
+
+
+def _search(store: BaseStore, place: tuple[str, ...]) -> list[SearchItem]:
+    """Every observation in a place. Raises UserError where one is not what was written."""
+    try:
+        items = store.search(place, limit=ALL)
+        if all(isinstance(item.value, dict) and is_whole(item.value, item.key) for item in items):
+            return items
+        problem = "an observation does not match its seal"
+    except (ValueError, TypeError, LookupError) as error:  # the store reads JSON, and times
+        problem = in_one_line(error, 100)
+    raise UserError(
+        f"the agents' memory is damaged ({problem}); runs begin, and go on, without it with --no-memory; or put the "
+        "state's database back as it was"
+    )
 
 
 def find_models(store: BaseStore) -> dict[str, list[SearchItem]]:
     """Every observation, oldest first, by model in the order of names."""
     models: dict[str, list[SearchItem]] = defaultdict(list)
-    for item in sorted(store.search((ROOT,), limit=ALL), key=_order):
+    for item in sorted(_search(store, (ROOT,)), key=_order):
         models[_model_of(item)].append(item)
     return dict(sorted(models.items()))
 

@@ -1,5 +1,6 @@
 """finish: the test text, once; the exported model, its card, the reports and the summary."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from langgraph.runtime import Runtime
@@ -10,7 +11,10 @@ from graph.planning.orders import order_uniform
 from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State, same_sparsity
-from tools.base.files import write_json, write_text
+from tools.base.files import write_text
+from tools.base.made import hash_files, read_made
+from tools.base.rundir import read_last_seal
+from tools.base.seals import write_sealed
 from tools.experiments.tasks import measure_checkpoints
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
@@ -89,7 +93,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         sparsity = bench.weights.describe_sparsity()
         trials = [trial.model_dump() for trial in ([state.dense] if state.dense else []) + state.trials]
         write_text(session.directory / "report.md", write_report(summary, trials, sparsity, state.stop))
-        write_json(session.directory / "summary.json", summary.model_dump())
+        write_result(session.directory, summary)
         write_text(session.directory / "report.html", write_page([session.directory]))
         session.emit(
             "result",
@@ -99,6 +103,12 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         )
     found = {"current": state.accepted, "accepted": state.accepted, "evaluated_tokens": tokens}
     return {**found, "seconds": session.seconds}
+
+
+def write_result(directory: Path, summary: Summary) -> None:
+    """Write `summary.json`: beside the summary stand the hashes of the model's files and where the log had come to."""
+    vouched = {"files": hash_files(directory / "model"), "log": read_last_seal(directory)}
+    write_sealed(directory / "summary.json", summary.model_dump() | vouched, read_made(directory).mark)
 
 
 def measure_knowledge(bench: "Workbench", state: State, session: Session, uniform: str) -> Knowledge:

@@ -9,14 +9,16 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from sqlite3 import DatabaseError
 from types import ModuleType
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.store.base import BaseStore
 
 from graph.persistence import sqlite
-from graph.persistence.serializer import make_serializer
+from graph.persistence.serializer import DamagedState, make_serializer
 from tools.base.errors import UserError
+from tools.base.files import is_disk_full
 from tools.base.rundir import runs_directory
 
 STATE_VARIABLE = "BILLHOOK_STATE"
@@ -88,6 +90,21 @@ async def store() -> AsyncIterator[BaseStore]:
     url = state_url()
     async with _postgres().store(url) if url else sqlite.store(runs_directory()) as memory:
         yield memory
+
+
+@contextmanager
+def explain_damaged_state(runs_dir: Path) -> Iterator[None]:
+    """Turn errors of a damaged SQLite file, or of a checkpoint that is not what was written, into UserError."""
+    file = sqlite.database(runs_dir)
+    try:
+        yield
+    except DatabaseError as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(sqlite.explain_damage(file, error)) from error
+    except DamagedState as error:
+        place = "the state's database" if state_url() else file
+        raise UserError(f"{place} is damaged: {error}; put it back as it was, or begin a new run") from error
 
 
 @contextmanager

@@ -16,12 +16,20 @@ from graph.config import RunConfig
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.state import Input, State, Trial
+from tools.base.errors import in_one_line
 from tools.base.settings import FORMER
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import Usage
 
 WORTH_COMPRESSING = 512
 """Bytes from which a part of a checkpoint is compressed."""
+
+CRC_BYTES = 4
+
+
+class DamagedState(RuntimeError):
+    """What is kept of a run is not what was written; the message is one line."""
+
 
 # Every class that a checkpoint may revive. Another one would come back as a plain dict.
 STATE_MODELS: tuple[type[BaseModel], ...] = (
@@ -51,17 +59,39 @@ _PRESENT = {
 
 
 class _Compressed(JsonPlusSerializer):
-    """Msgpack, compressed: the savers keep the whole state at every step, and trials and lessons repeat themselves."""
+    """Msgpack, compressed: the savers keep the whole state at every step, and trials and lessons repeat themselves.
+
+    Each part ends with a checksum. Raises DamagedState where it is another's.
+    """
 
     def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
         kind, data = super().dumps_typed(obj)
-        return (f"{kind}+zlib", zlib.compress(data)) if len(data) >= WORTH_COMPRESSING else (kind, data)
+        if kind == "null":
+            return kind, data
+        if len(data) >= WORTH_COMPRESSING:
+            return f"{kind}+zlib", zlib.compress(data)  # ends with a checksum of its own
+        return f"{kind}+crc", data + zlib.crc32(data).to_bytes(CRC_BYTES)
 
     def loads_typed(self, data: tuple[str, bytes]) -> Any:
         kind, packed = data
-        if kind.endswith("+zlib"):
-            kind, packed = kind.removesuffix("+zlib"), zlib.decompress(packed)
-        return super().loads_typed((kind, rename_moved(packed) if kind == "msgpack" else packed))
+        try:
+            if kind.endswith("+zlib"):
+                kind, packed = kind.removesuffix("+zlib"), zlib.decompress(packed)
+            elif kind.endswith("+crc"):
+                kind, packed = kind.removesuffix("+crc"), _check(packed)
+            elif kind not in ("null", "msgpack"):
+                raise ValueError(f"{kind!r} is no kind of content")
+            return super().loads_typed((kind, rename_moved(packed) if kind == "msgpack" else packed))
+        except (ValueError, TypeError, LookupError, zlib.error) as error:
+            raise DamagedState(f"a checkpoint in it does not match its checksum ({in_one_line(error, 100)})") from error
+
+
+def _check(packed: bytes) -> bytes:
+    """The content without its checksum. Raises ValueError where that is another's."""
+    data, checksum = packed[:-CRC_BYTES], packed[-CRC_BYTES:]
+    if zlib.crc32(data).to_bytes(CRC_BYTES) != checksum:
+        raise ValueError("another checksum")
+    return data
 
 
 def make_serializer() -> JsonPlusSerializer:

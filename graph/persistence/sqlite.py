@@ -15,7 +15,7 @@ from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.store.sqlite import AsyncSqliteStore, SqliteStore
 
 from graph.persistence.saved import TellingSaver
-from tools.base.errors import UserError
+from tools.base.errors import UserError, in_one_line
 
 # A writer holds the file for milliseconds; a minute of waiting means a disk or a process that hangs.
 BUSY_SECONDS = 60.0
@@ -97,10 +97,28 @@ def create_tables(runs_dir: Path) -> None:
             FileLock(f"{file}.lock", timeout=BUSY_SECONDS),
             closing(_connect(file, isolation_level=None)) as connection,
         ):
+            _check_pages(connection)
             SqliteSaver(connection).setup()
             SqliteStore(connection).setup()
-    except (OSError, sqlite3.Error) as error:
+    except sqlite3.DatabaseError as error:
+        raise UserError(explain_damage(file, error)) from error
+    except OSError as error:
         raise UserError(f"cannot open {file}: {error}") from error
+
+
+def _check_pages(connection: sqlite3.Connection) -> None:
+    """Raises sqlite3.DatabaseError where tables and their indices do not say the same, as after damage to a key."""
+    found = connection.execute("PRAGMA integrity_check(1)").fetchall()
+    if found != [("ok",)]:
+        raise sqlite3.DatabaseError(in_one_line(ValueError(found[0][0]), 200))
+
+
+def explain_damage(file: Path, error: BaseException) -> str:
+    """What is to be done where the SQLite file cannot be read."""
+    return (
+        f"cannot open {file}: {in_one_line(error, 200)}; where it is damaged, put it back as it was, or move it away: "
+        "runs that are finished stay as they are, others and the agents' memory begin anew"
+    )
 
 
 def _connect(file: Path, **options: Any) -> sqlite3.Connection:

@@ -1,20 +1,21 @@
 """A run's directory: made, locked, and read again; `run.json` names its thread, `config.yaml` all its options."""
 
-import json
 import re
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from graph.config import RunConfig, check_config, refuse_prompt_files
+from graph.config import CHANGEABLE, RunConfig, check_config, refuse_prompt_files
 from graph.persistence import state_kind
 from graph.state import State
 from tools.base.errors import UserError
-from tools.base.files import write_json, write_text
-from tools.base.options import read_yaml
+from tools.base.files import write_text
+from tools.base.made import advise, read_config_values
 from tools.base.rundir import lock_run, runs_directory
+from tools.base.seals import BrokenSeal, read_sealed, write_sealed
 from tools.base.settings import FORMER
 from tools.measure.benchmarks import load_benchmarks, refuse_shared_questions
 from tools.models.load import check_device, locate_model
@@ -36,9 +37,10 @@ def check_input(config: RunConfig) -> None:
     refuse_shared_questions(config, config)
 
 
-def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str, replay: str = "") -> Path:
+def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str, replay: str = "", log: str = "") -> Path:
     """Make and lock a run's directory, with `config.yaml` as resolved and `run.json`.
 
+    `log` says whose log it begins with, where that is another run's (`tools.base.made.Made`).
     Calling again for the same thread changes nothing. Raises UserError when another run has the name or another
     process works in it.
     """
@@ -57,7 +59,10 @@ def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str, rep
         lock_run(directory)
         write_config(directory, config)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write_json(record, {"thread_id": thread_id, "created": created, "state": state_kind(), "replay": replay})
+        made = {"thread_id": thread_id, "created": created, "state": state_kind(), "replay": replay}
+        mark = uuid.uuid4().hex
+        begun = config.model_dump(mode="json", exclude=set(CHANGEABLE))
+        write_sealed(record, {**made, "mark": mark, "log": log or mark, "config": begun}, record.name)
     except OSError as error:
         raise UserError(f"run directory {directory} cannot be written: {error.strerror}") from error
     return directory
@@ -79,15 +84,22 @@ def read_run(runs_dir: Path, name: str) -> tuple[str, RunConfig]:
     if not (directory / "run.json").is_file():
         raise UserError(f"there is no run {name!r} in {runs_dir}; see --list")
     try:
-        thread = json.loads((directory / "run.json").read_text(encoding="utf-8"))["thread_id"]
-        return str(uuid.UUID(thread)), check_config(FORMER | read_yaml(directory / "config.yaml"))
+        thread = read_made_run(directory)["thread_id"]
+        return str(uuid.UUID(thread)), check_config(FORMER | read_config_values(directory))
+    except BrokenSeal:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"run {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
+def read_made_run(directory: Path) -> dict[str, Any]:
+    """All of `run.json`. Raises BrokenSeal where it is not what was written."""
+    return read_sealed(directory / "run.json", "run.json", advise(directory))
+
+
 def read_replay(directory: Path) -> str:
     """The run that the one in `directory` replays, "" for none. UserError when its checkpoints are in another place."""
-    made = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    made = read_made_run(directory)
     kept = made.get("state", "SQLite")
     if kept != state_kind():
         advice = "name it with --state or in BILLHOOK_STATE" if kept == "PostgreSQL" else "leave --state out"

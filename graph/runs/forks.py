@@ -14,10 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from graph.runs.directory import create_run, directory_of
+from graph.runs.directory import create_run, directory_of, read_made_run
 from graph.state import State
-from tools.base.files import write_text
-from tools.base.rundir import runs_directory, scan_events
+from tools.base.files import write_whole
+from tools.base.made import read_made
+from tools.base.rundir import read_log, runs_directory, scan_events
+from tools.base.seals import seal_lines
 
 
 def name_directory(state: State, node: str, checkpoint: str, thread: str | None) -> str:
@@ -40,7 +42,7 @@ def _is_fork(state: State, node: str, checkpoint: str, thread: str | None) -> bo
     """
     directory = directory_of(state)
     with suppress(OSError, ValueError, KeyError, TypeError):
-        owner = json.loads((directory / "run.json").read_text(encoding="utf-8"))["thread_id"]
+        owner = read_made_run(directory)["thread_id"]
         if thread is not None and owner != thread:
             return True
     last = read_last_node(directory)
@@ -64,18 +66,24 @@ def fork_run(state: State, name: str, thread: str) -> None:
     Artifacts are shared as hard links where the file system has them: they are never written twice.
     """
     origin = directory_of(state)
-    directory = create_run(runs_directory(), name, state.config, thread, state.replay)
+    made = read_made(origin)
+    directory = create_run(runs_directory(), name, state.config, thread, state.replay, made.log)
     for part in ("artifacts", "evaluations"):
         for file in (origin / part).rglob("*"):
             target = directory / file.relative_to(origin)
             if file.is_file() and not file.name.startswith(".") and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _share(file, target)
-    log = directory / "events.jsonl"
-    begun = log.read_text(encoding="utf-8") if log.exists() else ""  # a fork that is resumed has said so already
-    if '"type": "fork"' not in begun:
+    begun = list(read_log(directory))  # a fork that is resumed has said so already
+    if not any(b'"type": "fork"' in line[:100] for line in begun):
         event = {"time": round(time.time(), 3), "type": "fork", "from": state.run, "iteration": state.iteration}
-        write_text(log, f"{_read_past(origin, state.came_from)}{json.dumps(event)}\n{begun}")
+        lines = [*_read_past(origin, state.came_from), json.dumps(event).encode(), *begun]
+        text = seal_lines(lines, read_made(directory).log)
+        write_whole(directory / "events.jsonl", lambda aside: _write_bytes(aside, text))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _share(file: Path, target: Path) -> None:
@@ -86,11 +94,10 @@ def _share(file: Path, target: Path) -> None:
     shutil.copyfile(file, target)
 
 
-def _read_past(origin: Path, checkpoint: str) -> str:
+def _read_past(origin: Path, checkpoint: str) -> list[bytes]:
     """The events of a run up to the end of the node that worked from a checkpoint."""
-    with (origin / "events.jsonl").open(encoding="utf-8") as log:
-        lines = list(log)
+    lines = list(read_log(origin))
     nodes = scan_events(origin, "node")
     last = max((number for number, event in nodes if event.get("checkpoint") == checkpoint), default=-1)
     end = next((number for number, _ in nodes if number > last), len(lines))
-    return "".join(lines[:end])
+    return lines[:end]

@@ -9,6 +9,9 @@ import yaml
 from rich.table import Column, Table
 from rich.text import Text
 
+from tools.base.made import read_config_values, read_made
+from tools.base.rundir import refuse_lost_result
+from tools.base.seals import BrokenSeal, is_whole
 from tools.base.words import clean, show_compact, show_percent, show_seconds
 
 MARKS = ("summary.json", "config.yaml", "events.jsonl", "run.json")
@@ -48,11 +51,12 @@ def describe_run(run: Path) -> list[str]:
     """Status and time, model, sparsity, perplexity, KL and plans of a run, from what it left behind."""
     try:
         if (run / "summary.json").is_file():
-            return describe_summary(read_summary(run / "summary.json"))
-        config = read_config(run / "config.yaml")
+            return describe_summary(read_summary(run))
+        refuse_lost_result(run)
+        config = read_config(run)
         return ["unfinished", clean(config["model"]), f"\nof {show_percent(config['target_sparsity'], 1)}"]
-    except Damaged as problem:
-        return ["damaged", str(problem)]
+    except (Damaged, BrokenSeal) as problem:
+        return ["damaged", clean(problem, 300)]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         name = "summary.json" if (run / "summary.json").is_file() else "config.yaml"
         return ["damaged", f"{name}: {type(problem).__name__}: {clean(problem, 100)}"]
@@ -76,8 +80,9 @@ class Damaged(ValueError):
     """A file of a run cannot be read; the message names it."""
 
 
-def read_summary(path: Path) -> Mapping[str, Any]:
-    """A run's summary; Damaged when it is not a JSON object."""
+def read_summary(run: Path) -> Mapping[str, Any]:
+    """A run's summary; Damaged when it is not a JSON object, or not what was written."""
+    path = run / "summary.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as problem:
@@ -86,11 +91,14 @@ def read_summary(path: Path) -> Mapping[str, Any]:
         raise Damaged(f"{path.name}: {type(problem).__name__}") from problem
     if not isinstance(found, dict):
         raise Damaged(f"{path.name}: not a JSON object")
+    if not is_whole(found, read_made(run).mark):
+        raise Damaged(f"{path.name}: its content does not match its seal")
     return found
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
-    """A run's config; Damaged when it is missing or not a YAML mapping."""
+def read_config(run: Path) -> Mapping[str, Any]:
+    """A run's config; Damaged when it is missing, not a YAML mapping, or not what the run was begun with."""
+    path = run / "config.yaml"
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
@@ -99,4 +107,4 @@ def read_config(path: Path) -> Mapping[str, Any]:
         raise Damaged(f"{path.name}: {type(problem).__name__}") from problem
     if not isinstance(found, dict):
         raise Damaged(f"{path.name}: not a YAML mapping")
-    return found
+    return read_config_values(run) if read_made(run).mark else found

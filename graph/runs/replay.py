@@ -17,7 +17,7 @@ from graph.planning.plan import Plan
 from graph.reflecting.schema import Reflection
 from graph.state import State
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
-from tools.base.rundir import runs_directory
+from tools.base.rundir import check_log, read_log, runs_directory, scan_events
 from tools.plans.work_order import WorkOrder
 
 Event = dict[str, Any]
@@ -51,6 +51,7 @@ def read_record(run: str) -> Record:
     record, path = Record(run), runs_directory() / run / "events.jsonl"
     if not path.is_file():
         raise UserError(f"run {run!r} left no record in {path.parent.parent}; see --list")
+    check_log(path.parent)
     for event in _read_events(record.run, path):
         try:
             _take(record, event)
@@ -68,7 +69,7 @@ def read_record(run: str) -> Record:
 def _read_events(run: str, path: Path) -> list[Event]:
     """All events; a line that a kill left unfinished is left out, and the event that was written behind it read."""
     events = []
-    lines = path.read_bytes().split(b"\n")
+    lines = list(read_log(path.parent))
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -201,7 +202,7 @@ def _compare_trial(run: str, event: Event) -> str:
 
 
 def _has_parted(directory: Path) -> bool:
-    return '"type": "parting"' in (directory / "events.jsonl").read_text(encoding="utf-8")
+    return bool(scan_events(directory, "parting"))
 
 
 def _show_both(there: Any, here: Any) -> str:

@@ -16,7 +16,7 @@ from graph.runs.directory import directory_of
 from graph.runs.replay import compare
 from graph.state import State
 from tools.base.progress import heed_stop
-from tools.base.rundir import append_event, write_event
+from tools.base.rundir import append_event, read_log, write_event
 from tools.workbench.open import use_workbench
 
 if TYPE_CHECKING:
@@ -95,15 +95,14 @@ def read_logged(directory: Path, node: str, checkpoint: str) -> Counter[str]:
     """What a node logged from this checkpoint before it was interrupted, if it was; each as `write_event` gives it."""
     logged: Counter[str] = Counter()
     again = False
-    with suppress(FileNotFoundError), (directory / "events.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            if '"type": "node"' in line[:100]:
-                with suppress(ValueError):
-                    event = json.loads(line)
-                    again = checkpoint != "" and (event["node"], event["checkpoint"]) == (node, checkpoint)
-                    logged = logged if again else Counter()
-            elif again:
-                logged["{" + line.rstrip("\n").partition(", ")[2]] += 1
+    for line in read_log(directory):
+        if b'"type": "node"' in line[:100]:
+            with suppress(ValueError):
+                event = json.loads(line)
+                again = checkpoint != "" and (event["node"], event["checkpoint"]) == (node, checkpoint)
+                logged = logged if again else Counter()
+        elif again:
+            logged["{" + line.decode(errors="replace").partition(", ")[2]] += 1
     return logged
 
 

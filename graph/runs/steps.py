@@ -10,15 +10,14 @@ from typing import Any
 from langgraph.errors import GraphBubbleUp
 from langgraph.runtime import Runtime
 
-from graph.config import PRICES, RunConfig
+from graph.config import CHANGEABLE, RunConfig
 from graph.llm.local import close_local
 from graph.runs.directory import directory_of, read_run
 from graph.runs.forks import fork_run, name_directory
 from graph.runs.permits import check_permitted
 from graph.state import State
 from tools.base.progress import stop_at
-from tools.base.rundir import hold_run, runs_directory, unlock_runs
-from tools.base.settings import TEAM
+from tools.base.rundir import check_logged, hold_run, read_last_seal, runs_directory, unlock_runs
 from tools.workbench.open import close_workbench
 
 Update = dict[str, Any]
@@ -26,9 +25,6 @@ Node = Callable[[State, Runtime[RunConfig]], Update]
 
 IDLE_SECONDS = 30.0
 """How long a server keeps the model for a run's next node; after that the run can be taken up anywhere."""
-
-CHANGEABLE = ("max_agent_tokens", "max_agent_cost", *PRICES, *TEAM)
-"""Fields of the config that may change while a run goes on; they have no part in what is pruned."""
 
 
 def step(node: Node, *, served: bool = False) -> Node:
@@ -46,6 +42,7 @@ def step(node: Node, *, served: bool = False) -> Node:
         if state.profile:
             if served:
                 check_permitted(state)  # a fork's config.yaml says what the run began with
+            check_logged(directory_of(state), state.log)
             name = name_directory(state, node.__name__, checkpoint, thread)
             if name != state.run:
                 fork_run(state, name, thread or "")
@@ -54,7 +51,9 @@ def step(node: Node, *, served: bool = False) -> Node:
                 runtime = runtime.override(context=settled.config)
         state = settled.model_copy(update=moved)
         with hold_run(directory_of(state)) if state.profile else nullcontext():
-            return moved | node(state, runtime) | {"came_from": checkpoint}
+            update = moved | node(state, runtime)
+            log = read_last_seal(runs_directory() / update.get("run", state.run))
+            return update | {"came_from": checkpoint, "log": log}
 
     return work
 

@@ -25,7 +25,9 @@ from tests.end_to_end.helpers import (
     read_state,
     read_summary,
     read_trials,
+    rewrite_log,
     run_here,
+    unseal,
 )
 from tests.openai_server import OpenAIServer
 
@@ -97,7 +99,7 @@ def edit_event(run: Path, type_: str, number: int, **changes: Any) -> None:
     events = read_events(run)
     which = [event for event in events if event["type"] == type_][number]
     which.update(changes)
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    rewrite_log(run, map(json.dumps, events))
 
 
 def test_the_same_plans_and_masks_without_an_endpoint(recorded: Recorded, copied: Path, command: Command) -> None:
@@ -193,7 +195,7 @@ def test_a_record_of_an_earlier_version_knows_no_orders(recorded: Recorded, copi
         {name: value for name, value in event.items() if name not in ("order", "asked")}
         for event in read_events(copied)
     ]
-    (copied / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    rewrite_log(copied, map(json.dumps, events))
     assert partings(command("--replay", "run")) == []
     assert_same(copied.parent / "run-replay", recorded.run)
 
@@ -211,9 +213,9 @@ def test_other_masks_are_told_at_the_end(copied: Path, command: Command) -> None
 def test_an_unfinished_run_is_replayed_as_far_as_its_record_goes(copied: Path, command: Command) -> None:
     events = read_events(copied)
     cut = next(i for i, event in enumerate(events) if event["type"] == "plan" and event["iteration"] == 3)
-    (copied / "events.jsonl").write_text(
-        "".join(json.dumps(event) + "\n" for event in events[:cut]) + '{"time": 1, "ty'
-    )
+    rewrite_log(copied, map(json.dumps, events[:cut]))
+    with (copied / "events.jsonl").open("a") as log:
+        log.write('{"time": 1, "ty')
     done = command("--replay", "run")
     assert (done.code, done.err) == (0, "")
     assert "note: the record of run run ends here, unfinished" in done.out
@@ -266,16 +268,17 @@ def break_json(run: Path) -> None:
     (run / "events.jsonl").write_text("".join([*lines[:2], "{ nonsense\n", *lines[2:]]))
 
 
-REFUSED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "no such run": (shutil.rmtree, [], "there is no run 'run' in runs; see --list"),
     "no record": (lambda run: (run / "events.jsonl").unlink(), [], "run 'run' left no record in runs; see --list"),
     "an empty record": (lambda run: (run / "events.jsonl").write_text(""), [], "holds no plan to repeat"),
-    "a damaged record": (
-        break_json,
+    "a damaged record": (break_json, [], "line 3 of runs/run/events.jsonl is damaged: it does not match its seal; "),
+    "a damaged record of an earlier version": (
+        lambda run: (unseal(run), break_json(run)),
         [],
         "the record of run 'run' is damaged: line 3 of runs/run/events.jsonl is no event",
     ),
-    "no event": (lambda run: (run / "events.jsonl").write_text("[1]\n{}\n"), [], "is damaged: line 1 of "),
+    "no event": (lambda run: (run / "events.jsonl").write_text("[1]\n{}\n"), [], "line 1 of runs/run/events.jsonl is "),
     "another plan": (
         lambda run: edit_event(run, "plan", 1, details={"sparsity": 0.3, "magic": 1}),
         [],
@@ -294,7 +297,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "another config": (
         lambda run: (run / "config.yaml").write_text("target: 0.4\n"),
         [],
-        "run 'run' cannot be read: unknown field 'target'",
+        "run 'run' cannot be read: its config.yaml is not what the run was begun with (",
     ),
     "a config beside it": (lambda run: None, ["--config", "x.yaml"], "--replay takes the config of the run itself"),
     "approval beside it": (lambda run: None, ["--approve", "plans"], "--replay repeats what a person said"),
@@ -304,7 +307,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
 
 @pytest.mark.parametrize(("harm", "more", "expected"), REFUSED.values(), ids=REFUSED)
 def test_refused_in_one_line(
-    harm: Callable[[Path], None], more: list[str], expected: str, copied: Path, command: Command
+    harm: Callable[[Path], object], more: list[str], expected: str, copied: Path, command: Command
 ) -> None:
     harm(copied)
     outcome = command("--replay", "run", *more)
@@ -315,6 +318,8 @@ def test_refused_in_one_line(
 
 
 def test_a_line_torn_by_a_kill_hides_no_event(copied: Path, command: Command) -> None:
+    """An earlier version wrote the next event behind it."""
+    unseal(copied)
     lines = (copied / "events.jsonl").read_text().splitlines(keepends=True)
     (copied / "events.jsonl").write_text("".join([*lines[:3], '{"time": 12.5, "type": "prom', *lines[3:]]))
     done = command("--replay", "run")

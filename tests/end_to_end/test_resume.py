@@ -48,7 +48,7 @@ HALTS = [
     Halt("reflect", "graph.nodes.reflect:write_lesson", 3, after=True),
     Halt("finish", "tools.workbench.losses:evaluate_windows", 2, after=True),
     Halt("finish", "graph.nodes.finish:export_model", after=True),
-    Halt("finish", "graph.nodes.finish:write_json", after=True),
+    Halt("finish", "graph.nodes.finish:write_result", after=True),
     Halt("finish", NOTE, after=True),
 ]
 
@@ -101,7 +101,7 @@ def test_killed_and_resumed(halt: Halt, easy: Easy, tmp_path: Path, command: Com
 
 
 def test_killed_before_there_was_a_run(easy: Easy, tmp_path: Path, command: Command) -> None:
-    halt = Halt("", "graph.runs.directory:write_json")
+    halt = Halt("", "graph.runs.directory:write_sealed")
     assert fork(tmp_path, *easy.flags, halt=halt).finish().code == -signal.SIGKILL
     assert command("--resume", "run").err == "error: there is no run 'run' in runs; see --list\n"
     assert command(*easy.flags).code == 0
@@ -267,9 +267,11 @@ def test_a_changed_config_is_refused_by_its_fields(easy: Easy, tmp_path: Path, c
     config.write_text(written.replace("seed: 0", "seed: 1"))
     edited = command("--resume", "run")
     assert (edited.code, edited.out) == (2, "")
-    assert edited.err.startswith("error: run 'run' cannot be resumed with a changed config (seed): its config.yaml ")
+    assert edited.err.startswith(
+        "error: run 'run' cannot be read: its config.yaml is not what the run was begun with (seed)"
+    )
     config.write_text(written.replace("seed: 0", "sed: 0"))
-    assert command("--resume", "run").err.startswith("error: run 'run' cannot be read: unknown field 'sed'")
+    assert command("--resume", "run").err == edited.err
     config.write_text(written)
     file.write_text(written)
     assert command("--resume", "run", "--config", "mine.yaml", "--tau", "0.15").code == 0

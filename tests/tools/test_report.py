@@ -54,7 +54,7 @@ def test_bad_input_is_told_in_a_line(
     damaged = f"artifact {profile.relative_to(tmp_path)} is damaged: its content does not match its hash"
     assert refuse("demo") == f"the profile of demo cannot be read: {damaged}"
     (run / "summary.json").write_text("{")
-    assert refuse("demo").startswith("demo/summary.json cannot be read: ")
+    assert refuse("demo").startswith("demo/summary.json is damaged: it is not JSON; ")
 
 
 def test_it_starts_without_torch() -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from tools.base.errors import UserError, in_one_line
 from tools.base.files import explain_unwritable
 from tools.base.rundir import lock_run
+from tools.base.seals import BrokenSeal, read_sealed, write_sealed
 from tools.base.settings import FORMER
 
 if TYPE_CHECKING:
@@ -25,12 +26,19 @@ def lock_out(out: Path, locked: Path) -> None:
         lock_run(locked)
 
 
+def write_kept(path: Path, rows: BaseModel) -> None:
+    """Keep what a command made so far, with a seal."""
+    write_sealed(path, rows.model_dump(mode="json"), path.name)
+
+
 def read_kept(path: Path, model: type[Model]) -> Model | None:
-    """What an earlier command kept; None where nothing is. Raises UserError when it cannot be read."""
+    """What an earlier command kept; None where nothing is. Raises UserError when it is not to be read, or damaged."""
     if not path.is_file():
         return None
     try:
-        return model.model_validate_json(path.read_bytes())
+        return model.model_validate(read_sealed(path, path.name, "put it back as it was, or choose another --out"))
+    except BrokenSeal:
+        raise
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {in_one_line(error, 200)}") from error
 

@@ -1,4 +1,4 @@
-"""A run's directory: its parts, its lock, its log of events."""
+"""A run's directory: its parts, its lock, its log of events, and whether they are what was written."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 
 from tools.base.errors import UserError
 from tools.base.files import explain_full_disk
+from tools.base.made import advise, read_made, read_result
+from tools.base.seals import BrokenSeal, check_lines, follow_line, seal_line, split_line
 from tools.base.secrets import redact
 
 RUNS_DIR_VARIABLE = "BILLHOOK_RUNS_DIR"
@@ -89,32 +91,92 @@ def unlock_runs() -> None:
         unlock_run(directory)
 
 
+# The log
+
+
 def append_event(directory: Path, event: dict[str, Any]) -> None:
-    """Add one line to `events.jsonl`, with the time and without any secret of the environment."""
-    line = f'{{"time": {round(time.time(), 3)}, {write_event(event)[1:]}'
+    """Add one line to `events.jsonl`, with the time and its seal, and without any secret of the environment."""
+    line = f'{{"time": {round(time.time(), 3)}, {write_event(event)[1:]}'.encode()
     path = directory / "events.jsonl"
     with explain_full_disk(path), path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"  # a kill cut the last line short
-            file.write(b"\n" * torn)
-        file.write(f"{line}\n".encode())
+        end = file.tell()
+        file.seek(max(0, end - 64))
+        tail = file.read()
+        before = split_line(tail.removesuffix(b"\n"))[1]
+        if not before:  # the first line, or one behind a line that a crash cut short
+            file.seek(0)
+            before = read_made(directory).log
+            for known in file:
+                before = follow_line(known.rstrip(b"\n"), before)
+        file.write(b"\n" * (end > 0 and not tail.endswith(b"\n")) + seal_line(line, before) + b"\n")
 
 
 def write_event(event: dict[str, Any]) -> str:
-    """An event as its line has it, but for the time."""
+    """An event as its line has it, but for the time and the seal."""
     return redact(json.dumps(event, ensure_ascii=False, default=str))
+
+
+def read_log(directory: Path) -> Iterator[bytes]:
+    """The lines of `events.jsonl` without seals and ends; the last may be one that a crash cut short.
+
+    Raises BrokenSeal at one that is not what was written.
+    """
+    return (line for line, _ in _read_log(directory))
+
+
+def _read_log(directory: Path) -> Iterator[tuple[bytes, str]]:
+    path = directory / "events.jsonl"
+    if not path.is_file():
+        return
+    made = read_made(directory)
+    try:
+        with path.open("rb") as lines:
+            yield from check_lines(lines, made.log, sealed=bool(made.mark))
+    except ValueError as error:
+        raise BrokenSeal(
+            f"line {error} of {path} is damaged: it does not match its seal; {advise(directory)}"
+        ) from error
+
+
+def read_last_seal(directory: Path) -> str:
+    """The seal of the last line of the log; "" where that has none, as one that a crash cut short."""
+    return next(reversed([seal for _, seal in _read_log(directory)]), "")
 
 
 def scan_events(directory: Path, *types: str) -> list[tuple[int, dict[str, Any]]]:
     """(number of the line from 0, event) of every event of these types, without lines that a kill cut short.
 
-    Reads no more of a line than it must: prompts and replies are very long.
+    Parses no more than it must: prompts and replies are very long. Raises BrokenSeal.
     """
-    found, marks = [], [f'"type": "{type_}"' for type_ in types]
-    with suppress(FileNotFoundError), (directory / "events.jsonl").open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            if any(mark in line[:100] for mark in marks):
-                with suppress(ValueError):
-                    found.append((number, json.loads(line)))
+    found, marks = [], [f'"type": "{type_}"'.encode() for type_ in types]
+    for number, line in enumerate(read_log(directory)):
+        if any(mark in line[:100] for mark in marks):
+            with suppress(ValueError):
+                found.append((number, json.loads(line)))
     return found
+
+
+def check_log(directory: Path) -> None:
+    """Raises BrokenSeal where the log lacks what a run had written when it came to its result, or all that it wrote."""
+    result, path = read_result(directory), directory / "events.jsonl"
+    check_logged(directory, result.get("log", "") if result else "")
+    empty = not path.is_file() or not path.stat().st_size
+    if empty and read_made(directory).mark and (directory / "artifacts").is_dir():
+        raise _explain_short(directory)
+
+
+def refuse_lost_result(directory: Path) -> None:
+    """Raises BrokenSeal where the log tells of a result, and `summary.json` is gone."""
+    path = directory / "summary.json"
+    if not path.is_file() and scan_events(directory, "result"):
+        raise BrokenSeal(f"{path} is missing; {advise(directory)}")
+
+
+def check_logged(directory: Path, seal: str) -> None:
+    """Raises BrokenSeal where the log has not the line that `seal` is of; "" is of none."""
+    if seal and all(seal != known for _, known in _read_log(directory)):
+        raise _explain_short(directory)
+
+
+def _explain_short(directory: Path) -> BrokenSeal:
+    return BrokenSeal(f"{directory / 'events.jsonl'} is damaged: what was written last is missing; {advise(directory)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
+from tools.base.made import check_model
 from tools.base.names import is_hub_id
 from tools.base.rundir import list_places
 from tools.base.settings import WorkbenchSettings
@@ -64,12 +65,18 @@ def _locate_in_package(name: str) -> ModelPlace:
 
 
 def find_model(source: str) -> str:
-    """Where a run's model is, or the source itself where it is no run. Raises UserError for a run without a model."""
+    """Where a run's model is, or the source itself where it is no run.
+
+    Raises UserError for a run without a model, or one whose files are not what the run wrote.
+    """
     for run in list_places(source):
+        check_model(run)
         if (run / "model" / "config.json").is_file():
             return str(run / "model")
         if (run / "events.jsonl").is_file():
             raise UserError(f"run {run} has no model yet; finish it with --resume")
+    if (path := Path(source)).name == "model" and (path.parent / "run.json").is_file():
+        check_model(path.parent)
     locate_model(source)
     return source
 

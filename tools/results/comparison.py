@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.table import Table
 
-from tools.base.files import write_json, write_text, write_whole
-from tools.base.rows import as_csv, save_figure
+from tools.base.files import write_text, write_whole
+from tools.base.rows import as_csv, save_figure, write_kept
 from tools.base.words import escape, show, show_score
 from tools.plans.evolve import describe_search
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, Job, name_target
@@ -95,7 +95,7 @@ class Comparison(BaseModel):
 
 def write_comparison(directory: Path, known: Comparison) -> None:
     """compare.json, .md, .csv, .png and .svg in a directory."""
-    write_json(directory / "compare.json", known.model_dump())
+    write_kept(directory / "compare.json", known)
     write_text(directory / "compare.md", describe(known))
     write_text(directory / "compare.csv", as_csv(Row, known.rows, exclude=["protocol"]))
     for kind in ("png", "svg"):

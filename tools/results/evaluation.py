@@ -6,8 +6,8 @@ from pydantic import BaseModel, Field
 from rich.table import Table
 from rich.text import Text
 
-from tools.base.files import write_json, write_text
-from tools.base.rows import as_csv
+from tools.base.files import write_text
+from tools.base.rows import as_csv, write_kept
 from tools.base.words import escape, show_score
 from tools.results.scores import Result, compare_scores, subtract
 from tools.results.tables import list_table, list_task_protocols
@@ -111,6 +111,6 @@ def describe(known: Figures) -> str:
 
 def write_figures(directory: Path, known: Figures) -> None:
     """evaluate.json, .md and .csv in a directory."""
-    write_json(directory / "evaluate.json", known.model_dump())
+    write_kept(directory / "evaluate.json", known)
     write_text(directory / "evaluate.md", describe(known))
     write_text(directory / "evaluate.csv", as_csv(Line, list_lines(known)))

@@ -93,6 +93,7 @@ class Workbench:
         self.pruner = Pruner(self.weights, self.profiles, self.store, self.index, self.crew, self._warn)
         self.evaluator = Evaluator(
             directory / "evaluations",
+            settings,
             self.model,
             self.questions,
             self.weights,

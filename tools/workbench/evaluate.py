@@ -10,9 +10,9 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from tools.base.errors import DamagedArtifact
-from tools.base.files import write_json
 from tools.base.progress import Progress, Stopped, Warn, count_up, ignore_progress
-from tools.base.settings import Split
+from tools.base.seals import read_sealed, write_sealed
+from tools.base.settings import TEAM, Split, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar
 from tools.measure.recall import EncodedPair, Recall, cut_batches, measure_recall, put_together
 from tools.team.requests import ReadAnswers
@@ -38,6 +38,7 @@ class Evaluator:
     def __init__(
         self,
         directory: Path,
+        settings: WorkbenchSettings,
         model: Any,
         questions: Mapping[Split, list[EncodedPair]],
         weights: Weights,
@@ -49,6 +50,7 @@ class Evaluator:
     ) -> None:
         """What was measured lies in `directory`."""
         self._directory, self._model, self._questions, self._weights = directory, model, questions, weights
+        self._settings = settings.model_dump_json(exclude=set(TEAM))
         self._profiles, self._pruner, self._losses, self._crew, self._warn = profiles, pruner, losses, crew, warn
         self._calibration_hidden: Tensor | None = None
 
@@ -87,16 +89,30 @@ class Evaluator:
             evaluation, _ = self._losses.measure(
                 text, windows, hidden, label, progress, from_change=text == "validation", so_far=so_far
             )
-        write_json(self._path(checkpoint, name), evaluation.model_dump())
+        self._keep(self._path(checkpoint, name), evaluation.model_dump())
         begun.unlink(missing_ok=True)
         return evaluation
 
     def _read_begun(self, path: Path, kind: type[Begun]) -> Begun | None:
         """What was measured before it was interrupted, if it is there and whole."""
-        try:
-            return kind.model_validate_json(path.read_bytes()) if path.is_file() else None
-        except ValueError:
+        return self._read_kept(path, kind, "what was measured of it so far is measured again")
+
+    def _read_kept(self, path: Path, kind: type[Begun], what: str) -> Begun | None:
+        """What was kept, if it is there and whole; else a warning says `what` becomes of it."""
+        if not path.is_file():
             return None
+        try:
+            return kind.model_validate(read_sealed(path, self._name_owner(path), ""))
+        except ValueError:
+            self._warn(f"{path} is damaged; {what}")
+            return None
+
+    def _keep(self, path: Path, value: dict[str, Any]) -> None:
+        write_sealed(path, value, self._name_owner(path))
+
+    def _name_owner(self, path: Path) -> str:
+        """What a file is about: a checkpoint on a text, by its name, and the model and texts."""
+        return f"{path.name} {self._settings}"
 
     @contextmanager
     def _keep_begun(self, path: Path, measured: Callable[[], dict[str, Any]]) -> Iterator[None]:
@@ -104,7 +120,7 @@ class Evaluator:
         try:
             yield
         except Stopped:
-            write_json(path, measured())
+            self._keep(path, measured())
             raise
 
     def _path(self, checkpoint: str, split: str) -> Path:
@@ -112,12 +128,7 @@ class Evaluator:
 
     def _read(self, checkpoint: str, split: str) -> Evaluation | None:
         """What was measured before, if it is there and whole."""
-        path = self._path(checkpoint, split)
-        try:
-            return Evaluation.model_validate_json(path.read_bytes()) if path.is_file() else None
-        except ValueError:
-            self._warn(f"{path} is damaged; {split} is measured again")
-            return None
+        return self._read_kept(self._path(checkpoint, split), Evaluation, f"{split} is measured again")
 
     def evaluate_each(
         self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
@@ -138,7 +149,7 @@ class Evaluator:
             for checkpoint, evaluation in measured:
                 found[checkpoint] = evaluation
                 if whole:
-                    write_json(self._path(checkpoint, "validation"), evaluation.model_dump())
+                    self._keep(self._path(checkpoint, "validation"), evaluation.model_dump())
         return [found[checkpoint] for checkpoint in checkpoints]
 
     def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:
@@ -189,18 +200,15 @@ class Evaluator:
         Raises KeyError in a run that has no questions.
         """
         path = self._path(checkpoint, f"questions-{split}")
-        if path.is_file():
-            try:
-                return Recall.model_validate_json(path.read_bytes())
-            except ValueError:
-                self._warn(f"{path} is damaged; the questions are asked again")
+        if kept := self._read_kept(path, Recall, "the questions are asked again"):
+            return kept
         self._pruner.restore(checkpoint)
         begun = self._path(checkpoint, f"questions-{split}-begun")
         known = self._read_begun(begun, Answered)
         so_far = [math.nan if value is None else value for value in known.values] if known else []
         with self._keep_begun(begun, lambda: {"values": [x if math.isfinite(x) else None for x in so_far]}):
             recall = self._ask(self._questions[split], split, label or "questions", progress, so_far)
-        write_json(path, recall.model_dump())
+        self._keep(path, recall.model_dump())
         begun.unlink(missing_ok=True)
         return recall
 

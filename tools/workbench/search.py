@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel
 
-from tools.base.files import write_json
+from tools.base.seals import read_sealed, write_sealed
 from tools.plans.allocate import Allocation, describe_zeros
 from tools.plans.evolve import EffortName, Search, SearchSettings, evolve, follow_effort
 from tools.plans.layer_profile import LayerProfile
@@ -123,7 +123,7 @@ class _Running:
     def keep(self, search: Search) -> None:
         """To go on from, should it be interrupted."""
         saved = SavedSearch(profile=self.profile, settings=self.rules, search=search, seconds=self.seconds)
-        write_json(self.path, saved.model_dump())
+        write_sealed(self.path, saved.model_dump(), self.path.name)
 
 
 def _read_search(path: Path, profile: str, rules: SearchSettings, warn: Callable[[str], None]) -> SavedSearch | None:
@@ -131,7 +131,7 @@ def _read_search(path: Path, profile: str, rules: SearchSettings, warn: Callable
     if not path.is_file():
         return None
     try:
-        saved = SavedSearch.model_validate_json(path.read_bytes())
+        saved = SavedSearch.model_validate(read_sealed(path, path.name, "the search begins anew"))
     except ValueError:
         warn(f"{path} is damaged; the search begins anew")
         return None

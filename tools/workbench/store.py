@@ -88,7 +88,7 @@ class Index:
         """Key to artifact, be it there or not; on a look at one key the files of all others are left alone."""
         known: dict[str, str] = {}
         if self._path.is_file():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
                     known[entry["key"]] = entry["artifact"]

@@ -102,7 +102,7 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run_once(tmp_path)
     with closing(sqlite3.connect(sqlite.database(tmp_path))) as connection:
         rows = connection.execute("SELECT type FROM checkpoints UNION SELECT type FROM writes").fetchall()
-    assert {kind for (kind,) in rows} == {"msgpack", "msgpack+zlib", "null"}
+    assert {kind for (kind,) in rows} == {"msgpack+crc", "msgpack+zlib", "null"}
 
 
 ITERATIONS = 40
@@ -224,7 +224,7 @@ def test_store_waits_for_a_writer_after_reading(tmp_path: Path) -> None:
 def test_damaged_file_is_named_in_one_line(tmp_path: Path) -> None:
     sqlite.database(tmp_path).write_text("this is not a database, whatever its name says")
     with (
-        pytest.raises(UserError, match=r"^cannot open .*billhook\.sqlite: file is not a database$"),
+        pytest.raises(UserError, match=r"^cannot open .*billhook\.sqlite: file is not a database; where it is "),
         persistence.open_saver(tmp_path),
     ):
         pass

@@ -8,8 +8,8 @@ import pytest
 
 from tests.team import gather_teams
 from tests.tiny import tiny_settings
-from tools.base.files import write_json
 from tools.base.progress import ignore_progress
+from tools.base.seals import write_sealed
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.workbench.bench import Workbench
@@ -73,7 +73,7 @@ def test_what_is_found_is_exact_and_told_with_its_tokens(searched: Searched, tmp
 def test_it_goes_on_where_it_was(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = searched.read()
     saved.seconds += 1000
-    write_json(searched.path, saved.model_dump())
+    write_sealed(searched.path, saved.model_dump(), searched.path.name)
     monkeypatch.setattr(Workbench, "measure_kl_each", pytest.fail)
     again = searched.again()
     assert again[:2] == searched.found[:2]
@@ -113,13 +113,14 @@ def test_workers_take_whole_candidates(searched: Searched, monkeypatch: pytest.M
 def test_one_of_other_settings_or_another_model_is_not_gone_on_with(
     spoil: str, searched: Searched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if spoil == "version":  # whose generations had eight children, and stages of so many windows
+    if spoil == "version":  # whose generations had eight children, and stages of so many windows; without a seal
         saved = json.loads(searched.path.read_text())
-        del saved["settings"]["generations"], saved["search"]["children"]
+        del saved["settings"]["generations"], saved["search"]["children"], saved["seal"]
         saved["settings"] |= {"windows": 2, "children": 8, "stages": [[2, 1], [1, 4]]}
-        write_json(searched.path, saved)
+        searched.path.write_text(json.dumps(saved))
     elif spoil == "profile":
-        searched.path.write_text(searched.path.read_text().replace(searched.read().profile, "0" * 64))
+        other = searched.read().model_copy(update={"profile": "0" * 64})
+        write_sealed(searched.path, other.model_dump(), searched.path.name)
     elif spoil == "file":
         searched.path.write_text("{")
     measured: list[str] = []

@@ -9,9 +9,8 @@ from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, TypeAdapter
 
 from tools.base.errors import DamagedArtifact, UserError, in_one_line
 from tools.base.files import find_artifact
-from tools.base.options import read_yaml
-from tools.base.rows import read_kept
-from tools.base.rundir import scan_events
+from tools.base.made import read_config_values, read_made, read_result
+from tools.base.rundir import check_log, read_last_seal, read_log, refuse_lost_result, scan_events
 from tools.plans.layer_profile import LayerProfile
 from tools.results.schema import Summary, Usage
 
@@ -174,9 +173,12 @@ def read_run(directory: Path) -> Record:
         raise UserError(f"{directory} holds no run: it has none of {', '.join(MARKS)}")
     record = Record(
         name=directory.resolve().name,
-        config=read_yaml(directory / "config.yaml") if (directory / "config.yaml").is_file() else {},
-        summary=read_kept(directory / "summary.json", Summary),
+        config=read_config_values(directory) if (directory / "config.yaml").is_file() else {},
+        summary=_read_summary(directory),
+        unread=_is_torn(directory),
     )
+    check_log(directory)
+    refuse_lost_result(directory)
     reader = _Reader(record)
     for _, event in scan_events(directory, *_Reader.TYPES):
         try:
@@ -190,6 +192,19 @@ def read_run(directory: Path) -> Record:
     if record.summary:
         record.name, record.usage = record.summary.run, record.summary.agents
     return record
+
+
+def _read_summary(directory: Path) -> Summary | None:
+    try:
+        result = read_result(directory)
+        return None if result is None else Summary.model_validate(result)
+    except ValidationError as error:
+        raise UserError(f"{directory / 'summary.json'} cannot be read: {in_one_line(error, 200)}") from error
+
+
+def _is_torn(directory: Path) -> bool:
+    """Whether a crash cut the last line of the log short."""
+    return bool(read_made(directory).mark) and any(read_log(directory)) and not read_last_seal(directory)
 
 
 _PROFILE = TypeAdapter(list[LayerProfile])
