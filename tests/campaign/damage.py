@@ -325,10 +325,6 @@ def judge(action: str, expected: Seen, seen: Seen) -> tuple[str, str]:
         apart = [cells for name, cells in seen.figures.items() if cells != expected.figures.get(name)]
         if seen.figures.keys() == expected.figures.keys() and all(cells[0] == "damaged" for cells in apart):
             return ("refused", apart[0][1]) if apart else ("same", "")
-    elif action == "report" and "of events.jsonl could not be read" in seen.figures:
-        rest = set(re.findall(r"\d+\.\d+", seen.figures.partition("</style>")[2]))
-        if rest <= set(re.findall(r"\d+\.\d+", expected.figures)):
-            return "warned", "the page says that the log was cut short"
     if seen.figures != expected.figures:
         return "wrong", f"{_tell_difference(expected.figures, seen.figures)}; it said {seen.err[-300:]!r}"
     warned = [line for line in (*lines, *seen.out.splitlines()) if "warning" in line.lower()]

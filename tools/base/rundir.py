@@ -143,6 +143,11 @@ def read_last_seal(directory: Path) -> str:
     return next(reversed([seal for _, seal in _read_log(directory)]), "")
 
 
+def is_torn(directory: Path) -> bool:
+    """Whether the last line of the log was cut short, by a crash or otherwise."""
+    return bool(read_made(directory).mark) and any(read_log(directory)) and not read_last_seal(directory)
+
+
 def scan_events(directory: Path, *types: str) -> list[tuple[int, dict[str, Any]]]:
     """(number of the line from 0, event) of every event of these types, without lines that a kill cut short.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import report
 from tools.base.made import read_config_values, read_result
 from tools.base.rundir import append_event, check_log, check_logged, read_last_seal, scan_events
 from tools.base.seals import BrokenSeal, read_sealed, seal_lines, split_line, write_sealed
@@ -115,6 +116,24 @@ def test_a_result_vouches_for_the_log(tmp_path: Path) -> None:
     (run / "run.json").unlink()
     with pytest.raises(BrokenSeal, match=r"summary\.json is damaged, or another's"):
         read_result(run)
+
+
+def test_no_page_is_made_of_a_log_that_was_cut_or_without_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+
+    def refuse() -> str:
+        assert report.main(["run"]) == 2
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.count("\n") == 1
+        return told.err
+
+    assert refuse().startswith("error: config file run/config.yaml does not exist; ")
+    (run / "config.yaml").write_text("seed: 0\n")
+    (run / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes()[:-30])
+    assert refuse().startswith("error: run/events.jsonl is cut short: what was written last is missing; ")
 
 
 def test_an_edited_config_is_named_by_its_fields(tmp_path: Path) -> None:

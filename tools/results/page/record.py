@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, TypeAdapter
 from tools.base.errors import DamagedArtifact, UserError, in_one_line
 from tools.base.files import find_artifact
 from tools.base.made import read_config_values, read_made, read_result
-from tools.base.rundir import check_log, read_last_seal, read_log, refuse_lost_result, scan_events
+from tools.base.rundir import check_log, is_torn, refuse_lost_result, scan_events
 from tools.plans.layer_profile import LayerProfile
 from tools.results.schema import Summary, Usage
 
@@ -173,9 +173,9 @@ def read_run(directory: Path) -> Record:
         raise UserError(f"{directory} holds no run: it has none of {', '.join(MARKS)}")
     record = Record(
         name=directory.resolve().name,
-        config=read_config_values(directory) if (directory / "config.yaml").is_file() else {},
+        config=_read_config(directory),
         summary=_read_summary(directory),
-        unread=_is_torn(directory),
+        unread=is_torn(directory),
     )
     check_log(directory)
     refuse_lost_result(directory)
@@ -202,9 +202,10 @@ def _read_summary(directory: Path) -> Summary | None:
         raise UserError(f"{directory / 'summary.json'} cannot be read: {in_one_line(error, 200)}") from error
 
 
-def _is_torn(directory: Path) -> bool:
-    """Whether a crash cut the last line of the log short."""
-    return bool(read_made(directory).mark) and any(read_log(directory)) and not read_last_seal(directory)
+def _read_config(directory: Path) -> dict[str, Any]:
+    """`config.yaml`; empty where an earlier version left none."""
+    kept = (directory / "config.yaml").is_file() or read_made(directory).mark
+    return read_config_values(directory) if kept else {}
 
 
 _PROFILE = TypeAdapter(list[LayerProfile])
