@@ -55,7 +55,13 @@ class RunConfig(TaskSettings, TeamSettings):
     max_evaluated_tokens: int = Field(
         0,
         ge=0,
-        description="Validation tokens put through pruned models at most, by trials and probes; 0 for no limit.",
+        description="Tokens put through the model at most once it is profiled, by trials, probes, KL curves of methods,"
+        " statistics behind pruned predecessors and further profiles, a backward pass as two forwards; 0 for no limit.",
+    )
+    max_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds after which no further round begins, the first profile included; 0 for no limit.",
     )
     patience: int = Field(
         3, ge=1, le=200, description="Iterations without an improvement, once at the target, before the run finishes."
@@ -108,6 +114,12 @@ class RunConfig(TaskSettings, TeamSettings):
         description="Who plans a round when the planner fails; none stops the run, resumable. heuristic also plans "
         "the third round after two that brought nothing, the last one where the target is not reached, and its "
         "strongest recipe once at the target; the reflector can end the run only when a round since brought nothing.",
+        json_schema_extra={"langgraph_nodes": ["plan"]},
+    )
+    planner_unaided: bool = Field(
+        False,
+        description="The planner is not shown what the rule would try next, and where it gives no usable plan the run "
+        "ends with what was accepted. For measuring what it can do by itself; not with planner_fallback.",
         json_schema_extra={"langgraph_nodes": ["plan"]},
     )
     planner_prompt: str = Field(
@@ -244,6 +256,12 @@ class RunConfig(TaskSettings, TeamSettings):
     def _check_facts(self) -> Self:
         if self.min_fact_retention and not self.questions:
             raise ValueError("min_fact_retention needs questions to ask; name their source with questions")
+        return self
+
+    @model_validator(mode="after")
+    def _check_aid(self) -> Self:
+        if self.planner_unaided and self.planner_fallback != "none":
+            raise ValueError("planner_unaided has no fallback; leave planner_fallback at none")
         return self
 
     @field_validator("protect", mode="before")

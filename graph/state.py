@@ -120,7 +120,12 @@ class State(Input):
     lessons: list[Lesson] = []
     reprofile: bool = Field(False, description="The reflector asked for a new profile after the last trial.")
     usage: Usage = Field(default_factory=Usage)
-    evaluated_tokens: int = Field(0, description="Tokens put through pruned models so far, by trials and probes.")
+    evaluated_tokens: int = Field(
+        0,
+        description="Tokens put through the model since the first profile: by trials, probes, KL curves of methods, "
+        "statistics behind pruned predecessors and further profiles; a backward pass counts as two forwards.",
+    )
+    counted: list[str] = Field([], description="Names of the costs beside trials and probes that are in them.")
     stop: str = Field("", description="Why the loop ended; empty while it goes on.")
     seconds: float = Field(0.0, description="Time spent inside nodes, over all processes that worked on the run.")
 

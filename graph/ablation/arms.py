@@ -1,30 +1,36 @@
-"""Arms that are no runs of the graph: one plan, random plans, and a search, on the workbench itself."""
+"""Arms that are no runs of the graph: fixed recipes, the rule's list, random plans and a search, on the workbench."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from graph.ablation.settings import AblateSettings
+from graph.ablation.draws import draw_plan
+from graph.ablation.settings import FIXED, AblateSettings
+from graph.config import RunConfig
+from graph.planning.budget import TokenBudget
+from graph.planning.orders import Curves, describe_plan, resolve
+from graph.planning.plan import Plan
+from graph.planning.refinements import STRONG, change_one_lever
+from graph.planning.situation import Situation
+from graph.state import Trial
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
-from tools.plans.allocate import Allocation, allocate
+from tools.base.settings import TeamSettings
+from tools.measure.losses import Evaluation
+from tools.plans.costs import count_sequential, list_curve_costs, list_order_costs
 from tools.plans.evolve import describe_search
-from tools.plans.layer_profile import LayerProfile, group_layers
-from tools.plans.recipe import Adjustment, Recipe
-from tools.plans.work_order import order_allocation
+from tools.plans.layer_profile import LayerProfile
+from tools.plans.recipe import Recipe, parse_recipe
+from tools.plans.work_order import WorkOrder, order_allocation
 from tools.workbench.search import search_allocation
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
     from tools.workbench.bench import Workbench
 
-RANDOM_METHODS = ("two-sided", "sparsegpt", "two-sided-obs", "refit")
-RANDOM_STRENGTHS = (0.8, 0.9, 1.0)
-RANDOM_GROUPS = 4
-"""Groups of layers that a random plan counts otherwise than predicted."""
-RANDOM_FACTORS = (0.5, 2.0)
+MOST_DRAWS = 1000
+"""Random plans that are drawn at most: of a model whose bounds allow next to none the arm ends all the same."""
 
 
 class Choice(NamedTuple):
@@ -34,107 +40,188 @@ class Choice(NamedTuple):
     plan: str
     trials: int
     tokens: int
+    failed: int = 0
+    """Plans that no allocation could meet, or that broke."""
+    dear: int = 0
+    """Plans that took more tokens than were left."""
 
 
-def _share_out(
-    bench: "Workbench",
-    profile: str,
-    settings: AblateSettings,
-    recipe: Recipe,
-    adjustments: Sequence[Adjustment],
-    progress: "Progress",
-) -> Allocation:
-    """Raises ImpossiblePlan."""
-    layers = bench.describe_layers(profile, recipe, progress)
-    limit = settings.max_layer_sparsity
-    return allocate(layers, settings.target_sparsity, recipe, adjustments, max_layer_sparsity=limit)
-
-
-def try_kappa(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> Choice:
-    recipe = Recipe()
-    allocation = _share_out(bench, profile, settings, recipe, [], progress)
-    checkpoint = bench.prune(profile, order_allocation(recipe, allocation), progress)
-    return Choice(checkpoint, recipe.label, 1, settings.validation_tokens)
-
-
-def try_random(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> Choice:
-    """As many random plans as the budget allows; the one of least KL on the validation text."""
-    tokens = settings.validation_tokens
-    trials = settings.evaluated_tokens // tokens
-    best: tuple[float, str, str] | None = None
-    for first in range(0, trials, bench.abreast):
-        tried: list[tuple[str, str]] = []
-        for number in range(first, min(first + bench.abreast, trials)):
-            recipe, adjustments = draw_plan(bench.read_profile(profile).layers, settings.seed, number)
-            with suppress(ImpossiblePlan):
-                allocation = _share_out(bench, profile, settings, recipe, adjustments, progress)
-                tried.append((bench.prune(profile, order_allocation(recipe, allocation), progress), recipe.label))
-        windows = len(bench.windows.validation)
-        try:
-            evaluations = bench.evaluate_each([checkpoint for checkpoint, _ in tried], windows, profile, progress)
-        except BrokenPlan:
-            continue
-        for (checkpoint, label), evaluation in zip(tried, evaluations, strict=True):
-            kl = math.inf if evaluation.mean_kl is None else evaluation.mean_kl
-            if best is None or kl < best[0]:
-                best = kl, checkpoint, label
-        if best is not None:
-            bench.forget_checkpoints([best[1]])
-    if best is None:
-        raise UserError(f"no random plan can meet {settings.target_sparsity:.2%}; raise --max-layer-sparsity")
-    return Choice(best[1], best[2], trials, trials * tokens)
-
-
-def draw_plan(layers: Sequence[LayerProfile], seed: int, number: int) -> tuple[Recipe, list[Adjustment]]:
-    """A plan drawn from the levers that a planner has, of this seed and number alone."""
-    generator = np.random.default_rng([seed, number])
-
-    def pick(values: Sequence[Any]) -> Any:
-        return values[int(generator.integers(len(values)))]
-
-    method = pick(RANDOM_METHODS)
-    recipe = Recipe(
-        method=method,
-        refit=method == "refit" or pick((True, False)),
-        allocation=pick(("kappa", "kappa", "uniform", "owl")),
-        curves="mask",
-        strength=pick(RANDOM_STRENGTHS),
-        gamma=pick(("plain", "clipped")),
+def make_config(settings: AblateSettings) -> RunConfig:
+    """The bounds and the budget of an arm, as a run of the graph has them."""
+    return RunConfig.model_validate(
+        {name: getattr(settings, name) for name in TeamSettings.model_fields}
+        | {name: getattr(settings, name) for name in ("target_sparsity", "max_layer_sparsity")}
+        | {"max_evaluated_tokens": settings.evaluated_tokens}
     )
-    if not recipe.reads_curves:  # factors count only where those are read
-        return recipe, []
-    groups = sorted(group_layers(layers))
-    chosen = generator.choice(len(groups), min(RANDOM_GROUPS, len(groups)), replace=False)
-    low, high = np.log(RANDOM_FACTORS)
-    return recipe, [
-        Adjustment(
-            selector=groups[place], action="factor", factor=round(float(np.exp(generator.uniform(low, high))), 3)
-        )
-        for place in sorted(chosen.tolist())
-    ]
 
 
-def try_search(bench: "Workbench", profile: str, settings: AblateSettings, progress: "Progress") -> Choice:
-    """EvoPress's super-fast search, as long as the tokens allow, with the weights of the default recipe."""
-    recipe = Recipe(allocation="uniform")
+@dataclass
+class Arm:
+    """One arm at work, with its own budget."""
+
+    bench: "Workbench"
+    profile: str
+    settings: AblateSettings
+    progress: "Progress"
+    began: float
+    """By the monotonic clock, as if it had made the profile itself."""
+    config: RunConfig = field(init=False)
+    budget: TokenBudget = field(init=False)
+    trials: int = 0
+    failed: int = 0
+    dear: int = 0
+    _seen: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.config = make_config(self.settings)
+        self.budget = TokenBudget(self.config, 0, self.settings.validation_tokens)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no more trial in the budget, or no more time."""
+        late = self.settings.seconds and time.monotonic() - self.began >= self.settings.seconds
+        return bool(late) or self.budget.left < self.budget.trial
+
+    def keep_best(self, plans: Iterator[Plan]) -> Choice:
+        """Carry plans out while the budget lasts, as many at once as can be measured; the one of least KL.
+
+        The first trial is made whatever the clock says. Plans that cannot be met or paid are passed over and counted.
+        Raises UserError where none is left.
+        """
+        best: tuple[float, str, str] | None = None
+        for batch in self._make_batches(plans):
+            for (checkpoint, plan), evaluation in zip(batch, self._measure([c for c, _ in batch]), strict=True):
+                if evaluation is None:
+                    self.failed += 1
+                    continue
+                self.trials += 1
+                kl = math.inf if evaluation.mean_kl is None else evaluation.mean_kl
+                if best is None or kl < best[0]:
+                    best = kl, checkpoint, describe_plan(plan)
+            if best is not None:
+                self.bench.forget_checkpoints([best[1]])
+        if best is None:
+            raise UserError(
+                f"no plan of it comes to {self.settings.target_sparsity:.2%} within {self.settings.evaluated_tokens:,} "
+                f"tokens ({self.failed} failed, {self.dear} took more than were left); raise --evaluated-tokens or "
+                "--max-layer-sparsity"
+            )
+        return Choice(best[1], best[2], self.trials, self.budget.tokens, self.failed, self.dear)
+
+    def _make_batches(self, plans: Iterator[Plan]) -> Iterator[list[tuple[str, Plan]]]:
+        """(checkpoint, plan) of as many as are measured at once."""
+        while True:
+            batch: list[tuple[str, Plan]] = []
+            while len(batch) < self.bench.abreast and not (self.is_over and (batch or self.trials)):
+                plan = next(plans, None)
+                if plan is None:
+                    break
+                if checkpoint := self._make(plan):
+                    batch.append((checkpoint, plan))
+            if not batch:
+                return
+            yield batch
+
+    def _make(self, plan: Plan) -> str:
+        """The checkpoint of a plan, paid for with its trial; "" where it is passed over."""
+        try:
+            draft = self._resolve(plan, self.bench.read_layers)  # refused before anything is measured
+            if self.budget.left < self.budget.trial or self.budget.refuse(plan, draft):
+                self.dear += 1
+                return ""
+            self.budget.pay(self.budget.list_costs(plan, None))
+            order = self._resolve(plan, self.bench.describe_layers)
+            if order.id in self._seen:
+                return ""
+            self._seen.add(order.id)
+            self.budget.tokens += self.budget.trial
+            self.budget.pay(list_order_costs(order, self.config))
+            return self.bench.prune(self.profile, order, self.progress)
+        except ImpossiblePlan:  # one that broke is one, too
+            self.failed += 1
+            return ""
+
+    def _resolve(self, plan: Plan, read: Callable[[str, Recipe, "Progress"], list[LayerProfile]]) -> WorkOrder:
+        return resolve(plan, read(self.profile, plan.recipe, self.progress), self.config)
+
+    def _measure(self, checkpoints: list[str]) -> list[Evaluation | None]:
+        """Losses on the validation text; None of what breaks."""
+        windows = len(self.bench.windows.validation)
+        try:
+            return list(self.bench.evaluate_each(checkpoints, windows, self.profile, self.progress))
+        except BrokenPlan:
+            return [None] if len(checkpoints) == 1 else [self._measure([x])[0] for x in checkpoints]
+
+
+def plan_recipes(arm: Arm) -> Iterator[Plan]:
+    """The default recipe, then the fixed ones."""
+    for label in dict.fromkeys([Recipe().label, *FIXED]):
+        yield Plan(sparsity=arm.config.target_sparsity, recipe=parse_recipe(label))
+
+
+def plan_list(arm: Arm) -> Iterator[Plan]:
+    """The strong recipe, then what the rule would try from there, one lever at a time, in its order."""
+    base = Plan(sparsity=arm.config.target_sparsity, recipe=STRONG)
+    yield base
+    layers = arm.bench.read_profile(arm.profile).layers
+    zeros = resolve(base, layers, arm.config).zeros
+    situation = Situation(
+        config=arm.config,
+        layers=layers,
+        sparsity={layer.name: zeros[layer.name] / layer.weights for layer in layers},
+        dense=Trial(
+            iteration=0, checkpoint="dense", sparsity=0, perplexity=None, kl=0, predicted_kl=0, verdict="accept"
+        ),
+        read_layers=lambda recipe: Curves(arm.bench.read_layers(arm.profile, recipe, arm.progress), exact=False),
+    )
+    yield from change_one_lever(situation, base)
+
+
+def plan_at_random(arm: Arm) -> Iterator[Plan]:
+    """Draws of this seed."""
+    layers = arm.bench.read_profile(arm.profile).layers
+    for number in range(MOST_DRAWS):
+        yield draw_plan(layers, arm.config, number)
+
+
+def try_search(arm: Arm) -> Choice:
+    """EvoPress's super-fast search, as long as the tokens allow beside the trial that measures what it found, with the
+    weights of the default recipe."""
+    recipe, settings = Recipe(allocation="uniform"), arm.settings
     found = search_allocation(
-        bench,
-        profile,
+        arm.bench,
+        arm.profile,
         recipe,
         settings.target_sparsity,
-        progress,
-        tokens=settings.evaluated_tokens,
+        arm.progress,
+        tokens=max(settings.evaluated_tokens - arm.budget.trial, 1),  # 0 would mean no limit
         max_layer_sparsity=settings.max_layer_sparsity,
     )
-    checkpoint = bench.prune(profile, order_allocation(recipe, found.allocation), progress)
+    checkpoint = arm.bench.prune(arm.profile, order_allocation(recipe, found.allocation), arm.progress)
     assert found.searched is not None
-    length = describe_search(*found.searched[:3], found.tokens)
-    return Choice(checkpoint, f"{recipe.mask_label}:evolution, {length}", found.searched.measured, found.tokens)
+    label = f"{recipe.mask_label}:evolution, {describe_search(*found.searched[:3], found.tokens)}"
+    return Choice(checkpoint, label, found.searched.measured, found.tokens + arm.budget.trial)
 
 
-TRIES: dict[str, Callable[["Workbench", str, AblateSettings, "Progress"], Choice]] = {
-    "kappa": try_kappa,
-    "random": try_random,
-    "search": try_search,
+PLANS: dict[str, Callable[[Arm], Iterator[Plan]]] = {
+    "kappa": plan_recipes,
+    "grid": plan_list,
+    "random": plan_at_random,
 }
-"""How each arm finds what it chooses, from (workbench, hash of the profile, settings, progress)."""
+"""What arms try, in order."""
+
+
+def choose(row: str, arm: Arm) -> Choice:
+    """What the arm of a row chooses. Raises UserError where nothing can be carried out, and BrokenPlan."""
+    if row == "search":
+        return try_search(arm)
+    if row in FIXED:
+        return arm.keep_best(iter([Plan(sparsity=arm.config.target_sparsity, recipe=parse_recipe(row))]))
+    return arm.keep_best(PLANS[row](arm))
+
+
+def price_recipe(label: str, settings: AblateSettings) -> int:
+    """Tokens that one plan of a recipe puts through the model, its trial among them."""
+    recipe, config = parse_recipe(label), make_config(settings)
+    sequential = count_sequential(config) if recipe.statistics == "sequential" else 0
+    return sum(list_curve_costs(recipe, config).values()) + sequential + settings.validation_tokens

@@ -1,5 +1,8 @@
 """Makes the rows of an ablation that are not there yet."""
 
+import os
+import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,23 +11,25 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from graph.ablation.arms import TRIES
+from graph.ablation.arms import Arm, choose, price_recipe
 from graph.ablation.graph_arms import run_graph
 from graph.ablation.rows import Ablation, Profiled, Row, conclude
-from graph.ablation.settings import CHAT, GRAPH, AblateSettings, list_arms, list_seeds
+from graph.ablation.settings import CHAT, FIXED, GRAPH, AblateSettings, list_arms, list_seeds
 from graph.ablation.tables import describe_row, write_tables
 from tools.base.console import print_line, show_bars
 from tools.base.errors import BrokenPlan, UserError
+from tools.base.progress import Warn
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.rundir import unlock_run
 from tools.base.settings import TEAM
 from tools.models.load import check_device, load_tokenizer, locate_model
 from tools.results.schema import describe_protocol
 from tools.texts.windows import check_texts, cut_windows
-from tools.workbench.open import use_workbench
+from tools.workbench.open import close_workbench, use_workbench
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
+    from tools.workbench.bench import Workbench
 
 COUNTING = 2
 """How seeds and tokens are counted: rows of another way are never mixed in. 1: seeds changed the drawn labels alone."""
@@ -41,6 +46,7 @@ def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Consol
     lock_out(directory, directory)
     try:
         known, settings = _read_ablation(directory, settings, graph_flags)
+        arms = _leave_out(arms, settings, console)
         wanted = [(arm, seed) for seed in seeds for arm in arms]
         done = {(row.arm, row.seed): row for row in known.rows}
         for pair in wanted:
@@ -76,6 +82,14 @@ def _check_input(settings: AblateSettings) -> None:
         raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")
 
 
+def _leave_out(arms: Sequence[str], settings: AblateSettings, console: Console) -> list[str]:
+    """The arms without fixed recipes that the budget does not hold, which is told."""
+    prices = {arm: price_recipe(arm, settings) for arm in arms if arm in FIXED}
+    for arm in (dear := [arm for arm, price in prices.items() if price > settings.evaluated_tokens]):
+        print_line(console, f"{arm} is left out: it takes {prices[arm]:,} of the {settings.evaluated_tokens:,} tokens")
+    return [arm for arm in arms if arm not in dear]
+
+
 def _check_length(settings: AblateSettings) -> None:
     """Refuse texts that are too short for the greatest seed, hours before its turn comes. Raises UserError."""
     try:
@@ -109,36 +123,85 @@ def _make_row(
         row, known.dense[seed], known.protocol.bos = run_graph(arm, seeded, graph_flags, progress)
         return row
     work = Path(settings.out) / f"seed-{seed}"
-    with use_workbench(seeded, work, lambda text: print_line(console, f"warning: {text}"), progress) as bench:
+    warn: Warn = lambda text: print_line(console, f"warning: {text}")  # noqa: E731
+    if seed not in known.profiles:
+        _profile(seeded, work, known, warn, progress)
+    own = work / _DIRECTORY.sub("-", arm)
+    _copy_profile(work, own)
+    with use_workbench(seeded, own, warn, progress) as bench:
+        row = _try_arm(arm, seeded, bench, known.profiles[seed], progress)
+    close_workbench()
+    shutil.rmtree(own)
+    return row
+
+
+_DIRECTORY = re.compile(r"[^A-Za-z0-9]+")
+
+
+def _profile(settings: AblateSettings, directory: Path, known: Ablation, warn: Warn, progress: "Progress") -> None:
+    """Make the profile that the arms of a seed share, and measure the dense model on the test text."""
+    with use_workbench(settings, directory, warn, progress) as bench:
         began = time.monotonic()
+        profile = bench.profile(progress)
+        seconds = round(time.monotonic() - began, 1)
+        known.dense[settings.seed] = bench.evaluate("dense", "test", profile, progress, "test, dense").perplexity
         known.protocol.bos = bench.windows.lead > 0
-        if seed not in known.profiles:
-            profile = bench.profile(progress)
-            known.profiles[seed] = Profiled(profile=profile, seconds=round(time.monotonic() - began, 1))
-            began = time.monotonic()
-        profile = known.profiles[seed].profile
-        known.dense[seed] = bench.evaluate("dense", "test", profile, progress, "test, dense").perplexity
+        known.profiles[settings.seed] = Profiled(profile=profile, seconds=seconds)
+    close_workbench()
+
+
+def _copy_profile(directory: Path, own: Path) -> None:
+    """Let an arm begin with the profile and nothing that other arms made, so that its seconds are all its own.
+
+    Artifacts are links to the same files: they are never written to.
+    """
+    if (own / "artifacts").is_dir():
+        return  # it was interrupted
+    own.mkdir(parents=True, exist_ok=True)
+    begun = own / "begun"
+    shutil.rmtree(begun, ignore_errors=True)
+    shutil.copytree(directory / "artifacts", begun, copy_function=_link)
+    begun.rename(own / "artifacts")
+
+
+def _link(source: str, target: str) -> None:
+    if source.endswith(".jsonl"):  # the index grows
+        shutil.copy2(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+def _try_arm(arm: str, settings: AblateSettings, bench: "Workbench", profiled: Profiled, progress: "Progress") -> Row:
+    """The row of an arm on the workbench."""
+    seed, profile = settings.seed, profiled.profile
+    began = time.monotonic() - profiled.seconds
+    with _named(f"{arm}, seed {seed}"):
         try:
-            chosen = TRIES[arm](bench, profile, seeded, progress)
+            chosen = choose(arm, Arm(bench, profile, settings, progress, began))
         except BrokenPlan as error:
-            raise UserError(f"{arm}, seed {seed}: {error}; the same command goes on from there") from error
-        evaluation = bench.evaluate(chosen.checkpoint, "validation", profile, progress)
-        test = bench.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
-        bench.restore(chosen.checkpoint)
-        zeros, weights = bench.count_zeros()
-        bench.forget_checkpoints([])
-        return Row(
-            arm=arm,
-            seed=seed,
-            sparsity=zeros / weights,
-            reached=True,
-            perplexity=test.perplexity,
-            kl=evaluation.mean_kl,
-            plan=chosen.plan,
-            trials=chosen.trials,
-            evaluated_tokens=chosen.tokens,
-            seconds=round(known.profiles[seed].seconds + time.monotonic() - began, 1),
-        )
+            raise UserError(f"{error}; the same command goes on from there") from error
+    evaluation = bench.evaluate(chosen.checkpoint, "validation", profile, progress)
+    seconds = round(time.monotonic() - began, 1)
+    test = bench.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
+    bench.restore(chosen.checkpoint)
+    zeros, weights = bench.count_zeros()
+    return Row(
+        arm=arm,
+        seed=seed,
+        sparsity=zeros / weights,
+        reached=True,
+        perplexity=test.perplexity,
+        kl=evaluation.mean_kl,
+        plan=chosen.plan,
+        trials=chosen.trials,
+        failed=chosen.failed,
+        dear=chosen.dear,
+        evaluated_tokens=chosen.tokens,
+        seconds=seconds,
+    )
 
 
 def _read_ablation(

@@ -17,6 +17,9 @@ from tools.workbench.open import close_workbench
 if TYPE_CHECKING:
     from tools.base.progress import Progress
 
+UNAIDED = {"chat-bare": ("--planner-fallback=none", "--planner-unaided")}
+"""What an arm is told behind all other flags."""
+
 
 def run_graph(
     arm: str, settings: AblateSettings, graph_flags: Sequence[str], progress: "Progress"
@@ -37,7 +40,7 @@ def run_graph(
         if (runs / name / "run.json").is_file():
             command += ["--resume", name, *_write_flags({field: getattr(settings, field) for field in TEAM})]
         else:
-            command += ["--name", name, *_flags_of(arm, settings), *graph_flags]
+            command += ["--name", name, *_flags_of(arm, settings), *graph_flags, *UNAIDED.get(arm, ())]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0 or not summary_path.is_file():
             said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]
@@ -72,11 +75,14 @@ def _count_by_rule(run: Path) -> int:
 def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     """The options of a run of the graph that is this arm."""
     chat, reflector = settings.planner, settings.reflector or settings.planner
-    planner, reflector = {"chat": (chat, reflector), "chat-alone": (chat, "heuristic")}.get(arm, ("heuristic",) * 2)
+    planner, reflector = {"heuristic": ("heuristic",) * 2, "chat-alone": (chat, "heuristic")}.get(
+        arm, (chat, reflector)
+    )
     fields = {name: getattr(settings, name) for name in TeamSettings.model_fields} | {
         "target_sparsity": settings.target_sparsity,
         "max_layer_sparsity": settings.max_layer_sparsity,
         "max_evaluated_tokens": settings.evaluated_tokens,
+        "max_seconds": settings.seconds,
         "max_iterations": 200,  # the budget ends the run
         "patience": 200,
         "planner": planner,

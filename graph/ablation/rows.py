@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from graph.ablation.settings import ALONE, ARMS, GRAPH
+from graph.ablation.settings import ALONE, FIXED, GRAPH, ROWS
 from tools.base.student import CONFIDENCE, find_p, find_quantile
 from tools.base.words import count
 from tools.results.schema import Protocol
@@ -24,8 +24,14 @@ class Row(BaseModel):
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, by which it chose.")
     plan: str = Field(description="What it chose, in short.")
     trials: int = Field(description="Plans, or candidates of a search, that were measured.")
+    failed: int = Field(
+        0, description="Plans that no allocation could meet, or that broke while they were carried out."
+    )
+    dear: int = Field(0, description="Plans that took more tokens than were left, and were passed over.")
     by_rule: int = Field(0, description="How many of a chat planner's trials the rule planned in its stead.")
-    evaluated_tokens: int = Field(description="Tokens put through pruned models until it chose.")
+    evaluated_tokens: int = Field(
+        description="Tokens put through the model, once it was profiled, until it chose; a backward counts as two."
+    )
     agent_tokens: int = Field(0, description="Tokens read and written by chat models.")
     cost: float = Field(0.0, description="US dollars, by the prices given.")
     seconds: float = Field(description="The whole arm, with the profile whether or not another arm made it.")
@@ -97,7 +103,7 @@ def rank_arms(rows: Sequence[Row]) -> list[Standing]:
     by_arm = _perplexities(rows)
     alone = by_arm[ALONE]
     standings = []
-    for arm in ARMS:
+    for arm in ROWS:
         own = [row for row in rows if row.arm == arm]
         values = list(by_arm[arm].values())
         if not own or len(values) < len(own):
@@ -123,7 +129,7 @@ def _perplexities(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     """Arm to seed to perplexity, where the target was reached and it was finite."""
     return {
         arm: {row.seed: row.perplexity for row in rows if row.arm == arm and row.reached and row.perplexity is not None}
-        for arm in ARMS
+        for arm in ROWS
     }
 
 
@@ -131,8 +137,8 @@ def list_differences(rows: Sequence[Row]) -> list[Difference]:
     """Every pair of arms that have seeds in common."""
     by_arm = _perplexities(rows)
     found = []
-    for i, arm in enumerate(ARMS):
-        for other in list(ARMS)[i + 1 :]:
+    for i, arm in enumerate(ROWS):
+        for other in ROWS[i + 1 :]:
             seeds = sorted(by_arm[arm].keys() & by_arm[other].keys())
             if seeds:
                 values = [by_arm[arm][seed] - by_arm[other][seed] for seed in seeds]
@@ -141,15 +147,17 @@ def list_differences(rows: Sequence[Row]) -> list[Difference]:
 
 
 def conclude(rows: Sequence[Row]) -> list[str]:
-    """For each arm with an agent: whether what it gained over fixed rules and over no plan exceeds the noise."""
+    """For each run of the graph: whether what it gained over the rule, over what a person does without an agent, over
+    the rule's list and over the best fixed recipe exceeds the noise."""
     lines = [
         f"{row.arm}, seed {row.seed} stopped at {row.sparsity:.2%}, short of the target, and is compared with nothing: "
         "give it more --evaluated-tokens, or a greater --tau behind --."
         for row in rows
         if not row.reached
     ]
+    fixed = next((standing.arm for standing in rank_arms(rows) if standing.arm in FIXED), "")
     for difference in list_differences(rows):
-        if difference.arm in GRAPH and difference.other in ("heuristic", ALONE):
+        if difference.arm in GRAPH and difference.other in ("heuristic", ALONE, "grid", fixed):
             lines.append(_judge(difference))
     return lines
 

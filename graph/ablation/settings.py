@@ -10,18 +10,39 @@ from tools.base.settings import TeamSettings
 ARMS = {
     "chat": "a chat model plans and a chat model reflects",
     "chat-alone": "a chat model plans, fixed rules reflect",
+    "chat-bare": "a chat model plans and a chat model reflects, without the rule's list and with nobody in their stead",
     "heuristic": "fixed rules plan and reflect",
-    "kappa": "one plan: the default recipe, shared out by the KL curves",
-    "random": "plans drawn at random from the planner's levers, the best one kept",
+    "kappa": "the default recipe, then the fixed ones in their order while the budget lasts; the one of least KL",
+    "fixed": "one plan",
+    "grid": "the strong recipe, then each plan of the rule's list, one lever from it, while the budget lasts; the one "
+    "of least KL",
+    "random": "plans drawn at random from all of the planner's levers, the one of least KL",
     "search": "EvoPress's super-fast search over the shares of the layers, cut short by the tokens that every arm has, "
     "with the default recipe's weights",
 }
-"""What is compared; the first three are runs of the graph."""
+"""What is compared; the first four are runs of the graph."""
 
-CHAT = ("chat", "chat-alone")
+CHAT = ("chat", "chat-alone", "chat-bare")
 GRAPH = (*CHAT, "heuristic")
 ALONE = "kappa"
-"""Gains are counted from this arm, which nobody planned."""
+"""Gains are counted from this arm, which is what a person does who has no agent."""
+
+FIXED = (
+    "refit10~sequential:kappa-mask",
+    "refit~sequential:kappa-mask",
+    "refit10:kappa-mask",
+    "refit:kappa-mask",
+    "refit:kappa",
+)
+"""The recipes of the arm `fixed`, a row each under its own name, the likeliest best first."""
+
+ROWS = tuple(row for arm in ARMS for row in (FIXED if arm == "fixed" else (arm,)))
+"""What rows are called, in the order of the arms."""
+
+
+def describe_arm(row: str) -> str:
+    """What the arm of a row does."""
+    return f"{ARMS['fixed']}, `{row}`" if row in FIXED else ARMS[row]
 
 
 class AblateSettings(TeamSettings):
@@ -41,7 +62,16 @@ class AblateSettings(TeamSettings):
     planner: str = Field("", description="The chat model that plans, as in graph.run; empty leaves its arms out.")
     reflector: str = Field("", description="The chat model that reflects, as in graph.run; empty: the planner's.")
     evaluated_tokens: int = Field(
-        49152, ge=1, description="Tokens that each arm may put through pruned models before it has to choose."
+        49152,
+        ge=1,
+        description="Tokens that each arm may put through the model, once it is profiled, before it has to choose: by "
+        "trials, probes, curves, sequential statistics and searches, a backward pass as two forwards.",
+    )
+    seconds: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds, the profile's included, after which an arm begins no further plan; a search goes by its "
+        "tokens alone. 0 for no limit.",
     )
     max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="No layer is pruned further than this.")
     out: str = Field("ablate", min_length=1, description="Directory of the tables, the plot and the work.")
@@ -58,7 +88,7 @@ class AblateSettings(TeamSettings):
 
 
 def list_arms(settings: AblateSettings) -> list[str]:
-    """The arms asked for, in the order of ARMS. Raises UserError in one line."""
+    """The rows asked for with each seed, in the order of ROWS. Raises UserError in one line."""
     asked = [part.strip() for part in settings.arms.split(",") if part.strip()]
     if unknown := [arm for arm in asked if arm not in ARMS]:
         raise UserError(f"there is no arm {unknown[0]!r}; choose among {', '.join(ARMS)}")
@@ -66,7 +96,8 @@ def list_arms(settings: AblateSettings) -> list[str]:
         raise UserError(
             f"the arm {chats[0]} needs a chat model: give --planner, such as openai:NAME@http://HOST:PORT/v1"
         )
-    return [arm for arm in ARMS if (arm in asked if asked else settings.planner or arm not in CHAT)]
+    chosen = [arm for arm in ARMS if (arm in asked if asked else settings.planner or arm not in CHAT)]
+    return [row for row in ROWS if row in chosen or (row in FIXED and "fixed" in chosen)]
 
 
 def list_seeds(settings: AblateSettings) -> list[int]:

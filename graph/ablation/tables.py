@@ -2,9 +2,10 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from graph.ablation.rows import Ablation, Mean, Row, average, conclude, list_differences, rank_arms, show_p
-from graph.ablation.settings import ARMS
+from graph.ablation.settings import ROWS, describe_arm
 from tools.base.files import write_text, write_whole
 from tools.base.rows import as_csv, save_figure, write_kept
 from tools.base.student import CONFIDENCE
@@ -16,15 +17,22 @@ WHAT_MARGINS_ARE = (
 )
 
 
+def _tell_seconds(settings: dict[str, Any]) -> str:
+    seconds = settings["seconds"]
+    return f", and begin no plan after {seconds:g} seconds, the profile's included" if seconds else ""
+
+
 def _tell_trials(row: Row) -> str:
-    return f"{row.trials} ({row.by_rule} by rule)" if row.by_rule else str(row.trials)
+    told = {"by rule": row.by_rule, "more failed": row.failed, "more too dear": row.dear}
+    notes = ", ".join(f"{number} {what}" for what, number in told.items() if number)
+    return f"{row.trials} ({notes})" if notes else str(row.trials)
 
 
 def describe_row(row: Row) -> str:
     return (
         f"{row.arm}, seed {row.seed}: {row.sparsity:.2%} zeros, perplexity {show(row.perplexity)}, "
         f"KL {show(row.kl, 4)}, trials {_tell_trials(row)}, {row.evaluated_tokens:,} tokens evaluated, "
-        f"{row.agent_tokens:,} by agents: {row.plan}"
+        f"{row.agent_tokens:,} by agents, {row.seconds:.0f} s: {row.plan}"
     )
 
 
@@ -52,12 +60,14 @@ def describe(known: Ablation) -> str:
         "",
         f"Perplexity on {protocol.tokens:,} tokens of `{protocol.text}` (test text, {protocol.windows}, "
         f"{protocol.dtype}; dense: {dense}) of what each arm chose by the validation text. Each arm may put "
-        f"{settings['evaluated_tokens']:,} tokens through pruned models. {WHAT_MARGINS_ARE}",
+        f"{settings['evaluated_tokens']:,} tokens through the model once it is profiled: trials, probes, KL curves of "
+        f"methods, sequential statistics, searches (a backward pass as two forwards){_tell_seconds(settings)}. "
+        f"{WHAT_MARGINS_ARE}",
         "",
         "Every seed has labels of its own for the KL curves, and its own windows for calibration, validation and test: "
         f"seed 0 those of --text-cut {settings['text_cut']}, each other one those behind the seed's before.",
         "",
-        *(f"- **{arm}**: {ARMS[arm]}" for arm in ARMS if any(row.arm == arm for row in known.rows)),
+        *(f"- **{arm}**: {describe_arm(arm)}" for arm in ROWS if any(row.arm == arm for row in known.rows)),
         "",
         *(f"{line}\n" for line in conclude(known.rows)),
         "![Perplexity of each arm](ablate.svg)",
@@ -92,9 +102,12 @@ def describe(known: Ablation) -> str:
     for arm, other, seeds, mean in list_differences(known.rows):
         p = "" if mean.p is None else show_p(mean.p).removeprefix("= ")
         lines.append(f"| {arm} | {other} | {seeds} | {_show_mean(mean, 3)} | {p} |")
-    lines += ["", "## Rows", "", "| arm | seed | perplexity | KL | trials | plan |", "|---|---:|---:|---:|---:|---|"]
+    lines += ["", "## Rows", "", "| arm | seed | perplexity | KL | trials | tokens | seconds | plan |"]
+    lines.append("|---|" + "---:|" * 6 + "---|")
     for row in known.rows:
-        cells = [row.arm, str(row.seed), show(row.perplexity), show(row.kl, 4), _tell_trials(row), escape(row.plan)]
+        spent = [f"{row.evaluated_tokens:,}", f"{row.seconds:.0f}"]
+        figures = [row.arm, str(row.seed), show(row.perplexity), show(row.kl, 4), _tell_trials(row)]
+        cells = [*figures, *spent, escape(row.plan)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -108,7 +108,8 @@ class Account:
             try:
                 return ask()
             except DeadEnd as error:
-                if self._config.planner_fallback != "none" or self._is_first(str(error)):
+                stands_in = self._config.planner_fallback != "none" or self._config.planner_unaided
+                if stands_in or self._is_first(str(error)):
                     raise
 
     def _is_first(self, problem: str) -> bool:

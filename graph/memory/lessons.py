@@ -55,13 +55,21 @@ def family(model: str) -> str:
 IDLE = (
     *(*TEAM, "device", "trust_remote_code", "memory"),
     *("test", "test_windows", *TaskSettings.model_fields),  # asked once, at the end
-    *("max_iterations", "patience", "max_evaluated_tokens", "max_agent_tokens", "max_agent_cost", "approve"),
+    *(
+        "max_iterations",
+        "patience",
+        "max_evaluated_tokens",
+        "max_seconds",
+        "max_agent_tokens",
+        "max_agent_cost",
+        "approve",
+    ),
     *("planner_calls", "planner_seconds", "agent_timeout", "agent_retries", "agent_answer_tokens", *PRICES),
 )
 """Fields of the config that change no trial: where and how long the work is done, and how many rounds there are."""
 
 
-LATER = ("text_cut",)
+LATER = ("text_cut", "planner_unaided")
 """Fields whose defaults mean what earlier versions, which had not the fields, did: left out of hashes at these."""
 
 

@@ -1,17 +1,18 @@
 """plan: the agent decides the next round; its plan is checked before anything is pruned."""
 
+import math
 from functools import partial
 from typing import Any, Literal
 
 from langgraph.runtime import Runtime
 
-from graph.config import RunConfig
+from graph.config import HEURISTIC, RunConfig
+from graph.planning.budget import open_budget
 from graph.planning.choose import choose_plan
-from graph.planning.finalists import reserve_tokens
 from graph.planning.orders import record_plan
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation, gather_situation, resolve_plan
-from graph.planning.toolbox import Evaluated, open_toolbox
+from graph.planning.toolbox import open_toolbox
 from graph.planning.unmeasured import is_unmeasured, record_breakage
 from graph.planning.verdict import decide_stop
 from graph.runs.replay import find_breakage, find_plan
@@ -30,29 +31,32 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("plan", state, runtime)
     after = state.model_copy(update={"evaluated_tokens": state.evaluated_tokens + state.trial_tokens})
     bench_of_run = partial(open_bench, state, session)
-    situation = gather_situation(bench_of_run, state, session.progress, is_last=bool(decide_stop(after)))
+    budget = open_budget(state)
+    is_last = bool(decide_stop(after))
+    situation = gather_situation(bench_of_run, state, session.progress, is_last=is_last, budget=budget)
 
     def resolve(plan: Plan) -> tuple[WorkOrder, str]:
         return resolve_plan(bench_of_run, situation, state, plan, session.progress)
 
-    evaluated = Evaluated(state.evaluated_tokens, state.config.max_evaluated_tokens, reserve_tokens(state))
     if state.replay:
         planner, usage = f"the record of {state.replay}", state.usage
         chosen, stop = find_plan(state, lambda recorded: resolve(recorded)[0])
     else:
-        toolbox = open_toolbox(bench_of_run, situation, state, session, runtime.store, evaluated)
+        toolbox = open_toolbox(bench_of_run, situation, state, session, runtime.store, budget)
         caps = runtime.context or state.config
         chosen, usage, planner = choose_plan(situation, state.usage, session, caps, toolbox)
         chosen = chosen and situation.orders.weigh(chosen)
-        stop = explain_end(situation)
+        stop = explain_end(situation, planner)
     if chosen is None:
         session.emit("note", text=stop)
         return {"iteration": state.iteration - 1, "stop": stop, "seconds": session.seconds}
+    budget.pay(budget.list_costs(chosen, None))
     update = {
         "iteration": state.iteration,
         "plan": chosen,
         "usage": usage,
-        "evaluated_tokens": evaluated.tokens,
+        "evaluated_tokens": budget.tokens,
+        "counted": budget.counted,
     }
     try:
         if state.replay and (reason := find_breakage(state.replay, state.iteration, planned=True)):
@@ -67,12 +71,16 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     return {**update, "order": kept, "seconds": session.seconds}
 
 
-def explain_end(situation: Situation) -> str:
-    """Why the rule has no plan any more."""
+def explain_end(situation: Situation, planner: str = HEURISTIC) -> str:
+    """Why there is no plan any more."""
+    if planner != HEURISTIC:
+        return "the planner gave no usable plan"
+    left = situation.budget.left if situation.budget else math.inf
+    levers = "every lever of the rule" + (f" that {left:,.0f} tokens allow" if left < math.inf else "")
     if not situation.broken:
-        return "every lever of the rule has been tried"
+        return f"{levers} has been tried"
     methods = " and ".join(sorted(situation.broken))
-    return f"every lever of the rule has been tried, but for {methods}, which broke while it was carried out"
+    return f"{levers} has been tried, but for {methods}, which broke while it was carried out"
 
 
 def after_plan(state: State) -> Literal["approve", "prune", "rollback", "finish"]:

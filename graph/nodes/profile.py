@@ -18,6 +18,7 @@ from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
 from tools.base.errors import BrokenBaseline, ImpossiblePlan, UserError
 from tools.base.rundir import runs_directory
+from tools.plans.costs import count_profile
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
 
 
@@ -84,14 +85,15 @@ def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig)
 
 def _profile_again(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("profile", state, runtime)
+    tokens = state.evaluated_tokens + count_profile(state.config)
     with open_bench(state, session) as bench:
         try:
             profile_id = bench.profile(session.progress, first=state.profile)
         except BrokenBaseline as error:
             session.warn(f"{error}; the profile stays that of before")
-            return {"seconds": session.seconds}
+            return {"evaluated_tokens": tokens, "seconds": session.seconds}
         _tell_profile(session, profile_id, bench.read_profile(profile_id).layers, state.config)
-    return {"profile": profile_id, "seconds": session.seconds}
+    return {"profile": profile_id, "evaluated_tokens": tokens, "seconds": session.seconds}
 
 
 def _tell_profile(session: Session, profile_id: str, layers: Sequence[LayerProfile], config: RunConfig) -> None:

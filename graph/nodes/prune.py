@@ -7,6 +7,7 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.planning.approval import Settled, ask, examine_edit, settle_plan
+from graph.planning.budget import charge
 from graph.planning.orders import record_plan
 from graph.planning.unmeasured import leave_unmeasured, record_breakage, record_refusal
 from graph.runs.replay import find_breakage, find_refusal
@@ -27,8 +28,10 @@ def prune(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """
     session = enter("prune", state, runtime)
     settled: Settled | None = None
+    charged: dict[str, Any] = {}
     try:
         settled = find_settled(state, session)
+        charged = charge(state, settled.plan, settled.order)
         if settled.edited:
             session.emit("plan", iteration=state.iteration, planner="you", **record_plan(settled.plan, settled.order))
             state = state.model_copy(update={"plan": settled.plan})
@@ -40,8 +43,8 @@ def prune(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     except Refused as refused:
         return record_refusal(state, None, str(refused), session)
     except ImpossiblePlan as error:
-        return record_breakage(state, settled and settled.order, str(error), session)
-    return {"plan": settled.plan, "order": settled.kept, "current": checkpoint, "seconds": session.seconds}
+        return charged | record_breakage(state, settled and settled.order, str(error), session)
+    return charged | {"plan": settled.plan, "order": settled.kept, "current": checkpoint, "seconds": session.seconds}
 
 
 def find_settled(state: State, session: Session) -> Settled:

@@ -6,6 +6,7 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.memory.lessons import write_lesson
+from graph.planning.budget import can_profile, find_lateness
 from graph.planning.verdict import decide_stop, find_early
 from graph.reflecting.choose import choose_reflection, gather_evidence
 from graph.reflecting.posterior import CARRIED, merge_lessons
@@ -36,7 +37,7 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         if runtime.store is not None and state.config.memory and not state.replay:  # it was learnt there already
             write_lesson(runtime.store, state.config, lesson, number)
         session.emit("lesson", **lesson.model_dump())
-    stop = decide_stop(state)
+    stop = decide_stop(state) or find_lateness(state.config, session.seconds)
     reason = " ".join(reflection.reason.split()) or "no reason given"
     if reflection.stop and not stop:
         if early := find_early(state):
@@ -57,8 +58,11 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
 
 def after_reflect(state: State) -> Literal["plan", "profile", "finish"]:
-    """Another round, with a new profile first where config, accepted plan or reflector ask for one, or the end."""
+    """Another round, with a new profile first where config, accepted plan or reflector ask for one, or the end.
+
+    A profile that would leave no tokens for a trial is not made.
+    """
     if state.stop:
         return "finish"
     asked = state.config.reprofile or state.reprofile or (state.plan is not None and state.plan.reprofile)
-    return "profile" if asked and state.trials[-1].verdict == "accept" else "plan"
+    return "profile" if asked and state.trials[-1].verdict == "accept" and can_profile(state) else "plan"

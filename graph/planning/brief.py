@@ -26,6 +26,7 @@ from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories
 from tools.base.words import show_short
+from tools.plans.costs import count_profile, count_sequential, count_walk
 from tools.plans.layer_profile import LEVELS, LayerProfile
 
 MAX_ROWS = 400
@@ -241,15 +242,38 @@ def _describe_bounds(situation: Situation) -> str:
         limit = f"{(1 + config.tau) * base:.5g}"
     text = (
         f"Bounds: target sparsity {config.target_sparsity:g}. No layer above {config.max_layer_sparsity:g}. "
-        f"Round {situation.iteration} of at most {config.max_iterations}. Perplexity limit of this round: {limit} "
+        f"Round {situation.iteration} of at most {_count_rounds(situation)}. Perplexity limit of this round: {limit} "
         f"(1 + {config.tau:g} times that of the last accepted weights)."
-    )
+    ) + _describe_budget(situation)
     if config.min_fact_retention:
         text += f" A round whose answer probability kept is below {config.min_fact_retention:g} is rolled back."
     if not config.protect:
         return text
     selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
     return f"{text} Never touched, whatever you plan:\n" + data_block("protected", selectors)
+
+
+def _count_rounds(situation: Situation) -> int:
+    budget = situation.budget
+    return budget.count_rounds(situation.iteration - 1) if budget else situation.config.max_iterations
+
+
+def _describe_budget(situation: Situation) -> str:
+    """The tokens that are left and what takes them; nothing where they are not limited."""
+    config, budget = situation.config, situation.budget
+    if budget is None or budget.left == math.inf:
+        return ""
+    costs = [
+        f"a trial takes {budget.trial:,}",
+        "a probe as many as it measures on, for each plan",
+        f"statistics sequential {count_sequential(config):,} more, in a probe and in a trial",
+        f"curves method {count_walk(config):,} more, once for each method",
+        f"a new profile, reprofile or another calibration text, {count_profile(config):,}",
+    ]
+    return (
+        f" Budget: {budget.left:,.0f} of {config.max_evaluated_tokens:,} tokens through the model are left, "
+        f"{budget.trials_left:.0f} trials without extras: {'; '.join(costs)}. Plans beyond it are refused."
+    )
 
 
 def _describe_trials(situation: Situation) -> str:

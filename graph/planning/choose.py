@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from graph.config import HEURISTIC, RunConfig
-from graph.llm.ladder import AgentError
+from graph.llm.ladder import AgentError, DeadEnd
 from graph.llm.models import open_model
 from graph.llm.quoting import quote_data
 from graph.llm.spending import Account, CapReached
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     """A plan, the tokens spent on agents so far, and who made it."""
 
     plan: Plan | None
-    """None when a rule has nothing left to try."""
+    """None when a rule has nothing left to try, or an unaided planner gave no usable plan."""
     usage: Usage
     planner: str
 
@@ -57,6 +57,8 @@ def choose_plan(
 
     def check(candidate: Plan) -> None:
         situation.orders.draft(weigh_in_bounds(candidate, situation))
+        if expense := situation.find_expense(candidate):
+            raise ValueError(expense)
         if broken := situation.find_broken(candidate):
             raise ValueError(
                 f"this is the plan of round {broken.iteration}, which broke while it was carried out and would again: "
@@ -65,7 +67,7 @@ def choose_plan(
 
     try:
         model = open_model(config.planner, config)
-        shown = show_untried(situation)
+        shown = situation if config.planner_unaided else show_untried(situation)
         plan = account.converse(
             lambda: plan_with_chat(
                 shown,
@@ -82,6 +84,9 @@ def choose_plan(
     except CapReached:
         raise
     except AgentError as error:
+        if config.planner_unaided and isinstance(error, DeadEnd):
+            session.warn(f"{error}; nobody plans in its stead")
+            return Choice(None, account.usage, config.planner)
         if config.planner_fallback == "none":
             raise
         session.warn(f"{error}; the fallback planner ({config.planner_fallback}) plans this round")

@@ -53,13 +53,15 @@ def plan_refinements(situation: Situation, *, texts: bool = True) -> Iterator[Pl
 def skip_repeats(situation: Situation, plans: Iterable[Plan]) -> Iterator[Plan]:
     """The plans, weighed by the lessons, without those that cannot be carried out or make the weights of a trial again.
 
-    Those of methods that broke are left out, too. Of several that make the same weights, the first.
+    Those of methods that broke, and those that there are not the tokens for, are left out, too. Of
+    several that make the same weights, the first.
     """
     seen: set[str] = set()
     for plan in map(situation.orders.weigh, plans):
         try:
             made = situation.orders.identify(plan)
             repeated = made in seen or situation.find_trial(plan) is not None or situation.find_broken(plan) is not None
+            repeated = repeated or bool(situation.find_expense(plan))
         except ImpossiblePlan:
             continue
         if not repeated and plan.recipe.method not in situation.broken:

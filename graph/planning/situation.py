@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
+from graph.planning.budget import TokenBudget
 from graph.planning.orders import Curves, Orders, describe_plan, hash_request, keep_order, measure_with, read_curves
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
@@ -43,6 +44,8 @@ class Situation:
     """Whether the run ends after this round, unless it improves on what was kept at the target."""
     read_layers: Callable[[Recipe], Curves] | None = None
     """What is known of the layers for a recipe's allocation, without a run of the model; without it, `layers`."""
+    budget: TokenBudget | None = None
+    """What was spent and what is left; None where nothing is counted."""
     untried: Sequence[Plan] = field(default=())
     """What the rule would try next at the target, likeliest first."""
 
@@ -74,6 +77,10 @@ class Situation:
                 return trial
         return None
 
+    def find_expense(self, plan: Plan) -> str:
+        """Why there are not the tokens for a plan; empty where there are. Raises ImpossiblePlan."""
+        return self.budget.refuse(plan, self.orders.draft(self.orders.weigh(plan))) if self.budget else ""
+
     def find_broken(self, plan: Plan) -> Trial | None:
         """The last trial that broke, and that this plan would only repeat, whatever lessons made of it since.
 
@@ -86,7 +93,9 @@ class Situation:
         return None
 
 
-def gather_situation(open_bench: "OpenBench", state: State, progress: "Progress", *, is_last: bool) -> Situation:
+def gather_situation(
+    open_bench: "OpenBench", state: State, progress: "Progress", *, is_last: bool, budget: TokenBudget | None = None
+) -> Situation:
     """The situation of the round that the state is in, with the weights in the model that the state says."""
     assert state.dense is not None, "profile runs first"
 
@@ -107,6 +116,7 @@ def gather_situation(open_bench: "OpenBench", state: State, progress: "Progress"
             lessons=state.lessons,
             iteration=state.iteration,
             is_last=is_last,
+            budget=budget,
         )
 
 

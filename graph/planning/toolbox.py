@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from langchain_core.tools import BaseTool
@@ -13,6 +12,7 @@ from graph.config import HEURISTIC
 from graph.llm.toolbox import ToolAnswer, Toolbox, ToolRecord
 from graph.memory.lessons import search_lessons
 from graph.planning.brief import describe_lesson, recount_trial
+from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import measure_with
 from graph.planning.plan import Plan
@@ -28,29 +28,13 @@ if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
 
 
-@dataclass
-class Evaluated:
-    """Tokens that were put through pruned models."""
-
-    tokens: int
-    limit: int
-    """0 for none."""
-    trial: int
-    """Those that the trial after it will take."""
-
-    def book(self, tokens: int) -> None:
-        """Count those of a probe. Raises ValueError when the trial that follows would go over the limit."""
-        left = self.limit - self.tokens - self.trial
-        if self.limit and tokens > left:
-            raise ValueError(f"a probe of {tokens:,} tokens is too much: {max(left, 0):,} are left beside the trial")
-        self.tokens += tokens
-
-
 class Measured(BaseModel):
     """What a tool answered, and what had been evaluated with it."""
 
     answer: ToolAnswer
     evaluated_tokens: int
+    counted: list[str] | None = None
+    """None where an earlier version kept it."""
 
 
 def open_toolbox(
@@ -59,7 +43,7 @@ def open_toolbox(
     state: State,
     session: Session,
     store: BaseStore | None,
-    evaluated: Evaluated,
+    budget: TokenBudget,
 ) -> Toolbox | None:
     """The instruments of a chat planner and their budget of this round; None where it has none."""
     config = situation.config
@@ -77,15 +61,17 @@ def open_toolbox(
         with open_bench() as bench:
             from tools.instruments.agent_tools import make_planner_tools  # torch again, imported by now
 
-            round_ = _describe_round(bench, situation, state, session, evaluated)
+            round_ = _describe_round(bench, situation, state, session, budget)
             yield make_planner_tools(round_, history=recount, recall=recall)
 
     def carry_out(call: Callable[[], ToolAnswer]) -> ToolAnswer:
         def measure() -> Measured:
-            return Measured(answer=call(), evaluated_tokens=evaluated.tokens)
+            return Measured(answer=call(), evaluated_tokens=budget.tokens, counted=budget.counted)
 
         kept = do_once("tool", measure, Measured)
-        evaluated.tokens = kept.evaluated_tokens
+        budget.tokens = kept.evaluated_tokens
+        if kept.counted is not None:
+            budget.counted = kept.counted
         return kept.answer
 
     def tell(record: ToolRecord) -> None:
@@ -95,7 +81,7 @@ def open_toolbox(
 
 
 def _describe_round(
-    bench: "Workbench", situation: Situation, state: State, session: Session, evaluated: Evaluated
+    bench: "Workbench", situation: Situation, state: State, session: Session, budget: TokenBudget
 ) -> "Round":
     """What the instruments work on."""
     from tools.instruments.functions import Round
@@ -104,7 +90,10 @@ def _describe_round(
 
     def resolve(draft: "Draft") -> WorkOrder:
         plan = Plan(sparsity=draft.sparsity, recipe=draft.recipe, adjustments=draft.adjustments)
-        return situation.orders.resolve(weigh_in_bounds(plan, situation), measure)
+        weighed = weigh_in_bounds(plan, situation)
+        situation.orders.draft(weighed)  # refused before it is paid for
+        budget.spend("measuring its curves", budget.list_costs(weighed, None))
+        return situation.orders.resolve(weighed, measure)
 
     return Round(
         bench=bench,
@@ -112,7 +101,7 @@ def _describe_round(
         resolve=resolve,
         progress=session.progress,
         present=state.current,
-        book=evaluated.book,
+        book=budget.book,
         keep=state.kept,
         groups={selector: [x.name for x in group] for selector, group in group_layers(situation.layers).items()},
     )

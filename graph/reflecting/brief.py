@@ -166,7 +166,7 @@ def _describe_rest(evidence: Evidence) -> str:
     best = trial if trial.verdict == "accept" else evidence.before
     reached = best is not None and same_sparsity(best.sparsity, config.target_sparsity)
     text = (
-        f"Round {trial.iteration} of at most {config.max_iterations}. "
+        f"Round {trial.iteration} of at most {evidence.rounds or config.max_iterations}. "
         f"The target sparsity {config.target_sparsity:g} is {'reached' if reached else 'not reached yet'}."
     )
     if best is None or not reached:

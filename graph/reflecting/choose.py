@@ -1,9 +1,10 @@
 """Who reflects on a round: the reflector's model, or the rule alone."""
 
 from graph.config import HEURISTIC, RunConfig
-from graph.llm.ladder import AgentError
+from graph.llm.ladder import AgentError, DeadEnd
 from graph.llm.models import open_model
 from graph.llm.spending import Account, CapReached
+from graph.planning.budget import open_budget
 from graph.planning.orders import find_recipe
 from graph.reflecting.brief import reflect_with_chat
 from graph.reflecting.rule import Evidence, draw_lesson
@@ -36,6 +37,7 @@ def gather_evidence(state: State, session: Session) -> Evidence:
         trials=state.trials[:-1],
         lessons=state.lessons,
         measured=draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity),
+        rounds=open_budget(state).count_rounds(state.iteration),
     )
 
 
@@ -58,7 +60,7 @@ def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: 
     except CapReached:
         raise
     except AgentError as error:
-        if config.planner_fallback == "none":
+        if config.planner_fallback == "none" and not (config.planner_unaided and isinstance(error, DeadEnd)):
             raise
         session.warn(f"{error}; the rule alone reflects on this round")
         return Reflection(), account.usage

@@ -45,6 +45,8 @@ class Evidence:
     lessons: Sequence[Lesson]
     measured: Lesson | None
     """What the rule makes of the trial."""
+    rounds: int = 0
+    """Rounds that there may be in all, this one among them; 0: as many as the config says."""
 
     @property
     def is_surprise(self) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
+from tools.plans.costs import count_walk
 from tools.plans.evolve import EffortName
 from tools.plans.jobs import Job, PartsRecipe
 from tools.plans.recipe import Recipe
@@ -72,10 +73,8 @@ def _allocate(
     began = time.monotonic()
     layers = bench.describe_layers(profile, recipe, progress)
     allocation = allocate(layers, sparsity, recipe, max_layer_sparsity=limits.max_layer_sparsity)
-    settings = bench.settings
-    windows = min(settings.gradient_windows, settings.calibration_windows)
     walks = 1 + recipe.needs_curves if recipe.reads_curves else 0
-    return Decision(allocation, 4 * walks * windows * settings.window, time.monotonic() - began)
+    return Decision(allocation, walks * count_walk(bench.settings), time.monotonic() - began)
 
 
 def _search(

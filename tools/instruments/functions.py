@@ -55,8 +55,9 @@ class Round:
     """Other checkpoints that are still needed."""
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Selectors and the layers they mean, by which a prediction sums up."""
-    book: Callable[[int], None] = lambda tokens: None
-    """Told of the tokens of a probe before it is made; raises ValueError when they are not to be had."""
+    book: Callable[[int, Sequence[WorkOrder]], None] = lambda tokens, orders: None
+    """Told of a probe before it is made: the tokens that it measures on, all orders together, and the orders; raises
+    ValueError when what that takes is not to be had."""
 
 
 def inspect_layers(round_: Round, selector: str) -> Figures:
@@ -133,7 +134,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int) -> list[Figures]:
     if not orders:
         raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, found))))
     windows = min(math.ceil(tokens / bench.settings.window), len(bench.windows.validation))
-    round_.book(len(orders) * windows * bench.settings.window)
+    round_.book(len(orders) * windows * bench.settings.window, list(orders.values()))
     evaluations = bench.probe(
         round_.profile,
         list(orders.values()),

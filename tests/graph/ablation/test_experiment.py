@@ -47,7 +47,13 @@ def test_rows_are_made_once_and_written(
         assert row.evaluated_tokens <= 800
         searched = "refit:evolution, 0 of 400 generations of 16 children, 0 tokens"
         assert (row.plan == searched) is (row.arm == "search"), "one takes 4,608 tokens"
-    assert [row.trials for row in known.rows[:2]] == [1, 4]
+    walk = 4 * 2 * 64
+    kappa, random, search = known.rows[:3]
+    assert (kappa.trials, kappa.evaluated_tokens) == (1, walk + 192), "what is left holds no other"
+    assert kappa.plan == "45.0% refit:kappa"
+    assert random.trials >= 1 and random.evaluated_tokens >= 192 * random.trials
+    assert (search.trials, search.evaluated_tokens) == (0, 192)
+    assert not list((tmp_path / "out").glob("seed-*/kappa")), "what an arm made goes with it"
     dense = [known.dense[seed] or 0.0 for seed in (0, 1)]
     assert min(dense) > 1 and dense[0] != dense[1], "the seeds have other texts"
     stored = json.loads((tmp_path / "out" / "ablate.json").read_text())
@@ -106,7 +112,7 @@ def test_random_plans_are_measured_side_by_side(
     assert [row.model_dump(exclude={"seconds"}) for row in shared] == [
         row.model_dump(exclude={"seconds"}) for row in alone
     ]
-    assert [len(team.handed) for team in teams] == [2], "two at once, and the third is shared"
+    assert [len(team.handed) for team in teams] == [0, 2], "the profile's; and two at once, then the third is shared"
 
 
 def test_runs_of_the_graph_have_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

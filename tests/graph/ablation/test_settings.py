@@ -2,17 +2,18 @@
 
 import pytest
 
-from graph.ablation.settings import ARMS, AblateSettings, list_arms, list_seeds
+from graph.ablation.settings import FIXED, ROWS, AblateSettings, list_arms, list_seeds
 from tools.base.errors import UserError
 
 
 def test_arms_with_chat_need_a_planner() -> None:
-    assert list_arms(AblateSettings()) == ["heuristic", "kappa", "random", "search"]
-    assert list_arms(AblateSettings(planner="openai:x")) == list(ARMS)
+    assert list_arms(AblateSettings()) == ["heuristic", "kappa", *FIXED, "grid", "random", "search"]
+    assert list_arms(AblateSettings(planner="openai:x")) == list(ROWS)
     assert list_arms(AblateSettings(arms="search, kappa")) == ["kappa", "search"]
+    assert list_arms(AblateSettings(arms="fixed,grid")) == [*FIXED, "grid"]
     with pytest.raises(UserError, match=r"^the arm chat-alone needs a chat model: give --planner, such as openai:NAME"):
         list_arms(AblateSettings(arms="kappa,chat-alone"))
-    with pytest.raises(UserError, match=r"^there is no arm 'kapa'; choose among chat, chat-alone, heuristic, kappa"):
+    with pytest.raises(UserError, match=r"^there is no arm 'kapa'; choose among chat, chat-alone, chat-bare, "):
         list_arms(AblateSettings(arms="kapa"))
 
 

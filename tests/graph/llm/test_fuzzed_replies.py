@@ -25,11 +25,12 @@ import graph.planning.choose
 from graph.config import RunConfig
 from graph.llm import ladder
 from graph.llm.ladder import AgentError
+from graph.planning.budget import open_budget
 from graph.planning.choose import choose_plan, weigh_in_bounds
 from graph.planning.orders import read_curves
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
-from graph.planning.toolbox import Evaluated, open_toolbox
+from graph.planning.toolbox import open_toolbox
 from graph.runs.session import Session
 from graph.state import State, Trial
 from tests.situations import ignore
@@ -253,7 +254,7 @@ def test_any_conversation(
         read_layers=lambda recipe: read_curves(bench, profile, recipe, ignore),
     )
     state = State(run="fuzz", config=CONFIG, profile=profile)
-    evaluated = Evaluated(0, CONFIG.max_evaluated_tokens, state.trial_tokens)
+    evaluated = open_budget(state)
     toolbox = open_toolbox(lambda: nullcontext(bench), situation, state, session, None, evaluated)
     assert toolbox is not None
     plan = None

@@ -38,5 +38,6 @@ VALUES: dict[str, Any] = {
     "usage": Usage(calls=1, input_tokens=1000, output_tokens=50, cost=0.01),
     "stop": "patience",
     "evaluated_tokens": 4096,
+    "counted": ["curves of refit"],
     "seconds": 1.5,
 }

@@ -1,7 +1,7 @@
 """What a planner can find out: the figures that a real round would give, and the same bits in the model afterwards."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ def test_several_drafts_are_measured_as_each_alone(
     workers: bool, tokens: int, make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     booked: list[int] = []
-    round_ = make_round(WANDA, book=booked.append)
+    round_ = make_round(WANDA, book=lambda tokens, _: booked.append(tokens))
     bench = round_.bench
     bounds = Adjustment(selector="*", action="bounds", high=0.2)
     drafts = [REFIT, Draft(sparsity=0.4, adjustments=[bounds]), Draft(sparsity=0.2, recipe=WANDA.recipe), REFIT, WANDA]
@@ -253,12 +253,12 @@ def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> N
 
 def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[..., Round]) -> None:
     booked: list[int] = []
-    round_ = make_round(book=booked.append)
+    round_ = make_round(book=lambda tokens, _: booked.append(tokens))
     probe(round_, [WANDA], 65)
     probe(round_, [WANDA], 1_000_000)
     assert booked == [128, 192], "whole windows of 64 tokens, and at most the three that there are"
 
-    def refuse(tokens: int) -> None:
+    def refuse(tokens: int, orders: Sequence[WorkOrder]) -> None:
         raise ValueError("none are left")
 
     before = hash_weights(round_.bench)

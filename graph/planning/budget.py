@@ -1,0 +1,109 @@
+"""The one budget of a run: every token put through the model once the profile is made, and the seconds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from graph.config import RunConfig
+from graph.planning.orders import find_recipe
+from graph.planning.plan import Plan
+from graph.state import State
+from tools.plans.costs import count_profile, list_curve_costs, list_order_costs
+from tools.plans.work_order import WorkOrder
+
+
+@dataclass
+class TokenBudget:
+    """What was put through the model so far, and what was paid for with it."""
+
+    config: RunConfig
+    tokens: int
+    trial: int
+    """Tokens that a trial takes to be measured."""
+    counted: list[str] = field(default_factory=list)
+    """Names of the costs (`tools.plans.costs`) that are in `tokens`; none is counted twice."""
+
+    @property
+    def left(self) -> float:
+        """Tokens that are left; inf without a cap."""
+        limit = self.config.max_evaluated_tokens
+        return limit - self.tokens if limit else math.inf
+
+    @property
+    def trials_left(self) -> float:
+        """How many trials of plans that cost nothing else are left; inf without a cap."""
+        return max(self.left, 0) // self.trial if self.left < math.inf else math.inf
+
+    def count_rounds(self, done: int) -> int:
+        """How many rounds there may be in all, where so many are done: as many as rounds and tokens allow."""
+        return int(min(self.config.max_iterations, done + self.trials_left))
+
+    def count_new(self, costs: Mapping[str, int]) -> int:
+        """Tokens of costs that are not counted yet."""
+        return sum(tokens for name, tokens in costs.items() if name not in self.counted)
+
+    def pay(self, costs: Mapping[str, int]) -> None:
+        """Count costs that are not counted yet, whatever is left."""
+        self.tokens += self.count_new(costs)
+        self.counted += [name for name in costs if name not in self.counted]
+
+    def spend(self, what: str, costs: Mapping[str, int]) -> None:
+        """As `pay`, before it is spent by choice. Raises ValueError when the trial that follows would go over."""
+        tokens, left = self.count_new(costs), self.left - self.trial
+        if tokens and tokens > left:
+            raise ValueError(f"{what} takes {tokens:,} tokens, and {max(left, 0):,.0f} are left beside the trial")
+        self.pay(costs)
+
+    def book(self, tokens: int, orders: Sequence[WorkOrder] = ()) -> None:
+        """Count the tokens of a probe that measures these orders. Raises ValueError as `spend`."""
+        costs: dict[str, int] = {}
+        for order in orders:
+            costs |= list_order_costs(order, self.config)
+        total, left = tokens + self.count_new(costs), self.left - self.trial
+        if total > left:
+            raise ValueError(f"a probe of {total:,} tokens is too much: {max(left, 0):,.0f} are left beside the trial")
+        self.tokens += tokens
+        self.pay(costs)
+
+    def list_costs(self, plan: Plan, order: WorkOrder | None) -> dict[str, int]:
+        """What a plan costs beside its trial; of its order too, where that is known."""
+        costs = list_curve_costs(find_recipe(plan, self.config), self.config)
+        return costs | (list_order_costs(order, self.config) if order else {})
+
+    def refuse(self, plan: Plan, order: WorkOrder) -> str:
+        """Why there are not the tokens for a plan and its trial; empty where there are."""
+        extra = self.count_new(self.list_costs(plan, order))
+        if plan.reprofile:
+            extra += count_profile(self.config)
+        if not extra or self.trial + extra <= self.left:
+            return ""
+        return (
+            f"the plan takes {self.trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
+            f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential, curves method, "
+            "calibration or reprofile)"
+        )
+
+
+def open_budget(state: State) -> TokenBudget:
+    """The budget as the state has it."""
+    return TokenBudget(state.config, state.evaluated_tokens, state.trial_tokens, list(state.counted))
+
+
+def charge(state: State, plan: Plan, order: WorkOrder) -> dict[str, object]:
+    """The update of a state in which a plan was carried out: what of its costs is not counted yet."""
+    budget = open_budget(state)
+    budget.pay(budget.list_costs(plan, order))
+    return {"evaluated_tokens": budget.tokens, "counted": budget.counted}
+
+
+def can_profile(state: State) -> bool:
+    """Whether another profile leaves the tokens of a trial."""
+    budget = open_budget(state)
+    return count_profile(state.config) + budget.trial <= budget.left
+
+
+def find_lateness(config: RunConfig, seconds: float) -> str:
+    """Why a run that has taken so many seconds ends; empty while there is time."""
+    if config.max_seconds and seconds >= config.max_seconds:
+        return f"{seconds:.0f} of at most {config.max_seconds:g} seconds were spent"
+    return ""

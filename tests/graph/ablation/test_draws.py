@@ -1,0 +1,59 @@
+"""Random plans."""
+
+from graph.ablation.draws import draw_plan
+from graph.config import RunConfig
+from graph.planning.orders import resolve
+from tests.profiles import make_profile
+from tools.base.errors import ImpossiblePlan
+from tools.plans.methods import METHODS
+from tools.plans.recipe import Recipe
+from tools.plans.rules import RULES
+
+LAYERS = [
+    make_profile(block, kind, 1000, [0.001, 0.004, 0.01, 0.03, 0.1])
+    for block in range(6)
+    for kind in ("self_attn.q_proj", "mlp.up_proj")
+]
+CONFIG = RunConfig(seed=7, target_sparsity=0.45, questions="file:questions.jsonl")
+PLANS = [draw_plan(LAYERS, CONFIG, number) for number in range(200)]
+
+
+def test_a_random_plan_depends_on_seed_and_number_alone() -> None:
+    assert PLANS == [draw_plan(LAYERS, CONFIG, number) for number in range(200)]
+    other = CONFIG.model_copy(update={"seed": 8})
+    assert PLANS != [draw_plan(LAYERS, other, number) for number in range(200)]
+
+
+def test_every_lever_of_a_planner_is_drawn_and_half_of_the_plans_leave_it_alone() -> None:
+    recipes = [plan.recipe for plan in PLANS]
+    assert {recipe.method for recipe in recipes} == set(METHODS)
+    assert {recipe.allocation for recipe in recipes} == set(RULES)
+    assert {recipe.calibration for recipe in recipes} == {"run", "quarter", "half"}
+    for lever in set(Recipe.model_fields) - {"pattern"}:
+        drawn = [getattr(recipe, lever) for recipe in recipes]
+        assert len(set(drawn)) > 1 and drawn.count(Recipe.model_fields[lever].default) >= 80, lever
+    without = [draw_plan(LAYERS, CONFIG.model_copy(update={"questions": ""}), number) for number in range(200)]
+    assert {plan.recipe.calibration for plan in without} == {"run"}
+
+
+def test_adjustments_are_of_every_kind_and_factors_only_where_curves_are_read() -> None:
+    kinds = {adjustment.action for plan in PLANS for adjustment in plan.adjustments}
+    assert kinds == {"factor", "bounds", "protect"}
+    assert {len(plan.adjustments) for plan in PLANS} == {0, 1, 2, 3, 4}
+    for plan in PLANS:
+        assert plan.sparsity == 0.45
+        assert plan.recipe.reads_curves or all(x.action != "factor" for x in plan.adjustments)
+
+
+def test_most_random_plans_can_be_met_to_the_weight() -> None:
+    met = 0
+    for plan in PLANS:
+        if plan.recipe.allocation in ("owl", "alphapruning"):
+            continue  # these layers were never looked at for outliers or spectra
+        try:
+            order = resolve(plan, LAYERS, CONFIG)
+        except ImpossiblePlan:
+            continue
+        met += 1
+        assert sum(order.zeros.values()) == 5400
+    assert met > 100

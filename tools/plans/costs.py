@@ -1,0 +1,56 @@
+"""What a plan puts through the model beside the measuring of its trial, in tokens: what a budget has to hold. No torch.
+
+A backward pass counts as two forwards. Each cost has a name, under which it is counted once: what was measured, or
+made, before is read back.
+"""
+
+from tools.base.settings import WorkbenchSettings
+from tools.plans.methods import REFIT_STEPS
+from tools.plans.recipe import Recipe
+from tools.plans.work_order import WorkOrder
+
+Costs = dict[str, int]
+"""Tokens by the name of what they are for."""
+
+
+def count_calibration(settings: WorkbenchSettings) -> int:
+    """Tokens of the calibration text."""
+    return settings.calibration_windows * settings.window
+
+
+def count_gradients(settings: WorkbenchSettings) -> int:
+    """Tokens of the part of the calibration text that is also back-propagated."""
+    return min(settings.gradient_windows, settings.calibration_windows) * settings.window
+
+
+def count_walk(settings: WorkbenchSettings) -> int:
+    """Of one walk for KL curves: the gradient windows forward twice, and one backward."""
+    return 4 * count_gradients(settings)
+
+
+def count_profile(settings: WorkbenchSettings) -> int:
+    """Of a profile: the calibration text forward once, the gradient windows once more, and two backwards."""
+    return count_calibration(settings) + 5 * count_gradients(settings)
+
+
+def count_sequential(settings: WorkbenchSettings) -> int:
+    """Of statistics behind pruned predecessors: the calibration text forward twice, block by block."""
+    return 2 * count_calibration(settings)
+
+
+def list_curve_costs(recipe: Recipe, settings: WorkbenchSettings) -> Costs:
+    """What must be measured before a recipe's allocation is known, beyond the run's own profile."""
+    costs: Costs = {}
+    if recipe.calibration != "run":
+        costs[f"profile of the {recipe.calibration} text"] = count_profile(settings)
+    if recipe.needs_curves:
+        plain = recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
+        costs[f"curves of {plain.mask_label}"] = count_walk(settings)
+    return costs
+
+
+def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
+    """What must be walked through to carry an order out."""
+    recipes = {layer.recipe for layer in order.layers.values()}
+    sequential = any(recipe.statistics == "sequential" for recipe in recipes)
+    return {f"walk of order {order.id}": count_sequential(settings)} if sequential else {}
