@@ -1,7 +1,7 @@
 """Was the agent worth its tokens? `python -m graph.ablate --planner openai:gpt-5.1 --out ablate`
 
 Prunes the same model to the same sparsity in several ways (arms), each with the same budget of tokens put through
-pruned models, once for every seed, and measures what each arm kept on the test text. Writes ablate.csv, ablate.md,
+the model, once for every seed, and measures what each arm kept on the test text. Writes ablate.csv, ablate.md,
 ablate.json and a plot. Finished rows are kept on Ctrl-C, and half-done runs go on; the same command does it.
 """
 

@@ -20,6 +20,7 @@ from tests.end_to_end.helpers import (
     Halt,
     fork,
     read_events,
+    read_run_config,
     read_state,
     read_summary,
     read_trials,
@@ -30,6 +31,7 @@ from tests.end_to_end.helpers import (
 from tests.openai_server import Answer, Body, OpenAIServer
 from tests.tiny import tiny_settings
 from tools.base import rundir
+from tools.plans.costs import count_walk
 from tools.workbench import open as workbench
 from tools.workbench.prune import Pruner
 
@@ -213,4 +215,6 @@ def test_a_probe_that_is_cancelled_in_studio_is_made_again_and_what_was_paid_for
         assert command("--resume", "run").code == 0
     run = tmp_path / "runs" / "run"
     assert len(server.requests) == len(PLANNER[1:]) == read_state(run).usage.calls
-    assert read_state(run).evaluated_tokens == 64 + read_state(run).trials[0].tokens
+    state, curves = read_state(run), count_walk(read_run_config(run))
+    assert state.counted == ["curves of wanda", "curves of refit"], "of the probe, then of the plan"
+    assert state.evaluated_tokens == 64 + state.trials[0].tokens + 2 * curves

@@ -23,12 +23,14 @@ from tests.end_to_end.helpers import (
     fork,
     python_environment,
     read_events,
+    read_run_config,
     read_state,
     read_summary,
     read_trials,
 )
 from tests.openai_server import Answer, OpenAIServer
 from tests.postgres_server import ESCAPED, PASSWORD, PostgresServer, serve_postgres
+from tools.plans.costs import count_walk
 from tools.workbench.prune import Pruner
 
 SAVE = "langgraph.checkpoint.postgres:PostgresSaver.put"
@@ -101,7 +103,8 @@ def test_a_conversation_goes_on_in_another_process(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(persistence.STATE_VARIABLE, url)
         state = read_state(run)
-    assert (state.usage.calls, state.evaluated_tokens) == (2, 64 + state.trials[0].tokens)
+    curves = count_walk(read_run_config(run))
+    assert (state.usage.calls, state.evaluated_tokens) == (2, 64 + state.trials[0].tokens + curves)
 
 
 def test_the_password_is_in_no_file_no_row_and_no_message(

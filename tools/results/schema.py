@@ -159,7 +159,11 @@ class Summary(BaseModel):
     )
     iterations: int
     rollbacks: int
-    evaluated_tokens: int = Field(0, description="Tokens put through pruned models, by trials and probes.")
+    evaluated_tokens: int = Field(
+        0,
+        description="Tokens put through the model once it was profiled, a backward pass as two forwards; of earlier "
+        "versions, those of trials and probes.",
+    )
     agents: Usage = Field(default_factory=Usage)
     seconds: float
     peak_memory_bytes: int

@@ -123,14 +123,17 @@ def test_runs_of_the_graph_have_the_workers(tmp_path: Path, monkeypatch: pytest.
         return SimpleNamespace(returncode=1, stdout="", stderr="stopped")
 
     monkeypatch.setattr(graph_arms.subprocess, "run", fail)
-    settings = make_settings("no-model", tmp_path, workers="3", worker_threads=2)
+    settings = make_settings("no-model", tmp_path, workers="3", worker_threads=2, seconds=60)
     run = tmp_path / "runs" / "heuristic-2"
     for _ in range(2):
         with pytest.raises(UserError, match=r"^heuristic, seed 2: stopped; the same command goes on from there$"):
             graph_arms.run_graph("heuristic", settings.for_seed(2), [], lambda *_: None)
         run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text("{}")
-    assert {"--seed=2", "--text-cut=2"} <= set(commands[0])
+    with pytest.raises(UserError, match=r"^chat-bare, seed 2: stopped; "):
+        graph_arms.run_graph("chat-bare", settings.for_seed(2), ["--planner-fallback=heuristic"], lambda *_: None)
+    assert {"--seed=2", "--text-cut=2", "--max-evaluated-tokens=800", "--max-seconds=60.0"} <= set(commands[0])
+    assert commands[2][-3:] == ["--planner-fallback=heuristic", "--planner-fallback=none", "--planner-unaided"]
     assert {"--name", "--workers=3", "--worker-threads=2", "--no-memory"} <= set(commands[0])
     assert commands[1][3:] == [
         *("--runs-dir", str(tmp_path / "runs"), "--resume", "heuristic-2", "--workers=3", "--worker-threads=2"),

@@ -262,7 +262,7 @@ def list_facts(record: Record) -> list[tuple[str, str]]:
     facts.append(("Spent on agents", tell_spending(usage.model_dump()) if asked else "nothing: no model was asked"))
     if summary:
         facts += [
-            ("Evaluated", f"{summary.evaluated_tokens:,} tokens through pruned models, by trials and probes"),
+            ("Evaluated", f"{summary.evaluated_tokens:,} tokens through the model once it was profiled"),
             ("Time", f"{show_seconds(summary.seconds)}, peak memory {show_size(summary.peak_memory_bytes, 'GB', 2)}"),
             ("Versions", ", ".join(f"{name} {number}" for name, number in summary.protocol.versions.items())),
             ("mask_sha256", summary.mask_sha256),
