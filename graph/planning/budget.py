@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graph.config import RunConfig
+from graph.planning.finalists import reserve_tokens
 from graph.planning.orders import find_recipe
 from graph.planning.plan import Plan
 from graph.state import State
@@ -20,14 +21,16 @@ class TokenBudget:
     tokens: int
     trial: int
     """Tokens that a trial takes to be measured."""
+    reserve: int = 0
+    """Tokens that are kept for the comparison at the end."""
     counted: list[str] = field(default_factory=list)
     """Names of the costs (`tools.plans.costs`) that are in `tokens`; none is counted twice."""
 
     @property
     def left(self) -> float:
-        """Tokens that are left; inf without a cap."""
+        """Tokens that are left for rounds; inf without a cap."""
         limit = self.config.max_evaluated_tokens
-        return limit - self.tokens if limit else math.inf
+        return limit - self.tokens - self.reserve if limit else math.inf
 
     @property
     def trials_left(self) -> float:
@@ -86,7 +89,8 @@ class TokenBudget:
 
 def open_budget(state: State) -> TokenBudget:
     """The budget as the state has it."""
-    return TokenBudget(state.config, state.evaluated_tokens, state.trial_tokens, list(state.counted))
+    reserve = reserve_tokens(state) - state.trial_tokens
+    return TokenBudget(state.config, state.evaluated_tokens, state.trial_tokens, reserve, list(state.counted))
 
 
 def charge(state: State, plan: Plan, order: WorkOrder) -> dict[str, object]:
