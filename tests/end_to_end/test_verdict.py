@@ -11,10 +11,12 @@ from tests.end_to_end.helpers import (
     at_home,
     fork,
     read_events,
+    read_run_config,
     read_summary,
     read_trials,
     run_here,
 )
+from tools.plans.costs import count_sequential
 
 FURTHER = [*("--further-windows", "5", "--patience", "3", "--max-iterations", "6", "--tau", "10")]
 
@@ -49,8 +51,9 @@ def test_at_the_target_the_likelier_weights_are_kept(weighed: Path) -> None:
         assert trial["tokens"] == (3 + further + max(further - known, 0)) * 64
         known = further if trial["verdict"] == "accept" else max(known, further)
     finalists = read_summary(weighed)["finalists"]
-    trials_and_finals = sum(trial["tokens"] for trial in trials) + len(finalists) * 5 * 64
-    assert read_summary(weighed)["evaluated_tokens"] == trials_and_finals
+    walks = sum("~sequential" in trial["plan"] for trial in trials) * count_sequential(read_run_config(weighed))
+    measured = sum(trial["tokens"] for trial in trials) + len(finalists) * 5 * 64
+    assert read_summary(weighed)["evaluated_tokens"] == measured + walks
 
 
 def test_finalists_are_compared_on_windows_that_no_verdict_went_by(weighed: Path) -> None:
