@@ -71,6 +71,13 @@ class Trial(BaseModel):
     recipe: Recipe | None = Field(None, description="The plan's recipe; null for the dense model.")
     seconds: float = 0.0
 
+    @model_validator(mode="after")
+    def _translate_former(self) -> Self:
+        """The line of an earlier version, in which a recipe without a mark had dense statistics, as it is now."""
+        if self.recipe is not None and f" {self.recipe.label}" not in self.plan:
+            self.plan = self.plan.replace(f" {self.recipe.exact}", f" {self.recipe.label}", 1)
+        return self
+
     @property
     def measured(self) -> bool:
         """Whether it has figures."""

@@ -17,7 +17,7 @@ from tools.workbench.open import use_workbench
 
 REFIT = Recipe()
 MASK = Recipe(method="two-sided", refit=False)
-WANDA = Recipe(method="wanda", allocation="uniform", refit=False)
+WANDA = Recipe(method="wanda", allocation="uniform", refit=False, statistics="dense")
 SEQUENTIAL = Recipe(statistics="sequential")
 
 

@@ -117,6 +117,7 @@ def end_run(directory: Path, **changes: Any) -> Summary:
             **{"run": directory.name, "model": "tiny", "status": "finished", "target_sparsity": 0.45},
             **{"achieved_sparsity": 0.45, "kl": 0.1, "plan": "45.0% refit:kappa", "iterations": 2, "rollbacks": 1},
             "perplexity": Perplexities(dense=20.0, pruned=22.0, uniform_wanda=25.0),
+            "wanda_statistics": "sequential",
             **{"seconds": 301.2, "peak_memory_bytes": 1_500_000_000, "mask_sha256": "ab" * 32, "protocol": PROTOCOL},
             **changes,
         }

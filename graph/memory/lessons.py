@@ -134,7 +134,7 @@ def search_lessons(store: BaseStore, config: RunConfig, query: str) -> list[Less
             continue
         for lesson, _ in group_items(items, *_list_fingerprints(config)):
             lesson = lesson if model == config.model else lesson.model_copy(update={"model": model})
-            shared = len(wanted & _words(f"{lesson.selector} {lesson.recipe} {lesson.text} {lesson.model}"))
+            shared = len(wanted & _words(f"{lesson.selector} {lesson.recipe_label} {lesson.text} {lesson.model}"))
             if shared or not wanted:
                 found.append((-shared, -weigh_evidence(lesson), lesson))
     return [lesson for *_, lesson in sorted(found, key=lambda x: x[:2])[:FOUND]]

@@ -7,7 +7,7 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.planning.finalists import compare_finalists
-from graph.planning.orders import order_uniform
+from graph.planning.orders import UNIFORM_WANDA, order_uniform
 from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State, same_sparsity
@@ -73,6 +73,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             achieved_sparsity=achieved,
             reach=bench.told_reach,
             perplexity=perplexity,
+            wanda_statistics=UNIFORM_WANDA.statistics,
             kl=best.kl,
             benchmarks=benchmarks,
             samples=[Sample(prompt=p, dense=words, pruned=pruned_words[p]) for p, words in dense_words.items()],

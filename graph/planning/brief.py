@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
@@ -28,6 +29,7 @@ from tools.base.names import hide_directories
 from tools.base.words import show_short
 from tools.plans.costs import count_profile, count_sequential, count_walk
 from tools.plans.layer_profile import LEVELS, LayerProfile
+from tools.plans.recipe import Recipe
 
 MAX_ROWS = 400
 """Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
@@ -330,7 +332,7 @@ def describe_lesson(lesson: Lesson, config: RunConfig) -> str:
     idle = "" if lesson.knows(text, pattern) else f" (another {other} than this run's: in no allocation)"
     return (
         f"{model}run {quote_data(lesson.run, 40)} round {lesson.iteration}, "
-        f"{quote_data(lesson.recipe, 40) or 'any recipe'}{ground}{idle}: "
+        f"{quote_data(lesson.recipe_label, 40) or 'any recipe'}{ground}{idle}: "
         f"{quote_data(lesson.selector, 80)} cost {show_short(lesson.factor)} times what was predicted. "
         f"{quote_data(lesson.text, 200)}"
     )
@@ -356,10 +358,17 @@ def _describe_rest(situation: Situation) -> str:
     )
 
 
+def _spell_out(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a recipe that are not as they are when left out, and its method."""
+    told = recipe.model_dump(exclude_defaults=True, exclude={"pattern", "statistics"})
+    own = Recipe(method=recipe.method).statistics
+    return {"method": recipe.method, **told, **({} if recipe.statistics == own else {"statistics": recipe.statistics})}
+
+
 def _describe_untried(plans: Sequence[Plan]) -> str:
     lines = []
     for plan in plans:
-        recipe = {"method": plan.recipe.method, **plan.recipe.model_dump(exclude_defaults=True, exclude={"pattern"})}
+        recipe = _spell_out(plan.recipe)
         adjustments = [adjustment.model_dump(exclude_defaults=True) for adjustment in plan.adjustments]
         shown = {"sparsity": plan.sparsity, "recipe": recipe, **({"adjustments": adjustments} if adjustments else {})}
         lines.append(quote_data(f"{json.dumps(shown, ensure_ascii=False)}: {plan.reason}", 400))

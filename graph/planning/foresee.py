@@ -4,6 +4,7 @@ from typing import Any
 
 from graph.config import RunConfig
 from graph.planning.finalists import FINALISTS
+from graph.planning.orders import UNIFORM_WANDA
 from graph.planning.refinements import FINE_STEPS, STRONG
 from graph.planning.rule import MASKS
 from tools.estimate.work import Course
@@ -18,7 +19,7 @@ def foresee_course(config: RunConfig) -> Course:
     """All rounds as the rule plans them, and the end of the run: a chat planner's rounds are told likewise."""
     return Course(
         rounds=foresee_recipes(config),
-        baselines=[Recipe(method="wanda", refit=False, allocation="uniform", pattern=config.pattern)],
+        baselines=[UNIFORM_WANDA.model_copy(update={"pattern": config.pattern})],
         profiles=config.max_iterations if config.reprofile else 1,
         tests=TESTED_MODELS,
         finalists=FINALISTS if config.further_windows else 0,

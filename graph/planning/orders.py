@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 LESSONS = " · lessons x"
 """What parts a plan's line from how many groups of layers it weighs as lessons say."""
 
+UNIFORM_WANDA = Recipe(method="wanda", refit=False, allocation="uniform")
+"""What a result is compared with: Wanda with one sparsity for all layers, behind pruned predecessors as its authors run
+it."""
+
 Layers = Sequence[LayerProfile]
 Measure = Callable[[Recipe], Layers]
 
@@ -86,11 +90,11 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig) -> WorkOrder:
 
 
 def order_uniform(layers: Layers, sparsity: float, pattern: str, protect: Sequence[str]) -> WorkOrder:
-    """Wanda with one sparsity for all layers, or a pattern for all but the protected: what a result is compared with.
+    """UNIFORM_WANDA to a sparsity, or a pattern for all layers but the protected.
 
     Raises ImpossiblePlan.
     """
-    recipe = Recipe(method="wanda", refit=False, allocation="uniform", pattern=pattern)
+    recipe = UNIFORM_WANDA.model_copy(update={"pattern": pattern})
     shared = allocate(layers, sparsity, recipe, protect=protect if pattern else [])
     return order_all(recipe, shared.zeros, sparsity=shared.sparsity, predicted_kl=shared.predicted_kl)
 
@@ -243,7 +247,7 @@ def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOr
 def hash_request(plan: Plan) -> str:
     """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipe, adjustments."""
     adjustments = [[" ".join(a.selector.split()), a.action, a.factor, a.low, a.high] for a in plan.adjustments]
-    parts = [round(plan.sparsity, 3), plan.recipe.label, adjustments]
+    parts = [round(plan.sparsity, 3), plan.recipe.exact, adjustments]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

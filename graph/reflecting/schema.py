@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tools.plans.methods import translate_label
+
 MAX_LEARNT = 5
 """Lessons that a reflector may draw from one trial."""
 
@@ -78,7 +80,11 @@ class Lesson(BaseModel):
 
     run: str = Field(description="The run that taught it, or the last of those that did.")
     iteration: int
-    recipe: str = Field("", description="Mask method and refit the lesson was learnt with, such as two-sided+refit.")
+    recipe: str = Field(
+        "",
+        description="Mask method and refit the lesson was learnt with, such as two-sided+refit: `Recipe.exact_label`, "
+        "so that a lesson of an earlier version still says what it was learnt with.",
+    )
     curves: Literal["mask", "method"] = Field(
         "mask", description="The KL curves that it corrects: the profile's, or those of its method itself."
     )
@@ -103,6 +109,11 @@ class Lesson(BaseModel):
     same_config: bool = Field(
         False, description="The lesson comes from a run of the same trials, so a repeat would count it twice."
     )
+
+    @property
+    def recipe_label(self) -> str:
+        """What it was learnt with, for people and planners, as plans are labelled; empty if not noted."""
+        return translate_label(self.recipe)
 
     def knows(self, calibration: str, pattern: str) -> bool:
         """Whether it was learnt on this text and pattern, as far as that was noted."""

@@ -66,7 +66,7 @@ def test_the_card_that_arrives_has_the_figures_and_no_path(hub: HubServer, finis
     front = yaml.safe_load(text.split("---\n")[1])
     assert set(front) == {"library_name", "model-index", "pipeline_tag", "tags"}, "of the source nothing is known"
     report = (finished / "report.md").read_text(encoding="utf-8")
-    for kind in ("dense", "uniform Wanda, same sparsity"):
+    for kind in ("dense", "uniform Wanda, same sparsity, each block behind its pruned predecessors"):
         (row,) = [line for line in report.splitlines() if line.startswith(f"| {kind} |")]
         assert row in text.splitlines()
     assert f"| **this model** | **{summary['perplexity']['pruned']:.2f}** |" in text.splitlines()

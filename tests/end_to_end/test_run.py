@@ -49,7 +49,7 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     summary = read_summary(finished)
     assert list(summary) == [
         *("run", "model", "status", "target_sparsity", "achieved_sparsity", "reach"),
-        *("perplexity", "kl", "knowledge", "benchmarks", "samples", "plan", "kept", "finalists"),
+        *("perplexity", "wanda_statistics", "kl", "knowledge", "benchmarks", "samples", "plan", "kept", "finalists"),
         *("iterations", "rollbacks", "evaluated_tokens", "agents", "seconds", "peak_memory_bytes", "mask_sha256"),
         "protocol",
     ]
@@ -58,6 +58,7 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     ]
     assert 0 < summary["reach"]["of_model"] < summary["reach"]["of_blocks"] == 1
     assert list(summary["perplexity"]) == ["dense", "pruned", "uniform_wanda"]
+    assert summary["wanda_statistics"] == "sequential"
     assert list(summary["protocol"]) == ["text", "tokens", "window", "dtype", "versions", "bos", "cut"]
     assert (summary["run"], summary["model"], summary["status"]) == ("run", "tiny", "finished")
     assert summary["protocol"]["tokens"] == 128 and summary["protocol"]["dtype"] == read_run_config(finished).dtype

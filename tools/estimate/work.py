@@ -57,13 +57,14 @@ class Course(NamedTuple):
     def pruned(self) -> list[tuple[Recipe, int]]:
         """What is done inside the layers, and how often."""
         asked = [*self.rounds, *self.baselines]
-        labels = [_label(recipe) for recipe in asked]
+        labels = [_name(recipe.exact_label, recipe) for recipe in asked]
         return [(recipe, labels.count(label)) for label, recipe in dict(zip(labels, asked, strict=True)).items()]
 
     @property
     def curves(self) -> list[Recipe]:
         """The recipes whose own KL curves are measured; those of `refit` where none of them are."""
-        asked = {recipe.mask_label: recipe for recipe in self.rounds if recipe.needs_curves}
+        plain = {"statistics": "dense"}  # curves are the dense model's whatever comes of the weights
+        asked = {x.model_copy(update=plain).exact_label: x for x in self.rounds if x.needs_curves}
         return list(asked.values()) or [Recipe()]
 
     @property
@@ -127,11 +128,12 @@ def price_seconds(times: Times) -> Prices:
 
 def name_recipe(recipe: Recipe) -> str:
     """What is done inside a layer, whatever text and order its statistics come from."""
-    return _label(recipe.model_copy(update={"calibration": "run", "statistics": "dense", "gamma": "plain"}))
+    plain = recipe.model_copy(update={"calibration": "run", "statistics": "dense", "gamma": "plain"})
+    return _name(plain.exact_label, recipe)
 
 
-def _label(recipe: Recipe) -> str:
-    return f"{recipe.mask_label} to {recipe.pattern}" if recipe.pattern else recipe.mask_label
+def _name(label: str, recipe: Recipe) -> str:
+    return f"{label} to {recipe.pattern}" if recipe.pattern else label
 
 
 # --- shares --------------------------------------------------------------------------------------------------------
@@ -233,9 +235,9 @@ def list_work(
         )
     for recipe, times in course.pruned:
         done = {f"prune {name_recipe(recipe)}": 1.0} | ({"read moments": 1.0} if recipe.changes_survivors else {})
-        how = f"{layers} layers by {_label(recipe)}"
+        how = f"{layers} layers by {_name(recipe.mask_label, recipe)}"
         if recipe.statistics == "sequential":
-            done |= {"forward": 2.0 * calibration, "moments": calibration}
+            done |= {"forward": 2.0 * calibration} | ({"moments": calibration} if recipe.changes_survivors else {})
             how += ", with two more forwards of the calibration text"
         steps.append(step("prune", how, times, shares.layers, done))
     steps.append(

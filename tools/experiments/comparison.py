@@ -18,6 +18,7 @@ from tools.measure.harness import run_benchmark
 from tools.models.load import check_device, locate_model
 from tools.plans.evolve import EFFORTS, EffortName, describe_effort, follow_effort
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, LABELS_OF_PARTS, Job, list_jobs
+from tools.plans.methods import METHODS, name_sequential
 from tools.plans.recipe import Recipe
 from tools.plans.rules import name_allocations
 from tools.results.comparison import Comparison, Row, describe_dense, describe_row, show_tables, write_comparison
@@ -37,7 +38,10 @@ class CompareSettings(TaskSettings, TeamSettings):
 
     recipes: str = Field(
         "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
-        description="Comma-separated METHOD[+refit][~clipped][~quarter|~half]:ALLOCATION[@STRENGTH], or all. Methods: "
+        description="Comma-separated METHOD[+refit][~clipped][~quarter|~half][~dense|~sequential]:ALLOCATION"
+        "[@STRENGTH], or all. Statistics without a mark are those that a method's authors take: sequential (block by "
+        f"block, behind pruned predecessors) for {name_sequential(METHODS.values())}, dense for all others and "
+        "for a search. Methods: "
         f"{', '.join(ALL_METHODS)}. Allocations: {', '.join(ALL_ALLOCATIONS)}, and kappa-mask. Beside all: "
         f"{_STRUCTURED}; a sparsity is then the share of the prunable weights that is removed, and patterns have no "
         "such row.",

@@ -175,6 +175,7 @@ def _fill_row(
         allocation=job.allocation,
         sparsity=job.sparsity,
         pattern=job.pattern,
+        statistics=job.recipe.statistics if isinstance(job.recipe, Recipe) else None,
         perplexity=evaluation.perplexity,
         dense_perplexity=known.dense_perplexity,
         kl=evaluation.mean_kl,

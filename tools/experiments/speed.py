@@ -23,7 +23,7 @@ SPARSITY = 0.5
 OTHER_SPARSITY = 0.4
 """For checkpoints that shall differ from it, in which less goes."""
 
-UPDATED = Recipe(method="sparsegpt", refit=False, allocation="uniform")
+UPDATED = Recipe(method="sparsegpt", refit=False, allocation="uniform", statistics="dense")
 """The cheapest recipe whose layers are stored as those of a refit: mask and values."""
 
 

@@ -29,7 +29,7 @@ REFIT = Recipe(method="refit", refit=False, allocation="kappa", curves="method")
 
 
 def bench_wanda(site: Site) -> list[Result]:
-    """Wanda in one shot, against a forward of its calibration text.
+    """Wanda's masks of all layers at once, by dense statistics, against a forward of its calibration text.
 
     Wanda needs the mean square of every input; the refit needs the full second moments, whose walk is shown beside.
     """

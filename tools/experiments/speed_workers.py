@@ -22,7 +22,8 @@ def bench_workers(bench: Workbench, settings: BenchSettings, workers: int) -> li
     cluster = bench.cluster
     assert cluster is not None
     profile = bench.profile(ignore_progress)
-    layers, recipe = bench.read_profile(profile).layers, Recipe(method="wanda", refit=False, allocation="uniform")
+    layers = bench.read_profile(profile).layers
+    recipe = Recipe(method="wanda", refit=False, allocation="uniform", statistics="dense")
     one, other = (
         bench.prune(profile, order_allocation(recipe, allocate(layers, share, recipe)), ignore_progress)
         for share in (SPARSITY, OTHER_SPARSITY)

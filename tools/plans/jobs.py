@@ -135,8 +135,23 @@ def _make_job(label: str, sparsity: float, pattern: str) -> Job:
     if pattern:
         recipe = recipe.model_copy(update={"pattern": pattern, "allocation": UNIFORM, "strength": 1.0})
     elif searches:
+        recipe = _take_search_statistics(label, recipe)
         return Job(f"{recipe.mask_label}:{allocation}", "search", recipe, sparsity)
     return Job(recipe.label, "rule", recipe, sparsity)
+
+
+def _take_search_statistics(label: str, recipe: Recipe) -> Recipe:
+    """The recipe with dense statistics, whatever its method's own: a search has these, and its row is named by them.
+
+    EvoPress searches among layers that were pruned once, each to several sparsities, behind dense predecessors:
+    FastOBCPruner (src/pruner.py of IST-DASLab/EvoPress) saves them and leaves the weights that the next block's inputs
+    pass through as they are. Raises UserError for other statistics.
+    """
+    if "~sequential" in label:
+        raise UserError(
+            f"recipe {label!r}: a search prunes layers by dense statistics, as EvoPress does; leave ~sequential out"
+        )
+    return recipe.model_copy(update={"statistics": "dense"})
 
 
 def _parse_parts_recipe(label: str) -> PartsRecipe:

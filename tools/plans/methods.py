@@ -4,6 +4,7 @@ What each does to a weight is the function of `kernels.methods` that goes by the
 here and a function there: what planners, flags, help and tables say of methods is made from this list.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 REFIT_STEPS = 5
@@ -14,6 +15,11 @@ MOST_STEPS = 10
 
 PROFILED = "two-sided"
 """The method whose mask, without anything else, the KL curves of every profile are about."""
+
+
+Statistics = Literal["dense", "sequential"]
+"""What the inputs of layers are taken from: the dense model, all layers at once, or block by block from behind pruned
+predecessors."""
 
 
 class Method(NamedTuple):
@@ -32,17 +38,39 @@ class Method(NamedTuple):
     """Whether `--recipes all` of tools.compare has it with a refit after it, too."""
     lever: bool = True
     """Whether planners are told of it; opponents that only a comparison has a use for are not."""
+    statistics: Statistics = "dense"
+    """What its authors take the inputs of layers from.
+
+    The loops of Wanda and SparseGPT run block by block: a forward of the block as it is, still dense, whose inputs all
+    of its layers are pruned by, then a second one of the pruned block, whose outputs the next block reads
+    (`prune_wanda` and `prune_sparsegpt` in lib/prune.py of locuslab/wanda; `llama_sequential` in llama.py of
+    IST-DASLab/sparsegpt, without its --true-sequential). ADMM-Grad's and ALPS' loops are the same (`prune_admm` in
+    lib/prune.py of fmfi-compbio/admm-pruning; `llama_sequential` in llama.py of mazumder-lab/ALPS). OWL and
+    AlphaPruning prune by them, too; what OWL shares out by is measured in a walk of its own before, of the dense model
+    (`prune_wanda_outlier` in lib/prune_all.py of luuyin/OWL)."""
 
 
 METHODS = {
     method.name: method
     for method in (
         Method("magnitude", "|W| within the layer"),
-        Method("wanda", "|W|*sqrt(a) within each output row"),
+        Method("wanda", "|W|*sqrt(a) within each output row", statistics="sequential"),
         Method("two-sided", "W^2*a*gamma within the layer; usually the best mask", ours=True, also_refitted=True),
-        Method("admm", "ADMM-Grad, zeros and survivors by ADMM as the mask grows", changes_survivors=True, lever=False),
-        Method("alps", "ALPS, the whole mask by ADMM, then a fit of survivors", changes_survivors=True, lever=False),
-        Method("sparsegpt", "survivors corrected column by column", changes_survivors=True),
+        Method(
+            "admm",
+            "ADMM-Grad, zeros and survivors by ADMM as the mask grows",
+            changes_survivors=True,
+            lever=False,
+            statistics="sequential",
+        ),
+        Method(
+            "alps",
+            "ALPS, the whole mask by ADMM, then a fit of survivors",
+            changes_survivors=True,
+            lever=False,
+            statistics="sequential",
+        ),
+        Method("sparsegpt", "survivors corrected column by column", changes_survivors=True, statistics="sequential"),
         Method("two-sided-obs", "survivors corrected column by column", changes_survivors=True, ours=True),
         Method(
             "refit",
@@ -62,3 +90,23 @@ if TYPE_CHECKING:
     MethodName = str
 else:
     MethodName = Literal[tuple(METHODS)]
+
+
+def name_sequential(methods: Iterable[Method]) -> str:
+    """Those whose authors take sequential statistics, for people: `wanda and sparsegpt`."""
+    *names, last = (method.name for method in methods if method.statistics == "sequential")
+    return f"{', '.join(names)} and {last}" if names else last
+
+
+def translate_label(label: str) -> str:
+    """A recipe's label where `label` marks sequential statistics whatever its method, and dense ones never.
+
+    So `Recipe.exact_label` does, and so did all labels of earlier versions. A label without a mark means the statistics
+    that its method's authors take; the others are marked. What names no method stays as it is.
+    """
+    inside, colon, allocation = label.partition(":")
+    name = inside.partition("~")[0].partition("+")[0].rstrip("0123456789")
+    if name not in METHODS or METHODS[name].statistics == "dense":
+        return label
+    inside = inside.removesuffix("~sequential") if inside.endswith("~sequential") else f"{inside}~dense"
+    return f"{inside}{colon}{allocation}"

@@ -1,13 +1,23 @@
 """What a plan may ask of the tools: the recipe for a layer's weights, and corrections to the allocation."""
 
 import re
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from tools.base.settings import Calibration
-from tools.plans.methods import LEVERS, METHODS, MOST_STEPS, PROFILED, REFIT_STEPS, MethodName
+from tools.plans.methods import (
+    LEVERS,
+    METHODS,
+    MOST_STEPS,
+    PROFILED,
+    REFIT_STEPS,
+    MethodName,
+    Statistics,
+    name_sequential,
+    translate_label,
+)
 from tools.plans.registry import describe_choices
 from tools.plans.rules import RULES, UNIFORM, RuleName
 
@@ -24,6 +34,11 @@ def count_pattern_zeros(weights: int, pattern: tuple[int, int]) -> int:
     """Zeros of a layer in which (N, M) holds."""
     pruned, group = pattern
     return weights // group * pruned
+
+
+def _leave_out_default(schema: dict[str, Any]) -> None:
+    """The one that a schema would tell is that of the default method alone."""
+    del schema["default"]
 
 
 class Recipe(BaseModel):
@@ -66,11 +81,12 @@ class Recipe(BaseModel):
         "and refit really leave, by pruning every layer to five sparsities; costs about two rounds' pruning, once for "
         "each method. mask: what the two-sided mask removes, known from the profile.",
     )
-    statistics: Literal["dense", "sequential"] = Field(
-        "dense",
-        description="What the layers' inputs are taken from. dense: the dense model, all layers at once. sequential: "
-        "block by block, each seeing what its pruned predecessors pass on; costs two more forwards of the calibration "
-        "text a round.",
+    statistics: Statistics = Field(
+        METHODS["refit"].statistics,
+        description="What the layers' inputs are taken from. dense: the dense model. sequential: block by block, "
+        "behind pruned predecessors; two more forwards of the calibration text. Left out: sequential for "
+        f"{name_sequential(LEVERS.values())}, as published, else dense.",
+        json_schema_extra=_leave_out_default,
     )
     calibration: Calibration = Field(
         "run",
@@ -81,6 +97,16 @@ class Recipe(BaseModel):
         "",
         description="N:M, N zeros in every M consecutive inputs; empty for zeros anywhere. The user's choice.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_own_statistics(cls, values: Any) -> Any:
+        """Statistics that are left out are those that the method's authors take."""
+        if isinstance(values, dict) and "statistics" not in values:
+            name = values.get("method")
+            if isinstance(name, str) and name in METHODS:
+                return {**values, "statistics": METHODS[name].statistics}
+        return values
 
     @property
     def group(self) -> tuple[int, int] | None:
@@ -130,8 +156,9 @@ class Recipe(BaseModel):
         return self.refit_steps if METHODS[self.method].refits_in_steps else REFIT_STEPS
 
     @property
-    def mask_label(self) -> str:
-        """What is done inside a layer, such as `two-sided+refit`, or `refit3` for other than `REFIT_STEPS` steps."""
+    def exact_label(self) -> str:
+        """What is done inside a layer, with a mark for sequential statistics whatever the method's own are: a key to
+        what is kept on disk, where it has never meant anything else."""
         steps = "" if self.steps == REFIT_STEPS else f"{self.steps}"
         marks = [
             "+refit" if self.refits_after else "",
@@ -140,6 +167,14 @@ class Recipe(BaseModel):
             "~sequential" if self.statistics == "sequential" else "",
         ]
         return f"{self.method}{steps}{''.join(marks)}"
+
+    @property
+    def mask_label(self) -> str:
+        """What is done inside a layer, such as `two-sided+refit`, or `refit3` for other than `REFIT_STEPS` steps.
+
+        Statistics are marked where they are not those that the method's authors take: `wanda~dense`.
+        """
+        return translate_label(self.exact_label)
 
     @property
     def allocation_label(self) -> str:
@@ -152,6 +187,11 @@ class Recipe(BaseModel):
     def label(self) -> str:
         """The whole recipe in short, such as `two-sided+refit:kappa@0.8`; `parse_recipe` reads it."""
         return f"{self.mask_label}:{self.allocation_label}"
+
+    @property
+    def exact(self) -> str:
+        """As `label`, with the exact label: a key to what is kept on disk."""
+        return f"{self.exact_label}:{self.allocation_label}"
 
     def within_layers(self) -> "Recipe":
         """The part of the recipe that makes a layer's weights, once it is known how many of them go."""
@@ -170,16 +210,17 @@ _IN_STEPS = "|".join(f"(?<=^{name})" for name, method in METHODS.items() if meth
 
 _LABEL = re.compile(
     rf"(?P<method>[a-z-]+?)(?:(?:{_IN_STEPS})(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
-    r"(?:~(?P<calibration>quarter|half))?(?P<sequential>~sequential)?"
+    r"(?:~(?P<calibration>quarter|half))?(?:~(?P<statistics>dense|sequential))?"
     r"(?::(?P<allocation>[a-z][a-z-]*?)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
 
 
 def parse_recipe(label: str) -> Recipe:
-    """The recipe of a label `METHOD[+refit][~clipped][~quarter|~half][~sequential][:ALLOCATION[@STRENGTH]]`, such as
-    `refit3:kappa`.
+    """The recipe of a label, `METHOD[+refit][~clipped][~quarter|~half][~dense|~sequential][:ALLOCATION[@STRENGTH]]`.
 
-    Without an allocation it is uniform. Raises ValueError in one line for another form or a name that there is not.
+
+    Without a mark for statistics they are those that the method's authors take; without an allocation it is uniform.
+    Raises ValueError in one line for another form or a name that there is not.
     """
     form = _LABEL.fullmatch(label.strip())
     if form is None:
@@ -191,7 +232,7 @@ def parse_recipe(label: str) -> Recipe:
                 "refit": form["refit"] is not None,
                 "refit_steps": form["steps"] or REFIT_STEPS,
                 "gamma": "clipped" if form["clipped"] else "plain",
-                "statistics": "sequential" if form["sequential"] else "dense",
+                **({"statistics": form["statistics"]} if form["statistics"] else {}),
                 "calibration": form["calibration"] or "run",
                 "allocation": form["allocation"] or UNIFORM,
                 "curves": "mask" if form["mask"] else "method",

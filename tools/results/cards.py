@@ -35,7 +35,7 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
             "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither "
             "smaller nor faster than the dense one by itself.",
             "",
-            *list_perplexities(summary.perplexity, escape(text), "this model"),
+            *list_perplexities(summary.perplexity, escape(text), "this model", summary.wanda_statistics),
             "",
             f"Perplexity was measured on `{text}` ({summary.protocol.tokens} tokens, {summary.protocol.windows}, "
             f"{summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +14,8 @@ from tools.base.files import write_text, write_whole
 from tools.base.rows import as_csv, save_figure, write_kept
 from tools.base.words import escape, show, show_score
 from tools.plans.evolve import describe_search
-from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, Job, name_target
+from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, name_target
+from tools.plans.methods import Statistics, translate_label
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
 from tools.results.schema import Protocol, Reach, Score, describe_bos, describe_cut
@@ -22,7 +23,8 @@ from tools.results.sentences import describe_reach, tell_share
 from tools.results.tables import list_table
 
 REFERENCE = "sparsegpt:uniform"
-"""Degradations are shown as multiples of this recipe's."""
+"""Degradations are shown as multiples of this recipe's: SparseGPT as its authors run it, each block behind its pruned
+predecessors."""
 
 LABELLED = 10
 """Recipes that the plot's legend names, the best ones; it explains the colours and marks of the others."""
@@ -36,6 +38,10 @@ class Row(BaseModel):
     allocation: str = Field(description="How sparsity is shared out; uniform wherever a pattern says it all.")
     sparsity: float = Field(description="The target, as a fraction.")
     pattern: str = Field(description="N:M, or empty for zeros anywhere.")
+    statistics: Statistics | None = Field(
+        description="What the layers' inputs were taken from: the dense model, or block by block from behind pruned "
+        "predecessors; null for structured rows."
+    )
     achieved_sparsity: float = Field(
         description="Share of the prunable weights that are zero; structured: that are gone, as nearly as parts allow."
     )
@@ -71,6 +77,19 @@ class Row(BaseModel):
     )
     children: int | None = Field(None, description="evolution: children in each generation.")
     protocol: Protocol
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_former(cls, values: Any) -> Any:
+        """A row of an earlier version, which has no statistics: there a label without a mark meant dense ones."""
+        if not isinstance(values, dict) or "statistics" in values or not isinstance(values.get("recipe"), str):
+            return values
+        former = str(values["recipe"])
+        recipe = translate_label(former)
+        method, _, allocation = recipe.partition(":")
+        statistics = "sequential" if "~sequential" in former else "dense"
+        told = None if former.startswith(STRUCTURED) else statistics
+        return {**values, "recipe": recipe, "method": method, "allocation": allocation, "statistics": told}
 
     @property
     def search(self) -> str:
@@ -213,7 +232,8 @@ def describe(known: Comparison) -> str:
         f"({known.profile_seconds:.1f} s with the dense model's perplexity, shared by all rows).",
         *(["", told] if (told := describe_reach(known.reach)) else []),
         "",
-        f"Best first. × SparseGPT: how far perplexity rises above the dense model's, as a multiple of `{REFERENCE}` at "
+        "Best first. Statistics without a mark are those that a method's authors take. "
+        f"× SparseGPT: how far perplexity rises above the dense model's, as a multiple of `{REFERENCE}` at "
         "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "
         "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
         "the seconds of curves that several rows share stand in the first of them."

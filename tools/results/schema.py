@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from tools.base.settings import Split, WorkbenchSettings
+from tools.plans.methods import Statistics
 
 PACKAGES = ("torch", "transformers", "langgraph", "numpy")
 
@@ -145,6 +146,11 @@ class Summary(BaseModel):
     achieved_sparsity: float
     reach: Reach | None = Field(None, description="Null where an earlier version did not record it.")
     perplexity: Perplexities
+    wanda_statistics: Statistics = Field(
+        "dense",
+        description="Uniform Wanda's. sequential: taken block by block, behind the pruned predecessors, as its authors "
+        "do; dense: of the dense model, as earlier versions did, which did not record it.",
+    )
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, nats per token.")
     knowledge: Knowledge | None = Field(None, description="Null where the run asked no questions.")
     benchmarks: list[Score] = Field([], description="Tasks of lm-evaluation-harness, where any were asked for.")

@@ -4,7 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.base.words import clean, count, show, show_compact, show_percent, show_seconds, show_size
+from tools.plans.methods import Statistics
 from tools.results.schema import Finalist, Knowledge, Reach, Summary
+
+BEHIND: dict[Statistics, str] = {
+    "sequential": "each block behind its pruned predecessors",
+    "dense": "statistics of the dense model",
+}
+"""What layers were pruned by, in words."""
 
 
 def describe_result(summary: Summary) -> str:
@@ -15,7 +22,7 @@ def describe_result(summary: Summary) -> str:
         f"{summary.achieved_sparsity:.2%} of {name_prunable(summary.reach)} are zero (target "
         f"{summary.target_sparsity:.2%}){tell_share(summary.achieved_sparsity, summary.reach)}, after {rounds} "
         f"with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at the same "
-        f"sparsity {show(p.uniform_wanda)}"
+        f"sparsity ({BEHIND[summary.wanda_statistics]}) {show(p.uniform_wanda)}"
     )
     if (share := relate_to_wanda(p.dense, p.pruned, p.uniform_wanda)) is not None:
         text += f", so the degradation is {share:.2f} times uniform Wanda's"

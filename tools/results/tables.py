@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tools.base.words import escape, show, show_score, show_size
+from tools.plans.methods import Statistics
 from tools.results.schema import Knowledge, Perplexities, Score, Summary
 from tools.results.sentences import (
+    BEHIND,
     describe_finalists,
     describe_reach,
     describe_result,
@@ -38,7 +40,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         f"The loop ended because {stop}." if stop else "",
         "",
         *([told, ""] if (told := describe_finalists(summary.finalists, summary.kept)) else []),
-        *list_perplexities(summary.perplexity, "test", "Billhook"),
+        *list_perplexities(summary.perplexity, "test", "Billhook", summary.wanda_statistics),
         "",
         *(_list_knowledge(summary.knowledge) if summary.knowledge else []),
         *list_benchmarks(summary.benchmarks),
@@ -71,14 +73,14 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
     return "\n".join(lines) + "\n"
 
 
-def list_perplexities(perplexity: Perplexities, text: str, own: str) -> list[str]:
-    """The table of the perplexities on a text; the pruned model is called `own`."""
+def list_perplexities(perplexity: Perplexities, text: str, own: str, wanda: Statistics) -> list[str]:
+    """The table of the perplexities on a text; the pruned model is called `own`, and `wanda` are Wanda's statistics."""
     return [
         f"| | perplexity on {text} |",
         "|---|---|",
         f"| dense | {show(perplexity.dense)} |",
         f"| **{own}** | **{show(perplexity.pruned)}** |",
-        f"| uniform Wanda, same sparsity | {show(perplexity.uniform_wanda)} |",
+        f"| uniform Wanda, same sparsity, {BEHIND[wanda]} | {show(perplexity.uniform_wanda)} |",
     ]
 
 

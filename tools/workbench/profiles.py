@@ -254,7 +254,7 @@ class Profiles:
         gamma_O = means[f"{recipe.gamma}/{name}"].to(device)
         if present is not None:
             leader = present.group[name]
-            moment_II = present.second_moment[leader]
+            moment_II = present.second_moment.get(leader)
             return LayerStatistics(present.mean_square[leader], gamma_O, moment_II)
         if not recipe.changes_survivors:
             return LayerStatistics(means[f"a/{name}"].to(device), gamma_O)

@@ -97,6 +97,9 @@ class Pruner:
     def _prune_in_order(self, tasks: Tasks, made: Mapping[str, str], progress: Progress) -> dict[str, str]:
         """Block by block: each is pruned by what it reads in the model whose earlier blocks are pruned already.
 
+        Within a block all layers are pruned by the inputs that they have while the whole block is still dense, as in
+        the loops of Wanda and SparseGPT (`tools.plans.methods.Method.statistics`); then the pruned block passes on what
+        the next one reads. States between blocks are in the model's number format, sums in fp32, as there.
         Layers that are `made` have their artifacts, and stay as these are; those of all come out.
         """
         grouped, index, done = self._weights.by_block, self._index.read(), dict(made)
@@ -113,7 +116,8 @@ class Pruner:
                     for layer in layers:
                         self._weights.install(layer.name, DENSE)
                     team, extent = self._crew.team, self._crew.extent
-                    moments = collect_moments(team, extent, walk, block, layers, purpose="pruning")
+                    full = any(task.recipe.changes_survivors for task in missing.values())
+                    moments = collect_moments(team, extent, walk, block, layers, full=full, purpose="pruning")
                     for name, artifact in self._compute_all(missing, moments):
                         self._index.add(keys[name], artifact)
                         done[name] = artifact

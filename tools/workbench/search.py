@@ -82,7 +82,7 @@ def search_allocation(
             f"{recipe.mask_label}:evolution selects on all of the {text:,} calibration tokens, where EvoPress has "
             f"{rules.stages[-1].tokens:,}; give more --calibration-windows"
         )
-    path = bench.directory / f"search-{recipe.mask_label}-{sparsity}.json"
+    path = bench.directory / f"search-{recipe.exact_label}-{sparsity}.json"
     saved = _read_search(path, profile, rules, bench.warn)
     earlier, done = (saved.seconds, saved.search.tokens) if saved else (0.0, 0)
     running = _Running(bench, profile, recipe, layers, rules, path, progress, began - earlier, done)

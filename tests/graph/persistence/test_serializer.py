@@ -82,7 +82,7 @@ def test_checkpoints_of_the_flat_folder_are_read(caplog: pytest.LogCaptureFixtur
         **{"verdict": "rollback", "recipe": Recipe()},
     )
     adjustment = Adjustment(selector="*.v_proj", action="factor", factor=2.0, reason="they hurt")
-    recipe = Recipe(method="wanda", refit=False)
+    recipe = Recipe(method="wanda", refit=False, statistics="dense")  # as it was carried out then
     plan = Plan(sparsity=0.3, recipe=recipe, adjustments=[adjustment], reason="small steps")
     lesson = {"run": "r", "iteration": 1, "selector": "*.v_proj", "factor": 2.0, "predicted": 0.2, "measured": 0.4}
     wanted: dict[str, Any] = {

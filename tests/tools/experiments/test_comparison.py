@@ -39,11 +39,11 @@ from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.profiles import Profiles
 from tools.workbench.prune import Pruner
 
-RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda:evolution"
+RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda~dense:evolution"
 SPARSITIES = "0.45,0.6,2:4"
 TITLES = [
     *(f"{recipe} at {sparsity}" for sparsity in ("45%", "60%") for recipe in RECIPES.split(",")),
-    *(f"{method}:uniform at 2:4" for method in ("magnitude", "wanda", "two-sided", "sparsegpt")),
+    *(f"{method}:uniform at 2:4" for method in ("magnitude", "wanda", "two-sided", "sparsegpt", "wanda~dense")),
 ]
 GENERATION = 64 * (16 * 4 + (1 + 1) * 4)
 """Tokens: 16 children on 512 tokens, then the best and its parent on more, which are the 4 windows that there are."""
@@ -150,7 +150,7 @@ def test_every_row_is_made_once_in_the_order_asked_for_and_exact(compared: Compa
         assert row.achieved_sparsity == (0.5 if row.pattern else round(row.sparsity * weights) / weights)
         assert row.dense_perplexity == compared.known.dense_perplexity
         assert row.peak_memory_bytes > 0 and row.seconds >= 0
-    for row in rows[-4:]:
+    for row in rows[-5:]:
         assert (row.pattern, row.sparsity, row.allocation) == ("2:4", 0.5, "uniform")
     assert read_comparison(Path(compared.settings.out)) == compared.known
 
@@ -178,7 +178,9 @@ def test_tokens_are_those_of_the_allocation(compared: Compared) -> None:
 
 
 def test_one_plain_line_for_each_row_without_a_terminal(compared: Compared) -> None:
-    lines = [line for line in compared.lines if not line.startswith("warning: wanda:evolution selects on all of the ")]
+    lines = [
+        line for line in compared.lines if not line.startswith("warning: wanda~dense:evolution selects on all of the ")
+    ]
     assert len(compared.lines) == len(lines) + 2
     assert compared.known.reach
     assert lines[0] == f"dense: perplexity {compared.known.dense_perplexity:.2f}"
@@ -200,7 +202,7 @@ def test_a_budget_too_small_for_one_generation_leaves_it_uniform(
     known = read_comparison(Path(copied.out))
     known.rows = []
     write_json(Path(copied.out) / "compare.json", known.model_dump())
-    changes = {"evolution_tokens": GENERATION - 1, "recipes": "wanda:evolution,wanda:uniform", "sparsity": "0.45"}
+    changes = {"evolution_tokens": GENERATION - 1, "recipes": "wanda:evolution,wanda~dense:uniform", "sparsity": "0.45"}
     searched, uniform = run_comparison(copied.model_copy(update=changes))[0].rows
     assert searched.evaluated_tokens == 0
     assert searched.perplexity == uniform.perplexity
@@ -342,7 +344,7 @@ def test_interrupted_is_as_uninterrupted(
     workbench_closed: None,
     no_plot: None,
 ) -> None:
-    changes = {"recipes": "magnitude:uniform,sparsegpt:kappa,wanda:evolution", "sparsity": "0.45"}
+    changes = {"recipes": "magnitude:uniform,sparsegpt:kappa,wanda~dense:evolution", "sparsity": "0.45"}
     settings = compared.settings.model_copy(update={"out": str(tmp_path / "out"), **changes})
     target, calls = getattr(owner, name), 0
 

@@ -13,7 +13,10 @@ def test_all_is_every_method_with_every_allocation_once() -> None:
     labels = [job.label for job in jobs]
     assert len(jobs) == len({job.key for job in jobs}) == 2 * len(ALL_METHODS) * len(ALL_ALLOCATIONS)
     assert labels[0] == "wanda:uniform"
-    assert set(labels) == {f"{method}:{allocation}" for method in ALL_METHODS for allocation in ALL_ALLOCATIONS}
+    sequential = [name for name in ALL_METHODS if METHODS[name.removesuffix("+refit")].statistics == "sequential"]
+    marked = {f"{name}:evolution": f"{name}~dense:evolution" for name in sequential}
+    every = [f"{method}:{allocation}" for method in ALL_METHODS for allocation in ALL_ALLOCATIONS]
+    assert set(labels) == {marked.get(label, label) for label in every}
     assert {method.removesuffix("+refit") for method in ALL_METHODS} == set(METHODS)
     assert {*ALL_ALLOCATIONS} == {*RULES, *name_allocations("search")}
 
@@ -59,6 +62,19 @@ def test_structured_recipes_have_no_row_for_a_pattern() -> None:
     ]
 
 
+def test_rows_of_a_search_say_that_their_statistics_are_dense() -> None:
+    jobs = list_jobs("sparsegpt:evolution,sparsegpt~dense:evolution,refit:evolution,wanda+refit:evolution", "0.5,2:4")
+    assert [(job.title, job.recipe.statistics) for job in jobs] == [
+        ("sparsegpt~dense:evolution at 50%", "dense"),
+        ("refit:evolution at 50%", "dense"),
+        ("wanda+refit~dense:evolution at 50%", "dense"),
+        ("sparsegpt:uniform at 2:4", "sequential"),  # a pattern leaves nothing to search for
+        ("sparsegpt~dense:uniform at 2:4", "dense"),
+        ("refit:uniform at 2:4", "dense"),
+        ("wanda+refit:uniform at 2:4", "sequential"),
+    ]
+
+
 def test_labels_are_told_apart_by_what_they_mean() -> None:
     jobs = list_jobs("wanda, wanda:uniform@0.5,two-sided~clipped:evolution,refit+refit:kappa-mask@1", "0.575")
     assert [job.title for job in jobs] == [
@@ -84,6 +100,12 @@ def test_labels_are_told_apart_by_what_they_mean() -> None:
         ("structured", "0.2", "recipe 'structured' is none of structured:flap, structured[+refit]:equal, structured"),
         ("structured+refit:flap", "0.2", "recipe 'structured+refit:flap' is none of structured:flap, structured[+re"),
         ("wanda:flap", "0.2", "recipe 'wanda:flap': allocation: "),
+        (
+            "sparsegpt~sequential:evolution",
+            "0.45",
+            "recipe 'sparsegpt~sequential:evolution': a search prunes layers by dense statistics, as EvoPress does; "
+            "leave ~sequential out",
+        ),
         ("structured:flap", "2:4", "patterns are not for structured recipes; try --sparsity 0.2"),
         (" , ", "0.45", "no recipe is given; try --recipes wanda:uniform,refit:kappa"),
         ("all", ",", "no sparsity is given; try --sparsity 0.45"),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tools.plans.methods import LEVERS, METHODS, name_sequential, translate_label
 from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_pattern, parse_recipe
 
 
@@ -31,11 +32,58 @@ from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_pa
         (Recipe(refit_steps=5), "refit", "refit:kappa"),
         (Recipe(method="wanda", refit_steps=3), "wanda+refit", "wanda+refit:kappa"),
         (Recipe(allocation="alphapruning", strength=0), "refit", "refit:alphapruning@0"),
+        (Recipe(method="wanda", statistics="sequential"), "wanda+refit", "wanda+refit:kappa"),
+        (Recipe(method="wanda", statistics="dense"), "wanda+refit~dense", "wanda+refit~dense:kappa"),
+        (
+            Recipe(method="sparsegpt", refit=False, calibration="half", statistics="dense"),
+            "sparsegpt~half~dense",
+            "sparsegpt~half~dense:kappa",
+        ),
+        (Recipe(statistics="dense"), "refit", "refit:kappa"),
     ],
 )
 def test_labels(recipe: Recipe, mask: str, label: str) -> None:
     assert (recipe.mask_label, recipe.label) == (mask, label)
     assert parse_recipe(label).label == label
+    assert parse_recipe(label).statistics == recipe.statistics
+
+
+@pytest.mark.parametrize(
+    ("label", "statistics", "exact"),
+    [
+        ("wanda:owl", "sequential", "wanda~sequential:owl"),
+        ("sparsegpt:uniform", "sequential", "sparsegpt~sequential:uniform"),
+        ("sparsegpt+refit~clipped:kappa-mask", "sequential", "sparsegpt+refit~clipped~sequential:kappa-mask"),
+        ("sparsegpt~dense:uniform", "dense", "sparsegpt:uniform"),
+        ("magnitude:uniform", "dense", "magnitude:uniform"),
+        ("refit3:kappa", "dense", "refit3:kappa"),
+        ("refit3~sequential:kappa", "sequential", "refit3~sequential:kappa"),
+    ],
+)
+def test_statistics_without_a_mark_are_those_that_a_methods_authors_take(
+    label: str, statistics: str, exact: str
+) -> None:
+    """What is kept on disk goes by the exact label, which is what earlier versions called the recipe."""
+    recipe = parse_recipe(label)
+    assert (recipe.statistics, recipe.exact) == (statistics, exact)
+    assert recipe.exact_label == exact.partition(":")[0]
+    assert translate_label(exact) == recipe.label == label
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_plan_that_leaves_statistics_out_gets_its_methods_own() -> None:
+    taken = {name: Recipe.model_validate({"method": name}).statistics for name in METHODS}
+    assert taken == {
+        name: "sequential" if name in ("wanda", "sparsegpt", "admm", "alps") else "dense" for name in METHODS
+    }
+    assert Recipe.model_validate({}).statistics == "dense"
+    schema = Recipe.model_json_schema()["properties"]["statistics"]
+    assert "default" not in schema and schema["description"].endswith(
+        "Left out: sequential for wanda and sparsegpt, as published, else dense."
+    )
+    assert name_sequential(LEVERS.values()) == "wanda and sparsegpt"
+    assert name_sequential(METHODS.values()) == "wanda, admm, alps and sparsegpt"
+    assert translate_label("structured:flap") == "structured:flap" and translate_label("") == ""
 
 
 def test_the_method_refit_is_not_refitted_once_more() -> None:

@@ -22,7 +22,8 @@ def test_a_report_to_the_letter(tmp_path: Path) -> None:
         "# demo: tiny at 45.00% sparsity",
         "",
         "45.00% of the prunable weights are zero (target 45.00%), after 2 iterations with 1 rollback. Test perplexity "
-        "is 22.00; dense 20.00, uniform Wanda at the same sparsity 25.00, so the degradation is 0.40 times uniform "
+        "is 22.00; dense 20.00, uniform Wanda at the same sparsity (each block behind its pruned predecessors) "
+        "25.00, so the degradation is 0.40 times uniform "
         "Wanda's.",
         "",
         "The loop ended because it was done.",
@@ -31,7 +32,7 @@ def test_a_report_to_the_letter(tmp_path: Path) -> None:
         "|---|---|",
         "| dense | 20.00 |",
         "| **Billhook** | **22.00** |",
-        "| uniform Wanda, same sparsity | 25.00 |",
+        "| uniform Wanda, same sparsity, each block behind its pruned predecessors | 25.00 |",
     ]
     row = "| 2 | 45.00% | 30.00 | 0.4000 ± 0.0100 | 0.0800 | rollback | 45.0% refit:kappa | because a\\|b |"
     assert row in lines and "| model.layers.0.self\\_attn.q\\_proj | 45.00% |" in lines

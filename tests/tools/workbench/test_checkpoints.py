@@ -82,7 +82,7 @@ def test_a_layer_of_another_recipe_says_so_and_is_made_again_by_it(
     warnings: list[str] = []
     bench = open_bench(asking, tmp_path / "run", warnings.append)
     profile = bench.profile(ignore)
-    most, other = (parse_recipe(label).within_layers() for label in ("refit", "sparsegpt~half"))
+    most, other = (parse_recipe(label).within_layers() for label in ("refit", "sparsegpt~half~dense"))
     order = order_allocation(most, plan(bench, profile, 0.4))
     odd = bench.layers[3].name
     changed = order.layers[odd].model_copy(update={"recipe": other})

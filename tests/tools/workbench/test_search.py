@@ -16,13 +16,14 @@ from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.search import Decision, SavedSearch, search_allocation
 
-RECIPE = parse_recipe("wanda:uniform")
+RECIPE = parse_recipe("wanda~dense:uniform")
 TOKENS = 10_000
 GENERATION = 64 * (16 * 4 + (1 + 1) * 4)
 """Tokens: 16 children on 512 tokens, then the best and its parent on more, which are the 4 windows that there are."""
 CANDIDATES = 16 + 1 + 1
 SHORT = (
-    "wanda:evolution selects on all of the 256 calibration tokens, where EvoPress has 8,192; give more --calibration"
+    "wanda~dense:evolution selects on all of the 256 calibration tokens, where EvoPress has 8,192; "
+    "give more --calibration"
 )
 
 pytestmark = pytest.mark.usefixtures("workbench_closed")

@@ -76,7 +76,8 @@ def test_a_finished_run_to_the_word(tmp_path: Path) -> None:
     ]
     assert (
         "45.00% of the prunable weights are zero (target 45.00%), after 2 iterations with 1 rollback. Test perplexity "
-        "is 22.00; dense 20.00, uniform Wanda at the same sparsity 25.00, so the degradation is 0.40 times uniform "
+        "is 22.00; dense 20.00, uniform Wanda at the same sparsity (each block behind its pruned predecessors) "
+        "25.00, so the degradation is 0.40 times uniform "
         "Wanda's. The plan that was kept: 30.0% refit:kappa; the loop ended because 2 iterations were asked for and "
         "done."
     ) in page.all("p")
