@@ -11,6 +11,7 @@ from graph.planning.orders import UNIFORM_WANDA, order_uniform
 from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State, same_sparsity
+from tools.base.errors import BrokenPlan
 from tools.base.files import write_text
 from tools.base.made import hash_files, read_made
 from tools.base.rundir import read_last_seal
@@ -18,6 +19,7 @@ from tools.base.seals import write_sealed
 from tools.experiments.tasks import measure_checkpoints
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
+from tools.plans.methods import Statistics
 from tools.results.cards import write_card
 from tools.results.page.page import write_page
 from tools.results.schema import Knowledge, Perplexities, Sample, Summary, describe_protocol
@@ -53,8 +55,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
         reached = same_sparsity(achieved, config.target_sparsity)
         least = sum(x.zeros for x in layers) / weights
-        uniform = order_uniform(layers, max(achieved, least), config.pattern if reached else "", config.protect)
-        uniform_checkpoint = bench.prune(state.profile, uniform, session.progress)
+        pattern = config.pattern if reached else ""
+        uniform_checkpoint, statistics = prune_uniformly(bench, state, max(achieved, least), pattern, session)
         perplexity = Perplexities(
             dense=measure("dense", "test, dense"),
             uniform_wanda=measure(uniform_checkpoint, "test, uniform Wanda"),
@@ -73,7 +75,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             achieved_sparsity=achieved,
             reach=bench.told_reach,
             perplexity=perplexity,
-            wanda_statistics=UNIFORM_WANDA.statistics,
+            wanda_statistics=statistics,
             kl=best.kl,
             benchmarks=benchmarks,
             samples=[Sample(prompt=p, dense=words, pruned=pruned_words[p]) for p, words in dense_words.items()],
@@ -104,6 +106,22 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         )
     found = {"current": state.accepted, "accepted": state.accepted, "evaluated_tokens": tokens}
     return {**found, "seconds": session.seconds}
+
+
+def prune_uniformly(
+    bench: "Workbench", state: State, sparsity: float, pattern: str, session: Session
+) -> tuple[str, Statistics]:
+    """(the checkpoint of uniform Wanda, by which statistics): as its authors run it, or where that breaks, which has
+    need of more memory than the run may have had, by those of the dense model. Raises BrokenPlan.
+    """
+    layers, protect = bench.read_profile(state.profile).layers, state.config.protect
+    try:
+        order = order_uniform(layers, sparsity, pattern, protect, UNIFORM_WANDA.statistics)
+        return bench.prune(state.profile, order, session.progress), UNIFORM_WANDA.statistics
+    except BrokenPlan as error:
+        session.warn(f"uniform Wanda behind pruned predecessors: {error}; its row is by the dense model's statistics")
+        order = order_uniform(layers, sparsity, pattern, protect, "dense")
+        return bench.prune(state.profile, order, session.progress), "dense"
 
 
 def write_result(directory: Path, summary: Summary) -> None:

@@ -21,6 +21,7 @@ from graph.state import State
 from tools.base.errors import DamagedArtifact
 from tools.plans.allocate import allocate
 from tools.plans.layer_profile import LayerProfile, predict_kl
+from tools.plans.methods import Statistics
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import LayerOrder, WorkOrder, order_all
 from tools.workbench.store import ArtifactStore
@@ -89,12 +90,14 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig) -> WorkOrder:
     )
 
 
-def order_uniform(layers: Layers, sparsity: float, pattern: str, protect: Sequence[str]) -> WorkOrder:
-    """UNIFORM_WANDA to a sparsity, or a pattern for all layers but the protected.
+def order_uniform(
+    layers: Layers, sparsity: float, pattern: str, protect: Sequence[str], statistics: Statistics
+) -> WorkOrder:
+    """UNIFORM_WANDA by such statistics to a sparsity, or a pattern for all layers but the protected.
 
     Raises ImpossiblePlan.
     """
-    recipe = UNIFORM_WANDA.model_copy(update={"pattern": pattern})
+    recipe = UNIFORM_WANDA.model_copy(update={"pattern": pattern, "statistics": statistics})
     shared = allocate(layers, sparsity, recipe, protect=protect if pattern else [])
     return order_all(recipe, shared.zeros, sparsity=shared.sparsity, predicted_kl=shared.predicted_kl)
 

@@ -153,8 +153,11 @@ def test_a_run_whose_model_is_gone(hub: HubServer, finished: Path, command: Comm
     os.environ["HF_TOKEN"] = TOKEN
     shutil.rmtree(finished / "model")
     outcome = command("--resume", "run", *PUSH)
-    assert (outcome.code, hub.requests) == (1, [])
-    assert outcome.err.startswith(f"not pushed to {NAME}: runs/run/model holds no model; ")
+    assert (outcome.code, hub.requests) == (2, [])
+    assert outcome.err == (
+        "error: runs/run/model/README.md is missing; put it back as it was, or make the run again with --config "
+        "runs/run/config.yaml\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["tiny-pruned", "me/tiny/pruned", "me/ti ny", "", "/tiny", "me/tiny.git"])

@@ -420,7 +420,7 @@ def test_the_budget_of_searches_may_change_until_there_is_one(tmp_path: Path, no
 
 def test_a_comparison_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text('{"rows": 3')
-    with pytest.raises(UserError, match=rf"^{tmp_path}/compare\.json cannot be read: "):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/compare\.json is damaged: it is not JSON; put it back"):
         run_comparison(make_settings("no-model", tmp_path))
 
 
