@@ -141,7 +141,7 @@ class Record(BaseModel):
     """A run."""
 
     name: str
-    config: dict[str, Any] = Field({}, description="config.yaml, unchecked; empty where there is none.")
+    config: dict[str, Any] = Field({}, description="config.yaml, without what may change when a run is resumed.")
     summary: Summary | None = Field(None, description="Null until the run is finished.")
     dense: Trial | None = None
     rounds: dict[int, Round] = Field({}, description="By iteration, from 1.")
@@ -203,9 +203,10 @@ def _read_summary(directory: Path) -> Summary | None:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """`config.yaml`; empty where an earlier version left none."""
-    kept = (directory / "config.yaml").is_file() or read_made(directory).mark
-    return read_config_values(directory) if kept else {}
+    """`config.yaml`, as far as `run.json` vouches for it; empty where an earlier version left none."""
+    made = read_made(directory)
+    values = read_config_values(directory) if made.mark or (directory / "config.yaml").is_file() else {}
+    return values if made.config is None else {name: value for name, value in values.items() if name in made.config}
 
 
 _PROFILE = TypeAdapter(list[LayerProfile])
