@@ -111,17 +111,20 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 def prune_uniformly(
     bench: "Workbench", state: State, sparsity: float, pattern: str, session: Session
 ) -> tuple[str, Statistics]:
-    """(the checkpoint of uniform Wanda, by which statistics): as its authors run it, or where that breaks, which has
-    need of more memory than the run may have had, by those of the dense model. Raises BrokenPlan.
+    """(the checkpoint of uniform Wanda, by which statistics): as its authors run it; where that breaks, for it may take
+    more memory than the run's own plans, by those of the dense model. Raises BrokenPlan.
     """
-    layers, protect = bench.read_profile(state.profile).layers, state.config.protect
+    layers = bench.read_profile(state.profile).layers
+
+    def prune_by(statistics: Statistics) -> tuple[str, Statistics]:
+        order = order_uniform(layers, sparsity, pattern, state.config.protect, statistics)
+        return bench.prune(state.profile, order, session.progress), statistics
+
     try:
-        order = order_uniform(layers, sparsity, pattern, protect, UNIFORM_WANDA.statistics)
-        return bench.prune(state.profile, order, session.progress), UNIFORM_WANDA.statistics
+        return prune_by(UNIFORM_WANDA.statistics)
     except BrokenPlan as error:
         session.warn(f"uniform Wanda behind pruned predecessors: {error}; its row is by the dense model's statistics")
-        order = order_uniform(layers, sparsity, pattern, protect, "dense")
-        return bench.prune(state.profile, order, session.progress), "dense"
+        return prune_by("dense")
 
 
 def write_result(directory: Path, summary: Summary) -> None:

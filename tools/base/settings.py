@@ -185,6 +185,11 @@ class WorkbenchSettings(LoadSettings):
         return f"{text} with {self.calibration_mix:.0%} {name_source(self.questions)}" if self.calibration_mix else text
 
     @property
+    def back_propagated(self) -> int:
+        """Calibration windows that gradients are taken from."""
+        return min(self.gradient_windows, self.calibration_windows)
+
+    @property
     def validation_tokens(self) -> int:
         """Tokens of the validation text: what one trial puts through the model."""
         return self.validation_windows * self.window

@@ -152,7 +152,7 @@ class Shares(NamedTuple):
 
 def find_shares(settings: WorkbenchSettings, layers: Sequence[Layer], part: Part) -> Shares:
     """Layers are taken one by one by whoever is free, so that nobody has more than an even share and one layer."""
-    gradient, workers = min(settings.gradient_windows, settings.calibration_windows), max(part.workers, 1)
+    gradient, workers = settings.back_propagated, max(part.workers, 1)
     costs = [math.prod(layer.weight_OI.shape) * layer.weight_OI.shape[1] for layer in layers]
     return Shares(
         calibration=part.calibration / settings.calibration_windows,
@@ -173,7 +173,7 @@ def list_work(
     """The plan of a run; without a price in `seconds` no step has any."""
     calibration, validation = settings.calibration_windows, settings.validation_windows
     further = settings.further_windows
-    gradient = min(settings.gradient_windows, calibration)
+    gradient = settings.back_propagated
 
     def text(split: str, windows: int) -> str:
         return f"{windows} windows of {settings.window} tokens of {split} text"

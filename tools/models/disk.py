@@ -24,7 +24,7 @@ def list_disk(model: Any, layers: list[Layer], settings: TeamSettings, lead: int
     `lead` tokens before its text.
     """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
-    windows = min(settings.gradient_windows, settings.calibration_windows)
+    windows = settings.back_propagated
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
     checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
     readers = list_readers(layers)

@@ -20,7 +20,7 @@ def count_calibration(settings: WorkbenchSettings) -> int:
 
 def count_gradients(settings: WorkbenchSettings) -> int:
     """Tokens of the part of the calibration text that is also back-propagated."""
-    return min(settings.gradient_windows, settings.calibration_windows) * settings.window
+    return settings.back_propagated * settings.window
 
 
 def count_walk(settings: WorkbenchSettings) -> int:
