@@ -16,10 +16,8 @@ from typing import Any
 
 from graph.runs.directory import create_run, directory_of, read_made_run
 from graph.state import State
-from tools.base.files import write_whole
 from tools.base.made import read_made
-from tools.base.rundir import read_log, runs_directory, scan_events
-from tools.base.seals import seal_lines
+from tools.base.rundir import read_log, rewrite_log, runs_directory, scan_events
 
 
 def name_directory(state: State, node: str, checkpoint: str, thread: str | None) -> str:
@@ -78,12 +76,7 @@ def fork_run(state: State, name: str, thread: str) -> None:
     if not any(b'"type": "fork"' in line[:100] for line in begun):
         event = {"time": round(time.time(), 3), "type": "fork", "from": state.run, "iteration": state.iteration}
         lines = [*_read_past(origin, state.came_from), json.dumps(event).encode(), *begun]
-        text = seal_lines(lines, read_made(directory).log)
-        write_whole(directory / "events.jsonl", lambda aside: _write_bytes(aside, text))
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+        rewrite_log(directory, lines)
 
 
 def _share(file: Path, target: Path) -> None:

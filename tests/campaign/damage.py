@@ -111,7 +111,7 @@ class Scene:
         """The runs directory once more: what is written in place is copied, all else linked."""
 
         def put(source: str, target: str) -> str:
-            grows = re.search(r"\.jsonl$|\.sqlite|\.lock$", source)
+            grows = re.search(r"\.jsonl$|\.sqlite|\.lock$|\.last$", source)
             if grows:
                 return shutil.copy2(source, target)
             os.link(source, target)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +37,9 @@ from graph.runs.directory import read_run
 from graph.state import State
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.base import rundir
-from tools.base.made import read_made
 from tools.base.progress import Stopped, heed_stop
-from tools.base.rundir import RUNS_DIR_VARIABLE, unlock_run
-from tools.base.seals import seal_lines, split_line
+from tools.base.rundir import LAST, RUNS_DIR_VARIABLE, unlock_run
+from tools.base.seals import split_line
 from tools.texts.windows import cut_windows
 from tools.workbench import open as workbench
 
@@ -328,12 +327,6 @@ def read_events(run: Path, *types: str) -> list[dict[str, Any]]:
     return [event for event in events if not types or event["type"] in types]
 
 
-def rewrite_log(run: Path, lines: Iterable[str]) -> None:
-    """Make these lines, each a JSON object, the log of a run; their seals are renewed."""
-    sealed = seal_lines((line.encode() for line in lines), read_made(run).log)
-    (run / "events.jsonl").write_bytes(sealed)
-
-
 def unseal(run: Path) -> None:
     """Make a run one of an earlier version, whose files have no seals."""
     for name in ("run.json", "summary.json"):
@@ -343,6 +336,7 @@ def unseal(run: Path) -> None:
             (run / name).write_text(json.dumps(kept))
     lines = [split_line(line)[0] for line in (run / "events.jsonl").read_bytes().splitlines()]
     (run / "events.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    (run / LAST).unlink(missing_ok=True)
 
 
 def read_summary(run: Path) -> dict[str, Any]:

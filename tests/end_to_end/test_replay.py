@@ -25,11 +25,11 @@ from tests.end_to_end.helpers import (
     read_state,
     read_summary,
     read_trials,
-    rewrite_log,
     run_here,
     unseal,
 )
 from tests.openai_server import OpenAIServer
+from tools.base.rundir import rewrite_log
 
 PLANS: list[dict[str, Any]] = [
     {"sparsity": 0.3, "reason": "a step", "recipe": {"method": "wanda", "refit": False, "allocation": "alphapruning"}},
@@ -51,6 +51,10 @@ REFLECTIONS: list[dict[str, Any]] = [
     {"lessons": []},
     {"lessons": [], "stop": True, "reason": "It is enough."},
 ]
+
+
+def write_lines(events: list[dict[str, Any]]) -> list[bytes]:
+    return [json.dumps(event).encode() for event in events]
 
 
 @dataclass
@@ -99,7 +103,7 @@ def edit_event(run: Path, type_: str, number: int, **changes: Any) -> None:
     events = read_events(run)
     which = [event for event in events if event["type"] == type_][number]
     which.update(changes)
-    rewrite_log(run, map(json.dumps, events))
+    rewrite_log(run, write_lines(events))
 
 
 def test_the_same_plans_and_masks_without_an_endpoint(recorded: Recorded, copied: Path, command: Command) -> None:
@@ -195,7 +199,7 @@ def test_a_record_of_an_earlier_version_knows_no_orders(recorded: Recorded, copi
         {name: value for name, value in event.items() if name not in ("order", "asked")}
         for event in read_events(copied)
     ]
-    rewrite_log(copied, map(json.dumps, events))
+    rewrite_log(copied, write_lines(events))
     assert partings(command("--replay", "run")) == []
     assert_same(copied.parent / "run-replay", recorded.run)
 
@@ -213,7 +217,7 @@ def test_other_masks_are_told_at_the_end(copied: Path, command: Command) -> None
 def test_an_unfinished_run_is_replayed_as_far_as_its_record_goes(copied: Path, command: Command) -> None:
     events = read_events(copied)
     cut = next(i for i, event in enumerate(events) if event["type"] == "plan" and event["iteration"] == 3)
-    rewrite_log(copied, map(json.dumps, events[:cut]))
+    rewrite_log(copied, write_lines(events[:cut]))
     with (copied / "events.jsonl").open("a") as log:
         log.write('{"time": 1, "ty')
     done = command("--replay", "run")

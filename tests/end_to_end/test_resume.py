@@ -29,6 +29,7 @@ from tests.end_to_end.helpers import (
     run_here,
     wait_for,
 )
+from tools.base.rundir import LAST
 
 HALTS = [
     Halt("profile", "tools.workbench.profiles:collect_statistics", after=True),
@@ -84,7 +85,7 @@ def assert_same(run: Path, easy: Easy) -> None:
     changing = {"seconds": 0, "peak_memory_bytes": 0}
     assert read_summary(run) | changing == read_summary(easy.run) | changing
     assert_same_weights(run, easy.run)
-    leftovers = [path.name for path in run.rglob(".*") if path.name != ".lock"]
+    leftovers = [path.name for path in run.rglob(".*") if path.name not in (".lock", LAST)]
     assert not leftovers, "files that were being written are cleared away"
 
 

@@ -17,7 +17,7 @@ from tests.chromium import COMMAND, open_browser
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import read_events, wait_for
 from tests.graph.show.test_live import Terminal, read_told
-from tools.base.rundir import append_event
+from tools.base.rundir import LAST, append_event
 
 
 def find_port() -> int:
@@ -111,7 +111,7 @@ def test_without_its_packages_one_line_says_what_to_install(
 @pytest.mark.skipif(COMMAND is None, reason="chromium is not installed")
 def test_a_browser_follows_a_run(easy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(easy, run, ignore=shutil.ignore_patterns("summary.json", "model"))
+    shutil.copytree(easy, run, ignore=shutil.ignore_patterns("summary.json", "model", LAST))
     lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if '"type": "trial"' in line[:100] and '"iteration": 1' in line)
     (run / "events.jsonl").write_text("".join(lines[: first + 1]), encoding="utf-8")

@@ -82,7 +82,12 @@ def is_disk_full(error: BaseException) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    write_whole(path, lambda aside: _write_utf8(aside, text))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    write_whole(path, lambda aside: _fill(aside, content))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,9 +95,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _write_utf8(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def _fill(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def hash_file(path: Path) -> str:

@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tools.base.errors import UserError
-from tools.base.files import explain_full_disk
+from tools.base.files import explain_full_disk, write_bytes
 from tools.base.made import advise, read_made, read_result
-from tools.base.seals import BrokenSeal, check_lines, follow_line, seal_line, split_line
+from tools.base.seals import DIGITS, BrokenSeal, check_lines, follow_line, seal_line, seal_lines, split_line
 from tools.base.secrets import redact
 
 RUNS_DIR_VARIABLE = "BILLHOOK_RUNS_DIR"
+
+LAST = ".last"
+"""The file beside the log that says which line was written last."""
 
 _locks: dict[Path, FileLock] = {}
 _holders: Counter[Path] = Counter()
@@ -108,7 +112,38 @@ def append_event(directory: Path, event: dict[str, Any]) -> None:
             before = read_made(directory).log
             for known in file:
                 before = follow_line(known.rstrip(b"\n"), before)
-        file.write(b"\n" * (end > 0 and not tail.endswith(b"\n")) + seal_line(line, before) + b"\n")
+        sealed = seal_line(line, before)
+        file.write(b"\n" * (end > 0 and not tail.endswith(b"\n")) + sealed + b"\n")
+        file.flush()
+        _note_last(directory, sealed)
+
+
+def rewrite_log(directory: Path, lines: Iterable[bytes]) -> None:
+    """Make these lines, JSON objects without ends of line, the whole log; their seals are renewed."""
+    text = seal_lines(lines, read_made(directory).log)
+    (directory / LAST).unlink(missing_ok=True)  # a kill leaves none rather than that of a line that is no more
+    write_bytes(directory / "events.jsonl", text)
+    _note_last(directory, text.removesuffix(b"\n").rpartition(b"\n")[2])
+
+
+def _note_last(directory: Path, line: bytes) -> None:
+    """Keep the seal of the last line beside the log, so that a log that was cut at the end of a line is noticed.
+
+    It is written over the earlier one at once: a kill leaves either, and a log may have more lines than are noted.
+    """
+    file = os.open(directory / LAST, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(file, split_line(line)[1].encode(), 0)
+        os.truncate(file, DIGITS)
+    finally:
+        os.close(file)
+
+
+def _read_noted(directory: Path) -> str:
+    """What `_note_last` noted; "" where that was never, as in runs of an earlier version, or is no seal."""
+    path = directory / LAST
+    noted = path.read_bytes() if path.is_file() else b""
+    return noted.decode() if re.fullmatch(rb"[0-9a-f]{%d}" % DIGITS, noted) else ""
 
 
 def write_event(event: dict[str, Any]) -> str:
@@ -165,9 +200,9 @@ def scan_events(directory: Path, *types: str) -> list[tuple[int, dict[str, Any]]
 
 
 def check_log(directory: Path) -> None:
-    """Raises BrokenSeal where the log lacks what a run had written when it came to its result, or all that it wrote."""
+    """Raises BrokenSeal where the log lacks what a run wrote last, or had written when it came to its result."""
     result, path = read_result(directory), directory / "events.jsonl"
-    check_logged(directory, result.get("log", "") if result else "")
+    check_logged(directory, result.get("log", "") if result else "", _read_noted(directory))
     empty = not path.is_file() or not path.stat().st_size
     if empty and read_made(directory).mark and (directory / "artifacts").is_dir():
         raise _explain_short(directory)
@@ -180,9 +215,10 @@ def refuse_lost_result(directory: Path) -> None:
         raise BrokenSeal(f"{path} is missing; {advise(directory)}")
 
 
-def check_logged(directory: Path, seal: str) -> None:
-    """Raises BrokenSeal where the log has not the line that `seal` is of; "" is of none."""
-    if seal and all(seal != known for _, known in _read_log(directory)):
+def check_logged(directory: Path, *seals: str) -> None:
+    """Raises BrokenSeal where the log has not all lines that the seals are of; "" is of none."""
+    wanted = set(seals) - {""}
+    if wanted and not wanted.issubset(seal for _, seal in _read_log(directory)):
         raise _explain_short(directory)
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from graph.runs.replay import compare, read_record
 from tests.made_runs import write_run
-from tools.base.rundir import RUNS_DIR_VARIABLE
-from tools.base.seals import seal_lines
+from tools.base.rundir import RUNS_DIR_VARIABLE, rewrite_log
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_the_files_of_an_earlier_version_are_not_compared(recorded: Path, replay
 def test_those_of_a_run_with_work_orders_are(recorded: Path, replaying: Path) -> None:
     log = recorded / "events.jsonl"
     text = log.read_bytes().replace(b'"type": "plan", ', b'"type": "plan", "order": "ab12", ')
-    log.write_bytes(seal_lines(text.splitlines(), ""))
+    rewrite_log(recorded, text.splitlines())
     trial = read_trial(recorded)
     assert compare("recorded", trial, replaying) is None
     assert compare("recorded", trial | {"checkpoint": "f" * 64}, replaying) == (

@@ -7,7 +7,15 @@ import pytest
 
 from tools import report
 from tools.base.made import read_config_values, read_result
-from tools.base.rundir import append_event, check_log, check_logged, read_last_seal, scan_events
+from tools.base.rundir import (
+    LAST,
+    append_event,
+    check_log,
+    check_logged,
+    read_last_seal,
+    rewrite_log,
+    scan_events,
+)
 from tools.base.seals import BrokenSeal, read_sealed, seal_lines, split_line, write_sealed
 
 VALUE = {"b": [1.5, None], "a": {"2": "é", "10": 1e-300}}
@@ -116,6 +124,43 @@ def test_a_result_vouches_for_the_log(tmp_path: Path) -> None:
     (run / "run.json").unlink()
     with pytest.raises(BrokenSeal, match=r"summary\.json is damaged, or another's"):
         read_result(run)
+
+
+def test_an_unfinished_log_that_was_cut_at_the_end_of_a_line_is_noticed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    log = run / "events.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for kept in range(len(lines)):
+        log.write_bytes(b"".join(lines[:kept]))
+        with pytest.raises(BrokenSeal, match=r"^\S+events\.jsonl is damaged: what was written last is missing; "):
+            check_log(run)
+    log.write_bytes(b"".join(lines))
+    check_log(run)
+
+
+@pytest.mark.parametrize("left", [None, b"", b"0123", b"z" * 16, b"0123456789abcdef\n"])
+def test_a_note_of_the_last_line_that_is_none_is_as_if_there_were_none(tmp_path: Path, left: bytes | None) -> None:
+    run = make_run(tmp_path / "run")
+    (run / LAST).unlink() if left is None else (run / LAST).write_bytes(left)
+    check_log(run)
+    append_event(run, {"type": "trial", "iteration": 4})
+    assert (run / LAST).read_bytes() == read_last_seal(run).encode()
+
+
+def test_a_kill_between_a_line_and_its_note_leaves_a_whole_log(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    earlier = (run / LAST).read_bytes()
+    append_event(run, {"type": "trial", "iteration": 4})
+    (run / LAST).write_bytes(earlier)
+    check_log(run)
+
+
+def test_a_rewritten_log_is_noted_anew(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    rewrite_log(run, (run / "events.jsonl").read_bytes().splitlines()[1:])
+    check_log(run)
+    assert list_trials(run) == [1, 2, 3]
+    assert (run / LAST).read_bytes() == read_last_seal(run).encode()
 
 
 def test_no_page_is_made_of_a_log_that_was_cut_or_without_its_config(

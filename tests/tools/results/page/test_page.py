@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.made_runs import KINDS, add_round, begin_run, end_run, make_layers, tell_node, write_run
-from tools.base.rundir import append_event
+from tools.base.rundir import LAST, append_event
 from tools.base.seals import split_line
 from tools.results.page.contents import describe_run, find_costs, list_scores, place_retention
 from tools.results.page.page import write_page
@@ -246,6 +246,7 @@ def test_lines_of_another_form_are_counted(tmp_path: Path) -> None:
     lines = [split_line(line)[0] for line in (run / "events.jsonl").read_bytes().splitlines()]  # of an earlier version
     lines += [b'["type", {"type": "trial"}]', b'{"type": "warning", "text": "half a pair: \\ud800"}']
     (run / "events.jsonl").write_bytes(b"\n".join(lines))
+    (run / LAST).unlink()
     assert read_run(run).unread == 6
     page = read_page(run)
     assert "6 lines of events.jsonl could not be read, and what they say is missing here." in page.all("p")
