@@ -10,7 +10,7 @@ from pydantic.config import JsonDict
 from tools.base.errors import UserError
 from tools.base.names import path_of
 from tools.base.options import READS_FILES, check_options, read_options
-from tools.base.settings import TEAM, TaskSettings, TeamSettings
+from tools.base.settings import TEAM, PolishSettings, TaskSettings, TeamSettings
 from tools.plans.recipe import parse_pattern
 
 HEURISTIC = "heuristic"
@@ -40,7 +40,7 @@ def _edit_in_studio(name: str, node: str) -> JsonDict:
     return {"langgraph_nodes": [node], "langgraph_type": "prompt", "default": read_prompt(name)}
 
 
-class RunConfig(TaskSettings, TeamSettings):
+class RunConfig(TaskSettings, PolishSettings, TeamSettings):
     """Every option of a run: what is pruned, how far, judged by what, planned by whom."""
 
     target_sparsity: float = Field(

@@ -18,8 +18,9 @@ from graph.planning.plan import Plan
 from graph.reflecting.posterior import find_multipliers, weigh_layers
 from graph.reflecting.schema import Lesson
 from graph.state import State
-from tools.base.errors import DamagedArtifact
+from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.plans.allocate import allocate
+from tools.plans.costs import count_polish
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.methods import Statistics
 from tools.plans.recipe import Adjustment, Recipe
@@ -87,7 +88,21 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig) -> WorkOrder:
         predicted_kl=predict_kl(layers, sparsity),
         multipliers=plan.multipliers,
         line=describe_plan(plan),
+        polish=count_polish_tokens(recipe, config),
     )
+
+
+def count_polish_tokens(recipe: Recipe, config: RunConfig) -> int:
+    """Tokens that a recipe polishes on; 0 for none.
+
+    Raises ImpossiblePlan where the config allows none, or fewer, or the text or they are too few for it.
+    """
+    tokens = recipe.count_polish(config.polish_tokens)
+    if tokens > config.polish_tokens:
+        raise ImpossiblePlan(f"polish on {tokens:,} tokens; this run allows {config.polish_tokens:,} (polish_tokens)")
+    if tokens:
+        count_polish(config, tokens)
+    return tokens
 
 
 def order_uniform(
@@ -201,6 +216,7 @@ class _Kept(BaseModel):
     """(name, number of its recipe, zeros) of every layer, in the model's order."""
     sparsity: float
     predicted_kl: float
+    polish: int = 0
 
 
 def keep_order(store: ArtifactStore, plan: Plan, order: WorkOrder) -> str:
@@ -212,6 +228,7 @@ def keep_order(store: ArtifactStore, plan: Plan, order: WorkOrder) -> str:
         layers=[(name, recipes.index(layer.recipe), layer.zeros) for name, layer in order.layers.items()],
         sparsity=order.sparsity,
         predicted_kl=order.predicted_kl,
+        polish=order.polish,
     )
     return store.write_json(kept.model_dump())
 
@@ -227,6 +244,7 @@ def read_order(store: ArtifactStore, artifact: str, plan: Plan) -> WorkOrder | N
         predicted_kl=kept.predicted_kl,
         multipliers=plan.multipliers,
         line=describe_plan(plan),
+        polish=kept.polish,
     )
 
 

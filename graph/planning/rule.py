@@ -159,7 +159,7 @@ def calibration(situation: Situation, recipe: Recipe) -> float:
     known = [
         (math.log(lesson.factor), weigh_evidence(lesson))
         for lesson in situation.lessons
-        if lesson.selector == WHOLE and lesson.recipe == recipe.exact_label and lesson.knows(text, pattern)
+        if lesson.selector == WHOLE and lesson.recipe == recipe.work_label and lesson.knows(text, pattern)
         if not lesson.same_config
     ]
     total = sum(weight for _, weight in known)

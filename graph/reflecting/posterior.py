@@ -97,7 +97,7 @@ def find_multipliers(
             continue
         if not _is_group(lesson.selector, layers):
             continue
-        same = (lesson.recipe, lesson.curves) == (recipe.exact_label, find_curves(recipe))
+        same = (lesson.recipe, lesson.curves) == (recipe.work_label, find_curves(recipe))
         lesson = lesson if same else lesson.model_copy(update={"confidence": TRANSFER * lesson.confidence})
         old = groups.get(lesson.selector)
         groups[lesson.selector] = _merge_two(old, lesson) if old else lesson

@@ -99,7 +99,7 @@ def draw_lesson(
     return Lesson(
         run=run,
         iteration=trial.iteration,
-        recipe=recipe.exact_label,
+        recipe=recipe.work_label,
         curves=find_curves(recipe),
         selector=selector,
         factor=_round(factor),
@@ -115,7 +115,7 @@ def _is_comparable(before: Trial, trial: Trial) -> bool:
     """Whether the trial moved weights only: the same work inside each layer, the same sparsity."""
     if before.recipe is None or trial.recipe is None or not before.kl:
         return False
-    same_work = before.recipe.exact_label == trial.recipe.exact_label
+    same_work = before.recipe.work_label == trial.recipe.work_label
     return same_work and same_sparsity(before.sparsity, trial.sparsity)
 
 
@@ -125,7 +125,7 @@ def _lesson_of_whole(run: str, recipe: Recipe, trial: Trial) -> Lesson:
     return Lesson(
         run=run,
         iteration=trial.iteration,
-        recipe=recipe.exact_label,
+        recipe=recipe.work_label,
         selector=WHOLE,
         factor=_round(factor),
         confidence=round(1 / (1 + ((trial.kl_error or 0.0) / trial.kl) ** 2), 4),
@@ -186,7 +186,7 @@ def _make_lesson(evidence: Evidence, learnt: Learnt, selector: str, said: str) -
     return Lesson(
         run=evidence.run,
         iteration=trial.iteration,
-        recipe=evidence.recipe.exact_label,
+        recipe=evidence.recipe.work_label,
         curves=find_curves(evidence.recipe),
         selector=selector,
         factor=1.0 if idle else _round(learnt.multiplier),

@@ -82,7 +82,7 @@ class Lesson(BaseModel):
     iteration: int
     recipe: str = Field(
         "",
-        description="Mask method and refit the lesson was learnt with, such as two-sided+refit: `Recipe.exact_label`, "
+        description="Mask method and refit the lesson was learnt with, such as two-sided+refit: `Recipe.work_label`, "
         "so that a lesson of an earlier version still says what it was learnt with.",
     )
     curves: Literal["mask", "method"] = Field(

@@ -28,11 +28,14 @@ from graph.show.words import (
     tell_tool,
     tell_usage,
 )
+from tools.base.progress import name_step
 from tools.base.words import clean, show_percent
 from tools.results.sentences import name_verdict
 
 MAX_TRIALS = 12
 MAX_BARS = 3
+STEP_CHARACTERS = 60
+"""Of what a bar says, figures included; a narrow screen shows less."""
 
 
 class Picture:
@@ -84,16 +87,18 @@ class Picture:
 
     def take_progress(self, event: Event) -> None:
         """Move a bar, or add one; the oldest gives way when there are many."""
-        label, done, total = clean(event["label"], 30), int(event["done"]), int(event["total"])
-        task = self.tasks.get(label)
+        label, done, total = str(event["label"]), int(event["done"]), int(event["total"])
+        step = name_step(label)
+        label = clean(clean(step, 24) + label.removeprefix(step), STEP_CHARACTERS)
+        task = self.tasks.get(step)
         if task is not None and self.bars.tasks[self.bars.task_ids.index(task)].finished and done < total:
-            self.bars.remove_task(self.tasks.pop(label))
+            self.bars.remove_task(self.tasks.pop(step))
             task = None
         if task is None:
             if len(self.tasks) >= MAX_BARS:
                 self.bars.remove_task(self.tasks.pop(next(iter(self.tasks))))
-            self.tasks[label] = task = self.bars.add_task(label, total=total, completed=min(done, total))
-        self.bars.update(task, completed=min(done, total), total=total)
+            self.tasks[step] = task = self.bars.add_task(label, total=total, completed=min(done, total))
+        self.bars.update(task, description=label, completed=min(done, total), total=total)
 
     def take_profile(self, event: Event) -> None:
         """Name the layers that are dearest to prune."""
@@ -214,7 +219,7 @@ class Picture:
 def make_bars(clock: Clock) -> Progress:
     """Bars with the time left, judged over the whole step: its ticks may be a minute apart."""
     return Progress(
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=24)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=STEP_CHARACTERS)),
         BarColumn(bar_width=None, complete_style="cyan"),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from graph.show.lines import ask_line, print_line
 from graph.show.words import UNEXPECTED, Event, tell, tell_unknown
+from tools.base.progress import name_step
 from tools.base.words import clean, show_seconds
 
 Clock = Callable[[], float]
@@ -36,11 +37,12 @@ class PlainDisplay:
         now = self.clock()
         try:
             label, done, total = clean(event["label"], 60), int(event["done"]), int(event["total"])
+            step = name_step(label)
         except UNEXPECTED:
             return tell_unknown(event)
         if done >= total:
-            return f"{label}: {total:,} of {total:,} in {show_seconds(now - self.begun.pop(label, now))}"
-        if label in self.begun:
+            return f"{label}: {total:,} of {total:,} in {show_seconds(now - self.begun.pop(step, now))}"
+        if step in self.begun:
             return ""
-        self.begun[label] = now
+        self.begun[step] = now
         return f"{label}: {done:,} of {total:,}"

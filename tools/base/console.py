@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tools.base.errors import DamagedArtifact, UserError
 from tools.base.options import refuse
-from tools.base.progress import Progress
+from tools.base.progress import Progress, name_step
 
 STOPPED = "stopped; the rows that are done are kept, and the same command goes on"
 
@@ -56,9 +56,9 @@ def show_bars(console: Console, total: int) -> Iterator[tuple[Callable[[str, int
             bars.update(rows, description=title, completed=before)
 
         def show_step(label: str, done: int, total: int) -> None:
-            if bars.tasks[present].description != label:
-                bars.reset(present, description=label)
-            bars.update(present, completed=done, total=total)
+            if name_step(bars.tasks[present].description) != name_step(label):
+                bars.reset(present)
+            bars.update(present, description=label, completed=done, total=total)
 
         yield begin, show_step
 

@@ -9,7 +9,16 @@ from contextvars import ContextVar
 from threading import Event
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is going on, steps done, steps in all)."""
+"""Called with (what is going on, steps done, steps in all); the first may end with figures, behind `FIGURES`."""
+
+FIGURES = " · "
+"""Parts what is going on from figures that change as it goes: a step is known by what stands before it."""
+
+
+def name_step(label: str) -> str:
+    """What is going on, without its figures."""
+    return label.partition(FIGURES)[0]
+
 
 Warn = Callable[[str], None]
 """Called with one sentence."""

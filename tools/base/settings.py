@@ -90,6 +90,21 @@ class TaskSettings(BaseModel):
         return list(dict.fromkeys(part.strip() for part in parts if part.strip())) if isinstance(parts, list) else value
 
 
+class PolishSettings(BaseModel):
+    """How far survivors may be fitted once all is pruned."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    polish_tokens: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="Tokens of calibration text that a recipe with +polish trains on: all surviving weights of all "
+        "pruned layers together against KL(dense || pruned), zeros staying zero, a tenth of the text held out. More "
+        "than the text has are several passes through it. 0: no plan may polish.",
+    )
+
+
 class WorkbenchSettings(LoadSettings):
     """The model and the three disjoint texts of a run."""
 

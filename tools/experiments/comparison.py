@@ -10,12 +10,13 @@ from rich.console import Console
 from tools.base.console import print_line, show_bars
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
-from tools.base.settings import TEAM, TaskSettings, TeamSettings
+from tools.base.settings import TEAM, PolishSettings, TaskSettings, TeamSettings
 from tools.base.words import count
 from tools.experiments.comparison_rows import Limits, make_row
 from tools.measure.benchmarks import Benchmark, load_benchmarks, refuse_shared_questions
 from tools.measure.harness import run_benchmark
 from tools.models.load import check_device, locate_model
+from tools.plans.costs import count_polish
 from tools.plans.evolve import EFFORTS, EffortName, describe_effort, follow_effort
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, LABELS_OF_PARTS, Job, list_jobs
 from tools.plans.methods import METHODS, name_sequential
@@ -33,15 +34,16 @@ if TYPE_CHECKING:
 _STRUCTURED = "; ".join(f"{label}, {sentence}" for label, sentence in LABELS_OF_PARTS.items())
 
 
-class CompareSettings(TaskSettings, TeamSettings):
+class CompareSettings(TaskSettings, PolishSettings, TeamSettings):
     """The model, its texts, and what is compared."""
 
     recipes: str = Field(
         "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
-        description="Comma-separated METHOD[+refit][~clipped][~quarter|~half][~dense|~sequential]:ALLOCATION"
-        "[@STRENGTH], or all. Statistics without a mark are those that a method's authors take: sequential (block by "
-        f"block, behind pruned predecessors) for {name_sequential(METHODS.values())}, dense for all others and "
-        "for a search. Methods: "
+        description="Comma-separated METHOD[+refit][~clipped][~quarter|~half][~dense|~sequential][+polish"
+        "[TOKENS]]:ALLOCATION[@STRENGTH], or all. Statistics without a mark are those that a method's authors take: "
+        "sequential (block by block, behind pruned predecessors) for "
+        f"{name_sequential(METHODS.values())}, dense for all others and for a search. A polish without TOKENS is on "
+        "--polish-tokens. Methods: "
         f"{', '.join(ALL_METHODS)}. Allocations: {', '.join(ALL_ALLOCATIONS)}, and kappa-mask. Beside all: "
         f"{_STRUCTURED}; a sparsity is then the share of the prunable weights that is removed, and patterns have no "
         "such row.",
@@ -74,8 +76,8 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     A row that cannot be, by its bounds or its pattern, is left out with a warning. Raises UserError for those when all
     others are made, and for bad input; DamagedArtifact when the profile that rows share is not whole.
     """
-    jobs = list_jobs(settings.recipes, settings.sparsity)
-    _check_input(settings)
+    jobs = list_jobs(settings.recipes, settings.sparsity, settings.polish_tokens)
+    _check_input(settings, jobs)
     benchmarks = load_benchmarks(settings, settings.dtype)
     directory = Path(settings.out)
     lock_out(directory, directory / "work")
@@ -101,12 +103,22 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     return known
 
 
-def _check_input(settings: CompareSettings) -> None:
+def _check_input(settings: CompareSettings, jobs: list[Job]) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
+    _refuse_polish(settings, jobs)
     locate_model(settings.model)
     check_device(settings.device)
     check_texts(settings)
     refuse_shared_questions(settings, settings)
+
+
+def _refuse_polish(settings: CompareSettings, jobs: list[Job]) -> None:
+    """Raises UserError where there is too little text, or too few tokens, for a polish that is asked for."""
+    try:
+        for tokens in {job.recipe.polish_tokens for job in jobs if isinstance(job.recipe, Recipe)} - {0}:
+            count_polish(settings, tokens)
+    except ImpossiblePlan as error:
+        raise UserError(str(error)) from error
 
 
 def _read_comparison(directory: Path, settings: CompareSettings) -> tuple[Comparison | None, CompareSettings]:
@@ -138,7 +150,7 @@ def _rename_equal_widths(known: Comparison) -> None:
 
 def _fingerprint(settings: CompareSettings) -> dict[str, Any]:
     """What rows must agree in to stand in one table."""
-    return settings.model_dump(exclude={"recipes", "sparsity", "out", *TEAM})
+    return settings.model_dump(exclude={"recipes", "sparsity", "out", "polish_tokens", *TEAM})
 
 
 def _key(row: Row) -> tuple[str, float, str]:
@@ -218,7 +230,8 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
     from tools.estimate.show import print_estimate
     from tools.estimate.work import Course
 
-    jobs = list_jobs(settings.recipes, settings.sparsity)
+    jobs = list_jobs(settings.recipes, settings.sparsity, settings.polish_tokens)
+    _refuse_polish(settings, jobs)
     check_texts(settings)
     recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
     print_estimate(estimate(settings, Course(recipes), target=max(job.sparsity for job in jobs)), console)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
-from tools.plans.costs import count_walk
+from tools.plans.costs import count_polish, count_walk
 from tools.plans.evolve import EffortName
 from tools.plans.jobs import Job, PartsRecipe
 from tools.plans.recipe import Recipe
@@ -38,8 +38,9 @@ def make_row(job: Job, bench: "Workbench", known: Comparison, limits: Limits, pr
     decision = decide(job.recipe, job.sparsity, bench, known.profile, limits, progress)
     bench.forget_checkpoints([])  # what earlier rows or tries made, so that every row's time is its own
     began = time.monotonic()
-    checkpoint = bench.prune(known.profile, order_allocation(job.recipe, decision.allocation), progress)
-    seconds = time.monotonic() - began
+    order = order_allocation(job.recipe, decision.allocation, job.recipe.polish_tokens)
+    checkpoint = bench.prune(known.profile, order, progress)
+    seconds, polished = time.monotonic() - began, bench.read_polished(checkpoint)
     zeros, weights = bench.count_zeros()
     row = _fill_row(
         job,
@@ -50,7 +51,8 @@ def make_row(job: Job, bench: "Workbench", known: Comparison, limits: Limits, pr
         achieved_sparsity=zeros / weights,
         seconds=round(seconds, 1),
         allocation_seconds=round(decision.seconds, 1),
-        evaluated_tokens=decision.tokens,
+        evaluated_tokens=decision.tokens + (count_polish(bench.settings, order.polish) if order.polish else 0),
+        polished=polished,
         **_tell_search(decision),
     )
     return row, bench.model

@@ -133,3 +133,24 @@ def hidden_gradients(
         fisher.append(torch.autograd.grad(drawn_loss * scales[0], hidden, retain_graph=True)[0])
         language.append(torch.autograd.grad(text_loss * scales[1], hidden)[0])
     return torch.cat(fisher), torch.cat(language)
+
+
+def diverge_gradients(
+    model: Any, hidden_TD: Tensor, dense_hidden_TD: Tensor, *, lead: int = 0, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(sum_t KL(dense || model) over the text, nats, fp64; its gradient at `hidden_TD` times `scale`, (T, D)).
+
+    The reference is the dense model's hidden states; its logits and the model's own are held for one chunk at a time.
+    The gradient is zero before the text.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
+    gradients = [torch.zeros_like(hidden_TD[:lead])]
+    for chunk, dense in _chunks(hidden_TD[lead:].detach(), dense_hidden_TD[lead:].to(hidden_TD.device)):
+        log_q = torch.log_softmax(compute_logits(model, dense), -1)
+        with torch.enable_grad():
+            hidden = chunk.requires_grad_()
+            log_p = torch.log_softmax(compute_logits(model, hidden), -1)
+            kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+            gradients.append(torch.autograd.grad(kl.sum() * scale, hidden)[0])
+        total += kl.detach().double().sum()
+    return total, torch.cat(gradients)

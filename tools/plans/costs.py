@@ -6,6 +6,7 @@ made, before is read back.
 
 from tools.base.settings import WorkbenchSettings
 from tools.plans.methods import REFIT_STEPS
+from tools.plans.polish import schedule_polish
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 
@@ -38,6 +39,12 @@ def count_sequential(settings: WorkbenchSettings) -> int:
     return 2 * count_calibration(settings)
 
 
+def count_polish(settings: WorkbenchSettings, tokens: int) -> int:
+    """Of a polish on so many tokens, as `Schedule.count_tokens`. Raises ImpossiblePlan where the text is too short."""
+    schedule = schedule_polish(settings.calibration_windows, settings.window, tokens, settings.seed)
+    return schedule.count_tokens(settings.window)
+
+
 def list_curve_costs(recipe: Recipe, settings: WorkbenchSettings) -> Costs:
     """What must be measured before a recipe's allocation is known, beyond the run's own profile."""
     costs: Costs = {}
@@ -52,5 +59,9 @@ def list_curve_costs(recipe: Recipe, settings: WorkbenchSettings) -> Costs:
 def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     """What must be walked through to carry an order out."""
     recipes = {layer.recipe for layer in order.layers.values()}
-    sequential = any(recipe.statistics == "sequential" for recipe in recipes)
-    return {f"walk of order {order.id}": count_sequential(settings)} if sequential else {}
+    costs: Costs = {}
+    if any(recipe.statistics == "sequential" for recipe in recipes):
+        costs[f"walk of order {order.id}"] = count_sequential(settings)
+    if order.polish:
+        costs[f"polish of order {order.id}"] = count_polish(settings, order.polish)
+    return costs

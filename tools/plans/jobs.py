@@ -77,8 +77,10 @@ class Job(NamedTuple):
         return self.label.partition(":")[2]
 
 
-def list_jobs(recipes: str, sparsities: str) -> list[Job]:
-    """The rows asked for, in order. Raises UserError in one line for a recipe or a sparsity that there is not.
+def list_jobs(recipes: str, sparsities: str, polish_tokens: int = 0) -> list[Job]:
+    """The rows asked for, in order; those with `+polish` alone polish on so many tokens, and say so.
+
+    Raises UserError in one line for a recipe or a sparsity that there is not, and for a polish on no tokens.
 
     With a pattern every layer gets the same, so that allocations make no difference: each method is one row.
     """
@@ -92,7 +94,7 @@ def list_jobs(recipes: str, sparsities: str) -> list[Job]:
     jobs: dict[tuple[str, float, str], Job] = {}
     for sparsity, pattern in targets:
         for label in labels:
-            job = _make_job(label, sparsity, pattern)
+            job = _make_job(label, sparsity, pattern, polish_tokens)
             if not (job.kind == "parts" and pattern):
                 jobs.setdefault(job.key, job)
     if not jobs:
@@ -123,20 +125,21 @@ def _parse_sparsity(text: str) -> tuple[float, str]:
     return sparsity, ""
 
 
-def _make_job(label: str, sparsity: float, pattern: str) -> Job:
+def _make_job(label: str, sparsity: float, pattern: str, polish_tokens: int) -> Job:
     method, _, allocation = label.partition(":")
     if method.partition("+")[0] == STRUCTURED:
         return Job(label, "parts", _parse_parts_recipe(label), sparsity)
     searches = allocation in name_allocations("search")
     try:
         recipe = parse_recipe(f"{method}:{UNIFORM}" if searches else label)
+        recipe = recipe.model_copy(update={"polish_tokens": recipe.count_polish(polish_tokens)})
     except ValueError as error:
         raise UserError(str(error)) from error
     if pattern:
         recipe = recipe.model_copy(update={"pattern": pattern, "allocation": UNIFORM, "strength": 1.0})
     elif searches:
         recipe = _take_search_statistics(label, recipe)
-        return Job(f"{recipe.mask_label}:{allocation}", "search", recipe, sparsity)
+        return Job(f"{recipe.mask_label}{recipe.polish_label}:{allocation}", "search", recipe, sparsity)
     return Job(recipe.label, "rule", recipe, sparsity)
 
 

@@ -1,11 +1,13 @@
 """What a plan may ask of the tools: the recipe for a layer's weights, and corrections to the allocation."""
 
+import operator
 import re
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
+from tools.base.errors import ImpossiblePlan
 from tools.base.settings import Calibration
 from tools.plans.methods import (
     LEVERS,
@@ -93,6 +95,18 @@ class Recipe(BaseModel):
         description="Text that statistics and curves are taken from. run: the run's own. quarter, half: with so many "
         "questions and answers in it, so that facts weigh more; for runs that ask questions. Costs a profile each.",
     )
+    polish: SkipJsonSchema[bool] = Field(  # planners are told of it in runs that allow it
+        False,
+        exclude_if=operator.not_,
+        description="Once all layers are pruned, fit all their survivors together against the KL to the dense model, "
+        "on the run's calibration text; zeros stay.",
+    )
+    polish_tokens: SkipJsonSchema[int] = Field(
+        0,
+        ge=0,
+        exclude_if=operator.not_,
+        description="Tokens of a polish; 0: as many as the config allows.",
+    )
     pattern: SkipJsonSchema[str] = Field(  # the user's choice, so that no planner is told of it
         "",
         description="N:M, N zeros in every M consecutive inputs; empty for zeros anywhere. The user's choice.",
@@ -112,6 +126,12 @@ class Recipe(BaseModel):
     def group(self) -> tuple[int, int] | None:
         """(N, M) of the pattern; None for zeros anywhere."""
         return parse_pattern(self.pattern) if self.pattern else None
+
+    @model_validator(mode="after")
+    def _check_polish(self) -> Self:
+        if self.polish_tokens and not self.polish:
+            raise ValueError(f"polish_tokens {self.polish_tokens} are for a recipe with polish")
+        return self
 
     @field_validator("pattern")
     @classmethod
@@ -177,6 +197,17 @@ class Recipe(BaseModel):
         return translate_label(self.exact_label)
 
     @property
+    def polish_label(self) -> str:
+        """What is done to all layers together at the end, such as `+polish25000`; without a number the config's."""
+        tokens = f"{self.polish_tokens}" if self.polish_tokens else ""
+        return f"+polish{tokens}" if self.polish else ""
+
+    @property
+    def work_label(self) -> str:
+        """As `exact_label`, with the polish."""
+        return f"{self.exact_label}{self.polish_label}"
+
+    @property
     def allocation_label(self) -> str:
         """How sparsity is shared out, such as `kappa@0.8`; `kappa-mask` where the curves are the two-sided mask's."""
         mask = "-mask" if RULES[self.allocation].reads_curves and self.curves == "mask" else ""
@@ -186,12 +217,23 @@ class Recipe(BaseModel):
     @property
     def label(self) -> str:
         """The whole recipe in short, such as `two-sided+refit:kappa@0.8`; `parse_recipe` reads it."""
-        return f"{self.mask_label}:{self.allocation_label}"
+        return f"{self.mask_label}{self.polish_label}:{self.allocation_label}"
 
     @property
     def exact(self) -> str:
         """As `label`, with the exact label: a key to what is kept on disk."""
-        return f"{self.exact_label}:{self.allocation_label}"
+        return f"{self.work_label}:{self.allocation_label}"
+
+    def count_polish(self, allowed: int) -> int:
+        """Tokens that it polishes on, where it does not say how many `allowed` ones; 0 for none.
+
+        Raises ImpossiblePlan, in one line, where none are allowed.
+        """
+        if self.polish and not (tokens := self.polish_tokens or allowed):
+            raise ImpossiblePlan(
+                f"recipe {self.label!r} polishes, on no tokens; give --polish-tokens, or write +polish25000"
+            )
+        return tokens if self.polish else 0
 
     def within_layers(self) -> "Recipe":
         """The part of the recipe that makes a layer's weights, once it is known how many of them go."""
@@ -211,13 +253,14 @@ _IN_STEPS = "|".join(f"(?<=^{name})" for name, method in METHODS.items() if meth
 _LABEL = re.compile(
     rf"(?P<method>[a-z-]+?)(?:(?:{_IN_STEPS})(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
     r"(?:~(?P<calibration>quarter|half))?(?:~(?P<statistics>dense|sequential))?"
+    r"(?P<polish>\+polish(?P<polish_tokens>\d+)?)?"
     r"(?::(?P<allocation>[a-z][a-z-]*?)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
 
 
 def parse_recipe(label: str) -> Recipe:
-    """The recipe of a label, `METHOD[+refit][~clipped][~quarter|~half][~dense|~sequential][:ALLOCATION[@STRENGTH]]`.
-
+    """The recipe of a label, `METHOD[+refit][~clipped][~quarter|~half][~dense|~sequential][+polish[TOKENS]]
+    [:ALLOCATION[@STRENGTH]]`.
 
     Without a mark for statistics they are those that the method's authors take; without an allocation it is uniform.
     Raises ValueError in one line for another form or a name that there is not.
@@ -234,6 +277,8 @@ def parse_recipe(label: str) -> Recipe:
                 "gamma": "clipped" if form["clipped"] else "plain",
                 **({"statistics": form["statistics"]} if form["statistics"] else {}),
                 "calibration": form["calibration"] or "run",
+                "polish": form["polish"] is not None,
+                "polish_tokens": form["polish_tokens"] or 0,
                 "allocation": form["allocation"] or UNIFORM,
                 "curves": "mask" if form["mask"] else "method",
                 "strength": form["strength"] or 1.0,

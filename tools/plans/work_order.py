@@ -31,11 +31,17 @@ class WorkOrder(BaseModel):
     )
     multipliers: dict[str, float] = Field({}, description="Selectors to the factors that lessons put on those curves.")
     line: str = Field("", description="For people; two orders may share it.")
+    polish: int = Field(
+        0,
+        ge=0,
+        description="Tokens of calibration text that all pruned layers together are polished on once all are pruned.",
+    )
 
     @cached_property
     def id(self) -> str:
-        """SHA-256, in hex, of every layer's recipe and zeros: orders of the same id make the same weights."""
-        parts = {name: [layer.recipe.model_dump(), layer.zeros] for name, layer in self.layers.items()}
+        """SHA-256, in hex, of each layer's recipe and zeros, and the polish: orders of one id make the same weights."""
+        layers = {name: [layer.recipe.model_dump(), layer.zeros] for name, layer in self.layers.items()}
+        parts = [layers, {"polish": self.polish}] if self.polish else layers
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -52,8 +58,9 @@ def order_all(
     predicted_kl: float,
     multipliers: dict[str, float] | None = None,
     line: str = "",
+    polish: int = 0,
 ) -> WorkOrder:
-    """The order that has one recipe for all layers."""
+    """The order that has one recipe for all layers, which are polished on so many tokens."""
     within = recipe.within_layers()
     return WorkOrder(
         layers={name: LayerOrder(recipe=within, zeros=count) for name, count in zeros.items()},
@@ -61,9 +68,11 @@ def order_all(
         predicted_kl=predicted_kl,
         multipliers=multipliers or {},
         line=line,
+        polish=polish,
     )
 
 
-def order_allocation(recipe: Recipe, allocation: Allocation) -> WorkOrder:
-    """The order that carries an allocation out with one recipe for all layers."""
-    return order_all(recipe, allocation.zeros, sparsity=allocation.sparsity, predicted_kl=allocation.predicted_kl)
+def order_allocation(recipe: Recipe, allocation: Allocation, polish: int = 0) -> WorkOrder:
+    """The order that carries an allocation out with one recipe for all layers, which are polished on so many tokens."""
+    sparsity, predicted_kl = allocation.sparsity, allocation.predicted_kl
+    return order_all(recipe, allocation.zeros, sparsity=sparsity, predicted_kl=predicted_kl, polish=polish)

@@ -18,8 +18,8 @@ from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, name
 from tools.plans.methods import Statistics, translate_label
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
-from tools.results.schema import Protocol, Reach, Score, describe_bos, describe_cut
-from tools.results.sentences import describe_reach, tell_share
+from tools.results.schema import Polished, Protocol, Reach, Score, describe_bos, describe_cut
+from tools.results.sentences import describe_polish, describe_reach, tell_share
 from tools.results.tables import list_table
 
 REFERENCE = "sparsegpt:uniform"
@@ -69,13 +69,18 @@ class Row(BaseModel):
     evaluated_tokens: int = Field(
         description="Calibration tokens run through the model to share sparsity out, whether or not other rows read "
         "the same. evolution: through pruned models. kappa: the profile's gradients, forward twice and backward, which "
-        "counts as two; and as many again for curves of the method's own. structured: through models cut on trial."
+        "counts as two; and as many again for curves of the method's own. polish: what it is trained on, forward twice "
+        "and backward; what is held out, at each measure; all of that by the dense model. structured: through models "
+        "cut on trial."
     )
     generations: int | None = Field(None, description="evolution: generations of the search that were done.")
     planned_generations: int | None = Field(
         None, description="evolution: generations of EvoPress's setting; fewer are done where --evolution-tokens end."
     )
     children: int | None = Field(None, description="evolution: children in each generation.")
+    polished: Polished | None = Field(
+        None, description="What the polish did, where there was one; its seconds are among those of pruning."
+    )
     protocol: Protocol
 
     @model_validator(mode="before")
@@ -133,6 +138,7 @@ def describe_row(job: Job, row: Row, reach: Reach | None) -> str:
         f"{job.title}: {row.achieved_sparsity:.2%} {went}{tell_share(row.achieved_sparsity, reach)}, "
         f"perplexity {show(row.perplexity)}, KL {show(row.kl, 4)}, allocated in {row.allocation_seconds:.1f} s"
         f"{f' by {row.search}' if row.search else ''}, pruned in {row.seconds:.1f} s"
+        f"{f', {describe_polish(row.polished)}' if row.polished else ''}"
     )
 
 
@@ -181,7 +187,8 @@ def _list_titles(known: Comparison) -> list[str]:
     facts = ["answer probability kept"] if known.settings["questions"] else []
     share = ["of the model"] if known.reach else []
     search = ["search"] if any(row.search for row in known.rows) else []
-    figures = ["perplexity", "× SparseGPT", "KL", *facts, "prune s", "allocate s", "tokens", *search]
+    polish = ["polish"] if any(row.polished for row in known.rows) else []
+    figures = ["perplexity", "× SparseGPT", "KL", *facts, "prune s", "allocate s", "tokens", *search, *polish]
     return ["recipe", "sparsity", *share, *figures]
 
 
@@ -202,8 +209,18 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
         f"{row.allocation_seconds:.1f}",
         f"{row.evaluated_tokens:,}",
         *([row.search] if any(other.search for other in known.rows) else []),
+        *([_show_polish(row.polished)] if any(other.polished for other in known.rows) else []),
     ]
 
+
+def _show_polish(polished: Polished | None) -> str:
+    return f"{polished.tokens:,} tokens, {polished.seconds:.1f} s" if polished else ""
+
+
+_EXPLAIN_POLISH = (
+    "Polish: the tokens of calibration text that all survivors were trained on together at the end, and the seconds "
+    "of that, which are among those of pruning."
+)
 
 _EXPLAIN_SEARCH = (
     "Search: generations done, of those of EvoPress's setting (arXiv 2410.14649); where they are fewer, "
@@ -237,6 +254,7 @@ def describe(known: Comparison) -> str:
         "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "
         "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
         "the seconds of curves that several rows share stand in the first of them."
+        + (f" {_EXPLAIN_POLISH}" if any(row.polished for row in known.rows) else "")
         + (f" {_EXPLAIN_SEARCH}" if any(row.search for row in known.rows) else "")
         + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else "")
         + (" Structured: the sparsity is the share of the prunable weights removed." if structured else "")

@@ -104,6 +104,23 @@ class Reach(BaseModel):
         return self.of_blocks >= 0.99
 
 
+class Polished(BaseModel):
+    """What a polish did: a global refit of all survivors against KL(dense || pruned) on calibration text."""
+
+    tokens: int = Field(description="Tokens of calibration text that it was allowed to be trained on.")
+    passes: int = Field(description="Passes through the calibration text that they are, the last of which may be part.")
+    steps: int = Field(description="Steps behind the weights that were kept; 0 where none was better than before.")
+    planned_steps: int = Field(description="Steps of all the tokens; fewer are taken where nothing gets better.")
+    before: float = Field(description="KL on the windows held out before the first step, nats per token.")
+    after: float = Field(description="The lowest KL on them, that of the weights that were kept.")
+    seconds: float = Field(description="Over interruptions, without the dense model's part.")
+
+    @property
+    def helped(self) -> bool:
+        """Whether it was ever better than before."""
+        return self.steps > 0
+
+
 class Usage(BaseModel):
     """Tokens and money spent on agents so far."""
 

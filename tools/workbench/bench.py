@@ -32,7 +32,7 @@ from tools.models.readout import check_readout
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
-from tools.results.schema import Reach
+from tools.results.schema import Polished, Reach
 from tools.statistics.experts import describe_few
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
@@ -43,6 +43,7 @@ from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
 from tools.workbench.evaluate import Evaluator
 from tools.workbench.losses import Losses
+from tools.workbench.polish import Polisher
 from tools.workbench.profiles import Profiles, StoredProfile
 from tools.workbench.prune import Pruner
 from tools.workbench.store import ArtifactStore, Index
@@ -90,7 +91,10 @@ class Workbench:
             settings, self.windows.mixed, self.weights, self.store, self.index, self.crew, self.losses
         )
         self.curves = Curves(self.weights, self.profiles, self.index, self.crew)
-        self.pruner = Pruner(self.weights, self.profiles, self.store, self.index, self.crew, self._warn)
+        self.polisher = Polisher(
+            settings, blocks, self.windows, self.weights, self.losses, self.store, self.index, self._warn
+        )
+        self.pruner = Pruner(self.weights, self.profiles, self.polisher, self.store, self.index, self.crew, self._warn)
         self.evaluator = Evaluator(
             directory / "evaluations",
             settings,
@@ -215,6 +219,10 @@ class Workbench:
     def is_made_of(self, checkpoint: str, profile: str, order: WorkOrder) -> bool:
         """As `Pruner.is_made_of`."""
         return self.pruner.is_made_of(checkpoint, profile, order)
+
+    def read_polished(self, checkpoint: str) -> Polished | None:
+        """As `Pruner.read_polished`."""
+        return self.pruner.read_polished(checkpoint)
 
     def planned_sparsity(self, checkpoint: str) -> dict[str, float]:
         """As `Pruner.planned_sparsity`."""
@@ -350,4 +358,5 @@ def _probe_key(profile: StoredProfile, order: WorkOrder, windows: int) -> list[s
     recipes = {name: layer.recipe.model_dump_json() for name, layer in order.layers.items()}
     shared = set(recipes.values())
     recipe = shared.pop() if len(shared) == 1 else json.dumps(recipes)
-    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(windows)]
+    polish = [f"polished on {order.polish}"] if order.polish else []
+    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(windows), *polish]

@@ -39,6 +39,8 @@ class Checkpoint(BaseModel):
     recipe: Recipe
     """What most layers were made by."""
     layers: dict[str, LayerRecord]
+    polish: int | None = None
+    """Tokens that all layers together were polished on afterwards; left out where they were not."""
 
     @property
     def tasks(self) -> dict[str, LayerTask]:
@@ -49,8 +51,8 @@ class Checkpoint(BaseModel):
         }
 
 
-def make_checkpoint(tasks: Mapping[str, LayerTask], artifacts: Mapping[str, str]) -> Checkpoint:
-    """The manifest of layers that were made by `tasks`."""
+def make_checkpoint(tasks: Mapping[str, LayerTask], artifacts: Mapping[str, str], polish: int = 0) -> Checkpoint:
+    """The manifest of layers that were made by `tasks`, and polished on so many tokens."""
     shared = Counter((task.recipe, task.profile) for task in tasks.values()).most_common(1)
     recipe, profile = shared[0][0]
     layers = {
@@ -62,7 +64,7 @@ def make_checkpoint(tasks: Mapping[str, LayerTask], artifacts: Mapping[str, str]
         )
         for name, task in tasks.items()
     }
-    return Checkpoint(profile=profile, recipe=recipe, layers=layers)
+    return Checkpoint(profile=profile, recipe=recipe, layers=layers, polish=polish or None)
 
 
 def make_layer_key(name: str, dense: str, statistics: str, task: LayerTask, below: Sequence[str] = ()) -> str:

@@ -12,12 +12,14 @@ from tools.base.progress import Progress, Warn, heed_stop, ignore_progress
 from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.plans.work_order import WorkOrder
+from tools.results.schema import Polished
 from tools.statistics.collect import Moments, begin_walk, collect_moments
 from tools.statistics.pruned import prune_layer
 from tools.team.cluster import Cluster
 from tools.team.requests import PruneLayers
 from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, make_checkpoint, make_layer_key
 from tools.workbench.crew import Crew
+from tools.workbench.polish import Polisher
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
@@ -30,9 +32,16 @@ class Pruner:
     """Makes checkpoints, and brings them back."""
 
     def __init__(
-        self, weights: Weights, profiles: Profiles, store: ArtifactStore, index: Index, crew: Crew, warn: Warn
+        self,
+        weights: Weights,
+        profiles: Profiles,
+        polisher: Polisher,
+        store: ArtifactStore,
+        index: Index,
+        crew: Crew,
+        warn: Warn,
     ) -> None:
-        self._weights, self._profiles, self._store = weights, profiles, store
+        self._weights, self._profiles, self._polisher, self._store = weights, profiles, polisher, store
         self._index, self._crew, self._warn = index, crew, warn
 
     # --- prune -------------------------------------------------------------------------------------------------
@@ -42,9 +51,10 @@ class Pruner:
 
         Layers whose number of zeros and recipe were made before are read back instead of computed. Those whose recipe
         asks for sequential statistics are pruned block by block, behind all that is pruned before them, once the others
-        have been pruned by what they read in the dense model. Raises ImpossiblePlan where a text that a recipe's
-        statistics are to be of is not there, or sequential ones are to be of several, and BrokenPlan for a layer that
-        cannot be pruned so: those that were made before it are kept, and the model holds a mixture.
+        have been pruned by what they read in the dense model. An order that asks for it is then polished. Raises
+        ImpossiblePlan where a text that a recipe's statistics are to be of is not there, or sequential ones are to be
+        of several, or too little for a polish, and BrokenPlan for a layer that cannot be pruned so: those that were
+        made before it are kept, and the model holds a mixture.
         """
         recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
         _refuse_two_walks(recipes)
@@ -52,8 +62,16 @@ class Pruner:
             self._profiles.refuse_calibration(recipe)
         found = {recipe: self._profiles.find(profile, recipe, progress) for recipe in recipes}
         tasks = {name: LayerTask(x.zeros, x.recipe, found[x.recipe]) for name, x in order.layers.items()}
-        checkpoint = make_checkpoint(tasks, self._prune(tasks, progress))
+        made = self._prune_all(tasks, order.polish, progress)
+        checkpoint = make_checkpoint(tasks, made, order.polish)
         return self._store.write_json(checkpoint.model_dump(exclude_none=True))
+
+    def _prune_all(self, tasks: Tasks, polish: int, progress: Progress) -> dict[str, str]:
+        """The artifact of every layer, all of which are in the model, polished on so many tokens."""
+        if not polish:
+            return self._prune(tasks, progress)
+        self._polisher.refuse(polish)  # before anything is pruned
+        return self._polisher.polish(self._prune(tasks, progress), polish, progress)
 
     def _prune(self, tasks: Tasks, progress: Progress) -> dict[str, str]:
         """The artifact of every layer, all of which are in the model."""
@@ -179,8 +197,8 @@ class Pruner:
     def _make_again(self, checkpoint: str, manifest: Checkpoint, name: str) -> None:
         """Compute a layer of a checkpoint once more."""
         task, expected = manifest.tasks[name], manifest.layers[name].artifact
-        if task.recipe.statistics == "sequential":
-            made = self._prune(manifest.tasks, ignore_progress)[name]
+        if manifest.polish or task.recipe.statistics == "sequential":
+            made = self._prune_all(manifest.tasks, manifest.polish or 0, ignore_progress)[name]
         else:
             made = self._compute(name, task)
         if made == expected:
@@ -212,7 +230,15 @@ class Pruner:
         # known where it was made of it, and worth no measurement where it was not
         known = {recipe: self._profiles.find_known(profile, recipe) for recipe in recipes}
         asked = {name: LayerTask(x.zeros, x.recipe, known[x.recipe]) for name, x in order.layers.items()}
-        return self._read(checkpoint).tasks == asked
+        made = self._read(checkpoint)
+        return made.tasks == asked and (made.polish or 0) == order.polish
+
+    def read_polished(self, checkpoint: str) -> Polished | None:
+        """What the polish of a checkpoint did; None where it was not polished. Raises DamagedArtifact."""
+        manifest = None if checkpoint == DENSE else self._read(checkpoint)
+        if manifest is None or not manifest.polish:
+            return None
+        return self._polisher.read(self.list_artifacts(checkpoint), manifest.polish)
 
     def planned_sparsity(self, checkpoint: str) -> dict[str, float]:
         """Layer name to the share of zeros that the checkpoint was made for; 0 everywhere for the dense weights."""

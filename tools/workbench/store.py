@@ -116,6 +116,14 @@ class Index:
         self.add(_hash_key(key), self.store.write_json(value))
         return value
 
+    def replace_measured(self, key: Sequence[str], value: dict[str, Any]) -> None:
+        """As `keep_measured`; the value before it is deleted once this is whole."""
+        before = self._read_all().get(_hash_key(key), "")
+        artifact = self.store.write_json(value)
+        self.add(_hash_key(key), artifact)
+        if before and before != artifact:
+            self.store.path(before, ".json").unlink(missing_ok=True)
+
     def forget_measured(self, key: Sequence[str]) -> None:
         """Delete the value that was kept under a key, if there is one."""
         if artifact := self._read_all().get(_hash_key(key)):

@@ -512,3 +512,26 @@ def test_questions_that_rows_may_be_fitted_to_are_not_asked_as_a_task(tiny_llama
     ):
         run_comparison(settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_row_with_a_polish_says_on_how_many_tokens_and_in_how_many_seconds(
+    tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.polish.optimisers.RATE", 1e-3)
+    settings = make_settings(
+        tiny_llama, tmp_path / "out", recipes="two-sided:kappa,two-sided+polish:kappa", polish_tokens=128
+    )
+    known, lines = run_comparison(settings)
+    plain, row = known.rows
+    assert (row.recipe, row.method) == ("two-sided+polish128:kappa", "two-sided+polish128")
+    assert plain.polished is None and row.polished is not None and row.polished.helped
+    assert plain.kl is not None and row.kl is not None and row.kl < plain.kl
+    assert row.achieved_sparsity == plain.achieved_sparsity and row.polished.tokens == 128
+    assert row.evaluated_tokens - plain.evaluated_tokens == 64 * (4 * 2 + 1 * 2 + 3)
+    told = f"polished on 128 tokens (held-out KL {row.polished.before:.4f} → {row.polished.after:.4f})"
+    assert lines[-2].endswith(f" s, {told}") and "polish" not in lines[-3]
+    assert f"| 128 tokens, {row.polished.seconds:.1f} s |" in describe(known)
+    more = settings.model_copy(update={"polish_tokens": 0, "recipes": "two-sided+polish128:kappa"})
+    assert lasting(run_comparison(more)[0].rows) == lasting(known.rows), "--polish-tokens is no part of what was kept"
+    with pytest.raises(UserError, match=r"^polish on 32 tokens is less than one window of 64; give it more$"):
+        run_comparison(make_settings(tiny_llama, tmp_path / "few", recipes="wanda+polish32"))

@@ -118,3 +118,19 @@ def test_recipes_and_sparsities_that_there_are_not(recipes: str, sparsity: str, 
     with pytest.raises(UserError) as refusal:
         list_jobs(recipes, sparsity)
     assert str(refusal.value).startswith(sentence) and "\n" not in str(refusal.value)
+
+
+def test_a_polish_without_tokens_is_on_the_config_s_and_its_row_says_so() -> None:
+    jobs = list_jobs("refit+polish:kappa,refit+polish64:kappa,wanda+polish:evolution", "0.5,2:4", 4096)
+    assert [(job.label, job.pattern) for job in jobs] == [
+        ("refit+polish4096:kappa", ""),
+        ("refit+polish64:kappa", ""),
+        ("wanda~dense+polish4096:evolution", ""),
+        ("refit+polish4096:uniform", "2:4"),
+        ("refit+polish64:uniform", "2:4"),
+        ("wanda+polish4096:uniform", "2:4"),
+    ]
+    assert [job.label for job in list_jobs("refit+polish64:kappa", "0.5")] == ["refit+polish64:kappa"]
+    line = r"^recipe 'refit\+polish:kappa' polishes, on no tokens; give --polish-tokens, or write \+polish25000$"
+    with pytest.raises(UserError, match=line):
+        list_jobs("refit+polish:kappa", "0.5")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tools.base.errors import ImpossiblePlan
 from tools.plans.methods import LEVERS, METHODS, name_sequential, translate_label
 from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_pattern, parse_recipe
 
@@ -46,6 +47,41 @@ def test_labels(recipe: Recipe, mask: str, label: str) -> None:
     assert (recipe.mask_label, recipe.label) == (mask, label)
     assert parse_recipe(label).label == label
     assert parse_recipe(label).statistics == recipe.statistics
+
+
+@pytest.mark.parametrize(
+    ("label", "tokens", "work"),
+    [
+        ("refit+polish25000:kappa", 25_000, "refit+polish25000"),
+        ("refit+polish:kappa-mask", 4096, "refit+polish"),
+        ("two-sided+refit~clipped~sequential+polish:uniform", 4096, "two-sided+refit~clipped~sequential+polish"),
+        ("wanda~dense+polish64:uniform", 64, "wanda+polish64"),
+    ],
+)
+def test_a_polish_is_the_last_part_of_what_is_done_and_no_part_of_what_is_done_within_layers(
+    label: str, tokens: int, work: str
+) -> None:
+    recipe = parse_recipe(label)
+    plain = recipe.model_copy(update={"polish": False, "polish_tokens": 0})
+    assert recipe.label == label and recipe.work_label == work and recipe.count_polish(4096) == tokens
+    assert recipe.within_layers() == plain.within_layers() and recipe.exact_label == plain.exact_label
+    assert (recipe.mask_label, recipe.needs_curves) == (plain.mask_label, plain.needs_curves)
+    assert recipe.exact != plain.exact and Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_without_a_polish_a_recipe_is_written_and_described_as_ever() -> None:
+    recipe = parse_recipe("refit:kappa")
+    assert recipe.count_polish(4096) == 0 and not any("polish" in field for field in recipe.model_dump())
+    assert "polish" not in str(Recipe.model_json_schema())
+    with pytest.raises(ImpossiblePlan) as refused:
+        parse_recipe("refit+polish:kappa").count_polish(0)
+    assert str(refused.value) == (
+        "recipe 'refit+polish:kappa' polishes, on no tokens; give --polish-tokens, or write +polish25000"
+    )
+    with pytest.raises(ValidationError, match="polish_tokens 64 are for a recipe with polish"):
+        Recipe(polish_tokens=64)
+    with pytest.raises(ValueError, match=r"is not of the form"):
+        parse_recipe("refit+polish~sequential:kappa")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,230 @@
+"""Checkpoints that were polished: exact, restored bit for bit, gone on with after a kill, never worse than before."""
+
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+from torch import Tensor
+
+import tools.plans.polish
+import tools.polish.loop
+import tools.polish.optimisers
+from tests.benches import (
+    REFIT,
+    WANDA,
+    artifact_path,
+    damage,
+    ignore,
+    open_bench,
+    plan,
+    same,
+    snapshot,
+)
+from tests.team import gather_teams
+from tests.tiny import save_tiny_model, tiny_settings
+from tools.base.errors import DamagedArtifact, ImpossiblePlan
+from tools.base.progress import Stopped, stop_at
+from tools.plans.recipe import Adjustment, Recipe
+from tools.plans.work_order import WorkOrder, order_allocation
+from tools.workbench.bench import Workbench
+from tools.workbench.open import close_workbench
+from tools.workbench.store import DENSE
+
+TOKENS = 64 * 12
+"""Two passes through 6 of 7 windows."""
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps a pass, which move weights far enough for a tiny model."""
+    monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
+    monkeypatch.setattr(tools.polish.optimisers, "RATE", 1e-3)
+
+
+@pytest.fixture
+def bench(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> Workbench:
+    return open_bench(tiny_settings(tiny_llama, calibration_windows=7), tmp_path / "run")
+
+
+def order(
+    bench: Workbench, profile: str, recipe: Recipe = REFIT, *changes: Adjustment, tokens: int = TOKENS
+) -> WorkOrder:
+    return order_allocation(recipe, plan(bench, profile, 0.5 if recipe.pattern else 0.4, recipe, *changes), tokens)
+
+
+def masks(bench: Workbench) -> dict[str, Tensor]:
+    return {layer.name: layer.weight_OI == 0 for layer in bench.layers}
+
+
+def list_files(bench: Workbench) -> set[str]:
+    return {path.name for path in bench.store.directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "fp32"), ("gpt2", "bf16"), ("opt", "fp16")])
+def test_zeros_stay_exactly_where_they_were_and_the_kl_falls(
+    architecture: str, dtype: str, tmp_path: Path, workbench_closed: None
+) -> None:
+    model = save_tiny_model(tmp_path / "model", architecture)
+    bench = open_bench(tiny_settings(model, dtype=dtype, calibration_windows=7), tmp_path / "run")
+    profile, protect = bench.profile(ignore), Adjustment(selector="blocks 0-0", action="protect")
+    dense = snapshot(bench)
+    before = bench.prune(profile, order(bench, profile, REFIT, protect, tokens=0), ignore)
+    zeros, mask = masks(bench), bench.hash_masks()
+    after = bench.prune(profile, order(bench, profile, REFIT, protect), ignore)
+    assert after != before and bench.hash_masks() == mask
+    assert all(torch.equal(found, zeros[name]) for name, found in masks(bench).items())
+    polished, made = snapshot(bench), bench.read_checkpoint(after)
+    for layer in bench.layers:
+        untouched = torch.equal(polished[f"{layer.name}.weight"], dense[f"{layer.name}.weight"])
+        assert untouched == (layer.block == 0) == (made[layer.name].artifact == DENSE)
+    told = bench.read_polished(after)
+    assert told is not None and told.helped and told.after < told.before
+    assert (told.tokens, told.passes, told.planned_steps) == (TOKENS, 2, 6)
+    kl = [bench.evaluate(x, "validation", profile, ignore).mean_kl for x in (before, after)]
+    assert kl[0] is not None and kl[1] is not None and kl[1] < kl[0]
+    bench.restore(DENSE)
+    bench.restore(after)
+    assert same(snapshot(bench), polished)
+
+
+def test_a_pattern_holds(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    recipe = Recipe(method="two-sided", refit=False, allocation="uniform", pattern="2:4")
+    bench.prune(profile, order(bench, profile, recipe), ignore)
+    for layer in bench.layers:
+        assert torch.equal((layer.weight_OI == 0).view(-1, 4).sum(1), torch.full((layer.weight_OI.numel() // 4,), 2))
+
+
+def test_without_a_polish_everything_is_called_what_it_was(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    plain = order(bench, profile, tokens=0)
+    checkpoint = bench.prune(profile, plain, ignore)
+    assert "polish" not in plain.model_copy(update={"line": ""}).layers["model.layers.0.mlp.up_proj"].model_dump_json()
+    assert "polish" not in str(bench.store.read_json(checkpoint))
+    assert bench.is_made_of(checkpoint, profile, plain) and bench.read_polished(checkpoint) is None
+    other = order(bench, profile)
+    assert other.id != plain.id and not bench.is_made_of(checkpoint, profile, other)
+    polished = bench.prune(profile, other, ignore)
+    assert bench.is_made_of(polished, profile, other) and not bench.is_made_of(polished, profile, plain)
+    fewer = order(bench, profile, tokens=64)
+    assert fewer.id not in (other.id, plain.id) and not bench.is_made_of(polished, profile, fewer)
+
+
+def test_what_never_gets_better_stays_as_it_was(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools.polish.optimisers, "RATE", 1.0)
+    profile, warnings = bench.profile(ignore), []
+    before = bench.prune(profile, order(bench, profile, tokens=0), ignore)
+    bits = snapshot(bench)
+    bench.warn = warnings.append
+    after = bench.prune(profile, order(bench, profile), ignore)
+    assert same(snapshot(bench), bits) and after != before
+    assert bench.read_checkpoint(after) == bench.read_checkpoint(before)
+    told = bench.read_polished(after)
+    assert told is not None and not told.helped and told.before == told.after
+    assert warnings == [
+        f"the polish on {TOKENS} tokens never brought the KL on the windows held out below the {told.before:.4f} "
+        "nats/token from before it; the weights from before it are kept"
+    ]
+
+
+def test_polished_once_then_read_back_and_made_again_where_it_is_damaged(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = bench.prune(profile, order(bench, profile), ignore)
+    bits, warnings, runs = snapshot(bench), [], []
+    run = tools.polish.loop.Polish.run
+    monkeypatch.setattr(tools.polish.loop.Polish, "run", lambda polish: runs.append(polish) or run(polish))
+    assert bench.prune(profile, order(bench, profile), ignore) == checkpoint and runs == []
+    bench.warn = warnings.append
+    bench.restore(DENSE)
+    path = artifact_path(bench, checkpoint, bench.layers[3].name)
+    damage(path)
+    bench.restore(checkpoint)
+    assert same(snapshot(bench), bits) and len(runs) == 1 and path.is_file()
+    assert warnings == [w for w in warnings if w.endswith(f"layer {bench.layers[3].name} is computed again")]
+    bench.restore(DENSE)
+    bench.forget_checkpoints([])  # nothing of it is on disk any more
+    bench.restore(checkpoint)
+    assert same(snapshot(bench), bits) and len(runs) == 2
+    monkeypatch.setattr(tools.polish.optimisers, "RATE", 2e-3)
+    bench.restore(DENSE)
+    bench.forget_checkpoints([])
+    bench.index._path.unlink()
+    with pytest.raises(DamagedArtifact, match=r"is damaged and does not come out the same again$"):
+        bench.restore(checkpoint)
+
+
+@pytest.mark.parametrize("at", ["3", "5"])
+def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(at: str, bench: Workbench) -> None:
+    alone = open_bench(bench.settings, bench.directory.parent / "alone")
+    profile = alone.profile(ignore)
+    asked = order(alone, profile)
+    expected, bits, files = alone.prune(profile, asked, ignore), snapshot(alone), list_files(alone)
+    bench = open_bench(bench.settings, bench.directory)
+    assert bench.profile(ignore) == profile
+    event, steps = Event(), []
+
+    def stop(label: str, done: int, _total: int) -> None:
+        if label.startswith("polish"):
+            steps.append(done)
+            if done == int(at):
+                event.set()
+
+    with stop_at(event), pytest.raises(Stopped):
+        bench.prune(profile, asked, stop)
+    settings, directory = bench.settings, bench.directory
+    close_workbench()
+    bench = open_bench(settings, directory)
+    again: list[int] = []
+    made = bench.prune(profile, asked, lambda label, done, _: again.append(done) if label.startswith("pol") else None)
+    assert made == expected and same(snapshot(bench), bits)
+    assert again[0] == int(at), "steps that were taken are not taken again"
+    times = {name for name in list_files(bench) ^ files if not name.endswith(".json")}
+    assert times == set(), "nothing is left of what was under way but figures with their seconds"
+
+
+def test_what_was_kept_of_a_polish_and_is_damaged_is_done_anew(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    asked, event = order(bench, profile), Event()
+    with stop_at(event), pytest.raises(Stopped):
+        bench.prune(profile, asked, lambda label, done, _: event.set() if (done, label[:3]) == (3, "pol") else None)
+    for path in bench.store.directory.rglob("*.safetensors"):
+        damage(path)
+    bench = open_bench(bench.settings, bench.directory.parent / "fresh")
+    assert bench.profile(ignore) == profile
+    bench.prune(profile, asked, ignore)
+    assert bench.read_polished(bench.prune(profile, asked, ignore)) is not None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "windows", "line"),
+    [(63, 7, "less than one window of 64"), (640, 1, "polish holds calibration windows out, and there is one")],
+)
+def test_too_little_is_refused_before_anything_is_pruned(
+    tokens: int,
+    windows: int,
+    line: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    workbench_closed: None,
+    computed: list[tuple[str, int]],
+) -> None:
+    settings = tiny_settings(tiny_llama, calibration_windows=windows, gradient_windows=1)
+    bench = open_bench(settings, tmp_path / "run")
+    profile = bench.profile(ignore)
+    with pytest.raises(ImpossiblePlan, match=line):
+        bench.prune(profile, order(bench, profile, WANDA, tokens=tokens), ignore)
+    assert computed == []
+
+
+def test_workers_come_to_the_same_weights(bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    profile = bench.profile(ignore)
+    checkpoint = bench.prune(profile, order(bench, profile), ignore)
+    evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
+    gather_teams(monkeypatch)
+    shared = open_bench(tiny_settings(bench.settings.model, calibration_windows=7, workers="2"), tmp_path / "shared")
+    assert shared.profile(ignore) == profile
+    assert shared.prune(profile, order(shared, profile), ignore) == checkpoint
+    assert shared.evaluate(checkpoint, "validation", profile, ignore) == evaluation

@@ -1,0 +1,128 @@
+"""The gradient of KL(dense || model) by all survivors of all layers, window by window: up through the blocks, and down.
+
+The forward keeps what each block reads; on the way down each block runs once more, so that only its own graph is held.
+No logits of more than `tools.models.readout.CHUNK` tokens are held.
+
+Shape suffixes: B windows, T tokens, I input features, O output features, D hidden width, S survivors of a layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tools.base.progress import heed_stop
+from tools.models.blocks import Blocks
+from tools.models.experts import ExpertLinear, run_apart
+from tools.models.layers import Layer
+from tools.models.readout import compute_hidden, diverge_gradients, measure_losses
+from tools.polish.survivors import Survivors
+from tools.statistics.gradients import Gradient, bring_near, flow_back, scale_losses
+from tools.statistics.shards import Sums, sum_node
+from tools.statistics.taps import tapped
+
+KL = "kl"
+"""The name of a sum: KL(dense || model) over the text's tokens, nats, fp64. All others are layers'."""
+
+
+class Divergence:
+    """KL(dense || model) on windows of a text, for whatever weights are in the model."""
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        survivors: Survivors,
+        windows_BT: Tensor,
+        dense_hidden: Mapping[int, Tensor],
+        lead: int = 0,
+    ) -> None:
+        """`dense_hidden` is what the dense model's head reads of the windows, (T, D), by their numbers. The first
+        `lead` tokens of each window are no text: what is predicted there counts in no loss.
+        """
+        self._blocks, self._survivors, self._lead = blocks, survivors, lead
+        self._windows_BT, self._dense_hidden = windows_BT, dense_hidden
+        self._uses = find_uses(blocks, survivors.layers)
+        self._lowest = next(block for block, uses in enumerate(self._uses) if uses)
+        self._scaled = blocks.model.dtype == torch.float16
+
+    def count_tokens(self, windows: Sequence[int]) -> int:
+        """Tokens whose KL counts."""
+        return len(windows) * (self._windows_BT.shape[1] - self._lead)
+
+    def measure(self, windows: Sequence[int]) -> float:
+        """The mean KL, nats per token."""
+        total = 0.0
+        for window in windows:
+            heed_stop()
+            ids_T = self._windows_BT[window].to(self._blocks.model.device)
+            with run_apart(layer.module for layer in self._survivors.layers):
+                total += measure_losses(self._blocks.model, ids_T, self._dense_hidden[window], lead=self._lead)[0].kl
+        return total / self.count_tokens(windows)
+
+    def differentiate(self, windows: Sequence[int]) -> Sums:
+        """Sums over the windows' tokens: `KL`, and by layer the gradient of that by its survivors, (S,), fp32.
+
+        Those of a fixed tree over the windows, whoever makes which. An expert that no token was sent to has none.
+        """
+        return sum_node((0, len(windows)), lambda place: self._differentiate(windows[place]))
+
+    def _differentiate(self, window: int) -> Sums:
+        heed_stop()
+        model, last = self._blocks.model, len(self._blocks) - 1
+        ids_T, sums = self._windows_BT[window].to(model.device), Sums()
+        pairs: list[tuple[str, Tensor, Tensor]] = []
+        with run_apart(layer.module for layer in self._survivors.layers):
+            with torch.no_grad(), self._blocks.only(0, last, ids_T) as entered:
+                compute_hidden(model, ids_T[None])
+            for block in reversed(range(self._lowest, last + 1)):
+                x_BTD = entered.pop(block).detach().requires_grad_()
+                with torch.enable_grad(), tapped(self._uses[block], _ignore, lambda *pair: pairs.append(_name(*pair))):
+                    if block == last:
+                        with self._blocks.only(block, block + 1, ids_T, x_BTD):
+                            output = compute_hidden(model, ids_T[None])
+                        sums[KL], above = self._begin(output.detach()[0], window)
+                    else:
+                        output = self._blocks.run(ids_T, block, x_BTD)
+                    above = flow_back(output, x_BTD, above, pairs.clear, scaled=self._scaled)
+                for name, x_TI, g_TO in pairs:
+                    self._add(sums, name, x_TI, g_TO, above.scale)
+                pairs.clear()
+                above = bring_near(above, scaled=self._scaled)
+        return sums
+
+    def _begin(self, hidden_TD: Tensor, window: int) -> tuple[Tensor, Gradient]:
+        """(the window's KL, its gradient at what the head reads)."""
+        scale = scale_losses(len(hidden_TD) - self._lead)[0] if self._scaled else 1.0
+        dense_TD = self._dense_hidden[window]
+        kl, gradient_TD = diverge_gradients(self._blocks.model, hidden_TD, dense_TD, lead=self._lead, scale=scale)
+        return kl, Gradient(gradient_TD[None], scale)
+
+    def _add(self, sums: Sums, name: str, x_TI: Tensor, g_TO: Tensor, scale: float) -> None:
+        """Products of bf16 come out as bf16, as any backward's do; they are summed in fp32."""
+        if self._scaled:
+            x_TI, g_TO = x_TI.float(), g_TO.float()
+        gradient_S = self._survivors.gather(name, g_TO.T @ x_TI).float()
+        if scale != 1:
+            gradient_S /= scale
+        sums[name] = sums[name].add_(gradient_S) if name in sums else gradient_S
+
+
+def find_uses(blocks: Blocks, layers: Sequence[Layer]) -> list[list[Layer]]:
+    """For each block, the layers as it runs them; one whose weight is tied stands in every module that has it."""
+    experts = [layer for layer in layers if isinstance(layer.module, ExpertLinear)]
+    tied = {id(layer.parameter): layer for layer in layers if not isinstance(layer.module, ExpertLinear)}
+    uses: list[list[Layer]] = []
+    for block, module in enumerate(blocks.modules):
+        found = [(part, tied.get(id(part._parameters.get("weight")))) for part in module.modules()]
+        own = [replace(layer, block=block, module=part) for part, layer in found if layer is not None]
+        uses.append([*own, *(layer for layer in experts if layer.block == block)])
+    return uses
+
+
+def _ignore(_layer: Layer, _x_TI: Tensor) -> None:
+    """What layers read comes with what flows back to them."""
+
+
+def _name(layer: Layer, x_TI: Tensor, g_TO: Tensor) -> tuple[str, Tensor, Tensor]:
+    return layer.name, x_TI, g_TO

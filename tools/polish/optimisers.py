@@ -1,0 +1,78 @@
+"""Optimisers of a polish: what becomes of the survivors' values in one step.
+
+One more is a class here that is an `Optimiser`. What it holds is plain tensors by name, so that a polish that was
+killed goes on to the same bits.
+"""
+
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tools.polish.survivors import Vectors
+
+
+class Step(NamedTuple):
+    """Where a polish stands."""
+
+    number: int
+    """From 0."""
+    total: int
+
+
+class Optimiser(Protocol):
+    """Takes steps."""
+
+    name: ClassVar[str]
+    """With its constants: weights that were polished by another are others."""
+
+    def take(self, values: Vectors, gradients: Vectors, step: Step) -> None:
+        """Change the values in place, by the gradients of the step's mean KL at them."""
+
+    @property
+    def state(self) -> dict[str, Vectors]:
+        """What it holds between two steps, changed in place by `take`; to be filled again after a kill."""
+
+
+RATE = 3e-5
+"""The most that one step moves a weight, about: Adam's learning rate after its warm-up."""
+
+WARM_UP = 0.1
+"""Share of the steps in which the rate rises to that; then it falls to nothing along a line."""
+
+
+class Adam:
+    """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), its rate warmed up and decayed; fp32."""
+
+    BETAS = (0.9, 0.999)
+    EPSILON = 1e-8
+    name: ClassVar[str] = f"adam {RATE} {WARM_UP} {BETAS} {EPSILON}"
+
+    def __init__(self, values: Vectors) -> None:
+        self._first = {name: torch.zeros_like(value_S) for name, value_S in values.items()}
+        self._second = {name: torch.zeros_like(value_S) for name, value_S in values.items()}
+
+    @property
+    def state(self) -> dict[str, Vectors]:
+        """As in `Optimiser`: the means of gradients and of their squares."""
+        return {"first": self._first, "second": self._second}
+
+    def take(self, values: Vectors, gradients: Vectors, step: Step) -> None:
+        """As in `Optimiser`."""
+        for name, gradient_S in gradients.items():
+            self._move(values[name], gradient_S, self._first[name], self._second[name], step)
+
+    def _move(self, value_S: Tensor, gradient_S: Tensor, first_S: Tensor, second_S: Tensor, step: Step) -> None:
+        (kept, kept_square), power = self.BETAS, step.number + 1
+        first_S.mul_(kept).add_(gradient_S, alpha=1 - kept)
+        second_S.mul_(kept_square).addcmul_(gradient_S, gradient_S, value=1 - kept_square)
+        size_S = (second_S / (1 - kept_square**power)).sqrt_().add_(self.EPSILON)
+        value_S.addcdiv_(first_S, size_S, value=-find_rate(step) / (1 - kept**power))
+
+
+def find_rate(step: Step) -> float:
+    """The learning rate of a step."""
+    rising = max(1, round(WARM_UP * step.total))
+    if step.number < rising:
+        return RATE * (step.number + 1) / rising
+    return RATE * (step.total - step.number) / (step.total - rising + 1)

@@ -1,0 +1,52 @@
+"""The weights that a polish may change: those of all pruned layers that are not zero, as one vector for each layer.
+
+Shape suffixes: O output features, I input features, S survivors of a layer, row by row.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from tools.base.errors import BrokenPlan
+from tools.models.layers import Layer
+
+Vectors = dict[str, Tensor]
+"""By layer name, (S,); fp32 on the layer's device."""
+
+
+class Survivors:
+    """Which weights of the model are not zero now, and for good."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self.layers = list(layers)
+        self.keep = {layer.name: layer.weight_OI != 0 for layer in self.layers}
+        """bool, (O, I)."""
+
+    def gather(self, name: str, full_OI: Tensor) -> Tensor:
+        """The survivors' entries of a tensor of a layer's shape: (S,)."""
+        return full_OI[self.keep[name]]
+
+    def read(self) -> Vectors:
+        """Those in the model, as fp32."""
+        return {layer.name: self.gather(layer.name, layer.weight_OI).float() for layer in self.layers}
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Put survivors into the model, in its number format; all other weights of the layers are zero.
+
+        Those that come out as exactly 0 become the least normal number, as in `kernels.guard.finish_update`: zeros stay
+        as many as they were. Raises BrokenPlan where one is not finite.
+        """
+        for layer in self.layers:
+            layer.write(self.spread(layer, values[layer.name]))
+
+    def spread(self, layer: Layer, values_S: Tensor) -> Tensor:
+        """The weight that survivors stand for, (O, I), as `write` puts it into the model."""
+        dtype = layer.weight_OI.dtype
+        stored_S = values_S.to(dtype)
+        if not bool(torch.isfinite(stored_S).all()):
+            raise BrokenPlan(f"polish: the weights of layer {layer.name} are not finite")
+        stored_S = stored_S.masked_fill(stored_S == 0, torch.finfo(dtype).tiny)
+        weight_OI = torch.zeros_like(self.keep[layer.name], dtype=dtype)
+        weight_OI[self.keep[layer.name]] = stored_S
+        return weight_OI

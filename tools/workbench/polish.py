@@ -1,0 +1,201 @@
+"""The polish of a checkpoint: all its pruned layers together, behind the pruning; kept on disk while it goes on."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from tools.base.failures import explain_layer
+from tools.base.progress import Progress, Warn
+from tools.base.settings import WorkbenchSettings
+from tools.models.artifacts import pack_pruned
+from tools.models.blocks import Blocks
+from tools.plans.polish import Schedule, schedule_polish
+from tools.polish.gradients import Divergence
+from tools.polish.loop import Kept, Polish, Standing
+from tools.polish.optimisers import Adam
+from tools.polish.survivors import Survivors, Vectors
+from tools.results.schema import Polished
+from tools.texts.windows import Windows
+from tools.workbench.losses import Losses
+from tools.workbench.store import DENSE, ArtifactStore, Index
+from tools.workbench.weights import Weights
+
+VERSION = "1"
+"""Of what a polish does beside its optimiser: weights that another one made are others."""
+
+
+class Polisher:
+    """Polishes what is in the model of a workbench."""
+
+    def __init__(
+        self,
+        settings: WorkbenchSettings,
+        blocks: Blocks,
+        windows: Windows,
+        weights: Weights,
+        losses: Losses,
+        store: ArtifactStore,
+        index: Index,
+        warn: Warn,
+    ) -> None:
+        self._settings, self._blocks, self._windows, self._weights = settings, blocks, windows, weights
+        self._losses, self._store, self._index, self._warn = losses, store, index, warn
+
+    def polish(self, pruned: Mapping[str, str], tokens: int, progress: Progress) -> dict[str, str]:
+        """The artifact of every layer, all of which are in the model, after a polish on so many tokens.
+
+        `pruned` are those of the layers before it, which are in the model now. Layers that are dense stay so. Where no
+        measure on the windows held out is lower than before, all stay as they were. What was polished before is read
+        back. Raises ImpossiblePlan where the text or the tokens are too few, BrokenPlan where a number is not finite.
+        """
+        schedule, pruned = self._schedule(tokens), self._sort(pruned)
+        names = [name for name, artifact in pruned.items() if artifact != DENSE]
+        if not names:
+            return dict(pruned)
+        key = self._name(pruned, tokens)
+        found = self._index.read_measured(key)
+        if found is None or not self._install(found["artifacts"]):
+            found = self._index.keep_measured(key, self._make(key, names, pruned, schedule, tokens, progress))
+        told = Polished.model_validate(found["figures"])
+        if not told.helped:
+            self._warn(
+                f"the polish on {tokens:,} tokens never brought the KL on the windows held out below the "
+                f"{told.before:.4f} nats/token from before it; the weights from before it are kept"
+            )
+        made = {**pruned, **found["artifacts"]}
+        self._index.measure_once(_name_figures(made, tokens), told.model_dump)
+        return made
+
+    def read(self, made: Mapping[str, str], tokens: int) -> Polished | None:
+        """What is known of the polish that the artifacts of all layers came of; None where nothing is."""
+        found = self._index.read_measured(_name_figures(self._sort(made), tokens))
+        return Polished.model_validate(found) if found else None
+
+    def refuse(self, tokens: int) -> None:
+        """Raises ImpossiblePlan, in one line, where the text or the tokens are too few."""
+        self._schedule(tokens)
+
+    def _sort(self, artifacts: Mapping[str, str]) -> dict[str, str]:
+        """In the model's order, whichever were made first."""
+        return {name: artifacts[name] for name in self._weights.by_name}
+
+    def _schedule(self, tokens: int) -> Schedule:
+        windows, settings = self._windows.calibration, self._settings
+        return schedule_polish(len(windows), settings.window, tokens, settings.seed)
+
+    def _name(self, pruned: Mapping[str, str], tokens: int) -> list[str]:
+        """What the weights depend on: the model and its pruned layers, the text, how it is gone through."""
+        text = hashlib.sha256(self._windows.calibration.numpy().tobytes()).hexdigest()
+        settings, artifacts = self._settings, [f"{name} {artifact}" for name, artifact in pruned.items()]
+        order = [str(tokens), str(settings.window), str(self._windows.lead), str(settings.seed)]
+        return ["polish", VERSION, Adam.name, self._weights.hash_all_dense(), text, *order, *artifacts]
+
+    def _install(self, artifacts: Mapping[str, str]) -> bool:
+        """Put polished layers into the model; False where one is gone or damaged."""
+        gone = [name for name in artifacts if not self._store.has(artifacts[name], ".safetensors")]
+        return not gone and all(self._weights.install(name, artifact) for name, artifact in artifacts.items())
+
+    def _make(
+        self,
+        key: Sequence[str],
+        names: Sequence[str],
+        pruned: Mapping[str, str],
+        schedule: Schedule,
+        tokens: int,
+        progress: Progress,
+    ) -> dict[str, object]:
+        hidden = self._read_hidden(schedule, progress)
+        for name, artifact in pruned.items():
+            self._weights.install(name, artifact)  # whole, for they were made, or read, just now
+        layers = [self._weights.by_name[name] for name in names]
+        survivors, keeper = Survivors(layers), _Keeper(self._store, self._index, key)
+        problem = Divergence(self._blocks, survivors, self._windows.calibration, hidden, self._windows.lead)
+        values = survivors.read()
+        polish = Polish(problem, survivors, values, Adam(values), schedule, keeper, progress)
+        for name in names:
+            self._weights.installed[name] = ""  # neither the old ones nor the new
+        with explain_layer("polish"):
+            standing = polish.run()
+        artifacts = self._keep_best(polish, names) if standing.best else {name: pruned[name] for name in names}
+        for name in names:
+            self._weights.install(name, artifacts[name])
+        keeper.forget()
+        return {"artifacts": artifacts, "figures": _describe(standing, schedule, tokens).model_dump()}
+
+    def _keep_best(self, polish: Polish, names: Sequence[str]) -> dict[str, str]:
+        """Put the best weights into the model and on disk; their artifacts."""
+        artifacts = {}
+        for layer in polish.survivors.layers:
+            weight_OI = polish.survivors.spread(layer, polish.best[layer.name])
+            artifacts[layer.name] = self._store.write_tensors(pack_pruned(weight_OI, values=True))
+            self._index.add(f"polished {artifacts[layer.name]}", artifacts[layer.name])  # else nobody would forget it
+            self._weights.write(layer.name, weight_OI, artifacts[layer.name])
+        return artifacts
+
+    def _read_hidden(self, schedule: Schedule, progress: Progress) -> dict[int, Tensor]:
+        """What the dense model's head reads of each window, (T, D) on the CPU; measured once for these windows.
+
+        The dense weights then stay in the model.
+        """
+        windows = schedule.windows
+        text = hashlib.sha256(self._windows.calibration[windows].numpy().tobytes()).hexdigest()
+        key = ["calibration hidden", self._weights.hash_all_dense(), str(self._windows.lead), text]
+        found = self._index.read_measured(key)
+        if found is None or not self._store.has(found["hidden"], ".safetensors"):
+            self._weights.restore_dense()
+            label = "dense, calibration"
+            hidden_BTD = self._losses.measure("calibration", windows, None, label, progress)[1]
+            found = self._index.keep_measured(key, {"hidden": self._store.write_tensors({"hidden": hidden_BTD})})
+        hidden_BTD = self._store.read_tensors(found["hidden"])["hidden"]
+        return dict(zip(windows, hidden_BTD, strict=True))
+
+
+def _name_figures(made: Mapping[str, str], tokens: int) -> list[str]:
+    return ["figures of a polish", str(tokens), *(f"{name} {artifact}" for name, artifact in made.items())]
+
+
+def _describe(standing: Standing, schedule: Schedule, tokens: int) -> Polished:
+    steps = [0, *schedule.measured][standing.best]
+    return Polished(
+        tokens=tokens,
+        passes=len(schedule.passes),
+        seconds=round(standing.seconds, 1),
+        before=standing.held_out[0],
+        after=standing.held_out[standing.best],
+        steps=steps,
+        planned_steps=len(schedule.steps),
+    )
+
+
+class _Keeper:
+    """As `tools.polish.loop.Keeper`: tensors as one artifact, the figures as another, under a key."""
+
+    def __init__(self, store: ArtifactStore, index: Index, key: Sequence[str]) -> None:
+        self._store, self._index, self._key = store, index, ["unfinished", *key]
+
+    def read(self) -> Kept | None:
+        """As in `Keeper`."""
+        found = self._index.read_measured(self._key)
+        if found is None or not self._store.has(found["tensors"], ".safetensors"):
+            return None
+        tensors: dict[str, Vectors] = {}
+        for path, vector in self._store.read_tensors(found["tensors"]).items():
+            what, _, name = path.partition("/")
+            tensors.setdefault(what, {})[name] = vector
+        return Kept(Standing.model_validate(found["standing"]), tensors)
+
+    def keep(self, kept: Kept) -> None:
+        """As in `Keeper`; the one before goes once this is whole."""
+        before = self._index.read_measured(self._key)
+        flat = {f"{what}/{name}": x for what, vectors in kept.tensors.items() for name, x in vectors.items()}
+        artifact = self._store.write_tensors(flat)
+        self._index.replace_measured(self._key, {"tensors": artifact, "standing": kept.standing.model_dump()})
+        if before is not None and before["tensors"] != artifact:
+            self._store.path(before["tensors"], ".safetensors").unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """All is done, and kept elsewhere."""
+        if (found := self._index.read_measured(self._key)) is not None:
+            self._store.path(found["tensors"], ".safetensors").unlink(missing_ok=True)
+        self._index.forget_measured(self._key)
