@@ -83,6 +83,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             kept=best.iteration,
             finalists=finalists,
             knowledge=knowledge,
+            polished=bench.read_polished(state.accepted),
             iterations=state.iteration,
             rollbacks=sum(trial.verdict == "rollback" for trial in state.trials),
             evaluated_tokens=tokens,

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -21,13 +22,14 @@ from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import Toolbox, do_now
-from graph.planning.plan import Plan
+from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.situation import Situation
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
+from tools.base.errors import ImpossiblePlan
 from tools.base.names import hide_directories
 from tools.base.words import show_short
-from tools.plans.costs import count_profile, count_sequential, count_walk
+from tools.plans.costs import count_polish, count_profile, count_sequential, count_walk
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Recipe
 
@@ -58,17 +60,18 @@ def plan_with_chat(
     hears of every reply, the `meter` of every request. Raises AgentError when no usable plan came.
     """
     messages = keep_prompt(lambda: planner_messages(situation, toolbox))
-    return ask(
+    plan = ask(
         model,
-        Plan,
+        find_schema(situation.config.polish_tokens),
         messages,
-        check=check,
-        advise=advise,
+        check=check and (lambda plan: check(drop_schema(plan))),
+        advise=advise and (lambda plan: advise(drop_schema(plan))),
         on_call=on_call,
         toolbox=toolbox,
         carry_out=carry_out,
         meter=meter,
     )
+    return drop_schema(plan)
 
 
 def advise_against(plan: Plan, situation: Situation) -> str:
@@ -104,7 +107,8 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
 
 
 def _instructions(config: RunConfig, tools: bool) -> str:
-    schema = json.dumps(Plan.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
+    described = find_schema(config.polish_tokens).model_json_schema()
+    schema = json.dumps(described, separators=(",", ":"), ensure_ascii=False)
     text = config.planner_prompt or read_prompt("planner")
     return text.replace("{tools}", read_prompt("planner_tools") if tools else "").replace("{schema}", schema)
 
@@ -272,6 +276,9 @@ def _describe_budget(situation: Situation) -> str:
         f"curves method {count_walk(config):,} more, once for each method",
         f"a new profile, reprofile or another calibration text, {count_profile(config):,}",
     ]
+    if config.polish_tokens:
+        with suppress(ImpossiblePlan):
+            costs.append(f"polish {count_polish(config, config.polish_tokens):,} more, in a probe and in a trial")
     return (
         f" Budget: {budget.left:,.0f} of {config.max_evaluated_tokens:,} tokens through the model are left, "
         f"{budget.trials_left:.0f} trials without extras: {'; '.join(costs)}. Plans beyond it are refused."

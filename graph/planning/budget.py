@@ -80,10 +80,11 @@ class TokenBudget:
             extra += count_profile(self.config)
         if not extra or self.trial + extra <= self.left:
             return ""
+        polish = "polish, " if self.config.polish_tokens else ""
         return (
             f"the plan takes {self.trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
             f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential, curves method, "
-            "calibration or reprofile)"
+            f"{polish}calibration or reprofile)"
         )
 
 

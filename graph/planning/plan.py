@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.json_schema import SkipJsonSchema
 
 from graph.reflecting.schema import MOST
@@ -41,3 +41,26 @@ class Plan(BaseModel):
         "planner neither sees nor sets them. Part of the plan, so that whoever carries it out, again or elsewhere, "
         "uses the same.",
     )
+
+
+def _tell_of_polish() -> type[Plan]:
+    """The schema of a plan with the lever that is hidden in `Recipe`; what it answers with goes by the same names."""
+    lever, recipe = Recipe.model_fields["polish"], Plan.model_fields["recipe"]
+    told = create_model(
+        "Recipe", __base__=Recipe, __doc__=Recipe.__doc__, polish=(bool, Field(False, description=lever.description))
+    )
+    filled = Field(default_factory=told, description=recipe.description)
+    return create_model("Plan", __base__=Plan, __doc__=Plan.__doc__, recipe=(told, filled))
+
+
+_POLISHING = _tell_of_polish()
+
+
+def find_schema(polish_tokens: int) -> type[Plan]:
+    """What a planner is told to answer with in a run that allows so many tokens of polish."""
+    return _POLISHING if polish_tokens else Plan
+
+
+def drop_schema(plan: Plan) -> Plan:
+    """The plan itself, whatever schema it was answered by."""
+    return plan if type(plan) is Plan else Plan.model_validate(plan.model_dump())

@@ -75,6 +75,9 @@ def change_one_lever(situation: Situation, base: Plan, *, texts: bool = True) ->
     if recipe.method != STRONG.method:  # a model's or a person's plan may have been kept
         strong = recipe.model_copy(update=STRONG.model_dump(include={"method", "refit", "curves"}))
         yield _vary(base, strong, "Grow the mask in steps and refit the survivors between them.")
+    if (tokens := situation.config.polish_tokens) and not recipe.polish:
+        polished = recipe.model_copy(update={"polish": True})
+        yield _vary(base, polished, f"Fit all survivors of all layers together, on {tokens:,} tokens.")
     if texts and recipe.calibration == "run" and (text := _find_text(situation)):
         mixed = recipe.model_copy(update={"calibration": text})
         yield _vary(base, mixed, f"Statistics of a text that is a {text} questions, so that facts weigh more.")

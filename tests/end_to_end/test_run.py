@@ -49,7 +49,8 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     summary = read_summary(finished)
     assert list(summary) == [
         *("run", "model", "status", "target_sparsity", "achieved_sparsity", "reach"),
-        *("perplexity", "wanda_statistics", "kl", "knowledge", "benchmarks", "samples", "plan", "kept", "finalists"),
+        *("perplexity", "wanda_statistics", "kl", "knowledge", "benchmarks", "polished", "samples", "plan", "kept"),
+        "finalists",
         *("iterations", "rollbacks", "evaluated_tokens", "agents", "seconds", "peak_memory_bytes", "mask_sha256"),
         "protocol",
     ]

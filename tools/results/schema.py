@@ -171,6 +171,9 @@ class Summary(BaseModel):
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, nats per token.")
     knowledge: Knowledge | None = Field(None, description="Null where the run asked no questions.")
     benchmarks: list[Score] = Field([], description="Tasks of lm-evaluation-harness, where any were asked for.")
+    polished: Polished | None = Field(
+        None, description="What the polish of the weights did; null where there was none, and nothing was trained."
+    )
     samples: list[Sample] = Field([], description="Prompts continued by the dense and the pruned model.")
     plan: str = Field("", description="The plan that was kept, in one line.")
     kept: int | None = Field(

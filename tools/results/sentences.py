@@ -15,7 +15,7 @@ BEHIND: dict[Statistics, str] = {
 
 
 def describe_result(summary: Summary) -> str:
-    """The result in two sentences, or three where much of the model cannot be pruned."""
+    """The result in two sentences, and one more each where it was polished or much of the model cannot be pruned."""
     p = summary.perplexity
     rounds, undone = count(summary.iterations, "iteration"), count(summary.rollbacks, "rollback")
     text = (
@@ -28,6 +28,8 @@ def describe_result(summary: Summary) -> str:
         text += f", so the degradation is {share:.2f} times uniform Wanda's"
     if summary.knowledge and summary.knowledge.retention is not None:
         text += f". Answer probability kept: {summary.knowledge.retention:.1%}{_tell_right(summary.knowledge)}"
+    if summary.polished:
+        text += f". The surviving weights were {describe_polish(summary.polished)}"
     return f"{text}. {told}" if (told := describe_reach(summary.reach)) else f"{text}."
 
 
@@ -120,8 +122,8 @@ def list_loading(directory: str) -> list[str]:
 
 
 def list_outcome(result: Mapping[str, Any]) -> list[str]:
-    """Three lines with a summary's figures (four where much of the model cannot be pruned), one for each figure of a
-    task, then where model and report are.
+    """Three lines with a summary's figures (one more where much of the model cannot be pruned, or it was polished), one
+    for each figure of a task, then where model and report are.
     """
     dense, pruned, uniform = (result["perplexity"][key] for key in ("dense", "pruned", "uniform_wanda"))
     share = relate_to_wanda(dense, pruned, uniform)
@@ -137,6 +139,7 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
         f"Wanda; KL {show_compact(result['kl'], 4)}",
         f"degradation: {compared}; {show_seconds(result['seconds'])}, "
         f"peak memory {_show_memory(result['peak_memory_bytes'])}",
+        *([describe_polish(Polished.model_validate(polished))] if (polished := result.get("polished")) else []),
         *_list_scores(result.get("benchmarks", [])),
         f"model:  {clean(result['model_directory'], 1000)}",
         f"report: {clean(result['report'], 1000)}",

@@ -27,9 +27,10 @@ from graph.planning.brief import (
     planner_messages,
     recount_trial,
 )
+from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
-from graph.planning.plan import Plan
+from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.situation import Situation
 from graph.reflecting.schema import Lesson
 from graph.state import Trial
@@ -37,6 +38,7 @@ from tests.openai_server import DEFAULT_PLAN, OpenAIServer
 from tests.situations import DENSE, LLAMA_KINDS, draw_layers, make_first_situation
 from tools.instruments.agent_tools import make_planner_tools
 from tools.instruments.functions import Round
+from tools.plans.costs import count_polish
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Adjustment, Recipe
 
@@ -238,7 +240,8 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
         *schema["properties"].values(),
         *(f for part in schema["$defs"].values() for f in part["properties"].values()),
     ]
-    names = {*Plan.model_fields, *Recipe.model_fields, *Adjustment.model_fields} - {"multipliers", "pattern"}
+    names = {*Plan.model_fields, *Recipe.model_fields, *Adjustment.model_fields}
+    names -= {"multipliers", "pattern", "polish", "polish_tokens"}
     assert {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]} == names
     assert all(len(field["description"].split()) >= 3 for field in fields)
 
@@ -513,3 +516,20 @@ def test_stubborn_planner_ends_in_one_line() -> None:
     with OpenAIServer() as server, pytest.raises(AgentError) as caught:
         plan_with_chat(make_first_situation(), open_model(server.planner("m"), RunConfig()), None, refuse)
     assert str(caught.value) == f"openai:m at {server.url} gave no usable Plan in 4 answers; the last one: no"
+
+
+def test_a_polish_is_a_lever_only_where_the_config_allows_it() -> None:
+    plain, allowed = find_schema(0), find_schema(25_000)
+    assert plain is Plan and "polish" not in planner_messages(make_first_situation())[0].text
+    told, added = Plan.model_json_schema(), allowed.model_json_schema()
+    lever = added["$defs"]["Recipe"]["properties"].pop("polish")
+    assert added == told and lever["type"] == "boolean" and "zeros stay" in lever["description"]
+    assert allowed.__name__ == "Plan"
+    config = RunConfig(polish_tokens=25_000, max_evaluated_tokens=10**6)
+    budget = TokenBudget(config, 0, 4096)
+    instructions, shown = planner_messages(make_first_situation(config=config, budget=budget))
+    assert json.dumps(lever, separators=(",", ":")) in instructions.text
+    assert f"polish {count_polish(config, 25_000):,} more, in a probe and in a trial" in shown.text
+    answer = allowed.model_validate({"sparsity": 0.4, "recipe": {"method": "refit", "polish": True}})
+    assert drop_schema(answer) == Plan(sparsity=0.4, recipe=Recipe(polish=True))
+    assert type(drop_schema(answer)) is Plan and type(drop_schema(answer).recipe) is Recipe
