@@ -18,7 +18,7 @@ from graph.state import Trial
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
 from tools.base.settings import TeamSettings
 from tools.measure.losses import Evaluation
-from tools.plans.costs import count_sequential, list_curve_costs, list_order_costs
+from tools.plans.costs import count_in_order, list_curve_costs, list_order_costs
 from tools.plans.evolve import describe_search
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe, parse_recipe
@@ -223,5 +223,5 @@ def choose(row: str, arm: Arm) -> Choice:
 def price_recipe(label: str, settings: AblateSettings) -> int:
     """Tokens that one plan of a recipe puts through the model, its trial among them."""
     recipe, config = parse_recipe(label), make_config(settings)
-    sequential = count_sequential(config) if recipe.statistics == "sequential" else 0
-    return sum(list_curve_costs(recipe, config).values()) + sequential + settings.validation_tokens
+    walked = count_in_order({recipe.statistics}, config)
+    return sum(list_curve_costs(recipe, config).values()) + walked + settings.validation_tokens

@@ -49,7 +49,8 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
         strength=draws.leave(usual.strength, [draws.between(0, 1)]),
         gamma=draws.leave(usual.gamma, ["clipped"]),
         curves=draws.leave(usual.curves, ["mask"]),
-        statistics=draws.leave(usual.statistics, ["sequential"]),
+        tokens=draws.leave(usual.tokens, ["weighted"]),
+        statistics=draws.leave(usual.statistics, ["sequential", "stages"]),
         calibration=draws.leave(usual.calibration, list(config.mixes)),
     )
     groups = sorted(group_layers(layers))

@@ -29,7 +29,14 @@ from graph.state import Trial, same_sparsity
 from tools.base.errors import ImpossiblePlan
 from tools.base.names import hide_directories
 from tools.base.words import show_short
-from tools.plans.costs import count_polish, count_profile, count_sequential, count_walk
+from tools.plans.costs import (
+    count_calibration,
+    count_in_order,
+    count_polish,
+    count_profile,
+    count_walk,
+    count_weights,
+)
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Recipe
 
@@ -272,7 +279,9 @@ def _describe_budget(situation: Situation) -> str:
     costs = [
         f"a trial takes {budget.trial:,}",
         "a probe as many as it measures on, for each plan",
-        f"statistics sequential {count_sequential(config):,} more, in a probe and in a trial",
+        f"statistics sequential {count_in_order(['sequential'], config):,} more, stages "
+        f"{count_in_order(['stages'], config):,}, in a probe and in a trial",
+        f"tokens weighted {count_weights(config) + count_calibration(config):,} more, once for each text",
         f"curves method {count_walk(config):,} more, once for each method",
         f"a new profile, reprofile or another calibration text, {count_profile(config):,}",
     ]

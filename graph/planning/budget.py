@@ -83,8 +83,8 @@ class TokenBudget:
         polish = "polish, " if self.config.polish_tokens else ""
         return (
             f"the plan takes {self.trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
-            f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential, curves method, "
-            f"{polish}calibration or reprofile)"
+            f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential or stages, tokens "
+            f"weighted, curves method, {polish}calibration or reprofile)"
         )
 
 

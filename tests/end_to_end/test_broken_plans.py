@@ -194,7 +194,7 @@ def test_a_profile_that_breaks_is_one_line_and_can_be_gone_on_with(
     flags: list[str], easy: Path, run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("tools.statistics.walks.add_second_moment", lambda *_: (_ for _ in ()).throw(NO_MEMORY))
+        patch.setattr("tools.statistics.moments.add_second_moment", lambda *_: (_ for _ in ()).throw(NO_MEMORY))
         stopped = command(*flags)
     assert (stopped.code, stopped.err) == (1, "")
     assert stopped.out.splitlines()[-2:] == [

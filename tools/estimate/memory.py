@@ -28,6 +28,9 @@ from tools.statistics.shards import count_held, cut_shards, list_nodes, share_ou
 ASKED_FOR = "KL curves of a method, where a plan asks for them"
 """A phase that not every run has."""
 
+WEIGH = "weigh tokens, as a plan asks for it"
+"""Another one, which is there where one asks."""
+
 IN_ORDER = "prune block by block, where a plan asks for it"
 """Another one."""
 
@@ -186,10 +189,12 @@ class Facts(NamedTuple):
     """cpu or cuda."""
 
 
-def list_phases(facts: Facts, settings: WorkbenchSettings, part: Part, weights: int) -> list[Phase]:
+def list_phases(
+    facts: Facts, settings: WorkbenchSettings, part: Part, weights: int, *, weighs: bool = False
+) -> list[Phase]:
     """What each phase holds in a process that works on `part`, with its arithmetic.
 
-    `weights` is what one device holds of the model, bytes.
+    `weights` is what one device holds of the model, bytes. `weighs` says whether tokens are weighed.
     """
     shape, counts, held = facts.shape, facts.counts, facts.held
     state = (settings.window, "tokens"), (shape.hidden, "wide"), (shape.item, "bytes")
@@ -232,6 +237,15 @@ def list_phases(facts: Facts, settings: WorkbenchSettings, part: Part, weights: 
     if shape.item < 4:
         tokens = (part.gradient, "windows"), (settings.window, "tokens")
         backward.append(_multiply("those of one layer in fp32", *tokens, (shape.flow_layer, "numbers"), (4, "bytes")))
+    weigh = Phase(
+        name=WEIGH,
+        device=[*backward[:3], _multiply("inputs and output gradients of one block's layers", *flow)],
+        host=[
+            *always,
+            states("inputs of one block", (part.calibration, "windows")),
+            states("gradients passed on", (part.calibration, "windows")),
+        ],
+    )
     walk = [*always, states("inputs of one block", (part.gradient, "windows"))]
     statistics = [model, forward, _count_moments(shape, part.sums, "sums over shards in the making")]
     if shape.item < 4:
@@ -261,6 +275,7 @@ def list_phases(facts: Facts, settings: WorkbenchSettings, part: Part, weights: 
             ],
             host=[*walk, states("gradients passed on", (2, "losses"), (part.gradient, "windows"))],
         ),
+        *([weigh] if weighs else []),
         Phase(
             name=ASKED_FOR,
             device=[*backward, *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels)],
@@ -289,7 +304,9 @@ def list_phases(facts: Facts, settings: WorkbenchSettings, part: Part, weights: 
     ]
 
 
-def list_phases_beside(facts: Facts, settings: WorkbenchSettings, parts: Sequence[Part]) -> list[Phase]:
+def list_phases_beside(
+    facts: Facts, settings: WorkbenchSettings, parts: Sequence[Part], *, weighs: bool = False
+) -> list[Phase]:
     """What each phase holds in the process that workers with these `parts` work for, and in their object store."""
     shape, workers, nodes = facts.shape, parts[0].workers, sum(part.nodes for part in parts)
     model, program, moved = _describe_model(shape, shape.weights), _describe_program(facts), _move_model(facts)
@@ -322,6 +339,7 @@ def list_phases_beside(facts: Facts, settings: WorkbenchSettings, parts: Sequenc
         ),
         Phase(name="profile, statistics", device=[model], host=[*always, sums], store=[two]),
         Phase(name="profile, gradients", device=[model], host=always),
+        *([Phase(name=WEIGH, device=[model], host=always)] if weighs else []),
         Phase(name=ASKED_FOR, device=[model, moment], host=always, store=[*given, levels]),
         Phase(name="prune", device=[model, moment], host=always, store=[*given, results]),
         Phase(name=IN_ORDER, device=[model, moment], host=[*always, sums], store=[*given, results, two]),

@@ -119,7 +119,8 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     facts = Facts(measure_shape(model, layers, counts.routed), counts, held, measure_process(), reading, device)
     parts = cut_parts(settings, workers)
     busiest = find_busiest(parts)
-    phases = list_phases(facts, read, busiest, max((line.bytes for line in spread), default=facts.shape.weights))
+    part, weighs = max((line.bytes for line in spread), default=facts.shape.weights), course.weighted > 0
+    phases = list_phases(facts, read, busiest, part, weighs=weighs)
     weights = sum(layer.weight_OI.numel() for layer in layers)
     return Estimate(
         model=settings.model,
@@ -133,13 +134,13 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
         of_blocks=reach.of_blocks,
         of_model=reach.of_model,
         dense=reach.dense,
-        phases=list_phases_beside(facts, read, parts) if workers else phases,
+        phases=list_phases_beside(facts, read, parts, weighs=weighs) if workers else phases,
         workers=workers,
         threads=threads,
         of_worker=phases if workers else [],
         devices=devices,
         spread=spread,
-        disk=list_disk(model, layers, settings, lead),
+        disk=list_disk(model, layers, settings, lead, weighs=weighs),
         work=list_work(
             settings,
             len(layers),

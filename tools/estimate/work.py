@@ -11,11 +11,12 @@ from pydantic import BaseModel, Field
 
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.block import Counts
-from tools.estimate.memory import ASKED_FOR, Part
+from tools.estimate.memory import ASKED_FOR, WEIGH, Part
 from tools.estimate.pruning import count_flops
 from tools.estimate.timing import Times
 from tools.models.layers import Layer, list_readers
 from tools.plans.layer_profile import LEVELS
+from tools.plans.methods import STAGES
 from tools.plans.recipe import Recipe
 
 QUESTION_TOKENS = 30
@@ -61,6 +62,17 @@ class Course(NamedTuple):
         return [(recipe, labels.count(label)) for label, recipe in dict(zip(labels, asked, strict=True)).items()]
 
     @property
+    def weighted(self) -> int:
+        """Calibration texts whose tokens are weighed."""
+        return len({recipe.calibration for recipe in self.rounds if recipe.weighs_tokens})
+
+    @property
+    def weighted_moments(self) -> int:
+        """Those of them that there are weighted second moments of the dense model's inputs of."""
+        asked = (recipe for recipe in self.rounds if recipe.weighs_tokens)
+        return len({recipe.calibration for recipe in asked if recipe.needs_curves or not recipe.in_order})
+
+    @property
     def curves(self) -> list[Recipe]:
         """The recipes whose own KL curves are measured; those of `refit` where none of them are."""
         plain = {"statistics": "dense"}  # curves are the dense model's whatever comes of the weights
@@ -88,6 +100,8 @@ def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Co
         "forward": counts.forward,
         "moments": 2.0 * settings.window * squares,
         "gradients": counts.forward + counts.head + 2 * (counts.backward + counts.head),
+        "stages": STAGES * counts.forward + 2.0 * settings.window * squares,  # passes end with their stage
+        "weigh": counts.forward + counts.head + counts.backward + counts.head,
         "curves": 2.0 * settings.window * weights * (1 + len(LEVELS)),
         "loss": counts.head,
         "divergence": 2 * counts.head,
@@ -113,6 +127,8 @@ def price_seconds(times: Times) -> Prices:
         "forward": steps.forward,
         "moments": max(steps.statistics - steps.forward, 0.0),
         "gradients": steps.gradients,
+        "stages": steps.stages,
+        "weigh": steps.gradients,  # with one backward less, which was not timed
         "curves": steps.curves.each,
         "cut masks": steps.curves.fixed,
         "describe": steps.describe,
@@ -128,7 +144,8 @@ def price_seconds(times: Times) -> Prices:
 
 def name_recipe(recipe: Recipe) -> str:
     """What is done inside a layer, whatever text and order its statistics come from."""
-    plain = recipe.model_copy(update={"calibration": "run", "statistics": "dense", "gamma": "plain"})
+    asked = {"calibration": "run", "statistics": "dense", "gamma": "plain", "tokens": "even"}
+    plain = recipe.model_copy(update=asked)
     return _name(plain.exact_label, recipe)
 
 
@@ -221,6 +238,23 @@ def list_work(
             {"curves": gradient, "cut masks": 1, "describe": 1},
         ),
     ]
+    if course.weighted:
+        steps += [
+            step(
+                WEIGH,
+                f"two forwards and a backward of {text('calibration', calibration)}",
+                course.weighted,
+                shares.calibration,
+                {"forward": calibration, "weigh": calibration},
+            ),
+            step(
+                "weighted second moments",
+                f"of what {layers} layers read, each for itself, in another forward",
+                course.weighted_moments,
+                shares.calibration,
+                {"forward": calibration, "moments": calibration, "write moments": 1},
+            ),
+        ]
     asked = [recipe for recipe in course.rounds if recipe.needs_curves]
     for recipe in course.curves:
         steps.append(
@@ -239,6 +273,9 @@ def list_work(
         if recipe.statistics == "sequential":
             done |= {"forward": 2.0 * calibration} | ({"moments": calibration} if recipe.changes_survivors else {})
             how += ", with two more forwards of the calibration text"
+        if recipe.statistics == "stages":
+            done |= {"forward": calibration, "stages": calibration}
+            how += ", with a pass of every block for each of its stages and one more of the calibration text"
         steps.append(step("prune", how, times, shares.layers, done))
     steps.append(
         step(

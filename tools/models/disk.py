@@ -17,14 +17,16 @@ class Line(BaseModel):
     bytes: int
 
 
-def list_disk(model: Any, layers: list[Layer], settings: TeamSettings, lead: int = 0) -> list[Line]:
+def list_disk(
+    model: Any, layers: list[Layer], settings: TeamSettings, lead: int = 0, *, weighs: bool = False
+) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints and the exported model.
 
     Plans may ask for two texts with more questions; the rule asks for one, and so many are counted. Each window has
-    `lead` tokens before its text.
+    `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window.
     """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
-    windows = settings.back_propagated
+    windows = settings.calibration_windows if weighs else settings.back_propagated
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
     checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
     readers = list_readers(layers)
@@ -32,6 +34,7 @@ def list_disk(model: Any, layers: list[Layer], settings: TeamSettings, lead: int
     return [
         Line(what="second moments", how=f"4 bytes × inputs², over {len(readers)} layers", bytes=moments),
         *([Line(what="those of a text with more questions", how="as many", bytes=moments)] if settings.mixes else []),
+        *([Line(what="those with weights of tokens", how="as many", bytes=moments)] if weighs else []),
         Line(
             what="inputs of all blocks, while the model is profiled",
             how=f"{blocks:,} blocks × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",

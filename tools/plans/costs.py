@@ -4,8 +4,10 @@ A backward pass counts as two forwards. Each cost has a name, under which it is 
 made, before is read back.
 """
 
+from collections.abc import Collection
+
 from tools.base.settings import WorkbenchSettings
-from tools.plans.methods import REFIT_STEPS
+from tools.plans.methods import REFIT_STEPS, STAGES, Statistics
 from tools.plans.polish import schedule_polish
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
@@ -34,9 +36,34 @@ def count_profile(settings: WorkbenchSettings) -> int:
     return count_calibration(settings) + 5 * count_gradients(settings)
 
 
+def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings) -> int:
+    """Of statistics of these kinds behind pruned predecessors: the calibration text forward, block by block.
+
+    Each block is passed once more than statistics are taken of it: once for sequential ones, and for stages as often as
+    it is counted to have any.
+    """
+    passes = ("sequential" in kinds) + STAGES * ("stages" in kinds)
+    return (passes + 1) * count_calibration(settings) if passes else 0
+
+
 def count_sequential(settings: WorkbenchSettings) -> int:
-    """Of statistics behind pruned predecessors: the calibration text forward twice, block by block."""
-    return 2 * count_calibration(settings)
+    """Of sequential statistics: the calibration text forward twice, block by block."""
+    return count_in_order(["sequential"], settings)
+
+
+def count_weights(settings: WorkbenchSettings) -> int:
+    """Of the weights of tokens: the calibration text forward twice, and one backward."""
+    return 4 * count_calibration(settings)
+
+
+def list_weight_costs(recipe: Recipe, settings: WorkbenchSettings, *, moments: bool) -> Costs:
+    """What the weights of tokens take, and second `moments` of the dense model's inputs so weighed."""
+    if not recipe.weighs_tokens:
+        return {}
+    costs = {f"token weights of the {recipe.calibration} text": count_weights(settings)}
+    if moments:
+        costs[f"weighted second moments of the {recipe.calibration} text"] = count_calibration(settings)
+    return costs
 
 
 def count_polish(settings: WorkbenchSettings, tokens: int) -> int:
@@ -46,8 +73,8 @@ def count_polish(settings: WorkbenchSettings, tokens: int) -> int:
 
 
 def list_curve_costs(recipe: Recipe, settings: WorkbenchSettings) -> Costs:
-    """What must be measured before a recipe's allocation is known, beyond the run's own profile."""
-    costs: Costs = {}
+    """What must be measured before a recipe's allocation is known, and its statistics, beyond the run's own profile."""
+    costs = list_weight_costs(recipe, settings, moments=recipe.needs_curves or not recipe.in_order)
     if recipe.calibration != "run":
         costs[f"profile of the {recipe.calibration} text"] = count_profile(settings)
     if recipe.needs_curves:
@@ -58,10 +85,11 @@ def list_curve_costs(recipe: Recipe, settings: WorkbenchSettings) -> Costs:
 
 def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     """What must be walked through to carry an order out."""
-    recipes = {layer.recipe for layer in order.layers.values()}
-    costs: Costs = {}
-    if any(recipe.statistics == "sequential" for recipe in recipes):
-        costs[f"walk of order {order.id}"] = count_sequential(settings)
+    recipes, costs = {layer.recipe for layer in order.layers.values()}, Costs()
+    for recipe in recipes:
+        costs |= list_weight_costs(recipe, settings, moments=not recipe.in_order)
+    if walked := count_in_order({recipe.statistics for recipe in recipes}, settings):
+        costs[f"walk of order {order.id}"] = walked
     if order.polish:
         costs[f"polish of order {order.id}"] = count_polish(settings, order.polish)
     return costs

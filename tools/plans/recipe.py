@@ -15,6 +15,7 @@ from tools.plans.methods import (
     MOST_STEPS,
     PROFILED,
     REFIT_STEPS,
+    STAGES,
     MethodName,
     Statistics,
     name_sequential,
@@ -77,6 +78,12 @@ class Recipe(BaseModel):
         description="clipped counts no token's gradient for more than 10 times the median token's when weights are "
         "chosen: for models with massive activations, whose first tokens hold nearly all of gamma; costs nothing.",
     )
+    tokens: Literal["even", "weighted"] = Field(
+        "even",
+        exclude_if=lambda tokens: tokens == "even",  # what is kept on disk goes on to be called as ever
+        description="weighted: in refit and updates each token counts by its squared gradient at the layer's output, "
+        "at most as ten times the median one; once for each text as much as five forwards of it.",
+    )
     curves: Literal["mask", "method"] = Field(
         "method",
         description="Whose change of the weights the KL curves behind the allocation measure. method: what this method "
@@ -86,8 +93,9 @@ class Recipe(BaseModel):
     statistics: Statistics = Field(
         METHODS["refit"].statistics,
         description="What the layers' inputs are taken from. dense: the dense model. sequential: block by block, "
-        "behind pruned predecessors; two more forwards of the calibration text. Left out: sequential for "
-        f"{name_sequential(LEVERS.values())}, as published, else dense.",
+        "behind pruned predecessors; two more forwards of the calibration text. stages: within blocks, too (q, k, v; "
+        f"o; gate, up; down), a pass of the block for each and one more, counted as {STAGES + 1} forwards. Left out: "
+        f"sequential for {name_sequential(LEVERS.values())}, as published, else dense.",
         json_schema_extra=_leave_out_default,
     )
     calibration: Calibration = Field(
@@ -171,20 +179,31 @@ class Recipe(BaseModel):
         return self.refits or METHODS[self.method].changes_survivors
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count unevenly in the second moment; methods that leave the survivors have no use for it."""
+        return self.tokens == "weighted" and self.changes_survivors
+
+    @property
+    def in_order(self) -> bool:
+        """Whether layers are pruned block by block, by what they read behind pruned predecessors."""
+        return self.statistics != "dense"
+
+    @property
     def steps(self) -> int:
         """`refit_steps` where they count: methods other than refit have no use for them."""
         return self.refit_steps if METHODS[self.method].refits_in_steps else REFIT_STEPS
 
     @property
     def exact_label(self) -> str:
-        """What is done inside a layer, with a mark for sequential statistics whatever the method's own are: a key to
-        what is kept on disk, where it has never meant anything else."""
+        """What is done inside a layer, with a mark for other than dense statistics whatever the method's own are: a key
+        to what is kept on disk, where it has never meant anything else."""
         steps = "" if self.steps == REFIT_STEPS else f"{self.steps}"
         marks = [
             "+refit" if self.refits_after else "",
             "~clipped" if self.gamma == "clipped" else "",
+            "~weighted" if self.weighs_tokens else "",
             f"~{self.calibration}" if self.calibration != "run" else "",
-            "~sequential" if self.statistics == "sequential" else "",
+            f"~{self.statistics}" if self.in_order else "",
         ]
         return f"{self.method}{steps}{''.join(marks)}"
 
@@ -242,6 +261,7 @@ class Recipe(BaseModel):
             refit=self.refits_after,
             refit_steps=self.steps,
             gamma=self.gamma,
+            tokens="weighted" if self.weighs_tokens else "even",
             statistics=self.statistics,
             calibration=self.calibration,
             pattern=self.pattern,
@@ -252,17 +272,18 @@ _IN_STEPS = "|".join(f"(?<=^{name})" for name, method in METHODS.items() if meth
 
 _LABEL = re.compile(
     rf"(?P<method>[a-z-]+?)(?:(?:{_IN_STEPS})(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
-    r"(?:~(?P<calibration>quarter|half))?(?:~(?P<statistics>dense|sequential))?"
+    r"(?P<weighted>~weighted)?(?:~(?P<calibration>quarter|half))?(?:~(?P<statistics>dense|sequential|stages))?"
     r"(?P<polish>\+polish(?P<polish_tokens>\d+)?)?"
     r"(?::(?P<allocation>[a-z][a-z-]*?)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
 
 
 def parse_recipe(label: str) -> Recipe:
-    """The recipe of a label, `METHOD[+refit][~clipped][~quarter|~half][~dense|~sequential][+polish[TOKENS]]
+    """The recipe of `METHOD[+refit][~clipped][~weighted][~quarter|~half][~STATISTICS][+polish[TOKENS]]
     [:ALLOCATION[@STRENGTH]]`.
 
-    Without a mark for statistics they are those that the method's authors take; without an allocation it is uniform.
+    STATISTICS is dense, sequential or stages; without that mark they are those that the method's authors take. Without
+    an allocation it is uniform.
     Raises ValueError in one line for another form or a name that there is not.
     """
     form = _LABEL.fullmatch(label.strip())
@@ -275,6 +296,7 @@ def parse_recipe(label: str) -> Recipe:
                 "refit": form["refit"] is not None,
                 "refit_steps": form["steps"] or REFIT_STEPS,
                 "gamma": "clipped" if form["clipped"] else "plain",
+                "tokens": "weighted" if form["weighted"] else "even",
                 **({"statistics": form["statistics"]} if form["statistics"] else {}),
                 "calibration": form["calibration"] or "run",
                 "polish": form["polish"] is not None,

@@ -9,6 +9,7 @@ from tools.results.schema import Finalist, Knowledge, Polished, Reach, Summary
 
 BEHIND: dict[Statistics, str] = {
     "sequential": "each block behind its pruned predecessors",
+    "stages": "each stage of a block behind all that is pruned before it",
     "dense": "statistics of the dense model",
 }
 """What layers were pruned by, in words."""

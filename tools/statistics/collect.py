@@ -31,6 +31,7 @@ from tools.statistics.experts import FEW, fill_up, find_few, list_pools
 from tools.statistics.requests import (
     Alone,
     Finish,
+    ListStages,
     Parts,
     SumCurves,
     SumGradients,
@@ -90,7 +91,7 @@ class Moments(NamedTuple):
     mean_square: dict[str, Tensor]
     """Mean of x^2 of each input."""
     second_moment: dict[str, Tensor]
-    """Mean of x x^T; empty where only the mean squares were asked for."""
+    """Mean of x x^T; empty where only the mean squares were asked for, and of every layer where tokens have weights."""
     group: dict[str, str]
     few: dict[str, int]
     """As in `ModelStatistics`."""
@@ -100,10 +101,13 @@ _walks = itertools.count()
 
 
 @contextmanager
-def begin_walk(team: Team, text: Calibration = "run") -> Iterator[Walk]:
-    """One more walk through a calibration text; afterwards nothing of it is held."""
+def begin_walk(team: Team, text: Calibration = "run", *, every: bool = False) -> Iterator[Walk]:
+    """One more walk through a calibration text; afterwards nothing of it is held.
+
+    Gradients flow back through its gradient windows, or through `every` window.
+    """
     try:
-        yield Walk(next(_walks), text)
+        yield Walk(next(_walks), text, every)
     finally:
         team.ask(Finish())(ignore_ticks)
 
@@ -157,14 +161,25 @@ def collect_moments(
     *,
     full: bool = True,
     purpose: Purpose = "moments",
+    names: Sequence[str] = (),
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Moments:
     """The moments of what the layers of a block read: fp32, means over all tokens.
 
-    The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products.
+    The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products. With
+    `names`, of one of the stages that `find_stages` lists. With `weights` of tokens (`tools.statistics.weights`) every
+    layer has a second moment for itself; mean squares are as without.
     Experts that few tokens were sent to have those of all filled in. Raises UnknownStatistics for any other layer that
     never ran.
     """
-    return _finish_moments(team.ask(SumMoments(walk, block, full, purpose))(ignore_ticks), extent, layers, full)
+    answers = team.ask(SumMoments(walk, block, full, purpose, names, weights))(ignore_ticks)
+    chosen = [layer for layer in layers if not names or layer.name in names]
+    return _finish_moments(answers, extent, chosen, full)
+
+
+def find_stages(team: Team, walk: Walk, block: int) -> list[list[str]]:
+    """The stages of a block, in the order in which they run: names of layers that read the same tensor."""
+    return team.ask(ListStages(walk, block))(ignore_ticks)[0]
 
 
 def _finish_moments(
@@ -182,10 +197,11 @@ def _finish_moments(
             )
         group.setdefault(layer.name, layer.name)
     few = _fill_up_moments(sums, extent, layers, group, full)
-    means = {key: sums[key] for leader in group.values() for key in (f"A/{leader}", f"a/{leader}") if key in sums}
+    names = dict.fromkeys([*group.values(), *group])  # where tokens have weights, all layers have sums
+    means = {key: sums[key] for name in names for key in (f"A/{name}", f"a/{name}") if key in sums}
     for total in means.values():
         total /= extent.positions
-    second = {leader: means[f"A/{leader}"] for leader in dict.fromkeys(group.values()) if full}
+    second = {name: means[f"A/{name}"] for name in names if f"A/{name}" in means}
     squares = {leader: means.get(f"a/{leader}") for leader in dict.fromkeys(group.values())}
     mean_square = {name: second[name].diagonal() if mean_I is None else mean_I for name, mean_I in squares.items()}
     return Moments(mean_square, second, group, few)

@@ -3,10 +3,13 @@
 fp16 knows nothing below 6e-8 and nothing above 65504, and the gradient of a mean over two thousand tokens is largely
 below. So what flows back through a block begins with `LARGEST` in its largest entry, and is divided again where it is
 summed up. In other dtypes the power is 1, and no bit is changed by it.
+
+Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -24,6 +27,26 @@ _LOWER = 2.0**-8
 """What is left of a gradient that overflowed, to try it again."""
 
 _TRIALS = 3
+
+
+class Pair(NamedTuple):
+    """What a layer read and what flowed back to it, of one window."""
+
+    x_TI: Tensor
+    g_TO: Tensor
+    """The gradient of -log p of drawn labels, times `scale`."""
+    scale: float
+
+
+@dataclass
+class Seen:
+    """What flowed back through one block, by shard and layer."""
+
+    pairs: dict[int, dict[str, list[Pair]]]
+    language: dict[int, dict[str, float]]
+    """Mean over the weights of |dL/dW| of the language modelling loss, summed over the windows."""
+    sizes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    """By layer and window, the squared gradient of each token, (T,); in a walk through every window, without pairs."""
 
 
 class Gradient(NamedTuple):

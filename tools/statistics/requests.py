@@ -46,10 +46,23 @@ class SumMoments(NamedTuple):
     block: int
     full: bool
     purpose: Purpose
+    names: Sequence[str] = ()
+    weights: Mapping[str, Tensor] | None = None
 
     def run(self, walks: Walks, span: Span) -> tuple[Nodes, dict[str, str]]:
         """As in `ShardRequest`."""
         return walks.moments(span, *self)
+
+
+class ListStages(NamedTuple):
+    """The stages of a block (`Walks.stages`)."""
+
+    walk: Walk
+    block: int
+
+    def run(self, walks: Walks, span: Span) -> list[list[str]]:
+        """As in `ShardRequest`."""
+        return walks.stages(span, *self)
 
 
 class SumGradients(NamedTuple):
@@ -61,6 +74,17 @@ class SumGradients(NamedTuple):
     def run(self, walks: Walks, span: Span) -> Nodes:
         """As in `ShardRequest`."""
         return walks.gradients(span, *self)
+
+
+class SizeTokens(NamedTuple):
+    """The squared gradient of each token at the outputs of a block's layers (`Walks.token_sizes`)."""
+
+    walk: Walk
+    block: int
+
+    def run(self, walks: Walks, span: Span) -> dict[str, dict[int, Tensor]]:
+        """As in `ShardRequest`."""
+        return walks.token_sizes(span, *self)
 
 
 class SumMaskCurves(NamedTuple):

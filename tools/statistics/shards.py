@@ -6,6 +6,7 @@ a worker with several neighbouring shards may hand over their sum, and nothing d
 
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 SHARDS = 8
@@ -73,6 +74,12 @@ def join_nodes(tree: Span, known: Mapping[Span, Sums]) -> Sums:
 def _halves(node: Span) -> tuple[Span, Span]:
     middle = (node[0] + node[1]) // 2
     return (node[0], middle), (middle, node[1])
+
+
+def add_count(sums: Sums, name: str, *rows: Tensor) -> None:
+    """Add to `n/NAME`, the tokens that the sums of a layer are over; experts see some of them."""
+    key = f"n/{name}"
+    sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + sum(map(len, rows))
 
 
 def _add(left: Sums, right: Sums) -> Sums:

@@ -15,7 +15,7 @@ from tools.models.layers import Layer
 @contextmanager
 def tapped(
     layers: Iterable[Layer],
-    on_input: Callable[[Layer, Tensor], None],
+    on_input: Callable[[Layer, Tensor], object],
     on_gradient: Callable[[Layer, Tensor, Tensor], None] | None = None,
 ) -> Iterator[None]:
     """Hooks on layers: their inputs are seen in the forward pass, their output gradients in the backward pass."""

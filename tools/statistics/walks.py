@@ -7,7 +7,7 @@ Shape suffixes: B windows, T tokens, I input features (d_in), O output features 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from kernels.statistics import (
-    add_second_moment,
     clip_tokens,
     mean_absolute_gradient,
     squared_loss_changes,
     sum_squares,
+    sum_token_squares,
 )
 from tools.base.errors import UnknownStatistics
 from tools.base.failures import explain_layer
@@ -30,23 +30,15 @@ from tools.models.blocks import Blocks
 from tools.models.experts import run_apart
 from tools.models.layers import Layer
 from tools.models.readout import compute_hidden, hidden_gradients
-from tools.statistics.gradients import OVERFLOW, Gradient, bring_near, flow_back, scale_losses
+from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
+from tools.statistics.moments import MomentSums, Readers, StageOver, Wanted, list_stages
 from tools.statistics.pruned import parts_of_mask
-from tools.statistics.shards import Span, Sums, cut_shards, list_nodes, sum_node
+from tools.statistics.shards import Span, Sums, add_count, cut_shards, list_nodes, sum_node
 from tools.statistics.states import StateStack
 from tools.statistics.taps import tapped
 
 CLIP = 10.0
 """The clipped gamma counts no token for more than this many times the median token (of its window)."""
-
-
-class Pair(NamedTuple):
-    """What a layer read and what flowed back to it, of one window."""
-
-    x_TI: Tensor
-    g_TO: Tensor
-    """The gradient of -log p of drawn labels, times `scale`."""
-    scale: float
 
 
 Nodes = list[tuple[Span, Sums]]
@@ -58,19 +50,12 @@ class Walk(NamedTuple):
 
     number: int
     text: Calibration
+    every: bool = False
+    """Whether gradients flow back through every window, and not the gradient windows alone."""
 
 
 Purpose = Literal["profile", "moments", "pruning"]
 """Why a text walks up: to come back, for the moments alone, or through blocks that change before it passes them."""
-
-
-@dataclass
-class _Seen:
-    """What flowed back through one block, by shard and layer."""
-
-    pairs: dict[int, dict[str, list[Pair]]]
-    language: dict[int, dict[str, float]]
-    """Mean over the weights of |dL/dW| of the language modelling loss, summed over the windows."""
 
 
 @dataclass
@@ -87,7 +72,7 @@ class _Way:
     """The next block down; None on the way up."""
     above: dict[int, tuple[Gradient, ...]] = field(default_factory=dict)
     """Gradients of that block's output, by window; on CPU."""
-    seen: dict[int, _Seen] = field(default_factory=dict)
+    seen: dict[int, Seen] = field(default_factory=dict)
     """What is held of the blocks that were passed last."""
 
 
@@ -126,17 +111,45 @@ class Walks:
         self._walk: Walk | None = None
         self._ways: dict[Span, _Way] = {}
 
-    def moments(self, span: Span, walk: Walk, block: int, full: bool, purpose: Purpose) -> tuple[Nodes, dict[str, str]]:
+    def stages(self, span: Span, walk: Walk, block: int) -> list[list[str]]:
+        """The layers of a block, those together that read the same tensor, in the order in which they run.
+
+        Found on the first window; the block may be pruned in part.
+        """
+        way, group = self._reach(span, walk, block, False), dict[str, str]()
+        readers = Readers(group)
+        with tapped(self.grouped[block], readers.find_leader):
+            self._run(way, block, self.shards[span[0]][0])
+        return list_stages(self.grouped[block], group)
+
+    def moments(
+        self,
+        span: Span,
+        walk: Walk,
+        block: int,
+        full: bool,
+        purpose: Purpose,
+        names: Sequence[str] = (),
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Nodes, dict[str, str]]:
         """(what a block's layers read, summed over tokens; the first layer of each that read the same tensor).
+
+        With `names`, of those layers alone, which are one of its stages: where no expert is among them, no window
+        passes more of the block than that takes.
 
         `A/LAYER` is the sum of x x^T of each group's first layer, or, not `full`, `a/LAYER` that of x^2: all that masks
         without an update need, at a fraction of the products. `n/LAYER` is how many tokens an expert's sum is over.
+        With `weights` of each layer's tokens, (windows, T), `A/LAYER` is the sum of w x x^T of every layer for itself,
+        and there is `a/LAYER`, in which all tokens count alike, too.
         """
         way = self._reach(span, walk, block, purpose == "profile")
         group: dict[str, str] = {}
         self._put_down(way, span)
         before = dict(way.states) if purpose == "pruning" else {}
-        nodes = self._sum(span, lambda shard: self._sum_moments(way, block, shard, full, group))
+        layers = [layer for layer in self.grouped[block] if not names or layer.name in names]
+        last = names[-1] if names and not any(layer.pool for layer in layers) else ""
+        wanted = Wanted(full, group, last, weights)
+        nodes = self._sum(span, lambda shard: self._sum_moments(way, block, shard, layers, wanted))
         if purpose == "pruning":
             way.states = before
         else:
@@ -151,6 +164,13 @@ class Walks:
         """
         seen = self._descend(span, walk, block, language=True)
         return self._sum(span, lambda shard: self._sum_gradients(seen, shard))
+
+    def token_sizes(self, span: Span, walk: Walk, block: int) -> dict[str, dict[int, Tensor]]:
+        """By layer of a block and window, the squared gradient of each token at the layer's output: (T,), fp32, CPU.
+
+        The gradients are those that gamma is made of; the walk is one through every window.
+        """
+        return self._descend(span, walk, block, language=False).sizes
 
     def mask_curves(self, span: Span, walk: Walk, block: int, known: Mapping[str, Sequence[Tensor]]) -> Nodes:
         """As `curves`, of what the two-sided mask removes.
@@ -205,48 +225,38 @@ class Walks:
             way.inputs.push([way.states[window] for window in self._gradient_windows(span)])
 
     def _gradient_windows(self, span: Span) -> list[int]:
-        return [w for shard in range(*span) for w in self.shards[shard] if w < self.gradient_windows]
+        return [window for shard in range(*span) for window in self._flowing(shard)]
+
+    def _flowing(self, shard: int) -> list[int]:
+        """The windows of a shard that gradients flow back through."""
+        every = self._walk is not None and self._walk.every
+        return [window for window in self.shards[shard] if every or window < self.gradient_windows]
+
+    def _step(self, way: _Way, block: int, window: int) -> None:
+        way.states[window] = self._run(way, block, window).cpu()
 
     @torch.no_grad()
-    def _step(self, way: _Way, block: int, window: int) -> None:
+    def _run(self, way: _Way, block: int, window: int) -> Tensor:
         heed_stop()
         with self._run_apart(block):
-            way.states[window] = self.blocks.run(self.windows_BT[window], block, way.states[window]).cpu()
+            return self.blocks.run(self.windows_BT[window], block, way.states[window])
 
     def _run_apart(self, block: int) -> AbstractContextManager[None]:
         """Fused experts run one by one on every walk, seen or not: whoever takes over a span finds the same states."""
         return run_apart(layer.module for layer in self.grouped[block])
 
-    def _sum_moments(self, way: _Way, block: int, shard: int, full: bool, group: dict[str, str]) -> Sums:
-        sums: Sums = {}
-        last: tuple[str, Tensor | None] = ("", None)
-
-        def on_input(layer: Layer, x_TI: Tensor) -> None:
-            nonlocal last
-            known = last[1]
-            shares = known is not None and known.data_ptr() == x_TI.data_ptr() != 0 and known.shape == x_TI.shape
-            leader = group.setdefault(layer.name, last[0] if shares else layer.name)
-            if leader != layer.name:
-                return
-            width, name = x_TI.shape[1], f"A/{leader}" if full else f"a/{leader}"
-            if name not in sums:
-                sums[name] = torch.zeros((width, width) if full else width, device=x_TI.device)
-            if full:
-                add_second_moment(sums[name], x_TI)
-            else:
-                sums[name] += sum_squares(x_TI)
-            if layer.pool:
-                _add_count(sums, leader, x_TI)
-            last = (leader, x_TI)
-
-        with tapped(self.grouped[block], on_input):
+    def _sum_moments(self, way: _Way, block: int, shard: int, layers: Sequence[Layer], wanted: Wanted) -> Sums:
+        taken = MomentSums(wanted)
+        with tapped(layers, taken.see):
             for window in self.shards[shard]:
-                self._step(way, block, window)
-        return sums
+                taken.window = window
+                with suppress(StageOver):
+                    self._step(way, block, window)
+        return taken.sums
 
     # --- down --------------------------------------------------------------------------------------------------
 
-    def _descend(self, span: Span, walk: Walk, block: int, *, language: bool) -> _Seen:
+    def _descend(self, span: Span, walk: Walk, block: int, *, language: bool) -> Seen:
         """What flows back through a block. Each block runs forward once more, so that only its own graph is held."""
         self._turn_to(walk)
         way = self._ways.get(span)
@@ -277,13 +287,13 @@ class Walks:
             way.up += 1
         return way
 
-    def _step_down(self, way: _Way, block: int, span: Span, language: bool) -> _Seen:
+    def _step_down(self, way: _Way, block: int, span: Span, language: bool) -> Seen:
         """Back-propagate through a block the loss of labels drawn from the model and, with `language`, the text's.
 
         Raises UnknownStatistics when fp16 cannot hold what flows back.
         """
         layers, last, shards = self.grouped[block], block == len(self.blocks) - 1, range(*span)
-        seen = _Seen(
+        seen = Seen(
             {shard: {layer.name: [] for layer in layers} for shard in shards},
             {shard: dict.fromkeys((layer.name for layer in layers), 0.0) for shard in shards},
         )
@@ -300,7 +310,7 @@ class Walks:
                 means.append((layer.name, mean_absolute_gradient(g_TO, x_TI)))
 
         for shard in shards:
-            for window in (w for w in self.shards[shard] if w < self.gradient_windows):
+            for window in self._flowing(shard):
                 heed_stop()
                 ids_T = self.windows_BT[window]
                 x_BTD = next(entered).requires_grad_()
@@ -318,7 +328,11 @@ class Walks:
                         fisher = False
                         below.append(flow_back(output, x_BTD, above[1], means.clear, scaled=self._scaled))
                 for name, x_TI, g_TO in pairs:
-                    seen.pairs[shard][name].append(Pair(x_TI, g_TO, drawn.scale))
+                    if self._walk is not None and self._walk.every:
+                        sizes, size_T = seen.sizes.setdefault(name, {}), sum_token_squares(g_TO) / drawn.scale**2
+                        sizes[window] = size_T.cpu() + sizes.get(window, 0)  # a layer may be called twice
+                    else:
+                        seen.pairs[shard][name].append(Pair(x_TI, g_TO, drawn.scale))
                 for name, mean in means:
                     seen.language[shard][name] += mean / below[1].scale
                 pairs.clear()
@@ -337,7 +351,7 @@ class Walks:
         )
         return Gradient(drawn_TD[None], scales[0]), Gradient(text_TD[None], scales[1])
 
-    def _sum_gradients(self, seen: _Seen, shard: int) -> Sums:
+    def _sum_gradients(self, seen: Seen, shard: int) -> Sums:
         sums: Sums = {}
         for name, pairs in seen.pairs[shard].items():
             if pairs:
@@ -347,10 +361,10 @@ class Walks:
                 sums[f"clipped/{name}"] = sum(clipped[1:], clipped[0])
                 sums[f"language/{name}"] = torch.tensor(seen.language[shard][name], dtype=torch.float64)
                 if name in self._pooled:
-                    _add_count(sums, name, *(pair.g_TO for pair in pairs))
+                    add_count(sums, name, *(pair.g_TO for pair in pairs))
         return sums
 
-    def _sum_curves(self, seen: _Seen, span: Span, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
+    def _sum_curves(self, seen: Seen, span: Span, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
         leaves: dict[int, Sums] = {shard: {} for shard in range(*span)}
         for layer in self.grouped[block]:  # layer by layer, so that the parts of one only are held
             pairs = {shard: seen.pairs[shard][layer.name] for shard in range(*span)}
@@ -367,17 +381,11 @@ class Walks:
                 if column_LP.shape[1]:
                     leaves[shard][f"curve/{layer.name}"] = column_LP.sum(1)
                     if layer.pool:
-                        _add_count(leaves[shard], layer.name, *(pair.x_TI for pair in pairs[shard]))
+                        add_count(leaves[shard], layer.name, *(pair.x_TI for pair in pairs[shard]))
         return self._sum(span, leaves.__getitem__)
 
     def _sum(self, span: Span, leaf: Callable[[int], Sums]) -> Nodes:
         return [(node, sum_node(node, leaf)) for node in list_nodes((0, len(self.shards)), span)]
-
-
-def _add_count(sums: Sums, name: str, *rows: Tensor) -> None:
-    """Add to `n/NAME`, the tokens that the sums of a layer are over; experts see some of them."""
-    key = f"n/{name}"
-    sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + sum(map(len, rows))
 
 
 def layers_by_block(layers: Iterable[Layer], count: int) -> list[list[Layer]]:

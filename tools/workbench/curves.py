@@ -32,8 +32,9 @@ class Curves:
     def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """The layers of the recipe's profile, with what its allocation needs beyond: measured once, then read back.
 
-        Raises ImpossiblePlan where the run has not the text that the recipe's statistics are to be of.
+        Raises ImpossiblePlan where there are no statistics as the recipe asks for.
         """
+        self._profiles.refuse_statistics(recipe)
         profile = self._profiles.find(profile, recipe, progress)
         layers = self._profiles.read(profile).layers
         if "alpha" in recipe.needs:
@@ -49,7 +50,7 @@ class Curves:
 
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `describe_layers`, with the KL curves of `profile` whatever the recipe's: no weight is touched."""
-        self._profiles.refuse_calibration(recipe)
+        self._profiles.refuse_statistics(recipe)
         plain = recipe.model_copy(update={"curves": "mask", "calibration": "run"})
         return self.describe_layers(profile, plain, progress)
 
@@ -76,7 +77,7 @@ class Curves:
     def measure_kappa(self, profile: str, recipe: Recipe, progress: Progress) -> dict[str, list[float]]:
         """KL curves of what the recipe's method leaves of each layer."""
         if recipe.changes_survivors:
-            self._profiles.find_moments(profile, progress)
+            self._profiles.find_moments(profile, progress, weighted=recipe.weighs_tokens)
         self._weights.restore_dense()
         parts = _Parts(self._weights, self._profiles, self._crew, profile, recipe, progress)
         text, layers = self._profiles.read(profile).calibration, self._weights.layers

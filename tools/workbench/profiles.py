@@ -1,7 +1,7 @@
 """Profiles of the dense model: its losses, and what calibration texts say of its layers, measured once and kept."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -14,10 +14,18 @@ from tools.base.errors import ImpossiblePlan, UnknownStatistics, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import TEAM, Calibration, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar
+from tools.models.layers import Layer
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
-from tools.statistics.collect import ModelStatistics, Moments, begin_walk, collect_moments, collect_statistics
+from tools.statistics.collect import (
+    ModelStatistics,
+    Moments,
+    begin_walk,
+    collect_moments,
+    collect_statistics,
+)
 from tools.statistics.table import build_profile
+from tools.statistics.weights import weigh_block
 from tools.team.cluster import Cluster
 from tools.team.worker import LayerGroup, LayerWork
 from tools.workbench.crew import Crew
@@ -203,8 +211,16 @@ class Profiles:
 
     # --- the text that statistics come from --------------------------------------------------------------------
 
-    def refuse_calibration(self, recipe: Recipe) -> None:
-        """Raises ImpossiblePlan in one line where this run has not the text that a recipe's statistics are to be of."""
+    def refuse_statistics(self, recipe: Recipe) -> None:
+        """Raises ImpossiblePlan in one line where there are no statistics as a recipe asks for.
+
+        That is where this run has not the text that they are to be of, and where tokens are to weigh unevenly for
+        experts, each of which reads other ones.
+        """
+        if recipe.weighs_tokens and any(layer.pool for layer in self._weights.layers):
+            raise ImpossiblePlan(
+                "tokens are not weighted in mixtures of experts, each of which reads other ones; leave tokens even"
+            )
         if recipe.calibration == "run" or recipe.calibration in self._mixed:
             return
         asked = f"calibration {recipe.calibration!r}"
@@ -222,7 +238,7 @@ class Profiles:
         """
         if recipe.calibration == "run":
             return profile
-        self.refuse_calibration(recipe)
+        self.refuse_statistics(recipe)
         run = self.read(profile)
         full = bool(run.moments)
 
@@ -254,11 +270,12 @@ class Profiles:
         gamma_O = means[f"{recipe.gamma}/{name}"].to(device)
         if present is not None:
             leader = present.group[name]
-            moment_II = present.second_moment.get(leader)
+            moment_II = present.second_moment.get(name, present.second_moment.get(leader))
             return LayerStatistics(present.mean_square[leader], gamma_O, moment_II)
         if not recipe.changes_survivors:
             return LayerStatistics(means[f"a/{name}"].to(device), gamma_O)
-        digest = self.find_moments(profile)[stored.group[name]]
+        moments = self.find_moments(profile, weighted=recipe.weighs_tokens)
+        digest = moments[name if recipe.weighs_tokens else stored.group[name]]
         if self._shared is None or self._shared[0] != digest:  # neighbours share one; only one is held
             moment_II = self._store.read_tensors(digest)["A"].to(device)
             statistics = LayerStatistics(means[f"a/{name}"].to(device), gamma_O, moment_II)
@@ -267,29 +284,76 @@ class Profiles:
         self._shared = (digest, statistics)
         return statistics
 
-    def find_moments(self, profile: str, progress: Progress = ignore_progress) -> dict[str, str]:
-        """Artifact of each second moment; where the profile was made for masks alone, measured in the dense model."""
+    def find_moments(
+        self, profile: str, progress: Progress = ignore_progress, *, weighted: bool = False
+    ) -> dict[str, str]:
+        """Artifact of each second moment; where the profile was made for masks alone, measured in the dense model.
+
+        Those in which tokens are `weighted` are one for each layer, and always measured when they are first asked for.
+        """
         stored = self.read(profile)
+        if weighted:
+            self.find_token_weights(profile, progress)
+            measure = partial(self._measure_moments, stored, progress, profile)
+            return self._index.measure_once(["weighted moments", stored.means], measure)
         measure = partial(self._measure_moments, stored, progress)
         return stored.moments or self._index.measure_once(["moments", stored.means], measure)
 
-    def _measure_moments(self, stored: StoredProfile, progress: Progress) -> dict[str, str]:
+    def _measure_moments(self, stored: StoredProfile, progress: Progress, weighed: str = "") -> dict[str, str]:
+        """By the weights of tokens of the profile `weighed`, where one is given."""
         self._weights.restore_dense()
         artifacts: dict[str, str] = {}
-        grouped, team = self._weights.by_block, self._crew.team
+        grouped, team, kind = self._weights.by_block, self._crew.team, "weighted moments" if weighed else "moments"
         with begin_walk(team, stored.calibration) as walk:
             for block, layers in enumerate(grouped):
-                progress("second moments", block, len(grouped))
-                key = ["moments", stored.means, str(block)]
-                made = self._index.read_measured(key)  # before it was interrupted
-                if made is None or not all(self._store.has(x, ".safetensors") for x in made.values()):
-                    moments = collect_moments(team, self._crew.extent, walk, block, layers).second_moment
-                    made = {name: self._store.write_tensors({"A": moment_II}) for name, moment_II in moments.items()}
-                    del moments  # they are large: let them go before those of the next block are made
-                    self._index.keep_measured(key, made)
-                artifacts |= made
-        progress("second moments", len(grouped), len(grouped))
+                progress("weighted second moments" if weighed else "second moments", block, len(grouped))
+
+                def measure(block: int = block, layers: Sequence[Layer] = layers) -> dict[str, str]:
+                    weights = self.read_token_weights(weighed, block) if weighed else None
+                    moments = collect_moments(team, self._crew.extent, walk, block, layers, weights=weights)
+                    return {
+                        name: self._store.write_tensors({"A": moment_II})
+                        for name, moment_II in moments.second_moment.items()
+                    }
+
+                artifacts |= self._find_files([kind, stored.means, str(block)], measure)
+        progress("weighted second moments" if weighed else "second moments", len(grouped), len(grouped))
         return artifacts
+
+    def _find_files(self, key: list[str], measure: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """Artifacts of tensors that were made before it was interrupted, all whole, or are now."""
+        made = self._index.read_measured(key)
+        if made is None or not all(self._store.has(artifact, ".safetensors") for artifact in made.values()):
+            made = self._index.keep_measured(key, measure())
+        return made
+
+    def find_token_weights(self, profile: str, progress: Progress) -> None:
+        """Weights of all tokens of the profile's text, in the dense model: measured once, block by block from the last.
+
+        Gradients flow back through every window of the text, and not the gradient windows alone.
+        """
+        stored, grouped, team = self.read(profile), self._weights.by_block, self._crew.team
+        names = [["token weights", stored.means, str(block)] for block in range(len(grouped))]
+        known = map(self._index.read_measured, names)
+        if all(made is not None and self._store.has(made["weights"], ".safetensors") for made in known):
+            return
+        self._weights.restore_dense()
+        with begin_walk(team, stored.calibration, every=True) as walk:
+            for done, block in enumerate(reversed(range(len(grouped)))):
+                progress("token weights", done, len(grouped))
+
+                def measure(block: int = block) -> dict[str, str]:
+                    weights = weigh_block(team, self._crew.extent, walk, block, grouped[block])
+                    return {"weights": self._store.write_tensors(weights)}
+
+                self._find_files(names[block], measure)
+        progress("token weights", len(grouped), len(grouped))
+
+    def read_token_weights(self, profile: str, block: int) -> dict[str, Tensor]:
+        """What `find_token_weights` found for the layers of a block: (windows, T), fp32, on the CPU."""
+        made = self._index.read_measured(["token weights", self.read(profile).means, str(block)])
+        assert made is not None, "they are found before layers are pruned"
+        return self._store.read_tensors(made["weights"])
 
     def list_work(
         self,
@@ -300,7 +364,8 @@ class Profiles:
         present: Moments | None = None,
     ) -> Iterator[LayerGroup]:
         """What workers need to prune layers: those together that stand together and share a second moment."""
-        group = self.read(profile).group if recipe.changes_survivors else {}
+        shared = recipe.changes_survivors and not recipe.weighs_tokens
+        group = self.read(profile).group if shared else {}
         for _, names in groupby(zeros, lambda name: group.get(name, name)):
             work, moment_II = [], None
             for name in names:

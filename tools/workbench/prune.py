@@ -13,8 +13,9 @@ from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished
-from tools.statistics.collect import Moments, begin_walk, collect_moments
+from tools.statistics.collect import Moments, begin_walk, collect_moments, find_stages
 from tools.statistics.pruned import prune_layer
+from tools.statistics.walks import Walk
 from tools.team.cluster import Cluster
 from tools.team.requests import PruneLayers
 from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, make_checkpoint, make_layer_key
@@ -26,6 +27,9 @@ from tools.workbench.weights import Weights
 
 Tasks = Mapping[str, LayerTask]
 """By layer name, in the model's order."""
+
+Made = dict[str, str]
+"""Artifacts, by layer name."""
 
 
 class Pruner:
@@ -50,16 +54,16 @@ class Pruner:
         """Prune every layer from its dense weights to its number of zeros; the id of the checkpoint.
 
         Layers whose number of zeros and recipe were made before are read back instead of computed. Those whose recipe
-        asks for sequential statistics are pruned block by block, behind all that is pruned before them, once the others
-        have been pruned by what they read in the dense model. An order that asks for it is then polished. Raises
-        ImpossiblePlan where a text that a recipe's statistics are to be of is not there, or sequential ones are to be
-        of several, or too little for a polish, and BrokenPlan for a layer that cannot be pruned so: those that were
-        made before it are kept, and the model holds a mixture.
+        asks for other than dense statistics are pruned block by block, behind all that is pruned before them, once the
+        others have been pruned by what they read in the dense model. An order that asks for it is then polished. Raises
+        ImpossiblePlan where a text that a recipe's statistics are to be of is not there, or those behind pruned
+        predecessors are to be of several, or too little for a polish, and BrokenPlan for a layer that cannot be pruned
+        so: those that were made before it are kept, and the model holds a mixture.
         """
         recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
         _refuse_two_walks(recipes)
         for recipe in recipes:
-            self._profiles.refuse_calibration(recipe)
+            self._profiles.refuse_statistics(recipe)
         found = {recipe: self._profiles.find(profile, recipe, progress) for recipe in recipes}
         tasks = {name: LayerTask(x.zeros, x.recipe, found[x.recipe]) for name, x in order.layers.items()}
         made = self._prune_all(tasks, order.polish, progress)
@@ -75,9 +79,14 @@ class Pruner:
 
     def _prune(self, tasks: Tasks, progress: Progress) -> dict[str, str]:
         """The artifact of every layer, all of which are in the model."""
-        dense = {name: task for name, task in tasks.items() if task.recipe.statistics == "dense"}
-        for profile in dict.fromkeys(task.profile for task in dense.values() if task.recipe.changes_survivors):
-            self._profiles.find_moments(profile, progress)  # before any layer is pruned: it may run the dense model
+        dense = {name: task for name, task in tasks.items() if not task.recipe.in_order}
+        # Before any layer is pruned: it may run the dense model.
+        asked = {(task.profile, task.recipe) for task in tasks.values() if task.recipe.changes_survivors}
+        for profile, recipe in sorted(asked, key=lambda pair: (pair[0], pair[1].exact_label)):
+            if recipe.weighs_tokens and recipe.in_order:
+                self._profiles.find_token_weights(profile, progress)
+            elif not recipe.in_order:
+                self._profiles.find_moments(profile, progress, weighted=recipe.weighs_tokens)
         made = self._prune_from_dense(dense, progress) if dense else {}
         return made if len(dense) == len(tasks) else self._prune_in_order(tasks, made, progress)
 
@@ -115,10 +124,11 @@ class Pruner:
     def _prune_in_order(self, tasks: Tasks, made: Mapping[str, str], progress: Progress) -> dict[str, str]:
         """Block by block: each is pruned by what it reads in the model whose earlier blocks are pruned already.
 
-        Within a block all layers are pruned by the inputs that they have while the whole block is still dense, as in
-        the loops of Wanda and SparseGPT (`tools.plans.methods.Method.statistics`); then the pruned block passes on what
-        the next one reads. States between blocks are in the model's number format, sums in fp32, as there.
-        Layers that are `made` have their artifacts, and stay as these are; those of all come out.
+        Within a block all layers of sequential statistics are pruned by the inputs that they have while the whole block
+        is still dense, as in the loops of Wanda and SparseGPT (`tools.plans.methods.Method.statistics`); then those of
+        stages, one stage after another, by what these read once all before them in the block are pruned. The pruned
+        block passes on what the next one reads. States between blocks are in the model's number format, sums in fp32,
+        as there. Layers that are `made` have their artifacts, and stay as these are; those of all come out.
         """
         grouped, index, done = self._weights.by_block, self._index.read(), dict(made)
         profile = next(task.profile for name, task in tasks.items() if name not in made)
@@ -127,23 +137,60 @@ class Pruner:
                 progress("prune in order", block, len(grouped))
                 below = [done[layer.name] for earlier in grouped[:block] for layer in earlier]
                 own = {layer.name: tasks[layer.name] for layer in layers if layer.name not in made}
-                keys = self._make_keys(own, below)
-                done |= {name: self._install_known(name, own[name], index.get(key, "")) for name, key in keys.items()}
-                missing = {name: task for name, task in own.items() if not done[name]}
-                if missing:
+                at_once = {name: task for name, task in own.items() if task.recipe.statistics == "sequential"}
+                keys = self._make_keys(at_once, below)
+                if missing := self._install_made(at_once, keys, index, done):
                     for layer in layers:
                         self._weights.install(layer.name, DENSE)
-                    team, extent = self._crew.team, self._crew.extent
-                    full = any(task.recipe.changes_survivors for task in missing.values())
-                    moments = collect_moments(team, extent, walk, block, layers, full=full, purpose="pruning")
-                    for name, artifact in self._compute_all(missing, moments):
-                        self._index.add(keys[name], artifact)
-                        done[name] = artifact
-                    del moments
-                    for layer in layers:
-                        self._weights.install(layer.name, done[layer.name])
+                    self._prune_present(walk, block, missing, keys, done)
+                if staged := {name: task for name, task in own.items() if name not in at_once}:
+                    # what becomes of a layer hangs on all that is to become of its block
+                    planned = self._make_keys(own, below) | done
+                    keys = self._make_keys(staged, [*below, *(planned[layer.name] for layer in layers)])
+                    if missing := self._install_made(staged, keys, index, done):
+                        self._prune_stages(walk, block, missing, keys, done)
+                for layer in layers:
+                    self._weights.install(layer.name, done[layer.name])
         progress("prune in order", len(grouped), len(grouped))
         return done
+
+    def _install_made(self, tasks: Tasks, keys: Mapping[str, str], index: Mapping[str, str], done: Made) -> Tasks:
+        """Put in what was made before, which is then `done`; what was not."""
+        for name, task in tasks.items():
+            if artifact := self._install_known(name, task, index.get(keys[name], "")):
+                done[name] = artifact
+        return {name: task for name, task in tasks.items() if name not in done}
+
+    def _prune_stages(self, walk: Walk, block: int, tasks: Tasks, keys: Mapping[str, str], done: Made) -> None:
+        """Prune layers of a block, each stage by what it reads once all layers are as they are `done` before it."""
+        for stage in find_stages(self._crew.team, walk, block):
+            missing = {name: tasks[name] for name in stage if name in tasks}
+            for layer in self._weights.by_block[block]:
+                self._weights.install(layer.name, done.get(layer.name, DENSE))
+            if missing:
+                self._prune_present(walk, block, missing, keys, done, stage)
+
+    def _prune_present(
+        self, walk: Walk, block: int, tasks: Tasks, keys: Mapping[str, str], done: Made, stage: Sequence[str] = ()
+    ) -> None:
+        """Prune layers of a block, all of one `stage` where it is given, by what they read in the model as it is."""
+        team, extent, layers = self._crew.team, self._crew.extent, self._weights.by_block[block]
+        for weighs in (False, True):
+            chosen = {name: task for name, task in tasks.items() if task.recipe.weighs_tokens is weighs}
+            if not chosen:
+                continue
+            full = any(task.recipe.changes_survivors for task in chosen.values())
+            profile = next(task.profile for task in chosen.values())
+            moments = collect_moments(
+                *(team, extent, walk, block, layers),
+                full=full,
+                purpose="pruning",
+                names=stage,
+                weights=self._profiles.read_token_weights(profile, block) if weighs else None,
+            )
+            for name, artifact in self._compute_all(chosen, moments):
+                self._index.add(keys[name], artifact)
+                done[name] = artifact
 
     def _compute_all(self, tasks: Tasks, present: Moments | None = None) -> Iterator[tuple[str, str]]:
         """Prune layers, by the workers where there are some; (name, artifact) of each when it is in the model."""
@@ -197,7 +244,7 @@ class Pruner:
     def _make_again(self, checkpoint: str, manifest: Checkpoint, name: str) -> None:
         """Compute a layer of a checkpoint once more."""
         task, expected = manifest.tasks[name], manifest.layers[name].artifact
-        if manifest.polish or task.recipe.statistics == "sequential":
+        if manifest.polish or task.recipe.in_order:
             made = self._prune_all(manifest.tasks, manifest.polish or 0, ignore_progress)[name]
         else:
             made = self._compute(name, task)
@@ -253,10 +300,12 @@ class Pruner:
 
 
 def _refuse_two_walks(recipes: list[Recipe]) -> None:
-    texts = dict.fromkeys(recipe.calibration for recipe in recipes if recipe.statistics == "sequential")
+    texts = dict.fromkeys(recipe.calibration for recipe in recipes if recipe.in_order)
     if len(texts) > 1:
         asked = " and ".join(map(repr, texts))
-        raise ImpossiblePlan(f"sequential statistics of one round are of one calibration text, and not of {asked}")
+        raise ImpossiblePlan(
+            f"statistics behind pruned predecessors in one round are of one calibration text, and not of {asked}"
+        )
 
 
 def _group(tasks: Tasks) -> list[tuple[dict[str, int], Recipe, str]]:

@@ -15,7 +15,8 @@ from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG, plan_refinements
 from graph.state import State
 from tests.situations import make_situation, make_trial
-from tools.plans.costs import count_profile, count_sequential, count_walk
+from tools.plans.costs import count_in_order, count_profile, count_walk, list_curve_costs
+from tools.plans.methods import Statistics
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
 
@@ -25,6 +26,7 @@ CONFIG = RunConfig(
 TRIAL = 3 * 64
 WALK = 4 * 2 * 64
 SEQUENTIAL = 2 * 4 * 64
+STAGES = 5 * 4 * 64
 PROFILE = (4 + 5 * 2) * 64
 
 
@@ -37,7 +39,9 @@ def make_order(**recipe: Any) -> WorkOrder:
 
 
 def test_what_costs_come_to() -> None:
-    assert (count_walk(CONFIG), count_sequential(CONFIG), count_profile(CONFIG)) == (WALK, SEQUENTIAL, PROFILE)
+    assert (count_walk(CONFIG), count_profile(CONFIG)) == (WALK, PROFILE)
+    kinds: list[list[Statistics]] = [["dense"], ["sequential"], ["stages"], ["dense", "sequential", "stages"]]
+    assert [count_in_order(some, CONFIG) for some in kinds] == [0, SEQUENTIAL, STAGES, STAGES + 4 * 64]
     few = CONFIG.model_copy(update={"gradient_windows": 9})
     assert count_walk(few) == 4 * 4 * 64, "no more windows are back-propagated than there are"
 
@@ -86,6 +90,22 @@ def test_a_plan_carried_out_is_charged_for_its_curves_and_its_walk_once() -> Non
     assert charge(state, mixed, make_order())["evaluated_tokens"] == TRIAL + PROFILE
 
 
+def test_weights_of_tokens_are_paid_for_once_for_each_text() -> None:
+    weighted = STRONG.model_copy(update={"tokens": "weighted"})
+    names = ["token weights of the run text", "weighted second moments of the run text"]
+    assert list_curve_costs(weighted, CONFIG) == dict(zip(names, (4 * 4 * 64, 4 * 64), strict=True))
+    staged = weighted.model_copy(update={"statistics": "stages"})
+    assert list(list_curve_costs(staged, CONFIG)) == names[:1], "their moments are those of the walk"
+    assert list(list_curve_costs(staged.model_copy(update={"curves": "method"}), CONFIG))[:2] == names
+    assert list_curve_costs(Recipe(method="two-sided", refit=False, tokens="weighted"), CONFIG) == {}
+    budget = make_budget(0, 10_000)
+    for order in (make_order(tokens="weighted"), make_order(tokens="weighted", gamma="clipped")):
+        budget.book(64, [order])
+    assert budget.tokens == 2 * 64 + 5 * 4 * 64
+    budget.book(64, [make_order(tokens="weighted", statistics="stages")])
+    assert budget.tokens == 3 * 64 + 5 * 4 * 64 + STAGES
+
+
 def test_what_measures_curves_by_choice_leaves_the_tokens_of_the_trial() -> None:
     budget = make_budget(0, TRIAL + WALK)
     budget.spend("measuring its curves", {"curves of refit": WALK})
@@ -101,7 +121,8 @@ def test_a_plan_beyond_the_budget_is_refused_with_what_it_takes() -> None:
     sequential = STRONG.model_copy(update={"statistics": "sequential"})
     assert budget.refuse(Plan(sparsity=0.45, recipe=sequential), make_order(statistics="sequential")) == (
         "the plan takes 704 tokens through the model, 512 of them beside its trial, and 600 are left; plan without "
-        "what costs them (statistics sequential, curves method, calibration or reprofile)"
+        "what costs them (statistics sequential or stages, tokens weighted, curves method, calibration or "
+        "reprofile)"
     )
     assert "takes 1,088 tokens" in budget.refuse(plan.model_copy(update={"reprofile": True}), make_order())
 
@@ -123,9 +144,9 @@ def test_a_planner_is_told_how_many_trials_the_budget_allows() -> None:
     assert "Round 3 of at most 7. Perplexity limit" in said
     assert (
         " Budget: 1,000 of 2,000 tokens through the model are left, 5 trials without extras: a trial takes 192; a "
-        "probe as many as it measures on, for each plan; statistics sequential 512 more, in a probe and in a trial; "
-        "curves method 512 more, once for each method; a new profile, reprofile or another calibration text, 896. "
-        "Plans beyond it are refused."
+        "probe as many as it measures on, for each plan; statistics sequential 512 more, stages 1,280, in a "
+        "probe and in a trial; tokens weighted 1,280 more, once for each text; curves method 512 more, once for each "
+        "method; a new profile, reprofile or another calibration text, 896. Plans beyond it are refused."
     ) in said
     free = dataclasses.replace(situation, budget=TokenBudget(RunConfig(), 1000, TRIAL))
     assert "Budget:" not in planner_messages(free)[1].text

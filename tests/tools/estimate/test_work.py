@@ -10,7 +10,7 @@ from tests.tools.estimate.test_block import make_empty
 from tools.estimate import work as module
 from tools.estimate.block import Counts
 from tools.estimate.clock import Fit
-from tools.estimate.memory import ASKED_FOR, cut_parts, find_busiest
+from tools.estimate.memory import ASKED_FOR, WEIGH, cut_parts, find_busiest
 from tools.estimate.timing import Steps, Times
 from tools.estimate.work import Course, Work, find_shares, list_work, price_flops, price_seconds
 from tools.models.layers import find_layers
@@ -29,6 +29,7 @@ COURSE = Course(
 STEPS = Steps(
     forward=2.0,
     statistics=5.0,
+    stages=6.0,
     gradients=7.0,
     curves=Fit(11.0, 13.0),
     loss=0.25,
@@ -51,7 +52,7 @@ def work_of(settings: Any, course: Course = COURSE, workers: int = 0) -> list[Wo
     """At the prices above; a product costs what its name says."""
     layers = find_layers(make_empty("llama"))
     shares = find_shares(settings, layers, find_busiest(cut_parts(settings, workers)))
-    flops = {"forward": 3.0, "moments": 5.0, "loss": 1.0, "prune refit": 7.0}
+    flops = {"forward": 3.0, "moments": 5.0, "stages": 11.0, "loss": 1.0, "prune refit": 7.0}
     return list_work(settings, 14, shares, course, flops, price_seconds(TIMES))
 
 
@@ -79,6 +80,15 @@ def test_every_step_is_done_so_often_and_takes_so_long(tiny_llama: Path) -> None
         "14 layers by refit~sequential, with two more forwards of the calibration text",
         "14 layers by wanda, with two more forwards of the calibration text",
     ]
+    staged = work_of(
+        tiny_settings(tiny_llama), COURSE._replace(rounds=[STRONG.model_copy(update={"statistics": "stages"})])
+    )
+    (pruned, _) = (work for work in staged if work.name == "prune")
+    assert (pruned.seconds, pruned.flops) == (1000 + 2 + 4 * 2 + 4 * 6, 7 + 4 * 3 + 4 * 11)
+    assert pruned.how == (
+        "14 layers by refit~stages, with a pass of every block for each of its stages and one more of the calibration "
+        "text"
+    )
     assert [work.flops for work in found[:3]] == [3 * (3 + 1), 4 * 3, 4 * 5]
     assert [work.flops for work in found if work.name == "prune"] == [0, 7, 7 + 2 * 4 * 3 + 4 * 5, 2 * 4 * 3]
 
@@ -116,6 +126,19 @@ def test_another_calibration_text_is_profiled_too(tiny_llama: Path) -> None:
     }
 
 
+def test_weights_of_tokens_are_work_once_for_each_text(tiny_llama: Path) -> None:
+    weighted = STRONG.model_copy(update={"tokens": "weighted"})
+    staged = weighted.model_copy(update={"statistics": "stages"})
+    mixed = staged.model_copy(update={"calibration": "half"})
+    found = work_of(tiny_settings(tiny_llama), COURSE._replace(rounds=[weighted, staged, mixed]))
+    steps = {work.name: work for work in found}
+    weigh, moments = steps[WEIGH], steps["weighted second moments"]
+    assert (weigh.times, weigh.seconds) == (2, 4 * 2 + 4 * 7)
+    assert weigh.how == "two forwards and a backward of 4 windows of 64 tokens of calibration text"
+    assert (moments.times, moments.seconds) == (1, 4 * 2 + 4 * 3 + 8 * 0.5)
+    assert [work.name for work in work_of(tiny_settings(tiny_llama))].count(WEIGH) == 0
+
+
 def test_questions_are_work(tiny_llama: Path) -> None:
     settings = tiny_settings(tiny_llama, questions="hub:org/questions:train", question_pairs=5)
     (asked,) = [work for work in work_of(settings) if work.name == "ask questions"]
@@ -131,6 +154,8 @@ def test_products_are_priced_by_the_code_that_multiplies() -> None:
         "forward": 10,
         "moments": 2 * 64 * 2 * (6 * 32 * 32 + 48 * 48),
         "gradients": 10 + 3 + 2 * (7 + 3),
+        "weigh": 10 + 3 + 7 + 3,
+        "stages": 4 * 10 + 2 * 64 * 2 * (6 * 32 * 32 + 48 * 48),
         "curves": 2 * 64 * 15_360 * 6,
         "loss": 3,
         "divergence": 6,

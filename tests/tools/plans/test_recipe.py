@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from tools.base.errors import ImpossiblePlan
 from tools.plans.methods import LEVERS, METHODS, name_sequential, translate_label
 from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_pattern, parse_recipe
+from tools.plans.work_order import order_all
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,15 @@ from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_pa
             "sparsegpt~half~dense:kappa",
         ),
         (Recipe(statistics="dense"), "refit", "refit:kappa"),
+        (Recipe(tokens="weighted"), "refit~weighted", "refit~weighted:kappa"),
+        (
+            Recipe(gamma="clipped", tokens="weighted", calibration="half", statistics="stages"),
+            "refit~clipped~weighted~half~stages",
+            "refit~clipped~weighted~half~stages:kappa",
+        ),
+        (Recipe(method="two-sided", refit=False, tokens="weighted"), "two-sided", "two-sided:kappa"),
+        (Recipe(statistics="stages"), "refit~stages", "refit~stages:kappa"),
+        (Recipe(method="wanda", refit=False, statistics="stages"), "wanda~stages", "wanda~stages:kappa"),
     ],
 )
 def test_labels(recipe: Recipe, mask: str, label: str) -> None:
@@ -94,6 +104,8 @@ def test_without_a_polish_a_recipe_is_written_and_described_as_ever() -> None:
         ("magnitude:uniform", "dense", "magnitude:uniform"),
         ("refit3:kappa", "dense", "refit3:kappa"),
         ("refit3~sequential:kappa", "sequential", "refit3~sequential:kappa"),
+        ("refit3~stages:kappa", "stages", "refit3~stages:kappa"),
+        ("sparsegpt~stages:uniform", "stages", "sparsegpt~stages:uniform"),
     ],
 )
 def test_statistics_without_a_mark_are_those_that_a_methods_authors_take(
@@ -248,3 +260,21 @@ def test_the_part_within_layers_leaves_the_allocation_out() -> None:
 def test_steps_count_for_the_method_refit_alone() -> None:
     assert parse_recipe("refit3:owl").within_layers() == Recipe(refit=False, refit_steps=3)
     assert Recipe(method="wanda", refit_steps=3).within_layers() == Recipe(method="wanda").within_layers()
+
+
+def test_tokens_weigh_where_survivors_change_alone() -> None:
+    assert Recipe(method="magnitude", tokens="weighted").weighs_tokens
+    assert parse_recipe("sparsegpt~weighted:owl").within_layers().tokens == "weighted"
+    mask = Recipe(method="wanda", refit=False, tokens="weighted")
+    assert not mask.weighs_tokens and mask.within_layers() == Recipe(method="wanda", refit=False).within_layers()
+
+
+def test_recipes_without_weights_are_kept_on_disk_as_ever() -> None:
+    assert Recipe().model_dump() == {
+        **{"method": "refit", "refit_steps": 5, "refit": True, "allocation": "kappa", "strength": 1.0},
+        **{"gamma": "plain", "curves": "method", "statistics": "dense", "calibration": "run", "pattern": ""},
+    }
+    order = order_all(parse_recipe("refit~sequential:kappa"), {"q": 3, "k": 4}, sparsity=0.5, predicted_kl=0.1)
+    assert order.id == "a5c91809bdbc111a93826ef55aa154c56c31ea0d84b49ff97db93b56c1646493"
+    weighted = Recipe(tokens="weighted")
+    assert Recipe.model_validate_json(weighted.model_dump_json()) == weighted

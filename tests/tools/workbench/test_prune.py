@@ -330,7 +330,7 @@ def test_in_order_there_is_one_text(bench: Workbench) -> None:
     with pytest.raises(ImpossiblePlan) as refusal:
         bench.prune(profile, mix(run, (half, lambda name: name == bench.layers[0].name)), ignore)
     assert str(refusal.value) == (
-        "sequential statistics of one round are of one calibration text, and not of 'half' and 'run'"
+        "statistics behind pruned predecessors in one round are of one calibration text, and not of 'half' and 'run'"
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import tools.measure.losses
 import tools.measure.recall
+import tools.statistics.moments
 import tools.statistics.walks
 import tools.workbench.curves
 import tools.workbench.prune
@@ -83,7 +84,8 @@ def test_a_profile_goes_on_at_the_block_where_it_was(
     if second:
         assert (bench.profile(ignore), prune(bench, first, 0.4)) == (first, checkpoint)
     walks, event = tools.statistics.walks, Event()
-    sums, curves = (stopping(walks, what, Event()) for what in ("add_second_moment", "squared_loss_changes"))
+    sums = stopping(tools.statistics.moments, "add_second_moment", Event())
+    curves = stopping(walks, "squared_loss_changes", Event())
     owner, _, function = name.rpartition(".")
     calls = stopping(getattr(walks, owner) if owner else walks, function, event, at)
     with stop_at(event), pytest.raises(Stopped):
@@ -145,7 +147,7 @@ def test_curves_go_on_at_the_block_where_they_were(bench: Workbench, stopping: C
 def test_second_moments_go_on_at_the_block_where_they_were(bench: Workbench, stopping: Count) -> None:
     profile = bench.profile(ignore, masks_only=True)
     event = Event()
-    sums = stopping(tools.statistics.walks, "add_second_moment", event, 4 * 4 + 5)
+    sums = stopping(tools.statistics.moments, "add_second_moment", event, 4 * 4 + 5)
     with stop_at(event), pytest.raises(Stopped):
         bench.profiles.find_moments(profile, ignore)
     begun = len(sums)

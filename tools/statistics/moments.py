@@ -1,0 +1,98 @@
+"""What the layers of a block read, summed up, and its stages: layers that read the same tensor, as they run.
+
+Shape suffixes: T tokens, I input features (d_in).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.statistics import add_second_moment, sum_squares
+from tools.models.layers import Layer
+from tools.statistics.shards import Sums, add_count
+
+
+class Readers:
+    """Which layers of a block read the same tensor, found while they run one after another."""
+
+    def __init__(self, group: dict[str, str]) -> None:
+        """`group` is filled, in the order in which layers first run: the first layer of those that read with each."""
+        self.group = group
+        self._last: tuple[str, Tensor | None] = ("", None)
+
+    def find_leader(self, layer: Layer, x_TI: Tensor) -> str:
+        """The first layer that reads what this one does, which runs now and may be itself."""
+        known = self._last[1]
+        shares = known is not None and known.data_ptr() == x_TI.data_ptr() != 0 and known.shape == x_TI.shape
+        leader = self.group.setdefault(layer.name, self._last[0] if shares else layer.name)
+        if leader == layer.name:
+            self._last = (leader, x_TI)
+        return leader
+
+
+class StageOver(Exception):
+    """Ends a forward where all has been seen that it was for."""
+
+
+class Wanted(NamedTuple):
+    """What is to be summed."""
+
+    full: bool
+    """x x^T, and not x^2 alone."""
+    group: dict[str, str]
+    """As in `Readers`."""
+    last: str = ""
+    """The layer that ends a window's forward, where one does."""
+    weights: Mapping[str, Tensor] | None = None
+    """Of each layer's tokens, (windows, T): then x x^T is of every layer for itself, and x^2 summed, too."""
+
+
+class MomentSums:
+    """Sums over the windows of a shard: `A/LAYER`, `a/LAYER` and `n/LAYER`, as `Walks.moments` has them."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.sums: Sums = {}
+        self.window = -1
+        """Which one runs."""
+        self._wanted, self._readers = wanted, Readers(wanted.group)
+
+    def see(self, layer: Layer, x_TI: Tensor) -> None:
+        """Add what a layer reads. Raises StageOver behind the last one."""
+        full, _, last, weights = self._wanted
+        if self._readers.find_leader(layer, x_TI) == layer.name:
+            self._add(layer, x_TI, full=full and weights is None)
+        if full and weights is not None:
+            weight_T = weights[layer.name][self.window].to(x_TI.device)
+            self._add(layer, x_TI.float() * weight_T.sqrt()[:, None], full=True)
+        if layer.name == last:
+            raise StageOver
+
+    def _add(self, layer: Layer, x_TI: Tensor, *, full: bool) -> None:
+        sums, width, name = self.sums, x_TI.shape[1], f"A/{layer.name}" if full else f"a/{layer.name}"
+        if name not in sums:
+            sums[name] = torch.zeros((width, width) if full else width, device=x_TI.device)
+        if full:
+            add_second_moment(sums[name], x_TI)
+        else:
+            sums[name] += sum_squares(x_TI)
+        if layer.pool:
+            add_count(sums, layer.name, x_TI)
+
+
+def list_stages(layers: Sequence[Layer], group: Mapping[str, str]) -> list[list[str]]:
+    """The layers of a block by stage, from their `group` in the order in which they ran.
+
+    The same projection of all experts is in one stage, whichever of them ran. Layers of which nothing is known, not
+    even of a fellow, stand in one behind all others.
+    """
+    pools = {layer.name: layer.pool for layer in layers}
+    of_pool = {pools[name]: pools[leader] or leader for name, leader in group.items() if pools[name]}
+    stages: dict[str, list[str]] = {}
+    for name, leader in group.items():
+        stages.setdefault(pools[leader] or leader, []).append(name)
+    for layer in layers:
+        if layer.name not in group:
+            stages.setdefault(of_pool.get(layer.pool, ""), []).append(layer.name)
+    return list(stages.values())
