@@ -10,8 +10,12 @@ from typing import NamedTuple
 
 from tools.base.errors import ImpossiblePlan
 
-STEP_TOKENS = 2048
-"""Tokens whose mean KL one step goes by, in whole windows; one window where that is longer."""
+STEP_TOKENS = 512
+"""Tokens whose mean KL one step goes by, in whole windows; one window where that is longer.
+
+Small steps, for there are many of them: after 12,288 tokens, SmolLM2 at 60 % had a validation KL of 0.633 with steps of
+512 and 0.684 with steps of 2,048, at the same rate; 0.840 before.
+"""
 
 HELD_OUT = 10
 """One window of so many trains nothing, and says when to stop."""

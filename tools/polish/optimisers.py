@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kernels.threads import one_thread
 from tools.polish.survivors import Vectors
 
 
@@ -34,21 +35,31 @@ class Optimiser(Protocol):
         """What it holds between two steps, changed in place by `take`; to be filled again after a kill."""
 
 
-RATE = 3e-5
-"""The most that one step moves a weight, about: Adam's learning rate after its warm-up."""
+RATE = 1e-3
+"""The most that one step moves a weight, about: Adam's learning rate after its warm-up, as a share of the root mean
+square of its layer's survivors, for the weights of one model may be ten times those of another.
+
+As in Adafactor's relative step size (Shazeer and Stern, arXiv 1804.04235, section 8). On SmolLM2 at 60 %, whose weights
+have one of about 0.3, 12,288 tokens came to a validation KL of 0.634 so, and with one rate for all layers to 0.633
+(3e-4) and 0.706 (8e-4); 0.840 before.
+"""
 
 WARM_UP = 0.1
 """Share of the steps in which the rate rises to that; then it falls to nothing along a line."""
 
 
 class Adam:
-    """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), its rate warmed up and decayed; fp32."""
+    """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), its rate warmed up and decayed, and relative to the size that
+    a layer's survivors have at the start; fp32.
+    """
 
     BETAS = (0.9, 0.999)
     EPSILON = 1e-8
-    name: ClassVar[str] = f"adam {RATE} {WARM_UP} {BETAS} {EPSILON}"
+    name: ClassVar[str] = f"adam relative {RATE} {WARM_UP} {BETAS} {EPSILON}"
 
     def __init__(self, values: Vectors) -> None:
+        """`values` are those that the polish starts at, be it gone on with or not."""
+        self._sizes = {name: _measure_size(value_S) for name, value_S in values.items()}
         self._first = {name: torch.zeros_like(value_S) for name, value_S in values.items()}
         self._second = {name: torch.zeros_like(value_S) for name, value_S in values.items()}
 
@@ -60,19 +71,30 @@ class Adam:
     def take(self, values: Vectors, gradients: Vectors, step: Step) -> None:
         """As in `Optimiser`."""
         for name, gradient_S in gradients.items():
-            self._move(values[name], gradient_S, self._first[name], self._second[name], step)
+            rate = find_rate(step) * self._sizes[name]
+            self._move(values[name], gradient_S, self._first[name], self._second[name], rate, step.number + 1)
 
-    def _move(self, value_S: Tensor, gradient_S: Tensor, first_S: Tensor, second_S: Tensor, step: Step) -> None:
-        (kept, kept_square), power = self.BETAS, step.number + 1
+    def _move(
+        self, value_S: Tensor, gradient_S: Tensor, first_S: Tensor, second_S: Tensor, rate: float, power: int
+    ) -> None:
+        kept, kept_square = self.BETAS
         first_S.mul_(kept).add_(gradient_S, alpha=1 - kept)
         second_S.mul_(kept_square).addcmul_(gradient_S, gradient_S, value=1 - kept_square)
         size_S = (second_S / (1 - kept_square**power)).sqrt_().add_(self.EPSILON)
-        value_S.addcdiv_(first_S, size_S, value=-find_rate(step) / (1 - kept**power))
+        value_S.addcdiv_(first_S, size_S, value=-rate / (1 - kept**power))
 
 
 def find_rate(step: Step) -> float:
-    """The learning rate of a step."""
+    """The learning rate of a step, relative to the size of what it moves."""
     rising = max(1, round(WARM_UP * step.total))
     if step.number < rising:
         return RATE * (step.number + 1) / rising
     return RATE * (step.total - step.number) / (step.total - rising + 1)
+
+
+def _measure_size(value_S: Tensor) -> float:
+    """Root mean square, the same for any number of threads; 0 of nothing."""
+    if not len(value_S):
+        return 0.0
+    with one_thread(value_S.device):
+        return float(value_S.double().square().mean().sqrt())

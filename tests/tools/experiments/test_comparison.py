@@ -517,7 +517,7 @@ def test_questions_that_rows_may_be_fitted_to_are_not_asked_as_a_task(tiny_llama
 def test_a_row_with_a_polish_says_on_how_many_tokens_and_in_how_many_seconds(
     tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.polish.optimisers.RATE", 1e-3)
+    monkeypatch.setattr("tools.polish.optimisers.RATE", 3e-3)
     settings = make_settings(
         tiny_llama, tmp_path / "out", recipes="two-sided:kappa,two-sided+polish:kappa", polish_tokens=128
     )

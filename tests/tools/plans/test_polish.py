@@ -7,7 +7,7 @@ from tools.plans.polish import schedule_polish
 
 
 def test_a_tenth_is_held_out_and_fewer_tokens_are_the_first_windows() -> None:
-    schedule = schedule_polish(30, 512, 12 * 512 + 100, 0)
+    schedule = schedule_polish(30, 128, 12 * 128 + 100, 0)
     assert schedule.held_out == [5, 15, 25]
     assert sorted(window for step in schedule.steps for window in step) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
     assert [len(step) for step in schedule.steps] == [4, 4, 4]
@@ -16,25 +16,25 @@ def test_a_tenth_is_held_out_and_fewer_tokens_are_the_first_windows() -> None:
 
 
 def test_more_tokens_than_the_text_has_are_several_passes_each_in_an_order_of_its_own() -> None:
-    schedule = schedule_polish(10, 64, 64 * 23, 7)
+    schedule = schedule_polish(10, 32, 32 * 23, 7)
     assert schedule.held_out == [5] and schedule.passes == [1, 2, 3]
     training = [window for window in range(10) if window != 5]
     orders = [list(step) for step in schedule.steps]
     assert [sorted(order) for order in orders] == [training, training, training[:5]]
-    assert orders[0] != orders[1] and schedule_polish(10, 64, 64 * 23, 7) == schedule
-    assert schedule_polish(10, 64, 64 * 23, 8).steps != schedule.steps
+    assert orders[0] != orders[1] and schedule_polish(10, 32, 32 * 23, 7) == schedule
+    assert schedule_polish(10, 32, 32 * 23, 8).steps != schedule.steps
 
 
 def test_a_window_longer_than_a_step_is_a_step_and_steps_of_a_pass_are_even() -> None:
     assert [len(step) for step in schedule_polish(7, 4096, 6 * 4096, 0).steps] == [1] * 6
-    schedule = schedule_polish(32, 512, 29 * 512, 0)
+    schedule = schedule_polish(32, 128, 29 * 128, 0)
     assert [len(step) for step in schedule.steps] == [3, 4, 3, 4, 4, 3, 4, 4]
     assert schedule.measured == [2, 4, 6, 8]
 
 
 def test_tokens_are_counted_a_backward_pass_as_two_forwards() -> None:
-    schedule = schedule_polish(30, 512, 12 * 512, 0)
-    assert schedule.count_tokens(512) == 512 * (4 * 12 + 3 * (1 + 3) + 15)
+    schedule = schedule_polish(30, 128, 12 * 128, 0)
+    assert schedule.count_tokens(128) == 128 * (4 * 12 + 3 * (1 + 3) + 15)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_every_step_and_measure_is_done_once_in_its_turn_and_the_lowest_is_kept(
 
 
 def test_what_never_gets_better_ends_early_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.polish.optimisers.RATE", 1e3)  # far beyond where it should be
+    monkeypatch.setattr("tools.polish.optimisers.RATE", 1e4)  # far beyond where it should be
     steps = [[0]] * 20
     polish, _ = begin(schedule=Schedule(steps, [0], list(range(1, 21)), [20]))
     standing = polish.run()

@@ -11,9 +11,10 @@ from tools.polish.optimisers import RATE, Adam, Step, find_rate
 from tools.polish.survivors import Survivors
 
 
-def test_adam_is_that_of_its_paper() -> None:
+def test_adam_is_that_of_its_paper_its_rate_relative_to_the_size_of_a_layers_survivors() -> None:
     generator = torch.Generator().manual_seed(0)
-    values = {"a": torch.randn(50, generator=generator), "b": torch.randn(7, generator=generator)}
+    values = {"a": torch.randn(50, generator=generator), "b": 0.02 * torch.randn(7, generator=generator)}
+    sizes = {name: float(value.double().square().mean().sqrt()) for name, value in values.items()}
     optimiser = Adam(values)
     expected = {name: value.double().numpy().copy() for name, value in values.items()}
     first = {name: np.zeros(len(value)) for name, value in values.items()}
@@ -26,7 +27,7 @@ def test_adam_is_that_of_its_paper() -> None:
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.999 * second[name] + 0.001 * g**2
             mean, square = first[name] / (1 - 0.9**t), second[name] / (1 - 0.999**t)
-            expected[name] -= find_rate(Step(number, 4)) * mean / (np.sqrt(square) + 1e-8)
+            expected[name] -= find_rate(Step(number, 4)) * sizes[name] * mean / (np.sqrt(square) + 1e-8)
     for name, value in values.items():
         np.testing.assert_allclose(value.numpy(), expected[name], rtol=0, atol=5e-7)
 
