@@ -24,7 +24,7 @@ from tools.base.rundir import unlock_run
 from tools.base.settings import TEAM
 from tools.models.load import check_device, load_tokenizer, locate_model
 from tools.results.schema import describe_protocol
-from tools.texts.windows import check_texts, cut_windows
+from tools.texts.windows import check_texts, check_windows
 from tools.workbench.open import close_workbench, use_workbench
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _check_length(settings: AblateSettings) -> None:
     except Exception:  # whatever is wrong with a model is said in one line where it is loaded
         return
     with _named(f"seed {settings.seed}"):
-        cut_windows(settings, tokenizer)
+        check_windows(settings, tokenizer)
 
 
 @contextmanager

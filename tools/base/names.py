@@ -55,5 +55,5 @@ def hide_directories(text: str) -> str:
 def hide_path(source: str) -> str:
     """A model's or text's source for strangers: of a file or directory on this machine no more than its name."""
     kind, path = ("file:", source[5:]) if source.startswith("file:") else ("", source)
-    hidden = source.startswith(("hub:", "package:")) or is_hub_id(source)
+    hidden = source.startswith(("hub:", "package:", "self:")) or is_hub_id(source)
     return source if hidden else kind + Path(path).expanduser().resolve().name

@@ -24,7 +24,7 @@ SHARES: dict[Calibration, float] = {"quarter": 0.25, "half": 0.5}
 """The share of the calibration windows that is made of questions with answers."""
 
 WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
-TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc")
+TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc", "self", "self:PROMPT")
 """How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
 
 FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0, "further_windows": 0}
@@ -114,9 +114,17 @@ class WorkbenchSettings(LoadSettings):
         description="The model to prune: a hub id, a local directory, a .gguf file, or package:NAME "
         "for a .gguf inside an installed package.",
     )
-    calibration: str = Field("pydoc", description=f"Text that statistics are taken from: {TEXT_SOURCE}.")
+    calibration: str = Field(
+        "pydoc",
+        description=f"Text that statistics are taken from: {TEXT_SOURCE}. self: the dense model writes it, from "
+        "nothing or from a prompt, or several: self:PROMPT | PROMPT.",
+    )
     validation: str = Field("pydoc", description=f"Text that accepts or rolls back a trial: {TEXT_SOURCE}.")
-    test: str = Field("pydoc", description=f"Text reported once, at the end: {TEXT_SOURCE}.")
+    test: str = Field(
+        "pydoc",
+        description=f"Text reported once, at the end: {TEXT_SOURCE}. No prompt serves two texts: of self:A | B | C for "
+        "all three the last is the test's, the one before it the validation's, and all others are the calibration's.",
+    )
     questions: str = Field(
         "",
         description=f"Questions that show whether the model still knows things: {QUESTION_SOURCE}. Empty asks none.",
@@ -135,7 +143,7 @@ class WorkbenchSettings(LoadSettings):
         ge=0,
         le=65535,
         description="Which stretch of every text source, and of the questions, is used: 0 the first, 1 the one behind "
-        "it, and so on, each as long as all that is cut from that source.",
+        "it, and so on, each as long as all that is cut from that source. What the model writes is other text.",
     )
     window: int = Field(512, ge=8, le=131072, description="Tokens in one window of text.")
     bos: Literal["auto", "never"] = Field(
@@ -168,7 +176,12 @@ class WorkbenchSettings(LoadSettings):
         description="Go on where less than half of the weights in the model's blocks can be pruned; all others stay "
         "dense.",
     )
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the labels drawn from the model for the KL curves.")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**31 - 1,
+        description="Seed of the labels drawn from the model for the KL curves, and of text that it writes.",
+    )
 
     @model_validator(mode="after")
     def _check_mix(self) -> Self:

@@ -30,6 +30,7 @@ from tools.plans.recipe import Recipe
 from tools.statistics.collect import ModelStatistics
 from tools.statistics.table import build_profile
 from tools.statistics.walks import Walk, Walks
+from tools.texts.written import BATCH
 
 BUDGET = 10.0
 """Seconds that walks through one block of each kind may take, and the pruning of layers of each form by a recipe."""
@@ -64,6 +65,8 @@ class Steps(NamedTuple):
     """The table of layers, once."""
     word: float
     """A forward of one token of each prompt, once."""
+    write: float
+    """Writing a window of text, one of a batch, without what attention reads of the cache."""
 
 
 class Times(NamedTuple):
@@ -155,6 +158,7 @@ def _time_steps(sample: Sample, window: int, device: torch.device, scratch: Path
         divergence=at.divergence,
         describe=_time_describing(sample, device),
         word=_time_word(sample, device, prompts),
+        write=_time_word(sample, device, BATCH) * window / BATCH,
     )
     return steps, many
 

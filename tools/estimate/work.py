@@ -18,6 +18,7 @@ from tools.models.layers import Layer, list_readers
 from tools.plans.layer_profile import LEVELS
 from tools.plans.methods import STAGES
 from tools.plans.recipe import Recipe
+from tools.texts.written import BATCH, list_written
 
 QUESTION_TOKENS = 30
 """Tokens of a question with its answer: FreebaseQA's have 28 with SmolLM2's tokenizer."""
@@ -105,6 +106,7 @@ def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Co
         "curves": 2.0 * settings.window * weights * (1 + len(LEVELS)),
         "loss": counts.head,
         "divergence": 2 * counts.head,
+        "write": counts.forward + counts.head,
     }
     for recipe, _ in course.pruned:
         prices[f"prune {name_recipe(recipe)}"] = sum(n * count_flops(recipe, form) for form, n in often.items())
@@ -135,6 +137,7 @@ def price_seconds(times: Times) -> Prices:
         "loss": steps.loss,
         "divergence": steps.divergence,
         "word": steps.word,
+        "write": steps.write,
         "write moments": times.write * times.moments,
         "read moments": times.read * times.moments,
         **{f"prune {label}": seconds for label, seconds in times.prune.items()},
@@ -202,6 +205,16 @@ def list_work(
         return Work(name=name, how=how, times=times, flops=operations, seconds=took, share=share)
 
     steps = [
+        step(
+            f"write {split} text",
+            f"{windows * settings.window:,} tokens one by one, {BATCH} documents at once; more where some end early",
+            1,
+            1.0,
+            {"write": windows},
+        )
+        for split, windows in list_written(settings).items()
+    ]
+    steps += [
         step(
             "validate the dense model",
             f"forward of {text('validation', validation + 2 * further)}",

@@ -29,7 +29,9 @@ from tools.results.structure import Figures, Structure
 from tools.surgery.choose import choose_cut
 from tools.surgery.parts import count_weights, without_fits
 from tools.surgery.rebuild import build_cut, check_cut
-from tools.texts.windows import check_texts, cut_windows
+from tools.texts.windows import check_texts, count_lead, cut_windows
+from tools.workbench.store import ArtifactStore, Index
+from tools.workbench.written import Author
 
 PARTS = ("neurons", "heads", "blocks")
 REPEATS = 5
@@ -68,8 +70,9 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     step("load model", 0, 1)
     dense, tokenizer = load_model(settings)
     refuse_small_reach(measure_reach(dense, find_layers(dense)), partial=settings.partial)
-    windows = cut_windows(settings, tokenizer)
-    refuse_long_windows(dense, settings.window, windows.lead)
+    refuse_long_windows(dense, settings.window, count_lead(settings, tokenizer))
+    index = Index(ArtifactStore(directory / "artifacts"))
+    windows = cut_windows(settings, tokenizer, Author(dense, tokenizer, settings, index, step))
     calibration, validation = windows.calibration.to(dense.device), windows.validation.to(dense.device)
     check_readout(dense, calibration[0])
     check_blocks(Blocks(dense), calibration[0])

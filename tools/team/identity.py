@@ -26,19 +26,24 @@ class Identity(BaseModel):
         return ", ".join(f"{name} {theirs} instead of {ours}" for name, ours, theirs in pairs if ours != theirs)
 
 
-def identify(model: Any) -> Identity:
-    """This process: versions, with hashes of Billhook's own code and of the model's weights as they are now."""
+def hash_weights(model: Any) -> str:
+    """SHA-256, in hex, of all weights as they are now, with names, shapes and dtypes."""
     weights = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return weights.hexdigest()
+
+
+def identify(model: Any) -> Identity:
+    """This process: versions, with hashes of Billhook's own code and of the model's weights as they are now."""
     return Identity(
         billhook=f"{importlib.metadata.version('billhook')} ({hash_code(ROOT)[:12]})",
         torch=f"{torch.__version__} on {platform.machine()}",
         device=torch.cuda.get_device_name(model.device)
         if model.device.type == "cuda"
         else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
-        model=f"with weights {weights.hexdigest()[:12]}",
+        model=f"with weights {hash_weights(model)[:12]}",
     )
 
 

@@ -12,17 +12,18 @@ from tools.base.names import parse_hub
 from tools.base.settings import TEXT_SOURCE
 from tools.texts.questions import Question, write_pair
 from tools.texts.tables import check_file, explain_unreadable, open_rows
+from tools.texts.written import parse_prompts
 
 
 class Source(NamedTuple):
-    """A kind of source; its two functions are given the source as it was written."""
+    """A kind of source; its functions are given the source as it was written."""
 
     sentence: str
     """What it is, without a full stop."""
     check: Callable[[str], object]
     """Refuses, before anything is loaded, what cannot be read; raises UserError."""
-    read: Callable[[str], Iterator[str]]
-    """Its documents, in order."""
+    read: Callable[[str], Iterator[str]] | None
+    """Its documents, in order; None where the model writes them."""
 
 
 def check_source(source: str) -> None:
@@ -31,9 +32,14 @@ def check_source(source: str) -> None:
 
 
 def read_documents(source: str) -> Iterator[str]:
-    """The documents of a source, in order. Raises UserError when it cannot be read or has no text."""
+    """The documents of a source, in order, of one that the model does not write itself.
+
+    Raises UserError when it cannot be read or has no text.
+    """
     check_source(source)
-    return _find(source).read(source)
+    read = _find(source).read
+    assert read is not None, "what the model writes is not read"
+    return read(source)
 
 
 def _find(source: str) -> Source:
@@ -94,5 +100,11 @@ SOURCES = {
         "a text file as one document, or a JSON object a line, with such a column", _check_file, _read_rows
     ),
     "pydoc": Source("Python's own reference prose, which is on every machine", lambda source: None, _read_pydoc),
+    "self": Source("what the dense model writes itself at temperature 1, from its first token", parse_prompts, None),
+    "self:": Source(
+        "the same from a prompt, for chat models the answers to it as a user's turn; several are separated by ' | '",
+        parse_prompts,
+        None,
+    ),
 }
 """By what a source begins with: a word and a colon, or the word alone where nothing is to be chosen."""

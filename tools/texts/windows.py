@@ -12,11 +12,11 @@ from tools.base.settings import Calibration, WorkbenchSettings
 from tools.texts.mixtures import mix_questions, write_questions
 from tools.texts.questions import check_questions
 from tools.texts.sources import check_source, read_documents
+from tools.texts.written import SPLITS, WrittenText, count_windows, deal_prompts, find_source, is_written
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPLITS = ("calibration", "validation", "test")
 SHINGLE = 64
 """Tokens in a row that two splits may not share."""
 
@@ -51,6 +51,7 @@ def check_texts(settings: WorkbenchSettings) -> None:
     """Refuse, before anything is loaded, texts that cannot be read. Raises UserError."""
     for split in SPLITS:
         check_source(getattr(settings, split))
+    deal_prompts(settings)
     if settings.questions:
         check_questions(settings.questions)
     for split in SPLITS:
@@ -61,37 +62,61 @@ def check_texts(settings: WorkbenchSettings) -> None:
             )
 
 
-def cut_windows(settings: WorkbenchSettings, tokenizer: Any) -> Windows:
+def cut_windows(settings: WorkbenchSettings, tokenizer: Any, write: WrittenText | None = None) -> Windows:
     """Disjoint sets of windows; splits with the same source take consecutive parts of it.
 
-    With `text_cut` N that is the N-th stretch of a source, as long as the windows of all splits that share it.
+    With `text_cut` N that is the N-th stretch of a source, as long as the windows of all splits that share it. What the
+    model writes itself is asked of `write`, split by split; None where nothing is.
 
     A share `calibration_mix` of the calibration windows, evenly spread, is made of questions with answers that are
     asked nowhere else. The settings say whether each window begins with the tokenizer's beginning-of-sequence token:
     it then stands before as much text as without. Raises UserError when a source is too short for the windows asked
-    for, or two splits share text.
+    for, two splits share text, or what the model wrote is of no use.
     """
-    import torch
-
-    counts = {split: getattr(settings, f"{split}_windows") for split in SPLITS}
-    counts["calibration"] -= settings.count_mixed(settings.calibration_mix)
-    sources = {split: getattr(settings, split) for split in SPLITS}
-    counts["further"], sources["further"] = 2 * settings.further_windows, settings.validation
-    windows: dict[str, Tensor] = {}
-    for source in dict.fromkeys(sources.values()):
-        sharing = [split for split in sources if sources[split] == source]
-        asked = {split: counts[split] for split in sharing}
-        ids = _read_tokens(read_documents(source), tokenizer, _reach(settings, asked))
-        parts = torch.split(_cut(ids, source, settings, asked), list(asked.values()))
-        for split, part in zip(sharing, parts, strict=True):
-            windows[split] = part
+    windows = _cut_read(settings, tokenizer)
+    if write is not None:
+        windows |= _cut_written(settings, write)
     mixed: dict[Calibration, Tensor] = {}
     if settings.questions:
         questions_BT = _cut_questions(settings, tokenizer)
         windows["calibration"], mixed = mix_questions(settings, windows["calibration"], questions_BT)
+    _check_overlap(windows, mixed, tokenizer)
     result = Windows(windows["calibration"], windows["validation"], windows["test"], windows["further"], mixed)
-    _check_overlap(result, tokenizer)
     return _begin(result, tokenizer.bos_token_id) if count_lead(settings, tokenizer) else result
+
+
+def check_windows(settings: WorkbenchSettings, tokenizer: Any) -> None:
+    """Raises UserError where `cut_windows` would, of all text that the model does not write itself."""
+    if settings.questions:
+        _cut_questions(settings, tokenizer)
+    _check_overlap(_cut_read(settings, tokenizer), {}, tokenizer)
+
+
+def _cut_read(settings: WorkbenchSettings, tokenizer: Any) -> "dict[str, Tensor]":
+    """The windows of every split whose text is read."""
+    import torch
+
+    counts = count_windows(settings)
+    sources = {split: find_source(settings, split) for split in counts}
+    windows: dict[str, Tensor] = {}
+    for source in dict.fromkeys(source for source in sources.values() if not is_written(source)):
+        asked = {split: counts[split] for split in sources if sources[split] == source}
+        ids = _read_tokens(read_documents(source), tokenizer, _reach(settings, asked))
+        parts = torch.split(_cut(ids, source, settings, asked), list(asked.values()))
+        windows |= zip(asked, parts, strict=True)
+    return windows
+
+
+def _cut_written(settings: WorkbenchSettings, write: WrittenText) -> "dict[str, Tensor]":
+    """The windows of every split that the model writes, each from documents of its own."""
+    import torch
+
+    counts, dealt, windows = count_windows(settings), deal_prompts(settings), {}
+    for split in (split for split in counts if is_written(find_source(settings, split))):
+        tokens = counts[split] * settings.window
+        ids = write(split, dealt["validation" if split == "further" else split], tokens) if tokens else []
+        windows[split] = torch.tensor(ids[:tokens], dtype=torch.int64).view(-1, settings.window)
+    return windows
 
 
 def _begin(windows: Windows, bos: int) -> Windows:
@@ -147,25 +172,25 @@ def _cut(ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[
     )
 
 
-def _check_overlap(windows: Windows, tokenizer: Any) -> None:
+def _check_overlap(windows: "dict[str, Tensor]", mixed: "dict[Calibration, Tensor]", tokenizer: Any) -> None:
     """Raises UserError when two splits share text. A mixed text that does, and nobody has asked for yet, is dropped."""
-    splits = [*SPLITS, "further"] if len(windows.further) else SPLITS
-    length = min(SHINGLE, *(getattr(windows, split).numel() for split in splits))
-    hashes = {split: _hash_shingles(getattr(windows, split), length) for split in splits}
+    splits = [split for split in (*SPLITS, "further") if split in windows and len(windows[split])]
+    length = min([SHINGLE, *(windows[split].numel() for split in splits)])
+    hashes = {split: _hash_shingles(windows[split], length) for split in splits}
     for first, second in combinations(splits, 2):
         shared = np.isin(hashes[second], hashes[first])
         if shared.any():
             at = int(shared.argmax())
-            ids = getattr(windows, second).reshape(-1)[at : at + length].tolist()
+            ids = windows[second].reshape(-1)[at : at + length].tolist()
             text = " ".join(tokenizer.decode(ids).split())[:100]
             raise UserError(
                 f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
                 f"such as {text!r}); choose disjoint texts"
             )
-    measured = np.concatenate([hashes[split] for split in splits if split != "calibration"])
-    for name, text_BT in list(windows.mixed.items()):
-        if np.isin(measured, _hash_shingles(text_BT, length)).any():
-            del windows.mixed[name]
+    for name, text_BT in list(mixed.items()):
+        shingles = _hash_shingles(text_BT, length)
+        if any(np.isin(hashes[split], shingles).any() for split in splits if split != "calibration"):
+            del mixed[name]
 
 
 def _hash_shingles(windows: "Tensor", length: int) -> NDArray[np.uint64]:

@@ -48,6 +48,7 @@ from tools.workbench.profiles import Profiles, StoredProfile
 from tools.workbench.prune import Pruner
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.weights import Weights
+from tools.workbench.written import Author
 
 
 class Workbench:
@@ -68,7 +69,9 @@ class Workbench:
         lead = count_lead(settings, self.tokenizer)
         refuse_long_windows(self.model, settings.window, lead)
         _refuse_small_disk(self.model, layers, settings, directory, lead)
-        self.windows = cut_windows(settings, self.tokenizer)
+        self.index = Index(self.store)
+        author = Author(self.model, self.tokenizer, settings, self.index, progress)
+        self.windows = cut_windows(settings, self.tokenizer, author)
         self.questions = _encode_questions(settings, self.tokenizer)
         ids_T, blocks = self.windows.calibration[0].to(self.device), Blocks(self.model)
         check_readout(self.model, ids_T)
@@ -82,7 +85,6 @@ class Workbench:
             warn(f"{share:.2%} of the weights in the blocks are no linear layers to prune, and stay dense: {names}")
         for line in told:
             warn(line)
-        self.index = Index(self.store)
         self.weights = Weights(layers, len(blocks), self.store, self._warn)
         texts = Texts(self.windows, self.questions)
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn)

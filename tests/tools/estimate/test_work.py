@@ -36,6 +36,7 @@ STEPS = Steps(
     divergence=0.5,
     describe=17.0,
     word=0.125,
+    write=0.75,
 )
 TIMES = Times(
     steps=STEPS,
@@ -52,7 +53,7 @@ def work_of(settings: Any, course: Course = COURSE, workers: int = 0) -> list[Wo
     """At the prices above; a product costs what its name says."""
     layers = find_layers(make_empty("llama"))
     shares = find_shares(settings, layers, find_busiest(cut_parts(settings, workers)))
-    flops = {"forward": 3.0, "moments": 5.0, "stages": 11.0, "loss": 1.0, "prune refit": 7.0}
+    flops = {"forward": 3.0, "moments": 5.0, "stages": 11.0, "loss": 1.0, "write": 4.0, "prune refit": 7.0}
     return list_work(settings, 14, shares, course, flops, price_seconds(TIMES))
 
 
@@ -146,6 +147,18 @@ def test_questions_are_work(tiny_llama: Path) -> None:
     assert (asked.times, asked.seconds) == (1 + 4 + 3, 5 * 30 / 64 * 2)
 
 
+def test_text_that_the_model_writes_is_work_of_one_process(tiny_llama: Path) -> None:
+    settings = tiny_settings(tiny_llama, calibration="self", validation="self:A", further_windows=1)
+    found = work_of(settings, workers=2)[:4]
+    assert [(work.name, work.times, work.seconds, work.share) for work in found[:3]] == [
+        ("write calibration text", 1, 4 * 0.75, 1),
+        ("write validation text", 1, 3 * 0.75, 1),
+        ("write further text", 1, 2 * 0.75, 1),
+    ]
+    assert found[0].how == "256 tokens one by one, 16 documents at once; more where some end early"
+    assert found[0].flops == 4 * 4.0 and found[3].name == "validate the dense model"
+
+
 def test_products_are_priced_by_the_code_that_multiplies() -> None:
     layers = find_layers(make_empty("llama"))
     counts = Counts(0, 0, 0, 0, forward=10.0, backward=7.0, head=3.0)
@@ -159,6 +172,7 @@ def test_products_are_priced_by_the_code_that_multiplies() -> None:
         "curves": 2 * 64 * 15_360 * 6,
         "loss": 3,
         "divergence": 6,
+        "write": 13,
         "prune two-sided": 0,
         "prune refit": prices["prune refit"],
         "prune wanda": 0,

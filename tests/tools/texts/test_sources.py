@@ -92,7 +92,7 @@ def test_a_data_set_without_a_network_is_one_line_at_once(
     assert caplog.messages == []
 
 
-FORMS = "hub:NAME[/CONFIG]:SPLIT, file:PATH (.txt or .jsonl) or pydoc"
+FORMS = "hub:NAME[/CONFIG]:SPLIT, file:PATH (.txt or .jsonl), pydoc, self or self:PROMPT"
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,8 @@ FORMS = "hub:NAME[/CONFIG]:SPLIT, file:PATH (.txt or .jsonl) or pydoc"
         ("", f"text source '' is not one of {FORMS}"),
         ("wikitext", f"text source 'wikitext' is not one of {FORMS}"),
         ("pydoc ", f"text source 'pydoc ' is not one of {FORMS}"),
+        ("itself", f"text source 'itself' is not one of {FORMS}"),
+        ("self: ", "text source 'self: ' has an empty prompt; write self:PROMPT, or self alone for text without one"),
         ("file:/no/such.txt", "text file /no/such.txt does not exist"),
         ("file:" + "a" * 300 + ".txt", f"text file {'a' * 300}.txt does not exist"),
         (f"file:{__file__}", f"text file {__file__} must end in .txt or .jsonl"),
