@@ -40,6 +40,12 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Comm
 
 
 @pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots of comparisons take longer than tiny rows."""
+    monkeypatch.setattr("tools.results.comparison._plot", lambda _known, _kind, _path: None)
+
+
+@pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse to load a model."""
 

@@ -100,6 +100,14 @@ def test_the_command_writes_a_smaller_model_and_its_figures(
     assert capsys.readouterr().err == f"error: {tmp_path / 'cut' / 'model'} exists already; choose another --out\n"
 
 
+def test_text_that_the_model_wrote(tiny_llama: Path, tmp_path: Path) -> None:
+    assert (
+        main(["--out", str(tmp_path / "cut"), *describe(tiny_llama), "--calibration", "self", "--parts", "neurons"])
+        == 0
+    )
+    assert len(list((tmp_path / "cut" / "artifacts").rglob("*.json"))) >= 2, "its beginning, and each batch"
+
+
 SPEEDS = ("seconds_per_window", "decoded_per_second")
 
 

@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.rows import prose, write_questions, write_rows, write_splits
 from tests.tiny import make_beginning_tokenizer, make_tiny_tokenizer, tiny_settings
 from tools.base.errors import UserError
 from tools.texts.sources import read_documents
-from tools.texts.windows import SPLITS, check_texts, cut_windows, find_bos
+from tools.texts.windows import SPLITS, check_texts, check_windows, cut_windows, find_bos
 
 
 def test_one_source_is_cut_into_consecutive_disjoint_parts() -> None:
@@ -79,6 +80,27 @@ def test_too_short_a_text_says_what_was_needed(tmp_path: Path) -> None:
         + r"but it has \d; ask for fewer or shorter windows",
         str(refusal.value),
     )
+
+
+def test_what_is_read_is_checked_without_the_model_that_writes_the_rest(tmp_path: Path) -> None:
+    settings, tokenizer = tiny_settings("any", calibration="self", validation="self"), make_tiny_tokenizer()
+    check_windows(settings, tokenizer)
+    source = write_rows(tmp_path / "short.jsonl", [{"text": "a b c"}])
+    with pytest.raises(UserError, match="is too short: 2 test windows of 64 tokens need 128 tokens"):
+        check_windows(settings.model_copy(update={"test": source}), tokenizer)
+
+
+def test_texts_that_the_model_writes_must_be_disjoint_too() -> None:
+    settings, tokenizer = tiny_settings("any", calibration="self", test="self"), make_tiny_tokenizer()
+    asked: list[tuple[str, list[str], int]] = []
+
+    def write(split: str, prompts: Any, tokens: int) -> list[int]:
+        asked.append((split, list(prompts), tokens))
+        return [i % 300 for i in range(tokens + 9)]
+
+    with pytest.raises(UserError, match=r"the calibration and test texts overlap \(65 runs of 64 tokens"):
+        cut_windows(settings, tokenizer, write)
+    assert asked == [("calibration", [], 256), ("test", [], 128)]
 
 
 def test_pydoc_too_short() -> None:
