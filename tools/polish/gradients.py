@@ -19,8 +19,9 @@ from tools.models.layers import Layer
 from tools.models.readout import compute_hidden, diverge_gradients, measure_losses
 from tools.polish.survivors import Survivors
 from tools.statistics.gradients import Gradient, bring_near, flow_back, scale_losses
-from tools.statistics.shards import Sums, sum_node
+from tools.statistics.shards import Span, Sums, list_nodes, sum_node
 from tools.statistics.taps import tapped
+from tools.statistics.walks import Nodes
 
 KL = "kl"
 """The name of a sum: KL(dense || model) over the text's tokens, nats, fp64. All others are layers'."""
@@ -52,20 +53,31 @@ class Divergence:
 
     def measure(self, windows: Sequence[int]) -> float:
         """The mean KL, nats per token."""
-        total = 0.0
-        for window in windows:
-            heed_stop()
-            ids_T = self._windows_BT[window].to(self._blocks.model.device)
-            with run_apart(layer.module for layer in self._survivors.layers):
-                total += measure_losses(self._blocks.model, ids_T, self._dense_hidden[window], lead=self._lead)[0].kl
-        return total / self.count_tokens(windows)
+        return sum(map(self.measure_window, windows)) / self.count_tokens(windows)
+
+    def measure_window(self, window: int) -> float:
+        """The KL of a window's tokens, nats."""
+        heed_stop()
+        ids_T = self._windows_BT[window].to(self._blocks.model.device)
+        with run_apart(layer.module for layer in self._survivors.layers):
+            losses, _ = measure_losses(self._blocks.model, ids_T, self._dense_hidden[window], lead=self._lead)
+        return losses.kl
 
     def differentiate(self, windows: Sequence[int]) -> Sums:
         """Sums over the windows' tokens: `KL`, and by layer the gradient of that by its survivors, (S,), fp32.
 
         Those of a fixed tree over the windows, whoever makes which. An expert that no token was sent to has none.
         """
-        return sum_node((0, len(windows)), lambda place: self._differentiate(windows[place]))
+        [(_, sums)] = self.sum_nodes(windows, (0, len(windows)))
+        return sums
+
+    def sum_nodes(self, windows: Sequence[int], span: Span) -> Nodes:
+        """The nodes of that tree which a span of the windows makes up."""
+
+        def leaf(place: int) -> Sums:
+            return self._differentiate(windows[place])
+
+        return [(node, sum_node(node, leaf)) for node in list_nodes((0, len(windows)), span)]
 
     def _differentiate(self, window: int) -> Sums:
         heed_stop()

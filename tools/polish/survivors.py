@@ -22,6 +22,8 @@ class Survivors:
         self.layers = list(layers)
         self.keep = {layer.name: layer.weight_OI != 0 for layer in self.layers}
         """bool, (O, I)."""
+        self.written = 0
+        """How often weights were put into the model."""
 
     def gather(self, name: str, full_OI: Tensor) -> Tensor:
         """The survivors' entries of a tensor of a layer's shape: (S,)."""
@@ -39,6 +41,7 @@ class Survivors:
         """
         for layer in self.layers:
             layer.write(self.spread(layer, values[layer.name]))
+        self.written += 1
 
     def spread(self, layer: Layer, values_S: Tensor) -> Tensor:
         """The weight that survivors stand for, (O, I), as `write` puts it into the model."""

@@ -12,6 +12,7 @@ from tools.base.settings import Split
 from tools.plans.recipe import Recipe
 from tools.statistics.requests import Kept, ShardRequest
 from tools.statistics.shards import Span
+from tools.statistics.walks import Nodes
 from tools.team.worker import LayerGroup, LayerResult, StoredLayer, WindowLosses, Worker
 
 T = TypeVar("T")
@@ -67,6 +68,36 @@ class MeasureLosses(NamedTuple):
         part = slice(*span)
         hidden_BTD = None if self.dense_hidden_BTD is None else self.dense_hidden_BTD.fetch()[part]
         return worker.losses(self.split, self.windows[part], hidden_BTD, keeps_hidden=self.keeps_hidden)
+
+
+class OfPolish(NamedTuple):
+    """What a polish asks about: windows of the calibration text, and the layers that it changes."""
+
+    layers: Sequence[str]
+    windows: Sequence[int]
+    dense_hidden: Sequence[Kept[Tensor]]
+    """What the dense model's head reads of each of them, (T, D)."""
+
+
+class SumDivergence(NamedTuple):
+    """KL(dense || model) on the windows, and its gradients by survivors (`Divergence.sum_nodes`)."""
+
+    about: OfPolish
+
+    def run(self, worker: Worker, span: Span) -> Nodes:
+        """As in `Shared`, of windows."""
+        return worker.diverge(*self.about, span).sum_nodes(self.about.windows, span)
+
+
+class MeasureDivergence(NamedTuple):
+    """KL(dense || model) of each of the windows."""
+
+    about: OfPolish
+
+    def run(self, worker: Worker, span: Span) -> list[float]:
+        """As in `Shared`, of windows."""
+        problem = worker.diverge(*self.about, span)
+        return [problem.measure_window(window) for window in self.about.windows[slice(*span)]]
 
 
 class ReadAnswers(NamedTuple):

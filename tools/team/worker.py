@@ -22,6 +22,8 @@ from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.models.linear import keep_linear
 from tools.plans.recipe import Recipe
+from tools.polish.gradients import Divergence
+from tools.polish.survivors import Survivors
 from tools.statistics.pruned import cut_to_levels, prune_layer
 from tools.statistics.requests import Kept
 from tools.statistics.shards import Span
@@ -137,6 +139,14 @@ class Worker:
         pairs = self.texts.questions[split]
         batches = cut_batches(pairs)[slice(*span)]
         return [value for batch in batches for value in read_answers(self.model, [pairs[i] for i in batch])]
+
+    def diverge(
+        self, layers: Sequence[str], windows: Sequence[int], dense_hidden: Sequence[Kept[Tensor]], span: Span
+    ) -> Divergence:
+        """KL(dense || model) on a span of some windows of the calibration text, by the survivors of some layers."""
+        known = {windows[place]: dense_hidden[place].fetch() for place in range(*span)}
+        survivors = Survivors([self.layers[name] for name in layers])
+        return Divergence(self.blocks, survivors, self.texts.windows.calibration, known, self._lead)
 
     def prune(self, recipe: Recipe, group: LayerGroup) -> list[LayerResult]:
         """Prune layers from their dense weights."""

@@ -94,7 +94,7 @@ class Workbench:
         )
         self.curves = Curves(self.weights, self.profiles, self.index, self.crew)
         self.polisher = Polisher(
-            settings, blocks, self.windows, self.weights, self.losses, self.store, self.index, self._warn
+            settings, blocks, self.windows, self.weights, self.losses, self.store, self.index, self.crew, self._warn
         )
         self.pruner = Pruner(self.weights, self.profiles, self.polisher, self.store, self.index, self.crew, self._warn)
         self.evaluator = Evaluator(

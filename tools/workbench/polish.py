@@ -2,21 +2,28 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from uuid import uuid4
 
+import torch
 from torch import Tensor
 
 from tools.base.failures import explain_layer
-from tools.base.progress import Progress, Warn
+from tools.base.progress import Progress, Warn, heed_stop
 from tools.base.settings import WorkbenchSettings
 from tools.models.artifacts import pack_pruned
 from tools.models.blocks import Blocks
 from tools.plans.polish import Schedule, schedule_polish
-from tools.polish.gradients import Divergence
+from tools.polish.gradients import KL, Divergence
 from tools.polish.loop import Kept, Polish, Standing
 from tools.polish.optimisers import Adam
 from tools.polish.survivors import Survivors, Vectors
 from tools.results.schema import Polished
+from tools.statistics.requests import ignore_ticks
+from tools.statistics.shards import Sums, join_nodes
+from tools.team.cluster import Cluster
+from tools.team.requests import MeasureDivergence, OfPolish, SumDivergence
 from tools.texts.windows import Windows
+from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
@@ -37,10 +44,11 @@ class Polisher:
         losses: Losses,
         store: ArtifactStore,
         index: Index,
+        crew: Crew,
         warn: Warn,
     ) -> None:
         self._settings, self._blocks, self._windows, self._weights = settings, blocks, windows, weights
-        self._losses, self._store, self._index, self._warn = losses, store, index, warn
+        self._losses, self._store, self._index, self._crew, self._warn = losses, store, index, crew, warn
 
     def polish(self, pruned: Mapping[str, str], tokens: int, progress: Progress) -> dict[str, str]:
         """The artifact of every layer, all of which are in the model, after a polish on so many tokens.
@@ -110,13 +118,18 @@ class Polisher:
             self._weights.install(name, artifact)  # whole, for they were made, or read, just now
         layers = [self._weights.by_name[name] for name in names]
         survivors, keeper = Survivors(layers), _Keeper(self._store, self._index, key)
-        problem = Divergence(self._blocks, survivors, self._windows.calibration, hidden, self._windows.lead)
+        alone = Divergence(self._blocks, survivors, self._windows.calibration, hidden, self._windows.lead)
+        cluster = self._crew.cluster
+        problem = _SharedDivergence(cluster, self._weights, survivors, alone, hidden) if cluster else alone
         values = survivors.read()
         polish = Polish(problem, survivors, values, Adam(values), schedule, keeper, progress)
         for name in names:
             self._weights.installed[name] = ""  # neither the old ones nor the new
-        with explain_layer("polish"):
-            standing = polish.run()
+        try:
+            with explain_layer("polish"):
+                standing = polish.run()
+        finally:
+            self._weights.installed.update(dict.fromkeys(names, ""))
         artifacts = self._keep_best(polish, names) if standing.best else {name: pruned[name] for name in names}
         for name in names:
             self._weights.install(name, artifacts[name])
@@ -166,6 +179,42 @@ def _describe(standing: Standing, schedule: Schedule, tokens: int) -> Polished:
         steps=steps,
         planned_steps=len(schedule.steps),
     )
+
+
+class _SharedDivergence:
+    """`Divergence` by workers, to whom the layers travel whenever they have changed: the same bits on CPUs."""
+
+    def __init__(
+        self, cluster: Cluster, weights: Weights, survivors: Survivors, alone: Divergence, hidden: Mapping[int, Tensor]
+    ) -> None:
+        self._cluster, self._weights, self._survivors, self._alone = cluster, weights, survivors, alone
+        self._hidden = {window: cluster.keep(hidden_TD) for window, hidden_TD in hidden.items()}
+        self._mark = uuid4().hex
+
+    def count_tokens(self, windows: Sequence[int]) -> int:
+        """As `Divergence.count_tokens`."""
+        return self._alone.count_tokens(windows)
+
+    def measure(self, windows: Sequence[int]) -> float:
+        """As `Divergence.measure`."""
+        answers = self._cluster.share(MeasureDivergence(self._ask(windows)), len(windows))(ignore_ticks)
+        return sum(kl for answer in answers for kl in answer) / self.count_tokens(windows)
+
+    def differentiate(self, windows: Sequence[int]) -> Sums:
+        """As `Divergence.differentiate`."""
+        answers = self._cluster.share(SumDivergence(self._ask(windows)), len(windows))(ignore_ticks)
+        sums = join_nodes((0, len(windows)), {node: sums for answer in answers for node, sums in answer})
+        return {name: value.to(self._place(name)) for name, value in sums.items()}
+
+    def _ask(self, windows: Sequence[int]) -> OfPolish:
+        heed_stop()
+        names = [layer.name for layer in self._survivors.layers]
+        for name in names:  # no artifact: whoever needs it is sent what is in the model
+            self._weights.installed[name] = f"polish {self._mark} {self._survivors.written}"
+        return OfPolish(names, list(windows), [self._hidden[window] for window in windows])
+
+    def _place(self, name: str) -> torch.device:
+        return torch.device("cpu") if name == KL else self._weights.device_of(name)
 
 
 class _Keeper:

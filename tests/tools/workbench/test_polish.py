@@ -27,6 +27,7 @@ from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.base.progress import Stopped, stop_at
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import WorkOrder, order_allocation
+from tools.polish.gradients import Divergence
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
 from tools.workbench.store import DENSE
@@ -156,8 +157,7 @@ def test_polished_once_then_read_back_and_made_again_where_it_is_damaged(
         bench.restore(checkpoint)
 
 
-@pytest.mark.parametrize("at", ["3", "5"])
-def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(at: str, bench: Workbench) -> None:
+def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(bench: Workbench) -> None:
     alone = open_bench(bench.settings, bench.directory.parent / "alone")
     profile = alone.profile(ignore)
     asked = order(alone, profile)
@@ -169,7 +169,7 @@ def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(at: s
     def stop(label: str, done: int, _total: int) -> None:
         if label.startswith("polish"):
             steps.append(done)
-            if done == int(at):
+            if done == 5:
                 event.set()
 
     with stop_at(event), pytest.raises(Stopped):
@@ -180,7 +180,7 @@ def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(at: s
     again: list[int] = []
     made = bench.prune(profile, asked, lambda label, done, _: again.append(done) if label.startswith("pol") else None)
     assert made == expected and same(snapshot(bench), bits)
-    assert again[0] == int(at), "steps that were taken are not taken again"
+    assert again[0] == 5, "steps that were taken are not taken again"
     times = {name for name in list_files(bench) ^ files if not name.endswith(".json")}
     assert times == set(), "nothing is left of what was under way but figures with their seconds"
 
@@ -224,6 +224,8 @@ def test_workers_come_to_the_same_weights(bench: Workbench, monkeypatch: pytest.
     checkpoint = bench.prune(profile, order(bench, profile), ignore)
     evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
     gather_teams(monkeypatch)
+    monkeypatch.delattr(Divergence, "differentiate")  # of this process alone
+    monkeypatch.delattr(Divergence, "measure")
     shared = open_bench(tiny_settings(bench.settings.model, calibration_windows=7, workers="2"), tmp_path / "shared")
     assert shared.profile(ignore) == profile
     assert shared.prune(profile, order(shared, profile), ignore) == checkpoint
