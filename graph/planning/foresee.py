@@ -17,8 +17,11 @@ TESTED_MODELS = 3
 
 def foresee_course(config: RunConfig) -> Course:
     """All rounds as the rule plans them, and the end of the run: a chat planner's rounds are told likewise."""
+    rounds = foresee_recipes(config)
     return Course(
-        rounds=foresee_recipes(config),
+        rounds=rounds,
+        polishes=[config.polish_tokens for recipe in rounds if recipe.polish],
+        polished_at=config.target_sparsity,
         baselines=[UNIFORM_WANDA.model_copy(update={"pattern": config.pattern})],
         profiles=config.max_iterations if config.reprofile else 1,
         tests=TESTED_MODELS,
@@ -42,5 +45,8 @@ def foresee_recipes(config: RunConfig) -> list[Recipe]:
         {"curves": "method"},
     ]
     first = [strong] if config.pattern else [MASKS, strong]
+    if config.polish_tokens:
+        strong = strong.model_copy(update={"polish": True})
+        levers.insert(0, {})
     course = [*first, *(strong.model_copy(update=lever) for lever in levers)]
     return [*course, *[strong] * config.max_iterations][: config.max_iterations]

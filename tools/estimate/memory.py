@@ -122,7 +122,7 @@ def measure_shape(model: Any, layers: Sequence[Layer], routed: float = 1.0) -> S
     )
 
 
-def _multiply(what: str, *factors: tuple[float, str]) -> Line:
+def multiply(what: str, *factors: tuple[float, str]) -> Line:
     """A line that is one product: its factors are (number, what is counted), the last one in bytes."""
     how = " × ".join(f"{number:,} {name}".rstrip() for number, name in factors)
     return Line(what=what, how=how, bytes=round(math.prod(number for number, _ in factors)))
@@ -202,13 +202,13 @@ def list_phases(
     kept = _count_kept(shape, settings.validation_windows * settings.window * shape.hidden * shape.item)
 
     def states(what: str, *factors: tuple[float, str]) -> Line:
-        return _multiply(what, *factors, *state)
+        return multiply(what, *factors, *state)
 
     def counted(what: str, size: int, on: str = "one window") -> Line:
         return Line(what=what, how=f"counted in a run of it on {on}", bytes=size)
 
     def pruned(what: str, size: int) -> list[Line]:
-        moment = _multiply("its second moment", (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes"))
+        moment = multiply("its second moment", (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes"))
         return [counted(what, size, "a smaller layer of the same form"), moment]
 
     model = _describe_model(shape, weights)
@@ -232,14 +232,14 @@ def list_phases(
         model,
         counted("graph and backward of one block", counts.graph_bytes),
         counted("logits of a chunk, with their gradients", counts.readout_bytes, chunk),
-        _multiply("inputs and output gradients of one block's layers", *passed, (part.gradient, "windows"), *flow),
+        multiply("inputs and output gradients of one block's layers", *passed, (part.gradient, "windows"), *flow),
     ]
     if shape.item < 4:
         tokens = (part.gradient, "windows"), (settings.window, "tokens")
-        backward.append(_multiply("those of one layer in fp32", *tokens, (shape.flow_layer, "numbers"), (4, "bytes")))
+        backward.append(multiply("those of one layer in fp32", *tokens, (shape.flow_layer, "numbers"), (4, "bytes")))
     weigh = Phase(
         name=WEIGH,
-        device=[*backward[:3], _multiply("inputs and output gradients of one block's layers", *flow)],
+        device=[*backward[:3], multiply("inputs and output gradients of one block's layers", *flow)],
         host=[
             *always,
             states("inputs of one block", (part.calibration, "windows")),
@@ -250,7 +250,7 @@ def list_phases(
     statistics = [model, forward, _count_moments(shape, part.sums, "sums over shards in the making")]
     if shape.item < 4:
         tokens = (settings.window, "tokens"), (shape.widest, "inputs of the widest layer")
-        statistics.append(_multiply("inputs of one layer in fp32", *tokens, (4, "bytes")))
+        statistics.append(multiply("inputs of one layer in fp32", *tokens, (4, "bytes")))
     walked = states("inputs and outputs of one block", (2, "sets"), (part.calibration, "windows"))
     layer = pruned("one layer being pruned", held.pruned)
     moved = _move_model(facts)
@@ -318,17 +318,17 @@ def list_phases_beside(
     def hidden(what: str, count: int) -> Line:
         states = (settings.validation_windows, "windows"), (settings.window, "tokens")
         copies = ((count, "copies"),) if count > 1 else ()
-        return _multiply(what, *copies, *states, (shape.hidden, "wide"), (shape.item, "bytes"))
+        return multiply(what, *copies, *states, (shape.hidden, "wide"), (shape.item, "bytes"))
 
     matrix = (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes")
     given = [
         Line(what="dense weights", how="the prunable layers, each put there once", bytes=shape.prunable),
-        _multiply("second moments of layers to prune", (2 * workers, "layers"), *matrix),
+        multiply("second moments of layers to prune", (2 * workers, "layers"), *matrix),
     ]
-    moment = _multiply("second moment of one layer", *matrix)
+    moment = multiply("second moment of one layer", *matrix)
     levels, sums = _count_levels(shape), _count_moments(shape, nodes, "sums of all workers")
     two = _count_moments(shape, 2 * nodes, "sums of all workers for two blocks")
-    results = _multiply("pruned layers of one block", (shape.members, "weights"), (shape.item + 1 / 8, "bytes"))
+    results = multiply("pruned layers of one block", (shape.members, "weights"), (shape.item + 1 / 8, "bytes"))
     return [
         Phase(name="load", device=[model], host=[program, *_read_file(facts), *moved]),
         Phase(
@@ -382,7 +382,7 @@ def _count_moments(shape: Shape, count: int, what: str = "") -> Line:
 
 def _count_levels(shape: Shape) -> Line:
     what = f"one block's layers at {len(LEVELS)} levels"
-    return _multiply(what, (len(LEVELS), "levels"), (shape.members, "weights of its layers"), (4, "bytes"))
+    return multiply(what, (len(LEVELS), "levels"), (shape.members, "weights of its layers"), (4, "bytes"))
 
 
 def _count_changed(shape: Shape, what: str) -> Line:
@@ -393,7 +393,7 @@ def _list_job(shape: Shape) -> list[Line]:
     """What a worker holds of the layers that it prunes, which are those of one block at most."""
     matrix = (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes")
     weights = (2, "copies"), (shape.members, "weights of one block"), (shape.item, "bytes")
-    return [_multiply("layers as received and as pruned", *weights), _multiply("second moment as received", *matrix)]
+    return [multiply("layers as received and as pruned", *weights), multiply("second moment as received", *matrix)]
 
 
 def _count_kept(shape: Shape, size: int) -> int:

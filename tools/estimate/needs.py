@@ -6,13 +6,14 @@ where that is here. Where workers share the work, each of them has phases of its
 they work for.
 """
 
+import math
 import os
 from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
 
-from tools.base.errors import UserError, in_one_line
+from tools.base.errors import ImpossiblePlan, UserError, in_one_line
 from tools.base.settings import TeamSettings, count_threads
 from tools.estimate.block import build_empty, count_block, read_lead
 from tools.estimate.memory import (
@@ -25,6 +26,7 @@ from tools.estimate.memory import (
     measure_process,
     measure_shape,
 )
+from tools.estimate.polish import Polish, add_polish, add_shared_polish, list_polish_disk
 from tools.estimate.pruning import count_layer
 from tools.estimate.room import Devices, explain_absence, find_devices, lay_out
 from tools.estimate.timing import Times, time_run
@@ -33,6 +35,7 @@ from tools.models.disk import Line, list_disk
 from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
 from tools.models.positions import refuse_long_windows
 from tools.plans.methods import LEVERS
+from tools.plans.polish import schedule_polish
 
 
 class Estimate(BaseModel):
@@ -122,6 +125,12 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     part, weighs = max((line.bytes for line in spread), default=facts.shape.weights), course.weighted > 0
     phases = list_phases(facts, read, busiest, part, weighs=weighs)
     weights = sum(layer.weight_OI.numel() for layer in layers)
+    beside = list_phases_beside(facts, read, parts, weighs=weighs) if workers else []
+    polish = _find_polish(settings, course, weights, read.window)
+    if polish and workers:
+        beside, phases = add_shared_polish(beside, phases, facts, polish, workers)
+    elif polish:
+        phases = add_polish(phases, facts, polish)
     return Estimate(
         model=settings.model,
         dtype=settings.dtype,
@@ -134,13 +143,16 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
         of_blocks=reach.of_blocks,
         of_model=reach.of_model,
         dense=reach.dense,
-        phases=list_phases_beside(facts, read, parts, weighs=weighs) if workers else phases,
+        phases=beside or phases,
         workers=workers,
         threads=threads,
         of_worker=phases if workers else [],
         devices=devices,
         spread=spread,
-        disk=list_disk(model, layers, settings, lead, weighs=weighs),
+        disk=[
+            *list_disk(model, layers, settings, lead, weighs=weighs),
+            *(list_polish_disk(facts, polish) if polish else []),
+        ],
         work=list_work(
             settings,
             len(layers),
@@ -152,6 +164,17 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
         untimed=untimed,
         tokens=0 if times is None else times.tokens,
     )
+
+
+def _find_polish(settings: TeamSettings, course: Course, weights: int, window: int) -> Polish | None:
+    """The longest polish of a course; None where there is none. Raises UserError where the text is too short for it."""
+    if not course.polishes:
+        return None
+    try:
+        plan = schedule_polish(settings.calibration_windows, settings.window, max(course.polishes), settings.seed)
+    except ImpossiblePlan as error:
+        raise UserError(str(error)) from error
+    return Polish(plan, weights - math.floor(course.polished_at * weights), window)
 
 
 def _time(model: Any, settings: TeamSettings, course: Course, device: str, threads: int) -> tuple[Times | None, str]:

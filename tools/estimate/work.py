@@ -17,8 +17,12 @@ from tools.estimate.timing import Times
 from tools.models.layers import Layer, list_readers
 from tools.plans.layer_profile import LEVELS
 from tools.plans.methods import STAGES
+from tools.plans.polish import schedule_polish
 from tools.plans.recipe import Recipe
 from tools.texts.written import BATCH, list_written
+
+POLISH = "polish"
+"""The name of its step, and of its phase of memory."""
 
 QUESTION_TOKENS = 30
 """Tokens of a question with its answer: FreebaseQA's have 28 with SmolLM2's tokenizer."""
@@ -54,6 +58,10 @@ class Course(NamedTuple):
     """That a model goes on with."""
     words: int = 0
     """Tokens that follow each of them, by all models that go on with them."""
+    polishes: Sequence[int] = ()
+    """Tokens of each polish."""
+    polished_at: float = 0.0
+    """The least sparsity that is polished."""
 
     @property
     def pruned(self) -> list[tuple[Recipe, int]]:
@@ -168,6 +176,11 @@ class Shares(NamedTuple):
     test: float
     layers: float
     questions: float
+    workers: int = 1
+
+    def polish(self, windows: int) -> float:
+        """Of the windows of a step."""
+        return math.ceil(windows / self.workers) / windows
 
 
 def find_shares(settings: WorkbenchSettings, layers: Sequence[Layer], part: Part) -> Shares:
@@ -181,6 +194,7 @@ def find_shares(settings: WorkbenchSettings, layers: Sequence[Layer], part: Part
         test=math.ceil(settings.test_windows / workers) / settings.test_windows,
         layers=1 / workers + (1 - 1 / workers) * max(costs) / sum(costs),
         questions=1 / workers,
+        workers=workers,
     )
 
 
@@ -290,6 +304,23 @@ def list_work(
             done |= {"forward": calibration, "stages": calibration}
             how += ", with a pass of every block for each of its stages and one more of the calibration text"
         steps.append(step("prune", how, times, shares.layers, done))
+    for tokens in course.polishes:
+        plan = schedule_polish(calibration, settings.window, tokens, settings.seed)
+        measured = len(plan.held_out) * (1 + len(plan.measured))
+        steps.append(
+            step(
+                POLISH,
+                f"two forwards and a backward of {plan.trained} windows, {len(plan.held_out)} others measured "
+                f"{1 + len(plan.measured)} times",
+                1,
+                shares.polish(max(map(len, plan.steps))),
+                {
+                    "forward": plan.trained + measured + len(plan.windows),
+                    "gradients": plan.trained,
+                    "divergence": plan.trained + measured,
+                },
+            )
+        )
     steps.append(
         step(
             "validate",

@@ -234,7 +234,11 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
     _refuse_polish(settings, jobs)
     check_texts(settings)
     recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
-    print_estimate(estimate(settings, Course(recipes), target=max(job.sparsity for job in jobs)), console)
+    polished = [(job.recipe.polish_tokens, job.sparsity) for job in jobs if isinstance(job.recipe, Recipe)]
+    polished = [(tokens, sparsity) for tokens, sparsity in polished if tokens]
+    least = min((sparsity for _, sparsity in polished), default=0.0)
+    course = Course(recipes, polishes=[tokens for tokens, _ in polished], polished_at=least)
+    print_estimate(estimate(settings, course, target=max(job.sparsity for job in jobs)), console)
     if searches := sum(job.kind == "search" for job in jobs):
         rules = follow_effort(
             settings.evolution,

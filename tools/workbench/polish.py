@@ -182,7 +182,10 @@ def _describe(standing: Standing, schedule: Schedule, tokens: int) -> Polished:
 
 
 class _SharedDivergence:
-    """`Divergence` by workers, to whom the layers travel whenever they have changed: the same bits on CPUs."""
+    """`Divergence` by workers, to whom the layers travel whenever they have changed: the same bits on CPUs.
+
+    A single window cannot be shared, and is this process' own.
+    """
 
     def __init__(
         self, cluster: Cluster, weights: Weights, survivors: Survivors, alone: Divergence, hidden: Mapping[int, Tensor]
@@ -197,11 +200,15 @@ class _SharedDivergence:
 
     def measure(self, windows: Sequence[int]) -> float:
         """As `Divergence.measure`."""
+        if len(windows) < 2:
+            return self._alone.measure(windows)
         answers = self._cluster.share(MeasureDivergence(self._ask(windows)), len(windows))(ignore_ticks)
         return sum(kl for answer in answers for kl in answer) / self.count_tokens(windows)
 
     def differentiate(self, windows: Sequence[int]) -> Sums:
         """As `Divergence.differentiate`."""
+        if len(windows) < 2:
+            return self._alone.differentiate(windows)
         answers = self._cluster.share(SumDivergence(self._ask(windows)), len(windows))(ignore_ticks)
         sums = join_nodes((0, len(windows)), {node: sums for answer in answers for node, sums in answer})
         return {name: value.to(self._place(name)) for name, value in sums.items()}

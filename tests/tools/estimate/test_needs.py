@@ -15,6 +15,7 @@ from tools.base.errors import UserError
 from tools.estimate import needs as module
 from tools.estimate.memory import ASKED_FOR
 from tools.estimate.needs import Estimate, estimate
+from tools.estimate.polish import POLISH
 from tools.estimate.room import Devices, read_devices
 from tools.estimate.work import Course
 from tools.models.artifacts import HEADER
@@ -206,3 +207,33 @@ def test_a_block_that_cannot_be_run_here_has_no_time(tiny_llama: Path, monkeypat
     assert (found.untimed, found.tokens) == ("one block could not be run here: no memory is left", 0)
     assert {work.seconds for work in found.work} == {None}
     assert (seen, torch.get_num_threads()) == ([2], before), "as many threads as a worker has"
+
+
+def test_a_polish_has_its_memory_disk_and_work(tiny_llama: Path, untimed: None) -> None:
+    settings = tiny_settings(tiny_llama, calibration_windows=8)
+    plain = estimate(settings, COURSE, target=0.5)
+    course = COURSE._replace(polishes=[64 * 7, 64 * 14], polished_at=0.5)
+    found = estimate(settings, course, target=0.5)
+    survivors, step = 15_360 // 2, 7
+    phase = next(phase for phase in found.phases if phase.name == POLISH)
+    others = [(other.name, sizes(other)) for other in found.phases if other is not phase]
+    assert others == [(other.name, sizes(other)) for other in plain.phases]
+    held = {line.what: line.bytes for line in (*phase.device, *phase.host)}
+    assert held["survivors before they are rounded"] == held["the best survivors so far"] == 4 * survivors
+    assert held["state of the optimiser"] == 8 * survivors and held["which weights survive"] == 15_360
+    assert held["gradients, sums over windows in the making"] == 4 * 4 * survivors, f"a tree over {step} windows"
+    assert held["inputs of all blocks, one window"] == 2 * STATE
+    assert held["dense hidden states on calibration text"] == 8 * STATE
+    assert found.disk_bytes - plain.disk_bytes == 2 * 16 * survivors + 8 * STATE
+    first, second = (work for work in found.work if work.name == POLISH)
+    assert first.how == "two forwards and a backward of 7 windows, 1 others measured 2 times"
+    assert second.how == "two forwards and a backward of 14 windows, 1 others measured 3 times"
+    assert 0 < first.flops < second.flops and first.share == 1
+    shared = estimate(settings.model_copy(update={"workers": "2"}), course, target=0.5)
+    assert [phase.name for phase in shared.phases] == [phase.name for phase in shared.of_worker]
+    assert [work.share for work in shared.work if work.name == POLISH] == [4 / 7, 4 / 7]
+    own, theirs = (next(p for p in phases if p.name == POLISH) for phases in (shared.phases, shared.of_worker))
+    assert own.store_bytes and "state of the optimiser" in {line.what for line in own.device}
+    assert "graph and backward of one block" in {line.what for line in theirs.device}
+    with pytest.raises(UserError, match=r"^polish on 63 tokens is less than one window of 64; give it more$"):
+        estimate(settings, course._replace(polishes=[63]), target=0.5)

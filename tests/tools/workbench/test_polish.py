@@ -225,7 +225,6 @@ def test_workers_come_to_the_same_weights(bench: Workbench, monkeypatch: pytest.
     evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
     gather_teams(monkeypatch)
     monkeypatch.delattr(Divergence, "differentiate")  # of this process alone
-    monkeypatch.delattr(Divergence, "measure")
     shared = open_bench(tiny_settings(bench.settings.model, calibration_windows=7, workers="2"), tmp_path / "shared")
     assert shared.profile(ignore) == profile
     assert shared.prune(profile, order(shared, profile), ignore) == checkpoint

@@ -1,0 +1,136 @@
+"""What a polish will need: memory and disk, as of one that takes all of its steps."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tools.estimate.memory import Facts, Phase, multiply
+from tools.estimate.work import POLISH
+from tools.models.disk import Line
+from tools.models.readout import CHUNK
+from tools.plans.polish import Schedule
+from tools.statistics.shards import count_held, list_nodes, share_out
+
+
+class Polish(NamedTuple):
+    """The longest polish of a run."""
+
+    schedule: Schedule
+    survivors: int
+    """Weights that are not zero."""
+    window: int
+    """Tokens of a window, with those before its text."""
+
+
+def add_polish(phases: Sequence[Phase], facts: Facts, polish: Polish) -> list[Phase]:
+    """The phases of a process that does the work alone, and that of the polish before the last."""
+    step, hidden = max(map(len, polish.schedule.steps)), _count_hidden(facts, polish)
+    phase = Phase(
+        name=POLISH,
+        device=[*_find_common(phases, "device"), *_list_walk(facts, polish, step, 1), *_list_state(facts, polish)],
+        host=[*_find_common(phases, "host"), hidden, *_copy_state(facts, polish)],
+    )
+    return [*phases[:-1], phase, phases[-1]]
+
+
+def add_shared_polish(
+    phases: Sequence[Phase], of_worker: Sequence[Phase], facts: Facts, polish: Polish, workers: int
+) -> tuple[list[Phase], list[Phase]]:
+    """As `add_polish`, of the process that workers work for, and of each of them."""
+    step, hidden = max(map(len, polish.schedule.steps)), _count_hidden(facts, polish)
+    nodes = sum(len(list(list_nodes((0, step), span))) for span in share_out(step, workers))
+    answers = multiply("gradients of all workers", (nodes, "sums"), (polish.survivors, "survivors"), (4, "bytes"))
+    sent = Line(what="layers as they travel", how="all prunable layers, with their masks", bytes=facts.shape.packed)
+    walk = [_count_marks(facts)] if step > 1 else _list_walk(facts, polish, step, 1)  # which cannot be shared
+    own = Phase(
+        name=POLISH,
+        device=[*_find_common(phases, "device"), *walk, *_list_state(facts, polish)],
+        host=[*_find_common(phases, "host"), hidden, answers, *_copy_state(facts, polish)],
+        store=[hidden, sent, answers],
+    )
+    theirs = Phase(
+        name=POLISH,
+        device=[*_find_common(of_worker, "device"), *_list_walk(facts, polish, step, workers)],
+        host=[*_find_common(of_worker, "host"), sent],
+    )
+    return [*phases[:-1], own, phases[-1]], [*of_worker[:-1], theirs, of_worker[-1]]
+
+
+def list_polish_disk(facts: Facts, polish: Polish) -> list[Line]:
+    """What a polish may write beside its checkpoint: what is kept of it, and for a moment what was kept before."""
+    size = 12 + facts.shape.item
+    state = multiply("a polish under way", (2, "copies"), (polish.survivors, "survivors"), (size, "bytes"))
+    return [state, _count_hidden(facts, polish)]
+
+
+def _find_common(phases: Sequence[Phase], place: str) -> list[Line]:
+    """The lines that all phases have once the model is loaded."""
+    lines: list[list[Line]] = [getattr(phase, place) for phase in phases[1:]]
+    return [line for line in lines[0] if all(line in others for others in lines)]
+
+
+def _list_walk(facts: Facts, polish: Polish, step: int, workers: int) -> list[Line]:
+    """What the way up and down with one window holds, and the gradients of a step of so many windows."""
+    shape, counts = facts.shape, facts.counts
+    held = max(count_held((0, step), span) for span in share_out(step, workers))
+    chunk = f"{CHUNK} tokens, {shape.vocabulary:,} words"
+    dense = (2, "copies"), (CHUNK, "tokens"), (shape.vocabulary, "words"), (4, "bytes")
+    number = (shape.item, "bytes")
+    return [
+        Line(
+            what="graph and backward of one block", how="counted in a run of it on one window", bytes=counts.graph_bytes
+        ),
+        Line(
+            what="logits of a chunk, with their gradients",
+            how=f"counted in a run of it on {chunk}",
+            bytes=counts.readout_bytes,
+        ),
+        multiply("the dense model's", *dense),
+        multiply(
+            "inputs of all blocks, one window",
+            (shape.blocks, "blocks"),
+            (polish.window, "tokens"),
+            (shape.hidden, "wide"),
+            number,
+        ),
+        multiply(
+            "inputs and output gradients of one block's layers",
+            (polish.window, "tokens"),
+            (shape.flow, "numbers"),
+            number,
+        ),
+        multiply("gradients of all weights of one block", (shape.members, "weights"), (4, "bytes")),
+        multiply(
+            "gradients, sums over windows in the making", (held, "sums"), (polish.survivors, "survivors"), (4, "bytes")
+        ),
+        _count_marks(facts),
+    ]
+
+
+def _list_state(facts: Facts, polish: Polish) -> list[Line]:
+    kept = (polish.survivors, "survivors")
+    return [
+        multiply("survivors before they are rounded", kept, (4, "bytes")),
+        multiply("state of the optimiser", (2, "means"), kept, (4, "bytes")),
+        multiply("the best survivors so far", kept, (facts.shape.item, "bytes")),
+    ]
+
+
+def _copy_state(facts: Facts, polish: Polish) -> list[Line]:
+    """On a GPU all of that passes through CPU memory on its way to disk."""
+    size = (12 + facts.shape.item, "bytes")
+    return (
+        []
+        if facts.device == "cpu"
+        else [multiply("its state on its way to disk", (polish.survivors, "survivors"), size)]
+    )
+
+
+def _count_marks(facts: Facts) -> Line:
+    return multiply("which weights survive", (facts.shape.prunable // facts.shape.item, "weights"), (1, "byte"))
+
+
+def _count_hidden(facts: Facts, polish: Polish) -> Line:
+    windows = (len(polish.schedule.windows), "windows"), (polish.window, "tokens")
+    return multiply(
+        "dense hidden states on calibration text", *windows, (facts.shape.hidden, "wide"), (facts.shape.item, "bytes")
+    )
