@@ -51,7 +51,7 @@ def work(bench: Workbench, at: Callable[[str, int, int], None] = ignore) -> list
     for label in RECIPES:
         recipe = parse_recipe(label)
         allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-        checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
+        checkpoint = bench.prune(profile, order_allocation(recipe, allocation, 64 * 16 * (label == RECIPES[0])), ignore)
         losses = bench.evaluate(checkpoint, "validation", profile, at)
         results += [checkpoint, bench.hash_masks(), losses, bench.ask(checkpoint, "validation", ignore)]
     checkpoints = [DENSE, *results[1::4]]
