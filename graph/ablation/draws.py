@@ -52,6 +52,7 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
         tokens=draws.leave(usual.tokens, ["weighted"]),
         statistics=draws.leave(usual.statistics, ["sequential", "stages"]),
         calibration=draws.leave(usual.calibration, list(config.mixes)),
+        polish=draws.leave(usual.polish, [True] if config.polish_tokens else []),
     )
     groups = sorted(group_layers(layers))
     count = draws.leave(0, range(1, min(MOST_ADJUSTED, len(groups)) + 1))

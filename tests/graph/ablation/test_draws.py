@@ -14,7 +14,7 @@ LAYERS = [
     for block in range(6)
     for kind in ("self_attn.q_proj", "mlp.up_proj")
 ]
-CONFIG = RunConfig(seed=7, target_sparsity=0.45, questions="file:questions.jsonl")
+CONFIG = RunConfig(seed=7, target_sparsity=0.45, questions="file:questions.jsonl", polish_tokens=4096)
 PLANS = [draw_plan(LAYERS, CONFIG, number) for number in range(200)]
 
 
@@ -29,11 +29,13 @@ def test_every_lever_of_a_planner_is_drawn_and_half_of_the_plans_leave_it_alone(
     assert {recipe.method for recipe in recipes} == set(METHODS)
     assert {recipe.allocation for recipe in recipes} == set(RULES)
     assert {recipe.calibration for recipe in recipes} == {"run", "quarter", "half"}
-    for lever in set(Recipe.model_fields) - {"pattern"}:
+    for lever in set(Recipe.model_fields) - {"pattern", "polish_tokens"}:
         drawn = [getattr(recipe, lever) for recipe in recipes]
         assert len(set(drawn)) > 1 and drawn.count(Recipe.model_fields[lever].default) >= 80, lever
     without = [draw_plan(LAYERS, CONFIG.model_copy(update={"questions": ""}), number) for number in range(200)]
     assert {plan.recipe.calibration for plan in without} == {"run"}
+    frugal = [draw_plan(LAYERS, CONFIG.model_copy(update={"polish_tokens": 0}), number) for number in range(200)]
+    assert not any(plan.recipe.polish for plan in frugal)
 
 
 def test_adjustments_are_of_every_kind_and_factors_only_where_curves_are_read() -> None:
