@@ -83,10 +83,15 @@ def finish_update(
         raise ValueError("the updated weights are not finite")
     lost_OI = (updated_OI == 0).logical_and_(keep_OI)
     if bool(lost_OI.any()):
-        updated_OI = updated_OI.masked_fill(lost_OI & (weight_OI != 0), torch.finfo(updated_OI.dtype).tiny)
+        updated_OI = mend_lost(updated_OI, lost_OI & (weight_OI != 0))
     if bound_O is not None and updated_OI.dtype != torch.float32:
         bound_O = bound_rounding(fitted_OI, updated_OI, bound_O, second_moment_II.diagonal())
     return keep_better_rows(updated_OI, weight_OI, keep_OI, second_moment_II, bound_O)
+
+
+def mend_lost(stored: Tensor, lost: Tensor) -> Tensor:
+    """Weights as they are stored, with the least normal number for survivors that came out as exactly 0."""
+    return stored.masked_fill(lost, torch.finfo(stored.dtype).tiny)
 
 
 def bound_rounding(exact_OI: Tensor, rounded_OI: Tensor, error_O: Tensor, mean_square_I: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.helpers import TINY, Outcome, at_home, end_forks, run_here, train_tiny_model
+from tests.end_to_end.helpers import TINY, Outcome, at_home, end_forks, run_apart, run_here, train_tiny_model
 from tools.workbench import bench
 
 Command = Callable[..., Outcome]
@@ -64,10 +64,7 @@ def flags(tiny_llama: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def easy(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that nothing happened to, its state in SQLite."""
-    home = tmp_path_factory.mktemp("easy")
-    with at_home(home):
-        assert run_here(*flags) == 0
-    return home / "runs" / "run"
+    return run_apart(tmp_path_factory.mktemp("easy"), *flags)
 
 
 @pytest.fixture(scope="session")

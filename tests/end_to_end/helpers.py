@@ -95,6 +95,13 @@ def run_here(*arguments: str) -> int:
                 os.environ[name] = value
 
 
+def run_apart(home: Path, *arguments: str) -> Path:
+    """As `run_here`, in a directory of its own, of a run that is named run and that nothing happens to; where it is."""
+    with at_home(home):
+        assert run_here(*arguments) == 0
+    return home / "runs" / "run"
+
+
 def let_go() -> None:
     """Give back what a process may hold until it ends: the model, and the locks of its run directories."""
     if workbench._open:

@@ -31,7 +31,7 @@ from tests.end_to_end.helpers import (
 from tests.openai_server import Answer, Body, OpenAIServer
 from tests.tiny import tiny_settings
 from tools.base import rundir
-from tools.plans.costs import count_sequential, count_walk
+from tools.plans.costs import count_in_order, count_walk
 from tools.workbench import open as workbench
 from tools.workbench.prune import Pruner
 
@@ -219,5 +219,5 @@ def test_a_probe_that_is_cancelled_in_studio_is_made_again_and_what_was_paid_for
     probed, walked, planned = state.counted
     assert (probed, planned) == ("curves of wanda~dense", "curves of refit"), "of the probe, then of the plan"
     assert walked.startswith("walk of order "), "behind the probe's pruned predecessors"
-    walks = 2 * count_walk(config) + count_sequential(config)
+    walks = 2 * count_walk(config) + count_in_order(["sequential"], config)
     assert state.evaluated_tokens == 64 + state.trials[0].tokens + walks

@@ -11,13 +11,12 @@ from tests.end_to_end.helpers import (
     TINY,
     Halt,
     assert_same_weights,
-    at_home,
     fork,
     read_events,
     read_run_config,
     read_summary,
     read_trials,
-    run_here,
+    run_apart,
 )
 from tools.base.errors import ImpossiblePlan
 from tools.plans.costs import count_polish
@@ -36,10 +35,7 @@ def polishing(trained_llama: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def polished(polishing: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that nothing happened to."""
-    home = tmp_path_factory.mktemp("polished")
-    with at_home(home):
-        assert run_here(*polishing) == 0
-    return home / "runs" / "run"
+    return run_apart(tmp_path_factory.mktemp("polished"), *polishing)
 
 
 def test_the_rule_polishes_at_the_target_and_every_report_says_so(polished: Path) -> None:

@@ -27,7 +27,7 @@ from tests.end_to_end.helpers import (
 )
 from tests.tiny import ARCHITECTURES, save_tiny_model
 from tools.measure.continuations import PROMPTS
-from tools.plans.costs import count_sequential
+from tools.plans.costs import count_in_order
 from tools.results.page.page import write_page
 from tools.texts.windows import cut_windows
 
@@ -66,8 +66,9 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     assert all(math.isfinite(value) for value in summary["perplexity"].values())
     trials = read_events(finished, "trial")[1:]
     assert summary["iterations"] == len(trials)
-    config, walks = read_run_config(finished), sum("~sequential" in trial["plan"] for trial in trials)
-    assert summary["evaluated_tokens"] == len(trials) * config.validation_tokens + walks * count_sequential(config)
+    config = read_run_config(finished)
+    walks = sum("~sequential" in trial["plan"] for trial in trials) * count_in_order(["sequential"], config)
+    assert summary["evaluated_tokens"] == len(trials) * config.validation_tokens + walks
     assert summary["plan"] in [trial["plan"] for trial in trials if trial["verdict"] == "accept"]
     assert [list(sample) for sample in summary["samples"]] == [["prompt", "dense", "pruned"]] * len(PROMPTS)
     assert summary["rollbacks"] == sum(trial["verdict"] == "rollback" for trial in trials)

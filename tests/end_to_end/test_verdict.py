@@ -8,15 +8,14 @@ from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
     Halt,
     assert_same_weights,
-    at_home,
     fork,
     read_events,
     read_run_config,
     read_summary,
     read_trials,
-    run_here,
+    run_apart,
 )
-from tools.plans.costs import count_sequential
+from tools.plans.costs import count_in_order
 
 FURTHER = [*("--further-windows", "5", "--patience", "3", "--max-iterations", "6", "--tau", "10")]
 
@@ -29,10 +28,7 @@ def weighing(flags: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def weighed(weighing: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that nothing happened to."""
-    home = tmp_path_factory.mktemp("weighed")
-    with at_home(home):
-        assert run_here(*weighing) == 0
-    return home / "runs" / "run"
+    return run_apart(tmp_path_factory.mktemp("weighed"), *weighing)
 
 
 def test_at_the_target_the_likelier_weights_are_kept(weighed: Path) -> None:
@@ -51,7 +47,9 @@ def test_at_the_target_the_likelier_weights_are_kept(weighed: Path) -> None:
         assert trial["tokens"] == (3 + further + max(further - known, 0)) * 64
         known = further if trial["verdict"] == "accept" else max(known, further)
     finalists = read_summary(weighed)["finalists"]
-    walks = sum("~sequential" in trial["plan"] for trial in trials) * count_sequential(read_run_config(weighed))
+    walks = sum("~sequential" in trial["plan"] for trial in trials) * count_in_order(
+        ["sequential"], read_run_config(weighed)
+    )
     measured = sum(trial["tokens"] for trial in trials) + len(finalists) * 5 * 64
     assert read_summary(weighed)["evaluated_tokens"] == measured + walks
 

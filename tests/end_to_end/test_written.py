@@ -10,11 +10,10 @@ from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
     Halt,
     assert_same_weights,
-    at_home,
     fork,
     read_summary,
     read_trials,
-    run_here,
+    run_apart,
 )
 from tools.workbench.open import close_workbench
 
@@ -27,10 +26,7 @@ HALTS = [
 
 @pytest.fixture(scope="module")
 def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("undisturbed")
-    with at_home(home):
-        assert run_here(*flags, *SELF) == 0
-    return home / "runs" / "run"
+    return run_apart(tmp_path_factory.mktemp("undisturbed"), *flags, *SELF)
 
 
 def test_summary_and_reports_name_the_source(undisturbed: Path) -> None:

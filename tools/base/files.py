@@ -15,7 +15,7 @@ from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.words import show_size
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it there. DiskFull when no space is left.
 
     Not flushed to the disk at once: what matters is checked against its hash when it is read.
@@ -87,16 +87,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all."""
-    write_whole(path, lambda aside: _fill(aside, content))
+    write_whole(path, lambda aside: aside.write_bytes(content))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, whole or not at all; NaN and infinity are refused (ValueError)."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _fill(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def hash_file(path: Path) -> str:

@@ -11,17 +11,16 @@ import math
 import resource
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.block import Counts
 from tools.estimate.pruning import Held
+from tools.estimate.shape import Shape, count_once, list_backward, multiply, name_chunk
 from tools.measure.losses import PREFIX_SHARE
 from tools.models.disk import Line
-from tools.models.layers import Layer, find_blocks, list_readers
-from tools.models.readout import CHUNK
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.shards import count_held, cut_shards, list_nodes, share_out
 
@@ -64,68 +63,7 @@ class Phase(BaseModel):
         return self.device_bytes + self.host_bytes
 
 
-# --- shapes and shares ---------------------------------------------------------------------------------------------
-
-
-class Shape(NamedTuple):
-    """The figures that all formulas are made of."""
-
-    weights: int
-    """Bytes of the whole model."""
-    prunable: int
-    """Bytes of the prunable layers."""
-    item: int
-    """Bytes of one number of the model."""
-    blocks: int
-    hidden: int
-    """Width of what blocks pass on."""
-    vocabulary: int
-    flow: int
-    """Numbers a token that the layers of one block read and write, at most."""
-    widest: int
-    """Inputs of the layer that has most."""
-    flow_layer: int
-    """Numbers a token that one layer reads and writes, at most."""
-    moments: int
-    """Bytes of the second moments of one block, at most."""
-    members: int
-    """Weights of the layers of one block, at most."""
-    packed: int
-    """Bytes of the prunable layers with their masks, as they travel when they were pruned."""
-
-
-def measure_shape(model: Any, layers: Sequence[Layer], routed: float = 1.0) -> Shape:
-    """The shape of a model, which may be on the meta device; its experts are sent the share `routed` of all tokens."""
-    flows: dict[int, float] = {}
-    moments: dict[int, int] = {}
-    members: dict[int, int] = {}
-    for layer in layers:
-        outputs, inputs = layer.weight_OI.shape
-        members[layer.block] = members.get(layer.block, 0) + outputs * inputs
-        flows[layer.block] = flows.get(layer.block, 0) + (outputs + inputs) * (routed if layer.pool else 1)
-    for layer in list_readers(layers):
-        moments[layer.block] = moments.get(layer.block, 0) + 4 * layer.weight_OI.shape[1] ** 2
-    head = model.get_output_embeddings().weight
-    return Shape(
-        weights=sum(parameter.nbytes for parameter in model.parameters()),
-        prunable=sum(layer.weight_OI.nbytes for layer in layers),
-        item=head.itemsize,
-        blocks=len(find_blocks(model)),
-        hidden=model.config.get_text_config().hidden_size,
-        vocabulary=head.shape[0],
-        flow=math.ceil(max(flows.values())),
-        widest=max(layer.weight_OI.shape[1] for layer in layers),
-        flow_layer=max(sum(layer.weight_OI.shape) for layer in layers),
-        moments=max(moments.values()),
-        members=max(members.values()),
-        packed=sum(layer.weight_OI.nbytes + layer.weight_OI.numel() // 8 for layer in layers),
-    )
-
-
-def multiply(what: str, *factors: tuple[float, str]) -> Line:
-    """A line that is one product: its factors are (number, what is counted), the last one in bytes."""
-    how = " × ".join(f"{number:,} {name}".rstrip() for number, name in factors)
-    return Line(what=what, how=how, bytes=round(math.prod(number for number, _ in factors)))
+# --- shares ---------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
@@ -204,12 +142,9 @@ def list_phases(
     def states(what: str, *factors: tuple[float, str]) -> Line:
         return multiply(what, *factors, *state)
 
-    def counted(what: str, size: int, on: str = "one window") -> Line:
-        return Line(what=what, how=f"counted in a run of it on {on}", bytes=size)
-
     def pruned(what: str, size: int) -> list[Line]:
         moment = multiply("its second moment", (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes"))
-        return [counted(what, size, "a smaller layer of the same form"), moment]
+        return [count_once(what, size, "a smaller layer of the same form"), moment]
 
     model = _describe_model(shape, weights)
     dense = Line(what="dense copy of the prunable layers", how="each is pruned from it", bytes=shape.prunable)
@@ -219,19 +154,17 @@ def list_phases(
         *([] if part.workers else [dense]),
         states("inputs of every few blocks, validation text", (kept, "blocks"), (part.validation, "windows")),
     ]
-    chunk = f"{CHUNK} tokens, {shape.vocabulary:,} words"
-    forward = counted("forward of one block", counts.forward_bytes)
+    forward = count_once("forward of one block", counts.forward_bytes)
     evaluation = [
         model,
         forward,
         states("inputs of every few blocks, one window", (kept, "blocks")),
-        counted("logits of a chunk, beside the dense model's", counts.loss_bytes, chunk),
+        count_once("logits of a chunk, beside the dense model's", counts.loss_bytes, name_chunk(shape)),
     ]
     passed = ((part.passed, "blocks"),) if part.passed > 1 else ()
     backward = [
         model,
-        counted("graph and backward of one block", counts.graph_bytes),
-        counted("logits of a chunk, with their gradients", counts.readout_bytes, chunk),
+        *list_backward(shape, counts),
         multiply("inputs and output gradients of one block's layers", *passed, (part.gradient, "windows"), *flow),
     ]
     if shape.item < 4:
@@ -271,7 +204,7 @@ def list_phases(
             name="profile, gradients",
             device=[
                 *backward,
-                counted("levels of one layer's KL curve", held.curve, "a smaller layer of the same form"),
+                count_once("levels of one layer's KL curve", held.curve, "a smaller layer of the same form"),
             ],
             host=[*walk, states("gradients passed on", (2, "losses"), (part.gradient, "windows"))],
         ),

@@ -24,11 +24,11 @@ from tools.estimate.memory import (
     list_phases,
     list_phases_beside,
     measure_process,
-    measure_shape,
 )
 from tools.estimate.polish import Polish, add_polish, add_shared_polish, list_polish_disk
 from tools.estimate.pruning import count_layer
 from tools.estimate.room import Devices, explain_absence, find_devices, lay_out
+from tools.estimate.shape import measure_shape
 from tools.estimate.timing import Times, time_run
 from tools.estimate.work import Course, Prices, Work, find_shares, list_work, name_recipe, price_flops, price_seconds
 from tools.models.disk import Line, list_disk

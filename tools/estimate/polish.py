@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tools.estimate.memory import Facts, Phase, multiply
+from tools.estimate.memory import Facts, Phase
+from tools.estimate.shape import list_backward, multiply
 from tools.estimate.work import POLISH
 from tools.models.disk import Line
 from tools.models.readout import CHUNK
@@ -70,20 +71,12 @@ def _find_common(phases: Sequence[Phase], place: str) -> list[Line]:
 
 def _list_walk(facts: Facts, polish: Polish, step: int, workers: int) -> list[Line]:
     """What the way up and down with one window holds, and the gradients of a step of so many windows."""
-    shape, counts = facts.shape, facts.counts
+    shape = facts.shape
     held = max(count_held((0, step), span) for span in share_out(step, workers))
-    chunk = f"{CHUNK} tokens, {shape.vocabulary:,} words"
     dense = (2, "copies"), (CHUNK, "tokens"), (shape.vocabulary, "words"), (4, "bytes")
     number = (shape.item, "bytes")
     return [
-        Line(
-            what="graph and backward of one block", how="counted in a run of it on one window", bytes=counts.graph_bytes
-        ),
-        Line(
-            what="logits of a chunk, with their gradients",
-            how=f"counted in a run of it on {chunk}",
-            bytes=counts.readout_bytes,
-        ),
+        *list_backward(shape, facts.counts),
         multiply("the dense model's", *dense),
         multiply(
             "inputs of all blocks, one window",

@@ -306,7 +306,6 @@ def list_work(
         steps.append(step("prune", how, times, shares.layers, done))
     for tokens in course.polishes:
         plan = schedule_polish(calibration, settings.window, tokens, settings.seed)
-        measured = len(plan.held_out) * (1 + len(plan.measured))
         steps.append(
             step(
                 POLISH,
@@ -315,9 +314,9 @@ def list_work(
                 1,
                 shares.polish(max(map(len, plan.steps))),
                 {
-                    "forward": plan.trained + measured + len(plan.windows),
+                    "forward": plan.trained + plan.evaluated + len(plan.windows),
                     "gradients": plan.trained,
-                    "divergence": plan.trained + measured,
+                    "divergence": plan.trained + plan.evaluated,
                 },
             )
         )

@@ -66,6 +66,13 @@ class Blocks:
             compute_hidden(self.model, ids_T[None])
         return boundary[block + 1]
 
+    def run_to_head(self, ids_T: Tensor, block: int, hidden_BTD: Tensor) -> Tensor:
+        """As `run`; of the last block, what the head reads behind it."""
+        if block < len(self) - 1:
+            return self.run(ids_T, block, hidden_BTD)
+        with self.only(block, block + 1, ids_T, hidden_BTD):
+            return compute_hidden(self.model, ids_T[None])
+
     @contextmanager
     def only(
         self, first: int, end: int, ids_T: Tensor, hidden_BTD: Tensor | None = None
@@ -195,8 +202,7 @@ def _run_chain(blocks: Blocks, ids_T: Tensor) -> tuple[Tensor, Tensor]:
             states.append(blocks.run(ids_T, block, states[-1]))
     with torch.enable_grad():
         given = states[last].detach().requires_grad_()
-        with blocks.only(last, last + 1, ids_T, given):
-            hidden_BTD = compute_hidden(blocks.model, ids_T[None])
+        hidden_BTD = blocks.run_to_head(ids_T, last, given)
         [above] = torch.autograd.grad(hidden_BTD, given, _draw_like(hidden_BTD))
         for block in reversed(range(last)):
             given = states[block].detach().requires_grad_()

@@ -46,11 +46,6 @@ def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings) -
     return (passes + 1) * count_calibration(settings) if passes else 0
 
 
-def count_sequential(settings: WorkbenchSettings) -> int:
-    """Of sequential statistics: the calibration text forward twice, block by block."""
-    return count_in_order(["sequential"], settings)
-
-
 def count_weights(settings: WorkbenchSettings) -> int:
     """Of the weights of tokens: the calibration text forward twice, and one backward."""
     return 4 * count_calibration(settings)

@@ -48,12 +48,16 @@ class Schedule(NamedTuple):
         """Windows that train it, each as often as it does."""
         return sum(map(len, self.steps))
 
+    @property
+    def evaluated(self) -> int:
+        """Windows held out, each as often as it is measured."""
+        return len(self.held_out) * (1 + len(self.measured))
+
     def count_tokens(self, window: int) -> int:
         """Tokens put through the model, a backward pass as two forwards: the trained windows forward twice, for what
         blocks read is not held, and backward; those held out forward at each measure; all by the dense model once.
         """
-        measured = len(self.held_out) * (1 + len(self.measured))
-        return window * (4 * self.trained + measured + len(self.windows))
+        return window * (4 * self.trained + self.evaluated + len(self.windows))
 
 
 def schedule_polish(windows: int, window: int, tokens: int, seed: int) -> Schedule:

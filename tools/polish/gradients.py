@@ -90,12 +90,9 @@ class Divergence:
             for block in reversed(range(self._lowest, last + 1)):
                 x_BTD = entered.pop(block).detach().requires_grad_()
                 with torch.enable_grad(), tapped(self._uses[block], _ignore, lambda *pair: pairs.append(_name(*pair))):
+                    output = self._blocks.run_to_head(ids_T, block, x_BTD)
                     if block == last:
-                        with self._blocks.only(block, block + 1, ids_T, x_BTD):
-                            output = compute_hidden(model, ids_T[None])
                         sums[KL], above = self._begin(output.detach()[0], window)
-                    else:
-                        output = self._blocks.run(ids_T, block, x_BTD)
                     above = flow_back(output, x_BTD, above, pairs.clear, scaled=self._scaled)
                 for name, x_TI, g_TO in pairs:
                     self._add(sums, name, x_TI, g_TO, above.scale)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from kernels.guard import mend_lost
 from tools.base.errors import BrokenPlan
 from tools.models.layers import Layer
 
@@ -49,7 +50,7 @@ class Survivors:
         stored_S = values_S.to(dtype)
         if not bool(torch.isfinite(stored_S).all()):
             raise BrokenPlan(f"polish: the weights of layer {layer.name} are not finite")
-        stored_S = stored_S.masked_fill(stored_S == 0, torch.finfo(dtype).tiny)
+        stored_S = mend_lost(stored_S, stored_S == 0)
         weight_OI = torch.zeros_like(self.keep[layer.name], dtype=dtype)
         weight_OI[self.keep[layer.name]] = stored_S
         return weight_OI

@@ -29,7 +29,7 @@ from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
 from tools.models.experts import run_apart
 from tools.models.layers import Layer
-from tools.models.readout import compute_hidden, hidden_gradients
+from tools.models.readout import hidden_gradients
 from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
 from tools.statistics.moments import MomentSums, Readers, StageOver, Wanted, list_stages
 from tools.statistics.pruned import parts_of_mask
@@ -315,12 +315,9 @@ class Walks:
                 ids_T = self.windows_BT[window]
                 x_BTD = next(entered).requires_grad_()
                 with self._run_apart(block), tapped(layers, lambda layer, x: None, on_gradient):
+                    output = self.blocks.run_to_head(ids_T, block, x_BTD)
                     if last:
-                        with self.blocks.only(block, block + 1, ids_T, x_BTD):
-                            output = compute_hidden(self.blocks.model, ids_T[None])
                         way.above[window] = self._begin_gradients(ids_T, output[0], window)
-                    else:
-                        output = self.blocks.run(ids_T, block, x_BTD)
                     above, fisher = way.above[window], True
                     drawn = flow_back(output, x_BTD, above[0], pairs.clear, scaled=self._scaled, again=language)
                     below = [drawn]

@@ -154,13 +154,13 @@ class Polisher:
         windows = schedule.windows
         text = hashlib.sha256(self._windows.calibration[windows].numpy().tobytes()).hexdigest()
         key = ["calibration hidden", self._weights.hash_all_dense(), str(self._windows.lead), text]
-        found = self._index.read_measured(key)
-        if found is None or not self._store.has(found["hidden"], ".safetensors"):
+
+        def measure() -> dict[str, str]:
             self._weights.restore_dense()
-            label = "dense, calibration"
-            hidden_BTD = self._losses.measure("calibration", windows, None, label, progress)[1]
-            found = self._index.keep_measured(key, {"hidden": self._store.write_tensors({"hidden": hidden_BTD})})
-        hidden_BTD = self._store.read_tensors(found["hidden"])["hidden"]
+            hidden_BTD = self._losses.measure("calibration", windows, None, "dense, calibration", progress)[1]
+            return {"hidden": self._store.write_tensors({"hidden": hidden_BTD})}
+
+        hidden_BTD = self._store.read_tensors(self._index.measure_files(key, measure)["hidden"])["hidden"]
         return dict(zip(windows, hidden_BTD, strict=True))
 
 

@@ -303,10 +303,11 @@ class Profiles:
         """By the weights of tokens of the profile `weighed`, where one is given."""
         self._weights.restore_dense()
         artifacts: dict[str, str] = {}
-        grouped, team, kind = self._weights.by_block, self._crew.team, "weighted moments" if weighed else "moments"
+        grouped, team = self._weights.by_block, self._crew.team
+        kind, label = ("weighted moments", "weighted second moments") if weighed else ("moments", "second moments")
         with begin_walk(team, stored.calibration) as walk:
             for block, layers in enumerate(grouped):
-                progress("weighted second moments" if weighed else "second moments", block, len(grouped))
+                progress(label, block, len(grouped))
 
                 def measure(block: int = block, layers: Sequence[Layer] = layers) -> dict[str, str]:
                     weights = self.read_token_weights(weighed, block) if weighed else None
@@ -316,16 +317,9 @@ class Profiles:
                         for name, moment_II in moments.second_moment.items()
                     }
 
-                artifacts |= self._find_files([kind, stored.means, str(block)], measure)
-        progress("weighted second moments" if weighed else "second moments", len(grouped), len(grouped))
+                artifacts |= self._index.measure_files([kind, stored.means, str(block)], measure)
+        progress(label, len(grouped), len(grouped))
         return artifacts
-
-    def _find_files(self, key: list[str], measure: Callable[[], dict[str, str]]) -> dict[str, str]:
-        """Artifacts of tensors that were made before it was interrupted, all whole, or are now."""
-        made = self._index.read_measured(key)
-        if made is None or not all(self._store.has(artifact, ".safetensors") for artifact in made.values()):
-            made = self._index.keep_measured(key, measure())
-        return made
 
     def find_token_weights(self, profile: str, progress: Progress) -> None:
         """Weights of all tokens of the profile's text, in the dense model: measured once, block by block from the last.
@@ -346,7 +340,7 @@ class Profiles:
                     weights = weigh_block(team, self._crew.extent, walk, block, grouped[block])
                     return {"weights": self._store.write_tensors(weights)}
 
-                self._find_files(names[block], measure)
+                self._index.measure_files(names[block], measure)
         progress("token weights", len(grouped), len(grouped))
 
     def read_token_weights(self, profile: str, block: int) -> dict[str, Tensor]:

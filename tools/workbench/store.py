@@ -45,7 +45,7 @@ class ArtifactStore:
     def write_json(self, value: Any) -> str:
         """Write a JSON value with sorted keys; the hash of the file."""
         text = json.dumps(value, sort_keys=True, allow_nan=False)
-        return self._write(".json", lambda path: _write_text(path, text))
+        return self._write(".json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def read_json(self, digest: str) -> Any:
         """The JSON value of an artifact. Raises DamagedArtifact when it is missing or was changed."""
@@ -63,7 +63,7 @@ class ArtifactStore:
             return False
         return True
 
-    def _write(self, suffix: str, write: Callable[[Path], None]) -> str:
+    def _write(self, suffix: str, write: Callable[[Path], object]) -> str:
         made = self.directory / f".new{suffix}"
         write_whole(made, write)
         digest = hash_file(made)
@@ -116,6 +116,13 @@ class Index:
         self.add(_hash_key(key), self.store.write_json(value))
         return value
 
+    def measure_files(self, key: Sequence[str], measure: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """As `measure_once`, of the artifacts of tensors, by name: all must still be there."""
+        made = self.read_measured(key)
+        if made is None or not all(self.store.has(artifact, ".safetensors") for artifact in made.values()):
+            return self.keep_measured(key, measure())
+        return made
+
     def replace_measured(self, key: Sequence[str], value: dict[str, Any]) -> None:
         """As `keep_measured`; the value before it is deleted once this is whole."""
         before = self._read_all().get(_hash_key(key), "")
@@ -132,7 +139,3 @@ class Index:
 
 def _hash_key(key: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

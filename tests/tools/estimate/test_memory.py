@@ -34,10 +34,10 @@ from tools.estimate.memory import (
     list_phases,
     list_phases_beside,
     measure_process,
-    measure_shape,
 )
 from tools.estimate.meter import Meter
 from tools.estimate.pruning import Held, count_layer
+from tools.estimate.shape import measure_shape
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.statistics.collect import collect_statistics, work_alone

@@ -463,15 +463,15 @@ def test_a_damaged_profile_is_named(
 def test_a_full_disk_is_named_and_the_row_is_kept(
     copied: CompareSettings, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
 ) -> None:
-    write = tools.base.files._fill
+    write = Path.write_bytes
 
-    def fill(path: Path, content: bytes) -> None:
+    def fill(path: Path, content: bytes) -> int:
         if path.name.startswith(".compare.md"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, content)
+        return write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tools.base.files, "_fill", fill)
+        patch.setattr(Path, "write_bytes", fill)
         with pytest.raises(DiskFull, match=r"^the disk is full \(\d+ MB free\) while writing \S+/compare\.md; "):
             run_comparison(copied.model_copy(update={"recipes": "wanda:uniform", "sparsity": "0.45"}))
     assert read_comparison(Path(copied.out)).rows[-1].recipe == "wanda:uniform"
