@@ -7,10 +7,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 
-from tools.base.errors import UserError
+from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.names import path_of
 from tools.base.options import READS_FILES, check_options, read_options
 from tools.base.settings import TEAM, PolishSettings, TaskSettings, TeamSettings
+from tools.plans.costs import count_polish
 from tools.plans.recipe import parse_pattern
 
 HEURISTIC = "heuristic"
@@ -256,6 +257,15 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
     def _check_facts(self) -> Self:
         if self.min_fact_retention and not self.questions:
             raise ValueError("min_fact_retention needs questions to ask; name their source with questions")
+        return self
+
+    @model_validator(mode="after")
+    def _check_polish(self) -> Self:
+        try:
+            if self.polish_tokens:
+                count_polish(self, self.polish_tokens)
+        except ImpossiblePlan as error:
+            raise ValueError(f"polish_tokens: {error}") from error
         return self
 
     @model_validator(mode="after")

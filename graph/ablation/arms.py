@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from graph.ablation.draws import draw_plan
-from graph.ablation.settings import FIXED, AblateSettings
+from graph.ablation.settings import FIXED, AblateSettings, list_fixed
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
 from graph.planning.orders import Curves, describe_plan, resolve
@@ -18,7 +18,7 @@ from graph.state import Trial
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
 from tools.base.settings import TeamSettings
 from tools.measure.losses import Evaluation
-from tools.plans.costs import count_in_order, list_curve_costs, list_order_costs
+from tools.plans.costs import count_in_order, count_polish, list_curve_costs, list_order_costs
 from tools.plans.evolve import describe_search
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe, parse_recipe
@@ -50,7 +50,7 @@ def make_config(settings: AblateSettings) -> RunConfig:
     """The bounds and the budget of an arm, as a run of the graph has them."""
     return RunConfig.model_validate(
         {name: getattr(settings, name) for name in TeamSettings.model_fields}
-        | {name: getattr(settings, name) for name in ("target_sparsity", "max_layer_sparsity")}
+        | {name: getattr(settings, name) for name in ("target_sparsity", "max_layer_sparsity", "polish_tokens")}
         | {"max_evaluated_tokens": settings.evaluated_tokens}
     )
 
@@ -155,7 +155,7 @@ class Arm:
 
 def plan_recipes(arm: Arm) -> Iterator[Plan]:
     """The default recipe, then the fixed ones."""
-    for label in dict.fromkeys([Recipe().label, *FIXED]):
+    for label in dict.fromkeys([Recipe().label, *list_fixed(arm.settings)]):
         yield Plan(sparsity=arm.config.target_sparsity, recipe=parse_recipe(label))
 
 
@@ -224,4 +224,6 @@ def price_recipe(label: str, settings: AblateSettings) -> int:
     """Tokens that one plan of a recipe puts through the model, its trial among them."""
     recipe, config = parse_recipe(label), make_config(settings)
     walked = count_in_order({recipe.statistics}, config)
-    return sum(list_curve_costs(recipe, config).values()) + walked + settings.validation_tokens
+    tokens = recipe.count_polish(settings.polish_tokens)
+    polished = count_polish(config, tokens) if tokens else 0
+    return sum(list_curve_costs(recipe, config).values()) + walked + polished + settings.validation_tokens

@@ -81,6 +81,7 @@ def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     fields = {name: getattr(settings, name) for name in TeamSettings.model_fields} | {
         "target_sparsity": settings.target_sparsity,
         "max_layer_sparsity": settings.max_layer_sparsity,
+        "polish_tokens": settings.polish_tokens,
         "max_evaluated_tokens": settings.evaluated_tokens,
         "max_seconds": settings.seconds,
         "max_iterations": 200,  # the budget ends the run

@@ -5,7 +5,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator
 
 from tools.base.errors import UserError
-from tools.base.settings import TeamSettings
+from tools.base.settings import PolishSettings, TeamSettings
 
 ARMS = {
     "chat": "a chat model plans and a chat model reflects",
@@ -27,7 +27,11 @@ GRAPH = (*CHAT, "heuristic")
 ALONE = "kappa"
 """Gains are counted from this arm, which is what a person does who has no agent."""
 
+POLISHED = "refit+polish:kappa-mask"
+"""The one of the fixed recipes that wants `polish_tokens`."""
+
 FIXED = (
+    POLISHED,
     "refit10~sequential:kappa-mask",
     "refit~sequential:kappa-mask",
     "refit10:kappa-mask",
@@ -45,7 +49,7 @@ def describe_arm(row: str) -> str:
     return f"{ARMS['fixed']}, `{row}`" if row in FIXED else ARMS[row]
 
 
-class AblateSettings(TeamSettings):
+class AblateSettings(PolishSettings, TeamSettings):
     """The model, its texts, who plans, and how much each may try."""
 
     target_sparsity: float = Field(
@@ -97,7 +101,13 @@ def list_arms(settings: AblateSettings) -> list[str]:
             f"the arm {chats[0]} needs a chat model: give --planner, such as openai:NAME@http://HOST:PORT/v1"
         )
     chosen = [arm for arm in ARMS if (arm in asked if asked else settings.planner or arm not in CHAT)]
-    return [row for row in ROWS if row in chosen or (row in FIXED and "fixed" in chosen)]
+    fixed = list_fixed(settings) if "fixed" in chosen else ()
+    return [row for row in ROWS if row in chosen or row in fixed]
+
+
+def list_fixed(settings: AblateSettings) -> list[str]:
+    """The fixed recipes that the settings allow."""
+    return [label for label in FIXED if label != POLISHED or settings.polish_tokens]
 
 
 def list_seeds(settings: AblateSettings) -> list[int]:

@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -26,7 +25,6 @@ from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.situation import Situation
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
-from tools.base.errors import ImpossiblePlan
 from tools.base.names import hide_directories
 from tools.base.words import show_short
 from tools.plans.costs import (
@@ -286,8 +284,7 @@ def _describe_budget(situation: Situation) -> str:
         f"a new profile, reprofile or another calibration text, {count_profile(config):,}",
     ]
     if config.polish_tokens:
-        with suppress(ImpossiblePlan):
-            costs.append(f"polish {count_polish(config, config.polish_tokens):,} more, in a probe and in a trial")
+        costs.append(f"polish {count_polish(config, config.polish_tokens):,} more, in a probe and in a trial")
     return (
         f" Budget: {budget.left:,.0f} of {config.max_evaluated_tokens:,} tokens through the model are left, "
         f"{budget.trials_left:.0f} trials without extras: {'; '.join(costs)}. Plans beyond it are refused."

@@ -81,3 +81,11 @@ def test_a_plan_that_polishes_where_no_tokens_are_allowed_is_refused_in_one_line
         count_polish_tokens(recipe, RunConfig())
     with pytest.raises(ImpossiblePlan, match=r"^polish on 9,999 tokens; this run allows 9,000 \(polish_tokens\)$"):
         count_polish_tokens(recipe.model_copy(update={"polish_tokens": 9999}), RunConfig(polish_tokens=9000))
+
+
+def test_a_run_that_allows_less_than_one_window_of_polish_does_not_begin(command: Command) -> None:
+    outcome = command("--polish-tokens", "100", "--window", "256")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == "error: polish_tokens: polish on 100 tokens is less than one window of 256; give it more\n"
+    outcome = command("--polish-tokens", "1000", "--calibration-windows", "1")
+    assert outcome.code == 2 and "polish holds calibration windows out, and there is one" in outcome.err

@@ -27,7 +27,7 @@ WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
 TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc", "self", "self:PROMPT")
 """How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
 
-FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0, "further_windows": 0}
+FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0, "further_windows": 0, "polish_tokens": 0}
 """What fields meant in settings that were kept before there were such fields."""
 
 TEXT_SOURCE = f"{', '.join(TEXT_FORMS[:-1])} or {TEXT_FORMS[-1]}"

@@ -9,11 +9,12 @@ import pytest
 
 from graph.ablation import arms
 from graph.ablation.arms import Arm, plan_list, plan_recipes, price_recipe
-from graph.ablation.settings import FIXED, AblateSettings
+from graph.ablation.settings import FIXED, POLISHED, AblateSettings
 from graph.planning.plan import Plan
 from tests.situations import ignore
 from tests.tiny import tiny_settings
 from tools.base.errors import BrokenPlan, UserError
+from tools.plans.costs import count_polish
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.workbench.bench import Workbench
 from tools.workbench.open import use_workbench
@@ -21,6 +22,7 @@ from tools.workbench.open import use_workbench
 TRIAL = 3 * 64
 WALK = 4 * 2 * 64
 SEQUENTIAL = 2 * 4 * 64
+POLISH = 128
 
 
 def make_settings(model: Path | str, **changes: Any) -> AblateSettings:
@@ -91,12 +93,17 @@ def test_the_grid_is_the_rules_list_from_the_strong_recipe(bench: Workbench) -> 
 def test_kappa_goes_on_with_the_fixed_recipes_and_their_prices_are_known() -> None:
     settings = make_settings("no-model")
     arm = Arm(None, "", settings, ignore, 0.0)  # type: ignore[arg-type]
-    assert [x.recipe.label for x in plan_recipes(arm)] == [Recipe().label, *FIXED[:-1]]
+    assert [x.recipe.label for x in plan_recipes(arm)] == [Recipe().label, *FIXED[1:-1]]
     assert FIXED[-1] == Recipe().label
-    assert {label: price_recipe(label, settings) for label in FIXED} == {
+    assert {label: price_recipe(label, settings) for label in FIXED[1:]} == {
         "refit10~sequential:kappa-mask": SEQUENTIAL + TRIAL,
         "refit~sequential:kappa-mask": SEQUENTIAL + TRIAL,
         "refit10:kappa-mask": TRIAL,
         "refit:kappa-mask": TRIAL,
         "refit:kappa": WALK + TRIAL,
     }
+    polishing = settings.model_copy(update={"polish_tokens": POLISH})
+    arm = Arm(None, "", polishing, ignore, 0.0)  # type: ignore[arg-type]
+    assert [x.recipe.label for x in plan_recipes(arm)] == [Recipe().label, *FIXED[:-1]]
+    assert arm.config.polish_tokens == POLISH
+    assert price_recipe(POLISHED, polishing) == count_polish(polishing, POLISH) + TRIAL
