@@ -24,7 +24,8 @@ CHANGEABLE = ("max_agent_tokens", "max_agent_cost", "memory", *PRICES, *TEAM)
 
 PLANNER = (
     "heuristic (no key, deterministic), openai:NAME, openai:NAME@http://HOST:PORT/v1 for a compatible endpoint, "
-    "local:MODEL for a model in this process (MODEL as in --model), or PROVIDER:NAME for a provider of LangChain's"
+    "local:MODEL for a model in this process (MODEL as in --model), exchange:DIR for whoever answers the files that "
+    "prompts become there, or PROVIDER:NAME for a provider of LangChain's"
 )
 PROMPTS = {"planner_prompt": ("planner", ("{tools}", "{schema}")), "reflector_prompt": ("reflector", ("{schema}",))}
 """Field to the name of Billhook's own prompt, and what any other must have a place for."""
@@ -287,7 +288,7 @@ def check_prices(config: RunConfig) -> None:
     """
     agents: tuple[tuple[Agent, str], ...] = (("planner", config.planner), ("reflector", config.reflector))
     for agent, spec in agents:
-        free = spec == HEURISTIC or spec.startswith("local:")
+        free = spec == HEURISTIC or spec.startswith(("local:", "exchange:"))
         if config.max_agent_cost and not free and not all(config.find_prices(agent)):
             raise UserError(
                 f"max_agent_cost caps nothing without prices: give --{agent}-price-input and --{agent}-price-output, "

@@ -15,7 +15,8 @@ from langchain_core.runnables import Runnable
 
 from graph.llm.failures import STEP_DOWN, Failure, describe_failure
 from graph.llm.metering import FailedRequest, Meter, count_prompt, read_terms
-from tools.base.progress import heed_stop
+from tools.base.errors import UserError
+from tools.base.progress import Stopped, heed_stop
 from tools.base.secrets import redact
 
 FIRST_WAIT, LONGEST_BACKOFF = 0.5, 8.0
@@ -40,7 +41,9 @@ class Attempts:
         self._model, self._meter, self._terms = model, meter, read_terms(model)
 
     def send(self, bound: Runnable[Any, Any], messages: list[AnyMessage], *, is_known: bool) -> Answer | Failure:
-        """An answer by one method, or what went wrong the last time. Raises what `Meter.admit` raises, and Stopped.
+        """An answer by one method, or what went wrong the last time.
+
+        Raises what `Meter.admit` raises, Stopped, and UserError where a prompt cannot be written as a file.
 
         What may only mean that the method is unknown is worth repeating only where it `is_known`.
         """
@@ -67,6 +70,8 @@ class Attempts:
             warnings.filterwarnings("ignore", module="langchain_openai")
             try:
                 reply = bound.invoke(messages)
+            except (Stopped, UserError):  # of answers that come in files
+                raise
             except Exception as error:  # any kind: langchain raises even TypeError over what endpoints send
                 # Not raised from here: a chained exception would carry the endpoint's text, key and all.
                 return describe_failure(error, self._model)

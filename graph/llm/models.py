@@ -1,4 +1,5 @@
-"""The chat model that a string stands for: `openai:NAME`, `openai:NAME@URL`, `local:SOURCE`, `PROVIDER:NAME`.
+"""The chat model that a string stands for: `openai:NAME`, `openai:NAME@URL`, `local:SOURCE`, `exchange:DIR`,
+`PROVIDER:NAME`.
 
 `heuristic` stands for no model at all.
 """
@@ -12,11 +13,13 @@ from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
 from graph.config import HEURISTIC, RunConfig, check_prices
+from graph.llm.exchange import check_exchange, open_exchange
 from graph.llm.keys import check_key, name_variable
 from graph.llm.ladder import AgentError
 from graph.llm.local import check_local, open_local
 from graph.llm.metering import describe_terms
 from tools.base.errors import UserError
+from tools.base.progress import Progress, ignore_progress
 from tools.base.secrets import redact
 from tools.base.words import one_line
 
@@ -34,6 +37,8 @@ def check_model(spec: str) -> None:
         _check_openai(spec)
     elif provider == "local":
         check_local(name)
+    elif provider == "exchange":
+        check_exchange(name)
     else:
         _open_provider(provider, name, RunConfig())
 
@@ -45,12 +50,13 @@ def check_agents(config: RunConfig) -> None:
     check_prices(config)
 
 
-def open_model(spec: str, config: RunConfig) -> BaseChatModel:
+def open_model(spec: str, config: RunConfig, progress: Progress = ignore_progress) -> BaseChatModel:
     """Make the chat model that `spec` stands for, called `spec` in errors; anything but `heuristic`.
 
     Of the config it takes the time-out, retries, the bound on an answer and the temperature (not
     sent when None, because many models refuse any), and for a local model where and how to load one. Keys come from
-    the environment. Nothing is asked yet; a local model is loaded, once per process.
+    the environment. Nothing is asked yet; a local model is loaded, once per process. `progress` hears of files that are
+    waited for.
 
     Raises UserError as `check_model` does, AgentError when a local model cannot be loaded.
     """
@@ -62,6 +68,8 @@ def open_model(spec: str, config: RunConfig) -> BaseChatModel:
             return open_local(name, config)
         except UserError as error:
             raise AgentError(f"{spec}: {error}") from None
+    if provider == "exchange":
+        return open_exchange(name, config.agent_answer_tokens, progress)
     return _open_provider(provider, name, config)
 
 
@@ -75,8 +83,8 @@ def _split_spec(spec: str) -> tuple[str, str]:
 
 def _unknown(spec: str) -> UserError:
     return UserError(
-        f"no such model: {_quote(spec)}; write heuristic, openai:NAME, openai:NAME@http://HOST:PORT/v1, local:MODEL or "
-        "PROVIDER:NAME"
+        f"no such model: {_quote(spec)}; write heuristic, openai:NAME, openai:NAME@http://HOST:PORT/v1, local:MODEL, "
+        "exchange:DIR or PROVIDER:NAME"
     )
 
 

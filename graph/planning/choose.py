@@ -66,7 +66,7 @@ def choose_plan(
             )
 
     try:
-        model = open_model(config.planner, config)
+        model = open_model(config.planner, config, session.progress)
         shown = situation if config.planner_unaided else show_untried(situation)
         plan = account.converse(
             lambda: plan_with_chat(

@@ -51,7 +51,7 @@ def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: 
         return Reflection(), usage
     account = Account("reflector", session, usage, config, caps, iteration)
     try:
-        model = open_model(config.reflector, config)
+        model = open_model(config.reflector, config, session.progress)
         reflection = account.converse(
             lambda: reflect_with_chat(
                 evidence, model, account.keep_call, account.keep_prompt, account.carry_out, account

@@ -81,7 +81,7 @@ def _is_unborn(directory: Path) -> bool:
 def read_run(runs_dir: Path, name: str) -> tuple[str, RunConfig]:
     """(thread id, config) of a run. Raises UserError when there is no such run or its files cannot be read."""
     directory = runs_dir / name
-    if not (directory / "run.json").is_file():
+    if Path(name).name != name or not (directory / "run.json").is_file():
         raise UserError(f"there is no run {name!r} in {runs_dir}; see --list")
     try:
         thread = read_made_run(directory)["thread_id"]

@@ -53,7 +53,8 @@ def _must_be_named(field: str, value: str) -> bool:
     if field == "workers":
         return "://" in value
     if field in AGENTS:
-        return "://" in value or _is_far_model(_find_target(field, value))
+        target = _find_target(field, value)
+        return "://" in value or (_is_far if value.startswith("exchange:") else _is_far_model)(target)
     if field == "model":
         return _is_far_model(value)
     if value.startswith("hub:"):

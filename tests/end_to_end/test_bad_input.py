@@ -87,6 +87,7 @@ EARLY = {
     "empty name": (["--name", ""], ["run name '' must be letters, digits"]),
     "hidden name": (["--name", ".hidden"], ["run name '.hidden' must be letters, digits"]),
     "resume of nothing": (["--resume", "nothing"], ["there is no run 'nothing' in runs; see --list"]),
+    "replay of a path": (["--replay", "./runs/x"], ["there is no run './runs/x' in runs; see --list"]),
     "resume of no name": (["--resume", ""], ["there is no run ''"]),
     "resume and name": (["--resume", "nothing", "--name", "x"], ["--resume takes the run's name itself"]),
 }

@@ -137,8 +137,8 @@ def test_missing_key_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         *(
             (
                 spec,
-                f"no such model: {spec!r}; write heuristic, openai:NAME, openai:NAME@http://HOST:PORT/v1, local:MODEL "
-                "or PROVIDER:NAME",
+                f"no such model: {spec!r}; write heuristic, openai:NAME, openai:NAME@http://HOST:PORT/v1, local:MODEL, "
+                "exchange:DIR or PROVIDER:NAME",
             )
             for spec in ("openai", "openai:", "openai:m@ftp://h", "openai:m@", "local:", "Anthropic:x", "a b:c", "")
         ),

@@ -52,7 +52,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"calibration": "hub:data:train", "questions": "file:facts.jsonl", "mmlu": "file:data", "freebaseqa": ""},
         *(
             {"planner": agent}
-            for agent in ("openai:gpt-5.1", "anthropic:claude-x", "local:Qwen/Qwen3-4B", "local:data")
+            for agent in ("openai:gpt-5.1", "anthropic:claude-x", "local:Qwen/Qwen3-4B", "local:data", "exchange:asked")
         ),
         *({"workers": workers} for workers in ("2", "auto")),
         {"planner_prompt": "Plan. {tools}{schema}", "reflector_prompt": "Reflect. {schema}"},
@@ -70,6 +70,7 @@ def test_what_a_run_on_a_server_may_name(values: dict[str, Any]) -> None:
         ("questions", FACTS, FAR),
         ("calibration", "hub:../elsewhere:train", FAR),
         ("test", "file:../runs/../elsewhere/t.txt", FAR),
+        *((agent, f"exchange:{path}", FAR) for agent in ("planner", "reflector") for path in ("/etc", "way-out/x")),
         *((agent, EVIL, NO_ADDRESS) for agent in ("planner", "reflector")),
         ("planner", "openai:x@http://127.0.0.1:11434/v1", NO_ADDRESS),
         ("planner", "openai:x@http://169.254.169.254/latest", NO_ADDRESS),

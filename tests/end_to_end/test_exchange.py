@@ -1,0 +1,58 @@
+"""A run whose planner and reflector answer by files; killed while it waits, and resumed with the answer there."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.end_to_end.conftest import Command
+from tests.end_to_end.helpers import fork, read_events, read_summary, read_trials, wait_for
+
+PLANS = ('{"sparsity": 0.3, "reason": "A first step."}', '{"sparsity": 0.45, "reason": "To the target."}')
+LESSONS = '{"lessons": []}'
+
+
+@contextmanager
+def answering(place: Path) -> Iterator[None]:
+    """Somebody at the other side, who answers prompts in their order."""
+    done = threading.Event()
+
+    def answer() -> None:
+        while not done.wait(0.02):
+            for prompt in sorted(place.glob("*.prompt.md")):
+                to = prompt.with_name(prompt.name.replace(".prompt.md", ".answer.txt"))
+                if not to.exists():
+                    planned = sum('"sparsity"' in path.read_text() for path in place.glob("*.answer.txt"))
+                    reflects = "multiplier" in prompt.read_text() and '"lessons"' in prompt.read_text()[:8000]
+                    aside = place / "aside"
+                    aside.write_text(LESSONS if reflects else PLANS[min(planned, 1)])
+                    aside.rename(to)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_run_is_planned_and_reflected_on_by_files(flags: list[str], tmp_path: Path, command: Command) -> None:
+    place = tmp_path / "exchange"
+    given = [*flags, "--planner", f"exchange:{place}", "--reflector", f"exchange:{place}", "--max-iterations", "2"]
+    waiting = fork(tmp_path, *given)
+    wait_for(lambda: list(place.glob("001-*.prompt.md")))
+    waiting.kill()
+    with answering(place):
+        assert command("--resume", "run").code == 0
+    run = tmp_path / "runs" / "run"
+    plans = read_events(run, "plan")
+    assert [(event["planner"], event["details"]["sparsity"]) for event in plans] == [
+        (f"exchange:{place}", 0.3),
+        (f"exchange:{place}", 0.45),
+    ]
+    assert read_summary(run)["agents"]["input_tokens"] > 1000
+    assert len(list(place.glob("*.prompt.md"))) == len(list(place.glob("*.answer.txt"))) >= 3
+    before = read_trials(run)
+    assert command("--replay", "run", "--name", "again").code == 0
+    assert read_trials(tmp_path / "runs" / "again") == before

@@ -1,0 +1,87 @@
+"""Prompts that become files, and answers that come as files."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+
+from graph.config import RunConfig
+from graph.llm.ask import ask
+from graph.llm.exchange import write_conversation, write_prompt
+from graph.llm.models import check_model, open_model
+from graph.planning.plan import Plan
+from tests.graph.llm.asking import PLAN, QUESTION
+from tools.base.errors import UserError
+from tools.base.progress import Stopped, stop_at
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A directory where somebody answers every prompt: first with what is no plan, then with a plan."""
+    done, place = threading.Event(), tmp_path / "exchange"
+
+    def answer() -> None:
+        while not done.wait(0.02):
+            for prompt in sorted(place.glob("*.prompt.md")):
+                to = prompt.with_name(prompt.name.replace(".prompt.md", ".answer.txt"))
+                if not to.exists():
+                    again = "That answer cannot be used" in prompt.read_text()
+                    aside = place / "being-written"
+                    aside.write_text(f"Here it is: {PLAN.model_dump_json()}" if again else "I think 45 %")
+                    aside.rename(to)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield place
+    done.set()
+    thread.join()
+
+
+def test_prompts_become_files_and_answers_are_read_from_files(place: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    model = open_model(f"exchange:{place}", RunConfig(), lambda *step: told.append(step))
+    assert ask(model, Plan, QUESTION) == PLAN
+    prompts = sorted(path.name for path in place.glob("*.prompt.md"))
+    assert [name[:4] for name in prompts] == ["001-", "002-"]
+    assert (place / prompts[0]).read_text() == "=== user ===\n\nPlan, as JSON.\n"
+    second = (place / prompts[1]).read_text()
+    assert second.startswith("=== user ===\n\nPlan, as JSON.\n\n=== assistant ===\n\nI think 45 %\n\n=== user ===\n\n")
+    answer = place / prompts[0].replace(".prompt.md", ".answer.txt")
+    assert told[:2] == [(f"wait for {answer}", 0, 1), (f"wait for {answer}", 1, 1)] and len(told) == 4
+    assert ask(model, Plan, QUESTION) == PLAN, "the same prompts have the same answers"
+    assert sorted(path.name for path in place.glob("*.prompt.md")) == prompts
+
+
+def test_a_conversation_says_whose_each_message_is() -> None:
+    said = [SystemMessage("You plan."), HumanMessage("Plan."), AIMessage("45 %"), HumanMessage("No.")]
+    assert write_conversation(said) == (
+        "=== system ===\n\nYou plan.\n\n=== user ===\n\nPlan.\n\n=== assistant ===\n\n45 %\n\n=== user ===\n\nNo.\n"
+    )
+
+
+def test_numbers_go_on_behind_the_last(tmp_path: Path) -> None:
+    (tmp_path / "007-abc.prompt.md").write_text("x")
+    (tmp_path / "notes.txt").write_text("x")
+    assert write_prompt(tmp_path, "one").name.startswith("008-")
+    assert write_prompt(tmp_path, "two").name.startswith("009-")
+    assert write_prompt(tmp_path, "one").name.startswith("008-")
+
+
+def test_who_waits_for_an_answer_can_be_stopped(tmp_path: Path) -> None:
+    asked = threading.Event()
+    asked.set()
+    with stop_at(asked), pytest.raises(Stopped):
+        ask(open_model(f"exchange:{tmp_path}", RunConfig()), Plan, QUESTION)
+    assert len(list(tmp_path.glob("*.prompt.md"))) == 1
+
+
+def test_a_directory_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^exchange:.*/file/x cannot be written: Not a directory$"):
+        check_model(f"exchange:{tmp_path}/file/x")
+    model = open_model(f"exchange:{tmp_path}/gone", RunConfig())
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match=r"/gone cannot be written: No such file or directory$"):
+        ask(model, Plan, QUESTION)
