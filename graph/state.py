@@ -12,7 +12,7 @@ from graph.reflecting.schema import Lesson
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
 from tools.plans.recipe import Recipe
-from tools.results.schema import Usage
+from tools.results.schema import TextFigures, Usage
 
 SAME_SPARSITY = 5e-4
 """Two sparsities nearer than this are the same budget: the promise is the target within 0.05 %."""
@@ -47,6 +47,11 @@ class Trial(BaseModel):
     )
     compared_windows: int = Field(
         0, description="Windows of validation text, further ones among them, that better is over; else 0."
+    )
+    texts: list[TextFigures] = Field(
+        [],
+        exclude_if=operator.not_,
+        description="Perplexity and KL on each of the named texts, of which perplexity and kl are the means by weight.",
     )
     predicted_kl: float = Field(description="Sum of the KL curves at this allocation, nats per token.")
     fact_retention: float | None = Field(
@@ -167,10 +172,11 @@ class State(Input):
     def trial_tokens(self) -> int:
         """Tokens that one trial puts through the model, at most."""
         once = self.dense.tokens if self.dense and self.dense.tokens else self.config.validation_tokens
-        return once + (self.count_further_tokens(self.config.further_windows) if self.weighs else 0)
+        return once + (self.count_further_tokens(self.config.count_all("further")) if self.weighs else 0)
 
     def count_further_tokens(self, windows: int) -> int:
-        """Tokens of a trial's comparison on so many further windows: its own, and the accepted one's that are new."""
+        """Tokens of a trial's comparison on so many further windows, of all texts together: its own, and the accepted
+        one's that are new."""
         first = max(i for i, trial in enumerate(self.trials) if trial.verdict == "accept")
-        known = max(trial.compared_windows for trial in self.trials[first:]) - self.config.validation_windows
+        known = max(trial.compared_windows for trial in self.trials[first:]) - self.config.count_all("validation")
         return (windows + max(windows - max(known, 0), 0)) * self.config.window

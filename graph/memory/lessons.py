@@ -69,7 +69,15 @@ IDLE = (
 """Fields of the config that change no trial: where and how long the work is done, and how many rounds there are."""
 
 
-LATER = ("text_cut", "planner_unaided", "further_windows", "accept_probability", "polish_tokens")
+LATER = (
+    "text_cut",
+    "planner_unaided",
+    "further_windows",
+    "accept_probability",
+    "polish_tokens",
+    "text",
+    "text_weights",
+)
 """Fields whose defaults mean what earlier versions, which had not the fields, did: left out of hashes at these."""
 
 

@@ -1,5 +1,6 @@
 """finish: the test text, once; the exported model, its card, the reports and the summary."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,21 @@ from tools.base.made import hash_files, read_made
 from tools.base.rundir import read_last_seal
 from tools.base.seals import write_sealed
 from tools.experiments.tasks import measure_checkpoints
+from tools.measure.losses import Evaluation
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
 from tools.plans.methods import Statistics
 from tools.results.cards import write_card
 from tools.results.page.page import write_page
-from tools.results.schema import Knowledge, Perplexities, Sample, Summary, describe_protocol
+from tools.results.schema import (
+    Knowledge,
+    Perplexities,
+    Sample,
+    Summary,
+    TextFigures,
+    TextResult,
+    describe_protocol,
+)
 from tools.results.sentences import describe_finalists
 from tools.results.tables import write_report
 
@@ -50,18 +60,18 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
         dense_words = continue_with(bench, "dense", session)  # they stay in the model for the measurement below
 
-        def measure(checkpoint: str, label: str) -> float | None:
-            return bench.evaluate(checkpoint, "test", state.profile, session.progress, label).perplexity
+        def measure(checkpoint: str, label: str) -> Evaluation:
+            return bench.evaluate(checkpoint, "test", state.profile, session.progress, label)
 
         reached = same_sparsity(achieved, config.target_sparsity)
         least = sum(x.zeros for x in layers) / weights
         pattern = config.pattern if reached else ""
         uniform_checkpoint, statistics = prune_uniformly(bench, state, max(achieved, least), pattern, session)
-        perplexity = Perplexities(
-            dense=measure("dense", "test, dense"),
-            uniform_wanda=measure(uniform_checkpoint, "test, uniform Wanda"),
-            pruned=measure(state.accepted, "test, pruned"),
-        )
+        losses = {
+            "dense": measure("dense", "test, dense"),
+            "uniform_wanda": measure(uniform_checkpoint, "test, uniform Wanda"),
+            "pruned": measure(state.accepted, "test, pruned"),
+        }
         knowledge = measure_knowledge(bench, state, session, uniform_checkpoint) if config.questions else None
         checkpoints = {"dense": "dense", "pruned": state.accepted}
         benchmarks = measure_checkpoints(bench, config, checkpoints, session.progress)
@@ -74,9 +84,10 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             target_sparsity=config.target_sparsity,
             achieved_sparsity=achieved,
             reach=bench.told_reach,
-            perplexity=perplexity,
+            perplexity=Perplexities(**{model: found.perplexity for model, found in losses.items()}),
             wanda_statistics=statistics,
             kl=best.kl,
+            texts=[describe_text(config, figures, losses) for figures in best.texts],
             benchmarks=benchmarks,
             samples=[Sample(prompt=p, dense=words, pruned=pruned_words[p]) for p, words in dense_words.items()],
             plan=best.plan,
@@ -107,6 +118,19 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         )
     found = {"current": state.accepted, "accepted": state.accepted, "evaluated_tokens": tokens}
     return {**found, "seconds": session.seconds}
+
+
+def describe_text(config: RunConfig, figures: TextFigures, losses: Mapping[str, Evaluation]) -> TextResult:
+    """One of the named texts, from the figures of the trial that was kept and the losses of all models on the test."""
+    name = figures.name
+    return TextResult(
+        name=name,
+        source=config.text[name],
+        weight=figures.weight,
+        kl=figures.kl,
+        kl_error=figures.kl_error,
+        **{model: found.take_text(name).perplexity for model, found in losses.items()},
+    )
 
 
 def prune_uniformly(

@@ -18,6 +18,7 @@ from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
 from tools.base.errors import BrokenBaseline, ImpossiblePlan, UserError
 from tools.base.rundir import runs_directory
+from tools.measure.texts import list_texts
 from tools.plans.costs import count_profile
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
 
@@ -55,6 +56,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             perplexity=stored.dense.perplexity,
             kl=0.0,
             kl_error=0.0,
+            texts=list_texts(stored.dense),
             predicted_kl=0.0,
             fact_retention=1.0 if config.questions else None,
             fact_error=0.0 if config.questions else None,

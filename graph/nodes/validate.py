@@ -13,6 +13,7 @@ from graph.state import State, Trial, same_sparsity
 from tools.base.errors import BrokenPlan
 from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
 from tools.measure.recall import Retention, compare_recall
+from tools.measure.texts import list_texts
 from tools.plans.work_order import WorkOrder
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         else bench.read_profile(state.profile).dense
     )
     retention, asked = ask_questions(bench, state, session)
-    noise = compare_kl(evaluation, accepted)[1] if evaluation.finite else None
+    kept, noise = accepted, compare_kl(evaluation, accepted)[1] if evaluation.finite else None
     compared, tokens = evaluation, state.config.validation_tokens + asked
     if weighed := state.weighs and same_sparsity(zeros / weights, best.sparsity) and evaluation.finite:
         compared, accepted = weigh(bench, state, evaluation, accepted, session)
@@ -64,6 +65,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         change_error=noise,
         better=find_likelihood_better(compared, accepted) if weighed and compared.finite else None,
         compared_windows=len(compared.kl) if weighed else 0,
+        texts=list_texts(evaluation, kept),
         predicted_kl=group_kl(bench.read_profile(state.profile).layers, bench.planned_sparsity(state.current)),
         fact_retention=retention.share if retention else None,
         fact_error=retention.error if retention else None,

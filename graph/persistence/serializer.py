@@ -19,7 +19,7 @@ from graph.state import Input, State, Trial
 from tools.base.errors import in_one_line
 from tools.base.settings import FORMER
 from tools.plans.recipe import Adjustment, Recipe
-from tools.results.schema import Usage
+from tools.results.schema import TextFigures, Usage
 
 WORTH_COMPRESSING = 512
 """Bytes from which a part of a checkpoint is compressed."""
@@ -40,6 +40,7 @@ STATE_MODELS: tuple[type[BaseModel], ...] = (
     Recipe,
     RunConfig,
     State,
+    TextFigures,
     Trial,
     Usage,
 )

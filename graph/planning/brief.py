@@ -23,6 +23,7 @@ from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import Toolbox, do_now
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.situation import Situation
+from graph.planning.texts import describe_shares, describe_texts
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories
@@ -255,7 +256,8 @@ def _describe_bounds(situation: Situation) -> str:
         f"Bounds: target sparsity {config.target_sparsity:g}. No layer above {config.max_layer_sparsity:g}. "
         f"Round {situation.iteration} of at most {_count_rounds(situation)}. Perplexity limit of this round: {limit} "
         f"(1 + {config.tau:g} times that of the last accepted weights)."
-    ) + _describe_budget(situation)
+    ) + describe_shares(config)
+    text += _describe_budget(situation)
     if config.min_fact_retention:
         text += f" A round whose answer probability kept is below {config.min_fact_retention:g} is rolled back."
     if not config.protect:
@@ -311,8 +313,8 @@ def _describe_trial(trial: Trial, limit: int = 160) -> str:
     error = f" +- {show_short(trial.kl_error)}" if trial.kl_error is not None else ""
     return (
         f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; perplexity {show_short(trial.perplexity)}; "
-        f"KL {show_short(trial.kl)}{error}, predicted {show_short(trial.predicted_kl)}{describe_facts(trial)}; "
-        f"{trial.verdict}: {quote_data(trial.reason, limit)}"
+        f"KL {show_short(trial.kl)}{error}, predicted {show_short(trial.predicted_kl)}{describe_texts(trial)}"
+        f"{describe_facts(trial)}; {trial.verdict}: {quote_data(trial.reason, limit)}"
     )
 
 

@@ -42,7 +42,7 @@ def _is_near(trial: Trial, least: float) -> bool:
 def reserve_tokens(state: State) -> int:
     """Tokens that one more trial, and the comparison at the end after it, put through the model at most."""
     finalists = min(max(len(list_finalists(state)), 1) + 1, FINALISTS) if state.weighs else 0
-    return state.trial_tokens + finalists * state.config.further_windows * state.config.window
+    return state.trial_tokens + finalists * state.config.count_all("further") * state.config.window
 
 
 def compare_finalists(bench: "Workbench", state: State, progress: "Progress") -> tuple[Trial | None, list[Finalist]]:

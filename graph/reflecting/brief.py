@@ -14,6 +14,7 @@ from graph.llm.toolbox import do_now
 from graph.planning.brief import describe_facts
 from graph.planning.orders import group_kl
 from graph.planning.plan import Plan
+from graph.planning.texts import describe_texts
 from graph.reflecting.rule import Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection
 from graph.state import Trial, same_sparsity
@@ -144,7 +145,8 @@ def _describe_trial(trial: Trial) -> str:
     error = "" if trial.kl_error is None else f" +- {show_short(trial.kl_error)}"
     return (
         f"sparsity {trial.sparsity:.4g}; perplexity {show_short(trial.perplexity)}; "
-        f"KL {show_short(trial.kl)}{error}{change}, predicted {show_short(trial.predicted_kl)}{describe_facts(trial)}; "
+        f"KL {show_short(trial.kl)}{error}{change}, predicted {show_short(trial.predicted_kl)}"
+        f"{describe_texts(trial)}{describe_facts(trial)}; "
         f"{trial.verdict}: {quote_data(trial.reason, 160)}"
     )
 

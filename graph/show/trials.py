@@ -32,15 +32,31 @@ ANSWERS = "answer p kept"
 TRIAL_COLUMNS = ("#", "sparsity", "ppl", "KL ± error", "pred.", ANSWERS, "verdict")
 
 
+def _text_cells(trial: Event, texts: int) -> list[str]:
+    """The KL of a trial on each of so many named texts; empty where it has none."""
+    told = [show_compact(text["kl"], 4) for text in trial.get("texts", [])][:texts] if trial["iteration"] else []
+    return told + [""] * (texts - len(told))
+
+
+def _put_texts(cells: list[str], texts: list[str]) -> list[str]:
+    """The cells of texts behind the KL of all."""
+    return [*cells[:4], *texts, *cells[4:]] if texts else cells
+
+
 def draw_trials(trials: Sequence[Event], width: int, shown: int, lines: int) -> Table:
     """The last `shown` trials, with the dense model first; plan and reason have `lines` lines each."""
     rest = trials[len(trials) - shown + 1 :] if len(trials) > shown else trials[1:]
     skipped = len(trials) - 1 - len(rest)
     asked = any(trial.get("fact_retention") is not None for trial in trials)
     keep = [i for i, head in enumerate(TRIAL_COLUMNS) if head != ANSWERS or asked] if width >= 70 else [0, 1, 2, 6]
-    rows = [[cells[i] for i in keep] for cells in map(trial_cells, (trials[0], *rest))]
+    names = [clean(text["name"], 16) for text in trials[0].get("texts", [])] if width >= WIDE else []
+    heads = _put_texts([TRIAL_COLUMNS[i] for i in keep], [f"KL {name}" for name in names])
+    rows = []
+    for trial in (trials[0], *rest):
+        cells = trial_cells(trial)
+        rows.append(_put_texts([cells[i] for i in keep], _text_cells(trial, len(names))))
     used, columns = 0, []
-    for place, head in enumerate(TRIAL_COLUMNS[i] for i in keep):
+    for place, head in enumerate(heads):
         columns.append(Column(head, justify="left" if head == "verdict" else "right", no_wrap=True, overflow="crop"))
         used += max(len(head), *(len(row[place]) for row in rows)) + 1
     left = max(width - used, 8)

@@ -49,7 +49,7 @@ def name_source(source: str) -> str:
 
 def hide_directories(text: str) -> str:
     """A text's name, or several, as `name_source` gives them, for strangers: of files no more than their names."""
-    return re.sub(r"file:.*?(?=[^/]*( with |$))", "file:", text)
+    return re.sub(r"file:.*?(?=[^/]*( with | \+ |$))", "file:", text)
 
 
 def hide_path(source: str) -> str:

@@ -50,6 +50,8 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         text = f"{field.description}{choices} Default: {field.default!r}.".replace("%", "%%")
         if field.annotation is bool:
             fields.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif field.annotation == dict[str, str]:
+            fields.add_argument(flag, metavar="NAME=SOURCE", action="append", default=None, help=text)
         else:
             fields.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), default=None, help=text)
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -59,12 +59,19 @@ def refuse_other_settings(
         raise UserError(f"{directory} holds {what} with other settings ({', '.join(changed)}); choose another --out")
 
 
-def as_csv(model: type[BaseModel], rows: Sequence[BaseModel], exclude: Sequence[str] = ()) -> str:
-    """The rows, a column for each field that is not left out."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [name for name in model.model_fields if name not in exclude], lineterminator="\n")
+def as_csv(
+    model: type[Model],
+    rows: Sequence[Model],
+    exclude: Sequence[str] = (),
+    more: Callable[[Model], dict[str, Any]] = lambda row: {},
+) -> str:
+    """The rows, a column for each field that is not left out, and behind them what there is `more` of any row."""
+    file, further = io.StringIO(), [more(row) for row in rows]
+    names = [name for name in model.model_fields if name not in exclude]
+    columns = dict.fromkeys([*names, *(name for found in further for name in found)])
+    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row.model_dump(exclude=set(exclude)) for row in rows)
+    writer.writerows(row.model_dump(exclude=set(exclude)) | found for row, found in zip(rows, further, strict=True))
     return file.getvalue()
 
 

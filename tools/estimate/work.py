@@ -188,10 +188,10 @@ def find_shares(settings: WorkbenchSettings, layers: Sequence[Layer], part: Part
     gradient, workers = settings.back_propagated, max(part.workers, 1)
     costs = [math.prod(layer.weight_OI.shape) * layer.weight_OI.shape[1] for layer in layers]
     return Shares(
-        calibration=part.calibration / settings.calibration_windows,
+        calibration=part.calibration / settings.count_all("calibration"),
         gradient=part.gradient / gradient,
-        validation=part.validation / settings.validation_windows,
-        test=math.ceil(settings.test_windows / workers) / settings.test_windows,
+        validation=part.validation / settings.count_all("validation"),
+        test=math.ceil(settings.count_all("test") / workers) / settings.count_all("test"),
         layers=1 / workers + (1 - 1 / workers) * max(costs) / sum(costs),
         questions=1 / workers,
         workers=workers,
@@ -205,8 +205,8 @@ def list_work(
     settings: WorkbenchSettings, layers: int, shares: Shares, course: Course, flops: Prices, seconds: Prices | None
 ) -> list[Work]:
     """The plan of a run; without a price in `seconds` no step has any."""
-    calibration, validation = settings.calibration_windows, settings.validation_windows
-    further = settings.further_windows
+    calibration, validation = settings.count_all("calibration"), settings.count_all("validation")
+    further, tests = settings.count_all("further"), settings.count_all("test")
     gradient = settings.back_propagated
 
     def text(split: str, windows: int) -> str:
@@ -305,7 +305,7 @@ def list_work(
             how += ", with a pass of every block for each of its stages and one more of the calibration text"
         steps.append(step("prune", how, times, shares.layers, done))
     for tokens in course.polishes:
-        plan = schedule_polish(calibration, settings.window, tokens, settings.seed)
+        plan = schedule_polish(settings.count_fitted(), settings.window, tokens, settings.seed)
         steps.append(
             step(
                 POLISH,
@@ -352,10 +352,10 @@ def list_work(
     steps.append(
         step(
             "test",
-            f"forward of {text('test', settings.test_windows)}",
+            f"forward of {text('test', tests)}",
             course.tests,
             shares.test,
-            {"forward": settings.test_windows, "loss": settings.test_windows},
+            {"forward": tests, "loss": tests},
         )
     )
     if course.prompts:

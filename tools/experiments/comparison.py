@@ -243,7 +243,7 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
         rules = follow_effort(
             settings.evolution,
             window=settings.window,
-            windows=settings.calibration_windows,
+            windows=settings.count_fitted(),
             tokens=settings.evolution_tokens,
         )
         print_line(

@@ -100,6 +100,8 @@ def _make_structured_row(
     """(the row, the cut model). Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
     from tools.measure.recall import measure_recall  # imports torch
 
+    if bench.windows.texts:
+        raise ImpossiblePlan("structured rows read the calibration text alike; leave named texts out")
     bench.restore(DENSE)
     make = _rank_parts if recipe.ranked else _cut_parts
     try:
@@ -171,6 +173,8 @@ def _fill_row(
     facts: "Retention | None",
     **figures: Any,
 ) -> Row:
+    from tools.measure.texts import list_texts  # imports torch
+
     return Row(
         recipe=job.label,
         method=job.method,
@@ -182,6 +186,7 @@ def _fill_row(
         dense_perplexity=known.dense_perplexity,
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error,
+        texts=list_texts(evaluation),
         fact_retention=facts.share if facts else None,
         fact_error=facts.error if facts else None,
         peak_memory_bytes=bench.peak_memory_bytes(),

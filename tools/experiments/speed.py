@@ -36,6 +36,8 @@ def _with_default(name: str, value: int) -> Any:
 class BenchSettings(WorkbenchSettings):
     """The model, its texts, and how often each thing is timed."""
 
+    one_text = "speed is that of one"
+
     window: int = _with_default("window", 384)
     calibration_windows: int = _with_default("calibration_windows", 12)
     gradient_windows: int = _with_default("gradient_windows", 2)

@@ -43,6 +43,8 @@ PROMPT, DECODED = 8, 32
 class StructureSettings(WorkbenchSettings):
     """The model, its texts, and what is cut."""
 
+    one_text = "parts are cut by one"
+
     remove: float = Field(0.2, gt=0, lt=1, description="Share of the weights of the blocks' linear layers to remove.")
     parts: str = Field("neurons,heads", description="What is cut: neurons, heads, neurons,heads or blocks.")
     out: str = Field("cut", min_length=1, description="Directory of the model and its figures.")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
 from tools.measure.losses import Evaluation, compare_kl
+from tools.measure.texts import list_texts
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import select_layers
@@ -133,7 +134,8 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int) -> list[Figures]:
     orders = {number: order for number, order in enumerate(found) if isinstance(order, WorkOrder)}
     if not orders:
         raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, found))))
-    windows = min(math.ceil(tokens / bench.settings.window), len(bench.windows.validation))
+    asked = min(math.ceil(tokens / bench.settings.window), len(bench.windows.validation))
+    windows = len(bench.losses.list_first(asked))
     round_.book(len(orders) * windows * bench.settings.window, list(orders.values()))
     evaluations = bench.probe(
         round_.profile,
@@ -173,17 +175,22 @@ def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, win
         "kl": _round(evaluation.mean_kl),
         "kl_error": _round(evaluation.kl_error),
         "perplexity": _round(evaluation.perplexity),
-        "dense_perplexity": _round(_take(bench.read_profile(round_.profile).dense, windows).perplexity),
+        "dense_perplexity": _round(_take(bench, bench.read_profile(round_.profile).dense, windows).perplexity),
     }
+    if evaluation.texts:
+        figures |= {
+            "texts": {x.name: {"kl": _round(x.kl), "kl_error": _round(x.kl_error)} for x in list_texts(evaluation)}
+        }
     if round_.present == DENSE or not evaluation.finite:
         return figures
     present = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
-    change, error = compare_kl(evaluation, _take(present, windows))
+    change, error = compare_kl(evaluation, _take(bench, present, windows))
     return figures | {"kl_change": _round(change), "kl_change_error": _round(error)}
 
 
-def _take(evaluation: Evaluation, windows: int) -> Evaluation:
-    return Evaluation(nll=evaluation.nll[:windows], kl=evaluation.kl[:windows])
+def _take(bench: "Workbench", evaluation: Evaluation, windows: int) -> Evaluation:
+    """Of losses on the whole validation text those that a probe of so many windows has, too."""
+    return evaluation.take(bench.losses.list_first(windows))
 
 
 def _round(value: float | None) -> float | None:

@@ -26,7 +26,7 @@ def list_disk(
     `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window.
     """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
-    windows = settings.calibration_windows if weighs else settings.back_propagated
+    windows = settings.count_all("calibration") if weighs else settings.back_propagated
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
     checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
     readers = list_readers(layers)
@@ -48,7 +48,7 @@ def list_disk(
                     bytes=further * tokens * wide * item,
                 )
             ]
-            if (further := 2 * settings.further_windows)
+            if (further := 2 * settings.count_all("further"))
             else []
         ),
         Line(

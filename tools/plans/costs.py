@@ -18,7 +18,7 @@ Costs = dict[str, int]
 
 def count_calibration(settings: WorkbenchSettings) -> int:
     """Tokens of the calibration text."""
-    return settings.calibration_windows * settings.window
+    return settings.count_all("calibration") * settings.window
 
 
 def count_gradients(settings: WorkbenchSettings) -> int:
@@ -63,7 +63,7 @@ def list_weight_costs(recipe: Recipe, settings: WorkbenchSettings, *, moments: b
 
 def count_polish(settings: WorkbenchSettings, tokens: int) -> int:
     """Of a polish on so many tokens, as `Schedule.count_tokens`. Raises ImpossiblePlan where the text is too short."""
-    schedule = schedule_polish(settings.calibration_windows, settings.window, tokens, settings.seed)
+    schedule = schedule_polish(settings.count_fitted(), settings.window, tokens, settings.seed)
     return schedule.count_tokens(settings.window)
 
 

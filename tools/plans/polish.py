@@ -38,6 +38,11 @@ class Schedule(NamedTuple):
     passes: Sequence[int]
     """Steps done at the end of each pass through the text."""
 
+    def on(self, windows: Sequence[int]) -> "Schedule":
+        """The same through others: `windows[i]` in place of window i."""
+        steps = [[windows[i] for i in step] for step in self.steps]
+        return self._replace(steps=steps, held_out=[windows[i] for i in self.held_out])
+
     @property
     def windows(self) -> list[int]:
         """All that are read, ascending."""

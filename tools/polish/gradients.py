@@ -37,12 +37,14 @@ class Divergence:
         windows_BT: Tensor,
         dense_hidden: Mapping[int, Tensor],
         lead: int = 0,
+        shares: Mapping[int, float] | None = None,
     ) -> None:
         """`dense_hidden` is what the dense model's head reads of the windows, (T, D), by their numbers. The first
-        `lead` tokens of each window are no text: what is predicted there counts in no loss.
+        `lead` tokens of each window are no text: what is predicted there counts in no loss. `shares` are what windows
+        count, by their numbers, with a mean of 1 over all that train; without them all count alike.
         """
         self._blocks, self._survivors, self._lead = blocks, survivors, lead
-        self._windows_BT, self._dense_hidden = windows_BT, dense_hidden
+        self._windows_BT, self._dense_hidden, self._shares = windows_BT, dense_hidden, shares or {}
         self._uses = find_uses(blocks, survivors.layers)
         self._lowest = next(block for block, uses in enumerate(self._uses) if uses)
         self._scaled = blocks.model.dtype == torch.float16
@@ -52,11 +54,19 @@ class Divergence:
         return len(windows) * (self._windows_BT.shape[1] - self._lead)
 
     def measure(self, windows: Sequence[int]) -> float:
-        """The mean KL, nats per token."""
-        return sum(map(self.measure_window, windows)) / self.count_tokens(windows)
+        """The mean KL, nats per token, in which windows have their shares."""
+        return self.average(windows, list(map(self.measure_window, windows)))
+
+    def average(self, windows: Sequence[int], sums: Sequence[float]) -> float:
+        """The mean of what `measure_window` gave of each of the windows."""
+        if not self._shares:
+            return sum(sums) / self.count_tokens(windows)
+        shares = [self._shares[window] for window in windows]
+        weighed = sum(share * kl for share, kl in zip(shares, sums, strict=True))
+        return weighed * len(windows) / sum(shares) / self.count_tokens(windows)
 
     def measure_window(self, window: int) -> float:
-        """The KL of a window's tokens, nats."""
+        """The KL of a window's tokens, nats, whatever its share."""
         heed_stop()
         ids_T = self._windows_BT[window].to(self._blocks.model.device)
         with run_apart(layer.module for layer in self._survivors.layers):
@@ -64,7 +74,8 @@ class Divergence:
         return losses.kl
 
     def differentiate(self, windows: Sequence[int]) -> Sums:
-        """Sums over the windows' tokens: `KL`, and by layer the gradient of that by its survivors, (S,), fp32.
+        """Sums over the windows' tokens, by their shares: `KL`, and by layer the gradient of that by its survivors,
+        (S,), fp32.
 
         Those of a fixed tree over the windows, whoever makes which. An expert that no token was sent to has none.
         """
@@ -81,7 +92,7 @@ class Divergence:
 
     def _differentiate(self, window: int) -> Sums:
         heed_stop()
-        model, last = self._blocks.model, len(self._blocks) - 1
+        model, last, share = self._blocks.model, len(self._blocks) - 1, self._shares.get(window, 1.0)
         ids_T, sums = self._windows_BT[window].to(model.device), Sums()
         pairs: list[tuple[str, Tensor, Tensor]] = []
         with run_apart(layer.module for layer in self._survivors.layers):
@@ -93,9 +104,10 @@ class Divergence:
                     output = self._blocks.run_to_head(ids_T, block, x_BTD)
                     if block == last:
                         sums[KL], above = self._begin(output.detach()[0], window)
+                        sums[KL] = sums[KL] * share
                     above = flow_back(output, x_BTD, above, pairs.clear, scaled=self._scaled)
                 for name, x_TI, g_TO in pairs:
-                    self._add(sums, name, x_TI, g_TO, above.scale)
+                    self._add(sums, name, x_TI, g_TO, above.scale / share)
                 pairs.clear()
                 above = bring_near(above, scaled=self._scaled)
         return sums

@@ -6,13 +6,13 @@ Nothing in a run's card says where files lie on this machine.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tools.base.names import hide_path, is_hub_id, parse_hub
+from tools.base.names import hide_directories, hide_path, is_hub_id, parse_hub
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import escape
 from tools.results.schema import Summary
 from tools.results.sentences import describe_result, name_sparsity
 from tools.results.structure import HEADS, Structure, list_rows, name_removed
-from tools.results.tables import list_benchmarks, list_perplexities, list_table
+from tools.results.tables import list_benchmarks, list_perplexities, list_table, list_texts
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -25,7 +25,7 @@ def _write(front: str, title: str, lines: Sequence[str]) -> str:
 
 def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
     """The model card, `model/README.md`, with nothing in it of where files lie on this machine."""
-    name, text = hide_path(summary.model), hide_path(summary.protocol.text)
+    name, text = hide_path(summary.model), _hide_texts(summary.protocol.text, settings)
     return _write(
         _card_data(summary, settings).to_yaml(),
         f"{escape(name)}, pruned to {name_sparsity(summary)}",
@@ -40,10 +40,16 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
             f"Perplexity was measured on `{text}` ({summary.protocol.tokens} tokens, {summary.protocol.windows}, "
             f"{summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",
             "",
+            *list_texts(summary.texts),
             *list_benchmarks(summary.benchmarks),
             f"What the licence of {escape(name)} says of derived models holds for this one.",
         ],
     )
+
+
+def _hide_texts(text: str, settings: WorkbenchSettings) -> str:
+    """What is measured on, for strangers; named texts are several."""
+    return hide_directories(text) if settings.text else hide_path(text)
 
 
 def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData":
@@ -52,8 +58,9 @@ def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData"
 
     name, found = hide_path(summary.model), []
     if summary.perplexity.pruned is not None:
-        text = parse_hub(settings.test) if settings.test.startswith("hub:") else None
-        place = hide_path(settings.test)
+        measured = settings.name_texts("test")
+        text = parse_hub(measured) if measured.startswith("hub:") else None
+        place = _hide_texts(measured, settings)
         found.append(
             EvalResult(
                 task_type="text-generation",
@@ -77,10 +84,11 @@ def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData"
         for score in summary.benchmarks
         if score.model == "pruned" and score.value is not None
     ]
-    calibration = settings.calibration
+    calibration = [*settings.text.values()] or [settings.calibration]
+    named = list(dict.fromkeys(parse_hub(source).name for source in calibration if source.startswith("hub:")))
     return ModelCardData(
         base_model=summary.model if is_hub_id(summary.model) else None,
-        datasets=[parse_hub(calibration).name] if calibration.startswith("hub:") else None,
+        datasets=named or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruned", "sparse", "billhook"],

@@ -1,5 +1,6 @@
 """Recipes compared, as `tools.compare` keeps and shows them: compare.json, .csv, .md and a plot. No torch in here."""
 
+import operator
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,8 @@ from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, name
 from tools.plans.methods import Statistics, translate_label
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
-from tools.results.schema import Polished, Protocol, Reach, Score, describe_bos, describe_cut
-from tools.results.sentences import describe_polish, describe_reach, tell_share
+from tools.results.schema import Polished, Protocol, Reach, Score, TextFigures, describe_bos, describe_cut
+from tools.results.sentences import describe_polish, describe_reach, tell_share, tell_texts
 from tools.results.tables import list_table
 
 REFERENCE = "sparsegpt:uniform"
@@ -49,6 +50,9 @@ class Row(BaseModel):
     dense_perplexity: float
     kl: float | None = Field(description="KL(dense || pruned), nats per token; null where it was not finite.")
     kl_error: float | None = Field(description="Standard error of kl over the windows.")
+    texts: list[TextFigures] = Field(
+        [], exclude_if=operator.not_, description="Each of the named texts, of which the figures are means by weight."
+    )
     fact_retention: float | None = Field(
         None,
         description="Answer probability kept: exp of the mean change of the right answers' log-probability per token "
@@ -121,7 +125,7 @@ def write_comparison(directory: Path, known: Comparison) -> None:
     """compare.json, .md, .csv, .png and .svg in a directory."""
     write_kept(directory / "compare.json", known)
     write_text(directory / "compare.md", describe(known))
-    write_text(directory / "compare.csv", as_csv(Row, known.rows, exclude=["protocol"]))
+    write_text(directory / "compare.csv", as_csv(Row, known.rows, ["protocol", "texts"], _list_text_columns))
     for kind in ("png", "svg"):
         write_whole(directory / f"compare.{kind}", partial(_plot, known, kind))
 
@@ -134,9 +138,11 @@ def describe_dense(known: Comparison) -> str:
 def describe_row(job: Job, row: Row, reach: Reach | None) -> str:
     """The line about a row that is done."""
     went = "removed" if job.kind == "parts" else "zeros"
+    texts = tell_texts([text.model_dump() for text in row.texts])
     return (
         f"{job.title}: {row.achieved_sparsity:.2%} {went}{tell_share(row.achieved_sparsity, reach)}, "
-        f"perplexity {show(row.perplexity)}, KL {show(row.kl, 4)}, allocated in {row.allocation_seconds:.1f} s"
+        f"perplexity {show(row.perplexity)}, KL {show(row.kl, 4)}{f' ({texts})' if texts else ''}, "
+        f"allocated in {row.allocation_seconds:.1f} s"
         f"{f' by {row.search}' if row.search else ''}, pruned in {row.seconds:.1f} s"
         f"{f', {describe_polish(row.polished)}' if row.polished else ''}"
     )
@@ -188,7 +194,8 @@ def _list_titles(known: Comparison) -> list[str]:
     share = ["of the model"] if known.reach else []
     search = ["search"] if any(row.search for row in known.rows) else []
     polish = ["polish"] if any(row.polished for row in known.rows) else []
-    figures = ["perplexity", "× SparseGPT", "KL", *facts, "prune s", "allocate s", "tokens", *search, *polish]
+    texts = [f"KL {name}" for name in known.settings.get("text", {})]
+    figures = ["perplexity", "× SparseGPT", "KL", *texts, *facts, "prune s", "allocate s", "tokens", *search, *polish]
     return ["recipe", "sparsity", *share, *figures]
 
 
@@ -204,6 +211,7 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
         show(row.perplexity),
         "" if relative is None else f"{relative:.2f}",
         show_score(None if row.kl_error is None else row.kl, row.kl_error),
+        *(show_score(text.kl, text.kl_error) for text in row.texts),
         *([facts] if known.settings["questions"] else []),
         f"{row.seconds:.1f}",
         f"{row.allocation_seconds:.1f}",
@@ -240,11 +248,12 @@ def describe(known: Comparison) -> str:
     lines = [
         f"# {escape(settings['model'])}: recipes compared",
         "",
-        f"Perplexity on {settings['validation_windows'] * settings['window']:,} tokens of `{settings['validation']}` "
-        f"in windows of {settings['window']}{describe_cut(settings.get('text_cut', 0))}{describe_bos(known.bos)}, "
+        f"Perplexity on {settings['validation_windows'] * settings['window']:,} tokens of "
+        f"{_name_text(settings, 'validation')} in windows of {settings['window']}"
+        f"{describe_cut(settings.get('text_cut', 0))}{describe_bos(known.bos)}, "
         f"{settings['dtype']}; dense: {show(known.dense_perplexity)}. Statistics from "
         f"{settings['calibration_windows']} windows of "
-        f"`{settings['calibration']}`, gradients from "
+        f"{_name_text(settings, 'calibration')}, gradients from "
         f"{min(settings['gradient_windows'], settings['calibration_windows'])} of them "
         f"({known.profile_seconds:.1f} s with the dense model's perplexity, shared by all rows).",
         *(["", told] if (told := describe_reach(known.reach)) else []),
@@ -273,6 +282,24 @@ def describe(known: Comparison) -> str:
     dense = Measured("dense", "", "", 0.0, known.dense_perplexity, known.dense_scores)
     lines += describe_tasks(dense, [_as_measured(row) for _, rows in group_rows(known.rows) for row in rows])
     return "\n".join(lines)
+
+
+def _name_text(settings: dict[str, Any], split: str) -> str:
+    """What the windows of a split are of; named texts with what each counts in the figures."""
+    texts, weights = settings.get("text", {}), settings.get("text_weights", {})
+    if not texts:
+        return f"`{settings[split]}`"
+    told = [f"{name} (`{source}`, weight {weights.get(name, 1):g})" for name, source in texts.items()]
+    return f"each of {', '.join(told)}"
+
+
+def _list_text_columns(row: Row) -> dict[str, float | None]:
+    """A row's figures on each of the named texts, by column."""
+    columns: dict[str, float | None] = {}
+    for text in row.texts:
+        figures = {"perplexity": text.perplexity, "kl": text.kl, "kl_error": text.kl_error}
+        columns |= {f"{figure} {text.name}": value for figure, value in figures.items()}
+    return columns
 
 
 def _as_measured(row: Row) -> Measured:

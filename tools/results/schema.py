@@ -1,5 +1,6 @@
 """`summary.json`: the result of a run, of which report.md, report.html, the model card and the last lines are made."""
 
+import operator
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -51,6 +52,30 @@ class Perplexities(BaseModel):
     dense: float | None
     pruned: float | None
     uniform_wanda: float | None
+
+
+class TextFigures(BaseModel):
+    """What weights lose on one of the named texts: its validation windows alone."""
+
+    name: str
+    weight: float = Field(description="What it counts beside the others, in sum 1.")
+    perplexity: float | None = Field(description="Null where the loss was not finite.")
+    kl: float | None = Field(description="KL(dense || pruned), nats per token; null where it was not finite.")
+    kl_error: float | None = Field(description="Standard error of kl over the windows.")
+    change: float | None = Field(
+        None, description="kl minus that of the weights accepted last, paired; null where not comparable."
+    )
+    change_error: float | None = Field(None, description="Standard error of change over the windows.")
+
+
+class TextResult(Perplexities):
+    """One of the named texts at the end of a run: perplexities on its test windows."""
+
+    name: str
+    source: str
+    weight: float = Field(description="What it counts beside the others, in sum 1.")
+    kl: float | None = Field(description="As in the trial that was kept, on its validation windows.")
+    kl_error: float | None = Field(description="Standard error of kl over the windows.")
 
 
 class Knowledge(BaseModel):
@@ -169,6 +194,11 @@ class Summary(BaseModel):
         "do; dense: of the dense model, as earlier versions did, which did not record it.",
     )
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, nats per token.")
+    texts: list[TextResult] = Field(
+        [],
+        exclude_if=operator.not_,
+        description="Each of the named texts, whose means by weight the figures above are; none without names.",
+    )
     knowledge: Knowledge | None = Field(None, description="Null where the run asked no questions.")
     benchmarks: list[Score] = Field([], description="Tasks of lm-evaluation-harness, where any were asked for.")
     polished: Polished | None = Field(
@@ -201,8 +231,8 @@ def describe_protocol(settings: WorkbenchSettings, split: Split = "test", *, bos
     """The protocol of figures on a split of the text; `bos` as in it."""
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     return Protocol(
-        text=getattr(settings, split),
-        tokens=getattr(settings, f"{split}_windows") * settings.window,
+        text=settings.name_texts(split),
+        tokens=settings.count_all(split) * settings.window,
         window=settings.window,
         dtype=settings.dtype,
         versions=versions,

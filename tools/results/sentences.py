@@ -16,7 +16,8 @@ BEHIND: dict[Statistics, str] = {
 
 
 def describe_result(summary: Summary) -> str:
-    """The result in two sentences, and one more each where it was polished or much of the model cannot be pruned."""
+    """The result in two sentences, and one more each where texts have names, where it was polished, or where much of
+    the model cannot be pruned."""
     p = summary.perplexity
     rounds, undone = count(summary.iterations, "iteration"), count(summary.rollbacks, "rollback")
     text = (
@@ -27,6 +28,9 @@ def describe_result(summary: Summary) -> str:
     )
     if (share := relate_to_wanda(p.dense, p.pruned, p.uniform_wanda)) is not None:
         text += f", so the degradation is {share:.2f} times uniform Wanda's"
+    if summary.texts:
+        shares = ", ".join(f"{text.weight:.0%} {text.name}" for text in summary.texts)
+        text += f". Figures are means over {len(summary.texts)} texts ({shares})"
     if summary.knowledge and summary.knowledge.retention is not None:
         text += f". Answer probability kept: {summary.knowledge.retention:.1%}{_tell_right(summary.knowledge)}"
     if summary.polished:
@@ -102,6 +106,17 @@ def name_verdict(trial: Mapping[str, Any]) -> str:
     return "broke" if trial.get("broken") else str(trial["verdict"])
 
 
+def tell_texts(texts: Sequence[Mapping[str, Any]]) -> str:
+    """`code KL 0.2103 ± 0.0040, perplexity 5.12; prose KL …`: figures of named texts, from a trial or a summary."""
+    told = []
+    for text in texts:
+        error = "" if text["kl"] is None or text.get("kl_error") is None else f" ± {show_compact(text['kl_error'], 4)}"
+        perplexity = text["perplexity"] if "perplexity" in text else text["pruned"]
+        kl = f"KL {show_compact(text['kl'], 4)}{error}"
+        told.append(f"{clean(text['name'], 40)} {kl}, perplexity {show_compact(perplexity)}")
+    return "; ".join(told)
+
+
 def tell_spending(usage: Mapping[str, Any]) -> str:
     """Calls, tokens and dollars of the agents, and what of it is Billhook's own count."""
     tokens = f"{usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out"
@@ -123,8 +138,8 @@ def list_loading(directory: str) -> list[str]:
 
 
 def list_outcome(result: Mapping[str, Any]) -> list[str]:
-    """Three lines with a summary's figures (one more where much of the model cannot be pruned, or it was polished), one
-    for each figure of a task, then where model and report are.
+    """Three lines with a summary's figures (one more where much of the model cannot be pruned, where it was polished,
+    or where texts have names), one for each figure of a task, then where model and report are.
     """
     dense, pruned, uniform = (result["perplexity"][key] for key in ("dense", "pruned", "uniform_wanda"))
     share = relate_to_wanda(dense, pruned, uniform)
@@ -138,6 +153,7 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
         *([partly] if (partly := describe_reach(reach)) else []),
         f"perplexity: {show_compact(pruned)} pruned, {show_compact(dense)} dense, {show_compact(uniform)} uniform "
         f"Wanda; KL {show_compact(result['kl'], 4)}",
+        *([f"texts: {tell_texts(texts)}"] if (texts := result.get("texts")) else []),
         f"degradation: {compared}; {show_seconds(result['seconds'])}, "
         f"peak memory {_show_memory(result['peak_memory_bytes'])}",
         *([describe_polish(Polished.model_validate(polished))] if (polished := result.get("polished")) else []),

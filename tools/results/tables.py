@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tools.base.names import hide_path
 from tools.base.words import escape, show, show_score, show_size
 from tools.plans.methods import Statistics
-from tools.results.schema import Knowledge, Perplexities, Score, Summary
+from tools.results.schema import Knowledge, Perplexities, Score, Summary, TextResult
 from tools.results.sentences import (
     BEHIND,
     describe_finalists,
@@ -42,14 +43,13 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         *([told, ""] if (told := describe_finalists(summary.finalists, summary.kept)) else []),
         *list_perplexities(summary.perplexity, "test", "Billhook", summary.wanda_statistics),
         "",
+        *list_texts(summary.texts),
         *(_list_knowledge(summary.knowledge) if summary.knowledge else []),
         *list_benchmarks(summary.benchmarks),
         "## Trials",
         "Measured on the validation text; KL in nats per token against the dense model.",
         "",
-        "| # | sparsity | perplexity | KL | predicted KL | verdict | plan | why |",
-        "|---|---|---|---|---|---|---|---|",
-        *(_trial_row(trial) for trial in trials),
+        *_list_trials(trials, [text.name for text in summary.texts]),
         "",
         "## Sparsity by layer",
         "",
@@ -84,13 +84,42 @@ def list_perplexities(perplexity: Perplexities, text: str, own: str, wanda: Stat
     ]
 
 
-def _trial_row(trial: dict[str, Any]) -> str:
+def list_texts(texts: Sequence[TextResult]) -> list[str]:
+    """A section with a row for each of the named texts; nothing without any."""
+    if not texts:
+        return []
+    rows = [
+        [
+            *(escape(text.name), f"`{hide_path(text.source)}`", f"{text.weight:.0%}", show(text.dense)),
+            *(f"**{show(text.pruned)}**", show(text.uniform_wanda), show_score(text.kl, text.kl_error)),
+        ]
+        for text in texts
+    ]
+    heads = ["text", "source", "weight", "dense", "pruned", "uniform Wanda", "KL"]
+    return [
+        "## Texts",
+        "Perplexity on the test windows of each; KL in nats per token on its validation windows, ± one standard error.",
+        "",
+        *list_table(heads, rows, left=2),
+        "",
+    ]
+
+
+def _list_trials(trials: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[str]:
+    """The table of all trials, with a column of KL for each named text."""
+    heads = ["#", "sparsity", "perplexity", "KL", *(f"KL {name}" for name in texts)]
+    heads += ["predicted KL", "verdict", "plan", "why"]
+    return [_join_cells(heads), f"|{'---|' * len(heads)}", *(_trial_row(trial, texts) for trial in trials)]
+
+
+def _trial_row(trial: dict[str, Any], texts: Sequence[str]) -> str:
     error = None if trial["kl_error"] == float("inf") else trial["kl_error"]
-    kl = show_score(trial["kl"], error)
-    figures = f"{show(trial['perplexity'])} | {kl}"
+    known = {text["name"]: show_score(text["kl"], text["kl_error"]) for text in trial.get("texts", [])}
+    cells = [show(trial["perplexity"]), show_score(trial["kl"], error), *(known.get(name, "") for name in texts)]
     verdict = name_verdict(trial)
     if verdict in ("refuse", "broke"):  # nothing was measured
-        figures = " | "
+        cells = [""] * len(cells)
+    figures = " | ".join(cells)
     return (
         f"| {trial['iteration']} | {trial['sparsity']:.2%} | {figures} "
         f"| {trial['predicted_kl']:.4f} | {verdict} | {escape(trial['plan'])} | {escape(trial['reason'])} |"

@@ -42,7 +42,8 @@ from tools.statistics.requests import (
     ignore_ticks,
 )
 from tools.statistics.shards import SHARDS, Span, Sums, join_nodes
-from tools.statistics.walks import Nodes, Purpose, Walk, Walks, layers_by_block
+from tools.statistics.walk import Purpose, Walk
+from tools.statistics.walks import Nodes, Walks, layers_by_block
 
 
 @dataclass
@@ -101,13 +102,16 @@ _walks = itertools.count()
 
 
 @contextmanager
-def begin_walk(team: Team, text: Calibration = "run", *, every: bool = False) -> Iterator[Walk]:
+def begin_walk(
+    team: Team, text: Calibration = "run", *, every: bool = False, shares: Sequence[float] = ()
+) -> Iterator[Walk]:
     """One more walk through a calibration text; afterwards nothing of it is held.
 
-    Gradients flow back through its gradient windows, or through `every` window.
+    Gradients flow back through its gradient windows, or through `every` window. `shares` are as in `Walk`: given
+    wherever the text is several.
     """
     try:
-        yield Walk(next(_walks), text, every)
+        yield Walk(next(_walks), text, every, tuple(shares))
     finally:
         team.ask(Finish())(ignore_ticks)
 
@@ -117,10 +121,13 @@ class Extent(NamedTuple):
 
     windows: int
     gradient_windows: int
+    """Of each text."""
     tokens: int
     """Of one window's text: those that its losses count."""
     lead: int = 0
     """Tokens of a window before its text."""
+    texts: int = 1
+    """How many texts, equally long, the windows are."""
 
     @property
     def shards(self) -> int:
@@ -129,8 +136,9 @@ class Extent(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """Tokens that layers read of all windows."""
-        return self.windows * (self.lead + self.tokens)
+        """Tokens that layers read of all windows; where these are of several texts, whose shares are 1 in sum, of each
+        text."""
+        return self.windows // self.texts * (self.lead + self.tokens)
 
 
 def work_alone(
@@ -142,12 +150,15 @@ def work_alone(
     scratch: Path,
     mixed: Mapping[Calibration, Tensor] | None = None,
     lead: int = 0,
+    texts: int = 1,
 ) -> tuple[Team, Extent]:
     """This process as the team that walks through calibration text; files without a name lie in `scratch`.
 
-    The texts `mixed` have as many windows as the run's own. The first `lead` tokens of each window are no text.
+    The texts `mixed` have as many windows as the run's own. The first `lead` tokens of each window are no text. Where
+    the windows are of several `texts`, there are so many gradient windows of each.
     """
-    extent = Extent(len(windows_BT), min(gradient_windows, len(windows_BT)), windows_BT.shape[1] - lead, lead)
+    flowing = min(gradient_windows, len(windows_BT) // texts)
+    extent = Extent(len(windows_BT), flowing, windows_BT.shape[1] - lead, lead, texts)
     walks = Walks(blocks, layers, windows_BT, extent.gradient_windows, seed, scratch, mixed=mixed, lead=lead)
     return Alone(walks, extent.shards), extent
 
@@ -179,7 +190,7 @@ def collect_moments(
 
 def find_stages(team: Team, walk: Walk, block: int) -> list[list[str]]:
     """The stages of a block, in the order in which they run: names of layers that read the same tensor."""
-    return team.ask(ListStages(walk, block))(ignore_ticks)[0]
+    return next(stages for stages in team.ask(ListStages(walk, block))(ignore_ticks) if stages)
 
 
 def _finish_moments(
@@ -239,6 +250,7 @@ def collect_statistics(
     dense: Mapping[str, Tensor] | None = None,
     text: Calibration = "run",
     kept: KeptBlocks | None = None,
+    shares: Sequence[float] = (),
 ) -> ModelStatistics:
     """Input moments over all windows; output-gradient moments and KL curves over the gradient windows.
 
@@ -246,11 +258,11 @@ def collect_statistics(
     it only mean squares are collected.
     kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself; dW is what the
     two-sided mask removes of the `dense` weights where they are given, else of those in the model. What is `kept` of
-    blocks is not collected again, nor are their second moments handed out. Raises UnknownStatistics for a layer that
-    never ran.
+    blocks is not collected again, nor are their second moments handed out. `shares` are as in `Walk`. Raises
+    UnknownStatistics for a layer that never ran.
     """
     grouped = _group(layers)
-    with begin_walk(team, text) as walk:
+    with begin_walk(team, text, shares=shares) as walk:
         statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept)
         _walk_down(team, extent, walk, grouped, progress, statistics, dense, kept)
     return statistics
@@ -350,15 +362,16 @@ def measure_kappa(
     parts_of: Callable[[Sequence[Layer]], Parts],
     text: Calibration = "run",
     kept: KeptBlocks | None = None,
+    shares: Sequence[float] = (),
 ) -> dict[str, list[float]]:
     """The KL curve of each layer for any change: `parts_of(layers)` is what each of LEVELS changes beyond the last.
 
-    One walk up and one down over the gradient windows; nats per token, and `kept`, as in `collect_statistics`.
+    One walk up and one down over the gradient windows; nats per token, `kept` and `shares` as in `collect_statistics`.
     """
     grouped, statistics = _group(layers), _know_nothing()
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
     left = _read_passed(kept, "down", reversed(range(len(grouped))), statistics, extent, ticks)
-    with begin_walk(team, text) as walk:
+    with begin_walk(team, text, shares=shares) as walk:
         for block in left:
             answers, part = team.ask(SumCurves(walk, block, parts_of(grouped[block])))(ticks), _know_nothing()
             part.kappa |= _finish_curves(answers, extent, grouped[block])

@@ -36,6 +36,7 @@ class Pair(NamedTuple):
     g_TO: Tensor
     """The gradient of -log p of drawn labels, times `scale`."""
     scale: float
+    """Of the root of what the window counts, the inverse is in it."""
 
 
 @dataclass

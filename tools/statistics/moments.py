@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, I input features (d_in).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ class MomentSums:
         self.sums: Sums = {}
         self.window = -1
         """Which one runs."""
+        self.share = 1.0
+        """What it counts."""
         self._wanted, self._readers = wanted, Readers(wanted.group)
 
     def see(self, layer: Layer, x_TI: Tensor) -> None:
@@ -71,6 +74,8 @@ class MomentSums:
 
     def _add(self, layer: Layer, x_TI: Tensor, *, full: bool) -> None:
         sums, width, name = self.sums, x_TI.shape[1], f"A/{layer.name}" if full else f"a/{layer.name}"
+        if self.share != 1:
+            x_TI = x_TI.float() * math.sqrt(self.share)
         if name not in sums:
             sums[name] = torch.zeros((width, width) if full else width, device=x_TI.device)
         if full:

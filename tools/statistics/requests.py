@@ -9,7 +9,8 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from tools.statistics.shards import Span
-from tools.statistics.walks import Nodes, Purpose, Walk, Walks
+from tools.statistics.walk import Purpose, Walk
+from tools.statistics.walks import Nodes, Walks
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

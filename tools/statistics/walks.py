@@ -6,11 +6,11 @@ what every block read of the gradient windows.
 Shape suffixes: B windows, T tokens, I input features (d_in), O output features (d_out), D hidden width.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from tools.statistics.pruned import parts_of_mask
 from tools.statistics.shards import Span, Sums, add_count, cut_shards, list_nodes, sum_node
 from tools.statistics.states import StateStack
 from tools.statistics.taps import tapped
+from tools.statistics.walk import Purpose, Walk
 
 CLIP = 10.0
 """The clipped gamma counts no token for more than this many times the median token (of its window)."""
@@ -43,19 +44,6 @@ CLIP = 10.0
 
 Nodes = list[tuple[Span, Sums]]
 """What a span of shards comes to, as few nodes of the tree over all shards."""
-
-
-class Walk(NamedTuple):
-    """One walk through a calibration text."""
-
-    number: int
-    text: Calibration
-    every: bool = False
-    """Whether gradients flow back through every window, and not the gradient windows alone."""
-
-
-Purpose = Literal["profile", "moments", "pruning"]
-"""Why a text walks up: to come back, for the moments alone, or through blocks that change before it passes them."""
 
 
 @dataclass
@@ -102,7 +90,7 @@ class Walks:
         tokens of each window are no text: no label is drawn there, and no loss begins.
         """
         self.blocks, self.windows_BT, self.seed, self.scratch = blocks, windows_BT, seed, scratch
-        self.gradient_windows, self.ahead, self.lead = gradient_windows, ahead, lead
+        self.gradient_windows, self.ahead, self.lead = gradient_windows, ahead, lead  # of each text
         self.grouped = layers_by_block(layers, len(blocks))
         self._scaled = blocks.model.dtype == torch.float16
         self._pooled = {layer.name for layer in layers if layer.pool}
@@ -114,12 +102,14 @@ class Walks:
     def stages(self, span: Span, walk: Walk, block: int) -> list[list[str]]:
         """The layers of a block, those together that read the same tensor, in the order in which they run.
 
-        Found on the first window; the block may be pruned in part.
+        Found on the first window; the block may be pruned in part. Nothing of a span whose windows count nothing.
         """
         way, group = self._reach(span, walk, block, False), dict[str, str]()
         readers = Readers(group)
+        if not way.states:
+            return []
         with tapped(self.grouped[block], readers.find_leader):
-            self._run(way, block, self.shards[span[0]][0])
+            self._run(way, block, next(iter(way.states)))
         return list_stages(self.grouped[block], group)
 
     def moments(
@@ -200,8 +190,7 @@ class Walks:
         self._turn_to(walk)
         way = self._ways.get(span)
         if way is None or way.up > block:
-            windows = [window for shard in range(*span) for window in self.shards[shard]]
-            way = self._begin(span, windows, returns)
+            way = self._begin(span, [w for shard in range(*span) for w in self._list_windows(shard)], returns)
         while way.up < block:
             self._put_down(way, span)
             for window in way.states:
@@ -229,8 +218,16 @@ class Walks:
 
     def _flowing(self, shard: int) -> list[int]:
         """The windows of a shard that gradients flow back through."""
-        every = self._walk is not None and self._walk.every
-        return [window for window in self.shards[shard] if every or window < self.gradient_windows]
+        windows, walk = len(self.windows_BT), self._walk
+        assert walk is not None, "a walk was begun"
+        return [w for w in self._list_windows(shard) if walk.flows(w, windows, self.gradient_windows)]
+
+    def _list_windows(self, shard: int) -> list[int]:
+        """The windows of a shard that are walked."""
+        return [window for window in self.shards[shard] if self._find_share(window)]
+
+    def _find_share(self, window: int) -> float:
+        return self._walk.find_share(window, len(self.windows_BT)) if self._walk else 1.0
 
     def _step(self, way: _Way, block: int, window: int) -> None:
         way.states[window] = self._run(way, block, window).cpu()
@@ -248,8 +245,8 @@ class Walks:
     def _sum_moments(self, way: _Way, block: int, shard: int, layers: Sequence[Layer], wanted: Wanted) -> Sums:
         taken = MomentSums(wanted)
         with tapped(layers, taken.see):
-            for window in self.shards[shard]:
-                taken.window = window
+            for window in self._list_windows(shard):
+                taken.window, taken.share = window, self._find_share(window)
                 with suppress(StageOver):
                     self._step(way, block, window)
         return taken.sums
@@ -324,14 +321,15 @@ class Walks:
                     if language:
                         fisher = False
                         below.append(flow_back(output, x_BTD, above[1], means.clear, scaled=self._scaled))
+                share = self._find_share(window)
                 for name, x_TI, g_TO in pairs:
                     if self._walk is not None and self._walk.every:
                         sizes, size_T = seen.sizes.setdefault(name, {}), sum_token_squares(g_TO) / drawn.scale**2
                         sizes[window] = size_T.cpu() + sizes.get(window, 0)  # a layer may be called twice
                     else:
-                        seen.pairs[shard][name].append(Pair(x_TI, g_TO, drawn.scale))
+                        seen.pairs[shard][name].append(Pair(x_TI, g_TO, drawn.scale / math.sqrt(share)))
                 for name, mean in means:
-                    seen.language[shard][name] += mean / below[1].scale
+                    seen.language[shard][name] += share * mean / below[1].scale
                 pairs.clear()
                 means.clear()
                 way.above[window] = tuple(bring_near(gradient, scaled=self._scaled) for gradient in below)

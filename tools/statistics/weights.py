@@ -16,7 +16,8 @@ from tools.base.errors import UnknownStatistics
 from tools.models.layers import Layer
 from tools.statistics.collect import Extent
 from tools.statistics.requests import SizeTokens, Team, ignore_ticks
-from tools.statistics.walks import CLIP, Walk
+from tools.statistics.walk import Walk
+from tools.statistics.walks import CLIP
 
 
 def weigh_block(team: Team, extent: Extent, walk: Walk, block: int, layers: Sequence[Layer]) -> dict[str, Tensor]:

@@ -77,6 +77,8 @@ class OfPolish(NamedTuple):
     windows: Sequence[int]
     dense_hidden: Sequence[Kept[Tensor]]
     """What the dense model's head reads of each of them, (T, D)."""
+    shares: Sequence[float] = ()
+    """What each of them counts, as `Divergence` has it; none where all count alike."""
 
 
 class SumDivergence(NamedTuple):

@@ -141,12 +141,19 @@ class Worker:
         return [value for batch in batches for value in read_answers(self.model, [pairs[i] for i in batch])]
 
     def diverge(
-        self, layers: Sequence[str], windows: Sequence[int], dense_hidden: Sequence[Kept[Tensor]], span: Span
+        self,
+        layers: Sequence[str],
+        windows: Sequence[int],
+        dense_hidden: Sequence[Kept[Tensor]],
+        shares: Sequence[float],
+        span: Span,
     ) -> Divergence:
-        """KL(dense || model) on a span of some windows of the calibration text, by the survivors of some layers."""
+        """KL(dense || model) on a span of some windows of the calibration text, by the survivors of some layers; with
+        what each window counts, or no `shares`."""
         known = {windows[place]: dense_hidden[place].fetch() for place in range(*span)}
         survivors = Survivors([self.layers[name] for name in layers])
-        return Divergence(self.blocks, survivors, self.texts.windows.calibration, known, self._lead)
+        known_shares = dict(zip(windows, shares, strict=True)) if shares else None
+        return Divergence(self.blocks, survivors, self.texts.windows.calibration, known, self._lead, known_shares)
 
     def prune(self, recipe: Recipe, group: LayerGroup) -> list[LayerResult]:
         """Prune layers from their dense weights."""

@@ -1,6 +1,6 @@
 """How text becomes three disjoint sets of token windows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,11 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.base.errors import UserError
-from tools.base.settings import Calibration, WorkbenchSettings
+from tools.base.settings import SPLITS, Calibration, WorkbenchSettings
 from tools.texts.mixtures import mix_questions, write_questions
 from tools.texts.questions import check_questions
 from tools.texts.sources import check_source, read_documents
-from tools.texts.written import SPLITS, WrittenText, count_windows, deal_prompts, find_source, is_written
+from tools.texts.written import (
+    WrittenText,
+    count_windows,
+    deal_prompts,
+    find_source,
+    is_written,
+    name_part,
+    split_part,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +30,10 @@ SHINGLE = 64
 
 
 class Windows(NamedTuple):
-    """Token ids of the splits, each (windows, lead + window) int64."""
+    """Token ids of the splits, each (windows, lead + window) int64.
+
+    Where texts have names, a split is the windows of one text after another, as many of each.
+    """
 
     calibration: "Tensor"
     validation: "Tensor"
@@ -34,6 +45,18 @@ class Windows(NamedTuple):
     """The calibration text with more questions in it, as far as there are enough of them."""
     lead: int = 0
     """Tokens of each window that are no text: 1 where it begins with the beginning-of-sequence token."""
+    texts: tuple[str, ...] = ()
+    """The names of the texts, where they have names."""
+
+    def list_each(self, split: str, of_each: range) -> list[int]:
+        """The windows of a split that are these of each text."""
+        each = len(getattr(self, split)) // max(len(self.texts), 1)
+        return [text * each + window for text in range(max(len(self.texts), 1)) for window in of_each]
+
+    def name_each(self, split: str, windows: Sequence[int]) -> list[str]:
+        """The text of each of some windows of a split; empty where texts have no names."""
+        each = len(getattr(self, split)) // max(len(self.texts), 1)
+        return [self.texts[window // each] for window in windows] if self.texts else []
 
 
 def find_bos(tokenizer: Any) -> int | None:
@@ -49,73 +72,83 @@ def count_lead(settings: WorkbenchSettings, tokenizer: Any) -> int:
 
 def check_texts(settings: WorkbenchSettings) -> None:
     """Refuse, before anything is loaded, texts that cannot be read. Raises UserError."""
-    for split in SPLITS:
-        check_source(getattr(settings, split))
+    sources = {part: find_source(settings, part) for part in count_windows(settings) if split_part(part)[1] in SPLITS}
+    for source in sources.values():
+        check_source(source)
     deal_prompts(settings)
     if settings.questions:
         check_questions(settings.questions)
-    for split in SPLITS:
-        if settings.questions == getattr(settings, split):
+    for part, source in sources.items():
+        if settings.questions == source:
             raise UserError(
-                f"the questions and the {split} text are the same, {settings.questions!r}; some questions of a source "
+                f"the questions and the {part} text are the same, {settings.questions!r}; some questions of a source "
                 "are taken into the calibration text, and no others, with --calibration-mix"
             )
 
 
 def cut_windows(settings: WorkbenchSettings, tokenizer: Any, write: WrittenText | None = None) -> Windows:
-    """Disjoint sets of windows; splits with the same source take consecutive parts of it.
+    """Disjoint sets of windows; splits, and named texts, with the same source take consecutive parts of it.
 
-    With `text_cut` N that is the N-th stretch of a source, as long as the windows of all splits that share it. What the
-    model writes itself is asked of `write`, split by split; None where nothing is.
+    With `text_cut` N that is the N-th stretch of a source, as long as the windows of all that share it. What the
+    model writes itself is asked of `write`, part by part (`tools.texts.written.count_windows`); None where nothing is.
 
     A share `calibration_mix` of the calibration windows, evenly spread, is made of questions with answers that are
     asked nowhere else. The settings say whether each window begins with the tokenizer's beginning-of-sequence token:
     it then stands before as much text as without. Raises UserError when a source is too short for the windows asked
-    for, two splits share text, or what the model wrote is of no use.
+    for, two parts share text, or what the model wrote is of no use.
     """
-    windows = _cut_read(settings, tokenizer)
+    parts = _cut_read(settings, tokenizer)
     if write is not None:
-        windows |= _cut_written(settings, write)
+        parts |= _cut_written(settings, write)
     mixed: dict[Calibration, Tensor] = {}
-    if settings.questions:
+    if settings.questions and not settings.text:
         questions_BT = _cut_questions(settings, tokenizer)
-        windows["calibration"], mixed = mix_questions(settings, windows["calibration"], questions_BT)
-    _check_overlap(windows, mixed, tokenizer)
-    result = Windows(windows["calibration"], windows["validation"], windows["test"], windows["further"], mixed)
+        parts["calibration"], mixed = mix_questions(settings, parts["calibration"], questions_BT)
+    _check_overlap(parts, mixed, tokenizer)
+    calibration, validation, test, further = (_join(parts, settings, split) for split in (*SPLITS, "further"))
+    result = Windows(calibration, validation, test, further, mixed, texts=tuple(settings.text))
     return _begin(result, tokenizer.bos_token_id) if count_lead(settings, tokenizer) else result
+
+
+def _join(parts: "dict[str, Tensor]", settings: WorkbenchSettings, split: str) -> "Tensor":
+    """The windows of a split, of one text after another."""
+    import torch
+
+    return torch.cat([parts[name_part(text, split)] for text in settings.text or [""]])
 
 
 def check_windows(settings: WorkbenchSettings, tokenizer: Any) -> None:
     """Raises UserError where `cut_windows` would, of all text that the model does not write itself."""
-    if settings.questions:
+    if settings.questions and not settings.text:
         _cut_questions(settings, tokenizer)
     _check_overlap(_cut_read(settings, tokenizer), {}, tokenizer)
 
 
 def _cut_read(settings: WorkbenchSettings, tokenizer: Any) -> "dict[str, Tensor]":
-    """The windows of every split whose text is read."""
+    """The windows of every part whose text is read."""
     import torch
 
     counts = count_windows(settings)
-    sources = {split: find_source(settings, split) for split in counts}
+    sources = {part: find_source(settings, part) for part in counts}
     windows: dict[str, Tensor] = {}
     for source in dict.fromkeys(source for source in sources.values() if not is_written(source)):
-        asked = {split: counts[split] for split in sources if sources[split] == source}
+        asked = {part: counts[part] for part in sources if sources[part] == source}
         ids = _read_tokens(read_documents(source), tokenizer, _reach(settings, asked))
-        parts = torch.split(_cut(ids, source, settings, asked), list(asked.values()))
-        windows |= zip(asked, parts, strict=True)
+        pieces = torch.split(_cut(ids, source, settings, asked), list(asked.values()))
+        windows |= zip(asked, pieces, strict=True)
     return windows
 
 
 def _cut_written(settings: WorkbenchSettings, write: WrittenText) -> "dict[str, Tensor]":
-    """The windows of every split that the model writes, each from documents of its own."""
+    """The windows of every part that the model writes, each from documents of its own."""
     import torch
 
     counts, dealt, windows = count_windows(settings), deal_prompts(settings), {}
-    for split in (split for split in counts if is_written(find_source(settings, split))):
-        tokens = counts[split] * settings.window
-        ids = write(split, dealt["validation" if split == "further" else split], tokens) if tokens else []
-        windows[split] = torch.tensor(ids[:tokens], dtype=torch.int64).view(-1, settings.window)
+    for part in (part for part in counts if is_written(find_source(settings, part))):
+        (text, split), tokens = split_part(part), counts[part] * settings.window
+        prompts = dealt[name_part(text, "validation" if split == "further" else split)]
+        ids = write(part, prompts, tokens) if tokens else []
+        windows[part] = torch.tensor(ids[:tokens], dtype=torch.int64).view(-1, settings.window)
     return windows
 
 
@@ -127,7 +160,8 @@ def _begin(windows: Windows, bos: int) -> Windows:
         return torch.nn.functional.pad(text_BT, (1, 0), value=bos)
 
     splits = begin(windows.calibration), begin(windows.validation), begin(windows.test), begin(windows.further)
-    return Windows(*splits, {name: begin(text_BT) for name, text_BT in windows.mixed.items()}, lead=1)
+    mixed = {name: begin(text_BT) for name, text_BT in windows.mixed.items()}
+    return Windows(*splits, mixed, lead=1, texts=windows.texts)
 
 
 def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
@@ -164,7 +198,7 @@ def _cut(ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[
     end = _reach(settings, counts)
     if len(ids) >= end:
         return torch.tensor(ids[end - window * windows : end], dtype=torch.int64).view(windows, window)
-    asked = " + ".join(f"{count} {split}" for split, count in counts.items() if count)
+    asked = " + ".join(f"{count} {part}" for part, count in counts.items() if count)
     behind = f" behind {end - window * windows} that --text-cut {cut} passes over" if cut else ""
     raise UserError(
         f"text source {source!r} is too short: {asked} windows of {window} tokens need {window * windows} tokens"
@@ -173,11 +207,12 @@ def _cut(ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[
 
 
 def _check_overlap(windows: "dict[str, Tensor]", mixed: "dict[Calibration, Tensor]", tokenizer: Any) -> None:
-    """Raises UserError when two splits share text. A mixed text that does, and nobody has asked for yet, is dropped."""
-    splits = [split for split in (*SPLITS, "further") if split in windows and len(windows[split])]
-    length = min([SHINGLE, *(windows[split].numel() for split in splits)])
-    hashes = {split: _hash_shingles(windows[split], length) for split in splits}
-    for first, second in combinations(splits, 2):
+    """Raises UserError when two parts share text. A mixed text that does, and nobody has asked for yet, is dropped."""
+    order = [*SPLITS, "further"]
+    parts = sorted((part for part in windows if len(windows[part])), key=lambda part: order.index(split_part(part)[1]))
+    length = min([SHINGLE, *(windows[part].numel() for part in parts)])
+    hashes = {part: _hash_shingles(windows[part], length) for part in parts}
+    for first, second in combinations(parts, 2):
         shared = np.isin(hashes[second], hashes[first])
         if shared.any():
             at = int(shared.argmax())
@@ -189,12 +224,12 @@ def _check_overlap(windows: "dict[str, Tensor]", mixed: "dict[Calibration, Tenso
             )
     for name, text_BT in list(mixed.items()):
         shingles = _hash_shingles(text_BT, length)
-        if any(np.isin(hashes[split], shingles).any() for split in splits if split != "calibration"):
+        if any(np.isin(hashes[part], shingles).any() for part in parts if part != "calibration"):
             del mixed[name]
 
 
 def _hash_shingles(windows: "Tensor", length: int) -> NDArray[np.uint64]:
-    """A 64-bit polynomial hash of every run of `length` tokens, over the whole split."""
+    """A 64-bit polynomial hash of every run of `length` tokens, over the whole part."""
     tokens = windows.reshape(-1).numpy().astype(np.uint64) + np.uint64(1)
     hashes = np.zeros(len(tokens) - length + 1, dtype=np.uint64)
     for offset in range(length):  # Horner's rule, wrapping at 2^64

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Sequence
 
 from tools.base.errors import UserError
-from tools.base.settings import WorkbenchSettings
-
-SPLITS = ("calibration", "validation", "test")
+from tools.base.settings import SPLITS, WorkbenchSettings
 
 WrittenText = Callable[[str, Sequence[str], int], list[int]]
-"""Called with (split, prompts, least number of tokens): the tokens of documents that the model wrote, one behind the
+"""Called with (part, prompts, least number of tokens): the tokens of documents that the model wrote, one behind the
 other. Without prompts each begins where a document does."""
 
 BATCH = 16
@@ -45,17 +43,41 @@ def parse_prompts(source: str) -> list[str]:
     return prompts
 
 
-def deal_prompts(settings: WorkbenchSettings) -> dict[str, list[str]]:
-    """The prompts of every split that the model writes; further validation windows have those of the validation text.
+def name_part(text: str, split: str) -> str:
+    """What the windows of a split are called that come from a named text; the split alone where texts have no names."""
+    return f"{text} {split}" if text else split
 
-    No prompt serves two splits. Of a source that several name, the last prompt is the last split's, the one before it
-    that of the split before, and all others are the first one's. Raises UserError where there are too few for that, or
-    two sources share one.
+
+def split_part(part: str) -> tuple[str, str]:
+    """(the named text or "", the split) of what `name_part` gives."""
+    text, _, split = part.rpartition(" ")
+    return text, split
+
+
+def deal_prompts(settings: WorkbenchSettings) -> dict[str, list[str]]:
+    """The prompts of every part (`count_windows`) that the model writes; further validation windows have those of the
+    validation text.
+
+    No prompt serves two parts. Of a source that several splits of a text have, the last prompt is the last split's, the
+    one before it that of the split before, and all others are the first one's. Raises UserError where there are too
+    few for that, or two sources share one.
     """
-    sources = {split: source for split in SPLITS if is_written(source := getattr(settings, split))}
+    dealt: dict[str, list[str]] = {}
+    for text in settings.text or [""]:
+        parts = {name_part(text, split): find_source(settings, name_part(text, split)) for split in SPLITS}
+        dealt |= _deal({part: source for part, source in parts.items() if is_written(source)})
+    named = [prompt for prompts in dealt.values() for prompt in prompts]
+    if twice := next((prompt for prompt in named if named.count(prompt) > 1), None):
+        first, second = (part for part in dealt if twice in dealt[part])
+        raise UserError(f"the {first} and {second} texts come from the same prompt, {twice!r}; give each its own")
+    return dealt
+
+
+def _deal(sources: dict[str, str]) -> dict[str, list[str]]:
+    """The prompts of the written parts of one text."""
     dealt: dict[str, list[str]] = {}
     for source in dict.fromkeys(sources.values()):
-        prompts, sharing = parse_prompts(source), [split for split in sources if sources[split] == source]
+        prompts, sharing = parse_prompts(source), [part for part in sources if sources[part] == source]
         others = len(prompts) - len(sharing) + 1
         if prompts and others < 1:
             raise UserError(
@@ -63,36 +85,37 @@ def deal_prompts(settings: WorkbenchSettings) -> dict[str, list[str]]:
                 f"source, {source!r}: what is measured on must come from other prompts than what is fitted to; give "
                 f"{len(sharing)} or more, separated by ' | ' (the last for the {sharing[-1]} text), or another source"
             )
-        parts = [prompts[:others], *([prompt] for prompt in prompts[others:])] if prompts else [[] for _ in sharing]
-        dealt |= zip(sharing, parts, strict=True)
-    named = [prompt for prompts in dealt.values() for prompt in prompts]
-    if twice := next((prompt for prompt in named if named.count(prompt) > 1), None):
-        first, second = (split for split in dealt if twice in dealt[split])
-        raise UserError(f"the {first} and {second} texts come from the same prompt, {twice!r}; give each its own")
+        shares = [prompts[:others], *([prompt] for prompt in prompts[others:])] if prompts else [[] for _ in sharing]
+        dealt |= zip(sharing, shares, strict=True)
     return dealt
 
 
 def count_windows(settings: WorkbenchSettings) -> dict[str, int]:
-    """Windows of running text in every split, in the order in which a source that they share is cut."""
-    return {
+    """Windows of running text in every part, in the order in which a source that they share is cut.
+
+    A part is a split, or a split of a named text, such as `code validation`.
+    """
+    splits = {
         "calibration": settings.calibration_windows - settings.count_mixed(settings.calibration_mix),
         "validation": settings.validation_windows,
         "test": settings.test_windows,
         "further": 2 * settings.further_windows,
     }
+    return {name_part(text, split): count for text in settings.text or [""] for split, count in splits.items()}
 
 
-def find_source(settings: WorkbenchSettings, split: str) -> str:
-    """The source of a split; further windows come from the validation text."""
-    return str(getattr(settings, "validation" if split == "further" else split))
+def find_source(settings: WorkbenchSettings, part: str) -> str:
+    """The source of a part; further windows come from the validation text."""
+    text, split = split_part(part)
+    return settings.text[text] if text else str(getattr(settings, "validation" if split == "further" else split))
 
 
 def list_written(settings: WorkbenchSettings) -> dict[str, int]:
-    """Windows of every split that the model writes."""
+    """Windows of every part that the model writes."""
     return {
-        split: count
-        for split, count in count_windows(settings).items()
-        if count and is_written(find_source(settings, split))
+        part: count
+        for part, count in count_windows(settings).items()
+        if count and is_written(find_source(settings, part))
     }
 
 

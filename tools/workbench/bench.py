@@ -88,7 +88,7 @@ class Workbench:
         self.weights = Weights(layers, len(blocks), self.store, self._warn)
         texts = Texts(self.windows, self.questions)
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn)
-        self.losses = Losses(blocks, self.windows, self.weights, self.crew)
+        self.losses = Losses(blocks, self.windows, self.weights, self.crew, settings.text_shares)
         self.profiles = Profiles(
             settings, self.windows.mixed, self.weights, self.store, self.index, self.crew, self.losses
         )
@@ -245,6 +245,12 @@ class Workbench:
     def abreast(self) -> int:
         """As `Crew.abreast`."""
         return self.crew.abreast
+
+    def list_fitted(self) -> list[int]:
+        """The calibration windows that something is fitted to: those of texts that count."""
+        names = self.windows.name_each("calibration", range(len(self.windows.calibration)))
+        shares = self.settings.text_shares
+        return [i for i in range(len(self.windows.calibration)) if not names or shares[names[i]]]
 
     def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
         """As `Evaluator.evaluate`."""

@@ -49,6 +49,7 @@ def gather_crew(
         scratch,
         windows.mixed,
         windows.lead,
+        max(len(windows.texts), 1),
     )
     if not settings.workers:
         return Crew(team, extent)

@@ -80,9 +80,12 @@ class Curves:
             self._profiles.find_moments(profile, progress, weighted=recipe.weighs_tokens)
         self._weights.restore_dense()
         parts = _Parts(self._weights, self._profiles, self._crew, profile, recipe, progress)
-        text, layers = self._profiles.read(profile).calibration, self._weights.layers
+        stored, layers = self._profiles.read(profile), self._weights.layers
         walk = UnfinishedWalk(self._index, self._weights, self._name_kappa(profile, recipe))
-        kappa = measure_kappa(self._crew.team, self._crew.extent, layers, progress, parts.of_block, text, walk)
+        kappa = measure_kappa(
+            *(self._crew.team, self._crew.extent, layers, progress, parts.of_block, stored.calibration, walk),
+            stored.shares,
+        )
         walk.forget()
         progress(parts.label, len(layers), len(layers))
         return kappa

@@ -63,19 +63,20 @@ class Evaluator:
         return self._measure_once(checkpoint, split, split, every, hidden, label or split, progress)
 
     def evaluate_further(self, checkpoint: str, windows: range, progress: Progress) -> Evaluation:
-        """Losses of a checkpoint on some of the validation text's further windows; measured once, then read back."""
+        """Losses of a checkpoint on some further windows of each validation text; measured once, then read back."""
         name = f"further-{windows.start}-{windows.stop}"
         if known := self._read(checkpoint, name):
             return known
         hidden = self._profiles.read_further(windows, progress)
-        return self._measure_once(checkpoint, name, "further", windows, hidden, "further validation", progress)
+        numbers = self._losses.list_each("further", windows)
+        return self._measure_once(checkpoint, name, "further", numbers, hidden, "further validation", progress)
 
     def _measure_once(
         self,
         checkpoint: str,
         name: str,
         text: MeasuredText,
-        windows: range,
+        windows: Sequence[int],
         hidden: Tensor | None,
         label: str,
         progress: Progress,
@@ -133,7 +134,8 @@ class Evaluator:
     def evaluate_each(
         self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
     ) -> list[Evaluation]:
-        """Losses of checkpoints on the first `windows` windows of the validation text, as many at once as can be.
+        """Losses of checkpoints on the first `windows` windows of the validation text (`Losses.list_first`), as many
+        checkpoints at once as can be.
 
         The weights in the model end as they were. Losses on all of the text are kept, and read back, as by `evaluate`.
         """
@@ -144,8 +146,9 @@ class Evaluator:
                 found[checkpoint] = known
         missing = [checkpoint for checkpoint in checkpoints if checkpoint not in found]
         with self._weights.put_back():
-            hidden = self._profiles.read_hidden(profile)[:windows]
-            measured = self._measure_each("validation", missing, range(windows), hidden, label, progress)
+            first = self._losses.list_first(windows)
+            hidden = self._profiles.read_hidden(profile)[first]
+            measured = self._measure_each("validation", missing, first, hidden, label, progress)
             for checkpoint, evaluation in measured:
                 found[checkpoint] = evaluation
                 if whole:

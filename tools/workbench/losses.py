@@ -22,13 +22,30 @@ MeasuredText = Split | Literal["calibration", "further"]
 class Losses:
     """What the model of a workbench loses on its texts."""
 
-    def __init__(self, blocks: Blocks, windows: Windows, weights: Weights, crew: Crew) -> None:
+    def __init__(
+        self, blocks: Blocks, windows: Windows, weights: Weights, crew: Crew, shares: Mapping[str, float]
+    ) -> None:
+        """`shares` are what each named text counts."""
         self.prefix = PrefixCache(blocks, windows.validation, limit_prefix(blocks.model))
         self._model, self._windows, self._weights, self._crew = blocks.model, windows, weights, crew
+        self._shares = dict(shares)
 
     def count_windows(self, split: MeasuredText) -> int:
         """How many windows a text has."""
         return len(self._text(split))
+
+    def list_each(self, split: MeasuredText, of_each: range) -> list[int]:
+        """As `Windows.list_each`."""
+        return self._windows.list_each(split, of_each)
+
+    def list_first(self, windows: int) -> list[int]:
+        """The first windows of the validation text, as many of each text, so many in all or, for that, a few more."""
+        return self.list_each("validation", range(-(-windows // max(len(self._windows.texts), 1))))
+
+    def _name(self, evaluation: Evaluation, split: MeasuredText, windows: Sequence[int]) -> Evaluation:
+        """With the texts that windows are of, and what these count."""
+        texts = self._windows.name_each(split, windows)
+        return evaluation.model_copy(update={"texts": texts, "weights": self._shares}) if texts else evaluation
 
     def _text(self, split: MeasuredText) -> Tensor:
         windows: Tensor = getattr(self._windows, split)
@@ -55,9 +72,10 @@ class Losses:
             text_BT = self._text(split)[list(windows)].to(self._model.device)
             prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
             lead = self._windows.lead
-            return evaluate_windows(
+            evaluation, hidden_BTD = evaluate_windows(
                 self._model, text_BT, dense_hidden_BTD, label, progress, prefix, lead=lead, so_far=so_far
             )
+            return self._name(evaluation, split, windows), hidden_BTD
         dense = None if dense_hidden_BTD is None else self._crew.cluster.keep(dense_hidden_BTD)
         request = MeasureLosses(split, list(windows), dense, keeps_hidden=dense is None)
         answers = self._crew.cluster.share(request, len(windows))(count_up(progress, label, len(windows)))
@@ -66,13 +84,14 @@ class Losses:
             kl=[value for answer in answers for value in answer.kl],
         )
         hidden = [answer.hidden_BTD for answer in answers if answer.hidden_BTD is not None]
-        return evaluation, torch.cat(hidden) if hidden else torch.empty(0)
+        return self._name(evaluation, split, windows), torch.cat(hidden) if hidden else torch.empty(0)
 
     def measure_other(self, model: Any, dense_hidden_BTD: Tensor, label: str, progress: Progress) -> Evaluation:
         """Losses on the validation text of another model of the same tokens."""
         windows_BT = self._windows.validation.to(self._model.device)
         lead = self._windows.lead
-        return evaluate_windows(model, windows_BT, dense_hidden_BTD, label, progress, lead=lead)[0]
+        evaluation, _ = evaluate_windows(model, windows_BT, dense_hidden_BTD, label, progress, lead=lead)
+        return self._name(evaluation, "validation", range(len(windows_BT)))
 
     def hand_out(
         self,
@@ -94,4 +113,4 @@ class Losses:
         jobs, names = [OnSpan(request, (0, len(windows)))] * len(weights), list(weights)
         for number, answer in cluster.hand_out(jobs, list(weights.values())):
             tick(len(windows))
-            yield names[number], Evaluation(nll=answer.nll, kl=answer.kl)
+            yield names[number], self._name(Evaluation(nll=answer.nll, kl=answer.kl), split, windows)

@@ -1,6 +1,7 @@
 """The polish of a checkpoint: all its pruned layers together, behind the pruning; kept on disk while it goes on."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from uuid import uuid4
 
@@ -50,21 +51,24 @@ class Polisher:
         self._settings, self._blocks, self._windows, self._weights = settings, blocks, windows, weights
         self._losses, self._store, self._index, self._crew, self._warn = losses, store, index, crew, warn
 
-    def polish(self, pruned: Mapping[str, str], tokens: int, progress: Progress) -> dict[str, str]:
+    def polish(
+        self, pruned: Mapping[str, str], tokens: int, progress: Progress, mix: Mapping[str, float]
+    ) -> dict[str, str]:
         """The artifact of every layer, all of which are in the model, after a polish on so many tokens.
 
-        `pruned` are those of the layers before it, which are in the model now. Layers that are dense stay so. Where no
-        measure on the windows held out is lower than before, all stay as they were. What was polished before is read
-        back. Raises ImpossiblePlan where the text or the tokens are too few, BrokenPlan where a number is not finite.
+        `mix` is what each named text counts, where texts have names: those that count nothing are left out. `pruned`
+        are those of the layers before it, which are in the model now. Layers that are dense stay so. Where no measure
+        on the windows held out is lower than before, all stay as they were. What was polished before is read back.
+        Raises ImpossiblePlan where the text or the tokens are too few, BrokenPlan where a number is not finite.
         """
-        schedule, pruned = self._schedule(tokens), self._sort(pruned)
+        schedule, pruned = self._schedule(tokens, mix), self._sort(pruned)
         names = [name for name, artifact in pruned.items() if artifact != DENSE]
         if not names:
             return dict(pruned)
-        key = self._name(pruned, tokens)
+        key = self._name(pruned, tokens, mix)
         found = self._index.read_measured(key)
         if found is None or not self._install(found["artifacts"]):
-            found = self._index.keep_measured(key, self._make(key, names, pruned, schedule, tokens, progress))
+            found = self._index.keep_measured(key, self._make(key, names, pruned, schedule, tokens, progress, mix))
         told = Polished.model_validate(found["figures"])
         if not told.helped:
             self._warn(
@@ -80,23 +84,33 @@ class Polisher:
         found = self._index.read_measured(_name_figures(self._sort(made), tokens))
         return Polished.model_validate(found) if found else None
 
-    def refuse(self, tokens: int) -> None:
+    def refuse(self, tokens: int, mix: Mapping[str, float]) -> None:
         """Raises ImpossiblePlan, in one line, where the text or the tokens are too few."""
-        self._schedule(tokens)
+        self._schedule(tokens, mix)
 
     def _sort(self, artifacts: Mapping[str, str]) -> dict[str, str]:
         """In the model's order, whichever were made first."""
         return {name: artifacts[name] for name in self._weights.by_name}
 
-    def _schedule(self, tokens: int) -> Schedule:
-        windows, settings = self._windows.calibration, self._settings
-        return schedule_polish(len(windows), settings.window, tokens, settings.seed)
+    def _schedule(self, tokens: int, mix: Mapping[str, float]) -> Schedule:
+        windows, settings = list(self._list_shares(mix)), self._settings
+        return schedule_polish(len(windows), settings.window, tokens, settings.seed).on(windows)
 
-    def _name(self, pruned: Mapping[str, str], tokens: int) -> list[str]:
+    def _list_shares(self, mix: Mapping[str, float]) -> dict[int, float]:
+        """The calibration windows that count, and how much each does, with a mean of 1."""
+        windows = range(len(self._windows.calibration))
+        if not mix:
+            return dict.fromkeys(windows, 1.0)
+        texts = sum(share > 0 for share in mix.values())
+        names = self._windows.name_each("calibration", windows)
+        return {window: mix[names[window]] * texts for window in windows if mix[names[window]]}
+
+    def _name(self, pruned: Mapping[str, str], tokens: int, mix: Mapping[str, float]) -> list[str]:
         """What the weights depend on: the model and its pruned layers, the text, how it is gone through."""
         text = hashlib.sha256(self._windows.calibration.numpy().tobytes()).hexdigest()
         settings, artifacts = self._settings, [f"{name} {artifact}" for name, artifact in pruned.items()]
         order = [str(tokens), str(settings.window), str(self._windows.lead), str(settings.seed)]
+        order += [json.dumps(dict(mix))] if mix else []
         return ["polish", VERSION, Adam.name, self._weights.hash_all_dense(), text, *order, *artifacts]
 
     def _install(self, artifacts: Mapping[str, str]) -> bool:
@@ -112,15 +126,17 @@ class Polisher:
         schedule: Schedule,
         tokens: int,
         progress: Progress,
+        mix: Mapping[str, float],
     ) -> dict[str, object]:
         hidden = self._read_hidden(schedule, progress)
         for name, artifact in pruned.items():
             self._weights.install(name, artifact)  # whole, for they were made, or read, just now
         layers = [self._weights.by_name[name] for name in names]
         survivors, keeper = Survivors(layers), _Keeper(self._store, self._index, key)
-        alone = Divergence(self._blocks, survivors, self._windows.calibration, hidden, self._windows.lead)
+        shares = self._list_shares(mix) if mix else {}
+        alone = Divergence(self._blocks, survivors, self._windows.calibration, hidden, self._windows.lead, shares)
         cluster = self._crew.cluster
-        problem = _SharedDivergence(cluster, self._weights, survivors, alone, hidden) if cluster else alone
+        problem = _SharedDivergence(cluster, self._weights, survivors, alone, hidden, shares) if cluster else alone
         values = survivors.read()
         polish = Polish(problem, survivors, values, Adam(values), schedule, keeper, progress)
         for name in names:
@@ -188,9 +204,16 @@ class _SharedDivergence:
     """
 
     def __init__(
-        self, cluster: Cluster, weights: Weights, survivors: Survivors, alone: Divergence, hidden: Mapping[int, Tensor]
+        self,
+        cluster: Cluster,
+        weights: Weights,
+        survivors: Survivors,
+        alone: Divergence,
+        hidden: Mapping[int, Tensor],
+        shares: Mapping[int, float],
     ) -> None:
         self._cluster, self._weights, self._survivors, self._alone = cluster, weights, survivors, alone
+        self._shares = shares
         self._hidden = {window: cluster.keep(hidden_TD) for window, hidden_TD in hidden.items()}
         self._mark = uuid4().hex
 
@@ -203,7 +226,7 @@ class _SharedDivergence:
         if len(windows) < 2:
             return self._alone.measure(windows)
         answers = self._cluster.share(MeasureDivergence(self._ask(windows)), len(windows))(ignore_ticks)
-        return sum(kl for answer in answers for kl in answer) / self.count_tokens(windows)
+        return self._alone.average(windows, [kl for answer in answers for kl in answer])
 
     def differentiate(self, windows: Sequence[int]) -> Sums:
         """As `Divergence.differentiate`."""
@@ -218,7 +241,8 @@ class _SharedDivergence:
         names = [layer.name for layer in self._survivors.layers]
         for name in names:  # no artifact: whoever needs it is sent what is in the model
             self._weights.installed[name] = f"polish {self._mark} {self._survivors.written}"
-        return OfPolish(names, list(windows), [self._hidden[window] for window in windows])
+        shares = [self._shares[window] for window in windows] if self._shares else []
+        return OfPolish(names, list(windows), [self._hidden[window] for window in windows], shares)
 
     def _place(self, name: str) -> torch.device:
         return torch.device("cpu") if name == KL else self._weights.device_of(name)

@@ -1,12 +1,13 @@
 """Profiles of the dense model: its losses, and what calibration texts say of its layers, measured once and kept."""
 
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from kernels.methods import LayerStatistics
@@ -49,6 +50,13 @@ class StoredProfile(BaseModel):
     """The text that it is about."""
     few: dict[str, int] = {}
     """Layers of experts that were sent too few of its tokens (`tools.statistics.experts`), with their number."""
+    mix: dict[str, float] = Field({}, exclude_if=operator.not_)
+    """What each of the run's named texts counts in it, in their order and in sum 1; empty where there are none."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The same, as a walk has it."""
+        return tuple(self.mix.values())
 
 
 class Profiles:
@@ -112,7 +120,7 @@ class Profiles:
         return self._store.write_tensors({"hidden": hidden}), evaluation
 
     def read_further(self, windows: range, progress: Progress) -> Tensor:
-        """The dense model's hidden states (B, T, D), on the CPU, on some of the validation text's further windows.
+        """The dense model's hidden states (B, T, D), on the CPU, on some further windows of each validation text.
 
         Measured once; then the dense weights stay in the model. Raises UserError where its losses are not finite.
         """
@@ -120,7 +128,8 @@ class Profiles:
         found = self._index.read_measured(key)
         if found is None or not self._store.has(found["hidden"], ".safetensors"):
             self._weights.restore_dense()
-            evaluation, hidden = self._losses.measure("further", windows, None, "dense, further validation", progress)
+            numbers = self._losses.list_each("further", windows)
+            evaluation, hidden = self._losses.measure("further", numbers, None, "dense, further validation", progress)
             if not evaluation.finite:
                 raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
             found = self._index.keep_measured(key, {"hidden": self._store.write_tensors({"hidden": hidden})})
@@ -162,6 +171,7 @@ class Profiles:
             dense=evaluation,
             calibration=text,
             few=statistics.few,
+            mix=self._settings.text_shares,
         )
         profile = self._store.write_json(stored.model_dump())
         walk.forget()
@@ -186,7 +196,10 @@ class Profiles:
     ) -> ModelStatistics:
         """As `collect_statistics`. Raises UnknownStatistics too for statistics that are not finite."""
         team, extent = self._crew.team, self._crew.extent
-        statistics = collect_statistics(team, extent, self._weights.layers, progress, keep_moment, dense, text, kept)
+        shares = tuple(self._settings.text_shares.values())
+        statistics = collect_statistics(
+            team, extent, self._weights.layers, progress, keep_moment, dense, text, kept, shares
+        )
         _refuse_infinite(statistics, self._settings.dtype)
         return statistics
 
@@ -217,6 +230,8 @@ class Profiles:
         That is where this run has not the text that they are to be of, and where tokens are to weigh unevenly for
         experts, each of which reads other ones.
         """
+        if recipe.weighs_tokens and self._settings.text:
+            raise ImpossiblePlan("tokens are not weighted where texts are, which have names; leave tokens even")
         if recipe.weighs_tokens and any(layer.pool for layer in self._weights.layers):
             raise ImpossiblePlan(
                 "tokens are not weighted in mixtures of experts, each of which reads other ones; leave tokens even"
@@ -224,6 +239,8 @@ class Profiles:
         if recipe.calibration == "run" or recipe.calibration in self._mixed:
             return
         asked = f"calibration {recipe.calibration!r}"
+        if self._settings.text:
+            raise ImpossiblePlan(f"{asked} is for runs without named texts; leave it at 'run'")
         if not self._settings.questions:
             raise ImpossiblePlan(f"{asked} mixes questions in, and this run has none; leave it at 'run'")
         count = self._settings.mixes.get(recipe.calibration)
@@ -305,7 +322,7 @@ class Profiles:
         artifacts: dict[str, str] = {}
         grouped, team = self._weights.by_block, self._crew.team
         kind, label = ("weighted moments", "weighted second moments") if weighed else ("moments", "second moments")
-        with begin_walk(team, stored.calibration) as walk:
+        with begin_walk(team, stored.calibration, shares=stored.shares) as walk:
             for block, layers in enumerate(grouped):
                 progress(label, block, len(grouped))
 

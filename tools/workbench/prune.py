@@ -15,7 +15,7 @@ from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished
 from tools.statistics.collect import Moments, begin_walk, collect_moments, find_stages
 from tools.statistics.pruned import prune_layer
-from tools.statistics.walks import Walk
+from tools.statistics.walk import Walk
 from tools.team.cluster import Cluster
 from tools.team.requests import PruneLayers
 from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, make_checkpoint, make_layer_key
@@ -74,8 +74,9 @@ class Pruner:
         """The artifact of every layer, all of which are in the model, polished on so many tokens."""
         if not polish:
             return self._prune(tasks, progress)
-        self._polisher.refuse(polish)  # before anything is pruned
-        return self._polisher.polish(self._prune(tasks, progress), polish, progress)
+        mix = self._profiles.read(next(iter(tasks.values())).profile).mix
+        self._polisher.refuse(polish, mix)  # before anything is pruned
+        return self._polisher.polish(self._prune(tasks, progress), polish, progress, mix)
 
     def _prune(self, tasks: Tasks, progress: Progress) -> dict[str, str]:
         """The artifact of every layer, all of which are in the model."""
@@ -131,8 +132,8 @@ class Pruner:
         as there. Layers that are `made` have their artifacts, and stay as these are; those of all come out.
         """
         grouped, index, done = self._weights.by_block, self._index.read(), dict(made)
-        profile = next(task.profile for name, task in tasks.items() if name not in made)
-        with begin_walk(self._crew.team, self._profiles.read(profile).calibration) as walk:
+        text = self._profiles.read(next(task.profile for name, task in tasks.items() if name not in made))
+        with begin_walk(self._crew.team, text.calibration, shares=text.shares) as walk:
             for block, layers in enumerate(grouped):
                 progress("prune in order", block, len(grouped))
                 below = [done[layer.name] for earlier in grouped[:block] for layer in earlier]

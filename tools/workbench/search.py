@@ -68,11 +68,11 @@ def search_allocation(
     there is less text than that selects on. Raises ImpossiblePlan.
     """
     began = time.monotonic()
-    layers = bench.describe_layers(profile, recipe, progress)
+    layers, fitted = bench.describe_layers(profile, recipe, progress), bench.list_fitted()
     rules = follow_effort(
         effort,
         window=bench.settings.window,
-        windows=bench.settings.calibration_windows,
+        windows=len(fitted),
         tokens=tokens,
         seed=bench.settings.seed,
         max_layer_sparsity=max_layer_sparsity,
@@ -85,7 +85,7 @@ def search_allocation(
     path = bench.directory / f"search-{recipe.exact_label}-{sparsity}.json"
     saved = _read_search(path, profile, rules, bench.warn)
     earlier, done = (saved.seconds, saved.search.tokens) if saved else (0.0, 0)
-    running = _Running(bench, profile, recipe, layers, rules, path, progress, began - earlier, done)
+    running = _Running(bench, profile, recipe, layers, fitted, rules, path, progress, began - earlier, done)
     found = evolve(layers, sparsity, rules, running.measure, running.keep, saved.search if saved else None)
     searched = Searched(found.generation, rules.generations, rules.children, found.children)
     return Decision(describe_zeros(layers, found.zeros), found.tokens, running.seconds, searched)
@@ -99,6 +99,8 @@ class _Running:
     profile: str
     recipe: Recipe
     layers: Sequence[LayerProfile]
+    fitted: Sequence[int]
+    """The calibration windows that it selects on, those whose texts count."""
     rules: SearchSettings
     path: Path
     progress: "Progress"
@@ -118,7 +120,7 @@ class _Running:
         orders = [order_allocation(self.recipe, describe_zeros(self.layers, zeros)) for zeros in candidates]
         checkpoints = [self.bench.prune(self.profile, order, lambda *_: None) for order in orders]
         self.tokens += len(candidates) * len(windows) * self.rules.window
-        return self.bench.measure_kl_each(checkpoints, windows)
+        return self.bench.measure_kl_each(checkpoints, [self.fitted[window] for window in windows])
 
     def keep(self, search: Search) -> None:
         """To go on from, should it be interrupted."""

@@ -7,10 +7,18 @@ from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.state import Trial
 from tools.plans.recipe import Adjustment, Recipe
-from tools.results.schema import Usage
+from tools.results.schema import TextFigures, Usage
 
+TEXT = TextFigures(name="code", weight=1.0, perplexity=None, kl=0.25, kl_error=0.01, change=-0.5)
 TRIAL = Trial(
-    iteration=1, checkpoint="ab12", sparsity=0.3, perplexity=None, kl=0.25, predicted_kl=0.2, verdict="rollback"
+    iteration=1,
+    checkpoint="ab12",
+    sparsity=0.3,
+    perplexity=None,
+    kl=0.25,
+    texts=[TEXT],
+    predicted_kl=0.2,
+    verdict="rollback",
 )
 LESSON = Lesson(run="r", iteration=1, selector="*.v_proj", factor=2.0, predicted=0.2, measured=0.4, text="dear")
 VALUES: dict[str, Any] = {

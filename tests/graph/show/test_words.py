@@ -4,7 +4,19 @@ from typing import Any
 
 import pytest
 
-from tests.graph.show.shown import NASTY, PLAN, RESULT, START, TAME, USAGE, make_console, show_live, show_plain
+from tests.graph.show.shown import (
+    NASTY,
+    PLAN,
+    RESULT,
+    START,
+    TAME,
+    USAGE,
+    draw,
+    make_console,
+    make_trial,
+    show_live,
+    show_plain,
+)
 
 
 def test_stopped_says_how_to_resume() -> None:
@@ -71,3 +83,17 @@ def test_a_long_reason_is_cut() -> None:
     (line,) = show_plain(PLAN | {"reason": "word " * 1000})
     assert len(line) < 1100
     assert line.endswith("…")
+
+
+def test_named_texts_are_told_behind_the_kl_of_all() -> None:
+    texts = [
+        {"name": "code", "weight": 0.75, "perplexity": 4.0, "kl": 0.08, "kl_error": 0.002},
+        {"name": "prose", "weight": 0.25, "perplexity": None, "kl": None, "kl_error": None},
+    ]
+    dense, trial = show_plain(make_trial(0, texts=texts), make_trial(1, texts=texts))
+    assert dense == "trial 0: the dense model, perplexity 24.50 (code 4.00, prose not finite)"
+    told = "; code KL 0.0800 ± 0.0020, perplexity 4.00; prose KL not finite, perplexity not finite, 21.4 s, "
+    assert f"(predicted 0.1200){told}" in trial
+    drawn = draw(START, make_trial(0, texts=texts), make_trial(1, texts=texts), width=140)
+    assert any("KL ± error KL code   KL prose  pred." in line for line in drawn), drawn
+    assert not any("KL code" in line for line in draw(START, make_trial(0, texts=texts), width=80))

@@ -17,7 +17,8 @@ from tools.estimate.block import build_empty, build_sample, count_block, count_k
 from tools.estimate.meter import Meter
 from tools.models.blocks import Blocks
 from tools.models.readout import CHUNK, compute_logits, hidden_gradients, measure_losses
-from tools.statistics.walks import Walk, Walks
+from tools.statistics.walk import Walk
+from tools.statistics.walks import Walks
 
 
 def make_empty(architecture: str, **changes: Any) -> Any:

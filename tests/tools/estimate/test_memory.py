@@ -42,7 +42,8 @@ from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.statistics.collect import collect_statistics, work_alone
 from tools.statistics.shards import share_out
-from tools.statistics.walks import Walk, Walks
+from tools.statistics.walk import Walk
+from tools.statistics.walks import Walks
 
 FORWARD, GRAPH, LOSS, READOUT = 11, 13, 17, 19
 COUNTS = Counts(FORWARD, GRAPH, LOSS, READOUT, forward=0.0, backward=0.0, head=0.0)

@@ -32,7 +32,8 @@ from tools.statistics.collect import (
     work_alone,
 )
 from tools.statistics.requests import Here
-from tools.statistics.walks import CLIP, Walk
+from tools.statistics.walk import Walk
+from tools.statistics.walks import CLIP
 
 SCRATCH = Path(tempfile.gettempdir())
 WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5

@@ -14,7 +14,8 @@ from tools.models.layers import find_layers
 from tools.statistics import walks
 from tools.statistics.gradients import LARGEST, Gradient, bring_near, flow_back, scale_losses
 from tools.statistics.shards import Sums
-from tools.statistics.walks import Walk, Walks
+from tools.statistics.walk import Walk
+from tools.statistics.walks import Walks
 
 LENGTH = 2048
 

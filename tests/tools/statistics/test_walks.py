@@ -11,7 +11,8 @@ from tests.tiny import BLOCKS, VOCABULARY, make_tiny_model
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.statistics.shards import Span
-from tools.statistics.walks import Walk, Walks
+from tools.statistics.walk import Walk
+from tools.statistics.walks import Walks
 
 WINDOWS, GRADIENT = 9, 5
 WALK = Walk(0, "run")

@@ -18,7 +18,8 @@ from tools.models.layers import find_layers
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.statistics.moments import list_stages
-from tools.statistics.walks import Walk, Walks
+from tools.statistics.walk import Walk
+from tools.statistics.walks import Walks
 from tools.workbench.bench import Workbench
 from tools.workbench.store import DENSE
 

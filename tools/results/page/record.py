@@ -12,7 +12,7 @@ from tools.base.files import find_artifact
 from tools.base.made import read_config_values, read_made, read_result
 from tools.base.rundir import check_log, is_torn, refuse_lost_result, scan_events
 from tools.plans.layer_profile import LayerProfile
-from tools.results.schema import Summary, Usage
+from tools.results.schema import Summary, TextFigures, Usage
 
 MARKS = ("events.jsonl", "config.yaml", "summary.json")
 """A directory with one of these files holds a run."""
@@ -35,6 +35,7 @@ class Trial(BaseModel):
     perplexity: Measured
     kl: Measured
     kl_error: Measured = None
+    texts: list[TextFigures] = []
     predicted_kl: FiniteFloat
     fact_retention: Measured = None
     fact_error: Measured = None
