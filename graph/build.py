@@ -1,8 +1,8 @@
 """The wiring of the graph, as in the picture; nothing else.
 
-profile → plan → (approve) → prune → validate ─┬─ accept ───┐
-   ↑        ↑                                  └─ rollback ─┤
-   └────────┴────────────────── reflect ←───────────────────┘ → finish
+profile → (brief) → plan → (approve) → prune → validate ─┬─ accept ───┐
+   ↑                  ↑                                  └─ rollback ─┤
+   └──────────────────┴────────────────── reflect ←───────────────────┘ → finish
 
 A plan that breaks before there is anything to validate goes straight to rollback.
 """
@@ -15,9 +15,10 @@ from langgraph.graph import END, START, StateGraph
 from graph.config import RunConfig
 from graph.nodes.accept import accept
 from graph.nodes.approve import after_approve, approve
+from graph.nodes.brief import brief
 from graph.nodes.finish import finish
 from graph.nodes.plan import after_plan, plan
-from graph.nodes.profile import profile
+from graph.nodes.profile import after_profile, profile
 from graph.nodes.prune import after_prune, prune
 from graph.nodes.reflect import after_reflect, reflect
 from graph.nodes.rollback import rollback
@@ -32,12 +33,13 @@ def builder(*, server: bool = False) -> StateGraph[State, RunConfig, Input, Stat
     For Studio's `server` the nodes are coroutines, so that a run can be cancelled in the middle of one.
     """
     graph = StateGraph(State, input_schema=Input, context_schema=RunConfig)
-    for node in (profile, plan, approve, prune, validate, accept, rollback, reflect, finish):
+    for node in (profile, brief, plan, approve, prune, validate, accept, rollback, reflect, finish):
         description = (node.__doc__ or "").splitlines()[0]
         work: Any = step_of_server(node) if server else step(node)
         graph.add_node(node.__name__, work, metadata={"description": description})
     graph.add_edge(START, "profile")
-    graph.add_conditional_edges("profile", go_on_to("plan"), ["plan"])
+    graph.add_conditional_edges("profile", after_profile)
+    graph.add_conditional_edges("brief", go_on_to("plan"), ["plan"])
     graph.add_conditional_edges("plan", after_plan)
     graph.add_conditional_edges("approve", after_approve)
     graph.add_conditional_edges("prune", after_prune)

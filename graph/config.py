@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.named import read_weights
 from tools.base.names import path_of
 from tools.base.options import READS_FILES, check_options, read_options
 from tools.base.settings import TEAM, PolishSettings, TaskSettings, TeamSettings
@@ -53,6 +54,26 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
         description="N:M, such as 2:4: N zeros in every M consecutive inputs of every layer that is not protected. The "
         "target is then what that comes to (N/M where nothing is protected); empty for zeros anywhere.",
     )
+    goal: str = Field(
+        "",
+        max_length=2000,
+        description="What the model is for, in words, such as 'Python and SQL must stay as they are; French may go'. "
+        "The planner makes of it what each named text counts and may lose; the rule, which reads no words, weighs them "
+        "as text_weights say, or all alike.",
+        json_schema_extra={"langgraph_nodes": ["brief"]},
+    )
+    goal_tokens: int = Field(
+        0,
+        ge=0,
+        le=100_000_000,
+        description="Tokens that the dense model may write from prompts of the planner's, as further texts for a goal, "
+        "each with as many windows as any other; 0: none.",
+    )
+    text_bounds: dict[str, float] = Field(
+        {},
+        description="Largest rise of a named text's perplexity above the dense model's, such as code=0.2 for 20 %: a "
+        "plan that goes beyond is rolled back, whatever it gains on others.",
+    )
     max_iterations: int = Field(8, ge=1, le=200, description="Plans that are tried at most.")
     max_evaluated_tokens: int = Field(
         0,
@@ -93,10 +114,11 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
         description="A plan is rolled back when its answer probability kept (the right answers' probability per token, "
         "as a share of the dense model's) is less, however good its perplexity; 0 for no limit. Needs questions.",
     )
-    approve: Literal["none", "plans"] = Field(
+    approve: Literal["none", "plans", "goal", "all"] = Field(
         "none",
-        description="plans: every plan waits, before it is carried out, for a person to accept, edit or refuse it.",
-        json_schema_extra={"langgraph_nodes": ["approve"]},
+        description="plans: every plan waits, before it is carried out, for a person to accept, edit or refuse it. "
+        "goal: what is made of the goal does. all: both.",
+        json_schema_extra={"langgraph_nodes": ["approve", "brief"]},
     )
     max_layer_sparsity: float = Field(
         0.9, gt=0, le=1, description="No layer is pruned further than this, whatever a plan says."
@@ -219,6 +241,33 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
         if percent:
             raise ValueError(f"{value} looks like a percentage; write it as a fraction, such as {float(value) / 100:g}")
         return value
+
+    @field_validator("text_bounds", mode="before")
+    @classmethod
+    def _read_bounds(cls, value: Any) -> Any:
+        return read_weights(value)
+
+    @model_validator(mode="after")
+    def _check_goal(self) -> Self:
+        if self.goal and not self.text:
+            raise ValueError("a goal weighs named texts, and there are none; name at least one with text")
+        if self.goal_tokens and not self.goal:
+            raise ValueError("goal_tokens are for texts of a goal; say with goal what the model is for")
+        if unknown := [name for name in self.text_bounds if name not in self.text]:
+            raise ValueError(f"text_bounds bound {unknown[0]!r}, which is none of the texts")
+        if loose := [name for name, rise in self.text_bounds.items() if rise <= 0]:
+            raise ValueError(f"the bound of {loose[0]!r} must be above 0, such as 0.2 for 20 %")
+        return self
+
+    @property
+    def approves_plans(self) -> bool:
+        """Whether every plan waits for a person."""
+        return self.approve in ("plans", "all")
+
+    @property
+    def approves_goal(self) -> bool:
+        """Whether what is made of the goal waits for a person."""
+        return self.approve in ("goal", "all")
 
     @field_validator(*PROMPTS)
     @classmethod

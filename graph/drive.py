@@ -21,6 +21,7 @@ from langgraph.types import Command, StateSnapshot
 from rich.console import Console
 
 from graph.config import CHANGEABLE, RunConfig, read_config
+from graph.goals.schema import follow_brief
 from graph.llm.ladder import AgentError
 from graph.llm.local import close_local
 from graph.llm.models import check_agents
@@ -276,7 +277,10 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
 
 def _ask(display: Display, question: dict[str, Any]) -> str:
     """A line that a person says to a plan. Raises Unanswered."""
-    waiting = f"plan {question['iteration']} waits for a person to accept, edit or refuse it"
+    if "brief" in question:
+        waiting = "what was made of the goal waits for a person to accept or edit it"
+    else:
+        waiting = f"plan {question['iteration']} waits for a person to accept, edit or refuse it"
     if question["problem"]:
         waiting += f", for it cannot be carried out as it was edited: {question['problem']}"
     if sys.stdin is None or not sys.stdin.isatty():
@@ -298,7 +302,8 @@ def _refuse_changed_config(work: Work, state: State | None) -> None:
     if state is None or not state.profile:
         return
     fields = [field for field in RunConfig.model_fields if field not in CHANGEABLE]
-    if changed := [field for field in fields if getattr(state.config, field) != getattr(work.config, field)]:
+    began = follow_brief(work.config, state.brief)
+    if changed := [field for field in fields if getattr(state.config, field) != getattr(began, field)]:
         raise UserError(
             f"run {work.name!r} cannot be resumed with a changed config ({', '.join(changed)}): its config.yaml was "
             "edited"

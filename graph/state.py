@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from graph.config import RunConfig
+from graph.goals.schema import Brief
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from tools.base.options import describe_problem
@@ -122,6 +123,7 @@ class State(Input):
     config: RunConfig = Field(default_factory=RunConfig)
     profile: str = Field("", description="Hash of the profile artifact.")
     dense: Trial | None = Field(None, description="The dense model on the validation text, as iteration 0.")
+    brief: Brief | None = Field(None, description="What was made of the config's goal, which the config follows.")
     iteration: int = 0
     plan: Plan | None = None
     order: str = Field("", description="Hash of the artifact with the plan's work order.")

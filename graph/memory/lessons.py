@@ -77,6 +77,9 @@ LATER = (
     "polish_tokens",
     "text",
     "text_weights",
+    "text_bounds",
+    "goal",
+    "goal_tokens",
 )
 """Fields whose defaults mean what earlier versions, which had not the fields, did: left out of hashes at these."""
 

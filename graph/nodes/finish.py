@@ -1,6 +1,6 @@
 """finish: the test text, once; the exported model, its card, the reports and the summary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from tools.plans.methods import Statistics
 from tools.results.cards import write_card
 from tools.results.page.page import write_page
 from tools.results.schema import (
+    Goal,
     Knowledge,
     Perplexities,
     Sample,
@@ -58,7 +59,9 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         zeros, weights = bench.count_zeros()
         achieved, masks = zeros / weights, bench.hash_masks()
 
-        dense_words = continue_with(bench, "dense", session)  # they stay in the model for the measurement below
+        prompts = list_prompts(state)
+        # The dense weights then stay in the model for the first measurement below.
+        dense_words = continue_with(bench, "dense", prompts, session)
 
         def measure(checkpoint: str, label: str) -> Evaluation:
             return bench.evaluate(checkpoint, "test", state.profile, session.progress, label)
@@ -75,7 +78,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         knowledge = measure_knowledge(bench, state, session, uniform_checkpoint) if config.questions else None
         checkpoints = {"dense": "dense", "pruned": state.accepted}
         benchmarks = measure_checkpoints(bench, config, checkpoints, session.progress)
-        pruned_words = continue_with(bench, state.accepted, session)
+        pruned_words = continue_with(bench, state.accepted, prompts, session)
         seconds = session.seconds
         summary = Summary(
             run=state.run,
@@ -87,6 +90,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             perplexity=Perplexities(**{model: found.perplexity for model, found in losses.items()}),
             wanda_statistics=statistics,
             kl=best.kl,
+            goal=describe_goal(state),
             texts=[describe_text(config, figures, losses) for figures in best.texts],
             benchmarks=benchmarks,
             samples=[Sample(prompt=p, dense=words, pruned=pruned_words[p]) for p, words in dense_words.items()],
@@ -118,6 +122,14 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         )
     found = {"current": state.accepted, "accepted": state.accepted, "evaluated_tokens": tokens}
     return {**found, "seconds": session.seconds}
+
+
+def describe_goal(state: State) -> Goal | None:
+    """What the model is for, and what was made of that; None without a goal."""
+    if state.brief is None:
+        return None
+    brief, config = state.brief, state.config
+    return Goal(words=config.goal, line=brief.line, reason=brief.reason, bounds=config.text_bounds)
 
 
 def describe_text(config: RunConfig, figures: TextFigures, losses: Mapping[str, Evaluation]) -> TextResult:
@@ -183,12 +195,19 @@ def measure_knowledge(bench: "Workbench", state: State, session: Session, unifor
     )
 
 
-def continue_with(bench: "Workbench", checkpoint: str, session: Session) -> dict[str, str]:
-    """Prompts, and what the model says after each with the weights of a checkpoint, which stay in it."""
-    from tools.measure.continuations import PROMPTS, continue_prompts  # imports torch
+def list_prompts(state: State) -> list[str]:
+    """What both models continue in the report: the same prompts for every run, then those that its goal asks for."""
+    from tools.measure.continuations import PROMPTS  # imports torch
+
+    return list(dict.fromkeys([*PROMPTS, *(state.brief.probes if state.brief else [])]))
+
+
+def continue_with(bench: "Workbench", checkpoint: str, prompts: Sequence[str], session: Session) -> dict[str, str]:
+    """What the model says after each prompt with the weights of a checkpoint, which stay in it."""
+    from tools.measure.continuations import continue_prompts  # imports torch
 
     bench.restore(checkpoint)
     session.progress("continue prompts", 0, 1)
-    words = continue_prompts(bench.model, bench.tokenizer, PROMPTS)
+    words = continue_prompts(bench.model, bench.tokenizer, prompts)
     session.progress("continue prompts", 1, 1)
-    return dict(zip(PROMPTS, words, strict=True))
+    return dict(zip(prompts, words, strict=True))

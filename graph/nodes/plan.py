@@ -92,4 +92,4 @@ def after_plan(state: State) -> Literal["approve", "prune", "rollback", "finish"
         return "finish"
     if is_unmeasured(state):
         return "rollback"
-    return "approve" if state.config.approve == "plans" else "prune"
+    return "approve" if state.config.approves_plans else "prune"

@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from langgraph.runtime import Runtime
@@ -21,6 +21,9 @@ from tools.base.rundir import runs_directory
 from tools.measure.texts import list_texts
 from tools.plans.costs import count_profile
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
+
+if TYPE_CHECKING:
+    from tools.workbench.bench import Workbench
 
 
 def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -47,27 +50,10 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         profile_id = bench.profile(session.progress)
         stored = bench.read_profile(profile_id)
         _refuse_impossible_target(stored.layers, config)
-        asked = bench.ask("dense", "validation", session.progress).tokens if config.questions else 0
-        zeros, weights = bench.count_zeros()
-        dense = Trial(
-            iteration=0,
-            checkpoint=state.current,
-            sparsity=zeros / weights,
-            perplexity=stored.dense.perplexity,
-            kl=0.0,
-            kl_error=0.0,
-            texts=list_texts(stored.dense),
-            predicted_kl=0.0,
-            fact_retention=1.0 if config.questions else None,
-            fact_error=0.0 if config.questions else None,
-            tokens=config.validation_tokens + asked,
-            verdict="accept",
-            reason="the dense model",
-            plan="dense",
-            seconds=round(session.elapsed, 3),
-        )
+        dense = measure_dense(bench, state, profile_id, session)
         _tell_profile(session, profile_id, stored.layers, config)
-        session.emit("trial", **dense.model_dump())
+        if not config.goal:  # which may yet change what the figures are means of
+            session.emit("trial", **dense.model_dump())
     return {
         "run": name,
         "config": config,
@@ -76,6 +62,31 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "lessons": lessons,
         "seconds": session.seconds,
     }
+
+
+def measure_dense(bench: "Workbench", state: State, profile: str, session: Session) -> Trial:
+    """The dense model as a trial: what all others are compared with."""
+    config = state.config
+    losses = bench.read_profile(profile).dense
+    asked = bench.ask("dense", "validation", session.progress).tokens if config.questions else 0
+    zeros, weights = bench.count_zeros()
+    return Trial(
+        iteration=0,
+        checkpoint=state.current,
+        sparsity=zeros / weights,
+        perplexity=losses.perplexity,
+        kl=0.0,
+        kl_error=0.0,
+        texts=list_texts(losses),
+        predicted_kl=0.0,
+        fact_retention=1.0 if config.questions else None,
+        fact_error=0.0 if config.questions else None,
+        tokens=config.validation_tokens + asked,
+        verdict="accept",
+        reason="the dense model",
+        plan="dense",
+        seconds=round(session.elapsed, 3),
+    )
 
 
 def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig) -> None:
@@ -103,3 +114,8 @@ def _tell_profile(session: Session, profile_id: str, layers: Sequence[LayerProfi
     costs = sorted(((layer.name, float(predict_layer_kl(layer, target)[0])) for layer in layers), key=lambda c: -c[1])
     weights = sum(layer.weights for layer in layers)
     session.emit("profile", profile=profile_id, layers=len(layers), weights=weights, top=costs[:5])
+
+
+def after_profile(state: State) -> Literal["brief", "plan"]:
+    """Make something of the goal first, where there is one and that was not done."""
+    return "brief" if state.config.goal and state.brief is None else "plan"

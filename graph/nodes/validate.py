@@ -7,7 +7,7 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.planning.orders import find_order, group_kl, hash_request
 from graph.planning.unmeasured import record_breakage
-from graph.planning.verdict import Verdict, accepted_trial, heed_facts, is_settled, judge
+from graph.planning.verdict import Verdict, accepted_trial, heed_bounds, heed_facts, is_settled, judge
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial, same_sparsity
 from tools.base.errors import BrokenPlan
@@ -54,6 +54,8 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         compared, accepted = weigh(bench, state, evaluation, accepted, session)
         tokens += state.count_further_tokens(len(compared.kl) - len(evaluation.kl))
     verdict, reason = judge(state.config, zeros / weights, compared, best, accepted)
+    texts, dense = list_texts(evaluation, kept), state.dense.texts if state.dense else []
+    verdict, reason = heed_bounds(state.config.text_bounds, texts, dense, verdict, reason)
     verdict, reason = heed_facts(state.config.min_fact_retention, retention, verdict, reason)
     return Trial(
         iteration=state.iteration,
@@ -65,7 +67,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         change_error=noise,
         better=find_likelihood_better(compared, accepted) if weighed and compared.finite else None,
         compared_windows=len(compared.kl) if weighed else 0,
-        texts=list_texts(evaluation, kept),
+        texts=texts,
         predicted_kl=group_kl(bench.read_profile(state.profile).layers, bench.planned_sparsity(state.current)),
         fact_retention=retention.share if retention else None,
         fact_error=retention.error if retention else None,

@@ -119,7 +119,7 @@ def read_answer(given: Any, plan: Plan) -> Answer:
     given = {name: value for name, value in given.items() if value is not None}
     changes = given.pop("plan", None)
     if isinstance(changes, str):
-        changes = _read_json(changes)
+        changes = read_json(changes, "the plan")
     try:
         answer = Answer.model_validate(given)
         if answer.decision == "edit":
@@ -144,11 +144,12 @@ def _read_line(line: str) -> dict[str, Any]:
     raise ValueError("say accept, refuse WHY, or what to change as JSON")
 
 
-def _read_json(text: str) -> Any:
+def read_json(text: str, what: str) -> Any:
+    """What a person wrote as JSON. Raises ValueError, which says `what` is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the plan is not JSON: {error}") from error
+        raise ValueError(f"{what} is not JSON: {error}") from error
 
 
 def _merge(plan: Plan, changes: dict[str, Any]) -> dict[str, Any]:

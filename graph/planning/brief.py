@@ -260,10 +260,24 @@ def _describe_bounds(situation: Situation) -> str:
     text += _describe_budget(situation)
     if config.min_fact_retention:
         text += f" A round whose answer probability kept is below {config.min_fact_retention:g} is rolled back."
+    text += _describe_goal(config)
     if not config.protect:
         return text
     selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
     return f"{text} Never touched, whatever you plan:\n" + data_block("protected", selectors)
+
+
+def _describe_goal(config: RunConfig) -> str:
+    """What each text counts and may lose, and the words that it comes from; nothing where texts have no names."""
+    if not config.text:
+        return ""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in config.text_shares.items())
+    bounds = ", ".join(f"{name} {rise:.0%}" for name, rise in config.text_bounds.items())
+    text = f" What is judged is the mean over texts: {shares}."
+    if bounds:
+        text += f" A round whose perplexity rises further above the dense model's than this is rolled back: {bounds}."
+    words = " ".join(config.goal.splitlines())
+    return text + (f" The goal that they stand for:\n{data_block('goal', [quote_data(words, 2000)])}" if words else "")
 
 
 def _count_rounds(situation: Situation) -> int:

@@ -1,5 +1,6 @@
 """Whether a trial is kept, and whether the loop goes on."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from graph.config import RunConfig
@@ -9,6 +10,7 @@ from graph.planning.rule import tried_strongest
 from graph.state import SIGMAS, State, Trial, last_accepted, same_sparsity
 from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better
 from tools.measure.recall import Retention
+from tools.results.schema import TextFigures
 
 Verdict = Literal["accept", "rollback"]
 
@@ -26,6 +28,28 @@ def heed_facts(least: float, retention: Retention | None, verdict: Verdict, reas
     if retention.share < least:
         return "rollback", f"{figures}, below {least:g}, although {reason}"
     return verdict, f"{reason}; {figures}"
+
+
+def heed_bounds(
+    bounds: Mapping[str, float],
+    trial: Sequence[TextFigures],
+    dense: Sequence[TextFigures],
+    verdict: Verdict,
+    reason: str,
+) -> tuple[Verdict, str]:
+    """The verdict, with how far each bounded text's perplexity may rise above the dense model's, as a fraction."""
+    before = {text.name: text.perplexity for text in dense}
+    for text in trial if verdict == "accept" else ():
+        least = before.get(text.name)
+        if text.name not in bounds or not least:
+            continue
+        if text.perplexity is None:
+            return "rollback", f"the loss on {text.name} is not finite"
+        rise = text.perplexity / least - 1
+        if rise > bounds[text.name]:
+            told = f"perplexity on {text.name} {text.perplexity:.2f}, {rise:+.1%} above {least:.2f}"
+            return "rollback", f"{told}, where {bounds[text.name]:.3g} is the bound, although {reason}"
+    return verdict, reason
 
 
 def accepted_trial(state: State) -> Trial:

@@ -36,12 +36,12 @@ def check_permitted(state: State) -> None:
             "trust_remote_code is refused on a server: what runs code of a hub is started with python -m graph.run"
         )
     refuse_prompt_files(config)
-    asked = {field: getattr(config, field) for field in GUARDED}
-    if unknown := [field for field, value in asked.items() if _must_be_named(field, value)]:
+    asked = _list_asked(config.model_dump(include={*GUARDED, "text"}))
+    if unknown := [(field, value) for field, value in asked if _must_be_named(field, value)]:
         named = set(_list_named())
-        for field in unknown:
-            if _find_target(field, asked[field]) not in named:
-                raise UserError(_explain(field, asked[field]))
+        for field, value in unknown:
+            if _find_target(field, value) not in named:
+                raise UserError(_explain(field, value))
     trials = [*([state.dense] if state.dense else []), *state.trials]
     for mark in (state.profile, state.order, state.current, state.accepted, *(trial.checkpoint for trial in trials)):
         if not re.fullmatch(r"\w*", mark):
@@ -93,9 +93,17 @@ def _list_named() -> Iterator[str]:
 
 
 def _find_targets(values: Mapping[str, Any]) -> Iterator[str]:
-    for field in GUARDED:
-        if isinstance(value := values.get(field), str) and value:
+    for field, value in _list_asked(values):
+        if value:
             yield _find_target(field, value)
+
+
+def _list_asked(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(field, what it names) of all guarded fields that are there, and of every named text."""
+    texts = values.get("text")
+    named = list(texts.values()) if isinstance(texts, dict) else []
+    pairs = [*((field, values.get(field)) for field in GUARDED), *(("text", source) for source in named)]
+    return [(field, value) for field, value in pairs if isinstance(value, str)]
 
 
 def _explain(field: str, value: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from graph.goals.schema import Brief
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Reflection
 from graph.state import State
@@ -32,6 +33,8 @@ class Record:
     """What a run left in `events.jsonl`: by iteration, the last word where a crash had one said twice."""
 
     run: str
+    brief: Brief | None = None
+    """What was made of its goal."""
     plans: dict[int, Plan] = field(default_factory=dict)
     orders: dict[int, str] = field(default_factory=dict)
     """Ids of their work orders; empty in runs of an earlier version."""
@@ -95,6 +98,8 @@ def _read_line(line: bytes) -> Event:
 
 def _take(record: Record, event: Event) -> None:
     match event.get("type"):
+        case "brief":
+            record.brief = Brief.model_validate(event["details"])
         case "plan":
             record.plans[int(event["iteration"])] = Plan.model_validate(event["details"])
             record.orders[int(event["iteration"])] = str(event.get("order", ""))
@@ -132,7 +137,7 @@ def find_plan(state: State, resolve: Callable[[Plan], WorkOrder]) -> tuple[Plan 
     """
     record, iteration = read_record(state.replay), state.iteration
     plan = record.plans.get(iteration)
-    if plan is None or (state.config.approve == "plans" and iteration not in record.decisions):
+    if plan is None or (state.config.approves_plans and iteration not in record.decisions):
         if record.mask_sha256:
             return None, record.stop or f"run {record.run} planned no more rounds"
         return None, f"the record of run {record.run} ends here, unfinished"
@@ -144,6 +149,14 @@ def find_plan(state: State, resolve: Callable[[Plan], WorkOrder]) -> tuple[Plan 
     except ImpossiblePlan as error:
         return None, f"plan {iteration} of run {record.run} cannot be carried out here: {error}"
     return plan, ""
+
+
+def find_brief(run: str) -> Brief:
+    """What was made of the goal of a run. Raises UserError where it did not come so far."""
+    brief = read_record(run).brief
+    if brief is None:
+        raise UserError(f"the record of run {run} ends before anything was made of its goal")
+    return brief
 
 
 def find_reflection(run: str, iteration: int) -> Reflection:

@@ -40,8 +40,8 @@ CLOSE_SECONDS = 5
 """How long the end of the run waits for the last page to be drawn and read."""
 
 REDRAWN = {
-    *("start", "profile", "plan", "approval", "trial", "rollback", "accept", "layers", "reply", "tool", "lesson"),
-    *("note", "warning", "parting", "result", "stopped"),
+    *("start", "profile", "brief", "plan", "approval", "trial", "rollback", "accept", "layers", "reply", "tool"),
+    *("lesson", "note", "warning", "parting", "result", "stopped"),
 }
 """Events that the report shows."""
 

@@ -6,17 +6,17 @@ from rich.console import Console
 from rich.text import Text
 
 LOOP = (
-    "profile → plan → (approve) → prune → validate ─┬─ accept ───┐",
-    "   ↑        ↑                                  └─ rollback ─┤",
-    "   └────────┴────────────────── reflect ←───────────────────┘ → finish",
+    "profile → (brief) → plan → (approve) → prune → validate ─┬─ accept ───┐",
+    "   ↑                  ↑                                  └─ rollback ─┤",
+    "   └──────────────────┴────────────────── reflect ←───────────────────┘ → finish",
 )
-NODES = ("profile", "plan", "approve", "prune", "validate", "accept", "rollback", "reflect", "finish")
+NODES = ("profile", "brief", "plan", "approve", "prune", "validate", "accept", "rollback", "reflect", "finish")
 LIT = {"accept": "bold reverse green", "rollback": "bold reverse red"}
 
 
 def draw_loop(node: str, width: int) -> list[Text]:
     """The loop with the present node lit; a row of the nodes where the picture is too wide."""
-    lines = LOOP if width >= len(LOOP[2]) else (" ".join(NODES[:4]), " ".join(NODES[4:]))
+    lines = LOOP if width >= len(LOOP[2]) else (" ".join(NODES[:5]), " ".join(NODES[5:]))
     drawn = [Text(line, style="bright_black", no_wrap=True) for line in lines]
     for line in drawn:
         line.highlight_words(NODES, "default")

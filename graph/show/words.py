@@ -40,6 +40,13 @@ def tell_plan(event: Event) -> str:
     return f"{line}: {clean(event['reason'], 1000)}" if event.get("reason") else line
 
 
+def tell_brief(event: Event) -> str:
+    """What was made of the goal."""
+    line = f"goal, read by {clean(event['planner'])}: {clean(event['line'], 1000)}"
+    reason = event["details"].get("reason", "")
+    return f"{line}: {clean(reason, 1000)}" if reason else line
+
+
 def tell_reply(event: Event) -> str:
     """An answer of a planner's model, and what was wrong with it."""
     line = f"reply of {clean(event['planner'])}: {event['input_tokens']:,} tokens in, {event['output_tokens']:,} out"
@@ -134,6 +141,7 @@ TELL: dict[str, Callable[[Event], str]] = {
     "node": lambda e: f"iteration {e['iteration']}: {clean(e['node'])}" if e.get("iteration") else clean(e["node"]),
     "profile": tell_profile,
     "layers": tell_layers,
+    "brief": tell_brief,
     "plan": tell_plan,
     "approval": tell_approval,
     "reply": tell_reply,

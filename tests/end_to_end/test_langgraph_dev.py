@@ -25,7 +25,7 @@ from tools.base.options import CONFIGS, read_yaml
 
 pytestmark = pytest.mark.slow
 
-NODES = {"profile", "plan", "approve", "prune", "validate", "accept", "rollback", "reflect", "finish"}
+NODES = {"profile", "brief", "plan", "approve", "prune", "validate", "accept", "rollback", "reflect", "finish"}
 
 
 def tiny_config(model: Path) -> dict[str, Any]:
@@ -163,7 +163,9 @@ def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:
     assert {node["id"] for node in drawn["nodes"]} == NODES | {"__start__", "__end__"}
     branches = {(edge["source"], edge["target"]) for edge in drawn["edges"] if edge.get("conditional")}
     assert branches == {
+        ("profile", "brief"),
         ("profile", "plan"),
+        ("brief", "plan"),
         ("plan", "approve"),
         ("plan", "prune"),
         ("plan", "rollback"),
@@ -191,7 +193,7 @@ def test_graph_has_its_conditional_edges_and_schemas(served: Served) -> None:
     assert set(fields) == set(RunConfig.model_fields)
     assert all(field.get("description") for field in [*inputs.values(), *fields.values()])
     nodes = {name: field["langgraph_nodes"] for name, field in fields.items() if "langgraph_nodes" in field}
-    assert (nodes["planner"], nodes["reflector"], nodes["approve"]) == (["plan"], ["reflect"], ["approve"])
+    assert (nodes["planner"], nodes["reflector"], nodes["approve"]) == (["plan"], ["reflect"], ["approve", "brief"])
     prompts = {name: field for name, field in fields.items() if field.get("langgraph_type") == "prompt"}
     assert {(*nodes[name], field["default"]) for name, field in prompts.items()} == {
         ("plan", read_prompt("planner")),

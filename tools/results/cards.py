@@ -12,7 +12,7 @@ from tools.base.words import escape
 from tools.results.schema import Summary
 from tools.results.sentences import describe_result, name_sparsity
 from tools.results.structure import HEADS, Structure, list_rows, name_removed
-from tools.results.tables import list_benchmarks, list_perplexities, list_table, list_texts
+from tools.results.tables import list_benchmarks, list_goal, list_perplexities, list_table, list_texts
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -40,6 +40,7 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
             f"Perplexity was measured on `{text}` ({summary.protocol.tokens} tokens, {summary.protocol.windows}, "
             f"{summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",
             "",
+            *list_goal(summary.goal),
             *list_texts(summary.texts),
             *list_benchmarks(summary.benchmarks),
             f"What the licence of {escape(name)} says of derived models holds for this one.",

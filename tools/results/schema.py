@@ -78,6 +78,17 @@ class TextResult(Perplexities):
     kl_error: float | None = Field(description="Standard error of kl over the windows.")
 
 
+class Goal(BaseModel):
+    """What the model is for, in words, and what was made of that."""
+
+    words: str
+    line: str = Field(description="What each text counts and may lose.")
+    reason: str
+    bounds: dict[str, float] = Field(
+        description="Largest rise of a text's perplexity above the dense model's on validation windows, as a fraction."
+    )
+
+
 class Knowledge(BaseModel):
     """What a model still knows: log-probability of the right answers to questions that no plan was judged by."""
 
@@ -199,6 +210,7 @@ class Summary(BaseModel):
         exclude_if=operator.not_,
         description="Each of the named texts, whose means by weight the figures above are; none without names.",
     )
+    goal: Goal | None = Field(None, exclude_if=operator.not_, description="Null where the run had none.")
     knowledge: Knowledge | None = Field(None, description="Null where the run asked no questions.")
     benchmarks: list[Score] = Field([], description="Tasks of lm-evaluation-harness, where any were asked for.")
     polished: Polished | None = Field(

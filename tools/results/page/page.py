@@ -33,7 +33,7 @@ from tools.results.page.contents import (
 )
 from tools.results.page.figures import Mark, draw_iterations, draw_map, draw_predictions
 from tools.results.page.record import Record, Round, read_run
-from tools.results.schema import Summary, TextResult
+from tools.results.schema import Goal, Summary, TextResult
 from tools.results.sentences import list_loading
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ class View(NamedTuple):
     """Trials without a KL above 0, predicted and measured, which logarithmic axes cannot show."""
     off: str
     """How far predictions were off, in words."""
+    goal: Goal | None
     texts: list[TextResult]
     rounds: list[tuple[int, Round]]
     knows: bool
@@ -175,6 +176,7 @@ def make_view(record: Record, figures: Figures, *, several: bool) -> View:
         figures=figures,
         undrawn=len(list_measured(record)) - len(points),
         off=describe_predictions(points),
+        goal=summary.goal if summary else None,
         texts=summary.texts if summary else [],
         rounds=[(i, r) for i, r in sorted(record.rounds.items()) if r.plan or r.trial],
         knows=bool(summary and (summary.knowledge or summary.benchmarks)),

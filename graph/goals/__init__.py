@@ -1,0 +1,1 @@
+"""What the model is for, in words: a goal, and what is made of it."""

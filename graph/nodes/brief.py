@@ -1,0 +1,62 @@
+"""brief: the goal in words becomes what each text counts and may lose; fixed for the run.
+
+A person may be asked (`--approve goal`): the node then interrupts the graph, as `approve` does.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from langgraph.runtime import Runtime
+
+from graph.config import HEURISTIC, RunConfig
+from graph.goals.chat import SHOWN, Sight
+from graph.goals.choose import ask_person, choose_brief, describe_rule
+from graph.goals.schema import follow_brief
+from graph.nodes.profile import measure_dense
+from graph.runs.replay import find_brief
+from graph.runs.session import enter, open_bench
+from graph.state import State
+from tools.base.errors import UserError
+
+if TYPE_CHECKING:
+    from tools.workbench.bench import Workbench
+
+
+def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
+    """Turn the goal into weights, bounds and texts, and see how the dense model does by them."""
+    session = enter("brief", state, runtime)
+    usage = state.usage
+    if state.replay:
+        chosen, by = find_brief(state.replay), f"the record of {state.replay}"
+    else:
+        with open_bench(state, session) as bench:
+            texts = look_at_texts(bench, state)
+        chosen, usage, by = choose_brief(state.config, texts, usage, session, runtime.context or state.config)
+        if state.config.approves_goal:
+            chosen, edited = ask_person(chosen, state.config)
+            by = "you" if edited else by
+        if by == HEURISTIC:
+            session.emit("note", text=f"the rule reads no words: {describe_rule(state.config)}")
+    try:
+        config = follow_brief(state.config, chosen)
+    except ValueError as error:
+        raise UserError(f"what was made of the goal cannot be followed: {error}") from error
+    session.emit("brief", planner=by, line=chosen.line, details=chosen.model_dump())
+    state = state.model_copy(update={"config": config, "brief": chosen})
+    with open_bench(state, session) as bench:
+        profile = bench.profile(session.progress)
+        dense = measure_dense(bench, state, profile, session)
+        session.emit("trial", **dense.model_dump())
+    update = {"config": config, "brief": chosen, "profile": profile, "dense": dense, "usage": usage}
+    return {**update, "seconds": session.seconds}
+
+
+def look_at_texts(bench: "Workbench", state: State) -> list[Sight]:
+    """Each named text as the planner sees it: its first words, and how the dense model does on it."""
+    assert state.dense is not None, "profile runs first"
+    known = {figures.name: figures.perplexity for figures in state.dense.texts}
+    windows, lead = state.config.calibration_windows, bench.windows.lead
+    sights = []
+    for number, name in enumerate(state.config.text):
+        ids_T = bench.windows.calibration[number * windows, lead : lead + SHOWN]  # a token is a character or more
+        sights.append(Sight(name, bench.tokenizer.decode(ids_T.tolist()), known.get(name)))
+    return sights
