@@ -23,9 +23,13 @@ from tools.measure.losses import PREFIX_SHARE
 from tools.models.disk import Line
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.shards import count_held, cut_shards, list_nodes, share_out
+from tools.texts.written import BATCH, list_written
 
 ASKED_FOR = "KL curves of a method, where a plan asks for them"
 """A phase that not every run has."""
+
+WRITE = "write text"
+"""A phase of runs whose texts the model writes."""
 
 WEIGH = "weigh tokens, as a plan asks for it"
 """Another one, which is there where one asks."""
@@ -194,6 +198,7 @@ def list_phases(
     job = _list_job(shape) if part.workers else []
     return [
         Phase(name="load", device=[model], host=[program, *_read_file(facts), *([] if straight else moved)]),
+        *([_describe_writing(facts, settings, model)] if list_written(settings) and not part.workers else []),
         Phase(
             name="validate the dense model",
             device=evaluation,
@@ -264,6 +269,7 @@ def list_phases_beside(
     results = multiply("pruned layers of one block", (shape.members, "weights"), (shape.item + 1 / 8, "bytes"))
     return [
         Phase(name="load", device=[model], host=[program, *_read_file(facts), *moved]),
+        *([_describe_writing(facts, settings, model)] if list_written(settings) else []),
         Phase(
             name="validate the dense model",
             device=[model],
@@ -300,6 +306,27 @@ def _move_model(facts: Facts) -> list[Line]:
     """Weights pass through CPU memory on their way to a GPU, and back."""
     line = Line(what="the model on its way", how="all parameters", bytes=facts.shape.weights)
     return [] if facts.device == "cpu" else [line]
+
+
+def _describe_writing(facts: Facts, settings: WorkbenchSettings, model: Line) -> Phase:
+    """What the process that loads the model first holds while that writes text; nothing is copied from it yet.
+
+    As many keys and values as attention can have: most architectures have fewer heads of them.
+    """
+    shape = facts.shape
+    documents = (BATCH, "documents"), (settings.window, "tokens")
+    kept = (2, "keys and values"), (shape.blocks, "blocks"), *documents, (shape.hidden, "wide"), (shape.item, "bytes")
+    drawn = (3, "copies"), (BATCH, "documents"), (shape.vocabulary, "words"), (4, "bytes")
+    return Phase(
+        name=WRITE,
+        device=[
+            model,
+            count_once("forward of one block", facts.counts.forward_bytes),
+            multiply("keys and values, at most", *kept),
+            multiply("logits of the next token", *drawn),
+        ],
+        host=[_describe_program(facts)],
+    )
 
 
 def _describe_model(shape: Shape, weights: int) -> Line:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tools.estimate.memory import Facts, Phase
+from tools.estimate.memory import WRITE, Facts, Phase
 from tools.estimate.shape import list_backward, multiply
 from tools.estimate.work import POLISH
 from tools.models.disk import Line
@@ -65,7 +65,7 @@ def list_polish_disk(facts: Facts, polish: Polish) -> list[Line]:
 
 def _find_common(phases: Sequence[Phase], place: str) -> list[Line]:
     """The lines that all phases have once the model is loaded."""
-    lines: list[list[Line]] = [getattr(phase, place) for phase in phases[1:]]
+    lines: list[list[Line]] = [getattr(phase, place) for phase in phases[1:] if phase.name != WRITE]
     return [line for line in lines[0] if all(line in others for others in lines)]
 
 

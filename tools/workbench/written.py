@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tools.base.errors import BrokenBaseline, UserError, in_one_line
 from tools.base.failures import explain_work
-from tools.base.progress import Progress, heed_stop
+from tools.base.progress import FIGURES, Progress, heed_stop
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import count
 from tools.models.positions import count_positions
@@ -94,12 +95,15 @@ class Author:
         settings = self._settings
         shape = json.dumps([begin.ids, rows, new, settings.window, settings.seed, settings.text_cut, tokens])
         key = ["written by the model", self._weights, *which, shape]
-        steps = 0
+        steps, began = 0, 0.0
 
         def tick() -> None:
-            nonlocal steps
+            nonlocal steps, began
             heed_stop()
-            self._progress(f"write {which[0]}", min(have + steps * rows, tokens - 1), tokens)
+            began = began or time.monotonic()  # not before the model's first step, which reads the beginning
+            passed = time.monotonic() - began
+            rate = f"{FIGURES}{steps * rows / passed:,.0f} tokens/s" if passed else ""
+            self._progress(f"write {which[0]}{rate}", min(have + steps * rows, tokens - 1), tokens)
             steps += 1
 
         def draw() -> dict[str, Any]:

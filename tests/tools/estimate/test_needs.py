@@ -13,13 +13,14 @@ from tests.tiny import make_tiny_config, tiny_settings
 from tests.tools.estimate.helpers import QWEN3_8B, STATE, large_settings, sizes, write_config
 from tools.base.errors import UserError
 from tools.estimate import needs as module
-from tools.estimate.memory import ASKED_FOR
+from tools.estimate.memory import ASKED_FOR, WRITE
 from tools.estimate.needs import Estimate, estimate
 from tools.estimate.polish import POLISH
 from tools.estimate.room import Devices, read_devices
 from tools.estimate.work import Course
 from tools.models.artifacts import HEADER
 from tools.plans.recipe import Recipe
+from tools.texts.written import BATCH
 from tools.workbench.bench import Workbench
 
 COURSE = Course(rounds=[Recipe(method="two-sided", refit=False), Recipe(curves="mask")], tests=3)
@@ -33,6 +34,17 @@ def find(source: Path | str, devices: Devices | None = None, **changes: Any) -> 
 def find_large(directory: Path, devices: str, **changes: Any) -> Estimate:
     """Of a run of a large model on GPUs of another machine."""
     return estimate(large_settings(directory, **changes), COURSE, target=0.45, devices=read_devices(devices))
+
+
+def test_text_that_the_model_writes_takes_its_keys_and_values(tiny_llama: Path, untimed: None) -> None:
+    window, hidden = tiny_settings(tiny_llama).window, 32
+    for workers in ("", "2"):
+        found = find(tiny_llama, calibration="self", workers=workers)
+        (phase,) = [phase for phase in found.phases if phase.name == WRITE]
+        (line,) = [line for line in phase.device if line.what == "keys and values, at most"]
+        assert line.bytes == 2 * found.blocks * BATCH * window * hidden * 4
+        assert not any(phase.name == WRITE for phase in found.of_worker)
+    assert not any(phase.name == WRITE for phase in find(tiny_llama).phases)
 
 
 def test_a_tiny_llama(tiny_llama: Path, untimed: None) -> None:
