@@ -245,7 +245,7 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
     @field_validator("text_bounds", mode="before")
     @classmethod
     def _read_bounds(cls, value: Any) -> Any:
-        return read_weights(value)
+        return read_weights(value, "bound", "code=0.2,prose=1")
 
     @model_validator(mode="after")
     def _check_goal(self) -> Self:

@@ -1,6 +1,5 @@
 """What is made of a goal: what each text counts and may lose, texts that the model writes, and prompts to look at."""
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -14,7 +13,8 @@ from tools.texts.written import deal_prompts
 MOST_TEXTS, MOST_PROMPTS, MOST_PROBES = 8, 12, 6
 LEAST_PROMPTS = 3
 """One for each of calibration, validation and test: no prompt serves two of them."""
-Prompt = Field(min_length=1, max_length=200)
+PROMPT_LIMIT = 200
+"""Characters of a prompt or probe."""
 
 
 class Aim(BaseModel):
@@ -78,8 +78,8 @@ class Brief(BaseModel):
     probes: list[str] = Field(
         default_factory=list,
         max_length=MOST_PROBES,
-        description="Beginnings of text, at most 200 characters each, that dense and pruned model continue in the "
-        "report, so that a person sees whether each part is kept.",
+        description=f"Beginnings of text, at most {PROMPT_LIMIT} characters each, that dense and pruned model continue "
+        "in the report, so that a person sees whether each part is kept.",
     )
 
     @property
@@ -122,14 +122,19 @@ def check_brief(brief: Brief, config: RunConfig) -> None:
             f"{len(new)} new texts of {each:,} tokens each are {len(new) * each:,} tokens, and the model may write "
             f"{allowed:,} (goal_tokens); ask for {allowed // each} at most"
         )
-    deal_prompts(follow_brief(config, brief))
+    followed = follow_brief(config, brief)
+    try:
+        RunConfig.model_validate(followed.model_dump())
+    except ValidationError as error:
+        raise ValueError("; ".join(describe_problem(problem) for problem in error.errors()[:3])) from error
+    deal_prompts(followed)
 
 
 def _check_prompts(brief: Brief) -> None:
     prompts = [" ".join(prompt.split()) for text in brief.new_texts for prompt in text.prompts]
     for prompt in (*prompts, *brief.probes):
-        if not prompt.strip() or len(prompt) > 200:
-            raise ValueError("prompts and probes have 1 to 200 characters each")
+        if not prompt.strip() or len(prompt) > PROMPT_LIMIT:
+            raise ValueError(f"prompts and probes have 1 to {PROMPT_LIMIT} characters each")
     if any("|" in prompt for prompt in prompts):
         raise ValueError("a prompt cannot hold '|'")
     if twice := [prompt for prompt, times in Counter(prompts).items() if times > 1]:
@@ -143,19 +148,15 @@ def count_new_text(config: RunConfig) -> int:
 
 
 def follow_brief(config: RunConfig, brief: Brief | None) -> RunConfig:
-    """The config with texts, weights and bounds as the brief has them. Raises ValueError where they cannot be."""
+    """The config with texts, weights and bounds as a brief has them that was checked for it."""
     if brief is None:
         return config
     new = {text.name: "self:" + " | ".join(" ".join(p.split()) for p in text.prompts) for text in brief.new_texts}
     changes: dict[str, Any] = {
         "text": {**config.text, **new},
         "text_weights": {aim.name: aim.weight for aim in brief.aims},
-        "text_bounds": {aim.name: aim.max_rise for aim in brief.aims if aim.max_rise and math.isfinite(aim.max_rise)},
+        "text_bounds": {aim.name: aim.max_rise for aim in brief.aims if aim.max_rise},
     }
     if brief.min_answers:
         changes["min_fact_retention"] = brief.min_answers
-    try:
-        RunConfig.model_validate(config.model_dump() | changes)
-    except ValidationError as error:
-        raise ValueError("; ".join(describe_problem(problem) for problem in error.errors()[:3])) from error
     return config.model_copy(update=changes)

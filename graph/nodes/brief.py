@@ -10,7 +10,7 @@ from langgraph.runtime import Runtime
 from graph.config import HEURISTIC, RunConfig
 from graph.goals.chat import SHOWN, Sight
 from graph.goals.choose import ask_person, choose_brief, describe_rule
-from graph.goals.schema import follow_brief
+from graph.goals.schema import check_brief, follow_brief
 from graph.nodes.profile import measure_dense
 from graph.runs.replay import find_brief
 from graph.runs.session import enter, open_bench
@@ -37,9 +37,10 @@ def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         if by == HEURISTIC:
             session.emit("note", text=f"the rule reads no words: {describe_rule(state.config)}")
     try:
-        config = follow_brief(state.config, chosen)
-    except ValueError as error:
+        check_brief(chosen, state.config)
+    except ValueError as error:  # of a record, for a replay with other texts
         raise UserError(f"what was made of the goal cannot be followed: {error}") from error
+    config = follow_brief(state.config, chosen)
     session.emit("brief", planner=by, line=chosen.line, details=chosen.model_dump())
     state = state.model_copy(update={"config": config, "brief": chosen})
     with open_bench(state, session) as bench:

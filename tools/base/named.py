@@ -30,9 +30,9 @@ def read_texts(value: Any) -> Any:
     return {name: source.strip() if isinstance(source, str) else source for name, source in value.items()}
 
 
-def read_weights(value: Any) -> Any:
-    """What each text counts, from NAME=WEIGHT,NAME=WEIGHT or a mapping. Raises ValueError in one line."""
-    form = "weights are given as NAME=WEIGHT, such as code=3,prose=1"
+def read_weights(value: Any, what: str = "weight", example: str = "code=3,prose=1") -> Any:
+    """A number for each text, from NAME=NUMBER,NAME=NUMBER or a mapping. Raises ValueError in one line."""
+    form = f"{what}s are given as NAME={what.upper()}, such as {example}"
     if isinstance(value, str):
         value = _join_pairs((part for part in value.split(",") if part.strip()), form)
     if not isinstance(value, dict):
@@ -45,7 +45,7 @@ def read_weights(value: Any) -> Any:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{form}; that of {name!r} is no number") from error
         if not 0 <= weights[name] < math.inf:
-            raise ValueError(f"the weight of {name!r} must be 0 or more")
+            raise ValueError(f"the {what} of {name!r} must be 0 or more")
     return weights
 
 
