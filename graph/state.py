@@ -70,6 +70,7 @@ class Trial(BaseModel):
     )
     reason: str = ""
     plan: str = Field("", description="The plan in one line.")
+    hypothesis: str = Field("", exclude_if=operator.not_, description="What the planner expected of it, if it said so.")
     order: str = Field(
         "", description="Id of the plan's work order; empty for the dense model, and in runs of an earlier version."
     )

@@ -75,6 +75,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         verdict=verdict,
         reason=reason,
         plan=order.line,
+        hypothesis=state.plan.hypothesis,
         order=order.id,
         asked=hash_request(state.plan),
         recipe=state.plan.recipe,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import describe_plan, find_order, keep_order
-from graph.planning.plan import Plan
+from graph.planning.plan import WORDS, Plan
 from graph.planning.situation import gather_situation, resolve_plan
 from graph.runs.session import Session, open_bench
 from graph.state import State
@@ -65,9 +65,9 @@ def settle_plan(state: State, session: Session) -> Settled:
 def _is_logged(plan: Plan, iteration: int, session: Session) -> bool:
     """Whether the run's log has this plan as the last one of the iteration, whatever is said to explain it."""
     logged = [event for _, event in scan_events(session.directory, "plan") if event["iteration"] == iteration]
-    words = {"reason"}  # which lose a key or a token on the way into the log
-    return bool(logged) and Plan.model_validate(logged[-1]["details"]).model_dump(exclude=words) == plan.model_dump(
-        exclude=words
+    # Words lose a key or a token on the way into the log.
+    return bool(logged) and Plan.model_validate(logged[-1]["details"]).model_dump(exclude=WORDS) == plan.model_dump(
+        exclude=WORDS
     )
 
 
@@ -154,7 +154,7 @@ def read_json(text: str, what: str) -> Any:
 
 def _merge(plan: Plan, changes: dict[str, Any]) -> dict[str, Any]:
     """The plan as plain values, with those of its fields, and of its recipe's, that are given."""
-    whole = plan.model_dump() | {"reason": "Edited by hand."} | changes
+    whole = plan.model_dump(exclude=WORDS) | {"reason": "Edited by hand."} | changes
     if isinstance(changes.get("recipe"), dict):
         whole["recipe"] = plan.recipe.model_dump() | changes["recipe"]
     return whole

@@ -329,6 +329,7 @@ def _describe_trial(trial: Trial, limit: int = 160) -> str:
         f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; perplexity {show_short(trial.perplexity)}; "
         f"KL {show_short(trial.kl)}{error}, predicted {show_short(trial.predicted_kl)}{describe_texts(trial)}"
         f"{describe_facts(trial)}; {trial.verdict}: {quote_data(trial.reason, limit)}"
+        f"{f'; expected: {quote_data(trial.hypothesis, 2 * limit)}' if trial.hypothesis else ''}"
     )
 
 

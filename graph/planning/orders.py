@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from graph.config import RunConfig
-from graph.planning.plan import Plan
+from graph.planning.plan import WORDS, Plan
 from graph.reflecting.posterior import find_multipliers, weigh_layers
 from graph.reflecting.schema import Lesson
 from graph.state import State
@@ -151,7 +151,7 @@ class Orders:
         Raises ImpossiblePlan.
         """
         curves = self._find_curves(plan)
-        key = plan.model_dump_json(exclude={"reason", "reprofile"}), curves.exact
+        key = plan.model_dump_json(exclude=WORDS | {"reprofile"}), curves.exact
         if key not in self._drafts:
             self._drafts[key] = resolve(plan, curves.layers, self.config)
         return self._drafts[key]

@@ -1,5 +1,6 @@
 """What a planner answers with."""
 
+import operator
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -8,12 +9,21 @@ from pydantic.json_schema import SkipJsonSchema
 from graph.reflecting.schema import MOST
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 
+WORDS = {"hypothesis", "reason"}
+"""What a plan says for people and agents, and what is done hangs on nothing of it."""
+
 
 class Plan(BaseModel):
     """One round of pruning, as the planner wants it."""
 
     model_config = ConfigDict(extra="forbid")
 
+    hypothesis: str = Field(
+        "",
+        max_length=1000,
+        exclude_if=operator.not_,  # plans of earlier versions are written as they were
+        description="First of all: what you expect of this round, in figures, and what would prove you wrong.",
+    )
     sparsity: float = Field(
         gt=0,
         lt=1,

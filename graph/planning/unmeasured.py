@@ -65,6 +65,7 @@ def _make_trial(
         broken=verdict == "rollback",
         reason=" ".join(reason.split()),
         plan=describe_plan(plan),
+        hypothesis=plan.hypothesis,
         order="" if order is None else order.id,
         asked=hash_request(plan),
         recipe=plan.recipe,

@@ -8,7 +8,10 @@ from pathlib import Path
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import fork, read_events, read_summary, read_trials, wait_for
 
-PLANS = ('{"sparsity": 0.3, "reason": "A first step."}', '{"sparsity": 0.45, "reason": "To the target."}')
+PLANS = (
+    '{"hypothesis": "KL below 0.1.", "sparsity": 0.3, "reason": "A first step."}',
+    '{"sparsity": 0.45, "reason": "To the target."}',
+)
 LESSONS = '{"lessons": []}'
 
 
@@ -51,6 +54,11 @@ def test_a_run_is_planned_and_reflected_on_by_files(flags: list[str], tmp_path: 
         (f"exchange:{place}", 0.3),
         (f"exchange:{place}", 0.45),
     ]
+    assert [event["hypothesis"] for event in read_events(run, "trial")[1:2]] == ["KL below 0.1."]
+    reflection, second = [path.read_text() for path in sorted(place.glob("*.prompt.md"))][1:3]
+    assert "\nexpected: KL below 0.1.\n" in reflection
+    assert "; expected: KL below 0.1.\n" in second.split("Trials so far")[1]
+    assert '<dt>Expected</dt><dd class="words" dir="auto">KL below 0.1.</dd>' in (run / "report.html").read_text()
     assert read_summary(run)["agents"]["input_tokens"] > 1000
     assert len(list(place.glob("*.prompt.md"))) == len(list(place.glob("*.answer.txt"))) >= 3
     before = read_trials(run)

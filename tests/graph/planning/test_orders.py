@@ -159,6 +159,14 @@ def make_orders(measured: list[Recipe]) -> Orders:
     return Orders(CONFIG, LESSONS, LAYERS, lambda recipe: Curves(LAYERS, recipe in measured or not recipe.needs_curves))
 
 
+def test_what_is_expected_of_a_plan_changes_nothing_that_is_done() -> None:
+    plan = Plan(sparsity=0.45)
+    bold = plan.model_copy(update={"hypothesis": "KL below 0.1.", "reason": "It was 0.2."})
+    assert hash_request(bold) == hash_request(plan)
+    assert resolve(bold, LAYERS, CONFIG).id == resolve(plan, LAYERS, CONFIG).id
+    assert "hypothesis" not in plan.model_dump() and next(iter(bold.model_dump())) == "hypothesis"
+
+
 def test_a_plan_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     orders, made = make_orders([]), []
     monkeypatch.setattr("graph.planning.orders.resolve", lambda *given: made.append(given[0]) or resolve(*given))
