@@ -68,7 +68,7 @@ def plan_with_chat(
     messages = keep_prompt(lambda: planner_messages(situation, toolbox))
     plan = ask(
         model,
-        find_schema(situation.config.polish_tokens),
+        find_schema(situation.config.polish_tokens, situation.config.text),
         messages,
         check=check and (lambda plan: check(drop_schema(plan))),
         advise=advise and (lambda plan: advise(drop_schema(plan))),
@@ -113,7 +113,7 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
 
 
 def _instructions(config: RunConfig, tools: bool) -> str:
-    described = find_schema(config.polish_tokens).model_json_schema()
+    described = find_schema(config.polish_tokens, config.text).model_json_schema()
     schema = json.dumps(described, separators=(",", ":"), ensure_ascii=False)
     text = config.planner_prompt or read_prompt("planner")
     return text.replace("{tools}", read_prompt("planner_tools") if tools else "").replace("{schema}", schema)

@@ -23,6 +23,7 @@ from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.methods import Statistics
+from tools.plans.mix import read_mix
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import LayerOrder, WorkOrder, order_all
 from tools.workbench.store import ArtifactStore
@@ -43,8 +44,9 @@ Measure = Callable[[Recipe], Layers]
 
 
 def find_recipe(plan: Plan, config: RunConfig) -> Recipe:
-    """The plan's recipe with the user's pattern, whatever the plan says of one."""
-    return plan.recipe.model_copy(update={"pattern": config.pattern})
+    """The plan's recipe with the user's pattern, whatever the plan says of one; a mixture that is the run's is none."""
+    mix = () if plan.recipe.mix == read_mix(config.text_shares) else plan.recipe.mix
+    return plan.recipe.model_copy(update={"pattern": config.pattern, "mix": mix})
 
 
 def refuse_above_target(plan: Plan, config: RunConfig) -> None:
@@ -101,7 +103,7 @@ def count_polish_tokens(recipe: Recipe, config: RunConfig) -> int:
     if tokens > config.polish_tokens:
         raise ImpossiblePlan(f"polish on {tokens:,} tokens; this run allows {config.polish_tokens:,} (polish_tokens)")
     if tokens:
-        count_polish(config, tokens)
+        count_polish(config, tokens, len(recipe.mix))
     return tokens
 
 

@@ -1,7 +1,9 @@
 """What a planner answers with."""
 
 import operator
-from typing import Annotated
+from collections.abc import Iterable
+from functools import cache
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.json_schema import SkipJsonSchema
@@ -53,22 +55,25 @@ class Plan(BaseModel):
     )
 
 
-def _tell_of_polish() -> type[Plan]:
-    """The schema of a plan with the lever that is hidden in `Recipe`; what it answers with goes by the same names."""
-    lever, recipe = Recipe.model_fields["polish"], Plan.model_fields["recipe"]
-    told = create_model(
-        "Recipe", __base__=Recipe, __doc__=Recipe.__doc__, polish=(bool, Field(False, description=lever.description))
-    )
-    filled = Field(default_factory=told, description=recipe.description)
+@cache
+def _tell_of(polishes: bool, texts: tuple[str, ...]) -> type[Plan]:
+    """The schema of a plan with levers that are hidden in `Recipe`; what it answers with goes by the same names."""
+    levers: dict[str, Any] = {}
+    if texts:
+        shares: dict[str, Any] = {name: (Annotated[float, Field(ge=0)], 0.0) for name in texts}
+        mix = create_model("Mix", __config__=ConfigDict(extra="forbid"), __doc__="Weights of texts.", **shares)
+        levers["mix"] = (mix | None, Field(None, description=Recipe.model_fields["mix"].description))
+    if polishes:
+        levers["polish"] = (bool, Field(False, description=Recipe.model_fields["polish"].description))
+    told = create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, **levers)
+    filled = Field(default_factory=told, description=Plan.model_fields["recipe"].description)
     return create_model("Plan", __base__=Plan, __doc__=Plan.__doc__, recipe=(told, filled))
 
 
-_POLISHING = _tell_of_polish()
-
-
-def find_schema(polish_tokens: int) -> type[Plan]:
-    """What a planner is told to answer with in a run that allows so many tokens of polish."""
-    return _POLISHING if polish_tokens else Plan
+def find_schema(polish_tokens: int, texts: Iterable[str] = ()) -> type[Plan]:
+    """What a planner is told to answer with in a run that allows so many tokens of polish and has these named texts."""
+    named = tuple(texts)
+    return _tell_of(polish_tokens > 0, named) if polish_tokens or named else Plan
 
 
 def drop_schema(plan: Plan) -> Plan:

@@ -20,6 +20,7 @@ from tests.end_to_end.helpers import (
     run_apart,
 )
 from tests.named import flag_texts, name_texts
+from tests.openai_server import OpenAIServer
 from tools.results.sentences import list_outcome
 from tools.workbench.open import close_workbench
 
@@ -147,6 +148,9 @@ def test_a_dry_run_counts_all_texts(tiny_llama: Path, tmp_path: Path, command: C
     assert (outcome.code, outcome.err) == (0, "")
     assert "validate; forward of 6 windows of 64 tokens of validation text" in outcome.out
     assert "test; forward of 4 windows of 64 tokens of test text" in outcome.out
+    assert "second moments; 2 texts × 4 bytes × inputs², over " in outcome.out
+    assert "that of another text, to be added" in outcome.out
+    assert "forward again, twice, and two backwards of 4 of the windows" in outcome.out
     assert "profile, statistics; forward of 8 windows of 64 tokens of calibration text" in outcome.out
 
 
@@ -173,3 +177,33 @@ def test_too_short_a_text_is_one_line(tiny_llama: Path, command: Command) -> Non
         "error: text source 'pydoc' is too short: 16 manual calibration + 8 manual validation + 60000 manual test wind"
     )
     assert outcome.code == 2 and outcome.err.startswith(line) and outcome.err.count("\n") == 1
+
+
+def test_a_plan_mixes_texts_as_it_likes_and_is_replayed(
+    naming: list[str], named: Path, tmp_path: Path, command: Command
+) -> None:
+    recipes = [{}, {"mix": {"code": 1, "prose": 0}}, {"mix": {"code": 3, "prose": 1}}, {"mix": {"code": 1, "prose": 9}}]
+    plans = [{"sparsity": 0.5, "recipe": {"allocation": "uniform", **recipe}} for recipe in recipes]
+    with OpenAIServer(plans) as server:
+        assert command(*naming, "--planner", server.planner("p"), "--planner-calls", "0", "--patience", "9").code == 0
+        assert "Weights of texts." in json.dumps(server.requests[0].body)
+    run = tmp_path / "runs" / "run"
+    trials = read_events(run, "trial")
+    assert [trial["plan"] for trial in trials[1:3]] == ["50.0% refit:uniform", "50.0% refit~1code:uniform"]
+    code, prose = ([trial["texts"][place]["kl"] for trial in trials[1:]] for place in (0, 1))
+    assert code[1] < code[0] and prose[1] > prose[0], "what is fitted to code alone keeps more of it"
+    assert command("--replay", "run", "--name", "again").code == 0
+    again = tmp_path / "runs" / "again"
+    assert read_trials(again) == read_trials(run)
+    assert read_summary(again)["mask_sha256"] == read_summary(run)["mask_sha256"]
+
+
+def test_rows_of_a_table_are_of_other_mixtures(
+    tiny_llama: Path, tmp_path: Path, no_plot: None, command: Command
+) -> None:
+    recipes = "refit~1code:uniform,refit~1prose~stages:uniform,refit:kappa"
+    settings = make_settings(tiny_llama, tmp_path / "out", recipes=recipes, sparsity="0.5", **name_texts(tmp_path))
+    known, _ = run_comparison(settings)
+    assert [row.recipe for row in known.rows] == recipes.split(",")
+    code, prose, both = ({text.name: text.kl for text in row.texts} for row in known.rows)
+    assert code["code"] < prose["code"] and prose["prose"] < code["prose"] and both["code"] > 0

@@ -146,9 +146,11 @@ def list_phases(
     def states(what: str, *factors: tuple[float, str]) -> Line:
         return multiply(what, *factors, *state)
 
+    other = [] if part.workers else list_other_moment(shape, settings)
+
     def pruned(what: str, size: int) -> list[Line]:
         moment = multiply("its second moment", (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes"))
-        return [count_once(what, size, "a smaller layer of the same form"), moment]
+        return [count_once(what, size, "a smaller layer of the same form"), moment, *other]
 
     model = _describe_model(shape, weights)
     dense = Line(what="dense copy of the prunable layers", how="each is pruned from it", bytes=shape.prunable)
@@ -242,6 +244,12 @@ def list_phases(
     ]
 
 
+def list_other_moment(shape: Shape, settings: WorkbenchSettings) -> list[Line]:
+    """What is held of a second text while the second moments of several are added up."""
+    matrix = (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes")
+    return [multiply("that of another text, to be added", *matrix)] if len(settings.text) > 1 else []
+
+
 def list_phases_beside(
     facts: Facts, settings: WorkbenchSettings, parts: Sequence[Part], *, weighs: bool = False
 ) -> list[Phase]:
@@ -263,7 +271,7 @@ def list_phases_beside(
         Line(what="dense weights", how="the prunable layers, each put there once", bytes=shape.prunable),
         multiply("second moments of layers to prune", (2 * workers, "layers"), *matrix),
     ]
-    moment = multiply("second moment of one layer", *matrix)
+    moment, other = multiply("second moment of one layer", *matrix), list_other_moment(shape, settings)
     levels, sums = _count_levels(shape), _count_moments(shape, nodes, "sums of all workers")
     two = _count_moments(shape, 2 * nodes, "sums of all workers for two blocks")
     results = multiply("pruned layers of one block", (shape.members, "weights"), (shape.item + 1 / 8, "bytes"))
@@ -279,8 +287,8 @@ def list_phases_beside(
         Phase(name="profile, statistics", device=[model], host=[*always, sums], store=[two]),
         Phase(name="profile, gradients", device=[model], host=always),
         *([Phase(name=WEIGH, device=[model], host=always)] if weighs else []),
-        Phase(name=ASKED_FOR, device=[model, moment], host=always, store=[*given, levels]),
-        Phase(name="prune", device=[model, moment], host=always, store=[*given, results]),
+        Phase(name=ASKED_FOR, device=[model, moment, *other], host=always, store=[*given, levels]),
+        Phase(name="prune", device=[model, moment, *other], host=always, store=[*given, results]),
         Phase(name=IN_ORDER, device=[model, moment], host=[*always, sums], store=[*given, results, two]),
         Phase(
             name="validate",

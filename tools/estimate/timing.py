@@ -27,7 +27,7 @@ from tools.models.layers import Layer, list_readers
 from tools.models.readout import measure_losses
 from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
-from tools.statistics.collect import ModelStatistics
+from tools.statistics.known import ModelStatistics
 from tools.statistics.table import build_profile
 from tools.statistics.walk import Walk
 from tools.statistics.walks import Walks

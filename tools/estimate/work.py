@@ -207,7 +207,7 @@ def list_work(
     """The plan of a run; without a price in `seconds` no step has any."""
     calibration, validation = settings.count_all("calibration"), settings.count_all("validation")
     further, tests = settings.count_all("further"), settings.count_all("test")
-    gradient = settings.back_propagated
+    gradient, texts = settings.back_propagated, max(len(settings.text), 1)
 
     def text(split: str, windows: int) -> str:
         return f"{windows} windows of {settings.window} tokens of {split} text"
@@ -248,14 +248,14 @@ def list_work(
             f"of what {layers} layers read",
             course.texts,
             shares.calibration,
-            {"moments": calibration, "write moments": 1},
+            {"moments": calibration, "write moments": texts},
         ),
         step(
             "profile, gradients",
-            f"forward again and two backwards of {gradient} of the windows",
+            f"forward again{', twice,' if settings.text else ''} and two backwards of {gradient} of the windows",
             course.profiled,
             shares.gradient,
-            {"gradients": gradient},
+            {"gradients": gradient, "forward": gradient if settings.text else 0},
         ),
         step(
             "profile, scores and KL curves",
@@ -295,7 +295,9 @@ def list_work(
             )
         )
     for recipe, times in course.pruned:
-        done = {f"prune {name_recipe(recipe)}": 1.0} | ({"read moments": 1.0} if recipe.changes_survivors else {})
+        done = {f"prune {name_recipe(recipe)}": 1.0} | (
+            {"read moments": float(texts)} if recipe.changes_survivors else {}
+        )
         how = f"{layers} layers by {_name(recipe.mask_label, recipe)}"
         if recipe.statistics == "sequential":
             done |= {"forward": 2.0 * calibration} | ({"moments": calibration} if recipe.changes_survivors else {})

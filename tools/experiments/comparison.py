@@ -39,11 +39,11 @@ class CompareSettings(TaskSettings, PolishSettings, TeamSettings):
 
     recipes: str = Field(
         "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
-        description="Comma-separated METHOD[+refit][~clipped][~weighted][~quarter|~half][~dense|~sequential|~stages]"
-        "[+polish[TOKENS]]:ALLOCATION[@STRENGTH], or all. Statistics without a mark are those that a method's authors "
-        "take: sequential (block by block, behind pruned predecessors) for "
-        f"{name_sequential(METHODS.values())}, dense for all others and for a search. A polish without TOKENS is on "
-        "--polish-tokens. Methods: "
+        description="Comma-separated METHOD[+refit][~clipped][~weighted][~SHARETEXT…][~quarter|~half]"
+        "[~dense|~sequential|~stages][+polish[TOKENS]]:ALLOCATION[@STRENGTH], or all. Statistics without a mark are "
+        "those that a method's authors take: sequential (block by block, behind pruned predecessors) for "
+        f"{name_sequential(METHODS.values())}, dense for all others and for a search. Shares of named texts, such as "
+        "~0.7code~0.3prose, stand for their weights. A polish without TOKENS is on --polish-tokens. Methods: "
         f"{', '.join(ALL_METHODS)}. Allocations: {', '.join(ALL_ALLOCATIONS)}, and kappa-mask. Beside all: "
         f"{_STRUCTURED}; a sparsity is then the share of the prunable weights that is removed, and patterns have no "
         "such row.",

@@ -29,10 +29,14 @@ def list_disk(
     windows = settings.count_all("calibration") if weighs else settings.back_propagated
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
     checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
-    readers = list_readers(layers)
+    readers, texts = list_readers(layers), max(len(settings.text), 1)
     moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in readers)
     return [
-        Line(what="second moments", how=f"4 bytes × inputs², over {len(readers)} layers", bytes=moments),
+        Line(
+            what="second moments",
+            how=f"{f'{texts} texts × ' if texts > 1 else ''}4 bytes × inputs², over {len(readers)} layers",
+            bytes=texts * moments,
+        ),
         *([Line(what="those of a text with more questions", how="as many", bytes=moments)] if settings.mixes else []),
         *([Line(what="those with weights of tokens", how="as many", bytes=moments)] if weighs else []),
         Line(

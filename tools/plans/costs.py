@@ -32,8 +32,9 @@ def count_walk(settings: WorkbenchSettings) -> int:
 
 
 def count_profile(settings: WorkbenchSettings) -> int:
-    """Of a profile: the calibration text forward once, the gradient windows once more, and two backwards."""
-    return count_calibration(settings) + 5 * count_gradients(settings)
+    """Of a profile: the calibration text forward once, the gradient windows once more, and two backwards; of several
+    texts these once more, for each text walks up by itself."""
+    return count_calibration(settings) + (6 if settings.text else 5) * count_gradients(settings)
 
 
 def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings) -> int:
@@ -61,9 +62,13 @@ def list_weight_costs(recipe: Recipe, settings: WorkbenchSettings, *, moments: b
     return costs
 
 
-def count_polish(settings: WorkbenchSettings, tokens: int) -> int:
-    """Of a polish on so many tokens, as `Schedule.count_tokens`. Raises ImpossiblePlan where the text is too short."""
-    schedule = schedule_polish(settings.count_fitted(), settings.window, tokens, settings.seed)
+def count_polish(settings: WorkbenchSettings, tokens: int, texts: int = 0) -> int:
+    """Of a polish on so many tokens, as `Schedule.count_tokens`; of a mixture of so many `texts`, where it has some.
+
+    Raises ImpossiblePlan where the text is too short.
+    """
+    windows = settings.calibration_windows * texts if texts else settings.count_fitted()
+    schedule = schedule_polish(windows, settings.window, tokens, settings.seed)
     return schedule.count_tokens(settings.window)
 
 
@@ -86,5 +91,6 @@ def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     if walked := count_in_order({recipe.statistics for recipe in recipes}, settings):
         costs[f"walk of order {order.id}"] = walked
     if order.polish:
-        costs[f"polish of order {order.id}"] = count_polish(settings, order.polish)
+        mix = next(iter(order.layers.values())).recipe.mix
+        costs[f"polish of order {order.id}"] = count_polish(settings, order.polish, len(mix))
     return costs

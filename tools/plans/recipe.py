@@ -21,6 +21,7 @@ from tools.plans.methods import (
     name_sequential,
     translate_label,
 )
+from tools.plans.mix import MARKS, Mix, label_mix, parse_mix
 from tools.plans.registry import describe_choices
 from tools.plans.rules import RULES, UNIFORM, RuleName
 
@@ -102,6 +103,12 @@ class Recipe(BaseModel):
         "run",
         description="Text that statistics and curves are taken from. run: the run's own. quarter, half: with so many "
         "questions and answers in it, so that facts weigh more; for runs that ask questions. Costs a profile each.",
+    )
+    mix: SkipJsonSchema[Mix] = Field(  # planners are told of it in runs with named texts
+        (),
+        exclude_if=operator.not_,
+        description="What each text counts in statistics and polish, as weights; left out, as in the run. A sum of "
+        "what is known of each, at no cost.",
     )
     polish: SkipJsonSchema[bool] = Field(  # planners are told of it in runs that allow it
         False,
@@ -202,6 +209,7 @@ class Recipe(BaseModel):
             "+refit" if self.refits_after else "",
             "~clipped" if self.gamma == "clipped" else "",
             "~weighted" if self.weighs_tokens else "",
+            label_mix(self.mix),
             f"~{self.calibration}" if self.calibration != "run" else "",
             f"~{self.statistics}" if self.in_order else "",
         ]
@@ -264,6 +272,7 @@ class Recipe(BaseModel):
             tokens="weighted" if self.weighs_tokens else "even",
             statistics=self.statistics,
             calibration=self.calibration,
+            mix=self.mix,
             pattern=self.pattern,
         )
 
@@ -272,18 +281,19 @@ _IN_STEPS = "|".join(f"(?<=^{name})" for name, method in METHODS.items() if meth
 
 _LABEL = re.compile(
     rf"(?P<method>[a-z-]+?)(?:(?:{_IN_STEPS})(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
-    r"(?P<weighted>~weighted)?(?:~(?P<calibration>quarter|half))?(?:~(?P<statistics>dense|sequential|stages))?"
+    rf"(?P<weighted>~weighted)?(?P<mix>{MARKS})?"
+    r"(?:~(?P<calibration>quarter|half))?(?:~(?P<statistics>dense|sequential|stages))?"
     r"(?P<polish>\+polish(?P<polish_tokens>\d+)?)?"
     r"(?::(?P<allocation>[a-z][a-z-]*?)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
 
 
 def parse_recipe(label: str) -> Recipe:
-    """The recipe of `METHOD[+refit][~clipped][~weighted][~quarter|~half][~STATISTICS][+polish[TOKENS]]
+    """The recipe of `METHOD[+refit][~clipped][~weighted][~SHARETEXT…][~quarter|~half][~STATISTICS][+polish[TOKENS]]
     [:ALLOCATION[@STRENGTH]]`.
 
-    STATISTICS is dense, sequential or stages; without that mark they are those that the method's authors take. Without
-    an allocation it is uniform.
+    SHARETEXT, such as `~0.7code~0.3prose`, is a mixture of named texts. STATISTICS is dense, sequential or stages;
+    without that mark they are those that the method's authors take. Without an allocation it is uniform.
     Raises ValueError in one line for another form or a name that there is not.
     """
     form = _LABEL.fullmatch(label.strip())
@@ -298,6 +308,7 @@ def parse_recipe(label: str) -> Recipe:
                 "gamma": "clipped" if form["clipped"] else "plain",
                 "tokens": "weighted" if form["weighted"] else "even",
                 **({"statistics": form["statistics"]} if form["statistics"] else {}),
+                "mix": parse_mix(form["mix"]),
                 "calibration": form["calibration"] or "run",
                 "polish": form["polish"] is not None,
                 "polish_tokens": form["polish_tokens"] or 0,

@@ -14,9 +14,9 @@ Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS
-from tools.statistics.experts import FEW, fill_up, find_few, list_pools
+from tools.statistics.experts import FEW, fill_up, fill_up_moments, list_pools
+from tools.statistics.known import KeptBlocks, ModelStatistics, Way, know_nothing, mix_statistics, mix_tensors
 from tools.statistics.requests import (
     Alone,
     Finish,
@@ -42,48 +43,8 @@ from tools.statistics.requests import (
     ignore_ticks,
 )
 from tools.statistics.shards import SHARDS, Span, Sums, join_nodes
-from tools.statistics.walk import Purpose, Walk
+from tools.statistics.walk import Purpose, Walk, split_texts
 from tools.statistics.walks import Nodes, Walks, layers_by_block
-
-
-@dataclass
-class ModelStatistics:
-    """What the calibration text says of every layer, fp32 on the model's device."""
-
-    mean_square: dict[str, Tensor]
-    gradient_square: dict[str, Tensor]
-    clipped_square: dict[str, Tensor]
-    """Gamma with each token clipped at `tools.statistics.walks.CLIP` times the median one."""
-    group: dict[str, str]
-    """Layer name to the first layer that reads the same input, under whose name their second moment is kept."""
-    gradient: dict[str, float]
-    """The paper's gradient score."""
-    kappa: dict[str, list[float]]
-    """The KL each layer is predicted to cost at each of LEVELS, two-sided mask, nats per token."""
-    few: dict[str, int] = field(default_factory=dict)
-    """Tokens that experts were sent which were sent too few of them (`tools.statistics.experts`)."""
-
-    def take(self, part: "ModelStatistics") -> None:
-        """Add what is known of more layers."""
-        for own in fields(self):
-            getattr(self, own.name).update(getattr(part, own.name))
-
-
-def _know_nothing() -> ModelStatistics:
-    return ModelStatistics({}, {}, {}, {}, {}, {})
-
-
-Way = Literal["up", "down"]
-
-
-class KeptBlocks(Protocol):
-    """Whoever keeps what a walk learnt of each block, so that it goes on from there once it was interrupted."""
-
-    def read(self, way: Way, block: int) -> ModelStatistics | None:
-        """What was learnt of a block; None where it was not passed."""
-
-    def keep(self, way: Way, block: int, part: ModelStatistics) -> None:
-        """Keep what was learnt of a block."""
 
 
 class Moments(NamedTuple):
@@ -207,7 +168,7 @@ def _finish_moments(
                 f"layer {layer.name} never ran on the calibration text, so that nothing is known of it"
             )
         group.setdefault(layer.name, layer.name)
-    few = _fill_up_moments(sums, extent, layers, group, full)
+    few = fill_up_moments(sums, extent.positions, layers, group, full)
     names = dict.fromkeys([*group.values(), *group])  # where tokens have weights, all layers have sums
     means = {key: sums[key] for name in names for key in (f"A/{name}", f"a/{name}") if key in sums}
     for total in means.values():
@@ -216,24 +177,6 @@ def _finish_moments(
     squares = {leader: means.get(f"a/{leader}") for leader in dict.fromkeys(group.values())}
     mean_square = {name: second[name].diagonal() if mean_I is None else mean_I for name, mean_I in squares.items()}
     return Moments(mean_square, second, group, few)
-
-
-def _fill_up_moments(
-    sums: Sums, extent: Extent, layers: Sequence[Layer], group: Mapping[str, str], full: bool
-) -> dict[str, int]:
-    """Of experts that were sent few tokens; the tokens of those that were sent fewer than they have inputs.
-
-    Masks go by mean squares, which are their own where the second moments, of so many more figures, are not.
-    """
-    inputs = {layer.name: layer.weight_OI.shape[1] for layer in layers}
-    few: dict[str, int] = {}
-    for pool in list_pools(layers, group):
-        few |= find_few(sums, pool, inputs[pool[0]], extent.positions)
-        if full:
-            sums |= {f"a/{name}": sums[f"A/{name}"].diagonal().clone() for name in pool if f"A/{name}" in sums}
-            fill_up(sums, "A", pool, inputs[pool[0]], extent.positions)
-        fill_up(sums, "a", pool, FEW, extent.positions)
-    return {name: few[leader] for name, leader in group.items() if leader in few}
 
 
 def _join(extent: Extent, answers: Sequence[Nodes]) -> Sums:
@@ -250,7 +193,6 @@ def collect_statistics(
     dense: Mapping[str, Tensor] | None = None,
     text: Calibration = "run",
     kept: KeptBlocks | None = None,
-    shares: Sequence[float] = (),
 ) -> ModelStatistics:
     """Input moments over all windows; output-gradient moments and KL curves over the gradient windows.
 
@@ -258,28 +200,61 @@ def collect_statistics(
     it only mean squares are collected.
     kappa(s) = 1/(2T) sum_t (g_t^T dW(s) x_t)^2 with g from labels drawn from the model itself; dW is what the
     two-sided mask removes of the `dense` weights where they are given, else of those in the model. What is `kept` of
-    blocks is not collected again, nor are their second moments handed out. `shares` are as in `Walk`. Raises
-    UnknownStatistics for a layer that never ran.
+    blocks is not collected again, nor are their second moments handed out. Raises UnknownStatistics for a layer that
+    never ran.
     """
     grouped = _group(layers)
-    with begin_walk(team, text, shares=shares) as walk:
-        statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept)
-        _walk_down(team, extent, walk, grouped, progress, statistics, dense, kept)
+    with begin_walk(team, text) as walk:
+        statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept, "profile")
+        _walk_down(team, extent, walk, grouped, progress, [statistics], dense, [kept] if kept else [], [1.0])
     return statistics
 
 
+def collect_texts(
+    team: Team,
+    extent: Extent,
+    layers: Sequence[Layer],
+    progress: Progress,
+    keep_moment: Callable[[int, str, Tensor], None] | None,
+    shares: Sequence[float],
+    dense: Mapping[str, Tensor] | None = None,
+    kept: Sequence[KeptBlocks] = (),
+) -> list[ModelStatistics]:
+    """As `collect_statistics`, for each text of a calibration text of several, which count these `shares` in the run.
+
+    All figures are a text's own. The KL curves of all are about one mask at each level, that of the run's statistics,
+    so that curves can be summed up as well; for other shares they are those of that mask. Each text walks up for
+    itself, and all walk down together. `keep_moment` is told the number of the text first; there is one of `kept` for
+    each.
+    """
+    grouped, texts, parts = _group(layers), range(len(shares)), list[ModelStatistics]()
+    for text in texts:
+        keep = None if keep_moment is None else partial(keep_moment, text)
+        with begin_walk(team, shares=[float(other == text) for other in texts]) as walk:
+            own = kept[text] if kept else None
+            parts.append(_walk_up(team, extent, walk, grouped, progress, keep, own, "moments"))
+    with begin_walk(team, shares=[1 / len(shares) for _ in texts]) as walk:
+        _walk_down(team, extent, walk, grouped, progress, parts, dense, kept, shares)
+    return parts
+
+
 def _read_passed(
-    kept: KeptBlocks | None,
+    kept: Sequence[KeptBlocks],
     way: Way,
     blocks: Iterable[int],
-    statistics: ModelStatistics,
+    parts: Sequence[ModelStatistics],
     extent: Extent,
     ticks: Callable[[int], None],
 ) -> list[int]:
     """Take over what is kept of blocks, which are given in the order of the walk; those that are still to be passed."""
     left = list(blocks)
-    while left and kept is not None and (part := kept.read(way, left[0])) is not None:
-        statistics.take(part)
+    while left and kept:
+        found = [keeper.read(way, left[0]) for keeper in kept]
+        known = [own for own in found if own is not None]
+        if len(known) < len(found):
+            break
+        for part, own in zip(parts, known, strict=True):
+            part.take(own)
         ticks(extent.shards)
         left.pop(0)
     return left
@@ -293,14 +268,15 @@ def _walk_up(
     progress: Progress,
     keep_moment: Callable[[str, Tensor], None] | None,
     kept: KeptBlocks | None,
+    purpose: Purpose,
 ) -> ModelStatistics:
     """What the layers read; gradients and curves are empty."""
-    statistics, full = _know_nothing(), keep_moment is not None
+    statistics, full = know_nothing(), keep_moment is not None
     ticks = count_up(progress, "statistics", len(grouped) * extent.shards)
-    left = _read_passed(kept, "up", range(len(grouped)), statistics, extent, ticks)
-    answers = ask_in_turn(team, [SumMoments(walk, block, full, "profile") for block in left], ticks)
+    left = _read_passed([kept] if kept else [], "up", range(len(grouped)), [statistics], extent, ticks)
+    answers = ask_in_turn(team, [SumMoments(walk, block, full, purpose) for block in left], ticks)
     for block in left:
-        layers, part = grouped[block], _know_nothing()
+        layers, part = grouped[block], know_nothing()
         moments = _finish_moments(next(answers), extent, layers, full)
         part.group |= moments.group
         part.few |= moments.few
@@ -324,34 +300,45 @@ def _walk_down(
     walk: Walk,
     grouped: Sequence[Sequence[Layer]],
     progress: Progress,
-    statistics: ModelStatistics,
+    parts: Sequence[ModelStatistics],
     dense: Mapping[str, Tensor] | None,
-    kept: KeptBlocks | None,
+    kept: Sequence[KeptBlocks],
+    shares: Sequence[float],
 ) -> None:
-    """Fill in gradients and curves."""
-    tokens, unchanged = extent.gradient_windows * extent.tokens, torch.empty(0)
+    """Fill in gradients and curves of the parts that the text has."""
+    unchanged = torch.empty(0)
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
-    left = _read_passed(kept, "down", reversed(range(len(grouped))), statistics, extent, ticks)
+    left = _read_passed(kept, "down", reversed(range(len(grouped))), parts, extent, ticks)
     requests = [SumGradients(walk, block) for block in left]
     for block, answers in zip(left, ask_in_turn(team, requests, ticks), strict=True):
-        sums, layers, part = _join(extent, answers), grouped[block], _know_nothing()
-        for pool, kind in itertools.product(list_pools(layers), ("plain", "clipped")):
-            fill_up(sums, kind, pool, FEW, tokens)
-        known = {}
+        layers, known = grouped[block], {}
+        found = [_finish_gradients(sums, extent, layers) for sums in split_texts(_join(extent, answers), walk)]
         for layer in layers:
             name = layer.name
-            nothing_O = torch.zeros_like(layer.weight_OI[:, 0], dtype=torch.float32)
-            gamma_O = sums.get(f"plain/{name}", nothing_O).to(_device(layer)) / tokens
-            part.gradient_square[name] = gamma_O
-            part.clipped_square[name] = sums.get(f"clipped/{name}", nothing_O).to(_device(layer)) / tokens
-            part.gradient[name] = float(sums.get(f"language/{name}", 0.0)) / extent.gradient_windows
-            weight_OI = unchanged if dense is None else dense[name]
-            known[name] = weight_OI, statistics.mean_square[name], gamma_O
+            a_I = mix_tensors([part.mean_square[name] for part in parts], shares)
+            gamma_O = mix_tensors([own.gradient_square[name] for own in found], shares)
+            known[name] = unchanged if dense is None else dense[name], a_I, gamma_O
         curves = team.ask(SumMaskCurves(walk, block, known))(ignore_ticks)
-        part.kappa |= _finish_curves(curves, extent, layers)
-        statistics.take(part)
-        if kept is not None:
-            kept.keep("down", block, part)
+        for own, sums in zip(found, split_texts(_join(extent, curves), walk), strict=True):
+            own.kappa |= _finish_curves(sums, extent, layers)
+        for part, own in zip(parts, found, strict=True):
+            part.take(own)
+        for keeper, own in zip(kept, found, strict=bool(kept)):
+            keeper.keep("down", block, own)
+
+
+def _finish_gradients(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> ModelStatistics:
+    """Gradients of a block's layers, from their sums over one text."""
+    tokens, part = extent.gradient_windows * extent.tokens, know_nothing()
+    for pool, kind in itertools.product(list_pools(layers), ("plain", "clipped")):
+        fill_up(sums, kind, pool, FEW, tokens)
+    for layer in layers:
+        name = layer.name
+        nothing_O = torch.zeros_like(layer.weight_OI[:, 0], dtype=torch.float32)
+        part.gradient_square[name] = sums.get(f"plain/{name}", nothing_O).to(_device(layer)) / tokens
+        part.clipped_square[name] = sums.get(f"clipped/{name}", nothing_O).to(_device(layer)) / tokens
+        part.gradient[name] = float(sums.get(f"language/{name}", 0.0)) / extent.gradient_windows
+    return part
 
 
 def measure_kappa(
@@ -366,23 +353,28 @@ def measure_kappa(
 ) -> dict[str, list[float]]:
     """The KL curve of each layer for any change: `parts_of(layers)` is what each of LEVELS changes beyond the last.
 
-    One walk up and one down over the gradient windows; nats per token, `kept` and `shares` as in `collect_statistics`.
+    One walk up and one down over the gradient windows; nats per token, and `kept`, as in `collect_statistics`. `shares`
+    are as in `Walk`.
     """
-    grouped, statistics = _group(layers), _know_nothing()
+    grouped, statistics = _group(layers), know_nothing()
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
-    left = _read_passed(kept, "down", reversed(range(len(grouped))), statistics, extent, ticks)
+    kepts = [kept] if kept else []
+    left = _read_passed(kepts, "down", reversed(range(len(grouped))), [statistics], extent, ticks)
     with begin_walk(team, text, shares=shares) as walk:
         for block in left:
-            answers, part = team.ask(SumCurves(walk, block, parts_of(grouped[block])))(ticks), _know_nothing()
-            part.kappa |= _finish_curves(answers, extent, grouped[block])
+            sums = _join(extent, team.ask(SumCurves(walk, block, parts_of(grouped[block])))(ticks))
+            found = [know_nothing() for _ in shares or [1.0]]
+            for own, of_text in zip(found, split_texts(sums, walk), strict=True):
+                own.kappa |= _finish_curves(of_text, extent, grouped[block])
+            part = mix_statistics(found, shares or [1.0])
             statistics.take(part)
             if kept is not None:
                 kept.keep("down", block, part)
     return statistics.kappa
 
 
-def _finish_curves(answers: Sequence[Nodes], extent: Extent, layers: Sequence[Layer]) -> dict[str, list[float]]:
-    sums, tokens = _join(extent, answers), extent.gradient_windows * extent.tokens
+def _finish_curves(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> dict[str, list[float]]:
+    tokens = extent.gradient_windows * extent.tokens
     for pool in list_pools(layers):
         fill_up(sums, "curve", pool, FEW, tokens)
     nothing = torch.zeros(len(LEVELS), dtype=torch.float64)  # of experts none of which these windows reached

@@ -50,6 +50,25 @@ def fill_up(sums: Sums, kind: str, pool: Sequence[str], enough: int, tokens: int
         sums[f"{kind}/{name}"] = filled.mul_(max(n, 1) / enough)
 
 
+def fill_up_moments(
+    sums: Sums, tokens: int, layers: Sequence[Layer], group: Mapping[str, str], full: bool
+) -> dict[str, int]:
+    """Fill up what experts read that were sent few of a text's tokens; the tokens of those that were sent fewer than
+    they have inputs.
+
+    Masks go by mean squares, which are their own where the second moments, of so many more figures, are not.
+    """
+    inputs = {layer.name: layer.weight_OI.shape[1] for layer in layers}
+    few: dict[str, int] = {}
+    for pool in list_pools(layers, group):
+        few |= find_few(sums, pool, inputs[pool[0]], tokens)
+        if full:
+            sums |= {f"a/{name}": sums[f"A/{name}"].diagonal().clone() for name in pool if f"A/{name}" in sums}
+            fill_up(sums, "A", pool, inputs[pool[0]], tokens)
+        fill_up(sums, "a", pool, FEW, tokens)
+    return {name: few[leader] for name, leader in group.items() if leader in few}
+
+
 def list_pools(layers: Iterable[Layer], group: Mapping[str, str] | None = None) -> list[list[str]]:
     """The layers that stand for each other, or the first layers of the groups that these read with."""
     pools: dict[str, dict[str, None]] = {}

@@ -36,7 +36,8 @@ class Pair(NamedTuple):
     g_TO: Tensor
     """The gradient of -log p of drawn labels, times `scale`."""
     scale: float
-    """Of the root of what the window counts, the inverse is in it."""
+    mark: str = ""
+    """Of its window, as in `Walk.mark`."""
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Seen:
 
     pairs: dict[int, dict[str, list[Pair]]]
     language: dict[int, dict[str, float]]
-    """Mean over the weights of |dL/dW| of the language modelling loss, summed over the windows."""
+    """Mean over the weights of |dL/dW| of the language modelling loss, summed over the windows of each mark."""
     sizes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     """By layer and window, the squared gradient of each token, (T,); in a walk through every window, without pairs."""
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LayerProfile
-from tools.statistics.collect import ModelStatistics
+from tools.statistics.known import ModelStatistics
 from tools.statistics.scores import compute_z_scores, measure_outliers, measure_wanda
 
 

@@ -6,7 +6,6 @@ what every block read of the gradient windows.
 Shape suffixes: B windows, T tokens, I input features (d_in), O output features (d_out), D hidden width.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -226,6 +225,9 @@ class Walks:
         """The windows of a shard that are walked."""
         return [window for window in self.shards[shard] if self._find_share(window)]
 
+    def _mark(self, window: int) -> str:
+        return self._walk.mark(window, len(self.windows_BT)) if self._walk else ""
+
     def _find_share(self, window: int) -> float:
         return self._walk.find_share(window, len(self.windows_BT)) if self._walk else 1.0
 
@@ -292,7 +294,7 @@ class Walks:
         layers, last, shards = self.grouped[block], block == len(self.blocks) - 1, range(*span)
         seen = Seen(
             {shard: {layer.name: [] for layer in layers} for shard in shards},
-            {shard: dict.fromkeys((layer.name for layer in layers), 0.0) for shard in shards},
+            {shard: {} for shard in shards},
         )
         assert way.inputs is not None
         entered = iter(way.inputs.pop())
@@ -321,15 +323,15 @@ class Walks:
                     if language:
                         fisher = False
                         below.append(flow_back(output, x_BTD, above[1], means.clear, scaled=self._scaled))
-                share = self._find_share(window)
                 for name, x_TI, g_TO in pairs:
                     if self._walk is not None and self._walk.every:
                         sizes, size_T = seen.sizes.setdefault(name, {}), sum_token_squares(g_TO) / drawn.scale**2
                         sizes[window] = size_T.cpu() + sizes.get(window, 0)  # a layer may be called twice
                     else:
-                        seen.pairs[shard][name].append(Pair(x_TI, g_TO, drawn.scale / math.sqrt(share)))
+                        seen.pairs[shard][name].append(Pair(x_TI, g_TO, drawn.scale, self._mark(window)))
                 for name, mean in means:
-                    seen.language[shard][name] += share * mean / below[1].scale
+                    key = self._mark(window) + name
+                    seen.language[shard][key] = seen.language[shard].get(key, 0.0) + mean / below[1].scale
                 pairs.clear()
                 means.clear()
                 way.above[window] = tuple(bring_near(gradient, scaled=self._scaled) for gradient in below)
@@ -348,15 +350,16 @@ class Walks:
 
     def _sum_gradients(self, seen: Seen, shard: int) -> Sums:
         sums: Sums = {}
-        for name, pairs in seen.pairs[shard].items():
-            if pairs:
+        for name, every in seen.pairs[shard].items():
+            for mark in dict.fromkeys(pair.mark for pair in every):
+                key, pairs = mark + name, [pair for pair in every if pair.mark == mark]
                 plain = [sum_squares(pair.g_TO) / pair.scale**2 for pair in pairs]
                 clipped = [sum_squares(clip_tokens(pair.g_TO, CLIP)) / pair.scale**2 for pair in pairs]
-                sums[f"plain/{name}"] = sum(plain[1:], plain[0])
-                sums[f"clipped/{name}"] = sum(clipped[1:], clipped[0])
-                sums[f"language/{name}"] = torch.tensor(seen.language[shard][name], dtype=torch.float64)
+                sums[f"plain/{key}"] = sum(plain[1:], plain[0])
+                sums[f"clipped/{key}"] = sum(clipped[1:], clipped[0])
+                sums[f"language/{key}"] = torch.tensor(seen.language[shard].get(key, 0.0), dtype=torch.float64)
                 if name in self._pooled:
-                    add_count(sums, name, *(pair.g_TO for pair in pairs))
+                    add_count(sums, key, *(pair.g_TO for pair in pairs))
         return sums
 
     def _sum_curves(self, seen: Seen, span: Span, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
@@ -373,10 +376,14 @@ class Walks:
             changes_LP /= torch.tensor([pair.scale**2 for pair in whole], dtype=torch.float64).to(changes_LP.device)
             columns = changes_LP.split([len(shard) for shard in pairs.values()], 1)
             for shard, column_LP in zip(pairs, columns, strict=True):
-                if column_LP.shape[1]:
-                    leaves[shard][f"curve/{layer.name}"] = column_LP.sum(1)
+                marks = [pair.mark for pair in pairs[shard]]
+                for mark in dict.fromkeys(marks):
+                    own = [place for place, other in enumerate(marks) if other == mark]
+                    leaves[shard][f"curve/{mark}{layer.name}"] = (
+                        column_LP if len(own) == len(marks) else column_LP[:, own]
+                    ).sum(1)
                     if layer.pool:
-                        add_count(leaves[shard], layer.name, *(pair.x_TI for pair in pairs[shard]))
+                        add_count(leaves[shard], mark + layer.name, *(pairs[shard][place].x_TI for place in own))
         return self._sum(span, leaves.__getitem__)
 
     def _sum(self, span: Span, leaf: Callable[[int], Sums]) -> Nodes:

@@ -44,9 +44,10 @@ from tools.workbench.curves import Curves
 from tools.workbench.evaluate import Evaluator
 from tools.workbench.losses import Losses
 from tools.workbench.polish import Polisher
-from tools.workbench.profiles import Profiles, StoredProfile
+from tools.workbench.profiles import Profiles
 from tools.workbench.prune import Pruner
 from tools.workbench.store import ArtifactStore, Index
+from tools.workbench.stored import StoredProfile
 from tools.workbench.weights import Weights
 from tools.workbench.written import Author
 

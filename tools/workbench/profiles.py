@@ -1,62 +1,30 @@
 """Profiles of the dense model: its losses, and what calibration texts say of its layers, measured once and kept."""
 
 import json
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import groupby
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor
 
 from kernels.methods import LayerStatistics
-from tools.base.errors import ImpossiblePlan, UnknownStatistics, UserError
+from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import TEAM, Calibration, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar
-from tools.models.layers import Layer
-from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
-from tools.statistics.collect import (
-    ModelStatistics,
-    Moments,
-    begin_walk,
-    collect_moments,
-    collect_statistics,
-)
+from tools.statistics.collect import Moments, collect_statistics, collect_texts
+from tools.statistics.known import ModelStatistics, mix_statistics, refuse_infinite
 from tools.statistics.table import build_profile
-from tools.statistics.weights import weigh_block
 from tools.team.cluster import Cluster
 from tools.team.worker import LayerGroup, LayerWork
 from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses
+from tools.workbench.moments import SecondMoments
 from tools.workbench.store import ArtifactStore, Index
+from tools.workbench.stored import StoredProfile, TextPart, keep_part, read_part, write_means
 from tools.workbench.unfinished import UnfinishedWalk
 from tools.workbench.weights import Weights
-
-
-class StoredProfile(BaseModel):
-    """What `Profiles.make` leaves on disk."""
-
-    layers: list[LayerProfile]
-    means: str
-    moments: dict[str, str]
-    """Artifact of the second moment of each group of layers; empty until a recipe needs them."""
-    group: dict[str, str]
-    hidden: str
-    dense: Evaluation
-    calibration: Calibration = "run"
-    """The text that it is about."""
-    few: dict[str, int] = {}
-    """Layers of experts that were sent too few of its tokens (`tools.statistics.experts`), with their number."""
-    mix: dict[str, float] = Field({}, exclude_if=operator.not_)
-    """What each of the run's named texts counts in it, in their order and in sum 1; empty where there are none."""
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """The same, as a walk has it."""
-        return tuple(self.mix.values())
 
 
 class Profiles:
@@ -75,8 +43,9 @@ class Profiles:
         """`mixed` are the calibration texts that there are beside the run's own."""
         self._settings, self._mixed, self._weights, self._crew = settings, mixed, weights, crew
         self._store, self._index, self._losses = store, index, losses
+        self._moments = SecondMoments(weights, store, index, crew)
         self._last: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
-        self._shared: tuple[str, LayerStatistics] | None = None
+        self._shared: tuple[list[tuple[str, float]], LayerStatistics] | None = None
 
     def make(self, progress: Progress, first: str = "", *, masks_only: bool = False) -> str:
         """Statistics, KL curves and the dense model's losses, kept as artifacts; the id of the profile.
@@ -91,9 +60,7 @@ class Profiles:
         """
         layers, dense = self._weights.layers, self._weights.dense
         if first:
-            walk = self._find_unfinished("run", {}, "again")
-            table = build_profile(layers, self._collect("run", progress, None, walk, dense), dense)
-            walk.forget()
+            table = build_profile(layers, self._collect_again(progress, dense), dense)
             return self._store.write_json(self.read(first).model_copy(update={"layers": table}).model_dump())
         self._weights.restore_dense()
         return self._profile_text("run", *self._measure_dense(progress), progress, full=not masks_only)
@@ -152,6 +119,8 @@ class Profiles:
         full: bool,
     ) -> str:
         """A profile of the dense model, which is in place; second moments are in it if it is `full`."""
+        if self._settings.text:
+            return self._profile_texts(hidden, evaluation, progress, full=full)
         moments: dict[str, str] = {}
 
         def keep_moment(name: str, moment_II: Tensor) -> None:
@@ -159,25 +128,75 @@ class Profiles:
 
         walk = self._find_unfinished(text, moments, "full" if full else "masks")
         statistics = self._collect(text, progress, keep_moment if full else None, walk)
-        means = {f"a/{name}": value for name, value in statistics.mean_square.items()}
-        means |= {f"plain/{name}": value for name, value in statistics.gradient_square.items()}
-        means |= {f"clipped/{name}": value for name, value in statistics.clipped_square.items()}
         stored = StoredProfile(
             layers=build_profile(self._weights.layers, statistics, self._weights.dense),
-            means=self._store.write_tensors(means),
+            means=write_means(self._store, statistics),
             moments=moments,
             group=statistics.group,
             hidden=hidden,
             dense=evaluation,
             calibration=text,
             few=statistics.few,
-            mix=self._settings.text_shares,
         )
         profile = self._store.write_json(stored.model_dump())
         walk.forget()
         return profile
 
-    def _find_unfinished(self, text: Calibration, moments: dict[str, str], kind: str) -> UnfinishedWalk:
+    def _profile_texts(self, hidden: str, evaluation: Evaluation, progress: Progress, *, full: bool) -> str:
+        """As `_profile_text`, of all named texts: each by itself, and the sum of them."""
+        names, moments = list(self._settings.text), dict[str, dict[str, str]]()
+        walks = []
+        for name in names:
+            moments[name] = {}
+            walks.append(self._find_unfinished(f"text {name}", moments[name], "full" if full else "masks"))
+
+        def keep_moment(text: int, leader: str, moment_II: Tensor) -> None:
+            moments[names[text]][leader] = self._store.write_tensors({"A": moment_II})
+
+        found = self._collect_texts(progress, keep_moment if full else None, walks)
+        parts = {name: keep_part(self._store, own, moments[name]) for name, own in zip(names, found, strict=True)}
+        profile = self._write_mixture(parts, found, self._settings.text_shares, hidden, evaluation)
+        for walk in walks:
+            walk.forget()
+        return profile
+
+    def _write_mixture(
+        self,
+        parts: Mapping[str, TextPart],
+        found: Sequence[ModelStatistics],
+        mix: dict[str, float],
+        hidden: str,
+        evaluation: Evaluation,
+    ) -> str:
+        """A profile that is the sum of what was `found` of each text."""
+        statistics = mix_statistics(found, list(mix.values()))
+        stored = StoredProfile(
+            layers=build_profile(self._weights.layers, statistics, self._weights.dense),
+            means=write_means(self._store, statistics),
+            moments={},
+            group=statistics.group,
+            hidden=hidden,
+            dense=evaluation,
+            few=statistics.few,
+            mix=mix,
+            parts=dict(parts),
+        )
+        return self._store.write_json(stored.model_dump())
+
+    def _collect_again(self, progress: Progress, dense: dict[str, Tensor]) -> ModelStatistics:
+        """Statistics of the weights in the model now, with curves about the dense ones."""
+        if not self._settings.text:
+            walk = self._find_unfinished("run", {}, "again")
+            statistics = self._collect("run", progress, None, walk, dense)
+            walk.forget()
+            return statistics
+        walks = [self._find_unfinished(f"text {name}", {}, "again") for name in self._settings.text]
+        found = self._collect_texts(progress, None, walks, dense)
+        for walk in walks:
+            walk.forget()
+        return mix_statistics(found, list(self._settings.text_shares.values()))
+
+    def _find_unfinished(self, text: str, moments: dict[str, str], kind: str) -> UnfinishedWalk:
         """What an earlier walk through a text left that was interrupted, by the same weights and settings."""
         key = [*self._name_dense(), json.dumps(self._weights.installed), text, kind]
         return UnfinishedWalk(self._index, self._weights, key, moments)
@@ -196,12 +215,23 @@ class Profiles:
     ) -> ModelStatistics:
         """As `collect_statistics`. Raises UnknownStatistics too for statistics that are not finite."""
         team, extent = self._crew.team, self._crew.extent
-        shares = tuple(self._settings.text_shares.values())
-        statistics = collect_statistics(
-            team, extent, self._weights.layers, progress, keep_moment, dense, text, kept, shares
-        )
-        _refuse_infinite(statistics, self._settings.dtype)
+        statistics = collect_statistics(team, extent, self._weights.layers, progress, keep_moment, dense, text, kept)
+        refuse_infinite(statistics, self._settings.dtype)
         return statistics
+
+    def _collect_texts(
+        self,
+        progress: Progress,
+        keep_moment: Callable[[int, str, Tensor], None] | None,
+        kept: Sequence[UnfinishedWalk],
+        dense: dict[str, Tensor] | None = None,
+    ) -> list[ModelStatistics]:
+        """As `_collect`, of each named text."""
+        team, extent, shares = self._crew.team, self._crew.extent, list(self._settings.text_shares.values())
+        found = collect_texts(team, extent, self._weights.layers, progress, keep_moment, shares, dense, kept)
+        for statistics in found:
+            refuse_infinite(statistics, self._settings.dtype)
+        return found
 
     def read(self, profile: str) -> StoredProfile:
         """A profile by its id. Raises DamagedArtifact."""
@@ -236,6 +266,13 @@ class Profiles:
             raise ImpossiblePlan(
                 "tokens are not weighted in mixtures of experts, each of which reads other ones; leave tokens even"
             )
+        if unknown := [name for name, _ in recipe.mix if name not in self._settings.text]:
+            texts = ", ".join(self._settings.text)
+            raise ImpossiblePlan(
+                f"mix weighs {unknown[0]!r}, which is none of the texts {texts}"
+                if texts
+                else f"mix weighs {unknown[0]!r}, and this run has no named texts; leave it out"
+            )
         if recipe.calibration == "run" or recipe.calibration in self._mixed:
             return
         asked = f"calibration {recipe.calibration!r}"
@@ -249,15 +286,19 @@ class Profiles:
         raise ImpossiblePlan(f"{asked} needs {count} windows of questions that are in no other text; there are fewer")
 
     def find(self, profile: str, recipe: Recipe, progress: Progress) -> str:
-        """The profile that a recipe's statistics come from: `profile`, or one of the dense model on the recipe's text.
+        """The profile that a recipe's statistics come from: `profile`, or one of the dense model on the recipe's text,
+        or its mixture of texts.
 
-        Of that nothing but its statistics differs. Measured once, then read back. Raises ImpossiblePlan.
+        Of that nothing but its statistics differs. Measured once, then read back; a mixture is a sum, and nothing is
+        measured for it. Raises ImpossiblePlan.
         """
-        if recipe.calibration == "run":
+        if recipe.calibration == "run" and not recipe.mix:
             return profile
         self.refuse_statistics(recipe)
         run = self.read(profile)
-        full = bool(run.moments)
+        if recipe.mix:
+            return self._find_mixture(run, profile, dict(recipe.mix))
+        full = run.full
 
         def measure() -> dict[str, str]:
             self._weights.restore_dense()
@@ -265,16 +306,29 @@ class Profiles:
 
         return str(self._index.measure_once(self._name_mixed(profile, recipe), measure)["profile"])
 
+    def _find_mixture(self, run: StoredProfile, profile: str, weights: Mapping[str, float]) -> str:
+        """The profile of a mixture of the run's texts."""
+        mix = {name: weights.get(name, 0.0) / sum(weights.values()) for name in run.mix}
+        if mix == run.mix:
+            return profile
+
+        def add_up() -> dict[str, str]:
+            found = [read_part(self._store, part, self._weights.device_of) for part in run.parts.values()]
+            return {"profile": self._write_mixture(run.parts, found, mix, run.hidden, run.dense)}
+
+        key = ["mixture", json.dumps(mix), run.means, run.hidden, "full" if run.full else "masks"]
+        return str(self._index.measure_once(key, add_up)["profile"])
+
     def find_known(self, profile: str, recipe: Recipe) -> str:
         """As `find`, without any measurement; "" where it was never measured."""
         if recipe.calibration == "run":
-            return profile
+            return self.find(profile, recipe, ignore_progress)
         return str((self._index.read_measured(self._name_mixed(profile, recipe)) or {}).get("profile", ""))
 
     def _name_mixed(self, profile: str, recipe: Recipe) -> list[str]:
         """What the profile of another text depends on beside that text: the run's own names model and settings."""
         run = self.read(profile)
-        return ["profile", recipe.calibration, run.means, run.hidden, "full" if run.moments else "masks"]
+        return ["profile", recipe.calibration, run.means, run.hidden, "full" if run.full else "masks"]
 
     # --- what layers are pruned by -----------------------------------------------------------------------------
 
@@ -292,79 +346,32 @@ class Profiles:
         if not recipe.changes_survivors:
             return LayerStatistics(means[f"a/{name}"].to(device), gamma_O)
         moments = self.find_moments(profile, weighted=recipe.weighs_tokens)
-        digest = moments[name if recipe.weighs_tokens else stored.group[name]]
-        if self._shared is None or self._shared[0] != digest:  # neighbours share one; only one is held
-            moment_II = self._store.read_tensors(digest)["A"].to(device)
+        if stored.parts:
+            shared = {text: share for text, share in stored.mix.items() if share}
+            digests = [(moments[f"{text} {stored.parts[text].group[name]}"], share) for text, share in shared.items()]
+        else:
+            digests = [(moments[name if recipe.weighs_tokens else stored.group[name]], 1.0)]
+        if self._shared is None or self._shared[0] != digests:  # neighbours share one; only one is held
+            moment_II = self._moments.add_up(digests, device)
             statistics = LayerStatistics(means[f"a/{name}"].to(device), gamma_O, moment_II)
         else:
             statistics = self._shared[1].for_outputs(gamma_O)
-        self._shared = (digest, statistics)
+        self._shared = (digests, statistics)
         return statistics
 
     def find_moments(
         self, profile: str, progress: Progress = ignore_progress, *, weighted: bool = False
     ) -> dict[str, str]:
-        """Artifact of each second moment; where the profile was made for masks alone, measured in the dense model.
-
-        Those in which tokens are `weighted` are one for each layer, and always measured when they are first asked for.
-        """
-        stored = self.read(profile)
-        if weighted:
-            self.find_token_weights(profile, progress)
-            measure = partial(self._measure_moments, stored, progress, profile)
-            return self._index.measure_once(["weighted moments", stored.means], measure)
-        measure = partial(self._measure_moments, stored, progress)
-        return stored.moments or self._index.measure_once(["moments", stored.means], measure)
-
-    def _measure_moments(self, stored: StoredProfile, progress: Progress, weighed: str = "") -> dict[str, str]:
-        """By the weights of tokens of the profile `weighed`, where one is given."""
-        self._weights.restore_dense()
-        artifacts: dict[str, str] = {}
-        grouped, team = self._weights.by_block, self._crew.team
-        kind, label = ("weighted moments", "weighted second moments") if weighed else ("moments", "second moments")
-        with begin_walk(team, stored.calibration, shares=stored.shares) as walk:
-            for block, layers in enumerate(grouped):
-                progress(label, block, len(grouped))
-
-                def measure(block: int = block, layers: Sequence[Layer] = layers) -> dict[str, str]:
-                    weights = self.read_token_weights(weighed, block) if weighed else None
-                    moments = collect_moments(team, self._crew.extent, walk, block, layers, weights=weights)
-                    return {
-                        name: self._store.write_tensors({"A": moment_II})
-                        for name, moment_II in moments.second_moment.items()
-                    }
-
-                artifacts |= self._index.measure_files([kind, stored.means, str(block)], measure)
-        progress(label, len(grouped), len(grouped))
-        return artifacts
+        """As `SecondMoments.find`."""
+        return self._moments.find(self.read(profile), progress, weighted=weighted)
 
     def find_token_weights(self, profile: str, progress: Progress) -> None:
-        """Weights of all tokens of the profile's text, in the dense model: measured once, block by block from the last.
-
-        Gradients flow back through every window of the text, and not the gradient windows alone.
-        """
-        stored, grouped, team = self.read(profile), self._weights.by_block, self._crew.team
-        names = [["token weights", stored.means, str(block)] for block in range(len(grouped))]
-        known = map(self._index.read_measured, names)
-        if all(made is not None and self._store.has(made["weights"], ".safetensors") for made in known):
-            return
-        self._weights.restore_dense()
-        with begin_walk(team, stored.calibration, every=True) as walk:
-            for done, block in enumerate(reversed(range(len(grouped)))):
-                progress("token weights", done, len(grouped))
-
-                def measure(block: int = block) -> dict[str, str]:
-                    weights = weigh_block(team, self._crew.extent, walk, block, grouped[block])
-                    return {"weights": self._store.write_tensors(weights)}
-
-                self._index.measure_files(names[block], measure)
-        progress("token weights", len(grouped), len(grouped))
+        """As `SecondMoments.find_token_weights`."""
+        self._moments.find_token_weights(self.read(profile), progress)
 
     def read_token_weights(self, profile: str, block: int) -> dict[str, Tensor]:
-        """What `find_token_weights` found for the layers of a block: (windows, T), fp32, on the CPU."""
-        made = self._index.read_measured(["token weights", self.read(profile).means, str(block)])
-        assert made is not None, "they are found before layers are pruned"
-        return self._store.read_tensors(made["weights"])
+        """As `SecondMoments.read_token_weights`."""
+        return self._moments.read_token_weights(self.read(profile), block)
 
     def list_work(
         self,
@@ -385,12 +392,3 @@ class Profiles:
                 work.append(LayerWork(name, zeros[name], dense, statistics.mean_square_I, gamma_O))
                 moment_II = statistics.second_moment_II if recipe.changes_survivors else None
             yield LayerGroup(work, moment_II)
-
-
-def _refuse_infinite(statistics: ModelStatistics, dtype: str) -> None:
-    for values in (statistics.mean_square, statistics.gradient_square):
-        for name, value in values.items():
-            if not bool(torch.isfinite(value).all()):
-                raise UnknownStatistics(
-                    f"activations or gradients of {name} are not finite in {dtype}; try --dtype fp32 or bf16"
-                )

@@ -10,6 +10,7 @@ from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop, ignore_progress
 from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
+from tools.plans.mix import label_mix
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished
@@ -301,9 +302,9 @@ class Pruner:
 
 
 def _refuse_two_walks(recipes: list[Recipe]) -> None:
-    texts = dict.fromkeys(recipe.calibration for recipe in recipes if recipe.in_order)
+    texts = dict.fromkeys((recipe.calibration, recipe.mix) for recipe in recipes if recipe.in_order)
     if len(texts) > 1:
-        asked = " and ".join(map(repr, texts))
+        asked = " and ".join(repr(label_mix(mix) or text) for text, mix in texts)
         raise ImpossiblePlan(
             f"statistics behind pruned predecessors in one round are of one calibration text, and not of {asked}"
         )

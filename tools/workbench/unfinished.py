@@ -10,13 +10,13 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from tools.statistics.collect import ModelStatistics, Way
+from tools.statistics.known import ModelStatistics, Way
 from tools.workbench.store import Index
 from tools.workbench.weights import Weights
 
 
 class UnfinishedWalk:
-    """As `tools.statistics.collect.KeptBlocks`."""
+    """As `tools.statistics.known.KeptBlocks`."""
 
     def __init__(
         self, index: Index, weights: Weights, key: Sequence[str], moments: dict[str, str] | None = None

@@ -241,7 +241,7 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
         *(f for part in schema["$defs"].values() for f in part["properties"].values()),
     ]
     names = {*Plan.model_fields, *Recipe.model_fields, *Adjustment.model_fields}
-    names -= {"multipliers", "pattern", "polish", "polish_tokens"}
+    names -= {"multipliers", "mix", "pattern", "polish", "polish_tokens"}
     assert {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]} == names
     assert all(len(field["description"].split()) >= 3 for field in fields)
 

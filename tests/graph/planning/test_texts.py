@@ -2,11 +2,17 @@
 
 from dataclasses import replace
 
+import pytest
+from pydantic import ValidationError
+
 from graph.config import RunConfig
 from graph.planning.brief import planner_messages
+from graph.planning.orders import describe_plan, find_recipe, resolve
+from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.refinements import STRONG
 from graph.planning.texts import describe_shares, describe_texts
 from tests.situations import make_situation, make_trial
+from tools.plans.recipe import Recipe
 from tools.results.schema import TextFigures
 
 CODE = TextFigures(name="code", weight=0.75, perplexity=4.0, kl=0.21, kl_error=0.004)
@@ -26,3 +32,33 @@ def test_a_planner_is_shown_weights_and_the_kl_of_each_text() -> None:
 
 def test_without_named_texts_nothing_is_said_of_them() -> None:
     assert describe_shares(RunConfig()) == describe_texts(make_trial(1, "accept", 0.3, STRONG)) == ""
+
+
+def test_a_planner_has_the_lever_where_texts_have_names() -> None:
+    plain, named, both = find_schema(0), find_schema(0, NAMED.text), find_schema(640, NAMED.text)
+    assert plain is Plan and named is find_schema(0, ("code", "prose"))
+    properties = [list(schema.model_json_schema()["$defs"]["Recipe"]["properties"]) for schema in (plain, named, both)]
+    assert [[lever in told for lever in ("mix", "polish")] for told in properties] == [
+        [False, False],
+        [True, False],
+        [True, True],
+    ]
+    shares = named.model_json_schema()["$defs"]["Mix"]["properties"]
+    assert list(shares) == ["code", "prose"]
+    answer = named.model_validate({"sparsity": 0.4, "recipe": {"mix": {"code": 3, "prose": 1}}})
+    assert drop_schema(answer) == Plan(
+        sparsity=0.4, recipe=Recipe.model_validate({"mix": {"code": 0.75, "prose": 0.25}})
+    )
+    assert drop_schema(named.model_validate({"sparsity": 0.4})) == Plan(sparsity=0.4)
+    with pytest.raises(ValidationError, match="sql"):
+        named.model_validate({"sparsity": 0.4, "recipe": {"mix": {"sql": 1}}})
+    assert '"Mix"' in str(planner_messages(replace(make_situation(), config=NAMED))[0].content)
+
+
+def test_the_runs_own_mixture_is_no_lever_and_another_is_another_plan() -> None:
+    own, other = ({"code": 3.0, "prose": 1.0}, {"code": 1.0, "prose": 1.0})
+    plans = [Plan(sparsity=0.4, recipe=Recipe.model_validate({"mix": mix})) for mix in ({}, own, other)]
+    assert [find_recipe(plan, NAMED).mix for plan in plans] == [(), (), (("code", 0.5), ("prose", 0.5))]
+    layers = make_situation().layers
+    assert len({resolve(plan, layers, NAMED).id for plan in plans}) == 2
+    assert describe_plan(plans[2]) == "40.0% refit~0.5code~0.5prose:kappa"

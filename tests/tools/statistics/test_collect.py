@@ -24,13 +24,13 @@ from tools.models.layers import Layer, find_layers
 from tools.models.readout import compute_hidden, compute_logits
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.collect import (
-    ModelStatistics,
     Progress,
     collect_moments,
     collect_statistics,
     measure_kappa,
     work_alone,
 )
+from tools.statistics.known import ModelStatistics
 from tools.statistics.requests import Here
 from tools.statistics.walk import Walk
 from tools.statistics.walks import CLIP

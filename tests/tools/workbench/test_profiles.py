@@ -15,7 +15,8 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
-from tools.statistics.collect import ModelStatistics, collect_statistics
+from tools.statistics.collect import collect_statistics
+from tools.statistics.known import ModelStatistics
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
 

@@ -1,0 +1,64 @@
+"""What each named text counts in the statistics of a plan: in a recipe, and in its label. No torch."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer
+
+from tools.base.named import NAME
+
+MARKS = rf"(?:~\d+(?:\.\d+)?{NAME})+"
+"""The form of a mixture in a label, such as `~0.7code~0.3prose`."""
+
+DIGITS = 4
+"""Behind the point, of a share."""
+
+
+def read_mix(value: Any) -> Any:
+    """Names with their shares, by name and in sum 1, from a mapping or such pairs; nothing where no text counts.
+
+    Shares have few digits, so that a label says them all. Raises ValueError for one that is no number from 0 up.
+    """
+    if value is None:
+        return ()
+    pairs = dict(value) if isinstance(value, Mapping | list | tuple) else value
+    if not isinstance(pairs, dict):
+        return pairs
+    weights = {str(name): _read_weight(name, weight) for name, weight in sorted(pairs.items())}
+    total = sum(weights.values())
+    if not total:
+        return ()
+    if abs(total - 1) > 10**-DIGITS * len(weights):
+        weights = {name: weight / total for name, weight in weights.items()}
+    shares = {name: round(weight, DIGITS) for name, weight in weights.items()}
+    return tuple((name, share) for name, share in shares.items() if share)
+
+
+def _read_weight(name: Any, weight: Any) -> float:
+    try:
+        number = float(weight)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the weight of {name!r} is no number") from error
+    if not 0 <= number < math.inf or re.fullmatch(NAME, str(name)) is None:
+        raise ValueError(f"{name!r} with weight {number:g} is no text with a weight of 0 or more")
+    return number
+
+
+Mix = Annotated[tuple[tuple[str, float], ...], BeforeValidator(read_mix), PlainSerializer(dict, return_type=dict)]
+"""Shares by name; read and written as a mapping."""
+
+
+def label_mix(mix: Mix) -> str:
+    """Such as `~0.7code~0.3prose`; nothing without a mixture."""
+    return "".join(f"~{share:g}{name}" for name, share in mix)
+
+
+def parse_mix(marks: str | None) -> dict[str, float]:
+    """What `label_mix` gave. Raises ValueError for a name that stands there twice."""
+    found = re.findall(rf"~(\d+(?:\.\d+)?)({NAME})", marks or "")
+    mix = {name: float(share) for share, name in found}
+    if len(mix) < len(found):
+        raise ValueError(f"a text stands in {marks!r} twice")
+    return mix
