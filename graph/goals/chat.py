@@ -55,7 +55,8 @@ def brief_messages(config: RunConfig, texts: Sequence[Sight]) -> list[AnyMessage
     """Instructions, and the goal with what there is to weigh."""
     schema = json.dumps(Brief.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
     parts = [
-        f"Model: {quote_data(name_source(config.model), 200)}; {config.target_sparsity:.0%} of its weights go.",
+        f"Model: {quote_data(name_source(config.model), 200)}; {config.target_sparsity:.0%} of its weights go, "
+        f"in at most {config.max_iterations} rounds.",
         "The goal:\n" + data_block("goal", [quote_data(line, 2000) for line in config.goal.splitlines()]),
         "The texts:\n" + data_block("texts", [_describe(text, config) for text in texts]),
         _describe_given(config),

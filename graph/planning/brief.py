@@ -23,7 +23,7 @@ from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import Toolbox, do_now
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.situation import Situation
-from graph.planning.texts import describe_shares, describe_texts
+from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories
@@ -257,27 +257,15 @@ def _describe_bounds(situation: Situation) -> str:
         f"Round {situation.iteration} of at most {_count_rounds(situation)}. Perplexity limit of this round: {limit} "
         f"(1 + {config.tau:g} times that of the last accepted weights)."
     ) + describe_shares(config)
+    text += describe_bounds(config, situation.dense)
     text += _describe_budget(situation)
     if config.min_fact_retention:
         text += f" A round whose answer probability kept is below {config.min_fact_retention:g} is rolled back."
-    text += _describe_goal(config)
+    text += describe_goal(config)
     if not config.protect:
         return text
     selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
     return f"{text} Never touched, whatever you plan:\n" + data_block("protected", selectors)
-
-
-def _describe_goal(config: RunConfig) -> str:
-    """What each text counts and may lose, and the words that it comes from; nothing where texts have no names."""
-    if not config.text:
-        return ""
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in config.text_shares.items())
-    bounds = ", ".join(f"{name} {rise:.0%}" for name, rise in config.text_bounds.items())
-    text = f" What is judged is the mean over texts: {shares}."
-    if bounds:
-        text += f" A round whose perplexity rises further above the dense model's than this is rolled back: {bounds}."
-    words = " ".join(config.goal.splitlines())
-    return text + (f" The goal that they stand for:\n{data_block('goal', [quote_data(words, 2000)])}" if words else "")
 
 
 def _count_rounds(situation: Situation) -> int:
@@ -308,7 +296,8 @@ def _describe_budget(situation: Situation) -> str:
 
 
 def _describe_trials(situation: Situation) -> str:
-    lines = [f"dense: perplexity {show_short(situation.dense.perplexity)}"]
+    dense = situation.dense
+    lines = [f"dense: perplexity {show_short(dense.perplexity)}{describe_dense(dense)}"]
     left_out = len(situation.trials) - MAX_TRIALS
     if left_out > 0:
         lines.append(f"({left_out} earlier trials left out)")

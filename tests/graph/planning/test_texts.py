@@ -10,7 +10,7 @@ from graph.planning.brief import planner_messages
 from graph.planning.orders import describe_plan, find_recipe, resolve
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.refinements import STRONG
-from graph.planning.texts import describe_shares, describe_texts
+from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from tests.situations import make_situation, make_trial
 from tools.plans.recipe import Recipe
 from tools.results.schema import TextFigures
@@ -27,7 +27,22 @@ def test_a_planner_is_shown_weights_and_the_kl_of_each_text() -> None:
     assert describe_shares(NAMED) == (
         " Texts and their weights: code 0.75, prose 0.25; perplexity and KL are the means by weight."
     )
-    assert describe_texts(trial) == "; code KL 0.21 +- 0.004, prose KL not finite +- not finite"
+    assert describe_texts(trial) == (
+        "; code KL 0.21 +- 0.004, perplexity 4, prose KL not finite +- not finite, perplexity 9"
+    )
+
+
+def test_a_planner_is_told_of_bounds_in_perplexities_and_of_the_goal_in_its_words() -> None:
+    dense = make_trial(0, "accept", 0.0, STRONG).model_copy(update={"texts": [CODE, PROSE]})
+    bound = NAMED.model_copy(update={"text_bounds": {"code": 0.25}, "goal": "Code must\nstay."})
+    told = str(planner_messages(replace(make_situation(), config=bound, dense=dense))[1].content)
+    assert (
+        " Whatever that allows, a round is rolled back above a perplexity on code 5 (1 + 0.25 times the dense 4)."
+        in told
+    )
+    assert " The goal that they stand for:\n<data goal>\nCode must stay.\n</data>" in told
+    assert "dense: perplexity 11 (code 4, prose 9)\n" in told
+    assert describe_bounds(NAMED, dense) == describe_goal(NAMED) == describe_dense(make_situation().dense) == ""
 
 
 def test_without_named_texts_nothing_is_said_of_them() -> None:
