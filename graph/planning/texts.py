@@ -14,11 +14,11 @@ def describe_shares(config: RunConfig) -> str:
 
 def describe_bounds(config: RunConfig, dense: Trial) -> str:
     """How far the perplexity of a text may rise, in figures that rounds are compared with."""
-    known = {text.name: text.perplexity for text in dense.texts}
+    known = {text.name: text.perplexity for text in dense.texts if text.perplexity is not None}
     told = [
         f"{name} {show_short((1 + rise) * known[name])} (1 + {rise:g} times the dense {show_short(known[name])})"
         for name, rise in config.text_bounds.items()
-        if known.get(name)
+        if name in known
     ]
     return f" Whatever that allows, a round is rolled back above a perplexity on {', '.join(told)}." if told else ""
 
