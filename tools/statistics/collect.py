@@ -157,7 +157,7 @@ def find_stages(team: Team, walk: Walk, block: int) -> list[list[str]]:
 def _finish_moments(
     answers: Sequence[tuple[Nodes, dict[str, str]]], extent: Extent, layers: Sequence[Layer], full: bool
 ) -> Moments:
-    sums = _join(extent, [nodes for nodes, _ in answers])
+    sums = join_answers(extent, [nodes for nodes, _ in answers])
     group: dict[str, str] = {}
     for _, found in reversed(answers):
         group |= found  # the first one's counts
@@ -179,7 +179,8 @@ def _finish_moments(
     return Moments(mean_square, second, group, few)
 
 
-def _join(extent: Extent, answers: Sequence[Nodes]) -> Sums:
+def join_answers(extent: Extent, answers: Sequence[Nodes]) -> Sums:
+    """The sums over the whole text."""
     known: dict[Span, Sums] = {node: sums for nodes in answers for node, sums in nodes}
     return join_nodes((0, extent.shards), known)
 
@@ -203,7 +204,7 @@ def collect_statistics(
     blocks is not collected again, nor are their second moments handed out. Raises UnknownStatistics for a layer that
     never ran.
     """
-    grouped = _group(layers)
+    grouped = group_layers(layers)
     with begin_walk(team, text) as walk:
         statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept, "profile")
         _walk_down(team, extent, walk, grouped, progress, [statistics], dense, [kept] if kept else [], [1.0])
@@ -227,7 +228,7 @@ def collect_texts(
     itself, and all walk down together. `keep_moment` is told the number of the text first; there is one of `kept` for
     each.
     """
-    grouped, texts, parts = _group(layers), range(len(shares)), list[ModelStatistics]()
+    grouped, texts, parts = group_layers(layers), range(len(shares)), list[ModelStatistics]()
     for text in texts:
         keep = None if keep_moment is None else partial(keep_moment, text)
         with begin_walk(team, shares=[float(other == text) for other in texts]) as walk:
@@ -312,15 +313,15 @@ def _walk_down(
     requests = [SumGradients(walk, block) for block in left]
     for block, answers in zip(left, ask_in_turn(team, requests, ticks), strict=True):
         layers, known = grouped[block], {}
-        found = [_finish_gradients(sums, extent, layers) for sums in split_texts(_join(extent, answers), walk)]
+        found = [_finish_gradients(sums, extent, layers) for sums in split_texts(join_answers(extent, answers), walk)]
         for layer in layers:
             name = layer.name
             a_I = mix_tensors([part.mean_square[name] for part in parts], shares)
             gamma_O = mix_tensors([own.gradient_square[name] for own in found], shares)
             known[name] = unchanged if dense is None else dense[name], a_I, gamma_O
         curves = team.ask(SumMaskCurves(walk, block, known))(ignore_ticks)
-        for own, sums in zip(found, split_texts(_join(extent, curves), walk), strict=True):
-            own.kappa |= _finish_curves(sums, extent, layers)
+        for own, sums in zip(found, split_texts(join_answers(extent, curves), walk), strict=True):
+            own.kappa |= finish_curves(sums, extent, layers)
         for part, own in zip(parts, found, strict=True):
             part.take(own)
         for keeper, own in zip(kept, found, strict=bool(kept)):
@@ -356,16 +357,16 @@ def measure_kappa(
     One walk up and one down over the gradient windows; nats per token, and `kept`, as in `collect_statistics`. `shares`
     are as in `Walk`.
     """
-    grouped, statistics = _group(layers), know_nothing()
+    grouped, statistics = group_layers(layers), know_nothing()
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
     kepts = [kept] if kept else []
     left = _read_passed(kepts, "down", reversed(range(len(grouped))), [statistics], extent, ticks)
     with begin_walk(team, text, shares=shares) as walk:
         for block in left:
-            sums = _join(extent, team.ask(SumCurves(walk, block, parts_of(grouped[block])))(ticks))
+            sums = join_answers(extent, team.ask(SumCurves(walk, block, parts_of(grouped[block])))(ticks))
             found = [know_nothing() for _ in shares or [1.0]]
             for own, of_text in zip(found, split_texts(sums, walk), strict=True):
-                own.kappa |= _finish_curves(of_text, extent, grouped[block])
+                own.kappa |= finish_curves(of_text, extent, grouped[block])
             part = mix_statistics(found, shares or [1.0])
             statistics.take(part)
             if kept is not None:
@@ -373,7 +374,8 @@ def measure_kappa(
     return statistics.kappa
 
 
-def _finish_curves(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> dict[str, list[float]]:
+def finish_curves(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> dict[str, list[float]]:
+    """The KL curves of a block's layers, from their sums over one text."""
     tokens = extent.gradient_windows * extent.tokens
     for pool in list_pools(layers):
         fill_up(sums, "curve", pool, FEW, tokens)
@@ -381,7 +383,7 @@ def _finish_curves(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> dict[
     return {x.name: [float(total) for total in sums.get(f"curve/{x.name}", nothing) / (2 * tokens)] for x in layers}
 
 
-def _group(layers: Sequence[Layer]) -> list[list[Layer]]:
+def group_layers(layers: Sequence[Layer]) -> list[list[Layer]]:
     """The layers of each block, to the last that has any."""
     return layers_by_block(layers, 1 + max(layer.block for layer in layers))
 

@@ -1,7 +1,6 @@
 """Profiles of the dense model: its losses, and what calibration texts say of its layers, measured once and kept."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 
 import torch
@@ -10,20 +9,21 @@ from torch import Tensor
 from kernels.methods import LayerStatistics
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
-from tools.base.settings import TEAM, Calibration, WorkbenchSettings
+from tools.base.settings import Calibration, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar
 from tools.plans.recipe import Recipe
-from tools.statistics.collect import Moments, collect_statistics, collect_texts
-from tools.statistics.known import ModelStatistics, mix_statistics, refuse_infinite
+from tools.statistics.collect import Moments, collect_statistics
+from tools.statistics.known import ModelStatistics, refuse_infinite
 from tools.statistics.table import build_profile
 from tools.team.cluster import Cluster
 from tools.team.worker import LayerGroup, LayerWork
 from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses
+from tools.workbench.mixtures import Mixtures
 from tools.workbench.moments import SecondMoments
 from tools.workbench.store import ArtifactStore, Index
-from tools.workbench.stored import StoredProfile, TextPart, keep_part, read_part, write_means
-from tools.workbench.unfinished import UnfinishedWalk
+from tools.workbench.stored import StoredProfile, write_means
+from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_dense
 from tools.workbench.weights import Weights
 
 
@@ -44,6 +44,7 @@ class Profiles:
         self._settings, self._mixed, self._weights, self._crew = settings, mixed, weights, crew
         self._store, self._index, self._losses = store, index, losses
         self._moments = SecondMoments(weights, store, index, crew)
+        self._mixtures = Mixtures(settings, weights, store, index, crew)
         self._last: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
         self._shared: tuple[list[tuple[str, float]], LayerStatistics] | None = None
 
@@ -60,7 +61,7 @@ class Profiles:
         """
         layers, dense = self._weights.layers, self._weights.dense
         if first:
-            table = build_profile(layers, self._collect_again(progress, dense), dense)
+            table = build_profile(layers, self._collect_again(progress), dense)
             return self._store.write_json(self.read(first).model_copy(update={"layers": table}).model_dump())
         self._weights.restore_dense()
         return self._profile_text("run", *self._measure_dense(progress), progress, full=not masks_only)
@@ -68,7 +69,7 @@ class Profiles:
     def _measure_dense(self, progress: Progress) -> tuple[str, Evaluation]:
         """(artifact of the dense model's hidden states, its losses) on the validation text."""
         every = range(self._losses.count_windows("validation"))
-        key = ["unfinished", *self._name_dense(), "validation"]
+        key = ["unfinished", *name_dense(self._weights, self._settings), "validation"]
         so_far = self._read_so_far(key, len(every))
         try:
             evaluation, hidden = self._losses.measure(
@@ -91,7 +92,7 @@ class Profiles:
 
         Measured once; then the dense weights stay in the model. Raises UserError where its losses are not finite.
         """
-        key = ["further", *self._name_dense(), str(windows)]
+        key = ["further", *name_dense(self._weights, self._settings), str(windows)]
         found = self._index.read_measured(key)
         if found is None or not self._store.has(found["hidden"], ".safetensors"):
             self._weights.restore_dense()
@@ -120,13 +121,13 @@ class Profiles:
     ) -> str:
         """A profile of the dense model, which is in place; second moments are in it if it is `full`."""
         if self._settings.text:
-            return self._profile_texts(hidden, evaluation, progress, full=full)
+            return self._mixtures.make(hidden, evaluation, progress, full=full)
         moments: dict[str, str] = {}
 
         def keep_moment(name: str, moment_II: Tensor) -> None:
             moments[name] = self._store.write_tensors({"A": moment_II})
 
-        walk = self._find_unfinished(text, moments, "full" if full else "masks")
+        walk = find_unfinished(self._index, self._weights, self._settings, text, moments, "full" if full else "masks")
         statistics = self._collect(text, progress, keep_moment if full else None, walk)
         stored = StoredProfile(
             layers=build_profile(self._weights.layers, statistics, self._weights.dense),
@@ -142,68 +143,14 @@ class Profiles:
         walk.forget()
         return profile
 
-    def _profile_texts(self, hidden: str, evaluation: Evaluation, progress: Progress, *, full: bool) -> str:
-        """As `_profile_text`, of all named texts: each by itself, and the sum of them."""
-        names, moments = list(self._settings.text), dict[str, dict[str, str]]()
-        walks = []
-        for name in names:
-            moments[name] = {}
-            walks.append(self._find_unfinished(f"text {name}", moments[name], "full" if full else "masks"))
-
-        def keep_moment(text: int, leader: str, moment_II: Tensor) -> None:
-            moments[names[text]][leader] = self._store.write_tensors({"A": moment_II})
-
-        found = self._collect_texts(progress, keep_moment if full else None, walks)
-        parts = {name: keep_part(self._store, own, moments[name]) for name, own in zip(names, found, strict=True)}
-        profile = self._write_mixture(parts, found, self._settings.text_shares, hidden, evaluation)
-        for walk in walks:
-            walk.forget()
-        return profile
-
-    def _write_mixture(
-        self,
-        parts: Mapping[str, TextPart],
-        found: Sequence[ModelStatistics],
-        mix: dict[str, float],
-        hidden: str,
-        evaluation: Evaluation,
-    ) -> str:
-        """A profile that is the sum of what was `found` of each text."""
-        statistics = mix_statistics(found, list(mix.values()))
-        stored = StoredProfile(
-            layers=build_profile(self._weights.layers, statistics, self._weights.dense),
-            means=write_means(self._store, statistics),
-            moments={},
-            group=statistics.group,
-            hidden=hidden,
-            dense=evaluation,
-            few=statistics.few,
-            mix=mix,
-            parts=dict(parts),
-        )
-        return self._store.write_json(stored.model_dump())
-
-    def _collect_again(self, progress: Progress, dense: dict[str, Tensor]) -> ModelStatistics:
+    def _collect_again(self, progress: Progress) -> ModelStatistics:
         """Statistics of the weights in the model now, with curves about the dense ones."""
-        if not self._settings.text:
-            walk = self._find_unfinished("run", {}, "again")
-            statistics = self._collect("run", progress, None, walk, dense)
-            walk.forget()
-            return statistics
-        walks = [self._find_unfinished(f"text {name}", {}, "again") for name in self._settings.text]
-        found = self._collect_texts(progress, None, walks, dense)
-        for walk in walks:
-            walk.forget()
-        return mix_statistics(found, list(self._settings.text_shares.values()))
-
-    def _find_unfinished(self, text: str, moments: dict[str, str], kind: str) -> UnfinishedWalk:
-        """What an earlier walk through a text left that was interrupted, by the same weights and settings."""
-        key = [*self._name_dense(), json.dumps(self._weights.installed), text, kind]
-        return UnfinishedWalk(self._index, self._weights, key, moments)
-
-    def _name_dense(self) -> list[str]:
-        """What all that is known of the dense model depends on."""
-        return [self._weights.hash_all_dense(), self._settings.model_dump_json(exclude=set(TEAM))]
+        if self._settings.text:
+            return self._mixtures.collect_again(progress)
+        walk = find_unfinished(self._index, self._weights, self._settings, "run", {}, "again")
+        statistics = self._collect("run", progress, None, walk, self._weights.dense)
+        walk.forget()
+        return statistics
 
     def _collect(
         self,
@@ -218,20 +165,6 @@ class Profiles:
         statistics = collect_statistics(team, extent, self._weights.layers, progress, keep_moment, dense, text, kept)
         refuse_infinite(statistics, self._settings.dtype)
         return statistics
-
-    def _collect_texts(
-        self,
-        progress: Progress,
-        keep_moment: Callable[[int, str, Tensor], None] | None,
-        kept: Sequence[UnfinishedWalk],
-        dense: dict[str, Tensor] | None = None,
-    ) -> list[ModelStatistics]:
-        """As `_collect`, of each named text."""
-        team, extent, shares = self._crew.team, self._crew.extent, list(self._settings.text_shares.values())
-        found = collect_texts(team, extent, self._weights.layers, progress, keep_moment, shares, dense, kept)
-        for statistics in found:
-            refuse_infinite(statistics, self._settings.dtype)
-        return found
 
     def read(self, profile: str) -> StoredProfile:
         """A profile by its id. Raises DamagedArtifact."""
@@ -297,7 +230,7 @@ class Profiles:
         self.refuse_statistics(recipe)
         run = self.read(profile)
         if recipe.mix:
-            return self._find_mixture(run, profile, dict(recipe.mix))
+            return self._mixtures.find(run, profile, dict(recipe.mix))
         full = run.full
 
         def measure() -> dict[str, str]:
@@ -305,19 +238,6 @@ class Profiles:
             return {"profile": self._profile_text(recipe.calibration, run.hidden, run.dense, progress, full=full)}
 
         return str(self._index.measure_once(self._name_mixed(profile, recipe), measure)["profile"])
-
-    def _find_mixture(self, run: StoredProfile, profile: str, weights: Mapping[str, float]) -> str:
-        """The profile of a mixture of the run's texts."""
-        mix = {name: weights.get(name, 0.0) / sum(weights.values()) for name in run.mix}
-        if mix == run.mix:
-            return profile
-
-        def add_up() -> dict[str, str]:
-            found = [read_part(self._store, part, self._weights.device_of) for part in run.parts.values()]
-            return {"profile": self._write_mixture(run.parts, found, mix, run.hidden, run.dense)}
-
-        key = ["mixture", json.dumps(mix), run.means, run.hidden, "full" if run.full else "masks"]
-        return str(self._index.measure_once(key, add_up)["profile"])
 
     def find_known(self, profile: str, recipe: Recipe) -> str:
         """As `find`, without any measurement; "" where it was never measured."""

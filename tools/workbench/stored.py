@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
@@ -79,6 +80,12 @@ def keep_part(store: ArtifactStore, statistics: ModelStatistics, moments: Mappin
         kappa=statistics.kappa,
         few=statistics.few,
     )
+
+
+def has_parts(store: ArtifactStore, parts: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all artifacts of kept parts are there and whole."""
+    found = [TextPart.model_validate(part) for part in parts.values()]
+    return all(store.has(x, ".safetensors") for part in found for x in [part.means, *part.moments.values()])
 
 
 def read_part(store: ArtifactStore, part: TextPart, device_of: Callable[[str], torch.device]) -> ModelStatistics:

@@ -4,12 +4,14 @@ The text has to pass the blocks again that were done, forward, and back where it
 layers read or pass back is summed, and no curve is measured, a second time. The result is the same to the bit.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields
 
 from torch import Tensor
 
+from tools.base.settings import TEAM, WorkbenchSettings
 from tools.statistics.known import ModelStatistics, Way
 from tools.workbench.store import Index
 from tools.workbench.weights import Weights
@@ -65,3 +67,16 @@ class UnfinishedWalk:
         for key, artifact in self._passed:
             self._index.forget_measured(key)
             self._store.path(artifact, ".safetensors").unlink(missing_ok=True)
+
+
+def name_dense(weights: Weights, settings: WorkbenchSettings, *without: str) -> list[str]:
+    """What all that is known of the dense model depends on: it, and the settings but for some fields."""
+    return [weights.hash_all_dense(), settings.model_dump_json(exclude={*TEAM, *without})]
+
+
+def find_unfinished(
+    index: Index, weights: Weights, settings: WorkbenchSettings, text: str, moments: dict[str, str], kind: str
+) -> UnfinishedWalk:
+    """What an earlier walk through a text left that was interrupted, by the same weights and settings."""
+    key = [*name_dense(weights, settings), json.dumps(weights.installed), text, kind]
+    return UnfinishedWalk(index, weights, key, moments)

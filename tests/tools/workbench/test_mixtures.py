@@ -8,6 +8,7 @@ import torch
 
 import tools.plans.polish
 import tools.workbench.bench
+import tools.workbench.mixtures
 import tools.workbench.moments
 import tools.workbench.polish
 import tools.workbench.profiles
@@ -77,7 +78,7 @@ def test_another_mixture_is_a_sum_and_walks_through_no_text(named: Workbench, mo
     profile = named.profile(ignore)
     recipe = Recipe.model_validate({"mix": MIX, "curves": "mask"})
     with monkeypatch.context() as patch:
-        for module in (tools.workbench.profiles, tools.workbench.moments):
+        for module in (tools.workbench.profiles, tools.workbench.mixtures, tools.workbench.moments):
             for name in ("collect_texts", "collect_statistics", "begin_walk"):
                 patch.setattr(module, name, refuse, raising=False)
         assert named.has_layers(profile, recipe)
@@ -182,3 +183,17 @@ def test_a_polish_goes_by_the_mixture_of_its_plan(named: Workbench, monkeypatch:
     settings = named.settings
     assert count_polish(settings, 64 * 6, 1) == schedule_polish(4, 64, 64 * 6, settings.seed).count_tokens(64)
     assert count_polish(settings, 64 * 6) == schedule_polish(8, 64, 64 * 6, settings.seed).count_tokens(64)
+
+
+def test_with_other_weights_curves_alone_are_measured_anew(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a goal says what texts count, once the model was profiled."""
+    named.profile(ignore)
+    settings = named.settings.model_copy(update={"text_weights": {"code": 3.0, "prose": 1.0}})
+    fresh = open_bench(settings, named.directory.parent / "fresh").profile(ignore)
+    again = open_bench(settings, named.directory)
+    monkeypatch.setattr(tools.workbench.mixtures, "collect_texts", refuse)
+    assert again.profile(ignore) == fresh, "the same to the bit"
+    assert again.read_profile(fresh).mix == MIX
+    alike = named.settings.model_copy(update={"text_weights": {"code": 2.0, "prose": 2.0}})
+    monkeypatch.setattr(tools.workbench.mixtures, "measure_text_curves", refuse)
+    assert open_bench(alike, named.directory).profile(ignore), "nothing is measured for the same shares"
