@@ -78,7 +78,8 @@ def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     planner, reflector = {"heuristic": ("heuristic",) * 2, "chat-alone": (chat, "heuristic")}.get(
         arm, (chat, reflector)
     )
-    fields = {name: getattr(settings, name) for name in TeamSettings.model_fields} | {
+    named = ("text", "text_weights")  # which an ablation has none of
+    fields = {name: getattr(settings, name) for name in TeamSettings.model_fields if name not in named} | {
         "target_sparsity": settings.target_sparsity,
         "max_layer_sparsity": settings.max_layer_sparsity,
         "polish_tokens": settings.polish_tokens,
