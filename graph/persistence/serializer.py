@@ -13,6 +13,7 @@ from langgraph.checkpoint.serde.jsonplus import EXT_NUMPY_ARRAY, EXT_PYDANTIC_V2
 from pydantic import BaseModel
 
 from graph.config import RunConfig
+from graph.goals.schema import Aim, Brief, NewText
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.state import Input, State, Trial
@@ -34,8 +35,11 @@ class DamagedState(RuntimeError):
 # Every class that a checkpoint may revive. Another one would come back as a plain dict.
 STATE_MODELS: tuple[type[BaseModel], ...] = (
     Adjustment,
+    Aim,
+    Brief,
     Input,
     Lesson,
+    NewText,
     Plan,
     Recipe,
     RunConfig,

@@ -29,7 +29,7 @@ def test_every_lever_of_a_planner_is_drawn_and_half_of_the_plans_leave_it_alone(
     assert {recipe.method for recipe in recipes} == set(METHODS)
     assert {recipe.allocation for recipe in recipes} == set(RULES)
     assert {recipe.calibration for recipe in recipes} == {"run", "quarter", "half"}
-    for lever in set(Recipe.model_fields) - {"pattern", "polish_tokens"}:
+    for lever in set(Recipe.model_fields) - {"pattern", "polish_tokens", "mix"}:  # an ablation has no named texts
         drawn = [getattr(recipe, lever) for recipe in recipes]
         assert len(set(drawn)) > 1 and drawn.count(Recipe.model_fields[lever].default) >= 80, lever
     without = [draw_plan(LAYERS, CONFIG.model_copy(update={"questions": ""}), number) for number in range(200)]

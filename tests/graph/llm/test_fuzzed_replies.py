@@ -240,7 +240,7 @@ def test_any_conversation(
     script: list[Any], methods: tuple[str, ...] | None, bench: Workbench, profile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ScriptedModel(script=script, methods=methods)
-    monkeypatch.setattr(graph.planning.choose, "open_model", lambda spec, config: model)
+    monkeypatch.setattr(graph.planning.choose, "open_model", lambda spec, config, progress: model)
     monkeypatch.setattr(ladder, "_rungs", {})
     (bench.directory / "events.jsonl").write_text("")
     session = Session(bench.directory, lambda event: None, 0.0)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from graph.config import RunConfig
+from graph.goals.schema import Aim, Brief, NewText
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.state import Trial
@@ -29,6 +30,12 @@ VALUES: dict[str, Any] = {
     "config": RunConfig(target_sparsity=0.3, protect=["blocks 0-1"]),
     "profile": "cd34",
     "dense": TRIAL.model_copy(update={"iteration": 0, "perplexity": 12.5, "verdict": "accept"}),
+    "brief": Brief(
+        reason="code stands for the calls",
+        aims=[Aim(name="code", weight=3.0, max_rise=0.2), Aim(name="tales", weight=1.0)],
+        new_texts=[NewText(name="tales", prompts=["Once", "Twice", "Thrice"])],
+        probes=["def f("],
+    ),
     "iteration": 1,
     "plan": Plan(
         sparsity=0.3,
