@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.rows import prose, write_rows
+from tools.workbench.polish import Polisher
 
 WEIGHTS = {"code": 3, "prose": 1}
 
@@ -26,3 +29,11 @@ def flag_texts(directory: Path) -> list[str]:
 def name_texts(directory: Path, **changes: Any) -> dict[str, Any]:
     """The same as settings."""
     return {"text": write_texts(directory), "text_weights": WEIGHTS, **changes}
+
+
+def watch_polish(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the windows that polishes read."""
+    read: list[int] = []
+    schedule = Polisher._schedule
+    monkeypatch.setattr(Polisher, "_schedule", lambda *given: read.extend((found := schedule(*given)).windows) or found)
+    return read

@@ -94,7 +94,7 @@ class Brief(BaseModel):
 
 def weigh_alike(config: RunConfig) -> Brief:
     """The rule's brief, which reads no words: the weights that the config gives, or the same for every text."""
-    weights = config.text_weights or dict.fromkeys(config.text, 1.0)
+    weights = config.weights_of_texts
     aims = [Aim(name=name, weight=weights[name], max_rise=config.text_bounds.get(name)) for name in config.text]
     return Brief(reason="every text as the config weighs it: no words are read by a rule", aims=aims)
 

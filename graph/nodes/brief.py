@@ -55,9 +55,9 @@ def look_at_texts(bench: "Workbench", state: State) -> list[Sight]:
     """Each named text as the planner sees it: its first words, and how the dense model does on it."""
     assert state.dense is not None, "profile runs first"
     known = {figures.name: figures.perplexity for figures in state.dense.texts}
-    windows, lead = state.config.calibration_windows, bench.windows.lead
+    lead, first = bench.windows.lead, bench.windows.list_each("calibration", range(1))
     sights = []
-    for number, name in enumerate(state.config.text):
-        ids_T = bench.windows.calibration[number * windows, lead : lead + SHOWN]  # a token is a character or more
+    for name, window in zip(state.config.text, first, strict=True):
+        ids_T = bench.windows.calibration[window, lead : lead + SHOWN]  # a token is a character or more
         sights.append(Sight(name, bench.tokenizer.decode(ids_T.tolist()), known.get(name)))
     return sights

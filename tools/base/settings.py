@@ -259,9 +259,14 @@ class WorkbenchSettings(LoadSettings):
         return {name: count for name, count in counts.items() if count > self.count_mixed(self.calibration_mix)}
 
     @property
+    def weights_of_texts(self) -> dict[str, float]:
+        """What each named text counts beside the others: all alike where nothing is said."""
+        return self.text_weights or dict.fromkeys(self.text, 1.0)
+
+    @property
     def text_shares(self) -> dict[str, float]:
         """What each named text counts, in sum 1; empty where there are none."""
-        weights = self.text_weights or dict.fromkeys(self.text, 1.0)
+        weights = self.weights_of_texts
         total = sum(weights.values())
         return {name: weights[name] / total for name in self.text}
 

@@ -1,6 +1,6 @@
 """How text becomes three disjoint sets of token windows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,6 +57,12 @@ class Windows(NamedTuple):
         """The text of each of some windows of a split; empty where texts have no names."""
         each = len(getattr(self, split)) // max(len(self.texts), 1)
         return [self.texts[window // each] for window in windows] if self.texts else []
+
+    def list_counting(self, shares: Mapping[str, float]) -> list[int]:
+        """The calibration windows of texts that count by these shares; all where there are no shares."""
+        windows = range(len(self.calibration))
+        names = self.name_each("calibration", windows)
+        return [window for window in windows if not shares or shares[names[window]]]
 
 
 def find_bos(tokenizer: Any) -> int | None:

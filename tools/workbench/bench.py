@@ -249,9 +249,7 @@ class Workbench:
 
     def list_fitted(self) -> list[int]:
         """The calibration windows that something is fitted to: those of texts that count."""
-        names = self.windows.name_each("calibration", range(len(self.windows.calibration)))
-        shares = self.settings.text_shares
-        return [i for i in range(len(self.windows.calibration)) if not names or shares[names[i]]]
+        return self.windows.list_counting(self.settings.text_shares)
 
     def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
         """As `Evaluator.evaluate`."""

@@ -98,12 +98,12 @@ class Polisher:
 
     def _list_shares(self, mix: Mapping[str, float]) -> dict[int, float]:
         """The calibration windows that count, and how much each does, with a mean of 1."""
-        windows = range(len(self._windows.calibration))
+        windows = self._windows.list_counting(mix)
         if not mix:
             return dict.fromkeys(windows, 1.0)
         texts = sum(share > 0 for share in mix.values())
         names = self._windows.name_each("calibration", windows)
-        return {window: mix[names[window]] * texts for window in windows if mix[names[window]]}
+        return {window: mix[name] * texts for window, name in zip(windows, names, strict=True)}
 
     def _name(self, pruned: Mapping[str, str], tokens: int, mix: Mapping[str, float]) -> list[str]:
         """What the weights depend on: the model and its pruned layers, the text, how it is gone through."""

@@ -93,15 +93,16 @@ class Profiles:
         Measured once; then the dense weights stay in the model. Raises UserError where its losses are not finite.
         """
         key = ["further", *name_dense(self._weights, self._settings), str(windows)]
-        found = self._index.read_measured(key)
-        if found is None or not self._store.has(found["hidden"], ".safetensors"):
+
+        def measure() -> dict[str, str]:
             self._weights.restore_dense()
             numbers = self._losses.list_each("further", windows)
             evaluation, hidden = self._losses.measure("further", numbers, None, "dense, further validation", progress)
             if not evaluation.finite:
                 raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
-            found = self._index.keep_measured(key, {"hidden": self._store.write_tensors({"hidden": hidden})})
-        return self._store.read_tensors(found["hidden"])["hidden"]
+            return {"hidden": self._store.write_tensors({"hidden": hidden})}
+
+        return self._store.read_tensors(self._index.measure_files(key, measure)["hidden"])["hidden"]
 
     def _read_so_far(self, key: list[str], windows: int) -> SoFar:
         """What was measured of the dense model before it was interrupted."""

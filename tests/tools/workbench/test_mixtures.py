@@ -10,10 +10,9 @@ import tools.plans.polish
 import tools.workbench.bench
 import tools.workbench.mixtures
 import tools.workbench.moments
-import tools.workbench.polish
 import tools.workbench.profiles
 from tests.benches import ignore, open_bench, plan, prune, same, snapshot
-from tests.named import name_texts
+from tests.named import name_texts, watch_polish
 from tests.team import join_team
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.errors import ImpossiblePlan
@@ -168,13 +167,7 @@ def test_experts_are_mixed_too(tmp_path: Path, workbench_closed: None) -> None:
 
 def test_a_polish_goes_by_the_mixture_of_its_plan(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
-    read: list[int] = []
-    schedule = tools.workbench.polish.Polisher._schedule
-    monkeypatch.setattr(
-        tools.workbench.polish.Polisher,
-        "_schedule",
-        lambda *given: read.extend((found := schedule(*given)).windows) or found,
-    )
+    read = watch_polish(monkeypatch)
     profile = named.profile(ignore)
     named.warn = lambda _: None
     recipe = parse_recipe("refit~1prose:kappa-mask")

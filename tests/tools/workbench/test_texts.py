@@ -9,7 +9,7 @@ import torch
 import tools.plans.polish
 import tools.polish.optimisers
 from tests.benches import SEQUENTIAL, ignore, open_bench, plan, prune, same, snapshot
-from tests.named import name_texts
+from tests.named import name_texts, watch_polish
 from tests.team import gather_teams, join_team
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
@@ -146,13 +146,7 @@ def test_a_polish_weighs_windows_and_workers_polish_alike(named: Workbench, monk
 
 def test_a_polish_leaves_texts_out_that_count_nothing(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
-    read: list[int] = []
-    schedule = tools.workbench.polish.Polisher._schedule
-    monkeypatch.setattr(
-        tools.workbench.polish.Polisher,
-        "_schedule",
-        lambda *given: read.extend((found := schedule(*given)).windows) or found,
-    )
+    read = watch_polish(monkeypatch)
     settings = named.settings.model_copy(update={"text_weights": {"code": 0.0, "prose": 1.0}})
     bench = open_bench(settings, named.directory.parent / "nothing", lambda _: None)
     profile = bench.profile(ignore)
