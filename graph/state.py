@@ -12,6 +12,7 @@ from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
+from tools.plans.paces import Paces
 from tools.plans.recipe import Recipe
 from tools.results.schema import TextFigures, Usage
 
@@ -141,6 +142,10 @@ class State(Input):
         "statistics behind pruned predecessors and further profiles; a backward pass counts as two forwards.",
     )
     counted: list[str] = Field([], description="Names of the costs beside trials and probes that are in them.")
+    paces: Paces = Field({}, description="The most seconds that parts of a round took so far, by their names.")
+    probed: dict[str, int] = Field(
+        {}, description="Tokens of validation text that probes of the round measured orders on, by the orders' ids."
+    )
     stop: str = Field("", description="Why the loop ended; empty while it goes on.")
     seconds: float = Field(0.0, description="Time spent inside nodes, over all processes that worked on the run.")
 

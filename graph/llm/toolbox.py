@@ -63,7 +63,8 @@ class Toolbox:
     """Tools and what is left of their budget. They run one after another.
 
     They are had by `offer`, for as long as one runs. `carry_out` runs one, or has its answer from where that was kept;
-    `on_tool` hears of every answer.
+    `on_tool` hears of every answer. `prices` are words for what calls take, the same for all of them, and `list_left`
+    names what is left beside calls and seconds.
     """
 
     def __init__(
@@ -74,11 +75,14 @@ class Toolbox:
         seconds: float,
         on_tool: Callable[[ToolRecord], None] | None = None,
         carry_out: Callable[[Callable[[], ToolAnswer]], ToolAnswer] = do_now,
+        prices: str = "",
+        list_left: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         with offer() as tools:
             self.names = [tool.name for tool in tools]
             self.functions = [convert_to_openai_tool(tool) for tool in tools]
-        self._offer = offer
+        self.prices = prices
+        self._offer, self._list_left = offer, list_left
         self.calls_left, self.seconds_left = calls, seconds
         self._on_tool, self._carry_out = on_tool, carry_out
 
@@ -92,7 +96,8 @@ class Toolbox:
         if self.spent:
             what = "calls" if self.calls_left <= 0 else "seconds"
             return f"No {what} of tools are left in this round: give the plan now."
-        return f'"calls_left": {self.calls_left}, "seconds_left": {self.seconds_left:.0f}'
+        left = {"calls_left": self.calls_left, "seconds_left": self.seconds_left, **self._list_left()}
+        return ", ".join(f'"{name}": {amount:.0f}' for name, amount in left.items())
 
     def run(self, call: ToolCall, explain: Callable[[ValidationError], str]) -> str:
         """Run one tool; its answer as the model is to read it, which may be that the tool cannot be had.

@@ -57,6 +57,8 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "usage": usage,
         "evaluated_tokens": budget.tokens,
         "counted": budget.counted,
+        "paces": budget.paces,
+        "probed": {probed.order: probed.tokens for probed in budget.probed},
     }
     try:
         if state.replay and (reason := find_breakage(state.replay, state.iteration, planned=True)):

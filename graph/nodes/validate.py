@@ -14,6 +14,7 @@ from tools.base.errors import BrokenPlan
 from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
 from tools.measure.recall import Retention, compare_recall
 from tools.measure.texts import list_texts
+from tools.plans.paces import join_paces
 from tools.plans.work_order import WorkOrder
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             trial = measure_trial(bench, state, order, session)
         except BrokenPlan as error:
             return record_breakage(state, order, str(error), session)
+        paces = join_paces(dict(state.paces), bench.paces)
         session.emit("trial", **trial.model_dump())
-    return {"trials": [trial], "evaluated_tokens": state.evaluated_tokens + trial.tokens, "seconds": session.seconds}
+    tokens = state.evaluated_tokens + trial.tokens - state.probed.get(order.id, 0)  # measured and counted before
+    return {"trials": [trial], "evaluated_tokens": tokens, "paces": paces, "seconds": session.seconds}
 
 
 def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: Session) -> Trial:

@@ -9,7 +9,9 @@ from graph.planning.finalists import reserve_tokens
 from graph.planning.orders import find_recipe
 from graph.planning.plan import Plan
 from graph.state import State
+from tools.instruments.probed import Probed
 from tools.plans.costs import count_profile, list_curve_costs, list_order_costs
+from tools.plans.paces import Paces
 from tools.plans.work_order import WorkOrder
 
 
@@ -25,6 +27,10 @@ class TokenBudget:
     """Tokens that are kept for the comparison at the end."""
     counted: list[str] = field(default_factory=list)
     """Names of the costs (`tools.plans.costs`) that are in `tokens`; none is counted twice."""
+    paces: Paces = field(default_factory=dict)
+    """The most seconds that parts of a round took so far in the run."""
+    probed: list[Probed] = field(default_factory=list)
+    """What was probed in this round."""
 
     @property
     def left(self) -> float:
@@ -91,7 +97,8 @@ class TokenBudget:
 def open_budget(state: State) -> TokenBudget:
     """The budget as the state has it."""
     reserve = reserve_tokens(state) - state.trial_tokens
-    return TokenBudget(state.config, state.evaluated_tokens, state.trial_tokens, reserve, list(state.counted))
+    counted, paces = list(state.counted), dict(state.paces)
+    return TokenBudget(state.config, state.evaluated_tokens, state.trial_tokens, reserve, counted, paces)
 
 
 def charge(state: State, plan: Plan, order: WorkOrder) -> dict[str, object]:

@@ -160,15 +160,19 @@ class Orders:
 
     def identify(self, plan: Plan) -> str:
         """The id of the plan's order; empty where it hangs on curves that are not measured. Raises ImpossiblePlan."""
-        return self.draft(plan).id if self._find_curves(plan).exact else ""
+        return self.draft(plan).id if self.knows(plan) else ""
 
     def resolve(self, plan: Plan, measure: Measure) -> WorkOrder:
         """The order of a plan by the curves that it asks for, which are measured if need be. Raises ImpossiblePlan."""
         recipe, draft = find_recipe(plan, self.config), self.draft(plan)  # refused before curves come for nothing
-        if not self._find_curves(plan).exact:
+        if not self.knows(plan):
             self._curves[recipe] = Curves(measure(recipe), exact=True)
             draft = self.draft(plan)
         return draft
+
+    def knows(self, plan: Plan) -> bool:
+        """Whether the curves that a plan asks for are measured. Raises ImpossiblePlan."""
+        return self._find_curves(plan).exact
 
     def _find_curves(self, plan: Plan) -> Curves:
         recipe = find_recipe(plan, self.config)

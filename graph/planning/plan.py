@@ -39,12 +39,12 @@ class Plan(BaseModel):
         default_factory=list,
         max_length=MAX_ADJUSTMENTS,
         description="Corrections to the allocation for groups of layers, at no cost. An empty list trusts the KL "
-        "curves, and is best until trials show otherwise.",
+        "curves.",
     )
     reprofile: bool = Field(
         False,
         description="If this round is kept, profile again on its weights before the next; costs as much as the first "
-        "profile, and seldom changes the KL curves much. Leave it false unless predictions were far off.",
+        "profile, and seldom changes the KL curves much.",
     )
     reason: str = Field("", max_length=2000, description="Why this plan, in one or two sentences.")
     multipliers: SkipJsonSchema[dict[str, Annotated[float, Field(ge=1 / MOST, le=MOST)]]] = Field(

@@ -13,8 +13,10 @@ from graph.reflecting.schema import Lesson
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted
 from tools.base.errors import DamagedArtifact
 from tools.plans.layer_profile import LayerProfile
+from tools.plans.paces import join_paces
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
+from tools.results.schema import Usage
 
 if TYPE_CHECKING:
     from graph.runs.session import OpenBench
@@ -46,6 +48,10 @@ class Situation:
     """What is known of the layers for a recipe's allocation, without a run of the model; without it, `layers`."""
     budget: TokenBudget | None = None
     """What was spent and what is left; None where nothing is counted."""
+    seconds: float = 0.0
+    """Spent in the run's nodes before this round."""
+    usage: Usage = field(default_factory=Usage)
+    """What the agents have spent before this round."""
     untried: Sequence[Plan] = field(default=())
     """What the rule would try next at the target, likeliest first."""
 
@@ -117,6 +123,8 @@ def gather_situation(
             iteration=state.iteration,
             is_last=is_last,
             budget=budget,
+            seconds=state.seconds,
+            usage=state.usage,
         )
 
 
@@ -126,6 +134,8 @@ def resolve_plan(
     """The plan's order, and the hash of its artifact. Raises ImpossiblePlan, and BrokenPlan as `describe_layers`."""
     with open_bench() as bench:
         order = situation.orders.resolve(plan, measure_with(bench, state.profile, state.current, progress))
+        if situation.budget:
+            join_paces(situation.budget.paces, bench.paces)
         return order, keep_order(bench.store, plan, order)
 
 

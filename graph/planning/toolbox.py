@@ -1,7 +1,8 @@
 """The instruments that a chat planner may use before it answers, and their budget."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from langchain_core.tools import BaseTool
@@ -16,11 +17,15 @@ from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import measure_with
 from graph.planning.plan import Plan
+from graph.planning.prices import describe_prices, price_drafts, refuse_dear
 from graph.planning.situation import Situation
 from graph.runs.session import OpenBench, Session
 from graph.runs.tasks import do_once
 from graph.state import State
+from tools.base.settings import KEPT
+from tools.instruments.probed import Probed
 from tools.plans.layer_profile import group_layers
+from tools.plans.paces import Paces, join_paces
 from tools.plans.work_order import WorkOrder
 
 if TYPE_CHECKING:
@@ -35,6 +40,8 @@ class Measured(BaseModel):
     evaluated_tokens: int
     counted: list[str] | None = None
     """None where an earlier version kept it."""
+    paces: Paces = {}
+    probed: list[Probed] = []
 
 
 def open_toolbox(
@@ -46,7 +53,7 @@ def open_toolbox(
     budget: TokenBudget,
 ) -> Toolbox | None:
     """The instruments of a chat planner and their budget of this round; None where it has none."""
-    config = situation.config
+    config, limit = situation.config, situation.config.max_seconds
     if config.planner == HEURISTIC or not config.planner_calls:
         return None
 
@@ -56,32 +63,79 @@ def open_toolbox(
     def recount(n: int) -> list[str]:
         return [recount_trial(trial) for trial in situation.trials[-n:]]
 
+    def admit(drafts: Sequence["Draft"], tokens: int, others: int) -> None:
+        seconds = min(toolbox.seconds_left, limit - session.seconds if limit else math.inf)
+        price = price_drafts(_weigh_possible(drafts, situation), tokens, situation, budget, others)
+        refuse_dear(price, budget, seconds)
+
     @contextmanager
     def offer() -> Iterator[Sequence[BaseTool]]:
         with open_bench() as bench:
             from tools.instruments.agent_tools import make_planner_tools  # torch again, imported by now
 
-            round_ = _describe_round(bench, situation, state, session, budget)
-            yield make_planner_tools(round_, history=recount, recall=recall)
+            round_ = _describe_round(bench, situation, state, session, budget, admit)
+            try:
+                yield make_planner_tools(round_, history=recount, recall=recall)
+            finally:
+                join_paces(budget.paces, bench.paces)
 
     def carry_out(call: Callable[[], ToolAnswer]) -> ToolAnswer:
         def measure() -> Measured:
-            return Measured(answer=call(), evaluated_tokens=budget.tokens, counted=budget.counted)
+            answer = call()
+            return Measured(
+                answer=answer,
+                evaluated_tokens=budget.tokens,
+                counted=budget.counted,
+                paces=budget.paces,
+                probed=budget.probed,
+            )
 
         kept = do_once("tool", measure, Measured)
         budget.tokens = kept.evaluated_tokens
         if kept.counted is not None:
             budget.counted = kept.counted
+        budget.paces, budget.probed = kept.paces, kept.probed
         return kept.answer
 
     def tell(record: ToolRecord) -> None:
         session.emit("tool", iteration=situation.iteration, **record.model_dump())
 
-    return Toolbox(offer, calls=config.planner_calls, seconds=config.planner_seconds, on_tool=tell, carry_out=carry_out)
+    toolbox = Toolbox(
+        offer,
+        calls=config.planner_calls,
+        seconds=config.planner_seconds,
+        on_tool=tell,
+        carry_out=carry_out,
+        prices=describe_prices(config, budget, len(group_layers(situation.layers, merge=True))),
+        list_left=lambda: {"tokens_left": max(budget.left, 0)} if budget.left < math.inf else {},
+    )
+    return toolbox
+
+
+def _weigh(draft: "Draft", situation: Situation) -> Plan:
+    """The plan that a draft is. Raises ValueError with a reason for the planner."""
+    plan = Plan.model_validate(draft.model_dump())
+    weighed = weigh_in_bounds(plan, situation)
+    situation.orders.draft(weighed)
+    return weighed
+
+
+def _weigh_possible(drafts: Sequence["Draft"], situation: Situation) -> list[Plan]:
+    """The plans of those drafts that can be carried out."""
+    plans = []
+    for draft in drafts:
+        with suppress(ValueError):
+            plans.append(_weigh(draft, situation))
+    return plans
 
 
 def _describe_round(
-    bench: "Workbench", situation: Situation, state: State, session: Session, budget: TokenBudget
+    bench: "Workbench",
+    situation: Situation,
+    state: State,
+    session: Session,
+    budget: TokenBudget,
+    admit: Callable[[Sequence["Draft"], int, int], None],
 ) -> "Round":
     """What the instruments work on."""
     from tools.instruments.functions import Round
@@ -89,9 +143,7 @@ def _describe_round(
     measure = measure_with(bench, state.profile, state.current, session.progress)
 
     def resolve(draft: "Draft") -> WorkOrder:
-        plan = Plan(sparsity=draft.sparsity, recipe=draft.recipe, adjustments=draft.adjustments)
-        weighed = weigh_in_bounds(plan, situation)
-        situation.orders.draft(weighed)  # refused before it is paid for
+        weighed = _weigh(draft, situation)  # refused before it is paid for
         budget.spend("measuring its curves", budget.list_costs(weighed, None))
         return situation.orders.resolve(weighed, measure)
 
@@ -100,8 +152,10 @@ def _describe_round(
         profile=state.profile,
         resolve=resolve,
         progress=session.progress,
+        admit=admit,
         present=state.current,
         book=budget.book,
-        keep=state.kept,
+        keep=state.kept[: KEPT - 1],  # the best probe takes the room of a trial
+        probed=budget.probed,
         groups={selector: [x.name for x in group] for selector, group in group_layers(situation.layers).items()},
     )

@@ -10,7 +10,7 @@ import yaml
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Halt, fork, read_events, read_state, read_summary, read_trials
-from tests.openai_server import Body, OpenAIServer, play_demo
+from tests.openai_server import Answer, Body, OpenAIServer, play_demo
 
 PLANS: list[dict[str, Any]] = [{"sparsity": 0.3, "reason": "a step"}, {"sparsity": 0.45, "reason": "the rest"}]
 BAD: list[dict[str, Any]] = [{"sparsity": 45, "reason": "a percentage"}]
@@ -233,6 +233,37 @@ def test_the_budget_of_a_round_holds(tiny_llama: Path, tmp_path: Path, command: 
     spent = "No calls of tools are left in this round: give the plan now."
     assert [m["content"].endswith(spent) for m in server.requests[2].messages[-5:]] == [False, True, True, True, True]
     assert '"calls_left": 2, "seconds_left": 600' in server.requests[-1].messages[-1]["content"], "each round anew"
+
+
+def test_a_probe_becomes_the_rounds_trial_and_one_too_dear_is_not_begun(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    mask = {"sparsity": 0.45, "recipe": {"method": "wanda", "refit": False, "statistics": "dense", "curves": "mask"}}
+    other = {**mask, "sparsity": 0.4}
+    script: list[Answer] = [
+        {"tool": "probe", "arguments": {"plans": [other, mask]}},
+        {"tool": "probe", "arguments": {"plans": [mask, other, other], "whole": True}},
+        mask,
+    ]
+    with OpenAIServer(script) as server:
+        limits = ("--max-iterations", "1", "--max-evaluated-tokens", "700", "--no-memory")
+        assert command(*flags(tiny_llama, server, "fine", *limits)).code == 0
+    run = tmp_path / "runs" / "run"
+    first, second = read_events(run, "tool")
+    assert [x["kl_minus_probe"].keys() for x in json.loads(first["answer"])["plans"]] == [{"2"}, {"1"}]
+    assert re.fullmatch(
+        r"not begun: this call takes 576 tokens and \d+ s or more \(as measured so far\); 252 tokens are left beside "
+        r"the round's trial and \d+ s are left",
+        json.loads(second["answer"])["error"],
+    )
+    told = server.requests[0].messages[1]["content"]
+    assert "Prices in tokens: probe 128 for each plan on half of the validation text, 192 on all of it" in told
+    assert '"tokens_left": 700' in told
+    state = read_state(run)
+    assert (state.trials[0].tokens, state.evaluated_tokens) == (192, 2 * 128 + 64), "a third of it was left to measure"
+    assert command("--replay", "run", "--name", "again").code == 0
+    assert read_trials(tmp_path / "runs" / "again") == read_trials(run)
+    assert len({read_summary(tmp_path / "runs" / name)["mask_sha256"] for name in ("run", "again")}) == 1
 
 
 def plan_after_a_probe(body: Body) -> Body:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 from tools.base.settings import MOST_PROBES
 from tools.base.words import count
 from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, probe
+from tools.instruments.slopes import measure_slopes
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
 _SCHEMA: dict[str, Any] = {"type": "object", "description": "A plan: its sparsity, recipe and adjustments."}
@@ -43,9 +44,10 @@ class ProbeArguments(BaseModel):
     plans: list[PlainDraftArgument] = Field(
         default=[], max_length=MOST_PROBES, description=f"Instead of plan: up to {MOST_PROBES} of them, compared."
     )
-    tokens: int = Field(
-        4096, ge=1, description="Tokens of validation text, rounded up to whole windows, at most all of it."
+    tokens: int | None = Field(
+        None, ge=1, description="Tokens of validation text, rounded up to whole windows; half of it where left out."
     )
+    whole: bool = Field(False, description="All of the text, whatever tokens says.")
 
     @model_validator(mode="before")
     @classmethod
@@ -64,6 +66,12 @@ class ProbeArguments(BaseModel):
         return self
 
 
+class SlopesArguments(BaseModel):
+    """How much text."""
+
+    whole: bool = Field(False, description="All of the validation text, not half of it.")
+
+
 class HistoryArguments(BaseModel):
     """How many trials."""
 
@@ -79,7 +87,7 @@ class RecallArguments(BaseModel):
 def make_planner_tools(
     round_: Round, *, history: Callable[[int], Sequence[str]], recall: Callable[[str], Sequence[str]]
 ) -> list[BaseTool]:
-    """The five instruments of a planner.
+    """The six instruments of a planner.
 
     Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
     last trials, `recall` one for each lesson that a query finds.
@@ -98,14 +106,20 @@ def make_planner_tools(
         return _answer(**figures), f"{_describe(plan)} -> predicted KL {figures['predicted_kl']}"
 
     @tool("probe", args_schema=ProbeArguments, response_format="content_and_artifact")
-    def probe_tool(plan: Draft | None, plans: list[Draft], tokens: int) -> tuple[str, str]:
+    def probe_tool(plan: Draft | None, plans: list[Draft], tokens: int | None, whole: bool) -> tuple[str, str]:
         """Carry plans out, measure KL and perplexity on some validation text, undo them. Each costs pruning once."""
-        found = probe(round_, [plan] if plan else plans, tokens)
+        found = probe(round_, [plan] if plan else plans, tokens, whole=whole)
         if plan:
             return _answer(**found[0]), f"{_describe(plan)} -> {_describe_probe(found[0])}"
         answers = [{"plan": _describe(draft)} | figures for draft, figures in zip(plans, found, strict=True)]
         shown = [f"{answer['plan']} -> {_describe_probe(answer)}" for answer in answers]
         return _answer(plans=answers), "; ".join(shown)
+
+    @tool("slopes", args_schema=SlopesArguments, response_format="content_and_artifact")
+    def slopes_tool(whole: bool) -> tuple[str, str]:
+        """KL that 2 points of sparsity more cost each group of layers in the last accepted weights, for all groups."""
+        figures = measure_slopes(round_, whole=whole)
+        return _answer(**figures), f"{count(len(figures['groups']), 'group')} on {figures['tokens']} tokens each"
 
     @tool("history", args_schema=HistoryArguments, response_format="content_and_artifact")
     def history_tool(n: int) -> tuple[str, str]:
@@ -119,7 +133,7 @@ def make_planner_tools(
         lines = recall(query)
         return _answer(lessons=lines), f"{query} -> {count(len(lines), 'lesson')}"
 
-    return [inspect_tool, predict_tool, probe_tool, history_tool, recall_tool]
+    return [inspect_tool, predict_tool, probe_tool, slopes_tool, history_tool, recall_tool]
 
 
 def _describe(draft: Draft) -> str:

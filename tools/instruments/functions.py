@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
+from tools.instruments.probed import Probed, remember_probe
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
@@ -20,6 +21,7 @@ from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import select_layers
 from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
+from tools.workbench.probes import Probe, find_best
 from tools.workbench.store import DENSE
 
 MAX_INSPECTED = 24
@@ -56,6 +58,11 @@ class Round:
     """Other checkpoints that are still needed."""
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Selectors and the layers they mean, by which a prediction sums up."""
+    admit: Callable[[Sequence[Draft], int, int], None] = lambda drafts, tokens, others: None
+    """Told of a call before anything is done for it: the drafts, the tokens that each is to be measured on, 0 where
+    none is, and those of other measurements; raises ValueError when what that takes is not to be had."""
+    probed: list[Probed] = field(default_factory=list)
+    """What was probed in the round so far; probes add to it."""
     book: Callable[[int, Sequence[WorkOrder]], None] = lambda tokens, orders: None
     """Told of a probe before it is made: the tokens that it measures on, all orders together, and the orders; raises
     ValueError when what that takes is not to be had."""
@@ -75,8 +82,8 @@ def inspect_layers(round_: Round, selector: str) -> Figures:
     figures: Figures = {
         "layers": len(chosen),
         "weights": total,
-        "sparsity_now": _round(sum(now[layer.name] * layer.weights for layer in chosen) / total),
-        "kl_together": {f"{level:g}": _round(kl) for level, kl in zip(LEVELS, curves, strict=True)},
+        "sparsity_now": round_figure(sum(now[layer.name] * layer.weights for layer in chosen) / total),
+        "kl_together": {f"{level:g}": round_figure(kl) for level, kl in zip(LEVELS, curves, strict=True)},
         "columns": f"name weights sparsity_now wanda_z grad_z {' '.join(f'kl{level:g}' for level in LEVELS)}",
         "rows": [_describe_layer(layer, now[layer.name]) for layer in chosen[:MAX_INSPECTED]],
     }
@@ -92,8 +99,9 @@ def predict(round_: Round, draft: Draft) -> Figures:
     """What a draft's exact allocation comes to, by KL curves alone; nothing is pruned.
 
     `predicted_kl` is by the curves that the draft's recipe asks for, `mask_kl` by those of the profile. Curves of a
-    method that nobody asked for before are measured first. Raises ImpossiblePlan.
+    method that nobody asked for before are measured first. Raises ImpossiblePlan, and ValueError as `Round.admit`.
     """
+    round_.admit([draft], 0, 0)
     order = round_.resolve(draft)
     layers = {layer.name: layer for layer in round_.bench.read_profile(round_.profile).layers}
     zeros = order.zeros
@@ -109,11 +117,11 @@ def predict(round_: Round, draft: Draft) -> Figures:
     ]
     rows.sort(key=lambda row: -row[2])
     figures: Figures = {
-        "sparsity": _round(order.sparsity),
-        "predicted_kl": _round(order.predicted_kl),
-        "mask_kl": _round(mask_kl),
+        "sparsity": round_figure(order.sparsity),
+        "predicted_kl": round_figure(order.predicted_kl),
+        "mask_kl": round_figure(mask_kl),
         "columns": "group: sparsity, share of mask_kl",
-        "groups": {selector: [_round(share), _round(kl)] for selector, share, kl in rows[:MAX_GROUPS]},
+        "groups": {selector: [round_figure(share), round_figure(kl)] for selector, share, kl in rows[:MAX_GROUPS]},
     }
     return figures | ({"groups_left_out": len(rows) - MAX_GROUPS} if len(rows) > MAX_GROUPS else {})
 
@@ -122,38 +130,74 @@ def _sum_kl(layers: Mapping[str, LayerProfile], shares: Mapping[str, float], nam
     return predict_kl([layers[name] for name in names], np.array([shares[name] for name in names]))
 
 
-def probe(round_: Round, drafts: Sequence[Draft], tokens: int) -> list[Figures]:
-    """Carry drafts out and measure each on the first `tokens` tokens of the validation text, rounded up to windows.
+def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, whole: bool = False) -> list[Figures]:
+    """Carry drafts out and measure each on the first `tokens` tokens of the validation text, rounded up to windows, on
+    half of its windows, or on the `whole` text.
 
-    Figures are paired with the dense model's on the same text, and with those of the present weights where they are
-    not the dense ones: `kl_change` is the draft's KL minus theirs. Of a draft that cannot be, or breaks while it is
-    carried out, there is `error` alone. Raises ImpossiblePlan when none can, and ValueError when there are not the
-    tokens for all that can.
+    Figures are paired with the dense model's on the same text, with those of the present weights where they are not
+    the dense ones (`kl_change` is the draft's KL minus theirs), and with those of the other probes of the round: in
+    `kl_minus_probe` the draft's KL minus each, with its standard error, on the windows that both have. Of a draft that
+    cannot be, or breaks while it is carried out, there is `error` alone. Raises ImpossiblePlan when none can, and
+    ValueError when there are not the tokens or seconds for all that can.
     """
-    bench, found = round_.bench, [_try_to_resolve(round_, draft) for draft in drafts]
+    bench = round_.bench
+    windows = count_windows(bench, tokens, whole=whole)
+    round_.admit(drafts, windows * bench.settings.window, 0)
+    found = [_try_to_resolve(round_, draft) for draft in drafts]
     orders = {number: order for number, order in enumerate(found) if isinstance(order, WorkOrder)}
     if not orders:
         raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, found))))
-    asked = min(math.ceil(tokens / bench.settings.window), len(bench.windows.validation))
-    windows = len(bench.losses.list_first(asked))
     round_.book(len(orders) * windows * bench.settings.window, list(orders.values()))
-    evaluations = bench.probe(
+    probes = bench.probe(
         round_.profile,
         list(orders.values()),
         windows,
         round_.progress,
         back=round_.present,
         keep=round_.keep,
+        best=find_best(Probe(x.checkpoint, x.sparsity, _read_losses(x)) for x in round_.probed if x.checkpoint),
     )
     figures: list[Figures] = [{"error": problem} for problem in found]
-    for (number, order), measured in zip(orders.items(), evaluations, strict=True):
-        if isinstance(measured, str):
-            figures[number] = {"error": measured}
+    numbers: dict[int, int] = {}
+    for (number, order), made in zip(orders.items(), probes, strict=True):
+        if isinstance(made, str):
+            figures[number] = {"error": made}
         else:
-            figures[number] = _describe_probe(round_, order, measured, windows)
+            figures[number] = _describe_probe(round_, order, made.losses, windows)
+            numbers[number] = remember_probe(round_.probed, _note(bench, order, made))
+    for number, own in numbers.items():
+        figures[number] |= _compare_probes(bench, round_.probed, own)
     if all("error" in figure for figure in figures):
         raise ImpossiblePlan("; ".join(dict.fromkeys(figure["error"] for figure in figures)))
     return figures
+
+
+def count_windows(bench: Workbench, tokens: int | None, *, whole: bool) -> int:
+    """Windows of validation text that hold so many tokens, half of them, or the whole; as many of each text."""
+    every = len(bench.windows.validation)
+    asked = every if whole else every / 2 if tokens is None else tokens / bench.settings.window
+    return len(bench.losses.list_first(math.ceil(min(asked, every))))
+
+
+def _note(bench: Workbench, order: WorkOrder, made: Probe) -> Probed:
+    tokens, losses = len(made.losses.kl) * bench.settings.window, made.losses.model_dump()
+    return Probed(order=order.id, checkpoint=made.checkpoint, sparsity=made.sparsity, tokens=tokens, losses=losses)
+
+
+def _read_losses(probed: Probed) -> Evaluation:
+    return Evaluation.model_validate(probed.losses)
+
+
+def _compare_probes(bench: Workbench, probed: Sequence[Probed], own: int) -> Figures:
+    """The number of a probe of the round, and its KL minus that of each other one: [mean, standard error], paired."""
+    ours, beside = _read_losses(probed[own - 1]), dict[str, list[float | None]]()
+    for number, other in enumerate(probed, 1):
+        theirs = _read_losses(other)
+        if number != own and ours.finite and theirs.finite:
+            fewer = min(len(ours.kl), len(theirs.kl))
+            change = compare_kl(take_first(bench, ours, fewer), take_first(bench, theirs, fewer))
+            beside[f"{number}"] = [round_figure(figure) for figure in change]
+    return {"probe": own, "kl_minus_probe": beside} if beside else {"probe": own}
 
 
 def _try_to_resolve(round_: Round, draft: Draft) -> WorkOrder | str:
@@ -168,31 +212,32 @@ def _try_to_resolve(round_: Round, draft: Draft) -> WorkOrder | str:
 
 def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, windows: int) -> Figures:
     bench = round_.bench
+    dense = take_first(bench, bench.read_profile(round_.profile).dense, windows)
     figures: Figures = {
         "tokens": windows * bench.settings.window,
-        "sparsity": _round(order.sparsity),
-        "predicted_kl": _round(order.predicted_kl),
-        "kl": _round(evaluation.mean_kl),
-        "kl_error": _round(evaluation.kl_error),
-        "perplexity": _round(evaluation.perplexity),
-        "dense_perplexity": _round(_take(bench, bench.read_profile(round_.profile).dense, windows).perplexity),
+        "sparsity": round_figure(order.sparsity),
+        "predicted_kl": round_figure(order.predicted_kl),
+        "kl": round_figure(evaluation.mean_kl),
+        "kl_error": round_figure(evaluation.kl_error),
+        "perplexity": round_figure(evaluation.perplexity),
+        "dense_perplexity": round_figure(dense.perplexity),
     }
     if evaluation.texts:
-        figures |= {
-            "texts": {x.name: {"kl": _round(x.kl), "kl_error": _round(x.kl_error)} for x in list_texts(evaluation)}
-        }
+        texts = list_texts(evaluation)
+        figures["texts"] = {x.name: {"kl": round_figure(x.kl), "kl_error": round_figure(x.kl_error)} for x in texts}
     if round_.present == DENSE or not evaluation.finite:
         return figures
     present = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
-    change, error = compare_kl(evaluation, _take(bench, present, windows))
-    return figures | {"kl_change": _round(change), "kl_change_error": _round(error)}
+    change, error = compare_kl(evaluation, take_first(bench, present, windows))
+    return figures | {"kl_change": round_figure(change), "kl_change_error": round_figure(error)}
 
 
-def _take(bench: "Workbench", evaluation: Evaluation, windows: int) -> Evaluation:
-    """Of losses on the whole validation text those that a probe of so many windows has, too."""
-    return evaluation.take(bench.losses.list_first(windows))
+def take_first(bench: "Workbench", evaluation: Evaluation, windows: int) -> Evaluation:
+    """Of losses on the first windows of the validation text those that a probe of fewer has, too."""
+    places = bench.losses.list_first(len(evaluation.kl))
+    return evaluation.take([places.index(window) for window in bench.losses.list_first(windows)])
 
 
-def _round(value: float | None) -> float | None:
+def round_figure(value: float | None) -> float | None:
     """Four significant digits; None for what is not finite, as JSON has no word for it."""
     return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

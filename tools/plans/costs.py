@@ -78,9 +78,14 @@ def list_curve_costs(recipe: Recipe, settings: WorkbenchSettings) -> Costs:
     if recipe.calibration != "run":
         costs[f"profile of the {recipe.calibration} text"] = count_profile(settings)
     if recipe.needs_curves:
-        plain = recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
-        costs[f"curves of {plain.mask_label}"] = count_walk(settings)
+        costs[name_curves(recipe)] = count_walk(settings)
     return costs
+
+
+def name_curves(recipe: Recipe) -> str:
+    """What the KL curves of a recipe's method are called: they are the same for any statistics and steps."""
+    plain = recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
+    return f"curves of {plain.mask_label}"
 
 
 def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:

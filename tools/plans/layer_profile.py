@@ -1,5 +1,6 @@
 """What is known of each prunable layer, and the KL curve that says what pruning it costs. No torch in here."""
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -62,13 +63,19 @@ def predict_kl(layers: Sequence[LayerProfile], sparsity: Array) -> float:
     return float(sum(predict_layer_kl(layer, s[None])[0] for layer, s in zip(layers, sparsity, strict=True)))
 
 
-def group_layers(layers: Sequence[LayerProfile]) -> dict[str, list[LayerProfile]]:
-    """Layers by kind and third of the model's depth; the keys are selectors."""
+def merge_numbers(kind: str) -> str:
+    """The kind of all numbered siblings (experts): a glob."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", kind)
+
+
+def group_layers(layers: Sequence[LayerProfile], *, merge: bool = False) -> dict[str, list[LayerProfile]]:
+    """Layers by kind and third of the model's depth; the keys are selectors. `merge` takes experts together."""
     depth = max(layer.block for layer in layers) + 1
     edges = [round(depth * i / 3) for i in range(4)]
     groups: dict[str, list[LayerProfile]] = {}
     for first, end in pairwise(edges):
         for layer in layers:
             if first <= layer.block < end:
-                groups.setdefault(f"blocks {first}-{end - 1} · {layer.kind}", []).append(layer)
+                kind = merge_numbers(layer.kind) if merge else layer.kind
+                groups.setdefault(f"blocks {first}-{end - 1} · {kind}", []).append(layer)
     return groups

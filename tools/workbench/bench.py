@@ -3,7 +3,6 @@
 Everything it makes goes to disk under the hash of its content, so a killed run goes on where it was.
 """
 
-import json
 import resource
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.base.errors import BrokenBaseline, BrokenPlan, ImpossiblePlan, UserError
+from tools.base.errors import BrokenBaseline, BrokenPlan, UserError
 from tools.base.failures import explain_work
 from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings, WorkbenchSettings
@@ -30,6 +29,7 @@ from tools.models.load import load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
 from tools.plans.layer_profile import LayerProfile
+from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_pruning, time_work
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished, Reach
@@ -44,6 +44,7 @@ from tools.workbench.curves import Curves
 from tools.workbench.evaluate import Evaluator
 from tools.workbench.losses import Losses
 from tools.workbench.polish import Polisher
+from tools.workbench.probes import Probe, probe_orders
 from tools.workbench.profiles import Profiles
 from tools.workbench.prune import Pruner
 from tools.workbench.store import ArtifactStore, Index
@@ -62,6 +63,7 @@ class Workbench:
 
     def __init__(self, settings: TeamSettings, directory: Path, warn: Warn, progress: Progress) -> None:
         self.settings, self.directory, self._warn = settings, directory, Warner(warn)
+        self.paces: Paces = {}
         progress("load model", 0, 1)
         self.store = ArtifactStore(directory / "artifacts")
         self.model, self.tokenizer = load_model(settings)
@@ -193,7 +195,10 @@ class Workbench:
     def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `Curves.describe_layers`."""
         with self._explained(f"measuring what {recipe.label} needs to know of layers"):
-            return self.curves.describe_layers(profile, recipe, progress)
+            if not recipe.needs_curves or self.has_layers(profile, recipe):
+                return self.curves.describe_layers(profile, recipe, progress)
+            with time_work(self.paces, name_measuring_curves(recipe)):
+                return self.curves.describe_layers(profile, recipe, progress)
 
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `Curves.read_layers`."""
@@ -208,7 +213,7 @@ class Workbench:
 
     def prune(self, profile: str, order: WorkOrder, progress: Progress) -> str:
         """As `Pruner.prune`."""
-        with self._explained("pruning"):
+        with self._explained("pruning"), time_work(self.paces, name_pruning(order)):
             return self.pruner.prune(profile, order, progress)
 
     def restore(self, checkpoint: str) -> list[str]:
@@ -253,7 +258,8 @@ class Workbench:
 
     def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
         """As `Evaluator.evaluate`."""
-        with self._explained(f"measuring on the {split} text"):
+        tokens = self.losses.count_windows(split) * self.settings.window
+        with self._explained(f"measuring on the {split} text"), time_work(self.paces, MEASURING, tokens):
             return self.evaluator.evaluate(checkpoint, split, profile, progress, label)
 
     def evaluate_further(self, checkpoint: str, windows: range, progress: Progress) -> Evaluation:
@@ -265,7 +271,8 @@ class Workbench:
         self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
     ) -> list[Evaluation]:
         """As `Evaluator.evaluate_each`."""
-        with self._explained("measuring on the validation text"):
+        tokens = len(checkpoints) * windows * self.settings.window
+        with self._explained("measuring on the validation text"), time_work(self.paces, MEASURING, tokens):
             return self.evaluator.evaluate_each(checkpoints, windows, profile, progress, label)
 
     def evaluate_other(self, model: Any, profile: str, progress: Progress) -> Evaluation:
@@ -298,40 +305,17 @@ class Workbench:
         *,
         back: str,
         keep: Sequence[str] = (),
-    ) -> list[Evaluation | str]:
-        """Prune by each order as `prune` would, measure it on the first `windows` windows of the validation text, and
-        put the weights of the checkpoint `back` back, bit for bit. In place of losses: why an order could not be
-        carried out.
+        best: Probe | None = None,
+    ) -> list[Probe | str]:
+        """As `tools.workbench.probes.probe_orders`."""
+        return probe_orders(self, profile, orders, windows, progress, back=back, keep=keep, best=best)
 
-        As many are measured at once as can be; each once, then read back. Layers on disk that neither `back`, the
-        checkpoints to `keep` nor the last ones measured have are deleted, so that many probes take no more room than
-        those that are measured at once.
-        """
-        keys = [_probe_key(self.read_profile(profile), order, windows) for order in orders]
-        found: dict[int, Evaluation | str] = {}
-        for number, key in enumerate(keys):
-            if (known := self.index.read_measured(key)) is not None:
-                found[number] = Evaluation.model_validate(known)
-        missing = [number for number in range(len(orders)) if number not in found]
-        for first in range(0, len(missing), self.abreast):
-            made: dict[int, str] = {}
-            try:
-                for number in missing[first : first + self.abreast]:
-                    try:
-                        made[number] = self.prune(profile, orders[number], progress)
-                    except ImpossiblePlan as error:
-                        found[number] = str(error)
-                evaluations = self.evaluate_each(list(made.values()), windows, profile, progress, "probe")
-                self.forget_checkpoints([back, *keep, *made.values()])
-            except BrokenPlan as error:
-                found |= dict.fromkeys(made, str(error))
-                continue
-            finally:
-                self.restore(back)
-            for number, evaluation in zip(made, evaluations, strict=True):
-                self.index.keep_measured(keys[number], evaluation.model_dump())
-                found[number] = evaluation
-        return [found[number] for number in range(len(orders))]
+    @contextmanager
+    def move_layers(self, checkpoint: str, zeros: Sequence[Mapping[str, int]]) -> Iterator[list[str]]:
+        """As `Pruner.move`; what is measured of them inside is not kept either."""
+        with self._explained("moving layers"), self.pruner.move(checkpoint, zeros) as made:
+            yield made
+            self.evaluator.forget(made)
 
     def peak_memory_bytes(self) -> int:
         """The most memory used so far: of all GPUs that the model is on, else of this process."""
@@ -358,12 +342,3 @@ def _encode_questions(settings: WorkbenchSettings, tokenizer: Any) -> dict[Split
         return {}
     parts = split_questions(settings.questions, settings.question_pairs, settings.text_cut)
     return {"validation": encode_pairs(parts.validation, tokenizer), "test": encode_pairs(parts.test, tokenizer)}
-
-
-def _probe_key(profile: StoredProfile, order: WorkOrder, windows: int) -> list[str]:
-    """What the losses of an order depend on: its layers, by the statistics that they are pruned by, and the text."""
-    recipes = {name: layer.recipe.model_dump_json() for name, layer in order.layers.items()}
-    shared = set(recipes.values())
-    recipe = shared.pop() if len(shared) == 1 else json.dumps(recipes)
-    polish = [f"polished on {order.polish}"] if order.polish else []
-    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(windows), *polish]

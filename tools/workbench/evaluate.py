@@ -13,7 +13,7 @@ from tools.base.errors import DamagedArtifact
 from tools.base.progress import Progress, Stopped, Warn, count_up, ignore_progress
 from tools.base.seals import read_sealed, write_sealed
 from tools.base.settings import TEAM, Split, WorkbenchSettings
-from tools.measure.losses import Evaluation, SoFar
+from tools.measure.losses import Evaluation, SoFar, join_windows
 from tools.measure.recall import EncodedPair, Recall, cut_batches, measure_recall, put_together
 from tools.team.requests import ReadAnswers
 from tools.workbench.crew import Crew
@@ -30,6 +30,9 @@ class Answered(BaseModel):
 
 
 Begun = TypeVar("Begun", bound=BaseModel)
+
+PART = "validation-part"
+"""What losses on the first windows of the validation text are kept under."""
 
 
 class Evaluator:
@@ -55,12 +58,28 @@ class Evaluator:
         self._calibration_hidden: Tensor | None = None
 
     def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
-        """Losses of a checkpoint on a split (`validation` or `test`); measured once, then read back."""
+        """Losses of a checkpoint on a split (`validation` or `test`); measured once, then read back.
+
+        Windows of the validation text that a probe has measured are not measured again.
+        """
         if known := self._read(checkpoint, split):
             return known
-        hidden = self._profiles.read_hidden(profile) if split == "validation" else None
-        every = range(self._losses.count_windows(split))
-        return self._measure_once(checkpoint, split, split, every, hidden, label or split, progress)
+        every = list(range(self._losses.count_windows(split)))
+        if split == "test":
+            return self._measure_once(checkpoint, split, split, every, None, label or split, progress)
+        hidden, part = self._profiles.read_hidden(profile), self._read(checkpoint, PART)
+        if part is None:
+            return self._measure_once(checkpoint, split, split, every, hidden, label or split, progress)
+        first = self._losses.list_first(len(part.kl))
+        rest = [window for window in every if window not in first]
+        name = f"{split}-from-{len(first)}"
+        measured = self._measure_once(checkpoint, name, split, rest, hidden[rest], label or split, progress)
+        places = [*first, *rest]
+        whole = join_windows(part, measured).take([places.index(window) for window in every])
+        self._keep(self._path(checkpoint, split), whole.model_dump())
+        for kept in (name, PART):
+            self._path(checkpoint, kept).unlink(missing_ok=True)
+        return whole
 
     def evaluate_further(self, checkpoint: str, windows: range, progress: Progress) -> Evaluation:
         """Losses of a checkpoint on some further windows of each validation text; measured once, then read back."""
@@ -87,8 +106,9 @@ class Evaluator:
         known = self._read_begun(begun, Evaluation)
         so_far = SoFar(known.nll, known.kl) if known and len(known.nll) < len(windows) else SoFar()
         with self._keep_begun(begun, lambda: {"nll": so_far.nll, "kl": so_far.kl}):
+            whole = text == "validation" and len(windows) == self._losses.count_windows(text)
             evaluation, _ = self._losses.measure(
-                text, windows, hidden, label, progress, from_change=text == "validation", so_far=so_far
+                text, windows, hidden, label, progress, from_change=whole, so_far=so_far
             )
         self._keep(self._path(checkpoint, name), evaluation.model_dump())
         begun.unlink(missing_ok=True)
@@ -137,23 +157,31 @@ class Evaluator:
         """Losses of checkpoints on the first `windows` windows of the validation text (`Losses.list_first`), as many
         checkpoints at once as can be.
 
-        The weights in the model end as they were. Losses on all of the text are kept, and read back, as by `evaluate`.
+        The weights in the model end as they were. Losses on all of the text are kept, and read back, as by `evaluate`;
+        those on a part of it for `evaluate` to go on from.
         """
-        whole = windows == self._losses.count_windows("validation")
+        first = self._losses.list_first(windows)
+        whole = len(first) == self._losses.count_windows("validation")
         found: dict[str, Evaluation] = {}
         for checkpoint in checkpoints if whole else ():
             if known := self._read(checkpoint, "validation"):
                 found[checkpoint] = known
         missing = [checkpoint for checkpoint in checkpoints if checkpoint not in found]
         with self._weights.put_back():
-            first = self._losses.list_first(windows)
             hidden = self._profiles.read_hidden(profile)[first]
             measured = self._measure_each("validation", missing, first, hidden, label, progress)
             for checkpoint, evaluation in measured:
                 found[checkpoint] = evaluation
-                if whole:
-                    self._keep(self._path(checkpoint, "validation"), evaluation.model_dump())
+                known = None if whole else self._read(checkpoint, PART)
+                if known is None or len(known.kl) < len(first):
+                    self._keep(self._path(checkpoint, "validation" if whole else PART), evaluation.model_dump())
         return [found[checkpoint] for checkpoint in checkpoints]
+
+    def forget(self, checkpoints: Sequence[str]) -> None:
+        """Delete what was measured of checkpoints on the validation text."""
+        for checkpoint in checkpoints:
+            for name in ("validation", PART):
+                self._path(checkpoint, name).unlink(missing_ok=True)
 
     def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:
         """KL(dense || checkpoint) on some windows of the calibration text, as many checkpoints at once as can be.

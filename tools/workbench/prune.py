@@ -1,6 +1,7 @@
 """Pruning by a work order, from the dense weights, and the checkpoints that come of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop, ignore_progress
 from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
+from tools.plans.methods import METHODS
 from tools.plans.mix import label_mix
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.plans.work_order import WorkOrder
@@ -229,6 +231,48 @@ class Pruner:
         artifact = self._store.write_tensors(tensors)
         self._weights.write(name, weight_OI, artifact)
         return artifact
+
+    # --- a little more sparsity --------------------------------------------------------------------------------
+
+    def refuse_move(self, checkpoint: str) -> None:
+        """Raises ImpossiblePlan for a checkpoint whose layers cannot be moved."""
+        if any(task.recipe.pattern for task in self._read(checkpoint).tasks.values()):
+            raise ImpossiblePlan("a pattern says how many weights of every layer are zero: none can be moved")
+
+    @contextmanager
+    def move(self, checkpoint: str, zeros: Sequence[Mapping[str, int]]) -> Iterator[list[str]]:
+        """Checkpoints that are this one but for the layers named by each, which have so many zeros; gone afterwards.
+
+        The survivors of least score go, by the mask of the layer's recipe, by the two-sided one where its method moves
+        survivors; those that stay are not fitted again. The weights of `checkpoint` are in the model before and after.
+        """
+        made: list[str] = []
+        self.restore(checkpoint)
+        try:
+            for counts in zeros:
+                made.append(self._move(checkpoint, counts))
+            yield made
+        finally:
+            self.restore(checkpoint)
+            own = set(self.list_artifacts(checkpoint).values())
+            for moved in made:
+                for artifact in set(self.list_artifacts(moved).values()) - own:
+                    self._store.path(artifact, ".safetensors").unlink(missing_ok=True)
+                self._store.path(moved, ".json").unlink(missing_ok=True)
+
+    def _move(self, checkpoint: str, zeros: Mapping[str, int]) -> str:
+        tasks, made = dict(self._read(checkpoint).tasks), self.list_artifacts(checkpoint)
+        for name, count in zeros.items():
+            heed_stop()
+            task = tasks[name]
+            method = "two-sided" if METHODS[task.recipe.method].changes_survivors else task.recipe.method
+            mask = Recipe(method=method, refit=False, gamma=task.recipe.gamma, statistics="dense")
+            with explain_layer(f"moving layer {name}"):
+                statistics = self._profiles.find_statistics(task.profile, name, mask)
+                moved_OI = prune_layer(mask, self._weights.by_name[name].weight_OI, statistics, count).weight_OI
+                made[name] = self._store.write_tensors(pack_pruned(moved_OI, values=True))
+            tasks[name] = LayerTask(count, task.recipe, task.profile)
+        return self._store.write_json(make_checkpoint(tasks, made).model_dump(exclude_none=True))
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 

@@ -54,5 +54,7 @@ VALUES: dict[str, Any] = {
     "stop": "patience",
     "evaluated_tokens": 4096,
     "counted": ["curves of refit"],
+    "paces": {"pruning by refit": 1.5},
+    "probed": {"0123": 128},
     "seconds": 1.5,
 }

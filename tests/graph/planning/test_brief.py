@@ -19,9 +19,7 @@ from graph.llm.models import open_model
 from graph.llm.quoting import quote_data
 from graph.llm.toolbox import Toolbox
 from graph.planning.brief import (
-    MAX_ROWS,
     advise_against,
-    describe_layers,
     describe_lesson,
     plan_with_chat,
     planner_messages,
@@ -32,6 +30,7 @@ from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.situation import Situation
+from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
 from graph.reflecting.schema import Lesson
 from graph.state import Trial
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
@@ -41,6 +40,7 @@ from tools.instruments.functions import Round
 from tools.plans.costs import count_polish
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Adjustment, Recipe
+from tools.plans.selectors import select_layers
 
 KEPT = Trial(
     iteration=1,
@@ -195,6 +195,34 @@ def test_what_is_not_shown_is_said() -> None:
     assert table.startswith("The 1000 prunable layers, shown as 400 means over neighbours (200 not shown):\n")
 
 
+def test_groups_are_shown_in_sums_where_tools_show_layers() -> None:
+    layers = draw_layers(6, (*LLAMA_KINDS[:2], "mlp.experts.0.up", "mlp.experts.1.up"))
+    sparsity = {layer.name: 0.25 * (layer.block // 2) for layer in layers}
+    situation = make_first_situation(layers=layers, sparsity=sparsity)
+    lines = describe_groups(situation).split("\n")
+    assert lines[:2] == ["The 24 prunable layers in 9 groups:", "<data groups>"]
+    unit = re.fullmatch(
+        r"columns: layers, % of all weights, wanda z, grad z \(means\), kl\.45 kl\.60 \(sums; kl in units of (\S+) "
+        r"nats/token\)",
+        lines[3],
+    )
+    assert unit
+    rows = lines[4:-1]
+    assert [row.split(":")[0] for row in rows[::3]] == [f"blocks {b}-{b + 1} · self_attn.q_proj" for b in (0, 2, 4)]
+    experts = [layer for layer in layers if layer.block in (0, 1) and "experts" in layer.kind]
+    name, figures = rows[2].split(": ")
+    assert name == "blocks 0-1 · mlp.experts.*.up" and select_layers(name, layers) == [x.name for x in experts]
+    count, share, wanda, grad, low, high = map(float, figures.split())
+    assert (count, share) == (4, 16.7)
+    assert wanda == round(10 * sum(x.wanda_z for x in experts) / 4)
+    assert grad == round(10 * sum(x.gradient_z for x in experts) / 4)
+    for shown_kl, column in ((low, 2), (high, 3)):
+        assert shown_kl * float(unit[1]) == pytest.approx(sum(x.kappa[column] for x in experts), rel=0.05)
+    text = str(planner_messages(situation, Toolbox(offer_nothing, calls=3, seconds=9))[1].text)
+    assert text.startswith(describe_groups(situation)) and "<data layers>" not in text
+    assert "in the order of the table:\n<data sparsities>\n.00 .00 .00 .25 .25 .25 .50 .50 .50\n</data>" in text
+
+
 # The messages
 
 
@@ -226,7 +254,7 @@ def test_tools_are_described_where_they_are_offered() -> None:
         planner_messages(make_first_situation(), Toolbox(offer_nothing, calls=3, seconds=9)),
     )
     tools = make_planner_tools(Round(None, "", None, None), history=lambda n: [], recall=lambda query: [])  # type: ignore[arg-type]
-    assert len(tools) == 5
+    assert len(tools) == 6
     for tool in tools:
         assert f"`{tool.name}({', '.join(tool.args)})`" in offered[0].text
         assert f"`{tool.name}(" not in alone[0].text
@@ -244,6 +272,14 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
     names -= {"multipliers", "mix", "pattern", "polish", "polish_tokens"}
     assert {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]} == names
     assert all(len(field["description"].split()) >= 3 for field in fields)
+
+
+def test_no_sentence_says_which_plan_to_take() -> None:
+    toolbox = Toolbox(offer_nothing, calls=6, seconds=600)
+    situation = make_first_situation(untried=[Plan(sparsity=0.45)], accepted=KEPT, trials=[KEPT])
+    text = "".join(message.text for message in planner_messages(situation, toolbox))
+    advice = r"\b(try|prefer|leave (it|the list)|best until|best guide|likeliest|should|within the first)\b"
+    assert re.findall(advice, text, re.IGNORECASE) == []
 
 
 def test_long_parts_never_change_within_a_run() -> None:
@@ -266,15 +302,15 @@ def test_prompt_of_a_model_like_qwen3_8b() -> None:
     """252 layers; the real tokenisers of Qwen and OpenAI make less of it than is counted here."""
     toolbox = Toolbox(offer_nothing, calls=6, seconds=600)
     first = "".join(message.text for message in planner_messages(make_first_situation(36), toolbox))
-    assert count_tokens(first) < 6_000
-    assert len(first) < 16_200
+    assert count_tokens(first) < 4_000
+    assert len(first) < 14_000
     names = [layer.name for layer in draw_layers(36)]
     trials = [KEPT.model_copy(update={"iteration": i}) for i in range(1, 10)]
     lesson = Lesson(run="r", iteration=1, selector="s", factor=1.5, predicted=1, measured=2, text="t " * 80)
     tenth = make_first_situation(
         36, sparsity=dict.fromkeys(names, 0.4321), accepted=KEPT, trials=trials, lessons=[lesson] * 9, iteration=10
     )
-    assert len("".join(message.text for message in planner_messages(tenth, toolbox))) < 21_000
+    assert len("".join(message.text for message in planner_messages(tenth, toolbox))) < 18_000
 
 
 def test_a_lesson_says_where_it_was_learnt_and_whether_it_weighs_here() -> None:
@@ -304,7 +340,7 @@ def test_bounds_and_trials() -> None:
     )
     assert (
         "<data trials>\ndense: perplexity 20\n"
-        "round 1: sparsity 0.3 two-sided+refit:kappa; perplexity 22; KL 0.0312 +- 0.001, predicted 0.02; "
+        "round 1: sparsity 0.3 two-sided+refit:kappa; perplexity 22; KL 0.0312 +- 0.001, predicted 0.02 (x1.56); "
         "accept: within the limit\n"
         "round 2: sparsity 0.3 two-sided+refit:kappa; perplexity not finite; KL not finite, predicted 0.02; "
         "rollback: nan\n</data>" in text
@@ -483,7 +519,7 @@ def test_advice_against_a_wasted_round() -> None:
     )
     assert advise_against(plan, replace(at_target, trials=[same])) == (
         "This is a plan that you know the result of, and it would be the same again. Change a lever that is untried.\n"
-        "round 1: sparsity 0.4499 refit:kappa; perplexity 22; KL 0.0312 +- 0.001, predicted 0.02; "
+        "round 1: sparsity 0.4499 refit:kappa; perplexity 22; KL 0.0312 +- 0.001, predicted 0.02 (x1.56); "
         "accept: within the limit"
     )
 
@@ -497,7 +533,7 @@ def test_untried_plans_are_shown_in_short() -> None:
     ]
     text = shown(make_first_situation(untried=plans))
     start = (
-        "Untried, each one lever from the best plan so far, likeliest first:\n<data untried>\n"
+        "Untried, each one lever from the best plan so far:\n<data untried>\n"
         '{"sparsity": 0.45, "recipe": {"method": "refit", "curves": "mask", "statistics": "sequential"}}: '
         "Block by block.\n"
         '{"sparsity": 0.45, "recipe": {"method": "refit"}, "adjustments": [{"selector": "*.v_proj", '

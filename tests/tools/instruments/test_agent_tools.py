@@ -42,8 +42,8 @@ def call(tool: BaseTool, **arguments: object) -> tuple[dict[str, object], str]:
     return json.loads(message.text), message.artifact
 
 
-def test_a_planner_gets_five_and_none_of_them_changes_the_model(instruments: dict[str, BaseTool]) -> None:
-    assert list(instruments) == ["inspect_layers", "predict", "probe", "history", "recall"]
+def test_a_planner_gets_six_and_none_of_them_changes_the_model(instruments: dict[str, BaseTool]) -> None:
+    assert list(instruments) == ["inspect_layers", "predict", "probe", "slopes", "history", "recall"]
     plan = {**WANDA, "reason": "what a plan has beyond that does no harm", "reprofile": False}
     answer, shown = call(instruments["inspect_layers"], selector="*.v_proj")
     assert shown == f"*.v_proj -> {answer['layers']} layers"

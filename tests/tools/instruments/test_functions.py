@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ import tools.workbench.losses
 from graph.config import RunConfig
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
-from tests.situations import ignore, open_orders
+from tests.situations import ignore
 from tests.team import make_team
-from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.functions import MAX_GROUPS, MAX_INSPECTED, Draft, Round, inspect_layers, predict, probe
 from tools.models.layers import Layer
@@ -24,37 +22,10 @@ from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
-from tools.workbench.open import use_workbench
 from tools.workbench.store import DENSE
 
 WANDA = Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform"))
 REFIT = Draft(sparsity=0.4)
-PROTECT = ["*.v_proj"]
-
-
-@pytest.fixture
-def bench(tmp_path: Path, tiny_llama: Path, workbench_closed: None) -> Workbench:
-    with use_workbench(tiny_settings(tiny_llama), tmp_path / "run", pytest.fail, ignore) as bench:
-        return bench
-
-
-def resolver(bench: Workbench, profile: str, present: str = DENSE) -> Callable[[Draft], WorkOrder]:
-    """What a draft comes to, as the plan node has it; the weights in the model stay those of `present`."""
-    orders = open_orders(bench, profile, RunConfig(protect=PROTECT), present)
-    return lambda draft: orders(Plan.model_validate(draft.model_dump()))
-
-
-@pytest.fixture
-def make_round(bench: Workbench) -> Callable[..., Round]:
-    def make(accepted: Draft | None = None, **more: Any) -> Round:
-        """A round, with the dense weights in the model, or with those of an accepted draft."""
-        profile = bench.profile(ignore)
-        present = DENSE
-        if accepted:
-            present = bench.prune(profile, resolver(bench, profile)(accepted), ignore)
-        return Round(bench, profile, resolver(bench, profile, present), ignore, present=present, **more)
-
-    return make
 
 
 def hash_weights(bench: Workbench) -> str:
@@ -63,6 +34,11 @@ def hash_weights(bench: Workbench) -> str:
     for layer in bench.layers:
         digest.update(layer.stored_weight.contiguous().view(-1).numpy().tobytes())
     return digest.hexdigest()
+
+
+def strip(figures: dict[str, Any]) -> dict[str, Any]:
+    """What a probe found, for itself."""
+    return {name: figure for name, figure in figures.items() if name != "kl_minus_probe"}
 
 
 # --- inspect -------------------------------------------------------------------------------------------------------
@@ -109,7 +85,7 @@ def test_predict_is_the_allocation_that_a_round_would_have(make_round: Callable[
     round_ = replace(round_, groups=groups)
     figures = predict(round_, REFIT)
     assert hash_weights(bench) == before, "curves are measured on the dense weights"
-    plan, config = Plan.model_validate(REFIT.model_dump()), RunConfig(protect=PROTECT)
+    plan, config = Plan.model_validate(REFIT.model_dump()), RunConfig(protect=["*.v_proj"])
     allocation = resolve(plan, bench.describe_layers(round_.profile, REFIT.recipe, ignore), config)
     masks = resolve(plan, bench.read_profile(round_.profile).layers, config)
     assert figures["sparsity"] == pytest.approx(0.4, abs=5e-4)
@@ -146,10 +122,10 @@ def test_nothing_is_measured_for_an_impossible_draft(
 # --- probe ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tokens", "windows"), [(1, 1), (64, 1), (65, 2), (10**9, 3)])
+@pytest.mark.parametrize(("tokens", "windows"), [(1, 1), (64, 1), (None, 2), (10**9, 3)])
 @pytest.mark.parametrize("accepted", [None, WANDA])
 def test_probe_measures_what_a_round_would_and_puts_everything_back(
-    accepted: Draft | None, tokens: int, windows: int, make_round: Callable[..., Round]
+    accepted: Draft | None, tokens: int | None, windows: int, make_round: Callable[..., Round]
 ) -> None:
     round_ = make_round(accepted)
     bench, before = round_.bench, hash_weights(round_.bench)
@@ -177,7 +153,7 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
     make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     round_ = make_round()
-    figures = probe(round_, [WANDA], 192)[0]
+    figures = probe(round_, [WANDA], whole=True)[0]
     monkeypatch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
     bench = round_.bench
@@ -188,11 +164,14 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
 
 def test_a_probe_is_measured_once(make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch) -> None:
     round_ = make_round()
-    figures = probe(round_, [REFIT], 100)
+    figures = probe(round_, [REFIT], 100)[0]
+    assert figures.pop("probe") == 1
     probe(round_, [WANDA], 100)
     monkeypatch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
-    assert probe(round_, [REFIT], 128) == figures, "on as many windows"
+    again = probe(round_, [REFIT], 128)[0]
+    assert (again.pop("kl_minus_probe").keys(), again.pop("probe")) == ({"2"}, 1)
+    assert again == figures, "on as many windows"
 
 
 @pytest.mark.parametrize("workers", [False, True])
@@ -216,7 +195,11 @@ def test_several_drafts_are_measured_as_each_alone(
         monkeypatch.setattr(bench.crew, "cluster", team)
         monkeypatch.setattr(bench.crew, "team", team)
     figures = probe(round_, drafts, tokens)
-    assert [figures[number] for number in (0, 2, 3, 4)] == [alone[0], alone[1], alone[0], alone[2]]
+    beside = [figures[number].get("kl_minus_probe") for number in (0, 2, 3, 4)]
+    assert [list(x) for x in beside if x] == [["2", "3"], ["1", "3"], ["2", "3"], ["1", "2"]]
+    assert beside[0]["2"][0] == -beside[1]["1"][0] == pytest.approx(alone[0]["kl"] - alone[1]["kl"], rel=0.02)
+    assert beside[0]["2"][1] == beside[1]["1"][1] > 0
+    assert [strip(figures[number]) for number in (0, 2, 3, 4)] == [strip(alone[number]) for number in (0, 1, 0, 2)]
     assert list(figures[1]) == ["error"] and "allow at most" in figures[1]["error"]
     assert booked[3:] == [4 * booked[0]], "all that can be"
     assert hash_weights(bench) == before
@@ -230,6 +213,29 @@ def test_drafts_none_of_which_can_be(make_round: Callable[..., Round]) -> None:
     ]
     with pytest.raises(ImpossiblePlan, match=r"allow at most .*; .*allow at most"):
         probe(make_round(), drafts, 1)
+
+
+def test_a_probe_is_kept_for_the_round(make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best one's layers and the losses of every one: pruning is not done again, nor measuring what was measured."""
+    round_ = make_round()
+    bench, worse = round_.bench, Draft(sparsity=0.4, recipe=Recipe(method="magnitude", refit=False))
+    assert probe(round_, [REFIT])[0]["kl"] < probe(round_, [worse])[0]["kl"]
+    real, measured = tools.workbench.losses.evaluate_windows, list[int]()
+
+    def count(model: Any, windows_BT: Any, *more: Any, **named: Any) -> Any:
+        measured.append(len(windows_BT))
+        return real(model, windows_BT, *more, **named)
+
+    monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
+        checkpoint = bench.prune(round_.profile, round_.resolve(REFIT), ignore)
+    kept = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
+    assert measured == [1], "of three windows the probe had two"
+    for path in (bench.directory / "evaluations").iterdir():
+        path.unlink()
+    assert bench.evaluate(checkpoint, "validation", round_.profile, ignore) == kept, "to the bit"
+    assert [(x.tokens, x.checkpoint == checkpoint) for x in round_.probed] == [(128, True), (128, False)]
 
 
 def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> None:
@@ -266,6 +272,20 @@ def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[...
     with pytest.raises(ValueError, match="none are left"):
         probe(refused, [Draft(sparsity=0.2)], 1)
     assert hash_weights(round_.bench) == before
+
+
+def test_a_call_is_admitted_before_anything_is_done_for_it(make_round: Callable[..., Round]) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def refuse(drafts: Sequence[Draft], tokens: int, others: int) -> None:
+        asked.append((len(drafts), tokens))
+        raise ValueError("too dear")
+
+    round_ = replace(make_round(admit=refuse), resolve=pytest.fail)
+    for instrument in (lambda: probe(round_, [WANDA, REFIT], 65), lambda: predict(round_, REFIT)):
+        with pytest.raises(ValueError, match="too dear"):
+            instrument()
+    assert asked == [(2, 128), (1, 0)]
 
 
 def test_what_fails_in_a_probe_leaves_the_weights_as_they_were(

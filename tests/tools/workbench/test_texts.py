@@ -1,5 +1,6 @@
 """A workbench of several named texts: what is fitted to their sum, and what is told of each."""
 
+import shutil
 from pathlib import Path
 from threading import Event
 
@@ -103,7 +104,12 @@ def test_probes_and_searches_read_as_much_of_each_text(named: Workbench) -> None
     order = order_allocation(Recipe(), plan(named, profile, 0.4))
     [probed] = named.probe(profile, [order], 3, ignore, back=DENSE)
     whole = named.evaluate(named.prune(profile, order, ignore), "validation", profile, ignore)
-    assert probed == whole.take([0, 1, 3, 4]), "three windows are two of each text"
+    assert not isinstance(probed, str)
+    assert probed.losses == whole.take([0, 1, 3, 4]), "three windows are two of each text"
+    shutil.rmtree(named.directory / "evaluations")
+    (named.directory / "evaluations").mkdir()
+    fresh = named.evaluate(named.prune(profile, order, ignore), "validation", profile, ignore)
+    assert fresh == whole, "the probe's windows were not measured again"
     checkpoint = prune(named, profile, 0.4)
     hidden = named.losses.measure("calibration", range(10), None, "", ignore)
     assert hidden[0].texts == ["code"] * 5 + ["prose"] * 5

@@ -1,0 +1,187 @@
+"""The layers as a planner is shown them: one by one, or in sums over groups, which tools tell apart."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from graph.llm.quoting import data_block, quote_data
+from graph.planning.situation import Situation
+from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers, merge_numbers
+
+MAX_ROWS = 400
+"""Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
+MAX_GROUPS = 64
+"""Rows of the table of groups."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A layer of the table, or several that it stands for."""
+
+    blocks: str
+    kind: str
+    layers: list[LayerProfile]
+
+
+def describe_layers(situation: Situation) -> str:
+    """The table of layers: constant through a run, a line each, at most 8,000 tokens."""
+    rows = _rows(situation.layers)
+    labels = _labels([row.kind for row in rows])
+    columns = _columns(situation.config.target_sparsity)
+    unit = _unit([fmean(layer.kappa[columns[0]] for layer in row.layers) for row in rows])
+    lines = [_describe_kind(kind, label, situation.layers) for kind, label in labels.items()]
+    lines += [f"columns: layer, wanda z, grad z, {_name_levels(columns)} (kl in units of {unit:.0e} nats/token)"]
+    blocks = None
+    for row in rows:
+        if row.blocks != blocks:
+            blocks = row.blocks
+            lines.append(f"block {blocks}")
+        lines.append(f"{labels[row.kind]} {_figures(row.layers, columns, unit)}")
+    example = quote_data(situation.layers[0].name, 120)
+    title = f"The {len(situation.layers)} prunable layers{_describe_merging(rows, len(situation.layers))}:"
+    return title + "\n" + data_block("layers", [f"names look like: {example}", *lines])
+
+
+def _describe_merging(rows: Sequence[_Row], layers: int) -> str:
+    if len(rows) == layers:
+        return ""
+    left_out = layers - sum(len(row.layers) for row in rows)
+    return f", shown as {len(rows)} means over neighbours" + (f" ({left_out} not shown)" if left_out else "")
+
+
+def _describe_kind(kind: str, label: str, layers: Sequence[LayerProfile]) -> str:
+    same = [layer for layer in layers if layer.kind == kind or merge_numbers(layer.kind) == kind]
+    sizes = sorted({layer.weights for layer in same})
+    size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return f"{label} = {quote_data(kind, 80)}: {size} weights{_describe_zeros(same)}"
+
+
+def _describe_zeros(layers: Sequence[LayerProfile]) -> str:
+    zeros = sum(layer.zeros for layer in layers) / sum(layer.weights for layer in layers)
+    return f", {zeros:.2g} of them zero already" if zeros >= 0.001 else ""
+
+
+def _rows(layers: Sequence[LayerProfile]) -> list[_Row]:
+    """The layers in a fixed order, merged as little as `MAX_ROWS` asks.
+
+    First numbered siblings (experts) become one, then neighbouring blocks.
+    """
+    rows = _merge(layers, 1, numbers=False)
+    if len(rows) <= MAX_ROWS:
+        return rows
+    span = 1
+    rows = _merge(layers, span, numbers=True)
+    while len(rows) > MAX_ROWS and span <= max(layer.block for layer in layers):
+        span += 1
+        rows = _merge(layers, span, numbers=True)
+    return rows[:MAX_ROWS]
+
+
+def _merge(layers: Sequence[LayerProfile], span: int, *, numbers: bool) -> list[_Row]:
+    last = max(layer.block for layer in layers)
+    groups: dict[tuple[int, str], list[LayerProfile]] = {}
+    for layer in layers:
+        kind = merge_numbers(layer.kind) if numbers else layer.kind
+        groups.setdefault((layer.block // span, kind), []).append(layer)
+    return [
+        _Row(_range_of_blocks(group * span, min(group * span + span - 1, last)), kind, members)
+        for (group, kind), members in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+
+
+def _range_of_blocks(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first}-{last}"
+
+
+def _labels(kinds: Sequence[str]) -> dict[str, str]:
+    """A short label for each kind, in order of first appearance: `v` for self_attn.v_proj where that is enough."""
+    distinct = list(dict.fromkeys(kinds))
+    last = [kind.rsplit(".", 1)[-1].removesuffix("_proj") for kind in distinct]
+    return {
+        kind: quote_data(kind if last.count(short) > 1 else short, 40)
+        for kind, short in zip(distinct, last, strict=True)
+    }
+
+
+def _columns(target: float) -> range:
+    """Indices of two of LEVELS: the one nearest to the target and the next above, or the last two."""
+    nearest = min(range(len(LEVELS)), key=lambda i: abs(LEVELS[i] - target))
+    first = min(nearest, len(LEVELS) - 2)
+    return range(first, first + 2)
+
+
+def _name_levels(columns: Iterable[int]) -> str:
+    return " ".join(f"kl{LEVELS[column]:.2f}".replace("0.", ".") for column in columns)
+
+
+def _unit(values: Sequence[float]) -> float:
+    """A power of ten in which the median value has two digits: for many models every digit is a token."""
+    positive = [value for value in values if value > 0 and math.isfinite(value)]
+    return 10.0 ** (math.floor(math.log10(median(positive))) - 1) if positive else 1.0
+
+
+def _figures(layers: Sequence[LayerProfile], columns: Iterable[int], unit: float) -> str:
+    scores = [fmean(layer.wanda_z for layer in layers) * 10, fmean(layer.gradient_z for layer in layers) * 10]
+    kl = [fmean(layer.kappa[column] for layer in layers) / unit for column in columns]
+    return " ".join([*(_rounded(score) for score in scores), *(_two_digits(value) for value in kl)])
+
+
+def _rounded(value: float) -> str:
+    return f"{round(value)}" if math.isfinite(value) else "?"
+
+
+def _two_digits(value: float) -> str:
+    """A number as a whole one of two significant digits: 1234 -> 1200, 5.12 -> 5."""
+    if not math.isfinite(value):
+        return "?"
+    return f"{float(f'{value:.1e}'):.0f}"
+
+
+# Groups
+
+
+def describe_groups(situation: Situation) -> str:
+    """The layers in sums over groups of a kind and a third of the depth: constant through a run, a line each."""
+    groups, layers = _list_groups(situation.layers), situation.layers
+    columns = _columns(situation.config.target_sparsity)
+    unit = _unit([sum(layer.kappa[columns[0]] for layer in group) for group in groups.values()])
+    lines = [
+        f"names look like: {quote_data(layers[0].name, 120)}",
+        f"columns: layers, % of all weights, wanda z, grad z (means), {_name_levels(columns)} (sums; kl in units of "
+        f"{unit:.0e} nats/token)",
+    ]
+    total = sum(layer.weights for layer in layers)
+    for selector, group in groups.items():
+        share = 100 * sum(layer.weights for layer in group) / total
+        figures = _figures(group, columns, unit / len(group))
+        lines.append(f"{quote_data(selector, 80)}: {len(group)} {share:.1f} {figures}{_describe_zeros(group)}")
+    left_out = len(group_layers(layers, merge=True)) - len(groups)
+    title = f"The {len(layers)} prunable layers in {len(groups)} groups"
+    return f"{title}{f' ({left_out} more not shown)' if left_out else ''}:\n" + data_block("groups", lines)
+
+
+def _list_groups(layers: Sequence[LayerProfile]) -> dict[str, list[LayerProfile]]:
+    return dict(list(group_layers(layers, merge=True).items())[:MAX_GROUPS])
+
+
+def describe_present(situation: Situation, *, grouped: bool) -> str:
+    """Present sparsities in the order of the table: one for each group, or a line for each block."""
+    now = situation.sparsity
+    if grouped:
+        shares = []
+        for group in _list_groups(situation.layers).values():
+            zeros = sum(layer.weights * now.get(layer.name, 0.0) for layer in group)
+            shares.append(_show_share(zeros / sum(layer.weights for layer in group)))
+        return " Present sparsities, in the order of the table:\n" + data_block("sparsities", [" ".join(shares)])
+    lines: dict[str, list[str]] = {}
+    for row in _rows(situation.layers):
+        share = fmean(now.get(layer.name, 0.0) for layer in row.layers)
+        lines.setdefault(row.blocks, []).append(_show_share(share))
+    return " Present sparsities, a line per block, in the order of the table:\n" + data_block(
+        "sparsities", [f"{blocks}: {' '.join(shares)}" for blocks, shares in lines.items()]
+    )
+
+
+def _show_share(share: float) -> str:
+    return f"{share:.2f}".removeprefix("0")

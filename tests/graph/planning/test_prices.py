@@ -1,0 +1,104 @@
+"""What calls of instruments take, and that those beyond what is left are refused before they begin."""
+
+import dataclasses
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from graph.config import RunConfig
+from graph.llm.toolbox import Toolbox
+from graph.planning.brief import planner_messages
+from graph.planning.budget import TokenBudget
+from graph.planning.orders import Curves
+from graph.planning.plan import Plan
+from graph.planning.prices import Price, describe_prices, describe_spending, price_drafts, refuse_dear
+from graph.planning.situation import Situation
+from tests.situations import make_layers, make_situation
+from tools.plans.costs import count_in_order, count_walk
+from tools.plans.paces import Paces, join_paces, name_pruning, time_work
+from tools.plans.recipe import Recipe, parse_recipe
+from tools.plans.work_order import order_all
+from tools.results.schema import Usage
+
+CONFIG = RunConfig(window=64, calibration_windows=4, gradient_windows=2, validation_windows=4)
+MASK = Plan(sparsity=0.4, recipe=parse_recipe("wanda~dense:kappa-mask"))
+WALKED = Plan(sparsity=0.4, recipe=parse_recipe("refit~sequential:kappa"))
+PACES = {"measuring a token": 0.01, "pruning by refit~sequential": 7.0, "measuring curves of refit": 3.0}
+
+
+def make_budget(limit: int = 0, **more: Any) -> TokenBudget:
+    return TokenBudget(CONFIG.model_copy(update={"max_evaluated_tokens": limit}), 0, 256, **more)
+
+
+def situate(*, exact: bool) -> Situation:
+    known = replace(make_situation(), config=CONFIG)
+    return replace(known, read_layers=lambda recipe: Curves(make_layers(), exact or not recipe.needs_curves))
+
+
+def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before() -> None:
+    budget, walk = make_budget(paces=PACES), count_in_order(["sequential"], CONFIG)
+    one = price_drafts([WALKED], 128, situate(exact=True), budget)
+    assert one == Price(128 + count_walk(CONFIG) + walk, 1.28 + 7)
+    both = price_drafts([WALKED, MASK], 128, situate(exact=False), budget)
+    assert both == Price(one.tokens + 128, 2.56 + 7 + 3), "nobody knows yet how long a mask alone takes"
+    assert price_drafts([WALKED], 0, situate(exact=False), budget) == Price(count_walk(CONFIG), 3), "a prediction"
+    budget.pay(budget.list_costs(WALKED, situate(exact=True).orders.draft(WALKED)))
+    assert price_drafts([WALKED], 64, situate(exact=True), budget).tokens == 64, "what is paid for is not paid again"
+    assert price_drafts([MASK], 0, situate(exact=True), make_budget()) == Price(0, 0)
+    assert price_drafts([], 0, situate(exact=True), budget, 300) == Price(300, 3), "slopes"
+
+
+def test_what_is_beyond_what_is_left_is_refused_with_its_price() -> None:
+    budget = make_budget(1000)
+    refuse_dear(Price(744, 9), budget, 9)
+    with pytest.raises(ValueError, match=r"^not begun: ") as caught:
+        refuse_dear(Price(745, 8.6), budget, 60)
+    assert str(caught.value) == (
+        "not begun: this call takes 745 tokens and 9 s or more (as measured so far); 744 tokens are left beside the "
+        "round's trial and 60 s are left"
+    )
+    with pytest.raises(ValueError, match=r"takes 10 tokens and 90 s or more \(as measured so far\); 60 s are left$"):
+        refuse_dear(Price(10, 90), make_budget(), 60)
+    refuse_dear(Price(10**9, 1e9), make_budget(), math.inf)
+
+
+def test_the_longest_time_counts_and_none_of_what_breaks() -> None:
+    paces: Paces = {"a": 2.0}
+    assert join_paces(paces, {"a": 1.0, "b": 3.0}) is paces == {"a": 2.0, "b": 3.0}
+    with time_work(paces, "c", 10):
+        pass
+    assert 0 <= paces["c"] < 0.1
+    with pytest.raises(ValueError, match="broke"), time_work(paces, "d"):
+        raise ValueError("broke")
+    assert "d" not in paces
+    order = order_all(Recipe(method="wanda", refit=False), {"a": 1}, sparsity=0.4, predicted_kl=0.1, polish=512)
+    assert name_pruning(order) == "pruning by wanda+polish512"
+
+
+def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
+    config = CONFIG.model_copy(update={"max_seconds": 3600.0, "max_agent_cost": 1.0, "max_agent_tokens": 5000})
+    usage = Usage(calls=1, input_tokens=900, output_tokens=100, cost=0.25)
+    situation = dataclasses.replace(make_situation(), config=config, seconds=600.4, usage=usage)
+    left = " Left: 3000 of 3600 seconds, $0.75 of $1 for agents, 4,000 of 5,000 tokens for agents."
+    assert describe_spending(config, 600.4, usage) == left
+    assert describe_spending(CONFIG, 600.4, usage) == ""
+    prices = describe_prices(CONFIG, make_budget(paces=PACES), 9)
+    assert prices.startswith(
+        "Prices in tokens: probe 128 for each plan on half of the validation text, 256 on all of it, and what its "
+        "recipe takes; predict 0, or 512 where curves are not known; slopes 1,152 on half of the text; inspect_layers, "
+        "history, recall 0. "
+    )
+    assert prices.endswith(
+        " Seconds, the most so far: measuring 1,000 tokens 10, measuring curves of refit 3, pruning by "
+        "refit~sequential 7."
+    )
+    assert describe_prices(CONFIG, make_budget(), 9).endswith("so far: nothing was measured yet.")
+    left_now = {"tokens_left": 744.0}
+    left_now = {"tokens_left": 744.0}
+    toolbox = Toolbox(lambda: nullcontext([]), calls=3, seconds=9, prices=prices, list_left=lambda: left_now)
+    said = planner_messages(situation, toolbox)[1].text
+    assert left in said
+    assert f'Tools: "calls_left": 3, "seconds_left": 9, "tokens_left": 744\n{prices}\n\nPlan round 1.' in said

@@ -1,0 +1,30 @@
+"""What was probed in a round: told from one call of an instrument to the next. No torch in here."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+
+class Probed(BaseModel):
+    """An order that was probed."""
+
+    order: str = Field(description="Its id.")
+    checkpoint: str = Field(description="Of its weights; empty where an earlier version made it.")
+    sparsity: float
+    tokens: int = Field(description="Of validation text that it was measured on.")
+    losses: dict[str, Any] = Field(description="On that text, an `Evaluation`.")
+
+
+def remember_probe(round_: list[Probed], probed: Probed) -> int:
+    """Add to the probes of a round, in which an order has one place; its number there, from 1.
+
+    What was measured on more text stays.
+    """
+    places = [known.order for known in round_]
+    if probed.order not in places:
+        round_.append(probed)
+        return len(round_)
+    place = places.index(probed.order)
+    if probed.tokens > round_[place].tokens:
+        round_[place] = probed
+    return place + 1
