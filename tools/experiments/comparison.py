@@ -8,11 +8,11 @@ from pydantic import Field, field_validator
 from rich.console import Console
 
 from tools.base.console import print_line, show_bars
-from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.settings import TEAM, PolishSettings, TaskSettings, TeamSettings
 from tools.base.words import count
-from tools.experiments.comparison_rows import Limits, make_row
+from tools.experiments.comparison_rows import Limits, MadeRow, make_row
 from tools.measure.benchmarks import Benchmark, load_benchmarks, refuse_shared_questions
 from tools.measure.harness import run_benchmark
 from tools.models.load import check_device, locate_model
@@ -22,10 +22,19 @@ from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, LABELS_OF_PARTS, Job,
 from tools.plans.methods import METHODS, name_sequential
 from tools.plans.recipe import Recipe
 from tools.plans.rules import name_allocations
-from tools.results.comparison import Comparison, Row, describe_dense, describe_row, show_tables, write_comparison
+from tools.results.comparison import (
+    Comparison,
+    Row,
+    Unasked,
+    describe_dense,
+    describe_row,
+    show_tables,
+    write_comparison,
+)
 from tools.results.schema import Score
 from tools.texts.windows import check_texts
 from tools.workbench.open import use_workbench
+from tools.workbench.store import DENSE
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
@@ -90,7 +99,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
                 print_line(console, describe_row(job, done[job.key], known.reach))
     impossible: list[str] = []
     todo = [job for job in jobs if job.key not in done]
-    if todo or known is None:
+    if todo or known is None or (benchmarks and not known.dense_scores):
         known, impossible = _make_rows(todo, len(jobs), known, settings, benchmarks, console)
     else:
         write_comparison(directory, known)  # a kill may have left some of the files a row behind
@@ -180,24 +189,44 @@ def _make_rows(
         if known is None:
             begin("dense model", 0)
             known = _profile(bench, settings, jobs, progress)
-            known.dense_scores = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
             write_comparison(directory, known)
             print_line(console, describe_dense(known))
+        if benchmarks and not known.dense_scores:
+            bench.restore(DENSE)
+            known.dense_scores = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
+            write_comparison(directory, known)
         if bench.questions:
             bench.ask("dense", "validation", progress)
         for i, job in enumerate(jobs):
             begin(job.title, total - len(jobs) + i)
             try:
-                row, model = make_row(job, bench, known, limits, progress)
-                row.scores = _ask_tasks(benchmarks, model, bench, job.title, progress)
+                made = _take_up(job, known, bench) or make_row(job, bench, known, limits, progress)
             except ImpossiblePlan as error:
                 impossible.append(f"{job.title}: {error}")
                 warn(impossible[-1])
                 continue
+            if benchmarks and made.checkpoint:
+                known.unasked = Unasked(row=made.row, checkpoint=made.checkpoint)
+                write_comparison(directory, known)
+            made.row.scores = _ask_tasks(benchmarks, made.model, bench, job.title, progress)
+            row, known.unasked = made.row, None
             known.rows.append(row)
             write_comparison(directory, known)
             print_line(console, describe_row(job, row, known.reach))
     return known, impossible
+
+
+def _take_up(job: Job, known: Comparison, bench: "Workbench") -> MadeRow | None:
+    """The row of this job whose tasks were broken off, its model in place; None where it is another's."""
+    if known.unasked is None or _key(known.unasked.row) != job.key:
+        return None
+    row, checkpoint = known.unasked.row, known.unasked.checkpoint
+    try:
+        bench.restore(checkpoint)
+    except DamagedArtifact as error:
+        bench.warn(f"{error}; the row is made again")
+        return None
+    return MadeRow(row, bench.model, checkpoint)
 
 
 def _profile(bench: "Workbench", settings: CompareSettings, jobs: list[Job], progress: "Progress") -> Comparison:

@@ -30,8 +30,18 @@ class Limits(NamedTuple):
     evolution_tokens: int
 
 
-def make_row(job: Job, bench: "Workbench", known: Comparison, limits: Limits, progress: "Progress") -> tuple[Row, Any]:
-    """(the row, the model that it is about). Raises ImpossiblePlan where bounds, pattern or model do not allow it."""
+class MadeRow(NamedTuple):
+    """A row, as yet without its tasks."""
+
+    row: Row
+    model: Any
+    """That it is about."""
+    checkpoint: str = ""
+    """Of that model; empty for one that parts are gone of."""
+
+
+def make_row(job: Job, bench: "Workbench", known: Comparison, limits: Limits, progress: "Progress") -> MadeRow:
+    """A row of the table. Raises ImpossiblePlan where bounds, pattern or model do not allow it."""
     if isinstance(job.recipe, PartsRecipe):
         return _make_structured_row(job, job.recipe, bench, known, progress)
     decide = _search if job.kind == "search" else _allocate
@@ -55,7 +65,7 @@ def make_row(job: Job, bench: "Workbench", known: Comparison, limits: Limits, pr
         polished=polished,
         **_tell_search(decision),
     )
-    return row, bench.model
+    return MadeRow(row, bench.model, checkpoint)
 
 
 def _tell_search(decision: Decision) -> dict[str, int]:
@@ -96,8 +106,8 @@ def _search(
 
 def _make_structured_row(
     job: Job, recipe: PartsRecipe, bench: "Workbench", known: Comparison, progress: "Progress"
-) -> tuple[Row, Any]:
-    """(the row, the cut model). Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
+) -> MadeRow:
+    """The row of a cut model. Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
     from tools.measure.recall import measure_recall  # imports torch
 
     if bench.windows.texts:
@@ -124,7 +134,7 @@ def _make_structured_row(
         allocation_seconds=0.0,
         evaluated_tokens=made.tokens,
     )
-    return row, model
+    return MadeRow(row, model)
 
 
 class _Made(NamedTuple):

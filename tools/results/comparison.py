@@ -108,6 +108,13 @@ class Row(BaseModel):
         return describe_search(self.generations, self.planned_generations, self.children, self.evaluated_tokens)
 
 
+class Unasked(BaseModel):
+    """A row that waits for its tasks, so that pruning is not lost where these are broken off."""
+
+    row: Row
+    checkpoint: str = Field(description="Of the pruned model, in the work of the comparison.")
+
+
 class Comparison(BaseModel):
     """`compare.json`."""
 
@@ -117,8 +124,11 @@ class Comparison(BaseModel):
     dense_perplexity: float
     bos: bool = Field(False, description="As in the protocols of the rows.")
     reach: Reach | None = Field(None, description="Null where an earlier version did not record it.")
-    dense_scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
+    dense_scores: list[Score] = Field(
+        [], description="Tasks of lm-evaluation-harness, with --tasks; none where they were broken off."
+    )
     rows: list[Row] = []
+    unasked: Unasked | None = Field(None, exclude_if=operator.not_, description="The row that comes next, if begun.")
 
 
 def write_comparison(directory: Path, known: Comparison) -> None:

@@ -5,6 +5,7 @@ import io
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,7 +32,7 @@ from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.results.comparison import Comparison, Row, describe
-from tools.results.schema import describe_protocol
+from tools.results.schema import Score, describe_protocol
 from tools.statistics.collect import measure_kappa
 from tools.surgery.flap import build_narrowed, rank_units
 from tools.workbench.bench import Workbench
@@ -47,6 +48,8 @@ TITLES = [
 ]
 GENERATION = 64 * (16 * 4 + (1 + 1) * 4)
 """Tokens: 16 children on 512 tokens, then the best and its parent on more, which are the 4 windows that there are."""
+
+TASK = {"task": "mmlu", "version": "1", "shots": 0, "limit": 0, "dtype": "fp32", "chat_template": False}
 
 MEASURED_ANEW = {"seconds", "allocation_seconds", "peak_memory_bytes"}
 
@@ -366,6 +369,50 @@ def test_interrupted_is_as_uninterrupted(
     whole = pick(compared, *(f"{recipe} at 45%" for recipe in changes["recipes"].split(",")))
     assert lasting(known.rows) == lasting(whole)
     assert (known.profile, known.dense_perplexity) == (compared.known.profile, compared.known.dense_perplexity)
+
+
+@pytest.mark.parametrize(("broken", "prunings"), [(1, 2), (2, 2)], ids=["dense", "row"])
+def test_nothing_is_pruned_again_whose_tasks_were_broken_off(
+    broken: int,
+    prunings: int,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workbench_closed: None,
+    no_plot: None,
+) -> None:
+    """The model of each task's question is told by its zeros."""
+    asked, pruned, prune = [], [], Workbench.prune
+
+    def ask(_benchmark: Any, model: Any, _tokenizer: Any, label: str, _progress: Any) -> list[Any]:
+        asked.append(label)
+        if len(asked) == broken:
+            raise KeyboardInterrupt
+        zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+        score = Score(model=label, task="mmlu", metric="acc", value=zeros, error=0.0, samples=1, protocol=TASK)
+        return [SimpleNamespace(score=score)]
+
+    def record(bench: Workbench, profile: str, order: Any, progress: Any) -> str:
+        pruned.append(order.id)
+        return prune(bench, profile, order, progress)
+
+    monkeypatch.setattr(tools.experiments.comparison, "load_benchmarks", lambda *_: ["mmlu"])
+    monkeypatch.setattr(tools.experiments.comparison, "run_benchmark", ask)
+    monkeypatch.setattr(Workbench, "prune", record)
+    settings = make_settings(tiny_llama, tmp_path / "out", recipes="magnitude:uniform,wanda:uniform", sparsity="0.45")
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(settings)
+    close_workbench()
+    profile = read_comparison(tmp_path / "out").profile
+    known, _ = run_comparison(settings)
+    assert asked.count("dense") == (2 if broken == 1 else 1)
+    assert len(pruned) == len(set(pruned)) == prunings
+    assert known.profile == profile and read_comparison(tmp_path / "out").unasked is None
+    zeros = [scores[0].value for scores in [known.dense_scores, *(row.scores for row in known.rows)]]
+    assert zeros[0] < zeros[1] == zeros[2]
+    close_workbench()
+    whole, _ = run_comparison(settings.model_copy(update={"out": str(tmp_path / "whole")}))
+    assert lasting(whole.rows) == lasting(known.rows) and whole.dense_scores == known.dense_scores
 
 
 # --- rows that cannot be, and bad input --------------------------------------------------------------------------
