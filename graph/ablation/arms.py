@@ -142,7 +142,8 @@ class Arm:
             return ""
 
     def _resolve(self, plan: Plan, read: Callable[[str, Recipe, "Progress"], list[LayerProfile]]) -> WorkOrder:
-        return resolve(plan, read(self.profile, plan.recipe, self.progress), self.config)
+        layers = read(self.profile, plan.recipe, self.progress)
+        return resolve(plan, layers, self.config, self.bench.read_profile(self.profile).layers)
 
     def _measure(self, checkpoints: list[str]) -> list[Evaluation | None]:
         """Losses on the validation text; None of what breaks."""

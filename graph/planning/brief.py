@@ -27,6 +27,7 @@ from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories
 from tools.base.words import show_short
+from tools.plans.expression import FUNCTIONS, list_columns, list_parts
 from tools.plans.recipe import Recipe
 
 MAX_TRIALS = 12
@@ -89,6 +90,7 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
     """The two messages a planner gets: instructions that never change, and the situation."""
     parts = [
         describe_groups(situation) if toolbox else describe_layers(situation),
+        *([_describe_columns(situation)] if not situation.config.pattern else []),
         _describe_bounds(situation),
         _describe_trials(situation),
         _describe_lessons(situation.lessons, situation.config),
@@ -105,6 +107,16 @@ def _instructions(config: RunConfig, tools: bool) -> str:
     schema = json.dumps(described, separators=(",", ":"), ensure_ascii=False)
     text = config.planner_prompt or read_prompt("planner")
     return text.replace("{tools}", read_prompt("planner_tools") if tools else "").replace("{schema}", schema)
+
+
+def _describe_columns(situation: Situation) -> str:
+    """What an expression may name: constant through a run."""
+    parts = list_parts(situation.layers)
+    figures = [name for name in list_columns(situation.layers) if name not in parts]
+    return (
+        f"`expression`: + - * / **, comparisons, {' '.join(FUNCTIONS)} (over blocks) of {' '.join(figures)}; "
+        f"0 or 1: {' '.join(parts)}."
+    )
 
 
 def _describe_bounds(situation: Situation) -> str:
@@ -229,5 +241,6 @@ def _describe_untried(plans: Sequence[Plan]) -> str:
         recipe = _spell_out(plan.recipe)
         adjustments = [adjustment.model_dump(exclude_defaults=True) for adjustment in plan.adjustments]
         shown = {"sparsity": plan.sparsity, "recipe": recipe, **({"adjustments": adjustments} if adjustments else {})}
+        shown |= {"expression": plan.expression} if plan.expression else {}
         lines.append(quote_data(f"{json.dumps(shown, ensure_ascii=False)}: {plan.reason}", 400))
     return "Untried, each one lever from the best plan so far:\n" + data_block("untried", lines)

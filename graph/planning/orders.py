@@ -21,6 +21,7 @@ from graph.state import State
 from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
+from tools.plans.expression import evaluate_expression, tidy_expression
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.methods import Statistics
 from tools.plans.mix import read_mix
@@ -67,11 +68,13 @@ def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Layers, config:
     return plan.model_copy(update={"multipliers": multipliers})
 
 
-def resolve(plan: Plan, layers: Layers, config: RunConfig) -> WorkOrder:
+def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | None = None) -> WorkOrder:
     """For every layer its recipe and its exact number of zeros, within the config's bounds. Raises ImpossiblePlan.
 
-    Lessons multiply the KL curves of `layers` first, and the plan's own factors come on top. The predicted KL is that
-    of the curves as they are. The order's id says nothing of multipliers: they change no weight but by the zeros.
+    Lessons multiply the KL curves of `layers` first, and the plan's own factors come on top. An expression reads the
+    `profile`, as planners do, so that it says the same whatever curves are shared out by; where that is left out, it
+    is `layers`. The predicted KL is that of the curves as they are. The order's id says nothing of multipliers: they
+    change no weight but by the zeros.
     """
     recipe = find_recipe(plan, config)
     shared = allocate(
@@ -79,6 +82,7 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig) -> WorkOrder:
         plan.sparsity,
         recipe,
         plan.adjustments,
+        factors=_list_factors(plan, profile or layers),
         protect=config.protect,
         max_layer_sparsity=config.max_layer_sparsity,
     )
@@ -92,6 +96,11 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig) -> WorkOrder:
         line=describe_plan(plan),
         polish=count_polish_tokens(recipe, config),
     )
+
+
+def _list_factors(plan: Plan, profile: Layers) -> list[float]:
+    """What the plan's expression gives each layer; nothing without one. Raises ImpossiblePlan."""
+    return evaluate_expression(plan.expression, profile).tolist() if plan.expression else []
 
 
 def count_polish_tokens(recipe: Recipe, config: RunConfig) -> int:
@@ -155,7 +164,7 @@ class Orders:
         curves = self._find_curves(plan)
         key = plan.model_dump_json(exclude=WORDS | {"reprofile"}), curves.exact
         if key not in self._drafts:
-            self._drafts[key] = resolve(plan, curves.layers, self.config)
+            self._drafts[key] = resolve(plan, curves.layers, self.config, self.layers)
         return self._drafts[key]
 
     def identify(self, plan: Plan) -> str:
@@ -268,13 +277,16 @@ def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOr
     if kept is not None:
         return kept
     measure = measure_with(bench, state.profile, state.current, progress)
-    return resolve(state.plan, measure(find_recipe(state.plan, state.config)), state.config)
+    layers, profile = measure(find_recipe(state.plan, state.config)), bench.read_profile(state.profile).layers
+    return resolve(state.plan, layers, state.config, profile)
 
 
 def hash_request(plan: Plan) -> str:
-    """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipe, adjustments."""
+    """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipe, factors, bounds."""
     adjustments = [[" ".join(a.selector.split()), a.action, a.factor, a.low, a.high] for a in plan.adjustments]
     parts = [round(plan.sparsity, 3), plan.recipe.exact, adjustments]
+    if plan.expression:  # plans of earlier versions go on to be called as ever
+        parts.append(tidy_expression(plan.expression))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -298,6 +310,8 @@ def describe_plan(plan: Plan) -> str:
     The last part says for how many groups of layers lessons multiply the KL curves, and from what to what.
     """
     line = f"{plan.sparsity:.1%} {plan.recipe.label}"
+    if plan.expression:
+        line += f" · layers x {_cut(tidy_expression(plan.expression), 80)}"
     shown = [_describe_adjustment(adjustment) for adjustment in plan.adjustments[:4]]
     if len(plan.adjustments) > len(shown):
         shown.append(f"{len(plan.adjustments) - len(shown)} more")
@@ -315,8 +329,7 @@ def drop_lessons(line: str) -> str:
 
 
 def _describe_adjustment(adjustment: Adjustment) -> str:
-    selector = " ".join(adjustment.selector.split())
-    selector = selector if len(selector) <= 40 else selector[:39] + "…"
+    selector = _cut(" ".join(adjustment.selector.split()), 40)
     if adjustment.action == "factor":
         return f"{selector} x{adjustment.factor:g}"
     if adjustment.action == "protect":
@@ -325,6 +338,10 @@ def _describe_adjustment(adjustment: Adjustment) -> str:
     if low is None:
         return f"{selector} ≤{100 * (high or 0):.3g}%"
     return f"{selector} ≥{100 * low:.3g}%" if high is None else f"{selector} {100 * low:.3g}–{100 * high:.3g}%"
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def group_kl(group: Sequence[LayerProfile], sparsity: dict[str, float]) -> float:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.json_schema import SkipJsonSchema
 
 from graph.reflecting.schema import MOST
+from tools.plans.expression import Expression
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 
 WORDS = {"hypothesis", "reason"}
@@ -40,6 +41,12 @@ class Plan(BaseModel):
         max_length=MAX_ADJUSTMENTS,
         description="Corrections to the allocation for groups of layers, at no cost. An empty list trusts the KL "
         "curves.",
+    )
+    expression: Expression = Field(
+        "",
+        exclude_if=operator.not_,
+        description="A factor on every layer's KL curve, such as where(v_proj, smooth(kl60)/kl60, 1), beneath "
+        "adjustments.",
     )
     reprofile: bool = Field(
         False,

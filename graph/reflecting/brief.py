@@ -106,6 +106,8 @@ def _describe_plan(plan: Plan, trial: Trial) -> str:
     lines = [f"plan: {quote_data(trial.plan, 300)}", f"reason: {quote_data(plan.reason, 500) or 'none given'}"]
     if plan.hypothesis:
         lines.append(f"expected: {quote_data(plan.hypothesis, 500)}")
+    if plan.expression:
+        lines.append(f"every layer's KL curve counted {quote_data(plan.expression, 200)} times")
     for adjustment in plan.adjustments[:MAX_LESSONS]:
         values = {k: v for k, v in adjustment.model_dump().items() if v is not None and k not in ("selector", "reason")}
         figures = ", ".join(f"{key} {value}" for key, value in values.items())

@@ -123,6 +123,8 @@ BAD = {
     '{"recipe": {"method": "magic"}}': "recipe.method: input should be 'magnitude', 'wanda'",
     '{"adjustments": [{"selector": "*.nothing", "action": "protect"}]}': "selector '*.nothing' means no layer",
     '{"adjustments": [{"selector": "*", "action": "protect"}]}': "",
+    '{"expression": "depth.real"}': "expression: value error, '.' is not allowed in an expression; there are numbers, ",
+    '{"expression": "1 + x_proj"}': "expression: 'x_proj' is no column; there are depth, block, wanda_z, ",
 }
 
 

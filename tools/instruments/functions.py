@@ -16,6 +16,7 @@ from tools.base.progress import Progress
 from tools.instruments.probed import Probed, remember_probe
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
+from tools.plans.expression import Expression
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import select_layers
@@ -40,6 +41,7 @@ class Draft(BaseModel):
     adjustments: list[Adjustment] = Field(
         default_factory=list, max_length=MAX_ADJUSTMENTS, description="Corrections for groups of layers."
     )
+    expression: Expression = Field("", description="A formula that gives every layer a factor on its KL curve.")
 
 
 @dataclass(frozen=True)

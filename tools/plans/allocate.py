@@ -30,12 +30,14 @@ def allocate(
     recipe: Recipe,
     adjustments: Sequence[Adjustment] = (),
     *,
+    factors: Sequence[float] = (),
     protect: Sequence[str] = (),
     max_layer_sparsity: float = 1.0,
 ) -> Allocation:
     """Share `sparsity` out over the layers, exactly to the weight.
 
     `recipe.allocation` says how (`tools.plans.rules`), and `recipe.strength` mixes any rule with uniform.
+    `factors`, one for each layer where there are any, weigh the KL curves, and those of adjustments come on top.
 
     With `recipe.pattern` N:M every layer that is not protected gets N zeros of every M weights instead, whatever the
     allocation and its strength; `sparsity` has to agree with what that makes of the model.
@@ -43,15 +45,17 @@ def allocate(
     Raises ImpossiblePlan when bounds and protected layers cannot meet the budget, the profile lacks what the
     allocation or pattern needs, or factors are given that would count for nothing.
     """
-    _refuse_idle_factors(recipe, adjustments)
+    if len(factors) or any(a.action == "factor" for a in adjustments):
+        _refuse_idle_factors(recipe)
     sizes = np.array([layer.weights for layer in layers], dtype=np.float64)
     least, most = find_bounds(layers, adjustments, protect=protect, max_layer_sparsity=max_layer_sparsity)
     if pattern := recipe.group:
         untouched = _find_protected(layers, adjustments, protect)
         zeros = _fill_pattern(layers, sparsity, pattern, untouched, least, most)
     else:
-        factors = [(_find_layers(a.selector, layers), a.factor or 1.0) for a in adjustments if a.action == "factor"]
-        budget = Budget(layers, sizes, round(sparsity * sizes.sum()), least / sizes, most / sizes, factors)
+        own = [([place], factor) for place, factor in enumerate(factors)]
+        own += [(_find_layers(a.selector, layers), a.factor or 1.0) for a in adjustments if a.action == "factor"]
+        budget = Budget(layers, sizes, round(sparsity * sizes.sum()), least / sizes, most / sizes, own)
         _refuse_impossible(budget.zeros, sizes.sum(), least.sum(), most.sum())
         zeros = round_to_budget(_share_out(budget, recipe) * sizes, budget.zeros, least, most)
     return describe_zeros(layers, {layer.name: int(z) for layer, z in zip(layers, zeros, strict=True)})
@@ -107,9 +111,9 @@ def _find_protected(
     return sorted({i for selector in guarded for i in _find_layers(selector, layers)})
 
 
-def _refuse_idle_factors(recipe: Recipe, adjustments: Sequence[Adjustment]) -> None:
-    """A factor weighs a KL curve: it would do nothing where nobody reads those."""
-    if any(a.action == "factor" for a in adjustments) and not recipe.reads_curves:
+def _refuse_idle_factors(recipe: Recipe) -> None:
+    """A factor weighs a KL curve: raises ImpossiblePlan where nobody reads those, so that it would do nothing."""
+    if not recipe.reads_curves:
         pattern = recipe.group
         user = f"an N:M pattern ({pattern[0]}:{pattern[1]})" if pattern else f"allocation {recipe.allocation!r}"
         readers = " or ".join(repr(way.name) for way in RULES.values() if way.reads_curves)

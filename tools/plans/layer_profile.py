@@ -41,14 +41,20 @@ class LayerProfile(BaseModel):
         return self.zeros / self.weights
 
 
+def level_curve(layer: LayerProfile) -> Array:
+    """The layer's KL at each of LEVELS, nats per token, made non-decreasing and kept above 0."""
+    curve: Array = np.maximum.accumulate(np.maximum(np.array(layer.kappa), 1e-12))
+    return curve
+
+
 def predict_layer_kl(layer: LayerProfile, sparsity: Array) -> Array:
     """The layer's KL curve (nats/token) at any sparsities: log KL linear in s between LEVELS.
 
     Below the first level it falls to 0 by the power law of the first two levels; above the last it goes on with the
-    last slope. Curves are made non-decreasing and kept above 0, since dequantised weights hold zeros that cost nothing.
+    last slope. It never falls nor reaches 0 (`level_curve`), since dequantised weights hold zeros that cost nothing.
     """
     levels = np.array(LEVELS)
-    kappa = np.maximum.accumulate(np.maximum(np.array(layer.kappa), 1e-12))
+    kappa = level_curve(layer)
     log = np.log(kappa)
     power = np.clip((log[1] - log[0]) / np.log(levels[1] / levels[0]), 1.0, 8.0)
     below = kappa[0] * (np.minimum(sparsity, levels[0]) / levels[0]) ** power

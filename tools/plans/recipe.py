@@ -325,6 +325,9 @@ def parse_recipe(label: str) -> Recipe:
 MAX_ADJUSTMENTS = 64
 """Corrections that one plan may hold."""
 
+LEAST_FACTOR, MOST_FACTOR = 0.05, 20.0
+"""What a plan may count a layer's KL curve times, at least and at most."""
+
 
 class Adjustment(BaseModel):
     """One correction to the allocation, for the layers a selector names."""
@@ -341,7 +344,9 @@ class Adjustment(BaseModel):
         description="factor: the layers count this many times as much as predicted. bounds: least and greatest "
         "sparsity of each. protect: leave them dense."
     )
-    factor: float | None = Field(None, ge=0.05, le=20, description="For action factor; 2 = twice as precious.")
+    factor: float | None = Field(
+        None, ge=LEAST_FACTOR, le=MOST_FACTOR, description="For action factor; 2 = twice as precious."
+    )
     low: float | None = Field(None, ge=0, le=1, description="For action bounds: least sparsity, as a fraction.")
     high: float | None = Field(None, ge=0, le=1, description="For action bounds: greatest sparsity, as a fraction.")
     reason: str = Field("", max_length=500, description="Why, in a few words.")

@@ -1,5 +1,7 @@
 """Random plans."""
 
+import re
+
 from graph.ablation.draws import draw_plan
 from graph.config import RunConfig
 from graph.planning.orders import resolve
@@ -45,6 +47,15 @@ def test_adjustments_are_of_every_kind_and_factors_only_where_curves_are_read() 
     for plan in PLANS:
         assert plan.sparsity == 0.45
         assert plan.recipe.reads_curves or all(x.action != "factor" for x in plan.adjustments)
+
+
+def test_expressions_are_drawn_only_where_curves_are_read() -> None:
+    drawn = [plan.expression for plan in PLANS]
+    reading = sum(plan.recipe.reads_curves for plan in PLANS)
+    assert reading / 3 < sum(map(bool, drawn)) < 2 * reading / 3
+    assert all(plan.recipe.reads_curves for plan in PLANS if plan.expression)
+    forms = {re.sub(r"kl\d\d|-?\d+\.\d+|q_proj|up_proj|mlp|self_attn", "_", text) for text in drawn}
+    assert len(forms) == 7, "none, and each of six"
 
 
 def test_most_random_plans_can_be_met_to_the_weight() -> None:

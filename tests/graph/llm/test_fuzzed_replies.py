@@ -128,11 +128,26 @@ ADJUSTMENTS = sometimes(
     selector=SELECTORS,
     action=st.sampled_from(["factor", "bounds", "protect", "drop"]),
 )
+EXPRESSIONS = st.sampled_from(
+    [
+        "exp(wanda_z)",
+        "smooth(kl60) / kl60",
+        "1 + v_proj",
+        "-depth",
+        "k60",
+        "a.b",
+        "9**9**9",
+        "(" * 150,
+        "1" * 300,
+        HOSTILE,
+    ]
+)
 TOO_MANY = [{"selector": "*", "action": "protect"}] * 100
 PLANS = sometimes(
     {
         "recipe": RECIPES | JUNK,
         "adjustments": st.lists(ADJUSTMENTS, max_size=3) | st.just(TOO_MANY) | JUNK,
+        "expression": EXPRESSIONS | JUNK,
         "reason": st.text(max_size=20),
         "multipliers": st.dictionaries(SELECTORS, SHARES, max_size=2),
         "target": JUNK,
@@ -147,6 +162,7 @@ GOOD_PLANS = sometimes(
             curves=st.just("mask"),
         ),
         "adjustments": st.just([{"selector": "blocks 0", "action": "bounds", "low": 0.1, "high": 0.7}]),
+        "expression": st.sampled_from(["", "exp(wanda_z)"]),
         "reason": st.just(HOSTILE),
     },
     sparsity=st.sampled_from([0.2, 0.3, 0.45]),

@@ -41,6 +41,7 @@ VALUES: dict[str, Any] = {
         sparsity=0.3,
         recipe=Recipe(method="wanda", refit=False),
         adjustments=[Adjustment(selector="*.v_proj", action="factor", factor=2.0, reason="they hurt")],
+        expression="exp(0.2 * wanda_z)",
         reason="small steps",
     ),
     "order": "ef56",

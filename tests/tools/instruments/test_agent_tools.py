@@ -76,6 +76,11 @@ def test_a_probes_line_tells_of_adjustments(instruments: dict[str, BaseTool]) ->
     protect = {"selector": "*.q_proj", "action": "protect"}
     _, shown = call(instruments["predict"], plan={**WANDA, "adjustments": [protect]})
     assert shown.startswith("30.0% wanda:uniform · 1 adjustment -> ")
+    _, shown = call(
+        instruments["predict"],
+        plan={"sparsity": 0.3, "recipe": {"method": "two-sided", "refit": False}, "expression": "1+depth"},
+    )
+    assert shown.startswith("30.0% two-sided:kappa · layers x 1+depth -> ")
 
 
 @pytest.mark.parametrize(
