@@ -9,6 +9,7 @@ from graph.planning.budget import TokenBudget
 from graph.planning.orders import find_recipe
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
+from tools.instruments.probed import find_known
 from tools.plans.costs import (
     count_calibration,
     count_in_order,
@@ -35,10 +36,12 @@ def price_drafts(
 ) -> Price:
     """Of carrying out plans, which are weighed, and measuring each on so many tokens, and other weights on `others`.
 
-    Curves that are known cost nothing. Of what a plan takes to be shared out and pruned, nothing counts twice.
-    Raises ImpossiblePlan.
+    Curves that are known cost nothing, nor do orders that were probed on as many tokens in this round. Of what a plan
+    takes to be shared out and pruned, nothing counts twice. Raises ImpossiblePlan.
     """
     config, costs, paces = situation.config, dict[str, int](), budget.paces
+    known = find_known(budget.probed, tokens)
+    plans = [plan for plan in plans if situation.orders.draft(plan).id not in known]
     measured = len(plans) * tokens + others
     seconds = measured * paces.get(MEASURING, 0.0)
     for plan in plans:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
-from tools.instruments.probed import Probed, remember_probe
+from tools.instruments.probed import Probed, find_known, remember_probe
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
 from tools.plans.expression import Expression
@@ -149,7 +149,9 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     orders = {number: order for number, order in enumerate(found) if isinstance(order, WorkOrder)}
     if not orders:
         raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, found))))
-    round_.book(len(orders) * windows * bench.settings.window, list(orders.values()))
+    known = find_known(round_.probed, windows * bench.settings.window)
+    fresh = [order for order in orders.values() if order.id not in known]
+    round_.book(len(fresh) * windows * bench.settings.window, fresh)
     probes = bench.probe(
         round_.profile,
         list(orders.values()),

@@ -1,5 +1,6 @@
 """What was probed in a round: told from one call of an instrument to the next. No torch in here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -28,3 +29,8 @@ def remember_probe(round_: list[Probed], probed: Probed) -> int:
     if probed.tokens > round_[place].tokens:
         round_[place] = probed
     return place + 1
+
+
+def find_known(probed: Sequence[Probed], tokens: int) -> set[str]:
+    """The orders that were probed on so many tokens in a round: these are read back."""
+    return {known.order for known in probed if known.tokens == tokens}

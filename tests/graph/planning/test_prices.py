@@ -17,6 +17,7 @@ from graph.planning.plan import Plan
 from graph.planning.prices import Price, describe_prices, describe_spending, price_drafts, refuse_dear
 from graph.planning.situation import Situation
 from tests.situations import make_layers, make_situation
+from tools.instruments.probed import Probed
 from tools.plans.costs import count_in_order, count_walk
 from tools.plans.paces import Paces, join_paces, name_pruning, time_work
 from tools.plans.recipe import Recipe, parse_recipe
@@ -49,6 +50,10 @@ def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before(
     assert price_drafts([WALKED], 64, situate(exact=True), budget).tokens == 64, "what is paid for is not paid again"
     assert price_drafts([MASK], 0, situate(exact=True), make_budget()) == Price(0, 0)
     assert price_drafts([], 0, situate(exact=True), budget, 300) == Price(300, 3), "slopes"
+    order = situate(exact=True).orders.draft(MASK)
+    budget.probed.append(Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}))
+    prices = [price_drafts([MASK], tokens, situate(exact=True), budget) for tokens in (64, 128)]
+    assert prices == [Price(0, 0), Price(128, 1.28)], "what was probed on as much text is read back"
 
 
 def test_what_is_beyond_what_is_left_is_refused_with_its_price() -> None:

@@ -194,6 +194,7 @@ def test_several_drafts_are_measured_as_each_alone(
     if workers:
         monkeypatch.setattr(bench.crew, "cluster", team)
         monkeypatch.setattr(bench.crew, "team", team)
+    round_ = replace(round_, probed=[])
     figures = probe(round_, drafts, tokens)
     beside = [figures[number].get("kl_minus_probe") for number in (0, 2, 3, 4)]
     assert [list(x) for x in beside if x] == [["2", "3"], ["1", "3"], ["2", "3"], ["1", "2"]]
@@ -205,6 +206,7 @@ def test_several_drafts_are_measured_as_each_alone(
     assert hash_weights(bench) == before
     assert len(team.handed) == (2 if workers else 0)
     assert probe(round_, drafts, tokens) == figures and len(team.handed) == (2 if workers else 0)
+    assert booked[4:] == [0], "what is read back costs nothing"
 
 
 def test_drafts_none_of_which_can_be(make_round: Callable[..., Round]) -> None:
