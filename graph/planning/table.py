@@ -142,20 +142,27 @@ def _two_digits(value: float) -> str:
 
 
 def describe_groups(situation: Situation) -> str:
-    """The layers in sums over groups of a kind and a third of the depth: constant through a run, a line each."""
+    """The layers in sums over groups of a kind and a third of the depth: constant through a run, a line each.
+
+    The line of a third and a kind in it make a selector.
+    """
     groups, layers = _list_groups(situation.layers), situation.layers
     columns = _columns(situation.config.target_sparsity)
     unit = _unit([sum(layer.kappa[columns[0]] for layer in group) for group in groups.values()])
     lines = [
         f"names look like: {quote_data(layers[0].name, 120)}",
-        f"columns: layers, % of all weights, wanda z, grad z (means), {_name_levels(columns)} (sums; kl in units of "
+        f"columns: kind, % of all weights, wanda z, grad z (means), {_name_levels(columns)} (sums; kl in units of "
         f"{unit:.0e} nats/token)",
     ]
-    total = sum(layer.weights for layer in layers)
+    total, blocks = sum(layer.weights for layer in layers), ""
     for selector, group in groups.items():
+        third, _, kind = selector.partition(" · ")
+        if third != blocks:
+            blocks = third
+            lines.append(blocks)
         share = 100 * sum(layer.weights for layer in group) / total
         figures = _figures(group, columns, unit / len(group))
-        lines.append(f"{quote_data(selector, 80)}: {len(group)} {share:.1f} {figures}{_describe_zeros(group)}")
+        lines.append(f"{quote_data(kind, 80)} {share:.1f} {figures}{_describe_zeros(group)}")
     left_out = len(group_layers(layers, merge=True)) - len(groups)
     title = f"The {len(layers)} prunable layers in {len(groups)} groups"
     return f"{title}{f' ({left_out} more not shown)' if left_out else ''}:\n" + data_block("groups", lines)

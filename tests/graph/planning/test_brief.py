@@ -202,18 +202,19 @@ def test_groups_are_shown_in_sums_where_tools_show_layers() -> None:
     lines = describe_groups(situation).split("\n")
     assert lines[:2] == ["The 24 prunable layers in 9 groups:", "<data groups>"]
     unit = re.fullmatch(
-        r"columns: layers, % of all weights, wanda z, grad z \(means\), kl\.45 kl\.60 \(sums; kl in units of (\S+) "
+        r"columns: kind, % of all weights, wanda z, grad z \(means\), kl\.45 kl\.60 \(sums; kl in units of (\S+) "
         r"nats/token\)",
         lines[3],
     )
     assert unit
     rows = lines[4:-1]
-    assert [row.split(":")[0] for row in rows[::3]] == [f"blocks {b}-{b + 1} · self_attn.q_proj" for b in (0, 2, 4)]
+    assert rows[::4] == ["blocks 0-1", "blocks 2-3", "blocks 4-5"]
+    assert [row.split()[0] for row in rows[1:4]] == ["self_attn.q_proj", "self_attn.k_proj", "mlp.experts.*.up"]
     experts = [layer for layer in layers if layer.block in (0, 1) and "experts" in layer.kind]
-    name, figures = rows[2].split(": ")
-    assert name == "blocks 0-1 · mlp.experts.*.up" and select_layers(name, layers) == [x.name for x in experts]
-    count, share, wanda, grad, low, high = map(float, figures.split())
-    assert (count, share) == (4, 16.7)
+    name, *figures = rows[3].split()
+    assert select_layers(f"{rows[0]} · {name}", layers) == [x.name for x in experts]
+    share, wanda, grad, low, high = map(float, figures)
+    assert share == 16.7
     assert wanda == round(10 * sum(x.wanda_z for x in experts) / 4)
     assert grad == round(10 * sum(x.gradient_z for x in experts) / 4)
     for shown_kl, column in ((low, 2), (high, 3)):
