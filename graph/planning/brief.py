@@ -23,6 +23,7 @@ from graph.planning.prices import describe_costs, describe_spending
 from graph.planning.situation import Situation
 from graph.planning.table import describe_groups, describe_layers, describe_present
 from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
+from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories
@@ -205,12 +206,13 @@ def describe_lesson(lesson: Lesson, config: RunConfig) -> str:
     ground = f" {quote_data(hide_directories(lesson.ground), 80)}" if lesson.ground else ""
     text, pattern = config.calibration_text, config.pattern
     other = "text" if not lesson.knows(text, lesson.pattern or "") else "pattern"
+    cost = f"{quote_data(lesson.selector, 80)} cost {show_short(lesson.factor)} times what was predicted. "
+    cost = "" if lesson.moved and lesson.selector == WHOLE else cost  # a trial that blames nobody
     idle = "" if lesson.knows(text, pattern) else f" (another {other} than this run's: in no allocation)"
     return (
         f"{model}run {quote_data(lesson.run, 40)} round {lesson.iteration}, "
         f"{quote_data(lesson.recipe_label, 40) or 'any recipe'}{ground}{idle}: "
-        f"{quote_data(lesson.selector, 80)} cost {show_short(lesson.factor)} times what was predicted. "
-        f"{quote_data(lesson.text, 200)}"
+        f"{cost}{quote_data(lesson.text, 200)}"
     )
 
 

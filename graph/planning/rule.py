@@ -160,7 +160,7 @@ def calibration(situation: Situation, recipe: Recipe) -> float:
         (math.log(lesson.factor), weigh_evidence(lesson))
         for lesson in situation.lessons
         if lesson.selector == WHOLE and lesson.recipe == recipe.work_label and lesson.knows(text, pattern)
-        if not lesson.same_config
+        if not lesson.same_config and not lesson.moved
     ]
     total = sum(weight for _, weight in known)
     return math.exp(sum(log * weight for log, weight in known) / total) if total else 1.0

@@ -3,15 +3,17 @@
 Where two lessons are about the same layers and recipe, they are one: the mean of their factors' logs, weighted by
 evidence (observations times confidence), with the observations of both. A lesson that a new one contradicts, above 1
 where the other is below and both by more than `LEAST`, loses half of its confidence, and below `FORGET` it is dropped.
+What a trial says that moved weights stays by itself, for at planning time one regression goes over all of them.
 
-At planning time the lessons about one group of layers are merged once more, whatever their recipe, and the factor is
-shrunk towards 1 as if `PRIOR` further observations had found the KL curves right. All factors refer to the KL curves
-as measured, never to curves that lessons corrected before, so that a correction does not feed on itself.
+At planning time the lessons about one group of layers are merged once more, that regression's among them, and the
+factor is shrunk towards 1 as if `PRIOR` further observations had found the KL curves right. All factors refer to the
+KL curves as measured, never to curves that lessons corrected before, so that a correction does not feed on itself.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 
+from graph.reflecting.regression import Blame, fit_factors
 from graph.reflecting.schema import MOST, Lesson
 from tools.base.errors import ImpossiblePlan
 from tools.plans.layer_profile import LayerProfile
@@ -51,7 +53,10 @@ def weigh_evidence(lesson: Lesson) -> float:
 
 
 def name_subject(lesson: Lesson) -> tuple[object, ...]:
-    """What a lesson is about: those about the same are merged. A repeat's and mere words stay apart from the rest."""
+    """What a lesson is about: those about the same are merged. A repeat's and mere words stay apart from the rest, and
+    so does each trial that moved weights."""
+    if lesson.moved:
+        return lesson.run, lesson.iteration, lesson.same_config
     sparsity = None if lesson.sparsity is None else round(lesson.sparsity, 2)
     ground = lesson.calibration, lesson.pattern, sparsity
     return lesson.selector, lesson.recipe, lesson.curves, *ground, lesson.same_config, lesson.confidence > 0
@@ -63,7 +68,7 @@ def merge_lessons(lessons: Iterable[Lesson]) -> list[Lesson]:
     for lesson in lessons:
         key = name_subject(lesson)
         old = merged.pop(key, None)
-        merged[key] = _merge_two(old, lesson) if old else lesson
+        merged[key] = _merge_two(old, lesson) if old and not lesson.moved else lesson
     return [lesson for lesson in merged.values() if lesson.count == 1 or not 0 < lesson.confidence < FORGET]
 
 
@@ -91,18 +96,32 @@ def find_multipliers(
     Left out are lessons of a run of the same trials, those that were learnt on another text or pattern than the plan's
     or far from its sparsity, those about the whole model or no layer of it, and factors within LEAST of 1.
     """
-    groups: dict[str, Lesson] = {}
+    trials: list[tuple[Lesson, float]] = []
+    said: list[Lesson] = []
     for lesson in lessons:
         if lesson.same_config or not lesson.confidence or not lesson.fits(calibration, recipe.pattern, sparsity):
             continue
-        if not _is_group(lesson.selector, layers):
-            continue
         same = (lesson.recipe, lesson.curves) == (recipe.work_label, find_curves(recipe))
-        lesson = lesson if same else lesson.model_copy(update={"confidence": TRANSFER * lesson.confidence})
-        old = groups.get(lesson.selector)
-        groups[lesson.selector] = _merge_two(old, lesson) if old else lesson
+        weight = 1.0 if same else TRANSFER
+        if lesson.moved:
+            trials.append((lesson, weight))
+        else:
+            said.append(lesson.model_copy(update={"confidence": weight * lesson.confidence}))
+    said += [_make_lesson(selector, blame) for selector, blame in fit_factors(trials).items()]
+    groups: dict[str, Lesson] = {}
+    for lesson in said:
+        if _is_group(lesson.selector, layers):
+            old = groups.get(lesson.selector)
+            groups[lesson.selector] = _merge_two(old, lesson) if old else lesson
     shrunk = {selector: _shrink(lesson) for selector, lesson in sorted(groups.items())}
     return {selector: factor for selector, factor in shrunk.items() if abs(math.log(factor)) > math.log(LEAST)}
+
+
+def _make_lesson(selector: str, blame: Blame) -> Lesson:
+    """What all trials say of a group, as if so many had been about it alone."""
+    factor, count = min(max(blame.factor, 1 / MOST), MOST), max(1, math.ceil(blame.evidence))
+    told = {"factor": factor, "count": count, "confidence": blame.evidence / count}
+    return Lesson(run="", iteration=0, selector=selector, predicted=0.0, measured=None, text="", **told)
 
 
 def _is_group(selector: str, layers: Sequence[LayerProfile]) -> bool:

@@ -2,17 +2,19 @@
 
 `draw_lesson` compares what was predicted with what was measured. A chat model may add to it (`combine_lessons`): its
 lessons weigh by its own confidence, at most `WORD` of a measurement each, and only where the trial's surprise is
-beyond the noise; about the layers that the rule speaks of, the measurement stands and the model adds words.
+beyond the noise; about the layers that the rule speaks of, the measurement stands and the model adds words, unless it
+vetoes the measured lesson, which then weighs nothing.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from graph.config import RunConfig
 from graph.planning.orders import group_kl
 from graph.planning.plan import Plan
 from graph.reflecting.posterior import WHOLE, find_curves, tidy_selector
+from graph.reflecting.regression import find_mover
 from graph.reflecting.schema import MOST, Learnt, Lesson, Reflection
 from graph.state import SIGMAS, Trial, same_sparsity
 from tools.plans.layer_profile import LayerProfile, group_layers
@@ -20,6 +22,9 @@ from tools.plans.recipe import Recipe
 
 WORD = 0.5
 """A model's lesson weighs at most this much of a measurement without noise."""
+
+MOST_MOVED = 32
+"""Groups that a lesson notes the movement of, those that moved most."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Evidence:
         lesson = self.measured
         if lesson is None or lesson.measured is None:
             return False
-        error = self.trial.kl_error if lesson.selector == WHOLE else self.trial.change_error
+        error = self.trial.change_error if lesson.moved else self.trial.kl_error
         return abs(lesson.measured - lesson.predicted) > SIGMAS * (error or 0.0)
 
 
@@ -68,46 +73,55 @@ def draw_lesson(
 ) -> Lesson | None:
     """What one trial teaches; None when it taught nothing (nothing finite, nothing predicted).
 
-    Where weights moved at the same sparsity and recipe, the surprise goes to the group whose predicted KL moved most.
-    Otherwise the lesson is about the model as a whole: how many times the predicted KL was measured. `layers` have the
-    KL curves that the trial's allocation read. The confidence is 1/(1 + s^2), where s is the standard error of the
-    factor: an observation without noise weighs 1, one as uncertain as the factor itself half of that.
+    Where weights moved at the same sparsity and recipe, the lesson notes how, for `graph.reflecting.regression`, and
+    is about the group that all but moved alone; where there is none, it blames none. Otherwise it is about the model as
+    a whole: how many times the predicted KL was measured. `layers` have the KL curves that the trial's allocation
+    read. The confidence is 1/(1 + s^2), where s is the standard error of the factor: an observation without noise
+    weighs 1, one as uncertain as the factor itself half of that.
     """
     recipe = trial.recipe
     if recipe is None or trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
         return None
     if before is None or not _is_comparable(before, trial):
         return _lesson_of_whole(run, recipe, trial)
-    groups = group_layers(layers)
-    moved = {s: group_kl(g, sparsity) - group_kl(g, before_sparsity) for s, g in groups.items()}
-    selector = max(moved, key=lambda s: abs(moved[s]))
     before_kl, before_predicted = before.kl or 0.0, group_kl(layers, before_sparsity)
     scale = before_kl / before_predicted if before_predicted > 0 else 1.0
-    predicted, measured = scale * (group_kl(layers, sparsity) - before_predicted), trial.kl - before_kl
-    holds = scale * group_kl(groups[selector], sparsity)
-    if holds <= 0:
-        return None
-    # Pruning the group more and being hurt more than predicted means precious; pruning it less and gaining less
-    # than predicted means the opposite.
-    surprise = (measured - predicted) / holds * math.copysign(1.0, moved[selector])
-    if trial.change_error is not None and abs(measured - predicted) <= SIGMAS * trial.change_error:
-        surprise = 0.0
-    factor = min(max(1 + surprise, 1 / MOST), MOST)
-    direction = "more" if moved[selector] > 0 else "less"
-    advice = f"count it {factor:.2f} times" if surprise else "as predicted, within the noise"
-    noise = 1.0 if trial.change_error is None else trial.change_error / holds
+    moved = {
+        selector: scale * (group_kl(group, sparsity) - group_kl(group, before_sparsity))
+        for selector, group in group_layers(layers).items()
+    }
+    return _lesson_of_movement(run, recipe, trial, moved, trial.kl - before_kl) if any(moved.values()) else None
+
+
+def _lesson_of_movement(run: str, recipe: Recipe, trial: Trial, moved: dict[str, float], measured: float) -> Lesson:
+    """Of a trial that was predicted to change the KL of groups by so much, and changed the model's as measured."""
+    predicted, error = sum(moved.values()), trial.change_error
+    is_noise = error is not None and abs(measured - predicted) <= SIGMAS * error
+    mover = find_mover(moved)
+    largest = max(map(abs, moved.values()))
+    noise = 1.0 if error is None else error / largest
+    factor = 1 + (measured - predicted) / moved[mover] if mover and not is_noise else 1.0
+    factor = min(max(factor, 1 / MOST), MOST)
+    changed = f"changed KL by {measured:+.4f} where {predicted:+.4f} was predicted"
+    if mover is None:
+        text = f"Moving {sum(map(bool, moved.values()))} groups at once {changed}: none of them is to blame alone."
+    else:
+        advice = "as predicted, within the noise" if is_noise else f"alone, it would count {factor:.2f} times"
+        text = f"Pruning {mover} {'more' if moved[mover] > 0 else 'less'} {changed}: {advice}."
+    most = sorted(moved, key=lambda selector: -abs(moved[selector]))[:MOST_MOVED]
     return Lesson(
         run=run,
         iteration=trial.iteration,
         recipe=recipe.work_label,
         curves=find_curves(recipe),
-        selector=selector,
+        selector=mover or WHOLE,
         factor=_round(factor),
         confidence=round(1 / (1 + noise**2), 4),
         predicted=predicted,
         measured=measured,
-        text=f"Pruning {selector} {direction} changed KL by {measured:+.4f} where {predicted:+.4f} was predicted: "
-        f"{advice}.",
+        moved={selector: _round(moved[selector]) for selector in most if moved[selector]},
+        error=error,
+        text=text,
     )
 
 
@@ -147,7 +161,16 @@ def combine_lessons(evidence: Evidence, reflection: Reflection) -> list[Lesson]:
     if evidence.measured is not None:
         selector = tidy_selector(evidence.measured.selector, evidence.layers)
         text = f"{evidence.measured.text}{_recount_facts(evidence)}"
-        lessons.append(evidence.measured.model_copy(update={"selector": selector, "text": text}))
+        update: dict[str, Any] = {"selector": selector, "text": text}
+        if reflection.veto:  # mere words, which nothing is computed with
+            why = " ".join(reflection.reason.split()) or "no reason given"
+            update |= {
+                "text": f"{text} The reflector vetoes this: {why}",
+                "factor": 1.0,
+                "confidence": 0.0,
+                "moved": {},
+            }
+        lessons.append(evidence.measured.model_copy(update=update))
     for learnt in reflection.lessons:
         selector = tidy_selector(learnt.selector, evidence.layers)
         said = f"{' '.join(learnt.evidence.split()).rstrip('.')}."

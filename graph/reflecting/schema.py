@@ -1,5 +1,6 @@
 """What a reflector answers with, and what becomes of it: a lesson."""
 
+import operator
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -61,6 +62,11 @@ class Reflection(BaseModel):
         max_length=MAX_LEARNT,
         description="What the trial taught of groups of layers; an empty list when it taught nothing.",
     )
+    veto: bool = Field(
+        False,
+        exclude_if=operator.not_,
+        description="The rule's lesson is wrong, as the reason says: its trial is to weigh in no allocation.",
+    )
     reprofile: bool = Field(
         False,
         description="Profile again on the weights just kept, before the next round; costs as much as the first "
@@ -97,6 +103,16 @@ class Lesson(BaseModel):
     )
     predicted: float
     measured: float | None = Field(description="Null where it was not finite.")
+    moved: dict[str, float] = Field(
+        {},
+        exclude_if=operator.not_,
+        description="Of a trial that moved weights at the same sparsity and work: by how much that was predicted to "
+        "change each group's KL, in nats per token, for the groups that moved most. Factors are fitted to all such "
+        "trials together, so that `factor` is what this one alone says.",
+    )
+    error: float | None = Field(
+        None, exclude_if=lambda error: error is None, description="Standard error of measured in such a trial."
+    )
     text: str
     source: Literal["measured", "reflector"] = Field(
         "measured", description="Worked out from the trial's figures, or said by the reflector's model."

@@ -331,6 +331,8 @@ def test_a_lesson_says_where_it_was_learnt_and_whether_it_weighs_here() -> None:
     there = here.model_copy(update={"calibration": "file:/home/me/other.txt"})
     formed = here.model_copy(update={"pattern": "2:4", "sparsity": 0.5})
     said = "s cost 1.5 times what was predicted. t"
+    nobody = lesson.model_copy(update={"selector": "*", "moved": {"a": 0.1, "b": 0.1}, "text": "Two moved."})
+    assert describe_lesson(nobody, RunConfig()) == "run r round 2, refit: Two moved."
     assert [describe_lesson(x, RunConfig()) for x in (lesson, here, there, formed)] == [
         f"run r round 2, refit: {said}",
         f"run r round 2, refit at 45.0% on pydoc: {said}",

@@ -11,7 +11,7 @@ from graph.planning.rule import MASKS
 from graph.reflecting.posterior import find_multipliers
 from graph.reflecting.rule import WORD, Evidence, combine_lessons, draw_lesson
 from graph.reflecting.schema import MOST, Lesson, Reflection
-from tests.evidence import EVEN, GROUP, IN_GROUP, LAYERS, learnt, make_evidence, tilt
+from tests.evidence import EVEN, GROUP, LAYERS, learnt, make_evidence, tilt
 from tests.situations import make_lesson, make_trial
 from tools.plans.recipe import Recipe
 
@@ -26,7 +26,7 @@ def test_a_climb_teaches_how_far_the_curves_are_off() -> None:
 
 
 @pytest.mark.parametrize(("amount", "surprise", "above"), [(0.1, 0.05, True), (0.1, -0.05, False), (-0.1, 0.05, False)])
-def test_a_surprise_goes_to_the_group_that_moved_most(amount: float, surprise: float, above: bool) -> None:
+def test_a_surprise_goes_to_the_group_that_all_but_moved_alone(amount: float, surprise: float, above: bool) -> None:
     before = make_trial(1, "accept", 0.45, Recipe())
     after = tilt(amount)
     scale = before.kl / group_kl(LAYERS, EVEN)  # type: ignore[operator]
@@ -37,6 +37,8 @@ def test_a_surprise_goes_to_the_group_that_moved_most(amount: float, surprise: f
     assert lesson.selector == GROUP
     assert (lesson.factor > 1) is above
     assert 1 / MOST <= lesson.factor <= MOST
+    assert lesson.predicted == pytest.approx(expected - before.kl)  # type: ignore[operator]
+    assert sum(lesson.moved.values()) == pytest.approx(lesson.predicted, rel=1e-2) and len(lesson.moved) == 9
     exact = trial.model_copy(update={"kl": expected})
     unsurprised = draw_lesson("run", LAYERS, exact, after, before, EVEN)
     assert unsurprised is not None
@@ -51,8 +53,39 @@ def test_a_surprise_inside_the_noise_teaches_nothing() -> None:
         assert lesson is not None
         assert lesson.factor == factor
         assert ("within the noise" in lesson.text) is (factor == 1.0)
-        noise = error / (before.kl / group_kl(LAYERS, EVEN) * group_kl(IN_GROUP, after))  # type: ignore[operator]
-        assert lesson.confidence == pytest.approx(1 / (1 + noise**2), abs=1e-4)
+        assert lesson.error == error
+        assert lesson.confidence == pytest.approx(1 / (1 + (error / lesson.moved[GROUP]) ** 2), abs=1e-3)
+
+
+def test_a_trial_in_which_all_groups_moved_blames_none() -> None:
+    before = make_trial(1, "accept", 0.45, Recipe())
+    after = {name: s + (0.05 if "q_proj" in name or "down" in name else -0.1) for name, s in EVEN.items()}
+    trial = make_trial(2, "rollback", 0.45, Recipe()).model_copy(update={"kl": 0.5, "change_error": 1e-3})
+    lesson = draw_lesson("run", LAYERS, trial, after, before, EVEN)
+    assert lesson is not None
+    assert (lesson.selector, lesson.factor, len(lesson.moved)) == ("*", 1.0, 9)
+    assert lesson.text.startswith("Moving 9 groups at once changed KL by +0.4000 where ")
+    assert lesson.text.endswith(" was predicted: none of them is to blame alone.")
+    assert find_multipliers([lesson], LAYERS, Recipe(curves="mask"), 0.45, "pydoc") == {}
+
+
+def test_the_same_weights_again_teach_nothing() -> None:
+    before = make_trial(1, "accept", 0.45, Recipe())
+    assert draw_lesson("run", LAYERS, make_trial(2, "rollback", 0.45, Recipe()), EVEN, before, EVEN) is None
+
+
+def test_a_veto_takes_the_trial_out_of_all_allocations() -> None:
+    kept, vetoed = (
+        combine_lessons(make_evidence(), Reflection(veto=veto, reason="q_proj moved,\ntoo")) for veto in (False, True)
+    )
+    assert list(multiply(kept)) == [GROUP] and multiply(vetoed) == {}
+    assert (vetoed[0].factor, vetoed[0].confidence, vetoed[0].moved) == (1.0, 0.0, {})
+    assert vetoed[0].text == f"{kept[0].text} The reflector vetoes this: q_proj moved, too"
+    assert "veto" not in Reflection().model_dump()
+
+
+def multiply(lessons: list[Lesson]) -> dict[str, float]:
+    return find_multipliers(lessons, LAYERS, Recipe(curves="mask"), 0.45, "pydoc")
 
 
 def test_a_change_of_method_is_about_the_whole_model() -> None:
