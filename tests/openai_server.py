@@ -61,7 +61,7 @@ DEMO_CALLS: tuple[list[Answer], ...] = (
             {"tool": "history", "arguments": {"n": 3}},
         ]
     ],
-    [{"tool": "predict", "arguments": {"plan": _DEMO_PROBE}}],
+    [{"tool": "predict", "arguments": {"plan": _DEMO_PROBE}}, {"tool": "slopes", "arguments": {}}],
 )
 """The tools called before each of `DEMO_PLANS`, the third time two in one message."""
 

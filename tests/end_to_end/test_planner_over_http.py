@@ -206,14 +206,17 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     run = tmp_path / "runs" / "run"
     tools = read_events(run, "tool")
     assert [(tool["iteration"], tool["tool"]) for tool in tools] == [
-        *((1, "inspect_layers"), (1, "recall"), (2, "predict"), (3, "probe"), (3, "history"), (4, "predict"))
+        *((1, "inspect_layers"), (1, "recall"), (2, "predict"), (3, "probe"), (3, "history"), (4, "predict")),
+        (4, "slopes"),
     ]
-    assert [tool["calls_left"] for tool in tools] == [5, 4, 5, 5, 4, 5]
+    assert [tool["calls_left"] for tool in tools] == [5, 4, 5, 5, 4, 5, 4]
     assert '"error"' not in "".join(tool["answer"] for tool in tools)
     probed = json.loads(tools[3]["answer"])["plans"]
     assert [(x["plan"], x["tokens"]) for x in probed] == [("45.0% wanda:kappa", 128), ("45.0% refit:kappa", 128)]
     assert all(x.keys() >= {"kl", "perplexity", "dense_perplexity", "kl_change"} for x in probed)
     assert len(json.loads(tools[4]["answer"])["trials"]) == 2
+    slopes = json.loads(tools[6]["answer"])
+    assert slopes["tokens"] == 128 and all(len(row) == 6 and row[3] > 0 for row in slopes["groups"].values())
     for tool in tools:
         assert f"tool {tool['iteration']}: {tool['tool']} {tool['shown']}" in done.out.splitlines()
     with OpenAIServer(play_demo()) as server:
