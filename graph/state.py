@@ -12,6 +12,7 @@ from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
+from tools.plans.groups import Group
 from tools.plans.paces import Paces
 from tools.plans.recipe import Recipe
 from tools.results.schema import TextFigures, Usage
@@ -77,6 +78,7 @@ class Trial(BaseModel):
     )
     asked: str = Field("", description="Hash of what the plan asked for, whatever lessons made of it.")
     recipe: Recipe | None = Field(None, description="The plan's recipe; null for the dense model.")
+    groups: list[Group] = Field([], exclude_if=operator.not_, description="Layers that had another.")
     seconds: float = 0.0
 
     @model_validator(mode="after")

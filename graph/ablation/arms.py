@@ -12,6 +12,7 @@ from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
 from graph.planning.orders import Curves, describe_plan, resolve
 from graph.planning.plan import Plan
+from graph.planning.recipes import gather_layers
 from graph.planning.refinements import STRONG, change_one_lever
 from graph.planning.situation import Situation
 from graph.state import Trial
@@ -142,7 +143,7 @@ class Arm:
             return ""
 
     def _resolve(self, plan: Plan, read: Callable[[str, Recipe, "Progress"], list[LayerProfile]]) -> WorkOrder:
-        layers = read(self.profile, plan.recipe, self.progress)
+        layers = gather_layers(plan, self.config, lambda recipe: read(self.profile, recipe, self.progress))
         return resolve(plan, layers, self.config, self.bench.read_profile(self.profile).layers)
 
     def _measure(self, checkpoints: list[str]) -> list[Evaluation | None]:

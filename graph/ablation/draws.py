@@ -8,6 +8,7 @@ import numpy as np
 from graph.config import RunConfig
 from graph.planning.plan import Plan
 from tools.plans.expression import list_parts
+from tools.plans.groups import Group, GroupRecipe
 from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers
 from tools.plans.methods import METHODS, MOST_STEPS
 from tools.plans.recipe import Adjustment, Recipe
@@ -15,6 +16,9 @@ from tools.plans.rules import RULES
 
 MOST_ADJUSTED = 4
 """Groups of layers that a random plan corrects at most."""
+MOST_GROUPS = 2
+"""Kinds of layers that have a recipe of their own at most; one is left to the plan's."""
+PATTERN = "2:4"
 FACTORS = (0.5, 2.0)
 """Between which a group is counted otherwise than predicted, evenly in its logarithm."""
 
@@ -60,7 +64,10 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
     chosen = draws.generator.choice(len(groups), count, replace=False)
     adjustments = [_draw_adjustment(groups[place], recipe, config, draws) for place in sorted(chosen.tolist())]
     expression = draws.leave("", [_draw_expression(layers, draws)] if recipe.reads_curves else [])
-    return Plan(sparsity=config.target_sparsity, recipe=recipe, adjustments=adjustments, expression=expression)
+    own = _draw_groups(layers, recipe, config, draws)  # last, for which plans without them stay as they were
+    return Plan(
+        sparsity=config.target_sparsity, recipe=recipe, groups=own, adjustments=adjustments, expression=expression
+    )
 
 
 def _draw_expression(layers: Sequence[LayerProfile], draws: _Draws) -> str:
@@ -75,6 +82,35 @@ def _draw_expression(layers: Sequence[LayerProfile], draws: _Draws) -> str:
         f"where({part}, smooth(kl{level}) / kl{level}, 1)",
     )
     return str(draws.pick(forms))
+
+
+def _draw_groups(layers: Sequence[LayerProfile], recipe: Recipe, config: RunConfig, draws: _Draws) -> list[Group]:
+    """Whole kinds of layers by other recipes, each of whose levers half of them leave as in the plan's."""
+    kinds = sorted({layer.kind for layer in layers})
+    count = draws.leave(0, range(1, min(MOST_GROUPS, len(kinds) - 1) + 1))
+    chosen = draws.generator.choice(len(kinds), count, replace=False)
+    return [_draw_group(kinds[place], layers, recipe, config, draws) for place in sorted(chosen.tolist())]
+
+
+def _draw_group(kind: str, layers: Sequence[LayerProfile], recipe: Recipe, config: RunConfig, draws: _Draws) -> Group:
+    inputs = [layer.inputs for layer in layers if layer.kind == kind]
+    fits = not config.pattern and all(width and width % 4 == 0 for width in inputs)
+    others: dict[str, Sequence[Any]] = {
+        "method": list(METHODS),
+        "refit": [True, False],
+        "refit_steps": range(1, MOST_STEPS + 1),
+        "gamma": ["plain", "clipped"],
+        "tokens": ["even", "weighted"],
+        "statistics": ["dense", "sequential", "stages"],
+        "calibration": ["run", *config.mixes],
+        "pattern": ["", *([PATTERN] if fits else [])],
+    }
+    drawn = {
+        name: draws.leave("", [value for value in values if value != getattr(recipe, name)])
+        for name, values in others.items()
+    }
+    own = {name: value for name, value in drawn.items() if value != ""}
+    return Group(selector=kind, recipe=GroupRecipe.model_validate(own))
 
 
 def _draw_adjustment(selector: str, recipe: Recipe, config: RunConfig, draws: _Draws) -> Adjustment:

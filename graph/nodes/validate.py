@@ -82,6 +82,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         order=order.id,
         asked=hash_request(state.plan),
         recipe=state.plan.recipe,
+        groups=state.plan.groups,
         seconds=round(session.elapsed, 3),
     )
 

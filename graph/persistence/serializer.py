@@ -19,6 +19,7 @@ from graph.reflecting.schema import Lesson
 from graph.state import Input, State, Trial
 from tools.base.errors import in_one_line
 from tools.base.settings import FORMER
+from tools.plans.groups import Group, GroupRecipe
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
 
@@ -37,6 +38,8 @@ STATE_MODELS: tuple[type[BaseModel], ...] = (
     Adjustment,
     Aim,
     Brief,
+    Group,
+    GroupRecipe,
     Input,
     Lesson,
     NewText,

@@ -58,7 +58,7 @@ def plan_with_chat(
     messages = keep_prompt(lambda: planner_messages(situation, toolbox))
     plan = ask(
         model,
-        find_schema(situation.config.polish_tokens, situation.config.text),
+        _find_schema(situation.config),
         messages,
         check=check and (lambda plan: check(drop_schema(plan))),
         advise=advise and (lambda plan: advise(drop_schema(plan))),
@@ -103,9 +103,36 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
     return [SystemMessage(_instructions(situation.config, toolbox is not None)), HumanMessage("\n\n".join(parts))]
 
 
+def tell_schema(plans: type[Plan]) -> str:
+    """The JSON schema of plans as a prompt has it: without what names say anyhow, and what is told with the recipe."""
+    schema = plans.model_json_schema()
+    parts = schema["$defs"]
+    own = parts["GroupRecipe"]["properties"].items()
+    parts["GroupRecipe"]["properties"] = {n: field for n, field in own if n not in parts["Recipe"]["properties"]}
+    return json.dumps(_shorten_schema(schema), separators=(",", ":"), ensure_ascii=False)
+
+
+def _shorten_schema(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return [_shorten_schema(part) for part in node] if isinstance(node, list) else node
+    idle = {"title", "additionalProperties", "minLength"}
+    idle |= {"type"} if node.keys() & {"enum", "properties"} else set()
+    idle |= {"default"} if node.get("default", 0) in ("", None) else set()
+    return {
+        key: {name: _shorten_schema(part) for name, part in value.items()}
+        if key in ("properties", "$defs")
+        else _shorten_schema(value)
+        for key, value in node.items()
+        if key not in idle
+    }
+
+
+def _find_schema(config: RunConfig) -> type[Plan]:
+    return find_schema(config.polish_tokens, config.text, config.pattern)
+
+
 def _instructions(config: RunConfig, tools: bool) -> str:
-    described = find_schema(config.polish_tokens, config.text).model_json_schema()
-    schema = json.dumps(described, separators=(",", ":"), ensure_ascii=False)
+    schema = tell_schema(_find_schema(config))
     text = config.planner_prompt or read_prompt("planner")
     return text.replace("{tools}", read_prompt("planner_tools") if tools else "").replace("{schema}", schema)
 
@@ -241,8 +268,7 @@ def _describe_untried(plans: Sequence[Plan]) -> str:
     lines = []
     for plan in plans:
         recipe = _spell_out(plan.recipe)
-        adjustments = [adjustment.model_dump(exclude_defaults=True) for adjustment in plan.adjustments]
-        shown = {"sparsity": plan.sparsity, "recipe": recipe, **({"adjustments": adjustments} if adjustments else {})}
-        shown |= {"expression": plan.expression} if plan.expression else {}
+        others = plan.model_dump(include={"groups", "adjustments", "expression"}, exclude_defaults=True)
+        shown = {"sparsity": plan.sparsity, "recipe": recipe, **others}
         lines.append(quote_data(f"{json.dumps(shown, ensure_ascii=False)}: {plan.reason}", 400))
     return "Untried, each one lever from the best plan so far:\n" + data_block("untried", lines)

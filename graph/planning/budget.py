@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from graph.config import RunConfig
 from graph.planning.finalists import reserve_tokens
-from graph.planning.orders import find_recipe
 from graph.planning.plan import Plan
+from graph.planning.recipes import list_recipes
 from graph.state import State
 from tools.instruments.probed import Probed
 from tools.plans.costs import count_profile, list_curve_costs, list_order_costs
@@ -76,7 +76,9 @@ class TokenBudget:
 
     def list_costs(self, plan: Plan, order: WorkOrder | None) -> dict[str, int]:
         """What a plan costs beside its trial; of its order too, where that is known."""
-        costs = list_curve_costs(find_recipe(plan, self.config), self.config)
+        costs: dict[str, int] = {}
+        for recipe in list_recipes(plan, self.config):
+            costs |= list_curve_costs(recipe, self.config)
         return costs | (list_order_costs(order, self.config) if order else {})
 
     def refuse(self, plan: Plan, order: WorkOrder) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from graph.config import RunConfig
 from graph.planning.plan import WORDS, Plan
+from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
 from graph.reflecting.posterior import find_multipliers, weigh_layers
 from graph.reflecting.schema import Lesson
 from graph.state import State
@@ -22,9 +23,9 @@ from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
 from tools.plans.expression import evaluate_expression, tidy_expression
+from tools.plans.groups import describe_group, identify_group, refuse_two_polishes, refuse_two_walks
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.methods import Statistics
-from tools.plans.mix import read_mix
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import LayerOrder, WorkOrder, order_all
 from tools.workbench.store import ArtifactStore
@@ -39,15 +40,6 @@ LESSONS = " · lessons x"
 UNIFORM_WANDA = Recipe(method="wanda", refit=False, allocation="uniform")
 """What a result is compared with: Wanda with one sparsity for all layers, behind pruned predecessors as its authors run
 it."""
-
-Layers = Sequence[LayerProfile]
-Measure = Callable[[Recipe], Layers]
-
-
-def find_recipe(plan: Plan, config: RunConfig) -> Recipe:
-    """The plan's recipe with the user's pattern, whatever the plan says of one; a mixture that is the run's is none."""
-    mix = () if plan.recipe.mix == read_mix(config.text_shares) else plan.recipe.mix
-    return plan.recipe.model_copy(update={"pattern": config.pattern, "mix": mix})
 
 
 def refuse_above_target(plan: Plan, config: RunConfig) -> None:
@@ -64,7 +56,7 @@ def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Layers, config:
     recipe = find_recipe(plan, config)
     if not recipe.reads_curves:
         return plan.model_copy(update={"multipliers": {}})
-    multipliers = find_multipliers(lessons, layers, recipe, plan.sparsity, config.calibration_text)
+    multipliers = find_multipliers(lessons, layers, recipe, plan.sparsity, config.calibration_text, plan.groups)
     return plan.model_copy(update={"multipliers": multipliers})
 
 
@@ -76,7 +68,9 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | Non
     is `layers`. The predicted KL is that of the curves as they are. The order's id says nothing of multipliers: they
     change no weight but by the zeros.
     """
-    recipe = find_recipe(plan, config)
+    recipe, others = find_recipe(plan, config), assign_recipes(plan, layers, config)
+    refuse_two_walks([recipe, *others.values()])
+    refuse_two_polishes(recipe, others.values())
     shared = allocate(
         weigh_layers(layers, plan.multipliers),
         plan.sparsity,
@@ -85,6 +79,7 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | Non
         factors=_list_factors(plan, profile or layers),
         protect=config.protect,
         max_layer_sparsity=config.max_layer_sparsity,
+        patterns={name: other.group for name, other in others.items() if other.group},
     )
     sparsity = np.array([shared.zeros[layer.name] / layer.weights for layer in layers])
     return order_all(
@@ -95,6 +90,7 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | Non
         multipliers=plan.multipliers,
         line=describe_plan(plan),
         polish=count_polish_tokens(recipe, config),
+        others=others,
     )
 
 
@@ -169,22 +165,25 @@ class Orders:
 
     def identify(self, plan: Plan) -> str:
         """The id of the plan's order; empty where it hangs on curves that are not measured. Raises ImpossiblePlan."""
-        return self.draft(plan).id if self.knows(plan) else ""
+        return "" if self.list_unknown(plan) else self.draft(plan).id
 
-    def resolve(self, plan: Plan, measure: Measure) -> WorkOrder:
+    def resolve(self, plan: Plan, measure: Read) -> WorkOrder:
         """The order of a plan by the curves that it asks for, which are measured if need be. Raises ImpossiblePlan."""
-        recipe, draft = find_recipe(plan, self.config), self.draft(plan)  # refused before curves come for nothing
-        if not self.knows(plan):
-            self._curves[recipe] = Curves(measure(recipe), exact=True)
-            draft = self.draft(plan)
-        return draft
+        draft = self.draft(plan)  # refused before curves come for nothing
+        missing = self.list_unknown(plan)
+        self._curves |= {recipe: Curves(measure(recipe), exact=True) for recipe in missing}
+        return self.draft(plan) if missing else draft
 
-    def knows(self, plan: Plan) -> bool:
-        """Whether the curves that a plan asks for are measured. Raises ImpossiblePlan."""
-        return self._find_curves(plan).exact
+    def list_unknown(self, plan: Plan) -> list[Recipe]:
+        """The recipes of a plan whose curves it asks for, and which are not measured. Raises ImpossiblePlan."""
+        return [recipe for recipe in list_recipes(plan, self.config) if not self._read(recipe).exact]
 
     def _find_curves(self, plan: Plan) -> Curves:
-        recipe = find_recipe(plan, self.config)
+        known = {recipe: self._read(recipe) for recipe in list_recipes(plan, self.config)}
+        layers = gather_layers(plan, self.config, lambda recipe: known[recipe].layers)
+        return Curves(layers, all(curves.exact for curves in known.values()))
+
+    def _read(self, recipe: Recipe) -> Curves:
         if (known := self._curves.get(recipe)) is not None:
             return known
         read = self.read_layers or (lambda recipe: Curves(self.layers, not recipe.needs_curves))
@@ -204,7 +203,7 @@ def read_curves(bench: "Workbench", profile: str, recipe: Recipe, progress: "Pro
     return Curves(bench.read_layers(profile, recipe, progress), exact=False)
 
 
-def measure_with(bench: "Workbench", profile: str, present: str, progress: "Progress") -> Measure:
+def measure_with(bench: "Workbench", profile: str, present: str, progress: "Progress") -> Read:
     """Gives the layers with all that a recipe's allocation needs, measured if need be.
 
     The weights in the model are those of `present` before and after.
@@ -277,16 +276,18 @@ def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOr
     if kept is not None:
         return kept
     measure = measure_with(bench, state.profile, state.current, progress)
-    layers, profile = measure(find_recipe(state.plan, state.config)), bench.read_profile(state.profile).layers
+    layers, profile = gather_layers(state.plan, state.config, measure), bench.read_profile(state.profile).layers
     return resolve(state.plan, layers, state.config, profile)
 
 
 def hash_request(plan: Plan) -> str:
-    """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipe, factors, bounds."""
+    """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipes, factors, bounds."""
     adjustments = [[" ".join(a.selector.split()), a.action, a.factor, a.low, a.high] for a in plan.adjustments]
-    parts = [round(plan.sparsity, 3), plan.recipe.exact, adjustments]
-    if plan.expression:  # plans of earlier versions go on to be called as ever
+    parts = [round(plan.sparsity, 3), plan.recipe.exact, adjustments]  # plans without more are called as ever
+    if plan.expression:
         parts.append(tidy_expression(plan.expression))
+    if plan.groups:
+        parts.append([identify_group(group, plan.recipe) for group in plan.groups])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -307,15 +308,17 @@ def record_plan(plan: Plan, order: WorkOrder) -> dict[str, Any]:
 def describe_plan(plan: Plan) -> str:
     """A plan in one line for people, such as `45.0% two-sided+refit:kappa · *.v_proj x2 · lessons x3 (0.80–1.41)`.
 
-    The last part says for how many groups of layers lessons multiply the KL curves, and from what to what.
+    Groups stand behind the recipe: `45.0% refit:kappa · wanda in *.v_proj`. The last part says for how many groups of
+    layers lessons multiply the KL curves, and from what to what.
     """
     line = f"{plan.sparsity:.1%} {plan.recipe.label}"
-    if plan.expression:
-        line += f" · layers x {_cut(tidy_expression(plan.expression), 80)}"
-    shown = [_describe_adjustment(adjustment) for adjustment in plan.adjustments[:4]]
-    if len(plan.adjustments) > len(shown):
-        shown.append(f"{len(plan.adjustments) - len(shown)} more")
-    line = f"{line} · {', '.join(shown)}" if shown else line
+    for told in (
+        [describe_group(group, plan.recipe) for group in plan.groups],
+        [f"layers x {_cut(tidy_expression(plan.expression), 80)}"] if plan.expression else [],
+        [_describe_adjustment(adjustment) for adjustment in plan.adjustments],
+    ):
+        shown = [*told[:4], *([f"{len(told) - 4} more"] if len(told) > 4 else [])]
+        line = f"{line} · {', '.join(shown)}" if shown else line
     if not plan.multipliers:
         return line
     factors = plan.multipliers.values()

@@ -10,6 +10,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from graph.reflecting.schema import MOST
 from tools.plans.expression import Expression
+from tools.plans.groups import MAX_GROUPS, Group, GroupRecipe
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 
 WORDS = {"hypothesis", "reason"}
@@ -35,6 +36,13 @@ class Plan(BaseModel):
     )
     recipe: Recipe = Field(
         default_factory=Recipe, description="How the weights are chosen and what becomes of the rest."
+    )
+    groups: list[Group] = Field(
+        default_factory=list,
+        max_length=MAX_GROUPS,
+        exclude_if=operator.not_,
+        description="Other recipes for some layers, not for all; the first that names a layer counts. Each goes by the "
+        "KL curves of its own, and costs what it costs anywhere.",
     )
     adjustments: list[Adjustment] = Field(
         default_factory=list,
@@ -63,24 +71,39 @@ class Plan(BaseModel):
 
 
 @cache
-def _tell_of(polishes: bool, texts: tuple[str, ...]) -> type[Plan]:
-    """The schema of a plan with levers that are hidden in `Recipe`; what it answers with goes by the same names."""
+def _tell_of(polishes: bool, texts: tuple[str, ...], patterned: bool) -> type[Plan]:
+    """The schema of a plan with levers that are hidden in `Recipe`, or without one that is told; what it answers with
+    goes by the same names."""
     levers: dict[str, Any] = {}
+    of_groups: dict[str, Any] = {}
     if texts:
         shares: dict[str, Any] = {name: (Annotated[float, Field(ge=0)], 0.0) for name in texts}
         mix = create_model("Mix", __config__=ConfigDict(extra="forbid"), __doc__="Weights of texts.", **shares)
         levers["mix"] = (mix | None, Field(None, description=Recipe.model_fields["mix"].description))
+        of_groups["mix"] = (mix | None, None)
     if polishes:
         levers["polish"] = (bool, Field(False, description=Recipe.model_fields["polish"].description))
-    told = create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, **levers)
-    filled = Field(default_factory=told, description=Plan.model_fields["recipe"].description)
-    return create_model("Plan", __base__=Plan, __doc__=Plan.__doc__, recipe=(told, filled))
+    if patterned:
+        of_groups["pattern"] = (SkipJsonSchema[str], "")
+    told = _extend(Recipe, levers)
+    group = _extend(Group, {"recipe": (_extend(GroupRecipe, of_groups), _describe_again(Group, "recipe"))})
+    groups = (list[group], _describe_again(Plan, "groups", default_factory=list, max_length=MAX_GROUPS))  # type: ignore[valid-type]
+    return _extend(Plan, {"recipe": (told, _describe_again(Plan, "recipe", default_factory=told)), "groups": groups})
 
 
-def find_schema(polish_tokens: int, texts: Iterable[str] = ()) -> type[Plan]:
-    """What a planner is told to answer with in a run that allows so many tokens of polish and has these named texts."""
+def _extend(model: type[Any], fields: dict[str, Any]) -> type[Any]:
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)
+
+
+def _describe_again(model: type[BaseModel], name: str, **options: Any) -> Any:
+    return Field(description=model.model_fields[name].description, **options)
+
+
+def find_schema(polish_tokens: int, texts: Iterable[str] = (), pattern: str = "") -> type[Plan]:
+    """What a planner is told to answer with in a run that allows so many tokens of polish, has these named texts and
+    this pattern in all layers."""
     named = tuple(texts)
-    return _tell_of(polish_tokens > 0, named) if polish_tokens or named else Plan
+    return _tell_of(polish_tokens > 0, named, bool(pattern)) if polish_tokens or named or pattern else Plan
 
 
 def drop_schema(plan: Plan) -> Plan:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
-from graph.planning.orders import find_recipe
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from tools.instruments.probed import find_known
@@ -39,7 +38,7 @@ def price_drafts(
     Curves that are known cost nothing, nor do orders that were probed on as many tokens in this round. Of what a plan
     takes to be shared out and pruned, nothing counts twice. Raises ImpossiblePlan.
     """
-    config, costs, paces = situation.config, dict[str, int](), budget.paces
+    costs, paces = dict[str, int](), budget.paces
     known = find_known(budget.probed, tokens)
     plans = [plan for plan in plans if situation.orders.draft(plan).id not in known]
     measured = len(plans) * tokens + others
@@ -48,7 +47,7 @@ def price_drafts(
         order = situation.orders.draft(plan)
         costs |= budget.list_costs(plan, order if tokens else None)
         seconds += paces.get(name_pruning(order), 0.0) if tokens else 0.0
-    curves = {name_measuring_curves(find_recipe(plan, config)) for plan in plans if not situation.orders.knows(plan)}
+    curves = {name_measuring_curves(recipe) for plan in plans for recipe in situation.orders.list_unknown(plan)}
     seconds += sum(paces.get(name, 0.0) for name in curves)
     return Price(measured + budget.count_new(costs), seconds)
 

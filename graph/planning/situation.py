@@ -62,8 +62,8 @@ class Situation:
 
     @property
     def broken(self) -> set[str]:
-        """Methods that broke whenever they were carried out."""
-        broke = {trial.recipe.method for trial in self.trials if trial.recipe and trial.broken}
+        """Methods that broke whenever they were carried out; of those of several groups nobody knows which did."""
+        broke = {trial.recipe.method for trial in self.trials if trial.recipe and trial.broken and not trial.groups}
         return broke - {trial.recipe.method for trial in self.trials if trial.recipe and trial.measured}
 
     @cached_property

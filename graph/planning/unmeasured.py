@@ -69,5 +69,6 @@ def _make_trial(
         order="" if order is None else order.id,
         asked=hash_request(plan),
         recipe=plan.recipe,
+        groups=plan.groups,
         seconds=round(seconds, 3),
     )

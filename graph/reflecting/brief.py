@@ -20,6 +20,7 @@ from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories
 from tools.base.words import show_short
+from tools.plans.groups import describe_group
 from tools.plans.layer_profile import group_layers
 from tools.plans.selectors import select_layers
 
@@ -106,6 +107,7 @@ def _describe_plan(plan: Plan, trial: Trial) -> str:
     lines = [f"plan: {quote_data(trial.plan, 300)}", f"reason: {quote_data(plan.reason, 500) or 'none given'}"]
     if plan.hypothesis:
         lines.append(f"expected: {quote_data(plan.hypothesis, 500)}")
+    lines += [f"group: {quote_data(describe_group(group, plan.recipe), 160)}" for group in plan.groups]
     if plan.expression:
         lines.append(f"every layer's KL curve counted {quote_data(plan.expression, 200)} times")
     for adjustment in plan.adjustments[:MAX_LESSONS]:

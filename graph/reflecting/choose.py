@@ -5,7 +5,7 @@ from graph.llm.ladder import AgentError, DeadEnd
 from graph.llm.models import open_model
 from graph.llm.spending import Account, CapReached
 from graph.planning.budget import open_budget
-from graph.planning.orders import find_recipe
+from graph.planning.recipes import find_recipe, gather_layers
 from graph.reflecting.brief import reflect_with_chat
 from graph.reflecting.rule import Evidence, draw_lesson
 from graph.reflecting.schema import Reflection
@@ -20,7 +20,9 @@ def gather_evidence(state: State, session: Session) -> Evidence:
     trial, before = state.trials[-1], last_accepted(state.trials[:-1])
     recipe = find_recipe(state.plan, state.config)
     with open_bench(state, session) as bench:
-        layers = bench.describe_layers(state.profile, recipe, session.progress)
+        layers = gather_layers(
+            state.plan, state.config, lambda recipe: bench.describe_layers(state.profile, recipe, session.progress)
+        )
         sparsity = bench.planned_sparsity(trial.checkpoint)
         before_sparsity = bench.planned_sparsity(before.checkpoint if before else "dense")
     return Evidence(

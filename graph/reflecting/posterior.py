@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from graph.reflecting.regression import Blame, fit_factors
 from graph.reflecting.schema import MOST, Lesson
 from tools.base.errors import ImpossiblePlan
+from tools.plans.groups import Group, name_work
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
 from tools.plans.selectors import select_layers
@@ -89,31 +90,36 @@ def _merge_two(old: Lesson, new: Lesson) -> Lesson:
 
 
 def find_multipliers(
-    lessons: Iterable[Lesson], layers: Sequence[LayerProfile], recipe: Recipe, sparsity: float, calibration: str
+    lessons: Iterable[Lesson],
+    layers: Sequence[LayerProfile],
+    recipe: Recipe,
+    sparsity: float,
+    calibration: str,
+    groups: Sequence[Group] = (),
 ) -> dict[str, float]:
-    """Selectors to the factors, between 1/MOST and MOST, that lessons put on the recipe's KL curves.
+    """Selectors to the factors, between 1/MOST and MOST, that lessons put on the KL curves of a plan's recipes.
 
     Left out are lessons of a run of the same trials, those that were learnt on another text or pattern than the plan's
     or far from its sparsity, those about the whole model or no layer of it, and factors within LEAST of 1.
     """
     trials: list[tuple[Lesson, float]] = []
     said: list[Lesson] = []
+    work = name_work(recipe, groups), find_curves(recipe)
     for lesson in lessons:
         if lesson.same_config or not lesson.confidence or not lesson.fits(calibration, recipe.pattern, sparsity):
             continue
-        same = (lesson.recipe, lesson.curves) == (recipe.work_label, find_curves(recipe))
-        weight = 1.0 if same else TRANSFER
+        weight = 1.0 if (lesson.recipe, lesson.curves) == work else TRANSFER
         if lesson.moved:
             trials.append((lesson, weight))
         else:
             said.append(lesson.model_copy(update={"confidence": weight * lesson.confidence}))
     said += [_make_lesson(selector, blame) for selector, blame in fit_factors(trials).items()]
-    groups: dict[str, Lesson] = {}
+    merged: dict[str, Lesson] = {}
     for lesson in said:
         if _is_group(lesson.selector, layers):
-            old = groups.get(lesson.selector)
-            groups[lesson.selector] = _merge_two(old, lesson) if old else lesson
-    shrunk = {selector: _shrink(lesson) for selector, lesson in sorted(groups.items())}
+            old = merged.get(lesson.selector)
+            merged[lesson.selector] = _merge_two(old, lesson) if old else lesson
+    shrunk = {selector: _shrink(lesson) for selector, lesson in sorted(merged.items())}
     return {selector: factor for selector, factor in shrunk.items() if abs(math.log(factor)) > math.log(LEAST)}
 
 

@@ -17,6 +17,7 @@ from graph.reflecting.posterior import WHOLE, find_curves, tidy_selector
 from graph.reflecting.regression import find_mover
 from graph.reflecting.schema import MOST, Learnt, Lesson, Reflection
 from graph.state import SIGMAS, Trial, same_sparsity
+from tools.plans.groups import name_work
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Recipe
 
@@ -112,7 +113,7 @@ def _lesson_of_movement(run: str, recipe: Recipe, trial: Trial, moved: dict[str,
     return Lesson(
         run=run,
         iteration=trial.iteration,
-        recipe=recipe.work_label,
+        recipe=name_work(recipe, trial.groups),
         curves=find_curves(recipe),
         selector=mover or WHOLE,
         factor=_round(factor),
@@ -129,7 +130,7 @@ def _is_comparable(before: Trial, trial: Trial) -> bool:
     """Whether the trial moved weights only: the same work inside each layer, the same sparsity."""
     if before.recipe is None or trial.recipe is None or not before.kl:
         return False
-    same_work = before.recipe.work_label == trial.recipe.work_label
+    same_work = name_work(before.recipe, before.groups) == name_work(trial.recipe, trial.groups)
     return same_work and same_sparsity(before.sparsity, trial.sparsity)
 
 
@@ -139,7 +140,7 @@ def _lesson_of_whole(run: str, recipe: Recipe, trial: Trial) -> Lesson:
     return Lesson(
         run=run,
         iteration=trial.iteration,
-        recipe=recipe.work_label,
+        recipe=name_work(recipe, trial.groups),
         selector=WHOLE,
         factor=_round(factor),
         confidence=round(1 / (1 + ((trial.kl_error or 0.0) / trial.kl) ** 2), 4),
@@ -209,7 +210,7 @@ def _make_lesson(evidence: Evidence, learnt: Learnt, selector: str, said: str) -
     return Lesson(
         run=evidence.run,
         iteration=trial.iteration,
-        recipe=evidence.recipe.work_label,
+        recipe=name_work(evidence.recipe, evidence.plan.groups),
         curves=find_curves(evidence.recipe),
         selector=selector,
         factor=1.0 if idle else _round(learnt.multiplier),

@@ -89,7 +89,7 @@ class Lesson(BaseModel):
     recipe: str = Field(
         "",
         description="Mask method and refit the lesson was learnt with, such as two-sided+refit: `Recipe.work_label`, "
-        "so that a lesson of an earlier version still says what it was learnt with.",
+        "so that a lesson of an earlier version still says what it was learnt with; and what groups had (`name_work`).",
     )
     curves: Literal["mask", "method"] = Field(
         "mask", description="The KL curves that it corrects: the profile's, or those of its method itself."
@@ -129,7 +129,8 @@ class Lesson(BaseModel):
     @property
     def recipe_label(self) -> str:
         """What it was learnt with, for people and planners, as plans are labelled; empty if not noted."""
-        return translate_label(self.recipe)
+        recipe, bracket, groups = self.recipe.partition(" [")
+        return f"{translate_label(recipe)}{bracket}{groups}"
 
     def knows(self, calibration: str, pattern: str) -> bool:
         """Whether it was learnt on this text and pattern, as far as that was noted."""

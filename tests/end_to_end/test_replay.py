@@ -34,7 +34,14 @@ from tools.base.rundir import rewrite_log
 PLANS: list[dict[str, Any]] = [
     {"sparsity": 0.3, "reason": "a step", "recipe": {"method": "wanda", "refit": False, "allocation": "alphapruning"}},
     {"sparsity": 0.45, "adjustments": [{"selector": "*.v_proj", "action": "factor", "factor": 2}]},
-    {"sparsity": 0.45, "recipe": {"strength": 0.8}},
+    {
+        **{"sparsity": 0.45, "recipe": {"strength": 0.8}},
+        "groups": [
+            {"selector": "blocks 1 · *.down_proj", "recipe": {"statistics": "sequential"}},
+            {"selector": "*.v_proj", "recipe": {"method": "wanda", "refit": False}},
+            {"selector": "*.down_proj", "recipe": {"pattern": "2:4"}},
+        ],
+    },
 ]
 
 
@@ -115,6 +122,9 @@ def test_the_same_plans_and_masks_without_an_endpoint(recorded: Recorded, copied
     )
     assert_same(again, recorded.run)
     assert read_events(again, "trial")[1]["plan"] == "30.0% wanda:alphapruning"
+    groups = "refit~sequential in blocks 1 · *.down_proj, wanda~dense in *.v_proj, refit 2:4 in *.down_proj"
+    assert read_events(again, "trial")[3]["plan"].startswith(f"45.0% refit:kappa@0.8 · {groups} · lessons x1 (")
+    assert "refit 2:4 in " in (again / "report.md").read_text() and len(read_state(again).trials[2].groups) == 3
     assert [trial[1:] for trial in read_trials(again)] == [
         (t["checkpoint"], t["perplexity"], t["kl"], t["verdict"]) for t in read_events(recorded.run, "trial")[1:]
     ]

@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from graph.config import RunConfig, check_config, read_prompt
-from graph.planning.orders import find_recipe
 from graph.planning.plan import Plan
+from graph.planning.recipes import find_recipe
 from tools.base.errors import UserError
 from tools.base.options import CONFIGS
 from tools.plans.recipe import Recipe

@@ -17,7 +17,10 @@ from tools.instruments.functions import Draft, Figures, Round, inspect_layers, p
 from tools.instruments.slopes import measure_slopes
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
-_SCHEMA: dict[str, Any] = {"type": "object", "description": "A plan: its sparsity, recipe, adjustments and expression."}
+_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "description": "A plan: its sparsity, recipe, groups, adjustments and expression.",
+}
 DraftArgument = Annotated[Draft, WithJsonSchema(_SCHEMA)]
 OneDraftArgument = Annotated[Draft | None, WithJsonSchema(_SCHEMA)]
 PlainDraftArgument = Annotated[Draft, WithJsonSchema({"type": "object"})]
@@ -137,7 +140,8 @@ def make_planner_tools(
 
 
 def _describe(draft: Draft) -> str:
-    more = f" · layers x {draft.expression}" if draft.expression else ""
+    more = f" · {count(len(draft.groups), 'group')}" if draft.groups else ""
+    more += f" · layers x {draft.expression}" if draft.expression else ""
     more += f" · {count(len(draft.adjustments), 'adjustment')}" if draft.adjustments else ""
     return f"{draft.sparsity:.1%} {draft.recipe.label}{more}"
 

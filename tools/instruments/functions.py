@@ -4,6 +4,7 @@ Each leaves the weights in the model as it found them, bit for bit.
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from tools.instruments.probed import Probed, find_known, remember_probe
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
 from tools.plans.expression import Expression
+from tools.plans.groups import MAX_GROUPS as MOST_GROUPS
+from tools.plans.groups import Group
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import select_layers
@@ -38,6 +41,12 @@ class Draft(BaseModel):
 
     sparsity: float = Field(gt=0, lt=1, description="Share of all prunable weights to be zero, as a fraction.")
     recipe: Recipe = Field(default_factory=Recipe, description="How weights are chosen and shared out.")
+    groups: list[Group] = Field(
+        default_factory=list,
+        max_length=MOST_GROUPS,
+        exclude_if=operator.not_,
+        description="Other recipes for some layers.",
+    )
     adjustments: list[Adjustment] = Field(
         default_factory=list, max_length=MAX_ADJUSTMENTS, description="Corrections for groups of layers."
     )

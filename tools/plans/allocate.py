@@ -1,6 +1,6 @@
 """From a plan to exact per-layer sparsities (a tool)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -14,6 +14,9 @@ from tools.plans.selectors import select_layers
 
 _PATTERN_TOLERANCE = 5e-4
 """A plan may name the sparsity that an N:M pattern gives this roughly: the promise is the plan's within 0.05 %."""
+
+Pattern = tuple[int, int]
+"""(N zeros, of M consecutive inputs)."""
 
 
 class Allocation(BaseModel):
@@ -33,6 +36,7 @@ def allocate(
     factors: Sequence[float] = (),
     protect: Sequence[str] = (),
     max_layer_sparsity: float = 1.0,
+    patterns: Mapping[str, Pattern] | None = None,
 ) -> Allocation:
     """Share `sparsity` out over the layers, exactly to the weight.
 
@@ -40,23 +44,30 @@ def allocate(
     `factors`, one for each layer where there are any, weigh the KL curves, and those of adjustments come on top.
 
     With `recipe.pattern` N:M every layer that is not protected gets N zeros of every M weights instead, whatever the
-    allocation and its strength; `sparsity` has to agree with what that makes of the model.
+    allocation and its strength; `sparsity` has to agree with what that makes of the model. With `patterns` the layers
+    that these name do, and the others share out what is left.
 
     Raises ImpossiblePlan when bounds and protected layers cannot meet the budget, the profile lacks what the
     allocation or pattern needs, or factors are given that would count for nothing.
     """
+    patterns = dict.fromkeys((layer.name for layer in layers), recipe.group) if recipe.group else patterns or {}
     if len(factors) or any(a.action == "factor" for a in adjustments):
         _refuse_idle_factors(recipe)
+    _refuse_factors_of_patterns(adjustments, layers, patterns)
     sizes = np.array([layer.weights for layer in layers], dtype=np.float64)
     least, most = find_bounds(layers, adjustments, protect=protect, max_layer_sparsity=max_layer_sparsity)
-    if pattern := recipe.group:
-        untouched = _find_protected(layers, adjustments, protect)
-        zeros = _fill_pattern(layers, sparsity, pattern, untouched, least, most)
+    untouched = _find_protected(layers, adjustments, protect)
+    patterned = [i for i, layer in enumerate(layers) if layer.name in patterns and i not in set(untouched)]
+    for i in patterned:
+        least[i] = most[i] = _count_fitting(layers[i], patterns[layers[i].name], least[i], most[i])
+    if patterns and len(patterned) + len(untouched) == len(layers):
+        zeros = least
+        _refuse_other_sparsity(zeros.sum() / sizes.sum(), sparsity, recipe)
     else:
         own = [([place], factor) for place, factor in enumerate(factors)]
         own += [(_find_layers(a.selector, layers), a.factor or 1.0) for a in adjustments if a.action == "factor"]
         budget = Budget(layers, sizes, round(sparsity * sizes.sum()), least / sizes, most / sizes, own)
-        _refuse_impossible(budget.zeros, sizes.sum(), least.sum(), most.sum())
+        _refuse_impossible(budget.zeros, sizes.sum(), least.sum(), most.sum(), "patterns, " if patterned else "")
         zeros = round_to_budget(_share_out(budget, recipe) * sizes, budget.zeros, least, most)
     return describe_zeros(layers, {layer.name: int(z) for layer, z in zip(layers, zeros, strict=True)})
 
@@ -120,51 +131,54 @@ def _refuse_idle_factors(recipe: Recipe) -> None:
         raise ImpossiblePlan(f"factors count only in allocation {readers}, not with {user}; use bounds or protect")
 
 
-def _refuse_impossible(budget: int, total: float, least: float, most: float) -> None:
+def _refuse_factors_of_patterns(
+    adjustments: Sequence[Adjustment], layers: Sequence[LayerProfile], patterns: Mapping[str, Pattern]
+) -> None:
+    """Raises ImpossiblePlan for a factor that is about no layer but such as patterns say all of."""
+    for selector in (a.selector for a in adjustments if a.action == "factor"):
+        if patterns.keys() >= set(select_layers(selector, layers)):
+            raise ImpossiblePlan(f"{selector!r}: a factor counts for nothing where an N:M pattern says all")
+
+
+def _refuse_impossible(budget: int, total: float, least: float, most: float, patterns: str) -> None:
     if budget > most:
+        bounds = f"bounds, {patterns}" if patterns else "bounds "
         raise ImpossiblePlan(
-            f"bounds and protected layers allow at most {most / total:.2%} sparsity, but {budget / total:.2%} is asked"
+            f"{bounds}and protected layers allow at most {most / total:.2%} sparsity, but {budget / total:.2%} is asked"
         )
     if budget < least:
         raise ImpossiblePlan(
-            f"bounds (and zeros the model already has) ask for at least {least / total:.2%} sparsity, "
+            f"{patterns}bounds (and zeros the model already has) ask for at least {least / total:.2%} sparsity, "
             f"but the plan has {budget / total:.2%}"
         )
 
 
-def _fill_pattern(
-    layers: Sequence[LayerProfile],
-    sparsity: float,
-    pattern: tuple[int, int],
-    untouched: Sequence[int],
-    least: Array,
-    most: Array,
-) -> Array:
-    """Zeros of each layer: N of every M weights, but of protected layers only those that they have."""
+def _count_fitting(layer: LayerProfile, pattern: Pattern, least: float, most: float) -> int:
+    """Zeros of a layer in which N of every M weights go. Raises ImpossiblePlan where they do not fit in its bounds."""
     pruned, group = pattern
-    zeros = np.array([layer.zeros for layer in layers], dtype=np.float64)
-    for i in sorted(set(range(len(layers))) - set(untouched)):
-        layer = layers[i]
-        if not layer.inputs:
-            raise ImpossiblePlan(f"this profile has no number of inputs for {layer.name}, which a pattern needs")
-        if layer.inputs % group:
-            raise ImpossiblePlan(
-                f"{layer.name} has {layer.inputs} inputs, not divisible into groups of {group}; protect it, or use "
-                "another pattern"
-            )
-        zeros[i] = count_pattern_zeros(layer.weights, pattern)
-        if not least[i] <= zeros[i] <= most[i]:
-            raise ImpossiblePlan(
-                f"{pruned}:{group} makes {pruned / group:.2%} of {layer.name} zero, but bounds (and zeros it already "
-                f"has) ask for {least[i] / layer.weights:.2%} to {most[i] / layer.weights:.2%}"
-            )
-    given = zeros.sum() / sum(layer.weights for layer in layers)
-    if abs(given - sparsity) > _PATTERN_TOLERANCE:
+    if not layer.inputs:
+        raise ImpossiblePlan(f"this profile has no number of inputs for {layer.name}, which a pattern needs")
+    if layer.inputs % group:
         raise ImpossiblePlan(
-            f"with {pruned}:{group} in every layer that is not protected the sparsity is {given:.2%}, but the plan has "
-            f"{sparsity:.2%}"
+            f"{layer.name} has {layer.inputs} inputs, not divisible into groups of {group}; protect it, or use "
+            "another pattern"
+        )
+    zeros = count_pattern_zeros(layer.weights, pattern)
+    if not least <= zeros <= most:
+        raise ImpossiblePlan(
+            f"{pruned}:{group} makes {pruned / group:.2%} of {layer.name} zero, but bounds (and zeros it already "
+            f"has) ask for {least / layer.weights:.2%} to {most / layer.weights:.2%}"
         )
     return zeros
+
+
+def _refuse_other_sparsity(given: float, sparsity: float, recipe: Recipe) -> None:
+    """Where patterns leave nothing to share out, a plan's sparsity is theirs."""
+    if abs(given - sparsity) > _PATTERN_TOLERANCE:
+        raise ImpossiblePlan(
+            f"with {recipe.pattern or 'patterns'} in every layer that is not protected the sparsity is {given:.2%}, "
+            f"but the plan has {sparsity:.2%}"
+        )
 
 
 def _share_out(budget: Budget, recipe: Recipe) -> Array:

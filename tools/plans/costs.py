@@ -41,9 +41,9 @@ def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings) -
     """Of statistics of these kinds behind pruned predecessors: the calibration text forward, block by block.
 
     Each block is passed once more than statistics are taken of it: once for sequential ones, and for stages as often as
-    it is counted to have any.
+    it is counted to have any. A kind that is given twice is taken twice.
     """
-    passes = ("sequential" in kinds) + STAGES * ("stages" in kinds)
+    passes = sum(STAGES if kind == "stages" else 1 for kind in kinds if kind != "dense")
     return (passes + 1) * count_calibration(settings) if passes else 0
 
 
@@ -90,10 +90,12 @@ def name_curves(recipe: Recipe) -> str:
 
 def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     """What must be walked through to carry an order out."""
-    recipes, costs = {layer.recipe for layer in order.layers.values()}, Costs()
+    recipes, costs = dict.fromkeys(layer.recipe for layer in order.layers.values()), Costs()
     for recipe in recipes:
         costs |= list_weight_costs(recipe, settings, moments=not recipe.in_order)
-    if walked := count_in_order({recipe.statistics for recipe in recipes}, settings):
+    # as the workbench sums them up
+    taken = {(recipe.statistics, recipe.weighs_tokens, recipe.changes_survivors) for recipe in recipes}
+    if walked := count_in_order([kind for kind, *_ in taken], settings):
         costs[f"walk of order {order.id}"] = walked
     if order.polish:
         mix = next(iter(order.layers.values())).recipe.mix

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -59,11 +60,13 @@ def order_all(
     multipliers: dict[str, float] | None = None,
     line: str = "",
     polish: int = 0,
+    others: Mapping[str, Recipe] | None = None,
 ) -> WorkOrder:
-    """The order that has one recipe for all layers, which are polished on so many tokens."""
+    """The order that has one recipe for all layers but those with `others`, all polished on so many tokens."""
+    own = {name: other.within_layers() for name, other in (others or {}).items()}
     within = recipe.within_layers()
     return WorkOrder(
-        layers={name: LayerOrder(recipe=within, zeros=count) for name, count in zeros.items()},
+        layers={name: LayerOrder(recipe=own.get(name, within), zeros=count) for name, count in zeros.items()},
         sparsity=sparsity,
         predicted_kl=predicted_kl,
         multipliers=multipliers or {},

@@ -11,8 +11,8 @@ from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop, ignore_progress
 from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
+from tools.plans.groups import refuse_two_walks
 from tools.plans.methods import METHODS
-from tools.plans.mix import label_mix
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished
@@ -64,7 +64,7 @@ class Pruner:
         so: those that were made before it are kept, and the model holds a mixture.
         """
         recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
-        _refuse_two_walks(recipes)
+        refuse_two_walks(recipes)
         for recipe in recipes:
             self._profiles.refuse_statistics(recipe)
         found = {recipe: self._profiles.find(profile, recipe, progress) for recipe in recipes}
@@ -177,13 +177,15 @@ class Pruner:
     def _prune_present(
         self, walk: Walk, block: int, tasks: Tasks, keys: Mapping[str, str], done: Made, stage: Sequence[str] = ()
     ) -> None:
-        """Prune layers of a block, all of one `stage` where it is given, by what they read in the model as it is."""
+        """Prune layers of a block, all of one `stage` where it is given, by what they read in the model as it is.
+
+        Each kind of sums is made for itself, so that a layer's are the same, to the bit, whatever the others' are.
+        """
         team, extent, layers = self._crew.team, self._crew.extent, self._weights.by_block[block]
-        for weighs in (False, True):
-            chosen = {name: task for name, task in tasks.items() if task.recipe.weighs_tokens is weighs}
-            if not chosen:
-                continue
-            full = any(task.recipe.changes_survivors for task in chosen.values())
+        kinds: dict[tuple[bool, bool], dict[str, LayerTask]] = {}
+        for name, task in tasks.items():
+            kinds.setdefault((task.recipe.weighs_tokens, task.recipe.changes_survivors), {})[name] = task
+        for (weighs, full), chosen in sorted(kinds.items()):
             profile = next(task.profile for task in chosen.values())
             moments = collect_moments(
                 *(team, extent, walk, block, layers),
@@ -343,15 +345,6 @@ class Pruner:
         kept = {artifact for checkpoint in keep for artifact in self.list_artifacts(checkpoint).values()}
         for artifact in set(self._index.read().values()) - kept:
             self._store.path(artifact, ".safetensors").unlink(missing_ok=True)
-
-
-def _refuse_two_walks(recipes: list[Recipe]) -> None:
-    texts = dict.fromkeys((recipe.calibration, recipe.mix) for recipe in recipes if recipe.in_order)
-    if len(texts) > 1:
-        asked = " and ".join(repr(label_mix(mix) or text) for text, mix in texts)
-        raise ImpossiblePlan(
-            f"statistics behind pruned predecessors in one round are of one calibration text, and not of {asked}"
-        )
 
 
 def _group(tasks: Tasks) -> list[tuple[dict[str, int], Recipe, str]]:

@@ -7,12 +7,13 @@ from graph.config import RunConfig
 from graph.planning.orders import resolve
 from tests.profiles import make_profile
 from tools.base.errors import ImpossiblePlan
+from tools.plans.groups import GroupRecipe
 from tools.plans.methods import METHODS
 from tools.plans.recipe import Recipe
 from tools.plans.rules import RULES
 
 LAYERS = [
-    make_profile(block, kind, 1000, [0.001, 0.004, 0.01, 0.03, 0.1])
+    make_profile(block, kind, 1000, [0.001, 0.004, 0.01, 0.03, 0.1]).model_copy(update={"inputs": 20})
     for block in range(6)
     for kind in ("self_attn.q_proj", "mlp.up_proj")
 ]
@@ -56,6 +57,18 @@ def test_expressions_are_drawn_only_where_curves_are_read() -> None:
     assert all(plan.recipe.reads_curves for plan in PLANS if plan.expression)
     forms = {re.sub(r"kl\d\d|-?\d+\.\d+|q_proj|up_proj|mlp|self_attn", "_", text) for text in drawn}
     assert len(forms) == 7, "none, and each of six"
+
+
+def test_groups_are_drawn_with_every_lever_that_may_differ_and_half_of_the_plans_have_none() -> None:
+    own = [group.recipe for plan in PLANS for group in plan.groups]
+    assert 80 <= sum(not plan.groups for plan in PLANS) <= 120
+    assert {group.selector for plan in PLANS for group in plan.groups} == {layer.kind for layer in LAYERS}
+    for lever in set(GroupRecipe.model_fields) - {"mix"}:
+        drawn = [getattr(recipe, lever) for recipe in own]
+        assert len(set(drawn)) > 1 and drawn.count(GroupRecipe.model_fields[lever].default) >= len(own) / 3, lever
+    user = CONFIG.model_copy(update={"pattern": "2:4"})
+    patterned = [group.recipe.pattern for n in range(50) for group in draw_plan(LAYERS, user, n).groups]
+    assert set(patterned) == {""}
 
 
 def test_most_random_plans_can_be_met_to_the_weight() -> None:

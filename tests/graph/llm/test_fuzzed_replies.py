@@ -123,6 +123,21 @@ RECIPES = sometimes(
     },
     method=st.sampled_from(["wanda", "two-sided", "magnitude", "refit", "magic"]),
 )
+GROUPS = sometimes(
+    {"note": st.just(HOSTILE)},
+    selector=SELECTORS,
+    recipe=RECIPES
+    | sometimes(
+        {
+            "method": st.sampled_from(["wanda", "magnitude", "admm", "magic", None]),
+            "refit": st.just(False),
+            "statistics": st.sampled_from(["dense", "sequential", "stages", ""]),
+            "calibration": st.sampled_from(["run", "half", "x"]),
+            "pattern": st.sampled_from(["2:4", "1:4", "3:5", "4:2", "", HOSTILE]),
+            "mix": JUNK,
+        }
+    ),
+)
 ADJUSTMENTS = sometimes(
     {"factor": SHARES, "low": SHARES, "high": SHARES, "reason": st.just(HOSTILE)},
     selector=SELECTORS,
@@ -146,6 +161,7 @@ TOO_MANY = [{"selector": "*", "action": "protect"}] * 100
 PLANS = sometimes(
     {
         "recipe": RECIPES | JUNK,
+        "groups": st.lists(GROUPS, max_size=2) | st.just([{"selector": "*", "recipe": {}}] * 9) | JUNK,
         "adjustments": st.lists(ADJUSTMENTS, max_size=3) | st.just(TOO_MANY) | JUNK,
         "expression": EXPRESSIONS | JUNK,
         "reason": st.text(max_size=20),
@@ -160,6 +176,13 @@ GOOD_PLANS = sometimes(
             {"refit": st.booleans(), "allocation": st.sampled_from(["kappa", "uniform", "owl"])},
             method=st.sampled_from(["wanda", "two-sided", "magnitude"]),
             curves=st.just("mask"),
+        ),
+        "groups": st.sampled_from(
+            [
+                [{"selector": "*.q_proj", "recipe": {"method": "magnitude"}}],
+                [{"selector": "blocks 0 · *.down_proj", "recipe": {"pattern": "1:4"}}],
+                [{"selector": "blocks 0", "recipe": {}}, {"selector": "*.o_proj", "recipe": {"refit": False}}],
+            ]
         ),
         "adjustments": st.just([{"selector": "blocks 0", "action": "bounds", "low": 0.1, "high": 0.7}]),
         "expression": st.sampled_from(["", "exp(wanda_z)"]),

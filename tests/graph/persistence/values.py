@@ -7,10 +7,12 @@ from graph.goals.schema import Aim, Brief, NewText
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.state import Trial
+from tools.plans.groups import Group, GroupRecipe
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
 
 TEXT = TextFigures(name="code", weight=1.0, perplexity=None, kl=0.25, kl_error=0.01, change=-0.5)
+GROUP = Group(selector="*.v_proj", recipe=GroupRecipe(method="wanda", refit=False, pattern="2:4"))
 TRIAL = Trial(
     iteration=1,
     checkpoint="ab12",
@@ -20,6 +22,7 @@ TRIAL = Trial(
     texts=[TEXT],
     predicted_kl=0.2,
     verdict="rollback",
+    groups=[GROUP],
 )
 LESSON = Lesson(run="r", iteration=1, selector="*.v_proj", factor=2.0, predicted=0.2, measured=0.4, text="dear")
 VALUES: dict[str, Any] = {
@@ -40,6 +43,7 @@ VALUES: dict[str, Any] = {
     "plan": Plan(
         sparsity=0.3,
         recipe=Recipe(method="wanda", refit=False),
+        groups=[GROUP],
         adjustments=[Adjustment(selector="*.v_proj", action="factor", factor=2.0, reason="they hurt")],
         expression="exp(0.2 * wanda_z)",
         reason="small steps",

@@ -72,7 +72,7 @@ def test_a_probe_answers_for_each_of_several_plans(instruments: dict[str, BaseTo
     assert call(instruments["probe"], plans=WANDA, plan=None, tokens=64)[0] == {"plans": found[:1]}
 
 
-def test_a_probes_line_tells_of_adjustments(instruments: dict[str, BaseTool]) -> None:
+def test_a_probes_line_tells_of_groups_and_adjustments(instruments: dict[str, BaseTool]) -> None:
     protect = {"selector": "*.q_proj", "action": "protect"}
     _, shown = call(instruments["predict"], plan={**WANDA, "adjustments": [protect]})
     assert shown.startswith("30.0% wanda:uniform · 1 adjustment -> ")
@@ -81,6 +81,10 @@ def test_a_probes_line_tells_of_adjustments(instruments: dict[str, BaseTool]) ->
         plan={"sparsity": 0.3, "recipe": {"method": "two-sided", "refit": False}, "expression": "1+depth"},
     )
     assert shown.startswith("30.0% two-sided:kappa · layers x 1+depth -> ")
+    half = {"selector": "*.o_proj", "recipe": {"pattern": "2:4"}}
+    answer, shown = call(instruments["predict"], plan={**WANDA, "groups": [half], "adjustments": [protect]})
+    assert shown.startswith("30.0% wanda:uniform · 1 group · 1 adjustment -> ")
+    assert {sparsity for name, (sparsity, _) in answer["groups"].items() if "o_proj" in name} <= {0.5}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def models(draw: st.DrawFn, least_weights: int = 1) -> list[LayerProfile]:
 
 
 recipes = st.sampled_from(ALL)
+patterns_of_six = st.lists(st.sampled_from([None, (2, 4), (1, 8)]), min_size=6)
 
 
 @st.composite
@@ -363,3 +364,88 @@ def test_layers_that_a_pattern_does_not_fit(update: dict[str, int], plan: list[A
     layers[1] = layers[1].model_copy(update=update)
     with pytest.raises(ImpossiblePlan, match=f"^{sentence.replace('NAME', layers[1].name)}$"):
         allocate(layers, 0.5, TWO_OF_FOUR, plan, max_layer_sparsity=0.9)
+
+
+# --- patterns of some layers ---------------------------------------------------------------------------------------
+
+
+@given(
+    models(),
+    st.floats(0.001, 0.999),
+    recipes,
+    adjustments(),
+    st.lists(st.sampled_from([None, (2, 4), (1, 8)]), min_size=6),
+)
+def test_beside_patterns_of_some_layers_the_others_meet_the_budget_to_the_weight(
+    layers: list[LayerProfile],
+    sparsity: float,
+    recipe: Recipe,
+    plan: list[Adjustment],
+    drawn: list[tuple[int, int] | None],
+) -> None:
+    layers = [x.model_copy(update={"weights": 8 * x.weights, "zeros": 8 * x.zeros, "inputs": 8}) for x in layers]
+    patterns = {layer.name: pattern for layer, pattern in zip(layers, drawn, strict=False) if pattern}
+    plan = [a for a in plan if recipe.allocation == "kappa" or a.action != "factor"]
+    try:
+        allocation = allocate(layers, sparsity, recipe, plan, patterns=patterns)
+    except ImpossiblePlan as refusal:
+        check_sentence(refusal)
+        return
+    protected = {x for a in plan if a.action == "protect" for x in select_layers(a.selector, layers)}
+    for layer in layers:
+        if layer.name in protected:
+            assert allocation.zeros[layer.name] == layer.zeros
+        elif pattern := patterns.get(layer.name):
+            assert allocation.zeros[layer.name] == layer.weights * pattern[0] // pattern[1]
+    if len(patterns.keys() | protected) < len(layers):
+        check(allocation, layers, sparsity)
+    else:
+        assert allocation.sparsity == pytest.approx(sparsity, abs=5e-4)
+
+
+def test_patterns_of_some_layers_are_what_the_others_do_without() -> None:
+    layers = with_inputs(make_layers(weights=10_000))
+    free, fixed = allocate(layers, 0.45, KAPPA), select_layers("*.v_proj", layers)
+    half = allocate(layers, 0.45, KAPPA, patterns=dict.fromkeys(fixed, (2, 4)))
+    check(half, layers, 0.45)
+    assert {half.zeros[name] for name in fixed} == {5_000}
+    bounds = [Adjustment(selector="*.v_proj", action="bounds", low=0.5, high=0.5)]
+    assert half == allocate(layers, 0.45, KAPPA, bounds) and half != free
+    assert allocate(layers, 0.45, KAPPA, patterns={}) == free
+
+
+@pytest.mark.parametrize(
+    ("patterned", "plan", "sparsity", "sentence"),
+    [
+        (
+            "mlp.*",
+            [Adjustment(selector="self_attn.*", action="protect")],
+            0.45,
+            "with patterns in every layer that is not protected the sparsity is 33.33%, but the plan has 45.00%",
+        ),
+        (
+            "mlp.*",
+            [Adjustment(selector="*.v_proj", action="bounds", high=0.1)],
+            0.55,
+            "bounds, patterns, and protected layers allow at most 51.67% sparsity, but 55.00% is asked",
+        ),
+        (
+            "mlp.*",
+            [],
+            0.3,
+            r"patterns, bounds \(and zeros the model already has\) ask for at least 33.33% sparsity, but the ",
+        ),
+        (
+            "*.v_proj",
+            [Adjustment(selector="blocks 0 · *.v_proj", action="factor", factor=2)],
+            0.45,
+            r"'blocks 0 · \*.v_proj': a factor counts for nothing where an N:M pattern says all",
+        ),
+    ],
+)
+def test_patterns_of_some_layers_that_leave_no_room(
+    patterned: str, plan: list[Adjustment], sparsity: float, sentence: str
+) -> None:
+    layers = with_inputs(make_layers(weights=10_000))
+    with pytest.raises(ImpossiblePlan, match=f"^{sentence}"):
+        allocate(layers, sparsity, KAPPA, plan, patterns=dict.fromkeys(select_layers(patterned, layers), (2, 4)))

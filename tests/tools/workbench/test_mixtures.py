@@ -17,6 +17,7 @@ from tests.team import join_team
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.errors import ImpossiblePlan
 from tools.plans.costs import count_polish
+from tools.plans.groups import refuse_two_walks
 from tools.plans.polish import schedule_polish
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
@@ -143,7 +144,7 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(named: Workbench, tiny_llam
         "statistics behind pruned predecessors in one round are of one calibration text, and not of '~1code' and 'run'"
     )
     with pytest.raises(ImpossiblePlan, match=f"^{line}$"):
-        tools.workbench.prune._refuse_two_walks([parse_recipe("refit~1code~stages"), parse_recipe("refit~stages")])
+        refuse_two_walks([parse_recipe("refit~1code~stages"), parse_recipe("refit~stages")])
     plain = open_bench(tiny_settings(tiny_llama), tmp_path / "plain")
     with pytest.raises(ImpossiblePlan, match=r"^mix weighs 'code', and this run has no named texts; leave it out$"):
         plain.describe_layers(plain.profile(ignore), parse_recipe("refit~1code:kappa-mask"), ignore)

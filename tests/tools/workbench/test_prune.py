@@ -322,6 +322,31 @@ def test_in_order_layers_are_behind_those_that_were_pruned_by_other_statistics(b
     assert all(alone[name] != artifact for name, artifact in artifacts(bench, mixed).items())
 
 
+def test_in_order_a_layer_is_pruned_by_the_same_sums_whatever_the_others_are(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = bench.profile(ignore)
+    allocation, name = plan(bench, profile, 0.4), "model.layers.0.self_attn.v_proj"
+    labels = ("wanda", "refit~sequential", "refit~weighted~sequential", "wanda~stages", "refit~stages")
+    orders = [order_allocation(parse_recipe(label), allocation) for label in labels]
+    seen: list[torch.Tensor] = []
+    prune_layer = tools.workbench.prune.prune_layer
+
+    def see(recipe: Recipe, dense_OI: torch.Tensor, statistics: Any, zeros: int) -> Pruned:
+        if recipe.method == "wanda" and zeros == allocation.zeros[name] and dense_OI.equal(bench.dense[name]):
+            seen.append(statistics.mean_square_I.clone())
+        return prune_layer(recipe, dense_OI, statistics, zeros)
+
+    monkeypatch.setattr(tools.workbench.prune, "prune_layer", see)
+    for first, *others in ((orders[0], orders[1], orders[2]), (orders[3], orders[4])):
+        seen.clear()
+        for order in (first, *(mix(other, (first, lambda n: n == name)) for other in others)):
+            index = bench.store.directory / "index.jsonl"
+            index.write_text("")
+            bench.prune(profile, order, ignore)
+        assert len(seen) == 1 + len(others) and all(torch.equal(seen[0], a_I) for a_I in seen)
+
+
 def test_in_order_there_is_one_text(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)

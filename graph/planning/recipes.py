@@ -1,0 +1,72 @@
+"""By which recipe each layer of a plan is pruned, and the layers as the plan's allocation reads them."""
+
+from collections.abc import Callable, Sequence
+
+from graph.config import RunConfig
+from graph.planning.plan import Plan
+from tools.base.errors import ImpossiblePlan
+from tools.plans.groups import Group, assign_groups
+from tools.plans.layer_profile import LayerProfile
+from tools.plans.mix import read_mix
+from tools.plans.recipe import Recipe
+
+Layers = Sequence[LayerProfile]
+Read = Callable[[Recipe], Layers]
+"""Gives the layers with the KL curves that a recipe's allocation asks for, or such as are known."""
+
+
+def find_recipe(plan: Plan, config: RunConfig) -> Recipe:
+    """The plan's recipe with the user's pattern, whatever the plan says of one; a mixture that is the run's is none."""
+    return _take_runs_mix(plan.recipe.model_copy(update={"pattern": config.pattern}), config)
+
+
+def list_recipes(plan: Plan, config: RunConfig) -> list[Recipe]:
+    """The plan's recipe, then those of its groups, each once. Raises ImpossiblePlan as `assign_recipes`."""
+    recipe = find_recipe(plan, config)
+    return list(dict.fromkeys([recipe, *(_complete(group, recipe, config) for group in plan.groups)]))
+
+
+def assign_recipes(plan: Plan, layers: Layers, config: RunConfig) -> dict[str, Recipe]:
+    """The recipe of every layer that is in one of the plan's groups, in the model's order.
+
+    Raises ImpossiblePlan for groups that are none, and for a pattern beside the user's.
+    """
+    recipe = find_recipe(plan, config)
+    groups = assign_groups(plan.groups, layers)
+    return {name: _complete(group, recipe, config) for name, group in groups.items()}
+
+
+def gather_layers(plan: Plan, config: RunConfig, read: Read) -> Layers:
+    """The layers, each with what the plan's allocation reads of it: the KL curve of the recipe that it is pruned by.
+
+    `read` gives that for one recipe. Raises ImpossiblePlan.
+    """
+    recipe = find_recipe(plan, config)
+    layers = read(recipe)
+    recipes = assign_recipes(plan, layers, config)
+    others = {other: {x.name: x for x in read(other)} for other in dict.fromkeys(recipes.values()) if other != recipe}
+    if not others:
+        return layers
+
+    def take(layer: LayerProfile) -> LayerProfile:
+        own = others.get(recipes.get(layer.name, recipe))
+        if own is None:
+            return layer
+        measured = own[layer.name]  # of what allocations read, alpha alone is the same by every recipe
+        return layer.model_copy(update={"kappa": measured.kappa, "outliers": measured.outliers})
+
+    return [take(layer) for layer in layers]
+
+
+def _complete(group: Group, recipe: Recipe, config: RunConfig) -> Recipe:
+    own = group.recipe.pattern
+    if config.pattern and own not in ("", config.pattern):
+        raise ImpossiblePlan(
+            f"group {group.selector[:80]!r} has pattern {own}, and this run has {config.pattern} in all layers; "
+            "leave pattern out"
+        )
+    return _take_runs_mix(group.recipe.complete(recipe), config)
+
+
+def _take_runs_mix(recipe: Recipe, config: RunConfig) -> Recipe:
+    return recipe.model_copy(update={"mix": ()}) if recipe.mix == read_mix(config.text_shares) else recipe

@@ -1,0 +1,144 @@
+"""Another recipe for some of the layers: what may differ in a group, and which layers have which group. No torch."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
+
+from tools.base.errors import ImpossiblePlan
+from tools.base.settings import Calibration
+from tools.plans.layer_profile import LayerProfile
+from tools.plans.methods import LEVERS, MOST_STEPS, MethodName, Statistics
+from tools.plans.mix import Mix, label_mix
+from tools.plans.recipe import Recipe, parse_pattern
+from tools.plans.selectors import select_layers
+
+MAX_GROUPS = 8
+"""Groups that one plan may hold."""
+
+
+def _tell_briefly(schema: dict[str, Any]) -> None:
+    """Of most fields what they may be and nothing else, for what they do is told with the plan's recipe."""
+    for field in schema["properties"].values():
+        for word in ("title", "default"):
+            field.pop(word, None)
+        for kind in field.pop("anyOf", []):
+            field |= kind if kind != {"type": "null"} else {}
+    schema["properties"]["method"]["enum"] = [*LEVERS]  # those that planners have a use for
+
+
+def _leave_out(least: int | None = None, most: int | None = None) -> Any:
+    """A field that is as in the plan's recipe where it is left out, and is not written then."""
+    return Field(None, exclude_if=lambda value: value is None, ge=least, le=most)
+
+
+class GroupRecipe(BaseModel):
+    """Of method, refit_steps, refit, gamma, tokens, statistics, calibration those that differ; each as in `recipe`."""
+
+    # How sparsity is shared out over all layers, and a polish of all, are the plan's.
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_tell_briefly)
+
+    method: MethodName | None = _leave_out()
+    refit_steps: int | None = _leave_out(1, MOST_STEPS)
+    refit: bool | None = _leave_out()
+    gamma: Literal["plain", "clipped"] | None = _leave_out()
+    tokens: Literal["even", "weighted"] | None = _leave_out()
+    statistics: Statistics | None = _leave_out()
+    calibration: Calibration | None = _leave_out()
+    mix: SkipJsonSchema[Mix] = Field((), exclude_if=operator.not_)
+    pattern: str = Field(
+        "",
+        exclude_if=operator.not_,
+        description="Such as 2:4: 2 zeros in every 4 consecutive inputs; the other layers share out the rest.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_the_plans(cls, values: Any) -> Any:
+        own = [name for name in Recipe.model_fields if name not in cls.model_fields]
+        if isinstance(values, dict) and (asked := [name for name in own if name in values]):
+            raise ValueError(f"{' and '.join(asked)} cannot differ by group; say it in the plan's recipe")
+        return values
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, value: str) -> str:
+        if value:
+            parse_pattern(value)
+        return value
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """The whole recipe of the group's layers, in a plan of this recipe."""
+        given = {name: getattr(self, name) for name in GroupRecipe.model_fields}
+        return recipe.model_copy(update={name: value for name, value in given.items() if value not in (None, "", ())})
+
+
+class Group(BaseModel):
+    """Layers and what is done otherwise inside them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    selector: str = Field(min_length=1, max_length=200, description="Which layers, as in adjustments.")
+    recipe: GroupRecipe = Field(description="What differs there.")
+
+
+def assign_groups(groups: Sequence[Group], layers: Sequence[LayerProfile]) -> dict[str, Group]:
+    """The group of every layer that has one, in the model's order: the first that names it.
+
+    Raises ImpossiblePlan for a group that has no layer, and where the plan's recipe has none.
+    """
+    first: dict[str, Group] = {}
+    for group in groups:
+        own = [name for name in select_layers(group.selector, layers) if name not in first]
+        if not own:
+            raise ImpossiblePlan(f"group {group.selector[:80]!r} has no layer: those before it have them all")
+        first |= dict.fromkeys(own, group)
+    if len(first) == len(layers):
+        raise ImpossiblePlan(
+            "groups take every layer, so that the plan's recipe counts for none; leave one of them out, and make its "
+            "recipe the plan's"
+        )
+    return {layer.name: first[layer.name] for layer in layers if layer.name in first}
+
+
+def refuse_two_walks(recipes: Iterable[Recipe]) -> None:
+    """Raises ImpossiblePlan where layers of one round are to be pruned behind others by several texts."""
+    texts = dict.fromkeys((recipe.calibration, recipe.mix) for recipe in recipes if recipe.in_order)
+    if len(texts) > 1:
+        asked = " and ".join(repr(label_mix(mix) or text) for text, mix in texts)
+        raise ImpossiblePlan(
+            f"statistics behind pruned predecessors in one round are of one calibration text, and not of {asked}"
+        )
+
+
+def refuse_two_polishes(recipe: Recipe, others: Iterable[Recipe]) -> None:
+    """Raises ImpossiblePlan where a plan of this recipe polishes, and statistics of other layers are of other mixtures:
+    it would be of none of them.
+    """
+    if recipe.polish and any(other.mix != recipe.mix for other in others):
+        raise ImpossiblePlan("a polish of all layers is by one mix of texts; leave polish out, or mix out of groups")
+
+
+def describe_group(group: Group, recipe: Recipe) -> str:
+    """Such as `wanda~dense in *.v_proj` or `refit 2:4 in mlp.up_proj`, in a plan of this recipe."""
+    selector = " ".join(group.selector.split())
+    return f"{_label(group, recipe)} in {selector if len(selector) <= 40 else f'{selector[:39]}…'}"
+
+
+def identify_group(group: Group, recipe: Recipe) -> list[str]:
+    """What is asked for a group, in a plan of this recipe: two that say the same in other words are alike."""
+    whole = group.recipe.complete(recipe)
+    return [" ".join(group.selector.split()), whole.exact_label, whole.pattern]
+
+
+def name_work(recipe: Recipe, groups: Sequence[Group]) -> str:
+    """`Recipe.work_label`, and what is done otherwise in groups, such as `refit [*.v_proj: wanda~dense]`."""
+    told = [f" [{' '.join(group.selector.split())}: {_label(group, recipe)}]" for group in groups]
+    return f"{recipe.work_label}{''.join(told)}"
+
+
+def _label(group: Group, recipe: Recipe) -> str:
+    label = group.recipe.complete(recipe).mask_label
+    return f"{label} {group.recipe.pattern}" if group.recipe.pattern else label
