@@ -239,7 +239,7 @@ class Pruner:
     def refuse_move(self, checkpoint: str) -> None:
         """Raises ImpossiblePlan for a checkpoint whose layers cannot be moved."""
         if any(task.recipe.pattern for task in self._read(checkpoint).tasks.values()):
-            raise ImpossiblePlan("a pattern says how many weights of every layer are zero: none can be moved")
+            raise ImpossiblePlan("a pattern says how many weights of a layer are zero: such layers cannot be moved")
 
     @contextmanager
     def move(self, checkpoint: str, zeros: Sequence[Mapping[str, int]]) -> Iterator[list[str]]:
