@@ -21,6 +21,10 @@ from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_prun
 from tools.results.schema import Usage
 
 
+LEAST_TOLD = 10
+"""Seconds below which a planner is not told of them: no round hangs on so few."""
+
+
 @dataclass(frozen=True)
 class Price:
     """What a call of an instrument takes."""
@@ -115,13 +119,13 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
         f"slopes {groups * half:,} on half of the text",
         "inspect_layers, history, recall 0",
     ]
-    return f"{'; '.join(lines)}. Seconds, the most so far: {_describe_paces(budget.paces)}."
+    return f"{'; '.join(lines)}. Seconds, the most so far: {_describe_paces(budget.paces, half)}."
 
 
-def _describe_paces(paces: Paces) -> str:
-    """One digit of each: what is planned by them is planned the same when the machine is a little slower."""
+def _describe_paces(paces: Paces, half: int) -> str:
+    """One digit of tens of seconds and more: a machine that is a little slower is told of, and plans, the same."""
     shown = {what: seconds for what, seconds in paces.items() if what != MEASURING}
     if MEASURING in paces:
-        shown["measuring 1,000 tokens"] = 1000 * paces[MEASURING]
-    told = [f"{what} {float(f'{seconds:.0e}'):g}" for what, seconds in sorted(shown.items())]
-    return ", ".join(told) or "nothing was measured yet"
+        shown["measuring half of the text"] = half * paces[MEASURING]
+    told = [f"{what} {float(f'{seconds:.0e}'):g}" for what, seconds in sorted(shown.items()) if seconds >= LEAST_TOLD]
+    return ", ".join(told) or f"nothing took {LEAST_TOLD} yet"

@@ -24,6 +24,12 @@ PRICES = RunConfig(planner_price_input=2, planner_price_output=8, reflector_pric
 TOO_FAR = {"sparsity": 0.9}
 
 
+@pytest.fixture(autouse=True)
+def _one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts say what is left of a cap, and are of one length here whatever it is."""
+    monkeypatch.setattr("graph.planning.brief.describe_spending", lambda *_: "")
+
+
 def call(sent: int, written: int) -> CallRecord:
     return CallRecord(method="text", reply="", input_tokens=sent, output_tokens=written, seconds=0)
 

@@ -90,17 +90,18 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     left = " Left: 3000 of 3600 seconds, $0.75 of $1 for agents, 4,000 of 5,000 tokens for agents."
     assert describe_spending(config, 600.4, usage) == left
     assert describe_spending(CONFIG, 600.4, usage) == ""
-    prices = describe_prices(CONFIG, make_budget(paces=PACES), 9)
+    slow = PACES | {"measuring a token": 0.1, "pruning by refit~sequential": 71.0}
+    prices = describe_prices(CONFIG, make_budget(paces=slow), 9)
     assert prices.startswith(
         "Prices in tokens: probe 128 for each plan on half of the validation text, 256 on all of it, and what its "
         "recipe takes; predict 0, or 512 where curves are not known; slopes 1,152 on half of the text; inspect_layers, "
         "history, recall 0. "
     )
     assert prices.endswith(
-        " Seconds, the most so far: measuring 1,000 tokens 10, measuring curves of refit 3, pruning by "
-        "refit~sequential 7."
-    )
-    assert describe_prices(CONFIG, make_budget(), 9).endswith("so far: nothing was measured yet.")
+        " Seconds, the most so far: measuring half of the text 10, pruning by refit~sequential 70."
+    ), "3.0 s of curves are not worth a word"
+    for few in ({}, PACES):
+        assert describe_prices(CONFIG, make_budget(paces=few), 9).endswith("so far: nothing took 10 yet.")
     left_now = {"tokens_left": 744.0}
     left_now = {"tokens_left": 744.0}
     toolbox = Toolbox(lambda: nullcontext([]), calls=3, seconds=9, prices=prices, list_left=lambda: left_now)
