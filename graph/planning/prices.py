@@ -20,7 +20,6 @@ from tools.plans.costs import (
 from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_pruning
 from tools.results.schema import Usage
 
-
 LEAST_TOLD = 10
 """Seconds below which a planner is not told of them: no round hangs on so few."""
 
