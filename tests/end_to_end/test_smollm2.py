@@ -11,7 +11,7 @@ from tests.end_to_end.helpers import ROOT, pick_prunable, read_events, read_summ
 FLAGS = (
     *("--config", str(ROOT / "configs" / "quickstart.yaml"), "--name", "smol", "--device", "cpu"),
     *("--window", "128", "--calibration-windows", "8", "--gradient-windows", "2"),
-    *("--validation-windows", "4", "--test-windows", "4", "--max-iterations", "3"),
+    *("--validation-windows", "4", "--test-windows", "4", "--max-iterations", "2"),
 )
 
 DENSE_PERPLEXITY = 25.917
