@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from tools.base.errors import ImpossiblePlan
@@ -12,7 +12,7 @@ from tools.base.settings import Calibration
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.methods import LEVERS, MOST_STEPS, MethodName, Statistics
 from tools.plans.mix import Mix, label_mix
-from tools.plans.recipe import Recipe, parse_pattern
+from tools.plans.recipe import Pattern, Recipe
 from tools.plans.selectors import select_layers
 
 MAX_GROUPS = 8
@@ -48,7 +48,7 @@ class GroupRecipe(BaseModel):
     statistics: Statistics | None = _leave_out()
     calibration: Calibration | None = _leave_out()
     mix: SkipJsonSchema[Mix] = Field((), exclude_if=operator.not_)
-    pattern: str = Field(
+    pattern: Pattern = Field(
         "",
         exclude_if=operator.not_,
         description="Such as 2:4: 2 zeros in every 4 consecutive inputs; the other layers share out the rest.",
@@ -61,13 +61,6 @@ class GroupRecipe(BaseModel):
         if isinstance(values, dict) and (asked := [name for name in own if name in values]):
             raise ValueError(f"{' and '.join(asked)} cannot differ by group; say it in the plan's recipe")
         return values
-
-    @field_validator("pattern")
-    @classmethod
-    def _check_pattern(cls, value: str) -> str:
-        if value:
-            parse_pattern(value)
-        return value
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The whole recipe of the group's layers, in a plan of this recipe."""

@@ -2,9 +2,9 @@
 
 import operator
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from tools.base.errors import ImpossiblePlan
@@ -32,6 +32,16 @@ def parse_pattern(text: str) -> tuple[int, int]:
     if form is None or not 0 < int(form[1]) < int(form[2]):
         raise ValueError(f"pattern {text!r} is not N:M with 0 < N < M, such as 2:4")
     return int(form[1]), int(form[2])
+
+
+def _check_pattern(value: str) -> str:
+    if value:
+        parse_pattern(value)
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+"""N:M, N zeros in every M consecutive inputs, or empty."""
 
 
 def count_pattern_zeros(weights: int, pattern: tuple[int, int]) -> int:
@@ -122,7 +132,7 @@ class Recipe(BaseModel):
         exclude_if=operator.not_,
         description="Tokens of a polish; 0: as many as the config allows.",
     )
-    pattern: SkipJsonSchema[str] = Field(  # the user's choice, so that no planner is told of it
+    pattern: SkipJsonSchema[Pattern] = Field(  # the user's choice, so that no planner is told of it
         "",
         description="N:M, N zeros in every M consecutive inputs; empty for zeros anywhere. The user's choice.",
     )
@@ -147,13 +157,6 @@ class Recipe(BaseModel):
         if self.polish_tokens and not self.polish:
             raise ValueError(f"polish_tokens {self.polish_tokens} are for a recipe with polish")
         return self
-
-    @field_validator("pattern")
-    @classmethod
-    def _check_pattern(cls, value: str) -> str:
-        if value:
-            parse_pattern(value)
-        return value
 
     @property
     def refits_after(self) -> bool:
