@@ -20,6 +20,7 @@ from graph.reflecting.posterior import find_multipliers, weigh_layers
 from graph.reflecting.schema import Lesson
 from graph.state import State
 from tools.base.errors import DamagedArtifact, ImpossiblePlan
+from tools.base.words import shorten
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
 from tools.plans.expression import evaluate_expression, tidy_expression
@@ -314,7 +315,7 @@ def describe_plan(plan: Plan) -> str:
     line = f"{plan.sparsity:.1%} {plan.recipe.label}"
     for told in (
         [describe_group(group, plan.recipe) for group in plan.groups],
-        [f"layers x {_cut(tidy_expression(plan.expression), 80)}"] if plan.expression else [],
+        [f"layers x {shorten(tidy_expression(plan.expression), 80)}"] if plan.expression else [],
         [_describe_adjustment(adjustment) for adjustment in plan.adjustments],
     ):
         shown = [*told[:4], *([f"{len(told) - 4} more"] if len(told) > 4 else [])]
@@ -332,7 +333,7 @@ def drop_lessons(line: str) -> str:
 
 
 def _describe_adjustment(adjustment: Adjustment) -> str:
-    selector = _cut(" ".join(adjustment.selector.split()), 40)
+    selector = shorten(" ".join(adjustment.selector.split()), 40)
     if adjustment.action == "factor":
         return f"{selector} x{adjustment.factor:g}"
     if adjustment.action == "protect":
@@ -341,10 +342,6 @@ def _describe_adjustment(adjustment: Adjustment) -> str:
     if low is None:
         return f"{selector} ≤{100 * (high or 0):.3g}%"
     return f"{selector} ≥{100 * low:.3g}%" if high is None else f"{selector} {100 * low:.3g}–{100 * high:.3g}%"
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def group_kl(group: Sequence[LayerProfile], sparsity: dict[str, float]) -> float:

@@ -109,8 +109,7 @@ def describe_spending(config: RunConfig, seconds: float, usage: Usage) -> str:
 def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
     """What each instrument takes, slopes of so many groups among them, and how long parts of it took; the same for all
     calls of a round."""
-    every = config.validation_tokens
-    half = math.ceil(config.validation_windows / 2) * config.window * max(len(config.text), 1)
+    every, half = config.validation_tokens, config.half_tokens
     lines = [
         f"Prices in tokens: probe {half:,} for each plan on half of the validation text, {every:,} on all of it, and "
         "what its recipe takes",

@@ -306,6 +306,11 @@ class WorkbenchSettings(LoadSettings):
         """Tokens of the validation text: what one trial puts through the model."""
         return self.count_all("validation") * self.window
 
+    @property
+    def half_tokens(self) -> int:
+        """Tokens of half of the validation text, in whole windows of each text: what an instrument measures on."""
+        return -(-self.validation_windows // 2) * max(len(self.text), 1) * self.window
+
 
 class TeamSettings(WorkbenchSettings):
     """A workbench whose work may be shared out."""

@@ -188,8 +188,9 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
 def count_windows(bench: Workbench, tokens: int | None, *, whole: bool) -> int:
     """Windows of validation text that hold so many tokens, half of them, or the whole; as many of each text."""
     every = len(bench.windows.validation)
-    asked = every if whole else every / 2 if tokens is None else tokens / bench.settings.window
-    return len(bench.losses.list_first(math.ceil(min(asked, every))))
+    asked = bench.settings.half_tokens if tokens is None else tokens
+    windows = every if whole else min(math.ceil(asked / bench.settings.window), every)
+    return len(bench.losses.list_first(windows))
 
 
 def _note(bench: Workbench, order: WorkOrder, made: Probe) -> Probed:

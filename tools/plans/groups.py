@@ -9,10 +9,11 @@ from pydantic.json_schema import SkipJsonSchema
 
 from tools.base.errors import ImpossiblePlan
 from tools.base.settings import Calibration
+from tools.base.words import shorten
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.methods import LEVERS, MOST_STEPS, MethodName, Statistics
 from tools.plans.mix import Mix, label_mix
-from tools.plans.recipe import Pattern, Recipe
+from tools.plans.recipe import PatternText, Recipe
 from tools.plans.selectors import select_layers
 
 MAX_GROUPS = 8
@@ -48,7 +49,7 @@ class GroupRecipe(BaseModel):
     statistics: Statistics | None = _leave_out()
     calibration: Calibration | None = _leave_out()
     mix: SkipJsonSchema[Mix] = Field((), exclude_if=operator.not_)
-    pattern: Pattern = Field(
+    pattern: PatternText = Field(
         "",
         exclude_if=operator.not_,
         description="Such as 2:4: 2 zeros in every 4 consecutive inputs; the other layers share out the rest.",
@@ -116,8 +117,7 @@ def refuse_two_polishes(recipe: Recipe, others: Iterable[Recipe]) -> None:
 
 def describe_group(group: Group, recipe: Recipe) -> str:
     """Such as `wanda~dense in *.v_proj` or `refit 2:4 in mlp.up_proj`, in a plan of this recipe."""
-    selector = " ".join(group.selector.split())
-    return f"{_label(group, recipe)} in {selector if len(selector) <= 40 else f'{selector[:39]}…'}"
+    return f"{_label(group, recipe)} in {shorten(' '.join(group.selector.split()), 40)}"
 
 
 def identify_group(group: Group, recipe: Recipe) -> list[str]:

@@ -40,7 +40,7 @@ def _check_pattern(value: str) -> str:
     return value
 
 
-Pattern = Annotated[str, AfterValidator(_check_pattern)]
+PatternText = Annotated[str, AfterValidator(_check_pattern)]
 """N:M, N zeros in every M consecutive inputs, or empty."""
 
 
@@ -132,7 +132,7 @@ class Recipe(BaseModel):
         exclude_if=operator.not_,
         description="Tokens of a polish; 0: as many as the config allows.",
     )
-    pattern: SkipJsonSchema[Pattern] = Field(  # the user's choice, so that no planner is told of it
+    pattern: SkipJsonSchema[PatternText] = Field(  # the user's choice, so that no planner is told of it
         "",
         description="N:M, N zeros in every M consecutive inputs; empty for zeros anywhere. The user's choice.",
     )

@@ -39,7 +39,11 @@ def move_groups(
     """
     bench.restore(checkpoint)
     present = {name: int((layer.weight_OI == 0).sum()) for name, layer in bench.by_name.items()}
-    zeros = {group: _count_more(bench, checkpoint, names, present) for group, names in groups.items()}
+    movable = {name for name, record in bench.read_checkpoint(checkpoint).items() if record.artifact != DENSE}
+    zeros = {
+        group: _count_more(bench, [name for name in names if name in movable], present)
+        for group, names in groups.items()
+    }
     keys = {group: _name_move(bench, profile, checkpoint, more, windows) for group, more in zeros.items() if more}
     known = {group: bench.index.read_measured(key) for group, key in keys.items()}
     found = {group: Evaluation.model_validate(value) for group, value in known.items() if value is not None}
@@ -55,15 +59,13 @@ def move_groups(
     return {group: Moved(added[group], found[group]) for group in keys}
 
 
-def _count_more(
-    bench: "Workbench", checkpoint: str, names: Sequence[str], present: Mapping[str, int]
-) -> dict[str, int]:
-    """How many zeros each layer would have, of those that can be moved."""
-    records, more = bench.read_checkpoint(checkpoint), {}
+def _count_more(bench: "Workbench", names: Sequence[str], present: Mapping[str, int]) -> dict[str, int]:
+    """How many zeros each layer would have, of those that have room."""
+    more = {}
     for name in names:
         weights = bench.dense[name].numel()
         count = min(present[name] + round(STEP * weights), weights)
-        if records[name].artifact != DENSE and count > present[name]:
+        if count > present[name]:
             more[name] = count
     return more
 
