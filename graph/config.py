@@ -142,8 +142,9 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
     )
     planner_unaided: bool = Field(
         False,
-        description="The planner is not shown what the rule would try next, and where it gives no usable plan the run "
-        "ends with what was accepted. For measuring what it can do by itself; not with planner_fallback.",
+        description="The planner has no instrument that lists what the rule would try next, and where it gives no "
+        "usable plan the run ends with what was accepted. For measuring what it can do by itself; not with "
+        "planner_fallback.",
         json_schema_extra={"langgraph_nodes": ["plan"]},
     )
     planner_prompt: str = Field(

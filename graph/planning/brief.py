@@ -96,7 +96,6 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
         _describe_trials(situation),
         _describe_lessons(situation.lessons, situation.config),
         _describe_rest(situation, grouped=toolbox is not None),
-        *([_describe_untried(situation.untried)] if situation.untried else []),
         *(["\n".join(filter(None, [f"Tools: {toolbox.describe_budget()}", toolbox.prices]))] if toolbox else []),
         f"Plan round {situation.iteration}.",
     ]
@@ -134,7 +133,13 @@ def _find_schema(config: RunConfig) -> type[Plan]:
 def _instructions(config: RunConfig, tools: bool) -> str:
     schema = tell_schema(_find_schema(config))
     text = config.planner_prompt or read_prompt("planner")
-    return text.replace("{tools}", read_prompt("planner_tools") if tools else "").replace("{schema}", schema)
+    return text.replace("{tools}", _tell_tools(config) if tools else "").replace("{schema}", schema)
+
+
+def _tell_tools(config: RunConfig) -> str:
+    """What the prompt says of the tools; nothing of the rule's plans where the planner is to do without them."""
+    text = read_prompt("planner_tools")
+    return re.sub(r"^- `candidates\(.*\n", "", text, flags=re.MULTILINE) if config.planner_unaided else text
 
 
 def _describe_columns(situation: Situation) -> str:
@@ -264,11 +269,7 @@ def _spell_out(recipe: Recipe) -> dict[str, Any]:
     return {"method": recipe.method, **told, **({} if recipe.statistics == own else {"statistics": recipe.statistics})}
 
 
-def _describe_untried(plans: Sequence[Plan]) -> str:
-    lines = []
-    for plan in plans:
-        recipe = _spell_out(plan.recipe)
-        others = plan.model_dump(include={"groups", "adjustments", "expression"}, exclude_defaults=True)
-        shown = {"sparsity": plan.sparsity, "recipe": recipe, **others}
-        lines.append(quote_data(f"{json.dumps(shown, ensure_ascii=False)}: {plan.reason}", 400))
-    return "Untried, each one lever from the best plan so far:\n" + data_block("untried", lines)
+def spell_out_plan(plan: Plan) -> dict[str, Any]:
+    """A plan as a planner would write it, without what is as it is when left out."""
+    others = plan.model_dump(include={"groups", "adjustments", "expression"}, exclude_defaults=True)
+    return {"sparsity": plan.sparsity, "recipe": _spell_out(plan.recipe), **others, "reason": plan.reason}

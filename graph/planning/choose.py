@@ -11,7 +11,6 @@ from graph.llm.toolbox import Toolbox
 from graph.planning.brief import advise_against, plan_with_chat
 from graph.planning.orders import refuse_above_target
 from graph.planning.plan import Plan
-from graph.planning.refinements import show_untried
 from graph.planning.rule import find_relief, plan_by_rule
 from graph.planning.situation import Situation
 from graph.runs.session import Session
@@ -67,10 +66,9 @@ def choose_plan(
 
     try:
         model = open_model(config.planner, config, session.progress)
-        shown = situation if config.planner_unaided else show_untried(situation)
         plan = account.converse(
             lambda: plan_with_chat(
-                shown,
+                situation,
                 model,
                 on_call=account.keep_call,
                 check=check,

@@ -115,7 +115,7 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
         "what its recipe takes",
         f"predict 0, or {count_walk(config):,} where curves are not known",
         f"slopes {groups * half:,} on half of the text",
-        "inspect_layers, history, recall 0",
+        "all others 0",
     ]
     return f"{'; '.join(lines)}. Seconds, the most so far: {_describe_paces(budget.paces, half)}."
 

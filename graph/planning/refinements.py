@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from itertools import islice
 
 from graph.planning.orders import describe_plan, drop_lessons, group_kl, hash_request
 from graph.planning.plan import Plan
@@ -22,9 +20,6 @@ FINE_STEPS = 10
 STRENGTHS = (0.8, 0.9)
 TILTS = (1.5, 0.67)
 """How much more, or less, precious a group is made at the target."""
-
-MAX_UNTRIED = 4
-"""Plans that a chat planner is shown as untried."""
 
 
 def plan_refinements(situation: Situation, *, texts: bool = True) -> Iterator[Plan]:
@@ -130,11 +125,3 @@ def rank_groups(layers: Sequence[LayerProfile], sparsity: dict[str, float]) -> l
     kl = {selector: group_kl(group, sparsity) for selector, group in group_layers(layers).items()}
     total = sum(kl.values()) or 1.0
     return sorted(((selector, value / total) for selector, value in kl.items()), key=lambda pair: (-pair[1], pair[0]))
-
-
-def show_untried(situation: Situation) -> Situation:
-    """The situation with what the rule would try next at the target, for a planner to choose from."""
-    if not situation.at_target:
-        return situation
-    plans = plan_refinements(situation, texts=False)  # no text is profiled just to be named here
-    return replace(situation, untried=list(islice(plans, MAX_UNTRIED)))

@@ -7,6 +7,7 @@ method that broke whenever it was carried out is not planned again.
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from graph.config import RunConfig
 from graph.planning.plan import Plan
@@ -33,6 +34,20 @@ def plan_by_rule(situation: Situation) -> Plan | None:
     return next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)
 
 
+def list_candidates(situation: Situation, most: int) -> list[Plan]:
+    """So many plans that the rule would make next, likeliest first; below the target its next step alone.
+
+    No plan among them asks for another calibration text, for none is profiled just to be named. Raises ImpossiblePlan
+    when bounds cannot be met.
+    """
+    if situation.at_target:
+        return list(islice(plan_refinements(situation, texts=False), most))
+    if situation.config.pattern:
+        return list(islice(_plan_pattern(situation, texts=False), most))
+    step = _plan_climb(situation)
+    return [step] if step else []
+
+
 def find_relief(situation: Situation) -> str:
     """Why the rule had better plan this round in the planner's stead; empty where it need not."""
     if situation.at_target and not tried_strongest(situation.trials, situation.config):
@@ -50,14 +65,14 @@ def tried_strongest(trials: Sequence[Trial], config: RunConfig) -> bool:
     return any(same_sparsity(trial.sparsity, config.target_sparsity) for trial in strong)
 
 
-def _plan_pattern(situation: Situation) -> Iterator[Plan]:
+def _plan_pattern(situation: Situation, *, texts: bool = True) -> Iterator[Plan]:
     """A pattern has one step, and leaves nothing to share out: the strongest recipe, then what may make it stronger."""
     config, strongest = situation.config, _find_strongest(situation)
     if strongest is None:
         return
     reason = f"{config.pattern} in one step, with the strongest recipe{_name_broken(situation)}."
     first = Plan(sparsity=config.target_sparsity, recipe=strongest, reason=reason)
-    yield from skip_repeats(situation, (first, *change_one_lever(situation, first)))
+    yield from skip_repeats(situation, (first, *change_one_lever(situation, first, texts=texts)))
 
 
 def _plan_climb(situation: Situation) -> Plan | None:

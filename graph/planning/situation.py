@@ -52,8 +52,6 @@ class Situation:
     """Spent in the run's nodes before this round."""
     usage: Usage = field(default_factory=Usage)
     """What the agents have spent before this round."""
-    untried: Sequence[Plan] = field(default=())
-    """What the rule would try next at the target, likeliest first."""
 
     @property
     def at_target(self) -> bool:

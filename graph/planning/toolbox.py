@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.tools import BaseTool
 from langgraph.store.base import BaseStore
@@ -12,12 +12,13 @@ from pydantic import BaseModel
 from graph.config import HEURISTIC
 from graph.llm.toolbox import ToolAnswer, Toolbox, ToolRecord
 from graph.memory.lessons import search_lessons
-from graph.planning.brief import describe_lesson, recount_trial
+from graph.planning.brief import describe_lesson, recount_trial, spell_out_plan
 from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import measure_with
 from graph.planning.plan import Plan
 from graph.planning.prices import describe_prices, price_drafts, refuse_dear
+from graph.planning.rule import list_candidates
 from graph.planning.situation import Situation
 from graph.runs.session import OpenBench, Session
 from graph.runs.tasks import do_once
@@ -63,6 +64,9 @@ def open_toolbox(
     def recount(n: int) -> list[str]:
         return [recount_trial(trial) for trial in situation.trials[-n:]]
 
+    def suggest(n: int) -> list[dict[str, Any]]:
+        return [spell_out_plan(plan) for plan in list_candidates(situation, n)]
+
     def admit(drafts: Sequence["Draft"], tokens: int, others: int) -> None:
         seconds = min(toolbox.seconds_left, limit - session.seconds if limit else math.inf)
         price = price_drafts(_weigh_possible(drafts, situation), tokens, situation, budget, others)
@@ -75,7 +79,8 @@ def open_toolbox(
 
             round_ = _describe_round(bench, situation, state, session, budget, admit)
             try:
-                yield make_planner_tools(round_, history=recount, recall=recall)
+                candidates = None if config.planner_unaided else suggest
+                yield make_planner_tools(round_, history=recount, recall=recall, candidates=candidates)
             finally:
                 join_paces(budget.paces, bench.paces)
 

@@ -81,6 +81,12 @@ class HistoryArguments(BaseModel):
     n: int = Field(10, ge=1, le=50, description="How many trials, counted from the last.")
 
 
+class CandidatesArguments(BaseModel):
+    """How many plans."""
+
+    n: int = Field(4, ge=1, le=12, description="How many plans, likeliest first.")
+
+
 class RecallArguments(BaseModel):
     """What about."""
 
@@ -88,12 +94,16 @@ class RecallArguments(BaseModel):
 
 
 def make_planner_tools(
-    round_: Round, *, history: Callable[[int], Sequence[str]], recall: Callable[[str], Sequence[str]]
+    round_: Round,
+    *,
+    history: Callable[[int], Sequence[str]],
+    recall: Callable[[str], Sequence[str]],
+    candidates: Callable[[int], Sequence[Figures]] | None = None,
 ) -> list[BaseTool]:
-    """The six instruments of a planner.
+    """The instruments of a planner: six, and a seventh where there are `candidates`.
 
     Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
-    last trials, `recall` one for each lesson that a query finds.
+    last trials, `recall` one for each lesson that a query finds, `candidates` so many plans that a rule would try.
     """
 
     @tool("inspect_layers", args_schema=InspectArguments, response_format="content_and_artifact")
@@ -136,7 +146,18 @@ def make_planner_tools(
         lines = recall(query)
         return _answer(lessons=lines), f"{query} -> {count(len(lines), 'lesson')}"
 
-    return [inspect_tool, predict_tool, probe_tool, slopes_tool, history_tool, recall_tool]
+    six = [inspect_tool, predict_tool, probe_tool, slopes_tool, history_tool, recall_tool]
+    return [*six, _make_candidates_tool(candidates)] if candidates else six
+
+
+def _make_candidates_tool(list_plans: Callable[[int], Sequence[Figures]]) -> BaseTool:
+    @tool("candidates", args_schema=CandidatesArguments, response_format="content_and_artifact")
+    def candidates_tool(n: int) -> tuple[str, str]:
+        """Untried plans of a rule: at the target each one lever from the best so far. Costs nothing."""
+        plans = list_plans(n)
+        return _answer(plans=plans), f"{n} -> {count(len(plans), 'plan')}"
+
+    return candidates_tool
 
 
 def _describe(draft: Draft) -> str:

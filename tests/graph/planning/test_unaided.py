@@ -2,20 +2,30 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from graph.config import RunConfig
 from graph.llm.ladder import AgentError
+from graph.llm.toolbox import Toolbox, ToolCall
 from graph.nodes.plan import explain_end
+from graph.planning.brief import planner_messages
+from graph.planning.budget import open_budget
 from graph.planning.choose import choose_plan
+from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG
+from graph.planning.rule import list_candidates, plan_by_rule
+from graph.planning.situation import Situation
+from graph.planning.toolbox import open_toolbox
 from graph.runs.session import Session
-from graph.state import Trial
+from graph.state import State, Trial
 from tests.openai_server import OpenAIServer
-from tests.situations import make_situation, make_trial
+from tests.situations import make_patterned, make_situation, make_trial
 from tools.results.schema import Usage
 
 REACHED = make_trial(1, "accept", 0.45, STRONG)
@@ -28,13 +38,40 @@ def choose(server: OpenAIServer, name: str, directory: Path, *trials: Trial, una
     return plan, explain_end(situation, planner)
 
 
+def open_tools(situation: Situation, directory: Path) -> Toolbox:
+    state, session = State(config=situation.config), Session(directory, lambda _event: None, 0.0)
+    bench: Any = SimpleNamespace(paces={})
+    toolbox = open_toolbox(lambda: nullcontext(bench), situation, state, session, None, open_budget(state))
+    assert toolbox is not None
+    return toolbox
+
+
 @pytest.mark.parametrize("unaided", [False, True])
-def test_it_is_not_shown_what_the_rule_would_try(tmp_path: Path, unaided: bool) -> None:
-    plan = {"sparsity": 0.45, "recipe": {"method": "refit", "gamma": "clipped"}}
-    with OpenAIServer([plan]) as server:
-        made, _ = choose(server, "fine", tmp_path, REACHED, unaided=unaided)
-        asked = json.dumps(server.requests[-1].body)
-    assert made is not None and ("Untried, each one lever" in asked) is not unaided
+def test_the_rules_list_comes_on_request_and_not_to_an_unaided_planner(tmp_path: Path, unaided: bool) -> None:
+    """A planner without tools hears nothing of it, and no prompt shows it."""
+    config = RunConfig(planner="openai:m@http://127.0.0.1:1/v1", planner_unaided=unaided)
+    situation = dataclasses.replace(make_situation(REACHED), config=config)
+    toolbox = open_tools(situation, tmp_path)
+    assert ("candidates" in toolbox.names) is not unaided
+    told, alone = ("".join(m.text for m in planner_messages(situation, tools)) for tools in (toolbox, None))
+    assert ("`candidates(n)`: untried plans of a rule" in told) is not unaided
+    assert ("`recall(query)`" in told, "candidates" in alone) == (True, False)
+    answer = toolbox.run(ToolCall("candidates", {"n": 2}), str)
+    if unaided:
+        assert "there is no such tool" in answer
+        return
+    given = json.loads(answer.split("\n")[1])["plans"]
+    plans = [Plan.model_validate(plan) for plan in given]
+    assert [plan.recipe.statistics for plan in plans] == ["sequential", "dense"]
+    assert plans[0] == Plan(**given[0]) == list_candidates(situation, 1)[0].model_copy(update={"multipliers": {}})
+
+
+def test_below_the_target_the_list_is_the_rules_next_step() -> None:
+    start = make_situation()
+    assert list_candidates(start, 4) == [plan_by_rule(start)]
+    patterned = list_candidates(make_patterned(), 3)
+    assert [plan.sparsity for plan in patterned] == [0.5] * 3
+    assert len({plan.recipe for plan in patterned}) == 3
 
 
 def test_no_usable_plan_ends_the_run_and_a_broken_endpoint_stops_it(tmp_path: Path) -> None:

@@ -30,7 +30,10 @@ def instruments(tmp_path: Path, tiny_llama: Path, workbench_closed: None) -> dic
     orders = open_orders(bench, profile, RunConfig(protect=["*.v_proj"]), DENSE)
     round_ = Round(bench, profile, lambda draft: orders(Plan.model_validate(draft.model_dump())), ignore)
     tools = make_planner_tools(
-        round_, history=lambda n: [f"round {i}" for i in range(n)], recall=lambda query: [f"about {query}"]
+        round_,
+        history=lambda n: [f"round {i}" for i in range(n)],
+        recall=lambda query: [f"about {query}"],
+        candidates=lambda n: [WANDA][:n],
     )
     return {tool.name: tool for tool in tools}
 
@@ -42,8 +45,8 @@ def call(tool: BaseTool, **arguments: object) -> tuple[dict[str, object], str]:
     return json.loads(message.text), message.artifact
 
 
-def test_a_planner_gets_six_and_none_of_them_changes_the_model(instruments: dict[str, BaseTool]) -> None:
-    assert list(instruments) == ["inspect_layers", "predict", "probe", "slopes", "history", "recall"]
+def test_a_planner_gets_seven_and_none_of_them_changes_the_model(instruments: dict[str, BaseTool]) -> None:
+    assert list(instruments) == ["inspect_layers", "predict", "probe", "slopes", "history", "recall", "candidates"]
     plan = {**WANDA, "reason": "what a plan has beyond that does no harm", "reprofile": False}
     answer, shown = call(instruments["inspect_layers"], selector="*.v_proj")
     assert shown == f"*.v_proj -> {answer['layers']} layers"
@@ -53,6 +56,7 @@ def test_a_planner_gets_six_and_none_of_them_changes_the_model(instruments: dict
     assert (answer["tokens"], shown) == (64, f"30.0% wanda:uniform -> KL {answer['kl']} on 64 tokens")
     assert call(instruments["history"], n=2) == ({"trials": ["round 0", "round 1"]}, "2 -> 2 trials")
     assert call(instruments["recall"], query="v_proj") == ({"lessons": ["about v_proj"]}, "v_proj -> 1 lesson")
+    assert call(instruments["candidates"]) == ({"plans": [WANDA]}, "4 -> 1 plan")
 
 
 def test_a_probe_answers_for_each_of_several_plans(instruments: dict[str, BaseTool]) -> None:
@@ -101,6 +105,7 @@ def test_a_probes_line_tells_of_groups_and_adjustments(instruments: dict[str, Ba
         ("probe", {"plan": [WANDA, {"sparsity": 45}]}, "less than 1"),
         ("history", {"n": 51}, "less than or equal to 50"),
         ("recall", {"query": "x" * 201}, "at most 200 characters"),
+        ("candidates", {"n": 13}, "less than or equal to 12"),
     ],
 )
 def test_bad_arguments_of_a_planner(
@@ -120,6 +125,6 @@ def test_selectors_and_bounds_are_checked(instruments: dict[str, BaseTool]) -> N
 
 def test_tools_are_described_shortly(instruments: dict[str, BaseTool]) -> None:
     described = [convert_to_openai_tool(tool)["function"] for tool in instruments.values()]
-    assert len(json.dumps(described)) < 2_500, "a plan's schema is not sent once more for each tool"
+    assert len(json.dumps(described)) < 2_750, "a plan's schema is not sent once more for each tool"
     assert all("\n" not in function["description"] for function in described)
     assert Draft.model_validate({"sparsity": 0.3}).recipe.method == "refit"
