@@ -48,6 +48,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     """The hub that huggingface_hub knows, and its cache; it reads its variables once, when it is imported."""
     import datasets
     import huggingface_hub.hf_api
+    import transformers.utils.hub
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
@@ -62,6 +63,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        # transformers keeps one of its own, and would ask the hub of an earlier test for three quarters of a minute
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
