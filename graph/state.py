@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationErro
 from graph.config import RunConfig
 from graph.goals.schema import Brief
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Lesson
+from graph.reflecting.schema import Experience, Lesson
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
 from tools.plans.groups import Group
@@ -136,6 +136,7 @@ class State(Input):
     accepted_plan: Plan | None = Field(None, description="The plan that made them.")
     trials: Annotated[list[Trial], operator.add] = []
     lessons: list[Lesson] = []
+    experience: list[Experience] = Field([], description="What levers did in earlier runs, as the run began.")
     reprofile: bool = Field(False, description="The reflector asked for a new profile after the last trial.")
     usage: Usage = Field(default_factory=Usage)
     evaluated_tokens: int = Field(

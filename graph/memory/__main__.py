@@ -1,4 +1,4 @@
-"""Lessons in the LangGraph store: what one run taught, for the next ones.
+"""What one run taught, for the next ones: lessons, and what levers did to KL, in the LangGraph store.
 
 python -m graph.memory list
 python -m graph.memory show MODEL
@@ -12,10 +12,13 @@ import sys
 
 from langgraph.store.base import BaseStore, SearchItem
 
-from graph.memory.lessons import find_models, group_items, runs_of
+from graph.memory.experience import average, order_row
+from graph.memory.items import EXPERIENCE, LESSONS, ROOMS, delete_items, find_models, runs_of
+from graph.memory.lessons import group_items
 from graph.persistence import STATE_VARIABLE, explain_damaged_state, open_store, state_url
 from graph.persistence.sqlite import database
-from graph.reflecting.schema import Lesson
+from graph.planning.past import list_rows
+from graph.reflecting.schema import Lesson, Tried
 from tools.base.errors import UserError
 from tools.base.options import Parser, refuse
 from tools.base.rundir import RUNS_DIR_VARIABLE, runs_directory
@@ -63,7 +66,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _obey(store: BaseStore, options: argparse.Namespace, place: str) -> None:
-    models = find_models(store)
+    models = find_models(store, *ROOMS)
     if options.command == "list":
         for name, items in models.items():
             print(_describe_model(name, items))
@@ -73,8 +76,11 @@ def _obey(store: BaseStore, options: argparse.Namespace, place: str) -> None:
     items = _pick(models, options.model, "model")
     if options.command == "show":
         print(_describe_model(options.model, items))
-        for lesson, _ in group_items(items):
+        for lesson, _ in group_items(_take(items, LESSONS)):
             print(f"  {_describe_lesson(lesson)}")
+        tried = sorted(average(Tried.model_validate(item.value) for item in _take(items, EXPERIENCE)), key=order_row)
+        for line in list_rows(tried):
+            print(f"  {clean(line, 300)}")
         return
     by_run = {run: [item for item in items if item.value["run"] == run] for run in runs_of(items)}
     chosen = items if options.run is None else _pick(by_run, options.run, "run")
@@ -82,8 +88,7 @@ def _obey(store: BaseStore, options: argparse.Namespace, place: str) -> None:
     if not options.yes:
         print(f"would forget {told}; add --yes to do it")
         return
-    for item in chosen:
-        store.delete(item.namespace, item.key)
+    delete_items(store, chosen)
     print(f"forgot {told}")
 
 
@@ -96,7 +101,14 @@ def _pick(known: dict[str, list[SearchItem]], name: str, what: str) -> list[Sear
 
 
 def _describe_model(model: str, items: list[SearchItem]) -> str:
-    return f"{clean(model)}: {count(len(group_items(items)), 'lesson')} from {count(len(runs_of(items)), 'run')}"
+    told = [count(len(group_items(_take(items, LESSONS))), "lesson")]
+    if trials := _take(items, EXPERIENCE):
+        told.append(count(len(trials), "trial"))
+    return f"{clean(model)}: {' and '.join(told)} from {count(len(runs_of(items)), 'run')}"
+
+
+def _take(items: list[SearchItem], room: str) -> list[SearchItem]:
+    return [item for item in items if item.namespace[0] == room]
 
 
 def _describe_lesson(lesson: Lesson) -> str:

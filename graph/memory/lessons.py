@@ -1,8 +1,7 @@
 """Lessons in the LangGraph store: what one run taught, for the next ones.
 
-Every observation is an item of its own, under the run, the iteration and its number there: written again after a
-crash it lands in the same place, and two runs never rewrite each other's. They become lessons, with counts and means,
-when they are read (`graph.reflecting.posterior`). `python -m graph.memory` looks into them.
+Every observation is an item of its own (`graph.memory.items`). They become lessons, with counts and means, when they
+are read (`graph.reflecting.posterior`). `python -m graph.memory` looks into them.
 """
 
 import hashlib
@@ -14,10 +13,18 @@ from collections.abc import Iterable
 from langgraph.store.base import BaseStore, SearchItem
 
 from graph.config import PRICES, RunConfig
+from graph.memory.items import (
+    LESSONS,
+    delete_items,
+    find_items,
+    find_models,
+    is_relative,
+    keep_item,
+    order_item,
+    runs_of,
+)
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
-from tools.base.errors import UserError, in_one_line
-from tools.base.seals import is_whole, seal_value
 from tools.base.settings import TEAM, TaskSettings
 
 LIMIT = 30
@@ -31,26 +38,6 @@ OBSERVATIONS = 20
 
 FOUND = 10
 """Lessons that a search finds at most."""
-
-ALL = 100_000
-"""More items than a namespace ever holds; the store's own limit is 10."""
-
-ROOT = "lessons"
-
-
-def namespace(model: str) -> tuple[str, str]:
-    """Where the lessons of a target model lie; labels of the store may not hold a period."""
-    return ROOT, re.sub(r"[^A-Za-z0-9_-]+", "_", model)
-
-
-def family(model: str) -> str:
-    """The last part of a model's name up to its first digit: `smollm` of HuggingFaceTB/SmolLM2-135M; may be empty.
-
-    Models of one family are relatives: their lessons are found by a search, and nothing is computed with them.
-    """
-    name = re.split(r"[/\\:]", model.rstrip("/\\"))[-1]
-    return re.split(r"\d", name.lower())[0].strip("-_. ")
-
 
 IDLE = (
     *(*TEAM, "device", "trust_remote_code", "memory"),
@@ -108,9 +95,8 @@ def write_lesson(store: BaseStore, config: RunConfig, lesson: Lesson, number: in
     """
     if not lesson.confidence:
         return
-    value = lesson.model_dump(exclude={"same_config"}) | {"config": fingerprint(config), "model": config.model}
-    key = f"{lesson.run}/{lesson.iteration}/{number}"
-    store.put(namespace(config.model), key, seal_value(value, key))
+    value = lesson.model_dump(exclude={"same_config"}) | {"config": fingerprint(config)}
+    keep_item(store, LESSONS, config.model, f"{lesson.run}/{lesson.iteration}/{number}", value)
     _trim(store, config.model)
 
 
@@ -121,13 +107,13 @@ def read_lessons(store: BaseStore, config: RunConfig, run: str) -> tuple[list[Le
     so that the same config gives the same masks however often it is run. Where they are too many, those that were
     learnt on this text and pattern go first.
     """
-    items = [item for item in _find_items(store, config.model) if item.value["run"] != run]
+    items = [item for item in find_items(store, LESSONS, config.model) if item.value["run"] != run]
 
     def rank(group: tuple[Lesson, list[SearchItem]]) -> tuple[bool, float]:
         return not group[0].knows(config.calibration_text, config.pattern), -weigh_evidence(group[0])
 
     groups = sorted(group_items(items, *_list_fingerprints(config)), key=rank)[:LIMIT]
-    groups.sort(key=lambda group: _order(group[1][-1]))
+    groups.sort(key=lambda group: order_item(group[1][-1]))
     return [lesson for lesson, _ in groups], len(runs_of(item for _, seen in groups for item in seen))
 
 
@@ -140,8 +126,8 @@ def search_lessons(store: BaseStore, config: RunConfig, query: str) -> list[Less
     if not config.memory:
         return []
     wanted, found = _words(query), []
-    for model, items in find_models(store).items():
-        if model != config.model and not (family(model) and family(model) == family(config.model)):
+    for model, items in find_models(store, LESSONS).items():
+        if not is_relative(model, config.model):
             continue
         for lesson, _ in group_items(items, *_list_fingerprints(config)):
             lesson = lesson if model == config.model else lesson.model_copy(update={"model": model})
@@ -155,44 +141,7 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-# Items of the store
-
-
-def _order(item: SearchItem) -> tuple[object, ...]:
-    return item.updated_at, item.value["run"], item.value["iteration"], item.key
-
-
-def _model_of(item: SearchItem) -> str:
-    return str(item.value.get("model") or item.namespace[-1])  # items of earlier versions have no model
-
-
-def _find_items(store: BaseStore, model: str) -> list[SearchItem]:
-    """Every observation about a model, oldest first."""
-    place = namespace(model)
-    return sorted((item for item in _search(store, place) if item.value.get("model", model) == model), key=_order)
-
-
-def _search(store: BaseStore, place: tuple[str, ...]) -> list[SearchItem]:
-    """Every observation in a place. Raises UserError where one is not what was written."""
-    try:
-        items = store.search(place, limit=ALL)
-        if all(isinstance(item.value, dict) and is_whole(item.value, item.key) for item in items):
-            return items
-        problem = "an observation does not match its seal"
-    except (ValueError, TypeError, LookupError) as error:  # the store reads JSON, and times
-        problem = in_one_line(error, 100)
-    raise UserError(
-        f"the agents' memory is damaged ({problem}); runs begin, and go on, without it with --no-memory; or put the "
-        "state's database back as it was"
-    )
-
-
-def find_models(store: BaseStore) -> dict[str, list[SearchItem]]:
-    """Every observation, oldest first, by model in the order of names."""
-    models: dict[str, list[SearchItem]] = defaultdict(list)
-    for item in sorted(_search(store, (ROOT,)), key=_order):
-        models[_model_of(item)].append(item)
-    return dict(sorted(models.items()))
+# Items as lessons
 
 
 def group_items(items: Iterable[SearchItem], *mine: str) -> list[tuple[Lesson, list[SearchItem]]]:
@@ -222,14 +171,8 @@ def _trim(store: BaseStore, model: str) -> None:
 
     Observations that contradict each other stay until then: without them the next one would count as undisputed.
     """
-    items = _find_items(store, model)
+    items = find_items(store, LESSONS, model)
     groups = _merge_items(items)
-    groups.sort(key=lambda group: (weigh_evidence(group[0]) if group[0] else 0.0, _order(group[1][-1])))
+    groups.sort(key=lambda group: (weigh_evidence(group[0]) if group[0] else 0.0, order_item(group[1][-1])))
     kept = {item.key for _, seen in groups[-KEPT:] for item in seen[-OBSERVATIONS:]}
-    for item in items:
-        if item.key not in kept:
-            store.delete(item.namespace, item.key)
-
-
-def runs_of(items: Iterable[SearchItem]) -> set[str]:
-    return {item.value["run"] for item in items}
+    delete_items(store, (item for item in items if item.key not in kept))

@@ -9,10 +9,11 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.llm.models import check_agents
+from graph.memory.experience import read_experience
 from graph.memory.lessons import read_lessons
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Lesson
+from graph.reflecting.schema import Experience, Lesson
 from graph.runs.directory import check_input, create_run
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
@@ -43,8 +44,10 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("profile", state, runtime)
     with open_bench(state, session) as bench:
         lessons: list[Lesson] = []
+        experience: list[Experience] = []
         if runtime.store is not None and config.memory and not state.replay:
             lessons, runs = read_lessons(runtime.store, config, name)
+            experience = read_experience(runtime.store, config, name)
             if lessons:
                 session.emit("lessons", count=len(lessons), runs=runs)
         profile_id = bench.profile(session.progress)
@@ -60,6 +63,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "profile": profile_id,
         "dense": dense,
         "lessons": lessons,
+        "experience": experience,
         "seconds": session.seconds,
     }
 

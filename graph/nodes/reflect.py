@@ -5,10 +5,12 @@ from typing import Any, Literal
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
+from graph.memory.experience import write_tried
 from graph.memory.lessons import write_lesson
 from graph.planning.budget import can_profile, find_lateness
 from graph.planning.verdict import decide_stop, find_early
 from graph.reflecting.choose import choose_reflection, gather_evidence
+from graph.reflecting.levers import note_tried
 from graph.reflecting.posterior import CARRIED, merge_lessons
 from graph.reflecting.rule import combine_lessons
 from graph.reflecting.schema import Reflection
@@ -33,10 +35,15 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     else:
         reflection, usage = choose_reflection(evidence, state.usage, session, runtime.context or state.config)
     lessons = combine_lessons(evidence, reflection) if evidence else []
+    store = runtime.store if state.config.memory and not state.replay else None  # it was learnt there already
     for number, lesson in enumerate(lessons):
-        if runtime.store is not None and state.config.memory and not state.replay:  # it was learnt there already
-            write_lesson(runtime.store, state.config, lesson, number)
+        if store is not None:
+            write_lesson(store, state.config, lesson, number)
         session.emit("lesson", **lesson.model_dump())
+    if store is not None and evidence:
+        tried = note_tried(state.run, evidence.trial, evidence.before, state.config.pattern)
+        if tried is not None:
+            write_tried(store, state.config, tried)
     stop = decide_stop(state) or find_lateness(state.config, session.seconds)
     reason = " ".join(reflection.reason.split()) or "no reason given"
     if reflection.stop and not stop:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Lesson
+from graph.reflecting.schema import Experience, Lesson
 from graph.state import Input, State, Trial
 from tools.base.errors import in_one_line
 from tools.base.settings import FORMER
@@ -38,6 +38,7 @@ STATE_MODELS: tuple[type[BaseModel], ...] = (
     Adjustment,
     Aim,
     Brief,
+    Experience,
     Group,
     GroupRecipe,
     Input,

@@ -9,7 +9,7 @@ from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
 from graph.planning.orders import Curves, Orders, describe_plan, hash_request, keep_order, measure_with, read_curves
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Lesson
+from graph.reflecting.schema import Experience, Lesson
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted
 from tools.base.errors import DamagedArtifact
 from tools.plans.layer_profile import LayerProfile
@@ -40,6 +40,8 @@ class Situation:
     """The plan that made it."""
     trials: Sequence[Trial] = field(default=())
     lessons: Sequence[Lesson] = field(default=())
+    experience: Sequence[Experience] = field(default=())
+    """What levers did to KL in earlier runs."""
     iteration: int = 1
     """Number of the round to plan, from 1."""
     is_last: bool = False
@@ -118,6 +120,7 @@ def gather_situation(
             accepted_plan=state.accepted_plan,
             trials=[identify_trial(bench, trial, state.config.pattern) for trial in state.trials],
             lessons=state.lessons,
+            experience=state.experience,
             iteration=state.iteration,
             is_last=is_last,
             budget=budget,

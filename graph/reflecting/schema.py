@@ -148,3 +148,27 @@ class Lesson(BaseModel):
         form = f"as {self.pattern}" if self.pattern else ""
         on = f"on {self.calibration}" if self.calibration else ""
         return " ".join(part for part in (at, form, on) if part)
+
+
+class Tried(BaseModel):
+    """What a trial's levers did to KL, beside the last kept trial of its run at the same sparsity."""
+
+    run: str
+    iteration: int
+    levers: str = Field(description="The method, and what the plan did otherwise than the kept one's.")
+    sparsity: float
+    pattern: str = Field(description="The run's pattern; empty for zeros anywhere.")
+    change: float = Field(description="KL over that of the kept trial, minus 1, on the same windows.")
+    error: float = Field(description="Standard error of the change, paired.")
+
+
+class Experience(BaseModel):
+    """What the same levers did in trials of earlier runs at one sparsity: a row of the planner's table."""
+
+    levers: str
+    sparsity: float
+    change: float = Field(description="Mean of the trials' changes.")
+    error: float = Field(description="Its standard error.")
+    trials: int
+    runs: int
+    model: str = Field("", description="The model, where that is a relative of the run's.")

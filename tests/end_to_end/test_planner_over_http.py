@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from graph.memory.experience import read_experience
+from graph.persistence import open_store
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Halt, fork, read_events, read_state, read_summary, read_trials
 from tests.openai_server import Answer, Body, OpenAIServer, play_demo
@@ -217,6 +219,11 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     assert candidate["recipe"] == {"method": "refit", "statistics": "sequential"}
     for tool in tools:
         assert f"tool {tool['iteration']}: {tool['tool']} {tool['shown']}" in done.out.splitlines()
+    trials = read_state(run).trials
+    with open_store(tmp_path / "runs") as store:
+        rows = {row.levers: row for row in read_experience(store, read_state(run).config, "next")}
+    assert trials[1].kl and trials[2].kl
+    assert rows["refit: with *.v_proj x1.5"].change == trials[2].kl / trials[1].kl - 1
     with OpenAIServer(play_demo()) as server:
         more = ("--planner-calls", "0", "--no-memory")
         alone = command("--runs-dir", "alone", *flags(tiny_llama, server, behaviour, *FOUR, *more))

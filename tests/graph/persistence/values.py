@@ -5,7 +5,7 @@ from typing import Any
 from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Lesson
+from graph.reflecting.schema import Experience, Lesson
 from graph.state import Trial
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.recipe import Adjustment, Recipe
@@ -54,6 +54,9 @@ VALUES: dict[str, Any] = {
     "accepted_plan": Plan(sparsity=0.2, reason="smaller"),
     "trials": [TRIAL],
     "lessons": [LESSON],
+    "experience": [
+        Experience(levers="refit: strength 0.8 for 1", sparsity=0.3, change=-0.02, error=0.01, trials=2, runs=1)
+    ],
     "reprofile": True,
     "usage": Usage(calls=1, input_tokens=1000, output_tokens=50, cost=0.01),
     "stop": "patience",

@@ -18,6 +18,7 @@ from graph.llm.ladder import AgentError
 from graph.llm.models import open_model
 from graph.llm.quoting import quote_data
 from graph.llm.toolbox import Toolbox
+from graph.memory.experience import ROWS
 from graph.planning.brief import (
     advise_against,
     describe_lesson,
@@ -30,10 +31,11 @@ from graph.planning.brief import (
 from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
+from graph.planning.past import describe_experience
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.situation import Situation
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
-from graph.reflecting.schema import Lesson
+from graph.reflecting.schema import Experience, Lesson
 from graph.state import Trial
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
 from tests.situations import DENSE, LLAMA_KINDS, draw_layers, make_first_situation
@@ -333,6 +335,18 @@ def test_prompt_of_a_model_like_qwen3_8b() -> None:
         36, sparsity=dict.fromkeys(names, 0.4321), accepted=KEPT, trials=trials, lessons=[lesson] * 9, iteration=10
     )
     assert len("".join(message.text for message in planner_messages(tenth, toolbox))) < 18_000
+
+
+def test_the_table_of_earlier_runs_is_short() -> None:
+    figures = {"sparsity": 0.6, "change": -0.012, "error": 0.003, "trials": 3, "runs": 2}
+    row = Experience(levers="refit: refit_steps 10 for 5, with *.v_proj x1.5", **figures)  # type: ignore[arg-type]
+    rows = [*[row] * (ROWS - 3), *[row.model_copy(update={"model": "Qwen/Qwen3-4B"})] * 3]
+    table = describe_experience(rows)
+    assert table.count(" -1.2 +- 0.3 (3, 2)\n") == ROWS
+    assert count_tokens(table) < 280
+    text = shown(make_first_situation(experience=rows))
+    assert text.index("\n\nTrials so far") < text.index(f"\n\n{table}\n\nLessons: none yet.")
+    assert "<data experience>" not in shown(make_first_situation())
 
 
 def test_a_lesson_says_where_it_was_learnt_and_whether_it_weighs_here() -> None:

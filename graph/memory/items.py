@@ -1,0 +1,90 @@
+"""Items of the store: what runs left of a model, sealed, in a room for each kind of thing.
+
+Each lies under the run, the iteration and its number there: written again after a crash it lands in the same place, and
+two runs never rewrite each other's.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from langgraph.store.base import BaseStore, SearchItem
+
+from tools.base.errors import UserError, in_one_line
+from tools.base.seals import is_whole, seal_value
+
+LESSONS = "lessons"
+EXPERIENCE = "experience"
+ROOMS = (LESSONS, EXPERIENCE)
+
+ALL = 100_000
+"""More items than a namespace ever holds; the store's own limit is 10."""
+
+
+def namespace(model: str, room: str = LESSONS) -> tuple[str, str]:
+    """Where items of a target model lie; labels of the store may not hold a period."""
+    return room, re.sub(r"[^A-Za-z0-9_-]+", "_", model)
+
+
+def family(model: str) -> str:
+    """The last part of a model's name up to its first digit: `smollm` of HuggingFaceTB/SmolLM2-135M; may be empty.
+
+    Models of one family are relatives: what is known of them is told, and nothing is computed with it.
+    """
+    name = re.split(r"[/\\:]", model.rstrip("/\\"))[-1]
+    return re.split(r"\d", name.lower())[0].strip("-_. ")
+
+
+def is_relative(model: str, other: str) -> bool:
+    """Whether two models are of one family, or the same."""
+    return model == other or bool(family(model) and family(model) == family(other))
+
+
+def keep_item(store: BaseStore, room: str, model: str, key: str, value: dict[str, Any]) -> None:
+    """Write an item, which has its run and iteration, with a seal."""
+    store.put(namespace(model, room), key, seal_value(value | {"model": model}, key))
+
+
+def order_item(item: SearchItem) -> tuple[object, ...]:
+    """By what items are sorted, oldest first."""
+    return item.updated_at, item.value["run"], item.value["iteration"], item.key
+
+
+def find_items(store: BaseStore, room: str, model: str) -> list[SearchItem]:
+    """Every item of a room about a model, oldest first. Raises UserError where one is damaged."""
+    found = _search(store, namespace(model, room))
+    return sorted((item for item in found if item.value.get("model", model) == model), key=order_item)
+
+
+def find_models(store: BaseStore, *rooms: str) -> dict[str, list[SearchItem]]:
+    """Every item of these rooms, oldest first, by model in the order of names. Raises UserError as `find_items`."""
+    models: dict[str, list[SearchItem]] = defaultdict(list)
+    for item in sorted((item for room in rooms for item in _search(store, (room,))), key=order_item):
+        # Items of earlier versions have no model.
+        models[str(item.value.get("model") or item.namespace[-1])].append(item)
+    return dict(sorted(models.items()))
+
+
+def delete_items(store: BaseStore, items: Iterable[SearchItem]) -> None:
+    for item in items:
+        store.delete(item.namespace, item.key)
+
+
+def runs_of(items: Iterable[SearchItem]) -> set[str]:
+    return {item.value["run"] for item in items}
+
+
+def _search(store: BaseStore, place: tuple[str, ...]) -> list[SearchItem]:
+    """Every item in a place. Raises UserError where one is not what was written."""
+    try:
+        items = store.search(place, limit=ALL)
+        if all(isinstance(item.value, dict) and is_whole(item.value, item.key) for item in items):
+            return items
+        problem = "an observation does not match its seal"
+    except (ValueError, TypeError, LookupError) as error:  # the store reads JSON, and times
+        problem = in_one_line(error, 100)
+    raise UserError(
+        f"the agents' memory is damaged ({problem}); runs begin, and go on, without it with --no-memory; or put the "
+        "state's database back as it was"
+    )
