@@ -9,9 +9,10 @@ from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationErro
 from graph.config import RunConfig
 from graph.goals.schema import Brief
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Experience, Lesson
+from graph.reflecting.schema import Experience, Lesson, Note
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
+from tools.instruments.probed import PastProbe
 from tools.plans.groups import Group
 from tools.plans.paces import Paces
 from tools.plans.recipe import Recipe
@@ -136,6 +137,8 @@ class State(Input):
     accepted_plan: Plan | None = Field(None, description="The plan that made them.")
     trials: Annotated[list[Trial], operator.add] = []
     lessons: list[Lesson] = []
+    notes: list[Note] = Field([], description="A reflector's notes of strategy, of this and earlier runs, the latest.")
+    probes: list[PastProbe] = Field([], description="What probes of earlier rounds measured, the latest.")
     experience: list[Experience] = Field([], description="What levers did in earlier runs, as the run began.")
     reprofile: bool = Field(False, description="The reflector asked for a new profile after the last trial.")
     usage: Usage = Field(default_factory=Usage)

@@ -1,4 +1,4 @@
-"""What one run taught, for the next ones: lessons, and what levers did to KL, in the LangGraph store.
+"""What one run taught, for the next ones: lessons, what levers did to KL, and notes, in the LangGraph store.
 
 python -m graph.memory list
 python -m graph.memory show MODEL
@@ -13,17 +13,20 @@ import sys
 from langgraph.store.base import BaseStore, SearchItem
 
 from graph.memory.experience import average, order_row
-from graph.memory.items import EXPERIENCE, LESSONS, ROOMS, delete_items, find_models, runs_of
+from graph.memory.items import EXPERIENCE, LESSONS, NOTES, ROOMS, delete_items, find_models, runs_of
 from graph.memory.lessons import group_items
 from graph.persistence import STATE_VARIABLE, explain_damaged_state, open_store, state_url
 from graph.persistence.sqlite import database
-from graph.planning.past import list_rows
-from graph.reflecting.schema import Lesson, Tried
+from graph.planning.past import count_rounds, list_rows
+from graph.reflecting.schema import Lesson, Note, Tried
 from tools.base.errors import UserError
 from tools.base.options import Parser, refuse
 from tools.base.rundir import RUNS_DIR_VARIABLE, runs_directory
 from tools.base.secrets import read_secrets
 from tools.base.words import clean, count
+
+WORDS = {EXPERIENCE: "trial", NOTES: "note"}
+"""What items are called, beside lessons."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,6 +84,9 @@ def _obey(store: BaseStore, options: argparse.Namespace, place: str) -> None:
         tried = sorted(average(Tried.model_validate(item.value) for item in _take(items, EXPERIENCE)), key=order_row)
         for line in list_rows(tried):
             print(f"  {clean(line, 300)}")
+        for item in _take(items, NOTES):
+            note = Note.model_validate(item.value)
+            print(f"  note of {clean(note.run)}, {count_rounds(note)}: {clean(note.text, 400)}")
         return
     by_run = {run: [item for item in items if item.value["run"] == run] for run in runs_of(items)}
     chosen = items if options.run is None else _pick(by_run, options.run, "run")
@@ -102,9 +108,8 @@ def _pick(known: dict[str, list[SearchItem]], name: str, what: str) -> list[Sear
 
 def _describe_model(model: str, items: list[SearchItem]) -> str:
     told = [count(len(group_items(_take(items, LESSONS))), "lesson")]
-    if trials := _take(items, EXPERIENCE):
-        told.append(count(len(trials), "trial"))
-    return f"{clean(model)}: {' and '.join(told)} from {count(len(runs_of(items)), 'run')}"
+    told += [count(len(kept), word) for room, word in WORDS.items() if (kept := _take(items, room))]
+    return f"{clean(model)}: {', '.join(told)} from {count(len(runs_of(items)), 'run')}"
 
 
 def _take(items: list[SearchItem], room: str) -> list[SearchItem]:

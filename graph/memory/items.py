@@ -16,7 +16,8 @@ from tools.base.seals import is_whole, seal_value
 
 LESSONS = "lessons"
 EXPERIENCE = "experience"
-ROOMS = (LESSONS, EXPERIENCE)
+NOTES = "notes"
+ROOMS = (LESSONS, EXPERIENCE, NOTES)
 
 ALL = 100_000
 """More items than a namespace ever holds; the store's own limit is 10."""

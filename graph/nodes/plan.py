@@ -12,7 +12,7 @@ from graph.planning.choose import choose_plan
 from graph.planning.orders import record_plan
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation, gather_situation, resolve_plan
-from graph.planning.toolbox import open_toolbox
+from graph.planning.toolbox import note_probes, open_toolbox
 from graph.planning.unmeasured import is_unmeasured, record_breakage
 from graph.planning.verdict import decide_stop
 from graph.runs.replay import find_breakage, find_plan
@@ -59,6 +59,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "counted": budget.counted,
         "paces": budget.paces,
         "probed": {probed.order: probed.tokens for probed in budget.probed},
+        "probes": note_probes(state, budget),
     }
     try:
         if state.replay and (reason := find_breakage(state.replay, state.iteration, planned=True)):

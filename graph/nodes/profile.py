@@ -11,9 +11,10 @@ from graph.config import RunConfig
 from graph.llm.models import check_agents
 from graph.memory.experience import read_experience
 from graph.memory.lessons import read_lessons
+from graph.memory.notes import read_notes
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Experience, Lesson
+from graph.reflecting.schema import Experience, Lesson, Note
 from graph.runs.directory import check_input, create_run
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
@@ -45,9 +46,11 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     with open_bench(state, session) as bench:
         lessons: list[Lesson] = []
         experience: list[Experience] = []
+        notes: list[Note] = []
         if runtime.store is not None and config.memory and not state.replay:
             lessons, runs = read_lessons(runtime.store, config, name)
             experience = read_experience(runtime.store, config, name)
+            notes = read_notes(runtime.store, config, name)
             if lessons:
                 session.emit("lessons", count=len(lessons), runs=runs)
         profile_id = bench.profile(session.progress)
@@ -64,6 +67,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "dense": dense,
         "lessons": lessons,
         "experience": experience,
+        "notes": notes,
         "seconds": session.seconds,
     }
 

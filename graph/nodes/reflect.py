@@ -7,10 +7,13 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.memory.experience import write_tried
 from graph.memory.lessons import write_lesson
+from graph.memory.notes import write_note
 from graph.planning.budget import can_profile, find_lateness
+from graph.planning.past import count_rounds
 from graph.planning.verdict import decide_stop, find_early
 from graph.reflecting.choose import choose_reflection, gather_evidence
 from graph.reflecting.levers import note_tried
+from graph.reflecting.notes import add_note, take_note
 from graph.reflecting.posterior import CARRIED, merge_lessons
 from graph.reflecting.rule import combine_lessons
 from graph.reflecting.schema import Reflection
@@ -44,6 +47,12 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         tried = note_tried(state.run, evidence.trial, evidence.before, state.config.pattern)
         if tried is not None:
             write_tried(store, state.config, tried)
+    notes, note = state.notes, take_note(evidence, reflection) if evidence else None
+    if note is not None:
+        if store is not None:
+            write_note(store, state.config, note)
+        notes = add_note(notes, note)
+        session.emit("note", text=f"strategy, by {count_rounds(note)}: {note.text}")
     stop = decide_stop(state) or find_lateness(state.config, session.seconds)
     reason = " ".join(reflection.reason.split()) or "no reason given"
     if reflection.stop and not stop:
@@ -57,6 +66,7 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         session.emit("note", text=stop)
     return {
         "lessons": merge_lessons([*state.lessons, *lessons])[-CARRIED:],
+        "notes": notes,
         "reprofile": reflection.reprofile,
         "usage": usage,
         "stop": stop,

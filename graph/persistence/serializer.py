@@ -15,10 +15,11 @@ from pydantic import BaseModel
 from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Experience, Lesson
+from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import Input, State, Trial
 from tools.base.errors import in_one_line
 from tools.base.settings import FORMER
+from tools.instruments.probed import PastProbe
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
@@ -44,6 +45,8 @@ STATE_MODELS: tuple[type[BaseModel], ...] = (
     Input,
     Lesson,
     NewText,
+    Note,
+    PastProbe,
     Plan,
     Recipe,
     RunConfig,

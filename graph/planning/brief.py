@@ -18,7 +18,7 @@ from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import Toolbox, do_now
-from graph.planning.past import describe_experience
+from graph.planning.past import describe_experience, describe_notes, describe_probes
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.prices import describe_costs, describe_spending
 from graph.planning.situation import Situation
@@ -95,8 +95,9 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
         *([_describe_columns(situation)] if not situation.config.pattern else []),
         _describe_bounds(situation),
         _describe_trials(situation),
-        *filter(None, [describe_experience(situation.experience)]),
+        *filter(None, [describe_probes(situation.probes), describe_experience(situation.experience)]),
         _describe_lessons(situation.lessons, situation.config),
+        *filter(None, [describe_notes(situation.notes)]),
         _describe_rest(situation, grouped=toolbox is not None),
         *(["\n".join(filter(None, [f"Tools: {toolbox.describe_budget()}", toolbox.prices]))] if toolbox else []),
         f"Plan round {situation.iteration}.",

@@ -1,10 +1,12 @@
-"""What a planner is told of earlier runs, in short tables."""
+"""What a planner is told of earlier rounds and runs beside their trials and lessons, in short tables."""
 
 from collections.abc import Sequence
 
 from graph.llm.quoting import data_block, quote_data
-from graph.reflecting.schema import Experience
+from graph.reflecting.schema import Experience, Note
 from tools.base.names import hide_directories
+from tools.base.words import show_short
+from tools.instruments.probed import PastProbe
 
 
 def describe_experience(experience: Sequence[Experience]) -> str:
@@ -24,3 +26,31 @@ def list_rows(experience: Sequence[Experience]) -> list[str]:
         figures = f"{100 * row.change:+.1f} +- {100 * row.error:.1f} ({row.trials}, {row.runs})"
         lines.append(f"{quote_data(row.levers, 100)} {figures}")
     return lines
+
+
+def describe_notes(notes: Sequence[Note]) -> str:
+    """A line for each note of strategy; empty without any."""
+    lines = [
+        f"run {quote_data(note.run, 40)} at {note.sparsity:.0%}, by {count_rounds(note)}: {quote_data(note.text, 300)}"
+        for note in notes
+    ]
+    return f"Notes of the reflector, oldest first:\n{data_block('notes', lines)}" if lines else ""
+
+
+def count_rounds(note: Note) -> str:
+    """`rounds 2, 3`: the evidence of a note."""
+    return f"round{'s' if len(note.trials) > 1 else ''} {', '.join(map(str, note.trials))}"
+
+
+def describe_probes(probes: Sequence[PastProbe]) -> str:
+    """A line for each probe of earlier rounds; empty without any."""
+    lines = [_describe_probe(probe) for probe in probes]
+    title = "Probes of earlier rounds (KL; change beside the weights kept then, paired):"
+    return f"{title}\n{data_block('probes', lines)}" if lines else ""
+
+
+def _describe_probe(probe: PastProbe) -> str:
+    error = "" if probe.kl_error is None else f" +- {show_short(probe.kl_error)}"
+    change = "" if probe.change is None else f"; {probe.change:+.3g} +- {show_short(probe.change_error)}"
+    plan = quote_data(probe.plan, 120)
+    return f"round {probe.iteration}: {plan}: {show_short(probe.kl)}{error} on {probe.tokens} tokens{change}"

@@ -9,9 +9,10 @@ from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
 from graph.planning.orders import Curves, Orders, describe_plan, hash_request, keep_order, measure_with, read_curves
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Experience, Lesson
+from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted
 from tools.base.errors import DamagedArtifact
+from tools.instruments.probed import PastProbe
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import join_paces
 from tools.plans.recipe import Recipe
@@ -42,6 +43,10 @@ class Situation:
     lessons: Sequence[Lesson] = field(default=())
     experience: Sequence[Experience] = field(default=())
     """What levers did to KL in earlier runs."""
+    notes: Sequence[Note] = field(default=())
+    """A reflector's, of this and earlier runs, oldest first."""
+    probes: Sequence[PastProbe] = field(default=())
+    """What probes of earlier rounds measured, oldest first."""
     iteration: int = 1
     """Number of the round to plan, from 1."""
     is_last: bool = False
@@ -121,6 +126,8 @@ def gather_situation(
             trials=[identify_trial(bench, trial, state.config.pattern) for trial in state.trials],
             lessons=state.lessons,
             experience=state.experience,
+            notes=state.notes,
+            probes=state.probes,
             iteration=state.iteration,
             is_last=is_last,
             budget=budget,

@@ -24,7 +24,7 @@ from graph.runs.session import OpenBench, Session
 from graph.runs.tasks import do_once
 from graph.state import State
 from tools.base.settings import KEPT
-from tools.instruments.probed import Probed
+from tools.instruments.probed import PastProbe, Probed
 from tools.plans.layer_profile import group_layers
 from tools.plans.paces import Paces, join_paces
 from tools.plans.work_order import WorkOrder
@@ -32,6 +32,10 @@ from tools.plans.work_order import WorkOrder
 if TYPE_CHECKING:
     from tools.instruments.functions import Draft, Round
     from tools.workbench.bench import Workbench
+
+
+MAX_PROBES = 8
+"""Probes of earlier rounds that planners are shown, the latest."""
 
 
 class Measured(BaseModel):
@@ -115,6 +119,15 @@ def open_toolbox(
         list_left=lambda: {"tokens_left": max(budget.left, 0)} if budget.left < math.inf else {},
     )
     return toolbox
+
+
+def note_probes(state: State, budget: TokenBudget) -> list[PastProbe]:
+    """The latest probes, those of this round among them, for the rounds to come."""
+    if not budget.probed:
+        return state.probes
+    from tools.instruments.functions import sum_up_probes  # torch, imported by now
+
+    return [*state.probes, *sum_up_probes(budget.probed, state.iteration)][-MAX_PROBES:]
 
 
 def _weigh(draft: "Draft", situation: Situation) -> Plan:

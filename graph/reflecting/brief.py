@@ -13,8 +13,10 @@ from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import do_now
 from graph.planning.brief import describe_facts
 from graph.planning.orders import group_kl
+from graph.planning.past import describe_notes
 from graph.planning.plan import Plan
 from graph.planning.texts import describe_texts
+from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection
 from graph.state import Trial, same_sparsity
@@ -39,15 +41,17 @@ def reflect_with_chat(
 ) -> Reflection:
     """Ask a chat model what a trial taught.
 
-    An answer with a selector that means no layer is handed back like one that does not fit the schema, and once one
-    with a lesson that contradicts itself. `keep_prompt` makes the first messages, `carry_out` does a call, and either
-    may have kept what it gives; `on_call` hears of every reply, the `meter` of every request. Raises AgentError when no
-    usable answer came.
+    An answer with a selector that means no layer, or a note whose evidence is no measured round, is handed back like
+    one that does not fit the schema, and once one with a lesson that contradicts itself. `keep_prompt` makes the first
+    messages, `carry_out` does a call, and either may have kept what it gives; `on_call` hears of every reply, the
+    `meter` of every request. Raises AgentError when no usable answer came.
     """
 
     def check(reflection: Reflection) -> None:
         for learnt in reflection.lessons:
             select_layers(learnt.selector, evidence.layers)
+        if reflection.note is not None:
+            check_evidence(reflection.note, evidence)
 
     def advise(reflection: Reflection) -> str:
         named = {f"lessons.{i}": learnt.contradiction for i, learnt in enumerate(reflection.lessons)}
@@ -70,6 +74,7 @@ def reflector_messages(evidence: Evidence) -> list[AnyMessage]:
         _describe_outcome(evidence),
         _describe_trials(evidence),
         _describe_lessons(evidence.lessons),
+        *filter(None, [describe_notes(evidence.notes)]),
         _describe_rest(evidence),
         f"Reflect on round {evidence.trial.iteration}.",
     ]

@@ -38,6 +38,7 @@ def gather_evidence(state: State, session: Session) -> Evidence:
         before_sparsity=before_sparsity,
         trials=state.trials[:-1],
         lessons=state.lessons,
+        notes=state.notes,
         measured=draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity),
         rounds=open_budget(state).count_rounds(state.iteration),
     )

@@ -15,7 +15,7 @@ from graph.planning.orders import group_kl
 from graph.planning.plan import Plan
 from graph.reflecting.posterior import WHOLE, find_curves, tidy_selector
 from graph.reflecting.regression import find_mover
-from graph.reflecting.schema import MOST, Learnt, Lesson, Reflection
+from graph.reflecting.schema import MOST, Learnt, Lesson, Note, Reflection
 from graph.state import SIGMAS, Trial, same_sparsity
 from tools.plans.groups import name_work
 from tools.plans.layer_profile import LayerProfile, group_layers
@@ -51,6 +51,8 @@ class Evidence:
     lessons: Sequence[Lesson]
     measured: Lesson | None
     """What the rule makes of the trial."""
+    notes: Sequence[Note] = ()
+    """Of strategy, of this and earlier runs."""
     rounds: int = 0
     """Rounds that there may be in all, this one among them; 0: as many as the config says."""
 

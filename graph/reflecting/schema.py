@@ -1,9 +1,9 @@
 """What a reflector answers with, and what becomes of it: a lesson."""
 
 import operator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from tools.plans.methods import translate_label
 
@@ -13,6 +13,9 @@ MAX_LEARNT = 5
 MOST = 2.0
 """A lesson corrects a group's KL curves by at most this factor, up or down: one trial is thin evidence."""
 
+
+MAX_NOTES = 6
+"""Notes of strategy that planners are shown, the latest; older ones drop out."""
 
 NEAR = 0.2
 """A lesson weighs in plans whose sparsity is at most so far from its own: as far as a step of the rule."""
@@ -52,6 +55,19 @@ class Learnt(BaseModel):
         )
 
 
+class Advice(BaseModel):
+    """A note of strategy, as a reflector writes it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
+        min_length=1, max_length=300, description="What planners of later rounds and runs should know, in a sentence."
+    )
+    trials: list[int] = Field(
+        min_length=1, max_length=8, description="The rounds of this run whose measurements say so, by their numbers."
+    )
+
+
 class Reflection(BaseModel):
     """What a reflector makes of one trial."""
 
@@ -61,6 +77,11 @@ class Reflection(BaseModel):
         default_factory=list,
         max_length=MAX_LEARNT,
         description="What the trial taught of groups of layers; an empty list when it taught nothing.",
+    )
+    note: Advice | None = Field(
+        None,
+        exclude_if=lambda note: note is None,
+        description="A note of strategy for the planner, where measured rounds bear one out; else null.",
     )
     veto: bool = Field(
         False,
@@ -148,6 +169,17 @@ class Lesson(BaseModel):
         form = f"as {self.pattern}" if self.pattern else ""
         on = f"on {self.calibration}" if self.calibration else ""
         return " ".join(part for part in (at, form, on) if part)
+
+
+class Note(BaseModel):
+    """A note of strategy as runs keep it."""
+
+    run: str
+    iteration: int = Field(description="The round after which it was written.")
+    sparsity: float = Field(description="Of that round's trial.")
+    pattern: str = Field(description="The run's pattern; empty for zeros anywhere.")
+    text: str
+    trials: list[int] = Field(description="The rounds that are its evidence.")
 
 
 class Tried(BaseModel):

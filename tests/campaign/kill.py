@@ -147,6 +147,8 @@ def read_result(run: Path) -> dict[str, Any]:
         "summary": {name: value for name, value in read_summary(run).items() if name not in CHANGING},
         "trials": [trial.model_dump(exclude={"seconds"}) for trial in state.trials],
         "lessons": [lesson.model_dump() for lesson in state.lessons],
+        "notes": [note.model_dump() for note in state.notes],
+        "probes": [probe.model_dump() for probe in state.probes],
         "usage": state.usage.model_dump(),
         "evaluated_tokens": state.evaluated_tokens,
     }
@@ -167,6 +169,7 @@ def answer(body: Body) -> Answer:
     messages = body["messages"]
     asked = re.search(r"Plan round (\d+)\.", str(messages[1]["content"]))
     if not asked:
-        return {"lessons": []}
+        round_ = int(re.findall(r"Reflect on round (\d+)\.", str(messages[1]["content"]))[0])
+        return {"lessons": [], "note": {"text": f"Round {round_} was measured.", "trials": [round_]}}
     turn, answers = int(asked[1]) % len(DEMO_PLANS), sum(message["role"] == "assistant" for message in messages)
     return [*DEMO_CALLS[turn - 1], DEMO_PLANS[turn - 1]][min(answers, len(DEMO_CALLS[turn - 1]))]

@@ -224,6 +224,9 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
         rows = {row.levers: row for row in read_experience(store, read_state(run).config, "next")}
     assert trials[1].kl and trials[2].kl
     assert rows["refit: with *.v_proj x1.5"].change == trials[2].kl / trials[1].kl - 1
+    prompts = [prompt["messages"][1]["text"] for prompt in read_events(run, "prompt")]
+    rows = [re.findall(r"^round 3: (45.0% .*): \S+ \+- \S+ on 128 tokens; [+-]\S+ \+- \S+$", p, re.M) for p in prompts]
+    assert rows == [[], [], [], ["45.0% wanda:kappa", "45.0% refit:kappa"]], "probes of earlier rounds"
     with OpenAIServer(play_demo()) as server:
         more = ("--planner-calls", "0", "--no-memory")
         alone = command("--runs-dir", "alone", *flags(tiny_llama, server, behaviour, *FOUR, *more))

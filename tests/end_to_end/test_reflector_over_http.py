@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from graph.memory.__main__ import main as memory
+from graph.memory.notes import read_notes
+from graph.persistence import open_store
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Halt, fork, read_events, read_state, read_summary, read_trials
 from tests.openai_server import OpenAIServer
@@ -66,7 +68,8 @@ def test_what_a_reflector_says_moves_the_next_allocation(tiny_llama: Path, tmp_p
 def test_a_run_that_was_killed_goes_on_with_the_same_multipliers(
     tiny_llama: Path, tmp_path: Path, command: Command
 ) -> None:
-    script = {1: {"lessons": [DEAR]}, 2: NOTHING, 3: NOTHING}
+    note = {"text": "Leave the values more.", "trials": [1, 2]}
+    script = {1: {"lessons": [DEAR]}, 2: {"lessons": [], "note": note}, 3: NOTHING}
 
     def reflect(body: dict[str, Any]) -> dict[str, Any]:
         prompt = body["messages"][-1]["content"]
@@ -86,6 +89,9 @@ def test_a_run_that_was_killed_goes_on_with_the_same_multipliers(
     run, easy = tmp_path / "runs" / "run", tmp_path / "easy" / "run"
     assert read_trials(run) == read_trials(easy)
     assert read_state(run).lessons == read_state(easy).lessons
+    assert [x.trials for x in read_state(run).notes] == [[1, 2]] and read_state(run).notes == read_state(easy).notes
+    with open_store(tmp_path / "runs") as store:
+        assert read_notes(store, read_state(run).config, "next") == read_state(run).notes
     assert plans_of(run)[-2:] == plans_of(easy)[-2:]
     assert read_summary(run)["mask_sha256"] == read_summary(easy)["mask_sha256"]
 

@@ -53,6 +53,7 @@ REFLECTIONS: list[dict[str, Any]] = [
                 "evidence": "The values took most of the sparsity.",
             }
         ],
+        "note": {"text": "Values are dear: leave them more.", "trials": [1]},
         "reprofile": True,
     },
     {"lessons": []},
@@ -131,6 +132,9 @@ def test_the_same_plans_and_masks_without_an_endpoint(recorded: Recorded, copied
     masks = read_summary(recorded.run)["mask_sha256"][:12]
     assert done.out.splitlines()[-1] == f"note: the masks are those of run run (mask_sha256 {masks}…)"
     assert not read_events(again, "reply", "prompt", "usage", "lessons")
+    (note,) = read_state(again).notes
+    assert (note.text, note.run, note.trials) == ("Values are dear: leave them more.", "run-replay", [1])
+    assert "note: strategy, by round 1: Values are dear: leave them more.\n" in done.out
     assert "note: at the target, the reflector stops: It is enough." in done.out
     assert [e["node"] for e in read_events(again, "node")] == [e["node"] for e in read_events(recorded.run, "node")]
     assert command("--replay", "run-replay", "--name", "third").code == 0

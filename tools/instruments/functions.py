@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
-from tools.instruments.probed import Probed, find_known, remember_probe
+from tools.instruments.probed import PastProbe, Probed, find_known, remember_probe
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
 from tools.plans.expression import Expression
@@ -177,7 +177,8 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
             figures[number] = {"error": made}
         else:
             figures[number] = _describe_probe(round_, order, made.losses, windows)
-            numbers[number] = remember_probe(round_.probed, _note(bench, order, made))
+            noted = _note(bench, order, made).model_copy(update=_take_change(figures[number]))
+            numbers[number] = remember_probe(round_.probed, noted)
     for number, own in numbers.items():
         figures[number] |= _compare_probes(bench, round_.probed, own)
     if all("error" in figure for figure in figures):
@@ -195,7 +196,35 @@ def count_windows(bench: Workbench, tokens: int | None, *, whole: bool) -> int:
 
 def _note(bench: Workbench, order: WorkOrder, made: Probe) -> Probed:
     tokens, losses = len(made.losses.kl) * bench.settings.window, made.losses.model_dump()
-    return Probed(order=order.id, checkpoint=made.checkpoint, sparsity=made.sparsity, tokens=tokens, losses=losses)
+    return Probed(
+        order=order.id,
+        checkpoint=made.checkpoint,
+        sparsity=made.sparsity,
+        tokens=tokens,
+        losses=losses,
+        line=order.line,
+    )
+
+
+def _take_change(figures: Figures) -> Figures:
+    return {"change": figures.get("kl_change"), "change_error": figures.get("kl_change_error")}
+
+
+def sum_up_probes(probed: Sequence[Probed], iteration: int) -> list[PastProbe]:
+    """What the probes of a round measured, for later rounds."""
+    return [
+        PastProbe(
+            iteration=iteration,
+            plan=x.line,
+            tokens=x.tokens,
+            kl=round_figure((losses := _read_losses(x)).mean_kl),
+            kl_error=round_figure(losses.kl_error),
+            change=x.change,
+            change_error=x.change_error,
+        )
+        for x in probed
+        if x.line
+    ]
 
 
 def _read_losses(probed: Probed) -> Evaluation:

@@ -14,6 +14,21 @@ class Probed(BaseModel):
     sparsity: float
     tokens: int = Field(description="Of validation text that it was measured on.")
     losses: dict[str, Any] = Field(description="On that text, an `Evaluation`.")
+    line: str = Field("", description="The plan in one line; empty where an earlier version made it.")
+    change: float | None = Field(None, description="Its KL minus that of the last accepted weights, paired.")
+    change_error: float | None = None
+
+
+class PastProbe(BaseModel):
+    """What a probe of an earlier round measured."""
+
+    iteration: int
+    plan: str = Field(description="In one line.")
+    tokens: int
+    kl: float | None = Field(description="Nats per token; null where it was not finite.")
+    kl_error: float | None
+    change: float | None = Field(description="KL minus that of the weights kept then; null where none were.")
+    change_error: float | None
 
 
 def remember_probe(round_: list[Probed], probed: Probed) -> int:

@@ -15,8 +15,9 @@ from graph.memory.__main__ import main
 from graph.memory.experience import write_tried
 from graph.memory.items import family, namespace
 from graph.memory.lessons import read_lessons, search_lessons, write_lesson
+from graph.memory.notes import write_note
 from graph.persistence import open_store
-from graph.reflecting.schema import Lesson, Tried
+from graph.reflecting.schema import Lesson, Note, Tried
 from tests.situations import make_lesson
 
 CONFIG = RunConfig(model="Qwen/Qwen3-4B")
@@ -229,6 +230,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_lesson(store, CONFIG, learn("second", factor=2.0))
         tried = Tried(run="third", iteration=2, levers="wanda: x", sparsity=0.5, pattern="", change=-0.1, error=0.01)
         write_tried(store, RunConfig(model="gpt2"), tried)
+        note = Note(run="third", iteration=2, sparsity=0.5, pattern="", text="clip\x1b[31m less", trials=[1, 2])
+        write_note(store, RunConfig(model="gpt2"), note)
         at = {"calibration": "pydoc", "pattern": "2:4", "sparsity": 0.5}
         write_lesson(store, RunConfig(model="gpt2"), learn("third", selector="*.c_attn").model_copy(update=at))
     return tmp_path / "runs"
@@ -241,7 +244,7 @@ def obey(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 
 def test_the_list_counts_lessons_and_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = "Qwen/Qwen3-4B: 1 lesson from 2 runs\ngpt2: 1 lesson and 1 trial from 1 run\n"
+    told = "Qwen/Qwen3-4B: 1 lesson from 2 runs\ngpt2: 1 lesson, 1 trial, 1 note from 1 run\n"
     assert obey(capsys, "list") == (0, told, "")
     elsewhere = obey(capsys, "list", "--runs-dir", "elsewhere")
     assert elsewhere == (0, "no lessons in elsewhere\n", "")
@@ -258,6 +261,7 @@ def test_a_model_is_shown_with_its_figures(runs: Path, capsys: pytest.CaptureFix
     assert obey(capsys, "show", "gpt2")[1].splitlines()[1:] == [
         "  *.c_attn ×1.50 with refit at 50.0% as 2:4 on pydoc (1 observation, confidence 1.00): learnt in third",
         *("  this model, 50%", "  wanda: x -10.0 +- 1.0 (1, 1)"),
+        "  note of third, rounds 1, 2: clip less",
     ]
 
 
@@ -272,8 +276,8 @@ def test_forgetting_says_first_what_it_would_forget(runs: Path, capsys: pytest.C
         "error: no lessons of run 'first'; see python -m graph.memory list\n",
     )
     assert obey(capsys, "forget", "Qwen/Qwen3-4B", "--yes")[0] == 0
-    assert obey(capsys, "list")[1] == "gpt2: 1 lesson and 1 trial from 1 run\n"
-    assert obey(capsys, "forget", "gpt2", "--yes")[1] == "forgot 2 observations about gpt2 from 1 run\n"
+    assert obey(capsys, "list")[1] == "gpt2: 1 lesson, 1 trial, 1 note from 1 run\n"
+    assert obey(capsys, "forget", "gpt2", "--yes")[1] == "forgot 3 observations about gpt2 from 1 run\n"
     assert obey(capsys, "list")[1].startswith("no lessons in ")
 
 

@@ -48,9 +48,9 @@ def test_what_was_written_before_checkpoints_were_compressed_is_read() -> None:
 
 
 def test_the_state_holds_nothing_by_layer() -> None:
-    """No field grows with the model: lists are of trials, costs and lessons, and plans speak in selectors."""
+    """No field grows with the model: lists are of trials, costs, lessons and the like, and plans speak in selectors."""
     lists = {name for name, field in State.model_fields.items() if "list" in str(field.annotation)}
-    assert lists == {"trials", "counted", "lessons", "experience"}
+    assert lists == {"trials", "counted", "lessons", "experience", "notes", "probes"}
 
 
 BEFORE_THE_ROOMS = (

@@ -5,8 +5,9 @@ from typing import Any
 from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText
 from graph.planning.plan import Plan
-from graph.reflecting.schema import Experience, Lesson
+from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import Trial
+from tools.instruments.probed import PastProbe
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
@@ -54,6 +55,10 @@ VALUES: dict[str, Any] = {
     "accepted_plan": Plan(sparsity=0.2, reason="smaller"),
     "trials": [TRIAL],
     "lessons": [LESSON],
+    "notes": [Note(run="r", iteration=1, sparsity=0.3, pattern="", text="clip less", trials=[1])],
+    "probes": [
+        PastProbe(iteration=1, plan="30.0% wanda", tokens=64, kl=0.2, kl_error=0.1, change=None, change_error=None)
+    ],
     "experience": [
         Experience(levers="refit: strength 0.8 for 1", sparsity=0.3, change=-0.02, error=0.01, trials=2, runs=1)
     ],

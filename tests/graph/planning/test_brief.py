@@ -31,16 +31,18 @@ from graph.planning.brief import (
 from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
-from graph.planning.past import describe_experience
+from graph.planning.past import describe_experience, describe_notes, describe_probes
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.situation import Situation
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
-from graph.reflecting.schema import Experience, Lesson
+from graph.planning.toolbox import MAX_PROBES
+from graph.reflecting.schema import MAX_NOTES, Experience, Lesson, Note
 from graph.state import Trial
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
 from tests.situations import DENSE, LLAMA_KINDS, draw_layers, make_first_situation
 from tools.instruments.agent_tools import make_planner_tools
 from tools.instruments.functions import Round
+from tools.instruments.probed import PastProbe
 from tools.plans.costs import count_polish
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.layer_profile import LayerProfile
@@ -59,6 +61,8 @@ KEPT = Trial(
     reason="within the limit",
     plan="30.0% two-sided+refit:kappa",
 )
+
+FIGURES: dict[str, Any] = {"sparsity": 0.6, "change": -0.012, "error": 0.003, "trials": 3, "runs": 2}
 
 pytestmark = pytest.mark.usefixtures("unknown_endpoints")
 
@@ -338,8 +342,7 @@ def test_prompt_of_a_model_like_qwen3_8b() -> None:
 
 
 def test_the_table_of_earlier_runs_is_short() -> None:
-    figures = {"sparsity": 0.6, "change": -0.012, "error": 0.003, "trials": 3, "runs": 2}
-    row = Experience(levers="refit: refit_steps 10 for 5, with *.v_proj x1.5", **figures)  # type: ignore[arg-type]
+    row = Experience(levers="refit: refit_steps 10 for 5, with *.v_proj x1.5", **FIGURES)
     rows = [*[row] * (ROWS - 3), *[row.model_copy(update={"model": "Qwen/Qwen3-4B"})] * 3]
     table = describe_experience(rows)
     assert table.count(" -1.2 +- 0.3 (3, 2)\n") == ROWS
@@ -347,6 +350,28 @@ def test_the_table_of_earlier_runs_is_short() -> None:
     text = shown(make_first_situation(experience=rows))
     assert text.index("\n\nTrials so far") < text.index(f"\n\n{table}\n\nLessons: none yet.")
     assert "<data experience>" not in shown(make_first_situation())
+
+
+def test_notes_and_probes_of_earlier_rounds_are_short_lines() -> None:
+    note = Note(run="r", iteration=3, sparsity=0.45, pattern="", text="Clip less.", trials=[2, 3])
+    assert describe_notes([note, note.model_copy(update={"trials": [2], "run": "s"})]).split("\n")[1:] == [
+        "<data notes>",
+        "run r at 45%, by rounds 2, 3: Clip less.",
+        "run s at 45%, by round 2: Clip less.",
+        "</data>",
+    ]
+    figures = {"kl": 0.51234, "kl_error": 0.01, "change": -0.0123, "change_error": 0.004}
+    probe = PastProbe(iteration=2, plan="45.0% refit~sequential:kappa", tokens=2048, **figures)
+    first = probe.model_copy(update={"kl": None, "kl_error": None, "change": None})
+    assert describe_probes([first, probe]).split("\n")[1:] == [
+        "<data probes>",
+        "round 2: 45.0% refit~sequential:kappa: not finite on 2048 tokens",
+        "round 2: 45.0% refit~sequential:kappa: 0.512 +- 0.01 on 2048 tokens; -0.0123 +- 0.004",
+        "</data>",
+    ]
+    assert count_tokens(describe_probes([probe] * MAX_PROBES)) < 420
+    assert len(describe_notes([note.model_copy(update={"text": "t" * 900})] * MAX_NOTES)) < 2_100
+    assert (describe_notes([]), describe_probes([])) == ("", "")
 
 
 def test_a_lesson_says_where_it_was_learnt_and_whether_it_weighs_here() -> None:
@@ -451,11 +476,16 @@ def test_hostile_data_stays_in_its_block() -> None:
             config=RunConfig(protect=[HOSTILE.replace(",", "")]),
             trials=[trial],
             lessons=[lesson],
+            probes=[PastProbe.model_validate(dict.fromkeys(PastProbe.model_fields, 1) | {"plan": HOSTILE})],
+            experience=[Experience(levers=HOSTILE, model=HOSTILE, **FIGURES)],
+            notes=[Note(run=HOSTILE, iteration=1, sparsity=0.4, pattern="", text=HOSTILE, trials=[1])],
         )
     )
-    assert re.findall(r"<data (\w+)>", text) == ["layers", "protected", "trials", "lessons", "sparsities"]
-    assert text.count("</data>") == text.count("<data ") == 5
-    assert text.count("<") == 10
+    assert re.findall(r"<data (\w+)>", text) == [
+        *("layers", "protected", "trials", "probes", "experience", "lessons", "notes", "sparsities"),
+    ]
+    assert text.count("</data>") == text.count("<data ") == 8
+    assert text.count("<") == 16
     assert "\nIgnore" not in text
     assert not set("\u2028\u202e\x00") & set(text)
     assert len(text) < 6_000

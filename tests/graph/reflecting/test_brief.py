@@ -13,7 +13,7 @@ from graph.llm.models import open_model
 from graph.planning.plan import Plan
 from graph.reflecting.brief import MAX_GROUPS, MAX_LESSONS, MAX_TRIALS, reflect_with_chat, reflector_messages
 from graph.reflecting.rule import Evidence, combine_lessons
-from graph.reflecting.schema import MAX_LEARNT, Reflection
+from graph.reflecting.schema import MAX_LEARNT, Note, Reflection
 from tests.evidence import GROUP, LAYERS, learnt, make_evidence
 from tests.openai_server import OpenAIServer
 from tests.profiles import make_profile
@@ -83,9 +83,10 @@ def test_what_comes_from_outside_stays_data() -> None:
             trials=[trial] * 3,
             lessons=[make_lesson(HOSTILE, 2.0, recipe=HOSTILE).model_copy(update={"text": HOSTILE})],
             measured=make_lesson("*", 2.0).model_copy(update={"text": HOSTILE}),
+            notes=[Note(run=HOSTILE, iteration=1, sparsity=0.4, pattern="", text=HOSTILE, trials=[1])],
         )
     )
-    assert text.count("<data ") == text.count("</data>") == 5
+    assert text.count("<data ") == text.count("</data>") == 6
     outside = re.sub(r"<data \w+>\n.*?\n</data>", "", text, flags=re.DOTALL)
     assert "Ignore" not in outside and "yyy" not in outside
     assert len(text) < 9_000

@@ -1,0 +1,25 @@
+"""A reflector's notes of strategy in the store: those of earlier runs on the same model, for the next ones."""
+
+from langgraph.store.base import BaseStore
+
+from graph.config import RunConfig
+from graph.memory.items import NOTES, delete_items, find_items, keep_item
+from graph.reflecting.schema import Note
+
+KEPT = 12
+"""Notes that are kept of one model, the latest."""
+
+READ = 3
+"""Notes of earlier runs that a new run starts with."""
+
+
+def write_note(store: BaseStore, config: RunConfig, note: Note) -> None:
+    """Keep a note; writing it again (after a crash) changes nothing, and older ones drop out."""
+    keep_item(store, NOTES, config.model, f"{note.run}/{note.iteration}", note.model_dump())
+    delete_items(store, find_items(store, NOTES, config.model)[:-KEPT])
+
+
+def read_notes(store: BaseStore, config: RunConfig, run: str) -> list[Note]:
+    """The latest notes of earlier runs with the same pattern, oldest first."""
+    notes = [Note.model_validate(item.value) for item in find_items(store, NOTES, config.model)]
+    return [note for note in notes if note.run != run and note.pattern == config.pattern][-READ:]
