@@ -11,6 +11,7 @@ from graph.planning.situation import Situation
 from tools.instruments.probed import find_known
 from tools.plans.costs import (
     count_calibration,
+    count_fit,
     count_in_order,
     count_polish,
     count_profile,
@@ -115,6 +116,7 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
         "what its recipe takes",
         f"predict 0, or {count_walk(config):,} where curves are not known",
         f"slopes {groups * half:,} on half of the text",
+        f"fit {count_fit(config):,}",
         "all others 0",
     ]
     return f"{'; '.join(lines)}. Seconds, the most so far: {_describe_paces(budget.paces, half)}."

@@ -205,9 +205,9 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     tools = read_events(run, "tool")
     assert [(tool["iteration"], tool["tool"]) for tool in tools] == [
         *((1, "inspect_layers"), (1, "recall"), (2, "predict"), (3, "probe"), (3, "history"), (4, "predict")),
-        *((4, "slopes"), (4, "candidates")),
+        *((4, "slopes"), (4, "candidates"), (4, "fit")),
     ]
-    assert [tool["calls_left"] for tool in tools] == [5, 4, 5, 5, 4, 5, 4, 3]
+    assert [tool["calls_left"] for tool in tools] == [5, 4, 5, 5, 4, 5, 4, 3, 2]
     assert '"error"' not in "".join(tool["answer"] for tool in tools)
     probed = json.loads(tools[3]["answer"])["plans"]
     assert [(x["plan"], x["tokens"]) for x in probed] == [("45.0% wanda:kappa", 128), ("45.0% refit:kappa", 128)]
@@ -215,6 +215,9 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     assert len(json.loads(tools[4]["answer"])["trials"]) == 2
     slopes = json.loads(tools[6]["answer"])
     assert slopes["tokens"] == 128 and all(len(row) == 6 and row[3] > 0 for row in slopes["groups"].values())
+    fit = json.loads(tools[8]["answer"])
+    assert fit["validation"]["kl"] == pytest.approx(read_state(run).trials[1].kl, rel=1e-3)
+    assert (fit["calibration"]["tokens"], fit["validation"]["tokens"]) == (128, 192)
     (candidate,) = json.loads(tools[7]["answer"])["plans"]
     assert candidate["recipe"] == {"method": "refit", "statistics": "sequential"}
     for tool in tools:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 
 from tools.base.settings import MOST_PROBES
 from tools.base.words import count
+from tools.instruments.fit import measure_fit
 from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, probe
 from tools.instruments.slopes import measure_slopes
 
@@ -75,6 +76,12 @@ class SlopesArguments(BaseModel):
     whole: bool = Field(False, description="All of the validation text, not half of it.")
 
 
+class FitArguments(BaseModel):
+    """Whose weights."""
+
+    round: int | None = Field(None, ge=1, description="The round that made them; the last accepted where left out.")
+
+
 class HistoryArguments(BaseModel):
     """How many trials."""
 
@@ -100,7 +107,7 @@ def make_planner_tools(
     recall: Callable[[str], Sequence[str]],
     candidates: Callable[[int], Sequence[Figures]] | None = None,
 ) -> list[BaseTool]:
-    """The instruments of a planner: six, and a seventh where there are `candidates`.
+    """The instruments of a planner: seven, and an eighth where there are `candidates`.
 
     Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
     last trials, `recall` one for each lesson that a query finds, `candidates` so many plans that a rule would try.
@@ -134,6 +141,14 @@ def make_planner_tools(
         figures = measure_slopes(round_, whole=whole)
         return _answer(**figures), f"{count(len(figures['groups']), 'group')} on {figures['tokens']} tokens each"
 
+    @tool("fit", args_schema=FitArguments, response_format="content_and_artifact")
+    def fit_tool(round: int | None) -> tuple[str, str]:
+        """KL on calibration text beside KL on validation text, of the last accepted weights or those of a round."""
+        figures = measure_fit(round_, round)
+        whose = "the last accepted" if round is None else f"round {round}"
+        fitted, judged = (figures[text]["kl"] for text in ("calibration", "validation"))
+        return _answer(**figures), f"{whose} -> KL {fitted} on calibration, {judged} on validation text"
+
     @tool("history", args_schema=HistoryArguments, response_format="content_and_artifact")
     def history_tool(n: int) -> tuple[str, str]:
         """The last trials of this run, with their plans and figures in full. Costs nothing."""
@@ -146,8 +161,8 @@ def make_planner_tools(
         lines = recall(query)
         return _answer(lessons=lines), f"{query} -> {count(len(lines), 'lesson')}"
 
-    six = [inspect_tool, predict_tool, probe_tool, slopes_tool, history_tool, recall_tool]
-    return [*six, _make_candidates_tool(candidates)] if candidates else six
+    seven = [inspect_tool, predict_tool, probe_tool, slopes_tool, fit_tool, history_tool, recall_tool]
+    return [*seven, _make_candidates_tool(candidates)] if candidates else seven
 
 
 def _make_candidates_tool(list_plans: Callable[[int], Sequence[Figures]]) -> BaseTool:

@@ -74,6 +74,8 @@ class Round:
     none is, and those of other measurements; raises ValueError when what that takes is not to be had."""
     probed: list[Probed] = field(default_factory=list)
     """What was probed in the round so far; probes add to it."""
+    list_at_hand: Callable[[], Mapping[int, str]] = dict
+    """The checkpoints of rounds whose layers are on disk, by their numbers."""
     book: Callable[[int, Sequence[WorkOrder]], None] = lambda tokens, orders: None
     """Told of a probe before it is made: the tokens that it measures on, all orders together, and the orders; raises
     ValueError when what that takes is not to be had."""

@@ -285,6 +285,11 @@ class Workbench:
         with self._explained("measuring on the calibration text"):
             return self.evaluator.measure_kl_each(checkpoints, windows)
 
+    def measure_fit(self, checkpoint: str, progress: Progress) -> Evaluation:
+        """As `Evaluator.measure_fit`."""
+        with self._explained("measuring"):
+            return self.evaluator.measure_fit(checkpoint, progress)
+
     def ask(self, checkpoint: str, split: Split, progress: Progress, label: str = "") -> Recall:
         """As `Evaluator.ask`."""
         with self._explained("asking questions"):

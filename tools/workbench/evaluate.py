@@ -15,6 +15,7 @@ from tools.base.seals import read_sealed, write_sealed
 from tools.base.settings import TEAM, Split, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar, join_windows
 from tools.measure.recall import EncodedPair, Recall, cut_batches, measure_recall, put_together
+from tools.plans.costs import count_fit_windows
 from tools.team.requests import ReadAnswers
 from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses, MeasuredText
@@ -33,6 +34,9 @@ Begun = TypeVar("Begun", bound=BaseModel)
 
 PART = "validation-part"
 """What losses on the first windows of the validation text are kept under."""
+
+FIT = "calibration-part"
+"""The same of the calibration text."""
 
 
 class Evaluator:
@@ -54,6 +58,7 @@ class Evaluator:
         """What was measured lies in `directory`."""
         self._directory, self._model, self._questions, self._weights = directory, model, questions, weights
         self._settings = settings.model_dump_json(exclude=set(TEAM))
+        self._fit_windows = count_fit_windows(settings)
         self._profiles, self._pruner, self._losses, self._crew, self._warn = profiles, pruner, losses, crew, warn
         self._calibration_hidden: Tensor | None = None
 
@@ -177,10 +182,25 @@ class Evaluator:
                     self._keep(self._path(checkpoint, "validation" if whole else PART), evaluation.model_dump())
         return [found[checkpoint] for checkpoint in checkpoints]
 
+    def read_fit(self, checkpoint: str) -> Evaluation | None:
+        """What `measure_fit` gave; None where it was not asked."""
+        return self._read(checkpoint, FIT)
+
+    def measure_fit(self, checkpoint: str, progress: Progress) -> Evaluation:
+        """Losses of a checkpoint on the first windows of each calibration text (`count_fit_windows`), and keep them.
+
+        The dense model goes first, for its hidden states are not kept. The weights in the model end as they were.
+        """
+        windows = self._losses.list_each("calibration", range(self._fit_windows))
+        with self._weights.put_back():
+            self._weights.restore_dense()
+            _, hidden = self._losses.measure("calibration", windows, None, "calibration, dense", progress)
+            return self._measure_once(checkpoint, FIT, "calibration", windows, hidden, "calibration", progress)
+
     def forget(self, checkpoints: Sequence[str]) -> None:
-        """Delete what was measured of checkpoints on the validation text."""
+        """Delete what was measured of checkpoints on the validation text and for a look at their fit."""
         for checkpoint in checkpoints:
-            for name in ("validation", PART):
+            for name in ("validation", PART, FIT):
                 self._path(checkpoint, name).unlink(missing_ok=True)
 
     def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:

@@ -100,9 +100,8 @@ JUNK = st.recursive(
 )
 ODD_SHARES = [0.99, 1, 45, -1, 0, 1e-300, 1e308, 10**400, float("nan"), float("inf"), True, "45%", None]
 SHARES = st.sampled_from([0.2, 0.45, 0.45 + 1e-8, 0.5, *ODD_SHARES])
-NAMES = st.sampled_from(
-    ["Plan", "inspect_layers", "predict", "probe", "slopes", "history", "recall", "candidates", "prune", "", HOSTILE]
-)
+INSTRUMENTS = ["inspect_layers", "predict", "probe", "slopes", "fit", "history", "recall", "candidates"]
+NAMES = st.sampled_from(["Plan", *INSTRUMENTS, "prune", "", HOSTILE])
 ODD_SELECTORS = ["blocks 1-0", "blocks 0-999999999", "[", "", "?" * 200, HOSTILE]
 SELECTORS = st.sampled_from(["*", "*.v_proj", "blocks 0", "blocks 0 · *.q_proj", *ODD_SELECTORS]) | st.text(max_size=8)
 
@@ -197,6 +196,7 @@ GOOD_CALLS = st.one_of(
     st.fixed_dictionaries({"tool": st.just("probe"), "arguments": sometimes({"tokens": st.just(64)}, plan=GOOD_PLANS)}),
     st.fixed_dictionaries({"tool": st.just("probe"), "arguments": st.fixed_dictionaries({"plans": SEVERAL_PLANS})}),
     st.just({"tool": "history", "arguments": {}}),
+    st.sampled_from([{}, {"round": 1}, {"round": 10**400}]).map(lambda given: {"tool": "fit", "arguments": given}),
     st.just({"tool": "recall", "arguments": {"query": HOSTILE}}),
     st.just({"tool": "candidates", "arguments": {}}),
 )

@@ -265,7 +265,7 @@ def test_tools_are_described_where_they_are_offered() -> None:
     )
     given: dict[str, Any] = dict.fromkeys(("history", "recall", "candidates"), lambda asked: [])
     tools = make_planner_tools(Round(None, "", None, None), **given)  # type: ignore[arg-type]
-    assert len(tools) == 7
+    assert len(tools) == 8
     for tool in tools:
         assert f"`{tool.name}({', '.join(tool.args)})`" in offered[0].text
         assert f"`{tool.name}(" not in alone[0].text
