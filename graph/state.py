@@ -13,6 +13,7 @@ from graph.reflecting.schema import Experience, Lesson, Note
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
+from tools.plans.graft import Graft
 from tools.plans.groups import Group
 from tools.plans.paces import Paces
 from tools.plans.recipe import Recipe
@@ -80,6 +81,9 @@ class Trial(BaseModel):
     asked: str = Field("", description="Hash of what the plan asked for, whatever lessons made of it.")
     recipe: Recipe | None = Field(None, description="The plan's recipe; null for the dense model.")
     groups: list[Group] = Field([], exclude_if=operator.not_, description="Layers that had another.")
+    graft: Graft | None = Field(
+        None, exclude_if=lambda graft: graft is None, description="Whose layers they are, where nothing was pruned."
+    )
     seconds: float = 0.0
 
     @model_validator(mode="after")

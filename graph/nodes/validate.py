@@ -83,6 +83,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         asked=hash_request(state.plan),
         recipe=state.plan.recipe,
         groups=state.plan.groups,
+        graft=state.plan.graft,
         seconds=round(session.elapsed, 3),
     )
 

@@ -189,7 +189,9 @@ def _describe_trials(situation: Situation) -> str:
     if left_out > 0:
         lines.append(f"({left_out} earlier trials left out)")
     lines += [_describe_trial(trial) for trial in situation.trials[-MAX_TRIALS:]]
-    return "Trials so far, on the validation text:\n" + data_block("trials", lines)
+    at_hand = ", ".join(map(str, sorted(situation.list_at_hand())))
+    rounds = f"\nRounds at hand for `graft`: {at_hand}." if "," in at_hand else ""
+    return "Trials so far, on the validation text:\n" + data_block("trials", lines) + rounds
 
 
 def _describe_trial(trial: Trial, limit: int = 160) -> str:

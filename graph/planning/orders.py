@@ -6,14 +6,16 @@ once, by the KL curves that its recipe asks for, and its order kept as an artifa
 
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from graph.config import RunConfig
+from graph.planning.grafts import Grafts
 from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
 from graph.reflecting.posterior import find_multipliers, weigh_layers
@@ -24,6 +26,7 @@ from tools.base.words import shorten
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
 from tools.plans.expression import evaluate_expression, tidy_expression
+from tools.plans.graft import describe_graft
 from tools.plans.groups import describe_group, identify_group, refuse_two_polishes, refuse_two_walks
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.methods import Statistics
@@ -146,11 +149,14 @@ class Orders:
     """The profile."""
     read_layers: Callable[[Recipe], Curves] | None = None
     """What is known of the layers for a recipe's allocation, without a run of the model; without it, the profile."""
+    grafts: Grafts = field(default_factory=Grafts)
     _curves: dict[Recipe, Curves] = field(default_factory=dict)
     _drafts: dict[tuple[str, bool], WorkOrder] = field(default_factory=dict)
 
     def weigh(self, plan: Plan) -> Plan:
-        """The plan with what the lessons say."""
+        """The plan with what the lessons say; a graft with the recipe of what it takes."""
+        if plan.graft:
+            return self.grafts.dress(plan, plan.graft)
         return apply_lessons(plan, self.lessons, self.layers, self.config)
 
     def draft(self, plan: Plan) -> WorkOrder:
@@ -158,6 +164,8 @@ class Orders:
 
         Raises ImpossiblePlan.
         """
+        if plan.graft:  # what is at hand may change within a round
+            return self.grafts.resolve(plan, plan.graft, self.layers, self.config, describe_plan(plan))
         curves = self._find_curves(plan)
         key = plan.model_dump_json(exclude=WORDS | {"reprofile"}), curves.exact
         if key not in self._drafts:
@@ -232,11 +240,16 @@ class _Kept(BaseModel):
     sparsity: float
     predicted_kl: float
     polish: int = 0
+    sources: list[str] = Field([], exclude_if=operator.not_)
+    """Checkpoints that layers are taken from."""
+    taken: list[int] = Field([], exclude_if=operator.not_)
+    """The number of each layer's source, in the model's order; empty where layers are pruned."""
 
 
 def keep_order(store: ArtifactStore, plan: Plan, order: WorkOrder) -> str:
     """Write the order of a plan as an artifact; its hash."""
     recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
+    sources = list(dict.fromkeys(layer.taken for layer in order.layers.values() if layer.taken))
     kept = _Kept(
         plan=plan,
         recipes=recipes,
@@ -244,6 +257,8 @@ def keep_order(store: ArtifactStore, plan: Plan, order: WorkOrder) -> str:
         sparsity=order.sparsity,
         predicted_kl=order.predicted_kl,
         polish=order.polish,
+        sources=sources,
+        taken=[sources.index(layer.taken) for layer in order.layers.values() if layer.taken],
     )
     return store.write_json(kept.model_dump())
 
@@ -253,8 +268,12 @@ def read_order(store: ArtifactStore, artifact: str, plan: Plan) -> WorkOrder | N
     kept = _Kept.model_validate(store.read_json(artifact)) if artifact else None
     if kept is None or kept.plan.model_dump() != plan.model_dump():
         return None
+    taken = [kept.sources[number] for number in kept.taken] or [""] * len(kept.layers)
     return WorkOrder(
-        layers={name: LayerOrder(recipe=kept.recipes[number], zeros=zeros) for name, number, zeros in kept.layers},
+        layers={
+            name: LayerOrder(recipe=kept.recipes[number], zeros=zeros, taken=source)
+            for (name, number, zeros), source in zip(kept.layers, taken, strict=True)
+        },
         sparsity=kept.sparsity,
         predicted_kl=kept.predicted_kl,
         multipliers=plan.multipliers,
@@ -276,19 +295,34 @@ def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOr
         bench.warn(f"{error}; the plan is resolved again")
     if kept is not None:
         return kept
-    measure = measure_with(bench, state.profile, state.current, progress)
-    layers, profile = gather_layers(state.plan, state.config, measure), bench.read_profile(state.profile).layers
+    profile = bench.read_profile(state.profile).layers
+    if state.plan.graft:
+        line = describe_plan(state.plan)
+        return find_grafts(bench, state).resolve(state.plan, state.plan.graft, profile, state.config, line)
+    layers = gather_layers(state.plan, state.config, measure_with(bench, state.profile, state.current, progress))
     return resolve(state.plan, layers, state.config, profile)
+
+
+def find_grafts(bench: "Workbench", state: State) -> Grafts:
+    """What may be taken of earlier rounds where nothing was probed since: of the trials whose layers are kept."""
+    at_hand = {trial.iteration: trial for trial in state.trials if trial.measured and trial.checkpoint in state.kept}
+    return Grafts(lambda: at_hand, bench.list_taken)
 
 
 def hash_request(plan: Plan) -> str:
     """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipes, factors, bounds."""
     adjustments = [[" ".join(a.selector.split()), a.action, a.factor, a.low, a.high] for a in plan.adjustments]
-    parts = [round(plan.sparsity, 3), plan.recipe.exact, adjustments]  # plans without more are called as ever
+    parts: list[Any] = [
+        round(plan.sparsity, 3),
+        plan.recipe.exact,
+        adjustments,
+    ]  # plans without more are called as ever
     if plan.expression:
         parts.append(tidy_expression(plan.expression))
     if plan.groups:
         parts.append([identify_group(group, plan.recipe) for group in plan.groups])
+    if graft := plan.graft:  # whose recipe is what it takes
+        parts = [round(plan.sparsity, 3), "graft", " ".join(graft.selector.split()), graft.of, graft.rest]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -310,8 +344,11 @@ def describe_plan(plan: Plan) -> str:
     """A plan in one line for people, such as `45.0% two-sided+refit:kappa · *.v_proj x2 · lessons x3 (0.80–1.41)`.
 
     Groups stand behind the recipe: `45.0% refit:kappa · wanda in *.v_proj`. The last part says for how many groups of
-    layers lessons multiply the KL curves, and from what to what.
+    layers lessons multiply the KL curves, and from what to what. A graft is
+    `45.0% graft · *.v_proj of round 2, the rest of round 1`.
     """
+    if plan.graft:
+        return f"{plan.sparsity:.1%} graft · {describe_graft(plan.graft)}"
     line = f"{plan.sparsity:.1%} {plan.recipe.label}"
     for told in (
         [describe_group(group, plan.recipe) for group in plan.groups],

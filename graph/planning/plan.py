@@ -10,6 +10,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from graph.reflecting.schema import MOST
 from tools.plans.expression import Expression
+from tools.plans.graft import Graft
 from tools.plans.groups import MAX_GROUPS, Group, GroupRecipe
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 
@@ -55,6 +56,12 @@ class Plan(BaseModel):
         exclude_if=operator.not_,
         description="A factor on every layer's KL curve, such as where(v_proj, smooth(kl60)/kl60, 1), beneath "
         "adjustments.",
+    )
+    graft: Graft | None = Field(
+        None,
+        exclude_if=lambda graft: graft is None,
+        description="Instead of pruning, layers as two rounds left them: takes a validation alone. No zero of the "
+        "sparsity may be missing; recipe and corrections are left out.",
     )
     reprofile: bool = Field(
         False,

@@ -116,6 +116,7 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
         "what its recipe takes",
         f"predict 0, or {count_walk(config):,} where curves are not known",
         f"slopes {groups * half:,} on half of the text",
+        f"swap {half:,} for each selector",
         f"fit {count_fit(config):,}",
         "all others 0",
     ]

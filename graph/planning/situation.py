@@ -1,17 +1,19 @@
 """All that any planner may know when it plans a round."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
+from graph.planning.grafts import Grafts
 from graph.planning.orders import Curves, Orders, describe_plan, hash_request, keep_order, measure_with, read_curves
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted
 from tools.base.errors import DamagedArtifact
+from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import join_paces
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from graph.runs.session import OpenBench
     from tools.base.progress import Progress
     from tools.workbench.bench import Workbench
+    from tools.workbench.checkpoints import Taken
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,16 @@ class Situation:
     """Spent in the run's nodes before this round."""
     usage: Usage = field(default_factory=Usage)
     """What the agents have spent before this round."""
+    kept: Sequence[str] = field(default=())
+    """Checkpoints whose layers are on disk, as far as nothing that was pruned to be probed took their room."""
+    read_taken: Callable[[str], Mapping[str, "Taken"]] | None = None
+    """The layers of a checkpoint, as a graft takes them; None where there are no checkpoints."""
+
+    def list_at_hand(self) -> dict[int, Trial]:
+        """The trials whose layers a graft may take, by their rounds: the best probe takes the room of the last."""
+        pruned = self.budget is not None and not all(probed.grafted for probed in self.budget.probed)
+        kept = self.kept[: KEPT - 1] if pruned else self.kept
+        return {trial.iteration: trial for trial in self.trials if trial.measured and trial.checkpoint in kept}
 
     @property
     def at_target(self) -> bool:
@@ -68,13 +81,15 @@ class Situation:
     @property
     def broken(self) -> set[str]:
         """Methods that broke whenever they were carried out; of those of several groups nobody knows which did."""
-        broke = {trial.recipe.method for trial in self.trials if trial.recipe and trial.broken and not trial.groups}
+        alone = [trial for trial in self.trials if trial.recipe and not trial.groups and not trial.graft]
+        broke = {trial.recipe.method for trial in alone if trial.recipe and trial.broken}
         return broke - {trial.recipe.method for trial in self.trials if trial.recipe and trial.measured}
 
     @cached_property
     def orders(self) -> Orders:
         """What plans of this round come to."""
-        return Orders(self.config, self.lessons, self.layers, self.read_layers)
+        grafts = Grafts(self.list_at_hand, self.read_taken) if self.read_taken else Grafts()
+        return Orders(self.config, self.lessons, self.layers, self.read_layers, grafts)
 
     def find_trial(self, plan: Plan) -> Trial | None:
         """The last trial, refused ones among them, that this plan would only repeat. Raises ImpossiblePlan.
@@ -114,11 +129,17 @@ def gather_situation(
         with open_bench() as bench:
             return read_curves(bench, state.profile, recipe, progress)
 
+    def read_taken(checkpoint: str) -> Mapping[str, "Taken"]:
+        with open_bench() as bench:
+            return bench.list_taken(checkpoint)
+
     with open_bench() as bench:
         return Situation(
             config=state.config,
             layers=bench.read_profile(state.profile).layers,
             read_layers=read_layers,
+            kept=state.kept,
+            read_taken=read_taken,
             sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
             dense=state.dense,
             accepted=last_accepted(state.trials),

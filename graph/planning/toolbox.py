@@ -147,12 +147,6 @@ def _weigh_possible(drafts: Sequence["Draft"], situation: Situation) -> list[Pla
     return plans
 
 
-def _list_at_hand(state: State) -> dict[int, str]:
-    """Checkpoints of rounds whose layers no probe takes the room of."""
-    kept = state.kept[: KEPT - 1]
-    return {trial.iteration: trial.checkpoint for trial in state.trials if trial.measured and trial.checkpoint in kept}
-
-
 def _describe_round(
     bench: "Workbench",
     situation: Situation,
@@ -179,8 +173,8 @@ def _describe_round(
         admit=admit,
         present=state.current,
         book=budget.book,
+        list_at_hand=lambda: {number: trial.checkpoint for number, trial in situation.list_at_hand().items()},
         keep=state.kept[: KEPT - 1],  # the best probe takes the room of a trial
         probed=budget.probed,
-        list_at_hand=lambda: _list_at_hand(state),
         groups={selector: [x.name for x in group] for selector, group in group_layers(situation.layers).items()},
     )

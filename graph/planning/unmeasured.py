@@ -70,5 +70,6 @@ def _make_trial(
         asked=hash_request(plan),
         recipe=plan.recipe,
         groups=plan.groups,
+        graft=plan.graft,
         seconds=round(seconds, 3),
     )

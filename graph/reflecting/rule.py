@@ -74,7 +74,7 @@ def draw_lesson(
     before: Trial | None,
     before_sparsity: dict[str, float],
 ) -> Lesson | None:
-    """What one trial teaches; None when it taught nothing (nothing finite, nothing predicted).
+    """What one trial teaches; None when it taught nothing (nothing finite, nothing predicted, nothing pruned for it).
 
     Where weights moved at the same sparsity and recipe, the lesson notes how, for `graph.reflecting.regression`, and
     is about the group that all but moved alone; where there is none, it blames none. Otherwise it is about the model as
@@ -83,7 +83,7 @@ def draw_lesson(
     weighs 1, one as uncertain as the factor itself half of that.
     """
     recipe = trial.recipe
-    if recipe is None or trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
+    if trial.graft or recipe is None or trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
         return None
     if before is None or not _is_comparable(before, trial):
         return _lesson_of_whole(run, recipe, trial)
@@ -130,7 +130,7 @@ def _lesson_of_movement(run: str, recipe: Recipe, trial: Trial, moved: dict[str,
 
 def _is_comparable(before: Trial, trial: Trial) -> bool:
     """Whether the trial moved weights only: the same work inside each layer, the same sparsity."""
-    if before.recipe is None or trial.recipe is None or not before.kl:
+    if before.recipe is None or before.graft or trial.recipe is None or not before.kl:
         return False
     same_work = name_work(before.recipe, before.groups) == name_work(trial.recipe, trial.groups)
     return same_work and same_sparsity(before.sparsity, trial.sparsity)

@@ -16,14 +16,17 @@ from tools.base.words import count
 from tools.instruments.fit import measure_fit
 from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, probe
 from tools.instruments.slopes import measure_slopes
+from tools.instruments.swap import MOST_SWAPS, swap
+from tools.plans.graft import describe_graft
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
 _SCHEMA: dict[str, Any] = {
     "type": "object",
-    "description": "A plan: its sparsity, recipe, groups, adjustments and expression.",
+    "description": "A plan: its sparsity, recipe, groups, adjustments, expression, graft.",
 }
 DraftArgument = Annotated[Draft, WithJsonSchema(_SCHEMA)]
 OneDraftArgument = Annotated[Draft | None, WithJsonSchema(_SCHEMA)]
+SelectorArgument = Annotated[str, Field(min_length=1, max_length=200), WithJsonSchema({"type": "string"})]
 PlainDraftArgument = Annotated[Draft, WithJsonSchema({"type": "object"})]
 
 
@@ -76,6 +79,17 @@ class SlopesArguments(BaseModel):
     whole: bool = Field(False, description="All of the validation text, not half of it.")
 
 
+class SwapArguments(BaseModel):
+    """Which layers of which rounds, and how much text."""
+
+    selectors: list[SelectorArgument] = Field(
+        min_length=1, max_length=MOST_SWAPS, description="Groups of layers, each swapped alone."
+    )
+    of: int = Field(ge=1, description="Round they are of.")
+    rest: int = Field(ge=1, description="Round of all others.")
+    whole: bool = Field(False, description="As in slopes.")
+
+
 class FitArguments(BaseModel):
     """Whose weights."""
 
@@ -107,7 +121,7 @@ def make_planner_tools(
     recall: Callable[[str], Sequence[str]],
     candidates: Callable[[int], Sequence[Figures]] | None = None,
 ) -> list[BaseTool]:
-    """The instruments of a planner: seven, and an eighth where there are `candidates`.
+    """The instruments of a planner: eight, and a ninth where there are `candidates`.
 
     Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
     last trials, `recall` one for each lesson that a query finds, `candidates` so many plans that a rule would try.
@@ -141,6 +155,15 @@ def make_planner_tools(
         figures = measure_slopes(round_, whole=whole)
         return _answer(**figures), f"{count(len(figures['groups']), 'group')} on {figures['tokens']} tokens each"
 
+    @tool("swap", args_schema=SwapArguments, response_format="content_and_artifact")
+    def swap_tool(selectors: list[str], of: int, rest: int, whole: bool) -> tuple[str, str]:
+        """KL with a group's layers as round `of` left them, all else as round `rest`. Nothing is pruned."""
+        figures = swap(round_, selectors, of, rest, whole=whole)
+        shown = [
+            f"{name} {found.get('error') or found['kl_minus_rest'][0]}" for name, found in figures["swaps"].items()
+        ]
+        return _answer(**figures), f"round {of} in {rest} -> {'; '.join(shown)} on {figures['tokens']} tokens"
+
     @tool("fit", args_schema=FitArguments, response_format="content_and_artifact")
     def fit_tool(round: int | None) -> tuple[str, str]:
         """KL on calibration text beside KL on validation text, of the last accepted weights or those of a round."""
@@ -161,8 +184,8 @@ def make_planner_tools(
         lines = recall(query)
         return _answer(lessons=lines), f"{query} -> {count(len(lines), 'lesson')}"
 
-    seven = [inspect_tool, predict_tool, probe_tool, slopes_tool, fit_tool, history_tool, recall_tool]
-    return [*seven, _make_candidates_tool(candidates)] if candidates else seven
+    eight = [inspect_tool, predict_tool, probe_tool, slopes_tool, swap_tool, fit_tool, history_tool, recall_tool]
+    return [*eight, _make_candidates_tool(candidates)] if candidates else eight
 
 
 def _make_candidates_tool(list_plans: Callable[[int], Sequence[Figures]]) -> BaseTool:
@@ -176,6 +199,8 @@ def _make_candidates_tool(list_plans: Callable[[int], Sequence[Figures]]) -> Bas
 
 
 def _describe(draft: Draft) -> str:
+    if draft.graft:
+        return f"{draft.sparsity:.1%} graft · {describe_graft(draft.graft)}"
     more = f" · {count(len(draft.groups), 'group')}" if draft.groups else ""
     more += f" · layers x {draft.expression}" if draft.expression else ""
     more += f" · {count(len(draft.adjustments), 'adjustment')}" if draft.adjustments else ""

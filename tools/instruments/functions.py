@@ -18,6 +18,7 @@ from tools.instruments.probed import PastProbe, Probed, find_known, remember_pro
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
 from tools.plans.expression import Expression
+from tools.plans.graft import Graft
 from tools.plans.groups import MAX_GROUPS as MOST_GROUPS
 from tools.plans.groups import Group
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
@@ -51,6 +52,9 @@ class Draft(BaseModel):
         default_factory=list, max_length=MAX_ADJUSTMENTS, description="Corrections for groups of layers."
     )
     expression: Expression = Field("", description="A formula that gives every layer a factor on its KL curve.")
+    graft: Graft | None = Field(
+        None, exclude_if=lambda graft: graft is None, description="Layers of two rounds, of which nothing is pruned."
+    )
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,7 @@ def _note(bench: Workbench, order: WorkOrder, made: Probe) -> Probed:
         tokens=tokens,
         losses=losses,
         line=order.line,
+        grafted=order.grafted,
     )
 
 

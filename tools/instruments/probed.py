@@ -1,5 +1,6 @@
 """What was probed in a round: told from one call of an instrument to the next. No torch in here."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ class Probed(BaseModel):
     line: str = Field("", description="The plan in one line; empty where an earlier version made it.")
     change: float | None = Field(None, description="Its KL minus that of the last accepted weights, paired.")
     change_error: float | None = None
+    grafted: bool = Field(
+        False, exclude_if=operator.not_, description="Of layers of earlier rounds, so that nothing was pruned for it."
+    )
 
 
 class PastProbe(BaseModel):

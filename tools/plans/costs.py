@@ -100,6 +100,8 @@ def name_curves(recipe: Recipe) -> str:
 
 def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     """What must be walked through to carry an order out."""
+    if order.grafted:
+        return {}
     recipes, costs = dict.fromkeys(layer.recipe for layer in order.layers.values()), Costs()
     for recipe in recipes:
         costs |= list_weight_costs(recipe, settings, moments=not recipe.in_order)

@@ -16,6 +16,8 @@ MEASURING = "measuring a token"
 
 def name_pruning(order: WorkOrder) -> str:
     """What carrying an order out is called: by all that is done inside layers, and the polish."""
+    if order.grafted:
+        return "grafting"
     labels = dict.fromkeys(layer.recipe.mask_label for layer in order.layers.values())
     return f"pruning by {' and '.join(labels)}{f'+polish{order.polish}' if order.polish else ''}"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -18,6 +19,11 @@ class LayerOrder(BaseModel):
 
     recipe: Recipe = Field(description="What is done inside the layer (`Recipe.within_layers`).")
     zeros: int = Field(ge=0, description="Weights that are to be zero.")
+    taken: str = Field(
+        "",
+        exclude_if=operator.not_,
+        description="The checkpoint that the layer was made for and is taken from, as it is; empty where it is pruned.",
+    )
 
 
 class WorkOrder(BaseModel):
@@ -41,9 +47,17 @@ class WorkOrder(BaseModel):
     @cached_property
     def id(self) -> str:
         """SHA-256, in hex, of each layer's recipe and zeros, and the polish: orders of one id make the same weights."""
-        layers = {name: [layer.recipe.model_dump(), layer.zeros] for name, layer in self.layers.items()}
+        layers = {
+            name: [layer.recipe.model_dump(), layer.zeros, *([layer.taken] if layer.taken else [])]
+            for name, layer in self.layers.items()
+        }
         parts = [layers, {"polish": self.polish}] if self.polish else layers
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def grafted(self) -> bool:
+        """Whether layers are taken from checkpoints, all of them, and none is pruned."""
+        return any(layer.taken for layer in self.layers.values())
 
     @property
     def zeros(self) -> dict[str, int]:

@@ -38,7 +38,7 @@ from tools.team.cluster import Cluster
 from tools.team.worker import Texts
 from tools.texts.questions import split_questions
 from tools.texts.windows import count_lead, cut_windows
-from tools.workbench.checkpoints import LayerRecord
+from tools.workbench.checkpoints import LayerRecord, Taken
 from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
 from tools.workbench.evaluate import Evaluator
@@ -223,6 +223,10 @@ class Workbench:
     def read_checkpoint(self, checkpoint: str) -> dict[str, LayerRecord]:
         """As `Pruner.read_checkpoint`."""
         return self.pruner.read_checkpoint(checkpoint)
+
+    def list_taken(self, checkpoint: str) -> dict[str, Taken]:
+        """As `Pruner.list_taken`."""
+        return self.pruner.list_taken(checkpoint)
 
     def is_made_of(self, checkpoint: str, profile: str, order: WorkOrder) -> bool:
         """As `Pruner.is_made_of`."""

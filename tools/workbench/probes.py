@@ -59,6 +59,7 @@ def probe_orders(
             made = str(known.get("checkpoint", ""))  # earlier versions kept the losses alone
             found[number] = Probe(made, orders[number].sparsity, Evaluation.model_validate(known))
     missing = [number for number in range(len(orders)) if number not in found]
+    missing.sort(key=lambda number: not orders[number].grafted)  # before what they are made of gives way to others
     for first in range(0, len(missing), bench.abreast):
         batch: dict[int, str] = {}
         try:
@@ -73,7 +74,8 @@ def probe_orders(
                 for (number, checkpoint), losses in zip(batch.items(), evaluations, strict=True)
             ]
             best = find_best([best, *tried])
-            bench.forget_checkpoints([back, *keep, *([best.checkpoint] if best else []), *batch.values()])
+            if not all(orders[number].grafted for number in batch):  # grafts take no room
+                bench.forget_checkpoints([back, *keep, *([best.checkpoint] if best else []), *batch.values()])
         except BrokenPlan as error:
             found |= dict.fromkeys(batch, str(error))
             continue
@@ -91,4 +93,5 @@ def _name_probe(profile: "StoredProfile", order: WorkOrder, windows: int) -> lis
     shared = set(recipes.values())
     recipe = shared.pop() if len(shared) == 1 else json.dumps(recipes)
     polish = [f"polished on {order.polish}"] if order.polish else []
-    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(windows), *polish]
+    taken = [layer.taken for layer in order.layers.values() if layer.taken]
+    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(windows), *polish, *taken]

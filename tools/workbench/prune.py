@@ -14,14 +14,21 @@ from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
 from tools.plans.groups import refuse_two_walks
 from tools.plans.methods import METHODS
 from tools.plans.recipe import Recipe, count_pattern_zeros
-from tools.plans.work_order import WorkOrder
+from tools.plans.work_order import LayerOrder, WorkOrder
 from tools.results.schema import Polished
 from tools.statistics.collect import Moments, begin_walk, collect_moments, find_stages
 from tools.statistics.pruned import prune_layer
 from tools.statistics.walk import Walk
 from tools.team.cluster import Cluster
 from tools.team.requests import PruneLayers
-from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, make_checkpoint, make_layer_key
+from tools.workbench.checkpoints import (
+    Checkpoint,
+    LayerRecord,
+    LayerTask,
+    Taken,
+    make_checkpoint,
+    make_layer_key,
+)
 from tools.workbench.crew import Crew
 from tools.workbench.polish import Polisher
 from tools.workbench.profiles import Profiles
@@ -61,8 +68,11 @@ class Pruner:
         others have been pruned by what they read in the dense model. An order that asks for it is then polished. Raises
         ImpossiblePlan where a text that a recipe's statistics are to be of is not there, or those behind pruned
         predecessors are to be of several, or too little for a polish, and BrokenPlan for a layer that cannot be pruned
-        so: those that were made before it are kept, and the model holds a mixture.
+        so: those that were made before it are kept, and the model holds a mixture. Of layers that are taken from other
+        checkpoints nothing is pruned.
         """
+        if order.grafted:
+            return self._graft(order)
         recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
         refuse_two_walks(recipes)
         for recipe in recipes:
@@ -72,6 +82,31 @@ class Pruner:
         made = self._prune_all(tasks, order.polish, progress)
         checkpoint = make_checkpoint(tasks, made, order.polish)
         return self._store.write_json(checkpoint.model_dump(exclude_none=True))
+
+    def _graft(self, order: WorkOrder) -> str:
+        """As `prune`, of layers that other checkpoints hold."""
+        made = self._list_taken_tasks(order)
+        checkpoint = make_checkpoint({n: task for n, (task, _) in made.items()}, {n: a for n, (_, a) in made.items()})
+        grafted = self._store.write_json(checkpoint.model_dump(exclude_none=True))
+        self.restore(grafted)
+        return grafted
+
+    def _list_taken_tasks(self, order: WorkOrder) -> dict[str, tuple[LayerTask, str]]:
+        """Of every layer that is taken what it was made by, and its artifact. Raises DamagedArtifact."""
+        sources = {source: self._read(source) for source in dict.fromkeys(x.taken for x in order.layers.values())}
+        tasks = {source: checkpoint.tasks for source, checkpoint in sources.items()}
+        return {
+            name: (tasks[x.taken][name]._replace(taken=x.taken), sources[x.taken].layers[name].artifact)
+            for name, x in order.layers.items()
+        }
+
+    def list_taken(self, checkpoint: str) -> dict[str, Taken]:
+        """The layers of a checkpoint that was pruned, as a graft takes them. Raises DamagedArtifact."""
+        manifest = self._read(checkpoint)
+        return {
+            name: Taken(LayerOrder(recipe=x.recipe, zeros=x.zeros, taken=x.taken or checkpoint), record.artifact)
+            for (name, x), record in zip(manifest.tasks.items(), manifest.layers.values(), strict=True)
+        }
 
     def _prune_all(self, tasks: Tasks, polish: int, progress: Progress) -> dict[str, str]:
         """The artifact of every layer, all of which are in the model, polished on so many tokens."""
@@ -287,10 +322,16 @@ class Pruner:
             return self._weights.restore_dense()
         manifest = self._read(checkpoint)
         artifacts = {name: record.artifact for name, record in manifest.layers.items()}
-        return self._weights.restore(artifacts, partial(self._make_again, checkpoint, manifest))
+        changed = self._weights.restore(artifacts, partial(self._make_again, checkpoint, manifest))
+        if any(record.taken for record in manifest.layers.values()):
+            # a layer that is made again may bring all others of its own checkpoint with it
+            self._weights.restore(artifacts, partial(self._make_again, checkpoint, manifest))
+        return changed
 
     def _make_again(self, checkpoint: str, manifest: Checkpoint, name: str) -> None:
-        """Compute a layer of a checkpoint once more."""
+        """Compute a layer of a checkpoint once more, as the checkpoint that it was made for."""
+        if taken := manifest.layers[name].taken:
+            return self._make_again(taken, self._read(taken), name)
         task, expected = manifest.tasks[name], manifest.layers[name].artifact
         if manifest.polish or task.recipe.in_order:
             made = self._prune_all(manifest.tasks, manifest.polish or 0, ignore_progress)[name]
@@ -321,6 +362,8 @@ class Pruner:
         """Whether a checkpoint is what `prune` makes of these. Raises DamagedArtifact without a whole manifest."""
         if checkpoint == DENSE:
             return False
+        if order.grafted:
+            return self._read(checkpoint).tasks == {n: task for n, (task, _) in self._list_taken_tasks(order).items()}
         recipes = {layer.recipe for layer in order.layers.values()}
         # known where it was made of it, and worth no measurement where it was not
         known = {recipe: self._profiles.find_known(profile, recipe) for recipe in recipes}

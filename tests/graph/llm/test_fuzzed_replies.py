@@ -100,7 +100,7 @@ JUNK = st.recursive(
 )
 ODD_SHARES = [0.99, 1, 45, -1, 0, 1e-300, 1e308, 10**400, float("nan"), float("inf"), True, "45%", None]
 SHARES = st.sampled_from([0.2, 0.45, 0.45 + 1e-8, 0.5, *ODD_SHARES])
-INSTRUMENTS = ["inspect_layers", "predict", "probe", "slopes", "fit", "history", "recall", "candidates"]
+INSTRUMENTS = ["inspect_layers", "predict", "probe", "slopes", "swap", "fit", "history", "recall", "candidates"]
 NAMES = st.sampled_from(["Plan", *INSTRUMENTS, "prune", "", HOSTILE])
 ODD_SELECTORS = ["blocks 1-0", "blocks 0-999999999", "[", "", "?" * 200, HOSTILE]
 SELECTORS = st.sampled_from(["*", "*.v_proj", "blocks 0", "blocks 0 · *.q_proj", *ODD_SELECTORS]) | st.text(max_size=8)
@@ -156,6 +156,8 @@ EXPRESSIONS = st.sampled_from(
         HOSTILE,
     ]
 )
+ROUNDS = st.sampled_from([0, 1, 2, 10**400, -1, "1", None])
+GRAFTS = sometimes({"note": st.just(HOSTILE)}, selector=SELECTORS, of=ROUNDS, rest=ROUNDS)
 TOO_MANY = [{"selector": "*", "action": "protect"}] * 100
 PLANS = sometimes(
     {
@@ -163,6 +165,7 @@ PLANS = sometimes(
         "groups": st.lists(GROUPS, max_size=2) | st.just([{"selector": "*", "recipe": {}}] * 9) | JUNK,
         "adjustments": st.lists(ADJUSTMENTS, max_size=3) | st.just(TOO_MANY) | JUNK,
         "expression": EXPRESSIONS | JUNK,
+        "graft": GRAFTS | JUNK,
         "reason": st.text(max_size=20),
         "multipliers": st.dictionaries(SELECTORS, SHARES, max_size=2),
         "target": JUNK,
@@ -210,6 +213,7 @@ ARGUMENTS = (
     )
     | sometimes({"selector": SELECTORS, "n": st.sampled_from([1, 50, 51, -1]), "query": st.just(HOSTILE) | st.just("")})
     | st.dictionaries(st.text(max_size=6), JUNK, max_size=3)
+    | sometimes({"whole": st.booleans()}, selectors=st.lists(SELECTORS, max_size=9) | JUNK, of=ROUNDS, rest=ROUNDS)
     | PLANS
 )
 CALL_IN_WORDS = (

@@ -44,6 +44,7 @@ from tools.instruments.agent_tools import make_planner_tools
 from tools.instruments.functions import Round
 from tools.instruments.probed import PastProbe
 from tools.plans.costs import count_polish
+from tools.plans.graft import Graft
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Adjustment, Recipe
@@ -265,7 +266,7 @@ def test_tools_are_described_where_they_are_offered() -> None:
     )
     given: dict[str, Any] = dict.fromkeys(("history", "recall", "candidates"), lambda asked: [])
     tools = make_planner_tools(Round(None, "", None, None), **given)  # type: ignore[arg-type]
-    assert len(tools) == 8
+    assert len(tools) == 9
     for tool in tools:
         assert f"`{tool.name}({', '.join(tool.args)})`" in offered[0].text
         assert f"`{tool.name}(" not in alone[0].text
@@ -281,7 +282,13 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
         *schema["properties"].values(),
         *(f for part in schema["$defs"].values() for f in part["properties"].values()),
     ]
-    names = {*Plan.model_fields, *Group.model_fields, *Recipe.model_fields, *Adjustment.model_fields}
+    names = {
+        *Plan.model_fields,
+        *Graft.model_fields,
+        *Group.model_fields,
+        *Recipe.model_fields,
+        *Adjustment.model_fields,
+    }
     names -= {"multipliers", "mix", "pattern", "polish", "polish_tokens"}
     assert {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]} == names
     assert list(again["properties"]) == [name for name in GroupRecipe.model_fields if name != "mix"]

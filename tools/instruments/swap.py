@@ -1,0 +1,42 @@
+"""What groups of layers of one round are worth in place of another's: measured, and nothing pruned for it."""
+
+from collections.abc import Sequence
+
+from tools.instruments.functions import Draft, Figures, Round, probe, round_figure, take_first
+from tools.measure.losses import Evaluation, compare_kl
+from tools.plans.graft import Graft, refuse_gone
+
+MOST_SWAPS = 8
+"""Groups of layers that one call swaps, one after another."""
+
+
+def swap(round_: Round, selectors: Sequence[str], of: int, rest: int, *, whole: bool = False) -> Figures:
+    """KL where the layers of each selector in turn are those of round `of`, and the rest those of round `rest`.
+
+    `kl_minus_rest` is that KL minus round `rest`'s own, paired, with its standard error. On half of the validation
+    windows, or the `whole` text. Each counts as a probe of the plan with this `graft`. Of a swap that cannot be there
+    is `error` alone. Raises ImpossiblePlan when none can, and ValueError where there are not the tokens or seconds.
+    """
+    bench, at_hand = round_.bench, round_.list_at_hand()
+    grafts = [Graft(selector=selector, of=of, rest=rest) for selector in dict.fromkeys(selectors)]
+    refuse_gone(grafts[0], at_hand)
+    zeros = sum(record.zeros for record in bench.read_checkpoint(at_hand[rest]).values())
+    sparsity = zeros / sum(weight_OI.numel() for weight_OI in bench.dense.values())
+    found = probe(round_, [Draft(sparsity=sparsity, graft=graft) for graft in grafts], whole=whole)
+    before = bench.evaluate(at_hand[rest], "validation", round_.profile, round_.progress)  # read back
+    bench.restore(round_.present)
+    swaps = {}
+    for graft, figures in zip(grafts, found, strict=True):
+        told: Figures = {name: figures[name] for name in ("error", "probe", "sparsity", "kl") if name in figures}
+        if "probe" in figures:
+            own = Evaluation.model_validate(round_.probed[figures["probe"] - 1].losses)
+            told["kl_minus_rest"] = _compare(round_, own, before)
+        swaps[graft.selector] = told
+    return {"tokens": next(x["tokens"] for x in found if "tokens" in x), "swaps": swaps}
+
+
+def _compare(round_: Round, own: Evaluation, before: Evaluation) -> list[float | None]:
+    """KL of a swap minus that of the round that has the rest, and its standard error; None for what is not finite."""
+    if not (own.finite and before.finite):
+        return [None, None]
+    return [round_figure(x) for x in compare_kl(own, take_first(round_.bench, before, len(own.kl)))]
