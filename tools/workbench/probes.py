@@ -61,9 +61,9 @@ def probe_orders(
     missing = [number for number in range(len(orders)) if number not in found]
     missing.sort(key=lambda number: not orders[number].grafted)  # before what they are made of gives way to others
     for first in range(0, len(missing), bench.abreast):
-        batch: dict[int, str] = {}
+        together, batch = missing[first : first + bench.abreast], dict[int, str]()
         try:
-            for number in missing[first : first + bench.abreast]:
+            for number in together:
                 try:
                     batch[number] = bench.prune(profile, orders[number], progress)
                 except ImpossiblePlan as error:
@@ -74,7 +74,7 @@ def probe_orders(
                 for (number, checkpoint), losses in zip(batch.items(), evaluations, strict=True)
             ]
             best = find_best([best, *tried])
-            if not all(orders[number].grafted for number in batch):  # grafts take no room
+            if not all(orders[number].grafted for number in together):  # which take no room
                 bench.forget_checkpoints([back, *keep, *([best.checkpoint] if best else []), *batch.values()])
         except BrokenPlan as error:
             found |= dict.fromkeys(batch, str(error))
