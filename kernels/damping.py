@@ -13,8 +13,8 @@ NOISE = 2.0
 fitted as if it were the model's. More than one, for a token resembles its neighbours.
 
 SmolLM2 at 45 %, `refit:uniform`, KL on other text by NOISE: with 16,384 tokens 0.411 (0), 0.402 (2); with 4,096 0.465
-(0), 0.454 (1), 0.449 (2), 0.457 (3); with 1,024, fewer than the 1,536 inputs of a third of the weights, 0.684 (0), 0.602
-(1), 0.592 (2), 0.592 (3), where Wanda's mask alone has 0.614.
+(0), 0.454 (1), 0.449 (2), 0.457 (3); with 1,024, fewer than the 1,536 inputs of a third of the weights, 0.684 (0),
+0.602 (1), 0.592 (2), 0.592 (3), where Wanda's mask alone has 0.614.
 """
 
 
