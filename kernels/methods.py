@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kernels.admm import Spectrum, prepare_spectrum, solve_admm, solve_alps
-from kernels.damping import find_shrinkage
 from kernels.guard import Pruned, finish_update
 from kernels.masks import keep_highest, keep_wanda
 from kernels.obs import InverseFactor, inverse_factor, prune_obs, prune_obs_groups
@@ -35,8 +34,6 @@ class LayerStatistics:
     """gamma: mean square of the loss gradient at each output feature."""
     second_moment_II: Tensor | None = None
     """A = mean of x x^T; only methods that change the survivors need it."""
-    tokens: float | None = None
-    """How many tokens A is a mean of; None where it is exact."""
 
     @property
     def moment_II(self) -> Tensor:
@@ -47,10 +44,8 @@ class LayerStatistics:
 
     @cached_property
     def system(self) -> System | None:
-        """`prepare_system(A)`, shrunk by the tokens; made once for all that these statistics are used for."""
-        moment_II = self.moment_II
-        shrinkage = 0.0 if self.tokens is None else find_shrinkage(len(moment_II), self.tokens)
-        return prepare_system(moment_II, shrinkage)
+        """`prepare_system(A)`, made once for all that these statistics are used for."""
+        return prepare_system(self.moment_II)
 
     @cached_property
     def factor(self) -> InverseFactor:

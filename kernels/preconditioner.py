@@ -37,12 +37,11 @@ class System(NamedTuple):
     factor_IK: Tensor
 
 
-def prepare_system(second_moment_II: Tensor, shrinkage: float = 0.0) -> System | None:
+def prepare_system(second_moment_II: Tensor) -> System | None:
     """The coordinates for H = A + DAMPING * mean(diag A) * I, fp32; None when A is all zero.
 
-    `shrinkage` is the share that A's off-diagonal loses first (`kernels.damping.find_shrinkage`). Layers that read the
-    same inputs can share it. The rank grows with sqrt(d_in), so that what it costs per row stays a small part of a
-    product with C. Raises ValueError when A is not finite.
+    Layers that read the same inputs can share it. The rank grows with sqrt(d_in), so that what it costs per row stays
+    a small part of a product with C. Raises ValueError when A is not finite.
     """
     moment_II = second_moment_II.float()
     diagonal_I = moment_II.diagonal()
@@ -53,8 +52,6 @@ def prepare_system(second_moment_II: Tensor, shrinkage: float = 0.0) -> System |
         return None
     jacobi_I = (diagonal_I + DAMPING * mean).sqrt()
     matrix_II = (moment_II / jacobi_I[:, None]).div_(jacobi_I)
-    if shrinkage:
-        matrix_II.mul_(1 - shrinkage)
     matrix_II.diagonal().fill_(1.0)
     values_K, vectors_IK = leading_eigenvectors(matrix_II, max(1, round(len(matrix_II) ** 0.5 * 2 / 3)))
     vectors_IK = vectors_IK * (diagonal_I > 0)[:, None]  # a dead column stands alone: leave it so, exactly

@@ -250,7 +250,7 @@ def test_levels_prepare_the_second_moment_once(monkeypatch: pytest.MonkeyPatch) 
     calls = []
     for name in ("prepare_system", "inverse_factor", "prepare_spectrum"):
         function = getattr(kernels.methods, name)
-        monkeypatch.setattr(kernels.methods, name, lambda *a, n=name, f=function: calls.append(n) or f(*a))
+        monkeypatch.setattr(kernels.methods, name, lambda a, n=name, f=function: calls.append(n) or f(a))
     prune_levels("sparsegpt", weight, statistics, [31, 92, 150], refit=True)
     assert sorted(calls) == ["inverse_factor", "prepare_system"]
     prune_levels("refit", weight, statistics, [31, 92, 150], refit=False)
@@ -313,21 +313,6 @@ def test_arguments_are_left_alone(method: str, pattern: tuple[int, int] | None) 
     prune_weight(method, weight, statistics, 48, refit=True, pattern=pattern)
     prune_levels(method, weight, statistics, [20, 48], refit=True)
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
-
-
-@pytest.mark.parametrize(("method", "refit"), [("refit", False), ("wanda", True)])
-def test_few_tokens_are_not_fitted_as_if_they_were_the_text(method: str, refit: bool) -> None:
-    generator = torch.Generator().manual_seed(3)
-    mixing_II = torch.eye(48) + 0.1 * torch.randn(48, 48, generator=generator)
-    x_TI, unseen_TI = (torch.randn(n, 48, generator=generator) @ mixing_II for n in (32, 4_000))
-    weight_OI, moment_II = torch.randn(24, 48, generator=generator), x_TI.T @ x_TI / 32
-    known = LayerStatistics(moment_II.diagonal().clone(), torch.ones(24), moment_II, tokens=32)
-    errors = []
-    for statistics in (known, replace(known, tokens=None)):
-        pruned = prune_weight(method, weight_OI, statistics, 576, refit=refit)
-        errors.append(float(((weight_OI - pruned.weight_OI) @ unseen_TI.T).square().mean()))
-    masked = weight_OI * prune_weight(method, weight_OI, known, 576, refit=refit).keep_OI
-    assert errors[0] < float(((weight_OI - masked) @ unseen_TI.T).square().mean()) < errors[1]
 
 
 def test_layers_that_read_the_same_inputs_share_what_is_prepared() -> None:

@@ -54,8 +54,6 @@ class LayerGroup(NamedTuple):
     layers: Sequence[LayerWork]
     moment_II: Tensor | None
     """The second moment of these inputs, where pruning needs it."""
-    tokens: float | None
-    """As in `LayerStatistics`."""
 
 
 class LayerResult(NamedTuple):
@@ -182,7 +180,7 @@ class Worker:
         for layer in group.layers:
             gamma_O = layer.gradient_square_O.to(self.device)
             if statistics is None or moment_II is None:
-                statistics = LayerStatistics(layer.mean_square_I.to(self.device), gamma_O, moment_II, group.tokens)
+                statistics = LayerStatistics(layer.mean_square_I.to(self.device), gamma_O, moment_II)
             else:
                 statistics = statistics.for_outputs(gamma_O)
             yield layer, layer.dense_OI.fetch().to(self.device), statistics

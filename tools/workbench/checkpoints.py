@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from kernels.damping import NOISE
 from tools.models.artifacts import FORMAT
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import LayerOrder
@@ -90,9 +89,4 @@ def make_layer_key(name: str, dense: str, statistics: str, task: LayerTask, belo
     artifacts of the layers that its inputs passed through.
     """
     parts = [FORMAT, name, dense, statistics, task.zeros, task.recipe.exact_label, task.recipe.pattern, *below]
-    return hashlib.sha256(json.dumps([*parts, *name_shrinkage(task.recipe)]).encode()).hexdigest()
-
-
-def name_shrinkage(recipe: Recipe) -> list[str]:
-    """How second moments are shrunk, where the recipe fits survivors to them: what was fitted otherwise is other."""
-    return [f"shrunk by {NOISE:g}"] if recipe.refits else []
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

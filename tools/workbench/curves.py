@@ -16,7 +16,6 @@ from tools.statistics.pruned import cut_to_levels
 from tools.statistics.requests import Here, Parts
 from tools.statistics.scores import measure_alpha
 from tools.team.requests import PruneToLevels
-from tools.workbench.checkpoints import name_shrinkage
 from tools.workbench.crew import Crew
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import Index
@@ -64,8 +63,7 @@ class Curves:
 
     def _name_kappa(self, profile: str, plain: Recipe) -> list[str]:
         """What KL curves depend on: the weights, the text and the labels drawn for it, as the statistics name them."""
-        means, shrinkage = self._profiles.read(profile).means, name_shrinkage(plain)
-        return ["kappa", self._weights.hash_all_dense(), means, plain.exact_label, *shrinkage]
+        return ["kappa", self._weights.hash_all_dense(), self._profiles.read(profile).means, plain.exact_label]
 
     def _measure_alphas(self, progress: Progress) -> dict[str, float | None]:
         alphas, dense = {}, self._weights.dense

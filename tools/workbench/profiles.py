@@ -263,7 +263,7 @@ class Profiles:
         if present is not None:
             leader = present.group[name]
             moment_II = present.second_moment.get(name, present.second_moment.get(leader))
-            return LayerStatistics(present.mean_square[leader], gamma_O, moment_II, self._count_tokens(stored, name))
+            return LayerStatistics(present.mean_square[leader], gamma_O, moment_II)
         if not recipe.changes_survivors:
             return LayerStatistics(means[f"a/{name}"].to(device), gamma_O)
         moments = self.find_moments(profile, weighted=recipe.weighs_tokens)
@@ -274,22 +274,11 @@ class Profiles:
             digests = [(moments[name if recipe.weighs_tokens else stored.group[name]], 1.0)]
         if self._shared is None or self._shared[0] != digests:  # neighbours share one; only one is held
             moment_II = self._moments.add_up(digests, device)
-            tokens = self._count_tokens(stored, name)
-            statistics = LayerStatistics(means[f"a/{name}"].to(device), gamma_O, moment_II, tokens)
+            statistics = LayerStatistics(means[f"a/{name}"].to(device), gamma_O, moment_II)
         else:
             statistics = self._shared[1].for_outputs(gamma_O)
         self._shared = (digests, statistics)
         return statistics
-
-    def _count_tokens(self, stored: StoredProfile, name: str) -> float:
-        """How many tokens a layer's second moment is a mean of; with several texts, how many alike would tell as much.
-
-        That of an expert which was sent few is filled up to as many as it has inputs; any other counts as sent all.
-        """
-        if name in stored.few:
-            return self._weights.dense[name].shape[1]
-        windows = self._settings.calibration_windows * self._settings.window
-        return windows / sum(share**2 for share in stored.shares) if stored.shares else windows
 
     def find_moments(
         self, profile: str, progress: Progress = ignore_progress, *, weighted: bool = False
@@ -317,11 +306,10 @@ class Profiles:
         shared = recipe.changes_survivors and not recipe.weighs_tokens
         group = self.read(profile).group if shared else {}
         for _, names in groupby(zeros, lambda name: group.get(name, name)):
-            work, moment_II, tokens = [], None, None
+            work, moment_II = [], None
             for name in names:
                 statistics = self.find_statistics(profile, name, recipe, present)
                 dense, gamma_O = cluster.keep_dense(name), statistics.gradient_square_O
                 work.append(LayerWork(name, zeros[name], dense, statistics.mean_square_I, gamma_O))
                 moment_II = statistics.second_moment_II if recipe.changes_survivors else None
-                tokens = statistics.tokens
-            yield LayerGroup(work, moment_II, tokens)
+            yield LayerGroup(work, moment_II)

@@ -13,7 +13,7 @@ from tools.base.errors import UserError
 from tools.base.progress import ignore_progress as ignore
 from tools.models.layers import find_layers
 from tools.models.save import export_model
-from tools.plans.recipe import Recipe, count_pattern_zeros, parse_recipe
+from tools.plans.recipe import count_pattern_zeros, parse_recipe
 from tools.workbench.bench import Workbench
 
 RECIPES = ("wanda:uniform", "sparsegpt:uniform", "refit:kappa", "refit~sequential:kappa-mask")
@@ -92,11 +92,6 @@ def test_experts_that_few_tokens_are_sent_to_are_warned_of(tmp_path: Path, workb
         prune(bench, profile, 0.6, parse_recipe(label))
         zeros, weights = bench.count_zeros()
         assert zeros == round(0.6 * weights)
-    tokens = [
-        bench.profiles.find_statistics(profile, f"model.layers.1.mlp.experts.{expert}.up_proj", Recipe()).tokens
-        for expert in (0, 2)
-    ]
-    assert tokens == [8 * settings.window, 32]  # of an expert that was sent few: as many as it has inputs
 
 
 def test_experts_that_compute_something_else_are_refused(

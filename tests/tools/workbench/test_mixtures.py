@@ -51,7 +51,6 @@ def assert_alike(ours: Workbench, first: tuple[str, Recipe], theirs: Workbench, 
         torch.testing.assert_close(one.gradient_square_O, other.gradient_square_O, rtol=SUM, atol=0)
         scale = float(other.second_moment_II.abs().max())
         torch.testing.assert_close(one.second_moment_II, other.second_moment_II, rtol=SUM, atol=SUM * scale)
-        assert one.tokens == pytest.approx(other.tokens)
 
 
 LABELS = ("two-sided:kappa", "refit:kappa-mask", "refit:kappa", "sparsegpt:uniform", "refit~clipped~stages:kappa-mask")
