@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from langgraph.store.base import BaseStore
 
 from graph.config import RunConfig
-from graph.memory.items import EXPERIENCE, delete_items, find_items, find_models, is_relative, keep_item
+from graph.memory.items import EXPERIENCE, find_models, is_relative, keep_latest
 from graph.reflecting.schema import Experience, Tried
 
 KEPT = 300
@@ -20,8 +20,7 @@ ROWS = 6
 
 def write_tried(store: BaseStore, config: RunConfig, tried: Tried) -> None:
     """Keep what a trial's levers did; writing it again (after a crash) changes nothing."""
-    keep_item(store, EXPERIENCE, config.model, f"{tried.run}/{tried.iteration}", tried.model_dump())
-    delete_items(store, find_items(store, EXPERIENCE, config.model)[:-KEPT])
+    keep_latest(store, EXPERIENCE, config.model, f"{tried.run}/{tried.iteration}", tried.model_dump(), KEPT)
 
 
 def read_experience(store: BaseStore, config: RunConfig, run: str) -> list[Experience]:

@@ -47,6 +47,12 @@ def keep_item(store: BaseStore, room: str, model: str, key: str, value: dict[str
     store.put(namespace(model, room), key, seal_value(value | {"model": model}, key))
 
 
+def keep_latest(store: BaseStore, room: str, model: str, key: str, value: dict[str, Any], most: int) -> None:
+    """Write an item; of those of the model in this room the latest `most` stay."""
+    keep_item(store, room, model, key, value)
+    delete_items(store, find_items(store, room, model)[:-most])
+
+
 def order_item(item: SearchItem) -> tuple[object, ...]:
     """By what items are sorted, oldest first."""
     return item.updated_at, item.value["run"], item.value["iteration"], item.key

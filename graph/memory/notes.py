@@ -3,7 +3,7 @@
 from langgraph.store.base import BaseStore
 
 from graph.config import RunConfig
-from graph.memory.items import NOTES, delete_items, find_items, keep_item
+from graph.memory.items import NOTES, find_items, keep_latest
 from graph.reflecting.schema import Note
 
 KEPT = 12
@@ -15,8 +15,7 @@ READ = 3
 
 def write_note(store: BaseStore, config: RunConfig, note: Note) -> None:
     """Keep a note; writing it again (after a crash) changes nothing, and older ones drop out."""
-    keep_item(store, NOTES, config.model, f"{note.run}/{note.iteration}", note.model_dump())
-    delete_items(store, find_items(store, NOTES, config.model)[:-KEPT])
+    keep_latest(store, NOTES, config.model, f"{note.run}/{note.iteration}", note.model_dump(), KEPT)
 
 
 def read_notes(store: BaseStore, config: RunConfig, run: str) -> list[Note]:

@@ -1,6 +1,6 @@
 """Plans that take layers of two earlier rounds as they are: which can be had, and what they come to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,11 @@ from tools.plans.work_order import WorkOrder
 
 if TYPE_CHECKING:
     from tools.workbench.checkpoints import Taken
+
+
+def list_at_hand(trials: Sequence[Trial], kept: Collection[str]) -> dict[int, Trial]:
+    """The trials whose layers are on disk, those of the `kept` checkpoints, by their rounds."""
+    return {trial.iteration: trial for trial in trials if trial.measured and trial.checkpoint in kept}
 
 
 @dataclass(frozen=True)

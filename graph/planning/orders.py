@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from graph.config import RunConfig
-from graph.planning.grafts import Grafts
+from graph.planning.grafts import Grafts, list_at_hand
 from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
 from graph.reflecting.posterior import find_multipliers, weigh_layers
@@ -305,18 +305,14 @@ def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOr
 
 def find_grafts(bench: "Workbench", state: State) -> Grafts:
     """What may be taken of earlier rounds where nothing was probed since: of the trials whose layers are kept."""
-    at_hand = {trial.iteration: trial for trial in state.trials if trial.measured and trial.checkpoint in state.kept}
+    at_hand = list_at_hand(state.trials, state.kept)
     return Grafts(lambda: at_hand, bench.list_taken)
 
 
 def hash_request(plan: Plan) -> str:
     """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipes, factors, bounds."""
     adjustments = [[" ".join(a.selector.split()), a.action, a.factor, a.low, a.high] for a in plan.adjustments]
-    parts: list[Any] = [
-        round(plan.sparsity, 3),
-        plan.recipe.exact,
-        adjustments,
-    ]  # plans without more are called as ever
+    parts: list[Any] = [round(plan.sparsity, 3), plan.recipe.exact, adjustments]  # those without more are named as ever
     if plan.expression:
         parts.append(tidy_expression(plan.expression))
     if plan.groups:

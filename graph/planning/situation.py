@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
-from graph.planning.grafts import Grafts
+from graph.planning.grafts import Grafts, list_at_hand
 from graph.planning.orders import Curves, Orders, describe_plan, hash_request, keep_order, measure_with, read_curves
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
@@ -70,8 +70,7 @@ class Situation:
     def list_at_hand(self) -> dict[int, Trial]:
         """The trials whose layers a graft may take, by their rounds: the best probe takes the room of the last."""
         pruned = self.budget is not None and not all(probed.grafted for probed in self.budget.probed)
-        kept = self.kept[: KEPT - 1] if pruned else self.kept
-        return {trial.iteration: trial for trial in self.trials if trial.measured and trial.checkpoint in kept}
+        return list_at_hand(self.trials, self.kept[: KEPT - 1] if pruned else self.kept)
 
     @property
     def at_target(self) -> bool:
@@ -81,8 +80,11 @@ class Situation:
     @property
     def broken(self) -> set[str]:
         """Methods that broke whenever they were carried out; of those of several groups nobody knows which did."""
-        alone = [trial for trial in self.trials if trial.recipe and not trial.groups and not trial.graft]
-        broke = {trial.recipe.method for trial in alone if trial.recipe and trial.broken}
+        broke = {
+            trial.recipe.method
+            for trial in self.trials
+            if trial.recipe and trial.broken and not (trial.groups or trial.graft)
+        }
         return broke - {trial.recipe.method for trial in self.trials if trial.recipe and trial.measured}
 
     @cached_property

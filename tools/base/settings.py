@@ -307,9 +307,14 @@ class WorkbenchSettings(LoadSettings):
         return self.count_all("validation") * self.window
 
     @property
+    def half_windows(self) -> int:
+        """Half of each text's validation windows, or one more: what an instrument measures on."""
+        return -(-self.validation_windows // 2)
+
+    @property
     def half_tokens(self) -> int:
-        """Tokens of half of the validation text, in whole windows of each text: what an instrument measures on."""
-        return -(-self.validation_windows // 2) * max(len(self.text), 1) * self.window
+        """Tokens of these windows of all texts."""
+        return self.half_windows * max(len(self.text), 1) * self.window
 
 
 class TeamSettings(WorkbenchSettings):

@@ -183,8 +183,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
             figures[number] = {"error": made}
         else:
             figures[number] = _describe_probe(round_, order, made.losses, windows)
-            noted = _note(bench, order, made).model_copy(update=_take_change(figures[number]))
-            numbers[number] = remember_probe(round_.probed, noted)
+            numbers[number] = remember_probe(round_.probed, _note(bench, order, made, figures[number]))
     for number, own in numbers.items():
         figures[number] |= _compare_probes(bench, round_.probed, own)
     if all("error" in figure for figure in figures):
@@ -200,7 +199,7 @@ def count_windows(bench: Workbench, tokens: int | None, *, whole: bool) -> int:
     return len(bench.losses.list_first(windows))
 
 
-def _note(bench: Workbench, order: WorkOrder, made: Probe) -> Probed:
+def _note(bench: Workbench, order: WorkOrder, made: Probe, told: Figures) -> Probed:
     tokens, losses = len(made.losses.kl) * bench.settings.window, made.losses.model_dump()
     return Probed(
         order=order.id,
@@ -209,12 +208,10 @@ def _note(bench: Workbench, order: WorkOrder, made: Probe) -> Probed:
         tokens=tokens,
         losses=losses,
         line=order.line,
+        change=told.get("kl_change"),
+        change_error=told.get("kl_change_error"),
         grafted=order.grafted,
     )
-
-
-def _take_change(figures: Figures) -> Figures:
-    return {"change": figures.get("kl_change"), "change_error": figures.get("kl_change_error")}
 
 
 def sum_up_probes(probed: Sequence[Probed], iteration: int) -> list[PastProbe]:

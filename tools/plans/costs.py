@@ -54,7 +54,7 @@ def count_weights(settings: WorkbenchSettings) -> int:
 
 def count_fit_windows(settings: WorkbenchSettings) -> int:
     """Windows of each calibration text that a look at the fit takes: half as many as of its validation text, or all."""
-    return min(-(-settings.validation_windows // 2), settings.calibration_windows)
+    return min(settings.half_windows, settings.calibration_windows)
 
 
 def count_fit(settings: WorkbenchSettings) -> int:
