@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 DAMPING = 0.01
 """Share of mean(diag A) added to A's diagonal, as in SparseGPT (arXiv 2301.00774)."""
 
@@ -14,3 +16,14 @@ def escalate(damping: float) -> Iterator[float]:
     for _ in range(ESCALATIONS + 1):
         yield damping
         damping *= 10
+
+
+def damp_inputs(second_moment_II: Tensor, share: float) -> Tensor:
+    """(A + share * diag A) / (1 + share), fp32, (I, I): A with less of what its inputs have in common.
+
+    A fit to it is a ridge regression (Hoerl and Kennard 1970, eq. 2.1) in the coordinates in which all inputs are as
+    loud, where that to A + d I would spare the loud ones.
+    """
+    damped_II = second_moment_II.float() / (1 + share)
+    damped_II.diagonal().copy_(second_moment_II.diagonal())
+    return damped_II

@@ -5,12 +5,13 @@ Shape suffixes: O output features, I input features.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kernels.admm import Spectrum, prepare_spectrum, solve_admm, solve_alps
+from kernels.damping import damp_inputs
 from kernels.guard import Pruned, finish_update
 from kernels.masks import keep_highest, keep_wanda
 from kernels.obs import InverseFactor, inverse_factor, prune_obs, prune_obs_groups
@@ -60,8 +61,25 @@ class LayerStatistics:
     def for_outputs(self, gradient_square_O: Tensor) -> "LayerStatistics":
         """The statistics of another layer that reads the same inputs; what was prepared from A is shared."""
         other = replace(self, gradient_square_O=gradient_square_O)
-        vars(other).update({name: value for name, value in vars(self).items() if name in PREPARES.values()})
+        made = {name: value for name, value in vars(self).items() if name in PREPARES.values()}
+        vars(other).update(made, _damped=self._damped)
         return other
+
+    def damp(self, share: float) -> "LayerStatistics":
+        """With `damp_inputs(A, share)` for A; the last share's is shared as what is prepared from A is."""
+        if not share:
+            return self
+        if share not in self._damped:
+            self._damped.clear()
+            moment_II = damp_inputs(self.moment_II, share)
+            self._damped[share] = LayerStatistics(self.mean_square_I, self.gradient_square_O, moment_II)
+        damped = self._damped[share].for_outputs(self.gradient_square_O)
+        vars(damped)["system"] = self._damped[share].system  # all that it is for
+        return damped
+
+    @cached_property
+    def _damped(self) -> dict[float, "LayerStatistics"]:
+        return {}
 
 
 def prune_magnitude(
@@ -152,23 +170,32 @@ def prune_weight(
     *,
     refit: bool,
     refit_steps: int = 5,
+    damping: float = 0.0,
     pattern: Pattern | None = None,
 ) -> Pruned:
     """The layer pruned by `method`, in the dtype of `weight_OI`, with `zeros` zeros; for `pattern` see METHODS.
 
     With `refit` the survivors of its mask become the damped least-squares fit to the dense layer's output; rows which
-    that leaves worse than the mask alone are those of the mask. `refit_steps` are those of the method "refit".
-    Raises ValueError as the methods do.
+    that leaves worse than the mask alone are those of the mask. `refit_steps` are those of the method "refit";
+    with `damping` what it and `refit` fit to is `damp_inputs(A, damping)`. Raises ValueError as the methods do.
     """
-    prune = partial(prune_refit, steps=refit_steps) if method == "refit" else METHODS[method]
-    pruned = prune(weight_OI, statistics, zeros, pattern)
+    if method == "refit":
+        pruned = prune_refit(weight_OI, statistics.damp(damping), zeros, pattern, steps=refit_steps)
+    else:
+        pruned = METHODS[method](weight_OI, statistics, zeros, pattern)
     if refit:
-        pruned = _refit(weight_OI, pruned, statistics)
+        pruned = _refit(weight_OI, pruned, statistics.damp(damping))
     return _without_minus_zero(pruned)
 
 
 def prune_levels(
-    method: str, weight_OI: Tensor, statistics: LayerStatistics, zeros: Sequence[int], *, refit: bool
+    method: str,
+    weight_OI: Tensor,
+    statistics: LayerStatistics,
+    zeros: Sequence[int],
+    *,
+    refit: bool,
+    damping: float = 0.0,
 ) -> list[Tensor]:
     """The weight as `prune_weight` would leave it at each of the ascending numbers `zeros`.
 
@@ -180,12 +207,12 @@ def prune_levels(
     present = int((weight_OI == 0).sum())
     grown = [count for count in zeros if count > present]
     if method == "refit":
-        moment_II, gamma_O = statistics.moment_II, statistics.gradient_square_O
-        levels = refit_in_levels(weight_OI, moment_II, gamma_O, grown, system=statistics.system)
+        damped, gamma_O = statistics.damp(damping), statistics.gradient_square_O
+        levels = refit_in_levels(weight_OI, damped.moment_II, gamma_O, grown, system=damped.system)
     else:
         levels = [METHODS[method](weight_OI, statistics, count, None) for count in grown]
     if refit:
-        levels = [_refit(weight_OI, pruned, statistics) for pruned in levels]
+        levels = [_refit(weight_OI, pruned, statistics.damp(damping)) for pruned in levels]
     weights = iter([_without_minus_zero(pruned).weight_OI for pruned in levels])
     return [next(weights) if count > present else weight_OI for count in zeros]
 

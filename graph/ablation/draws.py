@@ -19,6 +19,7 @@ MOST_ADJUSTED = 4
 MOST_GROUPS = 2
 """Kinds of layers that have a recipe of their own at most; one is left to the plan's."""
 PATTERN = "2:4"
+DAMPINGS = (0.1, 0.3, 1.0, 3.0)
 FACTORS = (0.5, 2.0)
 """Between which a group is counted otherwise than predicted, evenly in its logarithm."""
 
@@ -64,7 +65,8 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
     chosen = draws.generator.choice(len(groups), count, replace=False)
     adjustments = [_draw_adjustment(groups[place], recipe, config, draws) for place in sorted(chosen.tolist())]
     expression = draws.leave("", [_draw_expression(layers, draws)] if recipe.reads_curves else [])
-    own = _draw_groups(layers, recipe, config, draws)  # last, for which plans without them stay as they were
+    own = _draw_groups(layers, recipe, config, draws)  # late, for which plans without them stay as they were
+    recipe = recipe.model_copy(update={"damping": draws.leave(usual.damping, DAMPINGS)})
     return Plan(
         sparsity=config.target_sparsity, recipe=recipe, groups=own, adjustments=adjustments, expression=expression
     )
@@ -104,6 +106,7 @@ def _draw_group(kind: str, layers: Sequence[LayerProfile], recipe: Recipe, confi
         "statistics": ["dense", "sequential", "stages"],
         "calibration": ["run", *config.mixes],
         "pattern": ["", *([PATTERN] if fits else [])],
+        "damping": DAMPINGS,
     }
     drawn = {
         name: draws.leave("", [value for value in values if value != getattr(recipe, name)])

@@ -117,8 +117,12 @@ def tell_schema(plans: type[Plan]) -> str:
 def _shorten_schema(node: Any) -> Any:
     if not isinstance(node, dict):
         return [_shorten_schema(part) for part in node] if isinstance(node, list) else node
+    kinds = [kind for kind in node.get("anyOf", []) if kind != {"type": "null"}]
+    if len(kinds) == 1:  # what may be nothing may be left out
+        node = {key: value for key, value in node.items() if key != "anyOf"} | kinds[0]
     idle = {"title", "additionalProperties", "minLength"}
-    idle |= {"type"} if node.keys() & {"enum", "properties"} else set()
+    told = bool(node.keys() & {"enum", "properties"}) or isinstance(node.get("default"), bool | float)
+    idle |= {"type"} if told else set()
     idle |= {"default"} if node.get("default", 0) in ("", None) else set()
     return {
         key: {name: _shorten_schema(part) for name, part in value.items()}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,7 +20,7 @@ from kernels.refit import refit_survivors
 from kernels.refit_steps import refit_in_levels, refit_in_steps
 from kernels.scores import score_two_sided, score_wanda
 from tests.kernels.layers import DTYPES, MASK_ONLY, make_layer
-from tests.kernels.plain import plain_groups
+from tests.kernels.plain import plain_groups, solve_rows
 
 UPDATES = [(method, refit) for method in sorted(METHODS) for refit in (False, True) if refit or method not in MASK_ONLY]
 
@@ -180,6 +181,36 @@ def test_steps_of_the_method_refit() -> None:
     assert torch.equal(*wanda)
 
 
+@pytest.mark.parametrize(("method", "refit"), [("refit", False), ("two-sided", True), ("sparsegpt", True)])
+def test_damped_fits_are_ridge_regressions_in_even_coordinates(method: str, refit: bool) -> None:
+    weight, statistics = make()
+    fitted, keep, _ = prune_weight(method, weight, statistics, 92, refit=refit, damping=0.5)
+    moment = statistics.moment_II
+    ridge = (moment + 0.5 * moment.diagonal().diag()) / 1.5
+    exact = solve_rows(weight, keep.numpy(), ridge)
+    np.testing.assert_allclose(fitted.numpy(), exact, atol=0.02 * np.abs(exact).max())
+    plain = prune_weight(method, weight, statistics, 92, refit=refit)
+    assert torch.equal(plain.keep_OI, keep) is (method != "refit"), "its mask grows on what was fitted"
+    assert not torch.equal(plain.weight_OI, fitted)
+    much = prune_weight(method, weight, statistics, 92, refit=refit, damping=10).weight_OI
+    assert ((much - weight) * keep).square().sum() < ((fitted - weight) * keep).square().sum()
+
+
+def test_nothing_is_damped_where_nothing_is_fitted() -> None:
+    weight, statistics = make()
+    for method in METHODS.keys() - {"refit"}:
+        pruned = prune_weight(method, weight, statistics, 92, refit=False, damping=1)
+        assert torch.equal(pruned.weight_OI, prune_weight(method, weight, statistics, 92, refit=False).weight_OI)
+
+
+def test_levels_are_damped_as_layers_are() -> None:
+    weight, statistics = make()
+    [level] = prune_levels("two-sided", weight, statistics, [92], refit=True, damping=0.5)
+    assert torch.equal(level, prune_weight("two-sided", weight, statistics, 92, refit=True, damping=0.5).weight_OI)
+    damped, plain = (prune_levels("refit", weight, statistics, [31, 92], refit=False, damping=d) for d in (0.5, 0))
+    assert not torch.equal(damped[1], plain[1])
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> dict[str, Any]:
     method, refit = draw(st.sampled_from(UPDATES))
@@ -322,4 +353,7 @@ def test_layers_that_read_the_same_inputs_share_what_is_prepared() -> None:
     system, factor, spectrum = first.system, first.factor, first.spectrum
     second = first.for_outputs(2 * torch.ones(5))
     assert second.system is system and second.factor is factor and second.spectrum is spectrum
+    damped = first.damp(0.5)
+    assert second.damp(0.5).moment_II is damped.moment_II and second.damp(0.5).system is damped.system
+    assert second.damp(0.5).gradient_square_O.tolist() == [2.0] * 5 and first.damp(0) is first
     assert second.gradient_square_O.tolist() == [2.0] * 5 and first.gradient_square_O.tolist() == [1.0] * 3

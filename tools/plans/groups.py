@@ -13,7 +13,7 @@ from tools.base.words import shorten
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.methods import LEVERS, MOST_STEPS, MethodName, Statistics
 from tools.plans.mix import Mix, label_mix
-from tools.plans.recipe import PatternText, Recipe
+from tools.plans.recipe import Damping, PatternText, Recipe
 from tools.plans.selectors import select_layers
 
 MAX_GROUPS = 8
@@ -36,7 +36,7 @@ def _leave_out(least: int | None = None, most: int | None = None) -> Any:
 
 
 class GroupRecipe(BaseModel):
-    """Of method, refit_steps, refit, gamma, tokens, statistics, calibration those that differ; each as in `recipe`."""
+    """Of method, refit_steps, refit, gamma, tokens, damping, statistics, calibration what differs; as in `recipe`."""
 
     # How sparsity is shared out over all layers, and a polish of all, are the plan's.
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_tell_briefly)
@@ -46,6 +46,7 @@ class GroupRecipe(BaseModel):
     refit: bool | None = _leave_out()
     gamma: Literal["plain", "clipped"] | None = _leave_out()
     tokens: Literal["even", "weighted"] | None = _leave_out()
+    damping: Damping | None = _leave_out()
     statistics: Statistics | None = _leave_out()
     calibration: Calibration | None = _leave_out()
     mix: SkipJsonSchema[Mix] = Field((), exclude_if=operator.not_)

@@ -13,6 +13,9 @@ REFIT_STEPS = 5
 MOST_STEPS = 10
 """The most that a recipe may ask for."""
 
+MOST_DAMPING = 10.0
+"""The most of its mean square that a recipe may add to an input's."""
+
 PROFILED = "two-sided"
 """The method whose mask, without anything else, the KL curves of every profile are about."""
 

@@ -2,6 +2,7 @@
 
 import operator
 import re
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,6 +13,7 @@ from tools.base.settings import Calibration
 from tools.plans.methods import (
     LEVERS,
     METHODS,
+    MOST_DAMPING,
     MOST_STEPS,
     PROFILED,
     REFIT_STEPS,
@@ -42,6 +44,10 @@ def _check_pattern(value: str) -> str:
 
 PatternText = Annotated[str, AfterValidator(_check_pattern)]
 """N:M, N zeros in every M consecutive inputs, or empty."""
+
+
+Damping = Annotated[float, Field(ge=0, le=MOST_DAMPING), AfterValidator(partial(round, ndigits=3))]
+"""A share of each input's mean square, to what a label tells."""
 
 
 def count_pattern_zeros(weights: int, pattern: tuple[int, int]) -> int:
@@ -94,6 +100,12 @@ class Recipe(BaseModel):
         exclude_if=lambda tokens: tokens == "even",  # what is kept on disk goes on to be called as ever
         description="weighted: in refit and updates each token counts by its squared gradient at the layer's output, "
         "at most as ten times the median one; once for each text as much as five forwards of it.",
+    )
+    damping: Damping = Field(
+        0.0,
+        exclude_if=operator.not_,
+        description="Where survivors are fitted: share of its mean square added to each input's, such as 0.3. More "
+        "believes less of what inputs have in common on this text; costs nothing.",
     )
     curves: Literal["mask", "method"] = Field(
         "method",
@@ -194,6 +206,11 @@ class Recipe(BaseModel):
         return self.tokens == "weighted" and self.changes_survivors
 
     @property
+    def fit_damping(self) -> float:
+        """`damping` where survivors are fitted, else 0: methods that fit none have no use for it."""
+        return self.damping if self.refits else 0.0
+
+    @property
     def in_order(self) -> bool:
         """Whether layers are pruned block by block, by what they read behind pruned predecessors."""
         return self.statistics != "dense"
@@ -212,6 +229,7 @@ class Recipe(BaseModel):
             "+refit" if self.refits_after else "",
             "~clipped" if self.gamma == "clipped" else "",
             "~weighted" if self.weighs_tokens else "",
+            f"~damped{self.fit_damping:g}" if self.fit_damping else "",
             label_mix(self.mix),
             f"~{self.calibration}" if self.calibration != "run" else "",
             f"~{self.statistics}" if self.in_order else "",
@@ -273,6 +291,7 @@ class Recipe(BaseModel):
             refit_steps=self.steps,
             gamma=self.gamma,
             tokens="weighted" if self.weighs_tokens else "even",
+            damping=self.fit_damping,
             statistics=self.statistics,
             calibration=self.calibration,
             mix=self.mix,
@@ -284,7 +303,7 @@ _IN_STEPS = "|".join(f"(?<=^{name})" for name, method in METHODS.items() if meth
 
 _LABEL = re.compile(
     rf"(?P<method>[a-z-]+?)(?:(?:{_IN_STEPS})(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
-    rf"(?P<weighted>~weighted)?(?P<mix>{MARKS})?"
+    rf"(?P<weighted>~weighted)?(?:~damped(?P<damping>[\d.]+))?(?P<mix>{MARKS})?"
     r"(?:~(?P<calibration>quarter|half))?(?:~(?P<statistics>dense|sequential|stages))?"
     r"(?P<polish>\+polish(?P<polish_tokens>\d+)?)?"
     r"(?::(?P<allocation>[a-z][a-z-]*?)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
@@ -292,8 +311,8 @@ _LABEL = re.compile(
 
 
 def parse_recipe(label: str) -> Recipe:
-    """The recipe of `METHOD[+refit][~clipped][~weighted][~SHARETEXT…][~quarter|~half][~STATISTICS][+polish[TOKENS]]
-    [:ALLOCATION[@STRENGTH]]`.
+    """The recipe of `METHOD[+refit][~clipped][~weighted][~dampedSHARE][~SHARETEXT…][~quarter|~half][~STATISTICS]
+    [+polish[TOKENS]][:ALLOCATION[@STRENGTH]]`.
 
     SHARETEXT, such as `~0.7code~0.3prose`, is a mixture of named texts. STATISTICS is dense, sequential or stages;
     without that mark they are those that the method's authors take. Without an allocation it is uniform.
@@ -310,6 +329,7 @@ def parse_recipe(label: str) -> Recipe:
                 "refit_steps": form["steps"] or REFIT_STEPS,
                 "gamma": "clipped" if form["clipped"] else "plain",
                 "tokens": "weighted" if form["weighted"] else "even",
+                "damping": form["damping"] or 0.0,
                 **({"statistics": form["statistics"]} if form["statistics"] else {}),
                 "mix": parse_mix(form["mix"]),
                 "calibration": form["calibration"] or "run",

@@ -24,6 +24,7 @@ def prune_layer(recipe: Recipe, dense_OI: Tensor, statistics: LayerStatistics, z
         zeros,
         refit=recipe.refits_after,
         refit_steps=recipe.steps,
+        damping=recipe.fit_damping,
         pattern=recipe.group,
     )
 
@@ -32,7 +33,9 @@ def cut_to_levels(recipe: Recipe, dense_OI: Tensor, statistics: LayerStatistics)
     """What the recipe's method changes of a layer at each of LEVELS beyond the last; fp32."""
     zeros = [round(level * dense_OI.numel()) for level in LEVELS]
     before_OI = dense_OI
-    for pruned_OI in prune_levels(recipe.method, dense_OI, statistics, zeros, refit=recipe.refits_after):
+    for pruned_OI in prune_levels(
+        recipe.method, dense_OI, statistics, zeros, refit=recipe.refits_after, damping=recipe.fit_damping
+    ):
         yield before_OI.float() - pruned_OI.float()
         before_OI = pruned_OI
 

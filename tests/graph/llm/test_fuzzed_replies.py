@@ -117,6 +117,7 @@ RECIPES = sometimes(
         "refit_steps": st.sampled_from([1, 5, 11, 2.5]),
         "allocation": st.sampled_from(["kappa", "uniform", "owl", "alphapruning", "evopress"]),
         "strength": SHARES,
+        "damping": st.sampled_from([0, 0.3, 1, 11, "much"]),
         "pattern": st.sampled_from(["", "2:4", "4:2"]),
         "curves": st.sampled_from(["mask", "mask", "method", "x"]),
     },

@@ -49,6 +49,14 @@ from tools.plans.work_order import order_all
             "refit~clipped~weighted~half~stages:kappa",
         ),
         (Recipe(method="two-sided", refit=False, tokens="weighted"), "two-sided", "two-sided:kappa"),
+        (Recipe(damping=0.3), "refit~damped0.3", "refit~damped0.3:kappa"),
+        (Recipe(method="wanda", damping=10), "wanda+refit~damped10", "wanda+refit~damped10:kappa"),
+        (Recipe(method="sparsegpt", refit=False, damping=1), "sparsegpt", "sparsegpt:kappa"),
+        (
+            Recipe(gamma="clipped", tokens="weighted", damping=0.05, mix={"a": 1}),
+            "refit~clipped~weighted~damped0.05~1a",
+            "refit~clipped~weighted~damped0.05~1a:kappa",
+        ),
         (Recipe(statistics="stages"), "refit~stages", "refit~stages:kappa"),
         (Recipe(method="wanda", refit=False, statistics="stages"), "wanda~stages", "wanda~stages:kappa"),
     ],
@@ -208,6 +216,8 @@ def test_adjustments_that_are_refused(fields: dict[str, Any], sentence: str) -> 
         ("obs:kappa", "recipe 'obs:kappa': method: input should be 'magnitude'"),
         ("wanda:greedy", "recipe 'wanda:greedy': allocation: input should be 'kappa'"),
         ("refit11:kappa", "recipe 'refit11:kappa': refit_steps: input should be less than or equal to 10"),
+        ("refit~damped11:kappa", "damping: input should be less than or equal to 10"),
+        ("refit~damped1.2.3:kappa", "damping: input should be a valid number"),
         ("refit0:kappa", "refit_steps: input should be greater than or equal to 1"),
         ("wanda3:kappa", "is not of the form"),
         ("wanda:by-depth", "recipe 'wanda:by-depth': allocation: input should be"),  # hyphens are no other form
@@ -269,6 +279,12 @@ def test_tokens_weigh_where_survivors_change_alone() -> None:
     assert not mask.weighs_tokens and mask.within_layers() == Recipe(method="wanda", refit=False).within_layers()
 
 
+def test_damping_counts_where_survivors_are_fitted_alone_and_to_what_a_label_tells() -> None:
+    assert parse_recipe("wanda+refit~damped0.3:owl").within_layers().fit_damping == 0.3
+    assert parse_recipe("wanda~damped0.3:owl").within_layers() == parse_recipe("wanda").within_layers()
+    assert Recipe(damping=1e-7) == Recipe() and Recipe(damping=2 / 3).label == "refit~damped0.667:kappa"
+
+
 def test_recipes_without_weights_are_kept_on_disk_as_ever() -> None:
     assert Recipe().model_dump() == {
         **{"method": "refit", "refit_steps": 5, "refit": True, "allocation": "kappa", "strength": 1.0},
@@ -276,5 +292,5 @@ def test_recipes_without_weights_are_kept_on_disk_as_ever() -> None:
     }
     order = order_all(parse_recipe("refit~sequential:kappa"), {"q": 3, "k": 4}, sparsity=0.5, predicted_kl=0.1)
     assert order.id == "a5c91809bdbc111a93826ef55aa154c56c31ea0d84b49ff97db93b56c1646493"
-    weighted = Recipe(tokens="weighted")
-    assert Recipe.model_validate_json(weighted.model_dump_json()) == weighted
+    for marked in (Recipe(tokens="weighted"), Recipe(damping=0.3)):
+        assert Recipe.model_validate_json(marked.model_dump_json()) == marked
