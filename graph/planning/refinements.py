@@ -17,6 +17,10 @@ STRONG = Recipe(method="refit", curves="mask")
 FINE_STEPS = 10
 """Steps of the mask's growth at the target: on SmolLM2's layers 2 % less error than five, in 1.7 times the time."""
 
+DAMPED = 0.3
+"""Damping of the fit at the target: on SmolLM2 at 45 % with 4,096 tokens KL on the text's own kind was 2 % less so, and
+on three other texts 6 to 13 % (tools/README.md, other text)."""
+
 STRENGTHS = (0.8, 0.9)
 TILTS = (1.5, 0.67)
 """How much more, or less, precious a group is made at the target."""
@@ -76,6 +80,9 @@ def change_one_lever(situation: Situation, base: Plan, *, texts: bool = True) ->
     if texts and recipe.calibration == "run" and (text := _find_text(situation)):
         mixed = recipe.model_copy(update={"calibration": text})
         yield _vary(base, mixed, f"Statistics of a text that is a {text} questions, so that facts weigh more.")
+    if recipe.refits and not recipe.damping:
+        damped = recipe.model_copy(update={"damping": DAMPED})
+        yield _vary(base, damped, "Damp the fit: less of what this text's inputs have in common is in other text.")
     if recipe.statistics == "dense":
         sequential = recipe.model_copy(update={"statistics": "sequential"})
         yield _vary(base, sequential, "Block by block, each seeing what its pruned predecessors pass on.")

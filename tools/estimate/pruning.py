@@ -162,7 +162,7 @@ def time_preparation(recipe: Recipe, statistics: LayerStatistics) -> float:
     moment_II, seconds = statistics.moment_II, 0.0
     device, inputs = moment_II.device, len(moment_II)
     if recipe.refits:
-        seconds += time_call(device, lambda: statistics.system)
+        seconds += time_call(device, lambda: statistics.damp(recipe.fit_damping).system)
     name = PREPARES.get(recipe.method, "system")
     if name == "system":
         return seconds

@@ -40,7 +40,7 @@ def test_at_the_target_each_plan_changes_one_lever_and_none_comes_twice(record: 
         assert (plan.recipe != STRONG) + bool(plan.adjustments) == 1
         trials.append(record(make_situation(*trials), plan))
     assert len({trial.plan for trial in trials}) == len(trials)
-    assert len(trials) == 1 + 6 + 2 * len(group_layers(make_layers())), "six recipes, two tilts of each group"
+    assert len(trials) == 1 + 7 + 2 * len(group_layers(make_layers())), "seven recipes, two tilts of each group"
 
 
 def test_lessons_of_groups_weigh_in_every_plan_and_those_of_a_repeat_do_not() -> None:
@@ -62,7 +62,7 @@ def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is(re
     trials = [make_trial(1, "accept", 0.45, STRONG)]
     lines: list[str] = []
     for iteration in range(2, 60):
-        lessons = [make_lesson(selector, 1.5)] if iteration < 7 else [make_lesson(selector, 1.9)] * 3
+        lessons = [make_lesson(selector, 1.5)] if iteration < 8 else [make_lesson(selector, 1.9)] * 3
         situation = make_situation(*trials, lessons=tuple(lessons))
         plan = plan_by_rule(situation)
         if plan is None:
@@ -71,7 +71,7 @@ def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is(re
         trials.append(record(situation, plan))
     again = [line for line in lines if line.startswith("45.0% refit:kappa-mask · lessons")]
     assert again == ["45.0% refit:kappa-mask · lessons x1 (1.23)", "45.0% refit:kappa-mask · lessons x1 (1.62)"]
-    assert len(lines) == 6 + 2 * len(group_layers(make_layers())) + len(again)
+    assert len(lines) == 7 + 2 * len(group_layers(make_layers())) + len(again)
     levers = [drop_lessons(line) for line in lines if line not in again]
     assert len(set(levers)) == len(levers), "no lever comes again because lessons have changed"
 
@@ -103,7 +103,8 @@ def test_the_same_weights_under_another_name_are_no_other_plan() -> None:
     kept = try_plan(situation, first, "accept")
     at_target = dataclasses.replace(make_patterned(kept), accepted_plan=first)
     plans = refine(at_target)
-    assert [plan.recipe.mask_label for plan in plans] == ["refit~sequential", "refit10", "refit~clipped"]
+    changes = ["refit~damped0.3", "refit~sequential", "refit10", "refit~clipped"]
+    assert [plan.recipe.mask_label for plan in plans] == changes
     strength = first.model_copy(update={"recipe": STRONG.model_copy(update={"strength": 0.8})})
     assert at_target.find_trial(strength) == kept
     uniform = Plan(sparsity=0.45, recipe=Recipe(method="refit", allocation="uniform"))
