@@ -39,9 +39,9 @@ def foresee_recipes(config: RunConfig) -> list[Recipe]:
     strong = STRONG.model_copy(update={"pattern": config.pattern})
     levers: list[dict[str, Any]] = [
         *({"calibration": text} for text in list(config.mixes)[:1]),
-        {"damping": DAMPED},
         {"statistics": "sequential"},
         {"refit_steps": FINE_STEPS},
+        {"damping": DAMPED},
         {"gamma": "clipped"},
         {"curves": "method"},
     ]

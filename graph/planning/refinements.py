@@ -80,15 +80,15 @@ def change_one_lever(situation: Situation, base: Plan, *, texts: bool = True) ->
     if texts and recipe.calibration == "run" and (text := _find_text(situation)):
         mixed = recipe.model_copy(update={"calibration": text})
         yield _vary(base, mixed, f"Statistics of a text that is a {text} questions, so that facts weigh more.")
-    if recipe.refits and not recipe.damping:
-        damped = recipe.model_copy(update={"damping": DAMPED})
-        yield _vary(base, damped, "Damp the fit: less of what this text's inputs have in common is in other text.")
     if recipe.statistics == "dense":
         sequential = recipe.model_copy(update={"statistics": "sequential"})
         yield _vary(base, sequential, "Block by block, each seeing what its pruned predecessors pass on.")
     if recipe.method == "refit" and recipe.refit_steps < FINE_STEPS:
         finer = recipe.model_copy(update={"refit_steps": FINE_STEPS})
         yield _vary(base, finer, f"Grow the mask in {FINE_STEPS} steps, to follow what survivors take over.")
+    if recipe.refits and not recipe.damping:
+        damped = recipe.model_copy(update={"damping": DAMPED})
+        yield _vary(base, damped, "Damp the fit: less of what this text's inputs have in common is in other text.")
     if recipe.gamma == "plain":
         clipped = recipe.model_copy(update={"gamma": "clipped"})
         yield _vary(base, clipped, "Clip gamma, in case a few loud tokens decide which weights go.")

@@ -43,7 +43,7 @@ def test_a_model_of_this_machine(tiny_llama: Path, tmp_path: Path, command: Comm
         "prune; 14 layers by two-sided; 1 ×",
         "prune; 14 layers by refit; 1 ×",
         "prune; 14 layers by refit~sequential, with two more forwards of the calibration text; 1 ×",
-        "prune; 14 layers by refit~damped0.3; 1 ×",
+        "prune; 14 layers by refit10; 1 ×",
         "prune; 14 layers by wanda, with two more forwards of the calibration text; 1 ×",
         "validate; forward of 8 windows of 512 tokens of validation text, the output head twice; 4 ×",
         "test; forward of 8 windows of 512 tokens of test text; 3 ×",

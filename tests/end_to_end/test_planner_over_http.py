@@ -219,7 +219,7 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     assert fit["validation"]["kl"] == pytest.approx(read_state(run).trials[1].kl, rel=1e-3)
     assert (fit["calibration"]["tokens"], fit["validation"]["tokens"]) == (128, 192)
     (candidate,) = json.loads(tools[7]["answer"])["plans"]
-    assert candidate["recipe"] == {"method": "refit", "damping": 0.3}
+    assert candidate["recipe"] == {"method": "refit", "statistics": "sequential"}
     for tool in tools:
         assert f"tool {tool['iteration']}: {tool['tool']} {tool['shown']}" in done.out.splitlines()
     trials = read_state(run).trials

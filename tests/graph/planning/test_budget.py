@@ -12,7 +12,7 @@ from graph.nodes.reflect import after_reflect
 from graph.planning.brief import planner_messages
 from graph.planning.budget import TokenBudget, can_profile, charge, find_lateness, open_budget
 from graph.planning.plan import Plan
-from graph.planning.refinements import DAMPED, STRONG, plan_refinements
+from graph.planning.refinements import STRONG, plan_refinements
 from graph.state import State
 from tests.situations import make_situation, make_trial
 from tools.plans.costs import count_in_order, count_profile, count_walk, list_curve_costs
@@ -128,7 +128,7 @@ def test_a_plan_beyond_the_budget_is_refused_with_what_it_takes() -> None:
 
 
 def test_the_rule_plans_what_the_budget_allows() -> None:
-    accepted = make_trial(1, "accept", 0.45, STRONG.model_copy(update={"damping": DAMPED}))
+    accepted = make_trial(1, "accept", 0.45, STRONG)
     for limit, first in ((TRIAL + SEQUENTIAL, "sequential"), (TRIAL + SEQUENTIAL - 1, "dense")):
         situation = dataclasses.replace(make_situation(accepted), budget=make_budget(0, limit))
         assert next(plan_refinements(situation)).recipe.statistics == first

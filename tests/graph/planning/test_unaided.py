@@ -62,7 +62,7 @@ def test_the_rules_list_comes_on_request_and_not_to_an_unaided_planner(tmp_path:
         return
     given = json.loads(answer.split("\n")[1])["plans"]
     plans = [Plan.model_validate(plan) for plan in given]
-    assert [plan.recipe.mask_label for plan in plans] == ["refit~damped0.3", "refit~sequential"]
+    assert [plan.recipe.statistics for plan in plans] == ["sequential", "dense"]
     assert plans[0] == Plan(**given[0]) == list_candidates(situation, 1)[0].model_copy(update={"multipliers": {}})
 
 
