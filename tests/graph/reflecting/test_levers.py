@@ -26,6 +26,8 @@ def carry_out(recipe: Recipe, **plan: Any) -> Trial:
     [
         ({"gamma": "clipped"}, {}, "refit: gamma clipped for plain"),
         ({"refit_steps": 10, "strength": 0.8}, {}, "refit: refit_steps 10 for 5, strength 0.8 for 1"),
+        ({"damping": 0.3}, {}, "refit: damping 0.3 for 0"),
+        ({"method": "wanda", "refit": False, "damping": 0.3}, {}, "wanda: method wanda for refit, refit no for yes"),
         ({"method": "wanda", "refit": False}, {}, "wanda: method wanda for refit, refit no for yes"),
         ({"mix": {"code": 0.75, "prose": 0.25}}, {}, "refit: mix 0.75 code 0.25 prose for as in the run"),
         ({}, {"expression": "1+depth"} | TILT, "refit: with layers x 1 + depth · blocks 0-3 · *.v_proj x2"),

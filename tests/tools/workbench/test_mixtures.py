@@ -53,7 +53,10 @@ def assert_alike(ours: Workbench, first: tuple[str, Recipe], theirs: Workbench, 
         torch.testing.assert_close(one.second_moment_II, other.second_moment_II, rtol=SUM, atol=SUM * scale)
 
 
-LABELS = ("two-sided:kappa", "refit:kappa-mask", "refit:kappa", "sparsegpt:uniform", "refit~clipped~stages:kappa-mask")
+LABELS = (
+    *("two-sided:kappa", "refit:kappa-mask", "refit~damped0.3:kappa", "sparsegpt:uniform"),
+    "refit~clipped~stages:kappa-mask",
+)
 
 
 def test_a_sum_is_a_profile_of_the_mixed_text(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
