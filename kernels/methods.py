@@ -71,11 +71,10 @@ class LayerStatistics:
             return self
         if share not in self._damped:
             self._damped.clear()
-            moment_II = damp_inputs(self.moment_II, share)
-            self._damped[share] = LayerStatistics(self.mean_square_I, self.gradient_square_O, moment_II)
-        damped = self._damped[share].for_outputs(self.gradient_square_O)
-        vars(damped)["system"] = self._damped[share].system  # all that it is for
-        return damped
+            damped = replace(self, second_moment_II=damp_inputs(self.moment_II, share))
+            vars(damped)["system"] = prepare_system(damped.moment_II)  # all that it is for, so that layers share it
+            self._damped[share] = damped
+        return self._damped[share].for_outputs(self.gradient_square_O)
 
     @cached_property
     def _damped(self) -> dict[float, "LayerStatistics"]:

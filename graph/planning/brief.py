@@ -30,6 +30,7 @@ from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories
 from tools.base.words import show_short
 from tools.plans.expression import FUNCTIONS, list_columns, list_parts
+from tools.plans.groups import drop_null
 from tools.plans.recipe import Recipe
 
 MAX_TRIALS = 12
@@ -117,9 +118,7 @@ def tell_schema(plans: type[Plan]) -> str:
 def _shorten_schema(node: Any) -> Any:
     if not isinstance(node, dict):
         return [_shorten_schema(part) for part in node] if isinstance(node, list) else node
-    kinds = [kind for kind in node.get("anyOf", []) if kind != {"type": "null"}]
-    if len(kinds) == 1:  # what may be nothing may be left out
-        node = {key: value for key, value in node.items() if key != "anyOf"} | kinds[0]
+    node = drop_null(node)
     idle = {"title", "additionalProperties", "minLength"}
     told = bool(node.keys() & {"enum", "properties"}) or isinstance(node.get("default"), bool | float)
     idle |= {"type"} if told else set()

@@ -50,8 +50,8 @@ def name_levers(trial: Trial, before: Trial) -> str:
 def _list_values(recipe: Recipe) -> dict[str, str]:
     """What each field comes to, in words; the user's pattern is no lever."""
     values: dict[str, Any] = {name: getattr(recipe, name) for name in Recipe.model_fields if name != "pattern"}
-    values |= {"refit": recipe.refits, "refit_steps": recipe.steps, "damping": recipe.fit_damping}
-    values |= {"mix": dict(recipe.mix)}
+    values |= {"refit": recipe.refits, "refit_steps": recipe.steps}
+    values |= {"damping": recipe.fit_damping, "mix": dict(recipe.mix)}
     return {name: _show(value) for name, value in values.items()}
 
 

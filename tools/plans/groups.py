@@ -20,13 +20,17 @@ MAX_GROUPS = 8
 """Groups that one plan may hold."""
 
 
+def drop_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of what may be nothing, without that, for it may be left out; any other as it is."""
+    kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
+    return {key: part for key, part in schema.items() if key != "anyOf"} | kinds[0] if len(kinds) == 1 else schema
+
+
 def _tell_briefly(schema: dict[str, Any]) -> None:
     """Of most fields what they may be and nothing else, for what they do is told with the plan's recipe."""
-    for field in schema["properties"].values():
-        for word in ("title", "default"):
-            field.pop(word, None)
-        for kind in field.pop("anyOf", []):
-            field |= kind if kind != {"type": "null"} else {}
+    for name, field in schema["properties"].items():
+        told = drop_null(field).items()
+        schema["properties"][name] = {key: part for key, part in told if key not in ("title", "default")}
     schema["properties"]["method"]["enum"] = [*LEVERS]  # those that planners have a use for
 
 

@@ -14,7 +14,7 @@ from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
 
 TEXT = TextFigures(name="code", weight=1.0, perplexity=None, kl=0.25, kl_error=0.01, change=-0.5)
-GROUP = Group(selector="*.v_proj", recipe=GroupRecipe(method="wanda", refit=True, damping=0.3, pattern="2:4"))
+GROUP = Group(selector="*.v_proj", recipe=GroupRecipe(method="wanda", refit=False, damping=0.3, pattern="2:4"))
 GRAFT = Graft(selector="blocks 0-1", of=2, rest=1)
 TRIAL = Trial(
     iteration=1,

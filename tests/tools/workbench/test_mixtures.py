@@ -54,7 +54,7 @@ def assert_alike(ours: Workbench, first: tuple[str, Recipe], theirs: Workbench, 
 
 
 LABELS = (
-    *("two-sided:kappa", "refit:kappa-mask", "refit~damped0.3:kappa", "sparsegpt:uniform"),
+    *("two-sided:kappa", "refit:kappa-mask", "refit:kappa", "refit~damped0.3:kappa", "sparsegpt:uniform"),
     "refit~clipped~stages:kappa-mask",
 )
 
