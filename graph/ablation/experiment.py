@@ -41,7 +41,7 @@ def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Consol
     `graph_flags` are handed on to the arms that are runs of the graph. Raises UserError; KeyboardInterrupt passes.
     """
     arms, seeds = list_arms(settings), list_seeds(settings)
-    _check_input(settings)
+    _check_input(settings, graph_flags)
     directory = Path(settings.out)
     lock_out(directory, directory)
     try:
@@ -72,8 +72,10 @@ def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Consol
     return known
 
 
-def _check_input(settings: AblateSettings) -> None:
+def _check_input(settings: AblateSettings, graph_flags: Sequence[str]) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
+    if any(flag.partition("=")[0] == "--goal" for flag in graph_flags):
+        raise UserError("a goal would weigh the texts of some arms alone; --text-weights says for all what they count")
     locate_model(settings.model)
     check_device(settings.device)
     check_texts(settings)
@@ -195,6 +197,7 @@ def _try_arm(arm: str, settings: AblateSettings, bench: "Workbench", profiled: P
         reached=True,
         perplexity=test.perplexity,
         kl=evaluation.mean_kl,
+        texts={name: test.take_text(name).perplexity for name in settings.text},
         plan=chosen.plan,
         trials=chosen.trials,
         failed=chosen.failed,

@@ -11,7 +11,7 @@ from graph.ablation.settings import CHAT, AblateSettings
 from tools.base.errors import UserError
 from tools.base.made import read_result
 from tools.base.rundir import scan_events
-from tools.base.settings import TEAM, TeamSettings
+from tools.base.settings import SPLITS, TEAM, TeamSettings
 from tools.workbench.open import close_workbench
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def run_graph(
         reached=summary["status"] == "finished",
         perplexity=summary["perplexity"]["pruned"],
         kl=summary["kl"],
+        texts={text["name"]: text["pruned"] for text in summary.get("texts", [])},
         plan=summary["plan"],
         trials=summary["iterations"],
         by_rule=_count_by_rule(runs / name) if arm in CHAT else 0,
@@ -78,7 +79,7 @@ def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     planner, reflector = {"heuristic": ("heuristic",) * 2, "chat-alone": (chat, "heuristic")}.get(
         arm, (chat, reflector)
     )
-    named = ("text", "text_weights")  # which an ablation has none of
+    named = ("text", "text_weights", *(SPLITS if settings.text else ()))  # texts with names take the place of three
     fields = {name: getattr(settings, name) for name in TeamSettings.model_fields if name not in named} | {
         "target_sparsity": settings.target_sparsity,
         "max_layer_sparsity": settings.max_layer_sparsity,
@@ -90,7 +91,7 @@ def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
         "planner": planner,
         "reflector": reflector,
     }
-    return [*_write_flags(fields), "--no-memory"]
+    return [*_write_flags(fields), *_write_texts(settings), "--no-memory"]
 
 
 def _write_flags(fields: Mapping[str, Any]) -> list[str]:
@@ -99,3 +100,10 @@ def _write_flags(fields: Mapping[str, Any]) -> list[str]:
     flags = [f"--{names[name]}={value}" for name, value in fields.items() if not isinstance(value, bool)]
     switches = {names[name]: value for name, value in fields.items() if isinstance(value, bool)}
     return [*flags, *(f"--{'' if value else 'no-'}{name}" for name, value in switches.items())]
+
+
+def _write_texts(settings: AblateSettings) -> list[str]:
+    """The named texts as options of a command, and what each counts."""
+    weights = ",".join(f"{name}={weight}" for name, weight in settings.text_weights.items())
+    texts = [f"--text={name}={source}" for name, source in settings.text.items()]
+    return [*texts, f"--text-weights={weights}"] if weights else texts

@@ -1,6 +1,7 @@
 """Rows of an ablation, and what they say: arms ranked, differences paired by seed, and a sentence for each."""
 
 import math
+import operator
 from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -22,6 +23,11 @@ class Row(BaseModel):
     reached: bool = Field(description="Whether that is the target; rows short of it are compared with none.")
     perplexity: float | None = Field(description="On the test text, of what the arm chose; null where not finite.")
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, by which it chose.")
+    texts: dict[str, float | None] = Field(
+        {},
+        exclude_if=operator.not_,
+        description="Perplexity on the test windows of each named text, of which perplexity is the mean by weight.",
+    )
     plan: str = Field(description="What it chose, in short.")
     trials: int = Field(description="Plans, or candidates of a search, that were measured.")
     failed: int = Field(

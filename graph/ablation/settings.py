@@ -52,8 +52,6 @@ def describe_arm(row: str) -> str:
 class AblateSettings(PolishSettings, TeamSettings):
     """The model, its texts, who plans, and how much each may try."""
 
-    one_text = "an ablation goes by one"
-
     target_sparsity: float = Field(
         0.45, gt=0, lt=1, description="Share of the prunable weights that are zero at the end, as a fraction."
     )

@@ -39,9 +39,14 @@ def describe_row(row: Row) -> str:
 def write_tables(directory: Path, known: Ablation) -> None:
     write_kept(directory / "ablate.json", known)
     write_text(directory / "ablate.md", describe(known))
-    write_text(directory / "ablate.csv", as_csv(Row, known.rows))
+    write_text(directory / "ablate.csv", as_csv(Row, known.rows, ["texts"], _list_text_columns))
     for kind in ("png", "svg"):
         write_whole(directory / f"ablate.{kind}", partial(_plot, known, kind))
+
+
+def _list_text_columns(row: Row) -> dict[str, float | None]:
+    """A row's figures on each of the named texts, by column."""
+    return {f"perplexity {name}": value for name, value in row.texts.items()}
 
 
 def _show_mean(mean: Mean | None, digits: int) -> str:
@@ -93,6 +98,7 @@ def describe(known: Ablation) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
+        *_list_each_text(known),
         "",
         "## Differences, paired by seed",
         "",
@@ -102,14 +108,30 @@ def describe(known: Ablation) -> str:
     for arm, other, seeds, mean in list_differences(known.rows):
         p = "" if mean.p is None else show_p(mean.p).removeprefix("= ")
         lines.append(f"| {arm} | {other} | {seeds} | {_show_mean(mean, 3)} | {p} |")
-    lines += ["", "## Rows", "", "| arm | seed | perplexity | KL | trials | tokens | seconds | plan |"]
-    lines.append("|---|" + "---:|" * 6 + "---|")
+    texts = list(settings.get("text", {}))
+    head = ["arm", "seed", "perplexity", *texts, "KL", "trials", "tokens", "seconds", "plan"]
+    lines += ["", "## Rows", "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 2) + "---|"]
     for row in known.rows:
         spent = [f"{row.evaluated_tokens:,}", f"{row.seconds:.0f}"]
-        figures = [row.arm, str(row.seed), show(row.perplexity), show(row.kl, 4), _tell_trials(row)]
+        each = [show(row.texts.get(name)) for name in texts]
+        figures = [row.arm, str(row.seed), show(row.perplexity), *each, show(row.kl, 4), _tell_trials(row)]
         cells = [*figures, *spent, escape(row.plan)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _list_each_text(known: Ablation) -> list[str]:
+    """What the arms kept on each of the named texts; nothing where there are none."""
+    names = list(known.settings.get("text", {}))
+    if not names:
+        return []
+    lines = ["", "## Each text", "", f"| arm | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for standing in rank_arms(known.rows):
+        own = [row.texts for row in known.rows if row.arm == standing.arm]
+        values = {name: [value for texts in own if (value := texts.get(name)) is not None] for name in names}
+        cells = [_show_mean(average(found), 2) if found else "" for found in values.values()]
+        lines.append(f"| {standing.arm} | {' | '.join(cells)} |")
+    return lines
 
 
 def _plot(known: Ablation, kind: str, path: Path) -> None:

@@ -1,6 +1,8 @@
 """`python -m graph.ablate` with arms that are runs of the graph, in processes of their own."""
 
+import csv
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 import pytest
 
 from graph.ablate import main
-from tests.end_to_end.helpers import ROOT, TINY, at_home
+from tests.end_to_end.helpers import ROOT, TINY, at_home, read_run_config, read_summary
+from tests.named import WEIGHTS, flag_texts
 from tests.openai_server import OpenAIServer
 
 SMALL = TINY[: TINY.index("--patience")]
@@ -42,6 +45,39 @@ def test_runs_of_the_graph_are_rows(
         written = Path("ablate/ablate.json").read_bytes()
         assert main([*flags, *chat, *prices]) == 0
         assert Path("ablate/ablate.json").read_bytes() == written
+
+
+def test_every_figure_is_told_for_each_named_text(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    texts = flag_texts(tmp_path)
+    flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "1", "--evaluated-tokens", "800", *texts]
+    with at_home(tmp_path):
+        assert main([*flags, "--arms", "heuristic,grid"]) == 0
+        rows = {row["arm"]: row for row in json.loads(Path("ablate/ablate.json").read_text())["rows"]}
+        run = Path("ablate/runs/heuristic-1")
+        config, summary = read_run_config(run), read_summary(run)
+        table = list(csv.DictReader(Path("ablate/ablate.csv").read_text().splitlines()))
+        text = Path("ablate/ablate.md").read_text()
+    assert config.text_weights == WEIGHTS and config.text_cut == 1
+    assert rows["heuristic"]["texts"] == {part["name"]: part["pruned"] for part in summary["texts"]}
+    for arm, row in rows.items():
+        code, prose = row["texts"]["code"], row["texts"]["prose"]
+        assert code != prose and row["perplexity"] == pytest.approx(
+            math.exp(0.75 * math.log(code) + 0.25 * math.log(prose))
+        )
+        assert f"| {arm} | {code:.2f} | {prose:.2f} |" in text
+        assert f"| {arm} | 1 | {row['perplexity']:.2f} | {code:.2f} | {prose:.2f} | " in text
+    assert [float(row["perplexity code"]) for row in table] == [row["texts"]["code"] for row in rows.values()]
+
+
+def test_a_goal_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with at_home(tmp_path):
+        assert main([*flag_texts(tmp_path), "--arms", "heuristic", "--", "--goal", "Code must stay."]) == 2
+    assert capsys.readouterr().err == (
+        "error: a goal would weigh the texts of some arms alone; --text-weights says for all what they count\n"
+    )
 
 
 def test_a_run_that_stops_is_named_and_can_be_gone_on_with(

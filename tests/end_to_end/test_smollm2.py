@@ -1,4 +1,7 @@
-"""The quickstart's model end to end, with fewer and shorter windows: minutes, on any machine."""
+"""The quickstart's model end to end, with fewer and shorter windows and its first round alone: minutes, on any machine.
+
+The round that refits the survivors takes twice as long as all else together; `make demo` has it.
+"""
 
 import importlib.util
 import sys
@@ -11,7 +14,7 @@ from tests.end_to_end.helpers import ROOT, pick_prunable, read_events, read_summ
 FLAGS = (
     *("--config", str(ROOT / "configs" / "quickstart.yaml"), "--name", "smol", "--device", "cpu"),
     *("--window", "128", "--calibration-windows", "8", "--gradient-windows", "2"),
-    *("--validation-windows", "4", "--test-windows", "4", "--max-iterations", "2"),
+    *("--validation-windows", "4", "--test-windows", "4", "--max-iterations", "1"),
 )
 
 DENSE_PERPLEXITY = 25.917
@@ -32,11 +35,11 @@ def test_smollm2_is_pruned_better_than_by_uniform_wanda(tmp_path: Path) -> None:
     assert len(layers) == 210
     zeros = sum(int((weight == 0).sum()) for weight in layers.values())
     achieved = zeros / sum(weight.numel() for weight in layers.values())
-    assert summary["achieved_sparsity"] == achieved == pytest.approx(0.45, abs=5e-4)
+    assert summary["achieved_sparsity"] == achieved == pytest.approx(0.3, abs=5e-4)
     perplexity = summary["perplexity"]
     if sys.version_info[:2] == (3, 11):
         assert perplexity["dense"] == pytest.approx(DENSE_PERPLEXITY, rel=0.005)
     degradation = (perplexity["pruned"] - perplexity["dense"]) / (perplexity["uniform_wanda"] - perplexity["dense"])
     assert degradation <= 0.7
-    assert [event["verdict"] for event in read_events(run, "trial")][:2] == ["accept", "accept"]
-    assert "finished: sparsity 45.00% (target 45.00%)" in done.stdout
+    assert [event["verdict"] for event in read_events(run, "trial")] == ["accept", "accept"]
+    assert "short-of-target: sparsity 30.00% (target 45.00%)" in done.stdout

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from graph.ablation.draws import draw_plan
 from graph.config import RunConfig
 from graph.planning.orders import resolve
@@ -32,13 +34,25 @@ def test_every_lever_of_a_planner_is_drawn_and_half_of_the_plans_leave_it_alone(
     assert {recipe.method for recipe in recipes} == set(METHODS)
     assert {recipe.allocation for recipe in recipes} == set(RULES)
     assert {recipe.calibration for recipe in recipes} == {"run", "quarter", "half"}
-    for lever in set(Recipe.model_fields) - {"pattern", "polish_tokens", "mix"}:  # an ablation has no named texts
+    for lever in set(Recipe.model_fields) - {"pattern", "polish_tokens", "mix"}:
         drawn = [getattr(recipe, lever) for recipe in recipes]
         assert len(set(drawn)) > 1 and drawn.count(Recipe.model_fields[lever].default) >= 80, lever
     without = [draw_plan(LAYERS, CONFIG.model_copy(update={"questions": ""}), number) for number in range(200)]
     assert {plan.recipe.calibration for plan in without} == {"run"}
     frugal = [draw_plan(LAYERS, CONFIG.model_copy(update={"polish_tokens": 0}), number) for number in range(200)]
     assert not any(plan.recipe.polish for plan in frugal)
+
+
+def test_where_texts_have_names_mixtures_of_them_are_drawn_and_what_wants_one_text_is_not() -> None:
+    named = RunConfig(seed=7, target_sparsity=0.45, text={"code": "pydoc", "own": "self"})
+    plans = [draw_plan(LAYERS, named, number) for number in range(100)]
+    of_plans = [plan.recipe.mix for plan in plans]
+    of_groups = [group.recipe.mix for plan in plans for group in plan.groups]
+    for mixes in (of_plans, of_groups):
+        assert len(mixes) / 3 < mixes.count(()) < 2 * len(mixes) / 3 and len(set(mixes)) > 20
+        assert all(sum(share for _, share in mix) == pytest.approx(1, abs=2e-4) for mix in mixes if mix)
+    assert {plan.recipe.tokens for plan in plans} == {"even"}
+    assert {group.recipe.tokens for plan in plans for group in plan.groups} <= {None, "even"}
 
 
 def test_adjustments_are_of_every_kind_and_factors_only_where_curves_are_read() -> None:
