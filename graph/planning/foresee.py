@@ -5,7 +5,7 @@ from typing import Any
 from graph.config import RunConfig
 from graph.planning.finalists import FINALISTS
 from graph.planning.orders import UNIFORM_WANDA
-from graph.planning.refinements import DAMPED, FINE_STEPS, STRONG
+from graph.planning.refinements import DAMPED, FINE_STEPS, ROWS, STRONG
 from graph.planning.rule import MASKS
 from tools.estimate.work import Course
 from tools.measure.continuations import CONTINUED, PROMPTS
@@ -41,6 +41,7 @@ def foresee_recipes(config: RunConfig) -> list[Recipe]:
         *({"calibration": text} for text in list(config.mixes)[:1]),
         {"statistics": "sequential"},
         {"refit_steps": FINE_STEPS},
+        *([] if config.pattern else [{**ROWS, "damping": DAMPED}]),
         {"damping": DAMPED},
         {"gamma": "clipped"},
         {"curves": "method"},

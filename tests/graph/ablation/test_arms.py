@@ -83,8 +83,9 @@ def test_an_arm_out_of_time_makes_its_first_trial_and_no_other(bench: Workbench)
 def test_the_grid_is_the_rules_list_from_the_strong_recipe(bench: Workbench) -> None:
     arm = Arm(bench, bench.profile(ignore), make_settings(bench.settings.model), ignore, 0.0)
     plans = list(plan_list(arm))
-    assert [x.recipe.label for x in plans[:6]] == [
-        *("refit:kappa-mask", "refit~sequential:kappa-mask", "refit10:kappa-mask", "refit~damped0.3:kappa-mask"),
+    assert [x.recipe.label for x in plans[:7]] == [
+        *("refit:kappa-mask", "refit~sequential:kappa-mask", "refit10:kappa-mask"),
+        *("wanda+refit~damped0.3~dense:kappa-mask", "refit~damped0.3:kappa-mask"),
         *("refit~clipped:kappa-mask", "refit:kappa"),
     ]
     assert {x.sparsity for x in plans} == {0.45} and sum(bool(x.adjustments) for x in plans) > 4

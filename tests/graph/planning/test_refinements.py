@@ -40,7 +40,7 @@ def test_at_the_target_each_plan_changes_one_lever_and_none_comes_twice(record: 
         assert (plan.recipe != STRONG) + bool(plan.adjustments) == 1
         trials.append(record(make_situation(*trials), plan))
     assert len({trial.plan for trial in trials}) == len(trials)
-    assert len(trials) == 1 + 7 + 2 * len(group_layers(make_layers())), "seven recipes, two tilts of each group"
+    assert len(trials) == 1 + 8 + 2 * len(group_layers(make_layers())), "eight recipes, two tilts of each group"
 
 
 def test_lessons_of_groups_weigh_in_every_plan_and_those_of_a_repeat_do_not() -> None:
@@ -62,7 +62,7 @@ def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is(re
     trials = [make_trial(1, "accept", 0.45, STRONG)]
     lines: list[str] = []
     for iteration in range(2, 60):
-        lessons = [make_lesson(selector, 1.5)] if iteration < 8 else [make_lesson(selector, 1.9)] * 3
+        lessons = [make_lesson(selector, 1.5)] if iteration < 9 else [make_lesson(selector, 1.9)] * 3
         situation = make_situation(*trials, lessons=tuple(lessons))
         plan = plan_by_rule(situation)
         if plan is None:
@@ -71,7 +71,7 @@ def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is(re
         trials.append(record(situation, plan))
     again = [line for line in lines if line.startswith("45.0% refit:kappa-mask · lessons")]
     assert again == ["45.0% refit:kappa-mask · lessons x1 (1.23)", "45.0% refit:kappa-mask · lessons x1 (1.62)"]
-    assert len(lines) == 7 + 2 * len(group_layers(make_layers())) + len(again)
+    assert len(lines) == 8 + 2 * len(group_layers(make_layers())) + len(again)
     levers = [drop_lessons(line) for line in lines if line not in again]
     assert len(set(levers)) == len(levers), "no lever comes again because lessons have changed"
 
@@ -93,6 +93,17 @@ def test_plans_whose_lines_are_alike_are_told_apart() -> None:
     assert len({describe_plan(plan) for plan in tilts}) == 1
     tried = dataclasses.replace(situation, trials=(kept, try_plan(situation, tilts[0], "rollback")))
     assert [plan for plan in refine(tried) if len(plan.adjustments) == 5] == tilts[1:]
+
+
+def test_a_mask_within_outputs_is_one_lever_and_where_it_is_kept_the_rest_are_pulled_from_there() -> None:
+    (rows,) = (x for x in refine(make_situation(make_trial(1, "accept", 0.45, STRONG))) if x.recipe.method == "wanda")
+    assert rows.recipe.mask_label == "wanda+refit~damped0.3~dense" and rows.recipe.statistics == "dense"
+    following = refine(make_situation(make_trial(1, "accept", 0.45, rows.recipe)))
+    labels = [plan.recipe.mask_label for plan in following if not plan.adjustments]
+    assert labels[:2] == ["refit~damped0.3", "wanda+refit~damped0.3"], "the strong mask again, and statistics in order"
+    damped = STRONG.model_copy(update={"damping": 1.0})
+    (own,) = (x for x in refine(make_situation(make_trial(1, "accept", 0.45, damped))) if x.recipe.method == "wanda")
+    assert own.recipe.damping == 1.0
 
 
 def test_the_same_weights_under_another_name_are_no_other_plan() -> None:
