@@ -153,11 +153,9 @@ def list_phases(
         return [count_once(what, size, "a smaller layer of the same form"), moment, *other]
 
     model = _describe_model(shape, weights)
-    dense = Line(what="dense copy of the prunable layers", how="each is pruned from it", bytes=shape.prunable)
     program = _describe_program(facts)
     always = [
         program,
-        *([] if part.workers else [dense]),
         states("inputs of every few blocks, validation text", (kept, "blocks"), (part.validation, "windows")),
     ]
     forward = count_once("forward of one block", counts.forward_bytes)
@@ -256,10 +254,7 @@ def list_phases_beside(
     """What each phase holds in the process that workers with these `parts` work for, and in their object store."""
     shape, workers, nodes = facts.shape, parts[0].workers, sum(part.nodes for part in parts)
     model, program, moved = _describe_model(shape, shape.weights), _describe_program(facts), _move_model(facts)
-    always = [
-        program,
-        Line(what="dense copy of the prunable layers", how="each is pruned from it", bytes=shape.prunable),
-    ]
+    always = [program]
 
     def hidden(what: str, count: int) -> Line:
         states = (settings.count_all("validation"), "windows"), (settings.window, "tokens")

@@ -13,6 +13,7 @@ from tools.base.progress import Warn
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.layers import Layer
 from tools.statistics.walks import layers_by_block
+from tools.workbench.dense import map_weights
 from tools.workbench.store import DENSE, ArtifactStore
 
 
@@ -20,11 +21,11 @@ class Weights:
     """The prunable layers of one model, each with the artifact that it has now."""
 
     def __init__(self, layers: Sequence[Layer], blocks: int, store: ArtifactStore, warn: Warn) -> None:
-        """The layers, in `blocks` blocks, are as they were loaded; a copy of them is held on the CPU."""
+        """The layers, in `blocks` blocks, are as they were loaded; a copy of them lies beside the store, on disk."""
         self.layers = list(layers)
         self.by_name = {layer.name: layer for layer in layers}
         self.by_block = layers_by_block(layers, blocks)
-        self.dense = {layer.name: layer.weight_OI.to("cpu", copy=True).contiguous() for layer in layers}
+        self.dense = map_weights({layer.name: layer.weight_OI for layer in layers}, store.directory)
         self.installed = dict.fromkeys(self.by_name, DENSE)
         self._store, self._warn = store, warn
         self._hashes: dict[str, str] = {}
@@ -98,7 +99,7 @@ class Weights:
         return artifact == DENSE or self._store.path(artifact, ".safetensors").is_file()
 
     def restore_dense(self) -> list[str]:
-        """As `restore`, of the weights as they were loaded, which are in memory."""
+        """As `restore`, of the weights as they were loaded."""
         changed = [name for name in self.by_name if self.installed[name] != DENSE]
         for name in changed:
             self.install(name, DENSE)

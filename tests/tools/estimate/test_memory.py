@@ -195,7 +195,7 @@ def test_a_walk_through_the_text_holds_no_more_than_said(workers: int, tmp_path:
     said = {phase.name: phase for phase in list_phases(facts, settings, part, facts.shape.weights)}
 
     def bound(name: str) -> int:
-        beside = {"the model", PROGRAM, "dense copy of the prunable layers"}
+        beside = {"the model", PROGRAM}
         lines = [*said[name].device, *said[name].host]
         return sum(x.bytes for x in lines if x.what not in beside and not x.what.startswith("inputs of every few"))
 

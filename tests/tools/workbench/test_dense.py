@@ -1,0 +1,58 @@
+"""The dense weights lie on disk and are mapped: the same bits, and no second model in memory."""
+
+import errno
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.base.errors import UserError
+from tools.workbench import dense
+from tools.workbench.dense import map_weights
+
+STATUS = Path("/proc/self/status")
+
+
+def test_copies_have_the_same_bits_and_the_file_no_name(tmp_path: Path) -> None:
+    weights = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7, 2).to(torch.bfloat16).T,
+        "c": torch.randn(1, 3, dtype=torch.float16),
+        "d": torch.tensor([[float("nan"), -0.0]]),
+    }
+    copies = map_weights(weights, tmp_path / "artifacts")
+    assert list(copies) == list(weights) and list((tmp_path / "artifacts").iterdir()) == []
+    for name, copy in copies.items():
+        weight = weights[name]
+        assert (copy.dtype, copy.shape, copy.is_contiguous()) == (weight.dtype, weight.shape, True)
+        assert torch.equal(copy.view(torch.uint8), weight.contiguous().view(torch.uint8))
+        assert copy.data_ptr() % 64 == copies["a"].data_ptr() % 64
+    before = copies["b"].clone()
+    weights["b"].zero_()
+    copies["a"].zero_()
+    assert torch.equal(copies["b"], before), "neither the model nor another copy shares them"
+    assert map_weights({}, tmp_path) == {}
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="this system has no /proc")
+def test_they_take_no_memory_that_another_could_not_have(tmp_path: Path) -> None:
+    def held() -> int:
+        (found,) = re.findall(r"^RssAnon:\s+(\d+) kB", STATUS.read_text(), flags=re.MULTILINE)
+        return int(found) * 1024
+
+    weight = torch.ones(2048, 4096)
+    before = held()
+    (copy,) = map_weights({"a": weight}, tmp_path).values()
+    assert float(copy.sum()) == weight.numel()
+    assert held() - before < weight.nbytes / 4
+
+
+def test_a_disk_without_room_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: Any, **_options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dense.tempfile, "NamedTemporaryFile", refuse)
+    with pytest.raises(UserError, match=rf"^the dense weights cannot be written to {tmp_path}: the disk is full$"):
+        map_weights({"a": torch.ones(1)}, tmp_path)
