@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.preconditioner import Preconditioner, System, prepare_system
+from kernels.preconditioner import Preconditioner, System, multiply, prepare_system
 
 
 def refit_survivors(
@@ -33,16 +33,16 @@ def refit_survivors(
     start_OI = (dense_OI if start_OI is None else start_OI) * stays_OI
     if system is None:  # the layer never saw a non-zero input: nothing to fit to
         return start_OI
-    matrix_II, scale_I, factor_IK = system
-    precondition = Preconditioner(factor_IK, stays_OI)
-    residual_OI = ((dense_OI - start_OI).mul_(scale_I) @ matrix_II).mul_(stays_OI)
+    precondition = Preconditioner(system.factor_IK, stays_OI)
     # Five buffers for all iterations: on CPU a fresh one costs more than what is computed into it.
-    step_OI, spare_OI, product_OI = (torch.empty_like(residual_OI) for _ in range(3))
+    step_OI = (dense_OI - start_OI).mul_(system.scale_I)
+    residual_OI, spare_OI, product_OI = (torch.empty_like(step_OI) for _ in range(3))
+    multiply(step_OI, system, out=residual_OI, scratch=spare_OI).mul_(stays_OI)
     moved_OI = torch.zeros_like(residual_OI)
     norm_O = _dot_rows(residual_OI, precondition(residual_OI, out=step_OI), scratch=spare_OI)
     first, alpha_O = float(norm_O.sum()), torch.zeros_like(norm_O)
     for iteration in range(iterations):
-        torch.mm(step_OI, matrix_II, out=product_OI)
+        multiply(step_OI, system, out=product_OI, scratch=spare_OI)
         # A row that is already exact has norm and curvature zero, and must stay where it is.
         alpha_O = norm_O / _dot_rows(step_OI, product_OI, scratch=spare_OI).clamp(min=1e-30)
         moved_OI.addcmul_(alpha_O, step_OI)
@@ -58,7 +58,7 @@ def refit_survivors(
         norm_O = new_norm_O
     if coast:
         moved_OI.addcmul_(alpha_O, step_OI)
-    return start_OI.addcdiv_(moved_OI, scale_I)
+    return start_OI.addcdiv_(moved_OI, system.scale_I)
 
 
 def _dot_rows(left_OI: Tensor, right_OI: Tensor, *, scratch: Tensor) -> Tensor:

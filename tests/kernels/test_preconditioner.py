@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import preconditioner
 from kernels.damping import DAMPING
-from kernels.preconditioner import Preconditioner, System, leading_eigenvectors, prepare_system
+from kernels.preconditioner import Preconditioner, System, leading_eigenvectors, multiply, prepare_system
 from kernels.refit import refit_survivors
-from tests.kernels.layers import Layer, make_layer
+from tests.kernels.layers import Layer, make_layer, true_errors
 
 
 @pytest.mark.parametrize("columns", [1, 2, 5, 40, 130])
@@ -124,3 +125,58 @@ def test_a_coasting_step_is_nearly_as_good_as_an_iteration(iterations: int) -> N
     )
     assert none > coasting > one_more
     assert coasting - one_more < 0.5 * (none - one_more)
+
+
+# --- products in bf16 ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that multiplies bf16, for layers of any width."""
+    monkeypatch.setattr(preconditioner, "multiplies_bf16", lambda _device: True)
+    monkeypatch.setattr(preconditioner, "ROUNDED", 1)
+    monkeypatch.setattr(preconditioner, "BAND", 16)
+
+
+def test_what_the_leading_directions_leave_is_rounded_and_they_are_not(rounded: None) -> None:
+    layer, _ = make_moving_together()
+    system = prepare_system(layer.moment)
+    assert system is not None and system.matrix_II.dtype == torch.bfloat16
+    a = layer.moment.double().numpy()
+    mean = np.diag(a).mean()
+    s, f = system.scale_I.double().numpy() * mean**0.5, system.factor_IK.double().numpy()
+    c = (a + DAMPING * mean * np.eye(200)) / s[:, None] / s
+    rest = c - f @ f.T
+    np.testing.assert_allclose(system.matrix_II.double().numpy(), rest, atol=2**-8 * np.abs(rest).max())
+    left = torch.randn(40, 200, generator=torch.Generator().manual_seed(2))
+    out, scratch = torch.empty_like(left), torch.empty_like(left)
+    product = multiply(left, system, out=out, scratch=scratch)
+    assert product.data_ptr() == out.data_ptr() and product.dtype == torch.float32
+    exact = left.double().numpy() @ c
+    assert np.abs(product.numpy() - exact).max() < 0.01 * np.abs(exact).max()
+
+
+def test_a_refit_by_rounded_products_is_as_good(monkeypatch: pytest.MonkeyPatch, rounded: None) -> None:
+    """Of rows that hang on a few strong directions, which bf16 alone would lose."""
+    layer, keep = make_moving_together()
+    fitted = refit_survivors(layer.weight, keep, layer.moment)
+    monkeypatch.setattr(preconditioner, "ROUNDED", 10**9)
+    exact = refit_survivors(layer.weight, keep, layer.moment)
+    errors = [true_errors(weight.double().numpy(), layer).sum() for weight in (fitted, exact, layer.weight * keep)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01) and errors[1] < errors[2] / 3
+    assert not fitted[~keep].any() and fitted.dtype == torch.float32
+
+
+def test_products_have_the_same_bits_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, rounded: None) -> None:
+    monkeypatch.setattr("kernels.threads.THREAD_BYTES", 1)
+    system = prepare_system(make_layer(1, 96).moment)
+    assert system is not None
+    left, threads, found = torch.randn(70, 96, generator=torch.Generator().manual_seed(3)), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(multiply(left, system, out=torch.empty_like(left), scratch=torch.empty_like(left)))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
