@@ -27,7 +27,7 @@ from graph.planning.texts import describe_bounds, describe_dense, describe_goal,
 from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
-from tools.base.names import hide_directories
+from tools.base.names import hide_directories, hide_path
 from tools.base.words import show_short
 from tools.plans.expression import FUNCTIONS, list_columns, list_parts
 from tools.plans.groups import drop_null
@@ -94,6 +94,7 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
     parts = [
         describe_groups(situation) if toolbox else describe_layers(situation),
         *([_describe_columns(situation)] if not situation.config.pattern else []),
+        _describe_model(situation.config),
         _describe_bounds(situation),
         _describe_trials(situation),
         *filter(None, [describe_probes(situation.probes), describe_experience(situation.experience)]),
@@ -155,6 +156,16 @@ def _describe_columns(situation: Situation) -> str:
     return (
         f"`expression`: + - * / **, comparisons, {' '.join(FUNCTIONS)} (over blocks) of {' '.join(figures)}; "
         f"0 or 1: {' '.join(parts)}."
+    )
+
+
+def _describe_model(config: RunConfig) -> str:
+    """What is pruned, and by how much text; constant through a run. Of files no more than their names."""
+    model, text = hide_path(config.model), hide_directories(config.calibration_text)
+    tokens, windows = config.count_fitted() * config.window, config.count_all("validation")
+    return (
+        f'Model "{quote_data(model, 80)}"; statistics of {tokens:,} tokens of "{quote_data(text, 160)}"; '
+        f"trials on {windows} windows of {config.window:,}."
     )
 
 

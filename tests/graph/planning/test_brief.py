@@ -671,3 +671,14 @@ def test_a_polish_is_a_lever_only_where_the_config_allows_it() -> None:
     answer = allowed.model_validate({"sparsity": 0.4, "recipe": {"method": "refit", "polish": True}})
     assert drop_schema(answer) == Plan(sparsity=0.4, recipe=Recipe(polish=True))
     assert type(drop_schema(answer)) is Plan and type(drop_schema(answer).recipe) is Recipe
+
+
+def test_the_model_and_how_much_text_is_told_without_directories() -> None:
+    alone = RunConfig(model="/secret/of mine/llama", calibration="file:/secret/a.txt", window=256)
+    told = 'Model "llama"; statistics of 4,096 tokens of "file:a.txt"; trials on 8 windows of 256.'
+    assert f"\n\n{told}\n\nBounds: " in shown(make_first_situation(config=alone))
+    texts = {"code": "file:/secret/b.txt", "own": "self"}
+    named = RunConfig(model="Qwen/Qwen3-4B", text=texts, text_weights={"code": 3, "own": 1})
+    text = shown(make_first_situation(config=named))
+    assert 'Model "Qwen/Qwen3-4B"; statistics of 16,384 tokens of "0.75 of file:b.txt + 0.25 of self"' in text
+    assert "; trials on 16 windows of 512." in text and "secret" not in text
