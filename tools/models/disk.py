@@ -20,7 +20,7 @@ class Line(BaseModel):
 def list_disk(
     model: Any, layers: list[Layer], settings: TeamSettings, lead: int = 0, *, weighs: bool = False
 ) -> list[Line]:
-    """What a run may write: dense weights, moments, block inputs, checkpoints and the exported model.
+    """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
 
     Plans may ask for two texts with more questions; the rule asks for one, and so many are counted. Each window has
     `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window.
@@ -32,11 +32,6 @@ def list_disk(
     readers, texts = list_readers(layers), max(len(settings.text), 1)
     moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in readers)
     return [
-        Line(
-            what="the dense weights of the prunable layers",
-            how="each is pruned from them; mapped into memory while there is room",
-            bytes=sum(layer.weight_OI.nbytes for layer in layers),
-        ),
         Line(
             what="second moments",
             how=f"{f'{texts} texts × ' if texts > 1 else ''}4 bytes × inputs², over {len(readers)} layers",
@@ -66,4 +61,9 @@ def list_disk(
             bytes=checkpoints * checkpoint,
         ),
         Line(what="the exported model", how="all parameters", bytes=sum(p.nbytes for p in model.parameters())),
+        Line(
+            what="the dense weights of the prunable layers",
+            how="each is pruned from them; mapped into memory while there is room",
+            bytes=sum(layer.weight_OI.nbytes for layer in layers),
+        ),
     ]

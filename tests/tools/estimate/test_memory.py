@@ -65,7 +65,7 @@ def find_phases(settings: TeamSettings, device: str = "cpu") -> dict[str, tuple[
 
 
 def test_a_tiny_llama_on_the_cpu(tiny_llama: Path) -> None:
-    always = [DENSE, 3 * STATE]  # 3 validation windows before the second block
+    always = [3 * STATE]  # 3 validation windows before the second block
     backward = [MODEL, GRAPH, READOUT, 2 * FLOW]
     evaluation = [MODEL, FORWARD, STATE, LOSS]
     assert find_phases(tiny_settings(tiny_llama)) == {
@@ -93,7 +93,7 @@ def test_a_tiny_llama_in_bf16_on_a_gpu(tiny_llama: Path) -> None:
         2 * 64 * 80 * 4,  # inputs and output gradients of one layer in fp32
         CURVE,
     ]
-    assert phases["export"] == ([MODEL // 2], [DENSE // 2, 3 * STATE // 2, MODEL // 2])
+    assert phases["export"] == ([MODEL // 2], [3 * STATE // 2, MODEL // 2])
 
 
 def test_every_process_holds_the_program(tiny_llama: Path) -> None:
@@ -146,14 +146,14 @@ def test_two_workers_of_a_tiny_llama(tiny_llama: Path) -> None:
     beside = list_phases_beside(find_facts(settings), settings, cut_parts(settings, 2))
     assert {phase.name: (*sizes(phase), [line.bytes for line in phase.store]) for phase in beside} == {
         "load": ([MODEL], [], []),
-        "validate the dense model": ([MODEL], [DENSE, 2 * 3 * STATE], [3 * STATE]),
-        "profile, statistics": ([MODEL], [DENSE, 2 * MOMENTS], [4 * MOMENTS]),
-        "profile, gradients": ([MODEL], [DENSE], []),
-        ASKED_FOR: ([MODEL, MATRIX], [DENSE], [*given, levels]),
-        "prune": ([MODEL, MATRIX], [DENSE], [*given, results]),
-        IN_ORDER: ([MODEL, MATRIX], [DENSE, 2 * MOMENTS], [*given, results, 4 * MOMENTS]),
-        "validate": ([MODEL], [DENSE, 3 * STATE], [DENSE, packed, 3 * STATE]),
-        "export": ([MODEL], [DENSE], [DENSE]),
+        "validate the dense model": ([MODEL], [2 * 3 * STATE], [3 * STATE]),
+        "profile, statistics": ([MODEL], [2 * MOMENTS], [4 * MOMENTS]),
+        "profile, gradients": ([MODEL], [], []),
+        ASKED_FOR: ([MODEL, MATRIX], [], [*given, levels]),
+        "prune": ([MODEL, MATRIX], [], [*given, results]),
+        IN_ORDER: ([MODEL, MATRIX], [2 * MOMENTS], [*given, results, 4 * MOMENTS]),
+        "validate": ([MODEL], [3 * STATE], [DENSE, packed, 3 * STATE]),
+        "export": ([MODEL], [], [DENSE]),
     }
 
 
