@@ -254,7 +254,6 @@ def list_phases_beside(
     """What each phase holds in the process that workers with these `parts` work for, and in their object store."""
     shape, workers, nodes = facts.shape, parts[0].workers, sum(part.nodes for part in parts)
     model, program, moved = _describe_model(shape, shape.weights), _describe_program(facts), _move_model(facts)
-    always = [program]
 
     def hidden(what: str, count: int) -> Line:
         states = (settings.count_all("validation"), "windows"), (settings.window, "tokens")
@@ -276,22 +275,22 @@ def list_phases_beside(
         Phase(
             name="validate the dense model",
             device=[model],
-            host=[*always, hidden("hidden states", 2)],
+            host=[program, hidden("hidden states", 2)],
             store=[hidden("hidden states", 1)],
         ),
-        Phase(name="profile, statistics", device=[model], host=[*always, sums], store=[two]),
-        Phase(name="profile, gradients", device=[model], host=always),
-        *([Phase(name=WEIGH, device=[model], host=always)] if weighs else []),
-        Phase(name=ASKED_FOR, device=[model, moment, *other], host=always, store=[*given, levels]),
-        Phase(name="prune", device=[model, moment, *other], host=always, store=[*given, results]),
-        Phase(name=IN_ORDER, device=[model, moment], host=[*always, sums], store=[*given, results, two]),
+        Phase(name="profile, statistics", device=[model], host=[program, sums], store=[two]),
+        Phase(name="profile, gradients", device=[model], host=[program]),
+        *([Phase(name=WEIGH, device=[model], host=[program])] if weighs else []),
+        Phase(name=ASKED_FOR, device=[model, moment, *other], host=[program], store=[*given, levels]),
+        Phase(name="prune", device=[model, moment, *other], host=[program], store=[*given, results]),
+        Phase(name=IN_ORDER, device=[model, moment], host=[program, sums], store=[*given, results, two]),
         Phase(
             name="validate",
             device=[model],
-            host=[*always, hidden("hidden states", 1)],
+            host=[program, hidden("hidden states", 1)],
             store=[given[0], _count_changed(shape, "pruned layers"), hidden("hidden states", 1)],
         ),
-        Phase(name="export", device=[model], host=[*always, *moved], store=[given[0]]),
+        Phase(name="export", device=[model], host=[program, *moved], store=[given[0]]),
     ]
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tools.base.errors import UserError
-from tools.base.files import is_disk_full
+from tools.base.files import explain_full_disk, explain_unwritable
 
 ALIGNED = 64
 """Each tensor begins at a multiple of so many bytes."""
@@ -22,10 +21,10 @@ def map_weights(weights: Mapping[str, Tensor], directory: Path) -> dict[str, Ten
     """Copies of weights of any shape, dtype and device, on the CPU, in a file of `directory` that has no name.
 
     The file ends with the process, or with the last of the copies. They may be written to: the file stays as it is.
-    Raises UserError in one line where it cannot be written.
+    Raises DiskFull, or another UserError in one line, where it cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
+    with explain_unwritable(f"the dense weights in {directory}"), explain_full_disk(directory):
+        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".dense-") as file:
             places = {}
             for name, weight in weights.items():
@@ -36,9 +35,6 @@ def map_weights(weights: Mapping[str, Tensor], directory: Path) -> dict[str, Ten
             if not (size := file.tell()):
                 return {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
             held = torch.from_file(file.name, shared=False, size=size, dtype=torch.uint8)
-    except OSError as error:
-        said = "the disk is full" if is_disk_full(error) else error.strerror
-        raise UserError(f"the dense weights cannot be written to {directory}: {said}") from error
     return {name: _view(held, places[name], weight) for name, weight in weights.items()}
 
 

@@ -1,6 +1,7 @@
 """The dense weights lie on disk and are mapped: the same bits, and no second model in memory."""
 
 import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools.base.errors import UserError
+from tools.base.errors import DiskFull, UserError
 from tools.workbench import dense
 from tools.workbench.dense import map_weights
 
@@ -49,10 +50,23 @@ def test_they_take_no_memory_that_another_could_not_have(tmp_path: Path) -> None
     assert held() - before < weight.nbytes / 4
 
 
-def test_a_disk_without_room_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [
+        (
+            errno.ENOSPC,
+            DiskFull,
+            r"the disk is full \(\d+ MB free\) while writing PATH; free some space, then go on: .*",
+        ),
+        (errno.EACCES, UserError, "the dense weights in PATH cannot be written: Permission denied"),
+    ],
+)
+def test_what_cannot_be_written_is_told_in_one_line(
+    number: int, kind: type[UserError], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_arguments: Any, **_options: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(dense.tempfile, "NamedTemporaryFile", refuse)
-    with pytest.raises(UserError, match=rf"^the dense weights cannot be written to {tmp_path}: the disk is full$"):
+    with pytest.raises(kind, match=f"^{said.replace('PATH', re.escape(str(tmp_path)))}$"):
         map_weights({"a": torch.ones(1)}, tmp_path)
