@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kernels import native
 from kernels.dispatch import choose_kernel, choose_product
+from kernels.kept import gather_kept, spread_kept
 from kernels.native import WORD
 from kernels.pages import count_room, move_to_large_pages
 
@@ -88,7 +89,7 @@ def pack_rows(weight_OI: Tensor) -> PackedWeight:
 
         mask_OW, counts_OK = triton_packed.pack_bits(keep_OI)
         return PackedWeight(mask_OW, *triton_packed.collect_kept(weight_OI, keep_OI, counts_OK, PADDING), columns)
-    kept = weight_OI[keep_OI]
+    kept = gather_kept(weight_OI, keep_OI)
     values = torch.cat([kept, kept.new_zeros(PADDING)])
     counts_O = keep_OI.sum(1)
     return PackedWeight(pack_mask(keep_OI), values, counts_O.cumsum(0) - counts_O, columns)
@@ -150,10 +151,7 @@ def unpack_rows(packed: PackedWeight) -> Tensor:
 def unpack_by_torch(packed: PackedWeight) -> Tensor:
     """The same by torch alone, on any device: the reference."""
     mask_OW, values, offsets_O, columns = packed
-    keep_OI = unpack_mask(mask_OW, columns)
-    weight_OI = values.new_zeros(keep_OI.shape)
-    # `weight[keep] = values` rewrites a lone NaN.
-    return weight_OI.masked_scatter_(keep_OI, values[int(offsets_O[0]) :])
+    return spread_kept(values[int(offsets_O[0]) :], unpack_mask(mask_OW, columns))
 
 
 def multiply_packed(packed: PackedWeight, x: Tensor, bias_O: Tensor | None = None) -> Tensor:

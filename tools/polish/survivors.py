@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.guard import mend_lost
+from kernels.kept import gather_kept, spread_kept
 from tools.base.errors import BrokenPlan
 from tools.models.layers import Layer
 
@@ -28,7 +29,7 @@ class Survivors:
 
     def gather(self, name: str, full_OI: Tensor) -> Tensor:
         """The survivors' entries of a tensor of a layer's shape: (S,)."""
-        return full_OI[self.keep[name]]
+        return gather_kept(full_OI, self.keep[name])
 
     def read(self) -> Vectors:
         """Those in the model, as fp32."""
@@ -51,6 +52,4 @@ class Survivors:
         if not bool(torch.isfinite(stored_S).all()):
             raise BrokenPlan(f"polish: the weights of layer {layer.name} are not finite")
         stored_S = mend_lost(stored_S, stored_S == 0)
-        weight_OI = torch.zeros_like(self.keep[layer.name], dtype=dtype)
-        weight_OI[self.keep[layer.name]] = stored_S
-        return weight_OI
+        return spread_kept(stored_S, self.keep[layer.name])
