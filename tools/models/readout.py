@@ -44,8 +44,11 @@ def compute_logits(model: Any, hidden: Tensor) -> Tensor:
     """fp32 logits of hidden states, with the scale or soft cap of architectures that have one."""
     config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(hidden).float()
-    logits = logits * float(getattr(config, "logit_scale", None) or 1.0)
-    logits = logits / float(getattr(config, "logits_scaling", None) or 1.0)
+    # Most have neither: to multiply with 1 is a pass over the largest tensor of all.
+    if (scale := float(getattr(config, "logit_scale", None) or 1.0)) != 1:
+        logits = logits * scale
+    if (scaling := float(getattr(config, "logits_scaling", None) or 1.0)) != 1:
+        logits = logits / scaling
     cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -102,7 +105,8 @@ def measure_losses(
         nll = nll + torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum").double()
         if dense_hidden_TD is not None:
             log_q = torch.log_softmax(compute_logits(model, dense), -1)
-            kl = kl + (log_q.exp() * (log_q - log_p)).sum(-1).double().sum()
+            q = log_q.exp()
+            kl = kl + log_q.sub_(log_p).mul_(q).sum(-1).double().sum()
     return TokenLosses(float(nll), float(kl)), hidden_TD
 
 
@@ -149,8 +153,9 @@ def diverge_gradients(
         log_q = torch.log_softmax(compute_logits(model, dense), -1)
         with torch.enable_grad():
             hidden = chunk.requires_grad_()
-            log_p = torch.log_softmax(compute_logits(model, hidden), -1)
-            kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-            gradients.append(torch.autograd.grad(kl.sum() * scale, hidden)[0])
-        total += kl.detach().double().sum()
+            logits = compute_logits(model, hidden)
+        log_p, q = torch.log_softmax(logits.detach(), -1), log_q.exp()
+        total += log_q.sub_(log_p).mul_(q).sum(-1).double().sum()
+        slope = log_p.exp_().sub_(q).mul_(scale)  # of the KL by the logits: p - q
+        gradients.append(torch.autograd.grad(logits, hidden, slope)[0])
     return total, torch.cat(gradients)

@@ -29,7 +29,7 @@ from tools.workbench.losses import Losses
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
 
-VERSION = "1"
+VERSION = "2"
 """Of what a polish does beside its optimiser: weights that another one made are others."""
 
 
