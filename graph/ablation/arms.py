@@ -13,7 +13,7 @@ from graph.planning.budget import TokenBudget
 from graph.planning.orders import Curves, describe_plan, resolve
 from graph.planning.plan import Plan
 from graph.planning.recipes import gather_layers
-from graph.planning.refinements import STRONG, change_one_lever
+from graph.planning.refinements import STRONG, change_levers
 from graph.planning.situation import Situation
 from graph.state import Trial
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
@@ -176,7 +176,7 @@ def plan_list(arm: Arm) -> Iterator[Plan]:
         ),
         read_layers=lambda recipe: Curves(arm.bench.read_layers(arm.profile, recipe, arm.progress), exact=False),
     )
-    yield from change_one_lever(situation, base)
+    yield from change_levers(situation, base)
 
 
 def plan_at_random(arm: Arm) -> Iterator[Plan]:

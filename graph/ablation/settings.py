@@ -14,8 +14,8 @@ ARMS = {
     "heuristic": "fixed rules plan and reflect",
     "kappa": "the default recipe, then the fixed ones in their order while the budget lasts; the one of least KL",
     "fixed": "one plan",
-    "grid": "the strong recipe, then each plan of the rule's list, one lever from it, while the budget lasts; the one "
-    "of least KL",
+    "grid": "the strong recipe, then each plan of the rule's list, all small levers or one, while the budget lasts; "
+    "the one of least KL",
     "random": "plans drawn at random from all of the planner's levers, the one of least KL",
     "search": "EvoPress's super-fast search over the shares of the layers, cut short by the tokens that every arm has, "
     "with the default recipe's weights",
@@ -32,6 +32,7 @@ POLISHED = "refit+polish:kappa-mask"
 
 FIXED = (
     POLISHED,
+    "refit10~clipped~damped0.2~sequential:kappa-mask",
     "refit10~sequential:kappa-mask",
     "refit~sequential:kappa-mask",
     "refit10:kappa-mask",

@@ -1,4 +1,4 @@
-"""What a rule tries at the target: plans that differ from the accepted one in one lever."""
+"""What a rule tries at the target: small levers together, then plans that differ from the accepted one in one lever."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -25,13 +25,17 @@ ROWS = {"method": "wanda", "refit": True}
 """A mask that is compared within each output, its survivors fitted: on Qwen2.5-Coder-1.5B at 45 %, damped and behind
 pruned predecessors, a fifth less KL than STRONG, and MMLU as high as Wanda's (README, a second family)."""
 
+TOGETHER = {"refit_steps": FINE_STEPS, "damping": 0.2, "gamma": "clipped"}
+"""Levers each of which gains less than a comparison can tell from luck, pulled at once: what a strong planner ended at
+(graph/README.md, what the loop added)."""
+
 STRENGTHS = (0.8, 0.9)
 TILTS = (1.5, 0.67)
 """How much more, or less, precious a group is made at the target."""
 
 
 def plan_refinements(situation: Situation, *, texts: bool = True) -> Iterator[Plan]:
-    """Plans at the target that differ from the accepted one in one lever, untried ones only, likeliest first.
+    """Plans at the target as `change_levers` has them for the accepted one, untried ones only, likeliest first.
 
     Lessons weigh groups in each of them. A lever that was tried stays tried when lessons change; the accepted plan
     itself is tried again when they give it another line, for what they change beyond two digits is worth no round.
@@ -50,7 +54,7 @@ def plan_refinements(situation: Situation, *, texts: bool = True) -> Iterator[Pl
             return describe_plan(situation.orders.weigh(change)) not in lines
         return not tried & {hash_request(change), describe_plan(change)}
 
-    return skip_repeats(situation, filter(is_untried, change_one_lever(situation, base, texts=texts)))
+    return skip_repeats(situation, filter(is_untried, change_levers(situation, base, texts=texts)))
 
 
 def skip_repeats(situation: Situation, plans: Iterable[Plan]) -> Iterator[Plan]:
@@ -72,8 +76,8 @@ def skip_repeats(situation: Situation, plans: Iterable[Plan]) -> Iterator[Plan]:
         seen |= {made} - {""}
 
 
-def change_one_lever(situation: Situation, base: Plan, *, texts: bool = True) -> Iterator[Plan]:
-    """Every plan that differs from `base` in one lever, likeliest first, tried or not."""
+def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> Iterator[Plan]:
+    """Every plan that differs from `base` in one lever, or in all small ones, likeliest first, tried or not."""
     recipe = base.recipe
     if recipe.method != STRONG.method:  # a model's or a person's plan may have been kept
         strong = recipe.model_copy(update=STRONG.model_dump(include={"method", "refit", "curves"}))
@@ -84,6 +88,10 @@ def change_one_lever(situation: Situation, base: Plan, *, texts: bool = True) ->
     if texts and recipe.calibration == "run" and (text := _find_text(situation)):
         mixed = recipe.model_copy(update={"calibration": text})
         yield _vary(base, mixed, f"Statistics of a text that is a {text} questions, so that facts weigh more.")
+    if recipe.method == STRONG.method and _is_plain(recipe):
+        for statistics, told in (("sequential", "statistics in order, "), ("dense", "")):
+            every = recipe.model_copy(update={**TOGETHER, "statistics": statistics})
+            yield _vary(base, every, f"Small levers together: {told}a finer growth, a damped fit, a clipped gamma.")
     if recipe.statistics == "dense":
         sequential = recipe.model_copy(update={"statistics": "sequential"})
         yield _vary(base, sequential, "Block by block, each seeing what its pruned predecessors pass on.")
@@ -118,6 +126,11 @@ def change_one_lever(situation: Situation, base: Plan, *, texts: bool = True) ->
                     "reason": f"{selector} holds {share:.0%} of the predicted KL; count it {tilt:g} times.",
                 }
             )
+
+
+def _is_plain(recipe: Recipe) -> bool:
+    """Whether no small lever was pulled."""
+    return all(getattr(recipe, lever) == getattr(STRONG, lever) for lever in (*TOGETHER, "statistics"))
 
 
 def _find_text(situation: Situation) -> Calibration | None:

@@ -1,8 +1,8 @@
 """Plan a round by rule: no key, no model, the same answer every time.
 
 It starts from the KL curves' own allocation, climbs towards the target in steps that the lessons so far predict to
-pass, strengthens the recipe and shortens the step after a rollback, and at the target tries one lever at a time. A
-method that broke whenever it was carried out is not planned again.
+pass, strengthens the recipe and shortens the step after a rollback, and at the target tries small levers together and
+then one lever at a time. A method that broke whenever it was carried out is not planned again.
 """
 
 import math
@@ -11,7 +11,7 @@ from itertools import islice
 
 from graph.config import RunConfig
 from graph.planning.plan import Plan
-from graph.planning.refinements import STRONG, change_one_lever, plan_refinements, skip_repeats
+from graph.planning.refinements import STRONG, change_levers, plan_refinements, skip_repeats
 from graph.planning.situation import Situation
 from graph.reflecting.posterior import WHOLE, weigh_evidence
 from graph.state import Trial, same_sparsity
@@ -72,7 +72,7 @@ def _plan_pattern(situation: Situation, *, texts: bool = True) -> Iterator[Plan]
         return
     reason = f"{config.pattern} in one step, with the strongest recipe{_name_broken(situation)}."
     first = Plan(sparsity=config.target_sparsity, recipe=strongest, reason=reason)
-    yield from skip_repeats(situation, (first, *change_one_lever(situation, first, texts=texts)))
+    yield from skip_repeats(situation, (first, *change_levers(situation, first, texts=texts)))
 
 
 def _plan_climb(situation: Situation) -> Plan | None:

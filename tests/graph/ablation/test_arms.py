@@ -83,8 +83,9 @@ def test_an_arm_out_of_time_makes_its_first_trial_and_no_other(bench: Workbench)
 def test_the_grid_is_the_rules_list_from_the_strong_recipe(bench: Workbench) -> None:
     arm = Arm(bench, bench.profile(ignore), make_settings(bench.settings.model), ignore, 0.0)
     plans = list(plan_list(arm))
-    assert [x.recipe.label for x in plans[:7]] == [
-        *("refit:kappa-mask", "refit~sequential:kappa-mask", "refit10:kappa-mask"),
+    assert [x.recipe.label for x in plans[:9]] == [
+        *("refit:kappa-mask", "refit10~clipped~damped0.2~sequential:kappa-mask"),
+        *("refit10~clipped~damped0.2:kappa-mask", "refit~sequential:kappa-mask", "refit10:kappa-mask"),
         *("wanda+refit~damped0.3~dense:kappa-mask", "refit~damped0.3:kappa-mask"),
         *("refit~clipped:kappa-mask", "refit:kappa"),
     ]
@@ -97,6 +98,7 @@ def test_kappa_goes_on_with_the_fixed_recipes_and_their_prices_are_known() -> No
     assert [x.recipe.label for x in plan_recipes(arm)] == [Recipe().label, *FIXED[1:-1]]
     assert FIXED[-1] == Recipe().label
     assert {label: price_recipe(label, settings) for label in FIXED[1:]} == {
+        "refit10~clipped~damped0.2~sequential:kappa-mask": SEQUENTIAL + TRIAL,
         "refit10~sequential:kappa-mask": SEQUENTIAL + TRIAL,
         "refit~sequential:kappa-mask": SEQUENTIAL + TRIAL,
         "refit10:kappa-mask": TRIAL,

@@ -1,4 +1,4 @@
-"""One lever at a time at the target: no weights come twice, and no plan is lost for a line like another's."""
+"""Small levers together, then one at a time: no weights come twice, and no plan is lost for a line like another's."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 
 from graph.planning.orders import Curves, describe_plan, drop_lessons
 from graph.planning.plan import Plan
-from graph.planning.refinements import STRONG, plan_refinements, rank_groups
+from graph.planning.refinements import STRONG, TOGETHER, plan_refinements, rank_groups
 from graph.planning.rule import MASKS, plan_by_rule
 from graph.planning.situation import Situation
 from graph.state import Trial
@@ -30,7 +30,7 @@ RECORDS = pytest.mark.parametrize(
 
 
 @RECORDS
-def test_at_the_target_each_plan_changes_one_lever_and_none_comes_twice(record: Record) -> None:
+def test_at_the_target_each_plan_changes_one_lever_or_all_small_ones_and_none_comes_twice(record: Record) -> None:
     trials = [make_trial(1, "accept", 0.45, STRONG)]
     for _ in range(2, 60):
         plan = plan_by_rule(make_situation(*trials))
@@ -40,7 +40,9 @@ def test_at_the_target_each_plan_changes_one_lever_and_none_comes_twice(record: 
         assert (plan.recipe != STRONG) + bool(plan.adjustments) == 1
         trials.append(record(make_situation(*trials), plan))
     assert len({trial.plan for trial in trials}) == len(trials)
-    assert len(trials) == 1 + 8 + 2 * len(group_layers(make_layers())), "eight recipes, two tilts of each group"
+    assert len(trials) == 1 + 10 + 2 * len(group_layers(make_layers())), "ten recipes, two tilts of each group"
+    every = STRONG.model_copy(update={**TOGETHER, "statistics": "sequential"})
+    assert [trial.recipe for trial in trials[1:3]] == [every, STRONG.model_copy(update=TOGETHER)]
 
 
 def test_lessons_of_groups_weigh_in_every_plan_and_those_of_a_repeat_do_not() -> None:
@@ -62,7 +64,7 @@ def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is(re
     trials = [make_trial(1, "accept", 0.45, STRONG)]
     lines: list[str] = []
     for iteration in range(2, 60):
-        lessons = [make_lesson(selector, 1.5)] if iteration < 9 else [make_lesson(selector, 1.9)] * 3
+        lessons = [make_lesson(selector, 1.5)] if iteration < 11 else [make_lesson(selector, 1.9)] * 3
         situation = make_situation(*trials, lessons=tuple(lessons))
         plan = plan_by_rule(situation)
         if plan is None:
@@ -71,7 +73,7 @@ def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is(re
         trials.append(record(situation, plan))
     again = [line for line in lines if line.startswith("45.0% refit:kappa-mask · lessons")]
     assert again == ["45.0% refit:kappa-mask · lessons x1 (1.23)", "45.0% refit:kappa-mask · lessons x1 (1.62)"]
-    assert len(lines) == 8 + 2 * len(group_layers(make_layers())) + len(again)
+    assert len(lines) == 10 + 2 * len(group_layers(make_layers())) + len(again)
     levers = [drop_lessons(line) for line in lines if line not in again]
     assert len(set(levers)) == len(levers), "no lever comes again because lessons have changed"
 
@@ -114,7 +116,8 @@ def test_the_same_weights_under_another_name_are_no_other_plan() -> None:
     kept = try_plan(situation, first, "accept")
     at_target = dataclasses.replace(make_patterned(kept), accepted_plan=first)
     plans = refine(at_target)
-    changes = ["refit~sequential", "refit10", "refit~damped0.3", "refit~clipped"]
+    together = "refit10~clipped~damped0.2"
+    changes = [f"{together}~sequential", together, "refit~sequential", "refit10", "refit~damped0.3", "refit~clipped"]
     assert [plan.recipe.mask_label for plan in plans] == changes
     strength = first.model_copy(update={"recipe": STRONG.model_copy(update={"strength": 0.8})})
     assert at_target.find_trial(strength) == kept

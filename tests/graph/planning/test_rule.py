@@ -1,12 +1,13 @@
 """The rule: cheap first, stronger after a rollback, one lever at a time at the target, lessons in figures."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from graph.config import RunConfig
 from graph.planning.orders import Curves
-from graph.planning.refinements import DAMPED, FINE_STEPS, STRONG
+from graph.planning.refinements import DAMPED, FINE_STEPS, STRONG, TOGETHER
 from graph.planning.rule import LOST_ROUNDS, MASKS, calibration, find_relief, plan_by_rule
 from graph.state import Trial
 from tests.situations import make_lesson, make_patterned, make_situation, make_trial, try_plan
@@ -76,7 +77,9 @@ def test_a_pattern_that_did_not_pass_is_not_proposed_again() -> None:
             break
         found.append(plan.recipe)
         trials.append(try_plan(situation, plan, ("refuse", "rollback")[len(trials) % 2]))
-    changes = [{}, {"statistics": "sequential"}, {"refit_steps": FINE_STEPS}, {"damping": DAMPED}, {"gamma": "clipped"}]
+    single: list[dict[str, Any]] = [{"refit_steps": FINE_STEPS}, {"damping": DAMPED}, {"gamma": "clipped"}]
+    order = {"statistics": "sequential"}
+    changes = [{}, {**TOGETHER, **order}, TOGETHER, order, *single]
     assert found == [STRONG.model_copy(update=change) for change in changes]
 
 
@@ -100,9 +103,8 @@ def test_more_questions_in_the_calibration_text_are_tried_where_there_are_some(
 
     plan = plan_by_rule(dataclasses.replace(situation, config=config, layers=layers, read_layers=read_layers))
     assert plan is not None
-    assert plan.recipe == STRONG.model_copy(
-        update={"calibration": text, "statistics": "sequential" if text == "run" else "dense"}
-    )
+    small: dict[str, Any] = {**TOGETHER, "statistics": "sequential"}
+    assert plan.recipe == STRONG.model_copy(update=small if text == "run" else {"calibration": text})
 
 
 @pytest.mark.parametrize("verdict", ["accept", "rollback", "refuse"])
