@@ -5,7 +5,7 @@ from typing import Any
 from graph.config import RunConfig
 from graph.planning.finalists import FINALISTS
 from graph.planning.orders import UNIFORM_WANDA
-from graph.planning.refinements import DAMPED, FINE_STEPS, ROWS, STRONG
+from graph.planning.refinements import DAMPED, FINE_STEPS, ROWS, STRONG, TOGETHER
 from graph.planning.rule import MASKS
 from tools.estimate.work import Course
 from tools.measure.continuations import CONTINUED, PROMPTS
@@ -32,13 +32,15 @@ def foresee_course(config: RunConfig) -> Course:
 
 
 def foresee_recipes(config: RunConfig) -> list[Recipe]:
-    """The recipe of every round where the rule's first ones are kept: then it pulls one lever after another.
+    """The recipe of every round where the rule's first ones are kept: then it pulls levers, small ones together first.
 
     Rounds beyond the levers that change what is done inside layers prune by the strong recipe.
     """
     strong = STRONG.model_copy(update={"pattern": config.pattern})
     levers: list[dict[str, Any]] = [
         *({"calibration": text} for text in list(config.mixes)[:1]),
+        {**TOGETHER, "statistics": "sequential"},
+        TOGETHER,
         {"statistics": "sequential"},
         {"refit_steps": FINE_STEPS},
         *([] if config.pattern else [{**ROWS, "damping": DAMPED}]),

@@ -42,8 +42,8 @@ def test_a_model_of_this_machine(tiny_llama: Path, tmp_path: Path, command: Comm
     for step in (
         "prune; 14 layers by two-sided; 1 ×",
         "prune; 14 layers by refit; 1 ×",
-        "prune; 14 layers by refit~sequential, with two more forwards of the calibration text; 1 ×",
-        "prune; 14 layers by refit10; 1 ×",
+        "prune; 14 layers by refit10~clipped~damped0.2~sequential, with two more forwards of the calibration text; 1 ×",
+        "prune; 14 layers by refit10~clipped~damped0.2; 1 ×",
         "prune; 14 layers by wanda, with two more forwards of the calibration text; 1 ×",
         "validate; forward of 8 windows of 512 tokens of validation text, the output head twice; 4 ×",
         "test; forward of 8 windows of 512 tokens of test text; 3 ×",
@@ -89,7 +89,7 @@ def test_workers_of_another_machine(tmp_path: Path, command: Command) -> None:
     assert any(line.startswith("this process, prune: 17.0 GB on the GPU, ") for line in lines)
     assert "  dense weights; the prunable layers, each put there once; object store; 13.9 GB" in lines
     assert any(line.startswith("each worker, prune: 19.9 GB on the GPU, ") for line in lines)
-    assert any(line.endswith("; 2 ×; 1.6 PFLOP; 0.138 of it by the busiest worker") for line in lines)
+    assert any(line.endswith("; 1 ×; 1.6 PFLOP; 0.138 of it by the busiest worker") for line in lines)
     assert any(line.startswith("fits one GPU of 80.0 GB: 40.1 GB at most (") for line in lines)
 
 
