@@ -309,16 +309,31 @@ _LABEL = re.compile(
     r"(?::(?P<allocation>[a-z][a-z-]*?)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
 
+_ORDER = (r"\+refit", "~clipped", "~weighted", "~damped.*", r"~\d.*", "~(quarter|half)", "~[a-z]+", r"\+polish.*")
+"""The marks of a label as `_LABEL` has them one behind the other."""
+
+
+def _order_marks(label: str) -> str:
+    """The label with its marks in their order, whichever they were given in; unknown ones at the end."""
+    done, colon, shared = label.partition(":")
+    method, *marks = re.split("(?=[~+])", done)
+
+    def rank(mark: str) -> int:
+        return next((place for place, form in enumerate(_ORDER) if re.fullmatch(form, mark)), len(_ORDER))
+
+    return f"{method}{''.join(sorted(marks, key=rank))}{colon}{shared}"
+
 
 def parse_recipe(label: str) -> Recipe:
     """The recipe of `METHOD[+refit][~clipped][~weighted][~dampedSHARE][~SHARETEXT…][~quarter|~half][~STATISTICS]
     [+polish[TOKENS]][:ALLOCATION[@STRENGTH]]`.
 
-    SHARETEXT, such as `~0.7code~0.3prose`, is a mixture of named texts. STATISTICS is dense, sequential or stages;
-    without that mark they are those that the method's authors take. Without an allocation it is uniform.
+    Marks behind METHOD may stand in any order. SHARETEXT, such as `~0.7code~0.3prose`, is a mixture of named texts.
+    STATISTICS is dense, sequential or stages; without that mark they are those that the method's authors take. Without
+    an allocation it is uniform.
     Raises ValueError in one line for another form or a name that there is not.
     """
-    form = _LABEL.fullmatch(label.strip())
+    form = _LABEL.fullmatch(_order_marks(label.strip()))
     if form is None:
         raise ValueError(f"recipe {label!r} is not of the form METHOD[+refit]:ALLOCATION, such as refit:kappa")
     try:

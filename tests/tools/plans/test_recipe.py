@@ -98,8 +98,24 @@ def test_without_a_polish_a_recipe_is_written_and_described_as_ever() -> None:
     )
     with pytest.raises(ValidationError, match="polish_tokens 64 are for a recipe with polish"):
         Recipe(polish_tokens=64)
-    with pytest.raises(ValueError, match=r"is not of the form"):
-        parse_recipe("refit+polish~sequential:kappa")
+
+
+@pytest.mark.parametrize(
+    ("given", "label"),
+    [
+        ("refit~sequential~damped0.3:uniform", "refit~damped0.3~sequential:uniform"),
+        ("refit10+polish64~stages~clipped:kappa@0.8", "refit10~clipped~stages+polish64:kappa@0.8"),
+        ("wanda~0.7code~half~0.3prose+refit~weighted", "wanda+refit~weighted~0.7code~0.3prose~half:uniform"),
+    ],
+)
+def test_marks_may_be_given_in_any_order(given: str, label: str) -> None:
+    assert parse_recipe(given) == parse_recipe(label) and parse_recipe(given).label == label
+
+
+@pytest.mark.parametrize("label", ["refit~clipped~clipped:kappa", "refit~dense~stages", "refit~fast:kappa", "refit~"])
+def test_marks_that_there_are_not_and_those_given_twice_are_refused(label: str) -> None:
+    with pytest.raises(ValueError, match=rf"recipe '{label}' is not of the form METHOD"):
+        parse_recipe(label)
 
 
 @pytest.mark.parametrize(
