@@ -19,6 +19,7 @@ from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, name
 from tools.plans.methods import Statistics, translate_label
 from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
+from tools.results.polish_curve import list_curves, plot_curves
 from tools.results.schema import Polished, Protocol, Reach, Score, TextFigures, describe_bos, describe_cut
 from tools.results.sentences import describe_polish, describe_reach, tell_share, tell_texts
 from tools.results.tables import list_table
@@ -132,12 +133,15 @@ class Comparison(BaseModel):
 
 
 def write_comparison(directory: Path, known: Comparison) -> None:
-    """compare.json, .md, .csv, .png and .svg in a directory."""
+    """compare.json, .md, .csv, .png and .svg in a directory, and polish.png and .svg where one is polished on several
+    numbers of tokens."""
     write_kept(directory / "compare.json", known)
     write_text(directory / "compare.md", describe(known))
     write_text(directory / "compare.csv", as_csv(Row, known.rows, ["protocol", "texts"], _list_text_columns))
     for kind in ("png", "svg"):
         write_whole(directory / f"compare.{kind}", partial(_plot, known, kind))
+        if curves := list_curves(known.rows):
+            write_whole(directory / f"polish.{kind}", partial(plot_curves, curves, kind))
 
 
 def describe_dense(known: Comparison) -> str:
@@ -285,6 +289,7 @@ def describe(known: Comparison) -> str:
         "",
         "![Perplexity over sparsity](compare.svg)",
         "",
+        *(["![KL over tokens of a polish](polish.svg)", ""] if list_curves(known.rows) else []),
     ]
     for name, rows in group_rows(known.rows):
         cells = [(f"`{recipe}`", *figures) for recipe, *figures in (_list_cells(row, known) for row in rows)]
