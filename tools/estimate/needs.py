@@ -127,10 +127,11 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     weights = sum(layer.weight_OI.numel() for layer in layers)
     beside = list_phases_beside(facts, read, parts, weighs=weighs) if workers else []
     polish = _find_polish(settings, course, weights, read.window)
+    room = devices.bytes if devices and device == "cuda" else None
     if polish and workers:
-        beside, phases = add_shared_polish(beside, phases, facts, polish, workers)
+        beside, phases = add_shared_polish(beside, phases, facts, polish, workers, room)
     elif polish:
-        phases = add_polish(phases, facts, polish)
+        phases = add_polish(phases, facts, polish, room)
     return Estimate(
         model=settings.model,
         dtype=settings.dtype,

@@ -9,6 +9,7 @@ from tools.estimate.work import POLISH
 from tools.models.disk import Line
 from tools.models.readout import CHUNK
 from tools.plans.polish import Schedule
+from tools.polish.survivors import STATE_SHARE, count_state_bytes
 from tools.statistics.shards import count_held, list_nodes, share_out
 
 
@@ -22,19 +23,22 @@ class Polish(NamedTuple):
     """Tokens of a window, with those before its text."""
 
 
-def add_polish(phases: Sequence[Phase], facts: Facts, polish: Polish) -> list[Phase]:
-    """The phases of a process that does the work alone, and that of the polish before the last."""
+def add_polish(phases: Sequence[Phase], facts: Facts, polish: Polish, room: int | None) -> list[Phase]:
+    """The phases of a process that does the work alone, and that of the polish before the last; `room` is the memory of
+    a GPU in bytes, where it is known."""
     step, hidden = max(map(len, polish.schedule.steps)), _count_hidden(facts, polish)
+    common = _find_common(phases, "device")
+    there, here = _place_state(facts, polish, common, room)
     phase = Phase(
         name=POLISH,
-        device=[*_find_common(phases, "device"), *_list_walk(facts, polish, step, 1), *_list_state(facts, polish)],
-        host=[*_find_common(phases, "host"), hidden, *_copy_state(facts, polish)],
+        device=[*common, *_list_walk(facts, polish, step, 1), *there],
+        host=[*_find_common(phases, "host"), hidden, *here],
     )
     return [*phases[:-1], phase, phases[-1]]
 
 
 def add_shared_polish(
-    phases: Sequence[Phase], of_worker: Sequence[Phase], facts: Facts, polish: Polish, workers: int
+    phases: Sequence[Phase], of_worker: Sequence[Phase], facts: Facts, polish: Polish, workers: int, room: int | None
 ) -> tuple[list[Phase], list[Phase]]:
     """As `add_polish`, of the process that workers work for, and of each of them."""
     step, hidden = max(map(len, polish.schedule.steps)), _count_hidden(facts, polish)
@@ -42,10 +46,12 @@ def add_shared_polish(
     answers = multiply("gradients of all workers", (nodes, "sums"), (polish.survivors, "survivors"), (4, "bytes"))
     sent = Line(what="layers as they travel", how="all prunable layers, with their masks", bytes=facts.shape.packed)
     walk = [_count_marks(facts)] if step > 1 else _list_walk(facts, polish, step, 1)  # which cannot be shared
+    common = _find_common(phases, "device")
+    there, here = _place_state(facts, polish, common, room)
     own = Phase(
         name=POLISH,
-        device=[*_find_common(phases, "device"), *walk, *_list_state(facts, polish)],
-        host=[*_find_common(phases, "host"), hidden, answers, *_copy_state(facts, polish)],
+        device=[*common, *walk, *there],
+        host=[*_find_common(phases, "host"), hidden, answers, *here],
         store=[hidden, sent, answers],
     )
     theirs = Phase(
@@ -58,7 +64,7 @@ def add_shared_polish(
 
 def list_polish_disk(facts: Facts, polish: Polish) -> list[Line]:
     """What a polish may write beside its checkpoint: what is kept of it, and for a moment what was kept before."""
-    size = 12 + facts.shape.item
+    size = count_state_bytes(facts.shape.item)
     state = multiply("a polish under way", (2, "copies"), (polish.survivors, "survivors"), (size, "bytes"))
     return [state, _count_hidden(facts, polish)]
 
@@ -108,14 +114,20 @@ def _list_state(facts: Facts, polish: Polish) -> list[Line]:
     ]
 
 
-def _copy_state(facts: Facts, polish: Polish) -> list[Line]:
-    """On a GPU all of that passes through CPU memory on its way to disk."""
-    size = (12 + facts.shape.item, "bytes")
-    return (
-        []
-        if facts.device == "cpu"
-        else [multiply("its state on its way to disk", (polish.survivors, "survivors"), size)]
-    )
+def _place_state(
+    facts: Facts, polish: Polish, common: Sequence[Line], room: int | None
+) -> tuple[list[Line], list[Line]]:
+    """Lines of the device and of the CPU. What is kept on a GPU passes through CPU memory on its way to disk; what has
+    too little room there (`tools.polish.survivors.STATE_SHARE`) lies in CPU memory as it is.
+    """
+    state = _list_state(facts, polish)
+    if facts.device == "cpu":
+        return state, []
+    free = None if room is None else room - sum(line.bytes for line in common)
+    if free is not None and sum(line.bytes for line in state) > STATE_SHARE * free:
+        return [], state
+    size = (count_state_bytes(facts.shape.item), "bytes")
+    return state, [multiply("its state on its way to disk", (polish.survivors, "survivors"), size)]
 
 
 def _count_marks(facts: Facts) -> Line:

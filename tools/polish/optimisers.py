@@ -72,7 +72,10 @@ class Adam:
         """As in `Optimiser`."""
         for name, gradient_S in gradients.items():
             rate = find_rate(step) * self._sizes[name]
-            self._move(values[name], gradient_S, self._first[name], self._second[name], rate, step.number + 1)
+            value_S = values[name]
+            self._move(
+                value_S, gradient_S.to(value_S.device), self._first[name], self._second[name], rate, step.number + 1
+            )
 
     def _move(
         self, value_S: Tensor, gradient_S: Tensor, first_S: Tensor, second_S: Tensor, rate: float, power: int

@@ -3,7 +3,9 @@
 Shape suffixes: O output features, I input features, S survivors of a layer, row by row.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +16,11 @@ from tools.base.errors import BrokenPlan
 from tools.models.layers import Layer
 
 Vectors = dict[str, Tensor]
-"""By layer name, (S,); fp32 on the layer's device."""
+"""By layer name, (S,); fp32, where `Survivors` keeps them."""
+
+STATE_SHARE = 0.5
+"""Share of a GPU's free memory that what a polish keeps of each survivor may take there; the gradients of a step, the
+marks of what survives and a walk need room beside it."""
 
 
 class Survivors:
@@ -23,7 +29,7 @@ class Survivors:
     def __init__(self, layers: Iterable[Layer]) -> None:
         self.layers = list(layers)
         self.keep = {layer.name: layer.weight_OI != 0 for layer in self.layers}
-        """bool, (O, I)."""
+        """bool, (O, I), on the layer's device."""
         self.written = 0
         """How often weights were put into the model."""
 
@@ -31,9 +37,27 @@ class Survivors:
         """The survivors' entries of a tensor of a layer's shape: (S,)."""
         return gather_kept(full_OI, self.keep[name])
 
+    @cached_property
+    def away(self) -> bool:
+        """Whether vectors are kept on the CPU: by what was free on each GPU when this was first asked."""
+        wanted = Counter[torch.device]()
+        for layer in self.layers:
+            kept = int(torch.count_nonzero(self.keep[layer.name]))
+            wanted[layer.weight_OI.device] += kept * count_state_bytes(layer.weight_OI.element_size())
+        return any(
+            size > STATE_SHARE * torch.cuda.mem_get_info(device)[0]
+            for device, size in wanted.items()
+            if device.type == "cuda"
+        )
+
     def read(self) -> Vectors:
         """Those in the model, as fp32."""
-        return {layer.name: self.gather(layer.name, layer.weight_OI).float() for layer in self.layers}
+        return {
+            layer.name: self.gather(layer.name, layer.weight_OI)
+            .to("cpu" if self.away else layer.weight_OI.device)
+            .float()
+            for layer in self.layers
+        }
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put survivors into the model, in its number format; all other weights of the layers are zero.
@@ -52,4 +76,11 @@ class Survivors:
         if not bool(torch.isfinite(stored_S).all()):
             raise BrokenPlan(f"polish: the weights of layer {layer.name} are not finite")
         stored_S = mend_lost(stored_S, stored_S == 0)
-        return spread_kept(stored_S, self.keep[layer.name])
+        keep_OI = self.keep[layer.name]
+        return spread_kept(stored_S.to(keep_OI.device), keep_OI)
+
+
+def count_state_bytes(item: int) -> int:
+    """Bytes that a polish keeps of each survivor, of a model with so many a weight: itself and two means in fp32, and
+    the best so far."""
+    return 12 + item

@@ -249,3 +249,17 @@ def test_a_polish_has_its_memory_disk_and_work(tiny_llama: Path, untimed: None) 
     assert "graph and backward of one block" in {line.what for line in theirs.device}
     with pytest.raises(UserError, match=r"^polish on 63 tokens is less than one window of 64; give it more$"):
         estimate(settings, course._replace(polishes=[63]), target=0.5)
+
+
+@pytest.mark.parametrize(("room", "away"), [("1x80", True), ("1x400", False)])
+def test_what_a_polish_keeps_lies_in_cpu_memory_where_a_gpu_has_too_little_room(
+    room: str, away: bool, tmp_path: Path, untimed: None
+) -> None:
+    course = COURSE._replace(polishes=[4096], polished_at=0.45)
+    settings = large_settings(write_config(tmp_path / "qwen3-8b", QWEN3_8B))
+    found = estimate(settings, course, target=0.45, devices=read_devices(room))
+    phase = next(phase for phase in found.phases if phase.name == POLISH)
+    there, here = ({line.what for line in lines} for lines in (phase.device, phase.host))
+    state = {"survivors before they are rounded", "state of the optimiser", "the best survivors so far"}
+    assert (state <= here, state & there) == ((True, set()) if away else (False, state))
+    assert ("its state on its way to disk" in here) is not away
