@@ -23,6 +23,7 @@ from tools.plans.methods import METHODS, name_sequential
 from tools.plans.recipe import Recipe
 from tools.plans.rules import name_allocations
 from tools.results.comparison import (
+    Answers,
     Comparison,
     Row,
     Unasked,
@@ -32,6 +33,7 @@ from tools.results.comparison import (
     write_comparison,
 )
 from tools.results.schema import Score
+from tools.results.scores import name_score
 from tools.texts.windows import check_texts
 from tools.workbench.open import use_workbench
 from tools.workbench.store import DENSE
@@ -193,7 +195,8 @@ def _make_rows(
             print_line(console, describe_dense(known))
         if benchmarks and not known.dense_scores:
             bench.restore(DENSE)
-            known.dense_scores = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
+            asked = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
+            known.dense_scores, known.dense_answers = asked
             write_comparison(directory, known)
         if bench.questions:
             bench.ask("dense", "validation", progress)
@@ -208,7 +211,7 @@ def _make_rows(
             if benchmarks and made.checkpoint:
                 known.unasked = Unasked(row=made.row, checkpoint=made.checkpoint)
                 write_comparison(directory, known)
-            made.row.scores = _ask_tasks(benchmarks, made.model, bench, job.title, progress)
+            made.row.scores, made.row.answers = _ask_tasks(benchmarks, made.model, bench, job.title, progress)
             row, known.unasked = made.row, None
             known.rows.append(row)
             write_comparison(directory, known)
@@ -248,9 +251,10 @@ def _profile(bench: "Workbench", settings: CompareSettings, jobs: list[Job], pro
 
 def _ask_tasks(
     benchmarks: list[Benchmark], model: Any, bench: "Workbench", label: str, progress: "Progress"
-) -> list[Score]:
+) -> tuple[list[Score], Answers]:
     found = [run_benchmark(benchmark, model, bench.tokenizer, label, progress) for benchmark in benchmarks]
-    return [result.score for results in found for result in results]
+    results = [result for of_task in found for result in of_task]
+    return [result.score for result in results], {name_score(x.score): x.values for x in results if x.values}
 
 
 def show_needs(settings: CompareSettings, console: Console) -> None:

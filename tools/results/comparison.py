@@ -32,6 +32,10 @@ LABELLED = 10
 """Recipes that the plot's legend names, the best ones; it explains the colours and marks of the others."""
 
 
+Answers = dict[str, list[float]]
+ANSWERS = "By task and metric, what each question came to, where a score is their mean: so that differences are paired."
+
+
 class Row(BaseModel):
     """One recipe at one sparsity, measured on the validation text."""
 
@@ -61,6 +65,7 @@ class Row(BaseModel):
     )
     fact_error: float | None = Field(None, description="Its standard error over the questions.")
     scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
+    answers: Answers = Field({}, exclude_if=operator.not_, description=ANSWERS)
     seconds: float = Field(
         description="Pruning the model, once it is known how much of each layer goes; structured: choosing included."
     )
@@ -128,6 +133,7 @@ class Comparison(BaseModel):
     dense_scores: list[Score] = Field(
         [], description="Tasks of lm-evaluation-harness, with --tasks; none where they were broken off."
     )
+    dense_answers: Answers = Field({}, exclude_if=operator.not_, description=ANSWERS)
     rows: list[Row] = []
     unasked: Unasked | None = Field(None, exclude_if=operator.not_, description="The row that comes next, if begun.")
 
@@ -137,7 +143,7 @@ def write_comparison(directory: Path, known: Comparison) -> None:
     numbers of tokens."""
     write_kept(directory / "compare.json", known)
     write_text(directory / "compare.md", describe(known))
-    write_text(directory / "compare.csv", as_csv(Row, known.rows, ["protocol", "texts"], _list_text_columns))
+    write_text(directory / "compare.csv", as_csv(Row, known.rows, ["protocol", "texts", "answers"], _list_text_columns))
     for kind in ("png", "svg"):
         write_whole(directory / f"compare.{kind}", partial(_plot, known, kind))
         if curves := list_curves(known.rows):
@@ -294,7 +300,7 @@ def describe(known: Comparison) -> str:
     for name, rows in group_rows(known.rows):
         cells = [(f"`{recipe}`", *figures) for recipe, *figures in (_list_cells(row, known) for row in rows)]
         lines += [f"## {name}", "", *list_table(_list_titles(known), cells, left=1), ""]
-    dense = Measured("dense", "", "", 0.0, known.dense_perplexity, known.dense_scores)
+    dense = Measured("dense", "", "", 0.0, known.dense_perplexity, known.dense_scores, known.dense_answers)
     lines += describe_tasks(dense, [_as_measured(row) for _, rows in group_rows(known.rows) for row in rows])
     return "\n".join(lines)
 
@@ -319,7 +325,7 @@ def _list_text_columns(row: Row) -> dict[str, float | None]:
 
 def _as_measured(row: Row) -> Measured:
     name = f"`{row.recipe}`" + (f" {row.pattern}" if row.pattern else "")
-    return Measured(name, row.recipe, row.pattern, row.achieved_sparsity, row.perplexity, row.scores)
+    return Measured(name, row.recipe, row.pattern, row.achieved_sparsity, row.perplexity, row.scores, row.answers)
 
 
 _MARKS = "osD^v*PX<>ph"

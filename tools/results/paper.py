@@ -1,10 +1,11 @@
 """A comparison as arXiv 2601.09694 makes it: what is left of perplexity, MMLU and FreebaseQA beside the baselines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tools.base.words import show, show_score
 from tools.results.schema import Score
+from tools.results.scores import Result, name_score, subtract
 from tools.results.tables import list_table, list_task_protocols
 
 PRESETS: dict[str, dict[str, str]] = {
@@ -39,10 +40,29 @@ class Measured(NamedTuple):
     sparsity: float
     perplexity: float | None
     scores: Sequence[Score]
+    answers: Mapping[str, list[float]] = {}
+    """By task and metric, what each question came to, where that is known."""
+
+    def find(self, task: tuple[str, str]) -> Result | None:
+        """The score of a task and metric, with its answers; None where it was not asked."""
+        score = next((score for score in self.scores if (score.task, score.metric) == task), None)
+        return Result(score=score, values=self.answers.get(name_score(score), [])) if score else None
 
     def figure(self, task: tuple[str, str]) -> float | None:
         """The figure of a task and metric; None where it was not measured or not finite."""
-        return next((score.value for score in self.scores if (score.task, score.metric) == task), None)
+        found = self.find(task)
+        return found.score.value if found else None
+
+    def differ(self, other: "Measured", task: tuple[str, str]) -> str:
+        """How much higher its figure is than another model's, ± the standard error question by question; empty where
+        the answers to each are not known."""
+        own, theirs = self.find(task), other.find(task)
+        if own is None or theirs is None or not (own.values and theirs.values):
+            return ""
+        difference = subtract(own, theirs)
+        if difference is None or not difference.paired or difference.error is None:
+            return ""
+        return f"{difference.value:+.4f} ± {difference.error:.4f}".replace("-", "−")
 
 
 def describe_tasks(dense: Measured, rows: Sequence[Measured]) -> list[str]:
@@ -55,13 +75,13 @@ def describe_tasks(dense: Measured, rows: Sequence[Measured]) -> list[str]:
     keys = [(score.task, score.metric) for score in dense.scores]
     cells = []
     for row in (dense, *rows):
-        found = {(score.task, score.metric): score for score in row.scores}
-        figures = [show_score(found[key].value, found[key].error) if key in found else "" for key in keys]
+        figures = [_show_figure(row, dense, key) for key in keys]
         cells.append([row.name, f"{row.sparsity:.2%}", show(row.perplexity), *figures])
     return [
         "## Tasks",
         "",
-        "Asked by lm-evaluation-harness; ± one standard error.",
+        "Asked by lm-evaluation-harness; ± one standard error."
+        + (" In brackets: less the dense model's, question by question." if dense.answers else ""),
         "",
         *list_table(["model", "sparsity", "perplexity", *map(" ".join, keys)], cells, left=1),
         "",
@@ -69,6 +89,14 @@ def describe_tasks(dense: Measured, rows: Sequence[Measured]) -> list[str]:
         *list_task_protocols(list(dense.scores)),
         "",
     ]
+
+
+def _show_figure(row: Measured, dense: Measured, key: tuple[str, str]) -> str:
+    found = row.find(key)
+    if found is None:
+        return ""
+    difference = "" if row is dense else row.differ(dense, key)
+    return show_score(found.score.value, found.score.error) + (f" ({difference})" if difference else "")
 
 
 def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
@@ -80,9 +108,10 @@ def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
     return [
         f"## `{OURS}` beside the baselines, as arXiv 2601.09694 counts",
         "",
-        "MMLU: accuracy beside the baseline's. FreebaseQA: how many times the baseline's share of the dense model's "
-        "right answers is retained. Perplexity, and the log-probability of the right answers: what is lost of the "
-        "dense model's beside what the baseline loses. The published line is of other models, and of other baselines.",
+        "MMLU: accuracy beside the baseline's, and in brackets less it, question by question. FreebaseQA: how many "
+        "times the baseline's share of the dense model's right answers is retained. Perplexity, and the "
+        "log-probability of the right answers: what is lost of the dense model's beside what the baseline loses. The "
+        "published line is of other models, and of other baselines.",
         "",
         *list_table(
             [f"`{OURS}` beside", "MMLU", "FreebaseQA", "perplexity lost", "log-probability lost"],
@@ -97,6 +126,7 @@ def compare_with(ours: Measured, baseline: Measured, dense: Measured) -> tuple[s
     """The paper's three figures and ours in words; a dash where one cannot be had."""
     accuracy, their_accuracy = ours.figure(MMLU), baseline.figure(MMLU)
     gain = f"{accuracy / their_accuracy - 1:+.1%}" if accuracy is not None and their_accuracy else "–"
+    gain += f" ({apart})" if (apart := ours.differ(baseline, MMLU)) else ""
     answers, their_answers = ours.figure(FREEBASEQA), baseline.figure(FREEBASEQA)
     retained = "–"
     if answers is not None and their_answers is not None:

@@ -20,6 +20,11 @@ class Result(BaseModel):
     )
 
 
+def name_score(score: Score) -> str:
+    """Its task and metric."""
+    return f"{score.task} {score.metric}"
+
+
 def find_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """The fields in which two protocols differ, with both values where these are short."""
     differing = []

@@ -5,7 +5,6 @@ import io
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -33,6 +32,7 @@ from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.results.comparison import Comparison, Row, describe
 from tools.results.schema import Score, describe_protocol
+from tools.results.scores import Result
 from tools.statistics.collect import measure_kappa
 from tools.surgery.flap import build_narrowed, rank_units
 from tools.workbench.bench import Workbench
@@ -390,7 +390,7 @@ def test_nothing_is_pruned_again_whose_tasks_were_broken_off(
             raise KeyboardInterrupt
         zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
         score = Score(model=label, task="mmlu", metric="acc", value=zeros, error=0.0, samples=1, protocol=TASK)
-        return [SimpleNamespace(score=score)]
+        return [Result(score=score, values=[float(zeros)])]
 
     def record(bench: Workbench, profile: str, order: Any, progress: Any) -> str:
         pruned.append(order.id)
@@ -408,6 +408,8 @@ def test_nothing_is_pruned_again_whose_tasks_were_broken_off(
     assert asked.count("dense") == (2 if broken == 1 else 1)
     assert len(pruned) == len(set(pruned)) == prunings
     assert known.profile == profile and read_comparison(tmp_path / "out").unasked is None
+    kept = [{"mmlu acc": [row.scores[0].value]} for row in known.rows]
+    assert [row.answers for row in read_comparison(tmp_path / "out").rows] == kept and known.dense_answers
     zeros = [scores[0].value for scores in [known.dense_scores, *(row.scores for row in known.rows)]]
     assert zeros[0] < zeros[1] == zeros[2]
     close_workbench()

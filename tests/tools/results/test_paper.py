@@ -50,6 +50,22 @@ def test_the_table() -> None:
     assert "- task mmlu, shots 5" in said
 
 
+def test_differences_are_told_question_by_question_where_the_answers_are_known() -> None:
+    dense = DENSE._replace(answers={"mmlu acc": [1.0, 1.0, 0.0, 1.0], "freebaseqa exact_match": [1.0, 0.0, 0.0, 1.0]})
+    ours = OURS._replace(answers={"mmlu acc": [1.0, 0.0, 0.0, 1.0]})
+    wanda = measured("wanda:uniform", 20.0, 0.3, 0.01)._replace(answers={"mmlu acc": [0.0, 0.0, 0.0, 1.0]})
+    said = describe_tasks(dense, [ours, wanda])
+    assert said[2].endswith(" In brackets: less the dense model's, question by question.")
+    assert "| dense | 0.00% | 10.00 | 0.6000 ± 0.0100 | 0.4000 ± 0.0100 | -2.0000 ± 0.0100 |" in said
+    # The figures are the scores', the errors those of (0, -1, 0, 0) and (-1, -1, 0, 0), over the root of 4.
+    assert (
+        "| `refit:kappa` | 45.00% | 13.10 | 0.4680 ± 0.0100 (−0.1320 ± 0.2500) | 0.1900 ± 0.0100 | -2.5000 ± 0.0100 |"
+        in said
+    )
+    assert any("0.3000 ± 0.0100 (−0.3000 ± 0.2887)" in line for line in said)
+    assert "| `wanda:uniform` | +56.0% (+0.1680 ± 0.2500) | 19.0 × | −69.0% | – |" in said
+
+
 def test_without_tasks_or_without_ours_there_is_nothing_to_tell() -> None:
     assert describe_tasks(DENSE._replace(scores=[]), [OURS._replace(scores=[])]) == []
     assert not any("2601.09694" in line for line in describe_tasks(DENSE, [measured("wanda:uniform", 20.0, 0.3, 0.1)]))
