@@ -79,3 +79,14 @@ def test_a_cut_that_computes_something_else_is_refused() -> None:
     check_cut(dense, first, build_cut(dense, first), IDS[0])
     with pytest.raises(UserError, match=r"^the cut LlamaForCausalLM does not compute what the dense one does without"):
         check_cut(dense, first, build_cut(dense, second), IDS[0])
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_one_block_that_computes_something_else_is_enough(wrong: int) -> None:
+    dense = make_tiny_model("llama")
+    parts = find_parts(dense, "heads")
+    fits = [[Fit(part, torch.tensor([unit])) for part in parts] for unit in (0, 1)]
+    cut, other = Cut(Counts(heads=1), fits[0]), Cut(Counts(heads=1), fits[0][:wrong] + fits[1][wrong : wrong + 1])
+    other.fits.extend(fits[0][wrong + 1 :])
+    with pytest.raises(UserError, match=r"^the cut LlamaForCausalLM does not compute what the dense one does without"):
+        check_cut(dense, cut, build_cut(dense, other), IDS[0])
