@@ -10,6 +10,7 @@ import yaml
 
 from graph.memory.experience import read_experience
 from graph.persistence import open_store
+from graph.planning.refinements import TOGETHER
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, Halt, fork, read_events, read_state, read_summary, read_trials
 from tests.openai_server import Answer, Body, OpenAIServer, play_demo
@@ -219,7 +220,7 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     assert fit["validation"]["kl"] == pytest.approx(read_state(run).trials[1].kl, rel=1e-3)
     assert (fit["calibration"]["tokens"], fit["validation"]["tokens"]) == (128, 192)
     (candidate,) = json.loads(tools[7]["answer"])["plans"]
-    assert candidate["recipe"] == {"method": "refit", "statistics": "sequential"}
+    assert candidate["recipe"] == {"method": "refit", "statistics": "sequential", **TOGETHER}
     for tool in tools:
         assert f"tool {tool['iteration']}: {tool['tool']} {tool['shown']}" in done.out.splitlines()
     trials = read_state(run).trials

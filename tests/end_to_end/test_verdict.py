@@ -15,7 +15,7 @@ from tests.end_to_end.helpers import (
     read_trials,
     run_apart,
 )
-from tools.plans.costs import count_in_order
+from tools.plans.costs import count_in_order, count_walk
 
 FURTHER = [*("--further-windows", "5", "--patience", "3", "--max-iterations", "6", "--tau", "10")]
 
@@ -47,9 +47,9 @@ def test_at_the_target_the_likelier_weights_are_kept(weighed: Path) -> None:
         assert trial["tokens"] == (3 + further + max(further - known, 0)) * 64
         known = further if trial["verdict"] == "accept" else max(known, further)
     finalists = read_summary(weighed)["finalists"]
-    walks = sum("~sequential" in trial["plan"] for trial in trials) * count_in_order(
-        ["sequential"], read_run_config(weighed)
-    )
+    config, plans = read_run_config(weighed), [trial["plan"] for trial in trials]
+    walks = sum("sequential" in plan or "wanda" in plan for plan in plans) * count_in_order(["sequential"], config)
+    walks += sum("refit" in plan and plan.endswith(":kappa") for plan in plans) * count_walk(config)
     measured = sum(trial["tokens"] for trial in trials) + len(finalists) * 5 * 64
     assert read_summary(weighed)["evaluated_tokens"] == measured + walks
 
