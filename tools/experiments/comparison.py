@@ -195,8 +195,7 @@ def _make_rows(
             print_line(console, describe_dense(known))
         if benchmarks and not known.dense_scores:
             bench.restore(DENSE)
-            asked = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
-            known.dense_scores, known.dense_answers = asked
+            known.dense_scores, known.dense_answers = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
             write_comparison(directory, known)
         if bench.questions:
             bench.ask("dense", "validation", progress)

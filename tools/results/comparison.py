@@ -144,9 +144,10 @@ def write_comparison(directory: Path, known: Comparison) -> None:
     write_kept(directory / "compare.json", known)
     write_text(directory / "compare.md", describe(known))
     write_text(directory / "compare.csv", as_csv(Row, known.rows, ["protocol", "texts", "answers"], _list_text_columns))
+    curves = list_curves(known.rows)
     for kind in ("png", "svg"):
         write_whole(directory / f"compare.{kind}", partial(_plot, known, kind))
-        if curves := list_curves(known.rows):
+        if curves:
             write_whole(directory / f"polish.{kind}", partial(plot_curves, curves, kind))
 
 

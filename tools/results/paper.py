@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from tools.base.words import show, show_score
 from tools.results.schema import Score
-from tools.results.scores import Result, name_score, subtract
+from tools.results.scores import Result, find_differences, name_score, subtract
 from tools.results.tables import list_table, list_task_protocols
 
 PRESETS: dict[str, dict[str, str]] = {
@@ -55,9 +55,9 @@ class Measured(NamedTuple):
 
     def differ(self, other: "Measured", task: tuple[str, str]) -> str:
         """How much higher its figure is than another model's, ± the standard error question by question; empty where
-        the answers to each are not known."""
+        the answers to each are not known, or were not asked for alike."""
         own, theirs = self.find(task), other.find(task)
-        if own is None or theirs is None or not (own.values and theirs.values):
+        if own is None or theirs is None or find_differences(own.score.protocol, theirs.score.protocol):
             return ""
         difference = subtract(own, theirs)
         if difference is None or not difference.paired or difference.error is None:

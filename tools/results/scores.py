@@ -47,7 +47,7 @@ def compare_scores(scores: Iterable[Score]) -> None:
         first = firsts.setdefault((score.task, score.metric), score)
         if differing := find_differences(first.protocol, score.protocol):
             raise UserError(
-                f"{score.task} {score.metric} of {first.model} and of {score.model} must not be compared; their "
+                f"{name_score(score)} of {first.model} and of {score.model} must not be compared; their "
                 f"protocols differ in {', '.join(differing)}"
             )
 

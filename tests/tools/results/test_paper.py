@@ -5,7 +5,7 @@ import pytest
 from tools.base.options import check_options
 from tools.experiments.comparison import CompareSettings
 from tools.plans.jobs import list_jobs
-from tools.results.paper import PRESETS, PUBLISHED, Measured, compare_with, describe_tasks
+from tools.results.paper import MMLU, PRESETS, PUBLISHED, Measured, compare_with, describe_tasks
 from tools.results.schema import Score
 
 
@@ -64,6 +64,15 @@ def test_differences_are_told_question_by_question_where_the_answers_are_known()
     )
     assert any("0.3000 ± 0.0100 (−0.3000 ± 0.2887)" in line for line in said)
     assert "| `wanda:uniform` | +56.0% (+0.1680 ± 0.2500) | 19.0 × | −69.0% | – |" in said
+
+
+def test_answers_that_were_not_asked_for_alike_are_not_subtracted() -> None:
+    """A later row may have been made with another version of the harness, and the table is written all the same."""
+    answers = {"mmlu acc": [1.0, 0.0, 0.0, 1.0]}
+    dense, ours = DENSE._replace(answers=answers), OURS._replace(answers=answers)
+    other = [score.model_copy(update={"protocol": {**score.protocol, "version": "2"}}) for score in ours.scores]
+    assert ours.differ(dense, MMLU) == "−0.1320 ± 0.0000"
+    assert ours._replace(scores=other).differ(dense, MMLU) == ""
 
 
 def test_without_tasks_or_without_ours_there_is_nothing_to_tell() -> None:
