@@ -261,6 +261,11 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
         return self
 
     @property
+    def offers_instruments(self) -> bool:
+        """Whether a chat planner may call tools before it answers."""
+        return self.planner != HEURISTIC and self.planner_calls > 0
+
+    @property
     def approves_plans(self) -> bool:
         """Whether every plan waits for a person."""
         return self.approve in ("plans", "all")

@@ -153,6 +153,7 @@ class State(Input):
     )
     counted: list[str] = Field([], description="Names of the costs beside trials and probes that are in them.")
     paces: Paces = Field({}, description="The most seconds that parts of a round took so far, by their names.")
+    foreseen: Paces = Field({}, description="What parts of a round will take, as far as that was tried on a few rows.")
     probed: dict[str, int] = Field(
         {}, description="Tokens of validation text that probes of the round measured orders on, by the orders' ids."
     )

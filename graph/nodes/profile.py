@@ -1,7 +1,7 @@
 """profile: statistics and KL curves of every layer, and the dense model's losses."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,6 +14,8 @@ from graph.memory.lessons import read_lessons
 from graph.memory.notes import read_notes
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
+from graph.planning.refinements import STRONG
+from graph.planning.rule import MASKS
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.runs.directory import check_input, create_run
 from graph.runs.session import Session, enter, open_bench
@@ -23,6 +25,7 @@ from tools.base.rundir import runs_directory
 from tools.measure.texts import list_texts
 from tools.plans.costs import count_profile
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
+from tools.plans.paces import Paces, join_paces
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
@@ -58,6 +61,11 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         _refuse_impossible_target(stored.layers, config)
         dense = measure_dense(bench, state, profile_id, session)
         _tell_profile(session, profile_id, stored.layers, config)
+        foreseen = (
+            _foresee_seconds(bench, stored.group, config.pattern, session)
+            if config.offers_instruments and not state.replay
+            else {}
+        )
         if not config.goal:  # which may yet change what the figures are means of
             session.emit("trial", **dense.model_dump())
     return {
@@ -68,6 +76,8 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "lessons": lessons,
         "experience": experience,
         "notes": notes,
+        "paces": join_paces(dict(state.paces), bench.paces),
+        "foreseen": foreseen,
         "seconds": session.seconds,
     }
 
@@ -95,6 +105,18 @@ def measure_dense(bench: "Workbench", state: State, profile: str, session: Sessi
         plan="dense",
         seconds=round(session.elapsed, 3),
     )
+
+
+def _foresee_seconds(bench: "Workbench", group: Mapping[str, str], pattern: str, session: Session) -> Paces:
+    """How long the rule's recipes will take, for planners whose instruments are priced before the first is used."""
+    from tools.estimate.foreseen import foresee_paces  # imports torch
+
+    session.progress("time a few rows", 0, 1)
+    strong = STRONG.model_copy(update={"curves": "method"})
+    recipes = [recipe.model_copy(update={"pattern": pattern}) for recipe in (MASKS, strong)]
+    foreseen = foresee_paces(bench.layers, group, bench.device, recipes)
+    session.progress("time a few rows", 1, 1)
+    return foreseen
 
 
 def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig) -> None:

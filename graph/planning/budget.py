@@ -29,8 +29,15 @@ class TokenBudget:
     """Names of the costs (`tools.plans.costs`) that are in `tokens`; none is counted twice."""
     paces: Paces = field(default_factory=dict)
     """The most seconds that parts of a round took so far in the run."""
+    foreseen: Paces = field(default_factory=dict)
+    """Seconds of parts that were timed on a few rows before anything was pruned."""
     probed: list[Probed] = field(default_factory=list)
     """What was probed in this round."""
+
+    @property
+    def expected(self) -> Paces:
+        """Seconds of what was measured, and of what is foreseen where it was not."""
+        return {**self.foreseen, **self.paces}
 
     @property
     def left(self) -> float:
@@ -99,8 +106,15 @@ class TokenBudget:
 def open_budget(state: State) -> TokenBudget:
     """The budget as the state has it."""
     reserve = reserve_tokens(state) - state.trial_tokens
-    counted, paces = list(state.counted), dict(state.paces)
-    return TokenBudget(state.config, state.evaluated_tokens, state.trial_tokens, reserve, counted, paces)
+    return TokenBudget(
+        state.config,
+        state.evaluated_tokens,
+        state.trial_tokens,
+        reserve,
+        list(state.counted),
+        dict(state.paces),
+        dict(state.foreseen),
+    )
 
 
 def charge(state: State, plan: Plan, order: WorkOrder) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What rounds and instruments take, in tokens and in seconds as measured in this run, and what is left of both."""
+"""What rounds and instruments take, in tokens and in seconds as measured or foreseen, and what is left of both."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Price:
 
     tokens: int
     seconds: float
-    """As far as work like it was measured in this run; the rest counts nothing, for nobody has measured it."""
+    """As far as work like it was measured in this run, or foreseen; the rest counts nothing."""
 
 
 def price_drafts(
@@ -42,7 +42,7 @@ def price_drafts(
     Curves that are known cost nothing, nor do orders that were probed on as many tokens in this round. Of what a plan
     takes to be shared out and pruned, nothing counts twice. Raises ImpossiblePlan.
     """
-    costs, paces = dict[str, int](), budget.paces
+    costs, paces = dict[str, int](), budget.expected
     known = find_known(budget.probed, tokens)
     plans = [plan for plan in plans if situation.orders.draft(plan).id not in known]
     measured = len(plans) * tokens + others
@@ -65,7 +65,7 @@ def refuse_dear(price: Price, budget: TokenBudget, seconds_left: float) -> None:
     left = f"{tokens_left:,.0f} tokens are left beside the round's trial" if tokens_left < math.inf else ""
     time = f"{seconds_left:.0f} s are left" if seconds_left < math.inf else ""
     raise ValueError(
-        f"not begun: this call takes {price.tokens:,} tokens and {price.seconds:.0f} s or more (as measured so far); "
+        f"not begun: this call takes {price.tokens:,} tokens and {price.seconds:.0f} s or more (as far as is known); "
         f"{' and '.join(filter(None, [left, time]))}"
     )
 
@@ -120,7 +120,10 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
         f"fit {count_fit(config):,}",
         "all others 0",
     ]
-    return f"{'; '.join(lines)}. Seconds, the most so far: {_describe_paces(budget.paces, half)}."
+    measured = _describe_paces(budget.paces, half) or f"nothing took {LEAST_TOLD} yet"
+    untried = {what: seconds for what, seconds in budget.foreseen.items() if what not in budget.paces}
+    foreseen = _describe_paces(untried, half)
+    return f"{'; '.join(lines)}. Seconds, the most so far: {measured}{foreseen and f'; foreseen: {foreseen}'}."
 
 
 def _describe_paces(paces: Paces, half: int) -> str:
@@ -128,5 +131,6 @@ def _describe_paces(paces: Paces, half: int) -> str:
     shown = {what: seconds for what, seconds in paces.items() if what != MEASURING}
     if MEASURING in paces:
         shown["measuring half of the text"] = half * paces[MEASURING]
-    told = [f"{what} {float(f'{seconds:.0e}'):g}" for what, seconds in sorted(shown.items()) if seconds >= LEAST_TOLD]
-    return ", ".join(told) or f"nothing took {LEAST_TOLD} yet"
+    return ", ".join(
+        f"{what} {float(f'{seconds:.0e}'):g}" for what, seconds in sorted(shown.items()) if seconds >= LEAST_TOLD
+    )

@@ -9,7 +9,6 @@ from langchain_core.tools import BaseTool
 from langgraph.store.base import BaseStore
 from pydantic import BaseModel
 
-from graph.config import HEURISTIC
 from graph.llm.toolbox import ToolAnswer, Toolbox, ToolRecord
 from graph.memory.lessons import search_lessons
 from graph.planning.brief import describe_lesson, recount_trial, spell_out_plan
@@ -59,7 +58,7 @@ def open_toolbox(
 ) -> Toolbox | None:
     """The instruments of a chat planner and their budget of this round; None where it has none."""
     config, limit = situation.config, situation.config.max_seconds
-    if config.planner == HEURISTIC or not config.planner_calls:
+    if not config.offers_instruments:
         return None
 
     def recall(query: str) -> list[str]:

@@ -8,7 +8,7 @@ another, beside a part that all of them share.
 Shape suffixes: O output features, I input features.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -155,6 +155,31 @@ def count_flops(recipe: Recipe, form: Form, *, levels: bool = False) -> float:
 
 
 # --- seconds -------------------------------------------------------------------------------------------------------
+
+
+def time_layers(
+    recipe: Recipe,
+    forms: Mapping[Form, int],
+    widths: Mapping[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    allowance: float,
+    *,
+    levels: bool,
+) -> float:
+    """Seconds for so many layers of each form, pruned once or to all of LEVELS, one of each having been.
+
+    `widths` are how many tensors of each width they read. A form whose rows would take longer than the `allowance`,
+    seconds, is timed by a few of them.
+    """
+    seconds = 0.0
+    for width, count in widths.items():
+        statistics = make_statistics(width, device)
+        seconds += count * time_preparation(recipe, statistics)
+        for form, times in forms.items():
+            if form[1] == width:
+                seconds += times * time_rows(recipe, form, statistics, dtype, allowance, levels=levels)
+    return seconds
 
 
 def time_preparation(recipe: Recipe, statistics: LayerStatistics) -> float:

@@ -9,6 +9,7 @@ Shape suffixes: T tokens, D hidden width.
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from tools.base.files import hash_file
 from tools.estimate.block import Sample, build_sample, only_head
 from tools.estimate.clock import Fit, fit, time_call
-from tools.estimate.pruning import Form, make_statistics, time_preparation, time_rows
+from tools.estimate.pruning import Form, time_layers
 from tools.models.layers import Layer, list_readers
 from tools.models.readout import measure_losses
 from tools.plans.layer_profile import LEVELS
@@ -275,16 +276,9 @@ def _time_pruning(
     recipe: Recipe, sample: Sample, widths: dict[int, int], device: torch.device, *, levels: bool
 ) -> float:
     """Seconds for all layers of the model, one of each form having been pruned."""
-    forms: dict[Form, int] = {}
+    forms: Counter[Form] = Counter()
     for layer in sample.layers:
         outputs, inputs = layer.weight_OI.shape
-        forms[outputs, inputs] = forms.get((outputs, inputs), 0) + sample.counts[layer.block]
-    dtype, seconds = sample.layers[0].weight_OI.dtype, 0.0
-    for width, count in widths.items():
-        statistics = make_statistics(width, device)
-        seconds += count * time_preparation(recipe, statistics)
-        for form, times in forms.items():
-            if form[1] == width:
-                allowance = BUDGET / len(forms)
-                seconds += times * time_rows(recipe, form, statistics, dtype, allowance, levels=levels)
-    return seconds
+        forms[outputs, inputs] += sample.counts[layer.block]
+    dtype = sample.layers[0].weight_OI.dtype
+    return time_layers(recipe, forms, widths, dtype, device, BUDGET / len(forms), levels=levels)

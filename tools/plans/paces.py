@@ -1,6 +1,6 @@
 """How long the parts of a round took so far, by which the next ones like them are priced. No torch in here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
@@ -18,8 +18,13 @@ def name_pruning(order: WorkOrder) -> str:
     """What carrying an order out is called: by all that is done inside layers, and the polish."""
     if order.grafted:
         return "grafting"
-    labels = dict.fromkeys(layer.recipe.mask_label for layer in order.layers.values())
-    return f"pruning by {' and '.join(labels)}{f'+polish{order.polish}' if order.polish else ''}"
+    what = name_pruning_by(layer.recipe for layer in order.layers.values())
+    return f"{what}{f'+polish{order.polish}' if order.polish else ''}"
+
+
+def name_pruning_by(recipes: Iterable[Recipe]) -> str:
+    """What pruning layers by these recipes is called."""
+    return f"pruning by {' and '.join(dict.fromkeys(recipe.mask_label for recipe in recipes))}"
 
 
 def name_measuring_curves(recipe: Recipe) -> str:

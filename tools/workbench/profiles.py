@@ -11,6 +11,7 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import Calibration, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar
+from tools.plans.paces import MEASURING, Paces, time_work
 from tools.plans.recipe import Recipe
 from tools.statistics.collect import Moments, collect_statistics
 from tools.statistics.known import ModelStatistics, refuse_infinite
@@ -39,10 +40,11 @@ class Profiles:
         index: Index,
         crew: Crew,
         losses: Losses,
+        paces: Paces,
     ) -> None:
-        """`mixed` are the calibration texts that there are beside the run's own."""
+        """`mixed` are the calibration texts that there are beside the run's own; `paces` are told how long it takes."""
         self._settings, self._mixed, self._weights, self._crew = settings, mixed, weights, crew
-        self._store, self._index, self._losses = store, index, losses
+        self._store, self._index, self._losses, self._paces = store, index, losses, paces
         self._moments = SecondMoments(weights, store, index, crew)
         self._mixtures = Mixtures(settings, weights, store, index, crew)
         self._last: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
@@ -72,9 +74,10 @@ class Profiles:
         key = ["unfinished", *name_dense(self._weights, self._settings), "validation"]
         so_far = self._read_so_far(key, len(every))
         try:
-            evaluation, hidden = self._losses.measure(
-                "validation", every, None, "dense validation", progress, so_far=so_far
-            )
+            with time_work(self._paces, MEASURING, (len(every) - len(so_far.nll)) * self._settings.window):
+                evaluation, hidden = self._losses.measure(
+                    "validation", every, None, "dense validation", progress, so_far=so_far
+                )
         except Stopped:
             if so_far.nll:
                 kept = self._store.write_tensors({"hidden": torch.stack(so_far.hidden)})

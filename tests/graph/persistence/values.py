@@ -72,6 +72,7 @@ VALUES: dict[str, Any] = {
     "evaluated_tokens": 4096,
     "counted": ["curves of refit"],
     "paces": {"pruning by refit": 1.5},
+    "foreseen": {"pruning by two-sided": 0.5},
     "probed": {"0123": 128},
     "seconds": 1.5,
 }

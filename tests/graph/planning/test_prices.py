@@ -62,12 +62,24 @@ def test_what_is_beyond_what_is_left_is_refused_with_its_price() -> None:
     with pytest.raises(ValueError, match=r"^not begun: ") as caught:
         refuse_dear(Price(745, 8.6), budget, 60)
     assert str(caught.value) == (
-        "not begun: this call takes 745 tokens and 9 s or more (as measured so far); 744 tokens are left beside the "
+        "not begun: this call takes 745 tokens and 9 s or more (as far as is known); 744 tokens are left beside the "
         "round's trial and 60 s are left"
     )
-    with pytest.raises(ValueError, match=r"takes 10 tokens and 90 s or more \(as measured so far\); 60 s are left$"):
+    with pytest.raises(ValueError, match=r"takes 10 tokens and 90 s or more \(as far as is known\); 60 s are left$"):
         refuse_dear(Price(10, 90), make_budget(), 60)
     refuse_dear(Price(10**9, 1e9), make_budget(), math.inf)
+
+
+def test_what_is_foreseen_counts_until_it_is_measured() -> None:
+    budget = make_budget(
+        paces=dict(PACES), foreseen={"pruning by wanda~dense": 40.0, "pruning by refit~sequential": 90.0}
+    )
+    assert price_drafts([MASK, WALKED], 128, situate(exact=True), budget).seconds == 2.56 + 40 + 7
+    told = "Seconds, the most so far: nothing took 10 yet; foreseen: pruning by wanda~dense 40."
+    assert describe_prices(CONFIG, budget, 9).endswith(told)
+    budget.paces["pruning by wanda~dense"] = 20.0
+    assert price_drafts([MASK], 128, situate(exact=True), budget).seconds == 1.28 + 20
+    assert describe_prices(CONFIG, budget, 9).endswith("Seconds, the most so far: pruning by wanda~dense 20.")
 
 
 def test_the_longest_time_counts_and_none_of_what_breaks() -> None:
