@@ -1,11 +1,9 @@
 """What a run will most likely do, before there is a model: for what it will need."""
 
-from typing import Any
-
 from graph.config import RunConfig
 from graph.planning.finalists import FINALISTS
 from graph.planning.orders import UNIFORM_WANDA
-from graph.planning.refinements import DAMPED, FINE_STEPS, ROWS, STRONG, TOGETHER
+from graph.planning.refinements import STRONG, change_recipe
 from graph.planning.rule import MASKS
 from tools.estimate.work import Course
 from tools.measure.continuations import CONTINUED, PROMPTS
@@ -37,20 +35,10 @@ def foresee_recipes(config: RunConfig) -> list[Recipe]:
     Rounds beyond the levers that change what is done inside layers prune by the strong recipe.
     """
     strong = STRONG.model_copy(update={"pattern": config.pattern})
-    levers: list[dict[str, Any]] = [
-        *({"calibration": text} for text in list(config.mixes)[:1]),
-        {**TOGETHER, "statistics": "sequential"},
-        TOGETHER,
-        {"statistics": "sequential"},
-        {"refit_steps": FINE_STEPS},
-        *([] if config.pattern else [{**ROWS, "damping": DAMPED}]),
-        {"damping": DAMPED},
-        {"gamma": "clipped"},
-        {"curves": "method"},
-    ]
     first = [strong] if config.pattern else [MASKS, strong]
     if config.polish_tokens:
         strong = strong.model_copy(update={"polish": True})
-        levers.insert(0, {})
-    course = [*first, *(strong.model_copy(update=lever) for lever in levers)]
+        first.append(strong)
+    levers = change_recipe(strong, config, next(iter(config.mixes), None))
+    course = [*first, *(recipe for recipe, _ in levers)]
     return [*course, *[strong] * config.max_iterations][: config.max_iterations]

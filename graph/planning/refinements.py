@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
+from graph.config import RunConfig
 from graph.planning.orders import describe_plan, drop_lessons, group_kl, hash_request
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
@@ -79,37 +81,9 @@ def skip_repeats(situation: Situation, plans: Iterable[Plan]) -> Iterator[Plan]:
 def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> Iterator[Plan]:
     """Every plan that differs from `base` in one lever, or in all small ones, likeliest first, tried or not."""
     recipe = base.recipe
-    if recipe.method != STRONG.method:  # a model's or a person's plan may have been kept
-        strong = recipe.model_copy(update=STRONG.model_dump(include={"method", "refit", "curves"}))
-        yield _vary(base, strong, "Grow the mask in steps and refit the survivors between them.")
-    if (tokens := situation.config.polish_tokens) and not recipe.polish:
-        polished = recipe.model_copy(update={"polish": True})
-        yield _vary(base, polished, f"Fit all survivors of all layers together, on {tokens:,} tokens.")
-    if texts and recipe.calibration == "run" and (text := _find_text(situation)):
-        mixed = recipe.model_copy(update={"calibration": text})
-        yield _vary(base, mixed, f"Statistics of a text that is a {text} questions, so that facts weigh more.")
-    if recipe.method == STRONG.method and _is_plain(recipe):
-        for statistics, told in (("sequential", "statistics in order, "), ("dense", "")):
-            every = recipe.model_copy(update={**TOGETHER, "statistics": statistics})
-            yield _vary(base, every, f"Small levers together: {told}a finer growth, a damped fit, a clipped gamma.")
-    if recipe.statistics == "dense":
-        sequential = recipe.model_copy(update={"statistics": "sequential"})
-        yield _vary(base, sequential, "Block by block, each seeing what its pruned predecessors pass on.")
-    if recipe.method == "refit" and recipe.refit_steps < FINE_STEPS:
-        finer = recipe.model_copy(update={"refit_steps": FINE_STEPS})
-        yield _vary(base, finer, f"Grow the mask in {FINE_STEPS} steps, to follow what survivors take over.")
-    if recipe.method == STRONG.method and not situation.config.pattern:  # which compares within outputs as it is
-        rows = recipe.model_copy(update={**ROWS, "damping": recipe.damping or DAMPED})
-        yield _vary(base, rows, "Compare weights within each output alone, in case the mask drops outputs whole.")
-    if recipe.refits and not recipe.damping:
-        damped = recipe.model_copy(update={"damping": DAMPED})
-        yield _vary(base, damped, "Damp the fit: less of what this text's inputs have in common is in other text.")
-    if recipe.gamma == "plain":
-        clipped = recipe.model_copy(update={"gamma": "clipped"})
-        yield _vary(base, clipped, "Clip gamma, in case a few loud tokens decide which weights go.")
-    if recipe.curves == "mask":
-        own = recipe.model_copy(update={"curves": "method"})
-        yield _vary(base, own, "Share out by what this method really leaves, instead of by what a mask removes.")
+    text = _find_text(situation) if texts and recipe.calibration == "run" else None
+    for changed, reason in change_recipe(recipe, situation.config, text):
+        yield _vary(base, changed, reason)
     yield _vary(base, recipe, "The accepted plan, with groups weighed as the lessons now say.")
     for strength in STRENGTHS:
         yield _vary(
@@ -126,6 +100,43 @@ def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> It
                     "reason": f"{selector} holds {share:.0%} of the predicted KL; count it {tilt:g} times.",
                 }
             )
+
+
+def change_recipe(recipe: Recipe, config: RunConfig, text: Calibration | None) -> Iterator[tuple[Recipe, str]]:
+    """Recipes that differ from `recipe` in one lever, or in all small ones, likeliest first, with the reason for each.
+
+    `text` is another calibration text that there is.
+    """
+
+    def change(**levers: Any) -> Recipe:
+        return recipe.model_copy(update=levers)
+
+    strong = recipe.method == STRONG.method  # a model's or a person's plan may have been kept
+    if not strong:
+        own = STRONG.model_dump(include={"method", "refit", "curves"})
+        yield change(**own), "Grow the mask in steps and refit the survivors between them."
+    if config.polish_tokens and not recipe.polish:
+        yield change(polish=True), f"Fit all survivors of all layers together, on {config.polish_tokens:,} tokens."
+    if text and recipe.calibration == "run":
+        yield change(calibration=text), f"Statistics of a text that is a {text} questions, so that facts weigh more."
+    if strong and _is_plain(recipe):
+        every = "a finer growth, a damped fit, a clipped gamma."
+        yield change(**TOGETHER, statistics="sequential"), f"Small levers together: statistics in order, {every}"
+        yield change(**TOGETHER, statistics="dense"), f"Small levers together: {every}"
+    if recipe.statistics == "dense":
+        yield change(statistics="sequential"), "Block by block, each seeing what its pruned predecessors pass on."
+    if strong and recipe.refit_steps < FINE_STEPS:
+        finer = f"Grow the mask in {FINE_STEPS} steps, to follow what survivors take over."
+        yield change(refit_steps=FINE_STEPS), finer
+    if strong and not config.pattern:  # which compares within outputs as it is
+        rows = change(**ROWS, damping=recipe.damping or DAMPED)
+        yield rows, "Compare weights within each output alone, in case the mask drops outputs whole."
+    if recipe.refits and not recipe.damping:
+        yield change(damping=DAMPED), "Damp the fit: less of what this text's inputs have in common is in other text."
+    if recipe.gamma == "plain":
+        yield change(gamma="clipped"), "Clip gamma, in case a few loud tokens decide which weights go."
+    if recipe.curves == "mask":
+        yield change(curves="method"), "Share out by what this method really leaves, instead of by what a mask removes."
 
 
 def _is_plain(recipe: Recipe) -> bool:
