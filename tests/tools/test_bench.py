@@ -19,7 +19,8 @@ from tools.results.speed import Report
 
 ROUNDS = 2
 NAMES = [
-    *("wanda", "wanda/squares", "wanda/masks", "wanda/moments", "wanda/published", "profile", "kappa-of-method"),
+    *("wanda", "wanda/squares", "wanda/masks", "wanda/moments", "wanda/published", "wanda/score"),
+    *("profile", "kappa-of-method"),
     *("masks/24/rows", "masks/24/layer", "masks/160/rows", "masks/160/layer", "obs/24", "obs/160"),
     *(f"refit/{layer}/{other}" for layer in ("32x32", "16x32", "48x32", "32x48") for other in ("obs", "published")),
     *("refit/model/obs", "refit/model/published", "obs/model", "allocation"),

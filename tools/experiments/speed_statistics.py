@@ -6,6 +6,7 @@ Shape suffixes: B windows, T tokens, O output features (rows), I input features 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_allocation
 from tools.results.speed import Result
 from tools.statistics.collect import begin_walk, collect_moments, collect_statistics, work_alone
+from tools.statistics.scores import measure_wanda
 from tools.statistics.walks import layers_by_block
 from tools.workbench.store import DENSE
 
@@ -60,9 +62,24 @@ def bench_wanda(site: Site) -> list[Result]:
             weight_OI = layer.weight_OI
             remove_by_sort(score_wanda(weight_OI, mean_square[layer.name]), SPARSITY).logical_not().mul(weight_OI)
 
+    def score() -> None:
+        for layer in bench.layers:
+            measure_wanda(layer.weight_OI, mean_square[layer.name])
+
+    def score_by_numpy() -> None:
+        for layer in bench.layers:
+            scores_OI = score_wanda(layer.weight_OI, mean_square[layer.name])
+            np.percentile(scores_OI.cpu().numpy(), 10, method="inverted_cdf")
+
     bench.restore(DENSE)
-    bare, full, walked, pruned, sorted_ = site.time(
-        Task(forward), Task(lambda: walk(full=True)), Task(lambda: walk(full=False)), Task(prune), Task(prune_by_sort)
+    bare, full, walked, pruned, sorted_, scored, by_numpy = site.time(
+        Task(forward),
+        Task(lambda: walk(full=True)),
+        Task(lambda: walk(full=False)),
+        Task(prune),
+        Task(prune_by_sort),
+        Task(score),
+        Task(score_by_numpy),
     )
     whole, published = ([a + b for a, b in zip(walked, taken, strict=True)] for taken in (pruned, sorted_))
     reference = f"bare forward of {windows_BT.numel()} calibration tokens, without logits"
@@ -72,6 +89,7 @@ def bench_wanda(site: Site) -> list[Result]:
         site.compare("wanda/masks", "of this, the masks and masked weights", pruned, reference, bare),
         site.compare("wanda/moments", "not of this: the walk with full second moments", full, reference, bare),
         site.compare("wanda/published", "the whole of it", whole, "the same with masks by a stable sort", published),
+        site.compare("wanda/score", "the 10th percentile of each layer", scored, "numpy's percentile", by_numpy),
     ]
 
 

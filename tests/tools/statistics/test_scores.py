@@ -8,7 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tools.statistics.scores import compute_z_scores, fit_tail, measure_alpha, measure_outliers
+from tools.statistics.scores import (
+    compute_z_scores,
+    fit_tail,
+    measure_alpha,
+    measure_outliers,
+    measure_wanda,
+)
 
 Array = NDArray[np.float64]
 
@@ -48,6 +54,16 @@ def test_outliers_by_hand() -> None:
     assert measure_outliers([quiet, loud], [torch.ones(10), torch.ones(10)]) == 2
     assert measure_outliers([quiet, loud], [torch.ones(10), torch.full((10,), 0.01)]) == 0
     assert measure_outliers([torch.zeros(3, 3)], [torch.ones(3)]) == 0
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.99])
+@pytest.mark.parametrize("form", [(1, 1), (3, 7), (40, 25), (500, 401)])
+def test_the_score_of_a_layer_is_the_tenth_part_of_the_active_weights(form: tuple[int, int], zeros: float) -> None:
+    generator = torch.Generator().manual_seed(form[0])
+    weight_OI, mean_square_I = torch.randn(form, generator=generator), torch.rand(form[1], generator=generator)
+    weight_OI[torch.rand(form, generator=generator) < zeros] = 0
+    active = sorted((weight_OI.abs() * mean_square_I.sqrt())[weight_OI != 0].tolist())
+    assert measure_wanda(weight_OI, mean_square_I) == (active[math.ceil(len(active) / 10) - 1] if active else 0)
 
 
 def slow_alpha(weight: Tensor) -> float:
