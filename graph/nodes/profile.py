@@ -61,11 +61,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         _refuse_impossible_target(stored.layers, config)
         dense = measure_dense(bench, state, profile_id, session)
         _tell_profile(session, profile_id, stored.layers, config)
-        foreseen = (
-            _foresee_seconds(bench, stored.group, config.pattern, session)
-            if config.offers_instruments and not state.replay
-            else {}
-        )
+        foreseen = {} if state.replay else foresee_seconds(bench, stored.group, config, session)
         if not config.goal:  # which may yet change what the figures are means of
             session.emit("trial", **dense.model_dump())
     return {
@@ -107,14 +103,22 @@ def measure_dense(bench: "Workbench", state: State, profile: str, session: Sessi
     )
 
 
-def _foresee_seconds(bench: "Workbench", group: Mapping[str, str], pattern: str, session: Session) -> Paces:
-    """How long the rule's recipes will take, for planners whose instruments are priced before the first is used."""
+def foresee_seconds(bench: "Workbench", group: Mapping[str, str], config: RunConfig, session: Session) -> Paces:
+    """How long the rule's recipes will take, for planners whose instruments are priced before the first is used.
+
+    Nothing for others, where workers share the work, and where there is no memory for it.
+    """
     from tools.estimate.foreseen import foresee_paces  # imports torch
 
+    if not config.offers_instruments or config.workers:
+        return {}
     session.progress("time a few rows", 0, 1)
     strong = STRONG.model_copy(update={"curves": "method"})
-    recipes = [recipe.model_copy(update={"pattern": pattern}) for recipe in (MASKS, strong)]
-    foreseen = foresee_paces(bench.layers, group, bench.device, recipes)
+    recipes = [recipe.model_copy(update={"pattern": config.pattern}) for recipe in (MASKS, strong)]
+    try:
+        foreseen = foresee_paces(bench.layers, group, bench.device, recipes)
+    except (MemoryError, RuntimeError):  # what torch raises; the run itself goes through layers with its own care
+        return {}
     session.progress("time a few rows", 1, 1)
     return foreseen
 

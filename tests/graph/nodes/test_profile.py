@@ -1,0 +1,35 @@
+"""What pruning will take is foreseen for planners that ask, and a run goes on where that cannot be."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from graph.config import RunConfig
+from graph.nodes.profile import foresee_seconds
+from tools.base.progress import ignore_progress
+from tools.estimate import foreseen
+from tools.plans.paces import Paces
+
+BENCH: Any = SimpleNamespace(layers=[], device=torch.device("cpu"))
+SESSION: Any = SimpleNamespace(progress=ignore_progress)
+
+
+def foresee(**config: Any) -> Paces:
+    return foresee_seconds(BENCH, {}, RunConfig(**config), SESSION)
+
+
+def test_it_is_foreseen_for_planners_that_may_call_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreseen, "foresee_paces", lambda *_: {"pruning by refit": 1.0})
+    assert foresee(planner="openai:x") == {"pruning by refit": 1.0}
+    assert foresee() == foresee(planner="openai:x", planner_calls=0) == foresee(planner="openai:x", workers="2") == {}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_run_goes_on_where_there_is_no_memory_for_it(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Paces:
+        raise error
+
+    monkeypatch.setattr(foreseen, "foresee_paces", fail)
+    assert foresee(planner="openai:x") == {}
