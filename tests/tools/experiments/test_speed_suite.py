@@ -7,7 +7,8 @@ from tools.experiments.speed_suite import BENCHMARKS
 
 
 def test_parts_add_up(site: Site) -> None:
-    whole, squares, masks, moments, published = BENCHMARKS["wanda"](site)
+    whole, squares, masks, moments, published, score = BENCHMARKS["wanda"](site)
+    assert score.name == "wanda/score"
     assert published.seconds == whole.seconds
     assert whole.seconds == [a + b for a, b in zip(squares.seconds, masks.seconds, strict=True)]
     assert whole.reference_seconds == squares.reference_seconds == masks.reference_seconds == moments.reference_seconds
