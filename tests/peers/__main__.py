@@ -34,6 +34,7 @@ from tools.base.settings import WorkbenchSettings
 from tools.models.load import load_model
 from tools.models.save import export_model
 from tools.plans.jobs import Job, list_jobs
+from tools.plans.recipe import count_pattern_zeros
 from tools.plans.work_order import order_all
 from tools.texts.windows import check_texts
 from tools.workbench.bench import Workbench
@@ -96,12 +97,15 @@ def find_profile(bench: Workbench, settings: PeerSettings) -> str:
 
 
 def prune_ours(job: Job, bench: Workbench, profile: str, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The layers as the recipe leaves them, each with as many zeros as llm-compressor left.
+    """The layers as the recipe leaves them, each with as many zeros as llm-compressor left, or as the pattern has.
 
     Wanda's authors round down to whole weights in every row; Billhook is exact to the weight. At 60 % of SmolLM2-135M
     that is 59.91 % beside 60.00 %, which is worth more perplexity than the implementations differ by.
     """
-    zeros = {layer.name: int((theirs[f"{layer.name}.weight"] == 0).sum()) for layer in bench.layers}
+    weights = {layer.name: theirs[f"{layer.name}.weight"] for layer in bench.layers}
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    if group := job.recipe.group:  # beside its zeros there may be some that the dense weights had
+        zeros = {name: count_pattern_zeros(weight.numel(), group) for name, weight in weights.items()}
     order = order_all(job.recipe, zeros, sparsity=job.sparsity, predicted_kl=0.0)
     bench.prune(profile, order, ignore_progress)
     return {f"{layer.name}.weight": layer.weight_OI.clone() for layer in bench.layers}
