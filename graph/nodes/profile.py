@@ -108,10 +108,10 @@ def foresee_seconds(bench: "Workbench", group: Mapping[str, str], config: RunCon
 
     Nothing for others, where workers share the work, and where there is no memory for it.
     """
-    from tools.estimate.foreseen import foresee_paces  # imports torch
-
     if not config.offers_instruments or config.workers:
         return {}
+    from tools.estimate.foreseen import foresee_paces  # imports torch
+
     session.progress("time a few rows", 0, 1)
     strong = STRONG.model_copy(update={"curves": "method"})
     recipes = [recipe.model_copy(update={"pattern": config.pattern}) for recipe in (MASKS, strong)]

@@ -39,6 +39,6 @@ def foresee_recipes(config: RunConfig) -> list[Recipe]:
     if config.polish_tokens:
         strong = strong.model_copy(update={"polish": True})
         first.append(strong)
-    levers = change_recipe(strong, config, next(iter(config.mixes), None))
+    levers = change_recipe(strong, config, lambda: next(iter(config.mixes), None))
     course = [*first, *(recipe for recipe, _ in levers)]
     return [*course, *[strong] * config.max_iterations][: config.max_iterations]

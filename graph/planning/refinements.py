@@ -1,7 +1,8 @@
 """What a rule tries at the target: small levers together, then plans that differ from the accepted one in one lever."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from graph.config import RunConfig
@@ -81,8 +82,8 @@ def skip_repeats(situation: Situation, plans: Iterable[Plan]) -> Iterator[Plan]:
 def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> Iterator[Plan]:
     """Every plan that differs from `base` in one lever, or in all small ones, likeliest first, tried or not."""
     recipe = base.recipe
-    text = _find_text(situation) if texts and recipe.calibration == "run" else None
-    for changed, reason in change_recipe(recipe, situation.config, text):
+    find_text = partial(_find_text, situation) if texts else lambda: None
+    for changed, reason in change_recipe(recipe, situation.config, find_text):
         yield _vary(base, changed, reason)
     yield _vary(base, recipe, "The accepted plan, with groups weighed as the lessons now say.")
     for strength in STRENGTHS:
@@ -102,10 +103,12 @@ def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> It
             )
 
 
-def change_recipe(recipe: Recipe, config: RunConfig, text: Calibration | None) -> Iterator[tuple[Recipe, str]]:
+def change_recipe(
+    recipe: Recipe, config: RunConfig, find_text: Callable[[], Calibration | None]
+) -> Iterator[tuple[Recipe, str]]:
     """Recipes that differ from `recipe` in one lever, or in all small ones, likeliest first, with the reason for each.
 
-    `text` is another calibration text that there is.
+    `find_text` gives another calibration text, if there is one, and is not called before its turn: it may be profiled.
     """
 
     def change(**levers: Any) -> Recipe:
@@ -117,7 +120,7 @@ def change_recipe(recipe: Recipe, config: RunConfig, text: Calibration | None) -
         yield change(**own), "Grow the mask in steps and refit the survivors between them."
     if config.polish_tokens and not recipe.polish:
         yield change(polish=True), f"Fit all survivors of all layers together, on {config.polish_tokens:,} tokens."
-    if text and recipe.calibration == "run":
+    if recipe.calibration == "run" and (text := find_text()):
         yield change(calibration=text), f"Statistics of a text that is a {text} questions, so that facts weigh more."
     if strong and _is_plain(recipe):
         every = "a finer growth, a damped fit, a clipped gamma."

@@ -102,10 +102,10 @@ def prune_ours(job: Job, bench: Workbench, profile: str, theirs: dict[str, Tenso
     Wanda's authors round down to whole weights in every row; Billhook is exact to the weight. At 60 % of SmolLM2-135M
     that is 59.91 % beside 60.00 %, which is worth more perplexity than the implementations differ by.
     """
-    weights = {layer.name: theirs[f"{layer.name}.weight"] for layer in bench.layers}
-    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    if group := job.recipe.group:  # beside its zeros there may be some that the dense weights had
-        zeros = {name: count_pattern_zeros(weight.numel(), group) for name, weight in weights.items()}
+    if group := job.recipe.group:  # llm-compressor leaves zeros beside the pattern's: some that the dense weights had
+        zeros = {layer.name: count_pattern_zeros(layer.weight_OI.numel(), group) for layer in bench.layers}
+    else:
+        zeros = {layer.name: int((theirs[f"{layer.name}.weight"] == 0).sum()) for layer in bench.layers}
     order = order_all(job.recipe, zeros, sparsity=job.sparsity, predicted_kl=0.0)
     bench.prune(profile, order, ignore_progress)
     return {f"{layer.name}.weight": layer.weight_OI.clone() for layer in bench.layers}

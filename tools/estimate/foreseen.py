@@ -1,11 +1,10 @@
 """Seconds that pruning will take, before anything was pruned, from a few rows of each form of layer."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from tools.estimate.pruning import time_layers
+from tools.estimate.pruning import count_layers, time_layers
 from tools.models.layers import Layer
 from tools.plans.paces import Paces, name_measuring_curves, name_pruning_by
 from tools.plans.recipe import Recipe
@@ -19,8 +18,7 @@ def foresee_paces(
     `group` has the first layer of those that read the same. By the dense model's statistics: what a walk behind pruned
     predecessors takes is not in it.
     """
-    forms = Counter((layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers)
-    widths = Counter(layer.weight_OI.shape[1] for layer in layers if group.get(layer.name, layer.name) == layer.name)
+    forms, widths = count_layers(layers, group, lambda _: 1)
     dtype, paces = layers[0].weight_OI.dtype, Paces()
     for recipe in recipes:
         paces[name_pruning_by([recipe])] = time_layers(recipe, forms, widths, dtype, device, 0.0, levels=False)

@@ -8,6 +8,7 @@ another, beside a part that all of them share.
 Shape suffixes: O output features, I input features.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from kernels.methods import PREPARES, LayerStatistics
 from kernels.obs import InverseFactor
 from tools.estimate.clock import fit, time_call
 from tools.estimate.meter import Meter
+from tools.models.layers import Layer, list_readers
 from tools.plans.methods import LEVERS
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.statistics.pruned import cut_to_levels, parts_of_mask, prune_layer
@@ -155,6 +157,23 @@ def count_flops(recipe: Recipe, form: Form, *, levels: bool = False) -> float:
 
 
 # --- seconds -------------------------------------------------------------------------------------------------------
+
+
+def count_layers(
+    layers: Sequence[Layer], group: Mapping[str, str], times: Callable[[Layer], int]
+) -> tuple[dict[Form, int], dict[int, int]]:
+    """How many layers there are of each form, and how many tensors of each width they read.
+
+    Each layer stands for so many `times`; `group` has the first layer of those that read the same.
+    """
+    forms, widths = Counter[Form](), Counter[int]()
+    for layer in layers:
+        outputs, inputs = layer.weight_OI.shape
+        forms[outputs, inputs] += times(layer)
+    for layer in list_readers(layers):
+        if group.get(layer.name, layer.name) == layer.name:
+            widths[layer.weight_OI.shape[1]] += times(layer)
+    return forms, widths
 
 
 def time_layers(

@@ -9,7 +9,6 @@ Shape suffixes: T tokens, D hidden width.
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,8 @@ from torch import Tensor
 from tools.base.files import hash_file
 from tools.estimate.block import Sample, build_sample, only_head
 from tools.estimate.clock import Fit, fit, time_call
-from tools.estimate.pruning import Form, time_layers
-from tools.models.layers import Layer, list_readers
+from tools.estimate.pruning import count_layers, time_layers
+from tools.models.layers import Layer
 from tools.models.readout import measure_losses
 from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
@@ -101,11 +100,13 @@ def time_run(
         group = _find_groups(sample, device, Path(directory))
         steps, tokens = _time_steps(sample, window, device, Path(directory), prompts)
         write, read = _time_files(Path(directory))
-    widths = _count_widths(sample, group)
+    forms, widths = count_layers(sample.layers, group, lambda layer: sample.counts[layer.block])
+    dtype, allowance = sample.layers[0].weight_OI.dtype, BUDGET / len(forms)
+    time_all = partial(time_layers, forms=forms, widths=widths, dtype=dtype, device=device, allowance=allowance)
     return Times(
         steps=steps,
-        prune={name: _time_pruning(recipe, sample, widths, device, levels=False) for name, recipe in prune.items()},
-        cut={name: _time_pruning(recipe, sample, widths, device, levels=True) for name, recipe in cut.items()},
+        prune={name: time_all(recipe, levels=False) for name, recipe in prune.items()},
+        cut={name: time_all(recipe, levels=True) for name, recipe in cut.items()},
         write=write,
         read=read,
         moments=sum(4 * width**2 * count for width, count in widths.items()),
@@ -260,25 +261,3 @@ def _find_groups(sample: Sample, device: torch.device, scratch: Path) -> dict[st
     for kind in range(len(sample.counts)):
         group |= walks.moments((0, 1), Walk(0, "run"), kind, False, "moments")[1]
     return group
-
-
-def _count_widths(sample: Sample, group: dict[str, str]) -> dict[int, int]:
-    """How many tensors of each width the layers of the whole model read."""
-    widths: dict[int, int] = {}
-    for layer in list_readers(sample.layers):
-        if group.get(layer.name, layer.name) == layer.name:
-            width = layer.weight_OI.shape[1]
-            widths[width] = widths.get(width, 0) + sample.counts[layer.block]
-    return widths
-
-
-def _time_pruning(
-    recipe: Recipe, sample: Sample, widths: dict[int, int], device: torch.device, *, levels: bool
-) -> float:
-    """Seconds for all layers of the model, one of each form having been pruned."""
-    forms: Counter[Form] = Counter()
-    for layer in sample.layers:
-        outputs, inputs = layer.weight_OI.shape
-        forms[outputs, inputs] += sample.counts[layer.block]
-    dtype = sample.layers[0].weight_OI.dtype
-    return time_layers(recipe, forms, widths, dtype, device, BUDGET / len(forms), levels=levels)

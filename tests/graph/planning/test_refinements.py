@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 
+from graph.config import RunConfig
 from graph.planning.orders import Curves, describe_plan, drop_lessons
 from graph.planning.plan import Plan
-from graph.planning.refinements import STRONG, TOGETHER, plan_refinements, rank_groups
+from graph.planning.refinements import STRONG, TOGETHER, change_recipe, plan_refinements, rank_groups
 from graph.planning.rule import MASKS, plan_by_rule
 from graph.planning.situation import Situation
 from graph.state import Trial
@@ -125,6 +126,14 @@ def test_the_same_weights_under_another_name_are_no_other_plan() -> None:
     even = make_situation(make_trial(1, "accept", 0.45, uniform.recipe))
     orders = [even.orders.identify(plan) for plan in refine(even) if not plan.adjustments]
     assert len(set(orders)) == len(orders), "a strength of an even allocation is none"
+
+
+def test_no_other_text_is_looked_for_before_its_turn() -> None:
+    """It would be profiled."""
+    changes = change_recipe(STRONG, RunConfig(polish_tokens=512), lambda: pytest.fail("nobody came to that yet"))
+    assert next(changes)[0] == STRONG.model_copy(update={"polish": True})
+    with pytest.raises(pytest.fail.Exception):
+        next(changes)
 
 
 def test_what_hangs_on_curves_that_nobody_measured_was_not_tried() -> None:
