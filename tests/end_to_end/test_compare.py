@@ -197,6 +197,7 @@ def test_a_real_process_is_stopped_by_ctrl_c_and_goes_on(tiny_llama: Path, tmp_p
     assert 2 <= len(before) < len(recipes)
     done = start("stopped")
     assert (done.communicate(timeout=600)[1], done.returncode) == ("", 0)
-    assert command(*flags, "whole").code == 0
+    whole = command(*flags, "whole")
+    assert (whole.err, whole.code) == ("", 0)
     assert read_rows(file.parent)[: len(before)] == before
     assert lasting(read_rows(file.parent)) == lasting(read_rows(tmp_path / "whole"))
