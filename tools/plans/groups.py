@@ -113,11 +113,14 @@ def refuse_two_walks(recipes: Iterable[Recipe]) -> None:
 
 
 def refuse_two_polishes(recipe: Recipe, others: Iterable[Recipe]) -> None:
-    """Raises ImpossiblePlan where a plan of this recipe polishes, and statistics of other layers are of other mixtures:
-    it would be of none of them.
+    """Raises ImpossiblePlan where a plan of this recipe polishes, and statistics of other layers are of other text: it
+    would be on none of them.
     """
-    if recipe.polish and any(other.mix != recipe.mix for other in others):
-        raise ImpossiblePlan("a polish of all layers is by one mix of texts; leave polish out, or mix out of groups")
+    for other in others if recipe.polish else ():
+        for lever in ("mix", "calibration"):
+            if getattr(other, lever) != getattr(recipe, lever):
+                line = f"a polish of all layers is on one text; leave polish out, or {lever} out of groups"
+                raise ImpossiblePlan(line)
 
 
 def describe_group(group: Group, recipe: Recipe) -> str:

@@ -136,7 +136,7 @@ class Recipe(BaseModel):
         False,
         exclude_if=operator.not_,
         description="Once all layers are pruned, fit all their survivors together against the KL to the dense model, "
-        "on the run's calibration text; zeros stay.",
+        "on the calibration text; zeros stay.",
     )
     polish_tokens: SkipJsonSchema[int] = Field(
         0,

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from tools.base.settings import Split
+from tools.base.settings import Calibration, Split
 from tools.plans.recipe import Recipe
 from tools.statistics.requests import Kept, ShardRequest
 from tools.statistics.shards import Span
@@ -71,12 +71,13 @@ class MeasureLosses(NamedTuple):
 
 
 class OfPolish(NamedTuple):
-    """What a polish asks about: windows of the calibration text, and the layers that it changes."""
+    """What a polish asks about: windows of its calibration text, and the layers that it changes."""
 
     layers: Sequence[str]
     windows: Sequence[int]
     dense_hidden: Sequence[Kept[Tensor]]
     """What the dense model's head reads of each of them, (T, D)."""
+    text: Calibration
     shares: Sequence[float] = ()
     """What each of them counts, as `Divergence` has it; none where all count alike."""
 

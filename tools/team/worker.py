@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.methods import LayerStatistics
 from tools.base.failures import explain_layer
 from tools.base.progress import ignore_progress
-from tools.base.settings import Split, WorkbenchSettings
+from tools.base.settings import Calibration, Split, WorkbenchSettings
 from tools.measure.losses import PrefixCache, evaluate_windows
 from tools.measure.recall import EncodedPair, cut_batches, read_answers
 from tools.models.artifacts import pack_pruned, unpack_pruned
@@ -120,7 +120,7 @@ class Worker:
     ) -> WindowLosses:
         """As `evaluate_windows`, of some windows of a text; with the dense model's hidden states of these."""
         chosen = tuple(windows)
-        text_BT = getattr(self.texts.windows, split)[list(chosen)].to(self.device)
+        text_BT = self.texts.windows.find_text(split)[list(chosen)].to(self.device)
         prefix = (self._find_prefix(chosen, text_BT), self._marks) if split == "validation" else None
         evaluation, hidden_BTD = evaluate_windows(
             self.model, text_BT, dense_hidden_BTD, "", ignore_progress, prefix, lead=self._lead
@@ -145,15 +145,17 @@ class Worker:
         layers: Sequence[str],
         windows: Sequence[int],
         dense_hidden: Sequence[Kept[Tensor]],
+        text: Calibration,
         shares: Sequence[float],
         span: Span,
     ) -> Divergence:
-        """KL(dense || model) on a span of some windows of the calibration text, by the survivors of some layers; with
+        """KL(dense || model) on a span of some windows of a calibration text, by the survivors of some layers; with
         what each window counts, or no `shares`."""
         known = {windows[place]: dense_hidden[place].fetch() for place in range(*span)}
         survivors = Survivors([self.layers[name] for name in layers])
         known_shares = dict(zip(windows, shares, strict=True)) if shares else None
-        return Divergence(self.blocks, survivors, self.texts.windows.calibration, known, self._lead, known_shares)
+        windows_BT = self.texts.windows.find_text(text)
+        return Divergence(self.blocks, survivors, windows_BT, known, self._lead, known_shares)
 
     def prune(self, recipe: Recipe, group: LayerGroup) -> list[LayerResult]:
         """Prune layers from their dense weights."""

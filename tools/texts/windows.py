@@ -48,14 +48,20 @@ class Windows(NamedTuple):
     texts: tuple[str, ...] = ()
     """The names of the texts, where they have names."""
 
+    def find_text(self, name: str) -> "Tensor":
+        """The windows of a split, or of a calibration text, by its name (`tools.base.settings.Calibration`)."""
+        mixed = {str(text): windows_BT for text, windows_BT in self.mixed.items()}
+        windows_BT: Tensor = mixed[name] if name in mixed else getattr(self, "calibration" if name == "run" else name)
+        return windows_BT
+
     def list_each(self, split: str, of_each: range) -> list[int]:
         """The windows of a split that are these of each text."""
-        each = len(getattr(self, split)) // max(len(self.texts), 1)
+        each = len(self.find_text(split)) // max(len(self.texts), 1)
         return [text * each + window for text in range(max(len(self.texts), 1)) for window in of_each]
 
     def name_each(self, split: str, windows: Sequence[int]) -> list[str]:
         """The text of each of some windows of a split; empty where texts have no names."""
-        each = len(getattr(self, split)) // max(len(self.texts), 1)
+        each = len(self.find_text(split)) // max(len(self.texts), 1)
         return [self.texts[window // each] for window in windows] if self.texts else []
 
     def list_counting(self, shares: Mapping[str, float]) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tools.base.progress import Progress, count_up
-from tools.base.settings import Split
+from tools.base.settings import Calibration, Split
 from tools.measure.losses import Evaluation, PrefixCache, SoFar, evaluate_windows, limit_prefix
 from tools.models.blocks import Blocks
 from tools.team.cluster import Cluster
@@ -16,7 +16,7 @@ from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
 from tools.workbench.weights import Weights
 
-MeasuredText = Split | Literal["calibration", "further"]
+MeasuredText = Split | Literal["calibration", "further"] | Calibration
 
 
 class Losses:
@@ -32,7 +32,7 @@ class Losses:
 
     def count_windows(self, split: MeasuredText) -> int:
         """How many windows a text has."""
-        return len(self._text(split))
+        return len(self._windows.find_text(split))
 
     def list_each(self, split: MeasuredText, of_each: range) -> list[int]:
         """As `Windows.list_each`."""
@@ -46,10 +46,6 @@ class Losses:
         """With the texts that windows are of, and what these count."""
         texts = self._windows.name_each(split, windows)
         return evaluation.model_copy(update={"texts": texts, "weights": self._shares}) if texts else evaluation
-
-    def _text(self, split: MeasuredText) -> Tensor:
-        windows: Tensor = getattr(self._windows, split)
-        return windows
 
     def measure(
         self,
@@ -69,7 +65,7 @@ class Losses:
         `so_far` is not measured again; workers, each of whom answers for all of its windows at once, do not fill it.
         """
         if self._crew.cluster is None:
-            text_BT = self._text(split)[list(windows)].to(self._model.device)
+            text_BT = self._windows.find_text(split)[list(windows)].to(self._model.device)
             prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
             lead = self._windows.lead
             evaluation, hidden_BTD = evaluate_windows(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 from uuid import uuid4
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop
-from tools.base.settings import WorkbenchSettings
+from tools.base.settings import Calibration, WorkbenchSettings
 from tools.models.artifacts import pack_pruned
 from tools.models.blocks import Blocks
 from tools.plans.polish import Schedule, schedule_polish
 from tools.polish.gradients import KL, Divergence
-from tools.polish.loop import Kept, Polish, Standing
+from tools.polish.loop import Kept, Polish, Problem, Standing
 from tools.polish.optimisers import Adam
 from tools.polish.survivors import Survivors, Vectors
 from tools.results.schema import Polished
@@ -28,6 +29,15 @@ from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
+
+
+class PolishText(NamedTuple):
+    """What a polish is on."""
+
+    name: Calibration = "run"
+    mix: Mapping[str, float] = {}
+    """What each named text counts, where texts have names: those that count nothing are left out."""
+
 
 VERSION = "2"
 """Of what a polish does beside its optimiser: weights that another one made are others."""
@@ -51,24 +61,22 @@ class Polisher:
         self._settings, self._blocks, self._windows, self._weights = settings, blocks, windows, weights
         self._losses, self._store, self._index, self._crew, self._warn = losses, store, index, crew, warn
 
-    def polish(
-        self, pruned: Mapping[str, str], tokens: int, progress: Progress, mix: Mapping[str, float]
-    ) -> dict[str, str]:
-        """The artifact of every layer, all of which are in the model, after a polish on so many tokens.
+    def polish(self, pruned: Mapping[str, str], tokens: int, progress: Progress, text: PolishText) -> dict[str, str]:
+        """The artifact of every layer, all of which are in the model, after a polish on so many tokens of a text.
 
-        `mix` is what each named text counts, where texts have names: those that count nothing are left out. `pruned`
-        are those of the layers before it, which are in the model now. Layers that are dense stay so. Where no measure
-        on the windows held out is lower than before, all stay as they were. What was polished before is read back.
+        `pruned` are those of the layers before it, which are in the model now. Layers that are dense stay so. Where no
+        measure on the windows held out is lower than before, all stay as they were. What was polished before is read
+        back.
         Raises ImpossiblePlan where the text or the tokens are too few, BrokenPlan where a number is not finite.
         """
-        schedule, pruned = self._schedule(tokens, mix), self._sort(pruned)
+        schedule, pruned = self._schedule(tokens, text), self._sort(pruned)
         names = [name for name, artifact in pruned.items() if artifact != DENSE]
         if not names:
             return dict(pruned)
-        key = self._name(pruned, tokens, mix)
+        key = self._name(pruned, tokens, text)
         found = self._index.read_measured(key)
         if found is None or not self._install(found["artifacts"]):
-            found = self._index.keep_measured(key, self._make(key, names, pruned, schedule, tokens, progress, mix))
+            found = self._index.keep_measured(key, self._make(key, names, pruned, schedule, tokens, progress, text))
         told = Polished.model_validate(found["figures"])
         if not told.helped:
             self._warn(
@@ -84,16 +92,16 @@ class Polisher:
         found = self._index.read_measured(_name_figures(self._sort(made), tokens))
         return Polished.model_validate(found) if found else None
 
-    def refuse(self, tokens: int, mix: Mapping[str, float]) -> None:
+    def refuse(self, tokens: int, text: PolishText) -> None:
         """Raises ImpossiblePlan, in one line, where the text or the tokens are too few."""
-        self._schedule(tokens, mix)
+        self._schedule(tokens, text)
 
     def _sort(self, artifacts: Mapping[str, str]) -> dict[str, str]:
         """In the model's order, whichever were made first."""
         return {name: artifacts[name] for name in self._weights.by_name}
 
-    def _schedule(self, tokens: int, mix: Mapping[str, float]) -> Schedule:
-        windows, settings = list(self._list_shares(mix)), self._settings
+    def _schedule(self, tokens: int, text: PolishText) -> Schedule:
+        windows, settings = list(self._list_shares(text.mix)), self._settings
         return schedule_polish(len(windows), settings.window, tokens, settings.seed).on(windows)
 
     def _list_shares(self, mix: Mapping[str, float]) -> dict[int, float]:
@@ -105,13 +113,13 @@ class Polisher:
         names = self._windows.name_each("calibration", windows)
         return {window: mix[name] * texts for window, name in zip(windows, names, strict=True)}
 
-    def _name(self, pruned: Mapping[str, str], tokens: int, mix: Mapping[str, float]) -> list[str]:
+    def _name(self, pruned: Mapping[str, str], tokens: int, text: PolishText) -> list[str]:
         """What the weights depend on: the model and its pruned layers, the text, how it is gone through."""
-        text = hashlib.sha256(self._windows.calibration.numpy().tobytes()).hexdigest()
+        windows = hashlib.sha256(self._windows.find_text(text.name).numpy().tobytes()).hexdigest()
         settings, artifacts = self._settings, [f"{name} {artifact}" for name, artifact in pruned.items()]
         order = [str(tokens), str(settings.window), str(self._windows.lead), str(settings.seed)]
-        order += [json.dumps(dict(mix))] if mix else []
-        return ["polish", VERSION, Adam.name, self._weights.hash_all_dense(), text, *order, *artifacts]
+        order += [json.dumps(dict(text.mix))] if text.mix else []
+        return ["polish", VERSION, Adam.name, self._weights.hash_all_dense(), windows, *order, *artifacts]
 
     def _install(self, artifacts: Mapping[str, str]) -> bool:
         """Put polished layers into the model; False where one is gone or damaged."""
@@ -126,17 +134,19 @@ class Polisher:
         schedule: Schedule,
         tokens: int,
         progress: Progress,
-        mix: Mapping[str, float],
+        text: PolishText,
     ) -> dict[str, object]:
-        hidden = self._read_hidden(schedule, progress)
+        hidden = self._read_hidden(schedule, text.name, progress)
         for name, artifact in pruned.items():
             self._weights.install(name, artifact)  # whole, for they were made, or read, just now
         layers = [self._weights.by_name[name] for name in names]
         survivors, keeper = Survivors(layers), _Keeper(self._store, self._index, key)
-        shares = self._list_shares(mix) if mix else {}
-        alone = Divergence(self._blocks, survivors, self._windows.calibration, hidden, self._windows.lead, shares)
-        cluster = self._crew.cluster
-        problem = _SharedDivergence(cluster, self._weights, survivors, alone, hidden, shares) if cluster else alone
+        shares = self._list_shares(text.mix) if text.mix else {}
+        windows_BT = self._windows.find_text(text.name)
+        alone = Divergence(self._blocks, survivors, windows_BT, hidden, self._windows.lead, shares)
+        problem: Problem = alone
+        if cluster := self._crew.cluster:
+            problem = _SharedDivergence(cluster, self._weights, survivors, alone, hidden, text.name, shares)
         values = survivors.read()
         polish = Polish(problem, survivors, values, Adam(values), schedule, keeper, progress)
         for name in names:
@@ -162,18 +172,18 @@ class Polisher:
             self._weights.write(layer.name, weight_OI, artifacts[layer.name])
         return artifacts
 
-    def _read_hidden(self, schedule: Schedule, progress: Progress) -> dict[int, Tensor]:
+    def _read_hidden(self, schedule: Schedule, text: Calibration, progress: Progress) -> dict[int, Tensor]:
         """What the dense model's head reads of each window, (T, D) on the CPU; measured once for these windows.
 
         The dense weights then stay in the model.
         """
         windows = schedule.windows
-        text = hashlib.sha256(self._windows.calibration[windows].numpy().tobytes()).hexdigest()
-        key = ["calibration hidden", self._weights.hash_all_dense(), str(self._windows.lead), text]
+        ids = hashlib.sha256(self._windows.find_text(text)[windows].numpy().tobytes()).hexdigest()
+        key = ["calibration hidden", self._weights.hash_all_dense(), str(self._windows.lead), ids]
 
         def measure() -> dict[str, str]:
             self._weights.restore_dense()
-            hidden_BTD = self._losses.measure("calibration", windows, None, "dense, calibration", progress)[1]
+            hidden_BTD = self._losses.measure(text, windows, None, "dense, calibration", progress)[1]
             return {"hidden": self._store.write_tensors({"hidden": hidden_BTD})}
 
         hidden_BTD = self._store.read_tensors(self._index.measure_files(key, measure)["hidden"])["hidden"]
@@ -210,10 +220,11 @@ class _SharedDivergence:
         survivors: Survivors,
         alone: Divergence,
         hidden: Mapping[int, Tensor],
+        text: Calibration,
         shares: Mapping[int, float],
     ) -> None:
         self._cluster, self._weights, self._survivors, self._alone = cluster, weights, survivors, alone
-        self._shares = shares
+        self._text, self._shares = text, shares
         self._hidden = {window: cluster.keep(hidden_TD) for window, hidden_TD in hidden.items()}
         self._mark = uuid4().hex
 
@@ -242,7 +253,7 @@ class _SharedDivergence:
         for name in names:  # no artifact: whoever needs it is sent what is in the model
             self._weights.installed[name] = f"polish {self._mark} {self._survivors.written}"
         shares = [self._shares[window] for window in windows] if self._shares else []
-        return OfPolish(names, list(windows), [self._hidden[window] for window in windows], shares)
+        return OfPolish(names, list(windows), [self._hidden[window] for window in windows], self._text, shares)
 
     def _place(self, name: str) -> torch.device:
         return torch.device("cpu") if name == KL else self._weights.device_of(name)

@@ -30,7 +30,7 @@ from tools.workbench.checkpoints import (
     make_layer_key,
 )
 from tools.workbench.crew import Crew
-from tools.workbench.polish import Polisher
+from tools.workbench.polish import Polisher, PolishText
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
@@ -112,9 +112,10 @@ class Pruner:
         """The artifact of every layer, all of which are in the model, polished on so many tokens."""
         if not polish:
             return self._prune(tasks, progress)
-        mix = self._profiles.read(next(iter(tasks.values())).profile).mix
-        self._polisher.refuse(polish, mix)  # before anything is pruned
-        return self._polisher.polish(self._prune(tasks, progress), polish, progress, mix)
+        task = next(iter(tasks.values()))
+        text = PolishText(task.recipe.calibration, self._profiles.read(task.profile).mix)
+        self._polisher.refuse(polish, text)  # before anything is pruned
+        return self._polisher.polish(self._prune(tasks, progress), polish, progress, text)
 
     def _prune(self, tasks: Tasks, progress: Progress) -> dict[str, str]:
         """The artifact of every layer, all of which are in the model."""

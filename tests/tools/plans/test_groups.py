@@ -115,7 +115,7 @@ def test_a_group_in_words() -> None:
     assert len({str(identify_group(one, PLANS)) for one in (*told.values(), group("*.v_proj", pattern="2:4"))}) == 5
 
 
-def test_one_text_for_all_that_is_pruned_in_order_and_one_mixture_for_a_polish() -> None:
+def test_one_text_for_all_that_is_pruned_in_order_and_one_for_a_polish() -> None:
     dense, staged = Recipe(calibration="half"), parse_recipe("refit~quarter~stages")
     refuse_two_walks([PLANS, dense])
     with pytest.raises(ImpossiblePlan, match=r"^statistics behind .* and not of 'run' and 'quarter'$"):
@@ -123,5 +123,7 @@ def test_one_text_for_all_that_is_pruned_in_order_and_one_mixture_for_a_polish()
     code = Recipe.model_validate({"mix": {"code": 1}})
     refuse_two_polishes(Recipe(), [code])
     refuse_two_polishes(Recipe(polish=True), [Recipe(polish=True, method="wanda")])
-    with pytest.raises(ImpossiblePlan, match=r"^a polish of all layers is by one mix of texts; leave polish out, or "):
-        refuse_two_polishes(Recipe(polish=True), [code])
+    for other, lever in ((code, "mix"), (dense, "calibration")):
+        line = f"^a polish of all layers is on one text; leave polish out, or {lever} out of groups$"
+        with pytest.raises(ImpossiblePlan, match=line):
+            refuse_two_polishes(Recipe(polish=True), [Recipe(polish=True), other])
