@@ -74,6 +74,12 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
         description="Largest rise of a named text's perplexity above the dense model's, such as code=0.2 for 20 %: a "
         "plan that goes beyond is rolled back, whatever it gains on others.",
     )
+    check_weights: bool = Field(
+        False,
+        description="At the end, carry the kept plan out again with all named texts alike, and without the one that "
+        "counts most, and report what each text then loses: what the weights, or the goal, were worth. Two rounds of "
+        "pruning more.",
+    )
     max_iterations: int = Field(8, ge=1, le=200, description="Plans that are tried at most.")
     max_evaluated_tokens: int = Field(
         0,
@@ -254,6 +260,8 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
             raise ValueError("a goal weighs named texts, and there are none; name at least one with text")
         if self.goal_tokens and not self.goal:
             raise ValueError("goal_tokens are for texts of a goal; say with goal what the model is for")
+        if self.check_weights and len(self.text) < 2 and not self.goal_tokens:
+            raise ValueError("check_weights compares weights of several named texts; name two at least with text")
         if unknown := [name for name in self.text_bounds if name not in self.text]:
             raise ValueError(f"text_bounds bound {unknown[0]!r}, which is none of the texts")
         if loose := [name for name, rise in self.text_bounds.items() if rise <= 0]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
+from graph.goals.worth import weigh_otherwise
 from graph.planning.finalists import compare_finalists
 from graph.planning.orders import UNIFORM_WANDA, order_uniform
 from graph.planning.verdict import accepted_trial
@@ -78,6 +79,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         knowledge = measure_knowledge(bench, state, session, uniform_checkpoint) if config.questions else None
         checkpoints = {"dense": "dense", "pruned": state.accepted}
         benchmarks = measure_checkpoints(bench, config, checkpoints, session.progress)
+        weightings = weigh_otherwise(bench, state, session)
+        tokens += max(len(weightings) - 1, 0) * config.count_all("validation") * config.window
         pruned_words = continue_with(bench, state.accepted, prompts, session)
         seconds = session.seconds
         summary = Summary(
@@ -92,6 +95,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             kl=best.kl,
             goal=describe_goal(state),
             texts=[describe_text(config, figures, losses) for figures in best.texts],
+            weightings=weightings,
             benchmarks=benchmarks,
             samples=[Sample(prompt=p, dense=words, pruned=pruned_words[p]) for p, words in dense_words.items()],
             plan=best.plan,

@@ -12,6 +12,9 @@ from tools.plans.recipe import Recipe
 TESTED_MODELS = 3
 """On the test text, at the end of a run: dense, uniform Wanda, and what the run has made."""
 
+REWEIGHTED = 2
+"""Other weights that the kept plan is carried out by, at most, where that is asked for."""
+
 
 def foresee_course(config: RunConfig) -> Course:
     """All rounds as the rule plans them, and the end of the run: a chat planner's rounds are told likewise."""
@@ -20,6 +23,7 @@ def foresee_course(config: RunConfig) -> Course:
         rounds=rounds,
         polishes=[config.polish_tokens for recipe in rounds if recipe.polish],
         polished_at=config.target_sparsity,
+        reweighted=rounds[-1:] * REWEIGHTED if config.check_weights else [],
         baselines=[UNIFORM_WANDA.model_copy(update={"pattern": config.pattern})],
         profiles=config.max_iterations if config.reprofile else 1,
         tests=TESTED_MODELS,

@@ -46,7 +46,7 @@ def flags(model: Path, texts: Path, *more: str) -> list[str]:
 def test_a_goal_from_words_to_report_killed_resumed_and_replayed(
     tiny_llama: Path, tmp_path: Path, command: Command
 ) -> None:
-    run, more = tmp_path / "runs" / "run", ("--max-iterations", "2")
+    run, more = tmp_path / "runs" / "run", ("--max-iterations", "2", "--check-weights")
     with OpenAIServer(answer) as server:
         given = flags(tiny_llama, tmp_path, "--planner", server.planner("m"), *more)
         assert command(*given).code == 0
@@ -77,6 +77,7 @@ def test_a_goal_from_words_to_report_killed_resumed_and_replayed(
     }
     assert [text["weight"] for text in summary["texts"]] == [1, 0]
     assert [sample["prompt"] for sample in summary["samples"]][-1] == BRIEF["probes"][0]
+    check_weightings(run, summary)
     for name in ("report.md", "model/README.md"):
         assert f"## Goal\n> {GOAL}\n\nIt came to: code 100% (at most +900%), prose 0%." in (run / name).read_text()
     assert f"The goal: “{GOAL}” It came to code 100%" in (run / "report.html").read_text()
@@ -84,6 +85,27 @@ def test_a_goal_from_words_to_report_killed_resumed_and_replayed(
     assert command("--replay", "run", "--name", "again").code == 0
     assert read_trials(tmp_path / "runs" / "again") == read_trials(run)
     assert read_events(tmp_path / "runs" / "again", "brief")[0]["details"] == told["details"]
+
+
+def check_weightings(run: Path, summary: dict[str, Any]) -> None:
+    """The kept weights, all texts alike, and the heaviest text left out: in figures, words and both reports."""
+    kept, alike, without = summary["weightings"]
+    assert [x["weights"] for x in (kept, alike, without)] == [
+        {"code": 1, "prose": 0},
+        {"code": 0.5, "prose": 0.5},
+        {"code": 0, "prose": 1},
+    ]
+    assert [x["kl"] for x in kept["texts"]] == [x["kl"] for x in summary["texts"]]
+    for other in (alike, without):
+        for text, own in zip(other["texts"], kept["texts"], strict=True):
+            assert text["change"] == pytest.approx(text["kl"] - own["kl"], abs=1e-9) and text["change_error"] > 0
+    assert without["texts"][0]["change"] > 0 > without["texts"][1]["change"]
+    notes = [event["text"] for event in read_events(run, "note")]
+    assert sum(note.startswith("by weights code 0%, prose 100%: code KL ") for note in notes) == 1
+    code, prose = (f"{x['kl']:.4f} ({x['change']:+.4f} ± {x['change_error']:.4f})" for x in without["texts"])
+    assert f"| code 0%, prose 100% | {code} | {prose} |" in (run / "report.md").read_text()
+    page = (run / "report.html").read_text()
+    assert "code 100%, prose 0% (kept)</th>" in page and f"code 0%, prose 100%</th><td>{code}</td>" in page
 
 
 def test_a_person_edits_what_was_made_of_a_goal_and_a_bound_rolls_back(

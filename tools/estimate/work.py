@@ -49,6 +49,8 @@ class Course(NamedTuple):
     """What the plan of each round asks for."""
     baselines: Sequence[Recipe] = ()
     """By what the model is pruned besides, to be measured on the test text alone."""
+    reweighted: Sequence[Recipe] = ()
+    """What the kept plan asks for, each time that it is carried out again by other weights of texts."""
     profiles: int = 1
     tests: int = 0
     """Models that are measured on the test text."""
@@ -66,7 +68,7 @@ class Course(NamedTuple):
     @property
     def pruned(self) -> list[tuple[Recipe, int]]:
         """What is done inside the layers, and how often."""
-        asked = [*self.rounds, *self.baselines]
+        asked = [*self.rounds, *self.reweighted, *self.baselines]
         labels = [_name(recipe.exact_label, recipe) for recipe in asked]
         return [(recipe, labels.count(label)) for label, recipe in dict(zip(labels, asked, strict=True)).items()]
 
@@ -326,7 +328,7 @@ def list_work(
         step(
             "validate",
             f"forward of {text('validation', validation)}, the output head twice",
-            len(course.rounds),
+            len(course.rounds) + len(course.reweighted),
             shares.validation,
             {"forward": validation, "divergence": validation},
         )

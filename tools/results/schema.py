@@ -78,6 +78,15 @@ class TextResult(Perplexities):
     kl_error: float | None = Field(description="Standard error of kl over the windows.")
 
 
+class Weighting(BaseModel):
+    """The kept plan, carried out by some weights of the named texts."""
+
+    weights: dict[str, float] = Field(description="What each text counts, in sum 1.")
+    texts: list[TextFigures] = Field(
+        description="On their validation windows; change is kl minus that of the model that was kept, paired."
+    )
+
+
 class Goal(BaseModel):
     """What the model is for, in words, and what was made of that."""
 
@@ -209,6 +218,11 @@ class Summary(BaseModel):
         [],
         exclude_if=operator.not_,
         description="Each of the named texts, whose means by weight the figures above are; none without names.",
+    )
+    weightings: list[Weighting] = Field(
+        [],
+        exclude_if=operator.not_,
+        description="The run's weights of texts, then others that they are compared with; none where nobody asked.",
     )
     goal: Goal | None = Field(None, exclude_if=operator.not_, description="Null where the run had none.")
     knowledge: Knowledge | None = Field(None, description="Null where the run asked no questions.")

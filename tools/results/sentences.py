@@ -5,7 +5,7 @@ from typing import Any
 
 from tools.base.words import clean, count, show, show_compact, show_percent, show_seconds, show_size
 from tools.plans.methods import Statistics
-from tools.results.schema import Finalist, Knowledge, Polished, Reach, Summary
+from tools.results.schema import Finalist, Knowledge, Polished, Reach, Summary, TextFigures, Weighting
 
 BEHIND: dict[Statistics, str] = {
     "sequential": "each block behind its pruned predecessors",
@@ -115,6 +115,29 @@ def tell_texts(texts: Sequence[Mapping[str, Any]]) -> str:
         kl = f"KL {show_compact(text['kl'], 4)}{error}"
         told.append(f"{clean(text['name'], 40)} {kl}, perplexity {show_compact(perplexity)}")
     return "; ".join(told)
+
+
+def describe_weighting(weighting: Weighting) -> str:
+    """`by weights code 50%, prose 50%: code KL 0.1917 (+0.0037 ± 0.0054), …`, beside what was kept."""
+    told = [f"{clean(text.name, 40)} KL {show_change(text)}" for text in weighting.texts]
+    return f"by weights {name_weights(weighting.weights)}: {', '.join(told)} beside what was kept"
+
+
+def compare_weightings(weightings: Sequence[Weighting]) -> list[list[str]]:
+    """Rows of what texts lose by other weights: the weights, then a cell for each text; the kept ones first."""
+    return [[name_weights(x.weights), *map(show_change, x.texts)] for x in weightings]
+
+
+def name_weights(weights: Mapping[str, float]) -> str:
+    """`code 75%, prose 25%`."""
+    return ", ".join(f"{clean(name, 40)} {share:.0%}" for name, share in weights.items())
+
+
+def show_change(text: TextFigures) -> str:
+    """`0.1917 (+0.0037 ± 0.0054)`: a KL, and by how much it is above that of other weights, where it is known."""
+    if text.change is None or text.change_error is None:
+        return show(text.kl, 4)
+    return f"{show(text.kl, 4)} ({text.change:+.4f} ± {text.change_error:.4f})"
 
 
 def tell_spending(usage: Mapping[str, Any]) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 from tools.base.names import hide_path
 from tools.base.words import escape, show, show_score, show_size
 from tools.plans.methods import Statistics
-from tools.results.schema import Goal, Knowledge, Perplexities, Score, Summary, TextResult
+from tools.results.schema import Goal, Knowledge, Perplexities, Score, Summary, TextResult, Weighting
 from tools.results.sentences import (
     BEHIND,
+    compare_weightings,
     describe_finalists,
     describe_reach,
     describe_result,
@@ -45,6 +46,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         "",
         *list_goal(summary.goal),
         *list_texts(summary.texts),
+        *list_weightings(summary.weightings),
         *(_list_knowledge(summary.knowledge) if summary.knowledge else []),
         *list_benchmarks(summary.benchmarks),
         "## Trials",
@@ -110,6 +112,22 @@ def list_texts(texts: Sequence[TextResult]) -> list[str]:
         "Perplexity on the test windows of each; KL in nats per token on its validation windows, ± one standard error.",
         "",
         *list_table(heads, rows, left=2),
+        "",
+    ]
+
+
+def list_weightings(weightings: Sequence[Weighting]) -> list[str]:
+    """A section with what texts lose by other weights of them; nothing where none were compared."""
+    if not weightings:
+        return []
+    first, *others = ([escape(cell) for cell in row] for row in compare_weightings(weightings))
+    rows = [[f"**{cell}**" for cell in first], *others]
+    return [
+        "## What the weights are worth",
+        "The kept plan carried out by other weights of the texts, on the same validation windows: KL in nats per "
+        "token, in brackets how much more than the kept model loses, ± one standard error of the paired difference.",
+        "",
+        *list_table(["weights", *(f"KL {escape(name)}" for name in weightings[0].weights)], rows, left=1),
         "",
     ]
 

@@ -117,6 +117,10 @@ def test_a_brief_that_cannot_be_followed_is_refused_in_words(changes: dict[str, 
     [
         ({"text": {}, "goal_tokens": 0}, "a goal weighs named texts, and there are none; name at least one with text"),
         ({"goal": ""}, "goal_tokens are for texts of a goal; say with goal what the model is for"),
+        (
+            {"text": {"code": "pydoc"}, "goal_tokens": 0, "check_weights": True},
+            "check_weights compares weights of several named texts; name two at least with text",
+        ),
         ({"text_bounds": {"french": 0.1}}, "text_bounds bound 'french', which is none of the texts"),
         ({"text_bounds": "code"}, "bounds are given as NAME=BOUND, such as code=0.2,prose=1"),
         ({"text_bounds": {"code": 0}}, "the bound of 'code' must be above 0, such as 0.2 for 20 %"),

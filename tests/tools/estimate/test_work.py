@@ -102,6 +102,14 @@ def test_further_windows_are_measured_by_the_dense_model_by_every_round_and_by_f
     assert steps["validate"] == (4, 3 * 2.5)
 
 
+def test_a_kept_plan_by_other_weights_is_pruned_and_validated_as_a_round_is(tiny_llama: Path) -> None:
+    found = work_of(tiny_settings(tiny_llama), COURSE._replace(reweighted=[STRONG, STRONG]))
+    plain = work_of(tiny_settings(tiny_llama))
+    times = [{(work.name, work.how): work.times for work in works} for works in (found, plain)]
+    more = {key: often - times[1][key] for key, often in times[0].items() if often != times[1][key]}
+    assert [name for name, _ in more] == ["prune", "validate"] and set(more.values()) == {2}
+
+
 def test_without_prices_in_seconds_there_are_none(tiny_llama: Path) -> None:
     settings = tiny_settings(tiny_llama)
     shares = find_shares(settings, find_layers(make_empty("llama")), cut_parts(settings, 0)[0])

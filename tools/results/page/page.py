@@ -34,7 +34,7 @@ from tools.results.page.contents import (
 from tools.results.page.figures import Mark, draw_iterations, draw_map, draw_predictions
 from tools.results.page.record import Record, Round, read_run
 from tools.results.schema import Goal, Summary, TextResult
-from tools.results.sentences import list_loading
+from tools.results.sentences import compare_weightings, list_loading
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -151,6 +151,8 @@ class View(NamedTuple):
     """How far predictions were off, in words."""
     goal: Goal | None
     texts: list[TextResult]
+    weightings: list[list[str]]
+    """Rows of what texts lose by other weights: these, then a cell for each text; the kept ones first."""
     rounds: list[tuple[int, Round]]
     knows: bool
     """Whether knowledge or benchmarks were measured."""
@@ -178,6 +180,7 @@ def make_view(record: Record, figures: Figures, *, several: bool) -> View:
         off=describe_predictions(points),
         goal=summary.goal if summary else None,
         texts=summary.texts if summary else [],
+        weightings=compare_weightings(summary.weightings if summary else []),
         rounds=[(i, r) for i, r in sorted(record.rounds.items()) if r.plan or r.trial],
         knows=bool(summary and (summary.knowledge or summary.benchmarks)),
         retention=place_retention(summary.knowledge) if summary else None,

@@ -1,0 +1,71 @@
+"""What the weights of named texts were worth: the kept plan carried out once more by other weights, and compared."""
+
+from typing import TYPE_CHECKING
+
+from graph.config import RunConfig
+from graph.planning.orders import resolve
+from graph.planning.plan import Plan
+from graph.planning.recipes import gather_layers
+from graph.runs.session import Session
+from graph.state import State
+from tools.base.errors import BrokenPlan, ImpossiblePlan
+from tools.measure.texts import list_texts
+from tools.plans.mix import Mix, read_mix
+from tools.results.schema import Weighting
+from tools.results.sentences import describe_weighting
+
+if TYPE_CHECKING:
+    from tools.base.progress import Progress
+    from tools.measure.losses import Evaluation
+    from tools.workbench.bench import Workbench
+
+
+def list_other_weights(config: RunConfig) -> list[Mix]:
+    """What the run's weights are compared with: all texts alike, and the text that counts most left out."""
+    shares = config.text_shares
+    most = max(shares, key=lambda name: shares[name])
+    rest = {name: share for name, share in shares.items() if name != most}
+    alike, without = dict.fromkeys(shares, 1.0), rest if any(rest.values()) else dict.fromkeys(rest, 1.0)
+    mixes = dict.fromkeys(read_mix(weights) for weights in (alike, without))
+    return [mix for mix in mixes if mix and mix != read_mix(shares)]
+
+
+def weigh_otherwise(bench: "Workbench", state: State, session: Session) -> list[Weighting]:
+    """What each text loses of the accepted weights, then of its plan shared out and pruned by each of the others.
+
+    On the validation windows that the run's own plans were judged by. None where nobody asked for it, and with a
+    warning where the plan prunes nothing by weights. The weights in the model end as any.
+    """
+    plan = state.accepted_plan
+    if not state.config.check_weights or plan is None:
+        return []
+    if plan.graft:
+        session.warn("the weights that were kept are a graft, which no weights of texts were pruned by; none compared")
+        return []
+    own = bench.evaluate(state.accepted, "validation", state.profile, session.progress)
+    found = [Weighting(weights=state.config.text_shares, texts=list_texts(own))]
+    for mix in list_other_weights(state.config):
+        try:
+            theirs = measure_by(bench, state, plan, mix, session.progress)
+        except (ImpossiblePlan, BrokenPlan) as error:
+            session.warn(f"the kept plan by other weights of texts: {error}; they are not compared")
+            continue
+        weights = {name: dict(mix).get(name, 0.0) for name in state.config.text}
+        found.append(Weighting(weights=weights, texts=list_texts(theirs, own)))
+        session.emit("note", text=describe_weighting(found[-1]))
+    return found
+
+
+def measure_by(bench: "Workbench", state: State, plan: Plan, mix: Mix, progress: "Progress") -> "Evaluation":
+    """Losses of a plan on the validation text, by other weights of texts; its layers are let go again.
+
+    Raises ImpossiblePlan, and BrokenPlan where it cannot be carried out.
+    """
+    config = state.config
+    other = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"mix": mix})})
+    layers = gather_layers(other, config, lambda recipe: bench.describe_layers(state.profile, recipe, progress))
+    order = resolve(other, layers, config, bench.read_profile(state.profile).layers)
+    checkpoint = bench.prune(state.profile, order, progress)
+    losses = bench.evaluate(checkpoint, "validation", state.profile, progress, "validation, other weights of texts")
+    bench.forget_checkpoints([state.accepted])
+    return losses
