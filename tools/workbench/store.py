@@ -5,6 +5,7 @@ A killed run goes on where it was: whatever it needs is found by what it depends
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,20 @@ DENSE = "dense"
 """Id of the unpruned weights, as a checkpoint and as a layer's artifact."""
 
 
+RESTED_NS = 2_000_000_000
+"""Age of a file's last change from which another change would show in its times, which have the clock's ticks."""
+
+
 class ArtifactStore:
-    """Files named by the hash of their content; a file that does not match its name is never used."""
+    """Files named by the hash of their content; a file that does not match its name is never used.
+
+    A file that was checked is not hashed again in this process until its size or times are others: every round reads
+    the second moments of the whole model.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._checked: dict[Path, tuple[int, ...]] = {}
 
     def path(self, digest: str, suffix: str) -> Path:
         """Where the artifact lies or would lie."""
@@ -53,7 +63,13 @@ class ArtifactStore:
 
     def check(self, digest: str, suffix: str) -> Path:
         """The artifact's path, its content checked against its hash. Raises DamagedArtifact."""
-        return find_artifact(self.directory, digest, suffix)
+        path = self.path(digest, suffix)
+        before = _mark_file(path)
+        if before is None or self._checked.get(path) != before:
+            find_artifact(self.directory, digest, suffix)
+            if before is not None:
+                self._checked[path] = before
+        return path
 
     def has(self, digest: str, suffix: str) -> bool:
         """Whether the artifact is there and whole."""
@@ -135,6 +151,18 @@ class Index:
         """Delete the value that was kept under a key, if there is one."""
         if artifact := self._read_all().get(_hash_key(key)):
             self.store.path(artifact, ".json").unlink(missing_ok=True)
+
+
+def _mark_file(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from a changed one; None of one that is not there, or has just been changed."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    changed = max(found.st_mtime_ns, found.st_ctime_ns)
+    if time.time_ns() - changed < RESTED_NS:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _hash_key(key: Sequence[str]) -> str:

@@ -1,11 +1,14 @@
 """Artifacts match their hash."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+import tools.base.files
+import tools.workbench.store
 from tools.base.errors import DamagedArtifact
 from tools.base.files import hash_file
 from tools.workbench.store import ArtifactStore
@@ -73,3 +76,28 @@ def test_a_file_left_by_a_killed_process_is_no_artifact(tmp_path: Path) -> None:
     digest = store.write_json([1, 2, 3])
     assert store.read_json(digest) == [1, 2, 3]
     assert files_in(tmp_path) == [f"{digest[:2]}/{digest}.json"]
+
+
+def test_a_file_that_has_rested_is_hashed_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, hashed = ArtifactStore(tmp_path), list[str]()
+    digest = store.write_tensors({"x": torch.ones(100)})
+    path = store.path(digest, ".safetensors")
+    monkeypatch.setattr(tools.base.files, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+    store.read_tensors(digest)
+    store.read_tensors(digest)
+    assert len(hashed) == 2, "one that has just been written could change again unseen"
+    monkeypatch.setattr(tools.workbench.store, "RESTED_NS", 0)
+    assert store.has(digest, ".safetensors") and torch.equal(store.read_tensors(digest)["x"], torch.ones(100))
+    assert len(hashed) == 3
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    times = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(DamagedArtifact, match="is damaged"):
+        store.read_tensors(digest)
+    path.unlink()
+    with pytest.raises(DamagedArtifact, match="is missing"):
+        store.read_tensors(digest)
