@@ -84,6 +84,9 @@ class CompareSettings(TaskSettings, PolishSettings, TeamSettings):
 def compare(settings: CompareSettings, console: Console) -> Comparison:
     """Make the rows that are not there yet and print a line for each; everything is on disk after each.
 
+    Where tasks are asked for that the comparison has not had so far, its rows that are asked for are made once more,
+    on the profile that is there, and those that are not stay without figures of tasks.
+
     A row that cannot be, by its bounds or its pattern, is left out with a warning. Raises UserError for those when all
     others are made, and for bad input; DamagedArtifact when the profile that rows share is not whole.
     """
@@ -93,7 +96,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     directory = Path(settings.out)
     lock_out(directory, directory / "work")
     known, settings = _read_comparison(directory, settings)
-    done = {_key(row): row for row in known.rows} if known else {}
+    done = {_key(row): row for row in known.rows if row.scores or not benchmarks} if known else {}
     if known:
         print_line(console, describe_dense(known))
         for job in jobs:
@@ -143,9 +146,10 @@ def _read_comparison(directory: Path, settings: CompareSettings) -> tuple[Compar
     settings = follow_kept(settings, known.settings)
     wanted = _fingerprint(settings)
     searched = any(row.allocation in name_allocations("search") for row in known.rows)
-    refuse_other_settings(
-        directory, "a comparison", known.settings, wanted, set() if searched else {"evolution", "evolution_tokens"}
-    )
+    unused = set() if searched else {"evolution", "evolution_tokens"}
+    if not known.settings.get("tasks"):
+        unused |= set(TaskSettings.model_fields)
+    refuse_other_settings(directory, "a comparison", known.settings, wanted, unused)
     if "evolution" not in known.settings:
         _rename_equal_widths(known)
     return known.model_copy(update={"settings": wanted}), settings
@@ -212,7 +216,7 @@ def _make_rows(
                 write_comparison(directory, known)
             made.row.scores, made.row.answers = _ask_tasks(benchmarks, made.model, bench, job.title, progress)
             row, known.unasked = made.row, None
-            known.rows.append(row)
+            known.rows = [x for x in known.rows if _key(x) != job.key] + [row]  # one without its tasks goes
             write_comparison(directory, known)
             print_line(console, describe_row(job, row, known.reach))
     return known, impossible

@@ -417,6 +417,31 @@ def test_nothing_is_pruned_again_whose_tasks_were_broken_off(
     assert lasting(whole.rows) == lasting(known.rows) and whole.dense_scores == known.dense_scores
 
 
+def test_tasks_are_asked_of_rows_that_were_made_without_any(
+    copied: CompareSettings, compared: Compared, monkeypatch: pytest.MonkeyPatch, workbench_closed: None, no_plot: None
+) -> None:
+    asked = []
+
+    def ask(_benchmark: Any, _model: Any, _tokenizer: Any, label: str, _progress: Any) -> list[Any]:
+        asked.append(label)
+        score = Score(model=label, task="mmlu", metric="acc", value=0.5, error=0.0, samples=1, protocol=TASK)
+        return [Result(score=score, values=[0.5])]
+
+    monkeypatch.setattr(tools.experiments.comparison, "load_benchmarks", lambda *_: ["mmlu"])
+    monkeypatch.setattr(tools.experiments.comparison, "run_benchmark", ask)
+    monkeypatch.setattr(Workbench, "profile", lambda *_, **__: pytest.fail("there is one"))
+    tasks = {"tasks": ["mmlu"], "mmlu": "file:mmlu", "shots": 0}
+    before = compared.known.rows[0]
+    known, _ = run_comparison(copied.model_copy(update={"recipes": before.recipe, "sparsity": "0.45", **tasks}))
+    assert asked == ["dense", TITLES[0]] and known.dense_scores and known.settings["tasks"] == ["mmlu"]
+    row = known.rows[-1]
+    assert len(row.scores) == 1 and not before.scores
+    assert lasting([row.model_copy(update={"scores": [], "answers": {}})]) == lasting([before])
+    assert len(known.rows) == len(compared.known.rows) and not any(other.scores for other in known.rows[:-1])
+    with pytest.raises(UserError, match=r"holds a comparison with other settings \(shots\); choose another --out$"):
+        run_comparison(copied.model_copy(update=tasks | {"shots": 5}))
+
+
 # --- rows that cannot be, and bad input --------------------------------------------------------------------------
 
 
