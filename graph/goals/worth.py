@@ -37,10 +37,11 @@ def weigh_otherwise(bench: "Workbench", state: State, session: Session) -> list[
     warning where the plan prunes nothing by weights. The weights in the model end as any.
     """
     plan = state.accepted_plan
-    if not state.config.check_weights or plan is None:
+    if not state.config.check_weights:
         return []
-    if plan.graft:
-        session.warn("the weights that were kept are a graft, which no weights of texts were pruned by; none compared")
+    if plan is None or plan.graft:
+        what = "a graft" if plan else "of no plan that was accepted last"
+        session.warn(f"the model that is kept is {what}, so that weights of texts are not compared")
         return []
     own = bench.evaluate(state.accepted, "validation", state.profile, session.progress)
     found = [Weighting(weights=state.config.text_shares, texts=list_texts(own))]

@@ -53,7 +53,9 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         tokens = state.evaluated_tokens + sum(f.windows for f in finalists) * config.window
         if finalists:
             session.emit("note", text=describe_finalists(finalists, best.iteration))
-            state = state.model_copy(update={"current": best.checkpoint, "accepted": best.checkpoint})
+            plan = state.accepted_plan if best.checkpoint == state.accepted else None
+            kept = {"current": best.checkpoint, "accepted": best.checkpoint, "accepted_plan": plan}
+            state = state.model_copy(update=kept)
             bench.restore(state.accepted)
             tell_layers(session, bench, state.accepted)
         layers = bench.read_profile(state.profile).layers

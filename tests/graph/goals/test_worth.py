@@ -1,10 +1,16 @@
 """Which other weights of texts a run's own are compared with, and what is foreseen of it."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from graph.config import RunConfig
-from graph.goals.worth import list_other_weights
+from graph.goals.worth import list_other_weights, weigh_otherwise
 from graph.planning.foresee import foresee_course
+from graph.planning.plan import Plan
+from graph.state import State
+from tools.plans.graft import Graft
 
 TEXTS = {name: f"file:{name}.txt" for name in ("code", "prose", "french")}
 
@@ -34,3 +40,21 @@ def test_two_more_rounds_are_foreseen_where_they_are_asked_for() -> None:
     config = RunConfig(text=TEXTS)
     course = foresee_course(config.model_copy(update={"check_weights": True}))
     assert course.reweighted == [course.rounds[-1]] * 2 and foresee_course(config).reweighted == []
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (None, "of no plan that was accepted last"),
+        (Plan(sparsity=0.4, reason="", graft=Graft(selector="*.v_proj", of=1, rest=2)), "a graft"),
+    ],
+)
+def test_what_no_weights_made_is_compared_with_nothing(plan: Plan | None, said: str) -> None:
+    warned: list[str] = []
+    session: Any = SimpleNamespace(warn=warned.append)
+    bench: Any = None
+    config = RunConfig(text=TEXTS, check_weights=True)
+    assert weigh_otherwise(bench, State(config=config, accepted_plan=plan), session) == []
+    line = f"the model that is kept is {said}, so that weights of texts are not compared"
+    assert warned == [line]
+    assert weigh_otherwise(bench, State(config=RunConfig(), accepted_plan=plan), session) == [] and len(warned) == 1
