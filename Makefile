@@ -27,7 +27,7 @@ SHARED := -n $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadfile --no-lo
 .PHONY: demo test types suite studio clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m graph.run --config configs/demo.yaml
+	$(BIN)/python -m graph.run
 
 test: $(VENV)/.test
 	$(BIN)/python -m ruff check .

@@ -106,7 +106,7 @@ def main() -> None:
     work = given.out.with_suffix(".work")
     questions = ("--questions", given.questions, "--question-pairs", "64", "--calibration-mix", "0.25")
     make = {
-        "demo": lambda: record_run(work, "demo", "--config", "configs/demo.yaml"),
+        "demo": lambda: record_run(work, "demo"),
         "compare": lambda: record_comparison(work),
         "questions": lambda: record_run(work, "questions", *RUN, *questions),
         "workers": lambda: record_run(work, "workers", *RUN, "--workers", "2", "--worker-threads", "1"),

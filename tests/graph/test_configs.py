@@ -27,7 +27,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def test_the_five_recipes_are_there() -> None:
-    assert {file.stem for file in FILES} >= {"demo", "quickstart", "paper", "qwen3-4b", "qwen3-8b"}
+    assert {file.stem for file in FILES} >= {"own-words", "quickstart", "paper", "qwen3-4b", "qwen3-8b"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -56,15 +56,13 @@ def test_quickstart_needs_no_hub_and_no_key() -> None:
     assert (config.planner, config.target_sparsity) == ("heuristic", 0.45)
 
 
-def test_the_demo_needs_no_hub_and_no_key_and_has_as_much_text_as_the_quickstart() -> None:
-    config, quickstart = (RunConfig(**read(CONFIGS / f"{name}.yaml")) for name in ("demo", "quickstart"))
+def test_own_words_need_no_hub_and_no_key_and_are_as_much_text_as_the_quickstarts() -> None:
+    config, quickstart = (RunConfig(**read(CONFIGS / f"{name}.yaml")) for name in ("own-words", "quickstart"))
     assert set(config.text.values()) == {"pydoc", "self"} and config.text_weights == {}
     assert (config.model, config.planner, config.target_sparsity) == (quickstart.model, "heuristic", 0.45)
     for split in SPLITS:
         assert config.count_all(split) == quickstart.count_all(split)
     assert 2 * config.gradient_windows == quickstart.gradient_windows
-    (line,) = [x for x in (CONFIGS.parent / "Makefile").read_text().splitlines() if "graph.run" in x]
-    assert line.strip() == "$(BIN)/python -m graph.run --config configs/demo.yaml"
 
 
 def test_a_pattern_sets_the_target_and_bounds_it() -> None:

@@ -89,7 +89,7 @@ def test_every_layer_has_its_own_recipe_and_the_sum_meets_the_plan() -> None:
             RunConfig(pattern="2:4"),
             "group 'self_attn.v_proj' has pattern 1:4, and this run has 2:4 in all layers; leave pattern out",
         ),
-        (make_plan({V: {"mix": {"code": 1}}}, Recipe(polish=True)), CONFIG, "a polish of all layers is by one mix of "),
+        (make_plan({V: {"mix": {"code": 1}}}, Recipe(polish=True)), CONFIG, "a polish of all layers is on one text; "),
         (make_plan({V: {"pattern": "1:3"}}), CONFIG, "model.layers.0.self_attn.v_proj has 20 inputs, not divisible"),
     ],
 )
