@@ -68,7 +68,7 @@ EARLY = {
     "no text": (["--config", "binary.yaml"], ["config file binary.yaml is not YAML: "]),
     "missing config": (
         ["--config", "missing.yaml"],
-        ["config file missing.yaml does not exist; Billhook's own are in configs/: own-words, paper, quickstart"],
+        ["config file missing.yaml does not exist; Billhook's own are in configs/: paper, quickstart, qwen3-4b"],
     ),
     "missing text": (["--test", "file:missing.txt"], ["text file missing.txt does not exist"]),
     "text of another kind": (["--test", "file:broken.yaml"], ["text file broken.yaml must end in .txt or .jsonl"]),
