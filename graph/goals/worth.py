@@ -3,9 +3,8 @@
 from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
-from graph.planning.orders import resolve
+from graph.planning.orders import find_order
 from graph.planning.plan import Plan
-from graph.planning.recipes import gather_layers
 from graph.runs.session import Session
 from graph.state import State
 from tools.base.errors import BrokenPlan, ImpossiblePlan
@@ -62,10 +61,8 @@ def measure_by(bench: "Workbench", state: State, plan: Plan, mix: Mix, progress:
 
     Raises ImpossiblePlan, and BrokenPlan where it cannot be carried out.
     """
-    config = state.config
     other = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"mix": mix})})
-    layers = gather_layers(other, config, lambda recipe: bench.describe_layers(state.profile, recipe, progress))
-    order = resolve(other, layers, config, bench.read_profile(state.profile).layers)
+    order = find_order(bench, state.model_copy(update={"plan": other, "order": ""}), progress)
     checkpoint = bench.prune(state.profile, order, progress)
     losses = bench.evaluate(checkpoint, "validation", state.profile, progress, "validation, other weights of texts")
     bench.forget_checkpoints([state.accepted])

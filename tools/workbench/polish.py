@@ -34,8 +34,8 @@ from tools.workbench.weights import Weights
 class PolishText(NamedTuple):
     """What a polish is on."""
 
-    name: Calibration = "run"
-    mix: Mapping[str, float] = {}
+    name: Calibration
+    mix: Mapping[str, float]
     """What each named text counts, where texts have names: those that count nothing are left out."""
 
 
