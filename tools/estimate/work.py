@@ -4,6 +4,7 @@ Where workers share the work, a step takes as long as its busiest worker.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -64,13 +65,17 @@ class Course(NamedTuple):
     """Tokens of each polish."""
     polished_at: float = 0.0
     """The least sparsity that is polished."""
+    standing: Sequence[Recipe] = ()
+    """Those of the rounds that find their pruned model there, to be polished."""
 
     @property
     def pruned(self) -> list[tuple[Recipe, int]]:
         """What is done inside the layers, and how often."""
         asked = [*self.rounds, *self.reweighted, *self.baselines]
-        labels = [_name(recipe.exact_label, recipe) for recipe in asked]
-        return [(recipe, labels.count(label)) for label, recipe in dict(zip(labels, asked, strict=True)).items()]
+        times = Counter(_name(recipe.exact_label, recipe) for recipe in asked)
+        times.subtract(_name(recipe.exact_label, recipe) for recipe in self.standing)
+        by_label = {_name(recipe.exact_label, recipe): recipe for recipe in asked}
+        return [(recipe, times[label]) for label, recipe in by_label.items()]
 
     @property
     def weighted(self) -> int:

@@ -18,7 +18,7 @@ from tools.measure.harness import run_benchmark
 from tools.models.load import check_device, locate_model
 from tools.plans.costs import count_polish
 from tools.plans.evolve import EFFORTS, EffortName, describe_effort, follow_effort
-from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, LABELS_OF_PARTS, Job, list_jobs
+from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, LABELS_OF_PARTS, Job, list_jobs, list_standing
 from tools.plans.methods import METHODS, name_sequential
 from tools.plans.recipe import Recipe
 from tools.plans.rules import name_allocations
@@ -203,10 +203,12 @@ def _make_rows(
             write_comparison(directory, known)
         if bench.questions:
             bench.ask("dense", "validation", progress)
+        under: MadeRow | None = None
         for i, job in enumerate(jobs):
             begin(job.title, total - len(jobs) + i)
+            under = under if under and _key(under.row) == job.polishes else None
             try:
-                made = _take_up(job, known, bench) or make_row(job, bench, known, limits, progress)
+                made = _take_up(job, known, bench) or make_row(job, bench, known, limits, progress, under)
             except ImpossiblePlan as error:
                 impossible.append(f"{job.title}: {error}")
                 warn(impossible[-1])
@@ -219,6 +221,7 @@ def _make_rows(
             known.rows = [x for x in known.rows if _key(x) != job.key] + [row]  # one without its tasks goes
             write_comparison(directory, known)
             print_line(console, describe_row(job, row, known.reach))
+            under = under or made
     return known, impossible
 
 
@@ -273,7 +276,12 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
     polished = [(job.recipe.polish_tokens, job.sparsity) for job in jobs if isinstance(job.recipe, Recipe)]
     polished = [(tokens, sparsity) for tokens, sparsity in polished if tokens]
     least = min((sparsity for _, sparsity in polished), default=0.0)
-    course = Course(recipes, polishes=[tokens for tokens, _ in polished], polished_at=least)
+    course = Course(
+        recipes,
+        polishes=[tokens for tokens, _ in polished],
+        polished_at=least,
+        standing=[job.recipe for job in list_standing(jobs) if isinstance(job.recipe, Recipe)],
+    )
     print_estimate(estimate(settings, course, target=max(job.sparsity for job in jobs)), console)
     if searches := sum(job.kind == "search" for job in jobs):
         rules = follow_effort(

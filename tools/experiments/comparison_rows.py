@@ -40,17 +40,25 @@ class MadeRow(NamedTuple):
     """Of that model; empty for one that parts are gone of."""
 
 
-def make_row(job: Job, bench: "Workbench", known: Comparison, limits: Limits, progress: "Progress") -> MadeRow:
-    """A row of the table. Raises ImpossiblePlan where bounds, pattern or model do not allow it."""
+def make_row(
+    job: Job, bench: "Workbench", known: Comparison, limits: Limits, progress: "Progress", under: MadeRow | None = None
+) -> MadeRow:
+    """A row of the table. Raises ImpossiblePlan where bounds, pattern or model do not allow it.
+
+    `under` is the row that this one polishes, where it was made just before: it is not pruned again, and its seconds
+    are part of this one's.
+    """
     if isinstance(job.recipe, PartsRecipe):
         return _make_structured_row(job, job.recipe, bench, known, progress)
     decide = _search if job.kind == "search" else _allocate
     decision = decide(job.recipe, job.sparsity, bench, known.profile, limits, progress)
-    bench.forget_checkpoints([])  # what earlier rows or tries made, so that every row's time is its own
+    # what other rows or tries made, so that every row's time is its own
+    bench.forget_checkpoints([under.checkpoint] if under else [])
     began = time.monotonic()
     order = order_allocation(job.recipe, decision.allocation, job.recipe.polish_tokens)
     checkpoint = bench.prune(known.profile, order, progress)
-    seconds, polished = time.monotonic() - began, bench.read_polished(checkpoint)
+    seconds = time.monotonic() - began + (under.row.seconds if under else 0)
+    polished = bench.read_polished(checkpoint)
     zeros, weights = bench.count_zeros()
     row = _fill_row(
         job,

@@ -1,5 +1,6 @@
 """What is to be compared: labels of recipes and sparsities, read into one job for each row of the table."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tools.base.errors import UserError
@@ -57,6 +58,14 @@ class Job(NamedTuple):
         return self.label, self.sparsity, self.pattern
 
     @property
+    def polishes(self) -> tuple[str, float, str] | None:
+        """The key of the row whose model this one polishes; None where it polishes none, or searches for its own."""
+        if not isinstance(self.recipe, Recipe) or not self.recipe.polish or self.kind == "search":
+            return None
+        pruned = self.recipe.model_copy(update={"polish": False, "polish_tokens": 0})
+        return pruned.label, self.sparsity, self.pattern
+
+    @property
     def pattern(self) -> str:
         """N:M, or empty."""
         return self.recipe.pattern if isinstance(self.recipe, Recipe) else ""
@@ -100,6 +109,18 @@ def list_jobs(recipes: str, sparsities: str, polish_tokens: int = 0) -> list[Job
     if not jobs:
         raise UserError("patterns are not for structured recipes; try --sparsity 0.2")
     return list(jobs.values())
+
+
+def list_standing(jobs: Sequence[Job]) -> list[Job]:
+    """Those whose model was pruned for a row before them, with nothing but other polishes of it in between."""
+    standing: list[Job] = []
+    under: Job | None = None
+    for job in jobs:
+        if under and job.polishes == under.key:
+            standing.append(job)
+        else:
+            under = job
+    return standing
 
 
 def name_target(sparsity: float, pattern: str) -> str:

@@ -241,6 +241,9 @@ def test_a_polish_has_its_memory_disk_and_work(tiny_llama: Path, untimed: None) 
     assert first.how == "two forwards and a backward of 7 windows, 1 others measured 2 times"
     assert second.how == "two forwards and a backward of 14 windows, 1 others measured 3 times"
     assert 0 < first.flops < second.flops and first.share == 1
+    rounds = [work.times for work in found.work if work.name == "prune"]
+    saved = estimate(settings, course._replace(standing=[COURSE.rounds[0]]), target=0.5)
+    assert [work.times for work in saved.work if work.name == "prune"] == [rounds[0] - 1, *rounds[1:]]
     shared = estimate(settings.model_copy(update={"workers": "2"}), course, target=0.5)
     assert [phase.name for phase in shared.phases] == [phase.name for phase in shared.of_worker]
     assert [work.share for work in shared.work if work.name == POLISH] == [4 / 7, 4 / 7]

@@ -588,6 +588,28 @@ def test_questions_that_rows_may_be_fitted_to_are_not_asked_as_a_task(tiny_llama
     assert not (tmp_path / "out").exists()
 
 
+def test_a_polish_behind_the_row_that_it_stands_on_prunes_no_layer_again(
+    tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned: list[str] = []
+    compute = Pruner._compute
+
+    def watch(self: Pruner, name: str, *args: Any) -> str:
+        pruned.append(name)
+        return compute(self, name, *args)
+
+    monkeypatch.setattr(Pruner, "_compute", watch)
+    alone, _ = run_comparison(make_settings(tiny_llama, tmp_path / "alone", recipes="two-sided+polish128"))
+    layers = len(pruned)
+    recipes = "two-sided,two-sided+polish64,two-sided+polish128,wanda,two-sided+polish192"
+    known, _ = run_comparison(make_settings(tiny_llama, tmp_path / "all", recipes=recipes))
+    assert len(pruned) == layers * (1 + 3), "two-sided, wanda, and what stands behind another row"
+    plain, first, second, _, _ = known.rows
+    assert (second.perplexity, second.kl) == (alone.rows[0].perplexity, alone.rows[0].kl), "the same model"
+    for row in (first, second):
+        assert row.polished is not None and row.seconds >= plain.seconds + row.polished.seconds - 0.1
+
+
 def test_a_row_with_a_polish_says_on_how_many_tokens_and_in_how_many_seconds(
     tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from tools.base.errors import UserError
-from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, PartsRecipe, list_jobs
+from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, PartsRecipe, list_jobs, list_standing
 from tools.plans.methods import METHODS
 from tools.plans.rules import RULES, name_allocations
 
@@ -134,3 +134,18 @@ def test_a_polish_without_tokens_is_on_the_config_s_and_its_row_says_so() -> Non
     line = r"^recipe 'refit\+polish:kappa' polishes, on no tokens; give --polish-tokens, or write \+polish25000$"
     with pytest.raises(UserError, match=line):
         list_jobs("refit+polish:kappa", "0.5")
+
+
+def test_a_polish_finds_the_model_of_the_row_that_it_stands_on_but_behind_no_other() -> None:
+    labels = "refit:kappa,refit+polish64:kappa,refit+polish128:kappa,wanda,refit+polish256:kappa"
+    jobs = list_jobs(labels, "0.5,2:4")
+    standing = list_standing(jobs)
+    assert [job.title for job in standing] == [
+        "refit+polish64:kappa at 50%",
+        "refit+polish128:kappa at 50%",
+        "refit+polish64:uniform at 2:4",
+        "refit+polish128:uniform at 2:4",
+    ]
+    assert jobs[0].polishes is None and jobs[1].polishes == jobs[4].polishes == jobs[0].key
+    searched = list_jobs("wanda~dense:evolution,wanda~dense+polish64:evolution", "0.5")
+    assert list_standing(searched) == [], "each searches for its own"
