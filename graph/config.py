@@ -67,7 +67,7 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
         ge=0,
         le=100_000_000,
         description="Tokens that the dense model may write from prompts of the planner's, as further texts for a goal, "
-        "each with as many windows as any other; 0: none.",
+        "for its brief and for plans together, each with as many windows as any other; 0: none.",
     )
     text_bounds: dict[str, float] = Field(
         {},

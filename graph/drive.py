@@ -21,7 +21,7 @@ from langgraph.types import Command, StateSnapshot
 from rich.console import Console
 
 from graph.config import CHANGEABLE, RunConfig, read_config
-from graph.goals.schema import follow_brief
+from graph.goals.schema import follow_brief, follow_new_texts
 from graph.llm.ladder import AgentError
 from graph.llm.local import close_local
 from graph.llm.models import check_agents
@@ -302,7 +302,7 @@ def _refuse_changed_config(work: Work, state: State | None) -> None:
     if state is None or not state.profile:
         return
     fields = [field for field in RunConfig.model_fields if field not in CHANGEABLE]
-    began = follow_brief(work.config, state.brief)
+    began = follow_new_texts(follow_brief(work.config, state.brief), state.written)
     if changed := [field for field in fields if getattr(state.config, field) != getattr(began, field)]:
         raise UserError(
             f"run {work.name!r} cannot be resumed with a changed config ({', '.join(changed)}): its config.yaml was "

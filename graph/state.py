@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from graph.config import RunConfig
-from graph.goals.schema import Brief
+from graph.goals.schema import Brief, NewText
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
 from tools.base.options import describe_problem
@@ -133,6 +133,10 @@ class State(Input):
     profile: str = Field("", description="Hash of the profile artifact.")
     dense: Trial | None = Field(None, description="The dense model on the validation text, as iteration 0.")
     brief: Brief | None = Field(None, description="What was made of the config's goal, which the config follows.")
+    written: list[NewText] = Field(
+        [],
+        description="Texts that plans had the model write, which the config has, too; the brief's are not among them.",
+    )
     iteration: int = 0
     plan: Plan | None = None
     order: str = Field("", description="Hash of the artifact with the plan's work order.")

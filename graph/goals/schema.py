@@ -1,6 +1,7 @@
 """What is made of a goal: what each text counts and may lose, texts that the model writes, and prompts to look at."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -115,24 +116,29 @@ def check_brief(brief: Brief, config: RunConfig) -> None:
         raise ValueError("all weights are 0: nothing would be kept")
     if brief.min_answers and not config.questions:
         raise ValueError("min_answers is a bound on questions, and none are asked; leave it null")
-    _check_prompts(brief)
+    check_prompts(brief.new_texts, brief.probes)
     each, allowed = count_new_text(config), config.goal_tokens
     if len(new) * each > allowed:
         raise ValueError(
             f"{len(new)} new texts of {each:,} tokens each are {len(new) * each:,} tokens, and the model may write "
             f"{allowed:,} (goal_tokens); ask for {allowed // each} at most"
         )
-    followed = follow_brief(config, brief)
+    check_followed(follow_brief(config, brief))
+
+
+def check_followed(config: RunConfig) -> None:
+    """Raises ValueError where a config with other texts is none, or two of them share a prompt."""
     try:
-        RunConfig.model_validate(followed.model_dump())
+        RunConfig.model_validate(config.model_dump())
     except ValidationError as error:
         raise ValueError("; ".join(describe_problem(problem) for problem in error.errors()[:3])) from error
-    deal_prompts(followed)
+    deal_prompts(config)
 
 
-def _check_prompts(brief: Brief) -> None:
-    prompts = [" ".join(prompt.split()) for text in brief.new_texts for prompt in text.prompts]
-    for prompt in (*prompts, *brief.probes):
+def check_prompts(texts: Sequence[NewText], probes: Sequence[str] = ()) -> None:
+    """Raises ValueError where a prompt cannot be one, or stands there twice."""
+    prompts = [" ".join(prompt.split()) for text in texts for prompt in text.prompts]
+    for prompt in (*prompts, *probes):
         if not prompt.strip() or len(prompt) > PROMPT_LIMIT:
             raise ValueError(f"prompts and probes have 1 to {PROMPT_LIMIT} characters each")
     if any("|" in prompt for prompt in prompts):
@@ -151,12 +157,24 @@ def follow_brief(config: RunConfig, brief: Brief | None) -> RunConfig:
     """The config with texts, weights and bounds as a brief has them that was checked for it."""
     if brief is None:
         return config
-    new = {text.name: "self:" + " | ".join(" ".join(p.split()) for p in text.prompts) for text in brief.new_texts}
     changes: dict[str, Any] = {
-        "text": {**config.text, **new},
+        "text": _add_texts(config, brief.new_texts),
         "text_weights": {aim.name: aim.weight for aim in brief.aims},
         "text_bounds": {aim.name: aim.max_rise for aim in brief.aims if aim.max_rise},
     }
     if brief.min_answers:
         changes["min_fact_retention"] = brief.min_answers
     return config.model_copy(update=changes)
+
+
+def follow_new_texts(config: RunConfig, texts: Sequence[NewText]) -> RunConfig:
+    """The config with further texts that count nothing in what is judged; what the others count stays."""
+    if not texts:
+        return config
+    weights = {**config.weights_of_texts, **dict.fromkeys((text.name for text in texts), 0.0)}
+    return config.model_copy(update={"text": _add_texts(config, texts), "text_weights": weights})
+
+
+def _add_texts(config: RunConfig, texts: Sequence[NewText]) -> dict[str, str]:
+    new = {text.name: "self:" + " | ".join(" ".join(p.split()) for p in text.prompts) for text in texts}
+    return {**config.text, **new}

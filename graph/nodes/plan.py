@@ -1,14 +1,18 @@
 """plan: the agent decides the next round; its plan is checked before anything is pruned."""
 
 import math
-from functools import partial
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from langgraph.runtime import Runtime
 
 from graph.config import HEURISTIC, RunConfig
-from graph.planning.budget import open_budget
+from graph.goals.schema import follow_new_texts
+from graph.nodes.profile import measure_dense
+from graph.planning.budget import TokenBudget, open_budget
 from graph.planning.choose import choose_plan
+from graph.planning.new_texts import count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.planning.orders import record_plan
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation, gather_situation, resolve_plan
@@ -16,62 +20,120 @@ from graph.planning.toolbox import note_probes, open_toolbox
 from graph.planning.unmeasured import is_unmeasured, record_breakage
 from graph.planning.verdict import decide_stop
 from graph.runs.replay import find_breakage, find_plan
-from graph.runs.session import enter, open_bench
-from graph.state import State
-from tools.base.errors import BrokenPlan
+from graph.runs.session import Session, enter, open_bench
+from graph.state import State, last_accepted
+from tools.base.errors import BrokenPlan, DegenerateText
 from tools.plans.work_order import WorkOrder
+from tools.workbench.store import DENSE
+
+if TYPE_CHECKING:
+    from tools.workbench.bench import Workbench
 
 
 def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Ask the planner for the next round. Raises AgentError (resumable) when it fails and there is no fallback.
 
-    A plan whose KL curves cannot be measured is a trial without figures, which is rolled back.
+    A plan whose texts cannot be written, or whose KL curves cannot be measured, is a trial without figures, which is
+    rolled back.
     """
     state = state.model_copy(update={"iteration": state.iteration + 1})
     session = enter("plan", state, runtime)
-    after = state.model_copy(update={"evaluated_tokens": state.evaluated_tokens + state.trial_tokens})
-    bench_of_run = partial(open_bench, state, session)
-    budget = open_budget(state)
-    is_last = bool(decide_stop(after))
-    situation = gather_situation(bench_of_run, state, session.progress, is_last=is_last, budget=budget)
-
-    def resolve(plan: Plan) -> tuple[WorkOrder, str]:
-        return resolve_plan(bench_of_run, situation, state, plan, session.progress)
-
+    now = Round(state, session, open_budget(state))
     if state.replay:
         planner, usage = f"the record of {state.replay}", state.usage
-        chosen, stop = find_plan(state, lambda recorded: resolve(recorded)[0])
+        asked, stop = find_plan(state, lambda recorded: now.resolve(recorded)[0])
     else:
-        toolbox = open_toolbox(bench_of_run, situation, state, session, runtime.store, budget)
+        toolbox = open_toolbox(now.open_bench, now.situation, state, session, runtime.store, now.budget)
         caps = runtime.context or state.config
-        chosen, usage, planner = choose_plan(situation, state.usage, session, caps, toolbox)
-        chosen = chosen and situation.orders.weigh(chosen)
-        stop = explain_end(situation, planner)
-    if chosen is None:
+        asked, usage, planner = choose_plan(now.situation, state.usage, session, caps, toolbox)
+        asked = asked and now.situation.orders.weigh(asked)
+        stop = explain_end(now.situation, planner)
+    if asked is None:
         session.emit("note", text=stop)
         return {"iteration": state.iteration - 1, "stop": stop, "seconds": session.seconds}
-    budget.pay(budget.list_costs(chosen, None))
-    update = {
-        "iteration": state.iteration,
-        "plan": chosen,
-        "usage": usage,
-        "evaluated_tokens": budget.tokens,
-        "counted": budget.counted,
-        "paces": budget.paces,
-        "probed": {probed.order: probed.tokens for probed in budget.probed},
-        "probes": note_probes(state, budget),
-    }
+    chosen = asked
     try:
         if state.replay and (reason := find_breakage(state.replay, state.iteration, planned=True)):
             raise BrokenPlan(reason)
-        order, kept = resolve(chosen)
+        if now.write_texts(asked) and not state.replay:
+            chosen = now.situation.orders.weigh(fit_to_new_texts(asked, now.state.config))
+        order, kept = now.resolve(chosen)
     except BrokenPlan as error:
-        record = record_plan(chosen, situation.orders.draft(chosen)) | {"order": ""}
-        session.emit("plan", iteration=state.iteration, planner=planner, **record)
-        broke = record_breakage(state.model_copy(update={"plan": chosen}), None, str(error), session)
-        return {**update, "order": ""} | broke
+        session.emit("plan", iteration=state.iteration, planner=planner, **now.record(asked) | {"order": ""})
+        broke = record_breakage(state.model_copy(update={"plan": asked}), None, str(error), session)
+        return {**now.update(asked), "usage": usage, "order": ""} | broke
     session.emit("plan", iteration=state.iteration, planner=planner, **record_plan(chosen, order))
-    return {**update, "order": kept, "seconds": session.seconds}
+    return {**now.update(chosen), **now.written, "usage": usage, "order": kept, "seconds": session.seconds}
+
+
+class Round:
+    """What is known while a round is planned; another state, once its plan's texts are written."""
+
+    def __init__(self, state: State, session: Session, budget: TokenBudget) -> None:
+        self.state, self._session, self.budget = state, session, budget
+        after = state.model_copy(update={"evaluated_tokens": state.evaluated_tokens + state.trial_tokens})
+        self._is_last = bool(decide_stop(after))
+        self.situation = self._gather()
+        self.written: dict[str, Any] = {}
+        """What of the state is another since."""
+
+    def open_bench(self) -> AbstractContextManager["Workbench"]:
+        """The run's workbench."""
+        return open_bench(self.state, self._session)
+
+    def _gather(self) -> Situation:
+        return gather_situation(
+            self.open_bench, self.state, self._session.progress, is_last=self._is_last, budget=self.budget
+        )
+
+    def write_texts(self, plan: Plan) -> bool:
+        """Have the dense model write those of a plan's texts that are not there, and profile it once more with them;
+        whether there were any.
+
+        Raises BrokenPlan where what it wrote came out degenerate.
+        """
+        new = list_unwritten(plan, self.state.config)
+        if not new:
+            return False
+        names = ", ".join(text.name for text in new)
+        self._session.emit("note", text=f"the model writes {names} for this plan, and is profiled once more with it")
+        accepted = last_accepted(self.state.trials) is not None
+        tokens = self.budget.tokens + count_new_tokens(self.state.config, new, accepted=accepted)
+        config = follow_new_texts(self.state.config, new)
+        followed = self.state.model_copy(update={"config": config, "current": DENSE})
+        try:
+            with open_bench(followed, self._session) as bench:
+                profile = bench.profile(self._session.progress)
+                dense = measure_dense(bench, followed, profile, self._session)
+        except DegenerateText as error:
+            raise BrokenPlan(str(error)) from error
+        self.written = {"config": config, "profile": profile, "dense": dense, "written": [*self.state.written, *new]}
+        self.state = self.state.model_copy(update=self.written)
+        self.budget = replace(self.budget, config=config, tokens=tokens, trial=self.state.trial_tokens)
+        self.situation = self._gather()
+        return True
+
+    def resolve(self, plan: Plan) -> tuple[WorkOrder, str]:
+        """As `resolve_plan`, with the plan's texts."""
+        self.write_texts(plan)
+        return resolve_plan(self.open_bench, self.situation, self.state, plan, self._session.progress)
+
+    def record(self, plan: Plan) -> dict[str, Any]:
+        """As `record_plan`, of one that broke before there was an order."""
+        return record_plan(plan, self.situation.orders.draft(plan))
+
+    def update(self, plan: Plan) -> dict[str, Any]:
+        """What a state is told of a plan, and of what was spent for it."""
+        self.budget.pay(self.budget.list_costs(plan, None))
+        return {
+            "iteration": self.state.iteration,
+            "plan": plan,
+            "evaluated_tokens": self.budget.tokens,
+            "counted": self.budget.counted,
+            "paces": self.budget.paces,
+            "probed": {probed.order: probed.tokens for probed in self.budget.probed},
+            "probes": note_probes(self.state, self.budget),
+        }
 
 
 def explain_end(situation: Situation, planner: str = HEURISTIC) -> str:

@@ -74,6 +74,8 @@ def _is_logged(plan: Plan, iteration: int, session: Session) -> bool:
 def examine_edit(plan: Plan, state: State, session: Session) -> Settled:
     """An edited plan, held to all that a planner's is and weighed by the lessons, and its order. Raises ValueError."""
     bench_of_run = partial(open_bench, state, session)
+    if state.plan and plan.new_texts != state.plan.new_texts:
+        raise ValueError("new_texts were written when the plan was made; leave them as they are, and change recipe.mix")
     situation = gather_situation(bench_of_run, state, session.progress, is_last=False)
     plan = weigh_in_bounds(plan, situation)
     return Settled(plan, *resolve_plan(bench_of_run, situation, state, plan, session.progress), edited=True)

@@ -14,6 +14,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 
 from graph.config import RunConfig, read_prompt
+from graph.goals.schema import count_new_text
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
@@ -134,7 +135,8 @@ def _shorten_schema(node: Any) -> Any:
 
 
 def _find_schema(config: RunConfig) -> type[Plan]:
-    return find_schema(config.polish_tokens, config.text, config.pattern)
+    writes = bool(config.text) and config.goal_tokens >= count_new_text(config)
+    return find_schema(config.polish_tokens, config.text, config.pattern, writes=writes)
 
 
 def _instructions(config: RunConfig, tools: bool) -> str:
@@ -179,7 +181,7 @@ def _describe_bounds(situation: Situation) -> str:
         f"Bounds: target sparsity {config.target_sparsity:g}. No layer above {config.max_layer_sparsity:g}. "
         f"Round {situation.iteration} of at most {_count_rounds(situation)}. Perplexity limit of this round: {limit} "
         f"(1 + {config.tau:g} times that of the last accepted weights)."
-    ) + describe_shares(config)
+    ) + describe_shares(config, situation.texts_left)
     text += describe_bounds(config, situation.dense)
     text += describe_costs(config, situation.budget) + describe_spending(config, situation.seconds, situation.usage)
     if config.min_fact_retention:

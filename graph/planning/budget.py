@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from graph.config import RunConfig
 from graph.planning.finalists import reserve_tokens
+from graph.planning.new_texts import count_new_tokens, list_unwritten
 from graph.planning.plan import Plan
 from graph.planning.recipes import list_recipes
 from graph.state import State
@@ -93,13 +94,15 @@ class TokenBudget:
         extra = self.count_new(self.list_costs(plan, order))
         if plan.reprofile:
             extra += count_profile(self.config)
+        extra += count_new_tokens(self.config, list_unwritten(plan, self.config), accepted=True)
         if not extra or self.trial + extra <= self.left:
             return ""
         polish = "polish, " if self.config.polish_tokens else ""
+        new = "new_texts, " if plan.new_texts else ""
         return (
             f"the plan takes {self.trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
             f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential or stages, tokens "
-            f"weighted, curves method, {polish}calibration or reprofile)"
+            f"weighted, curves method, {polish}{new}calibration or reprofile)"
         )
 
 

@@ -9,6 +9,7 @@ from graph.llm.quoting import quote_data
 from graph.llm.spending import Account, CapReached
 from graph.llm.toolbox import Toolbox
 from graph.planning.brief import advise_against, plan_with_chat
+from graph.planning.new_texts import check_new_texts
 from graph.planning.orders import refuse_above_target
 from graph.planning.plan import Plan
 from graph.planning.rule import find_relief, plan_by_rule
@@ -55,6 +56,7 @@ def choose_plan(
     account = Account("planner", session, usage, config, caps, situation.iteration)
 
     def check(candidate: Plan) -> None:
+        check_new_texts(candidate, config, situation.texts_left)
         situation.orders.draft(weigh_in_bounds(candidate, situation))
         if expense := situation.find_expense(candidate):
             raise ValueError(expense)

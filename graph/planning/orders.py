@@ -317,6 +317,8 @@ def hash_request(plan: Plan) -> str:
         parts.append(tidy_expression(plan.expression))
     if plan.groups:
         parts.append([identify_group(group, plan.recipe) for group in plan.groups])
+    if plan.new_texts:
+        parts.append([[text.name, text.prompts, text.weight] for text in plan.new_texts])
     if graft := plan.graft:  # whose recipe is what it takes
         parts = [round(plan.sparsity, 3), "graft", " ".join(graft.selector.split()), graft.of, graft.rest]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

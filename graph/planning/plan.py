@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.json_schema import SkipJsonSchema
 
+from graph.goals.schema import MOST_TEXTS, NewText
 from graph.reflecting.schema import MOST
 from tools.plans.expression import Expression
 from tools.plans.graft import Graft
@@ -16,6 +17,16 @@ from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 
 WORDS = {"hypothesis", "reason"}
 """What a plan says for people and agents, and what is done hangs on nothing of it."""
+
+
+class PlannedText(NewText):
+    """A text that the dense model writes for a plan."""
+
+    weight: float = Field(
+        gt=0,
+        le=100,
+        description="What it counts in this plan's mix beside the other texts, whose shares add up to 1.",
+    )
 
 
 class Plan(BaseModel):
@@ -63,6 +74,14 @@ class Plan(BaseModel):
         description="Instead of pruning, layers as two rounds left them: takes a validation alone. No zero of the "
         "sparsity may be missing; recipe and corrections are left out.",
     )
+    new_texts: SkipJsonSchema[list[PlannedText]] = Field(  # planners are told of it where a goal allows any
+        default_factory=list,
+        max_length=MOST_TEXTS,
+        exclude_if=operator.not_,
+        description="Texts of a kind that no text shows and the goal needs, written by the dense model from these "
+        "prompts, to fit to: they count in the mix of this plan, and of later ones that name them, never in what is "
+        "judged. Costs a profile.",
+    )
     reprofile: bool = Field(
         False,
         description="If this round is kept, profile again on its weights before the next; costs as much as the first "
@@ -78,7 +97,7 @@ class Plan(BaseModel):
 
 
 @cache
-def _tell_of(polishes: bool, texts: tuple[str, ...], patterned: bool) -> type[Plan]:
+def _tell_of(polishes: bool, texts: tuple[str, ...], patterned: bool, writes: bool) -> type[Plan]:
     """The schema of a plan with levers that are hidden in `Recipe`, or without one that is told; what it answers with
     goes by the same names."""
     levers: dict[str, Any] = {}
@@ -95,7 +114,14 @@ def _tell_of(polishes: bool, texts: tuple[str, ...], patterned: bool) -> type[Pl
     told = _extend(Recipe, levers)
     group = _extend(Group, {"recipe": (_extend(GroupRecipe, of_groups), _describe_again(Group, "recipe"))})
     groups = (list[group], _describe_again(Plan, "groups", default_factory=list, max_length=MAX_GROUPS))  # type: ignore[valid-type]
-    return _extend(Plan, {"recipe": (told, _describe_again(Plan, "recipe", default_factory=told)), "groups": groups})
+    fields: dict[str, Any] = {
+        "recipe": (told, _describe_again(Plan, "recipe", default_factory=told)),
+        "groups": groups,
+    }
+    if writes:
+        new = _describe_again(Plan, "new_texts", default_factory=list, max_length=MOST_TEXTS)
+        fields["new_texts"] = (list[PlannedText], new)
+    return _extend(Plan, fields)
 
 
 def _extend(model: type[Any], fields: dict[str, Any]) -> type[Any]:
@@ -106,11 +132,13 @@ def _describe_again(model: type[BaseModel], name: str, **options: Any) -> Any:
     return Field(description=model.model_fields[name].description, **options)
 
 
-def find_schema(polish_tokens: int, texts: Iterable[str] = (), pattern: str = "") -> type[Plan]:
+def find_schema(
+    polish_tokens: int, texts: Iterable[str] = (), pattern: str = "", *, writes: bool = False
+) -> type[Plan]:
     """What a planner is told to answer with in a run that allows so many tokens of polish, has these named texts and
-    this pattern in all layers."""
+    this pattern in all layers, and where plans may have the model write texts."""
     named = tuple(texts)
-    return _tell_of(polish_tokens > 0, named, bool(pattern)) if polish_tokens or named or pattern else Plan
+    return _tell_of(polish_tokens > 0, named, bool(pattern), writes) if polish_tokens or named or pattern else Plan
 
 
 def drop_schema(plan: Plan) -> Plan:

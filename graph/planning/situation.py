@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
 from graph.planning.grafts import Grafts, list_at_hand
+from graph.planning.new_texts import count_left
 from graph.planning.orders import Curves, Orders, describe_plan, hash_request, keep_order, measure_with, read_curves
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
@@ -66,6 +67,8 @@ class Situation:
     """Checkpoints whose layers are on disk, as far as nothing that was pruned to be probed took their room."""
     read_taken: Callable[[str], Mapping[str, "Taken"]] | None = None
     """The layers of a checkpoint, as a graft takes them; None where there are no checkpoints."""
+    texts_left: int = 0
+    """Texts that plans may still have the model write."""
 
     def list_at_hand(self) -> dict[int, Trial]:
         """The trials whose layers a graft may take, by their rounds: the best probe takes the room of the last."""
@@ -96,8 +99,11 @@ class Situation:
     def find_trial(self, plan: Plan) -> Trial | None:
         """The last trial, refused ones among them, that this plan would only repeat. Raises ImpossiblePlan.
 
-        Nothing is measured: what hangs on curves that nobody has measured yet was not tried.
+        Nothing is measured: what hangs on curves that nobody has measured yet, or on texts that nobody has written,
+        was not tried.
         """
+        if plan.new_texts:
+            return None
         weighed = self.orders.weigh(plan)
         made, line = self.orders.identify(weighed), describe_plan(weighed)
         for trial in reversed(self.trials):
@@ -114,7 +120,7 @@ class Situation:
 
         Raises ImpossiblePlan.
         """
-        made, asked = self.orders.identify(self.orders.weigh(plan)), hash_request(plan)
+        made, asked = "" if plan.new_texts else self.orders.identify(self.orders.weigh(plan)), hash_request(plan)
         for trial in reversed(self.trials):
             if trial.broken and (trial.asked == asked or (trial.order and trial.order == made)):
                 return trial
@@ -156,6 +162,7 @@ def gather_situation(
             budget=budget,
             seconds=state.seconds,
             usage=state.usage,
+            texts_left=count_left(state),
         )
 
 

@@ -6,10 +6,13 @@ from graph.state import Trial
 from tools.base.words import show_short
 
 
-def describe_shares(config: RunConfig) -> str:
-    """What each text counts."""
+def describe_shares(config: RunConfig, left: int = 0) -> str:
+    """What each text counts, and how many more plans may have the model write."""
     told = [f"{name} {share:.2f}" for name, share in config.text_shares.items()]
-    return f" Texts and their weights: {', '.join(told)}; perplexity and KL are the means by weight." if told else ""
+    if not told:
+        return ""
+    more = f" `new_texts`: {left} more." if config.goal_tokens else ""
+    return f" Texts and their weights: {', '.join(told)}; perplexity and KL are the means by weight.{more}"
 
 
 def describe_bounds(config: RunConfig, dense: Trial) -> str:

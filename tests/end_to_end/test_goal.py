@@ -140,3 +140,63 @@ def test_a_planner_has_the_model_write_text_for_its_goal(tiny_llama: Path, tmp_p
     texts = read_summary(run)["texts"]
     assert [(text["name"], text["weight"]) for text in texts] == [("code", 0.75), ("prose", 0.0), ("tales", 0.25)]
     assert texts[2]["source"] == "self:alpha beta | gamma delta | once more" and texts[2]["kl"] > 0
+
+
+NEW = {"name": "tales", "prompts": ["alpha beta", "gamma delta", "once more"], "weight": 1}
+
+
+def plan_in_turn(body: dict[str, Any]) -> dict[str, Any]:
+    """To the target, then fitted to a text of its own as well."""
+    if (said := answer(body)) is BRIEF or "Plan round 1." in body["messages"][1]["content"]:
+        return said
+    return {**PLAN, "new_texts": [NEW], "reason": "Tales hold it together."}
+
+
+def test_a_plan_is_fitted_to_a_text_that_the_model_writes_for_it_killed_resumed_and_replayed(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    run, more = tmp_path / "runs" / "run", ("--max-iterations", "2", "--goal-tokens", "100000")
+    with OpenAIServer(plan_in_turn) as server:
+        given = flags(tiny_llama, tmp_path, "--planner", server.planner("m"), *more)
+        assert command(*given).code == 0
+        prompts = [request.messages for request in server.requests]
+        halt = Halt("plan", "graph.nodes.plan:measure_dense")
+        assert fork(tmp_path, *given, "--runs-dir", "killed", halt=halt).finish().code < 0
+        assert run_here("--resume", "run", "--runs-dir", "killed") == 0
+    assert read_trials(tmp_path / "killed" / "run") == read_trials(run)
+    assert_same_weights(tmp_path / "killed" / "run", run)
+
+    assert "new_texts" in prompts[1][0]["content"] and "`new_texts`: " in prompts[1][1]["content"]
+    state, (_, first, second) = read_state(run), read_events(run, "trial")
+    assert [text.name for text in state.written] == ["tales"]
+    assert state.config.text["tales"] == "self:alpha beta | gamma delta | once more"
+    assert state.config.text_weights == {"code": 3, "prose": 0, "tales": 0}, "it counts nothing in what is judged"
+    assert [text["name"] for text in first["texts"]] == ["code", "prose"]
+    assert [(text["name"], text["weight"]) for text in second["texts"]] == [("code", 1), ("prose", 0), ("tales", 0)]
+    assert second["kl"] == second["texts"][0]["kl"] and second["texts"][2]["kl"] > 0
+    assert second["recipe"]["mix"] == {"code": 0.5, "tales": 0.5}
+    notes = [event["text"] for event in read_events(run, "note")]
+    assert notes.count("the model writes tales for this plan, and is profiled once more with it") == 1
+    assert first["change_error"] is None or first["change_error"] >= 0
+    assert second["change_error"] is not None, "beside the accepted weights, measured on the same texts"
+
+    assert command("--replay", "run", "--name", "again").code == 0
+    assert read_trials(tmp_path / "runs" / "again") == read_trials(run)
+    assert_same_weights(tmp_path / "runs" / "again", run)
+    assert not [e for e in read_events(tmp_path / "runs" / "again", "warning") if "parts from" in e["text"]]
+
+
+def test_a_text_that_came_out_degenerate_is_a_round_that_broke(
+    tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.workbench.written.take_fresh", lambda document, said: False)
+    run = tmp_path / "runs" / "run"
+    with OpenAIServer(plan_in_turn) as server:
+        given = flags(tiny_llama, tmp_path, "--planner", server.planner("m"), "--max-iterations", "2")
+        assert command(*given, "--goal-tokens", "100000").code == 0
+    broke = read_events(run, "trial")[2]
+    assert broke["broken"] and "came out degenerate: " in broke["reason"] and broke["verdict"] == "rollback"
+    state = read_state(run)
+    assert state.written == [] and "tales" not in state.config.text, "the run is as it was before"
+    assert command("--replay", "run", "--name", "again").code == 0
+    assert read_trials(tmp_path / "runs" / "again") == read_trials(run)

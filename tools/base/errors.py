@@ -17,6 +17,10 @@ class UnknownStatistics(UserError):
     """A text says nothing of a layer, or nothing finite."""
 
 
+class DegenerateText(UserError):
+    """What the model wrote itself is no text to fit to or to judge by."""
+
+
 class BrokenBaseline(UserError):
     """The dense model cannot be profiled, for want of memory say; what was done stands, and the run can be resumed."""
 

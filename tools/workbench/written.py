@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tools.base.errors import BrokenBaseline, UserError, in_one_line
+from tools.base.errors import BrokenBaseline, DegenerateText, UserError, in_one_line
 from tools.base.failures import explain_work
 from tools.base.progress import FIGURES, Progress, heed_stop
 from tools.base.settings import WorkbenchSettings
@@ -48,7 +48,7 @@ class Author:
         """The tokens of documents, of each prompt in turn, each followed by an empty line, as those of other sources.
 
         Documents that repeat themselves or one another are thrown away, and others drawn by the seeds that follow.
-        Raises UserError where those are most of them, or the model cannot be sampled.
+        Raises DegenerateText where those are most of them, UserError where the model cannot be sampled.
         """
         self._weights = self._weights or hash_weights(self._model)
         begins, gap, label = [self._begin(prompt) for prompt in prompts or [""]], self._find_gap(), f"write {split}"
@@ -64,7 +64,7 @@ class Author:
                 ids += [*kept, *document, *gap] if fresh else []
             if drawn >= BATCH and dropped > MOST_DEGENERATE * drawn:
                 source = find_source(self._settings, split)
-                raise UserError(
+                raise DegenerateText(
                     f"the {split} text that the model wrote itself ({source!r}) came out degenerate: {dropped} of "
                     f"{count(drawn, 'document')} repeat themselves or one another; use another source of text, such as "
                     "hub:, file: or pydoc, or other prompts"

@@ -50,7 +50,7 @@ def test_what_was_written_before_checkpoints_were_compressed_is_read() -> None:
 def test_the_state_holds_nothing_by_layer() -> None:
     """No field grows with the model: lists are of trials, costs, lessons and the like, and plans speak in selectors."""
     lists = {name for name, field in State.model_fields.items() if "list" in str(field.annotation)}
-    assert lists == {"trials", "counted", "lessons", "experience", "notes", "probes"}
+    assert lists == {"trials", "counted", "lessons", "experience", "notes", "probes", "written"}
 
 
 BEFORE_THE_ROOMS = (

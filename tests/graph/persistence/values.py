@@ -4,7 +4,7 @@ from typing import Any
 
 from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText
-from graph.planning.plan import Plan
+from graph.planning.plan import Plan, PlannedText
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import Trial
 from tools.instruments.probed import PastProbe
@@ -43,6 +43,7 @@ VALUES: dict[str, Any] = {
         new_texts=[NewText(name="tales", prompts=["Once", "Twice", "Thrice"])],
         probes=["def f("],
     ),
+    "written": [NewText(name="songs", prompts=["La", "Le", "Li"])],
     "iteration": 1,
     "plan": Plan(
         sparsity=0.3,
@@ -51,6 +52,7 @@ VALUES: dict[str, Any] = {
         adjustments=[Adjustment(selector="*.v_proj", action="factor", factor=2.0, reason="they hurt")],
         expression="exp(0.2 * wanda_z)",
         graft=GRAFT,
+        new_texts=[PlannedText(name="songs", prompts=["La", "Le", "Li"], weight=0.5)],
         reason="small steps",
     ),
     "order": "ef56",
