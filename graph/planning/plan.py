@@ -107,6 +107,10 @@ def _tell_of(polishes: bool, texts: tuple[str, ...], patterned: bool, writes: bo
         mix = create_model("Mix", __config__=ConfigDict(extra="forbid"), __doc__="Weights of texts.", **shares)
         levers["mix"] = (mix | None, Field(None, description=Recipe.model_fields["mix"].description))
         of_groups["mix"] = (mix | None, None)
+        for name in ("tokens", "calibration"):  # refused where texts have names
+            field, of_group = Recipe.model_fields[name], GroupRecipe.model_fields[name]
+            levers[name] = (SkipJsonSchema[field.annotation], field.default)  # type: ignore[misc, name-defined]
+            of_groups[name] = (SkipJsonSchema[of_group.annotation], None)  # type: ignore[misc, name-defined]
     if polishes:
         levers["polish"] = (bool, Field(False, description=Recipe.model_fields["polish"].description))
     if patterned:

@@ -74,14 +74,16 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
     """The tokens that are left and what takes them; nothing where they are not limited."""
     if budget is None or budget.left == math.inf:
         return ""
+    weighted = count_weights(config) + count_calibration(config)
     costs = [
         f"a trial takes {budget.trial:,}",
         "a probe as many as it measures on, for each plan",
         f"statistics sequential {count_in_order(['sequential'], config):,} more, stages "
         f"{count_in_order(['stages'], config):,}, in a probe and in a trial",
-        f"tokens weighted {count_weights(config) + count_calibration(config):,} more, once for each text",
+        *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),
         f"curves method {count_walk(config):,} more, once for each method",
-        f"a new profile, reprofile or another calibration text, {count_profile(config):,}",
+        f"a new profile, reprofile or {'new_texts' if config.text else 'another calibration text'}, "
+        f"{count_profile(config):,}",
     ]
     if config.polish_tokens:
         costs.append(f"polish {count_polish(config, config.polish_tokens):,} more, in a probe and in a trial")

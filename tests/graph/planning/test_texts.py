@@ -59,6 +59,11 @@ def test_a_planner_has_the_lever_where_texts_have_names() -> None:
         [True, False],
         [True, True],
     ]
+    assert [[lever in told for lever in ("tokens", "calibration")] for told in properties] == [[True, True]] + 2 * [
+        [False, False]
+    ], "what is refused with names is not offered"
+    of_groups = named.model_json_schema()["$defs"]["GroupRecipe"]["properties"]
+    assert "tokens" not in of_groups and "calibration" not in of_groups and "statistics" in of_groups
     shares = named.model_json_schema()["$defs"]["Mix"]["properties"]
     assert list(shares) == ["code", "prose"]
     answer = named.model_validate({"sparsity": 0.4, "recipe": {"mix": {"code": 3, "prose": 1}}})
