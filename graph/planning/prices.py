@@ -119,6 +119,7 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
         f"predict 0, or {count_walk(config):,} where curves are not known",
         f"slopes {groups * half:,} on half of the text",
         f"swap {half:,} for each selector",
+        "search what its probes take",
         f"fit {count_fit(config):,}",
         "all others 0",
     ]

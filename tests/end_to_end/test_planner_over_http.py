@@ -400,3 +400,38 @@ def test_layers_of_two_rounds_are_swapped_and_a_swap_becomes_the_rounds_trial(ti
     runs = run, other, tmp_path / "easy" / "again"
     assert len({read_summary(run)["mask_sha256"] for run in runs}) == 1
     assert r"graft · \*.down\_proj of round 2, the rest of round 1" in (run / "report.md").read_text()
+
+
+# Factors searched for
+
+SEARCHED = {"method": "two-sided", "refit": False}
+
+
+def plan_what_a_search_found(body: Body) -> Body:
+    """A search over two groups, and the plan with its best adjustments."""
+    text = json.dumps(body["messages"])
+    if "<data tool search>" not in text:
+        selectors = ["*.down_proj", "*.o_proj"]
+        plan = {"sparsity": 0.45, "recipe": SEARCHED}
+        return {"tool": "search", "arguments": {"plan": plan, "selectors": selectors, "tokens": 1024}}
+    found = json.loads(re.search(r"<data tool search>\n(.*?)\n", body["messages"][-1]["content"]).group(1))  # type: ignore[union-attr]
+    adjustments = [{**x, "reason": "searched"} for x in found["adjustments"]]
+    return {"sparsity": 0.45, "recipe": SEARCHED, "adjustments": adjustments, "reason": "what measured least"}
+
+
+def test_a_planner_hands_a_search_over_groups_on_and_plans_what_it_found(tiny_llama: Path, tmp_path: Path) -> None:
+    with OpenAIServer(plan_what_a_search_found) as server:
+        given = flags(tiny_llama, server, "fine", "--max-iterations", "1", "--tau", "9", "--no-memory")
+        done = fork(tmp_path, *given, NO_PROXY="127.0.0.1").finish()
+    assert done.code == 0, done.out
+    run = tmp_path / "runs" / "run"
+    (searched,) = read_events(run, "tool")
+    found = json.loads(searched["answer"])
+    assert len(found["rows"]) == 8 and found["ended"] == "0 of its tokens are left, and a probe takes 128"
+    (trial,) = read_state(run).trials
+    plan = read_state(run).plan
+    assert plan is not None and {x.selector: x.factor for x in plan.adjustments} == found["best"]
+    assert trial.verdict == "accept" and trial.kl is not None
+    assert read_state(run).evaluated_tokens == 8 * 128 + 64, "of the best only what its probe left out is measured"
+    replayed = fork(tmp_path, "--replay", "run", "--name", "again").finish()
+    assert replayed.code == 0 and read_trials(tmp_path / "runs" / "again") == read_trials(run)

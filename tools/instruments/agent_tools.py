@@ -15,6 +15,7 @@ from tools.base.settings import MOST_PROBES
 from tools.base.words import count
 from tools.instruments.fit import measure_fit
 from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, probe
+from tools.instruments.search import MOST_SEARCHED, search
 from tools.instruments.slopes import measure_slopes
 from tools.instruments.swap import MOST_SWAPS, swap
 from tools.plans.graft import describe_graft
@@ -90,6 +91,14 @@ class SwapArguments(BaseModel):
     whole: bool = Field(False, description="As in slopes.")
 
 
+class SearchArguments(BaseModel):
+    """From which plan, over which groups, and how much text in all."""
+
+    plan: PlainDraftArgument
+    selectors: list[SelectorArgument] = Field(min_length=1, max_length=MOST_SEARCHED, description="Groups of layers.")
+    tokens: int = Field(ge=1, description="Of validation text, for all its probes.")
+
+
 class FitArguments(BaseModel):
     """Whose weights."""
 
@@ -121,7 +130,7 @@ def make_planner_tools(
     recall: Callable[[str], Sequence[str]],
     candidates: Callable[[int], Sequence[Figures]] | None = None,
 ) -> list[BaseTool]:
-    """The instruments of a planner: eight, and a ninth where there are `candidates`.
+    """The instruments of a planner: nine, and a tenth where there are `candidates`.
 
     Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
     last trials, `recall` one for each lesson that a query finds, `candidates` so many plans that a rule would try.
@@ -164,6 +173,13 @@ def make_planner_tools(
         ]
         return _answer(**figures), f"round {of} in {rest} -> {'; '.join(shown)} on {figures['tokens']} tokens"
 
+    @tool("search", args_schema=SearchArguments, response_format="content_and_artifact")
+    def search_tool(plan: Draft, selectors: list[str], tokens: int) -> tuple[str, str]:
+        """Factors on groups of layers by which a plan measures least: probes it with one after another."""
+        figures = search(round_, plan, selectors, tokens)
+        best = ", ".join(f"{name} x {factor:g}" for name, factor in figures["best"].items()) or "as it was"
+        return _answer(**figures), f"{_describe(plan)} -> {count(len(figures['rows']), 'probe')}, best {best}"
+
     @tool("fit", args_schema=FitArguments, response_format="content_and_artifact")
     def fit_tool(round: int | None) -> tuple[str, str]:
         """KL on calibration text beside KL on validation text, of the last accepted weights or those of a round."""
@@ -184,8 +200,9 @@ def make_planner_tools(
         lines = recall(query)
         return _answer(lessons=lines), f"{query} -> {count(len(lines), 'lesson')}"
 
-    eight = [inspect_tool, predict_tool, probe_tool, slopes_tool, swap_tool, fit_tool, history_tool, recall_tool]
-    return [*eight, _make_candidates_tool(candidates)] if candidates else eight
+    measuring = [inspect_tool, predict_tool, probe_tool, slopes_tool, swap_tool, search_tool, fit_tool]
+    tools = [*measuring, history_tool, recall_tool]
+    return [*tools, _make_candidates_tool(candidates)] if candidates else tools
 
 
 def _make_candidates_tool(list_plans: Callable[[int], Sequence[Figures]]) -> BaseTool:

@@ -107,7 +107,7 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     assert prices.startswith(
         "Prices in tokens: probe 128 for each plan on half of the validation text, 256 on all of it, and what its "
         "recipe takes; predict 0, or 512 where curves are not known; slopes 1,152 on half of the text; swap 128 "
-        "for each selector; fit 256; all others 0. "
+        "for each selector; search what its probes take; fit 256; all others 0. "
     )
     assert prices.endswith(
         " Seconds, the most so far: measuring half of the text 10, pruning by refit~sequential 70."
