@@ -1,5 +1,6 @@
 """What the weights of named texts were worth: the kept plan carried out once more by other weights, and compared."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
 
 
-def list_other_weights(config: RunConfig) -> list[Mix]:
-    """What the run's weights are compared with: all texts alike, and the text that counts most left out."""
-    shares = config.text_shares
+def list_other_weights(config: RunConfig, written: Collection[str] = ()) -> list[Mix]:
+    """What the run's weights are compared with: all texts alike, and the text that counts most left out.
+
+    Texts that were `written` for single plans count nothing in either, as in the run.
+    """
+    shares = {name: share for name, share in config.text_shares.items() if name not in written}
     most = max(shares, key=lambda name: shares[name])
     rest = {name: share for name, share in shares.items() if name != most}
     alike, without = dict.fromkeys(shares, 1.0), rest if any(rest.values()) else dict.fromkeys(rest, 1.0)
@@ -44,7 +48,7 @@ def weigh_otherwise(bench: "Workbench", state: State, session: Session) -> list[
         return []
     own = bench.evaluate(state.accepted, "validation", state.profile, session.progress)
     found = [Weighting(weights=state.config.text_shares, texts=list_texts(own))]
-    for mix in list_other_weights(state.config):
+    for mix in list_other_weights(state.config, [text.name for text in state.written]):
         try:
             theirs = measure_by(bench, state, plan, mix, session.progress)
         except (ImpossiblePlan, BrokenPlan) as error:

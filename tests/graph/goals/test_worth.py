@@ -32,6 +32,12 @@ def test_all_alike_and_the_heaviest_left_out(weights: dict[str, float], others: 
     ]
 
 
+def test_texts_written_for_plans_count_nothing_in_other_weights_either() -> None:
+    config = RunConfig(text=TEXTS, text_weights={"code": 3, "prose": 1, "french": 0})
+    alike, without = list_other_weights(config, ["french"])
+    assert dict(alike) == {"code": 0.5, "prose": 0.5} and dict(without) == {"prose": 1}
+
+
 def test_one_text_has_no_other_weights() -> None:
     assert list_other_weights(RunConfig(text={"code": "pydoc"})) == []
 
