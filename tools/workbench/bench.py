@@ -61,12 +61,20 @@ class Workbench:
     `restore` puts any checkpoint back.
     """
 
-    def __init__(self, settings: TeamSettings, directory: Path, warn: Warn, progress: Progress) -> None:
+    def __init__(
+        self,
+        settings: TeamSettings,
+        directory: Path,
+        warn: Warn,
+        progress: Progress,
+        loaded: tuple[Any, Any] | None = None,
+    ) -> None:
+        """`loaded` are the settings' model, with its dense weights, and tokenizer, where they are at hand."""
         self.settings, self.directory, self._warn = settings, directory, Warner(warn)
         self.paces: Paces = {}
         progress("load model", 0, 1)
         self.store = ArtifactStore(directory / "artifacts")
-        self.model, self.tokenizer = load_model(settings)
+        self.model, self.tokenizer = loaded or load_model(settings)
         self.device = self.model.device
         layers = find_layers(self.model)
         lead = count_lead(settings, self.tokenizer)

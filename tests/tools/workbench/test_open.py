@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
+import tools.workbench.bench
 from tests.benches import open_bench
+from tests.named import name_texts
+from tests.situations import ignore
 from tests.tiny import tiny_settings
 from tools.base.errors import UserError
+from tools.plans.allocate import allocate
+from tools.plans.recipe import Recipe
+from tools.plans.work_order import order_allocation
+
+MASK = Recipe(method="two-sided", refit=False)
 
 
 def test_one_workbench_at_a_time(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
@@ -19,6 +27,30 @@ def test_one_workbench_at_a_time(tiny_llama: Path, tmp_path: Path, workbench_clo
     assert second is not first
     assert open_bench(settings, tmp_path / "b") is second
     assert open_bench(tiny_settings(tiny_llama, seed=1), tmp_path / "b") is not second
+
+
+def test_other_named_texts_go_on_with_the_loaded_model_and_the_same_figures(
+    tiny_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    load = tools.workbench.bench.load_model
+    monkeypatch.setattr(tools.workbench.bench, "load_model", lambda given: loads.append(given.model) or load(given))
+    named = name_texts(tmp_path)
+    first = open_bench(tiny_settings(tiny_llama, **named), tmp_path / "run")
+    layers = first.describe_layers(first.profile(ignore), MASK, ignore)
+    zeros = allocate(layers, 0.5, MASK)
+    first.prune(first.profile(ignore), order_allocation(MASK, zeros), ignore)
+    assert first.count_zeros()[0] > 0
+    other = {**named, "text_weights": {"code": 1, "prose": 1}}
+    second = open_bench(tiny_settings(tiny_llama, **other), tmp_path / "run")
+    assert second is not first and second.model is first.model and len(loads) == 1
+    assert second.count_zeros() == (0, first.count_zeros()[1]), "its weights are dense"
+    profile = second.profile(ignore)
+    fresh = open_bench(tiny_settings(tiny_llama, **other), tmp_path / "fresh")
+    assert len(loads) == 2, "another directory is another run"
+    assert fresh.profile(ignore) == profile
+    open_bench(tiny_settings(tiny_llama, seed=1, **other), tmp_path / "fresh")
+    assert len(loads) == 3, "other settings may be another model"
 
 
 def test_a_failed_opening_can_be_tried_again(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
