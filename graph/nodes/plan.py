@@ -38,7 +38,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """
     state = state.model_copy(update={"iteration": state.iteration + 1})
     session = enter("plan", state, runtime)
-    now = Round(state, session, open_budget(state))
+    now = Planning(state, session, open_budget(state))
     if state.replay:
         planner, usage = f"the record of {state.replay}", state.usage
         asked, stop = find_plan(state, lambda recorded: now.resolve(recorded)[0])
@@ -66,7 +66,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     return {**now.update(chosen), **now.written, "usage": usage, "order": kept, "seconds": session.seconds}
 
 
-class Round:
+class Planning:
     """What is known while a round is planned; another state, once its plan's texts are written."""
 
     def __init__(self, state: State, session: Session, budget: TokenBudget) -> None:

@@ -89,6 +89,11 @@ def test_the_budget_is_that_of_the_goal_for_brief_and_plans_together() -> None:
             2,
             "new_texts are to fit to, and a graft fits nothing; leave one of them out",
         ),
+        (
+            make_plan(TALES, groups=[{"selector": "*.v_proj", "recipe": {"mix": {"code": 1}}}]),
+            2,
+            "new_texts count in the plan's own mix; leave mix out of groups",
+        ),
         (make_plan({**TALES, "prompts": ["a", "b|c", "d"]}), 2, "a prompt cannot hold '|'"),
         (
             make_plan({**TALES, "prompts": ["a", "b", "a "]}),
