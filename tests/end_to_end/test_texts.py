@@ -148,7 +148,7 @@ def test_a_dry_run_counts_all_texts(tiny_llama: Path, tmp_path: Path, command: C
     assert (outcome.code, outcome.err) == (0, "")
     assert "validate; forward of 6 windows of 64 tokens of validation text" in outcome.out
     assert "test; forward of 4 windows of 64 tokens of test text" in outcome.out
-    assert "second moments; 2 texts × 4 bytes × inputs², over " in outcome.out
+    assert "second moments; 2 texts × 4 bytes × the upper half of inputs², over " in outcome.out
     assert "that of another text, to be added" in outcome.out
     assert "forward again, twice, and two backwards of 4 of the windows" in outcome.out
     assert "profile, statistics; forward of 8 windows of 64 tokens of calibration text" in outcome.out

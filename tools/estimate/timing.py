@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernels.triangle import count_triangle
 from tools.base.files import hash_file
 from tools.estimate.block import Sample, build_sample, only_head
 from tools.estimate.clock import Fit, fit, time_call
@@ -83,7 +84,7 @@ class Times(NamedTuple):
     read: float
     """A byte, read and checked."""
     moments: int
-    """Bytes of the second moments of all layers, one for those that read the same."""
+    """Bytes of the second moments of all layers on disk, one for those that read the same."""
     tokens: int
     """Of the longest window that was really run."""
 
@@ -109,7 +110,7 @@ def time_run(
         cut={name: time_all(recipe, levels=True) for name, recipe in cut.items()},
         write=write,
         read=read,
-        moments=sum(4 * width**2 * count for width, count in widths.items()),
+        moments=sum(4 * count_triangle(width) * count for width, count in widths.items()),
         tokens=tokens,
     )
 

@@ -16,6 +16,7 @@ from tools.plans.allocate import Allocation, allocate
 from tools.plans.recipe import Recipe
 from tools.results.speed import Result, compare_rounds
 from tools.workbench.bench import Workbench
+from tools.workbench.moments import read_moment
 
 SPARSITY = 0.5
 """Share of weights that go, wherever something is pruned."""
@@ -100,8 +101,8 @@ class Site:
     def read_statistics(self, name: str) -> tuple[Tensor, Tensor]:
         """(A, gamma) of a layer."""
         stored, store = self.bench.read_profile(self.profile), self.bench.store
-        moment_II = store.read_tensors(stored.moments[stored.group[name]])["A"]
-        return moment_II.to(self.bench.device), store.read_tensors(stored.means)[f"plain/{name}"].to(self.bench.device)
+        moment_II = read_moment(store, stored.moments[stored.group[name]], self.bench.device)
+        return moment_II, store.read_tensors(stored.means)[f"plain/{name}"].to(self.bench.device)
 
     def time(self, *tasks: Task) -> list[list[float]]:
         """The seconds of each task in each round, as `time_in_turn` takes them."""

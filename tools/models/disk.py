@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from kernels.triangle import count_triangle
 from tools.base.settings import TeamSettings, count_checkpoints
 from tools.models.artifacts import bound_artifact
 from tools.models.layers import Layer, find_blocks, list_readers
@@ -30,11 +31,12 @@ def list_disk(
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
     checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
     readers, texts = list_readers(layers), max(len(settings.text), 1)
-    moments = sum(4 * layer.weight_OI.shape[1] ** 2 for layer in readers)
+    moments = sum(4 * count_triangle(layer.weight_OI.shape[1]) for layer in readers)
     return [
         Line(
             what="second moments",
-            how=f"{f'{texts} texts × ' if texts > 1 else ''}4 bytes × inputs², over {len(readers)} layers",
+            how=f"{f'{texts} texts × ' if texts > 1 else ''}4 bytes × the upper half of inputs², over "
+            f"{len(readers)} layers",
             bytes=texts * moments,
         ),
         *([Line(what="those of a text with more questions", how="as many", bytes=moments)] if settings.mixes else []),

@@ -13,6 +13,7 @@ from tools.statistics.known import ModelStatistics, mix_statistics, refuse_infin
 from tools.statistics.table import build_profile
 from tools.statistics.text_curves import measure_text_curves
 from tools.workbench.crew import Crew
+from tools.workbench.moments import write_moment
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.stored import StoredProfile, TextPart, has_parts, keep_part, read_part, write_means
 from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_dense
@@ -79,7 +80,7 @@ class Mixtures:
         walks = [self._find_unfinished(name, moments.setdefault(name, {}), kind) for name in names]
 
         def keep_moment(text: int, leader: str, moment_II: Tensor) -> None:
-            moments[names[text]][leader] = self._store.write_tensors({"A": moment_II})
+            moments[names[text]][leader] = write_moment(self._store, moment_II)
 
         team, extent, layers = self._crew.team, self._crew.extent, self._weights.layers
         keep = keep_moment if kind == "full" else None

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels.triangle import pack_triangle, unpack_triangle
 from tools.base.progress import Progress, ignore_progress
 from tools.models.layers import Layer
 from tools.statistics.collect import begin_walk, collect_moments
@@ -14,6 +15,19 @@ from tools.workbench.crew import Crew
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.stored import StoredProfile
 from tools.workbench.weights import Weights
+
+
+def write_moment(store: ArtifactStore, moment_II: Tensor) -> str:
+    """The artifact of a second moment: its upper triangle, (U,) fp32 (`kernels.triangle`), and its width."""
+    return store.write_tensors({"upper": pack_triangle(moment_II), "width": torch.tensor([len(moment_II)])})
+
+
+def read_moment(store: ArtifactStore, artifact: str, device: torch.device) -> Tensor:
+    """What `write_moment` wrote, or an earlier version as a whole, (I, I), on the device."""
+    tensors = store.read_tensors(artifact)
+    if (whole_II := tensors.get("A")) is not None:
+        return whole_II.to(device)
+    return unpack_triangle(tensors["upper"].to(device), int(tensors["width"]))
 
 
 class SecondMoments:
@@ -25,11 +39,11 @@ class SecondMoments:
     def add_up(self, digests: Sequence[tuple[str, float]], device: torch.device) -> Tensor:
         """The sum of second moments, each by its share; fp32 on the device."""
         (first, share), *others = digests
-        total_II = self._store.read_tensors(first)["A"].to(device)
+        total_II = read_moment(self._store, first, device)
         if others:
             total_II = total_II * share
         for digest, share in others:
-            total_II.add_(self._store.read_tensors(digest)["A"].to(device), alpha=share)
+            total_II.add_(read_moment(self._store, digest, device), alpha=share)
         return total_II
 
     def find(
@@ -74,8 +88,7 @@ class SecondMoments:
                     weights = self.read_token_weights(stored, block) if weighed else None
                     moments = collect_moments(team, self._crew.extent, walk, block, layers, weights=weights)
                     return {
-                        name: self._store.write_tensors({"A": moment_II})
-                        for name, moment_II in moments.second_moment.items()
+                        name: write_moment(self._store, moment_II) for name, moment_II in moments.second_moment.items()
                     }
 
                 artifacts |= self._index.measure_files([kind, stored.means, str(block)], measure)

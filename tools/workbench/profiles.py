@@ -21,7 +21,7 @@ from tools.team.worker import LayerGroup, LayerWork
 from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses
 from tools.workbench.mixtures import Mixtures
-from tools.workbench.moments import SecondMoments
+from tools.workbench.moments import SecondMoments, write_moment
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.stored import StoredProfile, write_means
 from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_dense
@@ -129,7 +129,7 @@ class Profiles:
         moments: dict[str, str] = {}
 
         def keep_moment(name: str, moment_II: Tensor) -> None:
-            moments[name] = self._store.write_tensors({"A": moment_II})
+            moments[name] = write_moment(self._store, moment_II)
 
         walk = find_unfinished(self._index, self._weights, self._settings, text, moments, "full" if full else "masks")
         statistics = self._collect(text, progress, keep_moment if full else None, walk)

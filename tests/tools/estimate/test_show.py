@@ -42,7 +42,7 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None, untimed:
     assert f"disk: {(DENSE // 2 + 67_584 + 16_384 + 5 * layers + MODEL // 2) / 1e3:.1f} kB" in lines
     mapped = "each is pruned from them; mapped into memory while there is room"
     assert f"  the dense weights of the prunable layers; {mapped}; 30.7 kB" in lines
-    assert "  second moments; 4 bytes × inputs², over 14 layers; 67.6 kB" in lines
+    assert "  second moments; 4 bytes × the upper half of inputs², over 14 layers; 67.6 kB" in lines
     assert "  prune; 14 layers by two-sided; 1 ×" in lines
     assert any(re.fullmatch(r"  prune; 14 layers by refit; 1 ×; [\d.]+ MFLOP", line) for line in lines)
     most = max(phase.device_bytes for phase in found.phases)
