@@ -1,15 +1,18 @@
 """Texts that a plan has the model write: what is refused in words, what the plan is then fitted to, what it costs."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText, follow_new_texts
+from graph.planning.approval import examine_edit
 from graph.planning.new_texts import check_new_texts, count_left, count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.texts import describe_shares
+from graph.runs.session import Session
 from graph.state import State
 
 CONFIG = RunConfig(
@@ -107,6 +110,13 @@ def test_what_cannot_be_written_is_handed_back_in_words(plan: Plan, left: int, m
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         check_new_texts(plan, CONFIG, left)
     check_new_texts(make_plan(TALES), CONFIG, 1)
+
+
+def test_a_person_leaves_the_texts_of_a_plan_as_they_were_written() -> None:
+    said = "new_texts were written when the plan was made; leave them as they are, and change recipe.mix"
+    state, session = State(config=CONFIG, plan=make_plan(TALES)), Session(Path(), None, 0.0)
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        examine_edit(make_plan({**TALES, "weight": 2}), state, session)
 
 
 def test_planners_are_told_of_new_texts_where_a_goal_allows_any() -> None:
