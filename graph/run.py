@@ -20,10 +20,12 @@ from graph.config import RunConfig, read_config
 from graph.drive import Work, drive, resume, start, start_replay
 from graph.persistence import STATE_VARIABLE, state_url
 from graph.runs.listing import list_runs
+from tools.base.console import print_line
 from tools.base.errors import UserError
 from tools.base.options import CONFIGS, Parser, add_flags, parse_flags, refuse
 from tools.base.rundir import RUNS_DIR_VARIABLE, runs_directory
 from tools.base.secrets import read_secrets
+from tools.base.words import count
 from tools.models.hub import check_push
 from tools.texts.windows import check_texts
 
@@ -140,6 +142,7 @@ def _given_path(options: argparse.Namespace) -> Path | None:
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Print what a run would need; it may be one for another machine, or for a planner whose key is not here."""
+    from graph.goals.schema import count_new_text
     from graph.planning.foresee import foresee_course  # imports torch, as the others do
     from tools.estimate.needs import estimate
     from tools.estimate.room import read_devices
@@ -151,7 +154,13 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     check_texts(config)
     devices = None if options.device_memory is None else read_devices(options.device_memory)
     found = estimate(config, foresee_course(config), target=config.target_sparsity, devices=devices)
-    print_estimate(found, Console())
+    console = Console()
+    print_estimate(found, console)
+    if most := config.goal_tokens // count_new_text(config):
+        texts = f"{count(most, 'text')} of {count_new_text(config):,} tokens"
+        print_line(
+            console, f"not counted: up to {texts} that a planner may have the model write, and as many profiles more"
+        )
     return 0
 
 

@@ -152,6 +152,16 @@ def test_a_dry_run_counts_all_texts(tiny_llama: Path, tmp_path: Path, command: C
     assert "that of another text, to be added" in outcome.out
     assert "forward again, twice, and two backwards of 4 of the windows" in outcome.out
     assert "profile, statistics; forward of 8 windows of 64 tokens of calibration text" in outcome.out
+    assert "not counted" not in outcome.out
+
+
+def test_a_dry_run_says_what_a_planner_may_have_written(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+    given = ("--dry-run", "--model", str(tiny_llama), *TINY, *flag_texts(tmp_path), "--goal", "Calls.")
+    outcome = command(*given, "--goal-tokens", "2000")
+    assert outcome.code == 0
+    assert outcome.out.rstrip().splitlines()[-1] == (
+        "not counted: up to 3 texts of 576 tokens that a planner may have the model write, and as many profiles more"
+    )
 
 
 @pytest.mark.parametrize(
