@@ -19,7 +19,8 @@ from tools.workbench.weights import Weights
 
 def write_moment(store: ArtifactStore, moment_II: Tensor) -> str:
     """The artifact of a second moment: its upper triangle, (U,) fp32 (`kernels.triangle`), and its width."""
-    return store.write_tensors({"upper": pack_triangle(moment_II), "width": torch.tensor([len(moment_II)])})
+    whole_II = moment_II.cpu()  # a GPU that a walk fills has no room for both
+    return store.write_tensors({"upper": pack_triangle(whole_II), "width": torch.tensor([len(whole_II)])})
 
 
 def read_moment(store: ArtifactStore, artifact: str, device: torch.device) -> Tensor:
