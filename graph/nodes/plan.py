@@ -98,7 +98,7 @@ class Planning:
         names = ", ".join(text.name for text in new)
         self._session.emit("note", text=f"the model writes {names} for this plan, and is profiled once more with it")
         accepted = last_accepted(self.state.trials) is not None
-        tokens = self.budget.tokens + count_new_tokens(self.state.config, new, accepted=accepted)
+        tokens = self.budget.tokens + count_new_tokens(self.state.config, len(new), accepted=accepted)
         config = follow_new_texts(self.state.config, new)
         followed = self.state.model_copy(update={"config": config, "current": DENSE})
         try:

@@ -94,7 +94,7 @@ class TokenBudget:
         extra = self.count_new(self.list_costs(plan, order))
         if plan.reprofile:
             extra += count_profile(self.config)
-        extra += count_new_tokens(self.config, list_unwritten(plan, self.config), accepted=True)
+        extra += count_new_tokens(self.config, len(list_unwritten(plan, self.config)), accepted=True)
         if not extra or self.trial + extra <= self.left:
             return ""
         polish = "polish, " if self.config.polish_tokens else ""

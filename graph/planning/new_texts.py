@@ -4,7 +4,6 @@ They are named texts as those of a goal are, but for what they count: 0 in all t
 after stay comparable. Plans fit to them by a mix of their own.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from graph.config import RunConfig
@@ -12,7 +11,7 @@ from graph.goals.schema import NewText, check_followed, check_prompts, count_new
 from graph.planning.plan import Plan
 from graph.state import State
 from tools.base.words import count
-from tools.plans.costs import count_profile
+from tools.plans.costs import count_gradients
 
 
 def count_left(state: State) -> int:
@@ -47,13 +46,15 @@ def list_unwritten(plan: Plan, config: RunConfig) -> list[NewText]:
     return [NewText(name=text.name, prompts=text.prompts) for text in plan.new_texts if text.name not in config.text]
 
 
-def count_new_tokens(config: RunConfig, texts: Sequence[NewText], *, accepted: bool) -> int:
-    """Tokens through the model where such texts come into a run: another profile, and on validation text the dense
-    weights and those that were accepted once more."""
-    if not texts:
+def count_new_tokens(config: RunConfig, new: int, *, accepted: bool) -> int:
+    """Tokens through the model where so many texts come into a run: what layers read of them, gradients and curves of
+    all texts, and on validation text the dense weights and those that were accepted once more."""
+    if not new:
         return 0
-    followed = follow_new_texts(config, texts)
-    return count_profile(followed) + (1 + accepted) * followed.validation_tokens
+    texts, known = len(config.text) + new, len(config.text)
+    gradients = count_gradients(config) * texts // known
+    validation = config.validation_tokens * texts // known
+    return new * config.calibration_windows * config.window + 6 * gradients + (1 + accepted) * validation
 
 
 def fit_to_new_texts(plan: Plan, config: RunConfig) -> Plan:

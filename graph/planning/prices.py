@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
+from graph.planning.new_texts import count_new_tokens
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from tools.instruments.probed import find_known
@@ -82,9 +83,10 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
         f"{count_in_order(['stages'], config):,}, in a probe and in a trial",
         *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),
         f"curves method {count_walk(config):,} more, once for each method",
-        f"a new profile, reprofile or {'new_texts' if config.text else 'another calibration text'}, "
-        f"{count_profile(config):,}",
+        f"a new profile, reprofile{'' if config.text else ' or another calibration text'}, {count_profile(config):,}",
     ]
+    if config.text and config.goal_tokens:
+        costs.append(f"each of new_texts {count_new_tokens(config, 1, accepted=True):,}")
     if config.polish_tokens:
         costs.append(f"polish {count_polish(config, config.polish_tokens):,} more, in a probe and in a trial")
     return (

@@ -220,16 +220,20 @@ def collect_texts(
     shares: Sequence[float],
     dense: Mapping[str, Tensor] | None = None,
     kept: Sequence[KeptBlocks] = (),
+    read: Mapping[int, ModelStatistics] | None = None,
 ) -> list[ModelStatistics]:
     """As `collect_statistics`, for each text of a calibration text of several, which count these `shares` in the run.
 
     All figures are a text's own. The KL curves of all are about one mask at each level, that of the run's statistics,
     so that curves can be summed up as well; for other shares they are those of that mask. Each text walks up for
     itself, and all walk down together. `keep_moment` is told the number of the text first; there is one of `kept` for
-    each.
+    each. What layers `read` of a text is known where it is given, without gradients and curves: it does not walk up.
     """
     grouped, texts, parts = group_layers(layers), range(len(shares)), list[ModelStatistics]()
     for text in texts:
+        if read and text in read:
+            parts.append(read[text])
+            continue
         keep = None if keep_moment is None else partial(keep_moment, text)
         with begin_walk(team, shares=[float(other == text) for other in texts]) as walk:
             own = kept[text] if kept else None

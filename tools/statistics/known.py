@@ -36,6 +36,11 @@ class ModelStatistics:
             getattr(self, own.name).update(getattr(part, own.name))
 
 
+def know_read(whole: ModelStatistics) -> ModelStatistics:
+    """Of what is known that which a walk up tells: what layers read, without gradients and curves."""
+    return ModelStatistics(dict(whole.mean_square), {}, {}, dict(whole.group), {}, {}, dict(whole.few))
+
+
 def know_nothing() -> ModelStatistics:
     """What is known before anything is."""
     return ModelStatistics({}, {}, {}, {}, {}, {})

@@ -101,7 +101,7 @@ class Workbench:
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn)
         self.losses = Losses(blocks, self.windows, self.weights, self.crew, settings.text_shares)
         self.profiles = Profiles(
-            settings, self.windows.mixed, self.weights, self.store, self.index, self.crew, self.losses, self.paces
+            settings, self.windows, self.weights, self.store, self.index, self.crew, self.losses, self.paces
         )
         self.curves = Curves(self.weights, self.profiles, self.index, self.crew)
         self.polisher = Polisher(

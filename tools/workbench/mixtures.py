@@ -1,5 +1,6 @@
 """Profiles of several named texts: what each says by itself, collected once and kept, and sums of that."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +10,10 @@ from tools.base.progress import Progress
 from tools.base.settings import WorkbenchSettings
 from tools.measure.losses import Evaluation
 from tools.statistics.collect import collect_texts
-from tools.statistics.known import ModelStatistics, mix_statistics, refuse_infinite
+from tools.statistics.known import ModelStatistics, know_read, mix_statistics, refuse_infinite
 from tools.statistics.table import build_profile
 from tools.statistics.text_curves import measure_text_curves
+from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
 from tools.workbench.moments import write_moment
 from tools.workbench.store import ArtifactStore, Index
@@ -27,16 +29,23 @@ class Mixtures:
     """What is known of the layers of one model by several texts."""
 
     def __init__(
-        self, settings: WorkbenchSettings, weights: Weights, store: ArtifactStore, index: Index, crew: Crew
+        self,
+        settings: WorkbenchSettings,
+        windows: Windows,
+        weights: Weights,
+        store: ArtifactStore,
+        index: Index,
+        crew: Crew,
     ) -> None:
-        self._settings, self._weights, self._store, self._index, self._crew = settings, weights, store, index, crew
+        self._settings, self._windows, self._weights, self._store = settings, windows, weights, store
+        self._index, self._crew = index, crew
         self._shares = list(settings.text_shares.values())
 
     def make(self, hidden: str, evaluation: Evaluation, progress: Progress, *, full: bool) -> str:
         """A profile of the dense model, which is in place, on all texts; with second moments of each if it is `full`.
 
         What is known of each text does not hang on what it counts: where the weights alone are other than in an earlier
-        profile, KL curves alone are measured anew.
+        profile, KL curves alone are measured anew; where texts came to those of one, what layers read of the others.
         """
         kind, mix = "full" if full else "masks", self._settings.text_shares
         key = ["texts", *name_dense(self._weights, self._settings, "text_weights"), kind]
@@ -45,6 +54,8 @@ class Mixtures:
             found, parts = self._collect_parts(progress, kind)
             kept = {name: part.model_dump() for name, part in parts.items()}
             self._index.replace_measured(key, {"parts": kept, "mix": mix})
+            for name in parts:
+                self._index.replace_measured(self._name_text(name, kind), {"parts": {name: kept[name]}})
         else:
             parts = {name: TextPart.model_validate(part) for name, part in known["parts"].items()}
             found = self._read(parts)
@@ -77,6 +88,7 @@ class Mixtures:
     def _collect_parts(self, progress: Progress, kind: str) -> tuple[list[ModelStatistics], dict[str, TextPart]]:
         """What each text says, as it is known and as it is kept."""
         names, moments = list(self._settings.text), dict[str, dict[str, str]]()
+        known = self._read_known(names, kind)
         walks = [self._find_unfinished(name, moments.setdefault(name, {}), kind) for name in names]
 
         def keep_moment(text: int, leader: str, moment_II: Tensor) -> None:
@@ -84,12 +96,31 @@ class Mixtures:
 
         team, extent, layers = self._crew.team, self._crew.extent, self._weights.layers
         keep = keep_moment if kind == "full" else None
-        found = collect_texts(team, extent, layers, progress, keep, self._shares, None, walks)
+        read = {text: know_read(read_part(self._store, part, self._weights.device_of)) for text, part in known.items()}
+        found = collect_texts(team, extent, layers, progress, keep, self._shares, None, walks, read)
         self._refuse_infinite(found)
+        moments |= {names[text]: part.moments for text, part in known.items()}
         parts = {name: keep_part(self._store, own, moments[name]) for name, own in zip(names, found, strict=True)}
         for walk in walks:
             walk.forget()
         return found, parts
+
+    def _read_known(self, names: Sequence[str], kind: str) -> dict[int, TextPart]:
+        """What is known of texts, by their numbers, from profiles with fewer or other texts beside them."""
+        found: dict[int, TextPart] = {}
+        for number, name in enumerate(names):
+            kept = self._index.read_measured(self._name_text(name, kind))
+            if kept is not None and has_parts(self._store, kept["parts"]):
+                (part,) = kept["parts"].values()
+                found[number] = TextPart.model_validate(part)
+        return found
+
+    def _name_text(self, name: str, kind: str) -> list[str]:
+        """What is known of a text depends on the model, on its windows and on settings, but on no other text."""
+        shares = {other: float(other == name) for other in self._settings.text}
+        windows = self._windows.calibration[self._windows.list_counting(shares)]
+        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        return ["text", *name_dense(self._weights, self._settings, "text", "text_weights"), digest, kind]
 
     def _measure_curves(
         self, found: Sequence[ModelStatistics], parts: Parts, progress: Progress

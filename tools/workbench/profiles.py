@@ -18,6 +18,7 @@ from tools.statistics.known import ModelStatistics, refuse_infinite
 from tools.statistics.table import build_profile
 from tools.team.cluster import Cluster
 from tools.team.worker import LayerGroup, LayerWork
+from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses
 from tools.workbench.mixtures import Mixtures
@@ -34,7 +35,7 @@ class Profiles:
     def __init__(
         self,
         settings: WorkbenchSettings,
-        mixed: Mapping[Calibration, Tensor],
+        windows: Windows,
         weights: Weights,
         store: ArtifactStore,
         index: Index,
@@ -42,11 +43,11 @@ class Profiles:
         losses: Losses,
         paces: Paces,
     ) -> None:
-        """`mixed` are the calibration texts that there are beside the run's own; `paces` are told how long it takes."""
-        self._settings, self._mixed, self._weights, self._crew = settings, mixed, weights, crew
+        """`paces` are told how long it takes."""
+        self._settings, self._mixed, self._weights, self._crew = settings, windows.mixed, weights, crew
         self._store, self._index, self._losses, self._paces = store, index, losses, paces
         self._moments = SecondMoments(weights, store, index, crew)
-        self._mixtures = Mixtures(settings, weights, store, index, crew)
+        self._mixtures = Mixtures(settings, windows, weights, store, index, crew)
         self._last: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
         self._shared: tuple[list[tuple[str, float]], LayerStatistics] | None = None
 

@@ -9,8 +9,10 @@ import pytest
 from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText, follow_new_texts
 from graph.planning.approval import examine_edit
+from graph.planning.budget import TokenBudget
 from graph.planning.new_texts import check_new_texts, count_left, count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.planning.plan import Plan, drop_schema, find_schema
+from graph.planning.prices import describe_costs
 from graph.planning.texts import describe_shares
 from graph.runs.session import Session
 from graph.state import State
@@ -49,12 +51,15 @@ def test_a_new_text_counts_in_the_mix_of_its_plan_and_nothing_in_what_is_judged(
     assert alike.text_weights == {"code": 1, "prose": 1, "tales": 0}, "those that nobody weighed stay alike"
 
 
-def test_a_new_text_costs_a_profile_and_validation_of_what_is_compared() -> None:
-    new = [NewText(name="tales", prompts=TALES["prompts"])]
-    profile = 3 * 32 * (8 + 6 * 4)
-    assert count_new_tokens(CONFIG, new, accepted=False) == profile + 3 * 32 * 4
-    assert count_new_tokens(CONFIG, new, accepted=True) == profile + 2 * 3 * 32 * 4
-    assert count_new_tokens(CONFIG, [], accepted=True) == 0
+def test_a_new_text_costs_walks_and_validation_of_what_is_compared() -> None:
+    walks = 32 * 8 + 3 * 32 * 6 * 4  # up with its own text, up and down with the gradient windows of all three
+    assert count_new_tokens(CONFIG, 1, accepted=False) == walks + 3 * 32 * 4
+    assert count_new_tokens(CONFIG, 1, accepted=True) == walks + 2 * 3 * 32 * 4
+    assert count_new_tokens(CONFIG, 0, accepted=True) == 0
+    budget = TokenBudget(CONFIG.model_copy(update={"max_evaluated_tokens": 9000}), 0, 384)
+    told = describe_costs(budget.config, budget)
+    assert told.endswith("reprofile, 2,048; each of new_texts 3,328. Plans beyond it are refused.")
+    assert "tokens weighted" not in told
 
 
 def test_the_budget_is_that_of_the_goal_for_brief_and_plans_together() -> None:

@@ -3,12 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import tools.statistics.collect
 import tools.workbench.bench
 from tests.benches import open_bench
 from tests.named import name_texts
+from tests.rows import prose, write_rows
 from tests.situations import ignore
 from tests.tiny import tiny_settings
 from tools.base.errors import UserError
@@ -51,6 +54,30 @@ def test_other_named_texts_go_on_with_the_loaded_model_and_the_same_figures(
     assert fresh.profile(ignore) == profile
     open_bench(tiny_settings(tiny_llama, seed=1, **other), tmp_path / "fresh")
     assert len(loads) == 3, "other settings may be another model"
+
+
+def test_of_texts_beside_another_nothing_walks_up_again_and_figures_are_the_same(
+    tiny_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks: list[tuple[float, ...]] = []
+    begin = tools.statistics.collect.begin_walk
+
+    def watch(*given: Any, **more: Any) -> Any:
+        walks.append(tuple(more["shares"]))
+        return begin(*given, **more)
+
+    monkeypatch.setattr(tools.statistics.collect, "begin_walk", watch)
+    named = name_texts(tmp_path)
+    first = open_bench(tiny_settings(tiny_llama, **named), tmp_path / "run")
+    first.profile(ignore)
+    third = write_rows(tmp_path / "tales.jsonl", [{"text": prose(4000, 2500)}])
+    other = {"text": {**named["text"], "tales": third}, "text_weights": {"code": 3, "prose": 1, "tales": 0}}
+    walks.clear()
+    second = open_bench(tiny_settings(tiny_llama, **other), tmp_path / "run")
+    profile, third_of_all = second.profile(ignore), pytest.approx([1 / 3] * 3)
+    assert walks[0] == (0, 0, 1) and walks[1] == third_of_all and len(walks) == 2
+    fresh = open_bench(tiny_settings(tiny_llama, **other), tmp_path / "fresh")
+    assert fresh.profile(ignore) == profile and len(walks) == 2 + 4
 
 
 def test_a_failed_opening_can_be_tried_again(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
