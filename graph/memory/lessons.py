@@ -26,6 +26,7 @@ from graph.memory.items import (
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
 from tools.base.settings import TEAM, TaskSettings
+from tools.texts.written import is_written
 
 LIMIT = 30
 """Lessons from earlier runs that a new run starts with, those of most evidence."""
@@ -72,7 +73,14 @@ LATER = (
 
 
 def fingerprint(config: RunConfig) -> str:
-    """A hash of all that determines what a run's trials come to: runs that share it are repeats of one another."""
+    """A hash of all that determines what a run's trials come to: runs that share it are repeats of one another.
+
+    Of a run with a goal it is the goal, and not what was made of it: as the run began and once it follows its brief.
+    """
+    if config.goal:
+        read = {name: source for name, source in config.text.items() if not is_written(source)}
+        config = config.model_copy(update={"text": read, "text_weights": {}, "text_bounds": {}})
+        return _hash(config, *IDLE, "min_fact_retention")
     return _hash(config, *IDLE)
 
 

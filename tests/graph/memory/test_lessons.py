@@ -10,6 +10,7 @@ from langgraph.store.base import BaseStore
 from langgraph.store.memory import InMemoryStore
 
 from graph.config import RunConfig
+from graph.goals.schema import Aim, Brief, NewText, follow_brief, follow_new_texts
 from graph.memory import lessons as memory
 from graph.memory.__main__ import main
 from graph.memory.experience import write_tried
@@ -103,6 +104,17 @@ def test_a_repeat_is_a_run_of_the_same_trials_wherever_and_however_long_it_works
     write_lesson(store, CONFIG, learn("first"))
     (lesson,), _ = read_lessons(store, CONFIG.model_copy(update=change), "second")
     assert lesson.same_config is same
+
+
+def test_a_run_with_a_goal_is_a_repeat_whatever_was_made_of_the_goal() -> None:
+    config = RunConfig(goal="Code.", goal_tokens=9000, text={"code": "pydoc", "prose": "file:prose.txt"})
+    new = [NewText(name="tales", prompts=["Once", "Twice", "Thrice"])]
+    aims = [Aim(name="code", weight=3, max_rise=0.2), Aim(name="prose", weight=0), Aim(name="tales", weight=1)]
+    followed = follow_brief(config, Brief(aims=aims, new_texts=new, min_answers=0.5))
+    later = follow_new_texts(followed, [NewText(name="songs", prompts=["La", "Le", "Li"])])
+    assert memory.fingerprint(config) == memory.fingerprint(followed) == memory.fingerprint(later)
+    for other in ({"goal": "Prose."}, {"text": {"code": "pydoc"}}, {"seed": 1}):
+        assert memory.fingerprint(config.model_copy(update=other)) != memory.fingerprint(config)
 
 
 def test_what_the_fingerprint_leaves_out_are_fields_of_the_config() -> None:
