@@ -63,7 +63,7 @@ def test_profiling_again_is_counted_for_every_round(tiny_llama: Path, command: C
         assert "  profile, second moments; of what 14 layers read; 1 ×" in outcome.out, "they stay the dense model's"
 
 
-@pytest.mark.parametrize(("name", "disk"), [("qwen3-8b", "150.0 GB"), ("paper", "186.2 GB")])
+@pytest.mark.parametrize(("name", "disk"), [("qwen3-8b", "132.0 GB"), ("paper", "150.3 GB")])
 def test_a_config_of_a_large_model_without_its_weights_its_gpu_or_a_key(
     name: str, disk: str, tmp_path: Path, command: Command
 ) -> None:
