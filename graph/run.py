@@ -142,7 +142,7 @@ def _given_path(options: argparse.Namespace) -> Path | None:
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Print what a run would need; it may be one for another machine, or for a planner whose key is not here."""
-    from graph.goals.schema import count_new_text
+    from graph.goals.schema import count_allowed, count_new_text
     from graph.planning.foresee import foresee_course  # imports torch, as the others do
     from tools.estimate.needs import estimate
     from tools.estimate.room import read_devices
@@ -156,7 +156,7 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     found = estimate(config, foresee_course(config), target=config.target_sparsity, devices=devices)
     console = Console()
     print_estimate(found, console)
-    if most := config.goal_tokens // count_new_text(config):
+    if most := count_allowed(config):
         texts = f"{count(most, 'text')} of {count_new_text(config):,} tokens"
         print_line(
             console, f"not counted: up to {texts} that a planner may have the model write, and as many profiles more"

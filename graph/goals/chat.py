@@ -8,7 +8,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 
 from graph.config import RunConfig, read_prompt
-from graph.goals.schema import Brief, check_brief, count_new_text
+from graph.goals.schema import Brief, check_brief, count_allowed
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
@@ -87,5 +87,5 @@ def _describe_given(config: RunConfig) -> str:
 
 
 def _describe_room(config: RunConfig) -> str:
-    most = config.goal_tokens // count_new_text(config)
+    most = count_allowed(config)
     return f"new_texts: {most} at most." if most else "new_texts: none; leave the list empty."

@@ -121,9 +121,14 @@ def check_brief(brief: Brief, config: RunConfig) -> None:
     if len(new) * each > allowed:
         raise ValueError(
             f"{len(new)} new texts of {each:,} tokens each are {len(new) * each:,} tokens, and the model may write "
-            f"{allowed:,} (goal_tokens); ask for {allowed // each} at most"
+            f"{allowed:,} (goal_tokens); ask for {count_allowed(config)} at most"
         )
     check_followed(follow_brief(config, brief))
+
+
+def count_allowed(config: RunConfig) -> int:
+    """Texts that the model may write for a goal, for brief and plans together."""
+    return config.goal_tokens // count_new_text(config)
 
 
 def check_followed(config: RunConfig) -> None:

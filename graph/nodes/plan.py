@@ -55,7 +55,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     try:
         if state.replay and (reason := find_breakage(state.replay, state.iteration, planned=True)):
             raise BrokenPlan(reason)
-        if now.write_texts(asked) and not state.replay:
+        if now.write_texts(asked):  # a recorded plan has its texts by now, and in its mix
             chosen = now.situation.orders.weigh(fit_to_new_texts(asked, now.state.config))
         order, kept = now.resolve(chosen)
     except BrokenPlan as error:

@@ -14,7 +14,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 
 from graph.config import RunConfig, read_prompt
-from graph.goals.schema import count_new_text
+from graph.goals.schema import count_allowed
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
@@ -135,8 +135,7 @@ def _shorten_schema(node: Any) -> Any:
 
 
 def _find_schema(config: RunConfig) -> type[Plan]:
-    writes = bool(config.text) and config.goal_tokens >= count_new_text(config)
-    return find_schema(config.polish_tokens, config.text, config.pattern, writes=writes)
+    return find_schema(config.polish_tokens, config.text, config.pattern, writes=count_allowed(config) > 0)
 
 
 def _instructions(config: RunConfig, tools: bool) -> str:

@@ -7,7 +7,14 @@ after stay comparable. Plans fit to them by a mix of their own.
 from typing import Any
 
 from graph.config import RunConfig
-from graph.goals.schema import NewText, check_followed, check_prompts, count_new_text, follow_new_texts
+from graph.goals.schema import (
+    NewText,
+    check_followed,
+    check_prompts,
+    count_allowed,
+    count_new_text,
+    follow_new_texts,
+)
 from graph.planning.plan import Plan
 from graph.state import State
 from tools.base.words import count
@@ -17,7 +24,7 @@ from tools.plans.costs import count_gradients
 def count_left(state: State) -> int:
     """How many texts plans may still have the model write."""
     written = len(state.written) + (len(state.brief.new_texts) if state.brief else 0)
-    return max(state.config.goal_tokens // count_new_text(state.config) - written, 0)
+    return max(count_allowed(state.config) - written, 0)
 
 
 def check_new_texts(plan: Plan, config: RunConfig, left: int) -> None:

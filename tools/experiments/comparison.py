@@ -203,10 +203,10 @@ def _make_rows(
             write_comparison(directory, known)
         if bench.questions:
             bench.ask("dense", "validation", progress)
-        under: MadeRow | None = None
+        standing, under = list_standing(jobs), None
         for i, job in enumerate(jobs):
             begin(job.title, total - len(jobs) + i)
-            under = under if under and _key(under.row) == job.polishes else None
+            under = under if job in standing else None
             try:
                 made = _take_up(job, known, bench) or make_row(job, bench, known, limits, progress, under)
             except ImpossiblePlan as error:
