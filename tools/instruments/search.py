@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.base.errors import ImpossiblePlan, UserError
-from tools.instruments.functions import Draft, Figures, Round, count_windows, probe, round_figure
+from tools.instruments.functions import Draft, Figures, Round, count_windows, probe, round_figure, take_first
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.recipe import LEAST_FACTOR, MOST_FACTOR, Adjustment
 
@@ -32,10 +32,11 @@ def search(round_: Round, draft: Draft, selectors: Sequence[str], tokens: int) -
     if draft.graft:
         raise ImpossiblePlan("a graft has no factors to search for; give a plan that prunes")
     names = list(dict.fromkeys(selectors))
-    own = count_windows(round_.bench, None, whole=False) * round_.bench.settings.window
+    windows = count_windows(round_.bench, None, whole=False)
+    own = windows * round_.bench.settings.window
     if tokens < own:
         raise ValueError(f"{tokens:,} tokens are less than one probe of {own:,}; give it more")
-    climb = _Climb(round_, draft, own, tokens - own)
+    climb = _Climb(round_, draft, windows, tokens - own)
     climb.try_out({})
     for step in STEPS:
         while climb.sweep(names, step):
@@ -46,8 +47,9 @@ def search(round_: Round, draft: Draft, selectors: Sequence[str], tokens: int) -
 class _Climb:
     """A search under way."""
 
-    def __init__(self, round_: Round, draft: Draft, each: int, left: int) -> None:
-        self._round, self._draft, self._each, self._left = round_, draft, each, left
+    def __init__(self, round_: Round, draft: Draft, windows: int, left: int) -> None:
+        self._round, self._draft, self._windows, self._left = round_, draft, windows, left
+        self._each = windows * round_.bench.settings.window
         self._best: Factors = {}
         self._found: dict[str, tuple[Factors, Figures]] = {}
         self._losses: dict[str, Evaluation] = {}
@@ -65,7 +67,8 @@ class _Climb:
 
     def _gains(self, changed: Factors) -> bool:
         """Try the best factors with these in place of theirs; whether that is better, and the best from now on."""
-        factors = {name: round(factor, 4) for name, factor in (self._best | changed).items() if factor != 1}
+        rounded = {name: round(factor, 4) for name, factor in (self._best | changed).items()}
+        factors = {name: factor for name, factor in rounded.items() if factor != 1}
         if _key(factors) in self._found or not self._affords() or not self.try_out(factors):
             return False
         ours, theirs = self._losses.get(_key(factors)), self._losses.get(_key(self._best))
@@ -101,7 +104,8 @@ class _Climb:
             self._ended = str(error)
             return False
         self._found[_key(factors)] = (factors, figures)
-        losses = Evaluation.model_validate(self._round.probed[figures["probe"] - 1].losses)
+        probed = Evaluation.model_validate(self._round.probed[figures["probe"] - 1].losses)
+        losses = take_first(self._round.bench, probed, self._windows)  # of an earlier probe there may be more
         if losses.finite:
             self._losses[_key(factors)] = losses
         elif not factors:

@@ -39,6 +39,13 @@ def test_a_search_goes_on_from_what_measured_less_and_tells_every_probe(make_rou
     assert all(layer.weight_OI.equal(before[name]) for name, layer in round_.bench.by_name.items())
 
 
+def test_a_plan_that_was_probed_on_more_text_is_compared_on_what_all_were(make_round: Callable[..., Round]) -> None:
+    plain, probed = search(make_round(), DRAFT, GROUPS, 4 * HALF), make_round()
+    probe(probed, [DRAFT], whole=True)
+    assert len(probed.probed[0].losses["kl"]) * 64 > HALF
+    assert search(probed, DRAFT, GROUPS, 4 * HALF) == plain
+
+
 def test_a_search_ends_with_its_tokens_or_with_those_of_the_run(make_round: Callable[..., Round]) -> None:
     found = search(make_round(), DRAFT, GROUPS, 3 * HALF + 1)
     assert len(found["rows"]) == 3
