@@ -11,7 +11,7 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.named import read_weights
 from tools.base.names import path_of
 from tools.base.options import READS_FILES, check_options, read_options
-from tools.base.settings import TEAM, PolishSettings, TaskSettings, TeamSettings
+from tools.base.settings import NO_STREAMED_POLISH, TEAM, PolishSettings, TaskSettings, TeamSettings
 from tools.plans.costs import count_polish
 from tools.plans.recipe import parse_pattern
 
@@ -326,6 +326,8 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
     @model_validator(mode="after")
     def _check_polish(self) -> Self:
         try:
+            if self.polish_tokens and self.device == "stream":
+                raise ImpossiblePlan(f"{NO_STREAMED_POLISH}; leave it out, or use another --device")
             if self.polish_tokens:
                 count_polish(self, self.polish_tokens)
         except ImpossiblePlan as error:

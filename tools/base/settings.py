@@ -46,10 +46,11 @@ class LoadSettings(BaseModel):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Number format the model is loaded, pruned and saved in."
     )
-    device: Literal["auto", "cpu", "cuda", "spread"] = Field(
+    device: Literal["auto", "cpu", "cuda", "spread", "stream"] = Field(
         "auto",
         description="Where the model runs; auto takes a GPU when there is one, spread lays the model's blocks over all "
-        "GPUs of this machine, for one that does not fit a single GPU.",
+        "GPUs of this machine, for one that does not fit a single GPU, stream holds a block of it at a time, for one "
+        "that does not fit the machine.",
     )
     trust_remote_code: bool = Field(
         False, description="Run code that a hub repository brings; leave off unless you have read it."
@@ -338,8 +339,15 @@ class TeamSettings(WorkbenchSettings):
     def _check_spread(self) -> Self:
         if self.workers and self.device == "spread":
             raise ValueError("device spread is one model on all GPUs, and a worker has one GPU; leave workers out")
+        if self.workers and self.device == "stream":
+            raise ValueError("device stream is one process that holds a block at a time; leave workers out")
         return self
 
+
+NO_STREAMED_POLISH = (
+    "a polish holds all survivors with two means of their gradients, and cannot be streamed"
+    """Why there is none of a model that does not fit."""
+)
 
 TEAM = ("workers", "worker_threads", "partial")
 """Fields that say who does the work, or that it is meant, but change no result (on CPUs; on GPUs last bits may differ

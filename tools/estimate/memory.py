@@ -21,6 +21,7 @@ from tools.estimate.pruning import Held
 from tools.estimate.shape import Shape, count_once, list_backward, multiply, name_chunk
 from tools.measure.losses import PREFIX_SHARE
 from tools.models.disk import Line
+from tools.models.streamed import SHARD, StreamSizes
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.shards import count_held, cut_shards, list_nodes, share_out
 from tools.texts.written import BATCH, list_written
@@ -132,16 +133,24 @@ class Facts(NamedTuple):
 
 
 def list_phases(
-    facts: Facts, settings: WorkbenchSettings, part: Part, weights: int, *, weighs: bool = False
+    facts: Facts,
+    settings: WorkbenchSettings,
+    part: Part,
+    weights: int,
+    *,
+    weighs: bool = False,
+    streamed: StreamSizes | None = None,
 ) -> list[Phase]:
     """What each phase holds in a process that works on `part`, with its arithmetic.
 
-    `weights` is what one device holds of the model, bytes. `weighs` says whether tokens are weighed.
+    `weights` is what one device holds of the model, bytes, which of one that is `streamed` are not looked at. `weighs`
+    says whether tokens are weighed.
     """
     shape, counts, held = facts.shape, facts.counts, facts.held
     state = (settings.window, "tokens"), (shape.hidden, "wide"), (shape.item, "bytes")
     flow = (settings.window, "tokens"), (shape.flow, "numbers into and out of layers"), (shape.item, "bytes")
-    kept = _count_kept(shape, settings.count_all("validation") * settings.window * shape.hidden * shape.item)
+    validated = settings.count_all("validation") * settings.window * shape.hidden * shape.item
+    kept = 0 if streamed else _count_kept(shape, validated)
 
     def states(what: str, *factors: tuple[float, str]) -> Line:
         return multiply(what, *factors, *state)
@@ -152,7 +161,7 @@ def list_phases(
         moment = multiply("its second moment", (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes"))
         return [count_once(what, size, "a smaller layer of the same form"), moment, *other]
 
-    model = _describe_model(shape, weights)
+    model = _describe_streamed(facts, streamed) if streamed else _describe_model(shape, weights)
     program = _describe_program(facts)
     always = [
         program,
@@ -190,14 +199,19 @@ def list_phases(
         statistics.append(multiply("inputs of one layer in fp32", *tokens, (4, "bytes")))
     walked = states("inputs and outputs of one block", (2, "sets"), (part.calibration, "windows"))
     layer = pruned("one layer being pruned", held.pruned)
-    moved = _move_model(facts)
+    moved = _pass_through(streamed) if streamed else _move_model(facts)
+    read = [] if streamed else _read_file(facts)
     straight = settings.device == "spread"  # accelerate puts each weight where it belongs
     handed = facts.device != "cpu" and part.workers
     answer = [_count_moments(shape, part.nodes, "sums handed over")] if handed else []
     reference = [states("dense hidden states as received", (settings.count_all("validation"), "windows"))]
     job = _list_job(shape) if part.workers else []
     return [
-        Phase(name="load", device=[model], host=[program, *_read_file(facts), *([] if straight else moved)]),
+        Phase(
+            name="load",
+            device=[model],
+            host=[program, *read, *([] if straight else moved)],
+        ),
         *([_describe_writing(facts, settings, model)] if list_written(settings) and not part.workers else []),
         Phase(
             name="validate the dense model",
@@ -335,6 +349,18 @@ def _describe_model(shape: Shape, weights: int) -> Line:
     if weights == shape.weights:
         return Line(what="the model", how="all parameters, each once", bytes=weights)
     return Line(what="the model's part on one GPU", how="the largest of these parts", bytes=weights)
+
+
+def _describe_streamed(facts: Facts, sizes: StreamSizes) -> Line:
+    """On a CPU the pages that a block was copied from may be in memory beside it."""
+    blocks = 2 if facts.device == "cpu" else 1
+    how = f"{blocks} × the largest block, with embeddings and head"
+    return Line(what="of the model, which is streamed", how=how, bytes=blocks * sizes.block + sizes.outside)
+
+
+def _pass_through(sizes: StreamSizes) -> list[Line]:
+    """What passes through CPU memory where a model that is streamed is read from files, or written to them."""
+    return [Line(what="one of its files", how="at most", bytes=max(SHARD, sizes.outside))]
 
 
 def _count_moments(shape: Shape, count: int, what: str = "") -> Line:

@@ -33,7 +33,9 @@ from tools.estimate.timing import Times, time_run
 from tools.estimate.work import Course, Prices, Work, find_shares, list_work, name_recipe, price_flops, price_seconds
 from tools.models.disk import Line, list_disk
 from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
+from tools.models.load import FITS
 from tools.models.positions import refuse_long_windows
+from tools.models.streamed import measure_stream
 from tools.plans.methods import LEVERS
 from tools.plans.polish import schedule_polish
 
@@ -58,6 +60,7 @@ class Estimate(BaseModel):
     of_worker: list[Phase] = Field([], description="Of each worker, as `phases`, at most; empty without any.")
     devices: Devices | None = Field(None, description="Null where it is not known what there is.")
     spread: list[Line] = Field([], description="What each GPU holds of a model that is laid over them; empty if not.")
+    streamed: bool = Field(False, description="Whether one block of the model at a time comes from disk.")
     disk: list[Line]
     work: list[Work]
     untimed: str = Field("", description="Why no step has seconds; empty where they have.")
@@ -110,7 +113,8 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     reach = measure_reach(model, layers)
     refuse_small_reach(reach, partial=settings.partial)
     here = torch.cuda.is_available()
-    device = "cpu" if settings.device == "cpu" or (settings.device == "auto" and not here) else "cuda"
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not here)
+    device = "cpu" if on_cpu or (settings.device == "stream" and not here and devices is None) else "cuda"
     devices = devices or find_devices(device)
     spread = lay_out(model, devices) if settings.device == "spread" else []
     counts = count_block(model, settings.window, lead)
@@ -123,7 +127,10 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     parts = cut_parts(settings, workers)
     busiest = find_busiest(parts)
     part, weighs = max((line.bytes for line in spread), default=facts.shape.weights), course.weighted > 0
-    phases = list_phases(facts, read, busiest, part, weighs=weighs)
+    fits = devices is None or facts.shape.weights <= FITS * devices.bytes
+    streams = settings.device == "stream" or (settings.device == "auto" and not workers and not fits)
+    streamed = measure_stream(model) if streams else None
+    phases = list_phases(facts, read, busiest, part, weighs=weighs, streamed=streamed)
     weights = sum(layer.weight_OI.numel() for layer in layers)
     beside = list_phases_beside(facts, read, parts, weighs=weighs) if workers else []
     polish = _find_polish(settings, course, weights, read.window)
@@ -150,8 +157,9 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
         of_worker=phases if workers else [],
         devices=devices,
         spread=spread,
+        streamed=streams,
         disk=[
-            *list_disk(model, layers, settings, lead, weighs=weighs),
+            *list_disk(model, layers, settings, lead, weighs=weighs, streamed=streams),
             *(list_polish_disk(facts, polish) if polish else []),
         ],
         work=list_work(

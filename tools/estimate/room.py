@@ -2,13 +2,13 @@
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
 
 from tools.base.errors import UserError
+from tools.base.memory import count_free
 from tools.estimate.block import count_kinds
 from tools.models.disk import Line
 from tools.models.layers import find_blocks
@@ -69,13 +69,5 @@ def explain_absence(model: Any, device: str) -> str:
         return "torch sees no GPU here"
     blocks = find_blocks(model)
     needed = ROOM * sum(p.nbytes for first, _ in count_kinds(model) for p in blocks[first].parameters())
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _count_free()
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else count_free()
     return "" if needed <= free else "one block of it does not fit the memory that is free here"
-
-
-def _count_free() -> int:
-    """Bytes of memory that a process may still take: pages of files that are only kept make room where that is told."""
-    told = Path("/proc/meminfo")
-    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
-    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return available[0] if available else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

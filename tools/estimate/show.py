@@ -76,6 +76,8 @@ def summarise(found: Estimate) -> list[str]:
     if found.dense:
         share = f"{1 - found.of_blocks:.2%} of the weights in the blocks"
         lines.append(f"stay dense: {share}, such as {found.dense[0]}, no plain linear layers")
+    if found.streamed:
+        lines.append("streamed: one block of the model at a time comes from disk")
     lines += _list_peaks(found)
     lines.append(f"disk: {show_size(found.disk_bytes)}")
     return [*lines, _sum_up_work(found)]
@@ -133,7 +135,7 @@ def _judge_room(found: Estimate) -> str:
         return f"{short}fits {place} of {show_size(room)}: {show_size(needed)} at most ({phase}{beside})"
     verdict = f"{short}does not fit {place} of {show_size(room)}: {show_size(needed)} ({phase}{beside})"
     if found.device == "cpu":
-        return f"{verdict}; {'fewer --workers' if found.workers else 'fewer or shorter windows'} need less"
+        return f"{verdict}; {_advise_on_cpu(found)}"
     if found.spread:
         return f"{verdict}; fewer or shorter windows need less, or more GPUs hold less each"
     weights = found.phases[0].device_bytes
@@ -141,8 +143,16 @@ def _judge_room(found: Estimate) -> str:
     fewer = "" if weights + working > room and weights >= room else "fewer or shorter windows need less; "
     least = f", at least {math.ceil(weights / (room - working))} of these" if working < room else ""
     alone = " without --workers" if found.workers else ""
-    advice = f"{fewer}--device spread{alone} lays its blocks over several GPUs{least}"
+    if found.streamed:
+        return f"{verdict}; fewer or shorter windows need less"
+    advice = f"{fewer}--device spread{alone} lays its blocks over several GPUs{least}, stream holds one at a time"
     return f"{verdict}, {show_size(weights)} of it the model; {advice}"
+
+
+def _advise_on_cpu(found: Estimate) -> str:
+    if found.workers:
+        return "fewer --workers need less"
+    return f"fewer or shorter windows need less{'' if found.streamed else ', and --device stream'}"
 
 
 def _lacks_devices(found: Estimate) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tools.base.progress import Progress, heed_stop
 from tools.base.student import find_p
 from tools.models.blocks import Blocks
-from tools.models.readout import measure_losses
+from tools.models.readout import measure_losses, sum_losses
 
 
 class Evaluation(BaseModel):
@@ -260,6 +260,40 @@ def evaluate_windows(
     progress(label, count, count)
     whole = len(so_far.hidden) == count
     return Evaluation(nll=so_far.nll, kl=so_far.kl), torch.stack(so_far.hidden) if whole else torch.empty(0)
+
+
+@torch.no_grad()
+def evaluate_by_blocks(
+    blocks: Blocks,
+    windows_BT: Tensor,
+    dense_hidden_BTD: Tensor | None,
+    label: str,
+    progress: Progress,
+    *,
+    lead: int = 0,
+) -> tuple[Evaluation, Tensor]:
+    """As `evaluate_windows`: all windows pass a block before any passes the next, so that weights are read once.
+
+    Between two blocks all windows' states are held, on CPU.
+    """
+    count, length = len(windows_BT), windows_BT.shape[1] - lead
+    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+    for block in range(len(blocks)):
+        progress(label, block * count // len(blocks), count)
+        for window, ids_T in enumerate(windows_BT):
+            heed_stop()
+            states[window] = blocks.run_to_head(ids_T, block, states[window]).cpu()
+    losses = []
+    for window, ids_T in enumerate(windows_BT):
+        heed_stop()
+        reference = None if dense_hidden_BTD is None else dense_hidden_BTD[window]
+        hidden_TD = states[window][0].to(windows_BT.device)
+        losses.append(sum_losses(blocks.model, ids_T, hidden_TD, reference, lead=lead))
+    progress(label, count, count)
+    evaluation = Evaluation(
+        nll=[_finite(loss.nll / (length - 1)) for loss in losses], kl=[_finite(loss.kl / length) for loss in losses]
+    )
+    return evaluation, torch.cat(states)
 
 
 def _finite(value: float) -> float | None:

@@ -10,16 +10,19 @@ in Gemma 3n), its tensors are laid behind the hidden states in one row of number
 Shape suffixes: B windows, T tokens, D hidden width, N numbers.
 """
 
-from collections.abc import Callable, Iterator, MutableMapping
+import functools
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tools.base.errors import UserError, in_one_line
-from tools.models.layers import find_blocks
+from tools.models.layers import find_blocks, find_device
 from tools.models.readout import CHECKED, compute_hidden
+from tools.models.streamed import find_stream
 
 _PROBE = 4
 """Tokens of the forward that shows what a block returns."""
@@ -50,6 +53,11 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    @property
+    def leave_something(self) -> bool:
+        """Whether blocks leave something for later ones beside what they pass on; known once one has run."""
+        return bool(self._left)
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """What the first block reads, (1, T, D)."""
@@ -84,7 +92,7 @@ class Blocks:
         UserError when the model does not run its blocks one after another.
         """
         if hidden_BTD is not None:
-            hidden_BTD = hidden_BTD.to(next(self.modules[first].parameters()).device)
+            hidden_BTD = hidden_BTD.to(find_device(self.modules[first]))
         lengths = self._look(ids_T)
         boundary: dict[int, Tensor] = {}
         with ExitStack() as undo:
@@ -213,12 +221,30 @@ def _run_chain(blocks: Blocks, ids_T: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.enable_grad()
 def run_whole(blocks: Blocks, ids_T: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_run_chain`, by one forward and one backward of the model."""
-    start = blocks.embed(ids_T).detach().requires_grad_()
-    with blocks.only(0, len(blocks), ids_T, start):
-        hidden_BTD = compute_hidden(blocks.model, ids_T[None])
-    [gradient] = torch.autograd.grad(hidden_BTD, start, _draw_like(hidden_BTD))
+    """As `_run_chain`, by one forward and one backward of the model.
+
+    Where blocks are streamed each runs forward once more on the way back: a graph would hold the weights of all. Not
+    where they leave something for later ones, which they would leave twice.
+    """
+    start, model = blocks.embed(ids_T).detach().requires_grad_(), blocks.model
+    again = blocks.modules if find_stream(model) and not blocks.leave_something else []
+    with _run_again(again), blocks.only(0, len(blocks), ids_T, start):
+        hidden_BTD = compute_hidden(model, ids_T[None])
+        [gradient] = torch.autograd.grad(hidden_BTD, start, _draw_like(hidden_BTD))
     return hidden_BTD.detach(), gradient
+
+
+@contextmanager
+def _run_again(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, modules hold nothing of a forward but what they were given, and run once more on the way back."""
+    before = [module.forward for module in modules]
+    for module, forward in zip(modules, before, strict=True):
+        module.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            module.forward = forward
 
 
 def _draw_like(hidden_BTD: Tensor) -> Tensor:

@@ -19,12 +19,19 @@ class Line(BaseModel):
 
 
 def list_disk(
-    model: Any, layers: list[Layer], settings: TeamSettings, lead: int = 0, *, weighs: bool = False
+    model: Any,
+    layers: list[Layer],
+    settings: TeamSettings,
+    lead: int = 0,
+    *,
+    weighs: bool = False,
+    streamed: bool = False,
 ) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
 
     Plans may ask for two texts with more questions; the rule asks for one, and so many are counted. Each window has
-    `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window.
+    `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A model that is
+    `streamed` lies there as it is now, too.
     """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = settings.count_all("calibration") if weighs else settings.back_propagated
@@ -62,10 +69,15 @@ def list_disk(
             how=f"{checkpoints} × the prunable layers, each with its mask",
             bytes=checkpoints * checkpoint,
         ),
-        Line(what="the exported model", how="all parameters", bytes=sum(p.nbytes for p in model.parameters())),
+        *([Line(what="the model as it is now", how="all parameters", bytes=_count_bytes(model))] if streamed else []),
+        Line(what="the exported model", how="all parameters", bytes=_count_bytes(model)),
         Line(
             what="the dense weights of the prunable layers",
             how="each is pruned from them; mapped into memory while there is room",
             bytes=sum(layer.weight_OI.nbytes for layer in layers),
         ),
     ]
+
+
+def _count_bytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())

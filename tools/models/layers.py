@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,21 @@ from kernels.packed import PackedLinear
 from tools.base.errors import UserError
 from tools.models.experts import ExpertLinear, is_fused, list_stacked, split_experts
 
+STREAMED = "_billhook_streamed"
+"""Under this name a module whose weights lie on disk (`tools.models.streamed`) has its block as it comes from there."""
+
 LEAST_SHARE = 0.5
 """Share of the blocks' weights below which a run wants to be told that pruning the rest is meant."""
+
+
+class StreamedBlock(Protocol):
+    """A block whose weights lie on disk."""
+
+    device: torch.device
+    """Where it runs."""
+
+    def touch(self) -> None:
+        """Its weights are about to be read or written: those of the block before it may leave the memory."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +45,34 @@ class Layer:
     @property
     def weight_OI(self) -> Tensor:
         """A view of the weight as d_out x d_in; GPT-2's Conv1D stores the transpose."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
+        weight = self._take()
         return weight.detach().T if isinstance(self.module, Conv1D) else weight.detach()
 
     @property
     def stored_weight(self) -> Tensor:
         """The weight as the model's file stores it."""
+        return self._take().detach()
+
+    def _take(self) -> Tensor:
+        if streamed := _find_streamed(self._owner):
+            streamed.touch()
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        return weight.detach()
+        return weight
+
+    @property
+    def _owner(self) -> nn.Module:
+        return self.module.experts if isinstance(self.module, ExpertLinear) else self.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return find_device(self._owner)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether its weights lie on disk."""
+        return _find_streamed(self._owner) is not None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -52,6 +83,16 @@ class Layer:
         """Replace the weight in place, so that tied uses and captured references stay valid."""
         with torch.no_grad():
             self.weight_OI.copy_(weight_OI)
+
+
+def find_device(module: nn.Module) -> torch.device:
+    """Where a module with weights runs."""
+    streamed = _find_streamed(module)
+    return streamed.device if streamed else next(module.parameters()).device
+
+
+def _find_streamed(module: nn.Module) -> StreamedBlock | None:
+    return getattr(module, STREAMED, None)
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:

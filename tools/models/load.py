@@ -4,19 +4,23 @@ import importlib.util
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.made import check_model
+from tools.base.memory import count_free
 from tools.base.names import is_hub_id
 from tools.base.rundir import list_places
-from tools.base.settings import WorkbenchSettings
+from tools.base.settings import TeamSettings, WorkbenchSettings
 from tools.base.words import show_size
 from tools.models.formats import DTYPES, PACKED_FILE, Dtype
 from tools.models.hub import check_in_reach
+from tools.models.save import forget_quantization
 
 if TYPE_CHECKING:
     import torch
@@ -135,12 +139,51 @@ def _choose_source(place: ModelPlace, settings: WorkbenchSettings) -> dict[str, 
     return {"trust_remote_code": settings.trust_remote_code, **file}
 
 
-def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
-    """(model in eval mode with frozen weights, tokenizer). Raises UserError in one line when it cannot be loaded.
+FITS = 0.8
+"""Share of the memory that is free which a model may take: what runs beside it needs some."""
 
-    A packed model runs in the number format that it was packed in.
+WIDEST = 16
+"""How many times the size of its files a model may have in memory: fp32 of two bits a weight."""
+
+
+def choose_device(settings: TeamSettings) -> TeamSettings:
+    """The settings with `stream` instead of `auto` where the model does not fit the memory that is free.
+
+    Raises UserError when its config cannot be read.
     """
     import torch
+
+    place = locate_model(settings.model)
+    if settings.device != "auto" or settings.workers or (Path(place.path) / PACKED_FILE).is_file():
+        return settings
+    on_gpu = pick_device("auto").type == "cuda"
+    free = FITS * (torch.cuda.mem_get_info()[0] if on_gpu else count_free())
+    files = _list_files(place)
+    if files and sum(file.stat().st_size for file in files) * WIDEST < free:
+        return settings  # for sure: nothing needs to be built
+    try:
+        empty, _ = build_on_meta(place, settings)
+    except Exception as error:  # as `load_model`
+        raise _explain(settings, error) from error
+    fits = sum(parameter.nbytes for parameter in empty.parameters()) <= free
+    return settings if fits else settings.model_copy(update={"device": "stream"})
+
+
+def _list_files(place: ModelPlace) -> list[Path]:
+    """Those that a model on this machine is read from; none of a hub id, whose files lie elsewhere."""
+    return [Path(place.path) / place.gguf_file] if place.gguf_file else list(Path(place.path).glob("*.safetensors"))
+
+
+def _explain(settings: WorkbenchSettings, error: Exception) -> UserError:
+    return UserError(f"model {settings.model!r} could not be loaded: {in_one_line(error)}")
+
+
+def load_model(settings: WorkbenchSettings, scratch: Path | None = None) -> tuple[Any, Any]:
+    """(model in eval mode with frozen weights, tokenizer). Raises UserError in one line when it cannot be loaded.
+
+    A packed model runs in the number format that it was packed in. Weights that are streamed lie in the directory
+    `scratch`, or where this system has its files for a while.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # Billhook draws its own
@@ -155,22 +198,51 @@ def load_model(settings: WorkbenchSettings) -> tuple[Any, Any]:
             return _load_packed(settings, Path(place.path), device), tokenizer
         if settings.device == "spread":
             options["device_map"] = spread_blocks(build_on_meta(place, settings)[0], _measure_gpus())
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            place.path,
-            dtype=getattr(torch, DTYPES[settings.dtype]),
-            use_safetensors=True,  # the other format is pickle
-            output_loading_info=True,
-            **options,
-        )
+        if settings.device == "stream":
+            loaded = _load_stream(place, settings, device, scratch or Path(tempfile.gettempdir()))
+        else:
+            loaded = _load_whole(place, settings, **options)
     except UserError:
         raise
     except Exception as error:  # every way a model can be broken has a class of error of its own
-        raise UserError(f"model {settings.model!r} could not be loaded: {in_one_line(error)}") from error
+        raise _explain(settings, error) from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
         raise UserError(f"model {settings.model!r} lacks {len(missing)} of its weights, such as {missing[0]}")
-    model = model if settings.device == "spread" else model.to(device)
+    model = model if settings.device in ("spread", "stream") else model.to(device)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _load_whole(place: ModelPlace, settings: WorkbenchSettings, **options: Any) -> Any:
+    """(the model, what transformers says of loading it)."""
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        place.path,
+        dtype=getattr(torch, DTYPES[settings.dtype]),
+        use_safetensors=True,  # the other format is pickle
+        output_loading_info=True,
+        **options,
+    )
+
+
+def _load_stream(place: ModelPlace, settings: WorkbenchSettings, device: "torch.device", scratch: Path) -> Any:
+    """As `_load_whole`, block by block. A .gguf file, which transformers reads whole, is converted once."""
+    from tools.models.streamed import convert_once, stream_model
+
+    if place.gguf_file:
+        file = Path(place.path) / place.gguf_file
+        place = ModelPlace(str(convert_once(file, settings.dtype, partial(_convert, settings))), None)
+    load = partial(_load_whole, place, settings, trust_remote_code=settings.trust_remote_code)
+    return stream_model(load, build_on_meta(place, settings)[0], device, scratch)
+
+
+def _convert(settings: WorkbenchSettings, directory: Path) -> None:
+    """Load a model as ever, and write it as safetensors."""
+    model, _ = load_model(settings.model_copy(update={"device": "cpu"}))
+    forget_quantization(model)
+    model.save_pretrained(directory)
 
 
 def build_on_meta(place: ModelPlace, settings: WorkbenchSettings) -> tuple[Any, Any]:
@@ -237,7 +309,7 @@ def _quiet(name: str) -> Iterator[None]:
 def _load_packed(settings: WorkbenchSettings, directory: Path, device: "torch.device") -> Any:
     from tools.models.packed import load_packed, read_contents
 
-    if settings.device == "spread":
+    if settings.device in ("spread", "stream"):
         raise UserError(f"model {settings.model!r} is packed, and runs on one device; use another --device")
     dtype = read_contents(directory).dtype
     if dtype != settings.dtype:

@@ -97,6 +97,14 @@ def measure_losses(
 ) -> tuple[TokenLosses, Tensor]:
     """Losses of one window, and its hidden states; the reference is the dense model's hidden states."""
     hidden_TD = compute_hidden(model, ids_T[None])[0]
+    return sum_losses(model, ids_T, hidden_TD, dense_hidden_TD, lead=lead), hidden_TD
+
+
+@torch.no_grad()
+def sum_losses(
+    model: Any, ids_T: Tensor, hidden_TD: Tensor, dense_hidden_TD: Tensor | None, *, lead: int = 0
+) -> TokenLosses:
+    """Losses of one window, whose hidden states are on the head's device; the reference as in `measure_losses`."""
     nll = kl = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
     dense_TD = hidden_TD if dense_hidden_TD is None else dense_hidden_TD.to(hidden_TD.device)
     text = hidden_TD[lead:], dense_TD[lead:], _shift(ids_T)[lead:].to(hidden_TD.device)
@@ -107,7 +115,7 @@ def measure_losses(
             log_q = torch.log_softmax(compute_logits(model, dense), -1)
             q = log_q.exp()
             kl = kl + log_q.sub_(log_p).mul_(q).sum(-1).double().sum()
-    return TokenLosses(float(nll), float(kl)), hidden_TD
+    return TokenLosses(float(nll), float(kl))
 
 
 def hidden_gradients(

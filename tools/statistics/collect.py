@@ -287,7 +287,7 @@ def _walk_up(
         part.few |= moments.few
         for layer in layers:
             leader = moments.group[layer.name]
-            part.mean_square[layer.name] = moments.mean_square[leader].to(_device(layer), copy=True)
+            part.mean_square[layer.name] = moments.mean_square[leader].to(layer.device, copy=True)
         if keep_moment is not None:
             for leader, moment_II in moments.second_moment.items():
                 keep_moment(leader, moment_II)
@@ -340,8 +340,8 @@ def _finish_gradients(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> Mo
     for layer in layers:
         name = layer.name
         nothing_O = torch.zeros_like(layer.weight_OI[:, 0], dtype=torch.float32)
-        part.gradient_square[name] = sums.get(f"plain/{name}", nothing_O).to(_device(layer)) / tokens
-        part.clipped_square[name] = sums.get(f"clipped/{name}", nothing_O).to(_device(layer)) / tokens
+        part.gradient_square[name] = sums.get(f"plain/{name}", nothing_O).to(layer.device) / tokens
+        part.clipped_square[name] = sums.get(f"clipped/{name}", nothing_O).to(layer.device) / tokens
         part.gradient[name] = float(sums.get(f"language/{name}", 0.0)) / extent.gradient_windows
     return part
 
@@ -390,7 +390,3 @@ def finish_curves(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> dict[s
 def group_layers(layers: Sequence[Layer]) -> list[list[Layer]]:
     """The layers of each block, to the last that has any."""
     return layers_by_block(layers, 1 + max(layer.block for layer in layers))
-
-
-def _device(layer: Layer) -> torch.device:
-    return layer.weight_OI.device

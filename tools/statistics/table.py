@@ -15,39 +15,37 @@ def build_profile(
     statistics: ModelStatistics,
     dense: Mapping[str, Tensor] | None = None,
 ) -> list[LayerProfile]:
-    """The table of layers, with z-scores over all of them; of the `dense` weights where they are given."""
-    weights = [_weight(layer, dense) for layer in layers]
-    wanda = [
-        measure_wanda(weight_OI, statistics.mean_square[layer.name])
-        for layer, weight_OI in zip(layers, weights, strict=True)
-    ]
-    gradient = [statistics.gradient[layer.name] for layer in layers]
-    outliers: dict[int, float] = {}
+    """The table of layers, with z-scores over all of them; of the `dense` weights where they are given.
+
+    The weights of one block at a time are read.
+    """
+    wanda, zeros, outliers = dict[str, float](), dict[str, int](), dict[int, float]()
     for block in sorted({layer.block for layer in layers}):
-        members = [
-            (w, statistics.mean_square[x.name]) for x, w in zip(layers, weights, strict=True) if x.block == block
-        ]
-        outliers[block] = measure_outliers([w for w, _ in members], [a for _, a in members])
+        members = {layer.name: _weight(layer, dense) for layer in layers if layer.block == block}
+        for name, weight_OI in members.items():
+            wanda[name] = measure_wanda(weight_OI, statistics.mean_square[name])
+            zeros[name] = int((weight_OI == 0).sum())
+        outliers[block] = measure_outliers(list(members.values()), [statistics.mean_square[name] for name in members])
+    wanda_z = compute_z_scores([wanda[layer.name] for layer in layers])
+    gradient_z = compute_z_scores([statistics.gradient[layer.name] for layer in layers])
     return [
         LayerProfile(
             name=layer.name,
             block=layer.block,
             kind=layer.kind,
-            weights=weight_OI.numel(),
-            zeros=int((weight_OI == 0).sum()),
-            wanda=w,
+            weights=layer.weight_OI.numel(),
+            zeros=zeros[layer.name],
+            wanda=wanda[layer.name],
             wanda_z=w_z,
-            gradient=g,
+            gradient=statistics.gradient[layer.name],
             gradient_z=g_z,
             kappa=statistics.kappa[layer.name],
-            inputs=weight_OI.shape[1],
+            inputs=layer.weight_OI.shape[1],
             outliers=outliers[layer.block],
         )
-        for layer, weight_OI, w, w_z, g, g_z in zip(
-            layers, weights, wanda, compute_z_scores(wanda), gradient, compute_z_scores(gradient), strict=True
-        )
+        for layer, w_z, g_z in zip(layers, wanda_z, gradient_z, strict=True)
     ]
 
 
 def _weight(layer: Layer, dense: Mapping[str, Tensor] | None) -> Tensor:
-    return layer.weight_OI if dense is None else dense[layer.name].to(layer.weight_OI.device)
+    return (layer.weight_OI if dense is None else dense[layer.name]).to(layer.device)

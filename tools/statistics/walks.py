@@ -169,8 +169,8 @@ class Walks:
         """
         parts: dict[str, Iterable[Tensor]] = {}
         for layer in self.grouped[block]:
-            weight_OI, mean_square_I, gamma_O = (tensor.to(layer.weight_OI.device) for tensor in known[layer.name])
-            weight_OI = weight_OI if weight_OI.numel() else layer.weight_OI
+            weight_OI, mean_square_I, gamma_O = (tensor.to(layer.device) for tensor in known[layer.name])
+            weight_OI = weight_OI if weight_OI.numel() else layer.weight_OI.to(layer.device)
             parts[layer.name] = parts_of_mask(weight_OI, mean_square_I, gamma_O)
         return self._sum_curves(self._descend(span, walk, block, language=True), span, block, parts)
 
@@ -370,7 +370,7 @@ class Walks:
             heed_stop()
             if not whole:  # a span without gradient windows, or an expert that these never reached
                 continue
-            changes = (part_OI.to(layer.weight_OI.device) for part_OI in parts[layer.name])
+            changes = (part_OI.to(layer.device) for part_OI in parts[layer.name])
             with explain_layer(f"KL curve of layer {layer.name}"):
                 changes_LP = squared_loss_changes([(pair.x_TI, pair.g_TO) for pair in whole], changes)
             changes_LP /= torch.tensor([pair.scale**2 for pair in whole], dtype=torch.float64).to(changes_LP.device)

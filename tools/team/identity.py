@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from tools.models.streamed import find_stream
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,6 +32,8 @@ def hash_weights(model: Any) -> str:
     """SHA-256, in hex, of all weights as they are now, with names, shapes and dtypes."""
     weights = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if stream := find_stream(model):
+            stream.let_go()
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return weights.hexdigest()

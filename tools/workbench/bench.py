@@ -25,9 +25,10 @@ from tools.models.disk import list_disk
 from tools.models.experts import check_experts
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
 from tools.models.linear import keep_linear
-from tools.models.load import load_model
+from tools.models.load import choose_device, load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
+from tools.models.streamed import find_stream
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_pruning, time_work
 from tools.plans.recipe import Recipe
@@ -74,7 +75,9 @@ class Workbench:
         self.paces: Paces = {}
         progress("load model", 0, 1)
         self.store = ArtifactStore(directory / "artifacts")
-        self.model, self.tokenizer = loaded or load_model(settings)
+        self.model, self.tokenizer = loaded or load_model(choose_device(settings), self.store.directory)
+        if settings.device == "auto" and find_stream(self.model):
+            self._warn("the model does not fit the memory that is free: one block of it at a time comes from disk")
         self.device = self.model.device
         layers = find_layers(self.model)
         lead = count_lead(settings, self.tokenizer)
@@ -158,7 +161,7 @@ class Workbench:
         return self.weights.by_name
 
     @property
-    def dense(self) -> dict[str, Tensor]:
+    def dense(self) -> Mapping[str, Tensor]:
         """The weights of each layer as it was loaded, (O, I), on the CPU."""
         return self.weights.dense
 
@@ -337,7 +340,7 @@ class Workbench:
     def peak_memory_bytes(self) -> int:
         """The most memory used so far: of all GPUs that the model is on, else of this process."""
         if self.device.type == "cuda":
-            devices = {parameter.device for parameter in self.model.parameters()}
+            devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
             return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -8,8 +8,16 @@ from torch import Tensor
 
 from tools.base.progress import Progress, count_up
 from tools.base.settings import Calibration, Split
-from tools.measure.losses import Evaluation, PrefixCache, SoFar, evaluate_windows, limit_prefix
+from tools.measure.losses import (
+    Evaluation,
+    PrefixCache,
+    SoFar,
+    evaluate_by_blocks,
+    evaluate_windows,
+    limit_prefix,
+)
 from tools.models.blocks import Blocks
+from tools.models.streamed import find_stream
 from tools.team.cluster import Cluster
 from tools.team.requests import MeasureLosses, OnSpan
 from tools.texts.windows import Windows
@@ -26,7 +34,8 @@ class Losses:
         self, blocks: Blocks, windows: Windows, weights: Weights, crew: Crew, shares: Mapping[str, float]
     ) -> None:
         """`shares` are what each named text counts."""
-        self.prefix = PrefixCache(blocks, windows.validation, limit_prefix(blocks.model))
+        self._blocks, self._streamed = blocks, find_stream(blocks.model) is not None
+        self.prefix = PrefixCache(blocks, windows.validation, 0 if self._streamed else limit_prefix(blocks.model))
         self._model, self._windows, self._weights, self._crew = blocks.model, windows, weights, crew
         self._shares = dict(shares)
 
@@ -63,11 +72,17 @@ class Losses:
         `from_change`, for the whole validation text alone: from the first block that is other than it was when this
         was measured last. Hidden states come from workers only where none of the dense model's are given. What is known
         `so_far` is not measured again; workers, each of whom answers for all of its windows at once, do not fill it.
+        Of a model that is streamed all windows pass block by block, all blocks, and `so_far` stays as it is.
         """
         if self._crew.cluster is None:
             text_BT = self._windows.find_text(split)[list(windows)].to(self._model.device)
             prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
             lead = self._windows.lead
+            if self._streamed:
+                evaluation, hidden_BTD = evaluate_by_blocks(
+                    self._blocks, text_BT, dense_hidden_BTD, label, progress, lead=lead
+                )
+                return self._name(evaluation, split, windows), hidden_BTD
             evaluation, hidden_BTD = evaluate_windows(
                 self._model, text_BT, dense_hidden_BTD, label, progress, prefix, lead=lead, so_far=so_far
             )

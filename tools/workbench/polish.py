@@ -9,9 +9,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from tools.base.errors import ImpossiblePlan
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop
-from tools.base.settings import Calibration, WorkbenchSettings
+from tools.base.settings import NO_STREAMED_POLISH, Calibration, WorkbenchSettings
 from tools.models.artifacts import pack_pruned
 from tools.models.blocks import Blocks
 from tools.plans.polish import Schedule, schedule_polish
@@ -93,7 +94,9 @@ class Polisher:
         return Polished.model_validate(found) if found else None
 
     def refuse(self, tokens: int, text: PolishText) -> None:
-        """Raises ImpossiblePlan, in one line, where the text or the tokens are too few."""
+        """Raises ImpossiblePlan, in one line, where the text or the tokens are too few, or the model is streamed."""
+        if any(layer.is_streamed for layer in self._weights.layers):
+            raise ImpossiblePlan(NO_STREAMED_POLISH)
         self._schedule(tokens, text)
 
     def _sort(self, artifacts: Mapping[str, str]) -> dict[str, str]:

@@ -163,7 +163,7 @@ class Profiles:
         progress: Progress,
         keep_moment: Callable[[str, Tensor], None] | None,
         kept: UnfinishedWalk,
-        dense: dict[str, Tensor] | None = None,
+        dense: Mapping[str, Tensor] | None = None,
     ) -> ModelStatistics:
         """As `collect_statistics`. Raises UnknownStatistics too for statistics that are not finite."""
         team, extent = self._crew.team, self._crew.extent

@@ -307,7 +307,8 @@ class Pruner:
             mask = Recipe(method=method, refit=False, gamma=task.recipe.gamma, statistics="dense")
             with explain_layer(f"moving layer {name}"):
                 statistics = self._profiles.find_statistics(task.profile, name, mask)
-                moved_OI = prune_layer(mask, self._weights.by_name[name].weight_OI, statistics, count).weight_OI
+                layer = self._weights.by_name[name]
+                moved_OI = prune_layer(mask, layer.weight_OI.to(layer.device), statistics, count).weight_OI
                 made[name] = self._store.write_tensors(pack_pruned(moved_OI, values=True))
             tasks[name] = LayerTask(count, task.recipe, task.profile)
         return self._store.write_json(make_checkpoint(tasks, made).model_dump(exclude_none=True))

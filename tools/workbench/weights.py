@@ -12,8 +12,8 @@ from tools.base.errors import DamagedArtifact
 from tools.base.progress import Warn
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.layers import Layer
+from tools.models.mapped import map_tensors
 from tools.statistics.walks import layers_by_block
-from tools.workbench.dense import map_weights
 from tools.workbench.store import DENSE, ArtifactStore
 
 
@@ -25,14 +25,16 @@ class Weights:
         self.layers = list(layers)
         self.by_name = {layer.name: layer for layer in layers}
         self.by_block = layers_by_block(layers, blocks)
-        self.dense = map_weights({layer.name: layer.weight_OI for layer in layers}, store.directory)
+        self.dense = map_tensors(((layer.name, layer.weight_OI) for layer in layers), store.directory)
+        if any(layer.is_streamed for layer in layers):
+            self.dense.groups = {layer.name: layer.block for layer in layers}
         self.installed = dict.fromkeys(self.by_name, DENSE)
         self._store, self._warn = store, warn
         self._hashes: dict[str, str] = {}
 
     def device_of(self, name: str) -> torch.device:
         """Where a layer is computed."""
-        return self.by_name[name].weight_OI.device
+        return self.by_name[name].device
 
     def hash_dense(self, name: str) -> str:
         """SHA-256 of a layer's weights as they were loaded."""

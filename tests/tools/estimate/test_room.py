@@ -56,7 +56,7 @@ def test_what_cannot_be_run_here_is_not_timed(no_gpu: None, monkeypatch: pytest.
     assert explain_absence(model, "cuda") == "torch sees no GPU here"
     assert explain_absence(model, "cpu") == ""
     block = 4 * (15_360 // 2 + 2 * 32)
-    monkeypatch.setattr(module, "_count_free", lambda: module.ROOM * block - 1)
+    monkeypatch.setattr(module, "count_free", lambda: module.ROOM * block - 1)
     assert explain_absence(model, "cpu") == "one block of it does not fit the memory that is free here"
-    monkeypatch.setattr(module, "_count_free", lambda: module.ROOM * block)
+    monkeypatch.setattr(module, "count_free", lambda: module.ROOM * block)
     assert explain_absence(model, "cpu") == ""

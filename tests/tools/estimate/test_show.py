@@ -90,7 +90,7 @@ def test_the_memory_of_this_machine(tiny_llama: Path, untimed: None) -> None:
     assert line == f"fits this memory of {show_size(found.devices.bytes)}: {needs} at most ({most.name})"
     small = found.model_copy(update={"devices": Devices(count=1, bytes=1000)})
     (line,) = [line for line in summarise(small) if line.startswith("does not fit ")]
-    assert line.endswith("; fewer or shorter windows need less")
+    assert line.endswith("; fewer or shorter windows need less, and --device stream")
 
 
 def test_a_gpu_that_is_a_little_too_small(tmp_path: Path, no_gpu: None, untimed: None) -> None:
@@ -99,7 +99,7 @@ def test_a_gpu_that_is_a_little_too_small(tmp_path: Path, no_gpu: None, untimed:
     assert re.match(r"does not fit one GPU of 24\.0 GB: 2[89]\.\d GB \(", line)
     assert line.endswith(
         "), 16.4 GB of it the model; fewer or shorter windows need less; --device spread lays its blocks over several "
-        "GPUs, at least 2 of these"
+        "GPUs, at least 2 of these, stream holds one at a time"
     )
 
 

@@ -72,7 +72,7 @@ def test_hooks_change_no_bit_of_blocks_and_gradients(architecture: str) -> None:
 def test_a_run_of_the_workbench_comes_to_the_same_masks(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_over(settings: Any) -> Any:
+    def load_over(settings: Any, _scratch: Path) -> Any:
         model, tokenizer = load_model(settings)
         return lay_over(model), tokenizer
 

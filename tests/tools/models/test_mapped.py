@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tools.base.errors import DiskFull, UserError
-from tools.workbench import dense
-from tools.workbench.dense import map_weights
+from tools.models import mapped
+from tools.models.mapped import map_tensors
 
 STATUS = Path("/proc/self/status")
 
@@ -23,7 +23,7 @@ def test_copies_have_the_same_bits_and_the_file_no_name(tmp_path: Path) -> None:
         "c": torch.randn(1, 3, dtype=torch.float16),
         "d": torch.tensor([[float("nan"), -0.0]]),
     }
-    copies = map_weights(weights, tmp_path / "artifacts")
+    copies = map_tensors(weights.items(), tmp_path / "artifacts")
     assert list(copies) == list(weights) and list((tmp_path / "artifacts").iterdir()) == []
     for name, copy in copies.items():
         weight = weights[name]
@@ -34,7 +34,7 @@ def test_copies_have_the_same_bits_and_the_file_no_name(tmp_path: Path) -> None:
     weights["b"].zero_()
     copies["a"].zero_()
     assert torch.equal(copies["b"], before), "neither the model nor another copy shares them"
-    assert map_weights({}, tmp_path) == {}
+    assert dict(map_tensors([], tmp_path)) == {}
 
 
 @pytest.mark.skipif(not STATUS.is_file(), reason="this system has no /proc")
@@ -45,7 +45,7 @@ def test_they_take_no_memory_that_another_could_not_have(tmp_path: Path) -> None
 
     weight = torch.ones(2048, 4096)
     before = held()
-    (copy,) = map_weights({"a": weight}, tmp_path).values()
+    (copy,) = map_tensors([("a", weight)], tmp_path).values()
     assert float(copy.sum()) == weight.numel()
     assert held() - before < weight.nbytes / 4
 
@@ -67,6 +67,6 @@ def test_what_cannot_be_written_is_told_in_one_line(
     def refuse(*_arguments: Any, **_options: Any) -> Any:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(dense.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(mapped.tempfile, "NamedTemporaryFile", refuse)
     with pytest.raises(kind, match=f"^{said.replace('PATH', re.escape(str(tmp_path)))}$"):
-        map_weights({"a": torch.ones(1)}, tmp_path)
+        map_tensors([("a", torch.ones(1))], tmp_path)

@@ -1,0 +1,62 @@
+"""Runs of a model of which a block is held at a time: what one that holds the model whole finds, and its bits."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Command
+from tests.end_to_end.helpers import (
+    TINY,
+    Halt,
+    assert_same_weights,
+    fork,
+    read_summary,
+    read_trials,
+    run_apart,
+)
+from tests.rows import write_rows
+
+MORE = ("--target-sparsity", "0.5", "--max-iterations", "4", "--further-windows", "3", "--question-pairs", "4")
+STREAM = ("--device", "stream")
+
+
+@pytest.fixture(scope="module")
+def flags(trained_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    rows = [{"question": f"What comes after {i}", "answer": str(i + 1)} for i in range(40)]
+    asked = write_rows(tmp_path_factory.mktemp("questions") / "questions.jsonl", rows)
+    return ["--name", "run", "--model", str(trained_llama), *TINY, *MORE, "--questions", asked]
+
+
+@pytest.fixture(scope="module")
+def streamed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that nothing happened to."""
+    return run_apart(tmp_path_factory.mktemp("streamed"), *flags, *STREAM)
+
+
+def test_it_ends_where_a_run_ends_that_holds_the_model(flags: list[str], streamed: Path, tmp_path: Path) -> None:
+    whole = run_apart(tmp_path, *flags)
+    assert read_trials(streamed) == read_trials(whole)
+    ours, theirs = read_summary(streamed), read_summary(whole)
+    for figures in ("mask_sha256", "perplexity", "knowledge"):
+        assert ours[figures] == theirs[figures], figures
+    assert_same_weights(streamed, whole)
+
+
+def test_killed_and_resumed_it_ends_there_too(
+    flags: list[str], streamed: Path, tmp_path: Path, command: Command
+) -> None:
+    halt = Halt("validate", "tools.measure.losses:sum_losses", 2)
+    assert fork(tmp_path, *flags, *STREAM, halt=halt).finish().code == -signal.SIGKILL
+    assert command("--resume", "run").code == 0
+    assert read_trials(tmp_path / "runs" / "run") == read_trials(streamed)
+    assert_same_weights(tmp_path / "runs" / "run", streamed)
+
+
+def test_what_no_streamed_run_can_do_is_told_before_anything_is_loaded(
+    command: Command, nothing_is_loaded: None
+) -> None:
+    said = command(*STREAM, "--polish-tokens", "256")
+    assert said.code == 2 and "a polish holds all survivors with two means of their gradients" in said.err
+    said = command(*STREAM, "--workers", "2")
+    assert said.code == 2 and "device stream is one process that holds a block at a time; leave workers out" in said.err

@@ -1,0 +1,182 @@
+"""A model of which a block is held at a time: the same bits as one that is held whole, in the memory of a block."""
+
+import gc
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.tiny import (
+    make_tiny_model,
+    make_tiny_tokenizer,
+    save_tiny_gguf,
+    tiny_settings,
+)
+from tools.base.errors import UserError
+from tools.base.progress import ignore_progress
+from tools.models import load as sources
+from tools.models.blocks import Blocks, check_blocks
+from tools.models.formats import PACKED_FILE
+from tools.models.layers import find_blocks, find_layers
+from tools.models.load import choose_device, load_model
+from tools.models.streamed import find_stream, measure_stream
+from tools.workbench.open import use_workbench
+
+IDS_BT = torch.arange(1, 17)[None] * 3
+MAPS = Path("/proc/self/smaps")
+
+
+def save(directory: Path, architecture: str) -> Path:
+    make_tiny_model(architecture).save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gemma3n", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_it_is_the_model_held_whole(architecture: str, dtype: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", architecture)
+    whole, _ = load_model(tiny_settings(path, dtype=dtype))
+    streamed, _ = load_model(tiny_settings(path, dtype=dtype, device="stream"), tmp_path / "scratch")
+    assert find_stream(streamed) is not None and find_stream(whole) is None
+    assert list((tmp_path / "scratch").iterdir()) == [], "the file that weights lie in has no name"
+    theirs = streamed.state_dict()
+    assert list(theirs) == list(whole.state_dict())
+    for name, weight in whole.state_dict().items():
+        assert theirs[name].dtype == weight.dtype and torch.equal(theirs[name], weight), name
+    tied = whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
+    assert (streamed.get_input_embeddings().weight is streamed.get_output_embeddings().weight) == tied
+    assert torch.equal(streamed(input_ids=IDS_BT).logits, whole(input_ids=IDS_BT).logits)
+    check_blocks(Blocks(streamed), IDS_BT[0])  # forward and backward, block by block beside all at once
+    assert not any(parameter.requires_grad for parameter in streamed.parameters())
+
+
+def test_what_is_written_to_a_layer_is_there_when_its_block_runs(tiny_llama: Path, tmp_path: Path) -> None:
+    whole, _ = load_model(tiny_settings(tiny_llama))
+    streamed, _ = load_model(tiny_settings(tiny_llama, device="stream"), tmp_path)
+    for model in (whole, streamed):
+        for layer in find_layers(model):
+            layer.write(torch.where(layer.weight_OI.abs() > 0.2, layer.weight_OI, 0))
+    assert all(layer.is_streamed and layer.device.type == "cpu" for layer in find_layers(streamed))
+    assert torch.equal(streamed(input_ids=IDS_BT).logits, whole(input_ids=IDS_BT).logits)
+
+
+def test_only_the_block_that_runs_has_its_weights_in_memory(tmp_path: Path) -> None:
+    """In others a module has the weights that lie on disk; a block has them again once it has run, or failed to."""
+    streamed, _ = load_model(tiny_settings(save(tmp_path / "model", "llama"), device="stream"), tmp_path)
+    places = {name: parameter.data_ptr() for name, parameter in streamed.named_parameters()}
+    seen: list[list[str]] = []
+
+    def look(*_arguments: Any) -> None:
+        seen.append([n.split(".")[2] for n, p in streamed.named_parameters() if p.data_ptr() != places[n]])
+
+    for block in find_blocks(streamed):
+        block.mlp.register_forward_pre_hook(look)
+    streamed(input_ids=IDS_BT)
+    assert [set(blocks) for blocks in seen] == [{"0"}, {"1"}]
+    assert {name: p.data_ptr() for name, p in streamed.named_parameters()} == places
+
+    def fail(*_arguments: Any) -> None:
+        raise RuntimeError("out of order")
+
+    find_blocks(streamed)[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of order"):
+        streamed(input_ids=IDS_BT)
+    assert {name: p.data_ptr() for name, p in streamed.named_parameters()} == places
+
+
+@pytest.mark.skipif(not MAPS.is_file(), reason="this system has no /proc")
+def test_what_is_read_of_the_file_is_a_block(tmp_path: Path) -> None:
+    """Whether blocks run, forward or backward, or their weights are read one after another."""
+
+    def held() -> int:
+        parts = re.findall(r"/\.dense-.*\n(?:.*\n)*?Rss:\s+(\d+) kB", MAPS.read_text())
+        return sum(map(int, parts)) * 1024
+
+    config = transformers.LlamaConfig(
+        **{"vocab_size": 320, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4},
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "model")
+    gc.collect()
+    before, most = held(), 0
+    streamed, _ = load_model(tiny_settings(tmp_path / "model", device="stream"), tmp_path)
+    assert held() - before < 2**20, "once it is loaded nothing of it needs to be in memory"
+
+    def look(*_arguments: Any) -> None:
+        nonlocal most
+        most = max(most, held() - before)
+
+    for block in find_blocks(streamed):
+        block.register_forward_hook(look)
+    streamed(input_ids=IDS_BT)
+    check_blocks(Blocks(streamed), IDS_BT[0])
+    for layer in find_layers(streamed):
+        layer.write(layer.weight_OI * 2)
+        look()
+    sizes = measure_stream(streamed)
+    assert sizes.block < most < 2 * sizes.block + sizes.outside
+
+
+def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = tiny_settings(save_tiny_gguf(tmp_path / "tiny.gguf"), dtype="bf16")
+    whole, _ = load_model(settings)
+    stream = settings.model_copy(update={"device": "stream"})
+    for _ in range(2):
+        streamed, tokenizer = load_model(stream, tmp_path)
+        assert torch.equal(streamed(input_ids=IDS_BT).logits, whole(input_ids=IDS_BT).logits)
+        assert tokenizer("for x in y:")["input_ids"] == make_tiny_tokenizer()("for x in y:")["input_ids"]
+        monkeypatch.setattr("tools.models.streamed.ProcessPoolExecutor", None)  # it is there now
+    (directory,) = (tmp_path / "cache" / "billhook").iterdir()
+    assert re.fullmatch(r"tiny-bf16-[0-9a-f]{16}", directory.name)
+
+
+def test_auto_streams_what_does_not_fit(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny_settings(tiny_llama, device="auto")
+    assert choose_device(settings) is settings
+    size = sum(parameter.nbytes for parameter in make_tiny_model("llama").parameters())
+    monkeypatch.setattr(sources, "count_free", lambda: 1.3 * size)
+    assert choose_device(settings).device == "auto"
+    monkeypatch.setattr(sources, "count_free", lambda: 1.2 * size)
+    assert choose_device(settings).device == "stream"
+    assert choose_device(settings.model_copy(update={"device": "cpu"})).device == "cpu"
+    assert choose_device(settings.model_copy(update={"workers": "2"})).device == "auto", "a worker holds a model"
+    said: list[str] = []
+    with use_workbench(settings, tmp_path, said.append, ignore_progress) as bench:
+        assert find_stream(bench.model) is not None
+    assert said == ["the model does not fit the memory that is free: one block of it at a time comes from disk"]
+
+
+def test_what_cannot_be_streamed_is_refused_in_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device stream is one process that holds a block at a time; leave workers"):
+        tiny_settings(tiny_llama, device="stream", workers="2")
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for file in tiny_llama.iterdir():
+        if file.suffix != ".safetensors":
+            (packed / file.name).symlink_to(file)
+    (packed / PACKED_FILE).write_bytes(b"")
+    with pytest.raises(UserError, match=r"is packed, and runs on one device; use another --device$"):
+        load_model(tiny_settings(packed, device="stream"), tmp_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_llama.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 5000 if file.suffix == ".safetensors" else None])
+    with pytest.raises(UserError, match=r"^model '.*broken' could not be loaded: .+$"):
+        load_model(tiny_settings(broken, device="stream"), tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_blocks_come_to_a_gpu(tiny_llama: Path, tmp_path: Path) -> None:
+    whole, _ = load_model(tiny_settings(tiny_llama, device="cuda"))
+    streamed, _ = load_model(tiny_settings(tiny_llama, device="stream"), tmp_path)
+    assert {layer.device.type for layer in find_layers(streamed)} == {"cuda"}
+    assert {layer.weight_OI.device.type for layer in find_layers(streamed)} == {"cpu"}
+    ids_BT = IDS_BT.cuda()
+    torch.testing.assert_close(streamed(input_ids=ids_BT).logits, whole(input_ids=ids_BT).logits)
+    check_blocks(Blocks(streamed), ids_BT[0])

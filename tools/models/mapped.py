@@ -1,0 +1,93 @@
+"""Tensors on disk, mapped into memory.
+
+What is read of them stays in memory as long as there is room and goes first where there is none, for it can be read
+again: no second model is held, and of one whose blocks are streamed not even the first.
+"""
+
+import mmap
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tools.base.files import explain_full_disk, explain_unwritable
+
+ALIGNED = 64
+"""Each tensor begins at a multiple of so many bytes."""
+
+
+class _Place(NamedTuple):
+    begin: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class Mapped(Mapping[str, Tensor]):
+    """Tensors of one file, by their names, on the CPU."""
+
+    def __init__(self, held: mmap.mmap, places: dict[str, _Place]) -> None:
+        self.groups: Mapping[str, int] = {}
+        """Where it is given, whoever takes a tensor lets go of those of the group that one was taken of before."""
+        self._held, self._places, self._last = held, places, ""
+        self._tensors = {name: _view(held, place) for name, place in places.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._last and self.groups.get(self._last) != self.groups.get(name):
+            self.let_go([other for other, group in self.groups.items() if group == self.groups[self._last]])
+        self._last = name
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """Take what was read of some of them out of this process' memory; they are read again when they are used.
+
+        What was written stays: in the file, where that is shared. Tensors of a file that is not must not have been
+        written to. Does nothing where the system cannot do it.
+        """
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for name in names:
+            place = self._places[name]
+            begin = place.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._held.madvise(mmap.MADV_DONTNEED, begin, place.begin + place.bytes - begin)
+
+
+def _view(held: mmap.mmap, place: _Place) -> Tensor:
+    """With a storage of its own: to whoever writes tensors to a file, two of one storage are tied."""
+    if not place.bytes:
+        return torch.empty(place.shape, dtype=place.dtype)
+    count = place.shape.numel()
+    return torch.frombuffer(held, dtype=place.dtype, count=count, offset=place.begin).view(place.shape)
+
+
+def map_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path, *, shared: bool = False) -> Mapped:
+    """Copies of tensors of any shape, dtype and device, one after another, in a file of `directory` without a name.
+
+    The file ends with the process, or with the last of the copies. What is written to them goes to the file where it is
+    `shared`, and otherwise leaves that as it is. Raises DiskFull, or another UserError in one line, where it cannot be
+    written.
+    """
+    places: dict[str, _Place] = {}
+    with explain_unwritable(f"the dense weights in {directory}"), explain_full_disk(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".dense-") as file:
+            for name, tensor in tensors:
+                file.write(bytes(-file.tell() % ALIGNED))
+                places[name] = _Place(file.tell(), tensor.dtype, tensor.shape)
+                file.write(tensor.to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(bytes(1))  # a file without any bytes cannot be mapped
+            file.flush()
+            access = mmap.ACCESS_WRITE if shared else mmap.ACCESS_COPY
+            return Mapped(mmap.mmap(file.fileno(), 0, access=access), places)

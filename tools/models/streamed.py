@@ -1,0 +1,261 @@
+"""A model of which a block is held, never the whole: its weights lie on disk, and a block's come when it runs.
+
+While a block runs, copies of its weights are on the device that it runs on; they go when nothing needs them any more,
+which a graph does for as long as it is there. At all other times a module has the weights that lie on disk, mapped into
+memory: whoever reads or writes those finds them as in any model. Embeddings and head are on the device where that is a
+GPU, and else on disk, too.
+"""
+
+import functools
+import gc
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tools.base.files import write_directory
+from tools.models.layers import STREAMED, find_blocks
+from tools.models.mapped import Mapped, map_tensors
+
+SHARD = 256 * 2**20
+"""Bytes of a file in which such a model is written, at least."""
+
+_STREAM = "_billhook_stream"
+"""Under this name a model has its `Stream`."""
+
+
+class _Owner(NamedTuple):
+    """A module, with the name under which it has a parameter."""
+
+    module: nn.Module
+    name: str
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """One block of a stream (`StreamedBlock`)."""
+
+    stream: "Stream"
+    block: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.stream.device
+
+    def touch(self) -> None:
+        self.stream.touch(self.block)
+
+
+class Stream:
+    """The weights of a model whose blocks come one by one."""
+
+    def __init__(self, model: Any, mapped: Mapped, device: torch.device) -> None:
+        """All parameters are those of `mapped`, by their names."""
+        self.device, self._mapped = device, mapped
+        blocks = find_blocks(model)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._owners = [_list_owners(block) for block in blocks]
+        self._names = [[names[id(p)] for p in block.parameters()] for block in blocks]
+        inside = {name for block in self._names for name in block}
+        self._outside = [name for name in mapped if name not in inside]
+        for index, block in enumerate(blocks):
+            for module in block.modules():
+                setattr(module, STREAMED, _Streamed(self, index))
+            block.forward = self._bring_for(index, block.forward)
+        setattr(model, _STREAM, self)
+        self.shard = max(SHARD, *(parameter.nbytes for parameter in model.parameters()))
+        """Bytes of the files that it is written in."""
+        if device.type != "cpu":
+            _move_outside(model, self._outside, device)
+        self._touched: int | None = None
+        self.let_go()
+
+    def touch(self, block: int) -> None:
+        """As `StreamedBlock.touch`."""
+        if self._touched not in (None, block):
+            self.let_go(self._touched)
+        self._touched = block
+
+    def let_go(self, block: int | None = None) -> None:
+        """Take what was read of the weights of a block, or of all, out of this process' memory."""
+        blocks = range(len(self._names)) if block is None else [block]
+        self._mapped.let_go(name for index in blocks for name in self._names[index])
+        self._mapped.let_go(self._outside)
+
+    def _bring_for(self, block: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def bring(*args: Any, **kwargs: Any) -> Any:
+            with self._bring(block):
+                return forward(*args, **kwargs)
+
+        return bring
+
+    @contextmanager
+    def _bring(self, block: int) -> Iterator[None]:
+        """Inside, a block has copies of its weights on the device; one that has several names is copied once."""
+        copies: dict[int, nn.Parameter] = {}
+        before = [(owner, owner.module._parameters[owner.name]) for owner in self._owners[block]]
+        try:
+            for owner, parameter in before:
+                assert parameter is not None
+                if id(parameter) not in copies:
+                    copy = parameter.detach().to(self.device, copy=True)
+                    copies[id(parameter)] = nn.Parameter(copy, requires_grad=False)
+                owner.module._parameters[owner.name] = copies[id(parameter)]
+            self.let_go(block)
+            yield
+        finally:
+            for owner, parameter in before:
+                owner.module._parameters[owner.name] = parameter
+
+
+def find_stream(model: Any) -> Stream | None:
+    """Where a model's blocks are streamed from; None of one that is held whole."""
+    return getattr(model, _STREAM, None)
+
+
+def _list_owners(block: nn.Module) -> list[_Owner]:
+    return [
+        _Owner(module, name)
+        for module in block.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _move_outside(model: Any, names: list[str], device: torch.device) -> None:
+    """Put embeddings, head and norms behind the blocks on a GPU, and all buffers."""
+    parameters = dict(model.named_parameters())
+    for name in names:
+        parameters[name].data = parameters[name].data.to(device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+class StreamSizes(NamedTuple):
+    """Bytes of a model that is streamed."""
+
+    block: int
+    """Of its largest block."""
+    outside: int
+    """Of embeddings, head and whatever else is in no block."""
+
+
+def measure_stream(model: Any) -> StreamSizes:
+    """What is held of a model, which may be on the meta device."""
+    blocks = find_blocks(model)
+    whole, inside = (sum(p.nbytes for p in part.parameters()) for part in (model, blocks))
+    return StreamSizes(max(sum(p.nbytes for p in block.parameters()) for block in blocks), whole - inside)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def stream_model(
+    load: Callable[..., tuple[Any, Mapping[str, Any]]], empty: Any, device: torch.device, scratch: Path
+) -> tuple[Any, Mapping[str, Any]]:
+    """(a model whose blocks are streamed to `device`, what `from_pretrained` said of loading it).
+
+    `load` is `from_pretrained` of a directory of safetensors, which is given the places of modules; `empty` the model
+    on the meta device. Weights come one by one; a file without a name in the directory `scratch` is where they lie.
+    Raises DiskFull, or whatever `load` raises.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    empty.tie_weights()
+    shared: dict[int, list[str]] = {}
+    for name, parameter in empty.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    with _Offloaded(scratch) as folder:
+        model, loading = load(device_map=_place_on_disk(empty), offload_folder=folder)
+        offloaded = _find_offloaded(model)
+
+        def read() -> Iterator[tuple[str, torch.Tensor]]:
+            for first, *_ in shared.values():
+                there = model.get_parameter(first)
+                yield first, offloaded[first] if there.is_meta else there.data
+
+        mapped = map_tensors(read(), scratch, shared=True)
+    remove_hook_from_module(model, recurse=True)
+    for attribute in ("to", "cuda", "hf_device_map"):  # what accelerate's dispatch put there
+        vars(model).pop(attribute, None)
+    for names in shared.values():
+        parameter = nn.Parameter(mapped[names[0]], requires_grad=False)
+        for name in names:
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._parameters[leaf] = parameter
+    gc.collect()
+    Stream(model, mapped, device)
+    return model, loading
+
+
+def _find_offloaded(model: Any) -> Mapping[str, torch.Tensor]:
+    """All weights that the library left on disk, by name, each read when it is asked for."""
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    each = [hook for outer in hooks for hook in getattr(outer, "hooks", [outer])]
+    whole: Mapping[str, torch.Tensor]
+    [whole, *_] = [hook.weights_map.dataset for hook in each if getattr(hook, "weights_map", None) is not None]
+    return whole
+
+
+class _Offloaded(tempfile.TemporaryDirectory[str]):
+    """Where the library puts weights aside that it changes as it reads them; it says so, and is kept quiet."""
+
+    def __init__(self, scratch: Path) -> None:
+        scratch.mkdir(parents=True, exist_ok=True)
+        super().__init__(dir=scratch, prefix=".loading-")
+        self._logger = logging.getLogger("accelerate.big_modeling")
+        self._before = self._logger.level
+
+    def __enter__(self) -> str:
+        self._logger.setLevel(logging.ERROR)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._logger.setLevel(self._before)
+        super().__exit__(*error)
+
+
+def _place_on_disk(empty: Any) -> dict[str, str]:
+    """Every module with weights of its own on disk, but for the smallest: the library wants one that is not."""
+    sizes = {
+        name: sum(p.numel() for p in module.parameters(recurse=False))
+        for name, module in empty.named_modules()
+        if module._parameters
+    }
+    leaves = [name for name in sizes if not any(other.startswith(f"{name}.") for other in sizes)]
+    smallest = min(leaves, key=sizes.__getitem__)  # with all that is inside it, therefore a leaf
+    return dict.fromkeys(sizes, "disk") | {smallest: "cpu"}
+
+
+def convert_once(source: Path, dtype: str, convert: Callable[[Path], None]) -> Path:
+    """A directory of safetensors that a file was converted to, by `convert(DIRECTORY)` in a process of its own.
+
+    It is made the first time, and kept for all that come under the file's content in the user's cache. Raises whatever
+    `convert` raises, which must be a function that another process can be handed.
+    """
+    with source.open("rb") as file:
+        name = f"{source.stem}-{dtype}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    directory = Path(cache) / "billhook" / name
+    if not (directory / "config.json").is_file():
+
+        def make(aside: Path) -> None:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+                other.submit(convert, aside).result()
+
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        write_directory(directory, make)
+    return directory
