@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.planning.orders import find_order, group_kl, hash_request
+from graph.planning.orders import find_order, hash_request
 from graph.planning.unmeasured import record_breakage
 from graph.planning.verdict import Verdict, accepted_trial, heed_bounds, heed_facts, is_settled, judge
 from graph.runs.session import Session, enter, open_bench
@@ -71,7 +71,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         better=find_likelihood_better(compared, accepted) if weighed and compared.finite else None,
         compared_windows=len(compared.kl) if weighed else 0,
         texts=texts,
-        predicted_kl=group_kl(bench.read_profile(state.profile).layers, bench.planned_sparsity(state.current)),
+        predicted_kl=order.predicted_kl,
         fact_retention=retention.share if retention else None,
         fact_error=retention.error if retention else None,
         tokens=tokens,

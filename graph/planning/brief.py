@@ -258,7 +258,8 @@ def describe_lesson(lesson: Lesson, config: RunConfig) -> str:
     ground = f" {quote_data(hide_directories(lesson.ground), 80)}" if lesson.ground else ""
     text, pattern = config.calibration_text, config.pattern
     other = "text" if not lesson.knows(text, lesson.pattern or "") else "pattern"
-    cost = f"{quote_data(lesson.selector, 80)} cost {show_short(lesson.factor)} times what was predicted. "
+    expected = "the profile's curves say" if lesson.selector == WHOLE else "was predicted"
+    cost = f"{quote_data(lesson.selector, 80)} cost {show_short(lesson.factor)} times what {expected}. "
     cost = "" if lesson.moved and lesson.selector == WHOLE else cost  # a trial that blames nobody
     idle = "" if lesson.knows(text, pattern) else f" (another {other} than this run's: in no allocation)"
     return (

@@ -23,6 +23,7 @@ def gather_evidence(state: State, session: Session) -> Evidence:
         layers = gather_layers(
             state.plan, state.config, lambda recipe: bench.describe_layers(state.profile, recipe, session.progress)
         )
+        profile = bench.read_profile(state.profile).layers
         sparsity = bench.planned_sparsity(trial.checkpoint)
         before_sparsity = bench.planned_sparsity(before.checkpoint if before else "dense")
     return Evidence(
@@ -39,7 +40,7 @@ def gather_evidence(state: State, session: Session) -> Evidence:
         trials=state.trials[:-1],
         lessons=state.lessons,
         notes=state.notes,
-        measured=draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity),
+        measured=draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity, profile),
         rounds=open_budget(state).count_rounds(state.iteration),
     )
 

@@ -73,20 +73,22 @@ def draw_lesson(
     sparsity: dict[str, float],
     before: Trial | None,
     before_sparsity: dict[str, float],
+    profile: Sequence[LayerProfile] | None = None,
 ) -> Lesson | None:
     """What one trial teaches; None when it taught nothing (nothing finite, nothing predicted, nothing pruned for it).
 
     Where weights moved at the same sparsity and recipe, the lesson notes how, for `graph.reflecting.regression`, and
     is about the group that all but moved alone; where there is none, it blames none. Otherwise it is about the model as
-    a whole: how many times the predicted KL was measured. `layers` have the KL curves that the trial's allocation
-    read. The confidence is 1/(1 + s^2), where s is the standard error of the factor: an observation without noise
-    weighs 1, one as uncertain as the factor itself half of that.
+    a whole: how many times the KL that the curves of the `profile` say was measured, whichever curves the trial's
+    allocation read, so that trials by other curves can be set beside it; without a profile, that the trial predicted.
+    `layers` have the KL curves that the allocation read. The confidence is 1/(1 + s^2), where s is the standard error
+    of the factor: an observation without noise weighs 1, one as uncertain as the factor itself half of that.
     """
     recipe = trial.recipe
     if trial.graft or recipe is None or trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
         return None
     if before is None or not _is_comparable(before, trial):
-        return _lesson_of_whole(run, recipe, trial)
+        return _lesson_of_whole(run, recipe, trial, group_kl(profile, sparsity) if profile else trial.predicted_kl)
     before_kl, before_predicted = before.kl or 0.0, group_kl(layers, before_sparsity)
     scale = before_kl / before_predicted if before_predicted > 0 else 1.0
     moved = {
@@ -136,9 +138,9 @@ def _is_comparable(before: Trial, trial: Trial) -> bool:
     return same_work and same_sparsity(before.sparsity, trial.sparsity)
 
 
-def _lesson_of_whole(run: str, recipe: Recipe, trial: Trial) -> Lesson:
+def _lesson_of_whole(run: str, recipe: Recipe, trial: Trial, predicted: float) -> Lesson:
     assert trial.kl is not None
-    factor = trial.kl / trial.predicted_kl
+    factor = trial.kl / predicted
     return Lesson(
         run=run,
         iteration=trial.iteration,
@@ -146,10 +148,10 @@ def _lesson_of_whole(run: str, recipe: Recipe, trial: Trial) -> Lesson:
         selector=WHOLE,
         factor=_round(factor),
         confidence=round(1 / (1 + ((trial.kl_error or 0.0) / trial.kl) ** 2), 4),
-        predicted=trial.predicted_kl,
+        predicted=predicted,
         measured=trial.kl,
-        text=f"At {trial.sparsity:.1%} with {recipe.label} KL was {trial.kl:.4f}, {factor:.2f} times the predicted "
-        f"{trial.predicted_kl:.4f}.",
+        text=f"At {trial.sparsity:.1%} with {recipe.label} KL was {trial.kl:.4f}, {factor:.2f} times the "
+        f"{predicted:.4f} of the profile's curves.",
     )
 
 

@@ -187,8 +187,9 @@ def test_the_kl_shown_is_that_of_the_curves_that_the_plan_goes_by(
         curves = bench.describe_layers(state.profile, recipe, ignore)
         masks, shares = bench.read_profile(state.profile).layers, bench.planned_sparsity(trial.checkpoint)
     own, by_mask = (predict_kl(x, np.array([shares[layer.name] for layer in x])) for x in (curves, masks))
-    assert plan["predicted_kl"] == own != by_mask
-    assert trial.predicted_kl == pytest.approx(by_mask)
+    assert plan["predicted_kl"] == trial.predicted_kl == own != by_mask
+    (lesson,) = state.lessons
+    assert lesson.predicted == pytest.approx(by_mask), "what trials by other curves can be set beside"
     assert f"predicted KL {own:.4f} nats per token" in done.out
     assert trial.order == plan["order"] != ""
 

@@ -47,6 +47,8 @@ def test_a_clumsy_endpoint_plans_a_run_to_its_end(
         "45.0% refit:kappa",
     ]
     assert read_summary(run)["achieved_sparsity"] == pytest.approx(0.45, abs=5e-4)
+    plans, (_, *trials) = read_events(run, "plan"), read_events(run, "trial")
+    assert [x["predicted_kl"] for x in trials] == [x["predicted_kl"] for x in plans], "by the plans' own curves"
     used = [reply for reply in read_events(run, "reply") if not reply["problem"]]
     assert len(used) == 2
     problems = [reply["problem"] for reply in read_events(run, "reply") if reply["problem"]]

@@ -22,7 +22,7 @@ def test_a_climb_teaches_how_far_the_curves_are_off() -> None:
     assert lesson is not None
     assert (lesson.selector, lesson.factor, lesson.recipe, lesson.curves) == ("*", 2.0, "refit", "mask")
     assert lesson.confidence == pytest.approx(1 / (1 + 0.1**2), abs=1e-4), "KL 0.1 ± 0.01"
-    assert "2.00 times the predicted" in lesson.text
+    assert "2.00 times the 0.0500 of the profile" in lesson.text
 
 
 @pytest.mark.parametrize(("amount", "surprise", "above"), [(0.1, 0.05, True), (0.1, -0.05, False), (-0.1, 0.05, False)])
