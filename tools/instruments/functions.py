@@ -25,6 +25,7 @@ from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import select_layers
 from tools.plans.work_order import WorkOrder
+from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
 from tools.workbench.probes import Probe, find_best
 from tools.workbench.store import DENSE
@@ -152,7 +153,8 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     half of its windows, or on the `whole` text.
 
     Figures are paired with the dense model's on the same text, with those of the present weights where they are not
-    the dense ones (`kl_change` is the draft's KL minus theirs), and with those of the other probes of the round: in
+    the dense ones (`present_kl` is theirs on these windows, `kl_change` the draft's minus that, of each named text,
+    too), and with those of the other probes of the round: in
     `kl_minus_probe` the draft's KL minus each, with its standard error, on the windows that both have. Of a draft that
     cannot be, or breaks while it is carried out, there is `error` alone. Raises ImpossiblePlan when none can, and
     ValueError when there are not the tokens or seconds for all that can.
@@ -269,14 +271,24 @@ def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, win
         "perplexity": round_figure(evaluation.perplexity),
         "dense_perplexity": round_figure(dense.perplexity),
     }
+    present: Evaluation | None = None
+    if round_.present != DENSE and evaluation.finite:
+        whole = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
+        present = take_first(bench, whole, windows)
+        figures["present_kl"] = round_figure(present.mean_kl)
+        figures |= _round_change(*compare_kl(evaluation, present))
     if evaluation.texts:
-        texts = list_texts(evaluation)
-        figures["texts"] = {x.name: {"kl": round_figure(x.kl), "kl_error": round_figure(x.kl_error)} for x in texts}
-    if round_.present == DENSE or not evaluation.finite:
-        return figures
-    present = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
-    change, error = compare_kl(evaluation, take_first(bench, present, windows))
-    return figures | {"kl_change": round_figure(change), "kl_change_error": round_figure(error)}
+        figures["texts"] = {text.name: _describe_text(text) for text in list_texts(evaluation, present)}
+    return figures
+
+
+def _describe_text(text: TextFigures) -> Figures:
+    figures: Figures = {"kl": round_figure(text.kl), "kl_error": round_figure(text.kl_error)}
+    return figures if text.change is None else figures | _round_change(text.change, text.change_error)
+
+
+def _round_change(change: float, error: float | None) -> Figures:
+    return {"kl_change": round_figure(change), "kl_change_error": round_figure(error)}
 
 
 def take_first(bench: "Workbench", evaluation: Evaluation, windows: int) -> Evaluation:

@@ -105,7 +105,7 @@ class Recipe(BaseModel):
         0.0,
         exclude_if=operator.not_,
         description="Where survivors are fitted: share of its mean square added to each input's, such as 0.3. More "
-        "believes less of what inputs have in common on this text; costs nothing.",
+        "believes less of what inputs have in common on this text; costs curves of a method anew.",
     )
     curves: Literal["mask", "method"] = Field(
         "method",
@@ -130,7 +130,7 @@ class Recipe(BaseModel):
         (),
         exclude_if=operator.not_,
         description="What each text counts in statistics and polish, as weights; left out, as in the run. A sum of "
-        "what is known of each, at no cost.",
+        "what is known of each, at no cost but curves of a method anew.",
     )
     polish: SkipJsonSchema[bool] = Field(  # planners are told of it in runs that allow it
         False,

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ import tools.workbench.losses
 from graph.config import RunConfig
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
-from tests.situations import ignore
+from tests.named import name_texts
+from tests.situations import ignore, open_orders
 from tests.team import make_team
+from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.functions import MAX_GROUPS, MAX_INSPECTED, Draft, Round, inspect_layers, predict, probe
 from tools.models.layers import Layer
@@ -22,6 +25,7 @@ from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
+from tools.workbench.open import use_workbench
 from tools.workbench.store import DENSE
 
 WANDA = Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform"))
@@ -147,6 +151,25 @@ def test_probe_measures_what_a_round_would_and_puts_everything_back(
     if accepted:
         changes = [t - a for t, a in zip(kl, present.kl, strict=False) if a is not None]
         assert figures["kl_change"] == pytest.approx(sum(changes) / windows, rel=1e-3)
+        assert figures["present_kl"] == pytest.approx(figures["kl"] - figures["kl_change"], rel=1e-2)
+
+
+def test_a_probe_says_what_changed_on_each_named_text(tmp_path: Path, tiny_llama: Path, workbench_closed: None) -> None:
+    settings = tiny_settings(tiny_llama, **name_texts(tmp_path / "texts"))
+    with use_workbench(settings, tmp_path / "run", pytest.fail, ignore) as bench:
+        profile = bench.profile(ignore)
+        orders = open_orders(bench, profile, RunConfig(), DENSE)
+        present = bench.prune(profile, orders(Plan.model_validate(WANDA.model_dump())), ignore)
+        round_ = Round(
+            bench, profile, lambda draft: orders(Plan.model_validate(draft.model_dump())), ignore, present=present
+        )
+        figures = probe(round_, [REFIT], whole=True)[0]
+        before = bench.evaluate(present, "validation", profile, ignore)
+    for name, text in figures["texts"].items():
+        assert text["kl_change"] == pytest.approx(text["kl"] - before.take_text(name).mean_kl, abs=2e-4)
+        assert text["kl_change_error"] > 0
+    code, prose = (figures["texts"][name]["kl_change"] for name in ("code", "prose"))
+    assert figures["kl_change"] == pytest.approx(0.75 * code + 0.25 * prose, abs=1e-4)
 
 
 def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
