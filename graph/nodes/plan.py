@@ -22,7 +22,7 @@ from graph.planning.verdict import decide_stop
 from graph.runs.replay import find_breakage, find_plan
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, last_accepted
-from tools.base.errors import BrokenPlan, DegenerateText
+from tools.base.errors import BrokenPlan, DegenerateText, SharedText
 from tools.plans.work_order import WorkOrder
 from tools.workbench.store import DENSE
 
@@ -90,7 +90,7 @@ class Planning:
         """Have the dense model write those of a plan's texts that are not there, and profile it once more with them;
         whether there were any.
 
-        Raises BrokenPlan where what it wrote came out degenerate.
+        Raises BrokenPlan where what it wrote came out degenerate, or is found in another text.
         """
         new = list_unwritten(plan, self.state.config)
         if not new:
@@ -105,7 +105,7 @@ class Planning:
             with open_bench(followed, self._session) as bench:
                 profile = bench.profile(self._session.progress)
                 dense = measure_dense(bench, followed, profile, self._session)
-        except DegenerateText as error:
+        except (DegenerateText, SharedText) as error:
             raise BrokenPlan(str(error)) from error
         self.written = {"config": config, "profile": profile, "dense": dense, "written": [*self.state.written, *new]}
         self.state = self.state.model_copy(update=self.written)

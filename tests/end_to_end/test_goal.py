@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.end_to_end.helpers import (
 from tests.end_to_end.test_approve import Terminal
 from tests.named import write_texts
 from tests.openai_server import OpenAIServer
+from tools.workbench.written import Author
 
 GOAL = "The calls must stay as they are; the prose may go."
 BRIEF: dict[str, Any] = {
@@ -186,16 +188,38 @@ def test_a_plan_is_fitted_to_a_text_that_the_model_writes_for_it_killed_resumed_
     assert not [e for e in read_events(tmp_path / "runs" / "again", "warning") if "parts from" in e["text"]]
 
 
-def test_a_text_that_came_out_degenerate_is_a_round_that_broke(
-    tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+def write_nothing_new(_author: Author, _split: str, _prompts: Sequence[str], tokens: int) -> list[int]:
+    """The same words in every split."""
+    return (list(range(1, 200)) * tokens)[:tokens]
+
+
+@pytest.mark.parametrize(
+    ("patched", "by", "said"),
+    [
+        ("tools.workbench.written.take_fresh", lambda document, said: False, "came out degenerate: "),
+        (
+            "tools.workbench.written.Author.__call__",
+            write_nothing_new,
+            "the tales calibration and tales validation texts overlap",
+        ),
+    ],
+)
+def test_a_text_that_is_of_no_use_is_a_round_that_broke(
+    patched: str,
+    by: Any,
+    said: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tools.workbench.written.take_fresh", lambda document, said: False)
+    monkeypatch.setattr(patched, by)
     run = tmp_path / "runs" / "run"
     with OpenAIServer(plan_in_turn) as server:
         given = flags(tiny_llama, tmp_path, "--planner", server.planner("m"), "--max-iterations", "2")
         assert command(*given, "--goal-tokens", "100000").code == 0
     broke = read_events(run, "trial")[2]
-    assert broke["broken"] and "came out degenerate: " in broke["reason"] and broke["verdict"] == "rollback"
+    assert broke["broken"] and said in broke["reason"] and broke["verdict"] == "rollback"
     state = read_state(run)
     assert state.written == [] and "tales" not in state.config.text, "the run is as it was before"
     assert command("--replay", "run", "--name", "again").code == 0

@@ -21,6 +21,10 @@ class DegenerateText(UserError):
     """What the model wrote itself is no text to fit to or to judge by."""
 
 
+class SharedText(UserError):
+    """Two parts of the texts that must be disjoint are not."""
+
+
 class BrokenBaseline(UserError):
     """The dense model cannot be profiled, for want of memory say; what was done stands, and the run can be resumed."""
 

@@ -1,9 +1,9 @@
 """A model of which a block is held, never the whole: its weights lie on disk, and a block's come when it runs.
 
-While a block runs, copies of its weights are on the device that it runs on; they go when nothing needs them any more,
-which a graph does for as long as it is there. At all other times a module has the weights that lie on disk, mapped into
-memory: whoever reads or writes those finds them as in any model. Embeddings and head are on the device where that is a
-GPU, and else on disk, too.
+While a block runs, copies of its weights are on the device that it runs on; they go when another block's come, or when
+they are written to, or with the last graph that needs them. At all other times a module has the weights that lie on
+disk, mapped into memory: whoever reads or writes those finds them as in any model. Embeddings and head are on the
+device where that is a GPU, and else on disk, too.
 """
 
 import functools
@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,10 +78,13 @@ class Stream:
         if device.type != "cpu":
             _move_outside(model, self._outside, device)
         self._touched: int | None = None
+        self._copied: tuple[int, dict[int, nn.Parameter]] | None = None
         self.let_go()
 
     def touch(self, block: int) -> None:
-        """As `StreamedBlock.touch`."""
+        """As `StreamedBlock.touch`; what is written to a block that was copied is for the next copies of it."""
+        if self._copied and self._copied[0] == block:
+            self._copied = None
         if self._touched not in (None, block):
             self.let_go(self._touched)
         self._touched = block
@@ -102,21 +105,28 @@ class Stream:
 
     @contextmanager
     def _bring(self, block: int) -> Iterator[None]:
-        """Inside, a block has copies of its weights on the device; one that has several names is copied once."""
-        copies: dict[int, nn.Parameter] = {}
+        """Inside, a block has copies of its weights on the device: as many windows as pass it one after another, the
+        same."""
         before = [(owner, owner.module._parameters[owner.name]) for owner in self._owners[block]]
+        copies = self._copy(block, [parameter for _, parameter in before if parameter is not None])
         try:
             for owner, parameter in before:
-                assert parameter is not None
-                if id(parameter) not in copies:
-                    copy = parameter.detach().to(self.device, copy=True)
-                    copies[id(parameter)] = nn.Parameter(copy, requires_grad=False)
                 owner.module._parameters[owner.name] = copies[id(parameter)]
-            self.let_go(block)
             yield
         finally:
             for owner, parameter in before:
                 owner.module._parameters[owner.name] = parameter
+
+    def _copy(self, block: int, parameters: Sequence[nn.Parameter]) -> dict[int, nn.Parameter]:
+        """Copies of a block's parameters, by the identity of each; one that has several names is copied once."""
+        if self._copied is None or self._copied[0] != block:
+            self._copied = None  # before others take its place
+            copies = {
+                id(p): nn.Parameter(p.detach().to(self.device, copy=True), requires_grad=False) for p in parameters
+            }
+            self._copied = block, copies
+            self.let_go(block)
+        return self._copied[1]
 
 
 def find_stream(model: Any) -> Stream | None:

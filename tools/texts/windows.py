@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.base.errors import UserError
+from tools.base.errors import SharedText, UserError
 from tools.base.settings import SPLITS, Calibration, WorkbenchSettings
 from tools.texts.mixtures import mix_questions, write_questions
 from tools.texts.questions import check_questions
@@ -219,7 +219,7 @@ def _cut(ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[
 
 
 def _check_overlap(windows: "dict[str, Tensor]", mixed: "dict[Calibration, Tensor]", tokenizer: Any) -> None:
-    """Raises UserError when two parts share text. A mixed text that does, and nobody has asked for yet, is dropped."""
+    """Raises SharedText when two parts share text. A mixed text that does, and nobody has asked for yet, is dropped."""
     order = [*SPLITS, "further"]
     parts = sorted((part for part in windows if len(windows[part])), key=lambda part: order.index(split_part(part)[1]))
     length = min([SHINGLE, *(windows[part].numel() for part in parts)])
@@ -230,7 +230,7 @@ def _check_overlap(windows: "dict[str, Tensor]", mixed: "dict[Calibration, Tenso
             at = int(shared.argmax())
             ids = windows[second].reshape(-1)[at : at + length].tolist()
             text = " ".join(tokenizer.decode(ids).split())[:100]
-            raise UserError(
+            raise SharedText(
                 f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
                 f"such as {text!r}); choose disjoint texts"
             )
