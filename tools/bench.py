@@ -18,7 +18,7 @@ from tools.base.errors import UserError
 from tools.base.options import Parser, add_flags, parse_flags, read_options, refuse
 from tools.experiments.decoding import bench_decode
 from tools.experiments.speed import BenchSettings
-from tools.experiments.speed_suite import BENCHMARKS, choose_benchmarks, run_benchmarks
+from tools.experiments.speed_suite import BENCHMARKS, STREAM, choose_benchmarks, run_benchmarks
 from tools.experiments.speed_workers import run_workers
 from tools.results.schema import describe_protocol
 from tools.results.speed import Report, show_report, write_report
@@ -45,6 +45,9 @@ def make_parser() -> argparse.ArgumentParser:
         choices=range(2, SHARDS + 1),
         help="Time only this: profile and validation by N workers of one thread, on Ray, against one of them.",
     )
+    parser.add_argument(
+        "--stream", action="store_true", help="Time only this: what work takes on a model that comes block by block."
+    )
     add_flags(parser, BenchSettings)
     return parser
 
@@ -55,8 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options, flags = parse_flags(make_parser(), BenchSettings, sys.argv[1:] if arguments is None else arguments)
         names, settings = choose_benchmarks(options.only), read_options(BenchSettings, flags, None)
-        if sum(map(bool, (options.decode, options.only, options.workers))) > 1:
-            raise UserError("--decode, --workers and --only exclude one another")
+        if sum(map(bool, (options.decode, options.only, options.workers, options.stream))) > 1:
+            raise UserError("--decode, --workers, --stream and --only exclude one another")
+        if options.stream:
+            names, settings = [STREAM], settings.model_copy(update={"device": "stream"})
         report = Report(
             settings=settings.model_dump(),
             device="cpu",

@@ -72,6 +72,16 @@ def test_every_benchmark_once(
     assert len(re.findall(r" (?:1.3|4|1) \((?:met|missed)\) ", table)) == 3
 
 
+def test_a_streamed_model_beside_its_bare_forward(tiny_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    assert main([*tiny_flags(tiny_llama), "--stream", f"--json={path}"]) == 0
+    report = Report.model_validate_json(path.read_bytes())
+    assert report.settings["device"] == "stream"
+    targets = {result.name: result.target for result in report.results}
+    assert targets == {"stream/profile": 4.0, "stream/refit": 3.0, "stream/validation": 1.2}
+    assert min(min(*result.seconds, *result.reference_seconds) for result in report.results) > 0
+
+
 def test_only_what_was_asked_for_in_the_usual_order(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

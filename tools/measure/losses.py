@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -263,6 +263,21 @@ def evaluate_windows(
 
 
 @torch.no_grad()
+def pass_blocks(blocks: Blocks, windows_BT: Tensor, tick: Callable[[int], object] = lambda block: None) -> list[Tensor]:
+    """What the head reads of each window, (1, T, D), on CPU: all windows pass a block before any passes the next.
+
+    `tick` is called with the number of each block before.
+    """
+    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+    for block in range(len(blocks)):
+        tick(block)
+        for window, ids_T in enumerate(windows_BT):
+            heed_stop()
+            states[window] = blocks.run_to_head(ids_T, block, states[window]).cpu()
+    return states
+
+
+@torch.no_grad()
 def evaluate_by_blocks(
     blocks: Blocks,
     windows_BT: Tensor,
@@ -277,12 +292,7 @@ def evaluate_by_blocks(
     Between two blocks all windows' states are held, on CPU.
     """
     count, length = len(windows_BT), windows_BT.shape[1] - lead
-    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
-    for block in range(len(blocks)):
-        progress(label, block * count // len(blocks), count)
-        for window, ids_T in enumerate(windows_BT):
-            heed_stop()
-            states[window] = blocks.run_to_head(ids_T, block, states[window]).cpu()
+    states = pass_blocks(blocks, windows_BT, lambda block: progress(label, block * count // len(blocks), count))
     losses = []
     for window, ids_T in enumerate(windows_BT):
         heed_stop()

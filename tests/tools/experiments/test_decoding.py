@@ -55,4 +55,4 @@ def test_the_bench_times_it(tiny_llama: Path, tmp_path: Path, capsys: pytest.Cap
     assert json.loads(path.read_text())["settings"]["dtype"] == "bf16"
     capsys.readouterr()
     assert main(["--decode", "x/y", "--only=obs"]) == 2
-    assert capsys.readouterr().err == "error: --decode, --workers and --only exclude one another\n"
+    assert capsys.readouterr().err == "error: --decode, --workers, --stream and --only exclude one another\n"
