@@ -88,7 +88,8 @@ def draw_lesson(
     if trial.graft or recipe is None or trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
         return None
     if before is None or not _is_comparable(before, trial):
-        return _lesson_of_whole(run, recipe, trial, group_kl(profile, sparsity) if profile else trial.predicted_kl)
+        predicted = group_kl(profile, sparsity) if profile else trial.predicted_kl
+        return _lesson_of_whole(run, recipe, trial, predicted) if predicted > 0 else None
     before_kl, before_predicted = before.kl or 0.0, group_kl(layers, before_sparsity)
     scale = before_kl / before_predicted if before_predicted > 0 else 1.0
     moved = {

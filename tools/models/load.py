@@ -161,6 +161,7 @@ def choose_device(settings: TeamSettings) -> TeamSettings:
     files = _list_files(place)
     if files and sum(file.stat().st_size for file in files) * WIDEST < free:
         return settings  # for sure: nothing needs to be built
+    check_in_reach(settings.model)
     try:
         empty, _ = build_on_meta(place, settings)
     except Exception as error:  # as `load_model`

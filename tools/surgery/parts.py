@@ -97,8 +97,8 @@ def check_alike(model: Any) -> None:
     layers = find_layers(model)
     for layer in layers:
         shapes[layer.block].append((layer.kind, layer.weight_OI.shape))
-    if len({layer.weight_OI.device for layer in layers}) > 1:
-        raise UserError("only a model on one device can be cut; use another --device than spread")
+    if len({layer.weight_OI.device for layer in layers}) > 1 or any(layer.is_streamed for layer in layers):
+        raise UserError("only a model on one device can be cut; use another --device than spread or stream")
     if any(block != shapes[0] for block in shapes):
         raise UserError(
             f"the blocks of {type(model).__name__} are not all alike; only models whose blocks are can be cut"
