@@ -1,6 +1,6 @@
 """Whatever a planner's model replies: a plan within the bounds or one clean line, and the same weights as before.
 
-FUZZED_REPLIES=10000 pytest tests/graph/test_fuzzed_replies.py
+FUZZED_REPLIES=10000 pytest tests/graph/llm/test_fuzzed_replies.py
 
 tries as many conversations; without it, some hundred.
 """

@@ -93,6 +93,20 @@ def test_the_memory_of_this_machine(tiny_llama: Path, untimed: None) -> None:
     assert line.endswith("; fewer or shorter windows need less, and --device stream")
 
 
+def test_a_model_that_is_streamed(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+    config = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
+    whole, found = find_large(config, "24"), find_large(config, "24", device="stream")
+    lines = summarise(found)
+    assert "streamed: one block of the model at a time comes from disk" in lines and not whole.streamed
+    assert any(re.fullmatch(r"fits one GPU of 24\.0 GB: 1\d\.\d GB at most \(.+\)", line) for line in lines)
+    block = 2 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 12_288 + 2 * 4096 + 2 * 128)
+    outside = (2 * 151_936 * 4096 + 4096) * 2
+    assert {phase.device[0].bytes for phase in found.phases} == {block + outside}
+    assert found.disk_bytes - whole.disk_bytes == 36 * block + outside, "as it is now"
+    assert max(phase.host_bytes for phase in found.phases) < max(phase.host_bytes for phase in whole.phases) / 3
+    assert find_large(config, "12", device="auto").streamed and not find_large(config, "24", device="auto").streamed
+
+
 def test_a_gpu_that_is_a_little_too_small(tmp_path: Path, no_gpu: None, untimed: None) -> None:
     lines = summarise(find_large(write_config(tmp_path / "qwen3-8b", QWEN3_8B), "24"))
     (line,) = [line for line in lines if line.startswith("does not fit ")]
