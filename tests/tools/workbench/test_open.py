@@ -37,7 +37,12 @@ def test_other_named_texts_go_on_with_the_loaded_model_and_the_same_figures(
 ) -> None:
     loads: list[str] = []
     load = tools.workbench.bench.load_model
-    monkeypatch.setattr(tools.workbench.bench, "load_model", lambda given: loads.append(given.model) or load(given))
+
+    def count_load(settings: Any, scratch: Path) -> Any:
+        loads.append(settings.model)
+        return load(settings, scratch)
+
+    monkeypatch.setattr(tools.workbench.bench, "load_model", count_load)
     named = name_texts(tmp_path)
     first = open_bench(tiny_settings(tiny_llama, **named), tmp_path / "run")
     layers = first.describe_layers(first.profile(ignore), MASK, ignore)
