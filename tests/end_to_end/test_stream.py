@@ -57,6 +57,13 @@ def test_what_no_streamed_run_can_do_is_told_before_anything_is_loaded(
     command: Command, nothing_is_loaded: None
 ) -> None:
     said = command(*STREAM, "--polish-tokens", "256")
-    assert said.code == 2 and "a polish holds all survivors with two means of their gradients" in said.err
+    assert (
+        said.code == 2
+        and (
+            "polish_tokens: a polish holds all survivors with two means of their gradients, and cannot be streamed; "
+            "leave it out, or use another --device\n"
+        )
+        in said.err
+    )
     said = command(*STREAM, "--workers", "2")
     assert said.code == 2 and "device stream is one process that holds a block at a time; leave workers out" in said.err

@@ -344,10 +344,8 @@ class TeamSettings(WorkbenchSettings):
         return self
 
 
-NO_STREAMED_POLISH = (
-    "a polish holds all survivors with two means of their gradients, and cannot be streamed"
-    """Why there is none of a model that does not fit."""
-)
+NO_STREAMED_POLISH = "a polish holds all survivors with two means of their gradients, and cannot be streamed"
+"""Why there is none of a model that does not fit."""
 
 TEAM = ("workers", "worker_threads", "partial")
 """Fields that say who does the work, or that it is meant, but change no result (on CPUs; on GPUs last bits may differ
