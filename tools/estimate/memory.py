@@ -207,11 +207,7 @@ def list_phases(
     reference = [states("dense hidden states as received", (settings.count_all("validation"), "windows"))]
     job = _list_job(shape) if part.workers else []
     return [
-        Phase(
-            name="load",
-            device=[model],
-            host=[program, *read, *([] if straight else moved)],
-        ),
+        Phase(name="load", device=[model], host=[program, *read, *([] if straight else moved)]),
         *([_describe_writing(facts, settings, model)] if list_written(settings) and not part.workers else []),
         Phase(
             name="validate the dense model",

@@ -95,14 +95,11 @@ def bench_wanda(site: Site) -> list[Result]:
 
 def bench_profile(site: Site) -> list[Result]:
     """The whole profile, with KL curves of every layer, against one back-propagation of the same windows."""
-    bench, seed = site.bench, site.settings.seed
+    bench = site.bench
     windows_BT = site.calibration_BT[: site.settings.gradient_windows]
 
     def profile() -> None:
-        blocks = Blocks(bench.model)
-        count, lead = len(windows_BT), bench.windows.lead
-        team, extent = work_alone(blocks, bench.layers, windows_BT, count, seed, bench.directory, lead=lead)
-        collect_statistics(team, extent, bench.layers, ignore_progress, lambda name, moment_II: None)
+        collect_profile(site, Blocks(bench.model), windows_BT)
 
     bench.restore(DENSE)
     taken, bare = site.time(Task(profile), Task(lambda: back_propagate(bench.model, bench.layers, windows_BT)))
@@ -111,6 +108,14 @@ def bench_profile(site: Site) -> list[Result]:
     )
     reference = "bare forward and backward of these tokens' loss, to the gradients of the layers' weights"
     return [site.compare("profile", what, taken, reference, bare, 4.0)]
+
+
+def collect_profile(site: Site, blocks: Blocks, windows_BT: Tensor) -> None:
+    """All that a profile knows, from these windows and the gradients of as many of them as the settings say."""
+    bench, settings = site.bench, site.settings
+    count, lead = min(settings.gradient_windows, len(windows_BT)), bench.windows.lead
+    team, extent = work_alone(blocks, bench.layers, windows_BT, count, settings.seed, bench.directory, lead=lead)
+    collect_statistics(team, extent, bench.layers, ignore_progress, lambda name, moment_II: None)
 
 
 def back_propagate(model: Any, layers: Sequence[Layer], windows_BT: Tensor) -> None:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from tools.base.progress import ignore_progress
 from tools.experiments.speed import SPARSITY, UPDATED, Site, Task
+from tools.experiments.speed_statistics import collect_profile
 from tools.measure.losses import pass_blocks
 from tools.models.blocks import Blocks
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_allocation
 from tools.results.speed import Result
-from tools.statistics.collect import collect_statistics, work_alone
 from tools.workbench.store import DENSE
 
 MASKED_REFIT = Recipe(method="refit", refit=False, allocation="kappa", curves="mask", statistics="dense")
@@ -20,7 +20,7 @@ MASKED_REFIT = Recipe(method="refit", refit=False, allocation="kappa", curves="m
 
 def bench_stream(site: Site) -> list[Result]:
     """Profile and validation beside a bare forward, a round's refit beside SparseGPT's; its workbench streams."""
-    bench, settings = site.bench, site.settings
+    bench = site.bench
     blocks, allocation = Blocks(bench.model), site.share_out(SPARSITY)
     validation_BT = bench.windows.validation.to(bench.device)
 
@@ -30,11 +30,7 @@ def bench_stream(site: Site) -> list[Result]:
 
     def profile() -> None:
         bench.restore(DENSE)
-        count, lead = settings.gradient_windows, bench.windows.lead
-        team, extent = work_alone(
-            blocks, bench.layers, site.calibration_BT, count, settings.seed, bench.directory, lead=lead
-        )
-        collect_statistics(team, extent, bench.layers, ignore_progress, lambda name, moment_II: None)
+        collect_profile(site, blocks, site.calibration_BT)
 
     def forget() -> None:
         """What is kept on disk would only be read back."""
@@ -57,7 +53,7 @@ def bench_stream(site: Site) -> list[Result]:
         Task(lambda: forward(validation_BT)),
         Task(validate, forget),
     )
-    whole = f"profile of {site.calibration_BT.numel()} tokens, gradients of {settings.gradient_windows} windows"
+    whole = f"profile of {site.calibration_BT.numel()} tokens, gradients of {site.settings.gradient_windows} windows"
     text = f"validation on {validation_BT.numel()} tokens"
     reference = "bare forward of these tokens, block by block, without logits"
     return [

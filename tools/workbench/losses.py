@@ -76,13 +76,13 @@ class Losses:
         """
         if self._crew.cluster is None:
             text_BT = self._windows.find_text(split)[list(windows)].to(self._model.device)
-            prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
             lead = self._windows.lead
             if self._streamed:
                 evaluation, hidden_BTD = evaluate_by_blocks(
                     self._blocks, text_BT, dense_hidden_BTD, label, progress, lead=lead
                 )
                 return self._name(evaluation, split, windows), hidden_BTD
+            prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
             evaluation, hidden_BTD = evaluate_windows(
                 self._model, text_BT, dense_hidden_BTD, label, progress, prefix, lead=lead, so_far=so_far
             )

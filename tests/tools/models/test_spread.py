@@ -11,13 +11,20 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tests.tiny import ARCHITECTURES, SHARING, VOCABULARY, make_tiny_config, make_tiny_model, tiny_settings
+from tests.tiny import (
+    ARCHITECTURES,
+    SHARING,
+    VOCABULARY,
+    make_tiny_config,
+    make_tiny_model,
+    pretend_packed,
+    tiny_settings,
+)
 from tools.base.errors import UserError
 from tools.base.progress import ignore_progress as ignore
 from tools.measure.recall import EncodedPair, read_answers
 from tools.models import load as sources
 from tools.models.blocks import Blocks, check_blocks
-from tools.models.formats import PACKED_FILE
 from tools.models.layers import find_blocks, find_layers
 from tools.models.load import load_model, pick_device, spread_blocks
 from tools.models.readout import check_readout, compute_hidden, measure_losses
@@ -241,12 +248,7 @@ def test_no_gpu_no_spread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_packed_model_runs_on_one_device(tiny_llama: Path, two_gpus: None, tmp_path: Path) -> None:
-    packed = tmp_path / "packed"
-    packed.mkdir()
-    for file in tiny_llama.iterdir():
-        if file.suffix != ".safetensors":
-            (packed / file.name).symlink_to(file)
-    (packed / PACKED_FILE).write_bytes(b"")
+    packed = pretend_packed(tiny_llama, tmp_path / "packed")
     with pytest.raises(UserError, match=r"is packed, and runs on one device; use another --device$"):
         load_model(tiny_settings(packed, device="spread"))
 

@@ -12,6 +12,7 @@ import transformers
 from tests.tiny import (
     make_tiny_model,
     make_tiny_tokenizer,
+    pretend_packed,
     save_tiny_gguf,
     tiny_settings,
 )
@@ -19,7 +20,6 @@ from tools.base.errors import UserError
 from tools.base.progress import ignore_progress
 from tools.models import load as sources
 from tools.models.blocks import Blocks, check_blocks
-from tools.models.formats import PACKED_FILE
 from tools.models.layers import find_blocks, find_layers
 from tools.models.load import choose_device, load_model
 from tools.models.streamed import find_stream, measure_stream
@@ -157,12 +157,7 @@ def test_auto_streams_what_does_not_fit(tiny_llama: Path, tmp_path: Path, monkey
 def test_what_cannot_be_streamed_is_refused_in_one_line(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device stream is one process that holds a block at a time; leave workers"):
         tiny_settings(tiny_llama, device="stream", workers="2")
-    packed = tmp_path / "packed"
-    packed.mkdir()
-    for file in tiny_llama.iterdir():
-        if file.suffix != ".safetensors":
-            (packed / file.name).symlink_to(file)
-    (packed / PACKED_FILE).write_bytes(b"")
+    packed = pretend_packed(tiny_llama, tmp_path / "packed")
     with pytest.raises(UserError, match=r"is packed, and runs on one device; use another --device$"):
         load_model(tiny_settings(packed, device="stream"), tmp_path)
     with pytest.raises(UserError, match="only a model on one device can be cut; use another --device than spread or"):
