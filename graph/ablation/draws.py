@@ -58,7 +58,6 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
         curves=draws.leave(usual.curves, ["mask"]),
         tokens=draws.leave(usual.tokens, [] if config.text else ["weighted"]),
         statistics=draws.leave(usual.statistics, ["sequential", "stages"]),
-        calibration=draws.leave(usual.calibration, list(config.mixes)),
         polish=draws.leave(usual.polish, [True] if config.polish_tokens else []),
     )
     groups = sorted(group_layers(layers))
@@ -68,8 +67,8 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
     expression = draws.leave("", [_draw_expression(layers, draws)] if recipe.reads_curves else [])
     own = _draw_groups(layers, recipe, config, draws)  # late, for which plans without them stay as they were
     recipe = recipe.model_copy(update={"damping": draws.leave(usual.damping, DAMPINGS)})
-    if config.text:
-        recipe = recipe.model_copy(update={"mix": draws.leave(usual.mix, [_draw_mix(list(config.text), draws)])})
+    if config.mixable and not recipe.weighs_tokens:
+        recipe = recipe.model_copy(update={"mix": draws.leave(usual.mix, [_draw_mix(config.mixable, draws)])})
     return Plan(
         sparsity=config.target_sparsity, recipe=recipe, groups=own, adjustments=adjustments, expression=expression
     )
@@ -114,7 +113,6 @@ def _draw_group(kind: str, layers: Sequence[LayerProfile], recipe: Recipe, confi
         "gamma": ["plain", "clipped"],
         "tokens": ["even", *([] if config.text else ["weighted"])],
         "statistics": ["dense", "sequential", "stages"],
-        "calibration": ["run", *config.mixes],
         "pattern": ["", *([PATTERN] if fits else [])],
         "damping": DAMPINGS,
     }
@@ -123,7 +121,8 @@ def _draw_group(kind: str, layers: Sequence[LayerProfile], recipe: Recipe, confi
         for name, values in others.items()
     }
     own = {name: value for name, value in drawn.items() if value != ""}
-    if config.text and (mix := draws.leave((), [_draw_mix(list(config.text), draws)])):
+    weighs = GroupRecipe.model_validate(own).complete(recipe).weighs_tokens
+    if config.mixable and not weighs and (mix := draws.leave((), [_draw_mix(config.mixable, draws)])):
         own["mix"] = mix
     return Group(selector=kind, recipe=GroupRecipe.model_validate(own))
 

@@ -135,7 +135,8 @@ def _shorten_schema(node: Any) -> Any:
 
 
 def _find_schema(config: RunConfig) -> type[Plan]:
-    return find_schema(config.polish_tokens, config.text, config.pattern, writes=count_allowed(config) > 0)
+    weighs, writes = not config.text, count_allowed(config) > 0  # tokens are not weighted where texts have names
+    return find_schema(config.polish_tokens, config.mixable, config.pattern, weighs=weighs, writes=writes)
 
 
 def _instructions(config: RunConfig, tools: bool) -> str:

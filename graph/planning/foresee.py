@@ -3,7 +3,7 @@
 from graph.config import RunConfig
 from graph.planning.finalists import FINALISTS
 from graph.planning.orders import UNIFORM_WANDA
-from graph.planning.refinements import STRONG, change_recipe
+from graph.planning.refinements import STRONG, change_recipe, list_question_mixes
 from graph.planning.rule import MASKS
 from tools.estimate.work import Course
 from tools.measure.continuations import CONTINUED, PROMPTS
@@ -43,6 +43,6 @@ def foresee_recipes(config: RunConfig) -> list[Recipe]:
     if config.polish_tokens:
         strong = strong.model_copy(update={"polish": True})
         first.append(strong)
-    levers = change_recipe(strong, config, lambda: next(iter(config.mixes), None))
+    levers = change_recipe(strong, config, lambda: next(iter(list_question_mixes(config)), ()))
     course = [*first, *(recipe for recipe, _ in levers)]
     return [*course, *[strong] * config.max_iterations][: config.max_iterations]

@@ -97,7 +97,7 @@ class Plan(BaseModel):
 
 
 @cache
-def _tell_of(polishes: bool, texts: tuple[str, ...], patterned: bool, writes: bool) -> type[Plan]:
+def _tell_of(polishes: bool, texts: tuple[str, ...], weighs: bool, patterned: bool, writes: bool) -> type[Plan]:
     """The schema of a plan with levers that are hidden in `Recipe`, or without one that is told; what it answers with
     goes by the same names."""
     levers: dict[str, Any] = {}
@@ -107,10 +107,10 @@ def _tell_of(polishes: bool, texts: tuple[str, ...], patterned: bool, writes: bo
         mix = create_model("Mix", __config__=ConfigDict(extra="forbid"), __doc__="Weights of texts.", **shares)
         levers["mix"] = (mix | None, Field(None, description=Recipe.model_fields["mix"].description))
         of_groups["mix"] = (mix | None, None)
-        for name in ("tokens", "calibration"):  # refused where texts have names
-            field, of_group = Recipe.model_fields[name], GroupRecipe.model_fields[name]
-            levers[name] = (SkipJsonSchema[field.annotation], field.default)  # type: ignore[misc, name-defined]
-            of_groups[name] = (SkipJsonSchema[of_group.annotation], None)  # type: ignore[misc, name-defined]
+    if not weighs:
+        tokens, of_group = Recipe.model_fields["tokens"], GroupRecipe.model_fields["tokens"]
+        levers["tokens"] = (SkipJsonSchema[tokens.annotation], tokens.default)  # type: ignore[misc, name-defined]
+        of_groups["tokens"] = (SkipJsonSchema[of_group.annotation], None)  # type: ignore[misc, name-defined]
     if polishes:
         levers["polish"] = (bool, Field(False, description=Recipe.model_fields["polish"].description))
     if patterned:
@@ -137,12 +137,14 @@ def _describe_again(model: type[BaseModel], name: str, **options: Any) -> Any:
 
 
 def find_schema(
-    polish_tokens: int, texts: Iterable[str] = (), pattern: str = "", *, writes: bool = False
+    polish_tokens: int, texts: Iterable[str] = (), pattern: str = "", *, weighs: bool = True, writes: bool = False
 ) -> type[Plan]:
-    """What a planner is told to answer with in a run that allows so many tokens of polish, has these named texts and
-    this pattern in all layers, and where plans may have the model write texts."""
-    named = tuple(texts)
-    return _tell_of(polish_tokens > 0, named, bool(pattern), writes) if polish_tokens or named or pattern else Plan
+    """What a planner is told to answer with in a run that allows so many tokens of polish, whose plans may mix these
+    texts, weigh tokens, and have the model write texts, and that has this pattern in all layers."""
+    mixed = tuple(texts)
+    if not polish_tokens and not mixed and not pattern:
+        return Plan
+    return _tell_of(polish_tokens > 0, mixed, weighs, bool(pattern), writes)
 
 
 def drop_schema(plan: Plan) -> Plan:

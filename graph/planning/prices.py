@@ -83,7 +83,8 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
         f"{count_in_order(['stages'], config):,}, in a probe and in a trial",
         *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),
         f"curves method {count_walk(config):,} more, once for each method",
-        f"a new profile, reprofile{'' if config.text else ' or another calibration text'}, {count_profile(config):,}",
+        f"a new profile, reprofile{' or questions in a mix' if config.mixes_questions else ''}, "
+        f"{count_profile(config):,}",
     ]
     if config.text and config.goal_tokens:
         costs.append(f"each of new_texts {count_new_tokens(config, 1, accepted=True):,}")

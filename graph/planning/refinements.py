@@ -10,8 +10,9 @@ from graph.planning.orders import describe_plan, drop_lessons, group_kl, hash_re
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from tools.base.errors import ImpossiblePlan
-from tools.base.settings import Calibration
+from tools.base.settings import QUESTIONS
 from tools.plans.layer_profile import LayerProfile, group_layers
+from tools.plans.mix import SHORT, Mix, mix_questions
 from tools.plans.recipe import Adjustment, Recipe
 
 STRONG = Recipe(method="refit", curves="mask")
@@ -42,7 +43,7 @@ def plan_refinements(situation: Situation, *, texts: bool = True) -> Iterator[Pl
 
     Lessons weigh groups in each of them. A lever that was tried stays tried when lessons change; the accepted plan
     itself is tried again when they give it another line, for what they change beyond two digits is worth no round.
-    Without `texts`, no plan asks for another calibration text.
+    Without `texts`, no plan asks for another mixture of them.
     """
     base = situation.accepted_plan
     assert base is not None, "a trial was accepted, so there is a plan that made it"
@@ -82,8 +83,8 @@ def skip_repeats(situation: Situation, plans: Iterable[Plan]) -> Iterator[Plan]:
 def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> Iterator[Plan]:
     """Every plan that differs from `base` in one lever, or in all small ones, likeliest first, tried or not."""
     recipe = base.recipe
-    find_text = partial(_find_text, situation) if texts else lambda: None
-    for changed, reason in change_recipe(recipe, situation.config, find_text):
+    find_mix = partial(_find_mix, situation) if texts else tuple
+    for changed, reason in change_recipe(recipe, situation.config, find_mix):
         yield _vary(base, changed, reason)
     yield _vary(base, recipe, "The accepted plan, with groups weighed as the lessons now say.")
     for strength in STRENGTHS:
@@ -103,12 +104,10 @@ def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> It
             )
 
 
-def change_recipe(
-    recipe: Recipe, config: RunConfig, find_text: Callable[[], Calibration | None]
-) -> Iterator[tuple[Recipe, str]]:
+def change_recipe(recipe: Recipe, config: RunConfig, find_mix: Callable[[], Mix]) -> Iterator[tuple[Recipe, str]]:
     """Recipes that differ from `recipe` in one lever, or in all small ones, likeliest first, with the reason for each.
 
-    `find_text` gives another calibration text, if there is one, and is not called before its turn: it may be profiled.
+    `find_mix` gives a mixture with questions, if there is one, and is not called before its turn: they may be profiled.
     """
 
     def change(**levers: Any) -> Recipe:
@@ -120,8 +119,9 @@ def change_recipe(
         yield change(**own), "Grow the mask in steps and refit the survivors between them."
     if config.polish_tokens and not recipe.polish:
         yield change(polish=True), f"Fit all survivors of all layers together, on {config.polish_tokens:,} tokens."
-    if recipe.calibration == "run" and (text := find_text()):
-        yield change(calibration=text), f"Statistics of a text that is a {text} questions, so that facts weigh more."
+    if not recipe.mix and (mix := find_mix()):
+        share = f"{dict(mix)[QUESTIONS]:.0%}"
+        yield change(mix=mix), f"Statistics that are {share} of questions, so that facts weigh more."
     if strong and _is_plain(recipe):
         every = "a finer growth, a damped fit, a clipped gamma."
         yield change(**TOGETHER, statistics="sequential"), f"Small levers together: statistics in order, {every}"
@@ -147,14 +147,20 @@ def _is_plain(recipe: Recipe) -> bool:
     return all(getattr(recipe, lever) == getattr(STRONG, lever) for lever in (*TOGETHER, "statistics"))
 
 
-def _find_text(situation: Situation) -> Calibration | None:
-    """A calibration text with more questions than the run's own; None where there are none, or too few of them."""
-    if read_layers := situation.read_layers:
-        for text in situation.config.mixes:
+def list_question_mixes(config: RunConfig) -> list[Mix]:
+    """Mixtures with more questions in them than the run's own text has, least first."""
+    shares = [share for share in SHORT.values() if share > config.calibration_mix] if config.mixes_questions else []
+    return list(map(mix_questions, shares))
+
+
+def _find_mix(situation: Situation) -> Mix:
+    """The first of these; nothing where there are none, or too few questions."""
+    for mix in list_question_mixes(situation.config):
+        if read_layers := situation.read_layers:
             with suppress(ImpossiblePlan):
-                read_layers(Recipe(calibration=text))
-                return text
-    return None
+                read_layers(Recipe(mix=mix))
+                return mix
+    return ()
 
 
 def _vary(base: Plan, recipe: Recipe, reason: str) -> Plan:

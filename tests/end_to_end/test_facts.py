@@ -7,7 +7,7 @@ import pytest
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, read_events, read_state, read_summary
 from tests.openai_server import OpenAIServer
-from tests.rows import write_rows
+from tests.rows import write_questions, write_rows
 
 PAIRS = 8
 
@@ -65,12 +65,11 @@ def test_too_few_questions(command: Command, tiny_llama: Path, questions: str) -
     assert "has 40 questions with answers, but 30 for the trials and 30 for the report were asked for" in said.err
 
 
-def test_plans_choose_the_text_that_statistics_come_from(
-    command: Command, tiny_llama: Path, questions: str, tmp_path: Path
-) -> None:
+def test_plans_choose_the_text_that_statistics_come_from(command: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    questions = write_questions(tmp_path / "many.jsonl", 200)
     plans = [
-        {"sparsity": 0.3, "recipe": {"calibration": "quarter", "curves": "mask"}},
-        {"sparsity": 0.45, "recipe": {"calibration": "half"}},
+        {"sparsity": 0.3, "recipe": {"mix": {"run": 3, "questions": 1}, "curves": "mask"}},
+        {"sparsity": 0.45, "recipe": {"mix": {"run": 1, "questions": 1}}},
     ]
     flags = ["--model", str(tiny_llama), *TINY, "--max-iterations", "2", "--no-memory"]
     asking = ["--questions", questions, "--question-pairs", str(PAIRS)]
@@ -80,7 +79,7 @@ def test_plans_choose_the_text_that_statistics_come_from(
     with OpenAIServer(plans[:1]) as server:
         assert command("--name", "alone", *flags, "--planner", server.planner("fine")).code == 1
         replies = [reply["problem"] for reply in read_events(tmp_path / "runs" / "alone", "reply")]
-    assert set(replies) == {"calibration 'quarter' mixes questions in, and this run has none; leave it at 'run'"}
+    assert set(replies) == {"mix weighs 'questions', and this run has neither named texts nor questions; leave it out"}
 
     run = tmp_path / "runs" / "run"
     assert [trial.plan for trial in read_state(run).trials] == [
@@ -91,3 +90,18 @@ def test_plans_choose_the_text_that_statistics_come_from(
     summaries = [read_summary(tmp_path / "runs" / name) for name in ("run", "again")]
     assert summaries[0]["mask_sha256"] == summaries[1]["mask_sha256"]
     assert summaries[0]["achieved_sparsity"] == pytest.approx(0.45, abs=5e-4)
+
+
+def test_questions_are_weighed_where_they_are_a_text_and_asked_as_well(
+    command: Command, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The text is of those that are not asked; the verdict is on the sum, and what is asked stays a bound."""
+    questions = write_questions(tmp_path / "many.jsonl", 200)
+    texts = ["--text", f"facts={questions}", "--text", "manual=pydoc", "--text-weights", "facts=3,manual=1"]
+    asking = ["--questions", questions, "--question-pairs", str(PAIRS), "--min-fact-retention", "0.01"]
+    flags = ["--model", str(tiny_llama), *TINY, "--tau", "10", "--max-iterations", "1", "--no-memory"]
+    assert command("--name", "run", *flags, *texts, *asking).code == 0
+    trial = read_events(tmp_path / "runs" / "run", "trial")[-1]
+    facts, manual = (text["kl"] for text in trial["texts"])
+    assert trial["kl"] == pytest.approx(0.75 * facts + 0.25 * manual, rel=1e-9)
+    assert 0 < trial["fact_retention"] and read_summary(tmp_path / "runs" / "run")["knowledge"]["pairs"] == PAIRS

@@ -8,7 +8,7 @@ made from it.
 import math
 import operator
 import os
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -22,11 +22,12 @@ Split = Literal["validation", "test"]
 SPLITS = ("calibration", "validation", "test")
 """What every text is cut into."""
 
-Calibration = Literal["run", "quarter", "half"]
-"""The run's own calibration text, or that with more questions in it."""
+QUESTIONS: Final = "questions"
+RUN: Final = "run"
+"""The texts that plans may mix where none has a name: questions with their answers, and the run's calibration text."""
 
-SHARES: dict[Calibration, float] = {"quarter": 0.25, "half": 0.5}
-"""The share of the calibration windows that is made of questions with answers."""
+Calibration = Literal["run", "questions"]
+"""The run's own calibration text, or that behind as many windows of questions."""
 
 WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
 TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc", "self", "self:PROMPT")
@@ -252,12 +253,14 @@ class WorkbenchSettings(LoadSettings):
         return math.floor(share * self.calibration_windows)
 
     @property
-    def mixes(self) -> dict[Calibration, int]:
-        """How many windows of questions the calibration texts have that a recipe may ask for beside the run's own."""
-        if not self.questions or self.text:
-            return {}
-        counts = {name: self.count_mixed(share) for name, share in SHARES.items()}
-        return {name: count for name, count in counts.items() if count > self.count_mixed(self.calibration_mix)}
+    def mixable(self) -> list[str]:
+        """The texts of which a plan may say what each counts; of questions there may turn out to be too few."""
+        return list(self.text) or ([QUESTIONS, RUN] if self.questions else [])
+
+    @property
+    def mixes_questions(self) -> bool:
+        """Whether a mixture is one of the run's text and of questions, which are profiled when they first count."""
+        return bool(self.questions) and not self.text
 
     @property
     def weights_of_texts(self) -> dict[str, float]:

@@ -175,29 +175,31 @@ def list_phases(
         count_once("logits of a chunk, beside the dense model's", counts.loss_bytes, name_chunk(shape)),
     ]
     passed = ((part.passed, "blocks"),) if part.passed > 1 else ()
-    backward = [
-        model,
-        *list_backward(shape, counts),
-        multiply("inputs and output gradients of one block's layers", *passed, (part.gradient, "windows"), *flow),
-    ]
-    if shape.item < 4:
-        tokens = (part.gradient, "windows"), (settings.window, "tokens")
-        backward.append(multiply("those of one layer in fp32", *tokens, (shape.flow_layer, "numbers"), (4, "bytes")))
+    mixed = ((2, "texts"),) if settings.mixes_questions else ()  # where a plan's mix has both
+
+    def list_flow(*texts: tuple[int, str]) -> list[Line]:
+        read, tokens = (*texts, (part.gradient, "windows")), (settings.window, "tokens")
+        lines = [multiply("inputs and output gradients of one block's layers", *passed, *read, *flow)]
+        if shape.item < 4:
+            numbers = (shape.flow_layer, "numbers"), (4, "bytes")
+            lines.append(multiply("those of one layer in fp32", *read, tokens, *numbers))
+        return lines
+
+    backward = [model, *list_backward(shape, counts)]
     weigh = Phase(
         name=WEIGH,
-        device=[*backward[:3], multiply("inputs and output gradients of one block's layers", *flow)],
+        device=[*backward, multiply("inputs and output gradients of one block's layers", *flow)],
         host=[
             *always,
             states("inputs of one block", (part.calibration, "windows")),
             states("gradients passed on", (part.calibration, "windows")),
         ],
     )
-    walk = [*always, states("inputs of one block", (part.gradient, "windows"))]
     statistics = [model, forward, _count_moments(shape, part.sums, "sums over shards in the making")]
     if shape.item < 4:
         tokens = (settings.window, "tokens"), (shape.widest, "inputs of the widest layer")
         statistics.append(multiply("inputs of one layer in fp32", *tokens, (4, "bytes")))
-    walked = states("inputs and outputs of one block", (2, "sets"), (part.calibration, "windows"))
+    walked = (2, "sets"), (part.calibration, "windows")
     layer = pruned("one layer being pruned", held.pruned)
     moved = _pass_through(streamed) if streamed else _move_model(facts)
     read = [] if streamed else _read_file(facts)
@@ -214,22 +216,32 @@ def list_phases(
             device=evaluation,
             host=[*always, states("hidden states", (2, "copies"), (part.validation, "windows"))],
         ),
-        Phase(name="profile, statistics", device=statistics, host=[*always, walked, *answer]),
+        Phase(
+            name="profile, statistics",
+            device=statistics,
+            host=[*always, states("inputs and outputs of one block", *walked), *answer],
+        ),
         Phase(
             name="profile, gradients",
             device=[
                 *backward,
+                *list_flow(),
                 count_once("levels of one layer's KL curve", held.curve, "a smaller layer of the same form"),
             ],
-            host=[*walk, states("gradients passed on", (2, "losses"), (part.gradient, "windows"))],
+            host=[
+                *always,
+                states("inputs of one block", (part.gradient, "windows")),
+                states("gradients passed on", (2, "losses"), (part.gradient, "windows")),
+            ],
         ),
         *([weigh] if weighs else []),
         Phase(
             name=ASKED_FOR,
-            device=[*backward, *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels)],
+            device=[*backward, *list_flow(*mixed), *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels)],
             host=[
-                *walk,
-                states("gradients passed on", (part.gradient, "windows")),
+                *always,
+                states("inputs of one block", *mixed, (part.gradient, "windows")),
+                states("gradients passed on", *mixed, (part.gradient, "windows")),
                 *([*job, _count_levels(shape)] if part.workers else []),
             ],
         ),
@@ -237,7 +249,7 @@ def list_phases(
         Phase(
             name=IN_ORDER,
             device=[model, *([] if part.workers else [_count_moments(shape, 1)]), *layer],
-            host=[*always, walked, *answer, *job],
+            host=[*always, states("inputs and outputs of one block", *mixed, *walked), *answer, *job],
         ),
         Phase(
             name="validate",
@@ -255,7 +267,7 @@ def list_phases(
 def list_other_moment(shape: Shape, settings: WorkbenchSettings) -> list[Line]:
     """What is held of a second text while the second moments of several are added up."""
     matrix = (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes")
-    return [multiply("that of another text, to be added", *matrix)] if len(settings.text) > 1 else []
+    return [multiply("that of another text, to be added", *matrix)] if len(settings.mixable) > 1 else []
 
 
 def list_phases_beside(

@@ -126,7 +126,7 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     facts = Facts(measure_shape(model, layers, counts.routed), counts, held, measure_process(), reading, device)
     parts = cut_parts(settings, workers)
     busiest = find_busiest(parts)
-    part, weighs = max((line.bytes for line in spread), default=facts.shape.weights), course.weighted > 0
+    part, weighs = max((line.bytes for line in spread), default=facts.shape.weights), course.weighs
     fits = devices is None or facts.shape.weights <= FITS * devices.bytes
     streams = settings.device == "stream" or (settings.device == "auto" and not workers and not fits)
     streamed = measure_stream(model) if streams else None

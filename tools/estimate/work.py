@@ -16,6 +16,7 @@ from tools.estimate.memory import ASKED_FOR, WEIGH, Part
 from tools.estimate.pruning import count_flops
 from tools.estimate.timing import Times
 from tools.models.layers import Layer, list_readers
+from tools.plans.costs import count_texts
 from tools.plans.layer_profile import LEVELS
 from tools.plans.methods import STAGES
 from tools.plans.polish import schedule_polish
@@ -78,15 +79,14 @@ class Course(NamedTuple):
         return [(recipe, times[label]) for label, recipe in by_label.items()]
 
     @property
-    def weighted(self) -> int:
-        """Calibration texts whose tokens are weighed."""
-        return len({recipe.calibration for recipe in self.rounds if recipe.weighs_tokens})
+    def weighs(self) -> bool:
+        """Whether tokens are weighed."""
+        return any(recipe.weighs_tokens for recipe in self.rounds)
 
     @property
-    def weighted_moments(self) -> int:
-        """Those of them that there are weighted second moments of the dense model's inputs of."""
-        asked = (recipe for recipe in self.rounds if recipe.weighs_tokens)
-        return len({recipe.calibration for recipe in asked if recipe.needs_curves or not recipe.in_order})
+    def weighs_moments(self) -> bool:
+        """Whether there are weighted second moments of the dense model's inputs."""
+        return any(x.weighs_tokens and (x.needs_curves or not x.in_order) for x in self.rounds)
 
     @property
     def curves(self) -> list[Recipe]:
@@ -95,15 +95,9 @@ class Course(NamedTuple):
         asked = {x.model_copy(update=plain).exact_label: x for x in self.rounds if x.needs_curves}
         return list(asked.values()) or [Recipe()]
 
-    @property
-    def profiled(self) -> int:
-        """How often a text walks up and down."""
-        return self.profiles + self.texts - 1
-
-    @property
-    def texts(self) -> int:
-        """Calibration texts that there are second moments of."""
-        return len({"run", *(recipe.calibration for recipe in self.rounds)})
+    def count_texts(self, settings: WorkbenchSettings) -> int:
+        """Calibration texts that are profiled apart: the run's, and questions where a plan mixes these in."""
+        return 1 + any(recipe.mix and settings.mixes_questions for recipe in self.rounds)
 
 
 def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Counts, course: Course) -> Prices:
@@ -162,7 +156,7 @@ def price_seconds(times: Times) -> Prices:
 
 def name_recipe(recipe: Recipe) -> str:
     """What is done inside a layer, whatever text and order its statistics come from."""
-    asked = {"calibration": "run", "statistics": "dense", "gamma": "plain", "tokens": "even"}
+    asked = {"mix": (), "statistics": "dense", "gamma": "plain", "tokens": "even"}
     plain = recipe.model_copy(update=asked)
     return _name(plain.exact_label, recipe)
 
@@ -215,6 +209,7 @@ def list_work(
     calibration, validation = settings.count_all("calibration"), settings.count_all("validation")
     further, tests = settings.count_all("further"), settings.count_all("test")
     gradient, texts = settings.back_propagated, max(len(settings.text), 1)
+    profiled = course.profiles + course.count_texts(settings) - 1
 
     def text(split: str, windows: int) -> str:
         return f"{windows} windows of {settings.window} tokens of {split} text"
@@ -246,71 +241,75 @@ def list_work(
         step(
             "profile, statistics",
             f"forward of {text('calibration', calibration)}",
-            course.profiled,
+            profiled,
             shares.calibration,
             {"forward": calibration},
         ),
         step(
             "profile, second moments",
             f"of what {layers} layers read",
-            course.texts,
+            course.count_texts(settings),
             shares.calibration,
             {"moments": calibration, "write moments": texts},
         ),
         step(
             "profile, gradients",
             f"forward again{', twice,' if settings.text else ''} and two backwards of {gradient} of the windows",
-            course.profiled,
+            profiled,
             shares.gradient,
             {"gradients": gradient, "forward": gradient if settings.text else 0},
         ),
         step(
             "profile, scores and KL curves",
             f"1 + {len(LEVELS)} products for each layer and window",
-            course.profiled,
+            profiled,
             shares.gradient,
             {"curves": gradient, "cut masks": 1, "describe": 1},
         ),
     ]
-    if course.weighted:
+    if course.weighs:
         steps += [
             step(
                 WEIGH,
                 f"two forwards and a backward of {text('calibration', calibration)}",
-                course.weighted,
+                1,
                 shares.calibration,
                 {"forward": calibration, "weigh": calibration},
             ),
             step(
                 "weighted second moments",
                 f"of what {layers} layers read, each for itself, in another forward",
-                course.weighted_moments,
+                int(course.weighs_moments),
                 shares.calibration,
                 {"forward": calibration, "moments": calibration, "write moments": 1},
             ),
         ]
     asked = [recipe for recipe in course.rounds if recipe.needs_curves]
     for recipe in course.curves:
+        read = count_texts(recipe, settings) * gradient
         steps.append(
             step(
                 ASKED_FOR,
-                f"two forwards and backwards of {gradient} windows, and every layer pruned by {recipe.mask_label} to "
+                f"two forwards and backwards of {read} windows, and every layer pruned by {recipe.mask_label} to "
                 f"{len(LEVELS)} levels",
                 1 if asked else 0,
                 max(shares.gradient, shares.layers),
-                {"forward": gradient, "gradients": gradient, "curves": gradient, f"cut {name_recipe(recipe)}": 1},
+                dict.fromkeys(("forward", "gradients", "curves"), read) | {f"cut {name_recipe(recipe)}": 1},
             )
         )
     for recipe, times in course.pruned:
         done = {f"prune {name_recipe(recipe)}": 1.0} | (
             {"read moments": float(texts)} if recipe.changes_survivors else {}
         )
-        how = f"{layers} layers by {_name(recipe.mask_label, recipe)}"
+        how, read = (
+            f"{layers} layers by {_name(recipe.mask_label, recipe)}",
+            count_texts(recipe, settings) * calibration,
+        )
         if recipe.statistics == "sequential":
-            done |= {"forward": 2.0 * calibration} | ({"moments": calibration} if recipe.changes_survivors else {})
+            done |= {"forward": 2.0 * read} | ({"moments": read} if recipe.changes_survivors else {})
             how += ", with two more forwards of the calibration text"
         if recipe.statistics == "stages":
-            done |= {"forward": calibration, "stages": calibration}
+            done |= {"forward": read, "stages": read}
             how += ", with a pass of every block for each of its stages and one more of the calibration text"
         steps.append(step("prune", how, times, shares.layers, done))
     for tokens in course.polishes:

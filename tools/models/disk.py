@@ -29,7 +29,7 @@ def list_disk(
 ) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
 
-    Plans may ask for two texts with more questions; the rule asks for one, and so many are counted. Each window has
+    Each window has
     `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A model that is
     `streamed` lies there as it is now, too.
     """
@@ -46,7 +46,7 @@ def list_disk(
             f"{len(readers)} layers",
             bytes=texts * moments,
         ),
-        *([Line(what="those of a text with more questions", how="as many", bytes=moments)] if settings.mixes else []),
+        *([Line(what="those of questions", how="as many", bytes=moments)] if settings.mixes_questions else []),
         *([Line(what="those with weights of tokens", how="as many", bytes=moments)] if weighs else []),
         Line(
             what="inputs of all blocks, while the model is profiled",

@@ -37,14 +37,19 @@ def count_profile(settings: WorkbenchSettings) -> int:
     return count_calibration(settings) + (6 if settings.text else 5) * count_gradients(settings)
 
 
-def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings) -> int:
+def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings, texts: int = 1) -> int:
     """Of statistics of these kinds behind pruned predecessors: the calibration text forward, block by block.
 
     Each block is passed once more than statistics are taken of it: once for sequential ones, and for stages as often as
-    it is counted to have any. A kind that is given twice is taken twice.
+    it is counted to have any. A kind that is given twice is taken twice. `texts` is as `count_texts` has it.
     """
     passes = sum(STAGES if kind == "stages" else 1 for kind in kinds if kind != "dense")
-    return (passes + 1) * count_calibration(settings) if passes else 0
+    return (passes + 1) * texts * count_calibration(settings) if passes else 0
+
+
+def count_texts(recipe: Recipe, settings: WorkbenchSettings) -> int:
+    """How many texts as long as the run's own a recipe's statistics are of: its questions are one more."""
+    return len(recipe.mix) if recipe.mix and settings.mixes_questions else 1
 
 
 def count_weights(settings: WorkbenchSettings) -> int:
@@ -66,9 +71,9 @@ def list_weight_costs(recipe: Recipe, settings: WorkbenchSettings, *, moments: b
     """What the weights of tokens take, and second `moments` of the dense model's inputs so weighed."""
     if not recipe.weighs_tokens:
         return {}
-    costs = {f"token weights of the {recipe.calibration} text": count_weights(settings)}
+    costs = {"token weights of the run text": count_weights(settings)}
     if moments:
-        costs[f"weighted second moments of the {recipe.calibration} text"] = count_calibration(settings)
+        costs["weighted second moments of the run text"] = count_calibration(settings)
     return costs
 
 
@@ -85,10 +90,10 @@ def count_polish(settings: WorkbenchSettings, tokens: int, texts: int = 0) -> in
 def list_curve_costs(recipe: Recipe, settings: WorkbenchSettings) -> Costs:
     """What must be measured before a recipe's allocation is known, and its statistics, beyond the run's own profile."""
     costs = list_weight_costs(recipe, settings, moments=recipe.needs_curves or not recipe.in_order)
-    if recipe.calibration != "run":
-        costs[f"profile of the {recipe.calibration} text"] = count_profile(settings)
+    if recipe.mix and settings.mixes_questions:
+        costs["profile of the questions"] = count_profile(settings)
     if recipe.needs_curves:
-        costs[name_curves(recipe)] = count_walk(settings)
+        costs[name_curves(recipe)] = count_texts(recipe, settings) * count_walk(settings)
     return costs
 
 
@@ -107,7 +112,8 @@ def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
         costs |= list_weight_costs(recipe, settings, moments=not recipe.in_order)
     # as the workbench sums them up
     taken = {(recipe.statistics, recipe.weighs_tokens, recipe.changes_survivors) for recipe in recipes}
-    if walked := count_in_order([kind for kind, *_ in taken], settings):
+    texts = max(count_texts(recipe, settings) for recipe in recipes)
+    if walked := count_in_order([kind for kind, *_ in taken], settings, texts):
         costs[f"walk of order {order.id}"] = walked
     if order.polish:
         mix = next(iter(order.layers.values())).recipe.mix

@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from tools.base.errors import ImpossiblePlan
-from tools.base.settings import Calibration
+from tools.base.settings import RUN
 from tools.base.words import shorten
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.methods import LEVERS, MOST_STEPS, MethodName, Statistics
-from tools.plans.mix import Mix, label_mix
+from tools.plans.mix import Mix, label_mix, read_former
 from tools.plans.recipe import Damping, PatternText, Recipe
 from tools.plans.selectors import select_layers
 
@@ -40,7 +40,7 @@ def _leave_out(least: int | None = None, most: int | None = None) -> Any:
 
 
 class GroupRecipe(BaseModel):
-    """Of method, refit_steps, refit, gamma, tokens, damping, statistics, calibration what differs; as in `recipe`."""
+    """Of method, refit_steps, refit, gamma, tokens, damping, statistics what differs; as in `recipe`."""
 
     # How sparsity is shared out over all layers, and a polish of all, are the plan's.
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_tell_briefly)
@@ -52,13 +52,17 @@ class GroupRecipe(BaseModel):
     tokens: Literal["even", "weighted"] | None = _leave_out()
     damping: Damping | None = _leave_out()
     statistics: Statistics | None = _leave_out()
-    calibration: Calibration | None = _leave_out()
     mix: SkipJsonSchema[Mix] = Field((), exclude_if=operator.not_)
     pattern: PatternText = Field(
         "",
         exclude_if=operator.not_,
         description="Such as 2:4: 2 zeros in every 4 consecutive inputs; the other layers share out the rest.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former(cls, values: Any) -> Any:
+        return read_former(values)
 
     @model_validator(mode="before")
     @classmethod
@@ -104,9 +108,9 @@ def assign_groups(groups: Sequence[Group], layers: Sequence[LayerProfile]) -> di
 
 def refuse_two_walks(recipes: Iterable[Recipe]) -> None:
     """Raises ImpossiblePlan where layers of one round are to be pruned behind others by several texts."""
-    texts = dict.fromkeys((recipe.calibration, recipe.mix) for recipe in recipes if recipe.in_order)
-    if len(texts) > 1:
-        asked = " and ".join(repr(label_mix(mix) or text) for text, mix in texts)
+    mixes = dict.fromkeys(recipe.mix for recipe in recipes if recipe.in_order)
+    if len(mixes) > 1:
+        asked = " and ".join(repr(label_mix(mix) or RUN) for mix in mixes)
         raise ImpossiblePlan(
             f"statistics behind pruned predecessors in one round are of one calibration text, and not of {asked}"
         )
@@ -117,10 +121,8 @@ def refuse_two_polishes(recipe: Recipe, others: Iterable[Recipe]) -> None:
     would be on none of them.
     """
     for other in others if recipe.polish else ():
-        for lever in ("mix", "calibration"):
-            if getattr(other, lever) != getattr(recipe, lever):
-                line = f"a polish of all layers is on one text; leave polish out, or {lever} out of groups"
-                raise ImpossiblePlan(line)
+        if other.mix != recipe.mix:
+            raise ImpossiblePlan("a polish of all layers is on one text; leave polish out, or mix out of groups")
 
 
 def describe_group(group: Group, recipe: Recipe) -> str:

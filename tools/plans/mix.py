@@ -1,4 +1,4 @@
-"""What each named text counts in the statistics of a plan: in a recipe, and in its label. No torch."""
+"""What each text counts in the statistics of a plan: in a recipe, and in its label. No torch."""
 
 import math
 import re
@@ -8,9 +8,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer
 
 from tools.base.named import NAME
+from tools.base.settings import QUESTIONS, RUN
 
-MARKS = rf"(?:~\d+(?:\.\d+)?{NAME})+"
-"""The form of a mixture in a label, such as `~0.7code~0.3prose`."""
+SHORT = {"quarter": 0.25, "half": 0.5}
+"""Mixtures of the run's text and questions that have a name in labels: the share of the questions."""
+
+MARKS = rf"(?:(?:~\d+(?:\.\d+)?{NAME})+|~(?:{'|'.join(SHORT)}))"
+"""The form of a mixture in a label, such as `~0.7code~0.3prose` or `~quarter`."""
 
 DIGITS = 4
 """Behind the point, of a share."""
@@ -50,13 +54,30 @@ Mix = Annotated[tuple[tuple[str, float], ...], BeforeValidator(read_mix), PlainS
 """Shares by name; read and written as a mapping."""
 
 
+def mix_questions(share: float) -> Mix:
+    """So much of questions beside the run's own text."""
+    mix: Mix = read_mix({RUN: 1 - share, QUESTIONS: share})
+    return mix
+
+
+def read_former(values: Any) -> Any:
+    """What a plan says, with a mixture for the calibration text that plans named before there were any."""
+    if isinstance(values, dict) and (text := values.get("calibration")) in (None, "run", *SHORT):
+        own = {"mix": dict(mix_questions(SHORT[text]))} if text in SHORT else {}
+        return own | {name: value for name, value in values.items() if name != "calibration"}
+    return values
+
+
 def label_mix(mix: Mix) -> str:
-    """Such as `~0.7code~0.3prose`; nothing without a mixture."""
-    return "".join(f"~{share:g}{name}" for name, share in mix)
+    """Such as `~0.7code~0.3prose`, or `~quarter`; nothing without a mixture."""
+    named = [name for name, share in SHORT.items() if mix == mix_questions(share)]
+    return f"~{named[0]}" if named else "".join(f"~{share:g}{name}" for name, share in mix)
 
 
 def parse_mix(marks: str | None) -> dict[str, float]:
     """What `label_mix` gave. Raises ValueError for a name that stands there twice."""
+    if marks and (share := SHORT.get(marks[1:])):
+        return dict(mix_questions(share))
     found = re.findall(rf"~(\d+(?:\.\d+)?)({NAME})", marks or "")
     mix = {name: float(share) for share, name in found}
     if len(mix) < len(found):

@@ -9,7 +9,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.json_schema import SkipJsonSchema
 
 from tools.base.errors import ImpossiblePlan
-from tools.base.settings import Calibration
 from tools.plans.methods import (
     LEVERS,
     METHODS,
@@ -23,7 +22,7 @@ from tools.plans.methods import (
     name_sequential,
     translate_label,
 )
-from tools.plans.mix import MARKS, Mix, label_mix, parse_mix
+from tools.plans.mix import MARKS, SHORT, Mix, label_mix, parse_mix, read_former
 from tools.plans.registry import describe_choices
 from tools.plans.rules import RULES, UNIFORM, RuleName
 
@@ -121,16 +120,11 @@ class Recipe(BaseModel):
         f"sequential for {name_sequential(LEVERS.values())}, as published, else dense.",
         json_schema_extra=_leave_out_default,
     )
-    calibration: Calibration = Field(
-        "run",
-        description="Text that statistics and curves are taken from. run: the run's own. quarter, half: with so many "
-        "questions and answers in it, so that facts weigh more; for runs that ask questions. Costs a profile each.",
-    )
-    mix: SkipJsonSchema[Mix] = Field(  # planners are told of it in runs with named texts
+    mix: SkipJsonSchema[Mix] = Field(  # planners are told of it in runs that have several texts
         (),
         exclude_if=operator.not_,
         description="What each text counts in statistics and polish, as weights; left out, as in the run. A sum of "
-        "what is known of each, at no cost but curves of a method anew.",
+        "what is known of each, at no cost but curves of a method anew and, when questions first count, a profile.",
     )
     polish: SkipJsonSchema[bool] = Field(  # planners are told of it in runs that allow it
         False,
@@ -148,6 +142,11 @@ class Recipe(BaseModel):
         "",
         description="N:M, N zeros in every M consecutive inputs; empty for zeros anywhere. The user's choice.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former(cls, values: Any) -> Any:
+        return read_former(values)
 
     @model_validator(mode="before")
     @classmethod
@@ -231,7 +230,6 @@ class Recipe(BaseModel):
             "~weighted" if self.weighs_tokens else "",
             f"~damped{self.fit_damping:g}" if self.fit_damping else "",
             label_mix(self.mix),
-            f"~{self.calibration}" if self.calibration != "run" else "",
             f"~{self.statistics}" if self.in_order else "",
         ]
         return f"{self.method}{steps}{''.join(marks)}"
@@ -293,7 +291,6 @@ class Recipe(BaseModel):
             tokens="weighted" if self.weighs_tokens else "even",
             damping=self.fit_damping,
             statistics=self.statistics,
-            calibration=self.calibration,
             mix=self.mix,
             pattern=self.pattern,
         )
@@ -304,12 +301,12 @@ _IN_STEPS = "|".join(f"(?<=^{name})" for name, method in METHODS.items() if meth
 _LABEL = re.compile(
     rf"(?P<method>[a-z-]+?)(?:(?:{_IN_STEPS})(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
     rf"(?P<weighted>~weighted)?(?:~damped(?P<damping>[\d.]+))?(?P<mix>{MARKS})?"
-    r"(?:~(?P<calibration>quarter|half))?(?:~(?P<statistics>dense|sequential|stages))?"
+    r"(?:~(?P<statistics>dense|sequential|stages))?"
     r"(?P<polish>\+polish(?P<polish_tokens>\d+)?)?"
     r"(?::(?P<allocation>[a-z][a-z-]*?)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
 
-_ORDER = (r"\+refit", "~clipped", "~weighted", "~damped.*", r"~\d.*", "~(quarter|half)", "~[a-z]+", r"\+polish.*")
+_ORDER = (r"\+refit", "~clipped", "~weighted", "~damped.*", rf"~\d.*|~({'|'.join(SHORT)})", "~[a-z]+", r"\+polish.*")
 """The marks of a label as `_LABEL` has them one behind the other."""
 
 
@@ -325,10 +322,11 @@ def _order_marks(label: str) -> str:
 
 
 def parse_recipe(label: str) -> Recipe:
-    """The recipe of `METHOD[+refit][~clipped][~weighted][~dampedSHARE][~SHARETEXT…][~quarter|~half][~STATISTICS]
+    """The recipe of `METHOD[+refit][~clipped][~weighted][~dampedSHARE][~SHARETEXT…][~STATISTICS]
     [+polish[TOKENS]][:ALLOCATION[@STRENGTH]]`.
 
-    Marks behind METHOD may stand in any order. SHARETEXT, such as `~0.7code~0.3prose`, is a mixture of named texts.
+    Marks behind METHOD may stand in any order. SHARETEXT, such as `~0.7code~0.3prose`, is a mixture of named texts, or
+    of `run` and `questions`: with a quarter or half of these, `~quarter` or `~half`.
     STATISTICS is dense, sequential or stages; without that mark they are those that the method's authors take. Without
     an allocation it is uniform.
     Raises ValueError in one line for another form or a name that there is not.
@@ -347,7 +345,6 @@ def parse_recipe(label: str) -> Recipe:
                 "damping": form["damping"] or 0.0,
                 **({"statistics": form["statistics"]} if form["statistics"] else {}),
                 "mix": parse_mix(form["mix"]),
-                "calibration": form["calibration"] or "run",
                 "polish": form["polish"] is not None,
                 "polish_tokens": form["polish_tokens"] or 0,
                 "allocation": form["allocation"] or UNIFORM,

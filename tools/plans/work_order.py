@@ -47,8 +47,9 @@ class WorkOrder(BaseModel):
     @cached_property
     def id(self) -> str:
         """SHA-256, in hex, of each layer's recipe and zeros, and the polish: orders of one id make the same weights."""
+        former = {"calibration": "run"}  # which a recipe said before it had a mix: orders are called as ever
         layers = {
-            name: [layer.recipe.model_dump(), layer.zeros, *([layer.taken] if layer.taken else [])]
+            name: [layer.recipe.model_dump() | former, layer.zeros, *([layer.taken] if layer.taken else [])]
             for name, layer in self.layers.items()
         }
         parts = [layers, {"polish": self.polish}] if self.polish else layers

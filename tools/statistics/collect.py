@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tools.base.errors import UnknownStatistics
 from tools.base.progress import Progress, count_up
-from tools.base.settings import Calibration
+from tools.base.settings import QUESTIONS, Calibration
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS
@@ -115,7 +115,7 @@ def work_alone(
 ) -> tuple[Team, Extent]:
     """This process as the team that walks through calibration text; files without a name lie in `scratch`.
 
-    The texts `mixed` have as many windows as the run's own. The first `lead` tokens of each window are no text. Where
+    The texts `mixed` are as `Walks` has them. The first `lead` tokens of each window are no text. Where
     the windows are of several `texts`, there are so many gradient windows of each.
     """
     flowing = min(gradient_windows, len(windows_BT) // texts)
@@ -192,7 +192,6 @@ def collect_statistics(
     progress: Progress,
     keep_moment: Callable[[str, Tensor], None] | None,
     dense: Mapping[str, Tensor] | None = None,
-    text: Calibration = "run",
     kept: KeptBlocks | None = None,
 ) -> ModelStatistics:
     """Input moments over all windows; output-gradient moments and KL curves over the gradient windows.
@@ -205,9 +204,30 @@ def collect_statistics(
     never ran.
     """
     grouped = group_layers(layers)
-    with begin_walk(team, text) as walk:
+    with begin_walk(team) as walk:
         statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept, "profile")
         _walk_down(team, extent, walk, grouped, progress, [statistics], dense, [kept] if kept else [], [1.0])
+    return statistics
+
+
+def collect_questions(
+    team: Team,
+    extent: Extent,
+    layers: Sequence[Layer],
+    progress: Progress,
+    keep_moment: Callable[[str, Tensor], None] | None,
+    run: ModelStatistics,
+    kept: KeptBlocks | None = None,
+) -> ModelStatistics:
+    """As `collect_statistics`, of the windows of questions before the run's own text alone.
+
+    The KL curves are about the masks of the `run`'s statistics, so that they can be added to that text's own.
+    """
+    grouped = group_layers(layers)
+    with begin_walk(team, QUESTIONS, shares=[1.0, 0.0]) as walk:
+        statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept, "profile")
+        keepers = [kept] if kept else []
+        _walk_down(team, extent, walk, grouped, progress, [statistics], None, keepers, [1.0], [run])
     return statistics
 
 
@@ -309,8 +329,10 @@ def _walk_down(
     dense: Mapping[str, Tensor] | None,
     kept: Sequence[KeptBlocks],
     shares: Sequence[float],
+    masks: Sequence[ModelStatistics] = (),
 ) -> None:
-    """Fill in gradients and curves of the parts that the text has."""
+    """Fill in gradients and curves of the parts that the text has: curves about the masks of these by their shares, or
+    of those of other `masks`."""
     unchanged = torch.empty(0)
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
     left = _read_passed(kept, "down", reversed(range(len(grouped))), parts, extent, ticks)
@@ -320,8 +342,8 @@ def _walk_down(
         found = [_finish_gradients(sums, extent, layers) for sums in split_texts(join_answers(extent, answers), walk)]
         for layer in layers:
             name = layer.name
-            a_I = mix_tensors([part.mean_square[name] for part in parts], shares)
-            gamma_O = mix_tensors([own.gradient_square[name] for own in found], shares)
+            a_I = mix_tensors([part.mean_square[name] for part in masks or parts], shares)
+            gamma_O = mix_tensors([own.gradient_square[name] for own in masks or found], shares)
             known[name] = unchanged if dense is None else dense[name], a_I, gamma_O
         curves = team.ask(SumMaskCurves(walk, block, known))(ignore_ticks)
         for own, sums in zip(found, split_texts(join_answers(extent, curves), walk), strict=True):
@@ -362,16 +384,17 @@ def measure_kappa(
     are as in `Walk`.
     """
     grouped, statistics = group_layers(layers), know_nothing()
+    counting = [share for share in shares if share] or [1.0]
     ticks = count_up(progress, "gradients", len(grouped) * extent.shards)
     kepts = [kept] if kept else []
     left = _read_passed(kepts, "down", reversed(range(len(grouped))), [statistics], extent, ticks)
     with begin_walk(team, text, shares=shares) as walk:
         for block in left:
             sums = join_answers(extent, team.ask(SumCurves(walk, block, parts_of(grouped[block])))(ticks))
-            found = [know_nothing() for _ in shares or [1.0]]
+            found = [know_nothing() for _ in counting]
             for own, of_text in zip(found, split_texts(sums, walk), strict=True):
                 own.kappa |= finish_curves(of_text, extent, grouped[block])
-            part = mix_statistics(found, shares or [1.0])
+            part = mix_statistics(found, counting)
             statistics.take(part)
             if kept is not None:
                 kept.keep("down", block, part)

@@ -23,13 +23,16 @@ Sums = dict[str, Tensor]
 """Sums over shards, by name; what no shard of a span has anything of is left out."""
 
 
-def cut_shards(windows: int) -> list[list[int]]:
-    """The windows of each shard, ascending; as many in each as in any other, or one more."""
+def cut_shards(windows: int, texts: int = 1) -> list[list[int]]:
+    """The windows of each shard, ascending; as many in each as in any other, or one more.
+
+    Of several texts of so many windows, one behind the other, each shard has the same ones of each.
+    """
     shards: list[list[int]] = [[] for _ in range(min(SHARDS, windows))]
     deal = [shard for shard in _DEAL if shard < len(shards)]
     for window in range(windows):
         shards[deal[window % len(deal)]].append(window)
-    return shards
+    return [[text * windows + window for text in range(texts) for window in shard] for shard in shards]
 
 
 def share_out(count: int, workers: int) -> list[Span]:

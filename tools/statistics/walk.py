@@ -40,7 +40,7 @@ class Walk(NamedTuple):
 
 
 def split_texts(sums: Sums, walk: Walk) -> list[Sums]:
-    """The sums of each text of several, without its mark; all where there is one."""
+    """The sums of each text of several that counts, without its mark; all where there is one."""
     if not walk.shares:
         return [sums]
     parts: list[Sums] = [{} for _ in walk.shares]
@@ -48,4 +48,4 @@ def split_texts(sums: Sums, walk: Walk) -> list[Sums]:
         kind, _, marked = key.partition("/")
         text, _, name = marked.partition(" ")
         parts[int(text)][f"{kind}/{name}"] = value
-    return parts
+    return [part for part, share in zip(parts, walk.shares, strict=True) if share]

@@ -83,7 +83,7 @@ class Walks:
         lead: int = 0,
     ) -> None:
         """`windows_BT`, the run's own text, lies on the model's device; in the directory `scratch` lie files without a
-        name. The texts `mixed` have as many windows.
+        name. The texts `mixed` are it and others, as many windows of each, one behind the other.
 
         `ahead` is for how many requests others may be made before curves of a block are asked for. The first `lead`
         tokens of each window are no text: no label is drawn there, and no loss begins.
@@ -201,6 +201,7 @@ class Walks:
         if walk != self._walk:
             self._walk, self._ways = walk, {}
             self.windows_BT = self._texts[walk.text].to(self.windows_BT.device)
+            self.shards = cut_shards(len(self._texts["run"]), len(self.windows_BT) // len(self._texts["run"]))
 
     def _begin(self, span: Span, windows: Sequence[int], returns: bool) -> _Way:
         states = {window: self.blocks.embed(self.windows_BT[window]).cpu() for window in windows}

@@ -1,9 +1,9 @@
-"""Calibration text that is partly questions with their answers: how many windows of them, and where they stand."""
+"""Questions with their answers as calibration text: in the run's own, and as a text that plans may mix with it."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tools.base.settings import Calibration, WorkbenchSettings
+from tools.base.settings import QUESTIONS, Calibration, WorkbenchSettings
 from tools.texts.questions import split_questions, write_pair
 
 if TYPE_CHECKING:
@@ -18,17 +18,16 @@ def write_questions(settings: WorkbenchSettings) -> Iterator[str]:
 def mix_questions(
     settings: WorkbenchSettings, prose_BT: "Tensor", questions_BT: "Tensor"
 ) -> "tuple[Tensor, dict[Calibration, Tensor]]":
-    """(the calibration text of the run, those with more questions in them that there are enough of).
+    """(the calibration text of the run, the same behind as many windows of questions if there are so many).
 
     `prose_BT` are its windows of running text, `questions_BT` those of questions: at least as many as the run's own
-    mix asks for, and as many as the greatest of the others needs, if there are.
+    mix asks for.
     """
-    mixed = {
-        name: _spread(prose_BT[: settings.calibration_windows - count], questions_BT[:count])
-        for name, count in settings.mixes.items()
-        if count <= len(questions_BT)
-    }
-    return _spread(prose_BT, questions_BT[: settings.count_mixed(settings.calibration_mix)]), mixed
+    import torch
+
+    run_BT = _spread(prose_BT, questions_BT[: settings.count_mixed(settings.calibration_mix)])
+    both = [questions_BT[: len(run_BT)], run_BT]
+    return run_BT, {QUESTIONS: torch.cat(both)} if len(questions_BT) >= len(run_BT) else {}
 
 
 def _spread(prose_BT: "Tensor", questions_BT: "Tensor") -> "Tensor":

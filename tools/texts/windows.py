@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.base.errors import SharedText, UserError
-from tools.base.settings import SPLITS, Calibration, WorkbenchSettings
+from tools.base.settings import QUESTIONS, RUN, SPLITS, Calibration, WorkbenchSettings
 from tools.texts.mixtures import mix_questions, write_questions
 from tools.texts.questions import check_questions
 from tools.texts.sources import check_source, read_documents
@@ -42,7 +42,7 @@ class Windows(NamedTuple):
     """More of the validation text, behind all else that its source is cut into, where any is asked for: windows for
     verdicts, then as many that finalists are compared on."""
     mixed: "dict[Calibration, Tensor]"
-    """The calibration text with more questions in it, as far as there are enough of them."""
+    """The run's calibration text behind as many windows of questions, where there are enough of them."""
     lead: int = 0
     """Tokens of each window that are no text: 1 where it begins with the beginning-of-sequence token."""
     texts: tuple[str, ...] = ()
@@ -64,11 +64,14 @@ class Windows(NamedTuple):
         each = len(self.find_text(split)) // max(len(self.texts), 1)
         return [self.texts[window // each] for window in windows] if self.texts else []
 
-    def list_counting(self, shares: Mapping[str, float]) -> list[int]:
-        """The calibration windows of texts that count by these shares; all where there are no shares."""
-        windows = range(len(self.calibration))
-        names = self.name_each("calibration", windows)
-        return [window for window in windows if not shares or shares[names[window]]]
+    def list_shares(self, shares: Mapping[str, float], text: Calibration = "run") -> dict[int, float]:
+        """The windows of a calibration text that count, with what their text does; 1 where there are no shares."""
+        windows = range(len(self.find_text(text)))
+        if not shares:
+            return dict.fromkeys(windows, 1.0)
+        names = (QUESTIONS, RUN) if text == QUESTIONS else self.texts
+        each = len(windows) // len(names)
+        return {window: share for window in windows if (share := shares[names[window // each]])}
 
 
 def find_bos(tokenizer: Any) -> int | None:
@@ -86,12 +89,13 @@ def check_texts(settings: WorkbenchSettings) -> None:
     """Refuse, before anything is loaded, texts that cannot be read. Raises UserError."""
     sources = {part: find_source(settings, part) for part in count_windows(settings) if split_part(part)[1] in SPLITS}
     for source in sources.values():
-        check_source(source)
+        if not _is_asked(settings, source):
+            check_source(source)
     deal_prompts(settings)
     if settings.questions:
         check_questions(settings.questions)
     for part, source in sources.items():
-        if settings.questions == source:
+        if settings.questions == source and not settings.text:
             raise UserError(
                 f"the questions and the {part} text are the same, {settings.questions!r}; some questions of a source "
                 "are taken into the calibration text, and no others, with --calibration-mix"
@@ -145,10 +149,23 @@ def _cut_read(settings: WorkbenchSettings, tokenizer: Any) -> "dict[str, Tensor]
     windows: dict[str, Tensor] = {}
     for source in dict.fromkeys(source for source in sources.values() if not is_written(source)):
         asked = {part: counts[part] for part in sources if sources[part] == source}
-        ids = _read_tokens(read_documents(source), tokenizer, _reach(settings, asked))
-        pieces = torch.split(_cut(ids, source, settings, asked), list(asked.values()))
+        is_asked = _is_asked(settings, source)
+        own = _pass_over_none(settings) if is_asked else settings
+        documents = write_questions(settings) if is_asked else read_documents(source)
+        ids = _read_tokens(documents, tokenizer, _reach(own, asked))
+        pieces = torch.split(_cut(ids, source, own, asked), list(asked.values()))
         windows |= zip(asked, pieces, strict=True)
     return windows
+
+
+def _is_asked(settings: WorkbenchSettings, source: str) -> bool:
+    """Whether a named text is of the questions that are asked: it then has those that are asked nowhere else."""
+    return bool(settings.text) and source == settings.questions
+
+
+def _pass_over_none(settings: WorkbenchSettings) -> WorkbenchSettings:
+    """Which questions are the rest of those asked hangs on `text_cut`: windows are the first of them."""
+    return settings.model_copy(update={"text_cut": 0})
 
 
 def _cut_written(settings: WorkbenchSettings, write: WrittenText) -> "dict[str, Tensor]":
@@ -179,11 +196,10 @@ def _begin(windows: Windows, bos: int) -> Windows:
 def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
     """As many windows of questions as are asked for or can be mixed in."""
     needed = settings.count_mixed(settings.calibration_mix)
-    most = max([needed, *settings.mixes.values()])
+    most = settings.calibration_windows
     ids = _read_tokens(write_questions(settings), tokenizer, settings.window * most)
     count = max(needed, min(most, len(ids) // settings.window))
-    # Which questions are the rest of those asked hangs on `text_cut`: the windows are the first of them.
-    return _cut(ids, settings.questions, settings.model_copy(update={"text_cut": 0}), {"calibration": count})
+    return _cut(ids, settings.questions, _pass_over_none(settings), {"calibration": count})
 
 
 def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[int]:

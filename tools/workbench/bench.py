@@ -269,7 +269,7 @@ class Workbench:
 
     def list_fitted(self) -> list[int]:
         """The calibration windows that something is fitted to: those of texts that count."""
-        return self.windows.list_counting(self.settings.text_shares)
+        return list(self.windows.list_shares(self.settings.text_shares))
 
     def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
         """As `Evaluator.evaluate`."""

@@ -51,7 +51,8 @@ class Curves:
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `describe_layers`, with the KL curves of `profile` whatever the recipe's: no weight is touched."""
         self._profiles.refuse_statistics(recipe)
-        plain = recipe.model_copy(update={"curves": "mask", "calibration": "run"})
+        known = self._profiles.find_known(profile, recipe)
+        plain = recipe.model_copy(update={"curves": "mask", "mix": recipe.mix if known else ()})
         return self.describe_layers(profile, plain, progress)
 
     def has_layers(self, profile: str, recipe: Recipe) -> bool:

@@ -1,4 +1,4 @@
-"""Profiles of several named texts: what each says by itself, collected once and kept, and sums of that."""
+"""Profiles of several texts: what each says by itself, collected once and kept, and sums of that."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from tools.base.progress import Progress
-from tools.base.settings import WorkbenchSettings
+from tools.base.settings import RUN, Calibration, WorkbenchSettings
 from tools.measure.losses import Evaluation
 from tools.statistics.collect import collect_texts
 from tools.statistics.known import ModelStatistics, know_read, mix_statistics, refuse_infinite
@@ -57,11 +57,11 @@ class Mixtures:
             for name in parts:
                 self._index.replace_measured(self._name_text(name, kind), {"parts": {name: kept[name]}})
         else:
-            parts = {name: TextPart.model_validate(part) for name, part in known["parts"].items()}
+            parts = {name: TextPart.model_validate(known["parts"][name]) for name in mix}  # what is kept is sorted
             found = self._read(parts)
             if known["mix"] != mix:
                 found, parts = self._measure_curves(found, parts, progress)
-        return self._write(parts, found, mix, hidden, evaluation)
+        return self._write(parts, found, mix, hidden, evaluation, RUN)
 
     def find(self, run: StoredProfile, profile: str, weights: Mapping[str, float]) -> str:
         """The profile that is another mixture of the texts of `run`, whose id is `profile`; nothing is measured."""
@@ -70,9 +70,10 @@ class Mixtures:
             return profile
 
         def add_up() -> dict[str, str]:
-            return {"profile": self._write(run.parts, self._read(run.parts), mix, run.hidden, run.dense)}
+            found = self._read(run.parts)
+            return {"profile": self._write(run.parts, found, mix, run.hidden, run.dense, run.calibration)}
 
-        key = ["mixture", json.dumps(mix), run.means, run.hidden, "full" if run.full else "masks"]
+        key = ["mixture", json.dumps(mix), profile]
         return str(self._index.measure_once(key, add_up)["profile"])
 
     def collect_again(self, progress: Progress) -> ModelStatistics:
@@ -118,7 +119,7 @@ class Mixtures:
     def _name_text(self, name: str, kind: str) -> list[str]:
         """What is known of a text depends on the model, on its windows and on settings, but on no other text."""
         shares = {other: float(other == name) for other in self._settings.text}
-        windows = self._windows.calibration[self._windows.list_counting(shares)]
+        windows = self._windows.calibration[list(self._windows.list_shares(shares))]
         digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
         return ["text", *name_dense(self._weights, self._settings, "text", "text_weights"), digest, kind]
 
@@ -138,6 +139,7 @@ class Mixtures:
         mix: dict[str, float],
         hidden: str,
         evaluation: Evaluation,
+        text: Calibration,
     ) -> str:
         """A profile that is the sum of what was `found` of each text."""
         statistics = mix_statistics(found, list(mix.values()))
@@ -148,6 +150,7 @@ class Mixtures:
             group=statistics.group,
             hidden=hidden,
             dense=evaluation,
+            calibration=text,
             few=statistics.few,
             mix=mix,
             parts=dict(parts),

@@ -37,7 +37,7 @@ class PolishText(NamedTuple):
 
     name: Calibration
     mix: Mapping[str, float]
-    """What each named text counts, where texts have names: those that count nothing are left out."""
+    """What each text of several counts: those that count nothing are left out."""
 
 
 VERSION = "2"
@@ -104,17 +104,13 @@ class Polisher:
         return {name: artifacts[name] for name in self._weights.by_name}
 
     def _schedule(self, tokens: int, text: PolishText) -> Schedule:
-        windows, settings = list(self._list_shares(text.mix)), self._settings
+        windows, settings = list(self._list_shares(text)), self._settings
         return schedule_polish(len(windows), settings.window, tokens, settings.seed).on(windows)
 
-    def _list_shares(self, mix: Mapping[str, float]) -> dict[int, float]:
+    def _list_shares(self, text: PolishText) -> dict[int, float]:
         """The calibration windows that count, and how much each does, with a mean of 1."""
-        windows = self._windows.list_counting(mix)
-        if not mix:
-            return dict.fromkeys(windows, 1.0)
-        texts = sum(share > 0 for share in mix.values())
-        names = self._windows.name_each("calibration", windows)
-        return {window: mix[name] * texts for window, name in zip(windows, names, strict=True)}
+        texts = sum(share > 0 for share in text.mix.values()) or 1
+        return {window: share * texts for window, share in self._windows.list_shares(text.mix, text.name).items()}
 
     def _name(self, pruned: Mapping[str, str], tokens: int, text: PolishText) -> list[str]:
         """What the weights depend on: the model and its pruned layers, the text, how it is gone through."""
@@ -144,7 +140,7 @@ class Polisher:
             self._weights.install(name, artifact)  # whole, for they were made, or read, just now
         layers = [self._weights.by_name[name] for name in names]
         survivors, keeper = Survivors(layers), _Keeper(self._store, self._index, key)
-        shares = self._list_shares(text.mix) if text.mix else {}
+        shares = self._list_shares(text) if text.mix else {}
         windows_BT = self._windows.find_text(text.name)
         alone = Divergence(self._blocks, survivors, windows_BT, hidden, self._windows.lead, shares)
         problem: Problem = alone

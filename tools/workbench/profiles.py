@@ -1,5 +1,6 @@
 """Profiles of the dense model: its losses, and what calibration texts say of its layers, measured once and kept."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 
@@ -9,11 +10,11 @@ from torch import Tensor
 from kernels.methods import LayerStatistics
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
-from tools.base.settings import Calibration, WorkbenchSettings
+from tools.base.settings import QUESTIONS, RUN, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar
 from tools.plans.paces import MEASURING, Paces, time_work
 from tools.plans.recipe import Recipe
-from tools.statistics.collect import Moments, collect_statistics
+from tools.statistics.collect import Moments, collect_questions, collect_statistics
 from tools.statistics.known import ModelStatistics, refuse_infinite
 from tools.statistics.table import build_profile
 from tools.team.cluster import Cluster
@@ -24,7 +25,7 @@ from tools.workbench.losses import Losses
 from tools.workbench.mixtures import Mixtures
 from tools.workbench.moments import SecondMoments, write_moment
 from tools.workbench.store import ArtifactStore, Index
-from tools.workbench.stored import StoredProfile, write_means
+from tools.workbench.stored import StoredProfile, TextPart, keep_part, read_part, write_means
 from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_dense
 from tools.workbench.weights import Weights
 
@@ -44,7 +45,7 @@ class Profiles:
         paces: Paces,
     ) -> None:
         """`paces` are told how long it takes."""
-        self._settings, self._mixed, self._weights, self._crew = settings, windows.mixed, weights, crew
+        self._settings, self._windows, self._weights, self._crew = settings, windows, weights, crew
         self._store, self._index, self._losses, self._paces = store, index, losses, paces
         self._moments = SecondMoments(weights, store, index, crew)
         self._mixtures = Mixtures(settings, windows, weights, store, index, crew)
@@ -65,9 +66,10 @@ class Profiles:
         layers, dense = self._weights.layers, self._weights.dense
         if first:
             table = build_profile(layers, self._collect_again(progress), dense)
-            return self._store.write_json(self.read(first).model_copy(update={"layers": table}).model_dump())
+            own = {"layers": table, "first": first}
+            return self._store.write_json(self.read(first).model_copy(update=own).model_dump())
         self._weights.restore_dense()
-        return self._profile_text("run", *self._measure_dense(progress), progress, full=not masks_only)
+        return self._profile_dense(*self._measure_dense(progress), progress, full=not masks_only)
 
     def _measure_dense(self, progress: Progress) -> tuple[str, Evaluation]:
         """(artifact of the dense model's hidden states, its losses) on the validation text."""
@@ -115,15 +117,7 @@ class Profiles:
             return SoFar()
         return SoFar(found["nll"], found["kl"], list(self._store.read_tensors(found["hidden"])["hidden"]))
 
-    def _profile_text(
-        self,
-        text: Calibration,
-        hidden: str,
-        evaluation: Evaluation,
-        progress: Progress,
-        *,
-        full: bool,
-    ) -> str:
+    def _profile_dense(self, hidden: str, evaluation: Evaluation, progress: Progress, *, full: bool) -> str:
         """A profile of the dense model, which is in place; second moments are in it if it is `full`."""
         if self._settings.text:
             return self._mixtures.make(hidden, evaluation, progress, full=full)
@@ -132,8 +126,8 @@ class Profiles:
         def keep_moment(name: str, moment_II: Tensor) -> None:
             moments[name] = write_moment(self._store, moment_II)
 
-        walk = find_unfinished(self._index, self._weights, self._settings, text, moments, "full" if full else "masks")
-        statistics = self._collect(text, progress, keep_moment if full else None, walk)
+        walk = find_unfinished(self._index, self._weights, self._settings, RUN, moments, "full" if full else "masks")
+        statistics = self._collect(progress, keep_moment if full else None, walk)
         stored = StoredProfile(
             layers=build_profile(self._weights.layers, statistics, self._weights.dense),
             means=write_means(self._store, statistics),
@@ -141,7 +135,6 @@ class Profiles:
             group=statistics.group,
             hidden=hidden,
             dense=evaluation,
-            calibration=text,
             few=statistics.few,
         )
         profile = self._store.write_json(stored.model_dump())
@@ -152,14 +145,13 @@ class Profiles:
         """Statistics of the weights in the model now, with curves about the dense ones."""
         if self._settings.text:
             return self._mixtures.collect_again(progress)
-        walk = find_unfinished(self._index, self._weights, self._settings, "run", {}, "again")
-        statistics = self._collect("run", progress, None, walk, self._weights.dense)
+        walk = find_unfinished(self._index, self._weights, self._settings, RUN, {}, "again")
+        statistics = self._collect(progress, None, walk, self._weights.dense)
         walk.forget()
         return statistics
 
     def _collect(
         self,
-        text: Calibration,
         progress: Progress,
         keep_moment: Callable[[str, Tensor], None] | None,
         kept: UnfinishedWalk,
@@ -167,7 +159,7 @@ class Profiles:
     ) -> ModelStatistics:
         """As `collect_statistics`. Raises UnknownStatistics too for statistics that are not finite."""
         team, extent = self._crew.team, self._crew.extent
-        statistics = collect_statistics(team, extent, self._weights.layers, progress, keep_moment, dense, text, kept)
+        statistics = collect_statistics(team, extent, self._weights.layers, progress, keep_moment, dense, kept)
         refuse_infinite(statistics, self._settings.dtype)
         return statistics
 
@@ -178,7 +170,7 @@ class Profiles:
     def _read(self, profile: str) -> tuple[StoredProfile, dict[str, Tensor]]:
         """With its means, which are vectors by name."""
         if self._last is None or self._last[0] != profile:
-            stored = StoredProfile.model_validate(self._store.read_json(profile))
+            stored = StoredProfile.model_validate(self._store.read_json(profile)).sort_texts(self._settings.mixable)
             self._last = (profile, stored, self._store.read_tensors(stored.means))
         return self._last[1:]
 
@@ -195,65 +187,85 @@ class Profiles:
     def refuse_statistics(self, recipe: Recipe) -> None:
         """Raises ImpossiblePlan in one line where there are no statistics as a recipe asks for.
 
-        That is where this run has not the text that they are to be of, and where tokens are to weigh unevenly for
-        experts, each of which reads other ones.
+        That is where this run has not the texts that they are to be of, and where tokens are to weigh unevenly for
+        experts, each of which reads other ones, or where texts do.
         """
-        if recipe.weighs_tokens and self._settings.text:
-            raise ImpossiblePlan("tokens are not weighted where texts are, which have names; leave tokens even")
+        if recipe.weighs_tokens and (self._settings.text or recipe.mix):
+            raise ImpossiblePlan("tokens are not weighted where texts are; leave tokens even")
         if recipe.weighs_tokens and any(layer.pool for layer in self._weights.layers):
             raise ImpossiblePlan(
                 "tokens are not weighted in mixtures of experts, each of which reads other ones; leave tokens even"
             )
-        if unknown := [name for name, _ in recipe.mix if name not in self._settings.text]:
-            texts = ", ".join(self._settings.text)
+        texts, windows = self._settings.mixable, self._settings.calibration_windows
+        if unknown := [name for name, _ in recipe.mix if name not in texts]:
             raise ImpossiblePlan(
-                f"mix weighs {unknown[0]!r}, which is none of the texts {texts}"
+                f"mix weighs {unknown[0]!r}, which is none of the texts {', '.join(texts)}"
                 if texts
-                else f"mix weighs {unknown[0]!r}, and this run has no named texts; leave it out"
+                else f"mix weighs {unknown[0]!r}, and this run has neither named texts nor questions; leave it out"
             )
-        if recipe.calibration == "run" or recipe.calibration in self._mixed:
-            return
-        asked = f"calibration {recipe.calibration!r}"
-        if self._settings.text:
-            raise ImpossiblePlan(f"{asked} is for runs without named texts; leave it at 'run'")
-        if not self._settings.questions:
-            raise ImpossiblePlan(f"{asked} mixes questions in, and this run has none; leave it at 'run'")
-        count = self._settings.mixes.get(recipe.calibration)
-        if count is None:
-            raise ImpossiblePlan(f"{asked} has no more questions than the run's own text; leave it at 'run'")
-        raise ImpossiblePlan(f"{asked} needs {count} windows of questions that are in no other text; there are fewer")
+        if recipe.mix and self._settings.mixes_questions and QUESTIONS not in self._windows.mixed:
+            raise ImpossiblePlan(
+                f"mix needs {windows} windows of questions that are in no other text; there are fewer; leave it out"
+            )
 
     def find(self, profile: str, recipe: Recipe, progress: Progress) -> str:
-        """The profile that a recipe's statistics come from: `profile`, or one of the dense model on the recipe's text,
-        or its mixture of texts.
+        """The profile that a recipe's statistics come from: `profile`, or its mixture of texts.
 
-        Of that nothing but its statistics differs. Measured once, then read back; a mixture is a sum, and nothing is
-        measured for it. Raises ImpossiblePlan.
+        Of that nothing but its statistics differs. A mixture is a sum, and nothing is measured for it but, once, what
+        the dense model makes of questions where these are one of the texts. Raises ImpossiblePlan.
         """
-        if recipe.calibration == "run" and not recipe.mix:
+        if not recipe.mix:
             return profile
         self.refuse_statistics(recipe)
-        run = self.read(profile)
-        if recipe.mix:
-            return self._mixtures.find(run, profile, dict(recipe.mix))
-        full = run.full
-
-        def measure() -> dict[str, str]:
-            self._weights.restore_dense()
-            return {"profile": self._profile_text(recipe.calibration, run.hidden, run.dense, progress, full=full)}
-
-        return str(self._index.measure_once(self._name_mixed(profile, recipe), measure)["profile"])
+        if self._settings.mixes_questions:
+            profile = self._find_beside(self.read(profile).first or profile, progress)
+        return self._mixtures.find(self.read(profile), profile, dict(recipe.mix))
 
     def find_known(self, profile: str, recipe: Recipe) -> str:
         """As `find`, without any measurement; "" where it was never measured."""
-        if recipe.calibration == "run":
+        if not recipe.mix or not self._settings.mixes_questions:
             return self.find(profile, recipe, ignore_progress)
-        return str((self._index.read_measured(self._name_mixed(profile, recipe)) or {}).get("profile", ""))
+        self.refuse_statistics(recipe)
+        known = self._index.read_measured(self._name_beside(self.read(profile).first or profile))
+        return self.find(profile, recipe, ignore_progress) if known else ""
 
-    def _name_mixed(self, profile: str, recipe: Recipe) -> list[str]:
-        """What the profile of another text depends on beside that text: the run's own names model and settings."""
-        run = self.read(profile)
-        return ["profile", recipe.calibration, run.means, run.hidden, "full" if run.full else "masks"]
+    def _find_beside(self, first: str, progress: Progress) -> str:
+        """The profile of the dense model of which questions are a second text, which counts nothing in it."""
+        run = self.read(first)
+
+        def measure() -> dict[str, str]:
+            self._weights.restore_dense()
+            kappa = {layer.name: layer.kappa for layer in run.layers}
+            gradient = {layer.name: layer.gradient for layer in run.layers}
+            own = TextPart(
+                means=run.means, moments=run.moments, group=run.group, gradient=gradient, kappa=kappa, few=run.few
+            )
+            parts = {QUESTIONS: self._collect_questions(own, progress, full=run.full), RUN: own}
+            both = {"calibration": QUESTIONS, "mix": {QUESTIONS: 0.0, RUN: 1.0}, "parts": parts}
+            return {"profile": self._store.write_json(run.model_copy(update=both).model_dump())}
+
+        return str(self._index.measure_once(self._name_beside(first), measure)["profile"])
+
+    def _name_beside(self, first: str) -> list[str]:
+        """What that depends on: the run's own profile names model and settings."""
+        digest = hashlib.sha256(self._windows.mixed[QUESTIONS].numpy().tobytes()).hexdigest()
+        return ["beside", first, digest]
+
+    def _collect_questions(self, run: TextPart, progress: Progress, *, full: bool) -> TextPart:
+        """What questions say of the dense model, which is in place."""
+        moments: dict[str, str] = {}
+
+        def keep_moment(name: str, moment_II: Tensor) -> None:
+            moments[name] = write_moment(self._store, moment_II)
+
+        kind, keep = ("full", keep_moment) if full else ("masks", None)
+        walk = find_unfinished(self._index, self._weights, self._settings, QUESTIONS, moments, kind)
+        masks, team = read_part(self._store, run, self._weights.device_of), self._crew.team
+        found = collect_questions(team, self._crew.extent, self._weights.layers, progress, keep, masks, walk)
+        refuse_infinite(found, self._settings.dtype)
+        part = keep_part(self._store, found, moments)
+        walk.forget()
+        return part
 
     # --- what layers are pruned by -----------------------------------------------------------------------------
 

@@ -113,7 +113,8 @@ class Pruner:
         if not polish:
             return self._prune(tasks, progress)
         task = next(iter(tasks.values()))
-        text = PolishText(task.recipe.calibration, self._profiles.read(task.profile).mix)
+        stored = self._profiles.read(task.profile)
+        text = PolishText(stored.calibration, stored.mix)
         self._polisher.refuse(polish, text)  # before anything is pruned
         return self._polisher.polish(self._prune(tasks, progress), polish, progress, text)
 

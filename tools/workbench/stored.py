@@ -1,7 +1,7 @@
 """What a profile leaves on disk, and what each of several named texts says in it, of which any mixture is a sum."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,12 @@ class StoredProfile(BaseModel):
     dense: Evaluation
     calibration: Calibration = "run"
     """The text that it is about."""
+    first: str = Field("", exclude_if=operator.not_)
+    """The profile of the dense model, where this is one of other weights."""
     few: dict[str, int] = {}
     """Layers of experts that were sent too few of its tokens (`tools.statistics.experts`), with their number."""
     mix: dict[str, float] = Field({}, exclude_if=operator.not_)
-    """What each of the run's named texts counts in it, in their order and in sum 1; empty where there are none."""
+    """What each text of several counts in it, in their order and in sum 1; empty where there is one."""
     parts: dict[str, TextPart] = Field({}, exclude_if=operator.not_)
     """Each of these texts by itself."""
 
@@ -56,6 +58,12 @@ class StoredProfile(BaseModel):
     def full(self) -> bool:
         """Whether it was made with second moments."""
         return bool(self.moments) or any(part.moments for part in self.parts.values())
+
+    def sort_texts(self, names: Sequence[str]) -> "StoredProfile":
+        """The same with its texts in this order, which is that of their windows: on disk they stand by their names."""
+        texts = [name for name in names if name in self.mix]
+        mix, parts = {name: self.mix[name] for name in texts}, {name: self.parts[name] for name in texts}
+        return self.model_copy(update={"mix": mix, "parts": parts})
 
     def only(self, text: str) -> dict[str, float]:
         """The mixture that is one of the texts alone."""

@@ -33,12 +33,15 @@ def test_every_lever_of_a_planner_is_drawn_and_half_of_the_plans_leave_it_alone(
     recipes = [plan.recipe for plan in PLANS]
     assert {recipe.method for recipe in recipes} == set(METHODS)
     assert {recipe.allocation for recipe in recipes} == set(RULES)
-    assert {recipe.calibration for recipe in recipes} == {"run", "quarter", "half"}
     for lever in set(Recipe.model_fields) - {"pattern", "polish_tokens", "mix"}:
         drawn = [getattr(recipe, lever) for recipe in recipes]
         assert len(set(drawn)) > 1 and drawn.count(Recipe.model_fields[lever].default) >= 80, lever
+    mixes = [recipe.mix for recipe in recipes]
+    assert mixes.count(()) >= 80 and len(set(mixes)) > 40
+    assert {name for mix in mixes for name, _ in mix} == {"run", "questions"}
+    assert not any(plan.recipe.weighs_tokens and plan.recipe.mix for plan in PLANS), "which is refused"
     without = [draw_plan(LAYERS, CONFIG.model_copy(update={"questions": ""}), number) for number in range(200)]
-    assert {plan.recipe.calibration for plan in without} == {"run"}
+    assert {plan.recipe.mix for plan in without} == {()}
     frugal = [draw_plan(LAYERS, CONFIG.model_copy(update={"polish_tokens": 0}), number) for number in range(200)]
     assert not any(plan.recipe.polish for plan in frugal)
 

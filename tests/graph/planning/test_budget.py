@@ -17,6 +17,7 @@ from graph.state import State
 from tests.situations import make_situation, make_trial
 from tools.plans.costs import count_in_order, count_profile, count_walk, list_curve_costs
 from tools.plans.methods import Statistics
+from tools.plans.mix import mix_questions
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
 
@@ -86,8 +87,12 @@ def test_a_plan_carried_out_is_charged_for_its_curves_and_its_walk_once() -> Non
     other = make_order(statistics="sequential", gamma="clipped")
     assert charge(state.model_copy(update=update), plan, other)["evaluated_tokens"] == TRIAL + WALK + 2 * SEQUENTIAL
     assert charge(state, Plan(sparsity=0.45, recipe=STRONG), make_order())["evaluated_tokens"] == TRIAL
-    mixed = Plan(sparsity=0.45, recipe=STRONG.model_copy(update={"calibration": "half"}))
-    assert charge(state, mixed, make_order())["evaluated_tokens"] == TRIAL + PROFILE
+    asking = state.model_copy(update={"config": CONFIG.model_copy(update={"questions": "hub:org/q:train"})})
+    mixed = Plan(sparsity=0.45, recipe=STRONG.model_copy(update={"mix": mix_questions(0.5)}))
+    assert charge(asking, mixed, make_order())["evaluated_tokens"] == TRIAL + PROFILE
+    order = make_order(statistics="sequential", mix={"run": 1, "questions": 1})
+    plan = Plan(sparsity=0.45, recipe=Recipe(statistics="sequential", mix=mix_questions(0.5)))
+    assert charge(asking, plan, order)["evaluated_tokens"] == TRIAL + PROFILE + 2 * WALK + 2 * SEQUENTIAL
 
 
 def test_weights_of_tokens_are_paid_for_once_for_each_text() -> None:
@@ -146,8 +151,10 @@ def test_a_planner_is_told_how_many_trials_the_budget_allows() -> None:
         " Budget: 1,000 of 2,000 tokens through the model are left, 5 trials without extras: a trial takes 192; a "
         "probe as many as it measures on, for each plan; statistics sequential 512 more, stages 1,280, in a "
         "probe and in a trial; tokens weighted 1,280 more, once for each text; curves method 512 more, once for each "
-        "method; a new profile, reprofile or another calibration text, 896. Plans beyond it are refused."
+        "method; a new profile, reprofile, 896. Plans beyond it are refused."
     ) in said
+    asking = dataclasses.replace(situation, config=config.model_copy(update={"questions": "hub:org/q:train"}))
+    assert "a new profile, reprofile or questions in a mix, 896." in planner_messages(asking)[1].text
     free = dataclasses.replace(situation, budget=TokenBudget(RunConfig(), 1000, TRIAL))
     assert "Budget:" not in planner_messages(free)[1].text
 

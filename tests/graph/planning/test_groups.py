@@ -38,6 +38,7 @@ from tools.workbench.store import DENSE, ArtifactStore
 
 LAYERS = [layer.model_copy(update={"inputs": 20}) for layer in make_layers()]
 CONFIG = RunConfig()
+SEQUENTIAL = Recipe(statistics="sequential")
 V, Q = ("self_attn.v_proj", "self_attn.q_proj")
 
 
@@ -53,7 +54,7 @@ def test_a_plan_without_groups_is_what_it_always_was() -> None:
     plan = Plan(sparsity=0.45, recipe=Recipe(curves="mask"))
     written = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
     found = resolve(plan, make_layers(), CONFIG).id, hash_request(plan), written
-    assert [digest[:16] for digest in found] == ["50ad134caadd8a84", "f68a2b3f76eeaf25", "bbdc823a1fb87105"]
+    assert [digest[:16] for digest in found] == ["50ad134caadd8a84", "f68a2b3f76eeaf25", "db7cc57796f023db"]
     exempt = make_plan({V: {}})
     assert resolve(exempt, LAYERS, CONFIG).id == found[0] and "groups" not in plan.model_dump()
 
@@ -80,7 +81,7 @@ def test_every_layer_has_its_own_recipe_and_the_sum_meets_the_plan() -> None:
         (make_plan({"*.k_proj": {}}), CONFIG, r"selector '\*\.k_proj' means no layer; layers are named like "),
         (make_plan({"*": {}}), CONFIG, "groups take every layer, so that the plan's recipe counts for none; "),
         (
-            make_plan({V: {"statistics": "stages", "calibration": "half"}}, Recipe(statistics="sequential")),
+            make_plan({V: {"statistics": "stages", "mix": {"run": 1, "questions": 1}}}, SEQUENTIAL),
             CONFIG,
             "statistics behind pruned predecessors in one round are of one calibration text, and not of 'run' and ",
         ),

@@ -12,6 +12,7 @@ from graph.planning.rule import LOST_ROUNDS, MASKS, calibration, find_relief, pl
 from graph.state import Trial
 from tests.situations import make_lesson, make_patterned, make_situation, make_trial, try_plan
 from tools.base.errors import ImpossiblePlan
+from tools.plans.mix import mix_questions
 from tools.plans.recipe import Recipe
 
 
@@ -84,12 +85,12 @@ def test_a_pattern_that_did_not_pass_is_not_proposed_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("questions", "short", "text"),
-    [("", [], "run"), ("file:qa.jsonl", [], "quarter"), ("file:qa.jsonl", ["quarter", "half"], "run")],
+    ("questions", "short", "share"),
+    [("", [], 0.0), ("file:qa.jsonl", [], 0.25), ("file:qa.jsonl", [0.25], 0.5), ("file:qa.jsonl", [0.25, 0.5], 0.0)],
 )
 @pytest.mark.parametrize(("pattern", "verdict"), [("", "accept"), ("2:4", "rollback")])
-def test_more_questions_in_the_calibration_text_are_tried_where_there_are_some(
-    questions: str, short: list[str], text: str, pattern: str, verdict: str
+def test_more_questions_in_the_statistics_are_tried_where_there_are_some(
+    questions: str, short: list[float], share: float, pattern: str, verdict: str
 ) -> None:
     config = RunConfig(questions=questions, pattern=pattern)
     situation = make_situation(make_trial(1, verdict, config.target_sparsity, STRONG))
@@ -97,14 +98,14 @@ def test_more_questions_in_the_calibration_text_are_tried_where_there_are_some(
     layers = make_patterned().layers
 
     def read_layers(recipe: Recipe) -> Curves:
-        if recipe.calibration in short:
+        if recipe.mix in map(mix_questions, short):
             raise ImpossiblePlan("there are fewer")
-        return Curves(layers, exact=recipe.calibration == "run")
+        return Curves(layers, exact=not recipe.mix)
 
     plan = plan_by_rule(dataclasses.replace(situation, config=config, layers=layers, read_layers=read_layers))
     assert plan is not None
     small: dict[str, Any] = {**TOGETHER, "statistics": "sequential"}
-    assert plan.recipe == STRONG.model_copy(update=small if text == "run" else {"calibration": text})
+    assert plan.recipe == STRONG.model_copy(update={"mix": mix_questions(share)} if share else small)
 
 
 @pytest.mark.parametrize("verdict", ["accept", "rollback", "refuse"])

@@ -14,6 +14,7 @@ from tools.estimate.memory import ASKED_FOR, WEIGH, cut_parts, find_busiest
 from tools.estimate.timing import Steps, Times
 from tools.estimate.work import Course, Work, find_shares, list_work, price_flops, price_seconds
 from tools.models.layers import find_layers
+from tools.plans.mix import mix_questions
 from tools.plans.recipe import Recipe
 
 MASKS = Recipe(method="two-sided", refit=False)
@@ -124,9 +125,10 @@ def test_curves_that_rounds_ask_for_are_counted_once_for_each_method(tiny_llama:
     assert [(work.times, work.seconds) for work in asked] == [(1, 44 + 3000), (1, 44 + 2000)]
 
 
-def test_another_calibration_text_is_profiled_too(tiny_llama: Path) -> None:
-    mixed = STRONG.model_copy(update={"calibration": "quarter"})
-    found = work_of(tiny_settings(tiny_llama), COURSE._replace(rounds=[MASKS, mixed]))
+def test_questions_are_profiled_too_where_a_plan_mixes_them_in(tiny_llama: Path) -> None:
+    mixed, half = (STRONG.model_copy(update={"mix": mix_questions(share)}) for share in (0.25, 0.5))
+    settings = tiny_settings(tiny_llama, questions="hub:org/q:train")
+    found = work_of(settings, COURSE._replace(rounds=[MASKS, mixed, half]))
     assert {work.name: work.times for work in found[1:5]} == {
         "profile, statistics": 3,
         "profile, second moments": 2,
@@ -135,14 +137,13 @@ def test_another_calibration_text_is_profiled_too(tiny_llama: Path) -> None:
     }
 
 
-def test_weights_of_tokens_are_work_once_for_each_text(tiny_llama: Path) -> None:
+def test_weights_of_tokens_are_work_once(tiny_llama: Path) -> None:
     weighted = STRONG.model_copy(update={"tokens": "weighted"})
     staged = weighted.model_copy(update={"statistics": "stages"})
-    mixed = staged.model_copy(update={"calibration": "half"})
-    found = work_of(tiny_settings(tiny_llama), COURSE._replace(rounds=[weighted, staged, mixed]))
+    found = work_of(tiny_settings(tiny_llama), COURSE._replace(rounds=[weighted, staged]))
     steps = {work.name: work for work in found}
     weigh, moments = steps[WEIGH], steps["weighted second moments"]
-    assert (weigh.times, weigh.seconds) == (2, 4 * 2 + 4 * 7)
+    assert (weigh.times, weigh.seconds) == (1, 4 * 2 + 4 * 7)
     assert weigh.how == "two forwards and a backward of 4 windows of 64 tokens of calibration text"
     assert (moments.times, moments.seconds) == (1, 4 * 2 + 4 * 3 + 8 * 0.5)
     assert [work.name for work in work_of(tiny_settings(tiny_llama))].count(WEIGH) == 0
@@ -221,7 +222,7 @@ def test_the_busiest_worker_says_how_long_it_takes(tiny_llama: Path) -> None:
 
 
 def test_names_of_what_is_done_inside_a_layer_leave_out_whence_its_statistics_are() -> None:
-    recipe = Recipe(refit_steps=3, gamma="clipped", calibration="half", statistics="sequential")
+    recipe = Recipe(refit_steps=3, gamma="clipped", mix=mix_questions(0.5), statistics="sequential")
     assert module.name_recipe(recipe) == "refit3"
     assert module.name_recipe(Recipe(pattern="2:4")) == "refit to 2:4"
     assert module.name_recipe(Recipe(method="wanda", refit=False)) == "wanda"

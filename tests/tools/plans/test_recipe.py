@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from tools.base.errors import ImpossiblePlan
+from tools.plans.groups import GroupRecipe
 from tools.plans.methods import LEVERS, METHODS, name_sequential, translate_label
 from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_pattern, parse_recipe
 from tools.plans.work_order import order_all
@@ -37,17 +38,18 @@ from tools.plans.work_order import order_all
         (Recipe(method="wanda", statistics="sequential"), "wanda+refit", "wanda+refit:kappa"),
         (Recipe(method="wanda", statistics="dense"), "wanda+refit~dense", "wanda+refit~dense:kappa"),
         (
-            Recipe(method="sparsegpt", refit=False, calibration="half", statistics="dense"),
+            Recipe(method="sparsegpt", refit=False, mix={"run": 1, "questions": 1}, statistics="dense"),
             "sparsegpt~half~dense",
             "sparsegpt~half~dense:kappa",
         ),
         (Recipe(statistics="dense"), "refit", "refit:kappa"),
         (Recipe(tokens="weighted"), "refit~weighted", "refit~weighted:kappa"),
         (
-            Recipe(gamma="clipped", tokens="weighted", calibration="half", statistics="stages"),
-            "refit~clipped~weighted~half~stages",
-            "refit~clipped~weighted~half~stages:kappa",
+            Recipe(gamma="clipped", tokens="weighted", mix={"run": 0.75, "questions": 0.25}, statistics="stages"),
+            "refit~clipped~weighted~quarter~stages",
+            "refit~clipped~weighted~quarter~stages:kappa",
         ),
+        (Recipe(mix={"questions": 1, "run": 4}), "refit~0.2questions~0.8run", "refit~0.2questions~0.8run:kappa"),
         (Recipe(method="two-sided", refit=False, tokens="weighted"), "two-sided", "two-sided:kappa"),
         (Recipe(damping=0.3), "refit~damped0.3", "refit~damped0.3:kappa"),
         (Recipe(method="wanda", damping=10), "wanda+refit~damped10", "wanda+refit~damped10:kappa"),
@@ -105,14 +107,32 @@ def test_without_a_polish_a_recipe_is_written_and_described_as_ever() -> None:
     [
         ("refit~sequential~damped0.3:uniform", "refit~damped0.3~sequential:uniform"),
         ("refit10+polish64~stages~clipped:kappa@0.8", "refit10~clipped~stages+polish64:kappa@0.8"),
-        ("wanda~0.7code~half~0.3prose+refit~weighted", "wanda+refit~weighted~0.7code~0.3prose~half:uniform"),
+        ("wanda~0.7code~0.3prose+refit~weighted", "wanda+refit~weighted~0.7code~0.3prose:uniform"),
+        ("wanda~stages~half+refit", "wanda+refit~half~stages:uniform"),
+        ("wanda~0.25questions~0.75run", "wanda~quarter:uniform"),
     ],
 )
 def test_marks_may_be_given_in_any_order(given: str, label: str) -> None:
     assert parse_recipe(given) == parse_recipe(label) and parse_recipe(given).label == label
 
 
-@pytest.mark.parametrize("label", ["refit~clipped~clipped:kappa", "refit~dense~stages", "refit~fast:kappa", "refit~"])
+def test_the_calibration_text_that_earlier_versions_named_is_a_mixture() -> None:
+    for text, label in (("run", "refit:kappa"), ("quarter", "refit~quarter:kappa"), ("half", "refit~half:kappa")):
+        found = Recipe.model_validate({"calibration": text})
+        assert found.label == label and "calibration" not in found.model_dump()
+        of_group = GroupRecipe.model_validate({"calibration": text, "method": "wanda"})
+        assert of_group.complete(Recipe()).mix == found.mix
+    with pytest.raises(ValidationError, match="calibration\n  Extra inputs are not permitted"):
+        Recipe.model_validate({"calibration": "all"})
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        *("refit~half~quarter:kappa", "refit~half~1code", "refit~clipped~clipped:kappa"),
+        *("refit~dense~stages", "refit~fast:kappa", "refit~"),
+    ],
+)
 def test_marks_that_there_are_not_and_those_given_twice_are_refused(label: str) -> None:
     with pytest.raises(ValueError, match=rf"recipe '{label}' is not of the form METHOD"):
         parse_recipe(label)
@@ -304,7 +324,7 @@ def test_damping_counts_where_survivors_are_fitted_alone_and_to_what_a_label_tel
 def test_recipes_without_weights_are_kept_on_disk_as_ever() -> None:
     assert Recipe().model_dump() == {
         **{"method": "refit", "refit_steps": 5, "refit": True, "allocation": "kappa", "strength": 1.0},
-        **{"gamma": "plain", "curves": "method", "statistics": "dense", "calibration": "run", "pattern": ""},
+        **{"gamma": "plain", "curves": "method", "statistics": "dense", "pattern": ""},
     }
     order = order_all(parse_recipe("refit~sequential:kappa"), {"q": 3, "k": 4}, sparsity=0.5, predicted_kl=0.1)
     assert order.id == "a5c91809bdbc111a93826ef55aa154c56c31ea0d84b49ff97db93b56c1646493"

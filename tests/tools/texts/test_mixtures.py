@@ -31,7 +31,7 @@ def test_a_share_of_the_calibration_windows_is_made_of_questions(tmp_path: Path)
     assert text.startswith(f"Question: {prose(7 * 20, 5)}? Answer: {prose(9020, 1)}".replace("? Answer", "?\nAnswer"))
 
 
-def test_recipes_find_the_texts_of_runs_with_more_questions(tmp_path: Path) -> None:
+def test_before_the_runs_text_lie_as_many_windows_of_questions(tmp_path: Path) -> None:
     tokenizer = make_tiny_tokenizer()
     sources = write_splits(tmp_path, "", ())
     common = {"calibration_windows": 8, "questions": write_questions(tmp_path / "qa.jsonl", 200), "question_pairs": 10}
@@ -39,24 +39,30 @@ def test_recipes_find_the_texts_of_runs_with_more_questions(tmp_path: Path) -> N
     def cut(mix: float, **fields: Any) -> Windows:
         return cut_windows(tiny_settings("any", **sources, **common | fields, calibration_mix=mix), tokenizer)
 
-    plain = cut(0)
-    assert list(plain.mixed) == ["quarter", "half"] and list(cut(0.25).mixed) == ["half"] and cut(0.5).mixed == {}
-    assert plain.mixed["quarter"].equal(cut(0.25).calibration)
-    assert plain.mixed["half"].equal(cut(0.5).calibration)
-    assert cut(0.25).mixed["half"].equal(cut(0.5).calibration)
-    assert not cut(0, calibration_windows=1).mixed
+    questions_BT = cut(1.0).calibration
+    for windows in (cut(0), cut(0.25), cut(1.0)):
+        (both_BT,) = windows.mixed.values()
+        assert windows.find_text("questions") is both_BT and windows.find_text("run") is windows.calibration
+        assert both_BT[:8].equal(questions_BT) and both_BT[8:].equal(windows.calibration)
+        assert windows.list_shares({"run": 0.75, "questions": 0.25}, "questions") == {
+            **dict.fromkeys(range(8), 0.25),
+            **dict.fromkeys(range(8, 16), 0.75),
+        }
+        assert list(windows.list_shares({"run": 0.0, "questions": 1.0}, "questions")) == list(range(8))
+        assert windows.list_shares({}) == dict.fromkeys(range(8), 1.0)
 
 
-def test_texts_that_nobody_asked_for_are_left_out_where_they_cannot_be(tmp_path: Path) -> None:
+def test_a_text_that_nobody_asked_for_is_left_out_where_it_cannot_be(tmp_path: Path) -> None:
     tokenizer, lines = make_tiny_tokenizer(), {"calibration_windows": 8, "question_pairs": 10}
     few = write_questions(tmp_path / "few.jsonl", 26)
-    assert list(cut_windows(tiny_settings("any", **lines, questions=few), tokenizer).mixed) == ["quarter"]
+    assert cut_windows(tiny_settings("any", **lines, questions=few), tokenizer).mixed == {}
 
     many = write_questions(tmp_path / "many.jsonl", 60)
-    pairs = [write_pair(pair) for pair in islice(split_questions(many, 10).rest, 3, 7)]  # a quarter takes the first 4
+    pairs = [write_pair(pair) for pair in islice(split_questions(many, 10).rest, 3, 7)]
     validation = write_rows(tmp_path / "text.jsonl", [{"text": text} for text in (*pairs, prose(5000, 900))])
     settings = tiny_settings("any", **lines, questions=many, validation=validation)
-    assert list(cut_windows(settings, tokenizer).mixed) == ["quarter"]
+    assert list(cut_windows(tiny_settings("any", **lines, questions=many), tokenizer).mixed) == ["questions"]
+    assert cut_windows(settings, tokenizer).mixed == {}
     with pytest.raises(UserError, match="the calibration and validation texts overlap"):
         cut_windows(settings.model_copy(update={"calibration_mix": 0.5}), tokenizer)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.named import name_texts
-from tests.rows import prose, write_rows
+from tests.rows import prose, write_questions, write_rows
 from tests.tiny import make_beginning_tokenizer, make_tiny_tokenizer, tiny_settings
 from tools.base.errors import UserError
+from tools.texts.questions import split_questions, write_pair
 from tools.texts.windows import check_texts, check_windows, cut_windows
 from tools.texts.written import deal_prompts, list_written
 
@@ -44,6 +45,23 @@ def test_texts_of_one_source_take_consecutive_parts_of_it(tmp_path: Path) -> Non
     parts += [windows.calibration[4:], windows.validation[3:], windows.test[2:]]
     text = tokenizer.decode(torch.cat(parts)[:, 1:].flatten().tolist())
     assert prose(0, 5000).startswith(text)
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_questions_that_are_asked_may_be_a_text_of_all_others(tmp_path: Path, cut: int) -> None:
+    source = write_questions(tmp_path / "qa.jsonl", 200)
+    prose_text = name_texts(tmp_path)["text"]["prose"]
+    settings = tiny_settings(
+        "any", text={"facts": source, "prose": prose_text}, questions=source, question_pairs=10, text_cut=cut
+    )
+    tokenizer = make_tiny_tokenizer()
+    check_texts(settings)
+    check_windows(settings, tokenizer)
+    windows, rest = cut_windows(settings, tokenizer), split_questions(source, 10, cut).rest
+    told = tokenizer.decode(torch.cat([windows.calibration[:4], windows.validation[:3], windows.test[:2]]).flatten())
+    assert "\n\n".join(map(write_pair, rest)).startswith(told.strip())
+    with pytest.raises(UserError, match=f"^text source '{source}' is too short: 400 facts calibration"):
+        cut_windows(settings.model_copy(update={"calibration_windows": 400}), tokenizer)
 
 
 def test_texts_are_checked_for_overlap_with_one_another(tmp_path: Path) -> None:

@@ -118,6 +118,25 @@ def test_the_runs_own_mixture_is_its_profile(named: Workbench) -> None:
 
 
 @pytest.mark.parametrize("masks_only", [False, True])
+def test_texts_count_by_their_names_in_whatever_order_they_are_given(named: Workbench, masks_only: bool) -> None:
+    """Labels are drawn by the number of a window: what does without them comes out the same."""
+    text = dict(reversed(named.settings.text.items()))
+    other = open_bench(named.settings.model_copy(update={"text": text}), named.directory.parent / "other")
+    labels, found = (
+        [f"{name}~0.9code~0.1prose" for name in ("wanda~dense", "wanda", "sparsegpt", "sparsegpt~dense")],
+        [],
+    )
+    for bench in (named, other):
+        profile = bench.profile(ignore, masks_only=masks_only)
+        assert list(bench.read_profile(profile).mix) == list(bench.settings.text)
+        found.append(masks(bench, profile, *labels))
+        again = open_bench(bench.settings, bench.directory)
+        assert again.profile(ignore, masks_only=masks_only) == profile, "read back"
+    for label, mask, theirs in zip(labels, *found, strict=True):
+        assert torch.equal(mask, theirs), label
+
+
+@pytest.mark.parametrize("masks_only", [False, True])
 def test_workers_and_interruptions_come_to_the_same_bits(named: Workbench, masks_only: bool) -> None:
     profile = named.profile(ignore, masks_only=masks_only)
     labels = ("refit~0.75code~0.25prose:kappa", "refit~1prose~sequential:kappa-mask", "refit~stages:kappa-mask")
@@ -149,7 +168,9 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(named: Workbench, tiny_llam
     with pytest.raises(ImpossiblePlan, match=f"^{line}$"):
         refuse_two_walks([parse_recipe("refit~1code~stages"), parse_recipe("refit~stages")])
     plain = open_bench(tiny_settings(tiny_llama), tmp_path / "plain")
-    with pytest.raises(ImpossiblePlan, match=r"^mix weighs 'code', and this run has no named texts; leave it out$"):
+    with pytest.raises(
+        ImpossiblePlan, match=r"^mix weighs 'code', and this run has neither named texts nor questions; leave it out$"
+    ):
         plain.describe_layers(plain.profile(ignore), parse_recipe("refit~1code:kappa-mask"), ignore)
 
 

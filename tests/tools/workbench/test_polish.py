@@ -27,6 +27,7 @@ from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.base.progress import Stopped, stop_at
 from tools.plans.allocate import allocate
+from tools.plans.mix import mix_questions
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import WorkOrder, order_allocation
 from tools.polish.gradients import Divergence
@@ -233,22 +234,22 @@ def test_workers_come_to_the_same_weights(bench: Workbench, monkeypatch: pytest.
     assert shared.evaluate(checkpoint, "validation", profile, ignore) == evaluation
 
 
-def test_the_text_with_more_questions_is_polished_on_where_statistics_are_of_it(
+def test_a_mixture_with_questions_is_polished_on_where_statistics_are_of_it(
     asking: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What comes of it is that of a run whose own text has that many; by workers, too."""
+    """By workers, too; one that questions alone count in is on these alone."""
     gather_teams(monkeypatch)
     snapshots = {}
-    for name, changes in (("lever", {}), ("config", {"calibration_mix": 0.5}), ("shared", {"workers": "2"})):
+    for name, changes, share in (("mixed", {}, 0.5), ("shared", {"workers": "2"}, 0.5), ("alone", {}, 1.0)):
         bench = open_bench(asking.model_copy(update=changes), tmp_path / name)
         profile = bench.profile(ignore)
-        recipe = REFIT if name == "config" else REFIT.model_copy(update={"calibration": "half"})
+        recipe = REFIT.model_copy(update={"mix": mix_questions(share)})
         allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.7, recipe)
         checkpoint = bench.prune(profile, order_allocation(recipe, allocation, TOKENS), ignore)
         told = bench.read_polished(checkpoint)
         assert told is not None and told.helped
         snapshots[name] = snapshot(bench)
-        if name == "lever":
+        if name == "mixed":
             other = bench.prune(profile, order_allocation(REFIT, allocation, TOKENS), ignore)
             assert other != checkpoint and bench.read_polished(other) != told
-    assert same(snapshots["lever"], snapshots["config"]) and same(snapshots["lever"], snapshots["shared"])
+    assert same(snapshots["mixed"], snapshots["shared"]) and not same(snapshots["mixed"], snapshots["alone"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import tools.workbench.profiles
@@ -13,9 +14,10 @@ from tests.benches import MASK, REFIT, artifact_path, damage, ignore, open_bench
 from tests.team import join_team
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
-from tools.plans.recipe import parse_recipe
+from tools.plans.mix import mix_questions
+from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
-from tools.statistics.collect import collect_statistics
+from tools.statistics.collect import collect_questions, collect_statistics
 from tools.statistics.known import ModelStatistics
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
@@ -121,36 +123,64 @@ def test_statistics_that_are_not_finite_are_refused(bench: Workbench, monkeypatc
         bench.profile(ignore)
 
 
-def test_a_recipe_may_ask_for_the_statistics_of_a_text_with_more_questions(asking: Any, tmp_path: Path) -> None:
-    """They are those of a run whose own text has that many."""
-    results: dict[str, list[dict[str, Tensor]]] = {}
-    for name, mix in (("lever", 0.0), ("config", 0.5)):
-        bench = open_bench(asking.model_copy(update={"calibration_mix": mix}), tmp_path / name)
-        profile = bench.profile(ignore)
-        results[name] = []
-        for label in ("two-sided:kappa", "refit:kappa", "sparsegpt~sequential:owl"):
-            recipe = parse_recipe(label)
-            if name == "lever":
-                own = bench.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, recipe)), ignore)
-                recipe = recipe.model_copy(update={"calibration": "half"})
-            allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-            checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
-            results[name].append(snapshot(bench))
-            assert bench.is_made_of(checkpoint, profile, order_allocation(recipe, allocation))
-            if name == "lever":
-                assert checkpoint != own and not bench.is_made_of(own, profile, order_allocation(recipe, allocation))
-                assert not bench.is_made_of(checkpoint, profile, order_allocation(parse_recipe(label), allocation))
-    assert all(same(a, b) for a, b in zip(results["lever"], results["config"], strict=True))
+def read_known(bench: Workbench, profile: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """(mean squares, second moments, gradient scores), each by layer."""
+    stored = bench.read_profile(profile)
+    found = {name: bench.profiles.find_statistics(profile, name, Recipe()) for name in bench.weights.by_name}
+    moments = {name: own.second_moment_II for name, own in found.items() if own.second_moment_II is not None}
+    return {n: own.mean_square_I for n, own in found.items()}, moments, {x.name: x.gradient for x in stored.layers}
 
 
-def test_another_text_is_profiled_once(asking: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_mixture_with_questions_is_a_sum_of_what_each_text_says(asking: Any, tmp_path: Path) -> None:
+    """What questions say is what a run says whose own text they are: but for labels, which each window draws itself."""
+    bench = open_bench(asking, tmp_path / "mixed")
+    alone = open_bench(asking.model_copy(update={"calibration_mix": 1.0}), tmp_path / "questions")
+    profile, other = bench.profile(ignore), alone.profile(ignore)
+    ours, theirs = read_known(bench, profile), read_known(alone, other)
+    for label, share in (("refit~quarter", 0.25), ("refit~half", 0.5), ("refit~0.9questions~0.1run", 0.9)):
+        found = bench.profiles.find(profile, parse_recipe(label), ignore)
+        means, moments, gradients = read_known(bench, found)
+        for name, mean_I in means.items():
+            assert torch.allclose(mean_I, (1 - share) * ours[0][name] + share * theirs[0][name], rtol=1e-5)
+            whole_II = (1 - share) * ours[1][name] + share * theirs[1][name]
+            assert torch.allclose(moments[name], whole_II, rtol=1e-5, atol=1e-7)
+            assert gradients[name] == pytest.approx((1 - share) * ours[2][name] + share * theirs[2][name], rel=1e-5)
+        stored = bench.read_profile(found)
+        for layer in stored.layers:
+            own, asked = (stored.parts[text].kappa[layer.name] for text in ("run", "questions"))
+            levels = [(1 - share) * a + share * b for a, b in zip(own, asked, strict=True)]
+            assert layer.kappa == pytest.approx(levels, rel=1e-12)
+    run, whole = bench.read_profile(profile), bench.profiles.find(profile, parse_recipe("refit~1run"), ignore)
+    assert (bench.read_profile(whole).layers, bench.read_profile(whole).means) == (run.layers, run.means)
+
+
+@pytest.mark.parametrize("label", ["two-sided:kappa", "refit:kappa", "sparsegpt~sequential:owl"])
+def test_layers_are_pruned_by_a_mixture_with_questions(asking: Any, tmp_path: Path, label: str) -> None:
+    bench = open_bench(asking, tmp_path / "run")
+    profile, recipe = bench.profile(ignore), parse_recipe(label)
+    own = bench.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, recipe)), ignore)
+    mixed = recipe.model_copy(update={"mix": mix_questions(0.5)})
+    allocation = allocate(bench.describe_layers(profile, mixed, ignore), 0.5, mixed)
+    order = order_allocation(mixed, allocation)
+    checkpoint = bench.prune(profile, order, ignore)
+    assert bench.is_made_of(checkpoint, profile, order)
+    assert checkpoint != own and not bench.is_made_of(own, profile, order)
+    assert not bench.is_made_of(checkpoint, profile, order_allocation(recipe, allocation))
+
+
+def test_questions_are_profiled_once(asking: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profiled: list[str] = []
 
     def count(*arguments: Any) -> ModelStatistics:
-        profiled.append(arguments[6])
+        profiled.append("run")
         return collect_statistics(*arguments)
 
+    def count_questions(*arguments: Any) -> ModelStatistics:
+        profiled.append("questions")
+        return collect_questions(*arguments)
+
     monkeypatch.setattr(tools.workbench.profiles, "collect_statistics", count)
+    monkeypatch.setattr(tools.workbench.profiles, "collect_questions", count_questions)
     bench = open_bench(asking, tmp_path / "run")
     profile = bench.profile(ignore, masks_only=True)
     recipe = parse_recipe("refit~half:kappa-mask")
@@ -160,9 +190,11 @@ def test_another_text_is_profiled_once(asking: Any, tmp_path: Path, monkeypatch:
     assert bench.has_layers(profile, recipe)
     checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
     expected = snapshot(bench)
-    assert profiled == ["run", "half"]
+    assert profiled == ["run", "questions"]
     stored = bench.read_profile(bench.profiles.find(profile, recipe, ignore))
-    assert (stored.calibration, stored.moments) == ("half", {})
+    assert (stored.calibration, stored.moments, stored.mix) == ("questions", {}, {"run": 0.5, "questions": 0.5})
+    assert bench.has_layers(profile, parse_recipe("refit~quarter:kappa-mask"))
+    bench.describe_layers(profile, parse_recipe("refit~0.1questions~0.9run:kappa-mask"), ignore)
     assert stored.dense == bench.read_profile(profile).dense
 
     artifact = artifact_path(bench, checkpoint, bench.layers[3].name)
@@ -171,7 +203,7 @@ def test_another_text_is_profiled_once(asking: Any, tmp_path: Path, monkeypatch:
     seen: list[str] = []
     bench = open_bench(asking, tmp_path / "run", seen.append)
     assert same(expected, (bench.restore(checkpoint), snapshot(bench))[1])
-    assert profiled == ["run", "half"] and len(seen) == 1
+    assert profiled == ["run", "questions"] and len(seen) == 1
 
 
 @pytest.mark.parametrize("label", ["refit~half:kappa", "sparsegpt~quarter~sequential"])
@@ -192,12 +224,11 @@ def test_workers_walk_through_the_same_text(asking: Any, tmp_path: Path, label: 
     [
         (
             {"questions": ""},
-            "calibration 'half' mixes questions in, and this run has none; leave it at 'run'",
+            "mix weighs 'questions', and this run has neither named texts nor questions; leave it out",
         ),
-        ({"calibration_mix": 0.5}, "calibration 'half' has no more questions than the run's own text; leave it at"),
         (
             {"calibration_windows": 64, "question_pairs": 140},
-            "calibration 'half' needs 32 windows of questions that are in no other text; there are fewer",
+            "mix needs 64 windows of questions that are in no other text; there are fewer; leave it out",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from tests.benches import MASK, REFIT, SEQUENTIAL, WANDA, artifact_path, ignore,
 from tests.team import join_team
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
 from tools.base.errors import BrokenPlan, ImpossiblePlan
+from tools.plans.mix import mix_questions
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.plans.work_order import WorkOrder, order_allocation
 from tools.workbench.bench import Workbench
@@ -350,12 +351,12 @@ def test_in_order_a_layer_is_pruned_by_the_same_sums_whatever_the_others_are(
 def test_in_order_there_is_one_text(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
-    texts = (SEQUENTIAL.model_copy(update={"calibration": text}) for text in ("half", "run"))
+    texts = (SEQUENTIAL.model_copy(update={"mix": mix}) for mix in (mix_questions(0.5), ()))
     half, run = (order_allocation(recipe, allocation) for recipe in texts)
     with pytest.raises(ImpossiblePlan) as refusal:
         bench.prune(profile, mix(run, (half, lambda name: name == bench.layers[0].name)), ignore)
     assert str(refusal.value) == (
-        "statistics behind pruned predecessors in one round are of one calibration text, and not of 'half' and 'run'"
+        "statistics behind pruned predecessors in one round are of one calibration text, and not of '~half' and 'run'"
     )
 
 
