@@ -25,9 +25,9 @@ from tools.estimate.memory import (
     list_phases_beside,
     measure_process,
 )
-from tools.estimate.polish import Polish, add_polish, add_shared_polish, list_polish_disk
+from tools.estimate.polish import add_polish, add_shared_polish, list_polish_disk, place_polish
 from tools.estimate.pruning import count_layer
-from tools.estimate.room import Devices, explain_absence, find_devices, lay_out
+from tools.estimate.room import Devices, explain_absence, find_devices, find_room, lay_out
 from tools.estimate.shape import measure_shape
 from tools.estimate.timing import Times, time_run
 from tools.estimate.work import Course, Prices, Work, find_shares, list_work, name_recipe, price_flops, price_seconds
@@ -37,7 +37,7 @@ from tools.models.load import FITS
 from tools.models.positions import refuse_long_windows
 from tools.models.streamed import measure_stream
 from tools.plans.methods import LEVERS
-from tools.plans.polish import schedule_polish
+from tools.plans.polish import Schedule, schedule_polish
 
 
 class Estimate(BaseModel):
@@ -115,7 +115,7 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     here = torch.cuda.is_available()
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not here)
     device = "cpu" if on_cpu or (settings.device == "stream" and not here and devices is None) else "cuda"
-    devices = devices or find_devices(device)
+    told, devices = devices is not None, devices or find_devices(device)
     spread = lay_out(model, devices) if settings.device == "spread" else []
     counts = count_block(model, settings.window, lead)
     forms = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
@@ -133,12 +133,13 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     phases = list_phases(facts, read, busiest, part, weighs=weighs, streamed=streamed)
     weights = sum(layer.weight_OI.numel() for layer in layers)
     beside = list_phases_beside(facts, read, parts, weighs=weighs) if workers else []
-    polish = _find_polish(settings, course, weights, read.window)
-    room = devices.bytes if devices and device == "cuda" else None
+    schedule, survivors = _schedule_polish(settings, course), weights - math.floor(course.polished_at * weights)
+    room, processes = find_room(device, devices, here=not told), [beside or phases, *[phases] * workers]
+    polish = place_polish(schedule, survivors, read.window, facts, processes, room) if schedule else None
     if polish and workers:
-        beside, phases = add_shared_polish(beside, phases, facts, polish, workers, room)
+        beside, phases = add_shared_polish(beside, phases, facts, polish, workers)
     elif polish:
-        phases = add_polish(phases, facts, polish, room)
+        phases = add_polish(phases, facts, polish)
     return Estimate(
         model=settings.model,
         dtype=settings.dtype,
@@ -175,15 +176,14 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     )
 
 
-def _find_polish(settings: TeamSettings, course: Course, weights: int, window: int) -> Polish | None:
+def _schedule_polish(settings: TeamSettings, course: Course) -> Schedule | None:
     """The longest polish of a course; None where there is none. Raises UserError where the text is too short for it."""
     if not course.polishes:
         return None
     try:
-        plan = schedule_polish(settings.count_fitted(), settings.window, max(course.polishes), settings.seed)
+        return schedule_polish(settings.count_fitted(), settings.window, max(course.polishes), settings.seed)
     except ImpossiblePlan as error:
         raise UserError(str(error)) from error
-    return Polish(plan, weights - math.floor(course.polished_at * weights), window)
 
 
 def _time(model: Any, settings: TeamSettings, course: Course, device: str, threads: int) -> tuple[Times | None, str]:

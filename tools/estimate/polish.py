@@ -1,15 +1,17 @@
 """What a polish will need: memory and disk, as of one that takes all of its steps."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tools.estimate.memory import WRITE, Facts, Phase
+from tools.estimate.room import Room
 from tools.estimate.shape import list_backward, multiply
 from tools.estimate.work import POLISH
 from tools.models.disk import Line
 from tools.models.readout import CHUNK
 from tools.plans.polish import Schedule
-from tools.polish.survivors import STATE_SHARE, count_state_bytes
+from tools.polish.survivors import MEAN_BYTES, Place, count_state_bytes, place_state
 from tools.statistics.shards import count_held, list_nodes, share_out
 
 
@@ -21,14 +23,28 @@ class Polish(NamedTuple):
     """Weights that are not zero."""
     window: int
     """Tokens of a window, with those before its text."""
+    place: Place
+    """Of what it keeps of each survivor."""
 
 
-def add_polish(phases: Sequence[Phase], facts: Facts, polish: Polish, room: int | None) -> list[Phase]:
-    """The phases of a process that does the work alone, and that of the polish before the last; `room` is the memory of
-    a GPU in bytes, where it is known."""
-    step, hidden = max(map(len, polish.schedule.steps)), _count_hidden(facts, polish)
+def place_polish(
+    schedule: Schedule, survivors: int, window: int, facts: Facts, processes: Sequence[Sequence[Phase]], room: Room
+) -> Polish:
+    """A polish, placed by what the others of its machine leave of `room` when it begins; `processes` are their phases
+    but for it, first those of the one that keeps what it does."""
+    places = ("device", "host") if facts.device == "cpu" else ("host",)
+    held = [_find_common(phases, place) for phases in processes for place in places]
+    free = room.cpu - _add_up(itertools.chain(*held)) - _count_hidden(facts, schedule, window).bytes
+    there = free if facts.device == "cpu" else room.gpu - _add_up(_find_common(processes[0], "device"))
+    wanted = survivors * count_state_bytes(facts.shape.item, "fp32")
+    return Polish(schedule, survivors, window, place_state([(wanted, there)], free))
+
+
+def add_polish(phases: Sequence[Phase], facts: Facts, polish: Polish) -> list[Phase]:
+    """The phases of a process that does the work alone, and that of the polish before the last."""
+    step, hidden = max(map(len, polish.schedule.steps)), _count_hidden(facts, polish.schedule, polish.window)
     common = _find_common(phases, "device")
-    there, here = _place_state(facts, polish, common, room)
+    there, here = _list_places(facts, polish)
     phase = Phase(
         name=POLISH,
         device=[*common, *_list_walk(facts, polish, step, 1), *there],
@@ -38,16 +54,16 @@ def add_polish(phases: Sequence[Phase], facts: Facts, polish: Polish, room: int 
 
 
 def add_shared_polish(
-    phases: Sequence[Phase], of_worker: Sequence[Phase], facts: Facts, polish: Polish, workers: int, room: int | None
+    phases: Sequence[Phase], of_worker: Sequence[Phase], facts: Facts, polish: Polish, workers: int
 ) -> tuple[list[Phase], list[Phase]]:
     """As `add_polish`, of the process that workers work for, and of each of them."""
-    step, hidden = max(map(len, polish.schedule.steps)), _count_hidden(facts, polish)
+    step, hidden = max(map(len, polish.schedule.steps)), _count_hidden(facts, polish.schedule, polish.window)
     nodes = sum(len(list(list_nodes((0, step), span))) for span in share_out(step, workers))
     answers = multiply("gradients of all workers", (nodes, "sums"), (polish.survivors, "survivors"), (4, "bytes"))
     sent = Line(what="layers as they travel", how="all prunable layers, with their masks", bytes=facts.shape.packed)
     walk = [_count_marks(facts)] if step > 1 else _list_walk(facts, polish, step, 1)  # which cannot be shared
     common = _find_common(phases, "device")
-    there, here = _place_state(facts, polish, common, room)
+    there, here = _list_places(facts, polish)
     own = Phase(
         name=POLISH,
         device=[*common, *walk, *there],
@@ -64,15 +80,19 @@ def add_shared_polish(
 
 def list_polish_disk(facts: Facts, polish: Polish) -> list[Line]:
     """What a polish may write beside its checkpoint: what is kept of it, and for a moment what was kept before."""
-    size = count_state_bytes(facts.shape.item)
+    size = count_state_bytes(facts.shape.item, polish.place.means)
     state = multiply("a polish under way", (2, "copies"), (polish.survivors, "survivors"), (size, "bytes"))
-    return [state, _count_hidden(facts, polish)]
+    return [state, _count_hidden(facts, polish.schedule, polish.window)]
 
 
 def _find_common(phases: Sequence[Phase], place: str) -> list[Line]:
     """The lines that all phases have once the model is loaded."""
     lines: list[list[Line]] = [getattr(phase, place) for phase in phases[1:] if phase.name != WRITE]
     return [line for line in lines[0] if all(line in others for others in lines)]
+
+
+def _add_up(lines: Iterable[Line]) -> int:
+    return sum(line.bytes for line in lines)
 
 
 def _list_walk(facts: Facts, polish: Polish, step: int, workers: int) -> list[Line]:
@@ -109,24 +129,19 @@ def _list_state(facts: Facts, polish: Polish) -> list[Line]:
     kept = (polish.survivors, "survivors")
     return [
         multiply("survivors before they are rounded", kept, (4, "bytes")),
-        multiply("state of the optimiser", (2, "means"), kept, (4, "bytes")),
+        multiply("state of the optimiser", (2, "means"), kept, (MEAN_BYTES[polish.place.means], "bytes")),
         multiply("the best survivors so far", kept, (facts.shape.item, "bytes")),
     ]
 
 
-def _place_state(
-    facts: Facts, polish: Polish, common: Sequence[Line], room: int | None
-) -> tuple[list[Line], list[Line]]:
-    """Lines of the device and of the CPU. What is kept on a GPU passes through CPU memory on its way to disk; what has
-    too little room there (`tools.polish.survivors.STATE_SHARE`) lies in CPU memory as it is.
-    """
+def _list_places(facts: Facts, polish: Polish) -> tuple[list[Line], list[Line]]:
+    """Lines of the device and of the CPU. What is kept on a GPU passes through CPU memory on its way to disk."""
     state = _list_state(facts, polish)
     if facts.device == "cpu":
         return state, []
-    free = None if room is None else room - sum(line.bytes for line in common)
-    if free is not None and sum(line.bytes for line in state) > STATE_SHARE * free:
+    if polish.place.away:
         return [], state
-    size = (count_state_bytes(facts.shape.item), "bytes")
+    size = (count_state_bytes(facts.shape.item, polish.place.means), "bytes")
     return state, [multiply("its state on its way to disk", (polish.survivors, "survivors"), size)]
 
 
@@ -134,8 +149,8 @@ def _count_marks(facts: Facts) -> Line:
     return multiply("which weights survive", (facts.shape.prunable // facts.shape.item, "weights"), (1, "byte"))
 
 
-def _count_hidden(facts: Facts, polish: Polish) -> Line:
-    windows = (len(polish.schedule.windows), "windows"), (polish.window, "tokens")
+def _count_hidden(facts: Facts, schedule: Schedule, window: int) -> Line:
+    windows = (len(schedule.windows), "windows"), (window, "tokens")
     return multiply(
         "dense hidden states on calibration text", *windows, (facts.shape.hidden, "wide"), (facts.shape.item, "bytes")
     )

@@ -1,8 +1,9 @@
 """What there is for a run: the GPUs of this machine or another, or its memory, and how a model is laid over them."""
 
+import math
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
@@ -25,6 +26,13 @@ class Devices(BaseModel):
     bytes: int = Field(gt=0, description="Memory of each.")
 
 
+class Room(NamedTuple):
+    """Memory of a machine in bytes, of each GPU and of the CPU; infinite where it is not known."""
+
+    gpu: float
+    cpu: float
+
+
 def read_devices(text: str) -> Devices:
     """`"80"`, or `"8x80"` for eight of them, in GB. Raises UserError for another form."""
     form = re.fullmatch(r"(?:([1-9]\d{0,3})x)?(\d{1,6}(?:\.\d+)?)", text, re.ASCII)
@@ -36,9 +44,17 @@ def read_devices(text: str) -> Devices:
 def find_devices(device: str) -> Devices | None:
     """The GPUs that are here, as alike as the smallest, or this machine's memory; None where there is no GPU."""
     if device == "cpu":
-        return Devices(count=1, bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return Devices(count=1, bytes=_count_memory())
     sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     return Devices(count=len(sizes), bytes=min(sizes)) if sizes else None
+
+
+def find_room(device: str, devices: Devices | None, *, here: bool) -> Room:
+    """What is known of the memory of a machine with these devices; of another than this one its GPUs or CPU alone."""
+    size = devices.bytes if devices else math.inf
+    if device == "cpu":
+        return Room(gpu=math.inf, cpu=size)
+    return Room(gpu=size, cpu=_count_memory() if here else math.inf)
 
 
 def lay_out(model: Any, devices: Devices | None) -> list[Line]:
@@ -61,6 +77,10 @@ def lay_out(model: Any, devices: Devices | None) -> list[Line]:
         how = f"{len(blocks) if '' in own else count} blocks{''.join(f', {part}' for part in others if part)}"
         lines.append(Line(what=f"GPU {place}", how=how, bytes=size))
     return lines
+
+
+def _count_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def explain_absence(model: Any, device: str) -> str:

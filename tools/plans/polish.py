@@ -6,9 +6,12 @@ No torch.
 from collections.abc import Sequence
 from itertools import accumulate
 from random import Random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tools.base.errors import ImpossiblePlan
+
+Means = Literal["fp32", "bf16"]
+"""Number format of the two running means that the optimiser of a polish holds of each survivor."""
 
 STEP_TOKENS = 512
 """Tokens whose mean KL one step goes by, in whole windows; one window where that is longer.

@@ -243,7 +243,10 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
 
 
 def _show_polish(polished: Polished | None) -> str:
-    return f"{polished.tokens:,} tokens, {polished.seconds:.1f} s" if polished else ""
+    if polished is None:
+        return ""
+    rounded = "" if polished.means == "fp32" else f", means of the optimiser in {polished.means}"
+    return f"{polished.tokens:,} tokens, {polished.seconds:.1f} s{rounded}"
 
 
 _EXPLAIN_POLISH = (

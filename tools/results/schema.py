@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from tools.base.settings import Split, WorkbenchSettings
 from tools.plans.methods import Statistics
+from tools.plans.polish import Means
 
 PACKAGES = ("torch", "transformers", "langgraph", "numpy")
 
@@ -159,6 +160,11 @@ class Polished(BaseModel):
     before: float = Field(description="KL on the windows held out before the first step, nats per token.")
     after: float = Field(description="The lowest KL on them, that of the weights that were kept.")
     seconds: float = Field(description="Over interruptions, without the dense model's part.")
+    means: Means = Field(
+        "fp32",
+        description="What the optimiser held its running means in: bf16 where fp32 fitted neither the GPU nor CPU "
+        "memory; an earlier version, which did not record it, knew fp32 alone.",
+    )
 
     @property
     def helped(self) -> bool:

@@ -62,8 +62,10 @@ def tell_share(share: float, reach: Reach | None) -> str:
 
 
 def describe_polish(polished: Polished) -> str:
-    """`polished on 25,000 tokens (held-out KL 0.5871 → 0.5013, 2 passes)`, or that it did not help."""
-    text = f"polished on {polished.tokens:,} tokens"
+    """`polished on 25,000 tokens (held-out KL 0.5871 → 0.5013, 2 passes)`, or that it did not help; behind the tokens
+    `with means of the optimiser in bf16` where they were."""
+    rounded = "" if polished.means == "fp32" else f" with means of the optimiser in {polished.means}"
+    text = f"polished on {polished.tokens:,} tokens{rounded}"
     if not polished.helped:
         return f"{text} in vain (held-out KL never below {polished.before:.4f}, so what was before is kept)"
     passes = f", {polished.passes} passes" if polished.passes > 1 else ""

@@ -15,7 +15,7 @@ from tools.base.progress import Progress, Warn, heed_stop
 from tools.base.settings import NO_STREAMED_POLISH, Calibration, WorkbenchSettings
 from tools.models.artifacts import pack_pruned
 from tools.models.blocks import Blocks
-from tools.plans.polish import Schedule, schedule_polish
+from tools.plans.polish import Means, Schedule, schedule_polish
 from tools.polish.gradients import KL, Divergence
 from tools.polish.loop import Kept, Polish, Problem, Standing
 from tools.polish.optimisers import Adam
@@ -113,7 +113,11 @@ class Polisher:
         return {window: share * texts for window, share in self._windows.list_shares(text.mix, text.name).items()}
 
     def _name(self, pruned: Mapping[str, str], tokens: int, text: PolishText) -> list[str]:
-        """What the weights depend on: the model and its pruned layers, the text, how it is gone through."""
+        """What the weights depend on: the model and its pruned layers, the text, how it is gone through.
+
+        But for the format of the optimiser's means, which is kept under this, and told with the weights: what was begun
+        or done with one is found by a process that would have room for the other.
+        """
         windows = hashlib.sha256(self._windows.find_text(text.name).numpy().tobytes()).hexdigest()
         settings, artifacts = self._settings, [f"{name} {artifact}" for name, artifact in pruned.items()]
         order = [str(tokens), str(settings.window), str(self._windows.lead), str(settings.seed)]
@@ -147,7 +151,8 @@ class Polisher:
         if cluster := self._crew.cluster:
             problem = _SharedDivergence(cluster, self._weights, survivors, alone, hidden, text.name, shares)
         values = survivors.read()
-        polish = Polish(problem, survivors, values, Adam(values), schedule, keeper, progress)
+        means = self._settle_means(key, survivors)
+        polish = Polish(problem, survivors, values, Adam(values, means), schedule, keeper, progress)
         for name in names:
             self._weights.installed[name] = ""  # neither the old ones nor the new
         try:
@@ -159,7 +164,14 @@ class Polisher:
         for name in names:
             self._weights.install(name, artifacts[name])
         keeper.forget()
-        return {"artifacts": artifacts, "figures": _describe(standing, schedule, tokens).model_dump()}
+        return {"artifacts": artifacts, "figures": _describe(standing, schedule, tokens, means).model_dump()}
+
+    def _settle_means(self, key: Sequence[str], survivors: Survivors) -> Means:
+        """What the optimiser holds its means in: what fitted when a polish of this key was first begun, so that one
+        that was killed, or whose layers are lost, comes to the same bits however much is free by then."""
+        found = self._index.measure_once(["means of a polish", *key], lambda: {"means": survivors.place.means})
+        means: Means = found["means"]
+        return means
 
     def _keep_best(self, polish: Polish, names: Sequence[str]) -> dict[str, str]:
         """Put the best weights into the model and on disk; their artifacts."""
@@ -193,7 +205,7 @@ def _name_figures(made: Mapping[str, str], tokens: int) -> list[str]:
     return ["figures of a polish", str(tokens), *(f"{name} {artifact}" for name, artifact in made.items())]
 
 
-def _describe(standing: Standing, schedule: Schedule, tokens: int) -> Polished:
+def _describe(standing: Standing, schedule: Schedule, tokens: int, means: Means) -> Polished:
     steps = [0, *schedule.measured][standing.best]
     return Polished(
         tokens=tokens,
@@ -203,6 +215,7 @@ def _describe(standing: Standing, schedule: Schedule, tokens: int) -> Polished:
         after=standing.held_out[standing.best],
         steps=steps,
         planned_steps=len(schedule.steps),
+        means=means,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from kernels.packed import PADDING
 from kernels.triangle import BAND
 from tests.tiny import make_tiny_config, tiny_settings
-from tests.tools.estimate.helpers import QWEN3_8B, STATE, large_settings, sizes, write_config
+from tests.tools.estimate.helpers import MODEL, QWEN3_8B, STATE, large_settings, sizes, write_config
 from tools.base.errors import UserError
 from tools.estimate import needs as module
 from tools.estimate.memory import ASKED_FOR, WRITE
@@ -267,3 +267,34 @@ def test_what_a_polish_keeps_lies_in_cpu_memory_where_a_gpu_has_too_little_room(
     state = {"survivors before they are rounded", "state of the optimiser", "the best survivors so far"}
     assert (state <= here, state & there) == ((True, set()) if away else (False, state))
     assert ("its state on its way to disk" in here) is not away
+
+
+def test_the_means_of_a_polish_take_half_where_cpu_memory_has_too_little_room(
+    tiny_llama: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "measure_process", lambda: 1000)
+    settings = tiny_settings(tiny_llama, calibration_windows=8)
+    course = COURSE._replace(polishes=[64 * 7], polished_at=0.5)
+    survivors, held = 15_360 // 2, MODEL + 1000 + 3 * STATE + 8 * STATE
+    enough = held + 2 * 16 * survivors
+    for size, workers, item in ((enough, "", 4), (enough - 1, "", 2), (enough, "2", 2), (10**12, "2", 4)):
+        known = settings.model_copy(update={"workers": workers})
+        found = estimate(known, course, target=0.5, devices=Devices(count=1, bytes=size))
+        phase = next(phase for phase in found.phases if phase.name == POLISH)
+        (line,) = [line for line in phase.device if line.what == "state of the optimiser"]
+        assert (line.bytes, line.how) == (2 * item * survivors, f"2 means × {survivors:,} survivors × {item} bytes")
+        (kept,) = [line for line in found.disk if line.what == "a polish under way"]
+        assert kept.bytes == 2 * (8 + 2 * item) * survivors
+
+
+@pytest.mark.parametrize(("memory", "item"), [(256e9, 4), (64e9, 2)])
+def test_what_does_not_fit_a_gpu_is_smaller_where_it_does_not_fit_cpu_memory(
+    memory: float, item: int, tmp_path: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_devices", lambda _: read_devices("80"))
+    monkeypatch.setattr("tools.estimate.room._count_memory", lambda: memory)
+    course = COURSE._replace(polishes=[4096], polished_at=0.45)
+    found = estimate(large_settings(write_config(tmp_path / "qwen3-8b", QWEN3_8B)), course, target=0.45)
+    phase = next(phase for phase in found.phases if phase.name == POLISH)
+    (line,) = [line for line in phase.host if line.what == "state of the optimiser"]
+    assert line.bytes == 2 * item * 3_820_172_084  # what zeros leave of 6,945,767,424

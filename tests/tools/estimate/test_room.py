@@ -11,7 +11,7 @@ from tests.tools.estimate.test_block import make_empty
 from tools.base.errors import UserError
 from tools.estimate import room as module
 from tools.estimate.block import build_empty
-from tools.estimate.room import Devices, explain_absence, find_devices, lay_out, read_devices
+from tools.estimate.room import Devices, Room, explain_absence, find_devices, find_room, lay_out, read_devices
 
 
 @pytest.mark.parametrize(("text", "count", "size"), [("80", 1, 80e9), ("8x80", 8, 80e9), ("2x23.5", 2, 23.5e9)])
@@ -30,6 +30,16 @@ def test_memory_of_this_machine_where_the_cpu_is_the_device(no_gpu: None) -> Non
     found = find_devices("cpu")
     assert found is not None and found.count == 1 and found.bytes > 1e9
     assert find_devices("cuda") is None or torch.cuda.device_count() > 0
+
+
+def test_of_another_machine_only_what_is_told_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_count_memory", lambda: 7)
+    devices, unknown = Devices(count=2, bytes=5), float("inf")
+    assert find_room("cuda", devices, here=False) == Room(gpu=5, cpu=unknown)
+    assert find_room("cuda", devices, here=True) == Room(gpu=5, cpu=7)
+    assert find_room("cuda", None, here=True) == Room(gpu=unknown, cpu=7)
+    assert find_room("cpu", devices, here=False).cpu == 5
+    assert find_room("cpu", find_devices("cpu"), here=True).cpu == 7
 
 
 def test_llama_70b_over_eight_gpus(tmp_path: Path) -> None:

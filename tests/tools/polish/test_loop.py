@@ -12,7 +12,7 @@ from tests.tiny import make_tiny_model
 from tools.base.errors import BrokenPlan
 from tools.base.progress import Stopped, heed_stop, ignore_progress, stop_at
 from tools.models.layers import Layer, find_layers
-from tools.plans.polish import Schedule
+from tools.plans.polish import Means, Schedule
 from tools.polish.gradients import KL
 from tools.polish.loop import Kept, Polish, Standing
 from tools.polish.optimisers import Adam
@@ -65,7 +65,9 @@ class Drawer:
         self.times.append(kept.standing.step)
 
 
-def begin(drawer: Drawer | None = None, schedule: Schedule = SCHEDULE, **options: int) -> tuple[Polish, Distance]:
+def begin(
+    drawer: Drawer | None = None, schedule: Schedule = SCHEDULE, means: Means = "fp32", **options: int
+) -> tuple[Polish, Distance]:
     layer = find_layers(make_tiny_model("llama"))[0]
     layer.write(layer.weight_OI * (layer.weight_OI > 0))
     survivors = Survivors([layer])
@@ -73,7 +75,7 @@ def begin(drawer: Drawer | None = None, schedule: Schedule = SCHEDULE, **options
     ticks = iter(range(10**6))
     keeper = drawer or Drawer()
     polish = Polish(
-        problem, survivors, values, Adam(values), schedule, keeper, ignore_progress, lambda: float(next(ticks))
+        problem, survivors, values, Adam(values, means), schedule, keeper, ignore_progress, lambda: float(next(ticks))
     )
     return polish, problem
 
@@ -124,11 +126,12 @@ def test_stopped_anywhere_and_gone_on_with_it_comes_to_the_same_bits(at: int) ->
     assert rest.asked == whole_problem.asked[at - 1 :], "what was under way is done again, and nothing before it"
 
 
-def test_what_was_kept_last_is_gone_on_from_after_a_kill() -> None:
-    whole, _ = begin()
+@pytest.mark.parametrize("means", ["fp32", "bf16"])
+def test_what_was_kept_last_is_gone_on_from_after_a_kill(means: Means) -> None:
+    whole, _ = begin(means=means)
     whole.run()
     half = Drawer()
-    polish, _ = begin(half)
+    polish, _ = begin(half, means=means)
 
     class Killed(BaseException):
         pass
@@ -142,7 +145,7 @@ def test_what_was_kept_last_is_gone_on_from_after_a_kill() -> None:
         polish.run()
     assert half.kept is not None and half.kept.standing.step == 2
     del half.keep
-    again, _ = begin(half)
+    again, _ = begin(half, means=means)
     again.run()
     kinds = [(again.values, whole.values), (again.best, whole.best)]
     kinds += [(again.optimiser.state[what], state) for what, state in whole.optimiser.state.items()]

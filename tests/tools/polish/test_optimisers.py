@@ -7,7 +7,7 @@ import torch
 from tests.tiny import make_tiny_model
 from tools.base.errors import BrokenPlan
 from tools.models.layers import find_layers
-from tools.polish.optimisers import RATE, Adam, Step, find_rate
+from tools.polish.optimisers import RATE, Adam, Step, find_rate, round_by_chance
 from tools.polish.survivors import Survivors
 
 
@@ -37,6 +37,62 @@ def test_the_rate_rises_and_then_falls_along_a_line() -> None:
     assert rates[:3] == pytest.approx([0.5, 1.0, 18 / 19])
     assert rates[-1] == pytest.approx(1 / 19)
     assert [find_rate(Step(0, 1))] == [RATE]
+
+
+def test_rounding_by_chance_is_to_a_neighbour_and_right_on_average() -> None:
+    numbers = torch.tensor([0.0, -0.0, 1.0, -2.5, 3e-39, float("inf"), float("nan")])  # in bf16 as they are, or nearly
+    exact_S = torch.cat([numbers, -1e-3 * torch.rand(20, generator=torch.Generator().manual_seed(0))])
+    chance = np.random.default_rng(0)
+    drawn = torch.stack([round_by_chance(exact_S, chance).double() for _ in range(4000)])
+    assert torch.equal(drawn[:, 2:4], exact_S[2:4].double().expand(4000, 2))
+    assert torch.equal(drawn[:, :2], torch.zeros(4000, 2, dtype=torch.float64))
+    assert bool(torch.isposinf(drawn[:, 5]).all()) and bool(drawn[:, 6].isnan().all())
+    last_place = exact_S[7:].double().abs().log2().floor().exp2() / 128
+    error = drawn[:, 7:] - exact_S[7:].double()
+    assert bool((error.abs() < last_place).all())
+    assert bool((error.mean(0).abs() < 4 * 0.5 * last_place / 4000**0.5).all())
+
+
+def test_a_mean_of_squares_in_bf16_comes_to_its_true_value_where_the_nearest_would_stand_still() -> None:
+    """Of gradients that become twice as large: from 1 to 4, by less and less of itself."""
+    values = {"a": torch.ones(1000)}
+    optimiser = Adam(values, "bf16")
+    optimiser.state["second"]["a"].fill_(1.0)
+    nearest = torch.ones((), dtype=torch.bfloat16)
+    for number in range(5000):
+        optimiser.take(values, {"a": torch.full((1000,), 2.0)}, Step(number, 5000))
+        nearest = (0.999 * nearest.float() + 0.001 * 4.0).bfloat16()
+    second = optimiser.state["second"]["a"]
+    true = 4.0 - 3.0 * 0.999**5000
+    assert second.dtype == torch.bfloat16 and float(second.float().mean()) == pytest.approx(true, rel=0.01)
+    assert float((second.float() / true - 1).square().mean().sqrt()) < 0.1
+    assert float(nearest) < 0.7 * true
+
+
+def test_means_in_bf16_are_drawn_for_each_layer_and_step_wherever_it_is_begun() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [{name: torch.randn(40, generator=generator) for name in "ab"} for _ in range(3)]
+
+    def begin() -> tuple[dict[str, torch.Tensor], Adam]:
+        values = {name: torch.ones(40) for name in "ab"}
+        return values, Adam(values, "bf16")
+
+    (values, whole), (others, rest) = begin(), begin()
+    for number in range(3):
+        whole.take(values, gradients[number], Step(number, 3))
+        if number == 1:
+            for name in "ab":
+                others[name].copy_(values[name])
+                for what, vectors in rest.state.items():
+                    vectors[name].copy_(whole.state[what][name])
+    rest.take(others, dict(reversed(gradients[2].items())), Step(2, 3))
+    for name in "ab":
+        assert torch.equal(others[name], values[name])
+        assert all(torch.equal(rest.state[what][name], whole.state[what][name]) for what in ("first", "second"))
+    alike = [{name: torch.full((40,), 0.3) for name in "ab"} for _ in range(2)]
+    _, optimiser = begin()
+    optimiser.take(others, alike[0], Step(0, 3))
+    assert not torch.equal(optimiser.state["first"]["a"], optimiser.state["first"]["b"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import torch
 
 from tests.tiny import make_tiny_model
 from tools.models.layers import Layer, find_layers
-from tools.polish.survivors import STATE_SHARE, Survivors, count_state_bytes
+from tools.polish.survivors import STATE_SHARE, Place, Survivors, count_state_bytes, place_state
 
 
 def prune_some() -> list[Layer]:
@@ -36,7 +36,7 @@ class _Elsewhere:
 @pytest.mark.parametrize("short", [False, True])
 def test_it_is_by_what_is_free_on_each_gpu(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = prune_some()
-    kept = [int((layer.weight_OI != 0).sum()) * count_state_bytes(4) for layer in layers]
+    kept = [int((layer.weight_OI != 0).sum()) * count_state_bytes(4, "fp32") for layer in layers]
     wanted = {0: kept[0] + kept[1], 1: kept[2]}
     room = {gpu: int(size / STATE_SHARE) + 1 for gpu, size in wanted.items()}
     room[1] -= 3 if short else 0
@@ -46,19 +46,42 @@ def test_it_is_by_what_is_free_on_each_gpu(short: bool, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", find_free)
     survivors = put_on_gpus(Survivors(layers), [0, 0, 1])
-    assert survivors.away is short
+    assert survivors.place.away is short
     room.clear()
-    assert survivors.away is short, "it is asked once"
+    assert survivors.place.away is short, "it is asked once"
 
 
-def test_on_a_cpu_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "place"),
+    [
+        (200, 0, Place(away=False, means="fp32")),
+        (199, 600, Place(away=True, means="fp32")),
+        (199, 599, Place(away=True, means="bf16")),
+    ],
+)
+def test_means_take_half_where_neither_gpus_nor_cpu_memory_have_room(gpu: int, cpu: int, place: Place) -> None:
+    assert STATE_SHARE == 0.5
+    assert place_state([(100, gpu), (200, 400)], cpu) == place
+
+
+@pytest.mark.parametrize(("short", "means"), [(0, "fp32"), (1, "bf16")])
+def test_on_a_cpu_it_is_by_what_is_free_there(short: int, means: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = prune_some()
+    kept = sum(int((layer.weight_OI != 0).sum()) for layer in layers)
+    free = int(kept * count_state_bytes(4, "fp32") / STATE_SHARE)
+    monkeypatch.setattr("tools.polish.survivors.count_free", lambda: free - short)
+    assert Survivors(layers).place.means == means
+    assert count_state_bytes(4, "fp32") - count_state_bytes(4, "bf16") == 4
+
+
+def test_on_a_cpu_no_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
     survivors = Survivors(prune_some())
     values = survivors.read()
-    assert not survivors.away
+    assert survivors.place == Place(away=False, means="fp32")
     before = [layer.weight_OI.clone() for layer in survivors.layers]
     survivors.write(values)
     assert all(torch.equal(layer.weight_OI, was) for layer, was in zip(survivors.layers, before, strict=True))

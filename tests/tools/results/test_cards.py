@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from tests.tiny import tiny_settings
 from tools.base.settings import WorkbenchSettings
 from tools.results.cards import write_card
-from tools.results.schema import Perplexities, Reach, Score, Summary, describe_protocol
+from tools.results.schema import Perplexities, Polished, Reach, Score, Summary, describe_protocol
 
 
 def make_summary(settings: WorkbenchSettings, **changes: Any) -> Summary:
@@ -55,6 +55,17 @@ def test_a_card_says_of_what_its_sparsity_is_a_share() -> None:
     card = read_card(tiny_settings("tiny"), reach=Reach(of_blocks=0.03, of_model=0.025))
     assert "# tiny, pruned to 50.00% of the 3.0% of its blocks' weights that are prunable" in card.content.splitlines()
     assert "Only 3.0% of the weights in the blocks are prunable, 2.5% of the whole model; all others" in card.content
+
+
+def test_a_card_says_where_means_of_a_polish_were_rounded() -> None:
+    polished = Polished(tokens=1000, passes=1, steps=2, planned_steps=2, before=0.5, after=0.4, seconds=1.0)
+    plain = read_card(tiny_settings("tiny"), polished=polished).content
+    assert "The surviving weights were polished on 1,000 tokens (held-out KL 0.5000 → 0.4000)." in plain
+    words = "polished on 1,000 tokens with means of the optimiser in bf16"
+    polished = polished.model_copy(update={"means": "bf16"})
+    assert f"{words} (held-out KL 0.5000" in read_card(tiny_settings("tiny"), polished=polished).content
+    polished = polished.model_copy(update={"steps": 0})
+    assert f"{words} in vain" in read_card(tiny_settings("tiny"), polished=polished).content
 
 
 def test_a_perplexity_that_is_not_finite_is_no_result() -> None:

@@ -1,6 +1,7 @@
 """KL over the tokens of a polish: which rows are points of one curve, and what is drawn of them."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 
@@ -10,8 +11,9 @@ from tools.results.polish_curve import Point, list_curves
 from tools.results.schema import Polished
 
 
-def make_polished(tokens: int, kl: float | None, sparsity: float = 0.6, recipe: str = "refit") -> Row:
-    polished = Polished(tokens=tokens, passes=1, steps=2, planned_steps=2, before=0.5, after=0.4, seconds=1.0)
+def make_polished(tokens: int, kl: float | None, sparsity: float = 0.6, recipe: str = "refit", **changes: Any) -> Row:
+    known = Polished(tokens=tokens, passes=1, steps=2, planned_steps=2, before=0.5, after=0.4, seconds=1.0)
+    polished = known.model_copy(update=changes)
     return make_row(f"{recipe}+polish{tokens}:kappa", sparsity, polished=polished, kl=kl)
 
 
@@ -42,3 +44,10 @@ def test_it_is_drawn_beside_the_table_where_there_is_one(tmp_path: Path) -> None
     drawn = (tmp_path / "polish.svg").read_bytes()
     write_comparison(tmp_path, known)
     assert (tmp_path / "polish.svg").read_bytes() == drawn
+
+
+def test_a_row_says_where_means_of_its_polish_were_rounded(tmp_path: Path) -> None:
+    rows = make_polished(1000, 0.4), make_polished(2000, 0.3, means="bf16")
+    told = describe(make_comparison(make_settings("no-model", tmp_path), *rows))
+    assert "| 1,000 tokens, 1.0 s |" in told
+    assert "| 2,000 tokens, 1.0 s, means of the optimiser in bf16 |" in told

@@ -11,6 +11,7 @@ from torch import Tensor
 import tools.plans.polish
 import tools.polish.loop
 import tools.polish.optimisers
+import tools.polish.survivors
 from tests.benches import (
     REFIT,
     WANDA,
@@ -31,6 +32,8 @@ from tools.plans.mix import mix_questions
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import WorkOrder, order_allocation
 from tools.polish.gradients import Divergence
+from tools.polish.loop import Polish, Standing
+from tools.polish.survivors import Vectors
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
 from tools.workbench.store import DENSE
@@ -188,6 +191,77 @@ def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(bench
     assert times == set(), "nothing is left of what was under way but figures with their seconds"
 
 
+def free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """As if so many bytes of it were free when a polish begins."""
+    monkeypatch.setattr(tools.polish.survivors, "count_free", lambda: size)
+
+
+def hold_state(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Vectors]]:
+    """The optimiser's state at the end of each polish from now on."""
+    states: list[dict[str, Vectors]] = []
+    run = tools.polish.loop.Polish.run
+
+    def hold(polish: Polish) -> Standing:
+        standing = run(polish)
+        states.append(polish.optimiser.state)
+        return standing
+
+    monkeypatch.setattr(tools.polish.loop.Polish, "run", hold)
+    return states
+
+
+def test_means_are_in_bf16_where_memory_is_scarce_and_the_kl_falls_nearly_as_far(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states, made, told = hold_state(monkeypatch), [], []
+    for i, size in enumerate((10**12, 0, 0)):
+        free_memory(monkeypatch, size)
+        bench = open_bench(bench.settings, tmp_path / str(i))
+        profile = bench.profile(ignore)
+        made.append(bench.prune(profile, order(bench, profile), ignore))
+        told.append(bench.read_polished(made[-1]))
+    fp32, bf16, again = told
+    assert fp32 is not None and bf16 is not None and again is not None
+    assert (fp32.means, bf16.means) == ("fp32", "bf16")
+    assert made[0] != made[1] == made[2] and again.after == bf16.after, "the same bits, twice"
+    assert fp32.before == bf16.before > fp32.after
+    assert abs(bf16.after - fp32.after) < 0.05 * (fp32.before - fp32.after)
+    sizes = [sum(x.nbytes for vectors in state.values() for x in vectors.values()) for state in states]
+    assert sizes[0] == 2 * sizes[1] == 2 * sizes[2] > 0
+
+
+@pytest.mark.parametrize("rich", [False, True])
+def test_the_format_of_means_is_settled_when_a_polish_is_begun(
+    rich: bool, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, and gone on with while as much memory is free as if it were another machine; lost, and made again."""
+    first, then = (10**12, 0) if rich else (0, 10**12)
+    free_memory(monkeypatch, first)
+    alone = open_bench(bench.settings, bench.directory.parent / "alone")
+    profile = alone.profile(ignore)
+    asked = order(alone, profile)
+    expected, bits = alone.prune(profile, asked, ignore), snapshot(alone)
+    told = alone.read_polished(expected)
+    assert told is not None and told.means == ("fp32" if rich else "bf16")
+    bench = open_bench(bench.settings, bench.directory)
+    assert bench.profile(ignore) == profile
+    event, again = Event(), list[Any]()
+    with stop_at(event), pytest.raises(Stopped):
+        bench.prune(profile, asked, lambda label, done, _: event.set() if (done, label[:3]) == (3, "pol") else None)
+    settings, directory = bench.settings, bench.directory
+    close_workbench()
+    free_memory(monkeypatch, then)
+    bench = open_bench(settings, directory)
+    made = bench.prune(profile, asked, lambda label, done, _: again.append(done) if label.startswith("pol") else None)
+    assert (made, again[0]) == (expected, 3) and same(snapshot(bench), bits)
+    assert bench.prune(profile, asked, ignore) == expected, "read back"
+    bench.restore(DENSE)
+    bench.forget_checkpoints([])
+    bench.warn = again.append  # that all layers are computed again
+    bench.restore(expected)
+    assert same(snapshot(bench), bits)
+
+
 def test_what_was_kept_of_a_polish_and_is_damaged_is_done_anew(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     asked, event = order(bench, profile), Event()
@@ -222,7 +296,11 @@ def test_too_little_is_refused_before_anything_is_pruned(
     assert computed == []
 
 
-def test_workers_come_to_the_same_weights(bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_workers_come_to_the_same_weights(
+    free: int, bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    free_memory(monkeypatch, free)
     profile = bench.profile(ignore)
     checkpoint = bench.prune(profile, order(bench, profile), ignore)
     evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
