@@ -169,8 +169,13 @@ class Polisher:
     def _settle_means(self, key: Sequence[str], survivors: Survivors) -> Means:
         """What the optimiser holds its means in: what fitted when a polish of this key was first begun, so that one
         that was killed, or whose layers are lost, comes to the same bits however much is free by then."""
-        found = self._index.measure_once(["means of a polish", *key], lambda: {"means": survivors.place.means})
-        means: Means = found["means"]
+
+        def settle() -> dict[str, Means]:
+            if survivors.place.means != "fp32":
+                self._warn(f"too little memory for the means of the polish in fp32: they are {survivors.place.means}")
+            return {"means": survivors.place.means}
+
+        means: Means = self._index.measure_once(["means of a polish", *key], settle)["means"]
         return means
 
     def _keep_best(self, polish: Polish, names: Sequence[str]) -> dict[str, str]:
