@@ -6,7 +6,7 @@ from graph.planning.orders import UNIFORM_WANDA
 from graph.planning.refinements import STRONG, change_recipe, list_question_mixes
 from graph.planning.rule import MASKS
 from tools.estimate.work import Course
-from tools.measure.continuations import CONTINUED, PROMPTS
+from tools.measure.continuations import PROMPTS
 from tools.plans.recipe import Recipe
 
 TESTED_MODELS = 3
@@ -29,7 +29,7 @@ def foresee_course(config: RunConfig) -> Course:
         tests=TESTED_MODELS,
         finalists=FINALISTS if config.further_windows else 0,
         prompts=len(PROMPTS),
-        words=2 * CONTINUED,
+        continuing=2,
     )
 
 

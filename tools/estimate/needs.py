@@ -170,6 +170,7 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
             course,
             price_flops(read, layers, counts, course),
             None if times is None else _crowd(price_seconds(times), device, workers * threads),
+            streamed=streams,
         ),
         untimed=untimed,
         tokens=0 if times is None else times.tokens,

@@ -15,6 +15,7 @@ from tools.estimate.block import Counts
 from tools.estimate.memory import ASKED_FOR, WEIGH, Part
 from tools.estimate.pruning import count_flops
 from tools.estimate.timing import Times
+from tools.measure.continuations import count_continued
 from tools.models.layers import Layer, list_readers
 from tools.plans.costs import count_texts
 from tools.plans.layer_profile import LEVELS
@@ -60,8 +61,8 @@ class Course(NamedTuple):
     """Models that are compared once more on validation text at the end, at most."""
     prompts: int = 0
     """That a model goes on with."""
-    words: int = 0
-    """Tokens that follow each of them, by all models that go on with them."""
+    continuing: int = 0
+    """Models that go on with them."""
     polishes: Sequence[int] = ()
     """Tokens of each polish."""
     polished_at: float = 0.0
@@ -203,9 +204,16 @@ def find_shares(settings: WorkbenchSettings, layers: Sequence[Layer], part: Part
 
 
 def list_work(
-    settings: WorkbenchSettings, layers: int, shares: Shares, course: Course, flops: Prices, seconds: Prices | None
+    settings: WorkbenchSettings,
+    layers: int,
+    shares: Shares,
+    course: Course,
+    flops: Prices,
+    seconds: Prices | None,
+    *,
+    streamed: bool = False,
 ) -> list[Work]:
-    """The plan of a run; without a price in `seconds` no step has any."""
+    """The plan of a run, whose model may be `streamed`; without a price in `seconds` no step has any."""
     calibration, validation = settings.count_all("calibration"), settings.count_all("validation")
     further, tests = settings.count_all("further"), settings.count_all("test")
     gradient, texts = settings.back_propagated, max(len(settings.text), 1)
@@ -367,6 +375,7 @@ def list_work(
         )
     )
     if course.prompts:
-        how = f"{course.words} forwards of a token of each of {course.prompts} prompts"
-        steps.append(step("go on with prompts", how, 1, 1.0, {"word": course.words}))
+        words = course.continuing * count_continued(streamed=streamed)
+        how = f"{words} forwards of a token of each of {course.prompts} prompts"
+        steps.append(step("go on with prompts", how, 1, 1.0, {"word": words}))
     return steps

@@ -15,6 +15,7 @@ from tools.base.errors import UserError
 from tools.base.words import strip_controls
 from tools.models.packed import measure_sizes
 from tools.models.positions import count_positions
+from tools.models.streamed import find_stream
 
 PROMPTS = (
     "The capital of France is",
@@ -27,6 +28,14 @@ texts, so that nobody reads what a plan was judged by; and whole beginnings, whi
 
 CONTINUED = 40
 """Tokens that a prompt is continued by."""
+
+CONTINUED_STREAMED = 10
+"""As many of a model that is streamed: for each of them all of its weights come from disk."""
+
+
+def count_continued(*, streamed: bool) -> int:
+    """Tokens that a report's prompts are continued by."""
+    return CONTINUED_STREAMED if streamed else CONTINUED
 
 
 def decode(
@@ -43,11 +52,12 @@ def decode(
     return tokens_BT
 
 
-def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], new: int = CONTINUED) -> list[str]:
-    """What the model says after each prompt: at most `new` tokens, without control characters.
+def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], new: int | None = None) -> list[str]:
+    """What the model says after each prompt: at most `new` tokens, or as `count_continued`, without control characters.
 
     As `continue_rows`.
     """
+    new = count_continued(streamed=find_stream(model) is not None) if new is None else new
     return continue_rows(model, tokenizer, [tokenizer(prompt)["input_ids"] for prompt in prompts], new)
 
 

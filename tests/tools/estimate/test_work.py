@@ -25,7 +25,7 @@ COURSE = Course(
     profiles=2,
     tests=3,
     prompts=4,
-    words=80,
+    continuing=2,
 )
 STEPS = Steps(
     forward=2.0,
@@ -50,12 +50,12 @@ TIMES = Times(
 )
 
 
-def work_of(settings: Any, course: Course = COURSE, workers: int = 0) -> list[Work]:
+def work_of(settings: Any, course: Course = COURSE, workers: int = 0, *, streamed: bool = False) -> list[Work]:
     """At the prices above; a product costs what its name says."""
     layers = find_layers(make_empty("llama"))
     shares = find_shares(settings, layers, find_busiest(cut_parts(settings, workers)))
     flops = {"forward": 3.0, "moments": 5.0, "stages": 11.0, "loss": 1.0, "write": 4.0, "prune refit": 7.0}
-    return list_work(settings, 14, shares, course, flops, price_seconds(TIMES))
+    return list_work(settings, 14, shares, course, flops, price_seconds(TIMES), streamed=streamed)
 
 
 def test_every_step_is_done_so_often_and_takes_so_long(tiny_llama: Path) -> None:
@@ -76,6 +76,8 @@ def test_every_step_is_done_so_often_and_takes_so_long(tiny_llama: Path) -> None
         ("test", 3, 2 * 2.25),
         ("go on with prompts", 1, 80 * 0.125),
     ]
+    streamed = work_of(tiny_settings(tiny_llama), streamed=True)[-1]
+    assert streamed.how == "20 forwards of a token of each of 4 prompts"
     assert [work.how for work in found if work.name == "prune"] == [
         "14 layers by two-sided",
         "14 layers by refit",

@@ -1,12 +1,22 @@
 """Greedy continuations, on tiny models of five architectures."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer
+from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.measure import continuations
-from tools.measure.continuations import PROMPTS, Continuation, compare_continuations, continue_prompts, decode
+from tools.measure.continuations import (
+    PROMPTS,
+    Continuation,
+    compare_continuations,
+    continue_prompts,
+    count_continued,
+    decode,
+)
+from tools.models.load import load_model
 
 IDS_BT = torch.randint(1, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
 
@@ -52,6 +62,17 @@ def test_a_model_without_room_says_less_or_nothing() -> None:
     assert continue_prompts(model, tokenizer, PROMPTS) == plain
     model.config.n_positions = longest
     assert continue_prompts(model, tokenizer, PROMPTS) == [""] * len(PROMPTS)
+
+
+def test_a_model_that_is_streamed_says_less(tiny_llama: Path, tmp_path: Path) -> None:
+    """Each of its tokens takes all of its weights from disk."""
+    whole, tokenizer = load_model(tiny_settings(tiny_llama))
+    streamed, _ = load_model(tiny_settings(tiny_llama, device="stream"), tmp_path)
+    said = continue_prompts(streamed, tokenizer, PROMPTS)
+    assert said == continue_prompts(whole, tokenizer, PROMPTS, count_continued(streamed=True))
+    longer = continue_prompts(whole, tokenizer, PROMPTS)
+    assert longer == continue_prompts(whole, tokenizer, PROMPTS, count_continued(streamed=False))
+    assert all(more.startswith(less) and more != less for more, less in zip(longer, said, strict=True))
 
 
 def test_control_characters_go_and_line_ends_stay(monkeypatch: pytest.MonkeyPatch) -> None:
