@@ -60,7 +60,7 @@ class Estimate(BaseModel):
     of_worker: list[Phase] = Field([], description="Of each worker, as `phases`, at most; empty without any.")
     devices: Devices | None = Field(None, description="Null where it is not known what there is.")
     spread: list[Line] = Field([], description="What each GPU holds of a model that is laid over them; empty if not.")
-    streamed: bool = Field(False, description="Whether one block of the model at a time comes from disk.")
+    streamed: int = Field(0, description="Bytes of all blocks where one at a time comes from disk; 0 where none does.")
     disk: list[Line]
     work: list[Work]
     untimed: str = Field("", description="Why no step has seconds; empty where they have.")
@@ -158,7 +158,7 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
         of_worker=phases if workers else [],
         devices=devices,
         spread=spread,
-        streamed=streams,
+        streamed=streamed.blocks if streamed else 0,
         disk=[
             *list_disk(model, layers, settings, lead, weighs=weighs, streamed=streams),
             *(list_polish_disk(facts, polish) if polish else []),

@@ -13,6 +13,9 @@ from tools.estimate.needs import Estimate
 from tools.estimate.work import Work
 from tools.models.disk import Line
 
+DISK_RATE = 10**9
+"""Bytes a second: what streamed weights are said to take by, for a disk of a rate that each knows of his own."""
+
 
 def print_estimate(found: Estimate, console: Console) -> None:
     """Every line of the arithmetic, then what it comes to; plain lines where there is no terminal."""
@@ -77,7 +80,13 @@ def summarise(found: Estimate) -> list[str]:
         share = f"{1 - found.of_blocks:.2%} of the weights in the blocks"
         lines.append(f"stay dense: {share}, such as {found.dense[0]}, no plain linear layers")
     if found.streamed:
-        lines.append("streamed: one block of the model at a time comes from disk")
+        passes = sum(work.times * work.passes for work in found.work)
+        size = passes * found.streamed
+        lines.append(
+            f"streamed: one block of the model at a time comes from disk, all of them about {passes} times: "
+            f"{show_size(size)}, {show_seconds(size / DISK_RATE)} at {show_size(DISK_RATE)} a second, and less by what "
+            "the kernel keeps"
+        )
     lines += _list_peaks(found)
     lines.append(f"disk: {show_size(found.disk_bytes)}")
     return [*lines, _sum_up_work(found)]

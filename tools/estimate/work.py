@@ -16,6 +16,7 @@ from tools.estimate.memory import ASKED_FOR, WEIGH, Part
 from tools.estimate.pruning import count_flops
 from tools.estimate.timing import Times
 from tools.measure.continuations import count_continued
+from tools.measure.recall import BATCH as ASKED_AT_ONCE
 from tools.models.layers import Layer, list_readers
 from tools.plans.costs import count_texts
 from tools.plans.layer_profile import LEVELS
@@ -30,6 +31,10 @@ POLISH = "polish"
 QUESTION_TOKENS = 30
 """Tokens of a question with its answer: FreebaseQA's have 28 with SmolLM2's tokenizer."""
 
+OPENING = 11
+"""How often the blocks of a streamed model come from disk to be read, laid out, checked forward and backward against
+the whole model, and exported; counted on small models (`tests/tools/estimate/test_passes.py`)."""
+
 Prices = Mapping[str, float]
 """What one of each thing costs that is done: a `forward` of one window through all blocks, its `moments`, ..."""
 
@@ -43,6 +48,7 @@ class Work(BaseModel):
     flops: float = Field(description="Floating-point operations of the products of one time.")
     seconds: float | None = Field(description="Of one time, all of it by one process; null where nothing was timed.")
     share: float = Field(1.0, description="How much of it the busiest worker does; all of it where there are none.")
+    passes: int = Field(1, description="How often all blocks come from disk in one time, of a model that is streamed.")
 
 
 class Course(NamedTuple):
@@ -222,19 +228,21 @@ def list_work(
     def text(split: str, windows: int) -> str:
         return f"{windows} windows of {settings.window} tokens of {split} text"
 
-    def step(name: str, how: str, times: int, share: float, done: Mapping[str, float]) -> Work:
-        """`done` is how often each thing is done that has a price."""
+    def step(name: str, how: str, times: int, share: float, done: Mapping[str, float], passes: int = 1) -> Work:
+        """`done` is how often each thing is done that has a price, `passes` as in `Work`."""
         operations = sum(often * flops.get(thing, 0.0) for thing, often in done.items())
         took = None if seconds is None else sum(often * seconds[thing] for thing, often in done.items())
-        return Work(name=name, how=how, times=times, flops=operations, seconds=took, share=share)
+        return Work(name=name, how=how, times=times, flops=operations, seconds=took, share=share, passes=passes)
 
-    steps = [
+    steps = [step("load, check and export the model", "block by block", 1, 1.0, {}, OPENING)] if streamed else []
+    steps += [
         step(
             f"write {split} text",
             f"{windows * settings.window:,} tokens one by one, {BATCH} documents at once; more where some end early",
             1,
             1.0,
             {"write": windows},
+            math.ceil(windows / BATCH) * settings.window,
         )
         for split, windows in list_written(settings).items()
     ]
@@ -245,6 +253,7 @@ def list_work(
             1,
             shares.validation,
             {"forward": validation + 2 * further, "loss": validation + 2 * further},
+            2 if further else 1,
         ),
         step(
             "profile, statistics",
@@ -273,6 +282,7 @@ def list_work(
             profiled,
             shares.gradient,
             {"curves": gradient, "cut masks": 1, "describe": 1},
+            0,
         ),
     ]
     if course.weighs:
@@ -283,6 +293,7 @@ def list_work(
                 1,
                 shares.calibration,
                 {"forward": calibration, "weigh": calibration},
+                2,
             ),
             step(
                 "weighted second moments",
@@ -303,6 +314,7 @@ def list_work(
                 1 if asked else 0,
                 max(shares.gradient, shares.layers),
                 dict.fromkeys(("forward", "gradients", "curves"), read) | {f"cut {name_recipe(recipe)}": 1},
+                2,
             )
         )
     for recipe, times in course.pruned:
@@ -319,7 +331,8 @@ def list_work(
         if recipe.statistics == "stages":
             done |= {"forward": read, "stages": read}
             how += ", with a pass of every block for each of its stages and one more of the calibration text"
-        steps.append(step("prune", how, times, shares.layers, done))
+        passes = {"dense": 1, "sequential": 3, "stages": STAGES + 3}[recipe.statistics]  # dense weights are read, too
+        steps.append(step("prune", how, times, shares.layers, done, passes))
     for tokens in course.polishes:
         plan = schedule_polish(settings.count_fitted(), settings.window, tokens, settings.seed)
         steps.append(
@@ -363,6 +376,7 @@ def list_work(
                 1 + len(course.rounds) + course.tests,
                 shares.questions,
                 {"forward": settings.question_pairs * QUESTION_TOKENS / settings.window},
+                math.ceil(settings.question_pairs / ASKED_AT_ONCE),
             )
         )
     steps.append(
@@ -377,5 +391,5 @@ def list_work(
     if course.prompts:
         words = course.continuing * count_continued(streamed=streamed)
         how = f"{words} forwards of a token of each of {course.prompts} prompts"
-        steps.append(step("go on with prompts", how, 1, 1.0, {"word": words}))
+        steps.append(step("go on with prompts", how, 1, 1.0, {"word": words}, words))
     return steps

@@ -161,13 +161,15 @@ class StreamSizes(NamedTuple):
     """Of its largest block."""
     outside: int
     """Of embeddings, head and whatever else is in no block."""
+    blocks: int
+    """Of all blocks."""
 
 
 def measure_stream(model: Any) -> StreamSizes:
     """What is held of a model, which may be on the meta device."""
     blocks = find_blocks(model)
     whole, inside = (sum(p.nbytes for p in part.parameters()) for part in (model, blocks))
-    return StreamSizes(max(sum(p.nbytes for p in block.parameters()) for block in blocks), whole - inside)
+    return StreamSizes(max(sum(p.nbytes for p in block.parameters()) for block in blocks), whole - inside, inside)
 
 
 # --- loading -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from kernels.packed import PADDING
 from tests.tiny import make_tiny_config, tiny_settings
 from tests.tools.estimate.helpers import DENSE, LLAMA_70B, MODEL, QWEN3_8B, write_config
 from tests.tools.estimate.test_needs import COURSE, find, find_large
-from tools.base.words import show_flops, show_size
+from tools.base.words import show_flops, show_seconds, show_size
 from tools.estimate.needs import Estimate, estimate
 from tools.estimate.room import Devices
 from tools.estimate.show import print_estimate, summarise
@@ -97,10 +97,14 @@ def test_a_model_that_is_streamed(tmp_path: Path, no_gpu: None, untimed: None) -
     config = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
     whole, found = find_large(config, "24"), find_large(config, "24", device="stream")
     lines = summarise(found)
-    assert "streamed: one block of the model at a time comes from disk" in lines and not whole.streamed
+    passes = sum(work.times * work.passes for work in found.work)
+    (told,) = [line for line in lines if line.startswith("streamed: one block of the model at a time comes from disk")]
+    size, took = show_size(passes * found.streamed), show_seconds(passes * found.streamed / 1e9)
+    assert f"all of them about {passes} times: {size}, {took} at 1.0 GB a second" in told and not whole.streamed
     assert any(re.fullmatch(r"fits one GPU of 24\.0 GB: 1\d\.\d GB at most \(.+\)", line) for line in lines)
     block = 2 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 12_288 + 2 * 4096 + 2 * 128)
     outside = (2 * 151_936 * 4096 + 4096) * 2
+    assert found.streamed == 36 * block
     assert {phase.device[0].bytes for phase in found.phases} == {block + outside}
     assert found.disk_bytes - whole.disk_bytes == 36 * block + outside, "as it is now"
     assert max(phase.host_bytes for phase in found.phases) < max(phase.host_bytes for phase in whole.phases) / 3
