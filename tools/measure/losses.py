@@ -5,7 +5,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -262,18 +262,35 @@ def evaluate_windows(
     return Evaluation(nll=so_far.nll, kl=so_far.kl), torch.stack(so_far.hidden) if whole else torch.empty(0)
 
 
+class KeptStates(Protocol):
+    """Whoever keeps what windows passed on, so that a pass that was killed goes on from there."""
+
+    def read(self) -> tuple[int, list[Tensor]] | None:
+        """(the next block, what it reads of each window, (1, T, D) on CPU); None where nothing is kept."""
+
+    def keep(self, block: int, states: Sequence[Tensor]) -> None:
+        """All windows stand before this block."""
+
+
 @torch.no_grad()
-def pass_blocks(blocks: Blocks, windows_BT: Tensor, tick: Callable[[int], object] = lambda block: None) -> list[Tensor]:
+def pass_blocks(
+    blocks: Blocks,
+    windows_BT: Tensor,
+    tick: Callable[[int], object] = lambda block: None,
+    kept: KeptStates | None = None,
+) -> list[Tensor]:
     """What the head reads of each window, (1, T, D), on CPU: all windows pass a block before any passes the next.
 
     `tick` is called with the number of each block before.
     """
-    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
-    for block in range(len(blocks)):
+    first, states = (kept.read() if kept else None) or (0, [blocks.embed(ids_T).cpu() for ids_T in windows_BT])
+    for block in range(first, len(blocks)):
         tick(block)
         for window, ids_T in enumerate(windows_BT):
             heed_stop()
             states[window] = blocks.run_to_head(ids_T, block, states[window]).cpu()
+        if kept:
+            kept.keep(block + 1, states)
     return states
 
 
@@ -286,13 +303,14 @@ def evaluate_by_blocks(
     progress: Progress,
     *,
     lead: int = 0,
+    kept: KeptStates | None = None,
 ) -> tuple[Evaluation, Tensor]:
     """As `evaluate_windows`: all windows pass a block before any passes the next, so that weights are read once.
 
-    Between two blocks all windows' states are held, on CPU.
+    Between two blocks all windows' states are held, on CPU; those that are `kept` need not be made.
     """
     count, length = len(windows_BT), windows_BT.shape[1] - lead
-    states = pass_blocks(blocks, windows_BT, lambda block: progress(label, block * count // len(blocks), count))
+    states = pass_blocks(blocks, windows_BT, lambda block: progress(label, block * count // len(blocks), count), kept)
     losses = []
     for window, ids_T in enumerate(windows_BT):
         heed_stop()

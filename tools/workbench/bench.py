@@ -102,7 +102,7 @@ class Workbench:
         self.weights = Weights(layers, len(blocks), self.store, self._warn)
         texts = Texts(self.windows, self.questions)
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn)
-        self.losses = Losses(blocks, self.windows, self.weights, self.crew, settings.text_shares)
+        self.losses = Losses(blocks, self.windows, self.weights, self.index, self.crew, settings.text_shares)
         self.profiles = Profiles(
             settings, self.windows, self.weights, self.store, self.index, self.crew, self.losses, self.paces
         )

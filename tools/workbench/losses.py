@@ -1,5 +1,6 @@
 """Losses of the weights that are in the model, or of several checkpoints beside one another."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from tools.team.cluster import Cluster
 from tools.team.requests import MeasureLosses, OnSpan
 from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
+from tools.workbench.store import Index
+from tools.workbench.unfinished import UnfinishedPass
 from tools.workbench.weights import Weights
 
 MeasuredText = Split | Literal["calibration", "further"] | Calibration
@@ -31,9 +34,16 @@ class Losses:
     """What the model of a workbench loses on its texts."""
 
     def __init__(
-        self, blocks: Blocks, windows: Windows, weights: Weights, crew: Crew, shares: Mapping[str, float]
+        self,
+        blocks: Blocks,
+        windows: Windows,
+        weights: Weights,
+        index: Index,
+        crew: Crew,
+        shares: Mapping[str, float],
     ) -> None:
         """`shares` are what each named text counts."""
+        self._index = index
         self._blocks, self._streamed = blocks, find_stream(blocks.model) is not None
         self.prefix = PrefixCache(blocks, windows.validation, 0 if self._streamed else limit_prefix(blocks.model))
         self._model, self._windows, self._weights, self._crew = blocks.model, windows, weights, crew
@@ -72,15 +82,18 @@ class Losses:
         `from_change`, for the whole validation text alone: from the first block that is other than it was when this
         was measured last. Hidden states come from workers only where none of the dense model's are given. What is known
         `so_far` is not measured again; workers, each of whom answers for all of its windows at once, do not fill it.
-        Of a model that is streamed all windows pass block by block, all blocks, and `so_far` stays as it is.
+        Of a model that is streamed all windows pass block by block, all blocks, and `so_far` stays as it is: what they
+        passed on is kept instead (`UnfinishedPass`).
         """
         if self._crew.cluster is None:
             text_BT = self._windows.find_text(split)[list(windows)].to(self._model.device)
             lead = self._windows.lead
             if self._streamed:
+                kept = self._find_pass(text_BT)
                 evaluation, hidden_BTD = evaluate_by_blocks(
-                    self._blocks, text_BT, dense_hidden_BTD, label, progress, lead=lead
+                    self._blocks, text_BT, dense_hidden_BTD, label, progress, lead=lead, kept=kept
                 )
+                kept.forget()
                 return self._name(evaluation, split, windows), hidden_BTD
             prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
             evaluation, hidden_BTD = evaluate_windows(
@@ -96,6 +109,12 @@ class Losses:
         )
         hidden = [answer.hidden_BTD for answer in answers if answer.hidden_BTD is not None]
         return self._name(evaluation, split, windows), torch.cat(hidden) if hidden else torch.empty(0)
+
+    def _find_pass(self, text_BT: Tensor) -> UnfinishedPass:
+        """What an earlier pass of these windows left that was killed, and keeps of this one."""
+        windows = hashlib.sha256(text_BT.cpu().numpy().tobytes()).hexdigest()
+        marks = self._weights.mark_blocks(self._weights.installed)
+        return UnfinishedPass(self._index, [self._weights.hash_all_dense(), windows], marks)
 
     def measure_other(self, model: Any, dense_hidden_BTD: Tensor, label: str, progress: Progress) -> Evaluation:
         """Losses on the validation text of another model of the same tokens."""

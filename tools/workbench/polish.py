@@ -143,7 +143,7 @@ class Polisher:
         for name, artifact in pruned.items():
             self._weights.install(name, artifact)  # whole, for they were made, or read, just now
         layers = [self._weights.by_name[name] for name in names]
-        survivors, keeper = Survivors(layers), _Keeper(self._store, self._index, key)
+        survivors, keeper = Survivors(layers), _Keeper(self._index, key)
         shares = self._list_shares(text) if text.mix else {}
         windows_BT = self._windows.find_text(text.name)
         alone = Divergence(self._blocks, survivors, windows_BT, hidden, self._windows.lead, shares)
@@ -279,31 +279,25 @@ class _SharedDivergence:
 class _Keeper:
     """As `tools.polish.loop.Keeper`: tensors as one artifact, the figures as another, under a key."""
 
-    def __init__(self, store: ArtifactStore, index: Index, key: Sequence[str]) -> None:
-        self._store, self._index, self._key = store, index, ["unfinished", *key]
+    def __init__(self, index: Index, key: Sequence[str]) -> None:
+        self._index, self._key = index, ["unfinished", *key]
 
     def read(self) -> Kept | None:
         """As in `Keeper`."""
-        found = self._index.read_measured(self._key)
-        if found is None or not self._store.has(found["tensors"], ".safetensors"):
+        found = self._index.read_replaced(self._key)
+        if found is None:
             return None
         tensors: dict[str, Vectors] = {}
-        for path, vector in self._store.read_tensors(found["tensors"]).items():
+        for path, vector in found[1].items():
             what, _, name = path.partition("/")
             tensors.setdefault(what, {})[name] = vector
-        return Kept(Standing.model_validate(found["standing"]), tensors)
+        return Kept(Standing.model_validate(found[0]["standing"]), tensors)
 
     def keep(self, kept: Kept) -> None:
         """As in `Keeper`; the one before goes once this is whole."""
-        before = self._index.read_measured(self._key)
         flat = {f"{what}/{name}": x for what, vectors in kept.tensors.items() for name, x in vectors.items()}
-        artifact = self._store.write_tensors(flat)
-        self._index.replace_measured(self._key, {"tensors": artifact, "standing": kept.standing.model_dump()})
-        if before is not None and before["tensors"] != artifact:
-            self._store.path(before["tensors"], ".safetensors").unlink(missing_ok=True)
+        self._index.replace_tensors(self._key, flat, standing=kept.standing.model_dump())
 
     def forget(self) -> None:
         """All is done, and kept elsewhere."""
-        if (found := self._index.read_measured(self._key)) is not None:
-            self._store.path(found["tensors"], ".safetensors").unlink(missing_ok=True)
-        self._index.forget_measured(self._key)
+        self._index.forget_tensors(self._key)

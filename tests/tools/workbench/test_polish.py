@@ -191,6 +191,9 @@ def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(bench
     assert times == set(), "nothing is left of what was under way but figures with their seconds"
 
 
+SCARCE = "too little memory for the means of the polish in fp32: they are bf16"
+
+
 def free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """As if so many bytes of it were free when a polish begins."""
     monkeypatch.setattr(tools.polish.survivors, "count_free", lambda: size)
@@ -213,14 +216,15 @@ def hold_state(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Vectors]]:
 def test_means_are_in_bf16_where_memory_is_scarce_and_the_kl_falls_nearly_as_far(
     bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states, made, told = hold_state(monkeypatch), [], []
+    states, made, told, warned = hold_state(monkeypatch), [], [], list[str]()
     for i, size in enumerate((10**12, 0, 0)):
         free_memory(monkeypatch, size)
-        bench = open_bench(bench.settings, tmp_path / str(i))
+        bench = open_bench(bench.settings, tmp_path / str(i), warned.append)
         profile = bench.profile(ignore)
         made.append(bench.prune(profile, order(bench, profile), ignore))
         told.append(bench.read_polished(made[-1]))
     fp32, bf16, again = told
+    assert warned == 2 * [SCARCE]
     assert fp32 is not None and bf16 is not None and again is not None
     assert (fp32.means, bf16.means) == ("fp32", "bf16")
     assert made[0] != made[1] == made[2] and again.after == bf16.after, "the same bits, twice"
@@ -237,17 +241,19 @@ def test_the_format_of_means_is_settled_when_a_polish_is_begun(
     """Stopped, and gone on with while as much memory is free as if it were another machine; lost, and made again."""
     first, then = (10**12, 0) if rich else (0, 10**12)
     free_memory(monkeypatch, first)
-    alone = open_bench(bench.settings, bench.directory.parent / "alone")
+    warned: list[str] = []
+    alone = open_bench(bench.settings, bench.directory.parent / "alone", warned.append)
     profile = alone.profile(ignore)
     asked = order(alone, profile)
     expected, bits = alone.prune(profile, asked, ignore), snapshot(alone)
     told = alone.read_polished(expected)
     assert told is not None and told.means == ("fp32" if rich else "bf16")
-    bench = open_bench(bench.settings, bench.directory)
+    bench = open_bench(bench.settings, bench.directory, warned.append)
     assert bench.profile(ignore) == profile
     event, again = Event(), list[Any]()
     with stop_at(event), pytest.raises(Stopped):
         bench.prune(profile, asked, lambda label, done, _: event.set() if (done, label[:3]) == (3, "pol") else None)
+    assert warned == ([] if rich else 2 * [SCARCE]), "told when it is settled"
     settings, directory = bench.settings, bench.directory
     close_workbench()
     free_memory(monkeypatch, then)
@@ -301,14 +307,18 @@ def test_workers_come_to_the_same_weights(
     free: int, bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     free_memory(monkeypatch, free)
+    warned: list[str] = []
+    bench.warn = warned.append
     profile = bench.profile(ignore)
     checkpoint = bench.prune(profile, order(bench, profile), ignore)
     evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
     gather_teams(monkeypatch)
     monkeypatch.delattr(Divergence, "differentiate")  # of this process alone
-    shared = open_bench(tiny_settings(bench.settings.model, calibration_windows=7, workers="2"), tmp_path / "shared")
+    settings = tiny_settings(bench.settings.model, calibration_windows=7, workers="2")
+    shared = open_bench(settings, tmp_path / "shared", warned.append)
     assert shared.profile(ignore) == profile
     assert shared.prune(profile, order(shared, profile), ignore) == checkpoint
+    assert warned == ([] if free else 2 * [SCARCE])
     assert shared.evaluate(checkpoint, "validation", profile, ignore) == evaluation
 
 
