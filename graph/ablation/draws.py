@@ -67,7 +67,8 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
     expression = draws.leave("", [_draw_expression(layers, draws)] if recipe.reads_curves else [])
     own = _draw_groups(layers, recipe, config, draws)  # late, for which plans without them stay as they were
     recipe = recipe.model_copy(update={"damping": draws.leave(usual.damping, DAMPINGS)})
-    if config.mixable and not recipe.weighs_tokens:
+    weighs = any(one.weighs_tokens for one in [recipe, *(group.recipe.complete(recipe) for group in own)])
+    if config.mixable and not weighs:
         recipe = recipe.model_copy(update={"mix": draws.leave(usual.mix, [_draw_mix(config.mixable, draws)])})
     return Plan(
         sparsity=config.target_sparsity, recipe=recipe, groups=own, adjustments=adjustments, expression=expression

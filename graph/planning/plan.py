@@ -105,7 +105,8 @@ def _tell_of(polishes: bool, texts: tuple[str, ...], weighs: bool, patterned: bo
     if texts:
         shares: dict[str, Any] = {name: (Annotated[float, Field(ge=0)], 0.0) for name in texts}
         mix = create_model("Mix", __config__=ConfigDict(extra="forbid"), __doc__="Weights of texts.", **shares)
-        levers["mix"] = (mix | None, Field(None, description=Recipe.model_fields["mix"].description))
+        meaning = f"{Recipe.model_fields['mix'].description}{' Not with tokens weighted.' if weighs else ''}"
+        levers["mix"] = (mix | None, Field(None, description=meaning))
         of_groups["mix"] = (mix | None, None)
     if not weighs:
         tokens, of_group = Recipe.model_fields["tokens"], GroupRecipe.model_fields["tokens"]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from graph.config import RunConfig
 from graph.planning.plan import Plan
 from tools.base.errors import ImpossiblePlan
+from tools.base.settings import RUN
 from tools.plans.groups import Group, assign_groups
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.mix import read_mix
@@ -77,4 +78,5 @@ def _complete(group: Group, recipe: Recipe, config: RunConfig) -> Recipe:
 
 
 def _take_runs_mix(recipe: Recipe, config: RunConfig) -> Recipe:
-    return recipe.model_copy(update={"mix": ()}) if recipe.mix == read_mix(config.text_shares) else recipe
+    own = read_mix(config.text_shares or {RUN: 1.0})
+    return recipe.model_copy(update={"mix": ()}) if recipe.mix == own else recipe

@@ -121,7 +121,7 @@ def change_recipe(recipe: Recipe, config: RunConfig, find_mix: Callable[[], Mix]
         yield change(polish=True), f"Fit all survivors of all layers together, on {config.polish_tokens:,} tokens."
     if not recipe.mix and (mix := find_mix()):
         share = f"{dict(mix)[QUESTIONS]:.0%}"
-        yield change(mix=mix), f"Statistics that are {share} of questions, so that facts weigh more."
+        yield change(mix=mix), f"Statistics that are {share} of other questions, so that facts weigh more."
     if strong and _is_plain(recipe):
         every = "a finer growth, a damped fit, a clipped gamma."
         yield change(**TOGETHER, statistics="sequential"), f"Small levers together: statistics in order, {every}"
@@ -148,9 +148,8 @@ def _is_plain(recipe: Recipe) -> bool:
 
 
 def list_question_mixes(config: RunConfig) -> list[Mix]:
-    """Mixtures with more questions in them than the run's own text has, least first."""
-    shares = [share for share in SHORT.values() if share > config.calibration_mix] if config.mixes_questions else []
-    return list(map(mix_questions, shares))
+    """Mixtures with questions, those with the fewest first."""
+    return [mix_questions(share) for share in SHORT.values()] if config.mixes_questions else []
 
 
 def _find_mix(situation: Situation) -> Mix:

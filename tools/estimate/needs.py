@@ -182,7 +182,8 @@ def _schedule_polish(settings: TeamSettings, course: Course) -> Schedule | None:
     if not course.polishes:
         return None
     try:
-        return schedule_polish(settings.count_fitted(), settings.window, max(course.polishes), settings.seed)
+        windows = settings.count_fitted() * course.count_texts(settings)
+        return schedule_polish(windows, settings.window, max(course.polishes), settings.seed)
     except ImpossiblePlan as error:
         raise UserError(str(error)) from error
 

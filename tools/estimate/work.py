@@ -334,7 +334,8 @@ def list_work(
         passes = {"dense": 1, "sequential": 3, "stages": STAGES + 3}[recipe.statistics]  # dense weights are read, too
         steps.append(step("prune", how, times, shares.layers, done, passes))
     for tokens in course.polishes:
-        plan = schedule_polish(settings.count_fitted(), settings.window, tokens, settings.seed)
+        windows = settings.count_fitted() * course.count_texts(settings)
+        plan = schedule_polish(windows, settings.window, tokens, settings.seed)
         steps.append(
             step(
                 POLISH,

@@ -29,9 +29,8 @@ def list_disk(
 ) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
 
-    Each window has
-    `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A model that is
-    `streamed` lies there as it is now, too.
+    Each window has `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A
+    model that is `streamed` lies there as it is now, too, and what validation windows passed on.
     """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = settings.count_all("calibration") if weighs else settings.back_propagated
@@ -69,12 +68,25 @@ def list_disk(
             how=f"{checkpoints} × the prunable layers, each with its mask",
             bytes=checkpoints * checkpoint,
         ),
-        *([Line(what="the model as it is now", how="all parameters", bytes=_count_bytes(model))] if streamed else []),
+        *(_list_streamed(model, settings, tokens) if streamed else []),
         Line(what="the exported model", how="all parameters", bytes=_count_bytes(model)),
         Line(
             what="the dense weights of the prunable layers",
             how="each is pruned from them; mapped into memory while there is room",
             bytes=sum(layer.weight_OI.nbytes for layer in layers),
+        ),
+    ]
+
+
+def _list_streamed(model: Any, settings: TeamSettings, tokens: int) -> list[Line]:
+    windows, weight = settings.count_all("validation"), model.get_input_embeddings().weight
+    wide, item = weight.shape[1], weight.element_size()
+    return [
+        Line(what="the model as it is now", how="all parameters", bytes=_count_bytes(model)),
+        Line(
+            what="a validation under way",
+            how=f"2 copies × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
+            bytes=2 * windows * tokens * wide * item,
         ),
     ]
 

@@ -62,7 +62,7 @@ class GroupRecipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_former(cls, values: Any) -> Any:
-        return read_former(values)
+        return read_former(values, run=0.0)  # in place of the plan's mix
 
     @model_validator(mode="before")
     @classmethod

@@ -21,13 +21,14 @@ def mix_questions(
     """(the calibration text of the run, the same behind as many windows of questions if there are so many).
 
     `prose_BT` are its windows of running text, `questions_BT` those of questions: at least as many as the run's own
-    mix asks for.
+    mix asks for, which are the first of them and in no other text.
     """
     import torch
 
-    run_BT = _spread(prose_BT, questions_BT[: settings.count_mixed(settings.calibration_mix)])
-    both = [questions_BT[: len(run_BT)], run_BT]
-    return run_BT, {QUESTIONS: torch.cat(both)} if len(questions_BT) >= len(run_BT) else {}
+    own = settings.count_mixed(settings.calibration_mix)
+    run_BT = _spread(prose_BT, questions_BT[:own])
+    others_BT = questions_BT[own : own + len(run_BT)]
+    return run_BT, {QUESTIONS: torch.cat([others_BT, run_BT])} if len(others_BT) == len(run_BT) else {}
 
 
 def _spread(prose_BT: "Tensor", questions_BT: "Tensor") -> "Tensor":

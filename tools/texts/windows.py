@@ -1,5 +1,6 @@
 """How text becomes three disjoint sets of token windows."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.base.errors import SharedText, UserError
+from tools.base.names import path_of
 from tools.base.settings import QUESTIONS, RUN, SPLITS, Calibration, WorkbenchSettings
 from tools.texts.mixtures import mix_questions, write_questions
 from tools.texts.questions import check_questions
@@ -95,7 +97,7 @@ def check_texts(settings: WorkbenchSettings) -> None:
     if settings.questions:
         check_questions(settings.questions)
     for part, source in sources.items():
-        if settings.questions == source and not settings.text:
+        if _is_same(source, settings.questions) and not settings.text:
             raise UserError(
                 f"the questions and the {part} text are the same, {settings.questions!r}; some questions of a source "
                 "are taken into the calibration text, and no others, with --calibration-mix"
@@ -150,22 +152,23 @@ def _cut_read(settings: WorkbenchSettings, tokenizer: Any) -> "dict[str, Tensor]
     for source in dict.fromkeys(source for source in sources.values() if not is_written(source)):
         asked = {part: counts[part] for part in sources if sources[part] == source}
         is_asked = _is_asked(settings, source)
-        own = _pass_over_none(settings) if is_asked else settings
         documents = write_questions(settings) if is_asked else read_documents(source)
-        ids = _read_tokens(documents, tokenizer, _reach(own, asked))
-        pieces = torch.split(_cut(ids, source, own, asked), list(asked.values()))
+        ids = _read_tokens(documents, tokenizer, _reach(settings, asked))
+        beside = f" beside the {2 * settings.question_pairs} questions that are asked" if is_asked else ""
+        pieces = torch.split(_cut(ids, source, settings, asked, beside), list(asked.values()))
         windows |= zip(asked, pieces, strict=True)
     return windows
 
 
 def _is_asked(settings: WorkbenchSettings, source: str) -> bool:
     """Whether a named text is of the questions that are asked: it then has those that are asked nowhere else."""
-    return bool(settings.text) and source == settings.questions
+    return bool(settings.text) and _is_same(source, settings.questions)
 
 
-def _pass_over_none(settings: WorkbenchSettings) -> WorkbenchSettings:
-    """Which questions are the rest of those asked hangs on `text_cut`: windows are the first of them."""
-    return settings.model_copy(update={"text_cut": 0})
+def _is_same(source: str, other: str) -> bool:
+    """Whether two sources are one, be its file written in two ways."""
+    files = source.startswith("file:") and other.startswith("file:")
+    return source == other or (files and os.path.realpath(path_of(source)) == os.path.realpath(path_of(other)))
 
 
 def _cut_written(settings: WorkbenchSettings, write: WrittenText) -> "dict[str, Tensor]":
@@ -196,10 +199,11 @@ def _begin(windows: Windows, bos: int) -> Windows:
 def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
     """As many windows of questions as are asked for or can be mixed in."""
     needed = settings.count_mixed(settings.calibration_mix)
-    most = settings.calibration_windows
+    most = needed + settings.calibration_windows
     ids = _read_tokens(write_questions(settings), tokenizer, settings.window * most)
     count = max(needed, min(most, len(ids) // settings.window))
-    return _cut(ids, settings.questions, _pass_over_none(settings), {"calibration": count})
+    # Which questions are the rest of those asked hangs on `text_cut`: the windows are the first of them.
+    return _cut(ids, settings.questions, settings.model_copy(update={"text_cut": 0}), {"calibration": count})
 
 
 def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[int]:
@@ -218,8 +222,13 @@ def _reach(settings: WorkbenchSettings, counts: dict[str, int]) -> int:
     return (settings.text_cut + 1) * settings.window * sum(counts.values())
 
 
-def _cut(ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[str, int]) -> "Tensor":
-    """All the windows that are cut from a source: (windows, window). Raises UserError when its tokens are too few."""
+def _cut(
+    ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[str, int], beside: str = ""
+) -> "Tensor":
+    """All the windows that are cut from a source: (windows, window). Raises UserError when its tokens are too few.
+
+    `beside` says what of the source they are not from.
+    """
     import torch
 
     windows, window, cut = sum(counts.values()), settings.window, settings.text_cut
@@ -230,7 +239,8 @@ def _cut(ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[
     behind = f" behind {end - window * windows} that --text-cut {cut} passes over" if cut else ""
     raise UserError(
         f"text source {source!r} is too short: {asked} windows of {window} tokens need {window * windows} tokens"
-        f"{behind}, but it has {len(ids)}; ask for fewer or shorter windows{', or an earlier cut' if cut else ''}"
+        f"{behind}, but it has {len(ids)}{beside}; ask for fewer or shorter windows"
+        f"{', or an earlier cut' if cut else ''}"
     )
 
 

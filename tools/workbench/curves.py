@@ -49,7 +49,10 @@ class Curves:
         return layers
 
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
-        """As `describe_layers`, with the KL curves of `profile` whatever the recipe's: no weight is touched."""
+        """As `describe_layers`, with KL curves that are known whatever the recipe's: no weight is touched.
+
+        They are those of the mixture that it asks for, or of `profile` where its questions were never profiled.
+        """
         self._profiles.refuse_statistics(recipe)
         known = self._profiles.find_known(profile, recipe)
         plain = recipe.model_copy(update={"curves": "mask", "mix": recipe.mix if known else ()})

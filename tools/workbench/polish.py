@@ -171,6 +171,8 @@ class Polisher:
         that was killed, or whose layers are lost, comes to the same bits however much is free by then."""
 
         def settle() -> dict[str, Means]:
+            if self._index.read_measured(["unfinished", *key]):  # by an earlier version, which knew nothing else
+                return {"means": "fp32"}
             if survivors.place.means != "fp32":
                 self._warn(f"too little memory for the means of the polish in fp32: they are {survivors.place.means}")
             return {"means": survivors.place.means}

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from kernels.methods import LayerStatistics
-from tools.base.errors import ImpossiblePlan, UserError
+from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import QUESTIONS, RUN, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar
@@ -66,7 +67,7 @@ class Profiles:
         layers, dense = self._weights.layers, self._weights.dense
         if first:
             table = build_profile(layers, self._collect_again(progress), dense)
-            own = {"layers": table, "first": first}
+            own = {"layers": table, "first": self._find_first(first)}
             return self._store.write_json(self.read(first).model_copy(update=own).model_dump())
         self._weights.restore_dense()
         return self._profile_dense(*self._measure_dense(progress), progress, full=not masks_only)
@@ -170,7 +171,11 @@ class Profiles:
     def _read(self, profile: str) -> tuple[StoredProfile, dict[str, Tensor]]:
         """With its means, which are vectors by name."""
         if self._last is None or self._last[0] != profile:
-            stored = StoredProfile.model_validate(self._store.read_json(profile)).sort_texts(self._settings.mixable)
+            try:
+                stored = StoredProfile.model_validate(self._store.read_json(profile))
+            except ValidationError as error:  # such as of a text that there was in an earlier version
+                raise DamagedArtifact(f"profile {profile[:12]} is of an earlier version; begin a new run") from error
+            stored = stored.sort_texts(self._settings.mixable)
             self._last = (profile, stored, self._store.read_tensors(stored.means))
         return self._last[1:]
 
@@ -191,7 +196,8 @@ class Profiles:
         experts, each of which reads other ones, or where texts do.
         """
         if recipe.weighs_tokens and (self._settings.text or recipe.mix):
-            raise ImpossiblePlan("tokens are not weighted where texts are; leave tokens even")
+            where = "where texts have names" if self._settings.text else "in a mix of texts"
+            raise ImpossiblePlan(f"tokens are not weighted {where}; leave tokens even")
         if recipe.weighs_tokens and any(layer.pool for layer in self._weights.layers):
             raise ImpossiblePlan(
                 "tokens are not weighted in mixtures of experts, each of which reads other ones; leave tokens even"
@@ -205,7 +211,8 @@ class Profiles:
             )
         if recipe.mix and self._settings.mixes_questions and QUESTIONS not in self._windows.mixed:
             raise ImpossiblePlan(
-                f"mix needs {windows} windows of questions that are in no other text; there are fewer; leave it out"
+                f"mix needs {windows} windows of questions that are in no other text; there are fewer, or one of them "
+                "is; leave it out"
             )
 
     def find(self, profile: str, recipe: Recipe, progress: Progress) -> str:
@@ -218,7 +225,7 @@ class Profiles:
             return profile
         self.refuse_statistics(recipe)
         if self._settings.mixes_questions:
-            profile = self._find_beside(self.read(profile).first or profile, progress)
+            profile = self._find_beside(self._find_first(profile), progress)
         return self._mixtures.find(self.read(profile), profile, dict(recipe.mix))
 
     def find_known(self, profile: str, recipe: Recipe) -> str:
@@ -226,8 +233,12 @@ class Profiles:
         if not recipe.mix or not self._settings.mixes_questions:
             return self.find(profile, recipe, ignore_progress)
         self.refuse_statistics(recipe)
-        known = self._index.read_measured(self._name_beside(self.read(profile).first or profile))
+        known = self._index.read_measured(self._name_beside(self._find_first(profile)))
         return self.find(profile, recipe, ignore_progress) if known else ""
+
+    def _find_first(self, profile: str) -> str:
+        """The profile of the dense model that another one came of, or it is itself."""
+        return self.read(profile).first or profile
 
     def _find_beside(self, first: str, progress: Progress) -> str:
         """The profile of the dense model of which questions are a second text, which counts nothing in it."""

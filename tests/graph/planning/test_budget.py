@@ -126,7 +126,7 @@ def test_a_plan_beyond_the_budget_is_refused_with_what_it_takes() -> None:
     sequential = STRONG.model_copy(update={"statistics": "sequential"})
     assert budget.refuse(Plan(sparsity=0.45, recipe=sequential), make_order(statistics="sequential")) == (
         "the plan takes 704 tokens through the model, 512 of them beside its trial, and 600 are left; plan without "
-        "what costs them (statistics sequential or stages, tokens weighted, curves method, calibration or "
+        "what costs them (statistics sequential or stages, tokens weighted, curves method, or "
         "reprofile)"
     )
     assert "takes 1,088 tokens" in budget.refuse(plan.model_copy(update={"reprofile": True}), make_order())

@@ -39,9 +39,11 @@ def test_before_the_runs_text_lie_as_many_windows_of_questions(tmp_path: Path) -
     def cut(mix: float, **fields: Any) -> Windows:
         return cut_windows(tiny_settings("any", **sources, **common | fields, calibration_mix=mix), tokenizer)
 
-    questions_BT = cut(1.0).calibration
-    for windows in (cut(0), cut(0.25), cut(1.0)):
+    first_BT = cut(1.0, calibration_windows=16).calibration
+    for windows, own in ((cut(0), 0), (cut(0.25), 2), (cut(1.0), 8)):
         (both_BT,) = windows.mixed.values()
+        questions_BT = first_BT[own : own + 8]
+        assert len({tuple(ids) for ids in both_BT.tolist()}) == 16, "no window twice"
         assert windows.find_text("questions") is both_BT and windows.find_text("run") is windows.calibration
         assert both_BT[:8].equal(questions_BT) and both_BT[8:].equal(windows.calibration)
         assert windows.list_shares({"run": 0.75, "questions": 0.25}, "questions") == {

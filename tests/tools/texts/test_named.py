@@ -58,9 +58,15 @@ def test_questions_that_are_asked_may_be_a_text_of_all_others(tmp_path: Path, cu
     check_texts(settings)
     check_windows(settings, tokenizer)
     windows, rest = cut_windows(settings, tokenizer), split_questions(source, 10, cut).rest
-    told = tokenizer.decode(torch.cat([windows.calibration[:4], windows.validation[:3], windows.test[:2]]).flatten())
-    assert "\n\n".join(map(write_pair, rest)).startswith(told.strip())
-    with pytest.raises(UserError, match=f"^text source '{source}' is too short: 400 facts calibration"):
+    ids_T = torch.cat([windows.calibration[:4], windows.validation[:3], windows.test[:2]]).flatten()
+    text = "\n\n".join(map(write_pair, rest))
+    every_T = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert every_T[cut * len(ids_T) :][: len(ids_T)].equal(ids_T), "no seed has another's windows"
+    same = settings.model_copy(update={"questions": source.replace("file:", "file:/")})
+    assert cut_windows(same, tokenizer).calibration.equal(windows.calibration), "one file by two names"
+    with pytest.raises(
+        UserError, match=r"^text source '.+' is too short: 400 facts .+ beside the 20 questions that are"
+    ):
         cut_windows(settings.model_copy(update={"calibration_windows": 400}), tokenizer)
 
 
