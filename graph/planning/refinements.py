@@ -154,8 +154,8 @@ def list_question_mixes(config: RunConfig) -> list[Mix]:
 
 def _find_mix(situation: Situation) -> Mix:
     """The first of these; nothing where there are none, or too few questions."""
-    for mix in list_question_mixes(situation.config):
-        if read_layers := situation.read_layers:
+    if read_layers := situation.read_layers:
+        for mix in list_question_mixes(situation.config):
             with suppress(ImpossiblePlan):
                 read_layers(Recipe(mix=mix))
                 return mix

@@ -199,7 +199,10 @@ def list_phases(
     if shape.item < 4:
         tokens = (settings.window, "tokens"), (shape.widest, "inputs of the widest layer")
         statistics.append(multiply("inputs of one layer in fp32", *tokens, (4, "bytes")))
-    walked = (2, "sets"), (part.calibration, "windows")
+
+    def walked(*texts: tuple[int, str]) -> Line:
+        return states("inputs and outputs of one block", *texts, (2, "sets"), (part.calibration, "windows"))
+
     layer = pruned("one layer being pruned", held.pruned)
     moved = _pass_through(streamed) if streamed else _move_model(facts)
     read = [] if streamed else _read_file(facts)
@@ -216,11 +219,7 @@ def list_phases(
             device=evaluation,
             host=[*always, states("hidden states", (2, "copies"), (part.validation, "windows"))],
         ),
-        Phase(
-            name="profile, statistics",
-            device=statistics,
-            host=[*always, states("inputs and outputs of one block", *walked), *answer],
-        ),
+        Phase(name="profile, statistics", device=statistics, host=[*always, walked(), *answer]),
         Phase(
             name="profile, gradients",
             device=[
@@ -249,7 +248,7 @@ def list_phases(
         Phase(
             name=IN_ORDER,
             device=[model, *([] if part.workers else [_count_moments(shape, 1)]), *layer],
-            host=[*always, states("inputs and outputs of one block", *mixed, *walked), *answer, *job],
+            host=[*always, walked(*mixed), *answer, *job],
         ),
         Phase(
             name="validate",

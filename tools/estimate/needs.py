@@ -182,7 +182,7 @@ def _schedule_polish(settings: TeamSettings, course: Course) -> Schedule | None:
     if not course.polishes:
         return None
     try:
-        windows = settings.count_fitted() * course.count_texts(settings)
+        windows = course.count_fitted(settings)
         return schedule_polish(windows, settings.window, max(course.polishes), settings.seed)
     except ImpossiblePlan as error:
         raise UserError(str(error)) from error

@@ -106,6 +106,10 @@ class Course(NamedTuple):
         """Calibration texts that are profiled apart: the run's, and questions where a plan mixes these in."""
         return 1 + any(recipe.mix and settings.mixes_questions for recipe in self.rounds)
 
+    def count_fitted(self, settings: WorkbenchSettings) -> int:
+        """Calibration windows that a polish may be on, at most."""
+        return settings.count_fitted() * self.count_texts(settings)
+
 
 def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Counts, course: Course) -> Prices:
     """In floating-point operations of products; what has none costs nothing."""
@@ -321,10 +325,8 @@ def list_work(
         done = {f"prune {name_recipe(recipe)}": 1.0} | (
             {"read moments": float(texts)} if recipe.changes_survivors else {}
         )
-        how, read = (
-            f"{layers} layers by {_name(recipe.mask_label, recipe)}",
-            count_texts(recipe, settings) * calibration,
-        )
+        how = f"{layers} layers by {_name(recipe.mask_label, recipe)}"
+        read = count_texts(recipe, settings) * calibration
         if recipe.statistics == "sequential":
             done |= {"forward": 2.0 * read} | ({"moments": read} if recipe.changes_survivors else {})
             how += ", with two more forwards of the calibration text"
@@ -334,8 +336,7 @@ def list_work(
         passes = {"dense": 1, "sequential": 3, "stages": STAGES + 3}[recipe.statistics]  # dense weights are read, too
         steps.append(step("prune", how, times, shares.layers, done, passes))
     for tokens in course.polishes:
-        windows = settings.count_fitted() * course.count_texts(settings)
-        plan = schedule_polish(windows, settings.window, tokens, settings.seed)
+        plan = schedule_polish(course.count_fitted(settings), settings.window, tokens, settings.seed)
         steps.append(
             step(
                 POLISH,

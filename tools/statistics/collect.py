@@ -203,11 +203,8 @@ def collect_statistics(
     blocks is not collected again, nor are their second moments handed out. Raises UnknownStatistics for a layer that
     never ran.
     """
-    grouped = group_layers(layers)
     with begin_walk(team) as walk:
-        statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept, "profile")
-        _walk_down(team, extent, walk, grouped, progress, [statistics], dense, [kept] if kept else [], [1.0])
-    return statistics
+        return _collect_one(team, extent, walk, layers, progress, keep_moment, dense, kept)
 
 
 def collect_questions(
@@ -223,11 +220,25 @@ def collect_questions(
 
     The KL curves are about the masks of the `run`'s statistics, so that they can be added to that text's own.
     """
-    grouped = group_layers(layers)
     with begin_walk(team, QUESTIONS, shares=[1.0, 0.0]) as walk:
-        statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept, "profile")
-        keepers = [kept] if kept else []
-        _walk_down(team, extent, walk, grouped, progress, [statistics], None, keepers, [1.0], [run])
+        return _collect_one(team, extent, walk, layers, progress, keep_moment, None, kept, [run])
+
+
+def _collect_one(
+    team: Team,
+    extent: Extent,
+    walk: Walk,
+    layers: Sequence[Layer],
+    progress: Progress,
+    keep_moment: Callable[[str, Tensor], None] | None,
+    dense: Mapping[str, Tensor] | None,
+    kept: KeptBlocks | None,
+    masks: Sequence[ModelStatistics] = (),
+) -> ModelStatistics:
+    """What one text says, up and down; `masks` as in `_walk_down`."""
+    grouped, keepers = group_layers(layers), [kept] if kept else []
+    statistics = _walk_up(team, extent, walk, grouped, progress, keep_moment, kept, "profile")
+    _walk_down(team, extent, walk, grouped, progress, [statistics], dense, keepers, [1.0], masks)
     return statistics
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.methods import LayerStatistics
 from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
-from tools.base.settings import QUESTIONS, RUN, WorkbenchSettings
+from tools.base.settings import QUESTIONS, RUN, Calibration, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar
 from tools.plans.paces import MEASURING, Paces, time_work
 from tools.plans.recipe import Recipe
@@ -29,6 +29,9 @@ from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.stored import StoredProfile, TextPart, keep_part, read_part, write_means
 from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_dense
 from tools.workbench.weights import Weights
+
+KeepMoment = Callable[[str, Tensor], None]
+"""Told the name of a group of layers and the second moment of what they read, (I, I)."""
 
 
 class Profiles:
@@ -122,13 +125,8 @@ class Profiles:
         """A profile of the dense model, which is in place; second moments are in it if it is `full`."""
         if self._settings.text:
             return self._mixtures.make(hidden, evaluation, progress, full=full)
-        moments: dict[str, str] = {}
-
-        def keep_moment(name: str, moment_II: Tensor) -> None:
-            moments[name] = write_moment(self._store, moment_II)
-
-        walk = find_unfinished(self._index, self._weights, self._settings, RUN, moments, "full" if full else "masks")
-        statistics = self._collect(progress, keep_moment if full else None, walk)
+        moments, keep_moment, walk = self._begin(RUN, full=full)
+        statistics = self._collect(progress, keep_moment, walk)
         stored = StoredProfile(
             layers=build_profile(self._weights.layers, statistics, self._weights.dense),
             means=write_means(self._store, statistics),
@@ -142,6 +140,16 @@ class Profiles:
         walk.forget()
         return profile
 
+    def _begin(self, text: Calibration, *, full: bool) -> tuple[dict[str, str], KeepMoment | None, UnfinishedWalk]:
+        """(artifacts of second moments, who adds to them if the profile is `full`, what is kept of the walk)."""
+        moments: dict[str, str] = {}
+
+        def keep_moment(name: str, moment_II: Tensor) -> None:
+            moments[name] = write_moment(self._store, moment_II)
+
+        kind, keep = ("full", keep_moment) if full else ("masks", None)
+        return moments, keep, find_unfinished(self._index, self._weights, self._settings, text, moments, kind)
+
     def _collect_again(self, progress: Progress) -> ModelStatistics:
         """Statistics of the weights in the model now, with curves about the dense ones."""
         if self._settings.text:
@@ -154,7 +162,7 @@ class Profiles:
     def _collect(
         self,
         progress: Progress,
-        keep_moment: Callable[[str, Tensor], None] | None,
+        keep_moment: KeepMoment | None,
         kept: UnfinishedWalk,
         dense: Mapping[str, Tensor] | None = None,
     ) -> ModelStatistics:
@@ -264,15 +272,9 @@ class Profiles:
 
     def _collect_questions(self, run: TextPart, progress: Progress, *, full: bool) -> TextPart:
         """What questions say of the dense model, which is in place."""
-        moments: dict[str, str] = {}
-
-        def keep_moment(name: str, moment_II: Tensor) -> None:
-            moments[name] = write_moment(self._store, moment_II)
-
-        kind, keep = ("full", keep_moment) if full else ("masks", None)
-        walk = find_unfinished(self._index, self._weights, self._settings, QUESTIONS, moments, kind)
+        moments, keep_moment, walk = self._begin(QUESTIONS, full=full)
         masks, team = read_part(self._store, run, self._weights.device_of), self._crew.team
-        found = collect_questions(team, self._crew.extent, self._weights.layers, progress, keep, masks, walk)
+        found = collect_questions(team, self._crew.extent, self._weights.layers, progress, keep_moment, masks, walk)
         refuse_infinite(found, self._settings.dtype)
         part = keep_part(self._store, found, moments)
         walk.forget()
