@@ -153,7 +153,12 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     config = read_config(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
     check_texts(config)
     devices = None if options.device_memory is None else read_devices(options.device_memory)
-    found = estimate(config, foresee_course(config), target=config.target_sparsity, devices=devices)
+    found = estimate(
+        *(config, foresee_course(config)),
+        target=config.target_sparsity,
+        devices=devices,
+        directory=runs_directory(),
+    )
     console = Console()
     print_estimate(found, console)
     if most := count_allowed(config):

@@ -68,17 +68,17 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tiny_config(architecture: str) -> Any:
+def make_tiny_config(architecture: str, **changes: Any) -> Any:
     """The config of a decoder of width 32, with two blocks, or four where they share."""
     name = f"{architecture}_text" if architecture.startswith("gemma") else architecture
-    return transformers.AutoConfig.for_model(name, **_OPTIONS[name])
+    return transformers.AutoConfig.for_model(name, **{**_OPTIONS[name], **changes})
 
 
-def make_tiny_model(architecture: str, seed: int = 0) -> Any:
+def make_tiny_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
     """A model with seeded random weights, fp32, in eval mode, its weights frozen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(make_tiny_config(architecture))
+        model = transformers.AutoModelForCausalLM.from_config(make_tiny_config(architecture, **changes))
     return model.float().eval().requires_grad_(False)
 
 
@@ -118,9 +118,9 @@ def make_beginning_tokenizer() -> Any:
     return tokenizer
 
 
-def save_tiny_model(directory: Path, architecture: str = "llama", seed: int = 0) -> Path:
+def save_tiny_model(directory: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """Save a tiny model and its tokenizer as transformers would; the directory."""
-    make_tiny_model(architecture, seed).save_pretrained(directory)
+    make_tiny_model(architecture, seed, **changes).save_pretrained(directory)
     make_tiny_tokenizer().save_pretrained(directory)
     return directory
 

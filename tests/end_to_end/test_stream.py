@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
@@ -16,6 +17,9 @@ from tests.end_to_end.helpers import (
     run_apart,
 )
 from tests.rows import write_rows
+from tests.tiny import tiny_settings
+from tools.models.disk import list_disk
+from tools.models.layers import find_layers
 
 MORE = ("--target-sparsity", "0.5", "--max-iterations", "4", "--further-windows", "3", "--question-pairs", "4")
 STREAM = ("--device", "stream")
@@ -51,6 +55,24 @@ def test_killed_and_resumed_it_ends_there_too(
     assert command("--resume", "run").code == 0
     assert read_trials(tmp_path / "runs" / "run") == read_trials(streamed)
     assert_same_weights(tmp_path / "runs" / "run", streamed)
+
+
+def test_killed_and_resumed_without_room_for_second_moments_of_more_than_a_block(
+    flags: list[str], trained_llama: Path, streamed: Path, tmp_path: Path, command: Command
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(trained_llama)
+    settings = tiny_settings(trained_llama, questions="file:questions.jsonl", further_windows=3)
+    lines = list_disk(model, find_layers(model), settings, at_once=1)
+    disk = ("--disk", str(sum(line.bytes for line in lines) / 1e9))
+    halt = Halt("prune", "tools.workbench.prune:Pruner._compute", 10)
+    assert fork(tmp_path, *flags, *STREAM, *disk, halt=halt).finish().code == -signal.SIGKILL
+    assert command("--resume", "run").code == 0
+    run = tmp_path / "runs" / "run"
+    assert "second moments are not kept, for " in (run / "events.jsonl").read_text()
+    trials = [[(number, *others) for number, _, *others in read_trials(each)] for each in (run, streamed)]
+    assert trials[0] == trials[1], "but for the names of checkpoints, which name the profile"
+    assert read_summary(run)["mask_sha256"] == read_summary(streamed)["mask_sha256"]
+    assert_same_weights(run, streamed)
 
 
 def test_what_no_streamed_run_can_do_is_told_before_anything_is_loaded(

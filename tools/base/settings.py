@@ -337,6 +337,12 @@ class TeamSettings(WorkbenchSettings):
         le=1024,
         description="CPU threads of each worker; 0: this machine's, shared out, or 1 on a cluster.",
     )
+    disk: float = Field(
+        0.0,
+        ge=0,
+        description="GB that a run may write at most; 0: what is free. Second moments that have no room are collected "
+        "anew whenever layers are pruned, block by block, to the same bits.",
+    )
 
     @model_validator(mode="after")
     def _check_spread(self) -> Self:
@@ -350,9 +356,9 @@ class TeamSettings(WorkbenchSettings):
 NO_STREAMED_POLISH = "a polish holds all survivors with two means of their gradients, and cannot be streamed"
 """Why there is none of a model that does not fit."""
 
-TEAM = ("workers", "worker_threads", "partial")
-"""Fields that say who does the work, or that it is meant, but change no result (on CPUs; on GPUs last bits may differ
-from one run to the next): a run, or a table, may go on with others."""
+TEAM = ("workers", "worker_threads", "disk", "partial")
+"""Fields that say who does the work, in how much room, or that it is meant, but change no result (on CPUs; on GPUs last
+bits may differ from one run to the next): a run, or a table, may go on with others."""
 
 
 KEPT = 3

@@ -140,11 +140,12 @@ def list_phases(
     *,
     weighs: bool = False,
     streamed: StreamSizes | None = None,
+    anew: bool = False,
 ) -> list[Phase]:
     """What each phase holds in a process that works on `part`, with its arithmetic.
 
     `weights` is what one device holds of the model, bytes, which of one that is `streamed` are not looked at. `weighs`
-    says whether tokens are weighed.
+    says whether tokens are weighed, `anew` whether second moments are not kept.
     """
     shape, counts, held = facts.shape, facts.counts, facts.held
     state = (settings.window, "tokens"), (shape.hidden, "wide"), (shape.item, "bytes")
@@ -195,7 +196,8 @@ def list_phases(
             states("gradients passed on", (part.calibration, "windows")),
         ],
     )
-    statistics = [model, forward, _count_moments(shape, part.sums, "sums over shards in the making")]
+    sums = _count_moments(shape, part.sums, "sums over shards in the making")
+    statistics = [model, forward, sums]
     if shape.item < 4:
         tokens = (settings.window, "tokens"), (shape.widest, "inputs of the widest layer")
         statistics.append(multiply("inputs of one layer in fp32", *tokens, (4, "bytes")))
@@ -236,15 +238,25 @@ def list_phases(
         *([weigh] if weighs else []),
         Phase(
             name=ASKED_FOR,
-            device=[*backward, *list_flow(*mixed), *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels)],
+            device=[
+                *backward,
+                *list_flow(*mixed),
+                *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels),
+                *([sums] if anew else []),
+            ],
             host=[
                 *always,
+                *([walked(*mixed), *answer] if anew else []),
                 states("inputs of one block", *mixed, (part.gradient, "windows")),
                 states("gradients passed on", *mixed, (part.gradient, "windows")),
                 *([*job, _count_levels(shape)] if part.workers else []),
             ],
         ),
-        Phase(name="prune", device=[model, *layer], host=[*always, *job]),
+        Phase(
+            name="prune",
+            device=[model, *([sums] if anew else []), *layer],
+            host=[*always, *([walked(*mixed), *answer] if anew else []), *job],
+        ),
         Phase(
             name=IN_ORDER,
             device=[model, *([] if part.workers else [_count_moments(shape, 1)]), *layer],
@@ -270,9 +282,9 @@ def list_other_moment(shape: Shape, settings: WorkbenchSettings) -> list[Line]:
 
 
 def list_phases_beside(
-    facts: Facts, settings: WorkbenchSettings, parts: Sequence[Part], *, weighs: bool = False
+    facts: Facts, settings: WorkbenchSettings, parts: Sequence[Part], *, weighs: bool = False, anew: bool = False
 ) -> list[Phase]:
-    """What each phase holds in the process that workers with these `parts` work for, and in their object store."""
+    """As `list_phases`, of the process that workers with these `parts` work for, and of their object store."""
     shape, workers, nodes = facts.shape, parts[0].workers, sum(part.nodes for part in parts)
     model, program, moved = _describe_model(shape, shape.weights), _describe_program(facts), _move_model(facts)
 
@@ -302,8 +314,18 @@ def list_phases_beside(
         Phase(name="profile, statistics", device=[model], host=[program, sums], store=[two]),
         Phase(name="profile, gradients", device=[model], host=[program]),
         *([Phase(name=WEIGH, device=[model], host=[program])] if weighs else []),
-        Phase(name=ASKED_FOR, device=[model, moment, *other], host=[program], store=[*given, levels]),
-        Phase(name="prune", device=[model, moment, *other], host=[program], store=[*given, results]),
+        Phase(
+            name=ASKED_FOR,
+            device=[model, moment, *other],
+            host=[program, *([sums] if anew else [])],
+            store=[*given, levels, *([two] if anew else [])],
+        ),
+        Phase(
+            name="prune",
+            device=[model, moment, *other],
+            host=[program, *([sums] if anew else [])],
+            store=[*given, results, *([two] if anew else [])],
+        ),
         Phase(name=IN_ORDER, device=[model, moment], host=[program, sums], store=[*given, results, two]),
         Phase(
             name="validate",

@@ -8,6 +8,8 @@ they work for.
 
 import math
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from tools.estimate.room import Devices, explain_absence, find_devices, find_roo
 from tools.estimate.shape import measure_shape
 from tools.estimate.timing import Times, time_run
 from tools.estimate.work import Course, Prices, Work, find_shares, list_work, name_recipe, price_flops, price_seconds
-from tools.models.disk import Line, list_disk
+from tools.models.disk import Line, plan_disk
 from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import FITS
 from tools.models.positions import refuse_long_windows
@@ -62,7 +64,12 @@ class Estimate(BaseModel):
     spread: list[Line] = Field([], description="What each GPU holds of a model that is laid over them; empty if not.")
     streamed: int = Field(0, description="Bytes of all blocks where one at a time comes from disk; 0 where none does.")
     disk: list[Line]
+    at_once: int | None = Field(
+        None, description="Of how many blocks second moments lie on disk at once; null where they are kept."
+    )
     work: list[Work]
+    other_disk: int = Field(0, description="Bytes on disk were second moments kept, or not, the other way.")
+    other_work: list[Work] = Field([], description="The steps the other way.")
     untimed: str = Field("", description="Why no step has seconds; empty where they have.")
     tokens: int = Field(0, description="Of the longest window that one block was really run on; 0 without any.")
 
@@ -98,11 +105,19 @@ class Estimate(BaseModel):
         return max((phase.device_bytes + mates.get(phase.name, 0), phase.name) for phase in self.phases)
 
 
-def estimate(settings: TeamSettings, course: Course, *, target: float, devices: Devices | None = None) -> Estimate:
+def estimate(
+    settings: TeamSettings,
+    course: Course,
+    *,
+    target: float,
+    devices: Devices | None = None,
+    directory: Path = Path(),
+) -> Estimate:
     """What a run needs that prunes to `target` and takes this `course`.
 
-    `devices` are those of another machine; without them, those that are here. Reads the model's config, and runs one
-    block of each kind for some seconds where the device is here. Raises UserError in one line.
+    `devices` are those of another machine, whose disk has room for all; without them, those that are here, and the disk
+    is that of the `directory`. Reads the model's config, and runs one block of each kind for some seconds where the
+    device is here. Raises UserError in one line.
     """
     workers = _count_workers(settings)
     model, reading = build_empty(settings)
@@ -130,9 +145,15 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
     fits = devices is None or facts.shape.weights <= FITS * devices.bytes
     streams = settings.device == "stream" or (settings.device == "auto" and not workers and not fits)
     streamed = measure_stream(model) if streams else None
-    phases = list_phases(facts, read, busiest, part, weighs=weighs, streamed=streamed)
+    free = math.inf if told else _count_free_disk(directory)
+    given = {"weighs": weighs, "streamed": streams}
+    disk = plan_disk(model, layers, settings, min(free, settings.disk * 1e9 or math.inf), lead, **given)
+    # the other way; with room for none all that fits beside one block's is none
+    other = plan_disk(model, layers, settings, 0 if disk.at_once is None else math.inf, lead, **given)
+    anew = disk.at_once is not None
+    phases = list_phases(facts, read, busiest, part, weighs=weighs, streamed=streamed, anew=anew)
     weights = sum(layer.weight_OI.numel() for layer in layers)
-    beside = list_phases_beside(facts, read, parts, weighs=weighs) if workers else []
+    beside = list_phases_beside(facts, read, parts, weighs=weighs, anew=anew) if workers else []
     schedule, survivors = _schedule_polish(settings, course), weights - math.floor(course.polished_at * weights)
     room, processes = find_room(device, devices, here=not told), [beside or phases, *[phases] * workers]
     polish = place_polish(schedule, survivors, read.window, facts, processes, room) if schedule else None
@@ -140,12 +161,21 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
         beside, phases = add_shared_polish(beside, phases, facts, polish, workers)
     elif polish:
         phases = add_polish(phases, facts, polish)
+    polish_disk = list_polish_disk(facts, polish) if polish else []
+    shares, flops = find_shares(settings, layers, busiest), price_flops(read, layers, counts, course)
+    seconds = None if times is None else _crowd(price_seconds(times), device, workers * threads)
+    blocks = len(find_blocks(model))
+
+    def work(at_once: int | None) -> list[Work]:
+        out = 0.0 if at_once is None else (math.ceil(blocks / at_once) + 1) / 2  # to the last block, and less and less
+        return list_work(settings, len(layers), shares, course, flops, seconds, streamed=streams, setting_out=out)
+
     return Estimate(
         model=settings.model,
         dtype=settings.dtype,
         device=device,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        blocks=len(find_blocks(model)),
+        blocks=blocks,
         layers=len(layers),
         weights=weights,
         zeros=round(target * weights),
@@ -159,22 +189,20 @@ def estimate(settings: TeamSettings, course: Course, *, target: float, devices: 
         devices=devices,
         spread=spread,
         streamed=streamed.blocks if streamed else 0,
-        disk=[
-            *list_disk(model, layers, settings, lead, weighs=weighs, streamed=streams),
-            *(list_polish_disk(facts, polish) if polish else []),
-        ],
-        work=list_work(
-            settings,
-            len(layers),
-            find_shares(settings, layers, busiest),
-            course,
-            price_flops(read, layers, counts, course),
-            None if times is None else _crowd(price_seconds(times), device, workers * threads),
-            streamed=streams,
-        ),
+        disk=[*disk.lines, *polish_disk],
+        at_once=disk.at_once,
+        work=work(disk.at_once),
+        other_disk=other.bytes + sum(line.bytes for line in polish_disk),
+        other_work=work(other.at_once),
         untimed=untimed,
         tokens=0 if times is None else times.tokens,
     )
+
+
+def _count_free_disk(directory: Path) -> int:
+    """Bytes, where a directory is or will be."""
+    present = next(path for path in [directory.resolve(), *directory.resolve().parents] if path.exists())
+    return shutil.disk_usage(present).free
 
 
 def _schedule_polish(settings: TeamSettings, course: Course) -> Schedule | None:

@@ -89,7 +89,35 @@ def summarise(found: Estimate) -> list[str]:
         )
     lines += _list_peaks(found)
     lines.append(f"disk: {show_size(found.disk_bytes)}")
-    return [*lines, _sum_up_work(found)]
+    return [*lines, *_compare_ways(found), _sum_up_work(found)]
+
+
+def _compare_ways(found: Estimate) -> list[str]:
+    """Second moments on disk, or collected anew whenever layers are pruned: which it is, and what the other costs.
+
+    Nothing where that is no work, as for masks alone.
+    """
+    kept = found.at_once is None
+    anew, stored = (found.other_work, found.work) if kept else (found.work, found.other_work)
+    more = _count_work(found, anew) - _count_work(found, stored)
+    if more <= 0:
+        return []
+    cost = show_flops(more) if found.untimed else show_seconds(more)
+    if found.streamed:
+        passes = sum(x.times * x.passes for x in anew) - sum(x.times * x.passes for x in stored)
+        cost += f" and {show_size(passes * found.streamed)} of reading"
+    other = show_size(found.other_disk)
+    if kept:
+        return [f"second moments: kept; with {other} of disk they are collected anew by every round, for {cost} more"]
+    blocks = f"of {found.at_once:,} {'block' if found.at_once == 1 else 'blocks'} at a time"
+    return [f"second moments: collected anew by every round, {blocks}; {other} of disk would save {cost}"]
+
+
+def _count_work(found: Estimate, steps: Sequence[Work]) -> float:
+    """Seconds of all steps of the busiest worker, or operations where there are none."""
+    if found.untimed:
+        return sum(step.times * step.flops * step.share for step in steps)
+    return sum(step.times * (found.seconds(step) or 0.0) for step in steps)
 
 
 def _sum_up_work(found: Estimate) -> str:

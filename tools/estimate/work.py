@@ -222,8 +222,13 @@ def list_work(
     seconds: Prices | None,
     *,
     streamed: bool = False,
+    setting_out: float = 0.0,
 ) -> list[Work]:
-    """The plan of a run, whose model may be `streamed`; without a price in `seconds` no step has any."""
+    """The plan of a run, whose model may be `streamed`; without a price in `seconds` no step has any.
+
+    Second moments are kept, or `setting_out` is how many passes of the blocks it takes to collect them anew for one
+    block after another on the way down.
+    """
     calibration, validation = settings.count_all("calibration"), settings.count_all("validation")
     further, tests = settings.count_all("further"), settings.count_all("test")
     gradient, texts = settings.back_propagated, max(len(settings.text), 1)
@@ -271,7 +276,7 @@ def list_work(
             f"of what {layers} layers read",
             course.count_texts(settings),
             shares.calibration,
-            {"moments": calibration, "write moments": texts},
+            {"moments": calibration} | ({} if setting_out else {"write moments": texts}),
         ),
         step(
             "profile, gradients",
@@ -302,38 +307,45 @@ def list_work(
             step(
                 "weighted second moments",
                 f"of what {layers} layers read, each for itself, in another forward",
-                int(course.weighs_moments),
+                0 if setting_out else int(course.weighs_moments),
                 shares.calibration,
                 {"forward": calibration, "moments": calibration, "write moments": 1},
             ),
         ]
     asked = [recipe for recipe in course.rounds if recipe.needs_curves]
     for recipe in course.curves:
-        read = count_texts(recipe, settings) * gradient
+        read, whole = (count_texts(recipe, settings) * windows for windows in (gradient, calibration))
+        anew = setting_out if recipe.changes_survivors else 0.0
+        again = {"forward": read + anew * whole, "moments": whole if anew else 0}
         steps.append(
             step(
                 ASKED_FOR,
                 f"two forwards and backwards of {read} windows, and every layer pruned by {recipe.mask_label} to "
-                f"{len(LEVELS)} levels",
+                f"{len(LEVELS)} levels{f', with {anew:.3g} forwards of the calibration text' if anew else ''}",
                 1 if asked else 0,
                 max(shares.gradient, shares.layers),
-                dict.fromkeys(("forward", "gradients", "curves"), read) | {f"cut {name_recipe(recipe)}": 1},
-                2,
+                dict.fromkeys(("gradients", "curves"), read) | again | {f"cut {name_recipe(recipe)}": 1},
+                2 + math.ceil(anew),
             )
         )
     for recipe, times in course.pruned:
-        done = {f"prune {name_recipe(recipe)}": 1.0} | (
-            {"read moments": float(texts)} if recipe.changes_survivors else {}
-        )
+        done = {f"prune {name_recipe(recipe)}": 1.0}
         how = f"{layers} layers by {_name(recipe.mask_label, recipe)}"
         read = count_texts(recipe, settings) * calibration
+        anew = setting_out > 0 and recipe.changes_survivors and not recipe.in_order
+        if anew:
+            done |= {"forward": read, "moments": read}
+            how += ", with one more forward of the calibration text"
+        elif recipe.changes_survivors:
+            done["read moments"] = float(texts)
         if recipe.statistics == "sequential":
             done |= {"forward": 2.0 * read} | ({"moments": read} if recipe.changes_survivors else {})
             how += ", with two more forwards of the calibration text"
         if recipe.statistics == "stages":
             done |= {"forward": read, "stages": read}
             how += ", with a pass of every block for each of its stages and one more of the calibration text"
-        passes = {"dense": 1, "sequential": 3, "stages": STAGES + 3}[recipe.statistics]  # dense weights are read, too
+        # dense weights are read, too
+        passes = {"dense": 1 + anew, "sequential": 3, "stages": STAGES + 3}[recipe.statistics]
         steps.append(step("prune", how, times, shares.layers, done, passes))
     for tokens in course.polishes:
         plan = schedule_polish(course.count_fitted(settings), settings.window, tokens, settings.seed)

@@ -282,7 +282,8 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
         polished_at=least,
         standing=[job.recipe for job in list_standing(jobs) if isinstance(job.recipe, Recipe)],
     )
-    print_estimate(estimate(settings, course, target=max(job.sparsity for job in jobs)), console)
+    most = max(job.sparsity for job in jobs)
+    print_estimate(estimate(settings, course, target=most, directory=Path(settings.out)), console)
     if searches := sum(job.kind == "search" for job in jobs):
         rules = follow_effort(
             settings.evolution,

@@ -1,6 +1,8 @@
 """What a run may write to disk, counted over the shapes of the model and the sizes of the texts."""
 
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -18,35 +20,68 @@ class Line(BaseModel):
     bytes: int
 
 
+class DiskPlan(NamedTuple):
+    """What a run may write, and whether second moments are part of it."""
+
+    lines: list[Line]
+    at_once: int | None
+    """Of how many blocks second moments lie there at once, at most; None where those of all are kept."""
+
+    @property
+    def bytes(self) -> int:
+        """Sum of what is written."""
+        return sum(line.bytes for line in self.lines)
+
+
+def plan_disk(
+    model: Any,
+    layers: Sequence[Layer],
+    settings: TeamSettings,
+    room: float,
+    lead: int = 0,
+    *,
+    weighs: bool = False,
+    streamed: bool = False,
+) -> DiskPlan:
+    """What a run writes that has so many bytes of `room`: all second moments, or else those of as many blocks as fit.
+
+    Of one block they are there in any case, be there room or not. Others are as in `list_disk`.
+    """
+
+    def plan(at_once: int | None) -> DiskPlan:
+        lines = list_disk(model, layers, settings, lead, weighs=weighs, streamed=streamed, at_once=at_once)
+        return DiskPlan(lines, at_once)
+
+    kept, one, two = plan(None), plan(1), plan(2)
+    if kept.bytes <= room:
+        return kept
+    further = max(0.0, room - one.bytes) // max(two.bytes - one.bytes, 1)
+    return plan(1 + min(int(further), max(layer.block for layer in layers)))
+
+
 def list_disk(
     model: Any,
-    layers: list[Layer],
+    layers: Sequence[Layer],
     settings: TeamSettings,
     lead: int = 0,
     *,
     weighs: bool = False,
     streamed: bool = False,
+    at_once: int | None = None,
 ) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
 
     Each window has `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A
-    model that is `streamed` lies there as it is now, too, and what validation windows passed on.
+    model that is `streamed` lies there as it is now, too, and what validation windows passed on. Second moments are
+    those of `at_once` blocks where that is given.
     """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = settings.count_all("calibration") if weighs else settings.back_propagated
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
     checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
-    readers, texts = list_readers(layers), max(len(settings.text), 1)
-    moments = sum(4 * count_triangle(layer.weight_OI.shape[1]) for layer in readers)
     return [
-        Line(
-            what="second moments",
-            how=f"{f'{texts} texts × ' if texts > 1 else ''}4 bytes × the upper half of inputs², over "
-            f"{len(readers)} layers",
-            bytes=texts * moments,
-        ),
-        *([Line(what="those of questions", how="as many", bytes=moments)] if settings.mixes_questions else []),
-        *([Line(what="those with weights of tokens", how="as many", bytes=moments)] if weighs else []),
+        *(_list_kept_moments(layers, settings, weighs) if at_once is None else []),
+        *([_describe_held_moments(layers, settings, at_once)] if at_once else []),
         Line(
             what="inputs of all blocks, while the model is profiled",
             how=f"{blocks:,} blocks × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
@@ -76,6 +111,39 @@ def list_disk(
             bytes=sum(layer.weight_OI.nbytes for layer in layers),
         ),
     ]
+
+
+def _list_kept_moments(layers: Sequence[Layer], settings: TeamSettings, weighs: bool) -> list[Line]:
+    readers, texts = list_readers(layers), max(len(settings.text), 1)
+    moments = sum(_count_moment(layer) for layer in readers)
+    return [
+        Line(
+            what="second moments",
+            how=f"{f'{texts} texts × ' if texts > 1 else ''}4 bytes × the upper half of inputs², over "
+            f"{len(readers)} layers",
+            bytes=texts * moments,
+        ),
+        *([Line(what="those of questions", how="as many", bytes=moments)] if settings.mixes_questions else []),
+        *([Line(what="those with weights of tokens", how="as many", bytes=moments)] if weighs else []),
+    ]
+
+
+def _describe_held_moments(layers: Sequence[Layer], settings: TeamSettings, blocks: int) -> Line:
+    """Of the texts of one recipe, while the layers of these blocks are pruned."""
+    sizes = Counter[int]()
+    for layer in list_readers(layers):
+        sizes[layer.block] += _count_moment(layer)
+    texts = max(len(settings.mixable), 1)
+    return Line(
+        what="second moments, of some blocks at a time",
+        how=f"{f'{texts} texts × ' if texts > 1 else ''}4 bytes × the upper half of inputs², of {blocks:,} "
+        f"{'blocks' if blocks > 1 else 'block'}",
+        bytes=texts * blocks * max(sizes.values()),
+    )
+
+
+def _count_moment(layer: Layer) -> int:
+    return 4 * count_triangle(layer.weight_OI.shape[1])
 
 
 def _list_streamed(model: Any, settings: TeamSettings, tokens: int) -> list[Line]:

@@ -72,7 +72,9 @@ def _view(held: mmap.mmap, place: _Place) -> Tensor:
     return torch.frombuffer(held, dtype=place.dtype, count=count, offset=place.begin).view(place.shape)
 
 
-def map_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path, *, shared: bool = False) -> Mapped:
+def map_tensors(
+    tensors: Iterable[tuple[str, Tensor]], directory: Path, *, shared: bool = False, what: str = "the dense weights"
+) -> Mapped:
     """Copies of tensors of any shape, dtype and device, one after another, in a file of `directory` without a name.
 
     The file ends with the process, or with the last of the copies. What is written to them goes to the file where it is
@@ -80,7 +82,7 @@ def map_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path, *, share
     written.
     """
     places: dict[str, _Place] = {}
-    with explain_unwritable(f"the dense weights in {directory}"), explain_full_disk(directory):
+    with explain_unwritable(f"{what} in {directory}"), explain_full_disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".dense-") as file:
             for name, tensor in tensors:

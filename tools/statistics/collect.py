@@ -66,15 +66,16 @@ _walks = itertools.count()
 def begin_walk(
     team: Team, text: Calibration = "run", *, every: bool = False, shares: Sequence[float] = ()
 ) -> Iterator[Walk]:
-    """One more walk through a calibration text; afterwards nothing of it is held.
+    """One more walk through a calibration text, be others under way or not; afterwards nothing of it is held.
 
     Gradients flow back through its gradient windows, or through `every` window. `shares` are as in `Walk`: given
     wherever the text is several.
     """
+    walk = Walk(next(_walks), text, every, tuple(shares))
     try:
-        yield Walk(next(_walks), text, every, tuple(shares))
+        yield walk
     finally:
-        team.ask(Finish())(ignore_ticks)
+        team.ask(Finish(walk))(ignore_ticks)
 
 
 class Extent(NamedTuple):

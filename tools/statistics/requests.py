@@ -118,11 +118,13 @@ Parts = Sequence[Kept[Mapping[str, Iterable[Tensor]]]]
 
 
 class Finish(NamedTuple):
-    """Let go of what is held (`Walks.finish`)."""
+    """Let go of what a walk holds (`Walks.finish`)."""
+
+    walk: Walk
 
     def run(self, walks: Walks, span: Span) -> None:
         """As in `ShardRequest`."""
-        walks.finish(span)
+        walks.finish(span, self.walk)
 
 
 Answers = Callable[[Callable[[int], None]], list[T]]

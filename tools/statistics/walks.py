@@ -64,7 +64,7 @@ class _Way:
 
 
 class Walks:
-    """One walk at a time; another one begins anew.
+    """Walks, each of which holds what it has come to until it is finished.
 
     Answers depend on the weights in the model and on what is asked, never on what was asked before: whoever takes over
     a span in the middle of a walk finds the way to that block by himself.
@@ -96,7 +96,8 @@ class Walks:
         self.shards = cut_shards(len(windows_BT))
         self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
         self._walk: Walk | None = None
-        self._ways: dict[Span, _Way] = {}
+        self._ways: dict[tuple[int, Span], _Way] = {}
+        """By the number of the walk, and the span."""
 
     def stages(self, span: Span, walk: Walk, block: int) -> list[list[str]]:
         """The layers of a block, those together that read the same tensor, in the order in which they run.
@@ -178,18 +179,18 @@ class Walks:
         """`curve/LAYER` is sum_t (g_t^T dW x_t)^2 at each level (levels,), fp64; `parts` is what each adds to dW."""
         return self._sum_curves(self._descend(span, walk, block, language=False), span, block, parts)
 
-    def finish(self, span: Span) -> None:
-        """Let go of what is held of a span."""
-        self._ways.pop(span, None)
+    def finish(self, span: Span, walk: Walk) -> None:
+        """Let go of what a walk holds of a span."""
+        self._ways.pop((walk.number, span), None)
 
     # --- up ----------------------------------------------------------------------------------------------------
 
     def _reach(self, span: Span, walk: Walk, block: int, returns: bool) -> _Way:
         """The way of a span, standing before `block`."""
         self._turn_to(walk)
-        way = self._ways.get(span)
+        way = self._ways.get((walk.number, span))
         if way is None or way.up > block:
-            way = self._begin(span, [w for shard in range(*span) for w in self._list_windows(shard)], returns)
+            way = self._begin(span, walk, [w for shard in range(*span) for w in self._list_windows(shard)], returns)
         while way.up < block:
             self._put_down(way, span)
             for window in way.states:
@@ -199,14 +200,14 @@ class Walks:
 
     def _turn_to(self, walk: Walk) -> None:
         if walk != self._walk:
-            self._walk, self._ways = walk, {}
+            self._walk = walk
             self.windows_BT = self._texts[walk.text].to(self.windows_BT.device)
             self.shards = cut_shards(len(self._texts["run"]), len(self.windows_BT) // len(self._texts["run"]))
 
-    def _begin(self, span: Span, windows: Sequence[int], returns: bool) -> _Way:
+    def _begin(self, span: Span, walk: Walk, windows: Sequence[int], returns: bool) -> _Way:
         states = {window: self.blocks.embed(self.windows_BT[window]).cpu() for window in windows}
-        self._ways[span] = _Way(states, inputs=StateStack(self.scratch) if returns else None)
-        return self._ways[span]
+        way = self._ways[walk.number, span] = _Way(states, inputs=StateStack(self.scratch) if returns else None)
+        return way
 
     def _put_down(self, way: _Way, span: Span) -> None:
         """Keep what the next block reads of the gradient windows."""
@@ -259,9 +260,9 @@ class Walks:
     def _descend(self, span: Span, walk: Walk, block: int, *, language: bool) -> Seen:
         """What flows back through a block. Each block runs forward once more, so that only its own graph is held."""
         self._turn_to(walk)
-        way = self._ways.get(span)
+        way = self._ways.get((walk.number, span))
         if way is None or not self._leads_to(way, block):
-            way = self._climb(span)
+            way = self._climb(span, walk)
         if way.down is None:
             way.states, way.down = {}, len(self.blocks) - 1  # the way down needs the gradient windows only
         while block not in way.seen:
@@ -276,9 +277,9 @@ class Walks:
             return way.inputs is not None and way.inputs.height == len(self.blocks)
         return block in way.seen or block <= way.down
 
-    def _climb(self, span: Span) -> _Way:
+    def _climb(self, span: Span, walk: Walk) -> _Way:
         """Walk up with the gradient windows alone."""
-        way = self._begin(span, self._gradient_windows(span), True)
+        way = self._begin(span, walk, self._gradient_windows(span), True)
         for block in range(len(self.blocks)):
             self._put_down(way, span)
             if block < len(self.blocks) - 1:

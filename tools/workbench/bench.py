@@ -21,7 +21,7 @@ from tools.base.words import show_size
 from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
 from tools.models.blocks import Blocks, check_blocks
-from tools.models.disk import list_disk
+from tools.models.disk import list_disk, plan_disk
 from tools.models.experts import check_experts
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
 from tools.models.linear import keep_linear
@@ -82,7 +82,7 @@ class Workbench:
         layers = find_layers(self.model)
         lead = count_lead(settings, self.tokenizer)
         refuse_long_windows(self.model, settings.window, lead)
-        _refuse_small_disk(self.model, layers, settings, directory, lead)
+        at_once = _fit_disk(self.model, layers, settings, directory, lead, self._warn)
         self.index = Index(self.store)
         author = Author(self.model, self.tokenizer, settings, self.index, progress)
         self.windows = cut_windows(settings, self.tokenizer, author)
@@ -104,7 +104,7 @@ class Workbench:
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn)
         self.losses = Losses(blocks, self.windows, self.weights, self.index, self.crew, settings.text_shares)
         self.profiles = Profiles(
-            settings, self.windows, self.weights, self.store, self.index, self.crew, self.losses, self.paces
+            settings, self.windows, self.weights, self.store, self.index, self.crew, self.losses, self.paces, at_once
         )
         self.curves = Curves(self.weights, self.profiles, self.index, self.crew)
         self.polisher = Polisher(
@@ -345,15 +345,34 @@ class Workbench:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _refuse_small_disk(model: Any, layers: list[Layer], settings: TeamSettings, directory: Path, lead: int) -> None:
-    """All that a run may write must fit."""
-    needed = sum(line.bytes for line in list_disk(model, layers, settings, lead))
-    free = shutil.disk_usage(directory).free
-    if free < needed:
+def _fit_disk(
+    model: Any, layers: list[Layer], settings: TeamSettings, directory: Path, lead: int, warn: Warn
+) -> int | None:
+    """Of how many blocks second moments may lie on disk at once; None where there is room for those of all.
+
+    What the directory holds already is room. Raises UserError where all else has none.
+    """
+    written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    free = shutil.disk_usage(directory).free + written
+    room = min(free, settings.disk * 1e9) if settings.disk else free
+    plan = plan_disk(model, layers, settings, room, lead)
+    if plan.bytes > room:
+        if room < free:
+            raise UserError(
+                f"a run of this model may write {show_size(plan.bytes)} to {directory}, but --disk allows "
+                f"{show_size(room)}; allow more"
+            )
         raise UserError(
-            f"the disk is full: a run of this model may write {show_size(needed, 'GB')} to {directory}, "
+            f"the disk is full: a run of this model may write {show_size(plan.bytes, 'GB')} to {directory}, "
             f"but {show_size(free, 'GB')} are free; free some, or use another --runs-dir"
         )
+    if plan.at_once:
+        least = sum(line.bytes for line in list_disk(model, layers, settings, lead))
+        warn(
+            f"second moments are not kept, for {show_size(room)} of disk are less than {show_size(least)}: they are "
+            "collected anew whenever layers are pruned, block by block"
+        )
+    return plan.at_once
 
 
 def _encode_questions(settings: WorkbenchSettings, tokenizer: Any) -> dict[Split, list[EncodedPair]]:

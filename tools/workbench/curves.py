@@ -1,6 +1,7 @@
 """What an allocation needs of the layers beyond the profile: KL curves of a recipe's own method, spectra of weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -80,19 +81,26 @@ class Curves:
 
     def measure_kappa(self, profile: str, recipe: Recipe, progress: Progress) -> dict[str, list[float]]:
         """KL curves of what the recipe's method leaves of each layer."""
-        if recipe.changes_survivors:
-            self._profiles.find_moments(profile, progress, weighted=recipe.weighs_tokens)
-        self._weights.restore_dense()
-        parts = _Parts(self._weights, self._profiles, self._crew, profile, recipe, progress)
         stored, layers = self._profiles.read(profile), self._weights.layers
         walk = UnfinishedWalk(self._index, self._weights, self._name_kappa(profile, recipe))
-        kappa = measure_kappa(
-            *(self._crew.team, self._crew.extent, layers, progress, parts.of_block, stored.calibration, walk),
-            stored.shares,
-        )
+        with self._find_moments(profile, recipe, progress) as hold:
+            self._weights.restore_dense()
+            parts = _Parts(self._weights, self._profiles, self._crew, profile, recipe, progress, hold)
+            kappa = measure_kappa(
+                *(self._crew.team, self._crew.extent, layers, progress, parts.of_block, stored.calibration, walk),
+                stored.shares,
+            )
         walk.forget()
         progress(parts.label, len(layers), len(layers))
         return kappa
+
+    def _find_moments(
+        self, profile: str, recipe: Recipe, progress: Progress
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """What sees to it that the second moments of a block can be found, if the recipe's method needs any."""
+        if not recipe.changes_survivors:
+            return nullcontext(lambda block: None)
+        return self._profiles.pass_moments(profile, progress, weighted=recipe.weighs_tokens, down=True)
 
 
 @dataclass
@@ -105,12 +113,16 @@ class _Parts:
     profile: str
     recipe: Recipe
     progress: Progress
+    hold: Callable[[int], None]
+    """As `SecondMoments.pass_blocks` gives it."""
     done: int = 0
     """Layers."""
 
     def of_block(self, layers: Sequence[Layer]) -> Parts:
         """By the workers where there are some, else when they are asked for."""
         names = [layer.name for layer in layers]
+        if layers:
+            self.hold(layers[0].block)
         cluster = self.crew.cluster
         if cluster is None:
             return [Here({name: self._of_layer(name) for name in names})]

@@ -17,7 +17,7 @@ from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
 from tools.workbench.moments import write_moment
 from tools.workbench.store import ArtifactStore, Index
-from tools.workbench.stored import StoredProfile, TextPart, has_parts, keep_part, read_part, write_means
+from tools.workbench.stored import Kind, StoredProfile, TextPart, has_parts, keep_part, read_part, write_means
 from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_dense
 from tools.workbench.weights import Weights
 
@@ -41,13 +41,13 @@ class Mixtures:
         self._index, self._crew = index, crew
         self._shares = list(settings.text_shares.values())
 
-    def make(self, hidden: str, evaluation: Evaluation, progress: Progress, *, full: bool) -> str:
-        """A profile of the dense model, which is in place, on all texts; with second moments of each if it is `full`.
+    def make(self, hidden: str, evaluation: Evaluation, progress: Progress, kind: Kind) -> str:
+        """A profile of the dense model, which is in place, on all texts.
 
         What is known of each text does not hang on what it counts: where the weights alone are other than in an earlier
         profile, KL curves alone are measured anew; where texts came to those of one, what layers read of the others.
         """
-        kind, mix = "full" if full else "masks", self._settings.text_shares
+        mix = self._settings.text_shares
         key = ["texts", *name_dense(self._weights, self._settings, "text_weights"), kind]
         known = self._index.read_measured(key)
         if known is None or not has_parts(self._store, known["parts"]):
@@ -93,10 +93,11 @@ class Mixtures:
         walks = [self._find_unfinished(name, moments.setdefault(name, {}), kind) for name in names]
 
         def keep_moment(text: int, leader: str, moment_II: Tensor) -> None:
-            moments[names[text]][leader] = write_moment(self._store, moment_II)
+            if kind == "full":
+                moments[names[text]][leader] = write_moment(self._store, moment_II)
 
         team, extent, layers = self._crew.team, self._crew.extent, self._weights.layers
-        keep = keep_moment if kind == "full" else None
+        keep = None if kind == "masks" else keep_moment
         read = {text: know_read(read_part(self._store, part, self._weights.device_of)) for text, part in known.items()}
         found = collect_texts(team, extent, layers, progress, keep, self._shares, None, walks, read)
         self._refuse_infinite(found)

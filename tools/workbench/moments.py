@@ -1,6 +1,11 @@
-"""Second moments of what layers read in the dense model, and weights of tokens in them: measured once and kept."""
+"""Second moments of what layers read in the dense model, and weights of tokens in them.
 
-from collections.abc import Sequence
+They are measured once and kept, or, where the disk has no room for them, of a block or some whenever layers are pruned.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -8,13 +13,29 @@ from torch import Tensor
 
 from kernels.triangle import pack_triangle, unpack_triangle
 from tools.base.progress import Progress, ignore_progress
-from tools.models.layers import Layer
+from tools.models.mapped import map_tensors
 from tools.statistics.collect import begin_walk, collect_moments
+from tools.statistics.walk import Walk
 from tools.statistics.weights import weigh_block
 from tools.workbench.crew import Crew
 from tools.workbench.store import ArtifactStore, Index
-from tools.workbench.stored import StoredProfile
+from tools.workbench.stored import Kind, StoredProfile
 from tools.workbench.weights import Weights
+
+PLAIN, WEIGHTED = "moments", "weighted moments"
+"""Kinds of second moments, by the keys of those that are kept: all tokens alike, or each by its weight."""
+
+
+@dataclass(eq=False)
+class Held:
+    """A second moment that is not kept: its upper triangle, (U,) fp32, in a file that ends with the process."""
+
+    upper_U: Tensor
+    width: int
+
+
+Found = Mapping[str, str | Held]
+"""Second moments by the first layer of each group, where they lie."""
 
 
 def write_moment(store: ArtifactStore, moment_II: Tensor) -> str:
@@ -23,9 +44,11 @@ def write_moment(store: ArtifactStore, moment_II: Tensor) -> str:
     return store.write_tensors({"upper": pack_triangle(whole_II), "width": torch.tensor([len(whole_II)])})
 
 
-def read_moment(store: ArtifactStore, artifact: str, device: torch.device) -> Tensor:
-    """What `write_moment` wrote, or an earlier version as a whole, (I, I), on the device."""
-    tensors = store.read_tensors(artifact)
+def read_moment(store: ArtifactStore, found: str | Held, device: torch.device) -> Tensor:
+    """What is held, or what `write_moment` wrote, or an earlier version as a whole, (I, I), on the device."""
+    if isinstance(found, Held):
+        return unpack_triangle(found.upper_U.to(device), found.width)
+    tensors = store.read_tensors(found)
     if (whole_II := tensors.get("A")) is not None:
         return whole_II.to(device)
     return unpack_triangle(tensors["upper"].to(device), int(tensors["width"]))
@@ -34,66 +57,127 @@ def read_moment(store: ArtifactStore, artifact: str, device: torch.device) -> Te
 class SecondMoments:
     """Those of the profiles of one model."""
 
-    def __init__(self, weights: Weights, store: ArtifactStore, index: Index, crew: Crew) -> None:
+    def __init__(self, weights: Weights, store: ArtifactStore, index: Index, crew: Crew, at_once: int | None) -> None:
+        """They are kept, or, where `at_once` is given, of no more than so many blocks."""
         self._weights, self._store, self._index, self._crew = weights, store, index, crew
+        self._at_once = at_once
+        self._held: dict[tuple[str, str], dict[str, Held]] = {}
+        """By kind, and by the means of the profile of one text."""
 
-    def add_up(self, digests: Sequence[tuple[str, float]], device: torch.device) -> Tensor:
+    @property
+    def kind(self) -> Kind:
+        """Of a profile that is made with them."""
+        return "passed" if self._at_once else "full"
+
+    def add_up(self, terms: Sequence[tuple[str | Held, float]], device: torch.device) -> Tensor:
         """The sum of second moments, each by its share; fp32 on the device."""
-        (first, share), *others = digests
+        (first, share), *others = terms
         total_II = read_moment(self._store, first, device)
         if others:
             total_II = total_II * share
-        for digest, share in others:
-            total_II.add_(read_moment(self._store, digest, device), alpha=share)
+        for found, share in others:
+            total_II.add_(read_moment(self._store, found, device), alpha=share)
         return total_II
 
-    def find(
-        self, stored: StoredProfile, progress: Progress = ignore_progress, *, weighted: bool = False
-    ) -> dict[str, str]:
-        """Artifact of each second moment; where the profile was made for masks alone, measured in the dense model.
+    def find(self, stored: StoredProfile, progress: Progress = ignore_progress, *, weighted: bool = False) -> Found:
+        """Each second moment; where the profile was made for masks alone, measured in the dense model.
 
         Those in which tokens are `weighted` are one for each layer, and always measured when they are first asked for.
-        Of several texts they are those of each text that counts, which is named before the group.
+        Of several texts they are those of each text that counts, which is named before the group. Where they are not
+        kept these are those of the block that `pass_blocks` has come to.
         """
-        if stored.parts:
-            return self._find_of_texts(stored, progress)
         if weighted:
             self.find_token_weights(stored, progress)
-            measure = partial(self._measure, stored, progress, weighed=True)
-            return self._index.measure_once(["weighted moments", stored.means], measure)
-        measure = partial(self._measure, stored, progress)
-        return stored.moments or self._index.measure_once(["moments", stored.means], measure)
+        kind = WEIGHTED if weighted else PLAIN
+        if not stored.parts:
+            return self._find_of_text(stored, kind, progress)
+        return {
+            f"{text} {leader}": found
+            for text, alone in _list_texts(stored).items()
+            for leader, found in self._find_of_text(alone, kind, progress).items()
+        }
 
-    def _find_of_texts(self, stored: StoredProfile, progress: Progress) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for text, part in stored.parts.items():
-            if not stored.mix[text]:
-                continue
-            alone = stored.model_copy(update={"means": part.means, "mix": stored.only(text)})
-            measure = partial(self._measure, alone, progress)
-            moments = part.moments or self._index.measure_once(["moments", part.means], measure)
-            found |= {f"{text} {leader}": digest for leader, digest in moments.items()}
-        return found
+    def _find_of_text(self, stored: StoredProfile, kind: str, progress: Progress) -> Found:
+        if kind == PLAIN and stored.moments:
+            return stored.moments
+        if self._at_once:
+            return self._held.get((kind, stored.means), {})
+        return self._index.measure_once([kind, stored.means], partial(self._measure, stored, kind, progress))
 
-    def _measure(self, stored: StoredProfile, progress: Progress, *, weighed: bool = False) -> dict[str, str]:
-        """By the weights of tokens of the profile, where they are `weighed`."""
+    def lacks(self, stored: StoredProfile, *, weighted: bool = False) -> bool:
+        """Whether those of a profile have to be collected block by block."""
+        return bool(self._at_once) and (weighted or not all(x.moments for x in _list_texts(stored).values()))
+
+    @contextmanager
+    def pass_blocks(
+        self, stored: StoredProfile, progress: Progress, *, weighted: bool = False, down: bool = False
+    ) -> Iterator[Callable[[int], None]]:
+        """Given the number of a block, one after another, it sees to it that `find` finds the moments of that block.
+
+        Where all are kept they are measured first, if they were not. Else the text passes the dense model, which is put
+        in place and has to be whenever a block is asked for, and those of the block are held until the next one; on the
+        way `down` to earlier blocks, for each of which the text sets out anew, of as many blocks as there is room for.
+        """
+        if not self.lacks(stored, weighted=weighted):
+            self.find(stored, progress, weighted=weighted)
+            yield lambda block: None
+            return
+        if weighted:
+            self.find_token_weights(stored, progress)
+        kind, count = (WEIGHTED if weighted else PLAIN), (self._at_once or 1) if down else 1
+        texts = [text for text in _list_texts(stored).values() if weighted or not text.moments]
+        held = range(0)
+
+        def hold(block: int) -> None:
+            nonlocal held
+            if block not in held:
+                self._held.clear()
+                held = range(max(0, block + 1 - count), block + 1)
+                for text, walk in zip(texts, walks, strict=True):
+                    self._held[kind, text.means] = self._hold(text, walk, held, weighted=weighted)
+
+        self._weights.restore_dense()
+        try:
+            with ExitStack() as stack:
+                team = self._crew.team
+                walks = [stack.enter_context(begin_walk(team, x.calibration, shares=x.shares)) for x in texts]
+                yield hold
+        finally:
+            self._held.clear()
+
+    def _hold(self, stored: StoredProfile, walk: Walk, blocks: range, *, weighted: bool) -> dict[str, Held]:
+        widths: dict[str, int] = {}
+
+        def collect() -> Iterator[tuple[str, Tensor]]:
+            for block in blocks:
+                for leader, moment_II in self._collect(stored, walk, block, weighted=weighted).items():
+                    widths[leader] = len(moment_II)
+                    yield leader, pack_triangle(moment_II.cpu())
+
+        mapped = map_tensors(collect(), self._store.directory, what="second moments")
+        return {leader: Held(upper_U, widths[leader]) for leader, upper_U in mapped.items()}
+
+    def _collect(self, stored: StoredProfile, walk: Walk, block: int, *, weighted: bool) -> dict[str, Tensor]:
+        layers = self._weights.by_block[block]
+        weights = self.read_token_weights(stored, block) if weighted else None
+        return collect_moments(self._crew.team, self._crew.extent, walk, block, layers, weights=weights).second_moment
+
+    def _measure(self, stored: StoredProfile, kind: str, progress: Progress) -> dict[str, str]:
+        """All of them, which are kept: the artifact of each."""
         self._weights.restore_dense()
         artifacts: dict[str, str] = {}
-        grouped, team = self._weights.by_block, self._crew.team
-        kind, label = ("weighted moments", "weighted second moments") if weighed else ("moments", "second moments")
-        with begin_walk(team, stored.calibration, shares=stored.shares) as walk:
-            for block, layers in enumerate(grouped):
-                progress(label, block, len(grouped))
+        label = "second moments" if kind == PLAIN else "weighted second moments"
+        blocks = range(len(self._weights.by_block))
+        with begin_walk(self._crew.team, stored.calibration, shares=stored.shares) as walk:
+            for block in blocks:
+                progress(label, block, len(blocks))
 
-                def measure(block: int = block, layers: Sequence[Layer] = layers) -> dict[str, str]:
-                    weights = self.read_token_weights(stored, block) if weighed else None
-                    moments = collect_moments(team, self._crew.extent, walk, block, layers, weights=weights)
-                    return {
-                        name: write_moment(self._store, moment_II) for name, moment_II in moments.second_moment.items()
-                    }
+                def measure(block: int = block) -> dict[str, str]:
+                    found = self._collect(stored, walk, block, weighted=kind == WEIGHTED)
+                    return {leader: write_moment(self._store, moment_II) for leader, moment_II in found.items()}
 
                 artifacts |= self._index.measure_files([kind, stored.means, str(block)], measure)
-        progress(label, len(grouped), len(grouped))
+        progress(label, len(blocks), len(blocks))
         return artifacts
 
     def find_token_weights(self, stored: StoredProfile, progress: Progress) -> None:
@@ -123,3 +207,16 @@ class SecondMoments:
         made = self._index.read_measured(["token weights", stored.means, str(block)])
         assert made is not None, "they are found before layers are pruned"
         return self._store.read_tensors(made["weights"])
+
+
+def _list_texts(stored: StoredProfile) -> dict[str, StoredProfile]:
+    """Each text that counts in a profile as that of one text, by its name; a profile of one text is its own."""
+    if not stored.parts:
+        return {"": stored}
+    return {
+        text: stored.model_copy(
+            update={"means": part.means, "moments": part.moments, "mix": stored.only(text), "parts": {}}
+        )
+        for text, part in stored.parts.items()
+        if stored.mix[text]
+    }

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import groupby
 
 import torch
@@ -24,9 +25,9 @@ from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses
 from tools.workbench.mixtures import Mixtures
-from tools.workbench.moments import SecondMoments, write_moment
+from tools.workbench.moments import Found, Held, SecondMoments, write_moment
 from tools.workbench.store import ArtifactStore, Index
-from tools.workbench.stored import StoredProfile, TextPart, keep_part, read_part, write_means
+from tools.workbench.stored import Kind, StoredProfile, TextPart, keep_part, read_part, write_means
 from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_dense
 from tools.workbench.weights import Weights
 
@@ -47,14 +48,15 @@ class Profiles:
         crew: Crew,
         losses: Losses,
         paces: Paces,
+        at_once: int | None = None,
     ) -> None:
-        """`paces` are told how long it takes."""
+        """`paces` are told how long it takes; `at_once` is as in `SecondMoments`."""
         self._settings, self._windows, self._weights, self._crew = settings, windows, weights, crew
         self._store, self._index, self._losses, self._paces = store, index, losses, paces
-        self._moments = SecondMoments(weights, store, index, crew)
+        self._moments = SecondMoments(weights, store, index, crew, at_once)
         self._mixtures = Mixtures(settings, windows, weights, store, index, crew)
         self._last: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
-        self._shared: tuple[list[tuple[str, float]], LayerStatistics] | None = None
+        self._shared: tuple[list[tuple[str | Held, float]], LayerStatistics] | None = None
 
     def make(self, progress: Progress, first: str = "", *, masks_only: bool = False) -> str:
         """Statistics, KL curves and the dense model's losses, kept as artifacts; the id of the profile.
@@ -73,7 +75,9 @@ class Profiles:
             own = {"layers": table, "first": self._find_first(first)}
             return self._store.write_json(self.read(first).model_copy(update=own).model_dump())
         self._weights.restore_dense()
-        return self._profile_dense(*self._measure_dense(progress), progress, full=not masks_only)
+        return self._profile_dense(
+            *self._measure_dense(progress), progress, "masks" if masks_only else self._moments.kind
+        )
 
     def _measure_dense(self, progress: Progress) -> tuple[str, Evaluation]:
         """(artifact of the dense model's hidden states, its losses) on the validation text."""
@@ -121,16 +125,17 @@ class Profiles:
             return SoFar()
         return SoFar(found["nll"], found["kl"], list(self._store.read_tensors(found["hidden"])["hidden"]))
 
-    def _profile_dense(self, hidden: str, evaluation: Evaluation, progress: Progress, *, full: bool) -> str:
-        """A profile of the dense model, which is in place; second moments are in it if it is `full`."""
+    def _profile_dense(self, hidden: str, evaluation: Evaluation, progress: Progress, kind: Kind) -> str:
+        """A profile of the dense model, which is in place."""
         if self._settings.text:
-            return self._mixtures.make(hidden, evaluation, progress, full=full)
-        moments, keep_moment, walk = self._begin(RUN, full=full)
+            return self._mixtures.make(hidden, evaluation, progress, kind)
+        moments, keep_moment, walk = self._begin(RUN, kind)
         statistics = self._collect(progress, keep_moment, walk)
         stored = StoredProfile(
             layers=build_profile(self._weights.layers, statistics, self._weights.dense),
             means=write_means(self._store, statistics),
             moments=moments,
+            passed=kind == "passed",
             group=statistics.group,
             hidden=hidden,
             dense=evaluation,
@@ -140,14 +145,15 @@ class Profiles:
         walk.forget()
         return profile
 
-    def _begin(self, text: Calibration, *, full: bool) -> tuple[dict[str, str], KeepMoment | None, UnfinishedWalk]:
-        """(artifacts of second moments, who adds to them if the profile is `full`, what is kept of the walk)."""
+    def _begin(self, text: Calibration, kind: Kind) -> tuple[dict[str, str], KeepMoment | None, UnfinishedWalk]:
+        """(artifacts of second moments, who is told of each if they are made, what is kept of the walk)."""
         moments: dict[str, str] = {}
 
         def keep_moment(name: str, moment_II: Tensor) -> None:
-            moments[name] = write_moment(self._store, moment_II)
+            if kind == "full":
+                moments[name] = write_moment(self._store, moment_II)
 
-        kind, keep = ("full", keep_moment) if full else ("masks", None)
+        keep = None if kind == "masks" else keep_moment
         return moments, keep, find_unfinished(self._index, self._weights, self._settings, text, moments, kind)
 
     def _collect_again(self, progress: Progress) -> ModelStatistics:
@@ -259,7 +265,7 @@ class Profiles:
             own = TextPart(
                 means=run.means, moments=run.moments, group=run.group, gradient=gradient, kappa=kappa, few=run.few
             )
-            parts = {QUESTIONS: self._collect_questions(own, progress, full=run.full), RUN: own}
+            parts = {QUESTIONS: self._collect_questions(own, progress, run.made_as), RUN: own}
             both = {"calibration": QUESTIONS, "mix": {QUESTIONS: 0.0, RUN: 1.0}, "parts": parts}
             return {"profile": self._store.write_json(run.model_copy(update=both).model_dump())}
 
@@ -270,9 +276,9 @@ class Profiles:
         digest = hashlib.sha256(self._windows.mixed[QUESTIONS].numpy().tobytes()).hexdigest()
         return ["beside", first, digest]
 
-    def _collect_questions(self, run: TextPart, progress: Progress, *, full: bool) -> TextPart:
+    def _collect_questions(self, run: TextPart, progress: Progress, kind: Kind) -> TextPart:
         """What questions say of the dense model, which is in place."""
-        moments, keep_moment, walk = self._begin(QUESTIONS, full=full)
+        moments, keep_moment, walk = self._begin(QUESTIONS, kind)
         masks, team = read_part(self._store, run, self._weights.device_of), self._crew.team
         found = collect_questions(team, self._crew.extent, self._weights.layers, progress, keep_moment, masks, walk)
         refuse_infinite(found, self._settings.dtype)
@@ -298,22 +304,32 @@ class Profiles:
         moments = self.find_moments(profile, weighted=recipe.weighs_tokens)
         if stored.parts:
             shared = {text: share for text, share in stored.mix.items() if share}
-            digests = [(moments[f"{text} {stored.parts[text].group[name]}"], share) for text, share in shared.items()]
+            terms = [(moments[f"{text} {stored.parts[text].group[name]}"], share) for text, share in shared.items()]
         else:
-            digests = [(moments[name if recipe.weighs_tokens else stored.group[name]], 1.0)]
-        if self._shared is None or self._shared[0] != digests:  # neighbours share one; only one is held
-            moment_II = self._moments.add_up(digests, device)
+            terms = [(moments[name if recipe.weighs_tokens else stored.group[name]], 1.0)]
+        if self._shared is None or self._shared[0] != terms:  # neighbours share one; only one is held
+            moment_II = self._moments.add_up(terms, device)
             statistics = LayerStatistics(means[f"a/{name}"].to(device), gamma_O, moment_II)
         else:
             statistics = self._shared[1].for_outputs(gamma_O)
-        self._shared = (digests, statistics)
+        self._shared = (terms, statistics)
         return statistics
 
-    def find_moments(
-        self, profile: str, progress: Progress = ignore_progress, *, weighted: bool = False
-    ) -> dict[str, str]:
+    def find_moments(self, profile: str, progress: Progress = ignore_progress, *, weighted: bool = False) -> Found:
         """As `SecondMoments.find`."""
         return self._moments.find(self.read(profile), progress, weighted=weighted)
+
+    def lacks_moments(self, profile: str, recipe: Recipe) -> bool:
+        """Whether layers that a recipe prunes as in the dense model want second moments that are not kept."""
+        if recipe.in_order or not recipe.changes_survivors:
+            return False
+        return self._moments.lacks(self.read(profile), weighted=recipe.weighs_tokens)
+
+    def pass_moments(
+        self, profile: str, progress: Progress, *, weighted: bool = False, down: bool = False
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """As `SecondMoments.pass_blocks`."""
+        return self._moments.pass_blocks(self.read(profile), progress, weighted=weighted, down=down)
 
     def find_token_weights(self, profile: str, progress: Progress) -> None:
         """As `SecondMoments.find_token_weights`."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 
 from torch import Tensor
 
@@ -140,11 +141,37 @@ class Pruner:
             if artifact := self._install_known(name, task, index.get(keys[name], "")):
                 made[name] = artifact
         progress("prune", len(made), len(tasks))
-        for name, artifact in self._compute_all({n: task for n, task in tasks.items() if n not in made}):
+        missing = {name: task for name, task in tasks.items() if name not in made}
+        lacking = {name: task for name, task in missing.items() if self._lacks_moments(task)}
+        at_once = self._compute_all({name: task for name, task in missing.items() if name not in lacking})
+        for name, artifact in chain(at_once, self._compute_by_block(lacking, progress)):
             self._index.add(keys[name], artifact)
             made[name] = artifact
             progress("prune", len(made), len(tasks))
+        if lacking:
+            for name, artifact in made.items():
+                self._weights.install(name, artifact)
         return made
+
+    def _lacks_moments(self, task: LayerTask) -> bool:
+        return self._profiles.lacks_moments(task.profile, task.recipe)
+
+    def _compute_by_block(self, tasks: Tasks, progress: Progress) -> Iterator[tuple[str, str]]:
+        """As `_compute_all`, of layers whose second moments are not kept: those of a block once these are collected.
+
+        The text passes the dense model meanwhile, and it is dense that all layers are left.
+        """
+        kinds: dict[tuple[str, bool], dict[str, LayerTask]] = {}
+        for name, task in tasks.items():
+            kinds.setdefault((task.profile, task.recipe.weighs_tokens), {})[name] = task
+        for (profile, weighted), chosen in kinds.items():
+            with self._profiles.pass_moments(profile, progress, weighted=weighted) as hold:
+                for block, layers in enumerate(self._weights.by_block):
+                    if own := {layer.name: chosen[layer.name] for layer in layers if layer.name in chosen}:
+                        hold(block)
+                        for name, artifact in self._compute_all(own):
+                            self._weights.install(name, DENSE)
+                            yield name, artifact
 
     def _make_keys(self, tasks: Tasks, below: Sequence[str] = ()) -> dict[str, str]:
         profiles = dict.fromkeys(task.profile for task in tasks.values())
@@ -336,7 +363,7 @@ class Pruner:
         if taken := manifest.layers[name].taken:
             return self._make_again(taken, self._read(taken), name)
         task, expected = manifest.tasks[name], manifest.layers[name].artifact
-        if manifest.polish or task.recipe.in_order:
+        if manifest.polish or task.recipe.in_order or self._lacks_moments(task):
             made = self._prune_all(manifest.tasks, manifest.polish or 0, ignore_progress)[name]
         else:
             made = self._compute(name, task)

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -12,6 +12,9 @@ from tools.measure.losses import Evaluation
 from tools.plans.layer_profile import LayerProfile
 from tools.statistics.known import ModelStatistics
 from tools.workbench.store import ArtifactStore
+
+Kind = Literal["full", "passed", "masks"]
+"""Whether a profile is made with second moments, and keeps them; without keeping them; or with mean squares alone."""
 
 
 class TextPart(BaseModel):
@@ -34,7 +37,10 @@ class StoredProfile(BaseModel):
     layers: list[LayerProfile]
     means: str
     moments: dict[str, str]
-    """Artifact of the second moment of each group of layers; empty until a recipe needs them, and of several texts."""
+    """Artifact of the second moment of each group of layers; empty until a recipe needs them, where they are not kept,
+    and of several texts."""
+    passed: bool = Field(False, exclude_if=operator.not_)
+    """Whether second moments were made with it that were not kept: its mean squares are their diagonals."""
     group: dict[str, str]
     hidden: str
     dense: Evaluation
@@ -55,9 +61,11 @@ class StoredProfile(BaseModel):
         return tuple(self.mix.values())
 
     @property
-    def full(self) -> bool:
-        """Whether it was made with second moments."""
-        return bool(self.moments) or any(part.moments for part in self.parts.values())
+    def made_as(self) -> Kind:
+        """What second moments were made with it."""
+        if self.passed:
+            return "passed"
+        return "full" if self.moments or any(part.moments for part in self.parts.values()) else "masks"
 
     def sort_texts(self, names: Sequence[str]) -> "StoredProfile":
         """The same with its texts in this order, which is that of their windows: on disk they stand by their names."""

@@ -147,13 +147,20 @@ def test_the_workbench_asks_for_the_same_disk_and_keeps_as_many_block_inputs(
 ) -> None:
     found, room = find(tiny_llama), shutil.disk_usage(tmp_path)
 
+    told: list[str] = []
+
     def open_with(free: int) -> Workbench:
         monkeypatch.setattr(shutil, "disk_usage", lambda _place: room._replace(free=free))
-        return Workbench(tiny_settings(tiny_llama), tmp_path, lambda text: None, lambda *step: None)
+        return Workbench(tiny_settings(tiny_llama), tmp_path / str(free), told.append, lambda *step: None)
 
+    for directory in (found.disk_bytes, found.other_disk, found.other_disk - 1):
+        (tmp_path / str(directory)).mkdir()
     with pytest.raises(UserError, match=r"^the disk is full: "):
-        open_with(found.disk_bytes - 1)
+        open_with(found.other_disk - 1)
+    open_with(found.other_disk)
+    assert len(told) == 1 and told[0].startswith("second moments are not kept")
     bench = open_with(found.disk_bytes)
+    assert len(told) == 1
     kept = next(line for line in found.phases[1].host if line.what.startswith("inputs of every few blocks"))
     assert kept.bytes == len(bench.losses.prefix.kept) * 3 * STATE > 0
 

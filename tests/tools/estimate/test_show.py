@@ -13,6 +13,7 @@ from tests.tiny import make_tiny_config, tiny_settings
 from tests.tools.estimate.helpers import DENSE, LLAMA_70B, MODEL, QWEN3_8B, write_config
 from tests.tools.estimate.test_needs import COURSE, find, find_large
 from tools.base.words import show_flops, show_seconds, show_size
+from tools.estimate.memory import ASKED_FOR
 from tools.estimate.needs import Estimate, estimate
 from tools.estimate.room import Devices
 from tools.estimate.show import print_estimate, summarise
@@ -46,18 +47,49 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None, untimed:
     assert "  prune; 14 layers by two-sided; 1 ×" in lines
     assert any(re.fullmatch(r"  prune; 14 layers by refit; 1 ×; [\d.]+ MFLOP", line) for line in lines)
     most = max(phase.device_bytes for phase in found.phases)
-    assert lines[-8:-1] == [
+    assert lines[-9:-1] == [
         "",
         f"{tiny_llama}, bf16 on cuda: 25,760 parameters, 2 blocks",
         "prunable: 14 layers, 15,360 weights; 6,912 zeros at the end",
         f"peak memory of the GPU: {show_size(most)} ({found.needed[1]})",
-        lines[-4],
+        lines[-5],
         "whether that fits: torch sees no GPU here; say what there is with --device-memory, such as 80 or 8x80",
         "disk: 370.4 kB",
+        lines[-2],
     ]
-    assert re.fullmatch(r"peak memory of the CPU: [\d.]+ [MG]B \(load\)", lines[-4])
+    assert re.fullmatch(r"peak memory of the CPU: [\d.]+ [MG]B \(load\)", lines[-5])
+    ways = r"second moments: kept; with 336\.6 kB of disk they are collected anew by every round, for [\d.]+ MFLOP more"
+    assert re.fullmatch(ways, lines[-2]), lines[-2]
     total = show_flops(sum(work.times * work.flops for work in found.work))
     assert lines[-1] == f"work: about {total}; no time can be predicted, as this test has no time"
+
+
+def test_second_moments_that_the_disk_has_no_room_for(tiny_llama: Path, untimed: None) -> None:
+    kept = find(tiny_llama)
+    found = find(tiny_llama, disk=(kept.disk_bytes - 1) / 1e9)
+    assert (found.disk_bytes, found.other_disk, found.at_once) == (kept.other_disk, kept.disk_bytes, 1)
+    assert (found.work, found.other_work) == (kept.other_work, kept.work)
+    more = sum(x.times * x.flops for x in found.work) - sum(x.times * x.flops for x in kept.work)
+    ways = [line for line in summarise(found) if line.startswith("second moments")]
+    assert ways == [
+        f"second moments: collected anew by every round, of 1 block at a time; {show_size(kept.disk_bytes)} of disk "
+        f"would save {show_flops(more)}"
+    ]
+    held, before = ({phase.name: phase for phase in x.phases} for x in (found, kept))
+    added = {
+        name: [line.what for line in [*x.device, *x.host] if line not in [*before[name].device, *before[name].host]]
+        for name, x in held.items()
+    }
+    program = "Python, torch and transformers"  # measured once more
+    collected = ["second moments of one block", program, "inputs and outputs of one block"]
+    assert added["prune"] == added[ASKED_FOR] == collected
+    assert {name for name, lines in added.items() if lines != [program]} == {"prune", ASKED_FOR}
+    line = "  second moments, of some blocks at a time; 4 bytes × the upper half of inputs², of 1 block; "
+    assert line in show(found)
+    streamed = summarise(find(tiny_llama, device="stream", disk=(kept.disk_bytes - 1) / 1e9))
+    assert any(re.search(r"would save [\d.]+ MFLOP and [\d.]+ kB of reading$", line) for line in streamed)
+    masks = estimate(tiny_settings(tiny_llama), COURSE._replace(rounds=COURSE.rounds[:1]), target=0.45)
+    assert not any(line.startswith("second moments") for line in summarise(masks)), "they are no work"
 
 
 def test_a_table_on_a_terminal(tiny_llama: Path) -> None:

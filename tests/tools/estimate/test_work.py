@@ -50,12 +50,12 @@ TIMES = Times(
 )
 
 
-def work_of(settings: Any, course: Course = COURSE, workers: int = 0, *, streamed: bool = False) -> list[Work]:
+def work_of(settings: Any, course: Course = COURSE, workers: int = 0, **ways: Any) -> list[Work]:
     """At the prices above; a product costs what its name says."""
     layers = find_layers(make_empty("llama"))
     shares = find_shares(settings, layers, find_busiest(cut_parts(settings, workers)))
     flops = {"forward": 3.0, "moments": 5.0, "stages": 11.0, "loss": 1.0, "write": 4.0, "prune refit": 7.0}
-    return list_work(settings, 14, shares, course, flops, price_seconds(TIMES), streamed=streamed)
+    return list_work(settings, 14, shares, course, flops, price_seconds(TIMES), **ways)
 
 
 def test_every_step_is_done_so_often_and_takes_so_long(tiny_llama: Path) -> None:
@@ -95,6 +95,26 @@ def test_every_step_is_done_so_often_and_takes_so_long(tiny_llama: Path) -> None
     )
     assert [work.flops for work in found[:3]] == [3 * (3 + 1), 4 * 3, 4 * 5]
     assert [work.flops for work in found if work.name == "prune"] == [0, 7, 7 + 2 * 4 * 3 + 4 * 5, 2 * 4 * 3]
+
+
+def test_second_moments_that_are_not_kept_cost_a_forward_of_every_round_that_needs_them(tiny_llama: Path) -> None:
+    """And on the way down as many as it takes to set out anew."""
+    course = COURSE._replace(rounds=[Recipe(), MASKS, STRONG, Recipe(tokens="weighted", curves="mask")])
+    kept, anew = (work_of(tiny_settings(tiny_llama), course, setting_out=out) for out in (0, 2.5))
+    changed = [(x.name, y.seconds - x.seconds, y.passes - x.passes) for x, y in zip(kept, anew, strict=True) if x != y]
+    forward, moments = 4 * 2, 4 * 3
+    assert changed == [
+        ("profile, second moments", -8 * 0.5, 0),
+        ("weighted second moments", 0, 0),
+        (ASKED_FOR, 2.5 * forward + moments, 3),
+        ("prune", forward + moments - 2, 1),
+        ("prune", forward + moments - 2, 1),
+    ]
+    (times,) = {(x.times, y.times) for x, y in zip(kept, anew, strict=True) if x.name == "weighted second moments"}
+    assert times == (1, 0)
+    hows = [work.how for work in anew if work.name in (ASKED_FOR, "prune")]
+    assert hows[0].endswith(" to 5 levels, with 2.5 forwards of the calibration text")
+    assert hows[1] == "14 layers by refit, with one more forward of the calibration text"
 
 
 def test_further_windows_are_measured_by_the_dense_model_by_every_round_and_by_finalists(tiny_llama: Path) -> None:

@@ -15,7 +15,7 @@ from tools.statistics.walk import Walk
 from tools.statistics.walks import Walks
 
 WINDOWS, GRADIENT = 9, 5
-WALK = Walk(0, "run")
+WALK, OTHER = Walk(0, "run"), Walk(1, "run")
 
 
 def begin(ahead: int = 0, architecture: str = "llama") -> Walks:
@@ -67,9 +67,28 @@ def test_spans_do_not_disturb_one_another_and_nothing_is_held_at_the_end() -> No
     left = walked.gradients((0, 4), WALK, 0)
     right = walked.gradients((4, 8), WALK, 0)
     assert same(left, begin().gradients((0, 4), WALK, 0)) and same(right, begin().gradients((4, 8), WALK, 0))
-    walked.finish((0, 4))
-    walked.finish((4, 8))
+    other = walked.moments((0, 4), OTHER, 1, True, "moments")
+    walked.finish((0, 4), WALK)
+    walked.finish((4, 8), WALK)
+    assert list(walked._ways) == [(OTHER.number, (0, 4))]
+    assert same(other[0], begin().moments((0, 4), WALK, 1, True, "moments")[0])
+    walked.finish((0, 4), OTHER)
     assert walked._ways == {}
+
+
+def test_a_walk_goes_on_where_it_was_once_another_has_passed() -> None:
+    walked, embedded = begin(), []
+    embed = walked.blocks.embed
+    walked.blocks.embed = lambda ids_T: embedded.append(1) or embed(ids_T)  # type: ignore[method-assign]
+    first, _ = walked.moments((0, 8), WALK, 0, True, "moments")
+    between = walked.gradients((0, 8), OTHER, 0)
+    count = len(embedded)
+    second, _ = walked.moments((0, 8), WALK, 1, True, "moments")
+    assert len(embedded) == count, "no window began anew"
+    fresh = begin()
+    assert same(fresh.moments((0, 8), WALK, 0, True, "moments")[0], first)
+    assert same(fresh.moments((0, 8), WALK, 1, True, "moments")[0], second)
+    assert same(begin().gradients((0, 8), WALK, 0), between)
 
 
 def test_blocks_that_change_before_the_text_passes_them() -> None:
@@ -86,4 +105,4 @@ def test_blocks_that_change_before_the_text_passes_them() -> None:
     for layer in find_layers(fresh.blocks.model):
         if layer.block == 0:
             layer.write(0.5 * layer.weight_OI)
-    assert same(fresh.moments((0, 8), Walk(1, "run"), 1, True, "moments")[0], after)
+    assert same(fresh.moments((0, 8), OTHER, 1, True, "moments")[0], after)
