@@ -25,6 +25,7 @@ NAMES = [
     *(f"refit/{layer}/{other}" for layer in ("32x32", "16x32", "48x32", "32x48") for other in ("obs", "published")),
     *("refit/model/obs", "refit/model/published", "obs/model", "allocation"),
     *("validation/last-third", "rollback/all", "rollback/last-block"),
+    *("polish/autograd", "polish/forward"),
 ]
 
 
@@ -99,7 +100,7 @@ def test_only_what_was_asked_for_in_the_usual_order(
         (
             ["--only", "obs,wandb"],
             "there is no benchmark 'wandb'; choose from wanda, profile, kappa-of-method, masks, obs, refit, "
-            "allocation, validation",
+            "allocation, validation, polish",
         ),
         (["--round", "3"], "unknown option '--round'; did you mean --rounds?"),
         (["--rounds", "0"], "rounds: input should be greater than or equal to 1, not '0'"),

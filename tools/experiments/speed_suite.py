@@ -11,6 +11,7 @@ from tools.base.errors import UserError
 from tools.base.progress import ignore_progress
 from tools.experiments.speed import OTHER_SPARSITY, BenchSettings, Site
 from tools.experiments.speed_plans import bench_allocation
+from tools.experiments.speed_polish import bench_polish
 from tools.experiments.speed_pruning import bench_masks, bench_obs, bench_refit
 from tools.experiments.speed_statistics import bench_kappa_of_method, bench_profile, bench_wanda
 from tools.experiments.speed_streamed import bench_stream
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[Site], list[Result]]] = {
     "refit": bench_refit,
     "allocation": bench_allocation,
     "validation": bench_validation,
+    "polish": bench_polish,
 }
 
 STREAM = "stream"
