@@ -95,6 +95,17 @@ def test_zeros_stay_exactly_where_they_were_and_the_kl_falls(
     assert same(snapshot(bench), polished)
 
 
+def test_the_figures_of_a_polish(bench: Workbench) -> None:
+    """Of the tiny Llama, whose weights and text are seeded, as they were found."""
+    profile = bench.profile(ignore)
+    checkpoints = [bench.prune(profile, order(bench, profile, tokens=tokens), ignore) for tokens in (0, TOKENS)]
+    told = bench.read_polished(checkpoints[1])
+    assert told is not None
+    kls = [bench.evaluate(checkpoint, "validation", profile, ignore).mean_kl for checkpoint in checkpoints]
+    assert (told.before, told.after) == pytest.approx((0.16028, 0.15528), rel=5e-3)
+    assert kls == pytest.approx([0.25680, 0.25013], rel=5e-3)
+
+
 def test_a_pattern_holds(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     recipe = Recipe(method="two-sided", refit=False, allocation="uniform", pattern="2:4")
