@@ -175,15 +175,20 @@ def list_phases(
         states("inputs of every few blocks, one window", (kept, "blocks")),
         count_once("logits of a chunk, beside the dense model's", counts.loss_bytes, name_chunk(shape)),
     ]
-    passed = ((part.passed, "blocks"),) if part.passed > 1 else ()
+    passed, gradients = ((part.passed, "blocks"),) if part.passed > 1 else (), ((part.gradient, "windows"),)
     mixed = ((2, "texts"),) if settings.mixes_questions else ()  # where a plan's mix has both
 
+    away = streamed is not None and facts.device != "cpu"  # what flowed back through a block lies in CPU memory
+
     def list_flow(*texts: tuple[int, str]) -> list[Line]:
-        read, tokens = (*texts, (part.gradient, "windows")), (settings.window, "tokens")
-        lines = [multiply("inputs and output gradients of one block's layers", *passed, *read, *flow)]
+        return [multiply("inputs and output gradients of one block's layers", *passed, *texts, *gradients, *flow)]
+
+    def list_flow_at_hand(*texts: tuple[int, str]) -> list[Line]:
+        """On the device."""
+        of_layer = (*texts, *gradients, (settings.window, "tokens"), (shape.flow_layer, "numbers"))
+        lines = [multiply("those of one layer", *of_layer, (shape.item, "bytes"))] if away else list_flow(*texts)
         if shape.item < 4:
-            numbers = (shape.flow_layer, "numbers"), (4, "bytes")
-            lines.append(multiply("those of one layer in fp32", *read, tokens, *numbers))
+            lines.append(multiply("those of one layer in fp32", *of_layer, (4, "bytes")))
         return lines
 
     backward = [model, *list_backward(shape, counts)]
@@ -226,11 +231,12 @@ def list_phases(
             name="profile, gradients",
             device=[
                 *backward,
-                *list_flow(),
+                *list_flow_at_hand(),
                 count_once("levels of one layer's KL curve", held.curve, "a smaller layer of the same form"),
             ],
             host=[
                 *always,
+                *(list_flow() if away else []),
                 states("inputs of one block", (part.gradient, "windows")),
                 states("gradients passed on", (2, "losses"), (part.gradient, "windows")),
             ],
@@ -240,13 +246,14 @@ def list_phases(
             name=ASKED_FOR,
             device=[
                 *backward,
-                *list_flow(*mixed),
+                *list_flow_at_hand(*mixed),
                 *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels),
                 *([sums] if anew else []),
             ],
             host=[
                 *always,
                 *([walked(*mixed), *answer] if anew else []),
+                *(list_flow(*mixed) if away else []),
                 states("inputs of one block", *mixed, (part.gradient, "windows")),
                 states("gradients passed on", *mixed, (part.gradient, "windows")),
                 *([*job, _count_levels(shape)] if part.workers else []),

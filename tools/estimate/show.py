@@ -16,6 +16,9 @@ from tools.models.disk import Line
 DISK_RATE = 10**9
 """Bytes a second: what streamed weights are said to take by, for a disk of a rate that each knows of his own."""
 
+GPU_RATE = 10**14
+"""Floating-point operations a second, likewise, of a GPU that is not here."""
+
 
 def print_estimate(found: Estimate, console: Console) -> None:
     """Every line of the arithmetic, then what it comes to; plain lines where there is no terminal."""
@@ -125,7 +128,10 @@ def _sum_up_work(found: Estimate) -> str:
     if found.untimed:
         alone = sum(work.times * work.flops * work.share for work in found.work)
         share = f", {show_flops(alone)} of it by the busiest worker" if found.workers else ""
-        return f"work: about {show_flops(total)}{share}; no time can be predicted, as {found.untimed}"
+        rate = (
+            f", {show_seconds(alone / GPU_RATE)} at {show_flops(GPU_RATE)} a second" if found.device == "cuda" else ""
+        )
+        return f"work: about {show_flops(total)}{share}{rate}; no time can be predicted, as {found.untimed}"
     seconds = sum(work.times * (found.seconds(work) or 0.0) for work in found.work)
     whose = f" by the busiest of {found.workers} workers" if found.workers else ""
     took = f"without loading the model, as one block took here on {found.tokens} tokens"

@@ -39,6 +39,10 @@ class Pair(NamedTuple):
     mark: str = ""
     """Of its window, as in `Walk.mark`."""
 
+    def move(self, device: torch.device | str) -> "Pair":
+        """The same there; where it is already, itself."""
+        return self._replace(x_TI=self.x_TI.to(device), g_TO=self.g_TO.to(device))
+
 
 @dataclass
 class Seen:

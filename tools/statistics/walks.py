@@ -29,6 +29,7 @@ from tools.models.blocks import Blocks
 from tools.models.experts import run_apart
 from tools.models.layers import Layer
 from tools.models.readout import hidden_gradients
+from tools.models.streamed import find_stream
 from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
 from tools.statistics.moments import MomentSums, Readers, StageOver, Wanted, list_stages
 from tools.statistics.pruned import parts_of_mask
@@ -92,6 +93,8 @@ class Walks:
         self.gradient_windows, self.ahead, self.lead = gradient_windows, ahead, lead  # of each text
         self.grouped = layers_by_block(layers, len(blocks))
         self._scaled = blocks.model.dtype == torch.float16
+        self._away = find_stream(blocks.model) is not None
+        """Whether what flowed back through a block lies in CPU memory, one layer's at a time on the device."""
         self._pooled = {layer.name for layer in layers if layer.pool}
         self.shards = cut_shards(len(windows_BT))
         self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
@@ -330,7 +333,8 @@ class Walks:
                         sizes, size_T = seen.sizes.setdefault(name, {}), sum_token_squares(g_TO) / drawn.scale**2
                         sizes[window] = size_T.cpu() + sizes.get(window, 0)  # a layer may be called twice
                     else:
-                        seen.pairs[shard][name].append(Pair(x_TI, g_TO, drawn.scale, self._mark(window)))
+                        pair = Pair(x_TI, g_TO, drawn.scale, self._mark(window))
+                        seen.pairs[shard][name].append(pair.move("cpu") if self._away else pair)
                 for name, mean in means:
                     key = self._mark(window) + name
                     seen.language[shard][key] = seen.language[shard].get(key, 0.0) + mean / below[1].scale
@@ -352,7 +356,8 @@ class Walks:
 
     def _sum_gradients(self, seen: Seen, shard: int) -> Sums:
         sums: Sums = {}
-        for name, every in seen.pairs[shard].items():
+        for name, held in seen.pairs[shard].items():
+            every = [pair.move(self.blocks.model.device) if self._away else pair for pair in held]
             for mark in dict.fromkeys(pair.mark for pair in every):
                 key, pairs = mark + name, [pair for pair in every if pair.mark == mark]
                 plain = [sum_squares(pair.g_TO) / pair.scale**2 for pair in pairs]
@@ -367,7 +372,9 @@ class Walks:
     def _sum_curves(self, seen: Seen, span: Span, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
         leaves: dict[int, Sums] = {shard: {} for shard in range(*span)}
         for layer in self.grouped[block]:  # layer by layer, so that the parts of one only are held
-            pairs = {shard: seen.pairs[shard][layer.name] for shard in range(*span)}
+            pairs = {
+                shard: [pair.move(layer.device) for pair in seen.pairs[shard][layer.name]] for shard in range(*span)
+            }
             whole = [pair for shard in pairs.values() for pair in shard]
             heed_stop()
             if not whole:  # a span without gradient windows, or an expert that these never reached

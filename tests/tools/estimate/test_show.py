@@ -15,7 +15,7 @@ from tests.tools.estimate.test_needs import COURSE, find, find_large
 from tools.base.words import show_flops, show_seconds, show_size
 from tools.estimate.memory import ASKED_FOR
 from tools.estimate.needs import Estimate, estimate
-from tools.estimate.room import Devices
+from tools.estimate.room import Devices, read_devices
 from tools.estimate.show import print_estimate, summarise
 from tools.models.artifacts import HEADER
 
@@ -61,7 +61,9 @@ def test_plain_lines_without_a_terminal(tiny_llama: Path, no_gpu: None, untimed:
     ways = r"second moments: kept; with 336\.6 kB of disk they are collected anew by every round, for [\d.]+ MFLOP more"
     assert re.fullmatch(ways, lines[-2]), lines[-2]
     total = show_flops(sum(work.times * work.flops for work in found.work))
-    assert lines[-1] == f"work: about {total}; no time can be predicted, as this test has no time"
+    at = "0.0 s at 100.0 TFLOP a second"
+    assert lines[-1] == f"work: about {total}, {at}; no time can be predicted, as this test has no time"
+    assert "TFLOP" not in show(find(tiny_llama))
 
 
 def test_second_moments_that_the_disk_has_no_room_for(tiny_llama: Path, untimed: None) -> None:
@@ -88,6 +90,11 @@ def test_second_moments_that_the_disk_has_no_room_for(tiny_llama: Path, untimed:
     assert line in show(found)
     streamed = summarise(find(tiny_llama, device="stream", disk=(kept.disk_bytes - 1) / 1e9))
     assert any(re.search(r"would save [\d.]+ MFLOP and [\d.]+ kB of reading$", line) for line in streamed)
+    on_gpu = find(tiny_llama, read_devices("24"), device="stream")
+    (flow,) = [phase for phase in on_gpu.phases if phase.name == ASKED_FOR]
+    what = "inputs and output gradients of one block's layers"
+    assert what in {line.what for line in flow.host} and what not in {line.what for line in flow.device}
+    assert "those of one layer" in {line.what for line in flow.device}
     masks = estimate(tiny_settings(tiny_llama), COURSE._replace(rounds=COURSE.rounds[:1]), target=0.45)
     assert not any(line.startswith("second moments") for line in summarise(masks)), "they are no work"
 
@@ -164,7 +171,8 @@ def test_eight_workers_on_eight_gpus(tmp_path: Path, no_gpu: None, untimed: None
     assert "peak of Ray's object store: 40.1 GB (prune block by block, where a plan asks for it)" in lines
     beside = "with this process and a worker on the first"
     assert re.search(rf"^fits one GPU of 80\.0 GB: 4\d\.\d GB at most {asked}, {beside}\)$", text, re.MULTILINE)
-    assert lines[-1].startswith("work: about ") and "by the busiest worker; no time can be" in lines[-1]
+    work = r"work: about [\d.]+ PFLOP, [\d.]+ PFLOP of it by the busiest worker, "
+    assert re.match(rf"{work}\d+\.\d s at 100\.0 TFLOP a second; no time ", lines[-1]), lines[-1]
     few = summarise(find_large(directory, "4x80", workers="8"))
     assert any(line.startswith("8 workers need as many GPUs, but there are 4; fits one GPU") for line in few)
 
