@@ -137,6 +137,14 @@ def test_runs_of_the_graph_have_the_workers(tmp_path: Path, monkeypatch: pytest.
     assert commands[2][-3:] == ["--planner-fallback=heuristic", "--planner-fallback=none", "--planner-unaided"]
     assert {"--name", "--workers=3", "--worker-threads=2", "--no-memory"} <= set(commands[0])
     assert commands[1][3:] == [
-        *("--runs-dir", str(tmp_path / "runs"), "--resume", "heuristic-2", "--workers=3", "--worker-threads=2"),
+        *(
+            "--runs-dir",
+            str(tmp_path / "runs"),
+            "--resume",
+            "heuristic-2",
+            "--workers=3",
+            "--worker-threads=2",
+            "--disk=0.0",
+        ),
         "--no-partial",
     ]
