@@ -149,8 +149,8 @@ def _sum_kl(layers: Mapping[str, LayerProfile], shares: Mapping[str, float], nam
 
 
 def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, whole: bool = False) -> list[Figures]:
-    """Carry drafts out and measure each on the first `tokens` tokens of the validation text, rounded up to windows, on
-    half of its windows, or on the `whole` text.
+    """Carry drafts out and measure each on `tokens` tokens of the validation text, rounded up to windows, on half of
+    its windows, or on the `whole` text. Windows are spread over the text, and fewer are among those of more.
 
     Figures are paired with the dense model's on the same text, with those of the present weights where they are not
     the dense ones (`present_kl` is theirs on these windows, `kl_change` the draft's minus that, of each named text,
@@ -187,7 +187,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
             figures[number] = _describe_probe(round_, order, made.losses, windows)
             numbers[number] = remember_probe(round_.probed, _note(bench, order, made, figures[number]))
     for number, own in numbers.items():
-        figures[number] |= _compare_probes(bench, round_.probed, own)
+        figures[number] |= _compare_probes(round_.probed, own)
     if all("error" in figure for figure in figures):
         raise ImpossiblePlan("; ".join(dict.fromkeys(figure["error"] for figure in figures)))
     return figures
@@ -198,17 +198,18 @@ def count_windows(bench: Workbench, tokens: int | None, *, whole: bool) -> int:
     every = len(bench.windows.validation)
     asked = bench.settings.half_tokens if tokens is None else tokens
     windows = every if whole else min(math.ceil(asked / bench.settings.window), every)
-    return len(bench.losses.list_first(windows))
+    return len(bench.losses.list_part("validation", windows))
 
 
 def _note(bench: Workbench, order: WorkOrder, made: Probe, told: Figures) -> Probed:
-    tokens, losses = len(made.losses.kl) * bench.settings.window, made.losses.model_dump()
+    windows, losses = len(made.losses.kl), made.losses.model_dump()
     return Probed(
         order=order.id,
         checkpoint=made.checkpoint,
         sparsity=made.sparsity,
-        tokens=tokens,
+        tokens=windows * bench.settings.window,
         losses=losses,
+        windows=bench.losses.list_part("validation", windows),
         line=order.line,
         change=told.get("kl_change"),
         change_error=told.get("kl_change_error"),
@@ -237,16 +238,21 @@ def _read_losses(probed: Probed) -> Evaluation:
     return Evaluation.model_validate(probed.losses)
 
 
-def _compare_probes(bench: Workbench, probed: Sequence[Probed], own: int) -> Figures:
+def _compare_probes(probed: Sequence[Probed], own: int) -> Figures:
     """The number of a probe of the round, and its KL minus that of each other one: [mean, standard error], paired."""
-    ours, beside = _read_losses(probed[own - 1]), dict[str, list[float | None]]()
+    beside = dict[str, list[float | None]]()
     for number, other in enumerate(probed, 1):
-        theirs = _read_losses(other)
-        if number != own and ours.finite and theirs.finite:
-            fewer = min(len(ours.kl), len(theirs.kl))
-            change = compare_kl(take_first(bench, ours, fewer), take_first(bench, theirs, fewer))
-            beside[f"{number}"] = [round_figure(figure) for figure in change]
+        ours, theirs = _pair(probed[own - 1], other)
+        if number != own and ours.kl and ours.finite and theirs.finite:
+            beside[f"{number}"] = [round_figure(figure) for figure in compare_kl(ours, theirs)]
     return {"probe": own, "kl_minus_probe": beside} if beside else {"probe": own}
+
+
+def _pair(one: Probed, other: Probed) -> tuple[Evaluation, Evaluation]:
+    """The losses of two probes on the windows that both have."""
+    shared = [window for window in one.windows if window in other.windows]
+    ours, theirs = (_read_losses(x).take([x.windows.index(window) for window in shared]) for x in (one, other))
+    return ours, theirs
 
 
 def _try_to_resolve(round_: Round, draft: Draft) -> WorkOrder | str:
@@ -261,7 +267,7 @@ def _try_to_resolve(round_: Round, draft: Draft) -> WorkOrder | str:
 
 def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, windows: int) -> Figures:
     bench = round_.bench
-    dense = take_first(bench, bench.read_profile(round_.profile).dense, windows)
+    dense = take_part(bench, bench.read_profile(round_.profile).dense, windows)
     figures: Figures = {
         "tokens": windows * bench.settings.window,
         "sparsity": round_figure(order.sparsity),
@@ -274,7 +280,7 @@ def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, win
     present: Evaluation | None = None
     if round_.present != DENSE and evaluation.finite:
         whole = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
-        present = take_first(bench, whole, windows)
+        present = take_part(bench, whole, windows)
         figures["present_kl"] = round_figure(present.mean_kl)
         figures |= _round_change(*compare_kl(evaluation, present))
     if evaluation.texts:
@@ -291,10 +297,10 @@ def _round_change(change: float, error: float | None) -> Figures:
     return {"kl_change": round_figure(change), "kl_change_error": round_figure(error)}
 
 
-def take_first(bench: "Workbench", evaluation: Evaluation, windows: int) -> Evaluation:
-    """Of losses on the first windows of the validation text those that a probe of fewer has, too."""
-    places = bench.losses.list_first(len(evaluation.kl))
-    return evaluation.take([places.index(window) for window in bench.losses.list_first(windows)])
+def take_part(bench: "Workbench", evaluation: Evaluation, windows: int) -> Evaluation:
+    """Of losses on a part of the validation text, or on all of it, those that a probe of fewer windows has, too."""
+    places = bench.losses.list_part("validation", len(evaluation.kl))
+    return evaluation.take([places.index(window) for window in bench.losses.list_part("validation", windows)])
 
 
 def round_figure(value: float | None) -> float | None:

@@ -2,9 +2,9 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 
 class Probed(BaseModel):
@@ -15,12 +15,22 @@ class Probed(BaseModel):
     sparsity: float
     tokens: int = Field(description="Of validation text that it was measured on.")
     losses: dict[str, Any] = Field(description="On that text, an `Evaluation`.")
+    windows: list[int] = Field(
+        [], description="Of validation text, which its losses are of; empty where an earlier version took the first."
+    )
     line: str = Field("", description="The plan in one line; empty where an earlier version made it.")
     change: float | None = Field(None, description="Its KL minus that of the last accepted weights, paired.")
     change_error: float | None = None
     grafted: bool = Field(
         False, exclude_if=operator.not_, description="Of layers of earlier rounds, so that nothing was pruned for it."
     )
+
+    @model_validator(mode="after")
+    def _pass_over_former(self) -> Self:
+        """What an earlier version measured, on other windows, keeps its number, and counts as not measured."""
+        if not self.windows:
+            self.tokens, self.line = 0, ""
+        return self
 
 
 class PastProbe(BaseModel):

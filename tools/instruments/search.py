@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.base.errors import ImpossiblePlan, UserError
-from tools.instruments.functions import Draft, Figures, Round, count_windows, probe, round_figure, take_first
+from tools.instruments.functions import Draft, Figures, Round, count_windows, probe, round_figure, take_part
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.recipe import LEAST_FACTOR, MOST_FACTOR, Adjustment
 
@@ -105,7 +105,7 @@ class _Climb:
             return False
         self._found[_key(factors)] = (factors, figures)
         probed = Evaluation.model_validate(self._round.probed[figures["probe"] - 1].losses)
-        losses = take_first(self._round.bench, probed, self._windows)  # of an earlier probe there may be more
+        losses = take_part(self._round.bench, probed, self._windows)  # of an earlier probe there may be more
         if losses.finite:
             self._losses[_key(factors)] = losses
         elif not factors:

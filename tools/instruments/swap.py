@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tools.instruments.functions import Draft, Figures, Round, probe, round_figure, take_first
+from tools.instruments.functions import Draft, Figures, Round, probe, round_figure, take_part
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft, refuse_gone
 
@@ -39,4 +39,4 @@ def _compare(round_: Round, own: Evaluation, before: Evaluation) -> list[float |
     """KL of a swap minus that of the round that has the rest, and its standard error; None for what is not finite."""
     if not (own.finite and before.finite):
         return [None, None]
-    return [round_figure(x) for x in compare_kl(own, take_first(round_.bench, before, len(own.kl)))]
+    return [round_figure(x) for x in compare_kl(own, take_part(round_.bench, before, len(own.kl)))]

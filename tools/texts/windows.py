@@ -56,14 +56,22 @@ class Windows(NamedTuple):
         windows_BT: Tensor = mixed[name] if name in mixed else getattr(self, "calibration" if name == "run" else name)
         return windows_BT
 
-    def list_each(self, split: str, of_each: range) -> list[int]:
+    def count_each(self, split: str) -> int:
+        """How many windows of a split each text has."""
+        return len(self.find_text(split)) // max(len(self.texts), 1)
+
+    def list_each(self, split: str, of_each: Sequence[int]) -> list[int]:
         """The windows of a split that are these of each text."""
-        each = len(self.find_text(split)) // max(len(self.texts), 1)
+        each = self.count_each(split)
         return [text * each + window for text in range(max(len(self.texts), 1)) for window in of_each]
+
+    def list_spread(self, split: str, of_each: int) -> list[int]:
+        """So many windows of each text of a split, as `spread_windows` takes them."""
+        return self.list_each(split, spread_windows(of_each, self.count_each(split)))
 
     def name_each(self, split: str, windows: Sequence[int]) -> list[str]:
         """The text of each of some windows of a split; empty where texts have no names."""
-        each = len(self.find_text(split)) // max(len(self.texts), 1)
+        each = self.count_each(split)
         return [self.texts[window // each] for window in windows] if self.texts else []
 
     def list_shares(self, shares: Mapping[str, float], text: Calibration = "run") -> dict[int, float]:
@@ -74,6 +82,19 @@ class Windows(NamedTuple):
         names = (QUESTIONS, RUN) if text == QUESTIONS else self.texts
         each = len(windows) // len(names)
         return {window: share for window in windows if (share := shares[names[window // each]])}
+
+
+def spread_windows(count: int, total: int) -> list[int]:
+    """So many of a text's `total` windows, in the order of the text: those of a smaller count are among those of a
+    greater one.
+
+    A text is not alike from end to end, and its first windows may be easier than the rest: figures on few windows are
+    near those on all of them only where the few are spread. They are taken by their numbers in binary, read backwards
+    (van der Corput's order): 0, 4, 2, 6, 1, 5, 3, 7 of eight. Half of them are every other one.
+    """
+    digits = (total - 1).bit_length()
+    order = sorted(range(total), key=lambda window: f"{window:0{digits}b}"[::-1])
+    return sorted(order[:count])
 
 
 def find_bos(tokenizer: Any) -> int | None:

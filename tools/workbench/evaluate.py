@@ -32,10 +32,11 @@ class Answered(BaseModel):
 
 Begun = TypeVar("Begun", bound=BaseModel)
 
-PART = "validation-part"
-"""What losses on the first windows of the validation text are kept under."""
+PART = "validation-spread"
+"""What losses on a part of the validation text (`Losses.list_part`) are kept under. Earlier versions, whose parts were
+the first windows, called them otherwise: theirs are not read."""
 
-FIT = "calibration-part"
+FIT = "calibration-spread"
 """The same of the calibration text."""
 
 
@@ -58,7 +59,7 @@ class Evaluator:
         """What was measured lies in `directory`."""
         self._directory, self._model, self._questions, self._weights = directory, model, questions, weights
         self._settings = settings.model_dump_json(exclude=set(TEAM))
-        self._fit_windows = count_fit_windows(settings)
+        self._fit_windows = count_fit_windows(settings) * max(len(settings.text), 1)
         self._profiles, self._pruner, self._losses, self._crew, self._warn = profiles, pruner, losses, crew, warn
         self._calibration_hidden: Tensor | None = None
 
@@ -75,9 +76,9 @@ class Evaluator:
         hidden, part = self._profiles.read_hidden(profile), self._read(checkpoint, PART)
         if part is None:
             return self._measure_once(checkpoint, split, split, every, hidden, label or split, progress)
-        first = self._losses.list_first(len(part.kl))
+        first = self._losses.list_part("validation", len(part.kl))
         rest = [window for window in every if window not in first]
-        name = f"{split}-from-{len(first)}"
+        name = f"{split}-beside-{len(first)}"
         measured = self._measure_once(checkpoint, name, split, rest, hidden[rest], label or split, progress)
         places = [*first, *rest]
         whole = join_windows(part, measured).take([places.index(window) for window in every])
@@ -159,26 +160,26 @@ class Evaluator:
     def evaluate_each(
         self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
     ) -> list[Evaluation]:
-        """Losses of checkpoints on the first `windows` windows of the validation text (`Losses.list_first`), as many
-        checkpoints at once as can be.
+        """Losses of checkpoints on so many windows of the validation text (`Losses.list_part`), as many checkpoints at
+        once as can be.
 
         The weights in the model end as they were. Losses on all of the text are kept, and read back, as by `evaluate`;
         those on a part of it for `evaluate` to go on from.
         """
-        first = self._losses.list_first(windows)
-        whole = len(first) == self._losses.count_windows("validation")
+        part = self._losses.list_part("validation", windows)
+        whole = len(part) == self._losses.count_windows("validation")
         found: dict[str, Evaluation] = {}
         for checkpoint in checkpoints if whole else ():
             if known := self._read(checkpoint, "validation"):
                 found[checkpoint] = known
         missing = [checkpoint for checkpoint in checkpoints if checkpoint not in found]
         with self._weights.put_back():
-            hidden = self._profiles.read_hidden(profile)[first]
-            measured = self._measure_each("validation", missing, first, hidden, label, progress)
+            hidden = self._profiles.read_hidden(profile)[part]
+            measured = self._measure_each("validation", missing, part, hidden, label, progress)
             for checkpoint, evaluation in measured:
                 found[checkpoint] = evaluation
                 known = None if whole else self._read(checkpoint, PART)
-                if known is None or len(known.kl) < len(first):
+                if known is None or len(known.kl) < len(part):
                     self._keep(self._path(checkpoint, "validation" if whole else PART), evaluation.model_dump())
         return [found[checkpoint] for checkpoint in checkpoints]
 
@@ -187,11 +188,11 @@ class Evaluator:
         return self._read(checkpoint, FIT)
 
     def measure_fit(self, checkpoint: str, progress: Progress) -> Evaluation:
-        """Losses of a checkpoint on the first windows of each calibration text (`count_fit_windows`), and keep them.
+        """Losses of a checkpoint on a part of the calibration text (`count_fit_windows` of each), and keep them.
 
         The dense model goes first, for its hidden states are not kept. The weights in the model end as they were.
         """
-        windows = self._losses.list_each("calibration", range(self._fit_windows))
+        windows = self._losses.list_part("calibration", self._fit_windows)
         with self._weights.put_back():
             self._weights.restore_dense()
             _, hidden = self._losses.measure("calibration", windows, None, "calibration, dense", progress)

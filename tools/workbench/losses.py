@@ -57,9 +57,10 @@ class Losses:
         """As `Windows.list_each`."""
         return self._windows.list_each(split, of_each)
 
-    def list_first(self, windows: int) -> list[int]:
-        """The first windows of the validation text, as many of each text, so many in all or, for that, a few more."""
-        return self.list_each("validation", range(-(-windows // max(len(self._windows.texts), 1))))
+    def list_part(self, split: MeasuredText, windows: int) -> list[int]:
+        """Windows that stand for all of a text, as many of each text, so many in all or, for that, a few more; spread
+        over it, and those of a smaller part among those of a greater one (`tools.texts.windows.spread_windows`)."""
+        return self._windows.list_spread(split, -(-windows // max(len(self._windows.texts), 1)))
 
     def _name(self, evaluation: Evaluation, split: MeasuredText, windows: Sequence[int]) -> Evaluation:
         """With the texts that windows are of, and what these count."""

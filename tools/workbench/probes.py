@@ -21,7 +21,7 @@ class Probe(NamedTuple):
     checkpoint: str
     sparsity: float
     losses: Evaluation
-    """On the first windows of the validation text."""
+    """On a part of the validation text (`Losses.list_part`)."""
 
 
 def find_best(probes: Iterable[Probe | None]) -> Probe | None:
@@ -45,14 +45,15 @@ def probe_orders(
     keep: Sequence[str] = (),
     best: Probe | None = None,
 ) -> list[Probe | str]:
-    """Prune by each order as `prune` would, measure it on the first `windows` windows of the validation text, and put
-    the weights of the checkpoint `back` back, bit for bit. In place of losses: why an order could not be carried out.
+    """Prune by each order as `prune` would, measure it on so many windows of the validation text (`Losses.list_part`),
+    and put the weights of the checkpoint `back` back, bit for bit. In place of losses: why one cannot be carried out.
 
     As many are measured at once as can be; each once, then read back. Layers on disk are deleted, so that many probes
     take no more room than those that are measured at once; but for those of `back`, of the checkpoints to `keep`, of
     the best probe of these and the `best` so far, and of those measured last.
     """
-    keys = [_name_probe(bench.read_profile(profile), order, windows) for order in orders]
+    part = bench.losses.list_part("validation", windows)
+    keys = [_name_probe(bench.read_profile(profile), order, part) for order in orders]
     found: dict[int, Probe | str] = {}
     for number, key in enumerate(keys):
         if (known := bench.index.read_measured(key)) is not None:
@@ -87,11 +88,11 @@ def probe_orders(
     return [found[number] for number in range(len(orders))]
 
 
-def _name_probe(profile: "StoredProfile", order: WorkOrder, windows: int) -> list[str]:
+def _name_probe(profile: "StoredProfile", order: WorkOrder, part: Sequence[int]) -> list[str]:
     """What the losses of an order depend on: its layers, by the statistics that they are pruned by, and the text."""
     recipes = {name: layer.recipe.model_dump_json() for name, layer in order.layers.items()}
     shared = set(recipes.values())
     recipe = shared.pop() if len(shared) == 1 else json.dumps(recipes)
     polish = [f"polished on {order.polish}"] if order.polish else []
     taken = [layer.taken for layer in order.layers.values() if layer.taken]
-    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(windows), *polish, *taken]
+    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(part), *polish, *taken]

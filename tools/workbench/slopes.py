@@ -19,7 +19,7 @@ class Moved(NamedTuple):
 
     added: int
     losses: Evaluation
-    """On the first windows of the validation text."""
+    """On a part of the validation text (`Losses.list_part`)."""
 
 
 def move_groups(
@@ -31,7 +31,7 @@ def move_groups(
     progress: "Progress",
 ) -> dict[str, Moved]:
     """Move one group of a checkpoint's layers after another by `STEP`, without a refit (`Pruner.move`), and measure
-    each on the first `windows` windows of the validation text.
+    each on so many windows of the validation text (`Losses.list_part`).
 
     As many at once as can be, each once, then read back. Layers that have their dense weights, as protected ones do,
     and those that have no room stay; a group of none but such is left out. What was made for it is deleted, and the
@@ -73,4 +73,5 @@ def _count_more(bench: "Workbench", names: Sequence[str], present: Mapping[str, 
 def _name_move(bench: "Workbench", profile: str, checkpoint: str, zeros: Mapping[str, int], windows: int) -> list[str]:
     """What the losses hang on."""
     moved = [f"{name} {count}" for name, count in zeros.items()]
-    return ["slopes", bench.read_profile(profile).hidden, checkpoint, str(windows), *moved]
+    part = bench.losses.list_part("validation", windows)
+    return ["slopes", bench.read_profile(profile).hidden, checkpoint, str(part), *moved]

@@ -51,7 +51,7 @@ def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before(
     assert price_drafts([MASK], 0, situate(exact=True), make_budget()) == Price(0, 0)
     assert price_drafts([], 0, situate(exact=True), budget, 300) == Price(300, 3), "slopes"
     order = situate(exact=True).orders.draft(MASK)
-    budget.probed.append(Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}))
+    budget.probed.append(Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, windows=[0]))
     prices = [price_drafts([MASK], tokens, situate(exact=True), budget) for tokens in (64, 128)]
     assert prices == [Price(0, 0), Price(128, 1.28)], "what was probed on as much text is read back"
 

@@ -27,7 +27,7 @@ def test_both_texts_are_measured_and_told_apart(make_round: Callable[..., Round]
     assert same(snapshot(bench), before) and bench.restore(round_.present) == []
     assert booked == admitted == [count_fit(bench.settings)] == [256], "two windows, dense and pruned"
     fitted, judged = figures["calibration"], figures["validation"]
-    (by_hand,) = bench.measure_kl_each([round_.present], [0, 1])
+    (by_hand,) = bench.measure_kl_each([round_.present], [0, 2])
     assert (fitted["tokens"], fitted["kl"]) == (128, pytest.approx(by_hand, rel=1e-3))
     kept = bench.evaluate(round_.present, "validation", round_.profile, ignore)
     assert (judged["tokens"], judged["kl"]) == (192, pytest.approx(kept.mean_kl, rel=1e-3))

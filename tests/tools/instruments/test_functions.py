@@ -20,6 +20,7 @@ from tests.team import make_team
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.functions import MAX_GROUPS, MAX_INSPECTED, Draft, Round, inspect_layers, predict, probe
+from tools.instruments.probed import Probed, find_known
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
@@ -139,7 +140,8 @@ def test_probe_measures_what_a_round_would_and_puts_everything_back(
     assert bench.restore(round_.present) == []
     checkpoint = bench.prune(round_.profile, round_.resolve(REFIT), ignore)
     real = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
-    kl, nll = ([x for x in losses[:windows] if x is not None] for losses in (real.kl, real.nll))
+    part = [0, 2] if windows == 2 else list(range(windows))
+    kl, nll = ([losses[window] for window in part] for losses in (real.kl, real.nll))
     dense = bench.read_profile(round_.profile).dense
     assert figures["tokens"] == 64 * windows
     assert figures["kl"] == pytest.approx(sum(kl) / windows, rel=1e-3)
@@ -149,7 +151,7 @@ def test_probe_measures_what_a_round_would_and_puts_everything_back(
         assert figures["dense_perplexity"] == pytest.approx(dense.perplexity, rel=1e-3)
     assert ("kl_change" in figures) == (accepted is not None)
     if accepted:
-        changes = [t - a for t, a in zip(kl, present.kl, strict=False) if a is not None]
+        changes = [real.kl[window] - present.kl[window] for window in part]
         assert figures["kl_change"] == pytest.approx(sum(changes) / windows, rel=1e-3)
         assert figures["present_kl"] == pytest.approx(figures["kl"] - figures["kl_change"], rel=1e-2)
 
@@ -255,12 +257,30 @@ def test_a_probe_is_kept_for_the_round(make_round: Callable[..., Round], monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
         checkpoint = bench.prune(round_.profile, round_.resolve(REFIT), ignore)
+    bench.evaluator._keep(bench.evaluator._path(checkpoint, "validation-part"), {"nll": [9, 9], "kl": [9, 9]})
     kept = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
     assert measured == [1], "of three windows the probe had two"
+    losses = round_.probed[0].losses
+    assert (losses["kl"], round_.probed[0].windows) == ([kept.kl[0], kept.kl[2]], [0, 2]), "not the first ones"
     for path in (bench.directory / "evaluations").iterdir():
         path.unlink()
     assert bench.evaluate(checkpoint, "validation", round_.profile, ignore) == kept, "to the bit"
     assert [(x.tokens, x.checkpoint == checkpoint) for x in round_.probed] == [(128, True), (128, False)]
+
+
+def test_what_an_earlier_version_probed_keeps_its_place_and_counts_as_not_measured(
+    make_round: Callable[..., Round],
+) -> None:
+    """It measured on the first windows, which are others."""
+    round_ = make_round()
+    probe(round_, [REFIT, WANDA])
+    former = [Probed.model_validate(x.model_dump(exclude={"windows"})) for x in round_.probed]
+    assert [(x.windows, x.tokens, x.line) for x in former] == [([], 0, "")] * 2
+    assert find_known(former, 128) == set()
+    later = replace(round_, probed=former)
+    figures = probe(later, [WANDA, Draft(sparsity=0.2, recipe=WANDA.recipe)])
+    assert [(x["probe"], [*x["kl_minus_probe"]]) for x in figures] == [(2, ["3"]), (3, ["2"])]
+    assert [x.tokens for x in later.probed] == [0, 128, 128]
 
 
 def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> None:

@@ -46,7 +46,7 @@ def test_slopes_are_what_a_group_moved_by_hand_loses(accepted: Draft, make_round
     assert per_model == pytest.approx(slope / share, rel=0.01) and error > 0
     again = measure_slopes(round_)
     assert again == figures
-    now = bench.evaluate(round_.present, "validation", round_.profile, ignore).take([0, 1])
+    now = bench.evaluate(round_.present, "validation", round_.profile, ignore).take([0, 2])
     added = 0
     for name in names:
         layer = bench.by_name[name]
@@ -58,8 +58,8 @@ def test_slopes_are_what_a_group_moved_by_hand_loses(accepted: Draft, make_round
         assert torch.equal(moved.weight_OI[stays_OI], weight_OI[stays_OI]), "none is refitted"
         layer.write(moved.weight_OI)
         added += more
-    hidden = bench.profiles.read_hidden(round_.profile)[[0, 1]]
-    losses, _ = bench.losses.measure("validation", [0, 1], hidden, "", ignore)
+    hidden = bench.profiles.read_hidden(round_.profile)[[0, 2]]
+    losses, _ = bench.losses.measure("validation", [0, 2], hidden, "", ignore)
     change, spread = compare_kl(losses, now)
     points = 100 * added / weights
     assert (slope, error) == pytest.approx((change / points, spread / points), rel=1e-3)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.rows import prose, write_questions, write_rows, write_splits
 from tests.tiny import make_beginning_tokenizer, make_tiny_tokenizer, tiny_settings
 from tools.base.errors import UserError
 from tools.texts.sources import read_documents
-from tools.texts.windows import SPLITS, check_texts, check_windows, cut_windows, find_bos
+from tools.texts.windows import SPLITS, check_texts, check_windows, cut_windows, find_bos, spread_windows
 
 
 def test_one_source_is_cut_into_consecutive_disjoint_parts() -> None:
@@ -52,6 +53,20 @@ def test_windows_begin_with_the_token_that_the_tokenizer_begins_a_text_with(tmp_
     never = cut_windows(settings.model_copy(update={"bos": "never"}), make_beginning_tokenizer())
     assert never.lead == 0
     assert all(torch.equal(ours, text) for ours, text in zip(never[:3], plain[:3], strict=True))
+
+
+def test_parts_of_a_text_are_spread_over_it_and_nested() -> None:
+    assert [spread_windows(count, 8) for count in range(9)] == [
+        *([], [0], [0, 4], [0, 2, 4], [0, 2, 4, 6]),
+        *([0, 1, 2, 4, 6], [0, 1, 2, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], list(range(8))),
+    ]
+    assert spread_windows(2, 3) == [0, 2] and spread_windows(1, 1) == spread_windows(9, 1) == [0]
+    for total in range(2, 70):
+        parts = [spread_windows(count, total) for count in range(1, total + 1)]
+        assert all(set(fewer) < set(more) for fewer, more in pairwise(parts)), "nested"
+        assert parts[-(-total // 2) - 1] == list(range(0, total, 2)), "half of them are every other one"
+        gaps = [max(b - a for a, b in pairwise([*part, total])) for part in parts]
+        assert all(gap < 4 * total / count for count, gap in enumerate(gaps, 1)), "no stretch is passed over"
 
 
 def test_a_tokenizer_is_asked_by_calling_it() -> None:
