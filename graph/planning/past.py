@@ -45,12 +45,14 @@ def count_rounds(note: Note) -> str:
 def describe_probes(probes: Sequence[PastProbe]) -> str:
     """A line for each probe of earlier rounds; empty without any."""
     lines = [_describe_probe(probe) for probe in probes]
-    title = "Probes of earlier rounds (KL; change beside the weights kept then, paired):"
+    title = "Probes of earlier rounds (KL on tokens; paired: change beside the weights kept then, to its round's best):"
     return f"{title}\n{data_block('probes', lines)}" if lines else ""
 
 
 def _describe_probe(probe: PastProbe) -> str:
     error = "" if probe.kl_error is None else f" +- {show_short(probe.kl_error)}"
     change = "" if probe.change is None else f"; {probe.change:+.3g} +- {show_short(probe.change_error)}"
-    plan = quote_data(probe.plan, 120)
-    return f"round {probe.iteration}: {plan}: {show_short(probe.kl)}{error} on {probe.tokens} tokens{change}"
+    behind = f"; {probe.behind:+.3g} +- {show_short(probe.behind_error)} to {probe.best}" if probe.best else ""
+    plan, number = quote_data(probe.plan, 120), f"probe {probe.number}, " if probe.number else ""
+    kl = f"{show_short(probe.kl)}{error} on {probe.tokens}"
+    return f"{number}round {probe.iteration}: {plan}: {kl}{change}{behind}"

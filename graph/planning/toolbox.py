@@ -23,7 +23,7 @@ from graph.runs.session import OpenBench, Session
 from graph.runs.tasks import do_once
 from graph.state import State
 from tools.base.settings import KEPT
-from tools.instruments.probed import PastProbe, Probed
+from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.layer_profile import group_layers
 from tools.plans.paces import Paces, join_paces
 from tools.plans.work_order import WorkOrder
@@ -126,7 +126,8 @@ def note_probes(state: State, budget: TokenBudget) -> list[PastProbe]:
         return state.probes
     from tools.instruments.functions import sum_up_probes  # torch, imported by now
 
-    return [*state.probes, *sum_up_probes(budget.probed, state.iteration)][-MAX_PROBES:]
+    new = sum_up_probes(budget.probed, state.iteration, count_probes(state.probes))
+    return [*state.probes, *new][-MAX_PROBES:]
 
 
 def _weigh(draft: "Draft", situation: Situation) -> Plan:
@@ -175,5 +176,6 @@ def _describe_round(
         list_at_hand=lambda: {number: trial.checkpoint for number, trial in situation.list_at_hand().items()},
         keep=state.kept[: KEPT - 1],  # the best probe takes the room of a trial
         probed=budget.probed,
+        probes_before=count_probes(state.probes),
         groups={selector: [x.name for x in group] for selector, group in group_layers(situation.layers).items()},
     )

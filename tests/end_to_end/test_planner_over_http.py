@@ -231,8 +231,13 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     assert trials[1].kl and trials[2].kl
     assert rows["refit: with *.v_proj x1.5"].change == trials[2].kl / trials[1].kl - 1
     prompts = [prompt["messages"][1]["text"] for prompt in read_events(run, "prompt")]
-    rows = [re.findall(r"^round 3: (45.0% .*): \S+ \+- \S+ on 128 tokens; [+-]\S+ \+- \S+$", p, re.M) for p in prompts]
-    assert rows == [[], [], [], ["45.0% wanda:kappa", "45.0% refit:kappa"]], "probes of earlier rounds"
+    form = re.compile(r"^probe ([12], round 3: 45.0% .*): \S+ \+- \S+ on 128; [+-]\S+ \+- [^\s;]+(.*)$", re.M)
+    found = [form.findall(prompt) for prompt in prompts]
+    assert found[:3] == [[], [], []] and [line for line, _ in found[3]] == [
+        "1, round 3: 45.0% wanda:kappa",
+        "2, round 3: 45.0% refit:kappa",
+    ], "probes of earlier rounds"
+    assert sorted(bool(re.fullmatch(r"; \+\S+ \+- \S+ to [12]", behind)) for _, behind in found[3]) == [False, True]
     with OpenAIServer(play_demo()) as server:
         more = ("--planner-calls", "0", "--no-memory")
         alone = command("--runs-dir", "alone", *flags(tiny_llama, server, behaviour, *FOUR, *more))

@@ -27,13 +27,15 @@ from tools.plans.selectors import select_layers
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
-from tools.workbench.probes import Probe, find_best
+from tools.workbench.probes import Probe, find_best, rank_probe
 from tools.workbench.store import DENSE
 
 MAX_INSPECTED = 24
 """Layers that one look shows one by one."""
 MAX_GROUPS = 48
 """Groups of layers whose shares a prediction names."""
+MOST_DIFFERENCES = 24
+"""Paired differences that each probe is told with, those of every text counted: four have room in one answer."""
 
 Figures = dict[str, Any]
 
@@ -79,6 +81,8 @@ class Round:
     none is, and those of other measurements; raises ValueError when what that takes is not to be had."""
     probed: list[Probed] = field(default_factory=list)
     """What was probed in the round so far; probes add to it."""
+    probes_before: int = 0
+    """Probes of the run's earlier rounds: those of this one are numbered from there on."""
     list_at_hand: Callable[[], Mapping[int, str]] = dict
     """The checkpoints of rounds whose layers are on disk, by their numbers."""
     book: Callable[[int, Sequence[WorkOrder]], None] = lambda tokens, orders: None
@@ -153,11 +157,11 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     its windows, or on the `whole` text. Windows are spread over the text, and fewer are among those of more.
 
     Figures are paired with the dense model's on the same text, with those of the present weights where they are not
-    the dense ones (`present_kl` is theirs on these windows, `kl_change` the draft's minus that, of each named text,
-    too), and with those of the other probes of the round: in
-    `kl_minus_probe` the draft's KL minus each, with its standard error, on the windows that both have. Of a draft that
-    cannot be, or breaks while it is carried out, there is `error` alone. Raises ImpossiblePlan when none can, and
-    ValueError when there are not the tokens or seconds for all that can.
+    the dense ones (`present_kl` is theirs on these windows, `kl_change` the draft's minus that), and with those of the
+    other probes of the round, or the best of them (`MOST_DIFFERENCES`): `kl_minus_probe` is the draft's KL minus each,
+    with its standard error, on the windows that both have. Changes and differences are told of each named text, too. Of
+    a draft that cannot be, or breaks while it is carried out, there is `error` alone. Raises ImpossiblePlan when none
+    can, and ValueError when there are not the tokens or seconds for all that can.
     """
     bench = round_.bench
     windows = count_windows(bench, tokens, whole=whole)
@@ -176,18 +180,18 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
         round_.progress,
         back=round_.present,
         keep=round_.keep,
-        best=find_best(Probe(x.checkpoint, x.sparsity, _read_losses(x)) for x in round_.probed if x.checkpoint),
+        best=find_best(x for x in _list_tried(round_.probed) if x.checkpoint),
     )
     figures: list[Figures] = [{"error": problem} for problem in found]
-    numbers: dict[int, int] = {}
+    places: dict[int, int] = {}
     for (number, order), made in zip(orders.items(), probes, strict=True):
         if isinstance(made, str):
             figures[number] = {"error": made}
         else:
             figures[number] = _describe_probe(round_, order, made.losses, windows)
-            numbers[number] = remember_probe(round_.probed, _note(bench, order, made, figures[number]))
-    for number, own in numbers.items():
-        figures[number] |= _compare_probes(round_.probed, own)
+            places[number] = remember_probe(round_.probed, _note(bench, order, made, figures[number]))
+    for number, place in places.items():
+        _compare_probes(round_, place, figures[number])
     if all("error" in figure for figure in figures):
         raise ImpossiblePlan("; ".join(dict.fromkeys(figure["error"] for figure in figures)))
     return figures
@@ -217,10 +221,13 @@ def _note(bench: Workbench, order: WorkOrder, made: Probe, told: Figures) -> Pro
     )
 
 
-def sum_up_probes(probed: Sequence[Probed], iteration: int) -> list[PastProbe]:
-    """What the probes of a round measured, for later rounds."""
+def sum_up_probes(probed: Sequence[Probed], iteration: int, before: int) -> list[PastProbe]:
+    """What the probes of a round measured, for later rounds; so many there were `before` it."""
+    tried = _list_tried(probed)
+    best = min(range(len(tried)), key=lambda place: rank_probe(tried[place]), default=0)
     return [
         PastProbe(
+            number=number,
             iteration=iteration,
             plan=x.line,
             tokens=x.tokens,
@@ -228,24 +235,60 @@ def sum_up_probes(probed: Sequence[Probed], iteration: int) -> list[PastProbe]:
             kl_error=round_figure(losses.kl_error),
             change=x.change,
             change_error=x.change_error,
+            **_compare_with_best(x, probed[best], before + best + 1),
         )
-        for x in probed
+        for number, x in enumerate(probed, before + 1)
         if x.line
     ]
+
+
+def _compare_with_best(probed: Probed, best: Probed, number: int) -> Figures:
+    """How a probe differs from the best of its round, which has this number; nothing of that one itself."""
+    ours, theirs = _pair(probed, best)
+    if probed is best or not (ours.kl and ours.finite and theirs.finite):
+        return {}
+    change, error = compare_kl(ours, theirs)
+    return {"best": number, "behind": round_figure(change), "behind_error": round_figure(error)}
+
+
+def read_probed(round_: Round, number: int) -> Evaluation:
+    """The losses of the round's probe of this number."""
+    return _read_losses(round_.probed[number - round_.probes_before - 1])
 
 
 def _read_losses(probed: Probed) -> Evaluation:
     return Evaluation.model_validate(probed.losses)
 
 
-def _compare_probes(probed: Sequence[Probed], own: int) -> Figures:
-    """The number of a probe of the round, and its KL minus that of each other one: [mean, standard error], paired."""
-    beside = dict[str, list[float | None]]()
-    for number, other in enumerate(probed, 1):
-        ours, theirs = _pair(probed[own - 1], other)
-        if number != own and ours.kl and ours.finite and theirs.finite:
-            beside[f"{number}"] = [round_figure(figure) for figure in compare_kl(ours, theirs)]
-    return {"probe": own, "kl_minus_probe": beside} if beside else {"probe": own}
+def _compare_probes(round_: Round, own: int, told: Figures) -> None:
+    """Add to what is told of the probe in this place its number, and its KL minus that of others of the round, on each
+    named text, too: [mean, standard error], paired."""
+    first = round_.probes_before + 1
+    told["probe"] = first + own
+    for place in _list_best(round_.probed, own, MOST_DIFFERENCES // (1 + len(told.get("texts", {})))):
+        ours, theirs = _pair(round_.probed[own], round_.probed[place])
+        if not (ours.kl and ours.finite and theirs.finite):
+            continue
+        for whose, losses, others in _list_pairs(told, ours, theirs):
+            beside = whose.setdefault("kl_minus_probe", {})
+            beside[f"{first + place}"] = [round_figure(figure) for figure in compare_kl(losses, others)]
+
+
+def _list_pairs(told: Figures, ours: Evaluation, theirs: Evaluation) -> list[tuple[Figures, Evaluation, Evaluation]]:
+    """(where it is told, the losses of a probe, another's) of all windows that both have, and of those of each text."""
+    texts = [(whose, ours.take_text(name), theirs.take_text(name)) for name, whose in told.get("texts", {}).items()]
+    return [(told, ours, theirs), *texts]
+
+
+def _list_best(probed: Sequence[Probed], own: int, most: int) -> list[int]:
+    """The places of so many probes of a round beside one's own, the best ones, in order."""
+    tried = _list_tried(probed)
+    others = [place for place in range(len(tried)) if place != own]
+    return sorted(sorted(others, key=lambda place: rank_probe(tried[place]))[:most])
+
+
+def _list_tried(probed: Sequence[Probed]) -> list[Probe]:
+    return [Probe(x.checkpoint, x.sparsity, _read_losses(x)) for x in probed]
 
 
 def _pair(one: Probed, other: Probed) -> tuple[Evaluation, Evaluation]:

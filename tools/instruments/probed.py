@@ -36,6 +36,7 @@ class Probed(BaseModel):
 class PastProbe(BaseModel):
     """What a probe of an earlier round measured."""
 
+    number: int = Field(0, description="In the run, from 1; 0 where an earlier version made it.")
     iteration: int
     plan: str = Field(description="In one line.")
     tokens: int
@@ -43,21 +44,29 @@ class PastProbe(BaseModel):
     kl_error: float | None
     change: float | None = Field(description="KL minus that of the weights kept then; null where none were.")
     change_error: float | None
+    best: int = Field(0, description="Number of its round's best probe, where it is another and both are comparable.")
+    behind: float | None = Field(None, description="KL minus that one's, paired.")
+    behind_error: float | None = None
+
+
+def count_probes(past: Sequence[PastProbe]) -> int:
+    """How many probes there were before a round, of which the latest are known: its own are numbered from there on."""
+    return max((probe.number for probe in past), default=0)
 
 
 def remember_probe(round_: list[Probed], probed: Probed) -> int:
-    """Add to the probes of a round, in which an order has one place; its number there, from 1.
+    """Add to the probes of a round, in which an order has one place; that place, from 0.
 
     What was measured on more text stays.
     """
     places = [known.order for known in round_]
     if probed.order not in places:
         round_.append(probed)
-        return len(round_)
+        return len(round_) - 1
     place = places.index(probed.order)
     if probed.tokens > round_[place].tokens:
         round_[place] = probed
-    return place + 1
+    return place
 
 
 def find_known(probed: Sequence[Probed], tokens: int) -> set[str]:

@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.base.errors import ImpossiblePlan, UserError
-from tools.instruments.functions import Draft, Figures, Round, count_windows, probe, round_figure, take_part
+from tools.instruments.functions import (
+    Draft,
+    Figures,
+    Round,
+    count_windows,
+    probe,
+    read_probed,
+    round_figure,
+    take_part,
+)
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.recipe import LEAST_FACTOR, MOST_FACTOR, Adjustment
 
@@ -104,7 +113,7 @@ class _Climb:
             self._ended = str(error)
             return False
         self._found[_key(factors)] = (factors, figures)
-        probed = Evaluation.model_validate(self._round.probed[figures["probe"] - 1].losses)
+        probed = read_probed(self._round, figures["probe"])
         losses = take_part(self._round.bench, probed, self._windows)  # of an earlier probe there may be more
         if losses.finite:
             self._losses[_key(factors)] = losses

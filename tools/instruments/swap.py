@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tools.instruments.functions import Draft, Figures, Round, probe, round_figure, take_part
+from tools.instruments.functions import Draft, Figures, Round, probe, read_probed, round_figure, take_part
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft, refuse_gone
 
@@ -29,8 +29,7 @@ def swap(round_: Round, selectors: Sequence[str], of: int, rest: int, *, whole: 
     for graft, figures in zip(grafts, found, strict=True):
         told: Figures = {name: figures[name] for name in ("error", "probe", "sparsity", "kl") if name in figures}
         if "probe" in figures:
-            own = Evaluation.model_validate(round_.probed[figures["probe"] - 1].losses)
-            told["kl_minus_rest"] = _compare(round_, own, before)
+            told["kl_minus_rest"] = _compare(round_, read_probed(round_, figures["probe"]), before)
         swaps[graft.selector] = told
     return {"tokens": next(x["tokens"] for x in found if "tokens" in x), "swaps": swaps}
 

@@ -26,10 +26,11 @@ class Probe(NamedTuple):
 
 def find_best(probes: Iterable[Probe | None]) -> Probe | None:
     """The one of least KL among those of the greatest sparsity; None where there is none."""
-    return min(filter(None, probes), key=_rank, default=None)
+    return min(filter(None, probes), key=rank_probe, default=None)
 
 
-def _rank(probe: Probe) -> tuple[float, float]:
+def rank_probe(probe: Probe) -> tuple[float, float]:
+    """Less is better: the greatest sparsity, and of these the least KL."""
     kl = probe.losses.mean_kl
     return -round(probe.sparsity, 3), math.inf if kl is None else kl
 

@@ -63,7 +63,9 @@ VALUES: dict[str, Any] = {
     "lessons": [LESSON],
     "notes": [Note(run="r", iteration=1, sparsity=0.3, pattern="", text="clip less", trials=[1])],
     "probes": [
-        PastProbe(iteration=1, plan="30.0% wanda", tokens=64, kl=0.2, kl_error=0.1, change=None, change_error=None)
+        PastProbe(
+            number=1, iteration=1, plan="30.0% wanda", tokens=64, kl=0.2, kl_error=0.1, change=None, change_error=None
+        )
     ],
     "experience": [
         Experience(levers="refit: strength 0.8 for 1", sparsity=0.3, change=-0.02, error=0.01, trials=2, runs=1)

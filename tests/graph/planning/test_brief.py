@@ -35,14 +35,14 @@ from graph.planning.past import describe_experience, describe_notes, describe_pr
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.situation import Situation
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
-from graph.planning.toolbox import MAX_PROBES
+from graph.planning.toolbox import MAX_PROBES, note_probes
 from graph.reflecting.schema import MAX_NOTES, Experience, Lesson, Note
-from graph.state import Trial
+from graph.state import State, Trial
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
 from tests.situations import DENSE, LLAMA_KINDS, draw_layers, make_first_situation
 from tools.instruments.agent_tools import make_planner_tools
 from tools.instruments.functions import Round
-from tools.instruments.probed import PastProbe
+from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.costs import count_polish
 from tools.plans.graft import Graft
 from tools.plans.groups import Group, GroupRecipe
@@ -370,15 +370,33 @@ def test_notes_and_probes_of_earlier_rounds_are_short_lines() -> None:
     figures = {"kl": 0.51234, "kl_error": 0.01, "change": -0.0123, "change_error": 0.004}
     probe = PastProbe(iteration=2, plan="45.0% refit~sequential:kappa", tokens=2048, **figures)
     first = probe.model_copy(update={"kl": None, "kl_error": None, "change": None})
+    probe = probe.model_copy(update={"number": 5, "best": 4, "behind": 0.0213, "behind_error": 0.0031})
     assert describe_probes([first, probe]).split("\n")[1:] == [
         "<data probes>",
-        "round 2: 45.0% refit~sequential:kappa: not finite on 2048 tokens",
-        "round 2: 45.0% refit~sequential:kappa: 0.512 +- 0.01 on 2048 tokens; -0.0123 +- 0.004",
+        "round 2: 45.0% refit~sequential:kappa: not finite on 2048",
+        "probe 5, round 2: 45.0% refit~sequential:kappa: 0.512 +- 0.01 on 2048; -0.0123 +- 0.004; "
+        "+0.0213 +- 0.0031 to 4",
         "</data>",
     ]
-    assert count_tokens(describe_probes([probe] * MAX_PROBES)) < 420
+    assert count_tokens(describe_probes([probe] * MAX_PROBES)) < 530
     assert len(describe_notes([note.model_copy(update={"text": "t" * 900})] * MAX_NOTES)) < 2_100
     assert (describe_notes([]), describe_probes([])) == ("", "")
+
+
+def test_probes_are_numbered_through_the_run_by_what_the_state_has() -> None:
+    losses = {"nll": [3.0], "kl": [0.5]}
+    known = {"sparsity": 0.4, "tokens": 64, "losses": losses, "windows": [0]}
+    state, seen = State(config=RunConfig()), list[list[int]]()
+    for iteration, orders in ((1, "abc"), (2, ""), (3, "abcdefg"), (4, "a")):
+        budget = TokenBudget(state.config, 0, 64)
+        budget.probed += [Probed(order=x, checkpoint="c", line="plan", **known) for x in orders]
+        probes = note_probes(state.model_copy(update={"iteration": iteration}), budget)
+        assert State.model_validate_json(state.model_dump_json()) == state
+        state = state.model_copy(update={"probes": probes})
+        seen.append([probe.number for probe in probes])
+    assert seen == [[1, 2, 3], [1, 2, 3], [3, 4, 5, 6, 7, 8, 9, 10], [4, 5, 6, 7, 8, 9, 10, 11]]
+    former = [probe.model_copy(update={"number": 0}) for probe in state.probes]
+    assert (count_probes(state.probes), count_probes(former), count_probes([])) == (11, 0, 0)
 
 
 def test_a_lesson_says_where_it_was_learnt_and_whether_it_weighs_here() -> None:

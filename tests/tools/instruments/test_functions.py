@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import tools.instruments.functions
 import tools.statistics.pruned
 import tools.workbench.curves
 import tools.workbench.losses
@@ -19,8 +20,21 @@ from tests.situations import ignore, open_orders
 from tests.team import make_team
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
-from tools.instruments.functions import MAX_GROUPS, MAX_INSPECTED, Draft, Round, inspect_layers, predict, probe
+from tools.instruments.functions import (
+    MAX_GROUPS,
+    MAX_INSPECTED,
+    Draft,
+    Round,
+    inspect_layers,
+    predict,
+    probe,
+    read_probed,
+    round_figure,
+    sum_up_probes,
+)
 from tools.instruments.probed import Probed, find_known
+from tools.instruments.search import search
+from tools.measure.losses import compare_kl
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
@@ -174,6 +188,35 @@ def test_a_probe_says_what_changed_on_each_named_text(tmp_path: Path, tiny_llama
     assert figures["kl_change"] == pytest.approx(0.75 * code + 0.25 * prose, abs=1e-4)
 
 
+def test_probes_are_told_apart_on_each_named_text_and_in_later_rounds(
+    tmp_path: Path, tiny_llama: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(tiny_llama, **name_texts(tmp_path / "texts"))
+    with use_workbench(settings, tmp_path / "run", pytest.fail, ignore) as bench:
+        profile = bench.profile(ignore)
+        orders = open_orders(bench, profile, RunConfig(), DENSE)
+        round_ = Round(bench, profile, lambda draft: orders(Plan.model_validate(draft.model_dump())), ignore)
+        figures = [*probe(round_, [REFIT], whole=True), *probe(round_, [WANDA])]
+        monkeypatch.setattr(tools.instruments.functions, "MOST_DIFFERENCES", 3)
+        last = probe(round_, [Draft(sparsity=0.2, recipe=WANDA.recipe)])[0]
+    refit, wanda = (read_probed(round_, number) for number in (1, 2))
+    refit = refit.take([0, 2, 3, 5])  # what the shorter one has
+    for texts, ours, theirs in (
+        (figures[1], wanda, refit),
+        *((figures[1]["texts"][name], wanda.take_text(name), refit.take_text(name)) for name in ("code", "prose")),
+    ):
+        assert texts["kl_minus_probe"] == {"1": [pytest.approx(x, rel=1e-3) for x in compare_kl(ours, theirs)]}
+    assert "kl_minus_probe" not in figures[0]["texts"]["code"], "the first of a round has none beside it"
+    assert [list(x["kl_minus_probe"]) for x in (last, last["texts"]["code"])] == [["1"], ["1"]], "the best alone"
+    past = sum_up_probes(round_.probed, 4, 10)
+    change, error = (round_figure(x) for x in compare_kl(wanda, refit))
+    assert [(x.number, x.best, x.behind, x.behind_error) for x in past[:2]] == [
+        (11, 0, None, None),
+        (12, 11, change, error),
+    ]
+    assert (past[2].number, past[2].best) == (13, 11)
+
+
 def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
     make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +324,20 @@ def test_what_an_earlier_version_probed_keeps_its_place_and_counts_as_not_measur
     figures = probe(later, [WANDA, Draft(sparsity=0.2, recipe=WANDA.recipe)])
     assert [(x["probe"], [*x["kl_minus_probe"]]) for x in figures] == [(2, ["3"]), (3, ["2"])]
     assert [x.tokens for x in later.probed] == [0, 128, 128]
+
+
+def test_probes_are_numbered_from_those_of_earlier_rounds_on(make_round: Callable[..., Round]) -> None:
+    plain, later = make_round(), make_round(probes_before=7)
+    told = [probe(round_, [WANDA, REFIT]) for round_ in (plain, later)]
+    assert [[(x["probe"], [*x["kl_minus_probe"]]) for x in figures] for figures in told] == [
+        [(1, ["2"]), (2, ["1"])],
+        [(8, ["9"]), (9, ["8"])],
+    ]
+    mask = Draft(sparsity=0.4, recipe=Recipe(method="two-sided", refit=False))
+    rows = [search(round_, mask, ["*.o_proj"], 2 * 128)["rows"] for round_ in (plain, later)]
+    assert [[row[4] for row in found] for found in rows] == [[3, 4], [10, 11]]
+    assert [row[:4] for row in rows[0]] == [row[:4] for row in rows[1]]
+    assert read_probed(later, 9) == read_probed(plain, 2) != read_probed(plain, 1)
 
 
 def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> None:
