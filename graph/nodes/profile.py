@@ -23,9 +23,9 @@ from graph.state import State, Trial
 from tools.base.errors import BrokenBaseline, ImpossiblePlan, UserError
 from tools.base.rundir import runs_directory
 from tools.measure.texts import list_texts
-from tools.plans.costs import count_profile
+from tools.plans.costs import count_profile, count_walk
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
-from tools.plans.paces import Paces, join_paces
+from tools.plans.paces import MEASURING, Paces, join_paces, name_measuring_curves
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
@@ -120,6 +120,8 @@ def foresee_seconds(bench: "Workbench", group: Mapping[str, str], config: RunCon
     except (MemoryError, RuntimeError):  # what torch raises; the run itself goes through layers with its own care
         return {}
     session.progress("time a few rows", 1, 1)
+    if (curves := name_measuring_curves(strong)) in foreseen:  # they are of a walk, in which layers are pruned
+        foreseen[curves] += count_walk(config) * bench.paces.get(MEASURING, 0.0)
     return foreseen
 
 

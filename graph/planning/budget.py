@@ -37,8 +37,12 @@ class TokenBudget:
 
     @property
     def expected(self) -> Paces:
-        """Seconds of what was measured, and of what is foreseen where it was not."""
-        return {**self.foreseen, **self.paces}
+        """Seconds of what was measured, and of what is foreseen where it was not: that as many times longer as what
+        was measured took longer than foreseen. What took less may have been read back in part, and shortens nothing."""
+        both = self.foreseen.keys() & self.paces.keys()
+        foreseen, took = (sum(paces[what] for what in both) for paces in (self.foreseen, self.paces))
+        longer = max(took / foreseen, 1.0) if foreseen else 1.0
+        return {what: longer * seconds for what, seconds in self.foreseen.items()} | self.paces
 
     @property
     def left(self) -> float:

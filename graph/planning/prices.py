@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
@@ -18,8 +19,19 @@ from tools.plans.costs import (
     count_profile,
     count_walk,
     count_weights,
+    list_order_costs,
 )
-from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_pruning
+from tools.plans.methods import REFIT_STEPS
+from tools.plans.paces import (
+    MEASURING,
+    Paces,
+    find_longest_curves,
+    name_measuring_curves,
+    name_pruning,
+    name_pruning_by,
+)
+from tools.plans.recipe import Recipe
+from tools.plans.work_order import WorkOrder
 from tools.results.schema import Usage
 
 LEAST_TOLD = 10
@@ -44,17 +56,31 @@ def price_drafts(
     takes to be shared out and pruned, nothing counts twice. Raises ImpossiblePlan.
     """
     costs, paces = dict[str, int](), budget.expected
+    pace = paces.get(MEASURING, 0.0)
     known = find_known(budget.probed, tokens)
     plans = [plan for plan in plans if situation.orders.draft(plan).id not in known]
     measured = len(plans) * tokens + others
-    seconds = measured * paces.get(MEASURING, 0.0)
+    seconds = measured * pace
     for plan in plans:
         order = situation.orders.draft(plan)
         costs |= budget.list_costs(plan, order if tokens else None)
-        seconds += paces.get(name_pruning(order), 0.0) if tokens else 0.0
-    curves = {name_measuring_curves(recipe) for plan in plans for recipe in situation.orders.list_unknown(plan)}
-    seconds += sum(paces.get(name, 0.0) for name in curves)
+        seconds += _expect_pruning(order, budget.config, paces) if tokens else 0.0
+    curves = {name_measuring_curves(recipe): 0.0 for plan in plans for recipe in situation.orders.list_unknown(plan)}
+    walk = count_walk(budget.config) * pace
+    seconds += sum(paces.get(name, walk) for name in curves)
     return Price(measured + budget.count_new(costs), seconds)
+
+
+def _expect_pruning(order: WorkOrder, config: RunConfig, paces: Paces) -> float:
+    """Seconds of carrying an order out. Where none like it was measured or foreseen: those of its dearest method by the
+    dense model's statistics, and what it puts through the model as fast as text is measured on."""
+    if (known := paces.get(name_pruning(order))) is not None:
+        return known
+    dearest = 0.0
+    for recipe in {layer.recipe for layer in order.layers.values() if not order.grafted}:
+        plain = Recipe(method=recipe.method, refit=recipe.refit, statistics="dense", pattern=recipe.pattern)
+        dearest = max(dearest, paces.get(name_pruning_by([plain]), 0.0) * recipe.steps / REFIT_STEPS)
+    return dearest + sum(list_order_costs(order, config).values()) * paces.get(MEASURING, 0.0)
 
 
 def refuse_dear(price: Price, budget: TokenBudget, seconds_left: float) -> None:
@@ -63,12 +89,14 @@ def refuse_dear(price: Price, budget: TokenBudget, seconds_left: float) -> None:
     tokens_left = max(budget.left - budget.trial, 0)
     if price.tokens <= tokens_left and price.seconds <= seconds_left:
         return
-    left = f"{tokens_left:,.0f} tokens are left beside the round's trial" if tokens_left < math.inf else ""
-    time = f"{seconds_left:.0f} s are left" if seconds_left < math.inf else ""
-    raise ValueError(
-        f"not begun: this call takes {price.tokens:,} tokens and {price.seconds:.0f} s or more (as far as is known); "
-        f"{' and '.join(filter(None, [left, time]))}"
-    )
+    takes, left = list[str](), list[str]()
+    if tokens_left < math.inf:
+        takes.append(f"{price.tokens:,} tokens")
+        left.append(f"{tokens_left:,.0f} tokens are left beside the round's trial")
+    if seconds_left < math.inf:
+        takes.append(f"{price.seconds:.0f} s or more (as far as is known)")
+        left.append(f"{seconds_left:.0f} s are left")
+    raise ValueError(f"not begun: this call takes {' and '.join(takes)}; {' and '.join(left)}")
 
 
 def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
@@ -114,29 +142,45 @@ def describe_spending(config: RunConfig, seconds: float, usage: Usage) -> str:
 
 def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
     """What each instrument takes, slopes of so many groups among them, and how long parts of it took; the same for all
-    calls of a round."""
-    every, half = config.validation_tokens, config.half_tokens
+    calls of a round. In tokens where these are limited, and in seconds."""
+    half, paces = config.half_tokens, budget.expected
+    show = partial(_show_price, limited=budget.left < math.inf, pace=paces.get(MEASURING))
+    in_order = [f"{kind} {show(count_in_order([kind], config))}" for kind in ("sequential", "stages")]
     lines = [
-        f"Prices in tokens: probe {half:,} for each plan on half of the validation text, {every:,} on all of it, and "
-        "what its recipe takes",
-        f"predict 0, or {count_walk(config):,} where curves are not known",
-        f"slopes {groups * half:,} on half of the text",
-        f"swap {half:,} for each selector",
+        f"Prices: probe {show(half)} for each plan on half of the validation text, {show(config.validation_tokens)} on "
+        "all of it, and what its recipe takes",
+        *([] if budget.left < math.inf else [f"statistics {', '.join(in_order)} more"]),  # told in tokens elsewhere
+        f"predict 0, or {show(count_walk(config), find_longest_curves(paces))} where curves are not known",
+        f"slopes {show(groups * half)} on half of the text",
+        f"swap {show(half)} for each selector",
         "search what its probes take",
-        f"fit {count_fit(config):,}",
+        f"fit {show(count_fit(config))}",
         "all others 0",
     ]
-    measured = _describe_paces(budget.paces, half) or f"nothing took {LEAST_TOLD} yet"
-    untried = {what: seconds for what, seconds in budget.foreseen.items() if what not in budget.paces}
-    foreseen = _describe_paces(untried, half)
+    measured = _describe_paces(budget.paces) or f"nothing took {LEAST_TOLD} yet"
+    foreseen = _describe_paces({what: seconds for what, seconds in paces.items() if what not in budget.paces})
     return f"{'; '.join(lines)}. Seconds, the most so far: {measured}{foreseen and f'; foreseen: {foreseen}'}."
 
 
-def _describe_paces(paces: Paces, half: int) -> str:
-    """One digit of tens of seconds and more: a machine that is a little slower is told of, and plans, the same."""
-    shown = {what: seconds for what, seconds in paces.items() if what != MEASURING}
-    if MEASURING in paces:
-        shown["measuring half of the text"] = half * paces[MEASURING]
+def _show_price(tokens: int, seconds: float = 0.0, *, limited: bool, pace: float | None) -> str:
+    """`1,152 tokens (30 s)`: tokens where they are limited, or nobody knows how long one takes; seconds from
+    `LEAST_TOLD` up, or where they are all that is limited."""
+    seconds = max(seconds, tokens * (pace or 0.0))
+    time = f"{_round_seconds(seconds):g} s" if seconds >= LEAST_TOLD else ""
+    if limited or pace is None:
+        return f"{tokens:,} tokens{time and f' ({time})'}"
+    return time or f"under {LEAST_TOLD} s"
+
+
+def _describe_paces(paces: Paces) -> str:
+    """Of what took, or takes, so long; measuring is told with its prices."""
     return ", ".join(
-        f"{what} {float(f'{seconds:.0e}'):g}" for what, seconds in sorted(shown.items()) if seconds >= LEAST_TOLD
+        f"{what} {_round_seconds(seconds):g}"
+        for what, seconds in sorted(paces.items())
+        if what != MEASURING and seconds >= LEAST_TOLD
     )
+
+
+def _round_seconds(seconds: float) -> float:
+    """One digit of tens of seconds and more: a machine that is a little slower is told of, and plans, the same."""
+    return float(f"{seconds:.0e}")

@@ -280,7 +280,7 @@ def test_a_probe_becomes_the_rounds_trial_and_one_too_dear_is_not_begun(
         json.loads(second["answer"])["error"],
     )
     told = server.requests[0].messages[1]["content"]
-    assert "Prices in tokens: probe 128 for each plan on half of the validation text, 192 on all of it" in told
+    assert "Prices: probe 128 tokens for each plan on half of the validation text, 192 tokens on all of it" in told
     assert '"tokens_left": 700' in told
     state = read_state(run)
     assert (state.trials[0].tokens, state.evaluated_tokens) == (192, 2 * 128 + 64), "a third of it was left to measure"

@@ -32,6 +32,11 @@ def name_measuring_curves(recipe: Recipe) -> str:
     return f"measuring {name_curves(recipe)}"
 
 
+def find_longest_curves(paces: Paces) -> float:
+    """Seconds of the curves that take longest, of those known; 0 where none are."""
+    return max((seconds for what, seconds in paces.items() if what.startswith("measuring curves of ")), default=0.0)
+
+
 @contextmanager
 def time_work(paces: Paces, what: str, amount: int = 1) -> Iterator[None]:
     """Note how long each of so many units of work takes inside; of work that breaks nothing is noted."""

@@ -12,7 +12,7 @@ from tools.base.progress import ignore_progress
 from tools.estimate import foreseen
 from tools.plans.paces import Paces
 
-BENCH: Any = SimpleNamespace(layers=[], device=torch.device("cpu"))
+BENCH: Any = SimpleNamespace(layers=[], device=torch.device("cpu"), paces={"measuring a token": 0.5})
 SESSION: Any = SimpleNamespace(progress=ignore_progress)
 
 
@@ -23,6 +23,10 @@ def foresee(**config: Any) -> Paces:
 def test_it_is_foreseen_for_planners_that_may_call_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreseen, "foresee_paces", lambda *_: {"pruning by refit": 1.0})
     assert foresee(planner="openai:x") == {"pruning by refit": 1.0}
+    monkeypatch.setattr(foreseen, "foresee_paces", lambda *_: {"measuring curves of refit": 3.0})
+    walked = 4 * 2 * 64 * 0.5
+    few = foresee(planner="openai:x", gradient_windows=2, window=64)
+    assert few == {"measuring curves of refit": 3.0 + walked}, "the text passes forward three times, and once backward"
     assert foresee() == foresee(planner="openai:x", planner_calls=0) == foresee(planner="openai:x", workers="2") == {}
 
 

@@ -65,8 +65,10 @@ def test_what_is_beyond_what_is_left_is_refused_with_its_price() -> None:
         "not begun: this call takes 745 tokens and 9 s or more (as far as is known); 744 tokens are left beside the "
         "round's trial and 60 s are left"
     )
-    with pytest.raises(ValueError, match=r"takes 10 tokens and 90 s or more \(as far as is known\); 60 s are left$"):
+    with pytest.raises(ValueError, match=r"this call takes 90 s or more \(as far as is known\); 60 s are left$"):
         refuse_dear(Price(10, 90), make_budget(), 60)
+    with pytest.raises(ValueError, match=r"takes 745 tokens; 744 tokens are left beside the round's trial$"):
+        refuse_dear(Price(745, 90), budget, math.inf)
     refuse_dear(Price(10**9, 1e9), make_budget(), math.inf)
 
 
@@ -77,9 +79,26 @@ def test_what_is_foreseen_counts_until_it_is_measured() -> None:
     assert price_drafts([MASK, WALKED], 128, situate(exact=True), budget).seconds == 2.56 + 40 + 7
     told = "Seconds, the most so far: nothing took 10 yet; foreseen: pruning by wanda~dense 40."
     assert describe_prices(CONFIG, budget, 9).endswith(told)
+    budget.paces["pruning by refit~sequential"] = 180.0
+    assert price_drafts([MASK], 128, situate(exact=True), budget).seconds == 1.28 + 80, "what came took twice as long"
+    told = "Seconds, the most so far: pruning by refit~sequential 200; foreseen: pruning by wanda~dense 80."
+    assert describe_prices(CONFIG, budget, 9).endswith(told)
+    budget.paces["pruning by refit~sequential"] = 9.0
     budget.paces["pruning by wanda~dense"] = 20.0
     assert price_drafts([MASK], 128, situate(exact=True), budget).seconds == 1.28 + 20
     assert describe_prices(CONFIG, budget, 9).endswith("Seconds, the most so far: pruning by wanda~dense 20.")
+
+
+def test_work_of_a_kind_that_nobody_knows_is_priced_by_what_is_known_of_its_method_and_its_walks() -> None:
+    known = {"measuring a token": 0.01, "pruning by refit": 20.0, "pruning by wanda~dense": 5.0}
+    budget = make_budget(foreseen=known)
+    stages, walk = Plan(sparsity=0.4, recipe=parse_recipe("refit10~damped0.2~stages:kappa-mask")), 5 * 4 * 64
+    assert price_drafts([stages], 128, situate(exact=True), budget).seconds == pytest.approx(1.28 + 40 + 0.01 * walk)
+    assert price_drafts([stages], 0, situate(exact=True), budget).seconds == 0, "a prediction prunes nothing"
+    curves = price_drafts([WALKED], 0, situate(exact=False), budget)
+    assert curves.seconds == pytest.approx(0.01 * count_walk(CONFIG)), "a plan's own curves count, before any were made"
+    budget.paces["pruning by refit10~damped0.2~stages"] = 90.0
+    assert price_drafts([stages], 128, situate(exact=True), budget).seconds == pytest.approx(1.28 + 90)
 
 
 def test_the_longest_time_counts_and_none_of_what_breaks() -> None:
@@ -104,17 +123,24 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     assert describe_spending(CONFIG, 600.4, usage) == ""
     slow = PACES | {"measuring a token": 0.1, "pruning by refit~sequential": 71.0}
     prices = describe_prices(CONFIG, make_budget(paces=slow), 9)
-    assert prices.startswith(
-        "Prices in tokens: probe 128 for each plan on half of the validation text, 256 on all of it, and what its "
-        "recipe takes; predict 0, or 512 where curves are not known; slopes 1,152 on half of the text; swap 128 "
-        "for each selector; search what its probes take; fit 256; all others 0. "
-    )
-    assert prices.endswith(
-        " Seconds, the most so far: measuring half of the text 10, pruning by refit~sequential 70."
+    assert prices == (
+        "Prices: probe 10 s for each plan on half of the validation text, 30 s on all of it, and what its recipe "
+        "takes; statistics sequential 50 s, stages 100 s more; predict 0, or 50 s where curves are not known; slopes "
+        "100 s on half of the text; swap 10 s for each selector; search what its probes take; fit 30 s; all others 0."
+        " Seconds, the most so far: pruning by refit~sequential 70."
     ), "3.0 s of curves are not worth a word"
+    slow["measuring curves of refit"] = 310.0
+    assert "; predict 0, or 300 s where" in describe_prices(CONFIG, make_budget(paces=slow), 9)
+    assert describe_prices(CONFIG, make_budget(1000, paces=slow | {"measuring a token": 0.05}), 9) == (
+        "Prices: probe 128 tokens for each plan on half of the validation text, 256 tokens (10 s) on all of it, and "
+        "what its recipe takes; predict 0, or 512 tokens (300 s) where curves are not known; slopes 1,152 tokens (60 "
+        "s) on half of the text; swap 128 tokens for each selector; search what its probes take; fit 256 tokens (10 "
+        "s); all others 0. Seconds, the most so far: measuring curves of refit 300, pruning by refit~sequential 70."
+    ), "tokens, where they are limited, and seconds"
+    assert describe_prices(CONFIG, make_budget(), 9).startswith("Prices: probe 128 tokens for"), "a pace nobody knows"
+    assert describe_prices(CONFIG, make_budget(paces=PACES), 9).startswith("Prices: probe under 10 s for each plan")
     for few in ({}, PACES):
         assert describe_prices(CONFIG, make_budget(paces=few), 9).endswith("so far: nothing took 10 yet.")
-    left_now = {"tokens_left": 744.0}
     left_now = {"tokens_left": 744.0}
     toolbox = Toolbox(lambda: nullcontext([]), calls=3, seconds=9, prices=prices, list_left=lambda: left_now)
     said = planner_messages(situation, toolbox)[1].text
