@@ -13,6 +13,12 @@ def quote_data(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def quote_words(text: str, limit: int) -> str:
+    """As `quote_data`; what is too long ends behind a whole word."""
+    quoted = quote_data(text, limit)
+    return f"{quoted[:-1].rsplit(' ', 1)[0]}…" if len(quoted) == limit and quoted.endswith("…") else quoted
+
+
 def data_block(name: str, lines: Iterable[str]) -> str:
     """Quoted lines between the marks that the instructions explain."""
     return "\n".join((f"<data {name}>", *lines, "</data>"))

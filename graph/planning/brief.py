@@ -17,10 +17,10 @@ from graph.config import RunConfig, read_prompt
 from graph.goals.schema import count_allowed
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
 from graph.llm.metering import UNMETERED, Meter
-from graph.llm.quoting import data_block, quote_data
+from graph.llm.quoting import data_block, quote_data, quote_words
 from graph.llm.toolbox import Toolbox, do_now
 from graph.planning.past import describe_experience, describe_notes, describe_probes
-from graph.planning.plan import Plan, drop_schema, find_schema
+from graph.planning.plan import MOST_HYPOTHESIS, Plan, drop_schema, find_schema
 from graph.planning.prices import describe_costs, describe_spending
 from graph.planning.situation import Situation
 from graph.planning.table import describe_groups, describe_layers, describe_present
@@ -36,6 +36,10 @@ from tools.plans.recipe import Recipe
 
 MAX_TRIALS = 12
 MAX_LESSONS = 12
+LATEST = 2
+"""Trials whose hypotheses are told whole."""
+EARLIER = 160
+"""Characters of the hypotheses of those before them."""
 
 
 def plan_with_chat(
@@ -113,7 +117,7 @@ def tell_schema(plans: type[Plan]) -> str:
     schema = plans.model_json_schema()
     parts = schema["$defs"]
     own = parts["GroupRecipe"]["properties"].items()
-    parts["GroupRecipe"]["properties"] = {n: field for n, field in own if n not in parts["Recipe"]["properties"]}
+    parts["GroupRecipe"]["properties"] = {n: {} if n in parts["Recipe"]["properties"] else field for n, field in own}
     return json.dumps(_shorten_schema(schema), separators=(",", ":"), ensure_ascii=False)
 
 
@@ -180,7 +184,7 @@ def _describe_bounds(situation: Situation) -> str:
     text = (
         f"Bounds: target sparsity {config.target_sparsity:g}. No layer above {config.max_layer_sparsity:g}. "
         f"Round {situation.iteration} of at most {_count_rounds(situation)}. Perplexity limit of this round: {limit} "
-        f"(1 + {config.tau:g} times that of the last accepted weights)."
+        f"({1 + config.tau:g} times that of the last accepted weights)."
     ) + describe_shares(config, situation.texts_left)
     text += describe_bounds(config, situation.dense)
     text += describe_costs(config, situation.budget) + describe_spending(config, situation.seconds, situation.usage)
@@ -204,13 +208,15 @@ def _describe_trials(situation: Situation) -> str:
     left_out = len(situation.trials) - MAX_TRIALS
     if left_out > 0:
         lines.append(f"({left_out} earlier trials left out)")
-    lines += [_describe_trial(trial) for trial in situation.trials[-MAX_TRIALS:]]
+    shown = situation.trials[-MAX_TRIALS:]
+    lines += [_describe_trial(trial, hypothesis=EARLIER) for trial in shown[:-LATEST]]
+    lines += [_describe_trial(trial) for trial in shown[-LATEST:]]
     at_hand = ", ".join(map(str, sorted(situation.list_at_hand())))
     rounds = f"\nRounds at hand for `graft`: {at_hand}." if "," in at_hand else ""
     return "Trials so far, on the validation text:\n" + data_block("trials", lines) + rounds
 
 
-def _describe_trial(trial: Trial, limit: int = 160) -> str:
+def _describe_trial(trial: Trial, limit: int = 160, hypothesis: int = MOST_HYPOTHESIS) -> str:
     plan = re.sub(r"^[\d.]+% ", "", quote_data(trial.plan, limit))  # a percentage would set a bad example
     if trial.verdict == "refuse":
         reason = quote_data(trial.reason, limit)
@@ -224,7 +230,7 @@ def _describe_trial(trial: Trial, limit: int = 160) -> str:
         f"KL {show_short(trial.kl)}{error}, predicted {show_short(trial.predicted_kl)}{_describe_hope(trial)}"
         f"{describe_texts(trial)}"
         f"{describe_facts(trial)}; {trial.verdict}: {quote_data(trial.reason, limit)}"
-        f"{f'; expected: {quote_data(trial.hypothesis, 2 * limit)}' if trial.hypothesis else ''}"
+        f"{f'; expected: {quote_words(trial.hypothesis, hypothesis)}' if trial.hypothesis else ''}"
     )
 
 

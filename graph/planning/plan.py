@@ -19,6 +19,10 @@ WORDS = {"hypothesis", "reason"}
 """What a plan says for people and agents, and what is done hangs on nothing of it."""
 
 
+MOST_HYPOTHESIS = 1000
+"""Characters of a plan's hypothesis."""
+
+
 class PlannedText(NewText):
     """A text that the dense model writes for a plan."""
 
@@ -36,7 +40,7 @@ class Plan(BaseModel):
 
     hypothesis: str = Field(
         "",
-        max_length=1000,
+        max_length=MOST_HYPOTHESIS,
         exclude_if=operator.not_,  # plans of earlier versions are written as they were
         description="First of all: what you expect of this round, in figures, and what would prove you wrong.",
     )

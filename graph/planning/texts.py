@@ -19,7 +19,7 @@ def describe_bounds(config: RunConfig, dense: Trial) -> str:
     """How far the perplexity of a text may rise, in figures that rounds are compared with."""
     known = {text.name: text.perplexity for text in dense.texts if text.perplexity is not None}
     told = [
-        f"{name} {show_short((1 + rise) * known[name])} (1 + {rise:g} times the dense {show_short(known[name])})"
+        f"{name} {show_short((1 + rise) * known[name])} ({1 + rise:g} times the dense {show_short(known[name])})"
         for name, rise in config.text_bounds.items()
         if name in known
     ]

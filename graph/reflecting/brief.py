@@ -14,7 +14,7 @@ from graph.llm.toolbox import do_now
 from graph.planning.brief import describe_facts
 from graph.planning.orders import group_kl
 from graph.planning.past import describe_notes
-from graph.planning.plan import Plan
+from graph.planning.plan import MOST_HYPOTHESIS, Plan
 from graph.planning.texts import describe_texts
 from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import Evidence
@@ -111,7 +111,7 @@ def _describe_groups(evidence: Evidence) -> str:
 def _describe_plan(plan: Plan, trial: Trial) -> str:
     lines = [f"plan: {quote_data(trial.plan, 300)}", f"reason: {quote_data(plan.reason, 500) or 'none given'}"]
     if plan.hypothesis:
-        lines.append(f"expected: {quote_data(plan.hypothesis, 500)}")
+        lines.append(f"expected: {quote_data(plan.hypothesis, MOST_HYPOTHESIS)}")
     lines += [f"group: {quote_data(describe_group(group, plan.recipe), 160)}" for group in plan.groups]
     if plan.expression:
         lines.append(f"every layer's KL curve counted {quote_data(plan.expression, 200)} times")

@@ -40,7 +40,7 @@ def _leave_out(least: int | None = None, most: int | None = None) -> Any:
 
 
 class GroupRecipe(BaseModel):
-    """Of method, refit_steps, refit, gamma, tokens, damping, statistics what differs; as in `recipe`."""
+    """What differs; each is told in `recipe`, and is as there where it is left out."""
 
     # How sparsity is shared out over all layers, and a polish of all, are the plan's.
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_tell_briefly)

@@ -16,7 +16,7 @@ from graph.config import RunConfig, read_prompt
 from graph.llm.ask import CallRecord
 from graph.llm.ladder import AgentError
 from graph.llm.models import open_model
-from graph.llm.quoting import quote_data
+from graph.llm.quoting import quote_data, quote_words
 from graph.llm.toolbox import Toolbox
 from graph.memory.experience import ROWS
 from graph.planning.brief import (
@@ -277,7 +277,10 @@ def test_tools_are_described_where_they_are_offered() -> None:
 def test_every_lever_says_in_the_schema_what_it_does() -> None:
     schema = Plan.model_json_schema()
     again = schema["$defs"].pop("GroupRecipe")
-    assert all(name in again["description"] for name in again["properties"] if name != "pattern")
+    for plans, left in ((Plan, {"mix"}), (find_schema(0, ("code", "prose"), weighs=False), {"tokens"})):
+        briefly = json.loads(tell_schema(plans))["$defs"]["GroupRecipe"]["properties"]
+        assert briefly.keys() == GroupRecipe.model_fields.keys() - left
+        assert [name for name, told in briefly.items() if told] == ["pattern"], "the recipe tells of all others"
     fields = [
         *schema["properties"].values(),
         *(f for part in schema["$defs"].values() for f in part["properties"].values()),
@@ -423,7 +426,7 @@ def test_bounds_and_trials() -> None:
     text = shown(make_first_situation(config=config, accepted=KEPT, trials=[KEPT, lost], iteration=3))
     assert (
         "Bounds: target sparsity 0.45. No layer above 0.8. Round 3 of at most 8. Perplexity limit of this round: 24.2 "
-        "(1 + 0.1 times that of the last accepted weights). Never touched, whatever you plan:\n"
+        "(1.1 times that of the last accepted weights). Never touched, whatever you plan:\n"
         "<data protected>\n*.v_proj\nblocks 0-1\n</data>\n" in text
     )
     assert (
@@ -438,9 +441,9 @@ def test_bounds_and_trials() -> None:
 
 
 def test_limit_before_anything_was_accepted() -> None:
-    assert "Perplexity limit of this round: 23 (1 + 0.15" in shown(make_first_situation())
+    assert "Perplexity limit of this round: 23 (1.15 times" in shown(make_first_situation())
     unknown = DENSE.model_copy(update={"perplexity": None})
-    assert "Perplexity limit of this round: unknown (1 + 0.15" in shown(make_first_situation(dense=unknown))
+    assert "Perplexity limit of this round: unknown (1.15 times" in shown(make_first_situation(dense=unknown))
 
 
 def test_what_is_left_to_prune() -> None:
@@ -481,6 +484,17 @@ def test_long_histories_are_cut_aloud() -> None:
     assert text.count("\nround ") == 12
     assert text.count("cost 1.5 times what was predicted.") == 12
     assert len(text) < 12_000
+
+
+def test_hypotheses_of_the_latest_trials_come_back_whole_and_earlier_ones_end_with_a_word() -> None:
+    said = "KL falls by 0.012, " * 52
+    assert 900 < len(said) < 1000
+    trials = [KEPT.model_copy(update={"iteration": i, "hypothesis": said}) for i in (1, 2, 3)]
+    text = shown(make_first_situation(trials=trials))
+    told = re.findall(r"; expected: (.*)$", text, re.M)
+    assert told == ["KL falls by 0.012, " * 8 + "KL…", said.strip(), said.strip()]
+    assert recount_trial(trials[0]).count("KL falls") == 52
+    assert [quote_words(x, 5) for x in ("abcde", "ab cd", "ab cde", "abcdef")] == ["abcde", "ab cd", "ab…", "abcd…"]
 
 
 # Data stays data

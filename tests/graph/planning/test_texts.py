@@ -38,8 +38,7 @@ def test_a_planner_is_told_of_bounds_in_perplexities_and_of_the_goal_in_its_word
     bound = NAMED.model_copy(update={"text_bounds": {"code": 0.25}, "goal": "Code must\nstay."})
     told = str(planner_messages(replace(make_situation(), config=bound, dense=dense))[1].content)
     assert (
-        " Whatever that allows, a round is rolled back above a perplexity on code 5 (1 + 0.25 times the dense 4)."
-        in told
+        " Whatever that allows, a round is rolled back above a perplexity on code 5 (1.25 times the dense 4)." in told
     )
     assert " The goal that they stand for:\n<data goal>\nCode must stay.\n</data>" in told
     assert "dense: perplexity 11 (code 4, prose 9)\n" in told
