@@ -121,13 +121,16 @@ def open_toolbox(
 
 
 def note_probes(state: State, budget: TokenBudget) -> list[PastProbe]:
-    """The latest probes, those of this round among them, for the rounds to come."""
+    """The latest probes, those of this round among them, for the rounds to come, and the best ones that these are
+    compared with."""
     if not budget.probed:
         return state.probes
     from tools.instruments.functions import sum_up_probes  # torch, imported by now
 
     new = sum_up_probes(budget.probed, state.iteration, count_probes(state.probes))
-    return [*state.probes, *new][-MAX_PROBES:]
+    earlier, latest = [*state.probes, *new][:-MAX_PROBES], [*state.probes, *new][-MAX_PROBES:]
+    told = {probe.best for probe in latest} - {0}
+    return [*(probe for probe in earlier if probe.number in told), *latest]
 
 
 def _weigh(draft: "Draft", situation: Situation) -> Plan:

@@ -387,19 +387,21 @@ def test_notes_and_probes_of_earlier_rounds_are_short_lines() -> None:
 
 
 def test_probes_are_numbered_through_the_run_by_what_the_state_has() -> None:
-    losses = {"nll": [3.0], "kl": [0.5]}
-    known = {"sparsity": 0.4, "tokens": 64, "losses": losses, "windows": [0]}
+    known = {"sparsity": 0.4, "tokens": 64, "windows": [0]}
     state, seen = State(config=RunConfig()), list[list[int]]()
-    for iteration, orders in ((1, "abc"), (2, ""), (3, "abcdefg"), (4, "a")):
+    for iteration, orders in ((1, "abc"), (2, ""), (3, "abcdefg"), (4, "abc")):
         budget = TokenBudget(state.config, 0, 64)
-        budget.probed += [Probed(order=x, checkpoint="c", line="plan", **known) for x in orders]
+        for x in orders:  # the earlier in the alphabet, the better
+            losses = {"nll": [3.0], "kl": [0.01 * ord(x)]}
+            budget.probed.append(Probed(order=x, checkpoint="c", line="plan", losses=losses, **known))
         probes = note_probes(state.model_copy(update={"iteration": iteration}), budget)
         assert State.model_validate_json(state.model_dump_json()) == state
         state = state.model_copy(update={"probes": probes})
         seen.append([probe.number for probe in probes])
-    assert seen == [[1, 2, 3], [1, 2, 3], [3, 4, 5, 6, 7, 8, 9, 10], [4, 5, 6, 7, 8, 9, 10, 11]]
+    assert seen == [[1, 2, 3], [1, 2, 3], [1, *range(3, 11)], [4, *range(6, 14)]], "and the best that they stand with"
+    assert [probe.best for probe in state.probes] == [0, 4, 4, 4, 4, 4, 0, 11, 11]
     former = [probe.model_copy(update={"number": 0}) for probe in state.probes]
-    assert (count_probes(state.probes), count_probes(former), count_probes([])) == (11, 0, 0)
+    assert (count_probes(state.probes), count_probes(former), count_probes([])) == (13, 0, 0)
 
 
 def test_a_lesson_says_where_it_was_learnt_and_whether_it_weighs_here() -> None:
