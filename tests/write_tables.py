@@ -8,7 +8,7 @@ from tools.base.settings import TEXT_FORMS
 from tools.measure.own_tasks import find_own_tasks
 from tools.plans.methods import METHODS
 from tools.plans.registry import Choice, list_choices
-from tools.plans.rules import ALLOCATIONS
+from tools.plans.rules import ALLOCATIONS, WAYS_OF_PARTS
 from tools.texts.sources import SOURCES
 
 PAGE = Path(__file__).resolve().parents[1] / "tools" / "README.md"
@@ -26,6 +26,7 @@ def list_tables() -> dict[str, list[Choice]]:
     return {
         "METHOD": [*METHODS.values()],
         "ALLOCATION": [*ALLOCATIONS.values()],
+        "STRUCTURED": [*WAYS_OF_PARTS.values()],
         "TEXT": [Entry(form, source.sentence) for form, source in zip(TEXT_FORMS, SOURCES.values(), strict=True)],
         "TASK of ours": [Entry(name, task.sentence) for name, task in find_own_tasks().items()],
     }

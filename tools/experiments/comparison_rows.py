@@ -4,6 +4,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import ImpossiblePlan, UserError
+from tools.experiments.structured_rows import take_parts
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish, count_walk
 from tools.plans.evolve import EffortName
@@ -121,9 +122,8 @@ def _make_structured_row(
     if bench.windows.texts:
         raise ImpossiblePlan("structured rows read the calibration text alike; leave named texts out")
     bench.restore(DENSE)
-    make = _rank_parts if recipe.ranked else _cut_parts
     try:
-        made = make(recipe, job.sparsity, bench, progress)
+        made = take_parts(recipe, job.sparsity, bench, progress)
     except UserError as error:
         raise ImpossiblePlan(str(error)) from error
     model, facts = made.model, None
@@ -143,44 +143,6 @@ def _make_structured_row(
         evaluated_tokens=made.tokens,
     )
     return MadeRow(row, model)
-
-
-class _Made(NamedTuple):
-    """A model that parts are gone of."""
-
-    model: Any
-    removed: float
-    """Share of the weights of the blocks' linear layers."""
-    tokens: int
-    """Put through models cut on trial."""
-    seconds: float
-
-
-def _cut_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> _Made:
-    """As `tools.structure` does it. Raises UserError."""
-    from tools.surgery.choose import choose_cut  # imports torch
-    from tools.surgery.parts import count_weights, without_fits
-    from tools.surgery.rebuild import build_cut, check_cut
-
-    began, dense = time.monotonic(), bench.model
-    calibration, lead = bench.windows.calibration.to(bench.device), bench.windows.lead
-    choice = choose_cut(dense, recipe.parts, sparsity, calibration, progress, refit=recipe.refit, lead=lead)
-    model = build_cut(dense, choice.cut)
-    seconds = time.monotonic() - began
-    check_cut(dense, choice.cut, build_cut(dense, without_fits(choice.cut)), calibration[0])
-    return _Made(model, 1 - count_weights(model) / count_weights(dense), choice.tokens, seconds)
-
-
-def _rank_parts(_recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> _Made:
-    """FLAP. Raises UserError."""
-    from tools.surgery.flap import build_narrowed, check_narrowed, rank_units  # imports torch
-
-    began, calibration = time.monotonic(), bench.windows.calibration.to(bench.device)
-    ranking = rank_units(bench.model, sparsity, calibration, progress)
-    model = build_narrowed(bench.model, ranking.narrowed)
-    seconds = time.monotonic() - began
-    check_narrowed(bench.model, ranking.narrowed, calibration[0])
-    return _Made(model, ranking.removed, 0, seconds)
 
 
 def _fill_row(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from tools.base.errors import UserError
 from tools.plans.methods import METHODS
 from tools.plans.recipe import Recipe, parse_pattern, parse_recipe
-from tools.plans.rules import ALLOCATIONS, UNIFORM, Kind, name_allocations
+from tools.plans.rules import ALLOCATIONS, UNIFORM, WAYS_OF_PARTS, Kind, name_allocations
 
 
 def _list_all_methods() -> list[str]:
@@ -25,8 +25,7 @@ STRUCTURED = "structured"
 
 
 LABELS_OF_PARTS = {
-    f"{STRUCTURED}{'' if ALLOCATIONS[name].ranked else '[+refit]'}:{name}": ALLOCATIONS[name].sentence
-    for name in name_allocations("parts")
+    f"{STRUCTURED}{'' if way.published else '[+refit]'}:{name}": way.sentence for name, way in WAYS_OF_PARTS.items()
 }
 """How recipes of whole parts are written, and what each does."""
 
@@ -34,12 +33,12 @@ LABELS_OF_PARTS = {
 class PartsRecipe(NamedTuple):
     """What is done where whole parts of the model go."""
 
+    name: str
+    """How it is chosen which parts go: one of WAYS_OF_PARTS."""
     parts: tuple[str, ...]
     """Kinds of parts: neurons, heads or blocks."""
     refit: bool
     """Whether what stays is refitted."""
-    ranked: bool = False
-    """Whether they are ranked over all blocks, as FLAP does."""
 
 
 class Job(NamedTuple):
@@ -182,7 +181,7 @@ def _take_search_statistics(label: str, recipe: Recipe) -> Recipe:
 def _parse_parts_recipe(label: str) -> PartsRecipe:
     method, _, allocation = label.partition(":")
     refit = method == f"{STRUCTURED}+refit"
-    way = ALLOCATIONS.get(allocation)
-    if (method != STRUCTURED and not refit) or way is None or way.kind != "parts" or (way.ranked and refit):
+    way = WAYS_OF_PARTS.get(allocation)
+    if (method != STRUCTURED and not refit) or way is None or (way.published and refit):
         raise UserError(f"recipe {label!r} is none of {', '.join(LABELS_OF_PARTS)}")
-    return PartsRecipe(way.parts, refit, way.ranked)
+    return PartsRecipe(allocation, way.parts, refit)

@@ -143,8 +143,8 @@ class Way(NamedTuple):
     kind: Kind = "rule"
     parts: tuple[str, ...] = ()
     """Of the kind parts: which of a model's parts go."""
-    ranked: bool = False
-    """Of the kind parts: whether they are ranked over all blocks, and what stays is never refitted."""
+    published: bool = False
+    """Of the kind parts: whether it is run as its authors run it, so that what stays is never refitted."""
 
     @property
     def reads_curves(self) -> bool:
@@ -175,12 +175,42 @@ ALLOCATIONS = {
             "EvoPress (arXiv 2410.14649): an evolutionary search of --evolution generations on calibration text",
             kind="search",
         ),
+    )
+}
+"""By name, in the order in which planners are told of those that they may take, which are the rules."""
+
+
+WAYS_OF_PARTS = {
+    way.name: way
+    for way in (
         Way(
             "flap",
             "FLAP (arXiv 2312.11983): neurons and groups of heads ranked over the whole model, a bias for what went",
             kind="parts",
             parts=("neurons", "heads"),
-            ranked=True,
+            published=True,
+        ),
+        Way(
+            "llm-pruner",
+            "LLM-Pruner (arXiv 2305.11627) without its fine-tuning: neurons and groups of heads by first-order scores, "
+            "the same share of all blocks but the first and the last",
+            kind="parts",
+            parts=("neurons", "heads"),
+            published=True,
+        ),
+        Way(
+            "shortgpt",
+            "ShortGPT (arXiv 2403.03853): the whole blocks that change their input's direction least",
+            kind="parts",
+            parts=("blocks",),
+            published=True,
+        ),
+        Way(
+            "sleb",
+            "SLEB (arXiv 2402.09025): whole blocks, one after another, each the one without which the loss is lowest",
+            kind="parts",
+            parts=("blocks",),
+            published=True,
         ),
         Way(
             "equal",
@@ -191,12 +221,12 @@ ALLOCATIONS = {
         Way("depth", "whole blocks", kind="parts", parts=("blocks",)),
     )
 }
-"""By name, in the order in which planners are told of those that they may take, which are the rules."""
+"""How it is chosen which parts go; a name may be that of an allocation, too."""
 
 
 def name_allocations(*kinds: Kind) -> list[str]:
     """The names of all allocations of some kinds."""
-    return [name for name, way in ALLOCATIONS.items() if way.kind in kinds]
+    return [way.name for way in (*ALLOCATIONS.values(), *WAYS_OF_PARTS.values()) if way.kind in kinds]
 
 
 RULES = {name: way for name, way in ALLOCATIONS.items() if way.kind == "rule"}

@@ -17,7 +17,6 @@ from tools.base.words import escape, show, show_score
 from tools.plans.evolve import describe_search
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, name_target
 from tools.plans.methods import Statistics, translate_label
-from tools.plans.rules import name_allocations
 from tools.results.paper import Measured, describe_tasks
 from tools.results.polish_curve import list_curves, plot_curves
 from tools.results.schema import Polished, Protocol, Reach, Score, TextFigures, describe_bos, describe_cut
@@ -268,7 +267,7 @@ _EXPLAIN_FACTS = (
 def describe(known: Comparison) -> str:
     """`compare.md`."""
     settings = known.settings
-    structured = any(row.allocation in name_allocations("parts") for row in known.rows)
+    structured = any(row.method.startswith(STRUCTURED) for row in known.rows)
     lines = [
         f"# {escape(settings['model'])}: recipes compared",
         "",

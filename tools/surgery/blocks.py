@@ -13,7 +13,7 @@ from kernels.channels import MomentSums, fit_kept
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
-from tools.models.readout import compute_hidden, measure_losses
+from tools.models.readout import TokenLosses, compute_hidden, measure_losses
 from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import Fit, Part, find_parts
 
@@ -37,7 +37,7 @@ def choose_blocks(
     costs = dict.fromkeys(range(len(blocks)), 0.0)
     tokens = 0
     for done in range(count):
-        inputs = [_read_inputs(blocks, dropped, ids_T) for ids_T in windows_BT]
+        inputs = [read_inputs(blocks, dropped, ids_T) for ids_T in windows_BT]
         best = math.inf
         for i, block in enumerate(sorted(costs, key=costs.__getitem__)):
             progress("search blocks", done * len(blocks) + i, count * len(blocks))
@@ -46,8 +46,7 @@ def choose_blocks(
             tokens += windows_BT[:, lead:].numel()
             kl = 0.0
             for ids_T, dense_TD, boundary in zip(windows_BT, dense, inputs, strict=True):
-                with skipping(blocks, [*dropped, block]), blocks.only(block, len(blocks), ids_T, boundary[block]):
-                    kl += measure_losses(model, ids_T, dense_TD, lead=lead)[0].kl
+                kl += measure_without(blocks, [*dropped, block], ids_T, boundary[block], dense_TD, lead=lead).kl
             costs[block] = kl if math.isfinite(kl) else math.inf
             best = min(best, costs[block])
         dropped.append(min(costs, key=costs.__getitem__))
@@ -56,11 +55,28 @@ def choose_blocks(
     return dropped, tokens
 
 
-def _read_inputs(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Tensor]:
-    """What each block reads when the dropped ones are skipped."""
+def read_inputs(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Tensor]:
+    """What each block reads when the dropped ones are skipped, on CPU."""
     with skipping(blocks, dropped), blocks.only(0, len(blocks), ids_T) as boundary:
         compute_hidden(blocks.model, ids_T[None])
-    return boundary
+    return {block: hidden_BTD.cpu() for block, hidden_BTD in boundary.items()}
+
+
+def measure_without(
+    blocks: Blocks,
+    dropped: Sequence[int],
+    ids_T: Tensor,
+    read_BTD: Tensor,
+    dense_TD: Tensor | None = None,
+    *,
+    lead: int = 0,
+) -> TokenLosses:
+    """Losses of a window without some blocks; the last of them reads `read_BTD` without the others.
+
+    What runs below it is not run again. The reference is the dense model's hidden states.
+    """
+    with skipping(blocks, dropped), blocks.only(dropped[-1], len(blocks), ids_T, read_BTD):
+        return measure_losses(blocks.model, ids_T, dense_TD, lead=lead)[0]
 
 
 @torch.no_grad()

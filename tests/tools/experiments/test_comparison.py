@@ -26,15 +26,21 @@ from tools.base.progress import ignore_progress
 from tools.base.settings import TEAM
 from tools.experiments.comparison import CompareSettings, compare
 from tools.experiments.structure import StructureSettings, cut_model
+from tools.experiments.structured_rows import MAKERS
 from tools.measure.losses import evaluate_windows
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
+from tools.plans.rules import WAYS_OF_PARTS
 from tools.plans.work_order import order_allocation
 from tools.results.comparison import Comparison, Row, describe
 from tools.results.schema import Score, describe_protocol
 from tools.results.scores import Result
 from tools.statistics.collect import measure_kappa
 from tools.surgery.flap import build_narrowed, rank_units
+from tools.surgery.parts import Counts, Cut
+from tools.surgery.published import drop_least, rank_blocks
+from tools.surgery.rebuild import build_cut
+from tools.surgery.taylor import rank_by_gradient
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.profiles import Profiles
@@ -270,6 +276,30 @@ def test_a_row_of_flap_is_the_masked_model_of_the_dense_one(tiny_llama: Path, tm
     assert (row.allocation, row.evaluated_tokens, row.scores) == ("flap", 0, [])
     assert abs(row.achieved_sparsity - 0.45) <= 0.05 and row.perplexity != row.dense_perplexity
     assert lines[1].startswith(f"structured:flap at 45%: {row.achieved_sparsity:.2%} removed, ")
+
+
+def test_rows_of_other_cuts_as_published(tiny_llama: Path, tmp_path: Path, no_plot: None) -> None:
+    assert MAKERS.keys() == WAYS_OF_PARTS.keys()
+    labels = "structured:shortgpt,structured:llm-pruner,structured:sleb"
+    settings = make_settings(tiny_llama, tmp_path / "out", recipes=labels, sparsity="0.5")
+    try:
+        with pytest.raises(UserError, match=r"^structured:sleb at 50%: SLEB keeps the first and the last block: of 2 "):
+            run_comparison(settings)
+        bench = tools.workbench.open._open[0]
+        assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
+        known = read_comparison(Path(settings.out))
+        dense, calibration = bench.model, bench.windows.calibration
+        dropped = drop_least(rank_blocks(dense, calibration, ignore_progress), 1)
+        ranking = rank_by_gradient(dense, 0.5, calibration, ignore_progress)
+        models = [build_cut(dense, Cut(Counts(blocks=1), [], tuple(dropped))), build_narrowed(dense, ranking.narrowed)]
+        found = [bench.evaluate_other(model, known.profile, ignore_progress) for model in models]
+    finally:
+        close_workbench()
+    assert [(row.recipe, row.perplexity, row.kl) for row in known.rows] == [
+        (label, evaluation.perplexity, evaluation.mean_kl)
+        for label, evaluation in zip(labels.split(","), found, strict=False)
+    ]
+    assert [row.achieved_sparsity for row in known.rows] == [0.5, ranking.removed]
 
 
 def test_rows_of_an_earlier_version_by_equal_widths_are_called_so(tmp_path: Path, no_plot: None) -> None:

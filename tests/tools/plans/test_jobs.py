@@ -55,10 +55,10 @@ def test_structured_recipes_have_no_row_for_a_pattern() -> None:
         *("wanda:uniform at 20%", "wanda:uniform at 2:4"),
     ]
     assert [(job.kind, job.recipe) for job in jobs[:4]] == [
-        ("parts", PartsRecipe(("neurons", "heads"), refit=False, ranked=True)),
-        ("parts", PartsRecipe(("neurons", "heads"), refit=False)),
-        ("parts", PartsRecipe(("neurons", "heads"), refit=True)),
-        ("parts", PartsRecipe(("blocks",), refit=True)),
+        ("parts", PartsRecipe("flap", ("neurons", "heads"), refit=False)),
+        ("parts", PartsRecipe("equal", ("neurons", "heads"), refit=False)),
+        ("parts", PartsRecipe("equal", ("neurons", "heads"), refit=True)),
+        ("parts", PartsRecipe("depth", ("blocks",), refit=True)),
     ]
 
 
@@ -93,12 +93,13 @@ def test_labels_are_told_apart_by_what_they_mean() -> None:
         ("wanda:kappa@2", "0.45", "recipe 'wanda:kappa@2': strength: "),
         ("Wanda kappa", "0.45", "recipe 'Wanda kappa' is not of the form METHOD[+refit]:ALLOCATION"),
         (
-            "structured:kappa",
+            "structured:owl",
             "0.2",
-            "recipe 'structured:kappa' is none of structured:flap, structured[+refit]:equal, structured[+refit]:depth",
+            "recipe 'structured:owl' is none of structured:flap, structured:llm-pruner, structured:shortgpt, "
+            "structured:sleb, structured[+refit]:equal, structured[+refit]:depth",
         ),
-        ("structured", "0.2", "recipe 'structured' is none of structured:flap, structured[+refit]:equal, structured"),
-        ("structured+refit:flap", "0.2", "recipe 'structured+refit:flap' is none of structured:flap, structured[+re"),
+        ("structured", "0.2", "recipe 'structured' is none of structured:flap, structured:llm-pruner"),
+        ("structured+refit:flap", "0.2", "recipe 'structured+refit:flap' is none of structured:flap, structured:llm"),
         ("wanda:flap", "0.2", "recipe 'wanda:flap': allocation: "),
         (
             "sparsegpt~sequential:evolution",

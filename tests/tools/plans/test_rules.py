@@ -14,7 +14,7 @@ from tools.plans import rules
 from tools.plans.allocate import Allocation, allocate
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe, parse_recipe
-from tools.plans.rules import ALLOCATIONS, RULES, UNIFORM, rank_by_alpha, rank_by_outliers
+from tools.plans.rules import ALLOCATIONS, RULES, UNIFORM, WAYS_OF_PARTS, rank_by_alpha, rank_by_outliers
 
 OWL = Recipe(allocation="owl")
 ALPHA = Recipe(allocation="alphapruning")
@@ -22,13 +22,14 @@ EVEN = Recipe(allocation=UNIFORM)
 
 
 def test_every_entry_says_all_that_its_kind_needs() -> None:
-    for name, way in ALLOCATIONS.items():
+    for name, way in (*ALLOCATIONS.items(), *WAYS_OF_PARTS.items()):
         assert name == way.name and way.sentence and not way.sentence.endswith(".")
-        assert (way.share is not None) is (way.kind == "rule") is (name in RULES)
+        assert (way.share is not None) is (way.kind == "rule") is (RULES.get(name) is way)
         assert bool(way.parts) is (way.kind == "parts")
-        assert not way.ranked or way.parts
+        assert not way.published or way.parts
+        assert (WAYS_OF_PARTS.get(name) is way) is (way.kind == "parts")
         assert set(way.needs) <= set(LayerProfile.model_fields)
-    assert {way.kind for way in ALLOCATIONS.values()} == {"rule", "search", "parts"}
+    assert {way.kind for way in ALLOCATIONS.values()} == {"rule", "search"}
 
 
 def test_what_is_read_of_a_profile() -> None:

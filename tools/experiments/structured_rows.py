@@ -1,0 +1,112 @@
+"""Models that whole parts are gone of, as rows of a comparison ask for them."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tools.plans.jobs import PartsRecipe
+
+if TYPE_CHECKING:
+    from tools.base.progress import Progress
+    from tools.surgery.parts import Cut
+    from tools.workbench.bench import Workbench
+
+
+class MadeParts(NamedTuple):
+    """A model that parts are gone of."""
+
+    model: Any
+    removed: float
+    """Share of the weights of the blocks' linear layers."""
+    tokens: int
+    """Put through models cut on trial."""
+    seconds: float
+
+
+def take_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
+    """The dense model in the workbench without the parts that the recipe takes. Raises UserError."""
+    return MAKERS[recipe.name](recipe, sparsity, bench, progress)
+
+
+def _cut_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
+    """As `tools.structure` does it. Raises UserError."""
+    from tools.surgery.choose import choose_cut  # imports torch
+
+    began = time.monotonic()
+    calibration, lead = bench.windows.calibration.to(bench.device), bench.windows.lead
+    choice = choose_cut(bench.model, recipe.parts, sparsity, calibration, progress, refit=recipe.refit, lead=lead)
+    return _build(choice.cut, choice.tokens, bench, began)
+
+
+def _drop_by_influence(_recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
+    """ShortGPT. Raises UserError."""
+    from tools.surgery.published import drop_least, rank_blocks  # imports torch
+
+    began = time.monotonic()
+    cut = _count_blocks(sparsity, bench)
+    calibration, lead = bench.windows.calibration.to(bench.device), bench.windows.lead
+    influences = rank_blocks(bench.model, calibration, progress, lead=lead)
+    cut.dropped = tuple(sorted(drop_least(influences, cut.counts.blocks)))
+    return _build(cut, 0, bench, began)
+
+
+def _drop_by_loss(_recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
+    """SLEB. Raises UserError."""
+    from tools.surgery.published import eliminate_blocks  # imports torch
+
+    began = time.monotonic()
+    cut = _count_blocks(sparsity, bench)
+    calibration, lead = bench.windows.calibration.to(bench.device), bench.windows.lead
+    order, tokens = eliminate_blocks(bench.model, cut.counts.blocks, calibration, progress, lead=lead)
+    cut.dropped = tuple(sorted(order))
+    return _build(cut, tokens, bench, began)
+
+
+def _count_blocks(sparsity: float, bench: "Workbench") -> "Cut":
+    """As many blocks as come nearest to the share, which is checked; not yet which ones. Raises UserError."""
+    from tools.surgery.choose import list_counts  # imports torch
+    from tools.surgery.parts import Cut
+    from tools.surgery.rebuild import check_buildable
+
+    [counts] = list_counts(bench.model, ("blocks",), sparsity)
+    check_buildable(bench.model, counts)
+    return Cut(counts)
+
+
+def _build(cut: "Cut", tokens: int, bench: "Workbench", began: float) -> MadeParts:
+    """A stock model, compared with the dense one without what went. Raises UserError."""
+    from tools.surgery.parts import count_weights, without_fits  # imports torch
+    from tools.surgery.rebuild import build_cut, check_cut
+
+    dense = bench.model
+    model = build_cut(dense, cut)
+    seconds = time.monotonic() - began
+    check_cut(dense, cut, build_cut(dense, without_fits(cut)), bench.windows.calibration[0].to(bench.device))
+    return MadeParts(model, 1 - count_weights(model) / count_weights(dense), tokens, seconds)
+
+
+def _rank_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
+    """FLAP and LLM-Pruner, whose widths no stock architecture has. Raises UserError."""
+    from tools.surgery.flap import build_narrowed, check_narrowed, rank_units  # imports torch
+    from tools.surgery.taylor import rank_by_gradient
+
+    began, calibration = time.monotonic(), bench.windows.calibration.to(bench.device)
+    if recipe.name == "flap":
+        ranking = rank_units(bench.model, sparsity, calibration, progress)
+    else:
+        ranking = rank_by_gradient(bench.model, sparsity, calibration, progress, lead=bench.windows.lead)
+    model = build_narrowed(bench.model, ranking.narrowed)
+    seconds = time.monotonic() - began
+    check_narrowed(bench.model, ranking.narrowed, calibration[0])
+    return MadeParts(model, ranking.removed, 0, seconds)
+
+
+MAKERS: dict[str, Callable[[PartsRecipe, float, "Workbench", "Progress"], MadeParts]] = {
+    "flap": _rank_parts,
+    "llm-pruner": _rank_parts,
+    "shortgpt": _drop_by_influence,
+    "sleb": _drop_by_loss,
+    "equal": _cut_parts,
+    "depth": _cut_parts,
+}
+"""By the names of WAYS_OF_PARTS."""

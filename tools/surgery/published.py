@@ -1,0 +1,75 @@
+"""Whole blocks that go as others publish it: ShortGPT and SLEB. Neither changes what stays.
+
+Shape suffixes: B windows, T tokens, D hidden width.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.base.errors import UserError
+from tools.base.progress import Progress
+from tools.models.blocks import Blocks
+from tools.surgery.blocks import measure_without, read_inputs
+
+
+@torch.no_grad()
+def rank_blocks(model: Any, windows_BT: Tensor, progress: Progress, *, lead: int = 0) -> list[float]:
+    """ShortGPT's block influence (arXiv 2403.03853, equation 1) of every block: 1 - E[cos(x, y)].
+
+    x is what the block reads, y what it gives, of each token of the text in the dense model; those of least influence
+    go, all at once. The first `lead` tokens of each window are no text.
+    """
+    blocks = Blocks(model)
+    influences = []
+    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+    for block in range(len(blocks)):
+        progress("block influence", block, len(blocks))
+        total = 0.0
+        for i, ids_T in enumerate(windows_BT):
+            x_BTD = states[i].to(ids_T.device)
+            y_BTD = blocks.run(ids_T, block, x_BTD)
+            alike_BT = torch.nn.functional.cosine_similarity(x_BTD.double(), y_BTD.double(), dim=-1)
+            total += float((1 - alike_BT[:, lead:]).mean())
+            states[i] = y_BTD.cpu()
+        influences.append(total / len(windows_BT))
+    progress("block influence", len(blocks), len(blocks))
+    return influences
+
+
+def drop_least(influences: list[float], count: int) -> list[int]:
+    """The blocks of least influence, the least first; ties from below."""
+    return sorted(range(len(influences)), key=influences.__getitem__)[:count]
+
+
+@torch.no_grad()
+def eliminate_blocks(
+    model: Any, count: int, windows_BT: Tensor, progress: Progress, *, lead: int = 0
+) -> tuple[list[int], int]:
+    """SLEB (arXiv 2402.09025, algorithm 1; github.com/jiwonsong-dev/SLEB): one block after another goes.
+
+    (The blocks in the order in which they went, tokens of text put through models without some block.) Each time it is
+    the one without which the model that is left has the lowest loss on the whole calibration text; the first and the
+    last block that are left are not tried, as in the authors' code. Raises UserError where so many cannot go.
+    """
+    blocks = Blocks(model)
+    if count > len(blocks) - 2:
+        raise UserError(f"SLEB keeps the first and the last block: of {len(blocks)} it takes no {count}")
+    alive, dropped, tokens = list(range(len(blocks))), list[int](), 0
+    for done in range(count):
+        inputs = [read_inputs(blocks, dropped, ids_T) for ids_T in windows_BT]
+        losses = {}
+        for i, block in enumerate(alive[1:-1]):
+            progress("search blocks", done * len(blocks) + i, count * len(blocks))
+            tokens += windows_BT[:, lead:].numel()
+            nll = sum(
+                measure_without(blocks, [*dropped, block], ids_T, boundary[block], lead=lead).nll
+                for ids_T, boundary in zip(windows_BT, inputs, strict=True)
+            )
+            losses[block] = nll if math.isfinite(nll) else math.inf
+        dropped.append(min(losses, key=losses.__getitem__))
+        alive.remove(dropped[-1])
+    progress("search blocks", 1, 1)
+    return dropped, tokens
