@@ -12,7 +12,7 @@ from rich.console import Console
 from tools.base.console import carry_out, show_bar
 from tools.base.options import Parser, add_flags, parse_flags, read_options
 from tools.experiments.structure import StructureSettings, cut_model
-from tools.results.structure import make_table
+from tools.results.structure import make_table, name_target
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = read_options(StructureSettings, flags, path, ignore_unknown=True)
         with show_bar(console) as step:
             result = cut_model(settings, step)
-        went = f"{result.removed:.2%} removed (asked for {result.target:.2%}); {result.constraint}"
+        went = f"{name_target(result)}; {result.constraint}"
         console.print(make_table(result))
         console.print(went, markup=False)
         console.print(f"model and figures: {settings.out}", markup=False, soft_wrap=True)

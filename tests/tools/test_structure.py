@@ -19,6 +19,15 @@ from tools.texts.windows import cut_windows
     [
         ("llama", "--remove 1", "remove: input should be less than 1, not '1'"),
         ("llama", "--remove 0", "remove: input should be greater than 0, not '0'"),
+        ("llama", "--size 1", "size: input should be less than 1, not '1'"),
+        ("llama", "--size 0.5 --remove 0.5", "--remove and --size both say how much goes; give one of them"),
+        (
+            "llama",
+            "--size 0.4",
+            "--size 0.4 is too small: 40.37% of the model's bytes are not of the blocks' linear layers, and stay",
+        ),
+        ("llama", "--size 0.5", "0.838542 is too much to remove: 70.00% is the most that can go here"),
+        ("llama", "--size 0.99", "0.0167708 is too little to remove: 10.00% is the least that can go here"),
         ("llama", "--parts legs", "--parts 'legs' is none of neurons; heads; neurons,heads; blocks"),
         ("llama", "--parts blocks,heads", "--parts 'blocks,heads' is none of neurons; heads; neurons,heads; blocks"),
         ("llama", "--remove 0.99", "0.99 is too much to remove: 70.00% is the most that can go here"),
@@ -98,6 +107,20 @@ def test_the_command_writes_a_smaller_model_and_its_figures(
     assert f"{figures['removed']:.2%} removed (asked for 40.00%); " in printed
     assert main(flags) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'cut' / 'model'} exists already; choose another --out\n"
+
+
+@pytest.mark.parametrize(("size", "neurons", "heads"), [(0.8, 24, 0), (0.6, 40, 1)])
+def test_as_much_of_the_whole_model_stays_as_asked(
+    size: float, neurons: int, heads: int, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--out", str(tmp_path / "cut"), *describe(tiny_llama), "--size", str(size)]) == 0
+    figures = json.loads((tmp_path / "cut" / "structure.json").read_text())
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "model")
+    assert (figures["neurons"], figures["heads"], figures["size"]) == (neurons, heads, size)
+    gone = 2 * (96 * neurons + 1536 * heads)
+    assert loaded.num_parameters() == 25_760 - gone
+    assert abs(gone - (1 - size) * 25_760) <= 2 * 96 * 8 / 2, "no further away than half of eight neurons of each block"
+    assert f"{1 - gone / 25_760:.2%} of the model stays (asked for {size:.2%}); " in capsys.readouterr().out
 
 
 def test_text_that_the_model_wrote(tiny_llama: Path, tmp_path: Path) -> None:

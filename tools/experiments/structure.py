@@ -34,6 +34,8 @@ from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.written import Author
 
 PARTS = ("neurons", "heads", "blocks")
+REMOVED = 0.2
+"""Of the weights of the blocks' linear layers, where nothing is asked for."""
 REPEATS = 5
 """Timings are medians of this many, dense and cut model by turns."""
 PROMPT, DECODED = 8, 32
@@ -45,7 +47,19 @@ class StructureSettings(WorkbenchSettings):
 
     one_text = "parts are cut by one"
 
-    remove: float = Field(0.2, gt=0, lt=1, description="Share of the weights of the blocks' linear layers to remove.")
+    remove: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description=f"Share of the weights of the blocks' linear layers to remove; {REMOVED} where neither this nor "
+        "--size is given.",
+    )
+    size: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="In place of --remove: share of the model's bytes that is to stay, embeddings and head counted.",
+    )
     parts: str = Field("neurons,heads", description="What is cut: neurons, heads, neurons,heads or blocks.")
     out: str = Field("cut", min_length=1, description="Directory of the model and its figures.")
 
@@ -59,9 +73,26 @@ def parse_parts(parts: str) -> tuple[str, ...]:
     return kinds
 
 
+def find_removed(model: Any, settings: StructureSettings) -> float:
+    """The share of the weights of the blocks' linear layers to remove. Raises UserError where the rest is too large."""
+    if settings.size is None:
+        return settings.remove or REMOVED
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    inside = sum(layer.weight_OI.nbytes for layer in find_layers(model))
+    removed = (1 - settings.size) * whole / inside
+    if removed >= 1:
+        raise UserError(
+            f"--size {settings.size:g} is too small: {1 - inside / whole:.2%} of the model's bytes are not of the "
+            "blocks' linear layers, and stay"
+        )
+    return removed
+
+
 def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     """Choose, cut, refit, measure and write. Raises UserError, before anything is loaded where that is possible."""
     kinds = parse_parts(settings.parts)
+    if settings.remove is not None and settings.size is not None:
+        raise UserError("--remove and --size both say how much goes; give one of them")
     directory = Path(settings.out)
     if (directory / "model").exists():
         raise UserError(f"{directory / 'model'} exists already; choose another --out")
@@ -78,7 +109,8 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     calibration, validation = windows.calibration.to(dense.device), windows.validation.to(dense.device)
     check_readout(dense, calibration[0])
     check_blocks(Blocks(dense), calibration[0])
-    cut, constraint, _ = choose_cut(dense, kinds, settings.remove, calibration, step, lead=windows.lead)
+    remove = find_removed(dense, settings)
+    cut, constraint, _ = choose_cut(dense, kinds, remove, calibration, step, lead=windows.lead)
 
     measure = partial(evaluate_windows, lead=windows.lead)
     dense_losses, hidden = measure(dense, validation, None, "dense", step)
@@ -91,7 +123,8 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     result = Structure(
         model=settings.model,
         parts=",".join(kinds),
-        target=settings.remove,
+        target=remove,
+        size=settings.size,
         removed=1 - count_weights(model) / count_weights(dense),
         heads=cut.counts.heads,
         neurons=cut.counts.neurons,

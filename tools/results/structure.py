@@ -23,6 +23,7 @@ class Structure(BaseModel):
     model: str
     parts: str
     target: float = Field(description="Share of the weights of the blocks' linear layers to remove.")
+    size: float | None = Field(None, description="Share of the model's bytes to keep, where that was asked for.")
     removed: float = Field(description="The share that was removed.")
     heads: int = Field(description="Groups of attention heads removed from every block.")
     neurons: int = Field(description="Neurons removed from every block.")
@@ -62,6 +63,13 @@ def name_removed(result: Structure) -> str:
     """`20.14% of the blocks' weights cut, 15.90% of the whole model`."""
     share = 1 - result.cut.parameters / result.dense.parameters
     return f"{result.removed:.2%} of the blocks' weights cut, {share:.2%} of the whole model"
+
+
+def name_target(result: Structure) -> str:
+    """`20.14% removed (asked for 20.00%)`, or how much of the whole model stays where its size was asked for."""
+    if result.size is None:
+        return f"{result.removed:.2%} removed (asked for {result.target:.2%})"
+    return f"{result.cut.parameters / result.dense.parameters:.2%} of the model stays (asked for {result.size:.2%})"
 
 
 def make_table(result: Structure) -> Table:
