@@ -9,8 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.channels import (
+    DAMPINGS,
+    HalvedSums,
     InputMoments,
     MomentSums,
+    choose_damping,
+    eliminate_units,
     expand_units,
     fit_kept,
     keep_highest_units,
@@ -222,3 +226,92 @@ def test_the_damping_escalates_where_the_factorisation_fails() -> None:
     hopeless = moments._replace(second_moment_II=torch.tensor([1e6, -1e6 + 1, 0, 0]).diag())
     with pytest.raises(ValueError, match=r"^the second moment is not positive definite, whatever the damping$"):
         fit_kept(torch.ones(1, 4), None, hopeless, torch.tensor([0, 1]))
+
+
+# --- one unit after another ---------------------------------------------------------------------------------------
+
+
+def cost_slowly(case: Case, metric: Array, gone: list[int], *, biased: bool) -> float:
+    """tr(dW^T F dW (A + d I)) / 2 of the dense layer and its least-squares fit to the channels that stay."""
+    kept = torch.tensor([i for i in range(CHANNELS) if i not in gone])
+    fitted, _, _ = solve(case, kept, biased=biased)
+    change = -case.weight.double().numpy()
+    change[:, kept] += fitted
+    x = case.x.double().numpy()
+    spread = x - x.mean(0) if biased else x
+    moment = spread.T @ spread / TOKENS
+    moment += DAMPING * np.diag(moment).mean() * np.eye(CHANNELS)
+    return float(np.trace(change.T @ metric @ change @ moment)) / 2
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("units", [24, 6])
+def test_each_time_the_unit_goes_that_costs_least_when_the_rest_is_fitted(units: int, biased: bool) -> None:
+    case, width = make_case(), CHANNELS // units
+    root = np.random.default_rng(0).standard_normal((ROWS, ROWS))
+    metric = root @ root.T
+    removed = units - 2
+    found = eliminate_units(
+        case.weight, sum_up(case.x), torch.from_numpy(metric), units, removed, biased=biased, together=1
+    )
+    gone: list[int] = []
+    for cost in found.cost_R.tolist():
+        channels = {u: [c for g in [*gone, u] for c in range(g * width, g * width + width)] for u in range(units)}
+        slow = {u: cost_slowly(case, metric, channels[u], biased=biased) for u in range(units) if u not in gone}
+        gone.append(min(slow, key=slow.__getitem__))
+        assert cost == pytest.approx(slow[gone[-1]], rel=1e-4)
+    assert found.order_R.tolist() == gone
+
+
+def test_units_that_go_together_cost_what_they_cost_together() -> None:
+    case, metric = make_case(), np.eye(ROWS)
+    found = eliminate_units(case.weight, sum_up(case.x), torch.eye(ROWS), CHANNELS, 10, biased=False, together=4)
+    order = found.order_R.tolist()
+    assert len(set(order)) == 10
+    for end in (4, 8, 10):
+        assert float(found.cost_R[end - 1]) == pytest.approx(
+            cost_slowly(case, metric, order[:end], biased=False), rel=1e-4
+        )
+    steps = found.cost_R.diff(prepend=found.cost_R.new_zeros(1))
+    torch.testing.assert_close(steps[:4], steps[0].expand(4))
+
+
+def test_what_never_saw_an_input_costs_nothing() -> None:
+    case = make_case()
+    silent = eliminate_units(case.weight, sum_up(0 * case.x), torch.eye(ROWS), CHANNELS, 3, biased=False)
+    assert silent.order_R.tolist() == [0, 1, 2] and silent.cost_R.tolist() == [0, 0, 0]
+
+
+# --- by halves ----------------------------------------------------------------------------------------------------
+
+
+def test_moments_of_two_halves_are_those_of_all_tokens() -> None:
+    case = make_case()
+    batches = [slice(0, 100), slice(100, 150), slice(150, None)]
+    whole, halved = MomentSums(CHANNELS, case.x.device), HalvedSums(CHANNELS, case.x.device)
+    for part in batches:
+        whole.add(case.x[part], case.extra[part])
+        halved.add(case.x[part], case.extra[part])
+    assert halved.tokens == TOKENS
+    expected, found = whole.finish(), halved.finish()
+    for one, other in zip(found[:5], expected[:5], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert found.halves is not None
+    for own, parts in zip(found.halves, ([batches[0], batches[2]], [batches[1]]), strict=True):
+        x = torch.cat([case.x[part] for part in parts])
+        torch.testing.assert_close(own.second_moment_II, x.T @ x / len(x), rtol=1e-5, atol=1e-5)
+    alone = HalvedSums(CHANNELS, case.x.device)
+    alone.add(case.x)
+    assert alone.finish().halves is None
+
+
+def test_the_fewer_the_tokens_the_more_a_fit_is_damped() -> None:
+    case = make_case()
+    assert choose_damping(case.weight, sum_up(case.x), KEPT, biased=False) == DAMPING
+    shares = []
+    for tokens in (30, 300):
+        sums = HalvedSums(CHANNELS, case.x.device)
+        sums.add(case.x[: tokens // 2])
+        sums.add(case.x[tokens // 2 : tokens])
+        shares.append(choose_damping(case.weight, sums.finish(), KEPT, biased=False))
+    assert shares[0] > shares[1] and {2 * share for share in shares} <= {*DAMPINGS}

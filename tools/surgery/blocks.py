@@ -1,15 +1,15 @@
 """Which whole blocks go, and the least-squares fit of the blocks before them; from real forwards of the dense model."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.channels import MomentSums, fit_kept
+from kernels.channels import HalvedSums, expand_units, fit_kept
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
@@ -18,13 +18,22 @@ from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import Fit, Part, find_parts
 
 
-@torch.no_grad()
 def choose_blocks(
     model: Any, count: int, windows_BT: Tensor, progress: Progress, *, lead: int = 0
 ) -> tuple[list[int], int]:
     """(blocks to drop, in the order in which they went; tokens of text put through models without some block).
 
-    Each time the one goes without which the KL is lowest.
+    As `drop_blocks` has them.
+    """
+    steps = list(islice(drop_blocks(model, windows_BT, progress, lead=lead), count))
+    return [block for block, _ in steps], sum(tokens for _, tokens in steps)
+
+
+@torch.no_grad()
+def drop_blocks(
+    model: Any, windows_BT: Tensor, progress: Progress, *, lead: int = 0
+) -> Generator[tuple[int, int], None, None]:
+    """One block after another, each time the one without which the KL is lowest, with the tokens that it took.
 
     Measured against the dense model on the first SEARCH_TOKENS. A block that cost more when fewer were gone than the
     best one costs now is not measured again; what runs below a block is not run again to measure it. The first `lead`
@@ -35,12 +44,11 @@ def choose_blocks(
     dense = [compute_hidden(model, ids_T[None])[0] for ids_T in windows_BT]
     dropped: list[int] = []
     costs = dict.fromkeys(range(len(blocks)), 0.0)
-    tokens = 0
-    for done in range(count):
+    while len(costs) > 1:
         inputs = [read_inputs(blocks, dropped, ids_T) for ids_T in windows_BT]
-        best = math.inf
+        best, tokens = math.inf, 0
         for i, block in enumerate(sorted(costs, key=costs.__getitem__)):
-            progress("search blocks", done * len(blocks) + i, count * len(blocks))
+            progress(f"search block {len(dropped) + 1} to drop", i, len(costs))
             if costs[block] > best:
                 break
             tokens += windows_BT[:, lead:].numel()
@@ -51,8 +59,8 @@ def choose_blocks(
             best = min(best, costs[block])
         dropped.append(min(costs, key=costs.__getitem__))
         del costs[dropped[-1]]
-    progress("search blocks", 1, 1)
-    return dropped, tokens
+        progress(f"search block {len(dropped)} to drop", 1, 1)
+        yield dropped[-1], tokens
 
 
 def read_inputs(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Tensor]:
@@ -80,39 +88,56 @@ def measure_without(
 
 
 @torch.no_grad()
-def fold_blocks(model: Any, dropped: Sequence[int], windows_BT: Tensor, progress: Progress) -> list[Fit]:
+def fold_blocks(
+    model: Any,
+    dropped: Sequence[int],
+    windows_BT: Tensor,
+    progress: Progress,
+    stays: Sequence[tuple[Part, Tensor]] = (),
+) -> list[Fit]:
     """What makes up for dropped blocks: the MLP's output projection of each block that stays just before some.
 
-    It is fitted to give, beside its own output, what the dropped blocks added in the dense model. Empty where the
-    blocks have no such projection, or do not simply add its output to their own. Nothing precedes a first block.
+    It is fitted to give, beside its own output, what the dropped blocks added in the dense model. Not where the blocks
+    have no such projection, or do not simply add its output to their own. Nothing precedes a first block. Parts of
+    which only some units stay, given with these, are fitted on the same walk.
     """
     blocks = Blocks(model)
-    try:
-        parts = find_parts(model, "neurons")
-    except UserError:
-        return []
-    if not _adds_output(blocks, parts[0], windows_BT[0]):
-        return []
+    folded = _find_folded(blocks, dropped, windows_BT[0])
+    kept = {(part.block, part.kind): (part, units) for part, units in stays if part.block not in dropped}
+    for part in folded.values():
+        every_U = torch.arange(part.units, device=windows_BT.device)
+        kept.setdefault((part.block, part.kind), (part, every_U))
     fits, states = [], [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
     for first, end in _segments(len(blocks), dropped):
-        progress("fold blocks", first, len(blocks))
-        sums = MomentSums(parts[0].output.weight_OI.shape[1], windows_BT.device)
+        progress("fold and fit", first, len(blocks))
+        members = [own for (block, _), own in kept.items() if block == first]
+        sums = [HalvedSums(part.output.weight_OI.shape[1], windows_BT.device) for part, _ in members]
         for i, ids_T in enumerate(windows_BT):
-            read: list[Tensor] = []
-            with tapped(parts[first : first + 1], [read.append]):
+            read: list[list[Tensor]] = [[] for _ in members]
+            with tapped([part for part, _ in members], [own.append for own in read]):
                 own_BTD = hidden_BTD = blocks.run(ids_T, first, states[i].to(ids_T.device))
             for block in range(first + 1, end):
                 hidden_BTD = blocks.run(ids_T, block, hidden_BTD)
             states[i] = hidden_BTD.cpu()
-            if end > first + 1 and first not in dropped:
-                sums.add(read[0], (hidden_BTD.float() - own_BTD.float())[0])
-        if sums.tokens:
-            part = parts[first]
-            every_U = torch.arange(part.units, device=windows_BT.device)
-            fitted = fit_kept(part.output.weight_OI, part.bias, finish_moments(sums, part), every_U)
-            fits.append(Fit(part, every_U, *fitted))
-    progress("fold blocks", len(blocks), len(blocks))
+            for (part, _), total, [x_TI] in zip(members, sums, read, strict=True):
+                total.add(x_TI, (hidden_BTD.float() - own_BTD.float())[0] if part is folded.get(first) else None)
+        for (part, units), total in zip(members, sums, strict=True):
+            kept_K = expand_units(units, part.output.weight_OI.shape[1] // part.units)
+            fits.append(
+                Fit(part, units, *fit_kept(part.output.weight_OI, part.bias, finish_moments(total, part), kept_K))
+            )
+    progress("fold and fit", len(blocks), len(blocks))
     return fits
+
+
+def _find_folded(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Part]:
+    """The neurons of each block that stays just before dropped ones, whose output projection can make up for them."""
+    try:
+        parts = find_parts(blocks.model, "neurons")
+    except UserError:
+        return {}
+    first = [start for start, end in _segments(len(blocks), dropped) if end > start + 1 and start not in dropped]
+    return {block: parts[block] for block in first} if first and _adds_output(blocks, parts[0], ids_T) else {}
 
 
 def _segments(count: int, dropped: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.channels import (
+    HalvedSums,
     InputMoments,
-    MomentSums,
     expand_units,
     fit_kept,
     keep_highest_units,
@@ -111,7 +111,7 @@ def list_counts(model: Any, kinds: Sequence[str], remove: float) -> list[Counts]
     weights = sum(layer.weight_OI.numel() for layer in find_layers(model) if layer.block == 0)
     parts = {kind: find_parts(model, kind)[0] for kind in KINDS if kind in kinds}
     shares = {kind: part.unit_weights / weights for kind, part in parts.items()}
-    options = {kind: _options(model, part) for kind, part in parts.items()}
+    options = {kind: list_options(model, part) for kind, part in parts.items()}
     if len(parts) == 1:
         return [Counts(**{k: _nearest(remove, shares[k], options[k], part.units) for k, part in parts.items()})]
     own, step = remove * parts["heads"].units, options["neurons"][1]
@@ -132,7 +132,7 @@ def list_counts(model: Any, kinds: Sequence[str], remove: float) -> list[Counts]
     return found
 
 
-def _options(model: Any, part: Part) -> Sequence[int]:
+def list_options(model: Any, part: Part) -> Sequence[int]:
     """The numbers of units that may go, 0 among them."""
     if part.kind == "neurons":
         return range(0, part.units, math.gcd(part.units, STEP))
@@ -185,7 +185,7 @@ def choose_channels(
     states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
     for block, members in enumerate(zip(*parts, strict=True)):
         progress("choose and fit", block, len(blocks))
-        sums = [MomentSums(part.output.weight_OI.shape[1], windows_BT.device) for part in members]
+        sums = [HalvedSums(part.output.weight_OI.shape[1], windows_BT.device) for part in members]
         with tapped(members, [s.add for s in sums]):
             states = [
                 blocks.run(ids_T, block, x.to(ids_T.device)).cpu() for ids_T, x in zip(windows_BT, states, strict=True)

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor
 
-from kernels.channels import InputMoments, MomentSums
+from kernels.channels import HalvedSums, InputMoments, MomentSums
 from tools.base.errors import UserError
 from tools.surgery.parts import Part
 
@@ -18,7 +18,7 @@ def search_windows(windows_BT: Tensor, lead: int = 0) -> Tensor:
     return windows_BT[: max(1, SEARCH_TOKENS // (windows_BT.shape[1] - lead))]
 
 
-def finish_moments(sums: MomentSums, part: Part) -> InputMoments:
+def finish_moments(sums: MomentSums | HalvedSums, part: Part) -> InputMoments:
     try:
         return sums.finish()
     except ValueError as error:
@@ -35,4 +35,4 @@ def tapped(parts: Sequence[Part], see: Sequence[Callable[[Tensor], None]]) -> It
 
 
 def _showing(show: Callable[[Tensor], None]) -> Callable[..., None]:
-    return lambda _module, inputs: show(inputs[0].flatten(0, -2))
+    return lambda _module, inputs: show(inputs[0].detach().flatten(0, -2))

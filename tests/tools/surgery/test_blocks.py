@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from kernels.damping import DAMPING
 from tests.cuts import (
     IDS,
     assert_same_logits,
     compute_logits,
     cut_blocks,
+    find_damping_slowly,
     fit_slowly,
     make_config,
     make_model,
@@ -57,7 +57,8 @@ def test_the_block_before_takes_over_what_a_dropped_block_added(architecture: st
     added = read_outputs(dense, 1) - read_outputs(dense, 0)
     bias = None if fit.part.bias is None else fit.part.bias.double().numpy()
     target = x @ weight.T + added + (0 if bias is None else bias)
-    damping = DAMPING * float(((x if bias is None else x - x.mean(0)) ** 2).mean())
+    share = find_damping_slowly(x, target, weight, np.arange(x.shape[1]), biased=bias is not None)
+    damping = share * float(((x if bias is None else x - x.mean(0)) ** 2).mean())
     slow = fit_slowly(x, target, weight, damping, biased=bias is not None)
     np.testing.assert_allclose(fit.weight_OK.double().numpy(), slow[:, : x.shape[1]], rtol=1e-3, atol=1e-3)
     if bias is not None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.damping import DAMPING
 from tests.cuts import (
     IDS,
     assert_same_logits,
+    find_damping_slowly,
     fit_slowly,
     make_config,
     make_cut,
@@ -99,7 +99,8 @@ def test_the_refit_is_damped_least_squares_and_lowers_the_error(architecture: st
         bias = None if part.bias is None else part.bias.double().numpy()
         target = x @ weight.T + (0 if bias is None else bias)
         spread = x if bias is None else x - x.mean(0)
-        damping = DAMPING * float((spread**2).mean())
+        share = find_damping_slowly(x, target, weight, kept, biased=bias is not None)
+        damping = share * float((spread**2).mean())
         slow = fit_slowly(x[:, kept], target, weight[:, kept], damping, biased=bias is not None)
         assert fit.weight_OK is not None
         np.testing.assert_allclose(fit.weight_OK.double().numpy(), slow[:, : len(kept)], rtol=1e-3, atol=1e-4)
