@@ -28,13 +28,22 @@ from tools.texts.windows import cut_windows
         ),
         ("llama", "--size 0.5", "0.838542 is too much to remove: 70.00% is the most that can go here"),
         ("llama", "--size 0.99", "0.0167708 is too little to remove: 10.00% is the least that can go here"),
-        ("llama", "--parts legs", "--parts 'legs' is none of neurons; heads; neurons,heads; blocks"),
-        ("llama", "--parts blocks,heads", "--parts 'blocks,heads' is none of neurons; heads; neurons,heads; blocks"),
+        ("llama", "--parts legs", "--parts 'legs' is none of neurons; heads; neurons,heads; blocks; auto"),
+        (
+            "llama",
+            "--parts blocks,heads",
+            "--parts 'blocks,heads' is none of neurons; heads; neurons,heads; blocks; auto",
+        ),
         ("llama", "--remove 0.99", "0.99 is too much to remove: 70.00% is the most that can go here"),
         ("llama", "--remove 0.001", "0.001 is too little to remove: 10.00% is the least that can go here"),
         ("llama", "--parts heads --remove 0.5", "0.5 is too much to remove: 20.00% is the most that can go here"),
         ("llama", "--parts neurons --remove 0.7", "0.7 is too much to remove: 50.00% is the most that can go here"),
         ("opt", "--parts neurons --remove 0.03", "0.03 is too little to remove: 7.14% is the least that can go here"),
+        (
+            "llama",
+            "--parts auto --remove 0.99",
+            "0.99 of the weights cannot be removed here: it is too much, or less than a few neurons",
+        ),
         ("llama", "--parts blocks --remove 0.75", "0.75 is too much to remove: 50.00% is the most that can go here"),
         ("llama", "--parts blocks --remove 0.1", "0.1 is too little to remove: 50.00% is the least that can go here"),
         (
@@ -79,7 +88,7 @@ def describe(source: Path) -> list[str]:
     return ["--model", str(source), *sizes.split()]
 
 
-@pytest.mark.parametrize("parts", ["neurons,heads", "blocks"])
+@pytest.mark.parametrize("parts", ["neurons,heads", "blocks", "auto"])
 def test_the_command_writes_a_smaller_model_and_its_figures(
     parts: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +104,10 @@ def test_the_command_writes_a_smaller_model_and_its_figures(
     assert figures["removed"] == pytest.approx(achieved) == pytest.approx(0.4 if parts != "blocks" else 0.5)
     assert figures["kl"] < figures["kl_without_refit"]
     assert all(figures[model][speed] > 0 for model in ("dense", "cut") for speed in SPEEDS)
-    if parts == "blocks":
+    if parts == "auto":
+        assert figures["parts"] == "neurons,heads,blocks"
+        assert figures["constraint"].startswith("every block that stays loses the same number, those that the least KL")
+    elif parts == "blocks":
         assert (figures["heads"], figures["neurons"], len(figures["blocks"])) == (0, 0, 1)
         assert figures["constraint"].startswith("whole blocks, in this order, each the one without which KL was lowest")
     else:

@@ -29,11 +29,14 @@ from tools.results.structure import Figures, Structure
 from tools.surgery.choose import choose_cut
 from tools.surgery.parts import count_weights, without_fits
 from tools.surgery.rebuild import build_cut, check_cut
+from tools.surgery.share import choose_by_curves
 from tools.texts.windows import check_texts, count_lead, cut_windows
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.written import Author
 
 PARTS = ("neurons", "heads", "blocks")
+AUTO = "auto"
+"""In the place of parts: all kinds, each as much as costs least."""
 REMOVED = 0.2
 """Of the weights of the blocks' linear layers, where nothing is asked for."""
 REPEATS = 5
@@ -60,16 +63,21 @@ class StructureSettings(WorkbenchSettings):
         lt=1,
         description="In place of --remove: share of the model's bytes that is to stay, embeddings and head counted.",
     )
-    parts: str = Field("neurons,heads", description="What is cut: neurons, heads, neurons,heads or blocks.")
+    parts: str = Field(
+        "neurons,heads",
+        description="What is cut: neurons, heads, neurons,heads, blocks or auto, which takes of all three.",
+    )
     out: str = Field("cut", min_length=1, description="Directory of the model and its figures.")
 
 
 def parse_parts(parts: str) -> tuple[str, ...]:
-    """The kinds of parts named. Raises UserError for one that there is not, or blocks beside another."""
+    """The kinds of parts named. Raises UserError for one that there is not, or blocks beside one other."""
+    if parts.strip() == AUTO:
+        return PARTS
     kinds = tuple(dict.fromkeys(part.strip() for part in parts.split(",") if part.strip()))
     unknown = [kind for kind in kinds if kind not in PARTS]
     if unknown or not kinds or ("blocks" in kinds and len(kinds) > 1):
-        raise UserError(f"--parts {parts!r} is none of neurons; heads; neurons,heads; blocks")
+        raise UserError(f"--parts {parts!r} is none of neurons; heads; neurons,heads; blocks; {AUTO}")
     return kinds
 
 
@@ -79,7 +87,7 @@ def find_removed(model: Any, settings: StructureSettings) -> float:
         return settings.remove or REMOVED
     whole = sum(parameter.nbytes for parameter in model.parameters())
     inside = sum(layer.weight_OI.nbytes for layer in find_layers(model))
-    removed = (1 - settings.size) * whole / inside
+    removed: float = (1 - settings.size) * whole / inside
     if removed >= 1:
         raise UserError(
             f"--size {settings.size:g} is too small: {1 - inside / whole:.2%} of the model's bytes are not of the "
@@ -110,7 +118,8 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     check_readout(dense, calibration[0])
     check_blocks(Blocks(dense), calibration[0])
     remove = find_removed(dense, settings)
-    cut, constraint, _ = choose_cut(dense, kinds, remove, calibration, step, lead=windows.lead)
+    choose = choose_by_curves if kinds == PARTS else partial(choose_cut, kinds=kinds)
+    cut, constraint, _ = choose(dense, remove=remove, windows_BT=calibration, step=step, lead=windows.lead)
 
     measure = partial(evaluate_windows, lead=windows.lead)
     dense_losses, hidden = measure(dense, validation, None, "dense", step)

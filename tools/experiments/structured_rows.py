@@ -38,6 +38,16 @@ def _cut_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progres
     return _build(choice.cut, choice.tokens, bench, began)
 
 
+def _cut_by_curves(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
+    """As `tools.structure --parts auto` does it. Raises UserError."""
+    from tools.surgery.share import choose_by_curves  # imports torch
+
+    began = time.monotonic()
+    calibration, lead = bench.windows.calibration.to(bench.device), bench.windows.lead
+    choice = choose_by_curves(bench.model, sparsity, calibration, progress, refit=recipe.refit, lead=lead)
+    return _build(choice.cut, choice.tokens, bench, began)
+
+
 def _drop_by_influence(_recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
     """ShortGPT. Raises UserError."""
     from tools.surgery.published import drop_least, rank_blocks  # imports torch
@@ -108,5 +118,6 @@ MAKERS: dict[str, Callable[[PartsRecipe, float, "Workbench", "Progress"], MadePa
     "sleb": _drop_by_loss,
     "equal": _cut_parts,
     "depth": _cut_parts,
+    "kappa": _cut_by_curves,
 }
 """By the names of WAYS_OF_PARTS."""

@@ -219,6 +219,14 @@ WAYS_OF_PARTS = {
             parts=("neurons", "heads"),
         ),
         Way("depth", "whole blocks", kind="parts", parts=("blocks",)),
+        Way(
+            "kappa",
+            "neurons, groups of heads and whole blocks: those that the least KL is predicted for, the same number from "
+            "every block that stays, and as many blocks as cost the least on calibration text",
+            ours=True,
+            kind="parts",
+            parts=("neurons", "heads", "blocks"),
+        ),
     )
 }
 """How it is chosen which parts go; a name may be that of an allocation, too."""

@@ -1,0 +1,120 @@
+"""What it costs to take units away: the KL predicted for every number of neurons, or of groups of heads, of a block.
+
+One walk up through the blocks, one down: gradients of -log p of tokens that the model draws itself, at what the output
+projections give, make the Fisher information of their outputs; what they read makes A. No unit is taken away to measure
+it. The moments of one block are held at a time, and the states between blocks on CPU.
+
+Shape suffixes: B windows, T tokens, D hidden width, I input channels, O output features.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.channels import Elimination, MomentSums, eliminate_units
+from tools.base.errors import UserError
+from tools.base.progress import Progress
+from tools.models.blocks import Blocks
+from tools.models.readout import hidden_gradients
+from tools.surgery.moments import finish_moments, tapped
+from tools.surgery.parts import KINDS, Counts, Kind, Part, find_parts
+
+TOGETHER = 16
+"""Neurons that go at a time, of the thousands that a block has."""
+
+Curves = dict[Kind, list[Elimination]]
+"""Of every kind, by block: its units in the order in which they go, and the predicted KL of all up to each."""
+
+
+def measure_curves(
+    model: Any, most: Counts, windows_BT: Tensor, progress: Progress, *, lead: int = 0, seed: int = 0
+) -> Curves:
+    """The curves of as many units as `most` has of each kind, in nats per token, where the rest is fitted.
+
+    The first `lead` tokens of each window are no text. Raises UserError where moments or gradients are not finite, or
+    such parts cannot be cut.
+    """
+    blocks = Blocks(model)
+    parts = {kind: find_parts(model, kind) for kind in KINDS if getattr(most, kind)}
+    states = _walk_up(blocks, windows_BT, progress)
+    above = _begin_gradients(blocks, windows_BT, states.pop(), lead, seed)
+    curves: Curves = {kind: [] for kind in parts}
+    for block in reversed(range(len(blocks))):
+        progress("curves of units", 2 * len(blocks) - 1 - block, 2 * len(blocks))
+        members = [of_kind[block] for of_kind in parts.values()]
+        sums = [MomentSums(part.output.weight_OI.shape[1], windows_BT.device) for part in members]
+        fisher = [MomentSums(part.output.weight_OI.shape[0], windows_BT.device) for part in members]
+        for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, states.pop(), strict=True)):
+            given_BTD = hidden_BTD.to(ids_T.device).requires_grad_()
+            with torch.enable_grad(), tapped(members, [own.add for own in sums]), _kept(members) as outputs:
+                output_BTD = blocks.run_to_head(ids_T, block, given_BTD)
+            wanted = [given_BTD, *(outputs[place] for place in range(len(members)))]
+            below_BTD, *gradients = torch.autograd.grad(output_BTD, wanted, above[i].to(output_BTD.device))
+            above[i] = below_BTD.cpu()
+            for own, gradient in zip(fisher, gradients, strict=True):
+                own.add(gradient.flatten(0, -2)[lead:])
+        for part, own, metric in zip(members, sums, fisher, strict=True):
+            curves[part.kind].insert(0, _eliminate(part, getattr(most, part.kind), own, metric))
+    progress("curves of units", 1, 1)
+    return curves
+
+
+def _walk_up(blocks: Blocks, windows_BT: Tensor, progress: Progress) -> list[list[Tensor]]:
+    """What every block reads of each window, and last what the head reads; on CPU."""
+    states = [[blocks.embed(ids_T).cpu() for ids_T in windows_BT]]
+    with torch.no_grad():
+        for block in range(len(blocks)):
+            progress("curves of units", block, 2 * len(blocks))
+            states.append(
+                [
+                    blocks.run_to_head(ids_T, block, x_BTD.to(ids_T.device)).cpu()
+                    for ids_T, x_BTD in zip(windows_BT, states[-1], strict=True)
+                ]
+            )
+    return states
+
+
+def _begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor], lead: int, seed: int) -> list[Tensor]:
+    """The gradient of -log p of drawn tokens at what the head reads of each window, (1, T, D), on CPU."""
+    gradients = []
+    for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, read, strict=True)):
+        draw = torch.Generator(ids_T.device).manual_seed(seed + i)
+        with torch.enable_grad():
+            fisher_TD, _ = hidden_gradients(blocks.model, ids_T, hidden_BTD[0].to(ids_T.device), draw, lead=lead)
+        gradients.append(fisher_TD[None].cpu())
+    return gradients
+
+
+@contextmanager
+def _kept(parts: Sequence[Part]) -> Iterator[dict[int, Tensor]]:
+    """Filled by a forward: what the output projection of each part gives, by the part's place, with its graph."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(place: int) -> Callable[..., None]:
+        return lambda _module, _inputs, output: outputs.update({place: output})
+
+    with ExitStack() as undo:
+        for place, part in enumerate(parts):
+            undo.callback(part.output.module.register_forward_hook(keep(place)).remove)
+        yield outputs
+
+
+def _eliminate(part: Part, removed: int, sums: MomentSums, fisher: MomentSums) -> Elimination:
+    try:
+        metric_OO = fisher.finish().second_moment_II
+    except ValueError as error:
+        raise UserError(
+            f"{part.output.name}: the gradient of its output is not finite; try --dtype fp32 or bf16"
+        ) from error
+    return eliminate_units(
+        part.output.weight_OI,
+        finish_moments(sums, part),
+        metric_OO,
+        part.units,
+        removed,
+        biased=part.bias is not None,
+        together=TOGETHER if part.kind == "neurons" else 1,
+    )

@@ -1,0 +1,127 @@
+"""How much goes of each kind: neurons and groups of heads of every block, and whole blocks, by what they cost.
+
+Stock shapes want the same widths in all blocks that stay. So the number of neurons and that of groups of heads are
+chosen once, which ones in every block. With a number of blocks gone the others are shared out by predicted KL
+(`tools.surgery.curves`), over all that the config accepts. How many blocks go is measured: predictions leave out what
+errors of one block do to the next, and are no measure beside the real KL without a block.
+"""
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.base.errors import UserError
+from tools.base.progress import Progress
+from tools.models.layers import find_blocks
+from tools.surgery.blocks import drop_blocks, fold_blocks
+from tools.surgery.choose import Choice, list_options, measure_kl
+from tools.surgery.curves import Curves, measure_curves
+from tools.surgery.moments import search_windows
+from tools.surgery.parts import KINDS, Counts, Cut, Fit, Part, count_weights, find_parts
+from tools.surgery.rebuild import build_cut, check_buildable
+
+
+def list_mixed(model: Any, remove: float, blocks: int) -> list[Counts]:
+    """All numbers of heads and neurons that, with so many blocks gone, take `remove` of the weights away.
+
+    As nearly as whole units allow: for each number of groups of heads that the config accepts the nearest of neurons,
+    where that is within half a step of what is asked. Blocks alone are among them.
+    """
+    depth, total = len(find_blocks(model)), count_weights(model)
+    heads, neurons = (find_parts(model, kind)[0] for kind in KINDS)
+    options = list_options(model, neurons)
+    step = options[1] * neurons.unit_weights
+    left = (remove * total - blocks * total / depth) / (depth - blocks)
+    found = []
+    for groups in list_options(model, heads):
+        steps = round((left - groups * heads.unit_weights) / step)
+        if steps in range(len(options)) and (counts := Counts(groups, options[steps], blocks)) != Counts():
+            found.append(counts)
+    return found
+
+
+def predict_kl(curves: Curves, counts: Counts, dropped: Sequence[int]) -> float:
+    """What the units of the blocks that stay cost, nats per token; the dropped blocks themselves are not counted."""
+    return sum(
+        float(curve.cost_R[removed - 1])
+        for kind, of_kind in curves.items()
+        for block, curve in enumerate(of_kind)
+        if block not in dropped and (removed := getattr(counts, kind))
+    )
+
+
+def choose_by_curves(
+    model: Any, remove: float, windows_BT: Tensor, step: Progress, *, refit: bool = True, lead: int = 0
+) -> Choice:
+    """The cut of neurons, groups of heads and blocks that takes `remove` of the blocks' linear weights away.
+
+    One block more goes as long as the cut model's KL falls on the first SEARCH_TOKENS of calibration text. Without
+    `refit` what stays has its dense weights. The first `lead` tokens of each window are no text. Raises UserError where
+    such parts cannot be cut, or not so much of them.
+    """
+    depth = len(find_blocks(model))
+    every = [list_mixed(model, remove, blocks) for blocks in range(depth)]
+    if not any(every):
+        raise UserError(f"{remove:g} of the weights cannot be removed here: it is too much, or less than a few neurons")
+    for counts in next(filter(None, every)):
+        check_buildable(model, counts)
+    listed = [counts for of_number in every for counts in of_number]
+    most = Counts(max(counts.heads for counts in listed), max(counts.neurons for counts in listed))
+    curves = measure_curves(model, most, windows_BT, step, lead=lead)
+    order, dropped, tokens = drop_blocks(model, windows_BT, step, lead=lead), list[int](), 0
+    tried: list[tuple[float, Cut]] = []
+    for blocks in count():
+        if every[blocks]:
+            counts = min(every[blocks], key=lambda each: predict_kl(curves, each, dropped))
+            cut = make_cut(model, counts, curves, dropped, windows_BT, step, refit=refit)
+            tried.append((measure_kl(model, build_cut(model, cut), windows_BT, lead=lead), cut))
+            tokens += search_windows(windows_BT, lead)[:, lead:].numel()
+        if (len(tried) > 1 and tried[-1][0] >= tried[-2][0]) or not any(every[blocks + 1 :]):
+            break
+        block, taken = next(order)
+        dropped, tokens = [*dropped, block], tokens + taken
+    best = min(tried, key=lambda each: each[0])[1]
+    return Choice(best, _describe(model, best, tried), tokens)
+
+
+def make_cut(
+    model: Any,
+    counts: Counts,
+    curves: Curves,
+    dropped: Sequence[int],
+    windows_BT: Tensor,
+    step: Progress,
+    *,
+    refit: bool = True,
+) -> Cut:
+    """The cut in which every block that stays loses the cheapest of its units."""
+    stays = [
+        (part, _keep(part, curves[kind][part.block].order_R[: getattr(counts, kind)]))
+        for kind in KINDS
+        if getattr(counts, kind)
+        for part in find_parts(model, kind)
+        if part.block not in dropped
+    ]
+    fits = fold_blocks(model, dropped, windows_BT, step, stays) if refit else [Fit(*own) for own in stays]
+    return Cut(counts, fits, tuple(sorted(dropped)))
+
+
+def _keep(part: Part, gone: Tensor) -> Tensor:
+    """Ascending indices of the units that stay."""
+    stays_U = torch.ones(part.units, dtype=torch.bool, device=gone.device)
+    stays_U[gone] = False
+    return stays_U.nonzero()[:, 0]
+
+
+def _describe(model: Any, best: Cut, tried: Sequence[tuple[float, Cut]]) -> str:
+    heads, neurons = (find_parts(model, kind)[0].units for kind in KINDS)
+    words = (
+        "every block that stays loses the same number, those that the least KL is predicted for: "
+        f"{best.counts.heads} of {heads} groups of heads and {best.counts.neurons} of {neurons} neurons; whole blocks: "
+        f"{', '.join(map(str, best.dropped)) or 'none'}"
+    )
+    measured = ", ".join(f"{cut.counts.blocks} ({kl:.3f})" for kl, cut in tried)
+    return f"{words}; the number of blocks that costs the least KL on calibration text, of {measured}"
