@@ -69,7 +69,8 @@ def test_a_config_of_a_large_model_without_its_weights_its_gpu_or_a_key(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
     for model in ("config.json", "."):
-        outcome = command("--dry-run", "--config", str(CONFIGS / f"{name}.yaml"), "--model", model, "--device", "cuda")
+        flags = ("--config", str(CONFIGS / f"{name}.yaml"), "--model", model, "--device", "cuda", "--disk", "200")
+        outcome = command("--dry-run", *flags)
         assert (outcome.code, outcome.err) == (0, "")
         lines = outcome.out.splitlines()
         assert f"{model}, bf16 on cuda: 8,190,735,360 parameters, 36 blocks" in lines

@@ -62,13 +62,13 @@ def test_killed_and_resumed_without_room_for_second_moments_of_more_than_a_block
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained_llama)
     settings = tiny_settings(trained_llama, questions="file:questions.jsonl", further_windows=3)
-    lines = list_disk(model, find_layers(model), settings, at_once=1)
+    lines = list_disk(model, find_layers(model), settings, at_once=1, streamed=True)
     disk = ("--disk", str(sum(line.bytes for line in lines) / 1e9))
     halt = Halt("prune", "tools.workbench.prune:Pruner._compute", 10)
     assert fork(tmp_path, *flags, *STREAM, *disk, halt=halt).finish().code == -signal.SIGKILL
     assert command("--resume", "run").code == 0
     run = tmp_path / "runs" / "run"
-    assert "second moments are not kept, for " in (run / "events.jsonl").read_text()
+    assert "second moments are not kept, which takes " in (run / "events.jsonl").read_text()
     trials = [[(number, *others) for number, _, *others in read_trials(each)] for each in (run, streamed)]
     assert trials[0] == trials[1], "but for the names of checkpoints, which name the profile"
     assert read_summary(run)["mask_sha256"] == read_summary(streamed)["mask_sha256"]

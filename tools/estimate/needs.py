@@ -64,6 +64,7 @@ class Estimate(BaseModel):
     spread: list[Line] = Field([], description="What each GPU holds of a model that is laid over them; empty if not.")
     streamed: int = Field(0, description="Bytes of all blocks where one at a time comes from disk; 0 where none does.")
     disk: list[Line]
+    room: float | None = Field(None, description="Bytes on disk that there are; null where it is not known.")
     at_once: int | None = Field(
         None, description="Of how many blocks second moments lie on disk at once; null where they are kept."
     )
@@ -115,9 +116,9 @@ def estimate(
 ) -> Estimate:
     """What a run needs that prunes to `target` and takes this `course`.
 
-    `devices` are those of another machine, whose disk has room for all; without them, those that are here, and the disk
-    is that of the `directory`. Reads the model's config, and runs one block of each kind for some seconds where the
-    device is here. Raises UserError in one line.
+    `devices` are those of another machine, whose disk has room for all unless the settings say how much; without them,
+    those that are here, and the disk is that of the `directory`. Reads the model's config, and runs one block of each
+    kind for some seconds where the device is here. Raises UserError in one line.
     """
     workers = _count_workers(settings)
     model, reading = build_empty(settings)
@@ -145,9 +146,9 @@ def estimate(
     fits = devices is None or facts.shape.weights <= FITS * devices.bytes
     streams = settings.device == "stream" or (settings.device == "auto" and not workers and not fits)
     streamed = measure_stream(model) if streams else None
-    free = math.inf if told else _count_free_disk(directory)
+    disk_room = settings.disk * 1e9 or (math.inf if told else _count_free_disk(directory))
     given = {"weighs": weighs, "streamed": streams}
-    disk = plan_disk(model, layers, settings, min(free, settings.disk * 1e9 or math.inf), lead, **given)
+    disk = plan_disk(model, layers, settings, disk_room, lead, **given)
     # the other way; with room for none all that fits beside one block's is none
     other = plan_disk(model, layers, settings, 0 if disk.at_once is None else math.inf, lead, **given)
     anew = disk.at_once is not None
@@ -190,6 +191,7 @@ def estimate(
         spread=spread,
         streamed=streamed.blocks if streamed else 0,
         disk=[*disk.lines, *polish_disk],
+        room=disk_room if math.isfinite(disk_room) else None,
         at_once=disk.at_once,
         work=work(disk.at_once),
         other_disk=other.bytes + sum(line.bytes for line in polish_disk),

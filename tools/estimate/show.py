@@ -91,7 +91,8 @@ def summarise(found: Estimate) -> list[str]:
             "the kernel keeps"
         )
     lines += _list_peaks(found)
-    lines.append(f"disk: {show_size(found.disk_bytes)}")
+    short = found.room is not None and found.room < found.disk_bytes
+    lines.append(f"disk: {show_size(found.disk_bytes)}{f', where {show_size(found.room or 0)} are' if short else ''}")
     return [*lines, *_compare_ways(found), _sum_up_work(found)]
 
 

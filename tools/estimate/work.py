@@ -312,11 +312,14 @@ def list_work(
                 {"forward": calibration, "moments": calibration, "write moments": 1},
             ),
         ]
+    held = {"write moments": float(texts), "read moments": float(texts)}  # of a block, until the next one
     asked = [recipe for recipe in course.rounds if recipe.needs_curves]
     for recipe in course.curves:
         read, whole = (count_texts(recipe, settings) * windows for windows in (gradient, calibration))
         anew = setting_out if recipe.changes_survivors else 0.0
-        again = {"forward": read + anew * whole, "moments": whole if anew else 0}
+        again: dict[str, float] = {"forward": read + anew * whole}
+        if anew:
+            again |= {"moments": whole, **held}
         steps.append(
             step(
                 ASKED_FOR,
@@ -334,7 +337,7 @@ def list_work(
         read = count_texts(recipe, settings) * calibration
         anew = setting_out > 0 and recipe.changes_survivors and not recipe.in_order
         if anew:
-            done |= {"forward": read, "moments": read}
+            done |= {"forward": read, "moments": read, **held}
             how += ", with one more forward of the calibration text"
         elif recipe.changes_survivors:
             done["read moments"] = float(texts)

@@ -36,7 +36,8 @@ def bench_polish(site: Site) -> list[Result]:
     problem = Divergence(Blocks(bench.model), survivors, site.calibration_BT, {0: dense_TD.cpu()}, lead)
     values = survivors.read()
     ours = Adam(values)
-    theirs = torch.optim.Adam([layer.parameter for layer in bench.layers], lr=0.0)  # it leaves the weights as they are
+    parameters = {id(layer.parameter): layer.parameter for layer in bench.layers}  # fused experts share one
+    theirs = torch.optim.Adam(parameters.values(), lr=0.0)  # it leaves the weights as they are
 
     def take_step() -> None:
         gradients = problem.differentiate([0])

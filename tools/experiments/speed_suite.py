@@ -59,6 +59,7 @@ def run_benchmarks(
         try:
             with use_workbench(settings, Path(directory), warn, ignore_progress) as bench:
                 _refuse_sparse(bench)
+                _refuse_small_disk(bench)
                 site = Site(bench, settings)
                 if bench.device.type == "cuda":
                     report.device = torch.cuda.get_device_name(bench.device)
@@ -68,6 +69,13 @@ def run_benchmarks(
                     write_report(report, path)
         finally:
             close_workbench()
+
+
+def _refuse_small_disk(bench: Workbench) -> None:
+    if not bench.profiles.keeps_moments:
+        raise UserError(
+            "the disk is too small for second moments, which benchmarks keep; free some, or set another TMPDIR"
+        )
 
 
 def _refuse_sparse(bench: Workbench) -> None:

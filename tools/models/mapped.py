@@ -7,6 +7,7 @@ again: no second model is held, and of one whose blocks are streamed not even th
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,14 +83,23 @@ def map_tensors(
     written.
     """
     places: dict[str, _Place] = {}
-    with explain_unwritable(f"{what} in {directory}"), explain_full_disk(directory):
+    with _explained(what, directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".dense-") as file:
-            for name, tensor in tensors:
+        file = tempfile.NamedTemporaryFile(dir=directory, prefix=".mapped-")  # noqa: SIM115 - closed below
+    with file:
+        for name, tensor in tensors:  # which may come of work that has errors of its own
+            with _explained(what, directory):
                 file.write(bytes(-file.tell() % ALIGNED))
                 places[name] = _Place(file.tell(), tensor.dtype, tensor.shape)
                 file.write(tensor.to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
+        with _explained(what, directory):
             file.write(bytes(1))  # a file without any bytes cannot be mapped
             file.flush()
             access = mmap.ACCESS_WRITE if shared else mmap.ACCESS_COPY
             return Mapped(mmap.mmap(file.fileno(), 0, access=access), places)
+
+
+@contextmanager
+def _explained(what: str, directory: Path) -> Iterator[None]:
+    with explain_unwritable(f"{what} in {directory}"), explain_full_disk(directory):
+        yield

@@ -124,7 +124,7 @@ class Finish(NamedTuple):
 
     def run(self, walks: Walks, span: Span) -> None:
         """As in `ShardRequest`."""
-        walks.finish(span, self.walk)
+        walks.finish(self.walk)
 
 
 Answers = Callable[[Callable[[int], None]], list[T]]

@@ -1,7 +1,7 @@
 """The calibration text on its way up through the blocks, and its gradients on their way down, shard by shard.
 
-At no time is more held than what one block reads (in CPU memory), what a block needs on the way down, and, on disk,
-what every block read of the gradient windows.
+At no time is more held of a walk than what one block reads (in CPU memory), what a block needs on the way down, and, on
+disk, what every block read of the gradient windows.
 
 Shape suffixes: B windows, T tokens, I input features (d_in), O output features (d_out), D hidden width.
 """
@@ -182,9 +182,9 @@ class Walks:
         """`curve/LAYER` is sum_t (g_t^T dW x_t)^2 at each level (levels,), fp64; `parts` is what each adds to dW."""
         return self._sum_curves(self._descend(span, walk, block, language=False), span, block, parts)
 
-    def finish(self, span: Span, walk: Walk) -> None:
-        """Let go of what a walk holds of a span."""
-        self._ways.pop((walk.number, span), None)
+    def finish(self, walk: Walk) -> None:
+        """Let go of what is held of a walk, of whatever spans: another worker may have taken one over."""
+        self._ways = {key: way for key, way in self._ways.items() if key[0] != walk.number}
 
     # --- up ----------------------------------------------------------------------------------------------------
 
@@ -371,29 +371,36 @@ class Walks:
 
     def _sum_curves(self, seen: Seen, span: Span, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
         leaves: dict[int, Sums] = {shard: {} for shard in range(*span)}
-        for layer in self.grouped[block]:  # layer by layer, so that the parts of one only are held
-            pairs = {
-                shard: [pair.move(layer.device) for pair in seen.pairs[shard][layer.name]] for shard in range(*span)
-            }
-            whole = [pair for shard in pairs.values() for pair in shard]
+        for layer in self.grouped[block]:  # layer by layer, so that the parts and pairs of one only are held
             heed_stop()
-            if not whole:  # a span without gradient windows, or an expert that these never reached
-                continue
-            changes = (part_OI.to(layer.device) for part_OI in parts[layer.name])
-            with explain_layer(f"KL curve of layer {layer.name}"):
-                changes_LP = squared_loss_changes([(pair.x_TI, pair.g_TO) for pair in whole], changes)
-            changes_LP /= torch.tensor([pair.scale**2 for pair in whole], dtype=torch.float64).to(changes_LP.device)
-            columns = changes_LP.split([len(shard) for shard in pairs.values()], 1)
-            for shard, column_LP in zip(pairs, columns, strict=True):
-                marks = [pair.mark for pair in pairs[shard]]
-                for mark in dict.fromkeys(marks):
-                    own = [place for place, other in enumerate(marks) if other == mark]
-                    leaves[shard][f"curve/{mark}{layer.name}"] = (
-                        column_LP if len(own) == len(marks) else column_LP[:, own]
-                    ).sum(1)
-                    if layer.pool:
-                        add_count(leaves[shard], mark + layer.name, *(pairs[shard][place].x_TI for place in own))
+            self._add_curve(layer, {shard: seen.pairs[shard][layer.name] for shard in leaves}, parts, leaves)
         return self._sum(span, leaves.__getitem__)
+
+    def _add_curve(
+        self,
+        layer: Layer,
+        held: Mapping[int, Sequence[Pair]],
+        parts: Mapping[str, Iterable[Tensor]],
+        leaves: Mapping[int, Sums],
+    ) -> None:
+        pairs = {shard: [pair.move(layer.device) for pair in own] for shard, own in held.items()}
+        whole = [pair for shard in pairs.values() for pair in shard]
+        if not whole:  # a span without gradient windows, or an expert that these never reached
+            return
+        changes = (part_OI.to(layer.device) for part_OI in parts[layer.name])
+        with explain_layer(f"KL curve of layer {layer.name}"):
+            changes_LP = squared_loss_changes([(pair.x_TI, pair.g_TO) for pair in whole], changes)
+        changes_LP /= torch.tensor([pair.scale**2 for pair in whole], dtype=torch.float64).to(changes_LP.device)
+        columns = changes_LP.split([len(shard) for shard in pairs.values()], 1)
+        for shard, column_LP in zip(pairs, columns, strict=True):
+            marks = [pair.mark for pair in pairs[shard]]
+            for mark in dict.fromkeys(marks):
+                own = [place for place, other in enumerate(marks) if other == mark]
+                leaves[shard][f"curve/{mark}{layer.name}"] = (
+                    column_LP if len(own) == len(marks) else column_LP[:, own]
+                ).sum(1)
+                if layer.pool:
+                    add_count(leaves[shard], mark + layer.name, *(pairs[shard][place].x_TI for place in own))
 
     def _sum(self, span: Span, leaf: Callable[[int], Sums]) -> Nodes:
         return [(node, sum_node(node, leaf)) for node in list_nodes((0, len(self.shards)), span)]

@@ -3,10 +3,11 @@
 Everything it makes goes to disk under the hash of its content, so a killed run goes on where it was.
 """
 
+import math
 import resource
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -350,12 +351,14 @@ def _fit_disk(
 ) -> int | None:
     """Of how many blocks second moments may lie on disk at once; None where there is room for those of all.
 
-    What the directory holds already is room. Raises UserError where all else has none.
+    What is there already is room. Raises UserError where all else has none.
     """
-    written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    free = shutil.disk_usage(directory).free + written
-    room = min(free, settings.disk * 1e9) if settings.disk else free
-    plan = plan_disk(model, layers, settings, room, lead)
+    streamed = find_stream(model) is not None
+    free = shutil.disk_usage(directory).free + _count_written(directory)
+    if streamed:  # the model as it is now, in a file without a name
+        free += sum(parameter.nbytes for parameter in model.parameters())
+    room = min(free, settings.disk * 1e9 or math.inf)
+    plan = plan_disk(model, layers, settings, room, lead, streamed=streamed)
     if plan.bytes > room:
         if room < free:
             raise UserError(
@@ -364,15 +367,24 @@ def _fit_disk(
             )
         raise UserError(
             f"the disk is full: a run of this model may write {show_size(plan.bytes, 'GB')} to {directory}, "
-            f"but {show_size(free, 'GB')} are free; free some, or use another --runs-dir"
+            f"but {show_size(free, 'GB')} are free or its own; free some, or use another --runs-dir"
         )
     if plan.at_once:
-        least = sum(line.bytes for line in list_disk(model, layers, settings, lead))
+        kept = sum(line.bytes for line in list_disk(model, layers, settings, lead, streamed=streamed))
         warn(
-            f"second moments are not kept, for {show_size(room)} of disk are less than {show_size(least)}: they are "
-            "collected anew whenever layers are pruned, block by block"
+            f"second moments are not kept, which takes a disk of {show_size(kept)}, and {show_size(room)} are there: "
+            "they are collected anew whenever layers are pruned, block by block"
         )
     return plan.at_once
+
+
+def _count_written(directory: Path) -> int:
+    """Bytes of all files there."""
+    total = 0
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):  # one that is renamed meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _encode_questions(settings: WorkbenchSettings, tokenizer: Any) -> dict[Split, list[EncodedPair]]:

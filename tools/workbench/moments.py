@@ -6,7 +6,6 @@ They are measured once and kept, or, where the disk has no room for them, of a b
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,40 +97,64 @@ class SecondMoments:
         }
 
     def _find_of_text(self, stored: StoredProfile, kind: str, progress: Progress) -> Found:
-        if kind == PLAIN and stored.moments:
-            return stored.moments
+        if (kept := self._read_kept(stored, kind)) is not None:
+            return kept
         if self._at_once:
             return self._held.get((kind, stored.means), {})
-        return self._index.measure_once([kind, stored.means], partial(self._measure, stored, kind, progress))
+        return self._index.keep_measured([kind, stored.means], self._measure(stored, kind, progress))
+
+    def _read_kept(self, stored: StoredProfile, kind: str) -> dict[str, str] | None:
+        """Those of a text that lie on disk; None where they were never measured, or not kept."""
+        if kind == PLAIN and stored.moments:
+            return stored.moments
+        return self._index.read_measured([kind, stored.means])
 
     def lacks(self, stored: StoredProfile, *, weighted: bool = False) -> bool:
         """Whether those of a profile have to be collected block by block."""
-        return bool(self._at_once) and (weighted or not all(x.moments for x in _list_texts(stored).values()))
+        return bool(self._list_lacking(stored, WEIGHTED if weighted else PLAIN))
+
+    def _list_lacking(self, stored: StoredProfile, kind: str) -> list[StoredProfile]:
+        """Its texts whose moments are not kept."""
+        if not self._at_once:
+            return []
+        return [text for text in _list_texts(stored).values() if self._read_kept(text, kind) is None]
 
     @contextmanager
     def pass_blocks(
-        self, stored: StoredProfile, progress: Progress, *, weighted: bool = False, down: bool = False
+        self,
+        stored: StoredProfile,
+        progress: Progress,
+        let_go: Callable[[], None],
+        *,
+        weighted: bool = False,
+        down: bool = False,
     ) -> Iterator[Callable[[int], None]]:
         """Given the number of a block, one after another, it sees to it that `find` finds the moments of that block.
 
         Where all are kept they are measured first, if they were not. Else the text passes the dense model, which is put
         in place and has to be whenever a block is asked for, and those of the block are held until the next one; on the
         way `down` to earlier blocks, for each of which the text sets out anew, of as many blocks as there is room for.
+        Before others are collected `let_go` is called, for whoever has one in use has all of their file.
         """
-        if not self.lacks(stored, weighted=weighted):
+        kind = WEIGHTED if weighted else PLAIN
+        texts = self._list_lacking(stored, kind)
+        if not texts:
             self.find(stored, progress, weighted=weighted)
             yield lambda block: None
             return
         if weighted:
             self.find_token_weights(stored, progress)
-        kind, count = (WEIGHTED if weighted else PLAIN), (self._at_once or 1) if down else 1
-        texts = [text for text in _list_texts(stored).values() if weighted or not text.moments]
-        held = range(0)
+        count, held = (self._at_once or 1) if down else 1, range(0)
+
+        def forget() -> None:
+            let_go()
+            for text in texts:
+                self._held.pop((kind, text.means), None)
 
         def hold(block: int) -> None:
             nonlocal held
             if block not in held:
-                self._held.clear()
+                forget()
                 held = range(max(0, block + 1 - count), block + 1)
                 for text, walk in zip(texts, walks, strict=True):
                     self._held[kind, text.means] = self._hold(text, walk, held, weighted=weighted)
@@ -143,7 +166,7 @@ class SecondMoments:
                 walks = [stack.enter_context(begin_walk(team, x.calibration, shares=x.shares)) for x in texts]
                 yield hold
         finally:
-            self._held.clear()
+            forget()
 
     def _hold(self, stored: StoredProfile, walk: Walk, blocks: range, *, weighted: bool) -> dict[str, Held]:
         widths: dict[str, int] = {}
@@ -153,6 +176,7 @@ class SecondMoments:
                 for leader, moment_II in self._collect(stored, walk, block, weighted=weighted).items():
                     widths[leader] = len(moment_II)
                     yield leader, pack_triangle(moment_II.cpu())
+                del moment_II  # it may be the widest, and sums of the next block are to be made
 
         mapped = map_tensors(collect(), self._store.directory, what="second moments")
         return {leader: Held(upper_U, widths[leader]) for leader, upper_U in mapped.items()}

@@ -265,7 +265,10 @@ class Profiles:
             own = TextPart(
                 means=run.means, moments=run.moments, group=run.group, gradient=gradient, kappa=kappa, few=run.few
             )
-            parts = {QUESTIONS: self._collect_questions(own, progress, run.made_as), RUN: own}
+            parts = {
+                QUESTIONS: self._collect_questions(own, progress, "masks" if run.masks_only else self._moments.kind),
+                RUN: own,
+            }
             both = {"calibration": QUESTIONS, "mix": {QUESTIONS: 0.0, RUN: 1.0}, "parts": parts}
             return {"profile": self._store.write_json(run.model_copy(update=both).model_dump())}
 
@@ -319,6 +322,11 @@ class Profiles:
         """As `SecondMoments.find`."""
         return self._moments.find(self.read(profile), progress, weighted=weighted)
 
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether second moments that are measured stay on disk."""
+        return self._moments.kind == "full"
+
     def lacks_moments(self, profile: str, recipe: Recipe) -> bool:
         """Whether layers that a recipe prunes as in the dense model want second moments that are not kept."""
         if recipe.in_order or not recipe.changes_survivors:
@@ -329,7 +337,7 @@ class Profiles:
         self, profile: str, progress: Progress, *, weighted: bool = False, down: bool = False
     ) -> AbstractContextManager[Callable[[int], None]]:
         """As `SecondMoments.pass_blocks`."""
-        return self._moments.pass_blocks(self.read(profile), progress, weighted=weighted, down=down)
+        return self._moments.pass_blocks(self.read(profile), progress, self.let_go, weighted=weighted, down=down)
 
     def find_token_weights(self, profile: str, progress: Progress) -> None:
         """As `SecondMoments.find_token_weights`."""

@@ -1,7 +1,7 @@
 """Pruning by a work order, from the dense weights, and the checkpoints that come of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain
 
@@ -144,10 +144,11 @@ class Pruner:
         missing = {name: task for name, task in tasks.items() if name not in made}
         lacking = {name: task for name, task in missing.items() if self._lacks_moments(task)}
         at_once = self._compute_all({name: task for name, task in missing.items() if name not in lacking})
-        for name, artifact in chain(at_once, self._compute_by_block(lacking, progress)):
-            self._index.add(keys[name], artifact)
-            made[name] = artifact
-            progress("prune", len(made), len(tasks))
+        with closing(self._compute_by_block(lacking, progress)) as by_block:
+            for name, artifact in chain(at_once, by_block):
+                self._index.add(keys[name], artifact)
+                made[name] = artifact
+                progress("prune", len(made), len(tasks))
         if lacking:
             for name, artifact in made.items():
                 self._weights.install(name, artifact)
@@ -156,7 +157,7 @@ class Pruner:
     def _lacks_moments(self, task: LayerTask) -> bool:
         return self._profiles.lacks_moments(task.profile, task.recipe)
 
-    def _compute_by_block(self, tasks: Tasks, progress: Progress) -> Iterator[tuple[str, str]]:
+    def _compute_by_block(self, tasks: Tasks, progress: Progress) -> Generator[tuple[str, str], None, None]:
         """As `_compute_all`, of layers whose second moments are not kept: those of a block once these are collected.
 
         The text passes the dense model meanwhile, and it is dense that all layers are left.

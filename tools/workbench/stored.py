@@ -61,11 +61,9 @@ class StoredProfile(BaseModel):
         return tuple(self.mix.values())
 
     @property
-    def made_as(self) -> Kind:
-        """What second moments were made with it."""
-        if self.passed:
-            return "passed"
-        return "full" if self.moments or any(part.moments for part in self.parts.values()) else "masks"
+    def masks_only(self) -> bool:
+        """Whether it was made without second moments, be they kept or not."""
+        return not (self.passed or self.moments or any(part.moments for part in self.parts.values()))
 
     def sort_texts(self, names: Sequence[str]) -> "StoredProfile":
         """The same with its texts in this order, which is that of their windows: on disk they stand by their names."""

@@ -45,7 +45,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def count_disk(settings: Any, at_once: int) -> int:
     model = make_tiny_model("llama", num_hidden_layers=BLOCKS)
-    return sum(line.bytes for line in list_disk(model, find_layers(model), settings, at_once=at_once))
+    return sum(line.bytes for line in list_disk(model, find_layers(model), settings, at_once=at_once, streamed=True))
 
 
 def carry_out(bench: Workbench, copied: Counter[str]) -> dict[str, float]:

@@ -106,9 +106,9 @@ def test_second_moments_that_are_not_kept_cost_a_forward_of_every_round_that_nee
     assert changed == [
         ("profile, second moments", -8 * 0.5, 0),
         ("weighted second moments", 0, 0),
-        (ASKED_FOR, 2.5 * forward + moments, 3),
-        ("prune", forward + moments - 2, 1),
-        ("prune", forward + moments - 2, 1),
+        (ASKED_FOR, 2.5 * forward + moments + 8 * 0.5 + 2, 3),
+        ("prune", forward + moments + 8 * 0.5, 1),
+        ("prune", forward + moments + 8 * 0.5, 1),
     ]
     (times,) = {(x.times, y.times) for x, y in zip(kept, anew, strict=True) if x.name == "weighted second moments"}
     assert times == (1, 0)

@@ -69,11 +69,10 @@ def test_spans_do_not_disturb_one_another_and_nothing_is_held_at_the_end() -> No
     right = walked.gradients((4, 8), WALK, 0)
     assert same(left, begin().gradients((0, 4), WALK, 0)) and same(right, begin().gradients((4, 8), WALK, 0))
     other = walked.moments((0, 4), OTHER, 1, True, "moments")
-    walked.finish((0, 4), WALK)
-    walked.finish((4, 8), WALK)
+    walked.finish(WALK)
     assert list(walked._ways) == [(OTHER.number, (0, 4))]
     assert same(other[0], begin().moments((0, 4), WALK, 1, True, "moments")[0])
-    walked.finish((0, 4), OTHER)
+    walked.finish(OTHER)
     assert walked._ways == {}
 
 
