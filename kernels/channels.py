@@ -209,9 +209,9 @@ def eliminate_units(
         price_U[order] = torch.inf
         chosen_N = price_U.sort(stable=True).indices[: min(together, removed - len(order))]
         gone_S = expand_units(chosen_N, width)
-        share_SI = torch.linalg.solve(inverse_II[gone_S][:, gone_S], inverse_II[gone_S])
-        across_IS = cost_II[:, gone_S]
-        price = torch.linalg.solve(inverse_II[gone_S][:, gone_S], across_IS[gone_S]).trace() / 2
+        inverse_SS, across_IS = inverse_II[gone_S][:, gone_S], cost_II[:, gone_S]
+        share_SI = torch.linalg.solve(inverse_SS, inverse_II[gone_S])
+        price = torch.linalg.solve(inverse_SS, across_IS[gone_S]).trace() / 2
         cost_II += share_SI.T @ across_IS[gone_S] @ share_SI - across_IS @ share_SI - share_SI.T @ across_IS.T
         inverse_II -= inverse_II[:, gone_S] @ share_SI
         for matrix_II in (cost_II, inverse_II):
@@ -271,7 +271,7 @@ def fit_kept(
     """
     weight_OI, given = weight_OI.double(), weight_OI
     share = choose_damping(weight_OI, moments, kept_K, biased=bias_O is not None)
-    fitted_OK = _fit(weight_OI, moments, kept_K, share, biased=bias_O is not None)
+    fitted_OK = _solve(_set_up(weight_OI, moments, kept_K, biased=bias_O is not None), share)
     if bias_O is None:
         return fitted_OK.to(given.dtype), None
     shift_O = weight_OI @ moments.mean_I - fitted_OK @ moments.mean_I[kept_K]
@@ -288,34 +288,45 @@ def choose_damping(weight_OI: Tensor, moments: InputMoments, kept_K: Tensor, *, 
     """
     if moments.halves is None:
         return DAMPING
-    first, second = moments.halves
-    moment_KK = _centre(second, biased)[kept_K][:, kept_K]
-    target_OK = _aim(weight_OI, second, biased=biased)[:, kept_K]
+    first, second = (_set_up(weight_OI, half, kept_K, biased=biased) for half in moments.halves)
     errors = []
     for share in DAMPINGS:
-        fitted_OK = _fit(weight_OI, first, kept_K, share, biased=biased)
-        errors.append(float(((fitted_OK @ moment_KK - 2 * target_OK) * fitted_OK).sum()))
+        fitted_OK = _solve(first, share)
+        errors.append(float(((fitted_OK @ second.moment_KK - 2 * second.target_OK) * fitted_OK).sum()))
     return DAMPINGS[errors.index(min(errors))] / 2
 
 
-def _aim(weight_OI: Tensor, moments: InputMoments, *, biased: bool) -> Tensor:
-    """The mean of (W x + e) x^T, around the means with a bias."""
-    target_OI = weight_OI.double() @ _centre(moments, biased)
+class _Equations(NamedTuple):
+    """What a fit of the channels that stay solves, whatever its damping; fp64."""
+
+    moment_KK: Tensor
+    """A, around the means with a bias."""
+    target_OK: Tensor
+    """The mean of (W x + e) x^T, likewise."""
+    towards_OK: Tensor
+    """Their columns of W."""
+    mean: float
+    """mean(diag A), over all channels."""
+
+
+def _set_up(weight_OI: Tensor, moments: InputMoments, kept_K: Tensor, *, biased: bool) -> _Equations:
+    weight_OI, moment_II = weight_OI.double(), _centre(moments, biased)
+    target_OI = weight_OI @ moment_II
     if moments.extra_moment_OI is not None and moments.extra_mean_O is not None:
         target_OI += moments.extra_moment_OI
         if biased:
             target_OI -= torch.outer(moments.extra_mean_O, moments.mean_I)
-    return target_OI
+    mean = float(moment_II.diagonal().mean())
+    return _Equations(moment_II[kept_K][:, kept_K], target_OI[:, kept_K], weight_OI[:, kept_K], mean)
 
 
-def _fit(weight_OI: Tensor, moments: InputMoments, kept_K: Tensor, share: float, *, biased: bool) -> Tensor:
+def _solve(equations: _Equations, share: float) -> Tensor:
     """W' of `fit_kept`, fp64, with a share of mean(diag A) as damping."""
-    moment_II, target_OI = _centre(moments, biased), _aim(weight_OI, moments, biased=biased)
-    mean, towards_OK = float(moment_II.diagonal().mean()), weight_OI.double()[:, kept_K]
+    moment_KK, target_OK, towards_OK, mean = equations
     if mean <= 0:  # the layer never saw an input that moves: nothing to fit to
         return towards_OK
-    lower_KK, damping = _factor_damped(moment_II[kept_K][:, kept_K], share * mean)
-    return torch.cholesky_solve((target_OI[:, kept_K] + damping * towards_OK).T, lower_KK).T
+    lower_KK, damping = _factor_damped(moment_KK, share * mean)
+    return torch.cholesky_solve((target_OK + damping * towards_OK).T, lower_KK).T
 
 
 def _centre(moments: InputMoments, biased: bool) -> Tensor:

@@ -177,7 +177,6 @@ def list_phases(
     ]
     passed, gradients = ((part.passed, "blocks"),) if part.passed > 1 else (), ((part.gradient, "windows"),)
     mixed = ((2, "texts"),) if settings.mixes_questions else ()  # where a plan's mix has both
-
     away = streamed is not None and facts.device != "cpu"  # what flowed back through a block lies in CPU memory
 
     def list_flow(*texts: tuple[int, str]) -> list[Line]:
@@ -210,12 +209,14 @@ def list_phases(
     def walked(*texts: tuple[int, str]) -> Line:
         return states("inputs and outputs of one block", *texts, (2, "sets"), (part.calibration, "windows"))
 
+    collected = [sums] if anew else []  # whenever layers are pruned
     layer = pruned("one layer being pruned", held.pruned)
     moved = _pass_through(streamed) if streamed else _move_model(facts)
     read = [] if streamed else _read_file(facts)
     straight = settings.device == "spread"  # accelerate puts each weight where it belongs
     handed = facts.device != "cpu" and part.workers
     answer = [_count_moments(shape, part.nodes, "sums handed over")] if handed else []
+    passing = [walked(*mixed), *answer] if anew else []
     reference = [states("dense hidden states as received", (settings.count_all("validation"), "windows"))]
     job = _list_job(shape) if part.workers else []
     return [
@@ -248,11 +249,11 @@ def list_phases(
                 *backward,
                 *list_flow_at_hand(*mixed),
                 *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels),
-                *([sums] if anew else []),
+                *collected,
             ],
             host=[
                 *always,
-                *([walked(*mixed), *answer] if anew else []),
+                *passing,
                 *(list_flow(*mixed) if away else []),
                 states("inputs of one block", *mixed, (part.gradient, "windows")),
                 states("gradients passed on", *mixed, (part.gradient, "windows")),
@@ -261,8 +262,8 @@ def list_phases(
         ),
         Phase(
             name="prune",
-            device=[model, *([sums] if anew else []), *layer],
-            host=[*always, *([walked(*mixed), *answer] if anew else []), *job],
+            device=[model, *collected, *layer],
+            host=[*always, *passing, *job],
         ),
         Phase(
             name=IN_ORDER,
@@ -308,6 +309,7 @@ def list_phases_beside(
     moment, other = multiply("second moment of one layer", *matrix), list_other_moment(shape, settings)
     levels, sums = _count_levels(shape), _count_moments(shape, nodes, "sums of all workers")
     two = _count_moments(shape, 2 * nodes, "sums of all workers for two blocks")
+    collected, coming = ([sums], [two]) if anew else ([], [])  # whenever layers are pruned
     results = multiply("pruned layers of one block", (shape.members, "weights"), (shape.item + 1 / 8, "bytes"))
     return [
         Phase(name="load", device=[model], host=[program, *_read_file(facts), *moved]),
@@ -324,14 +326,14 @@ def list_phases_beside(
         Phase(
             name=ASKED_FOR,
             device=[model, moment, *other],
-            host=[program, *([sums] if anew else [])],
-            store=[*given, levels, *([two] if anew else [])],
+            host=[program, *collected],
+            store=[*given, levels, *coming],
         ),
         Phase(
             name="prune",
             device=[model, moment, *other],
-            host=[program, *([sums] if anew else [])],
-            store=[*given, results, *([two] if anew else [])],
+            host=[program, *collected],
+            store=[*given, results, *coming],
         ),
         Phase(name=IN_ORDER, device=[model, moment], host=[program, sums], store=[*given, results, two]),
         Phase(

@@ -149,7 +149,7 @@ def estimate(
     disk_room = settings.disk * 1e9 or (math.inf if told else _count_free_disk(directory))
     given = {"weighs": weighs, "streamed": streams}
     disk = plan_disk(model, layers, settings, disk_room, lead, **given)
-    # the other way; with room for none all that fits beside one block's is none
+    # the other way: without any room second moments are of one block at a time, with any amount all are kept
     other = plan_disk(model, layers, settings, 0 if disk.at_once is None else math.inf, lead, **given)
     anew = disk.at_once is not None
     phases = list_phases(facts, read, busiest, part, weighs=weighs, streamed=streamed, anew=anew)

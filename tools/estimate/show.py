@@ -83,7 +83,7 @@ def summarise(found: Estimate) -> list[str]:
         share = f"{1 - found.of_blocks:.2%} of the weights in the blocks"
         lines.append(f"stay dense: {share}, such as {found.dense[0]}, no plain linear layers")
     if found.streamed:
-        passes = sum(work.times * work.passes for work in found.work)
+        passes = _count_passes(found.work)
         size = passes * found.streamed
         lines.append(
             f"streamed: one block of the model at a time comes from disk, all of them about {passes} times: "
@@ -108,13 +108,18 @@ def _compare_ways(found: Estimate) -> list[str]:
         return []
     cost = show_flops(more) if found.untimed else show_seconds(more)
     if found.streamed:
-        passes = sum(x.times * x.passes for x in anew) - sum(x.times * x.passes for x in stored)
+        passes = _count_passes(anew) - _count_passes(stored)
         cost += f" and {show_size(passes * found.streamed)} of reading"
     other = show_size(found.other_disk)
     if kept:
         return [f"second moments: kept; with {other} of disk they are collected anew by every round, for {cost} more"]
     blocks = f"of {found.at_once:,} {'block' if found.at_once == 1 else 'blocks'} at a time"
     return [f"second moments: collected anew by every round, {blocks}; {other} of disk would save {cost}"]
+
+
+def _count_passes(steps: Sequence[Work]) -> int:
+    """How often all blocks of a streamed model come from disk."""
+    return sum(step.times * step.passes for step in steps)
 
 
 def _count_work(found: Estimate, steps: Sequence[Work]) -> float:
@@ -125,18 +130,14 @@ def _count_work(found: Estimate, steps: Sequence[Work]) -> float:
 
 
 def _sum_up_work(found: Estimate) -> str:
-    total = sum(work.times * work.flops for work in found.work)
+    total, own = sum(work.times * work.flops for work in found.work), _count_work(found, found.work)
     if found.untimed:
-        alone = sum(work.times * work.flops * work.share for work in found.work)
-        share = f", {show_flops(alone)} of it by the busiest worker" if found.workers else ""
-        rate = (
-            f", {show_seconds(alone / GPU_RATE)} at {show_flops(GPU_RATE)} a second" if found.device == "cuda" else ""
-        )
+        share = f", {show_flops(own)} of it by the busiest worker" if found.workers else ""
+        rate = f", {show_seconds(own / GPU_RATE)} at {show_flops(GPU_RATE)} a second" if found.device == "cuda" else ""
         return f"work: about {show_flops(total)}{share}{rate}; no time can be predicted, as {found.untimed}"
-    seconds = sum(work.times * (found.seconds(work) or 0.0) for work in found.work)
     whose = f" by the busiest of {found.workers} workers" if found.workers else ""
     took = f"without loading the model, as one block took here on {found.tokens} tokens"
-    return f"work: about {show_flops(total)}, {show_seconds(seconds)}{whose} {took}"
+    return f"work: about {show_flops(total)}, {show_seconds(own)}{whose} {took}"
 
 
 def _list_peaks(found: Estimate) -> list[str]:

@@ -97,10 +97,14 @@ def list_curve_costs(recipe: Recipe, settings: WorkbenchSettings) -> Costs:
     return costs
 
 
+CURVES = "curves of "
+"""What the name of any KL curves begins with."""
+
+
 def name_curves(recipe: Recipe) -> str:
     """What the KL curves of a recipe's method are called: they are the same for any statistics and steps."""
     plain = recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
-    return f"curves of {plain.mask_label}"
+    return f"{CURVES}{plain.mask_label}"
 
 
 def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from tools.plans.costs import name_curves
+from tools.plans.costs import CURVES, name_curves
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 
@@ -34,7 +34,7 @@ def name_measuring_curves(recipe: Recipe) -> str:
 
 def find_longest_curves(paces: Paces) -> float:
     """Seconds of the curves that take longest, of those known; 0 where none are."""
-    return max((seconds for what, seconds in paces.items() if what.startswith("measuring curves of ")), default=0.0)
+    return max((seconds for what, seconds in paces.items() if what.startswith(f"measuring {CURVES}")), default=0.0)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tools.base.words import show_size
 from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
 from tools.models.blocks import Blocks, check_blocks
-from tools.models.disk import list_disk, plan_disk
+from tools.models.disk import plan_disk
 from tools.models.experts import check_experts
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
 from tools.models.linear import keep_linear
@@ -370,10 +370,10 @@ def _fit_disk(
             f"but {show_size(free, 'GB')} are free or its own; free some, or use another --runs-dir"
         )
     if plan.at_once:
-        kept = sum(line.bytes for line in list_disk(model, layers, settings, lead, streamed=streamed))
+        kept = plan_disk(model, layers, settings, math.inf, lead, streamed=streamed)
         warn(
-            f"second moments are not kept, which takes a disk of {show_size(kept)}, and {show_size(room)} are there: "
-            "they are collected anew whenever layers are pruned, block by block"
+            f"second moments are not kept, which takes a disk of {show_size(kept.bytes)}, and {show_size(room)} are "
+            "there: they are collected anew whenever layers are pruned, block by block"
         )
     return plan.at_once
 
