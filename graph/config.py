@@ -1,5 +1,6 @@
 """Every option of a run in one pydantic model."""
 
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,6 +23,15 @@ Agent = Literal["planner", "reflector"]
 PRICES = ("planner_price_input", "planner_price_output", "reflector_price_input", "reflector_price_output")
 CHANGEABLE = ("max_agent_tokens", "max_agent_cost", "memory", *PRICES, *TEAM)
 """Fields that may change while a run goes on; they have no part in what is pruned."""
+
+NOT_OF_CUTS = {
+    "pattern": "is of zeros",
+    "polish_tokens": "fits the survivors of zeros",
+    "protect": "names layers that are never touched, while all blocks get the same widths",
+    "text": "needs a cut of its own for each",
+    "reprofile": "profiles for zeros",
+}
+"""Fields that a run with target_size has no use for, and why."""
 
 PLANNER = (
     "heuristic (no key, deterministic), openai:NAME, openai:NAME@http://HOST:PORT/v1 for a compatible endpoint, "
@@ -48,6 +58,14 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
 
     target_sparsity: float = Field(
         0.45, gt=0, lt=1, description="Share of the prunable weights that are zero at the end, as a fraction."
+    )
+    target_size: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="In place of target_sparsity: share of the model's bytes that is to stay, such as 0.8, embeddings "
+        "and head counted. Whole neurons, groups of attention heads and blocks go, and what comes out is a smaller "
+        "model of stock shapes; 0: none go.",
     )
     pattern: str = Field(
         "",
@@ -271,7 +289,8 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
     @property
     def offers_instruments(self) -> bool:
         """Whether a chat planner may call tools before it answers."""
-        return self.planner != HEURISTIC and self.planner_calls > 0
+        # those that there are look at single weights
+        return self.planner != HEURISTIC and self.planner_calls > 0 and not self.target_size
 
     @property
     def approves_plans(self) -> bool:
@@ -318,6 +337,17 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        if not self.target_size:
+            return self
+        for field, why in NOT_OF_CUTS.items():
+            if getattr(self, field) != type(self).model_fields[field].get_default(call_default_factory=True):
+                raise ValueError(f"target_size takes whole parts away, and {field} {why}; leave it out")
+        if self.device in ("stream", "spread"):
+            raise ValueError(f"target_size needs the model on one device; use another --device than {self.device}")
+        return self
+
+    @model_validator(mode="after")
     def _check_facts(self) -> Self:
         if self.min_fact_retention and not self.questions:
             raise ValueError("min_fact_retention needs questions to ask; name their source with questions")
@@ -346,6 +376,19 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def check_target(config: RunConfig, given: Collection[str] = ()) -> None:
+    """Refuse two targets, the sparsity being among the fields `given` or another than the default. Raises UserError.
+
+    Not part of the model: a run that takes parts away knows, once the model is open, which sparsity its size is.
+    """
+    usual = RunConfig.model_fields["target_sparsity"].default
+    if config.target_size and ("target_sparsity" in given or config.target_sparsity != usual):
+        raise UserError(
+            "target_size and target_sparsity are two targets; give one: cut first, then set zeros in what stays by a "
+            "run with --model RUN/model --target-sparsity"
+        )
+
+
 def check_prices(config: RunConfig) -> None:
     """Refuse a cap on a cost that nobody can reckon. Raises UserError.
 
@@ -363,7 +406,9 @@ def check_prices(config: RunConfig) -> None:
 
 def read_config(flags: dict[str, Any], path: Path | None) -> RunConfig:
     """The run's options, as `tools.base.options.read_options` reads them. Raises UserError in one line."""
-    return read_options(RunConfig, flags, path)
+    config = read_options(RunConfig, flags, path)
+    check_target(config, flags)
+    return config
 
 
 def refuse_prompt_files(config: RunConfig) -> None:

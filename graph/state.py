@@ -131,6 +131,7 @@ class State(Input):
     log: str = Field("", description="Seal of what the last node wrote last into the run's log, which must be there.")
     config: RunConfig = Field(default_factory=RunConfig)
     profile: str = Field("", description="Hash of the profile artifact.")
+    parts: str = Field("", description="Artifact of what is known of the model's parts, where some are to go.")
     dense: Trial | None = Field(None, description="The dense model on the validation text, as iteration 0.")
     brief: Brief | None = Field(None, description="What was made of the config's goal, which the config follows.")
     written: list[NewText] = Field(

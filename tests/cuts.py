@@ -10,9 +10,10 @@ from torch import Tensor
 from kernels.channels import DAMPINGS
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_config
 from tools.base.progress import ignore_progress
+from tools.plans.cuts import Counts
 from tools.surgery.blocks import choose_blocks, fold_blocks
 from tools.surgery.choose import choose_channels
-from tools.surgery.parts import Counts, Cut
+from tools.surgery.parts import Cut
 
 IDS = torch.randint(VOCABULARY, (4, 48), generator=torch.Generator().manual_seed(0))
 COUNTS = {"neurons": Counts(neurons=12), "heads": Counts(heads=1), "both": Counts(heads=1, neurons=12)}

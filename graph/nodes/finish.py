@@ -26,6 +26,7 @@ from tools.plans.methods import Statistics
 from tools.results.cards import write_card
 from tools.results.page.page import write_page
 from tools.results.schema import (
+    CutResult,
     Goal,
     Knowledge,
     Perplexities,
@@ -69,7 +70,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         def measure(checkpoint: str, label: str) -> Evaluation:
             return bench.evaluate(checkpoint, "test", state.profile, session.progress, label)
 
-        reached = same_sparsity(achieved, config.target_sparsity)
+        # of a cut whole units come as near as they can
+        reached = same_sparsity(best.sparsity if state.parts else achieved, config.target_sparsity)
         least = sum(x.zeros for x in layers) / weights
         pattern = config.pattern if reached else ""
         uniform_checkpoint, statistics = prune_uniformly(bench, state, max(achieved, least), pattern, session)
@@ -84,6 +86,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         weightings = weigh_otherwise(bench, state, session)
         tokens += max(len(weightings) - 1, 0) * config.count_all("validation") * config.window
         pruned_words = continue_with(bench, state.accepted, prompts, session)
+        cut, built = cut_away(bench, state, session)
         seconds = session.seconds
         summary = Summary(
             run=state.run,
@@ -105,6 +108,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             finalists=finalists,
             knowledge=knowledge,
             polished=bench.read_polished(state.accepted),
+            cut=cut,
             iterations=state.iteration,
             rollbacks=sum(trial.verdict == "rollback" for trial in state.trials),
             evaluated_tokens=tokens,
@@ -114,7 +118,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             mask_sha256=masks,
             protocol=describe_protocol(config, bos=bench.windows.lead > 0),
         )
-        export_model(bench.model, bench.tokenizer, session.directory / "model", write_card(summary, config))
+        export_model(built, bench.tokenizer, session.directory / "model", write_card(summary, config))
         sparsity = bench.weights.describe_sparsity()
         trials = [trial.model_dump() for trial in ([state.dense] if state.dense else []) + state.trials]
         write_text(session.directory / "report.md", write_report(summary, trials, sparsity, state.stop))
@@ -128,6 +132,38 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         )
     found = {"current": state.accepted, "accepted": state.accepted, "evaluated_tokens": tokens}
     return {**found, "seconds": session.seconds}
+
+
+def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutResult | None, Any]:
+    """(what went whole and what that made of the model, None where nothing did; the model to export).
+
+    The accepted weights stay in the workbench. Raises UserError where the smaller model is not the same function.
+    """
+    from tools.experiments.structure import measure_speeds  # imports torch
+
+    bench.restore(state.accepted)
+    found = bench.pruner.build_cut(state.accepted)
+    if found is None:
+        return None, bench.model
+    built, went = found
+    dense, smaller = measure_speeds(
+        [bench.model, built], bench.windows.validation[0].to(bench.device), session.progress
+    )
+    sizes = [[parameter.numel() for parameter in model.parameters()] for model in (bench.model, built)]
+    widths = [[parameter.nbytes for parameter in model.parameters()] for model in (bench.model, built)]
+    result = CutResult(
+        size=state.config.target_size,
+        heads=went.heads,
+        neurons=went.neurons,
+        blocks=list(went.dropped),
+        dense_parameters=sum(sizes[0]),
+        parameters=sum(sizes[1]),
+        dense_bytes=sum(widths[0]),
+        bytes=sum(widths[1]),
+        dense_decoded_per_second=dense[1],
+        decoded_per_second=smaller[1],
+    )
+    return result, built
 
 
 def describe_goal(state: State) -> Goal | None:

@@ -47,10 +47,12 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     state = state.model_copy(update={"run": name})
     session = enter("profile", state, runtime)
     with open_bench(state, session) as bench:
+        if config.target_size:  # which the parts of this model come to
+            config = config.model_copy(update={"target_sparsity": bench.cuts.find_share(config.target_size)})
         lessons: list[Lesson] = []
         experience: list[Experience] = []
         notes: list[Note] = []
-        if runtime.store is not None and config.memory and not state.replay:
+        if runtime.store is not None and config.memory and not state.replay and not config.target_size:
             lessons, runs = read_lessons(runtime.store, config, name)
             experience = read_experience(runtime.store, config, name)
             notes = read_notes(runtime.store, config, name)
@@ -58,7 +60,9 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
                 session.emit("lessons", count=len(lessons), runs=runs)
         profile_id = bench.profile(session.progress)
         stored = bench.read_profile(profile_id)
-        _refuse_impossible_target(stored.layers, config)
+        parts = bench.measure_parts(profile_id, config.target_sparsity, session.progress) if config.target_size else ""
+        if not parts:
+            _refuse_impossible_target(stored.layers, config)
         dense = measure_dense(bench, state, profile_id, session)
         _tell_profile(session, profile_id, stored.layers, config)
         foreseen = {} if state.replay else foresee_seconds(bench, stored.group, config, session)
@@ -68,6 +72,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "run": name,
         "config": config,
         "profile": profile_id,
+        "parts": parts,
         "dense": dense,
         "lessons": lessons,
         "experience": experience,

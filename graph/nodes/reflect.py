@@ -25,11 +25,12 @@ from graph.state import State
 def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Compare the trial's prediction with its measurement, and decide whether the loop goes on.
 
-    A trial without figures teaches nothing, and nobody is asked about it. Raises AgentError (resumable) when the
-    reflector fails and there is no fallback.
+    A trial without figures teaches nothing, nor does a cut, and nobody is asked about it. Raises AgentError (resumable)
+    when the reflector fails and there is no fallback.
     """
     session = enter("reflect", state, runtime)
-    evidence = gather_evidence(state, session) if state.trials[-1].measured else None
+    told = state.trials[-1].measured and not state.parts  # lessons are factors on KL curves of weights
+    evidence = gather_evidence(state, session) if told else None
     if evidence is None:
         reflection, usage = Reflection(), state.usage
     elif state.replay:

@@ -42,7 +42,8 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: Session) -> Trial:
     """Figures and verdict of the state's plan, whose order was carried out. Raises BrokenPlan."""
     assert state.plan is not None, "plan runs first"
-    zeros, weights = bench.count_zeros()  # before an evaluation that may have to put other weights in
+    # before an evaluation that may have to put other weights in; of a cut what whole units come nearest to
+    sparsity = order.sparsity if order.cut else (counted := bench.count_zeros())[0] / counted[1]
     evaluation = bench.evaluate(state.current, "validation", state.profile, session.progress)
     best = accepted_trial(state)
     accepted = (
@@ -53,17 +54,17 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
     retention, asked = ask_questions(bench, state, session)
     kept, noise = accepted, compare_kl(evaluation, accepted)[1] if evaluation.finite else None
     compared, tokens = evaluation, state.config.validation_tokens + asked
-    if weighed := state.weighs and same_sparsity(zeros / weights, best.sparsity) and evaluation.finite:
+    if weighed := state.weighs and same_sparsity(sparsity, best.sparsity) and evaluation.finite:
         compared, accepted = weigh(bench, state, evaluation, accepted, session)
         tokens += state.count_further_tokens(len(compared.kl) - len(evaluation.kl))
-    verdict, reason = judge(state.config, zeros / weights, compared, best, accepted)
+    verdict, reason = judge(state.config, sparsity, compared, best, accepted)
     texts, dense = list_texts(evaluation, kept), state.dense.texts if state.dense else []
     verdict, reason = heed_bounds(state.config.text_bounds, texts, dense, verdict, reason)
     verdict, reason = heed_facts(state.config.min_fact_retention, retention, verdict, reason)
     return Trial(
         iteration=state.iteration,
         checkpoint=state.current,
-        sparsity=zeros / weights,
+        sparsity=sparsity,
         perplexity=evaluation.perplexity,
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error if evaluation.finite else None,
@@ -81,7 +82,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         hypothesis=state.plan.hypothesis,
         order=order.id,
         asked=hash_request(state.plan),
-        recipe=state.plan.recipe,
+        recipe=None if order.cut else state.plan.recipe,
         groups=state.plan.groups,
         graft=state.plan.graft,
         seconds=round(session.elapsed, 3),

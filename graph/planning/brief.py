@@ -20,16 +20,17 @@ from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data, quote_words
 from graph.llm.toolbox import Toolbox, do_now
 from graph.planning.past import describe_experience, describe_notes, describe_probes
-from graph.planning.plan import MOST_HYPOTHESIS, Plan, drop_schema, find_schema
+from graph.planning.plan import MOST_HYPOTHESIS, Plan, drop_schema, find_schema, tell_of_cuts
 from graph.planning.prices import describe_costs, describe_spending
 from graph.planning.situation import Situation
-from graph.planning.table import describe_groups, describe_layers, describe_present
+from graph.planning.table import describe_groups, describe_layers, describe_parts, describe_present
 from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories, hide_path
 from tools.base.words import show_short
+from tools.plans.cuts import Parts
 from tools.plans.expression import FUNCTIONS, list_columns, list_parts
 from tools.plans.groups import drop_null
 from tools.plans.recipe import Recipe
@@ -96,6 +97,8 @@ def advise_against(plan: Plan, situation: Situation) -> str:
 
 def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> list[AnyMessage]:
     """The two messages a planner gets: instructions that never change, and the situation."""
+    if situation.parts is not None:
+        return _cut_messages(situation, situation.parts)
     parts = [
         describe_groups(situation) if toolbox else describe_layers(situation),
         *([_describe_columns(situation)] if not situation.config.pattern else []),
@@ -112,10 +115,24 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
     return [SystemMessage(_instructions(situation.config, toolbox is not None)), HumanMessage("\n\n".join(parts))]
 
 
+def _cut_messages(situation: Situation, parts: Parts) -> list[AnyMessage]:
+    """As `planner_messages`, where parts are to go."""
+    told = [
+        describe_parts(parts),
+        _describe_model(situation.config),
+        _describe_bounds(situation),
+        _describe_trials(situation),
+        f"Plan round {situation.iteration}.",
+    ]
+    return [SystemMessage(_instructions(situation.config, tools=False)), HumanMessage("\n\n".join(told))]
+
+
 def tell_schema(plans: type[Plan]) -> str:
     """The JSON schema of plans as a prompt has it: without what names say anyhow, and what is told with the recipe."""
     schema = plans.model_json_schema()
     parts = schema["$defs"]
+    if "GroupRecipe" not in parts:  # of a run that takes parts away
+        return json.dumps(_shorten_schema(schema), separators=(",", ":"), ensure_ascii=False)
     own = parts["GroupRecipe"]["properties"].items()
     parts["GroupRecipe"]["properties"] = {n: {} if n in parts["Recipe"]["properties"] else field for n, field in own}
     return json.dumps(_shorten_schema(schema), separators=(",", ":"), ensure_ascii=False)
@@ -139,13 +156,15 @@ def _shorten_schema(node: Any) -> Any:
 
 
 def _find_schema(config: RunConfig) -> type[Plan]:
+    if config.target_size:
+        return tell_of_cuts()
     weighs, writes = not config.text, count_allowed(config) > 0  # tokens are not weighted where texts have names
     return find_schema(config.polish_tokens, config.mixable, config.pattern, weighs=weighs, writes=writes)
 
 
 def _instructions(config: RunConfig, tools: bool) -> str:
     schema = tell_schema(_find_schema(config))
-    text = config.planner_prompt or read_prompt("planner")
+    text = config.planner_prompt or read_prompt("cuts" if config.target_size else "planner")
     return text.replace("{tools}", _tell_tools(config) if tools else "").replace("{schema}", schema)
 
 
@@ -182,7 +201,7 @@ def _describe_bounds(situation: Situation) -> str:
     if base is not None:
         limit = f"{(1 + config.tau) * base:.5g}"
     text = (
-        f"Bounds: target sparsity {config.target_sparsity:g}. No layer above {config.max_layer_sparsity:g}. "
+        f"Bounds: target sparsity {config.target_sparsity:g}{_describe_reach(config)}. "
         f"Round {situation.iteration} of at most {_count_rounds(situation)}. Perplexity limit of this round: {limit} "
         f"({1 + config.tau:g} times that of the last accepted weights)."
     ) + describe_shares(config, situation.texts_left)
@@ -195,6 +214,13 @@ def _describe_bounds(situation: Situation) -> str:
         return text
     selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
     return f"{text} Never touched, whatever you plan:\n" + data_block("protected", selectors)
+
+
+def _describe_reach(config: RunConfig) -> str:
+    """What the target comes to where parts go, else how far a layer may go."""
+    if config.target_size:
+        return f", where {config.target_size:.0%} of the model's bytes stay"
+    return f". No layer above {config.max_layer_sparsity:g}"
 
 
 def _count_rounds(situation: Situation) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from graph.config import RunConfig
+from graph.planning.cuts import order_cut
 from graph.planning.grafts import Grafts, list_at_hand
 from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
@@ -25,6 +26,7 @@ from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.base.words import shorten
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
+from tools.plans.cuts import CutOrder, Cutting, Parts, describe_cutting
 from tools.plans.expression import evaluate_expression, tidy_expression
 from tools.plans.graft import describe_graft
 from tools.plans.groups import describe_group, identify_group, refuse_two_polishes, refuse_two_walks
@@ -72,6 +74,8 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | Non
     is `layers`. The predicted KL is that of the curves as they are. The order's id says nothing of multipliers: they
     change no weight but by the zeros.
     """
+    if plan.cut:
+        raise ImpossiblePlan("cut is of runs with target_size, and this one sets weights to zero; leave it out")
     recipe, others = find_recipe(plan, config), assign_recipes(plan, layers, config)
     refuse_two_walks([recipe, *others.values()])
     refuse_two_polishes(recipe, others.values())
@@ -150,11 +154,15 @@ class Orders:
     read_layers: Callable[[Recipe], Curves] | None = None
     """What is known of the layers for a recipe's allocation, without a run of the model; without it, the profile."""
     grafts: Grafts = field(default_factory=Grafts)
+    parts: Parts | None = None
+    """What is known of the model's parts, in a run that takes them away."""
     _curves: dict[Recipe, Curves] = field(default_factory=dict)
     _drafts: dict[tuple[str, bool], WorkOrder] = field(default_factory=dict)
 
     def weigh(self, plan: Plan) -> Plan:
         """The plan with what the lessons say; a graft with the recipe of what it takes."""
+        if self.parts is not None:
+            return plan if plan.cut else plan.model_copy(update={"cut": Cutting()})
         if plan.graft:
             return self.grafts.dress(plan, plan.graft)
         return apply_lessons(plan, self.lessons, self.layers, self.config)
@@ -164,6 +172,8 @@ class Orders:
 
         Raises ImpossiblePlan.
         """
+        if self.parts is not None:
+            return order_cut(plan, self.parts, self.layers, describe_plan(plan))
         if plan.graft:  # what is at hand may change within a round
             return self.grafts.resolve(plan, plan.graft, self.layers, self.config, describe_plan(plan))
         curves = self._find_curves(plan)
@@ -240,6 +250,7 @@ class _Kept(BaseModel):
     sparsity: float
     predicted_kl: float
     polish: int = 0
+    cut: CutOrder | None = Field(None, exclude_if=lambda cut: cut is None)
     sources: list[str] = Field([], exclude_if=operator.not_)
     """Checkpoints that layers are taken from."""
     taken: list[int] = Field([], exclude_if=operator.not_)
@@ -257,6 +268,7 @@ def keep_order(store: ArtifactStore, plan: Plan, order: WorkOrder) -> str:
         sparsity=order.sparsity,
         predicted_kl=order.predicted_kl,
         polish=order.polish,
+        cut=order.cut,
         sources=sources,
         taken=[sources.index(layer.taken) for layer in order.layers.values() if layer.taken],
     )
@@ -279,6 +291,7 @@ def read_order(store: ArtifactStore, artifact: str, plan: Plan) -> WorkOrder | N
         multipliers=plan.multipliers,
         line=describe_plan(plan),
         polish=kept.polish,
+        cut=kept.cut,
     )
 
 
@@ -296,6 +309,8 @@ def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOr
     if kept is not None:
         return kept
     profile = bench.read_profile(state.profile).layers
+    if state.parts:
+        return order_cut(state.plan, bench.cuts.read(state.parts), profile, describe_plan(state.plan))
     if state.plan.graft:
         line = describe_plan(state.plan)
         return find_grafts(bench, state).resolve(state.plan, state.plan.graft, profile, state.config, line)
@@ -319,6 +334,8 @@ def hash_request(plan: Plan) -> str:
         parts.append([identify_group(group, plan.recipe) for group in plan.groups])
     if plan.new_texts:
         parts.append([[text.name, text.prompts, text.weight] for text in plan.new_texts])
+    if plan.cut:
+        parts.append(plan.cut.model_dump())
     if graft := plan.graft:  # whose recipe is what it takes
         parts = [round(plan.sparsity, 3), "graft", " ".join(graft.selector.split()), graft.of, graft.rest]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -345,6 +362,8 @@ def describe_plan(plan: Plan) -> str:
     layers lessons multiply the KL curves, and from what to what. A graft is
     `45.0% graft · *.v_proj of round 2, the rest of round 1`.
     """
+    if plan.cut:
+        return f"{plan.sparsity:.1%} {describe_cutting(plan.cut)}"
     if plan.graft:
         return f"{plan.sparsity:.1%} graft · {describe_graft(plan.graft)}"
     line = f"{plan.sparsity:.1%} {plan.recipe.label}"

@@ -10,10 +10,14 @@ from pydantic.json_schema import SkipJsonSchema
 
 from graph.goals.schema import MOST_TEXTS, NewText
 from graph.reflecting.schema import MOST
+from tools.plans.cuts import Cutting
 from tools.plans.expression import Expression
 from tools.plans.graft import Graft
 from tools.plans.groups import MAX_GROUPS, Group, GroupRecipe
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
+
+ONLY_ZEROS = ("recipe", "groups", "adjustments", "expression", "graft", "new_texts", "reprofile")
+"""What a plan says of single weights, and has no part in a cut."""
 
 WORDS = {"hypothesis", "reason"}
 """What a plan says for people and agents, and what is done hangs on nothing of it."""
@@ -78,6 +82,11 @@ class Plan(BaseModel):
         description="Instead of pruning, layers as two rounds left them: takes a validation alone. No zero of the "
         "sparsity may be missing; recipe and corrections are left out.",
     )
+    cut: SkipJsonSchema[Cutting | None] = Field(  # planners of runs that cut are told of it, and of little else
+        None,
+        exclude_if=lambda cut: cut is None,
+        description="How the sparsity is shared out over groups of attention heads, neurons and whole blocks.",
+    )
     new_texts: SkipJsonSchema[list[PlannedText]] = Field(  # planners are told of it where a goal allows any
         default_factory=list,
         max_length=MOST_TEXTS,
@@ -131,6 +140,23 @@ def _tell_of(polishes: bool, texts: tuple[str, ...], weighs: bool, patterned: bo
         new = _describe_again(Plan, "new_texts", default_factory=list, max_length=MOST_TEXTS)
         fields["new_texts"] = (list[PlannedText], new)
     return _extend(Plan, fields)
+
+
+@cache
+def tell_of_cuts() -> type[Plan]:
+    """The schema of a plan in a run that takes parts away: what is said of single weights is hidden."""
+    told = {
+        "sparsity": (
+            Annotated[float, Field(gt=0, lt=1)],
+            Field(description="Share of the blocks' weights that is gone after this round: the target, or a step."),
+        ),
+        "cut": (Cutting, _describe_again(Plan, "cut", default_factory=Cutting)),
+    }
+    hidden: dict[str, Any] = {}
+    for name in ONLY_ZEROS:
+        field = Plan.model_fields[name]
+        hidden[name] = (SkipJsonSchema[field.annotation], field)  # type: ignore[misc, name-defined]
+    return _extend(Plan, told | hidden)
 
 
 def _extend(model: type[Any], fields: dict[str, Any]) -> type[Any]:

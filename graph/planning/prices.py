@@ -104,16 +104,21 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
     if budget is None or budget.left == math.inf:
         return ""
     weighted = count_weights(config) + count_calibration(config)
-    costs = [
-        f"a trial takes {budget.trial:,}",
-        "a probe as many as it measures on, for each plan",
-        f"statistics sequential {count_in_order(['sequential'], config):,} more, stages "
-        f"{count_in_order(['stages'], config):,}, in a probe and in a trial",
-        *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),
-        f"curves method {count_walk(config):,} more, once for each method",
-        f"a new profile, reprofile{' or questions in a mix' if config.mixes_questions else ''}, "
-        f"{count_profile(config):,}",
-    ]
+    cuts = [f"a trial takes {budget.trial:,}", f"the fit of a cut {count_calibration(config):,} more"]
+    costs = (
+        cuts
+        if config.target_size
+        else [
+            f"a trial takes {budget.trial:,}",
+            "a probe as many as it measures on, for each plan",
+            f"statistics sequential {count_in_order(['sequential'], config):,} more, stages "
+            f"{count_in_order(['stages'], config):,}, in a probe and in a trial",
+            *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),
+            f"curves method {count_walk(config):,} more, once for each method",
+            f"a new profile, reprofile{' or questions in a mix' if config.mixes_questions else ''}, "
+            f"{count_profile(config):,}",
+        ]
+    )
     if config.text and config.goal_tokens:
         costs.append(f"each of new_texts {count_new_tokens(config, 1, accepted=True):,}")
     if config.polish_tokens:

@@ -22,11 +22,11 @@ def find_recipe(plan: Plan, config: RunConfig) -> Recipe:
 
 
 def list_recipes(plan: Plan, config: RunConfig) -> list[Recipe]:
-    """The plan's recipe, then those of its groups, each once; none where nothing is pruned.
+    """The plan's recipe, then those of its groups, each once; none where nothing is pruned by one.
 
     Raises ImpossiblePlan as `assign_recipes`.
     """
-    if plan.graft:
+    if plan.graft or plan.cut:
         return []
     recipe = find_recipe(plan, config)
     return list(dict.fromkeys([recipe, *(_complete(group, recipe, config) for group in plan.groups)]))
@@ -45,10 +45,10 @@ def assign_recipes(plan: Plan, layers: Layers, config: RunConfig) -> dict[str, R
 def gather_layers(plan: Plan, config: RunConfig, read: Read) -> Layers:
     """The layers, each with what the plan's allocation reads of it: the KL curve of the recipe that it is pruned by.
 
-    `read` gives that for one recipe. Of a graft, which is shared out by none, it is the profile's. Raises
+    `read` gives that for one recipe. Of a graft or a cut, which are shared out by none, it is the profile's. Raises
     ImpossiblePlan.
     """
-    if plan.graft:
+    if plan.graft or plan.cut:
         return read(Recipe(curves="mask"))
     recipe = find_recipe(plan, config)
     layers = read(recipe)

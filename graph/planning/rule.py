@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from graph.config import RunConfig
+from graph.planning.cuts import plan_cut
 from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG, change_levers, plan_refinements, skip_repeats
 from graph.planning.situation import Situation
@@ -29,6 +30,8 @@ LOST_ROUNDS = 2
 
 def plan_by_rule(situation: Situation) -> Plan | None:
     """The next plan; None when every lever was tried, or broke. Raises ImpossiblePlan when bounds cannot be met."""
+    if situation.parts is not None:
+        return plan_cut(situation)
     if situation.at_target:
         return next(plan_refinements(situation), None)
     return next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)

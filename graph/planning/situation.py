@@ -16,6 +16,7 @@ from graph.state import SAME_SPARSITY, State, Trial, last_accepted
 from tools.base.errors import DamagedArtifact
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
+from tools.plans.cuts import Parts
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import join_paces
 from tools.plans.recipe import Recipe
@@ -67,6 +68,8 @@ class Situation:
     """Checkpoints whose layers are on disk, as far as nothing that was pruned to be probed took their room."""
     read_taken: Callable[[str], Mapping[str, "Taken"]] | None = None
     """The layers of a checkpoint, as a graft takes them; None where there are no checkpoints."""
+    parts: Parts | None = None
+    """What is known of the model's parts, in a run that takes them away."""
     texts_left: int = 0
     """Texts that plans may still have the model write."""
 
@@ -94,7 +97,7 @@ class Situation:
     def orders(self) -> Orders:
         """What plans of this round come to."""
         grafts = Grafts(self.list_at_hand, self.read_taken) if self.read_taken else Grafts()
-        return Orders(self.config, self.lessons, self.layers, self.read_layers, grafts)
+        return Orders(self.config, self.lessons, self.layers, self.read_layers, grafts, self.parts)
 
     def find_trial(self, plan: Plan) -> Trial | None:
         """The last trial, refused ones among them, that this plan would only repeat. Raises ImpossiblePlan.
@@ -113,7 +116,8 @@ class Situation:
 
     def find_expense(self, plan: Plan) -> str:
         """Why there are not the tokens for a plan; empty where there are. Raises ImpossiblePlan."""
-        return self.budget.refuse(plan, self.orders.draft(self.orders.weigh(plan))) if self.budget else ""
+        weighed = self.orders.weigh(plan)
+        return self.budget.refuse(weighed, self.orders.draft(weighed)) if self.budget else ""
 
     def find_broken(self, plan: Plan) -> Trial | None:
         """The last trial that broke, and that this plan would only repeat, whatever lessons made of it since.
@@ -162,6 +166,7 @@ def gather_situation(
             budget=budget,
             seconds=state.seconds,
             usage=state.usage,
+            parts=bench.cuts.read(state.parts) if state.parts else None,
             texts_left=count_left(state),
         )
 

@@ -7,6 +7,7 @@ from statistics import fmean, median
 
 from graph.llm.quoting import data_block, quote_data
 from graph.planning.situation import Situation
+from tools.plans.cuts import Parts
 from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers, merge_numbers
 
 MAX_ROWS = 400
@@ -136,6 +137,41 @@ def _two_digits(value: float) -> str:
     if not math.isfinite(value):
         return "?"
     return f"{float(f'{value:.1e}'):.0f}"
+
+
+# Parts
+
+LEAST_COLUMNS = 4
+"""Numbers of units that the table of parts has a column for, at most, of each kind."""
+
+
+def describe_parts(parts: Parts) -> str:
+    """What it costs to take parts away: a line for each block, and the order in which whole ones would go."""
+    shape, columns = parts.shape, list[tuple[str, list[list[float]], int]]()
+    for name, units, cost in (("heads", shape.heads, parts.heads), ("neurons", shape.neurons, parts.neurons)):
+        places = range(1, len(cost[0])) if cost else range(0)
+        columns += [(f"{name}.{units.options[place]}", cost, place) for place in _spread(places, LEAST_COLUMNS)]
+    unit = _unit([of_kind[block][place] for _, of_kind, place in columns for block in range(shape.blocks)])
+    lines = [f"columns: block, {', '.join(name for name, *_ in columns)} (predicted KL in units of {unit:.0e})"]
+    for block in range(shape.blocks):
+        lines.append(f"{block} {' '.join(_two_digits(cost[block][place] / unit) for _, cost, place in columns)}")
+    order = [f"{block} ({kl:.3g})" for block, kl in zip(parts.order, parts.dropped_kl, strict=True)]
+    heads, neurons = shape.heads, shape.neurons
+    title = (
+        f"{shape.blocks} blocks, each with {heads.units} groups of heads ({heads.weights / shape.block_weights:.3%} of "
+        f"the blocks' weights go with one of each block) and {neurons.units} neurons "
+        f"({neurons.weights / shape.block_weights:.4%}); of heads {', '.join(map(str, heads.options))} may go"
+    )
+    return (
+        f"{title}:\n{data_block('parts', lines)}\n"
+        f"Whole blocks in the order in which they go (KL without all up to it): {', '.join(order) or 'none'}."
+    )
+
+
+def _spread(places: Sequence[int], most: int) -> list[int]:
+    """At most so many of the places, the last among them, evenly."""
+    count = min(len(places), most)
+    return [places[(i + 1) * len(places) // count - 1] for i in range(count)]
 
 
 # Groups

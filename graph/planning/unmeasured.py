@@ -68,7 +68,7 @@ def _make_trial(
         hypothesis=plan.hypothesis,
         order="" if order is None else order.id,
         asked=hash_request(plan),
-        recipe=plan.recipe,
+        recipe=None if plan.cut else plan.recipe,
         groups=plan.groups,
         graft=plan.graft,
         seconds=round(seconds, 3),

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from graph.config import CHANGEABLE, RunConfig, check_config, refuse_prompt_files
+from graph.config import CHANGEABLE, RunConfig, check_config, check_target, refuse_prompt_files
 from graph.persistence import state_kind
 from graph.state import State
 from tools.base.errors import UserError
@@ -30,6 +30,7 @@ def directory_of(state: State) -> Path:
 def check_input(config: RunConfig) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
     refuse_prompt_files(config)
+    check_target(config)
     locate_model(config.model)
     check_device(config.device)
     check_texts(config)

@@ -54,7 +54,9 @@ def describe_run(run: Path) -> list[str]:
             return describe_summary(read_summary(run))
         refuse_lost_result(run)
         config = read_config(run)
-        return ["unfinished", clean(config["model"]), f"\nof {show_percent(config['target_sparsity'], 1)}"]
+        size = config.get("target_size")
+        target = f"size {show_percent(size, 1)}" if size else f"of {show_percent(config['target_sparsity'], 1)}"
+        return ["unfinished", clean(config["model"]), f"\n{target}"]
     except (Damaged, BrokenSeal) as problem:
         return ["damaged", clean(problem, 300)]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:

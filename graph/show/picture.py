@@ -42,7 +42,7 @@ class Picture:
     """Everything that the live picture shows, taken from events and drawn to the size of the screen."""
 
     def __init__(self, name: str, target: float, clock: Clock) -> None:
-        self.name, self.target, self.model, self.planner = clean(name, 40), target, "", ""
+        self.name, self.target, self.model, self.planner = clean(name, 40), f"target {show_percent(target, 1)}", "", ""
         self.clock, self.begun, self.seconds = clock, clock(), -1.0
         self.node, self.iteration = "", 0
         self.trials: dict[int, dict[str, Any]] = {}
@@ -71,7 +71,9 @@ class Picture:
 
     def take_start(self, event: Event) -> None:
         """The names in the heading."""
-        self.name, self.target = clean(event["run"], 40), float(event["target"])
+        size = event.get("size")
+        self.name = clean(event["run"], 40)
+        self.target = f"size {show_percent(size, 1)}" if size else f"target {show_percent(float(event['target']), 1)}"
         self.model, self.planner = clean(event["model"], 60), clean(event["planner"], 60)
 
     def take_node(self, event: Event) -> None:
@@ -186,7 +188,7 @@ class Picture:
 
     def draw_heading(self) -> Rule:
         """Who prunes what, and how far it has come."""
-        words = [self.model, f"target {show_percent(self.target, 1)}", self.planner]
+        words = [self.model, self.target, self.planner]
         words += [f"iteration {self.iteration}"] if self.iteration else []
         title = Text(f"Billhook {self.name}", style="bold")
         title.append("".join(f" · {word}" for word in words if word), "not bold")

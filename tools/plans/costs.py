@@ -111,6 +111,8 @@ def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     """What must be walked through to carry an order out."""
     if order.grafted:
         return {}
+    if order.cut:  # what is fitted is by what it reads, block by block
+        return {f"walk of order {order.id}": count_calibration(settings)} if order.cut.refit else {}
     recipes, costs = dict.fromkeys(layer.recipe for layer in order.layers.values()), Costs()
     for recipe in recipes:
         costs |= list_weight_costs(recipe, settings, moments=not recipe.in_order)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pydantic import BaseModel, ConfigDict, Field
 
 from tools.plans.allocate import Allocation
+from tools.plans.cuts import CutOrder
 from tools.plans.recipe import Recipe
 
 
@@ -43,6 +44,11 @@ class WorkOrder(BaseModel):
         ge=0,
         description="Tokens of calibration text that all pruned layers together are polished on once all are pruned.",
     )
+    cut: CutOrder | None = Field(
+        None,
+        exclude_if=lambda cut: cut is None,
+        description="The parts that go, whose weights are the zeros; null where weights are set to zero one by one.",
+    )
 
     @cached_property
     def id(self) -> str:
@@ -52,7 +58,8 @@ class WorkOrder(BaseModel):
             name: [layer.recipe.model_dump() | former, layer.zeros, *([layer.taken] if layer.taken else [])]
             for name, layer in self.layers.items()
         }
-        parts = [layers, {"polish": self.polish}] if self.polish else layers
+        parts: object = [layers, {"polish": self.polish}] if self.polish else layers
+        parts = self.cut.model_dump() if self.cut else parts
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property

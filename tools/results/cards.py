@@ -28,11 +28,13 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
     name, text = hide_path(summary.model), _hide_texts(summary.protocol.text, settings)
     return _write(
         _card_data(summary, settings).to_yaml(),
-        f"{escape(name)}, pruned to {name_sparsity(summary)}",
+        f"{escape(name)}, {f'cut to {summary.cut.size:.0%}' if summary.cut else f'pruned to {name_sparsity(summary)}'}",
         [
             describe_result(summary),
             "",
-            "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither "
+            "Whole parts are gone: the file is smaller than the dense one and loads with stock `transformers`."
+            if summary.cut
+            else "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither "
             "smaller nor faster than the dense one by itself.",
             "",
             *list_perplexities(summary.perplexity, escape(text), "this model", summary.wanda_statistics),

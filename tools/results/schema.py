@@ -204,6 +204,24 @@ class Finalist(BaseModel):
     )
 
 
+class CutResult(BaseModel):
+    """What was taken away whole, and what that made of the model."""
+
+    size: float = Field(description="Share of the model's bytes that was to stay.")
+    heads: int = Field(description="Groups of attention heads that went from every block that stays.")
+    neurons: int = Field(description="Neurons that went from every block that stays.")
+    blocks: list[int] = Field(description="Blocks that went whole, counted from 0 in the dense model.")
+    dense_parameters: int
+    parameters: int
+    dense_bytes: int = Field(description="Of all weights, in the number format of the run.")
+    bytes: int
+    dense_decoded_per_second: float = Field(
+        description="Tokens a second of greedy decoding, one sequence, in stock transformers on this machine; median "
+        "of timings by turns."
+    )
+    decoded_per_second: float
+
+
 class Summary(BaseModel):
     """`summary.json`: machine-readable, a stable schema."""
 
@@ -235,6 +253,11 @@ class Summary(BaseModel):
     benchmarks: list[Score] = Field([], description="Tasks of lm-evaluation-harness, where any were asked for.")
     polished: Polished | None = Field(
         None, description="What the polish of the weights did; null where there was none, and nothing was trained."
+    )
+    cut: CutResult | None = Field(
+        None,
+        exclude_if=lambda cut: cut is None,
+        description="Null where weights were set to zero, and nothing was taken away.",
     )
     samples: list[Sample] = Field([], description="Prompts continued by the dense and the pruned model.")
     plan: str = Field("", description="The plan that was kept, in one line.")

@@ -5,7 +5,7 @@ from typing import Any
 
 from tools.base.words import clean, count, show, show_compact, show_percent, show_seconds, show_size
 from tools.plans.methods import Statistics
-from tools.results.schema import Finalist, Knowledge, Polished, Reach, Summary, TextFigures, Weighting
+from tools.results.schema import CutResult, Finalist, Knowledge, Polished, Reach, Summary, TextFigures, Weighting
 
 BEHIND: dict[Statistics, str] = {
     "sequential": "each block behind its pruned predecessors",
@@ -33,6 +33,8 @@ def describe_result(summary: Summary) -> str:
         text += f". Figures are means over {len(summary.texts)} texts ({shares})"
     if summary.knowledge and summary.knowledge.retention is not None:
         text += f". Answer probability kept: {summary.knowledge.retention:.1%}{_tell_right(summary.knowledge)}"
+    if summary.cut:
+        text += f". {describe_cut(summary.cut)}"
     if summary.polished:
         text += f". The surviving weights were {describe_polish(summary.polished)}"
     return f"{text}. {told}" if (told := describe_reach(summary.reach)) else f"{text}."
@@ -70,6 +72,19 @@ def describe_polish(polished: Polished) -> str:
         return f"{text} in vain (held-out KL never below {polished.before:.4f}, so what was before is kept)"
     passes = f", {polished.passes} passes" if polished.passes > 1 else ""
     return f"{text} (held-out KL {polished.before:.4f} → {polished.after:.4f}{passes})"
+
+
+def describe_cut(cut: CutResult) -> str:
+    """What went, and what stays: `Cut to 80.05% of its bytes (asked for 80.00%): 1 group of heads and 128 neurons of
+    every block and blocks 5 10 went; 41.2 tokens/s decoded, dense 33.0`."""
+    went = [count(cut.heads, "group") + " of heads"] if cut.heads else []
+    went += [count(cut.neurons, "neuron")] if cut.neurons else []
+    told = [" and ".join(went) + " of every block"] if went else []
+    told += [f"block{'s' * (len(cut.blocks) > 1)} {', '.join(map(str, cut.blocks))}"] if cut.blocks else []
+    return (
+        f"Cut to {cut.bytes / cut.dense_bytes:.2%} of its bytes (asked for {cut.size:.2%}): {' and '.join(told)} went; "
+        f"{cut.decoded_per_second:.1f} tokens/s decoded, dense {cut.dense_decoded_per_second:.1f}"
+    )
 
 
 def describe_finalists(finalists: Sequence[Finalist], kept: int | None) -> str:
@@ -163,8 +178,8 @@ def list_loading(directory: str) -> list[str]:
 
 
 def list_outcome(result: Mapping[str, Any]) -> list[str]:
-    """Three lines with a summary's figures (one more where much of the model cannot be pruned, where it was polished,
-    or where texts have names), one for each figure of a task, then where model and report are.
+    """Three lines with a summary's figures (one more where much of the model cannot be pruned, where it was polished or
+    cut, or where texts have names), one for each figure of a task, then where model and report are.
     """
     dense, pruned, uniform = (result["perplexity"][key] for key in ("dense", "pruned", "uniform_wanda"))
     share = relate_to_wanda(dense, pruned, uniform)
@@ -182,6 +197,7 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
         f"degradation: {compared}; {show_seconds(result['seconds'])}, "
         f"peak memory {_show_memory(result['peak_memory_bytes'])}",
         *([describe_polish(Polished.model_validate(polished))] if (polished := result.get("polished")) else []),
+        *([describe_cut(CutResult.model_validate(cut))] if (cut := result.get("cut")) else []),
         *_list_scores(result.get("benchmarks", [])),
         f"model:  {clean(result['model_directory'], 1000)}",
         f"report: {clean(result['report'], 1000)}",

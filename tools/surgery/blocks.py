@@ -4,7 +4,7 @@ import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import Fit, Part, find_parts
 
 
+class Drop(NamedTuple):
+    """One block that goes, beside those before it."""
+
+    block: int
+    tokens: int
+    """Of text put through models without some block, to find it."""
+    kl: float
+    """Without it and all before it, nats per token; infinite where it is not a number."""
+
+
 def choose_blocks(
     model: Any, count: int, windows_BT: Tensor, progress: Progress, *, lead: int = 0
 ) -> tuple[list[int], int]:
@@ -26,14 +36,12 @@ def choose_blocks(
     As `drop_blocks` has them.
     """
     steps = list(islice(drop_blocks(model, windows_BT, progress, lead=lead), count))
-    return [block for block, _ in steps], sum(tokens for _, tokens in steps)
+    return [drop.block for drop in steps], sum(drop.tokens for drop in steps)
 
 
 @torch.no_grad()
-def drop_blocks(
-    model: Any, windows_BT: Tensor, progress: Progress, *, lead: int = 0
-) -> Generator[tuple[int, int], None, None]:
-    """One block after another, each time the one without which the KL is lowest, with the tokens that it took.
+def drop_blocks(model: Any, windows_BT: Tensor, progress: Progress, *, lead: int = 0) -> Generator[Drop, None, None]:
+    """One block after another, each time the one without which the KL is lowest.
 
     Measured against the dense model on the first SEARCH_TOKENS. A block that cost more when fewer were gone than the
     best one costs now is not measured again; what runs below a block is not run again to measure it. The first `lead`
@@ -58,9 +66,9 @@ def drop_blocks(
             costs[block] = kl if math.isfinite(kl) else math.inf
             best = min(best, costs[block])
         dropped.append(min(costs, key=costs.__getitem__))
-        del costs[dropped[-1]]
+        kl = costs.pop(dropped[-1]) / windows_BT[:, lead:].numel()
         progress(f"search block {len(dropped)} to drop", 1, 1)
-        yield dropped[-1], tokens
+        yield Drop(dropped[-1], tokens, kl)
 
 
 def read_inputs(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Tensor]:

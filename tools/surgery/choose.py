@@ -24,9 +24,10 @@ from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks, find_layers
 from tools.models.readout import compute_hidden, measure_losses
+from tools.plans.cuts import Counts
 from tools.surgery.blocks import choose_blocks, fold_blocks
 from tools.surgery.moments import finish_moments, search_windows, tapped
-from tools.surgery.parts import KINDS, Counts, Cut, Fit, Part, check_alike, find_parts
+from tools.surgery.parts import KINDS, Cut, Fit, Part, check_alike, find_parts
 from tools.surgery.rebuild import accepts, build_cut, check_buildable
 
 STEP = 8

@@ -19,8 +19,9 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.readout import hidden_gradients
+from tools.plans.cuts import Counts
 from tools.surgery.moments import finish_moments, tapped
-from tools.surgery.parts import KINDS, Counts, Kind, Part, find_parts
+from tools.surgery.parts import KINDS, Kind, Part, find_parts
 
 TOGETHER = 16
 """Neurons that go at a time, of the thousands that a block has."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tools.base.errors import UserError
 from tools.models.layers import Layer, find_blocks, find_layers
+from tools.plans.cuts import Counts
 
 Kind = Literal["heads", "neurons"]
 KINDS: tuple[Kind, ...] = ("heads", "neurons")
@@ -48,15 +49,6 @@ class Fit(NamedTuple):
     """The output projection fitted to the columns that stay; the dense columns where it is None."""
     bias_O: Tensor | None = None
     """Its bias, where it has one and was fitted."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How much goes: groups of heads and neurons of every block, and whole blocks."""
-
-    heads: int = 0
-    neurons: int = 0
-    blocks: int = 0
 
 
 @dataclass

@@ -18,8 +18,9 @@ from tools.base.errors import UserError, in_one_line
 from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks
 from tools.models.readout import compute_hidden
+from tools.plans.cuts import Counts
 from tools.surgery.blocks import skipping
-from tools.surgery.parts import KINDS, Counts, Cut, Fit, find_parts
+from tools.surgery.parts import KINDS, Cut, Fit, find_parts
 
 _NEURONS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 """What configs call the width of their MLPs."""

@@ -16,31 +16,33 @@ from torch import Tensor
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.layers import find_blocks
+from tools.plans.cuts import Counts, Shape, Units, list_counts
 from tools.surgery.blocks import drop_blocks, fold_blocks
 from tools.surgery.choose import Choice, list_options, measure_kl
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.moments import search_windows
-from tools.surgery.parts import KINDS, Counts, Cut, Fit, Part, count_weights, find_parts
+from tools.surgery.parts import KINDS, Cut, Fit, Part, count_weights, find_parts
 from tools.surgery.rebuild import build_cut, check_buildable
 
 
-def list_mixed(model: Any, remove: float, blocks: int) -> list[Counts]:
-    """All numbers of heads and neurons that, with so many blocks gone, take `remove` of the weights away.
+def find_shape(model: Any) -> Shape:
+    """What of a model can go. Raises UserError where neurons cannot; heads that cannot are none."""
+    neurons = find_parts(model, "neurons")
+    try:
+        heads = find_parts(model, "heads")
+    except UserError:
+        heads = []
+    depth = len(find_blocks(model))
+    return Shape(
+        blocks=depth,
+        block_weights=count_weights(model) // depth,
+        heads=_describe(model, heads[0]) if heads else Units(units=1, weights=0, options=[0]),
+        neurons=_describe(model, neurons[0]),
+    )
 
-    As nearly as whole units allow: for each number of groups of heads that the config accepts the nearest of neurons,
-    where that is within half a step of what is asked. Blocks alone are among them.
-    """
-    depth, total = len(find_blocks(model)), count_weights(model)
-    heads, neurons = (find_parts(model, kind)[0] for kind in KINDS)
-    options = list_options(model, neurons)
-    step = options[1] * neurons.unit_weights
-    left = (remove * total - blocks * total / depth) / (depth - blocks)
-    found = []
-    for groups in list_options(model, heads):
-        steps = round((left - groups * heads.unit_weights) / step)
-        if steps in range(len(options)) and (counts := Counts(groups, options[steps], blocks)) != Counts():
-            found.append(counts)
-    return found
+
+def _describe(model: Any, part: Part) -> Units:
+    return Units(units=part.units, weights=part.unit_weights, options=list(list_options(model, part)))
 
 
 def predict_kl(curves: Curves, counts: Counts, dropped: Sequence[int]) -> float:
@@ -62,8 +64,8 @@ def choose_by_curves(
     `refit` what stays has its dense weights. The first `lead` tokens of each window are no text. Raises UserError where
     such parts cannot be cut, or not so much of them.
     """
-    depth = len(find_blocks(model))
-    every = [list_mixed(model, remove, blocks) for blocks in range(depth)]
+    shape = find_shape(model)
+    every = [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)]
     if not any(every):
         raise UserError(f"{remove:g} of the weights cannot be removed here: it is too much, or less than a few neurons")
     for counts in next(filter(None, every)):
@@ -81,10 +83,10 @@ def choose_by_curves(
             tokens += search_windows(windows_BT, lead)[:, lead:].numel()
         if (len(tried) > 1 and tried[-1][0] >= tried[-2][0]) or not any(every[blocks + 1 :]):
             break
-        block, taken = next(order)
-        dropped, tokens = [*dropped, block], tokens + taken
+        drop = next(order)
+        dropped, tokens = [*dropped, drop.block], tokens + drop.tokens
     best = min(tried, key=lambda each: each[0])[1]
-    return Choice(best, _describe(model, best, tried), tokens)
+    return Choice(best, _explain(shape, best, tried), tokens)
 
 
 def make_cut(
@@ -116,12 +118,11 @@ def _keep(part: Part, gone: Tensor) -> Tensor:
     return stays_U.nonzero()[:, 0]
 
 
-def _describe(model: Any, best: Cut, tried: Sequence[tuple[float, Cut]]) -> str:
-    heads, neurons = (find_parts(model, kind)[0].units for kind in KINDS)
+def _explain(shape: Shape, best: Cut, tried: Sequence[tuple[float, Cut]]) -> str:
     words = (
         "every block that stays loses the same number, those that the least KL is predicted for: "
-        f"{best.counts.heads} of {heads} groups of heads and {best.counts.neurons} of {neurons} neurons; whole blocks: "
-        f"{', '.join(map(str, best.dropped)) or 'none'}"
+        f"{best.counts.heads} of {shape.heads.units} groups of heads and {best.counts.neurons} of "
+        f"{shape.neurons.units} neurons; whole blocks: {', '.join(map(str, best.dropped)) or 'none'}"
     )
     measured = ", ".join(f"{cut.counts.blocks} ({kl:.3f})" for kl, cut in tried)
     return f"{words}; the number of blocks that costs the least KL on calibration text, of {measured}"

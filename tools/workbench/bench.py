@@ -30,6 +30,7 @@ from tools.models.load import choose_device, load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
 from tools.models.streamed import find_stream
+from tools.plans.cuts import CutOrder
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_pruning, time_work
 from tools.plans.recipe import Recipe
@@ -43,6 +44,7 @@ from tools.texts.windows import count_lead, cut_windows
 from tools.workbench.checkpoints import LayerRecord, Taken
 from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
+from tools.workbench.cuts import Cuts
 from tools.workbench.evaluate import Evaluator
 from tools.workbench.losses import Losses
 from tools.workbench.polish import Polisher
@@ -111,7 +113,10 @@ class Workbench:
         self.polisher = Polisher(
             settings, blocks, self.windows, self.weights, self.losses, self.store, self.index, self.crew, self._warn
         )
-        self.pruner = Pruner(self.weights, self.profiles, self.polisher, self.store, self.index, self.crew, self._warn)
+        self.cuts = Cuts(self.model, self.windows, self.weights, self.store, self.index)
+        self.pruner = Pruner(
+            *(self.weights, self.profiles, self.polisher, self.store, self.index, self.crew, self.cuts, self._warn)
+        )
         self.evaluator = Evaluator(
             directory / "evaluations",
             settings,
@@ -220,6 +225,15 @@ class Workbench:
     def has_layers(self, profile: str, recipe: Recipe) -> bool:
         """As `Curves.has_layers`."""
         return self.curves.has_layers(profile, recipe)
+
+    def measure_parts(self, profile: str, remove: float, progress: Progress) -> str:
+        """As `Cuts.measure`."""
+        with self._explained("measuring the model's parts", BrokenBaseline):
+            return self.cuts.measure(profile, remove, progress)
+
+    def build_cut(self, checkpoint: str) -> tuple[Any, CutOrder] | None:
+        """As `Pruner.build_cut`."""
+        return self.pruner.build_cut(checkpoint)
 
     # --- prune and restore --------------------------------------------------------------------------------------
 

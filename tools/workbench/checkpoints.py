@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from tools.models.artifacts import FORMAT
+from tools.plans.cuts import CutOrder
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import LayerOrder
 
@@ -53,6 +54,10 @@ class Checkpoint(BaseModel):
     layers: dict[str, LayerRecord]
     polish: int | None = None
     """Tokens that all layers together were polished on afterwards; left out where they were not."""
+    cut: CutOrder | None = None
+    """The parts that went; left out where weights were pruned one by one."""
+    units: str | None = None
+    """Artifact of the units that stay, where parts went."""
 
     @property
     def tasks(self) -> dict[str, LayerTask]:

@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop, ignore_progress
 from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
+from tools.plans.cuts import CutOrder
 from tools.plans.groups import refuse_two_walks
 from tools.plans.methods import METHODS
 from tools.plans.recipe import Recipe, count_pattern_zeros
@@ -31,6 +33,7 @@ from tools.workbench.checkpoints import (
     make_layer_key,
 )
 from tools.workbench.crew import Crew
+from tools.workbench.cuts import Cuts
 from tools.workbench.polish import Polisher, PolishText
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import DENSE, ArtifactStore, Index
@@ -54,9 +57,11 @@ class Pruner:
         store: ArtifactStore,
         index: Index,
         crew: Crew,
+        cuts: Cuts,
         warn: Warn,
     ) -> None:
         self._weights, self._profiles, self._polisher, self._store = weights, profiles, polisher, store
+        self._cuts = cuts
         self._index, self._crew, self._warn = index, crew, warn
 
     # --- prune -------------------------------------------------------------------------------------------------
@@ -74,6 +79,8 @@ class Pruner:
         """
         if order.grafted:
             return self._graft(order)
+        if order.cut:
+            return self._cut(profile, order, order.cut, progress)
         recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
         refuse_two_walks(recipes)
         for recipe in recipes:
@@ -83,6 +90,24 @@ class Pruner:
         made = self._prune_all(tasks, order.polish, progress)
         checkpoint = make_checkpoint(tasks, made, order.polish)
         return self._store.write_json(checkpoint.model_dump(exclude_none=True))
+
+    def _cut(self, profile: str, order: WorkOrder, cut: CutOrder, progress: Progress) -> str:
+        """As `prune`, of parts that go whole."""
+        tasks = {name: LayerTask(x.zeros, x.recipe, profile) for name, x in order.layers.items()}
+        made, units = self._cuts.make(cut, progress)
+        checkpoint = make_checkpoint(tasks, made).model_copy(update={"cut": cut, "units": units})
+        return self._store.write_json(checkpoint.model_dump(exclude_none=True))
+
+    def build_cut(self, checkpoint: str) -> tuple[Any, CutOrder] | None:
+        """The smaller model of a checkpoint whose parts went, which is put in, and what went; None where none did.
+
+        Raises DamagedArtifact, and UserError as `Cuts.build`.
+        """
+        manifest = None if checkpoint == DENSE else self._read(checkpoint)
+        if manifest is None or manifest.cut is None or manifest.units is None:
+            return None
+        self.restore(checkpoint)
+        return self._cuts.build(manifest.cut, manifest.units), manifest.cut
 
     def _graft(self, order: WorkOrder) -> str:
         """As `prune`, of layers that other checkpoints hold."""
@@ -364,7 +389,9 @@ class Pruner:
         if taken := manifest.layers[name].taken:
             return self._make_again(taken, self._read(taken), name)
         task, expected = manifest.tasks[name], manifest.layers[name].artifact
-        if manifest.polish or task.recipe.in_order or self._lacks_moments(task):
+        if manifest.cut:
+            made = self._cuts.make(manifest.cut, ignore_progress)[0][name]
+        elif manifest.polish or task.recipe.in_order or self._lacks_moments(task):
             made = self._prune_all(manifest.tasks, manifest.polish or 0, ignore_progress)[name]
         else:
             made = self._compute(name, task)
@@ -395,6 +422,8 @@ class Pruner:
             return False
         if order.grafted:
             return self._read(checkpoint).tasks == {n: task for n, (task, _) in self._list_taken_tasks(order).items()}
+        if order.cut:
+            return self._read(checkpoint).cut == order.cut
         recipes = {layer.recipe for layer in order.layers.values()}
         # known where it was made of it, and worth no measurement where it was not
         known = {recipe: self._profiles.find_known(profile, recipe) for recipe in recipes}

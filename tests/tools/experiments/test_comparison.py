@@ -29,6 +29,7 @@ from tools.experiments.structure import StructureSettings, cut_model
 from tools.experiments.structured_rows import MAKERS
 from tools.measure.losses import evaluate_windows
 from tools.plans.allocate import allocate
+from tools.plans.cuts import Counts
 from tools.plans.recipe import parse_recipe
 from tools.plans.rules import WAYS_OF_PARTS
 from tools.plans.work_order import order_allocation
@@ -37,7 +38,7 @@ from tools.results.schema import Score, describe_protocol
 from tools.results.scores import Result
 from tools.statistics.collect import measure_kappa
 from tools.surgery.flap import build_narrowed, rank_units
-from tools.surgery.parts import Counts, Cut
+from tools.surgery.parts import Cut
 from tools.surgery.published import drop_least, rank_blocks
 from tools.surgery.rebuild import build_cut
 from tools.surgery.taylor import rank_by_gradient

@@ -20,8 +20,9 @@ from tests.tiny import ARCHITECTURES, make_tiny_model
 from tools.base.errors import UserError
 from tools.base.progress import ignore_progress
 from tools.measure.losses import evaluate_windows
+from tools.plans.cuts import Counts
 from tools.surgery.choose import choose_channels, choose_cut, list_counts, measure_kl
-from tools.surgery.parts import Counts, find_parts, without_fits
+from tools.surgery.parts import find_parts, without_fits
 from tools.surgery.rebuild import build_cut, check_buildable
 
 PAIR = ("neurons", "heads")

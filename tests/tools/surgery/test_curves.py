@@ -10,8 +10,9 @@ from kernels.channels import MomentSums, eliminate_units
 from tests.cuts import IDS, make_config, make_model
 from tools.base.progress import ignore_progress
 from tools.models.readout import compute_hidden, hidden_gradients
+from tools.plans.cuts import Counts
 from tools.surgery.curves import TOGETHER, measure_curves
-from tools.surgery.parts import KINDS, Counts, Part, find_parts
+from tools.surgery.parts import KINDS, Part, find_parts
 
 
 def read_slowly(model: Any, parts: list[Part], lead: int) -> list[tuple[MomentSums, Tensor]]:

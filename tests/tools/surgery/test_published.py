@@ -12,7 +12,8 @@ from tests.tiny import make_tiny_model
 from tools.base.errors import UserError
 from tools.base.progress import ignore_progress
 from tools.models.layers import find_blocks
-from tools.surgery.parts import Counts, Cut
+from tools.plans.cuts import Counts
+from tools.surgery.parts import Cut
 from tools.surgery.published import drop_least, eliminate_blocks, rank_blocks
 from tools.surgery.rebuild import build_cut
 

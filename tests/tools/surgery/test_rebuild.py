@@ -12,7 +12,8 @@ from tests.tiny import ARCHITECTURES, make_tiny_model, make_tiny_tokenizer
 from tools.base.errors import UserError
 from tools.models.layers import find_layers
 from tools.models.save import export_model
-from tools.surgery.parts import Counts, Cut, Fit, count_weights, find_parts, without_fits
+from tools.plans.cuts import Counts
+from tools.surgery.parts import Cut, Fit, count_weights, find_parts, without_fits
 from tools.surgery.rebuild import build_cut, check_cut
 
 GROUPED = ("llama", "qwen3", "gemma3", "qwen3_moe")

@@ -9,19 +9,21 @@ from tests.tiny import make_tiny_model
 from tools.base.errors import UserError
 from tools.base.progress import ignore_progress
 from tools.models.layers import find_blocks
+from tools.plans.cuts import Counts, list_counts
 from tools.surgery.choose import measure_kl
-from tools.surgery.parts import Counts, count_weights, find_parts, without_fits
+from tools.surgery.parts import count_weights, find_parts, without_fits
 from tools.surgery.rebuild import build_cut, check_cut
-from tools.surgery.share import choose_by_curves, list_mixed, predict_kl
+from tools.surgery.share import choose_by_curves, find_shape, predict_kl
 
 
 def test_all_numbers_are_listed_that_come_to_the_share() -> None:
     model = make_model(make_config("llama", num_hidden_layers=4))  # 7,680 weights a block: 96 a neuron, 1,536 a group
-    assert list_mixed(model, 0.3, 0) == [Counts(0, 24, 0), Counts(1, 8, 0)]
-    assert list_mixed(model, 0.3, 1) == [Counts(0, 8, 1)]
-    assert list_mixed(model, 0.25, 1) == [Counts(0, 0, 1)]
-    assert list_mixed(model, 0.3, 2) == []
-    assert list_mixed(model, 0.01, 0) == []
+    shape = find_shape(model)
+    assert list_counts(shape, 0.3, 0) == [Counts(0, 24, 0), Counts(1, 8, 0)]
+    assert list_counts(shape, 0.3, 1) == [Counts(0, 8, 1)]
+    assert list_counts(shape, 0.25, 1) == [Counts(0, 0, 1)]
+    assert list_counts(shape, 0.3, 2) == []
+    assert list_counts(shape, 0.01, 0) == []
 
 
 def test_predictions_are_sums_over_the_blocks_that_stay() -> None:

@@ -1,0 +1,197 @@
+"""Whole parts that go: groups of attention heads and neurons of every block, and whole blocks. No torch.
+
+Stock shapes want the same widths in all blocks that stay, so that how much goes is a few whole numbers; which units of
+a block those are is chosen where the model is (`tools.surgery`).
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tools.base.errors import ImpossiblePlan
+from tools.plans.layer_profile import LayerProfile
+from tools.plans.selectors import select_layers
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much goes: groups of heads and neurons of every block, and whole blocks."""
+
+    heads: int = 0
+    neurons: int = 0
+    blocks: int = 0
+
+
+class Units(BaseModel):
+    """Heads or neurons, which every block has as many of."""
+
+    units: int = Field(description="In a block; a head is a group that shares keys and values.")
+    weights: int = Field(description="That go with one unit.")
+    options: list[int] = Field(description="How many may go of every block, ascending from 0.")
+
+
+class Shape(BaseModel):
+    """What of a model can go."""
+
+    blocks: int
+    block_weights: int = Field(description="Weights of the linear layers of one block.")
+    heads: Units
+    neurons: Units
+
+
+def list_counts(shape: Shape, remove: float, blocks: int) -> list[Counts]:
+    """All numbers of heads and neurons that, with so many blocks gone, take `remove` of the weights away.
+
+    As nearly as whole units allow: for each number of groups of heads that the config accepts the nearest of neurons,
+    where that is within half a step of what is asked. Blocks alone are among them.
+    """
+    heads, options = shape.heads, shape.neurons.options
+    step = (options[1] if len(options) > 1 else 1) * shape.neurons.weights
+    left = (remove * shape.blocks - blocks) * shape.block_weights / (shape.blocks - blocks)
+    found = []
+    for groups in heads.options:
+        steps = round((left - groups * heads.weights) / step)
+        if steps in range(len(options)) and (counts := Counts(groups, options[steps], blocks)) != Counts():
+            found.append(counts)
+    return found
+
+
+class Cutting(BaseModel):
+    """What a plan says of a cut: how it is shared out over groups of heads, neurons and blocks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    blocks: int = Field(0, ge=0, description="Whole blocks that go, in the order of the table.")
+    heads: int | None = Field(
+        None,
+        ge=0,
+        description="Groups of attention heads that go from every block that stays; left out, as many as the KL "
+        "curves say. Neurons make up the rest of the sparsity.",
+    )
+    keep: str = Field(
+        "",
+        max_length=200,
+        exclude_if=operator.not_,
+        description="Blocks that do not go whole, such as 'blocks 0-3'; the next ones of the table go instead.",
+    )
+    refit: bool = Field(True, description="Fit what reads the units that stay, and what precedes blocks that go.")
+
+
+class CutOrder(BaseModel):
+    """A cut, resolved: what goes, of a model whose parts were measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    parts: str = Field(description="Artifact of the order in which the units of every block go.")
+    heads: int
+    neurons: int
+    dropped: tuple[int, ...] = Field(description="Blocks, ascending.")
+    refit: bool
+
+    @property
+    def counts(self) -> Counts:
+        """How much goes."""
+        return Counts(self.heads, self.neurons, len(self.dropped))
+
+
+class Parts(BaseModel):
+    """What is known of a model's parts when a cut is planned."""
+
+    shape: Shape
+    target: float = Field(description="Share of the blocks' weights that goes at the target, before it is rounded.")
+    artifact: str = Field(description="Of the order in which the units of every block go.")
+    heads: list[list[float]] = Field(
+        description="By block: predicted KL where so many groups of heads go as `shape.heads.options` say, up to the "
+        "most that any cut takes; nats per token."
+    )
+    neurons: list[list[float]] = Field(description="The same of neurons.")
+    order: list[int] = Field(description="Blocks in the order in which they go, each the one that costs least then.")
+    dropped_kl: list[float] = Field(description="Measured KL on calibration text without the first of them, and so on.")
+    head_layers: list[list[str]] = Field(description="By block: the layers that a group of heads has weights of.")
+    neuron_layers: list[list[str]]
+
+    def predict(self, counts: Counts, dropped: Sequence[int]) -> float:
+        """What the units of the blocks that stay cost, and what measured blocks that go, nats per token."""
+        stays = [block for block in range(self.shape.blocks) if block not in dropped]
+        kl = self.dropped_kl[len(dropped) - 1] if dropped else 0.0
+        for of_kind, units, gone in (
+            (self.heads, self.shape.heads, counts.heads),
+            (self.neurons, self.shape.neurons, counts.neurons),
+        ):
+            place = units.options.index(gone)
+            kl += sum(of_kind[block][place] for block in stays) if gone else 0.0
+        return kl
+
+
+def resolve_cut(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequence[LayerProfile]) -> CutOrder:
+    """How much goes of each kind, and which blocks, so that `sparsity` of the blocks' weights goes. Raises
+    ImpossiblePlan.
+
+    As nearly as whole units allow.
+    """
+    dropped = _choose_blocks(cutting, parts, layers)
+    listed = list_counts(parts.shape, sparsity, len(dropped))
+    chosen = [counts for counts in listed if cutting.heads in (None, counts.heads)]
+    if not chosen:
+        raise ImpossiblePlan(_explain(cutting, parts, sparsity, listed))
+    best = min(chosen, key=lambda counts: parts.predict(counts, dropped))
+    return CutOrder(
+        parts=parts.artifact, heads=best.heads, neurons=best.neurons, dropped=tuple(dropped), refit=cutting.refit
+    )
+
+
+def _choose_blocks(cutting: Cutting, parts: Parts, layers: Sequence[LayerProfile]) -> list[int]:
+    kept = {layer.name: layer.block for layer in layers}
+    stay = {kept[name] for name in select_layers(cutting.keep, layers)} if cutting.keep else set[int]()
+    may_go = [block for block in parts.order if block not in stay]
+    if cutting.blocks > len(may_go):
+        raise ImpossiblePlan(f"{cutting.blocks} blocks cannot go: {len(may_go)} is the most here")
+    return sorted(may_go[: cutting.blocks])
+
+
+def _explain(cutting: Cutting, parts: Parts, sparsity: float, listed: Sequence[Counts]) -> str:
+    if not listed:
+        most = max((n for n in range(len(parts.order) + 1) if list_counts(parts.shape, sparsity, n)), default=None)
+        hint = "other sparsities may" if most is None else f"with {most} blocks it can"
+        return f"{sparsity:.2%} of the weights cannot go with {cutting.blocks} whole blocks; {hint}"
+    numbers = ", ".join(str(counts.heads) for counts in listed)
+    return f"{cutting.heads} groups of heads cannot go of every block; with {cutting.blocks} blocks, {numbers} can"
+
+
+def count_cut_zeros(order: CutOrder, parts: Parts, layers: Sequence[LayerProfile]) -> dict[str, int]:
+    """Weights of every layer that go, in the order of `layers`."""
+    shares: dict[str, tuple[int, int]] = {}
+    for of_kind, units, gone in (
+        (parts.head_layers, parts.shape.heads, order.heads),
+        (parts.neuron_layers, parts.shape.neurons, order.neurons),
+    ):
+        shares |= {name: (gone, units.units) for names in of_kind for name in names}
+    zeros = {}
+    for layer in layers:
+        share, of = (1, 1) if layer.block in order.dropped else shares.get(layer.name, (0, 1))
+        zeros[layer.name] = layer.weights * share // of
+    return zeros
+
+
+def describe_cut(order: CutOrder, shape: Shape) -> str:
+    """`1 of 3 groups of heads, 256 of 1,536 neurons, blocks 5 10`."""
+    told = [
+        f"{gone:,} of {units.units:,} {name}"
+        for gone, units, name in (
+            (order.heads, shape.heads, "groups of heads"),
+            (order.neurons, shape.neurons, "neurons"),
+        )
+        if gone
+    ]
+    told += [f"block{'s' * (len(order.dropped) > 1)} {' '.join(map(str, order.dropped))}"] if order.dropped else []
+    return ", ".join(told) + ("" if order.refit else ", no refit")
+
+
+def describe_cutting(cutting: Cutting) -> str:
+    """What a plan says of a cut, in a few words: `cut · heads by KL curves · 2 blocks`."""
+    heads = "by KL curves" if cutting.heads is None else str(cutting.heads)
+    told = [f"cut · heads {heads}", f"{cutting.blocks} block{'s' * (cutting.blocks != 1)}"]
+    told += [f"not {cutting.keep}"] if cutting.keep else []
+    return " · ".join(told) + ("" if cutting.refit else " · no refit")

@@ -1,0 +1,214 @@
+"""Cuts of the loaded model, in its own shapes: what goes is zero, so that a cut is kept and undone as zeros are.
+
+A unit whose weights are zero adds nothing, nor does a block whose weights are. The smaller model is built of the same
+weights once one is kept.
+"""
+
+import hashlib
+import json
+import math
+from itertools import islice, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.channels import Elimination, expand_units
+from tools.base.errors import UserError
+from tools.base.failures import explain_layer
+from tools.base.progress import Progress
+from tools.models.artifacts import FORMAT, pack_pruned
+from tools.models.layers import Layer
+from tools.plans.cuts import Counts, CutOrder, Parts, Shape, list_counts
+from tools.surgery.blocks import drop_blocks
+from tools.surgery.curves import Curves, measure_curves
+from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts
+from tools.surgery.rebuild import build_cut, check_buildable, check_cut
+from tools.surgery.share import find_shape, make_cut
+from tools.texts.windows import Windows
+from tools.workbench.store import DENSE, ArtifactStore, Index
+from tools.workbench.weights import Weights
+
+Made = dict[str, str]
+"""Artifacts, by layer name."""
+
+
+class Cuts:
+    """What of the loaded model can go, what that costs, and the weights without it."""
+
+    def __init__(self, model: Any, windows: Windows, weights: Weights, store: ArtifactStore, index: Index) -> None:
+        self._model, self._windows, self._weights, self._store, self._index = model, windows, weights, store, index
+
+    # --- what can go --------------------------------------------------------------------------------------------
+
+    def find_share(self, size: float) -> float:
+        """The share of the blocks' weights that goes where `size` of the model's bytes stays. Raises UserError where
+        such a cut cannot be, before anything is measured.
+        """
+        shape = find_shape(self._model)
+        if any(part.bias is not None for part in self._find_all_parts(shape)):
+            raise UserError(
+                f"{type(self._model).__name__} has biases behind what would be cut, which no checkpoint holds; "
+                "python -m tools.structure cuts it"
+            )
+        whole = sum(parameter.nbytes for parameter in self._model.parameters())
+        inside = sum(layer.weight_OI.nbytes for layer in self._weights.layers)
+        remove: float = (1 - size) * whole / inside
+        every = [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)] if remove < 1 else []
+        if not any(every):
+            raise UserError(
+                f"target_size {size:g} cannot be met: {1 - inside / whole:.2%} of the model's bytes are not of the "
+                "blocks' linear layers, and stay; of the others a few neurons must go and some must stay"
+            )
+        for counts in next(filter(None, every)):
+            check_buildable(self._model, counts)
+        return remove
+
+    def _find_all_parts(self, shape: Shape) -> list[Part]:
+        kinds: list[Kind] = [kind for kind in KINDS if getattr(shape, kind).weights]
+        return [part for kind in kinds for part in find_parts(self._model, kind)]
+
+    def measure(self, profile: str, remove: float, progress: Progress) -> str:
+        """The artifact of what is known of the parts (`Parts`), for cuts of up to `remove` of the weights.
+
+        The weights in the model are the dense ones. What was measured for the same profile is read back.
+        """
+        key = hashlib.sha256(json.dumps(["parts", FORMAT, profile, remove]).encode()).hexdigest()
+        if known := self._index.read(".json").get(key):
+            return known
+        self._weights.restore_dense()
+        shape, text, lead = find_shape(self._model), self._text, self._windows.lead
+        every = [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)]
+        listed = [counts for of_number in every for counts in of_number]
+        most = Counts(max(counts.heads for counts in listed), max(counts.neurons for counts in listed))
+        curves = measure_curves(self._model, most, text, progress, lead=lead)
+        most_blocks = max(blocks for blocks, of_number in enumerate(every) if of_number)
+        dropping = islice(drop_blocks(self._model, text, progress, lead=lead), most_blocks)
+        drops = list(takewhile(lambda drop: math.isfinite(drop.kl), dropping))
+        parts = Parts(
+            shape=shape,
+            target=remove,
+            artifact=self._store.write_tensors(
+                {f"{kind}/{i}": own.order_R for kind, of_kind in curves.items() for i, own in enumerate(of_kind)}
+            ),
+            **{kind: _list_costs(curves, kind, getattr(shape, kind).options) for kind in KINDS},
+            order=[drop.block for drop in drops],
+            dropped_kl=[drop.kl for drop in drops],
+            **{f"{kind.removesuffix('s')}_layers": self._list_layers(kind, shape) for kind in KINDS},
+        )
+        made = self._store.write_json(parts.model_dump())
+        self._index.add(key, made)
+        return made
+
+    def read(self, artifact: str) -> Parts:
+        """What `measure` found. Raises DamagedArtifact."""
+        return Parts.model_validate(self._store.read_json(artifact))
+
+    def _list_layers(self, kind: Kind, shape: Shape) -> list[list[str]]:
+        if not getattr(shape, kind).weights:
+            return [[] for _ in range(shape.blocks)]
+        return [[layer.name for layer in _list_layers(part)] for part in find_parts(self._model, kind)]
+
+    @property
+    def _text(self) -> Tensor:
+        return self._windows.calibration.to(self._model.device)
+
+    # --- the weights without it -----------------------------------------------------------------------------------
+
+    def make(self, order: CutOrder, progress: Progress) -> tuple[Made, str]:
+        """(the artifact of every layer, all of which are in the model; the artifact of which units stay).
+
+        What was made before is read back. Raises BrokenPlan for a layer whose fit has no answer, DamagedArtifact.
+        """
+        key = hashlib.sha256(json.dumps(["cut", FORMAT, order.model_dump()]).encode()).hexdigest()
+        if known := self._index.read(".json").get(key):
+            made: Made
+            made, units = self._store.read_json(known)
+            if self._store.has(units, ".safetensors") and all(
+                self._weights.install(name, artifact) for name, artifact in made.items()
+            ):
+                return made, units
+        cut = self._cut(order, progress)
+        made = self._install(cut)
+        units = self._store.write_tensors({f"{x.part.kind}/{x.part.block}": x.units for x in cut.fits})
+        for name, artifact in made.items():  # so that it is deleted with the others that no checkpoint needs
+            if artifact != DENSE:
+                self._index.add(f"{key} {name}", artifact)
+        self._index.add(key, self._store.write_json([made, units]))
+        return made, units
+
+    def _cut(self, order: CutOrder, progress: Progress) -> Cut:
+        self._weights.restore_dense()
+        stored = self._store.read_tensors(order.parts)
+        curves: dict[Kind, list[Elimination]] = {
+            kind: [
+                Elimination(stored[f"{kind}/{block}"], torch.empty(0))
+                for block in range(len(self._weights.by_block))
+                if f"{kind}/{block}" in stored
+            ]
+            for kind in KINDS
+        }
+        with explain_layer("cutting the model"):
+            return make_cut(self._model, order.counts, curves, order.dropped, self._text, progress, refit=order.refit)
+
+    def _install(self, cut: Cut) -> Made:
+        """Put a cut of the dense weights into the model and on disk."""
+        made = dict.fromkeys(self._weights.by_name, DENSE)
+        for block in cut.dropped:
+            for layer in self._weights.by_block[block]:
+                made[layer.name] = self._keep(layer, torch.zeros_like(layer.weight_OI), values=False)
+        for fit in cut.fits:
+            part = fit.part
+            gone = len(fit.units) < part.units
+            for layer in part.inputs if gone else ():
+                run = layer.weight_OI.shape[0] // part.units
+                weight_OI = torch.zeros_like(layer.weight_OI)
+                rows = expand_units(fit.units, run).to(weight_OI.device)
+                weight_OI[rows] = layer.weight_OI[rows]
+                made[layer.name] = self._keep(layer, weight_OI, values=False)
+            if gone or fit.weight_OK is not None:
+                dense_OI = part.output.weight_OI
+                weight_OI = torch.zeros_like(dense_OI)
+                kept_K = expand_units(fit.units, dense_OI.shape[1] // part.units).to(dense_OI.device)
+                weight_OI[:, kept_K] = dense_OI[:, kept_K] if fit.weight_OK is None else fit.weight_OK
+                made[part.output.name] = self._keep(part.output, weight_OI, values=fit.weight_OK is not None)
+        return made
+
+    def _keep(self, layer: Layer, weight_OI: Tensor, *, values: bool) -> str:
+        artifact = self._store.write_tensors(pack_pruned(weight_OI, values=values))
+        self._weights.write(layer.name, weight_OI, artifact)
+        return artifact
+
+    # --- the smaller model ----------------------------------------------------------------------------------------
+
+    def build(self, order: CutOrder, units: str) -> Any:
+        """The smaller model, of the weights that are in this one, which are those that were made by the order.
+
+        `units` is the artifact of which units stay. Raises DamagedArtifact, and UserError where the smaller model
+        computes something else, for its architecture orders its parts in a way that is not known here.
+        """
+        stored = self._store.read_tensors(units)
+        fits = [
+            Fit(part, stored[f"{kind}/{part.block}"].to(self._model.device))
+            for kind in KINDS
+            if getattr(order, kind)
+            for part in find_parts(self._model, kind)
+            if part.block not in order.dropped
+        ]
+        cut = Cut(order.counts, fits, order.dropped)
+        built = build_cut(self._model, cut)
+        check_cut(self._model, cut, built, self._text[0])
+        return built
+
+
+def _list_layers(part: Part) -> list[Layer]:
+    return [*part.inputs, part.output]
+
+
+def _list_costs(curves: Curves, kind: Kind, options: list[int]) -> list[list[float]]:
+    """By block: the cost of every number that may go, as far as it was measured; 0 of none."""
+    found = []
+    for curve in curves.get(kind, []):
+        cost = [0.0, *curve.cost_R.tolist()]
+        found.append([cost[gone] for gone in options if gone < len(cost)])
+    return found
