@@ -406,9 +406,7 @@ def check_prices(config: RunConfig) -> None:
 
 def read_config(flags: dict[str, Any], path: Path | None) -> RunConfig:
     """The run's options, as `tools.base.options.read_options` reads them. Raises UserError in one line."""
-    config = read_options(RunConfig, flags, path)
-    check_target(config, flags)
-    return config
+    return read_options(RunConfig, flags, path)
 
 
 def refuse_prompt_files(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ from langgraph.runtime import RunControl
 from langgraph.types import Command, StateSnapshot
 from rich.console import Console
 
-from graph.config import CHANGEABLE, RunConfig, read_config
+from graph.config import CHANGEABLE, RunConfig, check_target, read_config
 from graph.goals.schema import follow_brief, follow_new_texts
 from graph.llm.ladder import AgentError
 from graph.llm.local import close_local
@@ -93,6 +93,7 @@ class Unanswered(RuntimeError):
 def start(runs_dir: Path, name: str | None, flags: dict[str, Any], path: Path) -> Work:
     """A new run by a config file and flags, its directory made and locked. Raises UserError."""
     config = read_config(flags, path)
+    check_target(config, flags)
     check_agents(config)
     return _create(runs_dir, name, path.stem, config)
 

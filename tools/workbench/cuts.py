@@ -29,6 +29,9 @@ from tools.texts.windows import Windows
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
 
+DIGITS = 4
+"""Of the share that goes, so that planners can write it."""
+
 Made = dict[str, str]
 """Artifacts, by layer name."""
 
@@ -53,7 +56,7 @@ class Cuts:
             )
         whole = sum(parameter.nbytes for parameter in self._model.parameters())
         inside = sum(layer.weight_OI.nbytes for layer in self._weights.layers)
-        remove: float = (1 - size) * whole / inside
+        remove: float = round((1 - size) * whole / inside, DIGITS)
         every = [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)] if remove < 1 else []
         if not any(every):
             raise UserError(
@@ -124,9 +127,8 @@ class Cuts:
         if known := self._index.read(".json").get(key):
             made: Made
             made, units = self._store.read_json(known)
-            if self._store.has(units, ".safetensors") and all(
-                self._weights.install(name, artifact) for name, artifact in made.items()
-            ):
+            whole = all(self._store.has(artifact, ".safetensors") for artifact in {units, *made.values()} - {DENSE})
+            if whole and all(self._weights.install(name, artifact) for name, artifact in made.items()):
                 return made, units
         cut = self._cut(order, progress)
         made = self._install(cut)

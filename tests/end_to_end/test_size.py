@@ -1,0 +1,158 @@
+"""Runs that take whole parts away, from --target-size to a smaller stock model: rolled back, killed, replayed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.end_to_end.conftest import Command
+from tests.end_to_end.helpers import (
+    TINY,
+    Halt,
+    assert_same_weights,
+    fork,
+    read_events,
+    read_state,
+    read_summary,
+    read_trials,
+    run_here,
+)
+from tests.openai_server import OpenAIServer
+
+SIZE = ("--target-size", "0.75", "--tau", "9")
+
+
+def flags(model: Path, *more: str) -> list[str]:
+    return ["--name", "run", "--model", str(model), *TINY, *SIZE, *more]
+
+
+@pytest.fixture(scope="module")
+def easy(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by rule that nothing happens to."""
+    from tests.end_to_end.helpers import run_apart
+
+    home = tmp_path_factory.mktemp("size")
+    return run_apart(home, *flags(tiny_llama, "--max-iterations", "3"))
+
+
+def test_by_rule_to_a_smaller_stock_model(easy: Path, tiny_llama: Path) -> None:
+    summary, state = read_summary(easy), read_state(easy)
+    cut = summary["cut"]
+    dense, smaller = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (tiny_llama, easy / "model"))
+    assert summary["status"] == "finished" and cut["size"] == 0.75
+    assert cut["parameters"] == sum(p.numel() for p in smaller.parameters())
+    assert cut["dense_parameters"] == sum(p.numel() for p in dense.parameters())
+    assert cut["bytes"] / cut["dense_bytes"] == pytest.approx(0.75, abs=0.04), "whole units of a tiny model are large"
+    assert smaller.config.intermediate_size == dense.config.intermediate_size - cut["neurons"]
+    assert smaller.config.num_hidden_layers == dense.config.num_hidden_layers - len(cut["blocks"])
+    assert state.config.target_sparsity == state.trials[0].sparsity and state.parts
+    card, report = ((easy / name).read_text() for name in ("model/README.md", "report.md"))
+    assert "cut to 75%" in card and "Whole parts are gone" in card
+    assert "of its bytes (asked for 75.00%)" in card and "of its bytes (asked for 75.00%)" in report
+    assert {trial["verdict"] for trial in read_events(easy, "trial")[1:]} == {"accept", "rollback"}
+    for trial in state.trials:
+        assert trial.recipe is None and " cut · heads " in trial.plan
+
+    # what was measured of the zeros holds of the smaller model
+    ids = torch.arange(40)[None] % dense.config.vocab_size
+    with torch.no_grad():
+        assert torch.isfinite(smaller(input_ids=ids).logits).all()
+
+
+def test_a_cut_that_hurts_is_rolled_back_bit_for_bit_and_the_step_halved(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    given = ["--name", "run", "--model", str(tiny_llama), *TINY, "--target-size", "0.6", "--tau", "0.000001"]
+    assert command(*given, "--max-iterations", "2").code == 0
+    run = tmp_path / "runs" / "run"
+    first, second = read_state(run).trials
+    assert first.verdict == "rollback" and second.sparsity == pytest.approx(first.sparsity / 2, abs=1e-4)
+    (undone, *_) = read_events(run, "rollback")
+    assert undone["checkpoint"] == "dense" and undone["layers"] > 0
+    if second.verdict == "rollback":
+        summary = read_summary(run)
+        assert summary["status"] == "short-of-target" and "cut" not in summary
+        kept = transformers.AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+        dense = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
+        assert all(torch.equal(kept[name], dense[name]) for name in dense)
+
+
+@pytest.mark.parametrize(
+    "halt",
+    [
+        Halt("profile", "tools.workbench.cuts:measure_curves", after=True),
+        Halt("prune", "tools.workbench.cuts:make_cut", after=True),
+        Halt("prune", "tools.workbench.cuts:Cuts._keep", 3),
+        Halt("rollback", "tools.workbench.weights:Weights.install", 3, after=True),
+        Halt("finish", "graph.nodes.finish:export_model", after=True),
+    ],
+)
+def test_killed_and_resumed_it_is_the_same_bytes(halt: Halt, easy: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    given = flags(tiny_llama, "--max-iterations", "3")
+    assert fork(tmp_path, *given, "--runs-dir", str(tmp_path / "killed"), halt=halt).finish().code < 0
+    assert run_here("--resume", "run", "--runs-dir", str(tmp_path / "killed")) == 0
+    killed = tmp_path / "killed" / "run"
+    assert read_trials(killed) == read_trials(easy)
+    assert_same_weights(killed, easy)
+
+
+def test_replayed_and_with_workers_it_is_the_same(easy: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    runs = str(easy.parent)
+    assert run_here("--replay", "run", "--name", "again", "--runs-dir", runs) == 0
+    assert_same_weights(easy.parent / "again", easy)
+    mine = ["--workers", "2", "--runs-dir", str(tmp_path), "--max-iterations", "3"]
+    assert run_here(*flags(tiny_llama, *mine)) == 0
+    assert_same_weights(tmp_path / "run", easy)
+
+
+def test_a_chat_model_is_shown_the_parts_and_shares_the_cut_out(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    plans: list[dict[str, Any]] = []
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        system, question = (message["content"] for message in body["messages"][:2])
+        target = float(question.partition("target sparsity ")[2].partition(",")[0])
+        assert '"cut":' in system and '"recipe"' not in system and "{" not in question.partition("<data trials>")[0]
+        if len(body["messages"]) > 2:  # handed back
+            assert "recipe is about single weights" in body["messages"][-1]["content"]
+            return plans[-1]
+        cut = {"heads": 1} if "round 1:" in question else {"blocks": 0}
+        plans.append({"hypothesis": "Less KL.", "sparsity": target, "cut": cut, "reason": "As the table says."})
+        return plans[-1] | ({"recipe": {"method": "wanda"}} if len(plans) == 1 else {})
+
+    with OpenAIServer(answer) as server:
+        given = flags(tiny_llama, "--planner", server.planner("m"), "--max-iterations", "2")
+        assert command(*given).code == 0
+        asked = [request.messages[1]["content"] for request in server.requests]
+    assert "columns: block, heads.1, neurons." in asked[0]
+    assert "Whole blocks in the order in which they go" in asked[0]
+    assert "where 75% of the model's bytes stay" in asked[0]
+    state = read_state(tmp_path / "runs" / "run")
+    assert [trial.plan.partition(" ")[2] for trial in state.trials] == [
+        "cut · heads by KL curves · 0 blocks",
+        "cut · heads 1 · 0 blocks",
+    ]
+    recorded = [event["details"]["cut"] for event in read_events(tmp_path / "runs" / "run", "plan")]
+    assert json.loads(json.dumps(recorded))[1]["heads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (("--target-sparsity", "0.5"), "target_size and target_sparsity are two targets; give one: cut first, then"),
+        (("--pattern", "2:4"), "target_size takes whole parts away, and pattern is of zeros; leave it out"),
+        (("--protect", "blocks 0"), "target_size takes whole parts away, and protect names layers that are never"),
+        (("--device", "stream"), "target_size needs the model on one device; use another --device than stream"),
+        (("--dry-run",), "--dry-run does not foresee a run with target_size"),
+        (("--target-size", "0.05"), "target_size 0.05 cannot be met: "),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    more: tuple[str, ...], problem: str, tiny_llama: Path, command: Command
+) -> None:
+    outcome = command(*flags(tiny_llama, *more))
+    assert outcome.code == 2 and problem in outcome.err

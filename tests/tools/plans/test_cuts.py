@@ -1,0 +1,100 @@
+"""How a cut is shared out: exact numbers, blocks that stay, what cannot be."""
+
+import pytest
+
+from tests.profiles import make_profile
+from tools.base.errors import ImpossiblePlan
+from tools.plans.cuts import (
+    Counts,
+    CutOrder,
+    Cutting,
+    Parts,
+    Shape,
+    Units,
+    count_cut_zeros,
+    describe_cut,
+    describe_cutting,
+    list_counts,
+    resolve_cut,
+)
+from tools.plans.layer_profile import LayerProfile
+
+SHAPE = Shape(
+    blocks=4,
+    block_weights=7680,
+    heads=Units(units=2, weights=1536, options=[0, 1]),
+    neurons=Units(units=48, weights=96, options=list(range(0, 48, 8))),
+)
+LEVELS = [0.1, 0.2, 0.3, 0.45, 0.6]
+
+
+def make_layers() -> list[LayerProfile]:
+    """Four blocks of 7,680 weights: 3,072 of attention, 4,608 of the MLP."""
+    return [
+        make_profile(block, kind, weights, LEVELS)
+        for block in range(4)
+        for kind, weights in (("self_attn.o_proj", 3072), ("mlp.down_proj", 4608))
+    ]
+
+
+def make_parts(heads: float = 1.0) -> Parts:
+    """A group of heads costs `heads`, eight neurons 0.1 and twice as much each time; blocks go from the last."""
+    layers = make_layers()
+    return Parts(
+        shape=SHAPE,
+        target=0.3,
+        artifact="parts",
+        heads=[[0.0, heads]] * 4,
+        neurons=[[0.0, 0.1, 0.3, 0.7, 1.5, 3.1]] * 4,
+        order=[3, 1],
+        dropped_kl=[0.5, 2.0],
+        head_layers=[[layers[2 * block].name] for block in range(4)],
+        neuron_layers=[[layers[2 * block + 1].name] for block in range(4)],
+    )
+
+
+def test_all_numbers_are_listed_that_come_to_the_share() -> None:
+    assert list_counts(SHAPE, 0.3, 0) == [Counts(0, 24, 0), Counts(1, 8, 0)]
+    assert list_counts(SHAPE, 0.3, 1) == [Counts(0, 8, 1)]
+    assert list_counts(SHAPE, 0.25, 1) == [Counts(0, 0, 1)]
+    assert list_counts(SHAPE, 0.3, 2) == []
+    assert list_counts(SHAPE, 0.01, 0) == []
+
+
+def test_the_cheapest_numbers_are_taken_unless_a_plan_says_other_ones() -> None:
+    def resolve(parts: Parts, **levers: object) -> CutOrder:
+        return resolve_cut(Cutting.model_validate(levers), parts, 0.3, make_layers())
+
+    assert resolve(make_parts(heads=0.5)).counts == Counts(1, 8, 0)  # 4 x 0.5 + 4 x 0.1 beside 4 x 0.7
+    assert resolve(make_parts(heads=1.0)).counts == Counts(0, 24, 0)
+    assert resolve(make_parts(), heads=1).counts == Counts(1, 8, 0)
+    assert resolve(make_parts(), blocks=1).dropped == (3,)
+    assert resolve(make_parts(), blocks=1, keep="blocks 3").dropped == (1,)
+    assert make_parts().predict(Counts(0, 8, 1), (3,)) == pytest.approx(0.5 + 3 * 0.1)
+    assert resolve(make_parts(), refit=False).refit is False
+
+
+def test_zeros_are_what_the_parts_hold() -> None:
+    order = CutOrder(parts="parts", heads=1, neurons=8, dropped=(2,), refit=True)
+    assert list(count_cut_zeros(order, make_parts(), make_layers()).values()) == [
+        *(1536, 768, 1536, 768),
+        *(3072, 4608),
+        *(1536, 768),
+    ]
+    assert describe_cut(order, SHAPE) == "1 of 2 groups of heads, 8 of 48 neurons, block 2"
+    assert describe_cutting(Cutting(blocks=1, keep="blocks 0")) == "cut · heads by KL curves · 1 block · not blocks 0"
+
+
+@pytest.mark.parametrize(
+    ("levers", "sparsity", "problem"),
+    [
+        ({"blocks": 3}, 0.3, "3 blocks cannot go: 2 is the most here"),
+        ({"blocks": 2}, 0.3, "30.00% of the weights cannot go with 2 whole blocks; with 1 blocks it can"),
+        ({}, 0.01, "1.00% of the weights cannot go with 0 whole blocks; other sparsities may"),
+        ({"heads": 2}, 0.3, "2 groups of heads cannot go of every block; with 0 blocks, 0, 1 can"),
+        ({"blocks": 1, "keep": "blocks 9"}, 0.3, "selector 'blocks 9' means no layer; .*"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(levers: dict[str, object], sparsity: float, problem: str) -> None:
+    with pytest.raises(ImpossiblePlan, match=f"^{problem}$"):
+        resolve_cut(Cutting.model_validate(levers), make_parts(), sparsity, make_layers())

@@ -1,0 +1,114 @@
+"""Cuts in the model's own shapes: the same function as the smaller model, kept, put back and made again bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benches import artifact_path, damage, ignore, open_bench, same, snapshot
+from tests.tiny import save_tiny_model, tiny_settings
+from tools.base.errors import UserError
+from tools.plans.cuts import CutOrder, Cutting, count_cut_zeros, resolve_cut
+from tools.plans.recipe import Recipe
+from tools.plans.work_order import WorkOrder, order_all
+from tools.surgery.parts import find_parts
+from tools.workbench.bench import Workbench
+from tools.workbench.store import DENSE
+
+
+def order_cut(bench: Workbench, profile: str, **levers: object) -> WorkOrder:
+    remove = bench.cuts.find_share(0.75)
+    parts = bench.cuts.read(bench.measure_parts(profile, remove, ignore))
+    layers = bench.read_profile(profile).layers
+    cut = resolve_cut(Cutting.model_validate(levers), parts, remove, layers)
+    zeros = count_cut_zeros(cut, parts, layers)
+    return order_all(Recipe(), zeros, sparsity=remove, predicted_kl=0.0).model_copy(update={"cut": cut})
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("levers", [{}, {"heads": 1}, {"refit": False}])
+def test_a_cut_is_the_smaller_model_exactly_and_goes_and_comes_back_bit_for_bit(
+    architecture: str, levers: dict[str, object], tmp_path: Path, workbench_closed: None
+) -> None:
+    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", architecture)), tmp_path / "run")
+    dense = snapshot(bench)
+    profile = bench.profile(ignore)
+    order = order_cut(bench, profile, **levers)
+    checkpoint = bench.prune(profile, order, ignore)
+    made = snapshot(bench)
+    for layer in bench.layers:
+        assert int((layer.weight_OI == 0).sum()) == order.zeros[layer.name]
+
+    found = bench.pruner.build_cut(checkpoint)
+    assert found is not None
+    built, cut = found
+    assert cut == order.cut
+    ids = bench.windows.validation
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids, use_cache=False).logits for model in (built, bench.model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert find_parts(built, "neurons")[0].units == find_parts(bench.model, "neurons")[0].units - cut.neurons
+
+    assert bench.is_made_of(checkpoint, profile, order)
+    bench.restore(DENSE)
+    assert same(snapshot(bench), dense)
+    bench.restore(checkpoint)
+    assert same(snapshot(bench), made)
+    assert bench.prune(profile, order, ignore) == checkpoint, "read back"
+    assert same(snapshot(bench), made)
+
+
+def test_what_was_damaged_or_forgotten_comes_out_the_same_again(tmp_path: Path, workbench_closed: None) -> None:
+    told: list[str] = []
+    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run", told.append)
+    profile = bench.profile(ignore)
+    order = order_cut(bench, profile)
+    checkpoint = bench.prune(profile, order, ignore)
+    made = snapshot(bench)
+    broken = artifact_path(bench, checkpoint, "model.layers.1.mlp.down_proj")
+    bench.restore(DENSE)
+    damage(broken)
+    bench.restore(checkpoint)
+    assert same(snapshot(bench), made)
+    assert len(told) == 1 and "is computed again" in told[0]
+
+    bench.restore(DENSE)
+    bench.forget_checkpoints([DENSE])
+    assert not broken.is_file()
+    assert bench.prune(profile, order, ignore) == checkpoint
+    assert same(snapshot(bench), made)
+
+
+def test_whole_blocks_go(tmp_path: Path, workbench_closed: None) -> None:
+    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
+    profile = bench.profile(ignore)
+    cut = CutOrder(
+        parts=bench.cuts.read(bench.measure_parts(profile, 0.5, ignore)).artifact,
+        **{"heads": 0, "neurons": 0, "dropped": (1,), "refit": True},
+    )
+    layers = bench.read_profile(profile).layers
+    zeros = {layer.name: layer.weights * (layer.block == 1) for layer in layers}
+    order = order_all(Recipe(), zeros, sparsity=0.5, predicted_kl=0.0).model_copy(update={"cut": cut})
+    found = bench.pruner.build_cut(bench.prune(profile, order, ignore))
+    assert found is not None and found[0].config.num_hidden_layers == 1
+    ids = bench.windows.validation
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids, use_cache=False).logits for model in (found[0], bench.model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert bench.pruner.build_cut(DENSE) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "problem"),
+    [
+        ("opt", 0.8, r"^OPTForCausalLM has biases behind what would be cut, which no checkpoint holds; python -m"),
+        ("llama", 0.01, r"^target_size 0.01 cannot be met: \d+\.\d+% of the model's bytes are not of the blocks'"),
+        ("llama", 0.999, r"^target_size 0.999 cannot be met: "),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_anything_is_measured(
+    architecture: str, size: float, problem: str, tmp_path: Path, workbench_closed: None
+) -> None:
+    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", architecture)), tmp_path / "run")
+    with pytest.raises(UserError, match=problem):
+        bench.cuts.find_share(size)
