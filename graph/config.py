@@ -31,7 +31,7 @@ NOT_OF_CUTS = {
     "text": "needs a cut of its own for each",
     "reprofile": "profiles for zeros",
 }
-"""Fields that a run with target_size has no use for, and why."""
+"""Fields that a run with target_size or target_speed has no use for, and why."""
 
 PLANNER = (
     "heuristic (no key, deterministic), openai:NAME, openai:NAME@http://HOST:PORT/v1 for a compatible endpoint, "
@@ -66,6 +66,14 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
         description="In place of target_sparsity: share of the model's bytes that is to stay, such as 0.8, embeddings "
         "and head counted. Whole neurons, groups of attention heads and blocks go, and what comes out is a smaller "
         "model of stock shapes; 0: none go.",
+    )
+    target_speed: float = Field(
+        0.0,
+        ge=0,
+        lt=100,
+        description="As target_size, such as 1.25: how many times as many tokens a second are to be decoded, one "
+        "sequence, in stock transformers on this machine, where that is measured part by part; 0: no speed is asked "
+        "for.",
     )
     pattern: str = Field(
         "",
@@ -290,7 +298,19 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
     def offers_instruments(self) -> bool:
         """Whether a chat planner may call tools before it answers."""
         # those that there are look at single weights
-        return self.planner != HEURISTIC and self.planner_calls > 0 and not self.target_size
+        return self.planner != HEURISTIC and self.planner_calls > 0 and not self.takes_parts
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether whole parts go, in place of single weights."""
+        return self.target_size > 0 or self.target_speed > 0
+
+    @property
+    def aim(self) -> str:
+        """What is left of a model that parts go of, such as `0.8 of its bytes`; empty where none do."""
+        if self.target_size:
+            return f"{self.target_size:.4g} of its bytes"
+        return f"{self.target_speed:.4g} times its tokens/s" if self.target_speed else ""
 
     @property
     def approves_plans(self) -> bool:
@@ -338,13 +358,18 @@ class RunConfig(TaskSettings, PolishSettings, TeamSettings):
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
-        if not self.target_size:
+        if not self.takes_parts:
             return self
+        named = "target_size" if self.target_size else "target_speed"
+        if self.target_size and self.target_speed:
+            raise ValueError("target_size and target_speed are two targets; give one of them")
+        if 0 < self.target_speed <= 1:
+            raise ValueError(f"target_speed {self.target_speed:g} is no faster; give a number above 1, such as 1.25")
         for field, why in NOT_OF_CUTS.items():
             if getattr(self, field) != type(self).model_fields[field].get_default(call_default_factory=True):
-                raise ValueError(f"target_size takes whole parts away, and {field} {why}; leave it out")
+                raise ValueError(f"{named} takes whole parts away, and {field} {why}; leave it out")
         if self.device in ("stream", "spread"):
-            raise ValueError(f"target_size needs the model on one device; use another --device than {self.device}")
+            raise ValueError(f"{named} needs the model on one device; use another --device than {self.device}")
         return self
 
     @model_validator(mode="after")
@@ -382,10 +407,10 @@ def check_target(config: RunConfig, given: Collection[str] = ()) -> None:
     Not part of the model: a run that takes parts away knows, once the model is open, which sparsity its size is.
     """
     usual = RunConfig.model_fields["target_sparsity"].default
-    if config.target_size and ("target_sparsity" in given or config.target_sparsity != usual):
+    if config.takes_parts and ("target_sparsity" in given or config.target_sparsity != usual):
         raise UserError(
-            "target_size and target_sparsity are two targets; give one: cut first, then set zeros in what stays by a "
-            "run with --model RUN/model --target-sparsity"
+            f"target_{'size' if config.target_size else 'speed'} and target_sparsity are two targets; give one: cut "
+            "first, then set zeros in what stays by a run with --model RUN/model --target-sparsity"
         )
 
 

@@ -304,7 +304,7 @@ def _refuse_changed_config(work: Work, state: State | None) -> None:
         return
     fields = [field for field in RunConfig.model_fields if field not in CHANGEABLE]
     began = follow_new_texts(follow_brief(work.config, state.brief), state.written)
-    if work.config.target_size:  # whose sparsity is known since the model was opened
+    if work.config.takes_parts:  # whose sparsity is known since the model was opened
         began = began.model_copy(update={"target_sparsity": state.config.target_sparsity})
     if changed := [field for field in fields if getattr(state.config, field) != getattr(began, field)]:
         raise UserError(
@@ -320,7 +320,7 @@ def _tell_start(display: Display, work: Work, state: State | None) -> None:
         "directory": str(work.directory),
         "model": work.config.model,
         "target": work.config.target_sparsity,
-        **({"size": work.config.target_size} if work.config.target_size else {}),
+        **({"aim": work.config.aim} if work.config.aim else {}),
         "planner": f"the record of {work.replay}" if work.replay else work.config.planner,
         "resumed": work.resumed,
     }

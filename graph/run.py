@@ -151,8 +151,8 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     if options.resume is not None:
         raise UserError("--dry-run is about a new run; leave --resume out")
     config = read_config(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
-    if config.target_size:
-        raise UserError("--dry-run does not foresee a run with target_size; leave one of them out")
+    if config.takes_parts:
+        raise UserError("--dry-run does not foresee runs that take parts away; leave target_size and target_speed out")
     check_texts(config)
     devices = None if options.device_memory is None else read_devices(options.device_memory)
     found = estimate(

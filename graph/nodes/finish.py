@@ -139,7 +139,7 @@ def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutRes
 
     The accepted weights stay in the workbench. Raises UserError where the smaller model is not the same function.
     """
-    from tools.experiments.structure import measure_speeds  # imports torch
+    from tools.measure.speeds import measure_speeds  # imports torch
 
     bench.restore(state.accepted)
     found = bench.pruner.build_cut(state.accepted)
@@ -152,7 +152,8 @@ def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutRes
     sizes = [[parameter.numel() for parameter in model.parameters()] for model in (bench.model, built)]
     widths = [[parameter.nbytes for parameter in model.parameters()] for model in (bench.model, built)]
     result = CutResult(
-        size=state.config.target_size,
+        size=state.config.target_size or None,
+        speed=state.config.target_speed or None,
         heads=went.heads,
         neurons=went.neurons,
         blocks=list(went.dropped),

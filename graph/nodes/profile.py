@@ -18,12 +18,14 @@ from graph.planning.refinements import STRONG
 from graph.planning.rule import MASKS
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.runs.directory import check_input, create_run
+from graph.runs.replay import read_target
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
 from tools.base.errors import BrokenBaseline, ImpossiblePlan, UserError
 from tools.base.rundir import runs_directory
 from tools.measure.texts import list_texts
 from tools.plans.costs import count_profile, count_walk
+from tools.plans.cuts import Target
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
 from tools.plans.paces import MEASURING, Paces, join_paces, name_measuring_curves
 
@@ -47,12 +49,13 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     state = state.model_copy(update={"run": name})
     session = enter("profile", state, runtime)
     with open_bench(state, session) as bench:
-        if config.target_size:  # which the parts of this model come to
-            config = config.model_copy(update={"target_sparsity": bench.cuts.find_share(config.target_size)})
+        target = find_target(bench, state, session) if config.takes_parts else None
+        if target:
+            config = config.model_copy(update={"target_sparsity": target.share})
         lessons: list[Lesson] = []
         experience: list[Experience] = []
         notes: list[Note] = []
-        if runtime.store is not None and config.memory and not state.replay and not config.target_size:
+        if runtime.store is not None and config.memory and not state.replay and target is None:
             lessons, runs = read_lessons(runtime.store, config, name)
             experience = read_experience(runtime.store, config, name)
             notes = read_notes(runtime.store, config, name)
@@ -60,8 +63,8 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
                 session.emit("lessons", count=len(lessons), runs=runs)
         profile_id = bench.profile(session.progress)
         stored = bench.read_profile(profile_id)
-        parts = bench.measure_parts(profile_id, config.target_sparsity, session.progress) if config.target_size else ""
-        if not parts:
+        parts = bench.measure_parts(profile_id, target, session.progress) if target else ""
+        if target is None:
             _refuse_impossible_target(stored.layers, config)
         dense = measure_dense(bench, state, profile_id, session)
         _tell_profile(session, profile_id, stored.layers, config)
@@ -81,6 +84,18 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "foreseen": foreseen,
         "seconds": session.seconds,
     }
+
+
+def find_target(bench: "Workbench", state: State, session: Session) -> Target:
+    """What the run's size or speed comes to; of a replay, what it came to in the record, for a speed is of a machine.
+
+    Raises UserError where such a cut cannot be.
+    """
+    found = read_target(state.replay) if state.replay else None
+    if found is None:
+        found = bench.cuts.find_target(state.config.target_size, state.config.target_speed, session.progress)
+    session.record("target", **found.model_dump())
+    return found
 
 
 def measure_dense(bench: "Workbench", state: State, profile: str, session: Session) -> Trial:

@@ -156,7 +156,7 @@ def _shorten_schema(node: Any) -> Any:
 
 
 def _find_schema(config: RunConfig) -> type[Plan]:
-    if config.target_size:
+    if config.takes_parts:
         return tell_of_cuts()
     weighs, writes = not config.text, count_allowed(config) > 0  # tokens are not weighted where texts have names
     return find_schema(config.polish_tokens, config.mixable, config.pattern, weighs=weighs, writes=writes)
@@ -164,7 +164,7 @@ def _find_schema(config: RunConfig) -> type[Plan]:
 
 def _instructions(config: RunConfig, tools: bool) -> str:
     schema = tell_schema(_find_schema(config))
-    text = config.planner_prompt or read_prompt("cuts" if config.target_size else "planner")
+    text = config.planner_prompt or read_prompt("cuts" if config.takes_parts else "planner")
     return text.replace("{tools}", _tell_tools(config) if tools else "").replace("{schema}", schema)
 
 
@@ -218,8 +218,8 @@ def _describe_bounds(situation: Situation) -> str:
 
 def _describe_reach(config: RunConfig) -> str:
     """What the target comes to where parts go, else how far a layer may go."""
-    if config.target_size:
-        return f", where {config.target_size:.0%} of the model's bytes stay"
+    if config.takes_parts:
+        return f", which leaves {config.aim}"
     return f". No layer above {config.max_layer_sparsity:g}"
 
 

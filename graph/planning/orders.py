@@ -75,7 +75,7 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | Non
     change no weight but by the zeros.
     """
     if plan.cut:
-        raise ImpossiblePlan("cut is of runs with target_size, and this one sets weights to zero; leave it out")
+        raise ImpossiblePlan("cut is of runs that take parts away, and this one sets weights to zero; leave it out")
     recipe, others = find_recipe(plan, config), assign_recipes(plan, layers, config)
     refuse_two_walks([recipe, *others.values()])
     refuse_two_polishes(recipe, others.values())

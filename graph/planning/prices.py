@@ -107,7 +107,7 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
     cuts = [f"a trial takes {budget.trial:,}", f"the fit of a cut {count_calibration(config):,} more"]
     costs = (
         cuts
-        if config.target_size
+        if config.takes_parts
         else [
             f"a trial takes {budget.trial:,}",
             "a probe as many as it measures on, for each plan",

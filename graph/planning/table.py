@@ -158,9 +158,9 @@ def describe_parts(parts: Parts) -> str:
     order = [f"{block} ({kl:.3g})" for block, kl in zip(parts.order, parts.dropped_kl, strict=True)]
     heads, neurons = shape.heads, shape.neurons
     title = (
-        f"{shape.blocks} blocks, each with {heads.units} groups of heads ({heads.weights / shape.block_weights:.3%} of "
-        f"the blocks' weights go with one of each block) and {neurons.units} neurons "
-        f"({neurons.weights / shape.block_weights:.4%}); of heads {', '.join(map(str, heads.options))} may go"
+        f"{shape.blocks} blocks, each with {heads.units} groups of heads ({heads.cost / shape.block_cost:.3%} of "
+        f"the blocks' {shape.counts} go with one of each block) and {neurons.units} neurons "
+        f"({neurons.cost / shape.block_cost:.4%}); of heads {', '.join(map(str, heads.options))} may go"
     )
     return (
         f"{title}:\n{data_block('parts', lines)}\n"

@@ -54,9 +54,13 @@ def describe_run(run: Path) -> list[str]:
             return describe_summary(read_summary(run))
         refuse_lost_result(run)
         config = read_config(run)
-        size = config.get("target_size")
-        target = f"size {show_percent(size, 1)}" if size else f"of {show_percent(config['target_sparsity'], 1)}"
-        return ["unfinished", clean(config["model"]), f"\n{target}"]
+        size, speed = config.get("target_size"), config.get("target_speed")
+        parts = f"size {float(size):g}" if size else f"speed {float(speed):g}" if speed else ""
+        return [
+            "unfinished",
+            clean(config["model"]),
+            f"\n{parts or 'of ' + show_percent(config['target_sparsity'], 1)}",
+        ]
     except (Damaged, BrokenSeal) as problem:
         return ["damaged", clean(problem, 300)]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:

@@ -19,6 +19,7 @@ from graph.reflecting.schema import Reflection
 from graph.state import State
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
 from tools.base.rundir import check_log, read_log, runs_directory, scan_events
+from tools.plans.cuts import Target
 from tools.plans.work_order import WorkOrder
 
 Event = dict[str, Any]
@@ -35,6 +36,8 @@ class Record:
     run: str
     brief: Brief | None = None
     """What was made of its goal."""
+    target: Target | None = None
+    """What its size or speed came to in the model's parts, where it had one."""
     plans: dict[int, Plan] = field(default_factory=dict)
     orders: dict[int, str] = field(default_factory=dict)
     """Ids of their work orders; empty in runs of an earlier version."""
@@ -100,6 +103,8 @@ def _take(record: Record, event: Event) -> None:
     match event.get("type"):
         case "brief":
             record.brief = Brief.model_validate(event["details"])
+        case "target":
+            record.target = Target.model_validate({name: event[name] for name in Target.model_fields})
         case "plan":
             record.plans[int(event["iteration"])] = Plan.model_validate(event["details"])
             record.orders[int(event["iteration"])] = str(event.get("order", ""))
@@ -157,6 +162,11 @@ def find_brief(run: str) -> Brief:
     if brief is None:
         raise UserError(f"the record of run {run} ends before anything was made of its goal")
     return brief
+
+
+def read_target(run: str) -> Target | None:
+    """What the size or speed of a run came to in the model's parts; None where the record does not say."""
+    return read_record(run).target
 
 
 def find_reflection(run: str, iteration: int) -> Reflection:

@@ -71,9 +71,8 @@ class Picture:
 
     def take_start(self, event: Event) -> None:
         """The names in the heading."""
-        size = event.get("size")
         self.name = clean(event["run"], 40)
-        self.target = f"size {show_percent(size, 1)}" if size else f"target {show_percent(float(event['target']), 1)}"
+        self.target = f"target {clean(event.get('aim', ''), 40) or show_percent(float(event['target']), 1)}"
         self.model, self.planner = clean(event["model"], 60), clean(event["planner"], 60)
 
     def take_node(self, event: Event) -> None:

@@ -12,8 +12,7 @@ Event = Mapping[str, Any]
 def tell_start(event: Event) -> str:
     """The first line of a run."""
     verb = "resumed" if event.get("resumed") else "started"
-    size = event.get("size")
-    target = f"{show_percent(size, 1)} of its bytes" if size else f"{show_percent(event['target'], 1)} sparsity"
+    target = clean(event["aim"]) if event.get("aim") else f"{show_percent(event['target'], 1)} sparsity"
     return (
         f"{verb} {clean(event['run'])}: {clean(event['model'])} to {target}, "
         f"planned by {clean(event['planner'])}, in {clean(event['directory'], 1000)}"

@@ -50,7 +50,7 @@ def test_by_rule_to_a_smaller_stock_model(easy: Path, tiny_llama: Path) -> None:
     assert smaller.config.num_hidden_layers == dense.config.num_hidden_layers - len(cut["blocks"])
     assert state.config.target_sparsity == state.trials[0].sparsity and state.parts
     card, report = ((easy / name).read_text() for name in ("model/README.md", "report.md"))
-    assert "cut to 75%" in card and "Whole parts are gone" in card
+    assert f"cut to {cut['bytes'] / cut['dense_bytes']:.0%} of its bytes" in card and "Whole parts are gone" in card
     assert "of its bytes (asked for 75.00%)" in card and "of its bytes (asked for 75.00%)" in report
     assert {trial["verdict"] for trial in read_events(easy, "trial")[1:]} == {"accept", "rollback"}
     for trial in state.trials:
@@ -130,7 +130,7 @@ def test_a_chat_model_is_shown_the_parts_and_shares_the_cut_out(
         asked = [request.messages[1]["content"] for request in server.requests]
     assert "columns: block, heads.1, neurons." in asked[0]
     assert "Whole blocks in the order in which they go" in asked[0]
-    assert "where 75% of the model's bytes stay" in asked[0]
+    assert ", which leaves 0.75 of its bytes. Round 1 of" in asked[0]
     state = read_state(tmp_path / "runs" / "run")
     assert [trial.plan.partition(" ")[2] for trial in state.trials] == [
         "cut · heads by KL curves · 0 blocks",
@@ -140,6 +140,38 @@ def test_a_chat_model_is_shown_the_parts_and_shares_the_cut_out(
     assert json.loads(json.dumps(recorded))[1]["heads"] == 1
 
 
+def test_a_speed_comes_to_a_share_once_and_is_replayed_as_it_was(
+    tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds are made up: 10 for what is no block, 40 for a block, of which 20 are neurons and 8 heads."""
+    timed = 0
+
+    def time_shapes(models: Any, *_: Any) -> list[tuple[float, float]]:
+        nonlocal timed
+        timed += 1
+        return [(0.0, 1 / (10 + model.config.num_hidden_layers * _time_block(model.config))) for model in models]
+
+    def _time_block(config: Any) -> float:
+        whole = transformers.AutoConfig.from_pretrained(tiny_llama)
+        neurons = config.intermediate_size / whole.intermediate_size
+        return 12 + 20 * neurons + 8 * config.num_key_value_heads / whole.num_key_value_heads
+
+    monkeypatch.setattr("tools.surgery.pace.measure_speeds", time_shapes)
+    monkeypatch.setattr("tools.measure.speeds.measure_speeds", time_shapes)
+    given = ["--name", "run", "--model", str(tiny_llama), *TINY, "--target-speed", "1.2", "--tau", "9"]
+    assert command(*given, "--max-iterations", "1").code == 0
+    run = tmp_path / "runs" / "run"
+    cut, (target,) = read_summary(run)["cut"], read_events(run, "target")
+    assert cut["size"] is None and cut["speed"] == 1.2
+    assert target["shape"]["counts"] == "decoding time"
+    assert target["share"] == pytest.approx((1 - 1 / 1.2) * 90 / 80, rel=0.15), "corrected for whole units"
+    assert cut["decoded_per_second"] / cut["dense_decoded_per_second"] == pytest.approx(1.2, rel=0.1)
+    before = timed
+    assert command("--replay", "run", "--name", "again").code == 0
+    assert timed == before + 1, "for the report alone"
+    assert_same_weights(tmp_path / "runs" / "again", run)
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
@@ -147,7 +179,9 @@ def test_a_chat_model_is_shown_the_parts_and_shares_the_cut_out(
         (("--pattern", "2:4"), "target_size takes whole parts away, and pattern is of zeros; leave it out"),
         (("--protect", "blocks 0"), "target_size takes whole parts away, and protect names layers that are never"),
         (("--device", "stream"), "target_size needs the model on one device; use another --device than stream"),
-        (("--dry-run",), "--dry-run does not foresee a run with target_size"),
+        (("--dry-run",), "--dry-run does not foresee runs that take parts away; leave target_size and"),
+        (("--target-speed", "1.2"), "target_size and target_speed are two targets; give one of them"),
+        (("--target-size", "0", "--target-speed", "0.9"), "target_speed 0.9 is no faster; give a number above 1, such"),
         (("--target-size", "0.05"), "target_size 0.05 cannot be met: "),
     ],
 )

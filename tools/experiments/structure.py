@@ -1,27 +1,22 @@
 """A model with whole parts cut out beside the dense one: perplexity, KL, size and speed."""
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from tools.base.errors import UserError
 from tools.base.files import write_json, write_text
 from tools.base.progress import Progress
 from tools.base.settings import WorkbenchSettings
-from tools.measure.continuations import decode
 from tools.measure.losses import Evaluation, evaluate_windows
+from tools.measure.speeds import measure_speeds
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.layers import find_layers, measure_reach, refuse_small_reach
 from tools.models.load import check_device, load_model, locate_model
 from tools.models.positions import refuse_long_windows
-from tools.models.readout import check_readout, compute_hidden
+from tools.models.readout import check_readout
 from tools.models.save import export_model
 from tools.results.cards import write_structure_card
 from tools.results.schema import describe_protocol
@@ -39,10 +34,6 @@ AUTO = "auto"
 """In the place of parts: all kinds, each as much as costs least."""
 REMOVED = 0.2
 """Of the weights of the blocks' linear layers, where nothing is asked for."""
-REPEATS = 5
-"""Timings are medians of this many, dense and cut model by turns."""
-PROMPT, DECODED = 8, 32
-"""Tokens read and tokens decoded to measure the speed of decoding."""
 
 
 class StructureSettings(WorkbenchSettings):
@@ -151,35 +142,6 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     write_text(directory / "model" / "README.md", write_structure_card(result))
     write_json(directory / "structure.json", result.model_dump())
     return result
-
-
-def measure_speeds(models: Sequence[Any], ids_T: Tensor, step: Progress) -> list[tuple[float, float]]:
-    """(seconds of a forward of the window, greedily decoded tokens a second) of each model: medians, taken by turns."""
-    forwards: list[list[float]] = [[] for _ in models]
-    decodings: list[list[float]] = [[] for _ in models]
-    for i in range(REPEATS + 1):  # the first warms up
-        step("measure speed", i, REPEATS + 1)
-        for model, forward, decoding in zip(models, forwards, decodings, strict=True):
-            forward.append(_time(lambda: compute_hidden(model, ids_T[None]), ids_T))  # noqa: B023
-            # Without a least number a model that ends its text early would seem the faster one.
-            decoding.append(_time(lambda: decode(model, ids_T[None, :PROMPT], DECODED, DECODED), ids_T))  # noqa: B023
-    step("measure speed", REPEATS + 1, REPEATS + 1)
-    return [
-        (statistics.median(forward[1:]), DECODED / statistics.median(decoding[1:]))
-        for forward, decoding in zip(forwards, decodings, strict=True)
-    ]
-
-
-@torch.no_grad()
-def _time(run: Callable[[], Any], ids_T: Tensor) -> float:
-    cuda = ids_T.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(ids_T.device)
-    began = time.perf_counter()
-    run()
-    if cuda:
-        torch.cuda.synchronize(ids_T.device)
-    return time.perf_counter() - began
 
 
 def _figures(model: Any, evaluation: Evaluation, speed: tuple[float, float]) -> Figures:

@@ -7,6 +7,7 @@ a block those are is chosen where the model is (`tools.surgery`).
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,34 +29,44 @@ class Units(BaseModel):
     """Heads or neurons, which every block has as many of."""
 
     units: int = Field(description="In a block; a head is a group that shares keys and values.")
-    weights: int = Field(description="That go with one unit.")
+    cost: float = Field(description="What goes with one unit, of that which the target counts.")
     options: list[int] = Field(description="How many may go of every block, ascending from 0.")
 
 
 class Shape(BaseModel):
     """What of a model can go."""
 
+    counts: Literal["weights", "decoding time"] = Field(
+        "weights", description="What the target counts: weights of the blocks' linear layers, or seconds a token."
+    )
     blocks: int
-    block_weights: int = Field(description="Weights of the linear layers of one block.")
+    block_cost: float = Field(description="What goes with one block.")
     heads: Units
     neurons: Units
 
 
 def list_counts(shape: Shape, remove: float, blocks: int) -> list[Counts]:
-    """All numbers of heads and neurons that, with so many blocks gone, take `remove` of the weights away.
+    """All numbers of heads and neurons that, with so many blocks gone, take `remove` of what all blocks cost away.
 
     As nearly as whole units allow: for each number of groups of heads that the config accepts the nearest of neurons,
     where that is within half a step of what is asked. Blocks alone are among them.
     """
     heads, options = shape.heads, shape.neurons.options
-    step = (options[1] if len(options) > 1 else 1) * shape.neurons.weights
-    left = (remove * shape.blocks - blocks) * shape.block_weights / (shape.blocks - blocks)
+    step = (options[1] if len(options) > 1 else 1) * shape.neurons.cost
+    left = (remove * shape.blocks - blocks) * shape.block_cost / (shape.blocks - blocks)
     found = []
     for groups in heads.options:
-        steps = round((left - groups * heads.weights) / step)
+        steps = round((left - groups * heads.cost) / step)
         if steps in range(len(options)) and (counts := Counts(groups, options[steps], blocks)) != Counts():
             found.append(counts)
     return found
+
+
+class Target(BaseModel):
+    """What a target comes to in the parts of a model."""
+
+    shape: Shape
+    share: float = Field(description="Of what all blocks cost that goes, as planners write it.")
 
 
 class Cutting(BaseModel):
@@ -100,7 +111,7 @@ class Parts(BaseModel):
     """What is known of a model's parts when a cut is planned."""
 
     shape: Shape
-    target: float = Field(description="Share of the blocks' weights that goes at the target, before it is rounded.")
+    target: float = Field(description="Share of what all blocks cost that goes at the target.")
     artifact: str = Field(description="Of the order in which the units of every block go.")
     heads: list[list[float]] = Field(
         description="By block: predicted KL where so many groups of heads go as `shape.heads.options` say, up to the "
@@ -155,7 +166,7 @@ def _explain(cutting: Cutting, parts: Parts, sparsity: float, listed: Sequence[C
     if not listed:
         most = max((n for n in range(len(parts.order) + 1) if list_counts(parts.shape, sparsity, n)), default=None)
         hint = "other sparsities may" if most is None else f"with {most} blocks it can"
-        return f"{sparsity:.2%} of the weights cannot go with {cutting.blocks} whole blocks; {hint}"
+        return f"{sparsity:.2%} of the {parts.shape.counts} cannot go with {cutting.blocks} whole blocks; {hint}"
     numbers = ", ".join(str(counts.heads) for counts in listed)
     return f"{cutting.heads} groups of heads cannot go of every block; with {cutting.blocks} blocks, {numbers} can"
 

@@ -10,7 +10,7 @@ from tools.base.names import hide_directories, hide_path, is_hub_id, parse_hub
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import escape
 from tools.results.schema import Summary
-from tools.results.sentences import describe_result, name_sparsity
+from tools.results.sentences import describe_result, name_cut, name_sparsity
 from tools.results.structure import HEADS, Structure, list_rows, name_removed
 from tools.results.tables import list_benchmarks, list_goal, list_perplexities, list_table, list_texts
 
@@ -28,7 +28,7 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
     name, text = hide_path(summary.model), _hide_texts(summary.protocol.text, settings)
     return _write(
         _card_data(summary, settings).to_yaml(),
-        f"{escape(name)}, {f'cut to {summary.cut.size:.0%}' if summary.cut else f'pruned to {name_sparsity(summary)}'}",
+        f"{escape(name)}, {name_cut(summary.cut) if summary.cut else f'pruned to {name_sparsity(summary)}'}",
         [
             describe_result(summary),
             "",

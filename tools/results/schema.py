@@ -207,7 +207,8 @@ class Finalist(BaseModel):
 class CutResult(BaseModel):
     """What was taken away whole, and what that made of the model."""
 
-    size: float = Field(description="Share of the model's bytes that was to stay.")
+    size: float | None = Field(description="Share of the model's bytes that was to stay; null where a speed was asked.")
+    speed: float | None = Field(description="Times as many tokens a second that were asked for; null for a size.")
     heads: int = Field(description="Groups of attention heads that went from every block that stays.")
     neurons: int = Field(description="Neurons that went from every block that stays.")
     blocks: list[int] = Field(description="Blocks that went whole, counted from 0 in the dense model.")

@@ -35,14 +35,14 @@ def find_shape(model: Any) -> Shape:
     depth = len(find_blocks(model))
     return Shape(
         blocks=depth,
-        block_weights=count_weights(model) // depth,
-        heads=_describe(model, heads[0]) if heads else Units(units=1, weights=0, options=[0]),
+        block_cost=count_weights(model) // depth,
+        heads=_describe(model, heads[0]) if heads else Units(units=1, cost=0, options=[0]),
         neurons=_describe(model, neurons[0]),
     )
 
 
 def _describe(model: Any, part: Part) -> Units:
-    return Units(units=part.units, weights=part.unit_weights, options=list(list_options(model, part)))
+    return Units(units=part.units, cost=part.unit_weights, options=list(list_options(model, part)))
 
 
 def predict_kl(curves: Curves, counts: Counts, dropped: Sequence[int]) -> float:

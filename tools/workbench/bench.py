@@ -30,7 +30,7 @@ from tools.models.load import choose_device, load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
 from tools.models.streamed import find_stream
-from tools.plans.cuts import CutOrder
+from tools.plans.cuts import CutOrder, Target
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_pruning, time_work
 from tools.plans.recipe import Recipe
@@ -226,10 +226,10 @@ class Workbench:
         """As `Curves.has_layers`."""
         return self.curves.has_layers(profile, recipe)
 
-    def measure_parts(self, profile: str, remove: float, progress: Progress) -> str:
+    def measure_parts(self, profile: str, target: Target, progress: Progress) -> str:
         """As `Cuts.measure`."""
         with self._explained("measuring the model's parts", BrokenBaseline):
-            return self.cuts.measure(profile, remove, progress)
+            return self.cuts.measure(profile, target, progress)
 
     def build_cut(self, checkpoint: str) -> tuple[Any, CutOrder] | None:
         """As `Pruner.build_cut`."""

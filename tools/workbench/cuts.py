@@ -19,9 +19,10 @@ from tools.base.failures import explain_layer
 from tools.base.progress import Progress
 from tools.models.artifacts import FORMAT, pack_pruned
 from tools.models.layers import Layer
-from tools.plans.cuts import Counts, CutOrder, Parts, Shape, list_counts
+from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, list_counts
 from tools.surgery.blocks import drop_blocks
 from tools.surgery.curves import Curves, measure_curves
+from tools.surgery.pace import price_parts
 from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts
 from tools.surgery.rebuild import build_cut, check_buildable, check_cut
 from tools.surgery.share import find_shape, make_cut
@@ -44,9 +45,11 @@ class Cuts:
 
     # --- what can go --------------------------------------------------------------------------------------------
 
-    def find_share(self, size: float) -> float:
-        """The share of the blocks' weights that goes where `size` of the model's bytes stays. Raises UserError where
-        such a cut cannot be, before anything is measured.
+    def find_target(self, size: float, speed: float, progress: Progress) -> Target:
+        """What must go so that `size` of the model's bytes stays, or else `speed` times as many tokens a second are
+        decoded, which is measured here, and once for a model on this machine.
+
+        Raises UserError where such a cut cannot be.
         """
         shape = find_shape(self._model)
         if any(part.bias is not None for part in self._find_all_parts(shape)):
@@ -54,6 +57,8 @@ class Cuts:
                 f"{type(self._model).__name__} has biases behind what would be cut, which no checkpoint holds; "
                 "python -m tools.structure cuts it"
             )
+        if not size:
+            return self._find_pace(speed, progress)
         whole = sum(parameter.nbytes for parameter in self._model.parameters())
         inside = sum(layer.weight_OI.nbytes for layer in self._weights.layers)
         remove: float = round((1 - size) * whole / inside, DIGITS)
@@ -65,23 +70,35 @@ class Cuts:
             )
         for counts in next(filter(None, every)):
             check_buildable(self._model, counts)
-        return remove
+        return Target(shape=shape, share=remove)
+
+    def _find_pace(self, speed: float, progress: Progress) -> Target:
+        """As `find_target`, of a speed."""
+        key = hashlib.sha256(json.dumps(["pace", self._weights.hash_all_dense(), speed]).encode()).hexdigest()
+        if known := self._index.read(".json").get(key):
+            return Target.model_validate(self._store.read_json(known))
+        found = price_parts(self._model, speed, self._windows.validation[0].to(self._model.device), progress)
+        found = found.model_copy(update={"share": round(found.share, DIGITS)})
+        for counts in list_counts(found.shape, found.share, 0):
+            check_buildable(self._model, counts)
+        self._index.add(key, self._store.write_json(found.model_dump()))
+        return found
 
     def _find_all_parts(self, shape: Shape) -> list[Part]:
-        kinds: list[Kind] = [kind for kind in KINDS if getattr(shape, kind).weights]
+        kinds: list[Kind] = [kind for kind in KINDS if getattr(shape, kind).cost]
         return [part for kind in kinds for part in find_parts(self._model, kind)]
 
-    def measure(self, profile: str, remove: float, progress: Progress) -> str:
-        """The artifact of what is known of the parts (`Parts`), for cuts of up to `remove` of the weights.
+    def measure(self, profile: str, target: Target, progress: Progress) -> str:
+        """The artifact of what is known of the parts (`Parts`), for cuts of up to the target.
 
         The weights in the model are the dense ones. What was measured for the same profile is read back.
         """
-        key = hashlib.sha256(json.dumps(["parts", FORMAT, profile, remove]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(["parts", FORMAT, profile, target.model_dump()]).encode()).hexdigest()
         if known := self._index.read(".json").get(key):
             return known
         self._weights.restore_dense()
-        shape, text, lead = find_shape(self._model), self._text, self._windows.lead
-        every = [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)]
+        shape, text, lead = target.shape, self._text, self._windows.lead
+        every = [list_counts(shape, target.share, blocks) for blocks in range(shape.blocks)]
         listed = [counts for of_number in every for counts in of_number]
         most = Counts(max(counts.heads for counts in listed), max(counts.neurons for counts in listed))
         curves = measure_curves(self._model, most, text, progress, lead=lead)
@@ -90,7 +107,7 @@ class Cuts:
         drops = list(takewhile(lambda drop: math.isfinite(drop.kl), dropping))
         parts = Parts(
             shape=shape,
-            target=remove,
+            target=target.share,
             artifact=self._store.write_tensors(
                 {f"{kind}/{i}": own.order_R for kind, of_kind in curves.items() for i, own in enumerate(of_kind)}
             ),
@@ -108,7 +125,7 @@ class Cuts:
         return Parts.model_validate(self._store.read_json(artifact))
 
     def _list_layers(self, kind: Kind, shape: Shape) -> list[list[str]]:
-        if not getattr(shape, kind).weights:
+        if not getattr(shape, kind).cost:
             return [[] for _ in range(shape.blocks)]
         return [[layer.name for layer in _list_layers(part)] for part in find_parts(self._model, kind)]
 

@@ -21,9 +21,9 @@ from tools.plans.layer_profile import LayerProfile
 
 SHAPE = Shape(
     blocks=4,
-    block_weights=7680,
-    heads=Units(units=2, weights=1536, options=[0, 1]),
-    neurons=Units(units=48, weights=96, options=list(range(0, 48, 8))),
+    block_cost=7680,
+    heads=Units(units=2, cost=1536, options=[0, 1]),
+    neurons=Units(units=48, cost=96, options=list(range(0, 48, 8))),
 )
 LEVELS = [0.1, 0.2, 0.3, 0.45, 0.6]
 

@@ -17,12 +17,12 @@ from tools.workbench.store import DENSE
 
 
 def order_cut(bench: Workbench, profile: str, **levers: object) -> WorkOrder:
-    remove = bench.cuts.find_share(0.75)
-    parts = bench.cuts.read(bench.measure_parts(profile, remove, ignore))
+    target = bench.cuts.find_target(0.75, 0.0, ignore)
+    parts = bench.cuts.read(bench.measure_parts(profile, target, ignore))
     layers = bench.read_profile(profile).layers
-    cut = resolve_cut(Cutting.model_validate(levers), parts, remove, layers)
+    cut = resolve_cut(Cutting.model_validate(levers), parts, target.share, layers)
     zeros = count_cut_zeros(cut, parts, layers)
-    return order_all(Recipe(), zeros, sparsity=remove, predicted_kl=0.0).model_copy(update={"cut": cut})
+    return order_all(Recipe(), zeros, sparsity=target.share, predicted_kl=0.0).model_copy(update={"cut": cut})
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
@@ -82,8 +82,9 @@ def test_what_was_damaged_or_forgotten_comes_out_the_same_again(tmp_path: Path, 
 def test_whole_blocks_go(tmp_path: Path, workbench_closed: None) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
     profile = bench.profile(ignore)
+    target = bench.cuts.find_target(0.75, 0.0, ignore)
     cut = CutOrder(
-        parts=bench.cuts.read(bench.measure_parts(profile, 0.5, ignore)).artifact,
+        parts=bench.cuts.read(bench.measure_parts(profile, target, ignore)).artifact,
         **{"heads": 0, "neurons": 0, "dropped": (1,), "refit": True},
     )
     layers = bench.read_profile(profile).layers
@@ -111,4 +112,4 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_measured(
 ) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", architecture)), tmp_path / "run")
     with pytest.raises(UserError, match=problem):
-        bench.cuts.find_share(size)
+        bench.cuts.find_target(size, 0.0, ignore)

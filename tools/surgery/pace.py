@@ -1,0 +1,75 @@
+"""What of decoding a token is spent in which parts, by models of other shapes that are timed beside the dense one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.base.errors import UserError
+from tools.base.progress import Progress
+from tools.measure.speeds import measure_speeds
+from tools.plans.cuts import Counts, Shape, Target, list_counts
+from tools.surgery.parts import KINDS, Cut, Fit, find_parts
+from tools.surgery.rebuild import build_cut
+from tools.surgery.share import find_shape
+
+
+def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress) -> Target:
+    """What must go so that `speed` times as many tokens a second are decoded, costs in seconds a token.
+
+    Blocks, neurons and groups of heads are timed by a shape that lacks many of one kind, by turns with the dense
+    model; then a shape that these costs expect to be as fast as is asked, which corrects the share. Raises UserError
+    where such a speed is not to be had.
+    """
+    shape = find_shape(model)
+    lacking = {
+        "blocks": Counts(blocks=max(1, shape.blocks // 4)),
+        "heads": Counts(heads=shape.heads.options[len(shape.heads.options) // 2]),
+        "neurons": Counts(neurons=shape.neurons.options[len(shape.neurons.options) // 2]),
+    }
+    dense, *saved = _time_shapes(model, list(lacking.values()), ids_T, progress)
+    block, head, neuron = (max(dense - seconds, 0.0) for seconds in saved)
+    block /= lacking["blocks"].blocks
+    head /= max(lacking["heads"].heads, 1) * shape.blocks
+    neuron /= max(lacking["neurons"].neurons, 1) * shape.blocks
+    if not block or not neuron:
+        raise UserError("target_speed cannot be met: decoding was no faster here without blocks, or without neurons")
+    priced = Shape(
+        counts="decoding time",
+        blocks=shape.blocks,
+        block_cost=block,
+        heads=shape.heads.model_copy(update={"cost": head}),
+        neurons=shape.neurons.model_copy(update={"cost": neuron}),
+    )
+    wanted = dense * (1 - 1 / speed)
+    share = wanted / (shape.blocks * block)
+    counts = next(iter(list_counts(priced, share, 0)), None) if share < 1 else None
+    if counts is None:
+        most = dense / max(dense - shape.blocks * block, dense / 1000)
+        raise UserError(
+            f"target_speed {speed:g} cannot be met: without neurons it is out of reach, and without any block decoding "
+            f"would be {most:.2f} times as fast"
+        )
+    dense, found = _time_shapes(model, [counts], ids_T, progress)
+    if found < dense:
+        share *= min(max(wanted / (dense - found), 0.5), 2.0)
+    return Target(shape=priced, share=share)
+
+
+def _time_shapes(model: Any, shapes: list[Counts], ids_T: Tensor, progress: Progress) -> list[float]:
+    """Seconds a token of the dense model, then of each of these shapes, whatever it keeps."""
+    cuts = [build_cut(model, _cut_anyhow(model, counts)) for counts in shapes]
+    return [1 / decoded for _, decoded in measure_speeds([model, *cuts], ids_T, progress)]
+
+
+def _cut_anyhow(model: Any, counts: Counts) -> Cut:
+    """A cut of these counts whose last units and blocks go."""
+    fits = [
+        Fit(part, torch.arange(part.units - getattr(counts, kind), device=model.device))
+        for kind in KINDS
+        if getattr(counts, kind)
+        for part in find_parts(model, kind)
+    ]
+    blocks = find_shape(model).blocks
+    dropped = tuple(range(blocks - counts.blocks, blocks))
+    return Cut(counts, fits, dropped)
