@@ -12,7 +12,7 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.named import read_weights
 from tools.base.names import path_of
 from tools.base.options import READS_FILES, check_options, read_options
-from tools.base.settings import NO_STREAMED_POLISH, TEAM, PolishSettings, TaskSettings, TeamSettings
+from tools.base.settings import NO_STREAMED_POLISH, TEAM, CutSettings, PolishSettings, TaskSettings, TeamSettings
 from tools.plans.costs import count_polish
 from tools.plans.recipe import parse_pattern
 
@@ -53,7 +53,7 @@ def _edit_in_studio(name: str, node: str) -> JsonDict:
     return {"langgraph_nodes": [node], "langgraph_type": "prompt", "default": read_prompt(name)}
 
 
-class RunConfig(TaskSettings, PolishSettings, TeamSettings):
+class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
     """Every option of a run: what is pruned, how far, judged by what, planned by whom."""
 
     target_sparsity: float = Field(

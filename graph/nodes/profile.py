@@ -93,7 +93,8 @@ def find_target(bench: "Workbench", state: State, session: Session) -> Target:
     """
     found = read_target(state.replay) if state.replay else None
     if found is None:
-        found = bench.cuts.find_target(state.config.target_size, state.config.target_speed, session.progress)
+        config = state.config
+        found = bench.cuts.find_target(config.target_size, config.target_speed, session.progress, config.align)
     session.record("target", **found.model_dump())
     return found
 

@@ -97,6 +97,22 @@ class TaskSettings(BaseModel):
         return list(dict.fromkeys(part.strip() for part in parts if part.strip())) if isinstance(parts, list) else value
 
 
+ALIGN = 8
+"""Neurons go so that a multiple of this stays, where that is so of all: GPUs multiply 16-bit matrices of other widths
+slowly."""
+
+
+class CutSettings(BaseModel):
+    """How the widths of what is cut come out."""
+
+    align: int = Field(
+        ALIGN,
+        ge=1,
+        description="Neurons go so that a multiple of this stays in every block, such as 128, for kernels that want "
+        "it, where any go.",
+    )
+
+
 class PolishSettings(BaseModel):
     """How far survivors may be fitted once all is pruned."""
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from tools.base.errors import UserError
 from tools.base.files import write_json, write_text
 from tools.base.progress import Progress
-from tools.base.settings import WorkbenchSettings
+from tools.base.settings import CutSettings, WorkbenchSettings
 from tools.measure.losses import Evaluation, evaluate_windows
 from tools.measure.speeds import measure_speeds
 from tools.models.blocks import Blocks, check_blocks
@@ -36,7 +36,7 @@ REMOVED = 0.2
 """Of the weights of the blocks' linear layers, where nothing is asked for."""
 
 
-class StructureSettings(WorkbenchSettings):
+class StructureSettings(CutSettings, WorkbenchSettings):
     """The model, its texts, and what is cut."""
 
     one_text = "parts are cut by one"
@@ -110,7 +110,9 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     check_blocks(Blocks(dense), calibration[0])
     remove = find_removed(dense, settings)
     choose = choose_by_curves if kinds == PARTS else partial(choose_cut, kinds=kinds)
-    cut, constraint, _ = choose(dense, remove=remove, windows_BT=calibration, step=step, lead=windows.lead)
+    cut, constraint, _ = choose(
+        dense, remove=remove, windows_BT=calibration, step=step, lead=windows.lead, align=settings.align
+    )
 
     measure = partial(evaluate_windows, lead=windows.lead)
     dense_losses, hidden = measure(dense, validation, None, "dense", step)

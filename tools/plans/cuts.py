@@ -51,13 +51,14 @@ def list_counts(shape: Shape, remove: float, blocks: int) -> list[Counts]:
     As nearly as whole units allow: for each number of groups of heads that the config accepts the nearest of neurons,
     where that is within half a step of what is asked. Blocks alone are among them.
     """
-    heads, options = shape.heads, shape.neurons.options
-    step = (options[1] if len(options) > 1 else 1) * shape.neurons.cost
+    heads, neurons = shape.heads, shape.neurons
+    half = 0.5 * (neurons.options[-1] - neurons.options[-2] if len(neurons.options) > 1 else 1) * neurons.cost
     left = (remove * shape.blocks - blocks) * shape.block_cost / (shape.blocks - blocks)
     found = []
     for groups in heads.options:
-        steps = round((left - groups * heads.cost) / step)
-        if steps in range(len(options)) and (counts := Counts(groups, options[steps], blocks)) != Counts():
+        rest = left - groups * heads.cost
+        nearest = min(neurons.options, key=lambda gone: abs(gone * neurons.cost - rest))
+        if abs(nearest * neurons.cost - rest) <= half and (counts := Counts(groups, nearest, blocks)) != Counts():
             found.append(counts)
     return found
 

@@ -21,6 +21,7 @@ from kernels.channels import (
 )
 from tools.base.errors import UserError
 from tools.base.progress import Progress
+from tools.base.settings import ALIGN
 from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks, find_layers
 from tools.models.readout import compute_hidden, measure_losses
@@ -29,9 +30,6 @@ from tools.surgery.blocks import choose_blocks, fold_blocks
 from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import KINDS, Cut, Fit, Part, check_alike, find_parts
 from tools.surgery.rebuild import accepts, build_cut, check_buildable
-
-STEP = 8
-"""Neurons go in multiples of this where their number is one: GPUs multiply 16-bit matrices of other widths slowly."""
 
 
 class Choice(NamedTuple):
@@ -53,13 +51,14 @@ def choose_cut(
     *,
     refit: bool = True,
     lead: int = 0,
+    align: int = ALIGN,
 ) -> Choice:
     """The cut of these kinds of parts that takes `remove` of the weights of the blocks' linear layers away.
 
     Without `refit` what stays has its dense weights. The first `lead` tokens of each window are no text: they count in
     no KL. Raises UserError where there is no such cut.
     """
-    candidates = list_counts(model, kinds, remove)
+    candidates = list_counts(model, kinds, remove, align)
     for counts in candidates:
         check_buildable(model, counts)
     if "blocks" in kinds:
@@ -71,24 +70,24 @@ def choose_cut(
         )
         return Choice(Cut(candidates[0], fits, tuple(sorted(order))), words, tokens)
     cuts = choose_channels(model, candidates, windows_BT, step, refit=refit)
-    words = _describe_counts(model, kinds, candidates[0])
+    words = _describe_counts(model, kinds, candidates[0], align)
     if len(cuts) == 1:
         return Choice(cuts[0], words, 0)
     costs = [measure_kl(model, build_cut(model, cut), windows_BT, lead=lead) for cut in cuts]
     best = costs.index(min(costs))
     compared = ", ".join(f"{c.heads} ({cost:.3f})" for c, cost in zip(candidates, costs, strict=True))
-    words = _describe_counts(model, kinds, candidates[best])
+    words = _describe_counts(model, kinds, candidates[best], align)
     words += f"; the number of groups that cost the least KL on calibration text, of {compared}"
     return Choice(cuts[best], words, len(cuts) * search_windows(windows_BT, lead)[:, lead:].numel())
 
 
-def _describe_counts(model: Any, kinds: tuple[str, ...], counts: Counts) -> str:
+def _describe_counts(model: Any, kinds: tuple[str, ...], counts: Counts, align: int) -> str:
     parts = {kind: find_parts(model, kind)[0] for kind in ("heads", "neurons") if kind in kinds}
     names = {"heads": "groups of heads", "neurons": "neurons"}
     went = " and ".join(f"{getattr(counts, kind)} of {part.units} {names[kind]}" for kind, part in parts.items())
     words = f"every block loses the same number, its own lowest-scored: {went}"
-    step = math.gcd(parts["neurons"].units, STEP) if "neurons" in parts else 1
-    words += f", in multiples of {step}" if step > 1 else ""
+    step = _find_step(parts["neurons"], align) if "neurons" in parts else 1
+    words += f", so that a multiple of {step} neurons stays" if step > 1 else ""
     if "heads" in parts:
         refused = [str(n) for n in range(1, parts["heads"].units) if not accepts(model, Counts(heads=n))]
         words += f"; {type(model.config).__name__} refuses {', '.join(refused)} groups fewer" if refused else ""
@@ -98,7 +97,7 @@ def _describe_counts(model: Any, kinds: tuple[str, ...], counts: Counts) -> str:
 # --- how much ----------------------------------------------------------------------------------------------------
 
 
-def list_counts(model: Any, kinds: Sequence[str], remove: float) -> list[Counts]:
+def list_counts(model: Any, kinds: Sequence[str], remove: float, align: int = ALIGN) -> list[Counts]:
     """What to take away so that `remove` of the weights of the blocks' linear layers goes, as nearly as units allow.
 
     `kinds` is blocks, or heads or neurons or both. Of both, heads take their own share, to the next number of groups
@@ -112,15 +111,16 @@ def list_counts(model: Any, kinds: Sequence[str], remove: float) -> list[Counts]
     weights = sum(layer.weight_OI.numel() for layer in find_layers(model) if layer.block == 0)
     parts = {kind: find_parts(model, kind)[0] for kind in KINDS if kind in kinds}
     shares = {kind: part.unit_weights / weights for kind, part in parts.items()}
-    options = {kind: list_options(model, part) for kind, part in parts.items()}
+    options = {kind: list_options(model, part, align) for kind, part in parts.items()}
     if len(parts) == 1:
         return [Counts(**{k: _nearest(remove, shares[k], options[k], part.units) for k, part in parts.items()})]
-    own, step = remove * parts["heads"].units, options["neurons"][1]
+    own, step = remove * parts["heads"].units, options["neurons"][-1] - options["neurons"][-2]
     below = max(n for n in options["heads"] if n <= own)
     found = []
     for heads in dict.fromkeys((below, min((n for n in options["heads"] if n >= own), default=below))):
-        neurons = round((remove - heads * shares["heads"]) / shares["neurons"] / step) * step
-        if neurons in options["neurons"] and heads + neurons:
+        rest = (remove - heads * shares["heads"]) / shares["neurons"]
+        neurons = min(options["neurons"], key=lambda gone: abs(gone - rest))
+        if abs(neurons - rest) <= step / 2 and heads + neurons:
             found.append(Counts(heads, neurons))
     if not found:
         most, least = sum(options[kind][-1] * shares[kind] for kind in parts), step * shares["neurons"]
@@ -133,11 +133,20 @@ def list_counts(model: Any, kinds: Sequence[str], remove: float) -> list[Counts]
     return found
 
 
-def list_options(model: Any, part: Part) -> Sequence[int]:
-    """The numbers of units that may go, 0 among them."""
+def list_options(model: Any, part: Part, align: int = ALIGN) -> Sequence[int]:
+    """The numbers of units that may go, ascending from 0. Raises UserError where no multiple of `align` is left."""
     if part.kind == "neurons":
-        return range(0, part.units, math.gcd(part.units, STEP))
+        step = _find_step(part, align)
+        found = [gone for gone in range(part.units) if not gone or (part.units - gone) % step == 0]
+        if len(found) < 2:
+            raise UserError(f"of {part.units} neurons no multiple of {align} can stay but all; give a smaller align")
+        return found
     return [n for n in range(part.units) if n == 0 or accepts(model, Counts(heads=n))]
+
+
+def _find_step(part: Part, align: int) -> int:
+    """Of what the neurons that stay are a multiple; of a default that the model's own are none of, of less."""
+    return math.gcd(part.units, align) if align == ALIGN else align
 
 
 def _nearest(remove: float, share: float, options: Sequence[int], units: int) -> int:

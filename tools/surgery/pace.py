@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tools.base.errors import UserError
 from tools.base.progress import Progress
+from tools.base.settings import ALIGN
 from tools.measure.speeds import measure_speeds
 from tools.plans.cuts import Counts, Shape, Target, list_counts
 from tools.surgery.parts import KINDS, Cut, Fit, find_parts
@@ -14,14 +15,14 @@ from tools.surgery.rebuild import build_cut
 from tools.surgery.share import find_shape
 
 
-def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress) -> Target:
+def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, align: int = ALIGN) -> Target:
     """What must go so that `speed` times as many tokens a second are decoded, costs in seconds a token.
 
     Blocks, neurons and groups of heads are timed by a shape that lacks many of one kind, by turns with the dense
     model; then a shape that these costs expect to be as fast as is asked, which corrects the share. Raises UserError
     where such a speed is not to be had.
     """
-    shape = find_shape(model)
+    shape = find_shape(model, align)
     lacking = {
         "blocks": Counts(blocks=max(1, shape.blocks // 4)),
         "heads": Counts(heads=shape.heads.options[len(shape.heads.options) // 2]),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tools.base.errors import UserError
 from tools.base.progress import Progress
+from tools.base.settings import ALIGN
 from tools.models.layers import find_blocks
 from tools.plans.cuts import Counts, Shape, Units, list_counts
 from tools.surgery.blocks import drop_blocks, fold_blocks
@@ -25,7 +26,7 @@ from tools.surgery.parts import KINDS, Cut, Fit, Part, count_weights, find_parts
 from tools.surgery.rebuild import build_cut, check_buildable
 
 
-def find_shape(model: Any) -> Shape:
+def find_shape(model: Any, align: int = ALIGN) -> Shape:
     """What of a model can go. Raises UserError where neurons cannot; heads that cannot are none."""
     neurons = find_parts(model, "neurons")
     try:
@@ -36,13 +37,13 @@ def find_shape(model: Any) -> Shape:
     return Shape(
         blocks=depth,
         block_cost=count_weights(model) // depth,
-        heads=_describe(model, heads[0]) if heads else Units(units=1, cost=0, options=[0]),
-        neurons=_describe(model, neurons[0]),
+        heads=_describe(model, heads[0], align) if heads else Units(units=1, cost=0, options=[0]),
+        neurons=_describe(model, neurons[0], align),
     )
 
 
-def _describe(model: Any, part: Part) -> Units:
-    return Units(units=part.units, cost=part.unit_weights, options=list(list_options(model, part)))
+def _describe(model: Any, part: Part, align: int) -> Units:
+    return Units(units=part.units, cost=part.unit_weights, options=list(list_options(model, part, align)))
 
 
 def predict_kl(curves: Curves, counts: Counts, dropped: Sequence[int]) -> float:
@@ -56,7 +57,14 @@ def predict_kl(curves: Curves, counts: Counts, dropped: Sequence[int]) -> float:
 
 
 def choose_by_curves(
-    model: Any, remove: float, windows_BT: Tensor, step: Progress, *, refit: bool = True, lead: int = 0
+    model: Any,
+    remove: float,
+    windows_BT: Tensor,
+    step: Progress,
+    *,
+    refit: bool = True,
+    lead: int = 0,
+    align: int = ALIGN,
 ) -> Choice:
     """The cut of neurons, groups of heads and blocks that takes `remove` of the blocks' linear weights away.
 
@@ -64,7 +72,7 @@ def choose_by_curves(
     `refit` what stays has its dense weights. The first `lead` tokens of each window are no text. Raises UserError where
     such parts cannot be cut, or not so much of them.
     """
-    shape = find_shape(model)
+    shape = find_shape(model, align)
     every = [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)]
     if not any(every):
         raise UserError(f"{remove:g} of the weights cannot be removed here: it is too much, or less than a few neurons")

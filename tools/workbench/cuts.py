@@ -17,6 +17,7 @@ from kernels.channels import Elimination, expand_units
 from tools.base.errors import UserError
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress
+from tools.base.settings import ALIGN
 from tools.models.artifacts import FORMAT, pack_pruned
 from tools.models.layers import Layer
 from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, list_counts
@@ -45,20 +46,20 @@ class Cuts:
 
     # --- what can go --------------------------------------------------------------------------------------------
 
-    def find_target(self, size: float, speed: float, progress: Progress) -> Target:
+    def find_target(self, size: float, speed: float, progress: Progress, align: int = ALIGN) -> Target:
         """What must go so that `size` of the model's bytes stays, or else `speed` times as many tokens a second are
         decoded, which is measured here, and once for a model on this machine.
 
         Raises UserError where such a cut cannot be.
         """
-        shape = find_shape(self._model)
+        shape = find_shape(self._model, align)
         if any(part.bias is not None for part in self._find_all_parts(shape)):
             raise UserError(
                 f"{type(self._model).__name__} has biases behind what would be cut, which no checkpoint holds; "
                 "python -m tools.structure cuts it"
             )
         if not size:
-            return self._find_pace(speed, progress)
+            return self._find_pace(speed, progress, align)
         whole = sum(parameter.nbytes for parameter in self._model.parameters())
         inside = sum(layer.weight_OI.nbytes for layer in self._weights.layers)
         remove: float = round((1 - size) * whole / inside, DIGITS)
@@ -72,12 +73,12 @@ class Cuts:
             check_buildable(self._model, counts)
         return Target(shape=shape, share=remove)
 
-    def _find_pace(self, speed: float, progress: Progress) -> Target:
+    def _find_pace(self, speed: float, progress: Progress, align: int) -> Target:
         """As `find_target`, of a speed."""
-        key = hashlib.sha256(json.dumps(["pace", self._weights.hash_all_dense(), speed]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(["pace", self._weights.hash_all_dense(), speed, align]).encode()).hexdigest()
         if known := self._index.read(".json").get(key):
             return Target.model_validate(self._store.read_json(known))
-        found = price_parts(self._model, speed, self._windows.validation[0].to(self._model.device), progress)
+        found = price_parts(self._model, speed, self._windows.validation[0].to(self._model.device), progress, align)
         found = found.model_copy(update={"share": round(found.share, DIGITS)})
         for counts in list_counts(found.shape, found.share, 0):
             check_buildable(self._model, counts)

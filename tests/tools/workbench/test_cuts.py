@@ -113,3 +113,11 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_measured(
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", architecture)), tmp_path / "run")
     with pytest.raises(UserError, match=problem):
         bench.cuts.find_target(size, 0.0, ignore)
+
+
+def test_widths_are_aligned_as_asked(tmp_path: Path, workbench_closed: None) -> None:
+    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
+    assert bench.cuts.find_target(0.75, 0.0, ignore).shape.neurons.options == [0, 8, 16, 24, 32, 40]
+    assert bench.cuts.find_target(0.75, 0.0, ignore, 32).shape.neurons.options == [0, 16]
+    with pytest.raises(UserError, match=r"^of 48 neurons no multiple of 128 can stay but all; give a smaller align$"):
+        bench.cuts.find_target(0.75, 0.0, ignore, 128)
