@@ -93,9 +93,16 @@ class TokenBudget:
             costs |= list_curve_costs(recipe, self.config)
         return costs | (list_order_costs(order, self.config) if order else {})
 
-    def refuse(self, plan: Plan, order: WorkOrder) -> str:
-        """Why there are not the tokens for a plan and its trial; empty where there are."""
-        extra = self.count_new(self.list_costs(plan, order))
+    def refuse(self, plan: Plan, order: WorkOrder, *, drafted: bool = False) -> str:
+        """Why there are not the tokens for a plan and its trial; empty where there are.
+
+        An order that is `drafted` by curves that are not those that the plan asks for may be that of an earlier round,
+        which the plan's own will hardly be: what is walked through for it is counted again.
+        """
+        costs = self.list_costs(plan, order)
+        if drafted:
+            costs = {f"{name}, drafted" if order.id in name else name: tokens for name, tokens in costs.items()}
+        extra = self.count_new(costs)
         if plan.reprofile:
             extra += count_profile(self.config)
         extra += count_new_tokens(self.config, len(list_unwritten(plan, self.config)), accepted=True)

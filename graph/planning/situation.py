@@ -116,8 +116,11 @@ class Situation:
 
     def find_expense(self, plan: Plan) -> str:
         """Why there are not the tokens for a plan; empty where there are. Raises ImpossiblePlan."""
+        if self.budget is None:
+            return ""
         weighed = self.orders.weigh(plan)
-        return self.budget.refuse(weighed, self.orders.draft(weighed)) if self.budget else ""
+        drafted = bool(self.orders.list_unknown(weighed))
+        return self.budget.refuse(weighed, self.orders.draft(weighed), drafted=drafted)
 
     def find_broken(self, plan: Plan) -> Trial | None:
         """The last trial that broke, and that this plan would only repeat, whatever lessons made of it since.

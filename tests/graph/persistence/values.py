@@ -36,6 +36,7 @@ VALUES: dict[str, Any] = {
     "log": "0123456789abcdef",
     "config": RunConfig(target_sparsity=0.3, protect=["blocks 0-1"]),
     "profile": "cd34",
+    "parts": "ef56",
     "dense": TRIAL.model_copy(update={"iteration": 0, "perplexity": 12.5, "verdict": "accept"}),
     "brief": Brief(
         reason="code stands for the calls",

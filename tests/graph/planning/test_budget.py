@@ -95,6 +95,18 @@ def test_a_plan_carried_out_is_charged_for_its_curves_and_its_walk_once() -> Non
     assert charge(asking, plan, order)["evaluated_tokens"] == TRIAL + PROFILE + 2 * WALK + 2 * SEQUENTIAL
 
 
+def test_an_order_that_is_drafted_takes_another_walk_than_the_one_it_looks_like() -> None:
+    plan, order = Plan(sparsity=0.45, recipe=Recipe(statistics="sequential")), make_order(statistics="sequential")
+    state = State(config=CONFIG, evaluated_tokens=TRIAL)
+    spent = charge(state, plan, order)
+    tokens, counted = spent["evaluated_tokens"], spent["counted"]
+    assert isinstance(tokens, int) and isinstance(counted, list)
+    budget = make_budget(tokens, tokens + TRIAL + SEQUENTIAL - 1)
+    budget.counted = counted
+    assert budget.refuse(plan, order) == ""
+    assert f", {SEQUENTIAL:,} of them beside its trial, and " in budget.refuse(plan, order, drafted=True)
+
+
 def test_weights_of_tokens_are_paid_for_once_for_each_text() -> None:
     weighted = STRONG.model_copy(update={"tokens": "weighted"})
     names = ["token weights of the run text", "weighted second moments of the run text"]
