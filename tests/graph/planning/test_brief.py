@@ -32,7 +32,7 @@ from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
 from graph.planning.past import describe_experience, describe_notes, describe_probes
-from graph.planning.plan import Plan, drop_schema, find_schema
+from graph.planning.plan import Plan, drop_schema, find_schema, tell_of_cuts
 from graph.planning.situation import Situation
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
 from graph.planning.toolbox import MAX_PROBES, note_probes
@@ -44,6 +44,7 @@ from tools.instruments.agent_tools import make_planner_tools
 from tools.instruments.functions import Round
 from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.costs import count_polish
+from tools.plans.cuts import Cutting
 from tools.plans.graft import Graft
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.layer_profile import LayerProfile
@@ -292,7 +293,7 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
         *Recipe.model_fields,
         *Adjustment.model_fields,
     }
-    names -= {"multipliers", "mix", "pattern", "polish", "polish_tokens", "new_texts"}
+    names -= {"multipliers", "mix", "pattern", "polish", "polish_tokens", "new_texts", "cut"}
     assert {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]} == names
     assert list(again["properties"]) == [name for name in GroupRecipe.model_fields if name != "mix"]
     own = schema["$defs"]["Recipe"]["properties"]
@@ -300,6 +301,16 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
         told = {key: value for key, value in own.get(name, {}).items() if key in field}
         assert field == told or list(field) == ["description", "type"], "what it does is told with the recipe"
     assert all(len(field["description"].split()) >= 3 for field in fields)
+
+
+def test_a_planner_of_parts_is_told_of_its_own_levers_alone() -> None:
+    told = json.loads(tell_schema(tell_of_cuts()))
+    assert list(told["properties"]) == ["hypothesis", "sparsity", "cut", "reason"]
+    (cutting,) = told["$defs"].values()
+    assert list(cutting["properties"]) == list(Cutting.model_fields)
+    assert all(len(field["description"].split()) >= 3 for field in cutting["properties"].values())
+    plan = tell_of_cuts().model_validate({"sparsity": 0.2, "cut": {"heads": 1}})
+    assert drop_schema(plan) == Plan(sparsity=0.2, cut=Cutting(heads=1))
 
 
 def test_no_sentence_says_which_plan_to_take() -> None:
