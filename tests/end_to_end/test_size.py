@@ -51,6 +51,7 @@ def test_by_rule_to_a_smaller_stock_model(easy: Path, tiny_llama: Path) -> None:
     assert state.config.target_sparsity == state.trials[0].sparsity and state.parts
     card, report = ((easy / name).read_text() for name in ("model/README.md", "report.md"))
     assert f"cut to {cut['bytes'] / cut['dense_bytes']:.0%} of its bytes" in card and "Whole parts are gone" in card
+    assert "prunable weights are gone (target " in report and "- structured" in card
     assert "of its bytes (asked for 75.00%)" in card and "of its bytes (asked for 75.00%)" in report
     assert {trial["verdict"] for trial in read_events(easy, "trial")[1:]} == {"accept", "rollback"}
     for trial in state.trials:

@@ -94,7 +94,7 @@ def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData"
         datasets=named or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "sparse", "billhook"],
+        tags=["pruned", "structured" if summary.cut else "sparse", "billhook"],
         model_name=f"{name}-pruned",
         eval_results=found or None,
     )

@@ -20,8 +20,9 @@ def describe_result(summary: Summary) -> str:
     the model cannot be pruned."""
     p = summary.perplexity
     rounds, undone = count(summary.iterations, "iteration"), count(summary.rollbacks, "rollback")
+    state = "gone" if summary.cut else "zero"
     text = (
-        f"{summary.achieved_sparsity:.2%} of {name_prunable(summary.reach)} are zero (target "
+        f"{summary.achieved_sparsity:.2%} of {name_prunable(summary.reach)} are {state} (target "
         f"{summary.target_sparsity:.2%}){tell_share(summary.achieved_sparsity, summary.reach)}, after {rounds} "
         f"with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at the same "
         f"sparsity ({BEHIND[summary.wanda_statistics]}) {show(p.uniform_wanda)}"

@@ -1,0 +1,74 @@
+"""Cuts that the rule plans, and what a plan of one comes to."""
+
+import pytest
+
+from graph.config import RunConfig
+from graph.planning.cuts import order_cut
+from graph.planning.orders import describe_plan, hash_request
+from graph.planning.plan import Plan
+from graph.planning.rule import plan_by_rule
+from graph.planning.situation import Situation
+from graph.state import Trial
+from tests.parts import make_layers, make_parts
+from tests.situations import make_trial
+from tools.base.errors import ImpossiblePlan
+from tools.plans.cuts import Cutting
+from tools.plans.recipe import Recipe
+
+TARGET = 0.3
+
+
+def make_situation(*trials: Trial, accepted: Plan | None = None) -> Situation:
+    kept = [trial for trial in trials if trial.verdict == "accept"]
+    return Situation(
+        config=RunConfig(target_size=0.8).model_copy(update={"target_sparsity": TARGET}),
+        layers=make_layers(),
+        sparsity={},
+        dense=make_trial(0, "accept", 0.0, Recipe(), perplexity=10.0),
+        accepted=kept[-1] if kept else None,
+        accepted_plan=accepted,
+        trials=trials,
+        parts=make_parts(),
+    )
+
+
+def try_cut(plan: Plan, verdict: str, iteration: int = 1) -> Trial:
+    trial = make_trial(iteration, verdict, plan.sparsity, Recipe())
+    made = order_cut(plan, make_parts(), make_layers(), "")
+    told = {"recipe": None, "plan": describe_plan(plan), "order": made.id, "asked": hash_request(plan)}
+    return trial.model_copy(update=told)
+
+
+def test_the_target_at_once_then_half_the_step_then_the_target_again() -> None:
+    first = plan_by_rule(make_situation())
+    assert first is not None and (first.sparsity, first.cut) == (TARGET, Cutting())
+    undone = try_cut(first, "rollback")
+    half = plan_by_rule(make_situation(undone))
+    assert half is not None and half.sparsity == TARGET / 2
+    assert half.reason == "Shared out by the KL curves of the parts, round 1 was rolled back: half its step."
+    kept = try_cut(half, "accept", 2)
+    again = plan_by_rule(make_situation(undone, kept, accepted=half))
+    assert again is not None and again.sparsity == TARGET
+
+
+def test_at_the_target_one_number_at_a_time_until_all_were_tried() -> None:
+    plan = Plan(sparsity=TARGET, cut=Cutting())
+    trials, tried = [try_cut(plan, "accept")], []
+    while (change := plan_by_rule(make_situation(*trials, accepted=plan))) is not None:
+        assert change.cut is not None
+        tried.append((change.cut.blocks, change.cut.heads, change.reason))
+        trials.append(try_cut(change, "rollback", len(trials) + 1))
+    assert tried == [
+        (1, None, "One whole block more."),
+        (0, 1, "1 of 2 groups of heads in place of 0."),
+    ], "two blocks are more than the target"
+
+
+def test_what_is_of_single_weights_is_refused() -> None:
+    plan = Plan(sparsity=TARGET, recipe=Recipe(method="wanda", refit=False))
+    with pytest.raises(ImpossiblePlan, match=r"^recipe is about single weights, and this run takes parts away; leave"):
+        make_situation().orders.draft(plan)
+    order = make_situation().orders.draft(make_situation().orders.weigh(Plan(sparsity=TARGET)))
+    assert order.cut is not None and order.cut.neurons == 24 and order.sparsity == TARGET
+    other = make_situation().orders.draft(Plan(sparsity=TARGET, cut=Cutting(refit=False)))
+    assert other.id != order.id and other.zeros == order.zeros
