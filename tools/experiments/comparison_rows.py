@@ -118,6 +118,7 @@ def _make_structured_row(
 ) -> MadeRow:
     """The row of a cut model. Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
     from tools.measure.recall import measure_recall  # imports torch
+    from tools.measure.speeds import measure_speeds
 
     if bench.windows.texts:
         raise ImpossiblePlan("structured rows read the calibration text alike; leave named texts out")
@@ -131,12 +132,19 @@ def _make_structured_row(
     if bench.questions:
         recall = measure_recall(model, bench.questions["validation"], "questions", progress)
         facts = _weigh_facts(recall, bench, progress)
+    gain = None
+    if made.stock:
+        (_, dense), (_, cut) = measure_speeds(
+            [bench.model, model], bench.windows.validation[0].to(bench.device), progress
+        )
+        gain = cut / dense
     row = _fill_row(
         job,
         bench,
         known,
         evaluation,
         facts,
+        decoding_gain=gain,
         achieved_sparsity=made.removed,
         seconds=round(made.seconds, 1),
         allocation_seconds=0.0,

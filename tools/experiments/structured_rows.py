@@ -21,6 +21,8 @@ class MadeParts(NamedTuple):
     tokens: int
     """Put through models cut on trial."""
     seconds: float
+    stock: bool = True
+    """Whether it is of a shape that stock transformers has, and as fast as that."""
 
 
 def take_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
@@ -108,7 +110,7 @@ def _rank_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progre
     model = build_narrowed(bench.model, ranking.narrowed)
     seconds = time.monotonic() - began
     check_narrowed(bench.model, ranking.narrowed, calibration[0])
-    return MadeParts(model, ranking.removed, 0, seconds)
+    return MadeParts(model, ranking.removed, 0, seconds, stock=False)
 
 
 MAKERS: dict[str, Callable[[PartsRecipe, float, "Workbench", "Progress"], MadeParts]] = {

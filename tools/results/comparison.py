@@ -82,6 +82,11 @@ class Row(BaseModel):
         "and backward; what is held out, at each measure; all of that by the dense model. structured: through models "
         "cut on trial."
     )
+    decoding_gain: float | None = Field(
+        None,
+        description="structured, of stock shapes: tokens a second of greedy decoding, one sequence, in stock "
+        "transformers on this machine, as a multiple of the dense model's; median of timings by turns.",
+    )
     generations: int | None = Field(None, description="evolution: generations of the search that were done.")
     planned_generations: int | None = Field(
         None, description="evolution: generations of EvoPress's setting; fewer are done where --evolution-tokens end."
@@ -215,8 +220,9 @@ def _list_titles(known: Comparison) -> list[str]:
     search = ["search"] if any(row.search for row in known.rows) else []
     polish = ["polish"] if any(row.polished for row in known.rows) else []
     texts = [f"KL {name}" for name in known.settings.get("text", {})]
-    figures = ["perplexity", "× SparseGPT", "KL", *texts, *facts, "prune s", "allocate s", "tokens", *search, *polish]
-    return ["recipe", "sparsity", *share, *figures]
+    faster = ["tokens/s"] if any(row.decoding_gain for row in known.rows) else []
+    figures = ["perplexity", "× SparseGPT", "KL", *texts, *facts, *faster, "prune s", "allocate s", "tokens"]
+    return ["recipe", "sparsity", *share, *figures, *search, *polish]
 
 
 def _list_cells(row: Row, known: Comparison) -> list[str]:
@@ -233,12 +239,17 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
         show_score(None if row.kl_error is None else row.kl, row.kl_error),
         *(show_score(text.kl, text.kl_error) for text in row.texts),
         *([facts] if known.settings["questions"] else []),
+        *([_show_gain(row.decoding_gain)] if any(other.decoding_gain for other in known.rows) else []),
         f"{row.seconds:.1f}",
         f"{row.allocation_seconds:.1f}",
         f"{row.evaluated_tokens:,}",
         *([row.search] if any(other.search for other in known.rows) else []),
         *([_show_polish(row.polished)] if any(other.polished for other in known.rows) else []),
     ]
+
+
+def _show_gain(gain: float | None) -> str:
+    return "" if gain is None else f"× {gain:.2f}"
 
 
 def _show_polish(polished: Polished | None) -> str:
@@ -251,6 +262,11 @@ def _show_polish(polished: Polished | None) -> str:
 _EXPLAIN_POLISH = (
     "Polish: the tokens of calibration text that all survivors were trained on together at the end, and the seconds "
     "of that, which are among those of pruning."
+)
+
+_EXPLAIN_STRUCTURED = (
+    " Structured: the sparsity is the share of the prunable weights removed; tokens/s are of greedy decoding as a "
+    "multiple of the dense model's, where a stock shape has such widths."
 )
 
 _EXPLAIN_SEARCH = (
@@ -289,7 +305,7 @@ def describe(known: Comparison) -> str:
         + (f" {_EXPLAIN_POLISH}" if any(row.polished for row in known.rows) else "")
         + (f" {_EXPLAIN_SEARCH}" if any(row.search for row in known.rows) else "")
         + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else "")
-        + (" Structured: the sparsity is the share of the prunable weights removed." if structured else "")
+        + (_EXPLAIN_STRUCTURED if structured else "")
         + (
             " Of the model: the share of all its weights, embeddings included, that is zero or gone."
             if known.reach

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import tools.base.files
 import tools.experiments.comparison
-import tools.experiments.structure
+import tools.measure.speeds
 import tools.results.comparison
 import tools.workbench.curves
 import tools.workbench.losses
@@ -221,7 +221,7 @@ def test_a_budget_too_small_for_one_generation_leaves_it_uniform(
 def test_structured_rows_are_what_tools_structure_gives(
     tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tools.experiments.structure, "REPEATS", 1)
+    monkeypatch.setattr(tools.measure.speeds, "REPEATS", 1)
     labels = ["structured:depth", "structured+refit:depth", "structured:equal", "structured+refit:equal"]
     settings = make_settings(tiny_llama, tmp_path / "out", recipes=",".join(labels), sparsity="0.5,2:4")
     try:
@@ -259,6 +259,8 @@ def test_structured_rows_are_what_tools_structure_gives(
         *("structured:equal at 50%: 50.00% removed", "structured+refit:equal at 50%: 50.00% removed"),
     ]
     assert "Structured: the sparsity is the share" in (tmp_path / "out" / "compare.md").read_text()
+    assert all(row.decoding_gain and row.decoding_gain > 0 for row in known.rows)
+    assert "| tokens/s |" in (tmp_path / "out" / "compare.md").read_text()
 
 
 def test_a_row_of_flap_is_the_masked_model_of_the_dense_one(tiny_llama: Path, tmp_path: Path, no_plot: None) -> None:
