@@ -30,7 +30,7 @@ class Units(BaseModel):
 
     units: int = Field(description="In a block; a head is a group that shares keys and values.")
     cost: float = Field(description="What goes with one unit, of that which the target counts.")
-    options: list[int] = Field(description="How many may go of every block, ascending from 0.")
+    options: list[int] = Field(description="How many may go of every block, ascending from 0; 0 alone where none can.")
 
 
 class Shape(BaseModel):
@@ -43,6 +43,12 @@ class Shape(BaseModel):
     block_cost: float = Field(description="What goes with one block.")
     heads: Units
     neurons: Units
+
+    @property
+    def kinds(self) -> list[Literal["heads", "neurons"]]:
+        """What can go of a block."""
+        both: tuple[tuple[Literal["heads", "neurons"], Units], ...] = (("heads", self.heads), ("neurons", self.neurons))
+        return [kind for kind, units in both if len(units.options) > 1]
 
 
 def list_counts(shape: Shape, remove: float, blocks: int) -> list[Counts]:

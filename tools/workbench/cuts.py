@@ -53,7 +53,7 @@ class Cuts:
         Raises UserError where such a cut cannot be.
         """
         shape = find_shape(self._model, align)
-        if any(part.bias is not None for part in self._find_all_parts(shape)):
+        if any(part.bias is not None for kind in shape.kinds for part in find_parts(self._model, kind)):
             raise UserError(
                 f"{type(self._model).__name__} has biases behind what would be cut, which no checkpoint holds; "
                 "python -m tools.structure cuts it"
@@ -84,10 +84,6 @@ class Cuts:
             check_buildable(self._model, counts)
         self._index.add(key, self._store.write_json(found.model_dump()))
         return found
-
-    def _find_all_parts(self, shape: Shape) -> list[Part]:
-        kinds: list[Kind] = [kind for kind in KINDS if getattr(shape, kind).cost]
-        return [part for kind in kinds for part in find_parts(self._model, kind)]
 
     def measure(self, profile: str, target: Target, progress: Progress) -> str:
         """The artifact of what is known of the parts (`Parts`), for cuts of up to the target.
@@ -126,7 +122,7 @@ class Cuts:
         return Parts.model_validate(self._store.read_json(artifact))
 
     def _list_layers(self, kind: Kind, shape: Shape) -> list[list[str]]:
-        if not getattr(shape, kind).cost:
+        if kind not in shape.kinds:
             return [[] for _ in range(shape.blocks)]
         return [[layer.name for layer in _list_layers(part)] for part in find_parts(self._model, kind)]
 
@@ -142,7 +138,8 @@ class Cuts:
         What was made before is read back. Raises BrokenPlan for a layer whose fit has no answer, DamagedArtifact.
         """
         key = hashlib.sha256(json.dumps(["cut", FORMAT, order.model_dump()]).encode()).hexdigest()
-        if known := self._index.read(".json").get(key):
+        known = self._index.read(".json").get(key, "")
+        if self._store.has(known, ".json"):
             made: Made
             made, units = self._store.read_json(known)
             whole = all(self._store.has(artifact, ".safetensors") for artifact in {units, *made.values()} - {DENSE})
