@@ -71,7 +71,7 @@ def _vary(situation: "Situation") -> Iterator[Plan]:
     cut = situation.orders.draft(base).cut
     assert cut is not None, "its order is a cut's"
     target, told = situation.config.target_sparsity, parts.shape.heads
-    changes: list[tuple[dict[str, int | None], str]] = [({}, "the accepted cut, at the target")]
+    changes: list[tuple[dict[str, int], str]] = [({}, "the accepted cut, at the target")]
     for step in range(1, MOST_BLOCKS + 1):
         for blocks in (len(cut.dropped) + step, len(cut.dropped) - step):
             words = "One whole block" if step == 1 else f"{step} whole blocks"
@@ -83,7 +83,7 @@ def _vary(situation: "Situation") -> Iterator[Plan]:
             changes.append(({"heads": heads}, f"{heads} of {told.units} groups of heads in place of {cut.heads}."))
     seen = {trial.order for trial in situation.trials}
     for change, reason in changes:
-        if (change.get("blocks") or 0) < 0:
+        if change.get("blocks", 0) < 0:
             continue
         plan = Plan(sparsity=target, cut=cutting.model_copy(update=change), reason=reason)
         try:

@@ -135,7 +135,7 @@ def test_a_chat_model_is_shown_the_parts_and_shares_the_cut_out(
     state = read_state(tmp_path / "runs" / "run")
     assert [trial.plan.partition(" ")[2] for trial in state.trials] == [
         "cut · heads by KL curves · 0 blocks",
-        "cut · heads 1 · 0 blocks",
+        "cut · heads 1",
     ]
     recorded = [event["details"]["cut"] for event in read_events(tmp_path / "runs" / "run", "plan")]
     assert json.loads(json.dumps(recorded))[1]["heads"] == 1

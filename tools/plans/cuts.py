@@ -81,7 +81,11 @@ class Cutting(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    blocks: int = Field(0, ge=0, description="Whole blocks that go, in the order of the table.")
+    blocks: int | None = Field(
+        None,
+        ge=0,
+        description="Whole blocks that go, in the order of the table; left out, as few as can be.",
+    )
     heads: int | None = Field(
         None,
         ge=0,
@@ -149,33 +153,37 @@ def resolve_cut(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequenc
 
     As nearly as whole units allow.
     """
-    dropped = _choose_blocks(cutting, parts, layers)
+    dropped = _choose_blocks(cutting, parts, sparsity, layers)
     listed = list_counts(parts.shape, sparsity, len(dropped))
     chosen = [counts for counts in listed if cutting.heads in (None, counts.heads)]
     if not chosen:
-        raise ImpossiblePlan(_explain(cutting, parts, sparsity, listed))
+        raise ImpossiblePlan(_explain(cutting, parts, sparsity, len(dropped), listed))
     best = min(chosen, key=lambda counts: parts.predict(counts, dropped))
     return CutOrder(
         parts=parts.artifact, heads=best.heads, neurons=best.neurons, dropped=tuple(dropped), refit=cutting.refit
     )
 
 
-def _choose_blocks(cutting: Cutting, parts: Parts, layers: Sequence[LayerProfile]) -> list[int]:
+def _choose_blocks(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequence[LayerProfile]) -> list[int]:
     kept = {layer.name: layer.block for layer in layers}
     stay = {kept[name] for name in select_layers(cutting.keep, layers)} if cutting.keep else set[int]()
     may_go = [block for block in parts.order if block not in stay]
-    if cutting.blocks > len(may_go):
-        raise ImpossiblePlan(f"{cutting.blocks} blocks cannot go: {len(may_go)} is the most here")
-    return sorted(may_go[: cutting.blocks])
+    blocks = cutting.blocks
+    if blocks is None:
+        possible = range(len(may_go) + 1)
+        blocks = next((number for number in possible if list_counts(parts.shape, sparsity, number)), 0)
+    if blocks > len(may_go):
+        raise ImpossiblePlan(f"{blocks} blocks cannot go: {len(may_go)} is the most here")
+    return sorted(may_go[:blocks])
 
 
-def _explain(cutting: Cutting, parts: Parts, sparsity: float, listed: Sequence[Counts]) -> str:
+def _explain(cutting: Cutting, parts: Parts, sparsity: float, blocks: int, listed: Sequence[Counts]) -> str:
     if not listed:
         most = max((n for n in range(len(parts.order) + 1) if list_counts(parts.shape, sparsity, n)), default=None)
         hint = "other sparsities may" if most is None else f"with {most} blocks it can"
-        return f"{sparsity:.2%} of the {parts.shape.counts} cannot go with {cutting.blocks} whole blocks; {hint}"
+        return f"{sparsity:.2%} of the {parts.shape.counts} cannot go with {blocks} whole blocks; {hint}"
     numbers = ", ".join(str(counts.heads) for counts in listed)
-    return f"{cutting.heads} groups of heads cannot go of every block; with {cutting.blocks} blocks, {numbers} can"
+    return f"{cutting.heads} groups of heads cannot go of every block; with {blocks} blocks, {numbers} can"
 
 
 def count_cut_zeros(order: CutOrder, parts: Parts, layers: Sequence[LayerProfile]) -> dict[str, int]:
@@ -210,6 +218,7 @@ def describe_cut(order: CutOrder, shape: Shape) -> str:
 def describe_cutting(cutting: Cutting) -> str:
     """What a plan says of a cut, in a few words: `cut · heads by KL curves · 2 blocks`."""
     heads = "by KL curves" if cutting.heads is None else str(cutting.heads)
-    told = [f"cut · heads {heads}", f"{cutting.blocks} block{'s' * (cutting.blocks != 1)}"]
+    told = [f"cut · heads {heads}"]
+    told += [] if cutting.blocks is None else [f"{cutting.blocks} block{'s' * (cutting.blocks != 1)}"]
     told += [f"not {cutting.keep}"] if cutting.keep else []
     return " · ".join(told) + ("" if cutting.refit else " · no refit")

@@ -14,6 +14,9 @@ from tools.surgery.parts import KINDS, Cut, Fit, find_parts
 from tools.surgery.rebuild import build_cut
 from tools.surgery.share import find_shape
 
+LEAST = 0.01
+"""Of a block's seconds, what all its neurons cost at least: noise does not make them free."""
+
 
 def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, align: int = ALIGN) -> Target:
     """What must go so that `speed` times as many tokens a second are decoded, costs in seconds a token.
@@ -33,8 +36,9 @@ def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, ali
     block /= lacking["blocks"].blocks
     head /= max(lacking["heads"].heads, 1) * shape.blocks
     neuron /= max(lacking["neurons"].neurons, 1) * shape.blocks
-    if not block or not neuron:
-        raise UserError("target_speed cannot be met: decoding was no faster here without blocks, or without neurons")
+    if not block:
+        raise UserError(f"target_speed {speed:g} cannot be met: decoding was no faster here without blocks")
+    neuron = max(neuron, LEAST * block / shape.neurons.units)
     priced = Shape(
         counts="decoding time",
         blocks=shape.blocks,
@@ -44,12 +48,13 @@ def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, ali
     )
     wanted = dense * (1 - 1 / speed)
     share = wanted / (shape.blocks * block)
-    counts = next(iter(list_counts(priced, share, 0)), None) if share < 1 else None
+    every = [list_counts(priced, share, blocks) for blocks in range(shape.blocks)] if share < 1 else []
+    counts = next((listed[0] for listed in every if listed), None)
     if counts is None:
         most = dense / max(dense - shape.blocks * block, dense / 1000)
         raise UserError(
-            f"target_speed {speed:g} cannot be met: without neurons it is out of reach, and without any block decoding "
-            f"would be {most:.2f} times as fast"
+            f"target_speed {speed:g} cannot be met: no number of neurons, heads and blocks comes to it, and without "
+            f"any block decoding would be {most:.2f} times as fast"
         )
     dense, found = _time_shapes(model, [counts], ids_T, progress)
     if found < dense:
@@ -65,12 +70,13 @@ def _time_shapes(model: Any, shapes: list[Counts], ids_T: Tensor, progress: Prog
 
 def _cut_anyhow(model: Any, counts: Counts) -> Cut:
     """A cut of these counts whose last units and blocks go."""
+    blocks = find_shape(model).blocks
+    dropped = tuple(range(blocks - counts.blocks, blocks))
     fits = [
         Fit(part, torch.arange(part.units - getattr(counts, kind), device=model.device))
         for kind in KINDS
         if getattr(counts, kind)
         for part in find_parts(model, kind)
+        if part.block not in dropped
     ]
-    blocks = find_shape(model).blocks
-    dropped = tuple(range(blocks - counts.blocks, blocks))
     return Cut(counts, fits, dropped)

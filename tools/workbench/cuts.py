@@ -80,7 +80,8 @@ class Cuts:
             return Target.model_validate(self._store.read_json(known))
         found = price_parts(self._model, speed, self._windows.validation[0].to(self._model.device), progress, align)
         found = found.model_copy(update={"share": round(found.share, DIGITS)})
-        for counts in list_counts(found.shape, found.share, 0):
+        every = (list_counts(found.shape, found.share, blocks) for blocks in range(found.shape.blocks))
+        for counts in next(filter(None, every), []):
             check_buildable(self._model, counts)
         self._index.add(key, self._store.write_json(found.model_dump()))
         return found

@@ -60,7 +60,7 @@ def test_at_the_target_one_number_at_a_time_until_all_were_tried() -> None:
         trials.append(try_cut(change, "rollback", len(trials) + 1))
     assert tried == [
         (1, None, "One whole block more."),
-        (0, 1, "1 of 2 groups of heads in place of 0."),
+        (None, 1, "1 of 2 groups of heads in place of 0."),
     ], "two blocks are more than the target"
 
 

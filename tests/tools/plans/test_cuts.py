@@ -9,6 +9,7 @@ from tools.plans.cuts import (
     CutOrder,
     Cutting,
     Parts,
+    Units,
     count_cut_zeros,
     describe_cut,
     describe_cutting,
@@ -36,6 +37,10 @@ def test_the_cheapest_numbers_are_taken_unless_a_plan_says_other_ones() -> None:
     assert resolve(make_parts(), blocks=1, keep="blocks 3").dropped == (1,)
     assert make_parts().predict(Counts(0, 8, 1), (3,)) == pytest.approx(0.5 + 3 * 0.1)
     assert resolve(make_parts(), refit=False).refit is False
+    few = make_parts().model_copy(
+        update={"shape": SHAPE.model_copy(update={"neurons": Units(units=48, cost=2, options=[0, 8])})}
+    )
+    assert resolve_cut(Cutting(), few, 0.25, make_layers()).dropped == (3,), "as few blocks as there must go"
 
 
 def test_zeros_are_what_the_parts_hold() -> None:
