@@ -170,6 +170,8 @@ def test_a_speed_comes_to_a_share_once_and_is_replayed_as_it_was(
     before = timed
     assert command("--replay", "run", "--name", "again").code == 0
     assert timed == before + 1, "for the report alone"
+    told = command(*given[2:], "--target-speed", "50").err
+    assert "target_speed 50 cannot be met: no number of neurons, heads and blocks comes to it" in told
     assert_same_weights(tmp_path / "runs" / "again", run)
 
 

@@ -18,6 +18,10 @@ LEAST = 0.01
 """Of a block's seconds, what all its neurons cost at least: noise does not make them free."""
 
 
+MOST = 1.5
+"""How far the last timing may correct the share: beyond it is noise."""
+
+
 def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, align: int = ALIGN) -> Target:
     """What must go so that `speed` times as many tokens a second are decoded, costs in seconds a token.
 
@@ -48,18 +52,23 @@ def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, ali
     )
     wanted = dense * (1 - 1 / speed)
     share = wanted / (shape.blocks * block)
-    every = [list_counts(priced, share, blocks) for blocks in range(shape.blocks)] if share < 1 else []
+    dense, found = _time_shapes(model, [_find_counts(priced, share, speed)], ids_T, progress)
+    if found < dense:
+        share *= min(max(wanted / (dense - found), 1 / MOST), MOST)
+    _find_counts(priced, share, speed)
+    return Target(shape=priced, share=share)
+
+
+def _find_counts(priced: Shape, share: float, speed: float) -> Counts:
+    """What goes for such a share, with as few blocks as can be. Raises UserError where nothing comes to it."""
+    every = [list_counts(priced, share, blocks) for blocks in range(priced.blocks)] if share < 1 else []
     counts = next((listed[0] for listed in every if listed), None)
     if counts is None:
-        most = dense / max(dense - shape.blocks * block, dense / 1000)
         raise UserError(
-            f"target_speed {speed:g} cannot be met: no number of neurons, heads and blocks comes to it, and without "
-            f"any block decoding would be {most:.2f} times as fast"
+            f"target_speed {speed:g} cannot be met: no number of neurons, heads and blocks comes to it by the seconds "
+            "that decoding took here; ask for less, or again where nothing else runs"
         )
-    dense, found = _time_shapes(model, [counts], ids_T, progress)
-    if found < dense:
-        share *= min(max(wanted / (dense - found), 0.5), 2.0)
-    return Target(shape=priced, share=share)
+    return counts
 
 
 def _time_shapes(model: Any, shapes: list[Counts], ids_T: Tensor, progress: Progress) -> list[float]:
