@@ -131,10 +131,9 @@ def tell_schema(plans: type[Plan]) -> str:
     """The JSON schema of plans as a prompt has it: without what names say anyhow, and what is told with the recipe."""
     schema = plans.model_json_schema()
     parts = schema["$defs"]
-    if "GroupRecipe" not in parts:  # of a run that takes parts away
-        return json.dumps(_shorten_schema(schema), separators=(",", ":"), ensure_ascii=False)
-    own = parts["GroupRecipe"]["properties"].items()
-    parts["GroupRecipe"]["properties"] = {n: {} if n in parts["Recipe"]["properties"] else field for n, field in own}
+    if group := parts.get("GroupRecipe"):  # runs that take parts away have none
+        own, told = group["properties"].items(), parts["Recipe"]["properties"]
+        group["properties"] = {name: {} if name in told else field for name, field in own}
     return json.dumps(_shorten_schema(schema), separators=(",", ":"), ensure_ascii=False)
 
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from graph.config import RunConfig
-from graph.planning.cuts import plan_cut
 from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG, change_levers, plan_refinements, skip_repeats
 from graph.planning.situation import Situation
 from graph.reflecting.posterior import WHOLE, weigh_evidence
 from graph.state import Trial, same_sparsity
+from tools.plans.cuts import Cutting
 from tools.plans.recipe import Recipe
 
 FIRST_STEP = 2 / 3
@@ -28,10 +28,14 @@ LOST_ROUNDS = 2
 """Rounds in a row that may bring nothing before the rule plans one in a weak planner's stead."""
 
 
+MOST_BLOCKS = 2
+"""Whole blocks more, or fewer, than in the accepted cut that the rule tries at the target."""
+
+
 def plan_by_rule(situation: Situation) -> Plan | None:
     """The next plan; None when every lever was tried, or broke. Raises ImpossiblePlan when bounds cannot be met."""
     if situation.parts is not None:
-        return plan_cut(situation)
+        return _plan_cut(situation)
     if situation.at_target:
         return next(plan_refinements(situation), None)
     return next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)
@@ -110,6 +114,48 @@ def _plan_climb(situation: Situation) -> Plan | None:
         reason=f"Masks alone are predicted to reach perplexity {perplexity:.2f}, above the limit of {limit:.2f}, "
         "so the survivors are refitted.",
     )
+
+
+def _plan_cut(situation: Situation) -> Plan | None:
+    """The next cut, by rule; None when every one that it knows was tried.
+
+    To the target at once; where that was rolled back half the step, then on. At the target, cuts that differ from the
+    accepted one by a block or a group of heads. Raises ImpossiblePlan where the target cannot be met.
+    """
+    if situation.at_target:
+        return next(skip_repeats(situation, _vary_cut(situation)), None)
+    target, accepted = situation.config.target_sparsity, situation.accepted
+    start = (accepted or situation.dense).sparsity
+    failed = _failures(situation)
+    step = round(start + (failed[-1].sparsity - start) / 2, 4) if failed else target
+    if failed and step >= failed[-1].sparsity:
+        return None
+    why = f"round {failed[-1].iteration} was rolled back: half its step" if failed else "to the target"
+    cutting = situation.accepted_plan.cut if situation.accepted_plan and situation.accepted_plan.cut else Cutting()
+    return Plan(sparsity=step, cut=cutting, reason=f"Shared out by the KL curves of the parts, {why}.")
+
+
+def _vary_cut(situation: Situation) -> Iterator[Plan]:
+    """Cuts that differ from the accepted one in one number, likeliest first."""
+    parts, base = situation.parts, situation.accepted_plan
+    assert parts is not None and base is not None, "a cut was accepted"
+    cutting = base.cut or Cutting()
+    cut = situation.orders.draft(base).cut
+    assert cut is not None, "its order is a cut's"
+    target, told = situation.config.target_sparsity, parts.shape.heads
+    changes: list[tuple[dict[str, int], str]] = [({}, "the accepted cut, at the target")]
+    for step in range(1, MOST_BLOCKS + 1):
+        for blocks in (len(cut.dropped) + step, len(cut.dropped) - step):
+            words = "One whole block" if step == 1 else f"{step} whole blocks"
+            changes.append(({"blocks": blocks}, f"{words} {'more' if blocks > len(cut.dropped) else 'fewer'}."))
+    place = told.options.index(cut.heads)
+    for other in (place - 1, place + 1):
+        if other in range(len(told.options)):
+            heads = told.options[other]
+            changes.append(({"heads": heads}, f"{heads} of {told.units} groups of heads in place of {cut.heads}."))
+    for change, reason in changes:
+        if change.get("blocks", 0) >= 0:
+            yield Plan(sparsity=target, cut=cutting.model_copy(update=change), reason=reason)
 
 
 def _plan_after_rollback(situation: Situation, start: float, last: Trial, strongest: Recipe) -> Plan:

@@ -141,7 +141,7 @@ def _two_digits(value: float) -> str:
 
 # Parts
 
-LEAST_COLUMNS = 4
+MOST_COLUMNS = 4
 """Numbers of units that the table of parts has a column for, at most, of each kind."""
 
 
@@ -150,7 +150,7 @@ def describe_parts(parts: Parts) -> str:
     shape, columns = parts.shape, list[tuple[str, list[list[float]], int]]()
     for name, units, cost in (("heads", shape.heads, parts.heads), ("neurons", shape.neurons, parts.neurons)):
         places = range(1, len(cost[0])) if cost else range(0)
-        columns += [(f"{name}.{units.options[place]}", cost, place) for place in _spread(places, LEAST_COLUMNS)]
+        columns += [(f"{name}.{units.options[place]}", cost, place) for place in _spread(places, MOST_COLUMNS)]
     unit = _unit([of_kind[block][place] for _, of_kind, place in columns for block in range(shape.blocks)])
     lines = [f"columns: block, {', '.join(name for name, *_ in columns)} (predicted KL in units of {unit:.0e})"]
     for block in range(shape.blocks):

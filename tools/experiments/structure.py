@@ -22,7 +22,7 @@ from tools.results.cards import write_structure_card
 from tools.results.schema import describe_protocol
 from tools.results.structure import Figures, Structure
 from tools.surgery.choose import choose_cut
-from tools.surgery.parts import count_weights, without_fits
+from tools.surgery.parts import convert_size, count_weights, without_fits
 from tools.surgery.rebuild import build_cut, check_cut
 from tools.surgery.share import choose_by_curves
 from tools.texts.windows import check_texts, count_lead, cut_windows
@@ -76,12 +76,10 @@ def find_removed(model: Any, settings: StructureSettings) -> float:
     """The share of the weights of the blocks' linear layers to remove. Raises UserError where the rest is too large."""
     if settings.size is None:
         return settings.remove or REMOVED
-    whole = sum(parameter.nbytes for parameter in model.parameters())
-    inside = sum(layer.weight_OI.nbytes for layer in find_layers(model))
-    removed: float = (1 - settings.size) * whole / inside
+    removed, outside = convert_size(model, settings.size)
     if removed >= 1:
         raise UserError(
-            f"--size {settings.size:g} is too small: {1 - inside / whole:.2%} of the model's bytes are not of the "
+            f"--size {settings.size:g} is too small: {outside:.2%} of the model's bytes are not of the "
             "blocks' linear layers, and stay"
         )
     return removed

@@ -69,6 +69,11 @@ def list_counts(shape: Shape, remove: float, blocks: int) -> list[Counts]:
     return found
 
 
+def list_by_blocks(shape: Shape, remove: float) -> list[list[Counts]]:
+    """`list_counts` for every number of whole blocks, from 0; nothing where as much as all blocks is to go."""
+    return [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)] if remove < 1 else []
+
+
 class Target(BaseModel):
     """What a target comes to in the parts of a model."""
 

@@ -9,7 +9,7 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
 from tools.measure.speeds import measure_speeds
-from tools.plans.cuts import Counts, Shape, Target, list_counts
+from tools.plans.cuts import Counts, Shape, Target, list_by_blocks
 from tools.surgery.parts import KINDS, Cut, Fit, find_parts
 from tools.surgery.rebuild import build_cut
 from tools.surgery.share import find_shape
@@ -61,8 +61,7 @@ def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, ali
 
 def _find_counts(priced: Shape, share: float, speed: float) -> Counts:
     """What goes for such a share, with as few blocks as can be. Raises UserError where nothing comes to it."""
-    every = [list_counts(priced, share, blocks) for blocks in range(priced.blocks)] if share < 1 else []
-    counts = next((listed[0] for listed in every if listed), None)
+    counts = next((listed[0] for listed in list_by_blocks(priced, share) if listed), None)
     if counts is None:
         raise UserError(
             f"target_speed {speed:g} cannot be met: no number of neurons, heads and blocks comes to it by the seconds "

@@ -71,6 +71,15 @@ def count_weights(model: Any) -> int:
     return sum(layer.weight_OI.numel() for layer in find_layers(model))
 
 
+def convert_size(model: Any, size: float) -> tuple[float, float]:
+    """(the share of the blocks' linear weights that goes where `size` of the model's bytes stays, 1 or more where that
+    cannot be; the share of the bytes that are none of theirs, and stay).
+    """
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    inside = sum(layer.weight_OI.nbytes for layer in find_layers(model))
+    return (1 - size) * whole / inside, 1 - inside / whole
+
+
 def find_parts(model: Any, kind: Kind) -> list[Part]:
     """The heads or the neurons of every block. Raises UserError, in one line, when they cannot be cut."""
     check_alike(model)

@@ -17,7 +17,7 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
 from tools.models.layers import find_blocks
-from tools.plans.cuts import Counts, Shape, Units, list_counts
+from tools.plans.cuts import Counts, Shape, Units, list_by_blocks
 from tools.surgery.blocks import drop_blocks, fold_blocks
 from tools.surgery.choose import Choice, list_options, measure_kl
 from tools.surgery.curves import Curves, measure_curves
@@ -73,7 +73,7 @@ def choose_by_curves(
     such parts cannot be cut, or not so much of them.
     """
     shape = find_shape(model, align)
-    every = [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)]
+    every = list_by_blocks(shape, remove)
     if not any(every):
         raise UserError(f"{remove:g} of the weights cannot be removed here: it is too much, or less than a few neurons")
     for counts in next(filter(None, every)):

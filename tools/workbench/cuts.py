@@ -20,11 +20,11 @@ from tools.base.progress import Progress
 from tools.base.settings import ALIGN
 from tools.models.artifacts import FORMAT, pack_pruned
 from tools.models.layers import Layer
-from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, list_counts
+from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, list_by_blocks
 from tools.surgery.blocks import drop_blocks
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.pace import price_parts
-from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts
+from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, convert_size, find_parts
 from tools.surgery.rebuild import build_cut, check_buildable, check_cut
 from tools.surgery.share import find_shape, make_cut
 from tools.texts.windows import Windows
@@ -60,18 +60,15 @@ class Cuts:
             )
         if not size:
             return self._find_pace(speed, progress, align)
-        whole = sum(parameter.nbytes for parameter in self._model.parameters())
-        inside = sum(layer.weight_OI.nbytes for layer in self._weights.layers)
-        remove: float = round((1 - size) * whole / inside, DIGITS)
-        every = [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)] if remove < 1 else []
-        if not any(every):
+        removed, outside = convert_size(self._model, size)
+        target = Target(shape=shape, share=round(removed, DIGITS))
+        if not any(list_by_blocks(shape, target.share)):
             raise UserError(
-                f"target_size {size:g} cannot be met: {1 - inside / whole:.2%} of the model's bytes are not of the "
+                f"target_size {size:g} cannot be met: {outside:.2%} of the model's bytes are not of the "
                 "blocks' linear layers, and stay; of the others a few neurons must go and some must stay"
             )
-        for counts in next(filter(None, every)):
-            check_buildable(self._model, counts)
-        return Target(shape=shape, share=remove)
+        self._check_buildable(target)
+        return target
 
     def _find_pace(self, speed: float, progress: Progress, align: int) -> Target:
         """As `find_target`, of a speed."""
@@ -80,11 +77,14 @@ class Cuts:
             return Target.model_validate(self._store.read_json(known))
         found = price_parts(self._model, speed, self._windows.validation[0].to(self._model.device), progress, align)
         found = found.model_copy(update={"share": round(found.share, DIGITS)})
-        every = (list_counts(found.shape, found.share, blocks) for blocks in range(found.shape.blocks))
-        for counts in next(filter(None, every), []):
-            check_buildable(self._model, counts)
+        self._check_buildable(found)
         self._index.add(key, self._store.write_json(found.model_dump()))
         return found
+
+    def _check_buildable(self, target: Target) -> None:
+        """Raises UserError where the architecture has no model of the shapes with as few blocks gone as can be."""
+        for counts in next(filter(None, list_by_blocks(target.shape, target.share)), []):
+            check_buildable(self._model, counts)
 
     def measure(self, profile: str, target: Target, progress: Progress) -> str:
         """The artifact of what is known of the parts (`Parts`), for cuts of up to the target.
@@ -96,7 +96,7 @@ class Cuts:
             return known
         self._weights.restore_dense()
         shape, text, lead = target.shape, self._text, self._windows.lead
-        every = [list_counts(shape, target.share, blocks) for blocks in range(shape.blocks)]
+        every = list_by_blocks(shape, target.share)
         listed = [counts for of_number in every for counts in of_number]
         most = Counts(max(counts.heads for counts in listed), max(counts.neurons for counts in listed))
         curves = measure_curves(self._model, most, text, progress, lead=lead)
