@@ -67,7 +67,9 @@ def find_relief(situation: Situation) -> str:
 
 
 def tried_strongest(trials: Sequence[Trial], config: RunConfig) -> bool:
-    """Whether the strongest method has been tried at the target, or refused by a person."""
+    """Whether the strongest method has been tried at the target, or refused by a person; cuts have no method."""
+    if config.takes_parts:
+        return True
     strong = [trial for trial in trials if trial.recipe and trial.recipe.method == STRONG.method]
     return any(same_sparsity(trial.sparsity, config.target_sparsity) for trial in strong)
 

@@ -6,7 +6,7 @@ from graph.config import RunConfig
 from graph.planning.cuts import order_cut
 from graph.planning.orders import describe_plan, hash_request
 from graph.planning.plan import Plan
-from graph.planning.rule import plan_by_rule
+from graph.planning.rule import find_relief, plan_by_rule
 from graph.planning.situation import Situation
 from graph.state import Trial
 from tests.parts import make_layers, make_parts
@@ -62,6 +62,11 @@ def test_at_the_target_one_number_at_a_time_until_all_were_tried() -> None:
         (1, None, "One whole block more."),
         (None, 1, "1 of 2 groups of heads in place of 0."),
     ], "two blocks are more than the target"
+
+
+def test_no_method_is_missed_at_the_target() -> None:
+    plan = Plan(sparsity=TARGET, cut=Cutting())
+    assert find_relief(make_situation(try_cut(plan, "accept"), accepted=plan)) == ""
 
 
 def test_what_is_of_single_weights_is_refused() -> None:
