@@ -1,6 +1,5 @@
 """Every option of a run in one pydantic model."""
 
-from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -63,9 +62,9 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
         0.0,
         ge=0,
         lt=1,
-        description="In place of target_sparsity: share of the model's bytes that is to stay, such as 0.8, embeddings "
-        "and head counted. Whole neurons, groups of attention heads and blocks go, and what comes out is a smaller "
-        "model of stock shapes; 0: none go.",
+        description="In place of target_sparsity, or before it: share of the model's bytes that is to stay, such as "
+        "0.8, embeddings and head counted. Whole neurons, groups of attention heads and blocks go, and what comes out "
+        "is a smaller model of stock shapes; 0: none go.",
     )
     target_speed: float = Field(
         0.0,
@@ -401,16 +400,17 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def check_target(config: RunConfig, given: Collection[str] = ()) -> None:
-    """Refuse two targets, the sparsity being among the fields `given` or another than the default. Raises UserError.
+def check_target(config: RunConfig) -> None:
+    """Refuse two targets in one run, the sparsity being another than the default. Raises UserError.
 
     Not part of the model: a run that takes parts away knows, once the model is open, which sparsity its size is.
     """
     usual = RunConfig.model_fields["target_sparsity"].default
-    if config.takes_parts and ("target_sparsity" in given or config.target_sparsity != usual):
+    if config.takes_parts and config.target_sparsity != usual:
         raise UserError(
-            f"target_{'size' if config.target_size else 'speed'} and target_sparsity are two targets; give one: cut "
-            "first, then set zeros in what stays by a run with --model RUN/model --target-sparsity"
+            f"target_{'size' if config.target_size else 'speed'} and target_sparsity are two targets of one run: cut "
+            "first, then set zeros in what stays by a run with --model RUN/model --target-sparsity; both as flags of "
+            "python -m graph.run do that"
         )
 
 

@@ -4,12 +4,8 @@ import os
 import shutil
 import signal
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from socket import socket
 from threading import Event
 from typing import Any
 
@@ -20,16 +16,15 @@ from langgraph.runtime import RunControl
 from langgraph.types import Command, StateSnapshot
 from rich.console import Console
 
-from graph.config import CHANGEABLE, RunConfig, check_target, read_config
+from graph.config import CHANGEABLE, RunConfig
 from graph.goals.schema import follow_brief, follow_new_texts
 from graph.llm.ladder import AgentError
 from graph.llm.local import close_local
-from graph.llm.models import check_agents
 from graph.persistence import StateLost, explain_damaged_state, explain_lost_state, open_saver, open_store
 from graph.persistence.sqlite import database
-from graph.runs.directory import check_input, create_run, read_replay, read_run, write_config
 from graph.runs.forks import name_directory, read_last_node
-from graph.runs.replay import read_record
+from graph.runs.second import read_second
+from graph.runs.work import Work, find_second
 from graph.show.display import Display, open_display
 from graph.show.words import tell
 from graph.state import Input, State, UnreadableState
@@ -37,114 +32,22 @@ from tools.base.errors import BrokenBaseline, BrokenPlan, DamagedArtifact, DiskF
 from tools.base.files import explain_full_disk
 from tools.base.made import advise, check_model
 from tools.base.progress import Stopped, stop_at
-from tools.base.rows import follow_kept
-from tools.base.rundir import append_event, lock_run, unlock_run
+from tools.base.rundir import append_event, unlock_run
 from tools.base.secrets import redact
 from tools.models.hub import NotPushed, push_model
 from tools.workbench.open import close_workbench
 
-STEPS_PER_ITERATION = 7
-"""profile again, plan, approve, prune, validate, accept or roll back, reflect."""
-
 App = CompiledStateGraph[State, RunConfig, Input, State]
-
-
-@dataclass(frozen=True)
-class Work:
-    """A run to be worked on."""
-
-    directory: Path
-    config: RunConfig
-    thread: str
-    replay: str = ""
-    """The run that it repeats."""
-    resumed: bool = False
-    push: str = ""
-    """The repository of the hub that the model goes to."""
-    listener: socket | None = None
-    """Where the live page is served."""
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.directory.name
-
-    @property
-    def settings(self) -> RunnableConfig:
-        """What LangGraph finds the run by."""
-        limit = STEPS_PER_ITERATION * self.config.max_iterations + 10
-        return {"configurable": {"thread_id": self.thread}, "recursion_limit": limit}
-
-    @property
-    def resume_command(self) -> str:
-        """What goes on with the run, and pushes it."""
-        runs_dir = self.directory.parent
-        place = f" --runs-dir {runs_dir}" if str(runs_dir) != "runs" else ""
-        return f"python -m graph.run --resume {self.name}{place}{f' --push-to-hub {self.push}' if self.push else ''}"
 
 
 class Unanswered(RuntimeError):
     """A plan waits for a person, and nobody is there."""
 
 
-# Which run
-
-
-def start(runs_dir: Path, name: str | None, flags: dict[str, Any], path: Path) -> Work:
-    """A new run by a config file and flags, its directory made and locked. Raises UserError."""
-    config = read_config(flags, path)
-    check_target(config, flags)
-    check_agents(config)
-    return _create(runs_dir, name, path.stem, config)
-
-
-def start_replay(runs_dir: Path, replay: str, name: str | None, flags: dict[str, Any]) -> Work:
-    """A new run that repeats another, with its config but for the flags. Raises UserError."""
-    _, config = read_run(runs_dir, replay)
-    if not read_record(replay).plans:
-        raise UserError(f"the record of run {replay!r} holds no plan to repeat")
-    return _create(runs_dir, name, f"{replay}-replay", read_config({**config.model_dump(), **flags}, None), replay)
-
-
-def _create(runs_dir: Path, name: str | None, stem: str, config: RunConfig, replay: str = "") -> Work:
-    check_input(config)
-    name = _free_name(runs_dir, stem) if name is None else name
-    thread = str(uuid.uuid4())
-    create_run(runs_dir, name, config, thread, replay)
-    return Work(runs_dir / name, config, thread, replay)
-
-
-def _free_name(runs_dir: Path, stem: str) -> str:
-    """The config's name, with a number when a run has it already."""
-    names = [stem, *(f"{stem}-{number}" for number in range(2, 10_000))]
-    return next(name for name in names if not (runs_dir / name).exists())
-
-
-def resume(runs_dir: Path, name: str, flags: dict[str, Any], path: Path | None) -> Work:
-    """A run that was begun, its directory locked; flags and config file may only say again what it was begun with.
-
-    Raises UserError.
-    """
-    thread, config = read_run(runs_dir, name)
-    replay = read_replay(runs_dir / name)
-    wanted = read_config(flags if path else {**config.model_dump(), **flags}, path)
-    wanted = follow_kept(wanted, config.model_dump())
-    changed = [field for field in RunConfig.model_fields if getattr(wanted, field) != getattr(config, field)]
-    if refused := [field for field in changed if field not in CHANGEABLE]:
-        raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(refused)}); start a new run")
-    if not replay and not (runs_dir / name / "summary.json").is_file():  # else no agent is asked any more
-        check_agents(wanted)
-    lock_run(runs_dir / name)
-    if changed:
-        write_config(runs_dir / name, wanted)
-    return Work(runs_dir / name, wanted, thread, replay, resumed=True)
-
-
-# The work on it
-
-
 def drive(work: Work) -> int:
-    """Work on a run, and push its model where that is asked for; the directory is free afterwards."""
+    """Work on a run, then on the one that goes on from its model where there is to be one, and push the last one's
+    model where that is asked for; the directory is free afterwards.
+    """
     try:
         try:
             code = _run_graph(work)
@@ -153,9 +56,13 @@ def drive(work: Work) -> int:
         finally:
             close_local()
             close_workbench()
-        return _push(work) if work.push and code == 0 else code
+        second = read_second(work.directory)
+        if second is None or code:
+            return _push(work) if work.push and code == 0 else code
     finally:
         unlock_run(work.directory)
+    further = find_second(work, second)
+    return drive(further) if further else 0
 
 
 def _run_graph(work: Work) -> int:
@@ -239,7 +146,8 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
             print(f"live page: {address(work.listener)}", flush=True)
         display = shown.enter_context(open_display(Console(), name=work.name, target=work.config.target_sparsity))
         if work.listener:
-            display = shown.enter_context(serve(work.directory, work.listener, display))
+            # a second run is served behind this one, and a server closes its socket
+            display = shown.enter_context(serve(work.directory, work.listener.dup(), display))
 
         def stop_at_once() -> None:
             # Python would wait for the node's thread, which cannot be stopped. What it writes is written aside, and

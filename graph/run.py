@@ -17,9 +17,10 @@ from typing import Any
 from rich.console import Console
 
 from graph.config import RunConfig, read_config
-from graph.drive import Work, drive, resume, start, start_replay
+from graph.drive import drive
 from graph.persistence import STATE_VARIABLE, state_url
 from graph.runs.listing import list_runs
+from graph.runs.work import Work, resume, start, start_replay
 from tools.base.console import print_line
 from tools.base.errors import UserError
 from tools.base.options import CONFIGS, Parser, add_flags, parse_flags, refuse

@@ -13,23 +13,26 @@ from graph.planning.orders import UNIFORM_WANDA, order_uniform
 from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State, same_sparsity
-from tools.base.errors import BrokenPlan
+from tools.base.errors import BrokenPlan, in_one_line
 from tools.base.files import write_text
 from tools.base.made import hash_files, read_made
 from tools.base.rundir import read_last_seal
-from tools.base.seals import write_sealed
+from tools.base.seals import BrokenSeal, write_sealed
 from tools.experiments.tasks import measure_checkpoints
 from tools.measure.losses import Evaluation
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
 from tools.plans.methods import Statistics
 from tools.results.cards import write_card
+from tools.results.origin import find_origin
 from tools.results.page.page import write_page
 from tools.results.schema import (
     CutResult,
     Goal,
     Knowledge,
+    Origin,
     Perplexities,
+    Protocol,
     Sample,
     Summary,
     TextFigures,
@@ -87,6 +90,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         tokens += max(len(weightings) - 1, 0) * config.count_all("validation") * config.window
         pruned_words = continue_with(bench, state.accepted, prompts, session)
         cut, built = cut_away(bench, state, session)
+        protocol = describe_protocol(config, bos=bench.windows.lead > 0)
+        origin = look_for_origin(config.model, protocol, session)
         seconds = session.seconds
         summary = Summary(
             run=state.run,
@@ -109,6 +114,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             knowledge=knowledge,
             polished=bench.read_polished(state.accepted),
             cut=cut,
+            origin=origin,
             iterations=state.iteration,
             rollbacks=sum(trial.verdict == "rollback" for trial in state.trials),
             evaluated_tokens=tokens,
@@ -116,7 +122,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             seconds=round(seconds, 3),
             peak_memory_bytes=bench.peak_memory_bytes(),
             mask_sha256=masks,
-            protocol=describe_protocol(config, bos=bench.windows.lead > 0),
+            protocol=protocol,
         )
         export_model(built, bench.tokenizer, session.directory / "model", write_card(summary, config))
         sparsity = bench.weights.describe_sparsity()
@@ -165,6 +171,15 @@ def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutRes
         decoded_per_second=smaller[1],
     )
     return result, built
+
+
+def look_for_origin(model: str, protocol: Protocol, session: Session) -> Origin | None:
+    """The run that cut the dense model, where one did; where its files cannot be read, that is told in its stead."""
+    try:
+        return find_origin(model, protocol)
+    except (BrokenSeal, ValueError) as error:
+        session.warn(f"what the dense model was cut from is not told: {in_one_line(error, 200)}")
+        return None
 
 
 def describe_goal(state: State) -> Goal | None:

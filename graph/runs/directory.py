@@ -38,10 +38,19 @@ def check_input(config: RunConfig) -> None:
     refuse_shared_questions(config, config)
 
 
-def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str, replay: str = "", log: str = "") -> Path:
+def create_run(
+    runs_dir: Path,
+    name: str,
+    config: RunConfig,
+    thread_id: str,
+    replay: str = "",
+    log: str = "",
+    second: RunConfig | None = None,
+) -> Path:
     """Make and lock a run's directory, with `config.yaml` as resolved and `run.json`.
 
-    `log` says whose log it begins with, where that is another run's (`tools.base.made.Made`).
+    `log` says whose log it begins with, where that is another run's (`tools.base.made.Made`), and `second` what the
+    run is that goes on from its model (`graph.runs.second`).
     Calling again for the same thread changes nothing. Raises UserError when another run has the name or another
     process works in it.
     """
@@ -60,7 +69,9 @@ def create_run(runs_dir: Path, name: str, config: RunConfig, thread_id: str, rep
         lock_run(directory)
         write_config(directory, config)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        made = {"thread_id": thread_id, "created": created, "state": state_kind(), "replay": replay}
+        made: dict[str, Any] = {"thread_id": thread_id, "created": created, "state": state_kind(), "replay": replay}
+        if second:
+            made["second"] = second.model_dump(mode="json")
         mark = uuid.uuid4().hex
         begun = config.model_dump(mode="json", exclude=set(CHANGEABLE))
         write_sealed(record, {**made, "mark": mark, "log": log or mark, "config": begun}, record.name)

@@ -178,8 +178,10 @@ def test_a_speed_comes_to_a_share_once_and_is_replayed_as_it_was(
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        (("--target-sparsity", "0.5"), "target_size and target_sparsity are two targets; give one: cut first, then"),
-        (("--pattern", "2:4"), "target_size takes whole parts away, and pattern is of zeros; leave it out"),
+        (
+            ("--polish-tokens", "64"),
+            "target_size takes whole parts away, and polish_tokens fits the survivors of zeros",
+        ),
         (("--protect", "blocks 0"), "target_size takes whole parts away, and protect names layers that are never"),
         (("--device", "stream"), "target_size needs the model on one device; use another --device than stream"),
         (("--dry-run",), "--dry-run does not foresee runs that take parts away; leave target_size and"),

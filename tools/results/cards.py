@@ -25,10 +25,11 @@ def _write(front: str, title: str, lines: Sequence[str]) -> str:
 
 def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
     """The model card, `model/README.md`, with nothing in it of where files lie on this machine."""
-    name, text = hide_path(summary.model), _hide_texts(summary.protocol.text, settings)
+    name, text = hide_path(_find_base(summary)), _hide_texts(summary.protocol.text, settings)
+    before = f"{name_cut(summary.origin.cut)} and " if summary.origin else ""
     return _write(
         _card_data(summary, settings).to_yaml(),
-        f"{escape(name)}, {name_cut(summary.cut) if summary.cut else f'pruned to {name_sparsity(summary)}'}",
+        f"{escape(name)}, {name_cut(summary.cut) if summary.cut else f'{before}pruned to {name_sparsity(summary)}'}",
         [
             describe_result(summary),
             "",
@@ -50,6 +51,11 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
     )
 
 
+def _find_base(summary: Summary) -> str:
+    """The model that all was taken from, in one run or two."""
+    return summary.origin.model if summary.origin else summary.model
+
+
 def _hide_texts(text: str, settings: WorkbenchSettings) -> str:
     """What is measured on, for strangers; named texts are several."""
     return hide_directories(text) if settings.text else hide_path(text)
@@ -59,7 +65,8 @@ def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData"
     """The card's front matter: what the model was made of, and its own results as the hub reads them."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    name, found = hide_path(summary.model), []
+    base = _find_base(summary)
+    name, found = hide_path(base), []
     if summary.perplexity.pruned is not None:
         measured = settings.name_texts("test")
         text = parse_hub(measured) if measured.startswith("hub:") else None
@@ -90,7 +97,7 @@ def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData"
     calibration = [*settings.text.values()] or [settings.calibration]
     named = list(dict.fromkeys(parse_hub(source).name for source in calibration if source.startswith("hub:")))
     return ModelCardData(
-        base_model=summary.model if is_hub_id(summary.model) else None,
+        base_model=base if is_hub_id(base) else None,
         datasets=named or None,
         library_name="transformers",
         pipeline_tag="text-generation",

@@ -223,6 +223,18 @@ class CutResult(BaseModel):
     decoded_per_second: float
 
 
+class Origin(BaseModel):
+    """The run that cut the dense model of another, and the model that it was cut from."""
+
+    run: str
+    model: str
+    cut: CutResult
+    perplexity: float | None = Field(
+        description="Of the model before the cut, on the same test text; null where that run measured on another, or "
+        "otherwise, or the loss was not finite."
+    )
+
+
 class Summary(BaseModel):
     """`summary.json`: machine-readable, a stable schema."""
 
@@ -259,6 +271,11 @@ class Summary(BaseModel):
         None,
         exclude_if=lambda cut: cut is None,
         description="Null where weights were set to zero, and nothing was taken away.",
+    )
+    origin: Origin | None = Field(
+        None,
+        exclude_if=lambda origin: origin is None,
+        description="Where the dense model came of a run that cut it; null elsewhere.",
     )
     samples: list[Sample] = Field([], description="Prompts continued by the dense and the pruned model.")
     plan: str = Field("", description="The plan that was kept, in one line.")

@@ -5,7 +5,17 @@ from typing import Any
 
 from tools.base.words import clean, count, show, show_compact, show_percent, show_seconds, show_size
 from tools.plans.methods import Statistics
-from tools.results.schema import CutResult, Finalist, Knowledge, Polished, Reach, Summary, TextFigures, Weighting
+from tools.results.schema import (
+    CutResult,
+    Finalist,
+    Knowledge,
+    Origin,
+    Polished,
+    Reach,
+    Summary,
+    TextFigures,
+    Weighting,
+)
 
 BEHIND: dict[Statistics, str] = {
     "sequential": "each block behind its pruned predecessors",
@@ -36,6 +46,8 @@ def describe_result(summary: Summary) -> str:
         text += f". Answer probability kept: {summary.knowledge.retention:.1%}{_tell_right(summary.knowledge)}"
     if summary.cut:
         text += f". {describe_cut(summary.cut)}"
+    if summary.origin:
+        text += f". {describe_origin(summary.origin)}"
     if summary.polished:
         text += f". The surviving weights were {describe_polish(summary.polished)}"
     return f"{text}. {told}" if (told := describe_reach(summary.reach)) else f"{text}."
@@ -90,6 +102,12 @@ def describe_cut(cut: CutResult) -> str:
         f"{cut.decoded_per_second:.1f} tokens/s decoded, dense {cut.dense_decoded_per_second:.1f} "
         f"({times:.2f} times as many{wanted})"
     )
+
+
+def describe_origin(origin: Origin) -> str:
+    """`The dense model was cut to 80% of its bytes before, by run x; test perplexity before that 26.44`."""
+    before = "" if origin.perplexity is None else f"; test perplexity before that {show(origin.perplexity)}"
+    return f"The dense model was {name_cut(origin.cut)} before, by run {clean(origin.run)}{before}"
 
 
 def name_cut(cut: CutResult) -> str:
@@ -189,7 +207,7 @@ def list_loading(directory: str) -> list[str]:
 
 def list_outcome(result: Mapping[str, Any]) -> list[str]:
     """Three lines with a summary's figures (one more where much of the model cannot be pruned, where it was polished or
-    cut, or where texts have names), one for each figure of a task, then where model and report are.
+    cut, or was before, or where texts have names), one for each figure of a task, then where model and report are.
     """
     dense, pruned, uniform = (result["perplexity"][key] for key in ("dense", "pruned", "uniform_wanda"))
     share = relate_to_wanda(dense, pruned, uniform)
@@ -208,6 +226,7 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
         f"peak memory {_show_memory(result['peak_memory_bytes'])}",
         *([describe_polish(Polished.model_validate(polished))] if (polished := result.get("polished")) else []),
         *([describe_cut(CutResult.model_validate(cut))] if (cut := result.get("cut")) else []),
+        *([describe_origin(Origin.model_validate(origin))] if (origin := result.get("origin")) else []),
         *_list_scores(result.get("benchmarks", [])),
         f"model:  {clean(result['model_directory'], 1000)}",
         f"report: {clean(result['report'], 1000)}",

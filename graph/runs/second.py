@@ -1,0 +1,68 @@
+"""Two targets: a cut, and zeros in what stays of it, which a second run sets in the smaller model.
+
+The second run's config stands in `run.json` of the first; its name is the first one's with `-zeros` behind it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graph.config import CHANGEABLE, NOT_OF_CUTS, RunConfig, check_config, read_config
+from graph.runs.directory import read_made_run
+from tools.base.options import read_environment, read_yaml
+from tools.base.settings import CutSettings
+from tools.results.page.record import Record
+
+BEHIND = "-zeros"
+"""Behind the name of the run that cuts."""
+OF_ZEROS = ("target_sparsity", "pattern")
+"""Fields of which one beside a size or a speed asks for zeros as well."""
+OF_CUTS = ("target_size", "target_speed", *CutSettings.model_fields)
+ONLY_SECOND = frozenset({*OF_ZEROS, *NOT_OF_CUTS} - {"text"})
+"""Fields that the first run has no use for. Named texts it would have, and refuses."""
+
+
+def read_configs(flags: dict[str, Any], path: Path | None) -> tuple[RunConfig, RunConfig | None]:
+    """(the run's options; those of a second run where zeros are asked for beside a cut). Raises UserError in one line.
+
+    A sparsity in a config file is asked for where the cut is in that file, too: else a file could not be cut by.
+    """
+    in_file = read_yaml(path) if path else {}
+    given = {**read_environment(RunConfig), **flags}
+    values = {**in_file, **given}
+    first = {name: value for name, value in values.items() if name not in ONLY_SECOND}
+    cuts = any(name in values for name in OF_CUTS) and check_config(first).takes_parts
+    asking = in_file if any(name in in_file for name in OF_CUTS) else {}
+    if not cuts or not any({**asking, **given}.get(name) for name in OF_ZEROS):
+        return read_config(flags, path), None
+    return check_config(first), check_config({name: value for name, value in values.items() if name not in OF_CUTS})
+
+
+def read_second(directory: Path, changes: Mapping[str, Any] | None = None) -> RunConfig | None:
+    """What `run.json` says of a second run, with the changes; None where there is to be none. Raises BrokenSeal,
+    UserError.
+    """
+    kept = read_made_run(directory).get("second")
+    return None if kept is None else check_config({**kept, **(changes or {})})
+
+
+def name_second(name: str) -> str:
+    """What the run is called that goes on from the cut of the run `name`."""
+    return name + BEHIND
+
+
+def follow_cut(second: RunConfig, first: RunConfig, cut: Record, model: Path) -> RunConfig:
+    """The second run's options once the first has ended: its model is the cut one, and what is capped, or must be
+    known at the end, holds of both runs together.
+    """
+    assert cut.summary is not None, "the first run has ended"
+    spent = cut.summary.agents
+    found = {field: getattr(first, field) for field in CHANGEABLE} | {"model": str(model.resolve())}
+    if first.max_agent_tokens:
+        found["max_agent_tokens"] = max(1, first.max_agent_tokens - spent.input_tokens - spent.output_tokens)
+    if first.max_agent_cost:
+        found["max_agent_cost"] = max(1e-9, first.max_agent_cost - spent.cost)
+    retention = cut.kept.fact_retention if cut.kept else None
+    if second.min_fact_retention and retention:
+        found["min_fact_retention"] = min(1.0, second.min_fact_retention / retention)
+    return check_config({**second.model_dump(), **found})
