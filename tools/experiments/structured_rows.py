@@ -113,11 +113,22 @@ def _rank_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progre
     return MadeParts(model, ranking.removed, 0, seconds, stock=False)
 
 
+def _slice_states(_recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
+    """SliceGPT, whose rotations no stock architecture has. Raises UserError."""
+    from tools.surgery.slicegpt import build_sliced, slice_states  # imports torch
+
+    began = time.monotonic()
+    sliced = slice_states(bench.model, sparsity, bench.windows.calibration.to(bench.device), progress)
+    model = build_sliced(bench.model, sliced)
+    return MadeParts(model, sliced.removed, 0, time.monotonic() - began, stock=False)
+
+
 MAKERS: dict[str, Callable[[PartsRecipe, float, "Workbench", "Progress"], MadeParts]] = {
     "flap": _rank_parts,
     "llm-pruner": _rank_parts,
     "shortgpt": _drop_by_influence,
     "sleb": _drop_by_loss,
+    "slicegpt": _slice_states,
     "equal": _cut_parts,
     "depth": _cut_parts,
     "kappa": _cut_by_curves,

@@ -36,7 +36,7 @@ class PartsRecipe(NamedTuple):
     name: str
     """How it is chosen which parts go: one of WAYS_OF_PARTS."""
     parts: tuple[str, ...]
-    """Kinds of parts: neurons, heads or blocks."""
+    """Kinds of parts: neurons, heads or blocks, or the hidden width."""
     refit: bool
     """Whether what stays is refitted."""
 

@@ -213,6 +213,13 @@ WAYS_OF_PARTS = {
             published=True,
         ),
         Way(
+            "slicegpt",
+            "SliceGPT (arXiv 2401.15024): principal components of what passes between the blocks, of the hidden width",
+            kind="parts",
+            parts=("width",),
+            published=True,
+        ),
+        Way(
             "equal",
             "the same number of neurons and groups of heads from every block, each block's own lowest-scored",
             kind="parts",

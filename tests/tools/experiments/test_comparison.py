@@ -41,6 +41,7 @@ from tools.surgery.flap import build_narrowed, rank_units
 from tools.surgery.parts import Cut
 from tools.surgery.published import drop_least, rank_blocks
 from tools.surgery.rebuild import build_cut
+from tools.surgery.slicegpt import build_sliced, slice_states
 from tools.surgery.taylor import rank_by_gradient
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench, use_workbench
@@ -283,7 +284,7 @@ def test_a_row_of_flap_is_the_masked_model_of_the_dense_one(tiny_llama: Path, tm
 
 def test_rows_of_other_cuts_as_published(tiny_llama: Path, tmp_path: Path, no_plot: None) -> None:
     assert MAKERS.keys() == WAYS_OF_PARTS.keys()
-    labels = "structured:shortgpt,structured:llm-pruner,structured:sleb"
+    labels = "structured:shortgpt,structured:llm-pruner,structured:slicegpt,structured:sleb"
     settings = make_settings(tiny_llama, tmp_path / "out", recipes=labels, sparsity="0.5")
     try:
         with pytest.raises(UserError, match=r"^structured:sleb at 50%: SLEB keeps the first and the last block: of 2 "):
@@ -294,7 +295,12 @@ def test_rows_of_other_cuts_as_published(tiny_llama: Path, tmp_path: Path, no_pl
         dense, calibration = bench.model, bench.windows.calibration
         dropped = drop_least(rank_blocks(dense, calibration, ignore_progress), 1)
         ranking = rank_by_gradient(dense, 0.5, calibration, ignore_progress)
-        models = [build_cut(dense, Cut(Counts(blocks=1), [], tuple(dropped))), build_narrowed(dense, ranking.narrowed)]
+        sliced = slice_states(dense, 0.5, calibration, ignore_progress)
+        models = [
+            build_cut(dense, Cut(Counts(blocks=1), [], tuple(dropped))),
+            build_narrowed(dense, ranking.narrowed),
+            build_sliced(dense, sliced),
+        ]
         found = [bench.evaluate_other(model, known.profile, ignore_progress) for model in models]
     finally:
         close_workbench()
@@ -302,7 +308,7 @@ def test_rows_of_other_cuts_as_published(tiny_llama: Path, tmp_path: Path, no_pl
         (label, evaluation.perplexity, evaluation.mean_kl)
         for label, evaluation in zip(labels.split(","), found, strict=False)
     ]
-    assert [row.achieved_sparsity for row in known.rows] == [0.5, ranking.removed]
+    assert [row.achieved_sparsity for row in known.rows] == [0.5, ranking.removed, sliced.removed]
 
 
 def test_rows_of_an_earlier_version_by_equal_widths_are_called_so(tmp_path: Path, no_plot: None) -> None:

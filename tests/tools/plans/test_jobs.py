@@ -96,7 +96,8 @@ def test_labels_are_told_apart_by_what_they_mean() -> None:
             "structured:owl",
             "0.2",
             "recipe 'structured:owl' is none of structured:flap, structured:llm-pruner, structured:shortgpt, "
-            "structured:sleb, structured[+refit]:equal, structured[+refit]:depth, structured[+refit]:kappa",
+            "structured:sleb, structured:slicegpt, structured[+refit]:equal, structured[+refit]:depth, "
+            "structured[+refit]:kappa",
         ),
         ("structured", "0.2", "recipe 'structured' is none of structured:flap, structured:llm-pruner"),
         ("structured+refit:flap", "0.2", "recipe 'structured+refit:flap' is none of structured:flap, structured:llm"),
