@@ -212,8 +212,10 @@ def eliminate_units(
         inverse_SS, across_IS = inverse_II[gone_S][:, gone_S], cost_II[:, gone_S]
         share_SI = torch.linalg.solve(inverse_SS, inverse_II[gone_S])
         price = torch.linalg.solve(inverse_SS, across_IS[gone_S]).trace() / 2
-        cost_II += share_SI.T @ across_IS[gone_S] @ share_SI - across_IS @ share_SI - share_SI.T @ across_IS.T
-        inverse_II -= inverse_II[:, gone_S] @ share_SI
+        # in place: of thousands of channels each further matrix is hundreds of megabytes, and as long as the product
+        rest_IS = across_IS - share_SI.T @ across_IS[gone_S] / 2
+        cost_II.addmm_(rest_IS, share_SI, alpha=-1).addmm_(share_SI.T, rest_IS.T, alpha=-1)
+        inverse_II.addmm_(inverse_II[:, gone_S], share_SI, alpha=-1)
         for matrix_II in (cost_II, inverse_II):
             matrix_II[gone_S] = matrix_II[:, gone_S] = 0
         inverse_II[gone_S, gone_S] = 1  # so that every unit can be priced

@@ -23,8 +23,8 @@ from tools.plans.cuts import Counts
 from tools.surgery.moments import finish_moments, tapped
 from tools.surgery.parts import KINDS, Kind, Part, find_parts
 
-TOGETHER = 16
-"""Neurons that go at a time, of the thousands that a block has."""
+TOGETHER = 96
+"""Of the neurons of a block, so many parts of them go at a time: a hundredth of thousands."""
 
 Curves = dict[Kind, list[Elimination]]
 """Of every kind, by block: its units in the order in which they go, and the predicted KL of all up to each."""
@@ -117,5 +117,5 @@ def _eliminate(part: Part, removed: int, sums: MomentSums, fisher: MomentSums) -
         part.units,
         removed,
         biased=part.bias is not None,
-        together=TOGETHER if part.kind == "neurons" else 1,
+        together=max(1, part.units // TOGETHER) if part.kind == "neurons" else 1,
     )

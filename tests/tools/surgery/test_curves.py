@@ -11,7 +11,7 @@ from tests.cuts import IDS, make_config, make_model
 from tools.base.progress import ignore_progress
 from tools.models.readout import compute_hidden, hidden_gradients
 from tools.plans.cuts import Counts
-from tools.surgery.curves import TOGETHER, measure_curves
+from tools.surgery.curves import measure_curves
 from tools.surgery.parts import KINDS, Part, find_parts
 
 
@@ -52,10 +52,9 @@ def test_curves_are_those_of_the_whole_model(architecture: str, lead: int) -> No
     assert list(curves) == list(KINDS)
     for part, (sums, metric_OO) in zip(parts, slow, strict=True):
         found = curves[part.kind][part.block]
-        together = TOGETHER if part.kind == "neurons" else 1
         weight_OI, removed = part.output.weight_OI, getattr(most, part.kind)
         moments = sums.finish()
-        expected = eliminate_units(weight_OI, moments, metric_OO, part.units, removed, biased=False, together=together)
+        expected = eliminate_units(weight_OI, moments, metric_OO, part.units, removed, biased=False)
         assert len(found.order_R) == removed
         torch.testing.assert_close(found.cost_R, expected.cost_R, rtol=1e-3, atol=1e-9)
-        assert {*found.order_R[:TOGETHER].tolist()} == {*expected.order_R[:TOGETHER].tolist()}
+        assert {*found.order_R[:16].tolist()} == {*expected.order_R[:16].tolist()}
