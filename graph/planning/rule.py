@@ -154,7 +154,8 @@ def _vary_cut(situation: Situation) -> Iterator[Plan]:
     for other in (place - 1, place + 1):
         if other in range(len(told.options)):
             heads = told.options[other]
-            changes.append(({"heads": heads}, f"{heads} of {told.units} groups of heads in place of {cut.heads}."))
+            other_heads = {"blocks": len(cut.dropped), "heads": heads}
+            changes.append((other_heads, f"{heads} of {told.units} groups of heads in place of {cut.heads}."))
     for change, reason in changes:
         if change.get("blocks", 0) >= 0:
             yield Plan(sparsity=target, cut=cutting.model_copy(update=change), reason=reason)

@@ -15,6 +15,12 @@ from tools.base.errors import ImpossiblePlan
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.selectors import select_layers
 
+UNITS_HOPE = 2.0
+"""How many times the KL that curves of units come to was measured: 1.9 to 2.4 of SmolLM2 at 70 to 90 % of its bytes.
+
+Curves of units see no errors of other blocks; whole blocks that go are measured, beside one another.
+"""
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -89,7 +95,7 @@ class Cutting(BaseModel):
     blocks: int | None = Field(
         None,
         ge=0,
-        description="Whole blocks that go, in the order of the table; left out, as few as can be.",
+        description="Whole blocks that go, in the order of the table; left out, as many as the KL curves say.",
     )
     heads: int | None = Field(
         None,
@@ -140,7 +146,10 @@ class Parts(BaseModel):
     neuron_layers: list[list[str]]
 
     def predict(self, counts: Counts, dropped: Sequence[int]) -> float:
-        """What the units of the blocks that stay cost, and what measured blocks that go, nats per token."""
+        """What the units of the blocks that stay cost, and what measured blocks that go, nats per token.
+
+        Of units UNITS_HOPE times what their curves say.
+        """
         stays = [block for block in range(self.shape.blocks) if block not in dropped]
         kl = self.dropped_kl[len(dropped) - 1] if dropped else 0.0
         for of_kind, units, gone in (
@@ -148,7 +157,7 @@ class Parts(BaseModel):
             (self.neurons, self.shape.neurons, counts.neurons),
         ):
             place = units.options.index(gone)
-            kl += sum(of_kind[block][place] for block in stays) if gone else 0.0
+            kl += UNITS_HOPE * sum(of_kind[block][place] for block in stays) if gone else 0.0
         return kl
 
 
@@ -158,28 +167,19 @@ def resolve_cut(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequenc
 
     As nearly as whole units allow.
     """
-    dropped = _choose_blocks(cutting, parts, sparsity, layers)
-    listed = list_counts(parts.shape, sparsity, len(dropped))
-    chosen = [counts for counts in listed if cutting.heads in (None, counts.heads)]
-    if not chosen:
-        raise ImpossiblePlan(_explain(cutting, parts, sparsity, len(dropped), listed))
-    best = min(chosen, key=lambda counts: parts.predict(counts, dropped))
-    return CutOrder(
-        parts=parts.artifact, heads=best.heads, neurons=best.neurons, dropped=tuple(dropped), refit=cutting.refit
-    )
-
-
-def _choose_blocks(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequence[LayerProfile]) -> list[int]:
     kept = {layer.name: layer.block for layer in layers}
     stay = {kept[name] for name in select_layers(cutting.keep, layers)} if cutting.keep else set[int]()
     may_go = [block for block in parts.order if block not in stay]
-    blocks = cutting.blocks
-    if blocks is None:
-        possible = range(len(may_go) + 1)
-        blocks = next((number for number in possible if list_counts(parts.shape, sparsity, number)), 0)
-    if blocks > len(may_go):
-        raise ImpossiblePlan(f"{blocks} blocks cannot go: {len(may_go)} is the most here")
-    return sorted(may_go[:blocks])
+    if cutting.blocks is not None and cutting.blocks > len(may_go):
+        raise ImpossiblePlan(f"{cutting.blocks} blocks cannot go: {len(may_go)} is the most here")
+    numbers = range(len(may_go) + 1) if cutting.blocks is None else [cutting.blocks]
+    listed = [counts for blocks in numbers for counts in list_counts(parts.shape, sparsity, blocks)]
+    chosen = [counts for counts in listed if cutting.heads in (None, counts.heads)]
+    if not chosen:
+        raise ImpossiblePlan(_explain(cutting, parts, sparsity, cutting.blocks or 0, listed))
+    best = min(chosen, key=lambda counts: parts.predict(counts, may_go[: counts.blocks]))
+    dropped = tuple(sorted(may_go[: best.blocks]))
+    return CutOrder(parts=parts.artifact, heads=best.heads, neurons=best.neurons, dropped=dropped, refit=cutting.refit)
 
 
 def _explain(cutting: Cutting, parts: Parts, sparsity: float, blocks: int, listed: Sequence[Counts]) -> str:
@@ -187,8 +187,9 @@ def _explain(cutting: Cutting, parts: Parts, sparsity: float, blocks: int, liste
         most = max((n for n in range(len(parts.order) + 1) if list_counts(parts.shape, sparsity, n)), default=None)
         hint = "other sparsities may" if most is None else f"with {most} blocks it can"
         return f"{sparsity:.2%} of the {parts.shape.counts} cannot go with {blocks} whole blocks; {hint}"
-    numbers = ", ".join(str(counts.heads) for counts in listed)
-    return f"{cutting.heads} groups of heads cannot go of every block; with {blocks} blocks, {numbers} can"
+    numbers = ", ".join(str(heads) for heads in sorted({counts.heads for counts in listed}))
+    where = "" if cutting.blocks is None else f" with {blocks} blocks,"
+    return f"{cutting.heads} groups of heads cannot go of every block;{where} {numbers} can"
 
 
 def count_cut_zeros(order: CutOrder, parts: Parts, layers: Sequence[LayerProfile]) -> dict[str, int]:

@@ -5,6 +5,7 @@ import pytest
 from tests.parts import SHAPE, make_layers, make_parts
 from tools.base.errors import ImpossiblePlan
 from tools.plans.cuts import (
+    UNITS_HOPE,
     Counts,
     CutOrder,
     Cutting,
@@ -30,12 +31,14 @@ def test_the_cheapest_numbers_are_taken_unless_a_plan_says_other_ones() -> None:
     def resolve(parts: Parts, **levers: object) -> CutOrder:
         return resolve_cut(Cutting.model_validate(levers), parts, 0.3, make_layers())
 
-    assert resolve(make_parts(heads=0.5)).counts == Counts(1, 8, 0)  # 4 x 0.5 + 4 x 0.1 beside 4 x 0.7
-    assert resolve(make_parts(heads=1.0)).counts == Counts(0, 24, 0)
+    assert resolve(make_parts(heads=0.5), blocks=0).counts == Counts(1, 8, 0)  # 4 x 0.5 + 4 x 0.1 beside 4 x 0.7
+    assert resolve(make_parts(heads=1.0), blocks=0).counts == Counts(0, 24, 0)
+    assert resolve(make_parts(heads=1.0)).counts == Counts(0, 8, 1)  # 0.5 + 2 x 3 x 0.1 beside 2 x 4 x 0.7
+    assert resolve(make_parts(heads=0.0)).counts == Counts(1, 8, 0)
     assert resolve(make_parts(), heads=1).counts == Counts(1, 8, 0)
     assert resolve(make_parts(), blocks=1).dropped == (3,)
     assert resolve(make_parts(), blocks=1, keep="blocks 3").dropped == (1,)
-    assert make_parts().predict(Counts(0, 8, 1), (3,)) == pytest.approx(0.5 + 3 * 0.1)
+    assert make_parts().predict(Counts(0, 8, 1), (3,)) == pytest.approx(0.5 + UNITS_HOPE * 3 * 0.1)
     assert resolve(make_parts(), refit=False).refit is False
     few = make_parts().model_copy(
         update={"shape": SHAPE.model_copy(update={"neurons": Units(units=48, cost=2, options=[0, 8])})}
@@ -60,7 +63,8 @@ def test_zeros_are_what_the_parts_hold() -> None:
         ({"blocks": 3}, 0.3, "3 blocks cannot go: 2 is the most here"),
         ({"blocks": 2}, 0.3, "30.00% of the weights cannot go with 2 whole blocks; with 1 blocks it can"),
         ({}, 0.01, "1.00% of the weights cannot go with 0 whole blocks; other sparsities may"),
-        ({"heads": 2}, 0.3, "2 groups of heads cannot go of every block; with 0 blocks, 0, 1 can"),
+        ({"heads": 2}, 0.3, "2 groups of heads cannot go of every block; 0, 1 can"),
+        ({"heads": 2, "blocks": 0}, 0.3, "2 groups of heads cannot go of every block; with 0 blocks, 0, 1 can"),
         ({"blocks": 1, "keep": "blocks 9"}, 0.3, "selector 'blocks 9' means no layer; .*"),
     ],
 )
