@@ -110,7 +110,7 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
         if config.takes_parts
         else [
             f"a trial takes {budget.trial:,}",
-            "a probe as many as it measures on, for each plan",
+            "a probe as many as it measures on, for each plan, which that plan's own trial need not take again",
             f"statistics sequential {count_in_order(['sequential'], config):,} more, stages "
             f"{count_in_order(['stages'], config):,}, once for a plan, probed or tried",
             *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),

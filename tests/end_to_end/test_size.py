@@ -64,9 +64,9 @@ def test_by_rule_to_a_smaller_stock_model(easy: Path, tiny_llama: Path) -> None:
 
 
 def test_a_cut_that_hurts_is_rolled_back_bit_for_bit_and_the_step_halved(
-    tiny_llama: Path, tmp_path: Path, command: Command
+    trained_llama: Path, tmp_path: Path, command: Command
 ) -> None:
-    given = ["--name", "run", "--model", str(tiny_llama), *TINY, "--target-size", "0.6", "--tau", "0.000001"]
+    given = ["--name", "run", "--model", str(trained_llama), *TINY, "--target-size", "0.6", "--tau", "0.000001"]
     assert command(*given, "--max-iterations", "2").code == 0
     run = tmp_path / "runs" / "run"
     first, second = read_state(run).trials
@@ -77,7 +77,7 @@ def test_a_cut_that_hurts_is_rolled_back_bit_for_bit_and_the_step_halved(
         summary = read_summary(run)
         assert summary["status"] == "short-of-target" and "cut" not in summary
         kept = transformers.AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
-        dense = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
+        dense = transformers.AutoModelForCausalLM.from_pretrained(trained_llama).state_dict()
         assert all(torch.equal(kept[name], dense[name]) for name in dense)
 
 

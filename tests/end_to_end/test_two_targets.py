@@ -90,15 +90,17 @@ def test_again_nothing_is_left_to_do_and_another_target_is_refused(
     assert "exists already" in capsys.readouterr().err
 
 
-def test_both_are_replayed(easy: Path) -> None:
-    assert run_here("--replay", "run", "--name", "again", "--runs-dir", str(easy)) == 0
+def test_both_are_replayed_and_shown_live_at_one_address(easy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("--replay", "run", "--name", "again", "--serve", "0", "--runs-dir", str(easy)) == 0
+    pages = [line for line in capsys.readouterr().out.splitlines() if line.startswith("live page: ")]
+    assert len(pages) == 2 and len({*pages}) == 1
     for name, other in (("again", "run"), ("again-zeros", "run-zeros")):
         assert_same_weights(easy / name, easy / other)
 
 
-def test_short_of_its_size_no_zeros_are_set(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+def test_short_of_its_size_no_zeros_are_set(trained_llama: Path, tmp_path: Path, command: Command) -> None:
     short = ("--target-size", "0.6", "--target-sparsity", "0.4", "--tau", "0.000001", "--max-iterations", "1")
-    outcome = command("--name", "run", "--model", str(tiny_llama), *TINY, *short)
+    outcome = command("--name", "run", "--model", str(trained_llama), *TINY, *short)
     assert outcome.code == 0 and "run run is short of its target, and no zeros are set" in outcome.out
     assert not (tmp_path / "runs" / "run-zeros").exists()
 

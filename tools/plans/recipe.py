@@ -114,7 +114,8 @@ class Recipe(BaseModel):
     )
     statistics: Statistics = Field(
         METHODS["refit"].statistics,
-        description="What the layers' inputs are taken from. dense: the dense model. sequential: block by block, "
+        description="What the layers' inputs are taken from; survivors are fitted to what the dense layer makes of "
+        "them. dense: the dense model. sequential: block by block, "
         "behind pruned predecessors; two more forwards of the calibration text. stages: within blocks, too (q, k, v; "
         f"o; gate, up; down), a pass of the block for each and one more, counted as {STAGES + 1} forwards. Left out: "
         f"sequential for {name_sequential(LEVERS.values())}, as published, else dense.",
