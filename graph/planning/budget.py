@@ -55,6 +55,11 @@ class TokenBudget:
         """How many trials of plans that cost nothing else are left; inf without a cap."""
         return max(self.left, 0) // self.trial if self.left < math.inf else math.inf
 
+    def count_rest(self, probing: int = 0) -> int:
+        """Tokens of the cheapest trial that the round can end with, once plans were probed on so many each: that of a
+        probed plan, which is measured on the rest alone."""
+        return max(0, self.trial - max([probing, *(known.tokens for known in self.probed)]))
+
     def count_rounds(self, done: int) -> int:
         """How many rounds there may be in all, where so many are done: as many as rounds and tokens allow."""
         return int(min(self.config.max_iterations, done + self.trials_left))
@@ -70,17 +75,18 @@ class TokenBudget:
 
     def spend(self, what: str, costs: Mapping[str, int]) -> None:
         """As `pay`, before it is spent by choice. Raises ValueError when the trial that follows would go over."""
-        tokens, left = self.count_new(costs), self.left - self.trial
+        tokens, left = self.count_new(costs), self.left - self.count_rest()
         if tokens and tokens > left:
             raise ValueError(f"{what} takes {tokens:,} tokens, and {max(left, 0):,.0f} are left beside the trial")
         self.pay(costs)
 
     def book(self, tokens: int, orders: Sequence[WorkOrder] = ()) -> None:
-        """Count the tokens of a probe that measures these orders. Raises ValueError as `spend`."""
+        """Count the tokens of a probe that measures these orders, each on as many. Raises ValueError as `spend`."""
         costs: dict[str, int] = {}
         for order in orders:
             costs |= list_order_costs(order, self.config)
-        total, left = tokens + self.count_new(costs), self.left - self.trial
+        rest = self.count_rest(tokens // len(orders) if orders else 0)
+        total, left = tokens + self.count_new(costs), self.left - rest
         if total > left:
             raise ValueError(f"a probe of {total:,} tokens is too much: {max(left, 0):,.0f} are left beside the trial")
         self.tokens += tokens
@@ -106,13 +112,14 @@ class TokenBudget:
         if plan.reprofile:
             extra += count_profile(self.config)
         extra += count_new_tokens(self.config, len(list_unwritten(plan, self.config)), accepted=True)
-        if not extra or self.trial + extra <= self.left:
+        trial = self.trial - next((known.tokens for known in self.probed if known.order == order.id), 0)
+        if trial + extra <= self.left:
             return ""
         polish = "polish, " if self.config.polish_tokens else ""
         new = "new_texts, " if plan.new_texts else ""
         new += "a mix with questions, " if plan.recipe.mix and self.config.mixes_questions else ""
         return (
-            f"the plan takes {self.trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
+            f"the plan takes {trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
             f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential or stages, tokens "
             f"weighted, curves method, {polish}{new}or reprofile)"
         )

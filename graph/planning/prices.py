@@ -45,6 +45,8 @@ class Price:
     tokens: int
     seconds: float
     """As far as work like it was measured in this run, or foreseen; the rest counts nothing."""
+    each: int = 0
+    """Tokens that each plan is measured on, and need not be by its trial."""
 
 
 def price_drafts(
@@ -68,7 +70,7 @@ def price_drafts(
     curves = {name_measuring_curves(recipe): 0.0 for plan in plans for recipe in situation.orders.list_unknown(plan)}
     walk = count_walk(budget.config) * pace
     seconds += sum(paces.get(name, walk) for name in curves)
-    return Price(measured + budget.count_new(costs), seconds)
+    return Price(measured + budget.count_new(costs), seconds, tokens if plans else 0)
 
 
 def _expect_pruning(order: WorkOrder, config: RunConfig, paces: Paces) -> float:
@@ -86,7 +88,7 @@ def _expect_pruning(order: WorkOrder, config: RunConfig, paces: Paces) -> float:
 def refuse_dear(price: Price, budget: TokenBudget, seconds_left: float) -> None:
     """Raises ValueError in one line where a call takes more tokens than are left beside the trial that follows it, or
     more seconds than are left."""
-    tokens_left = max(budget.left - budget.trial, 0)
+    tokens_left = max(budget.left - budget.count_rest(price.each), 0)
     if price.tokens <= tokens_left and price.seconds <= seconds_left:
         return
     takes, left = list[str](), list[str]()

@@ -73,7 +73,7 @@ def create_run(
         if second:
             made["second"] = second.model_dump(mode="json")
         mark = uuid.uuid4().hex
-        begun = config.model_dump(mode="json", exclude=set(CHANGEABLE))
+        begun = config.model_dump(mode="json", exclude={*CHANGEABLE, *_unsaid(config)})
         write_sealed(record, {**made, "mark": mark, "log": log or mark, "config": begun}, record.name)
     except OSError as error:
         raise UserError(f"run directory {directory} cannot be written: {error.strerror}") from error
@@ -82,7 +82,13 @@ def create_run(
 
 def write_config(directory: Path, config: RunConfig) -> None:
     """Write a run's `config.yaml`."""
-    write_text(directory / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+    values = config.model_dump(exclude=_unsaid(config))
+    write_text(directory / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _unsaid(config: RunConfig) -> set[str]:
+    """Options that a run's files leave out: beside a size or a speed a sparsity would ask for zeros as well."""
+    return {"target_sparsity"} if config.takes_parts else set()
 
 
 def _is_unborn(directory: Path) -> bool:

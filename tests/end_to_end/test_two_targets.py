@@ -98,6 +98,13 @@ def test_both_are_replayed_and_shown_live_at_one_address(easy: Path, capsys: pyt
         assert_same_weights(easy / name, easy / other)
 
 
+def test_the_config_of_the_first_asks_for_no_zeros(easy: Path) -> None:
+    again = ("--config", str(easy / "run" / "config.yaml"), "--name", "cut-alone", "--runs-dir", str(easy))
+    assert run_here(*again) == 0
+    assert_same_weights(easy / "cut-alone", easy / "run")
+    assert not (easy / "cut-alone-zeros").exists()
+
+
 def test_short_of_its_size_no_zeros_are_set(trained_llama: Path, tmp_path: Path, command: Command) -> None:
     short = ("--target-size", "0.6", "--target-sparsity", "0.4", "--tau", "0.000001", "--max-iterations", "1")
     outcome = command("--name", "run", "--model", str(trained_llama), *TINY, *short)

@@ -15,6 +15,7 @@ from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG, plan_refinements
 from graph.state import State
 from tests.situations import make_situation, make_trial
+from tools.instruments.probed import Probed
 from tools.plans.costs import count_in_order, count_profile, count_walk, list_curve_costs
 from tools.plans.methods import Statistics
 from tools.plans.mix import mix_questions
@@ -58,8 +59,6 @@ def test_a_probe_leaves_the_tokens_of_the_trial() -> None:
 
 def test_a_probe_with_sequential_statistics_counts_their_walk_once_for_each_order() -> None:
     budget, order = make_budget(0, 1000), make_order(statistics="sequential")
-    with pytest.raises(ValueError, match=r"^a probe of 896 tokens is too much: 808 are left beside the trial$"):
-        budget.book(384, [order])
     budget.book(64, [order, make_order()])
     assert budget.tokens == 64 + SEQUENTIAL
     budget.book(64, [order])
@@ -67,6 +66,23 @@ def test_a_probe_with_sequential_statistics_counts_their_walk_once_for_each_orde
     state = State(config=CONFIG, evaluated_tokens=budget.tokens, counted=budget.counted)
     plan = Plan(sparsity=0.45, recipe=Recipe(statistics="sequential", curves="mask"))
     assert charge(state, plan, order) == {"evaluated_tokens": budget.tokens, "counted": budget.counted}
+
+
+def test_beside_a_probe_only_the_rest_of_its_plans_trial_is_kept() -> None:
+    order, other = make_order(statistics="sequential"), make_order()
+    with pytest.raises(ValueError, match=r"^a probe of 640 tokens is too much: 616 are left beside the trial$"):
+        make_budget(0, 680).book(128, [order])
+    budget = make_budget(0, 704)  # the trial of that plan measures 64 more
+    budget.book(128, [order])
+    budget.probed.append(Probed(order=order.id, checkpoint="x", sparsity=0.45, tokens=128, losses={}, windows=[0, 2]))
+    assert budget.left == 64 and budget.count_rest() == 64
+    plan = Plan(sparsity=0.45, recipe=Recipe(statistics="sequential", curves="mask"))
+    assert budget.refuse(plan, order) == ""
+    assert budget.refuse(Plan(sparsity=0.45, recipe=STRONG), other).startswith(
+        f"the plan takes {TRIAL} tokens through the model, 0 of them beside its trial, and 64 are left; "
+    )
+    with pytest.raises(ValueError, match=r"^a probe of 1 tokens is too much: 0 are left beside the trial$"):
+        budget.book(1, [other])
 
 
 def test_without_a_limit_everything_is_counted() -> None:

@@ -87,7 +87,7 @@ def test_a_graft_takes_layers_with_their_recipes_and_zeros() -> None:
     assert len({order.id, *(other.id for other in others)}) == 3
     budget = TokenBudget(RunConfig(), 0, 100)
     assert budget.list_costs(weighed, order) == {}
-    assert price_drafts([weighed], 64, situation, budget) == Price(64, 0)
+    assert price_drafts([weighed], 64, situation, budget) == Price(64, 0, 64)
     assert situation.orders.list_unknown(weighed) == []
 
 

@@ -42,9 +42,9 @@ def situate(*, exact: bool) -> Situation:
 def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before() -> None:
     budget, walk = make_budget(paces=PACES), count_in_order(["sequential"], CONFIG)
     one = price_drafts([WALKED], 128, situate(exact=True), budget)
-    assert one == Price(128 + count_walk(CONFIG) + walk, 1.28 + 7)
+    assert one == Price(128 + count_walk(CONFIG) + walk, 1.28 + 7, 128)
     both = price_drafts([WALKED, MASK], 128, situate(exact=False), budget)
-    assert both == Price(one.tokens + 128, 2.56 + 7 + 3), "nobody knows yet how long a mask alone takes"
+    assert both == Price(one.tokens + 128, 2.56 + 7 + 3, 128), "nobody knows yet how long a mask alone takes"
     assert price_drafts([WALKED], 0, situate(exact=False), budget) == Price(count_walk(CONFIG), 3), "a prediction"
     budget.pay(budget.list_costs(WALKED, situate(exact=True).orders.draft(WALKED)))
     assert price_drafts([WALKED], 64, situate(exact=True), budget).tokens == 64, "what is paid for is not paid again"
@@ -53,7 +53,7 @@ def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before(
     order = situate(exact=True).orders.draft(MASK)
     budget.probed.append(Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, windows=[0]))
     prices = [price_drafts([MASK], tokens, situate(exact=True), budget) for tokens in (64, 128)]
-    assert prices == [Price(0, 0), Price(128, 1.28)], "what was probed on as much text is read back"
+    assert prices == [Price(0, 0), Price(128, 1.28, 128)], "what was probed on as much text is read back"
 
 
 def test_what_is_beyond_what_is_left_is_refused_with_its_price() -> None:
