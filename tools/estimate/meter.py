@@ -37,16 +37,25 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation of torch."""
         kwargs = kwargs or {}
-        given = {tensor.untyped_storage()._cdata for tensor in _find_tensors((args, kwargs))}
         result = function(*args, **kwargs)
-        for tensor in _find_tensors(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given:
-                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._live = {key: item for key, item in self._live.items() if not item[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        if made := self._find_made(result, (args, kwargs)):  # only then can more be alive than ever before
+            self._live = {key: item for key, item in self._live.items() if not item[0].expired()} | made
+            self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         self.flops += _count_flops(function, args, kwargs, result)
         return result
+
+    def _find_made(self, result: Any, given: Any) -> dict[int, tuple[StorageWeakRef, int]]:
+        """The memory of a result that no tensor before it lies in."""
+        storages = {
+            storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in _find_tensors(result))
+        }
+        # A reference, weak as it is, keeps an address from being used again: what is known is no new memory.
+        if not (storages.keys() - self._live.keys()):
+            return {}
+        known = self._live.keys() | {tensor.untyped_storage()._cdata for tensor in _find_tensors(given)}
+        return {
+            key: (StorageWeakRef(storage), storage.nbytes()) for key, storage in storages.items() if key not in known
+        }
 
 
 def _count_flops(function: Any, args: Any, kwargs: Any, result: Any) -> int:

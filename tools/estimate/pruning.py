@@ -8,6 +8,7 @@ another, beside a part that all of them share.
 Shape suffixes: O output features, I input features.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -67,12 +68,10 @@ def count_layer(forms: Iterable[Form], dtype: torch.dtype, methods: Iterable[str
 def _count_form(form: Form, dtype: torch.dtype, recipes: Sequence[Recipe]) -> Held:
     small = _shrink(form, 1)
     growth = form[0] * form[1] / (small[0] * small[1])
-    weight_OI, statistics = make_weight(small, dtype), make_statistics(small[1])
-    pruned, levels = 0, 0
-    for recipe in recipes:
-        pruned = max(pruned, _meter(_prune, recipe, weight_OI, statistics).peak)
-        levels = max(levels, _meter(_cut, recipe, weight_OI, statistics).peak)
-    curve = _meter_curve(weight_OI, statistics).peak
+    pruned, levels = (
+        max(_count_small(recipe, small, dtype, levels=levels).peak for recipe in recipes) for levels in (False, True)
+    )
+    curve = _meter_curve(make_weight(small, dtype), make_statistics(small[1])).peak
     return Held(*(round(growth * peak) for peak in (pruned, levels, curve)))
 
 
@@ -151,9 +150,22 @@ def _meter_curve(weight_OI: Tensor, statistics: LayerStatistics) -> Meter:
 def count_flops(recipe: Recipe, form: Form, *, levels: bool = False) -> float:
     """Of the products of pruning one layer, once or to all of LEVELS."""
     small = _shrink(form, recipe.group[1] if recipe.group else 1)
-    weight_OI, statistics = make_weight(small, torch.float32), make_statistics(small[1])
+    flops = _count_small(recipe, small, torch.float32, levels=levels).flops
+    return flops * (form[0] * form[1] ** 2) / (small[0] * small[1] ** 2)
+
+
+class _Counted(NamedTuple):
+    peak: int
+    """Bytes."""
+    flops: int
+
+
+@functools.cache  # many forms have one small one, and what is held and what is multiplied are counted at once
+def _count_small(recipe: Recipe, small: Form, dtype: torch.dtype, *, levels: bool) -> _Counted:
+    """Of a layer that is pruned, once or to all of LEVELS."""
+    weight_OI, statistics = make_weight(small, dtype), make_statistics(small[1])
     meter = _meter(_cut if levels else _prune, recipe, weight_OI, statistics)
-    return meter.flops * (form[0] * form[1] ** 2) / (small[0] * small[1] ** 2)
+    return _Counted(meter.peak, meter.flops)
 
 
 # --- seconds -------------------------------------------------------------------------------------------------------
