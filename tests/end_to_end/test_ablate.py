@@ -3,20 +3,40 @@
 import csv
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from graph.ablate import main
-from tests.end_to_end.helpers import ROOT, TINY, at_home, read_run_config, read_summary
+from graph.ablation import graph_arms
+from tests.end_to_end.helpers import ROOT, TINY, at_home, end_forks, fork, read_run_config, read_summary
 from tests.named import WEIGHTS, flag_texts
 from tests.openai_server import OpenAIServer
 
 SMALL = TINY[: TINY.index("--patience")]
 """What of these flags is about the model's texts."""
 PLANS: list[dict[str, Any]] = [{"sparsity": 0.45, "recipe": {"method": "two-sided", "refit": False}}]
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs begin in milliseconds, in forks of a process that has imported everything."""
+
+    def run(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
+        python, *module = command[:3]
+        assert (python, module) == (sys.executable, ["-m", "graph.run"])
+        done = fork(Path.cwd(), *command[3:], **os.environ).finish()
+        return subprocess.CompletedProcess(command, done.code, done.out, done.err)
+
+    monkeypatch.setattr(graph_arms.subprocess, "run", run)
+    yield
+    end_forks()
 
 
 def test_runs_of_the_graph_are_rows(
@@ -47,10 +67,8 @@ def test_runs_of_the_graph_are_rows(
         assert Path("ablate/ablate.json").read_bytes() == written
 
 
-def test_every_figure_is_told_for_each_named_text(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+@pytest.mark.usefixtures("forked")
+def test_every_figure_is_told_for_each_named_text(tiny_llama: Path, tmp_path: Path) -> None:
     texts = flag_texts(tmp_path)
     flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "1", "--evaluated-tokens", "800", *texts]
     with at_home(tmp_path):
@@ -80,10 +98,10 @@ def test_a_goal_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_that_stops_is_named_and_can_be_gone_on_with(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "0", "--evaluated-tokens", "200"]
     with at_home(tmp_path), OpenAIServer(PLANS) as server:
         chat = ["--arms", "chat-alone", "--planner", server.planner("unauthorized")]

@@ -170,21 +170,18 @@ def test_every_method_with_every_allocation(tiny_llama: Path, tmp_path: Path, co
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_plot")
 def test_a_real_process_is_stopped_by_ctrl_c_and_goes_on(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
     recipes = [f"{method}:{allocation}" for method in ALL_METHODS[:3] for allocation in ("uniform", "kappa")]
     flags = ("--model", str(tiny_llama), *FLAGS, "--recipes", ",".join(recipes), "--out")
-
-    def start(out: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tools.compare", *flags, out],
-            cwd=tmp_path,
-            env=python_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    process = start("stopped")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "tools.compare", *flags, "stopped"],
+        cwd=tmp_path,
+        env=python_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         file = tmp_path / "stopped" / "compare.json"
         wait_for(lambda: file.is_file() and len(read_rows(file.parent)) >= 2, seconds=300)
@@ -195,9 +192,8 @@ def test_a_real_process_is_stopped_by_ctrl_c_and_goes_on(tiny_llama: Path, tmp_p
     assert process.returncode == 1 and said.startswith("stopped; ")
     before = read_rows(file.parent)
     assert 2 <= len(before) < len(recipes)
-    done = start("stopped")
-    assert (done.communicate(timeout=600)[1], done.returncode) == ("", 0)
-    whole = command(*flags, "whole")
-    assert (whole.err, whole.code) == ("", 0)
+    for out in ("stopped", "whole"):
+        done = command(*flags, out)
+        assert (done.err, done.code) == ("", 0)
     assert read_rows(file.parent)[: len(before)] == before
     assert lasting(read_rows(file.parent)) == lasting(read_rows(tmp_path / "whole"))
