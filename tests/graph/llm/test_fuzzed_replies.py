@@ -41,7 +41,7 @@ from tools.workbench.bench import Workbench
 from tools.workbench.open import use_workbench
 from tools.workbench.store import DENSE
 
-CONVERSATIONS = int(os.environ.get("FUZZED_REPLIES", "150"))
+CONVERSATIONS = int(os.environ.get("FUZZED_REPLIES", "100"))
 CALLS = 3
 CONFIG = RunConfig(
     planner="openai:fuzz@http://127.0.0.1:1/v1",
