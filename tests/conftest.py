@@ -1,5 +1,6 @@
 """Shared fixtures. No test reaches a hub: models and texts are made here or come with Python."""
 
+import gc
 import math
 import os
 import signal
@@ -23,6 +24,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("billhook", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("billhook")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collections_are_short() -> None:
+    """Spare the collector what is imported by now: whatever lets go of a model ends with a full collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

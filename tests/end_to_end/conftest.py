@@ -1,27 +1,41 @@
 """Fixtures of whole runs."""
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.helpers import TINY, Outcome, at_home, end_forks, run_apart, run_here, train_tiny_model
+from tests.end_to_end.helpers import (
+    TINY,
+    Outcome,
+    at_home,
+    end_forks,
+    leave_out_figures,
+    run_apart,
+    run_here,
+    train_tiny_model,
+)
 from tools.workbench import bench
 
 Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imports_are_kept() -> None:
-    """Spare the collector what is imported: each run in this process ends with a full collection."""
+def imports_come_first() -> None:
+    """What runs import is no part of what the collector looks through, nor of what a test waits for."""
     import datasets
     import transformers.models.llama.modeling_llama
 
     assert datasets and transformers
-    gc.collect()
-    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_figures() -> Iterator[None]:
+    """Reports without figures, which take a third of a tiny run; files that look at them have this do nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_figures(patch.setattr)
+        yield
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ from tools.base import rundir
 from tools.base.progress import Stopped, heed_stop
 from tools.base.rundir import LAST, RUNS_DIR_VARIABLE, unlock_run
 from tools.base.seals import split_line
+from tools.results.page import page
 from tools.texts.windows import cut_windows
 from tools.workbench import open as workbench
 
@@ -100,6 +101,11 @@ def run_apart(home: Path, *arguments: str) -> Path:
     with at_home(home):
         assert run_here(*arguments) == 0
     return home / "runs" / "run"
+
+
+def leave_out_figures(patch: Callable[[Any, str, Any], None]) -> None:
+    """Have reports drawn as those of runs without a trial are."""
+    patch(page, "draw_figures", lambda *_: page.Figures(None, None, None, None, None))
 
 
 def let_go() -> None:
@@ -277,6 +283,7 @@ def _work(directory: Path, arguments: tuple[str, ...], halt: Halt | None, enviro
         os.dup2(file, number)
     torch.set_num_threads(1)
     gc.freeze()  # as in this process: a run ends with a full collection
+    leave_out_figures(setattr)
     if halt:
         halt.arm()
     sys.exit(main(list(arguments)))

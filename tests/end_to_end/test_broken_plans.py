@@ -34,6 +34,11 @@ SAID = "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
 Break = Callable[..., list[Recipe]]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_figures() -> None:
+    """Reports of these runs have their figures."""
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "run"

@@ -35,6 +35,11 @@ BRIEF: dict[str, Any] = {
 PLAN: dict[str, Any] = {"sparsity": 0.45, "reason": "To the target."}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_figures() -> None:
+    """Reports of these runs have their figures."""
+
+
 def answer(body: dict[str, Any]) -> dict[str, Any]:
     """What a planner says that reads the goal."""
     return BRIEF if "The goal:\n<data goal>" in body["messages"][1]["content"] else PLAN

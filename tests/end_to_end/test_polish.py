@@ -26,6 +26,11 @@ from tools.results.sentences import list_outcome
 TOKENS = 64 * 120
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_figures() -> None:
+    """Reports of these runs have their figures."""
+
+
 @pytest.fixture(scope="module")
 def polishing(trained_llama: Path) -> list[str]:
     model = ("--name", "run", "--model", str(trained_llama), *TINY)

@@ -34,6 +34,11 @@ from tools.texts.windows import cut_windows
 KINDS = [*((architecture, "fp32") for architecture in ARCHITECTURES), ("llama", "bf16"), ("llama", "fp16")]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_figures() -> None:
+    """Reports of these runs have their figures."""
+
+
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory of a finished run."""

@@ -20,6 +20,11 @@ from tests.graph.show.test_live import Terminal, read_told
 from tools.base.rundir import LAST, append_event
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_figures() -> None:
+    """Reports of these runs have their figures."""
+
+
 def find_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -25,6 +25,11 @@ from tests.openai_server import OpenAIServer
 SIZE = ("--target-size", "0.75", "--tau", "9")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_figures() -> None:
+    """Reports of these runs have their figures."""
+
+
 def flags(model: Path, *more: str) -> list[str]:
     return ["--name", "run", "--model", str(model), *TINY, *SIZE, *more]
 

@@ -27,6 +27,11 @@ from tools.workbench.open import close_workbench
 MORE = ("--target-sparsity", "0.5", "--max-iterations", "4", "--further-windows", "3", "--tau", "9")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_figures() -> None:
+    """Reports of these runs have their figures."""
+
+
 @pytest.fixture(scope="module")
 def naming(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     texts = flag_texts(tmp_path_factory.mktemp("texts"))
