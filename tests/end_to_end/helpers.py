@@ -290,11 +290,12 @@ def _work(directory: Path, arguments: tuple[str, ...], halt: Halt | None, enviro
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Poll until the condition holds; its value."""
-    end = time.monotonic() + seconds
+    """Poll until the condition holds, the less often the longer it takes; its value."""
+    begin = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
+        waited = time.monotonic() - begin
+        assert waited < seconds, "waited in vain"
+        time.sleep(min(0.005 + waited / 50, 0.05))  # what is waited for has the processor meanwhile
     return value
 
 
