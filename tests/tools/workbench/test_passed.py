@@ -31,6 +31,7 @@ from tools.models.disk import list_disk, plan_disk
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
+from tools.workbench.open import close_workbench
 from tools.workbench.store import DENSE
 
 BLOCKS = 4
@@ -82,15 +83,25 @@ def make_all(bench: Workbench, labels: tuple[str, ...]) -> dict[str, Any]:
     return made
 
 
+@pytest.fixture(scope="module")
+def made_of_kept(deep_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a workbench makes that keeps its second moments."""
+    bench = open_bench(tiny_settings(deep_llama), tmp_path_factory.mktemp("kept"))
+    made = make_all(bench, LABELS)
+    assert count_kept(bench) > 0
+    close_workbench()
+    return made
+
+
 @pytest.mark.parametrize("workers", [False, True])
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_they_come_to_the_bits_of_those_that_are_kept(kept: Workbench, at_once: int, workers: bool) -> None:
-    settings, expected = kept.settings, make_all(kept, LABELS)
-    assert count_kept(kept) > 0
-    small = open_small(settings, kept, at_once)
+def test_they_come_to_the_bits_of_those_that_are_kept(
+    made_of_kept: dict[str, Any], kept: Workbench, at_once: int, workers: bool
+) -> None:
+    small = open_small(kept.settings, kept, at_once)
     if workers:
         join_team(small)
-    assert make_all(small, LABELS) == expected
+    assert make_all(small, LABELS) == made_of_kept
     assert count_kept(small) == 0
 
 
