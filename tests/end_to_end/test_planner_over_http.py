@@ -298,6 +298,16 @@ def plan_after_a_probe(body: Body) -> Body:
     return plan if "<data tool probe>" in text else {"tool": "probe", "arguments": {"plan": plan, "tokens": 64}}
 
 
+@pytest.fixture(scope="module")
+def probed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a probe that nothing happened to."""
+    home = tmp_path_factory.mktemp("probed")
+    with OpenAIServer(plan_after_a_probe) as server:
+        easy = fork(home, *flags(tiny_llama, server, "fine", "--no-memory"), NO_PROXY="127.0.0.1").finish()
+    assert easy.code == 0, easy.out
+    return home / "runs" / "run"
+
+
 @pytest.mark.parametrize(
     "halt",
     [
@@ -307,14 +317,15 @@ def plan_after_a_probe(body: Body) -> Body:
     ],
     ids=lambda halt: halt.target.rsplit(".", 1)[-1],
 )
-def test_a_run_killed_in_a_probe_ends_as_if_it_had_not_been(halt: Halt, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_a_probe_ends_as_if_it_had_not_been(
+    halt: Halt, probed: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
     with OpenAIServer(plan_after_a_probe) as server:
         given = flags(tiny_llama, server, "fine", "--no-memory")
-        easy = fork(tmp_path, "--runs-dir", "easy", *given, NO_PROXY="127.0.0.1").finish()
         killed = fork(tmp_path, *given, halt=halt, NO_PROXY="127.0.0.1").finish()
         resumed = fork(tmp_path, "--resume", "run", NO_PROXY="127.0.0.1").finish()
-    assert (easy.code, killed.code, resumed.code) == (0, -9, 0), easy.out + killed.out + resumed.out
-    runs = tmp_path / "easy" / "run", tmp_path / "runs" / "run"
+    assert (killed.code, resumed.code) == (-9, 0), killed.out + resumed.out
+    runs = probed, tmp_path / "runs" / "run"
     assert read_trials(runs[0]) == read_trials(runs[1])
     assert len({read_summary(run)["mask_sha256"] for run in runs}) == 1
     answers = [[tool["answer"] for tool in read_events(run, "tool")] for run in runs]
