@@ -69,7 +69,8 @@ def _count_form(form: Form, dtype: torch.dtype, recipes: Sequence[Recipe]) -> He
     small = _shrink(form, 1)
     growth = form[0] * form[1] / (small[0] * small[1])
     pruned, levels = (
-        max(_count_small(recipe, small, dtype, levels=levels).peak for recipe in recipes) for levels in (False, True)
+        max((_count_small(recipe, small, dtype, levels=levels).peak for recipe in recipes), default=0)
+        for levels in (False, True)
     )
     curve = _meter_curve(make_weight(small, dtype), make_statistics(small[1])).peak
     return Held(*(round(growth * peak) for peak in (pruned, levels, curve)))
