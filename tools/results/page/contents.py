@@ -10,7 +10,7 @@ from tools.base.words import show, show_seconds, show_size
 from tools.plans.layer_profile import predict_layer_kl
 from tools.results.page.figures import Cell, Prediction
 from tools.results.page.record import Layers, Record, Trial
-from tools.results.schema import Knowledge, Score, Summary
+from tools.results.schema import CutResult, Knowledge, Score, Summary
 from tools.results.sentences import describe_finalists, describe_result, relate_to_wanda, tell_spending
 
 OVERVIEW = ("sparsity", "perplexity", "dense", "uniform Wanda", "KL", "trials", "rolled back", "agents' tokens", "cost")
@@ -30,6 +30,11 @@ def find_target(record: Record) -> float | None:
     return float(target) if isinstance(target, int | float) and 0 < target < 1 else None
 
 
+def takes_parts(record: Record) -> bool:
+    """Whether whole parts go, in place of single weights."""
+    return any(record.config.get(field) for field in ("target_size", "target_speed"))
+
+
 def describe_run(record: Record) -> list[str]:
     """What happened, in three sentences or so."""
     kept, dense, target = record.kept, record.dense, find_target(record)
@@ -46,9 +51,9 @@ def describe_run(record: Record) -> list[str]:
         f"{undone} of them rolled back."
     ]
     if kept and changed and dense:
-        aim = f" (target {target:.2%})" if target else ""
+        aim, state = f" (target {target:.2%})" if target else "", "gone" if takes_parts(record) else "zero"
         said.append(
-            f"So far {kept.sparsity:.2%} of the prunable weights are zero{aim}, at a validation perplexity of "
+            f"So far {kept.sparsity:.2%} of the prunable weights are {state}{aim}, at a validation perplexity of "
             f"{show(kept.perplexity)}; dense {show(dense.perplexity)}."
         )
     elif dense:
@@ -66,17 +71,20 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
     target = find_target(record)
     aim = f"target {target:.2%}" if target else ""
     kept, dense, summary = record.kept, record.dense, record.summary
+    state = "Weights gone" if takes_parts(record) else "Zero weights"
     tiles = []
     if summary:
         p = summary.perplexity
-        tiles.append(("Zero weights", f"{summary.achieved_sparsity:.2%}", _say_of_what(aim, summary)))
+        tiles.append((state, f"{summary.achieved_sparsity:.2%}", _say_of_what(aim, summary)))
+        if summary.cut:
+            tiles += _list_gains(summary.cut)
         tiles.append(("Perplexity on test", show(p.pruned), f"dense {show(p.dense)}"))
         if (share := relate_to_wanda(p.dense, p.pruned, p.uniform_wanda)) is not None:
             tiles.append(("Perplexity lost", f"{share:.2f} ×", f"that of uniform Wanda ({show(p.uniform_wanda)})"))
         else:
             tiles.append(("Uniform Wanda", show(p.uniform_wanda), "at the same sparsity"))
     elif kept and dense:
-        tiles.append(("Zero weights so far", f"{kept.sparsity:.2%}", aim))
+        tiles.append((f"{state} so far", f"{kept.sparsity:.2%}", aim))
         tiles.append(("Validation perplexity", show(kept.perplexity), f"dense {show(dense.perplexity)}"))
     if kept and dense:
         error = f"± {kept.kl_error:.4f}, " if kept.kl_error else ""
@@ -85,6 +93,16 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
         undone = sum(t.verdict == "rollback" for t in record.trials)
         tiles.append(("Trials", str(len(record.trials)), f"{undone} rolled back"))
     return tiles
+
+
+def _list_gains(cut: CutResult) -> list[tuple[str, str, str]]:
+    """The tiles of what a cut made of the model."""
+    size, speed = (f"asked for {asked:.4g}" if asked else "" for asked in (cut.size, cut.speed))
+    times = cut.decoded_per_second / cut.dense_decoded_per_second
+    return [
+        ("Bytes", f"{cut.bytes / cut.dense_bytes:.2%}", size or "of the dense model's"),
+        ("Tokens/s decoded", f"{times:.2f} ×", speed or f"dense {cut.dense_decoded_per_second:.1f}"),
+    ]
 
 
 def _say_of_what(aim: str, summary: Summary) -> str:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.made_runs import write_run
-from tools.results.page.contents import find_costs, find_limits
+from tests.made_runs import add_round, begin_run, make_layers, write_run
+from tools.results.page.contents import describe_run, find_costs, find_limits, list_tiles
 from tools.results.page.record import read_run
+from tools.results.schema import CutResult
 
 
 def test_the_maps_are_of_the_weights_that_were_kept(tmp_path: Path) -> None:
@@ -19,3 +20,24 @@ def test_the_maps_are_of_the_weights_that_were_kept(tmp_path: Path) -> None:
     first, second = 1e-3 * 4 ** (1 / 3), 2 * 1e-4 * 10 ** (2 / 3)
     assert [cell.value for cell in costs] == pytest.approx([first, second, 2 * first, 1.5 * second])
     assert find_limits([record]) == pytest.approx((second, 2 * first))
+
+
+def test_of_a_cut_weights_are_gone_and_what_that_made_of_the_model_is_told(tmp_path: Path) -> None:
+    layers = make_layers()
+    run = begin_run(tmp_path / "cut", layers, target_size=0.8)
+    add_round(run, 1, "accept", layers, sparsity=0.25)
+    unfinished = read_run(run)
+    assert describe_run(unfinished)[1].startswith("So far 25.00% of the prunable weights are gone, at a validation")
+    assert list_tiles(unfinished)[0] == ("Weights gone so far", "25.00%", "")
+    cut = CutResult(
+        **{"size": 0.8, "speed": None, "heads": 0, "neurons": 8, "blocks": [], "dense_parameters": 10, "parameters": 8},
+        **{"dense_bytes": 100, "bytes": 81, "dense_decoded_per_second": 20.0, "decoded_per_second": 25.0},
+    )
+    summary = read_run(write_run(tmp_path / "demo")).summary
+    assert summary is not None
+    finished = unfinished.model_copy(update={"summary": summary.model_copy(update={"cut": cut})})
+    assert list_tiles(finished)[:3] == [
+        ("Weights gone", "45.00%", "target 45.00%"),
+        ("Bytes", "81.00%", "asked for 0.8"),
+        ("Tokens/s decoded", "1.25 ×", "dense 20.0"),
+    ]
