@@ -11,6 +11,7 @@ from graph.planning.verdict import Verdict, accepted_trial, heed_bounds, heed_fa
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial, same_sparsity
 from tools.base.errors import BrokenPlan
+from tools.instruments.probed import PastProbe
 from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
 from tools.measure.recall import Retention, compare_recall
 from tools.measure.texts import list_texts
@@ -30,17 +31,28 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     with open_bench(state, session) as bench:
         order = find_order(bench, state, session.progress)
         try:
-            trial = measure_trial(bench, state, order, session)
+            trial, evaluation = measure_trial(bench, state, order, session)
         except BrokenPlan as error:
             return record_breakage(state, order, str(error), session)
         paces = join_paces(dict(state.paces), bench.paces)
         session.emit("trial", **trial.model_dump())
+        probes = compare_probes(state, evaluation)
     tokens = state.evaluated_tokens + trial.tokens - state.probed.get(order.id, 0)  # measured and counted before
-    return {"trials": [trial], "evaluated_tokens": tokens, "paces": paces, "seconds": session.seconds}
+    found = {"evaluated_tokens": tokens, "paces": paces, "seconds": session.seconds}
+    return {"trials": [trial], "probes": probes, **found}
 
 
-def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: Session) -> Trial:
-    """Figures and verdict of the state's plan, whose order was carried out. Raises BrokenPlan."""
+def compare_probes(state: State, evaluation: Evaluation) -> list[PastProbe]:
+    """What earlier rounds are told of by probes, the best of this one beside its trial."""
+    if not state.probes:
+        return []
+    from tools.instruments.functions import compare_with_trial  # torch, imported by now
+
+    return compare_with_trial(state.probes, state.iteration, evaluation)
+
+
+def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: Session) -> tuple[Trial, Evaluation]:
+    """(figures and verdict of the state's plan, whose order was carried out; its losses). Raises BrokenPlan."""
     assert state.plan is not None, "plan runs first"
     # before an evaluation that may have to put other weights in; of a cut what whole units come nearest to
     sparsity = order.sparsity if order.cut else (counted := bench.count_zeros())[0] / counted[1]
@@ -61,7 +73,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
     texts, dense = list_texts(evaluation, kept), state.dense.texts if state.dense else []
     verdict, reason = heed_bounds(state.config.text_bounds, texts, dense, verdict, reason)
     verdict, reason = heed_facts(state.config.min_fact_retention, retention, verdict, reason)
-    return Trial(
+    trial = Trial(
         iteration=state.iteration,
         checkpoint=state.current,
         sparsity=sparsity,
@@ -87,6 +99,7 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         graft=state.plan.graft,
         seconds=round(session.elapsed, 3),
     )
+    return trial, evaluation
 
 
 def weigh(

@@ -53,6 +53,7 @@ def _describe_probe(probe: PastProbe) -> str:
     error = "" if probe.kl_error is None else f" +- {show_short(probe.kl_error)}"
     change = "" if probe.change is None else f"; {probe.change:+.3g} +- {show_short(probe.change_error)}"
     behind = f"; {probe.behind:+.3g} +- {show_short(probe.behind_error)} to {probe.best}" if probe.best else ""
+    trial = "" if probe.trial is None else f"; its round's trial {probe.trial:+.3g} +- {show_short(probe.trial_error)}"
     plan, number = quote_data(probe.plan, 120), f"probe {probe.number}, " if probe.number else ""
     kl = f"{show_short(probe.kl)}{error} on {probe.tokens}"
-    return f"{number}round {probe.iteration}: {plan}: {kl}{change}{behind}"
+    return f"{number}round {probe.iteration}: {plan}: {kl}{change}{behind}{trial}"

@@ -275,7 +275,7 @@ def test_a_probe_becomes_the_rounds_trial_and_one_too_dear_is_not_begun(
     first, second = read_events(run, "tool")
     assert [x["kl_minus_probe"].keys() for x in json.loads(first["answer"])["plans"]] == [{"2"}, {"1"}]
     assert re.fullmatch(
-        r"not begun: this call takes 576 tokens and \d+ s or more \(as far as is known\); 252 tokens are left beside "
+        r"not begun: this call takes 576 tokens and \d+ s or more \(as far as is known\); 444 tokens are left beside "
         r"the round's trial and \d+ s are left",
         json.loads(second["answer"])["error"],
     )

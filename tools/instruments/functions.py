@@ -236,10 +236,28 @@ def sum_up_probes(probed: Sequence[Probed], iteration: int, before: int) -> list
             change=x.change,
             change_error=x.change_error,
             **_compare_with_best(x, probed[best], before + best + 1),
+            **({"windows": x.windows, "losses": x.losses} if x is probed[best] else {}),
         )
         for number, x in enumerate(probed, before + 1)
         if x.line
     ]
+
+
+def compare_with_trial(past: Sequence[PastProbe], iteration: int, trial: Evaluation) -> list[PastProbe]:
+    """The same probes; the best of the round, whose losses were kept for that, beside the round's trial.
+
+    Nothing is told of it where the trial is what it probed, or one of the two was not finite.
+    """
+    told = []
+    for probe in past:
+        beside: Figures = {}
+        if probe.losses is not None and probe.iteration == iteration:
+            theirs, ours = Evaluation.model_validate(probe.losses), trial.take(probe.windows)
+            change, error = compare_kl(ours, theirs) if ours.finite and theirs.finite else (0.0, 0.0)
+            if change or error:
+                beside = {"trial": round_figure(change), "trial_error": round_figure(error)}
+        told.append(probe.model_copy(update={"windows": [], "losses": None, **beside}))
+    return told
 
 
 def _compare_with_best(probed: Probed, best: Probed, number: int) -> Figures:

@@ -47,6 +47,19 @@ class PastProbe(BaseModel):
     best: int = Field(0, description="Number of its round's best probe, where it is another and both are comparable.")
     behind: float | None = Field(None, description="KL minus that one's, paired.")
     behind_error: float | None = None
+    windows: list[int] = Field(
+        [],
+        exclude_if=operator.not_,
+        description="Of the best of its round, until that round's trial is measured: those of validation text that its "
+        "losses are of.",
+    )
+    losses: dict[str, Any] | None = Field(
+        None, exclude_if=operator.not_, description="Likewise, an `Evaluation` on these windows."
+    )
+    trial: float | None = Field(
+        None, exclude_if=lambda trial: trial is None, description="KL of its round's trial minus its own, paired."
+    )
+    trial_error: float | None = Field(None, exclude_if=lambda error: error is None)
 
 
 def count_probes(past: Sequence[PastProbe]) -> int:

@@ -373,6 +373,10 @@ def test_the_table_of_earlier_runs_is_short() -> None:
     assert "<data experience>" not in shown(make_first_situation())
 
 
+KEPT_ASIDE = {"windows", "losses"}
+"""Of a probe, and in no prompt."""
+
+
 def test_notes_and_probes_of_earlier_rounds_are_short_lines() -> None:
     note = Note(run="r", iteration=3, sparsity=0.45, pattern="", text="Clip less.", trials=[2, 3])
     assert describe_notes([note, note.model_copy(update={"trials": [2], "run": "s"})]).split("\n")[1:] == [
@@ -385,6 +389,8 @@ def test_notes_and_probes_of_earlier_rounds_are_short_lines() -> None:
     probe = PastProbe(iteration=2, plan="45.0% refit~sequential:kappa", tokens=2048, **figures)
     first = probe.model_copy(update={"kl": None, "kl_error": None, "change": None})
     probe = probe.model_copy(update={"number": 5, "best": 4, "behind": 0.0213, "behind_error": 0.0031})
+    beside = probe.model_copy(update={"best": 0, "trial": -0.0231, "trial_error": 0.0041})
+    assert describe_probes([beside]).split("\n")[2].endswith("; its round's trial -0.0231 +- 0.0041")
     assert describe_probes([first, probe]).split("\n")[1:] == [
         "<data probes>",
         "round 2: 45.0% refit~sequential:kappa: not finite on 2048",
@@ -521,6 +527,7 @@ def test_hostile_data_stays_in_its_block() -> None:
     ]
     lesson = Lesson(run=HOSTILE, iteration=1, selector=HOSTILE, factor=1.5, predicted=1, measured=2, text=HOSTILE)
     trial = KEPT.model_copy(update={"reason": HOSTILE, "plan": HOSTILE})
+    told = dict.fromkeys({*PastProbe.model_fields} - KEPT_ASIDE, 1)
     text = shown(
         make_first_situation(
             layers=layers,
@@ -528,7 +535,7 @@ def test_hostile_data_stays_in_its_block() -> None:
             config=RunConfig(protect=[HOSTILE.replace(",", "")]),
             trials=[trial],
             lessons=[lesson],
-            probes=[PastProbe.model_validate(dict.fromkeys(PastProbe.model_fields, 1) | {"plan": HOSTILE})],
+            probes=[PastProbe.model_validate(told | {"plan": HOSTILE})],
             experience=[Experience(levers=HOSTILE, model=HOSTILE, **FIGURES)],
             notes=[Note(run=HOSTILE, iteration=1, sparsity=0.4, pattern="", text=HOSTILE, trials=[1])],
         )

@@ -25,6 +25,7 @@ from tools.instruments.functions import (
     MAX_INSPECTED,
     Draft,
     Round,
+    compare_with_trial,
     inspect_layers,
     predict,
     probe,
@@ -215,6 +216,15 @@ def test_probes_are_told_apart_on_each_named_text_and_in_later_rounds(
         (12, 11, change, error),
     ]
     assert (past[2].number, past[2].best) == (13, 11)
+    assert [x.losses is not None for x in past] == [True, False, False], "of the best, until its round's trial"
+    kept = compare_with_trial(past, 4, read_probed(round_, 1))
+    assert all((x.losses, x.windows, x.trial) == (None, [], None) for x in kept), "the trial is what it probed"
+    whole = read_probed(round_, 1)
+    other = whole.model_copy(update={"kl": [kl + 0.25 + 0.01 * i for i, kl in enumerate(whole.kl)]})
+    told = compare_with_trial(past, 4, other)
+    assert (told[0].trial, told[0].trial_error) == tuple(round_figure(x) for x in compare_kl(other, whole))
+    assert [x.trial for x in told[1:]] == [None, None]
+    assert compare_with_trial(past, 5, other)[0].trial is None, "the trial of a later round, for this one had none"
 
 
 def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
