@@ -134,7 +134,8 @@ def find_second(work: Work, second: RunConfig) -> Work | None:
     else:
         cut, replay = read_told(work.directory), name_second(work.replay) if work.replay else ""
         if cut.summary is None or cut.summary.status != "finished":
-            print(f"run {work.name} is short of its target, and no zeros are set: see {work.directory / 'report.html'}")
+            undone = "no zeros are set, and nothing is pushed" if work.push else "no zeros are set"
+            print(f"run {work.name} is short of its target, and {undone}: see {work.directory / 'report.html'}")
             return None
         if replay and not ((runs_dir / replay / "run.json").is_file() and read_record(replay).plans):
             print(f"run {work.replay} has set no zeros in what stayed that could be repeated")
