@@ -32,7 +32,7 @@ def read_configs(flags: dict[str, Any], path: Path | None) -> tuple[RunConfig, R
     values = {**in_file, **given}
     first = {name: value for name, value in values.items() if name not in ONLY_SECOND}
     cuts = any(name in values for name in OF_CUTS) and check_config(first).takes_parts
-    asking = in_file if any(name in in_file for name in OF_CUTS) else {}
+    asking = in_file if any(in_file.get(name) for name in ("target_size", "target_speed")) else {}
     if not cuts or not any({**asking, **given}.get(name) for name in OF_ZEROS):
         return read_config(flags, path), None
     return check_config(first), check_config({name: value for name, value in values.items() if name not in OF_CUTS})

@@ -26,6 +26,7 @@ SIZE, ZEROS = {"target_size": "0.8"}, {"target_sparsity": "0.5"}
         (ZEROS | {"target_size": "0"}, "", False),
         (ZEROS | {"align": "16"}, "", False),
         (SIZE, "target_sparsity: 0.5", False),
+        (SIZE, "target_size: 0.0\ntarget_sparsity: 0.5", False),
     ],
 )
 def test_zeros_are_asked_for_beside_a_cut(flags: dict[str, Any], file: str, both: bool, tmp_path: Path) -> None:
