@@ -16,11 +16,17 @@ from tests.profiles import make_profile
 from tools.base.files import write_json
 from tools.base.rundir import append_event
 from tools.plans.layer_profile import LayerProfile
-from tools.results.schema import Perplexities, Protocol, Summary
+from tools.results.schema import CutResult, Perplexities, Protocol, Summary
 from tools.workbench.store import ArtifactStore
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj")
 PROTOCOL = Protocol(text="pydoc", tokens=4096, window=512, dtype="fp32", versions={"torch": "2.9.1", "python": "3.11"})
+
+CUT = CutResult(
+    **{"size": 0.8, "speed": None, "heads": 0, "neurons": 8, "blocks": [], "dense_parameters": 10, "parameters": 8},
+    **{"dense_bytes": 100, "bytes": 81, "dense_decoded_per_second": 20.0, "decoded_per_second": 25.0},
+)
+"""What a cut to 0.8 of the bytes came to."""
 
 
 def make_layers(blocks: int = 2, kinds: Sequence[str] = KINDS) -> list[LayerProfile]:

@@ -13,11 +13,11 @@ from graph.planning.orders import UNIFORM_WANDA, order_uniform
 from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State, same_sparsity
-from tools.base.errors import BrokenPlan, in_one_line
+from tools.base.errors import BrokenPlan, UserError, in_one_line
 from tools.base.files import write_text
 from tools.base.made import hash_files, read_made
 from tools.base.rundir import read_last_seal
-from tools.base.seals import BrokenSeal, write_sealed
+from tools.base.seals import write_sealed
 from tools.experiments.tasks import measure_checkpoints
 from tools.measure.losses import Evaluation
 from tools.measure.recall import Recall, compare_recall
@@ -177,7 +177,7 @@ def look_for_origin(model: str, protocol: Protocol, session: Session) -> Origin 
     """The run that cut the dense model, where one did; where its files cannot be read, that is told in its stead."""
     try:
         return find_origin(model, protocol)
-    except (BrokenSeal, ValueError) as error:
+    except UserError as error:
         session.warn(f"what the dense model was cut from is not told: {in_one_line(error, 200)}")
         return None
 

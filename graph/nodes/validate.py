@@ -38,8 +38,13 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         session.emit("trial", **trial.model_dump())
         probes = compare_probes(state, evaluation)
     tokens = state.evaluated_tokens + trial.tokens - state.probed.get(order.id, 0)  # measured and counted before
-    found = {"evaluated_tokens": tokens, "paces": paces, "seconds": session.seconds}
-    return {"trials": [trial], "probes": probes, **found}
+    return {
+        "trials": [trial],
+        "probes": probes,
+        "evaluated_tokens": tokens,
+        "paces": paces,
+        "seconds": session.seconds,
+    }
 
 
 def compare_probes(state: State, evaluation: Evaluation) -> list[PastProbe]:

@@ -117,11 +117,12 @@ class TokenBudget:
             return ""
         polish = "polish, " if self.config.polish_tokens else ""
         new = "new_texts, " if plan.new_texts else ""
+        known = "; or plan what was probed in this round" if self.probed else ""
         new += "a mix with questions, " if plan.recipe.mix and self.config.mixes_questions else ""
         return (
             f"the plan takes {trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
             f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential or stages, tokens "
-            f"weighted, curves method, {polish}{new}or reprofile)"
+            f"weighted, curves method, {polish}{new}or reprofile){known}"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graph.config import CHANGEABLE, NOT_OF_CUTS, RunConfig, check_config, read_config
+from graph.config import CHANGEABLE, NOT_OF_CUTS, RunConfig, check_config
 from graph.runs.directory import read_made_run
 from tools.base.options import read_environment, read_yaml
 from tools.base.settings import CutSettings
@@ -17,7 +17,8 @@ BEHIND = "-zeros"
 """Behind the name of the run that cuts."""
 OF_ZEROS = ("target_sparsity", "pattern")
 """Fields of which one beside a size or a speed asks for zeros as well."""
-OF_CUTS = ("target_size", "target_speed", *CutSettings.model_fields)
+TARGETS = ("target_size", "target_speed")
+OF_CUTS = (*TARGETS, *CutSettings.model_fields)
 ONLY_SECOND = frozenset({*OF_ZEROS, *NOT_OF_CUTS} - {"text"})
 """Fields that the first run has no use for. Named texts it would have, and refuses."""
 
@@ -31,10 +32,10 @@ def read_configs(flags: dict[str, Any], path: Path | None) -> tuple[RunConfig, R
     given = {**read_environment(RunConfig), **flags}
     values = {**in_file, **given}
     first = {name: value for name, value in values.items() if name not in ONLY_SECOND}
-    cuts = any(name in values for name in OF_CUTS) and check_config(first).takes_parts
-    asking = in_file if any(in_file.get(name) for name in ("target_size", "target_speed")) else {}
+    cuts = any(name in values for name in TARGETS) and check_config(first).takes_parts
+    asking = in_file if any(in_file.get(name) for name in TARGETS) else {}
     if not cuts or not any({**asking, **given}.get(name) for name in OF_ZEROS):
-        return read_config(flags, path), None
+        return check_config(values), None
     return check_config(first), check_config({name: value for name, value in values.items() if name not in OF_CUTS})
 
 

@@ -31,10 +31,11 @@ def imports_come_first() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_figures() -> Iterator[None]:
-    """Reports without figures, which take a third of a tiny run; files that look at them have this do nothing."""
+def no_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports without figures, which take a third of a tiny run, but in files that are marked as looking at them."""
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_figures(patch.setattr)
+        if request.node.get_closest_marker("figures") is None:
+            leave_out_figures(patch.setattr)
         yield
 
 

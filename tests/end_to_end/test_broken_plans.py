@@ -27,16 +27,13 @@ from tests.end_to_end.helpers import (
 from tests.openai_server import OpenAIServer
 from tools.plans.recipe import Recipe
 
+pytestmark = pytest.mark.figures
+
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 SINGULAR = ValueError("the second moment is not positive definite, not even with damping 100")
 SAID = "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
 
 Break = Callable[..., list[Recipe]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_figures() -> None:
-    """Reports of these runs have their figures."""
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from tests.named import write_texts
 from tests.openai_server import OpenAIServer
 from tools.workbench.written import Author
 
+pytestmark = pytest.mark.figures
+
 GOAL = "The calls must stay as they are; the prose may go."
 BRIEF: dict[str, Any] = {
     "reason": "code stands for the calls.",
@@ -33,11 +35,6 @@ BRIEF: dict[str, Any] = {
     "probes": ["alpha();\nbeta();\n"],
 }
 PLAN: dict[str, Any] = {"sparsity": 0.45, "reason": "To the target."}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_figures() -> None:
-    """Reports of these runs have their figures."""
 
 
 def answer(body: dict[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,9 @@ from tools.plans.costs import count_polish
 from tools.plans.recipe import Recipe
 from tools.results.sentences import list_outcome
 
+pytestmark = pytest.mark.figures
+
 TOKENS = 64 * 120
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_figures() -> None:
-    """Reports of these runs have their figures."""
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,9 @@ from tools.plans.costs import count_in_order
 from tools.results.page.page import write_page
 from tools.texts.windows import cut_windows
 
+pytestmark = pytest.mark.figures
+
 KINDS = [*((architecture, "fp32") for architecture in ARCHITECTURES), ("llama", "bf16"), ("llama", "fp16")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_figures() -> None:
-    """Reports of these runs have their figures."""
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)

@@ -19,10 +19,7 @@ from tests.end_to_end.helpers import read_events, wait_for
 from tests.graph.show.test_live import Terminal, read_told
 from tools.base.rundir import LAST, append_event
 
-
-@pytest.fixture(autouse=True, scope="module")
-def no_figures() -> None:
-    """Reports of these runs have their figures."""
+pytestmark = pytest.mark.figures
 
 
 def find_port() -> int:

@@ -22,12 +22,9 @@ from tests.end_to_end.helpers import (
 )
 from tests.openai_server import OpenAIServer
 
+pytestmark = pytest.mark.figures
+
 SIZE = ("--target-size", "0.75", "--tau", "9")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_figures() -> None:
-    """Reports of these runs have their figures."""
 
 
 def flags(model: Path, *more: str) -> list[str]:

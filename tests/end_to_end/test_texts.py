@@ -24,12 +24,9 @@ from tests.openai_server import OpenAIServer
 from tools.results.sentences import list_outcome
 from tools.workbench.open import close_workbench
 
+pytestmark = pytest.mark.figures
+
 MORE = ("--target-sparsity", "0.5", "--max-iterations", "4", "--further-windows", "3", "--tau", "9")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_figures() -> None:
-    """Reports of these runs have their figures."""
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from transformers import masking_utils
 from tools.base.errors import UserError, in_one_line
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.meter import Meter
-from tools.models.blocks import Blocks
+from tools.models.blocks import Blocks, take_hidden
 from tools.models.experts import is_fused
 from tools.models.formats import DTYPES
 from tools.models.hub import check_in_reach
@@ -166,7 +166,7 @@ def _make_tail(block: nn.Module) -> nn.Module:
 
     def pass_on(*args: Any, **kwargs: Any) -> Any:
         """In the form in which the block below returned its output."""
-        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        hidden_BTD = take_hidden(args, kwargs)
         return hidden_BTD if lengths[0] is None else (hidden_BTD, *[None] * (lengths[0] - 1))
 
     block.register_forward_hook(see)

@@ -110,11 +110,11 @@ class Blocks:
 
     def _enter(self, boundary: dict[int, Tensor], index: int, given: Tensor | None) -> Callable[..., Any]:
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden_BTD = _first(args, kwargs)
+            hidden_BTD = take_hidden(args, kwargs)
             if given is not None:
                 hidden_BTD = self._unpack(index, given, kwargs)
             boundary[index] = self._pack(index, hidden_BTD, kwargs) if given is None else given
-            return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
+            return give_hidden(hidden_BTD, args, kwargs)
 
         return enter
 
@@ -266,8 +266,14 @@ def _refuse(model: Any, reason: str) -> UserError:
     )
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The hidden states among what a block is called with."""
     return args[0] if args else kwargs["hidden_states"]
+
+
+def give_hidden(hidden_BTD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a block is called with, with other hidden states, as a hook before it answers."""
+    return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
 
 
 @contextmanager
@@ -275,7 +281,7 @@ def _passing_on(block: nn.Module, length: int | None) -> Iterator[None]:
     """Replace what a block does by handing its input on, in the form in which it returns its output."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden_BTD = _first(args, kwargs)
+        hidden_BTD = take_hidden(args, kwargs)
         return hidden_BTD if length is None else (hidden_BTD, *[None] * (length - 1))
 
     before = vars(block).get("forward")

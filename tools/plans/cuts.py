@@ -176,13 +176,14 @@ def resolve_cut(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequenc
     listed = [counts for blocks in numbers for counts in list_counts(parts.shape, sparsity, blocks)]
     chosen = [counts for counts in listed if cutting.heads in (None, counts.heads)]
     if not chosen:
-        raise ImpossiblePlan(_explain(cutting, parts, sparsity, cutting.blocks or 0, listed))
+        raise ImpossiblePlan(_explain(cutting, parts, sparsity, listed))
     best = min(chosen, key=lambda counts: parts.predict(counts, may_go[: counts.blocks]))
     dropped = tuple(sorted(may_go[: best.blocks]))
     return CutOrder(parts=parts.artifact, heads=best.heads, neurons=best.neurons, dropped=dropped, refit=cutting.refit)
 
 
-def _explain(cutting: Cutting, parts: Parts, sparsity: float, blocks: int, listed: Sequence[Counts]) -> str:
+def _explain(cutting: Cutting, parts: Parts, sparsity: float, listed: Sequence[Counts]) -> str:
+    blocks = cutting.blocks or 0
     if not listed:
         most = max((n for n in range(len(parts.order) + 1) if list_counts(parts.shape, sparsity, n)), default=None)
         hint = "other sparsities may" if most is None else f"with {most} blocks it can"

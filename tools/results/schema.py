@@ -222,6 +222,16 @@ class CutResult(BaseModel):
     )
     decoded_per_second: float
 
+    @property
+    def share(self) -> float:
+        """Of the bytes that stays."""
+        return self.bytes / self.dense_bytes
+
+    @property
+    def gain(self) -> float:
+        """How many times as many tokens a second are decoded."""
+        return self.decoded_per_second / self.dense_decoded_per_second
+
 
 class Origin(BaseModel):
     """The run that cut the dense model of another, and the model that it was cut from."""

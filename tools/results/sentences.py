@@ -96,11 +96,10 @@ def describe_cut(cut: CutResult) -> str:
     told += [f"block{'s' * (len(cut.blocks) > 1)} {', '.join(map(str, cut.blocks))}"] if cut.blocks else []
     asked = f" (asked for {cut.size:.2%})" if cut.size else ""
     wanted = f"; asked for {cut.speed:.4g}" if cut.speed else ""
-    times = cut.decoded_per_second / cut.dense_decoded_per_second
     return (
-        f"Cut to {cut.bytes / cut.dense_bytes:.2%} of its bytes{asked}: {' and '.join(told)} went; "
+        f"Cut to {cut.share:.2%} of its bytes{asked}: {' and '.join(told)} went; "
         f"{cut.decoded_per_second:.1f} tokens/s decoded, dense {cut.dense_decoded_per_second:.1f} "
-        f"({times:.2f} times as many{wanted})"
+        f"({cut.gain:.2f} times as many{wanted})"
     )
 
 
@@ -112,7 +111,7 @@ def describe_origin(origin: Origin) -> str:
 
 def name_cut(cut: CutResult) -> str:
     """`cut to 80% of its bytes`, of the whole model."""
-    return f"cut to {cut.bytes / cut.dense_bytes:.0%} of its bytes"
+    return f"cut to {cut.share:.0%} of its bytes"
 
 
 def describe_finalists(finalists: Sequence[Finalist], kept: int | None) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.channels import HalvedSums, expand_units, fit_kept
 from tools.base.errors import UserError
 from tools.base.progress import Progress
-from tools.models.blocks import Blocks
+from tools.models.blocks import Blocks, take_hidden
 from tools.models.readout import TokenLosses, compute_hidden, measure_losses
 from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import Fit, Part, find_parts
@@ -173,7 +173,7 @@ def skipping(blocks: Blocks, dropped: Sequence[int]) -> Iterator[None]:
     """Inside, the dropped blocks run, but pass their input on."""
 
     def pass_on(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        hidden_BTD = take_hidden(args, kwargs)
         return hidden_BTD if isinstance(output, Tensor) else (hidden_BTD, *output[1:])
 
     with ExitStack() as undo:

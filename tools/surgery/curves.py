@@ -7,8 +7,7 @@ it. The moments of one block are held at a time, and the states between blocks o
 Shape suffixes: B windows, T tokens, D hidden width, I input channels, O output features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.readout import hidden_gradients
 from tools.plans.cuts import Counts
-from tools.surgery.moments import finish_moments, tapped
+from tools.surgery.moments import finish_moments, kept_outputs, tapped
 from tools.surgery.parts import KINDS, Kind, Part, find_parts
 
 TOGETHER = 96
@@ -50,7 +49,7 @@ def measure_curves(
         fisher = [MomentSums(part.output.weight_OI.shape[0], windows_BT.device) for part in members]
         for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, states.pop(), strict=True)):
             given_BTD = hidden_BTD.to(ids_T.device).requires_grad_()
-            with torch.enable_grad(), tapped(members, [own.add for own in sums]), _kept(members) as outputs:
+            with torch.enable_grad(), tapped(members, [own.add for own in sums]), kept_outputs(members) as outputs:
                 output_BTD = blocks.run_to_head(ids_T, block, given_BTD)
             wanted = [given_BTD, *(outputs[place] for place in range(len(members)))]
             below_BTD, *gradients = torch.autograd.grad(output_BTD, wanted, above[i].to(output_BTD.device))
@@ -87,20 +86,6 @@ def _begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor],
             fisher_TD, _ = hidden_gradients(blocks.model, ids_T, hidden_BTD[0].to(ids_T.device), draw, lead=lead)
         gradients.append(fisher_TD[None].cpu())
     return gradients
-
-
-@contextmanager
-def _kept(parts: Sequence[Part]) -> Iterator[dict[int, Tensor]]:
-    """Filled by a forward: what the output projection of each part gives, by the part's place, with its graph."""
-    outputs: dict[int, Tensor] = {}
-
-    def keep(place: int) -> Callable[..., None]:
-        return lambda _module, _inputs, output: outputs.update({place: output})
-
-    with ExitStack() as undo:
-        for place, part in enumerate(parts):
-            undo.callback(part.output.module.register_forward_hook(keep(place)).remove)
-        yield outputs
 
 
 def _eliminate(part: Part, removed: int, sums: MomentSums, fisher: MomentSums) -> Elimination:

@@ -21,7 +21,6 @@ copy with hooks, which computes what the narrow one would.
 Shape suffixes: B windows, T tokens, O output features, I input channels, U units of a part, N units of all parts.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from tools.models.blocks import Blocks
 from tools.models.readout import compute_hidden
 from tools.surgery.moments import tapped
 from tools.surgery.parts import KINDS, Fit, Part, find_parts
-from tools.surgery.rebuild import TOLERANCE, mark_channels, mask_input, masked
+from tools.surgery.rebuild import TOLERANCE, copy_sharing, mark_channels, mask_input, masked
 
 
 class Narrowed(NamedTuple):
@@ -112,8 +111,7 @@ def _measure_spreads(
 
 def build_narrowed(model: Any, narrowed: Sequence[Narrowed]) -> Any:
     """The model without what went: a copy that shares every weight with it, with hooks at the output projections."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    built = copy.deepcopy(model, shared)
+    built = copy_sharing(model)
     for part, units, shift_O in narrowed:
         module = built.get_submodule(part.output.name)
         module.register_forward_pre_hook(mask_input(mark_channels(units, part.units, part.output.weight_OI[0])))

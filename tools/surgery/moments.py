@@ -36,3 +36,17 @@ def tapped(parts: Sequence[Part], see: Sequence[Callable[[Tensor], None]]) -> It
 
 def _showing(show: Callable[[Tensor], None]) -> Callable[..., None]:
     return lambda _module, inputs: show(inputs[0].detach().flatten(0, -2))
+
+
+@contextmanager
+def kept_outputs(parts: Sequence[Part]) -> Iterator[dict[int, Tensor]]:
+    """Filled by a forward: what the output projection of each part gives, by the part's place, with its graph."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(place: int) -> Callable[..., None]:
+        return lambda _module, _inputs, output: outputs.update({place: output})
+
+    with ExitStack() as undo:
+        for place, part in enumerate(parts):
+            undo.callback(part.output.module.register_forward_hook(keep(place)).remove)
+        yield outputs

@@ -29,6 +29,12 @@ TOLERANCE = 0.05
 """Of the length of what a block adds to the hidden states: another function of the weights is not as near."""
 
 
+def copy_sharing(model: Any) -> Any:
+    """A copy that shares every weight with the model, for hooks of its own."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
 def cut_config(model: Any, counts: Counts, dropped: Sequence[int] = ()) -> Any:
     """The config of the cut model, checked by its own class. Raises ValueError when that refuses it."""
     config = copy.deepcopy(model.config)

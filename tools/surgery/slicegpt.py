@@ -16,9 +16,7 @@ weights go into the layers behind it, gives the same.
 Shape suffixes: B windows, T tokens, D hidden width, K components that stay.
 """
 
-import copy
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +24,11 @@ from torch import Tensor, nn
 
 from tools.base.errors import UserError
 from tools.base.progress import Progress
-from tools.models.blocks import Blocks
+from tools.models.blocks import Blocks, give_hidden, take_hidden
 from tools.models.layers import find_blocks
+from tools.surgery.moments import kept_outputs
 from tools.surgery.parts import Part, count_weights, find_parts
+from tools.surgery.rebuild import copy_sharing
 
 INTERVAL = 8
 """Widths are multiples of it."""
@@ -69,7 +69,9 @@ def slice_states(model: Any, remove: float, windows_BT: Tensor, progress: Progre
         progress("slice", block, len(blocks))
         middle = []
         for ids_T, x_BTD in zip(windows_BT, states, strict=True):
-            middle.append((x_BTD + _read_output(blocks, attention, ids_T, block, x_BTD)).cpu())
+            with kept_outputs([attention]) as outputs_of:
+                blocks.run(ids_T, block, x_BTD.to(ids_T.device))
+            middle.append(x_BTD + outputs_of[0].view(x_BTD.shape).cpu())
         attended.append(_find_components(middle, width))
         there: list[Tensor] = []
         hook = attention.output.module.register_forward_hook(_adding_up(there, attended[-1]))
@@ -86,8 +88,7 @@ def slice_states(model: Any, remove: float, windows_BT: Tensor, progress: Progre
 
 def build_sliced(model: Any, sliced: Sliced) -> Any:
     """The model as it is behind the slices: a copy that shares every weight with it, with hooks."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    built = copy.deepcopy(model, shared)
+    built = copy_sharing(model)
     blocks = find_blocks(built)
     for block, (attention, mlp) in enumerate(_find_outputs(built)):
         there: list[Tensor] = []
@@ -99,24 +100,27 @@ def build_sliced(model: Any, sliced: Sliced) -> Any:
     return built
 
 
-def count_sliced(model: Any, width: int) -> int:
-    """Parameters of the narrow model: layers in and out of a width, two rotations a block, embeddings and a head."""
-    config = model.config.get_text_config()
-    hidden, words, blocks = int(config.hidden_size), int(config.vocab_size), len(find_blocks(model))
-    inside = sum(parameter.numel() for block in find_blocks(model) for parameter in block.parameters())
-    norms = sum(p.numel() for block in find_blocks(model) for p in block.parameters() if p.ndim < 2)
+def count_sliced(model: Any, widths: Sequence[int]) -> dict[int, int]:
+    """Parameters of the narrow model of every width: layers in and out of it, two rotations a block, embeddings and a
+    head. Vectors are not counted: the norms' weights go into the layers.
+    """
+    config, blocks = model.config.get_text_config(), find_blocks(model)
+    hidden, words = int(config.hidden_size), int(config.vocab_size)
+    matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
     down = _find_outputs(model)[-1][1].output.weight_OI.numel()  # whose outputs all stay, before the head
-    layers = (inside - norms - down) * width // hidden + down
-    rotations = (2 * blocks - 1) * width * width + width * hidden
-    return layers + rotations + words * width + words * hidden
+    counts = {}
+    for width in widths:
+        layers = (matrices - down) * width // hidden + down
+        rotations = (2 * len(blocks) - 1) * width * width + width * hidden
+        counts[width] = layers + rotations + words * width + words * hidden
+    return counts
 
 
 def _choose_width(model: Any, remove: float) -> tuple[int, float]:
     """(the width by which what goes is nearest to the share, which share that is)."""
     whole, inside = sum(parameter.numel() for parameter in model.parameters()), count_weights(model)
-    hidden = model.config.get_text_config().hidden_size
-    shares = {width: (whole - count_sliced(model, width)) / inside for width in range(INTERVAL, hidden, INTERVAL)}
-    smaller = {width: share for width, share in shares.items() if share > 0}
+    sizes = count_sliced(model, range(INTERVAL, model.config.get_text_config().hidden_size, INTERVAL))
+    smaller = {width: (whole - size) / inside for width, size in sizes.items() if size < whole}
     if not smaller:
         raise UserError(
             f"SliceGPT makes no smaller {type(model).__name__} of this one: it adds rotations, and a head of its own"
@@ -134,31 +138,14 @@ def _find_outputs(model: Any) -> list[tuple[Part, Part]]:
 
 def _check_sums(blocks: Blocks, outputs: Sequence[tuple[Part, Part]], ids_T: Tensor, x_BTD: Tensor) -> None:
     """Raises UserError where a block is not its input and the outputs of both projections, added up."""
-    attention, mlp = outputs[0]
-    found: list[Tensor] = []
-    with ExitStack() as undo:
-        for part in (attention, mlp):
-            hook = part.output.module.register_forward_hook(lambda _module, _inputs, output: found.append(output))
-            undo.callback(hook.remove)
+    with kept_outputs(outputs[0]) as found:
         y_BTD = blocks.run(ids_T, 0, x_BTD)
-    sum_BTD = x_BTD.to(y_BTD.device).float() + sum(output.float().view_as(y_BTD) for output in found)
+    sum_BTD = x_BTD.to(y_BTD.device).float() + sum(output.float().view_as(y_BTD) for output in found.values())
     if not float((sum_BTD - y_BTD.float()).norm()) <= TOLERANCE * float(y_BTD.float().norm()):
         raise UserError(
             f"the blocks of {type(blocks.model).__name__} do not add up what attention and MLP give; SliceGPT cannot "
             "slice them"
         )
-
-
-def _read_output(blocks: Blocks, part: Part, ids_T: Tensor, block: int, x_BTD: Tensor) -> Tensor:
-    """What the output projection gives in a run of its block, as (1, T, D), on CPU."""
-    found: list[Tensor] = []
-    hook = part.output.module.register_forward_hook(lambda _module, _inputs, output: found.append(output))
-    try:
-        blocks.run(ids_T, block, x_BTD.to(ids_T.device))
-    finally:
-        hook.remove()
-    [output] = found
-    return output.view(x_BTD.shape).cpu()
 
 
 def _find_components(states: Sequence[Tensor], width: int) -> Tensor:
@@ -184,9 +171,9 @@ def _entering(there: list[Tensor], components_DK: Tensor | None) -> Callable[...
     """A hook that keeps what a block reads, and projects it first unless there are no components."""
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x_BTD = args[0] if args else kwargs["hidden_states"]
+        x_BTD = take_hidden(args, kwargs)
         there[:] = [x_BTD if components_DK is None else _project(x_BTD, components_DK)]
-        return ((there[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": there[0]})
+        return give_hidden(there[0], args, kwargs)
 
     return enter
 

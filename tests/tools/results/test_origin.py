@@ -5,20 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.made_runs import PROTOCOL, write_run
+from tests.made_runs import CUT, PROTOCOL, write_run
 from tools.base.seals import BrokenSeal, write_sealed
 from tools.results.origin import find_origin
-
-CUT = {
-    **{"size": 0.8, "speed": None, "heads": 0, "neurons": 8, "blocks": [], "dense_parameters": 10, "parameters": 8},
-    **{"dense_bytes": 100, "bytes": 81, "dense_decoded_per_second": 20.0, "decoded_per_second": 25.0},
-}
 
 
 def write_cut(run: Path) -> Path:
     """A run that cut its model, as its summary has it."""
     path = write_run(run) / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"cut": CUT}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cut": CUT.model_dump()}))
     return run
 
 

@@ -85,7 +85,7 @@ def test_it_computes_what_the_narrow_model_does(remove: float) -> None:
     torch.testing.assert_close(compute_logits(built), logits, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(logits, before, atol=1e-2)
     width = sliced.embedded_DK.shape[1]
-    assert parameters == count_sliced(model, width)
+    assert parameters == count_sliced(model, [width])[width]
     whole = sum(parameter.numel() for parameter in model.parameters())
     assert sliced.removed == pytest.approx((whole - parameters) / count_weights(model))
     assert [len(sliced.attended), len(sliced.passed)] == [3, 2]

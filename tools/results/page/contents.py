@@ -98,10 +98,9 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
 def _list_gains(cut: CutResult) -> list[tuple[str, str, str]]:
     """The tiles of what a cut made of the model."""
     size, speed = (f"asked for {asked:.4g}" if asked else "" for asked in (cut.size, cut.speed))
-    times = cut.decoded_per_second / cut.dense_decoded_per_second
     return [
-        ("Bytes", f"{cut.bytes / cut.dense_bytes:.2%}", size or "of the dense model's"),
-        ("Tokens/s decoded", f"{times:.2f} ×", speed or f"dense {cut.dense_decoded_per_second:.1f}"),
+        ("Bytes", f"{cut.share:.2%}", size or "of the dense model's"),
+        ("Tokens/s decoded", f"{cut.gain:.2f} ×", speed or f"dense {cut.dense_decoded_per_second:.1f}"),
     ]
 
 

@@ -175,7 +175,7 @@ def read_run(directory: Path) -> Record:
     record = Record(
         name=directory.resolve().name,
         config=_read_config(directory),
-        summary=_read_summary(directory),
+        summary=read_summary(directory),
         unread=is_torn(directory),
     )
     check_log(directory)
@@ -195,7 +195,8 @@ def read_run(directory: Path) -> Record:
     return record
 
 
-def _read_summary(directory: Path) -> Summary | None:
+def read_summary(directory: Path) -> Summary | None:
+    """What `summary.json` of a run says; None where there is none. Raises BrokenSeal, UserError."""
     try:
         result = read_result(directory)
         return None if result is None else Summary.model_validate(result)

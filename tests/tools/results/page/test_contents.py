@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.made_runs import add_round, begin_run, make_layers, write_run
+from tests.made_runs import CUT, add_round, begin_run, make_layers, write_run
 from tools.results.page.contents import describe_run, find_costs, find_limits, list_tiles
 from tools.results.page.record import read_run
-from tools.results.schema import CutResult
 
 
 def test_the_maps_are_of_the_weights_that_were_kept(tmp_path: Path) -> None:
@@ -29,13 +28,9 @@ def test_of_a_cut_weights_are_gone_and_what_that_made_of_the_model_is_told(tmp_p
     unfinished = read_run(run)
     assert describe_run(unfinished)[1].startswith("So far 25.00% of the prunable weights are gone, at a validation")
     assert list_tiles(unfinished)[0] == ("Weights gone so far", "25.00%", "")
-    cut = CutResult(
-        **{"size": 0.8, "speed": None, "heads": 0, "neurons": 8, "blocks": [], "dense_parameters": 10, "parameters": 8},
-        **{"dense_bytes": 100, "bytes": 81, "dense_decoded_per_second": 20.0, "decoded_per_second": 25.0},
-    )
     summary = read_run(write_run(tmp_path / "demo")).summary
     assert summary is not None
-    finished = unfinished.model_copy(update={"summary": summary.model_copy(update={"cut": cut})})
+    finished = unfinished.model_copy(update={"summary": summary.model_copy(update={"cut": CUT})})
     assert list_tiles(finished)[:3] == [
         ("Weights gone", "45.00%", "target 45.00%"),
         ("Bytes", "81.00%", "asked for 0.8"),
