@@ -217,8 +217,8 @@ def eliminate_units(
 class _Rest:
     """M and P of the channels that are left, from those of all: P - Y^T Y, and M - Z^T Y - Y^T Z.
 
-    A row of Y and Z for each channel that is gone, so that only rows of M and P that are asked for are made: of `removed`
-    units of n that is 3 n removed^2 products for all of them, where it takes 6 n^2 removed to keep both up to date.
+    A row of Y and Z for each channel that is gone, and only the rows of M and P that are asked for are made: for r of n
+    channels that takes 3 n r^2 products, where both kept up to date take 6 n^2 r.
     """
 
     def __init__(self, weight_OI: Tensor, metric_OO: Tensor, inverse_II: Tensor, units: int, removed: int) -> None:

@@ -211,15 +211,16 @@ def prune_uniformly(
     """
     layers = bench.read_profile(state.profile).layers
 
-    def prune_by(statistics: Statistics) -> tuple[str, Statistics]:
+    def prune_by(statistics: Statistics, profile: str) -> tuple[str, Statistics]:
         order = order_uniform(layers, sparsity, pattern, state.config.protect, statistics)
-        return bench.prune(state.profile, order, session.progress), statistics
+        return bench.prune(profile, order, session.progress), statistics
 
     try:
-        return prune_by(UNIFORM_WANDA.statistics)
+        return prune_by(UNIFORM_WANDA.statistics, state.profile)
     except BrokenPlan as error:
         session.warn(f"uniform Wanda behind pruned predecessors: {error}; its row is by the dense model's statistics")
-        return prune_by("dense")
+        known = bench.profile(session.progress, masks_only=True) if state.parts else state.profile
+        return prune_by("dense", known)
 
 
 def write_result(directory: Path, summary: Summary) -> None:

@@ -61,7 +61,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             notes = read_notes(runtime.store, config, name)
             if lessons:
                 session.emit("lessons", count=len(lessons), runs=runs)
-        profile_id = bench.profile(session.progress)
+        profile_id = bench.profile_bare(session.progress) if target else bench.profile(session.progress)
         stored = bench.read_profile(profile_id)
         parts = bench.measure_parts(profile_id, target, session.progress) if target else ""
         if target is None:
@@ -167,9 +167,11 @@ def _profile_again(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
 
 def _tell_profile(session: Session, profile_id: str, layers: Sequence[LayerProfile], config: RunConfig) -> None:
-    target = np.array([config.target_sparsity])
-    costs = sorted(((layer.name, float(predict_layer_kl(layer, target)[0])) for layer in layers), key=lambda c: -c[1])
-    weights = sum(layer.weights for layer in layers)
+    target, weights = np.array([config.target_sparsity]), sum(layer.weights for layer in layers)
+    of_layers = [] if config.takes_parts else layers  # whose parts have curves of their own
+    costs = sorted(
+        ((layer.name, float(predict_layer_kl(layer, target)[0])) for layer in of_layers), key=lambda c: -c[1]
+    )
     session.emit("profile", profile=profile_id, layers=len(layers), weights=weights, top=costs[:5])
 
 

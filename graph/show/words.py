@@ -22,7 +22,8 @@ def tell_start(event: Event) -> str:
 def tell_profile(event: Event) -> str:
     """What was profiled, and the layers that are dearest to prune."""
     top = ", ".join(f"{clean(name, 100)} {show_compact(kl, 4)}" for name, kl in event["top"][:5])
-    return f"profile: {count(event['layers'], 'layer')}, {count(event['weights'], 'weight')}; most precious: {top}"
+    told = f"profile: {count(event['layers'], 'layer')}, {count(event['weights'], 'weight')}"
+    return f"{told}; most precious: {top}" if top else told
 
 
 def tell_layers(event: Event) -> str:

@@ -18,9 +18,14 @@ from tests.end_to_end.helpers import (
     read_state,
     read_summary,
     read_trials,
+    run_apart,
     run_here,
 )
 from tests.openai_server import OpenAIServer
+from tools.base.errors import BrokenPlan
+from tools.base.progress import Progress
+from tools.plans.work_order import WorkOrder
+from tools.workbench.bench import Workbench
 
 pytestmark = pytest.mark.figures
 
@@ -34,8 +39,6 @@ def flags(model: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def easy(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run by rule that nothing happens to."""
-    from tests.end_to_end.helpers import run_apart
-
     home = tmp_path_factory.mktemp("size")
     return run_apart(home, *flags(tiny_llama, "--max-iterations", "3"))
 
@@ -51,6 +54,7 @@ def test_by_rule_to_a_smaller_stock_model(easy: Path, tiny_llama: Path) -> None:
     assert smaller.config.intermediate_size == dense.config.intermediate_size - cut["neurons"]
     assert smaller.config.num_hidden_layers == dense.config.num_hidden_layers - len(cut["blocks"])
     assert state.config.target_sparsity == state.trials[0].sparsity and state.parts
+    assert read_events(easy, "profile")[0]["top"] == [], "nothing is measured of single weights"
     card, report = ((easy / name).read_text() for name in ("model/README.md", "report.md"))
     assert f"cut to {cut['bytes'] / cut['dense_bytes']:.0%} of its bytes" in card and "Whole parts are gone" in card
     assert "prunable weights are gone (target " in report and "- structured" in card
@@ -63,6 +67,23 @@ def test_by_rule_to_a_smaller_stock_model(easy: Path, tiny_llama: Path) -> None:
     ids = torch.arange(40)[None] % dense.config.vocab_size
     with torch.no_grad():
         assert torch.isfinite(smaller(input_ids=ids).logits).all()
+
+
+def test_where_wanda_breaks_behind_pruned_predecessors_the_dense_model_is_profiled_for_it(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = Workbench.prune
+
+    def break_wanda(bench: Workbench, profile: str, order: WorkOrder, progress: Progress) -> str:
+        if order.cut is None and all(planned.recipe.in_order for planned in order.layers.values()):
+            raise BrokenPlan("no memory")
+        return prune(bench, profile, order, progress)
+
+    monkeypatch.setattr(Workbench, "prune", break_wanda)
+    run = run_apart(tmp_path, *flags(tiny_llama, "--max-iterations", "1"))
+    assert read_summary(run)["wanda_statistics"] == "dense"
+    [warning] = [event["text"] for event in read_events(run, "warning")]
+    assert "its row is by the dense model's statistics" in warning
 
 
 def test_a_cut_that_hurts_is_rolled_back_bit_for_bit_and_the_step_halved(

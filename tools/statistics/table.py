@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from tools.models.layers import Layer
-from tools.plans.layer_profile import LayerProfile
+from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.statistics.known import ModelStatistics
 from tools.statistics.scores import compute_z_scores, measure_outliers, measure_wanda
 
@@ -44,6 +44,29 @@ def build_profile(
             outliers=outliers[layer.block],
         )
         for layer, w_z, g_z in zip(layers, wanda_z, gradient_z, strict=True)
+    ]
+
+
+def list_weights(layers: Sequence[Layer], dense: Mapping[str, Tensor]) -> list[LayerProfile]:
+    """The table of layers before anything is known of them: how many of the `dense` weights there are, and are zero.
+
+    All scores and curves are 0.
+    """
+    return [
+        LayerProfile(
+            name=layer.name,
+            block=layer.block,
+            kind=layer.kind,
+            weights=dense[layer.name].numel(),
+            zeros=int((dense[layer.name] == 0).sum()),
+            wanda=0.0,
+            wanda_z=0.0,
+            gradient=0.0,
+            gradient_z=0.0,
+            kappa=[0.0] * len(LEVELS),
+            inputs=dense[layer.name].shape[1],
+        )
+        for layer in layers
     ]
 
 

@@ -205,6 +205,11 @@ class Workbench:
                 self._warn(few)
             return profile
 
+    def profile_bare(self, progress: Progress) -> str:
+        """As `Profiles.make_bare`."""
+        with self._explained("measuring the dense model", BrokenBaseline):
+            return self.profiles.make_bare(progress)
+
     def read_profile(self, profile: str) -> StoredProfile:
         """As `Profiles.read`."""
         return self.profiles.read(profile)

@@ -91,7 +91,7 @@ class Cuts:
 
         The weights in the model are the dense ones. What was measured for the same profile is read back.
         """
-        key = hashlib.sha256(json.dumps(["parts", FORMAT, profile, target.model_dump()]).encode()).hexdigest()
+        key = self._name("parts", profile, target.model_dump())
         if known := self._index.read(".json").get(key):
             return known
         self._weights.restore_dense()
@@ -131,6 +131,11 @@ class Cuts:
     def _text(self) -> Tensor:
         return self._windows.calibration.to(self._model.device)
 
+    def _name(self, what: str, *about: Any) -> str:
+        """What tells something that depends on the text from all others."""
+        text = hashlib.sha256(self._windows.calibration.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(json.dumps([what, FORMAT, text, self._windows.lead, *about]).encode()).hexdigest()
+
     # --- the weights without it -----------------------------------------------------------------------------------
 
     def make(self, order: CutOrder, progress: Progress) -> tuple[Made, str]:
@@ -138,7 +143,7 @@ class Cuts:
 
         What was made before is read back. Raises BrokenPlan for a layer whose fit has no answer, DamagedArtifact.
         """
-        key = hashlib.sha256(json.dumps(["cut", FORMAT, order.model_dump()]).encode()).hexdigest()
+        key = self._name("cut", order.model_dump())
         known = self._index.read(".json").get(key, "")
         if self._store.has(known, ".json"):
             made: Made

@@ -17,8 +17,8 @@ from tools.measure.losses import Evaluation, SoFar
 from tools.plans.paces import MEASURING, Paces, time_work
 from tools.plans.recipe import Recipe
 from tools.statistics.collect import Moments, collect_questions, collect_statistics
-from tools.statistics.known import ModelStatistics, refuse_infinite
-from tools.statistics.table import build_profile
+from tools.statistics.known import ModelStatistics, know_nothing, refuse_infinite
+from tools.statistics.table import build_profile, list_weights
 from tools.team.cluster import Cluster
 from tools.team.worker import LayerGroup, LayerWork
 from tools.texts.windows import Windows
@@ -78,6 +78,23 @@ class Profiles:
         return self._profile_dense(
             *self._measure_dense(progress), progress, "masks" if masks_only else self._moments.kind
         )
+
+    def make_bare(self, progress: Progress) -> str:
+        """The dense model's losses alone, kept as an artifact: the profile of a run that takes whole parts away.
+
+        Nothing is known of layers but their weights, and to recipes all outputs of a layer count alike.
+        """
+        self._weights.restore_dense()
+        hidden, evaluation = self._measure_dense(progress)
+        stored = StoredProfile(
+            layers=list_weights(self._weights.layers, self._weights.dense),
+            means=write_means(self._store, know_nothing()),
+            moments={},
+            group={},
+            hidden=hidden,
+            dense=evaluation,
+        )
+        return self._store.write_json(stored.model_dump())
 
     def _measure_dense(self, progress: Progress) -> tuple[str, Evaluation]:
         """(artifact of the dense model's hidden states, its losses) on the validation text."""
@@ -297,7 +314,9 @@ class Profiles:
         """What is known of a layer: from the profile; its inputs from `present` moments where these are given."""
         stored, means = self._read(profile)
         device = self._weights.device_of(name)
-        gamma_O = means[f"{recipe.gamma}/{name}"].to(device)
+        gamma_O = means.get(f"{recipe.gamma}/{name}")  # of a bare profile there is none
+        gamma_O = torch.ones(self._weights.dense[name].shape[0]) if gamma_O is None else gamma_O
+        gamma_O = gamma_O.to(device)
         if present is not None:
             leader = present.group[name]
             moment_II = present.second_moment.get(name, present.second_moment.get(leader))

@@ -32,7 +32,7 @@ def test_a_cut_is_the_smaller_model_exactly_and_goes_and_comes_back_bit_for_bit(
 ) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", architecture)), tmp_path / "run")
     dense = snapshot(bench)
-    profile = bench.profile(ignore)
+    profile = bench.profile_bare(ignore)
     order = order_cut(bench, profile, **levers)
     checkpoint = bench.prune(profile, order, ignore)
     made = snapshot(bench)
@@ -61,7 +61,7 @@ def test_a_cut_is_the_smaller_model_exactly_and_goes_and_comes_back_bit_for_bit(
 def test_what_was_damaged_or_forgotten_comes_out_the_same_again(tmp_path: Path, workbench_closed: None) -> None:
     told: list[str] = []
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run", told.append)
-    profile = bench.profile(ignore)
+    profile = bench.profile_bare(ignore)
     order = order_cut(bench, profile)
     checkpoint = bench.prune(profile, order, ignore)
     made = snapshot(bench)
@@ -79,9 +79,43 @@ def test_what_was_damaged_or_forgotten_comes_out_the_same_again(tmp_path: Path, 
     assert same(snapshot(bench), made)
 
 
+def test_nothing_is_known_of_single_weights_but_wanda_can_prune_as_its_authors_do(
+    tmp_path: Path, workbench_closed: None
+) -> None:
+    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
+    told: list[str] = []
+    bare = bench.profile_bare(lambda step, _done, _of: told.append(step))
+    assert set(told) == {"dense validation"}
+    layers = bench.read_profile(bare).layers
+    half = {layer.name: layer.weights // 2 for layer in layers}
+    wanda = Recipe(method="wanda", refit=False, allocation="uniform", statistics="sequential")
+    order = order_all(wanda, half, sparsity=0.5, predicted_kl=0.0)
+    bench.prune(bare, order, ignore)
+    pruned = snapshot(bench)
+
+    whole = bench.profile(ignore)
+    assert bench.read_profile(whole).dense == bench.read_profile(bare).dense
+    known = bench.read_profile(whole).layers
+    assert [(x.name, x.weights, x.zeros, x.inputs) for x in known] == [
+        (x.name, x.weights, x.zeros, x.inputs) for x in layers
+    ]
+    assert not any(any(x.kappa) or x.wanda or x.gradient for x in layers)
+    bench.prune(whole, order, ignore)
+    assert same(snapshot(bench), pruned)
+
+
+def test_another_text_has_parts_of_its_own(tmp_path: Path, workbench_closed: None) -> None:
+    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
+    profile, target = bench.profile_bare(ignore), bench.cuts.find_target(0.75, 0.0, ignore)
+    parts = bench.measure_parts(profile, target, ignore)
+    assert bench.measure_parts(profile, target, ignore) == parts
+    bench.windows.calibration[0, 0] += 1
+    assert bench.measure_parts(profile, target, ignore) != parts
+
+
 def test_whole_blocks_go(tmp_path: Path, workbench_closed: None) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
-    profile = bench.profile(ignore)
+    profile = bench.profile_bare(ignore)
     target = bench.cuts.find_target(0.75, 0.0, ignore)
     cut = CutOrder(
         parts=bench.cuts.read(bench.measure_parts(profile, target, ignore)).artifact,

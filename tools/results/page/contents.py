@@ -134,9 +134,10 @@ def find_cells(record: Record) -> list[Cell]:
 
 
 def find_costs(record: Record) -> list[Cell]:
-    """The predicted KL of every layer at its sparsity, nats per token; empty where profile or layers are missing."""
+    """The predicted KL of every layer at its sparsity, nats per token; empty where profile or layers are missing, or
+    whole parts go, which layers have no curves of."""
     layers, curves = record.layers, {layer.name: layer for layer in record.profile}
-    if layers is None or not curves.keys() >= set(layers.names):
+    if layers is None or takes_parts(record) or not curves.keys() >= set(layers.names):
         return []
     costs = [
         float(predict_layer_kl(curves[name], np.array([s]))[0])
