@@ -57,12 +57,19 @@ class Mapped(Mapping[str, Tensor]):
         What was written stays: in the file, where that is shared. Tensors of a file that is not must not have been
         written to. Does nothing where the system cannot do it.
         """
-        if not hasattr(mmap, "MADV_DONTNEED"):
+        self._advise("MADV_DONTNEED", names)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Have the system read some of them from disk meanwhile. Does nothing where it cannot do it."""
+        self._advise("MADV_WILLNEED", names)
+
+    def _advise(self, advice: str, names: Iterable[str]) -> None:
+        if not hasattr(mmap, advice):
             return
         for name in names:
             place = self._places[name]
             begin = place.begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self._held.madvise(mmap.MADV_DONTNEED, begin, place.begin + place.bytes - begin)
+            self._held.madvise(getattr(mmap, advice), begin, place.begin + place.bytes - begin)
 
 
 def _view(held: mmap.mmap, place: _Place) -> Tensor:

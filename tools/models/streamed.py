@@ -79,6 +79,8 @@ class Stream:
             _move_outside(model, self._outside, device)
         self._touched: int | None = None
         self._copied: tuple[int, dict[int, nn.Parameter]] | None = None
+        self._before = -1
+        """The block that was copied before."""
         self.let_go()
 
     def touch(self, block: int) -> None:
@@ -126,7 +128,15 @@ class Stream:
             }
             self._copied = block, copies
             self.let_go(block)
+            self._read_ahead(block)
         return self._copied[1]
+
+    def _read_ahead(self, block: int) -> None:
+        """Have the block that comes next read while this one runs: after the last one the first, and up but for those
+        who come down."""
+        down = block == self._before - 1
+        self._before = block
+        self._mapped.read_ahead(self._names[(block - 1 if down else block + 1) % len(self._names)])
 
 
 def find_stream(model: Any) -> Stream | None:

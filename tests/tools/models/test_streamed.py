@@ -2,6 +2,7 @@
 
 import gc
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tools.models import load as sources
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.layers import find_blocks, find_layers
 from tools.models.load import choose_device, load_model
+from tools.models.mapped import Mapped
 from tools.models.streamed import find_stream, measure_stream
 from tools.surgery.parts import check_alike
 from tools.workbench.open import use_workbench
@@ -88,6 +90,31 @@ def test_only_the_block_that_runs_has_its_weights_in_memory(tmp_path: Path) -> N
     with pytest.raises(RuntimeError, match="out of order"):
         streamed(input_ids=IDS_BT)
     assert {name: p.data_ptr() for name, p in streamed.named_parameters()} == places
+
+
+def test_the_block_that_comes_next_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **{"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2},
+        )
+    ).save_pretrained(tmp_path / "model")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "model")
+    streamed, _ = load_model(tiny_settings(tmp_path / "model", device="stream"), tmp_path)
+    blocks = Blocks(streamed)
+    hidden_BTD = blocks.embed(IDS_BT[0])
+    asked: list[set[str]] = []
+    read_ahead = Mapped.read_ahead
+
+    def note(mapped: Mapped, names: Iterable[str]) -> None:
+        known = list(names)
+        asked.append({name.split(".")[2] for name in known})
+        read_ahead(mapped, known)
+
+    monkeypatch.setattr(Mapped, "read_ahead", note)
+    for block in (0, 0, 1, 2, 3, 2, 1, 2):
+        blocks.run(IDS_BT[0], block, hidden_BTD)
+    assert asked == [{"1"}, {"2"}, {"3"}, {"0"}, {"1"}, {"0"}, {"3"}]
 
 
 @pytest.mark.skipif(not MAPS.is_file(), reason="this system has no /proc")
