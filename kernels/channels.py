@@ -320,7 +320,8 @@ def choose_damping(weight_OI: Tensor, moments: InputMoments, kept_K: Tensor, *, 
     """
     if moments.halves is None:
         return DAMPING
-    first, second = (_set_up(weight_OI, half, kept_K, biased=biased) for half in moments.halves)
+    # fp32, in which the sums are: shares are three times apart, and there are five to solve with
+    first, second = (_set_up(weight_OI.float(), half, kept_K, biased=biased) for half in moments.halves)
     errors = []
     for share in DAMPINGS:
         fitted_OK = _solve(first, share)
@@ -329,7 +330,7 @@ def choose_damping(weight_OI: Tensor, moments: InputMoments, kept_K: Tensor, *, 
 
 
 class _Equations(NamedTuple):
-    """What a fit of the channels that stay solves, whatever its damping; fp64."""
+    """What a fit of the channels that stay solves, whatever its damping; in the dtype of the weight."""
 
     moment_KK: Tensor
     """A, around the means with a bias."""
@@ -342,18 +343,18 @@ class _Equations(NamedTuple):
 
 
 def _set_up(weight_OI: Tensor, moments: InputMoments, kept_K: Tensor, *, biased: bool) -> _Equations:
-    weight_OI, moment_II = weight_OI.double(), _centre(moments, biased)
-    target_OI = weight_OI @ moment_II
+    moment_II = _centre(moments, biased).to(weight_OI.dtype)
+    mean, moment_IK = float(moment_II.diagonal().mean()), moment_II[:, kept_K]
+    target_OK = weight_OI @ moment_IK
     if moments.extra_moment_OI is not None and moments.extra_mean_O is not None:
-        target_OI += moments.extra_moment_OI
+        target_OK += moments.extra_moment_OI[:, kept_K]
         if biased:
-            target_OI -= torch.outer(moments.extra_mean_O, moments.mean_I)
-    mean = float(moment_II.diagonal().mean())
-    return _Equations(moment_II[kept_K][:, kept_K], target_OI[:, kept_K], weight_OI[:, kept_K], mean)
+            target_OK -= torch.outer(moments.extra_mean_O, moments.mean_I[kept_K])
+    return _Equations(moment_IK[kept_K], target_OK, weight_OI[:, kept_K], mean)
 
 
 def _solve(equations: _Equations, share: float) -> Tensor:
-    """W' of `fit_kept`, fp64, with a share of mean(diag A) as damping."""
+    """W' of `fit_kept`, with a share of mean(diag A) as damping."""
     moment_KK, target_OK, towards_OK, mean = equations
     if mean <= 0:  # the layer never saw an input that moves: nothing to fit to
         return towards_OK
