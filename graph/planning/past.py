@@ -45,13 +45,17 @@ def count_rounds(note: Note) -> str:
 def describe_probes(probes: Sequence[PastProbe]) -> str:
     """A line for each probe of earlier rounds; empty without any."""
     lines = [_describe_probe(probe) for probe in probes]
-    title = "Probes of earlier rounds (KL on tokens; paired: change beside the weights kept then, to its round's best):"
+    of_texts = ", also of named texts" if any(probe.texts for probe in probes) else ""
+    beside = f"change beside the weights kept then{of_texts}, to its round's best"
+    title = f"Probes of earlier rounds (KL on tokens; paired: {beside}):"
     return f"{title}\n{data_block('probes', lines)}" if lines else ""
 
 
 def _describe_probe(probe: PastProbe) -> str:
     error = "" if probe.kl_error is None else f" +- {show_short(probe.kl_error)}"
     change = "" if probe.change is None else f"; {probe.change:+.3g} +- {show_short(probe.change_error)}"
+    for name, (of_text, text_error) in probe.texts.items():
+        change += f", {quote_data(name, 40)} {of_text:+.3g} +- {show_short(text_error)}"
     behind = f"; {probe.behind:+.3g} +- {show_short(probe.behind_error)} to {probe.best}" if probe.best else ""
     trial = "" if probe.trial is None else f"; its round's trial {probe.trial:+.3g} +- {show_short(probe.trial_error)}"
     plan, number = quote_data(probe.plan, 120), f"probe {probe.number}, " if probe.number else ""

@@ -217,6 +217,11 @@ def _note(bench: Workbench, order: WorkOrder, made: Probe, told: Figures) -> Pro
         line=order.line,
         change=told.get("kl_change"),
         change_error=told.get("kl_change_error"),
+        texts={
+            name: (text["kl_change"], text["kl_change_error"])
+            for name, text in told.get("texts", {}).items()
+            if "kl_change" in text
+        },
         grafted=order.grafted,
     )
 
@@ -235,6 +240,7 @@ def sum_up_probes(probed: Sequence[Probed], iteration: int, before: int) -> list
             kl_error=round_figure(losses.kl_error),
             change=x.change,
             change_error=x.change_error,
+            texts=x.texts,
             **_compare_with_best(x, probed[best], before + best + 1),
             **({"windows": x.windows, "losses": x.losses} if x is probed[best] else {}),
         )

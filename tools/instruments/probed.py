@@ -21,6 +21,9 @@ class Probed(BaseModel):
     line: str = Field("", description="The plan in one line; empty where an earlier version made it.")
     change: float | None = Field(None, description="Its KL minus that of the last accepted weights, paired.")
     change_error: float | None = None
+    texts: dict[str, tuple[float, float | None]] = Field(
+        {}, exclude_if=operator.not_, description="Likewise of each named text: the change, and its error."
+    )
     grafted: bool = Field(
         False, exclude_if=operator.not_, description="Of layers of earlier rounds, so that nothing was pruned for it."
     )
@@ -44,6 +47,9 @@ class PastProbe(BaseModel):
     kl_error: float | None
     change: float | None = Field(description="KL minus that of the weights kept then; null where none were.")
     change_error: float | None
+    texts: dict[str, tuple[float, float | None]] = Field(
+        {}, exclude_if=operator.not_, description="Likewise of each named text: the change, and its error."
+    )
     best: int = Field(0, description="Number of its round's best probe, where it is another and both are comparable.")
     behind: float | None = Field(None, description="KL minus that one's, paired.")
     behind_error: float | None = None

@@ -390,6 +390,8 @@ def test_notes_and_probes_of_earlier_rounds_are_short_lines() -> None:
     first = probe.model_copy(update={"kl": None, "kl_error": None, "change": None})
     probe = probe.model_copy(update={"number": 5, "best": 4, "behind": 0.0213, "behind_error": 0.0031})
     beside = probe.model_copy(update={"best": 0, "trial": -0.0231, "trial_error": 0.0041})
+    of_texts = beside.model_copy(update={"texts": {"code": (-0.02, 0.003), "prose": (0.011, 0.004)}})
+    assert "; -0.0123 +- 0.004, code -0.02 +- 0.003, prose +0.011 +- 0.004; its" in describe_probes([of_texts])
     assert describe_probes([beside]).split("\n")[2].endswith("; its round's trial -0.0231 +- 0.0041")
     assert describe_probes([first, probe]).split("\n")[1:] == [
         "<data probes>",
@@ -535,7 +537,7 @@ def test_hostile_data_stays_in_its_block() -> None:
             config=RunConfig(protect=[HOSTILE.replace(",", "")]),
             trials=[trial],
             lessons=[lesson],
-            probes=[PastProbe.model_validate(told | {"plan": HOSTILE})],
+            probes=[PastProbe.model_validate(told | {"plan": HOSTILE, "texts": {HOSTILE: (1, 1)}})],
             experience=[Experience(levers=HOSTILE, model=HOSTILE, **FIGURES)],
             notes=[Note(run=HOSTILE, iteration=1, sparsity=0.4, pattern="", text=HOSTILE, trials=[1])],
         )

@@ -185,6 +185,8 @@ def test_a_probe_says_what_changed_on_each_named_text(tmp_path: Path, tiny_llama
     for name, text in figures["texts"].items():
         assert text["kl_change"] == pytest.approx(text["kl"] - before.take_text(name).mean_kl, abs=2e-4)
         assert text["kl_change_error"] > 0
+    [past] = sum_up_probes(round_.probed, 1, 0)
+    assert past.texts == {x: (y["kl_change"], y["kl_change_error"]) for x, y in figures["texts"].items()}
     code, prose = (figures["texts"][name]["kl_change"] for name in ("code", "prose"))
     assert figures["kl_change"] == pytest.approx(0.75 * code + 0.25 * prose, abs=1e-4)
 
