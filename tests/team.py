@@ -10,6 +10,9 @@ import pytest
 from torch import Tensor
 
 import tools.workbench.crew
+from tools.measure.losses import limit_prefix
+from tools.models.load import load_model
+from tools.models.streamed import find_stream
 from tools.statistics.requests import Answers, Here, ShardRequest
 from tools.statistics.shards import SHARDS, share_out
 from tools.team.carrier import WeightSource, name_weights
@@ -28,8 +31,10 @@ class Team:
 
     def __init__(self, settings: Any, texts: Texts, source: WeightSource, model: Any, size: int = 2) -> None:
         self.source, self.size, self.shards = source, size, min(SHARDS, len(texts.windows.calibration))
-        scratch, count = Path(tempfile.gettempdir()), range(size)
-        self.workers = [Worker(copy.deepcopy(model), settings, texts, scratch, 10**6) for _ in count]
+        scratch = Path(tempfile.gettempdir())
+        # two copies of a model that is streamed would have one file
+        models = [load_model(settings)[0] if find_stream(model) else copy.deepcopy(model) for _ in range(size)]
+        self.workers = [Worker(own, settings, texts, scratch, limit_prefix(own)) for own in models]
         self.handed: list[tuple[str, int]] = []
         """(name of the request, worker) of every job about weights of its own."""
 
@@ -97,7 +102,9 @@ def gather_teams(monkeypatch: pytest.MonkeyPatch) -> list[Team]:
     """From now on workbenches with workers have a `Team`; those that were gathered."""
     teams: list[Team] = []
 
-    def gather(settings: Any, texts: Texts, source: WeightSource, model: Any, _warn: Any) -> Team:
+    def gather(
+        settings: Any, texts: Texts, source: WeightSource, model: Any, _scratch: Path, _warn: Callable[[str], None]
+    ) -> Team:
         teams.append(Team(settings, texts, source, model))
         return teams[-1]
 

@@ -47,6 +47,22 @@ def test_it_ends_where_a_run_ends_that_holds_the_model(flags: list[str], streame
     assert_same_weights(streamed, whole)
 
 
+@pytest.mark.slow
+def test_workers_that_stream_end_there_too(flags: list[str], tmp_path: Path) -> None:
+    few = ("--max-iterations", "2")
+    for name in ("whole", "shared"):
+        (tmp_path / name).mkdir()
+    whole = run_apart(tmp_path / "whole", *flags, *few)
+    shared = run_apart(tmp_path / "shared", *flags, *few, *STREAM, "--workers", "2", "--worker-threads", "1")
+    assert read_trials(shared) == read_trials(whole)
+    ours, theirs = read_summary(shared), read_summary(whole)
+    for figures in ("mask_sha256", "perplexity", "knowledge"):
+        assert ours[figures] == theirs[figures], figures
+    assert_same_weights(shared, whole)
+    left = [path.name for path in shared.rglob(".*") if path.name.startswith((".mapped-", ".loading-"))]
+    assert left == [], "files that workers' weights lie in have no names"
+
+
 def test_killed_and_resumed_it_ends_there_too(
     flags: list[str], streamed: Path, tmp_path: Path, command: Command
 ) -> None:
@@ -87,5 +103,3 @@ def test_what_no_streamed_run_can_do_is_told_before_anything_is_loaded(
         )
         in said.err
     )
-    said = command(*STREAM, "--workers", "2")
-    assert said.code == 2 and "device stream is one process that holds a block at a time; leave workers out" in said.err

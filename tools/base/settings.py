@@ -364,8 +364,6 @@ class TeamSettings(WorkbenchSettings):
     def _check_spread(self) -> Self:
         if self.workers and self.device == "spread":
             raise ValueError("device spread is one model on all GPUs, and a worker has one GPU; leave workers out")
-        if self.workers and self.device == "stream":
-            raise ValueError("device stream is one process that holds a block at a time; leave workers out")
         return self
 
 
@@ -389,6 +387,11 @@ def count_checkpoints(settings: TeamSettings) -> int:
     measured at once and what the next one, or a trial, makes."""
     workers = int(settings.workers) if settings.workers.isdigit() else MOST_PROBES * bool(settings.workers)
     return KEPT + 2 * min(max(workers, 1), MOST_PROBES)
+
+
+def count_beside(settings: TeamSettings) -> int:
+    """Workers that share this machine with the process that they work for; none of a cluster, whose may be anywhere."""
+    return int(settings.workers) if settings.workers.isdigit() else 0
 
 
 def count_threads(settings: TeamSettings) -> int:

@@ -275,7 +275,7 @@ def list_phases(
             device=evaluation,
             host=[
                 *always,
-                *([_count_changed(shape, "changed layers as received"), *reference] if part.workers else []),
+                *([*job[:1], *reference] if part.workers else []),
                 states("hidden states", (2 if part.workers else 3, "copies"), (part.validation, "windows")),
             ],
         ),
@@ -290,11 +290,20 @@ def list_other_moment(shape: Shape, settings: WorkbenchSettings) -> list[Line]:
 
 
 def list_phases_beside(
-    facts: Facts, settings: WorkbenchSettings, parts: Sequence[Part], *, weighs: bool = False, anew: bool = False
+    facts: Facts,
+    settings: WorkbenchSettings,
+    parts: Sequence[Part],
+    *,
+    weighs: bool = False,
+    streamed: StreamSizes | None = None,
+    anew: bool = False,
 ) -> list[Phase]:
     """As `list_phases`, of the process that workers with these `parts` work for, and of their object store."""
     shape, workers, nodes = facts.shape, parts[0].workers, sum(part.nodes for part in parts)
-    model, program, moved = _describe_model(shape, shape.weights), _describe_program(facts), _move_model(facts)
+    model = _describe_streamed(facts, streamed) if streamed else _describe_model(shape, shape.weights)
+    moved = _pass_through(streamed) if streamed else _move_model(facts)
+    read = [] if streamed else _read_file(facts)
+    program = _describe_program(facts)
 
     def hidden(what: str, count: int) -> Line:
         states = (settings.count_all("validation"), "windows"), (settings.window, "tokens")
@@ -312,7 +321,7 @@ def list_phases_beside(
     collected, coming = ([sums], [two]) if anew else ([], [])  # whenever layers are pruned
     results = multiply("pruned layers of one block", (shape.members, "weights"), (shape.item + 1 / 8, "bytes"))
     return [
-        Phase(name="load", device=[model], host=[program, *_read_file(facts), *moved]),
+        Phase(name="load", device=[model], host=[program, *read, *moved]),
         *([_describe_writing(facts, settings, model)] if list_written(settings) else []),
         Phase(
             name="validate the dense model",
@@ -340,7 +349,7 @@ def list_phases_beside(
             name="validate",
             device=[model],
             host=[program, hidden("hidden states", 1)],
-            store=[given[0], _count_changed(shape, "pruned layers"), hidden("hidden states", 1)],
+            store=[given[0], _count_pruned(shape), hidden("hidden states", 1)],
         ),
         Phase(name="export", device=[model], host=[program, *moved], store=[given[0]]),
     ]
@@ -411,12 +420,13 @@ def _count_levels(shape: Shape) -> Line:
     return multiply(what, (len(LEVELS), "levels"), (shape.members, "weights of its layers"), (4, "bytes"))
 
 
-def _count_changed(shape: Shape, what: str) -> Line:
-    return Line(what=what, how="all prunable layers, with a bit for each weight's mask", bytes=shape.packed)
+def _count_pruned(shape: Shape) -> Line:
+    return Line(what="pruned layers", how="all prunable layers, with a bit for each weight's mask", bytes=shape.packed)
 
 
 def _list_job(shape: Shape) -> list[Line]:
-    """What a worker holds of the layers that it prunes, which are those of one block at most."""
+    """What a worker holds of the layers that it prunes, which are those of one block at most; the first line, too, of
+    those that it is given, one after another."""
     matrix = (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes")
     weights = (2, "copies"), (shape.members, "weights of one block"), (shape.item, "bytes")
     return [multiply("layers as received and as pruned", *weights), multiply("second moment as received", *matrix)]

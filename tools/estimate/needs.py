@@ -35,7 +35,7 @@ from tools.estimate.timing import Times, time_run
 from tools.estimate.work import Course, Prices, Work, find_shares, list_work, name_recipe, price_flops, price_seconds
 from tools.models.disk import Line, plan_disk
 from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
-from tools.models.load import FITS
+from tools.models.load import FITS, count_models
 from tools.models.positions import refuse_long_windows
 from tools.models.streamed import measure_stream
 from tools.plans.methods import LEVERS
@@ -143,8 +143,8 @@ def estimate(
     parts = cut_parts(settings, workers)
     busiest = find_busiest(parts)
     part, weighs = max((line.bytes for line in spread), default=facts.shape.weights), course.weighs
-    fits = devices is None or facts.shape.weights <= FITS * devices.bytes
-    streams = settings.device == "stream" or (settings.device == "auto" and not workers and not fits)
+    fits = devices is None or count_models(settings, device) * facts.shape.weights <= FITS * devices.bytes
+    streams = settings.device == "stream" or (settings.device == "auto" and not fits)
     streamed = measure_stream(model) if streams else None
     disk_room = settings.disk * 1e9 or (math.inf if told else _count_free_disk(directory))
     given = {"weighs": weighs, "streamed": streams}
@@ -154,7 +154,7 @@ def estimate(
     anew = disk.at_once is not None
     phases = list_phases(facts, read, busiest, part, weighs=weighs, streamed=streamed, anew=anew)
     weights = sum(layer.weight_OI.numel() for layer in layers)
-    beside = list_phases_beside(facts, read, parts, weighs=weighs, anew=anew) if workers else []
+    beside = list_phases_beside(facts, read, parts, weighs=weighs, streamed=streamed, anew=anew) if workers else []
     schedule, survivors = _schedule_polish(settings, course), weights - math.floor(course.polished_at * weights)
     room, processes = find_room(device, devices, here=not told), [beside or phases, *[phases] * workers]
     polish = place_polish(schedule, survivors, read.window, facts, processes, room) if schedule else None

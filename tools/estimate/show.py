@@ -83,10 +83,10 @@ def summarise(found: Estimate) -> list[str]:
         share = f"{1 - found.of_blocks:.2%} of the weights in the blocks"
         lines.append(f"stay dense: {share}, such as {found.dense[0]}, no plain linear layers")
     if found.streamed:
-        passes = _count_passes(found.work)
-        size = passes * found.streamed
+        passes = _count_passes(found, found.work)
+        size, whose = passes * found.streamed, f" for {found.workers} workers and this process" if found.workers else ""
         lines.append(
-            f"streamed: one block of the model at a time comes from disk, all of them about {passes} times: "
+            f"streamed: one block of the model at a time comes from disk, all of them about {passes} times{whose}: "
             f"{show_size(size)}, {show_seconds(size / DISK_RATE)} at {show_size(DISK_RATE)} a second, and less by what "
             "the kernel keeps"
         )
@@ -108,7 +108,7 @@ def _compare_ways(found: Estimate) -> list[str]:
         return []
     cost = show_flops(more) if found.untimed else show_seconds(more)
     if found.streamed:
-        passes = _count_passes(anew) - _count_passes(stored)
+        passes = _count_passes(found, anew) - _count_passes(found, stored)
         cost += f" and {show_size(passes * found.streamed)} of reading"
     other = show_size(found.other_disk)
     if kept:
@@ -117,9 +117,9 @@ def _compare_ways(found: Estimate) -> list[str]:
     return [f"second moments: collected anew by every round, {blocks}; {other} of disk would save {cost}"]
 
 
-def _count_passes(steps: Sequence[Work]) -> int:
-    """How often all blocks of a streamed model come from disk."""
-    return sum(step.times * step.passes for step in steps)
+def _count_passes(found: Estimate, steps: Sequence[Work]) -> int:
+    """How often all blocks of a streamed model come from disk: by each worker where a step is shared."""
+    return sum(step.times * step.passes * (found.workers if step.share < 1 else 1) for step in steps)
 
 
 def _count_work(found: Estimate, steps: Sequence[Work]) -> float:
@@ -195,9 +195,8 @@ def _judge_room(found: Estimate) -> str:
 
 
 def _advise_on_cpu(found: Estimate) -> str:
-    if found.workers:
-        return "fewer --workers need less"
-    return f"fewer or shorter windows need less{'' if found.streamed else ', and --device stream'}"
+    less = "fewer --workers need less" if found.workers else "fewer or shorter windows need less"
+    return f"{less}{'' if found.streamed else ', and --device stream'}"
 
 
 def _lacks_devices(found: Estimate) -> bool:

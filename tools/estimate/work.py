@@ -48,7 +48,9 @@ class Work(BaseModel):
     flops: float = Field(description="Floating-point operations of the products of one time.")
     seconds: float | None = Field(description="Of one time, all of it by one process; null where nothing was timed.")
     share: float = Field(1.0, description="How much of it the busiest worker does; all of it where there are none.")
-    passes: int = Field(1, description="How often all blocks come from disk in one time, of a model that is streamed.")
+    passes: int = Field(
+        1, description="How often all blocks of a streamed model come from disk in one time, for each who has a share."
+    )
 
 
 class Course(NamedTuple):
@@ -393,7 +395,7 @@ def list_work(
                 1 + len(course.rounds) + course.tests,
                 shares.questions,
                 {"forward": settings.question_pairs * QUESTION_TOKENS / settings.window},
-                math.ceil(settings.question_pairs / ASKED_AT_ONCE),
+                math.ceil(shares.questions * math.ceil(settings.question_pairs / ASKED_AT_ONCE)),
             )
         )
     steps.append(

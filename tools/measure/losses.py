@@ -16,6 +16,7 @@ from tools.base.progress import Progress, heed_stop
 from tools.base.student import find_p
 from tools.models.blocks import Blocks
 from tools.models.readout import measure_losses, sum_losses
+from tools.models.streamed import find_stream
 
 
 class Evaluation(BaseModel):
@@ -170,8 +171,8 @@ PREFIX_SHARE = 0.5
 
 
 def limit_prefix(model: Any) -> int:
-    """Bytes that a loaded model's `PrefixCache` may take."""
-    return int(PREFIX_SHARE * sum(parameter.nbytes for parameter in model.parameters()))
+    """Bytes that a loaded model's `PrefixCache` may take; none of one that is streamed (`evaluate_by_blocks`)."""
+    return 0 if find_stream(model) else int(PREFIX_SHARE * sum(parameter.nbytes for parameter in model.parameters()))
 
 
 class PrefixCache:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from kernels.triangle import count_triangle
-from tools.base.settings import TeamSettings, count_checkpoints
+from tools.base.settings import TeamSettings, count_beside, count_checkpoints
 from tools.models.artifacts import bound_artifact
 from tools.models.layers import Layer, find_blocks, list_readers
 
@@ -72,8 +72,8 @@ def list_disk(
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
 
     Each window has `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A
-    model that is `streamed` lies there as it is now, too, and what validation windows passed on. Second moments are
-    those of `at_once` blocks where that is given.
+    model that is `streamed` lies there as it is now, too, once for each process on this machine, and without workers
+    what validation windows passed on. Second moments are those of `at_once` blocks where that is given.
     """
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = settings.count_all("calibration") if weighs else settings.back_propagated
@@ -148,9 +148,13 @@ def _count_moment(layer: Layer) -> int:
 
 def _list_streamed(model: Any, settings: TeamSettings, tokens: int) -> list[Line]:
     windows, weight = settings.count_all("validation"), model.get_input_embeddings().weight
-    wide, item = weight.shape[1], weight.element_size()
+    wide, item, processes = weight.shape[1], weight.element_size(), 1 + count_beside(settings)
+    how = f"{f'{processes} processes × ' if processes > 1 else ''}all parameters"
+    now = Line(what="the model as it is now", how=how, bytes=processes * _count_bytes(model))
+    if settings.workers:
+        return [now]
     return [
-        Line(what="the model as it is now", how="all parameters", bytes=_count_bytes(model)),
+        now,
         Line(
             what="a validation under way",
             how=f"2 copies × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",

@@ -16,7 +16,7 @@ from tools.base.made import check_model
 from tools.base.memory import count_free
 from tools.base.names import is_hub_id
 from tools.base.rundir import list_places
-from tools.base.settings import TeamSettings, WorkbenchSettings
+from tools.base.settings import TeamSettings, WorkbenchSettings, count_beside
 from tools.base.words import show_size
 from tools.models.formats import DTYPES, PACKED_FILE, Dtype
 from tools.models.hub import check_in_reach
@@ -140,24 +140,33 @@ def _choose_source(place: ModelPlace, settings: WorkbenchSettings) -> dict[str, 
 
 
 FITS = 0.8
-"""Share of the memory that is free which a model may take: what runs beside it needs some."""
+"""Share of the memory that is free which models may take: what runs beside them needs some."""
 
 WIDEST = 16
 """How many times the size of its files a model may have in memory: fp32 of two bits a weight."""
 
 
+def count_models(settings: TeamSettings, device: str) -> int:
+    """How many models one memory is to hold: that of a CPU this process' and its workers', a GPU's that and the first
+    worker's. A cluster is taken to have one worker on each machine."""
+    if not settings.workers:
+        return 1
+    return 1 + (max(count_beside(settings), 1) if device == "cpu" else 1)
+
+
 def choose_device(settings: TeamSettings) -> TeamSettings:
-    """The settings with `stream` instead of `auto` where the model does not fit the memory that is free.
+    """The settings with `stream` instead of `auto` where the model, and its workers' own, do not fit the memory that is
+    free.
 
     Raises UserError when its config cannot be read.
     """
     import torch
 
     place = locate_model(settings.model)
-    if settings.device != "auto" or settings.workers or (Path(place.path) / PACKED_FILE).is_file():
+    if settings.device != "auto" or (Path(place.path) / PACKED_FILE).is_file():
         return settings
-    on_gpu = pick_device("auto").type == "cuda"
-    free = FITS * (torch.cuda.mem_get_info()[0] if on_gpu else count_free())
+    device = pick_device("auto").type
+    free = FITS * (torch.cuda.mem_get_info()[0] if device == "cuda" else count_free()) / count_models(settings, device)
     files = _list_files(place)
     if files and sum(file.stat().st_size for file in files) * WIDEST < free:
         return settings  # for sure: nothing needs to be built

@@ -22,13 +22,16 @@ from tools.team.worker import Worker
 class Actor:
     """A worker. What goes in and comes out is frozen."""
 
-    def open(self, settings: TeamSettings, texts: Any, threads: int) -> tuple[Identity, str, int]:
-        """Load the model; who this is, on which machine, and the number of its process."""
+    def open(self, settings: TeamSettings, texts: Any, threads: int, scratch: Path | None) -> tuple[Identity, str, int]:
+        """Load the model; who this is, on which machine, and the number of its process.
+
+        Files without a name lie in the directory `scratch`, or where this system has its files for a while.
+        """
         torch.set_num_threads(threads)
-        self._scratch, self._busy = tempfile.TemporaryDirectory(), 0.0
-        model, _ = load_model(settings)
+        scratch, self._busy = scratch or Path(tempfile.gettempdir()), 0.0
+        model, _ = load_model(settings, scratch)
         identity = identify(model)
-        self._worker = Worker(model, settings, thaw(texts), Path(self._scratch.name), limit_prefix(model))
+        self._worker = Worker(model, settings, thaw(texts), scratch, limit_prefix(model))
         return identity, socket.gethostname(), os.getpid()
 
     def call(self, request: Any, span: tuple[int, int] | None) -> tuple[str, Any]:

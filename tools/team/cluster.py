@@ -8,12 +8,14 @@ answer, so that the work of one that died, or has other weights, is simply asked
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from tools.base.progress import Warn
-from tools.base.settings import TeamSettings
+from tools.base.settings import TeamSettings, count_beside
+from tools.models.streamed import find_stream
 from tools.statistics.requests import Answers, ShardRequest
 from tools.statistics.shards import SHARDS, Span, share_out
 from tools.team.carrier import Carrier, Weights, WeightSource
@@ -53,16 +55,26 @@ class Cluster:
 
     ahead = 1
 
-    def __init__(self, settings: TeamSettings, texts: Texts, source: WeightSource, model: Any, warn: Warn) -> None:
-        """`model` is this process' own, as it was loaded."""
+    def __init__(
+        self, settings: TeamSettings, texts: Texts, source: WeightSource, model: Any, scratch: Path, warn: Warn
+    ) -> None:
+        """`model` is this process' own, as it was loaded; workers hold theirs whole or stream them as this one is.
+
+        Workers on this machine have files without a name in the directory `scratch`, which those of a cluster may not
+        reach: theirs lie where their system has its files for a while.
+        """
         self._shards = min(SHARDS, len(texts.windows.calibration))
-        identity, device = identify(model), model.device.type
+        identity, device, written = identify(model), model.device.type, 0
+        if find_stream(model):
+            settings = settings.model_copy(update={"device": "stream"})  # which auto may stand for
+            written = sum(parameter.nbytes for parameter in model.parameters())
+        reached = scratch if count_beside(settings) else None
         self._connection = connect(settings)
         self._ray = self._connection.ray
         self._carrier = Carrier(self._ray, source)
-        self._places = Places(self._connection, settings, identity, device, warn)
+        self._places = Places(self._connection, settings, identity, device, reached, warn)
         try:
-            self._places.open(count_workers(self._connection, settings, device), texts)
+            self._places.open(count_workers(self._connection, settings, device), texts, written)
         except BaseException:
             self.close()
             raise

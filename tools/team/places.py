@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tools.base.errors import UserError, in_one_line
@@ -17,7 +18,10 @@ DEATHS = 3
 """Of one worker after the other in one place, before the run stops."""
 
 START_SECONDS = 600
-"""Within which a worker must have loaded its model."""
+"""Within which a worker must have loaded its model, beside the time that files of its weights take."""
+
+WRITE_RATE = 10**8
+"""Bytes of such files a second that a slow disk takes, of all workers together."""
 
 
 @dataclass
@@ -41,17 +45,29 @@ class Places:
     """All places of a team, of which some may be idle."""
 
     def __init__(
-        self, connection: Connection, settings: TeamSettings, identity: Identity, device: str, warn: Warn
+        self,
+        connection: Connection,
+        settings: TeamSettings,
+        identity: Identity,
+        device: str,
+        scratch: Path | None,
+        warn: Warn,
     ) -> None:
-        """`identity` is this process', and `device` (cpu or cuda) what the workers' models are on."""
+        """`identity` is this process', `device` (cpu or cuda) what the workers' models are on, and `scratch` the
+        directory of their files without a name; None where they have none in common."""
         self.used: list[Place] = []
         self._idle: list[Place] = []
         self._connection, self._settings, self._identity, self._warn = connection, settings, identity, warn
-        self._device, self._threads = device, count_threads(settings)
+        self._device, self._threads, self._scratch = device, count_threads(settings), scratch
+        self._seconds = float(START_SECONDS)
         self._texts: Any = None
 
-    def open(self, count: int, texts: Texts) -> None:
-        """Begin with so many workers. Raises UserError when one cannot be had, or is not like this process."""
+    def open(self, count: int, texts: Texts, written: int) -> None:
+        """Begin with so many workers, each of which writes so many bytes of weights to a file of its own.
+
+        Raises UserError when one cannot be had, or is not like this process.
+        """
+        self._seconds += count * written / WRITE_RATE
         self._texts = keep(self._connection.ray, texts).ref
         self.used = [Place(i, *self._start()) for i in range(count)]  # all load their models at once
         for place in self.used:
@@ -110,14 +126,14 @@ class Places:
         if self._device == "cuda":
             options["num_gpus"] = 1
         actor = self._connection.ray.remote(**options)(Actor).remote()
-        return actor, actor.open.remote(self._settings, self._texts, self._threads)
+        return actor, actor.open.remote(self._settings, self._texts, self._threads, self._scratch)
 
     def _wait_for(self, place: Place) -> None:
         """Wait for a worker's model. Raises UserError for one that is not like this process."""
         with self._connection.explained():
-            if self._connection.wait([place.opened], START_SECONDS) is None:
+            if self._connection.wait([place.opened], self._seconds) is None:
                 raise UserError(
-                    f"worker {place.number} did not start within {START_SECONDS} seconds; has the cluster "
+                    f"worker {place.number} did not start within {self._seconds:.0f} seconds; has the cluster "
                     f"{self._threads} free CPUs for it?"
                 )
             identity, place.host, place.pid = self._connection.ray.get(place.opened)

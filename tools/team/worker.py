@@ -15,12 +15,13 @@ from kernels.methods import LayerStatistics
 from tools.base.failures import explain_layer
 from tools.base.progress import ignore_progress
 from tools.base.settings import Calibration, Split, WorkbenchSettings
-from tools.measure.losses import PrefixCache, evaluate_windows
+from tools.measure.losses import PrefixCache, evaluate_by_blocks, evaluate_windows
 from tools.measure.recall import EncodedPair, cut_batches, read_answers
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.models.linear import keep_linear
+from tools.models.streamed import find_stream
 from tools.plans.recipe import Recipe
 from tools.polish.gradients import Divergence
 from tools.polish.survivors import Survivors
@@ -83,9 +84,10 @@ class Worker:
     """Owns one loaded model, which it is told to change layer by layer."""
 
     def __init__(self, model: Any, settings: WorkbenchSettings, texts: Texts, scratch: Path, prefix_bytes: int) -> None:
-        """`prefix_bytes` may be kept of what blocks read of the whole validation text."""
+        """`prefix_bytes` may be kept of what blocks read of the whole validation text; in `scratch` lie files without a
+        name."""
         self.model, self.texts, self.device = model, texts, model.device
-        self.blocks = Blocks(model)
+        self.blocks, self._streamed = Blocks(model), find_stream(model) is not None
         calibration, mixed, self._lead = texts.windows.calibration, texts.windows.mixed, texts.windows.lead
         layers, _ = keep_linear(self.blocks, find_layers(model), calibration[0].to(self.device))
         self.layers = {layer.name: layer for layer in layers}
@@ -118,13 +120,21 @@ class Worker:
     def losses(
         self, split: str, windows: Sequence[int], dense_hidden_BTD: Tensor | None, *, keeps_hidden: bool
     ) -> WindowLosses:
-        """As `evaluate_windows`, of some windows of a text; with the dense model's hidden states of these."""
+        """As `evaluate_windows`, of some windows of a text; with the dense model's hidden states of these.
+
+        Of a model that is streamed all of them pass block by block, and its weights are read once.
+        """
         chosen = tuple(windows)
         text_BT = self.texts.windows.find_text(split)[list(chosen)].to(self.device)
-        prefix = (self._find_prefix(chosen, text_BT), self._marks) if split == "validation" else None
-        evaluation, hidden_BTD = evaluate_windows(
-            self.model, text_BT, dense_hidden_BTD, "", ignore_progress, prefix, lead=self._lead
-        )
+        if self._streamed:
+            evaluation, hidden_BTD = evaluate_by_blocks(
+                self.blocks, text_BT, dense_hidden_BTD, "", ignore_progress, lead=self._lead
+            )
+        else:
+            prefix = (self._find_prefix(chosen, text_BT), self._marks) if split == "validation" else None
+            evaluation, hidden_BTD = evaluate_windows(
+                self.model, text_BT, dense_hidden_BTD, "", ignore_progress, prefix, lead=self._lead
+            )
         return WindowLosses(evaluation.nll, evaluation.kl, hidden_BTD if keeps_hidden else None)
 
     def _find_prefix(self, chosen: tuple[int, ...], text_BT: Tensor) -> PrefixCache:

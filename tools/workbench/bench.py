@@ -80,7 +80,10 @@ class Workbench:
         self.store = ArtifactStore(directory / "artifacts")
         self.model, self.tokenizer = loaded or load_model(choose_device(settings), self.store.directory)
         if settings.device == "auto" and find_stream(self.model):
-            self._warn("the model does not fit the memory that is free: one block of it at a time comes from disk")
+            beside = ", beside those of workers," if settings.workers else ""
+            self._warn(
+                f"the model{beside} does not fit the memory that is free: one block of it at a time comes from disk"
+            )
         self.device = self.model.device
         layers = find_layers(self.model)
         lead = count_lead(settings, self.tokenizer)

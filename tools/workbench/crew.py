@@ -37,7 +37,10 @@ class Crew:
 def gather_crew(
     settings: TeamSettings, blocks: Blocks, weights: Weights, texts: Texts, scratch: Path, warn: Warn
 ) -> Crew:
-    """Workers where the settings ask for them. Raises UserError when they cannot be had."""
+    """Workers where the settings ask for them; in the directory `scratch` lie files without a name.
+
+    Raises UserError when they cannot be had.
+    """
     windows = texts.windows
     calibration = windows.calibration.to(blocks.model.device)
     team, extent = work_alone(
@@ -53,5 +56,5 @@ def gather_crew(
     )
     if not settings.workers:
         return Crew(team, extent)
-    cluster = Cluster(settings, texts, weights, blocks.model, warn)
+    cluster = Cluster(settings, texts, weights, blocks.model, scratch, warn)
     return Crew(cluster, extent, cluster)

@@ -45,7 +45,7 @@ class Losses:
         """`shares` are what each named text counts."""
         self._index = index
         self._blocks, self._streamed = blocks, find_stream(blocks.model) is not None
-        self.prefix = PrefixCache(blocks, windows.validation, 0 if self._streamed else limit_prefix(blocks.model))
+        self.prefix = PrefixCache(blocks, windows.validation, limit_prefix(blocks.model))
         self._model, self._windows, self._weights, self._crew = blocks.model, windows, weights, crew
         self._shares = dict(shares)
 
@@ -84,7 +84,7 @@ class Losses:
         was measured last. Hidden states come from workers only where none of the dense model's are given. What is known
         `so_far` is not measured again; workers, each of whom answers for all of its windows at once, do not fill it.
         Of a model that is streamed all windows pass block by block, all blocks, and `so_far` stays as it is: what they
-        passed on is kept instead (`UnfinishedPass`).
+        passed on is kept instead (`UnfinishedPass`), but not by workers.
         """
         if self._crew.cluster is None:
             text_BT = self._windows.find_text(split)[list(windows)].to(self._model.device)

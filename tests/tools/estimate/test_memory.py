@@ -139,7 +139,7 @@ def test_two_workers_of_a_tiny_llama(tiny_llama: Path) -> None:
         ASKED_FOR: ([*backward, LEVELS, MATRIX], [kept, STATE, STATE, *job, levels]),
         "prune": ([MODEL, PRUNED, MATRIX], [kept, *job]),
         IN_ORDER: ([MODEL, PRUNED, MATRIX], [kept, 2 * 2 * STATE, *job]),
-        "validate": (evaluation, [kept, packed, 3 * STATE, 2 * 2 * STATE]),
+        "validate": (evaluation, [kept, job[0], 3 * STATE, 2 * 2 * STATE]),
         "export": ([MODEL], [kept]),
     }
     given, results = [DENSE, 4 * MATRIX], MEMBERS * 33 // 8

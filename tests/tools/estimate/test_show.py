@@ -1,6 +1,7 @@
 """What is shown: every line of the arithmetic, then the peaks, whether there is room, and the time."""
 
 import io
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,36 @@ def test_a_model_that_is_streamed(tmp_path: Path, no_gpu: None, untimed: None) -
     assert found.disk_bytes - whole.disk_bytes == 36 * block + outside + passing, "as it is now"
     assert max(phase.host_bytes for phase in found.phases) < max(phase.host_bytes for phase in whole.phases) / 3
     assert find_large(config, "12", device="auto").streamed and not find_large(config, "24", device="auto").streamed
+
+
+def test_workers_that_stream(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+    config = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
+    alone, found = (find_large(config, "8x24", device="stream", workers=n) for n in ("", "8"))
+    block = found.streamed // 36
+    outside = (2 * 151_936 * 4096 + 4096) * 2
+    held = [next(x.bytes for x in p.device if "streamed" in x.what) for p in [*found.phases, *found.of_worker]]
+    assert set(held) == {block + outside}, "a block each, and this process another"
+    now = next(line for line in found.disk if line.what == "the model as it is now")
+    assert (now.how, now.bytes) == ("9 processes × all parameters", 9 * (36 * block + outside))
+    assert not any(line.what == "a validation under way" for line in found.disk), "workers keep none"
+    lines = [line for phase in found.of_worker for line in [*phase.device, *phase.host]]
+    assert max(line.bytes for line in lines) < found.streamed / 2, "none holds the model, or all that changed of it"
+    steps = {(work.name, work.how): (work.passes, 8 if work.share < 1 else 1) for work in found.work}
+    assert steps.keys() == {(work.name, work.how) for work in alone.work}
+    assert {name for (name, _), (_, times) in steps.items() if times == 1} == {"load, check and export the model"}
+    passes = sum(work.times * math.prod(steps[work.name, work.how]) for work in found.work)
+    said = summarise(found)
+    told = f"disk, all of them about {passes} times for 8 workers and this process: {show_size(passes * 36 * block)}, "
+    assert any(told in line for line in said)
+    assert any(re.fullmatch(r"fits one GPU of 24\.0 GB: 12\.\d GB at most \(.+\)", line) for line in said)
+
+
+def test_auto_streams_where_the_models_of_all_processes_do_not_fit(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+    """Of 16.4 GB each, nine of which may take four fifths of a memory."""
+    config = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
+    for memory, streamed in (("180", True), ("190", False)):
+        found = find_large(config, memory, device="auto", workers="8")
+        assert (found.device, bool(found.streamed)) == ("cpu", streamed), memory
 
 
 def test_a_gpu_that_is_a_little_too_small(tmp_path: Path, no_gpu: None, untimed: None) -> None:

@@ -22,7 +22,7 @@ from tools.base.progress import ignore_progress
 from tools.models import load as sources
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.layers import find_blocks, find_layers
-from tools.models.load import choose_device, load_model
+from tools.models.load import choose_device, count_models, load_model
 from tools.models.mapped import Mapped
 from tools.models.streamed import find_stream, measure_stream
 from tools.surgery.parts import check_alike
@@ -174,16 +174,27 @@ def test_auto_streams_what_does_not_fit(tiny_llama: Path, tmp_path: Path, monkey
     monkeypatch.setattr(sources, "count_free", lambda: 1.2 * size)
     assert choose_device(settings).device == "stream"
     assert choose_device(settings.model_copy(update={"device": "cpu"})).device == "cpu"
-    assert choose_device(settings.model_copy(update={"workers": "2"})).device == "auto", "a worker holds a model"
+    monkeypatch.setattr(sources, "count_free", lambda: 3.8 * size)
+    assert choose_device(settings.model_copy(update={"workers": "2"})).device == "auto", "this process and each worker"
+    monkeypatch.setattr(sources, "count_free", lambda: 3.7 * size)
+    assert choose_device(settings.model_copy(update={"workers": "2"})).device == "stream"
+    assert choose_device(settings.model_copy(update={"workers": "auto"})).device == "auto", "a worker on each machine"
+    monkeypatch.setattr(sources, "count_free", lambda: 1.2 * size)
     said: list[str] = []
     with use_workbench(settings, tmp_path, said.append, ignore_progress) as bench:
         assert find_stream(bench.model) is not None
     assert said == ["the model does not fit the memory that is free: one block of it at a time comes from disk"]
 
 
+def test_the_first_worker_shares_its_gpu_with_this_process(tiny_llama: Path) -> None:
+    counted = {
+        workers: [count_models(tiny_settings(tiny_llama, workers=workers), device) for device in ("cpu", "cuda")]
+        for workers in ("", "8", "auto")
+    }
+    assert counted == {"": [1, 1], "8": [9, 2], "auto": [2, 2]}
+
+
 def test_what_cannot_be_streamed_is_refused_in_one_line(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="device stream is one process that holds a block at a time; leave workers"):
-        tiny_settings(tiny_llama, device="stream", workers="2")
     packed = pretend_packed(tiny_llama, tmp_path / "packed")
     with pytest.raises(UserError, match=r"is packed, and runs on one device; use another --device$"):
         load_model(tiny_settings(packed, device="stream"), tmp_path)

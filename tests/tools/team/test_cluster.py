@@ -44,14 +44,14 @@ def settings(tiny_llama: Path, tmp_path: Path) -> TeamSettings:
     return tiny_settings(tiny_llama, **more)
 
 
-def work(bench: Workbench, at: Callable[[str, int, int], None] = ignore) -> list[Any]:
-    """All that workers share, as ids of content and figures."""
+def work(bench: Workbench, at: Callable[[str, int, int], None] = ignore, polish: int = 64 * 16) -> list[Any]:
+    """All that workers share, as ids of content and figures; the first recipe with a polish on so many tokens."""
     profile = bench.profile(at)
     results: list[Any] = [profile]
     for label in RECIPES:
         recipe = parse_recipe(label)
         allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-        checkpoint = bench.prune(profile, order_allocation(recipe, allocation, 64 * 16 * (label == RECIPES[0])), ignore)
+        checkpoint = bench.prune(profile, order_allocation(recipe, allocation, polish * (label == RECIPES[0])), ignore)
         losses = bench.evaluate(checkpoint, "validation", profile, at)
         results += [checkpoint, bench.hash_masks(), losses, bench.ask(checkpoint, "validation", ignore)]
     checkpoints = [DENSE, *results[1::4]]

@@ -20,7 +20,7 @@ OURS = Identity(billhook="0.1.0 (abc)", torch="2.9 on x86_64", device="cpu", mod
 def made(tiny_llama: Path) -> Places:
     """Places that nobody has come to."""
     settings = tiny_settings(tiny_llama, workers="2", worker_threads=2)
-    return Places(make_connection(), settings, OURS, "cpu", pytest.fail)
+    return Places(make_connection(), settings, OURS, "cpu", None, pytest.fail)
 
 
 def place(deaths: int = 0) -> Any:
@@ -44,6 +44,16 @@ def test_a_worker_that_does_not_start(made: Places, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with pytest.raises(UserError, match="worker 1 did not start within 600 seconds; has the cluster 2 free CPUs"):
         made._wait_for(place())
+
+
+def test_a_worker_that_writes_its_weights_to_a_file_has_longer(made: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    connection: Any = made._connection
+    connection.ray.wait = lambda answers, **_: ([], answers)
+    clock = itertools.count(0, 2000)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(Places, "_start", lambda _: (None, "opened"))
+    with pytest.raises(UserError, match="worker 0 did not start within 2600 seconds"):
+        made.open(2, None, 10**11)  # type: ignore[arg-type]
 
 
 def test_a_worker_that_keeps_dying_ends_the_run(made: Places) -> None:
