@@ -125,6 +125,19 @@ def save_tiny_model(directory: Path, architecture: str = "llama", seed: int = 0,
     return directory
 
 
+def save_biased_model(directory: Path, architecture: str) -> Path:
+    """As `save_tiny_model`, with biases drawn where there are some: a model that nobody trained has zeros."""
+    model = make_tiny_model(architecture)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+    model.save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def save_tiny_gguf(path: Path, seed: int = 0) -> Path:
     """Save the tiny Llama and its tokenizer as one GGUF file, its matrices quantised to 8 bits where they can be."""
     import gguf

@@ -1,6 +1,6 @@
 """A pruned layer as the tensors of its artifact, and back, bit for bit: the bits of `kernels/FORMAT.md`.
 
-An artifact holds `mask`, and `values` where the survivors are others than the dense layer's.
+An artifact holds `mask`, and `values` where the survivors are others than the dense layer's; and `bias` where that is.
 
 Shape suffixes: O output features, I input features, W = ceil(I / 32) words of a mask row.
 """

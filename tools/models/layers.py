@@ -79,10 +79,41 @@ class Layer:
         """The parameter that holds the weight, which all experts of a fused set share."""
         return self.module.stacked if isinstance(self.module, ExpertLinear) else self.module.get_parameter("weight")
 
+    @property
+    def bias_O(self) -> Tensor | None:
+        """What it adds to its output, if it has such a thing."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
     def write(self, weight_OI: Tensor) -> None:
         """Replace the weight in place, so that tied uses and captured references stay valid."""
         with torch.no_grad():
             self.weight_OI.copy_(weight_OI)
+
+
+class Biases:
+    """The biases of layers as they were loaded, which only cuts change."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        """What the layers have now is what they were loaded with."""
+        self._dense = {layer: bias_O.clone() for layer in layers if (bias_O := layer.bias_O) is not None}
+        self._moved: set[Layer] = set()
+
+    def write(self, layer: Layer, bias_O: Tensor | None) -> None:
+        """Put a bias into a layer, or where none is given what it was loaded with."""
+        if bias_O is None and layer not in self._moved:
+            return
+        own_O = layer.bias_O
+        assert own_O is not None, "only biases that were there change"
+        self._moved.add(layer)  # a write that is cut short leaves neither the old ones nor the new
+        with torch.no_grad():
+            own_O.copy_(self._dense[layer] if bias_O is None else bias_O)
+        if bias_O is None:
+            self._moved.remove(layer)
+
+    def read_moved(self, layer: Layer) -> dict[str, Tensor]:
+        """The bias of a layer where it is another than the one it was loaded with, as its artifact has it."""
+        return {"bias": layer.bias_O.cpu()} if layer in self._moved and layer.bias_O is not None else {}
 
 
 def find_device(module: nn.Module) -> torch.device:

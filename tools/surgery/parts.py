@@ -35,8 +35,7 @@ class Part:
     @property
     def bias(self) -> Tensor | None:
         """The bias of the output projection, if it has one."""
-        bias = getattr(self.output.module, "bias", None)
-        return bias.detach() if isinstance(bias, Tensor) else None
+        return self.output.bias_O
 
 
 class Fit(NamedTuple):

@@ -29,17 +29,24 @@ from tools.surgery.rebuild import build_cut, check_buildable
 def find_shape(model: Any, align: int = ALIGN) -> Shape:
     """What of a model can go. Raises UserError where neurons cannot; heads that cannot are none."""
     neurons = find_parts(model, "neurons")
-    try:
-        heads = find_parts(model, "heads")
-    except UserError:
-        heads = []
     depth = len(find_blocks(model))
     return Shape(
         blocks=depth,
         block_cost=count_weights(model) // depth,
-        heads=_describe(model, heads[0], align) if heads else Units(units=1, cost=0, options=[0]),
+        heads=_find_heads(model, align),
         neurons=_describe(model, neurons[0], align),
     )
+
+
+def _find_heads(model: Any, align: int) -> Units:
+    """None where they cannot be cut, or no config of the architecture can say that fewer are left (OPT)."""
+    try:
+        heads = _describe(model, find_parts(model, "heads")[0], align)
+        for fewest in heads.options[1:2]:
+            check_buildable(model, Counts(heads=fewest))
+        return heads
+    except UserError:
+        return Units(units=1, cost=0, options=[0])
 
 
 def _describe(model: Any, part: Part, align: int) -> Units:

@@ -34,7 +34,7 @@ class WeightSource(Protocol):
         """The weights of each layer as it was loaded, (O, I)."""
 
     def read_artifact(self, name: str, artifact: str) -> dict[str, Tensor]:
-        """A layer's mask, and its values unless they are the dense weights'. Raises DamagedArtifact."""
+        """A layer's mask, and its values and bias unless they are the dense ones. Raises DamagedArtifact."""
 
     def mark_blocks(self, weights: Weights) -> list[str]:
         """For each block, a name of the weights of all blocks before it."""

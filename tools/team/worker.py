@@ -19,7 +19,7 @@ from tools.measure.losses import PrefixCache, evaluate_by_blocks, evaluate_windo
 from tools.measure.recall import EncodedPair, cut_batches, read_answers
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.blocks import Blocks
-from tools.models.layers import find_layers
+from tools.models.layers import Biases, find_layers
 from tools.models.linear import keep_linear
 from tools.models.streamed import find_stream
 from tools.plans.recipe import Recipe
@@ -90,7 +90,7 @@ class Worker:
         self.blocks, self._streamed = Blocks(model), find_stream(model) is not None
         calibration, mixed, self._lead = texts.windows.calibration, texts.windows.mixed, texts.windows.lead
         layers, _ = keep_linear(self.blocks, find_layers(model), calibration[0].to(self.device))
-        self.layers = {layer.name: layer for layer in layers}
+        self.layers, self._biases = {layer.name: layer for layer in layers}, Biases(layers)
         self.walks = Walks(
             self.blocks,
             layers,
@@ -115,6 +115,7 @@ class Worker:
             layer, stored = self.layers[layer_name], kept.fetch()
             dense_OI = layer.weight_OI if stored.dense_OI is None else stored.dense_OI.fetch()
             layer.write(unpack_pruned(stored.tensors, dense_OI))
+            self._biases.write(layer, stored.tensors.get("bias"))
         self._marks, self.weights = list(marks), name
 
     def losses(

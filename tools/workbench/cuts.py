@@ -53,11 +53,6 @@ class Cuts:
         Raises UserError where such a cut cannot be.
         """
         shape = find_shape(self._model, align)
-        if any(part.bias is not None for kind in shape.kinds for part in find_parts(self._model, kind)):
-            raise UserError(
-                f"{type(self._model).__name__} has biases behind what would be cut, which no checkpoint holds; "
-                "python -m tools.structure cuts it"
-            )
         if not size:
             return self._find_pace(speed, progress, align)
         removed, outside = convert_size(self._model, size)
@@ -179,7 +174,8 @@ class Cuts:
         made = dict.fromkeys(self._weights.by_name, DENSE)
         for block in cut.dropped:
             for layer in self._weights.by_block[block]:
-                made[layer.name] = self._keep(layer, torch.zeros_like(layer.weight_OI), values=False)
+                nothing_O = None if layer.bias_O is None else torch.zeros_like(layer.bias_O)
+                made[layer.name] = self._keep(layer, torch.zeros_like(layer.weight_OI), nothing_O)
         for fit in cut.fits:
             part = fit.part
             gone = len(fit.units) < part.units
@@ -188,18 +184,21 @@ class Cuts:
                 weight_OI = torch.zeros_like(layer.weight_OI)
                 rows = expand_units(fit.units, run).to(weight_OI.device)
                 weight_OI[rows] = layer.weight_OI[rows]
-                made[layer.name] = self._keep(layer, weight_OI, values=False)
+                made[layer.name] = self._keep(layer, weight_OI)
             if gone or fit.weight_OK is not None:
                 dense_OI = part.output.weight_OI
                 weight_OI = torch.zeros_like(dense_OI)
                 kept_K = expand_units(fit.units, dense_OI.shape[1] // part.units).to(dense_OI.device)
                 weight_OI[:, kept_K] = dense_OI[:, kept_K] if fit.weight_OK is None else fit.weight_OK
-                made[part.output.name] = self._keep(part.output, weight_OI, values=fit.weight_OK is not None)
+                made[part.output.name] = self._keep(
+                    part.output, weight_OI, fit.bias_O, values=fit.weight_OK is not None
+                )
         return made
 
-    def _keep(self, layer: Layer, weight_OI: Tensor, *, values: bool) -> str:
-        artifact = self._store.write_tensors(pack_pruned(weight_OI, values=values))
-        self._weights.write(layer.name, weight_OI, artifact)
+    def _keep(self, layer: Layer, weight_OI: Tensor, bias_O: Tensor | None = None, *, values: bool = False) -> str:
+        tensors = pack_pruned(weight_OI, values=values) | ({} if bias_O is None else {"bias": bias_O.cpu()})
+        artifact = self._store.write_tensors(tensors)
+        self._weights.write(layer.name, weight_OI, artifact, bias_O)
         return artifact
 
     # --- the smaller model ----------------------------------------------------------------------------------------

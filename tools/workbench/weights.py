@@ -11,7 +11,7 @@ from kernels.packed import pack_bits
 from tools.base.errors import DamagedArtifact
 from tools.base.progress import Warn
 from tools.models.artifacts import pack_pruned, unpack_pruned
-from tools.models.layers import Layer
+from tools.models.layers import Biases, Layer
 from tools.models.mapped import map_tensors
 from tools.statistics.walks import layers_by_block
 from tools.workbench.store import DENSE, ArtifactStore
@@ -29,6 +29,7 @@ class Weights:
         if any(layer.is_streamed for layer in layers):
             self.dense.groups = {layer.name: layer.block for layer in layers}
         self.installed = dict.fromkeys(self.by_name, DENSE)
+        self._biases = Biases(layers)
         self._store, self._warn = store, warn
         self._hashes: dict[str, str] = {}
 
@@ -50,24 +51,27 @@ class Weights:
         return hashlib.sha256("".join(map(self.hash_dense, self.dense)).encode()).hexdigest()
 
     def read_artifact(self, name: str, artifact: str) -> dict[str, Tensor]:
-        """A layer's mask, and its values unless they are the dense weights'. Raises DamagedArtifact."""
+        """A layer's mask, and its values and bias unless they are the dense ones. Raises DamagedArtifact."""
         try:
             return self._store.read_tensors(artifact)
         except DamagedArtifact:
             if artifact != self.installed[name]:
                 raise
-            return pack_pruned(self.by_name[name].weight_OI, values=True)  # what is in the model is whole
+            layer = self.by_name[name]  # what is in the model is whole
+            return pack_pruned(layer.weight_OI, values=True) | self._biases.read_moved(layer)
 
-    def write(self, name: str, weight_OI: Tensor, artifact: str) -> None:
-        """Put weights into the model, which are those that the artifact stands for."""
+    def write(self, name: str, weight_OI: Tensor, artifact: str, bias_O: Tensor | None = None) -> None:
+        """Put weights into the model, and a bias where it is not the dense one: what the artifact stands for."""
         self.installed[name] = ""  # a write that is cut short leaves neither the old weights nor the new
         self.by_name[name].write(weight_OI)
+        self._biases.write(self.by_name[name], bias_O)
         self.installed[name] = artifact
 
     def install(self, name: str, artifact: str) -> bool:
         """Put a layer's stored weights into the model; False (and a warning) when the artifact is damaged."""
         if self.installed[name] == artifact:
             return True
+        bias_O: Tensor | None = None
         if artifact == DENSE:
             weight_OI = self.dense[name]
         else:
@@ -77,8 +81,8 @@ class Weights:
                 self._warn(f"{error}; layer {name} is computed again")
                 self._store.path(artifact, ".safetensors").unlink(missing_ok=True)  # nobody should trip over it again
                 return False
-            weight_OI = unpack_pruned(tensors, self.dense[name])
-        self.write(name, weight_OI, artifact)
+            weight_OI, bias_O = unpack_pruned(tensors, self.dense[name]), tensors.get("bias")
+        self.write(name, weight_OI, artifact, bias_O)
         return True
 
     def restore(self, artifacts: Mapping[str, str], make_again: Callable[[str], None]) -> list[str]:

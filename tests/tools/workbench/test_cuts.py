@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.benches import artifact_path, damage, ignore, open_bench, same, snapshot
-from tests.tiny import save_tiny_model, tiny_settings
+from tests.team import join_team
+from tests.tiny import save_biased_model, save_tiny_model, tiny_settings
 from tools.base.errors import UserError
 from tools.plans.cuts import CutOrder, Cutting, count_cut_zeros, resolve_cut
 from tools.plans.recipe import Recipe
@@ -14,6 +15,8 @@ from tools.plans.work_order import WorkOrder, order_all
 from tools.surgery.parts import find_parts
 from tools.workbench.bench import Workbench
 from tools.workbench.store import DENSE
+
+LEVERS: tuple[dict[str, object], ...] = ({}, {"heads": 1}, {"refit": False})
 
 
 def order_cut(bench: Workbench, profile: str, **levers: object) -> WorkOrder:
@@ -25,12 +28,17 @@ def order_cut(bench: Workbench, profile: str, **levers: object) -> WorkOrder:
     return order_all(Recipe(), zeros, sparsity=target.share, predicted_kl=0.0).model_copy(update={"cut": cut})
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("levers", [{}, {"heads": 1}, {"refit": False}])
+@pytest.mark.parametrize(
+    ("architecture", "levers"),
+    [
+        *((architecture, levers) for architecture in ("llama", "qwen3", "gemma3") for levers in LEVERS),
+        *((architecture, levers) for architecture in ("opt", "gpt2") for levers in LEVERS[::2]),
+    ],
+)
 def test_a_cut_is_the_smaller_model_exactly_and_goes_and_comes_back_bit_for_bit(
     architecture: str, levers: dict[str, object], tmp_path: Path, workbench_closed: None
 ) -> None:
-    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", architecture)), tmp_path / "run")
+    bench = open_bench(tiny_settings(save_biased_model(tmp_path / "model", architecture)), tmp_path / "run")
     dense = snapshot(bench)
     profile = bench.profile_bare(ignore)
     order = order_cut(bench, profile, **levers)
@@ -113,8 +121,10 @@ def test_another_text_has_parts_of_its_own(tmp_path: Path, workbench_closed: Non
     assert bench.measure_parts(profile, target, ignore) != parts
 
 
-def test_whole_blocks_go(tmp_path: Path, workbench_closed: None) -> None:
-    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_whole_blocks_go(architecture: str, tmp_path: Path, workbench_closed: None) -> None:
+    bench = open_bench(tiny_settings(save_biased_model(tmp_path / "model", architecture)), tmp_path / "run")
+    dense = snapshot(bench)
     profile = bench.profile_bare(ignore)
     target = bench.cuts.find_target(0.75, 0.0, ignore)
     cut = CutOrder(
@@ -131,12 +141,13 @@ def test_whole_blocks_go(tmp_path: Path, workbench_closed: None) -> None:
         ours, theirs = (model(input_ids=ids, use_cache=False).logits for model in (found[0], bench.model))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert bench.pruner.build_cut(DENSE) is None
+    bench.restore(DENSE)
+    assert same(snapshot(bench), dense)
 
 
 @pytest.mark.parametrize(
     ("architecture", "size", "problem"),
     [
-        ("opt", 0.8, r"^OPTForCausalLM has biases behind what would be cut, which no checkpoint holds; python -m"),
         ("llama", 0.01, r"^target_size 0.01 cannot be met: \d+\.\d+% of the model's bytes are not of the blocks'"),
         ("llama", 0.999, r"^target_size 0.999 cannot be met: "),
     ],
@@ -144,7 +155,7 @@ def test_whole_blocks_go(tmp_path: Path, workbench_closed: None) -> None:
 def test_what_cannot_be_cut_is_refused_before_anything_is_measured(
     architecture: str, size: float, problem: str, tmp_path: Path, workbench_closed: None
 ) -> None:
-    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", architecture)), tmp_path / "run")
+    bench = open_bench(tiny_settings(save_biased_model(tmp_path / "model", architecture)), tmp_path / "run")
     with pytest.raises(UserError, match=problem):
         bench.cuts.find_target(size, 0.0, ignore)
 
@@ -155,3 +166,27 @@ def test_widths_are_aligned_as_asked(tmp_path: Path, workbench_closed: None) -> 
     assert bench.cuts.find_target(0.75, 0.0, ignore, 32).shape.neurons.options == [0, 16]
     with pytest.raises(UserError, match=r"^of 48 neurons no multiple of 128 can stay but all; give a smaller align$"):
         bench.cuts.find_target(0.75, 0.0, ignore, 128)
+
+
+def test_workers_and_what_was_damaged_have_the_biases_of_a_cut(tmp_path: Path, workbench_closed: None) -> None:
+    told: list[str] = []
+    bench = open_bench(tiny_settings(save_biased_model(tmp_path / "model", "opt")), tmp_path / "run", told.append)
+    dense, team = snapshot(bench), join_team(bench)
+    profile = bench.profile_bare(ignore)
+    order = order_cut(bench, profile)
+    checkpoint = bench.prune(profile, order, ignore)
+    made, moved = snapshot(bench), "model.decoder.layers.0.fc2"
+    assert not torch.equal(made[f"{moved}.bias"], dense[f"{moved}.bias"])
+    assert "bias" in bench.weights.read_artifact(moved, bench.weights.installed[moved])
+
+    for wanted, name in ((made, checkpoint), (dense, DENSE)):
+        bench.evaluate(name, "test", profile, ignore)
+        for worker in team.workers:
+            state = worker.model.state_dict()
+            assert all(torch.equal(state[x].view(bits.dtype), bits) for x, bits in wanted.items())
+    bench.restore(checkpoint)
+    damage(artifact_path(bench, checkpoint, moved))
+    assert "bias" in bench.weights.read_artifact(moved, bench.weights.installed[moved]), "what is in the model is whole"
+    bench.restore(DENSE)
+    bench.restore(checkpoint)
+    assert same(snapshot(bench), made) and "is computed again" in told[-1]
