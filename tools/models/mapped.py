@@ -6,6 +6,7 @@ again: no second model is held, and of one whose blocks are streamed not even th
 
 import mmap
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,24 +21,32 @@ ALIGNED = 64
 """Each tensor begins at a multiple of so many bytes."""
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
+    """Where a tensor lies, row by row."""
+
+    held: mmap.mmap
+    """The file; one that others know by a name is mapped to be read alone."""
     begin: int
+    """Bytes of the file before it."""
     dtype: torch.dtype
     shape: torch.Size
 
     @property
     def bytes(self) -> int:
+        """How many it has."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 class Mapped(Mapping[str, Tensor]):
-    """Tensors of one file, by their names, on the CPU."""
+    """Tensors of files, by their names, on the CPU."""
 
-    def __init__(self, held: mmap.mmap, places: dict[str, _Place]) -> None:
+    def __init__(self, places: Mapping[str, Place]) -> None:
         self.groups: Mapping[str, int] = {}
         """Where it is given, whoever takes a tensor lets go of those of the group that one was taken of before."""
-        self._held, self._places, self._last = held, places, ""
-        self._tensors = {name: _view(held, place) for name, place in places.items()}
+        self.places = dict(places)
+        """By name."""
+        self._last = ""
+        self._tensors = {name: _view(place) for name, place in self.places.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         if self._last and self.groups.get(self._last) != self.groups.get(name):
@@ -54,8 +63,7 @@ class Mapped(Mapping[str, Tensor]):
     def let_go(self, names: Iterable[str]) -> None:
         """Take what was read of some of them out of this process' memory; they are read again when they are used.
 
-        What was written stays: in the file, where that is shared. Tensors of a file that is not must not have been
-        written to. Does nothing where the system cannot do it.
+        What was written stays, in the file. Does nothing where the system cannot do it.
         """
         self._advise("MADV_DONTNEED", names)
 
@@ -67,29 +75,29 @@ class Mapped(Mapping[str, Tensor]):
         if not hasattr(mmap, advice):
             return
         for name in names:
-            place = self._places[name]
+            place = self.places[name]
             begin = place.begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self._held.madvise(getattr(mmap, advice), begin, place.begin + place.bytes - begin)
+            if place.bytes:
+                place.held.madvise(getattr(mmap, advice), begin, place.begin + place.bytes - begin)
 
 
-def _view(held: mmap.mmap, place: _Place) -> Tensor:
+def _view(place: Place) -> Tensor:
     """With a storage of its own: to whoever writes tensors to a file, two of one storage are tied."""
     if not place.bytes:
         return torch.empty(place.shape, dtype=place.dtype)
     count = place.shape.numel()
-    return torch.frombuffer(held, dtype=place.dtype, count=count, offset=place.begin).view(place.shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor is it written to
+        return torch.frombuffer(place.held, dtype=place.dtype, count=count, offset=place.begin).view(place.shape)
 
 
-def map_tensors(
-    tensors: Iterable[tuple[str, Tensor]], directory: Path, *, shared: bool = False, what: str = "the dense weights"
-) -> Mapped:
+def map_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path, what: str = "the dense weights") -> Mapped:
     """Copies of tensors of any shape, dtype and device, one after another, in a file of `directory` without a name.
 
-    The file ends with the process, or with the last of the copies. What is written to them goes to the file where it is
-    `shared`, and otherwise leaves that as it is. Raises DiskFull, or another UserError in one line, where it cannot be
-    written.
+    The file ends with the process, or with the last of the copies; what is written to them goes to the file. Raises
+    DiskFull, or another UserError in one line, where it cannot be written.
     """
-    places: dict[str, _Place] = {}
+    written: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
     with _explained(what, directory):
         directory.mkdir(parents=True, exist_ok=True)
         file = tempfile.NamedTemporaryFile(dir=directory, prefix=".mapped-")  # noqa: SIM115 - closed below
@@ -97,13 +105,14 @@ def map_tensors(
         for name, tensor in tensors:  # which may come of work that has errors of its own
             with _explained(what, directory):
                 file.write(bytes(-file.tell() % ALIGNED))
-                places[name] = _Place(file.tell(), tensor.dtype, tensor.shape)
+                written[name] = file.tell(), tensor.dtype, tensor.shape
                 file.write(tensor.to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
         with _explained(what, directory):
             file.write(bytes(1))  # a file without any bytes cannot be mapped
             file.flush()
-            access = mmap.ACCESS_WRITE if shared else mmap.ACCESS_COPY
-            return Mapped(mmap.mmap(file.fileno(), 0, access=access), places)
+            # not as a private copy, for which Linux wants as much memory as it is long
+            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
+            return Mapped({name: Place(held, *where) for name, where in written.items()})
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def stream_model(
                 there = model.get_parameter(first)
                 yield first, offloaded[first] if there.is_meta else there.data
 
-        mapped = map_tensors(read(), scratch, shared=True)
+        mapped = map_tensors(read(), scratch)
     remove_hook_from_module(model, recurse=True)
     for attribute in ("to", "cuda", "hf_device_map"):  # what accelerate's dispatch put there
         vars(model).pop(attribute, None)

@@ -13,7 +13,7 @@ from tools.base.errors import DiskFull, UserError
 from tools.models import mapped
 from tools.models.mapped import map_tensors
 
-STATUS = Path("/proc/self/status")
+STATUS, MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
 
 
 def test_copies_have_the_same_bits_and_the_file_no_name(tmp_path: Path) -> None:
@@ -48,6 +48,17 @@ def test_they_take_no_memory_that_another_could_not_have(tmp_path: Path) -> None
     (copy,) = map_tensors([("a", weight)], tmp_path).values()
     assert float(copy.sum()) == weight.numel()
     assert held() - before < weight.nbytes / 4
+
+
+@pytest.mark.skipif(not MAPS.is_file(), reason="this system has no /proc")
+def test_they_may_be_longer_than_the_memory(tmp_path: Path) -> None:
+    """A private copy, which Linux refuses where it is, is not asked for; what is written to them stays when they go."""
+    mapped = map_tensors([("a", torch.ones(3))], tmp_path)
+    (rights,) = re.findall(rf"^\S+ (\S+) .* {re.escape(str(tmp_path))}/\.mapped-", MAPS.read_text(), flags=re.MULTILINE)
+    assert rights == "rw-s"
+    mapped["a"][1] = 5
+    mapped.let_go(["a"])
+    assert mapped["a"].tolist() == [1, 5, 1]
 
 
 @pytest.mark.parametrize(
