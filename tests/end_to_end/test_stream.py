@@ -77,8 +77,12 @@ def test_killed_and_resumed_without_room_for_second_moments_of_more_than_a_block
     flags: list[str], trained_llama: Path, streamed: Path, tmp_path: Path, command: Command
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained_llama)
-    settings = tiny_settings(trained_llama, questions="file:questions.jsonl", further_windows=3)
-    lines = list_disk(model, find_layers(model), settings, at_once=1, streamed=True)
+    settings, layers = (
+        tiny_settings(trained_llama, questions="file:questions.jsonl", further_windows=3),
+        find_layers(model),
+    )
+    in_source = {layer.name for layer in layers}
+    lines = list_disk(model, layers, settings, at_once=1, streamed=True, in_source=in_source)
     disk = ("--disk", str(sum(line.bytes for line in lines) / 1e9))
     halt = Halt("prune", "tools.workbench.prune:Pruner._compute", 10)
     assert fork(tmp_path, *flags, *STREAM, *disk, halt=halt).finish().code == -signal.SIGKILL

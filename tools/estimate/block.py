@@ -11,8 +11,9 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ from tools.models.hub import check_in_reach
 from tools.models.layers import Layer, find_blocks, find_layers
 from tools.models.load import ModelPlace, build_on_meta, load_tokenizer, locate_model
 from tools.models.readout import CHUNK, compute_hidden, hidden_gradients, measure_losses
+from tools.models.source import list_in_source, map_source
+from tools.models.streamed import name_conversion
 from tools.texts.windows import count_lead
 
 WORDS = 2**15
@@ -63,6 +66,18 @@ def read_lead(settings: WorkbenchSettings) -> int:
         return 0 if settings.model.endswith(".json") else count_lead(settings, load_tokenizer(settings))
     except Exception:  # every way a tokenizer can be missing has a class of error of its own
         return 0
+
+
+def read_source(settings: WorkbenchSettings, layers: Sequence[Layer]) -> set[str]:
+    """Names of the layers whose dense weights a model that is streamed has in its own files, by their headers.
+
+    None where these are not here: those of a hub id that were not downloaded, or of a .gguf file that was not converted
+    yet, or of a config alone.
+    """
+    path, gguf_file = _locate_config(settings.model)
+    if gguf_file:
+        path = str(name_conversion(Path(path, gguf_file), settings.dtype))
+    return list_in_source(layers, map_source(path))
 
 
 def dtype_of(settings: WorkbenchSettings) -> torch.dtype:

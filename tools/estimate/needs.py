@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from tools.base.errors import ImpossiblePlan, UserError, in_one_line
 from tools.base.settings import TeamSettings, count_threads
-from tools.estimate.block import build_empty, count_block, read_lead
+from tools.estimate.block import build_empty, count_block, read_lead, read_source
 from tools.estimate.memory import (
     Facts,
     Phase,
@@ -33,7 +33,7 @@ from tools.estimate.room import Devices, explain_absence, find_devices, find_roo
 from tools.estimate.shape import measure_shape
 from tools.estimate.timing import Times, time_run
 from tools.estimate.work import Course, Prices, Work, find_shares, list_work, name_recipe, price_flops, price_seconds
-from tools.models.disk import Line, plan_disk
+from tools.models.disk import DiskPlan, Line, plan_disk
 from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import FITS, count_models
 from tools.models.positions import refuse_long_windows
@@ -147,10 +147,14 @@ def estimate(
     streams = settings.device == "stream" or (settings.device == "auto" and not fits)
     streamed = measure_stream(model) if streams else None
     disk_room = settings.disk * 1e9 or (math.inf if told else _count_free_disk(directory))
-    given = {"weighs": weighs, "streamed": streams}
-    disk = plan_disk(model, layers, settings, disk_room, lead, **given)
+    in_source = read_source(settings, layers) if streams else set[str]()
+
+    def plan(room: float) -> DiskPlan:
+        return plan_disk(model, layers, settings, room, lead, weighs=weighs, streamed=streams, in_source=in_source)
+
+    disk = plan(disk_room)
     # the other way: without any room second moments are of one block at a time, with any amount all are kept
-    other = plan_disk(model, layers, settings, 0 if disk.at_once is None else math.inf, lead, **given)
+    other = plan(0 if disk.at_once is None else math.inf)
     anew = disk.at_once is not None
     phases = list_phases(facts, read, busiest, part, weighs=weighs, streamed=streamed, anew=anew)
     weights = sum(layer.weight_OI.numel() for layer in layers)

@@ -1,7 +1,7 @@
 """What a run may write to disk, counted over the shapes of the model and the sizes of the texts."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -42,6 +42,7 @@ def plan_disk(
     *,
     weighs: bool = False,
     streamed: bool = False,
+    in_source: Container[str] = (),
 ) -> DiskPlan:
     """What a run writes that has so many bytes of `room`: all second moments, or else those of as many blocks as fit.
 
@@ -49,7 +50,9 @@ def plan_disk(
     """
 
     def plan(at_once: int | None) -> DiskPlan:
-        lines = list_disk(model, layers, settings, lead, weighs=weighs, streamed=streamed, at_once=at_once)
+        lines = list_disk(
+            model, layers, settings, lead, weighs=weighs, streamed=streamed, in_source=in_source, at_once=at_once
+        )
         return DiskPlan(lines, at_once)
 
     kept, one, two = plan(None), plan(1), plan(2)
@@ -67,14 +70,17 @@ def list_disk(
     *,
     weighs: bool = False,
     streamed: bool = False,
+    in_source: Container[str] = (),
     at_once: int | None = None,
 ) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
 
     Each window has `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A
     model that is `streamed` lies there as it is now, too, once for each process on this machine, and without workers
-    what validation windows passed on. Second moments are those of `at_once` blocks where that is given.
+    what validation windows passed on; its layers whose names are `in_source` have their dense weights in files that are
+    there already. Second moments are those of `at_once` blocks where that is given.
     """
+    copied = [layer for layer in layers if layer.name not in in_source]
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = settings.count_all("calibration") if weighs else settings.back_propagated
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
@@ -105,12 +111,17 @@ def list_disk(
         ),
         *(_list_streamed(model, settings, tokens) if streamed else []),
         Line(what="the exported model", how="all parameters", bytes=_count_bytes(model)),
-        Line(
-            what="the dense weights of the prunable layers",
-            how="each is pruned from them; mapped into memory while there is room",
-            bytes=sum(layer.weight_OI.nbytes for layer in layers),
-        ),
+        *([_describe_dense(copied, len(layers))] if copied else []),
     ]
+
+
+def _describe_dense(copied: Sequence[Layer], count: int) -> Line:
+    others = f"; of {len(copied)} layers, the model's own files have others" if len(copied) < count else ""
+    return Line(
+        what="the dense weights of the prunable layers",
+        how=f"each is pruned from them; mapped into memory while there is room{others}",
+        bytes=sum(layer.weight_OI.nbytes for layer in copied),
+    )
 
 
 def _list_kept_moments(layers: Sequence[Layer], settings: TeamSettings, weighs: bool) -> list[Line]:

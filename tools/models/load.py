@@ -245,7 +245,7 @@ def _load_stream(place: ModelPlace, settings: WorkbenchSettings, device: "torch.
         file = Path(place.path) / place.gguf_file
         place = ModelPlace(str(convert_once(file, settings.dtype, partial(_convert, settings))), None)
     load = partial(_load_whole, place, settings, trust_remote_code=settings.trust_remote_code)
-    return stream_model(load, build_on_meta(place, settings)[0], device, scratch)
+    return stream_model(place.path, load, build_on_meta(place, settings)[0], device, scratch)
 
 
 def _convert(settings: WorkbenchSettings, directory: Path) -> None:

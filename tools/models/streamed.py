@@ -26,6 +26,7 @@ from torch import nn
 from tools.base.files import write_directory
 from tools.models.layers import STREAMED, find_blocks
 from tools.models.mapped import Mapped, map_tensors
+from tools.models.source import has_same_bits, map_source
 
 SHARD = 256 * 2**20
 """Bytes of a file in which such a model is written, at least."""
@@ -59,9 +60,11 @@ class _Streamed:
 class Stream:
     """The weights of a model whose blocks come one by one."""
 
-    def __init__(self, model: Any, mapped: Mapped, device: torch.device) -> None:
+    def __init__(self, model: Any, mapped: Mapped, device: torch.device, source: Mapped) -> None:
         """All parameters are those of `mapped`, by their names."""
         self.device, self._mapped = device, mapped
+        self.source = source
+        """Those that the model's own files have bit for bit as they were loaded, by their names."""
         blocks = find_blocks(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._owners = [_list_owners(block) for block in blocks]
@@ -186,13 +189,13 @@ def measure_stream(model: Any) -> StreamSizes:
 
 
 def stream_model(
-    load: Callable[..., tuple[Any, Mapping[str, Any]]], empty: Any, device: torch.device, scratch: Path
+    path: str, load: Callable[..., tuple[Any, Mapping[str, Any]]], empty: Any, device: torch.device, scratch: Path
 ) -> tuple[Any, Mapping[str, Any]]:
     """(a model whose blocks are streamed to `device`, what `from_pretrained` said of loading it).
 
-    `load` is `from_pretrained` of a directory of safetensors, which is given the places of modules; `empty` the model
-    on the meta device. Weights come one by one; a file without a name in the directory `scratch` is where they lie.
-    Raises DiskFull, or whatever `load` raises.
+    `load` is `from_pretrained` of `path`, a directory of safetensors or a hub id, which is given the places of modules;
+    `empty` the model on the meta device. Weights come one by one; a file without a name in the directory `scratch` is
+    where they lie. Raises DiskFull, or whatever `load` raises.
     """
     from accelerate.hooks import remove_hook_from_module
 
@@ -202,14 +205,19 @@ def stream_model(
         shared.setdefault(id(parameter), []).append(name)
     with _Offloaded(scratch) as folder:
         model, loading = load(device_map=_place_on_disk(empty), offload_folder=folder)
-        offloaded = _find_offloaded(model)
+        offloaded, source, same = _find_offloaded(model), map_source(path), list[str]()
 
         def read() -> Iterator[tuple[str, torch.Tensor]]:
             for first, *_ in shared.values():
                 there = model.get_parameter(first)
-                yield first, offloaded[first] if there.is_meta else there.data
+                weight = offloaded[first] if there.is_meta else there.data
+                yield first, weight
+                if first in source and has_same_bits(source[first], weight):
+                    same.append(first)
+                source.let_go([first] if first in source else [])
 
         mapped = map_tensors(read(), scratch)
+        source.let_go(source)  # the system reads a little of a tensor's neighbours with it
     remove_hook_from_module(model, recurse=True)
     for attribute in ("to", "cuda", "hf_device_map"):  # what accelerate's dispatch put there
         vars(model).pop(attribute, None)
@@ -219,7 +227,7 @@ def stream_model(
             module, _, leaf = name.rpartition(".")
             model.get_submodule(module)._parameters[leaf] = parameter
     gc.collect()
-    Stream(model, mapped, device)
+    Stream(model, mapped, device, Mapped({name: source.places[name] for name in same}))
     return model, loading
 
 
@@ -265,13 +273,10 @@ def _place_on_disk(empty: Any) -> dict[str, str]:
 def convert_once(source: Path, dtype: str, convert: Callable[[Path], None]) -> Path:
     """A directory of safetensors that a file was converted to, by `convert(DIRECTORY)` in a process of its own.
 
-    It is made the first time, and kept for all that come under the file's content in the user's cache. Raises whatever
-    `convert` raises, which must be a function that another process can be handed.
+    It is made the first time, and kept for all that come. Raises whatever `convert` raises, which must be a function
+    that another process can be handed.
     """
-    with source.open("rb") as file:
-        name = f"{source.stem}-{dtype}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    directory = Path(cache) / "billhook" / name
+    directory = name_conversion(source, dtype)
     if not (directory / "config.json").is_file():
 
         def make(aside: Path) -> None:
@@ -281,3 +286,11 @@ def convert_once(source: Path, dtype: str, convert: Callable[[Path], None]) -> P
         directory.parent.mkdir(parents=True, exist_ok=True)
         write_directory(directory, make)
     return directory
+
+
+def name_conversion(source: Path, dtype: str) -> Path:
+    """Where `convert_once` has what it makes of a file, under that one's content in the user's cache."""
+    with source.open("rb") as file:
+        name = f"{source.stem}-{dtype}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "billhook" / name

@@ -8,6 +8,7 @@ import resource
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tools.models.linear import keep_linear
 from tools.models.load import choose_device, load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
+from tools.models.source import list_in_source
 from tools.models.streamed import find_stream
 from tools.plans.cuts import CutOrder, Target
 from tools.plans.layer_profile import LayerProfile
@@ -105,7 +107,8 @@ class Workbench:
             warn(f"{share:.2%} of the weights in the blocks are no linear layers to prune, and stay dense: {names}")
         for line in told:
             warn(line)
-        self.weights = Weights(layers, len(blocks), self.store, self._warn)
+        stream = find_stream(self.model)
+        self.weights = Weights(layers, len(blocks), self.store, self._warn, stream.source if stream else None)
         texts = Texts(self.windows, self.questions)
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn)
         self.losses = Losses(blocks, self.windows, self.weights, self.index, self.crew, settings.text_shares)
@@ -375,12 +378,14 @@ def _fit_disk(
 
     What is there already is room. Raises UserError where all else has none.
     """
-    streamed = find_stream(model) is not None
+    stream = find_stream(model)
+    in_source = list_in_source(layers, stream.source) if stream else set[str]()
     free = shutil.disk_usage(directory).free + _count_written(directory)
-    if streamed:  # the model as it is now, in a file without a name
+    if stream:  # the model as it is now, in a file without a name
         free += sum(parameter.nbytes for parameter in model.parameters())
     room = min(free, settings.disk * 1e9 or math.inf)
-    plan = plan_disk(model, layers, settings, room, lead, streamed=streamed)
+    count = partial(plan_disk, model, layers, settings, lead=lead, streamed=bool(stream), in_source=in_source)
+    plan = count(room)
     if plan.bytes > room:
         if room < free:
             raise UserError(
@@ -392,7 +397,7 @@ def _fit_disk(
             f"but {show_size(free, 'GB')} are free or its own; free some, or use another --runs-dir"
         )
     if plan.at_once:
-        kept = plan_disk(model, layers, settings, math.inf, lead, streamed=streamed)
+        kept = count(math.inf)
         warn(
             f"second moments are not kept, which takes a disk of {show_size(kept.bytes)}, and {show_size(room)} are "
             "there: they are collected anew whenever layers are pruned, block by block"

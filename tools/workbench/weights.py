@@ -12,7 +12,8 @@ from tools.base.errors import DamagedArtifact
 from tools.base.progress import Warn
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.layers import Biases, Layer
-from tools.models.mapped import map_tensors
+from tools.models.mapped import Mapped
+from tools.models.source import map_dense
 from tools.statistics.walks import layers_by_block
 from tools.workbench.store import DENSE, ArtifactStore
 
@@ -20,12 +21,15 @@ from tools.workbench.store import DENSE, ArtifactStore
 class Weights:
     """The prunable layers of one model, each with the artifact that it has now."""
 
-    def __init__(self, layers: Sequence[Layer], blocks: int, store: ArtifactStore, warn: Warn) -> None:
-        """The layers, in `blocks` blocks, are as they were loaded; a copy of them lies beside the store, on disk."""
+    def __init__(
+        self, layers: Sequence[Layer], blocks: int, store: ArtifactStore, warn: Warn, source: Mapped | None = None
+    ) -> None:
+        """The layers, in `blocks` blocks, are as they were loaded; what `map_dense` makes of them and their `source`
+        lies on disk, copies beside the store."""
         self.layers = list(layers)
         self.by_name = {layer.name: layer for layer in layers}
         self.by_block = layers_by_block(layers, blocks)
-        self.dense = map_tensors(((layer.name, layer.weight_OI) for layer in layers), store.directory)
+        self.dense = map_dense(layers, store.directory, source)
         if any(layer.is_streamed for layer in layers):
             self.dense.groups = {layer.name: layer.block for layer in layers}
         self.installed = dict.fromkeys(self.by_name, DENSE)

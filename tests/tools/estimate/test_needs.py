@@ -10,8 +10,8 @@ import torch
 
 from kernels.packed import PADDING
 from kernels.triangle import BAND
-from tests.tiny import make_tiny_config, tiny_settings
-from tests.tools.estimate.helpers import MODEL, QWEN3_8B, STATE, large_settings, sizes, write_config
+from tests.tiny import make_tiny_config, save_tiny_gguf, save_tiny_model, tiny_settings
+from tests.tools.estimate.helpers import DENSE, MODEL, QWEN3_8B, STATE, large_settings, sizes, write_config
 from tools.base.errors import UserError
 from tools.estimate import needs as module
 from tools.estimate.memory import ASKED_FOR, WRITE
@@ -20,6 +20,7 @@ from tools.estimate.polish import POLISH
 from tools.estimate.room import Devices, read_devices
 from tools.estimate.work import Course
 from tools.models.artifacts import HEADER
+from tools.models.load import load_model
 from tools.plans.recipe import Recipe
 from tools.texts.written import BATCH
 from tools.workbench.bench import Workbench
@@ -163,6 +164,43 @@ def test_the_workbench_asks_for_the_same_disk_and_keeps_as_many_block_inputs(
     assert len(told) == 1
     kept = next(line for line in found.phases[1].host if line.what.startswith("inputs of every few blocks"))
     assert kept.bytes == len(bench.losses.prefix.kept) * 3 * STATE > 0
+
+
+def test_dense_weights_that_a_streamed_model_has_in_its_files_take_no_disk(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_gpu: None, untimed: None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def count_dense(source: Path, **changes: Any) -> int:
+        lines = find(source, **{"device": "stream", **changes}).disk
+        return sum(line.bytes for line in lines if line.what == "the dense weights of the prunable layers")
+
+    assert (count_dense(tiny_llama), count_dense(tiny_llama, device="cpu")) == (0, DENSE)
+    assert count_dense(tiny_llama, dtype="bf16") == DENSE // 2, "the file is fp32"
+    config = json.loads((tiny_llama / "config.json").read_text())
+    assert count_dense(write_config(tmp_path / "shape", config)) == DENSE, "a config alone"
+    attention = 2 * (1024 + 512 + 512 + 1024)
+    experts = find(save_tiny_model(tmp_path / "moe", "qwen3_moe"), device="stream")
+    assert experts.disk[-1].bytes == 4 * (experts.weights - attention)
+    assert experts.disk[-1].how.endswith("; of 24 layers, the model's own files have others")
+
+    gguf = save_tiny_gguf(tmp_path / "tiny.gguf")
+    assert count_dense(gguf) == DENSE
+    load_model(tiny_settings(gguf, device="stream"), tmp_path / "scratch")
+    assert count_dense(gguf) == 0, "now that it is converted"
+
+    least, room = find(tiny_llama, device="stream").other_disk - MODEL, shutil.disk_usage(tmp_path)
+    told: list[str] = []
+
+    def open_with(free: int) -> None:
+        """The model as it is now is there by then."""
+        monkeypatch.setattr(shutil, "disk_usage", lambda _place: room._replace(free=free))
+        Workbench(tiny_settings(tiny_llama, device="stream"), tmp_path / "run", told.append, lambda *step: None)
+
+    with pytest.raises(UserError, match=r"^the disk is full: "):
+        open_with(least - 1)
+    open_with(least)
+    assert len(told) == 1 and told[0].startswith("second moments are not kept")
 
 
 def test_a_token_before_the_text_of_each_window_is_read_too(

@@ -45,7 +45,10 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def count_disk(settings: Any, at_once: int) -> int:
     model = make_tiny_model("llama", num_hidden_layers=BLOCKS)
-    return sum(line.bytes for line in list_disk(model, find_layers(model), settings, at_once=at_once, streamed=True))
+    layers = find_layers(model)
+    in_source = {layer.name for layer in layers}
+    lines = list_disk(model, layers, settings, at_once=at_once, streamed=True, in_source=in_source)
+    return sum(line.bytes for line in lines)
 
 
 def carry_out(bench: Workbench, copied: Counter[str]) -> dict[str, float]:
