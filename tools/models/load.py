@@ -250,9 +250,11 @@ def _load_stream(place: ModelPlace, settings: WorkbenchSettings, device: "torch.
 
 def _convert(settings: WorkbenchSettings, directory: Path) -> None:
     """Load a model as ever, and write it as safetensors."""
+    from tools.models.streamed import SHARD
+
     model, _ = load_model(settings.model_copy(update={"device": "cpu"}))
     forget_quantization(model)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=SHARD)  # a file larger than the memory could not be read
 
 
 def build_on_meta(place: ModelPlace, settings: WorkbenchSettings) -> tuple[Any, Any]:

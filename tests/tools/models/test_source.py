@@ -110,6 +110,19 @@ def test_what_was_changed_while_it_was_loaded_is_copied(
     assert copied == [changed.name]
 
 
+def test_a_file_larger_than_the_memory(tmp_path: Path) -> None:
+    """One with a hole, of 2 TB."""
+    size = 2**41
+    told = json.dumps({"a": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    told += b" " * (-len(told) % 8)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(told).to_bytes(8, "little") + told)
+        file.truncate(8 + len(told) + size)
+    mapped = map_source(str(tmp_path))
+    assert mapped["a"][-3:].tolist() == [0, 0, 0]
+    mapped.let_go(["a"])
+
+
 def test_files_that_cannot_be_mapped(tmp_path: Path) -> None:
     """Without a header, cut short, and with a tensor that begins between two numbers."""
     path = save_tiny_model(tmp_path / "model")
