@@ -92,28 +92,28 @@ class Layer:
 
 
 class Biases:
-    """The biases of layers as they were loaded, which only cuts change."""
+    """The biases of layers, which only cuts change."""
 
-    def __init__(self, layers: Iterable[Layer]) -> None:
-        """What the layers have now is what they were loaded with."""
-        self._dense = {layer: bias_O.clone() for layer in layers if (bias_O := layer.bias_O) is not None}
-        self._moved: set[Layer] = set()
+    def __init__(self) -> None:
+        """All layers have what they were loaded with."""
+        self._dense: dict[Layer, Tensor] = {}
+        """What those were loaded with that have, or may have, another now."""
 
     def write(self, layer: Layer, bias_O: Tensor | None) -> None:
         """Put a bias into a layer, or where none is given what it was loaded with."""
-        if bias_O is None and layer not in self._moved:
+        if bias_O is None and layer not in self._dense:
             return
         own_O = layer.bias_O
         assert own_O is not None, "only biases that were there change"
-        self._moved.add(layer)  # a write that is cut short leaves neither the old ones nor the new
+        dense_O = self._dense.setdefault(layer, own_O.clone())
         with torch.no_grad():
-            own_O.copy_(self._dense[layer] if bias_O is None else bias_O)
+            own_O.copy_(dense_O if bias_O is None else bias_O)
         if bias_O is None:
-            self._moved.remove(layer)
+            del self._dense[layer]
 
     def read_moved(self, layer: Layer) -> dict[str, Tensor]:
         """The bias of a layer where it is another than the one it was loaded with, as its artifact has it."""
-        return {"bias": layer.bias_O.cpu()} if layer in self._moved and layer.bias_O is not None else {}
+        return {"bias": layer.bias_O.cpu()} if layer in self._dense and layer.bias_O is not None else {}
 
 
 def find_device(module: nn.Module) -> torch.device:

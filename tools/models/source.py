@@ -95,7 +95,8 @@ def map_dense(layers: Sequence[Layer], directory: Path, source: Mapped | None = 
     They lie where the `source`, which has nothing but what was loaded, has them, others in a file of `directory`
     without a name. Raises as `map_tensors`.
     """
-    there = list_in_source(layers, source) if source else set()
-    copies = map_tensors(((x.name, x.weight_OI) for x in layers if x.name not in there), directory)
-    found = {name: source.places[f"{name}.weight"] for name in there} if source else {}
-    return Mapped({x.name: found.get(x.name) or copies.places[x.name] for x in layers})
+    source = source or Mapped({})
+    there = list_in_source(layers, source)
+    places = map_tensors(((x.name, x.weight_OI) for x in layers if x.name not in there), directory).places
+    places |= {name: source.places[f"{name}.weight"] for name in there}
+    return Mapped({layer.name: places[layer.name] for layer in layers})

@@ -19,29 +19,27 @@ def build_profile(
 
     The weights of one block at a time are read.
     """
-    wanda, zeros, outliers = dict[str, float](), dict[str, int](), dict[int, float]()
+    bare, wanda, outliers = dict[str, LayerProfile](), dict[str, float](), dict[int, float]()
     for block in sorted({layer.block for layer in layers}):
-        members = {layer.name: _weight(layer, dense) for layer in layers if layer.block == block}
-        for name, weight_OI in members.items():
-            wanda[name] = measure_wanda(weight_OI, statistics.mean_square[name])
-            zeros[name] = int((weight_OI == 0).sum())
-        outliers[block] = measure_outliers(list(members.values()), [statistics.mean_square[name] for name in members])
+        members = {layer: _weight(layer, dense) for layer in layers if layer.block == block}
+        for layer, weight_OI in members.items():
+            bare[layer.name] = _describe(layer, weight_OI)
+            wanda[layer.name] = measure_wanda(weight_OI, statistics.mean_square[layer.name])
+        outliers[block] = measure_outliers(
+            list(members.values()), [statistics.mean_square[layer.name] for layer in members]
+        )
     wanda_z = compute_z_scores([wanda[layer.name] for layer in layers])
     gradient_z = compute_z_scores([statistics.gradient[layer.name] for layer in layers])
     return [
-        LayerProfile(
-            name=layer.name,
-            block=layer.block,
-            kind=layer.kind,
-            weights=layer.weight_OI.numel(),
-            zeros=zeros[layer.name],
-            wanda=wanda[layer.name],
-            wanda_z=w_z,
-            gradient=statistics.gradient[layer.name],
-            gradient_z=g_z,
-            kappa=statistics.kappa[layer.name],
-            inputs=layer.weight_OI.shape[1],
-            outliers=outliers[layer.block],
+        bare[layer.name].model_copy(
+            update={
+                "wanda": wanda[layer.name],
+                "wanda_z": w_z,
+                "gradient": statistics.gradient[layer.name],
+                "gradient_z": g_z,
+                "kappa": statistics.kappa[layer.name],
+                "outliers": outliers[layer.block],
+            }
         )
         for layer, w_z, g_z in zip(layers, wanda_z, gradient_z, strict=True)
     ]
@@ -52,22 +50,23 @@ def list_weights(layers: Sequence[Layer], dense: Mapping[str, Tensor]) -> list[L
 
     All scores and curves are 0.
     """
-    return [
-        LayerProfile(
-            name=layer.name,
-            block=layer.block,
-            kind=layer.kind,
-            weights=dense[layer.name].numel(),
-            zeros=int((dense[layer.name] == 0).sum()),
-            wanda=0.0,
-            wanda_z=0.0,
-            gradient=0.0,
-            gradient_z=0.0,
-            kappa=[0.0] * len(LEVELS),
-            inputs=dense[layer.name].shape[1],
-        )
-        for layer in layers
-    ]
+    return [_describe(layer, _weight(layer, dense)) for layer in layers]
+
+
+def _describe(layer: Layer, weight_OI: Tensor) -> LayerProfile:
+    return LayerProfile(
+        name=layer.name,
+        block=layer.block,
+        kind=layer.kind,
+        weights=weight_OI.numel(),
+        zeros=int((weight_OI == 0).sum()),
+        wanda=0.0,
+        wanda_z=0.0,
+        gradient=0.0,
+        gradient_z=0.0,
+        kappa=[0.0] * len(LEVELS),
+        inputs=weight_OI.shape[1],
+    )
 
 
 def _weight(layer: Layer, dense: Mapping[str, Tensor] | None) -> Tensor:

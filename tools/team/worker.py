@@ -90,7 +90,7 @@ class Worker:
         self.blocks, self._streamed = Blocks(model), find_stream(model) is not None
         calibration, mixed, self._lead = texts.windows.calibration, texts.windows.mixed, texts.windows.lead
         layers, _ = keep_linear(self.blocks, find_layers(model), calibration[0].to(self.device))
-        self.layers, self._biases = {layer.name: layer for layer in layers}, Biases(layers)
+        self.layers, self._biases = {layer.name: layer for layer in layers}, Biases()
         self.walks = Walks(
             self.blocks,
             layers,

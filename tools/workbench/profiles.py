@@ -82,13 +82,16 @@ class Profiles:
     def make_bare(self, progress: Progress) -> str:
         """The dense model's losses alone, kept as an artifact: the profile of a run that takes whole parts away.
 
-        Nothing is known of layers but their weights, and to recipes all outputs of a layer count alike.
+        Nothing is known of layers but their weights; all outputs of a layer count alike.
         """
         self._weights.restore_dense()
         hidden, evaluation = self._measure_dense(progress)
+        statistics = know_nothing()
+        for layer in self._weights.layers:
+            statistics.gradient_square[layer.name] = torch.ones(layer.weight_OI.shape[0])
         stored = StoredProfile(
             layers=list_weights(self._weights.layers, self._weights.dense),
-            means=write_means(self._store, know_nothing()),
+            means=write_means(self._store, statistics),
             moments={},
             group={},
             hidden=hidden,
@@ -314,9 +317,7 @@ class Profiles:
         """What is known of a layer: from the profile; its inputs from `present` moments where these are given."""
         stored, means = self._read(profile)
         device = self._weights.device_of(name)
-        gamma_O = means.get(f"{recipe.gamma}/{name}")  # of a bare profile there is none
-        gamma_O = torch.ones(self._weights.dense[name].shape[0]) if gamma_O is None else gamma_O
-        gamma_O = gamma_O.to(device)
+        gamma_O = means[f"{recipe.gamma}/{name}"].to(device)
         if present is not None:
             leader = present.group[name]
             moment_II = present.second_moment.get(name, present.second_moment.get(leader))

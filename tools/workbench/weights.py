@@ -33,7 +33,7 @@ class Weights:
         if any(layer.is_streamed for layer in layers):
             self.dense.groups = {layer.name: layer.block for layer in layers}
         self.installed = dict.fromkeys(self.by_name, DENSE)
-        self._biases = Biases(layers)
+        self._biases = Biases()
         self._store, self._warn = store, warn
         self._hashes: dict[str, str] = {}
 
