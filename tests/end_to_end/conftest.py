@@ -10,6 +10,7 @@ from tests.end_to_end.helpers import (
     TINY,
     Outcome,
     at_home,
+    continue_briefly,
     end_forks,
     leave_out_figures,
     run_apart,
@@ -31,11 +32,13 @@ def imports_come_first() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_figures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Reports without figures, which take a third of a tiny run, but in files that are marked as looking at them."""
+def short_reports(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Prompts are continued briefly; and no figures, which take a third of a tiny run, but in files that are marked as
+    looking at them."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("figures") is None:
             leave_out_figures(patch.setattr)
+        continue_briefly(patch.setattr)
         yield
 
 

@@ -1,9 +1,14 @@
 """Models that whole parts are gone of, as rows of a comparison ask for them."""
 
+import hashlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import BaseModel
+
+from tools.base.seals import read_sealed, write_sealed
 from tools.plans.jobs import PartsRecipe
 
 if TYPE_CHECKING:
@@ -23,6 +28,14 @@ class MadeParts(NamedTuple):
     seconds: float
     stock: bool = True
     """Whether it is of a shape that stock transformers has, and as fast as that."""
+
+
+class SavedElimination(BaseModel):
+    """The blocks that went one after another, and what it is about: another search never goes on from it."""
+
+    about: list[str]
+    order: list[int]
+    seconds: list[float]
 
 
 def take_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
@@ -63,15 +76,36 @@ def _drop_by_influence(_recipe: PartsRecipe, sparsity: float, bench: "Workbench"
 
 
 def _drop_by_loss(_recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
-    """SLEB. Raises UserError."""
-    from tools.surgery.published import eliminate_blocks  # imports torch
+    """SLEB, whose blocks are kept as they go: more of them are searched behind those. Raises UserError."""
+    from tools.surgery.published import count_eliminated, eliminate_blocks  # imports torch
 
     began = time.monotonic()
     cut = _count_blocks(sparsity, bench)
-    calibration, lead = bench.windows.calibration.to(bench.device), bench.windows.lead
-    order, tokens = eliminate_blocks(bench.model, cut.counts.blocks, calibration, progress, lead=lead)
-    cut.dropped = tuple(sorted(order))
-    return _build(cut, tokens, bench, began)
+    count, calibration, lead = cut.counts.blocks, bench.windows.calibration, bench.windows.lead
+    text = hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
+    about, path = [bench.weights.hash_all_dense(), text, str(lead)], bench.directory / "search-structured-sleb.json"
+    order, seconds = _read_elimination(path, about, bench.warn)
+    earlier = sum(seconds[:count])
+    for block in eliminate_blocks(bench.model, count, calibration.to(bench.device), progress, order, lead=lead):
+        order.append(block)
+        seconds.append(time.monotonic() - began + earlier - sum(seconds))
+        saved = SavedElimination(about=about, order=order, seconds=seconds)
+        write_sealed(path, saved.model_dump(), path.name)
+    cut.dropped = tuple(sorted(order[:count]))
+    tokens = count_eliminated(len(bench.weights.by_block), count, calibration, lead)
+    return _build(cut, tokens, bench, began - earlier)
+
+
+def _read_elimination(path: Path, about: list[str], warn: Callable[[str], None]) -> tuple[list[int], list[float]]:
+    """The blocks that went from the same model by the same text, and the seconds of each; none where none did."""
+    if not path.is_file():
+        return [], []
+    try:
+        saved = SavedElimination.model_validate(read_sealed(path, path.name, "the search begins anew"))
+    except ValueError:
+        warn(f"{path} is damaged; the search begins anew")
+        return [], []
+    return (saved.order, saved.seconds) if saved.about == about else ([], [])
 
 
 def _count_blocks(sparsity: float, bench: "Workbench") -> "Cut":

@@ -19,6 +19,7 @@ from tools.base.rundir import list_places
 from tools.base.settings import TeamSettings, WorkbenchSettings, count_beside
 from tools.base.words import show_size
 from tools.models.formats import DTYPES, PACKED_FILE, Dtype
+from tools.models.gguf import reading_once
 from tools.models.hub import check_in_reach
 from tools.models.save import forget_quantization
 
@@ -203,15 +204,16 @@ def load_model(settings: WorkbenchSettings, scratch: Path | None = None) -> tupl
     if place.gguf_file:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        tokenizer = load_tokenizer(settings)
-        if (Path(place.path) / PACKED_FILE).is_file():
-            return _load_packed(settings, Path(place.path), device), tokenizer
-        if settings.device == "spread":
-            options["device_map"] = spread_blocks(build_on_meta(place, settings)[0], _measure_gpus())
-        if settings.device == "stream":
-            loaded = _load_stream(place, settings, device, scratch or Path(tempfile.gettempdir()))
-        else:
-            loaded = _load_whole(place, settings, **options)
+        with reading_once():
+            tokenizer = load_tokenizer(settings)
+            if (Path(place.path) / PACKED_FILE).is_file():
+                return _load_packed(settings, Path(place.path), device), tokenizer
+            if settings.device == "spread":
+                options["device_map"] = spread_blocks(build_on_meta(place, settings)[0], _measure_gpus())
+            if settings.device == "stream":
+                loaded = _load_stream(place, settings, device, scratch or Path(tempfile.gettempdir()))
+            else:
+                loaded = _load_whole(place, settings, **options)
     except UserError:
         raise
     except Exception as error:  # every way a model can be broken has a class of error of its own

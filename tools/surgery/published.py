@@ -4,6 +4,7 @@ Shape suffixes: B windows, T tokens, D hidden width.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,24 +47,25 @@ def drop_least(influences: list[float], count: int) -> list[int]:
 
 @torch.no_grad()
 def eliminate_blocks(
-    model: Any, count: int, windows_BT: Tensor, progress: Progress, *, lead: int = 0
-) -> tuple[list[int], int]:
-    """SLEB (arXiv 2402.09025, algorithm 1; github.com/jiwonsong-dev/SLEB): one block after another goes.
+    model: Any, count: int, windows_BT: Tensor, progress: Progress, gone: Sequence[int] = (), *, lead: int = 0
+) -> Iterator[int]:
+    """SLEB (arXiv 2402.09025, algorithm 1; github.com/jiwonsong-dev/SLEB): one block after another goes, behind those
+    that are `gone` already, until so many are.
 
-    (The blocks in the order in which they went, tokens of text put through models without some block.) Each time it is
-    the one without which the model that is left has the lowest loss on the whole calibration text; the first and the
-    last block that are left are not tried, as in the authors' code. Raises UserError where so many cannot go.
+    Each time it is the one without which the model that is left has the lowest loss on the whole calibration text; the
+    first and the last block that are left are not tried, as in the authors' code. Raises UserError where so many cannot
+    go.
     """
     blocks = Blocks(model)
     if count > len(blocks) - 2:
         raise UserError(f"SLEB keeps the first and the last block: of {len(blocks)} it takes no {count}")
-    alive, dropped, tokens = list(range(len(blocks))), list[int](), 0
-    for done in range(count):
+    dropped = list(gone)
+    alive = [block for block in range(len(blocks)) if block not in dropped]
+    for done in range(len(dropped), count):
         inputs = [read_inputs(blocks, dropped, ids_T) for ids_T in windows_BT]
         losses = {}
         for i, block in enumerate(alive[1:-1]):
             progress("search blocks", done * len(blocks) + i, count * len(blocks))
-            tokens += windows_BT[:, lead:].numel()
             nll = sum(
                 measure_without(blocks, [*dropped, block], ids_T, boundary[block], lead=lead).nll
                 for ids_T, boundary in zip(windows_BT, inputs, strict=True)
@@ -71,5 +73,10 @@ def eliminate_blocks(
             losses[block] = nll if math.isfinite(nll) else math.inf
         dropped.append(min(losses, key=losses.__getitem__))
         alive.remove(dropped[-1])
+        yield dropped[-1]
     progress("search blocks", 1, 1)
-    return dropped, tokens
+
+
+def count_eliminated(blocks: int, count: int, windows_BT: Tensor, lead: int = 0) -> int:
+    """Tokens of text that `eliminate_blocks` puts through models without some block."""
+    return sum(blocks - done - 2 for done in range(count)) * windows_BT[:, lead:].numel()

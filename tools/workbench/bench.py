@@ -25,6 +25,7 @@ from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.disk import plan_disk
 from tools.models.experts import check_experts
+from tools.models.gguf import reading_once
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
 from tools.models.linear import keep_linear
 from tools.models.load import choose_device, load_model
@@ -80,7 +81,8 @@ class Workbench:
         self.paces: Paces = {}
         progress("load model", 0, 1)
         self.store = ArtifactStore(directory / "artifacts")
-        self.model, self.tokenizer = loaded or load_model(choose_device(settings), self.store.directory)
+        with reading_once():
+            self.model, self.tokenizer = loaded or load_model(choose_device(settings), self.store.directory)
         if settings.device == "auto" and find_stream(self.model):
             beside = ", beside those of workers," if settings.workers else ""
             self._warn(

@@ -15,21 +15,23 @@ import tools.base.files
 import tools.experiments.comparison
 import tools.measure.speeds
 import tools.results.comparison
+import tools.surgery.published
 import tools.workbench.curves
 import tools.workbench.losses
 import tools.workbench.open
 from tests.comparisons import EVOLUTION_TOKENS, make_comparison, make_row, make_settings, run_comparison
-from tests.tiny import tiny_settings
+from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.files import write_json
 from tools.base.progress import ignore_progress
 from tools.base.settings import TEAM
 from tools.experiments.comparison import CompareSettings, compare
 from tools.experiments.structure import StructureSettings, cut_model
-from tools.experiments.structured_rows import MAKERS
+from tools.experiments.structured_rows import MAKERS, take_parts
 from tools.measure.losses import evaluate_windows
 from tools.plans.allocate import allocate
 from tools.plans.cuts import Counts
+from tools.plans.jobs import PartsRecipe
 from tools.plans.recipe import parse_recipe
 from tools.plans.rules import WAYS_OF_PARTS
 from tools.plans.work_order import order_allocation
@@ -43,6 +45,7 @@ from tools.surgery.published import drop_least, rank_blocks
 from tools.surgery.rebuild import build_cut
 from tools.surgery.slicegpt import build_sliced, slice_states
 from tools.surgery.taylor import rank_by_gradient
+from tools.team.identity import hash_weights
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.profiles import Profiles
@@ -309,6 +312,37 @@ def test_rows_of_other_cuts_as_published(tiny_llama: Path, tmp_path: Path, no_pl
         for label, evaluation in zip(labels.split(","), found, strict=False)
     ]
     assert [row.achieved_sparsity for row in known.rows] == [0.5, ranking.removed, sliced.removed]
+
+
+def test_blocks_that_went_are_not_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny_model(tmp_path / "deep", "llama", num_hidden_layers=5)
+    settings = tiny_settings(model)
+    measured, warnings = list[int](), list[str]()
+    measure = tools.surgery.published.measure_without
+
+    def record(blocks: Any, dropped: list[int], *arguments: Any, **options: Any) -> Any:
+        measured.append(len(dropped))
+        return measure(blocks, dropped, *arguments, **options)
+
+    monkeypatch.setattr(tools.surgery.published, "measure_without", record)
+    recipe = PartsRecipe("sleb", ("blocks",), refit=False)
+
+    def make(sparsity: float, directory: Path) -> tuple[str, int, list[int]]:
+        measured.clear()
+        with use_workbench(settings, directory, warnings.append, ignore_progress) as bench:
+            made = take_parts(recipe, sparsity, bench, ignore_progress)
+        assert made.seconds > 0
+        return hash_weights(made.model), made.tokens, measured[:: settings.calibration_windows]
+
+    one, two = make(0.2, tmp_path / "run"), make(0.4, tmp_path / "run")
+    assert (one[1:], two[1:]) == ((3 * 4 * 64, [1, 1, 1]), (5 * 4 * 64, [2, 2])), "the first block was kept"
+    assert make(0.4, tmp_path / "anew") == (*two[:2], [1, 1, 1, 2, 2])
+    assert make(0.2, tmp_path / "anew") == (*one[:2], [])
+    assert warnings == []
+    path = tmp_path / "anew" / "search-structured-sleb.json"
+    path.write_text(path.read_text().replace("order", "other"))
+    assert make(0.2, tmp_path / "anew") == one
+    assert warnings == [f"{path} is damaged; the search begins anew"]
 
 
 def test_rows_of_an_earlier_version_by_equal_widths_are_called_so(tmp_path: Path, no_plot: None) -> None:

@@ -6,18 +6,22 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+import gguf
 import huggingface_hub
 import pytest
 import torch
 
 import tools.base.hub
+import tools.models.load
 from tests.hub_server import COMMIT, HubServer, Repository
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, save_tiny_gguf, tiny_settings
 from tools.base.errors import UserError
 from tools.models.layers import find_layers
 from tools.models.load import ModelPlace, check_device, load_model, locate_model, pick_device
+from tools.team.identity import hash_weights
 
 NEITHER = "is neither a directory, a .gguf file, package:NAME nor a hub id such as Qwen/Qwen3-4B"
 
@@ -122,6 +126,23 @@ def test_a_saved_model_is_loaded_frozen_and_in_the_dtype_asked_for(
         assert torch.equal(value, expected[key].to(dtype))
     assert not any(p.requires_grad for p in model.parameters())
     assert tokenizer.decode(tokenizer("for x in y:")["input_ids"]) == "for x in y:"
+
+
+def test_a_gguf_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_tiny_gguf(tmp_path / "tiny.gguf")
+    before, made = gguf.GGUFReader, list[str]()
+
+    def read(path: str) -> gguf.GGUFReader:
+        made.append(path)
+        return before(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", read)
+    once, _ = load_model(tiny_settings(path))
+    assert made == [str(path)] and gguf.GGUFReader is read
+    monkeypatch.setattr(tools.models.load, "reading_once", nullcontext)
+    again, _ = load_model(tiny_settings(path))
+    assert len(made) == 1 + 3, "where transformers itself reads it once, tools/models/gguf.py can go"
+    assert hash_weights(once) == hash_weights(again)
 
 
 def test_a_gguf_file_is_dequantised(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tools.base.progress import ignore_progress
 from tools.models.layers import find_blocks
 from tools.plans.cuts import Counts
 from tools.surgery.parts import Cut
-from tools.surgery.published import drop_least, eliminate_blocks, rank_blocks
+from tools.surgery.published import count_eliminated, drop_least, eliminate_blocks, rank_blocks
 from tools.surgery.rebuild import build_cut
 
 
@@ -62,11 +62,12 @@ def test_each_time_the_block_goes_without_which_the_loss_is_lowest(lead: int) ->
             for block in alive[1:-1]
         }
         dropped.append(min(losses, key=losses.__getitem__))
-    order, tokens = eliminate_blocks(model, 2, IDS, ignore_progress, lead=lead)
-    assert order == dropped
-    assert tokens == (3 + 2) * IDS[:, lead:].numel()
+    assert list(eliminate_blocks(model, 2, IDS, ignore_progress, lead=lead)) == dropped
+    assert list(eliminate_blocks(model, 2, IDS, ignore_progress, dropped[:1], lead=lead)) == dropped[1:]
+    assert list(eliminate_blocks(model, 1, IDS, ignore_progress, dropped, lead=lead)) == []
+    assert count_eliminated(5, 2, IDS, lead) == (3 + 2) * IDS[:, lead:].numel()
 
 
 def test_the_first_and_the_last_block_stay() -> None:
     with pytest.raises(UserError, match=r"^SLEB keeps the first and the last block: of 2 it takes no 1$"):
-        eliminate_blocks(make_tiny_model("llama"), 1, IDS, ignore_progress)
+        list(eliminate_blocks(make_tiny_model("llama"), 1, IDS, ignore_progress))
