@@ -22,6 +22,7 @@ from tests.end_to_end.helpers import (
     run_here,
 )
 from tests.openai_server import OpenAIServer
+from tests.team import gather_teams
 from tools.base.errors import BrokenPlan
 from tools.base.progress import Progress
 from tools.plans.work_order import WorkOrder
@@ -123,12 +124,16 @@ def test_killed_and_resumed_it_is_the_same_bytes(halt: Halt, easy: Path, tiny_ll
     assert_same_weights(killed, easy)
 
 
-def test_replayed_and_with_workers_it_is_the_same(easy: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_replayed_and_with_workers_it_is_the_same(
+    easy: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = str(easy.parent)
     assert run_here("--replay", "run", "--name", "again", "--runs-dir", runs) == 0
     assert_same_weights(easy.parent / "again", easy)
     mine = ["--workers", "2", "--runs-dir", str(tmp_path), "--max-iterations", "3"]
+    teams = gather_teams(monkeypatch)
     assert run_here(*flags(tiny_llama, *mine)) == 0
+    assert len(teams) == 1
     assert_same_weights(tmp_path / "run", easy)
 
 
