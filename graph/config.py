@@ -27,7 +27,8 @@ NOT_OF_CUTS = {
     "pattern": "is of zeros",
     "polish_tokens": "fits the survivors of zeros",
     "protect": "names layers that are never touched, while all blocks get the same widths",
-    "text": "needs a cut of its own for each",
+    "goal_tokens": "is of texts that plans mix",
+    "check_weights": "sets zeros by other weights of texts",
     "reprofile": "profiles for zeros",
 }
 """Fields that a run with target_size or target_speed has no use for, and why."""

@@ -28,8 +28,9 @@ class Sight(NamedTuple):
     """Its calibration windows, from the first token."""
     perplexity: float | None
     """The dense model's, on its validation windows."""
-    predicted_kl: float
-    """By its own KL curves, nats per token, if the run's target were shared out by all texts as the config has them."""
+    predicted_kl: float | None
+    """By its own KL curves, nats per token, if the run's target were shared out by all texts as the config has them;
+    None where whole parts go."""
 
 
 def brief_with_chat(
@@ -73,7 +74,9 @@ def brief_messages(config: RunConfig, texts: Sequence[Sight]) -> list[AnyMessage
 
 def _describe(text: Sight, config: RunConfig) -> str:
     begins, perplexity = quote_data(text.begins, SHOWN), show_short(text.perplexity)
-    dense = f"dense perplexity {perplexity}; predicted KL {show_short(text.predicted_kl)}"
+    dense = f"dense perplexity {perplexity}"
+    if text.predicted_kl is not None:
+        dense += f"; predicted KL {show_short(text.predicted_kl)}"
     return f"{text.name}: from {_name(config.text[text.name])}; {dense}; begins: {begins}"
 
 

@@ -12,7 +12,7 @@ from graph.config import HEURISTIC, RunConfig
 from graph.goals.chat import SHOWN, Sight
 from graph.goals.choose import ask_person, choose_brief, describe_rule
 from graph.goals.schema import check_brief, follow_brief
-from graph.nodes.profile import measure_dense
+from graph.nodes.profile import find_target, measure_dense
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
 from graph.runs.replay import find_brief
@@ -23,6 +23,7 @@ from tools.plans.layer_profile import predict_kl
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
+    from tools.workbench.stored import StoredProfile
 
 
 def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
@@ -48,26 +49,34 @@ def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session.emit("brief", planner=by, line=chosen.line, details=chosen.model_dump())
     state = state.model_copy(update={"config": config, "brief": chosen})
     with open_bench(state, session) as bench:
-        profile = bench.profile(session.progress)
+        cuts = config.takes_parts
+        profile = bench.profile_bare(session.progress) if cuts else bench.profile(session.progress)
+        target = find_target(bench, state, session) if cuts else None
+        parts = bench.measure_parts(profile, target, session.progress) if target else ""
         dense = measure_dense(bench, state, profile, session)
         session.emit("trial", **dense.model_dump())
-    update = {"config": config, "brief": chosen, "profile": profile, "dense": dense, "usage": usage}
+    update = {"config": config, "brief": chosen, "profile": profile, "parts": parts, "dense": dense, "usage": usage}
     return {**update, "seconds": session.seconds}
 
 
 def look_at_texts(bench: "Workbench", state: State) -> list[Sight]:
     """Each named text as the planner sees it: its first words, how the dense model does on it, and what its own KL
-    curves say of the target, shared out by the present weights of texts."""
+    curves say of the target, shared out by the present weights of texts; a run that takes parts has no such curves."""
     assert state.dense is not None, "profile runs first"
     known = {figures.name: figures.perplexity for figures in state.dense.texts}
     lead, first = bench.windows.lead, bench.windows.list_each("calibration", range(1))
     stored, sights = bench.read_profile(state.profile), []
-    zeros = resolve(Plan(sparsity=state.config.target_sparsity), stored.layers, state.config).zeros
-    shares = np.array([zeros[layer.name] / layer.weights for layer in stored.layers])
     for name, window in zip(state.config.text, first, strict=True):
         ids_T = bench.windows.calibration[window, lead : lead + SHOWN]  # a token is a character or more
-        kappa = stored.parts[name].kappa
-        own = [layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in stored.layers]
         begins = bench.tokenizer.decode(ids_T.tolist())
-        sights.append(Sight(name, begins, known.get(name), predict_kl(own, shares)))
+        predicted = None if state.config.takes_parts else _predict_kl_of(name, stored, state.config)
+        sights.append(Sight(name, begins, known.get(name), predicted))
     return sights
+
+
+def _predict_kl_of(name: str, stored: "StoredProfile", config: RunConfig) -> float:
+    """By a text's own KL curves, at the target."""
+    zeros = resolve(Plan(sparsity=config.target_sparsity), stored.layers, config).zeros
+    shares = np.array([zeros[layer.name] / layer.weights for layer in stored.layers])
+    kappa = stored.parts[name].kappa
+    return predict_kl([layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in stored.layers], shares)

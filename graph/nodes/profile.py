@@ -63,7 +63,8 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
                 session.emit("lessons", count=len(lessons), runs=runs)
         profile_id = bench.profile_bare(session.progress) if target else bench.profile(session.progress)
         stored = bench.read_profile(profile_id)
-        parts = bench.measure_parts(profile_id, target, session.progress) if target else ""
+        # with a goal they are measured by what is made of it
+        parts = bench.measure_parts(profile_id, target, session.progress) if target and not config.goal else ""
         if target is None:
             _refuse_impossible_target(stored.layers, config)
         dense = measure_dense(bench, state, profile_id, session)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graph.config import CHANGEABLE, NOT_OF_CUTS, RunConfig, check_config
+from graph.goals.schema import Brief, follow_brief
 from graph.runs.directory import read_made_run
 from tools.base.options import read_environment, read_yaml
 from tools.base.settings import CutSettings
@@ -18,9 +19,11 @@ BEHIND = "-zeros"
 OF_ZEROS = ("target_sparsity", "pattern")
 """Fields of which one beside a size or a speed asks for zeros as well."""
 TARGETS = ("target_size", "target_speed")
+LEAST_RISE = 1e-6
+"""Of a named text's perplexity that zeros may add where the cut took all that it may lose: no bound would be 0."""
 OF_CUTS = (*TARGETS, *CutSettings.model_fields)
-ONLY_SECOND = frozenset({*OF_ZEROS, *NOT_OF_CUTS} - {"text"})
-"""Fields that the first run has no use for. Named texts it would have, and refuses."""
+ONLY_SECOND = frozenset({*OF_ZEROS, *NOT_OF_CUTS})
+"""Fields that the first run has no use for."""
 
 
 def read_configs(flags: dict[str, Any], path: Path | None) -> tuple[RunConfig, RunConfig | None]:
@@ -52,6 +55,16 @@ def name_second(name: str) -> str:
     return name + BEHIND
 
 
+def keep_brief(second: RunConfig, brief: Brief | None) -> RunConfig:
+    """The second run's options with what the first one made of the goal, in its place.
+
+    A goal that texts are written for is asked about anew: no text was written for the first run.
+    """
+    if brief is None or second.goal_tokens:
+        return second
+    return follow_brief(second, brief).model_copy(update={"goal": ""})
+
+
 def follow_cut(second: RunConfig, first: RunConfig, cut: Record, model: Path) -> RunConfig:
     """The second run's options once the first has ended: its model is the cut one, and what is capped, or must be
     known at the end, holds of both runs together.
@@ -66,4 +79,17 @@ def follow_cut(second: RunConfig, first: RunConfig, cut: Record, model: Path) ->
     retention = cut.kept.fact_retention if cut.kept else None
     if second.min_fact_retention and retention:
         found["min_fact_retention"] = min(1.0, second.min_fact_retention / retention)
+    if second.text_bounds:
+        rises = _list_rises(cut)
+        found["text_bounds"] = {
+            name: max((1 + most) / (1 + rises.get(name, 0.0)) - 1, LEAST_RISE)
+            for name, most in second.text_bounds.items()
+        }
     return check_config({**second.model_dump(), **found})
+
+
+def _list_rises(cut: Record) -> dict[str, float]:
+    """How far each named text's perplexity has risen above the dense model's, as a share."""
+    before = {text.name: text.perplexity for text in cut.dense.texts} if cut.dense else {}
+    after = {text.name: text.perplexity for text in cut.kept.texts} if cut.kept else {}
+    return {name: now / dense - 1 for name, now in after.items() if now and (dense := before.get(name))}

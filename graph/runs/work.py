@@ -12,7 +12,7 @@ from graph.config import CHANGEABLE, RunConfig, read_config
 from graph.llm.models import check_agents
 from graph.runs.directory import check_input, create_run, read_replay, read_run, write_config
 from graph.runs.replay import read_record
-from graph.runs.second import OF_CUTS, ONLY_SECOND, follow_cut, name_second, read_configs, read_second
+from graph.runs.second import OF_CUTS, ONLY_SECOND, follow_cut, keep_brief, name_second, read_configs, read_second
 from tools.base.errors import UserError
 from tools.base.rows import follow_kept
 from tools.base.rundir import lock_run
@@ -140,6 +140,7 @@ def find_second(work: Work, second: RunConfig) -> Work | None:
         if replay and not ((runs_dir / replay / "run.json").is_file() and read_record(replay).plans):
             print(f"run {work.replay} has set no zeros in what stayed that could be repeated")
             return None
+        second = keep_brief(second, read_record(work.name).brief)
         config = follow_cut(second, work.config, cut, work.directory / "model")
         further = _create(runs_dir, name, name, config, replay)
     return replace(further, push=work.push, listener=work.listener)

@@ -21,6 +21,7 @@ from tests.end_to_end.helpers import (
     run_apart,
     run_here,
 )
+from tests.named import flag_texts
 from tests.openai_server import OpenAIServer
 from tests.team import gather_teams
 from tools.base.errors import BrokenPlan
@@ -201,6 +202,27 @@ def test_a_speed_comes_to_a_share_once_and_is_replayed_as_it_was(
     told = command(*given[2:], "--target-speed", "50").err
     assert "target_speed 50 cannot be met: no number of neurons, heads and blocks comes to it" in told
     assert_same_weights(tmp_path / "runs" / "again", run)
+
+
+def test_named_texts_are_read_by_what_they_count_and_bound_what_is_kept(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    texts = flag_texts(tmp_path)
+    given = [*flags(tiny_llama, "--max-iterations", "2")[2:], *texts]
+    assert command("--name", "plain", *given).code == 0
+    runs = tmp_path / "runs"
+    assert {len(trial["texts"]) for trial in read_events(runs / "plain", "trial")} == {2}
+    assert "| code | " in (runs / "plain" / "report.md").read_text()
+    # the rule reads no words: what is made of the goal is what the weights say, and parts are measured after that
+    assert command("--name", "goal", *given, "--goal", "Code must stay").code == 0
+    assert_same_weights(runs / "goal", runs / "plain")
+    assert command("--replay", "goal", "--name", "again").code == 0
+    assert_same_weights(runs / "again", runs / "goal")
+    assert command("--name", "other", *given[:-1], "code=0,prose=1").code == 0
+    assert read_summary(runs / "other")["mask_sha256"] != read_summary(runs / "plain")["mask_sha256"]
+    assert command("--name", "bound", *given, "--text-bounds", "code=0.000001").code == 0
+    first = read_events(runs / "bound", "trial")[1]
+    assert (first["verdict"], "code" in first["reason"]) == ("rollback", True)
 
 
 @pytest.mark.parametrize(

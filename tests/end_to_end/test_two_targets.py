@@ -124,7 +124,7 @@ def test_a_sparsity_that_a_file_has_for_other_runs_is_no_second_target(
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        (("--text", "a=pydoc", "--text", "b=pydoc"), "target_size takes whole parts away, and text needs a cut of its"),
+        (("--text-bounds", "a=0.2"), "text_bounds bound 'a', which is none of the texts"),
         (("--pattern", "5:4"), "pattern '5:4' is not N:M"),
         (("--target-sparsity", "1.5"), "target_sparsity: 1.5 looks like a percentage"),
     ],

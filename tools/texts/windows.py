@@ -83,6 +83,21 @@ class Windows(NamedTuple):
         each = len(windows) // len(names)
         return {window: share for window in windows if (share := shares[names[window // each]])}
 
+    def list_in_proportion(self, shares: Mapping[str, float]) -> list[int]:
+        """The calibration windows, of each text that counts as many as its share of the largest comes to, or one;
+        dealt in turn, so that the first of them are of all these texts.
+        """
+        if not self.texts:
+            return list(range(len(self.calibration)))
+        each, most = self.count_each("calibration"), max(shares.values())
+        counts = {name: max(round(each * shares[name] / most), shares[name] > 0) for name in self.texts}
+        dealt = [
+            ((place + 0.5) / counts[name], text * each + window)
+            for text, name in enumerate(self.texts)
+            for place, window in enumerate(spread_windows(counts[name], each))
+        ]
+        return [window for _, window in sorted(dealt)]
+
 
 def spread_windows(count: int, total: int) -> list[int]:
     """So many of a text's `total` windows, in the order of the text: those of a smaller count are among those of a

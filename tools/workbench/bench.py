@@ -121,7 +121,7 @@ class Workbench:
         self.polisher = Polisher(
             settings, blocks, self.windows, self.weights, self.losses, self.store, self.index, self.crew, self._warn
         )
-        self.cuts = Cuts(self.model, self.windows, self.weights, self.store, self.index)
+        self.cuts = Cuts(self.model, self.windows, settings.text_shares, self.weights, self.store, self.index)
         self.pruner = Pruner(
             *(self.weights, self.profiles, self.polisher, self.store, self.index, self.crew, self.cuts, self._warn)
         )

@@ -7,6 +7,7 @@ weights once one is kept.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from itertools import islice, takewhile
 from typing import Any
 
@@ -41,8 +42,18 @@ Made = dict[str, str]
 class Cuts:
     """What of the loaded model can go, what that costs, and the weights without it."""
 
-    def __init__(self, model: Any, windows: Windows, weights: Weights, store: ArtifactStore, index: Index) -> None:
+    def __init__(
+        self,
+        model: Any,
+        windows: Windows,
+        shares: Mapping[str, float],
+        weights: Weights,
+        store: ArtifactStore,
+        index: Index,
+    ) -> None:
+        """`shares` are what each named text counts: of each so many windows are read, in proportion."""
         self._model, self._windows, self._weights, self._store, self._index = model, windows, weights, store, index
+        self._read_BT = windows.calibration[windows.list_in_proportion(shares)]
 
     # --- what can go --------------------------------------------------------------------------------------------
 
@@ -124,11 +135,11 @@ class Cuts:
 
     @property
     def _text(self) -> Tensor:
-        return self._windows.calibration.to(self._model.device)
+        return self._read_BT.to(self._model.device)
 
     def _name(self, what: str, *about: Any) -> str:
         """What tells something that depends on the text from all others."""
-        text = hashlib.sha256(self._windows.calibration.numpy().tobytes()).hexdigest()
+        text = hashlib.sha256(self._read_BT.numpy().tobytes()).hexdigest()
         return hashlib.sha256(json.dumps([what, FORMAT, text, self._windows.lead, *about]).encode()).hexdigest()
 
     # --- the weights without it -----------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from graph.config import RunConfig
-from graph.runs.second import follow_cut, read_configs
+from graph.goals.schema import Brief
+from graph.runs.second import LEAST_RISE, follow_cut, keep_brief, read_configs
 from tools.base.errors import UserError
 from tools.results.page.record import Trial
-from tools.results.schema import Usage
+from tools.results.schema import TextFigures, Usage
 
 SIZE, ZEROS = {"target_size": "0.8"}, {"target_sparsity": "0.5"}
 
@@ -68,3 +69,33 @@ def test_caps_and_what_must_be_known_hold_of_both_runs_together(tmp_path: Path) 
     found = follow_cut(second, first, spent, tmp_path)  # type: ignore[arg-type]
     assert found.max_agent_tokens == 1 and 0 < found.max_agent_cost < 1e-6, "no cap would be 0"
     assert found.min_fact_retention == 0.72
+
+
+def test_what_a_text_may_lose_it_loses_once(tmp_path: Path) -> None:
+    def measure(code: float, prose: float | None) -> Trial:
+        texts = [TextFigures(name=name, weight=0.5, perplexity=p, kl=0.1, kl_error=0.0) for name, p in
+                 (("code", code), ("prose", prose))]  # fmt: skip
+        return Trial(iteration=1, sparsity=0.2, perplexity=9.0, kl=0.1, predicted_kl=0.1, verdict="accept", texts=texts)
+
+    def bound(dense: Trial | None, kept: Trial | None, **bounds: float) -> dict[str, float]:
+        texts = {name: f"file:{name}.txt" for name in ("code", "prose")}
+        second = RunConfig.model_validate({"target_sparsity": 0.5, "text": texts, "text_bounds": bounds})
+        cut = SimpleNamespace(summary=SimpleNamespace(agents=Usage()), dense=dense, kept=kept)
+        return follow_cut(second, RunConfig(target_size=0.8), cut, tmp_path).text_bounds  # type: ignore[arg-type]
+
+    dense = measure(10.0, 20.0)
+    assert bound(dense, measure(11.0, 20.0), code=0.21, prose=0.1) == pytest.approx({"code": 0.1, "prose": 0.1})
+    assert bound(dense, measure(12.5, None), code=0.2, prose=0.1) == pytest.approx({"code": LEAST_RISE, "prose": 0.1})
+    assert bound(None, None, code=0.2) == {"code": pytest.approx(0.2)} and bound(dense, dense) == {}
+
+
+def test_the_second_run_goes_by_what_the_first_made_of_the_goal() -> None:
+    texts = {name: f"file:{name}.txt" for name in ("code", "prose")}
+    second = RunConfig.model_validate({"target_sparsity": 0.5, "text": texts, "goal": "Code must stay."})
+    aims = [{"name": "code", "weight": 3, "max_rise": 0.2}, {"name": "prose", "weight": 1}]
+    brief = Brief.model_validate({"aims": aims, "reason": "Code comes first."})
+    kept = keep_brief(second, brief)
+    assert (kept.goal, kept.text_weights, kept.text_bounds) == ("", {"code": 3, "prose": 1}, {"code": 0.2})
+    assert keep_brief(second, None) == second
+    writing = second.model_copy(update={"goal_tokens": 5000})
+    assert keep_brief(writing, brief) == writing

@@ -28,6 +28,13 @@ def test_a_split_is_the_windows_of_one_text_after_another(tmp_path: Path) -> Non
     assert both.list_each("validation", range(1, 3)) == [1, 2, 4, 5]
     assert both.name_each("test", [0, 3, 1]) == ["code", "prose", "code"]
     check_windows(tiny_settings("any", **named), make_tiny_tokenizer())
+    assert both.list_in_proportion({"code": 0.5, "prose": 0.5}) == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert both.list_in_proportion({"code": 0.25, "prose": 0.75}) == [4, 5, 0, 6, 7], "one of four, nearly"
+    assert both.list_in_proportion({"code": 0.34, "prose": 0.66}) == [4, 0, 5, 6, 2, 7]
+    assert both.list_in_proportion({"code": 0.001, "prose": 0.999}) == [4, 5, 0, 6, 7], "one at least"
+    assert both.list_in_proportion({"code": 1.0, "prose": 0.0}) == [0, 1, 2, 3]
+    alone = cut_windows(tiny_settings("any"), make_tiny_tokenizer())
+    assert alone.list_in_proportion({}) == [0, 1, 2, 3]
 
 
 def test_windows_of_texts_without_names_have_none() -> None:
