@@ -5,6 +5,7 @@ a worker with several neighbouring shards may hand over their sum, and nothing d
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -50,20 +51,33 @@ def list_nodes(tree: Span, span: Span) -> Iterator[Span]:
             yield from list_nodes(half, span)
 
 
-def count_held(tree: Span, span: Span) -> int:
+def count_held(tree: Span, span: Span, *, aside: bool = False) -> int:
     """How many sums of shards are held at once, at most, while those of a span's nodes are made one after another.
 
-    Beside the nodes that are done, there is one for each level of the tree on the way to the last leaf, and this.
+    Beside the nodes that are done, there is one for each level of the tree on the way to the last leaf, and this; of
+    these levels the lowest alone where sums are put `aside`.
     """
-    return max(done + (node[1] - node[0] - 1).bit_length() + 1 for done, node in enumerate(list_nodes(tree, span)))
+    levels = [(node[1] - node[0] - 1).bit_length() for node in list_nodes(tree, span)]
+    return max(done + (min(own, 1) if aside else own) + 1 for done, own in enumerate(levels))
 
 
-def sum_node(node: Span, leaf: Callable[[int], Sums]) -> Sums:
-    """The sum of a node of the tree, from those of its shards."""
+class Aside(Protocol):
+    """Sums that are not held while others are made."""
+
+    def add(self, others: Sums) -> Sums:
+        """With those of later shards, which are changed."""
+        ...
+
+
+def sum_node(node: Span, leaf: Callable[[int], Sums], aside: Callable[[Sums], Aside] | None = None) -> Sums:
+    """The sum of a node of the tree, from those of its shards; with `aside` sums wait by it for those of several others."""
     if node[1] - node[0] == 1:
         return leaf(node[0])
     left, right = _halves(node)
-    return _add(sum_node(left, leaf), sum_node(right, leaf))
+    if aside and right[1] - right[0] > 1:  # of two shards alone it is not worth it: what is added to takes as much
+        waiting = aside(sum_node(left, leaf, aside))
+        return waiting.add(sum_node(right, leaf, aside))
+    return _add(sum_node(left, leaf, aside), sum_node(right, leaf, aside))
 
 
 def join_nodes(tree: Span, known: Mapping[Span, Sums]) -> Sums:

@@ -9,6 +9,7 @@ Shape suffixes: B windows, T tokens, I input features (d_in), O output features 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,9 +34,10 @@ from tools.models.streamed import find_stream
 from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
 from tools.statistics.moments import MomentSums, Readers, StageOver, Wanted, list_stages
 from tools.statistics.pruned import parts_of_mask
-from tools.statistics.shards import Span, Sums, add_count, cut_shards, list_nodes, sum_node
+from tools.statistics.shards import Aside, Span, Sums, add_count, cut_shards, list_nodes, sum_node
 from tools.statistics.states import StateStack
 from tools.statistics.taps import tapped
+from tools.statistics.waiting import Waiting
 from tools.statistics.walk import Purpose, Walk
 
 CLIP = 10.0
@@ -94,7 +96,8 @@ class Walks:
         self.grouped = layers_by_block(layers, len(blocks))
         self._scaled = blocks.model.dtype == torch.float16
         self._away = find_stream(blocks.model) is not None
-        """Whether what flowed back through a block lies in CPU memory, one layer's at a time on the device."""
+        """Of a streamed model: what flowed back through a block lies in CPU memory, one layer's at a time on the
+        device, and sums of second moments that wait for others lie on disk."""
         self._pooled = {layer.name for layer in layers if layer.pool}
         self.shards = cut_shards(len(windows_BT))
         self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
@@ -142,7 +145,8 @@ class Walks:
         layers = [layer for layer in self.grouped[block] if not names or layer.name in names]
         last = names[-1] if names and not any(layer.pool for layer in layers) else ""
         wanted = Wanted(full, group, last, weights)
-        nodes = self._sum(span, lambda shard: self._sum_moments(way, block, shard, layers, wanted))
+        aside = partial(Waiting, scratch=self.scratch) if self._away else None
+        nodes = self._sum(span, lambda shard: self._sum_moments(way, block, shard, layers, wanted), aside)
         if purpose == "pruning":
             way.states = before
         else:
@@ -402,8 +406,8 @@ class Walks:
                 if layer.pool:
                     add_count(leaves[shard], mark + layer.name, *(pairs[shard][place].x_TI for place in own))
 
-    def _sum(self, span: Span, leaf: Callable[[int], Sums]) -> Nodes:
-        return [(node, sum_node(node, leaf)) for node in list_nodes((0, len(self.shards)), span)]
+    def _sum(self, span: Span, leaf: Callable[[int], Sums], aside: Callable[[Sums], Aside] | None = None) -> Nodes:
+        return [(node, sum_node(node, leaf, aside)) for node in list_nodes((0, len(self.shards)), span)]
 
 
 def layers_by_block(layers: Iterable[Layer], count: int) -> list[list[Layer]]:

@@ -1,7 +1,10 @@
 """Shards: how text is cut, who takes which, and sums that do not depend on it."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from tools.statistics.shards import (
     SHARDS,
+    Aside,
     Span,
     Sums,
     count_held,
@@ -19,6 +23,7 @@ from tools.statistics.shards import (
     share_out,
     sum_node,
 )
+from tools.statistics.waiting import Waiting
 
 
 @given(st.integers(1, 200))
@@ -61,8 +66,12 @@ def test_the_sum_is_the_same_bits_however_many_share_it(shards: int, workers: in
                 yield node, sum_node(node, leaf)
 
     alone, shared = sum_node((0, shards), leaf), join_nodes((0, shards), dict(nodes()))
-    assert alone.keys() == shared.keys()
-    assert all(torch.equal(alone[name], shared[name]) for name in alone)
+    with TemporaryDirectory() as scratch:
+        aside = sum_node((0, shards), leaf, partial(Waiting, scratch=Path(scratch)))
+        assert list(Path(scratch).iterdir()) == []
+    for found in (shared, aside):
+        assert list(alone) == list(found)
+        assert all(torch.equal(alone[name], found[name]) for name in alone)
 
 
 def test_a_missing_part_is_no_sum() -> None:
@@ -78,6 +87,12 @@ def test_few_nodes_make_up_a_span() -> None:
 
 @given(st.integers(1, SHARDS), st.integers(1, 12))
 def test_how_many_sums_are_held_at_once(shards: int, workers: int) -> None:
+    check_held(shards, workers, None)
+    with TemporaryDirectory() as scratch:
+        check_held(shards, workers, partial(Waiting, scratch=Path(scratch)))
+
+
+def check_held(shards: int, workers: int, aside: Callable[[Sums], Aside] | None) -> None:
     tree, live, peak = (0, shards), [0], [0]
 
     def let_go() -> None:
@@ -92,7 +107,12 @@ def test_how_many_sums_are_held_at_once(shards: int, workers: int) -> None:
 
     for span in share_out(shards, workers):
         live[0] = peak[0] = 0
-        nodes = [sum_node(node, leaf) for node in list_nodes(tree, span)]
-        assert peak[0] == count_held(tree, span) and live[0] == len(nodes)
+        nodes = [sum_node(node, leaf, aside) for node in list_nodes(tree, span)]
+        assert peak[0] == count_held(tree, span, aside=aside is not None) and live[0] == len(nodes)
         del nodes
-    assert [count_held((0, 8), span) for span in ((0, 8), (0, 4), (2, 5), (5, 8), (7, 8))] == [4, 3, 2, 3, 1]
+
+
+def test_of_eight_shards() -> None:
+    spans = ((0, 8), (0, 4), (2, 5), (5, 8), (7, 8))
+    assert [count_held((0, 8), span) for span in spans] == [4, 3, 2, 3, 1]
+    assert [count_held((0, 8), span, aside=True) for span in spans] == [2, 2, 2, 3, 1]
