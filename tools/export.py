@@ -1,7 +1,8 @@
-"""Write a pruned model: plain, as a run does, or packed: `python -m tools.export RUN --packed DIR`
+"""Write a pruned model as others read it: `python -m tools.export RUN --packed DIR`, or `--gguf FILE`
 
 RUN is a run's directory, its name under runs/, or any model: a directory, a .gguf file, package:NAME or a hub id.
-A packed model is smaller than the dense one and decodes faster; python -m tools.generate DIR runs it.
+A packed model is smaller than the dense one and decodes faster; python -m tools.generate DIR runs it. A .gguf file is
+for llama.cpp, of a run whose model was such a file.
 """
 
 import sys
@@ -12,10 +13,14 @@ from rich.console import Console
 
 from tools.base.console import carry_out, print_line
 from tools.base.errors import UserError
+from tools.base.files import explain_full_disk, explain_unwritable
+from tools.base.made import read_config_values
 from tools.base.options import Parser
+from tools.base.rundir import list_places
 from tools.base.settings import WorkbenchSettings
+from tools.base.words import show_size
 from tools.models.formats import DTYPES, Dtype
-from tools.models.load import find_model, load_model, read_dtype
+from tools.models.load import ModelPlace, find_model, load_model, locate_model, read_dtype
 from tools.results.cards import write_packed_card
 
 
@@ -37,6 +42,47 @@ def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], cons
     print_line(console, f"run it: python -m tools.generate {directory}")
 
 
+def export_gguf(source: str, path: Path, dense: str, console: Console) -> None:
+    """Write a model directory as a .gguf file, checked by reading it; `dense` is that of the dense model, by default
+    the run's. Raises UserError.
+    """
+    from tools.models.gguf import BY_HAND, list_changed, write_gguf
+
+    directory = Path(find_model(source))
+    if path.suffix != ".gguf":
+        raise UserError(f"{path} does not end in .gguf; choose another --gguf")
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another --gguf")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{source} is no run and no model directory; what is written is a model of transformers")
+    place = locate_model(dense) if dense else find_dense(source)
+    if place is None or place.gguf_file is None:
+        raise UserError(f"the model of {source} was read from no .gguf file; name one of the dense model with --dense")
+    aside = path.with_name(f".{path.stem}.new.gguf")
+    try:
+        with explain_unwritable(path), explain_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_gguf(directory, Path(place.path) / place.gguf_file, aside)
+        settings = {"model": str(aside), "dtype": read_dtype(str(directory)), "device": "cpu"}
+        if changed := list_changed(load_model(WorkbenchSettings.model_validate(settings))[0], directory):
+            raise UserError(f"{len(changed)} tensors would be read as others, such as {changed[0]}; {BY_HAND}")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    print_line(console, f"{path}: {show_size(path.stat().st_size)}, read back to the bit")
+
+
+def find_dense(source: str) -> ModelPlace | None:
+    """The model that a run began with, or the one before where it began with another run's; None of no run."""
+    for run in list_places(source):
+        if not (run / "config.yaml").is_file():
+            continue
+        begun = str(read_config_values(run)["model"])
+        before = Path(begun).parent if Path(begun).name == "model" else None
+        return find_dense(str(before)) if before and (before / "config.yaml").is_file() else locate_model(begun)
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 interrupted, 2 bad input."""
     console = Console()
@@ -44,12 +90,26 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         parser = Parser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
         parser.add_argument("run", metavar="RUN")
-        parser.add_argument("--packed", metavar="DIR", required=True, help="Directory of the packed model.")
+        forms = parser.add_mutually_exclusive_group(required=True)
+        forms.add_argument("--packed", metavar="DIR", help="Directory of the packed model.")
+        forms.add_argument("--gguf", metavar="FILE", help="A .gguf file of the model, for llama.cpp.")
         parser.add_argument(
-            "--dtype", choices=tuple(DTYPES), default="", help="Round the weights to this format; default: none."
+            "--dense",
+            metavar="MODEL",
+            default="",
+            help="With --gguf: the dense model's .gguf file; default: the run's.",
+        )
+        parser.add_argument(
+            "--dtype",
+            choices=tuple(DTYPES),
+            default="",
+            help="With --packed: round the weights to this format; default: none.",
         )
         options = parser.parse_args(arguments)
-        export_packed(options.run, Path(options.packed), options.dtype, console)
+        if options.packed:
+            export_packed(options.run, Path(options.packed), options.dtype, console)
+        else:
+            export_gguf(options.run, Path(options.gguf), options.dense, console)
 
     return carry_out(work)
 

@@ -24,8 +24,11 @@ from tests.end_to_end.helpers import (
 from tests.named import flag_texts
 from tests.openai_server import OpenAIServer
 from tests.team import gather_teams
+from tests.tiny import save_tiny_gguf, tiny_settings
+from tools import export
 from tools.base.errors import BrokenPlan
 from tools.base.progress import Progress
+from tools.models.load import load_model
 from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
 
@@ -202,6 +205,41 @@ def test_a_speed_comes_to_a_share_once_and_is_replayed_as_it_was(
     told = command(*given[2:], "--target-speed", "50").err
     assert "target_speed 50 cannot be met: no number of neurons, heads and blocks comes to it" in told
     assert_same_weights(tmp_path / "runs" / "again", run)
+
+
+def test_what_is_cut_of_a_gguf_file_becomes_one(
+    easy: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = export.main(list(arguments))
+        said = capsys.readouterr()
+        return code, said.err if code else said.out
+
+    source = save_tiny_gguf(tmp_path / "tiny.gguf")
+    assert command(*flags(source, "--max-iterations", "1", "--target-sparsity", "0.3")).code == 0
+    for run in ("run", "run-zeros"):
+        made = tmp_path / f"{run}.gguf"
+        code, said = write(f"runs/{run}", "--gguf", str(made))
+        assert code == 0 and said.endswith(", read back to the bit\n")
+        smaller = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / run / "model")
+        read, _ = load_model(tiny_settings(made))
+        assert read.config.intermediate_size == smaller.config.intermediate_size < 48
+        ids = torch.arange(40)[None]
+        assert torch.equal(read(ids).logits, smaller(ids).logits)
+    for arguments, problem in (
+        (("runs/run", "--gguf", str(made)), f"{made} exists already; choose another --gguf"),
+        (("runs/run", "--gguf", "made"), "made does not end in .gguf; choose another --gguf"),
+        (
+            (str(source), "--gguf", "made.gguf"),
+            f"{source} is no run and no model directory; what is written is a model",
+        ),
+        ((str(easy), "--gguf", "made.gguf"), f"the model of {easy} was read from no .gguf file; name one of the dense"),
+    ):
+        code, said = write(*arguments)
+        assert code == 2 and problem in said
+    assert write(str(easy), "--gguf", "made.gguf", "--dense", str(source))[0] == 0
+    assert [path.name for path in tmp_path.glob(".*.gguf")] == []
 
 
 def test_named_texts_are_read_by_what_they_count_and_bound_what_is_kept(

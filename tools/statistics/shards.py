@@ -70,7 +70,7 @@ class Aside(Protocol):
 
 
 def sum_node(node: Span, leaf: Callable[[int], Sums], aside: Callable[[Sums], Aside] | None = None) -> Sums:
-    """The sum of a node of the tree, from those of its shards; with `aside` sums wait by it for those of several others."""
+    """The sum of a node of the tree, from those of its shards; with `aside` sums wait so for those of several more."""
     if node[1] - node[0] == 1:
         return leaf(node[0])
     left, right = _halves(node)
