@@ -80,6 +80,12 @@ def list_by_blocks(shape: Shape, remove: float) -> list[list[Counts]]:
     return [list_counts(shape, remove, blocks) for blocks in range(shape.blocks)] if remove < 1 else []
 
 
+def find_most(every: Sequence[Sequence[Counts]]) -> Counts:
+    """The most of each kind that goes by any of the cuts that `list_by_blocks` lists, of which there are some."""
+    listed = [counts for of_number in every for counts in of_number]
+    return Counts(*(max(getattr(counts, kind) for counts in listed) for kind in ("heads", "neurons", "blocks")))
+
+
 class Target(BaseModel):
     """What a target comes to in the parts of a model."""
 

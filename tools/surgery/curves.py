@@ -40,26 +40,47 @@ def measure_curves(
     blocks = Blocks(model)
     parts = {kind: find_parts(model, kind) for kind in KINDS if getattr(most, kind)}
     states = _walk_up(blocks, windows_BT, progress)
-    above = _begin_gradients(blocks, windows_BT, states.pop(), lead, seed)
+    above = begin_gradients(blocks, windows_BT, states.pop(), lead, seed)
     curves: Curves = {kind: [] for kind in parts}
     for block in reversed(range(len(blocks))):
         progress("curves of units", 2 * len(blocks) - 1 - block, 2 * len(blocks))
         members = [of_kind[block] for of_kind in parts.values()]
-        sums = [MomentSums(part.output.weight_OI.shape[1], windows_BT.device) for part in members]
-        fisher = [MomentSums(part.output.weight_OI.shape[0], windows_BT.device) for part in members]
-        for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, states.pop(), strict=True)):
-            given_BTD = hidden_BTD.to(ids_T.device).requires_grad_()
-            with torch.enable_grad(), tapped(members, [own.add for own in sums]), kept_outputs(members) as outputs:
-                output_BTD = blocks.run_to_head(ids_T, block, given_BTD)
-            wanted = [given_BTD, *(outputs[place] for place in range(len(members)))]
-            below_BTD, *gradients = torch.autograd.grad(output_BTD, wanted, above[i].to(output_BTD.device))
-            above[i] = below_BTD.cpu()
-            for own, gradient in zip(fisher, gradients, strict=True):
-                own.add(gradient.flatten(0, -2)[lead:])
-        for part, own, metric in zip(members, sums, fisher, strict=True):
-            curves[part.kind].insert(0, _eliminate(part, getattr(most, part.kind), own, metric))
+        sums = sum_moments(blocks, block, members, windows_BT, states.pop(), above, lead=lead)
+        for part, curve in zip(members, _eliminate_all(members, most, sums), strict=True):
+            curves[part.kind].insert(0, curve)
+        del sums  # before those of the next block are made
     progress("curves of units", 1, 1)
     return curves
+
+
+def sum_moments(
+    blocks: Blocks,
+    block: int,
+    members: Sequence[Part],
+    windows_BT: Tensor,
+    states: Sequence[Tensor],
+    above: list[Tensor],
+    *,
+    lead: int = 0,
+) -> list[tuple[MomentSums, MomentSums]]:
+    """(sums of what the output projection reads, of the gradients at what it gives) of each of a block's parts.
+
+    `states` are what the block reads of each window, (1, T, D); in `above` the gradients at what it gives are replaced
+    by those at what it reads. All on CPU.
+    """
+    device = windows_BT.device
+    sums = [MomentSums(part.output.weight_OI.shape[1], device) for part in members]
+    fisher = [MomentSums(part.output.weight_OI.shape[0], device) for part in members]
+    for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, states, strict=True)):
+        given_BTD = hidden_BTD.to(ids_T.device).requires_grad_()
+        with torch.enable_grad(), tapped(members, [own.add for own in sums]), kept_outputs(members) as outputs:
+            output_BTD = blocks.run_to_head(ids_T, block, given_BTD)
+        wanted = [given_BTD, *(outputs[place] for place in range(len(members)))]
+        below_BTD, *gradients = torch.autograd.grad(output_BTD, wanted, above[i].to(output_BTD.device))
+        above[i] = below_BTD.cpu()
+        for own, gradient in zip(fisher, gradients, strict=True):
+            own.add(gradient.flatten(0, -2)[lead:])
+    return list(zip(sums, fisher, strict=True))
 
 
 def _walk_up(blocks: Blocks, windows_BT: Tensor, progress: Progress) -> list[list[Tensor]]:
@@ -77,7 +98,7 @@ def _walk_up(blocks: Blocks, windows_BT: Tensor, progress: Progress) -> list[lis
     return states
 
 
-def _begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor], lead: int, seed: int) -> list[Tensor]:
+def begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor], lead: int, seed: int) -> list[Tensor]:
     """The gradient of -log p of drawn tokens at what the head reads of each window, (1, T, D), on CPU."""
     gradients = []
     for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, read, strict=True)):
@@ -86,6 +107,12 @@ def _begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor],
             fisher_TD, _ = hidden_gradients(blocks.model, ids_T, hidden_BTD[0].to(ids_T.device), draw, lead=lead)
         gradients.append(fisher_TD[None].cpu())
     return gradients
+
+
+def _eliminate_all(
+    members: Sequence[Part], most: Counts, sums: Sequence[tuple[MomentSums, MomentSums]]
+) -> list[Elimination]:
+    return [_eliminate(part, getattr(most, part.kind), *own) for part, own in zip(members, sums, strict=True)]
 
 
 def _eliminate(part: Part, removed: int, sums: MomentSums, fisher: MomentSums) -> Elimination:
@@ -102,5 +129,10 @@ def _eliminate(part: Part, removed: int, sums: MomentSums, fisher: MomentSums) -
         part.units,
         removed,
         biased=part.bias is not None,
-        together=max(1, part.units // TOGETHER) if part.kind == "neurons" else 1,
+        together=count_together(part.kind, part.units),
     )
+
+
+def count_together(kind: Kind, units: int) -> int:
+    """How many of so many units go at a time."""
+    return max(1, units // TOGETHER) if kind == "neurons" else 1

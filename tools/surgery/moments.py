@@ -15,7 +15,12 @@ SEARCH_TOKENS = 1024
 
 def search_windows(windows_BT: Tensor, lead: int = 0) -> Tensor:
     """The first windows, SEARCH_TOKENS of text in all, or one; the first `lead` tokens of each are no text."""
-    return windows_BT[: max(1, SEARCH_TOKENS // (windows_BT.shape[1] - lead))]
+    return windows_BT[: count_searched(windows_BT.shape[1] - lead)]
+
+
+def count_searched(window: int) -> int:
+    """How many windows of so many tokens of text SEARCH_TOKENS are, or one."""
+    return max(1, SEARCH_TOKENS // window)
 
 
 def finish_moments(sums: MomentSums | HalvedSums, part: Part) -> InputMoments:

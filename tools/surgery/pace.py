@@ -30,11 +30,7 @@ def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, ali
     where such a speed is not to be had.
     """
     shape = find_shape(model, align)
-    lacking = {
-        "blocks": Counts(blocks=max(1, shape.blocks // 4)),
-        "heads": Counts(heads=shape.heads.options[len(shape.heads.options) // 2]),
-        "neurons": Counts(neurons=shape.neurons.options[len(shape.neurons.options) // 2]),
-    }
+    lacking = list_lacking(shape)
     dense, *saved = _time_shapes(model, list(lacking.values()), ids_T, progress)
     block, head, neuron = (max(dense - seconds, 0.0) for seconds in saved)
     block /= lacking["blocks"].blocks
@@ -57,6 +53,15 @@ def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, ali
         share *= min(max(wanted / (dense - found), 1 / MOST), MOST)
     _find_counts(priced, share, speed)
     return Target(shape=priced, share=share)
+
+
+def list_lacking(shape: Shape) -> dict[str, Counts]:
+    """What the shapes lack by which blocks, neurons and groups of heads are timed; half of the units of a block."""
+    return {
+        "blocks": Counts(blocks=max(1, shape.blocks // 4)),
+        "heads": Counts(heads=shape.heads.options[len(shape.heads.options) // 2]),
+        "neurons": Counts(neurons=shape.neurons.options[len(shape.neurons.options) // 2]),
+    }
 
 
 def _find_counts(priced: Shape, share: float, speed: float) -> Counts:

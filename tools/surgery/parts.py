@@ -13,6 +13,9 @@ from tools.plans.cuts import Counts
 Kind = Literal["heads", "neurons"]
 KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
+ON_ONE_DEVICE = "only a model on one device can be cut; use another --device than spread or stream"
+"""Why a model that is spread or streamed is not."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -82,10 +85,14 @@ def convert_size(model: Any, size: float) -> tuple[float, float]:
 def find_parts(model: Any, kind: Kind) -> list[Part]:
     """The heads or the neurons of every block. Raises UserError, in one line, when they cannot be cut."""
     check_alike(model)
-    find = _find_heads if kind == "heads" else _find_neurons
-    blocks = find_blocks(model)
     layers = find_layers(model)
-    return [find(model, block, [x for x in layers if x.block == i]) for i, block in enumerate(blocks)]
+    return [find_part(model, kind, [x for x in layers if x.block == i]) for i in range(len(find_blocks(model)))]
+
+
+def find_part(model: Any, kind: Kind, layers: list[Layer]) -> Part:
+    """Those of one block, which has these layers. Raises UserError, in one line, when they cannot be cut."""
+    find = _find_heads if kind == "heads" else _find_neurons
+    return find(model, find_blocks(model)[layers[0].block], layers)
 
 
 def check_alike(model: Any) -> None:
@@ -98,7 +105,7 @@ def check_alike(model: Any) -> None:
     for layer in layers:
         shapes[layer.block].append((layer.kind, layer.weight_OI.shape))
     if len({layer.weight_OI.device for layer in layers}) > 1 or any(layer.is_streamed for layer in layers):
-        raise UserError("only a model on one device can be cut; use another --device than spread or stream")
+        raise UserError(ON_ONE_DEVICE)
     if any(block != shapes[0] for block in shapes):
         raise UserError(
             f"the blocks of {type(model).__name__} are not all alike; only models whose blocks are can be cut"

@@ -17,13 +17,36 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
 from tools.models.layers import find_blocks
-from tools.plans.cuts import Counts, Shape, Units, list_by_blocks
+from tools.plans.cuts import Counts, Shape, Target, Units, find_most, list_by_blocks
 from tools.surgery.blocks import drop_blocks, fold_blocks
 from tools.surgery.choose import Choice, list_options, measure_kl
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.moments import search_windows
-from tools.surgery.parts import KINDS, Cut, Fit, Part, count_weights, find_parts
+from tools.surgery.parts import KINDS, Cut, Fit, Part, convert_size, count_weights, find_parts
 from tools.surgery.rebuild import build_cut, check_buildable
+
+DIGITS = 4
+"""Of the share that goes, so that planners can write it."""
+
+
+def find_target(model: Any, size: float, align: int = ALIGN) -> Target:
+    """What must go so that `size` of the model's bytes stays. Raises UserError where such a cut cannot be."""
+    shape = find_shape(model, align)
+    removed, outside = convert_size(model, size)
+    target = Target(shape=shape, share=round(removed, DIGITS))
+    if not any(list_by_blocks(shape, target.share)):
+        raise UserError(
+            f"target_size {size:g} cannot be met: {outside:.2%} of the model's bytes are not of the "
+            "blocks' linear layers, and stay; of the others a few neurons must go and some must stay"
+        )
+    check_target(model, target)
+    return target
+
+
+def check_target(model: Any, target: Target) -> None:
+    """Raises UserError where the architecture has no model of the shapes with as few blocks gone as can be."""
+    for counts in next(filter(None, list_by_blocks(target.shape, target.share)), []):
+        check_buildable(model, counts)
 
 
 def find_shape(model: Any, align: int = ALIGN) -> Shape:
@@ -85,9 +108,7 @@ def choose_by_curves(
         raise UserError(f"{remove:g} of the weights cannot be removed here: it is too much, or less than a few neurons")
     for counts in next(filter(None, every)):
         check_buildable(model, counts)
-    listed = [counts for of_number in every for counts in of_number]
-    most = Counts(max(counts.heads for counts in listed), max(counts.neurons for counts in listed))
-    curves = measure_curves(model, most, windows_BT, step, lead=lead)
+    curves = measure_curves(model, find_most(every), windows_BT, step, lead=lead)
     order, dropped, tokens = drop_blocks(model, windows_BT, step, lead=lead), list[int](), 0
     tried: list[tuple[float, Cut]] = []
     for blocks in count():

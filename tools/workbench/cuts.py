@@ -15,25 +15,21 @@ import torch
 from torch import Tensor
 
 from kernels.channels import Elimination, expand_units
-from tools.base.errors import UserError
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
 from tools.models.artifacts import FORMAT, pack_pruned
 from tools.models.layers import Layer
-from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, list_by_blocks
+from tools.plans.cuts import CutOrder, Parts, Shape, Target, find_most, list_by_blocks
 from tools.surgery.blocks import drop_blocks
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.pace import price_parts
-from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, convert_size, find_parts
-from tools.surgery.rebuild import build_cut, check_buildable, check_cut
-from tools.surgery.share import find_shape, make_cut
+from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts
+from tools.surgery.rebuild import build_cut, check_cut
+from tools.surgery.share import DIGITS, check_target, find_shape, find_target, make_cut
 from tools.texts.windows import Windows
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
-
-DIGITS = 4
-"""Of the share that goes, so that planners can write it."""
 
 Made = dict[str, str]
 """Artifacts, by layer name."""
@@ -63,18 +59,10 @@ class Cuts:
 
         Raises UserError where such a cut cannot be.
         """
-        shape = find_shape(self._model, align)
-        if not size:
-            return self._find_pace(speed, progress, align)
-        removed, outside = convert_size(self._model, size)
-        target = Target(shape=shape, share=round(removed, DIGITS))
-        if not any(list_by_blocks(shape, target.share)):
-            raise UserError(
-                f"target_size {size:g} cannot be met: {outside:.2%} of the model's bytes are not of the "
-                "blocks' linear layers, and stay; of the others a few neurons must go and some must stay"
-            )
-        self._check_buildable(target)
-        return target
+        if size:
+            return find_target(self._model, size, align)
+        find_shape(self._model, align)  # what cannot be cut is said before anything is read
+        return self._find_pace(speed, progress, align)
 
     def _find_pace(self, speed: float, progress: Progress, align: int) -> Target:
         """As `find_target`, of a speed."""
@@ -83,14 +71,9 @@ class Cuts:
             return Target.model_validate(self._store.read_json(known))
         found = price_parts(self._model, speed, self._windows.validation[0].to(self._model.device), progress, align)
         found = found.model_copy(update={"share": round(found.share, DIGITS)})
-        self._check_buildable(found)
+        check_target(self._model, found)
         self._index.add(key, self._store.write_json(found.model_dump()))
         return found
-
-    def _check_buildable(self, target: Target) -> None:
-        """Raises UserError where the architecture has no model of the shapes with as few blocks gone as can be."""
-        for counts in next(filter(None, list_by_blocks(target.shape, target.share)), []):
-            check_buildable(self._model, counts)
 
     def measure(self, profile: str, target: Target, progress: Progress) -> str:
         """The artifact of what is known of the parts (`Parts`), for cuts of up to the target.
@@ -103,11 +86,9 @@ class Cuts:
         self._weights.restore_dense()
         shape, text, lead = target.shape, self._text, self._windows.lead
         every = list_by_blocks(shape, target.share)
-        listed = [counts for of_number in every for counts in of_number]
-        most = Counts(max(counts.heads for counts in listed), max(counts.neurons for counts in listed))
+        most = find_most(every)
         curves = measure_curves(self._model, most, text, progress, lead=lead)
-        most_blocks = max(blocks for blocks, of_number in enumerate(every) if of_number)
-        dropping = islice(drop_blocks(self._model, text, progress, lead=lead), most_blocks)
+        dropping = islice(drop_blocks(self._model, text, progress, lead=lead), most.blocks)
         drops = list(takewhile(lambda drop: math.isfinite(drop.kl), dropping))
         parts = Parts(
             shape=shape,
