@@ -16,10 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from graph.config import RunConfig, read_config
+from graph.config import RunConfig, check_target
 from graph.drive import drive
 from graph.persistence import STATE_VARIABLE, state_url
 from graph.runs.listing import list_runs
+from graph.runs.second import read_configs
 from graph.runs.work import Work, resume, start, start_replay
 from tools.base.console import print_line
 from tools.base.errors import UserError
@@ -142,7 +143,9 @@ def _given_path(options: argparse.Namespace) -> Path | None:
 
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
-    """Print what a run would need; it may be one for another machine, or for a planner whose key is not here."""
+    """Print what a run would need, or the two runs of two targets; they may be for another machine, or for a planner
+    whose key is not here.
+    """
     from graph.goals.schema import count_allowed, count_new_text
     from graph.planning.foresee import foresee_course  # imports torch, as the others do
     from tools.estimate.needs import estimate
@@ -151,24 +154,30 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
     if options.resume is not None:
         raise UserError("--dry-run is about a new run; leave --resume out")
-    config = read_config(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
-    if config.takes_parts:
-        raise UserError("--dry-run does not foresee runs that take parts away; leave target_size and target_speed out")
-    check_texts(config)
+    first, second = read_configs(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
     devices = None if options.device_memory is None else read_devices(options.device_memory)
-    found = estimate(
-        *(config, foresee_course(config)),
-        target=config.target_sparsity,
-        devices=devices,
-        directory=runs_directory(),
-    )
-    console = Console()
-    print_estimate(found, console)
-    if most := count_allowed(config):
-        texts = f"{count(most, 'text')} of {count_new_text(config):,} tokens"
-        print_line(
-            console, f"not counted: up to {texts} that a planner may have the model write, and as many profiles more"
+    configs = [first] if second is None else [first, second]
+    for config in configs:
+        check_target(config)
+        check_texts(config)
+    found = [
+        estimate(
+            *(config, foresee_course(config)),
+            target=config.target_sparsity,
+            devices=devices,
+            directory=runs_directory(),
         )
+        for config in configs
+    ]
+    console = Console()
+    for config, needs in zip(configs, found, strict=True):
+        if config is second:
+            print_line(console, "\nthen zeros in what stays, at most what they take in the whole model\n")
+        print_estimate(needs, console)
+        if most := count_allowed(config):
+            texts = f"{count(most, 'text')} of {count_new_text(config):,} tokens"
+            also = "that a planner may have the model write, and as many profiles more"
+            print_line(console, f"not counted: up to {texts} {also}")
     return 0
 
 

@@ -5,7 +5,7 @@ from graph.planning.finalists import FINALISTS
 from graph.planning.orders import UNIFORM_WANDA
 from graph.planning.refinements import STRONG, change_recipe, list_question_mixes
 from graph.planning.rule import MASKS
-from tools.estimate.work import Course
+from tools.estimate.course import Course, CutCourse
 from tools.measure.continuations import PROMPTS
 from tools.plans.recipe import Recipe
 
@@ -18,18 +18,20 @@ REWEIGHTED = 2
 
 def foresee_course(config: RunConfig) -> Course:
     """All rounds as the rule plans them, and the end of the run: a chat planner's rounds are told likewise."""
-    rounds = foresee_recipes(config)
+    cuts = config.takes_parts
+    rounds = [] if cuts else foresee_recipes(config)
     return Course(
         rounds=rounds,
         polishes=[config.polish_tokens for recipe in rounds if recipe.polish],
         polished_at=config.target_sparsity,
         reweighted=rounds[-1:] * REWEIGHTED if config.check_weights else [],
         baselines=[UNIFORM_WANDA.model_copy(update={"pattern": config.pattern})],
-        profiles=config.max_iterations if config.reprofile else 1,
+        profiles=0 if cuts else config.max_iterations if config.reprofile else 1,
         tests=TESTED_MODELS,
         finalists=FINALISTS if config.further_windows else 0,
         prompts=len(PROMPTS),
         continuing=2,
+        cut=CutCourse(config.max_iterations, config.target_size, config.align) if cuts else None,
     )
 
 

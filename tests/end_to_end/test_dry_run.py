@@ -63,6 +63,63 @@ def test_profiling_again_is_counted_for_every_round(tiny_llama: Path, command: C
         assert "  profile, second moments; of what 14 layers read; 1 ×" in outcome.out, "they stay the dense model's"
 
 
+def test_a_cut_of_a_model_of_this_machine(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+    outcome = command("--dry-run", "--model", str(tiny_llama), "--target-size", "0.6", "--max-iterations", "2")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert (
+        "prunable: 14 layers, 15,360 weights; 61.2% of the model's bytes stay; at most 40 of 48 neurons and 1 of 2 "
+        "groups of heads of every block, and 1 of 2 blocks, not all at once"
+    ) in lines
+    assert not any("second moments: " in line or "profile, " in line for line in lines)
+    for step in (
+        "curves of units, walks; two forwards and a backward of 16 windows of 512 tokens of calibration text; 1 ×",
+        "curves of units, which go; 1 of 2 heads, 40 of 48 neurons of each of 2 blocks, at most; 1 ×",
+        "search of blocks to drop; each of 2 left out in a forward of 2 windows of 512 tokens that begins there; 1 ×",
+        "prune, fold and fit; forward of 16 windows of 512 tokens of calibration text, and a fit of what reads the "
+        "heads and neurons of 2 blocks; 2 ×",
+        "prune; 14 layers by wanda, with two more forwards of the calibration text; 1 ×",
+        "validate; forward of 8 windows of 512 tokens of validation text, the output head twice; 2 ×",
+        "time both models; the dense one and the smaller one, which takes less: ",
+    ):
+        (line,) = [line for line in lines if line.startswith(f"  {step}")]
+        assert line.endswith(" s"), "each of them was timed"
+    assert any(line.startswith("disk: ") and "; no run begins with less than " in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_speed_is_foreseen_as_any_cut_that_it_may_come_to(tiny_llama: Path, command: Command) -> None:
+    outcome = command("--dry-run", "--model", str(tiny_llama), "--target-speed", "1.25", "--max-iterations", "1")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "; what a speed takes is measured then; at most 40 of 48 neurons" in outcome.out
+    assert "  time other shapes; 3 of them beside the dense model, then one: 6 forwards of a window" in outcome.out
+
+
+def test_zeros_behind_a_cut_are_foreseen_as_in_the_whole_model(tiny_llama: Path, command: Command) -> None:
+    flags = ("--model", str(tiny_llama), "--target-sparsity", "0.5", "--max-iterations", "1")
+    alone = command("--dry-run", *flags).out.splitlines()
+    outcome = command("--dry-run", *flags, "--target-size", "0.6")
+    assert (outcome.code, outcome.err) == (0, "")
+    cut, _, zeros = outcome.out.partition("then zeros in what stays, at most what they take in the whole model\n")
+    assert "search of blocks to drop" in cut and "search of blocks to drop" not in zeros
+    (prunable,) = [line for line in alone if line.startswith("prunable: ")]
+    assert prunable in zeros.splitlines() and prunable not in cut
+
+
+def test_a_cut_of_a_large_model_without_its_weights(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    flags = ("--config", str(CONFIGS / "qwen3-8b.yaml"), "--model", "config.json", "--target-size", "0.8")
+    outcome = command("--dry-run", *flags, "--device", "cuda", "--device-memory", "80", "--disk", "200")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert "config.json, bf16 on cuda: 8,190,735,360 parameters, 36 blocks" in lines
+    (cut,) = [line for line in lines if line.startswith("prunable: 252 layers, 6,945,767,424 weights; 80.")]
+    assert "of 12,288 neurons and " in cut and "of 8 groups of heads of every block, and " in cut
+    (room,) = [line for line in lines if line.startswith("fits one GPU of 80.0 GB: ")]
+    assert room.endswith(" at most (build the smaller model)")
+    assert lines[-1].endswith("; no time can be predicted, as torch sees no GPU here")
+
+
 @pytest.mark.parametrize(("name", "disk"), [("qwen3-8b", "132.0 GB"), ("paper", "150.3 GB")])
 def test_a_config_of_a_large_model_without_its_weights_its_gpu_or_a_key(
     name: str, disk: str, tmp_path: Path, command: Command
@@ -121,6 +178,9 @@ def test_every_config_is_shown_where_its_model_can_be_had(file: Path, command: C
         (["--device-memory", "much"], "device memory 'much' is neither GB, such as 80, nor COUNTxGB, such as 8x80"),
         (["--device", "spread"], "torch sees no GPU here to spread the model over; plan for others with --device-mem"),
         (["--device", "spread", "--workers", "2"], "device spread is one model on all GPUs, and a worker has one GPU"),
+        (["--target-size", "0.01"], "target_size 0.01 cannot be met: "),
+        (["--target-size", "0.8", "--device", "stream"], "target_size needs the model on one device"),
+        (["--target-size", "0.8", "--target-speed", "2"], "target_size and target_speed are two targets; give one"),
         (["--workers", "auto"], "how many workers auto has is not asked here; give their number, such as --workers 8"),
     ],
 )

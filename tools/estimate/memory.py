@@ -68,6 +68,12 @@ class Phase(BaseModel):
         return self.device_bytes + self.host_bytes
 
 
+def find_common(phases: Sequence[Phase], place: str) -> list[Line]:
+    """The lines of the device, or the host, that all phases have once the model is loaded."""
+    lines: list[list[Line]] = [getattr(phase, place) for phase in phases[1:] if phase.name != WRITE]
+    return [line for line in lines[0] if all(line in others for others in lines)]
+
+
 # --- shares ---------------------------------------------------------------------------------------------
 
 
@@ -163,7 +169,7 @@ def list_phases(
         return [count_once(what, size, "a smaller layer of the same form"), moment, *other]
 
     model = _describe_streamed(facts, streamed) if streamed else _describe_model(shape, weights)
-    program = _describe_program(facts)
+    program = describe_program(facts)
     always = [
         program,
         states("inputs of every few blocks, validation text", (kept, "blocks"), (part.validation, "windows")),
@@ -303,7 +309,7 @@ def list_phases_beside(
     model = _describe_streamed(facts, streamed) if streamed else _describe_model(shape, shape.weights)
     moved = _pass_through(streamed) if streamed else _move_model(facts)
     read = [] if streamed else _read_file(facts)
-    program = _describe_program(facts)
+    program = describe_program(facts)
 
     def hidden(what: str, count: int) -> Line:
         states = (settings.count_all("validation"), "windows"), (settings.window, "tokens")
@@ -355,7 +361,8 @@ def list_phases_beside(
     ]
 
 
-def _describe_program(facts: Facts) -> Line:
+def describe_program(facts: Facts) -> Line:
+    """What a process holds without any model."""
     return Line(what="Python, torch and transformers", how="measured in this process", bytes=facts.process)
 
 
@@ -388,7 +395,7 @@ def _describe_writing(facts: Facts, settings: WorkbenchSettings, model: Line) ->
             multiply("keys and values, at most", *kept),
             multiply("logits of the next token", *drawn),
         ],
-        host=[_describe_program(facts)],
+        host=[describe_program(facts)],
     )
 
 

@@ -18,6 +18,9 @@ from pydantic import BaseModel, Field
 from tools.base.errors import ImpossiblePlan, UserError, in_one_line
 from tools.base.settings import TeamSettings, count_threads
 from tools.estimate.block import build_empty, count_block, read_lead, read_source
+from tools.estimate.course import Course, name_recipe
+from tools.estimate.cut_work import list_cut_end, list_cut_work, price_cut_flops, price_cut_seconds
+from tools.estimate.cutting import Cutting, find_cutting, list_cut_phases
 from tools.estimate.memory import (
     Facts,
     Phase,
@@ -28,18 +31,20 @@ from tools.estimate.memory import (
     measure_process,
 )
 from tools.estimate.polish import add_polish, add_shared_polish, list_polish_disk, place_polish
+from tools.estimate.prices import Prices, Pricing, Work, price_flops, price_seconds
 from tools.estimate.pruning import count_layer
 from tools.estimate.room import Devices, explain_absence, find_devices, find_room, lay_out
 from tools.estimate.shape import measure_shape
-from tools.estimate.timing import Times, time_run
-from tools.estimate.work import Course, Prices, Work, find_shares, list_work, name_recipe, price_flops, price_seconds
-from tools.models.disk import DiskPlan, Line, plan_disk
+from tools.estimate.timing import time_run
+from tools.estimate.work import find_shares, list_work
+from tools.models.disk import DiskPlan, Line, list_cut_disk, plan_disk
 from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import FITS, count_models
 from tools.models.positions import refuse_long_windows
 from tools.models.streamed import measure_stream
 from tools.plans.methods import LEVERS
 from tools.plans.polish import Schedule, schedule_polish
+from tools.surgery.parts import ON_ONE_DEVICE
 
 
 class Estimate(BaseModel):
@@ -53,6 +58,7 @@ class Estimate(BaseModel):
     layers: int = Field(description="Prunable layers.")
     weights: int = Field(description="Their weights.")
     zeros: int = Field(description="How many of these are to be zero at the end.")
+    goes: str = Field("", description="What of parts goes, at most, in words; empty where zeros are set instead.")
     of_blocks: float = Field(description="Share of the weights in the blocks that is prunable.")
     of_model: float = Field(description="Share of all weights that is prunable.")
     dense: list[str] = Field(description="Weights inside the blocks that stay dense, such as routers.")
@@ -64,6 +70,7 @@ class Estimate(BaseModel):
     spread: list[Line] = Field([], description="What each GPU holds of a model that is laid over them; empty if not.")
     streamed: int = Field(0, description="Bytes of all blocks where one at a time comes from disk; 0 where none does.")
     disk: list[Line]
+    asked: int = Field(description="Bytes on disk without which no run of this model begins.")
     room: float | None = Field(None, description="Bytes on disk that there are; null where it is not known.")
     at_once: int | None = Field(
         None, description="Of how many blocks second moments lie on disk at once; null where they are kept."
@@ -133,18 +140,22 @@ def estimate(
     device = "cpu" if on_cpu or (settings.device == "stream" and not here and devices is None) else "cuda"
     told, devices = devices is not None, devices or find_devices(device)
     spread = lay_out(model, devices) if settings.device == "spread" else []
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    fits = devices is None or count_models(settings, device) * whole <= FITS * devices.bytes
+    streams = settings.device == "stream" or (settings.device == "auto" and not fits)
+    if streams and course.cut:
+        raise UserError(ON_ONE_DEVICE)
+    cutting = find_cutting(model, layers, course.cut) if course.cut else None
     counts = count_block(model, settings.window, lead)
     forms = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
-    methods = {*LEVERS, *(recipe.method for recipe, _ in course.pruned)}
+    methods = {*([] if cutting else LEVERS), *(recipe.method for recipe, _ in course.pruned)}
     held = count_layer(forms, layers[0].weight_OI.dtype, methods)
     threads = count_threads(settings) if workers else torch.get_num_threads()
-    times, untimed = _time(model, read, course, device, threads)
+    seconds, tokens, untimed = _time(model, read, course, cutting, device, threads)
     facts = Facts(measure_shape(model, layers, counts.routed), counts, held, measure_process(), reading, device)
     parts = cut_parts(settings, workers)
     busiest = find_busiest(parts)
     part, weighs = max((line.bytes for line in spread), default=facts.shape.weights), course.weighs
-    fits = devices is None or count_models(settings, device) * facts.shape.weights <= FITS * devices.bytes
-    streams = settings.device == "stream" or (settings.device == "auto" and not fits)
     streamed = measure_stream(model) if streams else None
     disk_room = settings.disk * 1e9 or (math.inf if told else _count_free_disk(directory))
     in_source = read_source(settings, layers) if streams else set[str]()
@@ -166,14 +177,21 @@ def estimate(
         beside, phases = add_shared_polish(beside, phases, facts, polish, workers)
     elif polish:
         phases = add_polish(phases, facts, polish)
+    if cutting:
+        beside = list_cut_phases(beside, facts, read, cutting) if workers else []
+        phases = list_cut_phases(phases, facts, read, cutting, works=not workers)
     polish_disk = list_polish_disk(facts, polish) if polish else []
     shares, flops = find_shares(settings, layers, busiest), price_flops(read, layers, counts, course)
-    seconds = None if times is None else _crowd(price_seconds(times), device, workers * threads)
+    if cutting:
+        flops = {**flops, **price_cut_flops(read, counts, cutting)}
+    pricing = Pricing(flops, None if seconds is None else _crowd(seconds, device, workers * threads))
     blocks = len(find_blocks(model))
 
     def work(at_once: int | None) -> list[Work]:
         out = 0.0 if at_once is None else (math.ceil(blocks / at_once) + 1) / 2  # to the last block, and less and less
-        return list_work(settings, len(layers), shares, course, flops, seconds, streamed=streams, setting_out=out)
+        cut = list_cut_work(settings, cutting, pricing) if cutting else []
+        steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
+        return [*steps, *(list_cut_end(pricing) if cutting else [])]
 
     return Estimate(
         model=settings.model,
@@ -183,7 +201,8 @@ def estimate(
         blocks=blocks,
         layers=len(layers),
         weights=weights,
-        zeros=round(target * weights),
+        zeros=0 if cutting else round(target * weights),
+        goes=cutting.describe() if cutting else "",
         of_blocks=reach.of_blocks,
         of_model=reach.of_model,
         dense=reach.dense,
@@ -194,14 +213,15 @@ def estimate(
         devices=devices,
         spread=spread,
         streamed=streamed.blocks if streamed else 0,
-        disk=[*disk.lines, *polish_disk],
+        disk=list_cut_disk(model, layers, settings, cutting.sizes, lead) if cutting else [*disk.lines, *polish_disk],
+        asked=plan(0).bytes,
         room=disk_room if math.isfinite(disk_room) else None,
-        at_once=disk.at_once,
+        at_once=None if cutting else disk.at_once,
         work=work(disk.at_once),
         other_disk=other.bytes + sum(line.bytes for line in polish_disk),
-        other_work=work(other.at_once),
+        other_work=[] if cutting else work(other.at_once),
         untimed=untimed,
-        tokens=0 if times is None else times.tokens,
+        tokens=tokens,
     )
 
 
@@ -222,18 +242,23 @@ def _schedule_polish(settings: TeamSettings, course: Course) -> Schedule | None:
         raise UserError(str(error)) from error
 
 
-def _time(model: Any, settings: TeamSettings, course: Course, device: str, threads: int) -> tuple[Times | None, str]:
-    """Seconds on so many threads of a CPU, or why there are none."""
+def _time(
+    model: Any, settings: TeamSettings, course: Course, cutting: Cutting | None, device: str, threads: int
+) -> tuple[Prices | None, int, str]:
+    """(seconds on so many threads of a CPU, tokens of the longest window that was run, why there are none)."""
     if absence := explain_absence(model, device):
-        return None, absence
+        return None, 0, absence
     prune = {name_recipe(recipe): recipe for recipe, _ in course.pruned}
     cut = {name_recipe(recipe): recipe for recipe in course.curves}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return time_run(model, settings.window, torch.device(device), course.prompts, prune, cut), ""
+        place = torch.device(device)
+        times = time_run(model, settings.window, place, course.prompts, prune, cut)
+        more = price_cut_seconds(model, settings.window, place, cutting) if cutting else {}
+        return {**price_seconds(times), **more}, times.tokens, ""
     except Exception as error:  # there may be too little memory, or no code for an operation
-        return None, f"one block could not be run here: {in_one_line(error, 100)}"
+        return None, 0, f"one block could not be run here: {in_one_line(error, 100)}"
     finally:
         torch.set_num_threads(before)
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tools.estimate.memory import WRITE, Facts, Phase
+from tools.estimate.memory import Facts, Phase, find_common
 from tools.estimate.room import Room
 from tools.estimate.shape import list_backward, multiply
 from tools.estimate.work import POLISH
@@ -33,9 +33,9 @@ def place_polish(
     """A polish, placed by what the others of its machine leave of `room` when it begins; `processes` are their phases
     but for it, first those of the one that keeps what it does."""
     places = ("device", "host") if facts.device == "cpu" else ("host",)
-    held = [_find_common(phases, place) for phases in processes for place in places]
+    held = [find_common(phases, place) for phases in processes for place in places]
     free = room.cpu - _add_up(itertools.chain(*held)) - _count_hidden(facts, schedule, window).bytes
-    there = free if facts.device == "cpu" else room.gpu - _add_up(_find_common(processes[0], "device"))
+    there = free if facts.device == "cpu" else room.gpu - _add_up(find_common(processes[0], "device"))
     wanted = survivors * count_state_bytes(facts.shape.item, "fp32")
     return Polish(schedule, survivors, window, place_state([(wanted, there)], free))
 
@@ -43,12 +43,12 @@ def place_polish(
 def add_polish(phases: Sequence[Phase], facts: Facts, polish: Polish) -> list[Phase]:
     """The phases of a process that does the work alone, and that of the polish before the last."""
     step, hidden = max(map(len, polish.schedule.steps)), _count_hidden(facts, polish.schedule, polish.window)
-    common = _find_common(phases, "device")
+    common = find_common(phases, "device")
     there, here = _list_places(facts, polish)
     phase = Phase(
         name=POLISH,
         device=[*common, *_list_walk(facts, polish, step, 1), *there],
-        host=[*_find_common(phases, "host"), hidden, *here],
+        host=[*find_common(phases, "host"), hidden, *here],
     )
     return [*phases[:-1], phase, phases[-1]]
 
@@ -62,18 +62,18 @@ def add_shared_polish(
     answers = multiply("gradients of all workers", (nodes, "sums"), (polish.survivors, "survivors"), (4, "bytes"))
     sent = Line(what="layers as they travel", how="all prunable layers, with their masks", bytes=facts.shape.packed)
     walk = [_count_marks(facts)] if step > 1 else _list_walk(facts, polish, step, 1)  # which cannot be shared
-    common = _find_common(phases, "device")
+    common = find_common(phases, "device")
     there, here = _list_places(facts, polish)
     own = Phase(
         name=POLISH,
         device=[*common, *walk, *there],
-        host=[*_find_common(phases, "host"), hidden, answers, *here],
+        host=[*find_common(phases, "host"), hidden, answers, *here],
         store=[hidden, sent, answers],
     )
     theirs = Phase(
         name=POLISH,
-        device=[*_find_common(of_worker, "device"), *_list_walk(facts, polish, step, workers)],
-        host=[*_find_common(of_worker, "host"), sent],
+        device=[*find_common(of_worker, "device"), *_list_walk(facts, polish, step, workers)],
+        host=[*find_common(of_worker, "host"), sent],
     )
     return [*phases[:-1], own, phases[-1]], [*of_worker[:-1], theirs, of_worker[-1]]
 
@@ -83,12 +83,6 @@ def list_polish_disk(facts: Facts, polish: Polish) -> list[Line]:
     size = count_state_bytes(facts.shape.item, polish.place.means)
     state = multiply("a polish under way", (2, "copies"), (polish.survivors, "survivors"), (size, "bytes"))
     return [state, _count_hidden(facts, polish.schedule, polish.window)]
-
-
-def _find_common(phases: Sequence[Phase], place: str) -> list[Line]:
-    """The lines that all phases have once the model is loaded."""
-    lines: list[list[Line]] = [getattr(phase, place) for phase in phases[1:] if phase.name != WRITE]
-    return [line for line in lines[0] if all(line in others for others in lines)]
 
 
 def _add_up(lines: Iterable[Line]) -> int:

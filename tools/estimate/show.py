@@ -10,7 +10,7 @@ from rich.text import Text
 from tools.base.words import show_flops, show_seconds, show_size
 from tools.estimate.memory import Phase
 from tools.estimate.needs import Estimate
-from tools.estimate.work import Work
+from tools.estimate.prices import Work
 from tools.models.disk import Line
 
 DISK_RATE = 10**9
@@ -75,9 +75,10 @@ def _list_memory(found: Estimate, phases: Sequence[Phase], whose: str) -> Iterat
 
 def summarise(found: Estimate) -> list[str]:
     """What is to be pruned, the peaks, and whether there is room for them, in a few lines."""
+    end = found.goes or f"{found.zeros:,} zeros at the end"
     lines = [
         f"{found.model}, {found.dtype} on {found.device}: {found.parameters:,} parameters, {found.blocks} blocks",
-        f"prunable: {found.layers} layers, {found.weights:,} weights; {found.zeros:,} zeros at the end",
+        f"prunable: {found.layers} layers, {found.weights:,} weights; {end}",
     ]
     if found.dense:
         share = f"{1 - found.of_blocks:.2%} of the weights in the blocks"
@@ -91,8 +92,10 @@ def summarise(found: Estimate) -> list[str]:
             "the kernel keeps"
         )
     lines += _list_peaks(found)
-    short = found.room is not None and found.room < found.disk_bytes
-    lines.append(f"disk: {show_size(found.disk_bytes)}{f', where {show_size(found.room or 0)} are' if short else ''}")
+    needed = max(found.disk_bytes, found.asked)
+    short = f", where {show_size(found.room)} are" if found.room is not None and found.room < needed else ""
+    asked = f"; no run begins with less than {show_size(found.asked)} free" if found.asked > found.disk_bytes else ""
+    lines.append(f"disk: {show_size(found.disk_bytes)}{asked}{short}")
     return [*lines, *_compare_ways(found), _sum_up_work(found)]
 
 
@@ -179,6 +182,8 @@ def _judge_room(found: Estimate) -> str:
     if needed <= room:
         return f"{short}fits {place} of {show_size(room)}: {show_size(needed)} at most ({phase}{beside})"
     verdict = f"{short}does not fit {place} of {show_size(room)}: {show_size(needed)} ({phase}{beside})"
+    if found.goes:
+        return f"{verdict}; fewer or shorter windows need less, and the model must lie on one device to be cut"
     if found.device == "cpu":
         return f"{verdict}; {_advise_on_cpu(found)}"
     if found.spread:

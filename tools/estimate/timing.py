@@ -9,7 +9,7 @@ Shape suffixes: T tokens, D hidden width.
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -132,24 +132,7 @@ class _Pass(NamedTuple):
 
 def _time_steps(sample: Sample, window: int, device: torch.device, scratch: Path, prompts: int) -> tuple[Steps, int]:
     """The steps, and the tokens of the longest window that was run."""
-
-    def take(tokens: int) -> tuple[_Pass, float]:
-        ids_T = torch.arange(tokens, device=device) % len(sample.model.get_input_embeddings().weight)
-        began = time.perf_counter()
-        return _walk(sample, ids_T, device, scratch), time.perf_counter() - began
-
-    few = min(SHORT, window)
-    take(few)  # the first one also loads libraries
-    short, spent = take(few)
-    many = min(window, max(2 * few, int(few * BUDGET / spent)))
-    runs: list[_Pass] = []
-    spent = 0.0
-    while not runs or (len(runs) < REPEATS and spent + spent / len(runs) <= BUDGET):
-        run, seconds = take(many)
-        runs.append(run)
-        spent += seconds
-    long = [median(values) for values in zip(*runs, strict=True)]
-    lines = [fit((few, before), (many, after)) for before, after in zip(short, long, strict=True)]
+    lines, tokens = fit_windows(sample, window, device, lambda ids_T: _walk(sample, ids_T, device, scratch))
     at = _Pass(*(line.at(window) for line in lines))
     curves = lines[_Pass._fields.index("curves")]
     steps = Steps(
@@ -164,7 +147,34 @@ def _time_steps(sample: Sample, window: int, device: torch.device, scratch: Path
         word=_time_word(sample, device, prompts),
         write=_time_word(sample, device, BATCH) * window / BATCH,
     )
-    return steps, many
+    return steps, tokens
+
+
+def fit_windows(
+    sample: Sample, window: int, device: torch.device, walk: Callable[[Tensor], Sequence[float]]
+) -> tuple[list[Fit], int]:
+    """(the line of each of the seconds that a walk through one window gives, over its tokens; those of the longest).
+
+    The walk is given a short window, and then as long a one as `BUDGET` allows, of `window` tokens at most.
+    """
+
+    def take(tokens: int) -> tuple[Sequence[float], float]:
+        ids_T = torch.arange(tokens, device=device) % len(sample.model.get_input_embeddings().weight)
+        began = time.perf_counter()
+        return walk(ids_T), time.perf_counter() - began
+
+    few = min(SHORT, window)
+    take(few)  # the first one also loads libraries
+    short, spent = take(few)
+    many = min(window, max(2 * few, int(few * BUDGET / spent)))
+    runs: list[Sequence[float]] = []
+    spent = 0.0
+    while not runs or (len(runs) < REPEATS and spent + spent / len(runs) <= BUDGET):
+        run, seconds = take(many)
+        runs.append(run)
+        spent += seconds
+    long = [median(values) for values in zip(*runs, strict=True)]
+    return [fit((few, before), (many, after)) for before, after in zip(short, long, strict=True)], many
 
 
 def _walk(sample: Sample, ids_T: Tensor, device: torch.device, scratch: Path) -> _Pass:

@@ -4,25 +4,21 @@ Where workers share the work, a step takes as long as its busiest worker.
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-from pydantic import BaseModel, Field
-
 from tools.base.settings import WorkbenchSettings
-from tools.estimate.block import Counts
+from tools.estimate.course import Course, name_exactly, name_recipe
 from tools.estimate.memory import ASKED_FOR, WEIGH, Part
-from tools.estimate.pruning import count_flops
-from tools.estimate.timing import Times
+from tools.estimate.prices import Prices, Pricing, Work
 from tools.measure.continuations import count_continued
 from tools.measure.recall import BATCH as ASKED_AT_ONCE
-from tools.models.layers import Layer, list_readers
+from tools.models.layers import Layer
 from tools.plans.costs import count_texts
 from tools.plans.layer_profile import LEVELS
 from tools.plans.methods import STAGES
 from tools.plans.polish import schedule_polish
-from tools.plans.recipe import Recipe
 from tools.texts.written import BATCH, list_written
 
 POLISH = "polish"
@@ -34,148 +30,6 @@ QUESTION_TOKENS = 30
 OPENING = 11
 """How often the blocks of a streamed model come from disk to be read, laid out, checked forward and backward against
 the whole model, and exported; counted on small models (`tests/tools/estimate/test_passes.py`)."""
-
-Prices = Mapping[str, float]
-"""What one of each thing costs that is done: a `forward` of one window through all blocks, its `moments`, ..."""
-
-
-class Work(BaseModel):
-    """A step of a run."""
-
-    name: str
-    how: str
-    times: int = Field(description="How often, as foreseen; 0 for what only some plans ask for.")
-    flops: float = Field(description="Floating-point operations of the products of one time.")
-    seconds: float | None = Field(description="Of one time, all of it by one process; null where nothing was timed.")
-    share: float = Field(1.0, description="How much of it the busiest worker does; all of it where there are none.")
-    passes: int = Field(
-        1, description="How often all blocks of a streamed model come from disk in one time, for each who has a share."
-    )
-
-
-class Course(NamedTuple):
-    """What a run is expected to do."""
-
-    rounds: Sequence[Recipe]
-    """What the plan of each round asks for."""
-    baselines: Sequence[Recipe] = ()
-    """By what the model is pruned besides, to be measured on the test text alone."""
-    reweighted: Sequence[Recipe] = ()
-    """What the kept plan asks for, each time that it is carried out again by other weights of texts."""
-    profiles: int = 1
-    tests: int = 0
-    """Models that are measured on the test text."""
-    finalists: int = 0
-    """Models that are compared once more on validation text at the end, at most."""
-    prompts: int = 0
-    """That a model goes on with."""
-    continuing: int = 0
-    """Models that go on with them."""
-    polishes: Sequence[int] = ()
-    """Tokens of each polish."""
-    polished_at: float = 0.0
-    """The least sparsity that is polished."""
-    standing: Sequence[Recipe] = ()
-    """Those of the rounds that find their pruned model there, to be polished."""
-
-    @property
-    def pruned(self) -> list[tuple[Recipe, int]]:
-        """What is done inside the layers, and how often."""
-        asked = [*self.rounds, *self.reweighted, *self.baselines]
-        times = Counter(_name(recipe.exact_label, recipe) for recipe in asked)
-        times.subtract(_name(recipe.exact_label, recipe) for recipe in self.standing)
-        by_label = {_name(recipe.exact_label, recipe): recipe for recipe in asked}
-        return [(recipe, times[label]) for label, recipe in by_label.items()]
-
-    @property
-    def weighs(self) -> bool:
-        """Whether tokens are weighed."""
-        return any(recipe.weighs_tokens for recipe in self.rounds)
-
-    @property
-    def weighs_moments(self) -> bool:
-        """Whether there are weighted second moments of the dense model's inputs."""
-        return any(x.weighs_tokens and (x.needs_curves or not x.in_order) for x in self.rounds)
-
-    @property
-    def curves(self) -> list[Recipe]:
-        """The recipes whose own KL curves are measured; those of `refit` where none of them are."""
-        plain = {"statistics": "dense"}  # curves are the dense model's whatever comes of the weights
-        asked = {x.model_copy(update=plain).exact_label: x for x in self.rounds if x.needs_curves}
-        return list(asked.values()) or [Recipe()]
-
-    def count_texts(self, settings: WorkbenchSettings) -> int:
-        """Calibration texts that are profiled apart: the run's, and questions where a plan mixes these in."""
-        return 1 + any(recipe.mix and settings.mixes_questions for recipe in self.rounds)
-
-    def count_fitted(self, settings: WorkbenchSettings) -> int:
-        """Calibration windows that a polish may be on, at most."""
-        return settings.count_fitted() * self.count_texts(settings)
-
-
-def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Counts, course: Course) -> Prices:
-    """In floating-point operations of products; what has none costs nothing."""
-    forms = [tuple(layer.weight_OI.shape) for layer in layers]
-    squares = sum(_count_tokens(layer, counts) * layer.weight_OI.shape[1] ** 2 for layer in list_readers(layers))
-    weights = sum(_count_tokens(layer, counts) * layer.weight_OI.numel() for layer in layers)
-    often = {(o, i): forms.count((o, i)) for o, i in forms}
-    prices = {
-        "forward": counts.forward,
-        "moments": 2.0 * settings.window * squares,
-        "gradients": counts.forward + counts.head + 2 * (counts.backward + counts.head),
-        "stages": STAGES * counts.forward + 2.0 * settings.window * squares,  # passes end with their stage
-        "weigh": counts.forward + counts.head + counts.backward + counts.head,
-        "curves": 2.0 * settings.window * weights * (1 + len(LEVELS)),
-        "loss": counts.head,
-        "divergence": 2 * counts.head,
-        "write": counts.forward + counts.head,
-    }
-    for recipe, _ in course.pruned:
-        prices[f"prune {name_recipe(recipe)}"] = sum(n * count_flops(recipe, form) for form, n in often.items())
-    for recipe in course.curves:
-        prices[f"cut {name_recipe(recipe)}"] = sum(
-            n * count_flops(recipe, form, levels=True) for form, n in often.items()
-        )
-    return prices
-
-
-def _count_tokens(layer: Layer, counts: Counts) -> float:
-    """How many of a text's tokens a layer sees, as a share."""
-    return counts.routed if layer.pool else 1
-
-
-def price_seconds(times: Times) -> Prices:
-    """In seconds of one process."""
-    steps = times.steps
-    return {
-        "forward": steps.forward,
-        "moments": max(steps.statistics - steps.forward, 0.0),
-        "gradients": steps.gradients,
-        "stages": steps.stages,
-        "weigh": steps.gradients,  # with one backward less, which was not timed
-        "curves": steps.curves.each,
-        "cut masks": steps.curves.fixed,
-        "describe": steps.describe,
-        "loss": steps.loss,
-        "divergence": steps.divergence,
-        "word": steps.word,
-        "write": steps.write,
-        "write moments": times.write * times.moments,
-        "read moments": times.read * times.moments,
-        **{f"prune {label}": seconds for label, seconds in times.prune.items()},
-        **{f"cut {label}": seconds for label, seconds in times.cut.items()},
-    }
-
-
-def name_recipe(recipe: Recipe) -> str:
-    """What is done inside a layer, whatever text and order its statistics come from."""
-    asked = {"mix": (), "statistics": "dense", "gamma": "plain", "tokens": "even"}
-    plain = recipe.model_copy(update=asked)
-    return _name(plain.exact_label, recipe)
-
-
-def _name(label: str, recipe: Recipe) -> str:
-    return f"{label} to {recipe.pattern}" if recipe.pattern else label
 
 
 # --- shares --------------------------------------------------------------------------------------------------------
@@ -220,31 +74,33 @@ def list_work(
     layers: int,
     shares: Shares,
     course: Course,
-    flops: Prices,
-    seconds: Prices | None,
+    pricing: Pricing,
     *,
     streamed: bool = False,
     setting_out: float = 0.0,
+    cut: Sequence[Work] = (),
 ) -> list[Work]:
-    """The plan of a run, whose model may be `streamed`; without a price in `seconds` no step has any.
+    """The plan of a run, whose model may be `streamed`.
 
     Second moments are kept, or `setting_out` is how many passes of the blocks it takes to collect them anew for one
-    block after another on the way down.
+    block after another on the way down. A run that takes parts away does `cut` in place of a profile.
     """
-    calibration, validation = settings.count_all("calibration"), settings.count_all("validation")
-    further, tests = settings.count_all("further"), settings.count_all("test")
-    gradient, texts = settings.back_propagated, max(len(settings.text), 1)
-    profiled = course.profiles + course.count_texts(settings) - 1
+    return [
+        *_list_opening(settings, shares, pricing, streamed=streamed),
+        *(cut if course.cut else _list_profile(settings, layers, shares, course, pricing, setting_out)),
+        *_list_pruning(settings, layers, shares, course, pricing, setting_out),
+        *_list_measuring(settings, shares, course, pricing, streamed=streamed),
+    ]
 
-    def text(split: str, windows: int) -> str:
-        return f"{windows} windows of {settings.window} tokens of {split} text"
 
-    def step(name: str, how: str, times: int, share: float, done: Mapping[str, float], passes: int = 1) -> Work:
-        """`done` is how often each thing is done that has a price, `passes` as in `Work`."""
-        operations = sum(often * flops.get(thing, 0.0) for thing, often in done.items())
-        took = None if seconds is None else sum(often * seconds[thing] for thing, often in done.items())
-        return Work(name=name, how=how, times=times, flops=operations, seconds=took, share=share, passes=passes)
+def _describe_text(settings: WorkbenchSettings, split: str, windows: int) -> str:
+    return f"{windows} windows of {settings.window} tokens of {split} text"
 
+
+def _list_opening(settings: WorkbenchSettings, shares: Shares, pricing: Pricing, *, streamed: bool) -> list[Work]:
+    """Up to the losses of the dense model."""
+    step, text = pricing.step, partial(_describe_text, settings)
+    validation, further = settings.count_all("validation"), settings.count_all("further")
     steps = [step("load, check and export the model", "block by block", 1, 1.0, {}, OPENING)] if streamed else []
     steps += [
         step(
@@ -266,6 +122,18 @@ def list_work(
             {"forward": validation + 2 * further, "loss": validation + 2 * further},
             2 if further else 1,
         ),
+    ]
+    return steps
+
+
+def _list_profile(
+    settings: WorkbenchSettings, layers: int, shares: Shares, course: Course, pricing: Pricing, setting_out: float
+) -> list[Work]:
+    """What is measured of single weights."""
+    step, text = pricing.step, partial(_describe_text, settings)
+    calibration, gradient = settings.count_all("calibration"), settings.back_propagated
+    texts, profiled = max(len(settings.text), 1), course.profiles + course.count_texts(settings) - 1
+    steps = [
         step(
             "profile, statistics",
             f"forward of {text('calibration', calibration)}",
@@ -314,7 +182,7 @@ def list_work(
                 {"forward": calibration, "moments": calibration, "write moments": 1},
             ),
         ]
-    held = {"write moments": float(texts), "read moments": float(texts)}  # of a block, until the next one
+    held = _list_held(texts)
     asked = [recipe for recipe in course.rounds if recipe.needs_curves]
     for recipe in course.curves:
         read, whole = (count_texts(recipe, settings) * windows for windows in (gradient, calibration))
@@ -333,9 +201,24 @@ def list_work(
                 2 + math.ceil(anew),
             )
         )
+    return steps
+
+
+def _list_held(texts: int) -> Prices:
+    """What second moments of a block cost that are held until those of the next one."""
+    return {"write moments": float(texts), "read moments": float(texts)}
+
+
+def _list_pruning(
+    settings: WorkbenchSettings, layers: int, shares: Shares, course: Course, pricing: Pricing, setting_out: float
+) -> list[Work]:
+    """Rounds of single weights, and baselines."""
+    step, steps = pricing.step, list[Work]()
+    calibration, texts = settings.count_all("calibration"), max(len(settings.text), 1)
+    held = _list_held(texts)
     for recipe, times in course.pruned:
         done = {f"prune {name_recipe(recipe)}": 1.0}
-        how = f"{layers} layers by {_name(recipe.mask_label, recipe)}"
+        how = f"{layers} layers by {name_exactly(recipe.mask_label, recipe)}"
         read = count_texts(recipe, settings) * calibration
         anew = setting_out > 0 and recipe.changes_survivors and not recipe.in_order
         if anew:
@@ -368,21 +251,31 @@ def list_work(
                 },
             )
         )
-    steps.append(
+    return steps
+
+
+def _list_measuring(
+    settings: WorkbenchSettings, shares: Shares, course: Course, pricing: Pricing, *, streamed: bool
+) -> list[Work]:
+    """What is measured of every trial, and at the end of the run."""
+    step, text = pricing.step, partial(_describe_text, settings)
+    validation = settings.count_all("validation")
+    further, tests = settings.count_all("further"), settings.count_all("test")
+    steps = [
         step(
             "validate",
             f"forward of {text('validation', validation)}, the output head twice",
-            len(course.rounds) + len(course.reweighted),
+            course.trials + len(course.reweighted),
             shares.validation,
             {"forward": validation, "divergence": validation},
         )
-    )
+    ]
     if further:
         steps.append(
             step(
                 "compare at the target, at most",
                 f"forward of {text('validation', further)} beyond those, the output head twice; finalists too",
-                len(course.rounds) + course.finalists,
+                course.trials + course.finalists,
                 shares.validation,
                 {"forward": further, "divergence": further},
             )
@@ -392,7 +285,7 @@ def list_work(
             step(
                 "ask questions",
                 f"forward of {settings.question_pairs} questions of about {QUESTION_TOKENS} tokens with their answers",
-                1 + len(course.rounds) + course.tests,
+                1 + course.trials + course.tests,
                 shares.questions,
                 {"forward": settings.question_pairs * QUESTION_TOKENS / settings.window},
                 math.ceil(shares.questions * math.ceil(settings.question_pairs / ASKED_AT_ONCE)),

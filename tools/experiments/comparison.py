@@ -265,9 +265,9 @@ def _ask_tasks(
 
 def show_needs(settings: CompareSettings, console: Console) -> None:
     """`--dry-run`: the memory, disk and time that the rows would need. Raises UserError."""
+    from tools.estimate.course import Course
     from tools.estimate.needs import estimate  # imports torch, as the others do
     from tools.estimate.show import print_estimate
-    from tools.estimate.work import Course
 
     jobs = list_jobs(settings.recipes, settings.sparsity, settings.polish_tokens)
     _refuse_polish(settings, jobs)

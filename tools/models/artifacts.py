@@ -45,9 +45,18 @@ HEADER = 512
 
 def bound_artifact(weight_OI: Tensor) -> int:
     """Bytes of the file that stands for a pruned layer of this shape and dtype, at most; no value is read."""
+    return bound_mask(weight_OI) + bound_values(weight_OI, weight_OI.numel())
+
+
+def bound_mask(weight_OI: Tensor) -> int:
+    """As `bound_artifact`, where the survivors are the dense layer's."""
     rows, columns = weight_OI.shape
-    values = (weight_OI.numel() + PADDING) * weight_OI.element_size()
-    return values + 4 * rows * -(-columns // WORD) + HEADER
+    return 4 * rows * -(-columns // WORD) + HEADER
+
+
+def bound_values(weight_OI: Tensor, kept: int) -> int:
+    """Bytes of so many values in such a file."""
+    return (kept + PADDING) * weight_OI.element_size()
 
 
 def unpack_pruned(tensors: Mapping[str, Tensor], dense_OI: Tensor) -> Tensor:

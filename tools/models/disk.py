@@ -93,17 +93,7 @@ def list_disk(
             how=f"{blocks:,} blocks × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
             bytes=blocks * windows * tokens * wide * item,
         ),
-        *(
-            [
-                Line(
-                    what="the dense model's hidden states on further windows",
-                    how=f"{further:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
-                    bytes=further * tokens * wide * item,
-                )
-            ]
-            if (further := 2 * settings.count_all("further"))
-            else []
-        ),
+        *_list_further(model, settings, tokens),
         Line(
             what="layers of checkpoints",
             how=f"{checkpoints} × the prunable layers, each with its mask",
@@ -113,6 +103,60 @@ def list_disk(
         Line(what="the exported model", how="all parameters", bytes=_count_bytes(model)),
         *([_describe_dense(copied, len(layers))] if copied else []),
     ]
+
+
+class CutSizes(NamedTuple):
+    """Bytes of what a run that takes parts away keeps on disk, at most."""
+
+    checkpoint: int
+    """Layers of one cut."""
+    units: int
+    """Which units of all blocks stay, by one cut, or the order in which they go."""
+    smaller: int
+    """The smaller model."""
+
+
+def list_cut_disk(
+    model: Any, layers: Sequence[Layer], settings: TeamSettings, sizes: CutSizes, lead: int = 0
+) -> list[Line]:
+    """As `list_disk`, of a run that takes parts away: nothing is measured of single weights."""
+    checkpoints, hidden = count_checkpoints(settings), settings.count_all("validation")
+    return [
+        _describe_hidden("the dense model's hidden states", model, hidden, lead + settings.window),
+        *_list_further(model, settings, lead + settings.window),
+        Line(
+            what="layers of checkpoints",
+            how=f"{checkpoints} × masks of the prunable layers, and what was fitted to the units that stay",
+            bytes=checkpoints * sizes.checkpoint,
+        ),
+        Line(
+            what="which units stay, and the order in which they go",
+            how=f"{checkpoints + 1} × 8 bytes × the units of all blocks",
+            bytes=(checkpoints + 1) * sizes.units,
+        ),
+        Line(
+            what="the exported model",
+            how=f"as small as it comes out; {_count_bytes(model):,} bytes where no cut is kept",
+            bytes=sizes.smaller,
+        ),
+        _describe_dense(layers, len(layers)),
+    ]
+
+
+def _list_further(model: Any, settings: TeamSettings, tokens: int) -> list[Line]:
+    windows = 2 * settings.count_all("further")
+    what = "the dense model's hidden states on further windows"
+    return [_describe_hidden(what, model, windows, tokens)] if windows else []
+
+
+def _describe_hidden(what: str, model: Any, windows: int, tokens: int) -> Line:
+    weight = model.get_input_embeddings().weight
+    wide, item = weight.shape[1], weight.element_size()
+    return Line(
+        what=what,
+        how=f"{windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
+        bytes=windows * tokens * wide * item,
+    )
 
 
 def _describe_dense(copied: Sequence[Layer], count: int) -> Line:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools.estimate import needs, pruning, timing
+from tools.estimate import cut_work, needs, pruning, timing, units
 
 
 @pytest.fixture
@@ -42,6 +42,6 @@ def a_second_each(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(getattr(getattr(call, "func", call), "__name__", "a module"))
         return 1.0
 
-    for module in (timing, pruning):
+    for module in (timing, pruning, cut_work, units):
         monkeypatch.setattr(module, "time_call", take)
     return calls

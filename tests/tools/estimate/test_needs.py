@@ -14,11 +14,11 @@ from tests.tiny import make_tiny_config, save_tiny_gguf, save_tiny_model, tiny_s
 from tests.tools.estimate.helpers import DENSE, MODEL, QWEN3_8B, STATE, large_settings, sizes, write_config
 from tools.base.errors import UserError
 from tools.estimate import needs as module
+from tools.estimate.course import Course
 from tools.estimate.memory import ASKED_FOR, WRITE
 from tools.estimate.needs import Estimate, estimate
 from tools.estimate.polish import POLISH
 from tools.estimate.room import Devices, read_devices
-from tools.estimate.work import Course
 from tools.models.artifacts import HEADER
 from tools.models.load import load_model
 from tools.plans.recipe import Recipe

@@ -9,8 +9,10 @@ import pytest
 
 from tests.benches import ignore, open_bench
 from tests.tiny import make_tiny_model, save_tiny_model, tiny_settings
+from tools.estimate.course import Course
 from tools.estimate.memory import ASKED_FOR, cut_parts
-from tools.estimate.work import Course, find_shares, list_work
+from tools.estimate.prices import Pricing
+from tools.estimate.work import find_shares, list_work
 from tools.measure.continuations import PROMPTS, continue_prompts
 from tools.models.disk import list_disk
 from tools.models.layers import find_layers
@@ -89,7 +91,7 @@ def test_what_comes_from_disk_is_foreseen(
     course = Course([*map(parse_recipe, LABELS)], tests=1, prompts=len(PROMPTS), continuing=1)
     shares = find_shares(settings, bench.layers, cut_parts(settings, 0)[0])
     out = (math.ceil(BLOCKS / at_once) + 1) / 2 if at_once else 0.0
-    work = list_work(settings, len(bench.layers), shares, course, {}, None, streamed=True, setting_out=out)
+    work = list_work(settings, len(bench.layers), shares, course, Pricing({}, None), streamed=True, setting_out=out)
     steps = {(step.name, step.how if step.name == "prune" else ""): step.passes for step in work}
     opening, *profile = [passes for (name, _), passes in steps.items() if name[:4] in ("load", "vali", "prof")][:5]
     prune = [passes for (name, _), passes in steps.items() if name == "prune"]

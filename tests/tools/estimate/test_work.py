@@ -7,12 +7,14 @@ import pytest
 
 from tests.tiny import tiny_settings
 from tests.tools.estimate.test_block import make_empty
-from tools.estimate import work as module
+from tools.estimate import course as module
 from tools.estimate.block import Counts
 from tools.estimate.clock import Fit
+from tools.estimate.course import Course
 from tools.estimate.memory import ASKED_FOR, WEIGH, cut_parts, find_busiest
+from tools.estimate.prices import Pricing, Work, price_flops, price_seconds
 from tools.estimate.timing import Steps, Times
-from tools.estimate.work import Course, Work, find_shares, list_work, price_flops, price_seconds
+from tools.estimate.work import find_shares, list_work
 from tools.models.layers import find_layers
 from tools.plans.mix import mix_questions
 from tools.plans.recipe import Recipe
@@ -55,7 +57,7 @@ def work_of(settings: Any, course: Course = COURSE, workers: int = 0, **ways: An
     layers = find_layers(make_empty("llama"))
     shares = find_shares(settings, layers, find_busiest(cut_parts(settings, workers)))
     flops = {"forward": 3.0, "moments": 5.0, "stages": 11.0, "loss": 1.0, "write": 4.0, "prune refit": 7.0}
-    return list_work(settings, 14, shares, course, flops, price_seconds(TIMES), **ways)
+    return list_work(settings, 14, shares, course, Pricing(flops, price_seconds(TIMES)), **ways)
 
 
 def test_every_step_is_done_so_often_and_takes_so_long(tiny_llama: Path) -> None:
@@ -136,7 +138,7 @@ def test_a_kept_plan_by_other_weights_is_pruned_and_validated_as_a_round_is(tiny
 def test_without_prices_in_seconds_there_are_none(tiny_llama: Path) -> None:
     settings = tiny_settings(tiny_llama)
     shares = find_shares(settings, find_layers(make_empty("llama")), cut_parts(settings, 0)[0])
-    assert {work.seconds for work in list_work(settings, 14, shares, COURSE, {"forward": 1.0}, None)} == {None}
+    assert {work.seconds for work in list_work(settings, 14, shares, COURSE, Pricing({"forward": 1.0}, None))} == {None}
 
 
 def test_curves_that_rounds_ask_for_are_counted_once_for_each_method(tiny_llama: Path) -> None:
