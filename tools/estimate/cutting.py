@@ -162,9 +162,18 @@ def _count_checkpoint(layers: Sequence[Layer], fitted: int) -> int:
 
 
 def list_cut_phases(
-    phases: Sequence[Phase], facts: Facts, settings: WorkbenchSettings, cutting: Cutting, *, works: bool = True
+    phases: Sequence[Phase],
+    facts: Facts,
+    settings: WorkbenchSettings,
+    cutting: Cutting,
+    *,
+    lead: int = 0,
+    works: bool = True,
 ) -> list[Phase]:
-    """The phases of such a run, with those of any run that it has; a worker waits while the model's process `works`."""
+    """The phases of such a run, with those of any run that it has; a worker waits while the model's process `works`.
+
+    The first `lead` tokens of each window are no text.
+    """
     named, common = {phase.name: phase for phase in phases}, find_common(phases, "device")
     program, always = [describe_program(facts)], find_common(phases, "host")
 
@@ -180,7 +189,7 @@ def list_cut_phases(
         named["validate the dense model"],
         add(CURVES, _list_walks(facts, settings, cutting), program),
         *([add(CHOOSE, _list_choosing(facts, settings, cutting), program)] if cutting.chosen else []),
-        *([add(SEARCH, _list_search(facts, settings, cutting), program)] if cutting.most.blocks else []),
+        *([add(SEARCH, _list_search(facts, settings, cutting, lead), program)] if cutting.most.blocks else []),
         add(CUT, _list_cut(facts, settings, cutting), always),
         named["validate"],
         named[IN_ORDER].model_copy(update={"name": WANDA}),
@@ -238,9 +247,11 @@ def _count_doubles(settings: WorkbenchSettings, cutting: Cutting) -> Line:
     return multiply("what it reads in fp64", (2, "copies"), *tokens, (8, "bytes"))
 
 
-def _list_search(facts: Facts, settings: WorkbenchSettings, cutting: Cutting) -> tuple[list[Line], list[Line]]:
+def _list_search(
+    facts: Facts, settings: WorkbenchSettings, cutting: Cutting, lead: int
+) -> tuple[list[Line], list[Line]]:
     """As `_list_walks`; what blocks read without those that are gone is held until it is there without one more."""
-    windows = min(count_searched(settings.window), settings.count_all("calibration")), "windows"
+    windows = min(count_searched(settings.window - lead), settings.count_all("calibration")), "windows"
     places = facts.shape.blocks + 1, "places"
     device = [
         count_once("forward of one block", facts.counts.forward_bytes),
@@ -266,9 +277,10 @@ def _list_cut(facts: Facts, settings: WorkbenchSettings, cutting: Cutting) -> tu
     most = max((count_fit(form, cutting.dtype).bytes for form in cutting.forms), default=0)
     fit = [count_once("the fit of one part", most, _SMALLER)]
     size = sum(8 * form.inputs * (form.inputs + form.folds * form.outputs) for form in cutting.forms)
+    sums = f"2 halves × 4 bytes × inputs²{', with inputs × outputs of neurons' if cutting.most.blocks else ''}"
     device = [
         Line(what="fitted output projections", how="of all blocks that stay, at most", bytes=cutting.fitted),
-        Line(what="sums of one block's parts", how="2 halves × 4 bytes × inputs², over its parts", bytes=size),
+        Line(what="sums of one block's parts", how=f"{sums}, over its parts", bytes=size),
         *max(walk, fit, key=lambda lines: sum(line.bytes for line in lines)),
     ]
     return device, [_state(facts, settings, "inputs of one block", _count_windows(settings))]

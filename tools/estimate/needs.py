@@ -121,7 +121,7 @@ def estimate(
     devices: Devices | None = None,
     directory: Path = Path(),
 ) -> Estimate:
-    """What a run needs that prunes to `target` and takes this `course`.
+    """What a run needs that prunes to `target`, unless it takes parts away, and takes this `course`.
 
     `devices` are those of another machine, whose disk has room for all unless the settings say how much; without them,
     those that are here, and the disk is that of the `directory`. Reads the model's config, and runs one block of each
@@ -178,8 +178,8 @@ def estimate(
     elif polish:
         phases = add_polish(phases, facts, polish)
     if cutting:
-        beside = list_cut_phases(beside, facts, read, cutting) if workers else []
-        phases = list_cut_phases(phases, facts, read, cutting, works=not workers)
+        beside = list_cut_phases(beside, facts, read, cutting, lead=lead) if workers else []
+        phases = list_cut_phases(phases, facts, read, cutting, lead=lead, works=not workers)
     polish_disk = list_polish_disk(facts, polish) if polish else []
     shares, flops = find_shares(settings, layers, busiest), price_flops(read, layers, counts, course)
     if cutting:

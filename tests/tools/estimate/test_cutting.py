@@ -127,6 +127,14 @@ def test_a_tiny_llama_on_the_cpu(tiny_llama: Path, untimed: None) -> None:
         assert take(found.phases, name)[0]["the smaller model"] == own
 
 
+def test_a_token_before_the_text_of_each_window_is_held_too(beginning_llama: Path, untimed: None) -> None:
+    found = find(beginning_llama, calibration_windows=20)
+    state = 65 * 32 * 4
+    assert take(found.phases, SEARCH)[1] == {"inputs of all blocks": 16 * 3 * state}, "1,024 tokens of text"
+    assert take(found.phases, CUT)[1]["inputs of one block"] == 20 * state
+    assert found.disk[0].bytes == 3 * state
+
+
 def test_a_large_model_on_a_gpu(tmp_path: Path, no_gpu: None, untimed: None) -> None:
     settings = large_settings(write_config(tmp_path / "qwen3-8b", QWEN3_8B))
     found = estimate(settings, plan(0.8), target=0.45, devices=read_devices("80"))
