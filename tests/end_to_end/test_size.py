@@ -272,7 +272,6 @@ def test_named_texts_are_read_by_what_they_count_and_bound_what_is_kept(
         ),
         (("--protect", "blocks 0"), "target_size takes whole parts away, and protect names layers that are never"),
         (("--device", "stream"), "target_size needs the model on one device; use another --device than stream"),
-        (("--dry-run",), "--dry-run does not foresee runs that take parts away; leave target_size and"),
         (("--target-speed", "1.2"), "target_size and target_speed are two targets; give one of them"),
         (("--target-size", "0", "--target-speed", "0.9"), "target_speed 0.9 is no faster; give a number above 1, such"),
         (("--target-size", "0.05"), "target_size 0.05 cannot be met: "),

@@ -206,7 +206,8 @@ def list_phases(
             states("gradients passed on", (part.calibration, "windows")),
         ],
     )
-    sums = _count_moments(shape, part.sums, "sums over shards in the making")
+    making = min(part.sums, part.nodes + 1) if streamed else part.sums  # others wait on disk
+    sums = _count_moments(shape, making, "sums over shards in the making")
     statistics = [model, forward, sums]
     if shape.item < 4:
         tokens = (settings.window, "tokens"), (shape.widest, "inputs of the widest layer")
@@ -268,7 +269,8 @@ def list_phases(
         ),
         Phase(
             name="prune",
-            device=[model, *collected, *layer],
+            # a block's moments are there before its layers are pruned; workers are told ahead
+            device=[model, *([*collected, *layer] if part.workers else max(collected, layer, key=_add_up))],
             host=[*always, *passing, *job],
         ),
         Phase(
@@ -287,6 +289,10 @@ def list_phases(
         ),
         Phase(name="export", device=[model], host=[*always, *([] if part.workers else moved)]),
     ]
+
+
+def _add_up(lines: Sequence[Line]) -> int:
+    return sum(line.bytes for line in lines)
 
 
 def list_other_moment(shape: Shape, settings: WorkbenchSettings) -> list[Line]:

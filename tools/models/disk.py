@@ -43,6 +43,7 @@ def plan_disk(
     weighs: bool = False,
     streamed: bool = False,
     in_source: Container[str] = (),
+    waiting: int = 0,
 ) -> DiskPlan:
     """What a run writes that has so many bytes of `room`: all second moments, or else those of as many blocks as fit.
 
@@ -51,7 +52,15 @@ def plan_disk(
 
     def plan(at_once: int | None) -> DiskPlan:
         lines = list_disk(
-            model, layers, settings, lead, weighs=weighs, streamed=streamed, in_source=in_source, at_once=at_once
+            model,
+            layers,
+            settings,
+            lead,
+            weighs=weighs,
+            streamed=streamed,
+            in_source=in_source,
+            waiting=waiting,
+            at_once=at_once,
         )
         return DiskPlan(lines, at_once)
 
@@ -71,6 +80,7 @@ def list_disk(
     weighs: bool = False,
     streamed: bool = False,
     in_source: Container[str] = (),
+    waiting: int = 0,
     at_once: int | None = None,
 ) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
@@ -78,7 +88,8 @@ def list_disk(
     Each window has `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A
     model that is `streamed` lies there as it is now, too, once for each process on this machine, and without workers
     what validation windows passed on; its layers whose names are `in_source` have their dense weights in files that are
-    there already. Second moments are those of `at_once` blocks where that is given.
+    there already, and of a block's second moments so many sums over some of the text are `waiting`. Second moments are
+    those of `at_once` blocks where that is given.
     """
     copied = [layer for layer in layers if layer.name not in in_source]
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
@@ -100,6 +111,7 @@ def list_disk(
             bytes=checkpoints * checkpoint,
         ),
         *(_list_streamed(model, settings, tokens) if streamed else []),
+        *([_describe_waiting(layers, settings, waiting)] if streamed and waiting else []),
         Line(what="the exported model", how="all parameters", bytes=_count_bytes(model)),
         *([_describe_dense(copied, len(layers))] if copied else []),
     ]
@@ -216,6 +228,17 @@ def _list_streamed(model: Any, settings: TeamSettings, tokens: int) -> list[Line
             bytes=2 * windows * tokens * wide * item,
         ),
     ]
+
+
+def _describe_waiting(layers: Sequence[Layer], settings: TeamSettings, sums: int) -> Line:
+    sizes, processes = Counter[int](), max(count_beside(settings), 1)
+    for layer in list_readers(layers):
+        sizes[layer.block] += 4 * layer.weight_OI.shape[1] ** 2
+    return Line(
+        what="sums of second moments that wait for others",
+        how=f"{f'{processes} processes × ' if processes > 1 else ''}{sums} × 4 bytes × inputs², over a block's layers",
+        bytes=processes * sums * max(sizes.values()),
+    )
 
 
 def _count_bytes(model: Any) -> int:

@@ -40,6 +40,7 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished, Reach
 from tools.statistics.experts import describe_few
+from tools.statistics.shards import count_waiting, cut_shards
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
 from tools.texts.questions import split_questions
@@ -386,7 +387,17 @@ def _fit_disk(
     if stream:  # the model as it is now, in a file without a name
         free += sum(parameter.nbytes for parameter in model.parameters())
     room = min(free, settings.disk * 1e9 or math.inf)
-    count = partial(plan_disk, model, layers, settings, lead=lead, streamed=bool(stream), in_source=in_source)
+    waiting = count_waiting(len(cut_shards(settings.count_all("calibration"))))
+    count = partial(
+        plan_disk,
+        model,
+        layers,
+        settings,
+        lead=lead,
+        streamed=stream is not None,
+        in_source=in_source,
+        waiting=waiting,
+    )
     plan = count(room)
     if plan.bytes > room:
         if room < free:

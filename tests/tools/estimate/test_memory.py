@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import tools.statistics.walks
 from tests.tiny import make_tiny_config, make_tiny_model, tiny_settings
 from tests.tools.estimate.helpers import (
     DENSE,
@@ -225,3 +226,30 @@ def test_a_walk_through_the_text_holds_no_more_than_said(workers: int, tmp_path:
             collect_statistics(team, extent, layers, lambda *_: None, lambda name, moment_II: None)
         own = sum(4 * (layer.weight_OI.shape[1] + 2 * layer.weight_OI.shape[0]) for layer in layers)  # what it is for
         assert meter.peak <= max(bound("profile, statistics"), bound("profile, gradients")) + own
+
+
+def test_of_a_streamed_model_two_sums_are_held_while_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_tiny_config("llama")
+    config.intermediate_size = 768
+    model = type(make_tiny_model("llama"))(config).eval().requires_grad_(False)
+    layers, blocks = find_layers(model), Blocks(model)
+    ids_BT = torch.randint(0, 320, (8, 16), generator=torch.Generator().manual_seed(0))
+    blocks.embed(ids_BT[0])  # looks at what blocks return
+    sums = measure_shape(model, layers).moments
+
+    def collect() -> tuple[Any, int]:
+        meter: Any = Meter()
+        with meter:
+            ((_, found),), _ = Walks(blocks, layers, ids_BT, 2, 0, tmp_path).moments(
+                (0, 8), Walk(0, "run"), 0, True, "profile"
+            )
+        return found, meter.peak
+
+    held, most = collect()
+    monkeypatch.setattr(tools.statistics.walks, "find_stream", lambda model: model)
+    waited, fewer = collect()
+    assert 4 * sums < most and 2 * sums < fewer < 2.5 * sums
+    assert held.keys() == waited.keys() and all(torch.equal(held[name], waited[name]) for name in held)
+    assert list(tmp_path.iterdir()) == []

@@ -20,6 +20,7 @@ from tools.models.streamed import Stream
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
+from tools.statistics.shards import count_waiting
 from tools.workbench.bench import Workbench
 
 BLOCKS = 8
@@ -48,8 +49,8 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def count_disk(settings: Any, at_once: int) -> int:
     model = make_tiny_model("llama", num_hidden_layers=BLOCKS)
     layers = find_layers(model)
-    in_source = {layer.name for layer in layers}
-    lines = list_disk(model, layers, settings, at_once=at_once, streamed=True, in_source=in_source)
+    in_source, waiting = {layer.name for layer in layers}, count_waiting(settings.calibration_windows)
+    lines = list_disk(model, layers, settings, at_once=at_once, streamed=True, in_source=in_source, waiting=waiting)
     return sum(line.bytes for line in lines)
 
 
