@@ -49,7 +49,7 @@ class Cuts:
     ) -> None:
         """`shares` are what each named text counts: of each so many windows are read, in proportion."""
         self._model, self._windows, self._weights, self._store, self._index = model, windows, weights, store, index
-        self._read_BT = windows.calibration[windows.list_in_proportion(shares)]
+        self._read = windows.list_in_proportion(shares)
 
     # --- what can go --------------------------------------------------------------------------------------------
 
@@ -116,11 +116,11 @@ class Cuts:
 
     @property
     def _text(self) -> Tensor:
-        return self._read_BT.to(self._model.device)
+        return self._windows.calibration[self._read].to(self._model.device)
 
     def _name(self, what: str, *about: Any) -> str:
         """What tells something that depends on the text from all others."""
-        text = hashlib.sha256(self._read_BT.numpy().tobytes()).hexdigest()
+        text = hashlib.sha256(self._text.cpu().numpy().tobytes()).hexdigest()
         return hashlib.sha256(json.dumps([what, FORMAT, text, self._windows.lead, *about]).encode()).hexdigest()
 
     # --- the weights without it -----------------------------------------------------------------------------------

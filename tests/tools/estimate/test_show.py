@@ -150,7 +150,9 @@ def test_a_model_that_is_streamed(tmp_path: Path, no_gpu: None, untimed: None) -
     assert found.streamed == 36 * block
     assert {phase.device[0].bytes for phase in found.phases} == {block + outside}
     (passing,) = [line.bytes for line in found.disk if line.what == "a validation under way"]
-    assert found.disk_bytes - whole.disk_bytes == 36 * block + outside + passing, "as it is now"
+    (waiting,) = [line.bytes for line in found.disk if line.what == "sums of second moments that wait for others"]
+    assert waiting == 2 * 4 * (6 * 4096**2 + 12_288**2)
+    assert found.disk_bytes - whole.disk_bytes == 36 * block + outside + passing + waiting, "as it is now"
     assert max(phase.host_bytes for phase in found.phases) < max(phase.host_bytes for phase in whole.phases) / 3
     assert find_large(config, "12", device="auto").streamed and not find_large(config, "24", device="auto").streamed
 

@@ -209,7 +209,7 @@ def test_export_packs_what_a_run_left(tmp_path: Path, monkeypatch: pytest.Monkey
             ["./two", "--packed", str(tmp_path / "x")],
             "model './two' is neither a directory, a .gguf file, package:NAME",
         ),
-        (["one"], "the following arguments are required: --packed"),
+        (["one"], "one of the arguments --packed --gguf is required"),
     ):
         capsys.readouterr()
         assert export.main(arguments) == 2
