@@ -10,10 +10,13 @@ from torch import Tensor
 from kernels.channels import DAMPINGS
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_config
 from tools.base.progress import ignore_progress
-from tools.plans.cuts import Counts
+from tools.plans.cuts import Counts, Cutting, count_cut_zeros, resolve_cut
+from tools.plans.recipe import Recipe
+from tools.plans.work_order import WorkOrder, order_all
 from tools.surgery.blocks import choose_blocks, fold_blocks
 from tools.surgery.choose import choose_channels
 from tools.surgery.parts import Cut
+from tools.workbench.bench import Workbench
 
 IDS = torch.randint(VOCABULARY, (4, 48), generator=torch.Generator().manual_seed(0))
 COUNTS = {"neurons": Counts(neurons=12), "heads": Counts(heads=1), "both": Counts(heads=1, neurons=12)}
@@ -94,3 +97,13 @@ def find_damping_slowly(x: Any, target: Any, weight: Any, kept: Any, *, biased: 
         left = second[:, kept] @ fitted.T - judged
         errors.append(float(((left - left.mean(0) if biased else left) ** 2).sum()))
     return DAMPINGS[int(np.argmin(errors))] / 2
+
+
+def order_cut(bench: Workbench, profile: str, size: float = 0.75, **levers: object) -> WorkOrder:
+    """What leaves so much of the bytes of the model in a workbench, shared out as these levers of a plan say."""
+    target = bench.cuts.find_target(size, 0.0, ignore_progress)
+    parts = bench.cuts.read(bench.measure_parts(profile, target, ignore_progress))
+    layers = bench.read_profile(profile).layers
+    cut = resolve_cut(Cutting.model_validate(levers), parts, target.share, layers)
+    zeros = count_cut_zeros(cut, parts, layers)
+    return order_all(Recipe(), zeros, sparsity=target.share, predicted_kl=0.0).model_copy(update={"cut": cut})

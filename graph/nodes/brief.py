@@ -12,7 +12,7 @@ from graph.config import HEURISTIC, RunConfig
 from graph.goals.chat import SHOWN, Sight
 from graph.goals.choose import ask_person, choose_brief, describe_rule
 from graph.goals.schema import check_brief, follow_brief
-from graph.nodes.profile import find_target, measure_dense
+from graph.nodes.profile import find_target, measure_dense, profile_model
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
 from graph.runs.replay import find_brief
@@ -49,9 +49,8 @@ def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session.emit("brief", planner=by, line=chosen.line, details=chosen.model_dump())
     state = state.model_copy(update={"config": config, "brief": chosen})
     with open_bench(state, session) as bench:
-        cuts = config.takes_parts
-        profile = bench.profile_bare(session.progress) if cuts else bench.profile(session.progress)
-        target = find_target(bench, state, session) if cuts else None
+        target = find_target(bench, state, session) if config.takes_parts else None
+        profile = profile_model(bench, target, session)
         parts = bench.measure_parts(profile, target, session.progress) if target else ""
         dense = measure_dense(bench, state, profile, session)
         session.emit("trial", **dense.model_dump())
@@ -65,18 +64,22 @@ def look_at_texts(bench: "Workbench", state: State) -> list[Sight]:
     assert state.dense is not None, "profile runs first"
     known = {figures.name: figures.perplexity for figures in state.dense.texts}
     lead, first = bench.windows.lead, bench.windows.list_each("calibration", range(1))
-    stored, sights = bench.read_profile(state.profile), []
+    predicted = {} if state.config.takes_parts else _predict_kl_of_each(bench.read_profile(state.profile), state.config)
+    sights = []
     for name, window in zip(state.config.text, first, strict=True):
         ids_T = bench.windows.calibration[window, lead : lead + SHOWN]  # a token is a character or more
         begins = bench.tokenizer.decode(ids_T.tolist())
-        predicted = None if state.config.takes_parts else _predict_kl_of(name, stored, state.config)
-        sights.append(Sight(name, begins, known.get(name), predicted))
+        sights.append(Sight(name, begins, known.get(name), predicted.get(name)))
     return sights
 
 
-def _predict_kl_of(name: str, stored: "StoredProfile", config: RunConfig) -> float:
-    """By a text's own KL curves, at the target."""
+def _predict_kl_of_each(stored: "StoredProfile", config: RunConfig) -> dict[str, float]:
+    """By the own KL curves of each named text, at the target."""
     zeros = resolve(Plan(sparsity=config.target_sparsity), stored.layers, config).zeros
     shares = np.array([zeros[layer.name] / layer.weights for layer in stored.layers])
-    kappa = stored.parts[name].kappa
-    return predict_kl([layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in stored.layers], shares)
+    return {
+        name: predict_kl(
+            [layer.model_copy(update={"kappa": part.kappa[layer.name]}) for layer in stored.layers], shares
+        )
+        for name, part in stored.parts.items()
+    }

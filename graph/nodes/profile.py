@@ -61,7 +61,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             notes = read_notes(runtime.store, config, name)
             if lessons:
                 session.emit("lessons", count=len(lessons), runs=runs)
-        profile_id = bench.profile_bare(session.progress) if target else bench.profile(session.progress)
+        profile_id = profile_model(bench, target, session)
         stored = bench.read_profile(profile_id)
         # with a goal they are measured by what is made of it
         parts = bench.measure_parts(profile_id, target, session.progress) if target and not config.goal else ""
@@ -98,6 +98,11 @@ def find_target(bench: "Workbench", state: State, session: Session) -> Target:
         found = bench.cuts.find_target(config.target_size, config.target_speed, session.progress, config.align)
     session.record("target", **found.model_dump())
     return found
+
+
+def profile_model(bench: "Workbench", target: Target | None, session: Session) -> str:
+    """The profile of the model in the workbench; of a run that takes parts away, to its `target`, a bare one."""
+    return bench.profile_bare(session.progress) if target else bench.profile(session.progress)
 
 
 def measure_dense(bench: "Workbench", state: State, profile: str, session: Session) -> Trial:

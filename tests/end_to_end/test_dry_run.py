@@ -21,6 +21,12 @@ QWEN3_8B = {
 FILES = sorted(CONFIGS.glob("*.yaml"))
 
 
+def find_step(lines: list[str], step: str) -> str:
+    """The one line of a step that begins so."""
+    (line,) = [line for line in lines if line.startswith(f"  {step}")]
+    return line
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse to load a model; there is no GPU, and little is timed."""
@@ -48,8 +54,7 @@ def test_a_model_of_this_machine(tiny_llama: Path, tmp_path: Path, command: Comm
         "validate; forward of 8 windows of 512 tokens of validation text, the output head twice; 4 ×",
         "test; forward of 8 windows of 512 tokens of test text; 3 ×",
     ):
-        (line,) = [line for line in lines if line.startswith(f"  {step}")]
-        assert line.endswith(" s"), "each step of one block was timed"
+        assert find_step(lines, step).endswith(" s"), "each step of one block was timed"
     assert " s without loading the model, as one block took here on " in lines[-1]
     assert list(tmp_path.iterdir()) == []
 
@@ -82,8 +87,7 @@ def test_a_cut_of_a_model_of_this_machine(tiny_llama: Path, tmp_path: Path, comm
         "validate; forward of 8 windows of 512 tokens of validation text, the output head twice; 2 ×",
         "time both models; the dense one and the smaller one, which takes less: ",
     ):
-        (line,) = [line for line in lines if line.startswith(f"  {step}")]
-        assert line.endswith(" s"), "each of them was timed"
+        assert find_step(lines, step).endswith(" s"), "each of them was timed"
     assert any(line.startswith("disk: ") and "; no run begins with less than " in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 

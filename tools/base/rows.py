@@ -43,6 +43,17 @@ def read_kept(path: Path, model: type[Model]) -> Model | None:
         raise UserError(f"{path} cannot be read: {in_one_line(error, 200)}") from error
 
 
+def read_search(path: Path, model: type[Model], warn: Callable[[str], None]) -> Model | None:
+    """What was kept of a search, with a seal; None where nothing is, or, with a warning, where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return model.model_validate(read_sealed(path, path.name, "the search begins anew"))
+    except ValueError:
+        warn(f"{path} is damaged; the search begins anew")
+        return None
+
+
 def follow_kept(settings: Model, known: dict[str, Any]) -> Model:
     """The settings, with what kept rows were made by in fields that earlier versions lack and nobody named now."""
     kept = {name: value for name, value in (FORMER | known).items() if name in FORMER}

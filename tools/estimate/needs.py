@@ -44,7 +44,7 @@ from tools.models.positions import refuse_long_windows
 from tools.models.streamed import measure_stream
 from tools.plans.methods import LEVERS
 from tools.plans.polish import Schedule, schedule_polish
-from tools.statistics.shards import count_waiting, cut_shards
+from tools.statistics.shards import count_waiting
 from tools.surgery.parts import ON_ONE_DEVICE
 
 
@@ -161,7 +161,7 @@ def estimate(
     disk_room = settings.disk * 1e9 or (math.inf if told else _count_free_disk(directory))
     in_source = read_source(settings, layers) if streams else set[str]()
 
-    waiting = count_waiting(len(cut_shards(settings.count_all("calibration"))))
+    waiting = count_waiting(settings.count_all("calibration"))
 
     def plan(room: float) -> DiskPlan:
         return plan_disk(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 
-from tools.base.seals import read_sealed, write_sealed
+from tools.base.rows import read_search, write_kept
 from tools.plans.jobs import PartsRecipe
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def _drop_by_loss(_recipe: PartsRecipe, sparsity: float, bench: "Workbench", pro
     for block in eliminate_blocks(bench.model, count, calibration.to(bench.device), progress, order, lead=lead):
         order.append(block)
         seconds.append(time.monotonic() - began + earlier - sum(seconds))
-        saved = SavedElimination(about=about, order=order, seconds=seconds)
-        write_sealed(path, saved.model_dump(), path.name)
+        write_kept(path, SavedElimination(about=about, order=order, seconds=seconds))
     cut.dropped = tuple(sorted(order[:count]))
     tokens = count_eliminated(len(bench.weights.by_block), count, calibration, lead)
     return _build(cut, tokens, bench, began - earlier)
@@ -98,14 +97,8 @@ def _drop_by_loss(_recipe: PartsRecipe, sparsity: float, bench: "Workbench", pro
 
 def _read_elimination(path: Path, about: list[str], warn: Callable[[str], None]) -> tuple[list[int], list[float]]:
     """The blocks that went from the same model by the same text, and the seconds of each; none where none did."""
-    if not path.is_file():
-        return [], []
-    try:
-        saved = SavedElimination.model_validate(read_sealed(path, path.name, "the search begins anew"))
-    except ValueError:
-        warn(f"{path} is damaged; the search begins anew")
-        return [], []
-    return (saved.order, saved.seconds) if saved.about == about else ([], [])
+    saved = read_search(path, SavedElimination, warn)
+    return (saved.order, saved.seconds) if saved and saved.about == about else ([], [])
 
 
 def _count_blocks(sparsity: float, bench: "Workbench") -> "Cut":

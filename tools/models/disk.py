@@ -1,7 +1,7 @@
 """What a run may write to disk, counted over the shapes of the model and the sizes of the texts."""
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -197,16 +197,21 @@ def _list_kept_moments(layers: Sequence[Layer], settings: TeamSettings, weighs: 
 
 def _describe_held_moments(layers: Sequence[Layer], settings: TeamSettings, blocks: int) -> Line:
     """Of the texts of one recipe, while the layers of these blocks are pruned."""
-    sizes = Counter[int]()
-    for layer in list_readers(layers):
-        sizes[layer.block] += _count_moment(layer)
     texts = max(len(settings.mixable), 1)
     return Line(
         what="second moments, of some blocks at a time",
         how=f"{f'{texts} texts × ' if texts > 1 else ''}4 bytes × the upper half of inputs², of {blocks:,} "
         f"{'blocks' if blocks > 1 else 'block'}",
-        bytes=texts * blocks * max(sizes.values()),
+        bytes=texts * blocks * _find_largest(layers, _count_moment),
     )
+
+
+def _find_largest(layers: Sequence[Layer], count: Callable[[Layer], int]) -> int:
+    """What the layers of a block come to that inputs are read by, in the block where that is most."""
+    sizes = Counter[int]()
+    for layer in list_readers(layers):
+        sizes[layer.block] += count(layer)
+    return max(sizes.values())
 
 
 def _count_moment(layer: Layer) -> int:
@@ -231,13 +236,11 @@ def _list_streamed(model: Any, settings: TeamSettings, tokens: int) -> list[Line
 
 
 def _describe_waiting(layers: Sequence[Layer], settings: TeamSettings, sums: int) -> Line:
-    sizes, processes = Counter[int](), max(count_beside(settings), 1)
-    for layer in list_readers(layers):
-        sizes[layer.block] += 4 * layer.weight_OI.shape[1] ** 2
+    processes = max(count_beside(settings), 1)
     return Line(
         what="sums of second moments that wait for others",
         how=f"{f'{processes} processes × ' if processes > 1 else ''}{sums} × 4 bytes × inputs², over a block's layers",
-        bytes=processes * sums * max(sizes.values()),
+        bytes=processes * sums * _find_largest(layers, lambda layer: 4 * layer.weight_OI.shape[1] ** 2),
     )
 
 

@@ -61,9 +61,9 @@ def count_held(tree: Span, span: Span, *, aside: bool = False) -> int:
     return max(done + (min(own, 1) if aside else own) + 1 for done, own in enumerate(levels))
 
 
-def count_waiting(shards: int) -> int:
-    """How many sums wait at once, at most, where they are put aside."""
-    return max(0, (shards - 1).bit_length() - 1)
+def count_waiting(windows: int) -> int:
+    """How many sums over the shards of a text wait at once, at most, where they are put aside."""
+    return max(0, (len(cut_shards(windows)) - 1).bit_length() - 1)
 
 
 class Aside(Protocol):

@@ -40,7 +40,7 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished, Reach
 from tools.statistics.experts import describe_few
-from tools.statistics.shards import count_waiting, cut_shards
+from tools.statistics.shards import count_waiting
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
 from tools.texts.questions import split_questions
@@ -387,7 +387,7 @@ def _fit_disk(
     if stream:  # the model as it is now, in a file without a name
         free += sum(parameter.nbytes for parameter in model.parameters())
     room = min(free, settings.disk * 1e9 or math.inf)
-    waiting = count_waiting(len(cut_shards(settings.count_all("calibration"))))
+    waiting = count_waiting(settings.count_all("calibration"))
     count = partial(
         plan_disk,
         model,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel
 
-from tools.base.seals import read_sealed, write_sealed
+from tools.base.rows import read_search
+from tools.base.seals import write_sealed
 from tools.plans.allocate import Allocation, describe_zeros
 from tools.plans.evolve import EffortName, Search, SearchSettings, evolve, follow_effort
 from tools.plans.layer_profile import LayerProfile
@@ -130,11 +131,5 @@ class _Running:
 
 def _read_search(path: Path, profile: str, rules: SearchSettings, warn: Callable[[str], None]) -> SavedSearch | None:
     """The search to go on with; None where there is none of the same profile and settings."""
-    if not path.is_file():
-        return None
-    try:
-        saved = SavedSearch.model_validate(read_sealed(path, path.name, "the search begins anew"))
-    except ValueError:
-        warn(f"{path} is damaged; the search begins anew")
-        return None
-    return saved if (saved.profile, saved.settings) == (profile, rules) else None
+    saved = read_search(path, SavedSearch, warn)
+    return saved if saved and (saved.profile, saved.settings) == (profile, rules) else None

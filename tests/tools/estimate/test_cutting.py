@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.benches import ignore, open_bench
+from tests.cuts import order_cut
 from tests.tiny import make_tiny_config, make_tiny_model, save_biased_model, tiny_settings
 from tests.tools.estimate.helpers import MODEL, PROGRAM, QWEN3_8B, STATE, large_settings, sizes, write_config
 from tools.base.errors import UserError
@@ -24,9 +25,8 @@ from tools.estimate.room import read_devices
 from tools.estimate.show import summarise
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
-from tools.plans.cuts import Counts, Cutting, count_cut_zeros, find_most, list_by_blocks, resolve_cut
+from tools.plans.cuts import Counts, find_most, list_by_blocks
 from tools.plans.recipe import Recipe
-from tools.plans.work_order import WorkOrder, order_all
 from tools.surgery.blocks import drop_blocks
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.parts import ON_ONE_DEVICE, Cut, Fit, find_parts
@@ -232,15 +232,6 @@ def cut_bench(tmp_path: Path, workbench_closed: None) -> tuple[Workbench, Path]:
     return open_bench(tiny_settings(source), tmp_path / "run"), source
 
 
-def order_cut(bench: Workbench, profile: str, **levers: int) -> WorkOrder:
-    target = bench.cuts.find_target(0.6, 0.0, ignore)
-    parts = bench.cuts.read(bench.measure_parts(profile, target, ignore))
-    layers = bench.read_profile(profile).layers
-    cut = resolve_cut(Cutting.model_validate(levers), parts, target.share, layers)
-    zeros = count_cut_zeros(cut, parts, layers)
-    return order_all(Recipe(), zeros, sparsity=target.share, predicted_kl=0.0).model_copy(update={"cut": cut})
-
-
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_no_more_is_written_than_said(cut_bench: tuple[Workbench, Path], blocks: int, untimed: None) -> None:
     bench, source = cut_bench
@@ -254,7 +245,7 @@ def test_no_more_is_written_than_said(cut_bench: tuple[Workbench, Path], blocks:
     hidden = lines["the dense model's hidden states"]
     means = sum(4 * sum(layer.weight_OI.shape) for layer in bench.layers)
     assert hidden <= count_written() <= hidden + 2 * means + 8192  # a file has a header of a few kilobytes at most
-    order = order_cut(bench, profile, blocks=blocks)
+    order = order_cut(bench, profile, 0.6, blocks=blocks)
     before = count_written()
     units = lines["which units stay, and the order in which they go"] / 6
     assert before <= hidden + 2 * means + 8192 + units

@@ -6,26 +6,17 @@ import pytest
 import torch
 
 from tests.benches import artifact_path, damage, ignore, open_bench, same, snapshot
+from tests.cuts import order_cut
 from tests.team import join_team
 from tests.tiny import save_biased_model, save_tiny_model, tiny_settings
 from tools.base.errors import UserError
-from tools.plans.cuts import CutOrder, Cutting, count_cut_zeros, resolve_cut
+from tools.plans.cuts import CutOrder
 from tools.plans.recipe import Recipe
-from tools.plans.work_order import WorkOrder, order_all
+from tools.plans.work_order import order_all
 from tools.surgery.parts import find_parts
-from tools.workbench.bench import Workbench
 from tools.workbench.store import DENSE
 
 LEVERS: tuple[dict[str, object], ...] = ({}, {"heads": 1}, {"refit": False})
-
-
-def order_cut(bench: Workbench, profile: str, **levers: object) -> WorkOrder:
-    target = bench.cuts.find_target(0.75, 0.0, ignore)
-    parts = bench.cuts.read(bench.measure_parts(profile, target, ignore))
-    layers = bench.read_profile(profile).layers
-    cut = resolve_cut(Cutting.model_validate(levers), parts, target.share, layers)
-    zeros = count_cut_zeros(cut, parts, layers)
-    return order_all(Recipe(), zeros, sparsity=target.share, predicted_kl=0.0).model_copy(update={"cut": cut})
 
 
 @pytest.mark.parametrize(
