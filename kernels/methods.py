@@ -3,7 +3,7 @@
 Shape suffixes: O output features, I input features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -195,8 +195,8 @@ def prune_levels(
     *,
     refit: bool,
     damping: float = 0.0,
-) -> list[Tensor]:
-    """The weight as `prune_weight` would leave it at each of the ascending numbers `zeros`.
+) -> Iterator[Tensor]:
+    """The weight as `prune_weight` would leave it at each of the ascending numbers `zeros`, made when it is asked for.
 
     What depends on the second moment alone is prepared once. The mask of the method "refit" grows through all the
     levels, as its steps: on SmolLM2's layers five of them cost a third of as many calls of `prune_weight`, and leave
@@ -205,15 +205,20 @@ def prune_levels(
     """
     present = int((weight_OI == 0).sum())
     grown = [count for count in zeros if count > present]
+    levels: Iterator[Pruned]
     if method == "refit":
         damped, gamma_O = statistics.damp(damping), statistics.gradient_square_O
         levels = refit_in_levels(weight_OI, damped.moment_II, gamma_O, grown, system=damped.system)
     else:
-        levels = [METHODS[method](weight_OI, statistics, count, None) for count in grown]
-    if refit:
-        levels = [_refit(weight_OI, pruned, statistics.damp(damping)) for pruned in levels]
-    weights = iter([_without_minus_zero(pruned).weight_OI for pruned in levels])
-    return [next(weights) if count > present else weight_OI for count in zeros]
+        levels = (METHODS[method](weight_OI, statistics, count, None) for count in grown)
+    for count in zeros:
+        if count <= present:
+            yield weight_OI
+            continue
+        pruned = next(levels)
+        if refit:
+            pruned = _refit(weight_OI, pruned, statistics.damp(damping))
+        yield _without_minus_zero(pruned).weight_OI
 
 
 def _prune_lowest(weight_OI: Tensor, score_OI: Tensor, zeros: int, pattern: Pattern | None) -> Pruned:

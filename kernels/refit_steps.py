@@ -3,7 +3,7 @@
 Shape suffixes: O output features (rows), I input features (columns).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -63,18 +63,16 @@ def refit_in_levels(
     system: System | None = None,
     iterations: int = 4,
     tolerance: float = 0.03,
-) -> list[Pruned]:
+) -> Iterator[Pruned]:
     """The layer at each of the ascending numbers `zeros`, the steps in which one mask grows through them all.
 
     Otherwise as `refit_in_steps` with `iterations` after every step, which raises ValueError for the same reasons;
-    also when `zeros` do not ascend.
+    also when `zeros` do not ascend. Each is made when it is asked for.
     """
     growth = _Growth(weight_OI, second_moment_II, gradient_square_O, None, system, tolerance)
-    levels = []
     for count in zeros:
         growth.step(count, iterations)
-        levels.append(growth.finish())
-    return levels
+        yield growth.finish()
 
 
 def plan_steps(zeros: int, steps: int, present: int) -> list[int]:

@@ -86,14 +86,13 @@ def squared_loss_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable
     if choose_kernel(pairs[0][0].device) == "triton":
         return _sum_changes(pairs, parts)
     dtypes = {x_TI.dtype for x_TI, _ in pairs}
-    pairs = [(x_TI.float(), g_TO.float()) for x_TI, g_TO in pairs]
-    changes = [x_TI.new_zeros(len(x_TI)) for x_TI, _ in pairs]
+    changes = [torch.zeros(len(x_TI), device=x_TI.device) for x_TI, _ in pairs]
     totals = []
     for part_OI in parts:
         bf16 = dtypes == {torch.bfloat16} and narrow(part_OI, torch.bfloat16).dtype == torch.bfloat16
         with multiply_bf16(part_OI.device, bf16):
             for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
-                change_T += (x_TI @ part_OI.T).mul_(g_TO).sum(1)
+                change_T += (x_TI.float() @ part_OI.T).mul_(g_TO).sum(1)  # of one window at a time is fp32 held
         totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]))
     return torch.stack(totals)
 

@@ -207,7 +207,7 @@ def test_levels_are_damped_as_layers_are() -> None:
     weight, statistics = make()
     [level] = prune_levels("two-sided", weight, statistics, [92], refit=True, damping=0.5)
     assert torch.equal(level, prune_weight("two-sided", weight, statistics, 92, refit=True, damping=0.5).weight_OI)
-    damped, plain = (prune_levels("refit", weight, statistics, [31, 92], refit=False, damping=d) for d in (0.5, 0))
+    damped, plain = ([*prune_levels("refit", weight, statistics, [31, 92], refit=False, damping=d)] for d in (0.5, 0))
     assert not torch.equal(damped[1], plain[1])
 
 
@@ -254,7 +254,7 @@ def test_more_damping_is_reported() -> None:
 def test_levels_are_the_layer_as_it_would_be_pruned(method: str, refit: bool, dtype: torch.dtype) -> None:
     weight, statistics = make(dtype)
     zeros = [0, 2, 3, 31, 92, 92, 150, weight.numel()]
-    levels = prune_levels(method, weight, statistics, zeros, refit=refit)
+    levels = [*prune_levels(method, weight, statistics, zeros, refit=refit)]
     assert [level.dtype for level in levels] == [dtype] * len(zeros)
     assert [int((level == 0).sum()) for level in levels] == [3, 3, *zeros[2:]]
     assert all(torch.equal(level, weight) for level in levels[:3])
@@ -266,7 +266,7 @@ def test_levels_are_the_layer_as_it_would_be_pruned(method: str, refit: bool, dt
 def test_levels_of_the_stepped_method_are_one_mask_that_grows() -> None:
     weight, statistics = make()
     zeros = [31, 92, 150]
-    levels = prune_levels("refit", weight, statistics, zeros, refit=False)
+    levels = [*prune_levels("refit", weight, statistics, zeros, refit=False)]
     expected = refit_in_levels(weight, statistics.moment_II, statistics.gradient_square_O, zeros)
     for level, pruned in zip(levels, expected, strict=True):
         assert torch.equal(level, pruned.weight_OI)
@@ -282,18 +282,18 @@ def test_levels_prepare_the_second_moment_once(monkeypatch: pytest.MonkeyPatch) 
     for name in ("prepare_system", "inverse_factor", "prepare_spectrum"):
         function = getattr(kernels.methods, name)
         monkeypatch.setattr(kernels.methods, name, lambda a, n=name, f=function: calls.append(n) or f(a))
-    prune_levels("sparsegpt", weight, statistics, [31, 92, 150], refit=True)
+    list(prune_levels("sparsegpt", weight, statistics, [31, 92, 150], refit=True))
     assert sorted(calls) == ["inverse_factor", "prepare_system"]
-    prune_levels("refit", weight, statistics, [31, 92, 150], refit=False)
-    prune_levels("wanda", weight, replace(statistics, second_moment_II=None), [31, 92, 150], refit=False)
+    list(prune_levels("refit", weight, statistics, [31, 92, 150], refit=False))
+    list(prune_levels("wanda", weight, replace(statistics, second_moment_II=None), [31, 92, 150], refit=False))
     assert len(calls) == 2
-    prune_levels("alps", weight, statistics, [31, 92, 150], refit=False)
+    list(prune_levels("alps", weight, statistics, [31, 92, 150], refit=False))
     assert calls[2:] == ["prepare_spectrum"]
 
 
 def test_no_levels_are_no_weights() -> None:
     weight, statistics = make()
-    assert [prune_levels(method, weight, statistics, [], refit=False) for method in METHODS] == [[]] * len(METHODS)
+    assert not any([*prune_levels(method, weight, statistics, [], refit=False)] for method in METHODS)
 
 
 def test_a_survivor_fitted_to_almost_zero_is_still_a_survivor() -> None:
@@ -342,7 +342,7 @@ def test_arguments_are_left_alone(method: str, pattern: tuple[int, int] | None) 
     tensors = [weight, statistics.mean_square_I, statistics.moment_II, statistics.gradient_square_O]
     copies = [t.clone() for t in tensors]
     prune_weight(method, weight, statistics, 48, refit=True, pattern=pattern)
-    prune_levels(method, weight, statistics, [20, 48], refit=True)
+    list(prune_levels(method, weight, statistics, [20, 48], refit=True))
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
 
 

@@ -129,7 +129,7 @@ def test_levels_are_the_steps_of_one_mask() -> None:
 def test_levels_must_ascend() -> None:
     layer = make_layer(2, 8)
     with pytest.raises(ValueError, match=r"^5 zeros asked of a layer of 16 weights that has 6 already$"):
-        refit_in_levels(layer.weight, layer.moment, layer.gamma, [6, 5])
+        list(refit_in_levels(layer.weight, layer.moment, layer.gamma, [6, 5]))
 
 
 @given(st.integers(0, 1000), st.integers(1, 12), st.floats(0, 1))

@@ -190,10 +190,11 @@ def list_phases(
 
     def list_flow_at_hand(*texts: tuple[int, str]) -> list[Line]:
         """On the device."""
-        of_layer = (*texts, *gradients, (settings.window, "tokens"), (shape.flow_layer, "numbers"))
-        lines = [multiply("those of one layer", *of_layer, (shape.item, "bytes"))] if away else list_flow(*texts)
+        of_window = (settings.window, "tokens"), (shape.flow_layer, "numbers")
+        of_layer = (*texts, *gradients, *of_window, (shape.item, "bytes"))
+        lines = [multiply("those of one layer", *of_layer)] if away else list_flow(*texts)
         if shape.item < 4:
-            lines.append(multiply("those of one layer in fp32", *of_layer, (4, "bytes")))
+            lines.append(multiply("those of one layer and window in fp32", *of_window, (4, "bytes")))
         return lines
 
     backward = [model, *list_backward(shape, counts)]
@@ -218,6 +219,8 @@ def list_phases(
 
     collected = [sums] if anew else []  # whenever layers are pruned
     layer = pruned("one layer being pruned", held.pruned)
+    levels = [*list_flow_at_hand(*mixed), *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels)]
+    before = [*collected, *([] if away else list_flow(*mixed))]  # what flowed back through the last block is still held
     moved = _pass_through(streamed) if streamed else _move_model(facts)
     read = [] if streamed else _read_file(facts)
     straight = settings.device == "spread"  # accelerate puts each weight where it belongs
@@ -252,12 +255,7 @@ def list_phases(
         *([weigh] if weighs else []),
         Phase(
             name=ASKED_FOR,
-            device=[
-                *backward,
-                *list_flow_at_hand(*mixed),
-                *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels),
-                *collected,
-            ],
+            device=[*backward, *([*collected, *levels] if part.workers else max(before, levels, key=_add_up))],
             host=[
                 *always,
                 *passing,

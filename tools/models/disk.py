@@ -225,12 +225,18 @@ def _list_streamed(model: Any, settings: TeamSettings, tokens: int) -> list[Line
     now = Line(what="the model as it is now", how=how, bytes=processes * _count_bytes(model))
     if settings.workers:
         return [now]
+    walked, size = settings.count_all("calibration"), tokens * wide * item
     return [
         now,
         Line(
             what="a validation under way",
             how=f"2 copies × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
-            bytes=2 * windows * tokens * wide * item,
+            bytes=2 * windows * size,
+        ),
+        Line(
+            what="a walk of the calibration text under way",
+            how=f"2 copies × {walked:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
+            bytes=2 * walked * size,
         ),
     ]
 

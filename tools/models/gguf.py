@@ -46,6 +46,29 @@ def reading_once() -> Iterator[None]:
                 setattr(gguf, name, function)
 
 
+def read_pieces(path: str, empty: Any, size: int) -> Iterator[dict[str, Tensor]]:
+    """The weights of a .gguf file by transformers' names and in the dtypes of the model `empty`, which has none.
+
+    transformers reads all tensors of a file at once; it is shown some of them at a time, of `size` bytes each time or
+    one tensor. To be asked inside `reading_once`. Not of models whose experts it puts together of several tensors.
+    """
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    dtypes = {name: parameter.dtype for name, parameter in empty.named_parameters(remove_duplicate=False)}
+    reader = gguf.GGUFReader(path)
+    every, reader.tensors = reader.tensors, []
+    try:
+        for tensor in every:
+            reader.tensors.append(tensor)
+            if tensor is every[-1] or sum(int(own.n_elements) for own in reader.tensors) * 4 >= size:
+                found = load_gguf_checkpoint(path, return_tensors=True, model_to_load=empty)["tensors"]
+                yield {name: weight.to(dtypes[name]).contiguous() for name, weight in found.items() if name in dtypes}
+                reader.tensors = []
+    finally:
+        reader.tensors = every
+
+
 # --- written ------------------------------------------------------------------------------------------------------
 
 

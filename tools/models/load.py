@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
+from tools.base.files import write_json
 from tools.base.made import check_model
 from tools.base.memory import count_free
 from tools.base.names import is_hub_id
@@ -19,7 +20,7 @@ from tools.base.rundir import list_places
 from tools.base.settings import TeamSettings, WorkbenchSettings, count_beside
 from tools.base.words import show_size
 from tools.models.formats import DTYPES, PACKED_FILE, Dtype
-from tools.models.gguf import reading_once
+from tools.models.gguf import read_pieces, reading_once
 from tools.models.hub import check_in_reach
 from tools.models.save import forget_quantization
 
@@ -240,7 +241,7 @@ def _load_whole(place: ModelPlace, settings: WorkbenchSettings, **options: Any) 
 
 
 def _load_stream(place: ModelPlace, settings: WorkbenchSettings, device: "torch.device", scratch: Path) -> Any:
-    """As `_load_whole`, block by block. A .gguf file, which transformers reads whole, is converted once."""
+    """As `_load_whole`, block by block. A .gguf file is converted once."""
     from tools.models.streamed import convert_once, stream_model
 
     if place.gguf_file:
@@ -251,12 +252,29 @@ def _load_stream(place: ModelPlace, settings: WorkbenchSettings, device: "torch.
 
 
 def _convert(settings: WorkbenchSettings, directory: Path) -> None:
-    """Load a model as ever, and write it as safetensors."""
+    """Write the model of a .gguf file as safetensors, some weights at a time; those with experts are loaded as ever."""
+    import transformers
+    from safetensors.torch import save_file
+
     from tools.models.streamed import SHARD
 
-    model, _ = load_model(settings.model_copy(update={"device": "cpu"}))
-    forget_quantization(model)
-    model.save_pretrained(directory, max_shard_size=SHARD)  # a file larger than the memory could not be read
+    transformers.utils.logging.disable_progress_bar()
+    place = locate_model(settings.model)
+    with reading_once():
+        empty, _ = build_on_meta(place, settings)
+        if any(parameter.dim() > 2 for parameter in empty.parameters()):
+            model, _ = load_model(settings.model_copy(update={"device": "cpu"}))
+            forget_quantization(model)
+            model.save_pretrained(directory, max_shard_size=SHARD)  # a file larger than the memory could not be read
+            return
+        places: dict[str, str] = {}
+        for piece in read_pieces(str(_list_files(place)[0]), empty, SHARD):
+            name = f"model-{len(set(places.values())):05}.safetensors"
+            save_file(piece, directory / name, metadata={"format": "pt"})
+            places |= dict.fromkeys(piece, name)
+    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    empty.config.architectures = [type(empty).__name__]
+    empty.config.save_pretrained(directory)
 
 
 def build_on_meta(place: ModelPlace, settings: WorkbenchSettings) -> tuple[Any, Any]:

@@ -29,6 +29,7 @@ from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.experts import FEW, fill_up, fill_up_moments, list_pools
 from tools.statistics.known import KeptBlocks, ModelStatistics, Way, know_nothing, mix_statistics, mix_tensors
+from tools.statistics.passage import KeptPassages
 from tools.statistics.requests import (
     Alone,
     Finish,
@@ -71,11 +72,12 @@ def begin_walk(
     Gradients flow back through its gradient windows, or through `every` window. `shares` are as in `Walk`: given
     wherever the text is several.
     """
-    walk = Walk(next(_walks), text, every, tuple(shares))
+    walk, whole = Walk(next(_walks), text, every, tuple(shares)), False
     try:
         yield walk
+        whole = True
     finally:
-        team.ask(Finish(walk))(ignore_ticks)
+        team.ask(Finish(walk, whole))(ignore_ticks)
 
 
 class Extent(NamedTuple):
@@ -113,15 +115,16 @@ def work_alone(
     mixed: Mapping[Calibration, Tensor] | None = None,
     lead: int = 0,
     texts: int = 1,
+    kept: KeptPassages | None = None,
 ) -> tuple[Team, Extent]:
     """This process as the team that walks through calibration text; files without a name lie in `scratch`.
 
-    The texts `mixed` are as `Walks` has them. The first `lead` tokens of each window are no text. Where
-    the windows are of several `texts`, there are so many gradient windows of each.
+    The texts `mixed`, and what is `kept`, are as `Walks` has them. The first `lead` tokens of each window are no text.
+    Where the windows are of several `texts`, there are so many gradient windows of each.
     """
     flowing = min(gradient_windows, len(windows_BT) // texts)
     extent = Extent(len(windows_BT), flowing, windows_BT.shape[1] - lead, lead, texts)
-    walks = Walks(blocks, layers, windows_BT, extent.gradient_windows, seed, scratch, mixed=mixed, lead=lead)
+    walks = Walks(blocks, layers, windows_BT, extent.gradient_windows, seed, scratch, mixed=mixed, lead=lead, kept=kept)
     return Alone(walks, extent.shards), extent
 
 

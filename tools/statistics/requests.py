@@ -121,10 +121,11 @@ class Finish(NamedTuple):
     """Let go of what a walk holds (`Walks.finish`)."""
 
     walk: Walk
+    whole: bool
 
     def run(self, walks: Walks, span: Span) -> None:
         """As in `ShardRequest`."""
-        walks.finish(self.walk)
+        walks.finish(self.walk, whole=self.whole)
 
 
 Answers = Callable[[Callable[[int], None]], list[T]]

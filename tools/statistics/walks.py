@@ -6,9 +6,9 @@ disk, what every block read of the gradient windows.
 Shape suffixes: B windows, T tokens, I input features (d_in), O output features (d_out), D hidden width.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -33,9 +33,9 @@ from tools.models.readout import hidden_gradients
 from tools.models.streamed import find_stream
 from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
 from tools.statistics.moments import MomentSums, Readers, StageOver, Wanted, list_stages
+from tools.statistics.passage import KeptPassages, Passage, Passages
 from tools.statistics.pruned import parts_of_mask
 from tools.statistics.shards import Aside, Span, Sums, add_count, cut_shards, list_nodes, sum_node
-from tools.statistics.states import StateStack
 from tools.statistics.taps import tapped
 from tools.statistics.waiting import Waiting
 from tools.statistics.walk import Purpose, Walk
@@ -46,24 +46,6 @@ CLIP = 10.0
 
 Nodes = list[tuple[Span, Sums]]
 """What a span of shards comes to, as few nodes of the tree over all shards."""
-
-
-@dataclass
-class _Way:
-    """How far one span of shards has come."""
-
-    states: dict[int, Tensor]
-    """What the next block up reads, by window; on CPU."""
-    up: int = 0
-    """The next block up."""
-    inputs: StateStack | None = None
-    """What every block read of the gradient windows, the last block's on top."""
-    down: int | None = None
-    """The next block down; None on the way up."""
-    above: dict[int, tuple[Gradient, ...]] = field(default_factory=dict)
-    """Gradients of that block's output, by window; on CPU."""
-    seen: dict[int, Seen] = field(default_factory=dict)
-    """What is held of the blocks that were passed last."""
 
 
 class Walks:
@@ -84,12 +66,14 @@ class Walks:
         ahead: int = 0,
         mixed: Mapping[Calibration, Tensor] | None = None,
         lead: int = 0,
+        kept: KeptPassages | None = None,
     ) -> None:
         """`windows_BT`, the run's own text, lies on the model's device; in the directory `scratch` lie files without a
         name. The texts `mixed` are it and others, as many windows of each, one behind the other.
 
         `ahead` is for how many requests others may be made before curves of a block are asked for. The first `lead`
-        tokens of each window are no text: no label is drawn there, and no loss begins.
+        tokens of each window are no text: no label is drawn there, and no loss begins. How far a walk has come is
+        `kept` until it is finished.
         """
         self.blocks, self.windows_BT, self.seed, self.scratch = blocks, windows_BT, seed, scratch
         self.gradient_windows, self.ahead, self.lead = gradient_windows, ahead, lead  # of each text
@@ -102,8 +86,7 @@ class Walks:
         self.shards = cut_shards(len(windows_BT))
         self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
         self._walk: Walk | None = None
-        self._ways: dict[tuple[int, Span], _Way] = {}
-        """By the number of the walk, and the span."""
+        self._ways = Passages(scratch, kept)
 
     def stages(self, span: Span, walk: Walk, block: int) -> list[list[str]]:
         """The layers of a block, those together that read the same tensor, in the order in which they run.
@@ -186,23 +169,29 @@ class Walks:
         """`curve/LAYER` is sum_t (g_t^T dW x_t)^2 at each level (levels,), fp64; `parts` is what each adds to dW."""
         return self._sum_curves(self._descend(span, walk, block, language=False), span, block, parts)
 
-    def finish(self, walk: Walk) -> None:
-        """Let go of what is held of a walk, of whatever spans: another worker may have taken one over."""
-        self._ways = {key: way for key, way in self._ways.items() if key[0] != walk.number}
+    def finish(self, walk: Walk, *, whole: bool = True) -> None:
+        """Let go of what is held of a walk, of whatever spans: another worker may have taken one over.
+
+        What is kept of one that is not `whole` stays.
+        """
+        self._ways.finish(walk, whole=whole)
 
     # --- up ----------------------------------------------------------------------------------------------------
 
-    def _reach(self, span: Span, walk: Walk, block: int, returns: bool) -> _Way:
+    def _reach(self, span: Span, walk: Walk, block: int, returns: bool) -> Passage:
         """The way of a span, standing before `block`."""
         self._turn_to(walk)
-        way = self._ways.get((walk.number, span))
+        way = self._ways.get(span, walk)
         if way is None or way.up > block:
-            way = self._begin(span, walk, [w for shard in range(*span) for w in self._list_windows(shard)], returns)
+            windows = [w for shard in range(*span) for w in self._list_windows(shard)]
+            way = self._ways.find_up(span, walk, windows, block, returns) or self._begin(span, walk, windows, returns)
+        self._ways.keep(span, walk, way)
         while way.up < block:
             self._put_down(way, span)
             for window in way.states:
                 self._step(way, way.up, window)
             way.up += 1
+            self._ways.keep(span, walk, way)
         return way
 
     def _turn_to(self, walk: Walk) -> None:
@@ -210,13 +199,15 @@ class Walks:
             self._walk = walk
             self.windows_BT = self._texts[walk.text].to(self.windows_BT.device)
             self.shards = cut_shards(len(self._texts["run"]), len(self.windows_BT) // len(self._texts["run"]))
+            if self._ways.keeps:
+                tokens = hashlib.sha256(self.windows_BT.cpu().numpy().tobytes()).hexdigest()
+                self._ways.source = [tokens, f"{self.seed} {self.gradient_windows} {self.lead}"]
 
-    def _begin(self, span: Span, walk: Walk, windows: Sequence[int], returns: bool) -> _Way:
+    def _begin(self, span: Span, walk: Walk, windows: Sequence[int], returns: bool) -> Passage:
         states = {window: self.blocks.embed(self.windows_BT[window]).cpu() for window in windows}
-        way = self._ways[walk.number, span] = _Way(states, inputs=StateStack(self.scratch) if returns else None)
-        return way
+        return self._ways.begin(span, walk, states, returns)
 
-    def _put_down(self, way: _Way, span: Span) -> None:
+    def _put_down(self, way: Passage, span: Span) -> None:
         """Keep what the next block reads of the gradient windows."""
         if way.inputs is not None and way.inputs.height == way.up:
             way.inputs.push([way.states[window] for window in self._gradient_windows(span)])
@@ -240,11 +231,11 @@ class Walks:
     def _find_share(self, window: int) -> float:
         return self._walk.find_share(window, len(self.windows_BT)) if self._walk else 1.0
 
-    def _step(self, way: _Way, block: int, window: int) -> None:
+    def _step(self, way: Passage, block: int, window: int) -> None:
         way.states[window] = self._run(way, block, window).cpu()
 
     @torch.no_grad()
-    def _run(self, way: _Way, block: int, window: int) -> Tensor:
+    def _run(self, way: Passage, block: int, window: int) -> Tensor:
         heed_stop()
         with self._run_apart(block):
             return self.blocks.run(self.windows_BT[window], block, way.states[window])
@@ -253,7 +244,7 @@ class Walks:
         """Fused experts run one by one on every walk, seen or not: whoever takes over a span finds the same states."""
         return run_apart(layer.module for layer in self.grouped[block])
 
-    def _sum_moments(self, way: _Way, block: int, shard: int, layers: Sequence[Layer], wanted: Wanted) -> Sums:
+    def _sum_moments(self, way: Passage, block: int, shard: int, layers: Sequence[Layer], wanted: Wanted) -> Sums:
         taken = MomentSums(wanted)
         with tapped(layers, taken.see):
             for window in self._list_windows(shard):
@@ -267,35 +258,39 @@ class Walks:
     def _descend(self, span: Span, walk: Walk, block: int, *, language: bool) -> Seen:
         """What flows back through a block. Each block runs forward once more, so that only its own graph is held."""
         self._turn_to(walk)
-        way = self._ways.get((walk.number, span))
+        way = self._ways.get(span, walk)
         if way is None or not self._leads_to(way, block):
-            way = self._climb(span, walk)
+            way = self._ways.find_down(span, walk, block, 1 + language) or self._climb(span, walk)
         if way.down is None:
             way.states, way.down = {}, len(self.blocks) - 1  # the way down needs the gradient windows only
         while block not in way.seen:
+            self._ways.keep(span, walk, way)
             for passed in sorted(way.seen)[self.ahead :]:
                 del way.seen[passed]
             way.seen[way.down] = self._step_down(way, way.down, span, language)
             way.down -= 1
         return way.seen[block]
 
-    def _leads_to(self, way: _Way, block: int) -> bool:
+    def _leads_to(self, way: Passage, block: int) -> bool:
         if way.down is None:
             return way.inputs is not None and way.inputs.height == len(self.blocks)
         return block in way.seen or block <= way.down
 
-    def _climb(self, span: Span, walk: Walk) -> _Way:
+    def _climb(self, span: Span, walk: Walk) -> Passage:
         """Walk up with the gradient windows alone."""
-        way = self._begin(span, walk, self._gradient_windows(span), True)
-        for block in range(len(self.blocks)):
+        windows, last = self._gradient_windows(span), len(self.blocks) - 1
+        way = self._ways.find_up(span, walk, windows, last, True) or self._begin(span, walk, windows, True)
+        while way.up <= last:
             self._put_down(way, span)
-            if block < len(self.blocks) - 1:
+            if way.up < last:
                 for window in way.states:
-                    self._step(way, block, window)
+                    self._step(way, way.up, window)
             way.up += 1
+            if way.up <= last:
+                self._ways.keep(span, walk, way)
         return way
 
-    def _step_down(self, way: _Way, block: int, span: Span, language: bool) -> Seen:
+    def _step_down(self, way: Passage, block: int, span: Span, language: bool) -> Seen:
         """Back-propagate through a block the loss of labels drawn from the model and, with `language`, the text's.
 
         Raises UnknownStatistics when fp16 cannot hold what flows back.

@@ -57,6 +57,7 @@ from tools.workbench.profiles import Profiles
 from tools.workbench.prune import Pruner
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.stored import StoredProfile
+from tools.workbench.unfinished import UnfinishedPassages
 from tools.workbench.weights import Weights
 from tools.workbench.written import Author
 
@@ -113,7 +114,8 @@ class Workbench:
         stream = find_stream(self.model)
         self.weights = Weights(layers, len(blocks), self.store, self._warn, stream.source if stream else None)
         texts = Texts(self.windows, self.questions)
-        self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn)
+        kept = UnfinishedPassages(self.index, self.weights) if stream else None
+        self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn, kept)
         self.losses = Losses(blocks, self.windows, self.weights, self.index, self.crew, settings.text_shares)
         self.profiles = Profiles(
             settings, self.windows, self.weights, self.store, self.index, self.crew, self.losses, self.paces, at_once

@@ -7,6 +7,7 @@ from tools.base.progress import Warn
 from tools.base.settings import TeamSettings
 from tools.models.blocks import Blocks
 from tools.statistics.collect import Extent, work_alone
+from tools.statistics.passage import KeptPassages
 from tools.statistics.requests import Team
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
@@ -35,10 +36,17 @@ class Crew:
 
 
 def gather_crew(
-    settings: TeamSettings, blocks: Blocks, weights: Weights, texts: Texts, scratch: Path, warn: Warn
+    settings: TeamSettings,
+    blocks: Blocks,
+    weights: Weights,
+    texts: Texts,
+    scratch: Path,
+    warn: Warn,
+    kept: KeptPassages | None = None,
 ) -> Crew:
     """Workers where the settings ask for them; in the directory `scratch` lie files without a name.
 
+    How far this process' walks have come is `kept`; that of workers is not.
     Raises UserError when they cannot be had.
     """
     windows = texts.windows
@@ -53,6 +61,7 @@ def gather_crew(
         windows.mixed,
         windows.lead,
         max(len(windows.texts), 1),
+        kept,
     )
     if not settings.workers:
         return Crew(team, extent)

@@ -100,9 +100,12 @@ class Profiles:
         return self._store.write_json(stored.model_dump())
 
     def _measure_dense(self, progress: Progress) -> tuple[str, Evaluation]:
-        """(artifact of the dense model's hidden states, its losses) on the validation text."""
-        every = range(self._losses.count_windows("validation"))
-        key = ["unfinished", *name_dense(self._weights, self._settings), "validation"]
+        """(artifact of the dense model's hidden states, its losses) on the validation text; measured once."""
+        every, dense = range(self._losses.count_windows("validation")), name_dense(self._weights, self._settings)
+        measured, key = ["dense", *dense, "validation"], ["unfinished", *dense, "validation"]
+        known = self._index.read_measured(measured)
+        if known is not None and self._store.has(known["hidden"], ".safetensors"):
+            return known["hidden"], Evaluation.model_validate(known["evaluation"])
         so_far = self._read_so_far(key, len(every))
         try:
             with time_work(self._paces, MEASURING, (len(every) - len(so_far.nll)) * self._settings.window):
@@ -119,7 +122,9 @@ class Profiles:
         if begun := self._index.read_measured(key):
             self._index.forget_measured(key)
             self._store.path(begun["hidden"], ".safetensors").unlink(missing_ok=True)
-        return self._store.write_tensors({"hidden": hidden}), evaluation
+        artifact = self._store.write_tensors({"hidden": hidden})
+        self._index.keep_measured(measured, {"hidden": artifact, "evaluation": evaluation.model_dump()})
+        return artifact, evaluation
 
     def read_further(self, windows: range, progress: Progress) -> Tensor:
         """The dense model's hidden states (B, T, D), on the CPU, on some further windows of each validation text.

@@ -96,7 +96,7 @@ def test_qwen3_8b_on_a_gpu_that_is_not_here(tmp_path: Path, no_gpu: None, untime
     assert found.phases[0].device_bytes == 2 * found.parameters
     assert found.phases[0].host_bytes == found.phases[0].host[0].bytes + 2 * found.parameters
     most, phase = found.needed
-    assert phase == ASKED_FOR and 28e9 < most < 32e9
+    assert phase == ASKED_FOR and 25e9 < most < 28e9
     assert found.disk_bytes == (
         36 * 2 * (6 * 4096 * (4096 + BAND) + 12288 * (12288 + BAND))
         + 36 * 16 * 2048 * 4096 * 2

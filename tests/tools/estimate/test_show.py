@@ -144,7 +144,7 @@ def test_a_model_that_is_streamed(tmp_path: Path, no_gpu: None, untimed: None) -
     (told,) = [line for line in lines if line.startswith("streamed: one block of the model at a time comes from disk")]
     size, took = show_size(passes * found.streamed), show_seconds(passes * found.streamed / 1e9)
     assert f"all of them about {passes} times: {size}, {took} at 1.0 GB a second" in told and not whole.streamed
-    assert any(re.fullmatch(r"fits one GPU of 24\.0 GB: 1\d\.\d GB at most \(.+\)", line) for line in lines)
+    assert any(re.fullmatch(r"fits one GPU of 24\.0 GB: [89]\.\d GB at most \(.+\)", line) for line in lines)
     block = 2 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 12_288 + 2 * 4096 + 2 * 128)
     outside = (2 * 151_936 * 4096 + 4096) * 2
     assert found.streamed == 36 * block
@@ -152,7 +152,8 @@ def test_a_model_that_is_streamed(tmp_path: Path, no_gpu: None, untimed: None) -
     (passing,) = [line.bytes for line in found.disk if line.what == "a validation under way"]
     (waiting,) = [line.bytes for line in found.disk if line.what == "sums of second moments that wait for others"]
     assert waiting == 2 * 4 * (6 * 4096**2 + 12_288**2)
-    assert found.disk_bytes - whole.disk_bytes == 36 * block + outside + passing + waiting, "as it is now"
+    (walking,) = [line.bytes for line in found.disk if line.what == "a walk of the calibration text under way"]
+    assert found.disk_bytes - whole.disk_bytes == 36 * block + outside + passing + walking + waiting, "as it is now"
     assert max(phase.host_bytes for phase in found.phases) < max(phase.host_bytes for phase in whole.phases) / 3
     assert find_large(config, "12", device="auto").streamed and not find_large(config, "24", device="auto").streamed
 
@@ -166,7 +167,7 @@ def test_workers_that_stream(tmp_path: Path, no_gpu: None, untimed: None) -> Non
     assert set(held) == {block + outside}, "a block each, and this process another"
     now = next(line for line in found.disk if line.what == "the model as it is now")
     assert (now.how, now.bytes) == ("9 processes × all parameters", 9 * (36 * block + outside))
-    assert not any(line.what == "a validation under way" for line in found.disk), "workers keep none"
+    assert not any(line.what.endswith("under way") for line in found.disk), "workers keep none"
     lines = [line for phase in found.of_worker for line in [*phase.device, *phase.host]]
     assert max(line.bytes for line in lines) < found.streamed / 2, "none holds the model, or all that changed of it"
     steps = {(work.name, work.how): (work.passes, 8 if work.share < 1 else 1) for work in found.work}
@@ -176,7 +177,7 @@ def test_workers_that_stream(tmp_path: Path, no_gpu: None, untimed: None) -> Non
     said = summarise(found)
     told = f"disk, all of them about {passes} times for 8 workers and this process: {show_size(passes * 36 * block)}, "
     assert any(told in line for line in said)
-    assert any(re.fullmatch(r"fits one GPU of 24\.0 GB: 12\.\d GB at most \(.+\)", line) for line in said)
+    assert any(re.fullmatch(r"fits one GPU of 24\.0 GB: 11\.\d GB at most \(.+\)", line) for line in said)
 
 
 def test_auto_streams_where_the_models_of_all_processes_do_not_fit(tmp_path: Path, no_gpu: None, untimed: None) -> None:
@@ -190,7 +191,7 @@ def test_auto_streams_where_the_models_of_all_processes_do_not_fit(tmp_path: Pat
 def test_a_gpu_that_is_a_little_too_small(tmp_path: Path, no_gpu: None, untimed: None) -> None:
     lines = summarise(find_large(write_config(tmp_path / "qwen3-8b", QWEN3_8B), "24"))
     (line,) = [line for line in lines if line.startswith("does not fit ")]
-    assert re.match(r"does not fit one GPU of 24\.0 GB: 2[89]\.\d GB \(", line)
+    assert re.match(r"does not fit one GPU of 24\.0 GB: 26\.\d GB \(", line)
     assert line.endswith(
         "), 16.4 GB of it the model; fewer or shorter windows need less; --device spread lays its blocks over several "
         "GPUs, at least 2 of these, stream holds one at a time"
@@ -206,7 +207,7 @@ def test_eight_workers_on_eight_gpus(tmp_path: Path, no_gpu: None, untimed: None
     assert re.search(r"^each of 8 workers: peak memory of the CPU: 1", text, re.MULTILINE)
     assert "peak of Ray's object store: 40.1 GB (prune block by block, where a plan asks for it)" in lines
     beside = "with this process and a worker on the first"
-    assert re.search(rf"^fits one GPU of 80\.0 GB: 4\d\.\d GB at most {asked}, {beside}\)$", text, re.MULTILINE)
+    assert re.search(rf"^fits one GPU of 80\.0 GB: 39\.\d GB at most {asked}, {beside}\)$", text, re.MULTILINE)
     work = r"work: about [\d.]+ PFLOP, [\d.]+ PFLOP of it by the busiest worker, "
     assert re.match(rf"{work}\d+\.\d s at 100\.0 TFLOP a second; no time ", lines[-1]), lines[-1]
     few = summarise(find_large(directory, "4x80", workers="8"))
@@ -222,7 +223,7 @@ def test_a_model_over_eight_gpus(tmp_path: Path, no_gpu: None, untimed: None) ->
     assert "\nload: 18.8 GB on one GPU, " in text
     assert re.search(r"\nfits each of 8 GPUs of 80\.0 GB: [56]\d\.\d GB at most \(KL curves of a method", text)
     alone = "\n".join(summarise(find_large(directory, "80")))
-    assert re.search(r"does not fit one GPU of 80\.0 GB: 1[89]\d\.\d GB \(", alone)
+    assert re.search(r"does not fit one GPU of 80\.0 GB: 17\d\.\d GB \(", alone)
     assert "141.1 GB of it the model; --device spread lays its blocks over several GPUs, at least " in alone
     two = "\n".join(summarise(find_large(directory, "2x80", device="spread")))
     assert re.search(r"does not fit each of 2 GPUs of 80\.0 GB: 1[01]\d\.\d GB \(", two)

@@ -1,6 +1,7 @@
 """A model of which a block is held at a time: the same bits as one that is held whole, in the memory of a block."""
 
 import gc
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
+import tools.models.streamed
 from tests.tiny import (
     make_tiny_model,
     make_tiny_tokenizer,
@@ -163,6 +166,26 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr("tools.models.streamed.ProcessPoolExecutor", None)  # it is there now
     (directory,) = (tmp_path / "cache" / "billhook").iterdir()
     assert re.fullmatch(r"tiny-bf16-[0-9a-f]{16}", directory.name)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_gguf_file_is_converted_piece_by_piece(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny_settings(save_tiny_gguf(tmp_path / "tiny.gguf"), dtype=dtype)
+    whole, _ = load_model(settings)
+    largest = 4 * whole.get_input_embeddings().weight.numel()
+    monkeypatch.setattr(tools.models.streamed, "SHARD", largest)
+    (tmp_path / "made").mkdir()
+    sources._convert(settings, tmp_path / "made")
+    files = sorted((tmp_path / "made").glob("*.safetensors"))
+    assert len(files) > 2 and max(file.stat().st_size for file in files) < 3 * largest
+    weights = whole.state_dict()
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert weights.keys() - read.keys() <= {"lm_head.weight"}, "which is tied"
+    assert all(
+        torch.equal(weights[name], tensor) and weights[name].dtype == tensor.dtype for name, tensor in read.items()
+    )
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and "quantization_config" not in config
 
 
 def test_auto_streams_what_does_not_fit(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,10 +70,10 @@ def test_spans_do_not_disturb_one_another_and_nothing_is_held_at_the_end() -> No
     assert same(left, begin().gradients((0, 4), WALK, 0)) and same(right, begin().gradients((4, 8), WALK, 0))
     other = walked.moments((0, 4), OTHER, 1, True, "moments")
     walked.finish(WALK)
-    assert list(walked._ways) == [(OTHER.number, (0, 4))]
+    assert list(walked._ways._held) == [(OTHER.number, (0, 4))]
     assert same(other[0], begin().moments((0, 4), WALK, 1, True, "moments")[0])
     walked.finish(OTHER)
-    assert walked._ways == {}
+    assert walked._ways._held == {}
 
 
 def test_a_walk_goes_on_where_it_was_once_another_has_passed() -> None:

@@ -1,16 +1,19 @@
-"""Evaluations of a streamed model that are killed between two blocks."""
+"""Evaluations and walks of a streamed model that are killed between two blocks."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tools.workbench.prune
 import tools.workbench.unfinished
-from tests.benches import ignore, open_bench, prune
+from tests.benches import SEQUENTIAL, damage, ignore, open_bench, plan, prune
 from tests.tiny import tiny_settings
 from tools.base.progress import Progress
 from tools.measure.losses import Evaluation
 from tools.models.blocks import Blocks
+from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
 
 
@@ -84,3 +87,139 @@ def test_what_other_weights_passed_on_is_of_no_use(
     ran.clear()
     evaluate(bench, second, profile)
     assert set(ran) == {0, 1}
+
+
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The blocks that were passed, up or on the way down, one for each window."""
+    seen = list[tuple[str, int]]()
+
+    def watch(name: str, way: str) -> None:
+        run = getattr(Blocks, name)
+
+        def see(self: Blocks, ids_T: Any, block: int, states: Any) -> Any:
+            seen.append((way, block))
+            return run(self, ids_T, block, states)
+
+        monkeypatch.setattr(Blocks, name, see)
+
+    watch("run", "up")  # and below the last block on the way down
+    watch("run_to_head", "down")
+    return seen
+
+
+def list_passed(bench: Workbench) -> list[Path]:
+    """What is kept of walks."""
+    return [*bench.store.directory.glob("passage-*")]
+
+
+BACK = [("down", 0), ("up", 0)]
+
+AGAIN = {
+    "statistics": [("up", 1)] * 4 + [("down", 1)] * 2 + BACK * 2,  # the second block, and all of the way down
+    "gradients": BACK * 2,
+}
+"""Where a walk of four windows up and two down is killed, once it stands before the last block of its way."""
+
+
+@pytest.mark.parametrize(("label", "again"), AGAIN.items())
+def test_a_walk_goes_on_at_the_block_that_it_had_come_to(
+    label: str,
+    again: list[tuple[str, int]],
+    tiny_llama: Path,
+    tmp_path: Path,
+    walked: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tools.workbench.unfinished, "KEEP_SECONDS", 0.0)
+    settings = tiny_settings(tiny_llama, device="stream", calibration_windows=4, gradient_windows=2)
+    bench = open_bench(settings, tmp_path / "whole")
+    expected = bench.profile(ignore)
+    assert list_passed(bench) == [], "all that was kept of a walk went with it"
+
+    def die(told: str, done: int, total: int) -> None:
+        if told == label and done == total:
+            raise Killed
+
+    bench = open_bench(settings, tmp_path / "killed")
+    with pytest.raises(Killed):
+        bench.profile(die)
+    assert len(list_passed(bench)) == 1
+    bench = open_bench(settings, tmp_path / "killed")
+    walked.clear()
+    assert bench.profile(ignore) == expected
+    assert walked == again, "the dense model's losses were known, too"
+    assert list_passed(bench) == []
+
+
+def test_pruning_goes_on_before_the_block_that_it_was_in(
+    tiny_llama: Path, tmp_path: Path, walked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools.workbench.unfinished, "KEEP_SECONDS", 0.0)
+    settings = tiny_settings(tiny_llama, device="stream", calibration_windows=4)
+    bench = open_bench(settings, tmp_path / "whole")
+    profile = bench.profile(ignore)
+    expected = prune(bench, profile, 0.4, SEQUENTIAL)
+
+    pruned, prune_layer = list[int](), tools.workbench.prune.prune_layer
+
+    def die(*arguments: Any) -> Any:
+        pruned.append(len(pruned))
+        if len(pruned) == 10:  # of seven layers of each of two blocks
+            raise Killed
+        return prune_layer(*arguments)
+
+    bench = open_bench(settings, tmp_path / "killed")
+    assert bench.profile(ignore) == profile
+    order = order_allocation(SEQUENTIAL, plan(bench, profile, 0.4, SEQUENTIAL))
+    monkeypatch.setattr(tools.workbench.prune, "prune_layer", die)
+    with pytest.raises(Killed):
+        bench.prune(profile, order, ignore)
+    bench = open_bench(settings, tmp_path / "killed")
+    walked.clear()
+    assert bench.prune(profile, order, ignore) == expected and {block for _, block in walked} == {1}
+    assert list_passed(bench) == []
+
+
+@pytest.mark.parametrize("hurt", [damage, Path.unlink])
+def test_of_a_walk_that_was_damaged_nothing_is_taken(
+    hurt: Callable[[Path], None], tiny_llama: Path, tmp_path: Path, walked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools.workbench.unfinished, "KEEP_SECONDS", 0.0)
+    settings = tiny_settings(tiny_llama, device="stream", calibration_windows=4, gradient_windows=2)
+    expected = open_bench(settings, tmp_path / "whole").profile(ignore)
+
+    def die(told: str, done: int, total: int) -> None:
+        if told == "gradients" and done == total:
+            raise Killed
+
+    bench = open_bench(settings, tmp_path / "killed")
+    with pytest.raises(Killed):
+        bench.profile(die)
+    hurt(list_passed(bench)[0] / "0.safetensors")
+    bench = open_bench(settings, tmp_path / "killed")
+    walked.clear()
+    assert bench.profile(ignore) == expected
+    assert [way for way, _ in walked].count("down") == 4, "the gradient windows passed both blocks once more"
+
+
+def test_gradients_in_other_weights_are_of_no_use(tiny_llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(tools.workbench.unfinished, "KEEP_SECONDS", 0.0)
+    settings = tiny_settings(tiny_llama, device="stream", calibration_windows=4, gradient_windows=2)
+    bench = open_bench(settings, tmp_path / "run")
+    first = bench.profile(ignore)
+    checkpoints = [prune(bench, first, sparsity) for sparsity in (0.3, 0.6)]
+    expected = bench.profile(ignore, first)  # the model is as the second left it
+
+    def die(told: str, done: int, total: int) -> None:
+        if told == "gradients" and done == total:
+            raise Killed
+
+    bench = open_bench(settings, tmp_path / "killed")
+    assert bench.profile(ignore) == first
+    assert [prune(bench, first, sparsity) for sparsity in (0.3, 0.6)] == checkpoints
+    bench.restore(checkpoints[0])
+    with pytest.raises(Killed):
+        bench.profile(die, first)
+    bench.restore(checkpoints[1])
+    assert bench.profile(ignore, first) == expected
