@@ -19,6 +19,7 @@ def write_note(store: BaseStore, config: RunConfig, note: Note) -> None:
 
 
 def read_notes(store: BaseStore, config: RunConfig, run: str) -> list[Note]:
-    """The latest notes of earlier runs with the same pattern, oldest first."""
+    """The latest notes of earlier runs with the same pattern, of cuts for a run that cuts, oldest first."""
     notes = [Note.model_validate(item.value) for item in find_items(store, NOTES, config.model)]
-    return [note for note in notes if note.run != run and note.pattern == config.pattern][-READ:]
+    others = [note for note in notes if note.run != run and note.cuts == config.takes_parts]
+    return [note for note in others if note.pattern == config.pattern][-READ:]

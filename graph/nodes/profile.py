@@ -55,10 +55,11 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         lessons: list[Lesson] = []
         experience: list[Experience] = []
         notes: list[Note] = []
-        if runtime.store is not None and config.memory and not state.replay and target is None:
-            lessons, runs = read_lessons(runtime.store, config, name)
-            experience = read_experience(runtime.store, config, name)
+        if runtime.store is not None and config.memory and not state.replay:
             notes = read_notes(runtime.store, config, name)
+            if target is None:
+                lessons, runs = read_lessons(runtime.store, config, name)
+                experience = read_experience(runtime.store, config, name)
             if lessons:
                 session.emit("lessons", count=len(lessons), runs=runs)
         profile_id = profile_model(bench, target, session)

@@ -25,12 +25,12 @@ from graph.state import State
 def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Compare the trial's prediction with its measurement, and decide whether the loop goes on.
 
-    A trial without figures teaches nothing, nor does a cut, and nobody is asked about it. Raises AgentError (resumable)
-    when the reflector fails and there is no fallback.
+    A trial without figures teaches nothing, and nobody is asked about it; of a cut there are notes, and no lessons,
+    which are factors on KL curves of weights. Raises AgentError (resumable) when the reflector fails and there is no
+    fallback.
     """
     session = enter("reflect", state, runtime)
-    told = state.trials[-1].measured and not state.parts  # lessons are factors on KL curves of weights
-    evidence = gather_evidence(state, session) if told else None
+    evidence = gather_evidence(state, session) if state.trials[-1].measured else None
     if evidence is None:
         reflection, usage = Reflection(), state.usage
     elif state.replay:
@@ -44,7 +44,7 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         if store is not None:
             write_lesson(store, state.config, lesson, number)
         session.emit("lesson", **lesson.model_dump())
-    if store is not None and evidence:
+    if store is not None and evidence and not evidence.parts:
         tried = note_tried(state.run, evidence.trial, evidence.before, state.config.pattern)
         if tried is not None:
             write_tried(store, state.config, tried)

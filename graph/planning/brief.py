@@ -122,6 +122,7 @@ def _cut_messages(situation: Situation, parts: Parts) -> list[AnyMessage]:
         _describe_model(situation.config),
         _describe_bounds(situation),
         _describe_trials(situation),
+        *filter(None, [describe_notes(situation.notes)]),
         f"Plan round {situation.iteration}.",
     ]
     return [SystemMessage(_instructions(situation.config, tools=False)), HumanMessage("\n\n".join(told))]

@@ -129,7 +129,7 @@ def find_early(state: State) -> str:
         return "the target is not reached yet"
     if state.config.planner_fallback == "none":
         return ""
-    if not tried_strongest(state.trials, state.config):
+    if not state.parts and not tried_strongest(state.trials, state.config):
         return f"{STRONG.method} has not been tried at the target"
     return "the last round was an improvement" if best is state.trials[-1] else ""
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
+from pydantic import BaseModel
 
 from graph.config import RunConfig, read_prompt
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
@@ -15,10 +16,11 @@ from graph.planning.brief import describe_facts
 from graph.planning.orders import group_kl
 from graph.planning.past import describe_notes
 from graph.planning.plan import MOST_HYPOTHESIS, Plan
+from graph.planning.table import describe_parts
 from graph.planning.texts import describe_texts
 from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import Evidence
-from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection
+from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, tell_of_cuts
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories
 from tools.base.words import show_short
@@ -58,9 +60,29 @@ def reflect_with_chat(
         return "\n".join(f"{name}: {problem}" for name, problem in named.items() if problem)
 
     messages = keep_prompt(lambda: reflector_messages(evidence))
+    if evidence.parts:
+        return _reflect_on_cut(evidence, model, messages, on_call, carry_out, meter)
     return ask(
         model, Reflection, messages, check=check, advise=advise, on_call=on_call, carry_out=carry_out, meter=meter
     )
+
+
+def _reflect_on_cut(
+    evidence: Evidence,
+    model: BaseChatModel,
+    messages: list[AnyMessage],
+    on_call: Callable[[CallRecord], None] | None,
+    carry_out: Callable[[Callable[[], Reply]], Reply],
+    meter: Meter,
+) -> Reflection:
+    def take(answer: BaseModel) -> Reflection:
+        return Reflection.model_validate(answer.model_dump())
+
+    def check(answer: BaseModel) -> None:
+        if (note := take(answer).note) is not None:
+            check_evidence(note, evidence)
+
+    return take(ask(model, tell_of_cuts(), messages, check=check, on_call=on_call, carry_out=carry_out, meter=meter))
 
 
 # What it is shown
@@ -69,11 +91,11 @@ def reflect_with_chat(
 def reflector_messages(evidence: Evidence) -> list[AnyMessage]:
     """The two messages a reflector gets: instructions that never change, and the trial."""
     parts = [
-        _describe_groups(evidence),
+        describe_parts(evidence.parts) if evidence.parts else _describe_groups(evidence),
         _describe_plan(evidence.plan, evidence.trial),
         _describe_outcome(evidence),
         _describe_trials(evidence),
-        _describe_lessons(evidence.lessons),
+        *([] if evidence.parts else [_describe_lessons(evidence.lessons)]),
         *filter(None, [describe_notes(evidence.notes)]),
         _describe_rest(evidence),
         f"Reflect on round {evidence.trial.iteration}.",
@@ -82,8 +104,9 @@ def reflector_messages(evidence: Evidence) -> list[AnyMessage]:
 
 
 def _instructions(config: RunConfig) -> str:
-    schema = json.dumps(Reflection.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
-    text = config.reflector_prompt or read_prompt("reflector")
+    told = tell_of_cuts() if config.takes_parts else Reflection
+    schema = json.dumps(told.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
+    text = config.reflector_prompt or read_prompt("cuts_reflector" if config.takes_parts else "reflector")
     for name, value in (("{most}", MAX_LEARNT), ("{least}", 1 / MOST), ("{greatest}", MOST)):
         text = text.replace(name, f"{value:g}")
     return text.replace("{schema}", schema)
@@ -126,6 +149,8 @@ def _describe_plan(plan: Plan, trial: Trial) -> str:
 
 def _describe_outcome(evidence: Evidence) -> str:
     lines = [f"{name}: {_describe_trial(trial)}" for name, trial in _name_trials(evidence)]
+    if evidence.parts:
+        return "What came of it, on the validation text:\n" + data_block("outcome", lines)
     if evidence.measured is not None:
         lesson = evidence.measured
         beyond = "beyond the noise" if evidence.is_surprise else "inside the noise"
@@ -181,7 +206,7 @@ def _describe_rest(evidence: Evidence) -> str:
     reached = best is not None and same_sparsity(best.sparsity, config.target_sparsity)
     text = (
         f"Round {trial.iteration} of at most {evidence.rounds or config.max_iterations}. "
-        f"The target sparsity {config.target_sparsity:g} is {'reached' if reached else 'not reached yet'}."
+        f"The target sparsity {config.target_sparsity:.4g} is {'reached' if reached else 'not reached yet'}."
     )
     if best is None or not reached:
         return text

@@ -15,11 +15,30 @@ from tools.results.schema import Usage
 
 
 def gather_evidence(state: State, session: Session) -> Evidence:
-    """What the last trial was, and what the rule makes of it."""
+    """What the last trial was, and what the rule makes of it, which is nothing where parts go."""
     assert state.plan is not None and state.dense is not None, "plan and profile run first"
     trial, before = state.trials[-1], last_accepted(state.trials[:-1])
     recipe = find_recipe(state.plan, state.config)
     with open_bench(state, session) as bench:
+        if state.parts:
+            return Evidence(
+                config=state.config,
+                run=state.run,
+                layers=(),
+                recipe=recipe,
+                plan=state.plan,
+                trial=trial,
+                sparsity={},
+                dense=state.dense,
+                before=before,
+                before_sparsity={},
+                trials=state.trials[:-1],
+                lessons=(),
+                notes=state.notes,
+                measured=None,
+                parts=bench.cuts.read(state.parts),
+                rounds=open_budget(state).count_rounds(state.iteration),
+            )
         layers = gather_layers(
             state.plan, state.config, lambda recipe: bench.describe_layers(state.profile, recipe, session.progress)
         )

@@ -23,6 +23,7 @@ def take_note(evidence: Evidence, reflection: Reflection) -> Note | None:
         iteration=evidence.trial.iteration,
         sparsity=evidence.trial.sparsity,
         pattern=evidence.config.pattern,
+        cuts=evidence.config.takes_parts,
         text=" ".join(reflection.note.text.split()),
         trials=sorted(set(reflection.note.trials)),
     )

@@ -17,6 +17,7 @@ from graph.reflecting.posterior import WHOLE, find_curves, tidy_selector
 from graph.reflecting.regression import find_mover
 from graph.reflecting.schema import MOST, Learnt, Lesson, Note, Reflection
 from graph.state import SIGMAS, Trial, same_sparsity
+from tools.plans.cuts import Parts
 from tools.plans.groups import name_work
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Recipe
@@ -53,6 +54,8 @@ class Evidence:
     """What the rule makes of the trial."""
     notes: Sequence[Note] = ()
     """Of strategy, of this and earlier runs."""
+    parts: Parts | None = None
+    """What is known of the model's parts, where some are to go: then nothing is known of layers."""
     rounds: int = 0
     """Rounds that there may be in all, this one among them; 0: as many as the config says."""
 

@@ -1,9 +1,10 @@
 """What a reflector answers with, and what becomes of it: a lesson."""
 
 import operator
-from typing import Annotated, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 from tools.plans.methods import translate_label
 
@@ -99,6 +100,19 @@ class Reflection(BaseModel):
     reason: str = Field("", max_length=500, description="Why to stop, to profile again or to go on, in one sentence.")
 
 
+OF_CUTS = ("note", "stop", "reason")
+"""What a reflector says of a trial that took parts away: lessons are factors on the KL curves of weights."""
+
+
+@cache
+def tell_of_cuts() -> type[BaseModel]:
+    """The schema of a reflection on such a trial."""
+    fields: dict[str, Any] = {
+        name: (Reflection.model_fields[name].annotation, Reflection.model_fields[name]) for name in OF_CUTS
+    }
+    return create_model("Reflection", __config__=Reflection.model_config, __doc__=Reflection.__doc__, **fields)
+
+
 class Lesson(BaseModel):
     """What trials taught: for these layers the KL curves were off by this factor.
 
@@ -178,6 +192,7 @@ class Note(BaseModel):
     iteration: int = Field(description="The round after which it was written.")
     sparsity: float = Field(description="Of that round's trial.")
     pattern: str = Field(description="The run's pattern; empty for zeros anywhere.")
+    cuts: bool = Field(False, exclude_if=operator.not_, description="Whether it is about whole parts that go.")
     text: str
     trials: list[int] = Field(description="The rounds that are its evidence.")
 

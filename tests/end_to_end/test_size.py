@@ -173,6 +173,25 @@ def test_a_chat_model_is_shown_the_parts_and_shares_the_cut_out(
     assert json.loads(json.dumps(recorded))[1]["heads"] == 1
 
 
+def test_a_reflector_writes_notes_of_cuts_and_ends_the_run(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+    note = {"text": "One group of heads fewer hurts.", "trials": [1]}
+    said = [{"note": note}, {"stop": True, "reason": "It is done."}]
+    with OpenAIServer(said) as server:
+        agents = ("--reflector", server.planner("fine"), "--max-iterations", "8", "--patience", "8", "--memory")
+        assert command(*flags(tiny_llama, *agents)).code == 0
+        asked = [request.messages for request in server.requests]
+    run = tmp_path / "runs" / "run"
+    state = read_state(run)
+    assert state.stop == "at the target, the reflector stops: It is done." and len(state.trials) == len(asked)
+    (kept,) = state.notes
+    assert (kept.text, kept.trials, kept.cuts) == (note["text"], [1], True)
+    assert f"by round 1: {note['text']}" in asked[1][1]["content"] and state.lessons == []
+    with OpenAIServer([{"sparsity": state.config.target_sparsity}]) as server:
+        given = flags(tiny_llama, "--planner", server.planner("fine"), "--max-iterations", "1", "--memory")
+        assert command("--name", "next", *given[2:]).code == 0
+        assert f"%, by round 1: {note['text']}" in server.requests[0].messages[1]["content"]
+
+
 def test_a_speed_comes_to_a_share_once_and_is_replayed_as_it_was(
     tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,3 +107,14 @@ def test_the_latest_notes_of_earlier_runs_are_read(monkeypatch: pytest.MonkeyPat
     assert [note.run for note in read_notes(store, CONFIG, "new")] == ["c", "d", "e"]
     assert [note.run for note in read_notes(store, CONFIG.model_copy(update={"pattern": "2:4"}), "new")] == ["f"]
     assert len(store.search(namespace(CONFIG.model, NOTES), limit=100)) == 5
+
+
+def test_notes_of_cuts_are_for_runs_that_cut() -> None:
+    store = InMemoryStore()
+    cutting = CONFIG.model_copy(update={"target_size": 0.8})
+    of_zeros, of_cuts = write("one"), write("two").model_copy(update={"cuts": True})
+    write_note(store, CONFIG, of_zeros)
+    write_note(store, cutting, of_cuts)
+    assert read_notes(store, CONFIG, "new") == [of_zeros]
+    assert read_notes(store, cutting, "new") == [of_cuts]
+    assert "cuts" not in of_zeros.model_dump(), "as earlier versions wrote it"
