@@ -297,8 +297,7 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
     @property
     def offers_instruments(self) -> bool:
         """Whether a chat planner may call tools before it answers."""
-        # those that there are look at single weights
-        return self.planner != HEURISTIC and self.planner_calls > 0 and not self.takes_parts
+        return self.planner != HEURISTIC and self.planner_calls > 0
 
     @property
     def takes_parts(self) -> bool:

@@ -134,9 +134,9 @@ def measure_dense(bench: "Workbench", state: State, profile: str, session: Sessi
 def foresee_seconds(bench: "Workbench", group: Mapping[str, str], config: RunConfig, session: Session) -> Paces:
     """How long the rule's recipes will take, for planners whose instruments are priced before the first is used.
 
-    Nothing for others, where workers share the work, and where there is no memory for it.
+    Nothing for others, of cuts, where workers share the work, and where there is no memory for it.
     """
-    if not config.offers_instruments or config.workers:
+    if not config.offers_instruments or config.takes_parts or config.workers:
         return {}
     from tools.estimate.foreseen import foresee_paces  # imports torch
 

@@ -98,7 +98,7 @@ def advise_against(plan: Plan, situation: Situation) -> str:
 def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> list[AnyMessage]:
     """The two messages a planner gets: instructions that never change, and the situation."""
     if situation.parts is not None:
-        return _cut_messages(situation, situation.parts)
+        return _cut_messages(situation, situation.parts, toolbox)
     parts = [
         describe_groups(situation) if toolbox else describe_layers(situation),
         *([_describe_columns(situation)] if not situation.config.pattern else []),
@@ -109,23 +109,29 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
         _describe_lessons(situation.lessons, situation.config),
         *filter(None, [describe_notes(situation.notes)]),
         _describe_rest(situation, grouped=toolbox is not None),
-        *(["\n".join(filter(None, [f"Tools: {toolbox.describe_budget()}", toolbox.prices]))] if toolbox else []),
+        *_describe_tools(toolbox),
         f"Plan round {situation.iteration}.",
     ]
     return [SystemMessage(_instructions(situation.config, toolbox is not None)), HumanMessage("\n\n".join(parts))]
 
 
-def _cut_messages(situation: Situation, parts: Parts) -> list[AnyMessage]:
+def _cut_messages(situation: Situation, parts: Parts, toolbox: Toolbox | None) -> list[AnyMessage]:
     """As `planner_messages`, where parts are to go."""
     told = [
         describe_parts(parts),
         _describe_model(situation.config),
         _describe_bounds(situation),
         _describe_trials(situation),
-        *filter(None, [describe_notes(situation.notes)]),
+        *filter(None, [describe_probes(situation.probes), describe_notes(situation.notes)]),
+        *_describe_tools(toolbox),
         f"Plan round {situation.iteration}.",
     ]
-    return [SystemMessage(_instructions(situation.config, tools=False)), HumanMessage("\n\n".join(told))]
+    return [SystemMessage(_instructions(situation.config, toolbox is not None)), HumanMessage("\n\n".join(told))]
+
+
+def _describe_tools(toolbox: Toolbox | None) -> list[str]:
+    """What is left for instruments, and what they take; nothing where there are none."""
+    return ["\n".join(filter(None, [f"Tools: {toolbox.describe_budget()}", toolbox.prices]))] if toolbox else []
 
 
 def tell_schema(plans: type[Plan]) -> str:
@@ -170,6 +176,8 @@ def _instructions(config: RunConfig, tools: bool) -> str:
 
 def _tell_tools(config: RunConfig) -> str:
     """What the prompt says of the tools; nothing of the rule's plans where the planner is to do without them."""
+    if config.takes_parts:
+        return read_prompt("cuts_tools")
     text = read_prompt("planner_tools")
     return re.sub(r"^- `candidates\(.*\n", "", text, flags=re.MULTILINE) if config.planner_unaided else text
 

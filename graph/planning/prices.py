@@ -153,17 +153,19 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
     half, paces = config.half_tokens, budget.expected
     show = partial(_show_price, limited=budget.left < math.inf, pace=paces.get(MEASURING))
     in_order = [f"{kind} {show(count_in_order([kind], config))}" for kind in ("sequential", "stages")]
-    lines = [
+    probe = (
         f"Prices: probe {show(half)} for each plan on half of the validation text, {show(config.validation_tokens)} on "
-        "all of it, and what its recipe takes",
+        f"all of it, and {'the fit of its cut' if config.takes_parts else 'what its recipe takes'}"
+    )
+    fit = f"fit {show(count_fit(config))}"
+    of_weights = [
         *([] if budget.left < math.inf else [f"statistics {', '.join(in_order)} more"]),  # told in tokens elsewhere
         f"predict 0, or {show(count_walk(config), find_longest_curves(paces))} where curves are not known",
         f"slopes {show(groups * half)} on half of the text",
         f"swap {show(half)} for each selector",
         "search what its probes take",
-        f"fit {show(count_fit(config))}",
-        "all others 0",
     ]
+    lines = [probe, *([] if config.takes_parts else of_weights), fit, "all others 0"]
     measured = _describe_paces(budget.paces) or f"nothing took {LEAST_TOLD} yet"
     foreseen = _describe_paces({what: seconds for what, seconds in paces.items() if what not in budget.paces})
     return f"{'; '.join(lines)}. Seconds, the most so far: {measured}{foreseen and f'; foreseen: {foreseen}'}."

@@ -83,7 +83,9 @@ def open_toolbox(
             round_ = _describe_round(bench, situation, state, session, budget, admit)
             try:
                 candidates = None if config.planner_unaided else suggest
-                yield make_planner_tools(round_, history=recount, recall=recall, candidates=candidates)
+                yield make_planner_tools(
+                    round_, history=recount, recall=recall, candidates=candidates, cuts=config.takes_parts
+                )
             finally:
                 join_paces(budget.paces, bench.paces)
 

@@ -14,10 +14,11 @@ from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 from tools.base.settings import MOST_PROBES
 from tools.base.words import count
 from tools.instruments.fit import measure_fit
-from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, probe
+from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, predict_cut, probe
 from tools.instruments.search import MOST_SEARCHED, search
 from tools.instruments.slopes import measure_slopes
 from tools.instruments.swap import MOST_SWAPS, swap
+from tools.plans.cuts import describe_cutting
 from tools.plans.graft import describe_graft
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
@@ -129,8 +130,9 @@ def make_planner_tools(
     history: Callable[[int], Sequence[str]],
     recall: Callable[[str], Sequence[str]],
     candidates: Callable[[int], Sequence[Figures]] | None = None,
+    cuts: bool = False,
 ) -> list[BaseTool]:
-    """The instruments of a planner: nine, and a tenth where there are `candidates`.
+    """The instruments of a planner: nine, and a tenth where there are `candidates`; four of one that `cuts` parts away.
 
     Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
     last trials, `recall` one for each lesson that a query finds, `candidates` so many plans that a rule would try.
@@ -200,6 +202,14 @@ def make_planner_tools(
         lines = recall(query)
         return _answer(lessons=lines), f"{query} -> {count(len(lines), 'lesson')}"
 
+    @tool("predict", args_schema=PredictArguments, response_format="content_and_artifact")
+    def predict_cut_tool(plan: Draft) -> tuple[str, str]:
+        """What goes by a plan, and its KL by the table. Costs nothing."""
+        figures = predict_cut(round_, plan)
+        return _answer(**figures), f"{_describe(plan)} -> predicted KL {figures['predicted_kl']}"
+
+    if cuts:
+        return [predict_cut_tool, probe_tool, fit_tool, history_tool]
     measuring = [inspect_tool, predict_tool, probe_tool, slopes_tool, swap_tool, search_tool, fit_tool]
     tools = [*measuring, history_tool, recall_tool]
     return [*tools, _make_candidates_tool(candidates)] if candidates else tools
@@ -218,6 +228,8 @@ def _make_candidates_tool(list_plans: Callable[[int], Sequence[Figures]]) -> Bas
 def _describe(draft: Draft) -> str:
     if draft.graft:
         return f"{draft.sparsity:.1%} graft · {describe_graft(draft.graft)}"
+    if draft.cut:
+        return f"{draft.sparsity:.1%} {describe_cutting(draft.cut)}"
     more = f" · {count(len(draft.groups), 'group')}" if draft.groups else ""
     more += f" · layers x {draft.expression}" if draft.expression else ""
     more += f" · {count(len(draft.adjustments), 'adjustment')}" if draft.adjustments else ""

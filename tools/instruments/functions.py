@@ -17,6 +17,7 @@ from tools.base.progress import Progress
 from tools.instruments.probed import PastProbe, Probed, find_known, remember_probe
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
+from tools.plans.cuts import Cutting
 from tools.plans.expression import Expression
 from tools.plans.graft import Graft
 from tools.plans.groups import MAX_GROUPS as MOST_GROUPS
@@ -57,6 +58,9 @@ class Draft(BaseModel):
     expression: Expression = Field("", description="A formula that gives every layer a factor on its KL curve.")
     graft: Graft | None = Field(
         None, exclude_if=lambda graft: graft is None, description="Layers of two rounds, of which nothing is pruned."
+    )
+    cut: Cutting | None = Field(
+        None, exclude_if=lambda cut: cut is None, description="How it is shared out, where whole parts go."
     )
 
 
@@ -146,6 +150,22 @@ def predict(round_: Round, draft: Draft) -> Figures:
         "groups": {selector: [round_figure(share), round_figure(kl)] for selector, share, kl in rows[:MAX_GROUPS]},
     }
     return figures | ({"groups_left_out": len(rows) - MAX_GROUPS} if len(rows) > MAX_GROUPS else {})
+
+
+def predict_cut(round_: Round, draft: Draft) -> Figures:
+    """What a draft of a run that takes whole parts away comes to, and its KL by the curves of the parts.
+
+    Raises ImpossiblePlan.
+    """
+    order = round_.resolve(draft)
+    assert order.cut is not None, "the run takes parts away"
+    return {
+        "sparsity": round_figure(order.sparsity),
+        "predicted_kl": round_figure(order.predicted_kl),
+        "heads": order.cut.heads,
+        "neurons": order.cut.neurons,
+        "blocks": list(order.cut.dropped),
+    }
 
 
 def _sum_kl(layers: Mapping[str, LayerProfile], shares: Mapping[str, float], names: Sequence[str]) -> float:

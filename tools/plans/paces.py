@@ -18,6 +18,8 @@ def name_pruning(order: WorkOrder) -> str:
     """What carrying an order out is called: by all that is done inside layers, and the polish."""
     if order.grafted:
         return "grafting"
+    if order.cut:
+        return "cutting"
     what = name_pruning_by(layer.recipe for layer in order.layers.values())
     return f"{what}{f'+polish{order.polish}' if order.polish else ''}"
 

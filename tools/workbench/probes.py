@@ -96,4 +96,5 @@ def _name_probe(profile: "StoredProfile", order: WorkOrder, part: Sequence[int])
     recipe = shared.pop() if len(shared) == 1 else json.dumps(recipes)
     polish = [f"polished on {order.polish}"] if order.polish else []
     taken = [layer.taken for layer in order.layers.values() if layer.taken]
-    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(part), *polish, *taken]
+    cut = [order.cut.model_dump_json()] if order.cut else []
+    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(part), *polish, *taken, *cut]

@@ -146,3 +146,9 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     said = planner_messages(situation, toolbox)[1].text
     assert left in said
     assert f'Tools: "calls_left": 3, "seconds_left": 9, "tokens_left": 744\n{prices}\n\nPlan round 1.' in said
+
+
+def test_of_cuts_only_what_there_is_has_a_price() -> None:
+    cutting = CONFIG.model_copy(update={"target_size": 0.8})
+    prices = describe_prices(cutting, TokenBudget(cutting, 0, 0), 9)
+    assert "all of it, and the fit of its cut; fit " in prices and "slopes" not in prices and "swap" not in prices
