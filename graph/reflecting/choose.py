@@ -1,5 +1,7 @@
 """Who reflects on a round: the reflector's model, or the rule alone."""
 
+from typing import TYPE_CHECKING, Any
+
 from graph.config import HEURISTIC, RunConfig
 from graph.llm.ladder import AgentError, DeadEnd
 from graph.llm.models import open_model
@@ -10,58 +12,58 @@ from graph.reflecting.brief import reflect_with_chat
 from graph.reflecting.rule import Evidence, draw_lesson
 from graph.reflecting.schema import Reflection
 from graph.runs.session import Session, open_bench
-from graph.state import State, last_accepted
+from graph.state import State, Trial, last_accepted
 from tools.results.schema import Usage
+
+if TYPE_CHECKING:
+    from tools.workbench.bench import Workbench
 
 
 def gather_evidence(state: State, session: Session) -> Evidence:
     """What the last trial was, and what the rule makes of it, which is nothing where parts go."""
     assert state.plan is not None and state.dense is not None, "plan and profile run first"
     trial, before = state.trials[-1], last_accepted(state.trials[:-1])
-    recipe = find_recipe(state.plan, state.config)
     with open_bench(state, session) as bench:
-        if state.parts:
-            return Evidence(
-                config=state.config,
-                run=state.run,
-                layers=(),
-                recipe=recipe,
-                plan=state.plan,
-                trial=trial,
-                sparsity={},
-                dense=state.dense,
-                before=before,
-                before_sparsity={},
-                trials=state.trials[:-1],
-                lessons=(),
-                notes=state.notes,
-                measured=None,
-                parts=bench.cuts.read(state.parts),
-                rounds=open_budget(state).count_rounds(state.iteration),
-            )
-        layers = gather_layers(
-            state.plan, state.config, lambda recipe: bench.describe_layers(state.profile, recipe, session.progress)
-        )
-        profile = bench.read_profile(state.profile).layers
-        sparsity = bench.planned_sparsity(trial.checkpoint)
-        before_sparsity = bench.planned_sparsity(before.checkpoint if before else "dense")
+        known = _read_parts(bench, state) if state.parts else _read_layers(bench, state, session, trial, before)
     return Evidence(
         config=state.config,
         run=state.run,
-        layers=layers,
-        recipe=recipe,
+        recipe=find_recipe(state.plan, state.config),
         plan=state.plan,
         trial=trial,
-        sparsity=sparsity,
         dense=state.dense,
         before=before,
-        before_sparsity=before_sparsity,
         trials=state.trials[:-1],
-        lessons=state.lessons,
         notes=state.notes,
-        measured=draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity, profile),
         rounds=open_budget(state).count_rounds(state.iteration),
+        **known,
     )
+
+
+def _read_parts(bench: "Workbench", state: State) -> dict[str, Any]:
+    """What is known where parts go."""
+    nothing: dict[str, Any] = {"layers": (), "sparsity": {}, "before_sparsity": {}, "lessons": (), "measured": None}
+    return nothing | {"parts": bench.cuts.read(state.parts)}
+
+
+def _read_layers(
+    bench: "Workbench", state: State, session: Session, trial: Trial, before: Trial | None
+) -> dict[str, Any]:
+    """What is known of layers, and the rule's lesson."""
+    assert state.plan is not None, "gather_evidence has seen to it"
+    layers = gather_layers(
+        state.plan, state.config, lambda recipe: bench.describe_layers(state.profile, recipe, session.progress)
+    )
+    profile = bench.read_profile(state.profile).layers
+    sparsity = bench.planned_sparsity(trial.checkpoint)
+    before_sparsity = bench.planned_sparsity(before.checkpoint if before else "dense")
+    return {
+        "layers": layers,
+        "sparsity": sparsity,
+        "before_sparsity": before_sparsity,
+        "lessons": state.lessons,
+        "measured": draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity, profile),
+    }
 
 
 def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: RunConfig) -> tuple[Reflection, Usage]:
