@@ -31,7 +31,7 @@ from tools.models.readout import check_readout, compute_hidden, measure_losses
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
-from tools.statistics import walks
+from tools.statistics import passage, walks
 from tools.surgery.parts import check_alike
 from tools.workbench import bench as workbench
 from tools.workbench.bench import Workbench
@@ -137,7 +137,7 @@ def build_over_two(architecture: str) -> Any:
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 def test_no_two_devices_meet(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walks, "StateStack", Stack)
+    monkeypatch.setattr(passage, "StateStack", Stack)
     monkeypatch.setattr(walks, "mean_absolute_gradient", lambda g_TO, x_TI: float(len(g_TO.T @ x_TI)))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_over_two(architecture)
