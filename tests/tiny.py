@@ -3,9 +3,13 @@
 import copy
 import functools
 import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -136,6 +140,23 @@ def save_biased_model(directory: Path, architecture: str) -> Path:
     model.save_pretrained(directory)
     make_tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+class _Here(nullcontext[None]):
+    """A pool of processes that is this one."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*arguments))
+        return done
+
+
+def convert_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert .gguf files in this process, which has all modules by now."""
+    monkeypatch.setattr("tools.models.streamed.ProcessPoolExecutor", lambda count, mp_context: _Here())
 
 
 def save_tiny_gguf(path: Path, seed: int = 0) -> Path:

@@ -21,7 +21,7 @@ from tools.plans.recipe import parse_recipe
 from tools.workbench import open as workbench
 from tools.workbench.store import ArtifactStore
 
-ROUNDS = 30
+ROUNDS = 10
 
 
 @pytest.mark.usefixtures("workbench_closed")
@@ -51,7 +51,7 @@ def test_the_layers_on_disk_never_take_more_than_the_disk_check_reckons_with(
 
     monkeypatch.setattr(ArtifactStore, "write_tensors", watch)
     for n in range(ROUNDS):
-        plan = Plan(sparsity=0.2 + n / 50, recipe=parse_recipe("two-sided+refit"))
+        plan = Plan(sparsity=0.2 + n / 20, recipe=parse_recipe("two-sided+refit"))
         work(prune, iteration=n + 1, plan=plan)
         made = state.current
         work(validate)

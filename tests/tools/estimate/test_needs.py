@@ -10,7 +10,7 @@ import torch
 
 from kernels.packed import PADDING
 from kernels.triangle import BAND
-from tests.tiny import make_tiny_config, save_tiny_gguf, save_tiny_model, tiny_settings
+from tests.tiny import convert_here, make_tiny_config, save_tiny_gguf, save_tiny_model, tiny_settings
 from tests.tools.estimate.helpers import DENSE, MODEL, QWEN3_8B, STATE, large_settings, sizes, write_config
 from tools.base.errors import UserError
 from tools.estimate import needs as module
@@ -186,6 +186,7 @@ def test_dense_weights_that_a_streamed_model_has_in_its_files_take_no_disk(
 
     gguf = save_tiny_gguf(tmp_path / "tiny.gguf")
     assert count_dense(gguf) == DENSE
+    convert_here(monkeypatch)
     load_model(tiny_settings(gguf, device="stream"), tmp_path / "scratch")
     assert count_dense(gguf) == 0, "now that it is converted"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.benches import ignore, open_bench, prune, same, snapshot
 from tests.hub_server import HubServer, Repository
-from tests.tiny import make_tiny_model, save_tiny_gguf, save_tiny_model, tiny_settings
+from tests.tiny import convert_here, make_tiny_model, save_tiny_gguf, save_tiny_model, tiny_settings
 from tools.models import source, streamed
 from tools.models.layers import find_layers
 from tools.models.load import load_model
@@ -94,6 +94,7 @@ def test_a_gguf_file_is_converted_to_such_files(
     tmp_path: Path, copied: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    convert_here(monkeypatch)
     check(*stream(save_tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "scratch", dtype="bf16"))
     assert copied == []
 
