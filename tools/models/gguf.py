@@ -63,7 +63,7 @@ def read_pieces(path: str, empty: Any, size: int) -> Iterator[dict[str, Tensor]]
             reader.tensors.append(tensor)
             if tensor is every[-1] or sum(int(own.n_elements) for own in reader.tensors) * 4 >= size:
                 found = load_gguf_checkpoint(path, return_tensors=True, model_to_load=empty)["tensors"]
-                yield {name: weight.to(dtypes[name]).contiguous() for name, weight in found.items() if name in dtypes}
+                yield {name: found.pop(name).to(dtypes[name]).contiguous() for name in list(found) if name in dtypes}
                 reader.tensors = []
     finally:
         reader.tensors = every

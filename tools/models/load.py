@@ -272,6 +272,7 @@ def _convert(settings: WorkbenchSettings, directory: Path) -> None:
             name = f"model-{len(set(places.values())):05}.safetensors"
             save_file(piece, directory / name, metadata={"format": "pt"})
             places |= dict.fromkeys(piece, name)
+            piece.clear()  # before the next one is read
     write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
     empty.config.architectures = [type(empty).__name__]
     empty.config.save_pretrained(directory)
