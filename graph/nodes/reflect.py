@@ -44,7 +44,7 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         if store is not None:
             write_lesson(store, state.config, lesson, number)
         session.emit("lesson", **lesson.model_dump())
-    if store is not None and evidence and not evidence.parts:
+    if store is not None and evidence:
         tried = note_tried(state.run, evidence.trial, evidence.before, state.config.pattern)
         if tried is not None:
             write_tried(store, state.config, tried)

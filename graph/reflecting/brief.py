@@ -20,7 +20,7 @@ from graph.planning.table import describe_parts
 from graph.planning.texts import describe_texts
 from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import Evidence
-from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, tell_of_cuts
+from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, drop_schema, tell_of_cuts
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories
 from tools.base.words import show_short
@@ -49,40 +49,21 @@ def reflect_with_chat(
     `meter` of every request. Raises AgentError when no usable answer came.
     """
 
-    def check(reflection: Reflection) -> None:
+    def check(answer: BaseModel) -> None:
+        reflection = drop_schema(answer)
         for learnt in reflection.lessons:
             select_layers(learnt.selector, evidence.layers)
         if reflection.note is not None:
             check_evidence(reflection.note, evidence)
 
-    def advise(reflection: Reflection) -> str:
-        named = {f"lessons.{i}": learnt.contradiction for i, learnt in enumerate(reflection.lessons)}
+    def advise(answer: BaseModel) -> str:
+        named = {f"lessons.{i}": learnt.contradiction for i, learnt in enumerate(drop_schema(answer).lessons)}
         return "\n".join(f"{name}: {problem}" for name, problem in named.items() if problem)
 
-    messages = keep_prompt(lambda: reflector_messages(evidence))
-    if evidence.parts:
-        return _reflect_on_cut(evidence, model, messages, on_call, carry_out, meter)
-    return ask(
-        model, Reflection, messages, check=check, advise=advise, on_call=on_call, carry_out=carry_out, meter=meter
+    schema, messages = _find_schema(evidence.config), keep_prompt(lambda: reflector_messages(evidence))
+    return drop_schema(
+        ask(model, schema, messages, check=check, advise=advise, on_call=on_call, carry_out=carry_out, meter=meter)
     )
-
-
-def _reflect_on_cut(
-    evidence: Evidence,
-    model: BaseChatModel,
-    messages: list[AnyMessage],
-    on_call: Callable[[CallRecord], None] | None,
-    carry_out: Callable[[Callable[[], Reply]], Reply],
-    meter: Meter,
-) -> Reflection:
-    def take(answer: BaseModel) -> Reflection:
-        return Reflection.model_validate(answer.model_dump())
-
-    def check(answer: BaseModel) -> None:
-        if (note := take(answer).note) is not None:
-            check_evidence(note, evidence)
-
-    return take(ask(model, tell_of_cuts(), messages, check=check, on_call=on_call, carry_out=carry_out, meter=meter))
 
 
 # What it is shown
@@ -103,9 +84,12 @@ def reflector_messages(evidence: Evidence) -> list[AnyMessage]:
     return [SystemMessage(_instructions(evidence.config)), HumanMessage("\n\n".join(parts))]
 
 
+def _find_schema(config: RunConfig) -> type[BaseModel]:
+    return tell_of_cuts() if config.takes_parts else Reflection
+
+
 def _instructions(config: RunConfig) -> str:
-    told = tell_of_cuts() if config.takes_parts else Reflection
-    schema = json.dumps(told.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
+    schema = json.dumps(_find_schema(config).model_json_schema(), separators=(",", ":"), ensure_ascii=False)
     text = config.reflector_prompt or read_prompt("cuts_reflector" if config.takes_parts else "reflector")
     for name, value in (("{most}", MAX_LEARNT), ("{least}", 1 / MOST), ("{greatest}", MOST)):
         text = text.replace(name, f"{value:g}")

@@ -113,6 +113,11 @@ def tell_of_cuts() -> type[BaseModel]:
     return create_model("Reflection", __config__=Reflection.model_config, __doc__=Reflection.__doc__, **fields)
 
 
+def drop_schema(answer: BaseModel) -> Reflection:
+    """The reflection itself, whichever schema it was answered by."""
+    return answer if isinstance(answer, Reflection) else Reflection.model_validate(answer.model_dump())
+
+
 class Lesson(BaseModel):
     """What trials taught: for these layers the KL curves were off by this factor.
 

@@ -219,26 +219,16 @@ def _count_moment(layer: Layer) -> int:
 
 
 def _list_streamed(model: Any, settings: TeamSettings, tokens: int) -> list[Line]:
-    windows, weight = settings.count_all("validation"), model.get_input_embeddings().weight
-    wide, item, processes = weight.shape[1], weight.element_size(), 1 + count_beside(settings)
+    processes = 1 + count_beside(settings)
     how = f"{f'{processes} processes × ' if processes > 1 else ''}all parameters"
     now = Line(what="the model as it is now", how=how, bytes=processes * _count_bytes(model))
     if settings.workers:
         return [now]
-    walked, size = settings.count_all("calibration"), tokens * wide * item
-    return [
-        now,
-        Line(
-            what="a validation under way",
-            how=f"2 copies × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
-            bytes=2 * windows * size,
-        ),
-        Line(
-            what="a walk of the calibration text under way",
-            how=f"2 copies × {walked:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
-            bytes=2 * walked * size,
-        ),
+    texts = {"a validation": "validation", "a walk of the calibration text": "calibration"}
+    states = [
+        _describe_hidden(f"{what} under way", model, settings.count_all(text), tokens) for what, text in texts.items()
     ]
+    return [now, *(Line(what=x.what, how=f"2 copies × {x.how}", bytes=2 * x.bytes) for x in states)]
 
 
 def _describe_waiting(layers: Sequence[Layer], settings: TeamSettings, sums: int) -> Line:

@@ -268,8 +268,8 @@ def _convert(settings: WorkbenchSettings, directory: Path) -> None:
             model.save_pretrained(directory, max_shard_size=SHARD)  # a file larger than the memory could not be read
             return
         places: dict[str, str] = {}
-        for piece in read_pieces(str(_list_files(place)[0]), empty, SHARD):
-            name = f"model-{len(set(places.values())):05}.safetensors"
+        for number, piece in enumerate(read_pieces(str(_list_files(place)[0]), empty, SHARD)):
+            name = f"model-{number:05}.safetensors"
             save_file(piece, directory / name, metadata={"format": "pt"})
             places |= dict.fromkeys(piece, name)
             piece.clear()  # before the next one is read

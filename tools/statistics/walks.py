@@ -184,7 +184,12 @@ class Walks:
         way = self._ways.get(span, walk)
         if way is None or way.up > block:
             windows = [w for shard in range(*span) for w in self._list_windows(shard)]
-            way = self._ways.find_up(span, walk, windows, block, returns) or self._begin(span, walk, windows, returns)
+            way = self._begin(span, walk, windows, block, returns)
+        self._rise(span, walk, way, block)
+        return way
+
+    def _rise(self, span: Span, walk: Walk, way: Passage, block: int) -> None:
+        """Have all windows pass the blocks below `block`."""
         self._ways.keep(span, walk, way)
         while way.up < block:
             self._put_down(way, span)
@@ -192,7 +197,6 @@ class Walks:
                 self._step(way, way.up, window)
             way.up += 1
             self._ways.keep(span, walk, way)
-        return way
 
     def _turn_to(self, walk: Walk) -> None:
         if walk != self._walk:
@@ -203,7 +207,10 @@ class Walks:
                 tokens = hashlib.sha256(self.windows_BT.cpu().numpy().tobytes()).hexdigest()
                 self._ways.source = [tokens, f"{self.seed} {self.gradient_windows} {self.lead}"]
 
-    def _begin(self, span: Span, walk: Walk, windows: Sequence[int], returns: bool) -> Passage:
+    def _begin(self, span: Span, walk: Walk, windows: Sequence[int], block: int, returns: bool) -> Passage:
+        """The way of windows where it was kept, if that is no later than before `block`, else before the first."""
+        if kept := self._ways.find_up(span, walk, windows, block, returns):
+            return kept
         states = {window: self.blocks.embed(self.windows_BT[window]).cpu() for window in windows}
         return self._ways.begin(span, walk, states, returns)
 
@@ -278,16 +285,11 @@ class Walks:
 
     def _climb(self, span: Span, walk: Walk) -> Passage:
         """Walk up with the gradient windows alone."""
-        windows, last = self._gradient_windows(span), len(self.blocks) - 1
-        way = self._ways.find_up(span, walk, windows, last, True) or self._begin(span, walk, windows, True)
-        while way.up <= last:
-            self._put_down(way, span)
-            if way.up < last:
-                for window in way.states:
-                    self._step(way, way.up, window)
-            way.up += 1
-            if way.up <= last:
-                self._ways.keep(span, walk, way)
+        last = len(self.blocks) - 1
+        way = self._begin(span, walk, self._gradient_windows(span), last, True)
+        self._rise(span, walk, way, last)
+        self._put_down(way, span)
+        way.up += 1
         return way
 
     def _step_down(self, way: Passage, block: int, span: Span, language: bool) -> Seen:

@@ -22,7 +22,7 @@ class Killed(BaseException):
 
 
 def die_before(block: int, label: str) -> Progress:
-    """A progress that ends it all before a block (of two, and of four windows)."""
+    """A progress that ends it all before a block (of two, and of four windows); before the third, at the end."""
 
     def tell(told: str, done: int, total: int) -> None:
         if told == label and total and done >= block * total // 2 > 0:
@@ -137,13 +137,9 @@ def test_a_walk_goes_on_at_the_block_that_it_had_come_to(
     expected = bench.profile(ignore)
     assert list_passed(bench) == [], "all that was kept of a walk went with it"
 
-    def die(told: str, done: int, total: int) -> None:
-        if told == label and done == total:
-            raise Killed
-
     bench = open_bench(settings, tmp_path / "killed")
     with pytest.raises(Killed):
-        bench.profile(die)
+        bench.profile(die_before(2, label))
     assert len(list_passed(bench)) == 1
     bench = open_bench(settings, tmp_path / "killed")
     walked.clear()
@@ -189,13 +185,9 @@ def test_of_a_walk_that_was_damaged_nothing_is_taken(
     settings = tiny_settings(tiny_llama, device="stream", calibration_windows=4, gradient_windows=2)
     expected = open_bench(settings, tmp_path / "whole").profile(ignore)
 
-    def die(told: str, done: int, total: int) -> None:
-        if told == "gradients" and done == total:
-            raise Killed
-
     bench = open_bench(settings, tmp_path / "killed")
     with pytest.raises(Killed):
-        bench.profile(die)
+        bench.profile(die_before(2, "gradients"))
     hurt(list_passed(bench)[0] / "0.safetensors")
     bench = open_bench(settings, tmp_path / "killed")
     walked.clear()
@@ -211,15 +203,11 @@ def test_gradients_in_other_weights_are_of_no_use(tiny_llama: Path, tmp_path: Pa
     checkpoints = [prune(bench, first, sparsity) for sparsity in (0.3, 0.6)]
     expected = bench.profile(ignore, first)  # the model is as the second left it
 
-    def die(told: str, done: int, total: int) -> None:
-        if told == "gradients" and done == total:
-            raise Killed
-
     bench = open_bench(settings, tmp_path / "killed")
     assert bench.profile(ignore) == first
     assert [prune(bench, first, sparsity) for sparsity in (0.3, 0.6)] == checkpoints
     bench.restore(checkpoints[0])
     with pytest.raises(Killed):
-        bench.profile(die, first)
+        bench.profile(die_before(2, "gradients"), first)
     bench.restore(checkpoints[1])
     assert bench.profile(ignore, first) == expected
