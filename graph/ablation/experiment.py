@@ -13,7 +13,7 @@ from rich.console import Console
 
 from graph.ablation.arms import Arm, choose, price_recipe
 from graph.ablation.graph_arms import run_graph
-from graph.ablation.rows import Ablation, Profiled, Row, conclude
+from graph.ablation.rows import Ablation, Profiled, Row, conclude, judge_kl, judge_perplexity
 from graph.ablation.settings import CHAT, FIXED, GRAPH, AblateSettings, list_arms, list_seeds
 from graph.ablation.tables import describe_row, write_tables
 from tools.base.console import print_line, show_bars
@@ -22,6 +22,7 @@ from tools.base.progress import Warn
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.rundir import unlock_run
 from tools.base.settings import TEAM
+from tools.measure.losses import Evaluation
 from tools.models.load import check_device, load_tokenizer, locate_model
 from tools.results.schema import describe_protocol
 from tools.texts.windows import check_texts, check_windows
@@ -75,7 +76,7 @@ def ablate(settings: AblateSettings, graph_flags: Sequence[str], console: Consol
 def _check_input(settings: AblateSettings, graph_flags: Sequence[str]) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
     if any(flag.partition("=")[0] == "--goal" for flag in graph_flags):
-        raise UserError("a goal would weigh the texts of some arms alone; --text-weights says for all what they count")
+        raise UserError("give --goal before the lone --, and --judge: what the goal's texts count for every arm's row")
     locate_model(settings.model)
     check_device(settings.device)
     check_texts(settings)
@@ -146,7 +147,8 @@ def _profile(settings: AblateSettings, directory: Path, known: Ablation, warn: W
         began = time.monotonic()
         profile = bench.profile(progress)
         seconds = round(time.monotonic() - began, 1)
-        known.dense[settings.seed] = bench.evaluate("dense", "test", profile, progress, "test, dense").perplexity
+        dense = bench.evaluate("dense", "test", profile, progress, "test, dense")
+        known.dense[settings.seed] = find_perplexity(dense, settings)
         known.protocol.bos = bench.windows.lead > 0
         known.profiles[settings.seed] = Profiled(profile=profile, seconds=seconds)
     close_workbench()
@@ -190,14 +192,16 @@ def _try_arm(arm: str, settings: AblateSettings, bench: "Workbench", profiled: P
     test = bench.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
     bench.restore(chosen.checkpoint)
     zeros, weights = bench.count_zeros()
+    kls = {name: evaluation.take_text(name).mean_kl for name in settings.text}
     return Row(
         arm=arm,
         seed=seed,
         sparsity=zeros / weights,
         reached=True,
-        perplexity=test.perplexity,
-        kl=evaluation.mean_kl,
+        perplexity=find_perplexity(test, settings),
+        kl=judge_kl(kls, settings.judge) if settings.judge else evaluation.mean_kl,
         texts={name: test.take_text(name).perplexity for name in settings.text},
+        kls=kls,
         plan=chosen.plan,
         trials=chosen.trials,
         failed=chosen.failed,
@@ -205,6 +209,13 @@ def _try_arm(arm: str, settings: AblateSettings, bench: "Workbench", profiled: P
         evaluated_tokens=chosen.tokens,
         seconds=seconds,
     )
+
+
+def find_perplexity(found: Evaluation, settings: AblateSettings) -> float | None:
+    """Of all texts, by what they are judged by where there is a goal."""
+    if not settings.judge:
+        return found.perplexity
+    return judge_perplexity({name: found.take_text(name).perplexity for name in settings.text}, settings.judge)
 
 
 def _read_ablation(

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graph.ablation.rows import Row
-from graph.ablation.settings import CHAT, AblateSettings
+from graph.ablation.rows import Row, judge_kl, judge_perplexity
+from graph.ablation.settings import CHAT, TOLD, AblateSettings
 from tools.base.errors import UserError
 from tools.base.made import read_result
 from tools.base.rundir import scan_events
@@ -48,14 +48,21 @@ def run_graph(
     progress("run of the graph", 1, 1)
     summary = read_result(runs / name) or {}
     agents = summary["agents"]
+    named = {text["name"]: text for text in summary.get("texts", []) if text["name"] in settings.text}  # no goal's own
+    texts, kls = ({name: text[column] for name, text in named.items()} for column in ("pruned", "kl"))
+    dense, pruned, kl = summary["perplexity"]["dense"], summary["perplexity"]["pruned"], summary["kl"]
+    if settings.judge:
+        dense = judge_perplexity({name: text["dense"] for name, text in named.items()}, settings.judge)
+        pruned, kl = judge_perplexity(texts, settings.judge), judge_kl(kls, settings.judge)
     row = Row(
         arm=arm,
         seed=seed,
         sparsity=summary["achieved_sparsity"],
         reached=summary["status"] == "finished",
-        perplexity=summary["perplexity"]["pruned"],
-        kl=summary["kl"],
-        texts={text["name"]: text["pruned"] for text in summary.get("texts", [])},
+        perplexity=pruned,
+        kl=kl,
+        texts=texts,
+        kls=kls,
         plan=summary["plan"],
         trials=summary["iterations"],
         by_rule=_count_by_rule(runs / name) if arm in CHAT else 0,
@@ -64,7 +71,7 @@ def run_graph(
         cost=agents["cost"],
         seconds=round(summary["seconds"], 1),
     )
-    return row, summary["perplexity"]["dense"], summary["protocol"].get("bos", False)
+    return row, dense, summary["protocol"].get("bos", False)
 
 
 def _count_by_rule(run: Path) -> int:
@@ -76,9 +83,12 @@ def _count_by_rule(run: Path) -> int:
 def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     """The options of a run of the graph that is this arm."""
     chat, reflector = settings.planner, settings.reflector or settings.planner
-    planner, reflector = {"heuristic": ("heuristic",) * 2, "chat-alone": (chat, "heuristic")}.get(
-        arm, (chat, reflector)
-    )
+    if arm not in CHAT:
+        planner = reflector = "heuristic"
+    else:
+        planner, reflector = chat, "heuristic" if arm == "chat-alone" else reflector
+    if arm == TOLD:
+        settings = settings.model_copy(update={"text_weights": settings.judge})
     named = ("text", "text_weights", *(SPLITS if settings.text else ()))  # texts with names take the place of three
     fields = {name: getattr(settings, name) for name in TeamSettings.model_fields if name not in named} | {
         "target_sparsity": settings.target_sparsity,
@@ -90,6 +100,7 @@ def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
         "patience": 200,
         "planner": planner,
         "reflector": reflector,
+        "goal": settings.goal if arm in CHAT else "",
     }
     return [*_write_flags(fields), *_write_texts(settings), "--no-memory"]
 

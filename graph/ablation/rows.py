@@ -2,13 +2,13 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from graph.ablation.settings import ALONE, FIXED, GRAPH, ROWS
+from graph.ablation.settings import ALONE, FIXED, GRAPH, ROWS, TOLD
 from tools.base.student import CONFIDENCE, find_p, find_quantile
 from tools.base.words import count
 from tools.results.schema import Protocol
@@ -27,6 +27,9 @@ class Row(BaseModel):
         {},
         exclude_if=operator.not_,
         description="Perplexity on the test windows of each named text, of which perplexity is the mean by weight.",
+    )
+    kls: dict[str, float | None] = Field(
+        {}, exclude_if=operator.not_, description="KL on the validation windows of each, of which kl is the mean."
     )
     plan: str = Field(description="What it chose, in short.")
     trials: int = Field(description="Plans, or candidates of a search, that were measured.")
@@ -86,12 +89,31 @@ class Standing(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What one arm's perplexity is above another's, paired by seed."""
+    """What one arm's perplexity is above another's, and its KL in percent of the other's, paired by seed."""
 
     arm: str
     other: str
     seeds: int
     perplexity: Mean
+    kl: Mean | None
+    """None where a KL was not measured, or is 0."""
+
+
+def judge_perplexity(by_text: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    """The perplexity of several texts, each by its weight, as of one text that is made of them in such shares.
+
+    None where a text that counts was not finite.
+    """
+    logs = {name: None if value is None else math.log(value) for name, value in by_text.items()}
+    mean = judge_kl(logs, weights)
+    return None if mean is None else math.exp(mean)
+
+
+def judge_kl(by_text: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    """The mean over several texts, each by its weight; None where one that counts was not finite."""
+    counted = [(weight, by_text[name]) for name, weight in weights.items() if weight]
+    found = [(weight, value) for weight, value in counted if value is not None]
+    return sum(w * value for w, value in found) / sum(w for w, _ in found) if len(found) == len(counted) else None
 
 
 def average(values: Sequence[float]) -> Mean:
@@ -141,20 +163,23 @@ def _perplexities(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
 
 def list_differences(rows: Sequence[Row]) -> list[Difference]:
     """Every pair of arms that have seeds in common."""
-    by_arm = _perplexities(rows)
+    by_arm, kls = _perplexities(rows), {(row.arm, row.seed): row.kl for row in rows}
     found = []
     for i, arm in enumerate(ROWS):
         for other in ROWS[i + 1 :]:
             seeds = sorted(by_arm[arm].keys() & by_arm[other].keys())
             if seeds:
                 values = [by_arm[arm][seed] - by_arm[other][seed] for seed in seeds]
-                found.append(Difference(arm, other, len(seeds), average(values)))
+                paired = [(kls[arm, seed], kls[other, seed]) for seed in seeds]
+                rises = [100 * (own / theirs - 1) for own, theirs in paired if own is not None and theirs]
+                kl = average(rises) if len(rises) == len(seeds) else None
+                found.append(Difference(arm, other, len(seeds), average(values), kl))
     return found
 
 
 def conclude(rows: Sequence[Row]) -> list[str]:
-    """For each run of the graph: whether what it gained over the rule, over what a person does without an agent, over
-    the rule's list and over the best fixed recipe exceeds the noise."""
+    """For each run of the graph: whether what it gained over the rule, also over one that is told a goal in figures,
+    over what a person does without an agent, over the rule's list and over the best fixed recipe exceeds the noise."""
     lines = [
         f"{row.arm}, seed {row.seed} stopped at {row.sparsity:.2%}, short of the target, and is compared with nothing: "
         "give it more --evaluated-tokens, or a greater --tau behind --."
@@ -163,19 +188,22 @@ def conclude(rows: Sequence[Row]) -> list[str]:
     ]
     fixed = next((standing.arm for standing in rank_arms(rows) if standing.arm in FIXED), "")
     for difference in list_differences(rows):
-        if difference.arm in GRAPH and difference.other in ("heuristic", ALONE, "grid", fixed):
+        if difference.arm in GRAPH and difference.other in ("heuristic", TOLD, ALONE, "grid", fixed):
             lines.append(_judge(difference))
     return lines
 
 
 def _judge(difference: Difference) -> str:
     """Whether a difference exceeds the noise."""
-    mean, margin, p = difference.perplexity
+    (mean, margin, p), kl = difference.perplexity, difference.kl
     beginning, seeds = f"{difference.arm} against {difference.other}: perplexity {mean:+.3f}", difference.seeds
     if margin is None or p is None:
         return f"{beginning} over {count(seeds, 'seed')}, which says nothing about the noise."
     verdict = f"{'better' if mean < 0 else 'worse'}" if p < 1 - CONFIDENCE else "not more than the noise"
-    return f"{beginning} ± {margin:.3f} ({CONFIDENCE:.0%} t interval over {seeds} seeds, p {show_p(p)}): {verdict}."
+    aside = "" if kl is None else f" KL {kl.value:+.1f} % ± {kl.margin:.1f} % (p {show_p(kl.p or 0.0)})."
+    return (
+        f"{beginning} ± {margin:.3f} ({CONFIDENCE:.0%} t interval over {seeds} seeds, p {show_p(p)}): {verdict}.{aside}"
+    )
 
 
 def show_p(p: float) -> str:

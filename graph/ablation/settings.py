@@ -1,10 +1,12 @@
 """What an ablation is asked for: a model, its texts, arms and seeds."""
 
+import operator
 from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tools.base.errors import UserError
+from tools.base.named import read_weights
 from tools.base.settings import PolishSettings, TeamSettings
 
 ARMS = {
@@ -12,6 +14,7 @@ ARMS = {
     "chat-alone": "a chat model plans, fixed rules reflect",
     "chat-bare": "a chat model plans and a chat model reflects, without the rule's list and with nobody in their stead",
     "heuristic": "fixed rules plan and reflect",
+    "told": "fixed rules plan and reflect, told in figures what the goal says in words",
     "kappa": "the default recipe, then the fixed ones in their order while the budget lasts; the one of least KL",
     "fixed": "one plan",
     "grid": "the strong recipe, then each plan of the rule's list, all small levers or one, while the budget lasts; "
@@ -20,10 +23,13 @@ ARMS = {
     "search": "EvoPress's super-fast search over the shares of the layers, cut short by the tokens that every arm has, "
     "with the default recipe's weights",
 }
-"""What is compared; the first four are runs of the graph."""
+"""What is compared; the first five are runs of the graph."""
 
 CHAT = ("chat", "chat-alone", "chat-bare")
-GRAPH = (*CHAT, "heuristic")
+TOLD = "told"
+"""The arm that is there with a goal alone."""
+
+GRAPH = (*CHAT, "heuristic", TOLD)
 ALONE = "kappa"
 """Gains are counted from this arm, which is what a person does who has no agent."""
 
@@ -66,6 +72,19 @@ class AblateSettings(PolishSettings, TeamSettings):
     )
     planner: str = Field("", description="The chat model that plans, as in graph.run; empty leaves its arms out.")
     reflector: str = Field("", description="The chat model that reflects, as in graph.run; empty: the planner's.")
+    goal: str = Field(
+        "",
+        max_length=2000,
+        exclude_if=operator.not_,  # as of `text`
+        description="What the model is for, in words: chat planners read it, all other arms go by text_weights; needs "
+        "named texts, and judge.",
+    )
+    judge: dict[str, float] = Field(
+        {},
+        exclude_if=operator.not_,
+        description="With a goal: what each named text counts in the tables, such as code=9,prose=1; no arm is told "
+        f"but {TOLD}.",
+    )
     evaluated_tokens: int = Field(
         49152,
         ge=1,
@@ -85,6 +104,22 @@ class AblateSettings(PolishSettings, TeamSettings):
         """What a row of this seed is made by: other labels, and another stretch of every text."""
         return self.model_copy(update={"seed": seed, "text_cut": self.text_cut + seed})
 
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _read_judge(cls, value: Any) -> Any:
+        return read_weights(value)
+
+    @model_validator(mode="after")
+    def _check_goal(self) -> Self:
+        if bool(self.goal) != bool(self.judge):
+            given, missing = ("goal", "judge") if self.goal else ("judge", "goal")
+            raise ValueError(f"a {given} needs a {missing}: words for those who read, and figures to judge all by")
+        if self.judge.keys() != self.text.keys() and self.goal:
+            raise ValueError(f"judge must weigh every named text, and no other: {', '.join(self.text) or 'none'}")
+        if self.goal and not any(self.judge.values()):
+            raise ValueError("judge weighs all texts 0: nothing would be judged")
+        return self
+
     @field_validator("arms", "seeds", mode="before")
     @classmethod
     def _join_list(cls, value: Any) -> str:
@@ -101,7 +136,10 @@ def list_arms(settings: AblateSettings) -> list[str]:
         raise UserError(
             f"the arm {chats[0]} needs a chat model: give --planner, such as openai:NAME@http://HOST:PORT/v1"
         )
-    chosen = [arm for arm in ARMS if (arm in asked if asked else settings.planner or arm not in CHAT)]
+    if TOLD in asked and not settings.goal:
+        raise UserError(f"the arm {TOLD} is told what a goal says in words; give --goal and --judge")
+    missing = {*(() if settings.planner else CHAT), *(() if settings.goal else (TOLD,))}
+    chosen = [arm for arm in ARMS if (arm in asked if asked else arm not in missing)]
     fixed = list_fixed(settings) if "fixed" in chosen else ()
     return [row for row in ROWS if row in chosen or row in fixed]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from graph.ablation.rows import Ablation, Mean, Row, average, conclude, list_differences, rank_arms, show_p
-from graph.ablation.settings import ROWS, describe_arm
+from graph.ablation.settings import ROWS, TOLD, describe_arm
 from tools.base.files import write_text, write_whole
 from tools.base.rows import as_csv, save_figure, write_kept
 from tools.base.student import CONFIDENCE
@@ -39,20 +39,38 @@ def describe_row(row: Row) -> str:
 def write_tables(directory: Path, known: Ablation) -> None:
     write_kept(directory / "ablate.json", known)
     write_text(directory / "ablate.md", describe(known))
-    write_text(directory / "ablate.csv", as_csv(Row, known.rows, ["texts"], _list_text_columns))
+    write_text(directory / "ablate.csv", as_csv(Row, known.rows, ["texts", "kls"], _list_text_columns))
     for kind in ("png", "svg"):
         write_whole(directory / f"ablate.{kind}", partial(_plot, known, kind))
 
 
 def _list_text_columns(row: Row) -> dict[str, float | None]:
     """A row's figures on each of the named texts, by column."""
-    return {f"perplexity {name}": value for name, value in row.texts.items()}
+    columns = {f"perplexity {name}": value for name, value in row.texts.items()}
+    return columns | {f"KL {name}": value for name, value in row.kls.items()}
 
 
 def _show_mean(mean: Mean | None, digits: int) -> str:
     if mean is None:
         return ""
     return f"{mean.value:.{digits}f}" + ("" if mean.margin is None else f" ± {mean.margin:.{digits}f}")
+
+
+def _tell_goal(settings: dict[str, Any]) -> list[str]:
+    """What was wanted, in the words that chat planners read and in the figures that rows are judged by."""
+    if not settings.get("goal"):
+        return []
+    total = sum(settings["judge"].values())
+    judged = " and ".join(f"{weight / total:.0%} {escape(name)}" for name, weight in settings["judge"].items())
+    return [
+        f"Chat planners were given a goal: {escape(settings['goal'])!r}. Perplexity and KL count {judged} in all rows; "
+        f"no arm was told so but {TOLD}.",
+        "",
+    ]
+
+
+def _show_p(mean: Mean | None) -> str:
+    return "" if mean is None or mean.p is None else show_p(mean.p).removeprefix("= ")
 
 
 def describe(known: Ablation) -> str:
@@ -69,6 +87,7 @@ def describe(known: Ablation) -> str:
         f"methods, sequential statistics, searches (a backward pass as two forwards){_tell_seconds(settings)}. "
         f"{WHAT_MARGINS_ARE}",
         "",
+        *_tell_goal(settings),
         "Every seed has labels of its own for the KL curves, and its own windows for calibration, validation and test: "
         f"seed 0 those of --text-cut {settings['text_cut']}, each other one those behind the seed's before.",
         "",
@@ -102,12 +121,12 @@ def describe(known: Ablation) -> str:
         "",
         "## Differences, paired by seed",
         "",
-        "| arm | less | seeds | perplexity | p |",
-        "|---|---|" + "---:|" * 3,
+        "| arm | less | seeds | perplexity | p | KL, % | p |",
+        "|---|---|" + "---:|" * 5,
     ]
-    for arm, other, seeds, mean in list_differences(known.rows):
-        p = "" if mean.p is None else show_p(mean.p).removeprefix("= ")
-        lines.append(f"| {arm} | {other} | {seeds} | {_show_mean(mean, 3)} | {p} |")
+    for arm, other, seeds, mean, kl in list_differences(known.rows):
+        cells = [arm, other, f"{seeds}", _show_mean(mean, 3), _show_p(mean), _show_mean(kl, 1), _show_p(kl)]
+        lines.append(f"| {' | '.join(cells)} |")
     texts = list(settings.get("text", {}))
     head = ["arm", "seed", "perplexity", *texts, "KL", "trials", "tokens", "seconds", "plan"]
     lines += ["", "## Rows", "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 2) + "---|"]

@@ -90,11 +90,46 @@ def test_every_figure_is_told_for_each_named_text(tiny_llama: Path, tmp_path: Pa
     assert [float(row["perplexity code"]) for row in table] == [row["texts"]["code"] for row in rows.values()]
 
 
-def test_a_goal_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("forked")
+def test_a_goal_is_read_by_chat_models_and_all_arms_are_judged_by_its_figures(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    brief = {"aims": [{"name": "code", "weight": 4}, {"name": "prose", "weight": 1}]}
+    named = [part for part in flag_texts(tmp_path) if "weights" not in part and part != "code=3,prose=1"]
+    flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "0", "--evaluated-tokens", "800", *named]
+    goal = ["--goal", "Code must stay.", "--judge", "code=9,prose=1", "--arms", "chat-alone,heuristic,told,kappa"]
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        return brief if "The goal:\n<data goal>" in body["messages"][1]["content"] else PLANS[0]
+
+    with at_home(tmp_path), OpenAIServer(answer) as server:
+        assert main([*flags, *goal, "--planner", server.planner("fine")]) == 0
+        found = json.loads(Path("ablate/ablate.json").read_text())
+        rows, runs = {row["arm"]: row for row in found["rows"]}, Path("ablate/runs")
+        configs = {arm: read_run_config(runs / f"{arm}-0") for arm in ("chat-alone", "heuristic", "told")}
+        dense = {part["name"]: part["dense"] for part in read_summary(runs / "told-0")["texts"]}
+        text = Path("ablate/ablate.md").read_text()
+    assert [configs[arm].goal for arm in configs] == ["Code must stay.", "", ""]
+    assert configs["told"].text_weights == {"code": 9, "prose": 1} and not configs["heuristic"].text_weights
+    assert list(rows) == ["chat-alone", "heuristic", "told", "kappa"]
+    for row in rows.values():
+        code, prose = row["texts"]["code"], row["texts"]["prose"]
+        assert row["perplexity"] == pytest.approx(math.exp(0.9 * math.log(code) + 0.1 * math.log(prose)))
+        assert row["kl"] == pytest.approx(0.9 * row["kls"]["code"] + 0.1 * row["kls"]["prose"])
+    judged = math.exp(0.9 * math.log(dense["code"]) + 0.1 * math.log(dense["prose"]))
+    assert found["dense"] == {"0": pytest.approx(judged)}, "of the workbench and of runs of the graph alike"
+    assert "were given a goal: 'Code must stay.'. Perplexity and KL count 90% code and 10% prose in all rows;" in text
+    said = capsys.readouterr().out
+    assert "heuristic against told: perplexity" in said and "chat-alone against told: perplexity" in said
+
+
+def test_a_goal_stands_among_the_options_of_the_ablation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with at_home(tmp_path):
         assert main([*flag_texts(tmp_path), "--arms", "heuristic", "--", "--goal", "Code must stay."]) == 2
+        assert main([*flag_texts(tmp_path), "--arms", "heuristic", "--goal", "Code must stay."]) == 2
     assert capsys.readouterr().err == (
-        "error: a goal would weigh the texts of some arms alone; --text-weights says for all what they count\n"
+        "error: give --goal before the lone --, and --judge: what the goal's texts count for every arm's row\n"
+        "error: a goal needs a judge: words for those who read, and figures to judge all by\n"
     )
 
 

@@ -13,9 +13,10 @@ MOST_SWAPS = 8
 def swap(round_: Round, selectors: Sequence[str], of: int, rest: int, *, whole: bool = False) -> Figures:
     """KL where the layers of each selector in turn are those of round `of`, and the rest those of round `rest`.
 
-    `kl_minus_rest` is that KL minus round `rest`'s own, paired, with its standard error. On half of the validation
-    windows, or the `whole` text. Each counts as a probe of the plan with this `graft`. Of a swap that cannot be there
-    is `error` alone. Raises ImpossiblePlan when none can, and ValueError where there are not the tokens or seconds.
+    `kl_minus_rest` is that KL minus round `rest`'s own, paired, with its standard error; on each named text, too. On
+    half of the validation windows, or the `whole` text. Each counts as a probe of the plan with this `graft`. Of a swap
+    that cannot be there is `error` alone. Raises ImpossiblePlan when none can, and ValueError where there are not the
+    tokens or seconds.
     """
     bench, at_hand = round_.bench, round_.list_at_hand()
     grafts = [Graft(selector=selector, of=of, rest=rest) for selector in dict.fromkeys(selectors)]
@@ -29,13 +30,17 @@ def swap(round_: Round, selectors: Sequence[str], of: int, rest: int, *, whole: 
     for graft, figures in zip(grafts, found, strict=True):
         told: Figures = {name: figures[name] for name in ("error", "probe", "sparsity", "kl") if name in figures}
         if "probe" in figures:
-            told["kl_minus_rest"] = _compare(round_, read_probed(round_, figures["probe"]), before)
+            own = read_probed(round_, figures["probe"])
+            theirs = take_part(bench, before, len(own.kl))
+            told["kl_minus_rest"] = _compare(own, theirs)
+            if named := figures.get("texts"):
+                told["texts"] = {
+                    name: {"kl_minus_rest": _compare(own.take_text(name), theirs.take_text(name))} for name in named
+                }
         swaps[graft.selector] = told
     return {"tokens": next(x["tokens"] for x in found if "tokens" in x), "swaps": swaps}
 
 
-def _compare(round_: Round, own: Evaluation, before: Evaluation) -> list[float | None]:
+def _compare(own: Evaluation, before: Evaluation) -> list[float | None]:
     """KL of a swap minus that of the round that has the rest, and its standard error; None for what is not finite."""
-    if not (own.finite and before.finite):
-        return [None, None]
-    return [round_figure(x) for x in compare_kl(own, take_part(round_.bench, before, len(own.kl)))]
+    return [round_figure(x) for x in compare_kl(own, before)] if own.finite and before.finite else [None, None]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from graph.ablation.rows import Row, average, conclude, list_differences, rank_arms
+from graph.ablation.rows import Row, average, conclude, judge_kl, judge_perplexity, list_differences, rank_arms
 
 
 def make_row(arm: str, seed: int, perplexity: float | None, **changes: Any) -> Row:
@@ -31,15 +31,33 @@ def test_gains_are_paired_by_seed() -> None:
     assert by_arm["kappa"].gain is None
     assert by_arm["chat"].gain == (-1.0, None, None)
     assert list_differences(rows) == [
-        ("chat", "heuristic", 1, (1.5, None, None)),
-        ("chat", "kappa", 1, (1.0, None, None)),
-        ("heuristic", "kappa", 3, (-0.5, 0.0, 0.0)),
+        ("chat", "heuristic", 1, (1.5, None, None), (0.0, None, None)),
+        ("chat", "kappa", 1, (1.0, None, None), (0.0, None, None)),
+        ("heuristic", "kappa", 3, (-0.5, 0.0, 0.0), (0.0, 0.0, 1.0)),
     ]
     assert conclude(rows) == [
         "chat against heuristic: perplexity +1.500 over 1 seed, which says nothing about the noise.",
         "chat against kappa: perplexity +1.000 over 1 seed, which says nothing about the noise.",
-        "heuristic against kappa: perplexity -0.500 ± 0.000 (95% t interval over 3 seeds, p < 0.001): better.",
+        "heuristic against kappa: perplexity -0.500 ± 0.000 (95% t interval over 3 seeds, p < 0.001): better. "
+        "KL +0.0 % ± 0.0 % (p = 1).",
     ]
+
+
+def test_kl_is_compared_in_percent_and_not_where_it_was_not_measured() -> None:
+    rows = [make_row("kappa", seed, 20.0, kl=kl) for seed, kl in enumerate((0.5, 0.4))]
+    rows += [make_row("heuristic", seed, 19.0, kl=kl) for seed, kl in enumerate((0.45, 0.38))]
+    [difference] = list_differences(rows)
+    assert difference.kl is not None and difference.kl.value == pytest.approx(-7.5)
+    rows += [make_row("grid", seed, 19.0, kl=kl) for seed, kl in enumerate((0.45, None))]
+    assert [found.kl is None for found in list_differences(rows)] == [False, True, True]
+
+
+def test_several_texts_are_judged_as_one_made_of_them() -> None:
+    weights = {"code": 3.0, "prose": 1.0, "notes": 0.0}
+    assert judge_perplexity({"code": 10.0, "prose": 20.0, "notes": None}, weights) == pytest.approx(10**0.75 * 20**0.25)
+    assert judge_kl({"code": 0.2, "prose": 0.6, "notes": None}, weights) == pytest.approx(0.3)
+    assert judge_kl({"code": 0.2, "prose": None, "notes": 1.0}, weights) is None
+    assert judge_perplexity({"code": None, "prose": 20.0, "notes": 1.0}, weights) is None
 
 
 def test_the_margin_is_that_of_the_t_interval() -> None:
@@ -56,7 +74,7 @@ def test_two_standard_errors_over_three_seeds_are_not_better() -> None:
     rows += [make_row("heuristic", seed, 19.0 + place * step) for seed, place in enumerate((-1, 0, 1))]
     assert conclude(rows) == [
         "heuristic against kappa: perplexity -1.000 ± 2.151 (95% t interval over 3 seeds, p = 0.18): not more than "
-        "the noise."
+        "the noise. KL +0.0 % ± 0.0 % (p = 1)."
     ]
 
 
@@ -65,7 +83,7 @@ def test_a_gain_inside_the_noise_is_called_so() -> None:
     rows += [make_row("heuristic", seed, value) for seed, value in enumerate((19.0, 20.5, 19.5))]
     assert conclude(rows) == [
         "heuristic against kappa: perplexity -0.333 ± 1.897 (95% t interval over 3 seeds, p = 0.53): not more than "
-        "the noise."
+        "the noise. KL +0.0 % ± 0.0 % (p = 1)."
     ]
 
 

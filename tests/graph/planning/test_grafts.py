@@ -1,11 +1,13 @@
 """Layers of two rounds in one plan: which can be had, at which budget, and what is made of them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from graph.config import RunConfig
 from graph.planning.brief import planner_messages
@@ -21,6 +23,7 @@ from graph.reflecting.levers import name_levers
 from graph.reflecting.rule import draw_lesson
 from graph.state import State, Trial
 from tests.benches import REFIT, SEQUENTIAL, WANDA, artifact_path, ignore, open_bench, plan
+from tests.named import name_texts
 from tests.situations import make_layers, make_situation, make_trial
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
@@ -28,6 +31,7 @@ from tools.instruments.functions import Draft, Round
 from tools.instruments.probed import Probed
 from tools.instruments.swap import swap
 from tools.measure.losses import compare_kl
+from tools.plans.allocate import Allocation
 from tools.plans.graft import Graft
 from tools.plans.recipe import Recipe
 from tools.plans.selectors import select_layers
@@ -181,13 +185,17 @@ def bench(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> Workbench
     return open_bench(tiny_settings(tiny_llama), tmp_path / "run")
 
 
-def test_grafted_layers_are_those_of_their_rounds_to_the_bit_though_they_be_lost(bench: Workbench) -> None:
-    profile, weights, made = bench.profile(ignore), {}, []
-    shared = plan(bench, profile, 0.45, WANDA)
+def make_rounds(bench: Workbench, profile: str, shared: Allocation) -> dict[str, dict[str, Tensor]]:
+    """The weights of two rounds, by checkpoint."""
+    weights = {}
     for recipe in (REFIT, SEQUENTIAL):
-        made.append(bench.prune(profile, order_allocation(recipe, shared), ignore))
-        weights[made[-1]] = {layer.name: layer.weight_OI.clone() for layer in bench.layers}
-    layers = bench.read_profile(profile).layers
+        checkpoint = bench.prune(profile, order_allocation(recipe, shared), ignore)
+        weights[checkpoint] = {layer.name: layer.weight_OI.clone() for layer in bench.layers}
+    return weights
+
+
+def sit_down(bench: Workbench, profile: str, made: Sequence[str]) -> tuple[dict[int, Trial], Orders, Round]:
+    """Rounds that made these checkpoints, and what a planner has who may graft their layers."""
     trials = {
         number: Trial(
             **{"iteration": number, "checkpoint": checkpoint, "sparsity": 0.45, "perplexity": 1.0, "kl": 0.1},
@@ -195,13 +203,35 @@ def test_grafted_layers_are_those_of_their_rounds_to_the_bit_though_they_be_lost
         )
         for number, checkpoint in enumerate(made, 1)
     }
+    layers, at_hand = bench.read_profile(profile).layers, dict(enumerate(made, 1))
     orders = Orders(RunConfig(), (), layers, grafts=Grafts(lambda: trials, bench.list_taken))
 
     def resolve(draft: Draft) -> WorkOrder:
         return orders.draft(orders.weigh(Plan.model_validate(draft.model_dump())))
 
-    at_hand = dict(enumerate(made, 1))
-    round_ = Round(bench, profile, resolve, ignore, present=made[1], list_at_hand=lambda: at_hand)
+    return trials, orders, Round(bench, profile, resolve, ignore, present=made[1], list_at_hand=lambda: at_hand)
+
+
+def test_swaps_tell_what_each_named_text_gains(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
+    bench = open_bench(tiny_settings(tiny_llama, **name_texts(tmp_path)), tmp_path / "run")
+    profile = bench.profile(ignore)
+    made = list(make_rounds(bench, profile, plan(bench, profile, 0.45, WANDA)))
+    *_, round_ = sit_down(bench, profile, made)
+    swapped = swap(round_, ["*.v_proj"], 2, 1, whole=True)["swaps"]["*.v_proj"]
+    own, rest = (bench.evaluate(x, "validation", profile, ignore) for x in (round_.probed[0].checkpoint or "", made[0]))
+    for name in ("code", "prose"):
+        change = compare_kl(own.take_text(name), rest.take_text(name))
+        assert swapped["texts"][name]["kl_minus_rest"] == pytest.approx(list(change), rel=1e-3) and change[0]
+    code, prose = (swapped["texts"][name]["kl_minus_rest"][0] for name in ("code", "prose"))
+    assert swapped["kl_minus_rest"][0] == pytest.approx((3 * code + prose) / 4, rel=1e-2), "by their weights"
+
+
+def test_grafted_layers_are_those_of_their_rounds_to_the_bit_though_they_be_lost(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    shared = plan(bench, profile, 0.45, WANDA)
+    weights = make_rounds(bench, profile, shared)
+    made, layers = list(weights), bench.read_profile(profile).layers
+    trials, orders, round_ = sit_down(bench, profile, made)
     swapped = swap(round_, ["blocks 1", "*.v_proj", "*"], 2, 1)
     assert all(torch.equal(layer.weight_OI, weights[made[1]][layer.name]) for layer in bench.layers), "put back"
     assert [probed.grafted for probed in round_.probed] == [True], "blocks 1 of round 2 are all that it has of its own"
