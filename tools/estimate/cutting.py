@@ -11,7 +11,7 @@ import torch
 
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.course import CutCourse
-from tools.estimate.memory import IN_ORDER, WRITE, Facts, Phase, describe_program, find_common
+from tools.estimate.phases import IN_ORDER, WRITE, Facts, Phase, describe_program, find_common
 from tools.estimate.shape import count_once, list_backward, multiply, name_chunk
 from tools.estimate.units import PartForm, count_elimination, count_fit
 from tools.models.artifacts import bound_mask, bound_values

@@ -10,26 +10,20 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
 
 from tools.base.errors import ImpossiblePlan, UserError, in_one_line
 from tools.base.settings import TeamSettings, count_threads
-from tools.estimate.block import build_empty, count_block, read_lead, read_source
+from tools.estimate.beside import list_phases_beside
+from tools.estimate.block import Counts, build_empty, count_block, read_lead, read_source
 from tools.estimate.course import Course, name_recipe
 from tools.estimate.cut_work import list_cut_end, list_cut_work, price_cut_flops, price_cut_seconds
 from tools.estimate.cutting import Cutting, find_cutting, list_cut_phases
-from tools.estimate.memory import (
-    Facts,
-    Phase,
-    cut_parts,
-    find_busiest,
-    list_phases,
-    list_phases_beside,
-    measure_process,
-)
+from tools.estimate.memory import list_phases
+from tools.estimate.phases import Facts, Phase, cut_parts, find_busiest, measure_process
 from tools.estimate.polish import add_polish, add_shared_polish, list_polish_disk, place_polish
 from tools.estimate.prices import Prices, Pricing, Work, price_flops, price_seconds
 from tools.estimate.pruning import count_layer
@@ -38,7 +32,7 @@ from tools.estimate.shape import measure_shape
 from tools.estimate.timing import time_run
 from tools.estimate.work import find_shares, list_work
 from tools.models.disk import DiskPlan, Line, list_cut_disk, plan_disk
-from tools.models.layers import find_blocks, find_layers, measure_reach, refuse_small_reach
+from tools.models.layers import Layer, Reach, find_blocks, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import FITS, count_models
 from tools.models.positions import refuse_long_windows
 from tools.models.streamed import measure_stream
@@ -129,13 +123,124 @@ def estimate(
     kind for some seconds where the device is here. Raises UserError in one line.
     """
     workers = _count_workers(settings)
+    asked = _read_run(settings)
+    model, layers = asked.model, asked.layers
+    place = _find_place(settings, model, devices)
+    if place.streams and course.cut:
+        raise UserError(ON_ONE_DEVICE)
+    cutting = find_cutting(model, layers, course.cut) if course.cut else None
+    counts = count_block(model, settings.window, asked.lead)
+    threads = count_threads(settings) if workers else torch.get_num_threads()
+    seconds, tokens, untimed = _time(model, asked.read, course, cutting, place.device, threads)
+    facts = _gather_facts(asked, place, counts, course, cutting)
+    room = settings.disk * 1e9 or (math.inf if place.told else _count_free_disk(directory))
+    disk = _plan_both_ways(asked, place, course, room)
+    phases = _list_all_phases(asked, place, facts, course, cutting, anew=disk.plan.at_once is not None)
+    shares = find_shares(settings, layers, find_busiest(cut_parts(settings, workers)))
+    flops = price_flops(asked.read, layers, counts, course)
+    if cutting:
+        flops = {**flops, **price_cut_flops(asked.read, counts, cutting)}
+    pricing = Pricing(flops, None if seconds is None else _crowd(seconds, place.device, workers * threads))
+    blocks, weights = len(find_blocks(model)), sum(layer.weight_OI.numel() for layer in layers)
+
+    def work(at_once: int | None) -> list[Work]:
+        out = 0.0 if at_once is None else (math.ceil(blocks / at_once) + 1) / 2  # to the last block, and less and less
+        cut = list_cut_work(settings, cutting, pricing) if cutting else []
+        streams = place.streams
+        steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
+        return [*steps, *(list_cut_end(pricing) if cutting else [])]
+
+    written = list_cut_disk(model, layers, settings, cutting.sizes, asked.lead) if cutting else disk.plan.lines
+    polished = phases.polish_disk
+    return Estimate(
+        model=settings.model,
+        dtype=settings.dtype,
+        device=place.device,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        blocks=blocks,
+        layers=len(layers),
+        weights=weights,
+        zeros=0 if cutting else round(target * weights),
+        goes=cutting.describe() if cutting else "",
+        of_blocks=asked.reach.of_blocks,
+        of_model=asked.reach.of_model,
+        dense=asked.reach.dense,
+        phases=phases.own,
+        workers=workers,
+        threads=threads,
+        of_worker=phases.of_worker,
+        devices=place.devices,
+        spread=place.spread,
+        streamed=measure_stream(model).blocks if place.streams else 0,
+        disk=[*written, *([] if cutting else polished)],
+        asked=disk.least,
+        room=room if math.isfinite(room) else None,
+        at_once=None if cutting else disk.plan.at_once,
+        work=work(disk.plan.at_once),
+        other_disk=disk.other.bytes + sum(line.bytes for line in polished),
+        other_work=[] if cutting else work(disk.other.at_once),
+        untimed=untimed,
+        tokens=tokens,
+    )
+
+
+class _Run(NamedTuple):
+    """A run as its settings and its model's config have it."""
+
+    settings: TeamSettings
+    read: TeamSettings
+    """The same, with windows as layers read them: each behind what stands before its text."""
+    model: Any
+    """Without weights."""
+    reading: int
+    """Bytes that are held while its weights are read."""
+    layers: list[Layer]
+    lead: int
+    reach: Reach
+
+
+class _Place(NamedTuple):
+    """Where the work is done."""
+
+    device: str
+    devices: Devices | None
+    told: bool
+    """Whether it is another machine, which was told of."""
+    streams: bool
+    spread: list[Line]
+
+
+class _BothWays(NamedTuple):
+    """What is written, with second moments as there is room, and the other way."""
+
+    plan: DiskPlan
+    other: DiskPlan
+    least: int
+    """Bytes without which no run begins."""
+
+
+class _Phases(NamedTuple):
+    """Of this process, or of the one that workers work for, and of a worker."""
+
+    own: list[Phase]
+    of_worker: list[Phase]
+    polish_disk: list[Line]
+
+
+def _read_run(settings: TeamSettings) -> _Run:
+    """Raises UserError where the model cannot be built, reads no such windows, or too little of it can be pruned."""
     model, reading = build_empty(settings)
     lead = read_lead(settings)
     refuse_long_windows(model, settings.window, lead)
-    read = settings.model_copy(update={"window": lead + settings.window})  # what layers read of a window
     layers = find_layers(model)
     reach = measure_reach(model, layers)
     refuse_small_reach(reach, partial=settings.partial)
+    read = settings.model_copy(update={"window": lead + settings.window})
+    return _Run(settings, read, model, reading, layers, lead, reach)
+
+
+def _find_place(settings: TeamSettings, model: Any, devices: Devices | None) -> _Place:
+    """On what the run is done, of the devices told of or else of those that are here. Raises UserError."""
     here = torch.cuda.is_available()
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not here)
     device = "cpu" if on_cpu or (settings.device == "stream" and not here and devices is None) else "cuda"
@@ -144,94 +249,59 @@ def estimate(
     whole = sum(parameter.nbytes for parameter in model.parameters())
     fits = devices is None or count_models(settings, device) * whole <= FITS * devices.bytes
     streams = settings.device == "stream" or (settings.device == "auto" and not fits)
-    if streams and course.cut:
-        raise UserError(ON_ONE_DEVICE)
-    cutting = find_cutting(model, layers, course.cut) if course.cut else None
-    counts = count_block(model, settings.window, lead)
-    forms = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
-    methods = {*([] if cutting else LEVERS), *(recipe.method for recipe, _ in course.pruned)}
-    held = count_layer(forms, layers[0].weight_OI.dtype, methods)
-    threads = count_threads(settings) if workers else torch.get_num_threads()
-    seconds, tokens, untimed = _time(model, read, course, cutting, device, threads)
-    facts = Facts(measure_shape(model, layers, counts.routed), counts, held, measure_process(), reading, device)
-    parts = cut_parts(settings, workers)
-    busiest = find_busiest(parts)
-    part, weighs = max((line.bytes for line in spread), default=facts.shape.weights), course.weighs
-    streamed = measure_stream(model) if streams else None
-    disk_room = settings.disk * 1e9 or (math.inf if told else _count_free_disk(directory))
-    in_source = read_source(settings, layers) if streams else set[str]()
+    return _Place(device, devices, told, streams, spread)
 
-    waiting = count_waiting(settings.count_all("calibration"))
+
+def _gather_facts(run: _Run, place: _Place, counts: Counts, course: Course, cutting: Cutting | None) -> Facts:
+    forms = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in run.layers]
+    methods = {*([] if cutting else LEVERS), *(recipe.method for recipe, _ in course.pruned)}
+    held = count_layer(forms, run.layers[0].weight_OI.dtype, methods)
+    shape = measure_shape(run.model, run.layers, counts.routed)
+    return Facts(shape, counts, held, measure_process(), run.reading, place.device)
+
+
+def _plan_both_ways(run: _Run, place: _Place, course: Course, room: float) -> _BothWays:
+    """Without any room second moments are of one block at a time, with any amount all are kept."""
+    in_source = read_source(run.settings, run.layers) if place.streams else set[str]()
+    waiting = count_waiting(run.settings.count_all("calibration"))
 
     def plan(room: float) -> DiskPlan:
         return plan_disk(
-            *(model, layers, settings, room, lead),
-            weighs=weighs,
-            streamed=streams,
+            *(run.model, run.layers, run.settings, room, run.lead),
+            weighs=course.weighs,
+            streamed=place.streams,
             in_source=in_source,
             waiting=waiting,
         )
 
-    disk = plan(disk_room)
-    # the other way: without any room second moments are of one block at a time, with any amount all are kept
-    other = plan(0 if disk.at_once is None else math.inf)
-    anew = disk.at_once is not None
-    phases = list_phases(facts, read, busiest, part, weighs=weighs, streamed=streamed, anew=anew)
-    weights = sum(layer.weight_OI.numel() for layer in layers)
+    chosen, least = plan(room), plan(0)
+    return _BothWays(chosen, least if chosen.at_once is None else plan(math.inf), least.bytes)
+
+
+def _list_all_phases(
+    run: _Run, place: _Place, facts: Facts, course: Course, cutting: Cutting | None, *, anew: bool
+) -> _Phases:
+    """The phases with those of a polish, or of a cut. Raises UserError where a polish cannot be."""
+    settings, read, weighs = run.settings, run.read, course.weighs
+    workers = _count_workers(settings)
+    parts = cut_parts(settings, workers)
+    streamed = measure_stream(run.model) if place.streams else None
+    part = max((line.bytes for line in place.spread), default=facts.shape.weights)
+    phases = list_phases(facts, read, find_busiest(parts), part, weighs=weighs, streamed=streamed, anew=anew)
     beside = list_phases_beside(facts, read, parts, weighs=weighs, streamed=streamed, anew=anew) if workers else []
+    weights = sum(layer.weight_OI.numel() for layer in run.layers)
     schedule, survivors = _schedule_polish(settings, course), weights - math.floor(course.polished_at * weights)
-    room, processes = find_room(device, devices, here=not told), [beside or phases, *[phases] * workers]
+    room = find_room(place.device, place.devices, here=not place.told)
+    processes = [beside or phases, *[phases] * workers]
     polish = place_polish(schedule, survivors, read.window, facts, processes, room) if schedule else None
     if polish and workers:
         beside, phases = add_shared_polish(beside, phases, facts, polish, workers)
     elif polish:
         phases = add_polish(phases, facts, polish)
     if cutting:
-        beside = list_cut_phases(beside, facts, read, cutting, lead=lead) if workers else []
-        phases = list_cut_phases(phases, facts, read, cutting, lead=lead, works=not workers)
-    polish_disk = list_polish_disk(facts, polish) if polish else []
-    shares, flops = find_shares(settings, layers, busiest), price_flops(read, layers, counts, course)
-    if cutting:
-        flops = {**flops, **price_cut_flops(read, counts, cutting)}
-    pricing = Pricing(flops, None if seconds is None else _crowd(seconds, device, workers * threads))
-    blocks = len(find_blocks(model))
-
-    def work(at_once: int | None) -> list[Work]:
-        out = 0.0 if at_once is None else (math.ceil(blocks / at_once) + 1) / 2  # to the last block, and less and less
-        cut = list_cut_work(settings, cutting, pricing) if cutting else []
-        steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
-        return [*steps, *(list_cut_end(pricing) if cutting else [])]
-
-    return Estimate(
-        model=settings.model,
-        dtype=settings.dtype,
-        device=device,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        blocks=blocks,
-        layers=len(layers),
-        weights=weights,
-        zeros=0 if cutting else round(target * weights),
-        goes=cutting.describe() if cutting else "",
-        of_blocks=reach.of_blocks,
-        of_model=reach.of_model,
-        dense=reach.dense,
-        phases=beside or phases,
-        workers=workers,
-        threads=threads,
-        of_worker=phases if workers else [],
-        devices=devices,
-        spread=spread,
-        streamed=streamed.blocks if streamed else 0,
-        disk=list_cut_disk(model, layers, settings, cutting.sizes, lead) if cutting else [*disk.lines, *polish_disk],
-        asked=plan(0).bytes,
-        room=disk_room if math.isfinite(disk_room) else None,
-        at_once=None if cutting else disk.at_once,
-        work=work(disk.at_once),
-        other_disk=other.bytes + sum(line.bytes for line in polish_disk),
-        other_work=[] if cutting else work(other.at_once),
-        untimed=untimed,
-        tokens=tokens,
-    )
+        beside = list_cut_phases(beside, facts, read, cutting, lead=run.lead) if workers else []
+        phases = list_cut_phases(phases, facts, read, cutting, lead=run.lead, works=not workers)
+    return _Phases(beside or phases, phases if workers else [], list_polish_disk(facts, polish) if polish else [])
 
 
 def _count_free_disk(directory: Path) -> int:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tools.estimate.memory import Facts, Phase, find_common
+from tools.estimate.phases import Facts, Phase, find_common
 from tools.estimate.room import Room
 from tools.estimate.shape import list_backward, multiply
 from tools.estimate.work import POLISH

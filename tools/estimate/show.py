@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tools.base.words import show_flops, show_seconds, show_size
-from tools.estimate.memory import Phase
 from tools.estimate.needs import Estimate
+from tools.estimate.phases import Phase
 from tools.estimate.prices import Work
 from tools.models.disk import Line
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.course import Course, name_exactly, name_recipe
-from tools.estimate.memory import ASKED_FOR, WEIGH, Part
+from tools.estimate.phases import ASKED_FOR, WEIGH, Part
 from tools.estimate.prices import Prices, Pricing, Work
 from tools.measure.continuations import count_continued
 from tools.measure.recall import BATCH as ASKED_AT_ONCE

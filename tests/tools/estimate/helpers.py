@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.tiny import tiny_settings
 from tools.base.settings import TeamSettings
-from tools.estimate.memory import Phase
+from tools.estimate.phases import Phase
 
 QWEN3_8B = {
     **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},

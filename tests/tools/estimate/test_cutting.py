@@ -18,9 +18,9 @@ from tools.base.settings import TeamSettings
 from tools.estimate.block import build_empty
 from tools.estimate.course import Course, CutCourse
 from tools.estimate.cutting import BUILD, CHOOSE, CURVES, CUT, SEARCH, TIME, WANDA, find_cutting
-from tools.estimate.memory import Phase
 from tools.estimate.meter import Meter
 from tools.estimate.needs import Estimate, estimate
+from tools.estimate.phases import Phase
 from tools.estimate.room import read_devices
 from tools.estimate.show import summarise
 from tools.models.blocks import Blocks

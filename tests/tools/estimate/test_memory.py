@@ -25,18 +25,11 @@ from tests.tools.estimate.helpers import (
     write_config,
 )
 from tools.base.settings import TeamSettings
+from tools.estimate.beside import list_phases_beside
 from tools.estimate.block import Counts, build_empty, count_block
-from tools.estimate.memory import (
-    ASKED_FOR,
-    IN_ORDER,
-    Facts,
-    cut_parts,
-    find_busiest,
-    list_phases,
-    list_phases_beside,
-    measure_process,
-)
+from tools.estimate.memory import list_phases
 from tools.estimate.meter import Meter
+from tools.estimate.phases import ASKED_FOR, IN_ORDER, Facts, cut_parts, find_busiest, measure_process
 from tools.estimate.pruning import Held, count_layer
 from tools.estimate.shape import measure_shape
 from tools.models.blocks import Blocks

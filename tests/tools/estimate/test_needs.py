@@ -15,8 +15,8 @@ from tests.tools.estimate.helpers import DENSE, MODEL, QWEN3_8B, STATE, large_se
 from tools.base.errors import UserError
 from tools.estimate import needs as module
 from tools.estimate.course import Course
-from tools.estimate.memory import ASKED_FOR, WRITE
 from tools.estimate.needs import Estimate, estimate
+from tools.estimate.phases import ASKED_FOR, WRITE
 from tools.estimate.polish import POLISH
 from tools.estimate.room import Devices, read_devices
 from tools.models.artifacts import HEADER

@@ -10,7 +10,7 @@ import pytest
 from tests.benches import ignore, open_bench
 from tests.tiny import make_tiny_model, save_tiny_model, tiny_settings
 from tools.estimate.course import Course
-from tools.estimate.memory import ASKED_FOR, cut_parts
+from tools.estimate.phases import ASKED_FOR, cut_parts
 from tools.estimate.prices import Pricing
 from tools.estimate.work import find_shares, list_work
 from tools.measure.continuations import PROMPTS, continue_prompts

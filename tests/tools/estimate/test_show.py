@@ -14,8 +14,8 @@ from tests.tiny import make_tiny_config, tiny_settings
 from tests.tools.estimate.helpers import DENSE, LLAMA_70B, MODEL, QWEN3_8B, write_config
 from tests.tools.estimate.test_needs import COURSE, find, find_large
 from tools.base.words import show_flops, show_seconds, show_size
-from tools.estimate.memory import ASKED_FOR
 from tools.estimate.needs import Estimate, estimate
+from tools.estimate.phases import ASKED_FOR
 from tools.estimate.room import Devices, read_devices
 from tools.estimate.show import print_estimate, summarise
 from tools.models.artifacts import HEADER

@@ -11,7 +11,7 @@ from tools.estimate import course as module
 from tools.estimate.block import Counts
 from tools.estimate.clock import Fit
 from tools.estimate.course import Course
-from tools.estimate.memory import ASKED_FOR, WEIGH, cut_parts, find_busiest
+from tools.estimate.phases import ASKED_FOR, WEIGH, cut_parts, find_busiest
 from tools.estimate.prices import Pricing, Work, price_flops, price_seconds
 from tools.estimate.timing import Steps, Times
 from tools.estimate.work import find_shares, list_work
