@@ -47,7 +47,7 @@ class System(NamedTuple):
 def prepare_system(second_moment_II: Tensor) -> System | None:
     """The coordinates for H = A + DAMPING * mean(diag A) * I, fp32; None when A is all zero.
 
-    Where the device multiplies bf16 several times as fast, and the layer is wide, C - F F^T is rounded to it: the few
+    Where the device multiplies bf16 faster, and the layer is wide, C - F F^T is rounded to it: the few
     directions that the refit hangs on stay in F, whole. On layers of Qwen2.5-1.5B the refit's error is the same to
     0.3 %; with C itself rounded it was up to 78 % more.
 
