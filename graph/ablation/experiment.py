@@ -16,17 +16,18 @@ from graph.ablation.graph_arms import run_graph
 from graph.ablation.rows import Ablation, Profiled, Row, conclude, judge_kl, judge_perplexity
 from graph.ablation.settings import CHAT, FIXED, GRAPH, AblateSettings, list_arms, list_seeds
 from graph.ablation.tables import describe_row, write_tables
+from graph.ablation.unseen import measure_checkpoint, take_settings
 from tools.base.console import print_line, show_bars
 from tools.base.errors import BrokenPlan, UserError
 from tools.base.progress import Warn
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.rundir import unlock_run
 from tools.base.settings import TEAM
-from tools.measure.losses import Evaluation
 from tools.models.load import check_device, load_tokenizer, locate_model
 from tools.results.schema import describe_protocol
 from tools.texts.windows import check_texts, check_windows
 from tools.workbench.open import close_workbench, use_workbench
+from tools.workbench.store import DENSE
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
@@ -80,6 +81,8 @@ def _check_input(settings: AblateSettings, graph_flags: Sequence[str]) -> None:
     locate_model(settings.model)
     check_device(settings.device)
     check_texts(settings)
+    if settings.unseen:
+        check_texts(take_settings(settings))
     needed = settings.validation_tokens
     if settings.evaluated_tokens < needed:
         raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")
@@ -101,6 +104,8 @@ def _check_length(settings: AblateSettings) -> None:
         return
     with _named(f"seed {settings.seed}"):
         check_windows(settings, tokenizer)
+        if settings.unseen:
+            check_windows(take_settings(settings), tokenizer)
 
 
 @contextmanager
@@ -147,8 +152,12 @@ def _profile(settings: AblateSettings, directory: Path, known: Ablation, warn: W
         began = time.monotonic()
         profile = bench.profile(progress)
         seconds = round(time.monotonic() - began, 1)
-        dense = bench.evaluate("dense", "test", profile, progress, "test, dense")
-        known.dense[settings.seed] = find_perplexity(dense, settings)
+        dense = bench.evaluate(DENSE, "test", profile, progress, "test, dense")
+        known.dense[settings.seed] = dense.perplexity
+        if settings.judge:
+            texts = {name: dense.take_text(name).perplexity for name in settings.text}
+            texts |= measure_checkpoint(settings, bench, DENSE, DENSE, progress).dense
+            known.dense[settings.seed] = judge_perplexity(texts, settings.judge)
         known.protocol.bos = bench.windows.lead > 0
         known.profiles[settings.seed] = Profiled(profile=profile, seconds=seconds)
     close_workbench()
@@ -190,17 +199,19 @@ def _try_arm(arm: str, settings: AblateSettings, bench: "Workbench", profiled: P
     evaluation = bench.evaluate(chosen.checkpoint, "validation", profile, progress)
     seconds = round(time.monotonic() - began, 1)
     test = bench.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
+    unseen = measure_checkpoint(settings, bench, DENSE, chosen.checkpoint, progress)
     bench.restore(chosen.checkpoint)
     zeros, weights = bench.count_zeros()
-    kls = {name: evaluation.take_text(name).mean_kl for name in settings.text}
+    texts = {name: test.take_text(name).perplexity for name in settings.text} | unseen.pruned
+    kls = {name: evaluation.take_text(name).mean_kl for name in settings.text} | unseen.kls
     return Row(
         arm=arm,
         seed=seed,
         sparsity=zeros / weights,
         reached=True,
-        perplexity=find_perplexity(test, settings),
+        perplexity=judge_perplexity(texts, settings.judge) if settings.judge else test.perplexity,
         kl=judge_kl(kls, settings.judge) if settings.judge else evaluation.mean_kl,
-        texts={name: test.take_text(name).perplexity for name in settings.text},
+        texts=texts,
         kls=kls,
         plan=chosen.plan,
         trials=chosen.trials,
@@ -209,13 +220,6 @@ def _try_arm(arm: str, settings: AblateSettings, bench: "Workbench", profiled: P
         evaluated_tokens=chosen.tokens,
         seconds=seconds,
     )
-
-
-def find_perplexity(found: Evaluation, settings: AblateSettings) -> float | None:
-    """Of all texts, by what they are judged by where there is a goal."""
-    if not settings.judge:
-        return found.perplexity
-    return judge_perplexity({name: found.take_text(name).perplexity for name in settings.text}, settings.judge)
 
 
 def _read_ablation(

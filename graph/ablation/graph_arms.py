@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from graph.ablation.rows import Row, judge_kl, judge_perplexity
 from graph.ablation.settings import CHAT, TOLD, AblateSettings
+from graph.ablation.unseen import measure_exported
 from tools.base.errors import UserError
 from tools.base.made import read_result
 from tools.base.rundir import scan_events
@@ -52,7 +53,10 @@ def run_graph(
     texts, kls = ({name: text[column] for name, text in named.items()} for column in ("pruned", "kl"))
     dense, pruned, kl = summary["perplexity"]["dense"], summary["perplexity"]["pruned"], summary["kl"]
     if settings.judge:
-        dense = judge_perplexity({name: text["dense"] for name, text in named.items()}, settings.judge)
+        unseen = measure_exported(settings, runs / name / "model", progress)
+        texts, kls = texts | unseen.pruned, kls | unseen.kls
+        denses = {name: text["dense"] for name, text in named.items()} | unseen.dense
+        dense = judge_perplexity(denses, settings.judge)
         pruned, kl = judge_perplexity(texts, settings.judge), judge_kl(kls, settings.judge)
     row = Row(
         arm=arm,
@@ -88,7 +92,7 @@ def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     else:
         planner, reflector = chat, "heuristic" if arm == "chat-alone" else reflector
     if arm == TOLD:
-        settings = settings.model_copy(update={"text_weights": settings.judge})
+        settings = settings.model_copy(update={"text_weights": settings.told})
     named = ("text", "text_weights", *(SPLITS if settings.text else ()))  # texts with names take the place of three
     fields = {name: getattr(settings, name) for name in TeamSettings.model_fields if name not in named} | {
         "target_sparsity": settings.target_sparsity,

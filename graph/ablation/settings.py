@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from tools.base.errors import UserError
-from tools.base.named import read_weights
+from tools.base.named import read_texts, read_weights
 from tools.base.settings import PolishSettings, TeamSettings
 
 ARMS = {
@@ -85,6 +85,12 @@ class AblateSettings(PolishSettings, TeamSettings):
         description="With a goal: what each named text counts in the tables, such as code=9,prose=1; no arm is told "
         f"but {TOLD}.",
     )
+    unseen: dict[str, str] = Field(
+        {},
+        exclude_if=operator.not_,
+        description="With a goal: a text of what it names, NAME=SOURCE, given several times as many, that judge weighs "
+        "and no arm is given; measured on as many test windows.",
+    )
     evaluated_tokens: int = Field(
         49152,
         ge=1,
@@ -104,6 +110,11 @@ class AblateSettings(PolishSettings, TeamSettings):
         """What a row of this seed is made by: other labels, and another stretch of every text."""
         return self.model_copy(update={"seed": seed, "text_cut": self.text_cut + seed})
 
+    @field_validator("unseen", mode="before")
+    @classmethod
+    def _read_unseen(cls, value: Any) -> Any:
+        return read_texts(value)
+
     @field_validator("judge", mode="before")
     @classmethod
     def _read_judge(cls, value: Any) -> Any:
@@ -114,11 +125,22 @@ class AblateSettings(PolishSettings, TeamSettings):
         if bool(self.goal) != bool(self.judge):
             given, missing = ("goal", "judge") if self.goal else ("judge", "goal")
             raise ValueError(f"a {given} needs a {missing}: words for those who read, and figures to judge all by")
-        if self.judge.keys() != self.text.keys() and self.goal:
-            raise ValueError(f"judge must weigh every named text, and no other: {', '.join(self.text) or 'none'}")
+        if self.unseen and not self.goal:
+            raise ValueError("unseen texts are of what a goal names; give goal and judge")
+        if both := [name for name in self.unseen if name in self.text]:
+            raise ValueError(f"{both[0]!r} cannot be unseen: it is a text that every arm is given")
+        named = [*self.text, *self.unseen]
+        if self.goal and sorted(self.judge) != sorted(named):
+            raise ValueError(f"judge must weigh every named text, and no other: {', '.join(named) or 'none'}")
         if self.goal and not any(self.judge.values()):
             raise ValueError("judge weighs all texts 0: nothing would be judged")
         return self
+
+    @property
+    def told(self) -> dict[str, float]:
+        """What the texts at hand count by judge; empty where none of them counts."""
+        weights = {name: self.judge.get(name, 0.0) for name in self.text}
+        return weights if any(weights.values()) else {}
 
     @field_validator("arms", "seeds", mode="before")
     @classmethod
@@ -136,9 +158,9 @@ def list_arms(settings: AblateSettings) -> list[str]:
         raise UserError(
             f"the arm {chats[0]} needs a chat model: give --planner, such as openai:NAME@http://HOST:PORT/v1"
         )
-    if TOLD in asked and not settings.goal:
-        raise UserError(f"the arm {TOLD} is told what a goal says in words; give --goal and --judge")
-    missing = {*(() if settings.planner else CHAT), *(() if settings.goal else (TOLD,))}
+    if TOLD in asked and not settings.told:
+        raise UserError(f"the arm {TOLD} is told what texts at hand count for a goal; give --goal, and --judge of them")
+    missing = {*(() if settings.planner else CHAT), *(() if settings.told else (TOLD,))}
     chosen = [arm for arm in ARMS if (arm in asked if asked else arm not in missing)]
     fixed = list_fixed(settings) if "fixed" in chosen else ()
     return [row for row in ROWS if row in chosen or row in fixed]

@@ -65,6 +65,7 @@ def _tell_goal(settings: dict[str, Any]) -> list[str]:
     return [
         f"Chat planners were given a goal: {escape(settings['goal'])!r}. Perplexity and KL count {judged} in all rows; "
         f"no arm was told so but {TOLD}.",
+        *([f"No arm was given {' or '.join(settings['unseen'])}."] if settings.get("unseen") else []),
         "",
     ]
 
@@ -127,7 +128,7 @@ def describe(known: Ablation) -> str:
     for arm, other, seeds, mean, kl in list_differences(known.rows):
         cells = [arm, other, f"{seeds}", _show_mean(mean, 3), _show_p(mean), _show_mean(kl, 1), _show_p(kl)]
         lines.append(f"| {' | '.join(cells)} |")
-    texts = list(settings.get("text", {}))
+    texts = _list_names(settings)
     head = ["arm", "seed", "perplexity", *texts, "KL", "trials", "tokens", "seconds", "plan"]
     lines += ["", "## Rows", "", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 2) + "---|"]
     for row in known.rows:
@@ -139,9 +140,14 @@ def describe(known: Ablation) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _list_names(settings: dict[str, Any]) -> list[str]:
+    """The named texts, and those that no arm was given."""
+    return [*settings.get("text", {}), *settings.get("unseen", {})]
+
+
 def _list_each_text(known: Ablation) -> list[str]:
     """What the arms kept on each of the named texts; nothing where there are none."""
-    names = list(known.settings.get("text", {}))
+    names = _list_names(known.settings)
     if not names:
         return []
     lines = ["", "## Each text", "", f"| arm | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]

@@ -31,11 +31,19 @@ def test_a_goal_comes_with_figures_for_every_text() -> None:
         ({"judge": "code=9"}, "judge must weigh every named text, and no other: code, prose"),
         ({"text": {}}, "judge must weigh every named text, and no other: none"),
         ({"judge": "code=0,prose=0"}, "judge weighs all texts 0"),
+        ({"unseen": {"sql": "pydoc"}}, "judge must weigh every named text, and no other: code, prose, sql"),
+        ({"unseen": {"code": "pydoc"}}, "'code' cannot be unseen: it is a text that every arm is given"),
+        ({"unseen": {"sql": "pydoc"}, "goal": "", "judge": ""}, "unseen texts are of what a goal names"),
     ):
         with pytest.raises(ValidationError, match=said):
             AblateSettings.model_validate({"text": texts, "goal": "x", "judge": "code=9,prose=1"} | change)
-    with pytest.raises(UserError, match=r"^the arm told is told what a goal says in words; give --goal and --judge$"):
-        list_arms(AblateSettings(arms="told"))
+    unseen = {"text": texts, "goal": "x", "unseen": {"sql": "pydoc"}, "judge": "code=0,prose=0,sql=1"}
+    assert TOLD not in list_arms(AblateSettings.model_validate(unseen)), "nothing can be told of texts at hand"
+    for told in (AblateSettings(arms="told"), AblateSettings.model_validate(unseen | {"arms": "told"})):
+        with pytest.raises(
+            UserError, match=r"^the arm told is told what texts at hand count for a goal; give --goal, "
+        ):
+            list_arms(told)
 
 
 def test_seeds_are_whole_numbers() -> None:
