@@ -30,37 +30,46 @@ def run_graph(
     Of a run of the graph by the settings of a seed, begun or gone on with in another process. Raises UserError with
     the run's last words.
     """
-    seed = settings.seed
-    runs, name = Path(settings.out) / "runs", f"{arm}-{seed}"
-    summary_path = runs / name / "summary.json"
+    run = Path(settings.out) / "runs" / f"{arm}-{settings.seed}"
     progress("run of the graph", 0, 1)
-    if not summary_path.is_file():
-        if settings.workers:
-            close_workbench()  # its workers would hold the processors, or GPUs, that those of the run need
-        command = [sys.executable, "-m", "graph.run", "--runs-dir", str(runs)]
-        if (runs / name / "run.json").is_file():
-            command += ["--resume", name, *_write_flags({field: getattr(settings, field) for field in TEAM})]
-        else:
-            command += ["--name", name, *_flags_of(arm, settings), *graph_flags, *UNAIDED.get(arm, ())]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0 or not summary_path.is_file():
-            said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]
-            raise UserError(f"{arm}, seed {seed}: {' '.join(said[-2:])[:400]}; the same command goes on from there")
+    if not (run / "summary.json").is_file():
+        _carry_out(arm, settings, graph_flags, run)
     progress("run of the graph", 1, 1)
-    summary = read_result(runs / name) or {}
+    return _read_row(arm, settings, run, progress)
+
+
+def _carry_out(arm: str, settings: AblateSettings, graph_flags: Sequence[str], run: Path) -> None:
+    """Raises UserError with the run's last words."""
+    if settings.workers:
+        close_workbench()  # its workers would hold the processors, or GPUs, that those of the run need
+    command = [sys.executable, "-m", "graph.run", "--runs-dir", str(run.parent)]
+    if (run / "run.json").is_file():
+        command += ["--resume", run.name, *_write_flags({field: getattr(settings, field) for field in TEAM})]
+    else:
+        command += ["--name", run.name, *_flags_of(arm, settings), *graph_flags, *UNAIDED.get(arm, ())]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0 or not (run / "summary.json").is_file():
+        said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]
+        last = " ".join(said[-2:])[:400]
+        raise UserError(f"{arm}, seed {settings.seed}: {last}; the same command goes on from there")
+
+
+def _read_row(arm: str, settings: AblateSettings, run: Path, progress: "Progress") -> tuple[Row, float | None, bool]:
+    """As `run_graph`, of a run that has finished."""
+    summary = read_result(run) or {}
     agents = summary["agents"]
     named = {text["name"]: text for text in summary.get("texts", []) if text["name"] in settings.text}  # no goal's own
     texts, kls = ({name: text[column] for name, text in named.items()} for column in ("pruned", "kl"))
     dense, pruned, kl = summary["perplexity"]["dense"], summary["perplexity"]["pruned"], summary["kl"]
     if settings.judge:
-        unseen = measure_exported(settings, runs / name / "model", progress)
+        unseen = measure_exported(settings, run / "model", progress)
         texts, kls = texts | unseen.pruned, kls | unseen.kls
         denses = {name: text["dense"] for name, text in named.items()} | unseen.dense
         dense = judge_perplexity(denses, settings.judge)
         pruned, kl = judge_perplexity(texts, settings.judge), judge_kl(kls, settings.judge)
     row = Row(
         arm=arm,
-        seed=seed,
+        seed=settings.seed,
         sparsity=summary["achieved_sparsity"],
         reached=summary["status"] == "finished",
         perplexity=pruned,
@@ -69,7 +78,7 @@ def run_graph(
         kls=kls,
         plan=summary["plan"],
         trials=summary["iterations"],
-        by_rule=_count_by_rule(runs / name) if arm in CHAT else 0,
+        by_rule=_count_by_rule(run) if arm in CHAT else 0,
         evaluated_tokens=summary["evaluated_tokens"],
         agent_tokens=agents["input_tokens"] + agents["output_tokens"],
         cost=agents["cost"],
