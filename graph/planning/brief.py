@@ -196,9 +196,10 @@ def _describe_model(config: RunConfig) -> str:
     """What is pruned, and by how much text; constant through a run. Of files no more than their names."""
     model, text = hide_path(config.model), hide_directories(config.calibration_text)
     tokens, windows = config.count_fitted() * config.window, config.count_all("validation")
+    each = ", of each text as many, whatever it counts, and so is every part of them" if len(config.text) > 1 else ""
     return (
         f'Model "{quote_data(model, 80)}"; statistics of {tokens:,} tokens of "{quote_data(text, 160)}"; '
-        f"trials on {windows} windows of {config.window:,}."
+        f"trials on {windows} windows of {config.window:,}{each}."
     )
 
 

@@ -735,4 +735,5 @@ def test_the_model_and_how_much_text_is_told_without_directories() -> None:
     named = RunConfig(model="Qwen/Qwen3-4B", text=texts, text_weights={"code": 3, "own": 1})
     text = shown(make_first_situation(config=named))
     assert 'Model "Qwen/Qwen3-4B"; statistics of 16,384 tokens of "0.75 of file:b.txt + 0.25 of self"' in text
-    assert "; trials on 16 windows of 512." in text and "secret" not in text
+    each = ", of each text as many, whatever it counts, and so is every part of them."
+    assert f"; trials on 16 windows of 512{each}" in text and "secret" not in text
