@@ -29,7 +29,9 @@ class Row(BaseModel):
         description="Perplexity on the test windows of each named text, of which perplexity is the mean by weight.",
     )
     kls: dict[str, float | None] = Field(
-        {}, exclude_if=operator.not_, description="KL on the validation windows of each, of which kl is the mean."
+        {},
+        exclude_if=operator.not_,
+        description="KL on the validation windows of each, of unseen ones on the test windows; kl is their mean.",
     )
     plan: str = Field(description="What it chose, in short.")
     trials: int = Field(description="Plans, or candidates of a search, that were measured.")
