@@ -61,11 +61,14 @@ def _tell_goal(settings: dict[str, Any]) -> list[str]:
     if not settings.get("goal"):
         return []
     total = sum(settings["judge"].values())
+    unseen = settings.get("unseen", {})
     judged = " and ".join(f"{weight / total:.0%} {escape(name)}" for name, weight in settings["judge"].items())
+    at_hand = any(weight for name, weight in settings["judge"].items() if name not in unseen)
+    told = f"; no arm was told so but {TOLD}" if at_hand else ""
     return [
-        f"Chat planners were given a goal: {escape(settings['goal'])!r}. Perplexity and KL count {judged} in all rows; "
-        f"no arm was told so but {TOLD}.",
-        *([f"No arm was given {' or '.join(settings['unseen'])}."] if settings.get("unseen") else []),
+        f"Chat planners were given a goal: {escape(settings['goal'])!r}. Perplexity and KL count {judged} in all rows"
+        f"{told}.",
+        *([f"No arm was given {' or '.join(unseen)}."] if unseen else []),
         "",
     ]
 

@@ -48,8 +48,9 @@ class NewText(BaseModel):
     prompts: list[str] = Field(
         min_length=LEAST_PROMPTS,
         max_length=MOST_PROMPTS,
-        description="What the model is asked or begins with, each different: of three the first is for fitting, the "
-        "second for judging, the third for the report; more than three give more kinds of text to fit to.",
+        description=f"What the model is asked or begins with, each different, of at most {PROMPT_LIMIT} characters: of "
+        "three the first is for fitting, the second for judging, the third for the report; more give more kinds of "
+        "text to fit to.",
     )
 
 
