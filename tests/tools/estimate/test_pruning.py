@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import preconditioner
 from tools.estimate import pruning as module
 from tools.estimate.pruning import (
     count_flops,
@@ -21,15 +22,22 @@ from tools.plans.recipe import Recipe
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("form", [(256, 256), (512, 128), (128, 512)])
-def test_pruning_a_layer_holds_what_was_counted(form: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("form", "rounded"), [*(((n, 65536 // n), False) for n in (256, 512, 128)), ((128, 512), True)]
+)
+def test_pruning_a_layer_holds_what_was_counted(
+    form: tuple[int, int], rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where bf16 is multiplied, wide layers, and not the small ones that are counted, hold a little less."""
+    monkeypatch.setattr(preconditioner, "multiplies_bf16", lambda _device: rounded)
     said = count_layer([form, (16, 16)], torch.float32, METHODS)
     weight_OI, statistics = make_weight(form, torch.float32), make_statistics(form[1])
     recipes = [Recipe(method=name, refit=refit) for name in METHODS for refit in (False, True)]
     pruned = {recipe.mask_label: module._meter(module._prune, recipe, weight_OI, statistics).peak for recipe in recipes}
     levels = {recipe.mask_label: module._meter(module._cut, recipe, weight_OI, statistics).peak for recipe in recipes}
-    assert max(pruned.values()) == pytest.approx(said.pruned, rel=0.05)
-    assert max(levels.values()) == pytest.approx(said.levels, rel=0.05)
+    least = 0.9 if rounded else 0.95
+    assert least * said.pruned <= max(pruned.values()) <= 1.05 * said.pruned
+    assert least * said.levels <= max(levels.values()) <= 1.05 * said.levels
     assert module._meter_curve(weight_OI, statistics).peak == pytest.approx(said.curve, rel=0.05)
 
 
