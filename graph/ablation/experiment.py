@@ -13,10 +13,10 @@ from rich.console import Console
 
 from graph.ablation.arms import Arm, choose, price_recipe
 from graph.ablation.graph_arms import run_graph
-from graph.ablation.rows import Ablation, Profiled, Row, conclude, judge_kl, judge_perplexity
+from graph.ablation.rows import Ablation, Profiled, Row, conclude, judge_perplexity, judge_row
 from graph.ablation.settings import CHAT, FIXED, GRAPH, AblateSettings, list_arms, list_seeds
 from graph.ablation.tables import describe_row, write_tables
-from graph.ablation.unseen import measure_checkpoint, take_settings
+from graph.ablation.unseen import list_settings, measure_checkpoint, measure_dense
 from tools.base.console import print_line, show_bars
 from tools.base.errors import BrokenPlan, UserError
 from tools.base.progress import Warn
@@ -80,9 +80,8 @@ def _check_input(settings: AblateSettings, graph_flags: Sequence[str]) -> None:
         raise UserError("give --goal before the lone --, and --judge: what the goal's texts count for every arm's row")
     locate_model(settings.model)
     check_device(settings.device)
-    check_texts(settings)
-    if settings.unseen:
-        check_texts(take_settings(settings))
+    for given in list_settings(settings):
+        check_texts(given)
     needed = settings.validation_tokens
     if settings.evaluated_tokens < needed:
         raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")
@@ -103,9 +102,8 @@ def _check_length(settings: AblateSettings) -> None:
     except Exception:  # whatever is wrong with a model is said in one line where it is loaded
         return
     with _named(f"seed {settings.seed}"):
-        check_windows(settings, tokenizer)
-        if settings.unseen:
-            check_windows(take_settings(settings), tokenizer)
+        for given in list_settings(settings):
+            check_windows(given, tokenizer)
 
 
 @contextmanager
@@ -156,7 +154,7 @@ def _profile(settings: AblateSettings, directory: Path, known: Ablation, warn: W
         known.dense[settings.seed] = dense.perplexity
         if settings.judge:
             texts = {name: dense.take_text(name).perplexity for name in settings.text}
-            texts |= measure_checkpoint(settings, bench, DENSE, DENSE, progress).dense
+            texts |= measure_dense(settings, bench, progress)
             known.dense[settings.seed] = judge_perplexity(texts, settings.judge)
         known.protocol.bos = bench.windows.lead > 0
         known.profiles[settings.seed] = Profiled(profile=profile, seconds=seconds)
@@ -199,20 +197,18 @@ def _try_arm(arm: str, settings: AblateSettings, bench: "Workbench", profiled: P
     evaluation = bench.evaluate(chosen.checkpoint, "validation", profile, progress)
     seconds = round(time.monotonic() - began, 1)
     test = bench.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
-    unseen = measure_checkpoint(settings, bench, DENSE, chosen.checkpoint, progress)
+    unseen = measure_checkpoint(settings, bench, chosen.checkpoint, progress)
     bench.restore(chosen.checkpoint)
     zeros, weights = bench.count_zeros()
-    texts = {name: test.take_text(name).perplexity for name in settings.text} | unseen.pruned
-    kls = {name: evaluation.take_text(name).mean_kl for name in settings.text} | unseen.kls
-    return Row(
+    row = Row(
         arm=arm,
         seed=seed,
         sparsity=zeros / weights,
         reached=True,
-        perplexity=judge_perplexity(texts, settings.judge) if settings.judge else test.perplexity,
-        kl=judge_kl(kls, settings.judge) if settings.judge else evaluation.mean_kl,
-        texts=texts,
-        kls=kls,
+        perplexity=test.perplexity,
+        kl=evaluation.mean_kl,
+        texts={name: test.take_text(name).perplexity for name in settings.text} | unseen.pruned,
+        kls={name: evaluation.take_text(name).mean_kl for name in settings.text} | unseen.kls,
         plan=chosen.plan,
         trials=chosen.trials,
         failed=chosen.failed,
@@ -220,6 +216,7 @@ def _try_arm(arm: str, settings: AblateSettings, bench: "Workbench", profiled: P
         evaluated_tokens=chosen.tokens,
         seconds=seconds,
     )
+    return judge_row(row, settings.judge)
 
 
 def _read_ablation(

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graph.ablation.rows import Row, judge_kl, judge_perplexity
+from graph.ablation.rows import Row, judge_perplexity, judge_row
 from graph.ablation.settings import CHAT, TOLD, AblateSettings
 from graph.ablation.unseen import measure_exported
+from graph.config import HEURISTIC
 from tools.base.errors import UserError
 from tools.base.made import read_result
 from tools.base.rundir import scan_events
@@ -59,23 +60,19 @@ def _read_row(arm: str, settings: AblateSettings, run: Path, progress: "Progress
     summary = read_result(run) or {}
     agents = summary["agents"]
     named = {text["name"]: text for text in summary.get("texts", []) if text["name"] in settings.text}  # no goal's own
-    texts, kls = ({name: text[column] for name, text in named.items()} for column in ("pruned", "kl"))
-    dense, pruned, kl = summary["perplexity"]["dense"], summary["perplexity"]["pruned"], summary["kl"]
+    unseen, dense = measure_exported(settings, run / "model", progress), summary["perplexity"]["dense"]
     if settings.judge:
-        unseen = measure_exported(settings, run / "model", progress)
-        texts, kls = texts | unseen.pruned, kls | unseen.kls
         denses = {name: text["dense"] for name, text in named.items()} | unseen.dense
         dense = judge_perplexity(denses, settings.judge)
-        pruned, kl = judge_perplexity(texts, settings.judge), judge_kl(kls, settings.judge)
     row = Row(
         arm=arm,
         seed=settings.seed,
         sparsity=summary["achieved_sparsity"],
         reached=summary["status"] == "finished",
-        perplexity=pruned,
-        kl=kl,
-        texts=texts,
-        kls=kls,
+        perplexity=summary["perplexity"]["pruned"],
+        kl=summary["kl"],
+        texts={name: text["pruned"] for name, text in named.items()} | unseen.pruned,
+        kls={name: text["kl"] for name, text in named.items()} | unseen.kls,
         plan=summary["plan"],
         trials=summary["iterations"],
         by_rule=_count_by_rule(run) if arm in CHAT else 0,
@@ -84,7 +81,7 @@ def _read_row(arm: str, settings: AblateSettings, run: Path, progress: "Progress
         cost=agents["cost"],
         seconds=round(summary["seconds"], 1),
     )
-    return row, dense, summary["protocol"].get("bos", False)
+    return judge_row(row, settings.judge), dense, summary["protocol"].get("bos", False)
 
 
 def _count_by_rule(run: Path) -> int:
@@ -95,11 +92,8 @@ def _count_by_rule(run: Path) -> int:
 
 def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     """The options of a run of the graph that is this arm."""
-    chat, reflector = settings.planner, settings.reflector or settings.planner
-    if arm not in CHAT:
-        planner = reflector = "heuristic"
-    else:
-        planner, reflector = chat, "heuristic" if arm == "chat-alone" else reflector
+    planner = settings.planner if arm in CHAT else HEURISTIC
+    reflector = settings.reflector or planner if arm in CHAT and arm != "chat-alone" else HEURISTIC
     if arm == TOLD:
         settings = settings.model_copy(update={"text_weights": settings.told})
     named = ("text", "text_weights", *(SPLITS if settings.text else ()))  # texts with names take the place of three

@@ -107,11 +107,19 @@ def judge_perplexity(by_text: Mapping[str, float | None], weights: Mapping[str, 
     None where a text that counts was not finite.
     """
     logs = {name: None if value is None else math.log(value) for name, value in by_text.items()}
-    mean = judge_kl(logs, weights)
+    mean = weigh_texts(logs, weights)
     return None if mean is None else math.exp(mean)
 
 
-def judge_kl(by_text: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+def judge_row(row: Row, weights: Mapping[str, float]) -> Row:
+    """The row with perplexity and KL of its texts by these weights; as it is where there are none."""
+    if not weights:
+        return row
+    judged = {"perplexity": judge_perplexity(row.texts, weights), "kl": weigh_texts(row.kls, weights)}
+    return row.model_copy(update=judged)
+
+
+def weigh_texts(by_text: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
     """The mean over several texts, each by its weight; None where one that counts was not finite."""
     counted = [(weight, by_text[name]) for name, weight in weights.items() if weight]
     found = [(weight, value) for weight, value in counted if value is not None]
@@ -202,7 +210,7 @@ def _judge(difference: Difference) -> str:
     if margin is None or p is None:
         return f"{beginning} over {count(seeds, 'seed')}, which says nothing about the noise."
     verdict = f"{'better' if mean < 0 else 'worse'}" if p < 1 - CONFIDENCE else "not more than the noise"
-    aside = "" if kl is None else f" KL {kl.value:+.1f} % ± {kl.margin:.1f} % (p {show_p(kl.p or 0.0)})."
+    aside = "" if kl is None or kl.p is None else f" KL {kl.value:+.1f} % ± {kl.margin:.1f} % (p {show_p(kl.p)})."
     return (
         f"{beginning} ± {margin:.3f} ({CONFIDENCE:.0%} t interval over {seeds} seeds, p {show_p(p)}): {verdict}.{aside}"
     )

@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from tools.base.errors import UserError
-from tools.base.named import read_texts, read_weights
+from tools.base.named import Texts, Weights
 from tools.base.settings import PolishSettings, TeamSettings
 
 ARMS = {
@@ -79,13 +79,13 @@ class AblateSettings(PolishSettings, TeamSettings):
         description="What the model is for, in words: chat planners read it, all other arms go by text_weights; needs "
         "named texts, and judge.",
     )
-    judge: dict[str, float] = Field(
+    judge: Weights = Field(
         {},
         exclude_if=operator.not_,
         description="With a goal: what each named text counts in the tables, such as code=9,prose=1; no arm is told "
         f"but {TOLD}.",
     )
-    unseen: dict[str, str] = Field(
+    unseen: Texts = Field(
         {},
         exclude_if=operator.not_,
         description="With a goal: a text of what it names, NAME=SOURCE, given several times as many, that judge weighs "
@@ -109,16 +109,6 @@ class AblateSettings(PolishSettings, TeamSettings):
     def for_seed(self, seed: int) -> Self:
         """What a row of this seed is made by: other labels, and another stretch of every text."""
         return self.model_copy(update={"seed": seed, "text_cut": self.text_cut + seed})
-
-    @field_validator("unseen", mode="before")
-    @classmethod
-    def _read_unseen(cls, value: Any) -> Any:
-        return read_texts(value)
-
-    @field_validator("judge", mode="before")
-    @classmethod
-    def _read_judge(cls, value: Any) -> Any:
-        return read_weights(value)
 
     @model_validator(mode="after")
     def _check_goal(self) -> Self:

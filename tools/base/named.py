@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 NAME = r"[a-z][a-z0-9_]{0,31}"
 """The form of a text's name."""
@@ -47,6 +49,13 @@ def read_weights(value: Any, what: str = "weight", example: str = "code=3,prose=
         if not 0 <= weights[name] < math.inf:
             raise ValueError(f"the {what} of {name!r} must be 0 or more")
     return weights
+
+
+Texts = Annotated[dict[str, str], BeforeValidator(read_texts)]
+"""A field of named texts, however they are given."""
+
+Weights = Annotated[dict[str, float], BeforeValidator(read_weights)]
+"""A field of what each of them counts."""
 
 
 def _join_pairs(parts: Iterable[Any], form: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tools.base.named import read_texts, read_weights
+from tools.base.named import Texts, Weights
 from tools.base.names import name_source
 
 QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
@@ -151,14 +151,14 @@ class WorkbenchSettings(LoadSettings):
         description=f"Text reported once, at the end: {TEXT_SOURCE}. No prompt serves two texts: of self:A | B | C for "
         "all three the last is the test's, the one before it the validation's, and all others are the calibration's.",
     )
-    text: dict[str, str] = Field(
+    text: Texts = Field(
         {},
         exclude_if=operator.not_,  # what is kept on disk goes on to be called as ever
         description="A named text, NAME=SOURCE; given several times (in YAML a mapping), as many. They take the place "
         "of calibration, validation and test: each is cut into windows of its own for all three, as many as the "
         "options say for each text, and every figure is told for each.",
     )
-    text_weights: dict[str, float] = Field(
+    text_weights: Weights = Field(
         {},
         exclude_if=operator.not_,
         description="What each named text counts in what is fitted and judged, such as code=3,prose=1; a text of "
@@ -221,16 +221,6 @@ class WorkbenchSettings(LoadSettings):
         le=2**31 - 1,
         description="Seed of the labels drawn from the model for the KL curves, and of text that it writes.",
     )
-
-    @field_validator("text", mode="before")
-    @classmethod
-    def _read_texts(cls, value: Any) -> Any:
-        return read_texts(value)
-
-    @field_validator("text_weights", mode="before")
-    @classmethod
-    def _read_weights(cls, value: Any) -> Any:
-        return read_weights(value)
 
     @model_validator(mode="after")
     def _check_texts(self) -> Self:

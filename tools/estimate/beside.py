@@ -12,14 +12,9 @@ from tools.estimate.phases import (
     Phase,
     count_levels,
     count_moments,
-    describe_model,
-    describe_program,
-    describe_streamed,
+    describe_loading,
     describe_writing,
-    list_moved,
     list_other_moment,
-    list_passing,
-    list_reading,
 )
 from tools.estimate.shape import Shape, multiply
 from tools.models.disk import Line
@@ -38,10 +33,7 @@ def list_phases_beside(
 ) -> list[Phase]:
     """As `list_phases`, of the process that workers with these `parts` work for, and of their object store."""
     shape, workers, nodes = facts.shape, parts[0].workers, sum(part.nodes for part in parts)
-    model = describe_streamed(facts, streamed) if streamed else describe_model(shape, shape.weights)
-    moved = list_passing(streamed) if streamed else list_moved(facts)
-    read = [] if streamed else list_reading(facts)
-    program = describe_program(facts)
+    model, program, read, moved = describe_loading(facts, shape.weights, streamed)
 
     def hidden(what: str, count: int) -> Line:
         states = (settings.count_all("validation"), "windows"), (settings.window, "tokens")

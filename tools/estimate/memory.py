@@ -19,14 +19,9 @@ from tools.estimate.phases import (
     Phase,
     count_levels,
     count_moments,
-    describe_model,
-    describe_program,
-    describe_streamed,
+    describe_loading,
     describe_writing,
-    list_moved,
     list_other_moment,
-    list_passing,
-    list_reading,
 )
 from tools.estimate.shape import Shape, count_once, list_backward, multiply, name_chunk
 from tools.measure.losses import PREFIX_SHARE
@@ -66,8 +61,7 @@ def list_phases(
         moment = multiply("its second moment", (shape.widest, "inputs"), (shape.widest, "inputs"), (4, "bytes"))
         return [count_once(what, size, "a smaller layer of the same form"), moment, *other]
 
-    model = describe_streamed(facts, streamed) if streamed else describe_model(shape, weights)
-    program = describe_program(facts)
+    model, program, read, moved = describe_loading(facts, weights, streamed)
     always = [
         program,
         states("inputs of every few blocks, validation text", (kept, "blocks"), (part.validation, "windows")),
@@ -119,8 +113,6 @@ def list_phases(
     layer = pruned("one layer being pruned", held.pruned)
     levels = [*list_flow_at_hand(*mixed), *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels)]
     before = [*collected, *([] if away else list_flow(*mixed))]  # what flowed back through the last block is still held
-    moved = list_passing(streamed) if streamed else list_moved(facts)
-    read = [] if streamed else list_reading(facts)
     straight = settings.device == "spread"  # accelerate puts each weight where it belongs
     handed = facts.device != "cpu" and part.workers
     answer = [count_moments(shape, part.nodes, "sums handed over")] if handed else []

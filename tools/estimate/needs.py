@@ -23,7 +23,7 @@ from tools.estimate.course import Course, name_recipe
 from tools.estimate.cut_work import list_cut_end, list_cut_work, price_cut_flops, price_cut_seconds
 from tools.estimate.cutting import Cutting, find_cutting, list_cut_phases
 from tools.estimate.memory import list_phases
-from tools.estimate.phases import Facts, Phase, cut_parts, find_busiest, measure_process
+from tools.estimate.phases import Facts, Part, Phase, cut_parts, find_busiest, measure_process
 from tools.estimate.polish import add_polish, add_shared_polish, list_polish_disk, place_polish
 from tools.estimate.prices import Prices, Pricing, Work, price_flops, price_seconds
 from tools.estimate.pruning import count_layer
@@ -35,7 +35,7 @@ from tools.models.disk import DiskPlan, Line, list_cut_disk, plan_disk
 from tools.models.layers import Layer, Reach, find_blocks, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import FITS, count_models
 from tools.models.positions import refuse_long_windows
-from tools.models.streamed import measure_stream
+from tools.models.streamed import StreamSizes, measure_stream
 from tools.plans.methods import LEVERS
 from tools.plans.polish import Schedule, schedule_polish
 from tools.statistics.shards import count_waiting
@@ -122,35 +122,34 @@ def estimate(
     those that are here, and the disk is that of the `directory`. Reads the model's config, and runs one block of each
     kind for some seconds where the device is here. Raises UserError in one line.
     """
-    workers = _count_workers(settings)
-    asked = _read_run(settings)
-    model, layers = asked.model, asked.layers
+    run = _read_run(settings)
+    model, layers, workers = run.model, run.layers, run.workers
     place = _find_place(settings, model, devices)
-    if place.streams and course.cut:
+    if place.streamed and course.cut:
         raise UserError(ON_ONE_DEVICE)
     cutting = find_cutting(model, layers, course.cut) if course.cut else None
-    counts = count_block(model, settings.window, asked.lead)
+    counts = count_block(model, settings.window, run.lead)
     threads = count_threads(settings) if workers else torch.get_num_threads()
-    seconds, tokens, untimed = _time(model, asked.read, course, cutting, place.device, threads)
-    facts = _gather_facts(asked, place, counts, course, cutting)
+    seconds, tokens, untimed = _time(model, run.read, course, cutting, place.device, threads)
+    facts = _gather_facts(run, place, counts, course, cutting)
     room = settings.disk * 1e9 or (math.inf if place.told else _count_free_disk(directory))
-    disk = _plan_both_ways(asked, place, course, room)
-    phases = _list_all_phases(asked, place, facts, course, cutting, anew=disk.plan.at_once is not None)
-    shares = find_shares(settings, layers, find_busiest(cut_parts(settings, workers)))
-    flops = price_flops(asked.read, layers, counts, course)
+    disk = _plan_both_ways(run, place, course, room)
+    phases = _list_all_phases(run, place, facts, course, cutting, anew=disk.plan.at_once is not None)
+    shares = find_shares(settings, layers, find_busiest(run.parts))
+    flops = price_flops(run.read, layers, counts, course)
     if cutting:
-        flops = {**flops, **price_cut_flops(asked.read, counts, cutting)}
+        flops = {**flops, **price_cut_flops(run.read, counts, cutting)}
     pricing = Pricing(flops, None if seconds is None else _crowd(seconds, place.device, workers * threads))
-    blocks, weights = len(find_blocks(model)), sum(layer.weight_OI.numel() for layer in layers)
+    blocks = len(find_blocks(model))
 
     def work(at_once: int | None) -> list[Work]:
         out = 0.0 if at_once is None else (math.ceil(blocks / at_once) + 1) / 2  # to the last block, and less and less
         cut = list_cut_work(settings, cutting, pricing) if cutting else []
-        streams = place.streams
+        streams = place.streamed is not None
         steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
         return [*steps, *(list_cut_end(pricing) if cutting else [])]
 
-    written = list_cut_disk(model, layers, settings, cutting.sizes, asked.lead) if cutting else disk.plan.lines
+    written = list_cut_disk(model, layers, settings, cutting.sizes, run.lead) if cutting else disk.plan.lines
     polished = phases.polish_disk
     return Estimate(
         model=settings.model,
@@ -159,19 +158,19 @@ def estimate(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         blocks=blocks,
         layers=len(layers),
-        weights=weights,
-        zeros=0 if cutting else round(target * weights),
+        weights=run.weights,
+        zeros=0 if cutting else round(target * run.weights),
         goes=cutting.describe() if cutting else "",
-        of_blocks=asked.reach.of_blocks,
-        of_model=asked.reach.of_model,
-        dense=asked.reach.dense,
+        of_blocks=run.reach.of_blocks,
+        of_model=run.reach.of_model,
+        dense=run.reach.dense,
         phases=phases.own,
         workers=workers,
         threads=threads,
         of_worker=phases.of_worker,
         devices=place.devices,
         spread=place.spread,
-        streamed=measure_stream(model).blocks if place.streams else 0,
+        streamed=place.streamed.blocks if place.streamed else 0,
         disk=[*written, *([] if cutting else polished)],
         asked=disk.least,
         room=room if math.isfinite(room) else None,
@@ -197,6 +196,14 @@ class _Run(NamedTuple):
     layers: list[Layer]
     lead: int
     reach: Reach
+    workers: int
+    parts: list[Part]
+    """What each of them does, or the one process without any."""
+
+    @property
+    def weights(self) -> int:
+        """Of the prunable layers."""
+        return sum(layer.weight_OI.numel() for layer in self.layers)
 
 
 class _Place(NamedTuple):
@@ -206,7 +213,8 @@ class _Place(NamedTuple):
     devices: Devices | None
     told: bool
     """Whether it is another machine, which was told of."""
-    streams: bool
+    streamed: StreamSizes | None
+    """None where the model is held."""
     spread: list[Line]
 
 
@@ -228,7 +236,9 @@ class _Phases(NamedTuple):
 
 
 def _read_run(settings: TeamSettings) -> _Run:
-    """Raises UserError where the model cannot be built, reads no such windows, or too little of it can be pruned."""
+    """Raises UserError where the model cannot be built, reads no such windows, or too little of it can be pruned, and
+    for workers of a cluster."""
+    workers = _count_workers(settings)
     model, reading = build_empty(settings)
     lead = read_lead(settings)
     refuse_long_windows(model, settings.window, lead)
@@ -236,7 +246,7 @@ def _read_run(settings: TeamSettings) -> _Run:
     reach = measure_reach(model, layers)
     refuse_small_reach(reach, partial=settings.partial)
     read = settings.model_copy(update={"window": lead + settings.window})
-    return _Run(settings, read, model, reading, layers, lead, reach)
+    return _Run(settings, read, model, reading, layers, lead, reach, workers, cut_parts(settings, workers))
 
 
 def _find_place(settings: TeamSettings, model: Any, devices: Devices | None) -> _Place:
@@ -249,7 +259,7 @@ def _find_place(settings: TeamSettings, model: Any, devices: Devices | None) -> 
     whole = sum(parameter.nbytes for parameter in model.parameters())
     fits = devices is None or count_models(settings, device) * whole <= FITS * devices.bytes
     streams = settings.device == "stream" or (settings.device == "auto" and not fits)
-    return _Place(device, devices, told, streams, spread)
+    return _Place(device, devices, told, measure_stream(model) if streams else None, spread)
 
 
 def _gather_facts(run: _Run, place: _Place, counts: Counts, course: Course, cutting: Cutting | None) -> Facts:
@@ -262,14 +272,14 @@ def _gather_facts(run: _Run, place: _Place, counts: Counts, course: Course, cutt
 
 def _plan_both_ways(run: _Run, place: _Place, course: Course, room: float) -> _BothWays:
     """Without any room second moments are of one block at a time, with any amount all are kept."""
-    in_source = read_source(run.settings, run.layers) if place.streams else set[str]()
+    in_source = read_source(run.settings, run.layers) if place.streamed else set[str]()
     waiting = count_waiting(run.settings.count_all("calibration"))
 
     def plan(room: float) -> DiskPlan:
         return plan_disk(
             *(run.model, run.layers, run.settings, room, run.lead),
             weighs=course.weighs,
-            streamed=place.streams,
+            streamed=place.streamed is not None,
             in_source=in_source,
             waiting=waiting,
         )
@@ -282,15 +292,12 @@ def _list_all_phases(
     run: _Run, place: _Place, facts: Facts, course: Course, cutting: Cutting | None, *, anew: bool
 ) -> _Phases:
     """The phases with those of a polish, or of a cut. Raises UserError where a polish cannot be."""
-    settings, read, weighs = run.settings, run.read, course.weighs
-    workers = _count_workers(settings)
-    parts = cut_parts(settings, workers)
-    streamed = measure_stream(run.model) if place.streams else None
+    read, workers, parts, streamed, weighs = run.read, run.workers, run.parts, place.streamed, course.weighs
     part = max((line.bytes for line in place.spread), default=facts.shape.weights)
     phases = list_phases(facts, read, find_busiest(parts), part, weighs=weighs, streamed=streamed, anew=anew)
     beside = list_phases_beside(facts, read, parts, weighs=weighs, streamed=streamed, anew=anew) if workers else []
-    weights = sum(layer.weight_OI.numel() for layer in run.layers)
-    schedule, survivors = _schedule_polish(settings, course), weights - math.floor(course.polished_at * weights)
+    schedule = _schedule_polish(run.settings, course)
+    survivors = run.weights - math.floor(course.polished_at * run.weights)
     room = find_room(place.device, place.devices, here=not place.told)
     processes = [beside or phases, *[phases] * workers]
     polish = place_polish(schedule, survivors, read.window, facts, processes, room) if schedule else None

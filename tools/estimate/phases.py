@@ -150,16 +150,33 @@ def describe_program(facts: Facts) -> Line:
     return Line(what="Python, torch and transformers", how="measured in this process", bytes=facts.process)
 
 
-def list_reading(facts: Facts) -> list[Line]:
+def _list_reading(facts: Facts) -> list[Line]:
     """Nothing where the file is mapped and its weights are used as they are."""
     line = Line(what="its file as it is read", how="mapped, and converted in part", bytes=facts.reading)
     return [line] if facts.reading else []
 
 
-def list_moved(facts: Facts) -> list[Line]:
+def _list_moved(facts: Facts) -> list[Line]:
     """Weights pass through CPU memory on their way to a GPU, and back."""
     line = Line(what="the model on its way", how="all parameters", bytes=facts.shape.weights)
     return [] if facts.device == "cpu" else [line]
+
+
+class Loading(NamedTuple):
+    """What a process holds of the model, and while that is loaded or exported."""
+
+    model: Line
+    program: Line
+    read: list[Line]
+    moved: list[Line]
+
+
+def describe_loading(facts: Facts, weights: int, streamed: StreamSizes | None) -> Loading:
+    """`weights` is what one device holds of the model, bytes, which of one that is `streamed` are not looked at."""
+    program = describe_program(facts)
+    if streamed:
+        return Loading(_describe_streamed(facts, streamed), program, [], _list_passing(streamed))
+    return Loading(_describe_model(facts.shape, weights), program, _list_reading(facts), _list_moved(facts))
 
 
 def describe_writing(facts: Facts, settings: WorkbenchSettings, model: Line) -> Phase:
@@ -183,20 +200,20 @@ def describe_writing(facts: Facts, settings: WorkbenchSettings, model: Line) -> 
     )
 
 
-def describe_model(shape: Shape, weights: int) -> Line:
+def _describe_model(shape: Shape, weights: int) -> Line:
     if weights == shape.weights:
         return Line(what="the model", how="all parameters, each once", bytes=weights)
     return Line(what="the model's part on one GPU", how="the largest of these parts", bytes=weights)
 
 
-def describe_streamed(facts: Facts, sizes: StreamSizes) -> Line:
+def _describe_streamed(facts: Facts, sizes: StreamSizes) -> Line:
     """On a CPU the pages that a block was copied from may be in memory beside it."""
     blocks = 2 if facts.device == "cpu" else 1
     how = f"{blocks} × the largest block, with embeddings and head"
     return Line(what="of the model, which is streamed", how=how, bytes=blocks * sizes.block + sizes.outside)
 
 
-def list_passing(sizes: StreamSizes) -> list[Line]:
+def _list_passing(sizes: StreamSizes) -> list[Line]:
     """What passes through CPU memory where a model that is streamed is read from files, or written to them."""
     return [Line(what="one of its files", how="at most", bytes=max(SHARD, sizes.outside))]
 

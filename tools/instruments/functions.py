@@ -313,12 +313,12 @@ def _compare_probes(round_: Round, own: int, told: Figures) -> None:
         ours, theirs = _pair(round_.probed[own], round_.probed[place])
         if not (ours.kl and ours.finite and theirs.finite):
             continue
-        for whose, losses, others in _list_pairs(told, ours, theirs):
+        for whose, losses, others in list_pairs(told, ours, theirs):
             beside = whose.setdefault("kl_minus_probe", {})
             beside[f"{first + place}"] = [round_figure(figure) for figure in compare_kl(losses, others)]
 
 
-def _list_pairs(told: Figures, ours: Evaluation, theirs: Evaluation) -> list[tuple[Figures, Evaluation, Evaluation]]:
+def list_pairs(told: Figures, ours: Evaluation, theirs: Evaluation) -> list[tuple[Figures, Evaluation, Evaluation]]:
     """(where it is told, the losses of a probe, another's) of all windows that both have, and of those of each text."""
     texts = [(whose, ours.take_text(name), theirs.take_text(name)) for name, whose in told.get("texts", {}).items()]
     return [(told, ours, theirs), *texts]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tools.instruments.functions import Draft, Figures, Round, probe, read_probed, round_figure, take_part
+from tools.instruments.functions import Draft, Figures, Round, list_pairs, probe, read_probed, round_figure, take_part
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft, refuse_gone
 
@@ -32,11 +32,10 @@ def swap(round_: Round, selectors: Sequence[str], of: int, rest: int, *, whole: 
         if "probe" in figures:
             own = read_probed(round_, figures["probe"])
             theirs = take_part(bench, before, len(own.kl))
-            told["kl_minus_rest"] = _compare(own, theirs)
-            if named := figures.get("texts"):
-                told["texts"] = {
-                    name: {"kl_minus_rest": _compare(own.take_text(name), theirs.take_text(name))} for name in named
-                }
+            if "texts" in figures:
+                told["texts"] = {name: {} for name in figures["texts"]}
+            for whose, ours, others in list_pairs(told, own, theirs):
+                whose["kl_minus_rest"] = _compare(ours, others)
         swaps[graft.selector] = told
     return {"tokens": next(x["tokens"] for x in found if "tokens" in x), "swaps": swaps}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from graph.ablation.rows import Row, average, conclude, judge_kl, judge_perplexity, list_differences, rank_arms
+from graph.ablation.rows import Row, average, conclude, judge_perplexity, list_differences, rank_arms, weigh_texts
 
 
 def make_row(arm: str, seed: int, perplexity: float | None, **changes: Any) -> Row:
@@ -55,8 +55,8 @@ def test_kl_is_compared_in_percent_and_not_where_it_was_not_measured() -> None:
 def test_several_texts_are_judged_as_one_made_of_them() -> None:
     weights = {"code": 3.0, "prose": 1.0, "notes": 0.0}
     assert judge_perplexity({"code": 10.0, "prose": 20.0, "notes": None}, weights) == pytest.approx(10**0.75 * 20**0.25)
-    assert judge_kl({"code": 0.2, "prose": 0.6, "notes": None}, weights) == pytest.approx(0.3)
-    assert judge_kl({"code": 0.2, "prose": None, "notes": 1.0}, weights) is None
+    assert weigh_texts({"code": 0.2, "prose": 0.6, "notes": None}, weights) == pytest.approx(0.3)
+    assert weigh_texts({"code": 0.2, "prose": None, "notes": 1.0}, weights) is None
     assert judge_perplexity({"code": None, "prose": 20.0, "notes": 1.0}, weights) is None
 
 

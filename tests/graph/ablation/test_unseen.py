@@ -32,7 +32,7 @@ def test_what_a_run_left_is_measured_as_what_is_in_the_workbench(
     settings = make_settings(tiny_llama, tmp_path)
     with use_workbench(settings, tmp_path / "run", lambda _: None, ignore) as bench:
         checkpoint = prune(bench, bench.profile(ignore), 0.45)
-        same, pruned = (measure_checkpoint(settings, bench, DENSE, x, ignore) for x in (DENSE, checkpoint))
+        same, pruned = (measure_checkpoint(settings, bench, x, ignore) for x in (DENSE, checkpoint))
         export_model(bench.model, bench.tokenizer, tmp_path / "model", "")
     assert measure_exported(settings, tmp_path / "model", ignore) == pruned
     assert same.kls == {"sql": 0.0} and same.pruned == same.dense == pruned.dense
