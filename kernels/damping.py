@@ -24,6 +24,15 @@ def damp_inputs(second_moment_II: Tensor, share: float) -> Tensor:
     A fit to it is a ridge regression (Hoerl and Kennard 1970, eq. 2.1) in the coordinates in which all inputs are as
     loud, where that to A + d I would spare the loud ones.
     """
-    damped_II = second_moment_II.float() / (1 + share)
-    damped_II.diagonal().copy_(second_moment_II.diagonal())
+    return damp_part(second_moment_II, slice(None), slice(None), share)
+
+
+def damp_part(second_moment_II: Tensor, rows: slice, columns: slice, share: float) -> Tensor:
+    """Some rows of some columns, the same ones or none of them, of `damp_inputs(A, share)`, whole as large as A is."""
+    moment_II = second_moment_II[rows, columns]
+    if not share:
+        return moment_II.float()
+    damped_II = moment_II.float() / (1 + share)
+    if rows == columns:
+        damped_II.diagonal().copy_(moment_II.diagonal())
     return damped_II

@@ -5,7 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.damping import DAMPING
+from kernels.damping import DAMPING, damp_part
+
+BANDS = 8
+"""In so many parts, about, a matrix is looked at."""
 
 
 class Pruned(NamedTuple):
@@ -19,20 +22,26 @@ class Pruned(NamedTuple):
     """Share of mean(diag A) that an update added to A's diagonal: more than DAMPING where that did not suffice."""
 
 
-def row_errors(change_OI: Tensor, second_moment_II: Tensor) -> Tensor:
+def is_finite(matrix_NN: Tensor) -> bool:
+    """Whether no entry is infinite or not a number; looked at in bands, for torch makes a copy of what it looks at."""
+    return all(bool(torch.isfinite(band).all()) for band in matrix_NN.split(max(1, len(matrix_NN) // BANDS)))
+
+
+def row_errors(change_OI: Tensor, second_moment_II: Tensor, damping: float = 0.0) -> Tensor:
     """Mean over tokens of ((W - W')x)^2 of each output, from change = W - W' and A: shape (O,), fp32, at least 0.
 
-    A is symmetric, so what lies below its diagonal need not be multiplied: little more than half a product.
+    A is symmetric, so what lies below its diagonal need not be multiplied: little more than half a product. With
+    `damping` it is `damp_inputs(A, damping)`, a part of which is made at a time.
     """
     change_OI = change_OI.float()
     columns = change_OI.shape[1]
     error_O = torch.zeros(len(change_OI), device=change_OI.device)
     width = max(64, -(-columns // 8))
     for start in range(0, columns, width):
-        end = start + width
-        part_OI = change_OI[:, start:end]
-        product_OI = part_OI @ second_moment_II[start:end, start:end].float()
-        product_OI.addmm_(change_OI[:, :start], second_moment_II[:start, start:end].float(), alpha=2)
+        own, before = slice(start, start + width), slice(start)
+        part_OI = change_OI[:, own]
+        product_OI = part_OI @ damp_part(second_moment_II, own, own, damping)
+        product_OI.addmm_(change_OI[:, before], damp_part(second_moment_II, before, own, damping), alpha=2)
         error_O += product_OI.mul_(part_OI).sum(1)
     return error_O.clamp_(min=0)
 
@@ -43,6 +52,8 @@ def keep_better_rows(
     keep_OI: Tensor,
     second_moment_II: Tensor,
     bound_O: Tensor | None = None,
+    *,
+    damping: float = 0.0,
 ) -> Tensor:
     """`updated_OI`, but rows whose error the mask alone leaves smaller become the masked dense row.
 
@@ -50,13 +61,14 @@ def keep_better_rows(
     it is given in. An update can lose against its mask for three reasons: SparseGPT fixes a survivor before it knows
     which later columns go; damping weighs the inputs differently from the text; and rounding the survivors to bf16
     may cost more than removing the few least weights did. `bound_O` is an upper bound on each row's error, if one is
-    known: rows where it is below the mask's error need no second product.
+    known: rows where it is below the mask's error need no second product. `damping` is as in `row_errors`.
     """
-    masked_O = row_errors(weight_OI.float() * ~keep_OI, second_moment_II)  # masked_fill is slower
+    masked_O = row_errors(weight_OI.float() * ~keep_OI, second_moment_II, damping)  # masked_fill is slower
     rows = torch.arange(len(masked_O), device=masked_O.device)
     if bound_O is not None:
         rows = (bound_O > masked_O).nonzero()[:, 0]
-    worse = rows[row_errors(weight_OI[rows].float() - updated_OI[rows], second_moment_II) > masked_O[rows]]
+    error_O = row_errors(weight_OI[rows].float() - updated_OI[rows], second_moment_II, damping)
+    worse = rows[error_O > masked_O[rows]]
     if len(worse) == 0:
         return updated_OI
     better_OI = updated_OI.clone()
@@ -71,12 +83,13 @@ def finish_update(
     second_moment_II: Tensor,
     *,
     bound_O: Tensor | None = None,
+    damping: float = 0.0,
 ) -> Tensor:
     """Updated weights (fp32, zero where `keep_OI` is False) as they are stored: in the dtype of the dense weight.
 
     A survivor that the update or the rounding brings to exactly 0 would be one zero too many, so it becomes the least
     normal number; one that was 0 in the dense weight may stay so. Then `keep_better_rows`, `bound_O` being a bound on
-    the errors before the rounding. Raises ValueError when a weight is not finite.
+    the errors before the rounding, and `damping` as in `row_errors`. Raises ValueError when a weight is not finite.
     """
     updated_OI = fitted_OI.to(weight_OI.dtype)
     if not bool(torch.isfinite(updated_OI.sum(dtype=torch.float32))):
@@ -86,7 +99,7 @@ def finish_update(
         updated_OI = mend_lost(updated_OI, lost_OI & (weight_OI != 0))
     if bound_O is not None and updated_OI.dtype != torch.float32:
         bound_O = bound_rounding(fitted_OI, updated_OI, bound_O, second_moment_II.diagonal())
-    return keep_better_rows(updated_OI, weight_OI, keep_OI, second_moment_II, bound_O)
+    return keep_better_rows(updated_OI, weight_OI, keep_OI, second_moment_II, bound_O, damping=damping)
 
 
 def mend_lost(stored: Tensor, lost: Tensor) -> Tensor:

@@ -65,19 +65,17 @@ class LayerStatistics:
         vars(other).update(made, _damped=self._damped)
         return other
 
-    def damp(self, share: float) -> "LayerStatistics":
-        """With `damp_inputs(A, share)` for A; the last share's is shared as what is prepared from A is."""
+    def damp(self, share: float) -> System | None:
+        """`prepare_system(damp_inputs(A, share))`; the last share's is kept, and shared as all that is made from A."""
         if not share:
-            return self
+            return self.system
         if share not in self._damped:
             self._damped.clear()
-            damped = replace(self, second_moment_II=damp_inputs(self.moment_II, share))
-            vars(damped)["system"] = prepare_system(damped.moment_II)  # all that it is for, so that layers share it
-            self._damped[share] = damped
-        return self._damped[share].for_outputs(self.gradient_square_O)
+            self._damped[share] = prepare_system(damp_inputs(self.moment_II, share))
+        return self._damped[share]
 
     @cached_property
-    def _damped(self) -> dict[float, "LayerStatistics"]:
+    def _damped(self) -> dict[float, System | None]:
         return {}
 
 
@@ -134,11 +132,19 @@ def prune_two_sided_obs(
 
 
 def prune_refit(
-    weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None, *, steps: int = 5
+    weight_OI: Tensor,
+    statistics: LayerStatistics,
+    zeros: int,
+    pattern: Pattern | None = None,
+    *,
+    steps: int = 5,
+    damping: float = 0.0,
 ) -> Pruned:
     """Billhook's own: the two-sided mask grown in `steps` steps, all survivors refitted between them."""
-    moment_II, gamma_O = statistics.moment_II, statistics.gradient_square_O
-    return refit_in_steps(weight_OI, moment_II, gamma_O, zeros, pattern=pattern, steps=steps, system=statistics.system)
+    moment_II, gamma_O, system = statistics.moment_II, statistics.gradient_square_O, statistics.damp(damping)
+    return refit_in_steps(
+        weight_OI, moment_II, gamma_O, zeros, pattern=pattern, steps=steps, system=system, damping=damping
+    )
 
 
 METHODS: dict[str, Callable[[Tensor, LayerStatistics, int, Pattern | None], Pruned]] = {
@@ -179,11 +185,11 @@ def prune_weight(
     with `damping` what it and `refit` fit to is `damp_inputs(A, damping)`. Raises ValueError as the methods do.
     """
     if method == "refit":
-        pruned = prune_refit(weight_OI, statistics.damp(damping), zeros, pattern, steps=refit_steps)
+        pruned = prune_refit(weight_OI, statistics, zeros, pattern, steps=refit_steps, damping=damping)
     else:
         pruned = METHODS[method](weight_OI, statistics, zeros, pattern)
     if refit:
-        pruned = _refit(weight_OI, pruned, statistics.damp(damping))
+        pruned = _refit(weight_OI, pruned, statistics, damping)
     return _without_minus_zero(pruned)
 
 
@@ -207,8 +213,8 @@ def prune_levels(
     grown = [count for count in zeros if count > present]
     levels: Iterator[Pruned]
     if method == "refit":
-        damped, gamma_O = statistics.damp(damping), statistics.gradient_square_O
-        levels = refit_in_levels(weight_OI, damped.moment_II, gamma_O, grown, system=damped.system)
+        moment_II, gamma_O, system = statistics.moment_II, statistics.gradient_square_O, statistics.damp(damping)
+        levels = refit_in_levels(weight_OI, moment_II, gamma_O, grown, system=system, damping=damping)
     else:
         levels = (METHODS[method](weight_OI, statistics, count, None) for count in grown)
     for count in zeros:
@@ -217,7 +223,7 @@ def prune_levels(
             continue
         pruned = next(levels)
         if refit:
-            pruned = _refit(weight_OI, pruned, statistics.damp(damping))
+            pruned = _refit(weight_OI, pruned, statistics, damping)
         yield _without_minus_zero(pruned).weight_OI
 
 
@@ -257,11 +263,11 @@ def _prune_obs(
     )
 
 
-def _refit(weight_OI: Tensor, pruned: Pruned, statistics: LayerStatistics) -> Pruned:
+def _refit(weight_OI: Tensor, pruned: Pruned, statistics: LayerStatistics, damping: float) -> Pruned:
     """The same mask with its survivors refitted."""
     moment_II, keep_OI = statistics.moment_II, pruned.keep_OI
-    fitted_OI = refit_survivors(weight_OI, keep_OI, moment_II, system=statistics.system)
-    return pruned._replace(weight_OI=finish_update(fitted_OI, weight_OI, keep_OI, moment_II))
+    fitted_OI = refit_survivors(weight_OI, keep_OI, moment_II, system=statistics.damp(damping))
+    return pruned._replace(weight_OI=finish_update(fitted_OI, weight_OI, keep_OI, moment_II, damping=damping))
 
 
 def _without_minus_zero(pruned: Pruned) -> Pruned:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.cholesky import factor_lower
 from kernels.damping import DAMPING, escalate
-from kernels.guard import Pruned, finish_update
+from kernels.guard import Pruned, finish_update, is_finite
 from kernels.masks import keep_highest
 from kernels.patterns import check_group, keep_highest_of_columns
 from kernels.ranks import order_preserving_ints
@@ -53,7 +53,7 @@ def inverse_factor(second_moment_II: Tensor) -> InverseFactor:
     """
     moment_II = second_moment_II.float()
     diagonal_I = moment_II.diagonal()
-    if not bool(torch.isfinite(moment_II).all()):
+    if not is_finite(moment_II):
         raise ValueError("the second moment is not finite")
     dead_I = diagonal_I == 0
     mean = float(diagonal_I.mean())
@@ -61,9 +61,13 @@ def inverse_factor(second_moment_II: Tensor) -> InverseFactor:
         hessian_II = moment_II.flip(0, 1)
         hessian_II.diagonal().add_(share * mean).masked_fill_(dead_I.flip(0), 1.0)
         lower_II, positive = factor_lower(hessian_II)
+        del hessian_II  # of a wide layer each of these is among the largest tensors of a run
         if positive:
-            factor_II = invert_lower(lower_II).flip(0, 1)
-            if bool(torch.isfinite(factor_II).all()):
+            inverse_II = invert_lower(lower_II)
+            del lower_II
+            factor_II = inverse_II.flip(0, 1)
+            del inverse_II
+            if is_finite(factor_II):
                 return InverseFactor(factor_II, dead_I, share * mean, share)
     raise ValueError(f"the second moment is not positive definite, not even with damping {share:g}")
 

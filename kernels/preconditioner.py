@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kernels.damping import DAMPING
 from kernels.dispatch import multiplies_bf16
+from kernels.guard import is_finite
 from kernels.threads import one_thread, share_rows
 
 ROUNDS = 4
@@ -57,7 +58,7 @@ def prepare_system(second_moment_II: Tensor) -> System | None:
     moment_II = second_moment_II.float()
     diagonal_I = moment_II.diagonal()
     mean = float(diagonal_I.mean())
-    if not bool(torch.isfinite(moment_II).all()):
+    if not is_finite(moment_II):
         raise ValueError("the refit is not finite, as the second moment is not")
     if mean <= 0:
         return None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kernels.damping import damp_inputs
 from kernels.guard import Pruned, finish_update
 from kernels.masks import keep_highest
 from kernels.patterns import Pattern, check_pattern, keep_highest_of_groups
@@ -24,6 +25,7 @@ def refit_in_steps(
     pattern: Pattern | None = None,
     steps: int = 5,
     system: System | None = None,
+    damping: float = 0.0,
     iterations: int = 1,
     last_iterations: int = 4,
     tolerance: float = 0.03,
@@ -35,7 +37,8 @@ def refit_in_steps(
     `pattern` = (N, M) inside every M consecutive inputs first. No step takes back a zero; the last lands on exactly
     `zeros`. Each refit is `refit_survivors` against the *dense* weight, from where the last step ended: `iterations`
     and one coasting step, `last_iterations` at the end. The defaults make 13 products of the size of the layer, and
-    leave 4 % more error than three times as many would; `system` is `prepare_system(second_moment_II)`, if at hand.
+    leave 4 % more error than three times as many would. With `damping` all is fitted to `damp_inputs(A, damping)`;
+    `system` is `prepare_system` of what it is fitted to, if at hand.
 
     Exact zeros of the dense weight go first (with a pattern, up to N of a group; the refit may fill the rest). Rows
     which end worse than the mask alone are the masked dense rows (`keep_better_rows`).
@@ -45,7 +48,7 @@ def refit_in_steps(
     """
     if pattern is not None:
         check_pattern(weight_OI.shape, zeros, pattern)
-    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, pattern, system, tolerance)
+    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, pattern, system, damping, tolerance)
     growth.check(zeros)
     *first, last = plan_steps(zeros, steps, growth.zeros)
     for count in first:
@@ -61,6 +64,7 @@ def refit_in_levels(
     zeros: Sequence[int],
     *,
     system: System | None = None,
+    damping: float = 0.0,
     iterations: int = 4,
     tolerance: float = 0.03,
 ) -> Iterator[Pruned]:
@@ -69,7 +73,7 @@ def refit_in_levels(
     Otherwise as `refit_in_steps` with `iterations` after every step, which raises ValueError for the same reasons;
     also when `zeros` do not ascend. Each is made when it is asked for.
     """
-    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, None, system, tolerance)
+    growth = _Growth(weight_OI, second_moment_II, gradient_square_O, None, system, damping, tolerance)
     for count in zeros:
         growth.step(count, iterations)
         yield growth.finish()
@@ -100,10 +104,12 @@ class _Growth:
         gradient_square_O: Tensor,
         pattern: Pattern | None,
         system: System | None,
+        damping: float,
         tolerance: float,
     ) -> None:
         self.weight_OI, self.moment_II, self.pattern = weight_OI, second_moment_II, pattern
-        self.system, self.tolerance = system or prepare_system(second_moment_II), tolerance
+        self.system, self.tolerance = system or prepare_system(damp_inputs(second_moment_II, damping)), tolerance
+        self.damping = damping
         self.root_I, self.root_O = _root_of_share(second_moment_II.diagonal()), _root_of_share(gradient_square_O)
         self.fitted_OI = weight_OI.float()
         self.keep_OI = weight_OI != 0
@@ -120,13 +126,7 @@ class _Growth:
     def step(self, count: int, iterations: int, *, coast: bool = False) -> None:
         """To `count` zeros, those of the mask so far among them; then the refit."""
         self.check(count)
-        # Orders like its square, which may leave fp32's range.
-        score_OI = (self.fitted_OI.abs() * self.root_I).mul_(self.root_O[:, None])
-        if self.pattern is not None:
-            # Only what is among the N lowest of its group may go, so that no group can end with more.
-            stays_OI = keep_highest_of_groups(score_OI, ~self.keep_OI, *self.pattern)
-            score_OI.masked_fill_(stays_OI, torch.finfo(torch.float32).max)
-        self.keep_OI, self.zeros = keep_highest(score_OI, ~self.keep_OI, count), count
+        self.keep_OI, self.zeros = self._grow(count), count
         self.fitted_OI = refit_survivors(
             self.weight_OI,
             self.keep_OI,
@@ -138,9 +138,20 @@ class _Growth:
             coast=coast,
         )
 
+    def _grow(self, count: int) -> Tensor:
+        """The mask with so many zeros; its scores are gone before the refit begins."""
+        # Orders like its square, which may leave fp32's range.
+        score_OI = (self.fitted_OI.abs() * self.root_I).mul_(self.root_O[:, None])
+        if self.pattern is not None:
+            # Only what is among the N lowest of its group may go, so that no group can end with more.
+            stays_OI = keep_highest_of_groups(score_OI, ~self.keep_OI, *self.pattern)
+            score_OI.masked_fill_(stays_OI, torch.finfo(torch.float32).max)
+        return keep_highest(score_OI, ~self.keep_OI, count)
+
     def finish(self) -> Pruned:
         """The layer as it would be stored now."""
-        return Pruned(finish_update(self.fitted_OI, self.weight_OI, self.keep_OI, self.moment_II), self.keep_OI)
+        stored_OI = finish_update(self.fitted_OI, self.weight_OI, self.keep_OI, self.moment_II, damping=self.damping)
+        return Pruned(stored_OI, self.keep_OI)
 
 
 def _root_of_share(values_N: Tensor) -> Tensor:

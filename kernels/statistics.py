@@ -93,6 +93,7 @@ def squared_loss_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable
         with multiply_bf16(part_OI.device, bf16):
             for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
                 change_T += (x_TI.float() @ part_OI.T).mul_(g_TO).sum(1)  # of one window at a time is fp32 held
+        del part_OI  # it would be held while the next one is made
         totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]))
     return torch.stack(totals)
 
@@ -108,6 +109,7 @@ def _sum_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable[Tensor]
         narrow_OI = narrow(part_OI, dtype) if dtype in HALF else part_OI
         for change_T, (x_TI, g_TO) in zip(changes, pairs, strict=True):
             change_T += sum_changes(x_TI, narrow_OI, g_TO)
+        del part_OI, narrow_OI  # as above
         totals.append(torch.stack([change_T.double().square().sum() for change_T in changes]))
     return torch.stack(totals)
 

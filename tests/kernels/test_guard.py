@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.guard import bound_rounding, finish_update, keep_better_rows, row_errors
+from kernels.damping import damp_inputs
+from kernels.guard import bound_rounding, finish_update, is_finite, keep_better_rows, row_errors
 from kernels.refit import refit_survivors
 from tests.kernels.layers import make_layer
 
@@ -66,3 +67,23 @@ def test_rounding_is_bounded() -> None:
     bound = bound_rounding(exact, exact.bfloat16(), before, layer.moment.diagonal())
     after = row_errors(layer.weight - exact.bfloat16().float(), layer.moment)
     assert (after <= bound).all() and (bound < 4 * after).all()
+
+
+def test_errors_by_a_damped_moment_need_no_such_moment() -> None:
+    layer = make_layer(rows=8, columns=200)
+    change = layer.weight * 0.1
+    damped = damp_inputs(layer.moment, 0.3)
+    assert torch.equal(row_errors(change, layer.moment, 0.3), row_errors(change, damped))
+    assert torch.equal(row_errors(change, layer.moment, 0.0), row_errors(change, layer.moment))
+    updated, keep = layer.weight + change, torch.ones_like(layer.weight, dtype=torch.bool)
+    told = [finish_update(updated, layer.weight, keep, A, damping=d) for A, d in ((layer.moment, 0.3), (damped, 0.0))]
+    assert torch.equal(*told)
+
+
+def test_whatever_is_infinite_or_no_number_is_found() -> None:
+    for size in (1, 7, 8, 100):
+        matrix = torch.ones(size, size)
+        assert is_finite(matrix)
+        for row in (0, size - 1):
+            for value in (torch.nan, torch.inf, -torch.inf):
+                assert not is_finite(matrix.index_fill(0, torch.tensor([row]), value))

@@ -1,5 +1,8 @@
 """Statistics against explicit loops in float64."""
 
+import weakref
+from collections.abc import Iterator
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -96,6 +99,21 @@ def test_squared_loss_changes_are_explicit_sums_over_each_window(dtype: torch.dt
         for t, (g_t, x_t) in enumerate(zip(g.double().numpy(), x.double().numpy(), strict=True)):
             plain[t >= 3] += sum(g_t[i] * removed[i, j] * x_t[j] for i in range(d_out) for j in range(d_in)) ** 2
         assert result[s].tolist() == pytest.approx(plain, rel=1e-5)
+
+
+def test_one_change_is_held_at_a_time() -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def parts() -> Iterator[Tensor]:
+        for seed in range(3):
+            assert all(part() is None for part in made), "it is let go before the next one is made"
+            part = make(3, 5, seed=seed)
+            made.append(weakref.ref(part))
+            yield part
+            del part
+
+    squared_loss_changes([(make(6, 5, seed=7), make(6, 3, seed=6))], parts())
+    assert len(made) == 3
 
 
 def test_levels_and_changes_of_a_transposed_weight() -> None:

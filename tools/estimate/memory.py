@@ -21,6 +21,7 @@ from tools.estimate.phases import (
     count_moments,
     describe_loading,
     describe_writing,
+    list_both_held,
     list_other_moment,
 )
 from tools.estimate.shape import Shape, count_once, list_backward, multiply, name_chunk
@@ -89,7 +90,8 @@ def list_phases(
             lines.append(multiply("those of one layer and window in fp32", *of_window, (4, "bytes")))
         return lines
 
-    backward = [model, *list_backward(shape, counts)]
+    backward = [model, *list_both_held(facts, streamed), *list_backward(shape, counts)]
+    flowing = [] if away else list_flow()
     weigh = Phase(
         name=WEIGH,
         device=[*backward, multiply("inputs and output gradients of one block's layers", *flow)],
@@ -111,6 +113,8 @@ def list_phases(
 
     collected = [sums] if anew else []  # whenever layers are pruned
     layer = pruned("one layer being pruned", held.pruned)
+    curve = count_once("levels of one layer's KL curve", held.curve, "a smaller layer of the same form")
+    of_block = [count_moments(shape, 1)]
     levels = [*list_flow_at_hand(*mixed), *pruned(f"one layer pruned to {len(LEVELS)} levels", held.levels)]
     before = [*collected, *([] if away else list_flow(*mixed))]  # what flowed back through the last block is still held
     straight = settings.device == "spread"  # accelerate puts each weight where it belongs
@@ -130,11 +134,8 @@ def list_phases(
         Phase(name="profile, statistics", device=statistics, host=[*always, walked(), *answer]),
         Phase(
             name="profile, gradients",
-            device=[
-                *backward,
-                *list_flow_at_hand(),
-                count_once("levels of one layer's KL curve", held.curve, "a smaller layer of the same form"),
-            ],
+            # curves are measured once a block's graph is gone
+            device=max([*backward, *flowing], [model, *list_flow_at_hand(), curve], key=_add_up),
             host=[
                 *always,
                 *(list_flow() if away else []),
@@ -145,7 +146,9 @@ def list_phases(
         *([weigh] if weighs else []),
         Phase(
             name=ASKED_FOR,
-            device=[*backward, *([*collected, *levels] if part.workers else max(before, levels, key=_add_up))],
+            device=[*backward, *collected, *levels]
+            if part.workers
+            else max([*backward, *before], [model, *levels], key=_add_up),
             host=[
                 *always,
                 *passing,
@@ -163,8 +166,8 @@ def list_phases(
         ),
         Phase(
             name=IN_ORDER,
-            device=[model, *([] if part.workers else [count_moments(shape, 1)]), *layer],
-            host=[*always, walked(*mixed), *answer, *job],
+            device=[model, *([] if part.workers or away else of_block), *layer],
+            host=[*always, walked(*mixed), *(of_block if away and not part.workers else []), *answer, *job],
         ),
         Phase(
             name="validate",

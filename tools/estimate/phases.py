@@ -207,10 +207,20 @@ def _describe_model(shape: Shape, weights: int) -> Line:
 
 
 def _describe_streamed(facts: Facts, sizes: StreamSizes) -> Line:
-    """On a CPU the pages that a block was copied from may be in memory beside it."""
-    blocks = 2 if facts.device == "cpu" else 1
-    how = f"{blocks} × the largest block, with embeddings and head"
-    return Line(what="of the model, which is streamed", how=how, bytes=blocks * sizes.block + sizes.outside)
+    """On a CPU the pages that a block was copied from may be in memory beside it; on a GPU the head comes by turn."""
+    if facts.device == "cpu":
+        how, size = "2 × the largest block, with embeddings and head", 2 * sizes.block + sizes.outside
+    else:
+        how, size = "the largest block, or the output head, and norms", max(sizes.block, sizes.head) + sizes.others
+    return Line(what="of the model, which is streamed", how=how, bytes=size)
+
+
+def list_both_held(facts: Facts, streamed: StreamSizes | None) -> list[Line]:
+    """What is held beside either of the last block and the head, where a loss flows back through both."""
+    if streamed is None or facts.device == "cpu":
+        return []
+    how = "the smaller of the largest block and the head"
+    return [Line(what="the last block beside the output head", how=how, bytes=min(streamed.block, streamed.head))]
 
 
 def _list_passing(sizes: StreamSizes) -> list[Line]:

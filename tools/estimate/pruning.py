@@ -26,7 +26,7 @@ from tools.plans.methods import LEVERS
 from tools.plans.recipe import Recipe, count_pattern_zeros
 from tools.statistics.pruned import cut_to_levels, parts_of_mask, prune_layer
 
-SMALL = 128
+SMALL = 256
 """Outputs or inputs, whichever are more, of the layer that is counted."""
 
 ROWS = 64
@@ -219,7 +219,7 @@ def time_preparation(recipe: Recipe, statistics: LayerStatistics) -> float:
     moment_II, seconds = statistics.moment_II, 0.0
     device, inputs = moment_II.device, len(moment_II)
     if recipe.refits:
-        seconds += time_call(device, lambda: statistics.damp(recipe.fit_damping).system)
+        seconds += time_call(device, lambda: statistics.damp(recipe.fit_damping))
     name = PREPARES.get(recipe.method, "system")
     if name == "system":
         return seconds

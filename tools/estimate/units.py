@@ -18,9 +18,12 @@ from torch import Tensor
 from kernels.channels import HalvedSums, MomentSums, eliminate_units, expand_units, fit_kept
 from tools.estimate.clock import time_call
 from tools.estimate.meter import Meter
-from tools.estimate.pruning import FACTORED, SMALL, make_weight
+from tools.estimate.pruning import FACTORED, make_weight
 from tools.surgery.curves import count_together
 from tools.surgery.parts import Kind
+
+SMALL = 128
+"""Channels, or inputs of what is fitted, whichever are more, of the part that is counted."""
 
 Run = Callable[[], object]
 

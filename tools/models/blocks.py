@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tools.base.errors import UserError, in_one_line
 from tools.models.layers import find_blocks, find_device
-from tools.models.readout import CHECKED, compute_hidden
+from tools.models.positions import CHECKED
+from tools.models.readout import compute_hidden
 from tools.models.streamed import find_stream
 
 _PROBE = 4

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tools.base.errors import UserError, in_one_line
-from tools.models.readout import CHECKED
+from tools.models.positions import CHECKED
 
 Experts = Sequence[Mapping[str, nn.Module]]
 """For each expert its projections, by name: gate_proj where it has one, up_proj and down_proj, as they run."""

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from tools.base.errors import UserError
 from tools.models.blocks import Blocks, run_whole
 from tools.models.layers import Layer
-from tools.models.readout import CHECKED
+from tools.models.positions import CHECKED
 
 _IDLE = "is not called on text, and stays dense"
 _ODD = "computes something else than a product with its weights, and stays dense"

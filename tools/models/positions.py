@@ -1,8 +1,11 @@
-"""How many tokens a model can have before it."""
+"""How many tokens a model can have before it, and on how many it is checked."""
 
 from typing import Any
 
 from tools.base.errors import UserError
+
+CHECKED = 16
+"""Tokens on which what a model is taken for is compared with the model itself, when it is loaded."""
 
 
 def count_positions(model: Any) -> int | None:

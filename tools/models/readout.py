@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from tools.base.errors import UserError
-
-CHECKED = 16
-"""Tokens on which what a model is taken for is compared with the model itself, when it is loaded."""
+from tools.models.layers import find_device
+from tools.models.positions import CHECKED
 
 CHUNK = 128
 """Tokens whose logits are held at once."""
@@ -32,12 +31,13 @@ def compute_hidden(model: Any, ids_BT: Tensor) -> Tensor:
         captured.append(inputs[0])
         return (inputs[0][..., :0, :],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_input)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(keep_input)
     try:
         model(input_ids=ids_BT, use_cache=False)
     finally:
         hook.remove()
-    return captured[0].to(model.get_output_embeddings().weight.device)
+    return captured[0].to(find_device(head))
 
 
 def compute_logits(model: Any, hidden: Tensor) -> Tensor:

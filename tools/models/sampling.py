@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.progress import Stopped, heed_stop
-from tools.models.readout import CHECKED
+from tools.models.positions import CHECKED
 
 DIFFERENCE, DIFFERENCE_HALF = 0.001, 0.05
 """How far, in total variation, the model's distribution may be another with a cache than without, in fp32, and in

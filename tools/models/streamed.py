@@ -2,8 +2,10 @@
 
 While a block runs, copies of its weights are on the device that it runs on; they go when another block's come, or when
 they are written to, or with the last graph that needs them. At all other times a module has the weights that lie on
-disk, mapped into memory: whoever reads or writes those finds them as in any model. Embeddings and head are on the
-device where that is a GPU, and else on disk, too.
+disk, mapped into memory: whoever reads or writes those finds them as in any model.
+
+So have embeddings and head. For a GPU rows are looked up where the embeddings lie, and the head comes when it runs, as
+a block does; what little else is in no block is on the GPU all the time.
 """
 
 import functools
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from tools.base.files import write_directory
@@ -44,7 +47,7 @@ class _Owner(NamedTuple):
 
 @dataclass(frozen=True)
 class _Streamed:
-    """One block of a stream (`StreamedBlock`)."""
+    """A block of a stream (`StreamedBlock`), or the head behind the last one."""
 
     stream: "Stream"
     block: int
@@ -67,24 +70,49 @@ class Stream:
         """Those that the model's own files have bit for bit as they were loaded, by their names."""
         blocks = find_blocks(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._owners = [_list_owners(block) for block in blocks]
-        self._names = [[names[id(p)] for p in block.parameters()] for block in blocks]
+        self._owners: list[list[_Owner]] = []
+        self._names: list[list[str]] = []
+        """Of each block, and of the head behind the last one where that comes by turn."""
+        for block in blocks:
+            self._add(block, names)
+            block.forward = self._bring_for(len(self._owners) - 1, block.forward)
         inside = {name for block in self._names for name in block}
         self._outside = [name for name in mapped if name not in inside]
-        for index, block in enumerate(blocks):
-            for module in block.modules():
-                setattr(module, STREAMED, _Streamed(self, index))
-            block.forward = self._bring_for(index, block.forward)
         setattr(model, _STREAM, self)
         self.shard = max(SHARD, *(parameter.nbytes for parameter in model.parameters()))
         """Bytes of the files that it is written in."""
-        if device.type != "cpu":
-            _move_outside(model, self._outside, device)
+        if has_own_memory(device):
+            self._take_outside(model, names)
         self._touched: int | None = None
         self._copied: tuple[int, dict[int, nn.Parameter]] | None = None
         self._before = -1
         """The block that was copied before."""
         self.let_go()
+
+    def _add(self, part: nn.Module, names: Mapping[int, str]) -> None:
+        for module in part.modules():
+            setattr(module, STREAMED, _Streamed(self, len(self._owners)))
+        self._owners.append(_list_owners(part))
+        self._names.append([names[id(parameter)] for parameter in part.parameters()])
+
+    def _take_outside(self, model: Any, names: Mapping[int, str]) -> None:
+        """See to what is in no block: it is not to lie on the device but for the smallest of it."""
+        outside = list_outside(model)
+        if outside.head is not None:
+            self._add(outside.head, names)
+            bringing = self._bring_for(len(self._owners) - 1, outside.head.forward)
+            outside.head.forward = _sparing(outside.head.forward, bringing, self.device)
+        for embedding in outside.embeddings:
+            embedding.forward = _looking_up(embedding.forward, self.device)
+        for module in outside.others:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(self.device)
+        near = {id(module) for module in outside.embeddings}
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and id(module) not in near:
+                    module._buffers[name] = buffer.to(self.device)
+        _say_device(model, self.device)
 
     def touch(self, block: int) -> None:
         """As `StreamedBlock.touch`; what is written to a block that was copied is for the next copies of it."""
@@ -156,15 +184,54 @@ def _list_owners(block: nn.Module) -> list[_Owner]:
     ]
 
 
-def _move_outside(model: Any, names: list[str], device: torch.device) -> None:
-    """Put embeddings, head and norms behind the blocks on a GPU, and all buffers."""
-    parameters = dict(model.named_parameters())
-    for name in names:
-        parameters[name].data = parameters[name].data.to(device)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+def has_own_memory(device: torch.device) -> bool:
+    """Whether what lies on a device does not lie in CPU memory."""
+    return device.type != "cpu"
+
+
+class Outside(NamedTuple):
+    """Modules with weights of their own, of a model, that are in no block."""
+
+    head: nn.Module | None
+    embeddings: Sequence[nn.Module]
+    others: Sequence[nn.Module]
+
+
+def list_outside(model: Any) -> Outside:
+    """They may be on the meta device."""
+    head = model.get_output_embeddings()
+    apart = {module for block in find_blocks(model) for module in block.modules()} | {head}
+    rest = [module for module in model.modules() if module not in apart and module._parameters]
+    embeddings = [module for module in rest if isinstance(module, nn.Embedding)]
+    return Outside(head, embeddings, [module for module in rest if module not in embeddings])
+
+
+def _looking_up(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """An embedding's forward that looks its rows up where they lie, for a device."""
+
+    @functools.wraps(forward)
+    def look_up(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = send_to_device((args, kwargs), "cpu")
+        return send_to_device(forward(*args, **kwargs), device)
+
+    return look_up
+
+
+def _sparing(forward: Callable[..., Any], bringing: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A head's forward that brings its weights to a device where it is given any tokens."""
+
+    @functools.wraps(forward)
+    def run(hidden: torch.Tensor) -> Any:
+        return bringing(hidden) if hidden.numel() else forward(hidden.cpu()).to(device)
+
+    return run
+
+
+def _say_device(model: Any, device: torch.device) -> None:
+    """The library takes a model to be where its first weight is, which is the embeddings'."""
+    own = type(model)
+    says = {"device": property(lambda _: device), "__module__": own.__module__, "__doc__": own.__doc__}
+    model.__class__ = type(own.__name__, (own,), says)
 
 
 class StreamSizes(NamedTuple):
@@ -176,13 +243,20 @@ class StreamSizes(NamedTuple):
     """Of embeddings, head and whatever else is in no block."""
     blocks: int
     """Of all blocks."""
+    head: int
+    others: int
+    """Of what is neither in a block nor head or embeddings."""
 
 
 def measure_stream(model: Any) -> StreamSizes:
     """What is held of a model, which may be on the meta device."""
     blocks = find_blocks(model)
     whole, inside = (sum(p.nbytes for p in part.parameters()) for part in (model, blocks))
-    return StreamSizes(max(sum(p.nbytes for p in block.parameters()) for block in blocks), whole - inside, inside)
+    outside = list_outside(model)
+    head = sum(p.nbytes for p in outside.head.parameters()) if outside.head else 0
+    others = sum(p.nbytes for module in outside.others for p in module.parameters(recurse=False))
+    largest = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    return StreamSizes(largest, whole - inside, inside, head, others)
 
 
 # --- loading -------------------------------------------------------------------------------------------------------

@@ -59,6 +59,11 @@ class Moments(NamedTuple):
     few: dict[str, int]
     """As in `ModelStatistics`."""
 
+    def bring_near(self) -> "Moments":
+        """The same in CPU memory."""
+        squares, moments = ({k: x.cpu() for k, x in part.items()} for part in (self.mean_square, self.second_moment))
+        return self._replace(mean_square=squares, second_moment=moments)
+
 
 _walks = itertools.count()
 

@@ -326,7 +326,9 @@ class Profiles:
         if present is not None:
             leader = present.group[name]
             moment_II = present.second_moment.get(name, present.second_moment.get(leader))
-            return LayerStatistics(present.mean_square[leader], gamma_O, moment_II)
+            if moment_II is not None:
+                moment_II = moment_II.to(device)
+            return LayerStatistics(present.mean_square[leader].to(device), gamma_O, moment_II)
         if not recipe.changes_survivors:
             return LayerStatistics(means[f"a/{name}"].to(device), gamma_O)
         moments = self.find_moments(profile, weighted=recipe.weighs_tokens)

@@ -284,6 +284,8 @@ class Pruner:
                 names=stage,
                 weights=self._profiles.read_token_weights(profile, block) if weighs else None,
             )
+            if layers[0].is_streamed:
+                moments = moments.bring_near()
             for name, artifact in self._compute_all(chosen, moments):
                 self._index.add(keys[name], artifact)
                 done[name] = artifact

@@ -69,8 +69,8 @@ def test_a_tiny_llama_on_the_cpu(tiny_llama: Path) -> None:
             [MODEL, FORWARD, 3 * MOMENTS],  # of 4 windows in as many shards: two sums on the way, and a leaf
             [*always, 2 * 4 * STATE],
         ),
-        "profile, gradients": ([*backward, CURVE], [*always, 2 * STATE, 2 * 2 * STATE]),
-        ASKED_FOR: ([*backward, LEVELS, MATRIX], [*always, 2 * STATE, 2 * STATE]),
+        "profile, gradients": (backward, [*always, 2 * STATE, 2 * 2 * STATE]),  # more than a curve behind it
+        ASKED_FOR: ([MODEL, 2 * FLOW, LEVELS, MATRIX], [*always, 2 * STATE, 2 * STATE]),
         "prune": ([MODEL, PRUNED, MATRIX], always),
         IN_ORDER: ([MODEL, MOMENTS, PRUNED, MATRIX], [*always, 2 * 4 * STATE]),
         "validate": (evaluation, [*always, 3 * 3 * STATE]),
@@ -83,7 +83,7 @@ def test_a_tiny_llama_in_bf16_on_a_gpu(tiny_llama: Path) -> None:
     assert phases["load"] == ([MODEL // 2], [MODEL, MODEL // 2])  # the file is fp32
     assert phases["profile, statistics"][0] == [MODEL // 2, FORWARD, 3 * MOMENTS, 64 * 48 * 4]
     assert phases["profile, gradients"][0] == [
-        *(MODEL // 2, GRAPH, READOUT, 2 * FLOW // 2),
+        *(MODEL // 2, 2 * FLOW // 2),
         64 * 80 * 4,  # inputs and output gradients of one layer and window in fp32
         CURVE,
     ]
@@ -129,7 +129,7 @@ def test_two_workers_of_a_tiny_llama(tiny_llama: Path) -> None:
         "load": ([MODEL], []),
         "validate the dense model": (evaluation, [kept, 2 * 2 * STATE]),
         "profile, statistics": ([MODEL, FORWARD, 2 * MOMENTS], [kept, 2 * 2 * STATE]),
-        "profile, gradients": ([*backward, CURVE], [kept, STATE, 2 * STATE]),
+        "profile, gradients": (backward, [kept, STATE, 2 * STATE]),
         ASKED_FOR: ([*backward, LEVELS, MATRIX], [kept, STATE, STATE, *job, levels]),
         "prune": ([MODEL, PRUNED, MATRIX], [kept, *job]),
         IN_ORDER: ([MODEL, PRUNED, MATRIX], [kept, 2 * 2 * STATE, *job]),

@@ -8,6 +8,7 @@ import torch
 
 from kernels import preconditioner
 from tools.estimate import pruning as module
+from tools.estimate.meter import Meter
 from tools.estimate.pruning import (
     count_flops,
     count_layer,
@@ -39,6 +40,23 @@ def test_pruning_a_layer_holds_what_was_counted(
     assert least * said.pruned <= max(pruned.values()) <= 1.05 * said.pruned
     assert least * said.levels <= max(levels.values()) <= 1.05 * said.levels
     assert module._meter_curve(weight_OI, statistics).peak == pytest.approx(said.curve, rel=0.05)
+
+
+def test_of_a_wide_layer_a_second_moment_and_what_it_is_factored_to_are_held_once() -> None:
+    """A damped fit holds no damped moment beside its system, a factor neither what it was made from nor its inverse."""
+    weight_OI, statistics = make_weight((16, 512), torch.float32), make_statistics(512)
+    matrix = statistics.moment_II.nbytes
+
+    def peak(recipe: Recipe, *, levels: bool = False) -> float:
+        return module._meter(module._cut if levels else module._prune, recipe, weight_OI, statistics).peak / matrix
+
+    for levels in (False, True):
+        plain, damped = (peak(Recipe(damping=share), levels=levels) for share in (0.0, 0.2))
+        assert damped < max(plain, 2.6), "a damped moment is there while its system is made"
+    assert peak(Recipe(method="sparsegpt")) < 3.2
+    with Meter() as meter:
+        system = statistics.system
+    assert system is not None and meter.peak < 1.6 * matrix
 
 
 def test_an_opponent_counts_where_it_is_asked_for() -> None:

@@ -231,12 +231,50 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(tiny_llama: Path, tmp_pa
         load_model(tiny_settings(broken, device="stream"), tmp_path)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gemma3n", "opt", "gpt_oss"])
+def test_of_a_gpu_embeddings_and_head_take_memory_only_while_the_head_runs(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the CPU had a memory of its own: what comes to it is a copy."""
+    monkeypatch.setattr(tools.models.streamed, "has_own_memory", lambda device: True)
+    path = save(tmp_path / "model", architecture)
+    whole, _ = load_model(tiny_settings(path))
+    streamed, _ = load_model(tiny_settings(path, device="stream"), tmp_path)
+    assert type(streamed).__name__ == type(whole).__name__ and streamed.device == torch.device("cpu")
+    head = streamed.get_output_embeddings()
+    apart = [module.weight for module in streamed.modules() if isinstance(module, torch.nn.Embedding)]
+    places = [weight.data_ptr() for weight in (*apart, head.weight)]
+    seen: list[tuple[int, bool]] = []
+
+    def look(_module: Any, given: tuple[torch.Tensor], _output: Any) -> None:
+        seen.append((given[0].shape[-2], head.weight.data_ptr() != places[-1]))
+
+    linear = torch.nn.functional.linear
+
+    def see(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.shape == head.weight.shape:
+            look(None, (given,), None)
+        return linear(given, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", see)
+    assert torch.equal(streamed(input_ids=IDS_BT).logits, whole(input_ids=IDS_BT).logits)
+    assert seen[0] == (IDS_BT.shape[1], True), "it is a copy that runs"
+    seen.clear()
+    Blocks(streamed).embed(IDS_BT[0])
+    assert set(seen) == {(0, False)}, "of no tokens it is not brought"
+    check_blocks(Blocks(streamed), IDS_BT[0])
+    assert [weight.data_ptr() for weight in (*apart, head.weight)] == places
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(streamed.state_dict()[name], weight), name
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_blocks_come_to_a_gpu(tiny_llama: Path, tmp_path: Path) -> None:
     whole, _ = load_model(tiny_settings(tiny_llama, device="cuda"))
     streamed, _ = load_model(tiny_settings(tiny_llama, device="stream"), tmp_path)
     assert {layer.device.type for layer in find_layers(streamed)} == {"cuda"}
     assert {layer.weight_OI.device.type for layer in find_layers(streamed)} == {"cpu"}
+    assert streamed.get_input_embeddings().weight.device.type == "cpu" and streamed.device.type == "cuda"
     ids_BT = IDS_BT.cuda()
     torch.testing.assert_close(streamed(input_ids=ids_BT).logits, whole(input_ids=ids_BT).logits)
     check_blocks(Blocks(streamed), ids_BT[0])
