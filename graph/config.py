@@ -11,7 +11,15 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.named import read_weights
 from tools.base.names import path_of
 from tools.base.options import READS_FILES, check_options, read_options
-from tools.base.settings import NO_STREAMED_POLISH, TEAM, CutSettings, PolishSettings, TaskSettings, TeamSettings
+from tools.base.settings import (
+    NO_STREAMED_POLISH,
+    TEAM,
+    CutSettings,
+    PolishSettings,
+    TaskSettings,
+    TeamSettings,
+    count_checkpoints,
+)
 from tools.plans.costs import count_polish
 from tools.plans.recipe import parse_pattern
 
@@ -298,6 +306,11 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
     def offers_instruments(self) -> bool:
         """Whether a chat planner may call tools before it answers."""
         return self.planner != HEURISTIC and self.planner_calls > 0
+
+    @property
+    def checkpoints(self) -> int:
+        """Whose layers lie on disk at once, at most: the rule probes nothing."""
+        return count_checkpoints(self, self.max_iterations, probes=self.offers_instruments)
 
     @property
     def takes_parts(self) -> bool:

@@ -32,6 +32,7 @@ def foresee_course(config: RunConfig) -> Course:
         prompts=len(PROMPTS),
         continuing=2,
         cut=CutCourse(config.max_iterations, config.target_size, config.align) if cuts else None,
+        checkpoints=config.checkpoints,
     )
 
 

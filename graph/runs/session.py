@@ -109,7 +109,8 @@ def read_logged(directory: Path, node: str, checkpoint: str) -> Counter[str]:
 @contextmanager
 def open_bench(state: State, session: Session) -> Iterator["Workbench"]:
     """The run's workbench, holding the weights that the state says are in it."""
-    with use_workbench(state.config, session.directory, session.warn, session.progress) as bench:
+    config = state.config
+    with use_workbench(config, session.directory, session.warn, session.progress, config.checkpoints) as bench:
         bench.restore(state.current)
         yield bench
 

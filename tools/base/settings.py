@@ -372,11 +372,11 @@ MOST_PROBES = 4
 """Plans that one call of a planner measures at most."""
 
 
-def count_checkpoints(settings: TeamSettings) -> int:
-    """Checkpoints whose layers lie on disk at once, at most: those that are kept, and beside them what the last probe
-    measured at once and what the next one, or a trial, makes."""
+def count_checkpoints(settings: TeamSettings, rounds: int = KEPT, *, probes: bool = True) -> int:
+    """Checkpoints whose layers lie on disk at once, at most: those that are kept of so many rounds, and beside them one
+    that is made, or with probes what the last one measured at once and what the next one, or a trial, makes."""
     workers = int(settings.workers) if settings.workers.isdigit() else MOST_PROBES * bool(settings.workers)
-    return KEPT + 2 * min(max(workers, 1), MOST_PROBES)
+    return min(KEPT, rounds) + (2 * min(max(workers, 1), MOST_PROBES) if probes else 1)
 
 
 def count_beside(settings: TeamSettings) -> int:

@@ -149,7 +149,11 @@ def estimate(
         steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
         return [*steps, *(list_cut_end(pricing) if cutting else [])]
 
-    written = list_cut_disk(model, layers, settings, cutting.sizes, run.lead) if cutting else disk.plan.lines
+    written = (
+        list_cut_disk(model, layers, settings, cutting.sizes, run.lead, course.checkpoints)
+        if cutting
+        else disk.plan.lines
+    )
     polished = phases.polish_disk
     return Estimate(
         model=settings.model,
@@ -282,6 +286,7 @@ def _plan_both_ways(run: _Run, place: _Place, course: Course, room: float) -> _B
             streamed=place.streamed is not None,
             in_source=in_source,
             waiting=waiting,
+            checkpoints=course.checkpoints,
         )
 
     chosen, least = plan(room), plan(0)

@@ -44,6 +44,7 @@ def plan_disk(
     streamed: bool = False,
     in_source: Container[str] = (),
     waiting: int = 0,
+    checkpoints: int = 0,
 ) -> DiskPlan:
     """What a run writes that has so many bytes of `room`: all second moments, or else those of as many blocks as fit.
 
@@ -60,6 +61,7 @@ def plan_disk(
             streamed=streamed,
             in_source=in_source,
             waiting=waiting,
+            checkpoints=checkpoints,
             at_once=at_once,
         )
         return DiskPlan(lines, at_once)
@@ -81,6 +83,7 @@ def list_disk(
     streamed: bool = False,
     in_source: Container[str] = (),
     waiting: int = 0,
+    checkpoints: int = 0,
     at_once: int | None = None,
 ) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
@@ -89,13 +92,15 @@ def list_disk(
     model that is `streamed` lies there as it is now, too, once for each process on this machine, and without workers
     what validation windows passed on; its layers whose names are `in_source` have their dense weights in files that are
     there already, and of a block's second moments so many sums over some of the text are `waiting`. Second moments are
-    those of `at_once` blocks where that is given.
+    those of `at_once` blocks where that is given, and of `checkpoints` there are as many as `count_checkpoints` has it
+    where it is not said how many.
     """
     copied = [layer for layer in layers if layer.name not in in_source]
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = settings.count_all("calibration") if weighs else settings.back_propagated
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
-    checkpoints, checkpoint = count_checkpoints(settings), sum(bound_artifact(layer.weight_OI) for layer in layers)
+    checkpoints = checkpoints or count_checkpoints(settings)
+    checkpoint = sum(bound_artifact(layer.weight_OI) for layer in layers)
     return [
         *(_list_kept_moments(layers, settings, weighs) if at_once is None else []),
         *([_describe_held_moments(layers, settings, at_once)] if at_once else []),
@@ -129,10 +134,10 @@ class CutSizes(NamedTuple):
 
 
 def list_cut_disk(
-    model: Any, layers: Sequence[Layer], settings: TeamSettings, sizes: CutSizes, lead: int = 0
+    model: Any, layers: Sequence[Layer], settings: TeamSettings, sizes: CutSizes, lead: int = 0, checkpoints: int = 0
 ) -> list[Line]:
     """As `list_disk`, of a run that takes parts away: nothing is measured of single weights."""
-    checkpoints, hidden = count_checkpoints(settings), settings.count_all("validation")
+    checkpoints, hidden = checkpoints or count_checkpoints(settings), settings.count_all("validation")
     return [
         _describe_hidden("the dense model's hidden states", model, hidden, lead + settings.window),
         *_list_further(model, settings, lead + settings.window),

@@ -77,8 +77,10 @@ class Workbench:
         warn: Warn,
         progress: Progress,
         loaded: tuple[Any, Any] | None = None,
+        checkpoints: int = 0,
     ) -> None:
-        """`loaded` are the settings' model, with its dense weights, and tokenizer, where they are at hand."""
+        """`loaded` are the settings' model, with its dense weights, and tokenizer, where they are at hand; layers of so
+        many `checkpoints` lie on disk at once, where it is known."""
         self.settings, self.directory, self._warn = settings, directory, Warner(warn)
         self.paces: Paces = {}
         progress("load model", 0, 1)
@@ -94,7 +96,7 @@ class Workbench:
         layers = find_layers(self.model)
         lead = count_lead(settings, self.tokenizer)
         refuse_long_windows(self.model, settings.window, lead)
-        at_once = _fit_disk(self.model, layers, settings, directory, lead, self._warn)
+        at_once = _fit_disk(self.model, layers, settings, directory, lead, checkpoints, self._warn)
         self.index = Index(self.store)
         author = Author(self.model, self.tokenizer, settings, self.index, progress)
         self.windows = cut_windows(settings, self.tokenizer, author)
@@ -377,7 +379,13 @@ class Workbench:
 
 
 def _fit_disk(
-    model: Any, layers: list[Layer], settings: TeamSettings, directory: Path, lead: int, warn: Warn
+    model: Any,
+    layers: list[Layer],
+    settings: TeamSettings,
+    directory: Path,
+    lead: int,
+    checkpoints: int,
+    warn: Warn,
 ) -> int | None:
     """Of how many blocks second moments may lie on disk at once; None where there is room for those of all.
 
@@ -399,6 +407,7 @@ def _fit_disk(
         streamed=stream is not None,
         in_source=in_source,
         waiting=waiting,
+        checkpoints=checkpoints,
     )
     plan = count(room)
     if plan.bytes > room:

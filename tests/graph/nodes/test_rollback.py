@@ -31,7 +31,7 @@ def test_the_layers_on_disk_never_take_more_than_the_disk_check_reckons_with(
     """Every layer of every round is another file."""
     monkeypatch.setenv("BILLHOOK_RUNS_DIR", str(tmp_path))
     config = RunConfig.model_validate(
-        tiny_settings(tiny_llama).model_dump() | {"memory": False, "target_sparsity": 0.8}
+        tiny_settings(tiny_llama).model_dump() | {"memory": False, "target_sparsity": 0.8, "max_iterations": ROUNDS}
     )
     runtime: Runtime[RunConfig] = Runtime(context=config, stream_writer=lambda _: None)
 
@@ -59,9 +59,21 @@ def test_the_layers_on_disk_never_take_more_than_the_disk_check_reckons_with(
         (bench,) = workbench._open
         artifacts = bench.pruner.list_artifacts(made).values()
         assert all(bench.store.has(artifact, ".safetensors") for artifact in artifacts), "a resumed rollback reads them"
-    (line,) = [x for x in list_disk(bench.model, bench.layers, bench.settings) if x.what == "layers of checkpoints"]
+    lines = list_disk(bench.model, bench.layers, bench.settings, checkpoints=config.checkpoints)
+    (line,) = [x for x in lines if x.what == "layers of checkpoints"]
     layers = len(bench.layers)
-    assert line.how == f"{KEPT + 2} × the prunable layers, each with its mask"
+    assert line.how == f"{KEPT + 1} × the prunable layers, each with its mask"
     assert max(len(files) for files in sizes) == KEPT * layers, "two of the last rounds, and the one in the making"
     assert max(sum(files) for files in sizes) <= line.bytes
     assert len(sizes) == ROUNDS * layers
+
+
+def test_few_rounds_and_a_rule_that_probes_nothing_take_less() -> None:
+    def count(**changes: Any) -> int:
+        return RunConfig.model_validate({"model": "x", **changes}).checkpoints
+
+    assert [count(max_iterations=rounds) for rounds in (1, 2, 3, 9)] == [2, 3, 4, 4], "Wanda beside one that is kept"
+    chat = {"planner": "openai:gpt-5.1"}
+    assert [count(**chat, max_iterations=rounds) for rounds in (1, 3, 9)] == [3, 5, 5]
+    assert count(**chat, max_iterations=9, workers="8") == 11, "four of a probe beside the last one's"
+    assert count(**chat, max_iterations=9, planner_calls=0) == 4

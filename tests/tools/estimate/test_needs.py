@@ -164,6 +164,12 @@ def test_the_workbench_asks_for_the_same_disk_and_keeps_as_many_block_inputs(
     assert len(told) == 1
     kept = next(line for line in found.phases[1].host if line.what.startswith("inputs of every few blocks"))
     assert kept.bytes == len(bench.losses.prefix.kept) * 3 * STATE > 0
+    few = estimate(tiny_settings(tiny_llama), COURSE._replace(checkpoints=2), target=0.45)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: room._replace(free=few.disk_bytes))
+    assert few.disk_bytes < found.disk_bytes
+    (tmp_path / "few").mkdir()
+    Workbench(tiny_settings(tiny_llama), tmp_path / "few", told.append, lambda *step: None, checkpoints=2)
+    assert len(told) == 1, "the same room does for less"
 
 
 def test_dense_weights_that_a_streamed_model_has_in_its_files_take_no_disk(
