@@ -27,7 +27,7 @@ from graph.planning.table import describe_groups, describe_layers, describe_part
 from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
-from graph.state import Trial, same_sparsity
+from graph.state import SIGMAS, Trial, same_sparsity
 from tools.base.names import hide_directories, hide_path
 from tools.base.words import show_short
 from tools.plans.cuts import Parts
@@ -212,7 +212,7 @@ def _describe_bounds(situation: Situation) -> str:
     text = (
         f"Bounds: target sparsity {config.target_sparsity:g}{_describe_reach(config)}. "
         f"Round {situation.iteration} of at most {_count_rounds(situation)}. Perplexity limit of this round: {limit} "
-        f"({1 + config.tau:g} times that of the last accepted weights)."
+        f"({1 + config.tau:g} times that of the last accepted weights). {_describe_proof(config)}"
     ) + describe_shares(config, situation.texts_left)
     text += describe_bounds(config, situation.dense)
     text += describe_costs(config, situation.budget) + describe_spending(config, situation.seconds, situation.usage)
@@ -223,6 +223,13 @@ def _describe_bounds(situation: Situation) -> str:
         return text
     selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
     return f"{text} Never touched, whatever you plan:\n" + data_block("protected", selectors)
+
+
+def _describe_proof(config: RunConfig) -> str:
+    """By how much a plan at the target must be better, as `graph.planning.verdict.judge` has it."""
+    if config.further_windows:
+        return f"At the target kept if KL is lower with probability {config.accept_probability:g}."
+    return f"At the target kept if KL falls by {SIGMAS:g} standard errors of its paired change."
 
 
 def _describe_reach(config: RunConfig) -> str:

@@ -127,7 +127,8 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
         costs.append(f"polish {count_polish(config, config.polish_tokens):,} more, once for a plan, probed or tried")
     return (
         f" Budget: {budget.left:,.0f} of {config.max_evaluated_tokens:,} tokens through the model are left, "
-        f"{budget.trials_left:.0f} trials without extras: {'; '.join(costs)}. Plans beyond it are refused."
+        f"{budget.trials_left:.0f} trials without extras: {'; '.join(costs)}. Plans beyond it are "
+        "refused, and once fewer than a trial takes are left the run ends."
     )
 
 
