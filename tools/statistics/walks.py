@@ -15,15 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.statistics import (
-    clip_tokens,
-    mean_absolute_gradient,
-    squared_loss_changes,
-    sum_squares,
-    sum_token_squares,
-)
+from kernels.statistics import mean_absolute_gradient, sum_token_squares
 from tools.base.errors import UnknownStatistics
-from tools.base.failures import explain_layer
 from tools.base.progress import heed_stop
 from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
@@ -31,18 +24,15 @@ from tools.models.experts import run_apart
 from tools.models.layers import Layer
 from tools.models.readout import hidden_gradients
 from tools.models.streamed import find_stream
+from tools.statistics.flow import add_curve, sum_gradients
 from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
 from tools.statistics.moments import MomentSums, Readers, StageOver, Wanted, list_stages
 from tools.statistics.passage import KeptPassages, Passage, Passages
 from tools.statistics.pruned import parts_of_mask
-from tools.statistics.shards import Aside, Span, Sums, add_count, cut_shards, list_nodes, sum_node
+from tools.statistics.shards import Aside, Span, Sums, cut_shards, list_nodes, sum_node
 from tools.statistics.taps import tapped
 from tools.statistics.waiting import Waiting
 from tools.statistics.walk import Purpose, Walk
-
-CLIP = 10.0
-"""The clipped gamma counts no token for more than this many times the median token (of its window)."""
-
 
 Nodes = list[tuple[Span, Sums]]
 """What a span of shards comes to, as few nodes of the tree over all shards."""
@@ -143,7 +133,8 @@ class Walks:
         |dL/dW|; `n/LAYER` is how many tokens an expert's sums are over.
         """
         seen = self._descend(span, walk, block, language=True)
-        return self._sum(span, lambda shard: self._sum_gradients(seen, shard))
+        device = self.blocks.model.device if self._away else None
+        return self._sum(span, lambda shard: sum_gradients(seen, shard, self._pooled, device))
 
     def token_sizes(self, span: Span, walk: Walk, block: int) -> dict[str, dict[int, Tensor]]:
         """By layer of a block and window, the squared gradient of each token at the layer's output: (T,), fp32, CPU.
@@ -355,53 +346,12 @@ class Walks:
         )
         return Gradient(drawn_TD[None], scales[0]), Gradient(text_TD[None], scales[1])
 
-    def _sum_gradients(self, seen: Seen, shard: int) -> Sums:
-        sums: Sums = {}
-        for name, held in seen.pairs[shard].items():
-            every = [pair.move(self.blocks.model.device) if self._away else pair for pair in held]
-            for mark in dict.fromkeys(pair.mark for pair in every):
-                key, pairs = mark + name, [pair for pair in every if pair.mark == mark]
-                plain = [sum_squares(pair.g_TO) / pair.scale**2 for pair in pairs]
-                clipped = [sum_squares(clip_tokens(pair.g_TO, CLIP)) / pair.scale**2 for pair in pairs]
-                sums[f"plain/{key}"] = sum(plain[1:], plain[0])
-                sums[f"clipped/{key}"] = sum(clipped[1:], clipped[0])
-                sums[f"language/{key}"] = torch.tensor(seen.language[shard].get(key, 0.0), dtype=torch.float64)
-                if name in self._pooled:
-                    add_count(sums, key, *(pair.g_TO for pair in pairs))
-        return sums
-
     def _sum_curves(self, seen: Seen, span: Span, block: int, parts: Mapping[str, Iterable[Tensor]]) -> Nodes:
         leaves: dict[int, Sums] = {shard: {} for shard in range(*span)}
         for layer in self.grouped[block]:  # layer by layer, so that the parts and pairs of one only are held
             heed_stop()
-            self._add_curve(layer, {shard: seen.pairs[shard][layer.name] for shard in leaves}, parts, leaves)
+            add_curve(layer, {shard: seen.pairs[shard][layer.name] for shard in leaves}, parts[layer.name], leaves)
         return self._sum(span, leaves.__getitem__)
-
-    def _add_curve(
-        self,
-        layer: Layer,
-        held: Mapping[int, Sequence[Pair]],
-        parts: Mapping[str, Iterable[Tensor]],
-        leaves: Mapping[int, Sums],
-    ) -> None:
-        pairs = {shard: [pair.move(layer.device) for pair in own] for shard, own in held.items()}
-        whole = [pair for shard in pairs.values() for pair in shard]
-        if not whole:  # a span without gradient windows, or an expert that these never reached
-            return
-        changes = (part_OI.to(layer.device) for part_OI in parts[layer.name])
-        with explain_layer(f"KL curve of layer {layer.name}"):
-            changes_LP = squared_loss_changes([(pair.x_TI, pair.g_TO) for pair in whole], changes)
-        changes_LP /= torch.tensor([pair.scale**2 for pair in whole], dtype=torch.float64).to(changes_LP.device)
-        columns = changes_LP.split([len(shard) for shard in pairs.values()], 1)
-        for shard, column_LP in zip(pairs, columns, strict=True):
-            marks = [pair.mark for pair in pairs[shard]]
-            for mark in dict.fromkeys(marks):
-                own = [place for place, other in enumerate(marks) if other == mark]
-                leaves[shard][f"curve/{mark}{layer.name}"] = (
-                    column_LP if len(own) == len(marks) else column_LP[:, own]
-                ).sum(1)
-                if layer.pool:
-                    add_count(leaves[shard], mark + layer.name, *(pairs[shard][place].x_TI for place in own))
 
     def _sum(self, span: Span, leaf: Callable[[int], Sums], aside: Callable[[Sums], Aside] | None = None) -> Nodes:
         return [(node, sum_node(node, leaf, aside)) for node in list_nodes((0, len(self.shards)), span)]

@@ -15,9 +15,9 @@ from kernels.statistics import weigh_tokens
 from tools.base.errors import UnknownStatistics
 from tools.models.layers import Layer
 from tools.statistics.collect import Extent
+from tools.statistics.flow import CLIP
 from tools.statistics.requests import SizeTokens, Team, ignore_ticks
 from tools.statistics.walk import Walk
-from tools.statistics.walks import CLIP
 
 
 def weigh_block(team: Team, extent: Extent, walk: Walk, block: int, layers: Sequence[Layer]) -> dict[str, Tensor]:

@@ -3,27 +3,22 @@
 Everything it makes goes to disk under the hash of its content, so a killed run goes on where it was.
 """
 
-import math
 import resource
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tools.base.errors import BrokenBaseline, BrokenPlan, UserError
+from tools.base.errors import BrokenBaseline, BrokenPlan
 from tools.base.failures import explain_work
 from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings, WorkbenchSettings
-from tools.base.words import show_size
 from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
 from tools.models.blocks import Blocks, check_blocks
-from tools.models.disk import plan_disk
 from tools.models.experts import check_experts
 from tools.models.gguf import reading_once
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
@@ -31,7 +26,6 @@ from tools.models.linear import keep_linear
 from tools.models.load import choose_device, load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
-from tools.models.source import list_in_source
 from tools.models.streamed import find_stream
 from tools.plans.cuts import CutOrder, Target
 from tools.plans.layer_profile import LayerProfile
@@ -40,7 +34,6 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished, Reach
 from tools.statistics.experts import describe_few
-from tools.statistics.shards import count_waiting
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
 from tools.texts.questions import split_questions
@@ -55,6 +48,7 @@ from tools.workbench.polish import Polisher
 from tools.workbench.probes import Probe, probe_orders
 from tools.workbench.profiles import Profiles
 from tools.workbench.prune import Pruner
+from tools.workbench.room import fit_disk
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.stored import StoredProfile
 from tools.workbench.unfinished import UnfinishedPassages
@@ -96,7 +90,7 @@ class Workbench:
         layers = find_layers(self.model)
         lead = count_lead(settings, self.tokenizer)
         refuse_long_windows(self.model, settings.window, lead)
-        at_once = _fit_disk(self.model, layers, settings, directory, lead, checkpoints, self._warn)
+        at_once = fit_disk(self.model, layers, settings, directory, lead, checkpoints, self._warn)
         self.index = Index(self.store)
         author = Author(self.model, self.tokenizer, settings, self.index, progress)
         self.windows = cut_windows(settings, self.tokenizer, author)
@@ -376,66 +370,6 @@ class Workbench:
             devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
             return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _fit_disk(
-    model: Any,
-    layers: list[Layer],
-    settings: TeamSettings,
-    directory: Path,
-    lead: int,
-    checkpoints: int,
-    warn: Warn,
-) -> int | None:
-    """Of how many blocks second moments may lie on disk at once; None where there is room for those of all.
-
-    What is there already is room. Raises UserError where all else has none.
-    """
-    stream = find_stream(model)
-    in_source = list_in_source(layers, stream.source) if stream else set[str]()
-    free = shutil.disk_usage(directory).free + _count_written(directory)
-    if stream:  # the model as it is now, in a file without a name
-        free += sum(parameter.nbytes for parameter in model.parameters())
-    room = min(free, settings.disk * 1e9 or math.inf)
-    waiting = count_waiting(settings.count_all("calibration"))
-    count = partial(
-        plan_disk,
-        model,
-        layers,
-        settings,
-        lead=lead,
-        streamed=stream is not None,
-        in_source=in_source,
-        waiting=waiting,
-        checkpoints=checkpoints,
-    )
-    plan = count(room)
-    if plan.bytes > room:
-        if room < free:
-            raise UserError(
-                f"a run of this model may write {show_size(plan.bytes)} to {directory}, but --disk allows "
-                f"{show_size(room)}; allow more"
-            )
-        raise UserError(
-            f"the disk is full: a run of this model may write {show_size(plan.bytes, 'GB')} to {directory}, "
-            f"but {show_size(free, 'GB')} are free or its own; free some, or use another --runs-dir"
-        )
-    if plan.at_once:
-        kept = count(math.inf)
-        warn(
-            f"second moments are not kept, which takes a disk of {show_size(kept.bytes)}, and {show_size(room)} are "
-            "there: they are collected anew whenever layers are pruned, block by block"
-        )
-    return plan.at_once
-
-
-def _count_written(directory: Path) -> int:
-    """Bytes of all files there."""
-    total = 0
-    for path in directory.rglob("*"):
-        with suppress(FileNotFoundError):  # one that is renamed meanwhile
-            total += path.stat().st_size if path.is_file() else 0
-    return total
 
 
 def _encode_questions(settings: WorkbenchSettings, tokenizer: Any) -> dict[Split, list[EncodedPair]]:

@@ -30,10 +30,10 @@ from tools.statistics.collect import (
     measure_kappa,
     work_alone,
 )
+from tools.statistics.flow import CLIP
 from tools.statistics.known import ModelStatistics
 from tools.statistics.requests import Here
 from tools.statistics.walk import Walk
-from tools.statistics.walks import CLIP
 
 SCRATCH = Path(tempfile.gettempdir())
 WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5

@@ -15,8 +15,9 @@ from tools.base.errors import UnknownStatistics
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.statistics.collect import begin_walk, collect_moments, work_alone
+from tools.statistics.flow import CLIP
 from tools.statistics.walk import Walk
-from tools.statistics.walks import CLIP, Walks
+from tools.statistics.walks import Walks
 from tools.statistics.weights import weigh_block
 
 SCRATCH = Path(tempfile.gettempdir())
