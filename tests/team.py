@@ -17,7 +17,7 @@ from tools.statistics.requests import Answers, Here, ShardRequest
 from tools.statistics.shards import SHARDS, share_out
 from tools.team.carrier import WeightSource, name_weights
 from tools.team.requests import Job, OnShards, OnSpan, Shared
-from tools.team.worker import StoredLayer, Texts, Worker
+from tools.team.worker import KeptPlace, StoredLayer, Texts, Worker
 from tools.workbench.bench import Workbench
 from tools.workbench.store import DENSE
 
@@ -29,12 +29,22 @@ class Team:
 
     ahead = 0
 
-    def __init__(self, settings: Any, texts: Texts, source: WeightSource, model: Any, size: int = 2) -> None:
+    def __init__(
+        self,
+        settings: Any,
+        texts: Texts,
+        source: WeightSource,
+        model: Any,
+        size: int = 2,
+        kept_in: Path | None = None,
+    ) -> None:
+        """Walks of a streamed model are `kept_in` a directory."""
         self.source, self.size, self.shards = source, size, min(SHARDS, len(texts.windows.calibration))
         scratch = Path(tempfile.gettempdir())
         # two copies of a model that is streamed would have one file
         models = [load_model(settings)[0] if find_stream(model) else copy.deepcopy(model) for _ in range(size)]
-        self.workers = [Worker(own, settings, texts, scratch, limit_prefix(own)) for own in models]
+        keeps = KeptPlace(kept_in, source.hash_all_dense()) if kept_in and find_stream(model) else None
+        self.workers = [Worker(own, settings, texts, scratch, limit_prefix(own), keeps) for own in models]
         self.handed: list[tuple[str, int]] = []
         """(name of the request, worker) of every job about weights of its own."""
 
@@ -103,9 +113,9 @@ def gather_teams(monkeypatch: pytest.MonkeyPatch) -> list[Team]:
     teams: list[Team] = []
 
     def gather(
-        settings: Any, texts: Texts, source: WeightSource, model: Any, _scratch: Path, _warn: Callable[[str], None]
+        settings: Any, texts: Texts, source: WeightSource, model: Any, scratch: Path, _warn: Callable[[str], None]
     ) -> Team:
-        teams.append(Team(settings, texts, source, model))
+        teams.append(Team(settings, texts, source, model, kept_in=scratch))
         return teams[-1]
 
     monkeypatch.setattr(tools.workbench.crew, "Cluster", gather)

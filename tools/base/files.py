@@ -14,6 +14,9 @@ from typing import Any
 from tools.base.errors import DamagedArtifact, DiskFull, UserError
 from tools.base.words import show_size
 
+KEEP_SECONDS = 60.0
+"""How old what is kept of unfinished work may be, but for the step or the block under way."""
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it there. DiskFull when no space is left.

@@ -13,15 +13,13 @@ from typing import NamedTuple, Protocol
 from pydantic import BaseModel, Field
 
 from tools.base.errors import BrokenPlan
+from tools.base.files import KEEP_SECONDS
 from tools.base.progress import FIGURES, Progress, Stopped, heed_stop
 from tools.plans.polish import PATIENCE, Schedule
 from tools.polish.gradients import KL
 from tools.polish.optimisers import Optimiser, Step
 from tools.polish.survivors import Survivors, Vectors
 from tools.statistics.shards import Sums
-
-KEEP_SECONDS = 60.0
-"""How old what is kept of a polish may be, but for the step under way."""
 
 
 class Problem(Protocol):

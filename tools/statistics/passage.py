@@ -49,7 +49,7 @@ class Passage:
 class KeptPassages(Protocol):
     """Whoever keeps how far a walk has come, all but what is seen of blocks, so that one that was killed goes on there.
 
-    `key` says which windows are walked, and what is drawn; weights are those in the model.
+    `key` says which text is walked, and what is drawn, at its end which span; weights are those in the model.
     """
 
     def begin_stack(self, key: Sequence[str]) -> Stack:
@@ -135,7 +135,7 @@ class Passages:
         """What that of a span is kept under; empty where another that is under way goes by the same."""
         if self._kept is None:
             return []
-        key = [*self.source, json.dumps([*walk[1:], returns, *span])]
+        key = [*self.source, json.dumps([*walk[1:], returns]), "{}-{}".format(*span)]
         if key in [other for place, other in self._keys.items() if place != (walk.number, span)]:
             return []
         self._keys[walk.number, span] = key

@@ -16,22 +16,25 @@ from tools.models.load import load_model
 from tools.team.frozen import freeze, thaw
 from tools.team.identity import Identity, identify
 from tools.team.requests import Job, OnSpan
-from tools.team.worker import Worker
+from tools.team.worker import KeptPlace, Worker
 
 
 class Actor:
     """A worker. What goes in and comes out is frozen."""
 
-    def open(self, settings: TeamSettings, texts: Any, threads: int, scratch: Path | None) -> tuple[Identity, str, int]:
+    def open(
+        self, settings: TeamSettings, texts: Any, threads: int, scratch: Path | None, keeps: KeptPlace | None = None
+    ) -> tuple[Identity, str, int]:
         """Load the model; who this is, on which machine, and the number of its process.
 
-        Files without a name lie in the directory `scratch`, or where this system has its files for a while.
+        Files without a name lie in the directory `scratch`, or where this system has its files for a while. `keeps` is
+        as `Worker` has it.
         """
         torch.set_num_threads(threads)
         scratch, self._busy = scratch or Path(tempfile.gettempdir()), 0.0
         model, _ = load_model(settings, scratch)
         identity = identify(model)
-        self._worker = Worker(model, settings, thaw(texts), scratch, limit_prefix(model))
+        self._worker = Worker(model, settings, thaw(texts), scratch, limit_prefix(model), keeps)
         return identity, socket.gethostname(), os.getpid()
 
     def call(self, request: Any, span: tuple[int, int] | None) -> tuple[str, Any]:

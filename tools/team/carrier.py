@@ -39,6 +39,9 @@ class WeightSource(Protocol):
     def mark_blocks(self, weights: Weights) -> list[str]:
         """For each block, a name of the weights of all blocks before it."""
 
+    def hash_all_dense(self) -> str:
+        """What names the weights as they were loaded."""
+
 
 class Carrier:
     """What is in the object store of the weights of one model."""

@@ -24,7 +24,7 @@ from tools.team.frozen import Reference, keep, thaw
 from tools.team.identity import identify
 from tools.team.places import Place, Places
 from tools.team.requests import Job, OnShards, Shared
-from tools.team.worker import Texts
+from tools.team.worker import KeptPlace, Texts
 
 T = TypeVar("T")
 
@@ -60,8 +60,9 @@ class Cluster:
     ) -> None:
         """`model` is this process' own, as it was loaded; workers hold theirs whole or stream them as this one is.
 
-        Workers on this machine have files without a name in the directory `scratch`, which those of a cluster may not
-        reach: theirs lie where their system has its files for a while.
+        Workers on this machine have files without a name in the directory `scratch`, where they keep how far their
+        walks of a streamed model have come. Those of a cluster may not reach it: their files lie where their system has
+        its own for a while, and they keep nothing.
         """
         self._shards = min(SHARDS, len(texts.windows.calibration))
         identity, device, written = identify(model), model.device.type, 0
@@ -69,10 +70,11 @@ class Cluster:
             settings = settings.model_copy(update={"device": "stream"})  # which auto may stand for
             written = sum(parameter.nbytes for parameter in model.parameters())
         reached = scratch if count_beside(settings) else None
+        keeps = KeptPlace(scratch, source.hash_all_dense()) if reached and written else None
         self._connection = connect(settings)
         self._ray = self._connection.ray
         self._carrier = Carrier(self._ray, source)
-        self._places = Places(self._connection, settings, identity, device, reached, warn)
+        self._places = Places(self._connection, settings, identity, device, reached, warn, keeps)
         try:
             self._places.open(count_workers(self._connection, settings, device), texts, written)
         except BaseException:

@@ -12,7 +12,7 @@ from tools.team.actor import Actor
 from tools.team.connection import Connection
 from tools.team.frozen import keep
 from tools.team.identity import Identity
-from tools.team.worker import Texts
+from tools.team.worker import KeptPlace, Texts
 
 DEATHS = 3
 """Of one worker after the other in one place, before the run stops."""
@@ -52,13 +52,15 @@ class Places:
         device: str,
         scratch: Path | None,
         warn: Warn,
+        keeps: KeptPlace | None = None,
     ) -> None:
         """`identity` is this process', `device` (cpu or cuda) what the workers' models are on, and `scratch` the
-        directory of their files without a name; None where they have none in common."""
+        directory of their files without a name; None where they have none in common. `keeps` is as `Worker` has it."""
         self.used: list[Place] = []
         self._idle: list[Place] = []
         self._connection, self._settings, self._identity, self._warn = connection, settings, identity, warn
         self._device, self._threads, self._scratch = device, count_threads(settings), scratch
+        self._keeps = keeps
         self._seconds = float(START_SECONDS)
         self._texts: Any = None
 
@@ -126,7 +128,7 @@ class Places:
         if self._device == "cuda":
             options["num_gpus"] = 1
         actor = self._connection.ray.remote(**options)(Actor).remote()
-        return actor, actor.open.remote(self._settings, self._texts, self._threads, self._scratch)
+        return actor, actor.open.remote(self._settings, self._texts, self._threads, self._scratch, self._keeps)
 
     def _wait_for(self, place: Place) -> None:
         """Wait for a worker's model. Raises UserError for one that is not like this process."""

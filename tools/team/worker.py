@@ -25,6 +25,7 @@ from tools.models.streamed import find_stream
 from tools.plans.recipe import Recipe
 from tools.polish.gradients import Divergence
 from tools.polish.survivors import Survivors
+from tools.statistics.kept_passages import Marks, PassageFiles
 from tools.statistics.pruned import cut_to_levels, prune_layer
 from tools.statistics.requests import Kept
 from tools.statistics.shards import Span
@@ -80,12 +81,32 @@ class WindowLosses(NamedTuple):
     hidden_BTD: Tensor | None
 
 
+class KeptPlace(NamedTuple):
+    """Where walks of a model that is streamed are kept."""
+
+    directory: Path
+    dense: str
+    """What names the dense model."""
+
+
+MIXED = "neither the old ones nor the new"
+"""The name of weights of which some could not be put in."""
+
+
 class Worker:
     """Owns one loaded model, which it is told to change layer by layer."""
 
-    def __init__(self, model: Any, settings: WorkbenchSettings, texts: Texts, scratch: Path, prefix_bytes: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        settings: WorkbenchSettings,
+        texts: Texts,
+        scratch: Path,
+        prefix_bytes: int,
+        keeps: KeptPlace | None = None,
+    ) -> None:
         """`prefix_bytes` may be kept of what blocks read of the whole validation text; in `scratch` lie files without a
-        name."""
+        name. How far walks have come is kept where it `keeps` it."""
         self.model, self.texts, self.device = model, texts, model.device
         self.blocks, self._streamed = Blocks(model), find_stream(model) is not None
         calibration, mixed, self._lead = texts.windows.calibration, texts.windows.mixed, texts.windows.lead
@@ -101,6 +122,7 @@ class Worker:
             ahead=1,
             mixed=mixed,
             lead=self._lead,
+            kept=PassageFiles(keeps.directory, lambda: keeps.dense, self._mark_present) if keeps else None,
         )
         self.weights = ""
         """The name of those in the model, given by whoever sent them; "" as they were loaded."""
@@ -110,13 +132,16 @@ class Worker:
 
     def install(self, name: str, weights: Mapping[str, Kept[StoredLayer]], marks: Sequence[str]) -> None:
         """Put weights into layers; `marks[b]` then names the weights of all blocks before b, and `name` all of them."""
-        self.weights = "neither the old ones nor the new"
+        self.weights = MIXED
         for layer_name, kept in weights.items():
             layer, stored = self.layers[layer_name], kept.fetch()
             dense_OI = layer.weight_OI if stored.dense_OI is None else stored.dense_OI.fetch()
             layer.write(unpack_pruned(stored.tensors, dense_OI))
             self._biases.write(layer, stored.tensors.get("bias"))
         self._marks, self.weights = list(marks), name
+
+    def _mark_present(self) -> Marks | None:
+        return None if self.weights == MIXED else Marks(self._marks, self.weights)
 
     def losses(
         self, split: str, windows: Sequence[int], dense_hidden_BTD: Tensor | None, *, keeps_hidden: bool

@@ -34,6 +34,7 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished, Reach
 from tools.statistics.experts import describe_few
+from tools.statistics.kept_passages import PassageFiles
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
 from tools.texts.questions import split_questions
@@ -51,7 +52,6 @@ from tools.workbench.prune import Pruner
 from tools.workbench.room import fit_disk
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.stored import StoredProfile
-from tools.workbench.unfinished import UnfinishedPassages
 from tools.workbench.weights import Weights
 from tools.workbench.written import Author
 
@@ -110,7 +110,9 @@ class Workbench:
         stream = find_stream(self.model)
         self.weights = Weights(layers, len(blocks), self.store, self._warn, stream.source if stream else None)
         texts = Texts(self.windows, self.questions)
-        kept = UnfinishedPassages(self.index, self.weights) if stream else None
+        kept = None
+        if stream:
+            kept = PassageFiles(directory, self.weights.hash_all_dense, self.weights.mark_present)
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn, kept)
         self.losses = Losses(blocks, self.windows, self.weights, self.index, self.crew, settings.text_shares)
         self.profiles = Profiles(

@@ -46,7 +46,7 @@ def gather_crew(
 ) -> Crew:
     """Workers where the settings ask for them; in the directory `scratch` lie files without a name.
 
-    How far this process' walks have come is `kept`; that of workers is not.
+    How far this process' walks have come is `kept`; workers of this machine keep theirs in `scratch`.
     Raises UserError when they cannot be had.
     """
     windows = texts.windows

@@ -1,6 +1,7 @@
 """The weights that are in the loaded model now: installed layer by layer, and put back bit for bit."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.layers import Biases, Layer
 from tools.models.mapped import Mapped
 from tools.models.source import map_dense
+from tools.statistics.kept_passages import Marks
 from tools.statistics.walks import layers_by_block
 from tools.workbench.store import DENSE, ArtifactStore
 
@@ -134,6 +136,12 @@ class Weights:
             for layer in members:
                 digest.update(f"{layer.name} {weights[layer.name]}\n".encode())
         return marks
+
+    def mark_present(self) -> Marks | None:
+        """Names of the weights in the model; None while any of them are not whole."""
+        if "" in self.installed.values():
+            return None
+        return Marks(self.mark_blocks(self.installed), json.dumps(self.installed))
 
     def sparsities(self) -> list[float]:
         """Share of zeros in each layer of the model as it is now, in layer order."""
