@@ -73,6 +73,16 @@ def _tell_goal(settings: dict[str, Any]) -> list[str]:
     ]
 
 
+def _name_text(known: Ablation) -> str:
+    """What rows are judged by: with a goal each text by what it counts then."""
+    settings = known.settings
+    if not settings.get("goal"):
+        return known.protocol.text
+    sources, total = {**settings["text"], **settings.get("unseen", {})}, sum(settings["judge"].values())
+    counted = {name: weight / total for name, weight in settings["judge"].items() if weight}
+    return " + ".join(f"{share:.0%} {name} {sources[name]}" for name, share in counted.items())
+
+
 def _show_p(mean: Mean | None) -> str:
     return "" if mean is None or mean.p is None else show_p(mean.p).removeprefix("= ")
 
@@ -85,7 +95,7 @@ def describe(known: Ablation) -> str:
     lines = [
         f"# {escape(settings['model'])} at {settings['target_sparsity']:.0%}: was the agent worth its tokens?",
         "",
-        f"Perplexity on {protocol.tokens:,} tokens of `{protocol.text}` (test text, {protocol.windows}, "
+        f"Perplexity on {protocol.tokens:,} tokens of `{_name_text(known)}` (test text, {protocol.windows}, "
         f"{protocol.dtype}; dense: {dense}) of what each arm chose by the validation text. Each arm may put "
         f"{settings['evaluated_tokens']:,} tokens through the model once it is profiled: trials, probes, KL curves of "
         f"methods, sequential statistics, searches (a backward pass as two forwards){_tell_seconds(settings)}. "

@@ -118,6 +118,7 @@ def test_a_goal_is_read_by_chat_models_and_all_arms_are_judged_by_its_figures(
         assert row["kl"] == pytest.approx(0.9 * row["kls"]["code"] + 0.1 * row["kls"]["prose"])
     judged = math.exp(0.9 * math.log(dense["code"]) + 0.1 * math.log(dense["prose"]))
     assert found["dense"] == {"0": pytest.approx(judged)}, "of the workbench and of runs of the graph alike"
+    assert re.search(r" tokens of `90% code \S+ \+ 10% prose \S+` \(test text, ", text)
     told = "Perplexity and KL count 90% code and 10% prose in all rows; no arm was told so but told."
     assert f"were given a goal: 'Code must stay.'. {told}" in text
     said = capsys.readouterr().out

@@ -32,7 +32,7 @@ from tools.models.layers import Layer, find_blocks, find_layers
 from tools.models.load import ModelPlace, build_on_meta, load_tokenizer, locate_model
 from tools.models.readout import CHUNK, compute_hidden, hidden_gradients, measure_losses
 from tools.models.source import list_in_source, map_source
-from tools.models.streamed import name_conversion
+from tools.models.streamed import find_conversion
 from tools.texts.windows import count_lead
 
 WORDS = 2**15
@@ -75,9 +75,10 @@ def read_source(settings: WorkbenchSettings, layers: Sequence[Layer]) -> set[str
     yet, or of a config alone.
     """
     path, gguf_file = _locate_config(settings.model)
-    if gguf_file:
-        path = str(name_conversion(Path(path, gguf_file), settings.dtype))
-    return list_in_source(layers, map_source(path))
+    if not gguf_file:
+        return list_in_source(layers, map_source(path))
+    made = find_conversion(Path(path, gguf_file), settings.dtype)
+    return list_in_source(layers, map_source(str(made))) if made else set()
 
 
 def dtype_of(settings: WorkbenchSettings) -> torch.dtype:

@@ -10,6 +10,7 @@ a block does; what little else is in no block is on the GPU all the time.
 
 import functools
 import gc
+import glob
 import hashlib
 import logging
 import os
@@ -362,9 +363,19 @@ def convert_once(source: Path, dtype: str, convert: Callable[[Path], None]) -> P
     return directory
 
 
+def find_conversion(source: Path, dtype: str) -> Path | None:
+    """What `convert_once` made of a file, if it is there; where nothing is of such a name the file is not read."""
+    if not any(_find_cache().glob(f"{glob.escape(source.stem)}-{dtype}-*")):
+        return None
+    directory = name_conversion(source, dtype)
+    return directory if directory.is_dir() else None
+
+
 def name_conversion(source: Path, dtype: str) -> Path:
     """Where `convert_once` has what it makes of a file, under that one's content in the user's cache."""
     with source.open("rb") as file:
-        name = f"{source.stem}-{dtype}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "billhook" / name
+        return _find_cache() / f"{source.stem}-{dtype}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+def _find_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "billhook"
