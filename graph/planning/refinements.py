@@ -83,9 +83,7 @@ def skip_repeats(situation: Situation, plans: Iterable[Plan]) -> Iterator[Plan]:
 def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> Iterator[Plan]:
     """Every plan that differs from `base` in one lever, or in all small ones, likeliest first, tried or not."""
     recipe = base.recipe
-    find_mix = partial(_find_mix, situation) if texts else tuple
-    for changed, reason in change_recipe(recipe, situation.config, find_mix):
-        yield _vary(base, changed, reason)
+    yield from change_recipes(situation, base, texts=texts)
     yield _vary(base, recipe, "The accepted plan, with groups weighed as the lessons now say.")
     for strength in STRENGTHS:
         yield _vary(
@@ -102,6 +100,13 @@ def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> It
                     "reason": f"{selector} holds {share:.0%} of the predicted KL; count it {tilt:g} times.",
                 }
             )
+
+
+def change_recipes(situation: Situation, base: Plan, *, texts: bool = True) -> Iterator[Plan]:
+    """Those of the plans that `change_levers` has whose recipe is another."""
+    find_mix = partial(_find_mix, situation) if texts else tuple
+    for changed, reason in change_recipe(base.recipe, situation.config, find_mix):
+        yield _vary(base, changed, reason)
 
 
 def change_recipe(recipe: Recipe, config: RunConfig, find_mix: Callable[[], Mix]) -> Iterator[tuple[Recipe, str]]:

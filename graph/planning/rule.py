@@ -11,7 +11,7 @@ from itertools import islice
 
 from graph.config import RunConfig
 from graph.planning.plan import Plan
-from graph.planning.refinements import STRONG, change_levers, plan_refinements, skip_repeats
+from graph.planning.refinements import STRONG, change_levers, change_recipes, plan_refinements, skip_repeats
 from graph.planning.situation import Situation
 from graph.reflecting.posterior import WHOLE, weigh_evidence
 from graph.state import Trial, same_sparsity
@@ -42,7 +42,8 @@ def plan_by_rule(situation: Situation) -> Plan | None:
 
 
 def list_candidates(situation: Situation, most: int) -> list[Plan]:
-    """So many plans that the rule would make next, likeliest first; below the target its next step alone.
+    """So many plans that the rule would make next, likeliest first: below the target its next step, and what it would
+    try at the target, which others may go to at once.
 
     No plan among them asks for another calibration text, for none is profiled just to be named. Raises ImpossiblePlan
     when bounds cannot be met.
@@ -51,8 +52,12 @@ def list_candidates(situation: Situation, most: int) -> list[Plan]:
         return list(islice(plan_refinements(situation, texts=False), most))
     if situation.config.pattern:
         return list(islice(_plan_pattern(situation, texts=False), most))
-    step = _plan_climb(situation)
-    return [step] if step else []
+    step, strongest = _plan_climb(situation), _find_strongest(situation)
+    if step is None or strongest is None:
+        return []
+    whole = Plan(sparsity=situation.config.target_sparsity, recipe=strongest, reason="The whole step at once.")
+    later = skip_repeats(situation, (step, whole, *change_recipes(situation, whole, texts=False)))
+    return list(islice(later, most))
 
 
 def find_relief(situation: Situation) -> str:

@@ -66,9 +66,18 @@ def test_the_rules_list_comes_on_request_and_not_to_an_unaided_planner(tmp_path:
     assert plans[0] == Plan(**given[0]) == list_candidates(situation, 1)[0].model_copy(update={"multipliers": {}})
 
 
-def test_below_the_target_the_list_is_the_rules_next_step() -> None:
+def test_below_the_target_the_list_has_the_rules_next_step_and_what_it_tries_at_the_target() -> None:
     start = make_situation()
-    assert list_candidates(start, 4) == [plan_by_rule(start)]
+    first, whole, *levers = list_candidates(start, 9)
+    assert first == plan_by_rule(start) and list_candidates(start, 1) == [first]
+    target = start.config.target_sparsity
+    assert whole == Plan(sparsity=target, recipe=STRONG, reason="The whole step at once.")
+    assert {plan.sparsity for plan in levers} == {target} and len({plan.recipe for plan in levers}) == len(levers)
+    both = [plan.recipe for plan in levers[:2]]
+    assert [(x.statistics, x.refit_steps, x.gamma) for x in both] == [
+        (s, 10, "clipped") for s in ("sequential", "dense")
+    ]
+    assert not any(plan.adjustments for plan in levers), "of weights that were never pruned nothing is known to be dear"
     patterned = list_candidates(make_patterned(), 3)
     assert [plan.sparsity for plan in patterned] == [0.5] * 3
     assert len({plan.recipe for plan in patterned}) == 3
