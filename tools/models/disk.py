@@ -89,8 +89,8 @@ def list_disk(
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
 
     Each window has `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A
-    model that is `streamed` lies there as it is now, too, once for each process on this machine, and what calibration
-    windows passed on, without workers validation windows, too; its layers whose names are `in_source` have their dense
+    model that is `streamed` lies there as it is now, too, once for each process on this machine, and what windows
+    passed on; its layers whose names are `in_source` have their dense
     weights in files that are there already, and of a block's second moments so many sums over some of the text are
     `waiting`. Second moments are those of `at_once` blocks where that is given, and of `checkpoints` there are as many
     as `count_checkpoints` has it where it is not said how many.
@@ -229,8 +229,7 @@ def _list_streamed(model: Any, settings: TeamSettings, tokens: int) -> list[Line
     now = Line(what="the model as it is now", how=how, bytes=processes * _count_bytes(model))
     if settings.workers and not count_beside(settings):  # those of a cluster keep nothing
         return [now]
-    texts = {} if settings.workers else {"a validation": "validation"}
-    texts |= {"a walk of the calibration text": "calibration"}
+    texts = {"a validation": "validation", "a walk of the calibration text": "calibration"}
     states = [
         _describe_hidden(f"{what} under way", model, settings.count_all(text), tokens) for what, text in texts.items()
     ]

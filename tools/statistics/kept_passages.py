@@ -9,33 +9,16 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tools.base.files import KEEP_SECONDS, hash_file, write_text, write_whole
+from tools.base.files import KEEP_SECONDS, hash_file, write_whole
+from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_files
 from tools.statistics.gradients import Gradient
 from tools.statistics.passage import Passage
-
-UNFINISHED = "unfinished"
-"""The directory within a run's, while there is anything in it."""
-
-
-class Marks(NamedTuple):
-    """Names of the weights in a model."""
-
-    below: Sequence[str]
-    """For each block, those of all blocks before it."""
-    every: str
-    """Those of all blocks."""
-
-    def find(self, up: int, down: int | None) -> str:
-        """Those that states depend on, or gradients, which do on those of all blocks."""
-        return self.below[up] if down is None and up < len(self.below) else self.every
 
 
 class KeptStack:
@@ -90,14 +73,14 @@ class PassageFiles:
 
     def read(self, key: Sequence[str]) -> Passage | None:
         """As in `KeptPassages`; None too where a file of it is gone or damaged."""
-        values, marks = self._read_values(key), self._mark()
-        if values is None or marks is None or values["mark"] != marks.find(values["up"], values["down"]):
+        found, marks = KeptFiles(self._find(key)).read(), self._mark()
+        if found is None or marks is None:
             return None
-        path = self._find(key) / values["tensors"]
+        values, tensors = found
         stack = None if values["stack"] is None else KeptStack(self._find(key) / "inputs", values["stack"])
-        if not path.is_file() or hash_file(path) != path.stem or (stack and not stack.is_whole):
+        if values["mark"] != _find_mark(marks, values["up"], values["down"]) or (stack and not stack.is_whole):
             return None
-        passage, tensors = Passage({}, values["up"], stack, values["down"]), load_file(path)
+        passage = Passage({}, values["up"], stack, values["down"])
         for name in sorted(tensors):
             kind, window = name.split("/")[:2]
             if kind == "states":
@@ -116,37 +99,28 @@ class PassageFiles:
             for window, gradients in passage.above.items()
             for place, gradient in enumerate(gradients)
         }
-        tensors = {f"states/{window}": state for window, state in passage.states.items()}
-        tensors |= {name: gradient.values for name, gradient in above.items()}
-        before, directory = self._read_values(key), self._find(key)
-        made = directory / "passage.safetensors"
-        write_whole(made, partial(save_file, {name: x.detach().contiguous() for name, x in tensors.items()}))
-        path = made.rename(directory / f"{hash_file(made)}.safetensors")
-        values = {
-            "tensors": path.name,
-            "up": passage.up,
-            "down": passage.down,
-            "mark": marks.find(passage.up, passage.down),
-            "scales": {name: gradient.scale for name, gradient in above.items()},
-            "stack": passage.inputs.hashes if isinstance(passage.inputs, KeptStack) else None,
-        }
-        write_text(directory / "passage.json", json.dumps(values))
-        if before is not None and before["tensors"] != path.name:
-            (directory / before["tensors"]).unlink(missing_ok=True)
+        states = {f"states/{window}": state for window, state in passage.states.items()}
+        KeptFiles(self._find(key)).replace(
+            states | {name: gradient.values for name, gradient in above.items()},
+            up=passage.up,
+            down=passage.down,
+            mark=_find_mark(marks, passage.up, passage.down),
+            scales={name: gradient.scale for name, gradient in above.items()},
+            stack=passage.inputs.hashes if isinstance(passage.inputs, KeptStack) else None,
+        )
         self._kept = time.monotonic()
 
     def forget(self, key: Sequence[str]) -> None:
         """As in `KeptPassages`: with what others kept of other spans of the walk, which is over for all."""
-        shutil.rmtree(self._find(key).parent, ignore_errors=True)
-        with suppress(OSError):  # where other walks are under way
-            self._directory.rmdir()
-
-    def _read_values(self, key: Sequence[str]) -> dict[str, Any] | None:
-        path = self._find(key) / "passage.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        forget_files(self._find(key).parent)
 
     def _find(self, key: Sequence[str]) -> Path:
         """One for each span of a walk, of which the last of the key tells."""
         *walk, span = key
         name = hashlib.sha256(json.dumps([self._name_dense(), *walk]).encode()).hexdigest()
-        return self._directory / name[:16] / span
+        return self._directory / f"walk-{name[:16]}" / span
+
+
+def _find_mark(marks: Marks, up: int, down: int | None) -> str:
+    """What names the weights that states depend on, or gradients, which do on those of all blocks."""
+    return marks.below[up] if down is None and up < len(marks.below) else marks.every

@@ -62,12 +62,13 @@ class MeasureLosses(NamedTuple):
     dense_hidden_BTD: Kept[Tensor] | None
     """The dense model's hidden states of all of `windows`."""
     keeps_hidden: bool
+    keeps_states: bool = False
 
     def run(self, worker: Worker, span: Span) -> WindowLosses:
         """As in `Shared`, of windows."""
-        part = slice(*span)
+        part, keeps = slice(*span), {"keeps_hidden": self.keeps_hidden, "keeps_states": self.keeps_states}
         hidden_BTD = None if self.dense_hidden_BTD is None else self.dense_hidden_BTD.fetch()[part]
-        return worker.losses(self.split, self.windows[part], hidden_BTD, keeps_hidden=self.keeps_hidden)
+        return worker.losses(self.split, self.windows[part], hidden_BTD, **keeps)
 
 
 class OfPolish(NamedTuple):

@@ -15,6 +15,7 @@ from kernels.methods import LayerStatistics
 from tools.base.failures import explain_layer
 from tools.base.progress import ignore_progress
 from tools.base.settings import Calibration, Split, WorkbenchSettings
+from tools.measure.kept_states import StateFiles
 from tools.measure.losses import PrefixCache, evaluate_by_blocks, evaluate_windows
 from tools.measure.recall import EncodedPair, cut_batches, read_answers
 from tools.models.artifacts import pack_pruned, unpack_pruned
@@ -22,10 +23,11 @@ from tools.models.blocks import Blocks
 from tools.models.layers import Biases, find_layers
 from tools.models.linear import keep_linear
 from tools.models.streamed import find_stream
+from tools.models.unfinished import Marks
 from tools.plans.recipe import Recipe
 from tools.polish.gradients import Divergence
 from tools.polish.survivors import Survivors
-from tools.statistics.kept_passages import Marks, PassageFiles
+from tools.statistics.kept_passages import PassageFiles
 from tools.statistics.pruned import cut_to_levels, prune_layer
 from tools.statistics.requests import Kept
 from tools.statistics.shards import Span
@@ -107,7 +109,7 @@ class Worker:
     ) -> None:
         """`prefix_bytes` may be kept of what blocks read of the whole validation text; in `scratch` lie files without a
         name. How far walks have come is kept where it `keeps` it."""
-        self.model, self.texts, self.device = model, texts, model.device
+        self.model, self.texts, self.device, self._keeps = model, texts, model.device, keeps
         self.blocks, self._streamed = Blocks(model), find_stream(model) is not None
         calibration, mixed, self._lead = texts.windows.calibration, texts.windows.mixed, texts.windows.lead
         layers, _ = keep_linear(self.blocks, find_layers(model), calibration[0].to(self.device))
@@ -144,17 +146,27 @@ class Worker:
         return None if self.weights == MIXED else Marks(self._marks, self.weights)
 
     def losses(
-        self, split: str, windows: Sequence[int], dense_hidden_BTD: Tensor | None, *, keeps_hidden: bool
+        self,
+        split: str,
+        windows: Sequence[int],
+        dense_hidden_BTD: Tensor | None,
+        *,
+        keeps_hidden: bool,
+        keeps_states: bool = False,
     ) -> WindowLosses:
         """As `evaluate_windows`, of some windows of a text; with the dense model's hidden states of these.
 
-        Of a model that is streamed all of them pass block by block, and its weights are read once.
+        Of a model that is streamed all of them pass block by block, and its weights are read once; how far they have
+        come is kept where that is wanted, until whoever asked forgets it.
         """
         chosen = tuple(windows)
         text_BT = self.texts.windows.find_text(split)[list(chosen)].to(self.device)
         if self._streamed:
+            kept, marks = None, self._mark_present()
+            if keeps_states and self._keeps and marks:
+                kept = StateFiles(self._keeps.directory, self._keeps.dense, text_BT, marks)
             evaluation, hidden_BTD = evaluate_by_blocks(
-                self.blocks, text_BT, dense_hidden_BTD, "", ignore_progress, lead=self._lead
+                self.blocks, text_BT, dense_hidden_BTD, "", ignore_progress, lead=self._lead, kept=kept
             )
         else:
             prefix = (self._find_prefix(chosen, text_BT), self._marks) if split == "validation" else None

@@ -114,7 +114,7 @@ class Workbench:
         if stream:
             kept = PassageFiles(directory, self.weights.hash_all_dense, self.weights.mark_present)
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn, kept)
-        self.losses = Losses(blocks, self.windows, self.weights, self.index, self.crew, settings.text_shares)
+        self.losses = Losses(blocks, self.windows, self.weights, directory, self.crew, settings.text_shares)
         self.profiles = Profiles(
             settings, self.windows, self.weights, self.store, self.index, self.crew, self.losses, self.paces, at_once
         )

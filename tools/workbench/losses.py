@@ -1,7 +1,7 @@
 """Losses of the weights that are in the model, or of several checkpoints beside one another."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tools.base.progress import Progress, count_up
 from tools.base.settings import Calibration, Split
+from tools.measure.kept_states import StateFiles, forget_states
 from tools.measure.losses import (
     Evaluation,
     PrefixCache,
@@ -23,8 +24,6 @@ from tools.team.cluster import Cluster
 from tools.team.requests import MeasureLosses, OnSpan
 from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
-from tools.workbench.store import Index
-from tools.workbench.unfinished import UnfinishedPass
 from tools.workbench.weights import Weights
 
 MeasuredText = Split | Literal["calibration", "further"] | Calibration
@@ -38,12 +37,12 @@ class Losses:
         blocks: Blocks,
         windows: Windows,
         weights: Weights,
-        index: Index,
+        directory: Path,
         crew: Crew,
         shares: Mapping[str, float],
     ) -> None:
-        """`shares` are what each named text counts."""
-        self._index = index
+        """`shares` are what each named text counts, and `directory` that of the run."""
+        self._directory = directory
         self._blocks, self._streamed = blocks, find_stream(blocks.model) is not None
         self.prefix = PrefixCache(blocks, windows.validation, limit_prefix(blocks.model))
         self._model, self._windows, self._weights, self._crew = blocks.model, windows, weights, crew
@@ -84,17 +83,19 @@ class Losses:
         was measured last. Hidden states come from workers only where none of the dense model's are given. What is known
         `so_far` is not measured again; workers, each of whom answers for all of its windows at once, do not fill it.
         Of a model that is streamed all windows pass block by block, all blocks, and `so_far` stays as it is: what they
-        passed on is kept instead (`UnfinishedPass`), but not by workers.
+        passed on is kept instead, by workers of this machine, too.
         """
         if self._crew.cluster is None:
             text_BT = self._windows.find_text(split)[list(windows)].to(self._model.device)
             lead = self._windows.lead
             if self._streamed:
-                kept = self._find_pass(text_BT)
+                kept, marks = None, self._weights.mark_present()
+                if marks:
+                    kept = StateFiles(self._directory, self._weights.hash_all_dense(), text_BT, marks)
                 evaluation, hidden_BTD = evaluate_by_blocks(
                     self._blocks, text_BT, dense_hidden_BTD, label, progress, lead=lead, kept=kept
                 )
-                kept.forget()
+                forget_states(self._directory)
                 return self._name(evaluation, split, windows), hidden_BTD
             prefix = (self.prefix, self._weights.mark_blocks(self._weights.installed)) if from_change else None
             evaluation, hidden_BTD = evaluate_windows(
@@ -102,20 +103,15 @@ class Losses:
             )
             return self._name(evaluation, split, windows), hidden_BTD
         dense = None if dense_hidden_BTD is None else self._crew.cluster.keep(dense_hidden_BTD)
-        request = MeasureLosses(split, list(windows), dense, keeps_hidden=dense is None)
+        request = MeasureLosses(split, list(windows), dense, keeps_hidden=dense is None, keeps_states=True)
         answers = self._crew.cluster.share(request, len(windows))(count_up(progress, label, len(windows)))
+        forget_states(self._directory)
         evaluation = Evaluation(
             nll=[value for answer in answers for value in answer.nll],
             kl=[value for answer in answers for value in answer.kl],
         )
         hidden = [answer.hidden_BTD for answer in answers if answer.hidden_BTD is not None]
         return self._name(evaluation, split, windows), torch.cat(hidden) if hidden else torch.empty(0)
-
-    def _find_pass(self, text_BT: Tensor) -> UnfinishedPass:
-        """What an earlier pass of these windows left that was killed, and keeps of this one."""
-        windows = hashlib.sha256(text_BT.cpu().numpy().tobytes()).hexdigest()
-        marks = self._weights.mark_blocks(self._weights.installed)
-        return UnfinishedPass(self._index, [self._weights.hash_all_dense(), windows], marks)
 
     def measure_other(self, model: Any, dense_hidden_BTD: Tensor, label: str, progress: Progress) -> Evaluation:
         """Losses on the validation text of another model of the same tokens."""

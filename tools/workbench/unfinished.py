@@ -7,14 +7,11 @@ for how far it had come is kept as well. The result is the same to the bit.
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import fields
 
-import torch
 from torch import Tensor
 
-from tools.base.files import KEEP_SECONDS
 from tools.base.settings import TEAM, WorkbenchSettings
 from tools.statistics.known import ModelStatistics, Way
 from tools.workbench.store import Index
@@ -71,35 +68,6 @@ class UnfinishedWalk:
         for key, artifact in self._passed:
             self._index.forget_measured(key)
             self._store.path(artifact, ".safetensors").unlink(missing_ok=True)
-
-
-class UnfinishedPass:
-    """What all windows passed on to a block of a streamed model, as `tools.measure.losses.KeptStates`: on disk, at most
-    so old as `KEEP_SECONDS`, or as the last block."""
-
-    def __init__(self, index: Index, key: Sequence[str], marks: Sequence[str]) -> None:
-        """`key` says what the states depend on beside the weights, and `marks` names those before each block."""
-        self._index, self._key, self._marks = index, ["unfinished pass", *key], marks
-        self._kept = time.monotonic()
-
-    def read(self) -> tuple[int, list[Tensor]] | None:
-        """As in `KeptStates`; None too where they are of other weights."""
-        found = self._index.read_replaced(self._key)
-        if found is None or self._marks[found[0]["block"]] != found[0]["mark"]:
-            return None
-        return found[0]["block"], list(found[1]["states"])
-
-    def keep(self, block: int, states: Sequence[Tensor]) -> None:
-        """As in `KeptStates`."""
-        if block < len(self._marks) and time.monotonic() - self._kept >= KEEP_SECONDS:
-            self._index.replace_tensors(
-                self._key, {"states": torch.stack([*states])}, block=block, mark=self._marks[block]
-            )
-            self._kept = time.monotonic()
-
-    def forget(self) -> None:
-        """All is done, and kept elsewhere."""
-        self._index.forget_tensors(self._key)
 
 
 def name_dense(weights: Weights, settings: WorkbenchSettings, *without: str) -> list[str]:

@@ -15,7 +15,7 @@ from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.layers import Biases, Layer
 from tools.models.mapped import Mapped
 from tools.models.source import map_dense
-from tools.statistics.kept_passages import Marks
+from tools.models.unfinished import Marks
 from tools.statistics.walks import layers_by_block
 from tools.workbench.store import DENSE, ArtifactStore
 

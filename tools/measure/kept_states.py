@@ -1,0 +1,44 @@
+"""What all windows passed on to a block of a streamed model, in files that outlive the process."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tools.base.files import KEEP_SECONDS
+from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_files
+
+_PREFIX = "pass-"
+
+
+class StateFiles:
+    """As `tools.measure.losses.KeptStates`: at most so old as `KEEP_SECONDS`, or as the last block."""
+
+    def __init__(self, run: Path, dense: str, windows_BT: Tensor, marks: Marks) -> None:
+        """In the directory of a run. `dense` names the dense model, and `marks` the weights that windows pass."""
+        windows = hashlib.sha256(windows_BT.cpu().numpy().tobytes()).hexdigest()
+        name = hashlib.sha256(f"{dense} {windows}".encode()).hexdigest()[:16]
+        self._files, self._marks = KeptFiles(run / UNFINISHED / f"{_PREFIX}{name}"), marks
+        self._kept = time.monotonic()
+
+    def read(self) -> tuple[int, list[Tensor]] | None:
+        """As in `KeptStates`; None too where they are of other weights, or a file is gone or damaged."""
+        found = self._files.read()
+        if found is None or self._marks.below[found[0]["block"]] != found[0]["mark"]:
+            return None
+        return found[0]["block"], list(found[1]["states"])
+
+    def keep(self, block: int, states: Sequence[Tensor]) -> None:
+        """As in `KeptStates`. Raises DiskFull."""
+        if block < len(self._marks.below) and time.monotonic() - self._kept >= KEEP_SECONDS:
+            self._files.replace({"states": torch.stack([*states])}, block=block, mark=self._marks.below[block])
+            self._kept = time.monotonic()
+
+
+def forget_states(run: Path) -> None:
+    """All is done, and kept elsewhere, by whatever processes."""
+    for directory in (run / UNFINISHED).glob(f"{_PREFIX}*"):
+        forget_files(directory)

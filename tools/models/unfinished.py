@@ -1,0 +1,68 @@
+"""What is kept of work on a streamed model that may be killed: tensors with values beside them, in files."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tools.base.files import hash_file, write_text, write_whole
+
+UNFINISHED = "unfinished"
+"""The directory within a run's, while there is anything in it."""
+
+_VALUES = "kept.json"
+
+
+class Marks(NamedTuple):
+    """Names of the weights in a model."""
+
+    below: Sequence[str]
+    """For each block, those of all blocks before it."""
+    every: str
+    """Those of all blocks."""
+
+
+class KeptFiles:
+    """Tensors and values in a directory, the last ones that were kept."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """(values, tensors); None where there are none, or a file is gone or damaged."""
+        values = self._read_values()
+        if values is None:
+            return None
+        path = self.directory / values["tensors"]
+        if not path.is_file() or hash_file(path) != path.stem:
+            return None
+        return values, load_file(path)
+
+    def replace(self, tensors: Mapping[str, Tensor], **values: Any) -> None:
+        """Keep these in the place of what was kept before, which is deleted once they are whole. Raises DiskFull."""
+        before, made = self._read_values(), self.directory / "kept.safetensors"
+        write_whole(made, partial(save_file, {name: x.detach().contiguous() for name, x in tensors.items()}))
+        path = made.rename(self.directory / f"{hash_file(made)}.safetensors")
+        write_text(self.directory / _VALUES, json.dumps({**values, "tensors": path.name}))
+        if before is not None and before["tensors"] != path.name:
+            (self.directory / before["tensors"]).unlink(missing_ok=True)
+
+    def _read_values(self) -> dict[str, Any] | None:
+        path = self.directory / _VALUES
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+
+def forget_files(directory: Path) -> None:
+    """Delete what was kept in a directory, and the one that it is in where nothing else is."""
+    shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):
+        directory.parent.rmdir()
