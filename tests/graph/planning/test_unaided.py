@@ -54,7 +54,7 @@ def test_the_rules_list_comes_on_request_and_not_to_an_unaided_planner(tmp_path:
     toolbox = open_tools(situation, tmp_path)
     assert ("candidates" in toolbox.names) is not unaided
     told, alone = ("".join(m.text for m in planner_messages(situation, tools)) for tools in (toolbox, None))
-    assert ("`candidates(n)`: untried plans of a rule" in told) is not unaided
+    assert ("`candidates(n)`: free: a rule's untried plans" in told) is not unaided
     assert ("`recall(query)`" in told, "candidates" in alone) == (True, False)
     answer = toolbox.run(ToolCall("candidates", {"n": 2}), str)
     if unaided:
