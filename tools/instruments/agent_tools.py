@@ -218,7 +218,7 @@ def make_planner_tools(
 def _make_candidates_tool(list_plans: Callable[[int], Sequence[Figures]]) -> BaseTool:
     @tool("candidates", args_schema=CandidatesArguments, response_format="content_and_artifact")
     def candidates_tool(n: int) -> tuple[str, str]:
-        """A rule's untried plans, by what helped on other models, likeliest first: costs nothing."""
+        """A rule's untried plans, by what helped other models, likeliest first: costs nothing."""
         plans = list_plans(n)
         return _answer(plans=plans), f"{n} -> {count(len(plans), 'plan')}"
 
