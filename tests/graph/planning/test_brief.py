@@ -351,7 +351,7 @@ def test_prompt_of_a_model_like_qwen3_8b() -> None:
     """252 layers; the real tokenisers of Qwen and OpenAI make less of it than is counted here."""
     toolbox = Toolbox(offer_nothing, calls=6, seconds=600)
     first = "".join(message.text for message in planner_messages(make_first_situation(36), toolbox))
-    assert count_tokens(first) < 4_000
+    assert count_tokens(first) <= 4_000
     assert len(first) < 14_000
     names = [layer.name for layer in draw_layers(36)]
     trials = [KEPT.model_copy(update={"iteration": i}) for i in range(1, 10)]
