@@ -18,6 +18,7 @@ from tests.end_to_end.helpers import (
 )
 from tests.rows import write_rows
 from tests.tiny import tiny_settings
+from tools.base.settings import count_checkpoints
 from tools.models.disk import list_disk
 from tools.models.layers import find_layers
 from tools.statistics.shards import count_waiting
@@ -82,8 +83,9 @@ def test_killed_and_resumed_without_room_for_second_moments_of_more_than_a_block
         tiny_settings(trained_llama, questions="file:questions.jsonl", further_windows=3),
         find_layers(model),
     )
-    in_source, waiting = {layer.name for layer in layers}, count_waiting(settings.calibration_windows)
-    lines = list_disk(model, layers, settings, at_once=1, streamed=True, in_source=in_source, waiting=waiting)
+    known = {"in_source": {layer.name for layer in layers}, "waiting": count_waiting(settings.calibration_windows)}
+    checkpoints = count_checkpoints(settings, 4, probes=False)
+    lines = list_disk(model, layers, settings, at_once=1, streamed=True, checkpoints=checkpoints, **known)
     disk = ("--disk", str(sum(line.bytes for line in lines) / 1e9))
     halt = Halt("prune", "tools.workbench.prune:Pruner._compute", 10)
     assert fork(tmp_path, *flags, *STREAM, *disk, halt=halt).finish().code == -signal.SIGKILL

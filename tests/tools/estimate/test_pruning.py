@@ -53,7 +53,7 @@ def test_of_a_wide_layer_a_second_moment_and_what_it_is_factored_to_are_held_onc
     for levels in (False, True):
         plain, damped = (peak(Recipe(damping=share), levels=levels) for share in (0.0, 0.2))
         assert damped < max(plain, 2.6), "a damped moment is there while its system is made"
-    assert peak(Recipe(method="sparsegpt")) < 3.2
+    assert peak(Recipe(method="sparsegpt")) < 3.5
     with Meter() as meter:
         system = statistics.system
     assert system is not None and meter.peak < 1.6 * matrix
