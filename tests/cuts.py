@@ -34,7 +34,7 @@ def assert_same_logits(model: Any, dense: Any) -> None:
 
 
 def cut_blocks(model: Any, dropped: list[int]) -> Cut:
-    return Cut(Counts(blocks=len(dropped)), fold_blocks(model, dropped, IDS, ignore_progress), tuple(dropped))
+    return Cut(Counts(blocks=len(dropped)), list(fold_blocks(model, dropped, IDS, ignore_progress)), tuple(dropped))
 
 
 def make_cut(model: Any, parts: str) -> Cut:

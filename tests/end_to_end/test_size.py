@@ -113,7 +113,7 @@ def test_a_cut_that_hurts_is_rolled_back_bit_for_bit_and_the_step_halved(
     "halt",
     [
         Halt("profile", "tools.workbench.cuts:measure_curves", after=True),
-        Halt("prune", "tools.workbench.cuts:make_cut", after=True),
+        Halt("prune", "tools.workbench.cuts:Cuts._install", 2, after=True),
         Halt("prune", "tools.workbench.cuts:Cuts._keep", 3),
         Halt("rollback", "tools.workbench.weights:Weights.install", 3, after=True),
         Halt("finish", "graph.nodes.finish:export_model", after=True),
@@ -126,6 +126,16 @@ def test_killed_and_resumed_it_is_the_same_bytes(halt: Halt, easy: Path, tiny_ll
     killed = tmp_path / "killed" / "run"
     assert read_trials(killed) == read_trials(easy)
     assert_same_weights(killed, easy)
+
+
+def test_of_a_streamed_model_it_is_the_same_but_not_timed(easy: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    run = run_apart(tmp_path, *flags(tiny_llama, "--max-iterations", "3", "--device", "stream"))
+    assert read_trials(run) == read_trials(easy)
+    assert_same_weights(run, easy)
+    mine, theirs = read_summary(run)["cut"], read_summary(easy)["cut"]
+    untimed = dict.fromkeys(("decoded_per_second", "dense_decoded_per_second"))
+    assert mine == theirs | untimed and theirs["decoded_per_second"] > 0
+    assert "went; how fast it decodes was not timed, for it was streamed" in (run / "report.md").read_text()
 
 
 def test_replayed_and_with_workers_it_is_the_same(
@@ -325,7 +335,11 @@ def test_named_texts_are_read_by_what_they_count_and_bound_what_is_kept(
             "target_size takes whole parts away, and polish_tokens fits the survivors of zeros",
         ),
         (("--protect", "blocks 0"), "target_size takes whole parts away, and protect names layers that are never"),
-        (("--device", "stream"), "target_size needs the model on one device; use another --device than stream"),
+        (("--device", "spread"), "target_size needs the model on one device; use another --device than spread"),
+        (
+            ("--target-size", "0", "--target-speed", "1.2", "--device", "stream"),
+            "target_speed needs the model on one device; use another --device than stream",
+        ),
         (("--target-speed", "1.2"), "target_size and target_speed are two targets; give one of them"),
         (("--target-size", "0", "--target-speed", "0.9"), "target_speed 0.9 is no faster; give a number above 1, such"),
         (("--target-size", "0.05"), "target_size 0.05 cannot be met: "),

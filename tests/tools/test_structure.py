@@ -71,6 +71,11 @@ from tools.texts.windows import cut_windows
             "mlp.experts.gate_proj, mlp.experts.up_proj, mlp.experts.down_proj, not projections up and one down; its "
             "heads or blocks may",
         ),
+        (
+            "llama",
+            "--device stream",
+            "tools.structure needs the whole model in memory; use another --device than stream",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(

@@ -6,6 +6,7 @@ form (`tools.estimate.units`).
 Shape suffixes: B windows, T tokens, D hidden width.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from kernels.channels import HalvedSums
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.block import Counts, Sample, build_sample, only_head
 from tools.estimate.clock import time_call
-from tools.estimate.cutting import CHOOSE, CURVES, CUT, SEARCH, TIME, Cutting
+from tools.estimate.cutting import BUILD, CHOOSE, CURVES, CUT, SEARCH, TIME, Cutting
 from tools.estimate.prices import Prices, Pricing, Work
 from tools.estimate.timing import fit_windows
 from tools.estimate.units import count_elimination, count_fit, time_elimination, time_fit
@@ -30,6 +31,9 @@ TRIED = 0.5
 """Of the blocks that stay, how many are tried once more to drop another one: 12 to 17 of 27 to 29 of SmolLM2-135M."""
 
 SPEED = "time both models"
+
+BUILDING = 3
+"""How often the blocks of a streamed model come from disk to be written smaller, and compared with those."""
 
 
 def price_cut_flops(settings: WorkbenchSettings, counts: Counts, cutting: Cutting) -> Prices:
@@ -117,11 +121,12 @@ def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricin
             1,
             1.0,
             {"forward": windows, "begin": windows, "walk down": windows},
+            2,
         )
     )
     if cutting.chosen:
         most = ", ".join(f"{form.most:,} of {form.units:,} {form.kind}" for form in cutting.chosen)
-        steps.append(pricing.step(CHOOSE, f"{most} of each of {blocks} blocks, at most", 1, 1.0, {"choose": 1}))
+        steps.append(pricing.step(CHOOSE, f"{most} of each of {blocks} blocks, at most", 1, 1.0, {"choose": 1}, 0))
     steps += _list_search(settings, cutting, pricing)
     steps.append(
         pricing.step(
@@ -130,6 +135,7 @@ def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricin
             cutting.rounds,
             1.0,
             {"walk and sum": windows, "fit": 1},
+            2 if cutting.most.blocks else 1,
         )
     )
     return steps
@@ -143,7 +149,7 @@ def _list_search(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricing
 
     def search(name: str, how: str, times: int, tried: float, forwards: int) -> Work:
         done = {"forward": forwards * windows + tried * all_above, "divergence": tried * blocks * windows}
-        return pricing.step(name, how, times, 1.0, done)
+        return pricing.step(name, how, times, 1.0, done, forwards + math.ceil(tried * (blocks + 1) / 2))
 
     steps = []
     if cutting.most.blocks > 0:
@@ -155,8 +161,10 @@ def _list_search(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricing
     return steps
 
 
-def list_cut_end(pricing: Pricing) -> list[Work]:
-    """What a run does at its end with the smaller model."""
+def list_cut_end(pricing: Pricing, *, streamed: bool = False) -> list[Work]:
+    """What a run does at its end with the smaller model: one that is streamed is not timed."""
+    if streamed:
+        return [pricing.step(BUILD, "written once, and compared block by block", 1, 1.0, {}, BUILDING)]
     return [_time_models(pricing, SPEED, "the dense one and the smaller one, which takes less", 2)]
 
 

@@ -11,12 +11,13 @@ import torch
 
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.course import CutCourse
-from tools.estimate.phases import IN_ORDER, WRITE, Facts, Phase, describe_program, find_common
+from tools.estimate.phases import IN_ORDER, WRITE, Facts, Phase, describe_program, describe_streamed, find_common
 from tools.estimate.shape import count_once, list_backward, multiply, name_chunk
 from tools.estimate.units import PartForm, count_elimination, count_fit
 from tools.models.artifacts import bound_mask, bound_values
 from tools.models.disk import CutSizes, Line
 from tools.models.layers import Layer
+from tools.models.streamed import StreamSizes
 from tools.plans.cuts import Counts, Shape, find_most, list_by_blocks
 from tools.surgery.moments import count_searched
 from tools.surgery.pace import list_lacking
@@ -47,7 +48,7 @@ class Cutting(NamedTuple):
     own: int
     """Bytes of the smaller model's weights that are not the dense model's, at most."""
     fitted: int
-    """Bytes of the fitted output projections of all blocks, at most."""
+    """Bytes of the fitted output projections of one block, at most."""
     timed: list[tuple[int, int]]
     """(all, those that are its own) bytes of the weights of each shape that is timed beside the dense model."""
 
@@ -93,7 +94,7 @@ def find_cutting(model: Any, layers: Sequence[Layer], course: CutCourse) -> Cutt
             smaller=max(_count_smaller(shape, counts, whole, item) for counts in listed),
         ),
         own=max(_count_own(shape, counts, item) for counts in listed),
-        fitted=item * fitted,
+        fitted=item * sum(form.outputs * (form.inputs - form.least * form.width) for form in forms),
         timed=[(_count_smaller(shape, counts, whole, item), _count_own(shape, counts, item)) for counts in lacking],
     )
 
@@ -167,12 +168,13 @@ def list_cut_phases(
     settings: WorkbenchSettings,
     cutting: Cutting,
     *,
+    streamed: StreamSizes | None = None,
     lead: int = 0,
     works: bool = True,
 ) -> list[Phase]:
     """The phases of such a run, with those of any run that it has; a worker waits while the model's process `works`.
 
-    The first `lead` tokens of each window are no text.
+    The first `lead` tokens of each window are no text. Of a model that is `streamed` so is the smaller one.
     """
     named, common = {phase.name: phase for phase in phases}, find_common(phases, "device")
     program, always = [describe_program(facts)], find_common(phases, "host")
@@ -181,7 +183,7 @@ def list_cut_phases(
         device, beside = found if works else ([], [])
         return Phase(name=name, device=[*common, *device], host=[*host, *beside])
 
-    build = _list_build(facts, settings, cutting)
+    build = _list_build(facts, settings, cutting, streamed)
     export = named["export"]
     return [
         *(named[name] for name in ("load", WRITE) if name in named),
@@ -217,19 +219,14 @@ def _list_walks(facts: Facts, settings: WorkbenchSettings, cutting: Cutting) -> 
         _state(facts, settings, "of what parts give, one window", parts),
         _count_doubles(settings, cutting),
     ]
-    return device, [
-        _state(facts, settings, "inputs of all blocks and of the head", (facts.shape.blocks + 1, "places"), windows),
-        _state(facts, settings, "gradients passed on", windows),
-    ]
+    return device, [_state(facts, settings, "what one block reads and what it gives", (2, "places"), windows)]
 
 
 def _list_choosing(facts: Facts, settings: WorkbenchSettings, cutting: Cutting) -> tuple[list[Line], list[Line]]:
-    """As `_list_walks`, of the block that all states before it are still held for."""
-    windows = _count_windows(settings)
+    """As `_list_walks`, of one block."""
     most = max(count_elimination(form, cutting.dtype).bytes for form in cutting.chosen)
     return [_count_sums(cutting), count_once("units of one part, one after another", most, _SMALLER)], [
-        _state(facts, settings, "inputs of the blocks below", (facts.shape.blocks - 1, "blocks"), windows),
-        _state(facts, settings, "gradients passed on", windows),
+        _state(facts, settings, "gradients passed on", _count_windows(settings)),
     ]
 
 
@@ -279,24 +276,31 @@ def _list_cut(facts: Facts, settings: WorkbenchSettings, cutting: Cutting) -> tu
     size = sum(8 * form.inputs * (form.inputs + form.folds * form.outputs) for form in cutting.forms)
     sums = f"2 halves × 4 bytes × inputs²{', with inputs × outputs of neurons' if cutting.most.blocks else ''}"
     device = [
-        Line(what="fitted output projections", how="of all blocks that stay, at most", bytes=cutting.fitted),
+        Line(what="fitted output projections", how="of one block, at most", bytes=cutting.fitted),
         Line(what="sums of one block's parts", how=f"{sums}, over its parts", bytes=size),
         *max(walk, fit, key=lambda lines: sum(line.bytes for line in lines)),
     ]
-    return device, [_state(facts, settings, "inputs of one block", _count_windows(settings))]
+    places = (1 + (cutting.most.blocks > 0), "places")
+    return device, [_state(facts, settings, "inputs of one block, and behind it", places, _count_windows(settings))]
 
 
-def _list_build(facts: Facts, settings: WorkbenchSettings, cutting: Cutting) -> tuple[list[Line], list[Line]]:
+def _list_build(
+    facts: Facts, settings: WorkbenchSettings, cutting: Cutting, streamed: StreamSizes | None
+) -> tuple[list[Line], list[Line]]:
     """As `_list_walks`; the first line is that of the smaller model. What is not cut is shared on a CPU alone."""
     here = facts.device == "cpu"
     size, smaller = (cutting.own if here else cutting.sizes.smaller), cutting.sizes.smaller
     how = "its layers that are cut; the others are the dense model's" if here else "all its parameters"
+    model = Line(what="the smaller model", how=how, bytes=size)
+    if streamed:
+        model = describe_streamed(facts, streamed).model_copy(update={"what": "of the smaller model"})
     device = [
-        Line(what="the smaller model", how=how, bytes=size),
+        model,
         count_once("forward of one block", facts.counts.forward_bytes),
         _state(facts, settings, "inputs of all blocks, one window", (facts.shape.blocks + 1, "places")),
     ]
-    return device, [] if here else [Line(what="the smaller model on its way", how="all its parameters", bytes=smaller)]
+    moved = Line(what="the smaller model on its way", how="all its parameters", bytes=smaller)
+    return device, [] if here or streamed else [moved]
 
 
 def _list_timing(facts: Facts, cutting: Cutting) -> tuple[list[Line], list[Line]]:

@@ -9,6 +9,7 @@ they work for.
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from tools.models.streamed import StreamSizes, measure_stream
 from tools.plans.methods import LEVERS
 from tools.plans.polish import Schedule, schedule_polish
 from tools.statistics.shards import count_waiting
-from tools.surgery.parts import ON_ONE_DEVICE
+from tools.surgery.parts import NEEDS_WHOLE, NOT_SPREAD
 
 
 class Estimate(BaseModel):
@@ -125,8 +126,10 @@ def estimate(
     run = _read_run(settings)
     model, layers, workers = run.model, run.layers, run.workers
     place = _find_place(settings, model, devices)
-    if place.streamed and course.cut:
-        raise UserError(ON_ONE_DEVICE)
+    if place.streamed and course.cut and not course.cut.size:
+        raise UserError(f"target_speed {NEEDS_WHOLE}")
+    if place.spread and course.cut:
+        raise UserError(NOT_SPREAD)
     cutting = find_cutting(model, layers, course.cut) if course.cut else None
     counts = count_block(model, settings.window, run.lead)
     threads = count_threads(settings) if workers else torch.get_num_threads()
@@ -147,13 +150,9 @@ def estimate(
         cut = list_cut_work(settings, cutting, pricing) if cutting else []
         streams = place.streamed is not None
         steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
-        return [*steps, *(list_cut_end(pricing) if cutting else [])]
+        return [*steps, *(list_cut_end(pricing, streamed=streams) if cutting else [])]
 
-    written = (
-        list_cut_disk(model, layers, settings, cutting.sizes, run.lead, course.checkpoints)
-        if cutting
-        else disk.plan.lines
-    )
+    written = _list_cut_disk(run, place, course, cutting) if cutting else disk.plan.lines
     polished = phases.polish_disk
     return Estimate(
         model=settings.model,
@@ -293,6 +292,15 @@ def _plan_both_ways(run: _Run, place: _Place, course: Course, room: float) -> _B
     return _BothWays(chosen, least if chosen.at_once is None else plan(math.inf), least.bytes)
 
 
+def _list_cut_disk(run: _Run, place: _Place, course: Course, cutting: Cutting) -> list[Line]:
+    """What is written where parts go."""
+    return list_cut_disk(
+        *(run.model, run.layers, run.settings, cutting.sizes, run.lead, course.checkpoints),
+        streamed=place.streamed is not None,
+        in_source=read_source(run.settings, run.layers) if place.streamed else set[str](),
+    )
+
+
 def _list_all_phases(
     run: _Run, place: _Place, facts: Facts, course: Course, cutting: Cutting | None, *, anew: bool
 ) -> _Phases:
@@ -311,8 +319,8 @@ def _list_all_phases(
     elif polish:
         phases = add_polish(phases, facts, polish)
     if cutting:
-        beside = list_cut_phases(beside, facts, read, cutting, lead=run.lead) if workers else []
-        phases = list_cut_phases(phases, facts, read, cutting, lead=run.lead, works=not workers)
+        cut = partial(list_cut_phases, facts=facts, settings=read, cutting=cutting, streamed=streamed, lead=run.lead)
+        beside, phases = cut(beside) if workers else [], cut(phases, works=not workers)
     return _Phases(beside or phases, phases if workers else [], list_polish_disk(facts, polish) if polish else [])
 
 

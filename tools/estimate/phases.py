@@ -175,7 +175,7 @@ def describe_loading(facts: Facts, weights: int, streamed: StreamSizes | None) -
     """`weights` is what one device holds of the model, bytes, which of one that is `streamed` are not looked at."""
     program = describe_program(facts)
     if streamed:
-        return Loading(_describe_streamed(facts, streamed), program, [], _list_passing(streamed))
+        return Loading(describe_streamed(facts, streamed), program, [], _list_passing(streamed))
     return Loading(_describe_model(facts.shape, weights), program, _list_reading(facts), _list_moved(facts))
 
 
@@ -206,8 +206,10 @@ def _describe_model(shape: Shape, weights: int) -> Line:
     return Line(what="the model's part on one GPU", how="the largest of these parts", bytes=weights)
 
 
-def _describe_streamed(facts: Facts, sizes: StreamSizes) -> Line:
-    """On a CPU the pages that a block was copied from may be in memory beside it; on a GPU the head comes by turn."""
+def describe_streamed(facts: Facts, sizes: StreamSizes) -> Line:
+    """What is held of it: on a CPU the pages that a block was copied from may be in memory beside it; on a GPU the head
+    comes by turn.
+    """
     if facts.device == "cpu":
         how, size = "2 × the largest block, with embeddings and head", 2 * sizes.block + sizes.outside
     else:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tools.base.words import show_flops, show_seconds, show_size
+from tools.estimate.cutting import TIME
 from tools.estimate.needs import Estimate
 from tools.estimate.phases import Phase
 from tools.estimate.prices import Work
@@ -183,7 +184,8 @@ def _judge_room(found: Estimate) -> str:
         return f"{short}fits {place} of {show_size(room)}: {show_size(needed)} at most ({phase}{beside})"
     verdict = f"{short}does not fit {place} of {show_size(room)}: {show_size(needed)} ({phase}{beside})"
     if found.goes:
-        return f"{verdict}; fewer or shorter windows need less, and the model must lie on one device to be cut"
+        aim = "" if found.streamed or TIME in [phase.name for phase in found.phases] else ", and --device stream"
+        return f"{verdict}; fewer or shorter windows need less{aim}"
     if found.device == "cpu":
         return f"{verdict}; {_advise_on_cpu(found)}"
     if found.spread:

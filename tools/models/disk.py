@@ -134,13 +134,25 @@ class CutSizes(NamedTuple):
 
 
 def list_cut_disk(
-    model: Any, layers: Sequence[Layer], settings: TeamSettings, sizes: CutSizes, lead: int = 0, checkpoints: int = 0
+    model: Any,
+    layers: Sequence[Layer],
+    settings: TeamSettings,
+    sizes: CutSizes,
+    lead: int = 0,
+    checkpoints: int = 0,
+    *,
+    streamed: bool = False,
+    in_source: Container[str] = (),
 ) -> list[Line]:
     """As `list_disk`, of a run that takes parts away: nothing is measured of single weights."""
+    copied = [layer for layer in layers if layer.name not in in_source]
     checkpoints, hidden = checkpoints or count_checkpoints(settings), settings.count_all("validation")
+    inside, tokens = 1 + len(find_blocks(model)), lead + settings.window
+    walked = _describe_hidden("", model, inside * settings.count_all("calibration"), tokens)
     return [
-        _describe_hidden("the dense model's hidden states", model, hidden, lead + settings.window),
-        *_list_further(model, settings, lead + settings.window),
+        _describe_hidden("the dense model's hidden states", model, hidden, tokens),
+        walked.model_copy(update={"what": "inputs of all blocks, while the parts are measured"}),
+        *_list_further(model, settings, tokens),
         Line(
             what="layers of checkpoints",
             how=f"{checkpoints} × masks of the prunable layers, and what was fitted to the units that stay",
@@ -156,8 +168,14 @@ def list_cut_disk(
             how=f"as small as it comes out; {_count_bytes(model):,} bytes where no cut is kept",
             bytes=sizes.smaller,
         ),
-        _describe_dense(layers, len(layers)),
+        *(_list_streamed(model, settings, tokens) if streamed else []),
+        *([_describe_made(sizes)] if streamed else []),
+        *([_describe_dense(copied, len(layers))] if copied else []),
     ]
+
+
+def _describe_made(sizes: CutSizes) -> Line:
+    return Line(what="the smaller model, until it is exported", how="once more", bytes=sizes.smaller)
 
 
 def _list_further(model: Any, settings: TeamSettings, tokens: int) -> list[Line]:

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -304,6 +304,23 @@ def stream_model(
     gc.collect()
     Stream(model, mapped, device, Mapped({name: source.places[name] for name in same}))
     return model, loading
+
+
+def stream_made(
+    make: Callable[[Mapping[str, torch.Tensor]], Any],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    device: torch.device,
+    scratch: Path,
+) -> Any:
+    """The model that is made of weights which come one by one, its blocks streamed to `device`.
+
+    `make` takes them by name, as they lie in a file without a name in the directory `scratch`, and copies none. Raises
+    DiskFull, or whatever `make` raises.
+    """
+    mapped = map_tensors(weights, scratch, "the smaller model")
+    model = make(mapped)
+    Stream(model, mapped, device, Mapped({}))
+    return model
 
 
 def _find_offloaded(model: Any) -> Mapping[str, torch.Tensor]:

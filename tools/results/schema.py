@@ -216,11 +216,11 @@ class CutResult(BaseModel):
     parameters: int
     dense_bytes: int = Field(description="Of all weights, in the number format of the run.")
     bytes: int
-    dense_decoded_per_second: float = Field(
+    dense_decoded_per_second: float | None = Field(
         description="Tokens a second of greedy decoding, one sequence, in stock transformers on this machine; median "
-        "of timings by turns."
+        "of timings by turns; null where the model was streamed, which decodes as fast as its disk is read."
     )
-    decoded_per_second: float
+    decoded_per_second: float | None
 
     @property
     def share(self) -> float:
@@ -228,9 +228,10 @@ class CutResult(BaseModel):
         return self.bytes / self.dense_bytes
 
     @property
-    def gain(self) -> float:
-        """How many times as many tokens a second are decoded."""
-        return self.decoded_per_second / self.dense_decoded_per_second
+    def gain(self) -> float | None:
+        """How many times as many tokens a second are decoded; None where that was not timed."""
+        found, dense = self.decoded_per_second, self.dense_decoded_per_second
+        return found / dense if found is not None and dense else None
 
 
 class Origin(BaseModel):

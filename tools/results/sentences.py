@@ -95,10 +95,12 @@ def describe_cut(cut: CutResult) -> str:
     told = [" and ".join(went) + " of every block"] if went else []
     told += [f"block{'s' * (len(cut.blocks) > 1)} {', '.join(map(str, cut.blocks))}"] if cut.blocks else []
     asked = f" (asked for {cut.size:.2%})" if cut.size else ""
+    what = f"Cut to {cut.share:.2%} of its bytes{asked}: {' and '.join(told)} went"
+    if cut.gain is None:
+        return f"{what}; how fast it decodes was not timed, for it was streamed"
     wanted = f"; asked for {cut.speed:.4g}" if cut.speed else ""
     return (
-        f"Cut to {cut.share:.2%} of its bytes{asked}: {' and '.join(told)} went; "
-        f"{cut.decoded_per_second:.1f} tokens/s decoded, dense {cut.dense_decoded_per_second:.1f} "
+        f"{what}; {cut.decoded_per_second:.1f} tokens/s decoded, dense {cut.dense_decoded_per_second:.1f} "
         f"({cut.gain:.2f} times as many{wanted})"
     )
 

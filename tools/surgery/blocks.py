@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.channels import HalvedSums, expand_units, fit_kept
+from kernels.channels import HalvedSums, InputMoments, expand_units, fit_kept
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks, take_hidden
-from tools.models.readout import TokenLosses, compute_hidden, measure_losses
+from tools.models.readout import TokenLosses, compute_hidden, measure_losses, sum_losses
+from tools.models.streamed import find_stream
 from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import Fit, Part, find_parts
 
@@ -49,20 +50,19 @@ def drop_blocks(model: Any, windows_BT: Tensor, progress: Progress, *, lead: int
     """
     blocks = Blocks(model)
     windows_BT = search_windows(windows_BT, lead)
-    dense = [compute_hidden(model, ids_T[None])[0] for ids_T in windows_BT]
+    dense = compute_all_hidden(blocks, windows_BT)
     dropped: list[int] = []
     costs = dict.fromkeys(range(len(blocks)), 0.0)
     while len(costs) > 1:
-        inputs = [read_inputs(blocks, dropped, ids_T) for ids_T in windows_BT]
+        inputs = read_inputs(blocks, dropped, windows_BT)
         best, tokens = math.inf, 0
         for i, block in enumerate(sorted(costs, key=costs.__getitem__)):
             progress(f"search block {len(dropped) + 1} to drop", i, len(costs))
             if costs[block] > best:
                 break
             tokens += windows_BT[:, lead:].numel()
-            kl = 0.0
-            for ids_T, dense_TD, boundary in zip(windows_BT, dense, inputs, strict=True):
-                kl += measure_without(blocks, [*dropped, block], ids_T, boundary[block], dense_TD, lead=lead).kl
+            read = [boundary[block] for boundary in inputs]
+            kl = sum(x.kl for x in measure_without(blocks, [*dropped, block], windows_BT, read, dense, lead=lead))
             costs[block] = kl if math.isfinite(kl) else math.inf
             best = min(best, costs[block])
         dropped.append(min(costs, key=costs.__getitem__))
@@ -71,28 +71,73 @@ def drop_blocks(model: Any, windows_BT: Tensor, progress: Progress, *, lead: int
         yield Drop(dropped[-1], tokens, kl)
 
 
-def read_inputs(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Tensor]:
-    """What each block reads when the dropped ones are skipped, on CPU."""
-    with skipping(blocks, dropped), blocks.only(0, len(blocks), ids_T) as boundary:
-        compute_hidden(blocks.model, ids_T[None])
-    return {block: hidden_BTD.cpu() for block, hidden_BTD in boundary.items()}
+@torch.no_grad()
+def compute_all_hidden(blocks: Blocks, windows_BT: Tensor) -> list[Tensor]:
+    """What the head reads of each window, (T, D), on its device."""
+    if not find_stream(blocks.model):
+        return [compute_hidden(blocks.model, ids_T[None])[0] for ids_T in windows_BT]
+    states = [blocks.embed(ids_T) for ids_T in windows_BT]
+    return [hidden_BTD[0] for hidden_BTD in _run_on(blocks, windows_BT, 0, states)]
 
 
+@torch.no_grad()
+def read_inputs(blocks: Blocks, dropped: Sequence[int], windows_BT: Tensor) -> list[dict[int, Tensor]]:
+    """What each block reads of each window when the dropped ones are skipped, on CPU."""
+    inputs: list[dict[int, Tensor]] = [{} for _ in windows_BT]
+    with skipping(blocks, dropped):
+        if find_stream(blocks.model):
+            _run_on(blocks, windows_BT, 0, [blocks.embed(ids_T) for ids_T in windows_BT], inputs)
+            return inputs
+        for ids_T, own in zip(windows_BT, inputs, strict=True):
+            with blocks.only(0, len(blocks), ids_T) as boundary:
+                compute_hidden(blocks.model, ids_T[None])
+            own.update({block: hidden_BTD.cpu() for block, hidden_BTD in boundary.items()})
+    return inputs
+
+
+@torch.no_grad()
 def measure_without(
     blocks: Blocks,
     dropped: Sequence[int],
-    ids_T: Tensor,
-    read_BTD: Tensor,
-    dense_TD: Tensor | None = None,
+    windows_BT: Tensor,
+    read: Sequence[Tensor],
+    dense: Sequence[Tensor] | None = None,
     *,
     lead: int = 0,
-) -> TokenLosses:
-    """Losses of a window without some blocks; the last of them reads `read_BTD` without the others.
+) -> list[TokenLosses]:
+    """Losses of each window without some blocks; the last of them has `read` (1, T, D) of it without the others.
 
-    What runs below it is not run again. The reference is the dense model's hidden states.
+    What runs below it is not run again. The reference is the dense model's hidden states, (T, D) of each window.
     """
-    with skipping(blocks, dropped), blocks.only(dropped[-1], len(blocks), ids_T, read_BTD):
-        return measure_losses(blocks.model, ids_T, dense_TD, lead=lead)[0]
+    first, losses = dropped[-1], list[TokenLosses]()
+    references: Sequence[Tensor | None] = dense or [None] * len(windows_BT)
+    with skipping(blocks, dropped):
+        if find_stream(blocks.model):
+            for ids_T, hidden_BTD, dense_TD in zip(
+                windows_BT, _run_on(blocks, windows_BT, first, read), references, strict=True
+            ):
+                losses.append(sum_losses(blocks.model, ids_T, hidden_BTD[0], dense_TD, lead=lead))
+            return losses
+        for ids_T, read_BTD, dense_TD in zip(windows_BT, read, references, strict=True):
+            with blocks.only(first, len(blocks), ids_T, read_BTD):
+                losses.append(measure_losses(blocks.model, ids_T, dense_TD, lead=lead)[0])
+    return losses
+
+
+def _run_on(
+    blocks: Blocks,
+    windows_BT: Tensor,
+    first: int,
+    states: Sequence[Tensor],
+    inputs: Sequence[dict[int, Tensor]] = (),
+) -> list[Tensor]:
+    """What the head reads of each window, (1, T, D), from what block `first` does, all windows through one block before
+    the next, which is read once; in `inputs` is put what each block reads, on CPU."""
+    for block in range(first, len(blocks)):
+        for own, hidden_BTD in zip(inputs, states, strict=False):
+            own[block] = hidden_BTD.cpu()
+        states = [blocks.run_to_head(ids_T, block, x) for ids_T, x in zip(windows_BT, states, strict=True)]
+    return list(states)
 
 
 @torch.no_grad()
@@ -102,40 +147,56 @@ def fold_blocks(
     windows_BT: Tensor,
     progress: Progress,
     stays: Sequence[tuple[Part, Tensor]] = (),
-) -> list[Fit]:
+) -> Generator[Fit, None, None]:
     """What makes up for dropped blocks: the MLP's output projection of each block that stays just before some.
 
     It is fitted to give, beside its own output, what the dropped blocks added in the dense model. Not where the blocks
     have no such projection, or do not simply add its output to their own. Nothing precedes a first block. Parts of
-    which only some units stay, given with these, are fitted on the same walk.
+    which only some units stay, given with these, are fitted on the same walk. A block whose fits have been given is not
+    run again.
     """
     blocks = Blocks(model)
     folded = _find_folded(blocks, dropped, windows_BT[0])
     kept = {(part.block, part.kind): (part, units) for part, units in stays if part.block not in dropped}
     for part in folded.values():
-        every_U = torch.arange(part.units, device=windows_BT.device)
-        kept.setdefault((part.block, part.kind), (part, every_U))
-    fits, states = [], [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+        kept.setdefault((part.block, part.kind), (part, torch.arange(part.units)))
+    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
     for first, end in _segments(len(blocks), dropped):
         progress("fold and fit", first, len(blocks))
         members = [own for (block, _), own in kept.items() if block == first]
-        sums = [HalvedSums(part.output.weight_OI.shape[1], windows_BT.device) for part, _ in members]
+        if not members:
+            states = _pass_on(blocks, windows_BT, states, range(first, end))
+            continue
+        behind = _pass_on(blocks, windows_BT, states, range(first, end)) if end > first + 1 else None
+        sums = [HalvedSums(part.output.weight_OI.shape[1], part.output.device) for part, _ in members]
         for i, ids_T in enumerate(windows_BT):
             read: list[list[Tensor]] = [[] for _ in members]
             with tapped([part for part, _ in members], [own.append for own in read]):
-                own_BTD = hidden_BTD = blocks.run(ids_T, first, states[i].to(ids_T.device))
-            for block in range(first + 1, end):
-                hidden_BTD = blocks.run(ids_T, block, hidden_BTD)
-            states[i] = hidden_BTD.cpu()
+                own_BTD = blocks.run(ids_T, first, states[i].to(ids_T.device))
+            states[i] = behind[i] if behind else own_BTD.cpu()
             for (part, _), total, [x_TI] in zip(members, sums, read, strict=True):
-                total.add(x_TI, (hidden_BTD.float() - own_BTD.float())[0] if part is folded.get(first) else None)
+                added = part is folded.get(first)
+                total.add(x_TI, (states[i].to(own_BTD.device).float() - own_BTD.float())[0] if added else None)
         for (part, units), total in zip(members, sums, strict=True):
-            kept_K = expand_units(units, part.output.weight_OI.shape[1] // part.units)
-            fits.append(
-                Fit(part, units, *fit_kept(part.output.weight_OI, part.bias, finish_moments(total, part), kept_K))
-            )
+            yield _fit(part, units, finish_moments(total, part))
     progress("fold and fit", len(blocks), len(blocks))
-    return fits
+
+
+def _pass_on(blocks: Blocks, windows_BT: Tensor, states: Sequence[Tensor], passed: range) -> list[Tensor]:
+    """What each window is behind some blocks, on CPU; all pass one before the next, which is read once if streamed."""
+    for block in passed:
+        states = [
+            blocks.run(ids_T, block, x_BTD.to(ids_T.device)).cpu()
+            for ids_T, x_BTD in zip(windows_BT, states, strict=True)
+        ]
+    return list(states)
+
+
+def _fit(part: Part, units: Tensor, moments: InputMoments) -> Fit:
+    device, weight_OI, bias_O = part.output.device, part.output.weight_OI, part.bias
+    kept_K = expand_units(units.to(device), weight_OI.shape[1] // part.units)
+    bias_O = None if bias_O is None else bias_O.to(device)
+    return Fit(part, units, *fit_kept(weight_OI.to(device), bias_O, moments, kept_K))
 
 
 def _find_folded(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Part]:

@@ -63,7 +63,7 @@ def choose_cut(
         check_buildable(model, counts)
     if "blocks" in kinds:
         order, tokens = choose_blocks(model, candidates[0].blocks, windows_BT, step, lead=lead)
-        fits = fold_blocks(model, order, windows_BT, step) if refit else []
+        fits = list(fold_blocks(model, order, windows_BT, step)) if refit else []
         words = f"whole blocks, in this order, each the one without which KL was lowest: {', '.join(map(str, order))}"
         words += (
             "" if fits or not refit else "; nothing was refitted, as no MLP before them adds to what the blocks pass on"

@@ -2,12 +2,14 @@
 
 One walk up through the blocks, one down: gradients of -log p of tokens that the model draws itself, at what the output
 projections give, make the Fisher information of their outputs; what they read makes A. No unit is taken away to measure
-it. The moments of one block are held at a time, and the states between blocks on CPU.
+it. The moments of one block are held at a time; what the blocks below read waits on disk.
 
 Shape suffixes: B windows, T tokens, D hidden width, I input channels, O output features.
 """
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.readout import hidden_gradients
 from tools.plans.cuts import Counts
+from tools.statistics.states import StateStack
 from tools.surgery.moments import finish_moments, kept_outputs, tapped
 from tools.surgery.parts import KINDS, Kind, Part, find_parts
 
@@ -30,16 +33,24 @@ Curves = dict[Kind, list[Elimination]]
 
 
 def measure_curves(
-    model: Any, most: Counts, windows_BT: Tensor, progress: Progress, *, lead: int = 0, seed: int = 0
+    model: Any,
+    most: Counts,
+    windows_BT: Tensor,
+    progress: Progress,
+    *,
+    lead: int = 0,
+    seed: int = 0,
+    scratch: Path | None = None,
 ) -> Curves:
     """The curves of as many units as `most` has of each kind, in nats per token, where the rest is fitted.
 
-    The first `lead` tokens of each window are no text. Raises UserError where moments or gradients are not finite, or
-    such parts cannot be cut.
+    The first `lead` tokens of each window are no text. In the directory `scratch`, or where this system has its files
+    for a while, lies what blocks read, in a file without a name. Raises UserError where moments or gradients are not
+    finite, or such parts cannot be cut, and DiskFull.
     """
     blocks = Blocks(model)
     parts = {kind: find_parts(model, kind) for kind in KINDS if getattr(most, kind)}
-    states = _walk_up(blocks, windows_BT, progress)
+    states = _walk_up(blocks, windows_BT, progress, StateStack(scratch or Path(tempfile.gettempdir())))
     above = begin_gradients(blocks, windows_BT, states.pop(), lead, seed)
     curves: Curves = {kind: [] for kind in parts}
     for block in reversed(range(len(blocks))):
@@ -68,9 +79,8 @@ def sum_moments(
     `states` are what the block reads of each window, (1, T, D); in `above` the gradients at what it gives are replaced
     by those at what it reads. All on CPU.
     """
-    device = windows_BT.device
-    sums = [MomentSums(part.output.weight_OI.shape[1], device) for part in members]
-    fisher = [MomentSums(part.output.weight_OI.shape[0], device) for part in members]
+    sums = [MomentSums(part.output.weight_OI.shape[1], part.output.device) for part in members]
+    fisher = [MomentSums(part.output.weight_OI.shape[0], part.output.device) for part in members]
     for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, states, strict=True)):
         given_BTD = hidden_BTD.to(ids_T.device).requires_grad_()
         with torch.enable_grad(), tapped(members, [own.add for own in sums]), kept_outputs(members) as outputs:
@@ -83,19 +93,19 @@ def sum_moments(
     return list(zip(sums, fisher, strict=True))
 
 
-def _walk_up(blocks: Blocks, windows_BT: Tensor, progress: Progress) -> list[list[Tensor]]:
-    """What every block reads of each window, and last what the head reads; on CPU."""
-    states = [[blocks.embed(ids_T).cpu() for ids_T in windows_BT]]
+def _walk_up(blocks: Blocks, windows_BT: Tensor, progress: Progress, stack: StateStack) -> StateStack:
+    """What every block reads of each window, and on top what the head reads."""
+    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+    stack.push(states)
     with torch.no_grad():
         for block in range(len(blocks)):
             progress("curves of units", block, 2 * len(blocks))
-            states.append(
-                [
-                    blocks.run_to_head(ids_T, block, x_BTD.to(ids_T.device)).cpu()
-                    for ids_T, x_BTD in zip(windows_BT, states[-1], strict=True)
-                ]
-            )
-    return states
+            states = [
+                blocks.run_to_head(ids_T, block, x_BTD.to(ids_T.device)).cpu()
+                for ids_T, x_BTD in zip(windows_BT, states, strict=True)
+            ]
+            stack.push(states)
+    return stack
 
 
 def begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor], lead: int, seed: int) -> list[Tensor]:
@@ -123,7 +133,7 @@ def _eliminate(part: Part, removed: int, sums: MomentSums, fisher: MomentSums) -
             f"{part.output.name}: the gradient of its output is not finite; try --dtype fp32 or bf16"
         ) from error
     return eliminate_units(
-        part.output.weight_OI,
+        part.output.weight_OI.to(metric_OO.device),
         finish_moments(sums, part),
         metric_OO,
         part.units,

@@ -13,8 +13,11 @@ from tools.plans.cuts import Counts
 Kind = Literal["heads", "neurons"]
 KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
-ON_ONE_DEVICE = "only a model on one device can be cut; use another --device than spread or stream"
-"""Why a model that is spread or streamed is not."""
+NEEDS_WHOLE = "needs the whole model in memory; use another --device than stream"
+"""Why what is done here is not done to a streamed model, behind its name."""
+
+NOT_SPREAD = "a model that is laid over several devices cannot be cut; use another --device than spread"
+"""Why one that is spread is not."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,18 @@ def check_alike(model: Any) -> None:
     layers = find_layers(model)
     for layer in layers:
         shapes[layer.block].append((layer.kind, layer.weight_OI.shape))
-    if len({layer.weight_OI.device for layer in layers}) > 1 or any(layer.is_streamed for layer in layers):
-        raise UserError(ON_ONE_DEVICE)
+    if len({layer.device for layer in layers}) > 1:
+        raise UserError(NOT_SPREAD)
     if any(block != shapes[0] for block in shapes):
         raise UserError(
             f"the blocks of {type(model).__name__} are not all alike; only models whose blocks are can be cut"
         )
+
+
+def refuse_streamed(model: Any, what: str) -> None:
+    """Raises UserError, in one line, where a model is streamed and `what` cannot be done to such a one."""
+    if any(layer.is_streamed for layer in find_layers(model)):
+        raise UserError(f"{what} {NEEDS_WHOLE}")
 
 
 def _find_heads(model: Any, block: nn.Module, layers: list[Layer]) -> Part:

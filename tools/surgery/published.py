@@ -62,14 +62,12 @@ def eliminate_blocks(
     dropped = list(gone)
     alive = [block for block in range(len(blocks)) if block not in dropped]
     for done in range(len(dropped), count):
-        inputs = [read_inputs(blocks, dropped, ids_T) for ids_T in windows_BT]
+        inputs = read_inputs(blocks, dropped, windows_BT)
         losses = {}
         for i, block in enumerate(alive[1:-1]):
             progress("search blocks", done * len(blocks) + i, count * len(blocks))
-            nll = sum(
-                measure_without(blocks, [*dropped, block], ids_T, boundary[block], lead=lead).nll
-                for ids_T, boundary in zip(windows_BT, inputs, strict=True)
-            )
+            read = [boundary[block] for boundary in inputs]
+            nll = sum(x.nll for x in measure_without(blocks, [*dropped, block], windows_BT, read, lead=lead))
             losses[block] = nll if math.isfinite(nll) else math.inf
         dropped.append(min(losses, key=losses.__getitem__))
         alive.remove(dropped[-1])

@@ -5,8 +5,11 @@ changed; what is not cut, both share.
 """
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from tools.base.errors import UserError, in_one_line
 from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks
 from tools.models.readout import compute_hidden
+from tools.models.streamed import find_stream, stream_made
 from tools.plans.cuts import Counts
 from tools.surgery.blocks import skipping
 from tools.surgery.parts import KINDS, Cut, Fit, find_parts
@@ -102,29 +106,36 @@ def check_buildable(model: Any, counts: Counts) -> None:
 
 def cut_state(model: Any, cut: Cut, *, on_meta: bool = False) -> dict[str, Tensor]:
     """The cut model's state dict; what is not cut is not copied. With `on_meta` only shapes are made."""
-    state: dict[str, Tensor] = {name: t.to("meta") if on_meta else t for name, t in model.state_dict().items()}
+    return dict(_list_state(model, cut, on_meta=on_meta))
+
+
+def _list_state(model: Any, cut: Cut, *, on_meta: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The names and tensors of `cut_state`, each made as it comes."""
+    edits: dict[str, Callable[[Tensor], Tensor]] = {}
     for fit in cut.fits:
-        _cut_part(state, fit)
-    if cut.dropped:
-        state = _renumber(model, state, cut.dropped)
-    return state
+        edits |= _list_edits(fit)
+    rename = _number_anew(model, cut.dropped)
+    for name, tensor in model.state_dict().items():
+        if new := rename(name):
+            given = tensor.to("meta") if on_meta else tensor
+            yield new, edits[name](given) if name in edits else given
 
 
-def _cut_part(state: dict[str, Tensor], fit: Fit) -> None:
-    part = fit.part
+def _list_edits(fit: Fit) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What a part that is cut makes of the dense tensors, by their names."""
+    part, edits = fit.part, dict[str, Callable[[Tensor], Tensor]]()
     for layer in (*part.inputs, part.output) if len(fit.units) < part.units else ():
-        name = f"{layer.name}.weight"
         dim = 0 if layer is not part.output else 1
-        if isinstance(layer.module, Conv1D):  # stored as d_in x d_out
-            dim = 1 - dim
-        state[name] = _select(state[name], fit.units, part.units, dim)
-        if layer is not part.output and f"{layer.name}.bias" in state:
-            state[f"{layer.name}.bias"] = _select(state[f"{layer.name}.bias"], fit.units, part.units, 0)
-    if fit.weight_OK is not None:
-        transposed = isinstance(part.output.module, Conv1D)
-        state[f"{part.output.name}.weight"] = (fit.weight_OK.T if transposed else fit.weight_OK).contiguous()
-    if fit.bias_O is not None:
-        state[f"{part.output.name}.bias"] = fit.bias_O
+        stored = 1 - dim if isinstance(layer.module, Conv1D) else dim  # as d_in x d_out
+        edits[f"{layer.name}.weight"] = partial(_select, kept=fit.units, units=part.units, dim=stored)
+        if layer is not part.output:
+            edits[f"{layer.name}.bias"] = partial(_select, kept=fit.units, units=part.units, dim=0)
+    if (weight_OK := fit.weight_OK) is not None:
+        stored_weight = weight_OK.T if isinstance(part.output.module, Conv1D) else weight_OK
+        edits[f"{part.output.name}.weight"] = lambda _: stored_weight.contiguous()
+    if (bias_O := fit.bias_O) is not None:
+        edits[f"{part.output.name}.bias"] = lambda _: bias_O
+    return edits
 
 
 def _select(tensor: Tensor, kept: Tensor, units: int, dim: int) -> Tensor:
@@ -134,33 +145,57 @@ def _select(tensor: Tensor, kept: Tensor, units: int, dim: int) -> Tensor:
     return selected
 
 
-def _renumber(model: Any, state: Mapping[str, Tensor], dropped: Sequence[int]) -> dict[str, Tensor]:
+def _number_anew(model: Any, dropped: Sequence[int]) -> Callable[[str], str | None]:
+    """A tensor's name without the dropped blocks; None of what goes with one."""
     blocks = find_blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
     stays = [i for i in range(len(blocks)) if i not in dropped]
     new = {str(old): str(index) for index, old in enumerate(stays)}
-    result = {}
-    for name, tensor in state.items():
+
+    def rename(name: str) -> str | None:
         if not name.startswith(prefix):
-            result[name] = tensor
-            continue
+            return name
         index, _, rest = name.removeprefix(prefix).partition(".")
-        if index in new:
-            result[f"{prefix}{new[index]}.{rest}"] = tensor
-    return result
+        return f"{prefix}{new[index]}.{rest}" if index in new else None
+
+    return rename
 
 
-def build_cut(model: Any, cut: Cut) -> Any:
-    """The cut model, as transformers itself loads it: eval mode, weights frozen, on the dense model's device."""
-    config = cut_config(model, cut.counts, cut.dropped)
-    loaded: Any = type(model).from_pretrained(
-        None, config=config, state_dict=cut_state(model, cut), dtype=model.dtype, output_loading_info=True
+def build_cut(model: Any, cut: Cut, scratch: Path | None = None) -> Any:
+    """The cut model, as transformers itself loads it: eval mode, weights frozen, on the dense model's device.
+
+    Of a model that is streamed so is the cut one; its weights lie in a file without a name in the directory `scratch`,
+    or where this system has its files for a while. Raises DiskFull.
+    """
+    config, stream = cut_config(model, cut.counts, cut.dropped), find_stream(model)
+
+    def build(state: Mapping[str, Tensor]) -> Any:
+        loaded: Any = type(model).from_pretrained(
+            None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True
+        )
+        built, loading = loaded
+        wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
+        assert not wrong, wrong  # `check_buildable` compared all shapes
+        built.generation_config = copy.deepcopy(model.generation_config)
+        return built.eval().requires_grad_(False)
+
+    if stream is None:
+        return build(cut_state(model, cut)).to(model.device)
+    first = _find_tied(model, cut)
+    return stream_made(
+        lambda mapped: build({name: mapped[same] for name, same in first.items()}),
+        ((name, tensor) for name, tensor in _list_state(model, cut) if first[name] == name),
+        stream.device,
+        scratch or Path(tempfile.gettempdir()),
     )
-    built, loading = loaded
-    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
-    assert not wrong, wrong  # `check_buildable` compared all shapes
-    built.generation_config = copy.deepcopy(model.generation_config)
-    return built.to(model.device).eval().requires_grad_(False)
+
+
+def _find_tied(model: Any, cut: Cut) -> dict[str, str]:
+    """Of every name in the cut model's state dict the first one of the same dense tensor."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    rename = _number_anew(model, cut.dropped)
+    named = ((rename(name), tensor) for name, tensor in model.state_dict().items())
+    return {new: first.setdefault((tensor.data_ptr(), tensor.shape), new) for new, tensor in named if new}
 
 
 # --- whether it is right -----------------------------------------------------------------------------------------

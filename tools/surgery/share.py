@@ -6,7 +6,7 @@ chosen once, which ones in every block. With a number of blocks gone the others 
 errors of one block do to the next, and are no measure beside the real KL without a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -114,7 +114,8 @@ def choose_by_curves(
     for blocks in count():
         if every[blocks]:
             counts = min(every[blocks], key=lambda each: predict_kl(curves, each, dropped))
-            cut = make_cut(model, counts, curves, dropped, windows_BT, step, refit=refit)
+            fits = make_fits(model, counts, curves, dropped, windows_BT, step, refit=refit)
+            cut = Cut(counts, list(fits), tuple(sorted(dropped)))
             tried.append((measure_kl(model, build_cut(model, cut), windows_BT, lead=lead), cut))
             tokens += search_windows(windows_BT, lead)[:, lead:].numel()
         if (len(tried) > 1 and tried[-1][0] >= tried[-2][0]) or not any(every[blocks + 1 :]):
@@ -125,7 +126,7 @@ def choose_by_curves(
     return Choice(best, _explain(shape, best, tried), tokens)
 
 
-def make_cut(
+def make_fits(
     model: Any,
     counts: Counts,
     curves: Curves,
@@ -134,8 +135,11 @@ def make_cut(
     step: Progress,
     *,
     refit: bool = True,
-) -> Cut:
-    """The cut in which every block that stays loses the cheapest of its units."""
+) -> Iterator[Fit]:
+    """Of every block that stays, what is left of it without the cheapest of its units, block after block.
+
+    A block whose fits have been given is not run again: its weights may be others by then.
+    """
     stays = [
         (part, _keep(part, curves[kind][part.block].order_R[: getattr(counts, kind)]))
         for kind in KINDS
@@ -143,8 +147,7 @@ def make_cut(
         for part in find_parts(model, kind)
         if part.block not in dropped
     ]
-    fits = fold_blocks(model, dropped, windows_BT, step, stays) if refit else [Fit(*own) for own in stays]
-    return Cut(counts, fits, tuple(sorted(dropped)))
+    yield from fold_blocks(model, dropped, windows_BT, step, stays) if refit else (Fit(*own) for own in stays)
 
 
 def _keep(part: Part, gone: Tensor) -> Tensor:

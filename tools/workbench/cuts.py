@@ -24,9 +24,9 @@ from tools.plans.cuts import CutOrder, Parts, Shape, Target, find_most, list_by_
 from tools.surgery.blocks import drop_blocks
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.pace import price_parts
-from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts
+from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts, refuse_streamed
 from tools.surgery.rebuild import build_cut, check_cut
-from tools.surgery.share import DIGITS, check_target, find_shape, find_target, make_cut
+from tools.surgery.share import DIGITS, check_target, find_shape, find_target, make_fits
 from tools.texts.windows import Windows
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
@@ -61,6 +61,7 @@ class Cuts:
         """
         if size:
             return find_target(self._model, size, align)
+        refuse_streamed(self._model, "target_speed")
         find_shape(self._model, align)  # what cannot be cut is said before anything is read
         return self._find_pace(speed, progress, align)
 
@@ -87,7 +88,7 @@ class Cuts:
         shape, text, lead = target.shape, self._text, self._windows.lead
         every = list_by_blocks(shape, target.share)
         most = find_most(every)
-        curves = measure_curves(self._model, most, text, progress, lead=lead)
+        curves = measure_curves(self._model, most, text, progress, lead=lead, scratch=self._store.directory)
         dropping = islice(drop_blocks(self._model, text, progress, lead=lead), most.blocks)
         drops = list(takewhile(lambda drop: math.isfinite(drop.kl), dropping))
         parts = Parts(
@@ -138,19 +139,35 @@ class Cuts:
             whole = all(self._store.has(artifact, ".safetensors") for artifact in {units, *made.values()} - {DENSE})
             if whole and all(self._weights.install(name, artifact) for name, artifact in made.items()):
                 return made, units
-        cut = self._cut(order, progress)
-        made = self._install(cut)
-        units = self._store.write_tensors({f"{x.part.kind}/{x.part.block}": x.units for x in cut.fits})
+        made, units = self._cut(order, progress)
+        kept = self._store.write_tensors(units)
         for name, artifact in made.items():  # so that it is deleted with the others that no checkpoint needs
             if artifact != DENSE:
                 self._index.add(f"{key} {name}", artifact)
-        self._index.add(key, self._store.write_json([made, units]))
+        self._index.add(key, self._store.write_json([made, kept]))
+        return made, kept
+
+    def _cut(self, order: CutOrder, progress: Progress) -> tuple[Made, dict[str, Tensor]]:
+        """Put a cut of the dense weights into the model and on disk, block by block; (artifacts, which units stay)."""
+        self._weights.restore_dense()
+        made, units = dict.fromkeys(self._weights.by_name, DENSE), dict[str, Tensor]()
+        with explain_layer("cutting the model"):
+            for fit in make_fits(
+                *(self._model, order.counts, self._read_curves(order), order.dropped, self._text, progress),
+                refit=order.refit,
+            ):
+                made |= self._install(fit)
+                units[f"{fit.part.kind}/{fit.part.block}"] = fit.units
+        for block in order.dropped:
+            for layer in self._weights.by_block[block]:
+                nothing_O = None if layer.bias_O is None else torch.zeros_like(layer.bias_O)
+                made[layer.name] = self._keep(layer, torch.zeros_like(layer.weight_OI), nothing_O)
         return made, units
 
-    def _cut(self, order: CutOrder, progress: Progress) -> Cut:
-        self._weights.restore_dense()
+    def _read_curves(self, order: CutOrder) -> Curves:
+        """The order in which units go."""
         stored = self._store.read_tensors(order.parts)
-        curves: dict[Kind, list[Elimination]] = {
+        return {
             kind: [
                 Elimination(stored[f"{kind}/{block}"], torch.empty(0))
                 for block in range(len(self._weights.by_block))
@@ -158,33 +175,23 @@ class Cuts:
             ]
             for kind in KINDS
         }
-        with explain_layer("cutting the model"):
-            return make_cut(self._model, order.counts, curves, order.dropped, self._text, progress, refit=order.refit)
 
-    def _install(self, cut: Cut) -> Made:
-        """Put a cut of the dense weights into the model and on disk."""
-        made = dict.fromkeys(self._weights.by_name, DENSE)
-        for block in cut.dropped:
-            for layer in self._weights.by_block[block]:
-                nothing_O = None if layer.bias_O is None else torch.zeros_like(layer.bias_O)
-                made[layer.name] = self._keep(layer, torch.zeros_like(layer.weight_OI), nothing_O)
-        for fit in cut.fits:
-            part = fit.part
-            gone = len(fit.units) < part.units
-            for layer in part.inputs if gone else ():
-                run = layer.weight_OI.shape[0] // part.units
-                weight_OI = torch.zeros_like(layer.weight_OI)
-                rows = expand_units(fit.units, run).to(weight_OI.device)
-                weight_OI[rows] = layer.weight_OI[rows]
-                made[layer.name] = self._keep(layer, weight_OI)
-            if gone or fit.weight_OK is not None:
-                dense_OI = part.output.weight_OI
-                weight_OI = torch.zeros_like(dense_OI)
-                kept_K = expand_units(fit.units, dense_OI.shape[1] // part.units).to(dense_OI.device)
-                weight_OI[:, kept_K] = dense_OI[:, kept_K] if fit.weight_OK is None else fit.weight_OK
-                made[part.output.name] = self._keep(
-                    part.output, weight_OI, fit.bias_O, values=fit.weight_OK is not None
-                )
+    def _install(self, fit: Fit) -> Made:
+        """Put what stays of one part into the model and on disk."""
+        part, gone, made = fit.part, len(fit.units) < fit.part.units, Made()
+        for layer in part.inputs if gone else ():
+            run = layer.weight_OI.shape[0] // part.units
+            weight_OI = torch.zeros_like(layer.weight_OI)
+            rows = expand_units(fit.units, run).to(weight_OI.device)
+            weight_OI[rows] = layer.weight_OI[rows]
+            made[layer.name] = self._keep(layer, weight_OI)
+        if gone or fit.weight_OK is not None:
+            dense_OI = part.output.weight_OI
+            weight_OI = torch.zeros_like(dense_OI)
+            kept_K = expand_units(fit.units, dense_OI.shape[1] // part.units).to(dense_OI.device)
+            stays_OK = dense_OI[:, kept_K] if fit.weight_OK is None else fit.weight_OK.to(dense_OI.device)
+            weight_OI[:, kept_K] = stays_OK
+            made[part.output.name] = self._keep(part.output, weight_OI, fit.bias_O, values=fit.weight_OK is not None)
         return made
 
     def _keep(self, layer: Layer, weight_OI: Tensor, bias_O: Tensor | None = None, *, values: bool = False) -> str:
@@ -210,7 +217,7 @@ class Cuts:
             if part.block not in order.dropped
         ]
         cut = Cut(order.counts, fits, order.dropped)
-        built = build_cut(self._model, cut)
+        built = build_cut(self._model, cut, self._store.directory)
         check_cut(self._model, cut, built, self._text[0])
         return built
 

@@ -17,6 +17,7 @@ from tools.base.progress import ignore_progress
 from tools.base.settings import TeamSettings
 from tools.estimate.block import build_empty
 from tools.estimate.course import Course, CutCourse
+from tools.estimate.cut_work import BUILDING, SPEED
 from tools.estimate.cutting import BUILD, CHOOSE, CURVES, CUT, SEARCH, TIME, WANDA, find_cutting
 from tools.estimate.meter import Meter
 from tools.estimate.needs import Estimate, estimate
@@ -29,9 +30,9 @@ from tools.plans.cuts import Counts, find_most, list_by_blocks
 from tools.plans.recipe import Recipe
 from tools.surgery.blocks import drop_blocks
 from tools.surgery.curves import Curves, measure_curves
-from tools.surgery.parts import ON_ONE_DEVICE, Cut, Fit, find_parts
+from tools.surgery.parts import NEEDS_WHOLE, Cut, Fit, find_parts
 from tools.surgery.rebuild import build_cut
-from tools.surgery.share import find_shape, find_target, make_cut
+from tools.surgery.share import find_shape, find_target, make_fits
 from tools.workbench.bench import Workbench
 
 UNIFORM = Recipe(method="wanda", refit=False, allocation="uniform")
@@ -92,11 +93,10 @@ def test_what_cannot_be_cut_is_refused_as_by_the_run(architecture: str, size: fl
     assert str(refused.value) == str(expected.value)
 
 
-def test_what_comes_from_disk_block_by_block_cannot_be_cut(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+def test_a_speed_is_not_asked_of_a_streamed_model(tmp_path: Path, no_gpu: None, untimed: None) -> None:
     directory = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
-    for device, devices in (("stream", "80"), ("auto", "16")):
-        with pytest.raises(UserError, match=f"^{ON_ONE_DEVICE}$"):
-            estimate(large_settings(directory, device=device), plan(0.8), target=0.45, devices=read_devices(devices))
+    with pytest.raises(UserError, match=f"^target_speed {NEEDS_WHOLE}$"):
+        estimate(large_settings(directory, device="stream"), plan(0), target=0.45, devices=read_devices("80"))
 
 
 # --- what is held --------------------------------------------------------------------------------------------------
@@ -111,17 +111,17 @@ def test_a_tiny_llama_on_the_cpu(tiny_llama: Path, untimed: None) -> None:
     assert device["sums of one block's parts"] == sums
     assert device["of what parts give, one window"] == 4 * STATE
     assert device["what it reads in fp64"] == 2 * 64 * 48 * 8
-    assert host == {"inputs of all blocks and of the head": 3 * 4 * STATE, "gradients passed on": 4 * STATE}
+    assert host == {"what one block reads and what it gives": 2 * 4 * STATE}
     device, host = take(found.phases, CHOOSE)
     assert device["sums of one block's parts"] == sums
-    assert host == {"inputs of the blocks below": 4 * STATE, "gradients passed on": 4 * STATE}
+    assert host == {"gradients passed on": 4 * STATE}
     device, host = take(found.phases, SEARCH)
     assert device["dense hidden states"] == 4 * STATE
     assert host == {"inputs of all blocks": 3 * 4 * STATE}
     device, host = take(found.phases, CUT)
     assert device["fitted output projections"] == 4 * 32 * (16 + 48 - 8), "of one block that stays"
     assert device["sums of one block's parts"] == 8 * (32**2 + 48 * (48 + 32)), "and of what dropped blocks add"
-    assert host["inputs of one block"] == 4 * STATE
+    assert host["inputs of one block, and behind it"] == 2 * 4 * STATE
     own = 4 * (1536 + (48 - 8) * 96)
     for name in (BUILD, "export"):
         assert take(found.phases, name)[0]["the smaller model"] == own
@@ -131,7 +131,7 @@ def test_a_token_before_the_text_of_each_window_is_held_too(beginning_llama: Pat
     found = find(beginning_llama, calibration_windows=20)
     state = 65 * 32 * 4
     assert take(found.phases, SEARCH)[1] == {"inputs of all blocks": 16 * 3 * state}, "1,024 tokens of text"
-    assert take(found.phases, CUT)[1]["inputs of one block"] == 20 * state
+    assert take(found.phases, CUT)[1]["inputs of one block, and behind it"] == 2 * 20 * state
     assert found.disk[0].bytes == 3 * state
 
 
@@ -145,12 +145,28 @@ def test_a_large_model_on_a_gpu(tmp_path: Path, no_gpu: None, untimed: None) -> 
     assert device["the smaller model"] == host["the smaller model on its way"] == exported, "nothing is shared there"
     device, host = take(found.phases, SEARCH)
     assert device["inputs of all blocks, one window"] == host["inputs of all blocks"] / 2 == 37 * state
-    assert take(found.phases, CURVES)[1]["inputs of all blocks and of the head"] == 37 * 128 * state
+    (walked,) = [line.bytes for line in found.disk if line.what.startswith("inputs of all blocks, while the parts")]
+    assert take(found.phases, CURVES)[1]["what one block reads and what it gives"] / 2 == 128 * state == walked / 37
     assert {work.seconds for work in found.work} == {None} and found.other_work == []
     assert any(line.startswith("fits one GPU of 80.0 GB: ") for line in summarise(found))
     short = estimate(settings, plan(0.8), target=0.45, devices=read_devices("20"))
     (verdict,) = [line for line in summarise(short) if line.startswith("does not fit one GPU of 20.0 GB: ")]
-    assert verdict.endswith("; fewer or shorter windows need less, and the model must lie on one device to be cut")
+    assert verdict.endswith("; fewer or shorter windows need less, and --device stream")
+
+
+def test_a_large_model_that_is_streamed(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+    directory = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
+    settings = large_settings(directory, device="stream")
+    found = estimate(settings, plan(0.8), target=0.45, devices=read_devices("12"))
+    streamed, whole = found.phases[0].device_bytes, 2 * 8_190_735_360
+    assert found.streamed and streamed < whole / 10
+    device, host = take(found.phases, BUILD)
+    assert device["of the smaller model"] == streamed and not any("on its way" in what for what in host)
+    disk = {line.what: line.bytes for line in found.disk}
+    assert disk["the model as it is now"] == whole
+    assert disk["the smaller model, until it is exported"] == disk["the exported model"]
+    [built] = [work for work in found.work if work.name == BUILD]
+    assert built.passes == BUILDING and not any(work.name == SPEED for work in found.work)
 
 
 def test_workers_wait_while_the_model_is_cut(tiny_llama: Path, untimed: None) -> None:
@@ -197,8 +213,9 @@ def test_no_phase_holds_more_than_said(wide: tuple[Any, TeamSettings], untimed: 
     searched = count_peak(lambda: dropped.extend(drop.block for drop in dropping))
     assert 0.7 * said(SEARCH) < searched <= said(SEARCH)
 
-    def cut(counts: Counts) -> Cut:
-        return make_cut(model, counts, curves[0], dropped[: counts.blocks], ids_BT, ignore_progress)
+    def cut(counts: Counts) -> None:
+        for fit in make_fits(model, counts, curves[0], dropped[: counts.blocks], ids_BT, ignore_progress):
+            assert len(fit.units)
 
     fitted = [count_peak(lambda: cut(counts)) for listed in every for counts in listed]  # noqa: B023
     assert 0.9 * said(CUT) < max(fitted) <= said(CUT)

@@ -314,6 +314,14 @@ def test_rows_of_other_cuts_as_published(tiny_llama: Path, tmp_path: Path, no_pl
     assert [row.achieved_sparsity for row in known.rows] == [0.5, ranking.removed, sliced.removed]
 
 
+def test_whole_parts_are_not_taken_away_from_a_streamed_model(tiny_llama: Path, tmp_path: Path) -> None:
+    with use_workbench(tiny_settings(tiny_llama, device="stream"), tmp_path, pytest.fail, ignore_progress) as bench:
+        for name in MAKERS:
+            with pytest.raises(UserError, match=f"^structured:{name} needs the whole model in memory; use another"):
+                take_parts(PartsRecipe(name, ("blocks",), refit=False), 0.3, bench, ignore_progress)
+    close_workbench()
+
+
 def test_blocks_that_went_are_not_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_tiny_model(tmp_path / "deep", "llama", num_hidden_layers=5)
     settings = tiny_settings(model)
@@ -332,7 +340,7 @@ def test_blocks_that_went_are_not_searched_again(tmp_path: Path, monkeypatch: py
         with use_workbench(settings, directory, warnings.append, ignore_progress) as bench:
             made = take_parts(recipe, sparsity, bench, ignore_progress)
         assert made.seconds > 0
-        return hash_weights(made.model), made.tokens, measured[:: settings.calibration_windows]
+        return hash_weights(made.model), made.tokens, list(measured)
 
     one, two = make(0.2, tmp_path / "run"), make(0.4, tmp_path / "run")
     assert (one[1:], two[1:]) == ((3 * 4 * 64, [1, 1, 1]), (5 * 4 * 64, [2, 2])), "the first block was kept"

@@ -166,7 +166,10 @@ def test_no_two_devices_meet(architecture: str, monkeypatch: pytest.MonkeyPatch)
         ):
             with pytest.raises(DataDependentOutputException):  # the number at the very end, which nobody has
                 measure()
-        with pytest.raises(UserError, match=r"^only a model on one device can be cut"):
+        with pytest.raises(
+            UserError,
+            match=r"^a model that is laid over several devices cannot be cut; use another --device than spread$",
+        ):
             check_alike(model)
 
 

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import tools.models.streamed
 from tests.benches import artifact_path, damage, ignore, open_bench, same, snapshot
 from tests.cuts import order_cut
 from tests.team import join_team
 from tests.tiny import save_biased_model, save_tiny_model, tiny_settings
 from tools.base.errors import UserError
+from tools.models.save import export_model
+from tools.models.streamed import find_stream
 from tools.plans.cuts import CutOrder
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_all
@@ -134,6 +138,46 @@ def test_whole_blocks_go(architecture: str, tmp_path: Path, workbench_closed: No
     assert bench.pruner.build_cut(DENSE) is None
     bench.restore(DENSE)
     assert same(snapshot(bench), dense)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own_memory"),  # of a CPU, or as that of a GPU
+    [("llama", False), ("llama", True), ("gemma3", True), ("opt", False), ("gpt2", True)],
+)
+def test_of_a_streamed_model_it_is_the_same_and_so_is_the_smaller_one(
+    architecture: str, own_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workbench_closed: None
+) -> None:
+    monkeypatch.setattr(tools.models.streamed, "has_own_memory", lambda device: own_memory)
+    path, found = save_biased_model(tmp_path / "model", architecture), []
+    for device in ("cpu", "stream"):
+        bench = open_bench(tiny_settings(path, device=device), tmp_path / device)
+        profile, target = bench.profile_bare(ignore), bench.cuts.find_target(0.75, 0.0, ignore)
+        parts = bench.cuts.read(bench.measure_parts(profile, target, ignore))
+        layers = bench.read_profile(profile).layers
+        cut = CutOrder(parts=parts.artifact, **{"heads": 0, "neurons": 8, "dropped": (1,), "refit": True})
+        zeros = {name: layer.weights for name, layer in zip(bench.by_name, layers, strict=True)}
+        order = order_all(Recipe(), zeros, sparsity=0.5, predicted_kl=0.0).model_copy(update={"cut": cut})
+        checkpoint = bench.prune(profile, order, ignore)
+        made, built = snapshot(bench), bench.pruner.build_cut(checkpoint)
+        assert built is not None
+        assert (find_stream(built[0]) is not None) == (device == "stream")
+        smaller = {name: tensor.clone() for name, tensor in built[0].state_dict().items()}
+        losses = bench.evaluate_other(built[0], profile, ignore)
+        export_model(built[0], bench.tokenizer, tmp_path / device / "smaller", "")
+        files = list((tmp_path / device).rglob(".mapped-*"))
+        assert files == [], "what is streamed lies in files without names"
+        found.append((parts, checkpoint, made, smaller, losses))
+    (parts, checkpoint, made, smaller, losses), other = found
+    assert other[:2] == (parts, checkpoint) and same(other[2], made) and same(other[3], smaller) and other[4] == losses
+    ours, theirs = (load_file(tmp_path / x / "smaller" / "model.safetensors") for x in ("cpu", "stream"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_streamed_model_is_not_timed(tmp_path: Path, workbench_closed: None) -> None:
+    path = save_tiny_model(tmp_path / "model", "llama")
+    bench = open_bench(tiny_settings(path, device="stream"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"^target_speed needs the whole model in memory; use another --device than"):
+        bench.cuts.find_target(0.0, 1.25, ignore)
 
 
 @pytest.mark.parametrize(

@@ -98,10 +98,10 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
 def _list_gains(cut: CutResult) -> list[tuple[str, str, str]]:
     """The tiles of what a cut made of the model."""
     size, speed = (f"asked for {asked:.4g}" if asked else "" for asked in (cut.size, cut.speed))
-    return [
-        ("Bytes", f"{cut.share:.2%}", size or "of the dense model's"),
-        ("Tokens/s decoded", f"{cut.gain:.2f} ×", speed or f"dense {cut.dense_decoded_per_second:.1f}"),
-    ]
+    tiles = [("Bytes", f"{cut.share:.2%}", size or "of the dense model's")]
+    if cut.gain is not None:
+        tiles.append(("Tokens/s decoded", f"{cut.gain:.2f} ×", speed or f"dense {cut.dense_decoded_per_second:.1f}"))
+    return tiles
 
 
 def _say_of_what(aim: str, summary: Summary) -> str:
