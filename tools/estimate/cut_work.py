@@ -32,8 +32,11 @@ TRIED = 0.5
 
 SPEED = "time both models"
 
-BUILDING = 3
-"""How often the blocks of a streamed model come from disk to be written smaller, and compared with those."""
+LOOK = 1
+"""How often the blocks of a streamed model come from disk for a look at what they return, before they are walked."""
+
+BUILDING = 3 + 2 * LOOK
+"""How often they come to be written smaller, and compared with those."""
 
 
 def price_cut_flops(settings: WorkbenchSettings, counts: Counts, cutting: Cutting) -> Prices:
@@ -121,7 +124,7 @@ def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricin
             1,
             1.0,
             {"forward": windows, "begin": windows, "walk down": windows},
-            2,
+            2 + LOOK,
         )
     )
     if cutting.chosen:
@@ -135,7 +138,7 @@ def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricin
             cutting.rounds,
             1.0,
             {"walk and sum": windows, "fit": 1},
-            2 if cutting.most.blocks else 1,
+            LOOK + (2 if cutting.most.blocks else 1),
         )
     )
     return steps
@@ -149,7 +152,8 @@ def _list_search(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricing
 
     def search(name: str, how: str, times: int, tried: float, forwards: int) -> Work:
         done = {"forward": forwards * windows + tried * all_above, "divergence": tried * blocks * windows}
-        return pricing.step(name, how, times, 1.0, done, forwards + math.ceil(tried * (blocks + 1) / 2))
+        looks = LOOK if name == SEARCH else 0
+        return pricing.step(name, how, times, 1.0, done, looks + forwards + math.ceil(tried * (blocks + 1) / 2))
 
     steps = []
     if cutting.most.blocks > 0:

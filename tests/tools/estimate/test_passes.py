@@ -9,7 +9,9 @@ import pytest
 
 from tests.benches import ignore, open_bench
 from tests.tiny import make_tiny_model, save_tiny_model, tiny_settings
-from tools.estimate.course import Course
+from tools.estimate.course import Course, CutCourse
+from tools.estimate.cut_work import list_cut_end, list_cut_work
+from tools.estimate.cutting import CUT, find_cutting
 from tools.estimate.phases import ASKED_FOR, cut_parts
 from tools.estimate.prices import Pricing
 from tools.estimate.work import find_shares, list_work
@@ -18,8 +20,9 @@ from tools.models.disk import list_disk
 from tools.models.layers import find_layers
 from tools.models.streamed import Stream
 from tools.plans.allocate import allocate
-from tools.plans.recipe import parse_recipe
-from tools.plans.work_order import order_allocation
+from tools.plans.cuts import CutOrder
+from tools.plans.recipe import Recipe, parse_recipe
+from tools.plans.work_order import order_all, order_allocation
 from tools.statistics.shards import count_waiting
 from tools.workbench.bench import Workbench
 
@@ -112,3 +115,34 @@ def test_what_comes_from_disk_is_foreseen(
     for name, passes in expected.items():
         assert math.ceil(found[name]) == passes, (name, found[name], passes)
     assert found["curves of refit:kappa-mask"] == 0
+
+
+def test_of_a_cut_no_more_comes_from_disk_than_foreseen(deep: Path, tmp_path: Path, copied: Counter[str]) -> None:
+    bench = open_bench(tiny_settings(deep, device="stream"), tmp_path / "run")
+    profile, found = bench.profile_bare(ignore), list[float]()
+
+    def tell() -> None:
+        found.append(copied.pop("", 0) / BLOCKS)
+
+    tell()
+    target = bench.cuts.find_target(0.7, 0.0, ignore)
+    parts = bench.cuts.read(bench.measure_parts(profile, target, ignore))
+    tell()
+    gone = {"heads": 0, "neurons": 8, "dropped": tuple(sorted(parts.order[:2])), "refit": True}
+    layers = bench.read_profile(profile).layers
+    order = order_all(Recipe(), {layer.name: layer.weights for layer in layers}, sparsity=0.3, predicted_kl=0.0)
+    order = order.model_copy(update={"cut": CutOrder(parts=parts.artifact, **gone)})
+    checkpoint = bench.prune(profile, order, ignore)
+    tell()
+    assert bench.pruner.build_cut(checkpoint) is not None
+    tell()
+
+    cutting = find_cutting(bench.model, bench.layers, CutCourse(1, 0.7, 8))
+    assert len(parts.order) == cutting.most.blocks
+    steps = list_cut_work(bench.settings, cutting, Pricing({}, None))
+    measured = sum(step.times * step.passes for step in steps if step.name != CUT)
+    [cut] = [step.passes for step in steps if step.name == CUT]
+    [built] = [step.passes for step in list_cut_end(Pricing({}, None), streamed=True)]
+    assert 0.5 * measured < found[1] <= measured
+    assert math.ceil(found[2]) == cut
+    assert math.ceil(found[3]) == built - 1, "what is written is read where it lies"
