@@ -1,4 +1,4 @@
-"""What is kept of work on a streamed model that may be killed: tensors with values beside them, in files."""
+"""What is kept of long work that may be killed: tensors with values beside them, in files."""
 
 import json
 import shutil

@@ -120,7 +120,8 @@ class Workbench:
         )
         self.curves = Curves(self.weights, self.profiles, self.index, self.crew)
         self.polisher = Polisher(
-            settings, blocks, self.windows, self.weights, self.losses, self.store, self.index, self.crew, self._warn
+            *(settings, blocks, self.windows, self.weights, self.losses, self.store, self.index, self.crew, self._warn),
+            directory,
         )
         self.cuts = Cuts(self.model, self.windows, settings.text_shares, self.weights, self.store, self.index)
         self.pruner = Pruner(

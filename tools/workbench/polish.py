@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -15,6 +16,7 @@ from tools.base.progress import Progress, Warn, heed_stop
 from tools.base.settings import NO_STREAMED_POLISH, Calibration, WorkbenchSettings
 from tools.models.artifacts import pack_pruned
 from tools.models.blocks import Blocks
+from tools.models.unfinished import UNFINISHED, KeptFiles, forget_files
 from tools.plans.polish import Means, Schedule, schedule_polish
 from tools.polish.gradients import KL, Divergence
 from tools.polish.loop import Kept, Polish, Problem, Standing
@@ -58,7 +60,10 @@ class Polisher:
         index: Index,
         crew: Crew,
         warn: Warn,
+        directory: Path,
     ) -> None:
+        """In the `directory` of a run is kept how far a polish has come that is killed."""
+        self._unfinished = directory / UNFINISHED
         self._settings, self._blocks, self._windows, self._weights = settings, blocks, windows, weights
         self._losses, self._store, self._index, self._crew, self._warn = losses, store, index, crew, warn
 
@@ -143,7 +148,8 @@ class Polisher:
         for name, artifact in pruned.items():
             self._weights.install(name, artifact)  # whole, for they were made, or read, just now
         layers = [self._weights.by_name[name] for name in names]
-        survivors, keeper = Survivors(layers), _Keeper(self._index, key)
+        mark = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        survivors, keeper = Survivors(layers), _Keeper(self._unfinished / f"polish-{mark}")
         shares = self._list_shares(text) if text.mix else {}
         windows_BT = self._windows.find_text(text.name)
         alone = Divergence(self._blocks, survivors, windows_BT, hidden, self._windows.lead, shares)
@@ -171,8 +177,6 @@ class Polisher:
         that was killed, or whose layers are lost, comes to the same bits however much is free by then."""
 
         def settle() -> dict[str, Means]:
-            if self._index.read_measured(["unfinished", *key]):  # by an earlier version, which knew nothing else
-                return {"means": "fp32"}
             if survivors.place.means != "fp32":
                 self._warn(f"too little memory for the means of the polish in fp32: they are {survivors.place.means}")
             return {"means": survivors.place.means}
@@ -279,14 +283,14 @@ class _SharedDivergence:
 
 
 class _Keeper:
-    """As `tools.polish.loop.Keeper`: tensors as one artifact, the figures as another, under a key."""
+    """As `tools.polish.loop.Keeper`, in a directory."""
 
-    def __init__(self, index: Index, key: Sequence[str]) -> None:
-        self._index, self._key = index, ["unfinished", *key]
+    def __init__(self, directory: Path) -> None:
+        self._files = KeptFiles(directory)
 
     def read(self) -> Kept | None:
         """As in `Keeper`."""
-        found = self._index.read_replaced(self._key)
+        found = self._files.read()
         if found is None:
             return None
         tensors: dict[str, Vectors] = {}
@@ -296,10 +300,10 @@ class _Keeper:
         return Kept(Standing.model_validate(found[0]["standing"]), tensors)
 
     def keep(self, kept: Kept) -> None:
-        """As in `Keeper`; the one before goes once this is whole."""
+        """As in `Keeper`; the one before goes once this is whole. Raises DiskFull."""
         flat = {f"{what}/{name}": x for what, vectors in kept.tensors.items() for name, x in vectors.items()}
-        self._index.replace_tensors(self._key, flat, standing=kept.standing.model_dump())
+        self._files.replace(flat, standing=kept.standing.model_dump())
 
     def forget(self) -> None:
         """All is done, and kept elsewhere."""
-        self._index.forget_tensors(self._key)
+        forget_files(self._files.directory)

@@ -147,26 +147,6 @@ class Index:
         if before and before != artifact:
             self.store.path(before, ".json").unlink(missing_ok=True)
 
-    def replace_tensors(self, key: Sequence[str], tensors: "dict[str, Tensor]", **values: Any) -> None:
-        """As `replace_measured`, of values that have tensors beside them, as one artifact."""
-        before, artifact = self.read_measured(key), self.store.write_tensors(tensors)
-        self.replace_measured(key, {"tensors": artifact, **values})
-        if before is not None and before["tensors"] != artifact:
-            self.store.path(before["tensors"], ".safetensors").unlink(missing_ok=True)
-
-    def read_replaced(self, key: Sequence[str]) -> "tuple[dict[str, Any], dict[str, Tensor]] | None":
-        """(values, tensors) of `replace_tensors`; None where there are none, or a file is gone or damaged."""
-        found = self.read_measured(key)
-        if found is None or not self.store.has(found["tensors"], ".safetensors"):
-            return None
-        return found, self.store.read_tensors(found["tensors"])
-
-    def forget_tensors(self, key: Sequence[str]) -> None:
-        """Delete what `replace_tensors` kept, if there is any."""
-        if (found := self.read_measured(key)) is not None:
-            self.store.path(found["tensors"], ".safetensors").unlink(missing_ok=True)
-        self.forget_measured(key)
-
     def forget_measured(self, key: Sequence[str]) -> None:
         """Delete the value that was kept under a key, if there is one."""
         if artifact := self._read_all().get(_hash_key(key)):
