@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.channels import HalvedSums, InputMoments, expand_units, fit_kept
 from tools.base.errors import UserError
 from tools.base.progress import Progress
+from tools.measure.losses import pass_blocks
 from tools.models.blocks import Blocks, take_hidden
 from tools.models.readout import TokenLosses, compute_hidden, measure_losses, sum_losses
 from tools.models.streamed import find_stream
@@ -50,7 +51,7 @@ def drop_blocks(model: Any, windows_BT: Tensor, progress: Progress, *, lead: int
     """
     blocks = Blocks(model)
     windows_BT = search_windows(windows_BT, lead)
-    dense = compute_all_hidden(blocks, windows_BT)
+    dense = _compute_all_hidden(blocks, windows_BT)
     dropped: list[int] = []
     costs = dict.fromkeys(range(len(blocks)), 0.0)
     while len(costs) > 1:
@@ -71,13 +72,11 @@ def drop_blocks(model: Any, windows_BT: Tensor, progress: Progress, *, lead: int
         yield Drop(dropped[-1], tokens, kl)
 
 
-@torch.no_grad()
-def compute_all_hidden(blocks: Blocks, windows_BT: Tensor) -> list[Tensor]:
-    """What the head reads of each window, (T, D), on its device."""
-    if not find_stream(blocks.model):
-        return [compute_hidden(blocks.model, ids_T[None])[0] for ids_T in windows_BT]
-    states = [blocks.embed(ids_T) for ids_T in windows_BT]
-    return [hidden_BTD[0] for hidden_BTD in _run_on(blocks, windows_BT, 0, states)]
+def _compute_all_hidden(blocks: Blocks, windows_BT: Tensor) -> list[Tensor]:
+    """What the head reads of each window, (T, D)."""
+    if find_stream(blocks.model):
+        return [hidden_BTD[0] for hidden_BTD in pass_blocks(blocks, windows_BT)]
+    return [compute_hidden(blocks.model, ids_T[None])[0] for ids_T in windows_BT]
 
 
 @torch.no_grad()
