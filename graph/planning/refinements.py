@@ -33,6 +33,17 @@ TOGETHER = {"refit_steps": FINE_STEPS, "damping": 0.2, "gamma": "clipped"}
 """Levers each of which gains less than a comparison can tell from luck, pulled at once: what a strong planner ended at
 (graph/README.md, what the loop added)."""
 
+WORTH = {
+    "together": "SmolLM2 at 60%, five texts: 7% less KL than with none of them, 4% less than with statistics alone",
+    "sequential": "SmolLM2 at 60%, one text: 3% less KL",
+    "steps": "SmolLM2's layers: 2% less error",
+    "rows": "Qwen2.5-Coder-1.5B at 45%, damped and behind pruned predecessors: a fifth less KL",
+    "damping": "SmolLM2 at 45%, 4,096 tokens: 2% less KL, 6 to 13% on text of other kinds",
+    "gamma": "SmolLM2 at 60%, one text: 1% less KL",
+    "curves": "SmolLM2 at 60%, one text: 3% less KL",
+}
+"""What a change was measured to do where it was measured, told to whoever asks for candidates: no promise elsewhere."""
+
 STRENGTHS = (0.8, 0.9)
 TILTS = (1.5, 0.67)
 """How much more, or less, precious a group is made at the target."""
@@ -129,22 +140,27 @@ def change_recipe(recipe: Recipe, config: RunConfig, find_mix: Callable[[], Mix]
         yield change(mix=mix), f"Statistics that are {share} of other questions, so that facts weigh more."
     if strong and _is_plain(recipe):
         every = "a finer growth, a damped fit, a clipped gamma."
-        yield change(**TOGETHER, statistics="sequential"), f"Small levers together: statistics in order, {every}"
+        told = f"Small levers together: statistics in order, {every} ({WORTH['together']}.)"
+        yield change(**TOGETHER, statistics="sequential"), told
         yield change(**TOGETHER, statistics="dense"), f"Small levers together: {every}"
     if recipe.statistics == "dense":
-        yield change(statistics="sequential"), "Block by block, each seeing what its pruned predecessors pass on."
+        told = f"Block by block, each seeing what its pruned predecessors pass on ({WORTH['sequential']})."
+        yield change(statistics="sequential"), told
     if strong and recipe.refit_steps < FINE_STEPS:
-        finer = f"Grow the mask in {FINE_STEPS} steps, to follow what survivors take over."
+        finer = f"Grow the mask in {FINE_STEPS} steps, to follow what survivors take over ({WORTH['steps']})."
         yield change(refit_steps=FINE_STEPS), finer
     if strong and not config.pattern:  # which compares within outputs as it is
         rows = change(**ROWS, damping=recipe.damping or DAMPED)
-        yield rows, "Compare weights within each output alone, in case the mask drops outputs whole."
+        yield rows, f"Compare weights within each output, in case the mask drops outputs whole ({WORTH['rows']})."
     if recipe.refits and not recipe.damping:
-        yield change(damping=DAMPED), "Damp the fit: less of what this text's inputs have in common is in other text."
+        told = f"Damp the fit: less of what inputs have in common here is in other text ({WORTH['damping']})."
+        yield change(damping=DAMPED), told
     if recipe.gamma == "plain":
-        yield change(gamma="clipped"), "Clip gamma, in case a few loud tokens decide which weights go."
+        told = f"Clip gamma, in case a few loud tokens decide which weights go ({WORTH['gamma']})."
+        yield change(gamma="clipped"), told
     if recipe.curves == "mask":
-        yield change(curves="method"), "Share out by what this method really leaves, instead of by what a mask removes."
+        told = f"Share out by what this method really leaves, not by what a mask removes ({WORTH['curves']})."
+        yield change(curves="method"), told
 
 
 def _is_plain(recipe: Recipe) -> bool:
