@@ -1,5 +1,6 @@
 """What of a decoder can be cut: the groups of attention heads and the neurons of its blocks; and what of it stays."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -87,32 +88,36 @@ def convert_size(model: Any, size: float) -> tuple[float, float]:
 
 def find_parts(model: Any, kind: Kind) -> list[Part]:
     """The heads or the neurons of every block. Raises UserError, in one line, when they cannot be cut."""
-    check_alike(model)
-    layers = find_layers(model)
-    return [find_part(model, kind, [x for x in layers if x.block == i]) for i in range(len(find_blocks(model)))]
+    grouped = check_alike(model)
+    return [_find(kind)(model, block, layers) for block, layers in zip(find_blocks(model), grouped, strict=True)]
 
 
 def find_part(model: Any, kind: Kind, layers: list[Layer]) -> Part:
     """Those of one block, which has these layers. Raises UserError, in one line, when they cannot be cut."""
-    find = _find_heads if kind == "heads" else _find_neurons
-    return find(model, find_blocks(model)[layers[0].block], layers)
+    return _find(kind)(model, find_blocks(model)[layers[0].block], layers)
 
 
-def check_alike(model: Any) -> None:
-    """Raises UserError when the blocks are not all of the same layers: one config could not describe the rest.
+def _find(kind: Kind) -> Callable[[Any, nn.Module, list[Layer]], Part]:
+    return _find_heads if kind == "heads" else _find_neurons
+
+
+def check_alike(model: Any) -> list[list[Layer]]:
+    """The layers of each block. Raises UserError when these are not the same in all: one config could not describe the
+    rest.
 
     Nor can blocks be cut that do not lie on one device.
     """
-    shapes: list[list[tuple[str, torch.Size]]] = [[] for _ in find_blocks(model)]
-    layers = find_layers(model)
-    for layer in layers:
-        shapes[layer.block].append((layer.kind, layer.weight_OI.shape))
+    grouped: list[list[Layer]] = [[] for _ in find_blocks(model)]
+    for layer in (layers := find_layers(model)):
+        grouped[layer.block].append(layer)
     if len({layer.device for layer in layers}) > 1:
         raise UserError(NOT_SPREAD)
+    shapes = [[(layer.kind, layer.weight_OI.shape) for layer in block] for block in grouped]
     if any(block != shapes[0] for block in shapes):
         raise UserError(
             f"the blocks of {type(model).__name__} are not all alike; only models whose blocks are can be cut"
         )
+    return grouped
 
 
 def refuse_streamed(model: Any, what: str) -> None:
