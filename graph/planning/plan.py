@@ -73,8 +73,8 @@ class Plan(BaseModel):
     expression: Expression = Field(
         "",
         exclude_if=operator.not_,
-        description="A factor on every layer's KL curve, such as where(v_proj, smooth(kl60)/kl60, 1), beneath "
-        "adjustments.",
+        description="Factors on KL curves, such as where(v_proj, smooth(kl60)/kl60, 1), beneath adjustments; only "
+        "ratios count.",
     )
     graft: Graft | None = Field(
         None,

@@ -201,7 +201,10 @@ def list_parts(layers: Sequence[LayerProfile]) -> list[str]:
 
 
 def evaluate_expression(expression: str, layers: Sequence[LayerProfile]) -> Array:
-    """The factor of every layer, shape [L], float64; beyond those that an adjustment may have, the nearest of these.
+    """The factor of every layer, shape [L], float64, within those that an adjustment may have.
+
+    What the allocation goes by is how they relate. Where some are beyond the bounds, all are divided by their geometric
+    mean; what is beyond them still is the nearest that is not.
 
     Raises ImpossiblePlan for a name that is no column, an exponent beyond `MOST_EXPONENT`, and a layer whose factor is
     not finite or not above 0.
@@ -235,6 +238,8 @@ def evaluate_expression(expression: str, layers: Sequence[LayerProfile]) -> Arra
     for layer, factor in zip(layers, factors_L, strict=True):
         if not (math.isfinite(factor) and factor > 0):
             raise ImpossiblePlan(f"expression: {layer.name} has the factor {factor:g}, not a finite one above 0")
+    if factors_L.min() < LEAST_FACTOR or factors_L.max() > MOST_FACTOR:
+        factors_L = np.exp(np.log(factors_L) - np.log(factors_L).mean())
     return np.clip(factors_L, LEAST_FACTOR, MOST_FACTOR)
 
 

@@ -70,8 +70,9 @@ def test_the_columns() -> None:
         ("where(down_proj, smooth(kl45) / kl45, 1)", [1, 2.5, 1, 0.5, 1, 2.5]),
         ("where(wanda_z > 0, 2 / wanda_z, 1)", [1, 1, 1, 1, 2, 2]),
         ("clip(block * 10, 0.5, 15)", [0.5, 0.5, 10, 10, 15, 15]),
-        ("1000 * kl15 / kl15", [MOST_FACTOR] * SIX),
-        ("kl15", [LEAST_FACTOR] * SIX),
+        ("1000 * kl15 / kl15", [1] * SIX),
+        ("kl15", [4 ** (-1 / 3)] * 2 + [4 ** (2 / 3)] * 2 + [4 ** (-1 / 3)] * 2),  # 1 to 4, whatever the unit
+        ("10 ** (9 * depth)", [LEAST_FACTOR] * 2 + [1] * 2 + [MOST_FACTOR] * 2),
     ],
 )
 def test_what_a_formula_comes_to(text: str, factors: list[float]) -> None:
