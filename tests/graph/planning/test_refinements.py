@@ -9,7 +9,7 @@ import pytest
 from graph.config import RunConfig
 from graph.planning.orders import Curves, describe_plan, drop_lessons
 from graph.planning.plan import Plan
-from graph.planning.refinements import STRONG, TOGETHER, change_recipe, plan_refinements, rank_groups
+from graph.planning.refinements import STRONG, TOGETHER, WORTH, change_recipe, plan_refinements, rank_groups
 from graph.planning.rule import MASKS, plan_by_rule
 from graph.planning.situation import Situation
 from graph.state import Trial
@@ -44,6 +44,13 @@ def test_at_the_target_each_plan_changes_one_lever_or_all_small_ones_and_none_co
     assert len(trials) == 1 + 10 + 2 * len(group_layers(make_layers())), "ten recipes, two tilts of each group"
     every = STRONG.model_copy(update={**TOGETHER, "statistics": "sequential"})
     assert [trial.recipe for trial in trials[1:3]] == [every, STRONG.model_copy(update=TOGETHER)]
+
+
+def test_every_change_but_one_says_what_it_did_where_it_was_measured() -> None:
+    config = make_situation().config
+    told = [(recipe, reason) for recipe, reason in change_recipe(STRONG, config, tuple)]
+    silent = [recipe for recipe, reason in told if not any(words in reason for words in WORTH.values())]
+    assert silent == [STRONG.model_copy(update=TOGETHER)] and len(told) == len(WORTH) + len(silent)
 
 
 def test_lessons_of_groups_weigh_in_every_plan_and_those_of_a_repeat_do_not() -> None:
