@@ -1,7 +1,7 @@
 """Which whole blocks go, and the least-squares fit of the blocks before them; from real forwards of the dense model."""
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ class Drop(NamedTuple):
     """Of text put through models without some block, to find it."""
     kl: float
     """Without it and all before it, nats per token; infinite where it is not a number."""
+    costs: Mapping[int, float]
+    """Of each block that is left: the KL without it as last measured, summed over tokens; infinite likewise."""
 
 
 def choose_blocks(
@@ -42,8 +44,10 @@ def choose_blocks(
 
 
 @torch.no_grad()
-def drop_blocks(model: Any, windows_BT: Tensor, progress: Progress, *, lead: int = 0) -> Generator[Drop, None, None]:
-    """One block after another, each time the one without which the KL is lowest.
+def drop_blocks(
+    model: Any, windows_BT: Tensor, progress: Progress, gone: Sequence[Drop] = (), *, lead: int = 0
+) -> Generator[Drop, None, None]:
+    """One block after another behind those that are `gone` already, each time the one without which the KL is lowest.
 
     Measured against the dense model on the first SEARCH_TOKENS. A block that cost more when fewer were gone than the
     best one costs now is not measured again; what runs below a block is not run again to measure it. The first `lead`
@@ -52,8 +56,8 @@ def drop_blocks(model: Any, windows_BT: Tensor, progress: Progress, *, lead: int
     blocks = Blocks(model)
     windows_BT = search_windows(windows_BT, lead)
     dense = _compute_all_hidden(blocks, windows_BT)
-    dropped: list[int] = []
-    costs = dict.fromkeys(range(len(blocks)), 0.0)
+    dropped = [drop.block for drop in gone]
+    costs = dict(gone[-1].costs) if gone else dict.fromkeys(range(len(blocks)), 0.0)
     while len(costs) > 1:
         inputs = read_inputs(blocks, dropped, windows_BT)
         best, tokens = math.inf, 0
@@ -69,7 +73,7 @@ def drop_blocks(model: Any, windows_BT: Tensor, progress: Progress, *, lead: int
         dropped.append(min(costs, key=costs.__getitem__))
         kl = costs.pop(dropped[-1]) / windows_BT[:, lead:].numel()
         progress(f"search block {len(dropped)} to drop", 1, 1)
-        yield Drop(dropped[-1], tokens, kl)
+        yield Drop(dropped[-1], tokens, kl, dict(costs))
 
 
 def _compute_all_hidden(blocks: Blocks, windows_BT: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ weights once one is kept.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice, takewhile
 from typing import Any
 
@@ -20,8 +20,8 @@ from tools.base.progress import Progress
 from tools.base.settings import ALIGN
 from tools.models.artifacts import FORMAT, pack_pruned
 from tools.models.layers import Layer
-from tools.plans.cuts import CutOrder, Parts, Shape, Target, find_most, list_by_blocks
-from tools.surgery.blocks import drop_blocks
+from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, find_most, list_by_blocks
+from tools.surgery.blocks import Drop, drop_blocks
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.pace import price_parts
 from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts, refuse_streamed
@@ -85,12 +85,10 @@ class Cuts:
         if known := self._index.read(".json").get(key):
             return known
         self._weights.restore_dense()
-        shape, text, lead = target.shape, self._text, self._windows.lead
-        every = list_by_blocks(shape, target.share)
-        most = find_most(every)
-        curves = measure_curves(self._model, most, text, progress, lead=lead, scratch=self._store.directory)
-        dropping = islice(drop_blocks(self._model, text, progress, lead=lead), most.blocks)
-        drops = list(takewhile(lambda drop: math.isfinite(drop.kl), dropping))
+        shape = target.shape
+        most = find_most(list_by_blocks(shape, target.share))
+        curves = self._measure_curves(most, progress)
+        drops = list(takewhile(lambda drop: math.isfinite(drop.kl), self._search(most.blocks, progress)))
         parts = Parts(
             shape=shape,
             target=target.share,
@@ -105,6 +103,39 @@ class Cuts:
         made = self._store.write_json(parts.model_dump())
         self._index.add(key, made)
         return made
+
+    def _measure_curves(self, most: Counts, progress: Progress) -> Curves:
+        """As `tools.surgery.curves.measure_curves`; read back where the work was interrupted behind it."""
+
+        def measure() -> dict[str, str]:
+            text, lead = self._text, self._windows.lead
+            curves = measure_curves(self._model, most, text, progress, lead=lead, scratch=self._store.directory)
+            parts = {f"{kind}/{i}": own for kind, of_kind in curves.items() for i, own in enumerate(of_kind)}
+            orders = {f"order/{name}": own.order_R for name, own in parts.items()}
+            return {"curves": self._store.write_tensors(orders | {f"cost/{n}": x.cost_R for n, x in parts.items()})}
+
+        key = self._name("curves of units", self._weights.hash_all_dense(), most.heads, most.neurons)
+        stored = self._store.read_tensors(self._index.measure_files([key], measure)["curves"])
+        return {
+            kind: [
+                Elimination(stored[f"order/{kind}/{block}"], stored[f"cost/{kind}/{block}"])
+                for block in range(len(self._weights.by_block))
+            ]
+            for kind in KINDS
+            if getattr(most, kind)
+        }
+
+    def _search(self, count: int, progress: Progress) -> Iterator[Drop]:
+        """As many as `tools.surgery.blocks.drop_blocks` finds, each kept as it is found: a search that was interrupted,
+        or is to go further, goes on behind it."""
+        key = [self._name("blocks to drop", self._weights.hash_all_dense())]
+        known = [_read_drop(values) for values in (self._index.read_measured(key) or {"drops": []})["drops"]]
+        yield from known[:count]
+        searching = drop_blocks(self._model, self._text, progress, known, lead=self._windows.lead)
+        for drop in islice(searching, max(count - len(known), 0)):
+            known.append(drop)
+            self._index.replace_measured(key, {"drops": [_write_drop(own) for own in known]})
+            yield drop
 
     def read(self, artifact: str) -> Parts:
         """What `measure` found. Raises DamagedArtifact."""
@@ -233,3 +264,14 @@ def _list_costs(curves: Curves, kind: Kind, options: list[int]) -> list[list[flo
         cost = [0.0, *curve.cost_R.tolist()]
         found.append([cost[gone] for gone in options if gone < len(cost)])
     return found
+
+
+def _write_drop(drop: Drop) -> dict[str, Any]:
+    """As JSON has it, which knows nothing infinite."""
+    kl, *costs = (value if math.isfinite(value) else None for value in (drop.kl, *drop.costs.values()))
+    return {"block": drop.block, "tokens": drop.tokens, "kl": kl, "costs": [*zip(drop.costs, costs, strict=True)]}
+
+
+def _read_drop(values: dict[str, Any]) -> Drop:
+    costs = {block: math.inf if cost is None else cost for block, cost in values["costs"]}
+    return Drop(values["block"], values["tokens"], math.inf if values["kl"] is None else values["kl"], costs)

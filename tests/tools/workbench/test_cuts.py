@@ -1,5 +1,7 @@
 """Cuts in the model's own shapes: the same function as the smaller model, kept, put back and made again bit for bit."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import tools.models.streamed
+import tools.workbench.cuts
 from tests.benches import artifact_path, damage, ignore, open_bench, same, snapshot
 from tests.cuts import order_cut
 from tests.team import join_team
@@ -17,7 +20,9 @@ from tools.models.streamed import find_stream
 from tools.plans.cuts import CutOrder
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_all
+from tools.surgery.blocks import Drop
 from tools.surgery.parts import find_parts
+from tools.workbench.cuts import _read_drop, _write_drop
 from tools.workbench.store import DENSE
 
 LEVERS: tuple[dict[str, object], ...] = ({}, {"heads": 1}, {"refit": False})
@@ -138,6 +143,38 @@ def test_whole_blocks_go(architecture: str, tmp_path: Path, workbench_closed: No
     assert bench.pruner.build_cut(DENSE) is None
     bench.restore(DENSE)
     assert same(snapshot(bench), dense)
+
+
+def test_what_was_measured_before_an_interruption_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workbench_closed: None
+) -> None:
+    settings = tiny_settings(save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=6))
+    told: list[str] = []
+
+    def stop(step: str, _done: int, _of: int) -> None:
+        told.append(step)
+        if step == "search block 2 to drop":
+            raise KeyboardInterrupt
+
+    bench = open_bench(settings, tmp_path / "whole")
+    profile, target = bench.profile_bare(ignore), bench.cuts.find_target(0.5, 0.0, ignore)
+    expected = bench.cuts.read(bench.measure_parts(profile, target, ignore))
+    assert len(expected.order) > 2
+    bench = open_bench(settings, tmp_path / "halted")
+    assert bench.profile_bare(ignore) == profile
+    with pytest.raises(KeyboardInterrupt):
+        bench.cuts.measure(profile, target, stop)
+    assert "curves of units" in told and "search block 1 to drop" in told
+    monkeypatch.setattr(tools.workbench.cuts, "measure_curves", lambda *_, **__: pytest.fail("measured again"))
+    told.clear()
+    found = bench.measure_parts(profile, target, lambda step, _done, _of: told.append(step))
+    assert bench.cuts.read(found) == expected
+    assert "search block 1 to drop" not in told and "search block 2 to drop" in told
+
+
+def test_a_drop_that_breaks_the_model_is_kept_as_what_it_is() -> None:
+    drop = Drop(3, 64, math.inf, {0: 1.5, 2: math.inf})
+    assert _read_drop(json.loads(json.dumps(_write_drop(drop), allow_nan=False))) == drop
 
 
 @pytest.mark.parametrize(
