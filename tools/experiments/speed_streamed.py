@@ -62,9 +62,9 @@ def bench_stream(site: Site) -> list[Result]:
     )
     whole = f"profile of {site.calibration_BT.numel()} tokens, gradients of {site.settings.gradient_windows} windows"
     text = f"validation on {validation_BT.numel()} tokens"
-    reference = "bare forward of these tokens, block by block, with"
+    reference = "bare forward of these tokens, block by block"
     return [
-        site.compare("stream/profile", whole, profiled, f"{reference}out logits", bare, 4.0),
+        site.compare("stream/profile", whole, profiled, f"{reference}, without logits", bare, 4.0),
         site.compare("stream/refit", "a round's refit of all layers", refitted, "SparseGPT's update", updated, 3.0),
-        site.compare("stream/validation", text, validated, f"{reference} logits", passed, 1.2),
+        site.compare("stream/validation", text, validated, f"{reference}, with logits", passed, 1.2),
     ]
