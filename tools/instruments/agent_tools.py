@@ -112,10 +112,14 @@ class HistoryArguments(BaseModel):
     n: int = Field(10, ge=1, le=50, description="How many trials, counted from the last.")
 
 
+MOST_CANDIDATES = 12
+"""Whoever asks for more plans is given so many."""
+
+
 class CandidatesArguments(BaseModel):
     """How many plans."""
 
-    n: int = Field(4, ge=1, le=12, description="How many plans, likeliest first.")
+    n: int = Field(4, ge=1, description="How many plans, likeliest first.")
 
 
 class RecallArguments(BaseModel):
@@ -219,7 +223,7 @@ def _make_candidates_tool(list_plans: Callable[[int], Sequence[Figures]]) -> Bas
     @tool("candidates", args_schema=CandidatesArguments, response_format="content_and_artifact")
     def candidates_tool(n: int) -> tuple[str, str]:
         """A rule's untried plans, by what helped other models, likeliest first: costs nothing."""
-        plans = list_plans(n)
+        plans = list_plans(min(n, MOST_CANDIDATES))
         return _answer(plans=plans), f"{n} -> {count(len(plans), 'plan')}"
 
     return candidates_tool

@@ -33,7 +33,7 @@ def instruments(tmp_path: Path, tiny_llama: Path, workbench_closed: None) -> dic
         round_,
         history=lambda n: [f"round {i}" for i in range(n)],
         recall=lambda query: [f"about {query}"],
-        candidates=lambda n: [WANDA][:n],
+        candidates=lambda n: [WANDA] * (n - 3),
     )
     return {tool.name: tool for tool in tools}
 
@@ -58,6 +58,7 @@ def test_a_planner_gets_ten_and_none_of_them_changes_the_model(instruments: dict
     assert call(instruments["history"], n=2) == ({"trials": ["round 0", "round 1"]}, "2 -> 2 trials")
     assert call(instruments["recall"], query="v_proj") == ({"lessons": ["about v_proj"]}, "v_proj -> 1 lesson")
     assert call(instruments["candidates"]) == ({"plans": [WANDA]}, "4 -> 1 plan")
+    assert call(instruments["candidates"], n=40) == ({"plans": [WANDA] * 9}, "40 -> 9 plans"), "as of 12"
 
 
 def test_a_probe_answers_for_each_of_several_plans(instruments: dict[str, BaseTool]) -> None:
@@ -107,7 +108,7 @@ def test_a_probes_line_tells_of_groups_and_adjustments(instruments: dict[str, Ba
         ("history", {"n": 51}, "less than or equal to 50"),
         ("recall", {"query": "x" * 201}, "at most 200 characters"),
         ("fit", {"round": 0}, "greater than or equal to 1"),
-        ("candidates", {"n": 13}, "less than or equal to 12"),
+        ("candidates", {"n": 0}, "greater than or equal to 1"),
     ],
 )
 def test_bad_arguments_of_a_planner(
