@@ -150,15 +150,14 @@ def _list_search(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricing
     text = f"{windows} windows of {settings.window} tokens"
     all_above = windows * (blocks + 1) / 2
 
-    def search(name: str, how: str, times: int, tried: float, forwards: int) -> Work:
+    def search(name: str, how: str, times: int, tried: float, forwards: int, looks: int = 0) -> Work:
         done = {"forward": forwards * windows + tried * all_above, "divergence": tried * blocks * windows}
-        looks = LOOK if name == SEARCH else 0
         return pricing.step(name, how, times, 1.0, done, looks + forwards + math.ceil(tried * (blocks + 1) / 2))
 
     steps = []
     if cutting.most.blocks > 0:
         how = f"each of {blocks} left out in a forward of {text} that begins there"
-        steps.append(search(SEARCH, how, 1, 1.0, 2))
+        steps.append(search(SEARCH, how, 1, 1.0, 2, LOOK))
     if cutting.most.blocks > 1:
         how = f"about half of the others left out once more, as of SmolLM2; all at most: {text}"
         steps.append(search(f"{SEARCH}, each further one", how, cutting.most.blocks - 1, TRIED, 1))

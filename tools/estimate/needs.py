@@ -136,7 +136,8 @@ def estimate(
     seconds, tokens, untimed = _time(model, run.read, course, cutting, place.device, threads)
     facts = _gather_facts(run, place, counts, course, cutting)
     room = settings.disk * 1e9 or (math.inf if place.told else _count_free_disk(directory))
-    disk = _plan_both_ways(run, place, course, room)
+    in_source = read_source(settings, layers) if place.streamed else set[str]()
+    disk = _plan_both_ways(run, place, course, room, in_source)
     phases = _list_all_phases(run, place, facts, course, cutting, anew=disk.plan.at_once is not None)
     shares = find_shares(settings, layers, find_busiest(run.parts))
     flops = price_flops(run.read, layers, counts, course)
@@ -152,7 +153,7 @@ def estimate(
         steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
         return [*steps, *(list_cut_end(pricing, streamed=streams) if cutting else [])]
 
-    written = _list_cut_disk(run, place, course, cutting) if cutting else disk.plan.lines
+    written = _list_cut_disk(run, place, course, cutting, in_source) if cutting else disk.plan.lines
     polished = phases.polish_disk
     return Estimate(
         model=settings.model,
@@ -273,9 +274,8 @@ def _gather_facts(run: _Run, place: _Place, counts: Counts, course: Course, cutt
     return Facts(shape, counts, held, measure_process(), run.reading, place.device)
 
 
-def _plan_both_ways(run: _Run, place: _Place, course: Course, room: float) -> _BothWays:
+def _plan_both_ways(run: _Run, place: _Place, course: Course, room: float, in_source: set[str]) -> _BothWays:
     """Without any room second moments are of one block at a time, with any amount all are kept."""
-    in_source = read_source(run.settings, run.layers) if place.streamed else set[str]()
     waiting = count_waiting(run.settings.count_all("calibration"))
 
     def plan(room: float) -> DiskPlan:
@@ -292,12 +292,12 @@ def _plan_both_ways(run: _Run, place: _Place, course: Course, room: float) -> _B
     return _BothWays(chosen, least if chosen.at_once is None else plan(math.inf), least.bytes)
 
 
-def _list_cut_disk(run: _Run, place: _Place, course: Course, cutting: Cutting) -> list[Line]:
+def _list_cut_disk(run: _Run, place: _Place, course: Course, cutting: Cutting, in_source: set[str]) -> list[Line]:
     """What is written where parts go."""
     return list_cut_disk(
         *(run.model, run.layers, run.settings, cutting.sizes, run.lead, course.checkpoints),
         streamed=place.streamed is not None,
-        in_source=read_source(run.settings, run.layers) if place.streamed else set[str](),
+        in_source=in_source,
     )
 
 

@@ -147,11 +147,10 @@ def list_cut_disk(
     """As `list_disk`, of a run that takes parts away: nothing is measured of single weights."""
     copied = [layer for layer in layers if layer.name not in in_source]
     checkpoints, hidden = checkpoints or count_checkpoints(settings), settings.count_all("validation")
-    inside, tokens = 1 + len(find_blocks(model)), lead + settings.window
-    walked = _describe_hidden("", model, inside * settings.count_all("calibration"), tokens)
+    walked, tokens = (1 + len(find_blocks(model))) * settings.count_all("calibration"), lead + settings.window
     return [
         _describe_hidden("the dense model's hidden states", model, hidden, tokens),
-        walked.model_copy(update={"what": "inputs of all blocks, while the parts are measured"}),
+        _describe_hidden("inputs of all blocks, while the parts are measured", model, walked, tokens),
         *_list_further(model, settings, tokens),
         Line(
             what="layers of checkpoints",
@@ -168,8 +167,7 @@ def list_cut_disk(
             how=f"as small as it comes out; {_count_bytes(model):,} bytes where no cut is kept",
             bytes=sizes.smaller,
         ),
-        *(_list_streamed(model, settings, tokens) if streamed else []),
-        *([_describe_made(sizes)] if streamed else []),
+        *([*_list_streamed(model, settings, tokens), _describe_made(sizes)] if streamed else []),
         *([_describe_dense(copied, len(layers))] if copied else []),
     ]
 

@@ -64,9 +64,9 @@ class _Streamed:
 class Stream:
     """The weights of a model whose blocks come one by one."""
 
-    def __init__(self, model: Any, mapped: Mapped, device: torch.device, source: Mapped) -> None:
-        """All parameters are those of `mapped`, by their names."""
-        self.device, self._mapped = device, mapped
+    def __init__(self, model: Any, mapped: Mapped, device: torch.device, source: Mapped, scratch: Path) -> None:
+        """All parameters are those of `mapped`, by their names, in a file of the directory `scratch`."""
+        self.device, self._mapped, self.scratch = device, mapped, scratch
         self.source = source
         """Those that the model's own files have bit for bit as they were loaded, by their names."""
         blocks = find_blocks(model)
@@ -302,24 +302,21 @@ def stream_model(
             module, _, leaf = name.rpartition(".")
             model.get_submodule(module)._parameters[leaf] = parameter
     gc.collect()
-    Stream(model, mapped, device, Mapped({name: source.places[name] for name in same}))
+    Stream(model, mapped, device, Mapped({name: source.places[name] for name in same}), scratch)
     return model, loading
 
 
-def stream_made(
-    make: Callable[[Mapping[str, torch.Tensor]], Any],
-    weights: Iterable[tuple[str, torch.Tensor]],
-    device: torch.device,
-    scratch: Path,
+def stream_beside(
+    stream: Stream, make: Callable[[Mapping[str, torch.Tensor]], Any], weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Any:
-    """The model that is made of weights which come one by one, its blocks streamed to `device`.
+    """The model that is made of weights which come one by one, streamed as another one is.
 
-    `make` takes them by name, as they lie in a file without a name in the directory `scratch`, and copies none. Raises
+    `make` takes them by name, as they lie in a file without a name beside the other's, and copies none. Raises
     DiskFull, or whatever `make` raises.
     """
-    mapped = map_tensors(weights, scratch, "the smaller model")
+    mapped = map_tensors(weights, stream.scratch, "the smaller model")
     model = make(mapped)
-    Stream(model, mapped, device, Mapped({}))
+    Stream(model, mapped, stream.device, Mapped({}), stream.scratch)
     return model
 
 

@@ -89,7 +89,11 @@ def read_inputs(blocks: Blocks, dropped: Sequence[int], windows_BT: Tensor) -> l
     inputs: list[dict[int, Tensor]] = [{} for _ in windows_BT]
     with skipping(blocks, dropped):
         if find_stream(blocks.model):
-            _run_on(blocks, windows_BT, 0, [blocks.embed(ids_T) for ids_T in windows_BT], inputs)
+            states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+            for block in range(len(blocks)):
+                for own, x_BTD in zip(inputs, states, strict=True):
+                    own[block] = x_BTD
+                states = pass_block(blocks, windows_BT, block, states)
             return inputs
         for ids_T, own in zip(windows_BT, inputs, strict=True):
             with blocks.only(0, len(blocks), ids_T) as boundary:
@@ -116,10 +120,10 @@ def measure_without(
     references: Sequence[Tensor | None] = dense or [None] * len(windows_BT)
     with skipping(blocks, dropped):
         if find_stream(blocks.model):
-            for ids_T, hidden_BTD, dense_TD in zip(
-                windows_BT, _run_on(blocks, windows_BT, first, read), references, strict=True
-            ):
-                losses.append(sum_losses(blocks.model, ids_T, hidden_BTD[0], dense_TD, lead=lead))
+            for block in range(first, len(blocks)):
+                read = pass_block(blocks, windows_BT, block, read)
+            for ids_T, hidden_BTD, dense_TD in zip(windows_BT, read, references, strict=True):
+                losses.append(sum_losses(blocks.model, ids_T, hidden_BTD[0].to(ids_T.device), dense_TD, lead=lead))
             return losses
         for ids_T, read_BTD, dense_TD in zip(windows_BT, read, references, strict=True):
             with blocks.only(first, len(blocks), ids_T, read_BTD):
@@ -127,20 +131,13 @@ def measure_without(
     return losses
 
 
-def _run_on(
-    blocks: Blocks,
-    windows_BT: Tensor,
-    first: int,
-    states: Sequence[Tensor],
-    inputs: Sequence[dict[int, Tensor]] = (),
-) -> list[Tensor]:
-    """What the head reads of each window, (1, T, D), from what block `first` does, all windows through one block before
-    the next, which is read once; in `inputs` is put what each block reads, on CPU."""
-    for block in range(first, len(blocks)):
-        for own, hidden_BTD in zip(inputs, states, strict=False):
-            own[block] = hidden_BTD.cpu()
-        states = [blocks.run_to_head(ids_T, block, x) for ids_T, x in zip(windows_BT, states, strict=True)]
-    return list(states)
+@torch.no_grad()
+def pass_block(blocks: Blocks, windows_BT: Tensor, block: int, states: Sequence[Tensor]) -> list[Tensor]:
+    """What each window is behind a block, or behind the last one what the head reads, (1, T, D) on CPU.
+
+    Who has all windows pass a block before any passes the next reads a streamed model once.
+    """
+    return [blocks.run_to_head(ids_T, block, x_BTD).cpu() for ids_T, x_BTD in zip(windows_BT, states, strict=True)]
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from tools.models.blocks import Blocks
 from tools.models.readout import hidden_gradients
 from tools.plans.cuts import Counts
 from tools.statistics.states import StateStack
+from tools.surgery.blocks import pass_block
 from tools.surgery.moments import finish_moments, kept_outputs, tapped
 from tools.surgery.parts import KINDS, Kind, Part, find_parts
 
@@ -97,14 +98,10 @@ def _walk_up(blocks: Blocks, windows_BT: Tensor, progress: Progress, stack: Stat
     """What every block reads of each window, and on top what the head reads."""
     states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
     stack.push(states)
-    with torch.no_grad():
-        for block in range(len(blocks)):
-            progress("curves of units", block, 2 * len(blocks))
-            states = [
-                blocks.run_to_head(ids_T, block, x_BTD.to(ids_T.device)).cpu()
-                for ids_T, x_BTD in zip(windows_BT, states, strict=True)
-            ]
-            stack.push(states)
+    for block in range(len(blocks)):
+        progress("curves of units", block, 2 * len(blocks))
+        states = pass_block(blocks, windows_BT, block, states)
+        stack.push(states)
     return stack
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tools.base.errors import UserError
 from tools.models.layers import Layer, find_blocks, find_layers
+from tools.models.streamed import find_stream
 from tools.plans.cuts import Counts
 
 Kind = Literal["heads", "neurons"]
@@ -121,7 +122,7 @@ def check_alike(model: Any) -> list[list[Layer]]:
 
 def refuse_streamed(model: Any, what: str) -> None:
     """Raises UserError, in one line, where a model is streamed and `what` cannot be done to such a one."""
-    if any(layer.is_streamed for layer in find_layers(model)):
+    if find_stream(model):
         raise UserError(f"{what} {NEEDS_WHOLE}")
 
 

@@ -5,11 +5,9 @@ changed; what is not cut, both share.
 """
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from tools.base.errors import UserError, in_one_line
 from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks
 from tools.models.readout import compute_hidden
-from tools.models.streamed import find_stream, stream_made
+from tools.models.streamed import find_stream, stream_beside
 from tools.plans.cuts import Counts
 from tools.surgery.blocks import skipping
 from tools.surgery.parts import KINDS, Cut, Fit, find_parts
@@ -161,11 +159,10 @@ def _number_anew(model: Any, dropped: Sequence[int]) -> Callable[[str], str | No
     return rename
 
 
-def build_cut(model: Any, cut: Cut, scratch: Path | None = None) -> Any:
+def build_cut(model: Any, cut: Cut) -> Any:
     """The cut model, as transformers itself loads it: eval mode, weights frozen, on the dense model's device.
 
-    Of a model that is streamed so is the cut one; its weights lie in a file without a name in the directory `scratch`,
-    or where this system has its files for a while. Raises DiskFull.
+    Of a model that is streamed so is the cut one. Raises DiskFull.
     """
     config, stream = cut_config(model, cut.counts, cut.dropped), find_stream(model)
 
@@ -182,11 +179,10 @@ def build_cut(model: Any, cut: Cut, scratch: Path | None = None) -> Any:
     if stream is None:
         return build(cut_state(model, cut)).to(model.device)
     first = _find_tied(model, cut)
-    return stream_made(
+    return stream_beside(
+        stream,
         lambda mapped: build({name: mapped[same] for name, same in first.items()}),
         ((name, tensor) for name, tensor in _list_state(model, cut) if first[name] == name),
-        stream.device,
-        scratch or Path(tempfile.gettempdir()),
     )
 
 

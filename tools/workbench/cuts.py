@@ -92,9 +92,7 @@ class Cuts:
         parts = Parts(
             shape=shape,
             target=target.share,
-            artifact=self._store.write_tensors(
-                {f"{kind}/{i}": own.order_R for kind, of_kind in curves.items() for i, own in enumerate(of_kind)}
-            ),
+            artifact=self._store.write_tensors(_list_orders(curves)),
             **{kind: _list_costs(curves, kind, getattr(shape, kind).options) for kind in KINDS},
             order=[drop.block for drop in drops],
             dropped_kl=[drop.kl for drop in drops],
@@ -110,20 +108,11 @@ class Cuts:
         def measure() -> dict[str, str]:
             text, lead = self._text, self._windows.lead
             curves = measure_curves(self._model, most, text, progress, lead=lead, scratch=self._store.directory)
-            parts = {f"{kind}/{i}": own for kind, of_kind in curves.items() for i, own in enumerate(of_kind)}
-            orders = {f"order/{name}": own.order_R for name, own in parts.items()}
-            return {"curves": self._store.write_tensors(orders | {f"cost/{n}": x.cost_R for n, x in parts.items()})}
+            costs = {f"cost/{name}": own.cost_R for name, own in _name_curves(curves).items()}
+            return {"curves": self._store.write_tensors(_list_orders(curves) | costs)}
 
         key = self._name("curves of units", self._weights.hash_all_dense(), most.heads, most.neurons)
-        stored = self._store.read_tensors(self._index.measure_files([key], measure)["curves"])
-        return {
-            kind: [
-                Elimination(stored[f"order/{kind}/{block}"], stored[f"cost/{kind}/{block}"])
-                for block in range(len(self._weights.by_block))
-            ]
-            for kind in KINDS
-            if getattr(most, kind)
-        }
+        return self._read_curves(self._index.measure_files([key], measure)["curves"])
 
     def _search(self, count: int, progress: Progress) -> Iterator[Drop]:
         """As many as `tools.surgery.blocks.drop_blocks` finds, each kept as it is found: a search that was interrupted,
@@ -184,7 +173,7 @@ class Cuts:
         made, units = dict.fromkeys(self._weights.by_name, DENSE), dict[str, Tensor]()
         with explain_layer("cutting the model"):
             for fit in make_fits(
-                *(self._model, order.counts, self._read_curves(order), order.dropped, self._text, progress),
+                *(self._model, order.counts, self._read_curves(order.parts), order.dropped, self._text, progress),
                 refit=order.refit,
             ):
                 made |= self._install(fit)
@@ -195,12 +184,12 @@ class Cuts:
                 made[layer.name] = self._keep(layer, torch.zeros_like(layer.weight_OI), nothing_O)
         return made, units
 
-    def _read_curves(self, order: CutOrder) -> Curves:
-        """The order in which units go."""
-        stored = self._store.read_tensors(order.parts)
+    def _read_curves(self, artifact: str) -> Curves:
+        """The order in which units go, and what that costs if the artifact has it."""
+        stored = self._store.read_tensors(artifact)
         return {
             kind: [
-                Elimination(stored[f"{kind}/{block}"], torch.empty(0))
+                Elimination(stored[f"{kind}/{block}"], stored.get(f"cost/{kind}/{block}", torch.empty(0)))
                 for block in range(len(self._weights.by_block))
                 if f"{kind}/{block}" in stored
             ]
@@ -248,7 +237,7 @@ class Cuts:
             if part.block not in order.dropped
         ]
         cut = Cut(order.counts, fits, order.dropped)
-        built = build_cut(self._model, cut, self._store.directory)
+        built = build_cut(self._model, cut)
         check_cut(self._model, cut, built, self._text[0])
         return built
 
@@ -264,6 +253,14 @@ def _list_costs(curves: Curves, kind: Kind, options: list[int]) -> list[list[flo
         cost = [0.0, *curve.cost_R.tolist()]
         found.append([cost[gone] for gone in options if gone < len(cost)])
     return found
+
+
+def _name_curves(curves: Curves) -> dict[str, Elimination]:
+    return {f"{kind}/{block}": own for kind, of_kind in curves.items() for block, own in enumerate(of_kind)}
+
+
+def _list_orders(curves: Curves) -> dict[str, Tensor]:
+    return {name: own.order_R for name, own in _name_curves(curves).items()}
 
 
 def _write_drop(drop: Drop) -> dict[str, Any]:
