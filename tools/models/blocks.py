@@ -42,14 +42,25 @@ class _Form(NamedTuple):
     """Of the mapping in which it was left; tensors in a row under one key are a tuple. None of the hidden states."""
 
 
+_LOOK = "_billhook_look"
+"""Under this name a model has what was seen of its blocks: a look is a forward, and reads all of a streamed one."""
+
+
+class _Look(NamedTuple):
+    """What a forward shows of the blocks of a model, whatever its weights."""
+
+    lengths: list[int | None]
+    """For each block: the length of the tuple or list that it returns, None when it returns a tensor."""
+    left: str
+    """The name of the mapping in which blocks leave something for later ones; empty where they leave nothing."""
+
+
 class Blocks:
     """The decoder blocks of a loaded model."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.modules = list(find_blocks(model))
-        self._lengths: list[int | None] | None = None
-        self._left = ""
         self._forms: dict[tuple[int, int], list[_Form]] = {}
 
     def __len__(self) -> int:
@@ -59,6 +70,11 @@ class Blocks:
     def leave_something(self) -> bool:
         """Whether blocks leave something for later ones beside what they pass on; known once one has run."""
         return bool(self._left)
+
+    @property
+    def _left(self) -> str:
+        seen: _Look | None = getattr(self.model, _LOOK, None)
+        return seen.left if seen else ""
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """What the first block reads, (1, T, D)."""
@@ -151,37 +167,38 @@ class Blocks:
         return parts[0]
 
     def _look(self, ids_T: Tensor) -> list[int | None]:
-        """For each block: the length of the tuple or list that it returns, None when it returns a tensor.
+        """The lengths of what each block returns, at the first look at the model from a forward.
 
         Raises UserError when the model does not run each of them once, in their order.
         """
-        if self._lengths is None:
-            ran: list[nn.Module] = []
-            lengths: list[int | None] = []
-            mappings: list[tuple[str, Any, int]] = []
+        if not hasattr(self.model, _LOOK):
+            setattr(self.model, _LOOK, self._see(ids_T))
+        seen: _Look = getattr(self.model, _LOOK)
+        return seen.lengths
 
-            def see_first(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-                mappings.extend(
-                    (n, value, len(value)) for n, value in kwargs.items() if isinstance(value, MutableMapping)
-                )
+    def _see(self, ids_T: Tensor) -> _Look:
+        ran: list[nn.Module] = []
+        lengths: list[int | None] = []
+        mappings: list[tuple[str, Any, int]] = []
 
-            def see(module: nn.Module, _args: Any, output: Any) -> None:
-                ran.append(module)
-                lengths.append(None if isinstance(output, Tensor) else len(output))
+        def see_first(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            mappings.extend((n, value, len(value)) for n, value in kwargs.items() if isinstance(value, MutableMapping))
 
-            hooks = [block.register_forward_hook(see) for block in dict.fromkeys(self.modules)]
-            hooks.append(self.modules[0].register_forward_pre_hook(see_first, with_kwargs=True))
-            try:
-                with torch.no_grad():
-                    compute_hidden(self.model, ids_T[None, :_PROBE])
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            if ran != self.modules:
-                raise _refuse(self.model, "they do not run once each, in their order")
-            self._left = next((name for name, value, before in mappings if len(value) > before), "")
-            self._lengths = lengths
-        return self._lengths
+        def see(module: nn.Module, _args: Any, output: Any) -> None:
+            ran.append(module)
+            lengths.append(None if isinstance(output, Tensor) else len(output))
+
+        hooks = [block.register_forward_hook(see) for block in dict.fromkeys(self.modules)]
+        hooks.append(self.modules[0].register_forward_pre_hook(see_first, with_kwargs=True))
+        try:
+            with torch.no_grad():
+                compute_hidden(self.model, ids_T[None, :_PROBE])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if ran != self.modules:
+            raise _refuse(self.model, "they do not run once each, in their order")
+        return _Look(lengths, next((name for name, value, before in mappings if len(value) > before), ""))
 
 
 def check_blocks(blocks: Blocks, ids_T: Tensor) -> None:

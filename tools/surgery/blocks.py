@@ -1,8 +1,9 @@
 """Which whole blocks go, and the least-squares fit of the blocks before them; from real forwards of the dense model."""
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from kernels.channels import HalvedSums, InputMoments, expand_units, fit_kept
 from tools.base.errors import UserError
 from tools.base.progress import Progress
-from tools.measure.losses import pass_blocks
+from tools.measure.losses import KeptStates, pass_blocks
 from tools.models.blocks import Blocks, take_hidden
 from tools.models.readout import TokenLosses, compute_hidden, measure_losses, sum_losses
 from tools.models.streamed import find_stream
@@ -43,15 +44,26 @@ def choose_blocks(
     return [drop.block for drop in steps], sum(drop.tokens for drop in steps)
 
 
+def _measure(block: int, measure: Callable[[], float]) -> float:
+    return measure()
+
+
 @torch.no_grad()
 def drop_blocks(
-    model: Any, windows_BT: Tensor, progress: Progress, gone: Sequence[Drop] = (), *, lead: int = 0
+    model: Any,
+    windows_BT: Tensor,
+    progress: Progress,
+    gone: Sequence[Drop] = (),
+    *,
+    lead: int = 0,
+    remember: Callable[[int, Callable[[], float]], float] = _measure,
 ) -> Generator[Drop, None, None]:
     """One block after another behind those that are `gone` already, each time the one without which the KL is lowest.
 
     Measured against the dense model on the first SEARCH_TOKENS. A block that cost more when fewer were gone than the
     best one costs now is not measured again; what runs below a block is not run again to measure it. The first `lead`
-    tokens of each window are no text, and count in no KL.
+    tokens of each window are no text, and count in no KL. `remember(block, measure)` is the KL without one more block,
+    of whoever measured it before, or as `measure()` has it.
     """
     blocks = Blocks(model)
     windows_BT = search_windows(windows_BT, lead)
@@ -67,13 +79,18 @@ def drop_blocks(
                 break
             tokens += windows_BT[:, lead:].numel()
             read = [boundary[block] for boundary in inputs]
-            kl = sum(x.kl for x in measure_without(blocks, [*dropped, block], windows_BT, read, dense, lead=lead))
-            costs[block] = kl if math.isfinite(kl) else math.inf
+            without = partial(measure_without, blocks, [*dropped, block], windows_BT, read, dense, lead=lead)
+            costs[block] = remember(block, lambda: _sum_kl(without()))  # noqa: B023 - called at once
             best = min(best, costs[block])
         dropped.append(min(costs, key=costs.__getitem__))
         kl = costs.pop(dropped[-1]) / windows_BT[:, lead:].numel()
         progress(f"search block {len(dropped)} to drop", 1, 1)
         yield Drop(dropped[-1], tokens, kl, dict(costs))
+
+
+def _sum_kl(losses: Sequence[TokenLosses]) -> float:
+    kl = sum(own.kl for own in losses)
+    return kl if math.isfinite(kl) else math.inf
 
 
 def _compute_all_hidden(blocks: Blocks, windows_BT: Tensor) -> list[Tensor]:
@@ -147,23 +164,29 @@ def fold_blocks(
     windows_BT: Tensor,
     progress: Progress,
     stays: Sequence[tuple[Part, Tensor]] = (),
+    kept: KeptStates | None = None,
 ) -> Generator[Fit, None, None]:
     """What makes up for dropped blocks: the MLP's output projection of each block that stays just before some.
 
     It is fitted to give, beside its own output, what the dropped blocks added in the dense model. Not where the blocks
     have no such projection, or do not simply add its output to their own. Nothing precedes a first block. Parts of
     which only some units stay, given with these, are fitted on the same walk. A block whose fits have been given is not
-    run again.
+    run again. What is `kept` is what the dense model passes on to the next block that has not been done, once whoever
+    was given fits of those below comes for more.
     """
     blocks = Blocks(model)
     folded = _find_folded(blocks, dropped, windows_BT[0])
-    kept = {(part.block, part.kind): (part, units) for part, units in stays if part.block not in dropped}
+    fitted = {(part.block, part.kind): (part, units) for part, units in stays if part.block not in dropped}
     for part in folded.values():
-        kept.setdefault((part.block, part.kind), (part, torch.arange(part.units)))
-    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+        fitted.setdefault((part.block, part.kind), (part, torch.arange(part.units)))
+    begin, states = (kept.read() if kept else None) or (0, [blocks.embed(ids_T).cpu() for ids_T in windows_BT])
     for first, end in _segments(len(blocks), dropped):
+        if first < begin:
+            continue
+        if kept:
+            kept.keep(first, states)
         progress("fold and fit", first, len(blocks))
-        members = [own for (block, _), own in kept.items() if block == first]
+        members = [own for (block, _), own in fitted.items() if block == first]
         if not members:
             states = _pass_on(blocks, windows_BT, states, range(first, end))
             continue

@@ -9,8 +9,9 @@ Shape suffixes: B windows, T tokens, D hidden width, I input channels, O output 
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.readout import hidden_gradients
 from tools.plans.cuts import Counts
+from tools.statistics.passage import Stack
 from tools.statistics.states import StateStack
 from tools.surgery.blocks import pass_block
 from tools.surgery.moments import finish_moments, kept_outputs, tapped
@@ -33,6 +35,33 @@ Curves = dict[Kind, list[Elimination]]
 """Of every kind, by block: its units in the order in which they go, and the predicted KL of all up to each."""
 
 
+@dataclass
+class CurveWalk:
+    """How far all windows have come."""
+
+    inputs: Stack
+    """What each block reads of each window: on the way up the next block's on top, on the way down too."""
+    left: int | None = None
+    """Blocks that are still to be passed on the way down; None on the way up."""
+    above: list[Tensor] = field(default_factory=list)
+    """Gradients at what the next block down gives of each window, (1, T, D); on CPU."""
+    curves: Curves = field(default_factory=dict)
+    """Of the blocks that were passed on the way down."""
+
+
+class KeptCurves(Protocol):
+    """Whoever keeps how far a walk has come, so that one that was killed goes on there."""
+
+    def begin_stack(self) -> Stack:
+        """An empty one, for what blocks read."""
+
+    def read(self) -> CurveWalk | None:
+        """What was kept; None where nothing is."""
+
+    def keep(self, walk: CurveWalk) -> None:
+        """Keep it in the place of what was kept before."""
+
+
 def measure_curves(
     model: Any,
     most: Counts,
@@ -41,28 +70,40 @@ def measure_curves(
     *,
     lead: int = 0,
     seed: int = 0,
-    scratch: Path | None = None,
+    kept: KeptCurves | None = None,
 ) -> Curves:
     """The curves of as many units as `most` has of each kind, in nats per token, where the rest is fitted.
 
-    The first `lead` tokens of each window are no text. In the directory `scratch`, or where this system has its files
-    for a while, lies what blocks read, in a file without a name. Raises UserError where moments or gradients are not
-    finite, or such parts cannot be cut, and DiskFull.
+    The first `lead` tokens of each window are no text. What blocks read lies where it is `kept`, or else in a file
+    without a name. Raises UserError where moments or gradients are not finite, or such parts cannot be cut, and
+    DiskFull.
     """
     blocks = Blocks(model)
     parts = {kind: find_parts(model, kind) for kind in KINDS if getattr(most, kind)}
-    states = _walk_up(blocks, windows_BT, progress, StateStack(scratch or Path(tempfile.gettempdir())))
-    above = begin_gradients(blocks, windows_BT, states.pop(), lead, seed)
-    curves: Curves = {kind: [] for kind in parts}
-    for block in reversed(range(len(blocks))):
+    walk = _take_up(kept)
+    if walk.left is None:
+        _walk_up(blocks, windows_BT, progress, walk, kept)
+        walk.above = begin_gradients(blocks, windows_BT, walk.inputs.pop(), lead, seed)
+        walk.left, walk.curves = len(blocks), {kind: [] for kind in parts}
+    while walk.left:
+        if kept:
+            kept.keep(walk)
+        block = walk.left - 1
         progress("curves of units", 2 * len(blocks) - 1 - block, 2 * len(blocks))
         members = [of_kind[block] for of_kind in parts.values()]
-        sums = sum_moments(blocks, block, members, windows_BT, states.pop(), above, lead=lead)
+        sums = sum_moments(blocks, block, members, windows_BT, walk.inputs.pop(), walk.above, lead=lead)
         for part, curve in zip(members, _eliminate_all(members, most, sums), strict=True):
-            curves[part.kind].insert(0, curve)
+            walk.curves[part.kind].insert(0, curve)
         del sums  # before those of the next block are made
+        walk.left = block
     progress("curves of units", 1, 1)
-    return curves
+    return walk.curves
+
+
+def _take_up(kept: KeptCurves | None) -> CurveWalk:
+    if kept is None:
+        return CurveWalk(StateStack(Path(tempfile.gettempdir())))
+    return kept.read() or CurveWalk(kept.begin_stack())
 
 
 def sum_moments(
@@ -94,15 +135,17 @@ def sum_moments(
     return list(zip(sums, fisher, strict=True))
 
 
-def _walk_up(blocks: Blocks, windows_BT: Tensor, progress: Progress, stack: StateStack) -> StateStack:
-    """What every block reads of each window, and on top what the head reads."""
-    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
-    stack.push(states)
-    for block in range(len(blocks)):
+def _walk_up(blocks: Blocks, windows_BT: Tensor, progress: Progress, walk: CurveWalk, kept: KeptCurves | None) -> None:
+    """Put on the stack what every block reads of each window, and on top what the head reads."""
+    inputs = walk.inputs
+    states = inputs.pop() if inputs.height else [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+    inputs.push(states)
+    for block in range(inputs.height - 1, len(blocks)):
+        if kept:
+            kept.keep(walk)
         progress("curves of units", block, 2 * len(blocks))
         states = pass_block(blocks, windows_BT, block, states)
-        stack.push(states)
-    return stack
+        inputs.push(states)
 
 
 def begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor], lead: int, seed: int) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
+from tools.measure.losses import KeptStates
 from tools.models.layers import find_blocks
 from tools.plans.cuts import Counts, Shape, Target, Units, find_most, list_by_blocks
 from tools.surgery.blocks import drop_blocks, fold_blocks
@@ -135,10 +136,12 @@ def make_fits(
     step: Progress,
     *,
     refit: bool = True,
+    kept: KeptStates | None = None,
 ) -> Iterator[Fit]:
     """Of every block that stays, what is left of it without the cheapest of its units, block after block.
 
-    A block whose fits have been given is not run again: its weights may be others by then.
+    A block whose fits have been given is not run again: its weights may be others by then. `kept` as `fold_blocks` has
+    it; without `refit` there is nothing to keep.
     """
     stays = [
         (part, _keep(part, curves[kind][part.block].order_R[: getattr(counts, kind)]))
@@ -147,7 +150,7 @@ def make_fits(
         for part in find_parts(model, kind)
         if part.block not in dropped
     ]
-    yield from fold_blocks(model, dropped, windows_BT, step, stays) if refit else (Fit(*own) for own in stays)
+    yield from fold_blocks(model, dropped, windows_BT, step, stays, kept) if refit else (Fit(*own) for own in stays)
 
 
 def _keep(part: Part, gone: Tensor) -> Tensor:

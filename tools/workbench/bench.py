@@ -123,7 +123,9 @@ class Workbench:
             *(settings, blocks, self.windows, self.weights, self.losses, self.store, self.index, self.crew, self._warn),
             directory,
         )
-        self.cuts = Cuts(self.model, self.windows, settings.text_shares, self.weights, self.store, self.index)
+        self.cuts = Cuts(
+            self.model, self.windows, settings.text_shares, self.weights, self.store, self.index, directory
+        )
         self.pruner = Pruner(
             *(self.weights, self.profiles, self.polisher, self.store, self.index, self.crew, self.cuts, self._warn)
         )

@@ -7,19 +7,21 @@ weights once one is kept.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.channels import Elimination, expand_units
+from kernels.channels import expand_units
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
 from tools.models.artifacts import FORMAT, pack_pruned
 from tools.models.layers import Layer
+from tools.models.unfinished import UNFINISHED
 from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, find_most, list_by_blocks
 from tools.surgery.blocks import Drop, drop_blocks
 from tools.surgery.curves import Curves, measure_curves
@@ -28,6 +30,7 @@ from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts, refuse_
 from tools.surgery.rebuild import build_cut, check_cut
 from tools.surgery.share import DIGITS, check_target, find_shape, find_target, make_fits
 from tools.texts.windows import Windows
+from tools.workbench.kept_cuts import CurveFiles, FitFiles, list_curves, list_orders, read_curves
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
 
@@ -46,8 +49,11 @@ class Cuts:
         weights: Weights,
         store: ArtifactStore,
         index: Index,
+        directory: Path,
     ) -> None:
-        """`shares` are what each named text counts: of each so many windows are read, in proportion."""
+        """`shares` are what each named text counts: of each so many windows are read, in proportion. What is kept of
+        walks that may be killed lies within `directory`."""
+        self._unfinished = directory / UNFINISHED
         self._model, self._windows, self._weights, self._store, self._index = model, windows, weights, store, index
         self._read = windows.list_in_proportion(shares)
 
@@ -92,7 +98,7 @@ class Cuts:
         parts = Parts(
             shape=shape,
             target=target.share,
-            artifact=self._store.write_tensors(_list_orders(curves)),
+            artifact=self._store.write_tensors(list_orders(curves)),
             **{kind: _list_costs(curves, kind, getattr(shape, kind).options) for kind in KINDS},
             order=[drop.block for drop in drops],
             dropped_kl=[drop.kl for drop in drops],
@@ -103,27 +109,42 @@ class Cuts:
         return made
 
     def _measure_curves(self, most: Counts, progress: Progress) -> Curves:
-        """As `tools.surgery.curves.measure_curves`; read back where the work was interrupted behind it."""
+        """As `tools.surgery.curves.measure_curves`; where the work was interrupted it goes on."""
+        key = self._name("curves of units", self._weights.hash_all_dense(), most.heads, most.neurons)
 
         def measure() -> dict[str, str]:
-            text, lead = self._text, self._windows.lead
-            curves = measure_curves(self._model, most, text, progress, lead=lead, scratch=self._store.directory)
-            costs = {f"cost/{name}": own.cost_R for name, own in _name_curves(curves).items()}
-            return {"curves": self._store.write_tensors(_list_orders(curves) | costs)}
+            kept = CurveFiles(self._unfinished / f"curves-{key[:16]}")
+            curves = measure_curves(self._model, most, self._text, progress, lead=self._windows.lead, kept=kept)
+            made = {"curves": self._store.write_tensors(list_curves(curves))}
+            kept.forget()
+            return made
 
-        key = self._name("curves of units", self._weights.hash_all_dense(), most.heads, most.neurons)
-        return self._read_curves(self._index.measure_files([key], measure)["curves"])
+        return read_curves(self._store.read_tensors(self._index.measure_files([key], measure)["curves"]))
 
     def _search(self, count: int, progress: Progress) -> Iterator[Drop]:
-        """As many as `tools.surgery.blocks.drop_blocks` finds, each kept as it is found: a search that was interrupted,
-        or is to go further, goes on behind it."""
-        key = [self._name("blocks to drop", self._weights.hash_all_dense())]
-        known = [_read_drop(values) for values in (self._index.read_measured(key) or {"drops": []})["drops"]]
+        """As many as `tools.surgery.blocks.drop_blocks` finds. Each is kept as it is found, and what it costs to drop a
+        block as that is measured: a search that was interrupted, or is to go further, goes on behind it."""
+        key = [self._name("blocks that go", self._weights.hash_all_dense())]
+        before = self._index.read_measured(key) or {"drops": [], "begun": []}
+        known, begun = [_read_drop(values) for values in before["drops"]], _read_costs(before["begun"])
         yield from known[:count]
-        searching = drop_blocks(self._model, self._text, progress, known, lead=self._windows.lead)
+
+        def keep() -> None:
+            drops = [_write_drop(own) for own in known]
+            self._index.replace_measured(key, {"drops": drops, "begun": _write_costs(begun)})
+
+        def remember(block: int, measure: Callable[[], float]) -> float:
+            if block not in begun:
+                begun[block] = measure()
+                keep()
+            return begun[block]
+
+        lead = self._windows.lead
+        searching = drop_blocks(self._model, self._text, progress, known, lead=lead, remember=remember)
         for drop in islice(searching, max(count - len(known), 0)):
             known.append(drop)
-            self._index.replace_measured(key, {"drops": [_write_drop(own) for own in known]})
+            begun.clear()
+            keep()
             yield drop
 
     def read(self, artifact: str) -> Parts:
@@ -170,31 +191,30 @@ class Cuts:
     def _cut(self, order: CutOrder, progress: Progress) -> tuple[Made, dict[str, Tensor]]:
         """Put a cut of the dense weights into the model and on disk, block by block; (artifacts, which units stay)."""
         self._weights.restore_dense()
-        made, units = dict.fromkeys(self._weights.by_name, DENSE), dict[str, Tensor]()
+        name, curves = self._name("fits", order.model_dump()), read_curves(self._store.read_tensors(order.parts))
+        kept = FitFiles(self._unfinished / f"fits-{name[:16]}", self._take_up)
         with explain_layer("cutting the model"):
             for fit in make_fits(
-                *(self._model, order.counts, self._read_curves(order.parts), order.dropped, self._text, progress),
+                *(self._model, order.counts, curves, order.dropped, self._text, progress),
                 refit=order.refit,
+                kept=kept,
             ):
-                made |= self._install(fit)
-                units[f"{fit.part.kind}/{fit.part.block}"] = fit.units
+                kept.made |= self._install(fit)
+                kept.units[f"{fit.part.kind}/{fit.part.block}"] = fit.units
+        kept.forget()
+        made, units = dict.fromkeys(self._weights.by_name, DENSE) | kept.made, kept.units
         for block in order.dropped:
             for layer in self._weights.by_block[block]:
                 nothing_O = None if layer.bias_O is None else torch.zeros_like(layer.bias_O)
                 made[layer.name] = self._keep(layer, torch.zeros_like(layer.weight_OI), nothing_O)
         return made, units
 
-    def _read_curves(self, artifact: str) -> Curves:
-        """The order in which units go, and what that costs if the artifact has it."""
-        stored = self._store.read_tensors(artifact)
-        return {
-            kind: [
-                Elimination(stored[f"{kind}/{block}"], stored.get(f"cost/{kind}/{block}", torch.empty(0)))
-                for block in range(len(self._weights.by_block))
-                if f"{kind}/{block}" in stored
-            ]
-            for kind in KINDS
-        }
+    def _take_up(self, made: Mapping[str, str]) -> bool:
+        """Put what was made before an interruption into the model; where a file is gone the dense weights."""
+        if all(self._weights.install(name, artifact) for name, artifact in made.items()):
+            return True
+        self._weights.restore_dense()
+        return False
 
     def _install(self, fit: Fit) -> Made:
         """Put what stays of one part into the model and on disk."""
@@ -255,20 +275,20 @@ def _list_costs(curves: Curves, kind: Kind, options: list[int]) -> list[list[flo
     return found
 
 
-def _name_curves(curves: Curves) -> dict[str, Elimination]:
-    return {f"{kind}/{block}": own for kind, of_kind in curves.items() for block, own in enumerate(of_kind)}
-
-
-def _list_orders(curves: Curves) -> dict[str, Tensor]:
-    return {name: own.order_R for name, own in _name_curves(curves).items()}
-
-
 def _write_drop(drop: Drop) -> dict[str, Any]:
     """As JSON has it, which knows nothing infinite."""
-    kl, *costs = (value if math.isfinite(value) else None for value in (drop.kl, *drop.costs.values()))
-    return {"block": drop.block, "tokens": drop.tokens, "kl": kl, "costs": [*zip(drop.costs, costs, strict=True)]}
+    [(block, kl)], costs = _write_costs({drop.block: drop.kl}), _write_costs(drop.costs)
+    return {"block": block, "tokens": drop.tokens, "kl": kl, "costs": costs}
 
 
 def _read_drop(values: dict[str, Any]) -> Drop:
-    costs = {block: math.inf if cost is None else cost for block, cost in values["costs"]}
-    return Drop(values["block"], values["tokens"], math.inf if values["kl"] is None else values["kl"], costs)
+    [(block, kl)] = _read_costs([[values["block"], values["kl"]]]).items()
+    return Drop(block, values["tokens"], kl, _read_costs(values["costs"]))
+
+
+def _write_costs(costs: Mapping[int, float]) -> list[tuple[int, float | None]]:
+    return [(block, cost if math.isfinite(cost) else None) for block, cost in costs.items()]
+
+
+def _read_costs(costs: Iterable[Sequence[Any]]) -> dict[int, float]:
+    return {block: math.inf if cost is None else cost for block, cost in costs}

@@ -1,0 +1,164 @@
+"""Walks of a cut of a streamed model that are killed between two blocks, or two measurements."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import tools.workbench.kept_cuts
+from tests.benches import damage, ignore, open_bench, same, snapshot
+from tests.tiny import save_tiny_model, tiny_settings
+from tools.base.progress import Progress
+from tools.models.blocks import Blocks
+from tools.models.unfinished import UNFINISHED
+from tools.plans.cuts import CutOrder, Parts
+from tools.plans.recipe import Recipe
+from tools.plans.work_order import WorkOrder, order_all
+from tools.workbench.bench import Workbench
+
+BLOCKS = 4
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+def die_at(step: str, done: int) -> Progress:
+    def tell(told: str, now: int, _of: int) -> None:
+        if (told, now) == (step, done):
+            raise Killed
+
+    return tell
+
+
+@pytest.fixture
+def reopen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Workbench]:
+    """A run by its name, opened as after a kill; whatever is kept is, and not once a minute."""
+    monkeypatch.setattr(tools.workbench.kept_cuts, "KEEP_SECONDS", 0.0)
+    model = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=BLOCKS)
+    return lambda name: open_bench(tiny_settings(model, device="stream"), tmp_path / name)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first of the blocks of every forward of some."""
+    seen, only = list[int](), Blocks.only
+
+    def see(self: Blocks, first: int, end: int, ids_T: Tensor, hidden_BTD: Tensor | None = None) -> Any:
+        seen.append(first)
+        return only(self, first, end, ids_T, hidden_BTD)
+
+    monkeypatch.setattr(Blocks, "only", see)
+    return seen
+
+
+def measure(bench: Workbench, progress: Progress = ignore) -> Parts:
+    profile, target = bench.profile_bare(ignore), bench.cuts.find_target(0.6, 0.0, ignore)
+    return bench.cuts.read(bench.cuts.measure(profile, target, progress))
+
+
+def order(bench: Workbench, parts: Parts, dropped: tuple[int, ...]) -> WorkOrder:
+    cut = CutOrder(parts=parts.artifact, **{"heads": 0, "neurons": 8, "dropped": dropped, "refit": True})
+    zeros = {layer.name: layer.weight_OI.numel() // 2 for layer in bench.layers}
+    return order_all(Recipe(), zeros, sparsity=0.5, predicted_kl=0.0).model_copy(update={"cut": cut})
+
+
+@pytest.mark.parametrize("at", [2, BLOCKS + 1])
+def test_curves_go_on_before_the_block_that_they_had_come_to(
+    at: int, reopen: Callable[[str], Workbench], ran: list[int], workbench_closed: None
+) -> None:
+    expected = measure(reopen("whole"))
+    with pytest.raises(Killed):
+        measure(reopen("killed"), die_at("curves of units", at))
+    bench, told = reopen("killed"), list[int]()
+    bench.profile_bare(ignore)
+    ran.clear()
+
+    def tell(step: str, done: int, of: int) -> None:
+        told.extend([done] if step == "curves of units" and of > 1 else [])
+
+    assert measure(bench, tell) == expected
+    assert told == list(range(at, 2 * BLOCKS))
+    walk = [*range(BLOCKS), *reversed(range(BLOCKS))][at:]
+    windows = bench.settings.calibration_windows
+    assert ran[: len(walk) * windows] == [block for block in walk for _ in range(windows)]
+    assert not (bench.directory / UNFINISHED).exists(), "all that was kept of a walk went with it"
+
+
+def test_what_was_kept_of_curves_and_is_damaged_is_measured_again(
+    reopen: Callable[[str], Workbench], workbench_closed: None
+) -> None:
+    expected = measure(reopen("whole"))
+    bench = reopen("killed")
+    with pytest.raises(Killed):
+        measure(bench, die_at("curves of units", BLOCKS + 1))
+    [kept] = (bench.directory / UNFINISHED).glob("curves-*")
+    damage(kept / "inputs" / "0.safetensors")
+    steps = list[str]()
+    assert measure(reopen("killed"), lambda step, done, _of: steps.append(f"{step} {done}")) == expected
+    assert "curves of units 0" in steps
+
+
+def test_what_a_block_costs_is_not_measured_again(
+    reopen: Callable[[str], Workbench], ran: list[int], workbench_closed: None
+) -> None:
+    expected, at = measure(reopen("whole")), 2
+    with pytest.raises(Killed):
+        measure(reopen("killed"), die_at("search block 1 to drop", at))
+    bench = reopen("killed")
+    bench.profile_bare(ignore)
+    again, known = list[int](), dict[str, int]()
+
+    def count(step: str, done: int, of: int) -> None:
+        if step == "search block 1 to drop" and of > 1:
+            again.append(len(ran) - known.get("ran", 0))
+            known["ran"] = len(ran)
+
+    assert measure(bench, count) == expected
+    assert again[1 : at + 1] == [0] * at, "those that were measured"
+    assert all(again[at + 1 :])
+
+
+@pytest.mark.parametrize(("dropped", "at"), [((1,), 3), ((2,), 1)])
+def test_a_cut_is_fitted_on_from_the_block_that_it_had_come_to(
+    dropped: tuple[int, ...], at: int, reopen: Callable[[str], Workbench], workbench_closed: None
+) -> None:
+    bench = reopen("whole")
+    parts, profile = measure(bench), bench.profile_bare(ignore)
+    expected, made = bench.prune(profile, order(bench, parts, dropped), ignore), snapshot(bench)
+
+    bench = reopen("killed")
+    assert measure(bench) == parts
+    with pytest.raises(Killed):
+        bench.prune(profile, order(bench, parts, dropped), die_at("fold and fit", at))
+    told, bench = list[int](), reopen("killed")
+
+    def tell(step: str, done: int, of: int) -> None:
+        told.extend([done] if step == "fold and fit" else [])
+
+    assert bench.prune(profile, order(bench, parts, dropped), tell) == expected
+    assert told == [block for block in range(at, BLOCKS + 1) if block not in dropped]
+    assert same(snapshot(bench), made)
+    assert not (bench.directory / UNFINISHED).exists(), "all that was kept of a walk went with it"
+
+
+def test_a_cut_of_which_a_layer_is_damaged_is_fitted_from_the_first_block(
+    reopen: Callable[[str], Workbench], workbench_closed: None
+) -> None:
+    bench = reopen("whole")
+    parts, profile = measure(bench), bench.profile_bare(ignore)
+    expected, made = bench.prune(profile, order(bench, parts, ()), ignore), snapshot(bench)
+    bench = reopen("killed")
+    measure(bench)
+    with pytest.raises(Killed):
+        bench.prune(profile, order(bench, parts, ()), die_at("fold and fit", 2))
+    damage(bench.store.path(bench.weights.installed["model.layers.1.mlp.down_proj"], ".safetensors"))
+    bench, told = reopen("killed"), list[str]()
+    bench.weights._warn = told.append
+    steps = list[str]()
+    again = bench.prune(profile, order(bench, parts, ()), lambda step, done, _of: steps.append(f"{step} {done}"))
+    assert again == expected
+    assert "fold and fit 0" in steps and len(told) == 1 and "is computed again" in told[0]
+    assert same(snapshot(bench), made)
