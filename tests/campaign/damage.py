@@ -44,7 +44,7 @@ CHANGING = ("seconds", "allocation_seconds", "profile_seconds", "peak_memory_byt
 
 KILLED = {
     "plan": Halt("plan", "graph.nodes.plan:choose_plan", 2),
-    "prune": Halt("prune", "tools.workbench.prune:Pruner._compute", 5),
+    "prune": Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 5),
     "validate": Halt("validate", "tools.workbench.losses:evaluate_windows", 2),
     "reflect": Halt("reflect", "langgraph.checkpoint.sqlite:SqliteSaver.put", 1),
     "finish": Halt("finish", "graph.nodes.finish:export_model", after=True),

@@ -64,7 +64,7 @@ def without_bos(values: dict[str, object]) -> dict[str, object]:
 
 def test_a_run_of_an_earlier_version_keeps_its_windows(beginning_llama: Path, tmp_path: Path, command: Command) -> None:
     flags = ("--model", str(beginning_llama), *TINY)
-    halt = Earlier("prune", "tools.workbench.prune:Pruner._compute", 5)
+    halt = Earlier("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 5)
     assert fork(tmp_path, "--name", "old", *flags, halt=halt).finish().code == -signal.SIGKILL
     old = tmp_path / "runs" / "old"
     assert "bos" not in yaml.safe_load((old / "config.yaml").read_text())

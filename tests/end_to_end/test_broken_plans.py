@@ -10,8 +10,8 @@ import torch
 
 import tools.statistics.pruned
 import tools.workbench.curves
+import tools.workbench.layer_pruning
 import tools.workbench.losses
-import tools.workbench.prune
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
     TINY,
@@ -55,7 +55,7 @@ def break_pruning(monkeypatch: pytest.MonkeyPatch) -> Break:
                 raise error
             return prune_layer(recipe, *rest)
 
-        monkeypatch.setattr(tools.workbench.prune, "prune_layer", prune)
+        monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", prune)
         return begun
 
     return arm
@@ -159,14 +159,14 @@ def test_a_pattern_that_breaks_is_tried_with_masks(
 def test_at_the_target_a_lever_that_breaks_costs_a_round(
     flags: list[str], easy: Path, run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    collect = tools.workbench.prune.collect_moments
+    collect = tools.workbench.layer_pruning.collect_moments
 
     def fail(*arguments: Any, **options: Any) -> Any:
         if options.get("purpose") == "pruning":
             raise NO_MEMORY
         return collect(*arguments, **options)
 
-    monkeypatch.setattr(tools.workbench.prune, "collect_moments", fail)
+    monkeypatch.setattr(tools.workbench.layer_pruning, "collect_moments", fail)
     done = command(*flags)
     assert (done.code, done.err) == (0, "")
     assert [trial.verdict for trial in read_state(run).trials] == ["accept", "accept", "rollback"]

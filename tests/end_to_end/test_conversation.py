@@ -33,7 +33,7 @@ from tests.tiny import tiny_settings
 from tools.base import rundir
 from tools.plans.costs import count_in_order, count_walk
 from tools.workbench import open as workbench
-from tools.workbench.prune import Pruner
+from tools.workbench.layer_pruning import LayerPruner
 
 PROBE = {"sparsity": 0.45, "recipe": {"method": "wanda", "refit": False}}
 LEARNT = {"selector": "*.v_proj", "direction": "dearer", "multiplier": 1.5, "confidence": 0.5, "evidence": "figures"}
@@ -189,7 +189,7 @@ def test_a_probe_that_is_cancelled_in_studio_is_made_again_and_what_was_paid_for
     tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command("--list")  # at home
-    compute, cancelled, begun = Pruner._compute, threading.Event(), threading.Event()
+    compute, cancelled, begun = LayerPruner.compute, threading.Event(), threading.Event()
 
     def hang(*arguments: Any) -> Any:
         assert not cancelled.is_set(), "no layer is begun after the run was cancelled"
@@ -209,7 +209,7 @@ def test_a_probe_that_is_cancelled_in_studio_is_made_again_and_what_was_paid_for
     with OpenAIServer(PLANNER[1:]) as server:
         config = config_of(tiny_llama, server)
         with monkeypatch.context() as patch:
-            patch.setattr(Pruner, "_compute", hang)
+            patch.setattr(LayerPruner, "compute", hang)
             serve(tmp_path / "runs", cancel)
         assert not workbench._open and not rundir._locks
         assert command("--resume", "run").code == 0

@@ -168,7 +168,7 @@ def test_what_is_no_state_is_told_in_one_line(run: Path, command: Command) -> No
 
 def test_an_edited_plan_that_is_killed_is_logged_once(run: Path, tmp_path: Path, command: Command) -> None:
     edit(run, {"plan": MINE})
-    for halt in (Halt("prune", "tools.workbench.prune:Pruner._compute", 3), Halt("prune", SAVE)):
+    for halt in (Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 3), Halt("prune", SAVE)):
         assert fork(tmp_path, "--resume", "run", halt=halt).finish().code == -9
     assert command("--resume", "run").code == 0
     assert [event["planner"] for event in read_events(run, "plan") if event["iteration"] == 2] == ["heuristic", "you"]

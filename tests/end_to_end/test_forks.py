@@ -37,7 +37,7 @@ from tests.end_to_end.helpers import (
 from tools.base import rundir
 from tools.workbench import open as workbench
 from tools.workbench.bench import Workbench
-from tools.workbench.prune import Pruner
+from tools.workbench.layer_pruning import LayerPruner
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def test_a_fork_that_is_killed_at_its_beginning_is_resumed_by_its_name(
     (forked,) = forks(run)
     (forked / "events.jsonl").unlink()
     assert fork(tmp_path, "--resume", forked.name, halt=Halt("", "graph.runs.forks:_read_past")).finish().code < 0
-    halt = Halt("prune", "tools.workbench.prune:Pruner._compute", 2)
+    halt = Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 2)
     assert fork(tmp_path, "--resume", forked.name, halt=halt).finish().code == -signal.SIGKILL
     assert command("--resume", forked.name).code == 0
     assert forks(run) == [forked]
@@ -156,7 +156,10 @@ def test_a_fork_that_is_killed_at_its_beginning_is_resumed_by_its_name(
 def test_an_edit_of_the_present_state_is_no_fork(
     flags: list[str], easy: Path, tmp_path: Path, command: Command
 ) -> None:
-    assert fork(tmp_path, *flags, halt=Halt("prune", "tools.workbench.prune:Pruner._compute")).finish().code < 0
+    assert (
+        fork(tmp_path, *flags, halt=Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute")).finish().code
+        < 0
+    )
     run = tmp_path / "runs" / "run"
     with opened(run) as (app, settings):
         app.update_state(settings, {"plan": Plan(sparsity=0.35, reason="by hand")}, as_node="plan")
@@ -187,7 +190,7 @@ def test_a_cancelled_run_stops_before_its_next_layer_and_can_be_resumed(
     tiny_llama: Path, flags: list[str], easy: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command("--list")  # at home
-    compute, made, gate = Pruner._compute, 0, asyncio.Event()
+    compute, made, gate = LayerPruner.compute, 0, asyncio.Event()
     thread, config = str(uuid.uuid4()), read_run_config(easy)
     loop: asyncio.AbstractEventLoop | None = None
     cancelled = False
@@ -213,7 +216,7 @@ def test_a_cancelled_run_stops_before_its_next_layer_and_can_be_resumed(
         cancelled = True
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pruner, "_compute", count)
+        patch.setattr(LayerPruner, "compute", count)
         serve(tmp_path / "runs", cancel)
     assert made == 4
     run = tmp_path / "runs" / "run"

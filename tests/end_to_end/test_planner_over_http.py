@@ -311,7 +311,7 @@ def probed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "halt",
     [
-        Halt("plan", "tools.workbench.prune:Pruner._compute", 5, after=True),
+        Halt("plan", "tools.workbench.layer_pruning:LayerPruner.compute", 5, after=True),
         Halt("plan", "tools.workbench.losses:evaluate_windows", 2, after=True),
         Halt("plan", "tools.workbench.prune:Pruner.restore", 4),
     ],

@@ -31,7 +31,7 @@ from tests.end_to_end.helpers import (
 from tests.openai_server import Answer, OpenAIServer
 from tests.postgres_server import ESCAPED, PASSWORD, PostgresServer, serve_postgres
 from tools.plans.costs import count_walk
-from tools.workbench.prune import Pruner
+from tools.workbench.layer_pruning import LayerPruner
 
 SAVE = "langgraph.checkpoint.postgres:PostgresSaver.put"
 NOTE = "langgraph.checkpoint.postgres:PostgresSaver.put_writes"
@@ -42,7 +42,7 @@ NUMBERS = itertools.count()
 HALTS = [
     Halt("profile", NOTE, after=True),
     Halt("plan", SAVE, 2),
-    Halt("prune", "tools.workbench.prune:Pruner._compute", 5),
+    Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 5),
     Halt("validate", NOTE, after=True),
     Halt("reflect", "graph.nodes.reflect:write_lesson", after=True),
     Halt("finish", NOTE, after=True),
@@ -148,7 +148,7 @@ def test_a_restart_of_the_server_is_survived_and_an_end_stops_the_run(
     flags: list[str], easy: Path, server: PostgresServer, url: str, tmp_path: Path, command: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    compute, calls = Pruner._compute, 0
+    compute, calls = LayerPruner.compute, 0
 
     def disturb(*arguments: Any) -> str:
         nonlocal calls
@@ -159,7 +159,7 @@ def test_a_restart_of_the_server_is_survived_and_an_end_stops_the_run(
             server.start()
         return compute(*arguments)
 
-    monkeypatch.setattr(Pruner, "_compute", disturb)
+    monkeypatch.setattr(LayerPruner, "compute", disturb)
     monkeypatch.setitem(postgres.POOL, "timeout", 1.0)
     stopped = command(*flags, "--state", url)
     assert calls >= 20, "the restart was survived"

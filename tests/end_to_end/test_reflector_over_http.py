@@ -81,7 +81,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_multipliers(
         for halt in (
             Halt("reflect", "graph.nodes.reflect:choose_reflection", after=True),
             Halt("reflect", "graph.nodes.reflect:write_lesson", 1, after=True),
-            Halt("prune", "tools.workbench.prune:Pruner._compute", 3),
+            Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 3),
         ):
             assert fork(tmp_path, *given, halt=halt).finish().code == -signal.SIGKILL
             given = ["--resume", "run"]

@@ -36,7 +36,7 @@ HALTS = [
     Halt("profile", SAVE),
     Halt("profile", NOTE, after=True),
     Halt("plan", "graph.nodes.plan:choose_plan", 2, after=True),
-    Halt("prune", "tools.workbench.prune:Pruner._compute", 5),
+    Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 5),
     Halt("prune", "tools.workbench.store:Index.add", 20),
     Halt("prune", "tools.workbench.store:ArtifactStore.write_json", after=True),
     Halt("validate", "tools.workbench.losses:evaluate_windows", after=True),
@@ -143,7 +143,9 @@ def test_control_c_ends_after_the_present_step_and_says_how_to_go_on(
 
 
 def test_a_second_control_c_does_not_wait_for_the_step(easy: Easy, tmp_path: Path, command: Command) -> None:
-    work = fork(tmp_path, *easy.flags, halt=Halt("prune", "tools.workbench.prune:Pruner._compute", 5, kind="hang"))
+    work = fork(
+        tmp_path, *easy.flags, halt=Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 5, kind="hang")
+    )
     run = tmp_path / "runs" / "run"
     wait_for(lambda: "prune" in [event["node"] for event in read_events(run, "node")])
     time.sleep(0.3)
@@ -158,7 +160,9 @@ def test_a_second_control_c_does_not_wait_for_the_step(easy: Easy, tmp_path: Pat
 
 
 def test_two_processes_cannot_work_in_one_run(easy: Easy, tmp_path: Path, command: Command) -> None:
-    work = fork(tmp_path, *easy.flags, halt=Halt("prune", "tools.workbench.prune:Pruner._compute", 5, kind="hang"))
+    work = fork(
+        tmp_path, *easy.flags, halt=Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 5, kind="hang")
+    )
     run = tmp_path / "runs" / "run"
     try:
         wait_for(lambda: "prune" in [event["node"] for event in read_events(run, "node")])
@@ -233,7 +237,7 @@ def test_what_cannot_be_made_again_is_named_and_refused(
 
 
 def test_a_torn_line_of_the_index_costs_nothing_but_time(easy: Easy, tmp_path: Path, command: Command) -> None:
-    run = stop_in("prune", "tools.workbench.prune:Pruner._compute", easy, tmp_path, count=9)
+    run = stop_in("prune", "tools.workbench.layer_pruning:LayerPruner.compute", easy, tmp_path, count=9)
     index = run / "artifacts" / "index.jsonl"
     index.write_bytes(index.read_bytes()[:-20])
     assert command("--resume", "run").code == 0

@@ -55,7 +55,7 @@ def test_a_key_that_the_endpoint_quotes(
 
 
 def test_a_run_that_was_killed_leaves_no_key_in_the_journal(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
-    halt = Halt("prune", "tools.workbench.prune:Pruner._compute", 3)
+    halt = Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 3)
     with OpenAIServer() as server:
         flags = ["--name", "x", *TINY, "--model", str(tiny_llama), "--planner", server.planner("echo-key")]
         killed = fork(tmp_path, *flags, halt=halt, BILLHOOK_API_KEY=PLAIN).finish()

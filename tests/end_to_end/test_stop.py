@@ -18,7 +18,7 @@ from tests.end_to_end.helpers import (
 STOPS = [
     Halt("profile", "tools.measure.losses:measure_losses", 2, kind="stop"),
     Halt("profile", "tools.statistics.walks:Walks._step", 5, kind="stop"),
-    Halt("prune", "tools.workbench.prune:Pruner._compute", 5, kind="stop"),
+    Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 5, kind="stop"),
     Halt("validate", "tools.measure.losses:measure_losses", 2, kind="stop"),
 ]
 

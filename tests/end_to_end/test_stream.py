@@ -87,7 +87,7 @@ def test_killed_and_resumed_without_room_for_second_moments_of_more_than_a_block
     checkpoints = count_checkpoints(settings, 4, probes=False)
     lines = list_disk(model, layers, settings, at_once=1, streamed=True, checkpoints=checkpoints, **known)
     disk = ("--disk", str(sum(line.bytes for line in lines) / 1e9))
-    halt = Halt("prune", "tools.workbench.prune:Pruner._compute", 10)
+    halt = Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 10)
     assert fork(tmp_path, *flags, *STREAM, *disk, halt=halt).finish().code == -signal.SIGKILL
     assert command("--resume", "run").code == 0
     run = tmp_path / "runs" / "run"

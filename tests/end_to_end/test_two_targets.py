@@ -59,7 +59,7 @@ def test_zeros_are_set_in_the_smaller_model(easy: Path, tiny_llama: Path) -> Non
     "halt",
     [
         Halt("finish", "graph.nodes.finish:export_model", after=True),
-        Halt("prune", "tools.workbench.prune:Pruner._compute", 5),  # no layer of the first run passes there
+        Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 5),  # no layer of the first run passes there
     ],
 )
 def test_killed_in_either_and_resumed_by_the_first_ones_name(

@@ -22,7 +22,8 @@ from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_allocation
 from tools.results.speed import Result
-from tools.statistics.collect import begin_walk, collect_moments, collect_statistics, work_alone
+from tools.statistics.collect import collect_moments, collect_statistics
+from tools.statistics.extent import begin_walk, work_alone
 from tools.statistics.scores import measure_wanda
 from tools.statistics.walks import layers_by_block
 from tools.workbench.store import DENSE

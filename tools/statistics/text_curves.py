@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from tools.base.progress import Progress, count_up
 from tools.models.layers import Layer
-from tools.statistics.collect import Extent, begin_walk, finish_curves, group_layers, join_answers
+from tools.statistics.collect import finish_curves, group_layers
+from tools.statistics.extent import Extent, begin_walk, join_answers
 from tools.statistics.known import ModelStatistics, mix_tensors
 from tools.statistics.requests import SumMaskCurves, Team
 from tools.statistics.walk import split_texts

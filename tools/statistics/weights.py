@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.statistics import weigh_tokens
 from tools.base.errors import UnknownStatistics
 from tools.models.layers import Layer
-from tools.statistics.collect import Extent
+from tools.statistics.extent import Extent
 from tools.statistics.flow import CLIP
 from tools.statistics.requests import SizeTokens, Team, ignore_ticks
 from tools.statistics.walk import Walk

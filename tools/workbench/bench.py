@@ -44,6 +44,7 @@ from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
 from tools.workbench.cuts import Cuts
 from tools.workbench.evaluate import Evaluator
+from tools.workbench.layer_pruning import LayerPruner
 from tools.workbench.losses import Losses
 from tools.workbench.polish import Polisher
 from tools.workbench.probes import Probe, probe_orders
@@ -126,8 +127,9 @@ class Workbench:
         self.cuts = Cuts(
             self.model, self.windows, settings.text_shares, self.weights, self.store, self.index, directory
         )
+        layer_pruner = LayerPruner(self.weights, self.profiles, self.store, self.index, self.crew, self._warn)
         self.pruner = Pruner(
-            *(self.weights, self.profiles, self.polisher, self.store, self.index, self.crew, self.cuts, self._warn)
+            self.weights, self.profiles, self.polisher, self.cuts, self.store, self.index, layer_pruner
         )
         self.evaluator = Evaluator(
             directory / "evaluations",

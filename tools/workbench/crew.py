@@ -6,7 +6,7 @@ from pathlib import Path
 from tools.base.progress import Warn
 from tools.base.settings import TeamSettings
 from tools.models.blocks import Blocks
-from tools.statistics.collect import Extent, work_alone
+from tools.statistics.extent import Extent, work_alone
 from tools.statistics.passage import KeptPassages
 from tools.statistics.requests import Team
 from tools.team.cluster import Cluster

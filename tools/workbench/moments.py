@@ -13,7 +13,8 @@ from torch import Tensor
 from kernels.triangle import pack_triangle, unpack_triangle
 from tools.base.progress import Progress, ignore_progress
 from tools.models.mapped import map_tensors
-from tools.statistics.collect import begin_walk, collect_moments
+from tools.statistics.collect import collect_moments
+from tools.statistics.extent import begin_walk
 from tools.statistics.walk import Walk
 from tools.statistics.weights import weigh_block
 from tools.workbench.crew import Crew

@@ -1,49 +1,28 @@
 """Pruning by a work order, from the dense weights, and the checkpoints that come of it."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any
 
-from torch import Tensor
-
-from kernels.damping import DAMPING
 from tools.base.errors import DamagedArtifact, ImpossiblePlan
 from tools.base.failures import explain_layer
-from tools.base.progress import Progress, Warn, heed_stop, ignore_progress
-from tools.models.artifacts import hash_as_earlier, pack_pruned, unpack_pruned
+from tools.base.progress import Progress, heed_stop, ignore_progress
+from tools.models.artifacts import hash_as_earlier, pack_pruned
 from tools.plans.cuts import CutOrder
 from tools.plans.groups import refuse_two_walks
 from tools.plans.methods import METHODS
-from tools.plans.recipe import Recipe, count_pattern_zeros
+from tools.plans.recipe import Recipe
 from tools.plans.work_order import LayerOrder, WorkOrder
 from tools.results.schema import Polished
-from tools.statistics.collect import Moments, begin_walk, collect_moments, find_stages
 from tools.statistics.pruned import prune_layer
-from tools.statistics.walk import Walk
-from tools.team.cluster import Cluster
-from tools.team.requests import PruneLayers
-from tools.workbench.checkpoints import (
-    Checkpoint,
-    LayerRecord,
-    LayerTask,
-    Taken,
-    make_checkpoint,
-    make_layer_key,
-)
-from tools.workbench.crew import Crew
+from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, Taken, make_checkpoint
 from tools.workbench.cuts import Cuts
+from tools.workbench.layer_pruning import LayerPruner, Tasks
 from tools.workbench.polish import Polisher, PolishText
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
-
-Tasks = Mapping[str, LayerTask]
-"""By layer name, in the model's order."""
-
-Made = dict[str, str]
-"""Artifacts, by layer name."""
 
 
 class Pruner:
@@ -54,15 +33,13 @@ class Pruner:
         weights: Weights,
         profiles: Profiles,
         polisher: Polisher,
+        cuts: Cuts,
         store: ArtifactStore,
         index: Index,
-        crew: Crew,
-        cuts: Cuts,
-        warn: Warn,
+        layers: LayerPruner,
     ) -> None:
-        self._weights, self._profiles, self._polisher, self._store = weights, profiles, polisher, store
-        self._cuts = cuts
-        self._index, self._crew, self._warn = index, crew, warn
+        self._weights, self._profiles, self._layers = weights, profiles, layers
+        self._polisher, self._cuts, self._store, self._index = polisher, cuts, store, index
 
     # --- prune -------------------------------------------------------------------------------------------------
 
@@ -137,194 +114,12 @@ class Pruner:
     def _prune_all(self, tasks: Tasks, polish: int, progress: Progress) -> dict[str, str]:
         """The artifact of every layer, all of which are in the model, polished on so many tokens."""
         if not polish:
-            return self._prune(tasks, progress)
+            return self._layers.prune(tasks, progress)
         task = next(iter(tasks.values()))
         stored = self._profiles.read(task.profile)
         text = PolishText(stored.calibration, stored.mix)
         self._polisher.refuse(polish, text)  # before anything is pruned
-        return self._polisher.polish(self._prune(tasks, progress), polish, progress, text)
-
-    def _prune(self, tasks: Tasks, progress: Progress) -> dict[str, str]:
-        """The artifact of every layer, all of which are in the model."""
-        dense = {name: task for name, task in tasks.items() if not task.recipe.in_order}
-        # Before any layer is pruned: it may run the dense model.
-        asked = {(task.profile, task.recipe) for task in tasks.values() if task.recipe.changes_survivors}
-        for profile, recipe in sorted(asked, key=lambda pair: (pair[0], pair[1].exact_label)):
-            if recipe.weighs_tokens and recipe.in_order:
-                self._profiles.find_token_weights(profile, progress)
-            elif not recipe.in_order:
-                self._profiles.find_moments(profile, progress, weighted=recipe.weighs_tokens)
-        made = self._prune_from_dense(dense, progress) if dense else {}
-        return made if len(dense) == len(tasks) else self._prune_in_order(tasks, made, progress)
-
-    def _prune_from_dense(self, tasks: Tasks, progress: Progress) -> dict[str, str]:
-        """Every layer by what it reads in the dense model; the artifacts."""
-        index = self._index.read()
-        keys = self._make_keys(tasks)
-        made = {}
-        for name, task in tasks.items():
-            if artifact := self._install_known(name, task, index.get(keys[name], "")):
-                made[name] = artifact
-        progress("prune", len(made), len(tasks))
-        missing = {name: task for name, task in tasks.items() if name not in made}
-        lacking = {name: task for name, task in missing.items() if self._lacks_moments(task)}
-        at_once = self._compute_all({name: task for name, task in missing.items() if name not in lacking})
-        with closing(self._compute_by_block(lacking, progress)) as by_block:
-            for name, artifact in chain(at_once, by_block):
-                self._index.add(keys[name], artifact)
-                made[name] = artifact
-                progress("prune", len(made), len(tasks))
-        if lacking:
-            for name, artifact in made.items():
-                self._weights.install(name, artifact)
-        return made
-
-    def _lacks_moments(self, task: LayerTask) -> bool:
-        return self._profiles.lacks_moments(task.profile, task.recipe)
-
-    def _compute_by_block(self, tasks: Tasks, progress: Progress) -> Generator[tuple[str, str], None, None]:
-        """As `_compute_all`, of layers whose second moments are not kept: those of a block once these are collected.
-
-        The text passes the dense model meanwhile, and it is dense that all layers are left.
-        """
-        kinds: dict[tuple[str, bool], dict[str, LayerTask]] = {}
-        for name, task in tasks.items():
-            kinds.setdefault((task.profile, task.recipe.weighs_tokens), {})[name] = task
-        for (profile, weighted), chosen in kinds.items():
-            with self._profiles.pass_moments(profile, progress, weighted=weighted) as hold:
-                for block, layers in enumerate(self._weights.by_block):
-                    if own := {layer.name: chosen[layer.name] for layer in layers if layer.name in chosen}:
-                        hold(block)
-                        for name, artifact in self._compute_all(own):
-                            self._weights.install(name, DENSE)
-                            yield name, artifact
-
-    def _make_keys(self, tasks: Tasks, below: Sequence[str] = ()) -> dict[str, str]:
-        profiles = dict.fromkeys(task.profile for task in tasks.values())
-        statistics = {profile: self._profiles.read(profile).means for profile in profiles}
-        return {
-            name: make_layer_key(name, self._weights.hash_dense(name), statistics[task.profile], task, below)
-            for name, task in tasks.items()
-        }
-
-    def _install_known(self, name: str, task: LayerTask, artifact: str) -> str:
-        """Put in what is known: the dense weights if no more are to go, else the artifact; "" where there is none."""
-        dense_OI, group = self._weights.dense[name], task.recipe.group
-        patterned = group is not None and task.zeros == count_pattern_zeros(dense_OI.numel(), group)
-        if not patterned and task.zeros <= int((dense_OI == 0).sum()):
-            artifact = DENSE
-        return artifact if artifact and self._weights.install(name, artifact) else ""
-
-    def _prune_in_order(self, tasks: Tasks, made: Mapping[str, str], progress: Progress) -> dict[str, str]:
-        """Block by block: each is pruned by what it reads in the model whose earlier blocks are pruned already.
-
-        Within a block all layers of sequential statistics are pruned by the inputs that they have while the whole block
-        is still dense, as in the loops of Wanda and SparseGPT (`tools.plans.methods.Method.statistics`); then those of
-        stages, one stage after another, by what these read once all before them in the block are pruned. The pruned
-        block passes on what the next one reads. States between blocks are in the model's number format, sums in fp32,
-        as there. Layers that are `made` have their artifacts, and stay as these are; those of all come out.
-        """
-        grouped, index, done = self._weights.by_block, self._index.read(), dict(made)
-        text = self._profiles.read(next(task.profile for name, task in tasks.items() if name not in made))
-        with begin_walk(self._crew.team, text.calibration, shares=text.shares) as walk:
-            for block, layers in enumerate(grouped):
-                progress("prune in order", block, len(grouped))
-                below = [done[layer.name] for earlier in grouped[:block] for layer in earlier]
-                own = {layer.name: tasks[layer.name] for layer in layers if layer.name not in made}
-                at_once = {name: task for name, task in own.items() if task.recipe.statistics == "sequential"}
-                keys = self._make_keys(at_once, below)
-                if missing := self._install_made(at_once, keys, index, done):
-                    for layer in layers:
-                        self._weights.install(layer.name, DENSE)
-                    self._prune_present(walk, block, missing, keys, done)
-                if staged := {name: task for name, task in own.items() if name not in at_once}:
-                    # what becomes of a layer hangs on all that is to become of its block
-                    planned = self._make_keys(own, below) | done
-                    keys = self._make_keys(staged, [*below, *(planned[layer.name] for layer in layers)])
-                    if missing := self._install_made(staged, keys, index, done):
-                        self._prune_stages(walk, block, missing, keys, done)
-                for layer in layers:
-                    self._weights.install(layer.name, done[layer.name])
-        progress("prune in order", len(grouped), len(grouped))
-        return done
-
-    def _install_made(self, tasks: Tasks, keys: Mapping[str, str], index: Mapping[str, str], done: Made) -> Tasks:
-        """Put in what was made before, which is then `done`; what was not."""
-        for name, task in tasks.items():
-            if artifact := self._install_known(name, task, index.get(keys[name], "")):
-                done[name] = artifact
-        return {name: task for name, task in tasks.items() if name not in done}
-
-    def _prune_stages(self, walk: Walk, block: int, tasks: Tasks, keys: Mapping[str, str], done: Made) -> None:
-        """Prune layers of a block, each stage by what it reads once all layers are as they are `done` before it."""
-        for stage in find_stages(self._crew.team, walk, block):
-            missing = {name: tasks[name] for name in stage if name in tasks}
-            for layer in self._weights.by_block[block]:
-                self._weights.install(layer.name, done.get(layer.name, DENSE))
-            if missing:
-                self._prune_present(walk, block, missing, keys, done, stage)
-
-    def _prune_present(
-        self, walk: Walk, block: int, tasks: Tasks, keys: Mapping[str, str], done: Made, stage: Sequence[str] = ()
-    ) -> None:
-        """Prune layers of a block, all of one `stage` where it is given, by what they read in the model as it is.
-
-        Each kind of sums is made for itself, so that a layer's are the same, to the bit, whatever the others' are.
-        """
-        team, extent, layers = self._crew.team, self._crew.extent, self._weights.by_block[block]
-        kinds: dict[tuple[bool, bool], dict[str, LayerTask]] = {}
-        for name, task in tasks.items():
-            kinds.setdefault((task.recipe.weighs_tokens, task.recipe.changes_survivors), {})[name] = task
-        for (weighs, full), chosen in sorted(kinds.items()):
-            profile = next(task.profile for task in chosen.values())
-            moments = collect_moments(
-                *(team, extent, walk, block, layers),
-                full=full,
-                purpose="pruning",
-                names=stage,
-                weights=self._profiles.read_token_weights(profile, block) if weighs else None,
-            )
-            if layers[0].is_streamed:
-                moments = moments.bring_near()
-            for name, artifact in self._compute_all(chosen, moments):
-                self._index.add(keys[name], artifact)
-                done[name] = artifact
-
-    def _compute_all(self, tasks: Tasks, present: Moments | None = None) -> Iterator[tuple[str, str]]:
-        """Prune layers, by the workers where there are some; (name, artifact) of each when it is in the model."""
-        if self._crew.cluster is not None:
-            jobs = self._list_jobs(self._crew.cluster, tasks, present)
-            for _, results in self._crew.cluster.hand_out(jobs):
-                for name, tensors, damping in results:
-                    weight_OI = unpack_pruned(tensors, self._weights.dense[name])
-                    yield name, self._keep(name, weight_OI, tensors, damping)
-            return
-        for zeros, recipe, profile in _group(tasks):
-            for name in zeros:
-                heed_stop()
-                yield name, self._compute(name, LayerTask(zeros[name], recipe, profile), present)
-
-    def _list_jobs(self, cluster: Cluster, tasks: Tasks, present: Moments | None) -> Iterator[PruneLayers]:
-        for zeros, recipe, profile in _group(tasks):
-            for group in self._profiles.list_work(cluster, zeros, profile, recipe, present):
-                yield PruneLayers(recipe, group)
-
-    def _compute(self, name: str, task: LayerTask, present: Moments | None = None) -> str:
-        """Prune one layer in this process, put it into the model and on disk; its artifact."""
-        with explain_layer(f"pruning layer {name}"):
-            statistics = self._profiles.find_statistics(task.profile, name, task.recipe, present)
-            dense_OI = self._weights.dense[name].to(self._weights.device_of(name))
-            pruned = prune_layer(task.recipe, dense_OI, statistics, task.zeros)
-            tensors = pack_pruned(pruned.weight_OI, values=task.recipe.changes_survivors)
-        return self._keep(name, pruned.weight_OI, tensors, pruned.damping)
-
-    def _keep(self, name: str, weight_OI: Tensor, tensors: dict[str, Tensor], damping: float) -> str:
-        """Put a pruned layer into the model, and on disk as `tensors`, which stand for the same bits; its artifact."""
-        if damping > DAMPING:
-            self._warn(f"layer {name} needed damping {damping:g} instead of {DAMPING:g}: its inputs are singular")
-        artifact = self._store.write_tensors(tensors)
-        self._weights.write(name, weight_OI, artifact)
-        return artifact
+        return self._polisher.polish(self._layers.prune(tasks, progress), polish, progress, text)
 
     # --- a little more sparsity --------------------------------------------------------------------------------
 
@@ -393,10 +188,10 @@ class Pruner:
         task, expected = manifest.tasks[name], manifest.layers[name].artifact
         if manifest.cut:
             made = self._cuts.make(manifest.cut, ignore_progress)[0][name]
-        elif manifest.polish or task.recipe.in_order or self._lacks_moments(task):
+        elif manifest.polish or task.recipe.in_order or self._layers.lacks_moments(task):
             made = self._prune_all(manifest.tasks, manifest.polish or 0, ignore_progress)[name]
         else:
-            made = self._compute(name, task)
+            made = self._layers.compute(name, task)
         if made == expected:
             return
         if hash_as_earlier(self._store.read_tensors(made), self._weights.dense[name]) != expected:
@@ -450,11 +245,3 @@ class Pruner:
         kept = {artifact for checkpoint in keep for artifact in self.list_artifacts(checkpoint).values()}
         for artifact in set(self._index.read().values()) - kept:
             self._store.path(artifact, ".safetensors").unlink(missing_ok=True)
-
-
-def _group(tasks: Tasks) -> list[tuple[dict[str, int], Recipe, str]]:
-    """(zeros by layer, recipe, profile) of all layers that have the last two alike."""
-    groups: dict[tuple[Recipe, str], dict[str, int]] = {}
-    for name, task in tasks.items():
-        groups.setdefault((task.recipe, task.profile), {})[name] = task.zeros
-    return [(zeros, recipe, profile) for (recipe, profile), zeros in groups.items()]

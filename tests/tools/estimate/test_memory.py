@@ -34,7 +34,8 @@ from tools.estimate.pruning import Held, count_layer
 from tools.estimate.shape import measure_shape
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
-from tools.statistics.collect import collect_statistics, work_alone
+from tools.statistics.collect import collect_statistics
+from tools.statistics.extent import work_alone
 from tools.statistics.shards import share_out
 from tools.statistics.walk import Walk
 from tools.statistics.walks import Walks

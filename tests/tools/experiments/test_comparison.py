@@ -47,9 +47,9 @@ from tools.surgery.slicegpt import build_sliced, slice_states
 from tools.surgery.taylor import rank_by_gradient
 from tools.team.identity import hash_weights
 from tools.workbench.bench import Workbench
+from tools.workbench.layer_pruning import LayerPruner
 from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.profiles import Profiles
-from tools.workbench.prune import Pruner
 
 RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda~dense:evolution"
 SPARSITIES = "0.45,0.6,2:4"
@@ -410,7 +410,7 @@ def test_only_new_rows_are_made(
     ("owner", "name", "count", "rows_done"),
     [
         (Workbench, "evaluate", 2, 1),
-        (Pruner, "_compute", 20, 1),
+        (LayerPruner, "compute", 20, 1),
         (Workbench, "measure_kl_each", 4, 2),  # in the second generation
         (Profiles, "_measure_dense", 1, 0),
         (tools.results.comparison, "as_csv", 3, 2),
@@ -673,13 +673,13 @@ def test_a_polish_behind_the_row_that_it_stands_on_prunes_no_layer_again(
     tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruned: list[str] = []
-    compute = Pruner._compute
+    compute = LayerPruner.compute
 
-    def watch(self: Pruner, name: str, *args: Any) -> str:
+    def watch(self: LayerPruner, name: str, *args: Any) -> str:
         pruned.append(name)
         return compute(self, name, *args)
 
-    monkeypatch.setattr(Pruner, "_compute", watch)
+    monkeypatch.setattr(LayerPruner, "compute", watch)
     alone, _ = run_comparison(make_settings(tiny_llama, tmp_path / "alone", recipes="two-sided+polish128"))
     layers = len(pruned)
     recipes = "two-sided,two-sided+polish64,two-sided+polish128,wanda,two-sided+polish192"

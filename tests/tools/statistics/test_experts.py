@@ -16,8 +16,9 @@ from tools.base.progress import ignore_progress as ignore
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.plans.layer_profile import LEVELS
-from tools.statistics.collect import collect_statistics, measure_kappa, work_alone
+from tools.statistics.collect import collect_statistics, measure_kappa
 from tools.statistics.experts import FEW, describe_few, fill_up, find_few
+from tools.statistics.extent import work_alone
 from tools.statistics.known import ModelStatistics
 from tools.statistics.requests import Here, Parts, ShardRequest, T
 from tools.statistics.shards import Span

@@ -14,7 +14,8 @@ from tests.tools.statistics.test_collect import BACKWARD, LENGTH, SEED, WINDOWS,
 from tools.base.errors import UnknownStatistics
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
-from tools.statistics.collect import begin_walk, collect_moments, work_alone
+from tools.statistics.collect import collect_moments
+from tools.statistics.extent import begin_walk, work_alone
 from tools.statistics.flow import CLIP
 from tools.statistics.walk import Walk
 from tools.statistics.walks import Walks

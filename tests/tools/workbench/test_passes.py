@@ -8,7 +8,7 @@ import pytest
 
 import tools.measure.kept_states
 import tools.statistics.kept_passages
-import tools.workbench.prune
+import tools.workbench.layer_pruning
 from tests.benches import SEQUENTIAL, damage, ignore, open_bench, plan, prune
 from tests.team import gather_teams
 from tests.tiny import tiny_settings
@@ -171,7 +171,7 @@ def test_pruning_goes_on_before_the_block_that_it_was_in(
     profile = bench.profile(ignore)
     expected = prune(bench, profile, 0.4, SEQUENTIAL)
 
-    pruned, prune_layer = list[int](), tools.workbench.prune.prune_layer
+    pruned, prune_layer = list[int](), tools.workbench.layer_pruning.prune_layer
 
     def die(*arguments: Any) -> Any:
         pruned.append(len(pruned))
@@ -182,7 +182,7 @@ def test_pruning_goes_on_before_the_block_that_it_was_in(
     bench = open_bench(settings, tmp_path / "killed")
     assert bench.profile(ignore) == profile
     order = order_allocation(SEQUENTIAL, plan(bench, profile, 0.4, SEQUENTIAL))
-    monkeypatch.setattr(tools.workbench.prune, "prune_layer", die)
+    monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", die)
     with pytest.raises(Killed):
         bench.prune(profile, order, ignore)
     bench = open_bench(settings, tmp_path / "killed")

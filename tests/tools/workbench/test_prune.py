@@ -9,7 +9,7 @@ import torch
 
 import tools.statistics.pruned
 import tools.workbench.curves
-import tools.workbench.prune
+import tools.workbench.layer_pruning
 from kernels.guard import Pruned
 from kernels.methods import prune_weight
 from tests.benches import MASK, REFIT, SEQUENTIAL, WANDA, artifact_path, ignore, open_bench, plan, prune, same, snapshot
@@ -59,7 +59,7 @@ def test_what_was_finished_before_a_layer_breaks_is_kept_and_the_rest_put_back(
 ) -> None:
     profile = bench.profile(ignore)
     before, snapped = prune(bench, profile, 0.2, MASK), snapshot(bench)
-    prune_layer, begun = tools.workbench.prune.prune_layer, 0
+    prune_layer, begun = tools.workbench.layer_pruning.prune_layer, 0
 
     def fail(*arguments: Any) -> Pruned:
         nonlocal begun
@@ -68,7 +68,7 @@ def test_what_was_finished_before_a_layer_breaks_is_kept_and_the_rest_put_back(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return prune_layer(*arguments)
 
-    monkeypatch.setattr(tools.workbench.prune, "prune_layer", fail)
+    monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", fail)
     name = list(bench.by_name)[4]
     with pytest.raises(BrokenPlan, match=rf"^pruning layer {name}: out of memory \(CUDA out of memory\.\)$"):
         prune(bench, profile, 0.45)
@@ -331,14 +331,14 @@ def test_in_order_a_layer_is_pruned_by_the_same_sums_whatever_the_others_are(
     labels = ("wanda", "refit~sequential", "refit~weighted~sequential", "wanda~stages", "refit~stages")
     orders = [order_allocation(parse_recipe(label), allocation) for label in labels]
     seen: list[torch.Tensor] = []
-    prune_layer = tools.workbench.prune.prune_layer
+    prune_layer = tools.workbench.layer_pruning.prune_layer
 
     def see(recipe: Recipe, dense_OI: torch.Tensor, statistics: Any, zeros: int) -> Pruned:
         if recipe.method == "wanda" and zeros == allocation.zeros[name] and dense_OI.equal(bench.dense[name]):
             seen.append(statistics.mean_square_I.clone())
         return prune_layer(recipe, dense_OI, statistics, zeros)
 
-    monkeypatch.setattr(tools.workbench.prune, "prune_layer", see)
+    monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", see)
     for first, *others in ((orders[0], orders[1], orders[2]), (orders[3], orders[4])):
         seen.clear()
         for order in (first, *(mix(other, (first, lambda n: n == name)) for other in others)):

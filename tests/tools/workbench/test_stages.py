@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import tools.workbench.prune
+import tools.workbench.layer_pruning
 from kernels.guard import Pruned
 from kernels.methods import LayerStatistics
 from tests.benches import REFIT, SEQUENTIAL, ignore, open_bench, plan, prune, same, snapshot
@@ -92,13 +92,13 @@ def record_moments(
 def record_statistics(monkeypatch: pytest.MonkeyPatch) -> list[LayerStatistics]:
     """What layers are pruned by from now on, in turn."""
     seen: list[LayerStatistics] = []
-    prune_layer = tools.workbench.prune.prune_layer
+    prune_layer = tools.workbench.layer_pruning.prune_layer
 
     def see(recipe: Recipe, dense_OI: Tensor, statistics: LayerStatistics, zeros: int) -> Pruned:
         seen.append(statistics)
         return prune_layer(recipe, dense_OI, statistics, zeros)
 
-    monkeypatch.setattr(tools.workbench.prune, "prune_layer", see)
+    monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", see)
     return seen
 
 

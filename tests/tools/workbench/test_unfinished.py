@@ -13,7 +13,7 @@ import tools.statistics.flow
 import tools.statistics.moments
 import tools.statistics.walks
 import tools.workbench.curves
-import tools.workbench.prune
+import tools.workbench.layer_pruning
 from tests.benches import SEQUENTIAL, ignore, open_bench, plan, prune, snapshot
 from tests.team import gather_teams
 from tests.tiny import tiny_settings
@@ -164,7 +164,7 @@ def test_pruning_goes_on_at_the_layer_where_it_was(recipe: Any, bench: Workbench
     profile = bench.profile(ignore)
     order = order_allocation(recipe, plan(bench, profile, 0.4, recipe))
     event = Event()
-    pruned = stopping(tools.workbench.prune, "prune_layer", event, 9)
+    pruned = stopping(tools.workbench.layer_pruning, "prune_layer", event, 9)
     with stop_at(event), pytest.raises(Stopped):
         bench.prune(profile, order, ignore)
     assert len(pruned) == 9
