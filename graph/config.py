@@ -380,7 +380,7 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
         for field, why in NOT_OF_CUTS.items():
             if getattr(self, field) != type(self).model_fields[field].get_default(call_default_factory=True):
                 raise ValueError(f"{named} takes whole parts away, and {field} {why}; leave it out")
-        if self.device == "spread" or (self.target_speed and self.device == "stream"):
+        if self.target_speed and self.device in ("stream", "spread"):
             raise ValueError(f"{named} needs the model on one device; use another --device than {self.device}")
         return self
 

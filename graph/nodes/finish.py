@@ -143,11 +143,11 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutResult | None, Any]:
     """(what went whole and what that made of the model, None where nothing did; the model to export).
 
-    The accepted weights stay in the workbench. One that is streamed is not timed. Raises UserError where the smaller
-    model is not the same function.
+    The accepted weights stay in the workbench. One that is not on one device is not timed. Raises UserError where
+    the smaller model is not the same function.
     """
     from tools.measure.speeds import measure_speeds  # imports torch
-    from tools.models.streamed import find_stream
+    from tools.surgery.parts import is_whole
 
     bench.restore(state.accepted)
     found = bench.pruner.build_cut(state.accepted)
@@ -155,7 +155,7 @@ def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutRes
         return None, bench.model
     built, went = found
     decoded: list[float | None] = [None, None]
-    if find_stream(bench.model) is None:
+    if is_whole(bench.model):
         ids_T = bench.windows.validation[0].to(bench.device)
         decoded = [speed for _, speed in measure_speeds([bench.model, built], ids_T, session.progress)]
     sizes = [[parameter.numel() for parameter in model.parameters()] for model in (bench.model, built)]

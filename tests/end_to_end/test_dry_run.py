@@ -183,7 +183,7 @@ def test_every_config_is_shown_where_its_model_can_be_had(file: Path, command: C
         (["--device", "spread"], "torch sees no GPU here to spread the model over; plan for others with --device-mem"),
         (["--device", "spread", "--workers", "2"], "device spread is one model on all GPUs, and a worker has one GPU"),
         (["--target-size", "0.01"], "target_size 0.01 cannot be met: "),
-        (["--target-size", "0.8", "--device", "spread"], "target_size needs the model on one device"),
+        (["--target-speed", "1.2", "--device", "spread"], "target_speed needs the model on one device"),
         (["--target-size", "0.8", "--target-speed", "2"], "target_size and target_speed are two targets; give one"),
         (["--workers", "auto"], "how many workers auto has is not asked here; give their number, such as --workers 8"),
     ],

@@ -335,10 +335,12 @@ def test_named_texts_are_read_by_what_they_count_and_bound_what_is_kept(
             "target_size takes whole parts away, and polish_tokens fits the survivors of zeros",
         ),
         (("--protect", "blocks 0"), "target_size takes whole parts away, and protect names layers that are never"),
-        (("--device", "spread"), "target_size needs the model on one device; use another --device than spread"),
-        (
-            ("--target-size", "0", "--target-speed", "1.2", "--device", "stream"),
-            "target_speed needs the model on one device; use another --device than stream",
+        *(
+            (
+                ("--target-size", "0", "--target-speed", "1.2", "--device", device),
+                f"target_speed needs the model on one device; use another --device than {device}",
+            )
+            for device in ("stream", "spread")
         ),
         (("--target-speed", "1.2"), "target_size and target_speed are two targets; give one of them"),
         (("--target-size", "0", "--target-speed", "0.9"), "target_speed 0.9 is no faster; give a number above 1, such"),

@@ -74,7 +74,7 @@ from tools.texts.windows import cut_windows
         (
             "llama",
             "--device stream",
-            "tools.structure needs the whole model in memory; use another --device than stream",
+            "tools.structure needs the whole model on one device; use another --device than stream or spread",
         ),
     ],
 )

@@ -32,11 +32,9 @@ TRIED = 0.5
 
 SPEED = "time both models"
 
-LOOK = 1
-"""How often the blocks of a streamed model come from disk for a look at what they return, before they are walked."""
-
-BUILDING = 3 + 2 * LOOK
-"""How often they come to be written smaller, and compared with those."""
+BUILDING = 4
+"""How often the blocks of a streamed model come from disk to be written smaller, and compared with those: these once
+for a look at what they return."""
 
 
 def price_cut_flops(settings: WorkbenchSettings, counts: Counts, cutting: Cutting) -> Prices:
@@ -124,7 +122,7 @@ def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricin
             1,
             1.0,
             {"forward": windows, "begin": windows, "walk down": windows},
-            2 + LOOK,
+            2,
         )
     )
     if cutting.chosen:
@@ -138,7 +136,7 @@ def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricin
             cutting.rounds,
             1.0,
             {"walk and sum": windows, "fit": 1},
-            LOOK + (2 if cutting.most.blocks else 1),
+            2 if cutting.most.blocks else 1,
         )
     )
     return steps
@@ -150,14 +148,14 @@ def _list_search(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricing
     text = f"{windows} windows of {settings.window} tokens"
     all_above = windows * (blocks + 1) / 2
 
-    def search(name: str, how: str, times: int, tried: float, forwards: int, looks: int = 0) -> Work:
+    def search(name: str, how: str, times: int, tried: float, forwards: int) -> Work:
         done = {"forward": forwards * windows + tried * all_above, "divergence": tried * blocks * windows}
-        return pricing.step(name, how, times, 1.0, done, looks + forwards + math.ceil(tried * (blocks + 1) / 2))
+        return pricing.step(name, how, times, 1.0, done, forwards + math.ceil(tried * (blocks + 1) / 2))
 
     steps = []
     if cutting.most.blocks > 0:
         how = f"each of {blocks} left out in a forward of {text} that begins there"
-        steps.append(search(SEARCH, how, 1, 1.0, 2, LOOK))
+        steps.append(search(SEARCH, how, 1, 1.0, 2))
     if cutting.most.blocks > 1:
         how = f"about half of the others left out once more, as of SmolLM2; all at most: {text}"
         steps.append(search(f"{SEARCH}, each further one", how, cutting.most.blocks - 1, TRIED, 1))

@@ -169,12 +169,14 @@ def list_cut_phases(
     cutting: Cutting,
     *,
     streamed: StreamSizes | None = None,
+    part: int | None = None,
     lead: int = 0,
     works: bool = True,
 ) -> list[Phase]:
     """The phases of such a run, with those of any run that it has; a worker waits while the model's process `works`.
 
-    The first `lead` tokens of each window are no text. Of a model that is `streamed` so is the smaller one.
+    The first `lead` tokens of each window are no text. Of a model that is `streamed` so is the smaller one; of one that
+    is laid over several devices, of which one holds so large a `part`, too.
     """
     named, common = {phase.name: phase for phase in phases}, find_common(phases, "device")
     program, always = [describe_program(facts)], find_common(phases, "host")
@@ -183,7 +185,7 @@ def list_cut_phases(
         device, beside = found if works else ([], [])
         return Phase(name=name, device=[*common, *device], host=[*host, *beside])
 
-    build = _list_build(facts, settings, cutting, streamed)
+    build = _list_build(facts, settings, cutting, streamed, part)
     export = named["export"]
     return [
         *(named[name] for name in ("load", WRITE) if name in named),
@@ -285,13 +287,16 @@ def _list_cut(facts: Facts, settings: WorkbenchSettings, cutting: Cutting) -> tu
 
 
 def _list_build(
-    facts: Facts, settings: WorkbenchSettings, cutting: Cutting, streamed: StreamSizes | None
+    facts: Facts, settings: WorkbenchSettings, cutting: Cutting, streamed: StreamSizes | None, part: int | None
 ) -> tuple[list[Line], list[Line]]:
     """As `_list_walks`; the first line is that of the smaller model. What is not cut is shared on a CPU alone."""
     here = facts.device == "cpu"
     size, smaller = (cutting.own if here else cutting.sizes.smaller), cutting.sizes.smaller
     how = "its layers that are cut; the others are the dense model's" if here else "all its parameters"
     model = Line(what="the smaller model", how=how, bytes=size)
+    if part is not None:  # what goes may all lie on others
+        how = "what of the dense model lies there, at most"
+        model = model.model_copy(update={"how": how, "bytes": min(part, size)})
     if streamed:
         model = describe_streamed(facts, streamed).model_copy(update={"what": "of the smaller model"})
     device = [

@@ -40,7 +40,7 @@ from tools.models.streamed import StreamSizes, measure_stream
 from tools.plans.methods import LEVERS
 from tools.plans.polish import Schedule, schedule_polish
 from tools.statistics.shards import count_waiting
-from tools.surgery.parts import NEEDS_WHOLE, NOT_SPREAD
+from tools.surgery.parts import NEEDS_WHOLE
 
 
 class Estimate(BaseModel):
@@ -126,10 +126,8 @@ def estimate(
     run = _read_run(settings)
     model, layers, workers = run.model, run.layers, run.workers
     place = _find_place(settings, model, devices)
-    if place.streamed and course.cut and not course.cut.size:
+    if (place.streamed or place.spread) and course.cut and not course.cut.size:
         raise UserError(f"target_speed {NEEDS_WHOLE}")
-    if place.spread and course.cut:
-        raise UserError(NOT_SPREAD)
     cutting = find_cutting(model, layers, course.cut) if course.cut else None
     counts = count_block(model, settings.window, run.lead)
     threads = count_threads(settings) if workers else torch.get_num_threads()
@@ -320,6 +318,7 @@ def _list_all_phases(
         phases = add_polish(phases, facts, polish)
     if cutting:
         cut = partial(list_cut_phases, facts=facts, settings=read, cutting=cutting, streamed=streamed, lead=run.lead)
+        cut = partial(cut, part=part if place.spread else None)
         beside, phases = cut(beside) if workers else [], cut(phases, works=not workers)
     return _Phases(beside or phases, phases if workers else [], list_polish_disk(facts, polish) if polish else [])
 

@@ -22,7 +22,7 @@ from tools.results.cards import write_structure_card
 from tools.results.schema import describe_protocol
 from tools.results.structure import Figures, Structure
 from tools.surgery.choose import choose_cut
-from tools.surgery.parts import convert_size, count_weights, refuse_streamed, without_fits
+from tools.surgery.parts import convert_size, count_weights, refuse_apart, without_fits
 from tools.surgery.rebuild import build_cut, check_cut
 from tools.surgery.share import choose_by_curves
 from tools.texts.windows import check_texts, count_lead, cut_windows
@@ -99,7 +99,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
 
     step("load model", 0, 1)
     dense, tokenizer = load_model(settings)
-    refuse_streamed(dense, "tools.structure")
+    refuse_apart(dense, "tools.structure")
     refuse_small_reach(measure_reach(dense, find_layers(dense)), partial=settings.partial)
     refuse_long_windows(dense, settings.window, count_lead(settings, tokenizer))
     index = Index(ArtifactStore(directory / "artifacts"))

@@ -40,9 +40,9 @@ class SavedElimination(BaseModel):
 
 def take_parts(recipe: PartsRecipe, sparsity: float, bench: "Workbench", progress: "Progress") -> MadeParts:
     """The dense model in the workbench without the parts that the recipe takes. Raises UserError."""
-    from tools.surgery.parts import refuse_streamed  # imports torch
+    from tools.surgery.parts import refuse_apart  # imports torch
 
-    refuse_streamed(bench.model, f"structured:{recipe.name}")
+    refuse_apart(bench.model, f"structured:{recipe.name}")
     return MAKERS[recipe.name](recipe, sparsity, bench, progress)
 
 

@@ -147,10 +147,11 @@ def list_cut_disk(
     """As `list_disk`, of a run that takes parts away: nothing is measured of single weights."""
     copied = [layer for layer in layers if layer.name not in in_source]
     checkpoints, hidden = checkpoints or count_checkpoints(settings), settings.count_all("validation")
-    walked, tokens = (1 + len(find_blocks(model))) * settings.count_all("calibration"), lead + settings.window
+    # what every block and the head read, and beside it what flowed back, as it is kept and as it was kept before
+    walked, tokens = (len(find_blocks(model)) + 3) * settings.count_all("calibration"), lead + settings.window
     return [
         _describe_hidden("the dense model's hidden states", model, hidden, tokens),
-        _describe_hidden("inputs of all blocks, while the parts are measured", model, walked, tokens),
+        _describe_hidden("inputs of all blocks, and gradients, while the parts are measured", model, walked, tokens),
         *_list_further(model, settings, tokens),
         Line(
             what="layers of checkpoints",

@@ -20,6 +20,7 @@ from kernels.channels import Elimination, MomentSums, eliminate_units
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
+from tools.models.layers import find_device
 from tools.models.readout import hidden_gradients
 from tools.plans.cuts import Counts
 from tools.statistics.passage import Stack
@@ -150,11 +151,11 @@ def _walk_up(blocks: Blocks, windows_BT: Tensor, progress: Progress, walk: Curve
 
 def begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor], lead: int, seed: int) -> list[Tensor]:
     """The gradient of -log p of drawn tokens at what the head reads of each window, (1, T, D), on CPU."""
-    gradients = []
+    gradients, device = [], find_device(blocks.model.get_output_embeddings())
     for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, read, strict=True)):
-        draw = torch.Generator(ids_T.device).manual_seed(seed + i)
+        draw = torch.Generator(device).manual_seed(seed + i)
         with torch.enable_grad():
-            fisher_TD, _ = hidden_gradients(blocks.model, ids_T, hidden_BTD[0].to(ids_T.device), draw, lead=lead)
+            fisher_TD, _ = hidden_gradients(blocks.model, ids_T, hidden_BTD[0].to(device), draw, lead=lead)
         gradients.append(fisher_TD[None].cpu())
     return gradients
 

@@ -8,17 +8,15 @@ from torch import Tensor, nn
 
 from tools.base.errors import UserError
 from tools.models.layers import Layer, find_blocks, find_layers
+from tools.models.spread import find_places
 from tools.models.streamed import find_stream
 from tools.plans.cuts import Counts
 
 Kind = Literal["heads", "neurons"]
 KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
-NEEDS_WHOLE = "needs the whole model in memory; use another --device than stream"
-"""Why what is done here is not done to a streamed model, behind its name."""
-
-NOT_SPREAD = "a model that is laid over several devices cannot be cut; use another --device than spread"
-"""Why one that is spread is not."""
+NEEDS_WHOLE = "needs the whole model on one device; use another --device than stream or spread"
+"""Why something is not done to a model that is not, behind its name."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +102,10 @@ def _find(kind: Kind) -> Callable[[Any, nn.Module, list[Layer]], Part]:
 def check_alike(model: Any) -> list[list[Layer]]:
     """The layers of each block. Raises UserError when these are not the same in all: one config could not describe the
     rest.
-
-    Nor can blocks be cut that do not lie on one device.
     """
     grouped: list[list[Layer]] = [[] for _ in find_blocks(model)]
-    for layer in (layers := find_layers(model)):
+    for layer in find_layers(model):
         grouped[layer.block].append(layer)
-    if len({layer.device for layer in layers}) > 1:
-        raise UserError(NOT_SPREAD)
     shapes = [[(layer.kind, layer.weight_OI.shape) for layer in block] for block in grouped]
     if any(block != shapes[0] for block in shapes):
         raise UserError(
@@ -120,9 +114,14 @@ def check_alike(model: Any) -> list[list[Layer]]:
     return grouped
 
 
-def refuse_streamed(model: Any, what: str) -> None:
-    """Raises UserError, in one line, where a model is streamed and `what` cannot be done to such a one."""
-    if find_stream(model):
+def is_whole(model: Any) -> bool:
+    """Whether a model is held on one device: it is neither streamed nor laid over several."""
+    return find_stream(model) is None and find_places(model) is None
+
+
+def refuse_apart(model: Any, what: str) -> None:
+    """Raises UserError, in one line, where a model is not whole and `what` cannot be done to such a one."""
+    if not is_whole(model):
         raise UserError(f"{what} {NEEDS_WHOLE}")
 
 

@@ -19,6 +19,7 @@ from tools.base.errors import UserError, in_one_line
 from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks
 from tools.models.readout import compute_hidden
+from tools.models.spread import find_places, spread_beside
 from tools.models.streamed import find_stream, stream_beside
 from tools.plans.cuts import Counts
 from tools.surgery.blocks import skipping
@@ -144,7 +145,7 @@ def _select(tensor: Tensor, kept: Tensor, units: int, dim: int) -> Tensor:
 
 
 def _number_anew(model: Any, dropped: Sequence[int]) -> Callable[[str], str | None]:
-    """A tensor's name without the dropped blocks; None of what goes with one."""
+    """A tensor's name, or a module's, without the dropped blocks; None of what goes with one."""
     blocks = find_blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
     stays = [i for i in range(len(blocks)) if i not in dropped]
@@ -153,8 +154,8 @@ def _number_anew(model: Any, dropped: Sequence[int]) -> Callable[[str], str | No
     def rename(name: str) -> str | None:
         if not name.startswith(prefix):
             return name
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        return f"{prefix}{new[index]}.{rest}" if index in new else None
+        index, dot, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{new[index]}{dot}{rest}" if index in new else None
 
     return rename
 
@@ -162,7 +163,7 @@ def _number_anew(model: Any, dropped: Sequence[int]) -> Callable[[str], str | No
 def build_cut(model: Any, cut: Cut) -> Any:
     """The cut model, as transformers itself loads it: eval mode, weights frozen, on the dense model's device.
 
-    Of a model that is streamed so is the cut one. Raises DiskFull.
+    Of a model that is streamed, or laid over several devices, so is the cut one. Raises DiskFull.
     """
     config, stream = cut_config(model, cut.counts, cut.dropped), find_stream(model)
 
@@ -176,6 +177,8 @@ def build_cut(model: Any, cut: Cut) -> Any:
         built.generation_config = copy.deepcopy(model.generation_config)
         return built.eval().requires_grad_(False)
 
+    if places := find_places(model):
+        return spread_beside(places, build(cut_state(model, cut)), _number_anew(model, cut.dropped))
     if stream is None:
         return build(cut_state(model, cut)).to(model.device)
     first = _find_tied(model, cut)
@@ -212,8 +215,8 @@ def check_cut(dense: Any, cut: Cut, model: Any, ids_T: Tensor) -> None:
     for block, x_BTD in enumerate(entered):
         last = block == len(entered) - 1
         found_BTD = ours.run_to_head(ids_T, block, x_BTD).float()
-        expected_BTD = (read_BTD if last else entered[block + 1]).float()
-        added_BTD = expected_BTD if last else expected_BTD - x_BTD.float()
+        expected_BTD = (read_BTD if last else entered[block + 1]).to(found_BTD)
+        added_BTD = expected_BTD if last else expected_BTD - x_BTD.to(found_BTD)
         limit = TOLERANCE * added_BTD.norm() + rounding * expected_BTD.norm()
         if not bool((found_BTD - expected_BTD).norm() <= limit):
             raise UserError(

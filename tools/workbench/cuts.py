@@ -26,7 +26,7 @@ from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, find_most, 
 from tools.surgery.blocks import Drop, drop_blocks
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.pace import price_parts
-from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts, refuse_streamed
+from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts, refuse_apart
 from tools.surgery.rebuild import build_cut, check_cut
 from tools.surgery.share import DIGITS, check_target, find_shape, find_target, make_fits
 from tools.texts.windows import Windows
@@ -67,7 +67,7 @@ class Cuts:
         """
         if size:
             return find_target(self._model, size, align)
-        refuse_streamed(self._model, "target_speed")
+        refuse_apart(self._model, "target_speed")
         find_shape(self._model, align)  # what cannot be cut is said before anything is read
         return self._find_pace(speed, progress, align)
 
@@ -250,7 +250,7 @@ class Cuts:
         """
         stored = self._store.read_tensors(units)
         fits = [
-            Fit(part, stored[f"{kind}/{part.block}"].to(self._model.device))
+            Fit(part, stored[f"{kind}/{part.block}"])
             for kind in KINDS
             if getattr(order, kind)
             for part in find_parts(self._model, kind)

@@ -93,10 +93,13 @@ def test_what_cannot_be_cut_is_refused_as_by_the_run(architecture: str, size: fl
     assert str(refused.value) == str(expected.value)
 
 
-def test_a_speed_is_not_asked_of_a_streamed_model(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+@pytest.mark.parametrize("device", ["stream", "spread"])
+def test_a_speed_is_not_asked_of_a_model_that_is_not_on_one_device(
+    device: str, tmp_path: Path, no_gpu: None, untimed: None
+) -> None:
     directory = write_config(tmp_path / "qwen3-8b", QWEN3_8B)
     with pytest.raises(UserError, match=f"^target_speed {NEEDS_WHOLE}$"):
-        estimate(large_settings(directory, device="stream"), plan(0), target=0.45, devices=read_devices("80"))
+        estimate(large_settings(directory, device=device), plan(0), target=0.45, devices=read_devices("2x80"))
 
 
 # --- what is held --------------------------------------------------------------------------------------------------
@@ -145,8 +148,8 @@ def test_a_large_model_on_a_gpu(tmp_path: Path, no_gpu: None, untimed: None) -> 
     assert device["the smaller model"] == host["the smaller model on its way"] == exported, "nothing is shared there"
     device, host = take(found.phases, SEARCH)
     assert device["inputs of all blocks, one window"] == host["inputs of all blocks"] / 2 == 37 * state
-    (walked,) = [line.bytes for line in found.disk if line.what.startswith("inputs of all blocks, while the parts")]
-    assert take(found.phases, CURVES)[1]["what one block reads and what it gives"] / 2 == 128 * state == walked / 37
+    (walked,) = [line.bytes for line in found.disk if line.what.endswith("while the parts are measured")]
+    assert take(found.phases, CURVES)[1]["what one block reads and what it gives"] / 2 == 128 * state == walked / 39
     assert {work.seconds for work in found.work} == {None} and found.other_work == []
     assert any(line.startswith("fits one GPU of 80.0 GB: ") for line in summarise(found))
     short = estimate(settings, plan(0.8), target=0.45, devices=read_devices("20"))
@@ -167,6 +170,16 @@ def test_a_large_model_that_is_streamed(tmp_path: Path, no_gpu: None, untimed: N
     assert disk["the smaller model, until it is exported"] == disk["the exported model"]
     [built] = [work for work in found.work if work.name == BUILD]
     assert built.passes == BUILDING and not any(work.name == SPEED for work in found.work)
+
+
+def test_a_large_model_over_two_gpus(tmp_path: Path, no_gpu: None, untimed: None) -> None:
+    settings = large_settings(write_config(tmp_path / "qwen3-8b", QWEN3_8B), device="spread")
+    found = estimate(settings, plan(0.8), target=0.45, devices=read_devices("2x24"))
+    part = max(line.bytes for line in found.spread)
+    device, host = take(found.phases, BUILD)
+    assert device["the smaller model"] == part == found.phases[0].device_bytes
+    (exported,) = [line.bytes for line in found.disk if line.what == "the exported model"]
+    assert part < exported == host["the smaller model on its way"]
 
 
 def test_workers_wait_while_the_model_is_cut(tiny_llama: Path, untimed: None) -> None:

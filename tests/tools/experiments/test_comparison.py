@@ -317,7 +317,7 @@ def test_rows_of_other_cuts_as_published(tiny_llama: Path, tmp_path: Path, no_pl
 def test_whole_parts_are_not_taken_away_from_a_streamed_model(tiny_llama: Path, tmp_path: Path) -> None:
     with use_workbench(tiny_settings(tiny_llama, device="stream"), tmp_path, pytest.fail, ignore_progress) as bench:
         for name in MAKERS:
-            with pytest.raises(UserError, match=f"^structured:{name} needs the whole model in memory; use another"):
+            with pytest.raises(UserError, match=f"^structured:{name} needs the whole model on one device; use another"):
                 take_parts(PartsRecipe(name, ("blocks",), refit=False), 0.3, bench, ignore_progress)
     close_workbench()
 

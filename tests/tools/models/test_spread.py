@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from tests.spread import lay_over, split
 from tests.tiny import (
     ARCHITECTURES,
     SHARING,
@@ -32,28 +33,13 @@ from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.statistics import passage, walks
-from tools.surgery.parts import check_alike
+from tools.surgery.blocks import measure_without, pass_block, read_inputs
+from tools.surgery.curves import begin_gradients, sum_moments
+from tools.surgery.parts import KINDS, find_parts
 from tools.workbench import bench as workbench
 from tools.workbench.bench import Workbench
 
 WINDOWS, LENGTH, GRADIENT = 3, 24, 2
-
-
-def split(model: Any) -> dict[str, int]:
-    """A part of the device map: the first block and all around the blocks on 0, the other block and what follows on 1.
-
-    The head stays on 0, so that hidden states have to come back to it.
-    """
-    blocks = find_blocks(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
-    leaves = [name for name, module in model.named_modules() if name and not list(module.children())]
-    places = {name: int("norm" in name or name.endswith("ln_f")) for name in leaves if not name.startswith(prefix)}
-    return places | {f"{prefix}.{i}": int(i > 0) for i in range(len(blocks))}
-
-
-def lay_over(model: Any) -> Any:
-    """The model with accelerate's hooks, as one laid over two devices has; both are the CPU."""
-    return accelerate.dispatch_model(model, dict.fromkeys(split(model), "cpu"), main_device="cpu", force_hooks=True)
 
 
 # --- the same bits -----------------------------------------------------------------------------------------------
@@ -166,11 +152,14 @@ def test_no_two_devices_meet(architecture: str, monkeypatch: pytest.MonkeyPatch)
         ):
             with pytest.raises(DataDependentOutputException):  # the number at the very end, which nobody has
                 measure()
-        with pytest.raises(
-            UserError,
-            match=r"^a model that is laid over several devices cannot be cut; use another --device than spread$",
-        ):
-            check_alike(model)
+        members = [find_parts(model, kind)[1] for kind in KINDS if kind == "neurons" or architecture != "gpt2"]
+        states = [blocks.embed(ids_T) for ids_T in ids_BT]
+        read = pass_block(blocks, ids_BT, 1, pass_block(blocks, ids_BT, 0, states))
+        above = begin_gradients(blocks, ids_BT, read, 0, 0)
+        sum_moments(blocks, 1, members, ids_BT, pass_block(blocks, ids_BT, 0, states), above)
+        inputs = read_inputs(blocks, [0], ids_BT)
+        with pytest.raises(DataDependentOutputException):
+            measure_without(blocks, [0, 1], ids_BT, [own[1] for own in inputs], read)
 
 
 # --- where blocks go -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from tools.models.layers import find_blocks, find_layers
 from tools.models.load import choose_device, count_models, load_model
 from tools.models.mapped import Mapped
 from tools.models.streamed import find_stream, measure_stream
-from tools.surgery.parts import refuse_streamed
+from tools.surgery.parts import NEEDS_WHOLE, refuse_apart
 from tools.workbench.open import use_workbench
 
 IDS_BT = torch.arange(1, 17)[None] * 3
@@ -221,8 +221,8 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(tiny_llama: Path, tmp_pa
     packed = pretend_packed(tiny_llama, tmp_path / "packed")
     with pytest.raises(UserError, match=r"is packed, and runs on one device; use another --device$"):
         load_model(tiny_settings(packed, device="stream"), tmp_path)
-    with pytest.raises(UserError, match=r"^FLAP needs the whole model in memory; use another --device than stream$"):
-        refuse_streamed(load_model(tiny_settings(tiny_llama, device="stream"), tmp_path / "scratch")[0], "FLAP")
+    with pytest.raises(UserError, match=f"^FLAP {NEEDS_WHOLE}$"):
+        refuse_apart(load_model(tiny_settings(tiny_llama, device="stream"), tmp_path / "scratch")[0], "FLAP")
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny_llama.iterdir():
