@@ -14,8 +14,7 @@ from graph.memory.lessons import read_lessons
 from graph.memory.notes import read_notes
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
-from graph.planning.refinements import STRONG
-from graph.planning.rule import MASKS
+from graph.planning.refinements import MASKS, STRONG
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.runs.directory import check_input, create_run
 from graph.runs.replay import read_target

@@ -3,8 +3,7 @@
 from graph.config import RunConfig
 from graph.planning.finalists import FINALISTS
 from graph.planning.orders import UNIFORM_WANDA
-from graph.planning.refinements import STRONG, change_recipe, list_question_mixes
-from graph.planning.rule import MASKS
+from graph.planning.refinements import MASKS, STRONG, change_recipe, list_question_mixes
 from tools.estimate.course import Course, CutCourse
 from tools.measure.continuations import PROMPTS
 from tools.plans.recipe import Recipe

@@ -11,7 +11,17 @@ from itertools import islice
 
 from graph.config import RunConfig
 from graph.planning.plan import Plan
-from graph.planning.refinements import STRONG, change_levers, change_recipes, plan_refinements, skip_repeats
+from graph.planning.refinements import (
+    EVEN,
+    MASKS,
+    MISTRUST,
+    STRONG,
+    change_levers,
+    change_recipes,
+    is_misled,
+    plan_refinements,
+    skip_repeats,
+)
 from graph.planning.situation import Situation
 from graph.reflecting.posterior import WHOLE, weigh_evidence
 from graph.state import Trial, same_sparsity
@@ -20,9 +30,6 @@ from tools.plans.recipe import Recipe
 
 FIRST_STEP = 2 / 3
 """Share of the target that the first, cheap round prunes, to learn how far the KL curves are off."""
-
-MASKS = Recipe(method="two-sided", refit=False)
-"""The cheap recipe, with the KL curves that the profile has."""
 
 LOST_ROUNDS = 2
 """Rounds in a row that may bring nothing before the rule plans one in a weak planner's stead."""
@@ -63,7 +70,7 @@ def list_candidates(situation: Situation, most: int) -> list[Plan]:
 def find_relief(situation: Situation) -> str:
     """Why the rule had better plan this round in the planner's stead; empty where it need not."""
     if situation.at_target and not tried_strongest(situation.trials, situation.config):
-        return f"the target is reached, but {STRONG.method} has not been tried there"
+        return f"the target is reached, but {name_strongest(situation.trials)} has not been tried there"
     if situation.is_last and situation.trials and not situation.at_target:
         return "the target is not reached, and this is the last round"
     if len(_failures(situation)) % (LOST_ROUNDS + 1) == LOST_ROUNDS:
@@ -75,8 +82,14 @@ def tried_strongest(trials: Sequence[Trial], config: RunConfig) -> bool:
     """Whether the strongest method has been tried at the target, or refused by a person; cuts have no method."""
     if config.takes_parts:
         return True
-    strong = [trial for trial in trials if trial.recipe and trial.recipe.method == STRONG.method]
+    strongest = EVEN if is_misled(trials) else STRONG
+    strong = [x for x in trials if x.recipe and x.recipe.method == strongest.method and x.recipe.refits]
     return any(same_sparsity(trial.sparsity, config.target_sparsity) for trial in strong)
+
+
+def name_strongest(trials: Sequence[Trial]) -> str:
+    """What `tried_strongest` asks for."""
+    return "wanda with a refit" if is_misled(trials) else STRONG.method
 
 
 def _plan_pattern(situation: Situation, *, texts: bool = True) -> Iterator[Plan]:
@@ -112,6 +125,8 @@ def _plan_climb(situation: Situation) -> Plan | None:
             recipe=MASKS,
             reason=f"Masks alone are predicted to reach perplexity {perplexity:.2f}, within the limit of {limit:.2f}.",
         )
+    if strongest == EVEN:
+        return Plan(sparsity=target, recipe=EVEN, reason=MISTRUST)
     if strongest != STRONG:
         reason = f"The whole step, with the strongest recipe{_name_broken(situation)}."
         return Plan(sparsity=target, recipe=strongest, reason=reason)
@@ -175,10 +190,10 @@ def _plan_after_rollback(situation: Situation, start: float, last: Trial, strong
         if situation.find_trial(other) is None:
             return other
         undone = f"Round {last.iteration} broke"
-    elif last.recipe and not last.recipe.refits and strongest == STRONG:
+    elif last.recipe and not last.recipe.refits and strongest.refits:
         return Plan(
             sparsity=sparsity,
-            recipe=STRONG,
+            recipe=strongest,
             reason=f"{undone}; refitting the survivors repairs most of a mask's damage.",
         )
     step = round(start + (last.sparsity - start) / 2, 4)
@@ -191,7 +206,8 @@ def _plan_after_rollback(situation: Situation, start: float, last: Trial, strong
 
 def _find_strongest(situation: Situation) -> Recipe | None:
     """The strongest recipe whose method has not broken; None where they all have."""
-    return next((recipe for recipe in (STRONG, MASKS) if recipe.method not in situation.broken), None)
+    recipes = (*([EVEN] if is_misled(situation.trials) else []), STRONG, MASKS)
+    return next((recipe for recipe in recipes if recipe.method not in situation.broken), None)
 
 
 def _name_broken(situation: Situation) -> str:

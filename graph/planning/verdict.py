@@ -5,8 +5,7 @@ from typing import Literal
 
 from graph.config import RunConfig
 from graph.planning.finalists import reserve_tokens
-from graph.planning.refinements import STRONG
-from graph.planning.rule import tried_strongest
+from graph.planning.rule import name_strongest, tried_strongest
 from graph.state import SIGMAS, State, Trial, last_accepted, same_sparsity
 from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better
 from tools.measure.recall import Retention
@@ -130,7 +129,7 @@ def find_early(state: State) -> str:
     if state.config.planner_fallback == "none":
         return ""
     if not state.parts and not tried_strongest(state.trials, state.config):
-        return f"{STRONG.method} has not been tried at the target"
+        return f"{name_strongest(state.trials)} has not been tried at the target"
     return "the last round was an improvement" if best is state.trials[-1] else ""
 
 

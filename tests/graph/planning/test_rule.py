@@ -7,8 +7,8 @@ import pytest
 
 from graph.config import RunConfig
 from graph.planning.orders import Curves
-from graph.planning.refinements import DAMPED, FINE_STEPS, STRONG, TOGETHER
-from graph.planning.rule import LOST_ROUNDS, MASKS, calibration, find_relief, plan_by_rule
+from graph.planning.refinements import DAMPED, EVEN, FINE_STEPS, MASKS, MISLED, STRONG, TOGETHER
+from graph.planning.rule import LOST_ROUNDS, calibration, find_relief, list_candidates, plan_by_rule
 from graph.state import Trial
 from tests.situations import make_lesson, make_patterned, make_situation, make_trial, try_plan
 from tools.base.errors import ImpossiblePlan
@@ -28,6 +28,39 @@ def test_masks_alone_only_where_they_are_predicted_to_pass(scale: float, refit: 
     plan = plan_by_rule(make_situation(first, scale=scale))
     assert plan is not None
     assert (plan.sparsity, plan.recipe.refit) == (0.45, refit)
+
+
+@pytest.mark.parametrize(("times", "recipe"), [(0.99 * MISLED, STRONG), (MISLED, EVEN)])
+def test_curves_that_were_far_off_are_not_gone_by(times: float, recipe: Recipe) -> None:
+    first = make_trial(1, "accept", 0.3, MASKS).model_copy(update={"kl": 0.05 * times})
+    misled = make_situation(first, scale=100.0)
+    plan = plan_by_rule(misled)
+    assert plan is not None and (plan.sparsity, plan.recipe) == (0.45, recipe)
+    assert (recipe in [x.recipe for x in list_candidates(misled, 12)]) and (EVEN.allocation, EVEN.refits) == (
+        "uniform",
+        True,
+    )
+    undone = make_trial(2, "rollback", 0.45, recipe)
+    plan = plan_by_rule(make_situation(first, undone, scale=100.0))
+    assert plan is not None and (plan.sparsity, plan.recipe) == (pytest.approx(0.375), recipe)
+    plan = plan_by_rule(make_situation(first, make_trial(2, "rollback", 0.45, MASKS)))
+    assert plan is not None and (plan.sparsity, plan.recipe) == (0.45, recipe)
+
+
+def test_at_the_target_they_are_mistrusted_first() -> None:
+    first = make_trial(1, "accept", 0.3, MASKS).model_copy(update={"kl": 1.0})
+    target = RunConfig().target_sparsity
+    reached = make_situation(first, make_trial(2, "accept", target, STRONG))
+    plan = plan_by_rule(reached)
+    assert plan is not None and plan.recipe == EVEN
+    assert find_relief(reached) == "the target is reached, but wanda with a refit has not been tried there"
+    tried = make_situation(first, make_trial(2, "accept", target, EVEN))
+    plan = plan_by_rule(tried)
+    assert plan is not None and plan.recipe == EVEN.model_copy(update={"method": "refit"})
+    assert find_relief(tried) == ""
+    again = make_situation(first, make_trial(2, "accept", target, STRONG), make_trial(3, "rollback", target, EVEN))
+    plan = plan_by_rule(again)
+    assert plan is not None and plan.recipe == STRONG.model_copy(update={**TOGETHER, "statistics": "sequential"})
 
 
 def test_after_a_rollback_the_recipe_grows_stronger_and_then_the_step_shorter() -> None:
