@@ -7,7 +7,7 @@ import pytest
 
 from graph.config import RunConfig
 from graph.planning.orders import Curves
-from graph.planning.refinements import DAMPED, EVEN, FINE_STEPS, MASKS, MISLED, STRONG, TOGETHER
+from graph.planning.refinements import DAMPED, EVEN, FINE_STEPS, MASKS, MISLED, STRONG, TOGETHER, WORTH
 from graph.planning.rule import LOST_ROUNDS, calibration, find_relief, list_candidates, plan_by_rule
 from graph.state import Trial
 from tests.situations import make_lesson, make_patterned, make_situation, make_trial, try_plan
@@ -52,7 +52,7 @@ def test_at_the_target_they_are_mistrusted_first() -> None:
     target = RunConfig().target_sparsity
     reached = make_situation(first, make_trial(2, "accept", target, STRONG))
     plan = plan_by_rule(reached)
-    assert plan is not None and plan.recipe == EVEN
+    assert plan is not None and plan.recipe == EVEN and WORTH["even"] in plan.reason
     assert find_relief(reached) == "the target is reached, but wanda with a refit has not been tried there"
     tried = make_situation(first, make_trial(2, "accept", target, EVEN))
     plan = plan_by_rule(tried)
