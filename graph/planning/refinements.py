@@ -58,7 +58,6 @@ WORTH = {
 }
 """What a change was measured to do where it was measured, told to whoever asks for candidates: no promise elsewhere."""
 
-
 MISTRUST = (
     "Masks alone cost far more than the KL curves said: every layer alike, by Wanda's mask, with a damped fit "
     f"({WORTH['even']})."
@@ -66,15 +65,20 @@ MISTRUST = (
 """Why EVEN is tried."""
 
 
-def is_misled(trials: Sequence[Trial]) -> bool:
-    """Whether masks alone cost so much more than the KL curves said that these had better not be gone by."""
-    masks = [trial for trial in trials if trial.recipe and trial.recipe.work_label == MASKS.work_label]
-    return any(trial.kl is not None and trial.kl >= MISLED * trial.predicted_kl for trial in masks[:1])
-
-
 STRENGTHS = (0.8, 0.9)
 TILTS = (1.5, 0.67)
 """How much more, or less, precious a group is made at the target."""
+
+
+def is_misled(trials: Sequence[Trial], config: RunConfig) -> bool:
+    """Whether masks alone cost so much more than the KL curves said that these had better not be gone by.
+
+    Never of an N:M pattern, which compares within outputs, and leaves nothing to share out.
+    """
+    if config.pattern:
+        return False
+    masks = [trial for trial in trials if trial.recipe and trial.recipe.work_label == MASKS.work_label]
+    return any(trial.kl is not None and trial.kl >= MISLED * trial.predicted_kl for trial in masks[:1])
 
 
 def plan_refinements(situation: Situation, *, texts: bool = True) -> Iterator[Plan]:
@@ -143,7 +147,7 @@ def change_levers(situation: Situation, base: Plan, *, texts: bool = True) -> It
 
 def change_recipes(situation: Situation, base: Plan, *, texts: bool = True) -> Iterator[Plan]:
     """Those of the plans that `change_levers` has whose recipe is another."""
-    if is_misled(situation.trials):
+    if is_misled(situation.trials, situation.config):
         yield _vary(base, EVEN, MISTRUST)
     find_mix = partial(_find_mix, situation) if texts else tuple
     for changed, reason in change_recipe(base.recipe, situation.config, find_mix):

@@ -70,7 +70,9 @@ def list_candidates(situation: Situation, most: int) -> list[Plan]:
 def find_relief(situation: Situation) -> str:
     """Why the rule had better plan this round in the planner's stead; empty where it need not."""
     if situation.at_target and not tried_strongest(situation.trials, situation.config):
-        return f"the target is reached, but {name_strongest(situation.trials)} has not been tried there"
+        return (
+            f"the target is reached, but {name_strongest(situation.trials, situation.config)} has not been tried there"
+        )
     if situation.is_last and situation.trials and not situation.at_target:
         return "the target is not reached, and this is the last round"
     if len(_failures(situation)) % (LOST_ROUNDS + 1) == LOST_ROUNDS:
@@ -82,14 +84,14 @@ def tried_strongest(trials: Sequence[Trial], config: RunConfig) -> bool:
     """Whether the strongest method has been tried at the target, or refused by a person; cuts have no method."""
     if config.takes_parts:
         return True
-    strongest = EVEN if is_misled(trials) else STRONG
+    strongest = EVEN if is_misled(trials, config) else STRONG
     strong = [x for x in trials if x.recipe and x.recipe.method == strongest.method and x.recipe.refits]
     return any(same_sparsity(trial.sparsity, config.target_sparsity) for trial in strong)
 
 
-def name_strongest(trials: Sequence[Trial]) -> str:
+def name_strongest(trials: Sequence[Trial], config: RunConfig) -> str:
     """What `tried_strongest` asks for."""
-    return "wanda with a refit" if is_misled(trials) else STRONG.method
+    return "wanda with a refit" if is_misled(trials, config) else STRONG.method
 
 
 def _plan_pattern(situation: Situation, *, texts: bool = True) -> Iterator[Plan]:
@@ -206,7 +208,7 @@ def _plan_after_rollback(situation: Situation, start: float, last: Trial, strong
 
 def _find_strongest(situation: Situation) -> Recipe | None:
     """The strongest recipe whose method has not broken; None where they all have."""
-    recipes = (*([EVEN] if is_misled(situation.trials) else []), STRONG, MASKS)
+    recipes = (*([EVEN] if is_misled(situation.trials, situation.config) else []), STRONG, MASKS)
     return next((recipe for recipe in recipes if recipe.method not in situation.broken), None)
 
 

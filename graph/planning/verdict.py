@@ -129,7 +129,7 @@ def find_early(state: State) -> str:
     if state.config.planner_fallback == "none":
         return ""
     if not state.parts and not tried_strongest(state.trials, state.config):
-        return f"{name_strongest(state.trials)} has not been tried at the target"
+        return f"{name_strongest(state.trials, state.config)} has not been tried at the target"
     return "the last round was an improvement" if best is state.trials[-1] else ""
 
 

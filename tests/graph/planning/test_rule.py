@@ -63,6 +63,12 @@ def test_at_the_target_they_are_mistrusted_first() -> None:
     assert plan is not None and plan.recipe == STRONG.model_copy(update={**TOGETHER, "statistics": "sequential"})
 
 
+def test_a_pattern_is_not_planned_without_it() -> None:
+    far = make_trial(1, "rollback", 0.5, MASKS).model_copy(update={"kl": 1.0})
+    plan = plan_by_rule(make_patterned(far))
+    assert plan is not None and plan.recipe == STRONG
+
+
 def test_after_a_rollback_the_recipe_grows_stronger_and_then_the_step_shorter() -> None:
     start = make_trial(1, "accept", 0.3, MASKS)
     masks = make_trial(2, "rollback", 0.45, MASKS)
