@@ -1,14 +1,12 @@
 """What all windows passed on to a block of a streamed model, in files that outlive the process."""
 
 import hashlib
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tools.base.files import KEEP_SECONDS
 from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_files
 
 _PREFIX = "pass-"
@@ -22,7 +20,6 @@ class StateFiles:
         windows = hashlib.sha256(windows_BT.cpu().numpy().tobytes()).hexdigest()
         name = hashlib.sha256(f"{dense} {windows}".encode()).hexdigest()[:16]
         self._files, self._marks = KeptFiles(run / UNFINISHED / f"{_PREFIX}{name}"), marks
-        self._kept = time.monotonic()
 
     def read(self) -> tuple[int, list[Tensor]] | None:
         """As in `KeptStates`; None too where they are of other weights, or a file is gone or damaged."""
@@ -33,9 +30,8 @@ class StateFiles:
 
     def keep(self, block: int, states: Sequence[Tensor]) -> None:
         """As in `KeptStates`. Raises DiskFull."""
-        if block < len(self._marks.below) and time.monotonic() - self._kept >= KEEP_SECONDS:
+        if block < len(self._marks.below) and self._files.are_due:
             self._files.replace({"states": torch.stack([*states])}, block=block, mark=self._marks.below[block])
-            self._kept = time.monotonic()
 
 
 def forget_states(run: Path) -> None:

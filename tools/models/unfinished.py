@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tools.base.files import hash_file, write_text, write_whole
+from tools.base.files import KEEP_SECONDS, hash_file, write_text, write_whole
 
 UNFINISHED = "unfinished"
 """The directory within a run's, while there is anything in it."""
@@ -32,7 +33,12 @@ class KeptFiles:
     """Tensors and values in a directory, the last ones that were kept."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self._kept = directory, time.monotonic()
+
+    @property
+    def are_due(self) -> bool:
+        """Whether it is `KEEP_SECONDS` since these were kept, or since this began."""
+        return time.monotonic() - self._kept >= KEEP_SECONDS
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """(values, tensors); None where there are none, or a file is gone or damaged."""
@@ -52,6 +58,7 @@ class KeptFiles:
         write_text(self.directory / _VALUES, json.dumps({**values, "tensors": path.name}))
         if before is not None and before["tensors"] != path.name:
             (self.directory / before["tensors"]).unlink(missing_ok=True)
+        self._kept = time.monotonic()
 
     def _read_values(self) -> dict[str, Any] | None:
         path = self.directory / _VALUES

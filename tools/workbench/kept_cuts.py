@@ -1,6 +1,5 @@
 """How far the walks of a cut have come, in files that outlive the process: one that is killed goes on from there."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count, takewhile
 from pathlib import Path
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels.channels import Elimination
-from tools.base.files import KEEP_SECONDS
 from tools.models.unfinished import KeptFiles, forget_files
 from tools.statistics.kept_passages import KeptStack
 from tools.surgery.curves import Curves, CurveWalk
@@ -24,7 +22,6 @@ class CurveFiles:
     def __init__(self, directory: Path) -> None:
         """In a directory of this walk's own."""
         self._files, self._inputs = KeptFiles(directory), directory / "inputs"
-        self._kept = time.monotonic()
 
     def begin_stack(self) -> KeptStack:
         """As in `KeptCurves`."""
@@ -45,12 +42,11 @@ class CurveFiles:
     def keep(self, walk: CurveWalk) -> None:
         """As in `KeptCurves`. Raises DiskFull."""
         assert isinstance(walk.inputs, KeptStack)
-        if time.monotonic() - self._kept < KEEP_SECONDS:
+        if not self._files.are_due:
             return
         above = {f"above/{window}": gradient for window, gradient in enumerate(walk.above)}
         values = {"stack": walk.inputs.hashes, "left": walk.left, "windows": len(above)}
         self._files.replace(above | list_curves(walk.curves), **values)
-        self._kept = time.monotonic()
 
     def forget(self) -> None:
         """All is done, and kept elsewhere."""
@@ -63,7 +59,6 @@ class FitFiles:
     def __init__(self, directory: Path, install: Callable[[Mapping[str, str]], bool]) -> None:
         """In a directory of this walk's own. `install` puts artifacts into the model, or tells that it cannot."""
         self._files, self._install = KeptFiles(directory), install
-        self._kept = time.monotonic()
         self.made = dict[str, str]()
         """The artifacts of layers that were cut, by name."""
         self.units = dict[str, Tensor]()
@@ -81,12 +76,11 @@ class FitFiles:
 
     def keep(self, block: int, states: Sequence[Tensor]) -> None:
         """As in `KeptStates`. Raises DiskFull."""
-        if block == 0 or time.monotonic() - self._kept < KEEP_SECONDS:
+        if block == 0 or not self._files.are_due:
             return
         tensors = {f"states/{window}": state for window, state in enumerate(states)}
         tensors |= {f"units/{name}": units for name, units in self.units.items()}
         self._files.replace(tensors, block=block, windows=len(states), made=self.made)
-        self._kept = time.monotonic()
 
     def forget(self) -> None:
         """All is done, and kept elsewhere."""

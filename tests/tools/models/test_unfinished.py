@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import tools.measure.kept_states
+import tools.models.unfinished
 from tests.benches import damage
 from tools.measure.kept_states import StateFiles, forget_states
 from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_files
@@ -46,7 +46,7 @@ def test_states_are_of_their_windows_and_weights(tmp_path: Path, monkeypatch: py
     kept = StateFiles(tmp_path, "dense", windows_BT, marks)
     kept.keep(1, states)
     assert not (tmp_path / UNFINISHED).exists(), "none of it is a minute old"
-    monkeypatch.setattr(tools.measure.kept_states, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(tools.models.unfinished, "KEEP_SECONDS", 0.0)
     kept.keep(3, states)
     assert kept.read() is None, "behind the last block all is done but the head"
     kept.keep(2, states)

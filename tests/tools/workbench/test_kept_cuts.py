@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import tools.workbench.kept_cuts
+import tools.models.unfinished
 from tests.benches import damage, ignore, open_bench, same, snapshot
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.progress import Progress
@@ -36,7 +36,7 @@ def die_at(step: str, done: int) -> Progress:
 @pytest.fixture
 def reopen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Workbench]:
     """A run by its name, opened as after a kill; whatever is kept is, and not once a minute."""
-    monkeypatch.setattr(tools.workbench.kept_cuts, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(tools.models.unfinished, "KEEP_SECONDS", 0.0)
     model = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=BLOCKS)
     return lambda name: open_bench(tiny_settings(model, device="stream"), tmp_path / name)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-import tools.measure.kept_states
+import tools.models.unfinished
 import tools.statistics.kept_passages
 import tools.workbench.layer_pruning
 from tests.benches import SEQUENTIAL, damage, ignore, open_bench, plan, prune
@@ -22,7 +22,7 @@ from tools.workbench.bench import Workbench
 
 def keep_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is kept, and not once a minute."""
-    for module in (tools.measure.kept_states, tools.statistics.kept_passages):
+    for module in (tools.models.unfinished, tools.statistics.kept_passages):
         monkeypatch.setattr(module, "KEEP_SECONDS", 0.0)
 
 
