@@ -51,7 +51,7 @@ def compare_probes(state: State, evaluation: Evaluation) -> list[PastProbe]:
     """What earlier rounds are told of by probes, the best of this one beside its trial."""
     if not state.probes:
         return []
-    from tools.instruments.functions import compare_with_trial  # torch, imported by now
+    from tools.instruments.comparisons import compare_with_trial  # torch, imported by now
 
     return compare_with_trial(state.probes, state.iteration, evaluation)
 

@@ -58,7 +58,7 @@ class TokenBudget:
     def count_rest(self, probing: int = 0) -> int:
         """Tokens of the cheapest trial that the round can end with, once plans were probed on so many each: that of a
         probed plan, which is measured on the rest alone."""
-        return max(0, self.trial - max([probing, *(known.tokens for known in self.probed)]))
+        return max(0, self.trial - max([probing, *(known.tokens for known in self.probed if not known.alone)]))
 
     def count_rounds(self, done: int) -> int:
         """How many rounds there may be in all, where so many are done: as many as rounds and tokens allow."""
@@ -85,7 +85,7 @@ class TokenBudget:
         costs: dict[str, int] = {}
         for order in orders:
             costs |= list_order_costs(order, self.config)
-        rest = self.count_rest(tokens // len(orders) if orders else 0)
+        rest = self.count_rest(tokens // len(orders) if any(not order.alone for order in orders) else 0)
         total, left = tokens + self.count_new(costs), self.left - rest
         if total > left:
             raise ValueError(f"a probe of {total:,} tokens is too much: {max(left, 0):,.0f} are left beside the trial")

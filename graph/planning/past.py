@@ -43,11 +43,11 @@ def count_rounds(note: Note) -> str:
 
 
 def describe_probes(probes: Sequence[PastProbe]) -> str:
-    """A line for each probe of earlier rounds; empty without any."""
+    """A line for each probe, this round's among them where it has been planned; empty without any."""
     lines = [_describe_probe(probe) for probe in probes]
     of_texts = ", also of named texts" if any(probe.texts for probe in probes) else ""
     beside = f"change beside the weights kept then{of_texts}, to its round's best"
-    title = f"Probes of earlier rounds (KL on tokens; paired: {beside}):"
+    title = f"Probes (KL on tokens; paired: {beside}):"
     return f"{title}\n{data_block('probes', lines)}" if lines else ""
 
 

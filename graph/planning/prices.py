@@ -21,6 +21,7 @@ from tools.plans.costs import (
     count_weights,
     list_order_costs,
 )
+from tools.plans.layer_profile import LayerProfile
 from tools.plans.methods import REFIT_STEPS
 from tools.plans.paces import (
     MEASURING,
@@ -31,7 +32,8 @@ from tools.plans.paces import (
     name_pruning_by,
 )
 from tools.plans.recipe import Recipe
-from tools.plans.work_order import WorkOrder
+from tools.plans.selectors import select_layers
+from tools.plans.work_order import WorkOrder, prune_alone
 from tools.results.schema import Usage
 
 LEAST_TOLD = 10
@@ -50,27 +52,50 @@ class Price:
 
 
 def price_drafts(
-    plans: Sequence[Plan], tokens: int, situation: Situation, budget: TokenBudget, others: int = 0
+    plans: Sequence[Plan],
+    tokens: int,
+    situation: Situation,
+    budget: TokenBudget,
+    others: int = 0,
+    alone: Sequence[str] = (),
 ) -> Price:
     """Of carrying out plans, which are weighed, and measuring each on so many tokens, and other weights on `others`.
 
-    Curves that are known cost nothing, nor do orders that were probed on as many tokens in this round. Of what a plan
-    takes to be shared out and pruned, nothing counts twice. Raises ImpossiblePlan.
+    Each is carried out on the layers of its selector `alone`, on all where there is none. Curves that are known cost
+    nothing, nor do orders that were probed on as many tokens in this round. Of what a plan takes to be shared out and
+    pruned, nothing counts twice. Raises ImpossiblePlan.
     """
     costs, paces = dict[str, int](), budget.expected
     pace = paces.get(MEASURING, 0.0)
     known = find_known(budget.probed, tokens)
-    plans = [plan for plan in plans if situation.orders.draft(plan).id not in known]
-    measured = len(plans) * tokens + others
+    only = alone or [""] * len(plans)
+    jobs = [(plan, _prune_alone(plan, selector, situation)) for plan, selector in zip(plans, only, strict=True)]
+    jobs = [(plan, order) for plan, order in jobs if order.id not in known]
+    measured = len(jobs) * tokens + others
     seconds = measured * pace
-    for plan in plans:
-        order = situation.orders.draft(plan)
+    for plan, order in jobs:
         costs |= budget.list_costs(plan, order if tokens else None)
-        seconds += _expect_pruning(order, budget.config, paces) if tokens else 0.0
-    curves = {name_measuring_curves(recipe): 0.0 for plan in plans for recipe in situation.orders.list_unknown(plan)}
+        if tokens:
+            whole = _expect_pruning(situation.orders.draft(plan), budget.config, paces)
+            seconds += whole * (_count_share(order, situation.layers) if order.alone else 1.0)
+    curves = {name_measuring_curves(recipe): 0.0 for plan, _ in jobs for recipe in situation.orders.list_unknown(plan)}
     walk = count_walk(budget.config) * pace
     seconds += sum(paces.get(name, walk) for name in curves)
-    return Price(measured + budget.count_new(costs), seconds, tokens if plans else 0)
+    spared = any(not order.alone for _, order in jobs)  # by the trial that such a plan may have
+    return Price(measured + budget.count_new(costs), seconds, tokens if spared else 0)
+
+
+def _prune_alone(plan: Plan, selector: str, situation: Situation) -> WorkOrder:
+    return prune_alone(situation.orders.draft(plan), selector, situation.layers)
+
+
+def _count_share(order: WorkOrder, layers: Sequence[LayerProfile]) -> float:
+    """The share of all layers' work that those take which an order prunes: scores grow with a layer's weights, fits
+    with these times its inputs."""
+    fits = any(x.recipe.changes_survivors for x in order.layers.values())
+    work = {layer.name: layer.weights * (layer.inputs or 1 if fits else 1) for layer in layers}
+    pruned = set(select_layers(order.alone, layers))
+    return sum(x for name, x in work.items() if name in pruned) / max(sum(work.values()), 1)
 
 
 def _expect_pruning(order: WorkOrder, config: RunConfig, paces: Paces) -> float:

@@ -26,7 +26,7 @@ from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.layer_profile import group_layers
 from tools.plans.paces import Paces, join_paces
-from tools.plans.work_order import WorkOrder
+from tools.plans.work_order import WorkOrder, prune_alone
 
 if TYPE_CHECKING:
     from tools.instruments.functions import Draft, Round
@@ -72,7 +72,8 @@ def open_toolbox(
 
     def admit(drafts: Sequence["Draft"], tokens: int, others: int) -> None:
         seconds = min(toolbox.seconds_left, limit - session.seconds if limit else math.inf)
-        price = price_drafts(_weigh_possible(drafts, situation), tokens, situation, budget, others)
+        plans = _weigh_possible(drafts, situation)
+        price = price_drafts([plan for plan, _ in plans], tokens, situation, budget, others, [x for _, x in plans])
         refuse_dear(price, budget, seconds)
 
     @contextmanager
@@ -127,7 +128,7 @@ def note_probes(state: State, budget: TokenBudget) -> list[PastProbe]:
     compared with."""
     if not budget.probed:
         return state.probes
-    from tools.instruments.functions import sum_up_probes  # torch, imported by now
+    from tools.instruments.comparisons import sum_up_probes  # torch, imported by now
 
     new = sum_up_probes(budget.probed, state.iteration, count_probes(state.probes))
     earlier, latest = [*state.probes, *new][:-MAX_PROBES], [*state.probes, *new][-MAX_PROBES:]
@@ -139,16 +140,16 @@ def _weigh(draft: "Draft", situation: Situation) -> Plan:
     """The plan that a draft is. Raises ValueError with a reason for the planner."""
     plan = Plan.model_validate(draft.model_dump())
     weighed = weigh_in_bounds(plan, situation)
-    situation.orders.draft(weighed)
+    prune_alone(situation.orders.draft(weighed), draft.alone, situation.layers)
     return weighed
 
 
-def _weigh_possible(drafts: Sequence["Draft"], situation: Situation) -> list[Plan]:
-    """The plans of those drafts that can be carried out."""
+def _weigh_possible(drafts: Sequence["Draft"], situation: Situation) -> list[tuple[Plan, str]]:
+    """The plans of those drafts that can be carried out, each with the layers that it prunes alone."""
     plans = []
     for draft in drafts:
         with suppress(ValueError):
-            plans.append(_weigh(draft, situation))
+            plans.append((_weigh(draft, situation), draft.alone))
     return plans
 
 
@@ -181,6 +182,6 @@ def _describe_round(
         list_at_hand=lambda: {number: trial.checkpoint for number, trial in situation.list_at_hand().items()},
         keep=state.kept[: KEPT - 1],  # the best probe takes the room of a trial
         probed=budget.probed,
-        probes_before=count_probes(state.probes),
+        past=state.probes,
         groups={selector: [x.name for x in group] for selector, group in group_layers(situation.layers).items()},
     )

@@ -14,7 +14,7 @@ from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import do_now
 from graph.planning.brief import describe_facts
 from graph.planning.orders import group_kl
-from graph.planning.past import describe_notes
+from graph.planning.past import describe_notes, describe_probes
 from graph.planning.plan import MOST_HYPOTHESIS, Plan
 from graph.planning.table import describe_parts
 from graph.planning.texts import describe_texts
@@ -77,7 +77,7 @@ def reflector_messages(evidence: Evidence) -> list[AnyMessage]:
         _describe_outcome(evidence),
         _describe_trials(evidence),
         *([] if evidence.parts else [_describe_lessons(evidence.lessons)]),
-        *filter(None, [describe_notes(evidence.notes)]),
+        *filter(None, [describe_probes(evidence.probes), describe_notes(evidence.notes)]),
         _describe_rest(evidence),
         f"Reflect on round {evidence.trial.iteration}.",
     ]

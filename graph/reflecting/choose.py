@@ -35,6 +35,7 @@ def gather_evidence(state: State, session: Session) -> Evidence:
         before=before,
         trials=state.trials[:-1],
         notes=state.notes,
+        probes=state.probes,
         rounds=open_budget(state).count_rounds(state.iteration),
         **known,
     )

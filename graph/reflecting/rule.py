@@ -17,6 +17,7 @@ from graph.reflecting.posterior import WHOLE, find_curves, tidy_selector
 from graph.reflecting.regression import find_mover
 from graph.reflecting.schema import MOST, Learnt, Lesson, Note, Reflection
 from graph.state import SIGMAS, Trial, same_sparsity
+from tools.instruments.probed import PastProbe
 from tools.plans.cuts import Parts
 from tools.plans.groups import name_work
 from tools.plans.layer_profile import LayerProfile, group_layers
@@ -54,6 +55,8 @@ class Evidence:
     """What the rule makes of the trial."""
     notes: Sequence[Note] = ()
     """Of strategy, of this and earlier runs."""
+    probes: Sequence[PastProbe] = ()
+    """Of this and earlier rounds, the latest."""
     parts: Parts | None = None
     """What is known of the model's parts, where some are to go: then nothing is known of layers."""
     rounds: int = 0

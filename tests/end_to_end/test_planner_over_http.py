@@ -420,6 +420,47 @@ def test_layers_of_two_rounds_are_swapped_and_a_swap_becomes_the_rounds_trial(ti
     assert r"graft · \*.down\_proj of round 2, the rest of round 1" in (run / "report.md").read_text()
 
 
+# Some layers alone
+
+MASK = {"sparsity": 0.45, "recipe": {"method": "wanda", "refit": False, "curves": "mask"}}
+
+
+def probe_some_layers(body: Body) -> Body:
+    """Down projections alone by two recipes, then a plan; once more in the next round, beside a whole plan."""
+    text = json.dumps(body["messages"])
+    if (round_ := int(re.findall(r"Plan round (\d+)", text)[-1])) == 1:
+        some = [{**plan, "alone": "*.down_proj"} for plan in (MASK, {"sparsity": 0.45, "recipe": {"curves": "mask"}})]
+        plans = [*some, {**MASK, "alone": "*.nothing"}]
+    else:
+        plans = [{**OTHER, "recipe": {**OTHER["recipe"], "statistics": "dense"}}]  # type: ignore[dict-item]
+    if "<data tool probe>" not in text:
+        return {"tool": "probe", "arguments": {"plans": plans}}
+    return MASK if round_ == 1 else OTHER
+
+
+def test_what_some_layers_take_alone_is_probed_and_told_to_later_rounds(tiny_llama: Path, tmp_path: Path) -> None:
+    with OpenAIServer(probe_some_layers) as server, OpenAIServer([{"lessons": []}]) as reflector:
+        given = flags(tiny_llama, server, "fine", "--max-iterations", "2", "--tau", "9", "--no-memory")
+        given += ["--reflector", reflector.planner("fine"), "--max-evaluated-tokens", "2000"]
+        done = fork(tmp_path, *given, NO_PROXY="127.0.0.1").finish()
+    assert done.code == 0, done.out
+    run = tmp_path / "runs" / "run"
+    (mask, refit, nothing), (whole,) = (json.loads(x["answer"])["plans"] for x in read_events(run, "tool"))
+    assert nothing["error"].startswith("selector '*.nothing' means no layer; ") and "kl" not in nothing
+    assert mask["sparsity"] == refit["sparsity"] < 0.25 and mask["kl"] != refit["kl"]
+    assert [[*x["kl_minus_probe"]] for x in (mask, refit)] == [["2"], ["1"]]
+    assert "kl_minus_probe" not in whole, "it pruned other layers"
+    told = "probe 1, round 1: *.down_proj alone as by 45.0% wanda:kappa-mask: "
+    assert told in json.dumps(server.requests[-1].messages), "the planner of the next round"
+    assert told in json.dumps(reflector.requests[0].messages), "the reflector of this one"
+    walks = 2 * (2 * 4 * 64)  # behind pruned predecessors, of the probe of some layers and of the round
+    tokens = 2 * 128 + 192 + 128 + 64 + walks
+    assert read_state(run).evaluated_tokens == tokens, "the first round's own trial is measured on all of its text"
+    replayed = fork(tmp_path, "--replay", "run", "--name", "again").finish()
+    assert replayed.code == 0, replayed.out
+    assert read_trials(tmp_path / "runs" / "again") == read_trials(run)
+
+
 # Factors searched for
 
 SEARCHED = {"method": "two-sided", "refit": False}

@@ -13,8 +13,9 @@ from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 
 from tools.base.settings import MOST_PROBES
 from tools.base.words import count
+from tools.instruments.comparisons import Figures
 from tools.instruments.fit import measure_fit
-from tools.instruments.functions import Draft, Figures, Round, inspect_layers, predict, predict_cut, probe
+from tools.instruments.functions import Draft, Round, inspect_layers, predict, predict_cut, probe
 from tools.instruments.search import MOST_SEARCHED, search
 from tools.instruments.slopes import measure_slopes
 from tools.instruments.swap import MOST_SWAPS, swap
@@ -24,7 +25,7 @@ from tools.plans.graft import describe_graft
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
 _SCHEMA: dict[str, Any] = {
     "type": "object",
-    "description": "A plan: its sparsity, recipe, groups, adjustments, expression, graft.",
+    "description": "A plan: its sparsity, recipe, groups, adjustments, expression, graft; alone.",
 }
 DraftArgument = Annotated[Draft, WithJsonSchema(_SCHEMA)]
 OneDraftArgument = Annotated[Draft | None, WithJsonSchema(_SCHEMA)]
@@ -234,7 +235,8 @@ def _describe(draft: Draft) -> str:
         return f"{draft.sparsity:.1%} graft · {describe_graft(draft.graft)}"
     if draft.cut:
         return f"{draft.sparsity:.1%} {describe_cutting(draft.cut)}"
-    more = f" · {count(len(draft.groups), 'group')}" if draft.groups else ""
+    more = f" · {draft.alone} alone" if draft.alone else ""
+    more += f" · {count(len(draft.groups), 'group')}" if draft.groups else ""
     more += f" · layers x {draft.expression}" if draft.expression else ""
     more += f" · {count(len(draft.adjustments), 'adjustment')}" if draft.adjustments else ""
     return f"{draft.sparsity:.1%} {draft.recipe.label}{more}"

@@ -7,14 +7,14 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, Field
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
-from tools.instruments.probed import PastProbe, Probed, find_known, remember_probe
+from tools.instruments.comparisons import Figures, compare_probes, find_best_whole, read_losses, round_figure
+from tools.instruments.probed import PastProbe, Probed, count_probes, find_known, remember_probe
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
 from tools.plans.cuts import Cutting
@@ -25,20 +25,16 @@ from tools.plans.groups import Group
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import select_layers
-from tools.plans.work_order import WorkOrder
+from tools.plans.work_order import WorkOrder, prune_alone
 from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
-from tools.workbench.probes import Probe, find_best, rank_probe
+from tools.workbench.probes import Probe
 from tools.workbench.store import DENSE
 
-MAX_INSPECTED = 24
-"""Layers that one look shows one by one."""
+MAX_INSPECTED = 40
+"""Layers that one look, or one prediction, shows one by one."""
 MAX_GROUPS = 48
 """Groups of layers whose shares a prediction names."""
-MOST_DIFFERENCES = 24
-"""Paired differences that each probe is told with, those of every text counted: four have room in one answer."""
-
-Figures = dict[str, Any]
 
 
 class Draft(BaseModel):
@@ -61,6 +57,12 @@ class Draft(BaseModel):
     )
     cut: Cutting | None = Field(
         None, exclude_if=lambda cut: cut is None, description="How it is shared out, where whole parts go."
+    )
+    alone: str = Field(
+        "",
+        max_length=200,
+        exclude=True,
+        description="Layers that alone are pruned, each to its share of the whole plan; all others stay dense.",
     )
 
 
@@ -85,8 +87,8 @@ class Round:
     none is, and those of other measurements; raises ValueError when what that takes is not to be had."""
     probed: list[Probed] = field(default_factory=list)
     """What was probed in the round so far; probes add to it."""
-    probes_before: int = 0
-    """Probes of the run's earlier rounds: those of this one are numbered from there on."""
+    past: Sequence[PastProbe] = ()
+    """Probes of the run's earlier rounds, the latest: those of this one are numbered from there on."""
     list_at_hand: Callable[[], Mapping[int, str]] = dict
     """The checkpoints of rounds whose layers are on disk, by their numbers."""
     book: Callable[[int, Sequence[WorkOrder]], None] = lambda tokens, orders: None
@@ -97,7 +99,8 @@ class Round:
 def inspect_layers(round_: Round, selector: str) -> Figures:
     """The whole profile of the layers that a selector means, of at most `MAX_INSPECTED` one by one.
 
-    KL curves are in nats per token at `LEVELS`. Raises ImpossiblePlan when the selector means nothing.
+    KL curves are in nats per token at `LEVELS`, `peak` as `LayerProfile` has it. Raises ImpossiblePlan when the
+    selector means nothing.
     """
     layers = round_.bench.read_profile(round_.profile).layers
     now = dict(zip(round_.bench.by_name, round_.bench.sparsities(), strict=True))
@@ -110,22 +113,24 @@ def inspect_layers(round_: Round, selector: str) -> Figures:
         "weights": total,
         "sparsity_now": round_figure(sum(now[layer.name] * layer.weights for layer in chosen) / total),
         "kl_together": {f"{level:g}": round_figure(kl) for level, kl in zip(LEVELS, curves, strict=True)},
-        "columns": f"name weights sparsity_now wanda_z grad_z {' '.join(f'kl{level:g}' for level in LEVELS)}",
+        "columns": f"name weights sparsity_now wanda_z grad_z peak {' '.join(f'kl{level:g}' for level in LEVELS)}",
         "rows": [_describe_layer(layer, now[layer.name]) for layer in chosen[:MAX_INSPECTED]],
     }
     return figures | ({"rows_left_out": len(chosen) - MAX_INSPECTED} if len(chosen) > MAX_INSPECTED else {})
 
 
 def _describe_layer(layer: LayerProfile, sparsity: float) -> str:
-    figures = [sparsity, layer.wanda_z, layer.gradient_z, *layer.kappa]
-    return f"{layer.name} {layer.weights} {' '.join(f'{figure:.3g}' for figure in figures)}"
+    figures = [sparsity, layer.wanda_z, layer.gradient_z, layer.peak, *layer.kappa]
+    shown = " ".join("?" if figure is None else f"{figure:.3g}" for figure in figures)
+    return f"{layer.name} {layer.weights} {shown}"
 
 
 def predict(round_: Round, draft: Draft) -> Figures:
     """What a draft's exact allocation comes to, by KL curves alone; nothing is pruned.
 
-    `predicted_kl` is by the curves that the draft's recipe asks for, `mask_kl` by those of the profile. Curves of a
-    method that nobody asked for before are measured first. Raises ImpossiblePlan, and ValueError as `Round.admit`.
+    `predicted_kl` is by the curves that the draft's recipe asks for, `mask_kl` by those of the profile; of layers that
+    would be pruned `alone`, the sparsity of each, at most `MAX_INSPECTED`. Curves of a method that nobody asked for
+    before are measured first. Raises ImpossiblePlan, and ValueError as `Round.admit`.
     """
     round_.admit([draft], 0, 0)
     order = round_.resolve(draft)
@@ -149,6 +154,9 @@ def predict(round_: Round, draft: Draft) -> Figures:
         "columns": "group: sparsity, share of mask_kl",
         "groups": {selector: [round_figure(share), round_figure(kl)] for selector, share, kl in rows[:MAX_GROUPS]},
     }
+    if draft.alone:
+        names = select_layers(draft.alone, list(layers.values()))
+        figures["alone"] = {name: round_figure(shares[name]) for name in names[:MAX_INSPECTED]}
     return figures | ({"groups_left_out": len(rows) - MAX_GROUPS} if len(rows) > MAX_GROUPS else {})
 
 
@@ -179,9 +187,11 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     Figures are paired with the dense model's on the same text, with those of the present weights where they are not
     the dense ones (`present_kl` is theirs on these windows, `kl_change` the draft's minus that), and with those of the
     other probes of the round, or the best of them (`MOST_DIFFERENCES`): `kl_minus_probe` is the draft's KL minus each,
-    with its standard error, on the windows that both have. Changes and differences are told of each named text, too. Of
-    a draft that cannot be, or breaks while it is carried out, there is `error` alone. Raises ImpossiblePlan when none
-    can, and ValueError when there are not the tokens or seconds for all that can.
+    with its standard error, on the windows that both have; so are the best of earlier rounds. Changes and differences
+    are told of each named text, too, and of several windows the KL of the worst. Of a draft that cannot be, or breaks
+    while it is carried out, there is `error` alone. One that prunes some layers `alone` is compared with others of
+    these layers. Raises ImpossiblePlan when none can, and ValueError when there are not the tokens or seconds for all
+    that can.
     """
     bench = round_.bench
     windows = count_windows(bench, tokens, whole=whole)
@@ -200,7 +210,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
         round_.progress,
         back=round_.present,
         keep=round_.keep,
-        best=find_best(x for x in _list_tried(round_.probed) if x.checkpoint),
+        best=find_best_whole(round_.probed),
     )
     figures: list[Figures] = [{"error": problem} for problem in found]
     places: dict[int, int] = {}
@@ -211,7 +221,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
             figures[number] = _describe_probe(round_, order, made.losses, windows)
             places[number] = remember_probe(round_.probed, _note(bench, order, made, figures[number]))
     for number, place in places.items():
-        _compare_probes(round_, place, figures[number])
+        compare_probes(round_.probed, count_probes(round_.past), place, figures[number], round_.past)
     if all("error" in figure for figure in figures):
         raise ImpossiblePlan("; ".join(dict.fromkeys(figure["error"] for figure in figures)))
     return figures
@@ -243,109 +253,20 @@ def _note(bench: Workbench, order: WorkOrder, made: Probe, told: Figures) -> Pro
             if "kl_change" in text
         },
         grafted=order.grafted,
+        alone=order.alone,
     )
-
-
-def sum_up_probes(probed: Sequence[Probed], iteration: int, before: int) -> list[PastProbe]:
-    """What the probes of a round measured, for later rounds; so many there were `before` it."""
-    tried = _list_tried(probed)
-    best = min(range(len(tried)), key=lambda place: rank_probe(tried[place]), default=0)
-    return [
-        PastProbe(
-            number=number,
-            iteration=iteration,
-            plan=x.line,
-            tokens=x.tokens,
-            kl=round_figure((losses := _read_losses(x)).mean_kl),
-            kl_error=round_figure(losses.kl_error),
-            change=x.change,
-            change_error=x.change_error,
-            texts=x.texts,
-            **_compare_with_best(x, probed[best], before + best + 1),
-            **({"windows": x.windows, "losses": x.losses} if x is probed[best] else {}),
-        )
-        for number, x in enumerate(probed, before + 1)
-        if x.line
-    ]
-
-
-def compare_with_trial(past: Sequence[PastProbe], iteration: int, trial: Evaluation) -> list[PastProbe]:
-    """The same probes; the best of the round, whose losses were kept for that, beside the round's trial.
-
-    Nothing is told of it where the trial is what it probed, or one of the two was not finite.
-    """
-    told = []
-    for probe in past:
-        beside: Figures = {}
-        if probe.losses is not None and probe.iteration == iteration:
-            theirs, ours = Evaluation.model_validate(probe.losses), trial.take(probe.windows)
-            change, error = compare_kl(ours, theirs) if ours.finite and theirs.finite else (0.0, 0.0)
-            if change or error:
-                beside = {"trial": round_figure(change), "trial_error": round_figure(error)}
-        told.append(probe.model_copy(update={"windows": [], "losses": None, **beside}))
-    return told
-
-
-def _compare_with_best(probed: Probed, best: Probed, number: int) -> Figures:
-    """How a probe differs from the best of its round, which has this number; nothing of that one itself."""
-    ours, theirs = _pair(probed, best)
-    if probed is best or not (ours.kl and ours.finite and theirs.finite):
-        return {}
-    change, error = compare_kl(ours, theirs)
-    return {"best": number, "behind": round_figure(change), "behind_error": round_figure(error)}
 
 
 def read_probed(round_: Round, number: int) -> Evaluation:
     """The losses of the round's probe of this number."""
-    return _read_losses(round_.probed[number - round_.probes_before - 1])
-
-
-def _read_losses(probed: Probed) -> Evaluation:
-    return Evaluation.model_validate(probed.losses)
-
-
-def _compare_probes(round_: Round, own: int, told: Figures) -> None:
-    """Add to what is told of the probe in this place its number, and its KL minus that of others of the round, on each
-    named text, too: [mean, standard error], paired."""
-    first = round_.probes_before + 1
-    told["probe"] = first + own
-    for place in _list_best(round_.probed, own, MOST_DIFFERENCES // (1 + len(told.get("texts", {})))):
-        ours, theirs = _pair(round_.probed[own], round_.probed[place])
-        if not (ours.kl and ours.finite and theirs.finite):
-            continue
-        for whose, losses, others in list_pairs(told, ours, theirs):
-            beside = whose.setdefault("kl_minus_probe", {})
-            beside[f"{first + place}"] = [round_figure(figure) for figure in compare_kl(losses, others)]
-
-
-def list_pairs(told: Figures, ours: Evaluation, theirs: Evaluation) -> list[tuple[Figures, Evaluation, Evaluation]]:
-    """(where it is told, the losses of a probe, another's) of all windows that both have, and of those of each text."""
-    texts = [(whose, ours.take_text(name), theirs.take_text(name)) for name, whose in told.get("texts", {}).items()]
-    return [(told, ours, theirs), *texts]
-
-
-def _list_best(probed: Sequence[Probed], own: int, most: int) -> list[int]:
-    """The places of so many probes of a round beside one's own, the best ones, in order."""
-    tried = _list_tried(probed)
-    others = [place for place in range(len(tried)) if place != own]
-    return sorted(sorted(others, key=lambda place: rank_probe(tried[place]))[:most])
-
-
-def _list_tried(probed: Sequence[Probed]) -> list[Probe]:
-    return [Probe(x.checkpoint, x.sparsity, _read_losses(x)) for x in probed]
-
-
-def _pair(one: Probed, other: Probed) -> tuple[Evaluation, Evaluation]:
-    """The losses of two probes on the windows that both have."""
-    shared = [window for window in one.windows if window in other.windows]
-    ours, theirs = (_read_losses(x).take([x.windows.index(window) for window in shared]) for x in (one, other))
-    return ours, theirs
+    return read_losses(round_.probed[number - count_probes(round_.past) - 1])
 
 
 def _try_to_resolve(round_: Round, draft: Draft) -> WorkOrder | str:
     """What the draft comes to, or why it cannot be."""
     try:
-        return round_.resolve(draft)
+        order = round_.resolve(draft)
+        return prune_alone(order, draft.alone, round_.bench.read_profile(round_.profile).layers)
     except UserError:  # a full disk, say
         raise
     except ValueError as error:
@@ -364,8 +285,10 @@ def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, win
         "perplexity": round_figure(evaluation.perplexity),
         "dense_perplexity": round_figure(dense.perplexity),
     }
+    if windows > 1 and evaluation.finite:
+        figures["worst_window_kl"] = round_figure(max(kl for kl in evaluation.kl if kl is not None))
     present: Evaluation | None = None
-    if round_.present != DENSE and evaluation.finite:
+    if round_.present != DENSE and evaluation.finite and not order.alone:
         whole = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
         present = take_part(bench, whole, windows)
         figures["present_kl"] = round_figure(present.mean_kl)
@@ -388,8 +311,3 @@ def take_part(bench: "Workbench", evaluation: Evaluation, windows: int) -> Evalu
     """Of losses on a part of the validation text, or on all of it, those that a probe of fewer windows has, too."""
     places = bench.losses.list_part("validation", len(evaluation.kl))
     return evaluation.take([places.index(window) for window in bench.losses.list_part("validation", windows)])
-
-
-def round_figure(value: float | None) -> float | None:
-    """Four significant digits; None for what is not finite, as JSON has no word for it."""
-    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

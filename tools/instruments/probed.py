@@ -27,6 +27,7 @@ class Probed(BaseModel):
     grafted: bool = Field(
         False, exclude_if=operator.not_, description="Of layers of earlier rounds, so that nothing was pruned for it."
     )
+    alone: str = Field("", exclude_if=operator.not_, description="As in its order: the layers that it pruned, not all.")
 
     @model_validator(mode="after")
     def _pass_over_former(self) -> Self:
@@ -56,8 +57,7 @@ class PastProbe(BaseModel):
     windows: list[int] = Field(
         [],
         exclude_if=operator.not_,
-        description="Of the best of its round, until that round's trial is measured: those of validation text that its "
-        "losses are of.",
+        description="Of the best of its round: those of validation text that its losses are of.",
     )
     losses: dict[str, Any] | None = Field(
         None, exclude_if=operator.not_, description="Likewise, an `Evaluation` on these windows."

@@ -4,16 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.base.errors import ImpossiblePlan, UserError
-from tools.instruments.functions import (
-    Draft,
-    Figures,
-    Round,
-    count_windows,
-    probe,
-    read_probed,
-    round_figure,
-    take_part,
-)
+from tools.instruments.comparisons import Figures, round_figure
+from tools.instruments.functions import Draft, Round, count_windows, probe, read_probed, take_part
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.recipe import LEAST_FACTOR, MOST_FACTOR, Adjustment
 

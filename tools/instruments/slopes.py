@@ -1,7 +1,8 @@
 """What a point of sparsity more costs each group of layers, measured in the pruned model, for all groups at once."""
 
 from tools.base.errors import ImpossiblePlan
-from tools.instruments.functions import Figures, Round, count_windows, round_figure, take_part
+from tools.instruments.comparisons import Figures, round_figure
+from tools.instruments.functions import Round, count_windows, take_part
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.layer_profile import group_layers
 from tools.workbench.slopes import STEP, Moved, move_groups

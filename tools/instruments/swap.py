@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from tools.instruments.functions import Draft, Figures, Round, list_pairs, probe, read_probed, round_figure, take_part
+from tools.instruments.comparisons import Figures, list_pairs, round_figure
+from tools.instruments.functions import Draft, Round, probe, read_probed, take_part
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft, refuse_gone
 

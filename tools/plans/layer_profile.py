@@ -28,6 +28,11 @@ class LayerProfile(BaseModel):
     gradient_z: float
     kappa: list[float] = Field(description="Predicted KL in nats/token at each of LEVELS, this layer pruned alone.")
     inputs: int = Field(0, description="Length of a row of the weight, d_in; 0 where it was not recorded.")
+    peak: float | None = Field(
+        None,
+        description="Share of the one strongest input channel in the mean squares of all: near 1 where activations are "
+        "massive (arXiv 2402.17762); null where it was not recorded.",
+    )
     outliers: float | None = Field(
         None, description="OWL's D of the layer's block, the same for all its layers: percentage of far-out scores."
     )

@@ -61,7 +61,7 @@ METHODS = {
     for method in (
         Method("magnitude", "|W| within the layer"),
         Method("wanda", "|W|*sqrt(a) within each output row", statistics="sequential"),
-        Method("two-sided", "W^2*a*gamma within the layer; usually the best mask", ours=True, also_refitted=True),
+        Method("two-sided", "W^2*a*gamma within the layer", ours=True, also_refitted=True),
         Method(
             "admm",
             "ADMM-Grad, zeros and survivors by ADMM as the mask grows",
@@ -80,7 +80,7 @@ METHODS = {
         Method("two-sided-obs", "survivors corrected column by column", changes_survivors=True, ours=True),
         Method(
             "refit",
-            "the two-sided mask grown in steps, survivors refitted between; the best and slowest",
+            "the two-sided mask grown in steps, survivors refitted between; slowest",
             changes_survivors=True,
             refits_in_steps=True,
             ours=True,

@@ -20,6 +20,8 @@ def name_pruning(order: WorkOrder) -> str:
         return "grafting"
     if order.cut:
         return "cutting"
+    if order.alone:  # which says nothing of what all take
+        return "pruning layers alone"
     what = name_pruning_by(layer.recipe for layer in order.layers.values())
     return f"{what}{f'+polish{order.polish}' if order.polish else ''}"
 

@@ -3,14 +3,18 @@
 import hashlib
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from tools.base.errors import ImpossiblePlan
 from tools.plans.allocate import Allocation
 from tools.plans.cuts import CutOrder
+from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.recipe import Recipe
+from tools.plans.selectors import select_layers
 
 
 class LayerOrder(BaseModel):
@@ -48,6 +52,9 @@ class WorkOrder(BaseModel):
         None,
         exclude_if=lambda cut: cut is None,
         description="The parts that go, whose weights are the zeros; null where weights are set to zero one by one.",
+    )
+    alone: str = Field(
+        "", exclude_if=operator.not_, description="Selector of the layers that it prunes; empty where that is all."
     )
 
     @cached_property
@@ -94,6 +101,34 @@ def order_all(
         multipliers=multipliers or {},
         line=line,
         polish=polish,
+    )
+
+
+UNTOUCHED = Recipe(method="magnitude", refit=False)
+"""What is done in layers that stay dense: nothing is read for it."""
+
+
+def prune_alone(order: WorkOrder, selector: str, layers: Sequence[LayerProfile]) -> WorkOrder:
+    """The order that prunes the layers of a selector as this one does, and leaves all others dense, unpolished.
+
+    Its predicted KL is by the curves of `layers`, which are those of the model. Without a selector, or of all layers,
+    it is the same order. Raises ImpossiblePlan where it means none, or the order prunes none.
+    """
+    names = set(select_layers(selector, layers)) if selector else {layer.name for layer in layers}
+    if len(names) == len(layers):
+        return order
+    if order.grafted or order.cut:
+        raise ImpossiblePlan("alone is of layers that are pruned, and here none is; leave it out")
+    chosen = {name: x if name in names else LayerOrder(recipe=UNTOUCHED, zeros=0) for name, x in order.layers.items()}
+    shares = np.array([chosen[layer.name].zeros / layer.weights for layer in layers])
+    pruned = [place for place, layer in enumerate(layers) if layer.name in names]
+    return WorkOrder(
+        layers=chosen,
+        sparsity=sum(x.zeros for x in chosen.values()) / sum(layer.weights for layer in layers),
+        predicted_kl=predict_kl([layers[place] for place in pruned], shares[pruned]),
+        multipliers=order.multipliers,
+        line=f"{selector} alone as by {order.line}",
+        alone=selector,
     )
 
 

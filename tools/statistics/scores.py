@@ -34,6 +34,12 @@ def find_smallest(values_N: Tensor, rank: int) -> float:
     return float(values_N.kthvalue(rank).values)
 
 
+def measure_peak(mean_square_I: Tensor) -> float:
+    """Share of the strongest input in the mean squares (I,) of all; 0 where nothing is read."""
+    whole = float(mean_square_I.sum(dtype=torch.float64))
+    return float(mean_square_I.max()) / whole if whole > 0 else 0.0
+
+
 def compute_z_scores(values: Sequence[float], epsilon: float = 1e-12) -> list[float]:
     """(v - mean) / (std + epsilon) over all layers (arXiv 2601.09694); std of the population."""
     array = np.array(values, dtype=np.float64)

@@ -7,7 +7,7 @@ from torch import Tensor
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.statistics.known import ModelStatistics
-from tools.statistics.scores import compute_z_scores, measure_outliers, measure_wanda
+from tools.statistics.scores import compute_z_scores, measure_outliers, measure_peak, measure_wanda
 
 
 def build_profile(
@@ -39,6 +39,7 @@ def build_profile(
                 "gradient_z": g_z,
                 "kappa": statistics.kappa[layer.name],
                 "outliers": outliers[layer.block],
+                "peak": measure_peak(statistics.mean_square[layer.name]),
             }
         )
         for layer, w_z, g_z in zip(layers, wanda_z, gradient_z, strict=True)

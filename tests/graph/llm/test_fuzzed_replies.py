@@ -167,6 +167,7 @@ PLANS = sometimes(
         "adjustments": st.lists(ADJUSTMENTS, max_size=3) | st.just(TOO_MANY) | JUNK,
         "expression": EXPRESSIONS | JUNK,
         "graft": GRAFTS | JUNK,
+        "alone": SELECTORS | JUNK,
         "reason": st.text(max_size=20),
         "multipliers": st.dictionaries(SELECTORS, SHARES, max_size=2),
         "target": JUNK,
@@ -193,7 +194,12 @@ GOOD_PLANS = sometimes(
     },
     sparsity=st.sampled_from([0.2, 0.3, 0.45]),
 )
-SEVERAL_PLANS = st.lists(GOOD_PLANS, min_size=1, max_size=3)
+SOME_LAYERS = sometimes(
+    {"recipe": st.just({"method": "wanda", "refit": False})},
+    sparsity=st.sampled_from([0.2, 0.45]),
+    alone=st.sampled_from(["*.q_proj", "blocks 0", "*"]),
+)
+SEVERAL_PLANS = st.lists(GOOD_PLANS | SOME_LAYERS, min_size=1, max_size=3)
 GOOD_CALLS = st.one_of(
     st.fixed_dictionaries({"tool": st.just("inspect_layers"), "arguments": st.just({"selector": "*.q_proj"})}),
     st.fixed_dictionaries({"tool": st.just("predict"), "arguments": st.fixed_dictionaries({"plan": GOOD_PLANS})}),

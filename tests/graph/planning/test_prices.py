@@ -21,7 +21,7 @@ from tools.instruments.probed import Probed
 from tools.plans.costs import count_in_order, count_walk
 from tools.plans.paces import Paces, join_paces, name_pruning, time_work
 from tools.plans.recipe import Recipe, parse_recipe
-from tools.plans.work_order import order_all
+from tools.plans.work_order import order_all, prune_alone
 from tools.results.schema import Usage
 
 CONFIG = RunConfig(window=64, calibration_windows=4, gradient_windows=2, validation_windows=4)
@@ -54,6 +54,37 @@ def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before(
     budget.probed.append(Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, windows=[0]))
     prices = [price_drafts([MASK], tokens, situate(exact=True), budget) for tokens in (64, 128)]
     assert prices == [Price(0, 0), Price(128, 1.28, 128)], "what was probed on as much text is read back"
+
+
+def test_some_layers_alone_take_their_share_of_the_time_and_spare_no_trial() -> None:
+    situation = situate(exact=True)
+    sizes = {"self_attn.q_proj": 8, "mlp.up_proj": 8, "mlp.down_proj": 32}
+    kinds = [layer.model_copy(update={"inputs": sizes.get(layer.kind, 8)}) for layer in situation.layers]
+    situation = replace(situation, layers=kinds)
+    budget = make_budget(paces={"measuring a token": 0.01, "pruning by refit": 48.0, "pruning by wanda~dense": 6.0})
+    refit = Plan(sparsity=0.4, recipe=parse_recipe("refit:kappa-mask"))
+    last = f"blocks 0 · {kinds[-1].kind}"
+    work = {True: 0.0, False: 0.0}
+    for layer in kinds:
+        work[layer.block == 0 and layer.kind == kinds[-1].kind] += layer.weights * layer.inputs
+    found = price_drafts([refit, MASK], 128, situation, budget, alone=[last, last])
+    share = work[True] / sum(work.values())
+    assert found.seconds == pytest.approx(2.56 + 48 * share + 6 / len(kinds)), "a fit grows with inputs, too"
+    assert (found.tokens, found.each) == (256, 0)
+    both = price_drafts([refit, refit], 128, situation, budget, alone=["", last])
+    assert (both.each, both.seconds) == (128, pytest.approx(2.56 + 48 * (1 + share)))
+    assert price_drafts([MASK], 0, situation, budget, alone=[last]).seconds == 0
+    order = prune_alone(situation.orders.draft(MASK), last, kinds)
+    assert name_pruning(order) == "pruning layers alone", "no pace of what all layers take"
+    budget.probed.append(
+        Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, windows=[0], alone=last)
+    )
+    assert budget.count_rest() == budget.trial
+    assert price_drafts([MASK], 64, situation, budget, alone=[last]) == Price(0, 0)
+    limited = make_budget(256 + 64)
+    with pytest.raises(ValueError, match=r"a probe of 128 tokens is too much: 64 are left beside the trial$"):
+        limited.book(128, [order])
+    limited.book(64, [order])
 
 
 def test_what_is_beyond_what_is_left_is_refused_with_its_price() -> None:

@@ -1,5 +1,6 @@
 """What a reflector's model is shown, and how its answers are held to form."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from tests.evidence import GROUP, LAYERS, learnt, make_evidence
 from tests.openai_server import OpenAIServer
 from tests.profiles import make_profile
 from tests.situations import make_lesson, make_trial
+from tools.instruments.probed import PastProbe
 from tools.plans.recipe import Adjustment, Recipe
 
 
@@ -50,6 +52,14 @@ def test_a_reflector_sees_plan_prediction_measurement_and_what_is_known() -> Non
         "itself at 3.",
     ):
         assert part in text
+    assert "<data probes>" not in text
+    figures = {"tokens": 64, "kl": 0.3, "kl_error": 0.02, "change": -0.01, "change_error": 0.004}
+    probe = PastProbe.model_validate(
+        {"number": 3, "iteration": 2, "plan": "*.down_proj alone as by 45.0% refit:kappa"} | figures
+    )
+    assert "probe 3, round 2: *.down_proj alone as by 45.0% refit:kappa: 0.3 +- 0.02 on 64; -0.01 +- 0.004" in shown(
+        dataclasses.replace(make_evidence(), probes=[probe])
+    )
     assert "inside the noise" in shown(make_evidence(error=1.0))
     assert "is not reached yet." in shown(make_evidence(before=None, trials=[]))
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import tools.instruments.comparisons
 import tools.instruments.functions
 import tools.statistics.pruned
 import tools.workbench.curves
@@ -20,24 +22,28 @@ from tests.situations import ignore, open_orders
 from tests.team import make_team
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
+from tools.instruments.comparisons import (
+    compare_with_trial,
+    find_best_whole,
+    read_losses,
+    round_figure,
+    sum_up_probes,
+)
 from tools.instruments.functions import (
     MAX_GROUPS,
     MAX_INSPECTED,
     Draft,
     Round,
-    compare_with_trial,
     inspect_layers,
     predict,
     probe,
     read_probed,
-    round_figure,
-    sum_up_probes,
 )
-from tools.instruments.probed import Probed, find_known
+from tools.instruments.probed import PastProbe, Probed, find_known
 from tools.instruments.search import search
 from tools.measure.losses import compare_kl
 from tools.models.layers import Layer
-from tools.plans.layer_profile import LEVELS
+from tools.plans.layer_profile import LEVELS, predict_layer_kl
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
@@ -69,15 +75,18 @@ def test_inspect_shows_the_whole_profile_of_what_a_selector_means(make_round: Ca
     figures = inspect_layers(round_, "blocks 0 · *.q_proj")
     layer = round_.bench.read_profile(round_.profile).layers[0]
     assert layer.name.endswith("0.self_attn.q_proj")
-    name, weights, now, wanda_z, grad_z, *kappa = figures["rows"][0].split()
+    name, weights, now, wanda_z, grad_z, peak, *kappa = figures["rows"][0].split()
     assert figures["columns"].split() == [
-        *("name", "weights", "sparsity_now", "wanda_z", "grad_z"),
+        *("name", "weights", "sparsity_now", "wanda_z", "grad_z", "peak"),
         *(f"kl{level:g}" for level in LEVELS),
     ]
     assert (figures["layers"], figures["weights"], len(figures["rows"])) == (1, layer.weights, 1)
     assert (name, int(weights)) == (layer.name, layer.weights)
     assert float(now) == pytest.approx(figures["sparsity_now"], rel=0.01)
     assert figures["sparsity_now"] > 0.4, "the protected layers leave more to the others"
+    assert float(peak) == pytest.approx(layer.peak, rel=0.01)
+    former = layer.model_copy(update={"peak": None})
+    assert tools.instruments.functions._describe_layer(former, 0.4).split()[5] == "?", "of an earlier version"
     assert [float(z) for z in (wanda_z, grad_z)] == pytest.approx([layer.wanda_z, layer.gradient_z], rel=0.01)
     assert [float(kl) for kl in kappa] == pytest.approx(layer.kappa, rel=0.01)
     assert list(figures["kl_together"].values()) == pytest.approx(layer.kappa, rel=1e-3)
@@ -139,7 +148,79 @@ def test_nothing_is_measured_for_an_impossible_draft(
             instrument(Draft(sparsity=0.4, adjustments=[bounds]))
 
 
+def test_predict_tells_the_share_of_each_layer_that_is_asked_for(
+    make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = make_round()
+    mask = Draft(sparsity=0.4, recipe=parse_recipe("two-sided:kappa-mask"))
+    zeros = round_.resolve(mask).zeros
+    assert "alone" not in predict(round_, mask)
+    alone = mask.model_copy(update={"alone": "*.down_proj"})
+    told = predict(round_, alone)["alone"]
+    assert list(told) == [name for name in zeros if name.endswith(".down_proj")]
+    for name, share in told.items():
+        assert share == pytest.approx(zeros[name] / round_.bench.dense[name].numel(), rel=1e-3)
+    monkeypatch.setattr("tools.instruments.functions.MAX_INSPECTED", 1)
+    assert list(predict(round_, alone)["alone"].items()) == [*told.items()][:1]
+
+
 # --- probe ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["refit:uniform", "wanda~sequential:uniform"])
+def test_a_probe_of_some_layers_leaves_all_others_dense(make_round: Callable[..., Round], recipe: str) -> None:
+    round_ = make_round(WANDA)
+    bench, before = round_.bench, hash_weights(round_.bench)
+    draft = Draft(sparsity=0.4, recipe=parse_recipe(recipe), alone="blocks 1 · *.down_proj")
+    order = round_.resolve(draft)
+    (name,) = (x for x in order.zeros if x.endswith("1.mlp.down_proj"))
+    (figures,) = probe(round_, [draft], whole=True)
+    assert hash_weights(bench) == before
+    alone = order.model_copy(
+        update={
+            "layers": {x: y if x == name else y.model_copy(update={"zeros": 0}) for x, y in order.layers.items()},
+        }
+    )
+    checkpoint = bench.prune(round_.profile, alone, ignore)
+    assert {x for x, made in bench.read_checkpoint(checkpoint).items() if made.artifact != DENSE} == {name}
+    real = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
+    assert figures["kl"] == pytest.approx(real.mean_kl, rel=1e-3)
+    assert figures["worst_window_kl"] == pytest.approx(max(real.kl), rel=1e-3)
+    (layer,) = (x for x in bench.read_profile(round_.profile).layers if x.name == name)
+    own = predict_layer_kl(layer, np.array([order.zeros[name] / layer.weights]))[0]
+    assert figures["predicted_kl"] == pytest.approx(own, rel=1e-3), "of these layers"
+    assert "kl_change" not in figures, "beside weights that are all pruned it would say nothing"
+    assert figures["sparsity"] == pytest.approx(order.zeros[name] / sum(x.numel() for x in bench.dense.values()), 1e-3)
+    with pytest.raises(ImpossiblePlan, match="means no layer"):
+        probe(round_, [draft.model_copy(update={"alone": "*.nothing"})])
+
+
+def test_probes_of_some_layers_are_compared_with_their_like(make_round: Callable[..., Round]) -> None:
+    round_ = make_round()
+    drafts = [Draft(sparsity=0.4, recipe=parse_recipe(x)) for x in ("wanda:uniform", "magnitude:uniform")]
+    some = [draft.model_copy(update={"alone": "*.down_proj"}) for draft in drafts]
+    figures = probe(round_, [*drafts, *some, drafts[0].model_copy(update={"alone": "*"})])
+    told = [[*x["kl_minus_probe"]] for x in figures]
+    assert told == [["2"], ["1"], ["4"], ["3"], ["2"]], "all layers are a plan like any other"
+    assert figures[4]["probe"] == figures[0]["probe"]
+    assert [x.alone for x in round_.probed] == ["", "", "*.down_proj", "*.down_proj"]
+    whole, part = (min(pair, key=lambda place: figures[place]["kl"]) for pair in ((0, 1), (2, 3)))
+    best = find_best_whole(round_.probed)
+    assert best is not None and best.checkpoint == round_.probed[whole].checkpoint
+    past = sum_up_probes(round_.probed, 1, 0)
+    assert [x.number for x in past if x.losses is not None] == [whole + 1]
+    assert [x.best for x in past] == [0 if place in (whole, part) else place + (-1) ** place + 1 for place in range(4)]
+    assert past[3].plan == "*.down_proj alone as by 40.0% magnitude:uniform"
+    only = [x for x in round_.probed if x.alone]
+    assert [x.losses for x in sum_up_probes(only, 1, 0)] == [None, None]
+    later = replace(round_, probed=[], past=past)
+    mask = Draft(sparsity=0.4, recipe=Recipe(method="two-sided", refit=False))
+    both = probe(later, [mask, mask.model_copy(update={"alone": "*.down_proj"})])
+    ours = read_probed(later, 5)
+    assert both[0]["kl_minus_probe"] == {
+        f"{whole + 1}": [pytest.approx(x, rel=1e-3) for x in compare_kl(ours, read_losses(round_.probed[whole]))]
+    }, "the best of an earlier round"
+    assert "kl_minus_probe" not in both[1]
 
 
 @pytest.mark.parametrize(("tokens", "windows"), [(1, 1), (64, 1), (None, 2), (10**9, 3)])
@@ -200,7 +281,7 @@ def test_probes_are_told_apart_on_each_named_text_and_in_later_rounds(
         orders = open_orders(bench, profile, RunConfig(), DENSE)
         round_ = Round(bench, profile, lambda draft: orders(Plan.model_validate(draft.model_dump())), ignore)
         figures = [*probe(round_, [REFIT], whole=True), *probe(round_, [WANDA])]
-        monkeypatch.setattr(tools.instruments.functions, "MOST_DIFFERENCES", 3)
+        monkeypatch.setattr(tools.instruments.comparisons, "MOST_DIFFERENCES", 3)
         last = probe(round_, [Draft(sparsity=0.2, recipe=WANDA.recipe)])[0]
     refit, wanda = (read_probed(round_, number) for number in (1, 2))
     refit = refit.take([0, 2, 3, 5])  # what the shorter one has
@@ -218,9 +299,10 @@ def test_probes_are_told_apart_on_each_named_text_and_in_later_rounds(
         (12, 11, change, error),
     ]
     assert (past[2].number, past[2].best) == (13, 11)
-    assert [x.losses is not None for x in past] == [True, False, False], "of the best, until its round's trial"
+    assert [x.losses is not None for x in past] == [True, False, False], "of the best"
     kept = compare_with_trial(past, 4, read_probed(round_, 1))
-    assert all((x.losses, x.windows, x.trial) == (None, [], None) for x in kept), "the trial is what it probed"
+    assert [x.trial for x in kept] == [None] * 3, "the trial is what it probed"
+    assert [x.losses for x in kept] == [x.losses for x in past], "of the best, for probes of later rounds"
     whole = read_probed(round_, 1)
     other = whole.model_copy(update={"kl": [kl + 0.25 + 0.01 * i for i, kl in enumerate(whole.kl)]})
     told = compare_with_trial(past, 4, other)
@@ -339,7 +421,16 @@ def test_what_an_earlier_version_probed_keeps_its_place_and_counts_as_not_measur
 
 
 def test_probes_are_numbered_from_those_of_earlier_rounds_on(make_round: Callable[..., Round]) -> None:
-    plain, later = make_round(), make_round(probes_before=7)
+    plain, later = (
+        make_round(),
+        make_round(
+            past=[
+                PastProbe(
+                    number=7, iteration=1, plan="x", tokens=64, kl=1, kl_error=None, change=None, change_error=None
+                )
+            ]
+        ),
+    )
     told = [probe(round_, [WANDA, REFIT]) for round_ in (plain, later)]
     assert [[(x["probe"], [*x["kl_minus_probe"]]) for x in figures] for figures in told] == [
         [(1, ["2"]), (2, ["1"])],

@@ -13,6 +13,7 @@ from tools.statistics.scores import (
     fit_tail,
     measure_alpha,
     measure_outliers,
+    measure_peak,
     measure_wanda,
 )
 
@@ -95,6 +96,12 @@ def test_alpha_is_the_published_one(rows: int, columns: int, scale: float) -> No
     assert measure_alpha(weight) == pytest.approx(slow_alpha(weight), rel=1e-6)
     assert measure_alpha(weight.T) == pytest.approx(measure_alpha(weight), rel=1e-6)
     assert measure_alpha(weight.bfloat16()) == pytest.approx(slow_alpha(weight.bfloat16().double()), rel=1e-6)
+
+
+def test_a_peak_is_the_share_of_the_strongest_input() -> None:
+    assert measure_peak(torch.tensor([1.0, 6.0, 1.0])) == 0.75
+    assert measure_peak(torch.full((8,), 2.0)) == 0.125
+    assert measure_peak(torch.zeros(4)) == 0
 
 
 @pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])

@@ -13,6 +13,7 @@ from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.statistics.collect import collect_statistics
 from tools.statistics.extent import work_alone
+from tools.statistics.scores import measure_peak
 from tools.statistics.table import build_profile
 
 
@@ -32,6 +33,7 @@ def test_the_table_of_layers(tmp_path: Path) -> None:
         assert row.gradient == statistics.gradient[layer.name]
         assert row.kappa == statistics.kappa[layer.name]
         assert row.inputs == layer.weight_OI.shape[1]
+        assert row.peak == measure_peak(statistics.mean_square[layer.name])
         weight = layer.weight_OI
         active = sorted(score_wanda(weight, statistics.mean_square[layer.name])[weight != 0].tolist())
         assert row.wanda == (active[math.ceil(len(active) / 10) - 1] if active else 0)
