@@ -177,8 +177,7 @@ class Cuts:
         if self._store.has(known, ".json"):
             made: Made
             made, units = self._store.read_json(known)
-            whole = all(self._store.has(artifact, ".safetensors") for artifact in {units, *made.values()} - {DENSE})
-            if whole and all(self._weights.install(name, artifact) for name, artifact in made.items()):
+            if self._store.has(units, ".safetensors") and self._weights.install_all(made):
                 return made, units
         made, units = self._cut(order, progress)
         kept = self._store.write_tensors(units)
@@ -211,7 +210,7 @@ class Cuts:
 
     def _take_up(self, made: Mapping[str, str]) -> bool:
         """Put what was made before an interruption into the model; where a file is gone the dense weights."""
-        if all(self._weights.install(name, artifact) for name, artifact in made.items()):
+        if self._weights.install_all(made):
             return True
         self._weights.restore_dense()
         return False

@@ -81,7 +81,7 @@ class Polisher:
             return dict(pruned)
         key = self._name(pruned, tokens, text)
         found = self._index.read_measured(key)
-        if found is None or not self._install(found["artifacts"]):
+        if found is None or not self._weights.install_all(found["artifacts"]):
             found = self._index.keep_measured(key, self._make(key, names, pruned, schedule, tokens, progress, text))
         told = Polished.model_validate(found["figures"])
         if not told.helped:
@@ -128,11 +128,6 @@ class Polisher:
         order = [str(tokens), str(settings.window), str(self._windows.lead), str(settings.seed)]
         order += [json.dumps(dict(text.mix))] if text.mix else []
         return ["polish", VERSION, Adam.name, self._weights.hash_all_dense(), windows, *order, *artifacts]
-
-    def _install(self, artifacts: Mapping[str, str]) -> bool:
-        """Put polished layers into the model; False where one is gone or damaged."""
-        gone = [name for name in artifacts if not self._store.has(artifacts[name], ".safetensors")]
-        return not gone and all(self._weights.install(name, artifact) for name, artifact in artifacts.items())
 
     def _make(
         self,

@@ -91,6 +91,11 @@ class Weights:
         self.write(name, weight_OI, artifact, bias_O)
         return True
 
+    def install_all(self, artifacts: Mapping[str, str]) -> bool:
+        """As `install`, of every layer; False where one is no longer on disk, and none is put in, or is damaged."""
+        there = all(self._is_there(artifact) for artifact in artifacts.values())
+        return there and all(self.install(name, artifact) for name, artifact in artifacts.items())
+
     def restore(self, artifacts: Mapping[str, str], make_again: Callable[[str], None]) -> list[str]:
         """Put stored weights into all layers, or where an artifact is damaged those that `make_again(name)` puts in.
 
