@@ -174,8 +174,9 @@ def _tell_form() -> str:
 def list_columns(layers: Sequence[LayerProfile]) -> dict[str, Array]:
     """What a formula may name, each of shape [L].
 
-    `depth` is 0 in the first block and 1 in the last; `kl15` to `kl75` are the KL curves, in nats per token; `log_size`
-    is the natural logarithm of the number of weights. A part of layers' names, such as `self_attn` or `v_proj`, is 1
+    `depth` is 0 in the first block and 1 in the last; `peak` is the strongest input channel's share, 0 where it was not
+    recorded; `kl15` to `kl75` are the KL curves, in nats per token; `log_size` is the natural logarithm of the number
+    of weights. A part of layers' names, such as `self_attn` or `v_proj`, is 1
     for the layers that have it inside their block, and 0 for all others.
     """
     block_L = np.array([layer.block for layer in layers], dtype=np.float64)
@@ -185,6 +186,7 @@ def list_columns(layers: Sequence[LayerProfile]) -> dict[str, Array]:
         "block": block_L,
         "wanda_z": np.array([layer.wanda_z for layer in layers]),
         "grad_z": np.array([layer.gradient_z for layer in layers]),
+        "peak": np.array([layer.peak or 0.0 for layer in layers]),
         **{f"kl{100 * level:.0f}": curve_L for level, curve_L in zip(LEVELS, curve_LG.T, strict=True)},
         "log_size": np.log([layer.weights for layer in layers]),
     }

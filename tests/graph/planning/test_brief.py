@@ -324,8 +324,8 @@ def test_no_sentence_says_which_plan_to_take() -> None:
 def test_the_columns_of_expressions_are_named_where_they_count() -> None:
     line = (
         "`expression`: + - * / **, comparisons, exp log sqrt abs min max mean where clip smooth (over blocks) of depth "
-        "block wanda_z grad_z kl15 kl30 kl45 kl60 kl75 log_size; 0 or 1: self_attn q_proj k_proj v_proj o_proj mlp "
-        "gate_proj up_proj down_proj."
+        "block wanda_z grad_z peak kl15 kl30 kl45 kl60 kl75 log_size; 0 or 1: self_attn q_proj k_proj v_proj o_proj "
+        "mlp gate_proj up_proj down_proj."
     )
     assert f"\n\n{line}\n\n" in shown(make_first_situation())
     assert "`expression`" not in shown(make_first_situation(config=RunConfig(pattern="2:4")))

@@ -28,6 +28,7 @@ LAYERS = [
     for block, scale in enumerate((1, 4, 1))
     for place, kind in enumerate(("self_attn.q_proj", "mlp.down_proj"))
 ]
+LAYERS = [layer.model_copy(update={"peak": 0.5 if "down" in layer.kind else None}) for layer in LAYERS]
 """Two layers of each of three blocks; the middle one's curves are four times as high."""
 SIX = 6
 TOLD = (
@@ -43,6 +44,7 @@ def test_the_columns() -> None:
         "block": [0, 0, 1, 1, 2, 2],
         "wanda_z": [-1, -1, 0, 0, 1, 1],
         "grad_z": [0, 1] * 3,
+        "peak": [0.0, 0.5] * 3,
         **{f"kl{level}": [s * x for s in scale] for level, x in zip((15, 30, 45, 60, 75), CURVE, strict=True)},
         "log_size": [math.log(100), math.log(200)] * 3,
         "self_attn": [1, 0] * 3,
@@ -96,7 +98,7 @@ def test_parts_of_names_that_cannot_be_named_are_no_columns() -> None:
     assert list(columns)[-3:] == ["experts", "exp", "w1"]
     assert columns["kl15"].tolist() == [0.001]
     many = [make_profile(0, f"p{i}", 10, CURVE) for i in range(99)]
-    assert len(list_columns(many)) == 10 + 40
+    assert len(list_columns(many)) == 11 + 40
 
 
 def test_one_way_of_writing() -> None:
@@ -142,8 +144,8 @@ def test_what_is_no_formula_is_refused_in_one_line(text: str, said: str) -> None
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("k60", "'k60' is no column; there are depth, block, wanda_z, grad_z, kl15, kl30, kl45, kl60, kl75, log_size, "
-         "self_attn, q_proj, mlp, down_proj"),
+        ("k60", "'k60' is no column; there are depth, block, wanda_z, grad_z, peak, kl15, kl30, kl45, kl60, kl75, "
+         "log_size, self_attn, q_proj, mlp, down_proj"),
         ("wanda_z", "model.layers.0.self_attn.q_proj has the factor -1, not a finite one above 0"),
         ("1 - (block == 1)", "model.layers.1.self_attn.q_proj has the factor 0, not a finite one above 0"),
         ("1 / (block - 2)**2", "model.layers.2.self_attn.q_proj has the factor inf, not a finite one above 0"),
