@@ -19,7 +19,7 @@ from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data, quote_words
 from graph.llm.toolbox import Toolbox, do_now
-from graph.planning.past import describe_experience, describe_notes, describe_probes
+from graph.planning.past import describe_experience, describe_hope, describe_notes, describe_probes
 from graph.planning.plan import MOST_HYPOTHESIS, Plan, drop_schema, find_schema, tell_of_cuts
 from graph.planning.prices import describe_costs, describe_spending
 from graph.planning.situation import Situation
@@ -269,16 +269,11 @@ def _describe_trial(trial: Trial, limit: int = 160, hypothesis: int = MOST_HYPOT
     error = f" +- {show_short(trial.kl_error)}" if trial.kl_error is not None else ""
     return (
         f"round {trial.iteration}: sparsity {trial.sparsity:.4g} {plan}; perplexity {show_short(trial.perplexity)}; "
-        f"KL {show_short(trial.kl)}{error}, predicted {show_short(trial.predicted_kl)}{_describe_hope(trial)}"
-        f"{describe_texts(trial)}"
+        f"KL {show_short(trial.kl)}{error}, predicted {show_short(trial.predicted_kl)}"
+        f"{describe_hope(trial.kl, trial.predicted_kl)}{describe_texts(trial)}"
         f"{describe_facts(trial)}; {trial.verdict}: {quote_data(trial.reason, limit)}"
         f"{f'; expected: {quote_words(trial.hypothesis, hypothesis)}' if trial.hypothesis else ''}"
     )
-
-
-def _describe_hope(trial: Trial) -> str:
-    """` (x1.56)`: how many times as much was measured as predicted."""
-    return f" (x{trial.kl / trial.predicted_kl:.3g})" if trial.kl is not None and trial.predicted_kl > 0 else ""
 
 
 def describe_facts(trial: Trial) -> str:

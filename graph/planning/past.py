@@ -42,6 +42,11 @@ def count_rounds(note: Note) -> str:
     return f"round{'s' if len(note.trials) > 1 else ''} {', '.join(map(str, note.trials))}"
 
 
+def describe_hope(measured: float | None, predicted: float | None) -> str:
+    """` (x1.56)`: how many times as much KL was measured as predicted; empty where one is not known."""
+    return f" (x{measured / predicted:.3g})" if measured is not None and predicted else ""
+
+
 def describe_probes(probes: Sequence[PastProbe]) -> str:
     """A line for each probe, this round's among them where it has been planned; empty without any."""
     lines = [_describe_probe(probe) for probe in probes]
@@ -59,5 +64,5 @@ def _describe_probe(probe: PastProbe) -> str:
     behind = f"; {probe.behind:+.3g} +- {show_short(probe.behind_error)} to {probe.best}" if probe.best else ""
     trial = "" if probe.trial is None else f"; its round's trial {probe.trial:+.3g} +- {show_short(probe.trial_error)}"
     plan, number = quote_data(probe.plan, 120), f"probe {probe.number}, " if probe.number else ""
-    kl = f"{show_short(probe.kl)}{error} on {probe.tokens}"
+    kl = f"{show_short(probe.kl)}{error}{describe_hope(probe.kl, probe.predicted)} on {probe.tokens}"
     return f"{number}round {probe.iteration}: {plan}: {kl}{change}{behind}{trial}"

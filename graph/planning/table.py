@@ -5,10 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+import numpy as np
+
 from graph.llm.quoting import data_block, quote_data
+from graph.planning.recipes import find_recipe
 from graph.planning.situation import Situation
+from graph.reflecting.posterior import find_factors
 from tools.plans.cuts import Parts
-from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers, merge_numbers
+from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers, merge_numbers, predict_kl
 
 MAX_ROWS = 400
 """Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
@@ -209,14 +213,13 @@ def _list_groups(layers: Sequence[LayerProfile]) -> dict[str, list[LayerProfile]
 
 
 def describe_present(situation: Situation, *, grouped: bool) -> str:
-    """Present sparsities in the order of the table: one for each group, or a line for each block."""
+    """Present sparsities in the order of the table: one for each group, or a line for each block.
+
+    Of groups also what a little more costs there, and the factors that lessons put on their KL curves.
+    """
     now = situation.sparsity
     if grouped:
-        shares = []
-        for group in _list_groups(situation.layers).values():
-            zeros = sum(layer.weights * now.get(layer.name, 0.0) for layer in group)
-            shares.append(_show_share(zeros / sum(layer.weights for layer in group)))
-        return " Present sparsities, in the order of the table:\n" + data_block("sparsities", [" ".join(shares)])
+        return _describe_present_groups(situation) + _describe_factors(situation)
     lines: dict[str, list[str]] = {}
     for row in _rows(situation.layers):
         share = fmean(now.get(layer.name, 0.0) for layer in row.layers)
@@ -224,6 +227,39 @@ def describe_present(situation: Situation, *, grouped: bool) -> str:
     return " Present sparsities, a line per block, in the order of the table:\n" + data_block(
         "sparsities", [f"{blocks}: {' '.join(shares)}" for blocks, shares in lines.items()]
     )
+
+
+def _describe_present_groups(situation: Situation) -> str:
+    total, shares, costs = sum(layer.weights for layer in situation.layers), list[str](), list[float]()
+    for group in _list_groups(situation.layers).values():
+        weights = np.array([layer.weights for layer in group])
+        now = np.array([situation.sparsity.get(layer.name, 0.0) for layer in group])
+        shares.append(_show_share(float(weights @ now) / weights.sum()))
+        more = predict_kl(group, np.minimum(now + POINT, 1.0)) - predict_kl(group, now)
+        costs.append(more * total / weights.sum())
+    unit = _unit(costs)
+    title = (
+        f" Present sparsities, and KL by the table's curves of one more point of the model's taken there (units of "
+        f"{unit:.0e}), in the order of the table:\n"
+    )
+    return title + data_block("sparsities", [" ".join(shares), " ".join(_two_digits(cost / unit) for cost in costs)])
+
+
+def _describe_factors(situation: Situation) -> str:
+    """What lessons make of the curves of groups where the last accepted plan is made again; empty where nothing."""
+    plan, config = situation.accepted_plan, situation.config
+    if plan is None or plan.graft:
+        return ""
+    recipe = find_recipe(plan, config)
+    blamed = find_factors(
+        *(situation.lessons, situation.layers, recipe, plan.sparsity, config.calibration_text, plan.groups)
+    )
+    told = [f"{quote_data(name, 80)} {x.factor:.3g} +- {x.error:.2g}" for name, x in blamed.items()][:MAX_GROUPS]
+    return "\nFactors of lessons on the curves:\n" + data_block("factors", told) if told else ""
+
+
+POINT = 0.01
+"""Of sparsity."""
 
 
 def _show_share(share: float) -> str:

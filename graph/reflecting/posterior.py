@@ -12,8 +12,9 @@ KL curves as measured, never to curves that lessons corrected before, so that a 
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from graph.reflecting.regression import Blame, fit_factors
+from graph.reflecting.regression import SPREAD, Blame, fit_factors
 from graph.reflecting.schema import MOST, Lesson
 from tools.base.errors import ImpossiblePlan
 from tools.plans.groups import Group, name_work
@@ -89,6 +90,15 @@ def _merge_two(old: Lesson, new: Lesson) -> Lesson:
     )
 
 
+class Factor(NamedTuple):
+    """What lessons make of the KL curves of a group."""
+
+    factor: float
+    """Between 1/MOST and MOST."""
+    error: float
+    """Its standard deviation, where curves are off by SPREAD before anything is observed."""
+
+
 def find_multipliers(
     lessons: Iterable[Lesson],
     layers: Sequence[LayerProfile],
@@ -97,7 +107,20 @@ def find_multipliers(
     calibration: str,
     groups: Sequence[Group] = (),
 ) -> dict[str, float]:
-    """Selectors to the factors, between 1/MOST and MOST, that lessons put on the KL curves of a plan's recipes.
+    """Selectors to the factors alone that `find_factors` has."""
+    found = find_factors(lessons, layers, recipe, sparsity, calibration, groups)
+    return {selector: blame.factor for selector, blame in found.items()}
+
+
+def find_factors(
+    lessons: Iterable[Lesson],
+    layers: Sequence[LayerProfile],
+    recipe: Recipe,
+    sparsity: float,
+    calibration: str,
+    groups: Sequence[Group] = (),
+) -> dict[str, Factor]:
+    """Selectors to the factors that lessons put on the KL curves of a plan's recipes.
 
     Left out are lessons of a run of the same trials, those that were learnt on another text or pattern than the plan's
     or far from its sparsity, those about the whole model or no layer of it, and factors within LEAST of 1.
@@ -120,7 +143,7 @@ def find_multipliers(
             old = merged.get(lesson.selector)
             merged[lesson.selector] = _merge_two(old, lesson) if old else lesson
     shrunk = {selector: _shrink(lesson) for selector, lesson in sorted(merged.items())}
-    return {selector: factor for selector, factor in shrunk.items() if abs(math.log(factor)) > math.log(LEAST)}
+    return {selector: shrink for selector, shrink in shrunk.items() if abs(math.log(shrink.factor)) > math.log(LEAST)}
 
 
 def _make_lesson(selector: str, blame: Blame) -> Lesson:
@@ -137,10 +160,11 @@ def _is_group(selector: str, layers: Sequence[LayerProfile]) -> bool:
         return False
 
 
-def _shrink(lesson: Lesson) -> float:
+def _shrink(lesson: Lesson) -> Factor:
     evidence = weigh_evidence(lesson)
     factor = math.exp(math.log(lesson.factor) * evidence / (evidence + PRIOR))
-    return round(min(max(factor, 1 / MOST), MOST), 3)
+    error = SPREAD * math.sqrt(PRIOR / (evidence + PRIOR))
+    return Factor(round(min(max(factor, 1 / MOST), MOST), 3), error)
 
 
 def weigh_layers(layers: Sequence[LayerProfile], multipliers: dict[str, float]) -> list[LayerProfile]:

@@ -64,6 +64,7 @@ def sum_up_probes(probed: Sequence[Probed], iteration: int, before: int) -> list
             tokens=x.tokens,
             kl=round_figure((losses := read_losses(x)).mean_kl),
             kl_error=round_figure(losses.kl_error),
+            predicted=x.predicted,
             change=x.change,
             change_error=x.change_error,
             texts=x.texts,

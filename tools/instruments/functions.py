@@ -245,6 +245,7 @@ def _note(bench: Workbench, order: WorkOrder, made: Probe, told: Figures) -> Pro
         losses=losses,
         windows=bench.losses.list_part("validation", windows),
         line=order.line,
+        predicted=told.get("predicted_kl"),
         change=told.get("kl_change"),
         change_error=told.get("kl_change_error"),
         texts={

@@ -19,6 +19,7 @@ class Probed(BaseModel):
         [], description="Of validation text, which its losses are of; empty where an earlier version took the first."
     )
     line: str = Field("", description="The plan in one line; empty where an earlier version made it.")
+    predicted: float | None = Field(None, description="Its KL as it was predicted, nats per token.")
     change: float | None = Field(None, description="Its KL minus that of the last accepted weights, paired.")
     change_error: float | None = None
     texts: dict[str, tuple[float, float | None]] = Field(
@@ -46,6 +47,7 @@ class PastProbe(BaseModel):
     tokens: int
     kl: float | None = Field(description="Nats per token; null where it was not finite.")
     kl_error: float | None
+    predicted: float | None = Field(None, description="As of one of this round.")
     change: float | None = Field(description="KL minus that of the weights kept then; null where none were.")
     change_error: float | None
     texts: dict[str, tuple[float, float | None]] = Field(

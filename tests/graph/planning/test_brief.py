@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,7 @@ from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
 from graph.planning.past import describe_experience, describe_notes, describe_probes
 from graph.planning.plan import Plan, drop_schema, find_schema, tell_of_cuts
+from graph.planning.refinements import STRONG
 from graph.planning.situation import Situation
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
 from graph.planning.toolbox import MAX_PROBES, note_probes
@@ -47,7 +49,7 @@ from tools.plans.costs import count_polish
 from tools.plans.cuts import Cutting
 from tools.plans.graft import Graft
 from tools.plans.groups import Group, GroupRecipe
-from tools.plans.layer_profile import LayerProfile
+from tools.plans.layer_profile import LayerProfile, group_layers, predict_kl
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.selectors import select_layers
 
@@ -232,7 +234,42 @@ def test_groups_are_shown_in_sums_where_tools_show_layers() -> None:
         assert shown_kl * float(unit[1]) == pytest.approx(sum(x.kappa[column] for x in experts), rel=0.05)
     text = str(planner_messages(situation, Toolbox(offer_nothing, calls=3, seconds=9))[1].text)
     assert text.startswith(describe_groups(situation)) and "<data layers>" not in text
-    assert "in the order of the table:\n<data sparsities>\n.00 .00 .00 .25 .25 .25 .50 .50 .50\n</data>" in text
+    assert "in the order of the table:\n<data sparsities>\n.00 .00 .00 .25 .25 .25 .50 .50 .50\n" in text
+
+
+def test_of_groups_is_told_what_a_point_more_costs_and_what_lessons_make_of_their_curves() -> None:
+    layers = draw_layers(6)
+    sparsity = {layer.name: 0.1 * layer.block for layer in layers}
+    lesson = Lesson.model_validate(
+        {"run": "r", "iteration": 1, "selector": "blocks 0-1 · mlp.down_proj", "factor": 2, "count": 3}
+        | {"predicted": 0.1, "measured": 0.2, "text": "dear", "recipe": STRONG.work_label, "curves": "mask"}
+    )
+    plan = Plan(sparsity=0.4, recipe=STRONG)
+    situation = make_first_situation(
+        layers=layers, sparsity=sparsity, accepted=KEPT, accepted_plan=plan, lessons=[lesson]
+    )
+    text = str(planner_messages(situation, Toolbox(offer_nothing, calls=3, seconds=9))[1].text)
+    unit, shares, costs = re.findall(
+        r"units of ([\de-]+)\), in the order.*\n<data sparsities>\n(.*)\n(.*)\n</data>", text
+    )[0]
+    groups = group_layers(layers, merge=True)
+    total = sum(layer.weights for layer in layers)
+    assert len(shares.split()) == len(costs.split()) == len(groups)
+    for cost, group in zip(costs.split(), groups.values(), strict=True):
+        now = np.array([sparsity[layer.name] for layer in group])
+        more = predict_kl(group, now + 0.01) - predict_kl(group, now)
+        per_point = more * total / sum(layer.weights for layer in group)
+        assert float(cost) * float(unit) == pytest.approx(per_point, rel=0.06, abs=float(unit))
+    factor = 2 ** (3 / 4)
+    assert (
+        "\nFactors of lessons on the curves:\n<data factors>\n"
+        f"blocks 0-1 · mlp.down_proj {factor:.3g} +- {0.5 * (1 / 4) ** 0.5:.2g}\n</data>"
+    ) in text
+    assert "<data factors>" not in shown(situation), "where layers are shown one by one"
+    graft = plan.model_copy(update={"graft": Graft(selector="*", of=1, rest=2)})
+    assert "<data factors>" not in str(
+        planner_messages(replace(situation, accepted_plan=graft), Toolbox(offer_nothing, calls=3, seconds=9))[1].text
+    )
 
 
 # The messages
@@ -393,6 +430,8 @@ def test_notes_and_probes_of_earlier_rounds_are_short_lines() -> None:
     of_texts = beside.model_copy(update={"texts": {"code": (-0.02, 0.003), "prose": (0.011, 0.004)}})
     assert "; -0.0123 +- 0.004, code -0.02 +- 0.003, prose +0.011 +- 0.004; its" in describe_probes([of_texts])
     assert describe_probes([beside]).split("\n")[2].endswith("; its round's trial -0.0231 +- 0.0041")
+    foreseen = probe.model_copy(update={"predicted": 0.25617})
+    assert ": 0.512 +- 0.01 (x2) on 2048; " in describe_probes([foreseen])
     assert describe_probes([first, probe]).split("\n")[1:] == [
         "<data probes>",
         "round 2: 45.0% refit~sequential:kappa: not finite on 2048",
