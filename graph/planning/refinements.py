@@ -13,6 +13,7 @@ from graph.state import Trial
 from tools.base.errors import ImpossiblePlan
 from tools.base.settings import QUESTIONS
 from tools.plans.layer_profile import LayerProfile, group_layers
+from tools.plans.methods import METHODS
 from tools.plans.mix import SHORT, Mix, mix_questions
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.rules import UNIFORM
@@ -189,7 +190,7 @@ def change_recipe(recipe: Recipe, config: RunConfig, find_mix: Callable[[], Mix]
     if recipe.refits and not recipe.damping:
         told = f"Damp the fit: less of what inputs have in common here is in other text ({WORTH['damping']})."
         yield change(damping=DAMPED), told
-    if recipe.gamma == "plain":
+    if recipe.gamma == "plain" and METHODS[recipe.method].weighs_outputs:
         told = f"Clip gamma, in case a few loud tokens decide which weights go ({WORTH['gamma']})."
         yield change(gamma="clipped"), told
     if recipe.curves == "mask":

@@ -38,6 +38,8 @@ class Method(NamedTuple):
     """Whether the weights that stay end as others than the dense model's."""
     refits_in_steps: bool = False
     """Whether its mask grows in `refit_steps` steps, the survivors refitted after each: no refit follows it."""
+    weighs_outputs: bool = False
+    """Whether gamma, the mean squared gradients of a layer's outputs, has a say in which weights go."""
     ours: bool = False
     """Whether it is Billhook's own; the others, which are baselines, stand before it wherever methods are compared."""
     also_refitted: bool = False
@@ -61,7 +63,7 @@ METHODS = {
     for method in (
         Method("magnitude", "|W| within the layer"),
         Method("wanda", "|W|*sqrt(a) within each output row", statistics="sequential"),
-        Method("two-sided", "W^2*a*gamma within the layer", ours=True, also_refitted=True),
+        Method("two-sided", "W^2*a*gamma within the layer", weighs_outputs=True, ours=True, also_refitted=True),
         Method(
             "admm",
             "ADMM-Grad, zeros and survivors by ADMM as the mask grows",
@@ -77,12 +79,19 @@ METHODS = {
             statistics="sequential",
         ),
         Method("sparsegpt", "survivors corrected column by column", changes_survivors=True, statistics="sequential"),
-        Method("two-sided-obs", "survivors corrected column by column", changes_survivors=True, ours=True),
+        Method(
+            "two-sided-obs",
+            "survivors corrected column by column",
+            changes_survivors=True,
+            weighs_outputs=True,
+            ours=True,
+        ),
         Method(
             "refit",
             "the two-sided mask grown in steps, survivors refitted between; slowest",
             changes_survivors=True,
             refits_in_steps=True,
+            weighs_outputs=True,
             ours=True,
         ),
     )

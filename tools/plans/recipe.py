@@ -206,6 +206,11 @@ class Recipe(BaseModel):
         return self.tokens == "weighted" and self.changes_survivors
 
     @property
+    def clips(self) -> bool:
+        """Whether gamma is clipped; methods that choose weights without it have no use for that."""
+        return self.gamma == "clipped" and METHODS[self.method].weighs_outputs
+
+    @property
     def fit_damping(self) -> float:
         """`damping` where survivors are fitted, else 0: methods that fit none have no use for it."""
         return self.damping if self.refits else 0.0
@@ -227,7 +232,7 @@ class Recipe(BaseModel):
         steps = "" if self.steps == REFIT_STEPS else f"{self.steps}"
         marks = [
             "+refit" if self.refits_after else "",
-            "~clipped" if self.gamma == "clipped" else "",
+            "~clipped" if self.clips else "",
             "~weighted" if self.weighs_tokens else "",
             f"~damped{self.fit_damping:g}" if self.fit_damping else "",
             label_mix(self.mix),
@@ -288,7 +293,7 @@ class Recipe(BaseModel):
             method=self.method,
             refit=self.refits_after,
             refit_steps=self.steps,
-            gamma=self.gamma,
+            gamma="clipped" if self.clips else "plain",
             tokens="weighted" if self.weighs_tokens else "even",
             damping=self.fit_damping,
             statistics=self.statistics,

@@ -53,6 +53,12 @@ def test_every_change_but_one_says_what_it_did_where_it_was_measured() -> None:
     assert silent == [STRONG.model_copy(update=TOGETHER)] and len(told) == len(WORTH.keys() - {"even"}) + len(silent)
 
 
+def test_gamma_is_clipped_where_it_chooses_weights() -> None:
+    for method, clipped in (("wanda", []), ("two-sided", ["two-sided"])):
+        changes = change_recipe(Recipe(method=method), RunConfig(), tuple)
+        assert [recipe.method for recipe, _ in changes if recipe.gamma == "clipped"] == clipped
+
+
 def test_lessons_of_groups_weigh_in_every_plan_and_those_of_a_repeat_do_not() -> None:
     base = make_trial(1, "accept", 0.45, STRONG)
     selector = "blocks 0-1 · mlp.down_proj"

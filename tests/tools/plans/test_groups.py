@@ -97,8 +97,8 @@ def test_groups_that_are_none_are_refused(selectors: list[str], sentence: str) -
 
 def test_a_group_in_words() -> None:
     told = {
-        "wanda+refit~clipped in *.v_proj": group(" *.v_proj", method="wanda"),
-        "wanda+refit~clipped~dense in *.v_proj": group("*.v_proj", method="wanda", statistics="dense"),
+        "wanda+refit in *.v_proj": group(" *.v_proj", method="wanda"),
+        "wanda+refit~dense in *.v_proj": group("*.v_proj", method="wanda", statistics="dense"),
         "refit3~clipped~sequential 2:4 in blocks 0 · *.q_proj": group(
             "blocks  0 · *.q_proj", refit_steps=3, pattern="2:4"
         ),
@@ -107,8 +107,7 @@ def test_a_group_in_words() -> None:
     assert [describe_group(one, PLANS) for one in told.values()] == list(told)
     assert name_work(PLANS, []) == PLANS.work_label
     assert name_work(PLANS, list(told.values())[1:3]) == (
-        "refit~clipped~sequential [*.v_proj: wanda+refit~clipped~dense] "
-        "[blocks 0 · *.q_proj: refit3~clipped~sequential 2:4]"
+        "refit~clipped~sequential [*.v_proj: wanda+refit~dense] [blocks 0 · *.q_proj: refit3~clipped~sequential 2:4]"
     )
     same = [group("*.v_proj", method="wanda", refit=True, refit_steps=9), group(" *.v_proj ", method="wanda")]
     assert identify_group(same[0], PLANS) == identify_group(same[1], PLANS)

@@ -144,7 +144,7 @@ def test_marks_that_there_are_not_and_those_given_twice_are_refused(label: str) 
     [
         ("wanda:owl", "sequential", "wanda~sequential:owl"),
         ("sparsegpt:uniform", "sequential", "sparsegpt~sequential:uniform"),
-        ("sparsegpt+refit~clipped:kappa-mask", "sequential", "sparsegpt+refit~clipped~sequential:kappa-mask"),
+        ("two-sided+refit~clipped:kappa-mask", "dense", "two-sided+refit~clipped:kappa-mask"),
         ("sparsegpt~dense:uniform", "dense", "sparsegpt:uniform"),
         ("magnitude:uniform", "dense", "magnitude:uniform"),
         ("refit3:kappa", "dense", "refit3:kappa"),
@@ -302,6 +302,14 @@ def test_the_part_within_layers_leaves_the_allocation_out() -> None:
     recipe = parse_recipe("two-sided+refit~clipped:owl@0.5")
     assert recipe.within_layers() == parse_recipe("two-sided+refit~clipped:kappa")
     assert Recipe(method="refit", refit=True).within_layers() == Recipe(method="refit", refit=False).within_layers()
+
+
+def test_a_clipped_gamma_counts_where_outputs_are_weighed() -> None:
+    weighing = {name for name in METHODS if Recipe(method=name, gamma="clipped").clips}
+    assert weighing == {"two-sided", "two-sided-obs", "refit"}
+    for name in METHODS.keys() - weighing:
+        clipped, plain = (Recipe(method=name, refit=True, gamma=gamma) for gamma in ("clipped", "plain"))
+        assert clipped.within_layers() == plain.within_layers() and clipped.exact == plain.exact
 
 
 def test_steps_count_for_the_method_refit_alone() -> None:
