@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.planning.orders import find_order, hash_request
+from graph.planning.kept_orders import find_order
+from graph.planning.orders import hash_request
 from graph.planning.unmeasured import record_breakage
 from graph.planning.verdict import Verdict, accepted_trial, heed_bounds, heed_facts, is_settled, judge
 from graph.runs.session import Session, enter, open_bench

@@ -13,7 +13,8 @@ from langgraph.types import interrupt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graph.planning.choose import weigh_in_bounds
-from graph.planning.orders import describe_plan, find_order, keep_order
+from graph.planning.kept_orders import find_order, keep_order
+from graph.planning.orders import describe_plan
 from graph.planning.plan import WORDS, Plan
 from graph.planning.situation import gather_situation, resolve_plan
 from graph.runs.session import Session, open_bench

@@ -1,40 +1,36 @@
 """What a plan comes to: its recipe under the user's pattern, its work order, and its one line for people.
 
 `resolve` is the only place where a plan is shared out over the layers. A plan that is to be carried out is resolved
-once, by the KL curves that its recipe asks for, and its order kept as an artifact that all later nodes read.
+once, by the KL curves that its recipe asks for, and its order kept (`graph.planning.kept_orders`) for all later nodes.
 """
 
 import hashlib
 import json
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, Field
 
 from graph.config import RunConfig
 from graph.planning.cuts import order_cut
-from graph.planning.grafts import Grafts, list_at_hand
+from graph.planning.grafts import Grafts
 from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
 from graph.reflecting.posterior import find_multipliers, weigh_layers
 from graph.reflecting.schema import Lesson
-from graph.state import State
-from tools.base.errors import DamagedArtifact, ImpossiblePlan
+from tools.base.errors import ImpossiblePlan
 from tools.base.words import shorten
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
-from tools.plans.cuts import CutOrder, Cutting, Parts, describe_cutting
+from tools.plans.cuts import Cutting, Parts, describe_cutting
 from tools.plans.expression import evaluate_expression, tidy_expression
 from tools.plans.graft import describe_graft
 from tools.plans.groups import describe_group, identify_group, refuse_two_polishes, refuse_two_walks
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.methods import Statistics
 from tools.plans.recipe import Adjustment, Recipe
-from tools.plans.work_order import LayerOrder, WorkOrder, order_all
-from tools.workbench.store import ArtifactStore
+from tools.plans.work_order import WorkOrder, order_all
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
@@ -235,93 +231,6 @@ def measure_with(bench: "Workbench", profile: str, present: str, progress: "Prog
             bench.restore(present)  # curves are measured on the dense weights
 
     return measure
-
-
-# Kept from node to node
-
-
-class _Kept(BaseModel):
-    """An order as an artifact: a recipe that many layers share is written once."""
-
-    plan: Plan
-    recipes: list[Recipe]
-    layers: list[tuple[str, int, int]]
-    """(name, number of its recipe, zeros) of every layer, in the model's order."""
-    sparsity: float
-    predicted_kl: float
-    polish: int = 0
-    cut: CutOrder | None = Field(None, exclude_if=lambda cut: cut is None)
-    sources: list[str] = Field([], exclude_if=operator.not_)
-    """Checkpoints that layers are taken from."""
-    taken: list[int] = Field([], exclude_if=operator.not_)
-    """The number of each layer's source, in the model's order; empty where layers are pruned."""
-
-
-def keep_order(store: ArtifactStore, plan: Plan, order: WorkOrder) -> str:
-    """Write the order of a plan as an artifact; its hash."""
-    recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
-    sources = list(dict.fromkeys(layer.taken for layer in order.layers.values() if layer.taken))
-    kept = _Kept(
-        plan=plan,
-        recipes=recipes,
-        layers=[(name, recipes.index(layer.recipe), layer.zeros) for name, layer in order.layers.items()],
-        sparsity=order.sparsity,
-        predicted_kl=order.predicted_kl,
-        polish=order.polish,
-        cut=order.cut,
-        sources=sources,
-        taken=[sources.index(layer.taken) for layer in order.layers.values() if layer.taken],
-    )
-    return store.write_json(kept.model_dump())
-
-
-def read_order(store: ArtifactStore, artifact: str, plan: Plan) -> WorkOrder | None:
-    """The order that was kept for exactly this plan; None where it was not, or for another. Raises DamagedArtifact."""
-    kept = _Kept.model_validate(store.read_json(artifact)) if artifact else None
-    if kept is None or kept.plan.model_dump() != plan.model_dump():
-        return None
-    taken = [kept.sources[number] for number in kept.taken] or [""] * len(kept.layers)
-    return WorkOrder(
-        layers={
-            name: LayerOrder(recipe=kept.recipes[number], zeros=zeros, taken=source)
-            for (name, number, zeros), source in zip(kept.layers, taken, strict=True)
-        },
-        sparsity=kept.sparsity,
-        predicted_kl=kept.predicted_kl,
-        multipliers=plan.multipliers,
-        line=describe_plan(plan),
-        polish=kept.polish,
-        cut=kept.cut,
-    )
-
-
-def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOrder:
-    """The order of the state's plan; made here where the plan was edited between nodes, or made by an earlier version.
-
-    The weights in the model end as the state says. Raises ImpossiblePlan.
-    """
-    assert state.plan is not None, "the plan node runs first"
-    kept = None
-    try:
-        kept = read_order(bench.store, state.order, state.plan)
-    except DamagedArtifact as error:
-        bench.warn(f"{error}; the plan is resolved again")
-    if kept is not None:
-        return kept
-    profile = bench.read_profile(state.profile).layers
-    if state.parts:
-        return order_cut(state.plan, bench.cuts.read(state.parts), profile, describe_plan(state.plan))
-    if state.plan.graft:
-        line = describe_plan(state.plan)
-        return find_grafts(bench, state).resolve(state.plan, state.plan.graft, profile, state.config, line)
-    layers = gather_layers(state.plan, state.config, measure_with(bench, state.profile, state.current, progress))
-    return resolve(state.plan, layers, state.config, profile)
-
-
-def find_grafts(bench: "Workbench", state: State) -> Grafts:
-    """What may be taken of earlier rounds where nothing was probed since: of the trials whose layers are kept."""
-    at_hand = list_at_hand(state.trials, state.kept)
-    return Grafts(lambda: at_hand, bench.list_taken)
 
 
 def hash_request(plan: Plan) -> str:

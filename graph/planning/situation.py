@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
 from graph.planning.grafts import Grafts, list_at_hand
+from graph.planning.kept_orders import keep_order
 from graph.planning.new_texts import count_left
-from graph.planning.orders import Curves, Orders, describe_plan, hash_request, keep_order, measure_with, read_curves
+from graph.planning.orders import Curves, Orders, describe_plan, hash_request, measure_with, read_curves
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted

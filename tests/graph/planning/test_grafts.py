@@ -14,7 +14,8 @@ from graph.planning.brief import planner_messages
 from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.grafts import Grafts
-from graph.planning.orders import Orders, describe_plan, find_order, hash_request, keep_order, read_order
+from graph.planning.kept_orders import find_order, keep_order, read_order
+from graph.planning.orders import Orders, describe_plan, hash_request
 from graph.planning.plan import Plan
 from graph.planning.prices import Price, price_drafts
 from graph.planning.refinements import plan_refinements

@@ -10,16 +10,8 @@ import torch
 from graph.config import RunConfig
 from graph.planning.approval import read_answer
 from graph.planning.budget import TokenBudget
-from graph.planning.orders import (
-    Curves,
-    Orders,
-    apply_lessons,
-    describe_plan,
-    hash_request,
-    keep_order,
-    read_order,
-    resolve,
-)
+from graph.planning.kept_orders import keep_order, read_order
+from graph.planning.orders import Curves, Orders, apply_lessons, describe_plan, hash_request, resolve
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.recipes import list_recipes
 from graph.reflecting.rule import draw_lesson
