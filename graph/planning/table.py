@@ -18,6 +18,8 @@ MAX_ROWS = 400
 """Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
 MAX_GROUPS = 64
 """Rows of the table of groups."""
+POINT = 0.01
+"""Of sparsity, one in a hundred."""
 
 
 @dataclass(frozen=True)
@@ -256,10 +258,6 @@ def _describe_factors(situation: Situation) -> str:
     )
     told = [f"{quote_data(name, 80)} {x.factor:.3g} +- {x.error:.2g}" for name, x in blamed.items()][:MAX_GROUPS]
     return "\nFactors of lessons on the curves:\n" + data_block("factors", told) if told else ""
-
-
-POINT = 0.01
-"""Of sparsity."""
 
 
 def _show_share(share: float) -> str:

@@ -11,7 +11,7 @@ from tools.workbench.probes import Probe, find_best, rank_probe
 MOST_DIFFERENCES = 24
 """Paired differences that each probe is told with, those of every text counted: four have room in one answer."""
 MOST_EARLIER = 4
-"""Earlier rounds whose best probes are among these, the latest."""
+"""Earlier rounds whose best probes are among these, the latest, and at most half of them."""
 
 Figures = dict[str, Any]
 
@@ -21,11 +21,11 @@ def compare_probes(probed: Sequence[Probed], before: int, own: int, told: Figure
     minus that of others of the round, and of the best of earlier ones, that pruned the same layers; on each named
     text, too: [mean, standard error], paired."""
     told["probe"] = before + 1 + own
-    mine = probed[own]
-    earlier = [probe for probe in past if probe.losses is not None and not mine.alone][-MOST_EARLIER:]
-    most = MOST_DIFFERENCES // (1 + len(told.get("texts", {}))) - len(earlier)
+    mine, most = probed[own], MOST_DIFFERENCES // (1 + len(told.get("texts", {})))
+    earlier = [] if mine.alone else [probe for probe in past if probe.losses is not None]
+    earlier = earlier[max(len(earlier) - min(MOST_EARLIER, most // 2), 0) :]
     others = {probe.number: (probe.windows, Evaluation.model_validate(probe.losses)) for probe in earlier}
-    for place in _list_best(probed, own, most):
+    for place in _list_best(probed, own, most - len(earlier)):
         others[before + 1 + place] = probed[place].windows, read_losses(probed[place])
     for number, (windows, losses) in others.items():
         ours, theirs = _pair((mine.windows, read_losses(mine)), (windows, losses))

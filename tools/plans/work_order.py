@@ -119,6 +119,7 @@ def prune_alone(order: WorkOrder, selector: str, layers: Sequence[LayerProfile])
         return order
     if order.grafted or order.cut:
         raise ImpossiblePlan("alone is of layers that are pruned, and here none is; leave it out")
+    tidy = " ".join(selector.split())
     chosen = {name: x if name in names else LayerOrder(recipe=UNTOUCHED, zeros=0) for name, x in order.layers.items()}
     shares = np.array([chosen[layer.name].zeros / layer.weights for layer in layers])
     pruned = [place for place, layer in enumerate(layers) if layer.name in names]
@@ -127,8 +128,8 @@ def prune_alone(order: WorkOrder, selector: str, layers: Sequence[LayerProfile])
         sparsity=sum(x.zeros for x in chosen.values()) / sum(layer.weights for layer in layers),
         predicted_kl=predict_kl([layers[place] for place in pruned], shares[pruned]),
         multipliers=order.multipliers,
-        line=f"{selector} alone as by {order.line}",
-        alone=selector,
+        line=f"{tidy} alone as by {order.line}",
+        alone=tidy,
     )
 
 
