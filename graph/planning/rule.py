@@ -12,7 +12,7 @@ from itertools import islice
 from graph.config import RunConfig
 from graph.planning.plan import Plan
 from graph.planning.refinements import (
-    EVEN,
+    HEDGED,
     MASKS,
     MISTRUST,
     STRONG,
@@ -84,7 +84,7 @@ def tried_strongest(trials: Sequence[Trial], config: RunConfig) -> bool:
     """Whether the strongest method has been tried at the target, or refused by a person; cuts have no method."""
     if config.takes_parts:
         return True
-    strongest = EVEN if is_misled(trials, config) else STRONG
+    strongest = HEDGED if is_misled(trials, config) else STRONG
     strong = [x for x in trials if x.recipe and x.recipe.method == strongest.method and x.recipe.refits]
     return any(same_sparsity(trial.sparsity, config.target_sparsity) for trial in strong)
 
@@ -127,8 +127,8 @@ def _plan_climb(situation: Situation) -> Plan | None:
             recipe=MASKS,
             reason=f"Masks alone are predicted to reach perplexity {perplexity:.2f}, within the limit of {limit:.2f}.",
         )
-    if strongest == EVEN:
-        return Plan(sparsity=target, recipe=EVEN, reason=MISTRUST)
+    if strongest == HEDGED:
+        return Plan(sparsity=target, recipe=HEDGED, reason=MISTRUST)
     if strongest != STRONG:
         reason = f"The whole step, with the strongest recipe{_name_broken(situation)}."
         return Plan(sparsity=target, recipe=strongest, reason=reason)
@@ -208,7 +208,7 @@ def _plan_after_rollback(situation: Situation, start: float, last: Trial, strong
 
 def _find_strongest(situation: Situation) -> Recipe | None:
     """The strongest recipe whose method has not broken; None where they all have."""
-    recipes = (*([EVEN] if is_misled(situation.trials, situation.config) else []), STRONG, MASKS)
+    recipes = (*([HEDGED] if is_misled(situation.trials, situation.config) else []), STRONG, MASKS)
     return next((recipe for recipe in recipes if recipe.method not in situation.broken), None)
 
 
