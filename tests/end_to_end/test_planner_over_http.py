@@ -231,7 +231,9 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     assert trials[1].kl and trials[2].kl
     assert rows["refit: with *.v_proj x1.5"].change == trials[2].kl / trials[1].kl - 1
     prompts = [prompt["messages"][1]["text"] for prompt in read_events(run, "prompt")]
-    form = re.compile(r"^probe ([12], round 3: 45.0% .*): \S+ \+- \S+ on 128; [+-]\S+ \+- [^\s;]+(.*)$", re.M)
+    form = re.compile(
+        r"^probe ([12], round 3: 45.0% .*): \S+ \+- \S+ \(x[\d.]+\) on 128; [+-]\S+ \+- [^\s;]+(.*)$", re.M
+    )
     found = [form.findall(prompt) for prompt in prompts]
     assert found[:3] == [[], [], []] and [line for line, _ in found[3]] == [
         "1, round 3: 45.0% wanda:kappa",
