@@ -5,6 +5,7 @@ from typing import Any
 
 from graph.config import RunConfig
 from graph.planning.plan import Plan
+from graph.reflecting.posterior import find_factors
 from graph.reflecting.rule import Evidence, draw_lesson
 from tests.situations import make_layers, make_trial
 from tools.plans.recipe import Recipe
@@ -48,3 +49,8 @@ def make_evidence(error: float = 1e-3, **changes: Any) -> Evidence:
         measured=draw_lesson("run", LAYERS, trial, after, before, EVEN),
     )
     return replace(evidence, **changes)
+
+
+def find_multipliers(*given: Any) -> dict[str, float]:
+    """The factors alone of what `find_factors` makes of lessons."""
+    return {selector: found.factor for selector, found in find_factors(*given).items()}

@@ -17,7 +17,7 @@ from graph.planning.cuts import order_cut
 from graph.planning.grafts import Grafts
 from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
-from graph.reflecting.posterior import find_multipliers, weigh_layers
+from graph.reflecting.posterior import Factor, find_factors, weigh_layers
 from graph.reflecting.schema import Lesson
 from tools.base.errors import ImpossiblePlan
 from tools.base.words import shorten
@@ -55,11 +55,15 @@ def apply_lessons(plan: Plan, lessons: Sequence[Lesson], layers: Layers, config:
 
     Every plan goes through here once, whoever made it, before anything is predicted or pruned by it.
     """
+    weigh = find_recipe(plan, config).reads_curves
+    found = find_lesson_factors(plan, lessons, layers, config) if weigh else {}
+    return plan.model_copy(update={"multipliers": {selector: x.factor for selector, x in found.items()}})
+
+
+def find_lesson_factors(plan: Plan, lessons: Sequence[Lesson], layers: Layers, config: RunConfig) -> dict[str, Factor]:
+    """Selectors to what lessons make of the KL curves of a plan's recipes, whether it reads these or not."""
     recipe = find_recipe(plan, config)
-    if not recipe.reads_curves:
-        return plan.model_copy(update={"multipliers": {}})
-    multipliers = find_multipliers(lessons, layers, recipe, plan.sparsity, config.calibration_text, plan.groups)
-    return plan.model_copy(update={"multipliers": multipliers})
+    return find_factors(lessons, layers, recipe, plan.sparsity, config.calibration_text, plan.groups)
 
 
 def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | None = None) -> WorkOrder:

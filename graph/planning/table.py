@@ -8,9 +8,8 @@ from statistics import fmean, median
 import numpy as np
 
 from graph.llm.quoting import data_block, quote_data
-from graph.planning.recipes import find_recipe
+from graph.planning.orders import find_lesson_factors
 from graph.planning.situation import Situation
-from graph.reflecting.posterior import find_factors
 from tools.plans.cuts import Parts
 from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers, merge_numbers, predict_kl
 
@@ -249,14 +248,11 @@ def _describe_present_groups(situation: Situation) -> str:
 
 def _describe_factors(situation: Situation) -> str:
     """What lessons make of the curves of groups where the last accepted plan is made again; empty where nothing."""
-    plan, config = situation.accepted_plan, situation.config
+    plan = situation.accepted_plan
     if plan is None or plan.graft:
         return ""
-    recipe = find_recipe(plan, config)
-    blamed = find_factors(
-        *(situation.lessons, situation.layers, recipe, plan.sparsity, config.calibration_text, plan.groups)
-    )
-    told = [f"{quote_data(name, 80)} {x.factor:.3g} +- {x.error:.2g}" for name, x in blamed.items()][:MAX_GROUPS]
+    found = find_lesson_factors(plan, situation.lessons, situation.layers, situation.config)
+    told = [f"{quote_data(name, 80)} {x.factor:.3g} +- {x.error:.2g}" for name, x in found.items()][:MAX_GROUPS]
     return "\nFactors of lessons on the curves:\n" + data_block("factors", told) if told else ""
 
 

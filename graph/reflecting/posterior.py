@@ -99,19 +99,6 @@ class Factor(NamedTuple):
     """Its standard deviation, where curves are off by SPREAD before anything is observed."""
 
 
-def find_multipliers(
-    lessons: Iterable[Lesson],
-    layers: Sequence[LayerProfile],
-    recipe: Recipe,
-    sparsity: float,
-    calibration: str,
-    groups: Sequence[Group] = (),
-) -> dict[str, float]:
-    """Selectors to the factors alone that `find_factors` has."""
-    found = find_factors(lessons, layers, recipe, sparsity, calibration, groups)
-    return {selector: blame.factor for selector, blame in found.items()}
-
-
 def find_factors(
     lessons: Iterable[Lesson],
     layers: Sequence[LayerProfile],

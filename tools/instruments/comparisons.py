@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tools.instruments.probed import PastProbe, Probed
+from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.measure.losses import Evaluation, compare_kl
 from tools.workbench.probes import Probe, find_best, rank_probe
 
@@ -16,17 +16,18 @@ MOST_EARLIER = 4
 Figures = dict[str, Any]
 
 
-def compare_probes(probed: Sequence[Probed], before: int, own: int, told: Figures, past: Sequence[PastProbe]) -> None:
-    """Add to what is told of the probe in this place its number, so many there being `before` the round, and its KL
+def compare_probes(probed: Sequence[Probed], past: Sequence[PastProbe], own: int, told: Figures) -> None:
+    """Add to what is told of the probe in this place of the round's its number, counted on from `past` ones, and its KL
     minus that of others of the round, and of the best of earlier ones, that pruned the same layers; on each named
     text, too: [mean, standard error], paired."""
-    told["probe"] = before + 1 + own
+    first = count_probes(past) + 1
+    told["probe"] = first + own
     mine, most = probed[own], MOST_DIFFERENCES // (1 + len(told.get("texts", {})))
     earlier = [] if mine.alone else [probe for probe in past if probe.losses is not None]
     earlier = earlier[max(len(earlier) - min(MOST_EARLIER, most // 2), 0) :]
     others = {probe.number: (probe.windows, Evaluation.model_validate(probe.losses)) for probe in earlier}
     for place in _list_best(probed, own, most - len(earlier)):
-        others[before + 1 + place] = probed[place].windows, read_losses(probed[place])
+        others[first + place] = probed[place].windows, read_losses(probed[place])
     for number, (windows, losses) in others.items():
         ours, theirs = _pair((mine.windows, read_losses(mine)), (windows, losses))
         if not (ours.kl and ours.finite and theirs.finite):

@@ -221,7 +221,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
             figures[number] = _describe_probe(round_, order, made.losses, windows)
             places[number] = remember_probe(round_.probed, _note(bench, order, made, figures[number]))
     for number, place in places.items():
-        compare_probes(round_.probed, count_probes(round_.past), place, figures[number], round_.past)
+        compare_probes(round_.probed, round_.past, place, figures[number])
     if all("error" in figure for figure in figures):
         raise ImpossiblePlan("; ".join(dict.fromkeys(figure["error"] for figure in figures)))
     return figures

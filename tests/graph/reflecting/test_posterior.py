@@ -10,13 +10,13 @@ from graph.reflecting.posterior import (
     LEAST,
     PRIOR,
     TRANSFER,
-    find_multipliers,
     merge_lessons,
     tidy_selector,
     weigh_evidence,
     weigh_layers,
 )
 from graph.reflecting.schema import MOST, Lesson
+from tests.evidence import find_multipliers
 from tests.situations import make_layers, make_lesson
 from tools.base.errors import ImpossiblePlan
 from tools.plans.recipe import Recipe

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graph.reflecting.posterior import TRANSFER, find_multipliers, merge_lessons
+from graph.reflecting.posterior import TRANSFER, merge_lessons
 from graph.reflecting.regression import HEARD, MOSTLY, SPREAD, find_mover, fit_factors
 from graph.reflecting.schema import MOST, Lesson
+from tests.evidence import find_multipliers
 from tests.situations import make_layers, make_lesson
 from tools.plans.layer_profile import group_layers
 from tools.plans.recipe import Recipe

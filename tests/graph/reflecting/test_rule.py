@@ -8,10 +8,9 @@ from pydantic import ValidationError
 
 from graph.planning.orders import group_kl
 from graph.planning.rule import MASKS
-from graph.reflecting.posterior import find_multipliers
 from graph.reflecting.rule import WORD, Evidence, combine_lessons, draw_lesson
 from graph.reflecting.schema import MOST, Lesson, Reflection
-from tests.evidence import EVEN, GROUP, LAYERS, learnt, make_evidence, tilt
+from tests.evidence import EVEN, GROUP, LAYERS, find_multipliers, learnt, make_evidence, tilt
 from tests.situations import make_lesson, make_trial
 from tools.plans.recipe import Recipe
 

@@ -40,7 +40,7 @@ def test_half_of_the_room_is_for_the_best_of_earlier_rounds(
     past = [make_past(number, 1.0, best=number != 4) for number in range(1, 10)]
     probed = [make_probed(kl) for kl in (0.4, 0.3, 0.2, 0.1)]
     told: dict[str, Any] = {}
-    compare_probes(probed, 9, 0, told, past)
+    compare_probes(probed, past, 0, told)
     assert told.pop("probe") == 10
     assert list(told.get("kl_minus_probe", {})) == beside
     if "13" in beside:
@@ -56,5 +56,5 @@ def test_what_pruned_other_layers_is_no_measure() -> None:
     ]
     for own, beside in ((0, ["1"]), (1, ["5"]), (2, []), (3, ["3"])):
         told: dict[str, Any] = {}
-        compare_probes(probed, 1, own, told, [make_past(1, 1.0)])
+        compare_probes(probed, [make_past(1, 1.0)], own, told)
         assert list(told.get("kl_minus_probe", {})) == beside
