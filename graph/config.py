@@ -21,7 +21,7 @@ from tools.base.settings import (
     count_checkpoints,
 )
 from tools.plans.costs import count_polish
-from tools.plans.recipe import parse_pattern
+from tools.plans.pattern import parse_pattern
 
 HEURISTIC = "heuristic"
 """The planner and the reflector that are a rule, and no model."""

@@ -34,7 +34,7 @@ from tools.base.settings import WorkbenchSettings
 from tools.models.load import load_model
 from tools.models.save import export_model
 from tools.plans.jobs import Job, list_jobs
-from tools.plans.recipe import count_pattern_zeros
+from tools.plans.pattern import count_pattern_zeros
 from tools.plans.work_order import order_all
 from tools.texts.windows import check_texts
 from tools.workbench.bench import Workbench

@@ -20,4 +20,4 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots of comparisons take longer than tiny rows."""
-    monkeypatch.setattr("tools.results.comparison._plot", lambda _known, _kind, _path: None)
+    monkeypatch.setattr("tools.results.comparison.plot_sparsity", lambda *_: None)

@@ -23,7 +23,8 @@ from tools.estimate.clock import fit, time_call
 from tools.estimate.meter import Meter
 from tools.models.layers import Layer, list_readers
 from tools.plans.methods import LEVERS
-from tools.plans.recipe import Recipe, count_pattern_zeros
+from tools.plans.pattern import count_pattern_zeros
+from tools.plans.recipe import Recipe
 from tools.statistics.pruned import cut_to_levels, parts_of_mask, prune_layer
 
 SMALL = 256

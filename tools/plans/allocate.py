@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field
 from tools.base.errors import ImpossiblePlan
 from tools.plans.budget import Budget, round_to_budget
 from tools.plans.layer_profile import Array, LayerProfile, predict_kl
-from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros
+from tools.plans.pattern import count_pattern_zeros
+from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.rules import RULES, share_evenly
 from tools.plans.selectors import select_layers
 

@@ -13,7 +13,8 @@ from tools.base.words import shorten
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.methods import LEVERS, MOST_STEPS, MethodName, Statistics
 from tools.plans.mix import Mix, label_mix, read_former
-from tools.plans.recipe import Damping, PatternText, Recipe
+from tools.plans.pattern import PatternText
+from tools.plans.recipe import Damping, Recipe
 from tools.plans.selectors import select_layers
 
 MAX_GROUPS = 8

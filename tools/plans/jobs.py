@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from tools.base.errors import UserError
 from tools.plans.methods import METHODS
-from tools.plans.recipe import Recipe, parse_pattern, parse_recipe
+from tools.plans.pattern import parse_pattern
+from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.rules import ALLOCATIONS, UNIFORM, WAYS_OF_PARTS, Kind, name_allocations
 
 

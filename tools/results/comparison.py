@@ -12,24 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.base.files import write_text, write_whole
-from tools.base.rows import as_csv, save_figure, write_kept
+from tools.base.rows import as_csv, write_kept
 from tools.base.words import escape, show, show_score
 from tools.plans.evolve import describe_search
-from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, STRUCTURED, Job, name_target
+from tools.plans.jobs import STRUCTURED, Job, name_target
 from tools.plans.methods import Statistics, translate_label
 from tools.results.paper import Measured, describe_tasks
 from tools.results.polish_curve import list_curves, plot_curves
 from tools.results.schema import Polished, Protocol, Reach, Score, TextFigures, describe_bos, describe_cut
 from tools.results.sentences import describe_polish, describe_reach, tell_share, tell_texts
+from tools.results.sparsity_curve import plot_sparsity
 from tools.results.tables import list_table
 
 REFERENCE = "sparsegpt:uniform"
 """Degradations are shown as multiples of this recipe's: SparseGPT as its authors run it, each block behind its pruned
 predecessors."""
-
-LABELLED = 10
-"""Recipes that the plot's legend names, the best ones; it explains the colours and marks of the others."""
-
 
 Answers = dict[str, list[float]]
 ANSWERS = "By task and metric, what each question came to, where a score is their mean: so that differences are paired."
@@ -149,8 +146,12 @@ def write_comparison(directory: Path, known: Comparison) -> None:
     write_text(directory / "compare.md", describe(known))
     write_text(directory / "compare.csv", as_csv(Row, known.rows, ["protocol", "texts", "answers"], _list_text_columns))
     curves = list_curves(known.rows)
+    measured = [row for row in known.rows if row.perplexity is not None]
+    ranked = rank_recipes(measured)
     for kind in ("png", "svg"):
-        write_whole(directory / f"compare.{kind}", partial(_plot, known, kind))
+        write_whole(
+            directory / f"compare.{kind}", partial(plot_sparsity, measured, ranked, known.dense_perplexity, kind)
+        )
         if curves:
             write_whole(directory / f"polish.{kind}", partial(plot_curves, curves, kind))
 
@@ -345,60 +346,3 @@ def _list_text_columns(row: Row) -> dict[str, float | None]:
 def _as_measured(row: Row) -> Measured:
     name = f"`{row.recipe}`" + (f" {row.pattern}" if row.pattern else "")
     return Measured(name, row.recipe, row.pattern, row.achieved_sparsity, row.perplexity, row.scores, row.answers)
-
-
-_MARKS = "osD^v*PX<>ph"
-
-
-def _plot(known: Comparison, kind: str, path: Path) -> None:
-    """Perplexity over sparsity, a line for each recipe: coloured by allocation, marked by method, hollow for N:M."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogFormatter
-
-    rows = [row for row in known.rows if row.perplexity is not None]
-    recipes = rank_recipes(rows)
-    allocations = list(dict.fromkeys([*ALL_ALLOCATIONS, *(row.allocation for row in rows)]))
-    methods = list(dict.fromkeys([*ALL_METHODS, *(row.method for row in rows)]))
-    colors = {name: f"C{i % 10}" for i, name in enumerate(allocations)}
-    marks = {name: _MARKS[i % len(_MARKS)] for i, name in enumerate(methods)}
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
-    legend = [axes.axhline(known.dense_perplexity, color="0.5", linestyle=":", label="dense")]
-    for i, recipe in enumerate(recipes):
-        own = [row for row in rows if row.recipe == recipe]
-        named = i < LABELLED
-        look: dict[str, Any] = {"color": colors[own[0].allocation], "marker": marks[own[0].method]}
-        paled = look | {"alpha": 1.0 if named else 0.4, "zorder": 3 if named else 2}
-        axes.plot(*_list_points(own, patterned=False), **paled)
-        axes.plot(*_list_points(own, patterned=True), **paled, linestyle="", fillstyle="none")
-        if named:
-            legend.append(Line2D([], [], **look, label=recipe))
-    if len(recipes) > LABELLED:
-        used = {name for row in rows for name in (row.allocation, row.method)}
-        legend += [Line2D([], [], color=colors[name], label=name) for name in allocations if name in used]
-        legend += [
-            Line2D([], [], color="0.4", linestyle="", marker=marks[name], label=name)
-            for name in methods
-            if name in used
-        ]
-    if any(row.pattern for row in rows):
-        legend.append(Line2D([], [], color="0.4", linestyle="", marker="o", fillstyle="none", label="hollow: N:M"))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    axes.set_xlabel("sparsity")
-    axes.set_ylabel("perplexity on the validation text")
-    figure.legend(handles=legend, loc="outside right upper", fontsize="small")
-    save_figure(figure, kind, path)
-
-
-def _list_points(rows: Sequence[Row], *, patterned: bool) -> tuple[list[float], list[float]]:
-    """(sparsities, perplexities)."""
-    points = sorted(
-        (row.achieved_sparsity, row.perplexity)
-        for row in rows
-        if row.perplexity is not None and bool(row.pattern) is patterned
-    )
-    return [x for x, _ in points], [y for _, y in points]

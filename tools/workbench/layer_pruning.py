@@ -10,7 +10,8 @@ from kernels.damping import DAMPING
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop
 from tools.models.artifacts import pack_pruned, unpack_pruned
-from tools.plans.recipe import Recipe, count_pattern_zeros
+from tools.plans.pattern import count_pattern_zeros
+from tools.plans.recipe import Recipe
 from tools.statistics.collect import Moments, collect_moments, find_stages
 from tools.statistics.extent import begin_walk
 from tools.statistics.pruned import prune_layer

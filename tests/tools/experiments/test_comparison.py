@@ -110,7 +110,7 @@ def compared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Comp
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tools.results.comparison, "_plot", lambda _known, _kind, _path: None)
+        patch.setattr(tools.results.comparison, "plot_sparsity", lambda *_: None)
         calls = Calls(patch)
         known, lines = run_comparison(settings)
     close_workbench()

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from tools.base.errors import ImpossiblePlan
 from tools.plans.groups import GroupRecipe
 from tools.plans.methods import LEVERS, METHODS, name_sequential, translate_label
-from tools.plans.recipe import Adjustment, Recipe, count_pattern_zeros, parse_pattern, parse_recipe
+from tools.plans.pattern import count_pattern_zeros, parse_pattern
+from tools.plans.recipe import Adjustment, Recipe, parse_recipe
 from tools.plans.work_order import order_all
 
 

@@ -17,7 +17,8 @@ from tools.base.files import write_json
 from tools.experiments.comparison import compare
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, list_jobs
 from tools.plans.recipe import parse_recipe
-from tools.results.comparison import LABELLED, REFERENCE, Row, describe, group_rows, rank_recipes, relative_degradation
+from tools.results.comparison import REFERENCE, Row, describe, group_rows, rank_recipes, relative_degradation
+from tools.results.sparsity_curve import LABELLED
 
 
 def test_the_reference_is_sparsegpt_as_its_authors_run_it() -> None:

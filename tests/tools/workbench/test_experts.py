@@ -13,7 +13,8 @@ from tools.base.errors import UserError
 from tools.base.progress import ignore_progress as ignore
 from tools.models.layers import find_layers
 from tools.models.save import export_model
-from tools.plans.recipe import count_pattern_zeros, parse_recipe
+from tools.plans.pattern import count_pattern_zeros
+from tools.plans.recipe import parse_recipe
 from tools.workbench.bench import Workbench
 
 RECIPES = ("wanda:uniform", "sparsegpt:uniform", "refit:kappa", "refit~sequential:kappa-mask")
