@@ -44,8 +44,8 @@ class Course(NamedTuple):
     """Those of the rounds that find their pruned model there, to be polished."""
     cut: CutCourse | None = None
     """What is done where parts go, in place of the rounds and profiles."""
-    checkpoints: int = 0
-    """Whose layers lie on disk at once, at most; 0: as many as `count_checkpoints` has it."""
+    checkpoints: int | None = None
+    """Whose layers lie on disk at once, at most; None: as many as `count_checkpoints` has it."""
 
     @property
     def trials(self) -> int:

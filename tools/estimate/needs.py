@@ -32,7 +32,7 @@ from tools.estimate.room import Devices, explain_absence, find_devices, find_roo
 from tools.estimate.shape import measure_shape
 from tools.estimate.timing import time_run
 from tools.estimate.work import find_shares, list_work
-from tools.models.disk import DiskPlan, Line, list_cut_disk, plan_disk
+from tools.models.disk import DiskPlan, Line, plan_disk
 from tools.models.layers import Layer, Reach, find_blocks, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import FITS, count_models
 from tools.models.positions import refuse_long_windows
@@ -66,7 +66,6 @@ class Estimate(BaseModel):
     spread: list[Line] = Field([], description="What each GPU holds of a model that is laid over them; empty if not.")
     streamed: int = Field(0, description="Bytes of all blocks where one at a time comes from disk; 0 where none does.")
     disk: list[Line]
-    asked: int = Field(description="Bytes on disk without which no run of this model begins.")
     room: float | None = Field(None, description="Bytes on disk that there are; null where it is not known.")
     at_once: int | None = Field(
         None, description="Of how many blocks second moments lie on disk at once; null where they are kept."
@@ -135,7 +134,7 @@ def estimate(
     facts = _gather_facts(run, place, counts, course, cutting)
     room = settings.disk * 1e9 or (math.inf if place.told else _count_free_disk(directory))
     in_source = read_source(settings, layers) if place.streamed else set[str]()
-    disk = _plan_both_ways(run, place, course, room, in_source)
+    disk = _plan_both_ways(run, place, course, cutting, room, in_source)
     phases = _list_all_phases(run, place, facts, course, cutting, anew=disk.plan.at_once is not None)
     shares = find_shares(settings, layers, find_busiest(run.parts))
     flops = price_flops(run.read, layers, counts, course)
@@ -151,7 +150,6 @@ def estimate(
         steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
         return [*steps, *(list_cut_end(pricing, streamed=streams) if cutting else [])]
 
-    written = _list_cut_disk(run, place, course, cutting, in_source) if cutting else disk.plan.lines
     polished = phases.polish_disk
     return Estimate(
         model=settings.model,
@@ -173,10 +171,9 @@ def estimate(
         devices=place.devices,
         spread=place.spread,
         streamed=place.streamed.blocks if place.streamed else 0,
-        disk=[*written, *([] if cutting else polished)],
-        asked=disk.least,
+        disk=[*disk.plan.lines, *polished],
         room=room if math.isfinite(room) else None,
-        at_once=None if cutting else disk.plan.at_once,
+        at_once=disk.plan.at_once,
         work=work(disk.plan.at_once),
         other_disk=disk.other.bytes + sum(line.bytes for line in polished),
         other_work=[] if cutting else work(disk.other.at_once),
@@ -225,8 +222,6 @@ class _BothWays(NamedTuple):
 
     plan: DiskPlan
     other: DiskPlan
-    least: int
-    """Bytes without which no run begins."""
 
 
 class _Phases(NamedTuple):
@@ -272,7 +267,9 @@ def _gather_facts(run: _Run, place: _Place, counts: Counts, course: Course, cutt
     return Facts(shape, counts, held, measure_process(), run.reading, place.device)
 
 
-def _plan_both_ways(run: _Run, place: _Place, course: Course, room: float, in_source: set[str]) -> _BothWays:
+def _plan_both_ways(
+    run: _Run, place: _Place, course: Course, cutting: Cutting | None, room: float, in_source: set[str]
+) -> _BothWays:
     """Without any room second moments are of one block at a time, with any amount all are kept."""
     waiting = count_waiting(run.settings.count_all("calibration"))
 
@@ -284,19 +281,11 @@ def _plan_both_ways(run: _Run, place: _Place, course: Course, room: float, in_so
             in_source=in_source,
             waiting=waiting,
             checkpoints=course.checkpoints,
+            sizes=cutting.sizes if cutting else None,
         )
 
-    chosen, least = plan(room), plan(0)
-    return _BothWays(chosen, least if chosen.at_once is None else plan(math.inf), least.bytes)
-
-
-def _list_cut_disk(run: _Run, place: _Place, course: Course, cutting: Cutting, in_source: set[str]) -> list[Line]:
-    """What is written where parts go."""
-    return list_cut_disk(
-        *(run.model, run.layers, run.settings, cutting.sizes, run.lead, course.checkpoints),
-        streamed=place.streamed is not None,
-        in_source=in_source,
-    )
+    chosen = plan(room)
+    return _BothWays(chosen, plan(0 if chosen.at_once is None else math.inf))
 
 
 def _list_all_phases(

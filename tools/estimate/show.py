@@ -93,10 +93,8 @@ def summarise(found: Estimate) -> list[str]:
             "the kernel keeps"
         )
     lines += _list_peaks(found)
-    needed = max(found.disk_bytes, found.asked)
-    short = f", where {show_size(found.room)} are" if found.room is not None and found.room < needed else ""
-    asked = f"; no run begins with less than {show_size(found.asked)} free" if found.asked > found.disk_bytes else ""
-    lines.append(f"disk: {show_size(found.disk_bytes)}{asked}{short}")
+    short = f", where {show_size(found.room)} are" if found.room is not None and found.room < found.disk_bytes else ""
+    lines.append(f"disk: {show_size(found.disk_bytes)}{short}")
     return [*lines, *_compare_ways(found), _sum_up_work(found)]
 
 

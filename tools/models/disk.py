@@ -33,6 +33,17 @@ class DiskPlan(NamedTuple):
         return sum(line.bytes for line in self.lines)
 
 
+class CutSizes(NamedTuple):
+    """Bytes of what a run that takes parts away keeps on disk, at most."""
+
+    checkpoint: int
+    """Layers of one cut."""
+    units: int
+    """Which units of all blocks stay, by one cut, or the order in which they go."""
+    smaller: int
+    """The smaller model."""
+
+
 def plan_disk(
     model: Any,
     layers: Sequence[Layer],
@@ -44,12 +55,17 @@ def plan_disk(
     streamed: bool = False,
     in_source: Container[str] = (),
     waiting: int = 0,
-    checkpoints: int = 0,
+    checkpoints: int | None = None,
+    sizes: CutSizes | None = None,
 ) -> DiskPlan:
     """What a run writes that has so many bytes of `room`: all second moments, or else those of as many blocks as fit.
 
-    Of one block they are there in any case, be there room or not. Others are as in `list_disk`.
+    Of one block they are there in any case, be there room or not. Others are as in `list_disk`. Where parts go `sizes`
+    are theirs, and no second moments are kept.
     """
+    if sizes:
+        lines = list_cut_disk(model, layers, settings, sizes, lead, checkpoints, streamed=streamed, in_source=in_source)
+        return DiskPlan(lines, None)
 
     def plan(at_once: int | None) -> DiskPlan:
         lines = list_disk(
@@ -83,7 +99,7 @@ def list_disk(
     streamed: bool = False,
     in_source: Container[str] = (),
     waiting: int = 0,
-    checkpoints: int = 0,
+    checkpoints: int | None = None,
     at_once: int | None = None,
 ) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
@@ -99,7 +115,7 @@ def list_disk(
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
     windows = settings.count_all("calibration") if weighs else settings.back_propagated
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
-    checkpoints = checkpoints or count_checkpoints(settings)
+    checkpoints = count_checkpoints(settings) if checkpoints is None else checkpoints
     checkpoint = sum(bound_artifact(layer.weight_OI) for layer in layers)
     return [
         *(_list_kept_moments(layers, settings, weighs) if at_once is None else []),
@@ -122,31 +138,21 @@ def list_disk(
     ]
 
 
-class CutSizes(NamedTuple):
-    """Bytes of what a run that takes parts away keeps on disk, at most."""
-
-    checkpoint: int
-    """Layers of one cut."""
-    units: int
-    """Which units of all blocks stay, by one cut, or the order in which they go."""
-    smaller: int
-    """The smaller model."""
-
-
 def list_cut_disk(
     model: Any,
     layers: Sequence[Layer],
     settings: TeamSettings,
     sizes: CutSizes,
     lead: int = 0,
-    checkpoints: int = 0,
+    checkpoints: int | None = None,
     *,
     streamed: bool = False,
     in_source: Container[str] = (),
 ) -> list[Line]:
     """As `list_disk`, of a run that takes parts away: nothing is measured of single weights."""
     copied = [layer for layer in layers if layer.name not in in_source]
-    checkpoints, hidden = checkpoints or count_checkpoints(settings), settings.count_all("validation")
+    checkpoints = count_checkpoints(settings) if checkpoints is None else checkpoints
+    hidden = settings.count_all("validation")
     # what every block and the head read, and beside it what flowed back, as it is kept and as it was kept before
     walked, tokens = (len(find_blocks(model)) + 3) * settings.count_all("calibration"), lead + settings.window
     return [

@@ -16,6 +16,7 @@ from tools.base.errors import BrokenBaseline, BrokenPlan
 from tools.base.failures import explain_work
 from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings, WorkbenchSettings
+from tools.estimate.course import Course
 from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
 from tools.models.blocks import Blocks, check_blocks
@@ -72,10 +73,10 @@ class Workbench:
         warn: Warn,
         progress: Progress,
         loaded: tuple[Any, Any] | None = None,
-        checkpoints: int = 0,
+        course: Course | None = None,
     ) -> None:
-        """`loaded` are the settings' model, with its dense weights, and tokenizer, where they are at hand; layers of so
-        many `checkpoints` lie on disk at once, where it is known."""
+        """`loaded` are the settings' model, with its dense weights, and tokenizer, where they are at hand; `course` is
+        what the disk must have room for, where it is known."""
         self.settings, self.directory, self._warn = settings, directory, Warner(warn)
         self.paces: Paces = {}
         progress("load model", 0, 1)
@@ -91,7 +92,7 @@ class Workbench:
         layers = find_layers(self.model)
         lead = count_lead(settings, self.tokenizer)
         refuse_long_windows(self.model, settings.window, lead)
-        at_once = fit_disk(self.model, layers, settings, directory, lead, checkpoints, self._warn)
+        at_once = fit_disk(self.model, layers, settings, directory, lead, course or Course([]), self._warn)
         self.index = Index(self.store)
         author = Author(self.model, self.tokenizer, settings, self.index, progress)
         self.windows = cut_windows(settings, self.tokenizer, author)

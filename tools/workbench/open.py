@@ -11,6 +11,7 @@ from tools.base.errors import DamagedArtifact
 from tools.base.progress import Progress, Warn
 from tools.base.rundir import lock_run, unlock_run
 from tools.base.settings import TeamSettings, WorkbenchSettings
+from tools.estimate.course import Course
 from tools.workbench.store import DENSE
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ _open: "list[Workbench]" = []
 
 @contextmanager
 def use_workbench(
-    settings: WorkbenchSettings, directory: Path, warn: Warn, progress: Progress, checkpoints: int = 0
+    settings: WorkbenchSettings, directory: Path, warn: Warn, progress: Progress, course: Course | None = None
 ) -> "Iterator[Workbench]":
     """The workbench of a run directory, opened if need be, for one user at a time in this process.
 
     Only one model is held: opening another run's workbench closes the last. One whose named texts alone are others,
-    as once a goal was read, goes on with the loaded model. `checkpoints` are as `Workbench` has them. Raises UserError
+    as once a goal was read, goes on with the loaded model. `course` is as `Workbench` has it. Raises UserError
     when the directory is in use by another process.
     """
     from tools.workbench.bench import Workbench  # torch takes seconds to import, and bad input should not wait for it
@@ -41,7 +42,7 @@ def use_workbench(
             close_workbench()
         if not _open:
             lock_run(directory)
-            _open.append(Workbench(settings, directory, warn, progress, loaded, checkpoints))
+            _open.append(Workbench(settings, directory, warn, progress, loaded, course))
         _open[0].warn = warn
         yield _open[0]
 

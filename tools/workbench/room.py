@@ -11,6 +11,8 @@ from tools.base.errors import UserError
 from tools.base.progress import Warn
 from tools.base.settings import TeamSettings
 from tools.base.words import show_size
+from tools.estimate.course import Course
+from tools.estimate.cutting import find_cutting
 from tools.models.disk import plan_disk
 from tools.models.layers import Layer
 from tools.models.source import list_in_source
@@ -24,13 +26,13 @@ def fit_disk(
     settings: TeamSettings,
     directory: Path,
     lead: int,
-    checkpoints: int,
+    course: Course,
     warn: Warn,
 ) -> int | None:
     """Of how many blocks second moments may lie on disk at once; None where there is room for those of all.
 
-    What is there already is room; layers of so many `checkpoints` lie there at once, as `list_disk` has it. Raises
-    UserError where all else has none.
+    What is there already is room. Raises UserError where all else that the course writes has none, and for a cut that
+    cannot be.
     """
     stream = find_stream(model)
     in_source = list_in_source(layers, stream.source) if stream else set[str]()
@@ -48,7 +50,9 @@ def fit_disk(
         streamed=stream is not None,
         in_source=in_source,
         waiting=waiting,
-        checkpoints=checkpoints,
+        weighs=course.weighs,
+        checkpoints=course.checkpoints,
+        sizes=find_cutting(model, layers, course.cut).sizes if course.cut else None,
     )
     plan = count(room)
     if plan.bytes > room:

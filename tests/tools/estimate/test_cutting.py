@@ -1,5 +1,6 @@
 """What is said of runs that take parts away, beside what such work holds, builds and writes."""
 
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -284,11 +285,25 @@ def test_no_more_is_written_than_said(cut_bench: tuple[Workbench, Path], blocks:
     assert 0.5 * cut * (blocks == 0) < written <= cut + units + 512
 
 
-def test_a_run_begins_where_there_is_room_for_what_it_asks_for(tiny_llama: Path, untimed: None) -> None:
-    zeros = estimate(tiny_settings(tiny_llama), Course([Recipe()]), target=0.45)
-    found = find(tiny_llama)
-    assert found.asked == zeros.asked == zeros.other_disk, "as the workbench has it, which knows of no cut"
-    assert found.disk_bytes == sum(line.bytes for line in found.disk)
+def test_a_run_begins_where_there_is_room_for_what_its_cut_writes(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untimed: None
+) -> None:
+    settings = tiny_settings(tiny_llama)
+    zeros, needed = estimate(settings, Course([Recipe()]), target=0.45), find(tiny_llama).disk_bytes
+    room = shutil.disk_usage(tmp_path)
+
+    def open_with(free: int, course: Course) -> Workbench:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _place: room._replace(free=free))
+        return Workbench(settings, tmp_path, pytest.fail, ignore, course=course)
+
+    open_with(needed, plan(0.6))
+    with pytest.raises(UserError, match=r"^the disk is full: "):
+        open_with(needed - 1, plan(0.6))
+    assert needed < zeros.other_disk
+    with pytest.raises(UserError, match=r"^the disk is full: "):
+        open_with(needed, Course([]))
+    with pytest.raises(UserError, match=r"^target_size 0.001 cannot be met: "):
+        open_with(needed, plan(0.001))
 
 
 def test_a_shape_alone_says_the_same_as_the_model(tiny_llama: Path, tmp_path: Path, untimed: None) -> None:

@@ -169,7 +169,9 @@ def test_the_workbench_asks_for_the_same_disk_and_keeps_as_many_block_inputs(
     monkeypatch.setattr(shutil, "disk_usage", lambda _place: room._replace(free=few.disk_bytes))
     assert few.disk_bytes < found.disk_bytes
     (tmp_path / "few").mkdir()
-    Workbench(tiny_settings(tiny_llama), tmp_path / "few", told.append, lambda *step: None, checkpoints=2)
+    Workbench(
+        tiny_settings(tiny_llama), tmp_path / "few", told.append, lambda *step: None, course=Course([], checkpoints=2)
+    )
     assert len(told) == 1, "the same room does for less"
 
 
