@@ -31,6 +31,15 @@ def sum_squares(x_TF: Tensor) -> Tensor:
     return x_TF.float().square().sum(0)
 
 
+def lean_to_mean(square_O: Tensor, tokens: int, prior: int) -> Tensor:
+    """(n gamma_i + p mean(gamma)) / (n + p): the mean squares (O,) of n `tokens`, and the layer's own mean for p more.
+
+    An output that few of the tokens moved looks as if it never mattered; the fewer they are, the less that is believed
+    (a posterior mean under a prior worth p tokens; gamma is compared within the layer, whose mean stays as it is).
+    """
+    return (tokens * square_O + prior * square_O.mean()) / (tokens + prior)
+
+
 def sum_token_squares(x_TF: Tensor) -> Tensor:
     """Sum over features of the squares of each token: shape (T,), fp32."""
     return x_TF.float().square().sum(1)

@@ -121,3 +121,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Layer, "write", record)
     return names
+
+
+@pytest.fixture
+def raw_gamma(monkeypatch: pytest.MonkeyPatch) -> None:
+    """γ as the tokens have it: what a test asks of a tiny model may hang on that, for of few tokens it leans far."""
+    monkeypatch.setattr("tools.statistics.collect.PRIOR", 0)

@@ -19,6 +19,7 @@ def questions(tmp_path: Path) -> str:
     return write_rows(tmp_path / "questions.jsonl", rows)
 
 
+@pytest.mark.usefixtures("raw_gamma")
 def test_a_plan_that_loses_facts_is_rolled_back(command: Command, trained_llama: Path, questions: str) -> None:
     """Perplexity alone would have kept it: the very same run without the bound does."""
     flags = [

@@ -112,6 +112,7 @@ def check_weightings(run: Path, summary: dict[str, Any]) -> None:
     assert "code 100%, prose 0% (kept)</th>" in page and f"code 0%, prose 100%</th><td>{code}</td>" in page
 
 
+@pytest.mark.usefixtures("raw_gamma")
 def test_a_person_edits_what_was_made_of_a_goal_and_a_bound_rolls_back(
     tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,7 @@ def test_too_short_a_text_is_one_line(tiny_llama: Path, command: Command) -> Non
     assert outcome.code == 2 and outcome.err.startswith(line) and outcome.err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("raw_gamma")
 def test_a_plan_mixes_texts_as_it_likes_and_is_replayed(
     naming: list[str], named: Path, tmp_path: Path, command: Command
 ) -> None:

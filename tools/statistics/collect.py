@@ -11,7 +11,6 @@ might do with it as it likes. It stands once in a window, as in use; and it only
 Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -19,12 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.statistics import lean_to_mean
 from tools.base.errors import UnknownStatistics
 from tools.base.progress import Progress, count_up
 from tools.base.settings import QUESTIONS, Calibration
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS
-from tools.statistics.experts import FEW, fill_up, fill_up_moments, list_pools
+from tools.statistics.experts import FEW, count_seen, fill_up, fill_up_moments, list_pools
 from tools.statistics.extent import Extent, begin_walk, join_answers
 from tools.statistics.known import KeptBlocks, ModelStatistics, Way, know_nothing, mix_statistics, mix_tensors
 from tools.statistics.requests import (
@@ -41,6 +41,11 @@ from tools.statistics.requests import (
 from tools.statistics.shards import Sums
 from tools.statistics.walk import Purpose, Walk, split_texts
 from tools.statistics.walks import Nodes, layers_by_block
+
+PRIOR = 2048
+"""Tokens that a layer's mean over its outputs counts for in gamma (`lean_to_mean`): of 0 to 16,384 the best, or close,
+for a refit by gradients of 512, 2,048 and 8,192 tokens (SmolLM2, one text; tools/README.md, few gradients). Of several
+texts each one's leans by its own tokens."""
 
 
 class Moments(NamedTuple):
@@ -298,13 +303,17 @@ def _walk_down(
 def _finish_gradients(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> ModelStatistics:
     """Gradients of a block's layers, from their sums over one text."""
     tokens, part = extent.gradient_windows * extent.tokens, know_nothing()
-    for pool, kind in itertools.product(list_pools(layers), ("plain", "clipped")):
-        fill_up(sums, kind, pool, FEW, tokens)
+    seen: dict[str, int] = {}
+    for pool in list_pools(layers):
+        seen |= {name: max(n, FEW) for name, n in count_seen(sums, pool, tokens).items()}
+        for kind in ("plain", "clipped"):
+            fill_up(sums, kind, pool, FEW, tokens)
     for layer in layers:
         name = layer.name
         nothing_O = torch.zeros_like(layer.weight_OI[:, 0], dtype=torch.float32)
-        part.gradient_square[name] = sums.get(f"plain/{name}", nothing_O).to(layer.device) / tokens
-        part.clipped_square[name] = sums.get(f"clipped/{name}", nothing_O).to(layer.device) / tokens
+        for kind, square in (("plain", part.gradient_square), ("clipped", part.clipped_square)):
+            mean_O = sums.get(f"{kind}/{name}", nothing_O).to(layer.device) / tokens
+            square[name] = lean_to_mean(mean_O, seen.get(name, tokens), PRIOR)
         part.gradient[name] = float(sums.get(f"language/{name}", 0.0)) / extent.gradient_windows
     return part
 

@@ -18,7 +18,7 @@ from tools.workbench.crew import Crew
 from tools.workbench.moments import write_moment
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.stored import Kind, StoredProfile, TextPart, has_parts, keep_part, read_part, write_means
-from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_dense
+from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_statistics
 from tools.workbench.weights import Weights
 
 Parts = Mapping[str, TextPart]
@@ -48,7 +48,7 @@ class Mixtures:
         profile, KL curves alone are measured anew; where texts came to those of one, what layers read of the others.
         """
         mix = self._settings.text_shares
-        key = ["texts", *name_dense(self._weights, self._settings, "text_weights"), kind]
+        key = ["texts", *name_statistics(self._weights, self._settings, "text_weights"), kind]
         known = self._index.read_measured(key)
         if known is None or not has_parts(self._store, known["parts"]):
             found, parts = self._collect_parts(progress, kind)
@@ -122,7 +122,7 @@ class Mixtures:
         shares = {other: float(other == name) for other in self._settings.text}
         windows = self._windows.calibration[list(self._windows.list_shares(shares))]
         digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        return ["text", *name_dense(self._weights, self._settings, "text", "text_weights"), digest, kind]
+        return ["text", *name_statistics(self._weights, self._settings, "text", "text_weights"), digest, kind]
 
     def _measure_curves(
         self, found: Sequence[ModelStatistics], parts: Parts, progress: Progress

@@ -13,6 +13,7 @@ from dataclasses import fields
 from torch import Tensor
 
 from tools.base.settings import TEAM, WorkbenchSettings
+from tools.statistics.collect import PRIOR
 from tools.statistics.known import ModelStatistics, Way
 from tools.workbench.store import Index
 from tools.workbench.weights import Weights
@@ -75,9 +76,14 @@ def name_dense(weights: Weights, settings: WorkbenchSettings, *without: str) -> 
     return [weights.hash_all_dense(), settings.model_dump_json(exclude={*TEAM, *without})]
 
 
+def name_statistics(weights: Weights, settings: WorkbenchSettings, *without: str) -> list[str]:
+    """As `name_dense`, of statistics, which hang on how gamma is made as well."""
+    return [*name_dense(weights, settings, *without), f"prior of {PRIOR} tokens"]
+
+
 def find_unfinished(
     index: Index, weights: Weights, settings: WorkbenchSettings, text: str, moments: dict[str, str], kind: str
 ) -> UnfinishedWalk:
     """What an earlier walk through a text left that was interrupted, by the same weights and settings."""
-    key = [*name_dense(weights, settings), json.dumps(weights.installed), text, kind]
+    key = [*name_statistics(weights, settings), json.dumps(weights.installed), text, kind]
     return UnfinishedWalk(index, weights, key, moments)

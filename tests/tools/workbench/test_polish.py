@@ -95,6 +95,7 @@ def test_zeros_stay_exactly_where_they_were_and_the_kl_falls(
     assert same(snapshot(bench), polished)
 
 
+@pytest.mark.usefixtures("raw_gamma")
 def test_the_figures_of_a_polish(bench: Workbench) -> None:
     """Of the tiny Llama, whose weights and text are seeded, as they were found."""
     profile = bench.profile(ignore)

@@ -134,6 +134,7 @@ def test_what_named_texts_do_not_have_is_refused_in_one_line(named: Workbench) -
             prune(named, profile, 0.4, parse_recipe(label))
 
 
+@pytest.mark.usefixtures("raw_gamma")
 def test_a_polish_weighs_windows_and_workers_polish_alike(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
     monkeypatch.setattr(tools.polish.optimisers, "RATE", 3e-3)
