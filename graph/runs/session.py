@@ -109,9 +109,8 @@ def read_logged(directory: Path, node: str, checkpoint: str) -> Counter[str]:
 @contextmanager
 def open_bench(state: State, session: Session) -> Iterator["Workbench"]:
     """The run's workbench, holding the weights that the state says are in it."""
-    from graph.planning.foresee import (
-        foresee_course,  # imports torch, which the workbench needs and no list of runs does
-    )
+    # It imports torch, which the workbench needs and a list of runs does not.
+    from graph.planning.foresee import foresee_course
 
     config = state.config
     with use_workbench(config, session.directory, session.warn, session.progress, foresee_course(config)) as bench:
