@@ -11,10 +11,10 @@ from tools.base.errors import DamagedArtifact
 from tools.base.progress import Progress, Warn
 from tools.base.rundir import lock_run, unlock_run
 from tools.base.settings import TeamSettings, WorkbenchSettings
-from tools.estimate.course import Course
 from tools.workbench.store import DENSE
 
 if TYPE_CHECKING:
+    from tools.estimate.course import Course
     from tools.workbench.bench import Workbench
 
 _lock = threading.RLock()
@@ -23,7 +23,7 @@ _open: "list[Workbench]" = []
 
 @contextmanager
 def use_workbench(
-    settings: WorkbenchSettings, directory: Path, warn: Warn, progress: Progress, course: Course | None = None
+    settings: WorkbenchSettings, directory: Path, warn: Warn, progress: Progress, course: "Course | None" = None
 ) -> "Iterator[Workbench]":
     """The workbench of a run directory, opened if need be, for one user at a time in this process.
 

@@ -200,8 +200,8 @@ def test_layers_that_read_the_same_input_share_a_moment(architecture: str, shari
     assert set(moments) == set(statistics.group.values())
 
 
-def test_labels_of_a_window_do_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.statistics.collect.PRIOR", 0)
+@pytest.mark.usefixtures("raw_gamma")
+def test_labels_of_a_window_do_not_depend_on_the_others() -> None:
     model = make_tiny_model("llama")
     layers, windows = find_layers(model), make_windows()
     both, first = (collect(model, layers, windows[:n], n).statistics for n in (2, 1))
