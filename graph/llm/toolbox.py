@@ -85,11 +85,17 @@ class Toolbox:
         self._offer, self._list_left = offer, list_left
         self.calls_left, self.seconds_left = calls, seconds
         self._on_tool, self._carry_out = on_tool, carry_out
+        self._began: float | None = None
 
     @property
     def spent(self) -> bool:
         """Whether no call can be made any more."""
         return self.calls_left <= 0 or self.seconds_left <= 0
+
+    @property
+    def time_left(self) -> float:
+        """Seconds that are left, less those of the call in hand; below 0 once it has taken more."""
+        return self.seconds_left - (time.monotonic() - self._began if self._began is not None else 0.0)
 
     def describe_budget(self) -> str:
         """What is left, for the model."""
@@ -125,8 +131,11 @@ class Toolbox:
 
     def _answer(self, call: ToolCall, explain: Callable[[ValidationError], str]) -> ToolAnswer:
         with self._offer() as tools:
-            began = time.monotonic()
-            answer, shown = self._try({tool.name: tool for tool in tools}, call, explain)
+            began = self._began = time.monotonic()
+            try:
+                answer, shown = self._try({tool.name: tool for tool in tools}, call, explain)
+            finally:
+                self._began = None
             seconds = time.monotonic() - began
         return ToolAnswer(answer=quote_data(answer, RESULT_LIMIT), shown=quote_data(shown, 200), seconds=seconds)
 

@@ -14,7 +14,6 @@ from graph.memory.lessons import read_lessons
 from graph.memory.notes import read_notes
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
-from graph.planning.refinements import MASKS, STRONG
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.runs.directory import check_input, create_run
 from graph.runs.replay import read_target
@@ -26,7 +25,7 @@ from tools.measure.texts import list_texts
 from tools.plans.costs import count_profile, count_walk
 from tools.plans.cuts import Target
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
-from tools.plans.paces import MEASURING, Paces, join_paces, name_measuring_curves
+from tools.plans.paces import MEASURING, Paces, join_paces, list_works, name_measuring_curves
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
@@ -131,7 +130,7 @@ def measure_dense(bench: "Workbench", state: State, profile: str, session: Sessi
 
 
 def foresee_seconds(bench: "Workbench", group: Mapping[str, str], config: RunConfig, session: Session) -> Paces:
-    """How long the rule's recipes will take, for planners whose instruments are priced before the first is used.
+    """How long every kind of pruning will take, for planners whose instruments are priced before the first is used.
 
     Nothing for others, of cuts, where workers share the work, and where there is no memory for it.
     """
@@ -140,16 +139,15 @@ def foresee_seconds(bench: "Workbench", group: Mapping[str, str], config: RunCon
     from tools.estimate.foreseen import foresee_paces  # imports torch
 
     session.progress("time a few rows", 0, 1)
-    strong = STRONG.model_copy(update={"curves": "method"})
-    recipes = [recipe.model_copy(update={"pattern": config.pattern}) for recipe in (MASKS, strong)]
+    works = list_works(config.pattern)
     try:
-        foreseen = foresee_paces(bench.layers, group, bench.device, recipes)
+        foreseen = foresee_paces(bench.layers, group, bench.device, works)
     except (MemoryError, RuntimeError):  # what torch raises; the run itself goes through layers with its own care
         return {}
     session.progress("time a few rows", 1, 1)
-    if (curves := name_measuring_curves(strong)) in foreseen:  # they are of a walk, in which layers are pruned
-        foreseen[curves] += count_walk(config) * bench.paces.get(MEASURING, 0.0)
-    return foreseen
+    walk = count_walk(config) * bench.paces.get(MEASURING, 0.0)
+    curves = {name_measuring_curves(recipe): walk for recipe in works}  # of a walk, in which layers are pruned
+    return {what: seconds + curves.get(what, 0.0) for what, seconds in foreseen.items()}
 
 
 def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig) -> None:

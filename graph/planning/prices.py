@@ -22,16 +22,15 @@ from tools.plans.costs import (
     list_order_costs,
 )
 from tools.plans.layer_profile import LayerProfile
-from tools.plans.methods import REFIT_STEPS
 from tools.plans.paces import (
     MEASURING,
     Paces,
+    expect_seconds,
     find_longest_curves,
     name_measuring_curves,
     name_pruning,
     name_pruning_by,
 )
-from tools.plans.recipe import Recipe
 from tools.plans.selectors import select_layers
 from tools.plans.work_order import WorkOrder, prune_alone
 from tools.results.schema import Usage
@@ -78,9 +77,10 @@ def price_drafts(
         if tokens:
             whole = _expect_pruning(situation.orders.draft(plan), budget.config, paces)
             seconds += whole * (_count_share(order, situation.layers) if order.alone else 1.0)
-    curves = {name_measuring_curves(recipe): 0.0 for plan, _ in jobs for recipe in situation.orders.list_unknown(plan)}
+    unknown = (recipe for plan, _ in jobs for recipe in situation.orders.list_unknown(plan))
+    curves = {name_measuring_curves(recipe): recipe for recipe in unknown}
     walk = count_walk(budget.config) * pace
-    seconds += sum(paces.get(name, walk) for name in curves)
+    seconds += sum(expect_seconds(recipe, paces, name_measuring_curves, walk) for recipe in curves.values())
     spared = any(not order.alone for _, order in jobs)  # by the trial that such a plan may have
     return Price(measured + budget.count_new(costs), seconds, tokens if spared else 0)
 
@@ -103,10 +103,8 @@ def _expect_pruning(order: WorkOrder, config: RunConfig, paces: Paces) -> float:
     dense model's statistics, and what it puts through the model as fast as text is measured on."""
     if (known := paces.get(name_pruning(order))) is not None:
         return known
-    dearest = 0.0
-    for recipe in {layer.recipe for layer in order.layers.values() if not order.grafted}:
-        plain = Recipe(method=recipe.method, refit=recipe.refit, statistics="dense", pattern=recipe.pattern)
-        dearest = max(dearest, paces.get(name_pruning_by([plain]), 0.0) * recipe.steps / REFIT_STEPS)
+    recipes = {layer.recipe for layer in order.layers.values() if not order.grafted}
+    dearest = max((expect_seconds(x, paces, lambda recipe: name_pruning_by([recipe])) for x in recipes), default=0.0)
     return dearest + sum(list_order_costs(order, config).values()) * paces.get(MEASURING, 0.0)
 
 

@@ -70,18 +70,20 @@ def open_toolbox(
     def suggest(n: int) -> list[dict[str, Any]]:
         return [spell_out_plan(plan) for plan in list_candidates(situation, n)]
 
+    def count_seconds() -> float:
+        return min(toolbox.time_left, limit - session.seconds if limit else math.inf)
+
     def admit(drafts: Sequence["Draft"], tokens: int, others: int) -> None:
-        seconds = min(toolbox.seconds_left, limit - session.seconds if limit else math.inf)
         plans = _weigh_possible(drafts, situation)
         price = price_drafts([plan for plan, _ in plans], tokens, situation, budget, others, [x for _, x in plans])
-        refuse_dear(price, budget, seconds)
+        refuse_dear(price, budget, count_seconds())
 
     @contextmanager
     def offer() -> Iterator[Sequence[BaseTool]]:
         with open_bench() as bench:
             from tools.instruments.agent_tools import make_planner_tools  # torch again, imported by now
 
-            round_ = _describe_round(bench, situation, state, session, budget, admit)
+            round_ = _describe_round(bench, situation, state, session, budget, admit, count_seconds)
             try:
                 candidates = None if config.planner_unaided else suggest
                 yield make_planner_tools(
@@ -160,6 +162,7 @@ def _describe_round(
     session: Session,
     budget: TokenBudget,
     admit: Callable[[Sequence["Draft"], int, int], None],
+    count_seconds: Callable[[], float],
 ) -> "Round":
     """What the instruments work on."""
     from tools.instruments.functions import Round
@@ -177,6 +180,7 @@ def _describe_round(
         resolve=resolve,
         progress=session.progress,
         admit=admit,
+        in_time=lambda: count_seconds() > 0,
         present=state.current,
         book=budget.book,
         list_at_hand=lambda: {number: trial.checkpoint for number, trial in situation.list_at_hand().items()},

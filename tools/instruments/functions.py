@@ -28,13 +28,16 @@ from tools.plans.selectors import select_layers
 from tools.plans.work_order import WorkOrder, prune_alone
 from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
-from tools.workbench.probes import Probe
+from tools.workbench.probes import Probe, find_best
 from tools.workbench.store import DENSE
 
 MAX_INSPECTED = 40
 """Layers that one look, or one prediction, shows one by one."""
 MAX_GROUPS = 48
 """Groups of layers whose shares a prediction names."""
+
+LATE = "not begun: those before it took all the seconds that were left"
+"""Of a probe of several plans, for those that were not come to."""
 
 
 class Draft(BaseModel):
@@ -85,6 +88,8 @@ class Round:
     admit: Callable[[Sequence[Draft], int, int], None] = lambda drafts, tokens, others: None
     """Told of a call before anything is done for it: the drafts, the tokens that each is to be measured on, 0 where
     none is, and those of other measurements; raises ValueError when what that takes is not to be had."""
+    in_time: Callable[[], bool] = lambda: True
+    """Whether seconds are left to begin another plan of a probe."""
     probed: list[Probed] = field(default_factory=list)
     """What was probed in the round so far; probes add to it."""
     past: Sequence[PastProbe] = ()
@@ -189,9 +194,10 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     other probes of the round, or the best of them (`MOST_DIFFERENCES`): `kl_minus_probe` is the draft's KL minus each,
     with its standard error, on the windows that both have; so are the best of earlier rounds. Changes and differences
     are told of each named text, too, and of several windows the KL of the worst. Of a draft that cannot be, or breaks
-    while it is carried out, there is `error` alone. One that prunes some layers `alone` is compared with others of
-    these layers. Raises ImpossiblePlan when none can, and ValueError when there are not the tokens or seconds for all
-    that can.
+    while it is carried out, or is not begun because those before it took all the seconds, there is `error` alone. One
+    that prunes some layers `alone` is compared with others of these layers.
+
+    Raises ImpossiblePlan when none can, and ValueError when there are not the tokens or seconds for all that can.
     """
     bench = round_.bench
     windows = count_windows(bench, tokens, whole=whole)
@@ -200,22 +206,11 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     orders = {number: order for number, order in enumerate(found) if isinstance(order, WorkOrder)}
     if not orders:
         raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, found))))
-    known = find_known(round_.probed, windows * bench.settings.window)
-    fresh = [order for order in orders.values() if order.id not in known]
-    round_.book(len(fresh) * windows * bench.settings.window, fresh)
-    probes = bench.probe(
-        round_.profile,
-        list(orders.values()),
-        windows,
-        round_.progress,
-        back=round_.present,
-        keep=round_.keep,
-        best=find_best_whole(round_.probed),
-    )
+    probes = _probe_in_turn(round_, orders, windows)
     figures: list[Figures] = [{"error": problem} for problem in found]
     places: dict[int, int] = {}
-    for (number, order), made in zip(orders.items(), probes, strict=True):
-        if isinstance(made, str):
+    for number, order in orders.items():
+        if isinstance(made := probes[number], str):
             figures[number] = {"error": made}
         else:
             figures[number] = _describe_probe(round_, order, made.losses, windows)
@@ -225,6 +220,32 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     if all("error" in figure for figure in figures):
         raise ImpossiblePlan("; ".join(dict.fromkeys(figure["error"] for figure in figures)))
     return figures
+
+
+def _probe_in_turn(round_: Round, orders: Mapping[int, WorkOrder], windows: int) -> dict[int, Probe | str]:
+    """Orders by their numbers carried out and measured on so many windows, as many at once as can be; in place of the
+    losses, why there are none. Grafts first, for what they are made of gives way to others."""
+    bench, found = round_.bench, dict[int, Probe | str]()
+    tokens = windows * bench.settings.window
+    known = find_known(round_.probed, tokens)
+    turns = sorted(orders, key=lambda number: not orders[number].grafted)
+    for first in range(0, len(turns), bench.abreast):
+        together = turns[first : first + bench.abreast]
+        if first and not round_.in_time():
+            return found | dict.fromkeys(turns[first:], LATE)
+        fresh = [orders[number] for number in together if orders[number].id not in known]
+        round_.book(len(fresh) * tokens, fresh)
+        made = bench.probe(
+            round_.profile,
+            [orders[number] for number in together],
+            windows,
+            round_.progress,
+            back=round_.present,
+            keep=round_.keep,
+            best=find_best([find_best_whole(round_.probed), *(x for x in found.values() if isinstance(x, Probe))]),
+        )
+        found |= zip(together, made, strict=True)
+    return found
 
 
 def count_windows(bench: Workbench, tokens: int | None, *, whole: bool) -> int:

@@ -1,10 +1,11 @@
 """How long the parts of a round took so far, by which the next ones like them are priced. No torch in here."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
 from tools.plans.costs import CURVES, name_curves
+from tools.plans.methods import LEVERS, METHODS, PROFILED, REFIT_STEPS
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 
@@ -34,6 +35,37 @@ def name_pruning_by(recipes: Iterable[Recipe]) -> str:
 def name_measuring_curves(recipe: Recipe) -> str:
     """What measuring the curves of a recipe's method is called."""
     return f"measuring {name_curves(recipe)}"
+
+
+def split_work(recipe: Recipe) -> list[Recipe]:
+    """Recipes by the dense model's statistics whose seconds add up to those of one, about: choosing a mask takes as
+    long by any score, correcting survivors by any mask, and so does the fit that follows."""
+    method, plain = METHODS[recipe.method], {"statistics": "dense", "pattern": recipe.pattern}
+    if method.refits_in_steps or not method.lever:
+        return [Recipe(method=recipe.method, refit=recipe.refits, **plain)]
+    corrected = [Recipe(method="sparsegpt", refit=False, **plain)] if method.changes_survivors else []
+    if corrected and not recipe.refits_after:
+        return corrected
+    return [*corrected, Recipe(method=PROFILED, refit=recipe.refits_after, **plain)]
+
+
+def list_works(pattern: str) -> list[Recipe]:
+    """Every recipe that `split_work` makes of what planners may ask for."""
+    asked = [Recipe(method=name, refit=refit, pattern=pattern) for name in LEVERS for refit in (False, True)]
+    works = [part for recipe in asked for part in split_work(recipe)]
+    return list(dict.fromkeys(works))
+
+
+def expect_seconds(recipe: Recipe, paces: Paces, name: Callable[[Recipe], str], otherwise: float = 0.0) -> float:
+    """Seconds of what `name` calls the work by a recipe: as known, or by what it is made of, or `otherwise`.
+
+    A fit in steps takes as long as it has steps.
+    """
+    known = paces.get(name(recipe))
+    if known is not None:
+        return known
+    parts = [paces[what] for part in split_work(recipe) if (what := name(part)) in paces]
+    return max(sum(parts) * recipe.steps / REFIT_STEPS, otherwise)
 
 
 def find_longest_curves(paces: Paces) -> float:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -379,6 +380,26 @@ def test_seconds_run_out(serve: Any, toolbox: Toolbox, looked: list[str]) -> Non
     assert looked == ["a"]
     spent = "No seconds of tools are left in this round: give the plan now."
     assert server.requests[1].messages[-1]["content"] == spent
+
+
+def test_what_the_call_in_hand_has_taken_is_taken_off(
+    serve: Any, records: list[ToolRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen = [0.0], list[float]()
+
+    @tool(args_schema=LookArguments, response_format="content_and_artifact")
+    def look(name: str, level: float) -> tuple[str, str]:
+        """Look something up."""
+        now[0] += 25.0
+        seen.append(toolbox.time_left)
+        return "{}", name
+
+    monkeypatch.setattr("graph.llm.toolbox.time", SimpleNamespace(monotonic=lambda: now[0]))
+    toolbox = Toolbox(lambda: nullcontext([look]), calls=4, seconds=60, on_tool=records.append)
+    ask_server(serve(call("a"), call("b"), call("c"), DEFAULT_PLAN), toolbox)
+    assert seen == [35, 10, -15]
+    assert [record.seconds_left for record in records] == [35, 10, 0]
+    assert toolbox.time_left == 0
 
 
 # Data stays data

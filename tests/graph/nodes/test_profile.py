@@ -25,8 +25,12 @@ def test_it_is_foreseen_for_planners_that_may_call_tools(monkeypatch: pytest.Mon
     assert foresee(planner="openai:x") == {"pruning by refit": 1.0}
     monkeypatch.setattr(foreseen, "foresee_paces", lambda *_: {"measuring curves of refit": 3.0})
     walked = 4 * 2 * 64 * 0.5
+    asked: list[str] = []
     few = foresee(planner="openai:x", gradient_windows=2, window=64)
     assert few == {"measuring curves of refit": 3.0 + walked}, "the text passes forward three times, and once backward"
+    monkeypatch.setattr(foreseen, "foresee_paces", lambda *given: asked.extend(x.label for x in given[3]) or {})
+    foresee(planner="openai:x")
+    assert asked == ["two-sided:kappa", "two-sided+refit:kappa", "sparsegpt~dense:kappa", "refit:kappa"]
     assert foresee() == foresee(planner="openai:x", planner_calls=0) == foresee(planner="openai:x", workers="2") == {}
 
 

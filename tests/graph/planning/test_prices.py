@@ -19,7 +19,7 @@ from graph.planning.situation import Situation
 from tests.situations import make_layers, make_situation
 from tools.instruments.probed import Probed
 from tools.plans.costs import count_in_order, count_walk
-from tools.plans.paces import Paces, join_paces, name_pruning, time_work
+from tools.plans.paces import Paces, join_paces, list_works, name_pruning, split_work, time_work
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_all, prune_alone
 from tools.results.schema import Usage
@@ -130,6 +130,31 @@ def test_work_of_a_kind_that_nobody_knows_is_priced_by_what_is_known_of_its_meth
     assert curves.seconds == pytest.approx(0.01 * count_walk(CONFIG)), "a plan's own curves count, before any were made"
     budget.paces["pruning by refit10~damped0.2~stages"] = 90.0
     assert price_drafts([stages], 128, situate(exact=True), budget).seconds == pytest.approx(1.28 + 90)
+
+
+def test_a_method_with_a_fit_is_priced_before_anything_like_it_was_done() -> None:
+    names = [recipe.mask_label for recipe in list_works("")]
+    assert names == ["two-sided", "two-sided+refit", "sparsegpt~dense", "refit"], (
+        "what takes as long as another is none"
+    )
+    assert [recipe.mask_label for recipe in list_works("2:4")] == names
+    known = {
+        "pruning by two-sided": 3.0,
+        "pruning by two-sided+refit": 20.0,
+        "pruning by sparsegpt~dense": 50.0,
+        "measuring curves of two-sided+refit": 90.0,
+    }
+    budget = make_budget(foreseen=known)
+    prices = {
+        label: price_drafts(
+            [Plan(sparsity=0.4, recipe=parse_recipe(f"{label}:kappa-mask"))], 128, situate(exact=True), budget
+        ).seconds
+        for label in ("wanda~dense", "wanda+refit~damped0.3~dense", "two-sided-obs~clipped", "sparsegpt+refit~dense")
+    }
+    assert list(prices.values()) == [3, 20, 50, 70]
+    curves = Plan(sparsity=0.4, recipe=parse_recipe("wanda+refit~damped0.3~dense:kappa"))
+    assert price_drafts([curves], 0, situate(exact=False), budget).seconds == 90
+    assert split_work(Recipe(method="alps", refit=False)) == [Recipe(method="alps", refit=False, statistics="dense")]
 
 
 def test_the_longest_time_counts_and_none_of_what_breaks() -> None:

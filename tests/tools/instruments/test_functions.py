@@ -364,11 +364,12 @@ def test_several_drafts_are_measured_as_each_alone(
     assert beside[0]["2"][1] == beside[1]["1"][1] > 0
     assert [strip(figures[number]) for number in (0, 2, 3, 4)] == [strip(alone[number]) for number in (0, 1, 0, 2)]
     assert list(figures[1]) == ["error"] and "allow at most" in figures[1]["error"]
-    assert booked[3:] == [4 * booked[0]], "all that can be"
+    each, first = booked[0], len(booked)
+    assert booked[3:] == ([3 * each, each] if workers else [each] * 4), "all that can be, when they are begun"
     assert hash_weights(bench) == before
     assert len(team.handed) == (2 if workers else 0)
     assert probe(round_, drafts, tokens) == figures and len(team.handed) == (2 if workers else 0)
-    assert booked[4:] == [0], "what is read back costs nothing"
+    assert not any(booked[first:]), "what is read back costs nothing"
 
 
 def test_drafts_none_of_which_can_be(make_round: Callable[..., Round]) -> None:
@@ -477,6 +478,25 @@ def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[...
     with pytest.raises(ValueError, match="none are left"):
         probe(refused, [Draft(sparsity=0.2)], 1)
     assert hash_weights(round_.bench) == before
+
+
+def test_plans_of_a_probe_for_which_no_seconds_are_left_are_not_begun(make_round: Callable[..., Round]) -> None:
+    booked: list[int] = []
+    round_ = make_round(book=lambda tokens, _: booked.append(tokens), in_time=lambda: len(booked) < 2)
+    before = hash_weights(round_.bench)
+    drafts = [Draft(sparsity=share, recipe=WANDA.recipe) for share in (0.2, 0.3, 0.4)]
+    figures = probe(round_, drafts, 64)
+    assert [figure.get("error") for figure in figures] == [
+        None,
+        None,
+        "not begun: those before it took all the seconds that were left",
+    ]
+    assert (booked, len(round_.probed)) == ([64, 64], 2)
+    assert hash_weights(round_.bench) == before
+    always = replace(round_, in_time=lambda: True)
+    assert "error" not in probe(always, drafts[2:], 64)[0]
+    late = replace(make_round(), in_time=lambda: False)
+    assert "error" not in probe(late, drafts[:1], 64)[0], "the first one was admitted"
 
 
 def test_a_call_is_admitted_before_anything_is_done_for_it(make_round: Callable[..., Round]) -> None:
