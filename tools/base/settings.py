@@ -194,7 +194,7 @@ class WorkbenchSettings(LoadSettings):
         16, ge=1, le=65536, description="Windows of calibration text for the input statistics."
     )
     gradient_windows: int = Field(
-        4,
+        8,
         ge=1,
         le=65536,
         description="How many of the calibration windows are also back-propagated, for the gradient "
