@@ -68,7 +68,7 @@ class Recipe(BaseModel):
     gamma: Literal["plain", "clipped"] = Field(
         "plain",
         description="clipped counts no token's gradient for more than 10 times the median token's when weights are "
-        "chosen: for models with massive activations, whose first tokens hold nearly all of gamma; costs nothing.",
+        "chosen, such as the first ones'; does harm where activations are massive; costs nothing.",
     )
     tokens: Literal["even", "weighted"] = Field(
         "even",
