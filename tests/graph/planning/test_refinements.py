@@ -50,7 +50,8 @@ def test_every_change_but_one_says_what_it_did_where_it_was_measured() -> None:
     config = make_situation().config
     told = [(recipe, reason) for recipe, reason in change_recipe(STRONG, config, tuple)]
     silent = [recipe for recipe, reason in told if not any(words in reason for words in WORTH.values())]
-    assert silent == [STRONG.model_copy(update=TOGETHER)] and len(told) == len(WORTH.keys() - {"hedged", "grown"}) + len(silent)
+    assert silent == [STRONG.model_copy(update=TOGETHER)]
+    assert len(told) == len(WORTH.keys() - {"hedged", "grown"}) + len(silent)
 
 
 def test_gamma_is_clipped_where_it_chooses_weights() -> None:
