@@ -5,7 +5,7 @@ Each leaves the weights in the model as it found them, bit for bit.
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +28,7 @@ from tools.plans.selectors import select_layers
 from tools.plans.work_order import WorkOrder, prune_alone
 from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
-from tools.workbench.probes import Probe, find_best
+from tools.workbench.probes import Probe
 from tools.workbench.store import DENSE
 
 MAX_INSPECTED = 40
@@ -206,15 +206,23 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     orders = {number: order for number, order in enumerate(found) if isinstance(order, WorkOrder)}
     if not orders:
         raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, found))))
-    probes = _probe_in_turn(round_, orders, windows)
     figures: list[Figures] = [{"error": problem} for problem in found]
     places: dict[int, int] = {}
-    for number, order in orders.items():
-        if isinstance(made := probes[number], str):
-            figures[number] = {"error": made}
-        else:
-            figures[number] = _describe_probe(round_, order, made.losses, windows)
-            places[number] = remember_probe(round_.probed, _note(bench, order, made, figures[number]))
+    known = find_known(round_.probed, windows * bench.settings.window)
+    turns = sorted(orders, key=lambda number: not orders[number].grafted)  # before what grafts are made of gives way
+    for first in range(0, len(turns), bench.abreast):
+        together = turns[first : first + bench.abreast]
+        if first and not round_.in_time():
+            for number in turns[first:]:
+                figures[number] = {"error": LATE}
+            break
+        probes = _probe_together(round_, [orders[number] for number in together], windows, known)
+        for number, made in zip(together, probes, strict=True):
+            if isinstance(made, str):
+                figures[number] = {"error": made}
+            else:
+                figures[number] = _describe_probe(round_, orders[number], made.losses, windows)
+                places[number] = remember_probe(round_.probed, _note(bench, orders[number], made, figures[number]))
     for number, place in places.items():
         compare_probes(round_.probed, round_.past, place, figures[number])
     if all("error" in figure for figure in figures):
@@ -222,30 +230,15 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     return figures
 
 
-def _probe_in_turn(round_: Round, orders: Mapping[int, WorkOrder], windows: int) -> dict[int, Probe | str]:
-    """Orders by their numbers carried out and measured on so many windows, as many at once as can be; in place of the
-    losses, why there are none. Grafts first, for what they are made of gives way to others."""
-    bench, found = round_.bench, dict[int, Probe | str]()
-    tokens = windows * bench.settings.window
-    known = find_known(round_.probed, tokens)
-    turns = sorted(orders, key=lambda number: not orders[number].grafted)
-    for first in range(0, len(turns), bench.abreast):
-        together = turns[first : first + bench.abreast]
-        if first and not round_.in_time():
-            return found | dict.fromkeys(turns[first:], LATE)
-        fresh = [orders[number] for number in together if orders[number].id not in known]
-        round_.book(len(fresh) * tokens, fresh)
-        made = bench.probe(
-            round_.profile,
-            [orders[number] for number in together],
-            windows,
-            round_.progress,
-            back=round_.present,
-            keep=round_.keep,
-            best=find_best([find_best_whole(round_.probed), *(x for x in found.values() if isinstance(x, Probe))]),
-        )
-        found |= zip(together, made, strict=True)
-    return found
+def _probe_together(
+    round_: Round, orders: Sequence[WorkOrder], windows: int, known: Collection[str]
+) -> list[Probe | str]:
+    """Book those of the orders that are not `known`, and carry all of them out at once."""
+    bench = round_.bench
+    fresh = [order for order in orders if order.id not in known]
+    round_.book(len(fresh) * windows * bench.settings.window, fresh)
+    best, keep = find_best_whole(round_.probed), round_.keep
+    return bench.probe(round_.profile, orders, windows, round_.progress, back=round_.present, keep=keep, best=best)
 
 
 def count_windows(bench: Workbench, tokens: int | None, *, whole: bool) -> int:

@@ -49,9 +49,9 @@ def probe_orders(
     """Prune by each order as `prune` would, measure it on so many windows of the validation text (`Losses.list_part`),
     and put the weights of the checkpoint `back` back, bit for bit. In place of losses: why one cannot be carried out.
 
-    As many are measured at once as can be; each once, then read back. Layers on disk are deleted, so that many probes
-    take no more room than those that are measured at once; but for those of `back`, of the checkpoints to `keep`, of
-    the best probe of these and the `best` so far, and of those measured last.
+    They are measured at once, no more of them than can be (`Workbench.abreast`); each once, then read back. Layers on
+    disk are deleted, so that many probes take no more room than those that are measured at once; but for those of
+    `back`, of the checkpoints to `keep`, of the best probe of these and the `best` so far, and of these themselves.
     """
     part = bench.losses.list_part("validation", windows)
     keys = [_name_probe(bench.read_profile(profile), order, part) for order in orders]
@@ -61,31 +61,30 @@ def probe_orders(
             made = str(known.get("checkpoint", ""))  # earlier versions kept the losses alone
             found[number] = Probe(made, orders[number].sparsity, Evaluation.model_validate(known))
     missing = [number for number in range(len(orders)) if number not in found]
-    missing.sort(key=lambda number: not orders[number].grafted)  # before what they are made of gives way to others
-    for first in range(0, len(missing), bench.abreast):
-        together, batch = missing[first : first + bench.abreast], dict[int, str]()
-        try:
-            for number in together:
-                try:
-                    batch[number] = bench.prune(profile, orders[number], progress)
-                except ImpossiblePlan as error:
-                    found[number] = str(error)
-            evaluations = bench.evaluate_each(list(batch.values()), windows, profile, progress, "probe")
-            tried = [
-                Probe(checkpoint, orders[number].sparsity, losses)
-                for (number, checkpoint), losses in zip(batch.items(), evaluations, strict=True)
-            ]
-            best = find_best([best, *tried])
-            if not all(orders[number].grafted for number in together):  # which take no room
-                bench.forget_checkpoints([back, *keep, *([best.checkpoint] if best else []), *batch.values()])
-        except BrokenPlan as error:
-            found |= dict.fromkeys(batch, str(error))
-            continue
-        finally:
-            bench.restore(back)
-        for number, probe in zip(batch, tried, strict=True):
-            bench.index.keep_measured(keys[number], probe.losses.model_dump() | {"checkpoint": probe.checkpoint})
-            found[number] = probe
+    if not missing:
+        return [found[number] for number in range(len(orders))]
+    batch = dict[int, str]()
+    try:
+        for number in missing:
+            try:
+                batch[number] = bench.prune(profile, orders[number], progress)
+            except ImpossiblePlan as error:
+                found[number] = str(error)
+        evaluations = bench.evaluate_each(list(batch.values()), windows, profile, progress, "probe")
+        tried = [
+            Probe(checkpoint, orders[number].sparsity, losses)
+            for (number, checkpoint), losses in zip(batch.items(), evaluations, strict=True)
+        ]
+        best = find_best([best, *tried])
+        if not all(orders[number].grafted for number in missing):  # which take no room
+            bench.forget_checkpoints([back, *keep, *([best.checkpoint] if best else []), *batch.values()])
+    except BrokenPlan as error:
+        return [found.get(number, str(error)) for number in range(len(orders))]
+    finally:
+        bench.restore(back)
+    for number, probe in zip(batch, tried, strict=True):
+        bench.index.keep_measured(keys[number], probe.losses.model_dump() | {"checkpoint": probe.checkpoint})
+        found[number] = probe
     return [found[number] for number in range(len(orders))]
 
 

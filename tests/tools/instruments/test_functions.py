@@ -15,6 +15,7 @@ import tools.statistics.pruned
 import tools.workbench.curves
 import tools.workbench.losses
 from graph.config import RunConfig
+from graph.planning.budget import TokenBudget
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
 from tests.named import name_texts
@@ -497,6 +498,15 @@ def test_plans_of_a_probe_for_which_no_seconds_are_left_are_not_begun(make_round
     assert "error" not in probe(always, drafts[2:], 64)[0]
     late = replace(make_round(), in_time=lambda: False)
     assert "error" not in probe(late, drafts[:1], 64)[0], "the first one was admitted"
+
+
+def test_what_a_plan_of_a_probe_spares_its_trial_counts_for_those_after_it(make_round: Callable[..., Round]) -> None:
+    budget = TokenBudget(RunConfig(max_evaluated_tokens=192 + 64), 0, 192)
+    round_ = make_round(book=budget.book, probed=budget.probed)
+    masks = Draft(sparsity=0.2, recipe=Recipe(method="two-sided", refit=False))
+    some = masks.model_copy(update={"alone": "blocks 0"})
+    assert all("error" not in figure for figure in probe(round_, [masks, some], 64))
+    assert (budget.tokens, budget.count_rest(), budget.left) == (128, 128, 128), "the trial's rest is left"
 
 
 def test_a_call_is_admitted_before_anything_is_done_for_it(make_round: Callable[..., Round]) -> None:
