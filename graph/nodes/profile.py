@@ -146,8 +146,8 @@ def foresee_seconds(bench: "Workbench", group: Mapping[str, str], config: RunCon
         return {}
     session.progress("time a few rows", 1, 1)
     walk = count_walk(config) * bench.paces.get(MEASURING, 0.0)
-    curves = {name_measuring_curves(recipe): walk for recipe in works}  # of a walk, in which layers are pruned
-    return {what: seconds + curves.get(what, 0.0) for what, seconds in foreseen.items()}
+    curves = {name_measuring_curves(recipe) for recipe in works}  # they are of a walk, in which layers are pruned
+    return {what: seconds + walk if what in curves else seconds for what, seconds in foreseen.items()}
 
 
 def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig) -> None:

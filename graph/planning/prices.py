@@ -25,11 +25,11 @@ from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import (
     MEASURING,
     Paces,
-    expect_seconds,
+    expect_curves,
+    expect_pruning,
     find_longest_curves,
     name_measuring_curves,
     name_pruning,
-    name_pruning_by,
 )
 from tools.plans.selectors import select_layers
 from tools.plans.work_order import WorkOrder, prune_alone
@@ -80,7 +80,7 @@ def price_drafts(
     unknown = (recipe for plan, _ in jobs for recipe in situation.orders.list_unknown(plan))
     curves = {name_measuring_curves(recipe): recipe for recipe in unknown}
     walk = count_walk(budget.config) * pace
-    seconds += sum(expect_seconds(recipe, paces, name_measuring_curves, walk) for recipe in curves.values())
+    seconds += sum(expect_curves(recipe, paces, walk) for recipe in curves.values())
     spared = any(not order.alone for _, order in jobs)  # by the trial that such a plan may have
     return Price(measured + budget.count_new(costs), seconds, tokens if spared else 0)
 
@@ -104,7 +104,7 @@ def _expect_pruning(order: WorkOrder, config: RunConfig, paces: Paces) -> float:
     if (known := paces.get(name_pruning(order))) is not None:
         return known
     recipes = {layer.recipe for layer in order.layers.values() if not order.grafted}
-    dearest = max((expect_seconds(x, paces, lambda recipe: name_pruning_by([recipe])) for x in recipes), default=0.0)
+    dearest = max((expect_pruning(recipe, paces) for recipe in recipes), default=0.0)
     return dearest + sum(list_order_costs(order, config).values()) * paces.get(MEASURING, 0.0)
 
 

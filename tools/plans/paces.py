@@ -1,6 +1,6 @@
 """How long the parts of a round took so far, by which the next ones like them are priced. No torch in here."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
@@ -56,16 +56,21 @@ def list_works(pattern: str) -> list[Recipe]:
     return list(dict.fromkeys(works))
 
 
-def expect_seconds(recipe: Recipe, paces: Paces, name: Callable[[Recipe], str], otherwise: float = 0.0) -> float:
-    """Seconds of what `name` calls the work by a recipe: as known, or by what it is made of, or `otherwise`.
+def expect_pruning(recipe: Recipe, paces: Paces) -> float:
+    """Seconds of pruning all layers by a recipe: as known, or those of what it is made of; 0 of what nobody knows.
 
     A fit in steps takes as long as it has steps.
     """
-    known = paces.get(name(recipe))
-    if known is not None:
-        return known
-    parts = [paces[what] for part in split_work(recipe) if (what := name(part)) in paces]
-    return max(sum(parts) * recipe.steps / REFIT_STEPS, otherwise)
+    known = paces.get(name_pruning_by([recipe]))
+    parts = sum(paces.get(name_pruning_by([part]), 0.0) for part in split_work(recipe))
+    return parts * recipe.steps / REFIT_STEPS if known is None else known
+
+
+def expect_curves(recipe: Recipe, paces: Paces, walk: float) -> float:
+    """Seconds of measuring the curves of a recipe's method: likewise, and those of the `walk` at least."""
+    known = paces.get(name_measuring_curves(recipe))
+    parts = sum(paces.get(name_measuring_curves(part), 0.0) for part in split_work(recipe))
+    return max(parts, walk) if known is None else known
 
 
 def find_longest_curves(paces: Paces) -> float:

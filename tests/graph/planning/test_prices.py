@@ -154,6 +154,10 @@ def test_a_method_with_a_fit_is_priced_before_anything_like_it_was_done() -> Non
     assert list(prices.values()) == [3, 20, 50, 70]
     curves = Plan(sparsity=0.4, recipe=parse_recipe("wanda+refit~damped0.3~dense:kappa"))
     assert price_drafts([curves], 0, situate(exact=False), budget).seconds == 90
+    finer = Plan(sparsity=0.4, recipe=parse_recipe("refit10~damped0.3:kappa"))
+    steps = make_budget(foreseen={"pruning by refit": 20.0, "measuring curves of refit": 60.0})
+    assert price_drafts([finer], 0, situate(exact=False), steps).seconds == 60, "curves are the same for any steps"
+    assert price_drafts([finer], 128, situate(exact=False), steps).seconds == 60 + 40
     assert split_work(Recipe(method="alps", refit=False)) == [Recipe(method="alps", refit=False, statistics="dense")]
 
 
