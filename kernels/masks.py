@@ -40,13 +40,19 @@ def keep_highest(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:
     if choose_kernel(score_OI.device) == "triton":
         ranks_N = order_preserving_ints(score_OI, dead_OI).reshape(1, -1)
         return _keep_above(ranks_N, torch.tensor([zeros], device=ranks_N.device)).reshape(score_OI.shape)
-    ranks_OI = score_bits(score_OI)
-    if bool(dead_OI.any()):
-        ranks_OI.mul_(~dead_OI)  # times a mask: `where` is slower
-        # As one great tie they would cost the partition ten times its usual time: each has a place of its own.
-        below_N = torch.arange(-ranks_OI.numel(), 0, dtype=torch.int32, device=ranks_OI.device)
-        ranks_OI += below_N.reshape(ranks_OI.shape).mul_(dead_OI)
-    return _remove_lowest(ranks_OI.reshape(1, -1), zeros).reshape(score_OI.shape)
+    ranks_OI, dead = score_bits(score_OI), int(torch.count_nonzero(dead_OI))
+    if dead == 0:
+        return _remove_lowest(ranks_OI.reshape(1, -1), zeros).reshape(score_OI.shape)
+    alive_OI = ~dead_OI
+    if zeros <= dead:
+        return alive_OI if zeros == dead else alive_OI | (dead_OI.reshape(-1).cumsum(0) > zeros).reshape(dead_OI.shape)
+    # The dead as one great tie would cost the partition ten times its usual time: only the others are sorted.
+    threshold = kth_smallest(_pick(ranks_OI, alive_OI).reshape(1, -1), zeros - dead)
+    keep_OI = (ranks_OI > threshold).logical_and_(alive_OI)
+    if lacking := keep_OI.numel() - zeros - int(torch.count_nonzero(keep_OI)):  # ties at the threshold
+        tied_N = (ranks_OI == threshold).logical_and_(alive_OI).reshape(-1).nonzero()[:, 0]
+        keep_OI.view(-1)[tied_N[-lacking:]] = True
+    return keep_OI
 
 
 def keep_highest_of_rows(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:
@@ -166,6 +172,13 @@ def _fill_rows(dead_O: Tensor, zeros: int, columns: int) -> int:
         k = (low + high + 1) // 2
         low, high = (k, high) if int(dead_O.clamp(min=k).sum()) <= zeros else (low, k - 1)
     return low
+
+
+def _pick(ranks_OI: Tensor, chosen_OI: Tensor) -> Tensor:
+    """The chosen ones in row-major order: shape (N,)."""
+    if ranks_OI.device.type == "cpu":  # several times faster than torch's masked_select
+        return torch.from_numpy(np.extract(chosen_OI.numpy(), ranks_OI.numpy()))
+    return ranks_OI.masked_select(chosen_OI)
 
 
 def _keep_above(ranks_RN: Tensor, zeros_R: Tensor) -> Tensor:
