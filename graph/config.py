@@ -144,8 +144,8 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
         0.75,
         ge=0.5,
         lt=1,
-        description="Probability of a lower KL, by a paired t-test over windows, from which a plan replaces another at "
-        "the target, where further_windows are asked for.",
+        description="Probability of a lower KL, by a paired t-test over windows, from which a plan replaces another of "
+        "the same sparsity.",
     )
     min_fact_retention: float = Field(
         0.0,

@@ -187,7 +187,7 @@ class State(Input):
 
     @property
     def weighs(self) -> bool:
-        """Whether the next trial at the target replaces the accepted one by the probability that it is better."""
+        """Whether the next trial at the target is compared with the accepted one on further windows, too."""
         best = last_accepted(self.trials)
         reached = best is not None and same_sparsity(best.sparsity, self.config.target_sparsity)
         return reached and self.config.further_windows > 0

@@ -72,7 +72,8 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
     retention, asked = ask_questions(bench, state, session)
     kept, noise = accepted, compare_kl(evaluation, accepted)[1] if evaluation.finite else None
     compared, tokens = evaluation, state.config.validation_tokens + asked
-    if weighed := state.weighs and same_sparsity(sparsity, best.sparsity) and evaluation.finite:
+    rivals = same_sparsity(sparsity, best.sparsity)
+    if state.weighs and rivals and evaluation.finite:
         compared, accepted = weigh(bench, state, evaluation, accepted, session)
         tokens += state.count_further_tokens(len(compared.kl) - len(evaluation.kl))
     verdict, reason = judge(state.config, sparsity, compared, best, accepted)
@@ -87,8 +88,8 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error if evaluation.finite else None,
         change_error=noise,
-        better=find_likelihood_better(compared, accepted) if weighed and compared.finite else None,
-        compared_windows=len(compared.kl) if weighed else 0,
+        better=find_likelihood_better(compared, accepted) if rivals and compared.finite else None,
+        compared_windows=len(compared.kl) if rivals else 0,
         texts=texts,
         predicted_kl=order.predicted_kl,
         fact_retention=retention.share if retention else None,

@@ -27,7 +27,7 @@ from graph.planning.table import describe_groups, describe_layers, describe_part
 from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
-from graph.state import SIGMAS, Trial, same_sparsity
+from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories, hide_path
 from tools.base.words import show_short
 from tools.plans.cuts import Parts
@@ -227,9 +227,7 @@ def _describe_bounds(situation: Situation) -> str:
 
 def _describe_proof(config: RunConfig) -> str:
     """By how much a plan at the target must be better, as `graph.planning.verdict.judge` has it."""
-    if config.further_windows:
-        return f"At the target kept if KL is lower with probability {config.accept_probability:g}."
-    return f"At the target kept if KL falls by {SIGMAS:g} standard errors of its paired change."
+    return f"At the target kept if KL is lower with probability {config.accept_probability:g}."
 
 
 def _describe_reach(config: RunConfig) -> str:

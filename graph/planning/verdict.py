@@ -6,7 +6,7 @@ from typing import Literal
 from graph.config import RunConfig
 from graph.planning.finalists import reserve_tokens
 from graph.planning.rule import name_strongest, tried_strongest
-from graph.state import SIGMAS, State, Trial, last_accepted, same_sparsity
+from graph.state import State, Trial, last_accepted, same_sparsity
 from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better
 from tools.measure.recall import Retention
 from tools.results.schema import TextFigures
@@ -63,23 +63,16 @@ def judge(
     """The verdict on a trial, and why.
 
     Towards the target: accept while perplexity is at most (1 + tau) times the last accepted one. At the same
-    sparsity: accept only when the paired KL falls by SIGMAS standard errors; where further windows are asked for and
-    the target is reached, when it is lower with the probability asked for. At the target, nothing sparser or less
-    sparse replaces an accepted trial. A pattern is reached in one step, whatever the perplexity. Anything that is not
-    finite is rolled back.
+    sparsity: accept when the KL is lower with the probability asked for, by a paired t-test; a swap of two equals costs
+    nothing. At the target, nothing sparser or less sparse replaces an accepted trial. A pattern is reached in one step,
+    whatever the perplexity. Anything that is not finite is rolled back.
     """
     perplexity, before = trial.perplexity, best.perplexity
     reached = same_sparsity(best.sparsity, config.target_sparsity)
     if not trial.finite or perplexity is None or before is None:
         return "rollback", "the loss is not finite"
     if same_sparsity(sparsity, best.sparsity):
-        change, error = compare_kl(trial, accepted)
-        if reached and config.further_windows:
-            return _judge_likely(config.accept_probability, trial, accepted)
-        figures = f"KL {change:+.4f} ± {error:.4f} at the same sparsity"
-        if change < -SIGMAS * error:
-            return "accept", f"{figures}: better"
-        return "rollback", f"{figures}: {'inside the noise' if abs(change) <= SIGMAS * error else 'worse'}"
+        return _judge_likely(config.accept_probability, trial, accepted)
     if reached:
         return (
             "rollback",
@@ -94,7 +87,6 @@ def judge(
 
 
 def _judge_likely(least: float, trial: Evaluation, accepted: Evaluation) -> tuple[Verdict, str]:
-    """The verdict at the target by the probability of a lower KL; a swap of two equals costs nothing."""
     (change, error), better = compare_kl(trial, accepted), find_likelihood_better(trial, accepted)
     figures = f"KL {change:+.4f} ± {error:.4f} on {len(trial.kl)} windows, better with probability {better:.3f}"
     if better >= least:

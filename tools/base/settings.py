@@ -206,8 +206,7 @@ class WorkbenchSettings(LoadSettings):
         ge=0,
         le=65536,
         description="Windows of validation text beyond those. Where the target is reached, a run measures on as many "
-        "of them as it takes to tell which weights are better, and keeps the likelier ones (accept_probability); 0 "
-        "keeps what is better by two standard errors. As many again compare the best ones at the end.",
+        "of them as it takes to tell which weights are better; as many again compare the best ones at the end.",
     )
     test_windows: int = Field(8, ge=1, le=65536, description="Windows of test text.")
     partial: bool = Field(

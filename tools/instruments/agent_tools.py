@@ -15,7 +15,7 @@ from tools.base.settings import MOST_PROBES
 from tools.base.words import count
 from tools.instruments.comparisons import Figures
 from tools.instruments.fit import measure_fit
-from tools.instruments.functions import Draft, Round, inspect_layers, predict, predict_cut, probe
+from tools.instruments.functions import Draft, Round, inspect_layers, predict, predict_all, predict_cut, probe
 from tools.instruments.search import MOST_SEARCHED, search
 from tools.instruments.slopes import measure_slopes
 from tools.instruments.swap import MOST_SWAPS, swap
@@ -41,23 +41,19 @@ class InspectArguments(BaseModel):
     )
 
 
-class PredictArguments(BaseModel):
+class PredictCutArguments(BaseModel):
     """A plan."""
 
     plan: DraftArgument
 
 
-class ProbeArguments(BaseModel):
-    """A plan or a few, and how much text each is measured on."""
+class PredictArguments(BaseModel):
+    """A plan or a few."""
 
     plan: OneDraftArgument = None
     plans: list[PlainDraftArgument] = Field(
         default=[], max_length=MOST_PROBES, description=f"Instead of plan: up to {MOST_PROBES} of them, compared."
     )
-    tokens: int | None = Field(
-        None, ge=1, description="Tokens of validation text, rounded up to whole windows; half of it where left out."
-    )
-    whole: bool = Field(False, description="All of the text, whatever tokens says.")
 
     @model_validator(mode="before")
     @classmethod
@@ -74,6 +70,15 @@ class ProbeArguments(BaseModel):
         if (self.plan is None) == (not self.plans):
             raise ValueError(f"give a plan, or up to {MOST_PROBES} plans")
         return self
+
+
+class ProbeArguments(PredictArguments):
+    """A plan or a few, and how much text each is measured on."""
+
+    tokens: int | None = Field(
+        None, ge=1, description="Tokens of validation text, rounded up to whole windows; half of it where left out."
+    )
+    whole: bool = Field(False, description="All of the text, whatever tokens says.")
 
 
 class SlopesArguments(BaseModel):
@@ -150,10 +155,15 @@ def make_planner_tools(
         return _answer(**figures), f"{selector} -> {figures['layers']} layers"
 
     @tool("predict", args_schema=PredictArguments, response_format="content_and_artifact")
-    def predict_tool(plan: Draft) -> tuple[str, str]:
-        """KL of a plan by KL curves, and the sparsities it gives. Costs nothing, but for curves not measured yet."""
-        figures = predict(round_, plan)
-        return _answer(**figures), f"{_describe(plan)} -> predicted KL {figures['predicted_kl']}"
+    def predict_tool(plan: Draft | None, plans: list[Draft]) -> tuple[str, str]:
+        """KL of plans by KL curves, and the sparsities they give. Costs nothing, but for curves not measured yet."""
+        if plan:
+            figures = predict(round_, plan)
+            return _answer(**figures), f"{_describe(plan)} -> {_describe_prediction(figures)}"
+        figures = predict_all(round_, plans)
+        told = list(zip(map(_describe, plans), figures["plans"], strict=True))
+        figures["plans"] = [{"plan": described} | own for described, own in told]
+        return _answer(**figures), "; ".join(f"{described} -> {_describe_prediction(own)}" for described, own in told)
 
     @tool("probe", args_schema=ProbeArguments, response_format="content_and_artifact")
     def probe_tool(plan: Draft | None, plans: list[Draft], tokens: int | None, whole: bool) -> tuple[str, str]:
@@ -207,11 +217,11 @@ def make_planner_tools(
         lines = recall(query)
         return _answer(lessons=lines), f"{query} -> {count(len(lines), 'lesson')}"
 
-    @tool("predict", args_schema=PredictArguments, response_format="content_and_artifact")
+    @tool("predict", args_schema=PredictCutArguments, response_format="content_and_artifact")
     def predict_cut_tool(plan: Draft) -> tuple[str, str]:
         """What goes by a plan, and its KL by the table. Costs nothing."""
         figures = predict_cut(round_, plan)
-        return _answer(**figures), f"{_describe(plan)} -> predicted KL {figures['predicted_kl']}"
+        return _answer(**figures), f"{_describe(plan)} -> {_describe_prediction(figures)}"
 
     if cuts:
         return [predict_cut_tool, probe_tool, fit_tool, history_tool]
@@ -240,6 +250,10 @@ def _describe(draft: Draft) -> str:
     more += f" · layers x {draft.expression}" if draft.expression else ""
     more += f" · {count(len(draft.adjustments), 'adjustment')}" if draft.adjustments else ""
     return f"{draft.sparsity:.1%} {draft.recipe.label}{more}"
+
+
+def _describe_prediction(figures: Figures) -> str:
+    return figures.get("error") or f"predicted KL {figures['predicted_kl']}"
 
 
 def _describe_probe(figures: Figures) -> str:

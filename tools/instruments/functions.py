@@ -165,6 +165,32 @@ def predict(round_: Round, draft: Draft) -> Figures:
     return figures | ({"groups_left_out": len(rows) - MAX_GROUPS} if len(rows) > MAX_GROUPS else {})
 
 
+def predict_all(round_: Round, drafts: Sequence[Draft]) -> Figures:
+    """Several drafts beside one another: the KL of each as `predict` tells it, and every group's sparsity by each.
+
+    Of a draft that cannot be there is `error` alone, and null in the groups. Raises ImpossiblePlan when none can.
+    """
+    plans: list[Figures] = []
+    for draft in drafts:
+        try:
+            plans.append(predict(round_, draft))
+        except UserError:  # a full disk, say
+            raise
+        except ValueError as error:
+            plans.append({"error": str(error)})
+    shared = [figures.pop("groups", {}) for figures in plans]
+    if not any(shared) and all("error" in figures for figures in plans):
+        raise ImpossiblePlan("; ".join(dict.fromkeys(figures["error"] for figures in plans)))
+    for figures in plans:
+        figures.pop("columns", None)
+    named = list(dict.fromkeys(selector for groups in shared for selector in groups))[:MAX_GROUPS]
+    return {
+        "plans": plans,
+        "columns": "group: sparsity by each plan",
+        "groups": {name: [groups.get(name, [None])[0] for groups in shared] for name in named},
+    }
+
+
 def predict_cut(round_: Round, draft: Draft) -> Figures:
     """What a draft of a run that takes whole parts away comes to, and its KL by the curves of the parts.
 

@@ -203,6 +203,7 @@ SEVERAL_PLANS = st.lists(GOOD_PLANS | SOME_LAYERS, min_size=1, max_size=3)
 GOOD_CALLS = st.one_of(
     st.fixed_dictionaries({"tool": st.just("inspect_layers"), "arguments": st.just({"selector": "*.q_proj"})}),
     st.fixed_dictionaries({"tool": st.just("predict"), "arguments": st.fixed_dictionaries({"plan": GOOD_PLANS})}),
+    st.fixed_dictionaries({"tool": st.just("predict"), "arguments": st.fixed_dictionaries({"plans": SEVERAL_PLANS})}),
     st.fixed_dictionaries({"tool": st.just("probe"), "arguments": sometimes({"tokens": st.just(64)}, plan=GOOD_PLANS)}),
     st.fixed_dictionaries({"tool": st.just("probe"), "arguments": st.fixed_dictionaries({"plans": SEVERAL_PLANS})}),
     st.just({"tool": "history", "arguments": {}}),

@@ -486,8 +486,8 @@ def test_bounds_and_trials() -> None:
     text = shown(make_first_situation(config=config, accepted=KEPT, trials=[KEPT, lost], iteration=3))
     assert (
         "Bounds: target sparsity 0.45. No layer above 0.8. Round 3 of at most 8. Perplexity limit of this round: 24.2 "
-        "(1.1 times that of the last accepted weights). At the target kept if KL falls by 2 standard errors of its "
-        "paired change. Never touched, whatever you plan:\n"
+        "(1.1 times that of the last accepted weights). At the target kept if KL is lower with probability 0.75. "
+        "Never touched, whatever you plan:\n"
         "<data protected>\n*.v_proj\nblocks 0-1\n</data>\n" in text
     )
     assert (
@@ -501,8 +501,8 @@ def test_bounds_and_trials() -> None:
     assert text.endswith("Plan round 3.")
 
 
-def test_with_further_windows_a_plan_is_kept_that_is_likely_better() -> None:
-    text = shown(make_first_situation(config=RunConfig(further_windows=4, accept_probability=0.9)))
+def test_planners_are_told_how_likely_better_a_plan_must_be() -> None:
+    text = shown(make_first_situation(config=RunConfig(accept_probability=0.9)))
     assert "accepted weights). At the target kept if KL is lower with probability 0.9." in text
 
 

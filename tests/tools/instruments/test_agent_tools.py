@@ -53,6 +53,9 @@ def test_a_planner_gets_ten_and_none_of_them_changes_the_model(instruments: dict
     assert shown == f"*.v_proj -> {answer['layers']} layers"
     answer, shown = call(instruments["predict"], plan=plan)
     assert shown == f"30.0% wanda:uniform -> predicted KL {answer['predicted_kl']}"
+    answer, shown = call(instruments["predict"], plans=[plan, plan])
+    told = f"30.0% wanda:uniform -> predicted KL {answer['plans'][1]['predicted_kl']}"
+    assert (answer["plans"][0]["plan"], shown) == ("30.0% wanda:uniform", f"{told}; {told}")
     answer, shown = call(instruments["probe"], plan=plan, tokens=64)
     assert (answer["tokens"], shown) == (64, f"30.0% wanda:uniform -> KL {answer['kl']} on 64 tokens")
     assert call(instruments["history"], n=2) == ({"trials": ["round 0", "round 1"]}, "2 -> 2 trials")
@@ -128,6 +131,6 @@ def test_selectors_and_bounds_are_checked(instruments: dict[str, BaseTool]) -> N
 
 def test_tools_are_described_shortly(instruments: dict[str, BaseTool]) -> None:
     described = [convert_to_openai_tool(tool)["function"] for tool in instruments.values()]
-    assert len(json.dumps(described)) < 4_150, "a plan's schema is not sent once more for each tool"
+    assert len(json.dumps(described)) < 4_300, "a plan's schema is not sent once more for each tool"
     assert all("\n" not in function["description"] for function in described)
     assert Draft.model_validate({"sparsity": 0.3}).recipe.method == "refit"

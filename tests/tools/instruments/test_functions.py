@@ -37,6 +37,7 @@ from tools.instruments.functions import (
     Round,
     inspect_layers,
     predict,
+    predict_all,
     probe,
     read_probed,
 )
@@ -163,6 +164,24 @@ def test_predict_tells_the_share_of_each_layer_that_is_asked_for(
         assert share == pytest.approx(zeros[name] / round_.bench.dense[name].numel(), rel=1e-3)
     monkeypatch.setattr("tools.instruments.functions.MAX_INSPECTED", 1)
     assert list(predict(round_, alone)["alone"].items()) == [*told.items()][:1]
+
+
+def test_several_predictions_stand_beside_one_another(make_round: Callable[..., Round]) -> None:
+    round_ = make_round()
+    names = list(round_.bench.by_name)
+    round_ = replace(round_, groups={"early": names[: len(names) // 2], "late": names[len(names) // 2 :]})
+    bounds = Adjustment(selector="*", action="bounds", high=0.2)
+    impossible = Draft(sparsity=0.4, adjustments=[bounds])
+    alone = [predict(round_, draft) for draft in (WANDA, REFIT)]
+    figures = predict_all(round_, [WANDA, impossible, REFIT])
+    wanda, problem, refit = figures["plans"]
+    assert [wanda, refit] == [{k: own[k] for k in ("sparsity", "predicted_kl", "mask_kl")} for own in alone]
+    assert list(problem) == ["error"] and "allow at most" in problem["error"]
+    assert figures["groups"] == {
+        name: [alone[0]["groups"][name][0], None, alone[1]["groups"][name][0]] for name in alone[0]["groups"]
+    }
+    with pytest.raises(ImpossiblePlan, match="allow at most"):
+        predict_all(round_, [impossible, impossible])
 
 
 # --- probe ---------------------------------------------------------------------------------------------------------
