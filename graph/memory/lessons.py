@@ -59,6 +59,7 @@ IDLE = (
 
 LATER = (
     "text_cut",
+    "text_spread",
     "planner_unaided",
     "further_windows",
     "accept_probability",

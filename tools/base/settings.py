@@ -33,7 +33,7 @@ WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
 TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc", "self", "self:PROMPT")
 """How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
 
-FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0, "further_windows": 0, "polish_tokens": 0}
+FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0, "text_spread": 1, "further_windows": 0, "polish_tokens": 0}
 """What fields meant in settings that were kept before there were such fields."""
 
 TEXT_SOURCE = f"{', '.join(TEXT_FORMS[:-1])} or {TEXT_FORMS[-1]}"
@@ -183,6 +183,13 @@ class WorkbenchSettings(LoadSettings):
         le=65535,
         description="Which stretch of every text source, and of the questions, is used: 0 the first, 1 the one behind "
         "it, and so on, each as long as all that is cut from that source. What the model writes is other text.",
+    )
+    text_spread: int = Field(
+        1,
+        ge=1,
+        le=65536,
+        description="Of so many windows in a row of every text source one is taken: as few windows come from far more "
+        "of the text, in as many consecutive parts for calibration, validation and test as before.",
     )
     window: int = Field(512, ge=8, le=131072, description="Tokens in one window of text.")
     bos: Literal["auto", "never"] = Field(

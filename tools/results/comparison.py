@@ -290,7 +290,7 @@ def describe(known: Comparison) -> str:
         "",
         f"Perplexity on {settings['validation_windows'] * settings['window']:,} tokens of "
         f"{_name_text(settings, 'validation')} in windows of {settings['window']}"
-        f"{describe_cut(settings.get('text_cut', 0))}{describe_bos(known.bos)}, "
+        f"{describe_cut(settings.get('text_cut', 0), settings.get('text_spread', 1))}{describe_bos(known.bos)}, "
         f"{settings['dtype']}; dense: {show(known.dense_perplexity)}. Statistics from "
         f"{settings['calibration_windows']} windows of "
         f"{_name_text(settings, 'calibration')}, gradients from "

@@ -30,11 +30,12 @@ class Protocol(BaseModel):
     cut: int = Field(
         0, description="Which stretch of the text the windows are: 0 the first, N behind N others of its length."
     )
+    spread: int = Field(1, description="Of so many windows in a row of the text one was taken.")
 
     @property
     def windows(self) -> str:
         """How the text was cut, in words."""
-        return f"windows of {self.window}{describe_cut(self.cut)}{describe_bos(self.bos)}"
+        return f"windows of {self.window}{describe_cut(self.cut, self.spread)}{describe_bos(self.bos)}"
 
 
 def describe_bos(used: bool) -> str:
@@ -42,9 +43,10 @@ def describe_bos(used: bool) -> str:
     return ", a beginning-of-sequence token before every window (not counted)" if used else ""
 
 
-def describe_cut(cut: int) -> str:
-    """What is said of windows, after their length, that are not the first of their text."""
-    return f" from stretch {cut + 1} of it (--text-cut {cut})" if cut else ""
+def describe_cut(cut: int, spread: int = 1) -> str:
+    """What is said of windows, after their length, that are not the first of their text, one behind the other."""
+    apart = f", one of every {spread} (--text-spread {spread})" if spread > 1 else ""
+    return f"{apart}{f' from stretch {cut + 1} of it (--text-cut {cut})' if cut else ''}"
 
 
 class Perplexities(BaseModel):
@@ -322,4 +324,5 @@ def describe_protocol(settings: WorkbenchSettings, split: Split = "test", *, bos
         versions=versions,
         bos=bos,
         cut=settings.text_cut,
+        spread=settings.text_spread,
     )

@@ -143,8 +143,9 @@ def check_texts(settings: WorkbenchSettings) -> None:
 def cut_windows(settings: WorkbenchSettings, tokenizer: Any, write: WrittenText | None = None) -> Windows:
     """Disjoint sets of windows; splits, and named texts, with the same source take consecutive parts of it.
 
-    With `text_cut` N that is the N-th stretch of a source, as long as the windows of all that share it. What the
-    model writes itself is asked of `write`, part by part (`tools.texts.written.count_windows`); None where nothing is.
+    With `text_cut` N that is the N-th stretch of a source, as long as the windows of all that share it; with
+    `text_spread` S that much longer, and the first of every S windows is taken. What the model writes itself is asked
+    of `write`, part by part (`tools.texts.written.count_windows`); None where nothing is.
 
     A share `calibration_mix` of the calibration windows, evenly spread, is made of questions with answers that are
     asked nowhere else. The settings say whether each window begins with the tokenizer's beginning-of-sequence token:
@@ -189,9 +190,11 @@ def _cut_read(settings: WorkbenchSettings, tokenizer: Any) -> "dict[str, Tensor]
         asked = {part: counts[part] for part in sources if sources[part] == source}
         is_asked = _is_asked(settings, source)
         documents = write_questions(settings) if is_asked else read_documents(source)
-        ids = _read_tokens(documents, tokenizer, _reach(settings, asked))
+        # questions have no order that could matter
+        by = settings.model_copy(update={"text_spread": 1}) if is_asked else settings
+        ids = _read_tokens(documents, tokenizer, _reach(by, asked))
         beside = f" beside the {2 * settings.question_pairs} questions that are asked" if is_asked else ""
-        pieces = torch.split(_cut(ids, source, settings, asked, beside), list(asked.values()))
+        pieces = torch.split(_cut(ids, source, by, asked, beside), list(asked.values()))
         windows |= zip(asked, pieces, strict=True)
     return windows
 
@@ -239,7 +242,9 @@ def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
     ids = _read_tokens(write_questions(settings), tokenizer, settings.window * most)
     count = max(needed, min(most, len(ids) // settings.window))
     # Which questions are the rest of those asked hangs on `text_cut`: the windows are the first of them.
-    return _cut(ids, settings.questions, settings.model_copy(update={"text_cut": 0}), {"calibration": count})
+    return _cut(
+        ids, settings.questions, settings.model_copy(update={"text_cut": 0, "text_spread": 1}), {"calibration": count}
+    )
 
 
 def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[int]:
@@ -255,7 +260,7 @@ def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[
 
 def _reach(settings: WorkbenchSettings, counts: dict[str, int]) -> int:
     """Tokens up to the end of the stretch of a source that the windows are cut from."""
-    return (settings.text_cut + 1) * settings.window * sum(counts.values())
+    return (settings.text_cut + 1) * settings.text_spread * settings.window * sum(counts.values())
 
 
 def _cut(
@@ -267,16 +272,18 @@ def _cut(
     """
     import torch
 
-    windows, window, cut = sum(counts.values()), settings.window, settings.text_cut
-    end = _reach(settings, counts)
+    windows, window, cut, spread = sum(counts.values()), settings.window, settings.text_cut, settings.text_spread
+    end, length = _reach(settings, counts), spread * window * windows
     if len(ids) >= end:
-        return torch.tensor(ids[end - window * windows : end], dtype=torch.int64).view(windows, window)
+        stretch_TS = torch.tensor(ids[end - length : end], dtype=torch.int64).view(windows, spread * window)
+        return stretch_TS[:, :window].contiguous()
     asked = " + ".join(f"{count} {part}" for part, count in counts.items() if count)
-    behind = f" behind {end - window * windows} that --text-cut {cut} passes over" if cut else ""
+    apart = f", one of every {spread}," if spread > 1 else ""
+    behind = f" behind {end - length} that --text-cut {cut} passes over" if cut else ""
+    instead = f"{', or a smaller --text-spread' if spread > 1 else ''}{', or an earlier cut' if cut else ''}"
     raise UserError(
-        f"text source {source!r} is too short: {asked} windows of {window} tokens need {window * windows} tokens"
-        f"{behind}, but it has {len(ids)}{beside}; ask for fewer or shorter windows"
-        f"{', or an earlier cut' if cut else ''}"
+        f"text source {source!r} is too short: {asked} windows of {window} tokens{apart} need {length} tokens"
+        f"{behind}, but it has {len(ids)}{beside}; ask for fewer or shorter windows{instead}"
     )
 
 

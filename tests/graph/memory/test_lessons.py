@@ -90,6 +90,7 @@ def test_lessons_of_this_very_config_are_marked_and_kept_apart(store: BaseStore)
         *(
             ({"seed": 1}, False),
             ({"text_cut": 1}, False),
+            ({"text_spread": 2}, False),
             ({"bos": "never"}, False),
             ({"calibration": "hub:x:train"}, False),
             ({"dtype": "bf16"}, False),

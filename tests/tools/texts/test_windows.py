@@ -139,6 +139,29 @@ def test_a_later_cut_is_the_stretch_behind_and_the_first_is_as_ever(tmp_path: Pa
     assert torch.cat([first.validation, second.validation]).flatten().tolist() == prefix[: 2 * 3 * 64]
 
 
+def test_spread_windows_are_the_first_of_every_few_and_parts_stay_behind_one_another(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(0, 6000))
+    shared = tiny_settings("any", calibration=(source := f"file:{tmp_path / 'a.txt'}"), test=source, text_spread=3)
+    tokenizer = make_tiny_tokenizer()
+    ids = torch.tensor(tokenizer(prose(0, 6000) + "\n\n", add_special_tokens=False)["input_ids"][: 2 * 3 * 6 * 64])
+    for cut, stretch in enumerate(ids.view(2, 6, 3, 64)):
+        found = cut_windows(shared.model_copy(update={"text_cut": cut}), tokenizer)
+        assert torch.equal(torch.cat([found.calibration, found.test]), stretch[:, 0])
+        assert all(part.is_contiguous() for part in found[:3])
+
+
+def test_too_short_a_text_to_spread_windows_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(0, 300))
+    source = f"file:{tmp_path / 'a.txt'}"
+    with pytest.raises(UserError) as refusal:
+        cut_windows(tiny_settings("any", test=source, text_spread=40), make_tiny_tokenizer())
+    assert re.fullmatch(
+        re.escape(f"text source {source!r} is too short: 2 test windows of 64 tokens, one of every 40, need 5120 ")
+        + r"tokens, but it has \d+; ask for fewer or shorter windows, or a smaller --text-spread",
+        str(refusal.value),
+    )
+
+
 def test_too_short_a_text_for_a_later_cut_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(prose(0, 300))
     source = f"file:{tmp_path / 'a.txt'}"
