@@ -62,7 +62,7 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     assert 0 < summary["reach"]["of_model"] < summary["reach"]["of_blocks"] == 1
     assert list(summary["perplexity"]) == ["dense", "pruned", "uniform_wanda"]
     assert summary["wanda_statistics"] == "sequential"
-    assert list(summary["protocol"]) == ["text", "tokens", "window", "dtype", "versions", "bos", "cut"]
+    assert list(summary["protocol"]) == ["text", "tokens", "window", "dtype", "versions", "bos", "cut", "spread"]
     assert (summary["run"], summary["model"], summary["status"]) == ("run", "tiny", "finished")
     assert summary["protocol"]["tokens"] == 128 and summary["protocol"]["dtype"] == read_run_config(finished).dtype
     assert all(math.isfinite(value) for value in summary["perplexity"].values())
