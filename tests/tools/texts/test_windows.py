@@ -150,26 +150,23 @@ def test_spread_windows_are_the_first_of_every_few_and_parts_stay_behind_one_ano
         assert all(part.is_contiguous() for part in found[:3])
 
 
-def test_too_short_a_text_to_spread_windows_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "needed", "instead"),
+    [
+        ({"text_spread": 40}, ", one of every 40, need 5120 tokens", "a smaller --text-spread"),
+        ({"text_cut": 9}, " need 128 tokens behind 1152 that --text-cut 9 passes over", "an earlier cut"),
+    ],
+)
+def test_too_short_a_text_for_a_later_cut_or_a_spread_says_so(
+    change: dict[str, int], needed: str, instead: str, tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_text(prose(0, 300))
     source = f"file:{tmp_path / 'a.txt'}"
     with pytest.raises(UserError) as refusal:
-        cut_windows(tiny_settings("any", test=source, text_spread=40), make_tiny_tokenizer())
+        cut_windows(tiny_settings("any", test=source, **change), make_tiny_tokenizer())
     assert re.fullmatch(
-        re.escape(f"text source {source!r} is too short: 2 test windows of 64 tokens, one of every 40, need 5120 ")
-        + r"tokens, but it has \d+; ask for fewer or shorter windows, or a smaller --text-spread",
-        str(refusal.value),
-    )
-
-
-def test_too_short_a_text_for_a_later_cut_says_so(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(prose(0, 300))
-    source = f"file:{tmp_path / 'a.txt'}"
-    with pytest.raises(UserError) as refusal:
-        cut_windows(tiny_settings("any", test=source, text_cut=9), make_tiny_tokenizer())
-    assert re.fullmatch(
-        re.escape(f"text source {source!r} is too short: 2 test windows of 64 tokens need 128 tokens behind 1152 that ")
-        + r"--text-cut 9 passes over, but it has \d+; ask for fewer or shorter windows, or an earlier cut",
+        re.escape(f"text source {source!r} is too short: 2 test windows of 64 tokens{needed}, but it has ")
+        + rf"\d+; ask for fewer or shorter windows, or {instead}",
         str(refusal.value),
     )
 
