@@ -41,13 +41,12 @@ def keep_highest(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:
         ranks_N = order_preserving_ints(score_OI, dead_OI).reshape(1, -1)
         return _keep_above(ranks_N, torch.tensor([zeros], device=ranks_N.device)).reshape(score_OI.shape)
     ranks_OI, dead = score_bits(score_OI), int(torch.count_nonzero(dead_OI))
-    if dead == 0:
-        return _remove_lowest(ranks_OI.reshape(1, -1), zeros).reshape(score_OI.shape)
     alive_OI = ~dead_OI
     if zeros <= dead:
-        return alive_OI if zeros == dead else alive_OI | (dead_OI.reshape(-1).cumsum(0) > zeros).reshape(dead_OI.shape)
+        return alive_OI | (dead_OI.reshape(-1).cumsum(0) > zeros).reshape(dead_OI.shape)
     # The dead as one great tie would cost the partition ten times its usual time: only the others are sorted.
-    threshold = kth_smallest(_pick(ranks_OI, alive_OI).reshape(1, -1), zeros - dead)
+    picked_N = _pick(ranks_OI, alive_OI) if dead else ranks_OI
+    threshold = kth_smallest(picked_N.reshape(1, -1), zeros - dead)
     keep_OI = (ranks_OI > threshold).logical_and_(alive_OI)
     if lacking := keep_OI.numel() - zeros - int(torch.count_nonzero(keep_OI)):  # ties at the threshold
         tied_N = (ranks_OI == threshold).logical_and_(alive_OI).reshape(-1).nonzero()[:, 0]

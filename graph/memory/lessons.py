@@ -62,7 +62,6 @@ LATER = (
     "text_spread",
     "planner_unaided",
     "further_windows",
-    "accept_probability",
     "polish_tokens",
     "text",
     "text_weights",

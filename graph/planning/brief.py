@@ -212,7 +212,8 @@ def _describe_bounds(situation: Situation) -> str:
     text = (
         f"Bounds: target sparsity {config.target_sparsity:g}{_describe_reach(config)}. "
         f"Round {situation.iteration} of at most {_count_rounds(situation)}. Perplexity limit of this round: {limit} "
-        f"({1 + config.tau:g} times that of the last accepted weights). {_describe_proof(config)}"
+        f"({1 + config.tau:g} times that of the last accepted weights). At the target kept if KL is lower with "
+        f"probability {config.accept_probability:g}."
     ) + describe_shares(config, situation.texts_left)
     text += describe_bounds(config, situation.dense)
     text += describe_costs(config, situation.budget) + describe_spending(config, situation.seconds, situation.usage)
@@ -223,11 +224,6 @@ def _describe_bounds(situation: Situation) -> str:
         return text
     selectors = [quote_data(selector, 80) for selector in config.protect[:20]]
     return f"{text} Never touched, whatever you plan:\n" + data_block("protected", selectors)
-
-
-def _describe_proof(config: RunConfig) -> str:
-    """By how much a plan at the target must be better, as `graph.planning.verdict.judge` has it."""
-    return f"At the target kept if KL is lower with probability {config.accept_probability:g}."
 
 
 def _describe_reach(config: RunConfig) -> str:

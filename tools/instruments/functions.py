@@ -7,6 +7,8 @@ import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -30,6 +32,8 @@ from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
 from tools.workbench.probes import Probe
 from tools.workbench.store import DENSE
+
+Result = TypeVar("Result")
 
 MAX_INSPECTED = 40
 """Layers that one look, or one prediction, shows one by one."""
@@ -170,17 +174,10 @@ def predict_all(round_: Round, drafts: Sequence[Draft]) -> Figures:
 
     Of a draft that cannot be there is `error` alone, and null in the groups. Raises ImpossiblePlan when none can.
     """
-    plans: list[Figures] = []
-    for draft in drafts:
-        try:
-            plans.append(predict(round_, draft))
-        except UserError:  # a full disk, say
-            raise
-        except ValueError as error:
-            plans.append({"error": str(error)})
+    found = [_try(partial(predict, round_, draft)) for draft in drafts]
+    plans: list[Figures] = [{"error": made} if isinstance(made, str) else made for made in found]
+    _refuse_if_none(plans)
     shared = [figures.pop("groups", {}) for figures in plans]
-    if not any(shared) and all("error" in figures for figures in plans):
-        raise ImpossiblePlan("; ".join(dict.fromkeys(figures["error"] for figures in plans)))
     for figures in plans:
         figures.pop("columns", None)
     named = list(dict.fromkeys(selector for groups in shared for selector in groups))[:MAX_GROUPS]
@@ -228,7 +225,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     bench = round_.bench
     windows = count_windows(bench, tokens, whole=whole)
     round_.admit(drafts, windows * bench.settings.window, 0)
-    found = [_try_to_resolve(round_, draft) for draft in drafts]
+    found = [_try(partial(_resolve, round_, draft)) for draft in drafts]
     orders = {number: order for number, order in enumerate(found) if isinstance(order, WorkOrder)}
     if not orders:
         raise ImpossiblePlan("; ".join(dict.fromkeys(map(str, found))))
@@ -251,8 +248,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
                 places[number] = remember_probe(round_.probed, _note(bench, orders[number], made, figures[number]))
     for number, place in places.items():
         compare_probes(round_.probed, round_.past, place, figures[number])
-    if all("error" in figure for figure in figures):
-        raise ImpossiblePlan("; ".join(dict.fromkeys(figure["error"] for figure in figures)))
+    _refuse_if_none(figures)
     return figures
 
 
@@ -303,15 +299,24 @@ def read_probed(round_: Round, number: int) -> Evaluation:
     return read_losses(round_.probed[number - count_probes(round_.past) - 1])
 
 
-def _try_to_resolve(round_: Round, draft: Draft) -> WorkOrder | str:
-    """What the draft comes to, or why it cannot be."""
+def _resolve(round_: Round, draft: Draft) -> WorkOrder:
+    return prune_alone(round_.resolve(draft), draft.alone, round_.bench.read_profile(round_.profile).layers)
+
+
+def _try(work: Callable[[], Result]) -> Result | str:
+    """What work on a draft comes to, or why it cannot be."""
     try:
-        order = round_.resolve(draft)
-        return prune_alone(order, draft.alone, round_.bench.read_profile(round_.profile).layers)
+        return work()
     except UserError:  # a full disk, say
         raise
     except ValueError as error:
         return str(error)
+
+
+def _refuse_if_none(figures: Sequence[Figures]) -> None:
+    """Raises ImpossiblePlan where no draft could be."""
+    if all("error" in own for own in figures):
+        raise ImpossiblePlan("; ".join(dict.fromkeys(own["error"] for own in figures)))
 
 
 def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, windows: int) -> Figures:
