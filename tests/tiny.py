@@ -222,11 +222,11 @@ def pretend_packed(model: Path, directory: Path) -> Path:
 
 
 def tiny_settings(model: Path | str, **changes: Any) -> TeamSettings:
-    """Settings for a tiny model on this machine's processor: a few short windows of pydoc."""
+    """Settings for a tiny model on this machine's processor: a few short windows of pydoc, one behind the other."""
     return TeamSettings.model_validate(
         {
             **{"model": str(model), "device": "cpu", "window": 64, "calibration_windows": 4, "gradient_windows": 2},
-            **{"validation_windows": 3, "test_windows": 2},
+            **{"validation_windows": 3, "test_windows": 2, "text_spread": 1},
             **changes,
         }
     )

@@ -67,8 +67,8 @@ class AblateSettings(PolishSettings, TeamSettings):
     )
     seeds: str = Field(
         "0,1,2,3,4",
-        description="Comma-separated seeds; each arm is run once for each, with labels of its own and another stretch "
-        "of every text: so many stretches behind --text-cut.",
+        description="Comma-separated seeds; each arm is run once for each, with labels of its own and other windows "
+        "of every text: so many cuts behind --text-cut.",
     )
     planner: str = Field("", description="The chat model that plans, as in graph.run; empty leaves its arms out.")
     reflector: str = Field("", description="The chat model that reflects, as in graph.run; empty: the planner's.")
@@ -107,7 +107,7 @@ class AblateSettings(PolishSettings, TeamSettings):
     out: str = Field("ablate", min_length=1, description="Directory of the tables, the plot and the work.")
 
     def for_seed(self, seed: int) -> Self:
-        """What a row of this seed is made by: other labels, and another stretch of every text."""
+        """What a row of this seed is made by: other labels, and other windows of every text."""
         return self.model_copy(update={"seed": seed, "text_cut": self.text_cut + seed})
 
     @model_validator(mode="after")

@@ -103,7 +103,7 @@ def describe(known: Ablation) -> str:
         "",
         *_tell_goal(settings),
         "Every seed has labels of its own for the KL curves, and its own windows for calibration, validation and test: "
-        f"seed 0 those of --text-cut {settings['text_cut']}, each other one those behind the seed's before.",
+        f"seed 0 those of --text-cut {settings['text_cut']}, each other one those of the cut behind.",
         "",
         *(f"- **{arm}**: {describe_arm(arm)}" for arm in ROWS if any(row.arm == arm for row in known.rows)),
         "",

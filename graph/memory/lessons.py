@@ -25,7 +25,7 @@ from graph.memory.items import (
 )
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
-from tools.base.settings import TEAM, TaskSettings
+from tools.base.settings import FORMER, TEAM, TaskSettings
 from tools.texts.written import is_written
 
 LIMIT = 30
@@ -69,7 +69,8 @@ LATER = (
     "goal",
     "goal_tokens",
 )
-"""Fields whose defaults mean what earlier versions, which had not the fields, did: left out of hashes at these."""
+"""Fields that earlier versions had not: left out of hashes where they say what those did, which is `FORMER`, or else the
+default."""
 
 
 def fingerprint(config: RunConfig) -> str:
@@ -91,7 +92,7 @@ def _list_fingerprints(config: RunConfig) -> tuple[str, str]:
 
 
 def _hash(config: RunConfig, *left_out: str) -> str:
-    fresh = {name for name in LATER if getattr(config, name) == RunConfig.model_fields[name].default}
+    fresh = {name for name in LATER if getattr(config, name) == FORMER.get(name, RunConfig.model_fields[name].default)}
     values = config.model_dump(exclude={*left_out, *fresh})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -48,8 +48,8 @@ from tools.workbench import open as workbench
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY = (
-    *("--device", "cpu", "--window", "64", "--calibration-windows", "4", "--gradient-windows", "2"),
-    *("--validation-windows", "3", "--test-windows", "2", "--patience", "1"),
+    *("--device", "cpu", "--window", "64", "--text-spread", "1", "--calibration-windows", "4"),
+    *("--gradient-windows", "2", "--validation-windows", "3", "--test-windows", "2", "--patience", "1"),
 )
 """Flags that make a run of a tiny model take about a second."""
 

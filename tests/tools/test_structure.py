@@ -89,7 +89,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
 
 def describe(source: Path) -> list[str]:
     """Flags of a small run."""
-    sizes = "--window 64 --calibration-windows 4 --validation-windows 3 --test-windows 2 --device cpu"
+    sizes = "--window 64 --calibration-windows 4 --validation-windows 3 --test-windows 2 --text-spread 1 --device cpu"
     return ["--model", str(source), *sizes.split()]
 
 

@@ -36,6 +36,9 @@ TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc", 
 FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0, "text_spread": 1, "further_windows": 0, "polish_tokens": 0}
 """What fields meant in settings that were kept before there were such fields."""
 
+MOST_SPREAD = 16
+"""Of so many windows in a row one is taken at most, unless a number is given: longer texts are not read on for it."""
+
 TEXT_SOURCE = f"{', '.join(TEXT_FORMS[:-1])} or {TEXT_FORMS[-1]}"
 
 
@@ -181,15 +184,16 @@ class WorkbenchSettings(LoadSettings):
         0,
         ge=0,
         le=65535,
-        description="Which stretch of every text source, and of the questions, is used: 0 the first, 1 the one behind "
-        "it, and so on, each as long as all that is cut from that source. What the model writes is other text.",
+        description="Which windows of every text source, and which questions, are used: 0 the first, and no two "
+        "numbers have any in common. What the model writes is other text.",
     )
     text_spread: int = Field(
-        1,
-        ge=1,
+        0,
+        ge=0,
         le=65536,
         description="Of so many windows in a row of every text source one is taken: as few windows come from far more "
-        "of the text, in as many consecutive parts for calibration, validation and test as before.",
+        "of the text, calibration, validation and test each from a part of its own. 1: windows behind one another. 0: "
+        f"as many as the source has room for, up to {MOST_SPREAD}.",
     )
     window: int = Field(512, ge=8, le=131072, description="Tokens in one window of text.")
     bos: Literal["auto", "never"] = Field(

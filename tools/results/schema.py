@@ -28,9 +28,11 @@ class Protocol(BaseModel):
     )
 
     cut: int = Field(
-        0, description="Which stretch of the text the windows are: 0 the first, N behind N others of its length."
+        0, description="Which windows of the text these are: 0 the first; no two numbers have any in common."
     )
-    spread: int = Field(1, description="Of so many windows in a row of the text one was taken.")
+    spread: int = Field(
+        1, description="Of so many windows in a row of the text one was taken; 0: of as many as it had room for."
+    )
 
     @property
     def windows(self) -> str:
@@ -45,8 +47,8 @@ def describe_bos(used: bool) -> str:
 
 def describe_cut(cut: int, spread: int = 1) -> str:
     """What is said of windows, after their length, that are not the first of their text, one behind the other."""
-    apart = f", one of every {spread} (--text-spread {spread})" if spread > 1 else ""
-    return f"{apart}{f' from stretch {cut + 1} of it (--text-cut {cut})' if cut else ''}"
+    apart = {0: " from all over it", 1: ""}.get(spread, f", one of every {spread} (--text-spread {spread})")
+    return f"{apart}{f', cut {cut + 1} of it (--text-cut {cut})' if cut else ''}"
 
 
 class Perplexities(BaseModel):

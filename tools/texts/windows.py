@@ -1,6 +1,7 @@
 """How text becomes three disjoint sets of token windows."""
 
 import os
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from tools.base.errors import SharedText, UserError
 from tools.base.names import path_of
-from tools.base.settings import QUESTIONS, RUN, SPLITS, Calibration, WorkbenchSettings
+from tools.base.settings import MOST_SPREAD, QUESTIONS, RUN, SPLITS, Calibration, WorkbenchSettings
 from tools.texts.mixtures import mix_questions, write_questions
 from tools.texts.questions import check_questions
 from tools.texts.sources import check_source, read_documents
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 SHINGLE = 64
 """Tokens in a row that two splits may not share."""
+
+MOST_SHARED = 0.01
+"""Share of a source's runs of so many tokens that may stand in another source, where no windows have them: boilerplate
+is no leak, a document of which one split has the beginning and one the end is."""
 
 
 class Windows(NamedTuple):
@@ -143,16 +148,18 @@ def check_texts(settings: WorkbenchSettings) -> None:
 def cut_windows(settings: WorkbenchSettings, tokenizer: Any, write: WrittenText | None = None) -> Windows:
     """Disjoint sets of windows; splits, and named texts, with the same source take consecutive parts of it.
 
-    With `text_cut` N that is the N-th stretch of a source, as long as the windows of all that share it; with
-    `text_spread` S that much longer, and the first of every S windows is taken. What the model writes itself is asked
-    of `write`, part by part (`tools.texts.written.count_windows`); None where nothing is.
+    Of every S windows in a row of a source one is taken (`text_spread`): the first with `text_cut` 0, the one behind
+    it with 1, and from S on those of the stretch behind. What the model writes itself is asked of `write`, part by part
+    (`tools.texts.written.count_windows`); None where nothing is.
 
     A share `calibration_mix` of the calibration windows, evenly spread, is made of questions with answers that are
     asked nowhere else. The settings say whether each window begins with the tokenizer's beginning-of-sequence token:
     it then stands before as much text as without. Raises UserError when a source is too short for the windows asked
     for, two parts share text, or what the model wrote is of no use.
     """
-    parts = _cut_read(settings, tokenizer)
+    stretches = _cut_read(settings, tokenizer)
+    _check_sources(settings, stretches, tokenizer)
+    parts = _take_windows(settings, stretches)
     if write is not None:
         parts |= _cut_written(settings, write)
     mixed: dict[Calibration, Tensor] = {}
@@ -176,27 +183,38 @@ def check_windows(settings: WorkbenchSettings, tokenizer: Any) -> None:
     """Raises UserError where `cut_windows` would, of all text that the model does not write itself."""
     if settings.questions and not settings.text:
         _cut_questions(settings, tokenizer)
-    _check_overlap(_cut_read(settings, tokenizer), {}, tokenizer)
+    stretches = _cut_read(settings, tokenizer)
+    _check_sources(settings, stretches, tokenizer)
+    _check_overlap(_take_windows(settings, stretches), {}, tokenizer)
+
+
+def _take_windows(settings: WorkbenchSettings, stretches: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Of every part, one window of each row of what its source is read for."""
+    return {
+        part: stretch_NST[:, settings.text_cut % stretch_NST.shape[1]].contiguous()
+        for part, stretch_NST in stretches.items()
+    }
 
 
 def _cut_read(settings: WorkbenchSettings, tokenizer: Any) -> "dict[str, Tensor]":
-    """The windows of every part whose text is read."""
+    """What the source of every part whose text is read is read for: (windows, spread, window)."""
     import torch
 
     counts = count_windows(settings)
     sources = {part: find_source(settings, part) for part in counts}
-    windows: dict[str, Tensor] = {}
+    stretches: dict[str, Tensor] = {}
     for source in dict.fromkeys(source for source in sources.values() if not is_written(source)):
         asked = {part: counts[part] for part in sources if sources[part] == source}
         is_asked = _is_asked(settings, source)
         documents = write_questions(settings) if is_asked else read_documents(source)
         # questions have no order that could matter
         by = settings.model_copy(update={"text_spread": 1}) if is_asked else settings
-        ids = _read_tokens(documents, tokenizer, _reach(by, asked))
+        most = by.text_spread or MOST_SPREAD
+        ids = _read_tokens(documents, tokenizer, _reach(by.text_cut, most) * by.window * sum(asked.values()))
         beside = f" beside the {2 * settings.question_pairs} questions that are asked" if is_asked else ""
         pieces = torch.split(_cut(ids, source, by, asked, beside), list(asked.values()))
-        windows |= zip(asked, pieces, strict=True)
-    return windows
+        stretches |= zip(asked, pieces, strict=True)
+    return stretches
 
 
 def _is_asked(settings: WorkbenchSettings, source: str) -> bool:
@@ -242,44 +260,51 @@ def _cut_questions(settings: WorkbenchSettings, tokenizer: Any) -> "Tensor":
     ids = _read_tokens(write_questions(settings), tokenizer, settings.window * most)
     count = max(needed, min(most, len(ids) // settings.window))
     # Which questions are the rest of those asked hangs on `text_cut`: the windows are the first of them.
-    return _cut(
-        ids, settings.questions, settings.model_copy(update={"text_cut": 0, "text_spread": 1}), {"calibration": count}
-    )
+    by = settings.model_copy(update={"text_cut": 0, "text_spread": 1})
+    return _cut(ids, settings.questions, by, {"calibration": count})[:, 0].contiguous()
 
 
-def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> list[int]:
+def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> "array[int]":
     """The tokens of documents, in order: as many as are needed or more, or all that there are."""
-    ids: list[int] = []
+    ids = array("q")
     for document in documents:
         if document.strip():
-            ids += tokenizer(document.strip() + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+            ids.extend(tokenizer(document.strip() + "\n\n", add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) >= needed:
             break
     return ids
 
 
-def _reach(settings: WorkbenchSettings, counts: dict[str, int]) -> int:
-    """Tokens up to the end of the stretch of a source that the windows are cut from."""
-    return (settings.text_cut + 1) * settings.text_spread * settings.window * sum(counts.values())
+def _reach(cut: int, spread: int) -> int:
+    """How often all that is cut from a source must fit it for a cut at a spread."""
+    return (cut // spread + 1) * spread
+
+
+def _find_spread(settings: WorkbenchSettings, tokens: int, asked: int) -> int:
+    """Of how many windows in a row of a source one is taken, by its tokens and those of all that is cut from it."""
+    if settings.text_spread:
+        return settings.text_spread
+    fits = tokens // asked
+    return min(fits, MOST_SPREAD) if fits > settings.text_cut else 1
 
 
 def _cut(
-    ids: list[int], source: str, settings: WorkbenchSettings, counts: dict[str, int], beside: str = ""
+    ids: "array[int]", source: str, settings: WorkbenchSettings, counts: dict[str, int], beside: str = ""
 ) -> "Tensor":
-    """All the windows that are cut from a source: (windows, window). Raises UserError when its tokens are too few.
+    """The stretch of a source that all its windows are cut from, one of each row: (windows, spread, window).
 
-    `beside` says what of the source they are not from.
+    `beside` says what of the source they are not from. Raises UserError when its tokens are too few.
     """
     import torch
 
-    windows, window, cut, spread = sum(counts.values()), settings.window, settings.text_cut, settings.text_spread
-    end, length = _reach(settings, counts), spread * window * windows
+    windows, window, cut = sum(counts.values()), settings.window, settings.text_cut
+    spread = _find_spread(settings, len(ids), windows * window)
+    end, length = _reach(cut, spread) * windows * window, spread * windows * window
     if len(ids) >= end:
-        stretch_TS = torch.tensor(ids[end - length : end], dtype=torch.int64).view(windows, spread * window)
-        return stretch_TS[:, :window].contiguous()
+        return torch.tensor(ids[end - length : end], dtype=torch.int64).view(windows, spread, window)
     asked = " + ".join(f"{count} {part}" for part, count in counts.items() if count)
     apart = f", one of every {spread}," if spread > 1 else ""
-    behind = f" behind {end - length} that --text-cut {cut} passes over" if cut else ""
+    behind = f" behind {end - length} that --text-cut {cut} passes over" if end > length else ""
     instead = f"{', or a smaller --text-spread' if spread > 1 else ''}{', or an earlier cut' if cut else ''}"
     raise UserError(
         f"text source {source!r} is too short: {asked} windows of {window} tokens{apart} need {length} tokens"
@@ -287,26 +312,52 @@ def _cut(
     )
 
 
+def _check_sources(settings: WorkbenchSettings, stretches: "dict[str, Tensor]", tokenizer: Any) -> None:
+    """Raises SharedText when what two sources are read for shares more than boilerplate, in windows or between them."""
+    parts, length = _list_in_order(stretches), _find_length(stretches)
+    hashes = {part: _hash_shingles(stretches[part], length) for part in parts}
+    for first, second in combinations(parts, 2):
+        if find_source(settings, first) != find_source(settings, second):
+            shared = np.isin(hashes[second], hashes[first])
+            if shared.mean() > MOST_SHARED:
+                raise _tell_shared(first, second, shared, stretches, tokenizer)
+
+
 def _check_overlap(windows: "dict[str, Tensor]", mixed: "dict[Calibration, Tensor]", tokenizer: Any) -> None:
     """Raises SharedText when two parts share text. A mixed text that does, and nobody has asked for yet, is dropped."""
-    order = [*SPLITS, "further"]
-    parts = sorted((part for part in windows if len(windows[part])), key=lambda part: order.index(split_part(part)[1]))
-    length = min([SHINGLE, *(windows[part].numel() for part in parts)])
+    parts, length = _list_in_order(windows), _find_length(windows)
     hashes = {part: _hash_shingles(windows[part], length) for part in parts}
     for first, second in combinations(parts, 2):
         shared = np.isin(hashes[second], hashes[first])
         if shared.any():
-            at = int(shared.argmax())
-            ids = windows[second].reshape(-1)[at : at + length].tolist()
-            text = " ".join(tokenizer.decode(ids).split())[:100]
-            raise SharedText(
-                f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
-                f"such as {text!r}); choose disjoint texts"
-            )
+            raise _tell_shared(first, second, shared, windows, tokenizer)
     for name, text_BT in list(mixed.items()):
         shingles = _hash_shingles(text_BT, length)
         if any(np.isin(hashes[part], shingles).any() for part in parts if part != "calibration"):
             del mixed[name]
+
+
+def _list_in_order(windows: "dict[str, Tensor]") -> list[str]:
+    """The parts that have any windows, split by split."""
+    order = [*SPLITS, "further"]
+    return sorted((part for part in windows if len(windows[part])), key=lambda part: order.index(split_part(part)[1]))
+
+
+def _find_length(windows: "dict[str, Tensor]") -> int:
+    """Of how many tokens a run is, that two parts may not share."""
+    return min([SHINGLE, *(text.numel() for text in windows.values() if len(text))])
+
+
+def _tell_shared(
+    first: str, second: str, shared: NDArray[np.bool_], texts: "dict[str, Tensor]", tokenizer: Any
+) -> SharedText:
+    """What is said of two parts, by the runs of tokens of the second that the first has, too."""
+    at, length = int(shared.argmax()), _find_length(texts)
+    text = " ".join(tokenizer.decode(texts[second].reshape(-1)[at : at + length].tolist()).split())[:100]
+    return SharedText(
+        f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
+        f"such as {text!r}); choose disjoint texts"
+    )
 
 
 def _hash_shingles(windows: "Tensor", length: int) -> NDArray[np.uint64]:

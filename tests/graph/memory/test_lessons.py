@@ -49,7 +49,11 @@ def test_a_run_of_an_earlier_version_is_known_again(store: BaseStore) -> None:
     before = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
     value = learn("old").model_dump(exclude={"same_config"}) | {"config": before, "model": CONFIG.model}
     store.put(namespace(CONFIG.model), "old/1/0", value)
-    for config, same in ((CONFIG, True), (CONFIG.model_copy(update={"bos": "never"}), False), (OTHER_CONFIG, False)):
+    then = CONFIG.model_copy(update={"text_spread": 1})
+    for config, same in (
+        *((then, True), (then.model_copy(update={"bos": "never"}), False)),
+        *((CONFIG, False), (OTHER_CONFIG, False)),
+    ):
         assert [lesson.same_config for lesson in read_lessons(store, config, "new")[0]] == [same]
 
 

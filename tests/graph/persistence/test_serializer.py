@@ -87,12 +87,16 @@ def test_checkpoints_of_the_flat_folder_are_read(caplog: pytest.LogCaptureFixtur
     lesson = {"run": "r", "iteration": 1, "selector": "*.v_proj", "factor": 2.0, "predicted": 0.2, "measured": 0.4}
     wanted: dict[str, Any] = {
         "__start__": Input(run="r", replay="q"),
-        "config": RunConfig(target_sparsity=0.3, protect=["blocks 0-1"], bos="never", gradient_windows=4),
+        "config": RunConfig(
+            target_sparsity=0.3, protect=["blocks 0-1"], bos="never", text_spread=1, gradient_windows=4
+        ),
         "plan": plan,
         "trials": [trial],
         "lessons": [Lesson(**lesson, text="dear")],
         "usage": Usage(calls=1, input_tokens=1000, output_tokens=50, cost=0.01),
-        "state": State(run="r", trials=[trial], plan=plan, config=RunConfig(bos="never", gradient_windows=4)),
+        "state": State(
+            run="r", trials=[trial], plan=plan, config=RunConfig(bos="never", text_spread=1, gradient_windows=4)
+        ),
         "recipe": Recipe(curves="method"),
         "adjustment": adjustment,
         "branch:to:plan": None,

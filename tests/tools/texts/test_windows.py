@@ -11,7 +11,8 @@ import torch
 
 from tests.rows import prose, write_questions, write_rows, write_splits
 from tests.tiny import make_beginning_tokenizer, make_tiny_tokenizer, tiny_settings
-from tools.base.errors import UserError
+from tools.base.errors import SharedText, UserError
+from tools.base.settings import MOST_SPREAD
 from tools.texts.sources import read_documents
 from tools.texts.windows import SPLITS, check_texts, check_windows, cut_windows, find_bos, spread_windows
 
@@ -139,15 +140,39 @@ def test_a_later_cut_is_the_stretch_behind_and_the_first_is_as_ever(tmp_path: Pa
     assert torch.cat([first.validation, second.validation]).flatten().tolist() == prefix[: 2 * 3 * 64]
 
 
-def test_spread_windows_are_the_first_of_every_few_and_parts_stay_behind_one_another(tmp_path: Path) -> None:
+def test_one_window_of_every_few_is_taken_and_each_cut_has_others(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(prose(0, 6000))
     shared = tiny_settings("any", calibration=(source := f"file:{tmp_path / 'a.txt'}"), test=source, text_spread=3)
     tokenizer = make_tiny_tokenizer()
     ids = torch.tensor(tokenizer(prose(0, 6000) + "\n\n", add_special_tokens=False)["input_ids"][: 2 * 3 * 6 * 64])
-    for cut, stretch in enumerate(ids.view(2, 6, 3, 64)):
+    for cut, windows in enumerate(ids.view(2, 6, 3, 64).transpose(1, 2).flatten(0, 1)):
         found = cut_windows(shared.model_copy(update={"text_cut": cut}), tokenizer)
-        assert torch.equal(torch.cat([found.calibration, found.test]), stretch[:, 0])
+        assert torch.equal(torch.cat([found.calibration, found.test]), windows)
         assert all(part.is_contiguous() for part in found[:3])
+
+
+@pytest.mark.parametrize(("words", "spread"), [(25, 1), (40, 2), (200, 14), (4000, MOST_SPREAD)])
+def test_windows_are_as_far_apart_as_the_source_has_room_for(words: int, spread: int, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(0, words))
+    tokenizer, source = make_tiny_tokenizer(), f"file:{tmp_path / 'a.txt'}"
+    ids = torch.tensor(tokenizer(prose(0, words) + "\n\n", add_special_tokens=False)["input_ids"])
+    assert min(len(ids) // 48, MOST_SPREAD) == spread
+    shared = tiny_settings("any", calibration=source, test=source, window=8, text_spread=0)
+    for cut in {0, spread - 1}:
+        found = cut_windows(shared.model_copy(update={"text_cut": cut}), tokenizer)
+        wanted = ids[: 48 * spread].view(6, spread, 8)[:, cut]
+        assert torch.equal(torch.cat([found.calibration, found.test]), wanted)
+
+
+def test_cuts_beyond_those_that_a_source_has_room_for_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(0, 40))
+    shared = tiny_settings("any", test=(source := f"file:{tmp_path / 'a.txt'}"), window=8, text_spread=0)
+    tokenizer = make_tiny_tokenizer()
+    fits = len(tokenizer(prose(0, 40) + "\n\n", add_special_tokens=False)["input_ids"]) // 16
+    cut_windows(shared.model_copy(update={"text_cut": fits - 1}), tokenizer)
+    message = f"{source!r} is too short: 2 test windows of 8 tokens need 16 tokens behind {16 * fits} that --text-cut"
+    with pytest.raises(UserError, match=re.escape(message)):
+        cut_windows(shared.model_copy(update={"text_cut": fits}), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +194,25 @@ def test_too_short_a_text_for_a_later_cut_or_a_spread_says_so(
         + rf"\d+; ask for fewer or shorter windows, or {instead}",
         str(refusal.value),
     )
+
+
+def test_sources_that_share_text_between_their_windows_are_refused_but_for_boilerplate(tmp_path: Path) -> None:
+    licence = prose(17_000, 25)
+    for name, text in {
+        "whole": f"{prose(0, 3000)} {licence} {prose(3000, 3000)}",
+        "later": f"{prose(2, 5998)}",
+        "other": f"{prose(8000, 900)} {licence} {prose(9000, 5000)}",
+    }.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    whole, later, other = (f"file:{tmp_path / f'{name}.txt'}" for name in ("whole", "later", "other"))
+    tokenizer, shared = make_tiny_tokenizer(), tiny_settings("any", calibration=whole, text_spread=0)
+    found = cut_windows(shared.model_copy(update={"test": other}), tokenizer)
+    words = tokenizer.decode(torch.cat([found.calibration, found.test]).flatten().tolist())
+    assert licence[:60] not in words, "no window has it"
+    settings = shared.model_copy(update={"test": later})
+    for cut in (cut_windows, check_windows):
+        with pytest.raises(SharedText, match=r"^the calibration and test texts overlap \(\d{4} runs of 64 tokens, "):
+            cut(settings, tokenizer)
 
 
 @pytest.mark.parametrize("second", ["validation", "test"])
