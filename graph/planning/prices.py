@@ -185,7 +185,7 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
     of_weights = [
         *([] if budget.left < math.inf else [f"statistics {', '.join(in_order)} more"]),  # told in tokens elsewhere
         f"predict 0, or {show(count_walk(config), find_longest_curves(paces))} where curves are not known",
-        f"slopes {show(groups * half)} on half of the text",
+        f"slopes {show(groups * half)} on half of the text, less on less",
         f"swap {show(half)} for each selector",
         "search what its probes take",
     ]

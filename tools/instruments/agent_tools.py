@@ -84,7 +84,7 @@ class ProbeArguments(PredictArguments):
 class SlopesArguments(BaseModel):
     """How much text."""
 
-    whole: bool = Field(False, description="All of the validation text, not half of it.")
+    tokens: int | None = Field(None, ge=1, description="As in probe.")
 
 
 class SwapArguments(BaseModel):
@@ -95,7 +95,7 @@ class SwapArguments(BaseModel):
     )
     of: int = Field(ge=1, description="Round they are of.")
     rest: int = Field(ge=1, description="Round of all others.")
-    whole: bool = Field(False, description="As in slopes.")
+    whole: bool = Field(False, description="As in probe.")
 
 
 class SearchArguments(BaseModel):
@@ -176,9 +176,9 @@ def make_planner_tools(
         return _answer(plans=answers), "; ".join(shown)
 
     @tool("slopes", args_schema=SlopesArguments, response_format="content_and_artifact")
-    def slopes_tool(whole: bool) -> tuple[str, str]:
+    def slopes_tool(tokens: int | None) -> tuple[str, str]:
         """KL that 2 points of sparsity more cost each group of layers in the last accepted weights, for all groups."""
-        figures = measure_slopes(round_, whole=whole)
+        figures = measure_slopes(round_, tokens)
         return _answer(**figures), f"{count(len(figures['groups']), 'group')} on {figures['tokens']} tokens each"
 
     @tool("swap", args_schema=SwapArguments, response_format="content_and_artifact")

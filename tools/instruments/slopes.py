@@ -12,21 +12,21 @@ MAX_SLOPES = 64
 """Groups whose slopes one call measures."""
 
 
-def measure_slopes(round_: Round, *, whole: bool = False) -> Figures:
+def measure_slopes(round_: Round, tokens: int | None = None) -> Figures:
     """KL slopes of every group of layers (kind x third of depth) in the last accepted weights, dearest first.
 
     Each group in turn has `STEP` more of its weights zero, those of least score, without a refit, which makes slopes
     steeper than a round's would be, but compares them. Nats per token and point of sparsity, paired with the weights as
     they are on the same windows, with standard errors; also per point of the whole model's sparsity, at which the best
-    allocation has the same slope in all groups. On half of the validation windows, or the `whole` text. Raises
-    ImpossiblePlan where nothing is pruned or a pattern leaves no room, and ValueError where there are not the tokens or
-    seconds.
+    allocation has the same slope in all groups. Each group on `tokens` tokens of the validation text, rounded up to
+    windows, or on half of its windows. Raises ImpossiblePlan where nothing is pruned or a pattern leaves no room, and
+    ValueError where there are not the tokens or seconds.
     """
     bench, layers = round_.bench, round_.bench.read_profile(round_.profile).layers
     if round_.present == DENSE:
         raise ImpossiblePlan("nothing is pruned yet, and slopes are those of the last accepted weights")
     bench.pruner.refuse_move(round_.present)
-    windows = count_windows(bench, None, whole=whole)
+    windows = count_windows(bench, tokens, whole=False)
     pruned = {name for name, record in bench.read_checkpoint(round_.present).items() if record.artifact != DENSE}
     groups = {name: [x.name for x in group] for name, group in group_layers(layers, merge=True).items()}
     groups = {name: group for name, group in groups.items() if not pruned.isdisjoint(group)}

@@ -65,6 +65,16 @@ def test_slopes_are_what_a_group_moved_by_hand_loses(accepted: Draft, make_round
     assert (slope, error) == pytest.approx((change / points, spread / points), rel=1e-3)
 
 
+def test_slopes_of_fewer_tokens_are_of_fewer_windows_and_cost_less(make_round: Callable[..., Round]) -> None:
+    booked: list[int] = []
+    round_ = make_round(WANDA, book=lambda tokens, _: booked.append(tokens))
+    half, one = measure_slopes(round_), measure_slopes(round_, 30)
+    window, groups = round_.bench.settings.window, len(half["groups"])
+    assert (half["tokens"], one["tokens"]) == (2 * window, window)
+    assert booked == [2 * window * groups, window * groups]
+    assert one["groups"].keys() == half["groups"].keys() and one["groups"] != half["groups"]
+
+
 def test_slopes_that_there_are_not(make_round: Callable[..., Round]) -> None:
     with pytest.raises(ImpossiblePlan, match=r"^nothing is pruned yet"):
         measure_slopes(make_round())
