@@ -69,8 +69,8 @@ LATER = (
     "goal",
     "goal_tokens",
 )
-"""Fields that earlier versions had not: left out of hashes where they say what those did, which is `FORMER`, or else the
-default."""
+"""Fields that earlier versions had not: left out of hashes where they say what those did, which is `FORMER`, or else
+the default."""
 
 
 def fingerprint(config: RunConfig) -> str:

@@ -124,6 +124,11 @@ def refuse_dear(price: Price, budget: TokenBudget, seconds_left: float) -> None:
     raise ValueError(f"not begun: this call takes {' and '.join(takes)}; {' and '.join(left)}")
 
 
+def describe_price(price: Price, budget: TokenBudget) -> str:
+    """What a call takes: tokens where they are limited, seconds as far as they are known."""
+    return _show_price(price.tokens, price.seconds, limited=budget.left < math.inf, pace=budget.expected.get(MEASURING))
+
+
 def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
     """The tokens that are left and what takes them; nothing where they are not limited."""
     if budget is None or budget.left == math.inf:

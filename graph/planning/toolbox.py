@@ -16,7 +16,7 @@ from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import measure_with
 from graph.planning.plan import Plan
-from graph.planning.prices import describe_prices, price_drafts, refuse_dear
+from graph.planning.prices import describe_price, describe_prices, price_drafts, refuse_dear
 from graph.planning.rule import list_candidates
 from graph.planning.situation import Situation
 from graph.runs.session import OpenBench, Session
@@ -116,7 +116,7 @@ def open_toolbox(
     toolbox = Toolbox(
         offer,
         calls=config.planner_calls,
-        seconds=config.planner_seconds,
+        seconds=min(config.planner_seconds, max(limit - situation.seconds, 0.0) if limit else math.inf),
         on_tool=tell,
         carry_out=carry_out,
         prices=describe_prices(config, budget, len(group_layers(situation.layers, merge=True))),
@@ -174,12 +174,17 @@ def _describe_round(
         budget.spend("measuring its curves", budget.list_costs(weighed, None))
         return situation.orders.resolve(weighed, measure)
 
+    def price(draft: "Draft") -> str:
+        plan = _weigh(draft, situation)
+        return describe_price(price_drafts([plan], situation.config.validation_tokens, situation, budget), budget)
+
     return Round(
         bench=bench,
         profile=state.profile,
         resolve=resolve,
         progress=session.progress,
         admit=admit,
+        price=price,
         in_time=lambda: count_seconds() > 0,
         present=state.current,
         book=budget.book,

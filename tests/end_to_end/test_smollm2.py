@@ -14,11 +14,11 @@ from tests.end_to_end.helpers import ROOT, pick_prunable, read_events, read_summ
 FLAGS = (
     *("--config", str(ROOT / "configs" / "quickstart.yaml"), "--name", "smol", "--device", "cpu"),
     *("--window", "128", "--calibration-windows", "8", "--gradient-windows", "2"),
-    *("--validation-windows", "4", "--test-windows", "4", "--max-iterations", "1"),
+    *("--validation-windows", "4", "--test-windows", "24", "--max-iterations", "1"),
 )
 
-DENSE_PERPLEXITY = 24.367
-"""Of the dense model on the 512 test tokens of `FLAGS`, measured once: Python 3.11.7, torch 2.13.0, x86-64.
+DENSE_PERPLEXITY = 22.391
+"""Of the dense model on the 3,072 test tokens of `FLAGS`, measured once: Python 3.11.7, torch 2.13.0, x86-64.
 
 Other processors and versions of torch stay well within 0.5 %. Other Pythons bring another text.
 """
@@ -40,6 +40,6 @@ def test_smollm2_is_pruned_better_than_by_uniform_wanda(tmp_path: Path) -> None:
     if sys.version_info[:2] == (3, 11):
         assert perplexity["dense"] == pytest.approx(DENSE_PERPLEXITY, rel=0.005)
     degradation = (perplexity["pruned"] - perplexity["dense"]) / (perplexity["uniform_wanda"] - perplexity["dense"])
-    assert degradation <= 0.7
+    assert degradation <= 0.8
     assert [event["verdict"] for event in read_events(run, "trial")] == ["accept", "accept"]
     assert "short-of-target: sparsity 30.00% (target 45.00%)" in done.stdout

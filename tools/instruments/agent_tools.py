@@ -57,13 +57,28 @@ class PredictArguments(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_list(cls, given: Any) -> Any:
-        """Weak models give a list as the plan, or one plan as the list."""
-        if isinstance(given, dict) and isinstance(given.get("plan"), list) and not given.get("plans"):
-            return {**given, "plan": None, "plans": given["plan"]}
-        if isinstance(given, dict) and isinstance(given.get("plans"), dict):
-            return {**given, "plans": [given["plans"]]}
-        return given
+    def _take_plans(cls, given: Any) -> Any:
+        """Models give a list as the plan, one plan as the list, and beside plans what all of them have in common."""
+        if not isinstance(given, dict):
+            return given
+        levers = {name: value for name, value in given.items() if name in Draft.model_fields}
+        given = {name: value for name, value in given.items() if name not in levers}
+        if unknown := sorted(given.keys() - ProbeArguments.model_fields.keys()):
+            raise ValueError(f"no argument and no lever of a plan is called {unknown[0][:40]!r}")
+        plan, plans = given.get("plan"), given.get("plans") or []
+        if isinstance(plan, list) and not plans:
+            plan, plans = None, plan
+        if levers and plan is None and not plans:
+            plan = {}
+
+        def fill(draft: Any) -> Any:
+            return {**levers, **draft} if isinstance(draft, dict) else draft
+
+        return {
+            **given,
+            "plan": fill(plan),
+            "plans": [fill(x) for x in (plans if isinstance(plans, list) else [plans])],
+        }
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:

@@ -92,6 +92,8 @@ class Round:
     admit: Callable[[Sequence[Draft], int, int], None] = lambda drafts, tokens, others: None
     """Told of a call before anything is done for it: the drafts, the tokens that each is to be measured on, 0 where
     none is, and those of other measurements; raises ValueError when what that takes is not to be had."""
+    price: Callable[[Draft], str] = lambda draft: ""
+    """What the trial of a draft takes, in words."""
     in_time: Callable[[], bool] = lambda: True
     """Whether seconds are left to begin another plan of a probe."""
     probed: list[Probed] = field(default_factory=list)
@@ -138,8 +140,9 @@ def predict(round_: Round, draft: Draft) -> Figures:
     """What a draft's exact allocation comes to, by KL curves alone; nothing is pruned.
 
     `predicted_kl` is by the curves that the draft's recipe asks for, `mask_kl` by those of the profile; of layers that
-    would be pruned `alone`, the sparsity of each, at most `MAX_INSPECTED`. Curves of a method that nobody asked for
-    before are measured first. Raises ImpossiblePlan, and ValueError as `Round.admit`.
+    would be pruned `alone`, the sparsity of each, at most `MAX_INSPECTED`; `trial_takes` is what the whole plan does.
+    Curves of a method that nobody asked for before are measured first. Raises ImpossiblePlan, and ValueError as
+    `Round.admit`.
     """
     round_.admit([draft], 0, 0)
     order = round_.resolve(draft)
@@ -160,6 +163,7 @@ def predict(round_: Round, draft: Draft) -> Figures:
         "sparsity": round_figure(order.sparsity),
         "predicted_kl": round_figure(order.predicted_kl),
         "mask_kl": round_figure(mask_kl),
+        **({"trial_takes": takes} if (takes := round_.price(draft)) else {}),
         "columns": "group: sparsity, share of mask_kl",
         "groups": {selector: [round_figure(share), round_figure(kl)] for selector, share, kl in rows[:MAX_GROUPS]},
     }

@@ -14,7 +14,7 @@ from graph.planning.brief import planner_messages
 from graph.planning.budget import TokenBudget
 from graph.planning.orders import Curves
 from graph.planning.plan import Plan
-from graph.planning.prices import Price, describe_prices, describe_spending, price_drafts, refuse_dear
+from graph.planning.prices import Price, describe_price, describe_prices, describe_spending, price_drafts, refuse_dear
 from graph.planning.situation import Situation
 from tests.situations import make_layers, make_situation
 from tools.instruments.probed import Probed
@@ -54,6 +54,13 @@ def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before(
     budget.probed.append(Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, windows=[0]))
     prices = [price_drafts([MASK], tokens, situate(exact=True), budget) for tokens in (64, 128)]
     assert prices == [Price(0, 0), Price(128, 1.28, 128)], "what was probed on as much text is read back"
+
+
+def test_a_price_in_words() -> None:
+    limited, slow = make_budget(2000, paces={"measuring a token": 0.1}), make_budget(paces={"measuring a token": 0.1})
+    assert describe_price(Price(1152, 0.0), limited) == "1,152 tokens (100 s)"
+    assert describe_price(Price(1152, 1840.0), slow) == "2000 s", "whatever takes longer"
+    assert describe_price(Price(64, 0.0), make_budget(2000)) == "64 tokens"
 
 
 def test_some_layers_alone_take_their_share_of_the_time_and_spare_no_trial() -> None:
@@ -194,8 +201,9 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     assert describe_prices(CONFIG, make_budget(1000, paces=slow | {"measuring a token": 0.05}), 9) == (
         "Prices: probe 128 tokens for each plan on half of the validation text, 256 tokens (10 s) on all of it, and "
         "what its recipe takes; predict 0, or 512 tokens (300 s) where curves are not known; slopes 1,152 tokens (60 "
-        "s) on half of the text, less on less; swap 128 tokens for each selector; search what its probes take; fit 256 tokens (10 "
-        "s); all others 0. Seconds, the most so far: measuring curves of refit 300, pruning by refit~sequential 70."
+        "s) on half of the text, less on less; swap 128 tokens for each selector; search what its probes take; fit 256 "
+        "tokens (10 s); all others 0. Seconds, the most so far: measuring curves of refit 300, pruning by "
+        "refit~sequential 70."
     ), "tokens, where they are limited, and seconds"
     assert describe_prices(CONFIG, make_budget(), 9).startswith("Prices: probe 128 tokens for"), "a pace nobody knows"
     assert describe_prices(CONFIG, make_budget(paces=PACES), 9).startswith("Prices: probe under 10 s for each plan")

@@ -79,6 +79,15 @@ def test_a_probe_answers_for_each_of_several_plans(instruments: dict[str, BaseTo
     )
     assert call(instruments["probe"], plan=[WANDA], tokens=64)[0] == {"plans": found[:1]}, "a list as the plan"
     assert call(instruments["probe"], plans=WANDA, plan=None, tokens=64)[0] == {"plans": found[:1]}
+    assert call(instruments["probe"], **WANDA, tokens=64)[0] == one, "what a plan is, without its name"
+
+
+def test_what_plans_have_in_common_may_stand_beside_them(instruments: dict[str, BaseTool]) -> None:
+    some, shared = {**WANDA, "alone": "blocks 1"}, {"alone": "blocks 1", "tokens": 64}
+    found, shown = call(instruments["probe"], plans=[WANDA, {**WANDA, "alone": "blocks 0"}], **shared)
+    assert found == call(instruments["probe"], plans=[some, {**WANDA, "alone": "blocks 0"}], tokens=64)[0]
+    assert "· blocks 1 alone -> KL " in shown and "· blocks 0 alone -> KL " in shown
+    assert call(instruments["probe"], plan=WANDA, **shared)[0] == call(instruments["probe"], plan=some, tokens=64)[0]
 
 
 def test_a_probes_line_tells_of_groups_and_adjustments(instruments: dict[str, BaseTool]) -> None:
@@ -106,6 +115,7 @@ def test_a_probes_line_tells_of_groups_and_adjustments(instruments: dict[str, Ba
         ("probe", {"tokens": 64}, "give a plan, or up to 4 plans"),
         ("probe", {"plan": WANDA, "plans": [WANDA]}, "give a plan, or up to 4 plans"),
         ("probe", {"plans": []}, "give a plan, or up to 4 plans"),
+        ("probe", {"plan": WANDA, "layers": "blocks 1"}, "no argument and no lever of a plan is called 'layers'"),
         ("probe", {"plans": [WANDA] * 5}, "at most 4 items"),
         ("probe", {"plan": [WANDA, {"sparsity": 45}]}, "less than 1"),
         ("history", {"n": 51}, "less than or equal to 50"),
