@@ -164,7 +164,9 @@ def describe_spending(config: RunConfig, seconds: float, usage: Usage) -> str:
     """Seconds and the agents' dollars and tokens that are left, of those that are limited."""
     spent = usage.input_tokens + usage.output_tokens
     left = [
-        f"{max(config.max_seconds - seconds, 0):.0f} of {config.max_seconds:g} seconds" if config.max_seconds else "",
+        f"{max(config.max_seconds - seconds, 0):.0f} of {config.max_seconds:g} seconds (a plan begun is finished)"
+        if config.max_seconds
+        else "",
         f"${max(config.max_agent_cost - usage.cost, 0):.2f} of ${config.max_agent_cost:g} for agents"
         if config.max_agent_cost
         else "",

@@ -185,7 +185,10 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     config = CONFIG.model_copy(update={"max_seconds": 3600.0, "max_agent_cost": 1.0, "max_agent_tokens": 5000})
     usage = Usage(calls=1, input_tokens=900, output_tokens=100, cost=0.25)
     situation = dataclasses.replace(make_situation(), config=config, seconds=600.4, usage=usage)
-    left = " Left: 3000 of 3600 seconds, $0.75 of $1 for agents, 4,000 of 5,000 tokens for agents."
+    left = (
+        " Left: 3000 of 3600 seconds (a plan begun is finished), $0.75 of $1 for agents, 4,000 of 5,000 tokens for "
+        "agents."
+    )
     assert describe_spending(config, 600.4, usage) == left
     assert describe_spending(CONFIG, 600.4, usage) == ""
     slow = PACES | {"measuring a token": 0.1, "pruning by refit~sequential": 71.0}
