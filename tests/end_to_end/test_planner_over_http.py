@@ -261,6 +261,14 @@ def test_the_budget_of_a_round_holds(tiny_llama: Path, tmp_path: Path, command: 
     assert '"calls_left": 2, "seconds_left": 600' in server.requests[-1].messages[-1]["content"], "each round anew"
 
 
+def test_a_round_has_no_more_seconds_than_the_run(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
+    with OpenAIServer(PLANS) as server:
+        assert command(*flags(tiny_llama, server, "fine", "--max-seconds", "500")).code == 0
+    for request in server.requests:
+        (left,) = re.findall(r'"seconds_left": (\d+)', request.messages[-1]["content"])
+        assert 400 < int(left) <= 500
+
+
 def test_a_probe_becomes_the_rounds_trial_and_one_too_dear_is_not_begun(
     tiny_llama: Path, tmp_path: Path, command: Command
 ) -> None:
