@@ -3,7 +3,7 @@
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -157,9 +157,7 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any, write: WrittenText 
     it then stands before as much text as without. Raises UserError when a source is too short for the windows asked
     for, two parts share text, or what the model wrote is of no use.
     """
-    stretches = _cut_read(settings, tokenizer)
-    _check_sources(settings, stretches, tokenizer)
-    parts = _take_windows(settings, stretches)
+    parts = _read_parts(settings, tokenizer)
     if write is not None:
         parts |= _cut_written(settings, write)
     mixed: dict[Calibration, Tensor] = {}
@@ -183,13 +181,18 @@ def check_windows(settings: WorkbenchSettings, tokenizer: Any) -> None:
     """Raises UserError where `cut_windows` would, of all text that the model does not write itself."""
     if settings.questions and not settings.text:
         _cut_questions(settings, tokenizer)
+    _check_overlap(_read_parts(settings, tokenizer), {}, tokenizer)
+
+
+def _read_parts(settings: WorkbenchSettings, tokenizer: Any) -> "dict[str, Tensor]":
+    """The windows of every part whose text is read: one of each row of what its source is read for.
+
+    Raises SharedText when that of two sources shares more than boilerplate, in windows or between them.
+    """
     stretches = _cut_read(settings, tokenizer)
-    _check_sources(settings, stretches, tokenizer)
-    _check_overlap(_take_windows(settings, stretches), {}, tokenizer)
-
-
-def _take_windows(settings: WorkbenchSettings, stretches: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    """Of every part, one window of each row of what its source is read for."""
+    sources = {part: find_source(settings, part) for part in stretches}
+    pairs = [pair for pair in _pair_parts(stretches) if sources[pair[0]] != sources[pair[1]]]
+    _check_shared(stretches, pairs, MOST_SHARED, tokenizer)
     return {
         part: stretch_NST[:, settings.text_cut % stretch_NST.shape[1]].contiguous()
         for part, stretch_NST in stretches.items()
@@ -312,52 +315,46 @@ def _cut(
     )
 
 
-def _check_sources(settings: WorkbenchSettings, stretches: "dict[str, Tensor]", tokenizer: Any) -> None:
-    """Raises SharedText when what two sources are read for shares more than boilerplate, in windows or between them."""
-    parts, length = _list_in_order(stretches), _find_length(stretches)
-    hashes = {part: _hash_shingles(stretches[part], length) for part in parts}
-    for first, second in combinations(parts, 2):
-        if find_source(settings, first) != find_source(settings, second):
-            shared = np.isin(hashes[second], hashes[first])
-            if shared.mean() > MOST_SHARED:
-                raise _tell_shared(first, second, shared, stretches, tokenizer)
-
-
 def _check_overlap(windows: "dict[str, Tensor]", mixed: "dict[Calibration, Tensor]", tokenizer: Any) -> None:
     """Raises SharedText when two parts share text. A mixed text that does, and nobody has asked for yet, is dropped."""
-    parts, length = _list_in_order(windows), _find_length(windows)
-    hashes = {part: _hash_shingles(windows[part], length) for part in parts}
-    for first, second in combinations(parts, 2):
-        shared = np.isin(hashes[second], hashes[first])
-        if shared.any():
-            raise _tell_shared(first, second, shared, windows, tokenizer)
+    hashes = _check_shared(windows, _pair_parts(windows), 0.0, tokenizer)
+    length = _find_length(windows)
     for name, text_BT in list(mixed.items()):
         shingles = _hash_shingles(text_BT, length)
-        if any(np.isin(hashes[part], shingles).any() for part in parts if part != "calibration"):
+        if any(np.isin(of_part, shingles).any() for part, of_part in hashes.items() if part != "calibration"):
             del mixed[name]
 
 
-def _list_in_order(windows: "dict[str, Tensor]") -> list[str]:
-    """The parts that have any windows, split by split."""
+def _check_shared(
+    texts: "dict[str, Tensor]", pairs: Sequence[tuple[str, str]], most: float, tokenizer: Any
+) -> dict[str, NDArray[np.uint64]]:
+    """The hashes of all runs of tokens of the parts in the pairs. Raises SharedText when the second of a pair has more
+    than a share `most` of its runs in common with the first."""
+    length = _find_length(texts)
+    hashes = {part: _hash_shingles(texts[part], length) for part in dict.fromkeys(chain.from_iterable(pairs))}
+    for first, second in pairs:
+        shared = np.isin(hashes[second], hashes[first])
+        if shared.mean() > most:
+            at = int(shared.argmax())
+            ids = texts[second].reshape(-1)[at : at + length].tolist()
+            text = " ".join(tokenizer.decode(ids).split())[:100]
+            raise SharedText(
+                f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
+                f"such as {text!r}); choose disjoint texts"
+            )
+    return hashes
+
+
+def _pair_parts(texts: "dict[str, Tensor]") -> list[tuple[str, str]]:
+    """Every two parts that have any windows, split by split."""
     order = [*SPLITS, "further"]
-    return sorted((part for part in windows if len(windows[part])), key=lambda part: order.index(split_part(part)[1]))
+    parts = sorted((part for part in texts if len(texts[part])), key=lambda part: order.index(split_part(part)[1]))
+    return list(combinations(parts, 2))
 
 
 def _find_length(windows: "dict[str, Tensor]") -> int:
     """Of how many tokens a run is, that two parts may not share."""
     return min([SHINGLE, *(text.numel() for text in windows.values() if len(text))])
-
-
-def _tell_shared(
-    first: str, second: str, shared: NDArray[np.bool_], texts: "dict[str, Tensor]", tokenizer: Any
-) -> SharedText:
-    """What is said of two parts, by the runs of tokens of the second that the first has, too."""
-    at, length = int(shared.argmax()), _find_length(texts)
-    text = " ".join(tokenizer.decode(texts[second].reshape(-1)[at : at + length].tolist()).split())[:100]
-    return SharedText(
-        f"the {first} and {second} texts overlap ({int(shared.sum())} runs of {length} tokens, "
-        f"such as {text!r}); choose disjoint texts"
-    )
 
 
 def _hash_shingles(windows: "Tensor", length: int) -> NDArray[np.uint64]:
