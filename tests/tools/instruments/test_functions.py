@@ -517,6 +517,7 @@ def test_plans_of_a_probe_for_which_no_seconds_are_left_are_not_begun(make_round
     assert "error" not in probe(always, drafts[2:], 64)[0]
     late = replace(make_round(), in_time=lambda: False)
     assert "error" not in probe(late, drafts[:1], 64)[0], "the first one was admitted"
+    assert ["error" in figure for figure in probe(late, drafts[::-1], 64)] == [True, True, False], "known, and told"
 
 
 def test_what_a_plan_of_a_probe_spares_its_trial_counts_for_those_after_it(make_round: Callable[..., Round]) -> None:
