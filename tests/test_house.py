@@ -1,5 +1,6 @@
 """The house plan: no circle between files, every file in the wheel, the lints and the first page as promised."""
 
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -32,6 +33,29 @@ def test_every_file_is_in_the_wheel(tmp_path: Path) -> None:
 
 def test_the_first_page_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """A file that is there, and in it a heading or a mark."""
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    pages += [
+        page for room in ("graph", "tools", "kernels", "configs", "tests") for page in (ROOT / room).rglob("*.md")
+    ]
+    broken = []
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, mark = link.partition("#")
+            target = page.parent / name if name else page
+            if not link.startswith("http") and not (target.exists() and (not mark or mark in _list_marks(target))):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not broken
+
+
+def _list_marks(page: Path) -> set[str]:
+    """Headings as GitHub makes marks of them, and those that are written out."""
+    text = page.read_text(encoding="utf-8")
+    headings = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE))
+    return {heading.replace(" ", "-") for heading in headings} | set(re.findall(r'<a id="([^"]+)"', text))
 
 
 def test_tables_of_choices_are_those_of_the_registries() -> None:
