@@ -174,7 +174,8 @@ def predict(round_: Round, draft: Draft) -> Figures:
 
 
 def predict_all(round_: Round, drafts: Sequence[Draft]) -> Figures:
-    """Several drafts beside one another: the KL of each as `predict` tells it, and every group's sparsity by each.
+    """Several drafts beside one another: the KL of each as `predict` tells it, and every group's sparsity by each, or
+    once where it is the same by all.
 
     Of a draft that cannot be there is `error` alone, and null in the groups. Raises ImpossiblePlan when none can.
     """
@@ -185,11 +186,14 @@ def predict_all(round_: Round, drafts: Sequence[Draft]) -> Figures:
     for figures in plans:
         figures.pop("columns", None)
     named = list(dict.fromkeys(selector for groups in shared for selector in groups))[:MAX_GROUPS]
-    return {
-        "plans": plans,
-        "columns": "group: sparsity by each plan",
-        "groups": {name: [groups.get(name, [None])[0] for groups in shared] for name in named},
-    }
+    rows = {name: [groups.get(name, [None])[0] for groups in shared] for name in named}
+    if all(len(set(row)) == 1 for row in rows.values()):
+        return {
+            "plans": plans,
+            "columns": "group: sparsity by all of them",
+            "groups": {name: row[0] for name, row in rows.items()},
+        }
+    return {"plans": plans, "columns": "group: sparsity by each plan", "groups": rows}
 
 
 def predict_cut(round_: Round, draft: Draft) -> Figures:

@@ -180,6 +180,10 @@ def test_several_predictions_stand_beside_one_another(make_round: Callable[..., 
     assert figures["groups"] == {
         name: [alone[0]["groups"][name][0], None, alone[1]["groups"][name][0]] for name in alone[0]["groups"]
     }
+    other = WANDA.model_copy(update={"recipe": parse_recipe("magnitude:uniform")})
+    alike = predict_all(round_, [WANDA.model_copy(update={"recipe": parse_recipe("wanda:uniform")}), other])
+    assert alike["columns"] == "group: sparsity by all of them"
+    assert alike["groups"] == {name: share for name, (share, _) in predict(round_, other)["groups"].items()}
     with pytest.raises(ImpossiblePlan, match="allow at most"):
         predict_all(round_, [impossible, impossible])
 
