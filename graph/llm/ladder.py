@@ -174,11 +174,11 @@ def _bind(model: BaseChatModel, schema: type[BaseModel], method: Method, toolbox
     if method == "grammar":
         return model.bind(schema=_schema_or_call(described, offered))
     if method == "json_schema":
-        wanted = {"name": name, "schema": _bound_lengths(_schema_or_call(described, offered), MAX_WRITTEN)}
+        wanted = {"name": name, "schema": bound_lengths(_schema_or_call(described, offered), MAX_WRITTEN)}
         return model.bind(extra_body={"response_format": {"type": "json_schema", "json_schema": wanted}})
     if method == "function_calling":
         function = {"name": name, "description": described.get("description", ""), "parameters": described}
-        functions = _bound_lengths([{"type": "function", "function": function}, *tools], {})
+        functions = bound_lengths([{"type": "function", "function": function}, *tools], {})
         return model.bind_tools(functions, tool_choice="any" if offered else name)
     if method == "json_mode":
         return model.bind(extra_body={"response_format": {"type": "json_object"}})
@@ -208,20 +208,20 @@ def _schema_or_call(described: dict[str, Any], tools: Sequence[dict[str, Any]]) 
     return {"anyOf": [answer, *calls], "$defs": {**described.get("$defs", {}), title: parts}}
 
 
-def _bound_lengths(node: Any, limits: dict[str, tuple[str, int]]) -> Any:
+def bound_lengths(node: Any, limits: dict[str, tuple[str, int]]) -> Any:
     """A JSON schema whose bounds on lengths are these alone, or narrower: of a type, the keyword and the greatest.
 
     llama.cpp unrolls such bounds into a grammar, and refuses 2,000 characters (its issue 25746). The schema's own are
     checked here anyway.
     """
     if isinstance(node, list):
-        return [_bound_lengths(item, limits) for item in node]
+        return [bound_lengths(item, limits) for item in node]
     if not isinstance(node, dict):
         return node
     # A field that happens to be called maxLength is a schema, so a dict, and stays.
     lengths = ("minLength", "maxLength", "minItems", "maxItems")
     bounded = {
-        key: _bound_lengths(value, limits)
+        key: bound_lengths(value, limits)
         for key, value in node.items()
         if key not in lengths or isinstance(value, dict)
     }

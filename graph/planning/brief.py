@@ -16,6 +16,7 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from graph.config import RunConfig, read_prompt
 from graph.goals.schema import count_allowed
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
+from graph.llm.ladder import MAX_WRITTEN, bound_lengths
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data, quote_words
 from graph.llm.toolbox import Toolbox, do_now
@@ -23,7 +24,7 @@ from graph.planning.past import describe_experience, describe_hope, describe_not
 from graph.planning.plan import MOST_HYPOTHESIS, Plan, drop_schema, find_schema, tell_of_cuts
 from graph.planning.prices import describe_costs, describe_spending
 from graph.planning.situation import Situation
-from graph.planning.table import describe_groups, describe_layers, describe_parts, describe_present
+from graph.planning.table import TOLD_ZEROS, describe_groups, describe_layers, describe_parts, describe_present
 from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
@@ -102,7 +103,7 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
     parts = [
         describe_groups(situation) if toolbox else describe_layers(situation),
         *([_describe_columns(situation)] if not situation.config.pattern else []),
-        _describe_model(situation.config),
+        _describe_model(situation),
         _describe_bounds(situation),
         _describe_trials(situation),
         *filter(None, [describe_probes(situation.probes), describe_experience(situation.experience)]),
@@ -119,7 +120,7 @@ def _cut_messages(situation: Situation, parts: Parts, toolbox: Toolbox | None) -
     """As `planner_messages`, where parts are to go."""
     told = [
         describe_parts(parts),
-        _describe_model(situation.config),
+        _describe_model(situation),
         _describe_bounds(situation),
         _describe_trials(situation),
         *filter(None, [describe_probes(situation.probes), describe_notes(situation.notes)]),
@@ -135,13 +136,17 @@ def _describe_tools(toolbox: Toolbox | None) -> list[str]:
 
 
 def tell_schema(plans: type[Plan]) -> str:
-    """The JSON schema of plans as a prompt has it: without what names say anyhow, and what is told with the recipe."""
-    schema = plans.model_json_schema()
+    """The JSON schema of plans as a prompt has it: without what names say anyhow, and what is told with the recipe.
+
+    Its bounds are those that hold the answer, where an endpoint is held to a schema.
+    """
+    schema = bound_lengths(plans.model_json_schema(), MAX_WRITTEN)
     parts = schema["$defs"]
     if group := parts.get("GroupRecipe"):  # runs that take parts away have none
         own, told = group["properties"].items(), parts["Recipe"]["properties"]
         group["properties"] = {name: {} if name in told else field for name, field in own}
-    return json.dumps(_shorten_schema(schema), separators=(",", ":"), ensure_ascii=False)
+    short = _shorten_schema(schema)
+    return json.dumps(_put_in_place(short, short.pop("$defs")), separators=(",", ":"), ensure_ascii=False)
 
 
 def _shorten_schema(node: Any) -> Any:
@@ -149,7 +154,8 @@ def _shorten_schema(node: Any) -> Any:
         return [_shorten_schema(part) for part in node] if isinstance(node, list) else node
     node = drop_null(node)
     idle = {"title", "additionalProperties", "minLength"}
-    told = bool(node.keys() & {"enum", "properties"}) or isinstance(node.get("default"), bool | float)
+    told = bool(node.keys() & {"enum", "properties", "items", "maxLength"})
+    told = told or isinstance(node.get("default"), bool | float)
     idle |= {"type"} if told else set()
     idle |= {"default"} if node.get("default", 0) in ("", None) else set()
     return {
@@ -159,6 +165,17 @@ def _shorten_schema(node: Any) -> Any:
         for key, value in node.items()
         if key not in idle
     }
+
+
+def _put_in_place(node: Any, parts: dict[str, Any]) -> Any:
+    """The schema with its parts where they are meant; what is said of the place counts."""
+    if isinstance(node, list):
+        return [_put_in_place(item, parts) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        node = parts[node["$ref"].rsplit("/", 1)[-1]] | {key: value for key, value in node.items() if key != "$ref"}
+    return {key: _put_in_place(value, parts) for key, value in node.items()}
 
 
 def _find_schema(config: RunConfig) -> type[Plan]:
@@ -192,14 +209,17 @@ def _describe_columns(situation: Situation) -> str:
     )
 
 
-def _describe_model(config: RunConfig) -> str:
+def _describe_model(situation: Situation) -> str:
     """What is pruned, and by how much text; constant through a run. Of files no more than their names."""
+    config = situation.config
+    kind = f" ({quote_data(situation.architecture, 60)})" if situation.architecture else ""
+    pattern = f", zeros {config.pattern}" if config.pattern else ""
     model, text = hide_path(config.model), hide_directories(config.calibration_text)
     tokens, windows = config.count_fitted() * config.window, config.count_all("validation")
     each = ", of each text as many, whatever it counts, and so is every part of them" if len(config.text) > 1 else ""
     return (
-        f'Model "{quote_data(model, 80)}"; statistics of {tokens:,} tokens of "{quote_data(text, 160)}"; '
-        f"trials on {windows} windows of {config.window:,}{each}."
+        f'Model "{quote_data(model, 80)}"{kind}{pattern}; statistics of {tokens:,} tokens of '
+        f'"{quote_data(text, 160)}"; trials on {windows} windows of {config.window:,}{each}.'
     )
 
 
@@ -313,7 +333,7 @@ def _describe_rest(situation: Situation, *, grouped: bool) -> str:
     zeros = sum(layer.weights * situation.sparsity.get(layer.name, 0.0) for layer in situation.layers)
     now, target = zeros / total, situation.config.target_sparsity
     # Neither the model's own few zeros nor what is between the two: a weak model takes that for the sparsity to plan.
-    if all(share < 0.005 for share in situation.sparsity.values()):
+    if all(share < TOLD_ZEROS for share in situation.sparsity.values()):
         return f"Left to prune: all of {total:,} weights; sparsity is {target:g} at the target. Nothing is pruned yet."
     text = f"Left to prune: sparsity is {now:.4f} of {total:,} weights now, and {target:g} at the target."
     if situation.accepted is not None and now >= target - 0.001:

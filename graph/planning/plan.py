@@ -55,7 +55,8 @@ class Plan(BaseModel):
         "step towards it.",
     )
     recipe: Recipe = Field(
-        default_factory=Recipe, description="How the weights are chosen and what becomes of the rest."
+        default_factory=Recipe,
+        description="How weights are chosen and shared out over the layers, and what becomes of the rest.",
     )
     groups: list[Group] = Field(
         default_factory=list,

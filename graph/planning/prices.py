@@ -1,6 +1,7 @@
 """What rounds and instruments take, in tokens and in seconds as measured or foreseen, and what is left of both."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -140,7 +141,7 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
         if config.takes_parts
         else [
             f"a trial takes {budget.trial:,}",
-            "a probe as many as it measures on, for each plan, which that plan's own trial need not take again",
+            "what a probe measures on counts towards its plan's own trial",
             f"statistics sequential {count_in_order(['sequential'], config):,} more, stages "
             f"{count_in_order(['stages'], config):,}, once for a plan, probed or tried",
             *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),
@@ -156,7 +157,7 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
     return (
         f" Budget: {budget.left:,.0f} of {config.max_evaluated_tokens:,} tokens through the model are left, "
         f"{budget.trials_left:.0f} trials without extras: {'; '.join(costs)}. Plans beyond it are "
-        "refused, and once fewer than a trial takes are left the run ends."
+        "refused; with less than a trial the run ends."
     )
 
 
@@ -213,12 +214,13 @@ def _show_price(tokens: int, seconds: float = 0.0, *, limited: bool, pace: float
 
 
 def _describe_paces(paces: Paces) -> str:
-    """Of what took, or takes, so long; measuring is told with its prices."""
-    return ", ".join(
-        f"{what} {_round_seconds(seconds):g}"
-        for what, seconds in sorted(paces.items())
-        if what != MEASURING and seconds >= LEAST_TOLD
-    )
+    """Of what took, or takes, so long, what is of a kind together; measuring is told with its prices."""
+    told: dict[str, list[str]] = {}
+    for what, seconds in sorted(paces.items()):
+        if what != MEASURING and seconds >= LEAST_TOLD:
+            kind = found[0] if (found := re.match(r".*? (?:by|of) ", what)) else ""
+            told.setdefault(kind, []).append(f"{what.removeprefix(kind)} {_round_seconds(seconds):g}")
+    return "; ".join(f"{kind}{', '.join(named)}" for kind, named in told.items())
 
 
 def _round_seconds(seconds: float) -> float:

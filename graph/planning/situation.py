@@ -69,6 +69,8 @@ class Situation:
     """Checkpoints whose layers are on disk, as far as nothing that was pruned to be probed took their room."""
     read_taken: Callable[[str], Mapping[str, "Taken"]] | None = None
     """The layers of a checkpoint, as a graft takes them; None where there are no checkpoints."""
+    architecture: str = ""
+    """The class of the model."""
     parts: Parts | None = None
     """What is known of the model's parts, in a run that takes them away."""
     texts_left: int = 0
@@ -170,6 +172,7 @@ def gather_situation(
             budget=budget,
             seconds=state.seconds,
             usage=state.usage,
+            architecture=type(bench.model).__name__,
             parts=bench.cuts.read(state.parts) if state.parts else None,
             texts_left=count_left(state),
         )

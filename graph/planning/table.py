@@ -1,6 +1,7 @@
 """The layers as a planner is shown them: one by one, or in sums over groups, which tools tell apart."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -17,6 +18,8 @@ MAX_ROWS = 400
 """Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
 MAX_GROUPS = 64
 """Rows of the table of groups."""
+TOLD_ZEROS = 0.05
+"""Share of a layer's weights that are zero in the dense model, from which planners are told of them."""
 POINT = 0.01
 """Of sparsity, one in a hundred."""
 
@@ -65,7 +68,7 @@ def _describe_kind(kind: str, label: str, layers: Sequence[LayerProfile]) -> str
 
 def _describe_zeros(layers: Sequence[LayerProfile]) -> str:
     zeros = sum(layer.zeros for layer in layers) / sum(layer.weights for layer in layers)
-    return f", {zeros:.2g} of them zero already" if zeros >= 0.001 else ""
+    return f", {zeros:.2g} of them zero already" if zeros >= TOLD_ZEROS else ""
 
 
 def _rows(layers: Sequence[LayerProfile]) -> list[_Row]:
@@ -196,6 +199,7 @@ def describe_groups(situation: Situation) -> str:
         f"{unit:.0e} nats/token)",
     ]
     total, blocks = sum(layer.weights for layer in layers), ""
+    short = _shorten_kinds([selector.partition(" · ")[2] for selector in group_layers(layers, merge=True)])
     for selector, group in groups.items():
         third, _, kind = selector.partition(" · ")
         if third != blocks:
@@ -203,10 +207,17 @@ def describe_groups(situation: Situation) -> str:
             lines.append(blocks)
         share = 100 * sum(layer.weights for layer in group) / total
         figures = _figures(group, columns, unit / len(group))
-        lines.append(f"{quote_data(kind, 80)} {share:.1f} {figures}{_describe_zeros(group)}")
+        lines.append(f"{quote_data(short[kind], 80)} {share:.1f} {figures}{_describe_zeros(group)}")
     left_out = len(group_layers(layers, merge=True)) - len(groups)
     title = f"The {len(layers)} prunable layers in {len(groups)} groups"
     return f"{title}{f' ({left_out} more not shown)' if left_out else ''}:\n" + data_block("groups", lines)
+
+
+def _shorten_kinds(kinds: Iterable[str]) -> dict[str, str]:
+    """The last name of each kind, by which a selector knows its layers too, where no other kind ends in it."""
+    last = {kind: kind.rsplit(".", 1)[-1] for kind in kinds}
+    ends = Counter(last.values())
+    return {kind: name if ends[name] == 1 else kind for kind, name in last.items()}
 
 
 def _list_groups(layers: Sequence[LayerProfile]) -> dict[str, list[LayerProfile]]:

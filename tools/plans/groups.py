@@ -85,7 +85,9 @@ class Group(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     selector: str = Field(min_length=1, max_length=200, description="Which layers, as in adjustments.")
-    recipe: GroupRecipe = Field(description="What differs there.")
+    recipe: GroupRecipe = Field(
+        description="What differs there; each is told in the plan's recipe, and is as there where it is left out."
+    )
 
 
 def assign_groups(groups: Sequence[Group], layers: Sequence[LayerProfile]) -> dict[str, Group]:

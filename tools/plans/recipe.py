@@ -84,16 +84,15 @@ class Recipe(BaseModel):
     )
     curves: Literal["mask", "method"] = Field(
         "method",
-        description="Whose change of the weights the KL curves behind the allocation measure. method: what this method "
-        "and refit really leave, by pruning every layer to five sparsities; costs about two rounds' pruning, once for "
+        description="Of which change of the weights the allocation's KL curves are. method: what this method and refit "
+        "really leave, by pruning every layer to five sparsities; costs about two rounds' pruning, once for "
         "each method. mask: what the two-sided mask removes, known from the profile.",
     )
     statistics: Statistics = Field(
         METHODS["refit"].statistics,
-        description="What the layers' inputs are taken from; survivors are fitted to what the dense layer makes of "
-        "them. dense: the dense model. sequential: block by block, "
-        "behind pruned predecessors; two more forwards of the calibration text. stages: within blocks, too (q, k, v; "
-        f"o; gate, up; down), a pass of the block for each and one more, counted as {STAGES + 1} forwards. Left out: "
+        description="Whose inputs the layers are fitted to. dense: the dense model's. sequential: block by block, "
+        "behind pruned predecessors; 2 more forwards of the calibration text. stages: within blocks, too (q, k, v; "
+        f"o; gate, up; down); {STAGES + 1} forwards. Left out: "
         f"sequential for {name_sequential(LEVERS.values())}, as published, else dense.",
         json_schema_extra=_leave_out_default,
     )

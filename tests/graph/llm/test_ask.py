@@ -299,7 +299,7 @@ def test_a_field_called_like_a_bound_is_kept() -> None:
         maxLength: int
         type: str
 
-    schema = ladder._bound_lengths(Odd.model_json_schema(), ladder.MAX_WRITTEN)
+    schema = ladder.bound_lengths(Odd.model_json_schema(), ladder.MAX_WRITTEN)
     assert list(schema["properties"]) == ["maxLength", "type"]
     assert schema["properties"]["type"]["maxLength"] == 400
 

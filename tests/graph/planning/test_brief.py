@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from langchain_core.messages import HumanMessage
 from langchain_core.tools import BaseTool
 
 from graph.config import RunConfig, read_prompt
-from graph.llm.ask import CallRecord
+from graph.llm.ask import CallRecord, ask
 from graph.llm.ladder import AgentError
 from graph.llm.models import open_model
 from graph.llm.quoting import quote_data, quote_words
@@ -34,6 +35,7 @@ from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
 from graph.planning.past import describe_experience, describe_notes, describe_probes
 from graph.planning.plan import Plan, drop_schema, find_schema, tell_of_cuts
+from graph.planning.prices import describe_prices
 from graph.planning.refinements import STRONG
 from graph.planning.situation import Situation
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
@@ -48,8 +50,9 @@ from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.costs import count_polish
 from tools.plans.cuts import Cutting
 from tools.plans.graft import Graft
-from tools.plans.groups import Group, GroupRecipe
+from tools.plans.groups import Group, GroupRecipe, drop_null
 from tools.plans.layer_profile import LayerProfile, group_layers, predict_kl
+from tools.plans.paces import MEASURING, list_works, name_measuring_curves, name_pruning_by
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.selectors import select_layers
 
@@ -222,7 +225,7 @@ def test_groups_are_shown_in_sums_where_tools_show_layers() -> None:
     assert unit
     rows = lines[4:-1]
     assert rows[::4] == ["blocks 0-1", "blocks 2-3", "blocks 4-5"]
-    assert [row.split()[0] for row in rows[1:4]] == ["self_attn.q_proj", "self_attn.k_proj", "mlp.experts.*.up"]
+    assert [row.split()[0] for row in rows[1:4]] == ["q_proj", "k_proj", "up"]
     experts = [layer for layer in layers if layer.block in (0, 1) and "experts" in layer.kind]
     name, *figures = rows[3].split()
     assert select_layers(f"{rows[0]} · {name}", layers) == [x.name for x in experts]
@@ -316,7 +319,7 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
     schema = Plan.model_json_schema()
     again = schema["$defs"].pop("GroupRecipe")
     for plans, left in ((Plan, {"mix"}), (find_schema(0, ("code", "prose"), weighs=False), {"tokens"})):
-        briefly = json.loads(tell_schema(plans))["$defs"]["GroupRecipe"]["properties"]
+        briefly = json.loads(tell_schema(plans))["properties"]["groups"]["items"]["properties"]["recipe"]["properties"]
         assert briefly.keys() == GroupRecipe.model_fields.keys() - left
         assert [name for name, told in briefly.items() if told] == ["pattern"], "the recipe tells of all others"
     fields = [
@@ -343,7 +346,7 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
 def test_a_planner_of_parts_is_told_of_its_own_levers_alone() -> None:
     told = json.loads(tell_schema(tell_of_cuts()))
     assert list(told["properties"]) == ["hypothesis", "sparsity", "cut", "reason"]
-    (cutting,) = told["$defs"].values()
+    cutting = told["properties"]["cut"]
     assert list(cutting["properties"]) == list(Cutting.model_fields)
     assert all(len(field["description"].split()) >= 3 for field in cutting["properties"].values())
     plan = tell_of_cuts().model_validate({"sparsity": 0.2, "cut": {"heads": 1}})
@@ -385,18 +388,55 @@ def test_long_parts_never_change_within_a_run() -> None:
 
 
 def test_prompt_of_a_model_like_qwen3_8b() -> None:
-    """252 layers; the real tokenisers of Qwen and OpenAI make less of it than is counted here."""
-    toolbox = Toolbox(offer_nothing, calls=6, seconds=600)
-    first = "".join(message.text for message in planner_messages(make_first_situation(36), toolbox))
+    """252 layers, all that is limited limited; the real tokenisers of Qwen and OpenAI make less of it than is counted
+    here."""
+    config = RunConfig(max_evaluated_tokens=49_152, max_seconds=5_400, max_agent_cost=5, validation_windows=8)
+    pruning = {name_pruning_by([work]): 1_000.0 for work in list_works("")}
+    curves = {name_measuring_curves(work): 3_000.0 for work in list_works("") if work.refits}
+    budget = TokenBudget(config, 0, 4_096, foreseen=pruning | curves, paces={MEASURING: 0.017})
+    situation = make_first_situation(36, config=config, budget=budget, seconds=1_387.0, architecture="Qwen3ForCausalLM")
+    toolbox = Toolbox(
+        offer_nothing,
+        calls=6,
+        seconds=3_600,
+        prices=describe_prices(config, budget, 21),
+        list_left=lambda: {"tokens_left": budget.left},
+    )
+    first = "".join(message.text for message in planner_messages(situation, toolbox))
     assert count_tokens(first) <= 4_000
     assert len(first) < 14_000
+
     names = [layer.name for layer in draw_layers(36)]
     trials = [KEPT.model_copy(update={"iteration": i}) for i in range(1, 10)]
     lesson = Lesson(run="r", iteration=1, selector="s", factor=1.5, predicted=1, measured=2, text="t " * 80)
-    tenth = make_first_situation(
-        36, sparsity=dict.fromkeys(names, 0.4321), accepted=KEPT, trials=trials, lessons=[lesson] * 9, iteration=10
+    figures = {"kl": 0.51234, "kl_error": 0.01, "change": -0.0123, "change_error": 0.004}
+    probe = PastProbe(iteration=9, plan="45.0% refit~sequential:kappa", tokens=2048, **figures)
+    note = Note(run="r", iteration=3, sparsity=0.45, pattern="", text="t " * 80, trials=[2, 3])
+    tenth = replace(
+        situation,
+        sparsity=dict.fromkeys(names, 0.4321),
+        accepted=KEPT,
+        trials=trials,
+        lessons=[lesson] * 9,
+        probes=[probe] * MAX_PROBES,
+        notes=[note] * MAX_NOTES,
+        iteration=10,
     )
-    assert len("".join(message.text for message in planner_messages(tenth, toolbox))) < 18_000
+    assert count_tokens("".join(message.text for message in planner_messages(tenth, toolbox))) <= 6_500
+
+
+def test_a_schema_in_a_prompt_has_the_bounds_that_hold_the_answer() -> None:
+    with OpenAIServer() as server:
+        ask(open_model(server.planner("good"), RunConfig()), Plan, [HumanMessage("Plan.")])
+    sent = server.requests[-1].body["response_format"]["json_schema"]["schema"]
+    told = json.loads(tell_schema(Plan))
+    for name, field in told["properties"].items():
+        for bound in ("maxLength", "maxItems", "exclusiveMaximum", "exclusiveMinimum"):
+            assert field.get(bound) == drop_null(sent["properties"][name]).get(bound), (name, bound)
+    adjustment = told["properties"]["adjustments"]["items"]["properties"]
+    for name, field in sent["$defs"]["Adjustment"]["properties"].items():
+        for bound in ("maxLength", "maximum", "minimum"):
+            assert adjustment[name].get(bound) == drop_null(field).get(bound), (name, bound)
 
 
 def test_the_table_of_earlier_runs_is_short() -> None:
@@ -776,6 +816,9 @@ def test_the_model_and_how_much_text_is_told_without_directories() -> None:
     alone = RunConfig(model="/secret/of mine/llama", calibration="file:/secret/a.txt", window=256)
     told = 'Model "llama"; statistics of 4,096 tokens of "file:a.txt"; trials on 8 windows of 256.'
     assert f"\n\n{told}\n\nBounds: " in shown(make_first_situation(config=alone))
+    patterned = alone.model_copy(update={"pattern": "2:4"})
+    told = 'Model "llama" (LlamaForCausalLM), zeros 2:4; statistics of 4,096 tokens'
+    assert told in shown(make_first_situation(config=patterned, architecture="LlamaForCausalLM"))
     texts = {"code": "file:/secret/b.txt", "own": "self"}
     named = RunConfig(model="Qwen/Qwen3-4B", text=texts, text_weights={"code": 3, "own": 1})
     text = shown(make_first_situation(config=named))

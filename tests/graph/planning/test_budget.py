@@ -176,11 +176,11 @@ def test_a_planner_is_told_how_many_trials_the_budget_allows() -> None:
     said = planner_messages(situation)[1].text
     assert "Round 3 of at most 7. Perplexity limit" in said
     assert (
-        " Budget: 1,000 of 2,000 tokens through the model are left, 5 trials without extras: a trial takes 192; a "
-        "probe as many as it measures on, for each plan, which that plan's own trial need not take again; statistics "
+        " Budget: 1,000 of 2,000 tokens through the model are left, 5 trials without extras: a trial takes 192; "
+        "what a probe measures on counts towards its plan's own trial; statistics "
         "sequential 512 more, stages 1,280, once for a plan, probed or tried; tokens weighted 1,280 more, once "
         "for each text; curves method 512 more, once for each method; a new profile, reprofile, 896. Plans "
-        "beyond it are refused, and once fewer than a trial takes are left the run ends."
+        "beyond it are refused; with less than a trial the run ends."
     ) in said
     asking = dataclasses.replace(situation, config=config.model_copy(update={"questions": "hub:org/q:train"}))
     assert "a new profile, reprofile or questions in a mix, 896." in planner_messages(asking)[1].text

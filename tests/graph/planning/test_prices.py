@@ -205,7 +205,7 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
         "Prices: probe 128 tokens for each plan on half of the validation text, 256 tokens (10 s) on all of it, and "
         "what its recipe takes; predict 0, or 512 tokens (300 s) where curves are not known; slopes 1,152 tokens (60 "
         "s) on half of the text, less on less; swap 128 tokens for each selector; search what its probes take; fit 256 "
-        "tokens (10 s); all others 0. Seconds, the most so far: measuring curves of refit 300, pruning by "
+        "tokens (10 s); all others 0. Seconds, the most so far: measuring curves of refit 300; pruning by "
         "refit~sequential 70."
     ), "tokens, where they are limited, and seconds"
     assert describe_prices(CONFIG, make_budget(), 9).startswith("Prices: probe 128 tokens for"), "a pace nobody knows"
