@@ -206,6 +206,7 @@ BEHAVIOURS: dict[str, Callable[[Call], Reply]] = {
     "braces": lambda call: Reply(
         content=f'Of {{factor, bounds}} I take {{"action": "factor"}}; not {{"sparsity": 1, so: {call.plan()} {{done}}'
     ),
+    "aloud": lambda call: Reply(content=f"<think>Early ones?</think>\nI look first.\n{call.plan()}"),
     "no-usage": lambda call: Reply(content=call.plan(), usage=False),
     # answers that do not fit
     "prose": _say(PROSE),
@@ -240,6 +241,11 @@ BEHAVIOURS: dict[str, Callable[[Call], Reply]] = {
     "json-mode-only": _refuse_methods(400, "json_schema", "function_calling", error="tools are not supported"),
     "no-tools": _refuse_methods(400, "function_calling", error="tools are not supported"),
     "bare": _refuse_methods(400, "json_schema", "json_mode", "function_calling", error="extra fields"),
+    "bare-aloud": lambda call: (
+        Reply(400, error="extra fields")
+        if call.request.method != "text"
+        else Reply(content=f"<think>Early ones?</think>\nI look first.\n{call.plan()}")
+    ),
     "bare-422": _refuse_methods(422, "json_schema", "json_mode", "function_calling", error="extra fields"),
     "bare-500": _refuse_methods(500, "json_schema", "json_mode", "function_calling", error=LLAMA_CPP),
     "no-answers-of-tools": lambda call: _refuse_answers_of_tools(call, 400),

@@ -10,6 +10,7 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from graph.config import RunConfig, read_prompt
 from graph.goals.schema import Brief, check_brief, count_allowed
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
+from graph.llm.ladder import describe_schema
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import do_now
@@ -56,7 +57,7 @@ def brief_with_chat(
 
 def brief_messages(config: RunConfig, texts: Sequence[Sight]) -> list[AnyMessage]:
     """Instructions, and the goal with what there is to weigh."""
-    schema = json.dumps(Brief.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
+    schema = json.dumps(describe_schema(Brief), separators=(",", ":"), ensure_ascii=False)
     parts = [
         f"Model: {quote_data(name_source(config.model), 200)}; {config.target_sparsity:.0%} of its weights go, "
         f"in at most {config.max_iterations} rounds.",

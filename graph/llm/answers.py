@@ -56,6 +56,12 @@ def parse_reply(text: str, schema: type[T], *, tools: bool) -> T | list[ToolCall
     raise ValueError(shorten(clean(reasons[0]), REASON_LIMIT))
 
 
+def find_prose(text: str) -> str:
+    """What stands before the first JSON object."""
+    opening = _OBJECT.search(text)
+    return text[: opening.start()] if opening else text
+
+
 def _as_call(found: dict[str, Any]) -> ToolCall | None:
     """The call of a tool that an object means: as told, or `{"name": …, "arguments": …}` as in many chat templates."""
     key = "tool" if "tool" in found else "name"

@@ -9,6 +9,7 @@ which may be had from where it was kept.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
 from pydantic import BaseModel, Field
 
-from graph.llm.answers import READ_LIMIT, REASON_LIMIT, T, clean, drop_thinking, explain, parse_reply
+from graph.llm.answers import READ_LIMIT, REASON_LIMIT, T, clean, drop_thinking, explain, find_prose, parse_reply
 from graph.llm.ladder import (
     ANSWER_LIMIT,
     DeadEnd,
@@ -35,6 +36,9 @@ from graph.llm.quoting import quote_data
 from graph.llm.toolbox import Toolbox, ToolCall, do_now, dump
 from tools.base.secrets import redact
 from tools.base.words import count, one_line, shorten
+
+WORDS_LIMIT = 2_000
+"""Characters of what a model said and thought beside calls of tools that stay in the conversation: the last ones."""
 
 
 class CallRecord(BaseModel):
@@ -54,6 +58,7 @@ class Reply(CallRecord):
     """A reply as far as the conversation goes on with it."""
 
     text: str = Field(description="What the model said, without secrets.")
+    words: str = Field("", description="What it said and thought beside calls of tools: it stays in the round.")
     refusal: str = Field("", description="Why it declines to answer; empty when it does not.")
     advised: bool = Field(False, description="Whether the problem is advice, which is given once.")
 
@@ -112,7 +117,7 @@ def ask(
         said = None if reason else parse_reply(reply.text, schema, tools=toolbox is not None)
         if isinstance(said, list):
             assert toolbox is not None, "calls are heard only where there are tools"
-            conversation.append(Exchange(said, [toolbox.run(call, explain) for call in said]))
+            conversation.append(Exchange(said, [toolbox.run(call, explain) for call in said], reply.words))
             continue
         if said is not None:
             return said
@@ -153,6 +158,7 @@ def _call(
         tools=len(calls),
         seconds=time.perf_counter() - start,
         text=text,
+        words=_own_words(message) if calls else "",
         refusal=_refusal(message),
         advised=advised,
     )
@@ -209,6 +215,23 @@ def _reply_text(message: AIMessage, schema: type[BaseModel]) -> str:
         name, given = broken["name"] or "", broken["args"] or ""
         calls.append(given if name == schema.__name__ else in_words(name, json.dumps(given)))
     return "\n".join(calls) if calls else str(message.text)
+
+
+def _own_words(message: AIMessage) -> str:
+    """The end of what the model thought, where it is shown, and said before it called tools; without secrets."""
+    blocks = message.content if isinstance(message.content, list) else []
+    thoughts = [message.additional_kwargs.get("reasoning_content"), *map(_read_thought, blocks)]
+    said = re.sub(r"</?think(?:ing)?>", "\n", find_prose(str(message.text)))
+    words = "\n".join(part.strip() for part in [*thoughts, said] if isinstance(part, str) and part.strip())
+    words = redact(clean(words[-READ_LIMIT:]))
+    return words if len(words) <= WORDS_LIMIT else f"…{words[-WORDS_LIMIT:]}"
+
+
+def _read_thought(block: Any) -> str:
+    """The text of a block of thoughts, as Anthropic and others send it; empty of any other."""
+    if not isinstance(block, dict) or block.get("type") not in ("thinking", "reasoning"):
+        return ""
+    return next((block[key] for key in ("thinking", "reasoning") if isinstance(block.get(key), str)), "")
 
 
 def _first_text(message: AIMessage) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.runnables import Runnable
 from pydantic import BaseModel
 
@@ -60,20 +60,26 @@ class DeadEnd(AgentError):
 
 @dataclass
 class Exchange:
-    """The tools that one reply asked for, and what they answered."""
+    """The tools that one reply asked for, what they answered, and what the model said and thought beside."""
 
     calls: list[ToolCall]
     answers: list[str]
+    words: str = ""
 
 
-def _render(conversation: Sequence[AnyMessage | Exchange], method: Method, toolbox: Toolbox | None) -> list[AnyMessage]:
-    """The conversation as messages: calls of tools as such where the method knows them, else in words.
+def _render(
+    conversation: Sequence[AnyMessage | Exchange], method: Method, toolbox: Toolbox | None, name: str
+) -> list[AnyMessage]:
+    """The conversation as messages: calls of tools, and the schema of this name, as such where the method knows them,
+    else in words.
 
     They are made anew, as what the model sent may be nothing that the endpoint takes back.
     """
     messages: list[AnyMessage] = []
     for i, part in enumerate(conversation):
-        if not isinstance(part, Exchange):
+        if method == "function_calling" and isinstance(part, SystemMessage):
+            messages.append(_leave_out_schema(part, name))
+        elif not isinstance(part, Exchange):
             messages.append(part)
         elif method == "function_calling" and toolbox and all(_is_plain(call, toolbox) for call in part.calls):
             ids = [f"call_{i}_{j}" for j in range(len(part.calls))]
@@ -81,12 +87,20 @@ def _render(conversation: Sequence[AnyMessage | Exchange], method: Method, toolb
                 {"type": "tool_call", "id": key, "name": call.name, "args": call.arguments}
                 for key, call in zip(ids, part.calls, strict=True)
             ]
-            messages.append(AIMessage("", tool_calls=calls))
+            messages.append(AIMessage(part.words, tool_calls=calls))
             messages += [ToolMessage(text, tool_call_id=key) for key, text in zip(ids, part.answers, strict=True)]
         else:
-            said = "\n".join(in_words(call.name, dump(call.arguments)) for call in part.calls)
-            messages += [AIMessage(shorten(said, ANSWER_LIMIT)), HumanMessage("\n\n".join(part.answers))]
+            said = shorten("\n".join(in_words(call.name, dump(call.arguments)) for call in part.calls), ANSWER_LIMIT)
+            said = f"{part.words}\n{said}" if part.words else said
+            messages += [AIMessage(said), HumanMessage("\n\n".join(part.answers))]
     return messages
+
+
+def _leave_out_schema(message: AnyMessage, name: str) -> AnyMessage:
+    """Instructions without the schema that they show on a line of its own: the function `name` has it."""
+    lines = str(message.text).split("\n")
+    short = [f"(that of `{name}`)" if x.startswith('{"') and '"properties":' in x else x for x in lines]
+    return SystemMessage("\n".join(short))
 
 
 def _is_plain(call: ToolCall, toolbox: Toolbox) -> bool:
@@ -132,10 +146,11 @@ def send(
     attempts = Attempts(model, meter)
     for method in methods[methods.index(start) if start else 0 :]:
         try:
-            bound = _bind(model, schema, method, toolbox)
+            bound = _bind(model, schema, method, toolbox, forced=_was_handed_back(conversation))
         except NotImplementedError:  # LangChain's word for a model without tools
             continue
-        reply = attempts.send(bound, _render(conversation, method, toolbox), is_known=method in (known, methods[-1]))
+        messages = _render(conversation, method, toolbox, schema.__name__)
+        reply = attempts.send(bound, messages, is_known=method in (known, methods[-1]))
         if isinstance(reply, Answer):
             _rungs[place] = method
             return Received(method, *reply)
@@ -161,8 +176,18 @@ def _find_place(
     return name_model(model), toolbox is not None, any(isinstance(part, Exchange) for part in conversation)
 
 
-def _bind(model: BaseChatModel, schema: type[BaseModel], method: Method, toolbox: Toolbox | None) -> Runnable[Any, Any]:
+def _was_handed_back(conversation: Sequence[AnyMessage | Exchange]) -> bool:
+    """Whether the last answer could not be used."""
+    return any(isinstance(part, AIMessage) for part in conversation[-2:-1])
+
+
+def _bind(
+    model: BaseChatModel, schema: type[BaseModel], method: Method, toolbox: Toolbox | None, *, forced: bool
+) -> Runnable[Any, Any]:
     """The model, told to answer by `method`, or to call a tool while the toolbox lets it.
+
+    While it may, no function is `forced` before an answer could not be used: models that think first are not let do
+    so by some endpoints where one is, and an answer as text is read all the same.
 
     Not langchain's `with_structured_output`: it raises on an answer that was cut off before
     its text and tokens can be seen, and its JSON parser completes half an answer in silence.
@@ -179,7 +204,8 @@ def _bind(model: BaseChatModel, schema: type[BaseModel], method: Method, toolbox
     if method == "function_calling":
         function = {"name": name, "description": described.get("description", ""), "parameters": described}
         functions = bound_lengths([{"type": "function", "function": function}, *tools], {})
-        return model.bind_tools(functions, tool_choice="any" if offered else name)
+        choice = name if not offered else "any" if forced else "auto"
+        return model.bind_tools(functions, tool_choice=choice)
     if method == "json_mode":
         return model.bind(extra_body={"response_format": {"type": "json_object"}})
     return model
@@ -230,6 +256,12 @@ def bound_lengths(node: Any, limits: dict[str, tuple[str, int]]) -> Any:
         keyword, most = limits[kind]
         bounded[keyword] = min(most, node.get(keyword, most))
     return bounded
+
+
+def describe_schema(schema: type[BaseModel]) -> dict[str, Any]:
+    """A JSON schema for prompts, with the bounds that hold the answer where an endpoint is held to one."""
+    described: dict[str, Any] = bound_lengths(schema.model_json_schema(), MAX_WRITTEN)
+    return described
 
 
 def name_model(model: BaseChatModel) -> str:

@@ -16,7 +16,7 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from graph.config import RunConfig, read_prompt
 from graph.goals.schema import count_allowed
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
-from graph.llm.ladder import MAX_WRITTEN, bound_lengths
+from graph.llm.ladder import describe_schema
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data, quote_words
 from graph.llm.toolbox import Toolbox, do_now
@@ -136,17 +136,14 @@ def _describe_tools(toolbox: Toolbox | None) -> list[str]:
 
 
 def tell_schema(plans: type[Plan]) -> str:
-    """The JSON schema of plans as a prompt has it: without what names say anyhow, and what is told with the recipe.
-
-    Its bounds are those that hold the answer, where an endpoint is held to a schema.
-    """
-    schema = bound_lengths(plans.model_json_schema(), MAX_WRITTEN)
-    parts = schema["$defs"]
+    """The JSON schema of plans as a prompt has it: without what names say anyhow, and what is told with the recipe."""
+    schema = describe_schema(plans)
+    parts = schema.pop("$defs")
     if group := parts.get("GroupRecipe"):  # runs that take parts away have none
         own, told = group["properties"].items(), parts["Recipe"]["properties"]
         group["properties"] = {name: {} if name in told else field for name, field in own}
-    short = _shorten_schema(schema)
-    return json.dumps(_put_in_place(short, short.pop("$defs")), separators=(",", ":"), ensure_ascii=False)
+    short = _shorten_schema(_put_in_place(schema, parts))
+    return json.dumps(short, separators=(",", ":"), ensure_ascii=False)
 
 
 def _shorten_schema(node: Any) -> Any:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from graph.config import RunConfig, read_prompt
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
+from graph.llm.ladder import describe_schema
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import do_now
@@ -89,7 +90,7 @@ def _find_schema(config: RunConfig) -> type[BaseModel]:
 
 
 def _instructions(config: RunConfig) -> str:
-    schema = json.dumps(_find_schema(config).model_json_schema(), separators=(",", ":"), ensure_ascii=False)
+    schema = json.dumps(describe_schema(_find_schema(config)), separators=(",", ":"), ensure_ascii=False)
     text = config.reflector_prompt or read_prompt("cuts_reflector" if config.takes_parts else "reflector")
     for name, value in (("{most}", MAX_LEARNT), ("{least}", 1 / MOST), ("{greatest}", MOST)):
         text = text.replace(name, f"{value:g}")

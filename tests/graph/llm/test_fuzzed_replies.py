@@ -100,7 +100,18 @@ JUNK = st.recursive(
 )
 ODD_SHARES = [0.99, 1, 45, -1, 0, 1e-300, 1e308, 10**400, float("nan"), float("inf"), True, "45%", None]
 SHARES = st.sampled_from([0.2, 0.45, 0.45 + 1e-8, 0.5, *ODD_SHARES])
-INSTRUMENTS = ["inspect_layers", "predict", "probe", "slopes", "swap", "fit", "history", "recall", "candidates"]
+INSTRUMENTS = [
+    "inspect_layers",
+    "predict",
+    "probe",
+    "slopes",
+    "swap",
+    "search",
+    "fit",
+    "history",
+    "recall",
+    "candidates",
+]
 NAMES = st.sampled_from(["Plan", *INSTRUMENTS, "prune", "", HOSTILE])
 ODD_SELECTORS = ["blocks 1-0", "blocks 0-999999999", "[", "", "?" * 200, HOSTILE]
 SELECTORS = st.sampled_from(["*", "*.v_proj", "blocks 0", "blocks 0 · *.q_proj", *ODD_SELECTORS]) | st.text(max_size=8)
@@ -168,6 +179,7 @@ PLANS = sometimes(
         "expression": EXPRESSIONS | JUNK,
         "graft": GRAFTS | JUNK,
         "alone": SELECTORS | JUNK,
+        "new_texts": st.just([{"name": "code", "prompts": ["Write code."], "weight": 1}]) | JUNK,
         "reason": st.text(max_size=20),
         "multipliers": st.dictionaries(SELECTORS, SHARES, max_size=2),
         "target": JUNK,
@@ -206,6 +218,18 @@ GOOD_CALLS = st.one_of(
     st.fixed_dictionaries({"tool": st.just("predict"), "arguments": st.fixed_dictionaries({"plans": SEVERAL_PLANS})}),
     st.fixed_dictionaries({"tool": st.just("probe"), "arguments": sometimes({"tokens": st.just(64)}, plan=GOOD_PLANS)}),
     st.fixed_dictionaries({"tool": st.just("probe"), "arguments": st.fixed_dictionaries({"plans": SEVERAL_PLANS})}),
+    st.fixed_dictionaries(
+        {
+            "tool": st.just("search"),
+            "arguments": st.fixed_dictionaries(
+                {
+                    "plan": GOOD_PLANS,
+                    "selectors": st.just(["*.q_proj", "blocks 0"]),
+                    "tokens": st.sampled_from([64, 384]),
+                }
+            ),
+        }
+    ),
     st.just({"tool": "history", "arguments": {}}),
     st.sampled_from([{}, {"round": 1}, {"round": 10**400}]).map(lambda given: {"tool": "fit", "arguments": given}),
     st.just({"tool": "recall", "arguments": {"query": HOSTILE}}),
@@ -253,9 +277,9 @@ BAD_REPLIES = st.builds(
         tool_calls=calls,
         invalid_tool_calls=broken,
         response_metadata={"finish_reason": finish},
-        additional_kwargs={"refusal": refusal} if refusal else {},
+        additional_kwargs={"refusal": refusal} if refusal else {"reasoning_content": text},
     ),
-    TEXTS,
+    TEXTS | TEXTS.map(lambda text: [{"type": "thinking", "thinking": text}, {"type": "text", "text": text}]),
     st.just([]) | st.lists(FUNCTIONS, max_size=4),
     st.just([]) | st.lists(BROKEN, max_size=2),
     st.sampled_from([*["stop"] * 10, "tool_calls", "length", "content_filter", None, 5]),

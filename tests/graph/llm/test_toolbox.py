@@ -7,17 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.tools import BaseTool, tool
 from pydantic import BaseModel, Field
 
 from graph.config import RunConfig
 from graph.llm import ladder
 from graph.llm.answers import explain
-from graph.llm.ask import CallRecord, _reply_text, ask
+from graph.llm.ask import WORDS_LIMIT, CallRecord, _own_words, _reply_text, ask
 from graph.llm.ladder import AgentError
 from graph.llm.models import open_model
 from graph.llm.toolbox import Toolbox, ToolCall, ToolRecord
+from graph.planning.brief import tell_schema
 from graph.planning.plan import Plan
 from tests.graph.llm.asking import PLAN, QUESTION
 from tests.openai_server import DEFAULT_PLAN, Answer, OpenAIServer
@@ -115,7 +116,7 @@ def test_functions_where_the_endpoint_has_them(serve: Any, toolbox: Toolbox, rec
     assert ask_server(server, toolbox, on_call=calls.append) == PLAN
     assert [(r.method, r.status) for r in server.requests] == [("function_calling", 200)] * 3
     assert [t["function"]["name"] for t in server.requests[0].body["tools"]] == ["Plan", "look"]
-    assert server.requests[0].body["tool_choice"] == "required"
+    assert {request.body["tool_choice"] for request in server.requests} == {"auto"}
     assert server.requests[2].messages[1:] == [
         {
             "role": "assistant",
@@ -308,6 +309,42 @@ def test_bad_calls_are_answered(
     assert toolbox.calls_left == 2
     assert [problem in record.answer for record in records] == [True, True]
     assert problem in server.requests[-1].messages[-1]["content"].replace('\\"', '"')
+
+
+def test_a_function_is_forced_where_an_answer_could_not_be_used(serve: Any, toolbox: Toolbox) -> None:
+    server = serve(call("a"), {"sparsity": 45}, call("b"), DEFAULT_PLAN)
+    assert ask_server(server, toolbox) == PLAN
+    assert [request.body["tool_choice"] for request in server.requests] == ["auto", "auto", "required", "auto"]
+
+
+@pytest.mark.parametrize("name", ["aloud", "bare-aloud"])
+def test_what_a_model_says_beside_a_call_stays_in_the_conversation(name: str, serve: Any, toolbox: Toolbox) -> None:
+    server = serve(call("a"), DEFAULT_PLAN)
+    assert ask_server(server, toolbox, name) == PLAN
+    said = server.requests[-1].messages[1]["content"]
+    in_words = '\n{"tool": "look", "arguments": {"name": "a"}}' if name == "bare-aloud" else ""
+    assert said == f"Early ones?\n\nI look first.{in_words}"
+
+
+def test_the_end_of_long_thoughts_stays_however_an_endpoint_sends_them() -> None:
+    blocks = [
+        {"type": "thinking", "thinking": "A.", "signature": "s"},
+        {"type": "text", "text": "B. {"},
+        {"type": 3},
+        "C.",
+    ]
+    assert _own_words(AIMessage(blocks)) == "A.\nB. {C."
+    assert _own_words(AIMessage("", additional_kwargs={"reasoning_content": "D."})) == "D."
+    words = _own_words(AIMessage("x " * 3_000 + "sk-" + "0a" * 20))
+    assert words.startswith("…") and len(words) <= WORDS_LIMIT + 1 and "0a0a" not in words
+
+
+@pytest.mark.parametrize(("name", "told"), [("m", "(that of `Plan`)"), ("bare", tell_schema(Plan))])
+def test_a_schema_that_a_function_has_is_not_told_twice(name: str, told: str, serve: Any, toolbox: Toolbox) -> None:
+    server, model = serve(DEFAULT_PLAN), name
+    instructions = SystemMessage(f"One JSON object that fits:\n\n{tell_schema(Plan)}\n")
+    ask(open_model(server.planner(model), RunConfig()), Plan, [instructions, HumanMessage("Go.")], toolbox=toolbox)
+    assert server.requests[-1].messages[0]["content"] == f"One JSON object that fits:\n\n{told}\n"
 
 
 @pytest.mark.parametrize("arguments", ["no JSON", '{"name": ', ["a"]])

@@ -9,7 +9,7 @@ import pytest
 from langchain_core.messages import AnyMessage
 
 from graph.config import RunConfig, read_prompt
-from graph.llm.ladder import AgentError
+from graph.llm.ladder import AgentError, describe_schema
 from graph.llm.models import open_model
 from graph.planning.plan import Plan
 from graph.reflecting.brief import MAX_GROUPS, MAX_LESSONS, MAX_TRIALS, reflect_with_chat, reflector_messages
@@ -66,7 +66,7 @@ def test_a_reflector_sees_plan_prediction_measurement_and_what_is_known() -> Non
 
 def test_the_instructions_hold_the_schema_and_the_bounds() -> None:
     text = str(reflector_messages(make_evidence())[0].text)
-    schema = json.dumps(Reflection.model_json_schema(), separators=(",", ":"), ensure_ascii=False)
+    schema = json.dumps(describe_schema(Reflection), separators=(",", ":"), ensure_ascii=False)
     assert text.rstrip().endswith(schema)
     assert f"at most {MAX_LEARNT}, and none" in text and "between 0.5 and 2;" in text
     assert not re.search(r"\{[a-z]+\}", text)
