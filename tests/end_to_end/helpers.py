@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -442,3 +443,29 @@ def train_tiny_model(directory: Path, steps: int = 120) -> Path:
     model.eval().requires_grad_(False).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+# Whoever answers by files
+
+
+@contextlib.contextmanager
+def answering(place: Path, answer: Callable[[str], str]) -> Iterator[None]:
+    """Somebody at the other side of `exchange:PLACE`, who answers prompts in their order."""
+    done = threading.Event()
+
+    def answer_all() -> None:
+        while not done.wait(0.02):
+            for prompt in sorted(place.glob("*.prompt.md")):
+                to = prompt.with_name(prompt.name.replace(".prompt.md", ".answer.txt"))
+                if not to.exists():
+                    aside = place / "aside"
+                    aside.write_text(answer(prompt.read_text()))
+                    aside.rename(to)
+
+    thread = threading.Thread(target=answer_all)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,12 +1,9 @@
 """A run whose planner and reflector answer by files; killed while it waits, and resumed with the answer there."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tests.end_to_end.conftest import Command
-from tests.end_to_end.helpers import fork, read_events, read_summary, read_trials, wait_for
+from tests.end_to_end.helpers import answering, fork, read_events, read_summary, read_trials, wait_for
 
 PLANS = (
     '{"hypothesis": "KL below 0.1.", "sparsity": 0.3, "reason": "A first step."}',
@@ -15,29 +12,11 @@ PLANS = (
 LESSONS = '{"lessons": []}'
 
 
-@contextmanager
-def answering(place: Path) -> Iterator[None]:
-    """Somebody at the other side, who answers prompts in their order."""
-    done = threading.Event()
-
-    def answer() -> None:
-        while not done.wait(0.02):
-            for prompt in sorted(place.glob("*.prompt.md")):
-                to = prompt.with_name(prompt.name.replace(".prompt.md", ".answer.txt"))
-                if not to.exists():
-                    planned = sum('"sparsity"' in path.read_text() for path in place.glob("*.answer.txt"))
-                    reflects = "multiplier" in prompt.read_text() and '"lessons"' in prompt.read_text()[:8000]
-                    aside = place / "aside"
-                    aside.write_text(LESSONS if reflects else PLANS[min(planned, 1)])
-                    aside.rename(to)
-
-    thread = threading.Thread(target=answer)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+def answer(prompt: str) -> str:
+    """No lessons, the first plan, or the second."""
+    if "multiplier" in prompt and '"lessons"' in prompt[:8000]:
+        return LESSONS
+    return PLANS["Plan round 1." not in prompt]
 
 
 def test_a_run_is_planned_and_reflected_on_by_files(flags: list[str], tmp_path: Path, command: Command) -> None:
@@ -46,7 +25,7 @@ def test_a_run_is_planned_and_reflected_on_by_files(flags: list[str], tmp_path: 
     waiting = fork(tmp_path, *given)
     wait_for(lambda: list(place.glob("001-*.prompt.md")))
     waiting.kill()
-    with answering(place):
+    with answering(place, answer):
         assert command("--resume", "run").code == 0
     run = tmp_path / "runs" / "run"
     plans = read_events(run, "plan")
