@@ -33,7 +33,7 @@ pruned predecessors, a fifth less KL than STRONG, and MMLU as high as Wanda's (R
 
 HEDGED = STRONG.model_copy(update={**ROWS, "damping": DAMPED, "strength": 0.5})
 """The strong recipe where the KL curves are to be gone by half of the way to every layer alike, and the mask that they
-are of not at all: 6 and 11 % less KL on two texts than with every layer alike (graph/README.md, what the loop added).
+are of not at all: 6 and 11 % less KL on two texts than with every layer alike (graph/ablation/README.md).
 Since gamma leans to its mean that mask, so hedged, is better where it was measured: it is what is tried next."""
 
 MASKS = Recipe(method="two-sided", refit=False)
@@ -47,7 +47,7 @@ they were 1.6 to 2.3, and 4.5 and 9.6."""
 
 TOGETHER = {"refit_steps": FINE_STEPS, "damping": 0.2, "gamma": "clipped"}
 """Levers each of which gains less than a comparison can tell from luck, pulled at once: what a strong planner ended at
-(graph/README.md, what the loop added)."""
+(graph/ablation/README.md)."""
 
 WORTH = {
     "hedged": "Qwen2.5-Coder-1.5B at 60%, where masks cost 9.6 times what curves said: 40% less KL",

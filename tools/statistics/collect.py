@@ -44,8 +44,8 @@ from tools.statistics.walks import Nodes, layers_by_block
 
 PRIOR = 2048
 """Tokens that a layer's mean over its outputs counts for in gamma (`lean_to_mean`): of 0 to 16,384 the best, or close,
-for a refit by gradients of 512, 2,048 and 8,192 tokens (SmolLM2, one text; tools/README.md, few gradients). Of several
-texts each one's leans by its own tokens."""
+for a refit by gradients of 512, 2,048 and 8,192 tokens (SmolLM2, one text; tools/experiments/README.md, few
+gradients). Of several texts each one's leans by its own tokens."""
 
 
 class Moments(NamedTuple):
