@@ -74,8 +74,8 @@ class Plan(BaseModel):
     expression: Expression = Field(
         "",
         exclude_if=operator.not_,
-        description="Factors on KL curves, such as where(v_proj, smooth(kl60)/kl60, 1), beneath adjustments; only "
-        "ratios count.",
+        description="Factors on KL curves, such as where(v_proj, smooth(kl60)/kl60, 1), beneath adjustments, at no "
+        "cost; only ratios count.",
     )
     graft: Graft | None = Field(
         None,

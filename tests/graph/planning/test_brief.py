@@ -341,6 +341,10 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
         told = {key: value for key, value in own.get(name, {}).items() if key in field}
         assert field == told or list(field) == ["description", "type"], "what it does is told with the recipe"
     assert all(len(field["description"].split()) >= 3 for field in fields)
+    levers = own | {name: schema["properties"][name] for name in ("groups", "adjustments", "expression", "graft")}
+    costs = r"cost|takes no time|takes a validation alone|slowest|each adds 2 products|forwards"
+    assert [name for name, field in levers.items() if not re.search(costs, field["description"])] == []
+    assert "It sees neither steps, nor statistics" in planner_messages(make_first_situation())[0].text
 
 
 def test_a_planner_of_parts_is_told_of_its_own_levers_alone() -> None:
