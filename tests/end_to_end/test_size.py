@@ -21,6 +21,7 @@ from tests.end_to_end.helpers import (
     run_apart,
     run_here,
 )
+from tests.end_to_end.test_approve import APPROVE, Say, say
 from tests.named import flag_texts
 from tests.openai_server import OpenAIServer
 from tests.team import gather_teams
@@ -31,6 +32,8 @@ from tools.base.progress import Progress
 from tools.models.load import load_model
 from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
+
+assert say
 
 pytestmark = pytest.mark.figures
 
@@ -101,12 +104,27 @@ def test_a_cut_that_hurts_is_rolled_back_bit_for_bit_and_the_step_halved(
     assert first.verdict == "rollback" and second.sparsity == pytest.approx(first.sparsity / 2, abs=1e-4)
     (undone, *_) = read_events(run, "rollback")
     assert undone["checkpoint"] == "dense" and undone["layers"] > 0
-    if second.verdict == "rollback":
-        summary = read_summary(run)
-        assert summary["status"] == "short-of-target" and "cut" not in summary
-        kept = transformers.AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
-        dense = transformers.AutoModelForCausalLM.from_pretrained(trained_llama).state_dict()
-        assert all(torch.equal(kept[name], dense[name]) for name in dense)
+    assert command(*given, "--max-iterations", "1", "--name", "one").code == 0
+    one = tmp_path / "runs" / "one"
+    summary = read_summary(one)
+    assert summary["status"] == "short-of-target" and "cut" not in summary
+    kept = transformers.AutoModelForCausalLM.from_pretrained(one / "model").state_dict()
+    dense = transformers.AutoModelForCausalLM.from_pretrained(trained_llama).state_dict()
+    assert all(torch.equal(kept[name], dense[name]) for name in dense)
+
+
+def test_a_person_edits_a_cut_before_it_is_made(tiny_llama: Path, tmp_path: Path, command: Command, say: Say) -> None:
+    say('{"cut": {"heads": 1, "refit": false}}', "accept", "accept")
+    done = command(*flags(tiny_llama, "--max-iterations", "1"), *APPROVE)
+    assert (done.code, done.err) == (0, "")
+    run = tmp_path / "runs" / "run"
+    planned, edited = read_events(run, "plan")[:2]
+    assert (planned["planner"], edited["planner"]) == ("heuristic", "you")
+    (trial,) = read_state(run).trials
+    assert " cut · heads 1 " in trial.plan and trial.order == edited["order"]
+    replayed = command("--replay", "run", "--name", "again")
+    assert (replayed.code, replayed.err) == (0, "")
+    assert read_trials(tmp_path / "runs" / "again") == read_trials(run)
 
 
 @pytest.mark.parametrize(
