@@ -9,12 +9,14 @@ import yaml
 
 from tests.rows import write_rows
 from tests.tasks import ask, settings_of
-from tests.tiny import make_beginning_tokenizer, make_tiny_model, make_tiny_tokenizer
+from tests.tiny import make_beginning_tokenizer, make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.base.files import hash_file
 from tools.base.progress import ignore_progress
 from tools.measure import benchmarks
 from tools.measure.benchmarks import load_benchmarks
 from tools.measure.harness import run_benchmark, warn_of_cut_prompts
+from tools.models.load import load_model
+from tools.models.streamed import find_stream
 
 
 def test_the_limit_takes_the_first_questions(data: Path) -> None:
@@ -109,3 +111,15 @@ def test_the_protocol_says_all_that_figures_must_share(data: Path) -> None:
     assert protocol["data"] == {"qa.jsonl": hash_file(data / "qa.jsonl")}
     assert list(protocol["versions"]) == ["torch", "transformers", "lm-eval", "datasets"]
     assert second.score.protocol == {**protocol, "answer_tokens": second.score.protocol["answer_tokens"]}
+
+
+def test_a_streamed_model_answers_as_one_that_is_held(data: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    (benchmark,) = load_benchmarks(settings_of(data, "freebaseqa", limit=3, batch_size=2), "fp32")
+    found = []
+    for device in ("cpu", "stream"):
+        model, tokenizer = load_model(tiny_settings(tiny_llama, device=device), tmp_path)
+        assert (find_stream(model) is not None) == (device == "stream")
+        found.append(run_benchmark(benchmark, model, tokenizer, "tiny", ignore_progress))
+    held, streamed = found
+    assert [result.values for result in streamed] == [result.values for result in held]
+    assert [result.score for result in streamed] == [result.score for result in held]
