@@ -46,7 +46,7 @@ def export_gguf(source: str, path: Path, dense: str, console: Console) -> None:
     """Write a model directory as a .gguf file, checked by reading it; `dense` is that of the dense model, by default
     the run's. Raises UserError.
     """
-    from tools.models.gguf import BY_HAND, list_changed, write_gguf
+    from tools.models.gguf import describe_by_hand, list_changed, write_gguf
 
     directory = Path(find_model(source))
     if path.suffix != ".gguf":
@@ -65,7 +65,9 @@ def export_gguf(source: str, path: Path, dense: str, console: Console) -> None:
             write_gguf(directory, Path(place.path) / place.gguf_file, aside)
         settings = {"model": str(aside), "dtype": read_dtype(str(directory)), "device": "cpu"}
         if changed := list_changed(load_model(WorkbenchSettings.model_validate(settings))[0], directory):
-            raise UserError(f"{len(changed)} tensors would be read as others, such as {changed[0]}; {BY_HAND}")
+            raise UserError(
+                f"{len(changed)} tensors would be read as others, such as {changed[0]}; {describe_by_hand(directory)}"
+            )
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -21,9 +21,12 @@ PERMUTED = {"llama": True, "qwen2": False, "qwen3": False}
 """Architectures that are written, by llama.cpp's names, and whether it has rows of queries and keys in another order
 than transformers: the two halves that a rotary embedding turns into one another by turns."""
 
-BY_HAND = "convert_hf_to_gguf.py of llama.cpp may write it"
-
 _turn = threading.RLock()
+
+
+def describe_by_hand(directory: Path) -> str:
+    """What may write the file where this does not."""
+    return f"llama.cpp may: python convert_hf_to_gguf.py {directory} --outfile model.gguf"
 
 
 @contextmanager
@@ -93,7 +96,7 @@ def write_gguf(directory: Path, source: Path, path: Path) -> None:
     reader = gguf.GGUFReader(source)
     architecture = str(reader.fields["general.architecture"].contents())
     if architecture not in PERMUTED:
-        raise UserError(f"models of {architecture} are not written as .gguf here; {BY_HAND}")
+        raise UserError(f"models of {architecture} are not written as .gguf here; {describe_by_hand(directory)}")
     config, tensors = _read_config(directory), map_source(str(directory))
     changed = _list_sizes(reader, architecture, config)
     writer = gguf.GGUFWriter(path, architecture)

@@ -1,5 +1,6 @@
 """Models written as .gguf files: what transformers reads of them is what was written, whatever was cut."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def test_a_number_that_differs_is_named(tiny_llama: Path) -> None:
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     phi = write_source(tmp_path, "phi2")
     model = save_tiny_model(tmp_path / "model", "llama")
-    with pytest.raises(UserError, match=r"^models of phi2 are not written as \.gguf here; convert_hf_to_gguf\.py of "):
+    by_hand = re.escape(f"here; llama.cpp may: python convert_hf_to_gguf.py {model} --outfile model.gguf")
+    with pytest.raises(UserError, match=rf"^models of phi2 are not written as \.gguf {by_hand}$"):
         write_gguf(model, phi, tmp_path / "made.gguf")
     uneven = write_source(tmp_path, "qwen2", feed_forward_length=[48, 24])
     with pytest.raises(UserError, match=r"^qwen2\.feed_forward_length differs from block to block in the model's own "):
