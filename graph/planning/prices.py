@@ -14,6 +14,7 @@ from graph.planning.situation import Situation
 from tools.instruments.probed import find_known
 from tools.plans.costs import (
     count_calibration,
+    count_cut_fit,
     count_fit,
     count_in_order,
     count_polish,
@@ -135,7 +136,7 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
     if budget is None or budget.left == math.inf:
         return ""
     weighted = count_weights(config) + count_calibration(config)
-    cuts = [f"a trial takes {budget.trial:,}", f"the fit of a cut {count_calibration(config):,} more"]
+    cuts = [f"a trial takes {budget.trial:,}", f"the fit of a cut {count_cut_fit(config):,} more"]
     costs = (
         cuts
         if config.takes_parts

@@ -325,7 +325,7 @@ def test_what_is_cut_of_a_gguf_file_becomes_one(
 
 
 def test_named_texts_are_read_by_what_they_count_and_bound_what_is_kept(
-    tiny_llama: Path, tmp_path: Path, command: Command
+    tiny_llama: Path, trained_llama: Path, tmp_path: Path, command: Command
 ) -> None:
     texts = flag_texts(tmp_path)
     given = [*flags(tiny_llama, "--max-iterations", "2")[2:], *texts]
@@ -340,9 +340,10 @@ def test_named_texts_are_read_by_what_they_count_and_bound_what_is_kept(
     assert_same_weights(runs / "again", runs / "goal")
     assert command("--name", "other", *given[:-1], "code=0,prose=1").code == 0
     assert read_summary(runs / "other")["mask_sha256"] != read_summary(runs / "plain")["mask_sha256"]
-    assert command("--name", "bound", *given, "--text-bounds", "code=0.000001").code == 0
+    given[given.index(str(tiny_llama))] = str(trained_llama)  # which a cut hurts
+    assert command("--name", "bound", *given, "--text-bounds", "prose=0.000001").code == 0
     first = read_events(runs / "bound", "trial")[1]
-    assert (first["verdict"], "code" in first["reason"]) == ("rollback", True)
+    assert (first["verdict"], "prose" in first["reason"]) == ("rollback", True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tools.estimate.prices import Prices, Pricing, Work
 from tools.estimate.timing import fit_windows
 from tools.estimate.units import count_elimination, count_fit, time_elimination, time_fit
 from tools.measure.speeds import DECODED, PROMPT, REPEATS
+from tools.plans.costs import CUT_FORWARDS
 from tools.surgery.curves import begin_gradients, sum_moments
 from tools.surgery.moments import count_searched, tapped
 from tools.surgery.parts import Part, find_part
@@ -132,11 +133,11 @@ def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricin
     steps.append(
         pricing.step(
             CUT,
-            f"forward of {text}, and a fit of what reads the {kinds or 'neurons'} of {blocks} blocks",
+            f"{CUT_FORWARDS} forwards of {text}, and a fit of what reads the {kinds or 'neurons'} of {blocks} blocks",
             cutting.rounds,
             1.0,
-            {"walk and sum": windows, "fit": 1},
-            2 if cutting.most.blocks else 1,
+            {"walk and sum": windows, "forward": (CUT_FORWARDS - 1) * windows, "fit": 1},
+            2,
         )
     )
     return steps

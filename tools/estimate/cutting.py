@@ -78,7 +78,7 @@ def find_cutting(model: Any, layers: Sequence[Layer], course: CutCourse) -> Cutt
         listed = _list_corners(shape)
     most, item = find_most([listed]), layers[0].weight_OI.element_size()
     whole = sum(parameter.nbytes for parameter in model.parameters())
-    forms = _list_forms(model, listed, folds=most.blocks > 0)
+    forms = _list_forms(model, listed)
     fitted = max(_count_fitted(shape, forms, counts) for counts in listed)
     lacking = [] if course.size else list(list_lacking(shape).values())
     return Cutting(
@@ -99,11 +99,11 @@ def find_cutting(model: Any, layers: Sequence[Layer], course: CutCourse) -> Cutt
     )
 
 
-def _list_forms(model: Any, listed: Sequence[Counts], *, folds: bool) -> list[PartForm]:
-    """Where whole blocks may go, the neurons before them are fitted to make up for that."""
+def _list_forms(model: Any, listed: Sequence[Counts]) -> list[PartForm]:
+    """Neurons make up for what is not passed on, those before whole blocks that may go, too."""
     forms = []
     for kind in KINDS:
-        fold = folds and kind == "neurons"
+        fold = kind == "neurons"
         going = [getattr(counts, kind) for counts in listed if getattr(counts, kind) or (fold and counts.blocks)]
         if going:
             part = find_parts(model, kind)[0]
@@ -270,20 +270,20 @@ def _list_cut(facts: Facts, settings: WorkbenchSettings, cutting: Cutting) -> tu
     walk = [
         count_once("forward of one block", facts.counts.forward_bytes),
         multiply("what parts read, one window", one, (read, "channels"), (facts.shape.item, "bytes")),
-        multiply("what dropped blocks add", (3, "copies"), one, (facts.shape.hidden, "wide"), (4, "bytes")),
+        multiply("what is not passed on", (3, "copies"), one, (facts.shape.hidden, "wide"), (4, "bytes")),
         _count_doubles(settings, cutting),
     ]
     most = max((count_fit(form, cutting.dtype).bytes for form in cutting.forms), default=0)
     fit = [count_once("the fit of one part", most, _SMALLER)]
     size = sum(8 * form.inputs * (form.inputs + form.folds * form.outputs) for form in cutting.forms)
-    sums = f"2 halves × 4 bytes × inputs²{', with inputs × outputs of neurons' if cutting.most.blocks else ''}"
+    sums = "2 halves × 4 bytes × inputs², with inputs × outputs of neurons"
     device = [
         Line(what="fitted output projections", how="of one block, at most", bytes=cutting.fitted),
         Line(what="sums of one block's parts", how=f"{sums}, over its parts", bytes=size),
         *max(walk, fit, key=lambda lines: sum(line.bytes for line in lines)),
     ]
-    places = (1 + (cutting.most.blocks > 0), "places")
-    return device, [_state(facts, settings, "inputs of one block, and behind it", places, _count_windows(settings))]
+    both = _state(facts, settings, "inputs of one block, of both models", (2, "models"), _count_windows(settings))
+    return device, [both]
 
 
 def _list_build(

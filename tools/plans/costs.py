@@ -26,6 +26,10 @@ def count_gradients(settings: WorkbenchSettings) -> int:
     return settings.back_propagated * settings.window
 
 
+CUT_FORWARDS = 3
+"""Of the fit of a cut: of the dense model, of the cut one for what its layers read, and of what was fitted."""
+
+
 def count_walk(settings: WorkbenchSettings) -> int:
     """Of one walk for KL curves: the gradient windows forward twice, and one backward."""
     return 4 * count_gradients(settings)
@@ -45,6 +49,11 @@ def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings, t
     """
     passes = sum(STAGES if kind == "stages" else 1 for kind in kinds if kind != "dense")
     return (passes + 1) * texts * count_calibration(settings) if passes else 0
+
+
+def count_cut_fit(settings: WorkbenchSettings) -> int:
+    """Of the fit of a cut: the calibration text so often through the blocks."""
+    return CUT_FORWARDS * count_calibration(settings)
 
 
 def count_texts(recipe: Recipe, settings: WorkbenchSettings) -> int:
@@ -111,8 +120,8 @@ def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     """What must be walked through to carry an order out."""
     if order.grafted:
         return {}
-    if order.cut:  # what is fitted is by what it reads, block by block
-        return {f"walk of order {order.id}": count_calibration(settings)} if order.cut.refit else {}
+    if order.cut:
+        return {f"walk of order {order.id}": count_cut_fit(settings)} if order.cut.refit else {}
     recipes, costs = dict.fromkeys(layer.recipe for layer in order.layers.values()), Costs()
     for recipe in recipes:
         costs |= list_weight_costs(recipe, settings, moments=not recipe.in_order)

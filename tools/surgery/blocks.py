@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from kernels.channels import HalvedSums, InputMoments, expand_units, fit_kept
 from tools.base.errors import UserError
@@ -166,53 +167,102 @@ def fold_blocks(
     stays: Sequence[tuple[Part, Tensor]] = (),
     kept: KeptStates | None = None,
 ) -> Generator[Fit, None, None]:
-    """What makes up for dropped blocks: the MLP's output projection of each block that stays just before some.
+    """The fits of parts of which some units stay, and of the MLP's output projection of each block just before dropped
+    ones: to what the dense model passes on, of what reaches them behind the blocks that were cut below.
 
-    It is fitted to give, beside its own output, what the dropped blocks added in the dense model. Not where the blocks
-    have no such projection, or do not simply add its output to their own. Nothing precedes a first block. Parts of
-    which only some units stay, given with these, are fitted on the same walk. A block whose fits have been given is not
-    run again. What is `kept` is what the dense model passes on to the next block that has not been done, once whoever
-    was given fits of those below comes for more.
+    Attention's output projection is fitted to give what it gave with all units, of what the cut model reads there. An
+    MLP's makes up, beside that, for all that the dense model passes on otherwise: what went below, and dropped blocks
+    behind it. Not where blocks have no such projection, or do not simply add its output to their own; nothing precedes
+    a first block. A block whose fits have been given runs by them, whether or not they are in the model by then. What
+    is `kept` is what both models pass on to the next block that has not been done, once whoever was given fits of those
+    below comes for more.
     """
     blocks = Blocks(model)
-    folded = _find_folded(blocks, dropped, windows_BT[0])
     fitted = {(part.block, part.kind): (part, units) for part, units in stays if part.block not in dropped}
-    for part in folded.values():
-        fitted.setdefault((part.block, part.kind), (part, torch.arange(part.units)))
-    begin, states = (kept.read() if kept else None) or (0, [blocks.embed(ids_T).cpu() for ids_T in windows_BT])
+    # before blocks are run: whoever looks at the weights of one that is streamed has it read once more
+    sizes = {own: (part.output.weight_OI.shape[1], part.output.device) for own, (part, _) in fitted.items()}
+    mending = _find_mending(blocks, windows_BT[0])
+    for first, end in _segments(len(blocks), dropped):
+        if end > first + 1 and first not in dropped and first in mending:
+            part = mending[first]
+            fitted.setdefault((first, "neurons"), (part, torch.arange(part.units)))
+            sizes.setdefault((first, "neurons"), (part.output.weight_OI.shape[1], part.output.device))
+    begin, states, dense = _take_up(blocks, windows_BT, kept)
     for first, end in _segments(len(blocks), dropped):
         if first < begin:
             continue
         if kept:
-            kept.keep(first, states)
+            kept.keep(first, [*states, *dense])
         progress("fold and fit", first, len(blocks))
         members = [own for (block, _), own in fitted.items() if block == first]
-        if not members:
-            states = _pass_on(blocks, windows_BT, states, range(first, end))
-            continue
-        behind = _pass_on(blocks, windows_BT, states, range(first, end)) if end > first + 1 else None
-        sums = [HalvedSums(part.output.weight_OI.shape[1], part.output.device) for part, _ in members]
-        for i, ids_T in enumerate(windows_BT):
-            read: list[list[Tensor]] = [[] for _ in members]
-            with tapped([part for part, _ in members], [own.append for own in read]):
-                own_BTD = blocks.run(ids_T, first, states[i].to(ids_T.device))
-            states[i] = behind[i] if behind else own_BTD.cpu()
-            for (part, _), total, [x_TI] in zip(members, sums, read, strict=True):
-                added = part is folded.get(first)
-                total.add(x_TI, (states[i].to(own_BTD.device).float() - own_BTD.float())[0] if added else None)
-        for (part, units), total in zip(members, sums, strict=True):
-            yield _fit(part, units, finish_moments(total, part))
+        sums = [HalvedSums(*size) for (block, _), size in sizes.items() if block == first]
+        _pass_on(blocks, windows_BT, dense, range(first, end))
+        _sum_up(blocks, first, [part for part, _ in members], sums, windows_BT, states, dense, mends=first in mending)
+        fits = [_fit(*own, finish_moments(total, own[0])) for own, total in zip(members, sums, strict=True)]
+        if first not in dropped:
+            with running_by(fits):
+                _pass_on(blocks, windows_BT, states, range(first, first + 1))
+        yield from fits
     progress("fold and fit", len(blocks), len(blocks))
 
 
-def _pass_on(blocks: Blocks, windows_BT: Tensor, states: Sequence[Tensor], passed: range) -> list[Tensor]:
-    """What each window is behind some blocks, on CPU; all pass one before the next, which is read once if streamed."""
+def _take_up(blocks: Blocks, windows_BT: Tensor, kept: KeptStates | None) -> tuple[int, list[Tensor], list[Tensor]]:
+    """(the block to begin with, what it reads of each window in the cut model, and in the dense one), on CPU."""
+    if kept and (found := kept.read()):
+        return found[0], found[1][: len(windows_BT)], found[1][len(windows_BT) :]
+    embedded = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+    return 0, [*embedded], [*embedded]
+
+
+def _sum_up(
+    blocks: Blocks,
+    block: int,
+    parts: Sequence[Part],
+    sums: Sequence[HalvedSums],
+    windows_BT: Tensor,
+    states: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    *,
+    mends: bool,
+) -> None:
+    """Add what the output projections of a block's parts read in the cut model, and what that of its neurons, where it
+    `mends`, has to give beside its own output."""
+    for ids_T, x_BTD, dense_BTD in zip(windows_BT, states, dense, strict=True) if parts else ():
+        read: list[list[Tensor]] = [[] for _ in parts]
+        with tapped(parts, [own.append for own in read]):
+            own_BTD = blocks.run(ids_T, block, x_BTD.to(ids_T.device)).float()
+        for part, total, [x_TI] in zip(parts, sums, read, strict=True):
+            lacking_BTD = dense_BTD.to(own_BTD.device).float() - own_BTD
+            total.add(x_TI, lacking_BTD[0] if mends and part.kind == "neurons" else None)
+
+
+def _pass_on(blocks: Blocks, windows_BT: Tensor, states: list[Tensor], passed: range) -> None:
+    """Take each window on behind some blocks, in place; all pass one before the next, read once if it is streamed."""
     for block in passed:
-        states = [
-            blocks.run(ids_T, block, x_BTD.to(ids_T.device)).cpu()
-            for ids_T, x_BTD in zip(windows_BT, states, strict=True)
-        ]
-    return list(states)
+        for i, ids_T in enumerate(windows_BT):
+            states[i] = blocks.run(ids_T, block, states[i].to(ids_T.device)).cpu()
+
+
+@contextmanager
+def running_by(fits: Sequence[Fit]) -> Iterator[None]:
+    """Inside, the output projections of some parts compute what they do by their fits, of the units that stay."""
+
+    def compute(fit: Fit) -> Callable[..., Tensor]:
+        weight_OI = fit.part.output.weight_OI
+        kept_K = expand_units(fit.units.to(weight_OI.device), weight_OI.shape[1] // fit.part.units)
+        weight_OK = weight_OI[:, kept_K] if fit.weight_OK is None else fit.weight_OK
+        bias_O = fit.part.bias if fit.bias_O is None else fit.bias_O
+
+        def run(_module: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+            x = inputs[0]
+            return linear(x[..., kept_K.to(x.device)], weight_OK.to(x), None if bias_O is None else bias_O.to(x))
+
+        return run
+
+    with ExitStack() as undo:
+        for fit in fits:
+            undo.callback(fit.part.output.module.register_forward_hook(compute(fit)).remove)
+        yield
 
 
 def _fit(part: Part, units: Tensor, moments: InputMoments) -> Fit:
@@ -222,14 +272,13 @@ def _fit(part: Part, units: Tensor, moments: InputMoments) -> Fit:
     return Fit(part, units, *fit_kept(weight_OI.to(device), bias_O, moments, kept_K))
 
 
-def _find_folded(blocks: Blocks, dropped: Sequence[int], ids_T: Tensor) -> dict[int, Part]:
-    """The neurons of each block that stays just before dropped ones, whose output projection can make up for them."""
+def _find_mending(blocks: Blocks, ids_T: Tensor) -> dict[int, Part]:
+    """The neurons of each block, by its number, whose output projection can make up for what others do not pass on."""
     try:
         parts = find_parts(blocks.model, "neurons")
     except UserError:
         return {}
-    first = [start for start, end in _segments(len(blocks), dropped) if end > start + 1 and start not in dropped]
-    return {block: parts[block] for block in first} if first and _adds_output(blocks, parts[0], ids_T) else {}
+    return {part.block: part for part in parts} if _adds_output(blocks, parts[0], ids_T) else {}
 
 
 def _segments(count: int, dropped: Sequence[int]) -> Iterator[tuple[int, int]]:

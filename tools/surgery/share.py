@@ -140,8 +140,7 @@ def make_fits(
 ) -> Iterator[Fit]:
     """Of every block that stays, what is left of it without the cheapest of its units, block after block.
 
-    A block whose fits have been given is not run again: its weights may be others by then. `kept` as `fold_blocks` has
-    it; without `refit` there is nothing to keep.
+    `kept` as `fold_blocks` has it; without `refit` there is nothing to keep.
     """
     stays = [
         (part, _keep(part, curves[kind][part.block].order_R[: getattr(counts, kind)]))

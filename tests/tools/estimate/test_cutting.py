@@ -124,8 +124,8 @@ def test_a_tiny_llama_on_the_cpu(tiny_llama: Path, untimed: None) -> None:
     assert host == {"inputs of all blocks": 3 * 4 * STATE}
     device, host = take(found.phases, CUT)
     assert device["fitted output projections"] == 4 * 32 * (16 + 48 - 8), "of one block that stays"
-    assert device["sums of one block's parts"] == 8 * (32**2 + 48 * (48 + 32)), "and of what dropped blocks add"
-    assert host["inputs of one block, and behind it"] == 2 * 4 * STATE
+    assert device["sums of one block's parts"] == 8 * (32**2 + 48 * (48 + 32)), "and of what is not passed on"
+    assert host["inputs of one block, of both models"] == 2 * 4 * STATE
     own = 4 * (1536 + (48 - 8) * 96)
     for name in (BUILD, "export"):
         assert take(found.phases, name)[0]["the smaller model"] == own
@@ -135,7 +135,7 @@ def test_a_token_before_the_text_of_each_window_is_held_too(beginning_llama: Pat
     found = find(beginning_llama, calibration_windows=20)
     state = 65 * 32 * 4
     assert take(found.phases, SEARCH)[1] == {"inputs of all blocks": 16 * 3 * state}, "1,024 tokens of text"
-    assert take(found.phases, CUT)[1]["inputs of one block, and behind it"] == 2 * 20 * state
+    assert take(found.phases, CUT)[1]["inputs of one block, of both models"] == 2 * 20 * state
     assert found.disk[0].bytes == 3 * state
 
 

@@ -1,11 +1,14 @@
 """Whole blocks are cut: those that do nothing first, and the block before takes over what one added."""
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+from kernels.channels import expand_units
 from tests.cuts import (
     IDS,
     assert_same_logits,
@@ -22,7 +25,7 @@ from tools.base.progress import ignore_progress
 from tools.models.layers import find_blocks
 from tools.surgery.blocks import choose_blocks, fold_blocks
 from tools.surgery.choose import measure_kl
-from tools.surgery.parts import without_fits
+from tools.surgery.parts import KINDS, Fit, find_parts, without_fits
 from tools.surgery.rebuild import build_cut
 
 
@@ -75,6 +78,45 @@ def read_outputs(model: Any, block: int) -> Any:
     compute_logits(model)
     hook.remove()
     return seen[0].flatten(0, -2).double().numpy()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3"])
+def test_what_stays_is_fitted_behind_the_blocks_that_were_cut_below(architecture: str) -> None:
+    """To what the dense model passes on, where the MLP adds to it; in Gemma 3 a norm comes after."""
+    dense, kept = make_tiny_model(architecture), {"heads": [0], "neurons": [*range(0, 48, 2)]}
+    stays = [(part, torch.tensor(kept[kind])) for kind in KINDS for part in find_parts(dense, kind)]
+    fits = {(fit.part.block, fit.part.kind): fit for fit in fold_blocks(dense, [], IDS, ignore_progress, stays)}
+    assert len(fits) == len(stays)
+    below = copy.deepcopy(dense)
+    for kind in KINDS:
+        write_fit(below, fits[0, kind])
+    lacking = read_outputs(dense, 1) - read_outputs(below, 1)
+    assert np.abs(lacking).max() > 1e-3
+    for kind in KINDS:
+        fit, part = fits[1, kind], find_parts(below, kind)[1]
+        x, weight = read_inputs(below, part.output.module), part.output.weight_OI.double().numpy()
+        bias = None if part.bias is None else part.bias.double().numpy()
+        target = x @ weight.T + (0 if bias is None else bias)
+        if kind == "neurons" and architecture != "gemma3":
+            target = target + lacking
+        each = weight.shape[1] // part.units
+        channels = (np.array(kept[kind])[:, None] * each + np.arange(each)).reshape(-1)
+        share = find_damping_slowly(x, target, weight, channels, biased=bias is not None)
+        damping = share * float(((x if bias is None else x - x.mean(0)) ** 2).mean())
+        slow = fit_slowly(x[:, channels], target, weight[:, channels], damping, biased=bias is not None)
+        assert fit.weight_OK is not None
+        np.testing.assert_allclose(fit.weight_OK.double().numpy(), slow[:, : len(channels)], rtol=2e-3, atol=2e-3)
+
+
+def write_fit(model: Any, fit: Fit) -> None:
+    """Put a fit into the model, in its own shapes: what goes reads nothing."""
+    part = find_parts(model, fit.part.kind)[fit.part.block]
+    assert fit.weight_OK is not None
+    weight_OI = torch.zeros_like(part.output.weight_OI)
+    weight_OI[:, expand_units(fit.units, weight_OI.shape[1] // part.units)] = fit.weight_OK
+    part.output.write(weight_OI)
+    if fit.bias_O is not None:
+        part.output.module.bias.data.copy_(fit.bias_O)
 
 
 def test_nothing_is_folded_where_it_cannot_be() -> None:
