@@ -330,7 +330,7 @@ def _describe_rest(situation: Situation, *, grouped: bool) -> str:
     zeros = sum(layer.weights * situation.sparsity.get(layer.name, 0.0) for layer in situation.layers)
     now, target = zeros / total, situation.config.target_sparsity
     # Neither the model's own few zeros nor what is between the two: a weak model takes that for the sparsity to plan.
-    if all(share < TOLD_ZEROS for share in situation.sparsity.values()):
+    if situation.accepted is None and all(share < TOLD_ZEROS for share in situation.sparsity.values()):
         return f"Left to prune: all of {total:,} weights; sparsity is {target:g} at the target. Nothing is pruned yet."
     text = f"Left to prune: sparsity is {now:.4f} of {total:,} weights now, and {target:g} at the target."
     if situation.accepted is not None and now >= target - 0.001:

@@ -565,6 +565,8 @@ def test_what_is_left_to_prune() -> None:
     assert "at the target. Nothing is pruned yet." in shown(make_first_situation(layers=layers, sparsity=zeros)), (
         "the model's own"
     )
+    kept = shown(make_first_situation(layers=layers, sparsity=zeros, accepted=KEPT))
+    assert "Left to prune: sparsity is 0.0031 of 4,644,864 weights now" in kept, "a small step is one"
     sparsity = {layer.name: 0.5 * layer.block for layer in layers}
     assert (
         "Left to prune: sparsity is 0.2500 of 4,644,864 weights now, and 0.45 at the target. "
