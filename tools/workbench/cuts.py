@@ -190,10 +190,8 @@ class Cuts:
     def _cut(self, order: CutOrder, progress: Progress) -> tuple[Made, dict[str, Tensor]]:
         """Put a cut of the dense weights into the model and on disk, block by block; (artifacts, which units stay)."""
         self._weights.restore_dense()
-        name, curves = (
-            self._name("fits behind cuts", order.model_dump()),
-            read_curves(self._store.read_tensors(order.parts)),
-        )
+        name = self._name("fits behind cuts", order.model_dump())
+        curves = read_curves(self._store.read_tensors(order.parts))
         kept = FitFiles(self._unfinished / f"fits-{name[:16]}", self._take_up)
         with explain_layer("cutting the model"):
             for fit in make_fits(
