@@ -198,6 +198,11 @@ LLAMA_CPP = "Unsupported param: response_format"
 PROSE = "I would prune the early blocks gently and the late ones hard."
 WRONG = '{"sparsity": "lots", "target": 0.45, "recipe": {"method": "magic"}, "adjustments": [{"action": "factor"}]}'
 
+
+def _think_aloud(call: "Call") -> Reply:
+    return Reply(content=f"<think>Early ones?</think>\nI look first.\n{call.plan()}")
+
+
 BEHAVIOURS: dict[str, Callable[[Call], Reply]] = {
     # answers that have to be dug out
     "fenced": lambda call: Reply(content=f"Here it is:\n```json\n{call.plan()}\n```\nGood luck!"),
@@ -206,7 +211,7 @@ BEHAVIOURS: dict[str, Callable[[Call], Reply]] = {
     "braces": lambda call: Reply(
         content=f'Of {{factor, bounds}} I take {{"action": "factor"}}; not {{"sparsity": 1, so: {call.plan()} {{done}}'
     ),
-    "aloud": lambda call: Reply(content=f"<think>Early ones?</think>\nI look first.\n{call.plan()}"),
+    "aloud": _think_aloud,
     "no-usage": lambda call: Reply(content=call.plan(), usage=False),
     # answers that do not fit
     "prose": _say(PROSE),
@@ -242,9 +247,7 @@ BEHAVIOURS: dict[str, Callable[[Call], Reply]] = {
     "no-tools": _refuse_methods(400, "function_calling", error="tools are not supported"),
     "bare": _refuse_methods(400, "json_schema", "json_mode", "function_calling", error="extra fields"),
     "bare-aloud": lambda call: (
-        Reply(400, error="extra fields")
-        if call.request.method != "text"
-        else Reply(content=f"<think>Early ones?</think>\nI look first.\n{call.plan()}")
+        Reply(400, error="extra fields") if call.request.method != "text" else _think_aloud(call)
     ),
     "bare-422": _refuse_methods(422, "json_schema", "json_mode", "function_calling", error="extra fields"),
     "bare-500": _refuse_methods(500, "json_schema", "json_mode", "function_calling", error=LLAMA_CPP),

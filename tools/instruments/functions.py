@@ -187,13 +187,12 @@ def predict_all(round_: Round, drafts: Sequence[Draft]) -> Figures:
         figures.pop("columns", None)
     named = list(dict.fromkeys(selector for groups in shared for selector in groups))[:MAX_GROUPS]
     rows = {name: [groups.get(name, [None])[0] for groups in shared] for name in named}
-    if all(len(set(row)) == 1 for row in rows.values()):
-        return {
-            "plans": plans,
-            "columns": "group: sparsity by all of them",
-            "groups": {name: row[0] for name, row in rows.items()},
-        }
-    return {"plans": plans, "columns": "group: sparsity by each plan", "groups": rows}
+    alike = all(len(set(row)) == 1 for row in rows.values())
+    return {
+        "plans": plans,
+        "columns": f"group: sparsity by {'all of them' if alike else 'each plan'}",
+        "groups": {name: row[0] for name, row in rows.items()} if alike else rows,
+    }
 
 
 def predict_cut(round_: Round, draft: Draft) -> Figures:

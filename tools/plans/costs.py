@@ -26,10 +26,6 @@ def count_gradients(settings: WorkbenchSettings) -> int:
     return settings.back_propagated * settings.window
 
 
-CUT_FORWARDS = 3
-"""Of the fit of a cut: of the dense model, of the cut one for what its layers read, and of what was fitted."""
-
-
 def count_walk(settings: WorkbenchSettings) -> int:
     """Of one walk for KL curves: the gradient windows forward twice, and one backward."""
     return 4 * count_gradients(settings)
@@ -49,6 +45,10 @@ def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings, t
     """
     passes = sum(STAGES if kind == "stages" else 1 for kind in kinds if kind != "dense")
     return (passes + 1) * texts * count_calibration(settings) if passes else 0
+
+
+CUT_FORWARDS = 3
+"""Of the fit of a cut: of the dense model, of the cut one for what its layers read, and of what was fitted."""
 
 
 def count_cut_fit(settings: WorkbenchSettings) -> int:

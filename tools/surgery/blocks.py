@@ -230,10 +230,10 @@ def _sum_up(
     for ids_T, x_BTD, dense_BTD in zip(windows_BT, states, dense, strict=True) if parts else ():
         read: list[list[Tensor]] = [[] for _ in parts]
         with tapped(parts, [own.append for own in read]):
-            own_BTD = blocks.run(ids_T, block, x_BTD.to(ids_T.device)).float()
+            own_BTD = blocks.run(ids_T, block, x_BTD.to(ids_T.device))
+        lacking_TD = (dense_BTD.to(own_BTD.device).float() - own_BTD.float())[0] if mends else None
         for part, total, [x_TI] in zip(parts, sums, read, strict=True):
-            lacking_BTD = dense_BTD.to(own_BTD.device).float() - own_BTD
-            total.add(x_TI, lacking_BTD[0] if mends and part.kind == "neurons" else None)
+            total.add(x_TI, lacking_TD if part.kind == "neurons" else None)
 
 
 def _pass_on(blocks: Blocks, windows_BT: Tensor, states: list[Tensor], passed: range) -> None:

@@ -341,9 +341,9 @@ def test_the_end_of_long_thoughts_stays_however_an_endpoint_sends_them() -> None
 
 @pytest.mark.parametrize(("name", "told"), [("m", "(that of `Plan`)"), ("bare", tell_schema(Plan))])
 def test_a_schema_that_a_function_has_is_not_told_twice(name: str, told: str, serve: Any, toolbox: Toolbox) -> None:
-    server, model = serve(DEFAULT_PLAN), name
+    server = serve(DEFAULT_PLAN)
     instructions = SystemMessage(f"One JSON object that fits:\n\n{tell_schema(Plan)}\n")
-    ask(open_model(server.planner(model), RunConfig()), Plan, [instructions, HumanMessage("Go.")], toolbox=toolbox)
+    ask(open_model(server.planner(name), RunConfig()), Plan, [instructions, HumanMessage("Go.")], toolbox=toolbox)
     assert server.requests[-1].messages[0]["content"] == f"One JSON object that fits:\n\n{told}\n"
 
 
