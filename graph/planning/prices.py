@@ -166,7 +166,7 @@ def describe_spending(config: RunConfig, seconds: float, usage: Usage) -> str:
     """Seconds and the agents' dollars and tokens that are left, of those that are limited."""
     spent = usage.input_tokens + usage.output_tokens
     left = [
-        f"{max(config.max_seconds - seconds, 0):.0f} of {config.max_seconds:g} seconds (a plan begun is finished)"
+        f"{max(config.max_seconds - seconds, 0):.0f} of {config.max_seconds:g} seconds (what begins in time is finished)"
         if config.max_seconds
         else "",
         f"${max(config.max_agent_cost - usage.cost, 0):.2f} of ${config.max_agent_cost:g} for agents"
@@ -225,5 +225,6 @@ def _describe_paces(paces: Paces) -> str:
 
 
 def _round_seconds(seconds: float) -> float:
-    """One digit of tens of seconds and more: a machine that is a little slower is told of, and plans, the same."""
-    return float(f"{seconds:.0e}")
+    """One digit of tens of seconds, two of hundreds and more: a machine that is a little slower is told of, and plans,
+    the same, and two rounds of which one takes half as long again are told apart."""
+    return float(f"{seconds:.1e}" if seconds >= 100 else f"{seconds:.0e}")

@@ -354,7 +354,7 @@ class Adjustment(BaseModel):
         min_length=1,
         max_length=200,
         description="Which layers: a glob over layer names, optionally after a range of blocks, such as "
-        "'*.v_proj', 'blocks 0-3' or 'blocks 0-3 · *.v_proj'.",
+        "'*.[qk]_proj', 'blocks 0-3' or 'blocks 0-3 · *.v_proj'; or several, set apart by ';'.",
     )
     action: Literal["factor", "bounds", "protect"] = Field(
         description="factor: the layers count this many times as much as predicted. bounds: least and greatest "

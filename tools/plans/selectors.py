@@ -12,9 +12,14 @@ def select_layers(selector: str, layers: Sequence[LayerProfile]) -> list[str]:
     """Names of the layers a selector means, in layer order.
 
     A selector is a glob over layer names (or a bare last name such as `v_proj`), optionally after a range of blocks:
-    `*.v_proj`, `blocks 0-3`, `blocks 0-3,29 · *.v_proj`. Raises ImpossiblePlan when it is not of that form or
-    means no layer.
+    `*.v_proj`, `*.[qk]_proj`, `blocks 0-3`, `blocks 0-3,29 · *.v_proj`; or several of them, between semicolons, which
+    means what any of them does. Raises ImpossiblePlan when one is not of that form or means no layer.
     """
+    chosen = {name for part in selector.split(";") for name in _select_part(part, layers)}
+    return [layer.name for layer in layers if layer.name in chosen]
+
+
+def _select_part(selector: str, layers: Sequence[LayerProfile]) -> list[str]:
     form = re.fullmatch(r"\s*(?:blocks?\s+(?P<blocks>\d[\d\s,-]*))?\s*[·:]?\s*(?P<glob>\S*)\s*", selector)
     if form is None or not (form["blocks"] or form["glob"]):
         raise ImpossiblePlan(f"selector {selector[:80]!r} is not a glob such as '*.v_proj' or 'blocks 0-3 · *.v_proj'")
@@ -27,8 +32,7 @@ def select_layers(selector: str, layers: Sequence[LayerProfile]) -> list[str]:
         and any(fnmatchcase(text, glob) for text in (layer.name, layer.kind, layer.name.rsplit(".", 1)[-1]))
     ]
     if not names:
-        is_list = re.search("[,;]", glob)
-        problem = "it is one glob, not a list" if is_list else f"layers are named like {layers[0].name!r}"
+        problem = "globs are set apart by ';'" if "," in glob else f"layers are named like {layers[0].name!r}"
         raise ImpossiblePlan(f"selector {selector[:80]!r} means no layer; {problem}")
     return names
 

@@ -58,8 +58,8 @@ def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before(
 
 def test_a_price_in_words() -> None:
     limited, slow = make_budget(2000, paces={"measuring a token": 0.1}), make_budget(paces={"measuring a token": 0.1})
-    assert describe_price(Price(1152, 0.0), limited) == "1,152 tokens (100 s)"
-    assert describe_price(Price(1152, 1840.0), slow) == "2000 s", "whatever takes longer"
+    assert describe_price(Price(1152, 0.0), limited) == "1,152 tokens (120 s)"
+    assert describe_price(Price(1152, 1840.0), slow) == "1800 s", "whatever takes longer"
     assert describe_price(Price(64, 0.0), make_budget(2000)) == "64 tokens"
 
 
@@ -119,7 +119,7 @@ def test_what_is_foreseen_counts_until_it_is_measured() -> None:
     assert describe_prices(CONFIG, budget, 9).endswith(told)
     budget.paces["pruning by refit~sequential"] = 180.0
     assert price_drafts([MASK], 128, situate(exact=True), budget).seconds == 1.28 + 80, "what came took twice as long"
-    told = "Seconds, the most so far: pruning by refit~sequential 200; foreseen: pruning by wanda~dense 80."
+    told = "Seconds, the most so far: pruning by refit~sequential 180; foreseen: pruning by wanda~dense 80."
     assert describe_prices(CONFIG, budget, 9).endswith(told)
     budget.paces["pruning by refit~sequential"] = 9.0
     budget.paces["pruning by wanda~dense"] = 20.0
@@ -186,7 +186,7 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     usage = Usage(calls=1, input_tokens=900, output_tokens=100, cost=0.25)
     situation = dataclasses.replace(make_situation(), config=config, seconds=600.4, usage=usage)
     left = (
-        " Left: 3000 of 3600 seconds (a plan begun is finished), $0.75 of $1 for agents, 4,000 of 5,000 tokens for "
+        " Left: 3000 of 3600 seconds (what begins in time is finished), $0.75 of $1 for agents, 4,000 of 5,000 tokens for "
         "agents."
     )
     assert describe_spending(config, 600.4, usage) == left

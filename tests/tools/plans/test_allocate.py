@@ -249,9 +249,9 @@ def test_bounds_that_leave_no_choice_are_met_to_the_weight() -> None:
             r"selector '\*.k_proj' means no layer; layers are named like 'model.layers.0.self_attn.q_proj'",
         ),
         (
-            [Adjustment(selector="*.q_proj;*.v_proj", action="protect")],
+            [Adjustment(selector="*.q_proj,*.v_proj", action="protect")],
             0.45,
-            r"selector '\*.q_proj;\*.v_proj' means no layer; it is one glob, not a list",
+            r"selector '\*.q_proj,\*.v_proj' means no layer; globs are set apart by ';'",
         ),
     ],
 )

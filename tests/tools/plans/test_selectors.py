@@ -28,6 +28,8 @@ def names(*pairs: tuple[int, str]) -> list[str]:
         ("  blocks 1,7 *.q_proj ", names((1, KINDS[0]))),
         ("blocks 0, 1: mlp.up_proj", names((0, KINDS[2]), (1, KINDS[2]))),
         ("blocks 1-999999 · mlp.*", names((1, KINDS[2]), (1, KINDS[3]))),
+        ("*.v_proj; blocks 0 · *.q_proj", names((0, KINDS[0]), (0, KINDS[1]), (1, KINDS[1]))),
+        ("blocks 0;blocks 0", names(*((0, kind) for kind in KINDS))),
         ("*[qv]_proj", names((0, KINDS[0]), (0, KINDS[1]), (1, KINDS[0]), (1, KINDS[1]))),
     ],
 )
@@ -39,6 +41,9 @@ def test_selectors(selector: str, chosen: list[str]) -> None:
     ("selector", "sentence"),
     [
         ("", "is not a glob such as"),
+        ("*.v_proj;", "selector '' is not a glob such as"),
+        ("*.v_proj; *.x_proj", "selector ' \\*.x_proj' means no layer"),
+        ("*.v_proj,*.q_proj", "globs are set apart by ';'"),
         ("*.v_proj and *.q_proj", "is not a glob such as"),
         ("blocks 0--3", "'0--3' is not a range of blocks such as 0-3"),
         ("blocks 0-9999999", "'0-9999999' is not a range of blocks"),
