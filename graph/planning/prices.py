@@ -165,8 +165,9 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
 def describe_spending(config: RunConfig, seconds: float, usage: Usage) -> str:
     """Seconds and the agents' dollars and tokens that are left, of those that are limited."""
     spent = usage.input_tokens + usage.output_tokens
+    seconds_left = max(config.max_seconds - seconds, 0)
     left = [
-        f"{max(config.max_seconds - seconds, 0):.0f} of {config.max_seconds:g} seconds (what begins in time is finished)"
+        f"{seconds_left:.0f} of {config.max_seconds:g} seconds (what begins in time is finished)"
         if config.max_seconds
         else "",
         f"${max(config.max_agent_cost - usage.cost, 0):.2f} of ${config.max_agent_cost:g} for agents"

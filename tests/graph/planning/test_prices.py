@@ -186,8 +186,8 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     usage = Usage(calls=1, input_tokens=900, output_tokens=100, cost=0.25)
     situation = dataclasses.replace(make_situation(), config=config, seconds=600.4, usage=usage)
     left = (
-        " Left: 3000 of 3600 seconds (what begins in time is finished), $0.75 of $1 for agents, 4,000 of 5,000 tokens for "
-        "agents."
+        " Left: 3000 of 3600 seconds (what begins in time is finished), $0.75 of $1 for agents, 4,000 of 5,000 tokens "
+        "for agents."
     )
     assert describe_spending(config, 600.4, usage) == left
     assert describe_spending(CONFIG, 600.4, usage) == ""
@@ -195,17 +195,17 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     prices = describe_prices(CONFIG, make_budget(paces=slow), 9)
     assert prices == (
         "Prices: probe 10 s for each plan on half of the validation text, 30 s on all of it, and what its recipe "
-        "takes; statistics sequential 50 s, stages 100 s more; predict 0, or 50 s where curves are not known; slopes "
-        "100 s on half of the text, less on less; swap 10 s for each selector; search what its probes take; fit 30 s; "
+        "takes; statistics sequential 50 s, stages 130 s more; predict 0, or 50 s where curves are not known; slopes "
+        "120 s on half of the text, less on less; swap 10 s for each selector; search what its probes take; fit 30 s; "
         "all others 0. Seconds, the most so far: pruning by refit~sequential 70."
     ), "3.0 s of curves are not worth a word"
     slow["measuring curves of refit"] = 310.0
-    assert "; predict 0, or 300 s where" in describe_prices(CONFIG, make_budget(paces=slow), 9)
+    assert "; predict 0, or 310 s where" in describe_prices(CONFIG, make_budget(paces=slow), 9)
     assert describe_prices(CONFIG, make_budget(1000, paces=slow | {"measuring a token": 0.05}), 9) == (
         "Prices: probe 128 tokens for each plan on half of the validation text, 256 tokens (10 s) on all of it, and "
-        "what its recipe takes; predict 0, or 512 tokens (300 s) where curves are not known; slopes 1,152 tokens (60 "
+        "what its recipe takes; predict 0, or 512 tokens (310 s) where curves are not known; slopes 1,152 tokens (60 "
         "s) on half of the text, less on less; swap 128 tokens for each selector; search what its probes take; fit 256 "
-        "tokens (10 s); all others 0. Seconds, the most so far: measuring curves of refit 300; pruning by "
+        "tokens (10 s); all others 0. Seconds, the most so far: measuring curves of refit 310; pruning by "
         "refit~sequential 70."
     ), "tokens, where they are limited, and seconds"
     assert describe_prices(CONFIG, make_budget(), 9).startswith("Prices: probe 128 tokens for"), "a pace nobody knows"
