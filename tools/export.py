@@ -17,10 +17,10 @@ from tools.base.files import explain_full_disk, explain_unwritable
 from tools.base.made import read_config_values
 from tools.base.options import Parser
 from tools.base.rundir import list_places
-from tools.base.settings import WorkbenchSettings
+from tools.base.settings import TeamSettings, WorkbenchSettings
 from tools.base.words import show_size
 from tools.models.formats import DTYPES, Dtype
-from tools.models.load import ModelPlace, find_model, load_model, locate_model, read_dtype
+from tools.models.load import ModelPlace, choose_device, find_model, load_model, locate_model, read_dtype
 from tools.results.cards import write_packed_card
 
 
@@ -33,7 +33,10 @@ def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], cons
         raise UserError(f"{directory} exists already; choose another --packed")
     if is_packed(place):
         raise UserError(f"{place} is packed already")
-    model, tokenizer = load_model(WorkbenchSettings(model=place, dtype=dtype or read_dtype(place), device="cpu"))
+    settings = choose_device(TeamSettings(model=place, dtype=dtype or read_dtype(place)))
+    if settings.device == "auto":  # it fits; what is packed is packed on the CPU
+        settings = settings.model_copy(update={"device": "cpu"})
+    model, tokenizer = load_model(settings, directory.parent)
     words = f"`{source}`" + (f", weights rounded to {dtype}" if dtype else "")
     contents = save_packed(
         model, tokenizer, directory, lambda contents: write_packed_card(words, describe_packed(contents))

@@ -81,6 +81,11 @@ class Mapped(Mapping[str, Tensor]):
                 place.held.madvise(getattr(mmap, advice), begin, place.begin + place.bytes - begin)
 
 
+def view_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any shape, dtype and device, row by row: of itself where it lies so on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def _view(place: Place) -> Tensor:
     """With a storage of its own: to whoever writes tensors to a file, two of one storage are tied."""
     if not place.bytes:
@@ -106,7 +111,7 @@ def map_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path, what: st
             with _explained(what, directory):
                 file.write(bytes(-file.tell() % ALIGNED))
                 written[name] = file.tell(), tensor.dtype, tensor.shape
-                file.write(tensor.to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
+                file.write(view_bytes(tensor))
         with _explained(what, directory):
             file.write(bytes(1))  # a file without any bytes cannot be mapped
             file.flush()

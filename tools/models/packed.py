@@ -1,13 +1,15 @@
 """A pruned model on disk and in memory with its layers packed: smaller than the dense one, and faster to decode with.
 
 `kernels/FORMAT.md` describes the file. Nothing of it is believed: every tensor has its hash, and what a kernel will
-read is counted again. In memory are the packed layers and the other weights; more tokens at once than
-`kernels.packed.MOST_PACKED_ROWS` need a few MB beside, where a layer is unpacked a few rows at a time.
+read is counted again. It is written a tensor at a time. Read, the packed layers and the other weights are in memory;
+more tokens at once than `kernels.packed.MOST_PACKED_ROWS` need a few MB beside, where a layer is unpacked a few rows at
+a time.
 """
 
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +28,7 @@ from kernels.packed import (
     PackedLinear,
     PackedWeight,
     check_packed,
+    find_kept,
     pack_rows,
     settle_layers,
     unpack_rows,
@@ -37,6 +39,9 @@ from tools.base.words import show_size
 from tools.models.experts import ExpertLinear, PackedExpert, list_stacked, replace_experts
 from tools.models.formats import DTYPES, PACKED_FILE
 from tools.models.layers import Layer, find_layers
+from tools.models.mapped import view_bytes
+from tools.models.streamed import find_stream
+from tools.models.tensor_file import Form, write_tensors
 
 KEY = "billhook"
 """Of the JSON in the file's metadata."""
@@ -45,6 +50,9 @@ LEAST_SPARSITY = 0.25
 """Share of zeros from which a layer is packed: with fewer, the dense product is about as fast."""
 
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
+
+UNKNOWN = "0" * 64
+"""In place of a hash that is not known yet."""
 
 
 class _Record(BaseModel):
@@ -93,8 +101,7 @@ class Sizes(NamedTuple):
 
 def hash_tensor(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in hex."""
-    raw: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()  # a buffer, which numpy's types do not say
-    return hashlib.sha256(raw).hexdigest()
+    return hashlib.sha256(view_bytes(tensor)).hexdigest()
 
 
 # --- write -------------------------------------------------------------------------------------------------------
@@ -103,39 +110,31 @@ def hash_tensor(tensor: Tensor) -> str:
 def save_packed(model: Any, tokenizer: Any, directory: Path, card: Callable[[Contents], str]) -> Contents:
     """Write a model with its sparse layers packed, config, tokenizer and card; whole or not at all.
 
-    Layers with fewer zeros than LEAST_SPARSITY stay dense, and so does a weight that two modules share. Needs the
-    packed model in memory beside the dense one. Raises UserError when there is nothing to pack, DiskFull.
+    Layers with fewer zeros than LEAST_SPARSITY stay dense, and so does a weight that two modules share. Weights are
+    read twice, to be counted and to be packed, and held packed one layer at a time; the model may be one that is
+    streamed. Raises UserError when there is nothing to pack, DiskFull.
     """
-    uses: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    layers = [layer for layer in _find_sparse(model) if uses[id(layer.parameter)] == 1]
-    if not layers:
+    counts = _count_kept(model)
+    if not counts:
         raise UserError(f"no layer of the model has {LEAST_SPARSITY:.0%} zeros; prune it before it is packed")
-    dtypes = {layer.weight_OI.dtype for layer in layers}
+    dtypes = {layer.weight_OI.dtype for layer in counts}
     if len(dtypes) > 1:
         raise UserError(f"the layers have several number formats ({', '.join(map(str, dtypes))}); pack one of them")
-    dtype: Any = next(name for name, known in DTYPES.items() if getattr(torch, known) in dtypes)
+    others = _list_others(model, {id(layer.parameter) for layer in counts})
+    contents = _describe(counts, others)
 
-    tensors: dict[str, Tensor] = {}
-    records = {}
-    for layer in layers:
-        packed = pack_rows(layer.weight_OI.cpu())
-        tensors[f"{layer.name}.mask"], tensors[f"{layer.name}.values"] = packed.mask_OW, packed.values
-        records[layer.name] = LayerRecord(
-            shape=(len(packed.mask_OW), packed.columns),
-            transposed=isinstance(layer.module, Conv1D),
-            nonzeros=packed.values.numel() - PADDING,
-            mask_sha256=hash_tensor(packed.mask_OW),
-            values_sha256=hash_tensor(packed.values),
-        )
-    others = _list_others(model, {id(layer.parameter) for layer in layers})
-    described = {
-        name: TensorRecord(shape=list(tensor.shape), dtype=_name(tensor.dtype), sha256=hash_tensor(tensor))
-        for name, tensor in others.items()
-    }
-
-    contents = Contents(dtype=dtype, config_sha256="0" * 64, layers=records, tensors=described)
+    def pack() -> Iterator[tuple[str, Tensor]]:
+        stream = find_stream(model)
+        for layer in counts:
+            packed, record = pack_rows(layer.weight_OI.cpu()), contents.layers[layer.name]
+            record.mask_sha256, record.values_sha256 = hash_tensor(packed.mask_OW), hash_tensor(packed.values)
+            yield f"{layer.name}.mask", packed.mask_OW
+            yield f"{layer.name}.values", packed.values
+        for name, tensor in others.items():
+            contents.tensors[name].sha256 = hash_tensor(tensor)
+            yield name, tensor
+            if stream:
+                stream.let_go()
 
     def write(aside: Path) -> None:
         model.config.save_pretrained(aside)
@@ -144,10 +143,43 @@ def save_packed(model: Any, tokenizer: Any, directory: Path, card: Callable[[Con
             model.generation_config.save_pretrained(aside)
         (aside / "README.md").write_text(card(contents), encoding="utf-8")
         contents.config_sha256 = hashlib.sha256((aside / "config.json").read_bytes()).hexdigest()
-        save_file(tensors | others, aside / PACKED_FILE, {KEY: contents.model_dump_json()})
+        write_tensors(
+            aside / PACKED_FILE, _list_forms(contents, others), pack(), lambda: {KEY: contents.model_dump_json()}
+        )
 
     write_directory(directory, write)
     return contents
+
+
+def _describe(counts: Mapping[Layer, int], others: Mapping[str, Tensor]) -> Contents:
+    """What is known before a tensor is packed or hashed."""
+    [dtype] = {layer.weight_OI.dtype for layer in counts}
+    name: Any = next(name for name, known in DTYPES.items() if getattr(torch, known) == dtype)
+    layers = {
+        layer.name: LayerRecord(
+            shape=(layer.weight_OI.shape[0], layer.weight_OI.shape[1]),
+            transposed=isinstance(layer.module, Conv1D),
+            nonzeros=kept,
+            mask_sha256=UNKNOWN,
+            values_sha256=UNKNOWN,
+        )
+        for layer, kept in counts.items()
+    }
+    tensors = {
+        name: TensorRecord(shape=list(tensor.shape), dtype=_name(tensor.dtype), sha256=UNKNOWN)
+        for name, tensor in others.items()
+    }
+    return Contents(dtype=name, config_sha256=UNKNOWN, layers=layers, tensors=tensors)
+
+
+def _list_forms(contents: Contents, others: Mapping[str, Tensor]) -> dict[str, Form]:
+    """Those of all tensors of the file."""
+    forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in others.items()}
+    for name, record in contents.layers.items():
+        rows, columns = record.shape
+        forms[f"{name}.mask"] = Form(torch.int32, (rows, -(-columns // WORD)))
+        forms[f"{name}.values"] = Form(getattr(torch, DTYPES[contents.dtype]), (record.nonzeros + PADDING,))
+    return forms
 
 
 def describe_packed(contents: Contents) -> str:
@@ -162,12 +194,13 @@ def describe_packed(contents: Contents) -> str:
     )
 
 
-def _find_sparse(model: Any) -> list[Layer]:
-    """The layers to pack; of fused experts all or none, as they share their parameters."""
-    layers = find_layers(model)
-    full = [layer for layer in layers if int((layer.weight_OI == 0).sum()) < LEAST_SPARSITY * layer.weight_OI.numel()]
-    stay = {id(_whole(layer)) for layer in full}
-    return [layer for layer in layers if id(_whole(layer)) not in stay]
+def _count_kept(model: Any) -> dict[Layer, int]:
+    """The layers to pack, in depth order, and how many weights each keeps; of fused experts all or none, as they share
+    their parameters."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    counts = {layer: int(find_kept(layer.weight_OI).sum()) for layer in find_layers(model)}
+    dense = {id(_whole(x)) for x, kept in counts.items() if kept > (1 - LEAST_SPARSITY) * x.weight_OI.numel()}
+    return {x: kept for x, kept in counts.items() if id(_whole(x)) not in dense and uses[id(x.parameter)] == 1}
 
 
 def _whole(layer: Layer) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tools.base.files import explain_full_disk
+from tools.models.mapped import view_bytes
 
 
 class StateStack:
@@ -34,7 +35,7 @@ class StateStack:
         with explain_full_disk(self._directory):
             begin = self._file.seek(0, 2)
             for state in states:
-                self._file.write(state.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                self._file.write(view_bytes(state))
         self._heights.append((begin, [(state.shape, state.dtype) for state in states]))
 
     def pop(self) -> list[Tensor]:

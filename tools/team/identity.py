@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from tools.models.mapped import view_bytes
 from tools.models.streamed import find_stream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def hash_weights(model: Any) -> str:
         if stream := find_stream(model):
             stream.let_go()
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        weights.update(view_bytes(value))
     return weights.hexdigest()
 
 

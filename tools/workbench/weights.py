@@ -13,7 +13,7 @@ from tools.base.errors import DamagedArtifact
 from tools.base.progress import Warn
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.layers import Biases, Layer
-from tools.models.mapped import Mapped
+from tools.models.mapped import Mapped, view_bytes
 from tools.models.source import map_dense
 from tools.models.unfinished import Marks
 from tools.statistics.walks import layers_by_block
@@ -48,7 +48,7 @@ class Weights:
         if name not in self._hashes:
             weight_OI = self.dense[name]
             digest = hashlib.sha256(f"{tuple(weight_OI.shape)} {weight_OI.dtype}\n".encode())
-            digest.update(weight_OI.flatten().view(torch.uint8).numpy().data)
+            digest.update(view_bytes(weight_OI))
             self._hashes[name] = digest.hexdigest()
         return self._hashes[name]
 

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from kernels import native
-from kernels.packed import PADDING, PackedLinear
+from kernels.packed import PADDING, PackedLinear, PackedWeight, pack_rows
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools import export
 from tools.base.errors import DamagedArtifact, UserError
+from tools.models import load
+from tools.models import packed as packing
 from tools.models.formats import PACKED_FILE
 from tools.models.layers import find_layers
 from tools.models.load import load_model
@@ -134,6 +137,37 @@ def test_layers_with_few_zeros_stay_dense(tmp_path: Path) -> None:
     packed = load_packed(tmp_path / "packed")
     with torch.no_grad():
         torch.testing.assert_close(packed(IDS_BT[:, :9]).logits, model(IDS_BT[:, :9]).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
+def test_a_model_that_is_streamed_is_packed_to_the_same_bytes(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = save_sparse(tmp_path / "plain", architecture)
+    assert export.main([str(plain), "--packed", str(tmp_path / "held")]) == 0
+    monkeypatch.setattr(load, "FITS", 0.0)
+    monkeypatch.setattr(load, "WIDEST", 1 << 40)
+    assert export.main([str(plain), "--packed", str(tmp_path / "streamed")]) == 0
+    for file in (PACKED_FILE, "config.json", "README.md"):
+        held, streamed = ((tmp_path / name / file).read_bytes() for name in ("held", "streamed"))
+        assert held == streamed, file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["held", "plain", "streamed"], "nothing is left"
+
+
+def test_what_is_packed_is_held_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def pack(weight_OI: torch.Tensor) -> PackedWeight:
+        nonlocal most
+        packed = pack_rows(weight_OI)
+        alive.append(weakref.ref(packed.values))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return packed
+
+    monkeypatch.setattr(packing, "pack_rows", pack)
+    save_packed(load_plain(save_sparse(tmp_path / "plain", "llama")), make_tiny_tokenizer(), tmp_path / "x", card)
+    assert len(alive) == 14 and most <= 2
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
