@@ -1,8 +1,9 @@
 """A chat model that is whoever answers by files: `exchange:DIR`.
 
 For machines without a network, for a person, or for any assistant that reads and writes files. Each prompt becomes
-`DIR/NUMBER-HASH.prompt.md`, and the run waits until `DIR/NUMBER-HASH.answer.txt` is there. The hash is that of the
-prompt, so that a run that was killed, or is made again, finds the prompts that it has written, and answers to them.
+`DIR/NUMBER-HASH.prompt.md`, which says so itself, and the run waits until `DIR/NUMBER-HASH.answer.txt` is there. The
+hash is that of the prompt, so that a run that was killed, or is made again, finds the prompts that it has written, and
+answers to them.
 """
 
 import hashlib
@@ -65,7 +66,7 @@ class ExchangeChat(BaseChatModel):
     ) -> ChatResult:
         """Write the prompt, unless it is there, and wait for its answer. Raises Stopped, and UserError."""
         prompt = write_prompt(self._directory, write_conversation(messages))
-        answer = prompt.with_name(prompt.name.removesuffix(".prompt.md") + ".answer.txt")
+        answer = name_answer(prompt)
         self._progress(f"wait for {answer}", 0, 1)
         while not answer.is_file():
             heed_stop()
@@ -90,5 +91,10 @@ def write_prompt(directory: Path, text: str) -> Path:
             return directory / known[0]
         numbers = [int(match[1]) for name in names if (match := re.match(r"(\d+)-\w+\.prompt\.md$", name))]
         path = directory / f"{max(numbers, default=0) + 1:03d}-{mark}.prompt.md"
-        write_text(path, text)
+        write_text(path, f"{text}\n(Answer in {name_answer(path).name}, written aside and renamed.)\n")
     return path
+
+
+def name_answer(prompt: Path) -> Path:
+    """The file that answers a prompt's."""
+    return prompt.with_name(prompt.name.removesuffix(".prompt.md") + ".answer.txt")

@@ -16,7 +16,9 @@ from torch.nn.functional import pad
 
 from kernels.native import WORD
 from kernels.packed import (
+    BITS,
     PADDING,
+    PackedWeight,
     check_mask,
     check_packed,
     find_kept,
@@ -59,10 +61,11 @@ def bound_values(weight_OI: Tensor, kept: int) -> int:
     return (kept + PADDING) * weight_OI.element_size()
 
 
-def unpack_pruned(tensors: Mapping[str, Tensor], dense_OI: Tensor) -> Tensor:
-    """The weights that an artifact stands for, or the dense ones where it has neither a mask nor values.
+def unpack_pruned(tensors: Mapping[str, Tensor], dense_OI: Tensor, device: torch.device) -> Tensor:
+    """The weights that an artifact stands for, made on a device, or the dense ones, where they are, if it has neither a
+    mask nor values.
 
-    Raises ValueError, in one line, when its tensors do not fit the layer or one another.
+    Raises ValueError, in one line, when its tensors, which are on the CPU, do not fit the layer or one another.
     """
     if "mask" not in tensors:
         return dense_OI
@@ -71,9 +74,11 @@ def unpack_pruned(tensors: Mapping[str, Tensor], dense_OI: Tensor) -> Tensor:
     if mask_OW.dtype == torch.uint8:
         mask_OW, values = _read_earlier(mask_OW, values, (rows, columns))
     if values is not None:
-        return unpack_by_torch(check_packed(mask_OW, values, (rows, columns)))
+        mask_OW, values, offsets_O, _ = check_packed(mask_OW, values, (rows, columns))
+        return unpack_by_torch(PackedWeight(mask_OW.to(device), values.to(device), offsets_O, columns))
     check_mask(mask_OW, (rows, columns))
-    return torch.where(unpack_mask(mask_OW, columns), dense_OI.to(mask_OW.device), 0)
+    bits_OI = dense_OI.to(device).view(BITS[dense_OI.dtype])  # as integers: a third of the time that `where` takes
+    return (bits_OI * unpack_mask(mask_OW.to(device), columns)).view(dense_OI.dtype)
 
 
 # --- artifacts whose mask is one run of bits, without gaps between the rows -----------------------------------------

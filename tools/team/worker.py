@@ -138,7 +138,7 @@ class Worker:
         for layer_name, kept in weights.items():
             layer, stored = self.layers[layer_name], kept.fetch()
             dense_OI = layer.weight_OI if stored.dense_OI is None else stored.dense_OI.fetch()
-            layer.write(unpack_pruned(stored.tensors, dense_OI))
+            layer.write(unpack_pruned(stored.tensors, dense_OI, layer.device))
             self._biases.write(layer, stored.tensors.get("bias"))
         self._marks, self.weights = list(marks), name
 

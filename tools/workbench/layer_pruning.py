@@ -192,7 +192,7 @@ class LayerPruner:
             jobs = self._list_jobs(self._crew.cluster, tasks, present)
             for _, results in self._crew.cluster.hand_out(jobs):
                 for name, tensors, damping in results:
-                    weight_OI = unpack_pruned(tensors, self._weights.dense[name])
+                    weight_OI = unpack_pruned(tensors, self._weights.dense[name], self._weights.device_of(name))
                     yield name, self._keep(name, weight_OI, tensors, damping)
             return
         for zeros, recipe, profile in _group(tasks):

@@ -87,7 +87,8 @@ class Weights:
                 self._warn(f"{error}; layer {name} is computed again")
                 self._store.path(artifact, ".safetensors").unlink(missing_ok=True)  # nobody should trip over it again
                 return False
-            weight_OI, bias_O = unpack_pruned(tensors, self.dense[name]), tensors.get("bias")
+            weight_OI = unpack_pruned(tensors, self.dense[name], self.device_of(name))
+            bias_O = tensors.get("bias")
         self.write(name, weight_OI, artifact, bias_O)
         return True
 

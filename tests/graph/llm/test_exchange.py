@@ -45,7 +45,7 @@ def test_prompts_become_files_and_answers_are_read_from_files(place: Path) -> No
     assert ask(model, Plan, QUESTION) == PLAN
     prompts = sorted(path.name for path in place.glob("*.prompt.md"))
     assert [name[:4] for name in prompts] == ["001-", "002-"]
-    assert (place / prompts[0]).read_text() == "=== user ===\n\nPlan, as JSON.\n"
+    assert (place / prompts[0]).read_text().startswith("=== user ===\n\nPlan, as JSON.\n\n(Answer in 001-")
     second = (place / prompts[1]).read_text()
     assert second.startswith("=== user ===\n\nPlan, as JSON.\n\n=== assistant ===\n\nI think 45 %\n\n=== user ===\n\n")
     answer = place / prompts[0].replace(".prompt.md", ".answer.txt")
@@ -66,7 +66,10 @@ def test_numbers_go_on_behind_the_last(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     assert write_prompt(tmp_path, "one").name.startswith("008-")
     assert write_prompt(tmp_path, "two").name.startswith("009-")
-    assert write_prompt(tmp_path, "one").name.startswith("008-")
+    prompt = write_prompt(tmp_path, "one")
+    assert prompt.name.startswith("008-")
+    last = f"(Answer in {prompt.name.replace('prompt.md', 'answer.txt')}, written aside and renamed.)"
+    assert prompt.read_text() == f"one\n{last}\n", "who sees nothing but the file knows where the answer goes"
 
 
 def test_who_waits_for_an_answer_can_be_stopped(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tools.models.artifacts import HEADER, bound_artifact, hash_as_earlier, pack
 from tools.workbench.store import ArtifactStore
 
 NAN_WITH_PAYLOAD = {torch.float32: 0x7FC0BEEF, torch.bfloat16: 0x7FA5, torch.float16: 0x7E5A}
+CPU = torch.device("cpu")
 WEIGHT_OI = torch.tensor([[1.5, 0, -2], [0, 0, 3]])
 
 
@@ -32,13 +33,13 @@ def test_any_bits_come_back(dtype: torch.dtype, data: st.DataObject) -> None:
     raw = data.draw(st.lists(patterns, min_size=rows * columns, max_size=rows * columns))
     weight_OI = torch.tensor(raw, dtype=BITS[dtype]).view(dtype).reshape(rows, columns)
     dense_OI = torch.ones(rows, columns, dtype=dtype)
-    again_OI = unpack_pruned(pack_pruned(weight_OI, values=True), dense_OI)
+    again_OI = unpack_pruned(pack_pruned(weight_OI, values=True), dense_OI, CPU)
     assert again_OI.dtype == dtype and torch.equal(again_OI.view(BITS[dtype]), weight_OI.view(BITS[dtype]))
     dense_OI = torch.where(weight_OI.view(BITS[dtype]) == 0, 1, weight_OI)  # survivors are the dense weights
-    again_OI = unpack_pruned(pack_pruned(weight_OI, values=False), dense_OI)
+    again_OI = unpack_pruned(pack_pruned(weight_OI, values=False), dense_OI, CPU)
     assert torch.equal(again_OI.view(BITS[dtype]), weight_OI.view(BITS[dtype]))
     plain_OI = torch.where(weight_OI == 0, 0, weight_OI)  # earlier a negative zero counted as zero
-    again_OI = unpack_pruned(pack_earlier(weight_OI, values=True), dense_OI)
+    again_OI = unpack_pruned(pack_earlier(weight_OI, values=True), dense_OI, CPU)
     assert again_OI.dtype == dtype and torch.equal(again_OI.view(BITS[dtype]), plain_OI.view(BITS[dtype]))
 
 
@@ -57,14 +58,14 @@ def test_payload_of_a_nan_survives(dtype: torch.dtype) -> None:
     raw = torch.tensor([[0, NAN_WITH_PAYLOAD[dtype], 1]], dtype=BITS[dtype])
     tensors = pack_pruned(raw.view(dtype), values=True)
     assert tensors["values"].numel() == 2 + PADDING
-    assert torch.equal(unpack_pruned(tensors, torch.zeros(1, 3, dtype=dtype)).view(BITS[dtype]), raw)
+    assert torch.equal(unpack_pruned(tensors, torch.zeros(1, 3, dtype=dtype), CPU).view(BITS[dtype]), raw)
 
 
 def test_all_and_nothing() -> None:
     for weight_OI in (torch.zeros(3, 5), torch.ones(3, 5)):
         for values in (False, True):
-            assert torch.equal(unpack_pruned(pack_pruned(weight_OI, values=values), torch.ones(3, 5)), weight_OI)
-    assert unpack_pruned({}, WEIGHT_OI) is WEIGHT_OI
+            assert torch.equal(unpack_pruned(pack_pruned(weight_OI, values=values), torch.ones(3, 5), CPU), weight_OI)
+    assert unpack_pruned({}, WEIGHT_OI, CPU) is WEIGHT_OI
 
 
 def test_an_artifact_is_a_layer_of_the_packed_format() -> None:
@@ -79,7 +80,7 @@ def test_a_transposed_view_is_packed_as_it_reads() -> None:
     weight_OI = torch.arange(6.0).reshape(2, 3).T
     tensors = pack_pruned(weight_OI, values=True)
     assert tensors["values"].tolist() == [3, 1, 4, 2, 5] + [0] * PADDING
-    assert torch.equal(unpack_pruned(tensors, torch.ones(3, 2)), weight_OI)
+    assert torch.equal(unpack_pruned(tensors, torch.ones(3, 2), CPU), weight_OI)
 
 
 EARLIER = {
@@ -105,14 +106,14 @@ def test_an_artifact_of_an_earlier_version_is_read(values: bool, tmp_path: Path)
     path.parent.mkdir()
     path.write_bytes(content)
     dense_OI = torch.full((2, 3), 7.0) if values else torch.where(WEIGHT_OI == 0, 7, WEIGHT_OI)
-    again_OI = unpack_pruned(store.read_tensors(digest), dense_OI)
+    again_OI = unpack_pruned(store.read_tensors(digest), dense_OI, CPU)
     assert torch.equal(again_OI, WEIGHT_OI) and not again_OI.signbit()[WEIGHT_OI == 0].any()
     assert hash_as_earlier(pack_pruned(WEIGHT_OI, values=values), dense_OI) == digest
 
 
 def test_padding_bits_of_an_earlier_mask_are_ignored() -> None:
     mask = torch.tensor([0xFF], dtype=torch.uint8)
-    assert unpack_pruned({"mask": mask}, torch.full((1, 3), 2.0)).tolist() == [[2.0] * 3]
+    assert unpack_pruned({"mask": mask}, torch.full((1, 3), 2.0), CPU).tolist() == [[2.0] * 3]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -129,4 +130,4 @@ def test_what_does_not_fit_is_refused() -> None:
         (tensors | {"values": tensors["values"][1:]}, (2, 3), "34 values for 3 set bits"),
     ):
         with pytest.raises(ValueError, match=problem):
-            unpack_pruned(wrong, torch.zeros(shape))
+            unpack_pruned(wrong, torch.zeros(shape), CPU)

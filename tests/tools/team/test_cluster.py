@@ -163,7 +163,7 @@ class Weighed:
         for name, kept in request.weights.items():
             stored = kept.fetch()
             dense_OI = torch.zeros(2, 2) if stored.dense_OI is None else stored.dense_OI.fetch()
-            self.layers[name] = float(unpack_pruned(stored.tensors, dense_OI)[0, 0])
+            self.layers[name] = float(unpack_pruned(stored.tensors, dense_OI, torch.device("cpu"))[0, 0])
         self.weights = request.name
         return lambda: (self.weights, None)
 
