@@ -132,7 +132,7 @@ def _make_structured_row(
     if bench.questions:
         recall = measure_recall(model, bench.questions["validation"], "questions", progress)
         facts = _weigh_facts(recall, bench, progress)
-    gain = None
+    cut = gain = None
     if made.stock:
         (_, dense), (_, cut) = measure_speeds(
             [bench.model, model], bench.windows.validation[0].to(bench.device), progress
@@ -144,6 +144,9 @@ def _make_structured_row(
         known,
         evaluation,
         facts,
+        model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        dense_bytes=sum(parameter.nbytes for parameter in bench.model.parameters()),
+        decoded_per_second=cut,
         decoding_gain=gain,
         achieved_sparsity=made.removed,
         seconds=round(made.seconds, 1),

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tools.base.files import write_text, write_whole
 from tools.base.rows import as_csv, write_kept
-from tools.base.words import escape, show, show_score
+from tools.base.words import escape, show, show_score, show_size
 from tools.plans.evolve import describe_search
 from tools.plans.jobs import STRUCTURED, Job, name_target
 from tools.plans.methods import Statistics, translate_label
@@ -78,6 +78,13 @@ class Row(BaseModel):
         "counts as two; and as many again for curves of the method's own. polish: what it is trained on, forward twice "
         "and backward; what is held out, at each measure; all of that by the dense model. structured: through models "
         "cut on trial."
+    )
+    model_bytes: int | None = Field(
+        None, description="structured: of all weights, each once, in the number format of the run."
+    )
+    dense_bytes: int | None = Field(None, description="structured: the dense model's.")
+    decoded_per_second: float | None = Field(
+        None, description="structured, of stock shapes: tokens a second, as decoding_gain says."
     )
     decoding_gain: float | None = Field(
         None,
@@ -221,8 +228,9 @@ def _list_titles(known: Comparison) -> list[str]:
     search = ["search"] if any(row.search for row in known.rows) else []
     polish = ["polish"] if any(row.polished for row in known.rows) else []
     texts = [f"KL {name}" for name in known.settings.get("text", {})]
+    smaller = ["bytes"] if any(row.model_bytes for row in known.rows) else []
     faster = ["tokens/s"] if any(row.decoding_gain for row in known.rows) else []
-    figures = ["perplexity", "× SparseGPT", "KL", *texts, *facts, *faster, "prune s", "allocate s", "tokens"]
+    figures = ["perplexity", "× SparseGPT", "KL", *texts, *facts, *smaller, *faster, "prune s", "allocate s", "tokens"]
     return ["recipe", "sparsity", *share, *figures, *search, *polish]
 
 
@@ -240,7 +248,8 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
         show_score(None if row.kl_error is None else row.kl, row.kl_error),
         *(show_score(text.kl, text.kl_error) for text in row.texts),
         *([facts] if known.settings["questions"] else []),
-        *([_show_gain(row.decoding_gain)] if any(other.decoding_gain for other in known.rows) else []),
+        *([_show_bytes(row)] if any(other.model_bytes for other in known.rows) else []),
+        *([_show_speed(row)] if any(other.decoding_gain for other in known.rows) else []),
         f"{row.seconds:.1f}",
         f"{row.allocation_seconds:.1f}",
         f"{row.evaluated_tokens:,}",
@@ -249,8 +258,16 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
     ]
 
 
-def _show_gain(gain: float | None) -> str:
-    return "" if gain is None else f"× {gain:.2f}"
+def _show_bytes(row: Row) -> str:
+    if row.model_bytes is None or row.dense_bytes is None:
+        return ""
+    return f"{show_size(row.model_bytes, 'MB')} ({row.model_bytes / row.dense_bytes:.1%})"
+
+
+def _show_speed(row: Row) -> str:
+    if row.decoding_gain is None:
+        return ""
+    return f"{f'{row.decoded_per_second:.1f} ' if row.decoded_per_second else ''}(× {row.decoding_gain:.2f})"
 
 
 def _show_polish(polished: Polished | None) -> str:
@@ -266,8 +283,9 @@ _EXPLAIN_POLISH = (
 )
 
 _EXPLAIN_STRUCTURED = (
-    " Structured: the sparsity is the share of the prunable weights removed; tokens/s are of greedy decoding as a "
-    "multiple of the dense model's, where a stock shape has such widths."
+    " Structured: the sparsity is the share of the prunable weights removed; bytes are of the whole model, in brackets "
+    "as a share of the dense one's; tokens/s are of greedy decoding, one sequence, in brackets as a multiple of the "
+    "dense model's by turns, where a stock shape has such widths."
 )
 
 _EXPLAIN_SEARCH = (

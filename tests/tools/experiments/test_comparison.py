@@ -264,7 +264,14 @@ def test_structured_rows_are_what_tools_structure_gives(
     ]
     assert "Structured: the sparsity is the share" in (tmp_path / "out" / "compare.md").read_text()
     assert all(row.decoding_gain and row.decoding_gain > 0 for row in known.rows)
-    assert "| tokens/s |" in (tmp_path / "out" / "compare.md").read_text()
+    page = (tmp_path / "out" / "compare.md").read_text()
+    assert "| bytes | tokens/s |" in page
+    for row in known.rows:
+        cut = found[row.allocation]
+        assert (row.dense_bytes, row.model_bytes) == (cut.dense.file_bytes, 4 * cut.cut.parameters), "fp32"
+        assert row.model_bytes and row.dense_bytes and row.decoded_per_second and row.decoding_gain
+        size = f"{row.model_bytes / 1e6:.1f} MB ({row.model_bytes / row.dense_bytes:.1%})"
+        assert f"| {size} | {row.decoded_per_second:.1f} (× {row.decoding_gain:.2f}) |" in page
 
 
 def test_a_row_of_flap_is_the_masked_model_of_the_dense_one(tiny_llama: Path, tmp_path: Path, no_plot: None) -> None:
