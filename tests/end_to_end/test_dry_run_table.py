@@ -52,7 +52,7 @@ def test_the_table_is_what_the_command_says(
     everywhere = r"^peak memory of the CPU(?: of a machine with all of them)?: (\S+) GB"
     (told,) = re.findall(everywhere, said, re.MULTILINE)
     processes = 9 if "--workers" in flags else 1
-    assert abs(float(told) - float(cpu.split()[0])) < 0.3 * processes + 0.5, "each holds Python and torch, and here pytest"
+    assert abs(float(told) - float(cpu.split()[0])) < 0.3 * processes + 0.5, "each holds Python, torch, and here pytest"
     check_shown(disk, re.findall(r"^disk: (\S+) GB", said, re.MULTILINE))
     busiest = re.findall(r"([\d.]+) PFLOP of it by", said)
     check_shown(work, busiest or re.findall(r"^work: about (\S+) PFLOP", said, re.MULTILINE))
