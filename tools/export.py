@@ -26,7 +26,8 @@ from tools.results.cards import write_packed_card
 
 def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], console: Console) -> None:
     """Pack a model. Raises UserError."""
-    from tools.models.packed import describe_packed, is_packed, save_packed
+    from tools.models.packed import describe_packed, is_packed
+    from tools.models.packing import save_packed
 
     place = find_model(source)
     if directory.exists():

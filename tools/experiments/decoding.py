@@ -16,7 +16,7 @@ from tools.measure.continuations import decode
 from tools.models.experts import ExpertLinear
 from tools.models.layers import Layer, find_layers
 from tools.models.load import find_model, load_model, locate_model
-from tools.models.packed import LEAST_SPARSITY
+from tools.models.packing import LEAST_SPARSITY
 from tools.results.speed import Result, compare_rounds
 
 PROMPT, DECODED = 8, 32

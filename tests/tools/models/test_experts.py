@@ -17,7 +17,8 @@ from tools.models import packed as module
 from tools.models.experts import check_experts, is_fused, run_apart
 from tools.models.formats import PACKED_FILE
 from tools.models.layers import find_layers
-from tools.models.packed import KEY, load_packed, read_contents, save_packed
+from tools.models.packed import KEY, load_packed, read_contents
+from tools.models.packing import save_packed
 
 IDS_BT = 1 + torch.arange(40)[None] % (VOCABULARY - 1)
 

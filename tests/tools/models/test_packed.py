@@ -21,8 +21,7 @@ from kernels.packed import PADDING, PackedLinear, PackedWeight, pack_rows
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools import export
 from tools.base.errors import DamagedArtifact, UserError
-from tools.models import load
-from tools.models import packed as packing
+from tools.models import load, packing
 from tools.models.formats import PACKED_FILE
 from tools.models.layers import find_layers
 from tools.models.load import load_model
@@ -33,8 +32,8 @@ from tools.models.packed import (
     load_packed,
     measure_sizes,
     read_contents,
-    save_packed,
 )
+from tools.models.packing import save_packed
 
 DAMAGED_FILES = int(os.environ.get("BILLHOOK_DAMAGED_FILES", "200"))
 """1000 take half a minute."""
