@@ -1,9 +1,8 @@
 """A pruned model on disk and in memory with its layers packed: smaller than the dense one, and faster to decode with.
 
 `kernels/FORMAT.md` describes the file. Nothing of it is believed: every tensor has its hash, and what a kernel will
-read is counted again. It is written a tensor at a time. Read, the packed layers and the other weights are in memory;
-more tokens at once than `kernels.packed.MOST_PACKED_ROWS` need a few MB beside, where a layer is unpacked a few rows at
-a time.
+read is counted again; `packing.py` writes it. In memory are the packed layers and the other weights; more tokens at
+once than `kernels.packed.MOST_PACKED_ROWS` need a few MB beside, where a layer is unpacked a few rows at a time.
 """
 
 import hashlib
