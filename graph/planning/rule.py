@@ -1,8 +1,9 @@
 """Plan a round by rule: no key, no model, the same answer every time.
 
-It starts from the KL curves' own allocation, climbs towards the target in steps that the lessons so far predict to
-pass, strengthens the recipe and shortens the step after a rollback, and at the target tries small levers together and
-then one lever at a time. A method that broke whenever it was carried out is not planned again.
+It starts from the KL curves' own allocation with masks alone, part of the way; then goes to the target, by masks alone
+where the lessons so far predict these to pass, strengthens the recipe and then halves the step after a rollback, and at
+the target tries small levers together and then one lever at a time. A method that broke whenever it was carried out is
+not planned again.
 """
 
 import math

@@ -12,7 +12,8 @@ from graph import run
 from tests.tools.estimate.helpers import LLAMA_70B, QWEN3_8B, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {"Qwen3-8B": QWEN3_8B, "Llama-70B": LLAMA_70B}
+QWEN3_4B = {**QWEN3_8B, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
+CONFIGS = {"Qwen3-4B": QWEN3_4B, "Qwen3-8B": QWEN3_8B, "Llama-70B": LLAMA_70B}
 
 
 def read_rows() -> list[list[str]]:

@@ -7,10 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tools.plans.methods import METHODS
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Number formats of weights."""
 
-MASK_ONLY = ("magnitude", "two-sided", "wanda")
+MASK_ONLY = tuple(sorted(name for name, method in METHODS.items() if not method.changes_survivors))
 """Methods that leave the survivors as they are."""
 
 
