@@ -19,7 +19,7 @@ from graph.runs.directory import check_input, create_run
 from graph.runs.replay import read_target
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
-from tools.base.errors import BrokenBaseline, ImpossiblePlan, UserError
+from tools.base.errors import BrokenBaseline, ImpossiblePlan, UnknownStatistics, UserError
 from tools.base.rundir import runs_directory
 from tools.measure.texts import list_texts
 from tools.plans.costs import count_profile, count_walk
@@ -163,7 +163,7 @@ def _profile_again(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     with open_bench(state, session) as bench:
         try:
             profile_id = bench.profile(session.progress, first=state.profile)
-        except BrokenBaseline as error:
+        except (BrokenBaseline, UnknownStatistics) as error:
             session.warn(f"{error}; the profile stays that of before")
             return {"evaluated_tokens": tokens, "seconds": session.seconds}
         _tell_profile(session, profile_id, bench.read_profile(profile_id).layers, state.config)

@@ -25,6 +25,7 @@ from tests.end_to_end.helpers import (
     same_bits,
 )
 from tests.openai_server import OpenAIServer
+from tools.base.errors import UnknownStatistics
 from tools.plans.recipe import Recipe
 
 pytestmark = pytest.mark.figures
@@ -208,8 +209,21 @@ def test_a_profile_that_breaks_is_one_line_and_can_be_gone_on_with(
     assert read_trials(run) == read_trials(easy)
 
 
+OVERFLOWN = "what flows back through a block is not finite in fp16; use --dtype bf16 or fp32"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            NO_MEMORY,
+            f"profiling the model: {SAID}; free some and go on, or begin anew with a shorter --window or --dtype bf16",
+        ),
+        (UnknownStatistics(OVERFLOWN), OVERFLOWN),
+    ],
+)
 def test_a_second_profile_that_breaks_leaves_the_first(
-    flags: list[str], run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    error: Exception, said: str, flags: list[str], run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build, calls = tools.workbench.profiles.build_profile, 0
 
@@ -217,14 +231,13 @@ def test_a_second_profile_that_breaks_leaves_the_first(
         nonlocal calls
         calls += 1
         if calls == 2:
-            raise NO_MEMORY
+            raise error
         return build(*arguments, **options)
 
     monkeypatch.setattr("tools.workbench.profiles.build_profile", fail)
     done = command(*flags, "--reprofile", "--max-iterations", "2")
     assert (done.code, done.err) == (0, "")
-    warning = f"warning: profiling the model: {SAID}; free some and go on, or begin anew with a shorter --window or "
-    assert f"{warning}--dtype bf16; the profile stays that of before\n" in done.out
+    assert f"warning: {said}; the profile stays that of before\n" in done.out
     assert [trial.verdict for trial in read_state(run).trials] == ["accept", "accept"]
 
 

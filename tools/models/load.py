@@ -88,15 +88,31 @@ def find_model(source: str) -> str:
 
 
 def read_dtype(source: str) -> Dtype:
-    """The number format that a model directory is stored in; fp32 where it does not say."""
-    path = Path(source) / "config.json"
+    """The number format that a model is stored in, by its config; fp32 where that does not say, and of a .gguf file.
+
+    Raises UserError for a config that cannot be read.
+    """
+    place = locate_model(source)
+    path = Path(place.path) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     stored = values.get("dtype", values.get("torch_dtype"))
+    if place.gguf_file is None and not path.is_file():
+        stored = _read_hub_dtype(source)
     names: dict[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16"}
-    return names.get(str(stored), "fp32")
+    return names.get(str(stored).removeprefix("torch."), "fp32")
+
+
+def _read_hub_dtype(source: str) -> Any:
+    import transformers
+
+    check_in_reach(source)
+    try:
+        return transformers.AutoConfig.from_pretrained(source).get_text_config().dtype
+    except Exception as error:  # as `load_model`
+        raise UserError(f"the config of model {source!r} could not be read: {in_one_line(error)}") from error
 
 
 def check_device(device: str) -> None:

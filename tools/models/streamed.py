@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
+from filelock import FileLock
 from torch import nn
 
 from tools.base.files import write_directory
@@ -362,18 +363,19 @@ def _place_on_disk(empty: Any) -> dict[str, str]:
 def convert_once(source: Path, dtype: str, convert: Callable[[Path], None]) -> Path:
     """A directory of safetensors that a file was converted to, by `convert(DIRECTORY)` in a process of its own.
 
-    It is made the first time, and kept for all that come. Raises whatever `convert` raises, which must be a function
-    that another process can be handed.
+    It is made the first time, and kept for all that come; whoever comes meanwhile waits. Raises whatever `convert`
+    raises, which must be a function that another process can be handed.
     """
     directory = name_conversion(source, dtype)
-    if not (directory / "config.json").is_file():
+    directory.parent.mkdir(parents=True, exist_ok=True)
 
-        def make(aside: Path) -> None:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
-                other.submit(convert, aside).result()
+    def make(aside: Path) -> None:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+            other.submit(convert, aside).result()
 
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        write_directory(directory, make)
+    with FileLock(f"{directory}.lock"):
+        if not (directory / "config.json").is_file():
+            write_directory(directory, make)
     return directory
 
 

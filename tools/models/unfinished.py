@@ -64,8 +64,11 @@ class KeptFiles:
         path = self.directory / _VALUES
         if not path.is_file():
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found if isinstance(found["tensors"], str) else None
+        except (ValueError, KeyError, TypeError):  # a crash of the machine may leave a file empty
+            return None
 
 
 def forget_files(directory: Path) -> None:

@@ -1,7 +1,7 @@
 """The steps of a polish: through the calibration text, measured on the windows held out, the best weights kept.
 
-What was done is handed over after each pass, and at most a minute after it was last, so that a polish that was killed
-ends with the same bits.
+What was done is handed over after each pass, and a minute after it was last, or ten times as long as that took, so that
+a polish that was killed ends with the same bits.
 """
 
 import math
@@ -20,6 +20,10 @@ from tools.polish.gradients import KL
 from tools.polish.optimisers import Optimiser, Step
 from tools.polish.survivors import Survivors, Vectors
 from tools.statistics.shards import Sums
+
+KEEP_SHARE = 10
+"""Times as long as it takes to hand over what was done, the polish goes on before it does so again: all survivors and
+the means of their gradients are written, and read again for their hash."""
 
 
 class Problem(Protocol):
@@ -94,15 +98,17 @@ class Polish:
         if (kept := self.keeper.read()) is not None:
             self._go_on(kept)
         began = kept_at = self.clock()
-        earlier = self.standing.seconds
+        earlier, rest = self.standing.seconds, float(KEEP_SECONDS)
         try:
             while self._measures_now() or not self._is_done():
                 self._measure() if self._measures_now() else self._step()
                 self.standing.seconds = earlier + self.clock() - began
                 ended = self.standing.step in self.schedule.passes and not self._measures_now()
-                if (ended or self.clock() - kept_at >= KEEP_SECONDS) and not self._is_done():
+                if (ended or self.clock() - kept_at >= rest) and not self._is_done():
+                    begun = self.clock()
                     self._keep()
                     kept_at = self.clock()
+                    rest = max(KEEP_SECONDS, KEEP_SHARE * (kept_at - begun))
         except Stopped:
             self._keep()
             raise

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tools.base.errors import UserError
+from tools.base.errors import UnknownStatistics
 
 LARGEST = 2.0**8
 """What the largest entry is brought to just below: as far from what fp16 cannot hold as it may grow within a block."""
@@ -84,7 +84,7 @@ def flow_back(
     """The gradient at `given`, of which `output` was made; the graph is kept to go `again`.
 
     Where gradients are `scaled`, one that overflows is tried again on a smaller scale, once what hooks saw of it is
-    forgotten. Raises UserError when none is finite.
+    forgotten. Raises UnknownStatistics when none is finite.
     """
     values, scale = above.values.to(output.device), above.scale
     for _ in range(_TRIALS):
@@ -93,7 +93,7 @@ def flow_back(
             return Gradient(below, scale)
         forget()
         values, scale = values * _LOWER, scale * _LOWER
-    raise UserError(f"what flows back through a block {OVERFLOW}")
+    raise UnknownStatistics(f"what flows back through a block {OVERFLOW}")
 
 
 def bring_near(gradient: Gradient, *, scaled: bool) -> Gradient:

@@ -287,7 +287,7 @@ def _find_spread(settings: WorkbenchSettings, tokens: int, asked: int) -> int:
     """Of how many windows in a row of a source one is taken, by its tokens and those of all that is cut from it."""
     if settings.text_spread:
         return settings.text_spread
-    fits = tokens // asked
+    fits = tokens // max(asked, 1)
     return min(fits, MOST_SPREAD) if fits > settings.text_cut else 1
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.channels import expand_units
+from tools.base.errors import BrokenPlan
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
@@ -193,14 +194,17 @@ class Cuts:
         name = self._name("fits behind cuts", order.model_dump())
         curves = read_curves(self._store.read_tensors(order.parts))
         kept = FitFiles(self._unfinished / f"fits-{name[:16]}", self._take_up)
-        with explain_layer("cutting the model"):
-            for fit in make_fits(
-                *(self._model, order.counts, curves, order.dropped, self._text, progress),
-                refit=order.refit,
-                kept=kept,
-            ):
-                kept.made |= self._install(fit)
-                kept.units[f"{fit.part.kind}/{fit.part.block}"] = fit.units
+        fits = make_fits(
+            *(self._model, order.counts, curves, order.dropped, self._text, progress), refit=order.refit, kept=kept
+        )
+        try:
+            with explain_layer("cutting the model"):
+                for fit in fits:
+                    kept.made |= self._install(fit)
+                    kept.units[f"{fit.part.kind}/{fit.part.block}"] = fit.units
+        except BrokenPlan:
+            kept.forget()  # nobody carries it out again
+            raise
         kept.forget()
         made, units = dict.fromkeys(self._weights.by_name, DENSE) | kept.made, kept.units
         for block in order.dropped:

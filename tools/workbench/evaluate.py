@@ -40,6 +40,10 @@ FIT = "calibration-spread"
 """The same of the calibration text."""
 
 
+QUESTIONS = "questions"
+"""With it begin the names of what was asked."""
+
+
 class Evaluator:
     """Measures checkpoints of one model."""
 
@@ -59,6 +63,8 @@ class Evaluator:
         """What was measured lies in `directory`."""
         self._directory, self._model, self._questions, self._weights = directory, model, questions, weights
         self._settings = settings.model_dump_json(exclude=set(TEAM))
+        of_no_text = settings.model_copy(update={"text": {}, "text_weights": {}})
+        self._asked_by = of_no_text.model_dump_json(exclude=set(TEAM))
         self._fit_windows = count_fit_windows(settings) * max(len(settings.text), 1)
         self._profiles, self._pruner, self._losses, self._crew, self._warn = profiles, pruner, losses, crew, warn
         self._calibration_hidden: Tensor | None = None
@@ -138,8 +144,9 @@ class Evaluator:
         write_sealed(path, value, self._name_owner(path))
 
     def _name_owner(self, path: Path) -> str:
-        """What a file is about: a checkpoint on a text, by its name, and the model and texts."""
-        return f"{path.name} {self._settings}"
+        """What a file is about: a checkpoint on a text, by its name, and the model and texts; questions are the same
+        whatever texts there are beside them, and what a goal makes these count."""
+        return f"{path.name} {self._asked_by if path.name.startswith(QUESTIONS) else self._settings}"
 
     @contextmanager
     def _keep_begun(self, path: Path, measured: Callable[[], dict[str, Any]]) -> Iterator[None]:
@@ -251,11 +258,11 @@ class Evaluator:
 
         Raises KeyError in a run that has no questions.
         """
-        path = self._path(checkpoint, f"questions-{split}")
+        path = self._path(checkpoint, f"{QUESTIONS}-{split}")
         if kept := self._read_kept(path, Recall, "the questions are asked again"):
             return kept
         self._pruner.restore(checkpoint)
-        begun = self._path(checkpoint, f"questions-{split}-begun")
+        begun = self._path(checkpoint, f"{QUESTIONS}-{split}-begun")
         known = self._read_begun(begun, Answered)
         so_far = [math.nan if value is None else value for value in known.values] if known else []
         with self._keep_begun(begun, lambda: {"values": [x if math.isfinite(x) else None for x in so_far]}):

@@ -107,7 +107,7 @@ class LayerPruner:
         """Put in what is known: the dense weights if no more are to go, else the artifact; "" where there is none."""
         dense_OI, group = self._weights.dense[name], task.recipe.group
         patterned = group is not None and task.zeros == count_pattern_zeros(dense_OI.numel(), group)
-        if not patterned and task.zeros <= int((dense_OI == 0).sum()):
+        if not patterned and task.zeros <= self._weights.count_dense_zeros(name):
             artifact = DENSE
         return artifact if artifact and self._weights.install(name, artifact) else ""
 

@@ -10,7 +10,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from tools.base.errors import ImpossiblePlan
+from tools.base.errors import BrokenPlan, ImpossiblePlan
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop
 from tools.base.settings import NO_STREAMED_POLISH, Calibration, WorkbenchSettings
@@ -159,6 +159,9 @@ class Polisher:
         try:
             with explain_layer("polish"):
                 standing = polish.run()
+        except BrokenPlan:
+            keeper.forget()  # nobody carries it out again
+            raise
         finally:
             self._weights.installed.update(dict.fromkeys(names, ""))
         artifacts = self._keep_best(polish, names) if standing.best else {name: pruned[name] for name in names}

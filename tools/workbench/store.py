@@ -91,10 +91,16 @@ class ArtifactStore:
 
 
 class Index:
-    """What was made before, by a key of all that it depends on."""
+    """What was made before, by a key of all that it depends on.
+
+    A round looks for something in it for every layer: what was read once is not read again.
+    """
 
     def __init__(self, store: ArtifactStore) -> None:
         self.store, self._path = store, store.directory / "index.jsonl"
+        self._known: dict[str, str] = {}
+        self._read: tuple[int, int] = (0, 0)
+        """The file, by its number, and how many of its bytes: all lines but the last, which a kill may have torn."""
 
     def read(self, suffix: str = ".safetensors") -> dict[str, str]:
         """Key to artifact, of files of this kind, without files that are gone or a line torn by a kill."""
@@ -102,15 +108,25 @@ class Index:
 
     def _read_all(self) -> dict[str, str]:
         """Key to artifact, be it there or not; on a look at one key the files of all others are left alone."""
-        known: dict[str, str] = {}
-        if self._path.is_file():
-            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    entry = json.loads(line)
-                    known[entry["key"]] = entry["artifact"]
-                except (ValueError, KeyError, TypeError):
-                    continue
-        return known
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            self._known, self._read = {}, (0, 0)
+            return self._known
+        number, done = self._read
+        if number != found.st_ino or found.st_size < done:
+            self._known, done = {}, 0
+        with self._path.open("rb") as file:
+            file.seek(done)
+            added = file.read()
+        self._read = found.st_ino, done + added.rfind(b"\n") + 1
+        for line in added.decode(errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                self._known[entry["key"]] = entry["artifact"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        return self._known
 
     def add(self, key: str, artifact: str) -> None:
         """Remember what was made."""

@@ -38,6 +38,7 @@ class Weights:
         self._biases = Biases()
         self._store, self._warn = store, warn
         self._hashes: dict[str, str] = {}
+        self._dense_zeros: dict[str, int] = {}
 
     def device_of(self, name: str) -> torch.device:
         """Where a layer is computed."""
@@ -51,6 +52,12 @@ class Weights:
             digest.update(view_bytes(weight_OI))
             self._hashes[name] = digest.hexdigest()
         return self._hashes[name]
+
+    def count_dense_zeros(self, name: str) -> int:
+        """Zeros among a layer's weights as they were loaded; every prune asks for those of all layers."""
+        if name not in self._dense_zeros:
+            self._dense_zeros[name] = int((self.dense[name] == 0).sum())
+        return self._dense_zeros[name]
 
     def hash_all_dense(self) -> str:
         """SHA-256 that names the weights of all layers as they were loaded."""

@@ -13,6 +13,7 @@ import gguf
 import huggingface_hub
 import pytest
 import torch
+import transformers
 
 import tools.base.hub
 import tools.models.load
@@ -20,7 +21,7 @@ from tests.hub_server import COMMIT, HubServer, Repository
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, save_tiny_gguf, tiny_settings
 from tools.base.errors import UserError
 from tools.models.layers import find_layers
-from tools.models.load import ModelPlace, check_device, load_model, locate_model, pick_device
+from tools.models.load import ModelPlace, check_device, load_model, locate_model, pick_device, read_dtype
 from tools.team.identity import hash_weights
 
 NEITHER = "is neither a directory, a .gguf file, package:NAME nor a hub id such as Qwen/Qwen3-4B"
@@ -107,6 +108,31 @@ def test_places_where_no_model_can_be(source: str, sentence: str) -> None:
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^model directory .* has no config.json; is it a saved transformers model\?$"):
         locate_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("stored", "told"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (None, "fp32")])
+def test_the_number_format_of_a_model_of_the_hub_is_its_configs(
+    stored: torch.dtype | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.LlamaConfig(dtype=stored)
+    monkeypatch.setattr(tools.models.load, "check_in_reach", lambda _: None)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda _: config)
+    assert read_dtype("some/model") == told
+
+    def refuse(_: str) -> None:
+        raise OSError("no such\nmodel")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"^the config of model 'some/model' could not be read: no such model$"):
+        read_dtype("some/model")
+
+
+def test_the_number_format_of_a_directory_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"dtype": "bfloat16"}')
+    assert read_dtype(str(tmp_path / "model")) == read_dtype("~/model") == "bf16"
+    assert read_dtype(str(save_tiny_gguf(tmp_path / "tiny.gguf"))) == "fp32"
 
 
 # --- loading ---------------------------------------------------------------------------------------------------

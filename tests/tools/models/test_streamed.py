@@ -3,7 +3,9 @@
 import gc
 import json
 import re
+import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from tools.models.blocks import Blocks, check_blocks
 from tools.models.layers import find_blocks, find_layers
 from tools.models.load import choose_device, count_models, load_model
 from tools.models.mapped import Mapped
-from tools.models.streamed import find_stream, measure_stream
+from tools.models.streamed import convert_once, find_stream, measure_stream
 from tools.surgery.parts import NEEDS_WHOLE, refuse_apart
 from tools.workbench.open import use_workbench
 
@@ -164,8 +166,24 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
         assert torch.equal(streamed(input_ids=IDS_BT).logits, whole(input_ids=IDS_BT).logits)
         assert tokenizer("for x in y:")["input_ids"] == make_tiny_tokenizer()("for x in y:")["input_ids"]
         monkeypatch.setattr("tools.models.streamed.ProcessPoolExecutor", None)  # it is there now
-    (directory,) = (tmp_path / "cache" / "billhook").iterdir()
+    (directory,) = [path for path in (tmp_path / "cache" / "billhook").iterdir() if path.is_dir()]
     assert re.fullmatch(r"tiny-bf16-[0-9a-f]{16}", directory.name)
+
+
+def convert_slowly(directory: Path) -> None:
+    time.sleep(0.5)
+    (directory / "config.json").write_text("{}")
+    with (directory.parent / "made.txt").open("a") as made:
+        made.write("once\n")
+
+
+def test_who_comes_while_a_file_is_converted_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"weights")
+    with ThreadPoolExecutor(2) as both:
+        found = list(both.map(lambda _: convert_once(tmp_path / "model.gguf", "bf16", convert_slowly), range(2)))
+    assert found[0] == found[1] and (found[0] / "config.json").is_file()
+    assert (found[0].parent / "made.txt").read_text() == "once\n"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

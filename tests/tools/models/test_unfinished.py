@@ -40,6 +40,17 @@ def test_of_what_is_damaged_or_gone_nothing_is_taken(tmp_path: Path) -> None:
         assert kept.read() is None
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"tensors": 3}'])
+def test_values_that_a_crash_left_broken_are_none_and_are_written_anew(text: str, tmp_path: Path) -> None:
+    kept = KeptFiles(tmp_path)
+    kept.replace({"a": torch.ones(4)}, number=1)
+    (tmp_path / "kept.json").write_text(text)
+    assert kept.read() is None
+    kept.replace({"a": torch.zeros(4)}, number=2)
+    found = kept.read()
+    assert found is not None and found[0]["number"] == 2
+
+
 def test_states_are_of_their_windows_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     windows_BT, marks = torch.arange(6).view(2, 3), Marks(["", "a", "ab"], "abc")
     states = [torch.full((1, 3, 4), float(window)) for window in range(2)]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +151,23 @@ def test_what_was_kept_last_is_gone_on_from_after_a_kill(means: Means) -> None:
     kinds = [(again.values, whole.values), (again.best, whole.best)]
     kinds += [(again.optimiser.state[what], state) for what, state in whole.optimiser.state.items()]
     assert all(torch.equal(ours[name], theirs[name]) for ours, theirs in kinds for name in theirs)
+
+
+@pytest.mark.parametrize(("takes", "times"), [(0, [6, 12, 18, 24, 30, 36]), (20, [6, 26])])
+def test_what_takes_long_to_keep_is_kept_less_often(takes: int, times: list[int]) -> None:
+    now, drawer = [0.0], Drawer()
+    polish, problem = begin(drawer, Schedule([[0]] * 40, [3], [40], [40]))
+    keep, differentiate = drawer.keep, problem.differentiate
+
+    def pass_time(seconds: float, work: Any) -> Any:
+        now[0] += seconds
+        return work
+
+    drawer.keep = lambda kept: pass_time(takes, keep(kept))  # type: ignore[method-assign]
+    problem.differentiate = lambda windows: pass_time(10, differentiate(windows))  # type: ignore[method-assign]
+    polish.clock = lambda: now[0]
+    polish.run()
+    assert drawer.times == times, "each step takes ten seconds; a minute, or ten times as long as keeping takes"
 
 
 def test_a_loss_that_is_not_finite_breaks_the_plan() -> None:

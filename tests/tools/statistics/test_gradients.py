@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import BLOCKS, VOCABULARY, make_tiny_model
-from tools.base.errors import UserError
+from tools.base.errors import UnknownStatistics
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.statistics import walks
@@ -67,7 +67,7 @@ def test_what_overflows_is_tried_again_on_a_smaller_scale() -> None:
 def test_what_is_never_finite_is_refused() -> None:
     given = torch.ones(1, dtype=torch.float16, requires_grad=True)
     with pytest.raises(
-        UserError, match=r"^what flows back through a block is not finite in fp16; use --dtype bf16 or fp"
+        UnknownStatistics, match=r"^what flows back through a block is not finite in fp16; use --dtype bf16 or fp"
     ):
         flow_back(given * torch.inf, given, Gradient(torch.ones(1, dtype=torch.float16)), lambda: None, scaled=True)
 

@@ -54,6 +54,17 @@ def test_before_the_runs_text_lie_as_many_windows_of_questions(tmp_path: Path) -
         assert windows.list_shares({}) == dict.fromkeys(range(8), 1.0)
 
 
+def test_of_questions_alone_no_window_of_the_calibration_text_is_cut(tmp_path: Path) -> None:
+    tokenizer, sources = make_tiny_tokenizer(), write_splits(tmp_path, "", ())
+    asked = {"calibration_windows": 8, "questions": write_questions(tmp_path / "qa.jsonl", 200), "question_pairs": 10}
+    one, spread = (
+        cut_windows(tiny_settings("any", **sources, **asked, calibration_mix=1.0, text_spread=spread), tokenizer)
+        for spread in (1, 0)
+    )
+    assert one.calibration.equal(spread.calibration), "questions are not spread"
+    assert all("Question:" in tokenizer.decode(ids) for ids in spread.calibration.tolist())
+
+
 def test_a_text_that_nobody_asked_for_is_left_out_where_it_cannot_be(tmp_path: Path) -> None:
     tokenizer, lines = make_tiny_tokenizer(), {"calibration_windows": 8, "question_pairs": 10}
     few = write_questions(tmp_path / "few.jsonl", 26)

@@ -7,10 +7,12 @@ from threading import Event
 import pytest
 import torch
 
+import tools.measure.recall
 import tools.plans.polish
 import tools.polish.optimisers
 from tests.benches import SEQUENTIAL, ignore, open_bench, plan, prune, same, snapshot
 from tests.named import name_texts, watch_polish
+from tests.rows import write_questions
 from tests.team import gather_teams, join_team
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
@@ -58,6 +60,19 @@ def test_each_text_is_measured_as_by_a_run_of_it_alone(named: Workbench) -> None
         assert further.take_text(name).nll == found.nll
     code, prose = list_texts(whole["validation"])
     assert whole["validation"].mean_kl == pytest.approx(0.75 * code.kl + 0.25 * prose.kl, rel=1e-12)
+
+
+def test_questions_are_asked_once_whatever_a_goal_makes_the_texts_count(
+    tiny_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"questions": write_questions(tmp_path / "qa.jsonl", 200), "question_pairs": 10}
+    settings = tiny_settings(tiny_llama, **name_texts(tmp_path, text_weights={}), **asked, calibration_windows=5)
+    found = open_bench(settings, tmp_path / "run").ask("dense", "validation", ignore)
+    monkeypatch.setattr(tools.measure.recall, "read_answers", None)
+    weighed = settings.model_copy(update={"text_weights": {"code": 3.0, "prose": 1.0}})
+    assert open_bench(weighed, tmp_path / "run").ask("dense", "validation", ignore) == found
+    named = settings.model_copy(update={"text": {**settings.text, "more": "pydoc"}})
+    assert open_bench(named, tmp_path / "run").ask("dense", "validation", ignore) == found
 
 
 def test_a_text_that_counts_nothing_changes_nothing_that_is_fitted(named: Workbench) -> None:
