@@ -118,6 +118,11 @@ def sum_losses(
     return TokenLosses(float(nll), float(kl))
 
 
+def begin_draw(device: torch.device, seed: int, window: int) -> torch.Generator:
+    """What draws the labels of a window: each has its own, so that they do not depend on the order of the windows."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + window)
+
+
 def hidden_gradients(
     model: Any,
     ids_T: Tensor,

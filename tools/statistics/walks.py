@@ -22,7 +22,7 @@ from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
 from tools.models.experts import run_apart
 from tools.models.layers import Layer
-from tools.models.readout import hidden_gradients
+from tools.models.readout import begin_draw, hidden_gradients
 from tools.models.streamed import find_stream
 from tools.statistics.flow import add_curve, sum_gradients
 from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
@@ -338,8 +338,7 @@ class Walks:
     def _begin_gradients(self, ids_T: Tensor, hidden_TD: Tensor, window: int) -> tuple[Gradient, Gradient]:
         if self._scaled and not hidden_TD.isfinite().all():
             raise UnknownStatistics(f"what the model makes of the calibration text {OVERFLOW}")
-        # Every window has a generator of its own: labels do not depend on the order of the windows.
-        generator = torch.Generator(device=hidden_TD.device).manual_seed(self.seed * 1_000_003 + window)
+        generator = begin_draw(hidden_TD.device, self.seed, window)
         scales = scale_losses(len(ids_T) - self.lead) if self._scaled else (1.0, 1.0)
         drawn_TD, text_TD = hidden_gradients(
             self.blocks.model, ids_T, hidden_TD, generator, lead=self.lead, scales=scales

@@ -21,7 +21,7 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.layers import find_device
-from tools.models.readout import hidden_gradients
+from tools.models.readout import begin_draw, hidden_gradients
 from tools.plans.cuts import Counts
 from tools.statistics.passage import Stack
 from tools.statistics.states import StateStack
@@ -153,7 +153,7 @@ def begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor], 
     """The gradient of -log p of drawn tokens at what the head reads of each window, (1, T, D), on CPU."""
     gradients, device = [], find_device(blocks.model.get_output_embeddings())
     for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, read, strict=True)):
-        draw = torch.Generator(device).manual_seed(seed + i)
+        draw = begin_draw(device, seed, i)
         with torch.enable_grad():
             fisher_TD, _ = hidden_gradients(blocks.model, ids_T, hidden_BTD[0].to(device), draw, lead=lead)
         gradients.append(fisher_TD[None].cpu())

@@ -126,7 +126,9 @@ class Workbench:
             directory,
         )
         self.cuts = Cuts(
-            self.model, self.windows, settings.text_shares, self.weights, self.store, self.index, directory
+            *(self.model, self.windows, settings.text_shares, self.weights, self.store, self.index),
+            directory,
+            settings.seed,
         )
         layer_pruner = LayerPruner(self.weights, self.profiles, self.store, self.index, self.crew, self._warn)
         self.pruner = Pruner(

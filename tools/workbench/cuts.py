@@ -51,9 +51,11 @@ class Cuts:
         store: ArtifactStore,
         index: Index,
         directory: Path,
+        seed: int = 0,
     ) -> None:
         """`shares` are what each named text counts: of each so many windows are read, in proportion. What is kept of
-        walks that may be killed lies within `directory`."""
+        walks that may be killed lies within `directory`; `seed` draws the labels of the curves."""
+        self._seed = seed
         self._unfinished = directory / UNFINISHED
         self._model, self._windows, self._weights, self._store, self._index = model, windows, weights, store, index
         self._read = windows.list_in_proportion(shares)
@@ -111,11 +113,13 @@ class Cuts:
 
     def _measure_curves(self, most: Counts, progress: Progress) -> Curves:
         """As `tools.surgery.curves.measure_curves`; where the work was interrupted it goes on."""
-        key = self._name("curves of units", self._weights.hash_all_dense(), most.heads, most.neurons)
+        drawn = [self._seed] if self._seed else []  # by earlier versions as by seed 0
+        key = self._name("curves of units", self._weights.hash_all_dense(), most.heads, most.neurons, *drawn)
 
         def measure() -> dict[str, str]:
             kept = CurveFiles(self._unfinished / f"curves-{key[:16]}")
-            curves = measure_curves(self._model, most, self._text, progress, lead=self._windows.lead, kept=kept)
+            lead, seed = self._windows.lead, self._seed
+            curves = measure_curves(self._model, most, self._text, progress, lead=lead, seed=seed, kept=kept)
             made = {"curves": self._store.write_tensors(list_curves(curves))}
             kept.forget()
             return made

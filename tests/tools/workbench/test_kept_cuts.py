@@ -65,6 +65,16 @@ def order(bench: Workbench, parts: Parts, dropped: tuple[int, ...]) -> WorkOrder
     return order_all(Recipe(), zeros, sparsity=0.5, predicted_kl=0.0).model_copy(update={"cut": cut})
 
 
+def test_a_seed_draws_other_labels_for_the_curves(tmp_path: Path, workbench_closed: None) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=BLOCKS)
+    first, same_again, other = (
+        measure(open_bench(tiny_settings(model, seed=seed), tmp_path / f"run-{number}"))
+        for number, seed in enumerate((0, 0, 1))
+    )
+    assert first.neurons == same_again.neurons != other.neurons
+    assert first.order == other.order, "whole blocks are measured, and no label is drawn"
+
+
 @pytest.mark.parametrize("at", [2, BLOCKS + 1])
 def test_curves_go_on_before_the_block_that_they_had_come_to(
     at: int, reopen: Callable[[str], Workbench], ran: list[int], workbench_closed: None
