@@ -75,8 +75,8 @@ class Workbench:
         loaded: tuple[Any, Any] | None = None,
         course: Course | None = None,
     ) -> None:
-        """`loaded` are the settings' model, with its dense weights, and tokenizer, where they are at hand; `course` is
-        what the disk must have room for, where it is known."""
+        """`loaded` are the settings' model, with its dense weights, and tokenizer, of another workbench before this one;
+        `course` is what the disk must have room for, where it is known."""
         self.settings, self.directory, self._warn = settings, directory, Warner(warn)
         self.paces: Paces = {}
         progress("load model", 0, 1)
@@ -98,9 +98,10 @@ class Workbench:
         self.windows = cut_windows(settings, self.tokenizer, author)
         self.questions = _encode_questions(settings, self.tokenizer)
         ids_T, blocks = self.windows.calibration[0].to(self.device), Blocks(self.model)
-        check_readout(self.model, ids_T)
-        check_blocks(blocks, ids_T)
-        check_experts(self.model, ids_T)
+        if loaded is None:  # else they were checked, by seven passes of a streamed model
+            check_readout(self.model, ids_T)
+            check_blocks(blocks, ids_T)
+            check_experts(self.model, ids_T)
         layers, told = keep_linear(blocks, layers, ids_T)
         self.reach = measure_reach(self.model, layers)
         refuse_small_reach(self.reach, partial=settings.partial)
