@@ -75,7 +75,7 @@ class Workbench:
         loaded: tuple[Any, Any] | None = None,
         course: Course | None = None,
     ) -> None:
-        """`loaded` are the settings' model, with its dense weights, and tokenizer, of another workbench before this one;
+        """`loaded` are the settings' model, with its dense weights, and tokenizer, of a workbench before this;
         `course` is what the disk must have room for, where it is known."""
         self.settings, self.directory, self._warn = settings, directory, Warner(warn)
         self.paces: Paces = {}

@@ -17,6 +17,7 @@ from tools.models.disk import plan_disk
 from tools.models.layers import Layer
 from tools.models.source import list_in_source
 from tools.models.streamed import find_stream
+from tools.polish.survivors import count_state_bytes
 from tools.statistics.shards import count_waiting
 
 
@@ -39,7 +40,8 @@ def fit_disk(
     free = shutil.disk_usage(directory).free + _count_written(directory)
     if stream:  # the model as it is now, in a file without a name
         free += sum(parameter.nbytes for parameter in model.parameters())
-    room = min(free, settings.disk * 1e9 or math.inf)
+    polish = _count_polish(model, layers, settings, lead, course)
+    room = min(free, settings.disk * 1e9 or math.inf) - polish
     waiting = count_waiting(settings.count_all("calibration"))
     count = partial(
         plan_disk,
@@ -56,22 +58,33 @@ def fit_disk(
     )
     plan = count(room)
     if plan.bytes > room:
-        if room < free:
+        if room < free - polish:
             raise UserError(
-                f"a run of this model may write {show_size(plan.bytes)} to {directory}, but --disk allows "
-                f"{show_size(room)}; allow more"
+                f"a run of this model may write {show_size(plan.bytes + polish)} to {directory}, but --disk allows "
+                f"{show_size(room + polish)}; allow more"
             )
         raise UserError(
-            f"the disk is full: a run of this model may write {show_size(plan.bytes, 'GB')} to {directory}, "
+            f"the disk is full: a run of this model may write {show_size(plan.bytes + polish, 'GB')} to {directory}, "
             f"but {show_size(free, 'GB')} are free or its own; free some, or use another --runs-dir"
         )
     if plan.at_once:
         kept = count(math.inf)
         warn(
-            f"second moments are not kept, which takes a disk of {show_size(kept.bytes)}, and {show_size(room)} are "
-            "there: they are collected anew whenever layers are pruned, block by block"
+            f"second moments are not kept, which takes a disk of {show_size(kept.bytes + polish)}, and "
+            f"{show_size(room + polish)} are there: they are collected anew whenever layers are pruned, block by block"
         )
     return plan.at_once
+
+
+def _count_polish(model: Any, layers: list[Layer], settings: TeamSettings, lead: int, course: Course) -> int:
+    """Bytes that a polish of the course may write beside its checkpoint, wherever its means come to lie."""
+    if not course.polishes:
+        return 0
+    weights = sum(layer.weight_OI.numel() for layer in layers)
+    survivors, item = weights - math.floor(course.polished_at * weights), layers[0].weight_OI.element_size()
+    windows, wide = course.count_fitted(settings), int(model.get_input_embeddings().weight.shape[1])
+    hidden = windows * (lead + settings.window) * wide * item
+    return 2 * survivors * count_state_bytes(item, "fp32") + hidden  # for a moment what was kept before is there, too
 
 
 def _count_written(directory: Path) -> int:

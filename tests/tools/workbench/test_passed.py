@@ -27,11 +27,13 @@ from tests.tiny import save_tiny_model, tiny_settings
 from tests.tools.workbench.test_prune import artifacts, mix
 from tools.base.errors import UserError
 from tools.base.settings import TeamSettings
+from tools.estimate.course import Course
 from tools.models.disk import list_disk, plan_disk
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
+from tools.workbench.room import fit_disk
 from tools.workbench.store import DENSE
 
 BLOCKS = 4
@@ -221,6 +223,25 @@ def test_too_little_disk_even_so_is_refused(kept: Workbench, tmp_path: Path, mon
     text = r"^a run of this model may write [\d.]+ MB to .*/refused, but --disk allows 10\.0 kB; allow more$"
     with pytest.raises(UserError, match=text):
         open_bench(settings, tmp_path / "refused")
+
+
+def test_a_polish_is_asked_room_for_too(kept: Workbench, tmp_path: Path) -> None:
+    """Twice values, two means and the best so far of half of the weights, and what the dense model's head reads."""
+    weights, course = sum(layer.weight_OI.numel() for layer in kept.layers), Course([], polishes=[64], polished_at=0.5)
+    state, windows = 2 * (weights // 2) * (4 + 8 + 4), kept.settings.count_fitted()
+    more = state + windows * kept.settings.window * kept.model.config.hidden_size * 4
+
+    def fit(disk: int, asked: Course) -> int | None:
+        settings = kept.settings.model_copy(update={"disk": disk / 1e9})
+        return fit_disk(kept.model, kept.layers, settings, tmp_path, 0, asked, told.append)
+
+    told: list[str] = []
+    needed = sum(line.bytes for line in list_disk(kept.model, kept.layers, kept.settings))
+    assert fit(needed, Course([])) is None and fit(needed + more, course) is None and not told
+    assert fit(needed + more - 1, course) is not None
+    assert "second moments are not kept, which takes a disk of " in told[0]
+    with pytest.raises(UserError, match=r"^a run of this model may write .* but --disk allows 10\.0 kB; allow more$"):
+        fit(10_000, course)
 
 
 def test_as_many_blocks_as_there_is_room_for(kept: Workbench) -> None:
