@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tools.base.errors import UserError
 from tools.base.named import Texts, Weights
+from tools.base.options import join_list
 from tools.base.settings import PolishSettings, TeamSettings
 
 ARMS = {
@@ -135,8 +136,7 @@ class AblateSettings(PolishSettings, TeamSettings):
     @field_validator("arms", "seeds", mode="before")
     @classmethod
     def _join_list(cls, value: Any) -> str:
-        """YAML has lists and numbers."""
-        return ",".join(str(part) for part in (value if isinstance(value, list) else [value]))
+        return join_list(value)
 
 
 def list_arms(settings: AblateSettings) -> list[str]:

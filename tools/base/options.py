@@ -116,6 +116,11 @@ def check_options(model: type[Options], values: dict[str, Any]) -> Options:
         raise UserError("; ".join(describe_problem(problem) for problem in error.errors())) from error
 
 
+def join_list(value: Any) -> str:
+    """What an option between commas is: YAML has lists and numbers."""
+    return ",".join(str(part) for part in (value if isinstance(value, list) else [value]))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file, unchecked. Raises UserError when it cannot be read."""
     if not path.is_file():

@@ -12,7 +12,7 @@ from tools.base.errors import UserError
 from tools.base.memory import count_free
 from tools.estimate.block import count_kinds
 from tools.models.disk import Line
-from tools.models.layers import find_blocks
+from tools.models.layers import find_blocks, name_blocks
 from tools.models.load import spread_blocks
 
 ROOM = 4
@@ -68,7 +68,7 @@ def lay_out(model: Any, devices: Devices | None) -> list[Line]:
             parameter.nbytes
         )
     blocks = find_blocks(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    prefix = name_blocks(model)
     lines = []
     for place, size in sizes.items():
         own = [part for part, where in places.items() if where == place]

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tools.base.console import print_line, show_bars
 from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
+from tools.base.options import join_list
 from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
 from tools.base.settings import TEAM, PolishSettings, TaskSettings, TeamSettings
 from tools.base.words import count
@@ -77,8 +78,7 @@ class CompareSettings(TaskSettings, PolishSettings, TeamSettings):
     @field_validator("recipes", "sparsity", mode="before")
     @classmethod
     def _join_list(cls, value: Any) -> str:
-        """YAML has lists and numbers."""
-        return ",".join(str(part) for part in (value if isinstance(value, list) else [value]))
+        return join_list(value)
 
 
 def compare(settings: CompareSettings, console: Console) -> Comparison:

@@ -15,6 +15,7 @@ from tools.base.errors import UserError
 from tools.base.words import strip_controls
 from tools.models.packed import measure_sizes
 from tools.models.positions import count_positions
+from tools.models.sampling import end_row
 from tools.models.streamed import find_stream
 
 PROMPTS = (
@@ -86,11 +87,7 @@ def _end_rows(model: Any, tokens_BT: Tensor) -> list[list[int]]:
     """The rows without what fills them up behind the token that ends a text."""
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = ends if isinstance(ends, list) else [ends]
-    rows = []
-    for row in tokens_BT.tolist():
-        at = next((i for i, token in enumerate(row) if token in ends), len(row))
-        rows.append(row[:at])
-    return rows
+    return [end_row(row, ends) for row in tokens_BT.tolist()]
 
 
 # --- one prompt, as it comes -------------------------------------------------------------------------------------

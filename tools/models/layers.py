@@ -142,6 +142,13 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return best
 
 
+def name_blocks(model: nn.Module) -> str:
+    """The name under which a model has the list of its decoder blocks, such as `model.layers`."""
+    blocks = find_blocks(model)
+    name: str = next(name for name, module in model.named_modules() if module is blocks)
+    return name
+
+
 def find_layers(model: nn.Module) -> list[Layer]:
     """Every nn.Linear and Conv1D inside the decoder blocks, and every projection of fused experts, in depth order.
 
@@ -151,7 +158,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise UserError("the model is packed, to be run and not to be changed; give the dense model it was made of")
     blocks = find_blocks(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    prefix = name_blocks(model)
     layers: list[Layer] = []
     seen: set[int] = set()
     for index, block in enumerate(blocks):
@@ -201,7 +208,7 @@ class Reach(NamedTuple):
 def measure_reach(model: nn.Module, layers: Sequence[Layer]) -> Reach:
     """What of a model its prunable layers are; not reached are routers, odd projections, experts of unknown kinds."""
     blocks = find_blocks(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    prefix = name_blocks(model)
     reached = {id(layer.parameter) for layer in layers}
     inside = {name: p for name, p in blocks.named_parameters(prefix) if p.ndim >= 2 and not name.endswith("bias")}
     dense: dict[str, int] = {}
@@ -266,12 +273,17 @@ def _find_routers(block: nn.Module, experts: Mapping[str, int]) -> set[str]:
     for place, count in experts.items():
         beside = place.rpartition(".")[0]
         for name, module in block.named_modules():
-            if name.startswith(beside) and not name.startswith(f"{place}.") and _count_outputs(module) == count:
-                steps = name.split(".")
-                way = (block.get_submodule(".".join(steps[:end])) for end in range(1, len(steps)))
-                if not any("attention" in type(module).__name__.lower() for module in way):
-                    routers.add(name)
+            is_beside = name.startswith(beside) and not name.startswith(f"{place}.")
+            if is_beside and _count_outputs(module) == count and not is_in_attention(block, name):
+                routers.add(name)
     return routers
+
+
+def is_in_attention(block: nn.Module, name: str) -> bool:
+    """Whether a module on the way to one of a block, by its name there, has a class of attention."""
+    steps = name.split(".")
+    way = (block.get_submodule(".".join(steps[:end])) for end in range(1, len(steps)))
+    return any("attention" in type(module).__name__.lower() for module in way)
 
 
 def _count_outputs(module: nn.Module) -> int:

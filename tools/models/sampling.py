@@ -68,7 +68,7 @@ def draw_rows(
             generation_config=options,
             logits_processor=[_Draw(generator, tick, seen)],
         )
-    return [_end_row(row, ends) for row in tokens_BT[:, len(begin_T) :].tolist()]
+    return [end_row(row, ends) for row in tokens_BT[:, len(begin_T) :].tolist()]
 
 
 def check_sampling(model: Any, begin_T: Sequence[int]) -> bool:
@@ -114,7 +114,8 @@ def _without_habits(model: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-def _end_row(row: list[int], ends: Sequence[int]) -> list[int]:
+def end_row(row: list[int], ends: Sequence[int | None]) -> list[int]:
+    """The tokens before the first that ends a text."""
     at = next((i for i, token in enumerate(row) if token in ends), len(row))
     return row[:at]
 

@@ -40,11 +40,6 @@ class LayerProfile(BaseModel):
         None, description="AlphaPruning's exponent of the tail of the weight's spectrum; null without such a tail."
     )
 
-    @property
-    def dense_sparsity(self) -> float:
-        """The paper's rho before anything is pruned: share of exact zeros in the dense weights."""
-        return self.zeros / self.weights
-
 
 def level_curve(layer: LayerProfile) -> Array:
     """The layer's KL at each of LEVELS, nats per token, made non-decreasing and kept above 0."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from tools.base.errors import UserError
-from tools.models.layers import Layer, find_blocks, find_layers
+from tools.models.layers import Layer, find_blocks, find_layers, is_in_attention
 from tools.models.spread import find_places
 from tools.models.streamed import find_stream
 from tools.plans.cuts import Counts
@@ -126,7 +126,7 @@ def refuse_apart(model: Any, what: str) -> None:
 
 
 def _find_heads(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
-    attention = [layer for layer in layers if _in_attention(block, layer)]
+    attention = [layer for layer in layers if is_in_attention(block, layer.kind)]
     named = {layer.kind.rpartition(".")[2]: layer for layer in attention}
     inputs = tuple(named.pop(name) for name in ("q_proj", "k_proj", "v_proj") if name in named)
     if len(inputs) != 3 or len(named) != 1 or len(attention) != 4:
@@ -141,7 +141,7 @@ def _find_heads(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
 
 
 def _find_neurons(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
-    mlp = [layer for layer in layers if not _in_attention(block, layer)]
+    mlp = [layer for layer in layers if not is_in_attention(block, layer.kind)]
     if len(mlp) < 2 or any(layer.pool or layer.weight_OI.shape != mlp[-1].weight_OI.T.shape for layer in mlp[:-1]):
         kinds = ", ".join(dict.fromkeys(layer.kind for layer in mlp)) or "no linear layers"
         raise UserError(
@@ -149,10 +149,3 @@ def _find_neurons(model: Any, block: nn.Module, layers: list[Layer]) -> Part:
             "projections up and one down; its heads or blocks may"
         )
     return Part("neurons", mlp[-1].block, mlp[-1].weight_OI.shape[1], tuple(mlp[:-1]), mlp[-1])
-
-
-def _in_attention(block: nn.Module, layer: Layer) -> bool:
-    """Whether a module on the way to the layer has a class of attention."""
-    steps = layer.kind.split(".")
-    modules = (block.get_submodule(".".join(steps[:end])) for end in range(1, len(steps)))
-    return any("attention" in type(module).__name__.lower() for module in modules)

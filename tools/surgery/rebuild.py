@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from kernels.channels import expand_units
 from tools.base.errors import UserError, in_one_line
 from tools.models.blocks import Blocks
-from tools.models.layers import find_blocks
+from tools.models.layers import find_blocks, name_blocks
 from tools.models.readout import compute_hidden
 from tools.models.spread import find_places, spread_beside
 from tools.models.streamed import find_stream, stream_beside
@@ -147,7 +147,7 @@ def _select(tensor: Tensor, kept: Tensor, units: int, dim: int) -> Tensor:
 def _number_anew(model: Any, dropped: Sequence[int]) -> Callable[[str], str | None]:
     """A tensor's name, or a module's, without the dropped blocks; None of what goes with one."""
     blocks = find_blocks(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
+    prefix = f"{name_blocks(model)}."
     stays = [i for i in range(len(blocks)) if i not in dropped]
     new = {str(old): str(index) for index, old in enumerate(stays)}
 

@@ -33,7 +33,3 @@ def test_any_curve_is_finite_and_never_falls(kappa: list[float]) -> None:
 def test_the_model_costs_the_sum_of_its_layers() -> None:
     layers = [make_layer([0.1, 0.2, 0.3, 0.4, 0.5]), make_layer([1.0, 2.0, 3.0, 4.0, 5.0])]
     assert predict_kl(layers, np.array([0.3, 0.45])) == pytest.approx(0.2 + 3.0)
-
-
-def test_sparsity_of_the_dense_weights() -> None:
-    assert make_layer([0.0] * 5).dense_sparsity == 0.05
