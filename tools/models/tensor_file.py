@@ -1,5 +1,6 @@
 """A safetensors file that is written a tensor at a time, so that none but the one that is written needs memory."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -66,6 +67,7 @@ def _make_header(
     return len(text).to_bytes(8, "little") + text
 
 
+@functools.cache
 def _name(dtype: torch.dtype) -> str:
     """What the format calls a dtype, as its library writes it."""
     name: str = json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]
