@@ -10,9 +10,12 @@ import torch
 
 from graph import run
 from tests.tools.estimate.helpers import LLAMA_70B, QWEN3_8B, write_config
+from tools.estimate import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3_4B = {**QWEN3_8B, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
+PROCESS = 586_000_000
+"""Bytes that Python, torch and transformers took where the table was made; this process holds pytest's work as well."""
 CONFIGS = {"Qwen3-4B": QWEN3_4B, "Qwen3-8B": QWEN3_8B, "Llama-70B": LLAMA_70B}
 
 
@@ -41,6 +44,7 @@ def test_the_table_is_what_the_command_says(
     row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(needs, "measure_process", lambda: PROCESS)
     model, machine, gpu, cpu, disk, work, reading = row
     memory, *flags = machine.split(", ", 1)
     flags = re.findall(r"`(.+)`", flags[0])[0].split() if flags else []
@@ -51,9 +55,7 @@ def test_the_table_is_what_the_command_says(
     said = capsys.readouterr().out
     check_shown(gpu, re.findall(r"^fits .+ of \S+ GB: (\S+) GB at most", said, re.MULTILINE))
     everywhere = r"^peak memory of the CPU(?: of a machine with all of them)?: (\S+) GB"
-    (told,) = re.findall(everywhere, said, re.MULTILINE)
-    processes = 9 if "--workers" in flags else 1
-    assert abs(float(told) - float(cpu.split()[0])) < 0.3 * processes + 0.5, "each holds Python, torch, and here pytest"
+    check_shown(cpu, re.findall(everywhere, said, re.MULTILINE))
     check_shown(disk, re.findall(r"^disk: (\S+) GB", said, re.MULTILINE))
     busiest = re.findall(r"([\d.]+) PFLOP of it by", said)
     check_shown(work, busiest or re.findall(r"^work: about (\S+) PFLOP", said, re.MULTILINE))
