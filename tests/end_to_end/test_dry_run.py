@@ -8,16 +8,12 @@ import pytest
 import torch
 
 from tests.end_to_end.conftest import Command
+from tests.tools.estimate.helpers import QWEN3_8B
 from tools.base.options import CONFIGS, read_yaml
 from tools.estimate import timing
 from tools.models import load as sources
 from tools.workbench import bench as workbench
 
-QWEN3_8B = {
-    **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},
-    **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
-    **{"tie_word_embeddings": False, "dtype": "bfloat16"},
-}
 FILES = sorted(CONFIGS.glob("*.yaml"))
 
 

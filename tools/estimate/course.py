@@ -1,5 +1,6 @@
 """What a run is expected to do, before there is a model."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -85,6 +86,10 @@ class Course(NamedTuple):
     def count_fitted(self, settings: WorkbenchSettings) -> int:
         """Calibration windows that a polish may be on, at most."""
         return settings.count_fitted() * self.count_texts(settings)
+
+    def count_survivors(self, weights: int) -> int:
+        """Of so many weights, those that a polish is of, at most."""
+        return weights - math.floor(self.polished_at * weights)
 
 
 def name_recipe(recipe: Recipe) -> str:

@@ -25,7 +25,7 @@ from tools.estimate.cut_work import list_cut_end, list_cut_work, price_cut_flops
 from tools.estimate.cutting import Cutting, find_cutting, list_cut_phases
 from tools.estimate.memory import list_phases
 from tools.estimate.phases import Facts, Part, Phase, cut_parts, find_busiest, measure_process
-from tools.estimate.polish import add_polish, add_shared_polish, list_polish_disk, place_polish
+from tools.estimate.polish import Polish, add_polish, add_shared_polish, list_polish_disk, place_polish
 from tools.estimate.prices import Prices, Pricing, Work, price_flops, price_seconds
 from tools.estimate.pruning import count_layer
 from tools.estimate.room import Devices, explain_absence, find_devices, find_room, lay_out
@@ -297,7 +297,7 @@ def _list_all_phases(
     phases = list_phases(facts, read, find_busiest(parts), part, weighs=weighs, streamed=streamed, anew=anew)
     beside = list_phases_beside(facts, read, parts, weighs=weighs, streamed=streamed, anew=anew) if workers else []
     schedule = _schedule_polish(run.settings, course)
-    survivors = run.weights - math.floor(course.polished_at * run.weights)
+    survivors = course.count_survivors(run.weights)
     room = find_room(place.device, place.devices, here=not place.told)
     processes = [beside or phases, *[phases] * workers]
     polish = place_polish(schedule, survivors, read.window, facts, processes, room) if schedule else None
@@ -309,7 +309,12 @@ def _list_all_phases(
         cut = partial(list_cut_phases, facts=facts, settings=read, cutting=cutting, streamed=streamed, lead=run.lead)
         cut = partial(cut, part=part if place.spread else None)
         beside, phases = cut(beside) if workers else [], cut(phases, works=not workers)
-    return _Phases(beside or phases, phases if workers else [], list_polish_disk(facts, polish) if polish else [])
+    return _Phases(beside or phases, phases if workers else [], _list_polish_disk(facts, polish) if polish else [])
+
+
+def _list_polish_disk(facts: Facts, polish: Polish) -> list[Line]:
+    windows, shape = len(polish.schedule.windows), facts.shape
+    return list_polish_disk(polish.survivors, polish.place.means, windows, polish.window, shape.hidden, shape.item)
 
 
 def _count_free_disk(directory: Path) -> int:

@@ -10,7 +10,7 @@ from tools.estimate.shape import list_backward, multiply
 from tools.estimate.work import POLISH
 from tools.models.disk import Line
 from tools.models.readout import CHUNK
-from tools.plans.polish import Schedule
+from tools.plans.polish import Means, Schedule
 from tools.polish.survivors import MEAN_BYTES, Place, count_state_bytes, place_state
 from tools.statistics.shards import count_held, list_nodes, share_out
 
@@ -78,11 +78,12 @@ def add_shared_polish(
     return [*phases[:-1], own, phases[-1]], [*of_worker[:-1], theirs, of_worker[-1]]
 
 
-def list_polish_disk(facts: Facts, polish: Polish) -> list[Line]:
-    """What a polish may write beside its checkpoint: what is kept of it, and for a moment what was kept before."""
-    size = count_state_bytes(facts.shape.item, polish.place.means)
-    state = multiply("a polish under way", (2, "copies"), (polish.survivors, "survivors"), (size, "bytes"))
-    return [state, _count_hidden(facts, polish.schedule, polish.window)]
+def list_polish_disk(survivors: int, means: Means, windows: int, window: int, hidden: int, item: int) -> list[Line]:
+    """What a polish on so many windows may write beside its checkpoint, of a model so wide with so many bytes a weight:
+    what is kept of it, and for a moment what was kept before."""
+    size = count_state_bytes(item, means)
+    state = multiply("a polish under way", (2, "copies"), (survivors, "survivors"), (size, "bytes"))
+    return [state, _describe_hidden(windows, window, hidden, item)]
 
 
 def _add_up(lines: Iterable[Line]) -> int:
@@ -144,7 +145,9 @@ def _count_marks(facts: Facts) -> Line:
 
 
 def _count_hidden(facts: Facts, schedule: Schedule, window: int) -> Line:
-    windows = (len(schedule.windows), "windows"), (window, "tokens")
-    return multiply(
-        "dense hidden states on calibration text", *windows, (facts.shape.hidden, "wide"), (facts.shape.item, "bytes")
-    )
+    return _describe_hidden(len(schedule.windows), window, facts.shape.hidden, facts.shape.item)
+
+
+def _describe_hidden(windows: int, window: int, hidden: int, item: int) -> Line:
+    read = (windows, "windows"), (window, "tokens")
+    return multiply("dense hidden states on calibration text", *read, (hidden, "wide"), (item, "bytes"))

@@ -51,7 +51,7 @@ class Cuts:
         store: ArtifactStore,
         index: Index,
         directory: Path,
-        seed: int = 0,
+        seed: int,
     ) -> None:
         """`shares` are what each named text counts: of each so many windows are read, in proportion. What is kept of
         walks that may be killed lies within `directory`; `seed` draws the labels of the curves."""

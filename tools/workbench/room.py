@@ -13,11 +13,11 @@ from tools.base.settings import TeamSettings
 from tools.base.words import show_size
 from tools.estimate.course import Course
 from tools.estimate.cutting import find_cutting
+from tools.estimate.polish import list_polish_disk
 from tools.models.disk import plan_disk
 from tools.models.layers import Layer
 from tools.models.source import list_in_source
 from tools.models.streamed import find_stream
-from tools.polish.survivors import count_state_bytes
 from tools.statistics.shards import count_waiting
 
 
@@ -41,7 +41,7 @@ def fit_disk(
     if stream:  # the model as it is now, in a file without a name
         free += sum(parameter.nbytes for parameter in model.parameters())
     polish = _count_polish(model, layers, settings, lead, course)
-    room = min(free, settings.disk * 1e9 or math.inf) - polish
+    room = min(free, settings.disk * 1e9 or math.inf)
     waiting = count_waiting(settings.count_all("calibration"))
     count = partial(
         plan_disk,
@@ -56,22 +56,23 @@ def fit_disk(
         checkpoints=course.checkpoints,
         sizes=find_cutting(model, layers, course.cut).sizes if course.cut else None,
     )
-    plan = count(room)
-    if plan.bytes > room:
-        if room < free - polish:
+    plan = count(room - polish)
+    needed = plan.bytes + polish
+    if needed > room:
+        if room < free:
             raise UserError(
-                f"a run of this model may write {show_size(plan.bytes + polish)} to {directory}, but --disk allows "
-                f"{show_size(room + polish)}; allow more"
+                f"a run of this model may write {show_size(needed)} to {directory}, but --disk allows "
+                f"{show_size(room)}; allow more"
             )
         raise UserError(
-            f"the disk is full: a run of this model may write {show_size(plan.bytes + polish, 'GB')} to {directory}, "
+            f"the disk is full: a run of this model may write {show_size(needed, 'GB')} to {directory}, "
             f"but {show_size(free, 'GB')} are free or its own; free some, or use another --runs-dir"
         )
     if plan.at_once:
-        kept = count(math.inf)
+        kept = count(math.inf).bytes + polish
         warn(
-            f"second moments are not kept, which takes a disk of {show_size(kept.bytes + polish)}, and "
-            f"{show_size(room + polish)} are there: they are collected anew whenever layers are pruned, block by block"
+            f"second moments are not kept, which takes a disk of {show_size(kept)}, and {show_size(room)} are "
+            "there: they are collected anew whenever layers are pruned, block by block"
         )
     return plan.at_once
 
@@ -80,11 +81,10 @@ def _count_polish(model: Any, layers: list[Layer], settings: TeamSettings, lead:
     """Bytes that a polish of the course may write beside its checkpoint, wherever its means come to lie."""
     if not course.polishes:
         return 0
-    weights = sum(layer.weight_OI.numel() for layer in layers)
-    survivors, item = weights - math.floor(course.polished_at * weights), layers[0].weight_OI.element_size()
-    windows, wide = course.count_fitted(settings), int(model.get_input_embeddings().weight.shape[1])
-    hidden = windows * (lead + settings.window) * wide * item
-    return 2 * survivors * count_state_bytes(item, "fp32") + hidden  # for a moment what was kept before is there, too
+    survivors = course.count_survivors(sum(layer.weight_OI.numel() for layer in layers))
+    windows, embedding = course.count_fitted(settings), model.get_input_embeddings().weight
+    shape = lead + settings.window, embedding.shape[1], embedding.element_size()
+    return sum(line.bytes for line in list_polish_disk(survivors, "fp32", windows, *shape))
 
 
 def _count_written(directory: Path) -> int:

@@ -45,7 +45,8 @@ def test_prompts_become_files_and_answers_are_read_from_files(place: Path) -> No
     assert ask(model, Plan, QUESTION) == PLAN
     prompts = sorted(path.name for path in place.glob("*.prompt.md"))
     assert [name[:4] for name in prompts] == ["001-", "002-"]
-    assert (place / prompts[0]).read_text().startswith("=== user ===\n\nPlan, as JSON.\n\n(Answer in 001-")
+    told_where = f"(Answer in {prompts[0].replace('.prompt.md', '.answer.txt')}, written aside and renamed.)"
+    assert (place / prompts[0]).read_text() == f"=== user ===\n\nPlan, as JSON.\n\n{told_where}\n"
     second = (place / prompts[1]).read_text()
     assert second.startswith("=== user ===\n\nPlan, as JSON.\n\n=== assistant ===\n\nI think 45 %\n\n=== user ===\n\n")
     answer = place / prompts[0].replace(".prompt.md", ".answer.txt")
