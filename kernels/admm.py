@@ -157,7 +157,7 @@ def solve_admm(weight_OI: Tensor, second_moment_II: Tensor, zeros: int, *, patte
     GROWING_TURNS zero the lowest |w| * sqrt(a_j) of the whole layer as they come to be, in number
     zeros * (1 - (1 - k / GROWING_TURNS)^3), and the others keep that mask. With `pattern` = (N, M) only the N lowest of
     each M consecutive inputs may go. Exact zeros of the dense weight go first. (Without a pattern the published code
-    takes all zeros from the first turn on; the paper's schedule left 0 to 6 % less error on five of SmolLM2's layers.)
+    takes all zeros from the first turn on, which leaves 3 to 13 % more error on twelve of SmolLM2's layers at 45 %.)
 
     Rows which end worse than the mask alone are the masked dense rows (`keep_better_rows`). `zeros` must be possible,
     as in `solve_alps`. Raises ValueError when the statistics are not finite.

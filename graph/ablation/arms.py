@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from graph.ablation.draws import draw_plan
 from graph.ablation.settings import FIXED, AblateSettings, list_fixed
-from graph.config import RunConfig
+from graph.config import RunConfig, check_config
 from graph.planning.budget import TokenBudget
 from graph.planning.orders import Curves, describe_plan, resolve
 from graph.planning.plan import Plan
@@ -48,8 +48,8 @@ class Choice(NamedTuple):
 
 
 def make_config(settings: AblateSettings) -> RunConfig:
-    """The bounds and the budget of an arm, as a run of the graph has them."""
-    return RunConfig.model_validate(
+    """The bounds and the budget of an arm, as a run of the graph has them. Raises UserError for what no run may be."""
+    return check_config(
         {name: getattr(settings, name) for name in TeamSettings.model_fields}
         | {name: getattr(settings, name) for name in ("target_sparsity", "max_layer_sparsity", "polish_tokens")}
         | {"max_evaluated_tokens": settings.evaluated_tokens}

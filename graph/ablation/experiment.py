@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from graph.ablation.arms import Arm, choose, price_recipe
+from graph.ablation.arms import Arm, choose, make_config, price_recipe
 from graph.ablation.graph_arms import run_graph
 from graph.ablation.rows import Ablation, Profiled, Row, conclude, judge_perplexity, judge_row
 from graph.ablation.settings import CHAT, FIXED, GRAPH, AblateSettings, list_arms, list_seeds
@@ -82,6 +82,7 @@ def _check_input(settings: AblateSettings, graph_flags: Sequence[str]) -> None:
     check_device(settings.device)
     for given in list_settings(settings):
         check_texts(given)
+    make_config(settings)
     needed = settings.validation_tokens
     if settings.evaluated_tokens < needed:
         raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")

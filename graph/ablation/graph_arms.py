@@ -13,7 +13,7 @@ from graph.config import HEURISTIC
 from tools.base.errors import UserError
 from tools.base.made import read_result
 from tools.base.rundir import scan_events
-from tools.base.settings import SPLITS, TEAM, TeamSettings
+from tools.base.settings import SPLITS, TeamSettings
 from tools.workbench.open import close_workbench
 
 if TYPE_CHECKING:
@@ -44,10 +44,8 @@ def _carry_out(arm: str, settings: AblateSettings, graph_flags: Sequence[str], r
     if settings.workers:
         close_workbench()  # its workers would hold the processors, or GPUs, that those of the run need
     command = [sys.executable, "-m", "graph.run", "--runs-dir", str(run.parent)]
-    if (run / "run.json").is_file():
-        command += ["--resume", run.name, *_write_flags({field: getattr(settings, field) for field in TEAM})]
-    else:
-        command += ["--name", run.name, *_flags_of(arm, settings), *graph_flags, *UNAIDED.get(arm, ())]
+    command += ["--resume" if (run / "run.json").is_file() else "--name", run.name]  # which refuses other settings
+    command += [*_flags_of(arm, settings), *graph_flags, *UNAIDED.get(arm, ())]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not (run / "summary.json").is_file():
         said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]

@@ -16,6 +16,8 @@ LEAST_PROMPTS = 3
 """One for each of calibration, validation and test: no prompt serves two of them."""
 PROMPT_LIMIT = 200
 """Characters of a prompt or probe."""
+GREATEST = 100.0
+"""A weight, or a rise as a fraction, that a brief may have."""
 
 
 class Aim(BaseModel):
@@ -26,14 +28,14 @@ class Aim(BaseModel):
     name: str = Field(description="The name of a text, as listed, or of one of new_texts.")
     weight: float = Field(
         ge=0,
-        le=100,
+        le=GREATEST,
         description="What the text counts beside the others in what is fitted and judged. 0: it may go; it is "
         "measured, and nothing is fitted to it.",
     )
     max_rise: float | None = Field(
         None,
         gt=0,
-        le=100,
+        le=GREATEST,
         description="Largest rise of its perplexity above the dense model's, as a fraction: 0.2 means 20 %. A plan "
         "that goes beyond is rolled back, whatever it gains elsewhere. null: no bound.",
     )
@@ -95,9 +97,14 @@ class Brief(BaseModel):
 
 
 def weigh_alike(config: RunConfig) -> Brief:
-    """The rule's brief, which reads no words: the weights that the config gives, or the same for every text."""
+    """The rule's brief, which reads no words: the weights that the config gives, or the same for every text.
+
+    Weights that are greater than a brief's may be count the same beside one another; so far no bound is reached.
+    """
     weights = config.weights_of_texts
-    aims = [Aim(name=name, weight=weights[name], max_rise=config.text_bounds.get(name)) for name in config.text]
+    beyond = max(max(weights.values()) / GREATEST, 1.0)
+    bounds = {name: min(most, GREATEST) for name, most in config.text_bounds.items()}
+    aims = [Aim(name=name, weight=weights[name] / beyond, max_rise=bounds.get(name)) for name in config.text]
     return Brief(reason="every text as the config weighs it: no words are read by a rule", aims=aims)
 
 

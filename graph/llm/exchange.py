@@ -68,11 +68,11 @@ class ExchangeChat(BaseChatModel):
         prompt = write_prompt(self._directory, write_conversation(messages))
         answer = name_answer(prompt)
         self._progress(f"wait for {answer}", 0, 1)
-        while not answer.is_file():
+        while (found := find_answer(prompt)) is None:
             heed_stop()
             time.sleep(LOOK_SECONDS)
         self._progress(f"wait for {answer}", 1, 1)
-        with answer.open(encoding="utf-8", errors="replace") as file:
+        with found.open(encoding="utf-8", errors="replace") as file:
             text = file.read(READ_LIMIT + 1)
         return ChatResult(generations=[ChatGeneration(message=AIMessage(text))])
 
@@ -88,7 +88,7 @@ def write_prompt(directory: Path, text: str) -> Path:
     with explain_unwritable(directory):
         names = [path.name for path in directory.iterdir()]
         if known := [name for name in names if name.endswith(f"-{mark}.prompt.md")]:
-            return directory / known[0]
+            return directory / min(known)
         numbers = [int(match[1]) for name in names if (match := re.match(r"(\d+)-\w+\.prompt\.md$", name))]
         path = directory / f"{max(numbers, default=0) + 1:03d}-{mark}.prompt.md"
         write_text(path, f"{text}\n(Answer in {name_answer(path).name}, written aside and renamed.)\n")
@@ -98,3 +98,10 @@ def write_prompt(directory: Path, text: str) -> Path:
 def name_answer(prompt: Path) -> Path:
     """The file that answers a prompt's."""
     return prompt.with_name(prompt.name.removesuffix(".prompt.md") + ".answer.txt")
+
+
+def find_answer(prompt: Path) -> Path | None:
+    """The answer to a prompt: its own, or that to the same one by another number, as where two machines' files were put
+    together; None before there is one."""
+    _, _, mark = name_answer(prompt).name.partition("-")
+    return min(prompt.parent.glob(f"*-{mark}"), default=None)

@@ -50,7 +50,8 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         stop = explain_end(now.situation, planner)
     if asked is None:
         session.emit("note", text=stop)
-        return {"iteration": state.iteration - 1, "stop": stop, "seconds": session.seconds}
+        spent = {**now.list_spent(), "usage": usage, "seconds": session.seconds}
+        return {"iteration": state.iteration - 1, "stop": stop} | spent
     chosen = asked
     try:
         if state.replay and (reason := find_breakage(state.replay, state.iteration, planned=True)):
@@ -125,13 +126,15 @@ class Planning:
     def update(self, plan: Plan) -> dict[str, Any]:
         """What a state is told of a plan, and of what was spent for it."""
         self.budget.pay(self.budget.list_costs(plan, None))
+        probed = {probed.order: probed.tokens for probed in self.budget.probed}
+        return {"iteration": self.state.iteration, "plan": plan, "probed": probed} | self.list_spent()
+
+    def list_spent(self) -> dict[str, Any]:
+        """What a state is told of what was put through the model, and what came of it."""
         return {
-            "iteration": self.state.iteration,
-            "plan": plan,
             "evaluated_tokens": self.budget.tokens,
             "counted": self.budget.counted,
             "paces": self.budget.paces,
-            "probed": {probed.order: probed.tokens for probed in self.budget.probed},
             "probes": note_probes(self.state, self.budget),
         }
 

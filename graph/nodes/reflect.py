@@ -17,7 +17,7 @@ from graph.reflecting.notes import add_note, take_note
 from graph.reflecting.posterior import CARRIED, merge_lessons
 from graph.reflecting.rule import combine_lessons
 from graph.reflecting.schema import Reflection
-from graph.runs.replay import find_reflection
+from graph.runs.replay import find_reflection, read_record
 from graph.runs.session import enter
 from graph.state import State
 
@@ -54,7 +54,7 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             write_note(store, state.config, note)
         notes = add_note(notes, note)
         session.emit("note", text=f"strategy, by {count_rounds(note)}: {note.text}")
-    stop = decide_stop(state) or find_lateness(state.config, session.seconds)
+    stop = decide_stop(state) or ("" if state.replay else find_lateness(state.config, session.seconds))
     reason = " ".join(reflection.reason.split()) or "no reason given"
     if reflection.stop and not stop:
         if early := find_early(state):
@@ -78,9 +78,11 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 def after_reflect(state: State) -> Literal["plan", "profile", "finish"]:
     """Another round, with a new profile first where config, accepted plan or reflector ask for one, or the end.
 
-    A profile that would leave no tokens for a trial is not made.
+    A profile that would leave no tokens for a trial is not made, and in a replay the one that the record has.
     """
     if state.stop:
         return "finish"
+    if state.replay:
+        return "profile" if state.iteration in read_record(state.replay).profiled else "plan"
     asked = state.config.reprofile or state.reprofile or (state.plan is not None and state.plan.reprofile)
     return "profile" if asked and state.trials[-1].verdict == "accept" and can_profile(state) else "plan"

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
+from graph.planning.bounds import Verdict, heed_bounds, heed_facts
 from graph.planning.kept_orders import find_order
 from graph.planning.orders import hash_request
 from graph.planning.unmeasured import record_breakage
-from graph.planning.verdict import Verdict, accepted_trial, heed_bounds, heed_facts, is_settled, judge
+from graph.planning.verdict import accepted_trial, is_settled, judge
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial, same_sparsity
 from tools.base.errors import BrokenPlan

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from graph.planning.bounds import heed_bounds
 from graph.state import State, Trial, last_accepted, same_sparsity
 from tools.measure.losses import Evaluation, find_likelihood_better, join_windows
 from tools.results.schema import Finalist
@@ -26,17 +27,23 @@ def list_finalists(state: State) -> list[Trial]:
         return []
     reached = [t for t in state.trials if t.measured and same_sparsity(t.sparsity, config.target_sparsity)]
     kept = [trial for trial in reversed(reached) if trial.verdict == "accept"]
-    near = [t for t in reached if t.verdict == "rollback" and _is_near(t, config.min_fact_retention)]
+    near = [t for t in reached if t.verdict == "rollback" and _is_near(t) and _keeps(t, state)]
     chosen = [*kept, *sorted(near, key=lambda trial: -(trial.better or 0.0))]
     distinct = {trial.checkpoint: trial for trial in reversed(chosen)}
     found = [trial for trial in chosen if distinct[trial.checkpoint] is trial][:FINALISTS]
     return found if len(found) > 1 else []
 
 
-def _is_near(trial: Trial, least: float) -> bool:
-    """Whether a trial that was rolled back could as well have been kept; not where it forgets too much."""
+def _is_near(trial: Trial) -> bool:
+    """Whether a trial that was rolled back could as well have been kept, by its KL."""
+    return trial.better is not None and trial.better >= NEAR
+
+
+def _keeps(trial: Trial, state: State) -> bool:
+    """Whether a trial keeps what a person said must stay: answers, and texts within their bounds."""
+    least, dense = state.config.min_fact_retention, state.dense.texts if state.dense else []
     remembers = not least or (trial.fact_retention is not None and trial.fact_retention >= least)
-    return trial.better is not None and trial.better >= NEAR and remembers
+    return remembers and heed_bounds(state.config.text_bounds, trial.texts, dense, "accept", "")[0] == "accept"
 
 
 def reserve_tokens(state: State) -> int:

@@ -74,8 +74,6 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | Non
     is `layers`. The predicted KL is that of the curves as they are. The order's id says nothing of multipliers: they
     change no weight but by the zeros.
     """
-    if plan.cut:
-        raise ImpossiblePlan("cut is of runs that take parts away, and this one sets weights to zero; leave it out")
     recipe, others = find_recipe(plan, config), assign_recipes(plan, layers, config)
     refuse_two_walks([recipe, *others.values()])
     refuse_two_polishes(recipe, others.values())
@@ -176,6 +174,8 @@ class Orders:
             return order_cut(plan, self.parts, self.layers, describe_plan(plan))
         if plan.graft:  # what is at hand may change within a round
             return self.grafts.resolve(plan, plan.graft, self.layers, self.config, describe_plan(plan))
+        if plan.cut:
+            raise ImpossiblePlan("cut is of runs that take parts away, and this one sets weights to zero; leave it out")
         curves = self._find_curves(plan)
         key = plan.model_dump_json(exclude=WORDS | {"reprofile"}), curves.exact
         if key not in self._drafts:

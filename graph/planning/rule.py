@@ -25,7 +25,7 @@ from graph.planning.refinements import (
 )
 from graph.planning.situation import Situation
 from graph.reflecting.posterior import WHOLE, weigh_evidence
-from graph.state import Trial, same_sparsity
+from graph.state import SAME_SPARSITY, Trial, same_sparsity
 from tools.plans.cuts import Cutting
 from tools.plans.recipe import Recipe
 
@@ -41,12 +41,15 @@ MOST_BLOCKS = 2
 
 
 def plan_by_rule(situation: Situation) -> Plan | None:
-    """The next plan; None when every lever was tried, or broke. Raises ImpossiblePlan when bounds cannot be met."""
+    """The next plan; None when every lever was tried, broke, or takes more tokens than are left. Raises ImpossiblePlan
+    when bounds cannot be met."""
     if situation.parts is not None:
-        return _plan_cut(situation)
-    if situation.at_target:
+        found = _plan_cut(situation)
+    elif situation.at_target:
         return next(plan_refinements(situation), None)
-    return next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)
+    else:
+        found = next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)
+    return None if found is None or situation.find_expense(found) else found
 
 
 def list_candidates(situation: Situation, most: int) -> list[Plan]:
@@ -184,8 +187,9 @@ def _vary_cut(situation: Situation) -> Iterator[Plan]:
             yield Plan(sparsity=target, cut=cutting.model_copy(update=change), reason=reason)
 
 
-def _plan_after_rollback(situation: Situation, start: float, last: Trial, strongest: Recipe) -> Plan:
-    """Strengthen the recipe first; with the strongest recipe, halve the step. After one that broke, take another."""
+def _plan_after_rollback(situation: Situation, start: float, last: Trial, strongest: Recipe) -> Plan | None:
+    """Strengthen the recipe first; with the strongest recipe, halve the step, until there is none that could be told
+    from what was accepted. After one that broke, take another."""
     undone = f"Round {last.iteration} was {'refused' if last.verdict == 'refuse' else 'rolled back'}"
     sparsity = min(last.sparsity, situation.config.target_sparsity)
     if last.broken:
@@ -200,6 +204,8 @@ def _plan_after_rollback(situation: Situation, start: float, last: Trial, strong
             reason=f"{undone}; refitting the survivors repairs most of a mask's damage.",
         )
     step = round(start + (last.sparsity - start) / 2, 4)
+    if step - start <= SAME_SPARSITY:
+        return None
     return Plan(
         sparsity=step,
         recipe=strongest,

@@ -38,6 +38,15 @@ def check_input(config: RunConfig) -> None:
     refuse_shared_questions(config, config)
 
 
+def check_name(name: str) -> None:
+    """Raises UserError for what cannot be the name of a run."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(
+            f"run name {name!r} must be letters, digits, '.', '_' or '-', at most 100 of them, and begin with a letter "
+            "or digit"
+        )
+
+
 def create_run(
     runs_dir: Path,
     name: str,
@@ -54,8 +63,7 @@ def create_run(
     Calling again for the same thread changes nothing. Raises UserError when another run has the name or another
     process works in it.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise UserError(f"run name {name!r} must be letters, digits, '.', '_' or '-', and begin with a letter or digit")
+    check_name(name)
     directory = runs_dir / name
     record = directory / "run.json"
     if record.is_file() and read_run(runs_dir, name)[0] == thread_id:

@@ -46,6 +46,8 @@ class Record:
     reflections: dict[int, Reflection] = field(default_factory=dict)
     """What a reflector's model said; nothing where the reflections are worked out from figures."""
     trials: dict[int, Event] = field(default_factory=dict)
+    profiled: set[int] = field(default_factory=set)
+    """Iterations that another profile came behind."""
     mask_sha256: str = ""
     """Of the result; empty when the run did not finish."""
     stop: str = ""
@@ -119,6 +121,8 @@ def _take(record: Record, event: Event) -> None:
                 "reason": str(event.get("reason", "")),
                 "order": str(event.get("order", "")),
             }
+        case "profile":
+            record.profiled |= {max(record.trials)} if record.trials else set()
         case "note" if not record.mask_sha256:
             record.stop = str(event["text"])
         case "result":

@@ -65,17 +65,23 @@ def keep_brief(second: RunConfig, brief: Brief | None) -> RunConfig:
     return follow_brief(second, brief).model_copy(update={"goal": ""})
 
 
+def leave_caps(caps: Mapping[str, Any], cut: Record) -> dict[str, Any]:
+    """What caps on the agents of both runs together leave the second one; nothing of those that are not there."""
+    assert cut.summary is not None, "the first run has ended"
+    spent, left = cut.summary.agents, dict[str, Any]()
+    if tokens := caps.get("max_agent_tokens"):
+        left["max_agent_tokens"] = max(1, tokens - spent.input_tokens - spent.output_tokens)
+    if cost := caps.get("max_agent_cost"):
+        left["max_agent_cost"] = max(1e-9, cost - spent.cost)
+    return left
+
+
 def follow_cut(second: RunConfig, first: RunConfig, cut: Record, model: Path) -> RunConfig:
     """The second run's options once the first has ended: its model is the cut one, and what is capped, or must be
     known at the end, holds of both runs together.
     """
-    assert cut.summary is not None, "the first run has ended"
-    spent = cut.summary.agents
     found = {field: getattr(first, field) for field in CHANGEABLE} | {"model": str(model.resolve())}
-    if first.max_agent_tokens:
-        found["max_agent_tokens"] = max(1, first.max_agent_tokens - spent.input_tokens - spent.output_tokens)
-    if first.max_agent_cost:
-        found["max_agent_cost"] = max(1e-9, first.max_agent_cost - spent.cost)
+    found |= leave_caps(found, cut)
     retention = cut.kept.fact_retention if cut.kept else None
     if second.min_fact_retention and retention:
         found["min_fact_retention"] = min(1.0, second.min_fact_retention / retention)

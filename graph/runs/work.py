@@ -1,7 +1,8 @@
 """Which run is worked on: a new one, one that was begun, the repeat of another, or the second one of two targets."""
 
 import uuid
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from socket import socket
 from typing import Any
@@ -10,9 +11,18 @@ from langchain_core.runnables import RunnableConfig
 
 from graph.config import CHANGEABLE, RunConfig, read_config
 from graph.llm.models import check_agents
-from graph.runs.directory import check_input, create_run, read_replay, read_run, write_config
+from graph.runs.directory import check_input, check_name, create_run, read_replay, read_run, write_config
 from graph.runs.replay import read_record
-from graph.runs.second import OF_CUTS, ONLY_SECOND, follow_cut, keep_brief, name_second, read_configs, read_second
+from graph.runs.second import (
+    OF_CUTS,
+    ONLY_SECOND,
+    follow_cut,
+    keep_brief,
+    leave_caps,
+    name_second,
+    read_configs,
+    read_second,
+)
 from tools.base.errors import UserError
 from tools.base.rows import follow_kept
 from tools.base.rundir import lock_run
@@ -36,6 +46,8 @@ class Work:
     """The repository of the hub that the model goes to."""
     listener: socket | None = None
     """Where the live page is served."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Of a run that is gone on with, the options that were given anew, such as workers and caps."""
 
     @property
     def name(self) -> str:
@@ -68,7 +80,7 @@ def start_replay(runs_dir: Path, replay: str, name: str | None, flags: dict[str,
     _, config = read_run(runs_dir, replay)
     if not read_record(replay).plans:
         raise UserError(f"the record of run {replay!r} holds no plan to repeat")
-    second = read_second(runs_dir / replay, {field: flags[field] for field in flags if field not in OF_CUTS})
+    second = read_second(runs_dir / replay, {option: flags[option] for option in flags if option not in OF_CUTS})
     again = read_config({**config.model_dump(), **_take_first(flags, second)}, None)
     return _create(runs_dir, name, f"{replay}-replay", again, replay, second)
 
@@ -84,6 +96,8 @@ def _create(
     for options in (config, second) if second else (config,):
         check_input(options)
     name = _free_name(runs_dir, stem) if name is None else name
+    if second:
+        check_name(name_second(name))
     if second and (behind := runs_dir / name_second(name)).exists():
         raise UserError(
             f"run {behind.name!r}, as the zeros would be called, exists already in {runs_dir}; give another --name"
@@ -107,20 +121,21 @@ def resume(runs_dir: Path, name: str, flags: dict[str, Any], path: Path | None) 
     thread, config = read_run(runs_dir, name)
     replay = read_replay(runs_dir / name)
     second = read_second(runs_dir / name)
-    if second != read_second(runs_dir / name, {field: flags[field] for field in flags if field in ONLY_SECOND}):
+    if second != read_second(runs_dir / name, {option: flags[option] for option in flags if option in ONLY_SECOND}):
         raise UserError(f"run {name!r} cannot be resumed with another second target; start a new run")
     own = _take_first(flags, second)
     wanted = read_configs(flags, path)[0] if path else read_config({**config.model_dump(), **own}, None)
     wanted = follow_kept(wanted, config.model_dump())
-    changed = [field for field in RunConfig.model_fields if getattr(wanted, field) != getattr(config, field)]
-    if refused := [field for field in changed if field not in CHANGEABLE]:
+    changed = [option for option in RunConfig.model_fields if getattr(wanted, option) != getattr(config, option)]
+    if refused := [option for option in changed if option not in CHANGEABLE]:
         raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(refused)}); start a new run")
     if not replay and not (runs_dir / name / "summary.json").is_file():  # else no agent is asked any more
         check_agents(wanted)
     lock_run(runs_dir / name)
     if changed:
         write_config(runs_dir / name, wanted)
-    return Work(runs_dir / name, wanted, thread, replay, resumed=True)
+    given = {option: getattr(wanted, option) for option in CHANGEABLE if option in flags or option in changed}
+    return Work(runs_dir / name, wanted, thread, replay, resumed=True, given=given)
 
 
 def find_second(work: Work, second: RunConfig) -> Work | None:
@@ -129,10 +144,10 @@ def find_second(work: Work, second: RunConfig) -> Work | None:
     Raises UserError.
     """
     runs_dir, name = work.directory.parent, name_second(work.name)
+    cut, replay = read_told(work.directory), name_second(work.replay) if work.replay else ""
     if (runs_dir / name / "run.json").is_file():
-        further = resume(runs_dir, name, {}, None)
+        further = resume(runs_dir, name, {**work.given, **leave_caps(work.given, cut)}, None)
     else:
-        cut, replay = read_told(work.directory), name_second(work.replay) if work.replay else ""
         if cut.summary is None or cut.summary.status != "finished":
             undone = "no zeros are set, and nothing is pushed" if work.push else "no zeros are set"
             print(f"run {work.name} is short of its target, and {undone}: see {work.directory / 'report.html'}")

@@ -97,3 +97,18 @@ def test_requests_that_were_tried_again_are_told(tiny_llama: Path, tmp_path: Pat
     assert usage.own_count == sum(request["input_tokens"] for request in requests)
     told = f"request: {server.planner('rate-twice')} limits the rate or the quota (HTTP 429: slow down); counted"
     assert done.out.count(told) == 2 and "; 2 requests failed" in done.out
+
+
+def test_what_a_planner_spends_that_brings_no_plan_is_counted(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    run = tmp_path / "runs" / "run"
+    with OpenAIServer([PLANS[0], *["no plan at all"] * 20]) as server:
+        done = command(*flags(tiny_llama, server), "--planner-unaided")
+        assert (done.code, done.err) == (0, "")
+        assert "the planner gave no usable plan" in done.out
+        sent = sum(request.prompt_tokens for request in server.requests)
+        answered = sum(request.completion_tokens for request in server.requests)
+    assert len(server.requests) > 2
+    agents = read_summary(run)["agents"]
+    assert (agents["calls"], agents["input_tokens"], agents["output_tokens"]) == (len(server.requests), sent, answered)

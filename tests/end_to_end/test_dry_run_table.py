@@ -10,7 +10,7 @@ import torch
 
 from graph import run
 from tests.tools.estimate.helpers import LLAMA_70B, QWEN3_8B, write_config
-from tools.estimate import needs
+from tools.estimate import places
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3_4B = {**QWEN3_8B, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
@@ -44,7 +44,7 @@ def test_the_table_is_what_the_command_says(
     row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(needs, "measure_process", lambda: PROCESS)
+    monkeypatch.setattr(places, "measure_process", lambda: PROCESS)
     model, machine, gpu, cpu, disk, work, reading = row
     memory, *flags = machine.split(", ", 1)
     flags = re.findall(r"`(.+)`", flags[0])[0].split() if flags else []

@@ -18,6 +18,7 @@ from tests.end_to_end.helpers import (
     run_apart,
     run_here,
 )
+from tools.base.options import read_yaml
 
 BOTH = ("--target-size", "0.75", "--target-sparsity", "0.4", "--tau", "9", "--max-iterations", "2")
 
@@ -68,7 +69,9 @@ def test_killed_in_either_and_resumed_by_the_first_ones_name(
     runs = ("--runs-dir", str(tmp_path / "killed"))
     assert fork(tmp_path, *given, *runs, halt=halt).finish().code < 0
     assert (tmp_path / "killed" / "run-zeros").exists() == (halt.node == "prune")
-    assert run_here("--resume", "run", *runs) == 0
+    assert run_here("--resume", "run", "--max-agent-tokens", "77", *runs) == 0
+    caps = [read_yaml(tmp_path / "killed" / name / "config.yaml")["max_agent_tokens"] for name in ("run", "run-zeros")]
+    assert caps == [77, 77], "the first has spent none of them"
     for name in ("run", "run-zeros"):
         killed = tmp_path / "killed" / name
         assert read_trials(killed) == read_trials(easy / name)

@@ -63,6 +63,24 @@ class Phase(BaseModel):
         return self.device_bytes + self.host_bytes
 
 
+def count_host(phase: Phase, of_worker: Sequence[Phase], device: str, workers: int) -> int:
+    """CPU memory of a phase of this process and, were they on the same machine, of all workers and their store."""
+    mates = [other for other in of_worker if other.name == phase.name]
+    parts = [phase, *(mate for mate in mates for _ in range(workers))]
+    return phase.store_bytes + sum(p.bytes if device == "cpu" else p.host_bytes for p in parts)
+
+
+def find_needed(phases: Sequence[Phase], of_worker: Sequence[Phase], device: str, workers: int) -> tuple[int, str]:
+    """(most that one device must hold, in which phase): a GPU's process, or all processes where it is the CPU.
+
+    Where there are workers, the first one's GPU is also that of the process that they work for.
+    """
+    if device == "cpu":
+        return max((count_host(phase, of_worker, device, workers), phase.name) for phase in phases)
+    mates = {phase.name: phase.device_bytes for phase in of_worker}
+    return max((phase.device_bytes + mates.get(phase.name, 0), phase.name) for phase in phases)
+
+
 def find_common(phases: Sequence[Phase], place: str) -> list[Line]:
     """The lines of the device, or the host, that all phases have once the model is loaded."""
     lines: list[list[Line]] = [getattr(phase, place) for phase in phases[1:] if phase.name != WRITE]

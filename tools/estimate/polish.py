@@ -2,13 +2,16 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from tools.base.settings import TeamSettings
+from tools.estimate.course import Course
 from tools.estimate.phases import Facts, Phase, find_common
 from tools.estimate.room import Room
 from tools.estimate.shape import list_backward, multiply
 from tools.estimate.work import POLISH
 from tools.models.disk import Line
+from tools.models.layers import Layer
 from tools.models.readout import CHUNK
 from tools.plans.polish import Means, Schedule
 from tools.polish.survivors import MEAN_BYTES, Place, count_state_bytes, place_state
@@ -84,6 +87,16 @@ def list_polish_disk(survivors: int, means: Means, windows: int, window: int, hi
     size = count_state_bytes(item, means)
     state = multiply("a polish under way", (2, "copies"), (survivors, "survivors"), (size, "bytes"))
     return [state, _describe_hidden(windows, window, hidden, item)]
+
+
+def count_polish_disk(model: Any, layers: Sequence[Layer], settings: TeamSettings, lead: int, course: Course) -> int:
+    """Bytes that a polish of the course may write beside its checkpoint, wherever its means come to lie."""
+    if not course.polishes:
+        return 0
+    survivors = course.count_survivors(sum(layer.weight_OI.numel() for layer in layers))
+    windows, embedding = course.count_fitted(settings), model.get_input_embeddings().weight
+    shape = lead + settings.window, embedding.shape[1], embedding.element_size()
+    return sum(line.bytes for line in list_polish_disk(survivors, "fp32", windows, *shape))
 
 
 def _add_up(lines: Iterable[Line]) -> int:

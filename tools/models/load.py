@@ -172,28 +172,35 @@ def count_models(settings: TeamSettings, device: str) -> int:
     return 1 + (max(count_beside(settings), 1) if device == "cpu" else 1)
 
 
+def is_small(settings: TeamSettings) -> bool:
+    """Whether the model, and its workers' own, surely fit the memory that is free, by the sizes of its files alone."""
+    files = _list_files(locate_model(settings.model))
+    return bool(files) and sum(file.stat().st_size for file in files) * WIDEST < _count_room(settings)
+
+
+def _count_room(settings: TeamSettings) -> float:
+    """Bytes of the memory that is free which each model may take, with `auto`."""
+    import torch
+
+    device = pick_device("auto").type
+    return FITS * (torch.cuda.mem_get_info()[0] if device == "cuda" else count_free()) / count_models(settings, device)
+
+
 def choose_device(settings: TeamSettings) -> TeamSettings:
     """The settings with `stream` instead of `auto` where the model, and its workers' own, do not fit the memory that is
     free.
 
     Raises UserError when its config cannot be read.
     """
-    import torch
-
     place = locate_model(settings.model)
-    if settings.device != "auto" or (Path(place.path) / PACKED_FILE).is_file():
-        return settings
-    device = pick_device("auto").type
-    free = FITS * (torch.cuda.mem_get_info()[0] if device == "cuda" else count_free()) / count_models(settings, device)
-    files = _list_files(place)
-    if files and sum(file.stat().st_size for file in files) * WIDEST < free:
-        return settings  # for sure: nothing needs to be built
+    if settings.device != "auto" or (Path(place.path) / PACKED_FILE).is_file() or is_small(settings):
+        return settings  # nothing needs to be built
     check_in_reach(settings.model)
     try:
         empty, _ = build_on_meta(place, settings)
     except Exception as error:  # as `load_model`
         raise _explain(settings, error) from error
-    fits = sum(parameter.nbytes for parameter in empty.parameters()) <= free
+    fits = sum(parameter.nbytes for parameter in empty.parameters()) <= _count_room(settings)
     return settings if fits else settings.model_copy(update={"device": "stream"})
 
 

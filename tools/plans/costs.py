@@ -4,6 +4,7 @@ A backward pass counts as two forwards. Each cost has a name, under which it is 
 made, before is read back.
 """
 
+import math
 from collections.abc import Collection
 
 from tools.base.settings import WorkbenchSettings
@@ -129,7 +130,7 @@ def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     taken = {(recipe.statistics, recipe.weighs_tokens, recipe.changes_survivors) for recipe in recipes}
     texts = max(count_texts(recipe, settings) for recipe in recipes)
     if walked := count_in_order([kind for kind, *_ in taken], settings, texts):
-        costs[f"walk of order {order.id}"] = walked
+        costs[f"walk of order {order.id}"] = math.ceil(order.passed * walked)
     if order.polish:
         mix = next(iter(order.layers.values())).recipe.mix
         costs[f"polish of order {order.id}"] = count_polish(settings, order.polish, len(mix))

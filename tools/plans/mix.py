@@ -27,7 +27,10 @@ def read_mix(value: Any) -> Any:
     """
     if value is None:
         return ()
-    pairs = dict(value) if isinstance(value, Mapping | list | tuple) else value
+    try:
+        pairs = dict(value) if isinstance(value, Mapping | list | tuple) else value
+    except TypeError as error:
+        raise ValueError("a mix is of texts by name, each with its weight") from error
     if not isinstance(pairs, dict):
         return pairs
     weights = {str(name): _read_weight(name, weight) for name, weight in sorted(pairs.items())}

@@ -25,7 +25,7 @@ OWL_LAMBDA = 0.08
 
 ALPHA_EPSILON = 0.3
 """AlphaPruning's epsilon: sparsities span 1 - epsilon to 1 + epsilon of a common factor. The code's default, and its
-value for Wanda; the published runs of LLaMA-2-7B have 0.5 for magnitude and 0.2 for SparseGPT."""
+value for Wanda on most models; the published runs of LLaMA-2-7B have 0.5 for magnitude and 0.2 for SparseGPT."""
 
 
 def share_evenly(budget: Budget) -> Array:

@@ -56,6 +56,13 @@ class WorkOrder(BaseModel):
     alone: str = Field(
         "", exclude_if=operator.not_, description="Selector of the layers that it prunes; empty where that is all."
     )
+    passed: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        exclude_if=lambda share: share == 1,
+        description="Share of the blocks that calibration text passes for statistics behind pruned predecessors.",
+    )
 
     @cached_property
     def id(self) -> str:
@@ -109,7 +116,8 @@ UNTOUCHED = Recipe(method="magnitude", refit=False)
 
 
 def prune_alone(order: WorkOrder, selector: str, layers: Sequence[LayerProfile]) -> WorkOrder:
-    """The order that prunes the layers of a selector as this one does, and leaves all others dense, unpolished.
+    """The order that prunes the layers of a selector as this one does, and leaves all others dense, unpolished. Behind
+    pruned predecessors the text passes no block above the last of them.
 
     Its predicted KL is by the curves of `layers`, which are those of the model. Without a selector, or of all layers,
     it is the same order. Raises ImpossiblePlan where it means none, or the order prunes none.
@@ -123,6 +131,7 @@ def prune_alone(order: WorkOrder, selector: str, layers: Sequence[LayerProfile])
     chosen = {name: x if name in names else LayerOrder(recipe=UNTOUCHED, zeros=0) for name, x in order.layers.items()}
     shares = np.array([chosen[layer.name].zeros / layer.weights for layer in layers])
     pruned = [place for place, layer in enumerate(layers) if layer.name in names]
+    in_order = [layer.block + 1 for layer in layers if chosen[layer.name].recipe.in_order]
     return WorkOrder(
         layers=chosen,
         sparsity=sum(x.zeros for x in chosen.values()) / sum(layer.weights for layer in layers),
@@ -130,6 +139,7 @@ def prune_alone(order: WorkOrder, selector: str, layers: Sequence[LayerProfile])
         multipliers=order.multipliers,
         line=f"{tidy} alone as by {order.line}",
         alone=tidy,
+        passed=max(in_order) / max(layer.block + 1 for layer in layers) if in_order else 1.0,
     )
 
 

@@ -8,7 +8,9 @@ Their `scripts/llama_prune.sh` has `--block_wise --pruner_type taylor --taylor p
   beyond int(U (1 - share)) channels. What stays is left as it is.
 - The first and the last blocks stay whole: of LLaMA's 32 the first four and the last two, here as much of the depth.
 - The text is the caller's, evenly spread over its windows. The authors draw theirs from BookCorpus.
-- A unit of attention is a KV head with the query heads that read it, as in their code for LLaMA 3 (`llama3.py`).
+- A unit of attention is a KV head with the query heads that read it, as in their code for LLaMA 3 (`llama3.py`). There
+  the scores of query heads are folded as if every n-th read the same KV head, where neighbours do: such heads are
+  credited with others' scores. Here each counts for the KV head that it reads; without groups the scores are theirs.
 
 Blocks end with two widths, which no stock config describes: the model is a copy with hooks (`tools.surgery.flap`).
 

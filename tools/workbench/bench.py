@@ -17,6 +17,7 @@ from tools.base.failures import explain_work
 from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings, WorkbenchSettings
 from tools.estimate.course import Course
+from tools.estimate.places import choose_for_run
 from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
 from tools.models.blocks import Blocks, check_blocks
@@ -24,7 +25,7 @@ from tools.models.experts import check_experts
 from tools.models.gguf import reading_once
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
 from tools.models.linear import keep_linear
-from tools.models.load import choose_device, load_model
+from tools.models.load import load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
 from tools.models.streamed import find_stream
@@ -81,18 +82,21 @@ class Workbench:
         self.paces: Paces = {}
         progress("load model", 0, 1)
         self.store = ArtifactStore(directory / "artifacts")
+        course = course or Course([])
         with reading_once():
-            self.model, self.tokenizer = loaded or load_model(choose_device(settings), self.store.directory)
+            chosen = settings if loaded else choose_for_run(settings, course, directory)
+            self.model, self.tokenizer = loaded or load_model(chosen, self.store.directory)
         if settings.device == "auto" and find_stream(self.model):
-            beside = ", beside those of workers," if settings.workers else ""
+            who = "a run and its workers hold" if settings.workers else "a run holds"
             self._warn(
-                f"the model{beside} does not fit the memory that is free: one block of it at a time comes from disk"
+                f"the model and what {who} beside it do not fit the memory that is free: one block of it at a time "
+                "comes from disk"
             )
         self.device = self.model.device
         layers = find_layers(self.model)
         lead = count_lead(settings, self.tokenizer)
         refuse_long_windows(self.model, settings.window, lead)
-        at_once = fit_disk(self.model, layers, settings, directory, lead, course or Course([]), self._warn)
+        at_once = fit_disk(self.model, layers, settings, directory, lead, course, self._warn)
         self.index = Index(self.store)
         author = Author(self.model, self.tokenizer, settings, self.index, progress)
         self.windows = cut_windows(settings, self.tokenizer, author)

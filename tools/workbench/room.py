@@ -13,7 +13,7 @@ from tools.base.settings import TeamSettings
 from tools.base.words import show_size
 from tools.estimate.course import Course
 from tools.estimate.cutting import find_cutting
-from tools.estimate.polish import list_polish_disk
+from tools.estimate.polish import count_polish_disk
 from tools.models.disk import plan_disk
 from tools.models.layers import Layer
 from tools.models.source import list_in_source
@@ -40,7 +40,7 @@ def fit_disk(
     free = shutil.disk_usage(directory).free + _count_written(directory)
     if stream:  # the model as it is now, in a file without a name
         free += sum(parameter.nbytes for parameter in model.parameters())
-    polish = _count_polish(model, layers, settings, lead, course)
+    polish = count_polish_disk(model, layers, settings, lead, course)
     room = min(free, settings.disk * 1e9 or math.inf)
     waiting = count_waiting(settings.count_all("calibration"))
     count = partial(
@@ -75,16 +75,6 @@ def fit_disk(
             "there: they are collected anew whenever layers are pruned, block by block"
         )
     return plan.at_once
-
-
-def _count_polish(model: Any, layers: list[Layer], settings: TeamSettings, lead: int, course: Course) -> int:
-    """Bytes that a polish of the course may write beside its checkpoint, wherever its means come to lie."""
-    if not course.polishes:
-        return 0
-    survivors = course.count_survivors(sum(layer.weight_OI.numel() for layer in layers))
-    windows, embedding = course.count_fitted(settings), model.get_input_embeddings().weight
-    shape = lead + settings.window, embedding.shape[1], embedding.element_size()
-    return sum(line.bytes for line in list_polish_disk(survivors, "fp32", windows, *shape))
 
 
 def _count_written(directory: Path) -> int:

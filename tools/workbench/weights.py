@@ -39,6 +39,8 @@ class Weights:
         self._store, self._warn = store, warn
         self._hashes: dict[str, str] = {}
         self._dense_zeros: dict[str, int] = {}
+        self._zeros: dict[str, tuple[str, int]] = {}
+        """By layer, an artifact that was put in last, and the zeros that were counted in the model then."""
 
     def device_of(self, name: str) -> torch.device:
         """Where a layer is computed."""
@@ -156,9 +158,21 @@ class Weights:
             return None
         return Marks(self.mark_blocks(self.installed), json.dumps(self.installed))
 
+    def _count_present(self, layer: Layer) -> int:
+        """Zeros of a layer in the model as it is now, counted once for what was put in: several ask in every round, and
+        of a model that is streamed all of it would come from disk."""
+        artifact = self.installed[layer.name]
+        if artifact == DENSE:
+            return self.count_dense_zeros(layer.name)
+        known, zeros = self._zeros.get(layer.name, ("", 0))
+        if not artifact or known != artifact:
+            zeros = int((layer.weight_OI == 0).sum())
+            self._zeros[layer.name] = artifact, zeros
+        return zeros
+
     def sparsities(self) -> list[float]:
         """Share of zeros in each layer of the model as it is now, in layer order."""
-        return [float((layer.weight_OI == 0).float().mean()) for layer in self.layers]
+        return [self._count_present(layer) / self.dense[layer.name].numel() for layer in self.layers]
 
     def describe_sparsity(self) -> dict[str, float]:
         """The same by name; of the experts of one block the mean."""
@@ -169,8 +183,8 @@ class Weights:
 
     def count_zeros(self) -> tuple[int, int]:
         """(zeros, weights) over all prunable layers of the model as it is now."""
-        zeros = sum(int((layer.weight_OI == 0).sum()) for layer in self.layers)
-        return zeros, sum(layer.weight_OI.numel() for layer in self.layers)
+        zeros = sum(map(self._count_present, self.layers))
+        return zeros, sum(self.dense[name].numel() for name in self.by_name)
 
     def hash_masks(self) -> str:
         """SHA-256 over the sorted layer names and their mask bits.

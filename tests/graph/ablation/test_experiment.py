@@ -136,15 +136,12 @@ def test_runs_of_the_graph_have_the_workers(tmp_path: Path, monkeypatch: pytest.
     assert {"--seed=2", "--text-cut=2", "--max-evaluated-tokens=800", "--max-seconds=60.0"} <= set(commands[0])
     assert commands[2][-3:] == ["--planner-fallback=heuristic", "--planner-fallback=none", "--planner-unaided"]
     assert {"--name", "--workers=3", "--worker-threads=2", "--no-memory"} <= set(commands[0])
-    assert commands[1][3:] == [
-        *(
-            "--runs-dir",
-            str(tmp_path / "runs"),
-            "--resume",
-            "heuristic-2",
-            "--workers=3",
-            "--worker-threads=2",
-            "--disk=0.0",
-        ),
-        "--no-partial",
-    ]
+    resumed = [*commands[0]]
+    resumed[resumed.index("--name")] = "--resume"
+    assert commands[1] == resumed, "which refuses what is not what it was begun with"
+
+
+def test_what_no_run_may_be_is_refused_before_anything_is_loaded(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = make_settings(tiny_llama, tmp_path / "out", polish_tokens=128, device="stream")
+    with pytest.raises(UserError, match=r"^polish_tokens: a polish holds all survivors .* and cannot be streamed; "):
+        ablate(settings, [], Console(quiet=True))

@@ -57,6 +57,9 @@ def test_the_rule_weighs_as_the_config_says_or_all_alike() -> None:
         ("code", 0, None),
         ("prose", 2, 0.5),
     ]
+    great = CONFIG.model_copy(update={"text_weights": {"code": 300.0, "prose": 100.0}, "text_bounds": {"prose": 200.0}})
+    aims = weigh_alike(great).aims
+    assert [(aim.weight, aim.max_rise) for aim in aims] == [(100, None), (pytest.approx(100 / 3), 100)]
 
 
 @pytest.mark.parametrize(

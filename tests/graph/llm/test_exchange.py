@@ -9,7 +9,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 
 from graph.config import RunConfig
 from graph.llm.ask import ask
-from graph.llm.exchange import write_conversation, write_prompt
+from graph.llm.exchange import find_answer, write_conversation, write_prompt
 from graph.llm.models import check_model, open_model
 from graph.planning.plan import Plan
 from tests.graph.llm.asking import PLAN, QUESTION
@@ -71,6 +71,17 @@ def test_numbers_go_on_behind_the_last(tmp_path: Path) -> None:
     assert prompt.name.startswith("008-")
     last = f"(Answer in {prompt.name.replace('prompt.md', 'answer.txt')}, written aside and renamed.)"
     assert prompt.read_text() == f"one\n{last}\n", "who sees nothing but the file knows where the answer goes"
+
+
+def test_an_answer_to_the_same_prompt_by_another_number_is_found(tmp_path: Path) -> None:
+    """As where the files of two machines were put together, on which the prompt had another number."""
+    prompt = write_prompt(tmp_path, "one")
+    mark = prompt.name.removesuffix(".prompt.md").partition("-")[2]
+    assert find_answer(prompt) is None
+    (tmp_path / f"000-{mark}.prompt.md").write_bytes(prompt.read_bytes())
+    assert write_prompt(tmp_path, "one").name == f"000-{mark}.prompt.md"
+    (tmp_path / f"003-{mark}.answer.txt").write_text("x")
+    assert find_answer(prompt) == find_answer(tmp_path / f"000-{mark}.prompt.md") == tmp_path / f"003-{mark}.answer.txt"
 
 
 def test_who_waits_for_an_answer_can_be_stopped(tmp_path: Path) -> None:

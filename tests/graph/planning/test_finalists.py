@@ -10,6 +10,7 @@ from graph.planning.verdict import decide_stop
 from graph.state import State, Trial
 from tests.situations import make_trial
 from tools.plans.recipe import Recipe
+from tools.results.schema import TextFigures
 
 CONFIG = RunConfig(further_windows=24, window=64, validation_windows=8)
 DENSE = make_trial(0, "accept", 0.0, Recipe(), perplexity=10.0)
@@ -55,6 +56,19 @@ def test_what_was_not_measured_is_off_the_target_or_forgets_too_much_is_none(oth
     config = CONFIG.model_copy(update={"questions": "file:q.jsonl", "min_fact_retention": 0.8})
     assert numbers(state_of(*REACHED, trial(3, **{"better": 0.5, "fact_retention": 0.8}), config=config)) == [2, 3]
     assert numbers(state_of(*REACHED, trial(3, **other), config=config)) == []
+
+
+def test_what_goes_beyond_the_bound_of_a_text_is_none() -> None:
+    def measure(code: float | None) -> list[TextFigures]:
+        figures = {"weight": 0.5, "kl": 0.1, "kl_error": 0.01}
+        return [TextFigures(name=name, perplexity=of, **figures) for name, of in (("code", code), ("prose", 1e9))]
+
+    texts = {"code": "file:code.txt", "prose": "file:prose.txt"}
+    config = CONFIG.model_copy(update={"text": texts, "text_bounds": {"code": 0.2}})
+    dense = DENSE.model_copy(update={"texts": measure(10.0)})
+    for code, found in ((12.0, [2, 3]), (12.1, []), (None, [])):
+        state = state_of(*REACHED, trial(3, better=0.9, texts=measure(code)), config=config)
+        assert numbers(state.model_copy(update={"dense": dense})) == found
 
 
 def test_without_further_windows_or_short_of_the_target_there_are_none() -> None:

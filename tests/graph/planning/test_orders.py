@@ -14,6 +14,7 @@ from graph.planning.orders import Curves, Orders, apply_lessons, describe_plan, 
 from graph.planning.plan import Plan
 from tests.situations import make_layers, make_lesson
 from tools.base.errors import DamagedArtifact, ImpossiblePlan
+from tools.plans.cuts import Cutting
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import WorkOrder
@@ -233,3 +234,9 @@ def test_curves_are_measured_for_what_is_carried_out_alone() -> None:
 
 def orders_by_mask(plan: Plan) -> dict[str, int]:
     return resolve(plan, LAYERS, CONFIG).zeros
+
+
+def test_a_cut_is_refused_where_weights_are_set_to_zero() -> None:
+    orders = Orders(CONFIG, (), LAYERS)
+    with pytest.raises(ImpossiblePlan, match=r"^cut is of runs that take parts away, and this one sets weights"):
+        orders.resolve(PLAN.model_copy(update={"cut": Cutting()}), lambda _: LAYERS)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from graph.config import RunConfig
+from graph.planning.budget import TokenBudget
 from graph.planning.orders import Curves
 from graph.planning.refinements import (
     DAMPED,
@@ -88,6 +89,24 @@ def test_after_a_rollback_the_recipe_grows_stronger_and_then_the_step_shorter() 
     plan = plan_by_rule(make_situation(start, masks, make_trial(3, "rollback", 0.45, STRONG)))
     assert plan is not None
     assert (plan.sparsity, plan.recipe.refit) == (pytest.approx(0.375), True)
+
+
+def test_steps_that_cannot_be_told_from_what_was_accepted_are_not_planned() -> None:
+    start, trials = make_trial(1, "accept", 0.3, STRONG), list[Trial]()
+    while (plan := plan_by_rule(make_situation(start, *trials))) is not None:
+        assert plan.sparsity > 0.3
+        trials.append(make_trial(len(trials) + 2, "rollback", plan.sparsity, plan.recipe))
+        assert len(trials) < 12
+    steps = [trial.sparsity for trial in trials]
+    assert steps == sorted(steps, reverse=True) and steps[-1] - 0.3 < 0.001
+
+
+@pytest.mark.parametrize(("tokens", "plans"), [(256, True), (255, False)])
+def test_below_the_target_nothing_is_planned_that_there_are_not_the_tokens_for(tokens: int, plans: bool) -> None:
+    situation = make_situation()
+    config = situation.config.model_copy(update={"max_evaluated_tokens": tokens})
+    budget = TokenBudget(config, 0, 256)
+    assert (plan_by_rule(dataclasses.replace(situation, config=config, budget=budget)) is not None) is plans
 
 
 def test_a_refused_plan_is_not_proposed_again() -> None:

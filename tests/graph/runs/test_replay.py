@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from graph.config import RunConfig
+from graph.nodes.reflect import after_reflect
 from graph.runs.replay import compare, read_record
+from graph.state import State
 from tests.made_runs import write_run
 from tools.base.rundir import RUNS_DIR_VARIABLE, rewrite_log
 
@@ -53,3 +56,16 @@ def test_those_of_a_run_with_work_orders_are(recorded: Path, replaying: Path) ->
         "parting",
         "trial 1: checkpoint 000000000000 in the record, ffffffffffff here",
     )
+
+
+def test_a_replay_profiles_anew_where_the_record_did(recorded: Path) -> None:
+    lines = (recorded / "events.jsonl").read_bytes().splitlines()
+    events = [json.loads(line) for line in lines]
+    place = next(i for i, event in enumerate(events) if event["type"] == "trial" and event["iteration"] == 1)
+    assert read_record("recorded").profiled == set()
+    again = json.dumps({"time": events[place]["time"], "type": "profile"}).encode()
+    rewrite_log(recorded, [*lines[: place + 1], again, *lines[place + 1 :]])
+    assert read_record("recorded").profiled == {1}
+    state = State(run="again", config=RunConfig(reprofile=True), replay="recorded", iteration=1)
+    assert after_reflect(state) == "profile"
+    assert after_reflect(state.model_copy(update={"iteration": 2})) == "plan"

@@ -6,7 +6,7 @@ import pytest
 
 from graph.config import RunConfig
 from graph.goals.schema import Brief
-from graph.runs.second import LEAST_RISE, follow_cut, keep_brief, read_configs
+from graph.runs.second import LEAST_RISE, follow_cut, keep_brief, leave_caps, read_configs
 from tools.base.errors import UserError
 from tools.results.page.record import Trial
 from tools.results.schema import TextFigures, Usage
@@ -65,6 +65,9 @@ def test_caps_and_what_must_be_known_hold_of_both_runs_together(tmp_path: Path) 
     found = follow_cut(second, first, cut, tmp_path)  # type: ignore[arg-type]
     assert (found.max_agent_tokens, found.max_agent_cost, found.workers, found.memory) == (100, 0.25, "2", False)
     assert found.min_fact_retention == pytest.approx(0.8) and found.model == str(tmp_path)
+    assert leave_caps({"max_agent_tokens": 5000, "workers": "", "max_agent_cost": 0.0}, cut) == {  # type: ignore[arg-type]
+        "max_agent_tokens": 4100
+    }, "as of a cap that is given when both are gone on with"
     spent = SimpleNamespace(summary=SimpleNamespace(agents=Usage(input_tokens=5000, cost=2.0)), kept=None)
     found = follow_cut(second, first, spent, tmp_path)  # type: ignore[arg-type]
     assert found.max_agent_tokens == 1 and 0 < found.max_agent_cost < 1e-6, "no cap would be 0"

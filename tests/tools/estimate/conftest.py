@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools.estimate import cut_work, needs, pruning, timing, units
+from tools.estimate import cut_work, needs, places, pruning, timing, units
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed, and layers are counted once in a process."""
     monkeypatch.setattr(needs, "explain_absence", lambda *_: "this test has no time")
-    monkeypatch.setattr(needs, "count_layer", _count_once)
+    monkeypatch.setattr(places, "count_layer", _count_once)
 
 
 @functools.cache

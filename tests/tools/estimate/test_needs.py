@@ -15,6 +15,7 @@ from tests.tiny import convert_here, make_tiny_config, save_tiny_gguf, save_tiny
 from tests.tools.estimate.helpers import DENSE, MODEL, QWEN3_8B, STATE, large_settings, sizes, write_config
 from tools.base.errors import UserError
 from tools.estimate import needs as module
+from tools.estimate import places
 from tools.estimate.course import Course
 from tools.estimate.needs import Estimate, estimate
 from tools.estimate.phases import ASKED_FOR, WRITE
@@ -348,7 +349,7 @@ def test_the_means_of_a_polish_take_half_where_cpu_memory_has_too_little_room(
 def test_what_does_not_fit_a_gpu_is_smaller_where_it_does_not_fit_cpu_memory(
     memory: float, item: int, tmp_path: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "find_devices", lambda _: read_devices("80"))
+    monkeypatch.setattr(places, "find_devices", lambda _: read_devices("80"))
     monkeypatch.setattr("tools.estimate.room._count_memory", lambda: memory)
     course = COURSE._replace(polishes=[4096], polished_at=0.45)
     found = estimate(large_settings(write_config(tmp_path / "qwen3-8b", QWEN3_8B)), course, target=0.45)

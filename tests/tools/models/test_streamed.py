@@ -224,7 +224,10 @@ def test_auto_streams_what_does_not_fit(tiny_llama: Path, tmp_path: Path, monkey
     said: list[str] = []
     with use_workbench(settings, tmp_path, said.append, ignore_progress) as bench:
         assert find_stream(bench.model) is not None
-    assert said == ["the model does not fit the memory that is free: one block of it at a time comes from disk"]
+    assert said == [
+        "the model and what a run holds beside it do not fit the memory that is free: one block of it at a time comes "
+        "from disk"
+    ]
 
 
 def test_the_first_worker_shares_its_gpu_with_this_process(tiny_llama: Path) -> None:

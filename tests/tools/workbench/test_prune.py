@@ -16,9 +16,11 @@ from tests.benches import MASK, REFIT, SEQUENTIAL, WANDA, artifact_path, ignore,
 from tests.team import join_team
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings
 from tools.base.errors import BrokenPlan, ImpossiblePlan
+from tools.models.blocks import Blocks
+from tools.plans.costs import count_in_order, list_order_costs
 from tools.plans.mix import mix_questions
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
-from tools.plans.work_order import WorkOrder, order_allocation
+from tools.plans.work_order import WorkOrder, order_allocation, prune_alone
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
 from tools.workbench.store import DENSE
@@ -374,3 +376,28 @@ def test_what_is_put_in_from_memory_is_what_its_artifact_stands_for(
     bench.restore(DENSE)
     bench.restore(checkpoint)
     assert same(snapshot(bench), bits)
+
+
+def test_in_order_some_layers_alone_take_the_text_no_further_than_the_last_of_them(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = bench.profile(ignore)
+    layers = bench.read_profile(profile).layers
+    whole = order_allocation(SEQUENTIAL, plan(bench, profile, 0.5, SEQUENTIAL))
+    ran, run = set[int](), Blocks.run
+
+    def see(self: Blocks, ids_T: Any, block: int, *more: Any) -> Any:
+        ran.add(block)
+        return run(self, ids_T, block, *more)
+
+    monkeypatch.setattr(Blocks, "run", see)
+    for selector, passed, blocks in (("blocks 0", 0.5, {0}), ("blocks 1", 1.0, {0, 1})):
+        order = prune_alone(whole, selector, layers)
+        assert order.passed == passed
+        ran.clear()
+        bench.prune(profile, order, ignore)
+        assert ran == blocks
+    half = list_order_costs(prune_alone(whole, "blocks 0", layers), bench.settings)
+    both = list_order_costs(whole, bench.settings)
+    assert 2 * sum(half.values()) == sum(both.values()) == count_in_order(["sequential"], bench.settings)
+    assert prune_alone(order_allocation(MASK, plan(bench, profile, 0.5, MASK)), "blocks 0", layers).passed == 1
