@@ -1,5 +1,6 @@
 """Every option of a run in one pydantic model."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,6 +27,9 @@ from tools.plans.pattern import parse_pattern
 HEURISTIC = "heuristic"
 """The planner and the reflector that are a rule, and no model."""
 MODEL_FORM = r"^(heuristic|[a-z][a-z0-9_]*:\S(.*\S)?)$"
+MODEL_WORDS = (
+    "write heuristic, openai:NAME, openai:NAME@http://HOST:PORT/v1, local:MODEL, exchange:DIR or PROVIDER:NAME"
+)
 Agent = Literal["planner", "reflector"]
 PRICES = ("planner_price_input", "planner_price_output", "reflector_price_input", "reflector_price_output")
 CHANGEABLE = ("max_agent_tokens", "max_agent_cost", "memory", *PRICES, *TEAM)
@@ -283,6 +287,13 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
             raise ValueError(f"{value} looks like a percentage; write it as a fraction, such as {float(value) / 100:g}")
         return value
 
+    @field_validator("planner", "reflector", mode="before")
+    @classmethod
+    def _explain_models(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.match(MODEL_FORM, value) is None:
+            raise ValueError(MODEL_WORDS)
+        return value
+
     @field_validator("text_bounds", mode="before")
     @classmethod
     def _read_bounds(cls, value: Any) -> Any:
@@ -424,6 +435,18 @@ def check_target(config: RunConfig) -> None:
             f"target_{'size' if config.target_size else 'speed'} and target_sparsity are two targets of one run: cut "
             "first, then set zeros in what stays by a run with --model RUN/model --target-sparsity; both as flags of "
             "python -m graph.run do that"
+        )
+
+
+def check_budget(config: RunConfig) -> None:
+    """Refuse tokens that are not enough for one trial. Raises UserError.
+
+    Not part of the model: runs that were begun so are still read.
+    """
+    if 0 < config.max_evaluated_tokens < config.validation_tokens:
+        raise UserError(
+            f"max_evaluated_tokens {config.max_evaluated_tokens:,} allow no trial: one takes "
+            f"{config.validation_tokens:,}"
         )
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import Any
@@ -148,6 +149,7 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     """
     from graph.goals.schema import count_allowed, count_new_text
     from graph.planning.foresee import foresee_course  # imports torch, as the others do
+    from graph.planning.orders import refuse_impossible_target
     from tools.estimate.needs import estimate
     from tools.estimate.room import read_devices
     from tools.estimate.show import print_estimate
@@ -166,6 +168,7 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
             target=config.target_sparsity,
             devices=devices,
             directory=runs_directory(),
+            refuse=partial(refuse_impossible_target, config=config),
         )
         for config in configs
     ]

@@ -33,7 +33,7 @@ _SPREAD = 0.3
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _DECODER: dict[str, Any] = _TOKENS | {
     **{"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2},
-    **{"head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 256, "initializer_range": _SPREAD},
+    **{"head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 4096, "initializer_range": _SPREAD},
 }
 _SHARING: dict[str, Any] = _DECODER | {
     **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},

@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="A model, named as for a run.")
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="A model, named as for a run, or a run: its model.")
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
     add_flags(parser, EvaluateSettings)
     return parser

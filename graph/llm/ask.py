@@ -126,7 +126,8 @@ def ask(
         conversation += _hand_back(reply.text, reason)
     problem = one_line(reason.replace("\n", "; "), 300)
     answers = count(hand_backs + 1, "answer")
-    raise DeadEnd(f"{name_model(model)} gave no usable {schema.__name__} in {answers}; the last one: {problem}")
+    again = getattr(model, "again", "")  # of one whose answers lie in files
+    raise DeadEnd(f"{name_model(model)} gave no usable {schema.__name__} in {answers}; the last one: {problem}{again}")
 
 
 def _call(

@@ -52,6 +52,13 @@ class ExchangeChat(BaseChatModel):
     methods: ClassVar[tuple[Method, ...]] = ("text",)
     _directory: Path = PrivateAttr()
     _progress: Progress = PrivateAttr()
+    _read: Path | None = PrivateAttr(None)
+    """The answer that was read last."""
+
+    @property
+    def again(self) -> str:
+        """How an answer that was of no use is given anew: answers that are there are read again."""
+        return f"; delete {self._read} to answer its prompt anew, or those before it, too" if self._read else ""
 
     @property
     def _llm_type(self) -> str:
@@ -72,6 +79,7 @@ class ExchangeChat(BaseChatModel):
             heed_stop()
             time.sleep(LOOK_SECONDS)
         self._progress(f"wait for {answer}", 1, 1)
+        self._read = found
         with found.open(encoding="utf-8", errors="replace") as file:
             text = file.read(READ_LIMIT + 1)
         return ChatResult(generations=[ChatGeneration(message=AIMessage(text))])

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
-from graph.config import HEURISTIC, RunConfig, check_prices
+from graph.config import HEURISTIC, MODEL_WORDS, RunConfig, check_prices
 from graph.llm.exchange import check_exchange, open_exchange
 from graph.llm.keys import check_key, name_variable
 from graph.llm.ladder import AgentError
@@ -82,10 +82,7 @@ def _split_spec(spec: str) -> tuple[str, str]:
 
 
 def _unknown(spec: str) -> UserError:
-    return UserError(
-        f"no such model: {_quote(spec)}; write heuristic, openai:NAME, openai:NAME@http://HOST:PORT/v1, local:MODEL, "
-        "exchange:DIR or PROVIDER:NAME"
-    )
+    return UserError(f"no such model: {_quote(spec)}; {MODEL_WORDS}")
 
 
 def _quote(text: str) -> str:

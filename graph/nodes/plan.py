@@ -10,7 +10,7 @@ from langgraph.runtime import Runtime
 from graph.config import HEURISTIC, RunConfig
 from graph.goals.schema import follow_new_texts
 from graph.nodes.profile import measure_dense
-from graph.planning.budget import TokenBudget, open_budget
+from graph.planning.budget import TokenBudget, find_lateness, open_budget
 from graph.planning.choose import choose_plan
 from graph.planning.new_texts import count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.planning.orders import record_plan
@@ -38,6 +38,9 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """
     state = state.model_copy(update={"iteration": state.iteration + 1})
     session = enter("plan", state, runtime)
+    if not (state.trials or state.replay) and (late := find_lateness(state.config, session.seconds)):
+        session.emit("note", text=late)
+        return {"iteration": state.iteration - 1, "stop": late, "seconds": session.seconds}
     now = Planning(state, session, open_budget(state))
     if state.replay:
         planner, usage = f"the record of {state.replay}", state.usage

@@ -12,14 +12,13 @@ from graph.llm.models import check_agents
 from graph.memory.experience import read_experience
 from graph.memory.lessons import read_lessons
 from graph.memory.notes import read_notes
-from graph.planning.orders import resolve
-from graph.planning.plan import Plan
+from graph.planning.orders import refuse_impossible_target
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.runs.directory import check_input, create_run
 from graph.runs.replay import read_target
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
-from tools.base.errors import BrokenBaseline, ImpossiblePlan, UnknownStatistics, UserError
+from tools.base.errors import BrokenBaseline, UnknownStatistics
 from tools.base.rundir import runs_directory
 from tools.measure.texts import list_texts
 from tools.plans.costs import count_profile, count_walk
@@ -46,6 +45,8 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     create_run(runs_directory(), name, config, thread, state.replay)
     state = state.model_copy(update={"run": name})
     session = enter("profile", state, runtime)
+    from tools.statistics.table import list_shapes  # imports torch
+
     with open_bench(state, session) as bench:
         target = find_target(bench, state, session) if config.takes_parts else None
         if target:
@@ -60,12 +61,14 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
                 experience = read_experience(runtime.store, config, name)
             if lessons:
                 session.emit("lessons", count=len(lessons), runs=runs)
+        if target is None:
+            refuse_impossible_target(list_shapes(bench.layers, bench.dense), config)  # hours before the rest is known
         profile_id = profile_model(bench, target, session)
         stored = bench.read_profile(profile_id)
         # with a goal they are measured by what is made of it
         parts = bench.measure_parts(profile_id, target, session.progress) if target and not config.goal else ""
         if target is None:
-            _refuse_impossible_target(stored.layers, config)
+            refuse_impossible_target(stored.layers, config)
         dense = measure_dense(bench, state, profile_id, session)
         _tell_profile(session, profile_id, stored.layers, config)
         foreseen = {} if state.replay else foresee_seconds(bench, stored.group, config, session)
@@ -148,13 +151,6 @@ def foresee_seconds(bench: "Workbench", group: Mapping[str, str], config: RunCon
     walk = count_walk(config) * bench.paces.get(MEASURING, 0.0)
     curves = {name_measuring_curves(recipe) for recipe in works}  # they are of a walk, in which layers are pruned
     return {what: seconds + walk if what in curves else seconds for what, seconds in foreseen.items()}
-
-
-def _refuse_impossible_target(layers: Sequence[LayerProfile], config: RunConfig) -> None:
-    try:
-        resolve(Plan(sparsity=config.target_sparsity), layers, config)
-    except ImpossiblePlan as error:
-        raise UserError(f"the target cannot be met: {error}") from error
 
 
 def _profile_again(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:

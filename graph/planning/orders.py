@@ -19,7 +19,7 @@ from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
 from graph.reflecting.posterior import Factor, find_factors, weigh_layers
 from graph.reflecting.schema import Lesson
-from tools.base.errors import ImpossiblePlan
+from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.words import shorten
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
@@ -98,6 +98,19 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | Non
         polish=count_polish_tokens(recipe, config),
         others=others,
     )
+
+
+def refuse_impossible_target(layers: Layers, config: RunConfig) -> None:
+    """Raises UserError where no plan can meet the config's target within its bounds, by the layers' sizes alone."""
+    try:
+        resolve(Plan(sparsity=config.target_sparsity, recipe=Recipe(allocation="uniform")), layers, config)
+    except ImpossiblePlan as error:
+        advice = (
+            "a pattern is a target of its own: leave target_sparsity out"
+            if config.pattern
+            else f"see target_sparsity, max_layer_sparsity ({config.max_layer_sparsity:g}) and protect"
+        )
+        raise UserError(f"the target cannot be met: {error}; {advice}") from error
 
 
 def _list_factors(plan: Plan, profile: Layers) -> list[float]:

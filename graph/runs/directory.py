@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from graph.config import CHANGEABLE, RunConfig, check_config, check_target, refuse_prompt_files
+from graph.config import CHANGEABLE, RunConfig, check_budget, check_config, check_target, refuse_prompt_files
 from graph.persistence import state_kind
 from graph.state import State
 from tools.base.errors import UserError
@@ -31,6 +31,7 @@ def check_input(config: RunConfig) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
     refuse_prompt_files(config)
     check_target(config)
+    check_budget(config)
     locate_model(config.model)
     check_device(config.device)
     check_texts(config)

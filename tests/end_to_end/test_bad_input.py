@@ -78,7 +78,9 @@ EARLY = {
         ["--planner", "openai:gpt-5.1"],
         ["openai:gpt-5.1 needs an API key: set the environment variable OPENAI_API_KEY"],
     ),
-    "unknown planner": (["--planner", "magic"], ["planner: ", "'magic'"]),
+    "unknown planner": (["--planner", "magic"], ["planner: write heuristic, openai:NAME, ", "'magic'"]),
+    "unknown workers": (["--workers", "0"], ["workers: write a number from 1 to 99, auto or ray://HOST:PORT", "'0'"]),
+    "tokens for no trial": (["--max-evaluated-tokens", "1"], ["max_evaluated_tokens 1 allow no trial: one takes "]),
     "planner without address": (
         ["--planner", "openai:m@http:///v1"],
         ["the model's address 'http:///v1' is not of the form http://HOST:PORT/v1"],
@@ -122,6 +124,17 @@ def test_values_of_the_environment_are_checked_like_flags(
 ) -> None:
     monkeypatch.setenv("BILLHOOK_TARGET_SPARSITY", "45")
     assert_refused(command("--model", str(tiny_llama)), "target_sparsity: 45 looks like a percentage")
+    monkeypatch.setenv("BILLHOOK_TARGET_SPARSTY", "0.5")
+    sentence = "unknown variable BILLHOOK_TARGET_SPARSTY; did you mean BILLHOOK_TARGET_SPARSITY?"
+    assert_refused(command("--model", str(tiny_llama)), sentence)
+
+
+def test_what_sizes_alone_refuse_is_refused_before_anything_is_profiled(
+    tiny_llama: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graph.nodes.profile.profile_model", lambda *_: pytest.fail("hours would be lost"))
+    for flags in (["--max-layer-sparsity", "0.2"], ["--protect", "*.nothing"], ["--pattern", "2:5"]):
+        assert_refused(command("--model", str(tiny_llama), *TINY, *flags), "the target cannot be met: ")
 
 
 def test_a_run_that_exists(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
@@ -168,8 +181,8 @@ LATE = {
         ["text source 'file:short.txt' is too short: 2 test windows of 64 tokens need 128 tokens, but it has "],
     ),
     "windows that are too long": (
-        ["--test", "file:long.txt", "--window", "131072"],
-        ["text source 'pydoc' is too short: "],
+        ["--window", "5000"],
+        ["windows of 5000 tokens do not fit the 4096 positions that the model has; use --window 4096"],
     ),
     "two files that share text": (
         ["--calibration", "file:long.txt", "--validation", "pydoc", "--test", "file:same.txt"],
@@ -198,7 +211,15 @@ LATE = {
     "protected layers that are none": (["--protect", "*.nothing"], ["'*.nothing' means no layer"]),
     "bounds that cannot be met": (
         ["--max-layer-sparsity", "0.2"],
-        ["bounds and protected layers allow at most 20", "but 45.00% is asked"],
+        [
+            "bounds and protected layers allow at most 20",
+            "but 45.00% is asked; see target_sparsity, max_layer_sparsity (0.2) and protect",
+        ],
+    ),
+    "a pattern that no layer has room for": (["--pattern", "2:5"], ["32 inputs, not divisible into groups of 5"]),
+    "a pattern and another target": (
+        ["--pattern", "2:4", "--target-sparsity", "0.4"],
+        ["the sparsity is 50.00%", "; a pattern is a target of its own: leave target_sparsity out"],
     ),
     "a target that the model has passed": (["--model", "sparse"], ["ask for at least", "sparsity"]),
 }

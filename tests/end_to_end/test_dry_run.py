@@ -179,6 +179,13 @@ def test_every_config_is_shown_where_its_model_can_be_had(file: Path, command: C
         (["--device", "spread"], "torch sees no GPU here to spread the model over; plan for others with --device-mem"),
         (["--device", "spread", "--workers", "2"], "device spread is one model on all GPUs, and a worker has one GPU"),
         (["--target-size", "0.01"], "target_size 0.01 cannot be met: "),
+        (["--target-sparsity", "0.95"], "the target cannot be met: bounds and protected layers allow at most 90."),
+        (["--protect", "nope"], "the target cannot be met: selector 'nope' means no layer"),
+        (
+            ["--pattern", "2:5"],
+            "the target cannot be met: model.layers.0.self_attn.q_proj has 32 inputs, not divisible",
+        ),
+        (["--window", "5000"], "windows of 5000 tokens do not fit the 4096 positions that the model has; use --window"),
         (["--target-speed", "1.2", "--device", "spread"], "target_speed needs the model on one device"),
         (["--target-size", "0.8", "--target-speed", "2"], "target_size and target_speed are two targets; give one"),
         (["--workers", "auto"], "how many workers auto has is not asked here; give their number, such as --workers 8"),

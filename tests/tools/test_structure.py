@@ -124,6 +124,9 @@ def test_the_command_writes_a_smaller_model_and_its_figures(
     assert f"{figures['removed']:.2%} removed (asked for 40.00%); " in printed
     assert main(flags) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'cut' / 'model'} exists already; choose another --out\n"
+    (tmp_path / "file").write_text("")
+    assert main([*flags, "--out", str(tmp_path / "file" / "cut")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file' / 'cut'} cannot be written: File exists\n"
 
 
 @pytest.mark.parametrize(("size", "neurons", "heads"), [(0.8, 24, 0), (0.6, 40, 1)])

@@ -42,7 +42,8 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with explain_full_disk(directory):
-            aside.mkdir(parents=True)
+            with explain_unwritable(directory):
+                aside.mkdir(parents=True)
             write(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -51,6 +52,14 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
         file.chmod(0o644)  # safetensors writes files that only their owner can read
     shutil.rmtree(directory, ignore_errors=True)
     aside.rename(directory)
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Raises UserError where `write_directory` could not write a directory, before there is anything to write."""
+    with explain_unwritable(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}."):
+            pass
 
 
 @contextmanager

@@ -9,6 +9,7 @@ settings = read_options(Settings, flags, Path(options.config), ignore_unknown=Tr
 
 import argparse
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
@@ -75,14 +76,25 @@ def parse_flags(
     return options, {name: value for name in model.model_fields if (value := getattr(options, name)) is not None}
 
 
+PREFIX = "BILLHOOK_"
+"""Before the name of a field, of the variable that sets it."""
+
+
 class _Environment(BaseSettings):
     """The names of a model's fields as `BILLHOOK_…` variables, unparsed."""
 
-    model_config = SettingsConfigDict(env_prefix="BILLHOOK_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore")
 
 
 def read_environment(model: type[BaseModel]) -> dict[str, str]:
-    """The fields of a model that `BILLHOOK_…` variables name, unchecked."""
+    """The fields of a model that `BILLHOOK_…` variables name, unchecked. Raises UserError for one that is all but a
+    field: others, such as keys, are not the model's."""
+    for variable in os.environ:
+        name = variable.lower().removeprefix(PREFIX.lower())
+        if not variable.upper().startswith(PREFIX) or name in model.model_fields:
+            continue
+        if near := difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.85):
+            raise UserError(f"unknown variable {variable}; did you mean {PREFIX}{near[0].upper()}?")
     names = dict.fromkeys(model.model_fields, (str | None, None))
     found = create_model("_Variables", __base__=_Environment, **names)()  # type: ignore[call-overload]
     return {name: value for name, value in found.model_dump().items() if value is not None}

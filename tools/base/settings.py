@@ -8,6 +8,7 @@ made from it.
 import math
 import operator
 import os
+import re
 from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -359,6 +360,13 @@ class TeamSettings(WorkbenchSettings):
         description="GB that a run may write at most; 0: what is free. Second moments that have no room are collected "
         "anew whenever layers are pruned, block by block, to the same bits.",
     )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _explain_workers(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.match(WORKERS_FORM, value) is None:
+            raise ValueError("write a number from 1 to 99, auto or ray://HOST:PORT, or leave it out")
+        return value
 
     @model_validator(mode="after")
     def _check_spread(self) -> Self:

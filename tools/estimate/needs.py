@@ -8,6 +8,7 @@ they work for.
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from tools.estimate.timing import time_run
 from tools.estimate.work import find_shares, list_work
 from tools.models.disk import Line
 from tools.models.layers import find_blocks
+from tools.plans.layer_profile import LayerProfile
+from tools.statistics.table import list_shapes
 from tools.surgery.parts import NEEDS_WHOLE
 
 
@@ -95,14 +98,18 @@ def estimate(
     target: float,
     devices: Devices | None = None,
     directory: Path = Path(),
+    refuse: Callable[[list[LayerProfile]], None] = lambda layers: None,
 ) -> Estimate:
     """What a run needs that prunes to `target`, unless it takes parts away, and takes this `course`.
 
     `devices` are those of another machine, whose disk has room for all unless the settings say how much; without them,
     those that are here, and the disk is that of the `directory`. Reads the model's config, and runs one block of each
-    kind for some seconds where the device is here. Raises UserError in one line.
+    kind for some seconds where the device is here. `refuse` is told of the layers, of which sizes alone are known, and
+    raises UserError where the target cannot be met. Raises UserError in one line.
     """
     run = read_run(settings)
+    if not course.cut:
+        refuse(list_shapes(run.layers))
     model, layers, workers = run.model, run.layers, run.workers
     place = find_place(settings, model, devices)
     if (place.streamed or place.spread) and course.cut and not course.cut.size:

@@ -14,7 +14,7 @@ from tools.base.rows import lock_out, read_kept
 from tools.base.settings import LoadSettings, TaskSettings, WorkbenchSettings
 from tools.measure.benchmarks import Benchmark, differ_from, load_benchmarks
 from tools.measure.harness import run_benchmark, warn_of_cut_prompts
-from tools.models.load import check_device, load_model, locate_model
+from tools.models.load import check_device, find_model, load_model
 from tools.results.evaluation import Figures, Row, write_figures
 
 
@@ -25,13 +25,12 @@ class EvaluateSettings(TaskSettings, LoadSettings):
 
 
 def evaluate(models: list[str], settings: EvaluateSettings, console: Console) -> Figures:
-    """Ask what was not asked yet, under bars on the console; everything is on disk after each task.
+    """Ask what was not asked yet, under bars on the console; everything is on disk after each task. Of a run it is its
+    model that is asked.
 
     Raises UserError for bad input, and when what is kept in `--out` was measured by another protocol.
     """
-    models = list(dict.fromkeys(models))
-    for model in models:
-        locate_model(model)
+    models = list(dict.fromkeys(map(find_model, models)))
     check_device(settings.device)
     if not settings.tasks:
         raise UserError("no task is given; try --tasks mmlu,freebaseqa")

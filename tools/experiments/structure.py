@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from tools.base.errors import UserError
-from tools.base.files import write_json, write_text
+from tools.base.files import refuse_unwritable, write_json, write_text
 from tools.base.progress import Progress
 from tools.base.settings import CutSettings, WorkbenchSettings
 from tools.measure.losses import Evaluation, evaluate_windows
@@ -93,6 +93,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     directory = Path(settings.out)
     if (directory / "model").exists():
         raise UserError(f"{directory / 'model'} exists already; choose another --out")
+    refuse_unwritable(directory)
     locate_model(settings.model)
     check_device(settings.device)
     check_texts(settings)

@@ -15,10 +15,16 @@ def count_positions(model: Any) -> int | None:
 
 
 def refuse_long_windows(model: Any, window: int, lead: int) -> None:
-    """Raises UserError when windows of text fit the model's positions, but not behind `lead` more tokens."""
+    """Raises UserError when windows of text, behind `lead` more tokens, do not fit the model's positions."""
     positions = count_positions(model)
-    if lead and positions is not None and window + lead > positions:
+    if positions is None or window + lead <= positions:
+        return
+    if not lead:
         raise UserError(
-            f"windows of {window} tokens behind the beginning-of-sequence token take {window + lead} positions, but "
-            f"the model has {positions}; use --window {positions - lead}, or --bos never"
+            f"windows of {window} tokens do not fit the {positions} positions that the model has; use --window "
+            f"{positions}"
         )
+    raise UserError(
+        f"windows of {window} tokens behind the beginning-of-sequence token take {window + lead} positions, but "
+        f"the model has {positions}; use --window {positions - lead}, or --bos never"
+    )

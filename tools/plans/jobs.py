@@ -151,6 +151,9 @@ def _make_job(label: str, sparsity: float, pattern: str, polish_tokens: int) -> 
     if method.partition("+")[0] == STRUCTURED:
         return Job(label, "parts", _parse_parts_recipe(label), sparsity)
     searches = allocation in name_allocations("search")
+    shared = allocation.partition("@")[0].removesuffix("-mask")
+    if shared and shared not in (known := name_allocations("rule", "search")):
+        raise UserError(f"recipe {label!r}: there is no allocation {shared!r}; there are {', '.join(known)}")
     try:
         recipe = parse_recipe(f"{method}:{UNIFORM}" if searches else label)
         recipe = recipe.model_copy(update={"polish_tokens": recipe.count_polish(polish_tokens)})

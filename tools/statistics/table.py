@@ -54,13 +54,18 @@ def list_weights(layers: Sequence[Layer], dense: Mapping[str, Tensor]) -> list[L
     return [_describe(layer, _weight(layer, dense)) for layer in layers]
 
 
-def _describe(layer: Layer, weight_OI: Tensor) -> LayerProfile:
+def list_shapes(layers: Sequence[Layer], dense: Mapping[str, Tensor] | None = None) -> list[LayerProfile]:
+    """As `list_weights`, without a look at any weight: none is taken to be zero. Without `dense` by the model's own."""
+    return [_describe(layer, layer.weight_OI if dense is None else dense[layer.name], zeros=0) for layer in layers]
+
+
+def _describe(layer: Layer, weight_OI: Tensor, zeros: int | None = None) -> LayerProfile:
     return LayerProfile(
         name=layer.name,
         block=layer.block,
         kind=layer.kind,
         weights=weight_OI.numel(),
-        zeros=int((weight_OI == 0).sum()),
+        zeros=int((weight_OI == 0).sum()) if zeros is None else zeros,
         wanda=0.0,
         wanda_z=0.0,
         gradient=0.0,

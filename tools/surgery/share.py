@@ -38,7 +38,8 @@ def find_target(model: Any, size: float, align: int = ALIGN) -> Target:
     if not any(list_by_blocks(shape, target.share)):
         raise UserError(
             f"target_size {size:g} cannot be met: {outside:.2%} of the model's bytes are not of the "
-            "blocks' linear layers, and stay; of the others a few neurons must go and some must stay"
+            "blocks' linear layers, and stay; of the others a few neurons must go and some must stay: give a "
+            f"{'smaller' if removed < 0.5 else 'larger'} size"
         )
     check_target(model, target)
     return target

@@ -10,6 +10,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from graph.config import RunConfig
 from graph.llm.ask import ask
 from graph.llm.exchange import find_answer, write_conversation, write_prompt
+from graph.llm.ladder import AgentError
 from graph.llm.models import check_model, open_model
 from graph.planning.plan import Plan
 from tests.graph.llm.asking import PLAN, QUESTION
@@ -100,3 +101,25 @@ def test_a_directory_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> No
     (tmp_path / "gone").rmdir()
     with pytest.raises(UserError, match=r"/gone cannot be written: No such file or directory$"):
         ask(model, Plan, QUESTION)
+
+
+def test_who_gave_no_answer_of_use_is_told_which_to_delete(tmp_path: Path) -> None:
+    """Answers that are there are read again, so that going on alone would end the same way."""
+
+    def answer() -> None:
+        while not answered.is_set():
+            for prompt in tmp_path.glob("*.prompt.md"):
+                prompt.with_name(prompt.name.replace(".prompt.md", ".answer.txt")).write_text("hello there")
+            answered.wait(0.02)
+
+    answered = threading.Event()
+    helper = threading.Thread(target=answer)
+    helper.start()
+    try:
+        with pytest.raises(AgentError, match=r" gave no usable Plan in \d answers; the last one: ") as caught:
+            ask(open_model(f"exchange:{tmp_path}", RunConfig()), Plan, QUESTION)
+    finally:
+        answered.set()
+        helper.join()
+    last = max(tmp_path.glob("*.answer.txt"))
+    assert str(caught.value).endswith(f"; delete {last} to answer its prompt anew, or those before it, too")

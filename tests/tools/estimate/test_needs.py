@@ -18,7 +18,7 @@ from tools.estimate import needs as module
 from tools.estimate import places
 from tools.estimate.course import Course
 from tools.estimate.needs import Estimate, estimate
-from tools.estimate.phases import ASKED_FOR, WRITE
+from tools.estimate.phases import ASKED_FOR, WRITE, measure_process
 from tools.estimate.polish import POLISH
 from tools.estimate.room import Devices, read_devices
 from tools.models.artifacts import HEADER
@@ -219,8 +219,8 @@ def test_dense_weights_that_a_streamed_model_has_in_its_files_take_no_disk(
 def test_a_token_before_the_text_of_each_window_is_read_too(
     beginning_llama: Path, tiny_llama: Path, tmp_path: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = module.measure_process()  # which may grow between two estimates
-    monkeypatch.setattr(module, "measure_process", lambda: process)
+    process = measure_process()  # which may grow between two estimates
+    monkeypatch.setattr(places, "measure_process", lambda: process)
     begun, plain = find(beginning_llama), find(tiny_llama)
     never = find(beginning_llama, bos="never")
     assert (never.phases, never.disk, never.work) == (plain.phases, plain.disk, plain.work)
@@ -330,7 +330,7 @@ def test_what_a_polish_keeps_lies_in_cpu_memory_where_a_gpu_has_too_little_room(
 def test_the_means_of_a_polish_take_half_where_cpu_memory_has_too_little_room(
     tiny_llama: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "measure_process", lambda: 1000)
+    monkeypatch.setattr(places, "measure_process", lambda: 1000)
     settings = tiny_settings(tiny_llama, calibration_windows=8)
     course = COURSE._replace(polishes=[64 * 7], polished_at=0.5)
     survivors, held = 15_360 // 2, MODEL + 1000 + 3 * STATE + 8 * STATE

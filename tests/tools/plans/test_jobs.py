@@ -86,8 +86,8 @@ def test_labels_are_told_apart_by_what_they_mean() -> None:
 @pytest.mark.parametrize(
     ("recipes", "sparsity", "sentence"),
     [
-        ("wanda:nonsense", "0.45", "recipe 'wanda:nonsense': allocation: input should be 'kappa', 'uniform', "),
-        ("wanda:nonsense", "2:4", "recipe 'wanda:nonsense': allocation: input should be 'kappa', 'uniform', "),
+        ("wanda:nonsense", "0.45", "recipe 'wanda:nonsense': there is no allocation 'nonsense'; there are "),
+        ("wanda:nonsense", "2:4", "recipe 'wanda:nonsense': there is no allocation 'nonsense'; there are "),
         ("nonsense:kappa", "0.45", "recipe 'nonsense:kappa': method: input should be 'magnitude', 'wanda', "),
         ("nonsense:evolution", "0.45", "recipe 'nonsense:uniform': method: input should be"),
         ("wanda:kappa@2", "0.45", "recipe 'wanda:kappa@2': strength: "),
@@ -101,7 +101,7 @@ def test_labels_are_told_apart_by_what_they_mean() -> None:
         ),
         ("structured", "0.2", "recipe 'structured' is none of structured:flap, structured:llm-pruner"),
         ("structured+refit:flap", "0.2", "recipe 'structured+refit:flap' is none of structured:flap, structured:llm"),
-        ("wanda:flap", "0.2", "recipe 'wanda:flap': allocation: "),
+        ("wanda:flap", "0.2", "recipe 'wanda:flap': there is no allocation 'flap'; "),
         (
             "sparsegpt~sequential:evolution",
             "0.45",

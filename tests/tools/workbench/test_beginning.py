@@ -65,7 +65,10 @@ def test_never_gives_the_bits_of_a_tokenizer_that_begins_no_text(
     assert measure(open_bench(tiny_settings(tiny_llama), tmp_path / "plain")) == never
 
 
-def test_a_window_has_to_fit_behind_it(beginning_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
+def test_a_window_has_to_fit_behind_it(
+    beginning_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.models.positions.count_positions", lambda _model: 256)
     texts = {"calibration_windows": 1, "gradient_windows": 1, "validation_windows": 2, "test_windows": 1}
     sentence = (
         r"^windows of 256 tokens behind the beginning-of-sequence token take 257 positions, but the model has 256; "
@@ -73,6 +76,8 @@ def test_a_window_has_to_fit_behind_it(beginning_llama: Path, tmp_path: Path, wo
     )
     with pytest.raises(UserError, match=sentence):
         open_bench(tiny_settings(beginning_llama, window=256, **texts), tmp_path / "long")
+    with pytest.raises(UserError, match=r"^windows of 257 tokens do not fit the 256 positions .*; use --window 256$"):
+        open_bench(tiny_settings(beginning_llama, window=257, bos="never", **texts), tmp_path / "long")
     for changes in ({"window": 255}, {"window": 256, "bos": "never"}):
         bench = open_bench(tiny_settings(beginning_llama, **texts, **changes), tmp_path / "fits")
         assert bench.windows.test.shape[1] == 256
