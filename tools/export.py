@@ -6,6 +6,7 @@ for llama.cpp, of a run whose model was such a file.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,9 +40,8 @@ def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], cons
         settings = settings.model_copy(update={"device": "cpu"})
     model, tokenizer = load_model(settings, directory.parent)
     words = f"`{source}`" + (f", weights rounded to {dtype}" if dtype else "")
-    contents = save_packed(
-        model, tokenizer, directory, lambda contents: write_packed_card(words, describe_packed(contents))
-    )
+    write_card = partial(write_packed_card, words, rounded=bool(dtype))
+    contents = save_packed(model, tokenizer, directory, lambda contents: write_card(describe_packed(contents)))
     print_line(console, describe_packed(contents))
     print_line(console, f"run it: python -m tools.generate {directory}")
 

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.rows import write_rows
 from tests.tiny import save_tiny_gguf, save_tiny_model
@@ -148,3 +150,27 @@ def test_rows_of_an_earlier_command_stay_behind_those_asked_for(
     assert run(third, *flags, "--limit", "1") == 0
     rows = json.loads((tmp_path / "out" / "evaluate.json").read_text())["rows"]
     assert [row["model"] for row in rows] == [third, models[0]]
+
+
+def test_a_model_that_is_another_since_is_asked_again(
+    tiny_llama: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    assert run(str(model), *flags) == run(str(model), *flags) == 0
+    assert "asked again" not in capsys.readouterr().out
+    first = Figures.model_validate_json((tmp_path / "out" / "evaluate.json").read_bytes()).rows[0].results[1].values
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 0.5 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    assert run(str(model), *flags) == 0
+    assert f"{model} is another than when it was asked, and is asked again" in capsys.readouterr().out
+    [row] = Figures.model_validate_json((tmp_path / "out" / "evaluate.json").read_bytes()).rows
+    assert row.results[1].values != first
+
+
+def test_of_a_run_its_model_is_asked(tiny_llama: Path, flags: list[str], tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "runs" / "mine" / "model")
+    (tmp_path / "runs" / "mine" / "events.jsonl").write_text("")
+    assert run(str(tmp_path / "runs" / "mine"), *flags) == 0
+    [row] = Figures.model_validate_json((tmp_path / "out" / "evaluate.json").read_bytes()).rows
+    assert row.model == str(tmp_path / "runs" / "mine" / "model")

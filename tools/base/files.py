@@ -38,7 +38,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a directory beside `directory`, then put it in its place. DiskFull when no space is left."""
-    aside = directory.with_name(f".{directory.name}.new")
+    aside, former = (directory.with_name(f".{directory.name}.{which}") for which in ("new", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with explain_full_disk(directory):
@@ -48,10 +48,13 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for file in aside.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
-    shutil.rmtree(directory, ignore_errors=True)
+    for path in aside.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
+    if directory.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        directory.rename(former)
     aside.rename(directory)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def refuse_unwritable(directory: Path) -> None:

@@ -55,6 +55,11 @@ def hash_files(directory: Path) -> dict[str, str]:
     return {path.name: hash_file(path) for path in sorted(directory.iterdir()) if path.is_file()}
 
 
+def hash_once(path: Path) -> str:
+    """As `hash_file`, of a file that is not read again while its time and size are what they were."""
+    return _hash_once(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size)
+
+
 @cache
 def _hash_once(path: Path, _changed: int, _size: int) -> str:
     """A command asks several times where a model is, and models are large."""
@@ -66,6 +71,6 @@ def check_model(directory: Path) -> None:
     result = read_result(directory)
     for name, digest in (result.get("files", {}) if result else {}).items():
         path = directory / "model" / name
-        if not path.is_file() or _hash_once(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size) != digest:
+        if not path.is_file() or hash_once(path) != digest:
             what = "is damaged: its content does not match its hash" if path.is_file() else "is missing"
             raise BrokenSeal(f"{path} {what}; {advise(directory)}")

@@ -1,7 +1,6 @@
 """What there is for a run: the GPUs of this machine or another, or its memory, and how a model is laid over them."""
 
 import math
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from tools.base.errors import UserError
-from tools.base.memory import count_free
+from tools.base.memory import count_free, count_memory
 from tools.estimate.block import count_kinds
 from tools.models.disk import Line
 from tools.models.layers import find_blocks, name_blocks
@@ -44,7 +43,7 @@ def read_devices(text: str) -> Devices:
 def find_devices(device: str) -> Devices | None:
     """The GPUs that are here, as alike as the smallest, or this machine's memory; None where there is no GPU."""
     if device == "cpu":
-        return Devices(count=1, bytes=_count_memory())
+        return Devices(count=1, bytes=count_memory())
     sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     return Devices(count=len(sizes), bytes=min(sizes)) if sizes else None
 
@@ -54,7 +53,7 @@ def find_room(device: str, devices: Devices | None, *, here: bool) -> Room:
     size = devices.bytes if devices else math.inf
     if device == "cpu":
         return Room(gpu=math.inf, cpu=size)
-    return Room(gpu=size, cpu=_count_memory() if here else math.inf)
+    return Room(gpu=size, cpu=count_memory() if here else math.inf)
 
 
 def lay_out(model: Any, devices: Devices | None) -> list[Line]:
@@ -77,10 +76,6 @@ def lay_out(model: Any, devices: Devices | None) -> list[Line]:
         how = f"{len(blocks) if '' in own else count} blocks{''.join(f', {part}' for part in others if part)}"
         lines.append(Line(what=f"GPU {place}", how=how, bytes=size))
     return lines
-
-
-def _count_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def explain_absence(model: Any, device: str) -> str:

@@ -14,7 +14,7 @@ from tools.base.rows import lock_out, read_kept
 from tools.base.settings import LoadSettings, TaskSettings, WorkbenchSettings
 from tools.measure.benchmarks import Benchmark, differ_from, load_benchmarks
 from tools.measure.harness import run_benchmark, warn_of_cut_prompts
-from tools.models.load import check_device, find_model, load_model
+from tools.models.load import check_device, find_model, hash_model, load_model
 from tools.results.evaluation import Figures, Row, write_figures
 
 
@@ -39,6 +39,9 @@ def evaluate(models: list[str], settings: EvaluateSettings, console: Console) ->
     lock_out(directory, directory)
     known = read_kept(directory / "evaluate.json", Figures) or Figures()
     _refuse_other_protocols(directory, known, benchmarks)
+    files = {model: hash_model(model) for model in models}
+    for changed in _drop_changed(known, files):
+        print_line(console, f"{changed} is another than when it was asked, and is asked again")
     wanted = [(model, benchmark.name) for model in models for benchmark in benchmarks]
     done = {(row.model, row.task) for row in known.rows}
     with show_bars(console, len(wanted)) as (begin, progress):
@@ -46,6 +49,7 @@ def evaluate(models: list[str], settings: EvaluateSettings, console: Console) ->
             todo = [benchmark for benchmark in benchmarks if (model, benchmark.name) not in done]
             begin(model, sum(key in done for key in wanted))
             for row in _ask_model(model, todo, settings, progress) if todo else ():
+                row.files = files[model]
                 known.rows.append(row)
                 done.add((row.model, row.task))
                 begin(model, sum(key in done for key in wanted))
@@ -55,6 +59,13 @@ def evaluate(models: list[str], settings: EvaluateSettings, console: Console) ->
     known.rows.sort(key=lambda row: wanted.index(key) if (key := (row.model, row.task)) in wanted else len(wanted))
     write_figures(directory, known)
     return known
+
+
+def _drop_changed(known: Figures, files: dict[str, str]) -> list[str]:
+    """Drop the figures of models whose files are others since; their names."""
+    changed = [row for row in known.rows if row.files and row.files != files.get(row.model, row.files)]
+    known.rows = [row for row in known.rows if row not in changed]
+    return list(dict.fromkeys(row.model for row in changed))
 
 
 def _refuse_other_protocols(directory: Path, known: Figures, benchmarks: list[Benchmark]) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tools.base.errors import UserError
+from tools.base.errors import UserError, in_one_line
 from tools.models.source import map_source
 
 _REPEATED = ("GGUFReader", "get_tensor_name_map")
@@ -93,7 +93,10 @@ def write_gguf(directory: Path, source: Path, path: Path) -> None:
     """
     import gguf
 
-    reader = gguf.GGUFReader(source)
+    try:
+        reader = gguf.GGUFReader(source)
+    except Exception as error:  # every way a file can be broken has a class of error of its own
+        raise UserError(f"{source} cannot be read as a .gguf file: {in_one_line(error)}") from error
     architecture = str(reader.fields["general.architecture"].contents())
     if architecture not in PERMUTED:
         raise UserError(f"models of {architecture} are not written as .gguf here; {describe_by_hand(directory)}")

@@ -1,5 +1,6 @@
 """Where a model comes from: a hub id, a directory, a .gguf file, or one inside an installed package."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.files import write_json
-from tools.base.made import check_model
+from tools.base.made import check_model, hash_once
 from tools.base.memory import count_free
 from tools.base.names import is_hub_id
 from tools.base.rundir import list_places
@@ -87,6 +88,14 @@ def find_model(source: str) -> str:
     return source
 
 
+def hash_model(source: str) -> str:
+    """SHA-256 of the files that a model on this machine is read from; "" of a hub id, whose files lie elsewhere."""
+    place = locate_model(source)
+    files = [Path(place.path) / place.gguf_file] if place.gguf_file else sorted(Path(place.path).glob("*.*"))
+    digests = [f"{file.name} {hash_once(file)}\n" for file in files if file.is_file()]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+
+
 def read_dtype(source: str) -> Dtype:
     """The number format that a model is stored in, by its config; fp32 where that does not say, and of a .gguf file.
 
@@ -98,6 +107,8 @@ def read_dtype(source: str) -> Dtype:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no config: it holds no JSON object")
     stored = values.get("dtype", values.get("torch_dtype"))
     if place.gguf_file is None and not path.is_file():
         stored = _read_hub_dtype(source)

@@ -105,7 +105,7 @@ def map_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path, what: st
     written: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
     with _explained(what, directory):
         directory.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=directory, prefix=".mapped-")  # noqa: SIM115 - closed below
+        file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed below
     with file:
         for name, tensor in tensors:  # which may come of work that has errors of its own
             with _explained(what, directory):

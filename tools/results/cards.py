@@ -126,8 +126,9 @@ def write_structure_card(result: Structure) -> str:
     )
 
 
-def write_packed_card(words: str, described: str) -> str:
-    """The model card of a packed model: `words` say which it is, and `described` how it was packed."""
+def write_packed_card(words: str, described: str, *, rounded: bool = False) -> str:
+    """The model card of a packed model: `words` say which it is, `described` how it was packed, and `rounded` whether
+    its weights were."""
     return _write(
         "tags: [pruned, sparse, packed, billhook]",
         f"{words}, packed",
@@ -143,6 +144,6 @@ def write_packed_card(words: str, described: str) -> str:
             "```",
             "",
             "The zeros are not stored: a bit a weight and the values that are not zero, `kernels/FORMAT.md`. The "
-            "weights are those of the pruned model, bit for bit.",
+            f"weights are those of the pruned model, {'as rounded' if rounded else 'bit for bit'}.",
         ],
     )

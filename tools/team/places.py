@@ -116,6 +116,8 @@ class Places:
             if len(self.used) == 1:
                 raise
             self._warn(f"no worker can take the place of number {place.number}; the others share its work")
+            with contextlib.suppress(Exception):  # one that never answered, or is not like the others, is there still
+                self._connection.ray.kill(place.actor)
             self.used.remove(place)
 
     def stand_in(self, place: Place) -> Place:

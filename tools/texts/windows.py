@@ -36,6 +36,13 @@ MOST_SHARED = 0.01
 is no leak, a document of which one split has the beginning and one the end is."""
 
 
+CHARACTERS = 8
+"""Of a token, more than there are on average in words and code: so much of a long text is read first."""
+
+UNSURE = 64
+"""Tokens at the end of a beginning of a text that might be others once it goes on."""
+
+
 class Windows(NamedTuple):
     """Token ids of the splits, each (windows, lead + window) int64.
 
@@ -272,10 +279,25 @@ def _read_tokens(documents: Iterator[str], tokenizer: Any, needed: int) -> "arra
     ids = array("q")
     for document in documents:
         if document.strip():
-            ids.extend(tokenizer(document.strip() + "\n\n", add_special_tokens=False, verbose=False)["input_ids"])
+            ids.extend(_tokenize(document.strip() + "\n\n", tokenizer, needed - len(ids)))
         if len(ids) >= needed:
             break
     return ids
+
+
+def _tokenize(text: str, tokenizer: Any, needed: int) -> Sequence[int]:
+    """The tokens of a text, in order: as many as are needed or more, or all that there are.
+
+    Of a long text no more is read than that takes: a beginning of it, less its last tokens, which might go on.
+    """
+    length = CHARACTERS * needed
+    while length < len(text):
+        ids: list[int] = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"][:-UNSURE]
+        if len(ids) >= needed:
+            return ids
+        length *= 2
+    whole: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return whole
 
 
 def _reach(cut: int, spread: int) -> int:

@@ -41,6 +41,7 @@ from tools.team.cluster import Cluster
 from tools.team.worker import Texts
 from tools.texts.questions import split_questions
 from tools.texts.windows import count_lead, cut_windows
+from tools.workbench.changed import refuse_changed
 from tools.workbench.checkpoints import LayerRecord, Taken
 from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
@@ -82,6 +83,7 @@ class Workbench:
         self.paces: Paces = {}
         progress("load model", 0, 1)
         self.store = ArtifactStore(directory / "artifacts")
+        self.store.remove_unfinished()
         course = course or Course([])
         with reading_once():
             chosen = settings if loaded else choose_for_run(settings, course, directory)
@@ -116,6 +118,7 @@ class Workbench:
             warn(line)
         stream = find_stream(self.model)
         self.weights = Weights(layers, len(blocks), self.store, self._warn, stream.source if stream else None)
+        refuse_changed(self.index, settings, self.weights.hash_all_dense(), self.windows)
         texts = Texts(self.windows, self.questions)
         kept = None
         if stream:

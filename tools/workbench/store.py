@@ -5,6 +5,7 @@ A killed run goes on where it was: whatever it needs is found by what it depends
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,14 @@ class ArtifactStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._checked: dict[Path, tuple[int, ...]] = {}
+
+    def remove_unfinished(self) -> None:
+        """Delete what a killed process was writing, whose names begin with a point; the caller holds the run's lock."""
+        for path in self.directory.rglob(".*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def path(self, digest: str, suffix: str) -> Path:
         """Where the artifact lies or would lie."""

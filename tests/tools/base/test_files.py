@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from tools.base.errors import UserError
-from tools.base.files import is_disk_full, write_json, write_text, write_whole
+from tools.base.files import (
+    is_disk_full,
+    refuse_unwritable,
+    write_directory,
+    write_json,
+    write_text,
+    write_whole,
+)
 from tools.workbench.store import ArtifactStore
 
 
@@ -60,6 +67,29 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert files_in(tmp_path) == ["a.txt"]
+
+
+def test_a_directory_is_replaced_with_all_that_is_in_it_and_can_be_read_by_all(tmp_path: Path) -> None:
+    """As of a tokenizer with several templates of chats, which lie in a directory of their own."""
+    for text in ("old", "new"):
+
+        def write(aside: Path, text: str = text) -> None:
+            (aside / "templates").mkdir(mode=0o700)
+            write_text(aside / "templates" / f"{text}.txt", text)
+            (aside / "model").touch(0o600)
+
+        write_directory(tmp_path / "a", write)
+    assert files_in(tmp_path) == ["a/model", "a/templates/new.txt"]
+    modes = [stat.S_IMODE((tmp_path / "a" / name).stat().st_mode) for name in ("templates", "model")]
+    assert modes == [0o755, 0o644]
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file" / "a", tmp_path / "file" / "b" / "a"):
+        with pytest.raises(UserError, match=r"/a cannot be written: "):
+            write_directory(directory, write)
+        with pytest.raises(UserError, match=r"/a cannot be written: "):
+            refuse_unwritable(directory)
+    refuse_unwritable(tmp_path / "c" / "a")
+    assert files_in(tmp_path) == ["a/model", "a/templates/new.txt", "file"]
 
 
 def test_ctrl_c_leaves_nothing_either(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_what_does_not_fit_a_gpu_is_smaller_where_it_does_not_fit_cpu_memory(
     memory: float, item: int, tmp_path: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "find_devices", lambda _: read_devices("80"))
-    monkeypatch.setattr("tools.estimate.room._count_memory", lambda: memory)
+    monkeypatch.setattr("tools.estimate.room.count_memory", lambda: memory)
     course = COURSE._replace(polishes=[4096], polished_at=0.45)
     found = estimate(large_settings(write_config(tmp_path / "qwen3-8b", QWEN3_8B)), course, target=0.45)
     phase = next(phase for phase in found.phases if phase.name == POLISH)

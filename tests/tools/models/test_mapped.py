@@ -54,7 +54,7 @@ def test_they_take_no_memory_that_another_could_not_have(tmp_path: Path) -> None
 def test_they_may_be_longer_than_the_memory(tmp_path: Path) -> None:
     """A private copy, which Linux refuses where it is, is not asked for; what is written to them stays when they go."""
     mapped = map_tensors([("a", torch.ones(3))], tmp_path)
-    (rights,) = re.findall(rf"^\S+ (\S+) .* {re.escape(str(tmp_path))}/\.mapped-", MAPS.read_text(), flags=re.MULTILINE)
+    (rights,) = re.findall(rf"^\S+ (\S+) .* {re.escape(str(tmp_path))}/#\d+ ", MAPS.read_text(), flags=re.MULTILINE)
     assert rights == "rw-s"
     mapped["a"][1] = 5
     mapped.let_go(["a"])
@@ -78,6 +78,6 @@ def test_what_cannot_be_written_is_told_in_one_line(
     def refuse(*_arguments: Any, **_options: Any) -> Any:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(mapped.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(mapped.tempfile, "TemporaryFile", refuse)
     with pytest.raises(kind, match=f"^{said.replace('PATH', re.escape(str(tmp_path)))}$"):
         map_tensors([("a", torch.ones(1))], tmp_path)

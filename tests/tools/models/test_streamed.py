@@ -127,7 +127,7 @@ def test_what_is_read_of_the_file_is_a_block(tmp_path: Path) -> None:
     """Whether blocks run, forward or backward, or their weights are read one after another."""
 
     def held() -> int:
-        parts = re.findall(r"/(?:\.mapped-|model\.saf).*\n(?:.*\n)*?Rss:\s+(\d+) kB", MAPS.read_text())
+        parts = re.findall(r"/(?:#\d+ \(deleted\)|model\.saf).*\n(?:.*\n)*?Rss:\s+(\d+) kB", MAPS.read_text())
         return sum(map(int, parts)) * 1024
 
     config = transformers.LlamaConfig(

@@ -14,7 +14,16 @@ from tests.tiny import make_beginning_tokenizer, make_tiny_tokenizer, tiny_setti
 from tools.base.errors import SharedText, UserError
 from tools.base.settings import MOST_SPREAD
 from tools.texts.sources import read_documents
-from tools.texts.windows import SPLITS, check_texts, check_windows, cut_windows, find_bos, spread_windows
+from tools.texts.windows import (
+    CHARACTERS,
+    SPLITS,
+    _read_tokens,
+    check_texts,
+    check_windows,
+    cut_windows,
+    find_bos,
+    spread_windows,
+)
 
 
 def test_one_source_is_cut_into_consecutive_disjoint_parts() -> None:
@@ -255,3 +264,19 @@ def test_questions_that_are_a_text_are_refused(tmp_path: Path) -> None:
     source = write_questions(tmp_path / "qa.jsonl", 40)
     with pytest.raises(UserError, match="the questions and the calibration text are the same"):
         check_texts(tiny_settings("any", questions=source, calibration=source))
+
+
+def test_of_a_long_text_no_more_is_read_than_windows_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, seen = make_tiny_tokenizer(), list[int]()
+    text = " ".join(f"word{number % 977} of {number}," for number in range(60_000))
+    whole = tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
+
+    def read(part: str, **options: Any) -> Any:
+        seen.append(len(part))
+        return tokenizer(part, **options)
+
+    for needed in (64, 1000, 20_000, len(whole) + 1):
+        ids = list(_read_tokens(iter([text]), read, needed))
+        assert len(ids) >= min(needed, len(whole)) and ids == whole[: len(ids)]
+    assert seen[0] == 64 * CHARACTERS and max(seen[:-2]) < len(text), "all of it only where all of it is wanted"
+    assert ids == whole

@@ -1,11 +1,13 @@
 """One model at a time in a process."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import tools.statistics.collect
 import tools.workbench.bench
@@ -18,6 +20,7 @@ from tools.base.errors import UserError
 from tools.plans.allocate import allocate
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_allocation
+from tools.workbench.open import close_workbench
 
 MASK = Recipe(method="two-sided", refit=False)
 
@@ -94,3 +97,34 @@ def test_a_failed_opening_can_be_tried_again(tiny_llama: Path, tmp_path: Path, w
 def test_how_to_open_and_close_is_known_without_torch() -> None:
     code = "import sys, tools.workbench.open, tools.workbench.store; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_a_model_or_text_that_is_another_by_the_same_name_is_refused(
+    tiny_llama: Path, tmp_path: Path, workbench_closed: None
+) -> None:
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(tiny_llama, model)
+    text.write_text(prose(0, 900))
+    settings = tiny_settings(model, validation=f"file:{text}")
+    open_bench(settings, tmp_path / "run")
+    close_workbench()
+    open_bench(settings, tmp_path / "run")
+    close_workbench()
+    text.write_text(prose(5000, 900))
+    with pytest.raises(UserError, match=r"^a text is another than when this was begun, by the same name: .*directory$"):
+        open_bench(settings, tmp_path / "run")
+    text.write_text(prose(0, 900))
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"^model .*model is another than when this was begun, by the same name: "):
+        open_bench(settings, tmp_path / "run")
+    open_bench(settings, tmp_path / "other")
+
+
+def test_what_a_killed_process_was_writing_is_deleted(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
+    artifacts = tmp_path / "run" / "artifacts"
+    (artifacts / ".loading-x").mkdir(parents=True)
+    for left in (artifacts / ".loading-x" / "part", artifacts / ".mapped-y", artifacts / ".new.safetensors.z"):
+        left.write_text("x")
+    open_bench(tiny_settings(tiny_llama), tmp_path / "run")
+    assert [*artifacts.rglob(".*")] == []
