@@ -17,7 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from graph.config import RunConfig, check_target
+from graph.checks import check_target
+from graph.config import RunConfig
 from graph.drive import drive
 from graph.persistence import STATE_VARIABLE, state_url
 from graph.runs.listing import list_runs

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
-from graph.config import HEURISTIC, MODEL_WORDS, RunConfig, check_prices
+from graph.checks import check_prices
+from graph.config import HEURISTIC, MODEL_WORDS, RunConfig
 from graph.llm.exchange import check_exchange, open_exchange
 from graph.llm.keys import check_key, name_variable
 from graph.llm.ladder import AgentError

@@ -7,7 +7,8 @@ from typing import TypeVar
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel
 
-from graph.config import Agent, RunConfig, check_prices
+from graph.checks import check_prices
+from graph.config import Agent, RunConfig
 from graph.llm.ask import CallRecord, Reply
 from graph.llm.ladder import AgentError, DeadEnd
 from graph.llm.metering import FailedRequest

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from langgraph.types import interrupt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from graph.llm.answers import explain
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.kept_orders import find_order, keep_order
 from graph.planning.orders import describe_plan
@@ -130,7 +131,7 @@ def read_answer(given: Any, plan: Plan) -> Answer:
                 raise ValueError("to edit, give the plan, or those of its fields that change")
             answer.plan = Plan.model_validate(_merge(plan, changes))
     except ValidationError as error:
-        raise ValueError("; ".join(_describe(problem) for problem in error.errors()[:3])) from error
+        raise ValueError("; ".join(explain(error).splitlines())) from error
     if answer.decision == "refuse" and not answer.reason.strip():
         raise ValueError("say why it is refused, in a few words: the planner is told")
     return answer
@@ -161,7 +162,3 @@ def _merge(plan: Plan, changes: dict[str, Any]) -> dict[str, Any]:
     if isinstance(changes.get("recipe"), dict):
         whole["recipe"] = plan.recipe.model_dump() | changes["recipe"]
     return whole
-
-
-def _describe(problem: Any) -> str:
-    return f"{'.'.join(str(part) for part in problem['loc']) or 'answer'}: {problem['msg'].lower()}"

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from graph.config import CHANGEABLE, RunConfig, check_budget, check_config, check_target, refuse_prompt_files
+from graph.checks import check_budget, check_target, refuse_prompt_files
+from graph.config import CHANGEABLE, RunConfig, check_config
 from graph.persistence import state_kind
 from graph.state import State
 from tools.base.errors import UserError

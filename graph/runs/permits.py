@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from graph.config import RunConfig, refuse_prompt_files
+from graph.checks import refuse_prompt_files
+from graph.config import RunConfig
 from graph.state import State
 from tools.base.errors import UserError
 from tools.base.names import is_hub_id, parse_hub

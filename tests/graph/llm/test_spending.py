@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from graph.config import RunConfig, check_prices
+from graph.checks import check_prices
+from graph.config import RunConfig
 from graph.llm.ask import CallRecord, Reply
 from graph.llm.ladder import AgentError
 from graph.llm.spending import Account, Agent, CapReached, add_calls, check_cap, read_spent
