@@ -36,6 +36,8 @@ def profile(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
 
 def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
+    from tools.statistics.table import list_shapes  # imports torch
+
     config = state.config
     thread = (runtime.execution_info.thread_id if runtime.execution_info else None) or str(uuid.uuid4())
     name = state.run or f"studio-{thread[:8]}"
@@ -45,8 +47,6 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     create_run(runs_directory(), name, config, thread, state.replay)
     state = state.model_copy(update={"run": name})
     session = enter("profile", state, runtime)
-    from tools.statistics.table import list_shapes  # imports torch
-
     with open_bench(state, session) as bench:
         target = find_target(bench, state, session) if config.takes_parts else None
         if target:
