@@ -98,7 +98,7 @@ def test_interrupted_and_gone_on_with_by_the_same_command(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--recipes", "wanda:nonsense"], "recipe 'wanda:nonsense': allocation: "),
+        (["--recipes", "wanda:nonsense"], "recipe 'wanda:nonsense': there is no allocation 'nonsense'; "),
         (["--recipes", "nonsense:owl", "--dry-run"], "recipe 'nonsense:owl': method: "),
         (["--sparsity", "45"], "sparsity '45' must lie between 0 and 1, such as 0.45"),
         (["--sparcity", "0.45"], "unknown option '--sparcity'; did you mean --sparsity?"),
