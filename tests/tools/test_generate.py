@@ -45,7 +45,7 @@ def test_two_models_go_on_side_by_side(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--tokens", "0"], "--tokens must be at least 1"),
         (["--tokens", "x"], "argument --tokens: invalid int value: 'x'"),
-        (["--tokens", "255"], "3 tokens of prompt and 255 more do not fit into 256 positions"),
+        (["--tokens", "4095"], "3 tokens of prompt and 4095 more do not fit into 4096 positions"),
         (["--prompt", ""], "the prompt has no tokens; give some text"),
         (["--compare", "./nowhere"], "model './nowhere' is neither a directory"),
     ],

@@ -294,7 +294,9 @@ def test_a_run_begins_where_there_is_room_for_what_its_cut_writes(
 
     def open_with(free: int, course: Course) -> Workbench:
         monkeypatch.setattr(shutil, "disk_usage", lambda _place: room._replace(free=free))
-        return Workbench(settings, tmp_path, pytest.fail, ignore, course=course)
+        directory = tmp_path / str(len([*tmp_path.iterdir()]))  # what is there already would be room
+        directory.mkdir()
+        return Workbench(settings, directory, pytest.fail, ignore, course=course)
 
     open_with(needed, plan(0.6))
     with pytest.raises(UserError, match=r"^the disk is full: "):

@@ -232,8 +232,8 @@ def test_a_token_before_the_text_of_each_window_is_read_too(
     assert begun.work[1].flops > plain.work[1].flops
     config = write_config(tmp_path / "shape", json.loads((beginning_llama / "config.json").read_text()))
     assert find(config / "config.json").disk == plain.disk, "a config alone has no tokenizer to ask"
-    with pytest.raises(UserError, match=r"^windows of 256 tokens behind the beginning-of-sequence token take 257 posi"):
-        find(beginning_llama, window=256)
+    with pytest.raises(UserError, match=r"^windows of 4096 tokens behind the beginning-of-sequence token take 4097 po"):
+        find(beginning_llama, window=4096)
 
 
 @pytest.mark.parametrize(

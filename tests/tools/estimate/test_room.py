@@ -33,7 +33,7 @@ def test_memory_of_this_machine_where_the_cpu_is_the_device(no_gpu: None) -> Non
 
 
 def test_of_another_machine_only_what_is_told_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_count_memory", lambda: 7)
+    monkeypatch.setattr(module, "count_memory", lambda: 7)
     devices, unknown = Devices(count=2, bytes=5), float("inf")
     assert find_room("cuda", devices, here=False) == Room(gpu=5, cpu=unknown)
     assert find_room("cuda", devices, here=True) == Room(gpu=5, cpu=7)

@@ -84,7 +84,7 @@ def test_the_harness_begins_prompts_as_the_tokenizer_begins_a_text(data: Path) -
 
 
 def test_prompts_that_are_too_long_are_counted(data: Path, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "long.jsonl", [{"question": f"{i} " * 150, "answer": "a"} for i in range(3)])
+    source = write_rows(tmp_path / "long.jsonl", [{"question": f"{i} " * 2500, "answer": "a"} for i in range(3)])
     _, results = ask(data, "freebaseqa", freebaseqa=source)
     assert results[0].score.protocol["cut_prompts"] == 2  # the one question left, for both metrics
     told: list[str] = []

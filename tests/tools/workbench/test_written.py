@@ -180,7 +180,8 @@ def test_chat_models_are_asked_through_their_template(tmp_path: Path, drawn: lis
         make_author(tmp_path, tokenizer)("calibration", ["How?"], 64)
 
 
-def test_documents_fit_the_models_positions(tmp_path: Path, drawn: list[Any]) -> None:
+def test_documents_fit_the_models_positions(tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.workbench.written.count_positions", lambda _model: 256)
     ids = make_author(tmp_path, window=512)("calibration", [], 512)
     assert len(ids) >= 512 and {(rows, new) for _, rows, new, _ in drawn[:1]} == {(1, 255)}
     with pytest.raises(UserError, match="leaves nothing of the model's 256 positions to write in; give a shorter one"):
