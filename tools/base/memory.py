@@ -44,15 +44,15 @@ def _list_limits() -> list[_Limit]:
         group = root / path.lstrip("/")
         # in a container its own group is the root of what it sees, wherever the system says that it is
         places = [place for place in (group, *group.parents) if place.is_relative_to(root)]
-        found += [limit for place in places if (limit := _read_limit(place, one="" if controllers else "2"))]
+        found += [limit for place in places if (limit := _read_limit(place, second=not controllers))]
     return found
 
 
-def _read_limit(group: Path, one: str) -> _Limit | None:
-    """What a group may have, as the second version of such groups tells it, or the first; None without a limit."""
+def _read_limit(group: Path, *, second: bool) -> _Limit | None:
+    """What a group may have, as the second version of such groups tells it or the first; None without a limit."""
     most, used, kept = (
         ("memory.max", "memory.current", "inactive_file")
-        if one
+        if second
         else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     )
     try:
