@@ -19,6 +19,9 @@ from tools.workbench.open import close_workbench
 if TYPE_CHECKING:
     from tools.base.progress import Progress
 
+REFUSED = 2
+"""Exit code of a run whose input is refused, as of one that was begun by other settings."""
+
 UNAIDED = {"chat-bare": ("--planner-fallback=none", "--planner-unaided")}
 """What an arm is told behind all other flags."""
 
@@ -33,8 +36,8 @@ def run_graph(
     """
     run = Path(settings.out) / "runs" / f"{arm}-{settings.seed}"
     progress("run of the graph", 0, 1)
-    if not (run / "summary.json").is_file():
-        _carry_out(arm, settings, graph_flags, run)
+    # settings are checked of one, too, that was finished and has no row yet
+    _carry_out(arm, settings, graph_flags, run)
     progress("run of the graph", 1, 1)
     return _read_row(arm, settings, run, progress)
 
@@ -49,8 +52,9 @@ def _carry_out(arm: str, settings: AblateSettings, graph_flags: Sequence[str], r
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not (run / "summary.json").is_file():
         said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]
-        last = " ".join(said[-2:])[:400]
-        raise UserError(f"{arm}, seed {settings.seed}: {last}; the same command goes on from there")
+        last = " ".join(said[-2:]).removeprefix("error: ")[:400]
+        advice = "or choose another --out" if result.returncode == REFUSED else "the same command goes on from there"
+        raise UserError(f"{arm}, seed {settings.seed}: {last}; {advice}")
 
 
 def _read_row(arm: str, settings: AblateSettings, run: Path, progress: "Progress") -> tuple[Row, float | None, bool]:

@@ -139,6 +139,14 @@ def test_runs_of_the_graph_have_the_workers(tmp_path: Path, monkeypatch: pytest.
     resumed = [*commands[0]]
     resumed[resumed.index("--name")] = "--resume"
     assert commands[1] == resumed, "which refuses what is not what it was begun with"
+    said = "error: run 'heuristic-2' cannot be resumed with a changed config (tau); start a new run"
+    refused = SimpleNamespace(returncode=2, stdout="", stderr=said)
+    monkeypatch.setattr(graph_arms.subprocess, "run", lambda *_, **__: refused)
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"^heuristic, seed 2: run 'heuristic-2' .*; start a new run; or choose another"
+    ):
+        graph_arms.run_graph("heuristic", settings.for_seed(2), [], lambda *_: None)
 
 
 def test_what_no_run_may_be_is_refused_before_anything_is_loaded(tiny_llama: Path, tmp_path: Path) -> None:
