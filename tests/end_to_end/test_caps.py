@@ -112,3 +112,15 @@ def test_what_a_planner_spends_that_brings_no_plan_is_counted(
     assert len(server.requests) > 2
     agents = read_summary(run)["agents"]
     assert (agents["calls"], agents["input_tokens"], agents["output_tokens"]) == (len(server.requests), sent, answered)
+
+
+def test_no_round_begins_once_the_seconds_are_gone_and_a_replay_has_no_clock(
+    tiny_llama: Path, tmp_path: Path, command: Command
+) -> None:
+    given = ["--model", str(tiny_llama), *TINY]
+    late = command("--name", "late", *given, "--max-seconds", "0.001")
+    assert (late.code, late.err) == (0, "") and "of at most 0.001 seconds were spent" in late.out
+    assert read_summary(tmp_path / "runs" / "late")["iterations"] == 0
+    assert command("--name", "run", *given, "--max-iterations", "2").code == 0
+    assert command("--replay", "run", "--name", "again", "--max-seconds", "0.001").code == 0
+    assert read_trials(tmp_path / "runs" / "again") == read_trials(tmp_path / "runs" / "run")

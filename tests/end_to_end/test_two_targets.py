@@ -130,6 +130,7 @@ def test_a_sparsity_that_a_file_has_for_other_runs_is_no_second_target(
         (("--text-bounds", "a=0.2"), "text_bounds bound 'a', which is none of the texts"),
         (("--pattern", "5:4"), "pattern '5:4' is not N:M"),
         (("--target-sparsity", "1.5"), "target_sparsity: 1.5 looks like a percentage"),
+        (("--name", "x" * 98), "-zeros' must be letters, digits, '.', '_' or '-', at most 100 of them"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_cut(

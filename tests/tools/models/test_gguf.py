@@ -107,3 +107,9 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     ):
         write_gguf(normed, save_tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "made.gguf")
     assert not (tmp_path / "made.gguf").exists()
+
+
+def test_a_source_that_is_no_such_file_is_refused_in_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"not one")
+    with pytest.raises(UserError, match=r"broken\.gguf cannot be read as a \.gguf file: .+$"):
+        write_gguf(tiny_llama, tmp_path / "broken.gguf", tmp_path / "made.gguf")

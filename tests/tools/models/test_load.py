@@ -308,3 +308,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             refuse("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [pick_device(device).type for device in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"config\.json is no config: it holds no JSON object$"):
+        read_dtype(str(tmp_path))

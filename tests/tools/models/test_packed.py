@@ -230,6 +230,8 @@ def test_export_packs_what_a_run_left(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     assert "# `one`, packed" in (tmp_path / "packed" / "README.md").read_text()
     assert export.main(["one", "--packed", str(tmp_path / "rounded"), "--dtype", "fp16"]) == 0
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("packed", "rounded")]
+    assert ["bit for bit" in text for text in cards] == [True, False] and "pruned model, as rounded." in cards[1]
     assert read_contents(tmp_path / "rounded").dtype == "fp16"
 
     for arguments, problem in (
