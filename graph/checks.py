@@ -18,13 +18,11 @@ def check_target(config: RunConfig) -> None:
         )
 
 
-def check_budget(config: RunConfig) -> None:
-    """Refuse tokens that are not enough for one trial. Raises UserError."""
-    if 0 < config.max_evaluated_tokens < config.validation_tokens:
-        raise UserError(
-            f"max_evaluated_tokens {config.max_evaluated_tokens:,} allow no trial: one takes "
-            f"{config.validation_tokens:,}"
-        )
+def check_budget(config: RunConfig, name: str = "max_evaluated_tokens") -> None:
+    """Refuse tokens, as the option `name` gives them, that are not enough for one trial. Raises UserError."""
+    tokens, needed = config.max_evaluated_tokens, config.validation_tokens
+    if 0 < tokens < needed:
+        raise UserError(f"{name} {tokens:,} allow no trial: one takes {needed:,}")
 
 
 def check_prices(config: RunConfig) -> None:

@@ -17,6 +17,7 @@ from graph.ablation.rows import Ablation, Profiled, Row, conclude, judge_perplex
 from graph.ablation.settings import CHAT, FIXED, GRAPH, AblateSettings, list_arms, list_seeds
 from graph.ablation.tables import describe_row, write_tables
 from graph.ablation.unseen import list_settings, measure_checkpoint, measure_dense
+from graph.checks import check_budget
 from tools.base.console import print_line, show_bars
 from tools.base.errors import BrokenPlan, UserError
 from tools.base.progress import Warn
@@ -82,10 +83,7 @@ def _check_input(settings: AblateSettings, graph_flags: Sequence[str]) -> None:
     check_device(settings.device)
     for given in list_settings(settings):
         check_texts(given)
-    make_config(settings)
-    needed = settings.validation_tokens
-    if settings.evaluated_tokens < needed:
-        raise UserError(f"evaluated_tokens {settings.evaluated_tokens:,} allow no trial: one takes {needed:,}")
+    check_budget(make_config(settings), "evaluated_tokens")
 
 
 def _leave_out(arms: Sequence[str], settings: AblateSettings, console: Console) -> list[str]:

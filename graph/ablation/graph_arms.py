@@ -12,15 +12,13 @@ from graph.ablation.unseen import measure_exported
 from graph.config import HEURISTIC
 from tools.base.errors import UserError
 from tools.base.made import read_result
+from tools.base.options import REFUSED
 from tools.base.rundir import scan_events
 from tools.base.settings import SPLITS, TeamSettings
 from tools.workbench.open import close_workbench
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
-
-REFUSED = 2
-"""Exit code of a run whose input is refused, as of one that was begun by other settings."""
 
 UNAIDED = {"chat-bare": ("--planner-fallback=none", "--planner-unaided")}
 """What an arm is told behind all other flags."""

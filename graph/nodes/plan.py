@@ -38,7 +38,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """
     state = state.model_copy(update={"iteration": state.iteration + 1})
     session = enter("plan", state, runtime)
-    if not (state.trials or state.replay) and (late := find_lateness(state.config, session.seconds)):
+    if not state.trials and (late := find_lateness(state, session.seconds)):
         session.emit("note", text=late)
         return {"iteration": state.iteration - 1, "stop": late, "seconds": session.seconds}
     now = Planning(state, session, open_budget(state))

@@ -54,7 +54,7 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             write_note(store, state.config, note)
         notes = add_note(notes, note)
         session.emit("note", text=f"strategy, by {count_rounds(note)}: {note.text}")
-    stop = decide_stop(state) or ("" if state.replay else find_lateness(state.config, session.seconds))
+    stop = decide_stop(state) or find_lateness(state, session.seconds)
     reason = " ".join(reflection.reason.split()) or "no reason given"
     if reflection.stop and not stop:
         if early := find_early(state):

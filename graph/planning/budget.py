@@ -153,8 +153,10 @@ def can_profile(state: State) -> bool:
     return count_profile(state.config) + budget.trial <= budget.left
 
 
-def find_lateness(config: RunConfig, seconds: float) -> str:
-    """Why a run that has taken so many seconds ends; empty while there is time."""
-    if config.max_seconds and seconds >= config.max_seconds:
-        return f"{seconds:.0f} of at most {config.max_seconds:g} seconds were spent"
+def find_lateness(state: State, seconds: float) -> str:
+    """Why a run that has taken so many seconds ends; empty while there is time, and of a replay, which goes by its
+    record."""
+    most = state.config.max_seconds
+    if most and seconds >= most and not state.replay:
+        return f"{seconds:.0f} of at most {most:g} seconds were spent"
     return ""

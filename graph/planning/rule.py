@@ -46,7 +46,7 @@ def plan_by_rule(situation: Situation) -> Plan | None:
     if situation.parts is not None:
         found = _plan_cut(situation)
     elif situation.at_target:
-        return next(plan_refinements(situation), None)
+        found = next(plan_refinements(situation), None)
     else:
         found = next(_plan_pattern(situation), None) if situation.config.pattern else _plan_climb(situation)
     return None if found is None or situation.find_expense(found) else found

@@ -50,11 +50,6 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     return read_sealed(path, read_made(directory).mark, advise(directory)) if path.is_file() else None
 
 
-def hash_files(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file in a directory, by name."""
-    return {path.name: hash_file(path) for path in sorted(directory.iterdir()) if path.is_file()}
-
-
 def hash_once(path: Path) -> str:
     """As `hash_file`, of a file that is not read again while its time and size are what they were."""
     return _hash_once(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size)
@@ -64,6 +59,11 @@ def hash_once(path: Path) -> str:
 def _hash_once(path: Path, _changed: int, _size: int) -> str:
     """A command asks several times where a model is, and models are large."""
     return hash_file(path)
+
+
+def hash_files(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file in a directory, by name."""
+    return {path.name: hash_once(path) for path in sorted(directory.iterdir()) if path.is_file()}
 
 
 def check_model(directory: Path) -> None:

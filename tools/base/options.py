@@ -36,10 +36,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+REFUSED = 2
+"""Exit code of a command whose input is refused."""
+
+
 def refuse(problem: UserError | str) -> int:
     """Tell bad input in one line, without any secret; the exit code that goes with it."""
     print(f"error: {redact(' '.join(str(problem).split()))}", file=sys.stderr)
-    return 2
+    return REFUSED
 
 
 def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:

@@ -33,7 +33,7 @@ from tools.estimate.room import Devices, find_devices, find_room, lay_out
 from tools.estimate.shape import measure_shape
 from tools.models.disk import DiskPlan, Line, plan_disk
 from tools.models.layers import Layer, Reach, find_layers, measure_reach, refuse_small_reach
-from tools.models.load import FITS, choose_device, count_models, is_small, pick_device
+from tools.models.load import FITS, choose_device, count_models, fits, is_settled, pick_device
 from tools.models.positions import refuse_long_windows
 from tools.models.streamed import StreamSizes, measure_stream
 from tools.plans.methods import LEVERS
@@ -117,8 +117,8 @@ def find_place(settings: TeamSettings, model: Any, devices: Devices | None) -> P
     told, devices = devices is not None, devices or find_devices(device)
     spread = lay_out(model, devices) if settings.device == "spread" else []
     whole = sum(parameter.nbytes for parameter in model.parameters())
-    fits = devices is None or count_models(settings, device) * whole <= FITS * devices.bytes
-    streams = settings.device == "stream" or (settings.device == "auto" and not fits)
+    held = devices is None or count_models(settings, device) * whole <= FITS * devices.bytes
+    streams = settings.device == "stream" or (settings.device == "auto" and not held)
     return Place(device, devices, told, measure_stream(model) if streams else None, spread)
 
 
@@ -150,24 +150,28 @@ def _holds(run: Run, place: Place, phases: Phases, course: Course) -> bool:
 def choose_for_run(settings: TeamSettings, course: Course, directory: Path) -> TeamSettings:
     """As `choose_device`, and by all that a run of this course holds beside the model, which writes to the directory.
 
-    A cluster is not asked, and a model that is small for the memory not looked at. Raises UserError as `load_model`.
+    A cluster is not asked. Raises UserError as `load_model`.
     """
-    settings = choose_device(settings)
-    if settings.device != "auto" or (settings.workers and not settings.workers.isdigit()) or is_small(settings):
+    if is_settled(settings):
         return settings
-    device = pick_device("auto").type
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else count_free() + measure_process()
     try:
         run = read_run(settings, lead=1)
-        place = Place(device, Devices(count=1, bytes=free), told=False, streamed=None, spread=[])
-        cutting = find_cutting(run.model, run.layers, course.cut) if course.cut else None
-        counts = count_block(run.model, settings.window, run.lead)
-        facts = gather_facts(run, place, counts, course, cutting)
-        room = settings.disk * 1e9 or count_free_disk(directory)
-        place, _, _ = settle(run, place, facts, course, cutting, room)
-    except Exception:  # what cannot be foreseen goes by its weights; what is wrong with it is said when it is loaded
-        return settings
-    return settings.model_copy(update={"device": "stream"}) if place.streamed else settings
+        held = fits(run.model, settings) and _holds_here(run, course, directory)
+    except Exception:  # what cannot be foreseen goes by its weights, and what is wrong with it is said
+        return choose_device(settings)
+    return settings if held else settings.model_copy(update={"device": "stream"})
+
+
+def _holds_here(run: Run, course: Course, directory: Path) -> bool:
+    """Whether what the run holds fits the memory that is free, of a model whose weights do."""
+    device = pick_device("auto").type
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else count_free() + measure_process()
+    place = Place(device, Devices(count=1, bytes=free), told=False, streamed=None, spread=[])
+    cutting = find_cutting(run.model, run.layers, course.cut) if course.cut else None
+    counts = count_block(run.model, run.settings.window, run.lead)
+    facts = gather_facts(run, place, counts, course, cutting)
+    room = run.settings.disk * 1e9 or count_free_disk(directory)
+    return settle(run, place, facts, course, cutting, room)[0].streamed is None
 
 
 def gather_facts(run: Run, place: Place, counts: Counts, course: Course, cutting: Cutting | None) -> Facts:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.files import write_json
-from tools.base.made import check_model, hash_once
+from tools.base.made import check_model, hash_files, hash_once
 from tools.base.memory import count_free
 from tools.base.names import is_hub_id
 from tools.base.rundir import list_places
@@ -91,9 +91,11 @@ def find_model(source: str) -> str:
 def hash_model(source: str) -> str:
     """SHA-256 of the files that a model on this machine is read from; "" of a hub id, whose files lie elsewhere."""
     place = locate_model(source)
-    files = [Path(place.path) / place.gguf_file] if place.gguf_file else sorted(Path(place.path).glob("*.*"))
-    digests = [f"{file.name} {hash_once(file)}\n" for file in files if file.is_file()]
-    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+    if place.gguf_file:
+        return hash_once(Path(place.path) / place.gguf_file)
+    if not Path(place.path).is_dir():
+        return ""
+    return hashlib.sha256(json.dumps(hash_files(Path(place.path))).encode()).hexdigest()
 
 
 def read_dtype(source: str) -> Dtype:
@@ -183,10 +185,20 @@ def count_models(settings: TeamSettings, device: str) -> int:
     return 1 + (max(count_beside(settings), 1) if device == "cpu" else 1)
 
 
-def is_small(settings: TeamSettings) -> bool:
-    """Whether the model, and its workers' own, surely fit the memory that is free, by the sizes of its files alone."""
-    files = _list_files(locate_model(settings.model))
+def is_settled(settings: TeamSettings) -> bool:
+    """Whether nothing need be built to say what `auto` stands for: it is not asked for, the model is packed, or it, and
+    its workers' own, surely fit the memory that is free, by the sizes of its files alone."""
+    place = locate_model(settings.model)
+    if settings.device != "auto" or (Path(place.path) / PACKED_FILE).is_file():
+        return True
+    files = _list_files(place)
     return bool(files) and sum(file.stat().st_size for file in files) * WIDEST < _count_room(settings)
+
+
+def fits(model: Any, settings: TeamSettings) -> bool:
+    """Whether the weights of a model, and its workers' own, fit the memory that is free, with `auto`."""
+    whole: int = sum(parameter.nbytes for parameter in model.parameters())
+    return whole <= _count_room(settings)
 
 
 def _count_room(settings: TeamSettings) -> float:
@@ -203,16 +215,14 @@ def choose_device(settings: TeamSettings) -> TeamSettings:
 
     Raises UserError when its config cannot be read.
     """
-    place = locate_model(settings.model)
-    if settings.device != "auto" or (Path(place.path) / PACKED_FILE).is_file() or is_small(settings):
-        return settings  # nothing needs to be built
+    if is_settled(settings):
+        return settings
     check_in_reach(settings.model)
     try:
-        empty, _ = build_on_meta(place, settings)
+        empty, _ = build_on_meta(locate_model(settings.model), settings)
     except Exception as error:  # as `load_model`
         raise _explain(settings, error) from error
-    fits = sum(parameter.nbytes for parameter in empty.parameters()) <= _count_room(settings)
-    return settings if fits else settings.model_copy(update={"device": "stream"})
+    return settings if fits(empty, settings) else settings.model_copy(update={"device": "stream"})
 
 
 def _list_files(place: ModelPlace) -> list[Path]:

@@ -199,5 +199,7 @@ def test_a_profile_that_leaves_no_trial_is_not_made() -> None:
 
 def test_a_run_that_took_its_seconds_ends() -> None:
     config = RunConfig(max_seconds=90)
-    assert find_lateness(config, 89.9) == find_lateness(RunConfig(), 1e9) == ""
-    assert find_lateness(config, 90.4) == "90 of at most 90 seconds were spent"
+    state = State(run="r", config=config)
+    assert find_lateness(state, 89.9) == find_lateness(State(run="r", config=RunConfig()), 1e9) == ""
+    assert find_lateness(state.model_copy(update={"replay": "other"}), 1e9) == "", "which goes by no clock"
+    assert find_lateness(state, 90.4) == "90 of at most 90 seconds were spent"
