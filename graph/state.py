@@ -13,10 +13,11 @@ from graph.reflecting.schema import Experience, Lesson, Note
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
+from tools.plans.cuts import Cutting
 from tools.plans.graft import Graft
 from tools.plans.groups import Group
 from tools.plans.paces import Paces
-from tools.plans.recipe import Recipe
+from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
 
 SAME_SPARSITY = 5e-4
@@ -81,8 +82,15 @@ class Trial(BaseModel):
     asked: str = Field("", description="Hash of what the plan asked for, whatever lessons made of it.")
     recipe: Recipe | None = Field(None, description="The plan's recipe; null for the dense model.")
     groups: list[Group] = Field([], exclude_if=operator.not_, description="Layers that had another.")
+    adjustments: list[Adjustment] = Field(
+        [], exclude_if=operator.not_, description="Corrections to the allocation that it asked for."
+    )
+    expression: str = Field("", exclude_if=operator.not_, description="Factors on KL curves that it asked for.")
     graft: Graft | None = Field(
         None, exclude_if=lambda graft: graft is None, description="Whose layers they are, where nothing was pruned."
+    )
+    cut: Cutting | None = Field(
+        None, exclude_if=lambda cut: cut is None, description="How it was to be shared out, where whole parts went."
     )
     seconds: float = 0.0
 
@@ -147,6 +155,7 @@ class State(Input):
     trials: Annotated[list[Trial], operator.add] = []
     lessons: list[Lesson] = []
     notes: list[Note] = Field([], description="A reflector's notes of strategy, of this and earlier runs, the latest.")
+    judged: dict[int, str] = Field({}, description="What the reflector said of rounds, by their numbers; the latest.")
     probes: list[PastProbe] = Field([], description="What probes of earlier rounds measured, the latest.")
     experience: list[Experience] = Field([], description="What levers did in earlier runs, as the run began.")
     reprofile: bool = Field(False, description="The reflector asked for a new profile after the last trial.")

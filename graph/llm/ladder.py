@@ -5,7 +5,7 @@ remembered.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -197,9 +197,10 @@ def _bind(
     tools = toolbox.functions if toolbox else []
     offered = tools if toolbox and not toolbox.spent else []
     if method == "grammar":
-        return model.bind(schema=_schema_or_call(described, offered))
+        return model.bind(schema=_schema_or_call(described, offered, toolbox.beside if toolbox else {}))
     if method == "json_schema":
-        wanted = {"name": name, "schema": bound_lengths(_schema_or_call(described, offered), MAX_WRITTEN)}
+        either = _schema_or_call(described, offered, toolbox.beside if toolbox else {})
+        wanted = {"name": name, "schema": bound_lengths(either, MAX_WRITTEN)}
         return model.bind(extra_body={"response_format": {"type": "json_schema", "json_schema": wanted}})
     if method == "function_calling":
         function = {"name": name, "description": described.get("description", ""), "parameters": described}
@@ -211,27 +212,33 @@ def _bind(
     return model
 
 
-def _schema_or_call(described: dict[str, Any], tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _schema_or_call(
+    described: dict[str, Any], tools: Sequence[dict[str, Any]], beside: Mapping[str, Any]
+) -> dict[str, Any]:
     """A JSON schema, or one that takes a call of a tool in words as well.
 
-    An argument that is called like the schema (`plan` for Plan) is held to it.
+    An argument that is called like the schema (`plan` for Plan) is held to it, and may have fields `beside` its own.
     """
     if not tools:
         return described
     title = str(described["title"])
     answer = {"$ref": f"#/$defs/{title}"}
+    argument = {"$ref": f"#/$defs/{title}Argument"} if beside else answer
     calls = []
     for tool in tools:
         function = tool["function"]
         parameters = function["parameters"]
-        given = {name: answer if name == title.lower() else kind for name, kind in parameters["properties"].items()}
+        given = {name: argument if name == title.lower() else kind for name, kind in parameters["properties"].items()}
         properties = {
             "tool": {"type": "string", "enum": [function["name"]]},
             "arguments": parameters | {"properties": given},
         }
         calls.append({"type": "object", "properties": properties, "required": ["tool", "arguments"]})
     parts = {key: value for key, value in described.items() if key != "$defs"}
-    return {"anyOf": [answer, *calls], "$defs": {**described.get("$defs", {}), title: parts}}
+    known = {**described.get("$defs", {}), title: parts}
+    if beside:
+        known[f"{title}Argument"] = parts | {"properties": {**parts["properties"], **beside}}
+    return {"anyOf": [answer, *calls], "$defs": known}
 
 
 def bound_lengths(node: Any, limits: dict[str, tuple[str, int]]) -> Any:

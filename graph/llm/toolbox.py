@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from graph.llm.quoting import data_block, quote_data
 from tools.base.errors import UserError
+from tools.base.words import round_seconds
 
 Result = TypeVar("Result")
 
@@ -64,7 +65,8 @@ class Toolbox:
 
     They are had by `offer`, for as long as one runs. `carry_out` runs one, or has its answer from where that was kept;
     `on_tool` hears of every answer. `prices` are words for what calls take, the same for all of them, and `list_left`
-    names what is left beside calls and seconds.
+    names what is left beside calls and seconds. What a model answers with may be an argument, too, and then have fields
+    `beside` its own, by their JSON schemas.
     """
 
     def __init__(
@@ -77,11 +79,12 @@ class Toolbox:
         carry_out: Callable[[Callable[[], ToolAnswer]], ToolAnswer] = do_now,
         prices: str = "",
         list_left: Callable[[], Mapping[str, float]] = dict,
+        beside: Mapping[str, Any] | None = None,
     ) -> None:
         with offer() as tools:
             self.names = [tool.name for tool in tools]
             self.functions = [convert_to_openai_tool(tool) for tool in tools]
-        self.prices = prices
+        self.prices, self.beside = prices, beside or {}
         self._offer, self._list_left = offer, list_left
         self.calls_left, self.seconds_left = calls, seconds
         self._on_tool, self._carry_out = on_tool, carry_out
@@ -102,7 +105,7 @@ class Toolbox:
         if self.spent:
             what = "calls" if self.calls_left <= 0 else "seconds"
             return f"No {what} of tools are left in this round: give the plan now."
-        left = {"calls_left": self.calls_left, "seconds_left": self.seconds_left, **self._list_left()}
+        left = {"calls_left": self.calls_left, "seconds_left": round_seconds(self.seconds_left), **self._list_left()}
         return ", ".join(f'"{name}": {amount:.0f}' for name, amount in left.items())
 
     def run(self, call: ToolCall, explain: Callable[[ValidationError], str]) -> str:

@@ -13,7 +13,7 @@ from graph.planning.past import count_rounds
 from graph.planning.verdict import decide_stop, find_early
 from graph.reflecting.choose import choose_reflection, gather_evidence
 from graph.reflecting.levers import note_tried
-from graph.reflecting.notes import add_note, take_note
+from graph.reflecting.notes import add_judgement, add_note, take_note
 from graph.reflecting.posterior import CARRIED, merge_lessons
 from graph.reflecting.rule import combine_lessons
 from graph.reflecting.schema import Reflection
@@ -68,6 +68,7 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     return {
         "lessons": merge_lessons([*state.lessons, *lessons])[-CARRIED:],
         "notes": notes,
+        "judged": add_judgement(state.judged, state.iteration, reflection),
         "reprofile": reflection.reprofile,
         "usage": usage,
         "stop": stop,

@@ -104,7 +104,10 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         asked=hash_request(state.plan),
         recipe=None if order.cut else state.plan.recipe,
         groups=state.plan.groups,
+        adjustments=state.plan.adjustments,
+        expression=state.plan.expression,
         graft=state.plan.graft,
+        cut=state.plan.cut,
         seconds=round(session.elapsed, 3),
     )
     return trial, evaluation

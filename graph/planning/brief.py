@@ -24,24 +24,24 @@ from graph.planning.past import describe_experience, describe_hope, describe_not
 from graph.planning.plan import MOST_HYPOTHESIS, Plan, drop_schema, find_schema, tell_of_cuts
 from graph.planning.prices import describe_costs, describe_spending
 from graph.planning.situation import Situation
+from graph.planning.spelling import spell_out_plan, spell_out_trial, write_plan
 from graph.planning.table import TOLD_ZEROS, describe_groups, describe_layers, describe_parts, describe_present
 from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
 from graph.state import Trial, same_sparsity
 from tools.base.names import hide_directories, hide_path
-from tools.base.words import show_short
+from tools.base.words import round_seconds, show_short
 from tools.plans.cuts import Parts
 from tools.plans.expression import FUNCTIONS, list_columns, list_parts
 from tools.plans.groups import drop_null
-from tools.plans.recipe import Recipe
 
 MAX_TRIALS = 12
 MAX_LESSONS = 12
 LATEST = 2
-"""Trials whose hypotheses are told whole."""
+"""Trials of which is told whole what was expected of them, and what the reflector said."""
 EARLIER = 160
-"""Characters of the hypotheses of those before them."""
+"""Characters of that for those before them."""
 
 
 def plan_with_chat(
@@ -262,11 +262,28 @@ def _describe_trials(situation: Situation) -> str:
     if left_out > 0:
         lines.append(f"({left_out} earlier trials left out)")
     shown = situation.trials[-MAX_TRIALS:]
-    lines += [_describe_trial(trial, hypothesis=EARLIER) for trial in shown[:-LATEST]]
-    lines += [_describe_trial(trial) for trial in shown[-LATEST:]]
-    at_hand = ", ".join(map(str, sorted(situation.list_at_hand())))
-    rounds = f"\nRounds at hand for `graft`: {at_hand}." if "," in at_hand else ""
-    return "Trials so far, on the validation text:\n" + data_block("trials", lines) + rounds
+    for place, trial in enumerate(shown, 1 - len(shown)):
+        limit = MOST_HYPOTHESIS if place > -LATEST else EARLIER
+        judged = quote_words(situation.judged.get(trial.iteration, ""), limit)
+        beside = situation.beside.get(trial.iteration)
+        lines.append(
+            _describe_trial(trial, hypothesis=limit)
+            + (f"; beside what is kept now {beside[0]:+.3g} +- {show_short(beside[1])}" if beside else "")
+            + (f"; reflector: {judged}" if judged else "")
+        )
+    at_hand, least = sorted(situation.list_at_hand()), situation.list_at_hand(probed=True)
+    rounds = f"\nRounds at hand for `graft`: {', '.join(map(str, at_hand))}" if len(at_hand) > 1 else ""
+    gone = [number for number in at_hand if number not in least]
+    rounds += f"; a probe that prunes takes the place of round {gone[0]}." if rounds and gone else "." if rounds else ""
+    return "Trials so far, on the validation text:\n" + data_block("trials", lines) + rounds + _describe_kept(situation)
+
+
+def _describe_kept(situation: Situation) -> str:
+    """The plan of the weights that were kept last, as its planner would write it; empty where there is none."""
+    if situation.accepted is None or situation.accepted_plan is None:
+        return ""
+    plan = write_plan(spell_out_plan(situation.accepted_plan.model_copy(update={"reason": ""})))
+    return f"\nThe plan of round {situation.accepted.iteration}, kept last:\n" + data_block("kept", [plan])
 
 
 def _describe_trial(trial: Trial, limit: int = 160, hypothesis: int = MOST_HYPOTHESIS) -> str:
@@ -297,7 +314,8 @@ def describe_facts(trial: Trial) -> str:
 def recount_trial(trial: Trial) -> str:
     """A trial in one line, with more of it than the prompt has room for."""
     change = f"; +- {show_short(trial.change_error)} beside the last kept" if trial.change_error is not None else ""
-    return f"{_describe_trial(trial, 2_000)}{change}; {trial.seconds:.0f} s to measure"
+    plan = f"; plan {write_plan(spell_out_trial(trial))}" if trial.recipe or trial.cut else ""
+    return f"{_describe_trial(trial, 2_000)}{change}; {round_seconds(trial.seconds):g} s to measure{plan}"
 
 
 def _describe_lessons(lessons: Sequence[Lesson], config: RunConfig) -> str:
@@ -336,16 +354,3 @@ def _describe_rest(situation: Situation, *, grouped: bool) -> str:
     if situation.accepted is not None and now >= target - 0.001:
         text += f" The target is reached: only a KL below {show_short(situation.accepted.kl)} is kept."
     return text + describe_present(situation, grouped=grouped)
-
-
-def _spell_out(recipe: Recipe) -> dict[str, Any]:
-    """The fields of a recipe that are not as they are when left out, and its method."""
-    told = recipe.model_dump(exclude_defaults=True, exclude={"pattern", "statistics"})
-    own = Recipe(method=recipe.method).statistics
-    return {"method": recipe.method, **told, **({} if recipe.statistics == own else {"statistics": recipe.statistics})}
-
-
-def spell_out_plan(plan: Plan) -> dict[str, Any]:
-    """A plan as a planner would write it, without what is as it is when left out."""
-    others = plan.model_dump(include={"groups", "adjustments", "expression"}, exclude_defaults=True)
-    return {"sparsity": plan.sparsity, "recipe": _spell_out(plan.recipe), **others, "reason": plan.reason}

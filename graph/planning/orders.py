@@ -19,6 +19,7 @@ from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
 from graph.reflecting.posterior import Factor, find_factors, weigh_layers
 from graph.reflecting.schema import Lesson
+from graph.state import SAME_SPARSITY
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.words import shorten
 from tools.plans.allocate import allocate
@@ -45,8 +46,9 @@ it."""
 
 
 def refuse_above_target(plan: Plan, config: RunConfig) -> None:
-    """Raises ValueError with a reason for whoever made the plan."""
-    if plan.sparsity > config.target_sparsity + 1e-9:
+    """Raises ValueError with a reason for whoever made the plan. A graft has the zeros that it has, to within what
+    verdicts call the same sparsity."""
+    if plan.sparsity > config.target_sparsity + (SAME_SPARSITY if plan.graft else 1e-9):
         raise ValueError(f"sparsity {plan.sparsity:g} is above the target; plan at most {config.target_sparsity:g}")
 
 

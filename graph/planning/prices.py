@@ -11,6 +11,7 @@ from graph.planning.budget import TokenBudget
 from graph.planning.new_texts import count_new_tokens
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
+from tools.base.words import round_seconds
 from tools.instruments.probed import find_known
 from tools.plans.costs import (
     count_calibration,
@@ -112,7 +113,8 @@ def _expect_pruning(order: WorkOrder, config: RunConfig, paces: Paces) -> float:
 
 def refuse_dear(price: Price, budget: TokenBudget, seconds_left: float) -> None:
     """Raises ValueError in one line where a call takes more tokens than are left beside the trial that follows it, or
-    more seconds than are left."""
+    more seconds than are left, of which there may be none: what takes none can be had all the same."""
+    seconds_left = max(seconds_left, 0.0)
     tokens_left = max(budget.left - budget.count_rest(price.each), 0)
     if price.tokens <= tokens_left and price.seconds <= seconds_left:
         return
@@ -121,8 +123,8 @@ def refuse_dear(price: Price, budget: TokenBudget, seconds_left: float) -> None:
         takes.append(f"{price.tokens:,} tokens")
         left.append(f"{tokens_left:,.0f} tokens are left beside the round's trial")
     if seconds_left < math.inf:
-        takes.append(f"{price.seconds:.0f} s or more (as far as is known)")
-        left.append(f"{seconds_left:.0f} s are left")
+        takes.append(f"{round_seconds(price.seconds):g} s or more (as far as is known)")
+        left.append(f"{round_seconds(seconds_left):g} s are left")
     raise ValueError(f"not begun: this call takes {' and '.join(takes)}; {' and '.join(left)}")
 
 
@@ -167,7 +169,7 @@ def describe_spending(config: RunConfig, seconds: float, usage: Usage) -> str:
     spent = usage.input_tokens + usage.output_tokens
     seconds_left = max(config.max_seconds - seconds, 0)
     left = [
-        f"{seconds_left:.0f} of {config.max_seconds:g} seconds (what begins in time is finished)"
+        f"{round_seconds(seconds_left):g} of {config.max_seconds:g} seconds (what begins in time is finished)"
         if config.max_seconds
         else "",
         f"${max(config.max_agent_cost - usage.cost, 0):.2f} of ${config.max_agent_cost:g} for agents"
@@ -197,7 +199,7 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
         f"predict 0, or {show(count_walk(config), find_longest_curves(paces))} where curves are not known",
         f"slopes {show(groups * half)} on half of the text, less on less",
         f"swap {show(half)} for each selector",
-        "search what its probes take",
+        "search its `tokens` at most",
     ]
     lines = [probe, *([] if config.takes_parts else of_weights), fit, "all others 0"]
     measured = _describe_paces(budget.paces) or f"nothing took {LEAST_TOLD} yet"
@@ -209,7 +211,7 @@ def _show_price(tokens: int, seconds: float = 0.0, *, limited: bool, pace: float
     """`1,152 tokens (30 s)`: tokens where they are limited, or nobody knows how long one takes; seconds from
     `LEAST_TOLD` up, or where they are all that is limited."""
     seconds = max(seconds, tokens * (pace or 0.0))
-    time = f"{_round_seconds(seconds):g} s" if seconds >= LEAST_TOLD else ""
+    time = f"{round_seconds(seconds):g} s" if seconds >= LEAST_TOLD else ""
     if limited or pace is None:
         return f"{tokens:,} tokens{time and f' ({time})'}"
     return time or f"under {LEAST_TOLD} s"
@@ -221,11 +223,5 @@ def _describe_paces(paces: Paces) -> str:
     for what, seconds in sorted(paces.items()):
         if what != MEASURING and seconds >= LEAST_TOLD:
             kind = found[0] if (found := re.match(r".*? (?:by|of) ", what)) else ""
-            told.setdefault(kind, []).append(f"{what.removeprefix(kind)} {_round_seconds(seconds):g}")
+            told.setdefault(kind, []).append(f"{what.removeprefix(kind)} {round_seconds(seconds):g}")
     return "; ".join(f"{kind}{', '.join(named)}" for kind, named in told.items())
-
-
-def _round_seconds(seconds: float) -> float:
-    """One digit of tens of seconds, two of hundreds and more: a machine that is a little slower is told of, and plans,
-    the same, and two rounds of which one takes half as long again are told apart."""
-    return float(f"{seconds:.1e}" if seconds >= 100 else f"{seconds:.0e}")

@@ -13,10 +13,11 @@ from graph.planning.new_texts import count_left
 from graph.planning.orders import Curves, Orders, describe_plan, hash_request, measure_with, read_curves
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
-from graph.state import SAME_SPARSITY, State, Trial, last_accepted
+from graph.state import SAME_SPARSITY, State, Trial, last_accepted, same_sparsity
 from tools.base.errors import DamagedArtifact
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
+from tools.measure.losses import compare_kl
 from tools.plans.cuts import Parts
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import join_paces
@@ -51,6 +52,11 @@ class Situation:
     """What levers did to KL in earlier runs."""
     notes: Sequence[Note] = field(default=())
     """A reflector's, of this and earlier runs, oldest first."""
+    beside: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """KL minus that of the weights kept last and its standard error, paired, of trials before theirs at the same
+    sparsity, by their rounds: later ones were compared with them as they were judged."""
+    judged: Mapping[int, str] = field(default_factory=dict)
+    """What a reflector said of rounds, by their numbers."""
     probes: Sequence[PastProbe] = field(default=())
     """What probes of earlier rounds measured, oldest first."""
     iteration: int = 1
@@ -76,9 +82,10 @@ class Situation:
     texts_left: int = 0
     """Texts that plans may still have the model write."""
 
-    def list_at_hand(self) -> dict[int, Trial]:
-        """The trials whose layers a graft may take, by their rounds: the best probe takes the room of the last."""
-        pruned = self.budget is not None and not all(probed.grafted for probed in self.budget.probed)
+    def list_at_hand(self, *, probed: bool = False) -> dict[int, Trial]:
+        """The trials whose layers a graft may take, by their rounds: the best probe takes the room of the last, and
+        would where one was `probed`."""
+        pruned = probed or (self.budget is not None and not all(x.grafted for x in self.budget.probed))
         return list_at_hand(self.trials, self.kept[: KEPT - 1] if pruned else self.kept)
 
     @property
@@ -166,6 +173,8 @@ def gather_situation(
             lessons=state.lessons,
             experience=state.experience,
             notes=state.notes,
+            beside=_compare_trials(bench, state.trials),
+            judged=state.judged,
             probes=state.probes,
             iteration=state.iteration,
             is_last=is_last,
@@ -176,6 +185,21 @@ def gather_situation(
             parts=bench.cuts.read(state.parts) if state.parts else None,
             texts_left=count_left(state),
         )
+
+
+def _compare_trials(bench: "Workbench", trials: Sequence[Trial]) -> dict[int, tuple[float, float]]:
+    """What `Situation.beside` has, as far as losses are on disk."""
+    kept = last_accepted(trials)
+    ours = bench.evaluator.read_validation(kept.checkpoint) if kept else None
+    if kept is None or ours is None or not ours.finite:
+        return {}
+    earlier = [x for x in trials if x.iteration < kept.iteration and x.measured and x.checkpoint != kept.checkpoint]
+    found = {}
+    for trial in (x for x in earlier if same_sparsity(x.sparsity, kept.sparsity)):
+        theirs = bench.evaluator.read_validation(trial.checkpoint)
+        if theirs is not None and theirs.finite:
+            found[trial.iteration] = compare_kl(theirs, ours)
+    return found
 
 
 def resolve_plan(

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from graph.llm.toolbox import ToolAnswer, Toolbox, ToolRecord
 from graph.memory.lessons import search_lessons
-from graph.planning.brief import describe_lesson, recount_trial, spell_out_plan
+from graph.planning.brief import describe_lesson, recount_trial
 from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import measure_with
@@ -19,6 +19,7 @@ from graph.planning.plan import Plan
 from graph.planning.prices import describe_price, describe_prices, price_drafts, refuse_dear
 from graph.planning.rule import list_candidates
 from graph.planning.situation import Situation
+from graph.planning.spelling import spell_out_plan
 from graph.runs.session import OpenBench, Session
 from graph.runs.tasks import do_once
 from graph.state import State
@@ -121,6 +122,7 @@ def open_toolbox(
         carry_out=carry_out,
         prices=describe_prices(config, budget, len(group_layers(situation.layers, merge=True))),
         list_left=lambda: {"tokens_left": max(budget.left, 0)} if budget.left < math.inf else {},
+        beside={} if config.takes_parts else {"alone": {"type": "string", "maxLength": 200, "default": ""}},
     )
     return toolbox
 
@@ -178,6 +180,9 @@ def _describe_round(
         plan = _weigh(draft, situation)
         return describe_price(price_drafts([plan], situation.config.validation_tokens, situation, budget), budget)
 
+    def count_tokens(draft: "Draft", tokens: int) -> int:
+        return price_drafts([_weigh(draft, situation)], tokens, situation, budget, 0, [draft.alone]).tokens
+
     return Round(
         bench=bench,
         profile=state.profile,
@@ -188,6 +193,8 @@ def _describe_round(
         in_time=lambda: count_seconds() > 0,
         present=state.current,
         book=budget.book,
+        count_new=budget.count_new,
+        count_tokens=count_tokens,
         list_at_hand=lambda: {number: trial.checkpoint for number, trial in situation.list_at_hand().items()},
         keep=state.kept[: KEPT - 1],  # the best probe takes the room of a trial
         probed=budget.probed,

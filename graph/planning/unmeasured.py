@@ -70,6 +70,9 @@ def _make_trial(
         asked=hash_request(plan),
         recipe=None if plan.cut else plan.recipe,
         groups=plan.groups,
+        adjustments=plan.adjustments,
+        expression=plan.expression,
         graft=plan.graft,
+        cut=plan.cut,
         seconds=round(seconds, 3),
     )

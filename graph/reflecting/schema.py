@@ -97,7 +97,11 @@ class Reflection(BaseModel):
     stop: bool = Field(
         False, description="End the run here, for nothing more is to be won. Does nothing before the target is reached."
     )
-    reason: str = Field("", max_length=500, description="Why to stop, to profile again or to go on, in one sentence.")
+    reason: str = Field(
+        "",
+        max_length=500,
+        description="Whether what was expected came true, and why to stop, to profile again or to go on.",
+    )
 
 
 OF_CUTS = ("note", "stop", "reason")

@@ -68,6 +68,12 @@ def show_short(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3g}"
 
 
+def round_seconds(seconds: float) -> float:
+    """One digit of tens of seconds, two of hundreds and more, as agents read them: of a machine that is a little slower
+    they are told, and plan, the same, and two rounds of which one takes half as long again are told apart."""
+    return float(f"{seconds:.1e}" if seconds >= 100 else f"{seconds:.0e}")
+
+
 def show_compact(value: float | None, digits: int = 2) -> str:
     """A measured figure; huge ones in powers of ten, so that a column keeps its width."""
     return show(value, digits) if value is None or abs(value) < 1e5 else f"{value:.1e}"

@@ -15,7 +15,7 @@ from tools.base.settings import MOST_PROBES
 from tools.base.words import count
 from tools.instruments.comparisons import Figures
 from tools.instruments.fit import measure_fit
-from tools.instruments.functions import Draft, Round, inspect_layers, predict, predict_all, predict_cut, probe
+from tools.instruments.functions import OF_PLANS, Draft, Round, inspect_layers, predict, predict_all, predict_cut, probe
 from tools.instruments.search import MOST_SEARCHED, search
 from tools.instruments.slopes import measure_slopes
 from tools.instruments.swap import MOST_SWAPS, swap
@@ -63,7 +63,7 @@ class PredictArguments(BaseModel):
             return given
         levers = {name: value for name, value in given.items() if name in Draft.model_fields}
         given = {name: value for name, value in given.items() if name not in levers}
-        if unknown := sorted(given.keys() - ProbeArguments.model_fields.keys()):
+        if unknown := sorted(map(str, given.keys() - ProbeArguments.model_fields.keys() - OF_PLANS)):
             raise ValueError(f"no argument and no lever of a plan is called {unknown[0][:40]!r}")
         plan, plans = given.get("plan"), given.get("plans") or []
         if isinstance(plan, list) and not plans:
@@ -118,7 +118,7 @@ class SearchArguments(BaseModel):
 
     plan: PlainDraftArgument
     selectors: list[SelectorArgument] = Field(min_length=1, max_length=MOST_SEARCHED, description="Groups of layers.")
-    tokens: int = Field(ge=1, description="Of validation text, for all its probes.")
+    tokens: int = Field(ge=1, description="Through the model, for all its probes.")
 
 
 class FitArguments(BaseModel):
@@ -276,4 +276,5 @@ def _describe_probe(figures: Figures) -> str:
 
 
 def _answer(**figures: Any) -> str:
-    return json.dumps(figures, ensure_ascii=False)
+    text = json.dumps(figures, ensure_ascii=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e")  # which no quoting makes anything else of

@@ -27,12 +27,10 @@ def measure_fit(round_: Round, number: int | None = None) -> Figures:
     checkpoint = round_.present if number is None else at_hand[number]
     if checkpoint == DENSE:
         raise ImpossiblePlan("nothing is pruned yet, and fit is that of pruned weights")
-    fitted = bench.evaluator.read_fit(checkpoint)
-    if fitted is None:
-        tokens = count_fit(bench.settings)
-        round_.admit([], 0, tokens)
-        round_.book(tokens, [])
-        fitted = bench.measure_fit(checkpoint, round_.progress)
+    cost = {f"fit of {checkpoint[:16]}": count_fit(bench.settings)}
+    round_.admit([], 0, round_.count_new(cost))
+    round_.book(0, [], cost)
+    fitted = bench.evaluator.read_fit(checkpoint) or bench.measure_fit(checkpoint, round_.progress)
     with bench.weights.put_back():
         judged = bench.evaluate(checkpoint, "validation", round_.profile, round_.progress)
     figures: Figures = {"calibration": _describe(bench.settings.window, fitted)}

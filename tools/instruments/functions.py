@@ -8,10 +8,10 @@ import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
@@ -44,8 +44,13 @@ LATE = "not begun: those before it took all the seconds that were left"
 """Of a probe of several plans, for those that were not come to."""
 
 
+OF_PLANS = {"hypothesis", "reason", "reprofile", "multipliers"}
+"""What else a plan says, and what instruments leave out of account."""
+
+
 class Draft(BaseModel):
-    """A plan as far as instruments need it; whatever else a plan has is left out of account."""
+    """A plan as far as instruments need it. What is no part of a plan is refused: a misspelt lever would be measured
+    without it."""
 
     sparsity: float = Field(gt=0, lt=1, description="Share of all prunable weights to be zero, as a fraction.")
     recipe: Recipe = Field(default_factory=Recipe, description="How weights are chosen and shared out.")
@@ -71,6 +76,17 @@ class Draft(BaseModel):
         exclude=True,
         description="Layers that alone are pruned, each to its share of the whole plan; all others stay dense.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_others(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if given.get("new_texts"):
+            raise ValueError("new_texts are written for a round's plan alone; instruments know the texts there are")
+        if unknown := sorted(map(str, given.keys() - cls.model_fields.keys() - OF_PLANS - {"new_texts"})):
+            raise ValueError(f"no lever of a plan is called {unknown[0][:40]!r}")
+        return given
 
 
 @dataclass(frozen=True)
@@ -102,9 +118,14 @@ class Round:
     """Probes of the run's earlier rounds, the latest: those of this one are numbered from there on."""
     list_at_hand: Callable[[], Mapping[int, str]] = dict
     """The checkpoints of rounds whose layers are on disk, by their numbers."""
-    book: Callable[[int, Sequence[WorkOrder]], None] = lambda tokens, orders: None
-    """Told of a probe before it is made: the tokens that it measures on, all orders together, and the orders; raises
-    ValueError when what that takes is not to be had."""
+    book: Callable[[int, Sequence[WorkOrder], Mapping[str, int]], None] = lambda tokens, orders, costs: None
+    """Told of a measurement before it is made: the tokens that probes measure on, all orders together, the orders, and
+    what is counted once in a run, by its name; raises ValueError when what that takes is not to be had."""
+    count_new: Callable[[Mapping[str, int]], int] = lambda costs: sum(costs.values())
+    """The tokens of such costs that are not counted yet."""
+    count_tokens: Callable[[Draft, int], int] = lambda draft, tokens: tokens
+    """What a probe of a draft on so many tokens takes in all, of which what is known takes nothing. Raises
+    ImpossiblePlan."""
 
 
 def inspect_layers(round_: Round, selector: str) -> Figures:
@@ -266,7 +287,7 @@ def _probe_together(
     """Book those of the orders that are not `known`, and carry all of them out at once."""
     bench = round_.bench
     fresh = [order for order in orders if order.id not in known]
-    round_.book(len(fresh) * windows * bench.settings.window, fresh)
+    round_.book(len(fresh) * windows * bench.settings.window, fresh, {})
     best, keep = find_best_whole(round_.probed), round_.keep
     return bench.probe(round_.profile, orders, windows, round_.progress, back=round_.present, keep=keep, best=best)
 

@@ -20,29 +20,45 @@ Factors = dict[str, float]
 
 
 def search(round_: Round, draft: Draft, selectors: Sequence[str], tokens: int) -> Figures:
-    """The factors on the KL curves of groups by which a plan measures least, as far as so many tokens of validation
-    text go: a pattern search (Hooke and Jeeves, J. ACM 8(2), 1961, its exploratory moves) from the plan as it is.
+    """The factors on the KL curves of groups by which a plan measures least, as far as so many tokens through the
+    model go, those of its statistics and curves among them: a pattern search (Hooke and Jeeves, J. ACM 8(2), 1961, its
+    exploratory moves) from the plan as it is.
 
     Each group's factor in turn is raised, or else lowered, by one of `STEPS`, at the same budget, and the plan probed
     on half of the validation windows; what lies below the best so far by more than one standard error, paired, is gone
     on from. A row for each: its factors, KL, KL minus the plan's as it was and the standard
-    error of that. Each counts as a probe of the plan with these factors. It ends, too, before a probe that there are
-    not the tokens or seconds for. Raises ImpossiblePlan where the plan itself cannot be, or is a graft, and ValueError
-    where there are not the tokens or seconds for a probe of it.
+    error of that. Each counts as a probe of the plan with these factors, and takes no tokens where it is known. It
+    ends, too, before a probe that there are not the tokens or seconds for. Raises ImpossiblePlan where the plan itself
+    cannot be, is a graft, or where a group can be given no factor, and ValueError where there are not the tokens or
+    seconds for a probe of it.
     """
     if draft.graft:
         raise ImpossiblePlan("a graft has no factors to search for; give a plan that prunes")
     names = list(dict.fromkeys(selectors))
     windows = count_windows(round_.bench, None, whole=False)
-    own = windows * round_.bench.settings.window
-    if tokens < own:
-        raise ValueError(f"{tokens:,} tokens are less than one probe of {own:,}; give it more")
-    climb = _Climb(round_, draft, windows, tokens - own)
+    takes = round_.count_tokens(draft, windows * round_.bench.settings.window)
+    if tokens < takes:
+        raise ValueError(f"{tokens:,} tokens are less than one probe of {takes:,}; give it more")
+    for name in names:
+        _refuse_idle(round_, draft, name)
+    climb = _Climb(round_, draft, windows, tokens)
     climb.try_out({})
     for step in STEPS:
         while climb.sweep(names, step):
             pass
     return climb.tell()
+
+
+def _refuse_idle(round_: Round, draft: Draft, name: str) -> None:
+    """Raises ImpossiblePlan where no factor on a group makes a plan that can be, before anything is probed."""
+    problems = []
+    for factor in (STEPS[0], 1 / STEPS[0]):
+        try:
+            round_.resolve(_adjust(draft, {name: factor}))
+        except ImpossiblePlan as error:
+            problems.append(error)
+    if len(problems) > 1:
+        raise problems[0]
 
 
 class _Climb:
@@ -70,7 +86,7 @@ class _Climb:
         """Try the best factors with these in place of theirs; whether that is better, and the best from now on."""
         rounded = {name: round(factor, 4) for name, factor in (self._best | changed).items()}
         factors = {name: factor for name, factor in rounded.items() if factor != 1}
-        if _key(factors) in self._found or not self._affords() or not self.try_out(factors):
+        if _key(factors) in self._found or not self.try_out(factors):
             return False
         ours, theirs = self._losses.get(_key(factors)), self._losses.get(_key(self._best))
         if ours is None or theirs is None:
@@ -81,17 +97,14 @@ class _Climb:
         self._best = factors
         return True
 
-    def _affords(self) -> bool:
-        if self._each > self._left:
-            self._ended = f"{self._left:,} of its tokens are left, and a probe takes {self._each:,}"
-        else:
-            self._left -= self._each
-        return not self._ended
-
     def try_out(self, factors: Factors) -> bool:
         """Probe the plan with these factors; False where that cannot be, or there is nothing left for it."""
+        adjusted = _adjust(self._draft, factors)
         try:
-            (figures,) = probe(self._round, [_adjust(self._draft, factors)])
+            takes = self._round.count_tokens(adjusted, self._each)
+            if takes > self._left:
+                raise ValueError(f"{self._left:,} of its tokens are left, and a probe takes {takes:,}")
+            (figures,) = probe(self._round, [adjusted])
         except UserError:  # a full disk, say
             raise
         except ImpossiblePlan as error:
@@ -104,6 +117,7 @@ class _Climb:
                 raise
             self._ended = str(error)
             return False
+        self._left -= takes
         self._found[_key(factors)] = (factors, figures)
         probed = read_probed(self._round, figures["probe"])
         losses = take_part(self._round.bench, probed, self._windows)  # of an earlier probe there may be more

@@ -19,8 +19,8 @@ def measure_slopes(round_: Round, tokens: int | None = None) -> Figures:
     steeper than a round's would be, but compares them. Nats per token and point of sparsity, paired with the weights as
     they are on the same windows, with standard errors; also per point of the whole model's sparsity, at which the best
     allocation has the same slope in all groups. Each group on `tokens` tokens of the validation text, rounded up to
-    windows, or on half of its windows. Raises ImpossiblePlan where nothing is pruned or a pattern leaves no room, and
-    ValueError where there are not the tokens or seconds.
+    windows, or on half of its windows; the same weights on as many are paid for once. Raises ImpossiblePlan where
+    nothing is pruned or a pattern leaves no room, and ValueError where there are not the tokens or seconds.
     """
     bench, layers = round_.bench, round_.bench.read_profile(round_.profile).layers
     if round_.present == DENSE:
@@ -31,9 +31,9 @@ def measure_slopes(round_: Round, tokens: int | None = None) -> Figures:
     groups = {name: [x.name for x in group] for name, group in group_layers(layers, merge=True).items()}
     groups = {name: group for name, group in groups.items() if not pruned.isdisjoint(group)}
     groups = dict(sorted(groups.items(), key=lambda group: -len(group[1]))[:MAX_SLOPES])
-    total = len(groups) * windows * bench.settings.window
-    round_.admit([], 0, total)
-    round_.book(total, [])
+    cost = {f"slopes of {round_.present[:16]} on {windows}": len(groups) * windows * bench.settings.window}
+    round_.admit([], 0, round_.count_new(cost))
+    round_.book(0, [], cost)
     moved = move_groups(bench, round_.profile, round_.present, groups, windows, round_.progress)
     before = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
     now = dict(zip(bench.by_name, bench.sparsities(), strict=True))

@@ -1,6 +1,6 @@
 """Experts that were sent few tokens: how many are enough, and how those of all their fellows fill up what lacks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -31,19 +31,22 @@ def count_seen(sums: Sums, pool: Sequence[str], tokens: int) -> dict[str, int]:
     return {name: int(sums.get(f"n/{name}", uncounted[name])) for name in pool}
 
 
-def fill_up(sums: Sums, kind: str, pool: Sequence[str], enough: int, tokens: int) -> None:
+def fill_up(
+    sums: Sums, kind: str, pool: Sequence[str], enough: int, tokens: int, own: Collection[str] | None = None
+) -> None:
     """Mix into `KIND/LAYER`, a sum over the tokens that an expert saw, what an average token of its fellows adds.
 
     An expert that saw n tokens, fewer than `enough` and than the text's `tokens`, gets `enough` - n average ones, and
     the sum is scaled back to n tokens (to one, where it saw none), so that rarely used experts stay rarely used. The
-    `pool` are the layers that stand for each other, `n/LAYER` their tokens.
+    `pool` are the layers that stand for each other, `n/LAYER` their tokens; those that are its `own`, or all, are
+    filled up.
     """
     few, whole = find_few(sums, pool, enough, tokens), sum(count_seen(sums, pool, tokens).values())
     known = [sums[f"{kind}/{name}"] for name in pool if f"{kind}/{name}" in sums]
     if not few or not known:
         return
     total: Tensor = sum(known[1:], known[0].clone())
-    for name, n in few.items():
+    for name, n in few.items() if own is None else ((name, few[name]) for name in own if name in few):
         filled = total * ((enough - n) / whole)
         if n:
             filled += sums[f"{kind}/{name}"]
@@ -59,24 +62,35 @@ def fill_up_moments(
     Masks go by mean squares, which are their own where the second moments, of so many more figures, are not.
     """
     inputs = {layer.name: layer.weight_OI.shape[1] for layer in layers}
+    of, pools = {layer.name: layer.pool for layer in layers}, _list_pools(layers, group)
+    if full:
+        leaders = dict.fromkeys(name for pool in pools.values() for name in pool)
+        sums |= {f"a/{name}": sums[f"A/{name}"].diagonal().clone() for name in leaders if f"A/{name}" in sums}
     few: dict[str, int] = {}
-    for pool in list_pools(layers, group):
-        few |= find_few(sums, pool, inputs[pool[0]], tokens)
+    # What leads two pools, as a gate that is read with its up projection, is filled up once, and after the pool that it
+    # does not belong to has had its own sum: leaders come before what they lead.
+    for pool_name, pool in reversed(pools.items()):
+        own, wide = [name for name in pool if of[name] == pool_name], inputs[pool[0]]
+        few |= find_few(sums, pool, wide, tokens)
         if full:
-            sums |= {f"a/{name}": sums[f"A/{name}"].diagonal().clone() for name in pool if f"A/{name}" in sums}
-            fill_up(sums, "A", pool, inputs[pool[0]], tokens)
-        fill_up(sums, "a", pool, FEW, tokens)
+            fill_up(sums, "A", pool, wide, tokens, own)
+        fill_up(sums, "a", pool, FEW, tokens, own)
     return {name: few[leader] for name, leader in group.items() if leader in few}
 
 
-def list_pools(layers: Iterable[Layer], group: Mapping[str, str] | None = None) -> list[list[str]]:
-    """The layers that stand for each other, or the first layers of the groups that these read with."""
+def list_pools(layers: Iterable[Layer]) -> list[list[str]]:
+    """The layers that stand for each other."""
+    layers = list(layers)
+    return list(_list_pools(layers, {layer.name: layer.name for layer in layers}).values())
+
+
+def _list_pools(layers: Iterable[Layer], group: Mapping[str, str]) -> dict[str, list[str]]:
+    """By the names of pools, the first layers of the groups that their layers read with."""
     pools: dict[str, dict[str, None]] = {}
     for layer in layers:
         if layer.pool:
-            name = layer.name if group is None else group[layer.name]
-            pools.setdefault(layer.pool, {})[name] = None
-    return [list(pool) for pool in pools.values()]
+            pools.setdefault(layer.pool, {})[group[layer.name]] = None
+    return {name: list(pool) for name, pool in pools.items()}
 
 
 def describe_few(few: Mapping[str, int], layers: Iterable[Layer]) -> str:

@@ -190,6 +190,10 @@ class Evaluator:
                     self._keep(self._path(checkpoint, "validation" if whole else PART), evaluation.model_dump())
         return [found[checkpoint] for checkpoint in checkpoints]
 
+    def read_validation(self, checkpoint: str) -> Evaluation | None:
+        """What `evaluate` gave on the validation text; None where it was not asked."""
+        return self._read(checkpoint, "validation")
+
     def read_fit(self, checkpoint: str) -> Evaluation | None:
         """What `measure_fit` gave; None where it was not asked."""
         return self._read(checkpoint, FIT)

@@ -38,7 +38,7 @@ def move_groups(
     weights of `checkpoint` are in the model before and after, bit for bit.
     """
     bench.restore(checkpoint)
-    present = {name: int((layer.weight_OI == 0).sum()) for name, layer in bench.by_name.items()}
+    present = bench.weights.count_each()
     movable = {name for name, record in bench.read_checkpoint(checkpoint).items() if record.artifact != DENSE}
     zeros = {
         group: _count_more(bench, [name for name in names if name in movable], present)

@@ -170,6 +170,10 @@ class Weights:
             self._zeros[layer.name] = artifact, zeros
         return zeros
 
+    def count_each(self) -> dict[str, int]:
+        """Zeros of every layer of the model as it is now, by its name."""
+        return {layer.name: self._count_present(layer) for layer in self.layers}
+
     def sparsities(self) -> list[float]:
         """Share of zeros in each layer of the model as it is now, in layer order."""
         return [self._count_present(layer) / self.dense[layer.name].numel() for layer in self.layers]
@@ -183,7 +187,7 @@ class Weights:
 
     def count_zeros(self) -> tuple[int, int]:
         """(zeros, weights) over all prunable layers of the model as it is now."""
-        zeros = sum(map(self._count_present, self.layers))
+        zeros = sum(self.count_each().values())
         return zeros, sum(self.dense[name].numel() for name in self.by_name)
 
     def hash_masks(self) -> str:

@@ -216,11 +216,20 @@ def test_schema_of_an_answer_in_words_is_a_union_until_the_budget_is_spent(serve
 
 def test_an_argument_called_like_the_answer_is_held_to_its_schema() -> None:
     tools = make_planner_tools(Round(None, "", None, None), history=lambda n: [], recall=lambda query: [])  # type: ignore[arg-type]
-    toolbox = Toolbox(lambda: nullcontext(tools), calls=1, seconds=1)
-    union = ladder._schema_or_call(Plan.model_json_schema(), toolbox.functions)
+    beside = {"alone": {"type": "string"}}
+    toolbox = Toolbox(lambda: nullcontext(tools), calls=1, seconds=1, beside=beside)
+    union = ladder._schema_or_call(Plan.model_json_schema(), toolbox.functions, {})
     arguments = [part["properties"]["arguments"]["properties"] for part in union["anyOf"][1:]]
     plan = {"$ref": "#/$defs/Plan"}
     assert [given.get("plan") for given in arguments] == [None, plan, plan, None, None, plan, None, None, None]
+
+    union = ladder._schema_or_call(Plan.model_json_schema(), toolbox.functions, toolbox.beside)
+    wanted, own = union["$defs"]["PlanArgument"], union["$defs"]["Plan"]
+    assert union["anyOf"][0] == plan and "alone" not in own["properties"]
+    assert wanted == own | {"properties": own["properties"] | beside}, "what is no part of an answer"
+    probe = union["anyOf"][3]["properties"]
+    assert probe["tool"]["enum"] == ["probe"]
+    assert probe["arguments"]["properties"]["plan"] == {"$ref": "#/$defs/PlanArgument"}
 
 
 @pytest.mark.parametrize(("name", "status"), [("no-answers-of-tools", 400), ("no-answers-of-tools-500", 500)])

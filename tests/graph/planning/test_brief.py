@@ -27,7 +27,6 @@ from graph.planning.brief import (
     plan_with_chat,
     planner_messages,
     recount_trial,
-    spell_out_plan,
     tell_schema,
 )
 from graph.planning.budget import TokenBudget
@@ -38,6 +37,7 @@ from graph.planning.plan import Plan, drop_schema, find_schema, tell_of_cuts
 from graph.planning.prices import describe_prices
 from graph.planning.refinements import STRONG
 from graph.planning.situation import Situation
+from graph.planning.spelling import spell_out_plan, write_plan
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
 from graph.planning.toolbox import MAX_PROBES, note_probes
 from graph.reflecting.schema import MAX_NOTES, Experience, Lesson, Note
@@ -654,10 +654,47 @@ def test_quoted_data_is_one_short_harmless_line(text: str, limit: int) -> None:
 
 
 def test_a_trial_in_full() -> None:
-    trial = KEPT.model_copy(update={"change_error": 0.002, "seconds": 12.4, "reason": "r" * 500})
+    more = {"change_error": 0.002, "seconds": 12.4, "reason": "r" * 500, "recipe": Recipe()}
+    trial = KEPT.model_copy(update=more)
     line = recount_trial(trial)
     assert line.startswith("round 1: sparsity 0.3 two-sided+refit:kappa; perplexity 22; KL 0.0312 +- 0.001, ")
-    assert line.endswith(f"accept: {'r' * 500}; +- 0.002 beside the last kept; 12 s to measure")
+    assert f"accept: {'r' * 500}; +- 0.002 beside the last kept; 10 s to measure; plan " in line
+    assert json.loads(line.partition("; plan ")[2]) == {"sparsity": 0.3, "recipe": {"method": "refit"}}
+
+
+def read_data(text: str, name: str) -> str:
+    """What stands in a block of data."""
+    return text.partition(f"<data {name}>\n")[2].partition("\n</data>")[0]
+
+
+def test_a_planner_reads_its_own_plans_back_whole() -> None:
+    """Lines for people name four of a kind, and shorten them: a plan could not be gone on from."""
+    adjustments = [Adjustment(selector=f"blocks {i}", action="factor", factor=1.1) for i in range(6)]
+    expression = f"where(depth < 0.3, 1.2, 1) * {' * '.join(['smooth(kl60)'] * 6)}"
+    recipe = Recipe(method="refit", damping=0.2)
+    plan = Plan(sparsity=0.3, recipe=recipe, adjustments=adjustments, expression=expression, reason="why")
+    levers = {"recipe": recipe, "adjustments": adjustments, "expression": expression}
+    trial = KEPT.model_copy(update={**levers, "plan": describe_plan(plan)})
+    situation = make_first_situation(accepted=trial, accepted_plan=plan, trials=[trial])
+    told = json.loads(read_data(planner_messages(situation)[1].text, "kept"))
+    assert Plan.model_validate(told) == plan.model_copy(update={"reason": ""})
+    assert json.loads(recount_trial(trial).partition("; plan ")[2]) == told
+    assert "<" not in write_plan(told) and "2 more" in describe_plan(plan)
+
+
+def test_trials_are_told_with_what_came_later() -> None:
+    """What a reflector said of them, and their KL beside that of what is kept now."""
+    first, second = KEPT, KEPT.model_copy(update={"iteration": 2})
+    situation = make_first_situation(
+        accepted=second,
+        accepted_plan=Plan(sparsity=0.3),
+        trials=[first, second],
+        beside={1: (0.0123, 0.004)},
+        judged={1: "Hoped for too much.", 2: "As was expected."},
+    )
+    one, two = read_data(planner_messages(situation)[1].text, "trials").splitlines()[1:]
+    assert one.endswith("; beside what is kept now +0.0123 +- 0.004; reflector: Hoped for too much.")
+    assert two.endswith("; reflector: As was expected.") and "beside" not in two
 
 
 # Plans
@@ -786,7 +823,6 @@ def test_a_plan_is_spelt_out_as_a_planner_would_write_it() -> None:
             "recipe": {"method": "refit"},
             "adjustments": [{"selector": "*.v_proj", "action": "factor", "factor": 1.5}],
             "expression": "1+depth",
-            "reason": "",
         },
     ]
 

@@ -118,6 +118,10 @@ def test_a_probes_line_tells_of_groups_and_adjustments(instruments: dict[str, Ba
         ("probe", {"plan": WANDA, "layers": "blocks 1"}, "no argument and no lever of a plan is called 'layers'"),
         ("probe", {"plans": [WANDA] * 5}, "at most 4 items"),
         ("probe", {"plan": [WANDA, {"sparsity": 45}]}, "less than 1"),
+        ("probe", {"plan": {"sparsity": 0.3, "group": []}}, "no lever of a plan is called 'group'"),
+        ("predict", {"plans": [WANDA, {"sparsity": 0.3, "adjustment": []}]}, "is called 'adjustment'"),
+        ("search", {"plan": {"sparsity": 0.3, "mask": 1}, "selectors": ["*"], "tokens": 9}, "called 'mask'"),
+        ("probe", {"plan": {"sparsity": 0.3, "new_texts": [{"name": "a"}]}}, "instruments know the texts there are"),
         ("history", {"n": 51}, "less than or equal to 50"),
         ("recall", {"query": "x" * 201}, "at most 200 characters"),
         ("fit", {"round": 0}, "greater than or equal to 1"),
@@ -144,3 +148,5 @@ def test_tools_are_described_shortly(instruments: dict[str, BaseTool]) -> None:
     assert len(json.dumps(described)) < 4_300, "a plan's schema is not sent once more for each tool"
     assert all("\n" not in function["description"] for function in described)
     assert Draft.model_validate({"sparsity": 0.3}).recipe.method == "refit"
+    whole = {"sparsity": 0.3, "hypothesis": "h", "reason": "r", "reprofile": True, "new_texts": []}
+    assert Draft.model_validate(whole) == Draft(sparsity=0.3), "a plan as it would be answered"

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
+from graph.config import RunConfig
+from graph.planning.budget import TokenBudget
 from tests.benches import same, snapshot
 from tests.situations import ignore
 from tools.base.errors import ImpossiblePlan
@@ -17,15 +19,14 @@ WANDA = Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform"))
 
 
 def test_both_texts_are_measured_and_told_apart(make_round: Callable[..., Round]) -> None:
-    booked: list[int] = []
+    budget = TokenBudget(RunConfig(), 0, 64)
     admitted: list[int] = []
-    round_ = make_round(
-        WANDA, book=lambda tokens, _: booked.append(tokens), admit=lambda *given: admitted.append(given[2])
-    )
+    more = {"book": budget.book, "count_new": budget.count_new}
+    round_ = make_round(WANDA, admit=lambda *given: admitted.append(given[2]), **more)
     bench, before = round_.bench, snapshot(round_.bench)
     figures = measure_fit(round_)
     assert same(snapshot(bench), before) and bench.restore(round_.present) == []
-    assert booked == admitted == [count_fit(bench.settings)] == [256], "two windows, dense and pruned"
+    assert [budget.tokens] == admitted == [count_fit(bench.settings)] == [256], "two windows, dense and pruned"
     fitted, judged = figures["calibration"], figures["validation"]
     (by_hand,) = bench.measure_kl_each([round_.present], [0, 2])
     assert (fitted["tokens"], fitted["kl"]) == (128, pytest.approx(by_hand, rel=1e-3))
@@ -34,7 +35,7 @@ def test_both_texts_are_measured_and_told_apart(make_round: Callable[..., Round]
     gap, error = figures["validation_minus_calibration"]
     assert gap == pytest.approx(judged["kl"] - fitted["kl"], abs=1e-3)
     assert error == pytest.approx(math.hypot(judged["kl_error"], fitted["kl_error"]), rel=1e-2)
-    assert measure_fit(round_) == figures and booked == [256], "read back at no cost"
+    assert measure_fit(round_) == figures and (budget.tokens, admitted) == (256, [256, 0]), "read back at no cost"
     bench.evaluator.forget([round_.present])
     assert bench.evaluator.read_fit(round_.present) is None
 

@@ -47,7 +47,6 @@ from tools.measure.losses import compare_kl
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS, predict_layer_kl
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
-from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
 from tools.workbench.open import use_workbench
 from tools.workbench.store import DENSE
@@ -366,7 +365,7 @@ def test_several_drafts_are_measured_as_each_alone(
     workers: bool, tokens: int, make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     booked: list[int] = []
-    round_ = make_round(WANDA, book=lambda tokens, _: booked.append(tokens))
+    round_ = make_round(WANDA, book=lambda tokens, *_: booked.append(tokens))
     bench = round_.bench
     bounds = Adjustment(selector="*", action="bounds", high=0.2)
     drafts = [REFIT, Draft(sparsity=0.4, adjustments=[bounds]), Draft(sparsity=0.2, recipe=WANDA.recipe), REFIT, WANDA]
@@ -489,12 +488,12 @@ def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> N
 
 def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[..., Round]) -> None:
     booked: list[int] = []
-    round_ = make_round(book=lambda tokens, _: booked.append(tokens))
+    round_ = make_round(book=lambda tokens, *_: booked.append(tokens))
     probe(round_, [WANDA], 65)
     probe(round_, [WANDA], 1_000_000)
     assert booked == [128, 192], "whole windows of 64 tokens, and at most the three that there are"
 
-    def refuse(tokens: int, orders: Sequence[WorkOrder]) -> None:
+    def refuse(*_: Any) -> None:
         raise ValueError("none are left")
 
     before = hash_weights(round_.bench)
@@ -506,7 +505,7 @@ def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[...
 
 def test_plans_of_a_probe_for_which_no_seconds_are_left_are_not_begun(make_round: Callable[..., Round]) -> None:
     booked: list[int] = []
-    round_ = make_round(book=lambda tokens, _: booked.append(tokens), in_time=lambda: len(booked) < 2)
+    round_ = make_round(book=lambda tokens, *_: booked.append(tokens), in_time=lambda: len(booked) < 2)
     before = hash_weights(round_.bench)
     drafts = [Draft(sparsity=share, recipe=WANDA.recipe) for share in (0.2, 0.3, 0.4)]
     figures = probe(round_, drafts, 64)

@@ -10,6 +10,7 @@ from tools.instruments.functions import Draft, Round, probe
 from tools.instruments.search import search
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft
+from tools.plans.recipe import parse_recipe
 
 DRAFT = Draft(sparsity=0.4, recipe={"method": "two-sided", "refit": False})  # type: ignore[arg-type]
 GROUPS = ["*.down_proj", "*.o_proj"]
@@ -51,7 +52,7 @@ def test_a_search_ends_with_its_tokens_or_with_those_of_the_run(make_round: Call
     assert len(found["rows"]) == 3
     assert found["ended"] == "1 of its tokens are left, and a probe takes 128"
 
-    def book(_tokens: int, _orders: Any) -> None:
+    def book(*_: Any) -> None:
         if len(round_.probed) == 2:
             raise ValueError("a probe of 128 tokens is too much: 7 are left beside the trial")
 
@@ -60,9 +61,17 @@ def test_a_search_ends_with_its_tokens_or_with_those_of_the_run(make_round: Call
     assert len(found["rows"]) == 2 and found["ended"].endswith("7 are left beside the trial")
 
 
-def test_a_factor_that_no_allocation_meets_is_a_row_in_words(make_round: Callable[..., Round]) -> None:
-    found = search(make_round(), DRAFT, ["*.nothing"], 100 * HALF)
-    assert all("means no layer" in row[1] for row in found["rows"][1:]) and found["best"] == {}
+def test_statistics_and_curves_are_of_its_tokens_and_what_is_known_is_not(make_round: Callable[..., Round]) -> None:
+    def count(draft: Draft, tokens: int) -> int:
+        known = any(probed.order == round_.resolve(draft).id for probed in round_.probed)
+        return 0 if known else tokens + (0 if round_.probed else 5 * HALF)
+
+    round_ = make_round(count_tokens=count)
+    found = search(round_, DRAFT, GROUPS, 7 * HALF)
+    assert len(found["rows"]) == 2, "the first, and what is left is another"
+    again = search(round_, DRAFT, GROUPS, 0)
+    assert [row[:4] for row in again["rows"]] == [row[:4] for row in found["rows"]], "all known"
+    assert again["ended"] == "0 of its tokens are left, and a probe takes 128"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +85,7 @@ def test_a_factor_that_no_allocation_meets_is_a_row_in_words(make_round: Callabl
         ),
         (Draft(sparsity=0.99), 1000, ImpossiblePlan, "allow at most"),
         (DRAFT, HALF - 1, ValueError, "127 tokens are less than one probe of 128; give it more"),
+        (Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform")), 1000, ImpossiblePlan, "uniform"),
     ],
 )
 def test_what_cannot_be_searched_from(
@@ -84,4 +94,11 @@ def test_what_cannot_be_searched_from(
     round_ = make_round()
     with pytest.raises(kind, match=message):
         search(round_, draft, GROUPS, tokens)
+    assert round_.probed == []
+
+
+def test_a_group_of_no_layer_costs_nothing(make_round: Callable[..., Round]) -> None:
+    round_ = make_round()
+    with pytest.raises(ImpossiblePlan, match="means no layer"):
+        search(round_, DRAFT, [GROUPS[0], "*.nothing"], 1000)
     assert round_.probed == []

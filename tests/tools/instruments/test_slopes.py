@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from graph.config import RunConfig
+from graph.planning.budget import TokenBudget
 from kernels.methods import prune_weight
 from tests.benches import same, snapshot
 from tests.situations import ignore
@@ -21,8 +23,8 @@ REFIT = Draft(sparsity=0.4)
 
 @pytest.mark.parametrize("accepted", [REFIT, WANDA])
 def test_slopes_are_what_a_group_moved_by_hand_loses(accepted: Draft, make_round: Callable[..., Round]) -> None:
-    booked: list[int] = []
-    round_ = make_round(accepted, book=lambda tokens, _: booked.append(tokens))
+    budget = TokenBudget(RunConfig(), 0, 64)
+    round_ = make_round(accepted, book=budget.book, count_new=budget.count_new)
     bench, before = round_.bench, snapshot(round_.bench)
     files = sorted(bench.directory.rglob("*.*"))
     figures = measure_slopes(round_)
@@ -30,7 +32,7 @@ def test_slopes_are_what_a_group_moved_by_hand_loses(accepted: Draft, make_round
     layers = bench.read_profile(round_.profile).layers
     groups = {name: group for name, group in group_layers(layers).items() if not name.endswith("v_proj")}
     assert figures["groups"].keys() == groups.keys(), "protected layers stay as they are"
-    assert (figures["tokens"], booked) == (128, [128 * len(groups)])
+    assert (figures["tokens"], budget.tokens) == (128, 128 * len(groups))
     left = {path for path in bench.directory.rglob("*.*") if path not in files}
     assert {path.suffix for path in left} == {".json"}, "losses by their keys alone"
     slopes = [row[4] for row in figures["groups"].values()]
@@ -45,7 +47,7 @@ def test_slopes_are_what_a_group_moved_by_hand_loses(accepted: Draft, make_round
     )
     assert per_model == pytest.approx(slope / share, rel=0.01) and error > 0
     again = measure_slopes(round_)
-    assert again == figures
+    assert again == figures and budget.tokens == 128 * len(groups), "read back at no cost"
     now = bench.evaluate(round_.present, "validation", round_.profile, ignore).take([0, 2])
     added = 0
     for name in names:
@@ -66,12 +68,12 @@ def test_slopes_are_what_a_group_moved_by_hand_loses(accepted: Draft, make_round
 
 
 def test_slopes_of_fewer_tokens_are_of_fewer_windows_and_cost_less(make_round: Callable[..., Round]) -> None:
-    booked: list[int] = []
-    round_ = make_round(WANDA, book=lambda tokens, _: booked.append(tokens))
+    budget = TokenBudget(RunConfig(), 0, 64)
+    round_ = make_round(WANDA, book=budget.book)
     half, one = measure_slopes(round_), measure_slopes(round_, 30)
     window, groups = round_.bench.settings.window, len(half["groups"])
     assert (half["tokens"], one["tokens"]) == (2 * window, window)
-    assert booked == [2 * window * groups, window * groups]
+    assert budget.tokens == 3 * window * groups
     assert one["groups"].keys() == half["groups"].keys() and one["groups"] != half["groups"]
 
 

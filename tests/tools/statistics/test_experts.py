@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.collect import collect_statistics, measure_kappa
-from tools.statistics.experts import FEW, describe_few, fill_up, find_few
+from tools.statistics.experts import FEW, describe_few, fill_up, fill_up_moments, find_few
 from tools.statistics.extent import work_alone
 from tools.statistics.known import ModelStatistics
 from tools.statistics.requests import Here, Parts, ShardRequest, T
@@ -153,6 +154,34 @@ def test_filling_up_is_a_mean_of_ones_own_tokens_and_average_ones() -> None:
     assert sums["A/few"].tolist() == pytest.approx([2 / 10 * (8 + 8 * 8 / 20), 2 / 10 * (8 * 90 / 20)])
     assert sums["A/many"].tolist() == [0.0, 90.0]
     assert find_few(sums, ["few", "many"], enough=10, tokens=2) == {}, "it saw the whole text"
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_two_projections_read_is_filled_up_once(full: bool) -> None:
+    """Gate and up read the same, and both their pools name the gate."""
+    enough, tokens = (16 if full else FEW), 100
+    own, other = torch.diag(torch.tensor([8.0, 0.0])), torch.diag(torch.tensor([0.0, 92.0]))
+    sums = {"n/e.0.gate": torch.tensor(8.0), "n/e.1.gate": torch.tensor(92.0)}
+    for name, moment in (("e.0.gate", own), ("e.1.gate", other)):
+        sums |= {f"A/{name}": moment} if full else {f"a/{name}": moment.diagonal()}
+    layers: list[Any] = [
+        SimpleNamespace(name=f"e.{i}.{part}", pool=f"e.*.{part}", weight_OI=torch.zeros(4, 16))
+        for i in (0, 1, 2)
+        for part in ("gate", "up")
+    ]
+    group = {layer.name: f"{layer.name.rpartition('.')[0]}.gate" for layer in layers}
+    group["e.2.up"] = "e.2.up"  # which nothing was sent to, so that nobody knows what it reads with
+    few = fill_up_moments(sums, tokens, layers, group, full)
+    assert few == {"e.0.gate": 8, "e.0.up": 8, "e.2.gate": 0, "e.2.up": 0}
+    kind = "A" if full else "a"
+    found = [sums[f"{kind}/e.{i}.gate"] for i in (0, 1)]
+    first, second = (x.diagonal() if full else x for x in found)
+    lacking = enough - 8
+    assert first.tolist() == pytest.approx([8 / enough * (8 + lacking * 8 / 100), 8 / enough * lacking * 92 / 100])
+    assert second.tolist() == [0.0, 92.0]
+    for part in ("gate", "up"):
+        average = sums[f"{kind}/e.2.{part}"]
+        assert (average.diagonal() if full else average).tolist() == pytest.approx([0.08, 0.92]), "as they were sent"
 
 
 class Two:
