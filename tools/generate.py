@@ -16,7 +16,7 @@ from rich.table import Table
 from tools.base.console import carry_out, print_line
 from tools.base.errors import UserError
 from tools.base.options import Parser
-from tools.base.settings import WorkbenchSettings
+from tools.base.settings import TeamSettings
 from tools.base.words import strip_controls
 from tools.measure.continuations import (
     PROMPTS,
@@ -26,7 +26,7 @@ from tools.measure.continuations import (
     stream_continuation,
 )
 from tools.models.formats import DTYPES, Dtype
-from tools.models.load import find_model, load_model, read_dtype
+from tools.models.load import choose_device, find_model, load_model, read_dtype
 from tools.models.packed import is_packed, read_contents
 
 
@@ -35,7 +35,8 @@ def let_say(source: str, prompt: str, new: int, dtype: Dtype | None, device: str
     place = find_model(source)
     packed = is_packed(place)
     dtype = read_contents(place).dtype if packed else dtype or read_dtype(place)
-    model, tokenizer = load_model(WorkbenchSettings.model_validate({"model": place, "dtype": dtype, "device": device}))
+    settings = TeamSettings.model_validate({"model": place, "dtype": dtype, "device": device})
+    model, tokenizer = load_model(choose_device(settings))
     ids_BT = encode_prompt(model, tokenizer, prompt, new)
     print_line(console, f"--- {source}, {dtype}{', packed' if packed else ''}")
     _print_piece(console, prompt, style="dim")

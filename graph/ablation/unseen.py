@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graph.ablation.settings import AblateSettings
-from tools.models.load import load_model
+from tools.models.load import choose_device, load_model
 from tools.texts.windows import Windows, cut_windows
 from tools.workbench.store import DENSE
 
@@ -39,11 +39,11 @@ def measure_exported(settings: AblateSettings, directory: Path, progress: "Progr
     """Of a model that a run of the graph left. Raises UserError where it, or the dense one, cannot be loaded."""
     if not settings.unseen:
         return NONE
-    model, tokenizer = load_model(settings)
+    model, tokenizer = load_model(choose_device(settings), directory.parent)
     windows = _cut(settings, tokenizer)
     dense, hidden_BTD = _evaluate(model, windows, None, progress)
     del model  # before the other one is loaded
-    model, _ = load_model(settings.model_copy(update={"model": str(directory)}))
+    model, _ = load_model(choose_device(settings.model_copy(update={"model": str(directory)})), directory.parent)
     return _describe(windows, dense, _evaluate(model, windows, hidden_BTD, progress)[0])
 
 

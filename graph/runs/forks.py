@@ -16,6 +16,7 @@ from typing import Any
 
 from graph.runs.directory import create_run, directory_of, read_made_run
 from graph.state import State
+from tools.base.files import write_whole
 from tools.base.made import read_made
 from tools.base.rundir import read_log, rewrite_log, runs_directory, scan_events
 
@@ -84,7 +85,7 @@ def _share(file: Path, target: Path) -> None:
         with suppress(OSError):
             os.link(file, target)
             return
-    shutil.copyfile(file, target)
+    write_whole(target, lambda aside: shutil.copyfile(file, aside))
 
 
 def _read_past(origin: Path, checkpoint: str) -> list[bytes]:

@@ -52,6 +52,8 @@ class Record:
     """Of the result; empty when the run did not finish."""
     stop: str = ""
     """Why its loop ended."""
+    finishing: bool = False
+    """Whether it was at its end already, whose notes are about other things."""
 
 
 def read_record(run: str) -> Record:
@@ -123,8 +125,10 @@ def _take(record: Record, event: Event) -> None:
             }
         case "profile":
             record.profiled |= {max(record.trials)} if record.trials else set()
-        case "note" if not record.mask_sha256:
-            record.stop = str(event["text"])
+        case "node":
+            record.finishing = event.get("node") == "finish"
+        case "note" if not record.mask_sha256 and not record.finishing:
+            record.stop = str(event["text"])  # the last that the loop said
         case "result":
             record.mask_sha256 = str(event["mask_sha256"])
 

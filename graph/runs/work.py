@@ -1,5 +1,6 @@
 """Which run is worked on: a new one, one that was begun, the repeat of another, or the second one of two targets."""
 
+import shlex
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -64,7 +65,7 @@ class Work:
     def resume_command(self) -> str:
         """What goes on with the run, and pushes it."""
         runs_dir = self.directory.parent
-        place = f" --runs-dir {runs_dir}" if str(runs_dir) != "runs" else ""
+        place = f" --runs-dir {shlex.quote(str(runs_dir))}" if str(runs_dir) != "runs" else ""
         return f"python -m graph.run --resume {self.name}{place}{f' --push-to-hub {self.push}' if self.push else ''}"
 
 

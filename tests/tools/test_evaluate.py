@@ -168,6 +168,27 @@ def test_a_model_that_is_another_since_is_asked_again(
     assert row.results[1].values != first
 
 
+def test_a_model_that_does_not_fit_is_streamed(
+    models: Models, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(models[0], *flags) == 0
+    held = Figures.model_validate_json((tmp_path / "out" / "evaluate.json").read_bytes()).rows
+    loaded: list[tuple[str, Path | None]] = []
+    load = evaluation.load_model
+
+    def note(settings: Any, scratch: Path | None = None) -> Any:
+        loaded.append((settings.device, scratch))
+        return load(settings, scratch)
+
+    monkeypatch.setattr(evaluation, "load_model", note)
+    monkeypatch.setattr("tools.models.load.count_free", lambda: 1000)
+    other = [flag for flag in flags if flag not in ("--device", "cpu")][:-1]
+    assert run(models[0], *other, str(tmp_path / "other"), "--device", "auto") == 0
+    assert loaded == [("stream", tmp_path / "other")], "its files lie beside the figures, not where memory may be"
+    streamed = Figures.model_validate_json((tmp_path / "other" / "evaluate.json").read_bytes()).rows
+    assert [row.results for row in streamed] == [row.results for row in held]
+
+
 def test_of_a_run_its_model_is_asked(tiny_llama: Path, flags: list[str], tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "runs" / "mine" / "model")
     (tmp_path / "runs" / "mine" / "events.jsonl").write_text("")

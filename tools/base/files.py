@@ -21,7 +21,7 @@ KEEP_SECONDS = 60.0
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it there. DiskFull when no space is left.
 
-    Not flushed to the disk at once: what matters is checked against its hash when it is read.
+    Its bytes are on the disk before it has its name, for a state that names it may be there when the power fails.
     """
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,9 +31,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(aside)
             aside.chmod(0o644)  # mkstemp's 0600 would keep a model from being shared
+            _flush(aside)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_directory(directory: Path, write: Callable[[Path], None]) -> None:

@@ -2,6 +2,8 @@
 have, as in a container or under a scheduler."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,12 @@ def count_memory() -> int:
     """Bytes of memory that there are for this process and all others of its group."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([whole, *(limit.bytes for limit in _list_limits())])
+
+
+def measure_peak() -> int:
+    """The most bytes of memory that this process held so far."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most  # macOS tells bytes, others KiB
 
 
 class _Limit(NamedTuple):

@@ -47,9 +47,13 @@ def name_source(source: str) -> str:
     return f"file:{path_of(source).absolute()}" if source.startswith("file:") else source
 
 
+_NEXT = r" with \d+% | \+ [\d.]+(e-\d+)?(% | of )"
+"""What parts several texts where they are named behind one another: a share is told of the next."""
+
+
 def hide_directories(text: str) -> str:
     """A text's name, or several, as `name_source` gives them, for strangers: of files no more than their names."""
-    return re.sub(r"file:.*?(?=[^/]*( with | \+ |$))", "file:", text)
+    return re.sub(rf"file:.*?(?=[^/]*({_NEXT}|$))", "file:", text)
 
 
 def hide_path(source: str) -> str:

@@ -144,6 +144,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {path} does not exist; Billhook's own are in configs/: {known}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} is not YAML: {in_one_line(error, 200)}") from error
     if not isinstance(values, dict):

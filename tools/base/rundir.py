@@ -115,6 +115,7 @@ def append_event(directory: Path, event: dict[str, Any]) -> None:
         sealed = seal_line(line, before)
         file.write(b"\n" * (end > 0 and not tail.endswith(b"\n")) + sealed + b"\n")
         file.flush()
+        os.fsync(file.fileno())  # a state that knows the line may be on the disk when the power fails
         _note_last(directory, sealed)
 
 

@@ -4,13 +4,13 @@ For a process that does the work (`tools.estimate.memory`), and for one that wor
 """
 
 import gc
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
+from tools.base.memory import measure_peak
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.block import Counts
 from tools.estimate.pruning import Held
@@ -157,7 +157,7 @@ def measure_process() -> int:
     told = Path("/proc/self/status")
     lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
     resident = [int(line.split()[1]) for line in lines if line.startswith("VmRSS:")]
-    return 1024 * (resident[0] if resident else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return 1024 * resident[0] if resident else measure_peak()
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------

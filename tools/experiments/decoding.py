@@ -1,6 +1,5 @@
 """A dense model and the same one with its layers packed, side by side in one process: speed, bytes, tokens."""
 
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from kernels.packed import PackedLinear, pack_rows, settle_layers
 from tools.base.errors import UserError
+from tools.base.memory import measure_peak
 from tools.base.settings import WorkbenchSettings
 from tools.experiments.speed import BenchSettings, Task, time_in_turn
 from tools.measure.continuations import decode
@@ -125,5 +125,5 @@ def bench_decode(source: str, settings: BenchSettings) -> Result:
         settings,
     )
     what = f"{DECODED} tokens after {PROMPT}, {len(pair.packed)} layers packed: {pair.share:.3f} of their dense bytes; "
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = measure_peak()
     return compare_rounds("decode", what + difference, packed, "the same with dense layers, bf16", dense, TARGET, peak)

@@ -11,10 +11,10 @@ from tools.base.console import print_line, show_bars
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.base.rows import lock_out, read_kept
-from tools.base.settings import LoadSettings, TaskSettings, WorkbenchSettings
+from tools.base.settings import LoadSettings, TaskSettings, TeamSettings
 from tools.measure.benchmarks import Benchmark, differ_from, load_benchmarks
 from tools.measure.harness import run_benchmark, warn_of_cut_prompts
-from tools.models.load import check_device, find_model, hash_model, load_model
+from tools.models.load import check_device, choose_device, find_model, hash_model, load_model
 from tools.results.evaluation import Figures, Row, write_figures
 
 
@@ -85,7 +85,7 @@ def _ask_model(
     """A row as soon as a task is done; the model is let go with the last."""
     progress("load model", 0, 1)
     load = settings.model_dump(include=set(LoadSettings.model_fields))
-    loaded, tokenizer = load_model(WorkbenchSettings(model=model, **load))
+    loaded, tokenizer = load_model(choose_device(TeamSettings(model=model, **load)), Path(settings.out))
     for benchmark in benchmarks:
         results = run_benchmark(benchmark, loaded, tokenizer, model, progress)
         yield Row(model=model, task=benchmark.name, results=results)

@@ -40,7 +40,7 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
             "",
             *list_perplexities(summary.perplexity, escape(text), "this model", summary.wanda_statistics),
             "",
-            f"Perplexity was measured on `{text}` ({summary.protocol.tokens} tokens, {summary.protocol.windows}, "
+            f"Perplexity was measured on {escape(text)} ({summary.protocol.tokens} tokens, {summary.protocol.windows}, "
             f"{summary.protocol.dtype}). `mask_sha256`: `{summary.mask_sha256}`.",
             "",
             *list_goal(summary.goal),

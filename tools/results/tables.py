@@ -39,7 +39,7 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         "",
         describe_result(summary),
         "",
-        f"The loop ended because {stop}." if stop else "",
+        f"The loop ended because {escape(stop)}." if stop else "",
         "",
         *([told, ""] if (told := describe_finalists(summary.finalists, summary.kept)) else []),
         *list_perplexities(summary.perplexity, "test", "Billhook", summary.wanda_statistics),
@@ -61,8 +61,8 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         *(f"| {escape(name)} | {value:.2%} |" for name, value in sparsity.items()),
         "",
         "## Protocol",
-        f"- test text: `{summary.protocol.text}`, {summary.protocol.tokens} tokens in {summary.protocol.windows}, "
-        f"{summary.protocol.dtype}; seen once, by no agent",
+        f"- test text: {escape(summary.protocol.text)}, {summary.protocol.tokens} tokens in "
+        f"{summary.protocol.windows}, {summary.protocol.dtype}; seen once, by no agent",
         "- versions: " + ", ".join(f"{name} {number}" for name, number in summary.protocol.versions.items()),
         *([f"- agents: {tell_spending(summary.agents.model_dump())}"] if summary.agents.calls else []),
         f"- {summary.seconds:.0f} s, peak memory {show_size(summary.peak_memory_bytes, 'GB', 2)}, "
@@ -101,7 +101,7 @@ def list_texts(texts: Sequence[TextResult]) -> list[str]:
         return []
     rows = [
         [
-            *(escape(text.name), f"`{hide_path(text.source)}`", f"{text.weight:.0%}", show(text.dense)),
+            *(escape(text.name), escape(hide_path(text.source)), f"{text.weight:.0%}", show(text.dense)),
             *(f"**{show(text.pruned)}**", show(text.uniform_wanda), show_score(text.kl, text.kl_error)),
         ]
         for text in texts

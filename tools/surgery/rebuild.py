@@ -243,5 +243,5 @@ def mark_channels(units: Tensor, total: int, like_N: Tensor) -> Tensor:
 
 
 def mask_input(stays_I: Tensor) -> Callable[..., tuple[Tensor]]:
-    """A hook before a layer: what it reads of the channels that do not stay is zero."""
-    return lambda _module, inputs: (inputs[0] * stays_I,)
+    """A hook before a layer, wherever it runs: what it reads of the channels that do not stay is zero."""
+    return lambda _module, inputs: (inputs[0] * stays_I.to(inputs[0].device),)

@@ -3,7 +3,6 @@
 Everything it makes goes to disk under the hash of its content, so a killed run goes on where it was.
 """
 
-import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tools.base.errors import BrokenBaseline, BrokenPlan
 from tools.base.failures import explain_work
+from tools.base.memory import measure_peak
 from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings, WorkbenchSettings
 from tools.estimate.course import Course
@@ -385,9 +385,9 @@ class Workbench:
     def peak_memory_bytes(self) -> int:
         """The most memory used so far: of all GPUs that the model is on, else of this process."""
         if self.device.type == "cuda":
-            devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+            devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"} or {self.device}
             return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return measure_peak()
 
 
 def _encode_questions(settings: WorkbenchSettings, tokenizer: Any) -> dict[Split, list[EncodedPair]]:

@@ -58,6 +58,15 @@ def test_those_of_a_run_with_work_orders_are(recorded: Path, replaying: Path) ->
     )
 
 
+def test_a_replay_ends_for_the_reason_that_the_record_s_loop_had(recorded: Path) -> None:
+    """What was noted at its end, of finalists say, is none."""
+    lines = (recorded / "events.jsonl").read_bytes().splitlines()
+    assert any(event["type"] == "node" and event["node"] == "finish" for event in map(json.loads, lines))
+    note = {"time": 1.0, "type": "note", "text": "Of 2 finalists round 3 has the lowest KL"}
+    rewrite_log(recorded, [*lines, json.dumps(note).encode()])
+    assert read_record("recorded").stop == "2 iterations were asked for and done"
+
+
 def test_a_replay_profiles_anew_where_the_record_did(recorded: Path) -> None:
     lines = (recorded / "events.jsonl").read_bytes().splitlines()
     events = [json.loads(line) for line in lines]

@@ -45,6 +45,9 @@ def test_where_files_lie_is_hidden(source: str, told: str) -> None:
         ("at 45.0% on file:/home/me and you/text.txt", "at 45.0% on file:text.txt"),
         ("file:/a/b/t.txt with 25% file:/c/with d/qa.jsonl", "file:t.txt with 25% file:qa.jsonl"),
         ("file:/a/t.txt with 25% hub:x/qa:train", "file:t.txt with 25% hub:x/qa:train"),
+        ("file:/home/jo with me/C + R/a.txt", "file:a.txt"),
+        ("90% code file:/jo with me/a.py + 10% prose file:/C + R/b.txt", "90% code file:a.py + 10% prose file:b.txt"),
+        ("0.9 of file:/C + R/a.txt + 1e-05 of file:/b/b.txt", "0.9 of file:a.txt + 1e-05 of file:b.txt"),
     ],
 )
 def test_where_texts_of_lessons_lie_is_hidden(text: str, told: str) -> None:

@@ -143,13 +143,21 @@ def test_the_config_of_a_run_tells_other_commands_its_model_and_texts(file: Path
     assert {name: getattr(read, name) for name in given} == given
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"does not exist; Billhook's own are in configs/: paper, quickstart, qwen3-4b"):
         read_yaml(tmp_path / "none.yaml")
     file = tmp_path / "bad.yaml"
     file.write_text("a: [b")
     with pytest.raises(UserError, match=r"^config file .*bad.yaml is not YAML: [^\n]*$"):
         read_yaml(file)
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"^config file .*bad.yaml cannot be read: Permission denied$"):
+        read_yaml(file)
+    monkeypatch.undo()
     file.write_text("- a\n")
     with pytest.raises(UserError, match=r"^config file .*bad.yaml must hold one 'field: value' a line$"):
         read_yaml(file)

@@ -1,19 +1,20 @@
 """report.md and the tables in it, to the letter."""
 
+import re
 from pathlib import Path
 
 from tests.made_runs import end_run, make_layers, write_run
 from tools.base.rundir import scan_events
-from tools.results.schema import Knowledge, Reach, Score, Summary
-from tools.results.tables import list_table, write_report
+from tools.results.schema import Knowledge, Reach, Score, Summary, TextResult
+from tools.results.tables import list_table, list_texts, write_report
 
 
-def read_report(run: Path) -> list[str]:
+def read_report(run: Path, stop: str = "it was done") -> list[str]:
     """The lines of a made run's report.md."""
     summary = Summary.model_validate_json((run / "summary.json").read_bytes())
     trials = [event for _, event in scan_events(run, "trial")]
     sparsity = {layer.name: 0.45 for layer in make_layers()}
-    return write_report(summary, trials, sparsity, "it was done").splitlines()
+    return write_report(summary, trials, sparsity, stop).splitlines()
 
 
 def test_a_report_to_the_letter(tmp_path: Path) -> None:
@@ -82,6 +83,18 @@ def test_what_was_asked_has_its_tables(tmp_path: Path) -> None:
     assert lines[at + 1 : at + 5] == [
         *("|---|---|---:|---:|---:|", "| mmlu | acc | 0.5000 ± 0.0100 | not finite | 1000 |", "", "- task mmlu"),
     ]
+
+
+def test_words_of_models_keep_to_their_cells(tmp_path: Path) -> None:
+    """Prompts of a text that the model wrote, and a reflector's reason: data, whatever it looks like."""
+    source = "self:Tell ` <img src=x> | Write | Say"
+    figures = {"dense": 2.0, "pruned": 3.0, "uniform_wanda": 4.0, "kl": 0.5, "kl_error": 0.1}
+    text = TextResult.model_validate({"name": "tales", "source": source, "weight": 1, **figures})
+    row = list_texts([text])[-2]
+    assert len(re.split(r"(?<!\\)\|", row)) == 9, "seven cells"
+    assert not re.search(r"(?<!\\)[<>`]", row) and r"Tell \` \<img src=x\> \| Write" in row
+    lines = read_report(write_run(tmp_path / "demo"), stop="the reflector stops: ![x](http://h/p.png)")
+    assert r"The loop ended because the reflector stops: !\[x\](http://h/p.png)." in lines
 
 
 def test_columns_stand_to_the_left_or_the_right() -> None:

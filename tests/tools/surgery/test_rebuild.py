@@ -14,7 +14,7 @@ from tools.models.layers import find_layers
 from tools.models.save import export_model
 from tools.plans.cuts import Counts
 from tools.surgery.parts import Cut, Fit, count_weights, find_parts, without_fits
-from tools.surgery.rebuild import build_cut, check_cut
+from tools.surgery.rebuild import build_cut, check_cut, mask_input
 
 GROUPED = ("llama", "qwen3", "gemma3", "qwen3_moe")
 """Architectures whose heads can be cut."""
@@ -91,3 +91,9 @@ def test_one_block_that_computes_something_else_is_enough(wrong: int) -> None:
     other.fits.extend(fits[0][wrong + 1 :])
     with pytest.raises(UserError, match=r"^the cut LlamaForCausalLM does not compute what the dense one does without"):
         check_cut(dense, cut, build_cut(dense, other), IDS[0])
+
+
+def test_what_goes_is_zero_wherever_its_layer_runs() -> None:
+    """A model that is streamed has its weights in CPU memory, and runs elsewhere."""
+    (masked,) = mask_input(torch.tensor([1.0, 0.0]))(None, (torch.ones(3, 2, device="meta"),))
+    assert (masked.device.type, masked.shape) == ("meta", (3, 2))
