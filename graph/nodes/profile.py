@@ -116,7 +116,7 @@ def measure_dense(bench: "Workbench", state: State, profile: str, session: Sessi
     return Trial(
         iteration=0,
         checkpoint=state.current,
-        sparsity=zeros / weights,
+        sparsity=0.0 if config.takes_parts else zeros / weights,  # single zeros are no part that is gone
         perplexity=losses.perplexity,
         kl=0.0,
         kl_error=0.0,

@@ -149,7 +149,7 @@ def tell_of_cuts() -> type[Plan]:
     told = {
         "sparsity": (
             Annotated[float, Field(gt=0, lt=1)],
-            Field(description="Share of the blocks' weights that is gone after this round: the target, or a step."),
+            Field(description="Share of what the blocks cost that is gone after this round: the target, or a step."),
         ),
         "cut": (Cutting, _describe_again(Plan, "cut", default_factory=Cutting)),
     }

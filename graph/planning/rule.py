@@ -147,20 +147,33 @@ def _plan_climb(situation: Situation) -> Plan | None:
 def _plan_cut(situation: Situation) -> Plan | None:
     """The next cut, by rule; None when every one that it knows was tried.
 
-    To the target at once; where that was rolled back half the step, then on. At the target, cuts that differ from the
-    accepted one by a block or a group of heads. Raises ImpossiblePlan where the target cannot be met.
+    To the target at once; where that was rolled back half the step, and half of that as long as whole units come to
+    something else, then on. At the target, cuts that differ from the accepted one by a block or a group of heads.
+    Raises ImpossiblePlan where the target cannot be met.
     """
     if situation.at_target:
         return next(skip_repeats(situation, _vary_cut(situation)), None)
     target, accepted = situation.config.target_sparsity, situation.accepted
     start = (accepted or situation.dense).sparsity
     failed = _failures(situation)
-    step = round(start + (failed[-1].sparsity - start) / 2, 4) if failed else target
-    if failed and step >= failed[-1].sparsity:
-        return None
-    why = f"round {failed[-1].iteration} was rolled back: half its step" if failed else "to the target"
     cutting = situation.accepted_plan.cut if situation.accepted_plan and situation.accepted_plan.cut else Cutting()
-    return Plan(sparsity=step, cut=cutting, reason=f"Shared out by the KL curves of the parts, {why}.")
+    shared = "Shared out by the KL curves of the parts"
+    if not failed:
+        return Plan(sparsity=target, cut=cutting, reason=f"{shared}, to the target.")
+    steps = [Plan(sparsity=step, cut=cutting) for step in _list_halves(start, failed[-1].sparsity)]
+    step = next(skip_repeats(situation, steps), None)
+    if step is None:
+        return None
+    part = "half its step" if step.sparsity == steps[0].sparsity else "less of its step, for half is what was tried"
+    reason = f"{shared}, round {failed[-1].iteration} was rolled back: {part}."
+    return step.model_copy(update={"reason": reason})
+
+
+def _list_halves(start: float, end: float) -> Iterator[float]:
+    """Half of the way from one sparsity to another, half of that, and so on, as far as they differ from the first."""
+    while (step := round(start + (end - start) / 2, 4)) - start > SAME_SPARSITY and step < end:
+        yield step
+        end = step
 
 
 def _vary_cut(situation: Situation) -> Iterator[Plan]:

@@ -157,7 +157,7 @@ class Parts(BaseModel):
         Of units UNITS_HOPE times what their curves say.
         """
         stays = [block for block in range(self.shape.blocks) if block not in dropped]
-        kl = self.dropped_kl[len(dropped) - 1] if dropped else 0.0
+        kl = self._find_dropped_kl(dropped)
         for of_kind, units, gone in (
             (self.heads, self.shape.heads, counts.heads),
             (self.neurons, self.shape.neurons, counts.neurons),
@@ -165,6 +165,15 @@ class Parts(BaseModel):
             place = units.options.index(gone)
             kl += UNITS_HOPE * sum(of_kind[block][place] for block in stays) if gone else 0.0
         return kl
+
+    def _find_dropped_kl(self, dropped: Sequence[int]) -> float:
+        """What was measured without blocks that go; where others go than in the order, for some are kept, the sum of
+        what each added to it when it went."""
+        if set(dropped) == set(self.order[: len(dropped)]):
+            return self.dropped_kl[len(dropped) - 1] if dropped else 0.0
+        before = [0.0, *self.dropped_kl]
+        added = {block: max(before[i + 1] - before[i], 0.0) for i, block in enumerate(self.order)}
+        return sum(added[block] for block in dropped)
 
 
 def resolve_cut(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequence[LayerProfile]) -> CutOrder:

@@ -33,7 +33,7 @@ def describe_result(summary: Summary) -> str:
     state = "gone" if summary.cut else "zero"
     text = (
         f"{summary.achieved_sparsity:.2%} of {name_prunable(summary.reach)} are {state} (target "
-        f"{summary.target_sparsity:.2%}){tell_share(summary.achieved_sparsity, summary.reach)}, after {rounds} "
+        f"{name_target(summary)}){tell_share(summary.achieved_sparsity, summary.reach)}, after {rounds} "
         f"with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at the same "
         f"sparsity ({BEHIND[summary.wanda_statistics]}) {show(p.uniform_wanda)}"
     )
@@ -51,6 +51,15 @@ def describe_result(summary: Summary) -> str:
     if summary.polished:
         text += f". The surviving weights were {describe_polish(summary.polished)}"
     return f"{text}. {told}" if (told := describe_reach(summary.reach)) else f"{text}."
+
+
+OF_TIME = " of decoding time"
+"""What the target of a cut to a speed is a share of."""
+
+
+def name_target(summary: Summary) -> str:
+    """`45.00%`, and of what that is where it is no share of weights."""
+    return f"{summary.target_sparsity:.2%}{OF_TIME if summary.cut and summary.cut.speed else ''}"
 
 
 def _tell_right(knowledge: Knowledge) -> str:
@@ -215,9 +224,10 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
     compared = "not to be compared with uniform Wanda's" if share is None else f"{share:.2f} × that of uniform Wanda"
     reach = Reach.model_validate(result["reach"]) if result.get("reach") else None
     told = f" of {name_prunable(reach)}{tell_share(result['achieved_sparsity'], reach)}" if reach else ""
+    timed = OF_TIME if (result.get("cut") or {}).get("speed") else ""
     return [
         f"{clean(result['status'])}: sparsity {show_percent(result['achieved_sparsity'])} "
-        f"(target {show_percent(result['target_sparsity'])}){told}, {count(result['iterations'], 'iteration')}, "
+        f"(target {show_percent(result['target_sparsity'])}{timed}){told}, {count(result['iterations'], 'iteration')}, "
         f"{result['rollbacks']} rolled back",
         *([partly] if (partly := describe_reach(reach)) else []),
         f"perplexity: {show_compact(pruned)} pruned, {show_compact(dense)} dense, {show_compact(uniform)} uniform "

@@ -16,6 +16,7 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.measure.losses import KeptStates, pass_blocks
 from tools.models.blocks import Blocks, take_hidden
+from tools.models.layers import find_layers
 from tools.models.readout import TokenLosses, compute_hidden, measure_losses, sum_losses
 from tools.models.streamed import find_stream
 from tools.surgery.moments import finish_moments, search_windows, tapped
@@ -87,6 +88,22 @@ def drop_blocks(
         kl = costs.pop(dropped[-1]) / windows_BT[:, lead:].numel()
         progress(f"search block {len(dropped)} to drop", 1, 1)
         yield Drop(dropped[-1], tokens, kl, dict(costs))
+
+
+@torch.no_grad()
+def pass_on_without_weights(blocks: Blocks, ids_T: Tensor) -> bool:
+    """Whether the first block passes on what it reads where all its linear layers give nothing.
+
+    It does not where a norm stands behind the sum (OPT-350M, GPT-1), or has a bias: there a block of zeros is another
+    model than one without it.
+    """
+    states_N = blocks.embed(ids_T)
+    with ExitStack() as undo:
+        for layer in find_layers(blocks.model):
+            if layer.block == 0:
+                hook = layer.module.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
+                undo.callback(hook.remove)
+        return torch.equal(blocks.run(ids_T, 0, states_N), states_N) or blocks.leave_something
 
 
 def _sum_kl(losses: Sequence[TokenLosses]) -> float:

@@ -63,11 +63,20 @@ def cut_config(model: Any, counts: Counts, dropped: Sequence[int] = ()) -> Any:
     return type(config).from_dict(config.to_dict())
 
 
+_NUMBERED = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
+"""Lists of configs that name blocks by their numbers."""
+
+
 def _cut_lists(config: Any, dropped: Sequence[int]) -> None:
-    """Take the dropped blocks out of lists with one entry a block, such as `layer_types`."""
+    """Take the dropped blocks out of lists with one entry a block, such as `layer_types`, and of lists that name some,
+    which go by other numbers then."""
+    stays = [block for block in range(config.num_hidden_layers) if block not in dropped]
+    new = {block: number for number, block in enumerate(stays)}
     for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(config, name, [entry for i, entry in enumerate(value) if i not in dropped])
+        if name in _NUMBERED and isinstance(value, list):
+            setattr(config, name, [new[block] for block in value if block in new])
+        elif "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(config, name, [value[block] for block in stays])
 
 
 def accepts(model: Any, counts: Counts) -> bool:

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from kernels.channels import expand_units
-from tools.base.errors import BrokenPlan
+from tools.base.errors import BrokenPlan, UserError
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
 from tools.models.artifacts import FORMAT, pack_pruned
+from tools.models.blocks import Blocks
 from tools.models.layers import Layer
 from tools.models.unfinished import UNFINISHED
 from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, find_most, list_by_blocks
-from tools.surgery.blocks import Drop, drop_blocks
+from tools.surgery.blocks import Drop, drop_blocks, pass_on_without_weights
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.pace import price_parts
 from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts, refuse_apart
@@ -88,14 +89,22 @@ class Cuts:
     def measure(self, profile: str, target: Target, progress: Progress) -> str:
         """The artifact of what is known of the parts (`Parts`), for cuts of up to the target.
 
-        The weights in the model are the dense ones. What was measured for the same profile is read back.
+        The weights in the model are the dense ones. What was measured for the same profile is read back. Raises
+        UserError where whole blocks must go, and a block of zeros is not the same as none.
         """
         key = self._name("parts", profile, target.model_dump())
         if known := self._index.read(".json").get(key):
             return known
         self._weights.restore_dense()
-        shape = target.shape
-        most = find_most(list_by_blocks(shape, target.share))
+        shape, every = target.shape, list_by_blocks(target.shape, target.share)
+        if not pass_on_without_weights(Blocks(self._model), self._text[0]):
+            every = every[:1]
+            if not any(every):
+                raise UserError(
+                    f"the target cannot be met: whole blocks must go for it, and of {type(self._model).__name__} none "
+                    "can, for what they add is scaled with all before it; ask for less"
+                )
+        most = find_most(every)
         curves = self._measure_curves(most, progress)
         drops = list(takewhile(lambda drop: math.isfinite(drop.kl), self._search(most.blocks, progress)))
         parts = Parts(

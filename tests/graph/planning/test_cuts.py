@@ -51,6 +51,16 @@ def test_the_target_at_once_then_half_the_step_then_the_target_again() -> None:
     assert again is not None and again.sparsity == TARGET
 
 
+def test_halves_end_where_whole_units_come_to_nothing_else() -> None:
+    """A round that is planned again would be refused, or end in a cut of nothing."""
+    trials: list[Trial] = []
+    while (plan := plan_by_rule(make_situation(*trials))) is not None:
+        trials.append(try_cut(plan, "rollback", len(trials) + 1))
+    assert len({trial.order for trial in trials}) == len(trials) == 2
+    sparsities = [trial.sparsity for trial in trials]
+    assert sparsities == sorted(sparsities, reverse=True) and sparsities[0] == TARGET
+
+
 def test_at_the_target_one_number_at_a_time_until_all_were_tried() -> None:
     plan = Plan(sparsity=TARGET, cut=Cutting())
     trials, tried = [try_cut(plan, "accept")], []

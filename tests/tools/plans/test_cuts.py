@@ -71,3 +71,10 @@ def test_zeros_are_what_the_parts_hold() -> None:
 def test_what_cannot_be_is_said_in_one_line(levers: dict[str, object], sparsity: float, problem: str) -> None:
     with pytest.raises(ImpossiblePlan, match=f"^{problem}$"):
         resolve_cut(Cutting.model_validate(levers), make_parts(), sparsity, make_layers())
+
+
+def test_blocks_that_go_in_place_of_others_cost_what_they_added() -> None:
+    parts = make_parts()
+    assert [parts.predict(Counts(blocks=n), gone) for n, gone in ((1, (3,)), (2, (1, 3)))] == [0.5, 2.0]
+    kept = resolve_cut(Cutting(keep="blocks 3", blocks=1), parts, 0.25, make_layers())
+    assert kept.dropped == (1,) and parts.predict(kept.counts, kept.dropped) == 1.5, "of block 3 it would be 0.5"

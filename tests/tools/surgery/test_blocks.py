@@ -22,8 +22,9 @@ from tests.cuts import (
 )
 from tests.tiny import ARCHITECTURES, make_tiny_model
 from tools.base.progress import ignore_progress
+from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks
-from tools.surgery.blocks import choose_blocks, fold_blocks
+from tools.surgery.blocks import choose_blocks, fold_blocks, pass_on_without_weights
 from tools.surgery.choose import measure_kl
 from tools.surgery.parts import KINDS, Fit, find_parts, without_fits
 from tools.surgery.rebuild import build_cut
@@ -123,3 +124,16 @@ def test_nothing_is_folded_where_it_cannot_be() -> None:
     assert not list(fold_blocks(make_tiny_model("gemma3"), [1], IDS, ignore_progress))  # a norm comes after the MLP
     assert not list(fold_blocks(make_tiny_model("qwen3_moe"), [1], IDS, ignore_progress))  # there is no one MLP
     assert not list(fold_blocks(make_tiny_model("llama"), [0], IDS, ignore_progress))  # nothing comes before
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_block_without_weights_passes_on_what_it_reads(architecture: str) -> None:
+    assert pass_on_without_weights(Blocks(make_tiny_model(architecture)), IDS[0])
+
+
+def test_a_norm_behind_the_sum_does_not_let_it() -> None:
+    """As in OPT-350M: a block of zeros is another model than one without it."""
+    model = make_model(make_config("opt", do_layer_norm_before=False))
+    before = compute_logits(model)
+    assert not pass_on_without_weights(Blocks(model), IDS[0])
+    assert torch.equal(compute_logits(model), before), "no hook is left"

@@ -14,7 +14,7 @@ from tools.models.layers import find_layers
 from tools.models.save import export_model
 from tools.plans.cuts import Counts
 from tools.surgery.parts import Cut, Fit, count_weights, find_parts, without_fits
-from tools.surgery.rebuild import build_cut, check_cut, mask_input
+from tools.surgery.rebuild import _cut_lists, build_cut, check_cut, mask_input
 
 GROUPED = ("llama", "qwen3", "gemma3", "qwen3_moe")
 """Architectures whose heads can be cut."""
@@ -97,3 +97,13 @@ def test_what_goes_is_zero_wherever_its_layer_runs() -> None:
     """A model that is streamed has its weights in CPU memory, and runs elsewhere."""
     (masked,) = mask_input(torch.tensor([1.0, 0.0]))(None, (torch.ones(3, 2, device="meta"),))
     assert (masked.device.type, masked.shape) == ("meta", (3, 2))
+
+
+def test_blocks_that_are_named_by_their_numbers_have_others_then() -> None:
+    config = make_config("qwen3_moe", mlp_only_layers=[0])
+    config.num_hidden_layers, config.mlp_only_layers, config.layer_types = 4, [0, 2, 3], ["a", "b", "c", "d"]
+    _cut_lists(config, [1, 2])
+    assert (config.mlp_only_layers, config.layer_types) == ([0, 1], ["a", "d"])
+    config.moe_layers, config.num_hidden_layers = [0, 1], 2  # as many as there are blocks: no list of kinds
+    _cut_lists(config, [0])
+    assert config.moe_layers == [0]

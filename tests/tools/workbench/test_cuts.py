@@ -15,10 +15,10 @@ import tools.models.streamed
 import tools.workbench.bench
 import tools.workbench.cuts
 from tests.benches import artifact_path, damage, ignore, open_bench, same, snapshot
-from tests.cuts import order_cut
+from tests.cuts import make_config, make_model, order_cut
 from tests.spread import lay_over
 from tests.team import join_team
-from tests.tiny import save_biased_model, save_tiny_model, tiny_settings
+from tests.tiny import make_tiny_tokenizer, save_biased_model, save_tiny_model, tiny_settings
 from tools.base.errors import UserError
 from tools.base.settings import WorkbenchSettings
 from tools.measure.losses import Evaluation
@@ -26,11 +26,12 @@ from tools.models.load import load_model
 from tools.models.save import export_model
 from tools.models.spread import find_places
 from tools.models.streamed import find_stream
-from tools.plans.cuts import CutOrder, Parts
+from tools.plans.cuts import CutOrder, Parts, Target
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_all
 from tools.surgery.blocks import Drop
 from tools.surgery.parts import NEEDS_WHOLE, find_parts
+from tools.surgery.share import find_shape
 from tools.workbench.cuts import _read_drop, _write_drop
 from tools.workbench.store import DENSE
 
@@ -312,3 +313,20 @@ def test_workers_and_what_was_damaged_have_the_biases_of_a_cut(tmp_path: Path, w
     bench.restore(DENSE)
     bench.restore(checkpoint)
     assert same(snapshot(bench), made) and "is computed again" in told[-1]
+
+
+def test_no_block_goes_whole_where_a_norm_stands_behind_the_sum(tmp_path: Path, workbench_closed: None) -> None:
+    """What is judged, a model with a block of zeros, would not be what is exported."""
+    config = make_config("opt", do_layer_norm_before=False, num_hidden_layers=4)
+    make_model(config).save_pretrained(tmp_path / "model")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "model")
+    bench = open_bench(tiny_settings(tmp_path / "model"), tmp_path / "run")
+    profile = bench.profile_bare(ignore)
+
+    def measure(share: float) -> Parts:
+        target = Target(shape=find_shape(bench.model, 8), share=share)
+        return bench.cuts.read(bench.cuts.measure(profile, target, ignore))
+
+    assert measure(0.25).order == [], "as much as a block"
+    with pytest.raises(UserError, match=r"^the target cannot be met: whole blocks must go for it, and of OPTForCausal"):
+        measure(0.75)
