@@ -13,6 +13,7 @@ from tools.estimate.course import Course, name_exactly, name_recipe
 from tools.estimate.phases import ASKED_FOR, WEIGH, Part
 from tools.estimate.prices import Prices, Pricing, Work
 from tools.measure.continuations import count_continued
+from tools.measure.recall import ANSWER_TOKENS
 from tools.measure.recall import BATCH as ASKED_AT_ONCE
 from tools.models.layers import Layer
 from tools.plans.costs import count_texts
@@ -300,6 +301,18 @@ def _list_measuring(
             {"forward": tests, "loss": tests},
         )
     )
+    if settings.questions and course.tests:
+        batches, models = math.ceil(settings.question_pairs / ASKED_AT_ONCE), 2
+        steps.append(
+            step(
+                "own answers, at most",
+                f"{settings.question_pairs} questions, and {ANSWER_TOKENS} tokens after each, one by one",
+                models,
+                1.0,
+                {"forward": settings.question_pairs * (QUESTION_TOKENS + ANSWER_TOKENS) / settings.window},
+                batches * ANSWER_TOKENS,
+            )
+        )
     if course.prompts:
         words = course.continuing * count_continued(streamed=streamed)
         how = f"{words} forwards of a token of each of {course.prompts} prompts"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
 from tools.base.errors import UserError
 from tools.base.words import strip_controls
@@ -40,16 +40,26 @@ def count_continued(*, streamed: bool) -> int:
 
 
 def decode(
-    model: Any, ids_BT: Tensor, new: int, least: int = 0, mask_BT: Tensor | None = None, streamer: Any = None
+    model: Any,
+    ids_BT: Tensor,
+    new: int,
+    least: int = 0,
+    mask_BT: Tensor | None = None,
+    streamer: Any = None,
+    ended: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The tokens and at most `new`, at least `least` of the most likely ones after them, (B, T + new) int64.
 
-    `mask_BT` is 0 where a row is padded, on its left. A row that ends before others do is filled up with token 0. Each
-    token of the only row goes to a `streamer` of transformers, if one is given, as soon as it is known.
+    `mask_BT` is 0 where a row is padded, on its left. A row that ends before others do is filled up with token 0; which
+    rows have `ended`, (B,) bool, of all tokens so far, may be told. Each token of the only row goes to a `streamer` of
+    transformers, if one is given, as soon as it is known.
     """
     mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=least, pad_token_id=0)
-    tokens_BT: Tensor = model.generate(ids_BT, attention_mask=mask_BT, generation_config=greedy, streamer=streamer)
+    stops = StoppingCriteriaList([lambda tokens_BT, _scores, **_: ended(tokens_BT)] if ended else [])
+    tokens_BT: Tensor = model.generate(
+        ids_BT, attention_mask=mask_BT, generation_config=greedy, streamer=streamer, stopping_criteria=stops
+    )
     return tokens_BT
 
 
@@ -62,11 +72,14 @@ def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], new: in
     return continue_rows(model, tokenizer, [tokenizer(prompt)["input_ids"] for prompt in prompts], new)
 
 
-def continue_rows(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], new: int) -> list[str]:
+def continue_rows(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], new: int, *, line: bool = False
+) -> list[str]:
     """What the model says after the tokens of each row: at most `new` tokens, without control characters.
 
     All rows go through the model together. Fewer tokens follow where the model has no more positions; none, "", where
-    it has not even enough for the rows.
+    it has not even enough for the rows. Where a `line` is asked for, no more than it takes to end the first one that
+    is not empty: whatever stands behind it is left to chance.
     """
     longest = max(map(len, rows))
     positions = count_positions(model)
@@ -78,7 +91,13 @@ def continue_rows(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], new
     for i, row in enumerate(rows):
         ids_BT[i, longest - len(row) :] = torch.tensor(row)
         mask_BT[i, longest - len(row) :] = 1
-    tokens_BT = decode(model, ids_BT, new, mask_BT=mask_BT)
+
+    def has_line(tokens_BT: Tensor) -> Tensor:
+        said = tokenizer.batch_decode(tokens_BT[:, longest:], skip_special_tokens=True)
+        lines = ["\n" in strip_controls(text, lines=True).lstrip() for text in said]
+        return torch.tensor(lines, device=tokens_BT.device)
+
+    tokens_BT = decode(model, ids_BT, new, mask_BT=mask_BT, ended=has_line if line else None)
     texts = tokenizer.batch_decode(_end_rows(model, tokens_BT[:, longest:]), skip_special_tokens=True)
     return [strip_controls(text, lines=True) for text in texts]
 

@@ -124,7 +124,7 @@ def count_right(model: Any, tokenizer: Any, pairs: Sequence[EncodedPair], label:
         heed_stop()
         progress(label, done, len(batches))
         asked = [pairs[i].ids[: pairs[i].start] for i in batch]
-        for i, said in zip(batch, continue_rows(model, tokenizer, asked, ANSWER_TOKENS), strict=True):
+        for i, said in zip(batch, continue_rows(model, tokenizer, asked, ANSWER_TOKENS, line=True), strict=True):
             line = normalize(said.strip().partition("\n")[0])
             right += line in {normalize(answer) for answer in pairs[i].answers}
     progress(label, len(batches), len(batches))

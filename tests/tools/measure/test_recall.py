@@ -80,9 +80,9 @@ def test_own_answers_are_right_up_to_the_end_of_the_line(monkeypatch: pytest.Mon
     said = [" Venus.\nQuestion: more", "Second", "third", "", "the second one"] * 4
     asked: list[list[int]] = []
 
-    def say(_model: Any, _tokenizer: Any, rows: list[list[int]], new: int) -> list[str]:
+    def say(_model: Any, _tokenizer: Any, rows: list[list[int]], new: int, *, line: bool) -> list[str]:
         asked.extend(rows)
-        assert new == 16
+        assert new == 16 and line
         return [said[len(asked) - len(rows) + i] for i in range(len(rows))]
 
     monkeypatch.setattr(tools.measure.recall, "continue_rows", say)
@@ -98,3 +98,24 @@ def test_own_answers_are_the_likeliest_tokens() -> None:
     right = pair._replace(answers=("none", said.strip().partition("\n")[0]))
     other = pair._replace(answers=(f"not {right.answers[1]}",))
     assert count_right(model, tokenizer, [right, other], "own answers", ignore_progress) == 1
+
+
+def test_own_answers_end_with_their_line() -> None:
+    """Of a streamed model all weights come from disk for every token, and what stands behind a line counts nothing."""
+    model, tokenizer = make_tiny_model("llama"), make_tiny_tokenizer()
+    pairs = encode_pairs([Question("Which?", ("a",)), Question("Who?", ("b",))], tokenizer)
+    rows = [pair.ids[: pair.start] for pair in pairs]
+    first, second = continue_rows(model, tokenizer, rows, 16)
+    lengths: list[int] = []
+
+    class Lines:
+        """As the tokenizer, but for a line that ends after three tokens, of the second row after five."""
+
+        def batch_decode(self, tokens: Any, **options: Any) -> list[str]:
+            said: list[str] = tokenizer.batch_decode(tokens, **options)
+            lengths.append(len(tokens[0]))
+            return [f"{text}\n" if len(tokens[0]) >= 3 + 2 * i else text for i, text in enumerate(said)]
+
+    cut = [text.strip() for text in continue_rows(model, Lines(), rows, 16, line=True)]
+    assert lengths[:-1] == [1, 2, 3, 4, 5], "no token more than it takes"
+    assert len(cut[0]) < len(first) and len(cut[1]) < len(second)

@@ -10,9 +10,11 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from tests.tiny import (
     ARCHITECTURES,
+    MIXTURES,
     VOCABULARY,
     make_tiny_model,
     make_tiny_tokenizer,
@@ -100,3 +102,34 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
         export_model(make_tiny_model("gpt2"), tokenizer, tmp_path / "model", "card")
     assert (tmp_path / "model" / "config.json").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES])
+def test_a_streamed_model_is_written_as_one_that_is_held_block_by_block(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts are taken apart on their way to the files: those of all blocks at once would be most of the model."""
+    source = save_tiny_model(tmp_path / "source", architecture)
+    held, tokenizer = load_model(tiny_settings(source))
+    export_model(held, tokenizer, tmp_path / "held", "")
+    converted: list[set[str]] = []
+    convert = transformers.core_model_loading.revert_weight_conversion
+
+    def note(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converted.append({name.partition(".layers.")[2].partition(".")[0] for name in state})
+        return convert(model, state)
+
+    streamed, _ = load_model(tiny_settings(source, device="stream"), tmp_path / "scratch")
+    monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", note)
+    export_model(streamed, tokenizer, tmp_path / "streamed", "")
+    assert len(converted) == 3 and all(len(blocks) == 1 for blocks in converted), "two blocks, and what is in none"
+    ours, theirs = (read_tensors(tmp_path / name) for name in ("streamed", "held"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    assert (tmp_path / "streamed" / "config.json").read_bytes() == (tmp_path / "held" / "config.json").read_bytes()
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [], "files without names"
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All that lies in a model's files."""
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
