@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from graph.config import RunConfig
-from graph.nodes.profile import foresee_seconds
+from graph.nodes.profile import foresee_seconds, measure_dense
+from graph.state import State
 from tools.base.progress import ignore_progress
 from tools.estimate import foreseen
+from tools.measure.losses import Evaluation
 from tools.plans.paces import Paces
 
 BENCH: Any = SimpleNamespace(layers=[], device=torch.device("cpu"), paces={"measuring a token": 0.5})
@@ -41,3 +43,15 @@ def test_a_run_goes_on_where_there_is_no_memory_for_it(error: Exception, monkeyp
 
     monkeypatch.setattr(foreseen, "foresee_paces", fail)
     assert foresee(planner="openai:x") == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "sparsity"), [({}, 0.45), ({"target_size": 0.8}, 0.0), ({"target_speed": 1.2}, 0.0)]
+)
+def test_zeros_of_the_model_are_no_part_that_is_gone(config: dict[str, float], sparsity: float) -> None:
+    """A cut of a pruned model could go nowhere else: its plans take fewer weights away than are zero."""
+    dense = Evaluation(nll=[1.0, 2.0], kl=[0.0, 0.0])
+    bench: Any = SimpleNamespace(read_profile=lambda _: SimpleNamespace(dense=dense), count_zeros=lambda: (45, 100))
+    session: Any = SimpleNamespace(progress=ignore_progress, elapsed=1.0)
+    trial = measure_dense(bench, State(config=RunConfig(**config)), "profile", session)
+    assert (trial.sparsity, trial.kl, trial.verdict) == (sparsity, 0.0, "accept")
