@@ -194,13 +194,12 @@ def _bind(
     As `extra_body`, because langchain hands a plain `response_format` to the same code.
     """
     name, described = schema.__name__, schema.model_json_schema()
-    tools = toolbox.functions if toolbox else []
+    tools, beside = (toolbox.functions, toolbox.beside) if toolbox else ([], {})
     offered = tools if toolbox and not toolbox.spent else []
     if method == "grammar":
-        return model.bind(schema=_schema_or_call(described, offered, toolbox.beside if toolbox else {}))
+        return model.bind(schema=_schema_or_call(described, offered, beside))
     if method == "json_schema":
-        either = _schema_or_call(described, offered, toolbox.beside if toolbox else {})
-        wanted = {"name": name, "schema": bound_lengths(either, MAX_WRITTEN)}
+        wanted = {"name": name, "schema": bound_lengths(_schema_or_call(described, offered, beside), MAX_WRITTEN)}
         return model.bind(extra_body={"response_format": {"type": "json_schema", "json_schema": wanted}})
     if method == "function_calling":
         function = {"name": name, "description": described.get("description", ""), "parameters": described}

@@ -12,10 +12,9 @@ LEVERS = {"groups", "adjustments", "expression", "graft", "cut"}
 
 
 def spell_out_plan(plan: Plan) -> dict[str, Any]:
-    """A plan as a planner would write it, and its reason, if it has one; a graft or a cut has no recipe."""
-    told = _spell_out(plan.sparsity, plan.recipe, plan)
-    new = plan.model_dump(include={"new_texts"}, exclude_defaults=True)
-    return told | new | ({"reason": plan.reason} if plan.reason else {})
+    """A plan as a planner would write it, and its reason, if it has one; a graft or a cut has no recipe, and texts that
+    were written for it are there."""
+    return _spell_out(plan.sparsity, plan.recipe, plan) | ({"reason": plan.reason} if plan.reason else {})
 
 
 def spell_out_trial(trial: Trial) -> dict[str, Any]:

@@ -69,9 +69,10 @@ def show_short(value: float | None) -> str:
 
 
 def round_seconds(seconds: float) -> float:
-    """One digit of tens of seconds, two of hundreds and more, as agents read them: of a machine that is a little slower
-    they are told, and plan, the same, and two rounds of which one takes half as long again are told apart."""
-    return float(f"{seconds:.1e}" if seconds >= 100 else f"{seconds:.0e}")
+    """One digit of tens of seconds, two of hundreds and more, as agents read them, and none of a second's parts: of a
+    machine that is a little slower they are told, and plan, the same, and two rounds of which one takes half as long
+    again are told apart."""
+    return float(round(seconds) if seconds < 10 else f"{seconds:.1e}" if seconds >= 100 else f"{seconds:.0e}")
 
 
 def show_compact(value: float | None, digits: int = 2) -> str:

@@ -6,6 +6,7 @@ from tools.base.words import (
     clean,
     count,
     escape,
+    round_seconds,
     shorten,
     show,
     show_compact,
@@ -61,3 +62,10 @@ def test_clean_makes_one_harmless_line() -> None:
     assert clean("a" * 300) == "a" * 300
     assert clean("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ \x1b(B\x1b") == "link "
     assert len(clean("\x1b]" * 1_000_000)) < 300
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.3, 0), (4.6, 5), (12.4, 10), (47, 50), (95, 100), (213, 210), (3600, 3600)]
+)
+def test_seconds_are_told_roughly(seconds: float, told: float) -> None:
+    assert round_seconds(seconds) == told
