@@ -199,7 +199,7 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
         f"predict 0, or {show(count_walk(config), find_longest_curves(paces))} where curves are not known",
         f"slopes {show(groups * half)} on half of the text, less on less",
         f"swap {show(half)} for each selector",
-        "search its `tokens` at most",
+        "search its tokens at most",
     ]
     lines = [probe, *([] if config.takes_parts else of_weights), fit, "all others 0"]
     measured = _describe_paces(budget.paces) or f"nothing took {LEAST_TOLD} yet"

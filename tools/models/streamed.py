@@ -78,6 +78,7 @@ class Stream:
         for block in blocks:
             self._add(block, names)
             block.forward = self._bring_for(len(self._owners) - 1, block.forward)
+        self._last = len(blocks) - 1
         inside = {name for block in self._names for name in block}
         self._outside = [name for name in mapped if name not in inside]
         setattr(model, _STREAM, self)
@@ -86,7 +87,10 @@ class Stream:
         if has_own_memory(device):
             self._take_outside(model, names)
         self._touched: int | None = None
-        self._copied: tuple[int, dict[int, nn.Parameter]] | None = None
+        self._copied: dict[int, dict[int, nn.Parameter]] = {}
+        """Copies by the blocks that they are of: of one, or of the last one and the head."""
+        self._graphed = -1
+        """The block that had a graph made of it last."""
         self._before = -1
         """The block that was copied before."""
         self.let_go()
@@ -118,8 +122,7 @@ class Stream:
 
     def touch(self, block: int) -> None:
         """As `StreamedBlock.touch`; what is written to a block that was copied is for the next copies of it."""
-        if self._copied and self._copied[0] == block:
-            self._copied = None
+        self._copied.pop(block, None)
         if self._touched not in (None, block):
             self.let_go(self._touched)
         self._touched = block
@@ -153,16 +156,22 @@ class Stream:
                 owner.module._parameters[owner.name] = parameter
 
     def _copy(self, block: int, parameters: Sequence[nn.Parameter]) -> dict[int, nn.Parameter]:
-        """Copies of a block's parameters, by the identity of each; one that has several names is copied once."""
-        if self._copied is None or self._copied[0] != block:
-            self._copied = None  # before others take its place
-            copies = {
+        """Copies of a block's parameters, by the identity of each; one that has several names is copied once.
+
+        They take the place of those before, but where the head follows on the last block for gradients: the graph holds
+        that block anyway, and both come again with the next window.
+        """
+        if block not in self._copied:
+            for other in [other for other in self._copied if not other == block - 1 == self._graphed == self._last]:
+                del self._copied[other]  # before others take its place
+            self._copied[block] = {
                 id(p): nn.Parameter(p.detach().to(self.device, copy=True), requires_grad=False) for p in parameters
             }
-            self._copied = block, copies
             self.let_go(block)
             self._read_ahead(block)
-        return self._copied[1]
+        if torch.is_grad_enabled():
+            self._graphed = block
+        return self._copied[block]
 
     def _read_ahead(self, block: int) -> None:
         """Have the block that comes next read while this one runs: after the last one the first, and up but for those

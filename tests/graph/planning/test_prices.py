@@ -196,7 +196,7 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     assert prices == (
         "Prices: probe 10 s for each plan on half of the validation text, 30 s on all of it, and what its recipe "
         "takes; statistics sequential 50 s, stages 130 s more; predict 0, or 50 s where curves are not known; slopes "
-        "120 s on half of the text, less on less; swap 10 s for each selector; search what its probes take; fit 30 s; "
+        "120 s on half of the text, less on less; swap 10 s for each selector; search its tokens at most; fit 30 s; "
         "all others 0. Seconds, the most so far: pruning by refit~sequential 70."
     ), "3.0 s of curves are not worth a word"
     slow["measuring curves of refit"] = 310.0
@@ -204,7 +204,7 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     assert describe_prices(CONFIG, make_budget(1000, paces=slow | {"measuring a token": 0.05}), 9) == (
         "Prices: probe 128 tokens for each plan on half of the validation text, 256 tokens (10 s) on all of it, and "
         "what its recipe takes; predict 0, or 512 tokens (310 s) where curves are not known; slopes 1,152 tokens (60 "
-        "s) on half of the text, less on less; swap 128 tokens for each selector; search what its probes take; fit 256 "
+        "s) on half of the text, less on less; swap 128 tokens for each selector; search its tokens at most; fit 256 "
         "tokens (10 s); all others 0. Seconds, the most so far: measuring curves of refit 310; pruning by "
         "refit~sequential 70."
     ), "tokens, where they are limited, and seconds"

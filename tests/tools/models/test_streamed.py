@@ -289,6 +289,34 @@ def test_of_a_gpu_embeddings_and_head_take_memory_only_while_the_head_runs(
         assert torch.equal(streamed.state_dict()[name], weight), name
 
 
+def test_of_a_gpu_the_last_block_and_the_head_come_once_for_all_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools.models.streamed, "has_own_memory", lambda device: True)
+    streamed, _ = load_model(tiny_settings(save(tmp_path / "model", "llama"), device="stream"), tmp_path)
+    stream, blocks = find_stream(streamed), Blocks(streamed)
+    assert stream is not None
+    last, ids_T, x_BTD = len(blocks) - 1, IDS_BT[0], blocks.embed(IDS_BT[0])
+    blocks.run(ids_T, 0, x_BTD)
+    come: list[int] = []
+    read_ahead = stream._read_ahead
+    monkeypatch.setattr(stream, "_read_ahead", lambda block: (come.append(block), read_ahead(block)))
+    for _window in range(3):
+        with torch.enable_grad():
+            states_BTD = blocks.run_to_head(ids_T, last, x_BTD.clone().requires_grad_())
+        with torch.no_grad():
+            streamed.get_output_embeddings()(states_BTD)
+    assert come == [last, last + 1]
+    blocks.run(ids_T, 0, x_BTD)
+    assert list(stream._copied) == [0], "whatever comes next takes the place of both"
+    come.clear()
+    with torch.no_grad():
+        for _window in range(2):
+            streamed(input_ids=IDS_BT)
+            assert list(stream._copied) == [last + 1], "nor is both held where no graph does"
+    assert come == [*range(1, last + 2), *range(last + 2)], "block 0 was there"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_blocks_come_to_a_gpu(tiny_llama: Path, tmp_path: Path) -> None:
     whole, _ = load_model(tiny_settings(tiny_llama, device="cuda"))

@@ -51,7 +51,7 @@ def test_a_worker_s_share_of_a_text_reads_the_weights_once(
     worker, copied, copy = make_team(streamed).workers[0], Counter[int](), Stream._copy
 
     def count(self: Stream, block: int, parameters: Any) -> Any:
-        copied[block] += self._copied is None or self._copied[0] != block
+        copied[block] += block not in self._copied
         return copy(self, block, parameters)
 
     monkeypatch.setattr(Stream, "_copy", count)
