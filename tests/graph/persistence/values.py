@@ -63,6 +63,7 @@ VALUES: dict[str, Any] = {
     "trials": [TRIAL],
     "lessons": [LESSON],
     "notes": [Note(run="r", iteration=1, sparsity=0.3, pattern="", text="clip less", trials=[1])],
+    "judged": {1: "As was expected."},
     "probes": [
         PastProbe(
             number=1, iteration=1, plan="30.0% wanda", tokens=64, kl=0.2, kl_error=0.1, change=None, change_error=None
