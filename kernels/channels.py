@@ -192,6 +192,9 @@ def eliminate_units(
     is the second-order term of KL(dense || cut), nats per token. When S is gone, W and P are those of the rest (Optimal
     Brain Surgeon; of columns: ZipLM, arXiv 2302.04089). No step reads W: M = W^T F W and P tell all costs.
 
+    Damped thirty times as much, as a fit is, the order is no better: SmolLM2-135M without 256 of 1,536 neurons of every
+    block has 2.7 % more KL (standard error 2.2 %), and costs are twelve times as high.
+
     The `together` cheapest go at a time, and each bears the same share of what they cost together. With a bias A is
     taken around the means. Raises ValueError where A cannot be factored, whatever the damping.
     """
