@@ -197,7 +197,7 @@ def _compare_trials(bench: "Workbench", trials: Sequence[Trial]) -> dict[int, tu
     found = {}
     for trial in (x for x in earlier if same_sparsity(x.sparsity, kept.sparsity)):
         theirs = bench.evaluator.read_validation(trial.checkpoint)
-        if theirs is not None and theirs.finite:
+        if theirs is not None and theirs.finite and theirs.texts == ours.texts:
             found[trial.iteration] = compare_kl(theirs, ours)
     return found
 
