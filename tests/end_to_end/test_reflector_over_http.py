@@ -105,6 +105,7 @@ def test_a_reflector_stops_a_run_at_the_target_and_not_before(
     run = tmp_path / "runs" / "run"
     assert "note: the reflector would stop, but the target is not reached yet: nothing more to win\n" in done.out
     assert read_state(run).stop == "at the target, the reflector stops: nothing more to win"
+    assert read_state(run).judged == {1: "nothing more to win", 2: "nothing more to win"}, "which planners are told"
     assert (read_summary(run)["iterations"], read_summary(run)["status"]) == (2, "finished")
 
 

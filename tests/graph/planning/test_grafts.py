@@ -15,14 +15,14 @@ from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.grafts import Grafts
 from graph.planning.kept_orders import find_order, keep_order, read_order
-from graph.planning.orders import Orders, describe_plan, hash_request
+from graph.planning.orders import Orders, describe_plan, hash_request, refuse_above_target
 from graph.planning.plan import Plan
 from graph.planning.prices import Price, price_drafts
 from graph.planning.refinements import plan_refinements
 from graph.planning.situation import Situation
 from graph.reflecting.levers import name_levers
 from graph.reflecting.rule import draw_lesson
-from graph.state import State, Trial
+from graph.state import SAME_SPARSITY, State, Trial
 from tests.benches import REFIT, SEQUENTIAL, WANDA, artifact_path, ignore, open_bench, plan
 from tests.named import name_texts
 from tests.situations import make_layers, make_situation, make_trial
@@ -135,6 +135,16 @@ def test_as_many_zeros_as_the_plans_or_a_few_more() -> None:
         else:
             with pytest.raises(ImpossiblePlan, match="zeros together"):
                 orders.draft(make_plan(V))
+
+
+def test_a_graft_has_the_zeros_that_it_has() -> None:
+    """What its rounds have together is a whole number, which may be half a weight above the target."""
+    config = RunConfig(target_sparsity=0.45)
+    graft = make_plan(V)
+    refuse_above_target(graft.model_copy(update={"sparsity": 0.45 + SAME_SPARSITY / 2}), config)
+    for other, sparsity in ((graft, 0.45 + 2 * SAME_SPARSITY), (Plan(sparsity=0.4), 0.45 + SAME_SPARSITY / 2)):
+        with pytest.raises(ValueError, match=r"is above the target; plan at most 0\.45"):
+            refuse_above_target(other.model_copy(update={"sparsity": sparsity}), config)
 
 
 def test_a_probe_that_prunes_takes_the_room_of_the_last_round_at_hand() -> None:
