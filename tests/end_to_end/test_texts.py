@@ -56,7 +56,7 @@ def test_every_figure_is_told_for_each_text(named: Path) -> None:
         assert text["dense"] > 0 and text["pruned"] > 0 and text["uniform_wanda"] > 0
     assert summary["protocol"]["tokens"] == 2 * 2 * 64
     code = summary["texts"][0]
-    row = f"| code | `file:code.jsonl` | 75% | {code['dense']:.2f} | **{code['pruned']:.2f}** |"
+    row = f"| code | file:code.jsonl | 75% | {code['dense']:.2f} | **{code['pruned']:.2f}** |"
     for name in ("report.md", "model/README.md"):
         assert row in (named / name).read_text(), name
     report = (named / "report.md").read_text()

@@ -32,9 +32,9 @@ def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 def test_summary_and_reports_name_the_source(undisturbed: Path) -> None:
     summary = read_summary(undisturbed)
     assert summary["protocol"]["text"] == "self:import os | class A"
-    assert "self:import os | class A" in (undisturbed / "report.md").read_text()
+    assert r"self:import os \| class A" in (undisturbed / "report.md").read_text()
     assert "self:import os | class A" in (undisturbed / "report.html").read_text()
-    assert "self:import os | class A" in (undisturbed / "model" / "README.md").read_text()
+    assert r"self:import os \| class A" in (undisturbed / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("halt", HALTS, ids=lambda halt: f"{halt.kind}-{halt.count}")

@@ -22,6 +22,7 @@ from tools.base.files import (
     write_text,
     write_whole,
 )
+from tools.base.rundir import append_event
 from tools.workbench.store import ArtifactStore
 
 
@@ -44,6 +45,18 @@ def test_text_and_json(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "b.json").read_text(encoding="utf-8") == '{\n "b": [\n  1,\n  "é"\n ],\n "a": null\n}\n'
     assert files_in(tmp_path) == ["new/a.txt", "new/b.json"]
     assert stat.S_IMODE((tmp_path / "new" / "a.txt").stat().st_mode) == 0o644
+
+
+def test_bytes_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that names a file may outlive a failure of the power, and nobody makes a profile again."""
+    flushed: list[tuple[int, bool]] = []
+    path = tmp_path / "a.json"
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((os.fstat(file).st_size, path.exists())))
+    write_json(path, {"a": 1})
+    assert flushed == [(path.stat().st_size, False)]
+    append_event(tmp_path, {"type": "node"})
+    log = tmp_path / "events.jsonl"
+    assert flushed[1:] == [(log.stat().st_size, True)], "the log, of which a state knows the last line"
 
 
 def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:

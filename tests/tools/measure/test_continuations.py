@@ -78,7 +78,7 @@ def test_a_model_that_is_streamed_says_less(tiny_llama: Path, tmp_path: Path) ->
 def test_control_characters_go_and_line_ends_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make_tiny_tokenizer()
 
-    def say(model: object, ids_BT: Tensor, new: int, least: int = 0, mask_BT: Tensor | None = None) -> Tensor:
+    def say(_model: object, ids_BT: Tensor, _new: int, **_options: object) -> Tensor:
         return torch.cat([ids_BT, torch.tensor([tokenizer("\x1b[31mred\x00\r\n\tblue\x07")["input_ids"]])], 1)
 
     monkeypatch.setattr(continuations, "decode", say)

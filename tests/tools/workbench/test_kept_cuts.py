@@ -93,7 +93,9 @@ def test_curves_go_on_before_the_block_that_they_had_come_to(
     assert told == list(range(at, 2 * BLOCKS))
     walk = [*range(BLOCKS), *reversed(range(BLOCKS))][at:]
     windows = bench.settings.calibration_windows
-    assert ran[: len(walk) * windows] == [block for block in walk for _ in range(windows)]
+    looked, walked = ran[:2], ran[2:]
+    assert looked == [0, 0], "whether a block of zeros passes on what it reads"
+    assert walked[: len(walk) * windows] == [block for block in walk for _ in range(windows)]
     assert not (bench.directory / UNFINISHED).exists(), "all that was kept of a walk went with it"
 
 
