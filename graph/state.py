@@ -155,7 +155,7 @@ class State(Input):
     trials: Annotated[list[Trial], operator.add] = []
     lessons: list[Lesson] = []
     notes: list[Note] = Field([], description="A reflector's notes of strategy, of this and earlier runs, the latest.")
-    judged: dict[int, str] = Field({}, description="What the reflector said of rounds, by their numbers; the latest.")
+    judged: dict[int, str] = Field({}, description="What the reflector said of rounds, by their numbers.")
     probes: list[PastProbe] = Field([], description="What probes of earlier rounds measured, the latest.")
     experience: list[Experience] = Field([], description="What levers did in earlier runs, as the run began.")
     reprofile: bool = Field(False, description="The reflector asked for a new profile after the last trial.")

@@ -13,7 +13,7 @@ from graph.planning.past import count_rounds
 from graph.planning.verdict import decide_stop, find_early
 from graph.reflecting.choose import choose_reflection, gather_evidence
 from graph.reflecting.levers import note_tried
-from graph.reflecting.notes import add_judgement, add_note, take_note
+from graph.reflecting.notes import add_note, take_note
 from graph.reflecting.posterior import CARRIED, merge_lessons
 from graph.reflecting.rule import combine_lessons
 from graph.reflecting.schema import Reflection
@@ -55,7 +55,8 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         notes = add_note(notes, note)
         session.emit("note", text=f"strategy, by {count_rounds(note)}: {note.text}")
     stop = decide_stop(state) or find_lateness(state, session.seconds)
-    reason = " ".join(reflection.reason.split()) or "no reason given"
+    said = " ".join(reflection.reason.split())
+    reason = said or "no reason given"
     if reflection.stop and not stop:
         if early := find_early(state):
             session.emit("note", text=f"the reflector would stop, but {early}: {reason}")
@@ -68,7 +69,7 @@ def reflect(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     return {
         "lessons": merge_lessons([*state.lessons, *lessons])[-CARRIED:],
         "notes": notes,
-        "judged": add_judgement(state.judged, state.iteration, reflection),
+        "judged": state.judged | ({state.iteration: said} if said else {}),
         "reprofile": reflection.reprofile,
         "usage": usage,
         "stop": stop,

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from graph.config import RunConfig
 from graph.planning.finalists import reserve_tokens
@@ -81,12 +80,9 @@ class TokenBudget:
             raise ValueError(f"{what} takes {tokens:,} tokens, and {max(left, 0):,.0f} are left beside the trial")
         self.pay(costs)
 
-    def book(
-        self, tokens: int, orders: Sequence[WorkOrder] = (), others: Mapping[str, int] = MappingProxyType({})
-    ) -> None:
-        """Count the tokens of a probe that measures these orders, each on as many, and other costs that are not counted
-        yet. Raises ValueError as `spend`."""
-        costs = dict(others)
+    def book(self, tokens: int, orders: Sequence[WorkOrder] = ()) -> None:
+        """Count the tokens of a probe that measures these orders, each on as many. Raises ValueError as `spend`."""
+        costs: dict[str, int] = {}
         for order in orders:
             costs |= list_order_costs(order, self.config)
         rest = self.count_rest(tokens // len(orders) if any(not order.alone for order in orders) else 0)

@@ -5,6 +5,7 @@ from typing import Any
 
 from graph.planning.plan import Plan
 from graph.state import Trial
+from tools.base.words import spare_brackets
 from tools.plans.recipe import Recipe
 
 LEVERS = {"groups", "adjustments", "expression", "graft", "cut"}
@@ -23,9 +24,8 @@ def spell_out_trial(trial: Trial) -> dict[str, Any]:
 
 
 def write_plan(told: dict[str, Any]) -> str:
-    """What was spelt out as JSON in one line, in which no angle bracket can end a block of data."""
-    text = json.dumps(told, ensure_ascii=True, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e")
+    """What was spelt out as JSON in one line, fit for a block of data."""
+    return spare_brackets(json.dumps(told, ensure_ascii=True, separators=(",", ":")))
 
 
 def _spell_out(sparsity: float, recipe: Recipe | None, of: Plan | Trial) -> dict[str, Any]:

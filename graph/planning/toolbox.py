@@ -193,6 +193,7 @@ def _describe_round(
         in_time=lambda: count_seconds() > 0,
         present=state.current,
         book=budget.book,
+        spend=budget.spend,
         count_new=budget.count_new,
         count_tokens=count_tokens,
         list_at_hand=lambda: {number: trial.checkpoint for number, trial in situation.list_at_hand().items()},

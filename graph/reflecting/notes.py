@@ -1,6 +1,6 @@
 """Notes of strategy: what a reflector's model has to say to planners, with the rounds that bear it out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from graph.reflecting.rule import Evidence
 from graph.reflecting.schema import MAX_NOTES, Advice, Note, Reflection
@@ -27,17 +27,6 @@ def take_note(evidence: Evidence, reflection: Reflection) -> Note | None:
         text=" ".join(reflection.note.text.split()),
         trials=sorted(set(reflection.note.trials)),
     )
-
-
-MOST_JUDGED = 12
-"""Rounds of which is kept what the reflector said: as many as planners are shown."""
-
-
-def add_judgement(judged: Mapping[int, str], iteration: int, reflection: Reflection) -> dict[int, str]:
-    """What the reflector said of the latest rounds, by their numbers, with its reason for this one, if it gave any."""
-    reason = " ".join(reflection.reason.split())
-    known = {**judged, **({iteration: reason} if reason else {})}
-    return {number: known[number] for number in sorted(known)[-MOST_JUDGED:]}
 
 
 def add_note(notes: Sequence[Note], new: Note) -> list[Note]:

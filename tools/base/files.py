@@ -51,6 +51,9 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
             with explain_unwritable(directory):
                 aside.mkdir(parents=True)
             write(aside)
+            for path in aside.rglob("*"):
+                if path.is_file():
+                    _flush(path)  # as of `write_whole`: a summary vouches for the files of a model
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

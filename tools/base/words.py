@@ -53,6 +53,12 @@ def escape(text: str) -> str:
     return flat
 
 
+def spare_brackets(text: str) -> str:
+    """JSON whose strings have no angle brackets, which say the same: nothing in it can end a block of data, and no
+    quoting makes anything else of it."""
+    return text.replace("<", "\\u003c").replace(">", "\\u003e")
+
+
 def count(number: int, noun: str) -> str:
     """1 lesson, 2,000 lessons"""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

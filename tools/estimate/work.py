@@ -281,6 +281,7 @@ def _list_measuring(
                 {"forward": further, "divergence": further},
             )
         )
+    batches = math.ceil(settings.question_pairs / ASKED_AT_ONCE)
     if settings.questions:
         steps.append(
             step(
@@ -289,7 +290,7 @@ def _list_measuring(
                 1 + course.trials + course.tests,
                 shares.questions,
                 {"forward": settings.question_pairs * QUESTION_TOKENS / settings.window},
-                math.ceil(shares.questions * math.ceil(settings.question_pairs / ASKED_AT_ONCE)),
+                math.ceil(shares.questions * batches),
             )
         )
     steps.append(
@@ -302,7 +303,7 @@ def _list_measuring(
         )
     )
     if settings.questions and course.tests:
-        batches, models = math.ceil(settings.question_pairs / ASKED_AT_ONCE), 2
+        models = 2
         steps.append(
             step(
                 "own answers, at most",

@@ -12,7 +12,7 @@ from langchain_core.tools import BaseTool, tool
 from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 
 from tools.base.settings import MOST_PROBES
-from tools.base.words import count
+from tools.base.words import count, spare_brackets
 from tools.instruments.comparisons import Figures
 from tools.instruments.fit import measure_fit
 from tools.instruments.functions import OF_PLANS, Draft, Round, inspect_layers, predict, predict_all, predict_cut, probe
@@ -276,5 +276,4 @@ def _describe_probe(figures: Figures) -> str:
 
 
 def _answer(**figures: Any) -> str:
-    text = json.dumps(figures, ensure_ascii=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e")  # which no quoting makes anything else of
+    return spare_brackets(json.dumps(figures, ensure_ascii=False))

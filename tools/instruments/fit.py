@@ -29,7 +29,7 @@ def measure_fit(round_: Round, number: int | None = None) -> Figures:
         raise ImpossiblePlan("nothing is pruned yet, and fit is that of pruned weights")
     cost = {f"fit of {checkpoint[:16]}": count_fit(bench.settings)}
     round_.admit([], 0, round_.count_new(cost))
-    round_.book(0, [], cost)
+    round_.spend("measuring the fit", cost)
     fitted = bench.evaluator.read_fit(checkpoint) or bench.measure_fit(checkpoint, round_.progress)
     with bench.weights.put_back():
         judged = bench.evaluate(checkpoint, "validation", round_.profile, round_.progress)

@@ -118,9 +118,12 @@ class Round:
     """Probes of the run's earlier rounds, the latest: those of this one are numbered from there on."""
     list_at_hand: Callable[[], Mapping[int, str]] = dict
     """The checkpoints of rounds whose layers are on disk, by their numbers."""
-    book: Callable[[int, Sequence[WorkOrder], Mapping[str, int]], None] = lambda tokens, orders, costs: None
-    """Told of a measurement before it is made: the tokens that probes measure on, all orders together, the orders, and
-    what is counted once in a run, by its name; raises ValueError when what that takes is not to be had."""
+    book: Callable[[int, Sequence[WorkOrder]], None] = lambda tokens, orders: None
+    """Told of a probe before it is made: the tokens that it measures on, all orders together, and the orders; raises
+    ValueError when what that takes is not to be had."""
+    spend: Callable[[str, Mapping[str, int]], None] = lambda what, costs: None
+    """Told of another measurement before it is made, in words, and of tokens that are counted once in a run, by their
+    names; raises ValueError likewise."""
     count_new: Callable[[Mapping[str, int]], int] = lambda costs: sum(costs.values())
     """The tokens of such costs that are not counted yet."""
     count_tokens: Callable[[Draft, int], int] = lambda draft, tokens: tokens
@@ -287,7 +290,7 @@ def _probe_together(
     """Book those of the orders that are not `known`, and carry all of them out at once."""
     bench = round_.bench
     fresh = [order for order in orders if order.id not in known]
-    round_.book(len(fresh) * windows * bench.settings.window, fresh, {})
+    round_.book(len(fresh) * windows * bench.settings.window, fresh)
     best, keep = find_best_whole(round_.probed), round_.keep
     return bench.probe(round_.profile, orders, windows, round_.progress, back=round_.present, keep=keep, best=best)
 

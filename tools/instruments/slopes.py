@@ -33,7 +33,7 @@ def measure_slopes(round_: Round, tokens: int | None = None) -> Figures:
     groups = dict(sorted(groups.items(), key=lambda group: -len(group[1]))[:MAX_SLOPES])
     cost = {f"slopes of {round_.present[:16]} on {windows}": len(groups) * windows * bench.settings.window}
     round_.admit([], 0, round_.count_new(cost))
-    round_.book(0, [], cost)
+    round_.spend("measuring slopes", cost)
     moved = move_groups(bench, round_.profile, round_.present, groups, windows, round_.progress)
     before = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
     now = dict(zip(bench.by_name, bench.sparsities(), strict=True))

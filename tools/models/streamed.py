@@ -162,8 +162,8 @@ class Stream:
         that block anyway, and both come again with the next window.
         """
         if block not in self._copied:
-            for other in [other for other in self._copied if not other == block - 1 == self._graphed == self._last]:
-                del self._copied[other]  # before others take its place
+            stays = self._last if block - 1 == self._graphed == self._last else None
+            self._copied = {other: held for other, held in self._copied.items() if other == stays}
             self._copied[block] = {
                 id(p): nn.Parameter(p.detach().to(self.device, copy=True), requires_grad=False) for p in parameters
             }

@@ -41,12 +41,13 @@ def fill_up(
     `pool` are the layers that stand for each other, `n/LAYER` their tokens; those that are its `own`, or all, are
     filled up.
     """
-    few, whole = find_few(sums, pool, enough, tokens), sum(count_seen(sums, pool, tokens).values())
+    few = {x: n for x, n in find_few(sums, pool, enough, tokens).items() if own is None or x in own}
+    whole = sum(count_seen(sums, pool, tokens).values())
     known = [sums[f"{kind}/{name}"] for name in pool if f"{kind}/{name}" in sums]
     if not few or not known:
         return
     total: Tensor = sum(known[1:], known[0].clone())
-    for name, n in few.items() if own is None else ((name, few[name]) for name in own if name in few):
+    for name, n in few.items():
         filled = total * ((enough - n) / whole)
         if n:
             filled += sums[f"{kind}/{name}"]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ WANDA = Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform"))
 def test_both_texts_are_measured_and_told_apart(make_round: Callable[..., Round]) -> None:
     budget = TokenBudget(RunConfig(), 0, 64)
     admitted: list[int] = []
-    more = {"book": budget.book, "count_new": budget.count_new}
+    more: dict[str, Any] = {"spend": budget.spend, "count_new": budget.count_new}
     round_ = make_round(WANDA, admit=lambda *given: admitted.append(given[2]), **more)
     bench, before = round_.bench, snapshot(round_.bench)
     figures = measure_fit(round_)

@@ -24,7 +24,7 @@ REFIT = Draft(sparsity=0.4)
 @pytest.mark.parametrize("accepted", [REFIT, WANDA])
 def test_slopes_are_what_a_group_moved_by_hand_loses(accepted: Draft, make_round: Callable[..., Round]) -> None:
     budget = TokenBudget(RunConfig(), 0, 64)
-    round_ = make_round(accepted, book=budget.book, count_new=budget.count_new)
+    round_ = make_round(accepted, spend=budget.spend, count_new=budget.count_new)
     bench, before = round_.bench, snapshot(round_.bench)
     files = sorted(bench.directory.rglob("*.*"))
     figures = measure_slopes(round_)
@@ -69,7 +69,7 @@ def test_slopes_are_what_a_group_moved_by_hand_loses(accepted: Draft, make_round
 
 def test_slopes_of_fewer_tokens_are_of_fewer_windows_and_cost_less(make_round: Callable[..., Round]) -> None:
     budget = TokenBudget(RunConfig(), 0, 64)
-    round_ = make_round(WANDA, book=budget.book)
+    round_ = make_round(WANDA, spend=budget.spend)
     half, one = measure_slopes(round_), measure_slopes(round_, 30)
     window, groups = round_.bench.settings.window, len(half["groups"])
     assert (half["tokens"], one["tokens"]) == (2 * window, window)
