@@ -319,11 +319,18 @@ def describe_facts(trial: Trial) -> str:
     return f"; answer probability kept {show_short(trial.fact_retention)} +- {show_short(trial.fact_error)}"
 
 
-def recount_trial(trial: Trial) -> str:
-    """A trial in one line, with more of it than the prompt has room for."""
-    change = f"; +- {show_short(trial.change_error)} beside the last kept" if trial.change_error is not None else ""
+def describe_change(trial: Trial, before: Trial | None) -> str:
+    """`; -0.0151 +- 0.0042 beside the last kept`: paired, of KL; empty where nothing was kept `before`."""
+    if before is None or trial.change_error is None or trial.kl is None or before.kl is None:
+        return ""
+    return f"; {trial.kl - before.kl:+.3g} +- {show_short(trial.change_error)} beside the last kept"
+
+
+def recount_trial(trial: Trial, before: Trial | None = None) -> str:
+    """A trial in one line, with more of it than the prompt has room for, and beside what was kept `before` it."""
+    line = f"{_describe_trial(trial, 2_000)}{describe_change(trial, before)}"
     plan = f"; plan {write_plan(spell_out_trial(trial))}" if trial.recipe or trial.cut else ""
-    return f"{_describe_trial(trial, 2_000)}{change}; {round_seconds(trial.seconds):g} s to measure{plan}"
+    return f"{line}; {round_seconds(trial.seconds):g} s to measure{plan}"
 
 
 def _describe_lessons(lessons: Sequence[Lesson], config: RunConfig) -> str:

@@ -22,7 +22,7 @@ from graph.planning.situation import Situation
 from graph.planning.spelling import spell_out_plan
 from graph.runs.session import OpenBench, Session
 from graph.runs.tasks import do_once
-from graph.state import State
+from graph.state import State, last_accepted
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.layer_profile import group_layers
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 MAX_PROBES = 8
+MAX_NEW_PROBES = 2 * MAX_PROBES  # of the round that was planned last: its reflector compares all of them
 """Probes of earlier rounds that planners are shown, the latest."""
 
 
@@ -66,7 +67,9 @@ def open_toolbox(
         return [describe_lesson(lesson, config) for lesson in search_lessons(store, config, query)] if store else []
 
     def recount(n: int) -> list[str]:
-        return [recount_trial(trial) for trial in situation.trials[-n:]]
+        trials = situation.trials
+        first = max(len(trials) - n, 0)
+        return [recount_trial(trials[i], last_accepted(trials[:i])) for i in range(first, len(trials))]
 
     def suggest(n: int) -> list[dict[str, Any]]:
         return [spell_out_plan(plan) for plan in list_candidates(situation, n)]
@@ -128,14 +131,15 @@ def open_toolbox(
 
 
 def note_probes(state: State, budget: TokenBudget) -> list[PastProbe]:
-    """The latest probes, those of this round among them, for the rounds to come, and the best ones that these are
+    """The probes of this round and the latest before them, for the rounds to come, and the best ones that these are
     compared with."""
     if not budget.probed:
         return state.probes
     from tools.instruments.comparisons import sum_up_probes  # torch, imported by now
 
     new = sum_up_probes(budget.probed, state.iteration, count_probes(state.probes))
-    earlier, latest = [*state.probes, *new][:-MAX_PROBES], [*state.probes, *new][-MAX_PROBES:]
+    probes, shown = [*state.probes, *new], max(MAX_PROBES, min(len(new), MAX_NEW_PROBES))
+    earlier, latest = probes[:-shown], probes[-shown:]
     told = {probe.best for probe in latest} - {0}
     return [*(probe for probe in earlier if probe.number in told), *latest]
 

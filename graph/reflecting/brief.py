@@ -13,7 +13,7 @@ from graph.llm.ladder import describe_schema
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import do_now
-from graph.planning.brief import describe_facts
+from graph.planning.brief import describe_change, describe_facts
 from graph.planning.orders import group_kl
 from graph.planning.past import describe_notes, describe_probes
 from graph.planning.plan import MOST_HYPOTHESIS, Plan
@@ -22,7 +22,7 @@ from graph.planning.texts import describe_texts
 from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, drop_schema, tell_of_cuts
-from graph.state import Trial, same_sparsity
+from graph.state import Trial, last_accepted, same_sparsity
 from tools.base.names import hide_directories
 from tools.base.words import show_short
 from tools.plans.groups import describe_group
@@ -133,7 +133,8 @@ def _describe_plan(plan: Plan, trial: Trial) -> str:
 
 
 def _describe_outcome(evidence: Evidence) -> str:
-    lines = [f"{name}: {_describe_trial(trial)}" for name, trial in _name_trials(evidence)]
+    trials = _name_trials(evidence)
+    lines = [f"{name}: {_describe_trial(trial, before)}" for name, trial, before in trials]
     if evidence.parts:
         return "What came of it, on the validation text:\n" + data_block("outcome", lines)
     if evidence.measured is not None:
@@ -146,28 +147,32 @@ def _describe_outcome(evidence: Evidence) -> str:
     return "What came of it, on the validation text:\n" + data_block("outcome", lines)
 
 
-def _name_trials(evidence: Evidence) -> list[tuple[str, Trial]]:
-    before = [("before", evidence.before)] if evidence.before else []
-    return [("dense", evidence.dense), *before, ("this trial", evidence.trial)]
+def _name_trials(evidence: Evidence) -> list[tuple[str, Trial, Trial | None]]:
+    """Each with what was kept before it, where it is to be told beside that."""
+    before = [("before", evidence.before, None)] if evidence.before else []
+    return [("dense", evidence.dense, None), *before, ("this trial", evidence.trial, evidence.before)]
 
 
 def _describe_trials(evidence: Evidence) -> str:
     if not evidence.trials:
         return "Earlier trials: none."
-    lines = [f"round {t.iteration}: {quote_data(t.plan, 160)}; {_describe_trial(t)}" for t in evidence.trials]
+    lines = [
+        f"round {trial.iteration}: {quote_data(trial.plan, 160)}; "
+        f"{_describe_trial(trial, last_accepted(evidence.trials[:place]))}"
+        for place, trial in enumerate(evidence.trials)
+    ]
     return "Earlier trials, oldest first:\n" + data_block("trials", lines[-MAX_TRIALS:])
 
 
-def _describe_trial(trial: Trial) -> str:
+def _describe_trial(trial: Trial, before: Trial | None) -> str:
     if trial.verdict == "refuse":
         return f"sparsity {trial.sparsity:.4g}; refused by a person: {quote_data(trial.reason, 160)}"
     if trial.broken:
         return f"sparsity {trial.sparsity:.4g}; broke, nothing measured: {quote_data(trial.reason, 160)}"
-    change = f"; change from the last kept known to +- {show_short(trial.change_error)}" if trial.change_error else ""
     error = "" if trial.kl_error is None else f" +- {show_short(trial.kl_error)}"
     return (
         f"sparsity {trial.sparsity:.4g}; perplexity {show_short(trial.perplexity)}; "
-        f"KL {show_short(trial.kl)}{error}{change}, predicted {show_short(trial.predicted_kl)}"
+        f"KL {show_short(trial.kl)}{error}{describe_change(trial, before)}, predicted {show_short(trial.predicted_kl)}"
         f"{describe_texts(trial)}{describe_facts(trial)}; "
         f"{trial.verdict}: {quote_data(trial.reason, 160)}"
     )
@@ -189,11 +194,15 @@ def _describe_rest(evidence: Evidence) -> str:
     config, trial = evidence.config, evidence.trial
     best = trial if trial.verdict == "accept" else evidence.before
     reached = best is not None and same_sparsity(best.sparsity, config.target_sparsity)
+    rounds = evidence.rounds or config.max_iterations
+    left = f" of at most {rounds}" if trial.iteration < rounds else ", the last: nothing is left for another"
     text = (
-        f"Round {trial.iteration} of at most {evidence.rounds or config.max_iterations}. "
+        f"Round {trial.iteration}{left}. "
         f"The target sparsity {config.target_sparsity:.4g} is {'reached' if reached else 'not reached yet'}."
     )
     if best is None or not reached:
         return text
     idle = trial.iteration - best.iteration
+    if config.patience > rounds:  # it never comes to that
+        return f"{text} Rounds without an improvement: {idle}."
     return f"{text} Rounds without an improvement: {idle}; the run ends by itself at {config.patience}."

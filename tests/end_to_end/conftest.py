@@ -10,7 +10,7 @@ from tests.end_to_end.helpers import (
     TINY,
     Outcome,
     at_home,
-    continue_briefly,
+    decode_briefly,
     end_forks,
     leave_out_figures,
     run_apart,
@@ -33,12 +33,12 @@ def imports_come_first() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def short_reports(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Prompts are continued briefly; and no figures, which take a third of a tiny run, but in files that are marked as
-    looking at them."""
+    """Little is decoded; and no figures, which take a third of a tiny run, but in files that are marked as looking at
+    them."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("figures") is None:
             leave_out_figures(patch.setattr)
-        continue_briefly(patch.setattr)
+        decode_briefly(patch.setattr)
         yield
 
 

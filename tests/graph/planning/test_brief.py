@@ -656,9 +656,10 @@ def test_quoted_data_is_one_short_harmless_line(text: str, limit: int) -> None:
 def test_a_trial_in_full() -> None:
     more = {"change_error": 0.002, "seconds": 12.4, "reason": "r" * 500, "recipe": Recipe()}
     trial = KEPT.model_copy(update=more)
-    line = recount_trial(trial)
+    line = recount_trial(trial, KEPT.model_copy(update={"kl": 0.0332}))
+    assert "beside the last kept" not in recount_trial(trial), "the first is beside the dense model, as its KL is"
     assert line.startswith("round 1: sparsity 0.3 two-sided+refit:kappa; perplexity 22; KL 0.0312 +- 0.001, ")
-    assert f"accept: {'r' * 500}; +- 0.002 beside the last kept; 10 s to measure; plan " in line
+    assert f"accept: {'r' * 500}; -0.002 +- 0.002 beside the last kept; 10 s to measure; plan " in line
     assert json.loads(line.partition("; plan ")[2]) == {"sparsity": 0.3, "recipe": {"method": "refit"}}
 
 

@@ -44,7 +44,7 @@ def test_a_reflector_sees_plan_prediction_measurement_and_what_is_known() -> Non
         "earlier lessons counted blocks 0-1 0.8 times",
         "dense: sparsity 0;",
         "before: sparsity 0.45; perplexity 11; KL 0.1 +- 0.01, predicted 0.05; accept:",
-        "this trial: sparsity 0.45; perplexity 11; KL 0.2 +- 0.01; change from the last kept known to +- 0.001, pred",
+        "this trial: sparsity 0.45; perplexity 11; KL 0.2 +- 0.01; +0.1 +- 0.001 beside the last kept, predicted",
         "the rule's lesson, beyond the noise: Pruning blocks 4-5 · mlp.down_proj more changed KL by +0.1",
         "round 1: 45.0% refit:kappa;",
         "*.q_proj with refit: x1.2, observed 1 times, confidence 1.00.",
@@ -167,3 +167,16 @@ def test_clumsy_endpoints_reflect_too(behaviour: str) -> None:
     with OpenAIServer([{"lessons": [learnt("*.v_proj")], "reprofile": True}]) as server:
         reflection, problems, _ = reflect(server, behaviour)
     assert (len(reflection.lessons), reflection.reprofile, problems) == (1, True, [""])
+
+
+def test_a_first_trial_is_beside_nothing_and_a_last_one_says_so() -> None:
+    """A planner's model read "Round 1 of at most 1", "ends at 200" and a change of which the noise alone was told."""
+    text = shown(make_evidence(before=None, trials=[], rounds=2))
+    assert "beside the last kept" not in text and "Round 2, the last: nothing is left for another. The target" in text
+    patient = make_evidence(config=make_evidence().config.model_copy(update={"patience": 200}))
+    assert shown(patient).count("Rounds without an improvement: 1.") == 1 and "by itself" not in shown(patient)
+    evidence = make_evidence()
+    earlier = evidence.trial.model_copy(update={"iteration": 1, "verdict": "rollback", "kl": 0.15})
+    kept = earlier.model_copy(update={"iteration": 0, "verdict": "accept", "kl": 0.1})
+    told = shown(dataclasses.replace(evidence, trials=[kept, earlier]))
+    assert re.findall(r"; ([+-][\d.]+) \+- \S+ beside the last kept", told) == ["+0.1", "+0.05"]
