@@ -81,11 +81,14 @@ class TokenBudget:
         self.pay(costs)
 
     def book(self, tokens: int, orders: Sequence[WorkOrder] = ()) -> None:
-        """Count the tokens of a probe that measures these orders, each on as many. Raises ValueError as `spend`."""
+        """Count the tokens of a probe of these orders, on which none of them was measured yet in the round, all
+        together. Raises ValueError as `spend`."""
         costs: dict[str, int] = {}
         for order in orders:
             costs |= list_order_costs(order, self.config)
-        rest = self.count_rest(tokens // len(orders) if any(not order.alone for order in orders) else 0)
+        before = {known.order: known.tokens for known in self.probed}
+        probed = [before.get(order.id, 0) for order in orders if not order.alone]
+        rest = self.count_rest(tokens // len(orders) + min(probed) if probed else 0)
         total, left = tokens + self.count_new(costs), self.left - rest
         if total > left:
             raise ValueError(f"a probe of {total:,} tokens is too much: {max(left, 0):,.0f} are left beside the trial")

@@ -21,16 +21,15 @@ from graph.reflecting.posterior import Factor, find_factors, weigh_layers
 from graph.reflecting.schema import Lesson
 from graph.state import SAME_SPARSITY
 from tools.base.errors import ImpossiblePlan, UserError
-from tools.base.words import shorten
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
-from tools.plans.cuts import Cutting, Parts, describe_cutting
+from tools.plans.cuts import Cutting, Parts
 from tools.plans.expression import evaluate_expression, tidy_expression
-from tools.plans.graft import describe_graft
-from tools.plans.groups import describe_group, identify_group, refuse_two_polishes, refuse_two_walks
+from tools.plans.groups import identify_group, refuse_two_polishes, refuse_two_walks
 from tools.plans.layer_profile import LayerProfile, predict_kl
+from tools.plans.lines import describe_levers
 from tools.plans.methods import Statistics
-from tools.plans.recipe import Adjustment, Recipe
+from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
 
 if TYPE_CHECKING:
@@ -284,25 +283,10 @@ def record_plan(plan: Plan, order: WorkOrder) -> dict[str, Any]:
 
 
 def describe_plan(plan: Plan) -> str:
-    """A plan in one line for people, such as `45.0% two-sided+refit:kappa · *.v_proj x2 · lessons x3 (0.80–1.41)`.
-
-    Groups stand behind the recipe: `45.0% refit:kappa · wanda in *.v_proj`. The last part says for how many groups of
-    layers lessons multiply the KL curves, and from what to what. A graft is
-    `45.0% graft · *.v_proj of round 2, the rest of round 1`.
-    """
-    if plan.cut:
-        return f"{plan.sparsity:.1%} {describe_cutting(plan.cut)}"
-    if plan.graft:
-        return f"{plan.sparsity:.1%} graft · {describe_graft(plan.graft)}"
-    line = f"{plan.sparsity:.1%} {plan.recipe.label}"
-    for told in (
-        [describe_group(group, plan.recipe) for group in plan.groups],
-        [f"layers x {shorten(tidy_expression(plan.expression), 80)}"] if plan.expression else [],
-        [_describe_adjustment(adjustment) for adjustment in plan.adjustments],
-    ):
-        shown = [*told[:4], *([f"{len(told) - 4} more"] if len(told) > 4 else [])]
-        line = f"{line} · {', '.join(shown)}" if shown else line
-    if not plan.multipliers:
+    """A plan in one line for people (`describe_levers`), such as `45.0% refit:kappa · *.v_proj x2 · lessons x3
+    (0.80–1.41)`: for so many groups of layers lessons multiply the KL curves, from what to what."""
+    line = describe_levers(plan)
+    if plan.cut or plan.graft or not plan.multipliers:
         return line
     factors = plan.multipliers.values()
     low, high = f"{min(factors):.2f}", f"{max(factors):.2f}"
@@ -312,18 +296,6 @@ def describe_plan(plan: Plan) -> str:
 def drop_lessons(line: str) -> str:
     """A plan's line without what it says of lessons."""
     return line.partition(LESSONS)[0]
-
-
-def _describe_adjustment(adjustment: Adjustment) -> str:
-    selector = shorten(" ".join(adjustment.selector.split()), 40)
-    if adjustment.action == "factor":
-        return f"{selector} x{adjustment.factor:g}"
-    if adjustment.action == "protect":
-        return f"{selector} protected"
-    low, high = adjustment.low, adjustment.high
-    if low is None:
-        return f"{selector} ≤{100 * (high or 0):.3g}%"
-    return f"{selector} ≥{100 * low:.3g}%" if high is None else f"{selector} {100 * low:.3g}–{100 * high:.3g}%"
 
 
 def group_kl(group: Sequence[LayerProfile], sparsity: dict[str, float]) -> float:

@@ -12,7 +12,7 @@ from graph.planning.new_texts import count_new_tokens
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from tools.base.words import round_seconds
-from tools.instruments.probed import find_known
+from tools.instruments.probed import count_rest, find_known
 from tools.plans.costs import (
     count_calibration,
     count_cut_fit,
@@ -64,8 +64,8 @@ def price_drafts(
     """Of carrying out plans, which are weighed, and measuring each on so many tokens, and other weights on `others`.
 
     Each is carried out on the layers of its selector `alone`, on all where there is none. Curves that are known cost
-    nothing, nor do orders that were probed on as many tokens in this round. Of what a plan takes to be shared out and
-    pruned, nothing counts twice. Raises ImpossiblePlan.
+    nothing, nor do tokens on which orders were probed in this round. Of what a plan takes to be shared out and pruned,
+    nothing counts twice. Raises ImpossiblePlan.
     """
     costs, paces = dict[str, int](), budget.expected
     pace = paces.get(MEASURING, 0.0)
@@ -73,7 +73,7 @@ def price_drafts(
     only = alone or [""] * len(plans)
     jobs = [(plan, _prune_alone(plan, selector, situation)) for plan, selector in zip(plans, only, strict=True)]
     jobs = [(plan, order) for plan, order in jobs if order.id not in known]
-    measured = len(jobs) * tokens + others
+    measured = sum(count_rest(budget.probed, order.id, tokens) for _, order in jobs) + others
     seconds = measured * pace
     for plan, order in jobs:
         costs |= budget.list_costs(plan, order if tokens else None)

@@ -49,7 +49,10 @@ LOOKS: list[list[dict[str, Any]]] = [
     [
         {
             "tool": "search",
-            "arguments": {"plan": {"sparsity": 0.45, "recipe": MASKS}, "selectors": ["*.v_proj"], "tokens": 256},
+            "arguments": {
+                **{"plan": {"sparsity": 0.45, "recipe": MASKS}, "tokens": 256},
+                **{"selectors": ["*.v_proj"], "levers": ["strength"]},
+            },
         },
         {"tool": "fit", "arguments": {}},
     ],

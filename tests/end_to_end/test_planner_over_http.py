@@ -276,7 +276,10 @@ def test_a_probe_becomes_the_rounds_trial_and_one_too_dear_is_not_begun(
     other = {**mask, "sparsity": 0.4}
     script: list[Answer] = [
         {"tool": "probe", "arguments": {"plans": [other, mask]}},
-        {"tool": "probe", "arguments": {"plans": [mask, other, other], "whole": True}},
+        {
+            "tool": "probe",
+            "arguments": {"plans": [mask, {**mask, "sparsity": 0.3}, {**mask, "sparsity": 0.2}], "whole": True},
+        },
         mask,
     ]
     with OpenAIServer(script) as server:
@@ -286,7 +289,7 @@ def test_a_probe_becomes_the_rounds_trial_and_one_too_dear_is_not_begun(
     first, second = read_events(run, "tool")
     assert [x["kl_minus_probe"].keys() for x in json.loads(first["answer"])["plans"]] == [{"2"}, {"1"}]
     assert re.fullmatch(
-        r"not begun: this call takes 576 tokens and \d+ s or more \(as far as is known\); 444 tokens are left beside "
+        r"not begun: this call takes 448 tokens and \d+ s or more \(as far as is known\); 444 tokens are left beside "
         r"the round's trial and \d+ s are left",
         json.loads(second["answer"])["error"],
     )

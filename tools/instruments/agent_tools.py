@@ -16,11 +16,11 @@ from tools.base.words import count, spare_brackets
 from tools.instruments.comparisons import Figures
 from tools.instruments.fit import measure_fit
 from tools.instruments.functions import OF_PLANS, Draft, Round, inspect_layers, predict, predict_all, predict_cut, probe
+from tools.instruments.moves import LeverName, describe_point
 from tools.instruments.search import MOST_SEARCHED, search
 from tools.instruments.slopes import measure_slopes
 from tools.instruments.swap import MOST_SWAPS, swap
-from tools.plans.cuts import describe_cutting
-from tools.plans.graft import describe_graft
+from tools.plans.lines import describe_levers
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
 _SCHEMA: dict[str, Any] = {
@@ -114,10 +114,11 @@ class SwapArguments(BaseModel):
 
 
 class SearchArguments(BaseModel):
-    """From which plan, over which groups, and how much text in all."""
+    """From which plan, over which groups and levers, and how much text in all."""
 
     plan: PlainDraftArgument
-    selectors: list[SelectorArgument] = Field(min_length=1, max_length=MOST_SEARCHED, description="Groups of layers.")
+    selectors: list[SelectorArgument] = Field([], max_length=MOST_SEARCHED, description="Groups of layers.")
+    levers: list[LeverName] = Field([], description="Numbers of its recipe.")
     tokens: int = Field(ge=1, description="Through the model, for all its probes.")
 
 
@@ -206,10 +207,10 @@ def make_planner_tools(
         return _answer(**figures), f"round {of} in {rest} -> {'; '.join(shown)} on {figures['tokens']} tokens"
 
     @tool("search", args_schema=SearchArguments, response_format="content_and_artifact")
-    def search_tool(plan: Draft, selectors: list[str], tokens: int) -> tuple[str, str]:
-        """Factors on groups of layers by which a plan measures least: probes it with one after another."""
-        figures = search(round_, plan, selectors, tokens)
-        best = ", ".join(f"{name} x {factor:g}" for name, factor in figures["best"].items()) or "as it was"
+    def search_tool(plan: Draft, selectors: list[str], levers: list[LeverName], tokens: int) -> tuple[str, str]:
+        """Factors on groups of layers, and levers, by which a plan measures least: probes it with one after another."""
+        figures = search(round_, plan, selectors, tokens, levers)
+        best = describe_point(figures["best"])
         return _answer(**figures), f"{_describe(plan)} -> {count(len(figures['rows']), 'probe')}, best {best}"
 
     @tool("fit", args_schema=FitArguments, response_format="content_and_artifact")
@@ -256,15 +257,7 @@ def _make_candidates_tool(list_plans: Callable[[int], Sequence[Figures]]) -> Bas
 
 
 def _describe(draft: Draft) -> str:
-    if draft.graft:
-        return f"{draft.sparsity:.1%} graft · {describe_graft(draft.graft)}"
-    if draft.cut:
-        return f"{draft.sparsity:.1%} {describe_cutting(draft.cut)}"
-    more = f" · {draft.alone} alone" if draft.alone else ""
-    more += f" · {count(len(draft.groups), 'group')}" if draft.groups else ""
-    more += f" · layers x {draft.expression}" if draft.expression else ""
-    more += f" · {count(len(draft.adjustments), 'adjustment')}" if draft.adjustments else ""
-    return f"{draft.sparsity:.1%} {draft.recipe.label}{more}"
+    return f"{describe_levers(draft)}{f' · {draft.alone} alone' if draft.alone else ''}"
 
 
 def _describe_prediction(figures: Figures) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
 from tools.instruments.comparisons import Figures, compare_probes, find_best_whole, read_losses, round_figure
-from tools.instruments.probed import PastProbe, Probed, count_probes, find_known, remember_probe
+from tools.instruments.probed import PastProbe, Probed, count_probes, count_rest, find_known, remember_probe
 from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
 from tools.plans.cuts import Cutting
@@ -290,7 +290,8 @@ def _probe_together(
     """Book those of the orders that are not `known`, and carry all of them out at once."""
     bench = round_.bench
     fresh = [order for order in orders if order.id not in known]
-    round_.book(len(fresh) * windows * bench.settings.window, fresh)
+    tokens = windows * bench.settings.window
+    round_.book(sum(count_rest(round_.probed, order.id, tokens) for order in fresh), fresh)
     best, keep = find_best_whole(round_.probed), round_.keep
     return bench.probe(round_.profile, orders, windows, round_.progress, back=round_.present, keep=keep, best=best)
 

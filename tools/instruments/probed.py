@@ -93,3 +93,8 @@ def remember_probe(round_: list[Probed], probed: Probed) -> int:
 def find_known(probed: Sequence[Probed], tokens: int) -> set[str]:
     """The orders that were probed on so many tokens in a round: these are read back."""
     return {known.order for known in probed if known.tokens == tokens}
+
+
+def count_rest(probed: Sequence[Probed], order: str, tokens: int) -> int:
+    """Of so many tokens that an order is to be measured on, those that it was not measured on yet in the round."""
+    return max(0, tokens - max((known.tokens for known in probed if known.order == order), default=0))

@@ -1,45 +1,53 @@
-"""Factors on groups of layers, searched for by measured KL: one plan probed again and again, and the table of it."""
+"""Factors on groups of layers and numbers of a recipe, searched for by measured KL: one plan probed again and again,
+and the table of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.instruments.comparisons import Figures, round_figure
 from tools.instruments.functions import Draft, Round, count_windows, probe, read_probed, take_part
-from tools.measure.losses import Evaluation, compare_kl
-from tools.plans.recipe import LEAST_FACTOR, MOST_FACTOR, Adjustment
+from tools.instruments.moves import LeverName, Point, go_to, move, refuse_idle_lever
+from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better
 
 MOST_SEARCHED = 6
 """Groups of layers whose factors one call searches for."""
 
 STEPS = (2.0, 1.4, 1.2)
-"""By how much a factor is raised or lowered; the next once no group gains by the one before."""
+"""How many times a factor or a lever is raised or lowered; the next once none gains by the one before."""
 
-Factors = dict[str, float]
-"""By selector."""
+HOPELESS = 0.1
+"""Less likely than this to be better, on a half of the windows, a point is not measured on the others."""
 
 
-def search(round_: Round, draft: Draft, selectors: Sequence[str], tokens: int) -> Figures:
-    """The factors on the KL curves of groups by which a plan measures least, as far as so many tokens through the
-    model go, those of its statistics and curves among them: a pattern search (Hooke and Jeeves, J. ACM 8(2), 1961, its
-    exploratory moves) from the plan as it is.
+def search(
+    round_: Round, draft: Draft, selectors: Sequence[str], tokens: int, levers: Sequence[LeverName] = ()
+) -> Figures:
+    """The factors on the KL curves of groups, and the values of levers of the recipe, by which a plan measures least,
+    as far as so many tokens through the model go, those of its statistics and curves among them: a pattern search
+    (Hooke and Jeeves, J. ACM 8(2), 1961, its exploratory moves) from the plan as it is.
 
-    Each group's factor in turn is raised, or else lowered, by one of `STEPS`, at the same budget, and the plan probed
-    on half of the validation windows; what lies below the best so far by more than one standard error, paired, is gone
-    on from. A row for each: its factors, KL, KL minus the plan's as it was and the standard
-    error of that. Each counts as a probe of the plan with these factors, and takes no tokens where it is known. It
-    ends, too, before a probe that there are not the tokens or seconds for. Raises ImpossiblePlan where the plan itself
-    cannot be, is a graft, or where a group can be given no factor, and ValueError where there are not the tokens or
-    seconds for a probe of it.
+    Each in turn is raised, or else lowered, by one of `STEPS`, at the same budget, and the plan probed on half of the
+    validation windows, or on half of these where that shows it to be no better (`HOPELESS`); what lies below the best
+    so far by more than one standard error, paired, is gone on from. A row for each: what differs from the plan, KL,
+    KL minus the plan's as it was on the same windows and the standard error of that. Each counts as a probe of such a
+    plan, and takes no tokens where it is known. It ends, too, before a probe that there are not the tokens or seconds
+    for. Raises ImpossiblePlan where the plan itself cannot be, is a graft, or where a group can be given no factor or
+    a lever changes nothing, and ValueError where there are not the tokens or seconds for a probe of it, or nothing to
+    search over.
     """
     if draft.graft:
         raise ImpossiblePlan("a graft has no factors to search for; give a plan that prunes")
-    names = list(dict.fromkeys(selectors))
+    if not selectors and not levers:
+        raise ValueError("nothing to search over; give selectors of groups, or levers")
+    names = list(dict.fromkeys([*selectors, *levers]))
     windows = count_windows(round_.bench, None, whole=False)
     takes = round_.count_tokens(draft, windows * round_.bench.settings.window)
     if tokens < takes:
         raise ValueError(f"{tokens:,} tokens are less than one probe of {takes:,}; give it more")
-    for name in names:
+    for lever in levers:
+        refuse_idle_lever(draft, lever)
+    for name in selectors:
         _refuse_idle(round_, draft, name)
     climb = _Climb(round_, draft, windows, tokens)
     climb.try_out({})
@@ -54,7 +62,7 @@ def _refuse_idle(round_: Round, draft: Draft, name: str) -> None:
     problems = []
     for factor in (STEPS[0], 1 / STEPS[0]):
         try:
-            round_.resolve(_adjust(draft, {name: factor}))
+            round_.resolve(go_to(draft, {name: factor}))
         except ImpossiblePlan as error:
             problems.append(error)
     if len(problems) > 1:
@@ -66,91 +74,111 @@ class _Climb:
 
     def __init__(self, round_: Round, draft: Draft, windows: int, left: int) -> None:
         self._round, self._draft, self._windows, self._left = round_, draft, windows, left
-        self._each = windows * round_.bench.settings.window
-        self._best: Factors = {}
-        self._found: dict[str, tuple[Factors, Figures]] = {}
+        look = len(round_.bench.losses.list_part("validation", -(-windows // 2)))
+        self._look = look if look > 1 else windows  # one window alone has no error
+        self._best: Point = {}
+        self._found: dict[str, tuple[Point, Figures]] = {}
         self._losses: dict[str, Evaluation] = {}
         self._ended = ""
 
     def sweep(self, names: Sequence[str], step: float) -> bool:
-        """Move each factor once, as long as there are tokens; whether anything was gained."""
+        """Move each factor and lever once, as long as there are tokens; whether anything was gained."""
         before = dict(self._best)
         for name in names:
-            now = self._best.get(name, 1.0)
-            for factor in (now * step, now / step):
-                if not self._ended and LEAST_FACTOR <= factor <= MOST_FACTOR and self._gains({name: factor}):
+            for by in (step, 1 / step):
+                point = move(self._draft, self._best, name, by)
+                if not self._ended and point is not None and self._gains(point):
                     break
         return self._best != before and not self._ended
 
-    def _gains(self, changed: Factors) -> bool:
-        """Try the best factors with these in place of theirs; whether that is better, and the best from now on."""
-        rounded = {name: round(factor, 4) for name, factor in (self._best | changed).items()}
-        factors = {name: factor for name, factor in rounded.items() if factor != 1}
-        if _key(factors) in self._found or not self.try_out(factors):
+    def _gains(self, point: Point) -> bool:
+        """Try a point; whether it is better than the best, and the best from now on."""
+        if _key(point) in self._found or not self.try_out(point):
             return False
-        ours, theirs = self._losses.get(_key(factors)), self._losses.get(_key(self._best))
-        if ours is None or theirs is None:
+        ours, theirs = self._losses.get(_key(point)), self._losses.get(_key(self._best))
+        if ours is None or theirs is None or len(ours.kl) < len(theirs.kl):
             return False
         change, error = compare_kl(ours, theirs)
         if change >= -error:
             return False
-        self._best = factors
+        self._best = point
         return True
 
-    def try_out(self, factors: Factors) -> bool:
-        """Probe the plan with these factors; False where that cannot be, or there is nothing left for it."""
-        adjusted = _adjust(self._draft, factors)
+    def try_out(self, point: Point) -> bool:
+        """Probe the plan at a point; False where that cannot be, or there is nothing left for it."""
+        begins, draft = not point, go_to(self._draft, point)
         try:
-            takes = self._round.count_tokens(adjusted, self._each)
-            if takes > self._left:
-                raise ValueError(f"{self._left:,} of its tokens are left, and a probe takes {takes:,}")
-            (figures,) = probe(self._round, [adjusted])
+            look = self._windows if begins or self._is_known(draft) else self._look
+            figures = self._probe(draft, look)
+            if look < self._windows and not self._is_hopeless(figures):
+                figures = self._probe(draft, self._windows)
         except UserError:  # a full disk, say
             raise
         except ImpossiblePlan as error:
-            if not factors:
+            if begins:
                 raise
-            self._found[_key(factors)] = (factors, {"error": str(error)})
+            self._found[_key(point)] = (point, {"error": str(error)})
             return False
         except ValueError as error:  # too few tokens or seconds beside the trial
-            if not factors:
+            if begins:
                 raise
             self._ended = str(error)
             return False
-        self._left -= takes
-        self._found[_key(factors)] = (factors, figures)
-        probed = read_probed(self._round, figures["probe"])
-        losses = take_part(self._round.bench, probed, self._windows)  # of an earlier probe there may be more
+        self._found[_key(point)] = (point, figures)
+        losses = self._read(figures)
         if losses.finite:
-            self._losses[_key(factors)] = losses
-        elif not factors:
+            self._losses[_key(point)] = losses
+        elif begins:
             raise ImpossiblePlan("the plan's own loss is not finite; search from another")
         return True
 
+    def _is_known(self, draft: Draft) -> bool:
+        return self._round.count_tokens(draft, self._windows * self._round.bench.settings.window) == 0
+
+    def _probe(self, draft: Draft, windows: int) -> Figures:
+        """Probe on so many windows. Raises ValueError where the tokens are not left that all of it may take."""
+        window = self._round.bench.settings.window
+        takes, most = (self._round.count_tokens(draft, count * window) for count in (windows, self._windows))
+        if most > self._left:
+            raise ValueError(f"{self._left:,} of its tokens are left, and a probe takes {most:,}")
+        (figures,) = probe(self._round, [draft], windows * window)
+        self._left -= takes
+        return figures
+
+    def _read(self, figures: Figures) -> Evaluation:
+        """The losses of a probe on the windows that it was measured on here; an earlier one may have more."""
+        windows = figures["tokens"] // self._round.bench.settings.window
+        return take_part(self._round.bench, read_probed(self._round, figures["probe"]), windows)
+
+    def _is_hopeless(self, figures: Figures) -> bool:
+        """Whether what was measured of a point so far says that it is not better than the best."""
+        losses, best = self._read(figures), self._losses[_key(self._best)]
+        if not losses.finite:
+            return True
+        return find_likelihood_better(losses, take_part(self._round.bench, best, len(losses.kl))) < HOPELESS
+
     def tell(self) -> Figures:
-        """The table, and the plan's adjustments at its best."""
-        rows = [self._describe(factors, figures) for factors, figures in self._found.values()]
+        """The table, and the plan at its best."""
+        rows = [self._describe(point, figures) for point, figures in self._found.values()]
+        best = go_to(self._draft, self._best)
         told: dict[str, Any] = {
-            "tokens": self._each,
-            "columns": "factors, KL, KL minus the plan's as it was, error, number of the probe",
+            "tokens": self._windows * self._round.bench.settings.window,
+            "columns": "changes, KL, KL minus the plan's as it was, error, tokens, number of the probe",
             "rows": rows,
             "best": self._best,
-            "adjustments": [x.model_dump(exclude_none=True) for x in _adjust(self._draft, self._best).adjustments],
+            "adjustments": [x.model_dump(exclude_none=True) for x in best.adjustments],
         }
         return told | ({"ended": self._ended} if self._ended else {})
 
-    def _describe(self, factors: Mapping[str, float], figures: Figures) -> list[Any]:
+    def _describe(self, point: Point, figures: Figures) -> list[Any]:
         if "error" in figures:
-            return [factors, figures["error"]]
-        ours, start = self._losses.get(_key(factors)), self._losses[_key({})]
-        change: tuple[float | None, float | None] = compare_kl(ours, start) if ours else (None, None)
-        return [factors, figures["kl"], *map(round_figure, change), figures["probe"]]
+            return [point, figures["error"]]
+        ours, start = self._losses.get(_key(point)), self._losses[_key({})]
+        change: tuple[float | None, float | None] = (None, None)
+        if ours:
+            change = compare_kl(ours, take_part(self._round.bench, start, len(ours.kl)))
+        return [point, figures["kl"], *map(round_figure, change), figures["tokens"], figures["probe"]]
 
 
-def _key(factors: Mapping[str, float]) -> str:
-    return str(sorted(factors.items()))
-
-
-def _adjust(draft: Draft, factors: Mapping[str, float]) -> Draft:
-    more = [Adjustment(selector=name, action="factor", factor=factor) for name, factor in factors.items()]
-    return draft.model_copy(update={"adjustments": [*draft.adjustments, *more]})
+def _key(point: Point) -> str:
+    return str(sorted(point.items()))

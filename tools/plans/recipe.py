@@ -85,8 +85,8 @@ class Recipe(BaseModel):
     curves: Literal["mask", "method"] = Field(
         "method",
         description="Of which change of the weights the allocation's KL curves are. method: what this method and refit "
-        "really leave, by pruning every layer to five sparsities; costs about two rounds' pruning, once for "
-        "each method. mask: what the two-sided mask removes, known from the profile.",
+        "really leave, by pruning every layer to five sparsities; costs two rounds' pruning, once for a method, of "
+        "any statistics. mask: what the two-sided mask removes, from the profile.",
     )
     statistics: Statistics = Field(
         METHODS["refit"].statistics,

@@ -44,6 +44,14 @@ QUESTIONS = "questions"
 """With it begin the names of what was asked."""
 
 
+def _join(
+    known: Evaluation, first: Sequence[int], more: Evaluation, rest: Sequence[int], windows: Sequence[int]
+) -> Evaluation:
+    """The losses on these windows, of which the `first` are known, and the `rest` were measured behind them."""
+    places = [*first, *rest]
+    return join_windows(known, more).take([places.index(window) for window in windows])
+
+
 class Evaluator:
     """Measures checkpoints of one model."""
 
@@ -86,8 +94,7 @@ class Evaluator:
         rest = [window for window in every if window not in first]
         name = f"{split}-beside-{len(first)}"
         measured = self._measure_once(checkpoint, name, split, rest, hidden[rest], label or split, progress)
-        places = [*first, *rest]
-        whole = join_windows(part, measured).take([places.index(window) for window in every])
+        whole = _join(part, first, measured, rest, every)
         self._keep(self._path(checkpoint, split), whole.model_dump())
         for kept in (name, PART):
             self._path(checkpoint, kept).unlink(missing_ok=True)
@@ -171,7 +178,7 @@ class Evaluator:
         once as can be.
 
         The weights in the model end as they were. Losses on all of the text are kept, and read back, as by `evaluate`;
-        those on a part of it for `evaluate` to go on from.
+        those on a part of it for `evaluate`, and for a larger part, to go on from.
         """
         part = self._losses.list_part("validation", windows)
         whole = len(part) == self._losses.count_windows("validation")
@@ -179,16 +186,32 @@ class Evaluator:
         for checkpoint in checkpoints if whole else ():
             if known := self._read(checkpoint, "validation"):
                 found[checkpoint] = known
-        missing = [checkpoint for checkpoint in checkpoints if checkpoint not in found]
+        begun = {checkpoint: self._read_part(checkpoint, part) for checkpoint in checkpoints if checkpoint not in found}
+        alike: dict[int, list[str]] = {}
+        for checkpoint, known in begun.items():
+            alike.setdefault(len(known.kl) if known else 0, []).append(checkpoint)
         with self._weights.put_back():
-            hidden = self._profiles.read_hidden(profile)[part]
-            measured = self._measure_each("validation", missing, part, hidden, label, progress)
-            for checkpoint, evaluation in measured:
-                found[checkpoint] = evaluation
-                known = None if whole else self._read(checkpoint, PART)
-                if known is None or len(known.kl) < len(part):
-                    self._keep(self._path(checkpoint, "validation" if whole else PART), evaluation.model_dump())
+            hidden = self._profiles.read_hidden(profile)
+            for count, together in alike.items():
+                first = self._losses.list_part("validation", count) if count else []
+                rest = [window for window in part if window not in first]
+                measured = self._measure_each("validation", together, rest, hidden[rest], label, progress)
+                for checkpoint, evaluation in measured:
+                    if known := begun[checkpoint]:
+                        evaluation = _join(known, first, evaluation, rest, part)
+                    found[checkpoint] = evaluation
+                    self._keep_most(checkpoint, evaluation, whole)
         return [found[checkpoint] for checkpoint in checkpoints]
+
+    def _read_part(self, checkpoint: str, part: Sequence[int]) -> Evaluation | None:
+        """Losses on some of the windows of this part, which were measured before; None where there are none."""
+        known = self._read(checkpoint, PART)
+        return known if known and set(self._losses.list_part("validation", len(known.kl))) < set(part) else None
+
+    def _keep_most(self, checkpoint: str, evaluation: Evaluation, whole: bool) -> None:
+        known = None if whole else self._read(checkpoint, PART)
+        if known is None or len(known.kl) < len(evaluation.kl):
+            self._keep(self._path(checkpoint, "validation" if whole else PART), evaluation.model_dump())
 
     def read_validation(self, checkpoint: str) -> Evaluation | None:
         """What `evaluate` gave on the validation text; None where it was not asked."""
@@ -210,9 +233,10 @@ class Evaluator:
             return self._measure_once(checkpoint, FIT, "calibration", windows, hidden, "calibration", progress)
 
     def forget(self, checkpoints: Sequence[str]) -> None:
-        """Delete what was measured of checkpoints on the validation text and for a look at their fit."""
+        """Delete what was measured of checkpoints on the validation text and for a look at their fit. What a probe
+        measured stays: the same weights, once they are made again, are measured on the rest."""
         for checkpoint in checkpoints:
-            for name in ("validation", PART, FIT):
+            for name in ("validation", FIT):
                 self._path(checkpoint, name).unlink(missing_ok=True)
 
     def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:

@@ -230,7 +230,8 @@ GOOD_CALLS = st.one_of(
             "arguments": st.fixed_dictionaries(
                 {
                     "plan": GOOD_PLANS,
-                    "selectors": st.just(["*.q_proj", "blocks 0"]),
+                    "selectors": st.sampled_from([["*.q_proj", "blocks 0"], []]),
+                    "levers": st.lists(st.sampled_from(["strength", "damping", "refit_steps", HOSTILE]), max_size=3),
                     "tokens": st.sampled_from([64, 384]),
                 }
             ),

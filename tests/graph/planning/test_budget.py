@@ -15,7 +15,7 @@ from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG, plan_refinements
 from graph.state import State
 from tests.situations import make_situation, make_trial
-from tools.instruments.probed import Probed
+from tools.instruments.probed import Probed, count_rest
 from tools.plans.costs import count_in_order, count_profile, count_walk, list_curve_costs
 from tools.plans.methods import Statistics
 from tools.plans.mix import mix_questions
@@ -83,6 +83,17 @@ def test_beside_a_probe_only_the_rest_of_its_plans_trial_is_kept() -> None:
     )
     with pytest.raises(ValueError, match=r"^a probe of 1 tokens is too much: 0 are left beside the trial$"):
         budget.book(1, [other])
+
+
+def test_a_plan_probed_on_more_text_pays_for_the_rest() -> None:
+    order, budget = make_order(), make_budget(0, 1000)
+    budget.probed.append(Probed(order=order.id, checkpoint="x", sparsity=0.45, tokens=64, losses={}, windows=[0]))
+    assert [count_rest(budget.probed, order.id, tokens) for tokens in (32, 64, 128)] == [0, 0, 64]
+    assert count_rest(budget.probed, "another", 128) == 128
+    left = make_budget(0, 64 + TRIAL - 128)
+    left.probed = budget.probed
+    left.book(64, [order])  # its trial measures the windows beyond these two
+    assert left.left == left.count_rest(128) == TRIAL - 128
 
 
 def test_without_a_limit_everything_is_counted() -> None:

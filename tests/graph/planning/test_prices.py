@@ -53,7 +53,7 @@ def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before(
     order = situate(exact=True).orders.draft(MASK)
     budget.probed.append(Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, windows=[0]))
     prices = [price_drafts([MASK], tokens, situate(exact=True), budget) for tokens in (64, 128)]
-    assert prices == [Price(0, 0), Price(128, 1.28, 128)], "what was probed on as much text is read back"
+    assert prices == [Price(0, 0), Price(64, 0.64, 128)], "what was probed is read back, of more text the rest measured"
 
 
 def test_a_price_in_words() -> None:

@@ -388,7 +388,7 @@ def test_several_drafts_are_measured_as_each_alone(
     assert [strip(figures[number]) for number in (0, 2, 3, 4)] == [strip(alone[number]) for number in (0, 1, 0, 2)]
     assert list(figures[1]) == ["error"] and "allow at most" in figures[1]["error"]
     each, first = booked[0], len(booked)
-    assert booked[3:] == ([3 * each, each] if workers else [each] * 4), "all that can be, when they are begun"
+    assert booked[3:] == ([3 * each, each] if workers else [each, each, 0, each]), "all that can be, as they are begun"
     assert hash_weights(bench) == before
     assert len(team.handed) == (2 if workers else 0)
     assert probe(round_, drafts, tokens) == figures and len(team.handed) == (2 if workers else 0)
@@ -462,7 +462,7 @@ def test_probes_are_numbered_from_those_of_earlier_rounds_on(make_round: Callabl
     ]
     mask = Draft(sparsity=0.4, recipe=Recipe(method="two-sided", refit=False))
     rows = [search(round_, mask, ["*.o_proj"], 2 * 128)["rows"] for round_ in (plain, later)]
-    assert [[row[4] for row in found] for found in rows] == [[3, 4], [10, 11]]
+    assert [[row[5] for row in found] for found in rows] == [[3, 4], [10, 11]]
     assert [row[:4] for row in rows[0]] == [row[:4] for row in rows[1]]
     assert read_probed(later, 9) == read_probed(plain, 2) != read_probed(plain, 1)
 
@@ -491,7 +491,7 @@ def test_tokens_of_a_probe_are_booked_before_it_is_made(make_round: Callable[...
     round_ = make_round(book=lambda tokens, *_: booked.append(tokens))
     probe(round_, [WANDA], 65)
     probe(round_, [WANDA], 1_000_000)
-    assert booked == [128, 192], "whole windows of 64 tokens, and at most the three that there are"
+    assert booked == [128, 64], "whole windows of 64 tokens, at most the three that there are, and none twice"
 
     def refuse(*_: Any) -> None:
         raise ValueError("none are left")

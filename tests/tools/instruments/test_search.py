@@ -1,18 +1,27 @@
 """Factors on groups of layers, searched for by probes: the least measured KL, a row for each, and no token too many."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.situations import ignore
+from tests.tiny import tiny_settings
+from tests.tools.instruments.conftest import resolver
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.functions import Draft, Round, probe
+from tools.instruments.moves import LeverName, Point, describe_point, go_to, move
+from tools.instruments.probed import Probed, count_rest
 from tools.instruments.search import search
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft
-from tools.plans.recipe import parse_recipe
+from tools.plans.recipe import Recipe, parse_recipe
+from tools.workbench.open import use_workbench
 
 DRAFT = Draft(sparsity=0.4, recipe={"method": "two-sided", "refit": False})  # type: ignore[arg-type]
+REFIT = Draft(sparsity=0.4, recipe=Recipe())
 GROUPS = ["*.down_proj", "*.o_proj"]
 HALF = 128
 """Tokens of half of the validation text."""
@@ -24,19 +33,19 @@ def test_a_search_goes_on_from_what_measured_less_and_tells_every_probe(make_rou
     found = search(round_, DRAFT, [*GROUPS, GROUPS[0]], 100 * HALF)
     rows = found["rows"]
     assert found["tokens"] == HALF and "ended" not in found
-    assert rows[0][0] == {} and rows[0][2:] == [0, 0, 1], "the plan as it was, first"
-    assert [row[4] for row in rows] == list(range(1, len(rows) + 1)), "each is a probe of the round"
+    assert rows[0][0] == {} and rows[0][2:] == [0, 0, HALF, 1], "the plan as it was, first"
+    assert [row[5] for row in rows] == list(range(1, len(rows) + 1)), "each is a probe of the round"
     assert len({str(sorted(row[0].items())) for row in rows}) == len(rows), "none twice"
     assert {name for row in rows for name in row[0]} == set(GROUPS)
     best = next(row for row in rows if row[0] == found["best"])
     assert best[2] <= 0 and found["adjustments"] == [
         {"selector": name, "action": "factor", "factor": factor, "reason": ""} for name, factor in best[0].items()
     ]
-    own, start = (Evaluation.model_validate(round_.probed[row[4] - 1].losses) for row in (best, rows[0]))
+    own, start = (Evaluation.model_validate(round_.probed[row[5] - 1].losses) for row in (best, rows[0]))
     assert best[2:4] == [pytest.approx(figure, rel=1e-3) for figure in compare_kl(own, start)]
     adjusted = Draft.model_validate(DRAFT.model_dump() | {"adjustments": found["adjustments"]})
     (again,) = probe(round_, [adjusted])
-    assert again["kl"] == best[1] and again["probe"] == best[4], "what it ends at is what a plan comes to"
+    assert again["kl"] == best[1] and again["probe"] == best[5], "what it ends at is what a plan comes to"
     assert all(layer.weight_OI.equal(before[name]) for name, layer in round_.bench.by_name.items())
 
 
@@ -72,6 +81,75 @@ def test_statistics_and_curves_are_of_its_tokens_and_what_is_known_is_not(make_r
     again = search(round_, DRAFT, GROUPS, 0)
     assert [row[:4] for row in again["rows"]] == [row[:4] for row in found["rows"]], "all known"
     assert again["ended"] == "0 of its tokens are left, and a probe takes 128"
+
+
+def test_levers_are_searched_over_too_and_what_is_hopeless_is_measured_on_less(
+    tiny_llama: Path, tmp_path: Path, workbench_closed: None
+) -> None:
+    settings = tiny_settings(tiny_llama, validation_windows=8)
+    booked: list[int] = []
+    with use_workbench(settings, tmp_path / "run", pytest.fail, ignore) as bench:
+        profile = bench.profile(ignore)
+        resolve, probed = resolver(bench, profile), list[Probed]()
+
+        def count(draft: Draft, tokens: int) -> int:
+            return count_rest(probed, resolve(draft).id, tokens)
+
+        round_ = Round(
+            *(bench, profile, resolve, ignore),
+            book=lambda tokens, _: booked.append(tokens),
+            count_tokens=count,
+            probed=probed,
+        )
+        levers: list[LeverName] = ["strength", "damping", "refit_steps"]
+        found = search(round_, REFIT, GROUPS[:1], 20 * 256, levers)
+        rows = found["rows"]
+        assert {name for row in rows for name in row[0]} == {GROUPS[0], *levers}
+        assert {row[4] for row in rows} == {128, 256}, "half of the half, or all of it"
+        assert sum(booked) == sum(row[4] for row in rows), "no token twice"
+        best = next(row for row in rows if row[0] == found["best"])
+        assert best[4] == 256 and all(row[2] > 0 for row in rows if row[4] == 128), "what is kept was measured on all"
+        again, started = Round(bench, profile, resolve, ignore), len(booked)
+        (whole,) = probe(again, [go_to(REFIT, found["best"])])
+        assert whole["kl"] == best[1]
+        assert search(round_, REFIT, GROUPS[:1], 20 * 256, levers)["rows"] == rows and not any(booked[started:])
+
+
+def test_where_a_search_may_go() -> None:
+    def walk(draft: Draft, name: str, by: float, point: Point | None = None) -> Any:
+        moved = move(draft, point or {}, name, by)
+        return moved if moved is None else moved.get(name, "as it was")
+
+    assert [walk(REFIT, "refit_steps", by) for by in (2, 0.5, 1.2, 1 / 1.2)] == [10, 2, 6, 4]
+    assert walk(REFIT, "refit_steps", 2, {"refit_steps": 10}) is None, "no more than there may be"
+    assert [walk(REFIT, "strength", by) for by in (2, 0.5)] == [None, 0.5]
+    assert [walk(REFIT, "damping", by) for by in (2, 0.5)] == [0.1, None], "no multiple of nothing leads anywhere"
+    assert walk(REFIT, "damping", 2, {"damping": 0.1}) == 0.2
+    assert [walk(REFIT, GROUPS[0], by, {GROUPS[0]: 16}) for by in (1.2, 1.4, 1 / 16)] == [19.2, None, "as it was"]
+    there = go_to(REFIT, {GROUPS[0]: 1.4, "refit_steps": 8, "damping": 0.1})
+    assert there.recipe == Recipe(refit_steps=8, damping=0.1) and there.recipe.label == "refit8~damped0.1:kappa"
+    assert [x.factor for x in there.adjustments] == [1.4] and go_to(REFIT, {}) == REFIT
+    assert describe_point({"*.q_proj": 1.4, "damping": 0.2}) == "*.q_proj x 1.4, damping 0.2"
+    assert describe_point({}) == "as it was"
+
+
+@pytest.mark.parametrize(
+    ("label", "lever", "why"),
+    [
+        ("wanda:uniform", "strength", "the allocation shares nothing out"),
+        ("wanda:owl", "damping", "its survivors are not fitted"),
+        ("wanda+refit:owl", "refit_steps", "no mask grows in steps but refit's"),
+    ],
+)
+def test_a_lever_that_changes_nothing_is_refused_before_anything_is_probed(
+    make_round: Callable[..., Round], label: str, lever: LeverName, why: str
+) -> None:
+    round_ = make_round()
+    with pytest.raises(ImpossiblePlan, match=f"{lever} changes nothing of .*: {re.escape(why)}; search without it"):
+        search(round_, Draft(sparsity=0.4, recipe=parse_recipe(label)), [], 1000, [lever])
+    with pytest.raises(ValueError, match="nothing to search over; give selectors of groups, or levers"):
+        search(round_, DRAFT, [], 1000)
+    assert round_.probed == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Checkpoints are measured once, one after another or side by side, from where their weights differ."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tools.plans.recipe import Adjustment
 from tools.plans.work_order import order_allocation
 from tools.texts.windows import cut_windows
 from tools.workbench.bench import Workbench
+from tools.workbench.losses import Losses, MeasuredText
 from tools.workbench.store import DENSE
 
 
@@ -125,6 +128,31 @@ def test_checkpoints_side_by_side_are_as_one_after_another(
     assert same(snapshot(bench), weights)
     if windows == 3:  # kept, so that nothing is handed out again
         assert bench.evaluate_each(asked, 3, profile, ignore) == shared and len(team.handed) == 8
+
+
+def test_what_was_measured_on_a_part_is_measured_on_the_rest_of_a_larger_one(
+    bench: Workbench, three: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, checkpoints = three
+    whole = [bench.evaluate(checkpoint, "validation", profile, ignore) for checkpoint in checkpoints]
+    bench.evaluator.forget(checkpoints)
+    asked: list[list[int]] = []
+    measure = Losses.measure
+
+    def record(losses: Losses, split: MeasuredText, windows: Sequence[int], *others: Any, **options: Any) -> Any:
+        asked.append(list(windows))
+        return measure(losses, split, windows, *others, **options)
+
+    monkeypatch.setattr(Losses, "measure", record)
+    [first], part = bench.losses.list_part("validation", 1), bench.losses.list_part("validation", 2)
+    bench.evaluate_each(checkpoints[:1], 1, profile, ignore)
+    bench.evaluator.forget(checkpoints)  # a better one came between; the same weights were made again
+    found = bench.evaluate_each(checkpoints[:2], 2, profile, ignore)
+    assert found == [losses.take(part) for losses in whole[:2]]
+    rest = [window for window in part if window != first]
+    assert asked == [[first], rest, part]
+    found = bench.evaluate_each(checkpoints, 3, profile, ignore)
+    assert found == whole and asked[3:] == [[window for window in range(3) if window not in part]] * 2 + [[0, 1, 2]]
 
 
 def test_a_layer_damaged_before_it_travels_is_made_again(
