@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 
 MAX_PROBES = 8
-MAX_NEW_PROBES = 2 * MAX_PROBES  # of the round that was planned last: its reflector compares all of them
 """Probes of earlier rounds that planners are shown, the latest."""
+MAX_NEW_PROBES = 2 * MAX_PROBES
+"""Those of the last round, all of which its reflector compares."""
 
 
 class Measured(BaseModel):

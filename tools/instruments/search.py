@@ -109,9 +109,9 @@ class _Climb:
         begins, draft = not point, go_to(self._draft, point)
         try:
             look = self._windows if begins or self._is_known(draft) else self._look
-            figures = self._probe(draft, look)
-            if look < self._windows and not self._is_hopeless(figures):
-                figures = self._probe(draft, self._windows)
+            self._found[_key(point)] = (point, self._probe(draft, look))
+            if look < self._windows and not self._is_hopeless(self._found[_key(point)][1]):
+                self._found[_key(point)] = (point, self._probe(draft, self._windows))
         except UserError:  # a full disk, say
             raise
         except ImpossiblePlan as error:
@@ -124,8 +124,7 @@ class _Climb:
                 raise
             self._ended = str(error)
             return False
-        self._found[_key(point)] = (point, figures)
-        losses = self._read(figures)
+        losses = self._read(self._found[_key(point)][1])
         if losses.finite:
             self._losses[_key(point)] = losses
         elif begins:
@@ -175,7 +174,7 @@ class _Climb:
             return [point, figures["error"]]
         ours, start = self._losses.get(_key(point)), self._losses[_key({})]
         change: tuple[float | None, float | None] = (None, None)
-        if ours:
+        if ours:  # none where it was not finite, or ended on half of the windows
             change = compare_kl(ours, take_part(self._round.bench, start, len(ours.kl)))
         return [point, figures["kl"], *map(round_figure, change), figures["tokens"], figures["probe"]]
 
