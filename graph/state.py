@@ -128,6 +128,11 @@ def last_accepted(trials: Sequence[Trial]) -> Trial | None:
     return next((trial for trial in reversed(trials) if trial.verdict == "accept"), None)
 
 
+def pair_with_kept(trials: Sequence[Trial]) -> list[tuple[Trial, Trial | None]]:
+    """Each trial with the last that was kept before it."""
+    return [(trial, last_accepted(trials[:place])) for place, trial in enumerate(trials)]
+
+
 class UnreadableState(RuntimeError):
     """A run's state is none, because a person edited it to what cannot be; the message says what, in one line."""
 

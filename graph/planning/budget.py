@@ -10,7 +10,7 @@ from graph.planning.new_texts import count_new_tokens, list_unwritten
 from graph.planning.plan import Plan
 from graph.planning.recipes import list_recipes
 from graph.state import State
-from tools.instruments.probed import Probed
+from tools.instruments.probed import Probed, count_rest
 from tools.plans.costs import count_profile, list_curve_costs, list_order_costs
 from tools.plans.paces import Paces
 from tools.plans.work_order import WorkOrder
@@ -115,7 +115,7 @@ class TokenBudget:
         if plan.reprofile:
             extra += count_profile(self.config)
         extra += count_new_tokens(self.config, len(list_unwritten(plan, self.config)), accepted=True)
-        trial = self.trial - next((known.tokens for known in self.probed if known.order == order.id), 0)
+        trial = count_rest(self.probed, order.id, self.trial)
         if trial + extra <= self.left:
             return ""
         polish = "polish, " if self.config.polish_tokens else ""

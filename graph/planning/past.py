@@ -47,6 +47,17 @@ def describe_hope(measured: float | None, predicted: float | None) -> str:
     return f" (x{measured / predicted:.3g})" if measured is not None and predicted else ""
 
 
+MAX_PROBES = 8
+"""Probes of earlier rounds that planners are shown, the latest."""
+
+
+def take_latest(probes: Sequence[PastProbe], count: int = MAX_PROBES) -> list[PastProbe]:
+    """So many of the latest, and before them the best ones that these are compared with."""
+    earlier, latest = probes[:-count], probes[-count:]
+    told = {probe.best for probe in latest} - {0}
+    return [*(probe for probe in earlier if probe.number in told), *latest]
+
+
 def describe_probes(probes: Sequence[PastProbe]) -> str:
     """A line for each probe, this round's among them where it has been planned; empty without any."""
     lines = [_describe_probe(probe) for probe in probes]

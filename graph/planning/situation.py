@@ -11,6 +11,7 @@ from graph.planning.grafts import Grafts, list_at_hand
 from graph.planning.kept_orders import keep_order
 from graph.planning.new_texts import count_left
 from graph.planning.orders import Curves, Orders, describe_plan, hash_request, measure_with, read_curves
+from graph.planning.past import take_latest
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import SAME_SPARSITY, State, Trial, last_accepted, same_sparsity
@@ -175,7 +176,7 @@ def gather_situation(
             notes=state.notes,
             beside=_compare_trials(bench, state.trials),
             judged=state.judged,
-            probes=state.probes,
+            probes=take_latest(state.probes),
             iteration=state.iteration,
             is_last=is_last,
             budget=budget,

@@ -15,6 +15,7 @@ from graph.planning.brief import describe_lesson, recount_trial
 from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import measure_with
+from graph.planning.past import MAX_PROBES, take_latest
 from graph.planning.plan import Plan
 from graph.planning.prices import describe_price, describe_prices, price_drafts, refuse_dear
 from graph.planning.rule import list_candidates
@@ -22,7 +23,7 @@ from graph.planning.situation import Situation
 from graph.planning.spelling import spell_out_plan
 from graph.runs.session import OpenBench, Session
 from graph.runs.tasks import do_once
-from graph.state import State, last_accepted
+from graph.state import State, pair_with_kept
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.layer_profile import group_layers
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
 
 
-MAX_PROBES = 8
-"""Probes of earlier rounds that planners are shown, the latest."""
 MAX_NEW_PROBES = 2 * MAX_PROBES
-"""Those of the last round, all of which its reflector compares."""
+"""Probes of the round that was planned last, all of which its reflector compares."""
 
 
 class Measured(BaseModel):
@@ -68,9 +67,7 @@ def open_toolbox(
         return [describe_lesson(lesson, config) for lesson in search_lessons(store, config, query)] if store else []
 
     def recount(n: int) -> list[str]:
-        trials = situation.trials
-        first = max(len(trials) - n, 0)
-        return [recount_trial(trials[i], last_accepted(trials[:i])) for i in range(first, len(trials))]
+        return [recount_trial(trial, before) for trial, before in pair_with_kept(situation.trials)[-n:]]
 
     def suggest(n: int) -> list[dict[str, Any]]:
         return [spell_out_plan(plan) for plan in list_candidates(situation, n)]
@@ -139,10 +136,7 @@ def note_probes(state: State, budget: TokenBudget) -> list[PastProbe]:
     from tools.instruments.comparisons import sum_up_probes  # torch, imported by now
 
     new = sum_up_probes(budget.probed, state.iteration, count_probes(state.probes))
-    probes, shown = [*state.probes, *new], max(MAX_PROBES, min(len(new), MAX_NEW_PROBES))
-    earlier, latest = probes[:-shown], probes[-shown:]
-    told = {probe.best for probe in latest} - {0}
-    return [*(probe for probe in earlier if probe.number in told), *latest]
+    return take_latest([*state.probes, *new], max(MAX_PROBES, min(len(new), MAX_NEW_PROBES)))
 
 
 def _weigh(draft: "Draft", situation: Situation) -> Plan:

@@ -22,7 +22,7 @@ from graph.planning.texts import describe_texts
 from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, drop_schema, tell_of_cuts
-from graph.state import Trial, last_accepted, same_sparsity
+from graph.state import Trial, pair_with_kept, same_sparsity
 from tools.base.names import hide_directories
 from tools.base.words import show_short
 from tools.plans.groups import describe_group
@@ -157,9 +157,8 @@ def _describe_trials(evidence: Evidence) -> str:
     if not evidence.trials:
         return "Earlier trials: none."
     lines = [
-        f"round {trial.iteration}: {quote_data(trial.plan, 160)}; "
-        f"{_describe_trial(trial, last_accepted(evidence.trials[:place]))}"
-        for place, trial in enumerate(evidence.trials)
+        f"round {trial.iteration}: {quote_data(trial.plan, 160)}; {_describe_trial(trial, before)}"
+        for trial, before in pair_with_kept(evidence.trials)
     ]
     return "Earlier trials, oldest first:\n" + data_block("trials", lines[-MAX_TRIALS:])
 
@@ -203,6 +202,5 @@ def _describe_rest(evidence: Evidence) -> str:
     if best is None or not reached:
         return text
     idle = trial.iteration - best.iteration
-    if config.patience > rounds:  # it never comes to that
-        return f"{text} Rounds without an improvement: {idle}."
-    return f"{text} Rounds without an improvement: {idle}; the run ends by itself at {config.patience}."
+    end = f"; the run ends by itself at {config.patience}" if config.patience <= rounds else ""
+    return f"{text} Rounds without an improvement: {idle}{end}."

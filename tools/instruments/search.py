@@ -74,7 +74,8 @@ class _Climb:
 
     def __init__(self, round_: Round, draft: Draft, windows: int, left: int) -> None:
         self._round, self._draft, self._windows, self._left = round_, draft, windows, left
-        look = len(round_.bench.losses.list_part("validation", -(-windows // 2)))
+        self._window = round_.bench.settings.window
+        look = count_windows(round_.bench, windows * self._window // 2, whole=False)
         self._look = look if look > 1 else windows  # one window alone has no error
         self._best: Point = {}
         self._found: dict[str, tuple[Point, Figures]] = {}
@@ -108,10 +109,13 @@ class _Climb:
         """Probe the plan at a point; False where that cannot be, or there is nothing left for it."""
         begins, draft = not point, go_to(self._draft, point)
         try:
-            look = self._windows if begins or self._is_known(draft) else self._look
-            self._found[_key(point)] = (point, self._probe(draft, look))
-            if look < self._windows and not self._is_hopeless(self._found[_key(point)][1]):
-                self._found[_key(point)] = (point, self._probe(draft, self._windows))
+            takes = self._round.count_tokens(draft, self._windows * self._window)
+            if takes > self._left:
+                raise ValueError(f"{self._left:,} of its tokens are left, and a probe takes {takes:,}")
+            look = self._look if takes and not begins else self._windows  # what is known is read back
+            figures = self._probe(point, draft, look)
+            if look < self._windows and not self._is_hopeless(figures):
+                self._probe(point, draft, self._windows)
         except UserError:  # a full disk, say
             raise
         except ImpossiblePlan as error:
@@ -131,22 +135,17 @@ class _Climb:
             raise ImpossiblePlan("the plan's own loss is not finite; search from another")
         return True
 
-    def _is_known(self, draft: Draft) -> bool:
-        return self._round.count_tokens(draft, self._windows * self._round.bench.settings.window) == 0
-
-    def _probe(self, draft: Draft, windows: int) -> Figures:
-        """Probe on so many windows. Raises ValueError where the tokens are not left that all of it may take."""
-        window = self._round.bench.settings.window
-        takes, most = (self._round.count_tokens(draft, count * window) for count in (windows, self._windows))
-        if most > self._left:
-            raise ValueError(f"{self._left:,} of its tokens are left, and a probe takes {most:,}")
-        (figures,) = probe(self._round, [draft], windows * window)
+    def _probe(self, point: Point, draft: Draft, windows: int) -> Figures:
+        """Probe on so many windows."""
+        takes = self._round.count_tokens(draft, windows * self._window)
+        (figures,) = probe(self._round, [draft], windows * self._window)
         self._left -= takes
+        self._found[_key(point)] = (point, figures)
         return figures
 
     def _read(self, figures: Figures) -> Evaluation:
         """The losses of a probe on the windows that it was measured on here; an earlier one may have more."""
-        windows = figures["tokens"] // self._round.bench.settings.window
+        windows = figures["tokens"] // self._window
         return take_part(self._round.bench, read_probed(self._round, figures["probe"]), windows)
 
     def _is_hopeless(self, figures: Figures) -> bool:
@@ -161,7 +160,7 @@ class _Climb:
         rows = [self._describe(point, figures) for point, figures in self._found.values()]
         best = go_to(self._draft, self._best)
         told: dict[str, Any] = {
-            "tokens": self._windows * self._round.bench.settings.window,
+            "tokens": self._windows * self._window,
             "columns": "changes, KL, KL minus the plan's as it was, error, tokens, number of the probe",
             "rows": rows,
             "best": self._best,

@@ -186,10 +186,11 @@ class Evaluator:
         for checkpoint in checkpoints if whole else ():
             if known := self._read(checkpoint, "validation"):
                 found[checkpoint] = known
-        begun = {checkpoint: self._read_part(checkpoint, part) for checkpoint in checkpoints if checkpoint not in found}
+        kept = {checkpoint: self._read(checkpoint, PART) for checkpoint in checkpoints if checkpoint not in found}
         alike: dict[int, list[str]] = {}
-        for checkpoint, known in begun.items():
-            alike.setdefault(len(known.kl) if known else 0, []).append(checkpoint)
+        for checkpoint, known in kept.items():  # a smaller part is among the windows of this one
+            count = len(known.kl) if known else 0
+            alike.setdefault(count if count < len(part) else 0, []).append(checkpoint)
         with self._weights.put_back():
             hidden = self._profiles.read_hidden(profile)
             for count, together in alike.items():
@@ -197,21 +198,13 @@ class Evaluator:
                 rest = [window for window in part if window not in first]
                 measured = self._measure_each("validation", together, rest, hidden[rest], label, progress)
                 for checkpoint, evaluation in measured:
-                    if known := begun[checkpoint]:
+                    known = kept[checkpoint]
+                    if known and first:
                         evaluation = _join(known, first, evaluation, rest, part)
                     found[checkpoint] = evaluation
-                    self._keep_most(checkpoint, evaluation, whole)
+                    if whole or known is None or len(known.kl) < len(part):
+                        self._keep(self._path(checkpoint, "validation" if whole else PART), evaluation.model_dump())
         return [found[checkpoint] for checkpoint in checkpoints]
-
-    def _read_part(self, checkpoint: str, part: Sequence[int]) -> Evaluation | None:
-        """Losses on some of the windows of this part, which were measured before; None where there are none."""
-        known = self._read(checkpoint, PART)
-        return known if known and set(self._losses.list_part("validation", len(known.kl))) < set(part) else None
-
-    def _keep_most(self, checkpoint: str, evaluation: Evaluation, whole: bool) -> None:
-        known = None if whole else self._read(checkpoint, PART)
-        if known is None or len(known.kl) < len(evaluation.kl):
-            self._keep(self._path(checkpoint, "validation" if whole else PART), evaluation.model_dump())
 
     def read_validation(self, checkpoint: str) -> Evaluation | None:
         """What `evaluate` gave on the validation text; None where it was not asked."""

@@ -32,14 +32,14 @@ from graph.planning.brief import (
 from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
-from graph.planning.past import describe_experience, describe_notes, describe_probes
+from graph.planning.past import MAX_PROBES, describe_experience, describe_notes, describe_probes, take_latest
 from graph.planning.plan import Plan, drop_schema, find_schema, tell_of_cuts
 from graph.planning.prices import describe_prices
 from graph.planning.refinements import STRONG
 from graph.planning.situation import Situation
 from graph.planning.spelling import spell_out_plan, write_plan
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
-from graph.planning.toolbox import MAX_PROBES, note_probes
+from graph.planning.toolbox import note_probes
 from graph.reflecting.schema import MAX_NOTES, Experience, Lesson, Note
 from graph.state import State, Trial
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
@@ -502,6 +502,8 @@ def test_probes_are_numbered_through_the_run_by_what_the_state_has() -> None:
         seen.append([probe.number for probe in probes])
     assert seen == [[1, 2, 3], [1, 2, 3], [1, *range(3, 11)], [4, *range(6, 14)]], "and the best that they stand with"
     assert [probe.best for probe in state.probes] == [0, 4, 4, 4, 4, 4, 0, 11, 11]
+    assert [probe.number for probe in take_latest(state.probes, 4)] == [4, *range(10, 14)], "10 stands with 4"
+    assert [probe.number for probe in take_latest(state.probes, 2)] == [11, 12, 13]
     former = [probe.model_copy(update={"number": 0}) for probe in state.probes]
     assert (count_probes(state.probes), count_probes(former), count_probes([])) == (13, 0, 0)
 
