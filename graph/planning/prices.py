@@ -143,10 +143,10 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
         cuts
         if config.takes_parts
         else [
-            f"a trial takes {budget.trial:,}",
+            f"a trial takes {budget.trial:,} and what its recipe adds",
             "what a probe measures on counts towards its plan's own trial",
             f"statistics sequential {count_in_order(['sequential'], config):,} more, stages "
-            f"{count_in_order(['stages'], config):,}, once for a plan, probed or tried",
+            f"{count_in_order(['stages'], config):,}, for each plan once, probed or tried",
             *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),
             f"curves method {count_walk(config):,} more, once for each method",
             f"a new profile, reprofile{' or questions in a mix' if config.mixes_questions else ''}, "
@@ -156,11 +156,10 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
     if config.text and config.goal_tokens:
         costs.append(f"each of new_texts {count_new_tokens(config, 1, accepted=True):,}")
     if config.polish_tokens:
-        costs.append(f"polish {count_polish(config, config.polish_tokens):,} more, once for a plan, probed or tried")
+        costs.append(f"polish {count_polish(config, config.polish_tokens):,} more, for each plan once, probed or tried")
     return (
-        f" Budget: {budget.left:,.0f} of {config.max_evaluated_tokens:,} tokens through the model are left, "
-        f"{budget.trials_left:.0f} trials without extras: {'; '.join(costs)}. Plans beyond it are "
-        "refused; with less than a trial the run ends."
+        f" Budget: {budget.left:,.0f} of {config.max_evaluated_tokens:,} tokens through the model are left: "
+        f"{'; '.join(costs)}. Plans beyond it are refused; with less than a trial the run ends."
     )
 
 

@@ -20,14 +20,11 @@ from tools.estimate.course import Course
 from tools.estimate.places import choose_for_run
 from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
-from tools.models.blocks import Blocks, check_blocks
-from tools.models.experts import check_experts
+from tools.models.blocks import Blocks
 from tools.models.gguf import reading_once
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
-from tools.models.linear import keep_linear
 from tools.models.load import load_model
 from tools.models.positions import refuse_long_windows
-from tools.models.readout import check_readout
 from tools.models.streamed import find_stream
 from tools.plans.cuts import CutOrder, Target
 from tools.plans.layer_profile import LayerProfile
@@ -42,6 +39,7 @@ from tools.team.worker import Texts
 from tools.texts.questions import split_questions
 from tools.texts.windows import count_lead, cut_windows
 from tools.workbench.changed import refuse_changed
+from tools.workbench.checked import check_once
 from tools.workbench.checkpoints import LayerRecord, Taken
 from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
@@ -104,11 +102,7 @@ class Workbench:
         self.windows = cut_windows(settings, self.tokenizer, author)
         self.questions = _encode_questions(settings, self.tokenizer)
         ids_T, blocks = self.windows.calibration[0].to(self.device), Blocks(self.model)
-        if loaded is None:  # else they were checked, by seven passes of a streamed model
-            check_readout(self.model, ids_T)
-            check_blocks(blocks, ids_T)
-            check_experts(self.model, ids_T)
-        layers, told = keep_linear(blocks, layers, ids_T)
+        layers, told = check_once(self.index, settings, blocks, layers, ids_T)
         self.reach = measure_reach(self.model, layers)
         refuse_small_reach(self.reach, partial=settings.partial)
         if self.reach.dense:

@@ -47,9 +47,10 @@ class Weights:
         return self.by_name[name].device
 
     def hash_dense(self, name: str) -> str:
-        """SHA-256 of a layer's weights as they were loaded."""
+        """SHA-256 of a layer's weights as they were loaded; its zeros are counted with it, by one read of them."""
         if name not in self._hashes:
             weight_OI = self.dense[name]
+            self._dense_zeros[name] = int((weight_OI == 0).sum())
             digest = hashlib.sha256(f"{tuple(weight_OI.shape)} {weight_OI.dtype}\n".encode())
             digest.update(view_bytes(weight_OI))
             self._hashes[name] = digest.hexdigest()

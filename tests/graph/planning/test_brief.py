@@ -851,7 +851,7 @@ def test_a_polish_is_a_lever_only_where_the_config_allows_it() -> None:
     instructions, shown = planner_messages(make_first_situation(config=config, budget=budget))
     del lever["title"], lever["type"]  # which its default shows
     assert json.dumps(lever, separators=(",", ":")) in instructions.text
-    assert f"polish {count_polish(config, 25_000):,} more, once for a plan, probed or tried" in shown.text
+    assert f"polish {count_polish(config, 25_000):,} more, for each plan once, probed or tried" in shown.text
     answer = allowed.model_validate({"sparsity": 0.4, "recipe": {"method": "refit", "polish": True}})
     assert drop_schema(answer) == Plan(sparsity=0.4, recipe=Recipe(polish=True))
     assert type(drop_schema(answer)) is Plan and type(drop_schema(answer).recipe) is Recipe

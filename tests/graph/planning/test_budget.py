@@ -187,9 +187,9 @@ def test_a_planner_is_told_how_many_trials_the_budget_allows() -> None:
     said = planner_messages(situation)[1].text
     assert "Round 3 of at most 7. Perplexity limit" in said
     assert (
-        " Budget: 1,000 of 2,000 tokens through the model are left, 5 trials without extras: a trial takes 192; "
+        " Budget: 1,000 of 2,000 tokens through the model are left: a trial takes 192 and what its recipe adds; "
         "what a probe measures on counts towards its plan's own trial; statistics "
-        "sequential 512 more, stages 1,280, once for a plan, probed or tried; tokens weighted 1,280 more, once "
+        "sequential 512 more, stages 1,280, for each plan once, probed or tried; tokens weighted 1,280 more, once "
         "for each text; curves method 512 more, once for each method; a new profile, reprofile, 896. Plans "
         "beyond it are refused; with less than a trial the run ends."
     ) in said
