@@ -188,10 +188,10 @@ def test_a_planner_is_told_how_many_trials_the_budget_allows() -> None:
     assert "Round 3 of at most 7. Perplexity limit" in said
     assert (
         " Budget: 1,000 of 2,000 tokens through the model are left: a trial takes 192 and what its recipe adds; "
-        "what a probe measures on counts towards its plan's own trial; statistics "
-        "sequential 512 more, stages 1,280, for each plan once, probed or tried; tokens weighted 1,280 more, once "
-        "for each text; curves method 512 more, once for each method; a new profile, reprofile, 896. Plans "
-        "beyond it are refused; with less than a trial the run ends."
+        "a probe counts towards its plan's own trial; statistics sequential 512 more, stages 1,280, for each plan "
+        "once, probed or tried; tokens weighted 1,280 more, once for each text; curves method 512 more, once for each "
+        "method, gamma and damping; a new profile, reprofile, 896. Plans beyond it are refused; "
+        "with less than a trial the run ends."
     ) in said
     asking = dataclasses.replace(situation, config=config.model_copy(update={"questions": "hub:org/q:train"}))
     assert "a new profile, reprofile or questions in a mix, 896." in planner_messages(asking)[1].text
