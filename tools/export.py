@@ -112,6 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
             help="With --packed: round the weights to this format; default: none.",
         )
         options = parser.parse_args(arguments)
+        if not (options.packed or options.gguf):
+            raise UserError("--packed and --gguf want a path, and it is empty")
         if options.packed:
             export_packed(options.run, Path(options.packed), options.dtype, console)
         else:

@@ -90,6 +90,17 @@ def _count_by_rule(run: Path) -> int:
     return list(planners.values()).count("heuristic")
 
 
+SHARED_FLAGS = {
+    f"--{name.replace('_', '-')}"
+    for name in (
+        *TeamSettings.model_fields,
+        *("target_sparsity", "max_layer_sparsity", "polish_tokens", "max_evaluated_tokens", "max_seconds"),
+        *("planner", "reflector"),
+    )
+}
+"""What a run of the graph has as all other arms do, or by the arm that it is."""
+
+
 def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     """The options of a run of the graph that is this arm."""
     planner = settings.planner if arm in CHAT else HEURISTIC

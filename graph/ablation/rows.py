@@ -137,7 +137,8 @@ def average(values: Sequence[float]) -> Mean:
 
 
 def rank_arms(rows: Sequence[Row]) -> list[Standing]:
-    """Every arm that reached the target with a finite perplexity for each of its seeds, best first."""
+    """Every arm that reached the target with a finite perplexity for each of its seeds, best first; behind those of
+    more seeds those of fewer, for seeds have texts of their own, and a mean of easy ones says nothing."""
     by_arm = _perplexities(rows)
     alone = by_arm[ALONE]
     standings = []
@@ -160,7 +161,7 @@ def rank_arms(rows: Sequence[Row]) -> list[Standing]:
                 seconds=fmean(row.seconds for row in own),
             )
         )
-    return sorted(standings, key=lambda standing: standing.perplexity.value)
+    return sorted(standings, key=lambda standing: (-standing.seeds, standing.perplexity.value))
 
 
 def _perplexities(rows: Sequence[Row]) -> dict[str, dict[int, float]]:

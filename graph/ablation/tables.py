@@ -92,10 +92,13 @@ def describe(known: Ablation) -> str:
     settings, protocol = known.settings, known.protocol
     finite = [value for value in known.dense.values() if value is not None]
     dense = _show_mean(average(finite), 2) if finite else "not measured"
+    tokens = protocol.tokens
+    if settings.get("judge"):  # as many of each text, those that are unseen among them
+        tokens = tokens // max(len(settings["text"]), 1) * sum(weight > 0 for weight in settings["judge"].values())
     lines = [
         f"# {escape(settings['model'])} at {settings['target_sparsity']:.0%}: was the agent worth its tokens?",
         "",
-        f"Perplexity on {protocol.tokens:,} tokens of `{_name_text(known)}` (test text, {protocol.windows}, "
+        f"Perplexity on {tokens:,} tokens of `{_name_text(known)}` (test text, {protocol.windows}, "
         f"{protocol.dtype}; dense: {dense}) of what each arm chose by the validation text. Each arm may put "
         f"{settings['evaluated_tokens']:,} tokens through the model once it is profiled: trials, probes, KL curves of "
         f"methods, sequential statistics, searches (a backward pass as two forwards){_tell_seconds(settings)}. "

@@ -64,6 +64,8 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             tell_layers(session, bench, state.accepted)
         layers = bench.read_profile(state.profile).layers
         zeros, weights = bench.count_zeros()
+        if state.parts:  # single zeros are no part that is gone
+            zeros = sum(record.zeros for record in bench.read_checkpoint(state.accepted).values())
         achieved, masks = zeros / weights, bench.hash_masks()
 
         prompts = list_prompts(state)

@@ -65,7 +65,7 @@ def plan(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     except BrokenPlan as error:
         session.emit("plan", iteration=state.iteration, planner=planner, **now.record(asked) | {"order": ""})
         broke = record_breakage(state.model_copy(update={"plan": asked}), None, str(error), session)
-        return {**now.update(asked), "usage": usage, "order": ""} | broke
+        return {**now.update(asked), **now.written, "usage": usage, "order": ""} | broke
     session.emit("plan", iteration=state.iteration, planner=planner, **record_plan(chosen, order))
     return {**now.update(chosen), **now.written, "usage": usage, "order": kept, "seconds": session.seconds}
 

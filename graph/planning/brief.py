@@ -223,15 +223,16 @@ def _describe_model(situation: Situation) -> str:
 
 def _describe_bounds(situation: Situation) -> str:
     config = situation.config
-    limit = "unknown"
-    base = (situation.accepted or situation.dense).perplexity
-    if base is not None:
-        limit = f"{(1 + config.tau) * base:.5g}"
+    limit = ""
+    if not situation.at_target and not config.pattern:
+        base = (situation.accepted or situation.dense).perplexity
+        shown = "unknown" if base is None else f"{(1 + config.tau) * base:.5g}"
+        times = f"{1 + config.tau:g} times that of the last accepted weights"
+        limit = f" Perplexity limit of this round: {shown} ({times})."
     text = (
         f"Bounds: target sparsity {config.target_sparsity:g}{_describe_reach(config)}. "
-        f"Round {situation.iteration} of at most {_count_rounds(situation)}. Perplexity limit of this round: {limit} "
-        f"({1 + config.tau:g} times that of the last accepted weights). At the target kept if KL is lower with "
-        f"probability {config.accept_probability:g}."
+        f"Round {situation.iteration} of at most {_count_rounds(situation)}.{limit} At the target kept if KL is lower "
+        f"with probability {config.accept_probability:g}."
     ) + describe_shares(config, situation.texts_left)
     text += describe_bounds(config, situation.dense)
     text += describe_costs(config, situation.budget) + describe_spending(config, situation.seconds, situation.usage)

@@ -1,6 +1,6 @@
 """All that any planner may know when it plans a round."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -74,6 +74,8 @@ class Situation:
     """What the agents have spent before this round."""
     kept: Sequence[str] = field(default=())
     """Checkpoints whose layers are on disk, as far as nothing that was pruned to be probed took their room."""
+    gone: Collection[str] = field(default=())
+    """Those of them where something did, in an earlier round."""
     read_taken: Callable[[str], Mapping[str, "Taken"]] | None = None
     """The layers of a checkpoint, as a graft takes them; None where there are no checkpoints."""
     architecture: str = ""
@@ -87,7 +89,7 @@ class Situation:
         """The trials whose layers a graft may take, by their rounds: the best probe takes the room of the last, and
         would where one was `probed`."""
         pruned = probed or (self.budget is not None and not all(x.grafted for x in self.budget.probed))
-        return list_at_hand(self.trials, self.kept[: KEPT - 1] if pruned else self.kept)
+        return list_at_hand(self.trials, {*(self.kept[: KEPT - 1] if pruned else self.kept)}.difference(self.gone))
 
     @property
     def at_target(self) -> bool:
@@ -165,6 +167,7 @@ def gather_situation(
             layers=bench.read_profile(state.profile).layers,
             read_layers=read_layers,
             kept=state.kept,
+            gone=[checkpoint for checkpoint in state.kept if not bench.pruner.has_layers(checkpoint)],
             read_taken=read_taken,
             sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
             dense=state.dense,

@@ -67,7 +67,8 @@ def open_toolbox(
         return [describe_lesson(lesson, config) for lesson in search_lessons(store, config, query)] if store else []
 
     def recount(n: int) -> list[str]:
-        return [recount_trial(trial, before) for trial, before in pair_with_kept(situation.trials)[-n:]]
+        """The latest first: an answer is cut off at its end."""
+        return [recount_trial(trial, before) for trial, before in reversed(pair_with_kept(situation.trials)[-n:])]
 
     def suggest(n: int) -> list[dict[str, Any]]:
         return [spell_out_plan(plan) for plan in list_candidates(situation, n)]
@@ -177,7 +178,7 @@ def _describe_round(
 
     def price(draft: "Draft") -> str:
         plan = _weigh(draft, situation)
-        return describe_price(price_drafts([plan], situation.config.validation_tokens, situation, budget), budget)
+        return describe_price(price_drafts([plan], budget.trial, situation, budget), budget)
 
     def count_tokens(draft: "Draft", tokens: int) -> int:
         return price_drafts([_weigh(draft, situation)], tokens, situation, budget, 0, [draft.alone]).tokens

@@ -20,7 +20,7 @@ from graph.planning.plan import MOST_HYPOTHESIS, Plan
 from graph.planning.table import describe_parts
 from graph.planning.texts import describe_texts
 from graph.reflecting.notes import check_evidence
-from graph.reflecting.rule import Evidence
+from graph.reflecting.rule import WORD, Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, drop_schema, tell_of_cuts
 from graph.state import Trial, pair_with_kept, same_sparsity
 from tools.base.names import hide_directories
@@ -92,7 +92,7 @@ def _find_schema(config: RunConfig) -> type[BaseModel]:
 def _instructions(config: RunConfig) -> str:
     schema = json.dumps(describe_schema(_find_schema(config)), separators=(",", ":"), ensure_ascii=False)
     text = config.reflector_prompt or read_prompt("cuts_reflector" if config.takes_parts else "reflector")
-    for name, value in (("{most}", MAX_LEARNT), ("{least}", 1 / MOST), ("{greatest}", MOST)):
+    for name, value in (("{most}", MAX_LEARNT), ("{least}", 1 / MOST), ("{greatest}", MOST), ("{word}", WORD)):
         text = text.replace(name, f"{value:g}")
     return text.replace("{schema}", schema)
 

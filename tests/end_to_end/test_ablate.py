@@ -129,9 +129,13 @@ def test_a_goal_stands_among_the_options_of_the_ablation(tmp_path: Path, capsys:
     with at_home(tmp_path):
         assert main([*flag_texts(tmp_path), "--arms", "heuristic", "--", "--goal", "Code must stay."]) == 2
         assert main([*flag_texts(tmp_path), "--arms", "heuristic", "--goal", "Code must stay."]) == 2
+        for flags in (["--max-evaluated-tokens", "0"], ["--tau=9", "--target-sparsity=0.3"]):
+            assert main(["--arms", "heuristic", "--", *flags]) == 2
     assert capsys.readouterr().err == (
         "error: give --goal before the lone --, and --judge: what the goal's texts count for every arm's row\n"
         "error: a goal needs a judge: words for those who read, and figures to judge all by\n"
+        "error: --max-evaluated-tokens holds for every arm; give what is meant by it before the lone --\n"
+        "error: --target-sparsity holds for every arm; give what is meant by it before the lone --\n"
     )
 
 

@@ -63,9 +63,13 @@ def follow_kept(settings: Model, known: dict[str, Any]) -> Model:
 def refuse_other_settings(
     directory: Path, what: str, known: dict[str, Any], wanted: dict[str, Any], unused: set[str]
 ) -> None:
-    """Raises UserError when kept rows are of other settings, those that are `unused` by any of them left aside."""
+    """Raises UserError when kept rows are of other settings, those that are `unused` by any of them left aside.
+
+    What they were made by and nobody wants now may be missing in `wanted`, as named texts are where there are none.
+    """
+    now = {name: None for name, value in known.items() if value} | wanted
     known = FORMER | known
-    changed = sorted(name for name in wanted if known.get(name) != wanted[name] and name not in unused)
+    changed = sorted(name for name in now if known.get(name) != now[name] and name not in unused)
     if changed:
         raise UserError(f"{directory} holds {what} with other settings ({', '.join(changed)}); choose another --out")
 

@@ -33,7 +33,19 @@ SelectorArgument = Annotated[str, Field(min_length=1, max_length=200), WithJsonS
 PlainDraftArgument = Annotated[Draft, WithJsonSchema({"type": "object"})]
 
 
-class InspectArguments(BaseModel):
+class _Arguments(BaseModel):
+    """What a tool is called with, and nothing else: what nobody reads would be missed by whoever gave it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, given: Any) -> Any:
+        """By hand, for `extra="forbid"` would stand in every schema that a model is sent."""
+        if isinstance(given, dict) and (unknown := sorted(map(str, given.keys() - cls.model_fields.keys()))):
+            raise ValueError(f"no argument is called {unknown[0][:40]!r}; there are: {', '.join(cls.model_fields)}")
+        return given
+
+
+class InspectArguments(_Arguments):
     """Which layers."""
 
     selector: str = Field(
@@ -41,7 +53,7 @@ class InspectArguments(BaseModel):
     )
 
 
-class PredictCutArguments(BaseModel):
+class PredictCutArguments(_Arguments):
     """A plan."""
 
     plan: DraftArgument
@@ -96,13 +108,13 @@ class ProbeArguments(PredictArguments):
     whole: bool = Field(False, description="All of the text, whatever tokens says.")
 
 
-class SlopesArguments(BaseModel):
+class SlopesArguments(_Arguments):
     """How much text."""
 
     tokens: int | None = Field(None, ge=1, description="As in probe.")
 
 
-class SwapArguments(BaseModel):
+class SwapArguments(_Arguments):
     """Which layers of which rounds, and how much text."""
 
     selectors: list[SelectorArgument] = Field(
@@ -113,7 +125,7 @@ class SwapArguments(BaseModel):
     whole: bool = Field(False, description="As in probe.")
 
 
-class SearchArguments(BaseModel):
+class SearchArguments(_Arguments):
     """From which plan, over which groups and levers, and how much text in all."""
 
     plan: PlainDraftArgument
@@ -122,13 +134,13 @@ class SearchArguments(BaseModel):
     tokens: int = Field(ge=1, description="Through the model, for all its probes.")
 
 
-class FitArguments(BaseModel):
+class FitArguments(_Arguments):
     """Whose weights."""
 
     round: int | None = Field(None, ge=1, description="The round that made them; the last accepted where left out.")
 
 
-class HistoryArguments(BaseModel):
+class HistoryArguments(_Arguments):
     """How many trials."""
 
     n: int = Field(10, ge=1, le=50, description="How many trials, counted from the last.")
@@ -138,13 +150,13 @@ MOST_CANDIDATES = 12
 """Whoever asks for more plans is given so many."""
 
 
-class CandidatesArguments(BaseModel):
+class CandidatesArguments(_Arguments):
     """How many plans."""
 
     n: int = Field(4, ge=1, description="How many plans, likeliest first.")
 
 
-class RecallArguments(BaseModel):
+class RecallArguments(_Arguments):
     """What about."""
 
     query: str = Field(max_length=200, description="A few words, such as a selector, a method or a kind of layer.")

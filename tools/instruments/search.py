@@ -16,6 +16,9 @@ MOST_SEARCHED = 6
 STEPS = (2.0, 1.4, 1.2)
 """How many times a factor or a lever is raised or lowered; the next once none gains by the one before."""
 
+MOST_ROWS = 30
+"""Probes that an answer tells of: the first, the best and the latest; a planner reads some 6,000 characters."""
+
 HOPELESS = 0.1
 """Less likely than this to be better, on a half of the windows, a point is not measured on the others."""
 
@@ -47,9 +50,11 @@ def search(
         raise ValueError(f"{tokens:,} tokens are less than one probe of {takes:,}; give it more")
     for lever in levers:
         refuse_idle_lever(draft, lever)
+    round_.admit([draft], windows * round_.bench.settings.window, 0)
     for name in selectors:
-        _refuse_idle(round_, draft, name)
-    climb = _Climb(round_, draft, windows, tokens)
+        _refuse_idle(round_, draft, name)  # which measures the curves that all of them are by
+    paid = takes - round_.count_tokens(draft, windows * round_.bench.settings.window)
+    climb = _Climb(round_, draft, windows, tokens - paid)
     climb.try_out({})
     for step in STEPS:
         while climb.sweep(names, step):
@@ -156,17 +161,19 @@ class _Climb:
         return find_likelihood_better(losses, take_part(self._round.bench, best, len(losses.kl))) < HOPELESS
 
     def tell(self) -> Figures:
-        """The table, and the plan at its best."""
-        rows = [self._describe(point, figures) for point, figures in self._found.values()]
-        best = go_to(self._draft, self._best)
-        told: dict[str, Any] = {
+        """The plan at its best, and the table."""
+        ends = {_key({}), _key(self._best)}
+        shown = ends | set([key for key in self._found if key not in ends][len(ends) - MOST_ROWS :])
+        best, left_out = go_to(self._draft, self._best), len(self._found) - len(shown)
+        return {
             "tokens": self._windows * self._window,
-            "columns": "changes, KL, KL minus the plan's as it was, error, tokens, number of the probe",
-            "rows": rows,
             "best": self._best,
             "adjustments": [x.model_dump(exclude_none=True) for x in best.adjustments],
+            **({"ended": self._ended} if self._ended else {}),
+            "columns": "changes, KL, KL minus the plan's as it was, error, tokens, number of the probe",
+            "rows": [self._describe(point, figures) for key, (point, figures) in self._found.items() if key in shown],
+            **({"rows_left_out": left_out} if left_out else {}),
         }
-        return told | ({"ended": self._ended} if self._ended else {})
 
     def _describe(self, point: Point, figures: Figures) -> list[Any]:
         if "error" in figures:

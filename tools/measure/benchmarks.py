@@ -50,7 +50,14 @@ def load_benchmarks(settings: TaskSettings, dtype: str) -> list[Benchmark]:
     if not own.keys() >= set(settings.tasks):
         _refuse_unknown_tasks(settings.tasks)
     _hush_harness()
-    return [_load_benchmark(name, settings, dtype) for name in settings.tasks]
+    benchmarks = [_load_benchmark(name, settings, dtype) for name in settings.tasks]
+    asked: dict[str, str] = {}
+    for benchmark in benchmarks:
+        for name in group_leaves(benchmark):
+            if name in asked:
+                raise UserError(f"task {name} is asked by {asked[name]} and by {benchmark.name}; leave one of them out")
+            asked[name] = benchmark.name
+    return benchmarks
 
 
 def refuse_shared_questions(settings: TaskSettings, loop: WorkbenchSettings) -> None:
@@ -143,6 +150,13 @@ def list_leaves(task: Any) -> list[Any]:
     if isinstance(task, list):
         return task
     return list(task.get_all_tasks()) if hasattr(task, "get_all_tasks") else [task]
+
+
+def group_leaves(benchmark: Benchmark) -> dict[str, list[Any]]:
+    """The tasks that hold questions, by the names that figures of them have: all together where the group has one."""
+    leaves = list_leaves(benchmark.task)
+    whole = hasattr(benchmark.task, "get_all_groups") and benchmark.task.has_aggregation
+    return {benchmark.name: leaves} if whole else {leaf.task_name: [leaf] for leaf in leaves}
 
 
 def _set_shots(leaf: Any, shots: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tools.base.progress import Progress
-from tools.measure.benchmarks import SEED, Benchmark, list_leaves
+from tools.measure.benchmarks import SEED, Benchmark, group_leaves, list_leaves
 from tools.results.schema import Score
 from tools.results.scores import Result
 
@@ -51,11 +51,9 @@ def run_benchmark(benchmark: Benchmark, model: Any, tokenizer: Any, label: str, 
             bootstrap_iters=BOOTSTRAPS,
         )
     protocol = {**protocol, "prompts_sha256": _hash_prompts(found["samples"]), "cut_prompts": len(cut)}
-    whole = group is not None and group.has_aggregation
-    figures = {benchmark.name: leaves} if whole else {leaf.task_name: [leaf] for leaf in leaves}
     return [
         _make_result(key, name, members, found, protocol, label)
-        for name, members in figures.items()
+        for name, members in group_leaves(benchmark).items()
         for key in found["results"][name]
         if "," in key and "_stderr," not in key
     ]

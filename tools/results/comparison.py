@@ -20,7 +20,7 @@ from tools.plans.methods import Statistics, translate_label
 from tools.results.paper import Measured, describe_tasks
 from tools.results.polish_curve import list_curves, plot_curves
 from tools.results.schema import Polished, Protocol, Reach, Score, TextFigures, describe_bos, describe_cut
-from tools.results.sentences import describe_polish, describe_reach, tell_share, tell_texts
+from tools.results.sentences import describe_polish, describe_reach, name_text, tell_share, tell_texts
 from tools.results.sparsity_curve import plot_sparsity
 from tools.results.tables import list_table
 
@@ -307,11 +307,11 @@ def describe(known: Comparison) -> str:
         f"# {escape(settings['model'])}: recipes compared",
         "",
         f"Perplexity on {settings['validation_windows'] * settings['window']:,} tokens of "
-        f"{_name_text(settings, 'validation')} in windows of {settings['window']}"
+        f"{name_text(settings, 'validation')} in windows of {settings['window']}"
         f"{describe_cut(settings.get('text_cut', 0), settings.get('text_spread', 1))}{describe_bos(known.bos)}, "
         f"{settings['dtype']}; dense: {show(known.dense_perplexity)}. Statistics from "
         f"{settings['calibration_windows']} windows of "
-        f"{_name_text(settings, 'calibration')}, gradients from "
+        f"{name_text(settings, 'calibration')}, gradients from "
         f"{min(settings['gradient_windows'], settings['calibration_windows'])} of them "
         f"({known.profile_seconds:.1f} s with the dense model's perplexity, shared by all rows).",
         *(["", told] if (told := describe_reach(known.reach)) else []),
@@ -341,15 +341,6 @@ def describe(known: Comparison) -> str:
     dense = Measured("dense", "", "", 0.0, known.dense_perplexity, known.dense_scores, known.dense_answers)
     lines += describe_tasks(dense, [_as_measured(row) for _, rows in group_rows(known.rows) for row in rows])
     return "\n".join(lines)
-
-
-def _name_text(settings: dict[str, Any], split: str) -> str:
-    """What the windows of a split are of; named texts with what each counts in the figures."""
-    texts, weights = settings.get("text", {}), settings.get("text_weights", {})
-    if not texts:
-        return f"`{settings[split]}`"
-    told = [f"{name} (`{source}`, weight {weights.get(name, 1):g})" for name, source in texts.items()]
-    return f"each of {', '.join(told)}"
 
 
 def _list_text_columns(row: Row) -> dict[str, float | None]:

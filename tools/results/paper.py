@@ -18,6 +18,8 @@ PRESETS: dict[str, dict[str, str]] = {
 """Fields of a comparison by the name of a preset: the baselines of the paper at its sparsity, and its tasks."""
 
 OURS = "refit:kappa"
+ABOUT = 0.01
+"""Sparsities nearer than this stand beside one another: parts that go whole come as near as they can."""
 """Billhook's own recipe, in one shot."""
 
 MMLU, FREEBASEQA = ("mmlu", "acc"), ("freebaseqa", "exact_match")
@@ -100,13 +102,21 @@ def _show_figure(row: Measured, dense: Measured, key: tuple[str, str]) -> str:
 
 
 def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
-    ours = next((row for row in rows if row.recipe == OURS and not row.pattern), None)
-    baselines = [row for row in rows if not row.recipe.startswith("refit")]  # which is Billhook's own, too
-    if ours is None or not baselines or dense.figure(MMLU) is None or dense.figure(FREEBASEQA) is None:
+    """A table for each sparsity; baselines with a pattern stand in all of them, as the paper's do."""
+    if dense.figure(MMLU) is None or dense.figure(FREEBASEQA) is None:
         return []
+    baselines = [row for row in rows if not row.recipe.startswith("refit")]  # which is Billhook's own, too
+    lines: list[str] = []
+    for ours in (row for row in rows if row.recipe == OURS and not row.pattern):
+        beside = [row for row in baselines if row.pattern or abs(row.sparsity - ours.sparsity) < ABOUT]
+        lines += _relate(ours, beside, dense) if beside else []
+    return lines
+
+
+def _relate(ours: Measured, baselines: Sequence[Measured], dense: Measured) -> list[str]:
     cells = [(row.name, *compare_with(ours, row, dense)) for row in baselines]
     return [
-        f"## `{OURS}` beside the baselines, as arXiv 2601.09694 counts",
+        f"## `{OURS}` at {ours.sparsity:.2%} beside the baselines, as arXiv 2601.09694 counts",
         "",
         "MMLU: accuracy beside the baseline's, and in brackets less it, question by question. FreebaseQA: how many "
         "times the baseline's share of the dense model's right answers is retained. Perplexity, and the "

@@ -53,6 +53,16 @@ def describe_result(summary: Summary) -> str:
     return f"{text}. {told}" if (told := describe_reach(summary.reach)) else f"{text}."
 
 
+def name_text(settings: Mapping[str, Any], split: str) -> str:
+    """What the windows of a split are of; named texts with what each counts in the figures, and what is mixed in."""
+    texts, weights = settings.get("text", {}), settings.get("text_weights", {})
+    if not texts:
+        mix = settings.get("calibration_mix") if split == "calibration" else None
+        return f"`{settings[split]}`" + (f", {mix:.0%} of them questions with their answers" if mix else "")
+    told = [f"{name} (`{source}`, weight {weights.get(name, 1):g})" for name, source in texts.items()]
+    return f"each of {', '.join(told)}"
+
+
 OF_TIME = " of decoding time"
 """What the target of a cut to a speed is a share of."""
 

@@ -183,14 +183,17 @@ class Evaluator:
         part = self._losses.list_part("validation", windows)
         whole = len(part) == self._losses.count_windows("validation")
         found: dict[str, Evaluation] = {}
-        for checkpoint in checkpoints if whole else ():
-            if known := self._read(checkpoint, "validation"):
-                found[checkpoint] = known
-        kept = {checkpoint: self._read(checkpoint, PART) for checkpoint in checkpoints if checkpoint not in found}
+        kept: dict[str, Evaluation | None] = {}
         alike: dict[int, list[str]] = {}
-        for checkpoint, known in kept.items():  # a smaller part is among the windows of this one
+        for checkpoint in dict.fromkeys(checkpoints):
+            known = self._read(checkpoint, "validation") or self._read(checkpoint, PART)
             count = len(known.kl) if known else 0
-            alike.setdefault(count if count < len(part) else 0, []).append(checkpoint)
+            if known and count >= len(part):
+                places = self._losses.list_part("validation", count)
+                found[checkpoint] = known.take([places.index(window) for window in part])
+            else:  # a smaller part is among the windows of this one
+                kept[checkpoint] = known
+                alike.setdefault(count, []).append(checkpoint)
         with self._weights.put_back():
             hidden = self._profiles.read_hidden(profile)
             for count, together in alike.items():
@@ -199,11 +202,9 @@ class Evaluator:
                 measured = self._measure_each("validation", together, rest, hidden[rest], label, progress)
                 for checkpoint, evaluation in measured:
                     known = kept[checkpoint]
-                    if known and first:
-                        evaluation = _join(known, first, evaluation, rest, part)
-                    found[checkpoint] = evaluation
-                    if whole or known is None or len(known.kl) < len(part):
-                        self._keep(self._path(checkpoint, "validation" if whole else PART), evaluation.model_dump())
+                    found[checkpoint] = _join(known, first, evaluation, rest, part) if known else evaluation
+                    path = self._path(checkpoint, "validation" if whole else PART)
+                    self._keep(path, found[checkpoint].model_dump())
         return [found[checkpoint] for checkpoint in checkpoints]
 
     def read_validation(self, checkpoint: str) -> Evaluation | None:

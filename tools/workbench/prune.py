@@ -240,6 +240,14 @@ class Pruner:
         dense = self._weights.dense
         return {name: record.zeros / dense[name].numel() for name, record in self.read_checkpoint(checkpoint).items()}
 
+    def has_layers(self, checkpoint: str) -> bool:
+        """Whether the artifacts of all layers of a checkpoint are on disk; what they were made by is known anyway."""
+        try:
+            artifacts = set(self.list_artifacts(checkpoint).values()) - {DENSE}
+        except DamagedArtifact:
+            return False
+        return all(self._store.path(artifact, ".safetensors").is_file() for artifact in artifacts)
+
     def forget(self, keep: list[str]) -> None:
         """Delete the layer artifacts that none of the checkpoints to keep refers to; their recipes stay known."""
         kept = {artifact for checkpoint in keep for artifact in self.list_artifacts(checkpoint).values()}

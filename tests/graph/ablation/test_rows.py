@@ -26,7 +26,7 @@ def test_gains_are_paired_by_seed() -> None:
     rows += [make_row("heuristic", seed, value) for seed, value in enumerate((19.5, 21.5, 23.5))]
     rows += [make_row("chat", 0, 21.0, agent_tokens=500)]
     by_arm = {standing.arm: standing for standing in rank_arms(rows)}
-    assert [standing.arm for standing in rank_arms(rows)] == ["chat", "heuristic", "kappa"]
+    assert [standing.arm for standing in rank_arms(rows)] == ["heuristic", "kappa", "chat"], "of one easy seed"
     assert by_arm["heuristic"].gain == (0.5, 0.0, 0.0)
     assert by_arm["kappa"].gain is None
     assert by_arm["chat"].gain == (-1.0, None, None)

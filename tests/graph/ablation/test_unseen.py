@@ -48,6 +48,8 @@ def test_rows_are_judged_by_texts_that_no_arm_is_given(
     assert row.perplexity == pytest.approx((row.texts["prose"] * row.texts["sql"] ** 3) ** 0.25)  # type: ignore[operator]
     assert known.dense[0] and known.dense[0] != row.perplexity
     text = (tmp_path / "out" / "ablate.md").read_text()
+    windows = tiny_settings(tiny_llama).test_windows
+    assert f"Perplexity on {2 * 64 * windows:,} tokens of `" in text, "of prose, and as many of sql"
     assert "Perplexity and KL count 0% code and 25% prose and 75% sql in all rows;" in text
     assert "No arm was given sql." in text and "| arm | code | prose | sql |" in text
 

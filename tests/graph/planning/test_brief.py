@@ -558,6 +558,13 @@ def test_limit_before_anything_was_accepted() -> None:
     assert "Perplexity limit of this round: unknown (1.15 times" in shown(make_first_situation(dense=unknown))
 
 
+def test_a_limit_is_told_only_where_a_round_is_judged_by_it() -> None:
+    reached = KEPT.model_copy(update={"sparsity": 0.45})
+    for case in ({"accepted": reached, "trials": [reached]}, {"config": RunConfig(pattern="2:4")}):
+        text = shown(make_first_situation(**case))
+        assert "Perplexity limit" not in text and ". At the target kept if KL is lower" in text
+
+
 def test_what_is_left_to_prune() -> None:
     layers = draw_layers(2)
     assert "Left to prune: all of 4,644,864 weights; sparsity is 0.45 at the target. Nothing is pruned yet." in shown(

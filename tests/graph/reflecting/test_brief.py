@@ -69,9 +69,10 @@ def test_the_instructions_hold_the_schema_and_the_bounds() -> None:
     schema = json.dumps(describe_schema(Reflection), separators=(",", ":"), ensure_ascii=False)
     assert text.rstrip().endswith(schema)
     assert f"at most {MAX_LEARNT}, and none" in text and "between 0.5 and 2;" in text
+    assert "beside the others, at most 0.5, and none where the trial was no surprise." in text
     assert not re.search(r"\{[a-z]+\}", text)
     assert set(re.findall(r"\{[a-z]+\}", read_prompt("reflector"))) == {
-        *("{most}", "{least}", "{greatest}", "{schema}"),
+        *("{most}", "{least}", "{greatest}", "{word}", "{schema}"),
     }
 
 

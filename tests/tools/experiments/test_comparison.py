@@ -570,6 +570,17 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     assert (tmp_path / "compare.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("now", "dropped"), [({"text": {"a": "pydoc", "b": "pydoc"}}, "text_weights"), ({}, "text, text_weights")]
+)
+def test_settings_that_are_left_out_now_are_other_ones(now: dict[str, Any], dropped: str, tmp_path: Path) -> None:
+    named = {"text": {"a": "pydoc", "b": "pydoc"}, "text_weights": {"a": 9, "b": 1}}
+    settings = make_settings("no-model", tmp_path, **named)
+    write_json(tmp_path / "compare.json", make_comparison(settings, make_row("wanda:uniform")).model_dump())
+    with pytest.raises(UserError, match=rf"with other settings \({dropped}\); choose another --out$"):
+        run_comparison(make_settings("no-model", tmp_path, **now))
+
+
 def test_the_budget_of_searches_may_change_until_there_is_one(tmp_path: Path, no_plot: None) -> None:
     changes = {"recipes": "wanda:uniform", "sparsity": "0.5"}
     settings = make_settings("no-model", tmp_path, **changes)

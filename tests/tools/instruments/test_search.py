@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tools.instruments.search import search
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft
 from tools.plans.recipe import Recipe, parse_recipe
+from tools.plans.work_order import WorkOrder
 from tools.workbench.open import use_workbench
 
 DRAFT = Draft(sparsity=0.4, recipe={"method": "two-sided", "refit": False})  # type: ignore[arg-type]
@@ -81,6 +83,43 @@ def test_statistics_and_curves_are_of_its_tokens_and_what_is_known_is_not(make_r
     again = search(round_, DRAFT, GROUPS, 0)
     assert [row[:4] for row in again["rows"]] == [row[:4] for row in found["rows"]], "all known"
     assert again["ended"] == "0 of its tokens are left, and a probe takes 128"
+
+
+def test_curves_are_priced_before_they_are_measured_and_paid_for_with_its_tokens(
+    make_round: Callable[..., Round],
+) -> None:
+    plain, resolved = make_round(), list[Draft]()
+
+    def resolve(draft: Draft) -> WorkOrder:
+        resolved.append(draft)
+        return plain.resolve(draft)
+
+    def count(_draft: Draft, tokens: int) -> int:
+        return tokens + (0 if resolved else 3 * HALF)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("not begun: this call takes 512 tokens; 9 are left")
+
+    with pytest.raises(ValueError, match="not begun: this call takes 512 tokens"):
+        search(replace(make_round(count_tokens=count, admit=refuse), resolve=resolve), DRAFT, GROUPS, 9 * HALF)
+    assert not resolved
+    found = search(replace(make_round(count_tokens=count), resolve=resolve), DRAFT, GROUPS, 5 * HALF)
+    assert len(found["rows"]) == 2 and found["ended"] == "0 of its tokens are left, and a probe takes 128"
+
+
+def test_of_many_probes_the_first_the_best_and_the_latest_are_told(
+    make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = search(make_round(), DRAFT, GROUPS, 6 * HALF)
+    best = next(row for row in whole["rows"] if row[0] == whole["best"])
+    rows = whole["rows"]
+    monkeypatch.setattr("tools.instruments.search.MOST_ROWS", 3)
+    few = search(make_round(), DRAFT, GROUPS, 6 * HALF)
+    kept = [row for row in rows if row in (rows[0], best)]
+    latest = [row for row in rows if row not in kept][len(kept) - 3 :]
+    assert few["rows"] == [row for row in rows if row in kept or row in latest] and len(few["rows"]) == 3
+    assert few["rows_left_out"] == len(rows) - 3 and few["best"] == whole["best"]
+    assert "rows_left_out" not in whole
 
 
 def test_levers_are_searched_over_too_and_what_is_hopeless_is_measured_on_less(

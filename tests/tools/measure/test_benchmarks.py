@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,19 @@ def test_unknown_tasks_are_refused_with_the_nearest_name(data: Path, monkeypatch
         load_benchmarks(settings_of(data, "freebasqa,mmlu"), "fp32")
     with pytest.raises(UserError, match="task mmlu_anatomy could not be loaded: "):  # no hub is reachable
         load_benchmarks(settings_of(data, "mmlu_anatomy"), "fp32")
+
+
+def test_a_task_that_is_asked_twice_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, _settings: TaskSettings) -> tuple[Any, Any]:
+        names = ["arc_easy", "arc_challenge"] if name == "ai2_arc" else [name]
+        config = SimpleNamespace(num_fewshot=0)
+        return [SimpleNamespace(task_name=leaf, config=config, VERSION=1) for leaf in names], "hub"
+
+    monkeypatch.setattr(benchmarks, "_refuse_unknown_tasks", lambda names: None)
+    monkeypatch.setattr(benchmarks, "_load_task", load)
+    assert len(load_benchmarks(settings_of(data, "ai2_arc,boolq"), "fp32")) == 2
+    with pytest.raises(UserError, match="task arc_easy is asked by ai2_arc and by arc_easy; leave one"):
+        load_benchmarks(settings_of(data, "ai2_arc,arc_easy"), "fp32")
 
 
 def test_questions_that_plans_are_judged_by_or_may_be_fitted_to_are_not_asked(data: Path) -> None:

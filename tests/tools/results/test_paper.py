@@ -50,6 +50,19 @@ def test_the_table() -> None:
     assert "- task mmlu, shots 5" in said
 
 
+def test_baselines_stand_beside_ours_at_their_sparsity() -> None:
+    wanda = measured("wanda:uniform", 20.0, 0.3, 0.01)
+    pattern = wanda._replace(name="`wanda:uniform` 2:4", pattern="2:4", sparsity=0.5)
+    rows = [OURS, wanda, OURS._replace(sparsity=0.6), wanda._replace(name="later", sparsity=0.599), pattern]
+    said = "\n".join(describe_tasks(DENSE, rows)).split("## `refit:kappa` at ")[1:]
+    assert [[line.split(" |")[0][2:] for line in table.split("\n") if line.startswith("| `")] for table in said] == [
+        ["`refit:kappa` beside", "`wanda:uniform`", "`wanda:uniform` 2:4"],
+        ["`refit:kappa` beside", "`wanda:uniform` 2:4"],
+    ]
+    assert said[0].startswith("45.00% beside the baselines, as") and "| later | " in said[1]
+    assert describe_tasks(DENSE, [OURS._replace(sparsity=0.7), wanda])[-1] == ""
+
+
 def test_differences_are_told_question_by_question_where_the_answers_are_known() -> None:
     dense = DENSE._replace(answers={"mmlu acc": [1.0, 1.0, 0.0, 1.0], "freebaseqa exact_match": [1.0, 0.0, 0.0, 1.0]})
     ours = OURS._replace(answers={"mmlu acc": [1.0, 0.0, 0.0, 1.0]})

@@ -116,7 +116,7 @@ def test_checkpoints_side_by_side_are_as_one_after_another(
     assert bench.abreast == 1
     if windows == 3:
         assert alone[0] == [bench.evaluate(checkpoint, "validation", profile, ignore) for checkpoint in asked]
-        shutil.rmtree(bench.directory / "evaluations")
+    shutil.rmtree(bench.directory / "evaluations")
     bench.restore(checkpoints[0])
     weights = snapshot(bench)
     team = join_team(bench)
@@ -126,8 +126,7 @@ def test_checkpoints_side_by_side_are_as_one_after_another(
     assert team.handed == [("MeasureLosses", place) for place in (1, 0, 1, 0)] * 2 and bench.abreast == 2
     assert ticks == [(done * windows, 4 * windows) for done in range(5)]
     assert same(snapshot(bench), weights)
-    if windows == 3:  # kept, so that nothing is handed out again
-        assert bench.evaluate_each(asked, 3, profile, ignore) == shared and len(team.handed) == 8
+    assert bench.evaluate_each(asked, windows, profile, ignore) == shared and len(team.handed) == 8, "kept"
 
 
 def test_what_was_measured_on_a_part_is_measured_on_the_rest_of_a_larger_one(
@@ -153,6 +152,9 @@ def test_what_was_measured_on_a_part_is_measured_on_the_rest_of_a_larger_one(
     assert asked == [[first], rest, part]
     found = bench.evaluate_each(checkpoints, 3, profile, ignore)
     assert found == whole and asked[3:] == [[window for window in range(3) if window not in part]] * 2 + [[0, 1, 2]]
+    asked.clear()
+    assert bench.evaluate_each(checkpoints, 2, profile, ignore) == [losses.take(part) for losses in whole]
+    assert not asked, "a smaller part is read back"
 
 
 def test_a_layer_damaged_before_it_travels_is_made_again(
@@ -160,6 +162,7 @@ def test_a_layer_damaged_before_it_travels_is_made_again(
 ) -> None:
     profile, checkpoints = three
     alone = bench.evaluate_each(checkpoints, 2, profile, ignore)
+    shutil.rmtree(bench.directory / "evaluations")
     damage(artifact_path(bench, checkpoints[1], bench.layers[3].name))
     weights = snapshot(bench)
     team = join_team(bench)

@@ -401,3 +401,13 @@ def test_in_order_some_layers_alone_take_the_text_no_further_than_the_last_of_th
     both = list_order_costs(whole, bench.settings)
     assert 2 * sum(half.values()) == sum(both.values()) == count_in_order(["sequential"], bench.settings)
     assert prune_alone(order_allocation(MASK, plan(bench, profile, 0.5, MASK)), "blocks 0", layers).passed == 1
+
+
+def test_layers_that_are_on_disk_are_known(bench: Workbench) -> None:
+    profile = bench.profile(ignore)
+    half, third = (prune(bench, profile, sparsity, WANDA) for sparsity in (0.5, 0.3))
+    assert all(bench.pruner.has_layers(checkpoint) for checkpoint in (DENSE, half, third))
+    bench.forget_checkpoints([half])
+    assert [bench.pruner.has_layers(checkpoint) for checkpoint in (DENSE, half, third, "0" * 64)] == [
+        *(True, True, False, False)
+    ]

@@ -11,7 +11,14 @@ from tools.plans.layer_profile import predict_layer_kl
 from tools.results.page.figures import Cell, Prediction
 from tools.results.page.record import Layers, Record, Trial
 from tools.results.schema import CutResult, Knowledge, Score, Summary
-from tools.results.sentences import describe_finalists, describe_result, relate_to_wanda, tell_spending
+from tools.results.sentences import (
+    OF_TIME,
+    describe_finalists,
+    describe_result,
+    name_text,
+    relate_to_wanda,
+    tell_spending,
+)
 
 OVERVIEW = ("sparsity", "perplexity", "dense", "uniform Wanda", "KL", "trials", "rolled back", "agents' tokens", "cost")
 """Heads of the table of several runs, after the run's name and status."""
@@ -35,6 +42,11 @@ def takes_parts(record: Record) -> bool:
     return any(record.config.get(field) for field in ("target_size", "target_speed"))
 
 
+def _is_of_time(record: Record) -> bool:
+    """Whether the target, and what is gone so far, are shares of the seconds of decoding, and not of weights."""
+    return bool(record.config.get("target_speed"))
+
+
 def describe_run(record: Record) -> list[str]:
     """What happened, in three sentences or so."""
     kept, dense, target = record.kept, record.dense, find_target(record)
@@ -52,8 +64,9 @@ def describe_run(record: Record) -> list[str]:
     ]
     if kept and changed and dense:
         aim, state = f" (target {target:.2%})" if target else "", "gone" if takes_parts(record) else "zero"
+        what = f"{OF_TIME} is" if _is_of_time(record) else " of the prunable weights are"
         said.append(
-            f"So far {kept.sparsity:.2%} of the prunable weights are {state}{aim}, at a validation perplexity of "
+            f"So far {kept.sparsity:.2%}{what} {state}{aim}, at a validation perplexity of "
             f"{show(kept.perplexity)}; dense {show(dense.perplexity)}."
         )
     elif dense:
@@ -69,7 +82,8 @@ def describe_run(record: Record) -> list[str]:
 def list_tiles(record: Record) -> list[tuple[str, str, str]]:
     """The headline figures: (title, figure, words below it)."""
     target = find_target(record)
-    aim = f"target {target:.2%}" if target else ""
+    of_time = _is_of_time(record)
+    aim = f"target {target:.2%}{OF_TIME if of_time else ''}" if target else ""
     kept, dense, summary = record.kept, record.dense, record.summary
     state = "Weights gone" if takes_parts(record) else "Zero weights"
     tiles = []
@@ -84,7 +98,7 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
         else:
             tiles.append(("Uniform Wanda", show(p.uniform_wanda), "at the same sparsity"))
     elif kept and dense:
-        tiles.append((f"{state} so far", f"{kept.sparsity:.2%}", aim))
+        tiles.append((f"{'Time gone' if of_time else state} so far", f"{kept.sparsity:.2%}", aim))
         tiles.append(("Validation perplexity", show(kept.perplexity), f"dense {show(dense.perplexity)}"))
     if kept and dense:
         error = f"± {kept.kl_error:.4f}, " if kept.kl_error else ""
@@ -271,8 +285,8 @@ def list_facts(record: Record) -> list[tuple[str, str]]:
         ]
     for split in ("calibration", "validation"):
         if {split, f"{split}_windows", "window"} <= config.keys():
-            text = f"{config[split]}: {config[f'{split}_windows']} windows of {config['window']} tokens"
-            facts.append((f"{split.capitalize()} text", text))
+            windows = f"{config[f'{split}_windows']} windows of {config['window']} tokens"
+            facts.append((f"{split.capitalize()} text", f"{windows} of {name_text(config, split).replace('`', '')}"))
     agents = [f"{agent}: {config[agent]}" for agent in ("planner", "reflector") if agent in config]
     if agents:
         facts.append(("Agents", ", ".join(agents)))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.made_runs import CUT, add_round, begin_run, make_layers, write_run
-from tools.results.page.contents import describe_run, find_costs, find_limits, list_tiles
+from tools.results.page.contents import describe_run, find_costs, find_limits, list_facts, list_tiles
 from tools.results.page.record import read_run
 
 
@@ -19,6 +19,34 @@ def test_the_maps_are_of_the_weights_that_were_kept(tmp_path: Path) -> None:
     first, second = 1e-3 * 4 ** (1 / 3), 2 * 1e-4 * 10 ** (2 / 3)
     assert [cell.value for cell in costs] == pytest.approx([first, second, 2 * first, 1.5 * second])
     assert find_limits([record]) == pytest.approx((second, 2 * first))
+
+
+def test_texts_are_those_that_were_read(tmp_path: Path) -> None:
+    layers = make_layers()
+    named = {"text": {"prose": "pydoc", "code": "file:a.py"}, "text_weights": {"prose": 9, "code": 1}}
+    told = []
+    for name, more in (("mixed", {"questions": "file:q.jsonl", "calibration_mix": 0.5}), ("named", named)):
+        facts = dict(list_facts(read_run(begin_run(tmp_path / name, layers, **more))))
+        told += [facts["Calibration text"], facts["Validation text"]]
+    assert told == [
+        "16 windows of 512 tokens of pydoc, 50% of them questions with their answers",
+        "8 windows of 512 tokens of pydoc",
+        "16 windows of 512 tokens of each of prose (pydoc, weight 9), code (file:a.py, weight 1)",
+        "8 windows of 512 tokens of each of prose (pydoc, weight 9), code (file:a.py, weight 1)",
+    ]
+
+
+def test_what_a_speed_is_a_share_of_is_said(tmp_path: Path) -> None:
+    layers = make_layers()
+    run = begin_run(tmp_path / "fast", layers, target_speed=1.25)
+    add_round(run, 1, "accept", layers, sparsity=0.2)
+    unfinished = read_run(run)
+    assert describe_run(unfinished)[1].startswith("So far 20.00% of decoding time is gone, at a validation")
+    assert list_tiles(unfinished)[0] == ("Time gone so far", "20.00%", "")
+    summary = read_run(write_run(tmp_path / "demo")).summary
+    assert summary is not None
+    finished = unfinished.model_copy(update={"summary": summary.model_copy(update={"cut": CUT})})
+    assert list_tiles(finished)[0] == ("Weights gone", "45.00%", "target 45.00% of decoding time")
 
 
 def test_of_a_cut_weights_are_gone_and_what_that_made_of_the_model_is_told(tmp_path: Path) -> None:
