@@ -93,7 +93,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         pruned_words = continue_with(bench, state.accepted, prompts, session)
         cut, built = cut_away(bench, state, session)
         protocol = describe_protocol(config, bos=bench.windows.lead > 0)
-        origin = look_for_origin(config.model, protocol, session)
+        origin = look_for_origin(config, protocol, session)
         seconds = session.seconds
         summary = Summary(
             run=state.run,
@@ -178,10 +178,10 @@ def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutRes
     return result, built
 
 
-def look_for_origin(model: str, protocol: Protocol, session: Session) -> Origin | None:
+def look_for_origin(config: RunConfig, protocol: Protocol, session: Session) -> Origin | None:
     """The run that cut the dense model, where one did; where its files cannot be read, that is told in its stead."""
     try:
-        return find_origin(model, protocol)
+        return find_origin(config.model, protocol, config.model_dump(mode="json"))
     except UserError as error:
         session.warn(f"what the dense model was cut from is not told: {in_one_line(error, 200)}")
         return None

