@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from graph.config import RunConfig
+from graph.goals.schema import follow_new_texts
 from graph.planning.finalists import reserve_tokens
-from graph.planning.new_texts import count_new_tokens, list_unwritten
+from graph.planning.new_texts import count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.planning.plan import Plan
 from graph.planning.recipes import list_recipes
 from graph.state import State
@@ -108,24 +109,30 @@ class TokenBudget:
         An order that is `drafted` by curves that are not those that the plan asks for may be that of an earlier round,
         which the plan's own will hardly be: what is walked through for it is counted again.
         """
-        costs = self.list_costs(plan, order)
+        new = list_unwritten(plan, self.config)
+        config = follow_new_texts(self.config, new) if new else self.config
+        # with its new texts curves are of another mix, and every walk and trial is of more texts
+        costs = replace(self, config=config).list_costs(fit_to_new_texts(plan, config) if new else plan, order)
         if drafted:
             costs = {f"{name}, drafted" if order.id in name else name: tokens for name, tokens in costs.items()}
         extra = self.count_new(costs)
         if plan.reprofile:
             extra += count_profile(self.config)
-        extra += count_new_tokens(self.config, len(list_unwritten(plan, self.config)), accepted=True)
-        trial = count_rest(self.probed, order.id, self.trial)
+        extra += count_new_tokens(self.config, len(new), accepted=True)
+        if new:
+            trial = self.trial * len(config.text) // len(self.config.text)
+        else:
+            trial = count_rest(self.probed, order.id, self.trial)
         if trial + extra <= self.left:
             return ""
         polish = "polish, " if self.config.polish_tokens else ""
-        new = "new_texts, " if plan.new_texts else ""
+        more = "new_texts, " if plan.new_texts else ""
         known = "; or plan what was probed in this round" if self.probed else ""
-        new += "a mix with questions, " if plan.recipe.mix and self.config.mixes_questions else ""
+        more += "a mix with questions, " if plan.recipe.mix and self.config.mixes_questions else ""
         return (
             f"the plan takes {trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
             f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential or stages, tokens "
-            f"weighted, curves method, {polish}{new}or reprofile){known}"
+            f"weighted, curves method, {polish}{more}or reprofile){known}"
         )
 
 

@@ -1,6 +1,7 @@
 """Texts that a plan has the model write: what is refused in words, what the plan is then fitted to, what it costs."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from graph.goals.schema import Aim, Brief, NewText, follow_new_texts
 from graph.planning.approval import examine_edit
 from graph.planning.budget import TokenBudget
 from graph.planning.new_texts import check_new_texts, count_left, count_new_tokens, fit_to_new_texts, list_unwritten
+from graph.planning.orders import resolve
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.prices import describe_costs
 from graph.planning.texts import describe_shares
 from graph.runs.session import Session
 from graph.state import State
+from tests.situations import make_layers
 
 CONFIG = RunConfig(
     text={"code": "file:code.txt", "prose": "file:prose.txt"},
@@ -131,3 +134,21 @@ def test_planners_are_told_of_new_texts_where_a_goal_allows_any() -> None:
     answer = told.model_validate({"sparsity": 0.4, "new_texts": [TALES], "recipe": {"mix": {"code": 1}}})
     assert drop_schema(answer) == make_plan(TALES, recipe={"mix": {"code": 1}})
     assert "new_texts" not in make_plan().model_dump(), "plans without are written as they were"
+
+
+def test_a_plan_with_a_new_text_is_refused_by_what_it_then_takes() -> None:
+    """Its curves are of another mix, and its walks and its trial of one text more."""
+    plan, layers = make_plan(TALES, recipe={"statistics": "sequential"}), make_layers(1.0)
+    order = resolve(plan, layers, CONFIG)
+    before = TokenBudget(CONFIG, 0, CONFIG.validation_tokens)
+    before.pay(before.list_costs(plan, None))
+    assert before.tokens, "curves of the mix so far"
+    config = follow_new_texts(CONFIG, list_unwritten(plan, CONFIG))
+    fitted, begun = fit_to_new_texts(plan, config), before.tokens + count_new_tokens(CONFIG, 1, accepted=True)
+    after = replace(before, config=config, tokens=begun, counted=list(before.counted))
+    after.pay(after.list_costs(fitted, resolve(fitted, layers, config)))
+    spent = after.tokens + config.validation_tokens
+    for limit, refused in ((spent, False), (spent - 1, True)):
+        limited = replace(before, config=CONFIG.model_copy(update={"max_evaluated_tokens": limit}))
+        said = limited.refuse(plan, order)
+        assert bool(said) == refused and (not refused or "new_texts, or reprofile" in said)
