@@ -245,6 +245,8 @@ def test_export_packs_what_a_run_left(tmp_path: Path, monkeypatch: pytest.Monkey
             "model './two' is neither a directory, a .gguf file, package:NAME",
         ),
         (["one"], "one of the arguments --packed --gguf is required"),
+        (["one", "--packed", ""], "--packed and --gguf want a path, and it is empty"),
+        (["one", "--gguf", ""], "--packed and --gguf want a path, and it is empty"),
     ):
         capsys.readouterr()
         assert export.main(arguments) == 2

@@ -41,7 +41,7 @@ def test_second_moments_wait_until_a_recipe_needs_them(bench: Workbench) -> None
     profile = bench.profile(ignore, masks_only=True)
     assert bench.read_profile(profile).moments == {}
     bench.prune(profile, order_allocation(MASK, plan(bench, profile, 0.5, MASK)), ignore)
-    assert len(bench.index.read(".json")) == 2, "what was opened, and the dense model's losses"
+    assert len(bench.index.read(".json")) == 3, "what was checked, what was opened, and the dense model's losses"
     refitted = bench.prune(profile, order_allocation(REFIT, plan(bench, profile, 0.5)), ignore)
     assert bench.profiles.find_moments(profile) == whole.moments
     planned = bench.planned_sparsity(refitted)
