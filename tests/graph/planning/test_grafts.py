@@ -153,6 +153,8 @@ def test_a_probe_that_prunes_takes_the_room_of_the_last_round_at_hand() -> None:
     told = planner_messages(situation)[1].text
     assert "\nRounds at hand for `graft`: 1, 2, 3; a probe that prunes takes the place of round 2." in told
     assert "at hand" not in planner_messages(situate(kept=["1"]))[1].text, "a graft is of two"
+    deleted = situate(budget=budget, gone=[situation.kept[-1]])
+    assert deleted.list_at_hand().keys() == situation.list_at_hand().keys() - {2}, "a probe of an earlier round did"
     budget.probed.append(
         Probed(order="a", checkpoint="a", sparsity=0.45, tokens=64, losses={}, windows=[0], grafted=True)
     )
