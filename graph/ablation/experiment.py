@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from graph.ablation.arms import Arm, choose, make_config, price_recipe
-from graph.ablation.graph_arms import SHARED_FLAGS, run_graph
+from graph.ablation.graph_arms import list_shared_flags, run_graph
 from graph.ablation.rows import Ablation, Profiled, Row, conclude, judge_perplexity, judge_row
 from graph.ablation.settings import CHAT, FIXED, GRAPH, AblateSettings, list_arms, list_seeds
 from graph.ablation.tables import describe_row, write_tables
@@ -79,9 +79,9 @@ def _check_input(settings: AblateSettings, graph_flags: Sequence[str]) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
     if any(flag.partition("=")[0] == "--goal" for flag in graph_flags):
         raise UserError("give --goal before the lone --, and --judge: what the goal's texts count for every arm's row")
-    for flag in graph_flags:
-        name = flag.partition("=")[0]
-        if name in SHARED_FLAGS:
+    shared = list_shared_flags(settings)
+    for name in (flag.partition("=")[0] for flag in graph_flags):
+        if name in shared:
             raise UserError(f"{name} holds for every arm; give what is meant by it before the lone --")
     locate_model(settings.model)
     check_device(settings.device)

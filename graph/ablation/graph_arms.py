@@ -90,37 +90,39 @@ def _count_by_rule(run: Path) -> int:
     return list(planners.values()).count("heuristic")
 
 
-SHARED_FLAGS = {
-    f"--{name.replace('_', '-')}"
-    for name in (
-        *TeamSettings.model_fields,
-        *("target_sparsity", "max_layer_sparsity", "polish_tokens", "max_evaluated_tokens", "max_seconds"),
-        *("planner", "reflector"),
-    )
-}
-"""What a run of the graph has as all other arms do, or by the arm that it is."""
+LEFT_OPEN = {"max_iterations": 200, "patience": 200}
+"""What flags behind the lone -- may change, for the budget ends a run."""
+
+
+def list_shared_flags(settings: AblateSettings) -> set[str]:
+    """Options that a run of the graph has as all other arms do, or by the arm that it is."""
+    fields = {*TeamSettings.model_fields, *_list_fields("heuristic", settings)} - LEFT_OPEN.keys()
+    return {f"--{name.replace('_', '-')}" for name in fields}
 
 
 def _flags_of(arm: str, settings: AblateSettings) -> list[str]:
     """The options of a run of the graph that is this arm."""
-    planner = settings.planner if arm in CHAT else HEURISTIC
-    reflector = settings.reflector or planner if arm in CHAT and arm != "chat-alone" else HEURISTIC
     if arm == TOLD:
         settings = settings.model_copy(update={"text_weights": settings.told})
+    return [*_write_flags(_list_fields(arm, settings)), *_write_texts(settings), "--no-memory"]
+
+
+def _list_fields(arm: str, settings: AblateSettings) -> dict[str, Any]:
+    """Those options, but for named texts, by the names of their fields."""
+    planner = settings.planner if arm in CHAT else HEURISTIC
+    reflector = settings.reflector or planner if arm in CHAT and arm != "chat-alone" else HEURISTIC
     named = ("text", "text_weights", *(SPLITS if settings.text else ()))  # texts with names take the place of three
-    fields = {name: getattr(settings, name) for name in TeamSettings.model_fields if name not in named} | {
+    return {name: getattr(settings, name) for name in TeamSettings.model_fields if name not in named} | {
         "target_sparsity": settings.target_sparsity,
         "max_layer_sparsity": settings.max_layer_sparsity,
         "polish_tokens": settings.polish_tokens,
         "max_evaluated_tokens": settings.evaluated_tokens,
         "max_seconds": settings.seconds,
-        "max_iterations": 200,  # the budget ends the run
-        "patience": 200,
+        **LEFT_OPEN,
         "planner": planner,
         "reflector": reflector,
         "goal": settings.goal if arm in CHAT else "",
     }
-    return [*_write_flags(fields), *_write_texts(settings), "--no-memory"]
 
 
 def _write_flags(fields: Mapping[str, Any]) -> list[str]:

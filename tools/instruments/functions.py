@@ -354,7 +354,7 @@ def _refuse_if_none(figures: Sequence[Figures]) -> None:
 
 def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, windows: int) -> Figures:
     bench = round_.bench
-    dense = take_part(bench, bench.read_profile(round_.profile).dense, windows)
+    dense = bench.losses.take_part(bench.read_profile(round_.profile).dense, windows)
     figures: Figures = {
         "tokens": windows * bench.settings.window,
         "sparsity": round_figure(order.sparsity),
@@ -369,7 +369,7 @@ def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, win
     present: Evaluation | None = None
     if round_.present != DENSE and evaluation.finite and not order.alone:
         whole = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
-        present = take_part(bench, whole, windows)
+        present = bench.losses.take_part(whole, windows)
         figures["present_kl"] = round_figure(present.mean_kl)
         figures |= _round_change(*compare_kl(evaluation, present))
     if evaluation.texts:
@@ -384,9 +384,3 @@ def _describe_text(text: TextFigures) -> Figures:
 
 def _round_change(change: float, error: float | None) -> Figures:
     return {"kl_change": round_figure(change), "kl_change_error": round_figure(error)}
-
-
-def take_part(bench: "Workbench", evaluation: Evaluation, windows: int) -> Evaluation:
-    """Of losses on a part of the validation text, or on all of it, those that a probe of fewer windows has, too."""
-    places = bench.losses.list_part("validation", len(evaluation.kl))
-    return evaluation.take([places.index(window) for window in bench.losses.list_part("validation", windows)])

@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.instruments.comparisons import Figures, round_figure
-from tools.instruments.functions import Draft, Round, count_windows, probe, read_probed, take_part
+from tools.instruments.functions import Draft, Round, count_windows, probe, read_probed
 from tools.instruments.moves import LeverName, Point, go_to, move, refuse_idle_lever
 from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better
 
@@ -45,15 +45,16 @@ def search(
         raise ValueError("nothing to search over; give selectors of groups, or levers")
     names = list(dict.fromkeys([*selectors, *levers]))
     windows = count_windows(round_.bench, None, whole=False)
-    takes = round_.count_tokens(draft, windows * round_.bench.settings.window)
+    text = windows * round_.bench.settings.window
+    takes = round_.count_tokens(draft, text)
     if tokens < takes:
         raise ValueError(f"{tokens:,} tokens are less than one probe of {takes:,}; give it more")
     for lever in levers:
         refuse_idle_lever(draft, lever)
-    round_.admit([draft], windows * round_.bench.settings.window, 0)
+    round_.admit([draft], text, 0)
     for name in selectors:
         _refuse_idle(round_, draft, name)  # which measures the curves that all of them are by
-    paid = takes - round_.count_tokens(draft, windows * round_.bench.settings.window)
+    paid = takes - round_.count_tokens(draft, text)
     climb = _Climb(round_, draft, windows, tokens - paid)
     climb.try_out({})
     for step in STEPS:
@@ -151,14 +152,14 @@ class _Climb:
     def _read(self, figures: Figures) -> Evaluation:
         """The losses of a probe on the windows that it was measured on here; an earlier one may have more."""
         windows = figures["tokens"] // self._window
-        return take_part(self._round.bench, read_probed(self._round, figures["probe"]), windows)
+        return self._round.bench.losses.take_part(read_probed(self._round, figures["probe"]), windows)
 
     def _is_hopeless(self, figures: Figures) -> bool:
         """Whether what was measured of a point so far says that it is not better than the best."""
         losses, best = self._read(figures), self._losses[_key(self._best)]
         if not losses.finite:
             return True
-        return find_likelihood_better(losses, take_part(self._round.bench, best, len(losses.kl))) < HOPELESS
+        return find_likelihood_better(losses, self._round.bench.losses.take_part(best, len(losses.kl))) < HOPELESS
 
     def tell(self) -> Figures:
         """The plan at its best, and the table."""
@@ -181,7 +182,7 @@ class _Climb:
         ours, start = self._losses.get(_key(point)), self._losses[_key({})]
         change: tuple[float | None, float | None] = (None, None)
         if ours:  # none where it was not finite, or ended on half of the windows
-            change = compare_kl(ours, take_part(self._round.bench, start, len(ours.kl)))
+            change = compare_kl(ours, self._round.bench.losses.take_part(start, len(ours.kl)))
         return [point, figures["kl"], *map(round_figure, change), figures["tokens"], figures["probe"]]
 
 

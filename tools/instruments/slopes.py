@@ -2,7 +2,7 @@
 
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.comparisons import Figures, round_figure
-from tools.instruments.functions import Round, count_windows, take_part
+from tools.instruments.functions import Round, count_windows
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.layer_profile import group_layers
 from tools.workbench.slopes import STEP, Moved, move_groups
@@ -57,5 +57,5 @@ def _find_slope(round_: Round, found: Moved, before: Evaluation, points: float, 
     """Slope and error by a group's own points and by those of the model; None where a loss is not finite."""
     if not (found.losses.finite and before.finite):
         return [None] * 4
-    change, error = compare_kl(found.losses, take_part(round_.bench, before, len(found.losses.kl)))
+    change, error = compare_kl(found.losses, round_.bench.losses.take_part(before, len(found.losses.kl)))
     return [change / points, error / points, change / points / share, error / points / share]

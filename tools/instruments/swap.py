@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tools.instruments.comparisons import Figures, list_pairs, round_figure
-from tools.instruments.functions import Draft, Round, probe, read_probed, take_part
+from tools.instruments.functions import Draft, Round, probe, read_probed
 from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft, refuse_gone
 
@@ -32,7 +32,7 @@ def swap(round_: Round, selectors: Sequence[str], of: int, rest: int, *, whole: 
         told: Figures = {name: figures[name] for name in ("error", "probe", "sparsity", "kl") if name in figures}
         if "probe" in figures:
             own = read_probed(round_, figures["probe"])
-            theirs = take_part(bench, before, len(own.kl))
+            theirs = bench.losses.take_part(before, len(own.kl))
             if "texts" in figures:
                 told["texts"] = {name: {} for name in figures["texts"]}
             for whose, ours, others in list_pairs(told, own, theirs):

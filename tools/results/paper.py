@@ -18,9 +18,10 @@ PRESETS: dict[str, dict[str, str]] = {
 """Fields of a comparison by the name of a preset: the baselines of the paper at its sparsity, and its tasks."""
 
 OURS = "refit:kappa"
+"""Billhook's own recipe, in one shot."""
+
 ABOUT = 0.01
 """Sparsities nearer than this stand beside one another: parts that go whole come as near as they can."""
-"""Billhook's own recipe, in one shot."""
 
 MMLU, FREEBASEQA = ("mmlu", "acc"), ("freebaseqa", "exact_match")
 """Task and metric of the paper's two accuracies."""

@@ -189,8 +189,7 @@ class Evaluator:
             known = self._read(checkpoint, "validation") or self._read(checkpoint, PART)
             count = len(known.kl) if known else 0
             if known and count >= len(part):
-                places = self._losses.list_part("validation", count)
-                found[checkpoint] = known.take([places.index(window) for window in part])
+                found[checkpoint] = self._losses.take_part(known, windows)
             else:  # a smaller part is among the windows of this one
                 kept[checkpoint] = known
                 alike.setdefault(count, []).append(checkpoint)

@@ -61,6 +61,11 @@ class Losses:
         over it, and those of a smaller part among those of a greater one (`tools.texts.windows.spread_windows`)."""
         return self._windows.list_spread(split, -(-windows // max(len(self._windows.texts), 1)))
 
+    def take_part(self, evaluation: Evaluation, windows: int) -> Evaluation:
+        """Of losses on a part of the validation text, or on all of it, those of a smaller part, or of as many."""
+        places = self.list_part("validation", len(evaluation.kl))
+        return evaluation.take([places.index(window) for window in self.list_part("validation", windows)])
+
     def _name(self, evaluation: Evaluation, split: MeasuredText, windows: Sequence[int]) -> Evaluation:
         """With the texts that windows are of, and what these count."""
         texts = self._windows.name_each(split, windows)

@@ -243,10 +243,9 @@ class Pruner:
     def has_layers(self, checkpoint: str) -> bool:
         """Whether the artifacts of all layers of a checkpoint are on disk; what they were made by is known anyway."""
         try:
-            artifacts = set(self.list_artifacts(checkpoint).values()) - {DENSE}
+            return all(map(self._weights.is_there, self.list_artifacts(checkpoint).values()))
         except DamagedArtifact:
             return False
-        return all(self._store.path(artifact, ".safetensors").is_file() for artifact in artifacts)
 
     def forget(self, keep: list[str]) -> None:
         """Delete the layer artifacts that none of the checkpoints to keep refers to; their recipes stay known."""

@@ -104,7 +104,7 @@ class Weights:
 
     def install_all(self, artifacts: Mapping[str, str]) -> bool:
         """As `install`, of every layer; False where one is no longer on disk, and none is put in, or is damaged."""
-        there = all(self._is_there(artifact) for artifact in artifacts.values())
+        there = all(self.is_there(artifact) for artifact in artifacts.values())
         return there and all(self.install(name, artifact) for name, artifact in artifacts.items())
 
     def restore(self, artifacts: Mapping[str, str], make_again: Callable[[str], None]) -> list[str]:
@@ -113,7 +113,7 @@ class Weights:
         The names of the layers that differed.
         """
         changed = [name for name in self.by_name if self.installed[name] != artifacts[name]]
-        gone = [name for name in changed if not self._is_there(artifacts[name])]
+        gone = [name for name in changed if not self.is_there(artifacts[name])]
         if len(gone) > 1:  # as of a checkpoint that is no longer kept, which a fork goes back to
             self._warn(f"{len(gone)} layers are no longer on disk and are computed again")
         for name in changed:
@@ -123,7 +123,8 @@ class Weights:
                 make_again(name)
         return changed
 
-    def _is_there(self, artifact: str) -> bool:
+    def is_there(self, artifact: str) -> bool:
+        """Whether the weights of an artifact are to be had without making them again, as far as nobody reads them."""
         return artifact == DENSE or self._store.path(artifact, ".safetensors").is_file()
 
     def restore_dense(self) -> list[str]:
