@@ -16,6 +16,8 @@ def check_target(config: RunConfig) -> None:
             "first, then set zeros in what stays by a run with --model RUN/model --target-sparsity; both as flags of "
             "python -m graph.run do that"
         )
+    if config.takes_parts and config.max_layer_sparsity != RunConfig.model_fields["max_layer_sparsity"].default:
+        raise UserError("max_layer_sparsity bounds zeros, and a cut takes whole parts away; leave it out")
 
 
 def check_budget(config: RunConfig, name: str = "max_evaluated_tokens") -> None:

@@ -40,6 +40,12 @@ def lean_to_mean(square_O: Tensor, tokens: int, prior: int) -> Tensor:
     return (tokens * square_O + prior * square_O.mean()) / (tokens + prior)
 
 
+def lean_anew(leant_O: Tensor, tokens: int, counted: float, prior: int) -> Tensor:
+    """What `lean_to_mean` made of mean squares by so many `tokens`, (O,), as it makes it by as many as `counted`."""
+    mean = leant_O.mean()
+    return mean + (tokens + prior) / tokens * counted / (counted + prior) * (leant_O - mean)
+
+
 def sum_token_squares(x_TF: Tensor) -> Tensor:
     """Sum over features of the squares of each token: shape (T,), fp32."""
     return x_TF.float().square().sum(1)

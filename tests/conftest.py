@@ -134,4 +134,4 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def raw_gamma(monkeypatch: pytest.MonkeyPatch) -> None:
     """γ as the tokens have it: what a test asks of a tiny model may hang on that, for of few tokens it leans far."""
-    monkeypatch.setattr("tools.statistics.collect.PRIOR", 0)
+    monkeypatch.setattr("tools.statistics.known.PRIOR", 0)

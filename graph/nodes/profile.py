@@ -18,8 +18,9 @@ from graph.runs.directory import check_input, create_run
 from graph.runs.replay import read_target
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
-from tools.base.errors import BrokenBaseline, UnknownStatistics
+from tools.base.errors import BrokenBaseline, UnknownStatistics, UserError
 from tools.base.rundir import runs_directory
+from tools.base.settings import NO_STREAMED_POLISH
 from tools.measure.texts import list_texts
 from tools.plans.costs import count_profile, count_walk
 from tools.plans.cuts import Target
@@ -48,6 +49,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     state = state.model_copy(update={"run": name})
     session = enter("profile", state, runtime)
     with open_bench(state, session) as bench:
+        refuse_streamed_polish(bench, config)
         target = find_target(bench, state, session) if config.takes_parts else None
         if target:
             config = config.model_copy(update={"target_sparsity": target.share})
@@ -87,6 +89,12 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "foreseen": foreseen,
         "seconds": session.seconds,
     }
+
+
+def refuse_streamed_polish(bench: "Workbench", config: RunConfig) -> None:
+    """What options say of `--device stream`, of a model that `auto` streams. Raises UserError."""
+    if config.polish_tokens and any(layer.is_streamed for layer in bench.layers):
+        raise UserError(f"polish_tokens: {NO_STREAMED_POLISH}; leave it out, or give the model more memory")
 
 
 def find_target(bench: "Workbench", state: State, session: Session) -> Target:

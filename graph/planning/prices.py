@@ -71,20 +71,20 @@ def price_drafts(
     pace = paces.get(MEASURING, 0.0)
     known = find_known(budget.probed, tokens)
     only = alone or [""] * len(plans)
-    jobs = [(plan, _prune_alone(plan, selector, situation)) for plan, selector in zip(plans, only, strict=True)]
-    jobs = [(plan, order) for plan, order in jobs if order.id not in known]
-    measured = sum(count_rest(budget.probed, order.id, tokens) for _, order in jobs) + others
+    orders = [_prune_alone(plan, selector, situation) for plan, selector in zip(plans, only, strict=True)]
+    jobs = {order.id: (plan, order) for plan, order in zip(plans, orders, strict=True) if order.id not in known}
+    measured = sum(count_rest(budget.probed, order, tokens) for order in jobs) + others
     seconds = measured * pace
-    for plan, order in jobs:
+    for plan, order in jobs.values():
         costs |= budget.list_costs(plan, order if tokens else None)
         if tokens:
             whole = _expect_pruning(situation.orders.draft(plan), budget.config, paces)
             seconds += whole * (_count_share(order, situation.layers) if order.alone else 1.0)
-    unknown = (recipe for plan, _ in jobs for recipe in situation.orders.list_unknown(plan))
+    unknown = (recipe for plan, _ in jobs.values() for recipe in situation.orders.list_unknown(plan))
     curves = {name_measuring_curves(recipe): recipe for recipe in unknown}
     walk = count_walk(budget.config) * pace
     seconds += sum(expect_curves(recipe, paces, walk) for recipe in curves.values())
-    spared = any(not order.alone for _, order in jobs)  # by the trial that such a plan may have
+    spared = any(not order.alone for _, order in jobs.values())  # by the trial that such a plan may have
     return Price(measured + budget.count_new(costs), seconds, tokens if spared else 0)
 
 

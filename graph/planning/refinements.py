@@ -42,7 +42,7 @@ MASKS = Recipe(method="two-sided", refit=False)
 MISLED = 2.0
 """How many times the KL that the curves predict masks alone may measure before these are not gone by: at 40 % on
 SmolLM2 1.3 to 1.8 times on three texts, on Qwen2.5-Coder-1.5B 2.2 and 2.5 (gradients of 512 and 2,048 tokens). There
-HEDGED had 40 % less KL than STRONG at 60 %, before gamma leant to its mean (`tools.statistics.collect.PRIOR`), when
+HEDGED had 40 % less KL than STRONG at 60 %, before gamma leant to its mean (`tools.statistics.known.PRIOR`), when
 they were 1.6 to 2.3, and 4.5 and 9.6."""
 
 TOGETHER = {"refit_steps": FINE_STEPS, "damping": 0.2, "gamma": "clipped"}

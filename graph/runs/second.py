@@ -22,7 +22,7 @@ TARGETS = ("target_size", "target_speed")
 LEAST_RISE = 1e-6
 """Of a named text's perplexity that zeros may add where the cut took all that it may lose: no bound would be 0."""
 OF_CUTS = (*TARGETS, *CutSettings.model_fields)
-ONLY_SECOND = frozenset({*OF_ZEROS, *NOT_OF_CUTS})
+ONLY_SECOND = frozenset({*OF_ZEROS, *NOT_OF_CUTS, "max_layer_sparsity"})
 """Fields that the first run has no use for."""
 
 

@@ -83,6 +83,8 @@ def start_replay(runs_dir: Path, replay: str, name: str | None, flags: dict[str,
         raise UserError(f"the record of run {replay!r} holds no plan to repeat")
     second = read_second(runs_dir / replay, {option: flags[option] for option in flags if option not in OF_CUTS})
     again = read_config({**config.model_dump(), **_take_first(flags, second)}, None)
+    if other := [option for option in OF_CUTS if getattr(again, option) != getattr(config, option)]:
+        raise UserError(f"a replay takes away what run {replay!r} took away; leave {' and '.join(other)} out")
     return _create(runs_dir, name, f"{replay}-replay", again, replay, second)
 
 

@@ -1,4 +1,4 @@
-"""`python -m graph.ablate` with arms that are runs of the graph, in processes of their own."""
+"""`python -m graph.ablate` with arms that are runs of the graph, each in a fork in place of a process of its own."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ import pytest
 
 from graph.ablate import main
 from graph.ablation import graph_arms
-from tests.end_to_end.helpers import ROOT, TINY, at_home, end_forks, fork, read_run_config, read_summary
+from tests.end_to_end.helpers import TINY, at_home, end_forks, fork, read_run_config, read_summary
 from tests.named import WEIGHTS, flag_texts
 from tests.openai_server import OpenAIServer
 
@@ -39,10 +39,8 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     end_forks()
 
 
-def test_runs_of_the_graph_are_rows(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+@pytest.mark.usefixtures("forked")
+def test_runs_of_the_graph_are_rows(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "3", "--evaluated-tokens", "400"]
     with at_home(tmp_path), OpenAIServer(PLANS) as server:
         chat = ["--arms", "heuristic,chat-alone", "--planner", server.planner("fine")]

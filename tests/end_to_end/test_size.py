@@ -157,11 +157,20 @@ def test_of_a_streamed_model_it_is_the_same_but_not_timed(easy: Path, tiny_llama
 
 
 def test_replayed_and_with_workers_it_is_the_same(
-    easy: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    easy: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     runs = str(easy.parent)
     assert run_here("--replay", "run", "--name", "again", "--runs-dir", runs) == 0
     assert_same_weights(easy.parent / "again", easy)
+    capsys.readouterr()
+    assert run_here("--replay", "run", "--align", "3", "--target-size", "0.5", "--runs-dir", runs) == 2
+    assert capsys.readouterr().err == (
+        "error: a replay takes away what run 'run' took away; leave target_size and align out\n"
+    )
     mine = ["--workers", "2", "--runs-dir", str(tmp_path), "--max-iterations", "3"]
     teams = gather_teams(monkeypatch)
     assert run_here(*flags(tiny_llama, *mine)) == 0
@@ -353,6 +362,7 @@ def test_named_texts_are_read_by_what_they_count_and_bound_what_is_kept(
             ("--polish-tokens", "64"),
             "target_size takes whole parts away, and polish_tokens fits the survivors of zeros",
         ),
+        (("--max-layer-sparsity", "0.3"), "max_layer_sparsity bounds zeros, and a cut takes whole parts away"),
         (("--protect", "blocks 0"), "target_size takes whole parts away, and protect names layers that are never"),
         *(
             (

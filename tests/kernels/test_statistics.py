@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.statistics import (
     add_second_moment,
     clip_tokens,
+    lean_anew,
     lean_to_mean,
     level_of_each_weight,
     mean_absolute_gradient,
@@ -31,6 +32,7 @@ def test_mean_squares_of_few_tokens_lean_to_their_mean_which_stays() -> None:
     square = torch.tensor([0.0, 2.0])
     assert lean_to_mean(square, 3, 1).tolist() == [0.25, 1.75]
     assert lean_to_mean(square, 3, 0).tolist() == square.tolist()
+    torch.testing.assert_close(lean_anew(lean_to_mean(square, 3, 5), 3, 12, 5), lean_to_mean(square, 12, 5))
     many = lean_to_mean(make(300).square(), 512, 256)
     assert float(many.mean()) == pytest.approx(float(make(300).square().mean()), rel=1e-6)
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.statistics import lean_to_mean
 from tools.base.errors import UnknownStatistics
 from tools.base.progress import Progress, count_up
 from tools.base.settings import QUESTIONS, Calibration
@@ -26,7 +25,16 @@ from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.experts import FEW, count_seen, fill_up, fill_up_moments, list_pools
 from tools.statistics.extent import Extent, begin_walk, join_answers
-from tools.statistics.known import KeptBlocks, ModelStatistics, Way, know_nothing, mix_statistics, mix_tensors
+from tools.statistics.known import (
+    KeptBlocks,
+    ModelStatistics,
+    Way,
+    know_nothing,
+    lean,
+    mix_gamma,
+    mix_statistics,
+    mix_tensors,
+)
 from tools.statistics.requests import (
     ListStages,
     Parts,
@@ -41,11 +49,6 @@ from tools.statistics.requests import (
 from tools.statistics.shards import Sums
 from tools.statistics.walk import Purpose, Walk, split_texts
 from tools.statistics.walks import Nodes, layers_by_block
-
-PRIOR = 2048
-"""Tokens that a layer's mean over its outputs counts for in gamma (`lean_to_mean`): of 0 to 16,384 the best, or close,
-for a refit by gradients of 512, 2,048 and 8,192 tokens (SmolLM2, one text; tools/experiments/README.md, few
-gradients). Of several texts each one's leans by its own tokens."""
 
 
 class Moments(NamedTuple):
@@ -289,7 +292,7 @@ def _walk_down(
         for layer in layers:
             name = layer.name
             a_I = mix_tensors([part.mean_square[name] for part in masks or parts], shares)
-            gamma_O = mix_tensors([own.gradient_square[name] for own in masks or found], shares)
+            gamma_O = mix_gamma([own.gradient_square[name] for own in masks or found], shares, extent.gradients)
             known[name] = unchanged if dense is None else dense[name], a_I, gamma_O
         curves = team.ask(SumMaskCurves(walk, block, known))(ignore_ticks)
         for own, sums in zip(found, split_texts(join_answers(extent, curves), walk), strict=True):
@@ -302,7 +305,7 @@ def _walk_down(
 
 def _finish_gradients(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> ModelStatistics:
     """Gradients of a block's layers, from their sums over one text."""
-    tokens, part = extent.gradient_windows * extent.tokens, know_nothing()
+    tokens, part = extent.gradients, know_nothing()
     seen: dict[str, int] = {}
     for pool in list_pools(layers):
         seen |= {name: max(n, FEW) for name, n in count_seen(sums, pool, tokens).items()}
@@ -313,7 +316,7 @@ def _finish_gradients(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> Mo
         nothing_O = torch.zeros_like(layer.weight_OI[:, 0], dtype=torch.float32)
         for kind, square in (("plain", part.gradient_square), ("clipped", part.clipped_square)):
             mean_O = sums.get(f"{kind}/{name}", nothing_O).to(layer.device) / tokens
-            square[name] = lean_to_mean(mean_O, seen.get(name, tokens), PRIOR)
+            square[name] = lean(mean_O, seen.get(name, tokens))
         part.gradient[name] = float(sums.get(f"language/{name}", 0.0)) / extent.gradient_windows
     return part
 
@@ -344,7 +347,7 @@ def measure_kappa(
             found = [know_nothing() for _ in counting]
             for own, of_text in zip(found, split_texts(sums, walk), strict=True):
                 own.kappa |= finish_curves(of_text, extent, grouped[block])
-            part = mix_statistics(found, counting)
+            part = mix_statistics(found, counting, extent.gradients)
             statistics.take(part)
             if kept is not None:
                 kept.keep("down", block, part)
@@ -353,7 +356,7 @@ def measure_kappa(
 
 def finish_curves(sums: Sums, extent: Extent, layers: Sequence[Layer]) -> dict[str, list[float]]:
     """The KL curves of a block's layers, from their sums over one text."""
-    tokens = extent.gradient_windows * extent.tokens
+    tokens = extent.gradients
     for pool in list_pools(layers):
         fill_up(sums, "curve", pool, FEW, tokens)
     nothing = torch.zeros(len(LEVELS), dtype=torch.float64)  # of experts none of which these windows reached

@@ -56,6 +56,11 @@ class Extent(NamedTuple):
         return min(SHARDS, self.windows)
 
     @property
+    def gradients(self) -> int:
+        """Tokens of each text that gradients are taken of."""
+        return self.gradient_windows * self.tokens
+
+    @property
     def positions(self) -> int:
         """Tokens that layers read of all windows; where these are of several texts, whose shares are 1 in sum, of each
         text."""

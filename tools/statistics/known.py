@@ -1,6 +1,7 @@
 """What is known of every layer, and sums of that over several texts.
 
-All figures are means over tokens: those of several texts together are sums of each text's own, by its share.
+All figures are means over tokens: those of several texts together are sums of each text's own, by its share, of which
+gamma then leans to its mean by the tokens of all.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from kernels.statistics import lean_anew, lean_to_mean
 from tools.base.errors import UnknownStatistics
+
+PRIOR = 2048
+"""Tokens that a layer's mean over its outputs counts for in gamma (`lean_to_mean`): of 0 to 16,384 the best, or close,
+for a refit by gradients of 512, 2,048 and 8,192 tokens (SmolLM2, one text; tools/experiments/README.md, few
+gradients)."""
 
 
 @dataclass
@@ -57,8 +64,23 @@ def mix_tensors(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return total
 
 
-def mix_statistics(parts: Sequence[ModelStatistics], shares: Sequence[float]) -> ModelStatistics:
-    """What several texts together say, each by its share: all are means over tokens.
+def lean(square_O: Tensor, tokens: int) -> Tensor:
+    """Gamma of so many tokens of one text, (O,)."""
+    return lean_to_mean(square_O, tokens, PRIOR)
+
+
+def mix_gamma(parts: Sequence[Tensor], shares: Sequence[float], tokens: int) -> Tensor:
+    """Gamma (O,) of several texts by their shares, each of which leant by as many `tokens` of its own.
+
+    Together they are so many that they tell as much as 1 / sum of s^2 texts alike. Experts, which were sent fewer, are
+    taken at the same ratio: theirs leans further than it might.
+    """
+    mixed_O = mix_tensors(parts, shares)
+    return mixed_O if len(parts) == 1 else lean_anew(mixed_O, tokens, tokens / sum(s * s for s in shares), PRIOR)
+
+
+def mix_statistics(parts: Sequence[ModelStatistics], shares: Sequence[float], tokens: int) -> ModelStatistics:
+    """What several texts together say, each by its share: all are means over tokens, gradients over `tokens` of each.
 
     Experts are sent too few tokens where every text that counts sends them too few.
     """
@@ -66,17 +88,18 @@ def mix_statistics(parts: Sequence[ModelStatistics], shares: Sequence[float]) ->
     if len(parts) == 1:
         return first
 
-    def mix(figures: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: mix_tensors([own[name] for own in figures], shares) for name in figures[0]}
+    def mix(figures: Sequence[dict[str, Tensor]], *, leant: bool) -> dict[str, Tensor]:
+        by_name = {name: [own[name] for own in figures] for name in figures[0]}
+        return {x: mix_gamma(own, shares, tokens) if leant else mix_tensors(own, shares) for x, own in by_name.items()}
 
     def mix_curves(curves: Sequence[Sequence[float]]) -> list[float]:
         return [sum(s * kl for s, kl in zip(shares, level, strict=True)) for level in zip(*curves, strict=True)]
 
     few = set.intersection(*(set(part.few) for part in counting))
     return ModelStatistics(
-        mix([part.mean_square for part in parts]),
-        mix([part.gradient_square for part in parts]),
-        mix([part.clipped_square for part in parts]),
+        mix([part.mean_square for part in parts], leant=False),
+        mix([part.gradient_square for part in parts], leant=True),
+        mix([part.clipped_square for part in parts], leant=True),
         first.group,
         {x: sum(s * p.gradient[x] for p, s in zip(parts, shares, strict=True)) for x in first.gradient},
         {name: mix_curves([part.kappa[name] for part in parts]) for name in first.kappa},

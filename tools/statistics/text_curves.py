@@ -7,7 +7,7 @@ from tools.base.progress import Progress, count_up
 from tools.models.layers import Layer
 from tools.statistics.collect import finish_curves, group_layers
 from tools.statistics.extent import Extent, begin_walk, join_answers
-from tools.statistics.known import ModelStatistics, mix_tensors
+from tools.statistics.known import ModelStatistics, mix_gamma, mix_tensors
 from tools.statistics.requests import SumMaskCurves, Team
 from tools.statistics.walk import split_texts
 
@@ -33,7 +33,7 @@ def measure_text_curves(
                 layer.name: (
                     unchanged,
                     mix_tensors([part.mean_square[layer.name] for part in parts], shares),
-                    mix_tensors([part.gradient_square[layer.name] for part in parts], shares),
+                    mix_gamma([part.gradient_square[layer.name] for part in parts], shares, extent.gradients),
                 )
                 for layer in grouped[block]
             }

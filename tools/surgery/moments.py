@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor
 
 from kernels.channels import HalvedSums, InputMoments, MomentSums
-from tools.base.errors import UserError
+from tools.base.errors import UnknownStatistics
 from tools.surgery.parts import Part
 
 SEARCH_TOKENS = 1024
@@ -24,10 +24,12 @@ def count_searched(window: int) -> int:
 
 
 def finish_moments(sums: MomentSums | HalvedSums, part: Part) -> InputMoments:
+    """What was summed up of what a part's output projection reads. Raises UnknownStatistics where it is not finite."""
     try:
         return sums.finish()
     except ValueError as error:
-        raise UserError(f"{part.output.name}: {error} on the calibration text; try --dtype fp32 or bf16") from error
+        text = f"{part.output.name}: {error} on the calibration text; try --dtype fp32 or bf16"
+        raise UnknownStatistics(text) from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.channels import expand_units
-from tools.base.errors import BrokenPlan, UserError
+from tools.base.errors import BrokenPlan, UnknownStatistics, UserError
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
@@ -125,15 +125,16 @@ class Cuts:
         drawn = [self._seed] if self._seed else []  # by earlier versions as by seed 0
         key = self._name("curves of units", self._weights.hash_all_dense(), most.heads, most.neurons, *drawn)
 
+        kept = CurveFiles(self._unfinished / f"curves-{key[:16]}")
+
         def measure() -> dict[str, str]:
-            kept = CurveFiles(self._unfinished / f"curves-{key[:16]}")
             lead, seed = self._windows.lead, self._seed
             curves = measure_curves(self._model, most, self._text, progress, lead=lead, seed=seed, kept=kept)
-            made = {"curves": self._store.write_tensors(list_curves(curves))}
-            kept.forget()
-            return made
+            return {"curves": self._store.write_tensors(list_curves(curves))}
 
-        return read_curves(self._store.read_tensors(self._index.measure_files([key], measure)["curves"]))
+        made = self._index.measure_files([key], measure)
+        kept.forget()
+        return read_curves(self._store.read_tensors(made["curves"]))
 
     def _search(self, count: int, progress: Progress) -> Iterator[Drop]:
         """As many as `tools.surgery.blocks.drop_blocks` finds. Each is kept as it is found, and what it costs to drop a
@@ -184,7 +185,8 @@ class Cuts:
     def make(self, order: CutOrder, progress: Progress) -> tuple[Made, str]:
         """(the artifact of every layer, all of which are in the model; the artifact of which units stay).
 
-        What was made before is read back. Raises BrokenPlan for a layer whose fit has no answer, DamagedArtifact.
+        What was made before is read back. Raises BrokenPlan for a layer whose fit has no answer,
+        UnknownStatistics where what it reads is not finite, DamagedArtifact.
         """
         key = self._name("cut", order.model_dump())
         known = self._index.read(".json").get(key, "")
@@ -193,38 +195,43 @@ class Cuts:
             made, units = self._store.read_json(known)
             if self._store.has(units, ".safetensors") and self._weights.install_all(made):
                 return made, units
-        made, units = self._cut(order, progress)
-        kept = self._store.write_tensors(units)
-        for name, artifact in made.items():  # so that it is deleted with the others that no checkpoint needs
+        name = self._name("fits behind cuts", order.model_dump())
+        files = FitFiles(self._unfinished / f"fits-{name[:16]}", self._take_up)
+        try:
+            made = self._cut(order, files, progress)
+        except (BrokenPlan, UnknownStatistics):
+            self._index_layers(key, files.made)
+            files.forget()  # nobody carries it out again
+            raise
+        units = self._store.write_tensors(files.units)
+        self._index_layers(key, made)
+        self._index.add(key, self._store.write_json([made, units]))
+        files.forget()
+        return made, units
+
+    def _index_layers(self, key: str, made: Made) -> None:
+        """So that they are deleted with the others that no checkpoint needs."""
+        for name, artifact in made.items():
             if artifact != DENSE:
                 self._index.add(f"{key} {name}", artifact)
-        self._index.add(key, self._store.write_json([made, kept]))
-        return made, kept
 
-    def _cut(self, order: CutOrder, progress: Progress) -> tuple[Made, dict[str, Tensor]]:
-        """Put a cut of the dense weights into the model and on disk, block by block; (artifacts, which units stay)."""
+    def _cut(self, order: CutOrder, kept: FitFiles, progress: Progress) -> Made:
+        """Put a cut of the dense weights into the model and on disk, block by block; which units stay is in `kept`."""
         self._weights.restore_dense()
-        name = self._name("fits behind cuts", order.model_dump())
         curves = read_curves(self._store.read_tensors(order.parts))
-        kept = FitFiles(self._unfinished / f"fits-{name[:16]}", self._take_up)
         fits = make_fits(
             *(self._model, order.counts, curves, order.dropped, self._text, progress), refit=order.refit, kept=kept
         )
-        try:
-            with explain_layer("cutting the model"):
-                for fit in fits:
-                    kept.made |= self._install(fit)
-                    kept.units[f"{fit.part.kind}/{fit.part.block}"] = fit.units
-        except BrokenPlan:
-            kept.forget()  # nobody carries it out again
-            raise
-        kept.forget()
-        made, units = dict.fromkeys(self._weights.by_name, DENSE) | kept.made, kept.units
+        with explain_layer("cutting the model"):
+            for fit in fits:
+                kept.made |= self._install(fit)
+                kept.units[f"{fit.part.kind}/{fit.part.block}"] = fit.units
+        made = dict.fromkeys(self._weights.by_name, DENSE) | kept.made
         for block in order.dropped:
             for layer in self._weights.by_block[block]:
                 nothing_O = None if layer.bias_O is None else torch.zeros_like(layer.bias_O)
                 made[layer.name] = self._keep(layer, torch.zeros_like(layer.weight_OI), nothing_O)
-        return made, units
+        return made
 
     def _take_up(self, made: Mapping[str, str]) -> bool:
         """Put what was made before an interruption into the model; where a file is gone the dense weights."""

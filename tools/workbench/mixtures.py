@@ -48,7 +48,7 @@ class Mixtures:
         profile, KL curves alone are measured anew; where texts came to those of one, what layers read of the others.
         """
         mix = self._settings.text_shares
-        key = ["texts", *name_statistics(self._weights, self._settings, "text_weights"), kind]
+        key = ["texts, leant once", *name_statistics(self._weights, self._settings, "text_weights"), kind]
         known = self._index.read_measured(key)
         if known is None or not has_parts(self._store, known["parts"]):
             found, parts = self._collect_parts(progress, kind)
@@ -84,7 +84,7 @@ class Mixtures:
         self._refuse_infinite(found)
         for walk in walks:
             walk.forget()
-        return mix_statistics(found, self._shares)
+        return mix_statistics(found, self._shares, self._crew.extent.gradients)
 
     def _collect_parts(self, progress: Progress, kind: str) -> tuple[list[ModelStatistics], dict[str, TextPart]]:
         """What each text says, as it is known and as it is kept."""
@@ -143,7 +143,7 @@ class Mixtures:
         text: Calibration,
     ) -> str:
         """A profile that is the sum of what was `found` of each text."""
-        statistics = mix_statistics(found, list(mix.values()))
+        statistics = mix_statistics(found, list(mix.values()), self._crew.extent.gradients)
         stored = StoredProfile(
             layers=build_profile(self._weights.layers, statistics, self._weights.dense),
             means=write_means(self._store, statistics),

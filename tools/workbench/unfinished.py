@@ -13,8 +13,7 @@ from dataclasses import fields
 from torch import Tensor
 
 from tools.base.settings import TEAM, WorkbenchSettings
-from tools.statistics.collect import PRIOR
-from tools.statistics.known import ModelStatistics, Way
+from tools.statistics.known import PRIOR, ModelStatistics, Way
 from tools.workbench.store import Index
 from tools.workbench.weights import Weights
 

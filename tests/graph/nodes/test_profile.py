@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from graph.config import RunConfig
-from graph.nodes.profile import foresee_seconds, measure_dense
+from graph.nodes.profile import foresee_seconds, measure_dense, refuse_streamed_polish
 from graph.state import State
+from tools.base.errors import UserError
 from tools.base.progress import ignore_progress
 from tools.estimate import foreseen
 from tools.measure.losses import Evaluation
@@ -43,6 +44,15 @@ def test_a_run_goes_on_where_there_is_no_memory_for_it(error: Exception, monkeyp
 
     monkeypatch.setattr(foreseen, "foresee_paces", fail)
     assert foresee(planner="openai:x") == {}
+
+
+def test_a_model_that_auto_streams_is_not_polished_and_no_round_is_spent_on_it() -> None:
+    held, streamed = (SimpleNamespace(layers=[SimpleNamespace(is_streamed=streamed)]) for streamed in (False, True))
+    polished, plain = RunConfig(polish_tokens=4096), RunConfig()
+    for bench, config in ((held, polished), (held, plain), (streamed, plain)):
+        refuse_streamed_polish(bench, config)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^polish_tokens: a polish .* cannot be streamed; leave it out, or give "):
+        refuse_streamed_polish(streamed, polished)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

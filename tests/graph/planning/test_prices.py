@@ -45,6 +45,7 @@ def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before(
     assert one == Price(128 + count_walk(CONFIG) + walk, 1.28 + 7, 128)
     both = price_drafts([WALKED, MASK], 128, situate(exact=False), budget)
     assert both == Price(one.tokens + 128, 2.56 + 7 + 3, 128), "nobody knows yet how long a mask alone takes"
+    assert price_drafts([WALKED, WALKED], 128, situate(exact=True), budget) == one, "measured once, whoever asks twice"
     assert price_drafts([WALKED], 0, situate(exact=False), budget) == Price(count_walk(CONFIG), 3), "a prediction"
     budget.pay(budget.list_costs(WALKED, situate(exact=True).orders.draft(WALKED)))
     assert price_drafts([WALKED], 64, situate(exact=True), budget).tokens == 64, "what is paid for is not paid again"

@@ -24,10 +24,10 @@ from tools.models.blocks import Blocks
 from tools.models.layers import Layer, find_layers
 from tools.models.readout import compute_hidden, compute_logits
 from tools.plans.layer_profile import LEVELS
-from tools.statistics.collect import PRIOR, Progress, collect_moments, collect_statistics, measure_kappa
+from tools.statistics.collect import Progress, collect_moments, collect_statistics, measure_kappa
 from tools.statistics.extent import work_alone
 from tools.statistics.flow import CLIP
-from tools.statistics.known import ModelStatistics
+from tools.statistics.known import PRIOR, ModelStatistics
 from tools.statistics.requests import Here
 from tools.statistics.walk import Walk
 

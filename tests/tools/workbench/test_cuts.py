@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tools.models.streamed
+import tools.surgery.blocks
 import tools.workbench.bench
 import tools.workbench.cuts
 from tests.benches import artifact_path, damage, ignore, open_bench, same, snapshot
@@ -19,7 +20,7 @@ from tests.cuts import make_config, make_model, order_cut
 from tests.spread import lay_over
 from tests.team import join_team
 from tests.tiny import make_tiny_tokenizer, save_biased_model, save_tiny_model, tiny_settings
-from tools.base.errors import UserError
+from tools.base.errors import BrokenPlan, UserError
 from tools.base.settings import WorkbenchSettings
 from tools.measure.losses import Evaluation
 from tools.models.load import load_model
@@ -153,6 +154,28 @@ def test_whole_blocks_go(architecture: str, tmp_path: Path, workbench_closed: No
     assert bench.pruner.build_cut(DENSE) is None
     bench.restore(DENSE)
     assert same(snapshot(bench), dense)
+
+
+def test_a_cut_whose_fit_is_not_finite_breaks_its_plan_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workbench_closed: None
+) -> None:
+    bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
+    profile = bench.profile_bare(ignore)
+    order = order_cut(bench, profile)
+    finish, before = tools.surgery.blocks.finish_moments, set((tmp_path / "run").rglob("*.safetensors"))
+
+    def overflow(sums: Any, part: Any) -> Any:
+        if part.block:
+            sums._halves[0].product_II[0, 0] = math.inf
+        return finish(sums, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.surgery.blocks, "finish_moments", overflow)
+        with pytest.raises(BrokenPlan, match=r"^model\.layers\.1\..* is not finite "):
+            bench.prune(profile, order, ignore)
+    bench.forget_checkpoints([DENSE])
+    assert set((tmp_path / "run").rglob("*.safetensors")) <= before
+    assert bench.pruner.build_cut(bench.prune(profile, order, ignore)) is not None, "nor is anything else the worse"
 
 
 def test_what_was_measured_before_an_interruption_is_not_measured_again(

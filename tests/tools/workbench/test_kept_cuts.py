@@ -17,12 +17,17 @@ from tools.plans.cuts import CutOrder, Parts
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
 from tools.workbench.bench import Workbench
+from tools.workbench.cuts import Cuts
 
 BLOCKS = 4
 
 
 class Killed(BaseException):
     """Nobody catches it."""
+
+
+def kill(*_: Any) -> None:
+    raise Killed
 
 
 def die_at(step: str, done: int) -> Progress:
@@ -154,6 +159,23 @@ def test_a_cut_is_fitted_on_from_the_block_that_it_had_come_to(
     assert told == [block for block in range(at, BLOCKS + 1) if block not in dropped]
     assert same(snapshot(bench), made)
     assert not (bench.directory / UNFINISHED).exists(), "all that was kept of a walk went with it"
+
+
+def test_a_cut_that_is_killed_behind_its_fits_makes_the_last_of_them_again(
+    reopen: Callable[[str], Workbench], monkeypatch: pytest.MonkeyPatch, workbench_closed: None
+) -> None:
+    bench = reopen("whole")
+    parts, profile = measure(bench), bench.profile_bare(ignore)
+    expected = bench.prune(profile, order(bench, parts, (1,)), ignore)
+    bench = reopen("killed")
+    measure(bench)
+    with monkeypatch.context() as patch:
+        patch.setattr(Cuts, "_index_layers", kill)
+        with pytest.raises(Killed):
+            bench.prune(profile, order(bench, parts, (1,)), ignore)
+    told, bench = list[int](), reopen("killed")
+    again = bench.prune(profile, order(bench, parts, (1,)), lambda step, done, _of: told.append(done))
+    assert again == expected and min(told) == BLOCKS - 1
 
 
 def test_a_cut_of_which_a_layer_is_damaged_is_fitted_from_the_first_block(

@@ -59,7 +59,6 @@ LABELS = (
 )
 
 
-@pytest.mark.usefixtures("raw_gamma")
 def test_a_sum_is_a_profile_of_the_mixed_text(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of both texts, one behind the other, as one text."""
     profile = named.profile(ignore)
