@@ -14,7 +14,6 @@ from graph.ablation.experiment import ablate
 from graph.ablation.settings import AblateSettings
 from tools.base.console import carry_out
 from tools.base.options import Parser, add_flags, parse_flags, read_options
-from tools.base.secrets import read_secrets
 
 
 def make_parser() -> Parser:
@@ -35,7 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     Whatever stands behind `--` is handed on to the runs of the graph, such as prices and time-outs.
     """
-    read_secrets()
     given = sys.argv[1:] if arguments is None else arguments
     own, graph_flags = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     return carry_out(lambda: _obey(own, graph_flags))

@@ -32,8 +32,11 @@ MODEL_WORDS = (
 )
 Agent = Literal["planner", "reflector"]
 PRICES = ("planner_price_input", "planner_price_output", "reflector_price_input", "reflector_price_output")
-CHANGEABLE = ("max_agent_tokens", "max_agent_cost", "memory", *PRICES, *TEAM)
-"""Fields that may change while a run goes on; they have no part in what is pruned."""
+CHANGEABLE = (
+    *("max_agent_tokens", "max_agent_cost", "memory", *PRICES, *TEAM),
+    *("agent_timeout", "agent_retries", "planner_fallback"),
+)
+"""Fields that may change while a run goes on: they have no part in what a plan prunes, and mend what ends a run."""
 
 NOT_OF_CUTS = {
     "pattern": "is of zeros",

@@ -115,16 +115,22 @@ def _find_snapshot(app: App, work: Work) -> tuple[StateSnapshot, RunnableConfig]
     last = app.get_state(work.settings)
     if _belongs(last, work):
         return last, work.settings
-    for snapshot in app.get_state_history(work.settings):
+    history = list(app.get_state_history(work.settings))
+    owners = {str(snapshot.values["run"]) for snapshot in history if snapshot.values.get("run")}
+    if work.name not in owners:  # its checkpoints before the first that names it would pass for this run's
+        owner = min(owners)
+        raise UserError(
+            f"{work.directory} is a copy of run {owner!r}, or was once called so, and its checkpoints are that run's; "
+            f"call the directory {owner!r} again to go on"
+        )
+    for snapshot in history:
         if _belongs(snapshot, work):
             named = {**work.settings["configurable"], **snapshot.config["configurable"]}
             return snapshot, {**work.settings, "configurable": named}
-    if last.values.get("run", work.name) == work.name:
-        raise UserError(
-            f"run {work.name!r} cannot go on: its events.jsonl and its checkpoints are not of one time; "
-            f"{advise(work.directory)}"
-        )
-    raise UserError(f"the checkpoints of run {work.name!r} are gone; its thread holds those of {last.values['run']!r}")
+    raise UserError(
+        f"run {work.name!r} cannot go on: its events.jsonl and its checkpoints are not of one time; "
+        f"{advise(work.directory)}"
+    )
 
 
 def _belongs(snapshot: StateSnapshot, work: Work) -> bool:

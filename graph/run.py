@@ -99,8 +99,8 @@ def _port(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 stopped but resumable, 2 bad input."""
-    read_secrets()
     try:
+        read_secrets()
         options, flags = parse_flags(make_parser(), RunConfig, sys.argv[1:] if arguments is None else arguments)
         if options.runs_dir:
             os.environ[RUNS_DIR_VARIABLE] = options.runs_dir
@@ -128,10 +128,10 @@ def _begin(options: argparse.Namespace, flags: dict[str, Any]) -> Work:
     if options.resume is not None:
         if options.name:
             raise UserError("--resume takes the run's name itself; leave --name out")
-        if options.replay:
+        if options.replay is not None:
             raise UserError("--resume goes on with a replay as well; leave --replay out")
         return resume(runs_dir, options.resume, flags, path)
-    if options.replay:
+    if options.replay is not None:
         if options.config:
             raise UserError("--replay takes the config of the run itself; leave --config out")
         if "approve" in flags:
@@ -157,6 +157,8 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
     if options.resume is not None:
         raise UserError("--dry-run is about a new run; leave --resume out")
+    if options.replay is not None:
+        raise UserError("--dry-run is about a new run; leave --replay out, or give --config runs/NAME/config.yaml")
     first, second = read_configs(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
     devices = None if options.device_memory is None else read_devices(options.device_memory)
     configs = [first] if second is None else [first, second]

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from tools.base.console import carry_out
 from tools.base.options import Parser, add_flags, parse_flags, read_options
-from tools.base.secrets import read_secrets
 from tools.experiments.comparison import CompareSettings, compare, show_needs
 from tools.results.paper import PRESETS
 
@@ -49,7 +48,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 interrupted (the same command goes on), 2 bad input."""
-    read_secrets()
     given = sys.argv[1:] if arguments is None else arguments
     return carry_out(lambda: _obey(given))
 

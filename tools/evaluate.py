@@ -13,7 +13,6 @@ from rich.console import Console
 
 from tools.base.console import carry_out, print_line
 from tools.base.options import Parser, add_flags, parse_flags, read_options
-from tools.base.secrets import read_secrets
 from tools.experiments.evaluation import EvaluateSettings, evaluate
 from tools.results.evaluation import describe_line, list_lines, make_table
 
@@ -34,7 +33,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 interrupted (the same command goes on), 2 bad input."""
-    read_secrets()
     given = sys.argv[1:] if arguments is None else arguments
     return carry_out(lambda: _obey(given))
 

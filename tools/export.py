@@ -6,6 +6,7 @@ for llama.cpp, of a run whose model was such a file.
 """
 
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -74,7 +75,8 @@ def export_gguf(source: str, path: Path, dense: str, console: Console) -> None:
             )
         aside.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
     print_line(console, f"{path}: {show_size(path.stat().st_size)}, read back to the bit")
 
 

@@ -13,13 +13,11 @@ from tools.base.errors import UserError
 from tools.base.files import explain_unwritable, write_text
 from tools.base.options import Parser
 from tools.base.rundir import is_torn, list_places, runs_directory
-from tools.base.secrets import read_secrets
 from tools.results.page.page import write_page
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 interrupted, 2 bad input."""
-    read_secrets()  # so that none of them stays in a page
     given = sys.argv[1:] if arguments is None else arguments
     return carry_out(lambda: _obey(given))
 

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from graph.config import HEURISTIC
 from tools.base.errors import UserError
 from tools.base.named import Texts, Weights
 from tools.base.options import join_list
@@ -132,6 +133,12 @@ class AblateSettings(PolishSettings, TeamSettings):
         """What the texts at hand count by judge; empty where none of them counts."""
         weights = {name: self.judge.get(name, 0.0) for name in self.text}
         return weights if any(weights.values()) else {}
+
+    @field_validator("planner", "reflector", mode="after")
+    @classmethod
+    def _name_no_model(cls, value: str) -> str:
+        """Every run's config names the rule, which is no chat model."""
+        return "" if value == HEURISTIC else value
 
     @field_validator("arms", "seeds", mode="before")
     @classmethod

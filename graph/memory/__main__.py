@@ -31,8 +31,8 @@ WORDS = {EXPERIENCE: "trial", NOTES: "note"}
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 2 bad input."""
-    read_secrets()
     try:
+        read_secrets()
         options = _parse(sys.argv[1:] if arguments is None else arguments)
         for variable, value in ((RUNS_DIR_VARIABLE, options.runs_dir), (STATE_VARIABLE, options.state)):
             if value:

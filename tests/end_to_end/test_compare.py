@@ -101,6 +101,11 @@ def test_interrupted_and_gone_on_with_by_the_same_command(
         (["--recipes", "wanda:nonsense"], "recipe 'wanda:nonsense': there is no allocation 'nonsense'; "),
         (["--recipes", "nonsense:owl", "--dry-run"], "recipe 'nonsense:owl': method: "),
         (["--sparsity", "45"], "sparsity '45' must lie between 0 and 1, such as 0.45"),
+        (["--sparsity", "0.97"], "sparsity 0.97 is above the 0.95 of max_layer_sparsity; ask for less, or raise that"),
+        *(
+            (["--recipes", "refit~0.5cdoe~0.5prose:uniform", *dry], "mix weighs 'cdoe', and this run has neither ")
+            for dry in ([], ["--dry-run"])
+        ),
         (["--sparcity", "0.45"], "unknown option '--sparcity'; did you mean --sparsity?"),
         (["--out", "file"], "--out file cannot be written: "),
         (["--out", ""], "out: "),

@@ -174,6 +174,7 @@ def test_every_config_is_shown_where_its_model_can_be_had(file: Path, command: C
         (["--model", "nowhere.json"], "model config nowhere.json does not exist; give the path of a config.json"),
         (["--test", "file:missing.txt"], "text file missing.txt does not exist"),
         (["--target-sparsity", "45"], "target_sparsity: 45 looks like a percentage"),
+        (["--replay", "x"], "--dry-run is about a new run; leave --replay out, or give --config runs/NAME/config.yaml"),
         (["--resume", "x"], "--dry-run is about a new run; leave --resume out"),
         (["--device-memory", "much"], "device memory 'much' is neither GB, such as 80, nor COUNTxGB, such as 8x80"),
         (["--device", "spread"], "torch sees no GPU here to spread the model over; plan for others with --device-mem"),

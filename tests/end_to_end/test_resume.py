@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,18 @@ def test_a_changed_config_is_refused_by_its_fields(easy: Easy, tmp_path: Path, c
     config.write_text(written)
     file.write_text(written)
     assert command("--resume", "run", "--config", "mine.yaml", "--tau", "0.15").code == 0
+    assert_same(run, easy)
+
+
+def test_a_copy_of_a_run_is_not_begun_again_in_its_place(easy: Easy, tmp_path: Path, command: Command) -> None:
+    run = stop_in("plan", SAVE, easy, tmp_path)
+    shutil.copytree(run, tmp_path / "runs" / "copy")
+    before = (run / "events.jsonl").read_bytes()
+    done = command("--resume", "copy")
+    assert (done.code, done.out) == (2, "")
+    assert "copy is a copy of run 'run', or was once called so, and its checkpoints are that run's; " in done.err
+    assert (run / "events.jsonl").read_bytes() == before
+    assert command("--resume", "run", "--agent-timeout", "30").code == 0
     assert_same(run, easy)
 
 

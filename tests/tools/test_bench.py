@@ -83,6 +83,12 @@ def test_a_streamed_model_beside_its_bare_forward(tiny_llama: Path, tmp_path: Pa
     assert min(min(*result.seconds, *result.reference_seconds) for result in report.results) > 0
 
 
+def test_a_streamed_model_is_not_polished_behind_all_else(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*tiny_flags(tiny_llama), "--device", "stream"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: polish: a polish holds ") and "leave it out with --only, or use another" in said
+
+
 def test_only_what_was_asked_for_in_the_usual_order(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 from tools.base.errors import DamagedArtifact, UserError
 from tools.base.options import refuse
 from tools.base.progress import Progress, name_step
+from tools.base.secrets import read_secrets
 
 STOPPED = "stopped; the rows that are done are kept, and the same command goes on"
 
@@ -20,9 +21,11 @@ STOPPED = "stopped; the rows that are done are kept, and the same command goes o
 def carry_out(work: Callable[[], object], stopped: str = STOPPED) -> int:
     """The exit code of a command: 0 done, 1 interrupted, which `stopped` tells, 2 bad input, which is told.
 
-    SIGTERM interrupts as Ctrl-C does, so that nothing that was started stays behind.
+    SIGTERM interrupts as Ctrl-C does, so that nothing that was started stays behind. Keys of `.env` are there for the
+    work, and none of them stays in what it writes.
     """
     try:
+        read_secrets()
         with _interrupted_by(signal.SIGTERM):
             work()
     except UserError as error:

@@ -10,6 +10,7 @@ settings = read_options(Settings, flags, Path(options.config), ignore_unknown=Tr
 import argparse
 import difflib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
@@ -126,6 +127,9 @@ def check_options(model: type[Options], values: dict[str, Any]) -> Options:
         near = difflib.get_close_matches(unknown[0], model.model_fields, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see --help for all fields"
         raise UserError(f"unknown field {unknown[0]!r}{hint}")
+    for name, value in values.items():
+        if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
+            raise UserError(f"{name}: {value!a} is not UTF-8; give files and directories names that are")
     try:
         return model.model_validate(values, context={READS_FILES: True})
     except ValidationError as error:
@@ -137,17 +141,35 @@ def join_list(value: Any) -> str:
     return ",".join(str(part) for part in (value if isinstance(value, list) else [value]))
 
 
+class _Loader(yaml.SafeLoader):
+    """As YAML 1.2 has it, in which 2:4 is no number of base 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if not tag.endswith((":int", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file, unchecked. Raises UserError when it cannot be read."""
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise UserError(f"config file {path} does not exist; Billhook's own are in configs/: {known}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} is not YAML: {in_one_line(error, 200)}") from error
+    if values is None:  # an empty file, or one of comments
+        return {}
     if not isinstance(values, dict):
         raise UserError(f"config file {path} must hold one 'field: value' a line")
     return {str(key): value for key, value in values.items()}

@@ -6,15 +6,22 @@ import re
 
 from dotenv import dotenv_values
 
+from tools.base.errors import UserError, in_one_line
+
 _SUFFIXES = ("_API_KEY", "_TOKEN")
 
 
 def read_secrets() -> None:
     """Put the keys of `.env` in the present directory into the environment, where it has none.
 
-    Only names that end in _API_KEY or _TOKEN are taken; options are not read from there.
+    Only names that end in _API_KEY or _TOKEN are taken; options are not read from there. Raises UserError where it is
+    not UTF-8.
     """
-    for name, value in dotenv_values(".env").items():
+    try:
+        values = dotenv_values(".env")
+    except UnicodeDecodeError as error:
+        raise UserError(f".env is not UTF-8 text: {in_one_line(error, 200)}; save it as that") from error
+    for name, value in values.items():
         if value and name.endswith(_SUFFIXES):
             os.environ.setdefault(name, value)
 

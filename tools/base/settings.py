@@ -46,7 +46,7 @@ TEXT_SOURCE = f"{', '.join(TEXT_FORMS[:-1])} or {TEXT_FORMS[-1]}"
 class LoadSettings(BaseModel):
     """How a model is loaded."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Number format the model is loaded, pruned and saved in."
@@ -65,7 +65,7 @@ class LoadSettings(BaseModel):
 class TaskSettings(BaseModel):
     """Tasks of lm-evaluation-harness, and how they are asked."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     tasks: list[str] = Field(
         [],
@@ -120,7 +120,7 @@ class CutSettings(BaseModel):
 class PolishSettings(BaseModel):
     """How far survivors may be fitted once all is pruned."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     polish_tokens: int = Field(
         0,
@@ -364,6 +364,7 @@ class TeamSettings(WorkbenchSettings):
     @field_validator("workers", mode="before")
     @classmethod
     def _explain_workers(cls, value: Any) -> Any:
+        value = str(value) if type(value) is int else value  # as YAML has it
         if isinstance(value, str) and re.match(WORKERS_FORM, value) is None:
             raise ValueError("write a number from 1 to 99, auto or ray://HOST:PORT, or leave it out")
         return value

@@ -21,6 +21,7 @@ from tools.plans.costs import count_polish
 from tools.plans.evolve import EFFORTS, EffortName, describe_effort, follow_effort
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, LABELS_OF_PARTS, Job, list_jobs, list_standing
 from tools.plans.methods import METHODS, name_sequential
+from tools.plans.mix import refuse_unknown
 from tools.plans.recipe import Recipe
 from tools.plans.rules import name_allocations
 from tools.results.comparison import (
@@ -119,20 +120,30 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
 
 def _check_input(settings: CompareSettings, jobs: list[Job]) -> None:
     """Refuse what can be refused before anything is loaded. Raises UserError."""
-    _refuse_polish(settings, jobs)
+    _refuse_jobs(settings, jobs)
     locate_model(settings.model)
     check_device(settings.device)
     check_texts(settings)
     refuse_shared_questions(settings, settings)
 
 
-def _refuse_polish(settings: CompareSettings, jobs: list[Job]) -> None:
-    """Raises UserError where there is too little text, or too few tokens, for a polish that is asked for."""
+def _refuse_jobs(settings: CompareSettings, jobs: list[Job]) -> None:
+    """Raises UserError where there is too little text, or too few tokens, for a polish that is asked for, where a
+    mixture weighs what is no text, and where all sparsities lie above that of any layer."""
+    recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
     try:
-        for tokens in {job.recipe.polish_tokens for job in jobs if isinstance(job.recipe, Recipe)} - {0}:
+        for tokens in {recipe.polish_tokens for recipe in recipes} - {0}:
             count_polish(settings, tokens)
+        for recipe in recipes:
+            refuse_unknown(recipe.mix, settings.mixable)
     except ImpossiblePlan as error:
         raise UserError(str(error)) from error
+    least = min(job.sparsity for job in jobs)
+    if least > settings.max_layer_sparsity:
+        raise UserError(
+            f"sparsity {least:g} is above the {settings.max_layer_sparsity:g} of max_layer_sparsity; ask for less, or "
+            "raise that"
+        )
 
 
 def _read_comparison(directory: Path, settings: CompareSettings) -> tuple[Comparison | None, CompareSettings]:
@@ -270,7 +281,7 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
     from tools.estimate.show import print_estimate
 
     jobs = list_jobs(settings.recipes, settings.sparsity, settings.polish_tokens)
-    _refuse_polish(settings, jobs)
+    _refuse_jobs(settings, jobs)
     check_texts(settings)
     recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
     polished = [(job.recipe.polish_tokens, job.sparsity) for job in jobs if isinstance(job.recipe, Recipe)]

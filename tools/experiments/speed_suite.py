@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tools.base.errors import UserError
 from tools.base.progress import ignore_progress
+from tools.base.settings import NO_STREAMED_POLISH
 from tools.experiments.speed import OTHER_SPARSITY, BenchSettings, Site
 from tools.experiments.speed_plans import bench_allocation
 from tools.experiments.speed_polish import bench_polish
@@ -60,6 +61,8 @@ def run_benchmarks(
             with use_workbench(settings, Path(directory), warn, ignore_progress) as bench:
                 _refuse_sparse(bench)
                 _refuse_small_disk(bench)
+                if "polish" in names and bench.layers[0].is_streamed:
+                    raise UserError(f"polish: {NO_STREAMED_POLISH}; leave it out with --only, or use another --device")
                 site = Site(bench, settings)
                 if bench.device.type == "cuda":
                     report.device = torch.cuda.get_device_name(bench.device)

@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
+from tools.base.errors import ImpossiblePlan
 from tools.base.named import NAME
 from tools.base.settings import QUESTIONS, RUN
 
@@ -90,3 +91,14 @@ def parse_mix(marks: str | None) -> dict[str, float]:
     if len(mix) < len(found):
         raise ValueError(f"a text stands in {marks!r} twice")
     return mix
+
+
+def refuse_unknown(mix: Mix, texts: Sequence[str]) -> None:
+    """Raises ImpossiblePlan where a mixture weighs what is none of the texts."""
+    if not (unknown := [name for name, _ in mix if name not in texts]):
+        return
+    raise ImpossiblePlan(
+        f"mix weighs {unknown[0]!r}, which is none of the texts {', '.join(texts)}"
+        if texts
+        else f"mix weighs {unknown[0]!r}, and this run has neither named texts nor questions; leave it out"
+    )

@@ -74,7 +74,8 @@ def read_questions(source: str) -> Iterator[Question]:
     seen: set[str] = set()
     with explain_unreadable("source of questions", source):
         for row in open_rows(source):
-            for record in row["Questions"] if isinstance(row.get("Questions"), list) else [row]:
+            own = row.get("Questions")  # in large files datasets gives one of them a row
+            for record in own if isinstance(own, list) else [own] if isinstance(own, dict) else [row]:
                 question = _read_record(record, source)
                 key = question.question.casefold()
                 if question.answers and key not in seen:

@@ -14,6 +14,7 @@ from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import QUESTIONS, RUN, Calibration, WorkbenchSettings
 from tools.measure.losses import Evaluation, SoFar
+from tools.plans.mix import refuse_unknown
 from tools.plans.paces import MEASURING, Paces, time_work
 from tools.plans.recipe import Recipe
 from tools.statistics.collect import Moments, collect_questions, collect_statistics
@@ -241,13 +242,8 @@ class Profiles:
             raise ImpossiblePlan(
                 "tokens are not weighted in mixtures of experts, each of which reads other ones; leave tokens even"
             )
-        texts, windows = self._settings.mixable, self._settings.calibration_windows
-        if unknown := [name for name, _ in recipe.mix if name not in texts]:
-            raise ImpossiblePlan(
-                f"mix weighs {unknown[0]!r}, which is none of the texts {', '.join(texts)}"
-                if texts
-                else f"mix weighs {unknown[0]!r}, and this run has neither named texts nor questions; leave it out"
-            )
+        refuse_unknown(recipe.mix, self._settings.mixable)
+        windows = self._settings.calibration_windows
         if recipe.mix and self._settings.mixes_questions and QUESTIONS not in self._windows.mixed:
             raise ImpossiblePlan(
                 f"mix needs {windows} windows of questions that are in no other text; there are fewer, or one of them "

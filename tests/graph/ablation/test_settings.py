@@ -16,6 +16,8 @@ def test_arms_with_chat_need_a_planner() -> None:
     assert list_arms(AblateSettings(arms="fixed,grid", polish_tokens=4096)) == [*FIXED, "grid"]
     with pytest.raises(UserError, match=r"^the arm chat-alone needs a chat model: give --planner, such as openai:NAME"):
         list_arms(AblateSettings(arms="kappa,chat-alone"))
+    of_a_run = AblateSettings(planner="heuristic", reflector="heuristic")
+    assert list_arms(of_a_run) == list_arms(AblateSettings()), "every run's config names the rule"
     with pytest.raises(UserError, match=r"^there is no arm 'kapa'; choose among chat, chat-alone, chat-bare, "):
         list_arms(AblateSettings(arms="kapa"))
 

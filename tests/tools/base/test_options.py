@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tools.base.errors import UserError
 from tools.base.options import CONFIGS, Parser, add_flags, check_options, parse_flags, read_options, read_yaml
-from tools.base.settings import WorkbenchSettings
+from tools.base.settings import TeamSettings, WorkbenchSettings
 
 
 class Garden(BaseModel):
@@ -121,6 +121,29 @@ def test_values_that_are_wrong(values: dict[str, Any], sentence: str) -> None:
         check_options(Garden, values)
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         read_options(Garden, values, None)
+
+
+def test_a_file_is_read_as_it_looks(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("pattern: 2:4\nworkers: 4\ntau: 1e-3\nsparsity: [0.45, 2:4]\npartial: true\n")
+    assert read_yaml(file) == {
+        **{"pattern": "2:4", "workers": 4, "tau": 0.001},
+        **{"sparsity": [0.45, "2:4"], "partial": True},
+    }
+    assert read_options(TeamSettings, {}, file, ignore_unknown=True).workers == "4"
+    file.write_text("# nothing yet\n")
+    assert read_yaml(file) == {}
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan"])
+def test_numbers_are_finite(number: str) -> None:
+    with pytest.raises(UserError, match=r"^disk: input should be a finite number, not "):
+        check_options(TeamSettings, {"disk": number})
+
+
+def test_names_are_text() -> None:
+    with pytest.raises(UserError, match=r"^hedge: 'caf\\udce9' is not UTF-8; give files and directories names that"):
+        check_options(Garden, {"hedge": "caf\udce9"})
 
 
 def test_a_file_for_another_command_may_hold_more_fields(tmp_path: Path) -> None:

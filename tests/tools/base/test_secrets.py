@@ -1,8 +1,11 @@
 """Keys and passwords are taken out of whatever is told."""
 
+from pathlib import Path
+
 import pytest
 
-from tools.base.secrets import redact
+from tools.base.errors import UserError
+from tools.base.secrets import read_secrets, redact
 
 KEY = "sk-proj-Zk39_secret-Qx7"
 
@@ -24,3 +27,11 @@ def test_redact(monkeypatch: pytest.MonkeyPatch, text: str, expected: str) -> No
     monkeypatch.setenv("MY_TOKEN", "hf_secret_value")
     monkeypatch.setenv("SHORT_TOKEN", "a")
     assert redact(text) == expected
+
+
+def test_a_file_of_keys_in_another_encoding_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes("MY_TOKEN=hf_secret_value".encode("utf-16"))
+    with pytest.raises(UserError, match=r"^\.env is not UTF-8 text: .*; save it as that$") as refusal:
+        read_secrets()
+    assert "secret" not in str(refusal.value)

@@ -42,6 +42,11 @@ def test_freebaseqa_as_one_file(tmp_path: Path) -> None:
     assert list(read_questions(write_rows(tmp_path / "FreebaseQA-dev.json", whole))) == [BOTH]
 
 
+def test_freebaseqa_as_large_files_are_read(tmp_path: Path) -> None:
+    split = {"Dataset": "FreebaseQA-dev", "Version": "1.0", "Questions": FREEBASE}
+    assert list(read_questions(write_rows(tmp_path / "qa.jsonl", [split]))) == [BOTH]
+
+
 def test_records_of_lists(tmp_path: Path) -> None:
     turned = {"Parse-Id": ["P0"], "Answers": [{"AnswersMid": ["m.1"], "AnswersName": [["jeff buckley", "buckley"]]}]}
     assert list(read_questions(write_rows(tmp_path / "qa.jsonl", [{**FREEBASE, "Parses": turned}]))) == [BOTH]
