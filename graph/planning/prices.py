@@ -138,7 +138,10 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
     if budget is None or budget.left == math.inf:
         return ""
     weighted = count_weights(config) + count_calibration(config)
-    cuts = [f"a trial takes {budget.trial:,}", f"the fit of a cut {count_cut_fit(config):,} more"]
+    cuts = [
+        f"a trial takes {budget.trial:,}",
+        f"the fit of a cut {count_cut_fit(config):,} more, of heads and neurons {count_cut_fit(config, 2):,}",
+    ]
     costs = (
         cuts
         if config.takes_parts

@@ -23,7 +23,7 @@ from tools.estimate.prices import Prices, Pricing, Work
 from tools.estimate.timing import fit_windows
 from tools.estimate.units import count_elimination, count_fit, time_elimination, time_fit
 from tools.measure.speeds import DECODED, PROMPT, REPEATS
-from tools.plans.costs import CUT_FORWARDS
+from tools.plans.costs import count_cut_forwards
 from tools.surgery.curves import begin_gradients, sum_moments
 from tools.surgery.moments import count_searched, tapped
 from tools.surgery.parts import Part, find_part
@@ -130,13 +130,14 @@ def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricin
         most = ", ".join(f"{form.most:,} of {form.units:,} {form.kind}" for form in cutting.chosen)
         steps.append(pricing.step(CHOOSE, f"{most} of each of {blocks} blocks, at most", 1, 1.0, {"choose": 1}, 0))
     steps += _list_search(settings, cutting, pricing)
+    forwards = count_cut_forwards(len(cutting.chosen))
     steps.append(
         pricing.step(
             CUT,
-            f"{CUT_FORWARDS} forwards of {text}, and a fit of what reads the {kinds or 'neurons'} of {blocks} blocks",
+            f"{forwards} forwards of {text}, and a fit of what reads the {kinds or 'neurons'} of {blocks} blocks",
             cutting.rounds,
             1.0,
-            {"walk and sum": windows, "forward": (CUT_FORWARDS - 1) * windows, "fit": 1},
+            {"walk and sum": windows, "forward": (forwards - 1) * windows, "fit": 1},
             2,
         )
     )

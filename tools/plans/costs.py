@@ -48,13 +48,15 @@ def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings, t
     return (passes + 1) * texts * count_calibration(settings) if passes else 0
 
 
-CUT_FORWARDS = 3
-"""Of the fit of a cut: of the dense model, of the cut one for what its layers read, and of what was fitted."""
+def count_cut_forwards(kinds: int) -> int:
+    """Of the fit of a cut by which so many kinds of units go: of the dense model, of the cut one for what the layers of
+    each kind read, and of what was fitted."""
+    return 2 + max(kinds, 1)
 
 
-def count_cut_fit(settings: WorkbenchSettings) -> int:
+def count_cut_fit(settings: WorkbenchSettings, kinds: int = 1) -> int:
     """Of the fit of a cut: the calibration text so often through the blocks."""
-    return CUT_FORWARDS * count_calibration(settings)
+    return count_cut_forwards(kinds) * count_calibration(settings)
 
 
 def count_texts(recipe: Recipe, settings: WorkbenchSettings) -> int:
@@ -122,7 +124,8 @@ def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     if order.grafted:
         return {}
     if order.cut:
-        return {f"walk of order {order.id}": count_cut_fit(settings)} if order.cut.refit else {}
+        kinds = (order.cut.heads > 0) + (order.cut.neurons > 0)
+        return {f"walk of order {order.id}": count_cut_fit(settings, kinds)} if order.cut.refit else {}
     recipes, costs = dict.fromkeys(layer.recipe for layer in order.layers.values()), Costs()
     for recipe in recipes:
         costs |= list_weight_costs(recipe, settings, moments=not recipe.in_order)

@@ -20,7 +20,7 @@ from tools.models.layers import find_layers
 from tools.models.readout import TokenLosses, compute_hidden, measure_losses, sum_losses
 from tools.models.streamed import find_stream
 from tools.surgery.moments import finish_moments, search_windows, tapped
-from tools.surgery.parts import Fit, Part, find_parts
+from tools.surgery.parts import KINDS, Fit, Part, find_parts
 
 
 class Drop(NamedTuple):
@@ -188,11 +188,11 @@ def fold_blocks(
     ones: to what the dense model passes on, of what reaches them behind the blocks that were cut below.
 
     Attention's output projection is fitted to give what it gave with all units, of what the cut model reads there. An
-    MLP's makes up, beside that, for all that the dense model passes on otherwise: what went below, and dropped blocks
-    behind it. Not where blocks have no such projection, or do not simply add its output to their own; nothing precedes
-    a first block. A block whose fits have been given runs by them, whether or not they are in the model by then. What
-    is `kept` is what both models pass on to the next block that has not been done, once whoever was given fits of those
-    below comes for more.
+    MLP's, fitted behind that, makes up, too, for all that the dense model passes on otherwise: what went below and of
+    the block's own heads, and dropped blocks behind it. Not where blocks have no such projection, or do not simply add
+    its output to their own; nothing precedes a first block. A block whose fits have been given runs by them, whether or
+    not they are in the model by then. What is `kept` is what both models pass on to the next block that has not been
+    done, once whoever was given fits of those below comes for more.
     """
     blocks = Blocks(model)
     fitted = {(part.block, part.kind): (part, units) for part, units in stays if part.block not in dropped}
@@ -211,11 +211,15 @@ def fold_blocks(
         if kept:
             kept.keep(first, [*states, *dense])
         progress("fold and fit", first, len(blocks))
-        members = [own for (block, _), own in fitted.items() if block == first]
-        sums = [HalvedSums(*size) for (block, _), size in sizes.items() if block == first]
         _pass_on(blocks, windows_BT, dense, range(first, end))
-        _sum_up(blocks, first, [part for part, _ in members], sums, windows_BT, states, dense, mends=first in mending)
-        fits = [_fit(*own, finish_moments(total, own[0])) for own, total in zip(members, sums, strict=True)]
+        fits = list[Fit]()
+        for kind in KINDS:
+            if (first, kind) not in fitted:
+                continue
+            (part, units), total = fitted[first, kind], HalvedSums(*sizes[first, kind])
+            with running_by(fits):
+                _sum_up(blocks, first, part, total, windows_BT, states, dense, mends=first in mending)
+            fits.append(_fit(part, units, finish_moments(total, part)))
         if first not in dropped:
             with running_by(fits):
                 _pass_on(blocks, windows_BT, states, range(first, first + 1))
@@ -234,23 +238,22 @@ def _take_up(blocks: Blocks, windows_BT: Tensor, kept: KeptStates | None) -> tup
 def _sum_up(
     blocks: Blocks,
     block: int,
-    parts: Sequence[Part],
-    sums: Sequence[HalvedSums],
+    part: Part,
+    total: HalvedSums,
     windows_BT: Tensor,
     states: Sequence[Tensor],
     dense: Sequence[Tensor],
     *,
     mends: bool,
 ) -> None:
-    """Add what the output projections of a block's parts read in the cut model, and what that of its neurons, where it
+    """Add what the output projection of a block's part reads in the cut model, and what that of its neurons, where it
     `mends`, has to give beside its own output."""
-    for ids_T, x_BTD, dense_BTD in zip(windows_BT, states, dense, strict=True) if parts else ():
-        read: list[list[Tensor]] = [[] for _ in parts]
-        with tapped(parts, [own.append for own in read]):
+    for ids_T, x_BTD, dense_BTD in zip(windows_BT, states, dense, strict=True):
+        read = list[Tensor]()
+        with tapped([part], [read.append]):
             own_BTD = blocks.run(ids_T, block, x_BTD.to(ids_T.device))
         lacking_TD = (dense_BTD.to(own_BTD.device).float() - own_BTD.float())[0] if mends else None
-        for part, total, [x_TI] in zip(parts, sums, read, strict=True):
-            total.add(x_TI, lacking_TD if part.kind == "neurons" else None)
+        total.add(read[0], lacking_TD if part.kind == "neurons" else None)
 
 
 def _pass_on(blocks: Blocks, windows_BT: Tensor, states: list[Tensor], passed: range) -> None:

@@ -39,7 +39,7 @@ def test_every_step_is_done_so_often_and_takes_so_long() -> None:
         CHOOSE: (1, 100),
         SEARCH: (1, 4 * (2 * 2 + 3.5 * 2 + 6 * 0.5)),
         f"{SEARCH}, each further one": (1, 4 * (2 + TRIED * (3.5 * 2 + 6 * 0.5))),
-        CUT: (3, 4 * (2.5 + 2 * 2) + 1000),
+        CUT: (3, 4 * (2.5 + 3 * 2) + 1000),
         SPEED: (1, 2 * 6 * (2 + 33 * 0.125)),
     }
 
