@@ -99,6 +99,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             run=state.run,
             model=config.model,
             status="finished" if reached else "short-of-target",
+            asked="speed" if config.target_speed else "size" if config.target_size else "sparsity",
             target_sparsity=config.target_sparsity,
             achieved_sparsity=achieved,
             reach=bench.told_reach,

@@ -18,6 +18,9 @@ from tools.models.positions import CHECKED
 CHUNK = 128
 """Tokens whose logits are held at once."""
 
+CAUSAL = 0.02
+"""Share of the largest hidden value that rounding may set two rows apart which begin with the same tokens."""
+
 
 def compute_hidden(model: Any, ids_BT: Tensor) -> Tensor:
     """What the output head would read, (B, T, D) on the head's device, from one real forward of the whole model.
@@ -57,12 +60,15 @@ def compute_logits(model: Any, hidden: Tensor) -> Tensor:
 def check_readout(model: Any, ids_T: Tensor) -> None:
     """Compare `compute_logits` with the model's own.
 
-    Raises UserError for an architecture it does not know, and for logits that are not numbers.
+    Raises UserError for an architecture it does not know, for logits that are not numbers, and where what comes after a
+    token is known before it, so that perplexity would mean nothing.
     """
     if model.get_output_embeddings() is None:
         raise UserError("the model has no output head; a causal language model is needed")
     ids_BT = ids_T[None, :CHECKED]
-    ours = compute_logits(model, compute_hidden(model, ids_BT))
+    other_BT = torch.cat([ids_BT[:, :-1], ids_BT[:, :1]], 1)  # alike but for the last token, which begins it once more
+    hidden_BTD = compute_hidden(model, torch.cat([ids_BT, other_BT]))
+    ours = compute_logits(model, hidden_BTD[:1])
     theirs = model(input_ids=ids_BT, use_cache=False).logits.float().to(ours.device)
     if theirs.isnan().any():
         dtype = str(model.dtype).removeprefix("torch.")
@@ -71,6 +77,9 @@ def check_readout(model: Any, ids_T: Tensor) -> None:
         raise UserError(
             f"the logits of {type(model).__name__} are not head(hidden) with a known scale; it is not supported yet"
         )
+    before_BTD = hidden_BTD[:, :-1].float()
+    if (before_BTD[0] - before_BTD[-1]).abs().max() > CAUSAL * before_BTD.abs().max():
+        raise UserError(f"{type(model).__name__} reads what comes after a token; a causal language model is needed")
 
 
 class TokenLosses(NamedTuple):

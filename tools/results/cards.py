@@ -26,15 +26,16 @@ def _write(front: str, title: str, lines: Sequence[str]) -> str:
 def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
     """The model card, `model/README.md`, with nothing in it of where files lie on this machine."""
     name, text = hide_path(_find_base(summary)), _hide_texts(summary.protocol.text, settings)
-    before = f"{name_cut(summary.origin.cut)} and " if summary.origin else ""
     return _write(
         _card_data(summary, settings).to_yaml(),
-        f"{escape(name)}, {name_cut(summary.cut) if summary.cut else f'{before}pruned to {name_sparsity(summary)}'}",
+        f"{escape(name)}, {_name_done(summary)}",
         [
             describe_result(summary),
             "",
             "Whole parts are gone: the file is smaller than the dense one and loads with stock `transformers`."
             if summary.cut
+            else "Nothing was taken away: no cut that was tried was kept."
+            if summary.asked != "sparsity"
             else "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither "
             "smaller nor faster than the dense one by itself.",
             "",
@@ -49,6 +50,15 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
             f"What the licence of {escape(name)} says of derived models holds for this one.",
         ],
     )
+
+
+def _name_done(summary: Summary) -> str:
+    """What was done to the model, in the title's words."""
+    if summary.cut:
+        return name_cut(summary.cut)
+    if summary.asked != "sparsity":
+        return "not cut"
+    return f"{f'{name_cut(summary.origin.cut)} and ' if summary.origin else ''}pruned to {name_sparsity(summary)}"
 
 
 def _find_base(summary: Summary) -> str:

@@ -3,7 +3,7 @@
 import operator
 import platform
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -256,6 +256,11 @@ class Summary(BaseModel):
     run: str
     model: str
     status: str = Field(description="finished, or short-of-target when no plan reached the target.")
+    asked: Literal["sparsity", "size", "speed"] = Field(
+        "sparsity",
+        exclude_if=lambda asked: asked == "sparsity",
+        description="What the target is of: zeros, or parts that go for a size or for a speed.",
+    )
     target_sparsity: float
     achieved_sparsity: float
     reach: Reach | None = Field(None, description="Null where an earlier version did not record it.")

@@ -30,7 +30,7 @@ def describe_result(summary: Summary) -> str:
     the model cannot be pruned."""
     p = summary.perplexity
     rounds, undone = count(summary.iterations, "iteration"), count(summary.rollbacks, "rollback")
-    state = "gone" if summary.cut else "zero"
+    state = "zero" if summary.asked == "sparsity" and not summary.cut else "gone"
     text = (
         f"{summary.achieved_sparsity:.2%} of {name_prunable(summary.reach)} are {state} (target "
         f"{name_target(summary)}){tell_share(summary.achieved_sparsity, summary.reach)}, after {rounds} "
@@ -69,7 +69,8 @@ OF_TIME = " of decoding time"
 
 def name_target(summary: Summary) -> str:
     """`45.00%`, and of what that is where it is no share of weights."""
-    return f"{summary.target_sparsity:.2%}{OF_TIME if summary.cut and summary.cut.speed else ''}"
+    timed = summary.asked == "speed" or (summary.cut is not None and summary.cut.speed)
+    return f"{summary.target_sparsity:.2%}{OF_TIME if timed else ''}"
 
 
 def _tell_right(knowledge: Knowledge) -> str:
@@ -116,7 +117,7 @@ def describe_cut(cut: CutResult) -> str:
     asked = f" (asked for {cut.size:.2%})" if cut.size else ""
     what = f"Cut to {cut.share:.2%} of its bytes{asked}: {' and '.join(told)} went"
     if cut.gain is None:
-        return f"{what}; how fast it decodes was not timed, for it was streamed"
+        return f"{what}; how fast it decodes was not timed, for it was on no one device"
     wanted = f"; asked for {cut.speed:.4g}" if cut.speed else ""
     return (
         f"{what}; {cut.decoded_per_second:.1f} tokens/s decoded, dense {cut.dense_decoded_per_second:.1f} "
@@ -234,7 +235,7 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
     compared = "not to be compared with uniform Wanda's" if share is None else f"{share:.2f} × that of uniform Wanda"
     reach = Reach.model_validate(result["reach"]) if result.get("reach") else None
     told = f" of {name_prunable(reach)}{tell_share(result['achieved_sparsity'], reach)}" if reach else ""
-    timed = OF_TIME if (result.get("cut") or {}).get("speed") else ""
+    timed = OF_TIME if result.get("asked") == "speed" or (result.get("cut") or {}).get("speed") else ""
     return [
         f"{clean(result['status'])}: sparsity {show_percent(result['achieved_sparsity'])} "
         f"(target {show_percent(result['target_sparsity'])}{timed}){told}, {count(result['iterations'], 'iteration')}, "

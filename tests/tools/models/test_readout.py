@@ -67,6 +67,15 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
         check_readout(model, make_ids())
 
 
+def test_a_model_that_reads_what_comes_after_is_refused() -> None:
+    model = make_tiny_model("llama")
+    embed = model.model.embed_tokens
+    embed.register_forward_hook(lambda _module, _inputs, x_BTD: x_BTD + x_BTD.mean(1, keepdim=True))
+    with pytest.raises(UserError, match=r"^LlamaForCausalLM reads what comes after a token; a causal language model"):
+        check_readout(model, make_ids())
+    check_readout(model, torch.full((20,), 3))  # which says nothing
+
+
 def test_a_model_without_a_head_is_refused() -> None:
     model = make_tiny_model("llama").model
     with pytest.raises(UserError, match="the model has no output head; a causal language model is needed"):
