@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -12,6 +12,11 @@ NAME = r"[a-z][a-z0-9_]{0,31}"
 
 MOST = 16
 """Texts of one run."""
+
+
+def share_windows(each: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """Of `each` text's windows as many as its share of the largest comes to; one at least of a text that counts."""
+    return {name: max(round(each * share / max(shares.values())), share > 0) for name, share in shares.items()}
 
 
 def read_texts(value: Any) -> Any:

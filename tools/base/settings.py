@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tools.base.named import Texts, Weights
+from tools.base.named import Texts, Weights, share_windows
 from tools.base.names import name_source
 
 QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
@@ -295,6 +295,11 @@ class WorkbenchSettings(LoadSettings):
         """Windows of a kind, such as validation, of all texts together: the options count those of each."""
         count: int = getattr(self, f"{kind}_windows")
         return count * max(len(self.text), 1)
+
+    def count_in_proportion(self) -> int:
+        """Calibration windows that a cut is made by: of each text as many as it counts for (`share_windows`)."""
+        shares = share_windows(self.calibration_windows, self.text_shares)
+        return sum(shares.values()) if shares else self.calibration_windows
 
     def count_fitted(self) -> int:
         """Calibration windows that something is fitted to: those of all texts that count."""

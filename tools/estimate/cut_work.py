@@ -109,7 +109,7 @@ def _walk_and_sum(sample: Sample, kind: int, parts: Sequence[Part], ids_T: Tenso
 
 def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricing) -> list[Work]:
     """What a run does in place of a profile, and to cut in each of its rounds."""
-    windows, window = settings.count_all("calibration"), settings.window
+    windows, window = settings.count_in_proportion(), settings.window
     text = f"{windows} windows of {window} tokens of calibration text"
     blocks, kinds = cutting.shape.blocks, " and ".join(form.kind for form in cutting.chosen)
     steps = []
@@ -146,7 +146,7 @@ def list_cut_work(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricin
 
 def _list_search(settings: WorkbenchSettings, cutting: Cutting, pricing: Pricing) -> list[Work]:
     """Without a block only those above it run once more."""
-    windows, blocks = min(count_searched(settings.window), settings.count_all("calibration")), cutting.shape.blocks
+    windows, blocks = min(count_searched(settings.window), settings.count_in_proportion()), cutting.shape.blocks
     text = f"{windows} windows of {settings.window} tokens"
     all_above = windows * (blocks + 1) / 2
 

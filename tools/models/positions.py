@@ -11,7 +11,7 @@ CHECKED = 16
 def count_positions(model: Any) -> int | None:
     """Tokens that the model can have before it; None where its config sets no bound."""
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions
+    return None if positions is None or positions < 1 else positions  # XLNet's is -1
 
 
 def refuse_long_windows(model: Any, window: int, lead: int) -> None:

@@ -55,8 +55,8 @@ def count_cut_forwards(kinds: int) -> int:
 
 
 def count_cut_fit(settings: WorkbenchSettings, kinds: int = 1) -> int:
-    """Of the fit of a cut: the calibration text so often through the blocks."""
-    return count_cut_forwards(kinds) * count_calibration(settings)
+    """Of the fit of a cut: so often what it reads of the calibration text through the blocks."""
+    return count_cut_forwards(kinds) * settings.count_in_proportion() * settings.window
 
 
 def count_texts(recipe: Recipe, settings: WorkbenchSettings) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.base.errors import SharedText, UserError
+from tools.base.named import share_windows
 from tools.base.names import path_of
 from tools.base.settings import MOST_SPREAD, QUESTIONS, RUN, SPLITS, Calibration, WorkbenchSettings
 from tools.texts.mixtures import mix_questions, write_questions
@@ -101,8 +102,8 @@ class Windows(NamedTuple):
         """
         if not self.texts:
             return list(range(len(self.calibration)))
-        each, most = self.count_each("calibration"), max(shares.values())
-        counts = {name: max(round(each * shares[name] / most), shares[name] > 0) for name in self.texts}
+        each = self.count_each("calibration")
+        counts = share_windows(each, {name: shares[name] for name in self.texts})
         dealt = [
             ((place + 0.5) / counts[name], text * each + window)
             for text, name in enumerate(self.texts)

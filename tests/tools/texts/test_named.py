@@ -35,6 +35,9 @@ def test_a_split_is_the_windows_of_one_text_after_another(tmp_path: Path) -> Non
     assert both.list_in_proportion({"code": 1.0, "prose": 0.0}) == [0, 1, 2, 3]
     alone = cut_windows(tiny_settings("any"), make_tiny_tokenizer())
     assert alone.list_in_proportion({}) == [0, 1, 2, 3]
+    weights = ({}, {"code": 1.0, "prose": 3.0}, {"code": 1.0, "prose": 0.0})
+    counted = [tiny_settings("any", **{**named, "text_weights": own}).count_in_proportion() for own in weights]
+    assert [*counted, tiny_settings("any").count_in_proportion()] == [8, 5, 4, 4]
 
 
 def test_windows_of_texts_without_names_have_none() -> None:
