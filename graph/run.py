@@ -184,6 +184,9 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
             texts = f"{count(most, 'text')} of {count_new_text(config):,} tokens"
             also = "that a planner may have the model write, and as many profiles more"
             print_line(console, f"not counted: up to {texts} {also}")
+        if config.tasks:
+            tasks = ", ".join(config.tasks)
+            print_line(console, f"not counted: {tasks}, asked of the dense model and of the pruned one")
     return 0
 
 

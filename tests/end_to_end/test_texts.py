@@ -159,11 +159,12 @@ def test_a_dry_run_counts_all_texts(tiny_llama: Path, tmp_path: Path, command: C
 
 def test_a_dry_run_says_what_a_planner_may_have_written(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
     given = ("--dry-run", "--model", str(tiny_llama), *TINY, *flag_texts(tmp_path), "--goal", "Calls.")
-    outcome = command(*given, "--goal-tokens", "2000")
+    outcome = command(*given, "--goal-tokens", "2000", "--tasks", "mmlu,freebaseqa")
     assert outcome.code == 0
-    assert outcome.out.rstrip().splitlines()[-1] == (
-        "not counted: up to 3 texts of 576 tokens that a planner may have the model write, and as many profiles more"
-    )
+    assert outcome.out.rstrip().splitlines()[-2:] == [
+        "not counted: up to 3 texts of 576 tokens that a planner may have the model write, and as many profiles more",
+        "not counted: mmlu, freebaseqa, asked of the dense model and of the pruned one",
+    ]
 
 
 @pytest.mark.parametrize(
