@@ -49,9 +49,9 @@ def _obey(arguments: list[str]) -> None:
 
 def find_run(name: str) -> Path:
     """The directory of a run, by itself or by its name. Raises UserError where there is none."""
-    for path in list_places(name):
-        if path.is_dir():
-            return path
+    found = [path for path in list_places(name) if path.is_dir()]
+    if found:  # a model's directory may be called as a run is
+        return next((path for path in found if (path / "events.jsonl").is_file()), found[0])
     raise UserError(f"there is no run {name!r}, neither as a directory nor in {runs_directory()}")
 
 

@@ -76,7 +76,7 @@ def find_model(source: str) -> str:
 
     Raises UserError for a run without a model, or one whose files are not what the run wrote.
     """
-    for run in list_places(source):
+    for run in () if (Path(source) / "config.json").is_file() else list_places(source):
         check_model(run)
         if (run / "model" / "config.json").is_file():
             return str(run / "model")

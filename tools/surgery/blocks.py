@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from kernels.channels import HalvedSums, InputMoments, expand_units, fit_kept
 from tools.base.errors import UserError
-from tools.base.progress import Progress
+from tools.base.progress import Progress, heed_stop
 from tools.measure.losses import KeptStates, pass_blocks
 from tools.models.blocks import Blocks, take_hidden
 from tools.models.layers import find_layers
@@ -172,7 +172,11 @@ def pass_block(blocks: Blocks, windows_BT: Tensor, block: int, states: Sequence[
 
     Who has all windows pass a block before any passes the next reads a streamed model once.
     """
-    return [blocks.run_to_head(ids_T, block, x_BTD).cpu() for ids_T, x_BTD in zip(windows_BT, states, strict=True)]
+    passed = []
+    for ids_T, x_BTD in zip(windows_BT, states, strict=True):
+        heed_stop()
+        passed.append(blocks.run_to_head(ids_T, block, x_BTD).cpu())
+    return passed
 
 
 @torch.no_grad()
@@ -249,6 +253,7 @@ def _sum_up(
     """Add what the output projection of a block's part reads in the cut model, and what that of its neurons, where it
     `mends`, has to give beside its own output."""
     for ids_T, x_BTD, dense_BTD in zip(windows_BT, states, dense, strict=True):
+        heed_stop()
         read = list[Tensor]()
         with tapped([part], [read.append]):
             own_BTD = blocks.run(ids_T, block, x_BTD.to(ids_T.device))
@@ -260,6 +265,7 @@ def _pass_on(blocks: Blocks, windows_BT: Tensor, states: list[Tensor], passed: r
     """Take each window on behind some blocks, in place; all pass one before the next, read once if it is streamed."""
     for block in passed:
         for i, ids_T in enumerate(windows_BT):
+            heed_stop()
             states[i] = blocks.run(ids_T, block, states[i].to(ids_T.device)).cpu()
 
 

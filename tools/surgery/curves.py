@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.channels import Elimination, MomentSums, eliminate_units
 from tools.base.errors import UserError
-from tools.base.progress import Progress
+from tools.base.progress import Progress, heed_stop
 from tools.models.blocks import Blocks
 from tools.models.layers import find_device
 from tools.models.readout import begin_draw, hidden_gradients
@@ -125,6 +125,7 @@ def sum_moments(
     sums = [MomentSums(part.output.weight_OI.shape[1], part.output.device) for part in members]
     fisher = [MomentSums(part.output.weight_OI.shape[0], part.output.device) for part in members]
     for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, states, strict=True)):
+        heed_stop()
         given_BTD = hidden_BTD.to(ids_T.device).requires_grad_()
         with torch.enable_grad(), tapped(members, [own.add for own in sums]), kept_outputs(members) as outputs:
             output_BTD = blocks.run_to_head(ids_T, block, given_BTD)
@@ -153,6 +154,7 @@ def begin_gradients(blocks: Blocks, windows_BT: Tensor, read: Sequence[Tensor], 
     """The gradient of -log p of drawn tokens at what the head reads of each window, (1, T, D), on CPU."""
     gradients, device = [], find_device(blocks.model.get_output_embeddings())
     for i, (ids_T, hidden_BTD) in enumerate(zip(windows_BT, read, strict=True)):
+        heed_stop()
         draw = begin_draw(device, seed, i)
         with torch.enable_grad():
             fisher_TD, _ = hidden_gradients(blocks.model, ids_T, hidden_BTD[0].to(device), draw, lead=lead)

@@ -21,7 +21,8 @@ from tests.hub_server import COMMIT, HubServer, Repository
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, save_tiny_gguf, tiny_settings
 from tools.base.errors import UserError
 from tools.models.layers import find_layers
-from tools.models.load import ModelPlace, check_device, load_model, locate_model, pick_device, read_dtype
+from tools.models.load import ModelPlace, check_device, find_model, load_model, locate_model, pick_device, read_dtype
+from tools.report import find_run
 from tools.team.identity import hash_weights
 
 NEITHER = "is neither a directory, a .gguf file, package:NAME nor a hub id such as Qwen/Qwen3-4B"
@@ -314,3 +315,15 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match=r"config\.json is no config: it holds no JSON object$"):
         read_dtype(str(tmp_path))
+
+
+def test_a_model_beside_a_run_of_its_name_is_itself(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, "both")
+    shutil.copytree(tiny_llama, Path("runs/both/model"))
+    Path("runs/both/events.jsonl").touch()
+    assert find_model("both") == "both" and find_run("both") == Path("runs/both")
+    shutil.rmtree("both")
+    assert find_model("both") == "runs/both/model"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 import tools.models.unfinished
 from tests.benches import damage, ignore, open_bench, same, snapshot
 from tests.tiny import save_tiny_model, tiny_settings
-from tools.base.progress import Progress
+from tools.base.progress import Progress, Stopped, stop_at
 from tools.models.blocks import Blocks
 from tools.models.unfinished import UNFINISHED
 from tools.plans.cuts import CutOrder, Parts
@@ -159,6 +160,31 @@ def test_a_cut_is_fitted_on_from_the_block_that_it_had_come_to(
     assert told == [block for block in range(at, BLOCKS + 1) if block not in dropped]
     assert same(snapshot(bench), made)
     assert not (bench.directory / UNFINISHED).exists(), "all that was kept of a walk went with it"
+
+
+def test_whoever_stops_a_cut_waits_for_no_block(reopen: Callable[[str], Workbench], workbench_closed: None) -> None:
+    bench, event = reopen("stopped"), Event()
+    told: list[tuple[str, int]] = []
+
+    def ask_at(step: str, done: int) -> Progress:
+        def tell(at: str, now: int, _of: int) -> None:
+            told.append((at, now))
+            if (at, now) == (step, done):
+                event.set()
+
+        return tell
+
+    for step, done in (("curves of units", 1), ("curves of units", BLOCKS + 1)):
+        with stop_at(event), pytest.raises(Stopped):
+            measure(bench, ask_at(step, done))
+        assert told[-1] == (step, done)
+        event.clear()
+    parts, profile = measure(bench), bench.profile_bare(ignore)
+    with stop_at(event), pytest.raises(Stopped):
+        bench.prune(profile, order(bench, parts, ()), ask_at("fold and fit", 2))
+    assert told[-1] == ("fold and fit", 2)
+    event.clear()
+    assert bench.prune(profile, order(bench, parts, ()), ignore)
 
 
 def test_a_cut_that_is_killed_behind_its_fits_makes_the_last_of_them_again(
