@@ -13,7 +13,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from tools.base.console import carry_out, print_line
+from tools.base.console import UNWRITTEN, carry_out, print_line
 from tools.base.errors import UserError
 from tools.base.files import explain_full_disk, explain_unwritable
 from tools.base.made import read_config_values
@@ -116,12 +116,16 @@ def main(arguments: list[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         if not (options.packed or options.gguf):
             raise UserError("--packed and --gguf want a path, and it is empty")
+        if options.gguf and options.dtype:
+            raise UserError("--dtype is about --packed; a .gguf file keeps the formats of the dense model's")
+        if options.packed and options.dense:
+            raise UserError("--dense is about --gguf; leave it out")
         if options.packed:
             export_packed(options.run, Path(options.packed), options.dtype, console)
         else:
             export_gguf(options.run, Path(options.gguf), options.dense, console)
 
-    return carry_out(work)
+    return carry_out(work, UNWRITTEN)
 
 
 if __name__ == "__main__":

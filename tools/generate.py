@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in compare_continuations(*done) if len(done) > 1 else ():
             print_line(console, line)
 
-    return carry_out(work)
+    return carry_out(work, "stopped")
 
 
 if __name__ == "__main__":

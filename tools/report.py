@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.base.console import carry_out
+from tools.base.console import UNWRITTEN, carry_out
 from tools.base.errors import UserError
 from tools.base.files import explain_unwritable, write_text
 from tools.base.options import Parser
@@ -19,7 +19,7 @@ from tools.results.page.page import write_page
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 interrupted, 2 bad input."""
     given = sys.argv[1:] if arguments is None else arguments
-    return carry_out(lambda: _obey(given))
+    return carry_out(lambda: _obey(given), UNWRITTEN)
 
 
 def _obey(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tools.base.console import carry_out, show_bar
+from tools.base.console import UNWRITTEN, carry_out, show_bar
 from tools.base.options import Parser, add_flags, parse_flags, read_options
 from tools.experiments.structure import StructureSettings, cut_model
 from tools.results.structure import make_table, name_target
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(went, markup=False)
         console.print(f"model and figures: {settings.out}", markup=False, soft_wrap=True)
 
-    return carry_out(work, stopped="stopped; nothing was written")
+    return carry_out(work, UNWRITTEN)
 
 
 if __name__ == "__main__":

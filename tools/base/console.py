@@ -16,6 +16,7 @@ from tools.base.progress import Progress, name_step
 from tools.base.secrets import read_secrets
 
 STOPPED = "stopped; the rows that are done are kept, and the same command goes on"
+UNWRITTEN = "stopped; nothing was written"
 
 
 def carry_out(work: Callable[[], object], stopped: str = STOPPED) -> int:
