@@ -139,7 +139,7 @@ def _refuse_jobs(settings: CompareSettings, jobs: list[Job]) -> None:
     except ImpossiblePlan as error:
         raise UserError(str(error)) from error
     least = min(job.sparsity for job in jobs)
-    if least > settings.max_layer_sparsity:
+    if len(recipes) == len(jobs) and least > settings.max_layer_sparsity:  # whole parts have bounds of their own
         raise UserError(
             f"sparsity {least:g} is above the {settings.max_layer_sparsity:g} of max_layer_sparsity; ask for less, or "
             "raise that"
