@@ -246,7 +246,7 @@ def test_export_packs_what_a_run_left(tmp_path: Path, monkeypatch: pytest.Monkey
         ),
         (["one"], "one of the arguments --packed --gguf is required"),
         (["one", "--packed", ""], "--packed and --gguf want a path, and it is empty"),
-        (["one", "--gguf", "a.gguf", "--dtype", "bf16"], "--dtype is about --packed; a .gguf file keeps the formats of "),
+        (["one", "--gguf", "a.gguf", "--dtype", "bf16"], "--dtype is about --packed; a .gguf file keeps the formats"),
         (["one", "--packed", "a", "--dense", "b"], "--dense is about --gguf; leave it out"),
         (["one", "--gguf", ""], "--packed and --gguf want a path, and it is empty"),
     ):
