@@ -134,8 +134,17 @@ def list_disk(
         *(_list_streamed(model, settings, tokens) if streamed else []),
         *([_describe_waiting(layers, settings, waiting)] if streamed and waiting else []),
         Line(what="the exported model", how="all parameters", bytes=_count_bytes(model)),
+        *(_list_taken_apart(layers) if streamed else []),
         *([_describe_dense(copied, len(layers))] if copied else []),
     ]
+
+
+def _list_taken_apart(layers: Sequence[Layer]) -> list[Line]:
+    """What `tools.models.save` writes of a streamed model beside the export; nothing of one without experts."""
+    experts = [layer.weight_OI for layer in layers if layer.pool]
+    size = sum(weight_OI.numel() * weight_OI.element_size() for weight_OI in experts)
+    what = "experts on their way to the export"
+    return [Line(what=what, how=f"{len(experts):,} layers", bytes=size)] if experts else []
 
 
 def list_cut_disk(

@@ -193,6 +193,8 @@ def test_dense_weights_that_a_streamed_model_has_in_its_files_take_no_disk(
     experts = find(save_tiny_model(tmp_path / "moe", "qwen3_moe"), device="stream")
     assert experts.disk[-1].bytes == 4 * (experts.weights - attention)
     assert experts.disk[-1].how.endswith("; of 24 layers, the model's own files have others")
+    apart = [line.bytes for line in experts.disk if line.what == "experts on their way to the export"]
+    assert apart == [experts.disk[-1].bytes], "taken apart, as their files have them, once more"
 
     gguf = save_tiny_gguf(tmp_path / "tiny.gguf")
     with monkeypatch.context() as patched:
