@@ -25,6 +25,7 @@ from tools.base.errors import UserError, in_one_line
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.meter import Meter
 from tools.models.blocks import Blocks, take_hidden
+from tools.models.disk import Line
 from tools.models.experts import is_fused
 from tools.models.formats import DTYPES
 from tools.models.hub import check_in_reach
@@ -79,6 +80,16 @@ def read_source(settings: WorkbenchSettings, layers: Sequence[Layer]) -> set[str
         return list_in_source(layers, map_source(path))
     made = find_conversion(Path(path, gguf_file), settings.dtype)
     return list_in_source(layers, map_source(str(made))) if made else set()
+
+
+def list_conversion(settings: WorkbenchSettings, model: Any) -> list[Line]:
+    """What a model that is streamed out of a .gguf file takes once, beside the run's directory: that as safetensors."""
+    path, gguf_file = _locate_config(settings.model)
+    if not gguf_file or find_conversion(Path(path, gguf_file), settings.dtype):
+        return []
+    size = sum(parameter.numel() for parameter in model.parameters()) * dtype_of(settings).itemsize
+    how = "all parameters, once, in the user's cache (~/.cache/billhook)"
+    return [Line(what="the .gguf file, converted", how=how, bytes=size)]
 
 
 def dtype_of(settings: WorkbenchSettings) -> torch.dtype:

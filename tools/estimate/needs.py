@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.settings import TeamSettings, count_threads
-from tools.estimate.block import count_block
+from tools.estimate.block import count_block, list_conversion
 from tools.estimate.course import Course, name_recipe
 from tools.estimate.cut_work import list_cut_end, list_cut_work, price_cut_flops, price_cut_seconds
 from tools.estimate.cutting import Cutting, find_cutting
@@ -135,7 +135,7 @@ def estimate(
         steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
         return [*steps, *(list_cut_end(pricing, streamed=streams) if cutting else [])]
 
-    polished = phases.polish_disk
+    beside = [*phases.polish_disk, *(list_conversion(settings, model) if place.streamed else [])]
     return Estimate(
         model=settings.model,
         dtype=settings.dtype,
@@ -156,11 +156,11 @@ def estimate(
         devices=place.devices,
         spread=place.spread,
         streamed=place.streamed.blocks if place.streamed else 0,
-        disk=[*disk.plan.lines, *polished],
+        disk=[*disk.plan.lines, *beside],
         room=room if math.isfinite(room) else None,
         at_once=disk.plan.at_once,
         work=work(disk.plan.at_once),
-        other_disk=disk.other.bytes + sum(line.bytes for line in polished),
+        other_disk=disk.other.bytes + sum(line.bytes for line in beside),
         other_work=[] if cutting else work(disk.other.at_once),
         untimed=untimed,
         tokens=tokens,

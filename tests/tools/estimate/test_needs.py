@@ -200,9 +200,12 @@ def test_dense_weights_that_a_streamed_model_has_in_its_files_take_no_disk(
     with monkeypatch.context() as patched:
         patched.setattr(hashlib, "file_digest", lambda *_: pytest.fail("nothing is of its name: it need not be read"))
         assert count_dense(gguf) == DENSE
+    converted = find(gguf, device="stream").disk[-1]
+    assert (converted.what, converted.bytes) == ("the .gguf file, converted", MODEL)
     convert_here(monkeypatch)
     load_model(tiny_settings(gguf, device="stream"), tmp_path / "scratch")
     assert count_dense(gguf) == 0, "now that it is converted"
+    assert find(gguf, device="stream").disk[-1].what != converted.what
 
     least, room = find(tiny_llama, device="stream").other_disk - MODEL, shutil.disk_usage(tmp_path)
     told: list[str] = []
