@@ -77,7 +77,7 @@ def test_a_cut_of_a_model_of_this_machine(tiny_llama: Path, tmp_path: Path, comm
         "curves of units, walks; two forwards and a backward of 16 windows of 512 tokens of calibration text; 1 ×",
         "curves of units, which go; 1 of 2 heads, 40 of 48 neurons of each of 2 blocks, at most; 1 ×",
         "search of blocks to drop; each of 2 left out in a forward of 2 windows of 512 tokens that begins there; 1 ×",
-        "prune, fold and fit; 3 forwards of 16 windows of 512 tokens of calibration text, and a fit of what reads the "
+        "prune, fold and fit; 4 forwards of 16 windows of 512 tokens of calibration text, and a fit of what reads the "
         "heads and neurons of 2 blocks; 2 ×",
         "prune; 14 layers by wanda, with two more forwards of the calibration text; 1 ×",
         "validate; forward of 8 windows of 512 tokens of validation text, the output head twice; 2 ×",
