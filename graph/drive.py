@@ -115,21 +115,18 @@ def _find_snapshot(app: App, work: Work) -> tuple[StateSnapshot, RunnableConfig]
     last = app.get_state(work.settings)
     if _belongs(last, work):
         return last, work.settings
-    history = list(app.get_state_history(work.settings))
-    owners = {str(snapshot.values["run"]) for snapshot in history if snapshot.values.get("run")}
-    if work.name not in owners:  # its checkpoints before the first that names it would pass for this run's
-        owner = min(owners)
-        raise UserError(
-            f"{work.directory} is a copy of run {owner!r}, or was once called so, and its checkpoints are that run's; "
-            f"call the directory {owner!r} again to go on"
-        )
-    for snapshot in history:
-        if _belongs(snapshot, work):
+    for snapshot in app.get_state_history(work.settings):
+        if snapshot.values.get("run") and _belongs(snapshot, work):  # those that name no run yet are anybody's
             named = {**work.settings["configurable"], **snapshot.config["configurable"]}
             return snapshot, {**work.settings, "configurable": named}
+    if (owner := last.values["run"]) == work.name:
+        raise UserError(
+            f"run {work.name!r} cannot go on: its events.jsonl and its checkpoints are not of one time; "
+            f"{advise(work.directory)}"
+        )
     raise UserError(
-        f"run {work.name!r} cannot go on: its events.jsonl and its checkpoints are not of one time; "
-        f"{advise(work.directory)}"
+        f"{work.directory} is a copy of run {owner!r}, or was once called so, and its checkpoints are that run's; call "
+        f"the directory {owner!r} again to go on"
     )
 
 
