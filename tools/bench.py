@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from tools.base.console import carry_out
 from tools.base.errors import UserError
-from tools.base.options import Parser, add_flags, parse_flags, read_options, refuse
+from tools.base.options import Parser, add_flags, parse_flags, read_options
 from tools.experiments.decoding import bench_decode
 from tools.experiments.speed import BenchSettings
 from tools.experiments.speed_suite import BENCHMARKS, STREAM, choose_benchmarks, run_benchmarks
@@ -54,34 +55,32 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 interrupted (what is done is shown), 2 bad input."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return carry_out(lambda: _obey(given), "stopped")
+
+
+def _obey(arguments: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for sentences
+    options, flags = parse_flags(make_parser(), BenchSettings, arguments)
+    names, settings = choose_benchmarks(options.only), read_options(BenchSettings, flags, None)
+    if sum(map(bool, (options.decode, options.only, options.workers, options.stream))) > 1:
+        raise UserError("--decode, --workers, --stream and --only exclude one another")
+    if options.stream:
+        names, settings = [STREAM], settings.model_copy(update={"device": "stream"})
+    report = Report(
+        settings=settings.model_dump(),
+        device="cpu",
+        threads=torch.get_num_threads(),
+        versions=describe_protocol(settings, "validation").versions,
+    )
     try:
-        options, flags = parse_flags(make_parser(), BenchSettings, sys.argv[1:] if arguments is None else arguments)
-        names, settings = choose_benchmarks(options.only), read_options(BenchSettings, flags, None)
-        if sum(map(bool, (options.decode, options.only, options.workers, options.stream))) > 1:
-            raise UserError("--decode, --workers, --stream and --only exclude one another")
-        if options.stream:
-            names, settings = [STREAM], settings.model_copy(update={"device": "stream"})
-        report = Report(
-            settings=settings.model_dump(),
-            device="cpu",
-            threads=torch.get_num_threads(),
-            versions=describe_protocol(settings, "validation").versions,
-        )
-        try:
-            _obey(options, names, settings, report, console)
-        finally:
-            if report.results:
-                show_report(report, console)
-    except UserError as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 1
-    return 0
+        _run(options, names, settings, report, console)
+    finally:
+        if report.results:
+            show_report(report, console)
 
 
-def _obey(
+def _run(
     options: argparse.Namespace, names: Sequence[str], settings: BenchSettings, report: Report, console: Console
 ) -> None:
     path = Path(options.json) if options.json else None

@@ -1,4 +1,4 @@
-"""`python -m graph.ablate` with arms that are runs of the graph, each in a fork in place of a process of its own."""
+"""`python -m graph.ablate` with arms that are runs of the graph, in processes of their own, most of them forks."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ import pytest
 
 from graph.ablate import main
 from graph.ablation import graph_arms
-from tests.end_to_end.helpers import TINY, at_home, end_forks, fork, read_run_config, read_summary
+from tests.end_to_end.helpers import ROOT, TINY, at_home, end_forks, fork, read_run_config, read_summary
 from tests.named import WEIGHTS, flag_texts
 from tests.openai_server import OpenAIServer
 
@@ -137,10 +137,11 @@ def test_a_goal_stands_among_the_options_of_the_ablation(tmp_path: Path, capsys:
     )
 
 
-@pytest.mark.usefixtures("forked")
 def test_a_run_that_stops_is_named_and_can_be_gone_on_with(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In a process of its own."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "0", "--evaluated-tokens", "200"]
     with at_home(tmp_path), OpenAIServer(PLANS) as server:
         chat = ["--arms", "chat-alone", "--planner", server.planner("unauthorized")]

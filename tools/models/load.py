@@ -76,7 +76,8 @@ def find_model(source: str) -> str:
 
     Raises UserError for a run without a model, or one whose files are not what the run wrote.
     """
-    for run in () if (Path(source) / "config.json").is_file() else list_places(source):
+    is_model = (Path(source) / "config.json").is_file()  # which a run's own directory does not have
+    for run in () if is_model else list_places(source):
         check_model(run)
         if (run / "model" / "config.json").is_file():
             return str(run / "model")

@@ -11,7 +11,6 @@ a block does; what little else is in no block is on the GPU all the time.
 import functools
 import gc
 import glob
-import hashlib
 import logging
 import os
 import tempfile
@@ -29,6 +28,7 @@ from filelock import FileLock
 from torch import nn
 
 from tools.base.files import write_directory
+from tools.base.made import hash_once
 from tools.models.layers import STREAMED, find_blocks
 from tools.models.mapped import Mapped, map_tensors
 from tools.models.source import has_same_bits, map_source
@@ -398,8 +398,7 @@ def find_conversion(source: Path, dtype: str) -> Path | None:
 
 def name_conversion(source: Path, dtype: str) -> Path:
     """Where `convert_once` has what it makes of a file, under that one's content in the user's cache."""
-    with source.open("rb") as file:
-        return _find_cache() / f"{source.stem}-{dtype}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    return _find_cache() / f"{source.stem}-{dtype}-{hash_once(source)[:16]}"
 
 
 def _find_cache() -> Path:

@@ -32,12 +32,7 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
         [
             describe_result(summary),
             "",
-            "Whole parts are gone: the file is smaller than the dense one and loads with stock `transformers`."
-            if summary.cut
-            else "Nothing was taken away: no cut that was tried was kept."
-            if summary.asked != "sparsity"
-            else "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither "
-            "smaller nor faster than the dense one by itself.",
+            _tell_file(summary),
             "",
             *list_perplexities(summary.perplexity, escape(text), "this model", summary.wanda_statistics),
             "",
@@ -49,6 +44,18 @@ def write_card(summary: Summary, settings: WorkbenchSettings) -> str:
             *list_benchmarks(summary.benchmarks),
             f"What the licence of {escape(name)} says of derived models holds for this one.",
         ],
+    )
+
+
+def _tell_file(summary: Summary) -> str:
+    """What the file is beside the dense model's, in a sentence."""
+    if summary.cut:
+        return "Whole parts are gone: the file is smaller than the dense one and loads with stock `transformers`."
+    if summary.asked != "sparsity":
+        return "Nothing was taken away: no cut that was tried was kept."
+    return (
+        "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither smaller "
+        "nor faster than the dense one by itself."
     )
 
 

@@ -3,9 +3,9 @@
 import operator
 import platform
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from tools.base.settings import Split, WorkbenchSettings
 from tools.plans.methods import Statistics
@@ -318,6 +318,13 @@ class Summary(BaseModel):
     peak_memory_bytes: int
     mask_sha256: str
     protocol: Protocol
+
+    @model_validator(mode="after")
+    def _tell_asked(self) -> Self:
+        """Of a file of an earlier version what was cut says it, where anything was."""
+        if self.cut and self.asked == "sparsity":
+            self.asked = "speed" if self.cut.speed else "size"
+        return self
 
 
 def describe_protocol(settings: WorkbenchSettings, split: Split = "test", *, bos: bool = False) -> Protocol:

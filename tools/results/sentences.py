@@ -30,7 +30,7 @@ def describe_result(summary: Summary) -> str:
     the model cannot be pruned."""
     p = summary.perplexity
     rounds, undone = count(summary.iterations, "iteration"), count(summary.rollbacks, "rollback")
-    state = "zero" if summary.asked == "sparsity" and not summary.cut else "gone"
+    state = "zero" if summary.asked == "sparsity" else "gone"
     text = (
         f"{summary.achieved_sparsity:.2%} of {name_prunable(summary.reach)} are {state} (target "
         f"{name_target(summary)}){tell_share(summary.achieved_sparsity, summary.reach)}, after {rounds} "
@@ -69,8 +69,7 @@ OF_TIME = " of decoding time"
 
 def name_target(summary: Summary) -> str:
     """`45.00%`, and of what that is where it is no share of weights."""
-    timed = summary.asked == "speed" or (summary.cut is not None and summary.cut.speed)
-    return f"{summary.target_sparsity:.2%}{OF_TIME if timed else ''}"
+    return f"{summary.target_sparsity:.2%}{OF_TIME if summary.asked == 'speed' else ''}"
 
 
 def _tell_right(knowledge: Knowledge) -> str:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +41,18 @@ def test_what_users_can_mend_is_one_line(error: Exception, said: str, capsys: py
 
     assert carry_out(work) == 2
     assert capsys.readouterr().err == said
+
+
+def test_keys_are_read_for_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GARDEN_TOKEN", "")  # so that it is undone
+    monkeypatch.delenv("GARDEN_TOKEN")
+    (tmp_path / ".env").write_text("GARDEN_TOKEN=hf_secret_value\n")
+    found: list[str] = []
+    assert carry_out(lambda: found.append(os.environ["GARDEN_TOKEN"])) == 0 and found == ["hf_secret_value"]
+    monkeypatch.delenv("GARDEN_TOKEN")
+    (tmp_path / ".env").write_bytes("GARDEN_TOKEN=x".encode("utf-16"))
+    assert carry_out(pytest.fail) == 2
+    assert capsys.readouterr().err.startswith("error: .env is not UTF-8 text: ")
