@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+import torch
 from langgraph_sdk import get_sync_client
 from langgraph_sdk.client import SyncLangGraphClient
+from safetensors.torch import load_file
 
 from graph import run, studio
 from graph.config import RunConfig, read_prompt
@@ -277,6 +279,38 @@ def test_a_plan_is_edited_and_accepted_in_studio(served: Served) -> None:
     assert trials[0]["sparsity"] == pytest.approx(0.25, abs=5e-4)
     assert [(trial["verdict"], trial["reason"]) for trial in trials[1:]] == [("refuse", "enough")]
     assert json.loads((runs / "approved" / "summary.json").read_text())["iterations"] == 2
+
+
+def test_a_cut_is_edited_kept_forked_and_rolled_back_in_studio(served: Served) -> None:
+    runs, client = served.runs, served.client
+    thread = client.threads.create()["thread_id"]
+    config = tiny_config(served.model) | {"target_size": 0.75, "align": 1, "approve": "plans", "max_iterations": 1}
+    client.runs.wait(thread, "billhook", input={"run": "small"}, context=config)
+    state = client.threads.get_state(thread)
+    (asked,) = [interrupt["value"] for task in state["tasks"] for interrupt in task["interrupts"]]
+    assert asked["plan"]["cut"]["heads"] is None and state["values"]["parts"]
+    edited = asked["plan"] | {"cut": asked["plan"]["cut"] | {"heads": 1}}
+    client.runs.wait(thread, "billhook", context=config, command={"resume": {"decision": "edit", "plan": edited}})
+    client.runs.wait(thread, "billhook", context=config, command={"resume": {"decision": "accept"}})
+    (trial,) = client.threads.get_state(thread)["values"]["trials"]
+    assert trial["verdict"] == "accept" and trial["plan"].endswith(" cut · heads 1")
+    before = fingerprint(runs / "small")
+    summary = json.loads((runs / "small" / "summary.json").read_text())
+    assert (summary["status"], summary["cut"]["heads"]) == ("finished", 1)
+
+    history = client.threads.get_history(thread, limit=100)
+    judged = next(state for state in history if state["next"] == ["validate"])
+    strict = client.threads.update_state(
+        thread, {"config": state["values"]["config"] | {"tau": 1e-9}}, checkpoint=judged["checkpoint"], as_node="prune"
+    )
+    out = client.runs.wait(thread, "billhook", input=None, checkpoint=strict["checkpoint"])
+    assert [trial["verdict"] for trial in out["trials"]] == ["rollback"]
+    forked = runs / out["run"]
+    (undone, *_) = read_events(forked, "rollback")
+    assert undone["checkpoint"] == "dense" and undone["layers"] > 0
+    dense, kept = (load_file(place / "model.safetensors") for place in (served.model, forked / "model"))
+    assert kept.keys() == dense.keys() and all(torch.equal(kept[name], dense[name]) for name in dense)
+    assert fingerprint(runs / "small") == before
 
 
 def test_a_recorded_run_is_replayed_with_its_own_config(served: Served) -> None:

@@ -84,6 +84,10 @@ def parse_flags(
 PREFIX = "BILLHOOK_"
 """Before the name of a field, of the variable that sets it."""
 
+MISTYPED = 0.9
+"""Names at least so much alike, by difflib's ratio, are one and the same, mistyped: less alike are fields of two
+commands, such as seed and seeds."""
+
 
 class _Environment(BaseSettings):
     """The names of a model's fields as `BILLHOOK_…` variables, unparsed."""
@@ -98,7 +102,7 @@ def read_environment(model: type[BaseModel]) -> dict[str, str]:
         name = variable.lower().removeprefix(PREFIX.lower())
         if not variable.upper().startswith(PREFIX) or name in model.model_fields:
             continue
-        if near := difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.85):
+        if near := difflib.get_close_matches(name, model.model_fields, n=1, cutoff=MISTYPED):
             raise UserError(f"unknown variable {variable}; did you mean {PREFIX}{near[0].upper()}?")
     names = dict.fromkeys(model.model_fields, (str | None, None))
     found = create_model("_Variables", __base__=_Environment, **names)()  # type: ignore[call-overload]
@@ -110,12 +114,17 @@ def read_options(
 ) -> Options:
     """The options: flags over `BILLHOOK_…` variables over the YAML file over the model's defaults.
 
-    With `ignore_unknown` the file may hold fields that the model has not: the config of a run says more than a command
-    about its model or its texts needs. Raises UserError in one line for a file that cannot be read, an unknown field
+    With `ignore_unknown` the file may hold fields that the model has not, unless they are all but one of its own: the
+    config of a run says more than a command about its model or its texts needs. Raises UserError in one line for a file that cannot be read, an unknown field
     (with the nearest name) or a value out of bounds.
     """
     values = read_yaml(path) if path else {}
     if ignore_unknown:
+        for name in values:
+            if name in model.model_fields:
+                continue
+            if near := difflib.get_close_matches(name, model.model_fields, n=1, cutoff=MISTYPED):
+                raise UserError(f"{path}: unknown field {name!r}; did you mean {near[0]}?")
         values = {name: value for name, value in values.items() if name in model.model_fields}
     return check_options(model, {**values, **read_environment(model), **flags})
 

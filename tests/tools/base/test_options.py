@@ -154,6 +154,10 @@ def test_a_file_for_another_command_may_hold_more_fields(tmp_path: Path) -> None
         read_options(Garden, {}, file)
     with pytest.raises(UserError, match=r"^unknown field 'planner'"):  # what is not from the file is never ignored
         read_options(Garden, {"planner": "x"}, file, ignore_unknown=True)
+    near = f"^{re.escape(str(file))}: unknown field 'metres_'; did you mean metres\\?$"
+    file.write_text("metres_: 30\nplanner: heuristic\n")
+    with pytest.raises(UserError, match=near):
+        read_options(Garden, {}, file, ignore_unknown=True)
     file.write_text("metres: 0\nplanner: heuristic\n")
     with pytest.raises(UserError, match=r"^metres: "):
         read_options(Garden, {}, file, ignore_unknown=True)
