@@ -21,7 +21,6 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="python -m graph.ablate",
         description=__doc__,
-        allow_abbrev=False,
         epilog="Options of graph.run behind a lone -- are handed on to the arms that are runs of the graph.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")

@@ -338,6 +338,10 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
             return f"{self.target_size:.4g} of its bytes"
         return f"{self.target_speed:.4g} times its tokens/s" if self.target_speed else ""
 
+    def limit_perplexity(self, last: float) -> float:
+        """What a round on the way to the target may come to, where the weights that were accepted last came to that."""
+        return (1 + self.tau) * last
+
     @property
     def approves_plans(self) -> bool:
         """Whether every plan waits for a person."""

@@ -41,8 +41,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m graph.run",
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; configs/quickstart.yaml when left out.")
     parser.add_argument("--name", help="Name of the run's directory; the config's name when left out.")

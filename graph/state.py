@@ -10,9 +10,11 @@ from graph.config import RunConfig
 from graph.goals.schema import Brief, NewText
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
+from tools.base.names import RUN_NAME
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
+from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Cutting
 from tools.plans.graft import Graft
 from tools.plans.groups import Group
@@ -20,16 +22,8 @@ from tools.plans.paces import Paces
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
 
-SAME_SPARSITY = 5e-4
-"""Two sparsities nearer than this are the same budget: the promise is the target within 0.05 %."""
-
 SIGMAS = 2.0
 """Differences below this many standard errors are noise: neither an improvement nor a lesson."""
-
-
-def same_sparsity(one: float, other: float) -> bool:
-    """Whether two sparsities are the same budget."""
-    return abs(one - other) <= SAME_SPARSITY
 
 
 class Trial(BaseModel):
@@ -112,12 +106,12 @@ class Input(BaseModel):
 
     run: str = Field(
         "",
-        pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        pattern=rf"^$|^{RUN_NAME}$",
         description="Name of the run's directory; empty makes one from the thread.",
     )
     replay: str = Field(
         "",
-        pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        pattern=rf"^$|^{RUN_NAME}$",
         description="Name of a recorded run whose plans and reflections are taken, so that no agent is asked; empty "
         "for a run of its own.",
     )

@@ -57,11 +57,12 @@ def keep_better_rows(
 ) -> Tensor:
     """`updated_OI`, but rows whose error the mask alone leaves smaller become the masked dense row.
 
-    The error is the true one, sum over tokens of ((W - W')x)^2 without damping, of the updated weight in the dtype
-    it is given in. An update can lose against its mask for three reasons: SparseGPT fixes a survivor before it knows
-    which later columns go; damping weighs the inputs differently from the text; and rounding the survivors to bf16
-    may cost more than removing the few least weights did. `bound_O` is an upper bound on each row's error, if one is
-    known: rows where it is below the mask's error need no second product. `damping` is as in `row_errors`.
+    The error is that of `row_errors`, the mean over tokens of ((W - W')x)^2, of the updated weight in the dtype it is
+    given in: without what the update itself added to the diagonal. An update can lose against its mask for three
+    reasons: SparseGPT fixes a survivor before it knows which later columns go; damping weighs the inputs differently
+    from the text; and rounding the survivors to bf16 may cost more than removing the few least weights did. `bound_O`
+    is an upper bound on each row's error, if one is known: rows where it is below the mask's error need no second
+    product. `damping` is as in `row_errors`.
     """
     masked_O = row_errors(weight_OI.float() * ~keep_OI, second_moment_II, damping)  # masked_fill is slower
     rows = torch.arange(len(masked_O), device=masked_O.device)

@@ -28,7 +28,7 @@ from tools.statistics.shards import SHARDS
 
 def make_parser() -> argparse.ArgumentParser:
     """What to time, and one flag per field of `BenchSettings`."""
-    parser = Parser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="Write all figures there too.")
     parser.add_argument(
         "--only", metavar="NAME,...", default="", help=f"Benchmarks to run: {', '.join(BENCHMARKS)}. Default: all."

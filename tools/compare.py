@@ -26,8 +26,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m tools.compare",
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
     parser.add_argument(

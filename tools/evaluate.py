@@ -22,8 +22,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m tools.evaluate",
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="A model, named as for a run, or a run: its model.")
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")

@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
 
     def work() -> None:
-        parser = Parser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
+        parser = Parser(prog="python -m tools.export", description=__doc__)
         parser.add_argument("run", metavar="RUN")
         forms = parser.add_mutually_exclusive_group(required=True)
         forms.add_argument("--packed", metavar="DIR", help="Directory of the packed model.")

@@ -9,6 +9,7 @@ import gc
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,7 @@ from rich.table import Table
 from tools.base.console import carry_out, print_line
 from tools.base.errors import UserError
 from tools.base.options import Parser
-from tools.base.settings import TeamSettings
+from tools.base.settings import LoadSettings, TeamSettings
 from tools.base.words import strip_controls
 from tools.measure.continuations import (
     PROMPTS,
@@ -72,12 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
 
     def work() -> None:
-        parser = Parser(prog="python -m tools.generate", description=__doc__, allow_abbrev=False)
+        parser = Parser(prog="python -m tools.generate", description=__doc__)
         parser.add_argument("model", metavar="MODEL")
         parser.add_argument("--prompt", metavar="TEXT", default=PROMPTS[2], help=f"Default: {PROMPTS[2]!r}.")
         parser.add_argument("--compare", metavar="DENSE", help="Let this model say it too.")
         parser.add_argument("--tokens", metavar="N", type=int, default=64, help="At most so many follow. Default: 64.")
-        parser.add_argument("--device", choices=("auto", "cpu", "cuda", "spread"), default="auto")
+        devices = get_args(LoadSettings.model_fields["device"].annotation)
+        parser.add_argument("--device", choices=devices, default="auto")
         parser.add_argument("--dtype", choices=tuple(DTYPES), help="Of a model that is not packed. Default: its own.")
         options = parser.parse_args(arguments)
         if options.tokens < 1:

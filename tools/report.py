@@ -4,7 +4,6 @@ RUN is a run's directory or its name under runs/. One run's page is written besi
 stand side by side in --out. A run that is not finished has a page too.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,8 +25,6 @@ def _obey(arguments: list[str]) -> None:
     parser = Parser(
         prog="python -m tools.report",
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="A run's directory, or its name under runs/.")
     parser.add_argument("--out", metavar="FILE", type=Path, help="The page; of one run, its directory's report.html.")

@@ -17,7 +17,7 @@ from tools.results.structure import make_table, name_target
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 interrupted, 2 bad input."""
-    parser = Parser(prog="python -m tools.structure", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m tools.structure", description=__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
     add_flags(parser, StructureSettings)
     given = sys.argv[1:] if arguments is None else arguments

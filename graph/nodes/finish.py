@@ -12,7 +12,7 @@ from graph.planning.finalists import compare_finalists
 from graph.planning.orders import UNIFORM_WANDA, order_uniform
 from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench, tell_layers
-from graph.state import State, same_sparsity
+from graph.state import State
 from tools.base.errors import BrokenPlan, UserError, in_one_line
 from tools.base.files import write_text
 from tools.base.made import hash_files, read_made
@@ -22,6 +22,7 @@ from tools.experiments.tasks import measure_checkpoints
 from tools.measure.losses import Evaluation
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
+from tools.plans.budget import same_sparsity
 from tools.plans.methods import Statistics
 from tools.results.cards import write_card
 from tools.results.origin import find_origin

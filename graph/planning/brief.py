@@ -29,9 +29,10 @@ from graph.planning.table import TOLD_ZEROS, describe_groups, describe_layers, d
 from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
-from graph.state import Trial, same_sparsity
+from graph.state import Trial
 from tools.base.names import hide_directories, hide_path
 from tools.base.words import round_seconds, show_short
+from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Parts
 from tools.plans.expression import FUNCTIONS, list_columns, list_parts
 from tools.plans.groups import drop_null
@@ -226,7 +227,7 @@ def _describe_bounds(situation: Situation) -> str:
     limit = ""
     if not situation.at_target and not config.pattern:
         base = (situation.accepted or situation.dense).perplexity
-        shown = "unknown" if base is None else f"{(1 + config.tau) * base:.5g}"
+        shown = "unknown" if base is None else f"{config.limit_perplexity(base):.5g}"
         times = f"{1 + config.tau:g} times that of the last accepted weights"
         limit = f" Perplexity limit of this round: {shown} ({times})."
     text = (

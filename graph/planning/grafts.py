@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
 from graph.planning.plan import Plan
-from graph.state import SAME_SPARSITY, Trial
+from graph.state import Trial
 from tools.base.errors import ImpossiblePlan
 from tools.plans.allocate import describe_zeros
+from tools.plans.budget import SAME_SPARSITY
 from tools.plans.graft import Graft, describe_graft, refuse_gone
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.selectors import select_layers

@@ -19,9 +19,9 @@ from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
 from graph.reflecting.posterior import Factor, find_factors, weigh_layers
 from graph.reflecting.schema import Lesson
-from graph.state import SAME_SPARSITY
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
+from tools.plans.budget import SAME_SPARSITY
 from tools.plans.costs import count_polish
 from tools.plans.cuts import Cutting, Parts
 from tools.plans.expression import evaluate_expression, tidy_expression

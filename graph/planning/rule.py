@@ -25,7 +25,8 @@ from graph.planning.refinements import (
 )
 from graph.planning.situation import Situation
 from graph.reflecting.posterior import WHOLE, weigh_evidence
-from graph.state import SAME_SPARSITY, Trial, same_sparsity
+from graph.state import Trial
+from tools.plans.budget import SAME_SPARSITY, same_sparsity
 from tools.plans.cuts import Cutting
 from tools.plans.recipe import Recipe
 
@@ -247,7 +248,7 @@ def _failures(situation: Situation) -> list[Trial]:
 
 def _limit(situation: Situation) -> float:
     last = situation.accepted or situation.dense
-    return (1 + situation.config.tau) * (last.perplexity or math.inf)
+    return situation.config.limit_perplexity(last.perplexity or math.inf)
 
 
 def _predict_perplexity(situation: Situation, sparsity: float, recipe: Recipe) -> float:

@@ -14,11 +14,12 @@ from graph.planning.orders import Curves, Orders, describe_plan, hash_request, m
 from graph.planning.past import take_latest
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
-from graph.state import SAME_SPARSITY, State, Trial, last_accepted, same_sparsity
+from graph.state import State, Trial, last_accepted
 from tools.base.errors import DamagedArtifact
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
 from tools.measure.losses import compare_kl
+from tools.plans.budget import SAME_SPARSITY, same_sparsity
 from tools.plans.cuts import Parts
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import join_paces

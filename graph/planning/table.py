@@ -16,7 +16,7 @@ from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers, merge_
 
 MAX_ROWS = 400
 """Rows of the layer table; 10 to 14 tokens each. Larger models are shown as means over neighbours."""
-MAX_GROUPS = 64
+MAX_GROUP_ROWS = 64
 """Rows of the table of groups."""
 TOLD_ZEROS = 0.05
 """Share of a layer's weights that are zero in the dense model, from which planners are told of them."""
@@ -221,7 +221,7 @@ def _shorten_kinds(kinds: Iterable[str]) -> dict[str, str]:
 
 
 def _list_groups(layers: Sequence[LayerProfile]) -> dict[str, list[LayerProfile]]:
-    return dict(list(group_layers(layers, merge=True).items())[:MAX_GROUPS])
+    return dict(list(group_layers(layers, merge=True).items())[:MAX_GROUP_ROWS])
 
 
 def describe_present(situation: Situation, *, grouped: bool) -> str:
@@ -263,7 +263,7 @@ def _describe_factors(situation: Situation) -> str:
     if plan is None or plan.graft:
         return ""
     found = find_lesson_factors(plan, situation.lessons, situation.layers, situation.config)
-    told = [f"{quote_data(name, 80)} {x.factor:.3g} +- {x.error:.2g}" for name, x in found.items()][:MAX_GROUPS]
+    told = [f"{quote_data(name, 80)} {x.factor:.3g} +- {x.error:.2g}" for name, x in found.items()][:MAX_GROUP_ROWS]
     return "\nFactors of lessons on the curves:\n" + data_block("factors", told) if told else ""
 
 

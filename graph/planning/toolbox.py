@@ -28,6 +28,7 @@ from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.layer_profile import group_layers
 from tools.plans.paces import Paces, join_paces
+from tools.plans.selectors import MOST_SELECTOR
 from tools.plans.work_order import WorkOrder, prune_alone
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def open_toolbox(
         carry_out=carry_out,
         prices=describe_prices(config, budget, len(group_layers(situation.layers, merge=True))),
         list_left=lambda: {"tokens_left": max(budget.left, 0)} if budget.left < math.inf else {},
-        beside={} if config.takes_parts else {"alone": {"type": "string", "maxLength": 200, "default": ""}},
+        beside={} if config.takes_parts else {"alone": {"type": "string", "maxLength": MOST_SELECTOR, "default": ""}},
     )
     return toolbox
 

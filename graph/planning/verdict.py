@@ -4,8 +4,9 @@ from graph.config import RunConfig
 from graph.planning.bounds import Verdict
 from graph.planning.finalists import reserve_tokens
 from graph.planning.rule import name_strongest, tried_strongest
-from graph.state import State, Trial, last_accepted, same_sparsity
+from graph.state import State, Trial, last_accepted
 from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better
+from tools.plans.budget import same_sparsity
 
 UNSETTLED = (0.05, 0.95)
 """Probabilities of a lower KL between which a comparison goes on over further windows."""
@@ -40,7 +41,7 @@ def judge(
         )
     if config.pattern:
         return "accept", f"{config.pattern} has no smaller step; from here only what lowers the KL is kept"
-    limit = (1 + config.tau) * before
+    limit = config.limit_perplexity(before)
     if perplexity <= limit:
         return "accept", f"perplexity {perplexity:.2f} is within {limit:.2f} = (1 + {config.tau:g}) x {before:.2f}"
     return "rollback", f"perplexity {perplexity:.2f} is above {limit:.2f} = (1 + {config.tau:g}) x {before:.2f}"

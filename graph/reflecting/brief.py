@@ -22,16 +22,20 @@ from graph.planning.texts import describe_texts
 from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import WORD, Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, drop_schema, tell_of_cuts
-from graph.state import Trial, pair_with_kept, same_sparsity
+from graph.state import Trial, pair_with_kept
 from tools.base.names import hide_directories
 from tools.base.words import show_short
+from tools.plans.budget import same_sparsity
 from tools.plans.groups import describe_group
 from tools.plans.layer_profile import group_layers
 from tools.plans.selectors import select_layers
 
-MAX_GROUPS = 60
+MAX_GROUP_LINES = 60
+"""Groups of layers whose share of a trial's predicted KL a reflector is told."""
 MAX_TRIALS = 12
+"""Earlier trials that it is told of, the last ones."""
 MAX_LESSONS = 20
+"""Lessons of earlier rounds, or adjustments, or factors, that it is told of."""
 
 
 def reflect_with_chat(
@@ -109,8 +113,8 @@ def _describe_groups(evidence: Evidence) -> str:
         kl = [group_kl(group, sparsity) for sparsity in (evidence.before_sparsity, evidence.sparsity)]
         line = f"{quote_data(selector, 120)}: sparsity {shares[0]:.3f} -> {shares[1]:.3f}, predicted KL "
         lines.append((max(kl), f"{line}{show_short(kl[0])} -> {show_short(kl[1])}"))
-    least = sorted((kl for kl, _ in lines), reverse=True)[:MAX_GROUPS][-1]
-    shown = [line for kl, line in lines if kl >= least][:MAX_GROUPS]
+    least = sorted((kl for kl, _ in lines), reverse=True)[:MAX_GROUP_LINES][-1]
+    shown = [line for kl, line in lines if kl >= least][:MAX_GROUP_LINES]
     left_out = f" ({len(lines) - len(shown)} with less KL left out)" if len(lines) > len(shown) else ""
     example = f"layers are named like: {quote_data(evidence.layers[0].name, 120)}"
     return f"The groups of layers, before and in this trial{left_out}:\n" + data_block("groups", [example, *shown])

@@ -4,8 +4,9 @@ from typing import Any
 
 from graph.planning.orders import drop_lessons
 from graph.reflecting.schema import Tried
-from graph.state import Trial, same_sparsity
+from graph.state import Trial
 from tools.base.words import shorten
+from tools.plans.budget import same_sparsity
 from tools.plans.recipe import Recipe
 
 MOST = 160

@@ -16,8 +16,9 @@ from graph.planning.plan import Plan
 from graph.reflecting.posterior import WHOLE, find_curves, tidy_selector
 from graph.reflecting.regression import find_mover
 from graph.reflecting.schema import MOST, Learnt, Lesson, Note, Reflection
-from graph.state import SIGMAS, Trial, same_sparsity
+from graph.state import SIGMAS, Trial
 from tools.instruments.probed import PastProbe
+from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Parts
 from tools.plans.groups import name_work
 from tools.plans.layer_profile import LayerProfile, group_layers

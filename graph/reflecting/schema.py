@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 from tools.plans.methods import translate_label
+from tools.plans.selectors import MOST_SELECTOR
 
 MAX_LEARNT = 5
 """Lessons that a reflector may draw from one trial."""
@@ -29,7 +30,7 @@ class Learnt(BaseModel):
 
     selector: str = Field(
         min_length=1,
-        max_length=200,
+        max_length=MOST_SELECTOR,
         description="Which layers: a glob over layer names, optionally after a range of blocks, such as '*.v_proj', "
         "'blocks 0-3' or 'blocks 0-3 · *.v_proj'.",
     )

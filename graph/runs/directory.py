@@ -15,6 +15,7 @@ from graph.state import State
 from tools.base.errors import UserError
 from tools.base.files import write_text
 from tools.base.made import advise, read_config_values
+from tools.base.names import RUN_NAME
 from tools.base.rundir import lock_run, runs_directory
 from tools.base.seals import BrokenSeal, read_sealed, write_sealed
 from tools.base.settings import FORMER
@@ -42,7 +43,7 @@ def check_input(config: RunConfig) -> None:
 
 def check_name(name: str) -> None:
     """Raises UserError for what cannot be the name of a run."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not re.fullmatch(RUN_NAME, name):
         raise UserError(
             f"run name {name!r} must be letters, digits, '.', '_' or '-', at most 100 of them, and begin with a letter "
             "or digit"

@@ -28,6 +28,9 @@ TEXTS = ("calibration", "validation", "test", "questions", "freebaseqa", "mmlu")
 GUARDED = ("model", *TEXTS, *AGENTS, "workers")
 """Fields that name what is read, or who is asked."""
 
+UNREAD = ("", "hub", "pydoc", "self")
+"""Kinds of sources of which no file of this machine is read by its name, none among them."""
+
 
 def check_permitted(state: State) -> None:
     """Refuse a state that names what a server may not read, run or ask. Raises UserError in one line."""
@@ -61,7 +64,8 @@ def _must_be_named(field: str, value: str) -> bool:
     if value.startswith("hub:"):
         name = parse_hub(value).name  # a directory of that name would be read in the data set's place
         return os.path.exists(name) and _is_far(name)
-    return value.startswith("file:") and _is_far(value.removeprefix("file:"))
+    kind, _, place = value.partition(":")
+    return kind not in UNREAD and _is_far(place)
 
 
 def _find_target(field: str, value: str) -> str:

@@ -1,7 +1,5 @@
-"""`python -m graph.ablate`: what is refused, and its old name."""
+"""`python -m graph.ablate`: what is refused."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,3 @@ def test_a_budget_below_one_trial_is_refused(
     flags = ["--model", str(tiny_llama), "--window=64", "--validation-windows=3", "--evaluated-tokens=191"]
     assert main([*flags, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "error: evaluated_tokens 191 allow no trial: one takes 192\n"
-
-
-def test_the_old_name_says_the_new_one() -> None:
-    flags = ["--model", "no-model", "--seeds", "0"]
-    said = subprocess.run([sys.executable, "-m", "tools.ablate", *flags], capture_output=True, text=True, check=False)
-    assert (said.returncode, said.stdout) == (2, "")
-    assert said.stderr == "python -m tools.ablate is now: python -m graph.ablate, with the same flags\n"

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from tools.base.errors import UserError
 
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+"""The form of a run's name."""
+
 _HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 """The form of a model's id on the hub."""
 

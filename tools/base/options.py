@@ -1,6 +1,6 @@
 """A command's options as one pydantic model: a flag for every field, and how they are read.
 
-parser = Parser(prog="python -m tools.compare", allow_abbrev=False)
+parser = Parser(prog="python -m tools.compare")
 parser.add_argument("--config", metavar="FILE")
 add_flags(parser, Settings)
 options, flags = parse_flags(parser, Settings, arguments)
@@ -31,7 +31,13 @@ Options = TypeVar("Options", bound=BaseModel)
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, as UserError, instead of printing its usage and ending the process."""
+    """Complains in one line, as UserError, instead of printing its usage and ending the process.
+
+    Flags are written out, and a description is printed as it is written.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -115,8 +121,8 @@ def read_options(
     """The options: flags over `BILLHOOK_…` variables over the YAML file over the model's defaults.
 
     With `ignore_unknown` the file may hold fields that the model has not, unless they are all but one of its own: the
-    config of a run says more than a command about its model or its texts needs. Raises UserError in one line for a file that cannot be read, an unknown field
-    (with the nearest name) or a value out of bounds.
+    config of a run says more than a command about its model or its texts needs. Raises UserError in one line for a file
+    that cannot be read, an unknown field (with the nearest name) or a value out of bounds.
     """
     values = read_yaml(path) if path else {}
     if ignore_unknown:

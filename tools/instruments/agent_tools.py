@@ -21,6 +21,7 @@ from tools.instruments.search import MOST_SEARCHED, search
 from tools.instruments.slopes import measure_slopes
 from tools.instruments.swap import MOST_SWAPS, swap
 from tools.plans.lines import describe_levers
+from tools.plans.selectors import MOST_SELECTOR
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
 _SCHEMA: dict[str, Any] = {
@@ -29,7 +30,7 @@ _SCHEMA: dict[str, Any] = {
 }
 DraftArgument = Annotated[Draft, WithJsonSchema(_SCHEMA)]
 OneDraftArgument = Annotated[Draft | None, WithJsonSchema(_SCHEMA)]
-SelectorArgument = Annotated[str, Field(min_length=1, max_length=200), WithJsonSchema({"type": "string"})]
+SelectorArgument = Annotated[str, Field(min_length=1, max_length=MOST_SELECTOR), WithJsonSchema({"type": "string"})]
 PlainDraftArgument = Annotated[Draft, WithJsonSchema({"type": "object"})]
 
 
@@ -49,7 +50,9 @@ class InspectArguments(_Arguments):
     """Which layers."""
 
     selector: str = Field(
-        min_length=1, max_length=200, description="Which layers, such as '*.v_proj' or 'blocks 0-3 · *.v_proj'."
+        min_length=1,
+        max_length=MOST_SELECTOR,
+        description="Which layers, such as '*.v_proj' or 'blocks 0-3 · *.v_proj'.",
     )
 
 

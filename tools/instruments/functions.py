@@ -22,11 +22,10 @@ from tools.measure.texts import list_texts
 from tools.plans.cuts import Cutting
 from tools.plans.expression import Expression
 from tools.plans.graft import Graft
-from tools.plans.groups import MAX_GROUPS as MOST_GROUPS
-from tools.plans.groups import Group
+from tools.plans.groups import MAX_GROUPS, Group
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
-from tools.plans.selectors import select_layers
+from tools.plans.selectors import MOST_SELECTOR, select_layers
 from tools.plans.work_order import WorkOrder, prune_alone
 from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
@@ -37,7 +36,7 @@ Result = TypeVar("Result")
 
 MAX_INSPECTED = 40
 """Layers that one look, or one prediction, shows one by one."""
-MAX_GROUPS = 48
+MAX_TOLD_GROUPS = 48
 """Groups of layers whose shares a prediction names."""
 
 LATE = "not begun: those before it took all the seconds that were left"
@@ -56,7 +55,7 @@ class Draft(BaseModel):
     recipe: Recipe = Field(default_factory=Recipe, description="How weights are chosen and shared out.")
     groups: list[Group] = Field(
         default_factory=list,
-        max_length=MOST_GROUPS,
+        max_length=MAX_GROUPS,
         exclude_if=operator.not_,
         description="Other recipes for some layers.",
     )
@@ -72,7 +71,7 @@ class Draft(BaseModel):
     )
     alone: str = Field(
         "",
-        max_length=200,
+        max_length=MOST_SELECTOR,
         exclude=True,
         description="Layers that alone are pruned, each to its share of the whole plan; all others stay dense.",
     )
@@ -189,12 +188,12 @@ def predict(round_: Round, draft: Draft) -> Figures:
         "mask_kl": round_figure(mask_kl),
         **({"trial_takes": takes} if (takes := round_.price(draft)) else {}),
         "columns": "group: sparsity, share of mask_kl",
-        "groups": {selector: [round_figure(share), round_figure(kl)] for selector, share, kl in rows[:MAX_GROUPS]},
+        "groups": {selector: [round_figure(share), round_figure(kl)] for selector, share, kl in rows[:MAX_TOLD_GROUPS]},
     }
     if draft.alone:
         names = select_layers(draft.alone, list(layers.values()))
         figures["alone"] = {name: round_figure(shares[name]) for name in names[:MAX_INSPECTED]}
-    return figures | ({"groups_left_out": len(rows) - MAX_GROUPS} if len(rows) > MAX_GROUPS else {})
+    return figures | ({"groups_left_out": len(rows) - MAX_TOLD_GROUPS} if len(rows) > MAX_TOLD_GROUPS else {})
 
 
 def predict_all(round_: Round, drafts: Sequence[Draft]) -> Figures:
@@ -209,7 +208,7 @@ def predict_all(round_: Round, drafts: Sequence[Draft]) -> Figures:
     shared = [figures.pop("groups", {}) for figures in plans]
     for figures in plans:
         figures.pop("columns", None)
-    named = list(dict.fromkeys(selector for groups in shared for selector in groups))[:MAX_GROUPS]
+    named = list(dict.fromkeys(selector for groups in shared for selector in groups))[:MAX_TOLD_GROUPS]
     rows = {name: [groups.get(name, [None])[0] for groups in shared] for name in named}
     alike = all(len(set(row)) == 1 for row in rows.values())
     return {

@@ -6,15 +6,12 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from tools.base.errors import ImpossiblePlan
-from tools.plans.budget import Budget, round_to_budget
+from tools.plans.budget import Budget, round_to_budget, same_sparsity
 from tools.plans.layer_profile import Array, LayerProfile, predict_kl
 from tools.plans.pattern import count_pattern_zeros
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.rules import RULES, share_evenly
 from tools.plans.selectors import select_layers
-
-_PATTERN_TOLERANCE = 5e-4
-"""A plan may name the sparsity that an N:M pattern gives this roughly: the promise is the plan's within 0.05 %."""
 
 Pattern = tuple[int, int]
 """(N zeros, of M consecutive inputs)."""
@@ -175,7 +172,7 @@ def _count_fitting(layer: LayerProfile, pattern: Pattern, least: float, most: fl
 
 def _refuse_other_sparsity(given: float, sparsity: float, recipe: Recipe) -> None:
     """Where patterns leave nothing to share out, a plan's sparsity is theirs."""
-    if abs(given - sparsity) > _PATTERN_TOLERANCE:
+    if not same_sparsity(given, sparsity):
         raise ImpossiblePlan(
             f"with {recipe.pattern or 'patterns'} in every layer that is not protected the sparsity is {given:.2%}, "
             f"but the plan has {sparsity:.2%}"

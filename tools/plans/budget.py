@@ -10,6 +10,14 @@ import numpy as np
 
 from tools.plans.layer_profile import Array, LayerProfile
 
+SAME_SPARSITY = 5e-4
+"""Two sparsities nearer than this are the same budget: the promise is the target within 0.05 %."""
+
+
+def same_sparsity(one: float, other: float) -> bool:
+    """Whether two sparsities are the same budget."""
+    return abs(one - other) <= SAME_SPARSITY
+
 
 class Budget(NamedTuple):
     """What is to be shared out, and within which bounds."""

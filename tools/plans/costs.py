@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection
 
 from tools.base.settings import WorkbenchSettings
-from tools.plans.methods import REFIT_STEPS, STAGES, Statistics
+from tools.plans.methods import STAGES, Statistics
 from tools.plans.polish import schedule_polish
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
@@ -115,8 +115,7 @@ CURVES = "curves of "
 
 def name_curves(recipe: Recipe) -> str:
     """What the KL curves of a recipe's method are called: they are the same for any statistics and steps."""
-    plain = recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
-    return f"{CURVES}{plain.mask_label}"
+    return f"{CURVES}{recipe.for_curves().mask_label}"
 
 
 def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tools.base.errors import ImpossiblePlan
 from tools.plans.layer_profile import LayerProfile
-from tools.plans.selectors import select_layers
+from tools.plans.selectors import MOST_SELECTOR, select_layers
 
 UNITS_HOPE = 2.0
 """How many times the KL that curves of units come to was measured: 1.9 to 2.4 of SmolLM2 at 70 to 90 % of its bytes.
@@ -111,7 +111,7 @@ class Cutting(BaseModel):
     )
     keep: str = Field(
         "",
-        max_length=200,
+        max_length=MOST_SELECTOR,
         exclude_if=operator.not_,
         description="Blocks that do not go whole, such as 'blocks 0-3'; the next ones of the table go instead.",
     )

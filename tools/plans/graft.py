@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tools.base.errors import ImpossiblePlan
 from tools.base.words import shorten
+from tools.plans.selectors import MOST_SELECTOR
 
 
 class Graft(BaseModel):
@@ -13,7 +14,7 @@ class Graft(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    selector: str = Field(min_length=1, max_length=200, description="Which layers, as in adjustments.")
+    selector: str = Field(min_length=1, max_length=MOST_SELECTOR, description="Which layers, as in adjustments.")
     of: int = Field(ge=1, description="The round they are taken from.")
     rest: int = Field(ge=1, description="The round of all others.")
 

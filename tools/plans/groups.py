@@ -15,7 +15,7 @@ from tools.plans.methods import LEVERS, MOST_STEPS, MethodName, Statistics
 from tools.plans.mix import Mix, label_mix, read_former
 from tools.plans.pattern import PatternText
 from tools.plans.recipe import Damping, Recipe
-from tools.plans.selectors import select_layers
+from tools.plans.selectors import MOST_SELECTOR, select_layers
 
 MAX_GROUPS = 8
 """Groups that one plan may hold."""
@@ -84,7 +84,7 @@ class Group(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    selector: str = Field(min_length=1, max_length=200, description="Which layers, as in adjustments.")
+    selector: str = Field(min_length=1, max_length=MOST_SELECTOR, description="Which layers, as in adjustments.")
     recipe: GroupRecipe = Field(
         description="What differs there; each is told in the plan's recipe, and is as there where it is left out."
     )

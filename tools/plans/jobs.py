@@ -1,5 +1,6 @@
 """What is to be compared: labels of recipes and sparsities, read into one job for each row of the table."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,6 +110,15 @@ def list_jobs(recipes: str, sparsities: str, polish_tokens: int = 0) -> list[Job
     if not jobs:
         raise UserError("patterns are not for structured recipes; try --sparsity 0.2")
     return list(jobs.values())
+
+
+def is_ours(label: str) -> bool:
+    """Whether a row is no baseline: its method, or how the zeros or the parts are shared out, is Billhook's own."""
+    done, _, shared = label.partition(":")
+    method = re.split("[+~]", done)[0]
+    if method == STRUCTURED:
+        return WAYS_OF_PARTS[shared].ours
+    return METHODS[method.rstrip("0123456789")].ours or ALLOCATIONS[re.split("@|-mask", shared)[0]].ours
 
 
 def list_standing(jobs: Sequence[Job]) -> list[Job]:

@@ -26,6 +26,7 @@ from tools.plans.mix import MARKS, SHORT, Mix, label_mix, parse_mix, read_former
 from tools.plans.pattern import PatternText, parse_pattern
 from tools.plans.registry import describe_choices
 from tools.plans.rules import RULES, UNIFORM, RuleName
+from tools.plans.selectors import MOST_SELECTOR
 
 Damping = Annotated[float, Field(ge=0, le=MOST_DAMPING), AfterValidator(partial(round, ndigits=3))]
 """A share of each input's mean square, to what a label tells."""
@@ -262,6 +263,10 @@ class Recipe(BaseModel):
             )
         return tokens if self.polish else 0
 
+    def for_curves(self) -> "Recipe":
+        """The recipe whose KL curves it reads: the dense model's, whose levels are the steps of the method refit."""
+        return self.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})
+
     def within_layers(self) -> "Recipe":
         """The part of the recipe that makes a layer's weights, once it is known how many of them go."""
         return Recipe(
@@ -352,7 +357,7 @@ class Adjustment(BaseModel):
 
     selector: str = Field(
         min_length=1,
-        max_length=200,
+        max_length=MOST_SELECTOR,
         description="Which layers: a glob over layer names, optionally after a range of blocks, such as "
         "'*.[qk]_proj', 'blocks 0-3' or 'blocks 0-3 · *.v_proj'; or several, set apart by ';'.",
     )

@@ -7,6 +7,9 @@ from fnmatch import fnmatchcase
 from tools.base.errors import ImpossiblePlan
 from tools.plans.layer_profile import LayerProfile
 
+MOST_SELECTOR = 200
+"""Characters of a selector that a planner or an agent writes."""
+
 
 def select_layers(selector: str, layers: Sequence[LayerProfile]) -> list[str]:
     """Names of the layers a selector means, in layer order.

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tools.base.words import show, show_score
+from tools.plans.jobs import is_ours
 from tools.results.schema import Score
 from tools.results.scores import Result, find_differences, name_score, subtract
 from tools.results.tables import list_table, list_task_protocols
@@ -106,7 +107,7 @@ def _describe_relative(dense: Measured, rows: Sequence[Measured]) -> list[str]:
     """A table for each sparsity; baselines with a pattern stand in all of them, as the paper's do."""
     if dense.figure(MMLU) is None or dense.figure(FREEBASEQA) is None:
         return []
-    baselines = [row for row in rows if not row.recipe.startswith("refit")]  # which is Billhook's own, too
+    baselines = [row for row in rows if not is_ours(row.recipe)]
     lines: list[str] = []
     for ours in (row for row in rows if row.recipe == OURS and not row.pattern):
         beside = [row for row in baselines if row.pattern or abs(row.sparsity - ours.sparsity) < ABOUT]

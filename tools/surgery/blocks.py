@@ -215,7 +215,7 @@ def fold_blocks(
         if kept:
             kept.keep(first, [*states, *dense])
         progress("fold and fit", first, len(blocks))
-        _pass_on(blocks, windows_BT, dense, range(first, end))
+        pass_on(blocks, windows_BT, dense, range(first, end))
         fits = list[Fit]()
         for kind in KINDS:
             if (first, kind) not in fitted:
@@ -226,7 +226,7 @@ def fold_blocks(
             fits.append(_fit(part, units, finish_moments(total, part)))
         if first not in dropped:
             with running_by(fits):
-                _pass_on(blocks, windows_BT, states, range(first, first + 1))
+                pass_on(blocks, windows_BT, states, range(first, first + 1))
         yield from fits
     progress("fold and fit", len(blocks), len(blocks))
 
@@ -261,7 +261,7 @@ def _sum_up(
         total.add(read[0], lacking_TD if part.kind == "neurons" else None)
 
 
-def _pass_on(blocks: Blocks, windows_BT: Tensor, states: list[Tensor], passed: range) -> None:
+def pass_on(blocks: Blocks, windows_BT: Tensor, states: list[Tensor], passed: range) -> None:
     """Take each window on behind some blocks, in place; all pass one before the next, read once if it is streamed."""
     for block in passed:
         for i, ids_T in enumerate(windows_BT):

@@ -26,7 +26,7 @@ from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks, find_layers
 from tools.models.readout import compute_hidden, measure_losses
 from tools.plans.cuts import Counts
-from tools.surgery.blocks import choose_blocks, fold_blocks
+from tools.surgery.blocks import choose_blocks, fold_blocks, pass_on
 from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import KINDS, Cut, Fit, Part, check_alike, find_parts
 from tools.surgery.rebuild import accepts, build_cut, check_buildable
@@ -197,9 +197,7 @@ def choose_channels(
         progress("choose and fit", block, len(blocks))
         sums = [HalvedSums(part.output.weight_OI.shape[1], windows_BT.device) for part in members]
         with tapped(members, [s.add for s in sums]):
-            states = [
-                blocks.run(ids_T, block, x.to(ids_T.device)).cpu() for ids_T, x in zip(windows_BT, states, strict=True)
-            ]
+            pass_on(blocks, windows_BT, states, range(block, block + 1))
         for part in members:
             moments = finish_moments(sums.pop(0), part)
             fits = {

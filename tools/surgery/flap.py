@@ -33,6 +33,7 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.readout import compute_hidden
+from tools.surgery.blocks import pass_on
 from tools.surgery.moments import tapped
 from tools.surgery.parts import KINDS, Fit, Part, find_parts
 from tools.surgery.rebuild import TOLERANCE, copy_sharing, mark_channels, mask_input, masked
@@ -96,9 +97,7 @@ def _measure_spreads(
         progress("measure fluctuations", block, len(blocks))
         members = [(part, own) for part, own in zip(parts, sums, strict=True) if part.block == block]
         with tapped([part for part, _ in members], [own.add for _, own in members]):
-            states = [
-                blocks.run(ids_T, block, x.to(ids_T.device)).cpu() for ids_T, x in zip(windows_BT, states, strict=True)
-            ]
+            pass_on(blocks, windows_BT, states, range(block, block + 1))
     progress("measure fluctuations", len(blocks), len(blocks))
     spreads = [own.spread() for own in sums]
     for part, (_, variance_I) in zip(parts, spreads, strict=True):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,6 @@ from tools.base.failures import explain_layer
 from tools.base.progress import Progress
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LayerProfile
-from tools.plans.methods import REFIT_STEPS
 from tools.plans.recipe import Recipe
 from tools.statistics.collect import measure_kappa
 from tools.statistics.pruned import cut_to_levels
@@ -37,17 +37,17 @@ class Curves:
         """
         self._profiles.refuse_statistics(recipe)
         profile = self._profiles.find(profile, recipe, progress)
-        layers = self._profiles.read(profile).layers
+        found: dict[str, dict[str, Any]] = {}
         if "alpha" in recipe.needs:
-            key = ["alpha", self._weights.hash_all_dense()]
-            alpha = self._index.measure_once(key, lambda: self._measure_alphas(progress))
-            return [layer.model_copy(update={"alpha": alpha[layer.name]}) for layer in layers]
+            found["alpha"] = self._index.measure_once(self._name_alpha(), lambda: self._measure_alphas(progress))
         if recipe.needs_curves:
-            plain = _plain(recipe)
+            plain = recipe.for_curves()
             key = self._name_kappa(profile, plain)
-            kappa = self._index.measure_once(key, lambda: self.measure_kappa(profile, plain, progress))
-            return [layer.model_copy(update={"kappa": kappa[layer.name]}) for layer in layers]
-        return layers
+            found["kappa"] = self._index.measure_once(key, lambda: self.measure_kappa(profile, plain, progress))
+        return [
+            layer.model_copy(update={field: each[layer.name] for field, each in found.items()})
+            for layer in self._profiles.read(profile).layers
+        ]
 
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `describe_layers`, with KL curves that are known whatever the recipe's: no weight is touched.
@@ -62,9 +62,15 @@ class Curves:
     def has_layers(self, profile: str, recipe: Recipe) -> bool:
         """Whether `describe_layers` has only to read what was measured before: no weight is touched."""
         profile = self._profiles.find_known(profile, recipe)
-        if not profile or not recipe.needs_curves:
-            return bool(profile)
-        return self._index.read_measured(self._name_kappa(profile, _plain(recipe))) is not None
+        if not profile:
+            return False
+        keys = [self._name_alpha()] if "alpha" in recipe.needs else []
+        if recipe.needs_curves:
+            keys.append(self._name_kappa(profile, recipe.for_curves()))
+        return all(self._index.read_measured(key) is not None for key in keys)
+
+    def _name_alpha(self) -> list[str]:
+        return ["alpha", self._weights.hash_all_dense()]
 
     def _name_kappa(self, profile: str, plain: Recipe) -> list[str]:
         """What KL curves depend on: the weights, the text and the labels drawn for it, as the statistics name them."""
@@ -145,8 +151,3 @@ class _Parts:
 
     def _tell(self) -> None:
         self.progress(self.label, self.done, len(self.weights.layers))
-
-
-def _plain(recipe: Recipe) -> Recipe:
-    """The recipe whose KL curves it reads: always the dense model's, whose levels are the steps of the method refit."""
-    return recipe.model_copy(update={"statistics": "dense", "refit_steps": REFIT_STEPS})

@@ -118,8 +118,7 @@ class Profiles:
                 kept = self._store.write_tensors({"hidden": torch.stack(so_far.hidden)})
                 self._index.keep_measured(key, {"nll": so_far.nll, "kl": so_far.kl, "hidden": kept})
             raise
-        if not evaluation.finite:
-            raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
+        _refuse_infinite_loss(evaluation)
         if begun := self._index.read_measured(key):
             self._index.forget_measured(key)
             self._store.path(begun["hidden"], ".safetensors").unlink(missing_ok=True)
@@ -138,8 +137,7 @@ class Profiles:
             self._weights.restore_dense()
             numbers = self._losses.list_each("further", windows)
             evaluation, hidden = self._losses.measure("further", numbers, None, "dense, further validation", progress)
-            if not evaluation.finite:
-                raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")
+            _refuse_infinite_loss(evaluation)
             return {"hidden": self._store.write_tensors({"hidden": hidden})}
 
         return self._store.read_tensors(self._index.measure_files(key, measure)["hidden"])["hidden"]
@@ -389,3 +387,8 @@ class Profiles:
                 work.append(LayerWork(name, zeros[name], dense, statistics.mean_square_I, gamma_O))
                 moment_II = statistics.second_moment_II if recipe.changes_survivors else None
             yield LayerGroup(work, moment_II)
+
+
+def _refuse_infinite_loss(dense: Evaluation) -> None:
+    if not dense.finite:
+        raise UserError("the dense model's loss is not finite on the validation text; try --dtype fp32")

@@ -11,7 +11,7 @@ from tools.base.progress import Progress, heed_stop, ignore_progress
 from tools.models.artifacts import hash_as_earlier, pack_pruned
 from tools.plans.cuts import CutOrder
 from tools.plans.groups import refuse_two_walks
-from tools.plans.methods import METHODS
+from tools.plans.methods import METHODS, PROFILED
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import LayerOrder, WorkOrder
 from tools.results.schema import Polished
@@ -154,7 +154,7 @@ class Pruner:
         for name, count in zeros.items():
             heed_stop()
             task = tasks[name]
-            method = "two-sided" if METHODS[task.recipe.method].changes_survivors else task.recipe.method
+            method = PROFILED if METHODS[task.recipe.method].changes_survivors else task.recipe.method
             mask = Recipe(method=method, refit=False, gamma=task.recipe.gamma, statistics="dense")
             with explain_layer(f"moving layer {name}"):
                 statistics = self._profiles.find_statistics(task.profile, name, mask)

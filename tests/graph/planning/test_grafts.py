@@ -22,7 +22,7 @@ from graph.planning.refinements import plan_refinements
 from graph.planning.situation import Situation
 from graph.reflecting.levers import name_levers
 from graph.reflecting.rule import draw_lesson
-from graph.state import SAME_SPARSITY, State, Trial
+from graph.state import State, Trial
 from tests.benches import REFIT, SEQUENTIAL, WANDA, artifact_path, ignore, open_bench, plan
 from tests.named import name_texts
 from tests.situations import make_layers, make_situation, make_trial
@@ -33,6 +33,7 @@ from tools.instruments.probed import Probed
 from tools.instruments.swap import swap
 from tools.measure.losses import compare_kl
 from tools.plans.allocate import Allocation
+from tools.plans.budget import SAME_SPARSITY
 from tools.plans.graft import Graft
 from tools.plans.recipe import Recipe
 from tools.plans.selectors import select_layers

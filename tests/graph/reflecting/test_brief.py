@@ -12,7 +12,7 @@ from graph.config import RunConfig, read_prompt
 from graph.llm.ladder import AgentError, describe_schema
 from graph.llm.models import open_model
 from graph.planning.plan import Plan
-from graph.reflecting.brief import MAX_GROUPS, MAX_LESSONS, MAX_TRIALS, reflect_with_chat, reflector_messages
+from graph.reflecting.brief import MAX_GROUP_LINES, MAX_LESSONS, MAX_TRIALS, reflect_with_chat, reflector_messages
 from graph.reflecting.rule import Evidence, combine_lessons
 from graph.reflecting.schema import MAX_LEARNT, Note, Reflection
 from tests.evidence import GROUP, LAYERS, learnt, make_evidence
@@ -115,8 +115,8 @@ def test_what_is_shown_has_an_end() -> None:
         plan=Plan(sparsity=0.45, adjustments=[Adjustment(selector="*", action="factor", factor=2)] * 64),
     )
     text = shown(many)
-    assert len(re.findall(r"^blocks \S+ · experts", text, re.MULTILINE)) == MAX_GROUPS
-    assert f"({3 * 99 - MAX_GROUPS} with less KL left out)" in text
+    assert len(re.findall(r"^blocks \S+ · experts", text, re.MULTILINE)) == MAX_GROUP_LINES
+    assert f"({3 * 99 - MAX_GROUP_LINES} with less KL left out)" in text
     assert text.count("\nround ") == MAX_TRIALS and "round 199:" in text
     assert text.count(" observed ") == text.count("adjusted *") == MAX_LESSONS
 

@@ -69,6 +69,7 @@ def test_what_a_run_on_a_server_may_name(values: dict[str, Any]) -> None:
         *(("model", path, FAR) for path in ("/", "~", "../elsewhere/model", "way-out/model", "/etc/x.gguf")),
         *((text, "file:/etc/passwd", FAR) for text in ("calibration", "validation", "test", "freebaseqa", "mmlu")),
         ("questions", FACTS, FAR),
+        ("calibration", "csv:/etc/passwd", FAR),  # of a kind that there is not yet
         ("calibration", "hub:../elsewhere:train", FAR),
         ("test", "file:../runs/../elsewhere/t.txt", FAR),
         *((agent, f"exchange:{path}", FAR) for agent in ("planner", "reflector") for path in ("/etc", "way-out/x")),

@@ -14,7 +14,7 @@ TEXT = {"code": "pydoc", "prose": "self:A, B | C"}
 
 
 def read(*arguments: str) -> WorkbenchSettings:
-    parser = Parser(prog="prune", allow_abbrev=False)
+    parser = Parser(prog="prune")
     add_flags(parser, WorkbenchSettings)
     return read_options(WorkbenchSettings, parse_flags(parser, WorkbenchSettings, list(arguments))[1], None)
 

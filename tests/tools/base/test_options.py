@@ -36,7 +36,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="lay", allow_abbrev=False)
+    parser = Parser(prog="lay")
     parser.add_argument("--config")
     add_flags(parser, Garden)
     return parser

@@ -31,8 +31,8 @@ from tools.instruments.comparisons import (
     sum_up_probes,
 )
 from tools.instruments.functions import (
-    MAX_GROUPS,
     MAX_INSPECTED,
+    MAX_TOLD_GROUPS,
     Draft,
     Round,
     inspect_layers,
@@ -131,11 +131,11 @@ def test_predict_is_the_allocation_that_a_round_would_have(make_round: Callable[
 def test_predict_names_the_groups_that_cost_most(make_round: Callable[..., Round]) -> None:
     round_ = make_round()
     names = list(round_.bench.by_name)
-    groups = {f"g{i}": [names[i % len(names)]] for i in range(MAX_GROUPS + 5)}
+    groups = {f"g{i}": [names[i % len(names)]] for i in range(MAX_TOLD_GROUPS + 5)}
     figures = predict(replace(round_, groups=groups), WANDA)
     costs = [kl for _, kl in figures["groups"].values()]
     assert costs == sorted(costs, reverse=True)
-    assert (len(costs), figures["groups_left_out"]) == (MAX_GROUPS, 5)
+    assert (len(costs), figures["groups_left_out"]) == (MAX_TOLD_GROUPS, 5)
 
 
 def test_nothing_is_measured_for_an_impossible_draft(

@@ -53,7 +53,9 @@ def test_the_table() -> None:
 def test_baselines_stand_beside_ours_at_their_sparsity() -> None:
     wanda = measured("wanda:uniform", 20.0, 0.3, 0.01)
     pattern = wanda._replace(name="`wanda:uniform` 2:4", pattern="2:4", sparsity=0.5)
-    rows = [OURS, wanda, OURS._replace(sparsity=0.6), wanda._replace(name="later", sparsity=0.599), pattern]
+    more = ("two-sided-obs:kappa", "refit8~clipped:evolution", "structured+refit:kappa", "sparsegpt:kappa-mask@0.8")
+    own = [wanda._replace(name="own", recipe=recipe) for recipe in more]
+    rows = [OURS, wanda, *own, OURS._replace(sparsity=0.6), wanda._replace(name="later", sparsity=0.599), pattern]
     said = "\n".join(describe_tasks(DENSE, rows)).split("## `refit:kappa` at ")[1:]
     assert [[line.split(" |")[0][2:] for line in table.split("\n") if line.startswith("| `")] for table in said] == [
         ["`refit:kappa` beside", "`wanda:uniform`", "`wanda:uniform` 2:4"],

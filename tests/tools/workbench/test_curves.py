@@ -33,8 +33,16 @@ def test_curves_of_the_mask_by_the_long_way_are_those_of_the_profile(bench: Work
 
 
 def test_alphas_are_added_for_alphapruning(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = bench.profile(ignore)
-    layers = bench.describe_layers(profile, Recipe(allocation="alphapruning"), ignore)
-    assert all(layer.alpha and layer.alpha > 1 for layer in layers)
+    profile, spectra = bench.profile(ignore), Recipe(allocation="alphapruning")
+    assert not bench.has_layers(profile, spectra)
+    layers = bench.describe_layers(profile, spectra, ignore)
+    assert all(layer.alpha and layer.alpha > 1 for layer in layers) and bench.has_layers(profile, spectra)
     monkeypatch.setattr(tools.workbench.curves, "measure_alpha", pytest.fail)
-    assert bench.describe_layers(profile, Recipe(allocation="alphapruning"), ignore) == layers
+    assert bench.describe_layers(profile, spectra, ignore) == layers
+
+    # of an allocation that reads both
+    curves = bench.describe_layers(profile, Recipe(), ignore)
+    monkeypatch.setattr(Recipe, "needs", ("kappa", "alpha"))
+    both = bench.describe_layers(profile, Recipe(), ignore)
+    assert [layer.alpha for layer in both] == [layer.alpha for layer in layers]
+    assert [layer.kappa for layer in both] == [layer.kappa for layer in curves]
