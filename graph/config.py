@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from tools.base.errors import ImpossiblePlan
@@ -68,12 +68,31 @@ def _edit_in_studio(name: str, node: str) -> JsonDict:
     return {"langgraph_nodes": [node], "langgraph_type": "prompt", "default": read_prompt(name)}
 
 
-class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
-    """Every option of a run: what is pruned, how far, judged by what, planned by whom."""
+class TargetSettings(BaseModel):
+    """How far the model is pruned, and each layer at most."""
 
     target_sparsity: float = Field(
         0.45, gt=0, lt=1, description="Share of the prunable weights that are zero at the end, as a fraction."
     )
+    max_layer_sparsity: float = Field(
+        0.9, gt=0, le=1, description="No layer is pruned further than this, whatever a plan says."
+    )
+
+    @field_validator("target_sparsity", "max_layer_sparsity", mode="before")
+    @classmethod
+    def _refuse_percent(cls, value: Any) -> Any:
+        try:
+            percent = float(value) > 1
+        except (TypeError, ValueError):
+            return value
+        if percent:
+            raise ValueError(f"{value} looks like a percentage; write it as a fraction, such as {float(value) / 100:g}")
+        return value
+
+
+class RunConfig(TargetSettings, TaskSettings, PolishSettings, CutSettings, TeamSettings):
+    """Every option of a run: what is pruned, how far, judged by what, planned by whom."""
+
     target_size: float = Field(
         0.0,
         ge=0,
@@ -166,9 +185,6 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
         description="plans: every plan waits, before it is carried out, for a person to accept, edit or refuse it. "
         "goal: what is made of the goal does. all: both.",
         json_schema_extra={"langgraph_nodes": ["approve", "brief"]},
-    )
-    max_layer_sparsity: float = Field(
-        0.9, gt=0, le=1, description="No layer is pruned further than this, whatever a plan says."
     )
     protect: list[str] = Field(
         [],
@@ -278,17 +294,6 @@ class RunConfig(TaskSettings, PolishSettings, CutSettings, TeamSettings):
         if agent == "planner":
             return self.planner_price_input, self.planner_price_output
         return self.reflector_price_input, self.reflector_price_output
-
-    @field_validator("target_sparsity", "max_layer_sparsity", mode="before")
-    @classmethod
-    def _refuse_percent(cls, value: Any) -> Any:
-        try:
-            percent = float(value) > 1
-        except (TypeError, ValueError):
-            return value
-        if percent:
-            raise ValueError(f"{value} looks like a percentage; write it as a fraction, such as {float(value) / 100:g}")
-        return value
 
     @field_validator("planner", "reflector", mode="before")
     @classmethod

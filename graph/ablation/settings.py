@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from graph.config import HEURISTIC
+from graph.config import HEURISTIC, TargetSettings
 from tools.base.errors import UserError
 from tools.base.named import Texts, Weights
 from tools.base.options import join_list
@@ -58,12 +58,9 @@ def describe_arm(row: str) -> str:
     return f"{ARMS['fixed']}, `{row}`" if row in FIXED else ARMS[row]
 
 
-class AblateSettings(PolishSettings, TeamSettings):
+class AblateSettings(TargetSettings, PolishSettings, TeamSettings):
     """The model, its texts, who plans, and how much each may try."""
 
-    target_sparsity: float = Field(
-        0.45, gt=0, lt=1, description="Share of the prunable weights that are zero at the end, as a fraction."
-    )
     arms: str = Field(
         "", description=f"Comma-separated: {', '.join(ARMS)}. Empty: all; those with chat need --planner."
     )
@@ -105,7 +102,6 @@ class AblateSettings(PolishSettings, TeamSettings):
         description="Seconds, the profile's included, after which an arm begins no further plan; a search goes by its "
         "tokens alone. 0 for no limit.",
     )
-    max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="No layer is pruned further than this.")
     out: str = Field("ablate", min_length=1, description="Directory of the tables, the plot and the work.")
 
     def for_seed(self, seed: int) -> Self:
