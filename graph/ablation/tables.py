@@ -29,6 +29,7 @@ def _tell_trials(row: Row) -> str:
 
 
 def describe_row(row: Row) -> str:
+    """A row in one line, for the terminal."""
     return (
         f"{row.arm}, seed {row.seed}: {row.sparsity:.2%} zeros, perplexity {show(row.perplexity)}, "
         f"KL {show(row.kl, 4)}, trials {_tell_trials(row)}, {row.evaluated_tokens:,} tokens evaluated, "
@@ -37,6 +38,7 @@ def describe_row(row: Row) -> str:
 
 
 def write_tables(directory: Path, known: Ablation) -> None:
+    """Write all that is known so far: as JSON, which goes on from there, Markdown, CSV, and a plot in two formats."""
     write_kept(directory / "ablate.json", known)
     write_text(directory / "ablate.md", describe(known))
     write_text(directory / "ablate.csv", as_csv(Row, known.rows, ["texts", "kls"], _list_text_columns))

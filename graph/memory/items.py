@@ -74,11 +74,13 @@ def find_models(store: BaseStore, *rooms: str) -> dict[str, list[SearchItem]]:
 
 
 def delete_items(store: BaseStore, items: Iterable[SearchItem]) -> None:
+    """Forget them for good."""
     for item in items:
         store.delete(item.namespace, item.key)
 
 
 def runs_of(items: Iterable[SearchItem]) -> set[str]:
+    """Names of the runs that they come from."""
     return {item.value["run"] for item in items}
 
 

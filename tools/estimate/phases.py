@@ -131,6 +131,7 @@ def cut_parts(settings: WorkbenchSettings, workers: int) -> list[Part]:
 
 
 def find_busiest(parts: Sequence[Part]) -> Part:
+    """The part of the most of everything: no device need have it all."""
     return Part(*(max(numbers) for numbers in zip(*parts, strict=True)))
 
 
@@ -249,11 +250,13 @@ def _list_passing(sizes: StreamSizes) -> list[Line]:
 
 
 def count_moments(shape: Shape, count: int, what: str = "") -> Line:
+    """Bytes of `count` second moments, fp32, of every input of one block."""
     how = f"{f'{count} {what}' if count > 1 else 'one sum'} × 4 bytes × inputs², over its layers"
     return Line(what="second moments of one block", how=how, bytes=count * shape.moments)
 
 
 def count_levels(shape: Shape) -> Line:
+    """Bytes of a block's layers as one method leaves them at every level, fp32."""
     what = f"one block's layers at {len(LEVELS)} levels"
     return multiply(what, (len(LEVELS), "levels"), (shape.members, "weights of its layers"), (4, "bytes"))
 

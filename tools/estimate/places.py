@@ -175,6 +175,7 @@ def _holds_here(run: Run, course: Course, directory: Path) -> bool:
 
 
 def gather_facts(run: Run, place: Place, counts: Counts, course: Course, cutting: Cutting | None) -> Facts:
+    """What the bytes of a run are reckoned from, on a device of `place`."""
     forms = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in run.layers]
     methods = {*([] if cutting else LEVERS), *(recipe.method for recipe, _ in course.pruned)}
     held = count_layer(forms, run.layers[0].weight_OI.dtype, methods)

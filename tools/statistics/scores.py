@@ -40,10 +40,10 @@ def measure_peak(mean_square_I: Tensor) -> float:
     return float(mean_square_I.max()) / whole if whole > 0 else 0.0
 
 
-def compute_z_scores(values: Sequence[float], epsilon: float = 1e-12) -> list[float]:
-    """(v - mean) / (std + epsilon) over all layers (arXiv 2601.09694); std of the population."""
+def compute_z_scores(values: Sequence[float]) -> list[float]:
+    """(v - mean) / std over all layers (arXiv 2601.09694); std of the population, 0 where all are alike."""
     array = np.array(values, dtype=np.float64)
-    return [float(z) for z in (array - array.mean()) / (array.std() + epsilon)]
+    return [float(z) for z in (array - array.mean()) / (array.std() + 1e-12)]
 
 
 def measure_outliers(weights: Sequence[Tensor], mean_squares: Sequence[Tensor]) -> float:

@@ -76,6 +76,7 @@ class LayerPruner:
         return made
 
     def lacks_moments(self, task: LayerTask) -> bool:
+        """Whether a second moment that the task reads is not kept, so that it is collected anew."""
         return self._profiles.lacks_moments(task.profile, task.recipe)
 
     def _compute_by_block(self, tasks: Tasks, progress: Progress) -> Generator[tuple[str, str], None, None]:
