@@ -17,6 +17,7 @@ from tools.base.console import UNWRITTEN, carry_out, print_line
 from tools.base.errors import UserError
 from tools.base.files import explain_full_disk, explain_unwritable
 from tools.base.made import read_config_values
+from tools.base.names import hide_path
 from tools.base.options import Parser
 from tools.base.rundir import list_places
 from tools.base.settings import TeamSettings, WorkbenchSettings
@@ -40,7 +41,9 @@ def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], cons
     if settings.device == "auto":  # it fits; what is packed is packed on the CPU
         settings = settings.model_copy(update={"device": "cpu"})
     model, tokenizer = load_model(settings, directory.parent)
-    words = f"`{source}`" + (f", weights rounded to {dtype}" if dtype else "")
+    if dtype and not all(bool(weight.isfinite().all()) for weight in model.parameters() if not weight.is_meta):
+        raise UserError(f"not all weights of {source} are finite in {dtype}; use --dtype bf16")
+    words = f"`{hide_path(source)}`" + (f", weights rounded to {dtype}" if dtype else "")
     write_card = partial(write_packed_card, words, rounded=bool(dtype))
     contents = save_packed(model, tokenizer, directory, lambda contents: write_card(describe_packed(contents)))
     print_line(console, describe_packed(contents))

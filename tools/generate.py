@@ -80,16 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--tokens", metavar="N", type=int, default=64, help="At most so many follow. Default: 64.")
         devices = get_args(LoadSettings.model_fields["device"].annotation)
         parser.add_argument("--device", choices=devices, default="auto")
-        parser.add_argument("--dtype", choices=tuple(DTYPES), help="Of a model that is not packed. Default: its own.")
+        parser.add_argument("--dtype", choices=tuple(DTYPES), help="Of what is not packed. Default: MODEL's own.")
         options = parser.parse_args(arguments)
         if options.tokens < 1:
             raise UserError("--tokens must be at least 1")
         sources = [options.model, *([options.compare] if options.compare else [])]
-        dtype = options.dtype
-        if dtype is None and is_packed(place := find_model(options.model)):
-            dtype = read_contents(place).dtype  # the other shall have the same
-        for source in sources:
-            find_model(source)  # before a text is written that another was to stand beside
+        places = [find_model(source) for source in sources]  # before a text is written that another was to stand beside
+        packed = [read_contents(place).dtype for place in places if is_packed(place)]
+        dtype = options.dtype or (packed or [read_dtype(places[0])])[0]  # of both: what is compared is no other format
         done = []
         for source in sources:
             done.append(let_say(source, options.prompt, options.tokens, dtype, options.device, console))

@@ -47,6 +47,8 @@ def _carry_out(arm: str, settings: AblateSettings, graph_flags: Sequence[str], r
     command = [sys.executable, "-m", "graph.run", "--runs-dir", str(run.parent)]
     command += ["--resume" if (run / "run.json").is_file() else "--name", run.name]  # which refuses other settings
     command += [*_flags_of(arm, settings), *graph_flags, *UNAIDED.get(arm, ())]
+    if arm not in CHAT:  # no goal is told to it for which texts could be written
+        command.append("--goal-tokens=0")
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not (run / "summary.json").is_file():
         said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]

@@ -86,11 +86,14 @@ def _name(source: str) -> str:
 
 
 def _describe_given(config: RunConfig) -> str:
-    """What the person has settled in figures, which only the goal's words can overrule."""
+    """What the person has settled in figures: weights that only the goal's words can overrule, and bounds that hold."""
     weights = ", ".join(f"{name} {weight:g}" for name, weight in config.text_weights.items())
     bounds = ", ".join(f"{name} {rise:g}" for name, rise in config.text_bounds.items())
-    told = [f"weights {weights}"] * bool(weights) + [f"max_rise {bounds}"] * bool(bounds)
-    return f"Given with the goal, to be kept where it says nothing else: {'; '.join(told)}." if told else ""
+    told = [f"Given with the goal, to be kept where it says nothing else: weights {weights}."] * bool(weights)
+    held = [f"max_rise {bounds}"] * bool(bounds)
+    held += [f"min_answers {config.min_fact_retention:g}"] * bool(config.min_fact_retention)
+    told += [f"Bounds that hold, and may only be tightened: {'; '.join(held)}."] * bool(held)
+    return " ".join(told)
 
 
 def _describe_room(config: RunConfig) -> str:

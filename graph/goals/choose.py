@@ -91,10 +91,14 @@ def read_answer(given: Any, brief: Brief) -> Answer:
         given = {"decision": "edit", "brief": line}
     if not isinstance(given, dict):
         raise ValueError("answer with an object that holds a decision")
-    changes = given.get("brief")
+    given = {name: value for name, value in given.items() if value is not None}
+    changes = given.pop("brief", None)
     try:
-        if given.get("decision") != "edit":
-            return Answer.model_validate({"decision": given.get("decision")})
+        answer = Answer.model_validate(given)
+        if answer.decision != "edit":
+            if isinstance(changes, dict) and brief.model_dump() | changes != brief.model_dump():
+                raise ValueError(f"a brief is given, and the decision is {answer.decision}; edit has it followed")
+            return answer
         if isinstance(changes, str):
             changes = read_json(changes, "the brief")
         if not isinstance(changes, dict):

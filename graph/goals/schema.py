@@ -37,7 +37,7 @@ class Aim(BaseModel):
         gt=0,
         le=GREATEST,
         description="Largest rise of its perplexity above the dense model's, as a fraction: 0.2 means 20 %. A plan "
-        "that goes beyond is rolled back, whatever it gains elsewhere. null: no bound.",
+        "that goes beyond is rolled back, whatever it gains elsewhere. null: none but one that was given.",
     )
 
 
@@ -164,6 +164,16 @@ def count_new_text(config: RunConfig) -> int:
     """Tokens of a text that the model writes for a goal: all its windows."""
     kinds = (config.calibration_windows, config.validation_windows, 2 * config.further_windows, config.test_windows)
     return config.window * sum(kinds)
+
+
+def keep_bounds(brief: Brief, config: RunConfig) -> Brief:
+    """The brief of a model with no bound looser than the person's own, whatever the model says of these."""
+    given, aims = config.text_bounds, []
+    for aim in brief.aims:
+        bounds = [bound for bound in (given.get(aim.name), aim.max_rise) if bound]
+        aims.append(aim.model_copy(update={"max_rise": min(bounds, default=None)}))
+    answers = max(config.min_fact_retention, brief.min_answers or 0.0)
+    return brief.model_copy(update={"aims": aims, "min_answers": answers or None})
 
 
 def follow_brief(config: RunConfig, brief: Brief | None) -> RunConfig:

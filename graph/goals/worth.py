@@ -1,6 +1,6 @@
 """What the weights of named texts were worth: the kept plan carried out once more by other weights, and compared."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
@@ -20,17 +20,23 @@ if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
 
 
-def list_other_weights(config: RunConfig, written: Collection[str] = ()) -> list[Mix]:
-    """What the run's weights are compared with: all texts alike, and the text that counts most left out.
+def find_shares(config: RunConfig, plan: Plan) -> dict[str, float]:
+    """What each named text counts in what a plan fits: as the plan mixes them, or else as in the run."""
+    mix = dict(plan.recipe.mix)
+    return {name: mix.get(name, 0.0) for name in config.text} if mix else config.text_shares
 
-    Texts that were `written` for single plans count nothing in either, as in the run.
+
+def list_other_weights(shares: Mapping[str, float], written: Collection[str] = ()) -> list[Mix]:
+    """What a plan's shares of the texts are compared with: all texts alike, and the one that counts most left out.
+
+    Texts that were `written` for single plans count nothing in either.
     """
-    shares = {name: share for name, share in config.text_shares.items() if name not in written}
-    most = max(shares, key=lambda name: shares[name])
+    fitted, shares = read_mix(shares), {name: share for name, share in shares.items() if name not in written}
+    most = max(shares, key=shares.__getitem__)
     rest = {name: share for name, share in shares.items() if name != most}
     alike, without = dict.fromkeys(shares, 1.0), rest if any(rest.values()) else dict.fromkeys(rest, 1.0)
     mixes = dict.fromkeys(read_mix(weights) for weights in (alike, without))
-    return [mix for mix in mixes if mix and mix != read_mix(shares)]
+    return [mix for mix in mixes if mix and mix != fitted]
 
 
 def weigh_otherwise(bench: "Workbench", state: State, session: Session) -> list[Weighting]:
@@ -42,13 +48,16 @@ def weigh_otherwise(bench: "Workbench", state: State, session: Session) -> list[
     plan = state.accepted_plan
     if not state.config.check_weights:
         return []
-    if plan is None or plan.graft:
-        what = "a graft" if plan else "of no plan that was accepted last"
+    if plan is None or plan.graft or any(group.recipe.mix for group in plan.groups):
+        what = "of no plan that was accepted last"
+        if plan:
+            what = "a graft" if plan.graft else "fitted by other weights in some of its layers"
         session.warn(f"the model that is kept is {what}, so that weights of texts are not compared")
         return []
     own = bench.evaluate(state.accepted, "validation", state.profile, session.progress)
-    found = [Weighting(weights=state.config.text_shares, texts=list_texts(own))]
-    for mix in list_other_weights(state.config, [text.name for text in state.written]):
+    shares = find_shares(state.config, plan)
+    found = [Weighting(weights=shares, texts=list_texts(own))]
+    for mix in list_other_weights(shares, [text.name for text in state.written]):
         try:
             theirs = measure_by(bench, state, plan, mix, session.progress)
         except (ImpossiblePlan, BrokenPlan) as error:

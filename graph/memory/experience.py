@@ -44,9 +44,12 @@ def order_row(row: Experience) -> tuple[object, ...]:
 
 
 def average(tried: Iterable[Tried], model: str = "") -> list[Experience]:
-    """One row for all trials with the same levers at the same sparsity, to a percent."""
+    """One row for all trials with the same levers at the same sparsity, to a percent.
+
+    A run that was made again says nothing new: its trials come to the same, to the last digit, and count once.
+    """
     groups: dict[tuple[str, float], list[Tried]] = defaultdict(list)
-    for one in tried:
+    for one in {(x.levers, x.sparsity, x.iteration, x.change, x.error): x for x in tried}.values():
         groups[one.levers, round(one.sparsity, 2)].append(one)
     return [
         Experience(

@@ -19,6 +19,9 @@ EXPERIENCE = "experience"
 NOTES = "notes"
 ROOMS = (LESSONS, EXPERIENCE, NOTES)
 
+EXPORTED = "model"
+"""The directory of a run that its model lies in."""
+
 ALL = 100_000
 """More items than a namespace ever holds; the store's own limit is 10."""
 
@@ -29,12 +32,13 @@ def namespace(model: str, room: str = LESSONS) -> tuple[str, str]:
 
 
 def family(model: str) -> str:
-    """The last part of a model's name up to its first digit: `smollm` of HuggingFaceTB/SmolLM2-135M; may be empty.
+    """The last part of a model's name up to its first digit: `smollm` of HuggingFaceTB/SmolLM2-135M; may be empty, as
+    that of what a run exported is, for all of these are called model.
 
     Models of one family are relatives: what is known of them is told, and nothing is computed with it.
     """
-    name = re.split(r"[/\\:]", model.rstrip("/\\"))[-1]
-    return re.split(r"\d", name.lower())[0].strip("-_. ")
+    name = re.split(r"[/\\:]", model.rstrip("/\\"))[-1].lower()
+    return "" if name == EXPORTED else re.split(r"\d", name)[0].strip("-_. ")
 
 
 def is_relative(model: str, other: str) -> bool:

@@ -11,7 +11,7 @@ from langgraph.runtime import Runtime
 from graph.config import HEURISTIC, RunConfig
 from graph.goals.chat import SHOWN, Sight
 from graph.goals.choose import ask_person, choose_brief, describe_rule
-from graph.goals.schema import check_brief, follow_brief
+from graph.goals.schema import check_brief, follow_brief, keep_bounds
 from graph.nodes.profile import find_target, measure_dense, profile_model
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
@@ -36,6 +36,7 @@ def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         with open_bench(state, session) as bench:
             texts = look_at_texts(bench, state)
         chosen, usage, by = choose_brief(state.config, texts, usage, session, runtime.context or state.config)
+        chosen = keep_bounds(chosen, state.config)
         if state.config.approves_goal:
             chosen, edited = ask_person(chosen, state.config)
             by = "you" if edited else by

@@ -6,13 +6,13 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.planning.bounds import Verdict, heed_bounds, heed_facts
-from graph.planning.kept_orders import find_order
+from graph.planning.kept_orders import find_order, is_kept
 from graph.planning.orders import hash_request
 from graph.planning.unmeasured import record_breakage
 from graph.planning.verdict import accepted_trial, is_settled, judge
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
-from tools.base.errors import BrokenPlan
+from tools.base.errors import BrokenPlan, ImpossiblePlan
 from tools.instruments.probed import PastProbe
 from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
 from tools.measure.recall import Retention, compare_recall
@@ -25,14 +25,22 @@ if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
 
 
+EDITED = "the plan was edited behind the making of its weights"
+
+
 def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Measure the weights in the model and judge them against the last accepted ones.
 
-    Weights whose measurement breaks are rolled back.
+    Weights whose measurement breaks are rolled back, and so are those of another plan than the state's.
     """
     session = enter("validate", state, runtime)
     with open_bench(state, session) as bench:
-        order = find_order(bench, state, session.progress)
+        try:
+            order = find_order(bench, state, session.progress)
+        except ImpossiblePlan as error:  # it was edited in the state once the weights were there
+            return record_breakage(state, None, f"{EDITED}, and cannot be carried out: {error}", session)
+        if not is_kept(bench, state) and not bench.is_made_of(state.current, state.profile, order):
+            return record_breakage(state, order, f"{EDITED}, which are another plan's", session)
         try:
             trial, evaluation = measure_trial(bench, state, order, session)
         except BrokenPlan as error:

@@ -76,7 +76,8 @@ def _is_logged(plan: Plan, iteration: int, session: Session) -> bool:
 def examine_edit(plan: Plan, state: State, session: Session) -> Settled:
     """An edited plan, held to all that a planner's is and weighed by the lessons, and its order. Raises ValueError."""
     bench_of_run = partial(open_bench, state, session)
-    if state.plan and plan.new_texts != state.plan.new_texts:
+    asked = state.plan.new_texts if state.plan else []
+    if plan.new_texts != [text for text in asked if text.name in state.config.text]:
         raise ValueError("new_texts were written when the plan was made; leave them as they are, and change recipe.mix")
     situation = gather_situation(bench_of_run, state, session.progress, is_last=False)
     plan = weigh_in_bounds(plan, situation)
@@ -126,6 +127,8 @@ def read_answer(given: Any, plan: Plan) -> Answer:
         changes = read_json(changes, "the plan")
     try:
         answer = Answer.model_validate(given)
+        if answer.decision != "edit" and isinstance(changes, dict) and not _says_the_same(plan, changes):
+            raise ValueError(f"a plan is given, and the decision is {answer.decision}; edit has it carried out")
         if answer.decision == "edit":
             if not isinstance(changes, dict):
                 raise ValueError("to edit, give the plan, or those of its fields that change")
@@ -154,6 +157,11 @@ def read_json(text: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON: {error}") from error
+
+
+def _says_the_same(plan: Plan, changes: dict[str, Any]) -> bool:
+    """Whether a form holds the plan as it was shown, but for words. Raises ValidationError."""
+    return Plan.model_validate(_merge(plan, changes)).model_dump(exclude=WORDS) == plan.model_dump(exclude=WORDS)
 
 
 def _merge(plan: Plan, changes: dict[str, Any]) -> dict[str, Any]:

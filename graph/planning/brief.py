@@ -368,6 +368,6 @@ def _describe_rest(situation: Situation, *, grouped: bool) -> str:
     if situation.accepted is None and all(share < TOLD_ZEROS for share in situation.sparsity.values()):
         return f"Left to prune: all of {total:,} weights; sparsity is {target:g} at the target. Nothing is pruned yet."
     text = f"Left to prune: sparsity is {now:.4f} of {total:,} weights now, and {target:g} at the target."
-    if situation.accepted is not None and now >= target - 0.001:
+    if situation.accepted is not None and situation.at_target:
         text += f" The target is reached: only a KL below {show_short(situation.accepted.kl)} is kept."
     return text + describe_present(situation, grouped=grouped)

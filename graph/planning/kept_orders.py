@@ -100,6 +100,15 @@ def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOr
     return resolve(state.plan, layers, state.config, profile)
 
 
+def is_kept(bench: "Workbench", state: State) -> bool:
+    """Whether the state's plan is the one whose order was kept before it was carried out, whole as it was written."""
+    assert state.plan is not None, "the plan node runs first"
+    try:
+        return read_order(bench.store, state.order, state.plan) is not None
+    except DamagedArtifact:
+        return False
+
+
 def find_grafts(bench: "Workbench", state: State) -> Grafts:
     """What may be taken of earlier rounds where nothing was probed since: of the trials whose layers are kept."""
     at_hand = list_at_hand(state.trials, state.kept)

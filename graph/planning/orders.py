@@ -75,6 +75,8 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | Non
     is `layers`. The predicted KL is that of the curves as they are. The order's id says nothing of multipliers: they
     change no weight but by the zeros.
     """
+    if plan.recipe.pattern and not config.pattern:
+        raise ImpossiblePlan(f"pattern {plan.recipe.pattern} of the whole plan is the user's to say; give it in groups")
     recipe, others = find_recipe(plan, config), assign_recipes(plan, layers, config)
     refuse_two_walks([recipe, *others.values()])
     refuse_two_polishes(recipe, others.values())

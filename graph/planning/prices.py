@@ -151,7 +151,8 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
             f"statistics sequential {count_in_order(['sequential'], config):,} more, stages "
             f"{count_in_order(['stages'], config):,}, for each plan once, probed or tried",
             *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),
-            f"curves method {count_walk(config):,} more, once for each method, gamma and damping",
+            f"curves method {count_walk(config):,} more, once for each method, gamma"
+            f"{', mix' if config.text else ''} and damping",
             f"a new profile, reprofile{' or questions in a mix' if config.mixes_questions else ''}, "
             f"{count_profile(config):,}",
         ]

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from graph.planning.budget import find_lateness
 from graph.planning.orders import describe_plan, hash_request
 from graph.planning.verdict import decide_stop
 from graph.runs.session import Session
@@ -20,6 +21,7 @@ def record_refusal(state: State, order: WorkOrder | None, reason: str, session: 
     trial = _make_trial(state, order, "refuse", reason, 0.0)
     session.emit("trial", **trial.model_dump())
     stop = decide_stop(state.model_copy(update={"trials": [*state.trials, trial]}))
+    stop = stop or find_lateness(state, session.seconds)
     if stop:
         session.emit("note", text=stop)
     return {"trials": [trial], "stop": stop, "seconds": session.seconds}

@@ -170,12 +170,13 @@ def _round(factor: float) -> float:
 
 def combine_lessons(evidence: Evidence, reflection: Reflection) -> list[Lesson]:
     """The measured lesson, and what the reflector adds to it."""
-    lessons = []
+    lessons, vetoed = [], 0
     if evidence.measured is not None:
         selector = tidy_selector(evidence.measured.selector, evidence.layers)
         text = f"{evidence.measured.text}{_recount_facts(evidence)}"
         update: dict[str, Any] = {"selector": selector, "text": text}
-        if reflection.veto:  # mere words, which nothing is computed with
+        vetoed = int(reflection.veto)
+        if vetoed:  # mere words, which nothing is computed with
             why = " ".join(reflection.reason.split()) or "no reason given"
             update |= {
                 "text": f"{text} The reflector vetoes this: {why}",
@@ -187,7 +188,7 @@ def combine_lessons(evidence: Evidence, reflection: Reflection) -> list[Lesson]:
     for learnt in reflection.lessons:
         selector = tidy_selector(learnt.selector, evidence.layers)
         said = f"{' '.join(learnt.evidence.split()).rstrip('.')}."
-        known = next((i for i, lesson in enumerate(lessons) if lesson.selector == selector), None)
+        known = next((i for i, lesson in enumerate(lessons) if i >= vetoed and lesson.selector == selector), None)
         if known is None:
             lessons.append(_make_lesson(evidence, learnt, selector, said))
         else:

@@ -57,6 +57,28 @@ def test_an_edited_plan_is_logged_where_it_is_carried_out_and_a_replay_takes_it(
     assert state.order != "" and len(logged) == len({event["order"] for event in logged})
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, ", which are another plan's"),
+        ({"adjustments": [{"selector": "*.nothing", "action": "protect"}]}, ", and cannot be carried out: selector "),
+    ],
+)
+def test_a_plan_edited_once_its_weights_are_there_is_no_trial_of_them(
+    changes: dict[str, Any], why: str, flags: list[str], tmp_path: Path, command: Command
+) -> None:
+    halt = Halt("validate", "graph.nodes.validate:find_order", 2)
+    assert fork(tmp_path, *flags, halt=halt).finish().code == -9
+    run = tmp_path / "runs" / "run"
+    edit(run, {"plan": {**MINE.model_dump(), **changes}}, after="prune")
+    resumed = command("--resume", "run")
+    assert (resumed.code, resumed.err) == (0, "")
+    trial = read_state(run).trials[1]
+    assert (trial.verdict, trial.broken, trial.kl) == ("rollback", True, None)
+    assert trial.reason.startswith(f"the plan was edited behind the making of its weights{why}")
+    assert not [event for event in read_events(run, "lesson") if event["iteration"] == 2]
+
+
 def test_an_edit_weighs_what_the_lessons_say_as_any_plan_does(run: Path, command: Command) -> None:
     plan = Plan(sparsity=0.35, recipe=Recipe(method="two-sided", refit=False), reason="mine")
     lesson = read_state(run).lessons[-1].model_copy(update={"selector": "*.v_proj", "factor": 3.0, "curves": "mask"})
@@ -81,6 +103,10 @@ def test_a_fork_with_an_edited_plan_is_replayed_as_it_was(flags: list[str], tmp_
 
 
 BAD = {
+    "texts that nobody writes": (
+        {"new_texts": [{"name": "sql", "prompts": ["SELECT", "INSERT", "UPDATE"], "weight": 1}]},
+        "new_texts were written when the plan was made; leave them as they are, and change recipe.mix",
+    ),
     "above the target": ({"sparsity": 0.9}, "sparsity 0.9 is above the target; plan at most 0.45"),
     "no layer": (
         {"adjustments": [{"selector": "*.nothing", "action": "protect"}]},
@@ -105,7 +131,7 @@ def test_an_edit_that_cannot_be_is_asked_for_again_and_nothing_is_pruned(
     )
     assert line.endswith("; resume in a terminal, or answer in Studio")
     assert (run / "artifacts" / "index.jsonl").read_bytes() == index
-    say("accept", '{"sparsity": 0.4, "adjustments": []}')
+    say("accept", '{"sparsity": 0.4, "adjustments": [], "new_texts": []}')
     resumed = command("--resume", "run")
     assert (resumed.code, resumed.err) == (0, "")
     assert resumed.out.count(PROMPT) == 2

@@ -8,6 +8,7 @@ from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import TINY, read_events, read_state, read_summary
 from tests.openai_server import OpenAIServer
 from tests.rows import write_questions, write_rows
+from tests.tiny import save_tiny_model
 
 PAIRS = 8
 
@@ -17,6 +18,15 @@ def questions(tmp_path: Path) -> str:
     """The flag's value: a file of made-up questions."""
     rows = [{"question": f"Which statement is number {i}?", "answer": ("class", "import")[i % 2]} for i in range(40)]
     return write_rows(tmp_path / "questions.jsonl", rows)
+
+
+def test_a_question_longer_than_the_model_is_refused(command: Command, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "gpt2", "gpt2")
+    rows = [{"question": "word " * (4000 if i == 5 else 1) + f"{i}?", "answer": "class"} for i in range(10)]
+    source = write_rows(tmp_path / "long.jsonl", rows)
+    done = command("--model", str(model), "--questions", source, "--question-pairs", "3", *TINY)
+    assert done.code == 2 and done.err.startswith(f"error: question 'word {'word ' * 11}' takes ")
+    assert done.err.endswith(" positions; leave it out\n")
 
 
 @pytest.mark.usefixtures("raw_gamma")

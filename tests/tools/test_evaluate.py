@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.rows import write_rows
-from tests.tiny import save_tiny_gguf, save_tiny_model
+from tests.tiny import make_tiny_tokenizer, save_tiny_gguf, save_tiny_model, tiny_settings
 from tools.base.rundir import unlock_run
 from tools.evaluate import main
 from tools.experiments import evaluation
+from tools.models.layers import find_layers
+from tools.models.load import load_model
+from tools.models.packing import save_packed
 from tools.results.evaluation import Figures
 
 Models = tuple[str, str]
@@ -42,6 +46,37 @@ def run(*arguments: str) -> int:
         unlock_run(Path(arguments[arguments.index("--out") + 1]))
 
 
+def test_a_model_packed_in_another_format_is_refused_before_any_is_asked(
+    models: Models, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    sparse = load_model(tiny_settings(models[0], dtype="bf16"))[0]
+    for layer in find_layers(sparse):
+        layer.write(torch.where(layer.weight_OI.abs() > 0.2, layer.weight_OI, 0))
+    save_packed(sparse, make_tiny_tokenizer(), packed, lambda _: "card")
+    assert run(models[0], str(packed), *flags) == 2
+    said = f"error: model '{packed}' is packed in bf16; give --dtype bf16\n"
+    assert capsys.readouterr().err == said and not (tmp_path / "out" / "evaluate.json").exists()
+
+
+def test_models_with_other_tokenizers_stand_beside_one_another_without_a_difference(
+    models: Models, flags: list[str], tmp_path: Path
+) -> None:
+    other = save_tiny_model(tmp_path / "other", "llama")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:0]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert run(models[0], str(other), *flags) == 0
+    page = (tmp_path / "out" / "evaluate.md").read_text()
+    lines = {(line["metric"], line["model"]): line for line in read_table(tmp_path / "out" / "evaluate.csv")}
+    assert lines["logprob", str(other)]["value"] and lines["logprob", str(other)]["difference"] == ""
+    assert "answer_tokens" in page and run(models[0], *flags) == 0, "and it goes on from there"
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def test_figures_of_two_models_and_their_paired_differences(
     models: Models, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,7 +89,7 @@ def test_figures_of_two_models_and_their_paired_differences(
     mean = sum(gaps) / 4
     error = (sum((gap - mean) ** 2 for gap in gaps) / 3 / 4) ** 0.5
 
-    table = list(csv.DictReader((tmp_path / "out" / "evaluate.csv").read_text().splitlines()))
+    table = read_table(tmp_path / "out" / "evaluate.csv")
     assert [(line["model"], line["metric"], line["samples"]) for line in table] == [
         (model, metric, "4") for metric in ("exact_match", "logprob") for model in models
     ]

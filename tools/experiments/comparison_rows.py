@@ -134,18 +134,20 @@ def _make_structured_row(
         facts = _weigh_facts(recall, bench, progress)
     cut = gain = None
     if made.stock:
-        (_, dense), (_, cut) = measure_speeds(
+        (_, whole), (_, cut) = measure_speeds(
             [bench.model, model], bench.windows.validation[0].to(bench.device), progress
         )
-        gain = cut / dense
+        gain = cut / whole
+    own, dense_bytes = (sum(parameter.nbytes for parameter in each.parameters()) for each in (model, bench.model))
+    gone = sum(layer.weight_OI.nbytes for layer in bench.layers) * made.removed  # of which the copy holds all
     row = _fill_row(
         job,
         bench,
         known,
         evaluation,
         facts,
-        model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        dense_bytes=sum(parameter.nbytes for parameter in bench.model.parameters()),
+        model_bytes=own if made.stock else dense_bytes - round(gone),
+        dense_bytes=dense_bytes,
         decoded_per_second=cut,
         decoding_gain=gain,
         achieved_sparsity=made.removed,

@@ -25,6 +25,9 @@ PROMPT, DECODED = 8, 32
 SPARSITY = 0.45
 """Share of each row's weights, the least ones, that are set to zero in a dense model: speed does not ask which."""
 
+OF_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+"""Ends of the names of files that hold weights, whether or not they are read here."""
+
 TARGET = 0.714
 """Seconds of packed decoding, of dense decoding: 1.4 times as many tokens a second."""
 
@@ -81,7 +84,7 @@ def _load(source: str) -> Any:
 
     place = find_model(source)
     files = Path(locate_model(place).path)
-    if files.is_dir() and not any(file.suffix in (".safetensors", ".gguf") for file in files.iterdir()):
+    if files.is_dir() and not any(file.suffix in OF_WEIGHTS for file in files.iterdir()):
         try:
             config = transformers.AutoConfig.from_pretrained(place)
             with torch.random.fork_rng(devices=[]):

@@ -163,7 +163,8 @@ def predict(round_: Round, draft: Draft) -> Figures:
     """What a draft's exact allocation comes to, by KL curves alone; nothing is pruned.
 
     `predicted_kl` is by the curves that the draft's recipe asks for, `mask_kl` by those of the profile; of layers that
-    would be pruned `alone`, the sparsity of each, at most `MAX_INSPECTED`; `trial_takes` is what the whole plan does.
+    would be pruned `alone`, the sparsity of each, at most `MAX_INSPECTED`, and `predicted_kl` is theirs, as a probe's;
+    all else, with what `trial_takes`, is of the whole plan.
     Curves of a method that nobody asked for before are measured first. Raises ImpossiblePlan, and ValueError as
     `Round.admit`.
     """
@@ -184,7 +185,7 @@ def predict(round_: Round, draft: Draft) -> Figures:
     rows.sort(key=lambda row: -row[2])
     figures: Figures = {
         "sparsity": round_figure(order.sparsity),
-        "predicted_kl": round_figure(order.predicted_kl),
+        "predicted_kl": round_figure(prune_alone(order, draft.alone, list(layers.values())).predicted_kl),
         "mask_kl": round_figure(mask_kl),
         **({"trial_takes": takes} if (takes := round_.price(draft)) else {}),
         "columns": "group: sparsity, share of mask_kl",

@@ -83,6 +83,8 @@ def refuse_idle_lever(draft: Draft, name: str) -> None:
     lever = LEVERS[name]
     if not lever.counts(draft.recipe):
         raise ImpossiblePlan(f"{name} changes nothing of {draft.recipe.label}: {lever.otherwise}; search without it")
+    if all(move(draft, {}, name, by) is None for by in (2.0, 0.5)):
+        raise ImpossiblePlan(f"{name} of {draft.recipe.label} cannot be moved from where it is; give it another value")
 
 
 def describe_point(point: Point) -> str:

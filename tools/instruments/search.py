@@ -41,6 +41,11 @@ def search(
     """
     if draft.graft:
         raise ImpossiblePlan("a graft has no factors to search for; give a plan that prunes")
+    if draft.alone and (selectors or "strength" in levers):
+        raise ValueError(
+            "with alone, factors and strength move zeros out of the layers that are measured into others, which stay "
+            "dense: search without alone, or over levers that move none"
+        )
     if not selectors and not levers:
         raise ValueError("nothing to search over; give selectors of groups, or levers")
     names = list(dict.fromkeys([*selectors, *levers]))
@@ -64,15 +69,17 @@ def search(
 
 
 def _refuse_idle(round_: Round, draft: Draft, name: str) -> None:
-    """Raises ImpossiblePlan where no factor on a group makes a plan that can be, before anything is probed."""
-    problems = []
+    """Raises ImpossiblePlan where no factor on a group makes another plan that can be, before anything is probed."""
+    own, problems, moved = round_.resolve(draft).id, list[ImpossiblePlan](), False
     for factor in (STEPS[0], 1 / STEPS[0]):
         try:
-            round_.resolve(go_to(draft, {name: factor}))
+            moved |= round_.resolve(go_to(draft, {name: factor})).id != own
         except ImpossiblePlan as error:
             problems.append(error)
     if len(problems) > 1:
         raise problems[0]
+    if not moved and not problems:
+        raise ImpossiblePlan(f"no factor on {name!r} moves a zero: nothing else gives or takes any")
 
 
 class _Climb:

@@ -15,7 +15,7 @@ from tools.base.errors import UserError
 from tools.base.words import strip_controls
 from tools.models.packed import measure_sizes
 from tools.models.positions import count_positions
-from tools.models.sampling import end_row
+from tools.models.sampling import end_row, without_habits
 from tools.models.streamed import find_stream
 
 PROMPTS = (
@@ -55,11 +55,18 @@ def decode(
     transformers, if one is given, as soon as it is known.
     """
     mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=least, pad_token_id=0)
-    stops = StoppingCriteriaList([lambda tokens_BT, _scores, **_: ended(tokens_BT)] if ended else [])
-    tokens_BT: Tensor = model.generate(
-        ids_BT, attention_mask=mask_BT, generation_config=greedy, streamer=streamer, stopping_criteria=stops
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=least,
+        eos_token_id=getattr(model.generation_config, "eos_token_id", None),
+        pad_token_id=0,
     )
+    stops = StoppingCriteriaList([lambda tokens_BT, _scores, **_: ended(tokens_BT)] if ended else [])
+    with without_habits(model):  # with which it would be another model's most likely token, or a beam's
+        tokens_BT: Tensor = model.generate(
+            ids_BT, attention_mask=mask_BT, generation_config=greedy, streamer=streamer, stopping_criteria=stops
+        )
     return tokens_BT
 
 
@@ -77,15 +84,18 @@ def continue_rows(
 ) -> list[str]:
     """What the model says after the tokens of each row: at most `new` tokens, without control characters.
 
-    All rows go through the model together. Fewer tokens follow where the model has no more positions; none, "", where
-    it has not even enough for the rows. Where a `line` is asked for, no more than it takes to end the first one that
+    All rows go through the model together. Fewer tokens follow where the model has no more positions; none, "", after a
+    row that takes all of them. Where a `line` is asked for, no more than it takes to end the first one that
     is not empty: whatever stands behind it is left to chance.
     """
-    longest = max(map(len, rows))
     positions = count_positions(model)
+    if positions is not None and any(len(row) >= positions for row in rows):
+        shorter = iter(continue_rows(model, tokenizer, [row for row in rows if len(row) < positions], new, line=line))
+        return ["" if len(row) >= positions else next(shorter) for row in rows]
+    if not rows:
+        return []
+    longest = max(map(len, rows))
     new = new if positions is None else min(new, positions - longest)
-    if new < 1:
-        return [""] * len(rows)
     ids_BT = torch.zeros((len(rows), longest), dtype=torch.long, device=model.device)
     mask_BT = torch.zeros_like(ids_BT)
     for i, row in enumerate(rows):

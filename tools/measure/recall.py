@@ -126,7 +126,7 @@ def count_right(model: Any, tokenizer: Any, pairs: Sequence[EncodedPair], label:
         asked = [pairs[i].ids[: pairs[i].start] for i in batch]
         for i, said in zip(batch, continue_rows(model, tokenizer, asked, ANSWER_TOKENS, line=True), strict=True):
             line = normalize(said.strip().partition("\n")[0])
-            right += line in {normalize(answer) for answer in pairs[i].answers}
+            right += line != "" and line in {normalize(answer) for answer in pairs[i].answers}
     progress(label, len(batches), len(batches))
     return right
 
@@ -149,8 +149,12 @@ def read_answers(model: Any, pairs: Sequence[EncodedPair]) -> list[float]:
     return [-float(share.mean()) for share in shares]
 
 
+GREATEST_CHANGE = 700.0
+"""Nats that exp can still be taken of."""
+
+
 def compare_recall(recall: Recall, dense: Recall) -> Retention | None:
-    """What is left of the dense model's knowledge; None where either is not finite.
+    """What is left of the dense model's knowledge; None where either is not finite, or the share too large a number.
 
     Raises ValueError when they are not about the same questions.
     """
@@ -158,7 +162,7 @@ def compare_recall(recall: Recall, dense: Recall) -> Retention | None:
         raise ValueError("only answers to the same questions can be compared")
     pairs = zip(recall.logprob, dense.logprob, strict=True)
     changes = np.array([after - before for after, before in pairs if after is not None and before is not None])
-    if len(changes) < len(dense.logprob):
+    if len(changes) < len(dense.logprob) or changes.mean() > GREATEST_CHANGE:
         return None
     share = math.exp(float(changes.mean()))
     return Retention(share, share * float(changes.std(ddof=1)) / math.sqrt(len(changes)))

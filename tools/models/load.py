@@ -385,11 +385,18 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _load_packed(settings: WorkbenchSettings, directory: Path, device: "torch.device") -> Any:
-    from tools.models.packed import load_packed, read_contents
+    from tools.models.packed import load_packed
 
     if settings.device in ("spread", "stream"):
         raise UserError(f"model {settings.model!r} is packed, and runs on one device; use another --device")
-    dtype = read_contents(directory).dtype
-    if dtype != settings.dtype:
-        raise UserError(f"model {settings.model!r} is packed in {dtype}; give --dtype {dtype}")
+    check_packed(settings.model, directory, settings.dtype)
     return load_packed(directory, device)
+
+
+def check_packed(model: str, directory: Path, dtype: str) -> None:
+    """Refuse a packed model, before it is loaded, whose number format is another. Raises UserError."""
+    from tools.models.packed import read_contents
+
+    packed = read_contents(directory).dtype
+    if packed != dtype:
+        raise UserError(f"model {model!r} is packed in {packed}; give --dtype {packed}")

@@ -28,3 +28,13 @@ def refuse_long_windows(model: Any, window: int, lead: int) -> None:
         f"windows of {window} tokens behind the beginning-of-sequence token take {window + lead} positions, but "
         f"the model has {positions}; use --window {positions - lead}, or --bos never"
     )
+
+
+def refuse_long_question(model: Any, question: str, tokens: int) -> None:
+    """Raises UserError when a question, of so many tokens with its answer, does not fit the model's positions."""
+    positions = count_positions(model)
+    if positions is not None and tokens > positions:
+        raise UserError(
+            f"question {question[:60]!r} takes {tokens} tokens with its answer, and the model has {positions} "
+            "positions; leave it out"
+        )

@@ -61,7 +61,7 @@ def draw_rows(
         use_cache=cache,
     )
     generator = torch.Generator(ids_BT.device).manual_seed(seed)
-    with _without_habits(model):
+    with without_habits(model):
         tokens_BT = model.generate(
             ids_BT,
             attention_mask=torch.ones_like(ids_BT),
@@ -104,7 +104,7 @@ def _measure_difference(model: Any, begin_T: Sequence[int], rows: list[list[int]
 
 
 @contextmanager
-def _without_habits(model: Any) -> Iterator[None]:
+def without_habits(model: Any) -> Iterator[None]:
     """Inside, nothing that the model's own config says of generation applies, such as a penalty for repetition."""
     before = model.generation_config
     model.generation_config = GenerationConfig()

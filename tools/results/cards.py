@@ -129,7 +129,7 @@ def write_structure_card(result: Structure) -> str:
     protocol = result.protocol
     return _write(
         "library_name: transformers\ntags: [pruned, structured, billhook]",
-        f"{result.model}, {name_removed(result)}",
+        f"{hide_path(result.model)}, {name_removed(result)}",
         [
             f"Constraint: {result.constraint}.",
             "",
@@ -137,8 +137,8 @@ def write_structure_card(result: Structure) -> str:
             "",
             *list_table(HEADS, list_rows(result), left=1),
             "",
-            f"Perplexity was measured on `{protocol.text}` ({protocol.tokens} tokens, {protocol.windows}, "
-            f"{protocol.dtype}).",
+            f"Perplexity was measured on `{hide_directories(protocol.text)}` ({protocol.tokens} tokens, "
+            f"{protocol.windows}, {protocol.dtype}).",
         ],
     )
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from tools.base.files import write_text
 from tools.base.rows import as_csv, write_kept
 from tools.base.words import escape, show_score
-from tools.results.scores import Result, compare_scores, subtract
+from tools.results.scores import Result, find_differences, subtract
 from tools.results.tables import list_table, list_task_protocols
 
 
@@ -43,15 +43,16 @@ class Line(BaseModel):
 
 
 def list_lines(known: Figures) -> list[Line]:
-    """Every figure with its difference to the first model's. Raises UserError when protocols differ."""
+    """Every figure with its difference to the first model's, where both were asked alike: what tokenizers and lengths
+    of models make another protocol of is known once they have answered."""
     results = [result for row in known.rows for result in row.results]
-    compare_scores(result.score for result in results)
     firsts: dict[tuple[str, str], Result] = {}
     lines = []
     for result in results:
         score = result.score
         first = firsts.setdefault((score.task, score.metric), result)
-        gap = None if first is result else subtract(result, first)
+        alike = first is not result and not find_differences(first.score.protocol, score.protocol)
+        gap = subtract(result, first) if alike else None
         lines.append(
             Line(
                 **score.model_dump(include={"model", "task", "metric", "value", "error", "samples"}),
@@ -98,7 +99,7 @@ def describe(known: Figures) -> str:
         "",
         "± one standard error. To the first: the difference to the first model of the same task, ± the standard error "
         "of the differences question by question; where the harness gives no value for each question, of two "
-        "independent figures (unpaired).",
+        "independent figures (unpaired); nothing where the two were not asked alike, as the protocol says.",
         "",
         *list_table(_HEADER, [[*map(escape, _list_cells(line))] for line in list_lines(known)], left=3),
         "",

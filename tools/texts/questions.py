@@ -114,3 +114,5 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _texts(part)
+    elif value is not None and not isinstance(value, bool | dict):  # a year, say, or a date that datasets made of one
+        yield str(value)

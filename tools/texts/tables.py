@@ -1,9 +1,10 @@
 """Rows of a data set, on the hub or in a file, streamed in order."""
 
 import glob
+import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,4 +55,34 @@ def open_rows(source: str) -> Any:
     files = glob.escape(str(path))  # datasets takes a pattern
     if path.suffix == ".txt":
         return datasets.load_dataset("text", data_files=files, split="train", streaming=True, sample_by="document")
-    return datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+    return _read_objects(path)
+
+
+def _read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON file, of a list in it or of its lines, with every value as it stands there.
+
+    datasets would guess one type for each column: a year among names loses its row, and a date is no text.
+    """
+    with open(path, encoding="utf-8") as file:
+        rows = _read_lines(file) if path.suffix == ".jsonl" else _read_whole(file.read())
+        for row in rows:
+            if not isinstance(row, dict):
+                raise ValueError(f"rows must be objects, not {str(row)[:40]}")
+            yield row
+
+
+def _read_whole(text: str) -> Iterable[Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:  # lines of JSON are called so, too
+        return _read_lines(text.splitlines())
+    return found if isinstance(found, list) else [found]
+
+
+def _read_lines(lines: Iterable[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is no JSON: {error}") from error

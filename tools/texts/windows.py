@@ -351,13 +351,13 @@ def _check_overlap(windows: "dict[str, Tensor]", mixed: "dict[Calibration, Tenso
 def _check_shared(
     texts: "dict[str, Tensor]", pairs: Sequence[tuple[str, str]], most: float, tokenizer: Any
 ) -> dict[str, NDArray[np.uint64]]:
-    """The hashes of all runs of tokens of the parts in the pairs. Raises SharedText when the second of a pair has more
-    than a share `most` of its runs in common with the first."""
+    """The hashes of all runs of tokens of the parts in the pairs. Raises SharedText when either of a pair has more than
+    a share `most` of its runs in common with the other."""
     length = _find_length(texts)
     hashes = {part: _hash_shingles(texts[part], length) for part in dict.fromkeys(chain.from_iterable(pairs))}
     for first, second in pairs:
         shared = np.isin(hashes[second], hashes[first])
-        if shared.mean() > most:
+        if max(shared.mean(), np.isin(hashes[first], hashes[second]).mean()) > most:
             at = int(shared.argmax())
             ids = texts[second].reshape(-1)[at : at + length].tolist()
             text = " ".join(tokenizer.decode(ids).split())[:100]

@@ -24,7 +24,7 @@ from tools.models.blocks import Blocks
 from tools.models.gguf import reading_once
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import load_model
-from tools.models.positions import refuse_long_windows
+from tools.models.positions import refuse_long_question, refuse_long_windows
 from tools.models.streamed import find_stream
 from tools.plans.cuts import CutOrder, Target
 from tools.plans.layer_profile import LayerProfile
@@ -36,7 +36,7 @@ from tools.statistics.experts import describe_few
 from tools.statistics.kept_passages import PassageFiles
 from tools.team.cluster import Cluster
 from tools.team.worker import Texts
-from tools.texts.questions import split_questions
+from tools.texts.questions import Question, split_questions
 from tools.texts.windows import count_lead, cut_windows
 from tools.workbench.changed import refuse_changed
 from tools.workbench.checked import check_once
@@ -100,7 +100,7 @@ class Workbench:
         self.index = Index(self.store)
         author = Author(self.model, self.tokenizer, settings, self.index, progress)
         self.windows = cut_windows(settings, self.tokenizer, author)
-        self.questions = _encode_questions(settings, self.tokenizer)
+        self.questions = _encode_questions(settings, self.model, self.tokenizer)
         ids_T, blocks = self.windows.calibration[0].to(self.device), Blocks(self.model)
         layers, told = check_once(self.index, settings, blocks, layers, ids_T)
         self.reach = measure_reach(self.model, layers)
@@ -384,9 +384,15 @@ class Workbench:
         return measure_peak()
 
 
-def _encode_questions(settings: WorkbenchSettings, tokenizer: Any) -> dict[Split, list[EncodedPair]]:
-    """The questions of each split; empty where none are asked."""
+def _encode_questions(settings: WorkbenchSettings, model: Any, tokenizer: Any) -> dict[Split, list[EncodedPair]]:
+    """The questions of each split; empty where none are asked. Raises UserError for one that the model cannot have."""
     if not settings.questions:
         return {}
     parts = split_questions(settings.questions, settings.question_pairs, settings.text_cut)
-    return {"validation": encode_pairs(parts.validation, tokenizer), "test": encode_pairs(parts.test, tokenizer)}
+    encoded: dict[Split, list[EncodedPair]] = {}
+    splits: tuple[tuple[Split, Sequence[Question]], ...] = (("validation", parts.validation), ("test", parts.test))
+    for split, questions in splits:
+        encoded[split] = encode_pairs(questions, tokenizer)
+        for question, pair in zip(questions, encoded[split], strict=True):
+            refuse_long_question(model, question.question, len(pair.ids))
+    return encoded

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from graph.config import RunConfig
 from graph.goals.chat import Sight, brief_messages
 from graph.goals.choose import read_answer
-from graph.goals.schema import Aim, Brief, NewText, check_brief, count_new_text, follow_brief, weigh_alike
+from graph.goals.schema import Aim, Brief, NewText, check_brief, count_new_text, follow_brief, keep_bounds, weigh_alike
 
 TEXT = {"code": "file:code.txt", "prose": "file:prose.txt"}
 CONFIG = RunConfig(
@@ -45,6 +45,23 @@ def test_the_config_follows_a_brief_and_nothing_else_of_it_changes() -> None:
     assert make_brief(min_answers=0.8).line.endswith("prose 25%; answers at least 80%")
     assert "Questions are asked: file:facts.jsonl." in str(brief_messages(asked, [])[1].text)
     assert brief.line == "code 75% (at most +20%), prose 25%, french 0%"
+
+
+def test_a_models_brief_makes_no_bound_looser_than_the_persons() -> None:
+    bounds = {"code": 0.1, "prose": 0.3}
+    strict = CONFIG.model_copy(
+        update={"questions": "file:facts.jsonl", "min_fact_retention": 0.9, "text_bounds": bounds}
+    )
+    for answers in (None, 0.05):
+        kept = keep_bounds(make_brief(min_answers=answers), strict)
+        followed = follow_brief(strict, kept)
+        assert (followed.min_fact_retention, followed.text_bounds) == (0.9, bounds)
+        assert kept.line == "code 75% (at most +10%), prose 25% (at most +30%); answers at least 90%"
+    tighter = keep_bounds(make_brief(min_answers=0.95), strict.model_copy(update={"text_bounds": {"code": 0.5}}))
+    assert (tighter.min_answers, [aim.max_rise for aim in tighter.aims]) == (0.95, [0.2, None])
+    told = str(brief_messages(strict, [])[1].text)
+    assert "Bounds that hold, and may only be tightened: max_rise code 0.1, prose 0.3; min_answers 0.9." in told
+    assert keep_bounds(make_brief(), CONFIG) == make_brief()
 
 
 def test_the_rule_weighs_as_the_config_says_or_all_alike() -> None:
@@ -162,11 +179,17 @@ def test_what_a_person_says_to_a_brief() -> None:
     edited = read_answer('{"probes": ["def f("]}', brief).brief
     assert edited is not None and edited.probes == ["def f("] and edited.aims == brief.aims
     assert read_answer({"decision": "edit", "brief": {"reason": "mine"}}, brief).brief is not None
+    assert read_answer({"decision": "accept", "brief": brief.model_dump()}, brief).brief is None, "a form as it was"
     for given, said in (
         ("no", "answer with accept, or with a JSON object of the fields of the brief that change"),
         ("{", "the brief is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         (7, "answer with an object that holds a decision"),
         ({"decision": "edit"}, "to edit, give the brief, or those of its fields that change"),
+        (
+            {"decision": "accept", "brief": {"reason": "mine"}},
+            "a brief is given, and the decision is accept; edit has it followed",
+        ),
+        ({"decision": "accept", "nonsense": 3}, "nonsense: extra inputs are not permitted, not '3'"),
         ({"decision": "refuse"}, "decision: input should be 'accept' or 'edit', not 'refuse'"),
         ('{"aims": []}', "aims: list should have at least 1 item after validation, not 0, not '[]'"),
     ):

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 
 from graph.config import RunConfig
-from graph.goals.worth import list_other_weights, weigh_otherwise
+from graph.goals.worth import find_shares, list_other_weights, weigh_otherwise
 from graph.planning.foresee import foresee_course
 from graph.planning.plan import Plan
 from graph.state import State
 from tools.plans.graft import Graft
+from tools.plans.groups import Group, GroupRecipe
+from tools.plans.mix import read_mix
+from tools.plans.recipe import parse_recipe
 
 TEXTS = {name: f"file:{name}.txt" for name in ("code", "prose", "french")}
 
@@ -25,7 +28,8 @@ TEXTS = {name: f"file:{name}.txt" for name in ("code", "prose", "french")}
     ],
 )
 def test_all_alike_and_the_heaviest_left_out(weights: dict[str, float], others: list[dict[str, float]]) -> None:
-    found = list_other_weights(RunConfig(text=TEXTS, text_weights=weights))
+    config = RunConfig(text=TEXTS, text_weights=weights)
+    found = list_other_weights(find_shares(config, Plan(sparsity=0.4)))
     assert [dict(mix) for mix in found] == [
         {name: pytest.approx(weight / sum(other.values()), abs=1e-4) for name, weight in other.items()}
         for other in others
@@ -34,12 +38,22 @@ def test_all_alike_and_the_heaviest_left_out(weights: dict[str, float], others: 
 
 def test_texts_written_for_plans_count_nothing_in_other_weights_either() -> None:
     config = RunConfig(text=TEXTS, text_weights={"code": 3, "prose": 1, "french": 0})
-    alike, without = list_other_weights(config, ["french"])
+    alike, without = list_other_weights(config.text_shares, ["french"])
     assert dict(alike) == {"code": 0.5, "prose": 0.5} and dict(without) == {"prose": 1}
 
 
+def test_a_plan_with_a_mix_of_its_own_is_compared_with_others_than_that() -> None:
+    config = RunConfig(text=TEXTS, text_weights={"code": 9, "prose": 1, "french": 0})
+    shares = find_shares(config, Plan(sparsity=0.4, recipe=parse_recipe("refit~0.25code~0.75prose:kappa-mask")))
+    assert shares == {"code": 0.25, "prose": 0.75, "french": 0}
+    alike, without = list_other_weights(shares, ["french"])
+    assert dict(alike) == {"code": 0.5, "prose": 0.5} and dict(without) == {"code": 1}
+    even = find_shares(config, Plan(sparsity=0.4, recipe=parse_recipe("refit~0.5code~0.5prose:kappa-mask")))
+    assert [dict(mix) for mix in list_other_weights(even, ["french"])] == [{"prose": 1}], "never with itself"
+
+
 def test_one_text_has_no_other_weights() -> None:
-    assert list_other_weights(RunConfig(text={"code": "pydoc"})) == []
+    assert list_other_weights(RunConfig(text={"code": "pydoc"}).text_shares) == []
 
 
 def test_two_more_rounds_are_foreseen_where_they_are_asked_for() -> None:
@@ -53,6 +67,10 @@ def test_two_more_rounds_are_foreseen_where_they_are_asked_for() -> None:
     [
         (None, "of no plan that was accepted last"),
         (Plan(sparsity=0.4, reason="", graft=Graft(selector="*.v_proj", of=1, rest=2)), "a graft"),
+        (
+            Plan(sparsity=0.4, groups=[Group(selector="*.v_proj", recipe=GroupRecipe(mix=read_mix({"code": 1})))]),
+            "fitted by other weights in some of its layers",
+        ),
     ],
 )
 def test_what_no_weights_made_is_compared_with_nothing(plan: Plan | None, said: str) -> None:

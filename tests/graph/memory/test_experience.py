@@ -41,9 +41,16 @@ def test_trials_with_the_same_levers_are_one_row(store: BaseStore) -> None:
     assert [row.trials for row in read_experience(store, CONFIG.model_copy(update={"pattern": "2:4"}), "own")] == [1]
 
 
+def test_a_run_that_is_made_again_says_nothing_new(store: BaseStore) -> None:
+    for run in "abcdefghi":
+        write_tried(store, CONFIG, tried(run))
+    (row,) = read_experience(store, CONFIG, "own")
+    assert (row.change, row.error, row.trials, row.runs) == (-0.02, 0.01, 1, 1)
+
+
 def test_relatives_come_last_with_their_names(store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tried(store, LARGE, tried("large"))
-    write_tried(store, LARGE, tried("larger"))
+    write_tried(store, LARGE, tried("larger", iteration=3))
     write_tried(store, RunConfig(model="gpt2"), tried("far"))
     write_tried(store, CONFIG, tried("own", -0.031))
     text = describe_experience(read_experience(store, CONFIG, "new"))

@@ -206,6 +206,8 @@ def test_a_new_run_starts_with_those_of_most_evidence(store: BaseStore, monkeypa
         ("EleutherAI/gpt-neo-125m", "gpt-neo"),
         ("models/mine", "mine"),
         ("models/135M", ""),
+        ("/home/me/runs/qwen-small/model", ""),
+        ("runs\\small\\model\\", ""),
     ],
 )
 def test_the_family_is_the_name_up_to_its_first_digit(model: str, expected: str) -> None:

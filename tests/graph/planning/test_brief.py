@@ -583,7 +583,11 @@ def test_what_is_left_to_prune() -> None:
         f"0:{' .00' * 7}\n1:{' .50' * 7}\n</data>" in shown(make_first_situation(layers=layers, sparsity=sparsity))
     )
     sparsity = dict.fromkeys(sparsity, 0.45)
-    at_target = make_first_situation(layers=layers, sparsity=sparsity, accepted=KEPT)
+    near = make_first_situation(layers=layers, sparsity=sparsity, accepted=KEPT)
+    assert "The target is reached" not in shown(near) and KEPT.sparsity < 0.45, "where the round is judged otherwise"
+    at_target = make_first_situation(
+        layers=layers, sparsity=sparsity, accepted=KEPT.model_copy(update={"sparsity": 0.45})
+    )
     assert "0.45 at the target. The target is reached: only a KL below 0.0312" in shown(at_target)
 
 

@@ -165,6 +165,10 @@ def test_planners_answer_with_groups_in_every_kind_of_run() -> None:
     assert fields[1] - fields[0] == {"mix"} and fields[0] - fields[2] == {"pattern"}
     mixed = {"sparsity": 0.4, "groups": [{"selector": V, "recipe": {"mix": {"code": 2}}}]}
     assert drop_schema(find_schema(0, ("code",)).model_validate(mixed)) == Plan.model_validate(mixed)
+    shown = PLAN.model_dump(exclude={"multipliers"})
+    assert read_answer({"decision": "accept", "plan": shown}, PLAN).decision == "accept", "a form as it was"
+    with pytest.raises(ValueError, match=r"^a plan is given, and the decision is accept; edit has it carried out$"):
+        read_answer({"decision": "accept", "plan": {"sparsity": 0.2}}, PLAN)
     answer = read_answer('{"groups": [{"selector": "*.q_proj", "recipe": {"refit_steps": 9}}]}', PLAN)
     assert answer.plan is not None and describe_plan(answer.plan) == "45.0% refit:kappa-mask · refit9 in *.q_proj"
 

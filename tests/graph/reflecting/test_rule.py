@@ -83,6 +83,13 @@ def test_a_veto_takes_the_trial_out_of_all_allocations() -> None:
     assert "veto" not in Reflection().model_dump()
 
 
+def test_what_a_reflector_says_beside_its_veto_counts_on_the_same_layers() -> None:
+    said = Reflection(veto=True, reason="q_proj moved, too", lessons=[learnt(selector=GROUP, direction="dearer")])
+    measured, own = combine_lessons(make_evidence(), said)
+    assert (measured.selector, measured.confidence) == (own.selector, 0.0) and own.confidence > 0 and own.factor > 1
+    assert list(multiply([measured, own])) == [GROUP] and "The reflector (" not in measured.text
+
+
 def multiply(lessons: list[Lesson]) -> dict[str, float]:
     return find_multipliers(lessons, LAYERS, Recipe(curves="mask"), 0.45, "pydoc")
 

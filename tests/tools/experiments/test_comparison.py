@@ -287,6 +287,7 @@ def test_a_row_of_flap_is_the_masked_model_of_the_dense_one(tiny_llama: Path, tm
         close_workbench()
     assert (row.perplexity, row.kl) == (evaluation.perplexity, evaluation.mean_kl)
     assert row.achieved_sparsity == ranking.removed
+    assert row.dense_bytes and row.model_bytes == row.dense_bytes - 4 * round(ranking.removed * 15_360)
     assert (row.allocation, row.evaluated_tokens, row.scores) == ("flap", 0, [])
     assert abs(row.achieved_sparsity - 0.45) <= 0.05 and row.perplexity != row.dense_perplexity
     assert lines[1].startswith(f"structured:flap at 45%: {row.achieved_sparsity:.2%} removed, ")

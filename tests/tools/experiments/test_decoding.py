@@ -9,6 +9,7 @@ import torch
 from kernels.native import explain_absence
 from kernels.packed import PackedLinear
 from tests.tiny import make_tiny_config, make_tiny_model, save_tiny_model
+from tools.base.errors import UserError
 from tools.bench import main
 from tools.experiments.decoding import DECODED, PROMPT, SPARSITY, describe_difference, open_pair
 from tools.models.layers import find_layers
@@ -44,6 +45,9 @@ def test_layers_are_exchanged_and_say_the_same(tmp_path: Path) -> None:
 def test_a_config_alone_gets_random_weights(tmp_path: Path) -> None:
     make_tiny_config("opt").save_pretrained(tmp_path)
     assert len(open_pair(str(tmp_path)).packed) == 12
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights of another format")
+    with pytest.raises(UserError, match=r"^model .* could not be loaded: "):
+        open_pair(str(tmp_path))
 
 
 def test_the_bench_times_it(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

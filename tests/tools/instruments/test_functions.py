@@ -158,6 +158,8 @@ def test_predict_tells_the_share_of_each_layer_that_is_asked_for(
     assert "alone" not in predict(round_, mask)
     alone = mask.model_copy(update={"alone": "*.down_proj"})
     told = predict(round_, alone)["alone"]
+    (probed,) = probe(round_, [alone])
+    assert predict(round_, alone)["predicted_kl"] == probed["predicted_kl"] < predict(round_, mask)["predicted_kl"]
     assert list(told) == [name for name in zeros if name.endswith(".down_proj")]
     for name, share in told.items():
         assert share == pytest.approx(zeros[name] / round_.bench.dense[name].numel(), rel=1e-3)

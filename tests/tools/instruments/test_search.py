@@ -186,6 +186,9 @@ def test_a_lever_that_changes_nothing_is_refused_before_anything_is_probed(
     round_ = make_round()
     with pytest.raises(ImpossiblePlan, match=f"{lever} changes nothing of .*: {re.escape(why)}; search without it"):
         search(round_, Draft(sparsity=0.4, recipe=parse_recipe(label)), [], 1000, [lever])
+    stuck = Draft(sparsity=0.4, recipe=Recipe(method="two-sided", refit=False, strength=0.0))
+    with pytest.raises(ImpossiblePlan, match=r"^strength of two-sided:.* cannot be moved from where it is; give it"):
+        search(round_, stuck, [], 1000, ["strength"])
     with pytest.raises(ValueError, match="nothing to search over; give selectors of groups, or levers"):
         search(round_, DRAFT, [], 1000)
     assert round_.probed == []
@@ -203,6 +206,12 @@ def test_a_lever_that_changes_nothing_is_refused_before_anything_is_probed(
         (Draft(sparsity=0.99), 1000, ImpossiblePlan, "allow at most"),
         (DRAFT, HALF - 1, ValueError, "127 tokens are less than one probe of 128; give it more"),
         (Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform")), 1000, ImpossiblePlan, "uniform"),
+        (
+            DRAFT.model_copy(update={"alone": GROUPS[0]}),
+            1000,
+            ValueError,
+            "with alone, factors and strength move zeros",
+        ),
     ],
 )
 def test_what_cannot_be_searched_from(
@@ -211,6 +220,17 @@ def test_what_cannot_be_searched_from(
     round_ = make_round()
     with pytest.raises(kind, match=message):
         search(round_, draft, GROUPS, tokens)
+    assert round_.probed == []
+
+
+@pytest.mark.parametrize(("group", "strength"), [("*", 1.0), ("*.down_proj", 0.0)])
+def test_a_factor_that_moves_no_zero_is_refused_before_anything_is_probed(
+    make_round: Callable[..., Round], group: str, strength: float
+) -> None:
+    round_ = make_round()
+    draft = Draft(sparsity=0.4, recipe=Recipe(method="two-sided", refit=False, strength=strength))
+    with pytest.raises(ImpossiblePlan, match=re.escape(f"no factor on '{group}' moves a zero")):
+        search(round_, draft, [group], 100 * HALF)
     assert round_.probed == []
 
 

@@ -1,10 +1,12 @@
 """Greedy continuations, on tiny models of five architectures."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, TextStreamer
 
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.measure import continuations
@@ -27,6 +29,27 @@ def test_decode_gives_the_likeliest_tokens() -> None:
     assert tokens_BT.shape == (1, 13) and torch.equal(tokens_BT[:, :8], IDS_BT)
     logits_BTV = model(tokens_BT).logits
     assert torch.equal(tokens_BT[:, 8:], logits_BTV[:, 7:-1].argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"repetition_penalty": 3.0},
+        {"num_beams": 3},
+        {"no_repeat_ngram_size": 2},
+        {"do_sample": True, "temperature": 5.0},
+        {"max_length": 9},
+    ],
+)
+def test_what_a_model_s_own_config_says_of_generation_does_not_apply(
+    habit: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_tiny_model("llama")
+    plain = decode(model, IDS_BT, 24)
+    model.generation_config = GenerationConfig(**habit, eos_token_id=int(plain[0, 20]))
+    tokens_BT = decode(model, IDS_BT, 24, streamer=TextStreamer(make_tiny_tokenizer()))
+    assert torch.equal(tokens_BT, plain[:, :21]), "but which token ends a text does"
+    assert model.generation_config.to_diff_dict().items() >= habit.items() and not caplog.records
 
 
 def test_as_many_tokens_are_decoded_where_a_model_would_end_its_text() -> None:
@@ -61,7 +84,11 @@ def test_a_model_without_room_says_less_or_nothing() -> None:
     model.config.n_positions = longest + 3
     assert continue_prompts(model, tokenizer, PROMPTS) == plain
     model.config.n_positions = longest
-    assert continue_prompts(model, tokenizer, PROMPTS) == [""] * len(PROMPTS)
+    said = continue_prompts(model, tokenizer, PROMPTS, 1)
+    full = [len(tokenizer(prompt)["input_ids"]) == longest for prompt in PROMPTS]
+    assert [text == "" for text in said] == full and 0 < sum(full) < len(PROMPTS)
+    alone = [continue_prompts(model, tokenizer, [prompt], 1)[0] for prompt in PROMPTS]
+    assert said == alone, "one that takes all positions silences no other"
 
 
 def test_a_model_that_is_streamed_says_less(tiny_llama: Path, tmp_path: Path) -> None:

@@ -66,6 +66,11 @@ def test_retention() -> None:
         compare_recall(Recall(logprob=[-1.0], tokens=10), dense)
 
 
+def test_a_share_too_large_for_a_number_is_none() -> None:
+    pruned, dense = Recall(logprob=[-1.0, -2.0], tokens=2), Recall(logprob=[-1000.0, -2000.0], tokens=2)
+    assert compare_recall(pruned, dense) is None
+
+
 def test_a_model_that_is_not_finite() -> None:
     model = make_tiny_model("llama")
     model.get_output_embeddings().weight.data.fill_(math.nan)

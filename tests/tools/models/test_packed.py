@@ -214,6 +214,16 @@ def test_packed_models_load_like_others_in_their_own_format(packed_llama: Path) 
             find_layers(model)
 
 
+def test_what_another_format_cannot_hold_is_not_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = save_sparse(tmp_path / "plain", "llama")
+    model = load_plain(plain)
+    find_layers(model)[0].weight_OI[0, -1] = 1e5
+    model.save_pretrained(plain)
+    assert export.main([str(plain), "--packed", str(tmp_path / "packed"), "--dtype", "fp16"]) == 2
+    said = f"error: not all weights of {plain} are finite in fp16; use --dtype bf16\n"
+    assert capsys.readouterr().err == said and not (tmp_path / "packed").exists()
+
+
 def test_export_packs_what_a_run_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     save_sparse(tmp_path / "runs" / "one" / "model", "llama")
     monkeypatch.setenv("BILLHOOK_RUNS_DIR", str(tmp_path / "runs"))

@@ -28,6 +28,14 @@ def test_question_and_answer(tmp_path: Path) -> None:
     assert list(read_questions(source)) == [VENUS, Question("Who sang Grace?", ("jeff buckley",))]
 
 
+@pytest.mark.parametrize("name", ["qa.jsonl", "qa.json"])
+def test_years_and_dates_are_answers_as_they_stand(name: str, tmp_path: Path) -> None:
+    answers: list[Any] = [1969, "Armstrong", "1969-07-20", 2.5, [1970, "the Moon"]]
+    rows = [{"question": f"Which, {i}?", "answer": answer} for i, answer in enumerate(answers)]
+    found = [question.answers for question in read_questions(write_rows(tmp_path / name, rows))]
+    assert found == [("1969",), ("Armstrong",), ("1969-07-20",), ("2.5",), ("1970", "the Moon")]
+
+
 def test_several_answers(tmp_path: Path) -> None:
     rows = [{"question": "Who sang Grace?", "answers": ["jeff buckley", "buckley"]}]
     assert list(read_questions(write_rows(tmp_path / "qa.jsonl", rows))) == [BOTH]

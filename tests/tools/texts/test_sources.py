@@ -57,7 +57,7 @@ def test_rows_without_text_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("broken.jsonl", b'{"text": "one"}\n{"text":\n', "could not be read: JSON parse error"),
+        ("broken.jsonl", b'{"text": "one"}\n{"text":\n', "could not be read: line 2 is no JSON: "),
         ("latin.txt", "café".encode("latin-1"), "could not be read: 'utf-8' codec can't decode byte 0xe9"),
         ("empty.txt", b"", "is empty$"),
         ("empty.jsonl", b"", "is empty$"),

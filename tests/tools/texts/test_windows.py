@@ -224,6 +224,17 @@ def test_sources_that_share_text_between_their_windows_are_refused_but_for_boile
             cut(settings, tokenizer)
 
 
+def test_a_short_source_that_stands_whole_in_a_long_one_is_refused(tmp_path: Path) -> None:
+    """Of the long one it is no hundredth."""
+    short, long = f"file:{tmp_path / 'short.txt'}", f"file:{tmp_path / 'long.txt'}"
+    (tmp_path / "short.txt").write_text(prose(0, 70))
+    (tmp_path / "long.txt").write_text(f"{prose(1000, 4000)} {prose(0, 70)} {prose(5000, 4000)}")
+    small = {"window": 64, "calibration_windows": 1, "validation_windows": 100, "test_windows": 1, "text_spread": 0}
+    settings = tiny_settings("any", calibration=short, validation=long, test=long, gradient_windows=1, **small)
+    with pytest.raises(SharedText, match=r"^the calibration and validation texts overlap \(\d+ runs of 64 tokens, "):
+        cut_windows(settings, make_tiny_tokenizer())
+
+
 @pytest.mark.parametrize("second", ["validation", "test"])
 def test_text_in_two_splits_is_refused(tmp_path: Path, second: str) -> None:
     common = prose(13_000, 32)

@@ -85,7 +85,8 @@ def make_task(questions: Sequence[Question], shots: int) -> Any:
         def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
             """Both metrics of one question."""
             said, (logprob, _) = results
-            right = normalize(said) in {normalize(answer) for answer in doc["answers"]}
+            words = normalize(said)  # an article alone is none
+            right = words != "" and words in {normalize(answer) for answer in doc["answers"]}
             return {"exact_match": float(right), "logprob": logprob / self.tokens[doc["question"]]}
 
         def describe_metric(self, metric: str) -> dict[str, int]:
