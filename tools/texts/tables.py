@@ -63,7 +63,7 @@ def _read_objects(path: Path) -> Iterator[dict[str, Any]]:
 
     datasets would guess one type for each column: a year among names loses its row, and a date is no text.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # some editors of Windows begin files with a mark
         rows = _read_lines(file) if path.suffix == ".jsonl" else _read_whole(file.read())
         for row in rows:
             if not isinstance(row, dict):
@@ -75,7 +75,7 @@ def _read_whole(text: str) -> Iterable[Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError:  # lines of JSON are called so, too
-        return _read_lines(text.splitlines())
+        return _read_lines(text.split("\n"))
     return found if isinstance(found, list) else [found]
 
 

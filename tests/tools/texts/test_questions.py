@@ -1,5 +1,6 @@
 """Questions and answers in every form that they come in."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def test_years_and_dates_are_answers_as_they_stand(name: str, tmp_path: Path) ->
     rows = [{"question": f"Which, {i}?", "answer": answer} for i, answer in enumerate(answers)]
     found = [question.answers for question in read_questions(write_rows(tmp_path / name, rows))]
     assert found == [("1969",), ("Armstrong",), ("1969-07-20",), ("2.5",), ("1970", "the Moon")]
+
+
+def test_a_byte_order_mark_and_lines_in_a_json_file(tmp_path: Path) -> None:
+    rows = [{"question": "Who sang?", "answer": "a\u2028b"}, {"question": "Who else?", "answer": "c"}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for name in ("qa.json", "qa.jsonl"):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        found = [question.answers for question in read_questions(f"file:{tmp_path / name}")]
+        assert found == [("a b",), ("c",)]
 
 
 def test_several_answers(tmp_path: Path) -> None:
