@@ -38,10 +38,7 @@ SERVE_PORT = 8765
 
 def make_parser() -> argparse.ArgumentParser:
     """One flag per field of `RunConfig`, with its sentence, beside the few that are about the command itself."""
-    parser = Parser(
-        prog="python -m graph.run",
-        description=__doc__,
-    )
+    parser = Parser(prog="python -m graph.run", description=__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; configs/quickstart.yaml when left out.")
     parser.add_argument("--name", help="Name of the run's directory; the config's name when left out.")
     parser.add_argument("--runs-dir", metavar="DIR", help=f"Where runs are kept; ${RUNS_DIR_VARIABLE} or runs/.")

@@ -23,10 +23,7 @@ from tools.results.paper import PRESETS
 
 def make_parser() -> argparse.ArgumentParser:
     """One flag per field of `CompareSettings`, beside two about the command itself."""
-    parser = Parser(
-        prog="python -m tools.compare",
-        description=__doc__,
-    )
+    parser = Parser(prog="python -m tools.compare", description=__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
     parser.add_argument(
         "--preset",

@@ -19,10 +19,7 @@ from tools.results.evaluation import describe_line, list_lines, make_table
 
 def make_parser() -> argparse.ArgumentParser:
     """The models, and one flag per field of `EvaluateSettings`."""
-    parser = Parser(
-        prog="python -m tools.evaluate",
-        description=__doc__,
-    )
+    parser = Parser(prog="python -m tools.evaluate", description=__doc__)
     parser.add_argument("models", metavar="MODEL", nargs="+", help="A model, named as for a run, or a run: its model.")
     parser.add_argument("--config", metavar="FILE", help="YAML file of fields; a run's config will do.")
     add_flags(parser, EvaluateSettings)

@@ -22,10 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _obey(arguments: list[str]) -> None:
-    parser = Parser(
-        prog="python -m tools.report",
-        description=__doc__,
-    )
+    parser = Parser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="A run's directory, or its name under runs/.")
     parser.add_argument("--out", metavar="FILE", type=Path, help="The page; of one run, its directory's report.html.")
     options = parser.parse_args(arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graph.ablation.rows import Row, judge_perplexity, judge_row
-from graph.ablation.settings import CHAT, TOLD, AblateSettings
+from graph.ablation.settings import CHAT, GRAPH, TOLD, AblateSettings
 from graph.ablation.unseen import measure_exported
 from graph.config import HEURISTIC
 from tools.base.errors import UserError
@@ -20,7 +20,10 @@ from tools.workbench.open import close_workbench
 if TYPE_CHECKING:
     from tools.base.progress import Progress
 
-UNAIDED = {"chat-bare": ("--planner-fallback=none", "--planner-unaided")}
+TOLD_LAST = {
+    "chat-bare": ("--planner-fallback=none", "--planner-unaided"),
+    **{arm: ("--goal-tokens=0",) for arm in GRAPH if arm not in CHAT},  # they have no goal to write texts for
+}
 """What an arm is told behind all other flags."""
 
 
@@ -46,9 +49,7 @@ def _carry_out(arm: str, settings: AblateSettings, graph_flags: Sequence[str], r
         close_workbench()  # its workers would hold the processors, or GPUs, that those of the run need
     command = [sys.executable, "-m", "graph.run", "--runs-dir", str(run.parent)]
     command += ["--resume" if (run / "run.json").is_file() else "--name", run.name]  # which refuses other settings
-    command += [*_flags_of(arm, settings), *graph_flags, *UNAIDED.get(arm, ())]
-    if arm not in CHAT:  # no goal is told to it for which texts could be written
-        command.append("--goal-tokens=0")
+    command += [*_flags_of(arm, settings), *graph_flags, *TOLD_LAST.get(arm, ())]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not (run / "summary.json").is_file():
         said = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines() if line.strip()]

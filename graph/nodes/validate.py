@@ -6,7 +6,7 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.planning.bounds import Verdict, heed_bounds, heed_facts
-from graph.planning.kept_orders import find_order, is_kept
+from graph.planning.kept_orders import find_kept, resolve_again
 from graph.planning.orders import hash_request
 from graph.planning.unmeasured import record_breakage
 from graph.planning.verdict import accepted_trial, is_settled, judge
@@ -35,11 +35,12 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """
     session = enter("validate", state, runtime)
     with open_bench(state, session) as bench:
+        kept = find_kept(bench, state)
         try:
-            order = find_order(bench, state, session.progress)
+            order = kept or resolve_again(bench, state, session.progress)
         except ImpossiblePlan as error:  # it was edited in the state once the weights were there
             return record_breakage(state, None, f"{EDITED}, and cannot be carried out: {error}", session)
-        if not is_kept(bench, state) and not bench.is_made_of(state.current, state.profile, order):
+        if kept is None and not bench.is_made_of(state.current, state.profile, order):
             return record_breakage(state, order, f"{EDITED}, which are another plan's", session)
         try:
             trial, evaluation = measure_trial(bench, state, order, session)

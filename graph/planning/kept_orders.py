@@ -77,19 +77,27 @@ def read_order(store: ArtifactStore, artifact: str, plan: Plan) -> WorkOrder | N
     )
 
 
+def find_kept(bench: "Workbench", state: State) -> WorkOrder | None:
+    """The order that was kept of the state's plan, before it was carried out; None where it was not, or is damaged."""
+    assert state.plan is not None, "the plan node runs first"
+    try:
+        return read_order(bench.store, state.order, state.plan)
+    except DamagedArtifact as error:
+        bench.warn(f"{error}; the plan is resolved again")
+        return None
+
+
 def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOrder:
     """The order of the state's plan; made here where the plan was edited between nodes, or made by an earlier version.
 
     The weights in the model end as the state says. Raises ImpossiblePlan.
     """
+    return find_kept(bench, state) or resolve_again(bench, state, progress)
+
+
+def resolve_again(bench: "Workbench", state: State, progress: "Progress") -> WorkOrder:
+    """As `find_order`, whatever was kept."""
     assert state.plan is not None, "the plan node runs first"
-    kept = None
-    try:
-        kept = read_order(bench.store, state.order, state.plan)
-    except DamagedArtifact as error:
-        bench.warn(f"{error}; the plan is resolved again")
-    if kept is not None:
-        return kept
     profile = bench.read_profile(state.profile).layers
     if state.parts:
         return order_cut(state.plan, bench.cuts.read(state.parts), profile, describe_plan(state.plan))
@@ -98,15 +106,6 @@ def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOr
         return find_grafts(bench, state).resolve(state.plan, state.plan.graft, profile, state.config, line)
     layers = gather_layers(state.plan, state.config, measure_with(bench, state.profile, state.current, progress))
     return resolve(state.plan, layers, state.config, profile)
-
-
-def is_kept(bench: "Workbench", state: State) -> bool:
-    """Whether the state's plan is the one whose order was kept before it was carried out, whole as it was written."""
-    assert state.plan is not None, "the plan node runs first"
-    try:
-        return read_order(bench.store, state.order, state.plan) is not None
-    except DamagedArtifact:
-        return False
 
 
 def find_grafts(bench: "Workbench", state: State) -> Grafts:

@@ -67,7 +67,7 @@ def test_an_edited_plan_is_logged_where_it_is_carried_out_and_a_replay_takes_it(
 def test_a_plan_edited_once_its_weights_are_there_is_no_trial_of_them(
     changes: dict[str, Any], why: str, flags: list[str], tmp_path: Path, command: Command
 ) -> None:
-    halt = Halt("validate", "graph.nodes.validate:find_order", 2)
+    halt = Halt("validate", "graph.nodes.validate:find_kept", 2)
     assert fork(tmp_path, *flags, halt=halt).finish().code == -9
     run = tmp_path / "runs" / "run"
     edit(run, {"plan": {**MINE.model_dump(), **changes}}, after="prune")

@@ -18,6 +18,9 @@ from tools.models.blocks import Blocks
 from tools.models.readout import measure_losses, sum_losses
 from tools.models.streamed import find_stream
 
+MOST_NATS = 700.0
+"""Below this the exponential is a number."""
+
 
 class Evaluation(BaseModel):
     """Losses per window; every window has as many tokens of text, so plain means are means over tokens.
@@ -51,7 +54,7 @@ class Evaluation(BaseModel):
     def perplexity(self) -> float | None:
         """exp of the mean nats per token; None when a window was not finite or the exponential overflows."""
         mean = self._mean(self.nll)
-        return math.exp(mean) if mean is not None and mean < 700 else None
+        return math.exp(mean) if mean is not None and mean < MOST_NATS else None
 
     @property
     def mean_kl(self) -> float | None:

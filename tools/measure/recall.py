@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from tools.base.progress import Progress, heed_stop
 from tools.measure.continuations import continue_rows
+from tools.measure.losses import MOST_NATS
 from tools.measure.tasks.freebaseqa import normalize
 from tools.models.readout import CHUNK, compute_hidden, compute_logits
 from tools.texts.questions import QUESTION_FORM, Question
@@ -149,10 +150,6 @@ def read_answers(model: Any, pairs: Sequence[EncodedPair]) -> list[float]:
     return [-float(share.mean()) for share in shares]
 
 
-GREATEST_CHANGE = 700.0
-"""Nats that exp can still be taken of."""
-
-
 def compare_recall(recall: Recall, dense: Recall) -> Retention | None:
     """What is left of the dense model's knowledge; None where either is not finite, or the share too large a number.
 
@@ -162,7 +159,7 @@ def compare_recall(recall: Recall, dense: Recall) -> Retention | None:
         raise ValueError("only answers to the same questions can be compared")
     pairs = zip(recall.logprob, dense.logprob, strict=True)
     changes = np.array([after - before for after, before in pairs if after is not None and before is not None])
-    if len(changes) < len(dense.logprob) or changes.mean() > GREATEST_CHANGE:
+    if len(changes) < len(dense.logprob) or changes.mean() >= MOST_NATS:
         return None
     share = math.exp(float(changes.mean()))
     return Retention(share, share * float(changes.std(ddof=1)) / math.sqrt(len(changes)))

@@ -389,10 +389,11 @@ def _encode_questions(settings: WorkbenchSettings, model: Any, tokenizer: Any) -
     if not settings.questions:
         return {}
     parts = split_questions(settings.questions, settings.question_pairs, settings.text_cut)
-    encoded: dict[Split, list[EncodedPair]] = {}
-    splits: tuple[tuple[Split, Sequence[Question]], ...] = (("validation", parts.validation), ("test", parts.test))
-    for split, questions in splits:
-        encoded[split] = encode_pairs(questions, tokenizer)
-        for question, pair in zip(questions, encoded[split], strict=True):
+
+    def encode(questions: Sequence[Question]) -> list[EncodedPair]:
+        pairs = encode_pairs(questions, tokenizer)
+        for question, pair in zip(questions, pairs, strict=True):
             refuse_long_question(model, question.question, len(pair.ids))
-    return encoded
+        return pairs
+
+    return {"validation": encode(parts.validation), "test": encode(parts.test)}
