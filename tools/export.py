@@ -72,7 +72,11 @@ def export_gguf(source: str, path: Path, dense: str, console: Console) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_gguf(directory, Path(place.path) / place.gguf_file, aside)
         settings = {"model": str(aside), "dtype": read_dtype(str(directory)), "device": "cpu"}
-        if changed := list_changed(load_model(WorkbenchSettings.model_validate(settings))[0], directory):
+        try:
+            read, _ = load_model(WorkbenchSettings.model_validate(settings))
+        except UserError as error:  # it names a file that is gone with it
+            raise UserError(f"what is written cannot be read back here; {describe_by_hand(directory)}") from error
+        if changed := list_changed(read, directory):
             raise UserError(
                 f"{len(changed)} tensors would be read as others, such as {changed[0]}; {describe_by_hand(directory)}"
             )

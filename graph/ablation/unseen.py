@@ -75,11 +75,17 @@ def _evaluate(
     model: Any, windows: Windows, dense_hidden_BTD: "Tensor | None", progress: "Progress"
 ) -> "tuple[Evaluation, Tensor]":
     """(losses of the test windows, hidden states); the dense model has no reference."""
-    from tools.measure.losses import evaluate_windows  # imports torch
+    from tools.measure.losses import evaluate_by_blocks, evaluate_windows  # imports torch
+    from tools.models.blocks import Blocks
+    from tools.models.streamed import find_stream
 
     windows_BT = windows.test.to(model.device)
     label = f"unseen texts, {'dense' if dense_hidden_BTD is None else 'pruned'}"
-    losses, hidden_BTD = evaluate_windows(model, windows_BT, dense_hidden_BTD, label, progress, lead=windows.lead)
+    about = (windows_BT, dense_hidden_BTD, label, progress)
+    if find_stream(model):
+        losses, hidden_BTD = evaluate_by_blocks(Blocks(model), *about, lead=windows.lead)
+    else:
+        losses, hidden_BTD = evaluate_windows(model, *about, lead=windows.lead)
     return losses.model_copy(update={"texts": windows.name_each("test", range(len(windows_BT)))}), hidden_BTD
 
 

@@ -165,8 +165,10 @@ def _says_the_same(plan: Plan, changes: dict[str, Any]) -> bool:
 
 
 def _merge(plan: Plan, changes: dict[str, Any]) -> dict[str, Any]:
-    """The plan as plain values, with those of its fields, and of its recipe's, that are given."""
+    """The plan as plain values, with those of its fields, and of its recipe's and its cut's, that are given."""
     whole = plan.model_dump(exclude=WORDS) | {"reason": "Edited by hand."} | changes
     if isinstance(changes.get("recipe"), dict):
         whole["recipe"] = plan.recipe.model_dump() | changes["recipe"]
+    if plan.cut and isinstance(changes.get("cut"), dict):
+        whole["cut"] = plan.cut.model_dump() | changes["cut"]
     return whole

@@ -26,6 +26,7 @@ from graph.planning.refinements import (
 from graph.planning.situation import Situation
 from graph.reflecting.posterior import WHOLE, weigh_evidence
 from graph.state import Trial
+from tools.base.errors import ImpossiblePlan
 from tools.plans.budget import SAME_SPARSITY, same_sparsity
 from tools.plans.cuts import Cutting
 from tools.plans.recipe import Recipe
@@ -160,7 +161,7 @@ def _plan_cut(situation: Situation) -> Plan | None:
     cutting = situation.accepted_plan.cut if situation.accepted_plan and situation.accepted_plan.cut else Cutting()
     shared = "Shared out by the KL curves of the parts"
     if not failed:
-        return Plan(sparsity=target, cut=cutting, reason=f"{shared}, to the target.")
+        return Plan(sparsity=target, cut=_reach(situation, cutting), reason=f"{shared}, to the target.")
     steps = [Plan(sparsity=step, cut=cutting) for step in _list_halves(start, failed[-1].sparsity)]
     step = next(skip_repeats(situation, steps), None)
     if step is None:
@@ -168,6 +169,15 @@ def _plan_cut(situation: Situation) -> Plan | None:
     part = "half its step" if step.sparsity == steps[0].sparsity else "less of its step, for half is what was tried"
     reason = f"{shared}, round {failed[-1].iteration} was rolled back: {part}."
     return step.model_copy(update={"reason": reason})
+
+
+def _reach(situation: Situation, cutting: Cutting) -> Cutting:
+    """What an accepted plan says of its cut, for the target; of as many blocks and heads none may come to that."""
+    try:
+        situation.orders.draft(Plan(sparsity=situation.config.target_sparsity, cut=cutting))
+    except ImpossiblePlan:
+        return Cutting(refit=cutting.refit)
+    return cutting
 
 
 def _list_halves(start: float, end: float) -> Iterator[float]:

@@ -117,14 +117,16 @@ def test_a_cut_that_hurts_is_rolled_back_bit_for_bit_and_the_step_halved(
 
 
 def test_a_person_edits_a_cut_before_it_is_made(tiny_llama: Path, tmp_path: Path, command: Command, say: Say) -> None:
-    say('{"cut": {"heads": 1, "refit": false}}', "accept", "accept")
-    done = command(*flags(tiny_llama, "--max-iterations", "1"), *APPROVE)
+    say('{"cut": {"refit": false, "keep": "blocks 0"}}', '{"cut": {"blocks": 0, "heads": 1}}', "accept", "accept")
+    done = command(*flags(tiny_llama, "--max-iterations", "2"), *APPROVE)
     assert (done.code, done.err) == (0, "")
     run = tmp_path / "runs" / "run"
     planned, edited = read_events(run, "plan")[:2]
     assert (planned["planner"], edited["planner"]) == ("heuristic", "you")
-    (trial,) = read_state(run).trials
-    assert " cut · heads 1 " in trial.plan and trial.order == edited["order"]
+    first, second = read_state(run).trials
+    assert first.plan.endswith(" cut · heads by KL curves · not blocks 0 · no refit")
+    assert first.order == edited["order"]
+    assert second.plan.endswith(" cut · heads 1 · 0 blocks · not blocks 0 · no refit"), "what an edit leaves out stays"
     replayed = command("--replay", "run", "--name", "again")
     assert (replayed.code, replayed.err) == (0, "")
     assert read_trials(tmp_path / "runs" / "again") == read_trials(run)

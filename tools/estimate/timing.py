@@ -43,6 +43,9 @@ REPEATS = 3
 SHORT = 32
 """Tokens of the shorter window."""
 
+LEVER = 8
+"""The longer window is at least so many times as long."""
+
 WRITTEN = 2**25
 """Bytes of the file that shows how fast artifacts are written and read."""
 
@@ -155,7 +158,9 @@ def fit_windows(
 ) -> tuple[list[Fit], int]:
     """(the line of each of the seconds that a walk through one window gives, over its tokens; those of the longest).
 
-    The walk is given a short window, and then as long a one as `BUDGET` allows, of `window` tokens at most.
+    The walk is given a short window, and then as long a one as `BUDGET` allows, of `window` tokens at most; one of
+    `LEVER` times as many in any case, for of wide blocks most of the time hangs on no token, and shorter windows would
+    take its noise for theirs.
     """
 
     def take(tokens: int) -> tuple[Sequence[float], float]:
@@ -166,7 +171,7 @@ def fit_windows(
     few = min(SHORT, window)
     take(few)  # the first one also loads libraries
     short, spent = take(few)
-    many = min(window, max(2 * few, int(few * BUDGET / spent)))
+    many = min(window, max(LEVER * few, int(few * BUDGET / spent)))
     runs: list[Sequence[float]] = []
     spent = 0.0
     while not runs or (len(runs) < REPEATS and spent + spent / len(runs) <= BUDGET):

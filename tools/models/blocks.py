@@ -11,7 +11,7 @@ Shape suffixes: B windows, T tokens, D hidden width, N numbers.
 """
 
 import functools
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -53,6 +53,12 @@ class _Look(NamedTuple):
     """For each block: the length of the tuple or list that it returns, None when it returns a tensor."""
     left: str
     """The name of the mapping in which blocks leave something for later ones; empty where they leave nothing."""
+
+
+def are_lasting(states: Iterable[Tensor]) -> bool:
+    """Whether another process can go on from what blocks passed on: not from rows of numbers, with what was left for
+    later blocks, for whoever made them alone knows what is what."""
+    return all(state.ndim > 1 for state in states)
 
 
 class Blocks:

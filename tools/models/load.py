@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -239,7 +238,7 @@ def load_model(settings: WorkbenchSettings, scratch: Path | None = None) -> tupl
     """(model in eval mode with frozen weights, tokenizer). Raises UserError in one line when it cannot be loaded.
 
     A packed model runs in the number format that it was packed in. Weights that are streamed lie in the directory
-    `scratch`, or where this system has its files for a while.
+    `scratch`, or in the user's cache.
     """
     import transformers
 
@@ -257,7 +256,7 @@ def load_model(settings: WorkbenchSettings, scratch: Path | None = None) -> tupl
             if settings.device == "spread":
                 options["device_map"] = spread_blocks(build_on_meta(place, settings)[0], _measure_gpus())
             if settings.device == "stream":
-                loaded = _load_stream(place, settings, device, scratch or Path(tempfile.gettempdir()))
+                loaded = _load_stream(place, settings, device, scratch)
             else:
                 loaded = _load_whole(place, settings, **options)
     except UserError:
@@ -285,15 +284,15 @@ def _load_whole(place: ModelPlace, settings: WorkbenchSettings, **options: Any) 
     )
 
 
-def _load_stream(place: ModelPlace, settings: WorkbenchSettings, device: "torch.device", scratch: Path) -> Any:
+def _load_stream(place: ModelPlace, settings: WorkbenchSettings, device: "torch.device", scratch: Path | None) -> Any:
     """As `_load_whole`, block by block. A .gguf file is converted once."""
-    from tools.models.streamed import convert_once, stream_model
+    from tools.models.streamed import convert_once, find_cache, stream_model
 
     if place.gguf_file:
         file = Path(place.path) / place.gguf_file
         place = ModelPlace(str(convert_once(file, settings.dtype, partial(_convert, settings))), None)
     load = partial(_load_whole, place, settings, trust_remote_code=settings.trust_remote_code)
-    return stream_model(place.path, load, build_on_meta(place, settings)[0], device, scratch)
+    return stream_model(place.path, load, build_on_meta(place, settings)[0], device, scratch or find_cache())
 
 
 def _convert(settings: WorkbenchSettings, directory: Path) -> None:

@@ -13,6 +13,7 @@ import gc
 import glob
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -339,12 +340,23 @@ def _find_offloaded(model: Any) -> Mapping[str, torch.Tensor]:
     return whole
 
 
+LOADING = ".loading-"
+"""How a directory begins that is there while a model is loaded."""
+
+
+def forget_loading(directory: Path) -> None:
+    """Delete what killed processes left that were loading a model beside what lies in a directory, whose only user the
+    caller is."""
+    for left in directory.glob(f"{LOADING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 class _Offloaded(tempfile.TemporaryDirectory[str]):
     """Where the library puts weights aside that it changes as it reads them; it says so, and is kept quiet."""
 
     def __init__(self, scratch: Path) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
-        super().__init__(dir=scratch, prefix=".loading-")
+        super().__init__(dir=scratch, prefix=LOADING)
         self._logger = logging.getLogger("accelerate.big_modeling")
         self._before = self._logger.level
 
@@ -390,7 +402,7 @@ def convert_once(source: Path, dtype: str, convert: Callable[[Path], None]) -> P
 
 def find_conversion(source: Path, dtype: str) -> Path | None:
     """What `convert_once` made of a file, if it is there; where nothing is of such a name the file is not read."""
-    if not any(_find_cache().glob(f"{glob.escape(source.stem)}-{dtype}-*")):
+    if not any(find_cache().glob(f"{glob.escape(source.stem)}-{dtype}-*")):
         return None
     directory = name_conversion(source, dtype)
     return directory if directory.is_dir() else None
@@ -398,8 +410,9 @@ def find_conversion(source: Path, dtype: str) -> Path | None:
 
 def name_conversion(source: Path, dtype: str) -> Path:
     """Where `convert_once` has what it makes of a file, under that one's content in the user's cache."""
-    return _find_cache() / f"{source.stem}-{dtype}-{hash_once(source)[:16]}"
+    return find_cache() / f"{source.stem}-{dtype}-{hash_once(source)[:16]}"
 
 
-def _find_cache() -> Path:
+def find_cache() -> Path:
+    """The user's directory for what is made once, on a disk: temporary files lie in memory on many a machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "billhook"

@@ -166,6 +166,16 @@ class Parts(BaseModel):
             kl += UNITS_HOPE * sum(of_kind[block][place] for block in stays) if gone else 0.0
         return kl
 
+    def list_measured(self, remove: float, blocks: int) -> list[Counts]:
+        """`list_counts`, as far as curves were measured: those of a cut that takes less than the target may need more
+        neurons of every block than the target's, which blocks must go for."""
+        return [
+            counts
+            for counts in list_counts(self.shape, remove, blocks)
+            if _reaches(self.heads, self.shape.heads, counts.heads)
+            and _reaches(self.neurons, self.shape.neurons, counts.neurons)
+        ]
+
     def _find_dropped_kl(self, dropped: Sequence[int]) -> float:
         """What was measured without blocks that go; where others go than in the order, for some are kept, the sum of
         what each added to it when it went."""
@@ -174,6 +184,10 @@ class Parts(BaseModel):
         before = [0.0, *self.dropped_kl]
         added = {block: max(before[i + 1] - before[i], 0.0) for i, block in enumerate(self.order)}
         return sum(added[block] for block in dropped)
+
+
+def _reaches(costs: Sequence[Sequence[float]], units: Units, gone: int) -> bool:
+    return not gone or units.options.index(gone) < len(costs[0])
 
 
 def resolve_cut(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequence[LayerProfile]) -> CutOrder:
@@ -188,7 +202,7 @@ def resolve_cut(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequenc
     if cutting.blocks is not None and cutting.blocks > len(may_go):
         raise ImpossiblePlan(f"{cutting.blocks} blocks cannot go: {len(may_go)} is the most here")
     numbers = range(len(may_go) + 1) if cutting.blocks is None else [cutting.blocks]
-    listed = [counts for blocks in numbers for counts in list_counts(parts.shape, sparsity, blocks)]
+    listed = [counts for blocks in numbers for counts in parts.list_measured(sparsity, blocks)]
     chosen = [counts for counts in listed if cutting.heads in (None, counts.heads)]
     if not chosen:
         raise ImpossiblePlan(_explain(cutting, parts, sparsity, listed))
@@ -200,7 +214,7 @@ def resolve_cut(cutting: Cutting, parts: Parts, sparsity: float, layers: Sequenc
 def _explain(cutting: Cutting, parts: Parts, sparsity: float, listed: Sequence[Counts]) -> str:
     blocks = cutting.blocks or 0
     if not listed:
-        most = max((n for n in range(len(parts.order) + 1) if list_counts(parts.shape, sparsity, n)), default=None)
+        most = max((n for n in range(len(parts.order) + 1) if parts.list_measured(sparsity, n)), default=None)
         hint = "other sparsities may" if most is None else f"with {most} blocks it can"
         return f"{sparsity:.2%} of the {parts.shape.counts} cannot go with {blocks} whole blocks; {hint}"
     numbers = ", ".join(str(heads) for heads in sorted({counts.heads for counts in listed}))

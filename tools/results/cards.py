@@ -53,6 +53,11 @@ def _tell_file(summary: Summary) -> str:
         return "Whole parts are gone: the file is smaller than the dense one and loads with stock `transformers`."
     if summary.asked != "sparsity":
         return "Nothing was taken away: no cut that was tried was kept."
+    if summary.origin:
+        return (
+            "Whole parts are gone, and zeros of what stays are stored as ordinary numbers: the file is smaller than "
+            "the dense one and loads with stock `transformers`; its zeros make it no faster by themselves."
+        )
     return (
         "The zeros are stored as ordinary numbers: the file loads with stock `transformers`, and is neither smaller "
         "nor faster than the dense one by itself."
@@ -66,6 +71,13 @@ def _name_done(summary: Summary) -> str:
     if summary.asked != "sparsity":
         return "not cut"
     return f"{f'{name_cut(summary.origin.cut)} and ' if summary.origin else ''}pruned to {name_sparsity(summary)}"
+
+
+def _name_kinds(summary: Summary) -> list[str]:
+    """What a model is called of which parts are gone, or weights, or both."""
+    if summary.cut:
+        return ["structured"]
+    return ["structured", "sparse"] if summary.origin else ["sparse"]
 
 
 def _find_base(summary: Summary) -> str:
@@ -118,7 +130,7 @@ def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData"
         datasets=named or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "structured" if summary.cut else "sparse", "billhook"],
+        tags=["pruned", *_name_kinds(summary), "billhook"],
         model_name=f"{name}-pruned",
         eval_results=found or None,
     )

@@ -14,6 +14,7 @@ from tools.results.sentences import (
     describe_reach,
     describe_result,
     list_loading,
+    name_cut,
     name_sparsity,
     name_verdict,
     tell_spending,
@@ -34,6 +35,8 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
     """`report.md`: the result, every trial with its reason, and the sparsity of every layer."""
     partly = describe_reach(summary.reach)
     title = f"pruned to {name_sparsity(summary)}" if partly else f"at {summary.achieved_sparsity:.2%} sparsity"
+    if summary.cut:
+        title = name_cut(summary.cut)
     lines = [
         f"# {summary.run}: {summary.model} {title}",
         "",
@@ -54,9 +57,9 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         "",
         *_list_trials(trials, [text.name for text in summary.texts]),
         "",
-        "## Sparsity by layer",
+        "## Gone of each layer" if summary.cut else "## Sparsity by layer",
         "",
-        "| layer | sparsity |",
+        f"| layer | {'share' if summary.cut else 'sparsity'} |",
         "|---|---|",
         *(f"| {escape(name)} | {value:.2%} |" for name, value in sparsity.items()),
         "",

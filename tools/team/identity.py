@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ class Identity(BaseModel):
         return ", ".join(f"{name} {theirs} instead of {ours}" for name, ours, theirs in pairs if ours != theirs)
 
 
-def hash_weights(model: Any) -> str:
-    """SHA-256, in hex, of all weights as they are now, with names, shapes and dtypes."""
+def hash_weights(model: Any, but: Container[str] = ()) -> str:
+    """SHA-256, in hex, of all weights as they are now but some by name, with names, shapes and dtypes."""
     weights = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if name in but:
+            continue
         if stream := find_stream(model):
             stream.let_go()
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())

@@ -25,7 +25,7 @@ from tools.models.gguf import reading_once
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import load_model
 from tools.models.positions import refuse_long_question, refuse_long_windows
-from tools.models.streamed import find_stream
+from tools.models.streamed import find_stream, forget_loading
 from tools.plans.cuts import CutOrder, Target
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_pruning, time_work
@@ -33,8 +33,9 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished, Reach
 from tools.statistics.experts import describe_few
-from tools.statistics.kept_passages import PassageFiles
+from tools.statistics.kept_passages import PassageFiles, forget_walks
 from tools.team.cluster import Cluster
+from tools.team.identity import hash_weights
 from tools.team.worker import Texts
 from tools.texts.questions import Question, split_questions
 from tools.texts.windows import count_lead, cut_windows
@@ -82,6 +83,7 @@ class Workbench:
         progress("load model", 0, 1)
         self.store = ArtifactStore(directory / "artifacts")
         self.store.remove_unfinished()
+        forget_loading(directory)
         course = course or Course([])
         with reading_once():
             chosen = settings if loaded else choose_for_run(settings, course, directory)
@@ -112,11 +114,14 @@ class Workbench:
             warn(line)
         stream = find_stream(self.model)
         self.weights = Weights(layers, len(blocks), self.store, self._warn, stream.source if stream else None)
-        refuse_changed(self.index, settings, self.weights.hash_all_dense(), self.windows)
+        rest = hash_weights(self.model, {f"{name}.weight" for name in self.weights.by_name})
+        refuse_changed(self.index, settings, self.weights.hash_all_dense(), rest, self.windows)
         texts = Texts(self.windows, self.questions)
         kept = None
         if stream:
             kept = PassageFiles(directory, self.weights.hash_all_dense, self.weights.mark_present)
+        else:  # of a process before this one, which streamed
+            forget_walks(directory)
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn, kept)
         self.losses = Losses(blocks, self.windows, self.weights, directory, self.crew, settings.text_shares)
         self.profiles = Profiles(

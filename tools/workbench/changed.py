@@ -8,17 +8,19 @@ from tools.texts.windows import Windows
 from tools.workbench.store import Index
 
 
-def refuse_changed(index: Index, settings: WorkbenchSettings, weights: str, windows: Windows) -> None:
-    """Keep what `weights`, by their hash, and windows of text the settings stand for when they are first seen.
+def refuse_changed(index: Index, settings: WorkbenchSettings, weights: str, rest: str, windows: Windows) -> None:
+    """Keep what `weights` of prunable layers and the `rest` of the model, by their hashes, and windows of text the
+    settings stand for when they are first seen.
 
     Raises UserError where they stand for others now: what was measured before would be compared with, or taken for,
     what is measured of them.
     """
     key = ["opened", settings.model_dump_json(exclude=set(TEAM))]
-    found = {"weights": weights, "texts": _hash_windows(windows)}
+    found = {"weights": weights, "rest": rest, "texts": _hash_windows(windows)}
     known = index.measure_once(key, lambda: found)
-    for what, word in (("weights", f"model {settings.model}"), ("texts", "a text")):
-        if known[what] != found[what]:
+    model = f"model {settings.model}"
+    for what, word in (("weights", model), ("rest", model), ("texts", "a text")):
+        if known.get(what, found[what]) != found[what]:  # earlier versions asked nothing of the rest
             raise UserError(
                 f"{word} is another than when this was begun, by the same name: what was measured holds of it no more; "
                 "begin anew, in another directory"

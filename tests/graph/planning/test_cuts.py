@@ -86,3 +86,11 @@ def test_what_is_of_single_weights_is_refused() -> None:
     assert order.cut is not None and order.cut.neurons == 8 and order.sparsity == TARGET
     other = make_situation().orders.draft(Plan(sparsity=TARGET, cut=Cutting(refit=False)))
     assert other.id != order.id and other.zeros == order.zeros
+
+
+def test_what_was_accepted_below_the_target_need_not_come_to_it() -> None:
+    """Without whole blocks, say, as much cannot go as the target has."""
+    half = Plan(sparsity=0.1, cut=Cutting(blocks=2, heads=0, refit=False))
+    kept = make_trial(1, "accept", 0.1, Recipe())
+    plan = plan_by_rule(make_situation(kept, accepted=half))
+    assert plan is not None and (plan.sparsity, plan.cut) == (TARGET, Cutting(refit=False))

@@ -53,8 +53,8 @@ def test_a_short_window_stands_for_a_long_one_where_time_is_short(
 
     monkeypatch.setattr(timing, "_walk", note)
     monkeypatch.setattr(timing, "BUDGET", 1e-9)
-    monkeypatch.setattr(timing, "SHORT", 16)
+    monkeypatch.setattr(timing, "SHORT", 4)
     model = make_empty("llama")
     times = time_run(model, 64, CPU, 1, {}, {})
-    assert (times.tokens, seen) == (32, [16, 16, 32])
+    assert (times.tokens, seen) == (32, [4, 4, 32])
     assert times.steps.forward == pytest.approx(3 + 2 * 64)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, save_tiny_gguf, save_tiny_model, tiny_settings
+from tools import export
 from tools.base.errors import UserError
 from tools.models.gguf import list_changed, write_gguf
 from tools.models.load import load_model
@@ -113,3 +114,20 @@ def test_a_source_that_is_no_such_file_is_refused_in_one_line(tiny_llama: Path, 
     (tmp_path / "broken.gguf").write_bytes(b"not one")
     with pytest.raises(UserError, match=r"broken\.gguf cannot be read as a \.gguf file: .+$"):
         write_gguf(tiny_llama, tmp_path / "broken.gguf", tmp_path / "made.gguf")
+
+
+def test_what_cannot_be_read_back_has_the_command_that_may_write_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers takes the heads of Qwen2 to fill its width, whatever the file says."""
+    model, source = make_tiny_qwen2(), write_source(tmp_path, "qwen2")
+    model.config.update({"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1})
+    fewer = Qwen2ForCausalLM(model.config)
+    fewer.save_pretrained(tmp_path / "cut")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "cut")
+    assert export.main([str(tmp_path / "cut"), "--gguf", str(tmp_path / "cut.gguf"), "--dense", str(source)]) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: what is written cannot be read back here; llama.cpp may: python convert_hf_to_gguf.py "
+        f"{tmp_path / 'cut'} --outfile model.gguf\n"
+    )
+    assert [*tmp_path.glob("*cut*.gguf")] == []

@@ -177,6 +177,16 @@ def convert_slowly(directory: Path) -> None:
         made.write("once\n")
 
 
+def test_weights_lie_in_the_cache_where_no_directory_is_given(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Temporary files lie in memory on many a machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    assert find_stream(load_model(tiny_settings(tiny_llama, device="stream"))[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["billhook"]
+
+
 def test_who_comes_while_a_file_is_converted_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").write_bytes(b"weights")

@@ -78,3 +78,14 @@ def test_blocks_that_go_in_place_of_others_cost_what_they_added() -> None:
     assert [parts.predict(Counts(blocks=n), gone) for n, gone in ((1, (3,)), (2, (1, 3)))] == [0.5, 2.0]
     kept = resolve_cut(Cutting(keep="blocks 3", blocks=1), parts, 0.25, make_layers())
     assert kept.dropped == (1,) and parts.predict(kept.counts, kept.dropped) == 1.5, "of block 3 it would be 0.5"
+
+
+def test_no_cut_takes_more_than_curves_were_measured_of() -> None:
+    """As of a step that takes fewer blocks than the target must, and more neurons of every one."""
+    parts = make_parts().model_copy(update={"neurons": [[0.0, 0.1, 0.3]] * 4})
+    assert resolve_cut(Cutting(blocks=0), parts, 0.3, make_layers()).counts == Counts(1, 8, 0)
+    with pytest.raises(ImpossiblePlan, match=r"^0 groups of heads cannot go of every block; with 0 blocks, 1 can$"):
+        resolve_cut(Cutting(heads=0, blocks=0), parts, 0.3, make_layers())
+    nothing = parts.model_copy(update={"heads": [[0.0]] * 4})
+    with pytest.raises(ImpossiblePlan, match=r"^30\.00% of the weights cannot go with 0 whole blocks; with 1 "):
+        resolve_cut(Cutting(blocks=0), nothing, 0.3, make_layers())

@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from tests.made_runs import CUT
 from tests.tiny import tiny_settings
 from tools.base.settings import WorkbenchSettings
 from tools.results.cards import write_card
@@ -83,3 +84,12 @@ def test_benchmarks_of_the_pruned_model_are_results() -> None:
     assert [(r.dataset_type, r.metric_type, r.metric_value) for r in results] == [
         *(("pydoc", "perplexity", 12.3457), ("mmlu", "acc", 0.4)),
     ]
+
+
+def test_a_card_of_what_was_cut_and_then_pruned_tells_both() -> None:
+    origin = {"run": "small", "model": "tiny", "cut": CUT, "perplexity": None}
+    card = read_card(tiny_settings("runs/small/model"), origin=origin)
+    assert card.data.tags == ["pruned", "structured", "sparse", "billhook"]
+    assert "Whole parts are gone, and zeros of what stays are stored as ordinary numbers: the file" in card.text
+    assert read_card(tiny_settings("tiny"), asked="size", cut=CUT).data.tags == ["pruned", "structured", "billhook"]
+    assert read_card(tiny_settings("tiny")).data.tags == ["pruned", "sparse", "billhook"]

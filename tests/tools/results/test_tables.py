@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tests.made_runs import end_run, make_layers, write_run
+from tests.made_runs import CUT, end_run, make_layers, write_run
 from tools.base.rundir import scan_events
 from tools.results.schema import Knowledge, Reach, Score, Summary, TextResult
 from tools.results.tables import list_table, list_texts, write_report
@@ -59,6 +59,14 @@ def test_a_report_of_a_model_of_which_little_can_be_pruned(tmp_path: Path) -> No
     assert read_report(run)[2].startswith(
         "45.00% of the 12,345 prunable weights are zero (target 45.00%), 22.50% of the "
     )
+
+
+def test_a_report_of_a_cut_tells_no_zeros(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo")
+    end_run(run, asked="size", cut=CUT)
+    lines = read_report(run)
+    assert lines[0] == "# demo: tiny cut to 81% of its bytes"
+    assert "## Gone of each layer" in lines and "| layer | share |" in lines
 
 
 def test_what_was_asked_has_its_tables(tmp_path: Path) -> None:

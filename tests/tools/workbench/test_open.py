@@ -115,6 +115,10 @@ def test_a_model_or_text_that_is_another_by_the_same_name_is_refused(
         open_bench(settings, tmp_path / "run")
     text.write_text(prose(0, 900))
     weights = load_file(model / "model.safetensors")
+    norm = {name: 2 * weight if name == "model.norm.weight" else weight for name, weight in weights.items()}
+    save_file(norm, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"^model .*model is another than when this was begun, by the same name: "):
+        open_bench(settings, tmp_path / "run")
     save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"^model .*model is another than when this was begun, by the same name: "):
         open_bench(settings, tmp_path / "run")

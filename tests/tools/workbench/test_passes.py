@@ -11,13 +11,14 @@ import tools.statistics.kept_passages
 import tools.workbench.layer_pruning
 from tests.benches import SEQUENTIAL, damage, ignore, open_bench, plan, prune
 from tests.team import gather_teams
-from tests.tiny import tiny_settings
+from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.progress import Progress
 from tools.measure.losses import Evaluation
 from tools.models.blocks import Blocks
 from tools.models.unfinished import UNFINISHED
 from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
+from tools.workbench.open import close_workbench
 
 
 def keep_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,3 +227,34 @@ def test_gradients_in_other_weights_are_of_no_use(tiny_llama: Path, tmp_path: Pa
         bench.profile(die_before(2, "gradients"), first)
     bench.restore(checkpoints[1])
     assert bench.profile(ignore, first) == expected
+
+
+@pytest.mark.parametrize("label", ["dense validation", *AGAIN])
+def test_of_rows_that_only_who_packed_them_can_take_apart_nothing_is_kept(
+    label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Gemma 3n, whose later blocks read keys and values of earlier ones."""
+    keep_at_once(monkeypatch)
+    model = save_tiny_model(tmp_path / "model", "gemma3n")
+    settings = tiny_settings(model, device="stream", calibration_windows=4, gradient_windows=2)
+    expected = open_bench(settings, tmp_path / "whole").profile(ignore)
+    with pytest.raises(Killed):
+        open_bench(settings, tmp_path / "killed").profile(die_before(1 if label == "dense validation" else 2, label))
+    close_workbench()
+    assert open_bench(settings, tmp_path / "killed").profile(ignore) == expected
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_at_once(monkeypatch)
+    streamed = tiny_settings(tiny_llama, device="stream", calibration_windows=4, gradient_windows=2)
+    bench = open_bench(streamed, tmp_path / "run")
+    with pytest.raises(Killed):
+        bench.profile(die_before(2, "statistics"))
+    (tmp_path / "run" / ".loading-1").mkdir()
+    assert len(list_passed(bench)) == 1
+    close_workbench()
+    bench = open_bench(streamed.model_copy(update={"device": "cpu"}), tmp_path / "run")
+    assert list_passed(bench) == [], "a model that is held has no use of it"
+    assert not (tmp_path / "run" / ".loading-1").exists()
