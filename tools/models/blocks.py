@@ -46,7 +46,7 @@ _LOOK = "_billhook_look"
 """Under this name a model has what was seen of its blocks: a look is a forward, and reads all of a streamed one."""
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """What a forward shows of the blocks of a model, whatever its weights."""
 
     lengths: list[int | None]
@@ -79,7 +79,7 @@ class Blocks:
 
     @property
     def _left(self) -> str:
-        seen: _Look | None = getattr(self.model, _LOOK, None)
+        seen: Look | None = getattr(self.model, _LOOK, None)
         return seen.left if seen else ""
 
     def embed(self, ids_T: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Blocks:
         """
         if hidden_BTD is not None:
             hidden_BTD = hidden_BTD.to(find_device(self.modules[first]))
-        lengths = self._look(ids_T)
+        lengths = self.look(ids_T).lengths
         boundary: dict[int, Tensor] = {}
         with ExitStack() as undo:
             for index, block in enumerate(self.modules):
@@ -172,17 +172,22 @@ class Blocks:
             left[form.key] = (*left.get(form.key, ()), part)
         return parts[0]
 
-    def _look(self, ids_T: Tensor) -> list[int | None]:
-        """The lengths of what each block returns, at the first look at the model from a forward.
+    def look(self, ids_T: Tensor) -> Look:
+        """What the first look at the model shows, a forward of a few of these tokens.
 
-        Raises UserError when the model does not run each of them once, in their order.
+        Whoever taps its layers has looked before, or been told: a forward more would be counted. Raises UserError when
+        the model does not run each of its blocks once, in their order.
         """
         if not hasattr(self.model, _LOOK):
             setattr(self.model, _LOOK, self._see(ids_T))
-        seen: _Look = getattr(self.model, _LOOK)
-        return seen.lengths
+        seen: Look = getattr(self.model, _LOOK)
+        return seen
 
-    def _see(self, ids_T: Tensor) -> _Look:
+    def recall(self, seen: Look) -> None:
+        """Take what `look` showed of this model in another process."""
+        setattr(self.model, _LOOK, seen)
+
+    def _see(self, ids_T: Tensor) -> Look:
         ran: list[nn.Module] = []
         lengths: list[int | None] = []
         mappings: list[tuple[str, Any, int]] = []
@@ -204,7 +209,7 @@ class Blocks:
                 hook.remove()
         if ran != self.modules:
             raise _refuse(self.model, "they do not run once each, in their order")
-        return _Look(lengths, next((name for name, value, before in mappings if len(value) > before), ""))
+        return Look(lengths, next((name for name, value, before in mappings if len(value) > before), ""))
 
 
 def check_blocks(blocks: Blocks, ids_T: Tensor) -> None:

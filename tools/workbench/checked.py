@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tools.base.settings import WorkbenchSettings
-from tools.models.blocks import Blocks, check_blocks
+from tools.models.blocks import Blocks, Look, check_blocks
 from tools.models.experts import check_experts
 from tools.models.layers import Layer
 from tools.models.linear import keep_linear
@@ -30,10 +30,13 @@ def check_once(
     key = ["checked", settings.model, settings.dtype, str(blocks.model.device), *versions]
     by_name = {layer.name: layer for layer in layers}
     found = index.read_measured(key)
-    if found is None or not by_name.keys() >= set(found["layers"]):
+    if found is None or "look" not in found or not by_name.keys() >= set(found["layers"]):
         check_readout(blocks.model, ids_T)
         check_blocks(blocks, ids_T)
         check_experts(blocks.model, ids_T)
         kept, told = keep_linear(blocks, layers, ids_T)
-        found = index.keep_measured(key, {"layers": [layer.name for layer in kept], "told": told})
+        found = index.keep_measured(
+            key, {"layers": [layer.name for layer in kept], "told": told, "look": blocks.look(ids_T)}
+        )
+    blocks.recall(Look(*found["look"]))
     return [by_name[name] for name in found["layers"]], found["told"]

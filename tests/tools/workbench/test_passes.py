@@ -31,6 +31,12 @@ class Killed(BaseException):
     """Nobody catches it."""
 
 
+def reopen(settings: Any, directory: Path) -> Workbench:
+    """As the next process does."""
+    close_workbench()
+    return open_bench(settings, directory)
+
+
 def die_before(block: int, label: str) -> Progress:
     """A progress that ends it all before a block (of two, and of four windows); before the third, at the end."""
 
@@ -72,14 +78,14 @@ def test_it_goes_on_before_the_block_that_it_had_come_to(
     bench = open_bench(settings, tmp_path / "killed")
     with pytest.raises(Killed):
         bench.profile(die_before(1, "dense validation"))
-    bench = open_bench(settings, tmp_path / "killed")
+    bench = reopen(settings, tmp_path / "killed")
     ran.clear()
     assert bench.profile(ignore) == whole
     assert 0 not in ran[: settings.validation_windows] and set(ran[: settings.validation_windows]) == {1}
     checkpoint = prune(bench, whole, 0.5)
     with pytest.raises(Killed):
         evaluate(bench, checkpoint, whole, die_before(1, "validation"))
-    bench = open_bench(settings, tmp_path / "killed")
+    bench = reopen(settings, tmp_path / "killed")
     ran.clear()
     assert evaluate(bench, checkpoint, whole) == expected and set(ran) == {1}
     assert not (bench.directory / UNFINISHED).exists(), "all that was kept of a pass went with it"
@@ -156,7 +162,7 @@ def test_a_walk_goes_on_at_the_block_that_it_had_come_to(
     with pytest.raises(Killed):
         bench.profile(die_before(2, label))
     assert len(list_passed(bench)) == 1
-    bench = open_bench(settings, tmp_path / "killed")
+    bench = reopen(settings, tmp_path / "killed")
     walked.clear()
     assert bench.profile(ignore) == expected
     assert sorted(walked) == sorted(again), "the dense model's losses were known, too"
@@ -186,7 +192,7 @@ def test_pruning_goes_on_before_the_block_that_it_was_in(
     monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", die)
     with pytest.raises(Killed):
         bench.prune(profile, order, ignore)
-    bench = open_bench(settings, tmp_path / "killed")
+    bench = reopen(settings, tmp_path / "killed")
     walked.clear()
     assert bench.prune(profile, order, ignore) == expected and {block for _, block in walked} == {1}
     assert list_passed(bench) == []
@@ -205,7 +211,7 @@ def test_of_a_walk_that_was_damaged_nothing_is_taken(
         bench.profile(die_before(2, "gradients"))
     [lowest] = list_passed(bench)[0].rglob("inputs/0.safetensors")
     hurt(lowest)
-    bench = open_bench(settings, tmp_path / "killed")
+    bench = reopen(settings, tmp_path / "killed")
     walked.clear()
     assert bench.profile(ignore) == expected
     assert [way for way, _ in walked].count("down") == 4, "the gradient windows passed both blocks once more"
@@ -240,8 +246,7 @@ def test_of_rows_that_only_who_packed_them_can_take_apart_nothing_is_kept(
     expected = open_bench(settings, tmp_path / "whole").profile(ignore)
     with pytest.raises(Killed):
         open_bench(settings, tmp_path / "killed").profile(die_before(1 if label == "dense validation" else 2, label))
-    close_workbench()
-    assert open_bench(settings, tmp_path / "killed").profile(ignore) == expected
+    assert reopen(settings, tmp_path / "killed").profile(ignore) == expected
 
 
 def test_what_a_killed_process_left_goes_with_the_next_one(
@@ -254,7 +259,6 @@ def test_what_a_killed_process_left_goes_with_the_next_one(
         bench.profile(die_before(2, "statistics"))
     (tmp_path / "run" / ".loading-1").mkdir()
     assert len(list_passed(bench)) == 1
-    close_workbench()
-    bench = open_bench(streamed.model_copy(update={"device": "cpu"}), tmp_path / "run")
+    bench = reopen(streamed.model_copy(update={"device": "cpu"}), tmp_path / "run")
     assert list_passed(bench) == [], "a model that is held has no use of it"
     assert not (tmp_path / "run" / ".loading-1").exists()
