@@ -19,6 +19,7 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
 from tools.workbench.bench import Workbench
 from tools.workbench.cuts import Cuts
+from tools.workbench.open import close_workbench
 
 BLOCKS = 4
 
@@ -44,7 +45,12 @@ def reopen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], W
     """A run by its name, opened as after a kill; whatever is kept is, and not once a minute."""
     monkeypatch.setattr(tools.models.unfinished, "KEEP_SECONDS", 0.0)
     model = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=BLOCKS)
-    return lambda name: open_bench(tiny_settings(model, device="stream"), tmp_path / name)
+
+    def begin(name: str) -> Workbench:
+        close_workbench()
+        return open_bench(tiny_settings(model, device="stream"), tmp_path / name)
+
+    return begin
 
 
 @pytest.fixture
