@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -289,7 +290,8 @@ def stream_model(
     shared: dict[int, list[str]] = {}
     for name, parameter in empty.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
-    with _Offloaded(scratch) as folder:
+    with _Offloaded(scratch) as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following device_map keys do not match")  # buffers, which it places so
         model, loading = load(device_map=_place_on_disk(empty), offload_folder=folder)
         offloaded, source, same = _find_offloaded(model), map_source(path), list[str]()
 
@@ -370,7 +372,10 @@ class _Offloaded(tempfile.TemporaryDirectory[str]):
 
 
 def _place_on_disk(empty: Any) -> dict[str, str]:
-    """Every module with weights of its own on disk, but for the smallest: the library wants one that is not."""
+    """Every module with weights of its own on disk, but for the smallest: the library wants one that is not.
+
+    Buffers that are saved, such as a block's scale in Gemma 4, are no weights, and stay in memory.
+    """
     sizes = {
         name: sum(p.numel() for p in module.parameters(recurse=False))
         for name, module in empty.named_modules()
@@ -378,7 +383,8 @@ def _place_on_disk(empty: Any) -> dict[str, str]:
     }
     leaves = [name for name in sizes if not any(other.startswith(f"{name}.") for other in sizes)]
     smallest = min(leaves, key=sizes.__getitem__)  # with all that is inside it, therefore a leaf
-    return dict.fromkeys(sizes, "disk") | {smallest: "cpu"}
+    buffers = empty.state_dict().keys() - {name for name, _ in empty.named_parameters(remove_duplicate=False)}
+    return dict.fromkeys(sizes, "disk") | dict.fromkeys([smallest, *sorted(buffers)], "cpu")
 
 
 def convert_once(source: Path, dtype: str, convert: Callable[[Path], None]) -> Path:

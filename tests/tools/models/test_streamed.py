@@ -43,7 +43,7 @@ def save(directory: Path, architecture: str) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gemma3n", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gemma3n", "gemma4", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_it_is_the_model_held_whole(architecture: str, dtype: str, tmp_path: Path) -> None:
     path = save(tmp_path / "model", architecture)
