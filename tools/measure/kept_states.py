@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tools.models.blocks import are_lasting
 from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_files
 
 _PREFIX = "pass-"
@@ -30,8 +29,8 @@ class StateFiles:
         return found[0]["block"], list(found[1]["states"])
 
     def keep(self, block: int, states: Sequence[Tensor]) -> None:
-        """As in `KeptStates`, of what lasts. Raises DiskFull."""
-        if block < len(self._marks.below) and self._files.are_due and are_lasting(states):
+        """As in `KeptStates`. Raises DiskFull."""
+        if block < len(self._marks.below) and self._files.are_due:
             self._files.replace({"states": torch.stack([*states])}, block=block, mark=self._marks.below[block])
 
 

@@ -11,7 +11,7 @@ Shape suffixes: B windows, T tokens, D hidden width, N numbers.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -55,12 +55,6 @@ class Look(NamedTuple):
     """The name of the mapping in which blocks leave something for later ones; empty where they leave nothing."""
 
 
-def are_lasting(states: Iterable[Tensor]) -> bool:
-    """Whether another process can go on from what blocks passed on: not from rows of numbers, with what was left for
-    later blocks, for whoever made them alone knows what is what."""
-    return all(state.ndim > 1 for state in states)
-
-
 class Blocks:
     """The decoder blocks of a loaded model."""
 
@@ -74,7 +68,10 @@ class Blocks:
 
     @property
     def leave_something(self) -> bool:
-        """Whether blocks leave something for later ones beside what they pass on; known once one has run."""
+        """Whether blocks leave something for later ones beside what they pass on; known once one has run.
+
+        Who packed that into a row alone knows what is what, so that no other process can go on from there.
+        """
         return bool(self._left)
 
     @property

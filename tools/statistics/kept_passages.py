@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tools.base.files import KEEP_SECONDS, hash_file, write_whole
-from tools.models.blocks import are_lasting
 from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_files
 from tools.statistics.gradients import Gradient
 from tools.statistics.passage import Passage
@@ -29,7 +28,7 @@ class KeptStack:
 
     def __init__(self, directory: Path, hashes: Sequence[str] = ()) -> None:
         """The files in `directory` have these `hashes`, from the lowest up; without any it is emptied."""
-        self._directory, self.hashes, self.lasts = directory, list(hashes), True
+        self._directory, self.hashes = directory, list(hashes)
         if not hashes:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -45,8 +44,7 @@ class KeptStack:
         return all(path.is_file() for path in paths) and [*map(hash_file, paths)] == self.hashes
 
     def push(self, states: Sequence[Tensor]) -> None:
-        """As in `Stack`. It `lasts` while all that is in it does. Raises DiskFull."""
-        self.lasts = self.lasts and are_lasting(states)
+        """As in `Stack`. Raises DiskFull."""
         path = self._find(self.height)
         tensors = {str(place): state.detach().cpu().contiguous() for place, state in enumerate(states)}
         write_whole(path, partial(save_file, tensors))
@@ -95,12 +93,8 @@ class PassageFiles:
         return passage
 
     def keep(self, key: Sequence[str], passage: Passage) -> None:
-        """As in `KeptPassages`, of what lasts. Raises DiskFull."""
+        """As in `KeptPassages`. Raises DiskFull."""
         if time.monotonic() - self._kept < KEEP_SECONDS or (marks := self._mark()) is None:
-            return
-        gradients, stack = [x.values for own in passage.above.values() for x in own], passage.inputs
-        lasts = stack.lasts if isinstance(stack, KeptStack) else True
-        if not lasts or not are_lasting([*passage.states.values(), *gradients]):
             return
         above = {
             f"above/{window}/{place}": gradient
@@ -114,7 +108,7 @@ class PassageFiles:
             down=passage.down,
             mark=_find_mark(marks, passage.up, passage.down),
             scales={name: gradient.scale for name, gradient in above.items()},
-            stack=stack.hashes if isinstance(stack, KeptStack) else None,
+            stack=passage.inputs.hashes if isinstance(passage.inputs, KeptStack) else None,
         )
         self._kept = time.monotonic()
 

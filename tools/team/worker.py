@@ -113,6 +113,8 @@ class Worker:
         self.blocks, self._streamed = Blocks(model), find_stream(model) is not None
         calibration, mixed, self._lead = texts.windows.calibration, texts.windows.mixed, texts.windows.lead
         layers, _ = keep_linear(self.blocks, find_layers(model), calibration[0].to(self.device))
+        if self.blocks.leave_something:
+            self._keeps = keeps = None
         self.layers, self._biases = {layer.name: layer for layer in layers}, Biases()
         self.walks = Walks(
             self.blocks,

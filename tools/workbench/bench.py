@@ -118,7 +118,7 @@ class Workbench:
         refuse_changed(self.index, settings, self.weights.hash_all_dense(), rest, self.windows)
         texts = Texts(self.windows, self.questions)
         kept = None
-        if stream:
+        if stream and not blocks.leave_something:
             kept = PassageFiles(directory, self.weights.hash_all_dense, self.weights.mark_present)
         else:  # of a process before this one, which streamed
             forget_walks(directory)

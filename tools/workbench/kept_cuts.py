@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels.channels import Elimination
-from tools.models.blocks import are_lasting
 from tools.models.unfinished import KeptFiles, forget_files
 from tools.statistics.kept_passages import KeptStack
 from tools.surgery.curves import Curves, CurveWalk
@@ -41,9 +40,9 @@ class CurveFiles:
         return CurveWalk(stack, values["left"], above, read_curves(tensors))
 
     def keep(self, walk: CurveWalk) -> None:
-        """As in `KeptCurves`, of what lasts. Raises DiskFull."""
+        """As in `KeptCurves`. Raises DiskFull."""
         assert isinstance(walk.inputs, KeptStack)
-        if not (self._files.are_due and walk.inputs.lasts and are_lasting(walk.above)):
+        if not self._files.are_due:
             return
         above = {f"above/{window}": gradient for window, gradient in enumerate(walk.above)}
         values = {"stack": walk.inputs.hashes, "left": walk.left, "windows": len(above)}
@@ -76,8 +75,8 @@ class FitFiles:
         return values["block"], states
 
     def keep(self, block: int, states: Sequence[Tensor]) -> None:
-        """As in `KeptStates`, of what lasts. Raises DiskFull."""
-        if block == 0 or not self._files.are_due or not are_lasting(states):
+        """As in `KeptStates`. Raises DiskFull."""
+        if block == 0 or not self._files.are_due:
             return
         tensors = {f"states/{window}": state for window, state in enumerate(states)}
         tensors |= {f"units/{name}": units for name, units in self.units.items()}

@@ -95,7 +95,7 @@ class Losses:
             lead = self._windows.lead
             if self._streamed:
                 kept, marks = None, self._weights.mark_present()
-                if marks:
+                if marks and not self._blocks.leave_something:
                     kept = StateFiles(self._directory, self._weights.hash_all_dense(), text_BT, marks)
                 evaluation, hidden_BTD = evaluate_by_blocks(
                     self._blocks, text_BT, dense_hidden_BTD, label, progress, lead=lead, kept=kept
