@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_files
+from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_all
 
 _PREFIX = "pass-"
 
@@ -36,5 +36,4 @@ class StateFiles:
 
 def forget_states(run: Path) -> None:
     """All is done, and kept elsewhere, by whatever processes."""
-    for directory in (run / UNFINISHED).glob(f"{_PREFIX}*"):
-        forget_files(directory)
+    forget_all(run, _PREFIX)

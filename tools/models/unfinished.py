@@ -76,3 +76,9 @@ def forget_files(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     with suppress(OSError):
         directory.parent.rmdir()
+
+
+def forget_all(run: Path, prefix: str) -> None:
+    """`forget_files` of all whose directories begin so, in that of a run."""
+    for directory in (run / UNFINISHED).glob(f"{prefix}*"):
+        forget_files(directory)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tools.base.files import KEEP_SECONDS, hash_file, write_whole
-from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_files
+from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_all, forget_files
 from tools.statistics.gradients import Gradient
 from tools.statistics.passage import Passage
 
@@ -125,8 +125,7 @@ class PassageFiles:
 
 def forget_walks(run: Path) -> None:
     """What was kept of all walks in the directory of a run is of no more use."""
-    for directory in (run / UNFINISHED).glob(f"{_PREFIX}*"):
-        forget_files(directory)
+    forget_all(run, _PREFIX)
 
 
 def _find_mark(marks: Marks, up: int, down: int | None) -> str:
