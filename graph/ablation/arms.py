@@ -18,12 +18,12 @@ from graph.planning.situation import Situation
 from graph.state import Trial
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
 from tools.base.settings import TeamSettings
-from tools.measure.losses import Evaluation
 from tools.plans.costs import count_in_order, count_polish, list_curve_costs, list_order_costs
 from tools.plans.evolve import describe_search
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import WorkOrder, order_allocation
+from tools.results.losses import Evaluation
 from tools.workbench.search import search_allocation
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tools.base.progress import Progress
-    from tools.measure.losses import Evaluation
+    from tools.results.losses import Evaluation
     from tools.workbench.bench import Workbench
 
 

@@ -16,7 +16,7 @@ from tools.results.sentences import describe_weighting
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
-    from tools.measure.losses import Evaluation
+    from tools.results.losses import Evaluation
     from tools.workbench.bench import Workbench
 
 

@@ -19,12 +19,12 @@ from tools.base.made import hash_files, read_made
 from tools.base.rundir import read_last_seal
 from tools.base.seals import write_sealed
 from tools.experiments.tasks import measure_checkpoints
-from tools.measure.losses import Evaluation
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
 from tools.plans.budget import same_sparsity
 from tools.plans.methods import Statistics
 from tools.results.cards import write_card
+from tools.results.losses import Evaluation
 from tools.results.origin import find_origin
 from tools.results.page.page import write_page
 from tools.results.schema import (

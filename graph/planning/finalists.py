@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 from graph.planning.bounds import heed_bounds
 from graph.state import State, Trial, last_accepted
-from tools.measure.losses import Evaluation, find_likelihood_better, join_windows
 from tools.plans.budget import same_sparsity
+from tools.results.losses import Evaluation, find_likelihood_better, join_windows
 from tools.results.schema import Finalist
 
 if TYPE_CHECKING:

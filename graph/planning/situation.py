@@ -18,13 +18,13 @@ from graph.state import State, Trial, last_accepted
 from tools.base.errors import DamagedArtifact
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
-from tools.measure.losses import compare_kl
 from tools.plans.budget import SAME_SPARSITY, same_sparsity
 from tools.plans.cuts import Parts
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import join_paces
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
+from tools.results.losses import compare_kl
 from tools.results.schema import Usage
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from graph.planning.bounds import Verdict
 from graph.planning.finalists import reserve_tokens
 from graph.planning.rule import name_strongest, tried_strongest
 from graph.state import State, Trial, last_accepted
-from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better
 from tools.plans.budget import same_sparsity
+from tools.results.losses import Evaluation, compare_kl, find_likelihood_better
 
 UNSETTLED = (0.05, 0.95)
 """Probabilities of a lower KL between which a comparison goes on over further windows."""

@@ -18,8 +18,8 @@ from tools.workbench.store import DENSE
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress
-    from tools.measure.losses import Evaluation
     from tools.measure.recall import Recall, Retention
+    from tools.results.losses import Evaluation
     from tools.workbench.bench import Workbench
 
 
@@ -180,6 +180,7 @@ def _fill_row(
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error,
         texts=list_texts(evaluation),
+        losses=evaluation,
         fact_retention=facts.share if facts else None,
         fact_error=facts.error if facts else None,
         peak_memory_bytes=bench.peak_memory_bytes(),

@@ -10,7 +10,7 @@ from tools.base.errors import UserError
 from tools.base.files import refuse_unwritable, write_json, write_text
 from tools.base.progress import Progress
 from tools.base.settings import CutSettings, WorkbenchSettings
-from tools.measure.losses import Evaluation, evaluate_windows
+from tools.measure.losses import evaluate_windows
 from tools.measure.speeds import measure_speeds
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.layers import find_layers, measure_reach, refuse_small_reach
@@ -19,6 +19,7 @@ from tools.models.positions import refuse_long_windows
 from tools.models.readout import check_readout
 from tools.models.save import export_model
 from tools.results.cards import write_structure_card
+from tools.results.losses import Evaluation
 from tools.results.schema import describe_protocol
 from tools.results.structure import Figures, Structure
 from tools.surgery.choose import choose_cut

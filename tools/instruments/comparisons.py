@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools.instruments.probed import PastProbe, Probed, count_probes
-from tools.measure.losses import Evaluation, compare_kl
+from tools.results.losses import Evaluation, compare_kl
 from tools.workbench.probes import Probe, find_best, rank_probe
 
 MOST_DIFFERENCES = 24

@@ -5,8 +5,8 @@ import math
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.comparisons import Figures, round_figure
 from tools.instruments.functions import Round
-from tools.measure.losses import Evaluation
 from tools.plans.costs import count_fit
+from tools.results.losses import Evaluation
 from tools.workbench.store import DENSE
 
 

@@ -17,7 +17,6 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
 from tools.instruments.comparisons import Figures, compare_probes, find_best_whole, read_losses, round_figure
 from tools.instruments.probed import PastProbe, Probed, count_probes, count_rest, find_known, remember_probe
-from tools.measure.losses import Evaluation, compare_kl
 from tools.measure.texts import list_texts
 from tools.plans.cuts import Cutting
 from tools.plans.expression import Expression
@@ -27,6 +26,7 @@ from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.plans.selectors import MOST_SELECTOR, select_layers
 from tools.plans.work_order import WorkOrder, prune_alone
+from tools.results.losses import Evaluation, compare_kl
 from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
 from tools.workbench.probes import Probe

@@ -8,7 +8,7 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.instruments.comparisons import Figures, round_figure
 from tools.instruments.functions import Draft, Round, count_windows, probe, read_probed
 from tools.instruments.moves import LeverName, Point, go_to, move, refuse_idle_lever
-from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better
+from tools.results.losses import Evaluation, compare_kl, find_likelihood_better
 
 MOST_SEARCHED = 6
 """Groups of layers whose factors one call searches for."""

@@ -3,8 +3,8 @@
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.comparisons import Figures, round_figure
 from tools.instruments.functions import Round, count_windows
-from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.layer_profile import group_layers
+from tools.results.losses import Evaluation, compare_kl
 from tools.workbench.slopes import STEP, Moved, move_groups
 from tools.workbench.store import DENSE
 

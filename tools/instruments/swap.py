@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from tools.instruments.comparisons import Figures, list_pairs, round_figure
 from tools.instruments.functions import Draft, Round, probe, read_probed
-from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft, refuse_gone
+from tools.results.losses import Evaluation, compare_kl
 
 MOST_SWAPS = 8
 """Groups of layers that one call swaps, one after another."""

@@ -16,9 +16,9 @@ from pydantic import BaseModel, Field
 
 from tools.base.progress import Progress, heed_stop
 from tools.measure.continuations import continue_rows
-from tools.measure.losses import MOST_NATS
 from tools.measure.tasks.freebaseqa import normalize
 from tools.models.readout import CHUNK, compute_hidden, compute_logits
+from tools.results.losses import MOST_NATS
 from tools.texts.questions import QUESTION_FORM, Question
 from tools.texts.windows import find_bos
 

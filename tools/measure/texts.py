@@ -1,6 +1,6 @@
 """Losses told for each of the named texts; nothing is measured here."""
 
-from tools.measure.losses import Evaluation, compare_kl
+from tools.results.losses import Evaluation, compare_kl
 from tools.results.schema import TextFigures
 
 

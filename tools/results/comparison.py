@@ -17,6 +17,7 @@ from tools.base.words import escape, show, show_score, show_size
 from tools.plans.evolve import describe_search
 from tools.plans.jobs import STRUCTURED, Job, name_target
 from tools.plans.methods import Statistics, translate_label
+from tools.results.losses import Evaluation, compare_kl, compare_perplexity
 from tools.results.paper import Measured, describe_tasks
 from tools.results.polish_curve import list_curves, plot_curves
 from tools.results.schema import Polished, Protocol, Reach, Score, TextFigures, describe_bos, describe_cut
@@ -53,6 +54,11 @@ class Row(BaseModel):
     kl_error: float | None = Field(description="Standard error of kl over the windows.")
     texts: list[TextFigures] = Field(
         [], exclude_if=operator.not_, description="Each of the named texts, of which the figures are means by weight."
+    )
+    losses: Evaluation | None = Field(
+        None,
+        exclude_if=operator.not_,
+        description="Of each window, so that rows are paired; null of a row of an earlier version.",
     )
     fact_retention: float | None = Field(
         None,
@@ -151,7 +157,10 @@ def write_comparison(directory: Path, known: Comparison) -> None:
     numbers of tokens."""
     write_kept(directory / "compare.json", known)
     write_text(directory / "compare.md", describe(known))
-    write_text(directory / "compare.csv", as_csv(Row, known.rows, ["protocol", "texts", "answers"], _list_text_columns))
+    write_text(
+        directory / "compare.csv",
+        as_csv(Row, known.rows, ["protocol", "texts", "losses", "answers"], _list_text_columns),
+    )
     curves = list_curves(known.rows)
     measured = [row for row in known.rows if row.perplexity is not None]
     ranked = rank_recipes(measured)
@@ -188,7 +197,7 @@ def show_tables(known: Comparison, console: Console) -> None:
         for i, title in enumerate(_list_titles(known)):
             table.add_column(title, justify="right" if i else "left")
         for row in rows:
-            table.add_row(*_list_cells(row, known))
+            table.add_row(*_list_cells(row, rows[0], known))
         console.print(table)
 
 
@@ -230,11 +239,19 @@ def _list_titles(known: Comparison) -> list[str]:
     texts = [f"KL {name}" for name in known.settings.get("text", {})]
     smaller = ["bytes"] if any(row.model_bytes for row in known.rows) else []
     faster = ["tokens/s"] if any(row.decoding_gain for row in known.rows) else []
-    figures = ["perplexity", "× SparseGPT", "KL", *texts, *facts, *smaller, *faster, "prune s", "allocate s", "tokens"]
-    return ["recipe", "sparsity", *share, *figures, *search, *polish]
+    behind = ["behind the first"] if _has_pairs(known.rows) else []
+    losses = ["perplexity", "× SparseGPT", "KL", *texts, *behind]
+    costs = ["prune s", "allocate s", "tokens"]
+    return ["recipe", "sparsity", *share, *losses, *facts, *smaller, *faster, *costs, *search, *polish]
 
 
-def _list_cells(row: Row, known: Comparison) -> list[str]:
+def _has_pairs(rows: Sequence[Row]) -> bool:
+    """Whether there are rows of one sparsity whose losses are known of each window."""
+    return any(sum(row.losses is not None for row in members) > 1 for _, members in group_rows(rows))
+
+
+def _list_cells(row: Row, first: Row, known: Comparison) -> list[str]:
+    """`first` is the best row of the same sparsity."""
     relative = relative_degradation(row, known.rows)
     facts = "not finite"
     if row.fact_retention is not None and row.fact_error is not None:
@@ -247,6 +264,7 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
         "" if relative is None else f"{relative:.2f}",
         show_score(None if row.kl_error is None else row.kl, row.kl_error),
         *(show_score(text.kl, text.kl_error) for text in row.texts),
+        *([_show_behind(row, first)] if _has_pairs(known.rows) else []),
         *([facts] if known.settings["questions"] else []),
         *([_show_bytes(row)] if any(other.model_bytes for other in known.rows) else []),
         *([_show_speed(row)] if any(other.decoding_gain for other in known.rows) else []),
@@ -256,6 +274,15 @@ def _list_cells(row: Row, known: Comparison) -> list[str]:
         *([row.search] if any(other.search for other in known.rows) else []),
         *([_show_polish(row.polished)] if any(other.polished for other in known.rows) else []),
     ]
+
+
+def _show_behind(row: Row, first: Row) -> str:
+    """How far a row is behind the first, of losses paired window by window; empty of the first itself."""
+    if row is first or not (row.losses and first.losses and row.perplexity and first.perplexity and row.losses.finite):
+        return ""
+    rise = row.perplexity / first.perplexity
+    (_, error), (kl, kl_error) = (compare(row.losses, first.losses) for compare in (compare_perplexity, compare_kl))
+    return f"{rise - 1:+.1%} ± {rise * error:.1%}, KL {kl:+.4f} ± {kl_error:.4f}"
 
 
 def _show_bytes(row: Row) -> str:
@@ -276,6 +303,11 @@ def _show_polish(polished: Polished | None) -> str:
     rounded = "" if polished.means == "fp32" else f", means of the optimiser in {polished.means}"
     return f"{polished.tokens:,} tokens, {polished.seconds:.1f} s{rounded}"
 
+
+_EXPLAIN_PAIRS = (
+    "Behind the first: by how much perplexity, as a share of the first row's, and KL are above those of the first row, "
+    "window by window, ± the standard error of that difference. "
+)
 
 _EXPLAIN_POLISH = (
     "Polish: the tokens of calibration text that all survivors were trained on together at the end, and the seconds "
@@ -319,7 +351,9 @@ def describe(known: Comparison) -> str:
         "Best first. Statistics without a mark are those that a method's authors take. "
         f"× SparseGPT: how far perplexity rises above the dense model's, as a multiple of `{REFERENCE}` at "
         "the same sparsity. KL: of the pruned model from the dense one, nats per token, ± its standard error over the "
-        "windows. Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
+        "windows. "
+        + (_EXPLAIN_PAIRS if _has_pairs(known.rows) else "")
+        + "Tokens: those run through the model to share sparsity out, a backward pass counted as two forwards; "
         "the seconds of curves that several rows share stand in the first of them."
         + (f" {_EXPLAIN_POLISH}" if any(row.polished for row in known.rows) else "")
         + (f" {_EXPLAIN_SEARCH}" if any(row.search for row in known.rows) else "")
@@ -336,7 +370,7 @@ def describe(known: Comparison) -> str:
         *(["![KL over tokens of a polish](polish.svg)", ""] if list_curves(known.rows) else []),
     ]
     for name, rows in group_rows(known.rows):
-        cells = [(f"`{recipe}`", *figures) for recipe, *figures in (_list_cells(row, known) for row in rows)]
+        cells = [(f"`{recipe}`", *figures) for recipe, *figures in (_list_cells(row, rows[0], known) for row in rows)]
         lines += [f"## {name}", "", *list_table(_list_titles(known), cells, left=1), ""]
     dense = Measured("dense", "", "", 0.0, known.dense_perplexity, known.dense_scores, known.dense_answers)
     lines += describe_tasks(dense, [_as_measured(row) for _, rows in group_rows(known.rows) for row in rows])

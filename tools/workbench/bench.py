@@ -18,7 +18,6 @@ from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings, WorkbenchSettings
 from tools.estimate.course import Course
 from tools.estimate.places import choose_for_run
-from tools.measure.losses import Evaluation
 from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
 from tools.models.blocks import Blocks
 from tools.models.gguf import reading_once
@@ -31,6 +30,7 @@ from tools.plans.layer_profile import LayerProfile
 from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_pruning, time_work
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
+from tools.results.losses import Evaluation
 from tools.results.schema import Polished, Reach
 from tools.statistics.experts import describe_few
 from tools.statistics.kept_passages import PassageFiles, forget_walks

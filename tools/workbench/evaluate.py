@@ -13,9 +13,10 @@ from tools.base.errors import DamagedArtifact
 from tools.base.progress import Progress, Stopped, Warn, count_up, ignore_progress
 from tools.base.seals import read_sealed, write_sealed
 from tools.base.settings import TEAM, Split, WorkbenchSettings
-from tools.measure.losses import Evaluation, SoFar, join_windows
+from tools.measure.losses import SoFar
 from tools.measure.recall import EncodedPair, Recall, cut_batches, measure_recall, put_together
 from tools.plans.costs import count_fit_windows
+from tools.results.losses import Evaluation, join_windows
 from tools.team.requests import ReadAnswers
 from tools.workbench.crew import Crew
 from tools.workbench.losses import Losses, MeasuredText

@@ -10,16 +10,10 @@ from torch import Tensor
 from tools.base.progress import Progress, count_up
 from tools.base.settings import Calibration, Split
 from tools.measure.kept_states import StateFiles, forget_states
-from tools.measure.losses import (
-    Evaluation,
-    PrefixCache,
-    SoFar,
-    evaluate_by_blocks,
-    evaluate_windows,
-    limit_prefix,
-)
+from tools.measure.losses import PrefixCache, SoFar, evaluate_by_blocks, evaluate_windows, limit_prefix
 from tools.models.blocks import Blocks
 from tools.models.streamed import find_stream
+from tools.results.losses import Evaluation
 from tools.team.cluster import Cluster
 from tools.team.requests import MeasureLosses, OnSpan
 from tools.texts.windows import Windows

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tools.base.progress import Progress
 from tools.base.settings import RUN, Calibration, WorkbenchSettings
-from tools.measure.losses import Evaluation
+from tools.results.losses import Evaluation
 from tools.statistics.collect import collect_texts
 from tools.statistics.known import ModelStatistics, know_read, mix_statistics, refuse_infinite
 from tools.statistics.table import build_profile

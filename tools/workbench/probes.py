@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tools.base.errors import BrokenPlan, ImpossiblePlan
-from tools.measure.losses import Evaluation
 from tools.plans.work_order import WorkOrder
+from tools.results.losses import Evaluation
 
 if TYPE_CHECKING:
     from tools.base.progress import Progress

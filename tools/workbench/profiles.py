@@ -13,10 +13,11 @@ from kernels.methods import LayerStatistics
 from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import QUESTIONS, RUN, Calibration, WorkbenchSettings
-from tools.measure.losses import Evaluation, SoFar
+from tools.measure.losses import SoFar
 from tools.plans.mix import refuse_unknown
 from tools.plans.paces import MEASURING, Paces, time_work
 from tools.plans.recipe import Recipe
+from tools.results.losses import Evaluation
 from tools.statistics.collect import Moments, collect_questions, collect_statistics
 from tools.statistics.known import ModelStatistics, know_nothing, refuse_infinite
 from tools.statistics.table import build_profile, list_weights

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tools.measure.losses import Evaluation
+from tools.results.losses import Evaluation
 from tools.workbench.store import DENSE
 
 if TYPE_CHECKING:

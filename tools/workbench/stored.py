@@ -8,8 +8,8 @@ import torch
 from pydantic import BaseModel, Field
 
 from tools.base.settings import Calibration
-from tools.measure.losses import Evaluation
 from tools.plans.layer_profile import LayerProfile
+from tools.results.losses import Evaluation
 from tools.statistics.known import ModelStatistics
 from tools.workbench.store import ArtifactStore
 

@@ -12,8 +12,8 @@ from graph.state import State
 from tools.base.errors import UserError
 from tools.base.progress import ignore_progress
 from tools.estimate import foreseen
-from tools.measure.losses import Evaluation
 from tools.plans.paces import Paces
+from tools.results.losses import Evaluation
 
 BENCH: Any = SimpleNamespace(layers=[], device=torch.device("cpu"), paces={"measuring a token": 0.5})
 SESSION: Any = SimpleNamespace(progress=ignore_progress)

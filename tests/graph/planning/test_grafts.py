@@ -31,13 +31,13 @@ from tools.base.errors import ImpossiblePlan
 from tools.instruments.functions import Draft, Round
 from tools.instruments.probed import Probed
 from tools.instruments.swap import swap
-from tools.measure.losses import compare_kl
 from tools.plans.allocate import Allocation
 from tools.plans.budget import SAME_SPARSITY
 from tools.plans.graft import Graft
 from tools.plans.recipe import Recipe
 from tools.plans.selectors import select_layers
 from tools.plans.work_order import LayerOrder, WorkOrder, order_all, order_allocation
+from tools.results.losses import compare_kl
 from tools.workbench.bench import Workbench
 from tools.workbench.checkpoints import Taken
 from tools.workbench.store import DENSE, ArtifactStore

@@ -10,8 +10,8 @@ from graph.planning.plan import Plan
 from graph.planning.situation import _compare_trials, identify_trial
 from tests.situations import make_layers, make_situation, make_trial
 from tools.base.errors import DamagedArtifact
-from tools.measure.losses import Evaluation
 from tools.plans.recipe import Recipe
+from tools.results.losses import Evaluation
 
 RECIPE = Recipe(method="refit", curves="mask", strength=0.8)
 

@@ -9,9 +9,9 @@ from graph.planning.plan import Plan
 from graph.planning.verdict import decide_stop, judge
 from graph.state import State, Trial
 from tests.situations import make_trial
-from tools.measure.losses import Evaluation
 from tools.measure.recall import Retention
 from tools.plans.recipe import Recipe
+from tools.results.losses import Evaluation
 
 CONFIG = RunConfig()
 DENSE = make_trial(0, "accept", 0.0, Recipe(), perplexity=10.0)

@@ -43,10 +43,10 @@ from tools.instruments.functions import (
 )
 from tools.instruments.probed import PastProbe, Probed, find_known
 from tools.instruments.search import search
-from tools.measure.losses import compare_kl
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS, predict_layer_kl
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
+from tools.results.losses import compare_kl
 from tools.workbench.bench import Workbench
 from tools.workbench.open import use_workbench
 from tools.workbench.store import DENSE

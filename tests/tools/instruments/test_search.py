@@ -16,10 +16,10 @@ from tools.instruments.functions import Draft, Round, probe
 from tools.instruments.moves import LeverName, Point, describe_point, go_to, move
 from tools.instruments.probed import Probed, count_rest
 from tools.instruments.search import search
-from tools.measure.losses import Evaluation, compare_kl
 from tools.plans.graft import Graft
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import WorkOrder
+from tools.results.losses import Evaluation, compare_kl
 from tools.workbench.open import use_workbench
 
 DRAFT = Draft(sparsity=0.4, recipe={"method": "two-sided", "refit": False})  # type: ignore[arg-type]

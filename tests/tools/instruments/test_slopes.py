@@ -13,9 +13,9 @@ from tests.situations import ignore
 from tools.base.errors import ImpossiblePlan
 from tools.instruments.functions import Draft, Round
 from tools.instruments.slopes import measure_slopes
-from tools.measure.losses import compare_kl
 from tools.plans.layer_profile import group_layers
 from tools.plans.recipe import Recipe, parse_recipe
+from tools.results.losses import compare_kl
 
 WANDA = Draft(sparsity=0.4, recipe=parse_recipe("wanda:uniform"))
 REFIT = Draft(sparsity=0.4)

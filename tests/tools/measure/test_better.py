@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.measure.losses import Evaluation, find_likelihood_better, join_windows
+from tools.results.losses import Evaluation, find_likelihood_better, join_windows
 
 
 def losses(*kl: float) -> Evaluation:

@@ -8,9 +8,10 @@ import torch
 
 from tests.tiny import VOCABULARY, make_tiny_model
 from tools.base.progress import ignore_progress
-from tools.measure.losses import Evaluation, compare_kl, evaluate_windows
+from tools.measure.losses import evaluate_windows
 from tools.models.layers import find_layers
 from tools.models.readout import measure_losses
+from tools.results.losses import Evaluation, compare_kl
 
 
 def make_windows() -> torch.Tensor:

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tools.measure.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
 from tools.measure.texts import list_texts
+from tools.results.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
 
 TEXTS = ["code"] * 3 + ["prose"] * 3
 WEIGHTS = {"code": 0.75, "prose": 0.25}

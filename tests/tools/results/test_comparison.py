@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -18,6 +19,7 @@ from tools.experiments.comparison import compare
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, list_jobs
 from tools.plans.recipe import parse_recipe
 from tools.results.comparison import REFERENCE, Row, describe, group_rows, rank_recipes, relative_degradation
+from tools.results.losses import Evaluation
 from tools.results.sparsity_curve import LABELLED
 
 
@@ -73,6 +75,27 @@ def test_the_description_says_what_was_measured(tmp_path: Path) -> None:
         "| `sparsegpt:uniform` | 50.00% | 14.00 | 1.00 | 0.2500 ± 0.0100 | 1.5 | 0.0 | 0 |",
         "| `wanda:owl` | 50.00% | not finite |  | not finite | 1.5 | 0.0 | 0 |",
     ]
+
+
+def test_rows_are_told_behind_the_first_window_by_window(tmp_path: Path) -> None:
+    first = make_row("refit:kappa", losses=Evaluation(nll=[2.0, 3.0], kl=[0.1, 0.3]), perplexity=math.exp(2.5))
+    other = make_row("refit:owl", losses=Evaluation(nll=[2.1, 3.3], kl=[0.2, 0.6]), perplexity=math.exp(2.7))
+    broken = make_row("wanda:owl", losses=Evaluation(nll=[None, 3.0], kl=[None, 0.3]), perplexity=None, kl=None)
+    earlier = make_row("wanda:uniform", perplexity=20.0)
+    known = make_comparison(make_settings("no-model", tmp_path), broken, other, earlier, first)
+    lines = describe(known).splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    place = table[0].index("behind the first")
+    assert {cells[0]: cells[place] for cells in table[1:]} == {
+        "`refit:kappa`": "",
+        # e^0.2, and 0.1 of standard error of the logarithm; KL is 0.1 and 0.3 higher
+        "`refit:owl`": "+22.1% ± 12.2%, KL +0.2000 ± 0.1000",
+        "`wanda:uniform`": "",
+        "`wanda:owl`": "",
+    }
+    assert "Behind the first: by how much perplexity" in "\n".join(lines)
+    known.rows = [first, earlier]  # nothing to pair
+    assert "behind the first" not in describe(known).lower()
 
 
 def test_rows_of_a_search_say_how_long_it_was(tmp_path: Path) -> None:

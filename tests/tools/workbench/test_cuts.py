@@ -22,7 +22,6 @@ from tests.team import join_team
 from tests.tiny import make_tiny_tokenizer, save_biased_model, save_tiny_model, tiny_settings
 from tools.base.errors import BrokenPlan, UserError
 from tools.base.settings import WorkbenchSettings
-from tools.measure.losses import Evaluation
 from tools.models.load import load_model
 from tools.models.save import export_model
 from tools.models.spread import find_places
@@ -30,6 +29,7 @@ from tools.models.streamed import find_stream
 from tools.plans.cuts import CutOrder, Parts, Target
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_all
+from tools.results.losses import Evaluation
 from tools.surgery.blocks import Drop
 from tools.surgery.parts import NEEDS_WHOLE, find_parts
 from tools.surgery.share import find_shape

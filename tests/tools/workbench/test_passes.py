@@ -13,10 +13,10 @@ from tests.benches import SEQUENTIAL, damage, ignore, open_bench, plan, prune
 from tests.team import gather_teams
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.progress import Progress
-from tools.measure.losses import Evaluation
 from tools.models.blocks import Blocks
 from tools.models.unfinished import UNFINISHED
 from tools.plans.work_order import order_allocation
+from tools.results.losses import Evaluation
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
 
