@@ -56,6 +56,11 @@ def list_phases(
     def states(what: str, *factors: tuple[float, str]) -> Line:
         return multiply(what, *factors, *state)
 
+    def passed_on(what: str, *factors: tuple[float, str]) -> list[Line]:
+        """What windows pass on from one block to the next; nothing where that lies on disk (`hold_states`)."""
+        line = states(what, *factors)
+        return [] if streamed and line.bytes > facts.states else [line]
+
     other = [] if part.workers else list_other_moment(shape, settings)
 
     def pruned(what: str, size: int) -> list[Line]:
@@ -108,8 +113,17 @@ def list_phases(
         tokens = (settings.window, "tokens"), (shape.widest, "inputs of the widest layer")
         statistics.append(multiply("inputs of one layer in fp32", *tokens, (4, "bytes")))
 
-    def walked(*texts: tuple[int, str]) -> Line:
-        return states("inputs and outputs of one block", *texts, (2, "sets"), (part.calibration, "windows"))
+    def walked(*texts: tuple[int, str]) -> list[Line]:
+        return passed_on("inputs of one block", *texts, (part.calibration, "windows"))
+
+    def hidden(dense: bool) -> list[Line]:
+        """What is held of the validation text, of the dense model or of another beside it, which workers are given."""
+        windows = (part.validation, "windows")
+        if streamed is None:
+            return [states("hidden states", (2 if dense or part.workers else 3, "copies"), windows)]
+        beside = dense or not part.workers
+        kept = [states("hidden states of the dense model", windows)] if beside else []
+        return [*passed_on("states between two blocks", windows), *kept]
 
     collected = [sums] if anew else []  # whenever layers are pruned
     layer = pruned("one layer being pruned", held.pruned)
@@ -120,7 +134,7 @@ def list_phases(
     straight = settings.device == "spread"  # accelerate puts each weight where it belongs
     handed = facts.device != "cpu" and part.workers
     answer = [count_moments(shape, part.nodes, "sums handed over")] if handed else []
-    passing = [walked(*mixed), *answer] if anew else []
+    passing = [*walked(*mixed), *answer] if anew else []
     reference = [states("dense hidden states as received", (settings.count_all("validation"), "windows"))]
     job = _list_job(shape) if part.workers else []
     return [
@@ -129,9 +143,9 @@ def list_phases(
         Phase(
             name="validate the dense model",
             device=evaluation,
-            host=[*always, states("hidden states", (2, "copies"), (part.validation, "windows"))],
+            host=[*always, *hidden(dense=True)],
         ),
-        Phase(name="profile, statistics", device=statistics, host=[*always, walked(), *answer]),
+        Phase(name="profile, statistics", device=statistics, host=[*always, *walked(), *answer]),
         Phase(
             name="profile, gradients",
             # curves are measured once a block's graph is gone
@@ -167,7 +181,7 @@ def list_phases(
         Phase(
             name=IN_ORDER,
             device=[model, *([] if part.workers or away else of_block), *layer],
-            host=[*always, walked(*mixed), *(of_block if away and not part.workers else []), *answer, *job],
+            host=[*always, *walked(*mixed), *(of_block if away and not part.workers else []), *answer, *job],
         ),
         Phase(
             name="validate",
@@ -175,7 +189,7 @@ def list_phases(
             host=[
                 *always,
                 *([*job[:1], *reference] if part.workers else []),
-                states("hidden states", (2 if part.workers else 3, "copies"), (part.validation, "windows")),
+                *hidden(dense=False),
             ],
         ),
         Phase(name="export", device=[model], host=[*always, *([] if part.workers else moved)]),

@@ -4,6 +4,7 @@ For a process that does the work (`tools.estimate.memory`), and for one that wor
 """
 
 import gc
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -150,6 +151,8 @@ class Facts(NamedTuple):
     """Bytes that reading the model's file takes beside the model."""
     device: str
     """cpu or cuda."""
+    states: float = math.inf
+    """Bytes of CPU memory that what windows pass on between blocks may take, where the model is streamed."""
 
 
 def measure_process() -> int:

@@ -36,6 +36,7 @@ from tools.models.layers import Layer, Reach, find_layers, measure_reach, refuse
 from tools.models.load import FITS, choose_device, count_models, fits, is_settled, pick_device
 from tools.models.positions import refuse_long_windows
 from tools.models.streamed import StreamSizes, measure_stream
+from tools.models.window_states import count_state_room
 from tools.plans.methods import LEVERS
 from tools.plans.polish import Schedule, schedule_polish
 from tools.statistics.shards import count_waiting
@@ -180,7 +181,8 @@ def gather_facts(run: Run, place: Place, counts: Counts, course: Course, cutting
     methods = {*([] if cutting else LEVERS), *(recipe.method for recipe, _ in course.pruned)}
     held = count_layer(forms, run.layers[0].weight_OI.dtype, methods)
     shape = measure_shape(run.model, run.layers, counts.routed)
-    return Facts(shape, counts, held, measure_process(), run.reading, place.device)
+    room = math.inf if place.told else count_state_room()
+    return Facts(shape, counts, held, measure_process(), run.reading, place.device, room)
 
 
 def count_free_disk(directory: Path) -> int:

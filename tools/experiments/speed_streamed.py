@@ -31,7 +31,7 @@ def bench_stream(site: Site) -> list[Result]:
 
     def read_out(windows_BT: Tensor) -> None:
         bench.restore(DENSE)
-        for hidden_BTD in pass_blocks(blocks, windows_BT):
+        for hidden_BTD in pass_blocks(blocks, windows_BT).values():
             for chunk_TD in hidden_BTD[0].to(bench.device).split(CHUNK):
                 compute_logits(bench.model, chunk_TD)
 

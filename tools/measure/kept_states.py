@@ -1,13 +1,13 @@
 """What all windows passed on to a block of a streamed model, in files that outlive the process."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_all
+from tools.models.window_states import stack_states
 
 _PREFIX = "pass-"
 
@@ -21,17 +21,18 @@ class StateFiles:
         name = hashlib.sha256(f"{dense} {windows}".encode()).hexdigest()[:16]
         self._files, self._marks = KeptFiles(run / UNFINISHED / f"{_PREFIX}{name}"), marks
 
-    def read(self) -> tuple[int, list[Tensor]] | None:
+    def read(self) -> tuple[int, Mapping[int, Tensor]] | None:
         """As in `KeptStates`; None too where they are of other weights, or a file is gone or damaged."""
         found = self._files.read()
         if found is None or self._marks.below[found[0]["block"]] != found[0]["mark"]:
             return None
-        return found[0]["block"], list(found[1]["states"])
+        states_BTD = found[1]["states"].flatten(0, -3)  # (B, 1, T, D) of earlier versions
+        return found[0]["block"], dict(enumerate(states_BTD.split(1)))
 
-    def keep(self, block: int, states: Sequence[Tensor]) -> None:
+    def keep(self, block: int, states: Mapping[int, Tensor]) -> None:
         """As in `KeptStates`. Raises DiskFull."""
         if block < len(self._marks.below) and self._files.are_due:
-            self._files.replace({"states": torch.stack([*states])}, block=block, mark=self._marks.below[block])
+            self._files.replace({"states": stack_states(states)}, block=block, mark=self._marks.below[block])
 
 
 def forget_states(run: Path) -> None:

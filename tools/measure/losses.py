@@ -1,7 +1,7 @@
 """Perplexity and paired KL of the model in the workbench on a split of text."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from tools.base.progress import Progress, heed_stop
 from tools.models.blocks import Blocks
 from tools.models.readout import measure_losses, sum_losses
 from tools.models.streamed import find_stream
+from tools.models.window_states import hold_states, stack_states
 from tools.results.losses import Evaluation
 
 PREFIX_SHARE = 0.5
@@ -115,11 +116,11 @@ def evaluate_windows(
 class KeptStates(Protocol):
     """Whoever keeps what windows passed on, so that a pass that was killed goes on from there."""
 
-    def read(self) -> tuple[int, list[Tensor]] | None:
+    def read(self) -> tuple[int, Mapping[int, Tensor]] | None:
         """(the next block, what it reads of each window, (1, T, D) on CPU); None where nothing is kept."""
 
-    def keep(self, block: int, states: Sequence[Tensor]) -> None:
-        """All windows stand before this block."""
+    def keep(self, block: int, states: Mapping[int, Tensor]) -> None:
+        """All windows stand before this block, which reads these, (1, T, D) each."""
 
 
 @torch.no_grad()
@@ -128,12 +129,14 @@ def pass_blocks(
     windows_BT: Tensor,
     tick: Callable[[int], object] = lambda block: None,
     kept: KeptStates | None = None,
-) -> list[Tensor]:
+) -> Mapping[int, Tensor]:
     """What the head reads of each window, (1, T, D), on CPU: all windows pass a block before any passes the next.
 
-    `tick` is called with the number of each block before.
+    `tick` is called with the number of each block before. Raises DiskFull as `hold_states`.
     """
-    first, states = (kept.read() if kept else None) or (0, [blocks.embed(ids_T).cpu() for ids_T in windows_BT])
+    first, given = (kept.read() if kept else None) or (0, {})
+    begin = given.__getitem__ if given else lambda window: blocks.embed(windows_BT[window])
+    states = hold_states(blocks.model, range(len(windows_BT)), begin)
     for block in range(first, len(blocks)):
         tick(block)
         for window, ids_T in enumerate(windows_BT):
@@ -157,10 +160,15 @@ def evaluate_by_blocks(
 ) -> tuple[Evaluation, Tensor]:
     """As `evaluate_windows`: all windows pass a block before any passes the next, so that weights are read once.
 
-    Between two blocks all windows' states are held, on CPU; those that are `kept` need not be made.
+    Hidden states are those of the dense model alone, which has no others beside it. States between two blocks are as in
+    `pass_blocks`; those that are `kept` need not be made.
     """
     count, length = len(windows_BT), windows_BT.shape[1] - lead
-    states = pass_blocks(blocks, windows_BT, lambda block: progress(label, block * count // len(blocks), count), kept)
+
+    def tick(block: int) -> None:
+        progress(label, block * count // len(blocks), count)
+
+    states = pass_blocks(blocks, windows_BT, tick, kept)
     losses = []
     for window, ids_T in enumerate(windows_BT):
         heed_stop()
@@ -171,7 +179,7 @@ def evaluate_by_blocks(
     evaluation = Evaluation(
         nll=[_finite(loss.nll / (length - 1)) for loss in losses], kl=[_finite(loss.kl / length) for loss in losses]
     )
-    return evaluation, torch.cat(states)
+    return evaluation, stack_states(states) if dense_hidden_BTD is None else torch.empty(0)
 
 
 def _finite(value: float) -> float | None:

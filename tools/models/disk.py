@@ -265,7 +265,8 @@ def _list_streamed(model: Any, settings: TeamSettings, tokens: int) -> list[Line
     states = [
         _describe_hidden(f"{what} under way", model, settings.count_all(text), tokens) for what, text in texts.items()
     ]
-    return [now, *(Line(what=x.what, how=f"2 copies × {x.how}", bytes=2 * x.bytes) for x in states)]
+    # what is kept and what takes its place, and what there is no memory for
+    return [now, *(Line(what=x.what, how=f"3 copies × {x.how}", bytes=3 * x.bytes) for x in states)]
 
 
 def _describe_waiting(layers: Sequence[Layer], settings: TeamSettings, sums: int) -> Line:

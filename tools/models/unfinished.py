@@ -5,14 +5,14 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tools.base.files import KEEP_SECONDS, hash_file, write_text, write_whole
+from tools.models.tensor_file import Form, write_tensors
 
 UNFINISHED = "unfinished"
 """The directory within a run's, while there is anything in it."""
@@ -53,7 +53,8 @@ class KeptFiles:
     def replace(self, tensors: Mapping[str, Tensor], **values: Any) -> None:
         """Keep these in the place of what was kept before, which is deleted once they are whole. Raises DiskFull."""
         before, made = self._read_values(), self.directory / "kept.safetensors"
-        write_whole(made, partial(save_file, {name: x.detach().contiguous() for name, x in tensors.items()}))
+        forms = {name: Form(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        write_whole(made, lambda path: write_tensors(path, forms, tensors.items(), dict))
         path = made.rename(self.directory / f"{hash_file(made)}.safetensors")
         write_text(self.directory / _VALUES, json.dumps({**values, "tensors": path.name}))
         if before is not None and before["tensors"] != path.name:

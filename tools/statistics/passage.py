@@ -1,13 +1,14 @@
 """How far the windows of a calibration text have come through the blocks, and who keeps it of a walk that is killed."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from tools.models.window_states import States, hold_states
 from tools.statistics.gradients import Gradient, Seen
 from tools.statistics.shards import Span
 from tools.statistics.states import StateStack
@@ -32,8 +33,8 @@ class Stack(Protocol):
 class Passage:
     """How far one span of shards has come."""
 
-    states: dict[int, Tensor]
-    """What the next block up reads, by window; on CPU."""
+    states: States
+    """What the next block up reads, by window; on CPU (`hold_states`)."""
     up: int = 0
     """The next block up."""
     inputs: Stack | None = None
@@ -68,9 +69,9 @@ class KeptPassages(Protocol):
 class Passages:
     """Those that are under way, by the walk and the span."""
 
-    def __init__(self, scratch: Path, kept: KeptPassages | None) -> None:
-        """Files without a name lie in the directory `scratch`."""
-        self._scratch, self._kept = scratch, kept
+    def __init__(self, model: Any, scratch: Path, kept: KeptPassages | None) -> None:
+        """Of texts that walk up through a model. Files without a name lie in the directory `scratch`."""
+        self._model, self._scratch, self._kept = model, scratch, kept
         self._held: dict[tuple[int, Span], Passage] = {}
         self._keys: dict[tuple[int, Span], list[str]] = {}
         self.source: list[str] = []
@@ -85,12 +86,12 @@ class Passages:
         """That of a span, if it was begun."""
         return self._held.get((walk.number, span))
 
-    def begin(self, span: Span, walk: Walk, states: Mapping[int, Tensor], returns: bool) -> Passage:
+    def begin(self, span: Span, walk: Walk, states: States, returns: bool) -> Passage:
         """One before the first block, in the place of another of the span."""
         key, stack = self._claim(span, walk, returns), None
         if returns:
             stack = self._kept.begin_stack(key) if self._kept and key else StateStack(self._scratch)
-        passage = self._held[walk.number, span] = Passage(dict(states), inputs=stack)
+        passage = self._held[walk.number, span] = Passage(states, inputs=stack)
         return passage
 
     def find_up(self, span: Span, walk: Walk, windows: Collection[int], block: int, returns: bool) -> Passage | None:
@@ -100,7 +101,7 @@ class Passages:
             return None
         if not passage.states.keys() >= set(windows):
             return None
-        passage.states = {window: passage.states[window] for window in windows}
+        passage.states = hold_states(self._model, [*windows], passage.states.__getitem__)
         self._held[walk.number, span] = passage
         return passage
 

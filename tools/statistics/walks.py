@@ -24,6 +24,7 @@ from tools.models.experts import run_apart
 from tools.models.layers import Layer
 from tools.models.readout import begin_draw, hidden_gradients
 from tools.models.streamed import find_stream
+from tools.models.window_states import hold_states
 from tools.statistics.flow import add_curve, sum_gradients
 from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
 from tools.statistics.moments import MomentSums, Readers, StageOver, Wanted, list_stages
@@ -76,7 +77,7 @@ class Walks:
         self.shards = cut_shards(len(windows_BT))
         self._texts: dict[Calibration, Tensor] = {"run": windows_BT, **(mixed or {})}
         self._walk: Walk | None = None
-        self._ways = Passages(scratch, kept)
+        self._ways = Passages(blocks.model, scratch, kept)
 
     def stages(self, span: Span, walk: Walk, block: int) -> list[list[str]]:
         """The layers of a block, those together that read the same tensor, in the order in which they run.
@@ -114,15 +115,13 @@ class Walks:
         way = self._reach(span, walk, block, purpose == "profile")
         group: dict[str, str] = {}
         self._put_down(way, span)
-        before = dict(way.states) if purpose == "pruning" else {}
         layers = [layer for layer in self.grouped[block] if not names or layer.name in names]
         last = names[-1] if names and not any(layer.pool for layer in layers) else ""
         wanted = Wanted(full, group, last, weights)
         aside = partial(Waiting, scratch=self.scratch) if self._away else None
-        nodes = self._sum(span, lambda shard: self._sum_moments(way, block, shard, layers, wanted), aside)
-        if purpose == "pruning":
-            way.states = before
-        else:
+        passes = purpose != "pruning"
+        nodes = self._sum(span, lambda shard: self._sum_moments(way, block, shard, layers, wanted, passes), aside)
+        if passes:
             way.up = block + 1
         return nodes, group
 
@@ -202,7 +201,7 @@ class Walks:
         """The way of windows where it was kept, if that is no later than before `block`, else before the first."""
         if kept := self._ways.find_up(span, walk, windows, block, returns):
             return kept
-        states = {window: self.blocks.embed(self.windows_BT[window]).cpu() for window in windows}
+        states = hold_states(self.blocks.model, windows, lambda window: self.blocks.embed(self.windows_BT[window]))
         return self._ways.begin(span, walk, states, returns)
 
     def _put_down(self, way: Passage, span: Span) -> None:
@@ -242,13 +241,19 @@ class Walks:
         """Fused experts run one by one on every walk, seen or not: whoever takes over a span finds the same states."""
         return run_apart(layer.module for layer in self.grouped[block])
 
-    def _sum_moments(self, way: Passage, block: int, shard: int, layers: Sequence[Layer], wanted: Wanted) -> Sums:
+    def _sum_moments(
+        self, way: Passage, block: int, shard: int, layers: Sequence[Layer], wanted: Wanted, passes: bool
+    ) -> Sums:
+        """Of a shard whose windows then stand behind the block, where it `passes` that."""
         taken = MomentSums(wanted)
         with tapped(layers, taken.see):
             for window in self._list_windows(shard):
                 taken.window, taken.share = window, self._find_share(window)
                 with suppress(StageOver):
-                    self._step(way, block, window)
+                    if passes:
+                        self._step(way, block, window)
+                    else:
+                        self._run(way, block, window)
         return taken.sums
 
     # --- down --------------------------------------------------------------------------------------------------

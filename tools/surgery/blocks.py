@@ -19,6 +19,7 @@ from tools.models.blocks import Blocks, take_hidden
 from tools.models.layers import find_layers
 from tools.models.readout import TokenLosses, compute_hidden, measure_losses, sum_losses
 from tools.models.streamed import find_stream
+from tools.models.window_states import States, hold_states
 from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import KINDS, Fit, Part, find_parts
 
@@ -114,7 +115,7 @@ def _sum_kl(losses: Sequence[TokenLosses]) -> float:
 def _compute_all_hidden(blocks: Blocks, windows_BT: Tensor) -> list[Tensor]:
     """What the head reads of each window, (T, D)."""
     if find_stream(blocks.model):
-        return [hidden_BTD[0] for hidden_BTD in pass_blocks(blocks, windows_BT)]
+        return [hidden_BTD[0] for hidden_BTD in pass_blocks(blocks, windows_BT).values()]
     return [compute_hidden(blocks.model, ids_T[None])[0] for ids_T in windows_BT]
 
 
@@ -213,7 +214,7 @@ def fold_blocks(
         if first < begin:
             continue
         if kept:
-            kept.keep(first, [*states, *dense])
+            kept.keep(first, dict(enumerate([*states.values(), *dense.values()])))
         progress("fold and fit", first, len(blocks))
         pass_on(blocks, windows_BT, dense, range(first, end))
         fits = list[Fit]()
@@ -231,12 +232,15 @@ def fold_blocks(
     progress("fold and fit", len(blocks), len(blocks))
 
 
-def _take_up(blocks: Blocks, windows_BT: Tensor, kept: KeptStates | None) -> tuple[int, list[Tensor], list[Tensor]]:
+def _take_up(blocks: Blocks, windows_BT: Tensor, kept: KeptStates | None) -> tuple[int, States, States]:
     """(the block to begin with, what it reads of each window in the cut model, and in the dense one), on CPU."""
-    if kept and (found := kept.read()):
-        return found[0], found[1][: len(windows_BT)], found[1][len(windows_BT) :]
-    embedded = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
-    return 0, [*embedded], [*embedded]
+    count, (first, given) = len(windows_BT), (kept.read() if kept else None) or (0, {})
+
+    def begin(place: int) -> Tensor:
+        return given[place] if given else blocks.embed(windows_BT[place % count])
+
+    states = hold_states(blocks.model, range(count), begin)
+    return first, states, hold_states(blocks.model, range(count), lambda window: begin(count + window))
 
 
 def _sum_up(
@@ -245,14 +249,14 @@ def _sum_up(
     part: Part,
     total: HalvedSums,
     windows_BT: Tensor,
-    states: Sequence[Tensor],
-    dense: Sequence[Tensor],
+    states: Mapping[int, Tensor],
+    dense: Mapping[int, Tensor],
     *,
     mends: bool,
 ) -> None:
     """Add what the output projection of a block's part reads in the cut model, and what that of its neurons, where it
     `mends`, has to give beside its own output."""
-    for ids_T, x_BTD, dense_BTD in zip(windows_BT, states, dense, strict=True):
+    for ids_T, x_BTD, dense_BTD in zip(windows_BT, states.values(), dense.values(), strict=True):
         heed_stop()
         read = list[Tensor]()
         with tapped([part], [read.append]):
@@ -261,7 +265,7 @@ def _sum_up(
         total.add(read[0], lacking_TD if part.kind == "neurons" else None)
 
 
-def pass_on(blocks: Blocks, windows_BT: Tensor, states: list[Tensor], passed: range) -> None:
+def pass_on(blocks: Blocks, windows_BT: Tensor, states: States, passed: range) -> None:
     """Take each window on behind some blocks, in place; all pass one before the next, read once if it is streamed."""
     for block in passed:
         for i, ids_T in enumerate(windows_BT):

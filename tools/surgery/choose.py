@@ -25,6 +25,7 @@ from tools.base.settings import ALIGN
 from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks, find_layers
 from tools.models.readout import compute_hidden, measure_losses
+from tools.models.window_states import hold_states
 from tools.plans.cuts import Counts
 from tools.surgery.blocks import choose_blocks, fold_blocks, pass_on
 from tools.surgery.moments import finish_moments, search_windows, tapped
@@ -192,7 +193,7 @@ def choose_channels(
     blocks = Blocks(model)
     parts = [find_parts(model, kind) for kind in KINDS if any(getattr(counts, kind) for counts in candidates)]
     cuts = [Cut(counts) for counts in candidates]
-    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+    states = hold_states(model, range(len(windows_BT)), lambda window: blocks.embed(windows_BT[window]))
     for block, members in enumerate(zip(*parts, strict=True)):
         progress("choose and fit", block, len(blocks))
         sums = [HalvedSums(part.output.weight_OI.shape[1], windows_BT.device) for part in members]

@@ -33,6 +33,7 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.readout import compute_hidden
+from tools.models.window_states import hold_states
 from tools.surgery.blocks import pass_on
 from tools.surgery.moments import tapped
 from tools.surgery.parts import KINDS, Fit, Part, find_parts
@@ -92,7 +93,7 @@ def _measure_spreads(
     """(mean, variance) of what each part's output projection reads in the dense model, by one walk over the windows."""
     blocks = Blocks(model)
     sums = [ChannelSums(part.output.weight_OI.shape[1], windows_BT.device) for part in parts]
-    states = [blocks.embed(ids_T).cpu() for ids_T in windows_BT]
+    states = hold_states(model, range(len(windows_BT)), lambda window: blocks.embed(windows_BT[window]))
     for block in range(len(blocks)):
         progress("measure fluctuations", block, len(blocks))
         members = [(part, own) for part, own in zip(parts, sums, strict=True) if part.block == block]

@@ -1,6 +1,6 @@
 """How far the walks of a cut have come, in files that outlive the process: one that is killed goes on from there."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -64,21 +64,21 @@ class FitFiles:
         self.units = dict[str, Tensor]()
         """Which units stay of their parts."""
 
-    def read(self) -> tuple[int, list[Tensor]] | None:
+    def read(self) -> tuple[int, Mapping[int, Tensor]] | None:
         """As in `KeptStates`, with what was made in the model; None too where a file is gone or damaged."""
         found = self._files.read()
         if found is None or not self._install(found[0]["made"]):
             return None
         values, tensors = found
-        self.made, states = values["made"], [tensors[f"states/{window}"] for window in range(values["windows"])]
+        self.made, states = values["made"], {window: tensors[f"states/{window}"] for window in range(values["windows"])}
         self.units = {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith("units/")}
         return values["block"], states
 
-    def keep(self, block: int, states: Sequence[Tensor]) -> None:
+    def keep(self, block: int, states: Mapping[int, Tensor]) -> None:
         """As in `KeptStates`. Raises DiskFull."""
         if block == 0 or not self._files.are_due:
             return
-        tensors = {f"states/{window}": state for window, state in enumerate(states)}
+        tensors = {f"states/{window}": state for window, state in states.items()}
         tensors |= {f"units/{name}": units for name, units in self.units.items()}
         self._files.replace(tensors, block=block, windows=len(states), made=self.made)
 

@@ -34,6 +34,7 @@ from tools.estimate.pruning import Held, count_layer
 from tools.estimate.shape import measure_shape
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
+from tools.models.streamed import measure_stream
 from tools.statistics.collect import collect_statistics
 from tools.statistics.extent import work_alone
 from tools.statistics.shards import share_out
@@ -68,12 +69,12 @@ def test_a_tiny_llama_on_the_cpu(tiny_llama: Path) -> None:
         "validate the dense model": (evaluation, [*always, 2 * 3 * STATE]),
         "profile, statistics": (
             [MODEL, FORWARD, 3 * MOMENTS],  # of 4 windows in as many shards: two sums on the way, and a leaf
-            [*always, 2 * 4 * STATE],
+            [*always, 4 * STATE],
         ),
         "profile, gradients": (backward, [*always, 2 * STATE, 2 * 2 * STATE]),  # more than a curve behind it
         ASKED_FOR: ([MODEL, 2 * FLOW, LEVELS, MATRIX], [*always, 2 * STATE, 2 * STATE]),
         "prune": ([MODEL, PRUNED, MATRIX], always),
-        IN_ORDER: ([MODEL, MOMENTS, PRUNED, MATRIX], [*always, 2 * 4 * STATE]),
+        IN_ORDER: ([MODEL, MOMENTS, PRUNED, MATRIX], [*always, 4 * STATE]),
         "validate": (evaluation, [*always, 3 * 3 * STATE]),
         "export": ([MODEL], always),
     }
@@ -129,11 +130,11 @@ def test_two_workers_of_a_tiny_llama(tiny_llama: Path) -> None:
     assert find_phases(settings) == {
         "load": ([MODEL], []),
         "validate the dense model": (evaluation, [kept, 2 * 2 * STATE]),
-        "profile, statistics": ([MODEL, FORWARD, 2 * MOMENTS], [kept, 2 * 2 * STATE]),
+        "profile, statistics": ([MODEL, FORWARD, 2 * MOMENTS], [kept, 2 * STATE]),
         "profile, gradients": (backward, [kept, STATE, 2 * STATE]),
         ASKED_FOR: ([*backward, LEVELS, MATRIX], [kept, STATE, STATE, *job, levels]),
         "prune": ([MODEL, PRUNED, MATRIX], [kept, *job]),
-        IN_ORDER: ([MODEL, PRUNED, MATRIX], [kept, 2 * 2 * STATE, *job]),
+        IN_ORDER: ([MODEL, PRUNED, MATRIX], [kept, 2 * STATE, *job]),
         "validate": (evaluation, [kept, job[0], 3 * STATE, 2 * 2 * STATE]),
         "export": ([MODEL], [kept]),
     }
@@ -154,7 +155,7 @@ def test_two_workers_of_a_tiny_llama(tiny_llama: Path) -> None:
 
 def test_a_worker_on_a_gpu_hands_over_by_way_of_the_cpu(tiny_llama: Path) -> None:
     phases = find_phases(tiny_settings(tiny_llama, device="cuda", workers="2"), "cuda")
-    assert phases["profile, statistics"][1] == [2 * STATE, 2 * 2 * STATE, MOMENTS]
+    assert phases["profile, statistics"][1] == [2 * STATE, 2 * STATE, MOMENTS]
     assert phases["load"] == ([MODEL], [MODEL])
 
 
@@ -220,6 +221,24 @@ def test_a_walk_through_the_text_holds_no_more_than_said(workers: int, tmp_path:
             collect_statistics(team, extent, layers, lambda *_: None, lambda name, moment_II: None)
         own = sum(4 * (layer.weight_OI.shape[1] + 2 * layer.weight_OI.shape[0]) for layer in layers)  # what it is for
         assert meter.peak <= max(bound("profile, statistics"), bound("profile, gradients")) + own
+
+
+def test_of_a_streamed_model_states_lie_on_disk_where_they_have_no_room(tiny_llama: Path) -> None:
+    """4 calibration windows, and 3 of validation beside the dense model's; what flows back is held."""
+    settings = tiny_settings(tiny_llama)
+    sizes = measure_stream(build_empty(settings)[0])
+
+    def find(room: int) -> dict[str, list[int]]:
+        facts, (part,) = find_facts(settings)._replace(states=room), cut_parts(settings, 0)
+        phases = list_phases(facts, settings, part, facts.shape.weights, streamed=sizes)
+        return {phase.name: [line.bytes for line in phase.host[1:] if line.bytes] for phase in phases}
+
+    held, less, none = find(4 * STATE), find(4 * STATE - 1), find(3 * STATE - 1)
+    assert held["profile, statistics"] == held[IN_ORDER] == [4 * STATE]
+    assert held["validate the dense model"] == held["validate"] == less["validate"] == [3 * STATE, 3 * STATE]
+    assert less["profile, statistics"] == less[IN_ORDER] == []
+    assert none["validate the dense model"] == none["validate"] == [3 * STATE]
+    assert held["profile, gradients"] == none["profile, gradients"] == [2 * STATE, 2 * 2 * STATE]
 
 
 def test_of_a_streamed_model_two_sums_are_held_while_others_wait(

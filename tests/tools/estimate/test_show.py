@@ -88,7 +88,7 @@ def test_second_moments_that_the_disk_has_no_room_for(tiny_llama: Path, tmp_path
         ]
         for name, x in held.items()
     }
-    assert added["prune"] == added[ASKED_FOR] == ["second moments of one block", "inputs and outputs of one block"]
+    assert added["prune"] == added[ASKED_FOR] == ["second moments of one block", "inputs of one block"]
     assert {name for name, lines in added.items() if lines} == {"prune", ASKED_FOR}
     line = "  second moments, of some blocks at a time; 4 bytes × the upper half of inputs², of 1 block; "
     assert line in show(found)

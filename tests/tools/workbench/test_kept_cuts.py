@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 
 import tools.models.unfinished
+import tools.models.window_states
 from tests.benches import damage, ignore, open_bench, same, snapshot
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.progress import Progress, Stopped, stop_at
@@ -147,12 +148,17 @@ def test_what_a_block_costs_is_not_measured_again(
 
 @pytest.mark.parametrize(("dropped", "at"), [((1,), 3), ((2,), 1)])
 def test_a_cut_is_fitted_on_from_the_block_that_it_had_come_to(
-    dropped: tuple[int, ...], at: int, reopen: Callable[[str], Workbench], workbench_closed: None
+    dropped: tuple[int, ...],
+    at: int,
+    reopen: Callable[[str], Workbench],
+    workbench_closed: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bench = reopen("whole")
     parts, profile = measure(bench), bench.profile_bare(ignore)
     expected, made = bench.prune(profile, order(bench, parts, dropped), ignore), snapshot(bench)
 
+    monkeypatch.setattr(tools.models.window_states, "SHARE", 0.0)  # what passes between the blocks lies on disk
     bench = reopen("killed")
     assert measure(bench) == parts
     with pytest.raises(Killed):

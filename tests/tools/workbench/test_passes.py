@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import tools.models.unfinished
+import tools.models.window_states
 import tools.statistics.kept_passages
 import tools.workbench.layer_pruning
 from tests.benches import SEQUENTIAL, damage, ignore, open_bench, plan, prune
@@ -75,6 +76,8 @@ def test_it_goes_on_before_the_block_that_it_had_come_to(
     whole = bench.profile(ignore)
     expected = evaluate(bench, prune(bench, whole, 0.5), whole)
 
+    if not workers:  # what passes between the blocks lies on disk
+        monkeypatch.setattr(tools.models.window_states, "SHARE", 0.0)
     bench = open_bench(settings, tmp_path / "killed")
     with pytest.raises(Killed):
         bench.profile(die_before(1, "dense validation"))
@@ -158,6 +161,8 @@ def test_a_walk_goes_on_at_the_block_that_it_had_come_to(
     expected = bench.profile(ignore)
     assert list_passed(bench) == [], "all that was kept of a walk went with it"
 
+    if not workers:  # what passes between the blocks lies on disk
+        monkeypatch.setattr(tools.models.window_states, "SHARE", 0.0)
     bench = open_bench(settings, tmp_path / "killed")
     with pytest.raises(Killed):
         bench.profile(die_before(2, label))
