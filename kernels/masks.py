@@ -3,7 +3,7 @@
 Shape suffixes: O output features (rows), I input features (columns).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -29,6 +29,18 @@ def kth_smallest(ranks_RN: Tensor, k: int) -> Tensor:
     if ranks_RN.device.type == "cpu":  # numpy's partition is several times faster than torch.kthvalue here
         return torch.from_numpy(np.partition(ranks_RN.numpy(), k - 1, axis=1)[:, k - 1].copy())
     return torch.kthvalue(ranks_RN, k, dim=1).values
+
+
+def kth_smallest_each(ranks_N: Tensor, counts: Sequence[int]) -> list[int]:
+    """The k-th smallest of ranks that are at least 0, for each k of `counts`; -1, which none is below, for 0."""
+    if ranks_N.device.type != "cpu" or choose_kernel(ranks_N.device) == "triton":
+        return [int(kth_smallest(ranks_N[None], k)[0]) if k else -1 for k in counts]
+    # the k smallest stand first once they are found, and those of any lower k are among them
+    held_N, end, found = ranks_N.numpy().copy(), len(ranks_N), {0: -1}
+    for k in sorted({*counts} - {0}, reverse=True):
+        held_N[:end].partition(k - 1)
+        found[k], end = int(held_N[k - 1]), k
+    return [found[k] for k in counts]
 
 
 def keep_highest(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels.masks
 import kernels.threads
-from kernels.masks import keep_highest, keep_highest_of_rows, kth_smallest
+from kernels.masks import keep_highest, keep_highest_of_rows, kth_smallest, kth_smallest_each
 from kernels.scores import score_wanda
 from tests.kernels.plain import FEW_VALUES, plain_mask, plain_order
 
@@ -136,4 +136,6 @@ def test_kth_smallest(rows: list[list[int]], k: int) -> None:
     ranks = torch.tensor(rows, dtype=torch.int32)
     before = ranks.clone()
     assert kth_smallest(ranks, k).tolist() == [sorted(row)[k - 1] for row in rows]
+    counts = [len(rows[0]), 0, k, 1, k]
+    assert kth_smallest_each(ranks[0], counts) == [sorted(rows[0])[each - 1] if each else -1 for each in counts]
     assert torch.equal(ranks, before)  # numpy's partition works on a copy

@@ -14,12 +14,17 @@ States = MutableMapping[int, Tensor]
 """By window, (1, T, D) each, on CPU."""
 
 SHARE = 0.25
-"""Of the memory that is free: what states of a streamed model take of it at most."""
+"""Of the memory that is free: what states of a streamed model, or sums that wait, take of it at most."""
 
 
 def count_state_room() -> float:
     """Bytes of memory that they may take now."""
     return SHARE * count_free()
+
+
+def has_room(size: int) -> bool:
+    """Whether so many bytes are to be held beside a streamed model, rather than to lie on disk."""
+    return size <= count_state_room()
 
 
 def hold_states(model: Any, windows: Sequence[int], make: Callable[[int], Tensor]) -> States:
@@ -33,7 +38,7 @@ def hold_states(model: Any, windows: Sequence[int], make: Callable[[int], Tensor
     if not windows:
         return {}
     first, stream = make(windows[0]).cpu(), find_stream(model)
-    if stream is None or len(windows) * first.nbytes <= count_state_room():
+    if stream is None or has_room(len(windows) * first.nbytes):
         return {window: make(window).cpu() if i else first for i, window in enumerate(windows)}
     made = ((f"{window}", make(window) if i else first) for i, window in enumerate(windows))
     return _StatesOnDisk(map_tensors(made, stream.scratch, "states between blocks"))

@@ -50,16 +50,34 @@ class Wanted(NamedTuple):
     """Of each layer's tokens, (windows, T): then x x^T is of every layer for itself, and x^2 summed, too."""
 
 
+class Spare:
+    """Second moments that were added to others, whose memory those to come take: of a system that clears what it hands
+    out page by page large ones come no faster than they are summed."""
+
+    def __init__(self) -> None:
+        self._given: dict[int, list[Tensor]] = {}
+
+    def give(self, tensor: Tensor) -> None:
+        """Of any sums; nobody else holds it."""
+        if tensor.dim() == 2:
+            self._given.setdefault(len(tensor), []).append(tensor)
+
+    def take(self, width: int, device: torch.device) -> Tensor:
+        """Zeros, (I, I), fp32, on the device that all are on."""
+        given = self._given.get(width)
+        return given.pop().zero_() if given else torch.zeros((width, width), device=device)
+
+
 class MomentSums:
     """Sums over the windows of a shard: `A/LAYER`, `a/LAYER` and `n/LAYER`, as `Walks.moments` has them."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Wanted, spare: Spare) -> None:
         self.sums: Sums = {}
         self.window = -1
         """Which one runs."""
         self.share = 1.0
         """What it counts."""
-        self._wanted, self._readers = wanted, Readers(wanted.group)
+        self._wanted, self._readers, self._spare = wanted, Readers(wanted.group), spare
 
     def see(self, layer: Layer, x_TI: Tensor) -> None:
         """Add what a layer reads. Raises StageOver behind the last one."""
@@ -77,7 +95,8 @@ class MomentSums:
         if self.share != 1:
             x_TI = x_TI.float() * math.sqrt(self.share)
         if name not in sums:
-            sums[name] = torch.zeros((width, width) if full else width, device=x_TI.device)
+            device = x_TI.device
+            sums[name] = self._spare.take(width, device) if full else torch.zeros(width, device=device)
         if full:
             add_second_moment(sums[name], x_TI)
         else:

@@ -74,15 +74,23 @@ class Aside(Protocol):
         ...
 
 
-def sum_node(node: Span, leaf: Callable[[int], Sums], aside: Callable[[Sums], Aside] | None = None) -> Sums:
-    """The sum of a node of the tree, from those of its shards; with `aside` sums wait so for those of several more."""
+def sum_node(
+    node: Span,
+    leaf: Callable[[int], Sums],
+    aside: Callable[[Sums], Aside] | None = None,
+    give: Callable[[Tensor], None] = lambda tensor: None,
+) -> Sums:
+    """The sum of a node of the tree, from those of its shards; with `aside` sums wait so for those of several more.
+
+    `give` is told of tensors that were added to others, whose memory nobody needs.
+    """
     if node[1] - node[0] == 1:
         return leaf(node[0])
     left, right = _halves(node)
     if aside and right[1] - right[0] > 1:  # of two shards alone it is not worth it: what is added to takes as much
-        waiting = aside(sum_node(left, leaf, aside))
-        return waiting.add(sum_node(right, leaf, aside))
-    return _add(sum_node(left, leaf, aside), sum_node(right, leaf, aside))
+        waiting = aside(sum_node(left, leaf, aside, give))
+        return waiting.add(sum_node(right, leaf, aside, give))
+    return _add(sum_node(left, leaf, aside, give), sum_node(right, leaf, aside, give), give)
 
 
 def join_nodes(tree: Span, known: Mapping[Span, Sums]) -> Sums:
@@ -104,10 +112,11 @@ def add_count(sums: Sums, name: str, *rows: Tensor) -> None:
     sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + sum(map(len, rows))
 
 
-def _add(left: Sums, right: Sums) -> Sums:
+def _add(left: Sums, right: Sums, give: Callable[[Tensor], None] = lambda tensor: None) -> Sums:
     for name, value in right.items():
         if name in left:
             left[name] += value
+            give(value)
         else:
             left[name] = value
     return left

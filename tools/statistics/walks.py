@@ -27,7 +27,7 @@ from tools.models.streamed import find_stream
 from tools.models.window_states import hold_states
 from tools.statistics.flow import add_curve, sum_gradients
 from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
-from tools.statistics.moments import MomentSums, Readers, StageOver, Wanted, list_stages
+from tools.statistics.moments import MomentSums, Readers, Spare, StageOver, Wanted, list_stages
 from tools.statistics.passage import KeptPassages, Passage, Passages
 from tools.statistics.pruned import parts_of_mask
 from tools.statistics.shards import Aside, Span, Sums, cut_shards, list_nodes, sum_node
@@ -119,8 +119,12 @@ class Walks:
         last = names[-1] if names and not any(layer.pool for layer in layers) else ""
         wanted = Wanted(full, group, last, weights)
         aside = partial(Waiting, scratch=self.scratch) if self._away else None
-        passes = purpose != "pruning"
-        nodes = self._sum(span, lambda shard: self._sum_moments(way, block, shard, layers, wanted, passes), aside)
+        passes, spare = purpose != "pruning", Spare()
+
+        def leaf(shard: int) -> Sums:
+            return self._sum_moments(way, block, shard, layers, MomentSums(wanted, spare), passes)
+
+        nodes = self._sum(span, leaf, aside, spare.give)
         if passes:
             way.up = block + 1
         return nodes, group
@@ -242,10 +246,9 @@ class Walks:
         return run_apart(layer.module for layer in self.grouped[block])
 
     def _sum_moments(
-        self, way: Passage, block: int, shard: int, layers: Sequence[Layer], wanted: Wanted, passes: bool
+        self, way: Passage, block: int, shard: int, layers: Sequence[Layer], taken: MomentSums, passes: bool
     ) -> Sums:
         """Of a shard whose windows then stand behind the block, where it `passes` that."""
-        taken = MomentSums(wanted)
         with tapped(layers, taken.see):
             for window in self._list_windows(shard):
                 taken.window, taken.share = window, self._find_share(window)
@@ -357,8 +360,14 @@ class Walks:
             add_curve(layer, {shard: seen.pairs[shard][layer.name] for shard in leaves}, parts[layer.name], leaves)
         return self._sum(span, leaves.__getitem__)
 
-    def _sum(self, span: Span, leaf: Callable[[int], Sums], aside: Callable[[Sums], Aside] | None = None) -> Nodes:
-        return [(node, sum_node(node, leaf, aside)) for node in list_nodes((0, len(self.shards)), span)]
+    def _sum(
+        self,
+        span: Span,
+        leaf: Callable[[int], Sums],
+        aside: Callable[[Sums], Aside] | None = None,
+        give: Callable[[Tensor], None] = lambda tensor: None,
+    ) -> Nodes:
+        return [(node, sum_node(node, leaf, aside, give)) for node in list_nodes((0, len(self.shards)), span)]
 
 
 def layers_by_block(layers: Iterable[Layer], count: int) -> list[list[Layer]]:

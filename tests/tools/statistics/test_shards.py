@@ -3,8 +3,10 @@
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -66,10 +68,10 @@ def test_the_sum_is_the_same_bits_however_many_share_it(shards: int, workers: in
                 yield node, sum_node(node, leaf)
 
     alone, shared = sum_node((0, shards), leaf), join_nodes((0, shards), dict(nodes()))
-    with TemporaryDirectory() as scratch:
-        aside = sum_node((0, shards), leaf, partial(Waiting, scratch=Path(scratch)))
+    with TemporaryDirectory() as scratch, patch("tools.statistics.waiting.has_room", side_effect=cycle([True, False])):
+        aside = [sum_node((0, shards), leaf, partial(Waiting, scratch=Path(scratch))) for _ in range(2)]
         assert list(Path(scratch).iterdir()) == []
-    for found in (shared, aside):
+    for found in (shared, *aside):
         assert list(alone) == list(found)
         assert all(torch.equal(alone[name], found[name]) for name in alone)
 
@@ -88,7 +90,7 @@ def test_few_nodes_make_up_a_span() -> None:
 @given(st.integers(1, SHARDS), st.integers(1, 12))
 def test_how_many_sums_are_held_at_once(shards: int, workers: int) -> None:
     check_held(shards, workers, None)
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, patch("tools.statistics.waiting.has_room", return_value=False):
         check_held(shards, workers, partial(Waiting, scratch=Path(scratch)))
 
 
