@@ -55,16 +55,16 @@ class Spare:
     out page by page large ones come no faster than they are summed."""
 
     def __init__(self) -> None:
-        self._given: dict[int, list[Tensor]] = {}
+        self._given: dict[tuple[int, torch.device], list[Tensor]] = {}
 
     def give(self, tensor: Tensor) -> None:
         """Of any sums; nobody else holds it."""
         if tensor.dim() == 2:
-            self._given.setdefault(len(tensor), []).append(tensor)
+            self._given.setdefault((len(tensor), tensor.device), []).append(tensor)
 
     def take(self, width: int, device: torch.device) -> Tensor:
-        """Zeros, (I, I), fp32, on the device that all are on."""
-        given = self._given.get(width)
+        """Zeros, (I, I), fp32."""
+        given = self._given.get((width, device))
         return given.pop().zero_() if given else torch.zeros((width, width), device=device)
 
 
