@@ -132,7 +132,7 @@ def test_recipes_are_compared_by_each_text(tiny_llama: Path, tmp_path: Path, no_
     told = known.rows[0].texts[0]
     assert f"(code KL {told.kl:.4f} ± {told.kl_error:.4f}, perplexity {told.perplexity:.2f}; prose KL " in lines[1]
     table = (tmp_path / "out" / "compare.md").read_text()
-    assert "| perplexity | × SparseGPT | KL | KL code | KL prose | prune s |" in table
+    assert "| perplexity | × SparseGPT | KL | KL code | KL prose | behind the first | prune s |" in table
     assert (
         f"192 tokens of each of code (`{texts['text']['code']}`, weight 3), prose (`{texts['text']['prose']}`" in table
     )
