@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,6 +30,7 @@ from accelerate.utils import send_to_device
 from filelock import FileLock
 from torch import nn
 
+from tools.base.errors import UserError
 from tools.base.files import write_directory
 from tools.base.made import hash_once
 from tools.models.layers import STREAMED, find_blocks
@@ -391,14 +393,20 @@ def convert_once(source: Path, dtype: str, convert: Callable[[Path], None]) -> P
     """A directory of safetensors that a file was converted to, by `convert(DIRECTORY)` in a process of its own.
 
     It is made the first time, and kept for all that come; whoever comes meanwhile waits. Raises whatever `convert`
-    raises, which must be a function that another process can be handed.
+    raises, which must be a function that another process can be handed; UserError where that is killed.
     """
     directory = name_conversion(source, dtype)
     directory.parent.mkdir(parents=True, exist_ok=True)
 
     def make(aside: Path) -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
-            other.submit(convert, aside).result()
+            try:
+                other.submit(convert, aside).result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"the process that converts {source.name} was killed, most likely because memory was short; "
+                    "it takes some more, once, for what it makes is kept"
+                ) from error
 
     with FileLock(f"{directory}.lock"):
         if not (directory / "config.json").is_file():

@@ -93,11 +93,14 @@ def drop_blocks(
 
 @torch.no_grad()
 def pass_on_without_weights(blocks: Blocks, ids_T: Tensor) -> bool:
-    """Whether the first block passes on what it reads where all its linear layers give nothing.
+    """Whether the first block passes on what it reads where all its linear layers give nothing, and the others compute
+    the same without it.
 
     It does not where a norm stands behind the sum (OPT-350M, GPT-1), or has a bias: there a block of zeros is another
-    model than one without it.
+    model than one without it. Nor do the others where attention is scaled by a block's number, as GPT-2's may be.
     """
+    if getattr(blocks.model.config, "scale_attn_by_inverse_layer_idx", False):
+        return False
     states_N = blocks.embed(ids_T)
     with ExitStack() as undo:
         for layer in find_layers(blocks.model):

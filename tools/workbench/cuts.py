@@ -102,7 +102,7 @@ class Cuts:
             if not any(every):
                 raise UserError(
                     f"the target cannot be met: whole blocks must go for it, and of {type(self._model).__name__} none "
-                    "can, for what they add is scaled with all before it; ask for less"
+                    "can, for the model without one is another than with one of zeros; ask for less"
                 )
         most = find_most(every)
         curves = self._measure_curves(most, progress)

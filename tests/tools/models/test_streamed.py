@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -185,6 +187,23 @@ def test_weights_lie_in_the_cache_where_no_directory_is_given(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     assert find_stream(load_model(tiny_settings(tiny_llama, device="stream"))[0])
     assert [path.name for path in tmp_path.iterdir()] == ["billhook"]
+
+
+def be_killed(aside: Path) -> None:
+    """As by a system whose memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_conversion_that_is_killed_says_why_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"weights")
+    with pytest.raises(
+        UserError, match=r"^the process that converts model\.gguf was killed, most likely because memory"
+    ):
+        convert_once(tmp_path / "model.gguf", "bf16", be_killed)
+    assert [path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()] in ([], [".lock"])
 
 
 def test_who_comes_while_a_file_is_converted_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,3 +138,8 @@ def test_a_norm_behind_the_sum_does_not_let_it() -> None:
     before = compute_logits(model)
     assert not pass_on_without_weights(Blocks(model), IDS[0])
     assert torch.equal(compute_logits(model), before), "no hook is left"
+
+
+def test_attention_that_is_scaled_by_the_number_of_its_block_does_not_let_it() -> None:
+    model = make_model(make_config("gpt2", scale_attn_by_inverse_layer_idx=True))
+    assert not pass_on_without_weights(Blocks(model), IDS[0])
