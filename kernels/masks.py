@@ -31,16 +31,17 @@ def kth_smallest(ranks_RN: Tensor, k: int) -> Tensor:
     return torch.kthvalue(ranks_RN, k, dim=1).values
 
 
-def kth_smallest_each(ranks_N: Tensor, counts: Sequence[int]) -> list[int]:
+def kth_smallest_each(ranks_N: Tensor, counts: Sequence[int]) -> Tensor:
     """The k-th smallest of ranks that are at least 0, for each k of `counts`; -1, which none is below, for 0."""
     if ranks_N.device.type != "cpu" or choose_kernel(ranks_N.device) == "triton":
-        return [int(kth_smallest(ranks_N[None], k)[0]) if k else -1 for k in counts]
+        none = ranks_N.new_tensor(-1)
+        return torch.stack([kth_smallest(ranks_N[None], k)[0] if k else none for k in counts])
     # the k smallest stand first once they are found, and those of any lower k are among them
     held_N, end, found = ranks_N.numpy().copy(), len(ranks_N), {0: -1}
     for k in sorted({*counts} - {0}, reverse=True):
         held_N[:end].partition(k - 1)
         found[k], end = int(held_N[k - 1]), k
-    return [found[k] for k in counts]
+    return ranks_N.new_tensor([found[k] for k in counts])
 
 
 def keep_highest(score_OI: Tensor, dead_OI: Tensor, zeros: int) -> Tensor:

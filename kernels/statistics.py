@@ -79,9 +79,9 @@ def level_of_each_weight(score_OI: Tensor, dead_OI: Tensor, zeros: list[int]) ->
     ranks_N = order_preserving_ints(score_OI, dead_OI).flatten()
     thresholds = kth_smallest_each(ranks_N, [min(count, ranks_N.numel()) for count in zeros])
     if ranks_N.device.type != "cpu":
-        return torch.bucketize(ranks_N, ranks_N.new_tensor(thresholds)).to(torch.uint8).reshape(score_OI.shape)
+        return torch.bucketize(ranks_N, thresholds).to(torch.uint8).reshape(score_OI.shape)
     level_N, above_N = np.zeros(ranks_N.numel(), np.uint8), np.empty(ranks_N.numel(), np.bool_)
-    for threshold in thresholds:  # seven times as fast as torch.bucketize on one thread
+    for threshold in thresholds.tolist():  # seven times as fast as torch.bucketize on one thread
         level_N += np.greater(ranks_N.numpy(), threshold, out=above_N).view(np.uint8)
     return torch.from_numpy(level_N).reshape(score_OI.shape)
 

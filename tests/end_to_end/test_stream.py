@@ -94,7 +94,7 @@ def test_killed_and_resumed_without_room_for_second_moments_of_more_than_a_block
     disk = ("--disk", str(sum(line.bytes for line in lines) / 1e9))
     halt = Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 10)
     assert fork(tmp_path, *flags, *STREAM, *disk, halt=halt).finish().code == -signal.SIGKILL
-    monkeypatch.setattr("tools.models.window_states.SHARE", 0.0)
+    monkeypatch.setattr("tools.base.memory.SHARE", 0.0)
     assert command("--resume", "run").code == 0
     run = tmp_path / "runs" / "run"
     assert "second moments are not kept, which takes " in (run / "events.jsonl").read_text()

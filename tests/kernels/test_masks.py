@@ -137,5 +137,6 @@ def test_kth_smallest(rows: list[list[int]], k: int) -> None:
     before = ranks.clone()
     assert kth_smallest(ranks, k).tolist() == [sorted(row)[k - 1] for row in rows]
     counts = [len(rows[0]), 0, k, 1, k]
-    assert kth_smallest_each(ranks[0], counts) == [sorted(rows[0])[each - 1] if each else -1 for each in counts]
+    expected = [sorted(rows[0])[each - 1] if each else -1 for each in counts]
+    assert kth_smallest_each(ranks[0], counts).tolist() == expected
     assert torch.equal(ranks, before)  # numpy's partition works on a copy

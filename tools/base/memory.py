@@ -13,6 +13,20 @@ OWN = Path("/proc/self/cgroup")
 """Where it tells which ones this process is in."""
 
 
+SHARE = 0.25
+"""Of the memory that is free: what may be held of it that could as well lie on disk."""
+
+
+def count_room() -> float:
+    """Bytes of memory for what could as well lie on disk, as what passes between the blocks of a streamed model."""
+    return SHARE * count_free()
+
+
+def has_room(size: int) -> bool:
+    """Whether so many bytes of it are to be held."""
+    return size <= count_room()
+
+
 def count_free() -> int:
     """Bytes of memory that a process may still take: pages of files that are only kept make room where that is told."""
     told = Path("/proc/meminfo")

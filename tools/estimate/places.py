@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tools.base.errors import ImpossiblePlan, UserError
-from tools.base.memory import count_free
+from tools.base.memory import count_free, count_room
 from tools.base.settings import TeamSettings
 from tools.estimate.beside import list_phases_beside
 from tools.estimate.block import Counts, build_empty, count_block, read_lead, read_source
@@ -36,7 +36,6 @@ from tools.models.layers import Layer, Reach, find_layers, measure_reach, refuse
 from tools.models.load import FITS, choose_device, count_models, fits, is_settled, pick_device
 from tools.models.positions import refuse_long_windows
 from tools.models.streamed import StreamSizes, measure_stream
-from tools.models.window_states import count_state_room
 from tools.plans.methods import LEVERS
 from tools.plans.polish import Schedule, schedule_polish
 from tools.statistics.shards import count_waiting
@@ -181,7 +180,7 @@ def gather_facts(run: Run, place: Place, counts: Counts, course: Course, cutting
     methods = {*([] if cutting else LEVERS), *(recipe.method for recipe, _ in course.pruned)}
     held = count_layer(forms, run.layers[0].weight_OI.dtype, methods)
     shape = measure_shape(run.model, run.layers, counts.routed)
-    room = math.inf if place.told else count_state_room()
+    room = math.inf if place.told else count_room()
     return Facts(shape, counts, held, measure_process(), run.reading, place.device, room)
 
 

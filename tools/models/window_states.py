@@ -6,34 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.base.memory import count_free
+from tools.base.memory import has_room
 from tools.models.mapped import Mapped, map_tensors
 from tools.models.streamed import find_stream
 
 States = MutableMapping[int, Tensor]
 """By window, (1, T, D) each, on CPU."""
 
-SHARE = 0.25
-"""Of the memory that is free: what states of a streamed model, or sums that wait, take of it at most."""
-
-
-def count_state_room() -> float:
-    """Bytes of memory that they may take now."""
-    return SHARE * count_free()
-
-
-def has_room(size: int) -> bool:
-    """Whether so many bytes are to be held beside a streamed model, rather than to lie on disk."""
-    return size <= count_state_room()
-
 
 def hold_states(model: Any, windows: Sequence[int], make: Callable[[int], Tensor]) -> States:
     """The states of windows as `make` has them, of any device; others of their form may take their place.
 
-    Where the model is streamed and they come to more than their `SHARE`, they lie beside its weights in a file without
-    a name, and what is read of them leaves memory where there is no room. Bytes come back as they were. A state that
-    was taken is another once one was put in its place. Raises DiskFull, or another UserError in one line, where the
-    file cannot be written.
+    Where the model is streamed and has no room beside it for them (`has_room`), they lie beside its weights in a file
+    without a name, and what is read of them leaves memory where there is none left. Bytes come back as they were. A
+    state that was taken is another once one was put in its place. Raises DiskFull, or another UserError in one line,
+    where the file cannot be written.
     """
     if not windows:
         return {}

@@ -74,11 +74,15 @@ class Aside(Protocol):
         ...
 
 
+def forget(_tensor: Tensor) -> None:
+    """Let go of what was added to another."""
+
+
 def sum_node(
     node: Span,
     leaf: Callable[[int], Sums],
     aside: Callable[[Sums], Aside] | None = None,
-    give: Callable[[Tensor], None] = lambda tensor: None,
+    give: Callable[[Tensor], None] = forget,
 ) -> Sums:
     """The sum of a node of the tree, from those of its shards; with `aside` sums wait so for those of several more.
 
@@ -112,7 +116,7 @@ def add_count(sums: Sums, name: str, *rows: Tensor) -> None:
     sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + sum(map(len, rows))
 
 
-def _add(left: Sums, right: Sums, give: Callable[[Tensor], None] = lambda tensor: None) -> Sums:
+def _add(left: Sums, right: Sums, give: Callable[[Tensor], None] = forget) -> Sums:
     for name, value in right.items():
         if name in left:
             left[name] += value

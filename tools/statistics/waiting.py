@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tools.base.memory import has_room
 from tools.models.mapped import Mapped, map_tensors
-from tools.models.window_states import has_room
 from tools.statistics.shards import Sums
 
 

@@ -30,7 +30,7 @@ from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_nea
 from tools.statistics.moments import MomentSums, Readers, Spare, StageOver, Wanted, list_stages
 from tools.statistics.passage import KeptPassages, Passage, Passages
 from tools.statistics.pruned import parts_of_mask
-from tools.statistics.shards import Aside, Span, Sums, cut_shards, list_nodes, sum_node
+from tools.statistics.shards import Aside, Span, Sums, cut_shards, forget, list_nodes, sum_node
 from tools.statistics.taps import tapped
 from tools.statistics.waiting import Waiting
 from tools.statistics.walk import Purpose, Walk
@@ -365,7 +365,7 @@ class Walks:
         span: Span,
         leaf: Callable[[int], Sums],
         aside: Callable[[Sums], Aside] | None = None,
-        give: Callable[[Tensor], None] = lambda tensor: None,
+        give: Callable[[Tensor], None] = forget,
     ) -> Nodes:
         return [(node, sum_node(node, leaf, aside, give)) for node in list_nodes((0, len(self.shards)), span)]
 

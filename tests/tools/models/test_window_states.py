@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import tools.base.memory
 import tools.models.window_states
 from tools.base.errors import UserError
 from tools.models.window_states import hold_states, stack_states
@@ -20,7 +21,7 @@ def make_states(tokens: int, dtype: torch.dtype = torch.bfloat16) -> dict[int, t
 def stream_to(monkeypatch: pytest.MonkeyPatch, scratch: Path, free: int) -> None:
     """Every model is a streamed one, on a machine with so much memory."""
     monkeypatch.setattr(tools.models.window_states, "find_stream", lambda model: SimpleNamespace(scratch=scratch))
-    monkeypatch.setattr(tools.models.window_states, "count_free", lambda: free)
+    monkeypatch.setattr(tools.base.memory, "count_free", lambda: free)
 
 
 @pytest.mark.parametrize(("tokens", "dtype"), [(7, torch.bfloat16), (16, torch.float32), (1, torch.float16)])
@@ -58,7 +59,7 @@ def test_they_are_held_up_to_a_quarter_of_the_memory(tmp_path: Path, monkeypatch
 
 
 def test_a_model_that_is_held_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools.models.window_states, "count_free", lambda: 0)
+    monkeypatch.setattr(tools.base.memory, "count_free", lambda: 0)
     states = make_states(4)
     model: Any = SimpleNamespace()
     assert isinstance(hold_states(model, [*states], states.__getitem__), dict)

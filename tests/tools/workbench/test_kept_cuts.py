@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+import tools.base.memory
 import tools.models.unfinished
-import tools.models.window_states
 from tests.benches import damage, ignore, open_bench, same, snapshot
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.progress import Progress, Stopped, stop_at
@@ -158,7 +158,7 @@ def test_a_cut_is_fitted_on_from_the_block_that_it_had_come_to(
     parts, profile = measure(bench), bench.profile_bare(ignore)
     expected, made = bench.prune(profile, order(bench, parts, dropped), ignore), snapshot(bench)
 
-    monkeypatch.setattr(tools.models.window_states, "SHARE", 0.0)  # what passes between the blocks lies on disk
+    monkeypatch.setattr(tools.base.memory, "SHARE", 0.0)  # what passes between the blocks lies on disk
     bench = reopen("killed")
     assert measure(bench) == parts
     with pytest.raises(Killed):

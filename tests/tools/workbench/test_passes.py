@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+import tools.base.memory
 import tools.models.unfinished
-import tools.models.window_states
 import tools.statistics.kept_passages
 import tools.workbench.layer_pruning
 from tests.benches import SEQUENTIAL, damage, ignore, open_bench, plan, prune
@@ -77,7 +77,7 @@ def test_it_goes_on_before_the_block_that_it_had_come_to(
     expected = evaluate(bench, prune(bench, whole, 0.5), whole)
 
     if not workers:  # what passes between the blocks lies on disk
-        monkeypatch.setattr(tools.models.window_states, "SHARE", 0.0)
+        monkeypatch.setattr(tools.base.memory, "SHARE", 0.0)
     bench = open_bench(settings, tmp_path / "killed")
     with pytest.raises(Killed):
         bench.profile(die_before(1, "dense validation"))
@@ -162,7 +162,7 @@ def test_a_walk_goes_on_at_the_block_that_it_had_come_to(
     assert list_passed(bench) == [], "all that was kept of a walk went with it"
 
     if not workers:  # what passes between the blocks lies on disk
-        monkeypatch.setattr(tools.models.window_states, "SHARE", 0.0)
+        monkeypatch.setattr(tools.base.memory, "SHARE", 0.0)
     bench = open_bench(settings, tmp_path / "killed")
     with pytest.raises(Killed):
         bench.profile(die_before(2, label))
