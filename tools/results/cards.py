@@ -10,7 +10,7 @@ from tools.base.names import hide_directories, hide_path, is_hub_id, parse_hub
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import escape
 from tools.results.schema import Summary
-from tools.results.sentences import describe_result, name_cut, name_sparsity
+from tools.results.sentences import describe_result, name_share, name_sparsity
 from tools.results.structure import HEADS, Structure, list_rows, name_removed
 from tools.results.tables import list_benchmarks, list_goal, list_perplexities, list_table, list_texts
 
@@ -66,18 +66,17 @@ def _tell_file(summary: Summary) -> str:
 
 def _name_done(summary: Summary) -> str:
     """What was done to the model, in the title's words."""
-    if summary.cut:
-        return name_cut(summary.cut)
-    if summary.asked != "sparsity":
-        return "not cut"
-    return f"{f'{name_cut(summary.origin.cut)} and ' if summary.origin else ''}pruned to {name_sparsity(summary)}"
+    cut, origin = summary.cut, summary.origin
+    done = [name_share((origin.share if origin else 1) * (cut.share if cut else 1))] if cut or origin else []
+    done += [f"pruned to {name_sparsity(summary)}"] if summary.asked == "sparsity" else []
+    return " and ".join(done) or "not cut"
 
 
 def _name_kinds(summary: Summary) -> list[str]:
-    """What a model is called of which parts are gone, or weights, or both."""
-    if summary.cut:
-        return ["structured"]
-    return ["structured", "sparse"] if summary.origin else ["sparse"]
+    """What a model is called of which parts are gone, or weights, or both; nothing of which nothing is."""
+    kinds = ["structured"] if summary.cut or summary.origin else []
+    kinds += ["sparse"] if summary.asked == "sparsity" else []
+    return ["pruned", *kinds] if kinds else []
 
 
 def _find_base(summary: Summary) -> str:
@@ -130,7 +129,7 @@ def _card_data(summary: Summary, settings: WorkbenchSettings) -> "ModelCardData"
         datasets=named or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", *_name_kinds(summary), "billhook"],
+        tags=[*_name_kinds(summary), "billhook"],
         model_name=f"{name}-pruned",
         eval_results=found or None,
     )

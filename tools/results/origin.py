@@ -20,8 +20,8 @@ def find_origin(model: str, protocol: Protocol, config: Mapping[str, Any]) -> Or
     """The run whose cut is in the directory `model`; None where it holds anything else. Raises BrokenSeal,
     UserError.
 
-    `protocol` is that of perplexities which the one before the cut is told beside, and `config` what the run of these
-    was begun with.
+    Where that run went on from a cut of an earlier one, the model is that one's, and so on. `protocol` is that of
+    perplexities which the one before the cut is told beside, and `config` what the run of these was begun with.
     """
     directory = Path(model).parent
     summary = read_summary(directory) if Path(model).name == "model" else None
@@ -29,9 +29,12 @@ def find_origin(model: str, protocol: Protocol, config: Mapping[str, Any]) -> Or
         return None
     before, now = (FORMER | dict(values) for values in (read_config_values(directory), config))
     alike = summary.protocol == protocol and all(before.get(name) == now.get(name) for name in CUT_BY)
+    earlier = summary.origin
+    perplexity = earlier.perplexity if earlier else summary.perplexity.dense
     return Origin(
         run=summary.run,
-        model=summary.model,
+        model=earlier.model if earlier else summary.model,
         cut=summary.cut,
-        perplexity=summary.perplexity.dense if alike else None,
+        left=earlier.share if earlier else 1.0,
+        perplexity=perplexity if alike else None,
     )

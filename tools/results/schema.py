@@ -242,12 +242,18 @@ class Origin(BaseModel):
     """The run that cut the dense model of another, and the model that it was cut from."""
 
     run: str
-    model: str
+    model: str = Field(description="Before that cut, and before the cuts of earlier runs that it went on from.")
     cut: CutResult
+    left: float = Field(1.0, description="Share of the model's bytes that the cuts of those earlier runs left.")
     perplexity: float | None = Field(
-        description="Of the model before the cut, on the same test text; null where that run measured on another, or "
+        description="Of that model, on the same test text; null where a run measured on another, or "
         "otherwise, or the loss was not finite."
     )
+
+    @property
+    def share(self) -> float:
+        """Of the model's bytes that stays after all cuts."""
+        return self.left * self.cut.share
 
 
 class Summary(BaseModel):

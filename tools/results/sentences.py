@@ -127,12 +127,17 @@ def describe_cut(cut: CutResult) -> str:
 def describe_origin(origin: Origin) -> str:
     """`The dense model was cut to 80% of its bytes before, by run x; test perplexity before that 26.44`."""
     before = "" if origin.perplexity is None else f"; test perplexity before that {show(origin.perplexity)}"
-    return f"The dense model was {name_cut(origin.cut)} before, by run {clean(origin.run)}{before}"
+    return f"The dense model was {name_share(origin.share)} before, by run {clean(origin.run)}{before}"
 
 
-def name_cut(cut: CutResult) -> str:
-    """`cut to 80% of its bytes`, of the whole model."""
-    return f"cut to {cut.share:.0%} of its bytes"
+def name_cut(cut: CutResult | None) -> str:
+    """`cut to 80% of its bytes`, of the whole model; `not cut` where no cut that was tried was kept."""
+    return name_share(cut.share) if cut else "not cut"
+
+
+def name_share(share: float) -> str:
+    """`cut to 80% of its bytes`."""
+    return f"cut to {share:.0%} of its bytes"
 
 
 def describe_finalists(finalists: Sequence[Finalist], kept: int | None) -> str:

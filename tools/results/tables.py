@@ -35,7 +35,8 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
     """`report.md`: the result, every trial with its reason, and the sparsity of every layer."""
     partly = describe_reach(summary.reach)
     title = f"pruned to {name_sparsity(summary)}" if partly else f"at {summary.achieved_sparsity:.2%} sparsity"
-    if summary.cut:
+    of_parts = summary.asked != "sparsity"
+    if of_parts:
         title = name_cut(summary.cut)
     lines = [
         f"# {summary.run}: {summary.model} {title}",
@@ -57,9 +58,9 @@ def write_report(summary: Summary, trials: list[dict[str, Any]], sparsity: dict[
         "",
         *_list_trials(trials, [text.name for text in summary.texts]),
         "",
-        "## Gone of each layer" if summary.cut else "## Sparsity by layer",
+        "## Gone of each layer" if of_parts else "## Sparsity by layer",
         "",
-        f"| layer | {'share' if summary.cut else 'sparsity'} |",
+        f"| layer | {'share' if of_parts else 'sparsity'} |",
         "|---|---|",
         *(f"| {escape(name)} | {value:.2%} |" for name, value in sparsity.items()),
         "",

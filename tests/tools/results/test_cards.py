@@ -92,4 +92,15 @@ def test_a_card_of_what_was_cut_and_then_pruned_tells_both() -> None:
     assert card.data.tags == ["pruned", "structured", "sparse", "billhook"]
     assert "Whole parts are gone, and zeros of what stays are stored as ordinary numbers: the file" in card.text
     assert read_card(tiny_settings("tiny"), asked="size", cut=CUT).data.tags == ["pruned", "structured", "billhook"]
+    assert read_card(tiny_settings("tiny"), asked="size", achieved_sparsity=0.0).data.tags == ["billhook"]
     assert read_card(tiny_settings("tiny")).data.tags == ["pruned", "sparse", "billhook"]
+
+
+def test_a_card_of_two_cuts_tells_what_is_left_of_the_first_model() -> None:
+    origin = {"run": "small", "model": "tiny", "cut": CUT, "perplexity": None}
+    twice = read_card(tiny_settings("runs/small/model"), asked="size", cut=CUT, origin=origin).text
+    assert (
+        "# tiny, cut to 66% of its bytes\n" in twice and "The dense model was cut to 81% of its bytes before" in twice
+    )
+    kept = read_card(tiny_settings("runs/small/model"), asked="size", achieved_sparsity=0.0, origin=origin)
+    assert "# tiny, cut to 81% of its bytes\n" in kept.text and kept.data.tags == ["pruned", "structured", "billhook"]

@@ -9,6 +9,7 @@ from graph.config import RunConfig
 from tests.made_runs import CUT, PROTOCOL, write_run
 from tools.base.seals import BrokenSeal, write_sealed
 from tools.results.origin import find_origin
+from tools.results.sentences import describe_origin
 
 CONFIG = RunConfig(model="tiny").model_dump(mode="json")
 
@@ -33,6 +34,19 @@ def test_the_run_that_cut_a_model_is_found_by_the_models_place(tmp_path: Path) -
     for change in ({"calibration_windows": 32}, {"validation": "file:x.txt"}, {"text": {"a": "pydoc"}}):
         behind = find_origin(str(run / "model"), PROTOCOL, CONFIG | change)
         assert behind is not None and behind.perplexity is None, "other windows of the same text"
+
+
+def test_a_cut_that_went_on_from_another_names_the_first_model(tmp_path: Path) -> None:
+    first, second = write_cut(tmp_path / "small"), write_cut(tmp_path / "smaller")
+    origin = find_origin(str(first / "model"), PROTOCOL, CONFIG)
+    assert origin is not None and (origin.model, origin.share) == ("tiny", 0.81)
+    summary = json.loads((second / "summary.json").read_text()) | {"model": str(first / "model")}
+    before = origin.model_copy(update={"perplexity": 19.5}).model_dump()
+    (second / "summary.json").write_text(json.dumps(summary | {"origin": before}))
+    both = find_origin(str(second / "model"), PROTOCOL, CONFIG)
+    assert both is not None and (both.run, both.model, both.perplexity) == ("smaller", "tiny", 19.5)
+    assert (both.left, both.share) == (0.81, 0.81 * 0.81)
+    assert describe_origin(both).startswith("The dense model was cut to 66% of its bytes before, by run smaller; ")
 
 
 def test_any_other_model_has_none(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def test_a_report_of_a_cut_tells_no_zeros(tmp_path: Path) -> None:
     lines = read_report(run)
     assert lines[0] == "# demo: tiny cut to 81% of its bytes"
     assert "## Gone of each layer" in lines and "| layer | share |" in lines
+    end_run(run, asked="size", cut=None, achieved_sparsity=0.0)
+    lines = read_report(run)
+    assert lines[0] == "# demo: tiny not cut" and "## Gone of each layer" in lines
 
 
 def test_what_was_asked_has_its_tables(tmp_path: Path) -> None:
