@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import transformers
 
+from tests.rows import write_questions
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.progress import ignore_progress
 from tools.measure.losses import evaluate_windows
+from tools.measure.recall import compare_recall, encode_questions, measure_recall
 from tools.structure import main
 from tools.surgery.parts import count_weights
 from tools.texts.windows import cut_windows
@@ -141,6 +143,30 @@ def test_as_much_of_the_whole_model_stays_as_asked(
     assert loaded.num_parameters() == 25_760 - gone
     assert abs(gone - (1 - size) * 25_760) <= 2 * 96 * 8 / 2, "no further away than half of eight neurons of each block"
     assert f"{1 - gone / 25_760:.2%} of the model stays (asked for {size:.2%}); " in capsys.readouterr().out
+
+
+def test_it_tells_how_much_of_the_answers_is_kept(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_questions(tmp_path / "q.jsonl", 24)
+    asked = ["--questions", source, "--question-pairs", "8"]
+    assert main(["--out", str(tmp_path / "cut"), *describe(tiny_llama), *asked]) == 0
+    kept = json.loads((tmp_path / "cut" / "structure.json").read_text())["knowledge"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    settings = tiny_settings(tiny_llama, window=64, questions=source, question_pairs=8)
+    recalls = []
+    for directory in (tiny_llama, tmp_path / "cut" / "model"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        pairs = encode_questions(settings, model, tokenizer)["validation"]
+        recalls.append(measure_recall(model, pairs, "", ignore_progress))
+    found = compare_recall(recalls[1], recalls[0])
+    assert found is not None and (kept["source"], kept["pairs"]) == (source, 8)
+    assert (kept["share"], kept["error"]) == pytest.approx((found.share, found.error), rel=1e-5)
+    told = f"{kept['share']:.1%} ± {kept['error']:.1%}"
+    card = (tmp_path / "cut" / "model" / "README.md").read_text()
+    assert "answers kept, of 8" in capsys.readouterr().out
+    assert f"| answers kept, of 8 |  | {kept['without_refit']:.1%} | {told} |" in card
+    assert card.rstrip().endswith("per token, on 8 questions of `file:q.jsonl`.") and str(tmp_path) not in card
 
 
 def test_text_that_the_model_wrote(tiny_llama: Path, tmp_path: Path) -> None:

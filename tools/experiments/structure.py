@@ -11,6 +11,7 @@ from tools.base.files import refuse_unwritable, write_json, write_text
 from tools.base.progress import Progress
 from tools.base.settings import CutSettings, WorkbenchSettings
 from tools.measure.losses import evaluate_windows
+from tools.measure.recall import EncodedPair, compare_recall, encode_questions, measure_recall
 from tools.measure.speeds import measure_speeds
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.layers import find_layers, measure_reach, refuse_small_reach
@@ -21,7 +22,7 @@ from tools.models.save import export_model
 from tools.results.cards import write_structure_card
 from tools.results.losses import Evaluation
 from tools.results.schema import describe_protocol
-from tools.results.structure import Figures, Structure
+from tools.results.structure import Figures, Kept, Structure
 from tools.surgery.choose import choose_cut
 from tools.surgery.parts import convert_size, count_weights, refuse_apart, without_fits
 from tools.surgery.rebuild import build_cut, check_cut
@@ -108,6 +109,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     windows = cut_windows(settings, tokenizer, Author(dense, tokenizer, settings, index, step))
     calibration, validation = windows.calibration.to(dense.device), windows.validation.to(dense.device)
     check_readout(dense, calibration[0])
+    pairs = encode_questions(settings, dense, tokenizer).get("validation", [])
     check_blocks(Blocks(dense), calibration[0])
     remove = find_removed(dense, settings)
     choose = choose_by_curves if kinds == PARTS else partial(choose_cut, kinds=kinds)
@@ -138,6 +140,7 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
         perplexity_without_refit=plain_losses.perplexity,
         kl_without_refit=plain_losses.mean_kl,
         kl=losses.mean_kl,
+        knowledge=_ask([dense, plain, model], pairs, settings.questions, step) if pairs else None,
         protocol=describe_protocol(settings, "validation", bos=windows.lead > 0),
     )
     export_model(model, tokenizer, directory / "model", write_structure_card(result))
@@ -145,6 +148,22 @@ def cut_model(settings: StructureSettings, step: Progress) -> Structure:
     write_text(directory / "model" / "README.md", write_structure_card(result))
     write_json(directory / "structure.json", result.model_dump())
     return result
+
+
+def _ask(models: list[Any], pairs: list[EncodedPair], source: str, step: Progress) -> Kept:
+    """What the dense model knows of the questions, and what the cut one does without and with its fits."""
+    labels = ("dense", "cut without refit", "cut with refit")
+    dense, plain, cut = (
+        measure_recall(model, pairs, f"questions, {label}", step) for model, label in zip(models, labels, strict=True)
+    )
+    before, after = compare_recall(plain, dense), compare_recall(cut, dense)
+    return Kept(
+        source=source,
+        pairs=len(pairs),
+        without_refit=before.share if before else None,
+        share=after.share if after else None,
+        error=after.error if after else None,
+    )
 
 
 def _figures(model: Any, evaluation: Evaluation, speed: tuple[float, float]) -> Figures:

@@ -15,11 +15,13 @@ import torch
 from pydantic import BaseModel, Field
 
 from tools.base.progress import Progress, heed_stop
+from tools.base.settings import Split, WorkbenchSettings
 from tools.measure.continuations import continue_rows
 from tools.measure.tasks.freebaseqa import normalize
+from tools.models.positions import refuse_long_question
 from tools.models.readout import CHUNK, compute_hidden, compute_logits
 from tools.results.losses import MOST_NATS
-from tools.texts.questions import QUESTION_FORM, Question
+from tools.texts.questions import QUESTION_FORM, Question, split_questions
 from tools.texts.windows import find_bos
 
 BATCH = 16
@@ -60,6 +62,21 @@ class Retention(NamedTuple):
     """exp of the mean paired difference: the geometric mean of p(model)/p(dense) per token of the gold answers."""
     error: float
     """Standard error of the share, over questions."""
+
+
+def encode_questions(settings: WorkbenchSettings, model: Any, tokenizer: Any) -> dict[Split, list[EncodedPair]]:
+    """The questions of each split; empty where none are asked. Raises UserError for one that the model cannot have."""
+    if not settings.questions:
+        return {}
+    parts = split_questions(settings.questions, settings.question_pairs, settings.text_cut)
+
+    def encode(questions: Sequence[Question]) -> list[EncodedPair]:
+        pairs = encode_pairs(questions, tokenizer)
+        for question, pair in zip(questions, pairs, strict=True):
+            refuse_long_question(model, question.question, len(pair.ids))
+        return pairs
+
+    return {"validation": encode(parts.validation), "test": encode(parts.test)}
 
 
 def encode_pairs(questions: Sequence[Question], tokenizer: Any) -> list[EncodedPair]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from tools.base.names import hide_directories, hide_path, is_hub_id, parse_hub
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import escape
-from tools.results.schema import Summary
+from tools.results.schema import ANSWERS_KEPT, Summary
 from tools.results.sentences import describe_result, name_share, name_sparsity
-from tools.results.structure import HEADS, Structure, list_rows, name_removed
+from tools.results.structure import HEADS, Kept, Structure, list_rows, name_removed
 from tools.results.tables import list_benchmarks, list_goal, list_perplexities, list_table, list_texts
 
 if TYPE_CHECKING:
@@ -150,8 +150,13 @@ def write_structure_card(result: Structure) -> str:
             "",
             f"Perplexity was measured on `{hide_directories(protocol.text)}` ({protocol.tokens} tokens, "
             f"{protocol.windows}, {protocol.dtype}).",
+            *(_tell_kept(result.knowledge) if result.knowledge else []),
         ],
     )
+
+
+def _tell_kept(kept: Kept) -> list[str]:
+    return ["", f"{ANSWERS_KEPT}, on {kept.pairs} questions of `{hide_path(kept.source)}`."]
 
 
 def write_packed_card(words: str, described: str, *, rounded: bool = False) -> str:

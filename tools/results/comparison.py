@@ -20,7 +20,7 @@ from tools.plans.methods import Statistics, translate_label
 from tools.results.losses import Evaluation, compare_kl, compare_perplexity
 from tools.results.paper import Measured, describe_tasks
 from tools.results.polish_curve import list_curves, plot_curves
-from tools.results.schema import Polished, Protocol, Reach, Score, TextFigures, describe_bos, describe_cut
+from tools.results.schema import ANSWERS_KEPT, Polished, Protocol, Reach, Score, TextFigures, describe_bos, describe_cut
 from tools.results.sentences import describe_polish, describe_reach, name_text, tell_share, tell_texts
 from tools.results.sparsity_curve import plot_sparsity
 from tools.results.tables import list_table
@@ -62,8 +62,7 @@ class Row(BaseModel):
     )
     fact_retention: float | None = Field(
         None,
-        description="Answer probability kept: exp of the mean change of the right answers' log-probability per token "
-        "beside the dense model; null without --questions, or where one was not finite.",
+        description=f"{ANSWERS_KEPT} beside the dense model; null without --questions, or where one was not finite.",
     )
     fact_error: float | None = Field(None, description="Its standard error over the questions.")
     scores: list[Score] = Field([], description="Tasks of lm-evaluation-harness, with --tasks.")
@@ -325,10 +324,7 @@ _EXPLAIN_SEARCH = (
     "`--evolution-tokens` cut it short, and it is no run of EvoPress's authors."
 )
 
-_EXPLAIN_FACTS = (
-    "Answer probability kept: exp of the mean change of the right answers' log-probability per token, on "
-    "{question_pairs} questions of `{questions}`."
-)
+_EXPLAIN_FACTS = ANSWERS_KEPT + ", on {question_pairs} questions of `{questions}`."
 
 
 def describe(known: Comparison) -> str:

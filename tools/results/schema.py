@@ -103,6 +103,10 @@ class Goal(BaseModel):
     )
 
 
+ANSWERS_KEPT = "Answer probability kept: exp of the mean change of the right answers' log-probability per token"
+"""How much of what a model knew of questions is left."""
+
+
 class Knowledge(BaseModel):
     """What a model still knows: log-probability of the right answers to questions that no plan was judged by."""
 

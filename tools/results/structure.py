@@ -17,6 +17,16 @@ class Figures(BaseModel):
     decoded_per_second: float = Field(description="Tokens a second of greedy decoding, one sequence; median.")
 
 
+class Kept(BaseModel):
+    """How much of what the dense model knew of questions is left (`ANSWERS_KEPT`)."""
+
+    source: str
+    pairs: int
+    without_refit: float | None = Field(description="Null where it was not finite, here and below.")
+    share: float | None = Field(description="After the refit.")
+    error: float | None = Field(description="The share's standard error over the questions.")
+
+
 class Structure(BaseModel):
     """`structure.json`."""
 
@@ -34,6 +44,7 @@ class Structure(BaseModel):
     perplexity_without_refit: float | None
     kl_without_refit: float | None = Field(description="KL(dense || cut) on the validation text, nats per token.")
     kl: float | None = Field(description="The same after the refit.")
+    knowledge: Kept | None = Field(None, description="Null where no questions were asked.")
     protocol: Protocol
 
 
@@ -49,6 +60,7 @@ def list_rows(result: Structure) -> list[tuple[str, str, str, str]]:
         ("file, MB", f"{dense.file_bytes / 1e6:.1f}", "", f"{cut.file_bytes / 1e6:.1f}"),
         ("perplexity", show(dense.perplexity), show(result.perplexity_without_refit), show(cut.perplexity)),
         ("KL to dense", "", show(result.kl_without_refit, 4), show(result.kl, 4)),
+        *([_list_kept(result.knowledge)] if result.knowledge else []),
         (
             f"forward of {result.protocol.window} tokens, ms",
             f"{dense.seconds_per_window * 1e3:.0f}",
@@ -57,6 +69,12 @@ def list_rows(result: Structure) -> list[tuple[str, str, str, str]]:
         ),
         ("decoded tokens/s", f"{dense.decoded_per_second:.1f}", "", f"{cut.decoded_per_second:.1f}"),
     ]
+
+
+def _list_kept(kept: Kept) -> tuple[str, str, str, str]:
+    error = "" if kept.error is None else f" ± {kept.error:.1%}"
+    before, after = ("not finite" if share is None else f"{share:.1%}" for share in (kept.without_refit, kept.share))
+    return f"answers kept, of {kept.pairs}", "", before, f"{after}{error}"
 
 
 def name_removed(result: Structure) -> str:

@@ -15,15 +15,15 @@ from tools.base.errors import BrokenBaseline, BrokenPlan
 from tools.base.failures import explain_work
 from tools.base.memory import measure_peak
 from tools.base.progress import Progress, Warn, Warner
-from tools.base.settings import Split, TeamSettings, WorkbenchSettings
+from tools.base.settings import Split, TeamSettings
 from tools.estimate.course import Course
 from tools.estimate.places import choose_for_run
-from tools.measure.recall import EncodedPair, Recall, count_right, encode_pairs
+from tools.measure.recall import Recall, count_right, encode_questions
 from tools.models.blocks import Blocks
 from tools.models.gguf import reading_once
 from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import load_model
-from tools.models.positions import refuse_long_question, refuse_long_windows
+from tools.models.positions import refuse_long_windows
 from tools.models.streamed import find_stream, forget_loading
 from tools.plans.cuts import CutOrder, Target
 from tools.plans.layer_profile import LayerProfile
@@ -37,7 +37,6 @@ from tools.statistics.kept_passages import PassageFiles, forget_walks
 from tools.team.cluster import Cluster
 from tools.team.identity import hash_weights
 from tools.team.worker import Texts
-from tools.texts.questions import Question, split_questions
 from tools.texts.windows import count_lead, cut_windows
 from tools.workbench.changed import refuse_changed
 from tools.workbench.checked import check_once
@@ -102,7 +101,7 @@ class Workbench:
         self.index = Index(self.store)
         author = Author(self.model, self.tokenizer, settings, self.index, progress)
         self.windows = cut_windows(settings, self.tokenizer, author)
-        self.questions = _encode_questions(settings, self.model, self.tokenizer)
+        self.questions = encode_questions(settings, self.model, self.tokenizer)
         ids_T, blocks = self.windows.calibration[0].to(self.device), Blocks(self.model)
         layers, told = check_once(self.index, settings, blocks, layers, ids_T)
         self.reach = measure_reach(self.model, layers)
@@ -387,18 +386,3 @@ class Workbench:
             devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"} or {self.device}
             return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)
         return measure_peak()
-
-
-def _encode_questions(settings: WorkbenchSettings, model: Any, tokenizer: Any) -> dict[Split, list[EncodedPair]]:
-    """The questions of each split; empty where none are asked. Raises UserError for one that the model cannot have."""
-    if not settings.questions:
-        return {}
-    parts = split_questions(settings.questions, settings.question_pairs, settings.text_cut)
-
-    def encode(questions: Sequence[Question]) -> list[EncodedPair]:
-        pairs = encode_pairs(questions, tokenizer)
-        for question, pair in zip(questions, pairs, strict=True):
-            refuse_long_question(model, question.question, len(pair.ids))
-        return pairs
-
-    return {"validation": encode(parts.validation), "test": encode(parts.test)}
