@@ -248,7 +248,11 @@ class Origin(BaseModel):
     run: str
     model: str = Field(description="Before that cut, and before the cuts of earlier runs that it went on from.")
     cut: CutResult
-    left: float = Field(1.0, description="Share of the model's bytes that the cuts of those earlier runs left.")
+    left: float = Field(
+        1.0,
+        exclude_if=lambda left: left == 1,
+        description="Share of the model's bytes that the cuts of those earlier runs left; left out without any.",
+    )
     perplexity: float | None = Field(
         description="Of that model, on the same test text; null where a run measured on another, or "
         "otherwise, or the loss was not finite."
