@@ -123,13 +123,17 @@ def sum_losses(
     text = hidden_TD[lead:], dense_TD[lead:], _shift(ids_T)[lead:].to(hidden_TD.device)
     rows = ROWS if hidden_TD.device.type == "cpu" else CHUNK
     for hidden, dense, targets in _chunks(*text):
-        log_p = compute_logits(model, hidden)
-        for part in log_p.split(rows):
-            part.copy_(torch.log_softmax(part, -1))
+        logits = compute_logits(model, hidden)
+        others = logits if dense_hidden_TD is None else compute_logits(model, dense)
+        chosen, diverged = [], []
+        for part, other, of_part in zip(*(tensor.split(rows) for tensor in (logits, others, targets)), strict=True):
+            log_p = torch.log_softmax(part, -1)
+            chosen.append(log_p.gather(1, of_part.clamp(min=0)[:, None]))
+            if dense_hidden_TD is not None:
+                diverged.append(_diverge(other, log_p))
+        log_p, targets = torch.cat(chosen), targets.clamp(max=0)  # the only ones that were gathered, or -100
         nll = nll + torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum").double()
-        if dense_hidden_TD is not None:
-            parts = zip(compute_logits(model, dense).split(rows), log_p.split(rows), strict=True)
-            kl = kl + torch.cat([_diverge(logits, log_p) for logits, log_p in parts]).double().sum()
+        kl = kl + torch.cat(diverged).double().sum() if diverged else kl
     return TokenLosses(float(nll), float(kl))
 
 
