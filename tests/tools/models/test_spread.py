@@ -159,7 +159,7 @@ def test_no_two_devices_meet(architecture: str, monkeypatch: pytest.MonkeyPatch)
         sum_moments(blocks, 1, members, ids_BT, pass_block(blocks, ids_BT, 0, states), above)
         inputs = read_inputs(blocks, [0], ids_BT)
         with pytest.raises(DataDependentOutputException):
-            measure_without(blocks, [0, 1], ids_BT, [own[1] for own in inputs], read)
+            measure_without(blocks, [0, 1], ids_BT, [own[1] for own in inputs], [read_BTD[0] for read_BTD in read])
 
 
 # --- where blocks go -------------------------------------------------------------------------------------------------
