@@ -130,18 +130,19 @@ def sum_losses(
             log_p = torch.log_softmax(part, -1)
             chosen.append(log_p.gather(1, of_part.clamp(min=0)[:, None]))
             if dense_hidden_TD is not None:
-                diverged.append(_diverge(other, log_p))
-        log_p, targets = torch.cat(chosen), targets.clamp(max=0)  # the only ones that were gathered, or -100
-        nll = nll + torch.nn.functional.nll_loss(log_p, targets, ignore_index=-100, reduction="sum").double()
+                diverged.append(_diverge(other, log_p)[0])
+        counted = targets.clamp(max=0)  # the only one that was gathered of each token, or -100
+        own = torch.nn.functional.nll_loss(torch.cat(chosen), counted, ignore_index=-100, reduction="sum")
+        nll = nll + own.double()
         kl = kl + torch.cat(diverged).double().sum() if diverged else kl
     return TokenLosses(float(nll), float(kl))
 
 
-def _diverge(logits_TV: Tensor, log_p_TV: Tensor) -> Tensor:
-    """KL(q || p) of each token, (T,), where the logits are of q."""
+def _diverge(logits_TV: Tensor, log_p_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL(q || p) of each token, (T,); q, (T, V)), where the logits are of q."""
     log_q_TV = torch.log_softmax(logits_TV, -1)
     q_TV = log_q_TV.exp()
-    return log_q_TV.sub_(log_p_TV).mul_(q_TV).sum(-1)
+    return log_q_TV.sub_(log_p_TV).mul_(q_TV).sum(-1), q_TV
 
 
 def begin_draw(device: torch.device, seed: int, window: int) -> torch.Generator:
@@ -189,12 +190,12 @@ def diverge_gradients(
     total = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
     gradients = [torch.zeros_like(hidden_TD[:lead])]
     for chunk, dense in _chunks(hidden_TD[lead:].detach(), dense_hidden_TD[lead:].to(hidden_TD.device)):
-        log_q = torch.log_softmax(compute_logits(model, dense), -1)
         with torch.enable_grad():
             hidden = chunk.requires_grad_()
             logits = compute_logits(model, hidden)
-        log_p, q = torch.log_softmax(logits.detach(), -1), log_q.exp()
-        total += log_q.sub_(log_p).mul_(q).sum(-1).double().sum()
+        log_p = torch.log_softmax(logits.detach(), -1)
+        kl, q = _diverge(compute_logits(model, dense), log_p)
+        total += kl.double().sum()
         slope = log_p.exp_().sub_(q).mul_(scale)  # of the KL by the logits: p - q
         gradients.append(torch.autograd.grad(logits, hidden, slope)[0])
     return total, torch.cat(gradients)
