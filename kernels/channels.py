@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.damping import DAMPING, escalate
+from kernels.descent import find_low
 
 DAMPINGS = (0.02, 0.06, 0.2, 0.6, 2.0)
 """Shares of mean(diag A) that are tried on half of the text.
@@ -319,17 +320,19 @@ def choose_damping(weight_OI: Tensor, moments: InputMoments, kept_K: Tensor, *, 
     """The share of mean(diag A) to damp a fit with: DAMPING, or one of DAMPINGS by the halves of the text.
 
     Of the fits to one half that which leaves the least error on the other; for a fit to both, half as much: what a
-    ridge regression wants falls with the tokens (Hoerl and Kennard 1970).
+    ridge regression wants falls with the tokens (Hoerl and Kennard 1970). The error falls and then rises with the
+    damping, so that from the middle of DAMPINGS only the way down is tried.
     """
     if moments.halves is None:
         return DAMPING
-    # fp32, in which the sums are: shares are three times apart, and there are five to solve with
+    # fp32, in which the sums are: shares are three times apart, and there are several to solve with
     first, second = (_set_up(weight_OI.float(), half, kept_K, biased=biased) for half in moments.halves)
-    errors = []
-    for share in DAMPINGS:
-        fitted_OK = _solve(first, share)
-        errors.append(float(((fitted_OK @ second.moment_KK - 2 * second.target_OK) * fitted_OK).sum()))
-    return DAMPINGS[errors.index(min(errors))] / 2
+
+    def measure(place: int) -> float:
+        fitted_OK = _solve(first, DAMPINGS[place])
+        return float(((fitted_OK @ second.moment_KK - 2 * second.target_OK) * fitted_OK).sum())
+
+    return DAMPINGS[find_low(len(DAMPINGS) // 2, len(DAMPINGS), measure)] / 2
 
 
 class _Equations(NamedTuple):

@@ -6,20 +6,21 @@ chosen once, which ones in every block. With a number of blocks gone the others 
 errors of one block do to the next, and are no measure beside the real KL without a block.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.descent import find_low
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN
 from tools.measure.losses import KeptStates
 from tools.models.layers import find_blocks
 from tools.plans.cuts import Counts, Shape, Target, Units, find_most, list_by_blocks
-from tools.surgery.blocks import drop_blocks, fold_blocks
+from tools.surgery.blocks import Drop, drop_blocks, fold_blocks
 from tools.surgery.choose import Choice, list_options, measure_kl
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.moments import search_windows
@@ -100,9 +101,9 @@ def choose_by_curves(
 ) -> Choice:
     """The cut of neurons, groups of heads and blocks that takes `remove` of the blocks' linear weights away.
 
-    One block more goes as long as the cut model's KL falls on the first SEARCH_TOKENS of calibration text. Without
-    `refit` what stays has its dense weights. The first `lead` tokens of each window are no text. Raises UserError where
-    such parts cannot be cut, or not so much of them.
+    As many blocks go as `search_lowest` finds, by the cut models' KL on the first SEARCH_TOKENS of calibration text.
+    Without `refit` what stays has its dense weights. The first `lead` tokens of each window are no text. Raises
+    UserError where such parts cannot be cut, or not so much of them.
     """
     shape = find_shape(model, align)
     every = list_by_blocks(shape, remove)
@@ -111,21 +112,56 @@ def choose_by_curves(
     for counts in next(filter(None, every)):
         check_buildable(model, counts)
     curves = measure_curves(model, find_most(every), windows_BT, step, lead=lead)
-    order, dropped, tokens = drop_blocks(model, windows_BT, step, lead=lead), list[int](), 0
-    tried: list[tuple[float, Cut]] = []
-    for blocks in count():
-        if every[blocks]:
-            counts = min(every[blocks], key=lambda each: predict_kl(curves, each, dropped))
-            fits = make_fits(model, counts, curves, dropped, windows_BT, step, refit=refit)
-            cut = Cut(counts, list(fits), tuple(sorted(dropped)))
-            tried.append((measure_kl(model, build_cut(model, cut), windows_BT, lead=lead), cut))
-            tokens += search_windows(windows_BT, lead)[:, lead:].numel()
-        if (len(tried) > 1 and tried[-1][0] >= tried[-2][0]) or not any(every[blocks + 1 :]):
-            break
-        drop = next(order)
-        dropped, tokens = [*dropped, drop.block], tokens + drop.tokens
-    best = min(tried, key=lambda each: each[0])[1]
-    return Choice(best, _explain(shape, best, tried), tokens)
+    order, drops = drop_blocks(model, windows_BT, step, lead=lead), list[Drop]()
+    tried: dict[int, tuple[float, Cut]] = {}
+
+    def choose_counts(blocks: int) -> tuple[Counts, list[int]]:
+        drops.extend(islice(order, max(blocks - len(drops), 0)))
+        dropped = [drop.block for drop in drops[:blocks]]
+        return min(every[blocks], key=lambda each: predict_kl(curves, each, dropped)), dropped
+
+    def predict(blocks: int) -> tuple[float, float]:
+        counts, dropped = choose_counts(blocks)
+        return predict_kl(curves, counts, dropped), drops[blocks - 1].kl if blocks else 0.0
+
+    def measure(blocks: int) -> float:
+        counts, dropped = choose_counts(blocks)
+        fits = make_fits(model, counts, curves, dropped, windows_BT, step, refit=refit)
+        cut = Cut(counts, list(fits), tuple(sorted(dropped)))
+        tried[blocks] = measure_kl(model, build_cut(model, cut), windows_BT, lead=lead), cut
+        return tried[blocks][0]
+
+    best = search_lowest([blocks for blocks, counts in enumerate(every) if counts], predict, measure)
+    text = search_windows(windows_BT, lead)[:, lead:].numel()
+    tokens = sum(drop.tokens for drop in drops) + len(tried) * text
+    return Choice(tried[best][1], _explain(shape, tried[best][1], [tried[blocks] for blocks in sorted(tried)]), tokens)
+
+
+def search_lowest(
+    numbers: Sequence[int], predict: Callable[[int], tuple[float, float]], measure: Callable[[int], float]
+) -> int:
+    """The number of blocks without which the KL is lowest of all that are measured, each of which takes a fit.
+
+    `predict` has, of a number, the KL of the units that go beside it and that without the blocks alone. The former is
+    too low, for errors of one block are more to the next: it counts so many times as measured with the fewest blocks.
+    Search sets out where the sum of both has its first low, and goes on to either side as long as the KL falls. What is
+    predicted of more blocks than that is not asked.
+    """
+    units, blocks = predict(numbers[0])
+    known = {0: measure(numbers[0])}
+    ratio = max(known[0] - blocks, 0.0) / units if units else 1.0
+
+    def foresee(place: int) -> float:
+        units, blocks = predict(numbers[place])
+        return ratio * units + blocks
+
+    def look(place: int) -> float:
+        if place not in known:
+            known[place] = measure(numbers[place])
+        return known[place]
+
+    find_low(find_low(0, len(numbers), foresee), len(numbers), look)
+    return numbers[min(known, key=lambda place: (known[place], place))]
 
 
 def make_fits(

@@ -13,7 +13,7 @@ from tools.plans.cuts import Counts, list_counts
 from tools.surgery.choose import measure_kl
 from tools.surgery.parts import count_weights, find_parts, without_fits
 from tools.surgery.rebuild import build_cut, check_cut
-from tools.surgery.share import choose_by_curves, find_shape, predict_kl
+from tools.surgery.share import choose_by_curves, find_shape, predict_kl, search_lowest
 
 
 def test_all_numbers_are_listed_that_come_to_the_share() -> None:
@@ -33,6 +33,32 @@ def test_predictions_are_sums_over_the_blocks_that_stay() -> None:
     curves = {"heads": [curve(1), curve(2), curve(4)], "neurons": [curve(0.1, 0.3), curve(0.2, 0.5), curve(0.4, 0.9)]}
     assert predict_kl(curves, Counts(heads=1), []) == 7  # type: ignore[arg-type]
     assert predict_kl(curves, Counts(1, 2, 1), [1]) == pytest.approx(1 + 4 + 0.3 + 0.9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kl", "measured", "best"),
+    [
+        # foreseen 4.0 and 4.0: the search sets out with the fewest
+        ({0: 4.0, 1: 5.0}, [0, 1], 0),
+        ({0: 4.0, 1: 3.0, 3: 3.5}, [0, 1, 3], 1),
+        # foreseen 8.0, 7.2, 6.6, 6.8
+        ({0: 8.0, 1: 7.5, 3: 7.0, 4: 7.1}, [0, 3, 4, 1], 3),
+        ({0: 8.0, 1: 5.0, 3: 7.0, 4: 7.1}, [0, 3, 4, 1], 1),
+        ({0: 8.0, 1: 9.0, 3: 9.0, 4: 9.0}, [0, 3, 4, 1], 0),
+    ],
+)
+def test_the_search_sets_out_where_units_and_blocks_as_foreseen_cost_least(
+    kl: dict[int, float], measured: list[int], best: int
+) -> None:
+    units, blocks = {0: 2.0, 1: 1.6, 3: 0.9, 4: 0.4}, {0: 0.0, 1: 0.8, 3: 3.0, 4: 5.2}
+    seen = list[int]()
+
+    def measure(number: int) -> float:
+        seen.append(number)
+        return kl[number]
+
+    assert search_lowest([0, 1, 3, 4], lambda number: (units[number], blocks[number]), measure) == best
+    assert seen == measured
 
 
 def test_what_does_nothing_goes_of_every_kind_and_changes_nothing() -> None:
