@@ -143,7 +143,7 @@ def search_lowest(
     """The number of blocks without which the KL is lowest of all that are measured, each of which takes a fit.
 
     `predict` has, of a number, the KL of the units that go beside it and that without the blocks alone. The former is
-    too low, for errors of one block are more to the next: it counts so many times as measured with the fewest blocks.
+    off, as errors of one block are more to the next: it counts so many times as measured with the fewest blocks.
     Search sets out where the sum of both has its first low, and goes on to either side as long as the KL falls. What is
     predicted of more blocks than that is not asked.
     """
