@@ -7,6 +7,7 @@ errors of one block do to the next, and are no measure beside the real KL withou
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -148,20 +149,15 @@ def search_lowest(
     predicted of more blocks than that is not asked.
     """
     units, blocks = predict(numbers[0])
-    known = {0: measure(numbers[0])}
-    ratio = max(known[0] - blocks, 0.0) / units if units else 1.0
+    look = cache(lambda place: measure(numbers[place]))
+    ratio = max(look(0) - blocks, 0.0) / units if units else 1.0
 
     def foresee(place: int) -> float:
         units, blocks = predict(numbers[place])
         return ratio * units + blocks
 
-    def look(place: int) -> float:
-        if place not in known:
-            known[place] = measure(numbers[place])
-        return known[place]
-
-    find_low(find_low(0, len(numbers), foresee), len(numbers), look)
-    return numbers[min(known, key=lambda place: (known[place], place))]
+    low = find_low(find_low(0, len(numbers), foresee), len(numbers), look)
+    return numbers[min(0, low, key=look)]
 
 
 def make_fits(
