@@ -46,11 +46,12 @@ def price_parts(model: Any, speed: float, ids_T: Tensor, progress: Progress, ali
         heads=shape.heads.model_copy(update={"cost": head}),
         neurons=shape.neurons.model_copy(update={"cost": neuron}),
     )
-    wanted = dense * (1 - 1 / speed)
-    share = wanted / (shape.blocks * block)
+    saving = 1 - 1 / speed
+    share = saving * dense / (shape.blocks * block)
+    # the machine may have become slower or faster: a timing is compared with the dense model's beside it
     dense, found = _time_shapes(model, [_find_counts(priced, share, speed)], ids_T, progress)
     if found < dense:
-        share *= min(max(wanted / (dense - found), 1 / MOST), MOST)
+        share *= min(max(saving * dense / (dense - found), 1 / MOST), MOST)
     _find_counts(priced, share, speed)
     return Target(shape=priced, share=share)
 
