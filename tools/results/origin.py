@@ -1,4 +1,4 @@
-"""Where a model came from that a run cut."""
+"""Where a model came from that a run, or one before it, cut."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from tools.base.made import read_config_values
 from tools.base.settings import FORMER, SPLITS
 from tools.results.page.record import read_summary
-from tools.results.schema import Origin, Protocol
+from tools.results.schema import Origin, Protocol, Summary
 
 CUT_BY = (
     *(*SPLITS, "text", "text_cut", "text_spread", "window", "calibration_mix", "further_windows"),
@@ -17,24 +17,31 @@ CUT_BY = (
 
 
 def find_origin(model: str, protocol: Protocol, config: Mapping[str, Any]) -> Origin | None:
-    """The run whose cut is in the directory `model`; None where it holds anything else. Raises BrokenSeal,
-    UserError.
+    """The last run that cut what is in the directory `model`; None where none did. Raises BrokenSeal, UserError.
 
-    Where that run went on from a cut of an earlier one, the model is that one's, and so on. `protocol` is that of
-    perplexities which the one before the cut is told beside, and `config` what the run of these was begun with.
+    Where that run went on from a cut of an earlier one, the model is that one's, and so on. A run that cut nothing
+    itself, of a model that was cut before, passes on what it knows of that. `protocol` is that of perplexities which
+    the one before the cut is told beside, and `config` what the run of these was begun with.
     """
     directory = Path(model).parent
     summary = read_summary(directory) if Path(model).name == "model" else None
-    if summary is None or summary.cut is None:
+    found = _trace(summary) if summary else None
+    if summary is None or found is None:
         return None
     before, now = (FORMER | dict(values) for values in (read_config_values(directory), config))
     alike = summary.protocol == protocol and all(before.get(name) == now.get(name) for name in CUT_BY)
+    return found if alike else found.model_copy(update={"perplexity": None})
+
+
+def _trace(summary: Summary) -> Origin | None:
+    """What a run hands on of where its model came from."""
     earlier = summary.origin
-    perplexity = earlier.perplexity if earlier else summary.perplexity.dense
+    if summary.cut is None:
+        return earlier
     return Origin(
         run=summary.run,
         model=earlier.model if earlier else summary.model,
         cut=summary.cut,
         left=earlier.share if earlier else 1.0,
-        perplexity=perplexity if alike else None,
+        perplexity=earlier.perplexity if earlier else summary.perplexity.dense,
     )

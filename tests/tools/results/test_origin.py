@@ -1,4 +1,4 @@
-"""Where a model came from that a run cut."""
+"""Where a model came from that a run, or one before it, cut."""
 
 import json
 from pathlib import Path
@@ -47,6 +47,17 @@ def test_a_cut_that_went_on_from_another_names_the_first_model(tmp_path: Path) -
     assert both is not None and (both.run, both.model, both.perplexity) == ("smaller", "tiny", 19.5)
     assert (both.left, both.share) == (0.81, 0.81 * 0.81)
     assert describe_origin(both).startswith("The dense model was cut to 66% of its bytes before, by run smaller; ")
+
+
+def test_a_run_that_cut_nothing_itself_passes_on_what_it_knows(tmp_path: Path) -> None:
+    first, second = write_cut(tmp_path / "small"), write_run(tmp_path / "small-zeros")
+    origin = find_origin(str(first / "model"), PROTOCOL, CONFIG)
+    assert origin is not None
+    path = second / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"origin": origin.model_dump()}))
+    assert find_origin(str(second / "model"), PROTOCOL, CONFIG) == origin
+    otherwise = PROTOCOL.model_copy(update={"tokens": 1})
+    assert find_origin(str(second / "model"), otherwise, CONFIG) == origin.model_copy(update={"perplexity": None})
 
 
 def test_any_other_model_has_none(tmp_path: Path) -> None:
