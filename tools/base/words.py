@@ -105,6 +105,12 @@ def show_percent(value: float | None, digits: int = 2) -> str:
     return "not finite" if value is None else f"{value:.{digits}%}"
 
 
+def show_share(value: float | None, error: float | None) -> str:
+    """A share and its standard error, where it has one: 70.4% ± 3.8%."""
+    share = show_percent(value, 1)
+    return share if value is None or error is None else f"{share} ± {error:.1%}"
+
+
 def show_size(size: float, unit: Literal["GB", "MB"] | None = None, digits: int = 1) -> str:
     """Bytes: 2100000000 as 2.1 GB, in the unit asked for, or in the largest of which there is one."""
     return f"{size / _BYTES[unit]:.{digits}f} {unit}" if unit else _scale(size, _BYTES, "bytes")

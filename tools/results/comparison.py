@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tools.base.files import write_text, write_whole
 from tools.base.rows import as_csv, write_kept
-from tools.base.words import escape, show, show_score, show_size
+from tools.base.words import escape, show, show_score, show_share, show_size
 from tools.plans.evolve import describe_search
 from tools.plans.jobs import STRUCTURED, Job, name_target
 from tools.plans.methods import Statistics, translate_label
@@ -252,9 +252,6 @@ def _has_pairs(rows: Sequence[Row]) -> bool:
 def _list_cells(row: Row, first: Row, known: Comparison) -> list[str]:
     """`first` is the best row of the same sparsity."""
     relative = relative_degradation(row, known.rows)
-    facts = "not finite"
-    if row.fact_retention is not None and row.fact_error is not None:
-        facts = f"{row.fact_retention:.1%} ± {row.fact_error:.1%}"
     return [
         row.recipe,
         f"{row.achieved_sparsity:.2%}",
@@ -264,7 +261,7 @@ def _list_cells(row: Row, first: Row, known: Comparison) -> list[str]:
         show_score(None if row.kl_error is None else row.kl, row.kl_error),
         *(show_score(text.kl, text.kl_error) for text in row.texts),
         *([_show_behind(row, first)] if _has_pairs(known.rows) else []),
-        *([facts] if known.settings["questions"] else []),
+        *([show_share(row.fact_retention, row.fact_error)] if known.settings["questions"] else []),
         *([_show_bytes(row)] if any(other.model_bytes for other in known.rows) else []),
         *([_show_speed(row)] if any(other.decoding_gain for other in known.rows) else []),
         f"{row.seconds:.1f}",

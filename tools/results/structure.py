@@ -3,7 +3,7 @@
 from pydantic import BaseModel, Field
 from rich.table import Table
 
-from tools.base.words import show
+from tools.base.words import show, show_percent, show_share
 from tools.results.schema import Protocol
 
 
@@ -72,9 +72,8 @@ def list_rows(result: Structure) -> list[tuple[str, str, str, str]]:
 
 
 def _list_kept(kept: Kept) -> tuple[str, str, str, str]:
-    error = "" if kept.error is None else f" ± {kept.error:.1%}"
-    before, after = ("not finite" if share is None else f"{share:.1%}" for share in (kept.without_refit, kept.share))
-    return f"answers kept, of {kept.pairs}", "", before, f"{after}{error}"
+    answers = f"answers kept, of {kept.pairs}"
+    return answers, "", show_percent(kept.without_refit, 1), show_share(kept.share, kept.error)
 
 
 def name_removed(result: Structure) -> str:

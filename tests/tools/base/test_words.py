@@ -15,6 +15,7 @@ from tools.base.words import (
     show_rounded,
     show_score,
     show_seconds,
+    show_share,
     show_size,
     strip_controls,
 )
@@ -26,6 +27,8 @@ from tools.base.words import (
         *((show(12.3456), "12.35"), (show(0.1, 4), "0.1000"), (show(None), "not finite")),
         *((show_compact(123456.0), "1.2e+05"), (show_compact(0.1, 4), "0.1000"), (show_compact(None), "not finite")),
         *((show_score(0.62, 0.02), "0.6200 ± 0.0200"), (show_score(0.62, None), "0.6200")),
+        *((show_share(0.704, 0.038), "70.4% ± 3.8%"), (show_share(0.704, None), "70.4%")),
+        (show_share(None, 0.02), "not finite"),
         *((show_score(None, 0.02), "not finite"), (show_score(0.62, 0.0), "0.6200 ± 0.0000")),
         *(
             (show_rounded(0.62, 0.02), "0.620 ± 0.020"),
