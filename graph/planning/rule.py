@@ -196,19 +196,37 @@ def _vary_cut(situation: Situation) -> Iterator[Plan]:
     assert cut is not None, "its order is a cut's"
     target, told = situation.config.target_sparsity, parts.shape.heads
     changes: list[tuple[dict[str, int], str]] = [({}, "the accepted cut, at the target")]
-    for step in range(1, MOST_BLOCKS + 1):
-        for blocks in (len(cut.dropped) + step, len(cut.dropped) - step):
-            words = "One whole block" if step == 1 else f"{step} whole blocks"
-            changes.append(({"blocks": blocks}, f"{words} {'more' if blocks > len(cut.dropped) else 'fewer'}."))
+    gone = len(cut.dropped)
+    for step in _list_steps(situation, gone):
+        words = "One whole block" if abs(step) == 1 else f"{abs(step)} whole blocks"
+        changes.append(({"blocks": gone + step}, f"{words} {'more' if step > 0 else 'fewer'}."))
     place = told.options.index(cut.heads)
     for other in (place - 1, place + 1):
         if other in range(len(told.options)):
             heads = told.options[other]
-            other_heads = {"blocks": len(cut.dropped), "heads": heads}
+            other_heads = {"blocks": gone, "heads": heads}
             changes.append((other_heads, f"{heads} of {told.units} groups of heads in place of {cut.heads}."))
     for change, reason in changes:
         if change.get("blocks", 0) >= 0:
             yield Plan(sparsity=target, cut=cutting.model_copy(update=change), reason=reason)
+
+
+def _list_steps(situation: Situation, gone: int) -> list[int]:
+    """Whole blocks more than the `gone` ones of the accepted cut, or fewer (below 0), likeliest first.
+
+    Where the accepted cut has more than the one that was kept before it at the target, the longest step on comes first,
+    for every step is a round, and a step of one block less is still tried behind it; likewise where it has fewer.
+    """
+    target = situation.config.target_sparsity
+    steps = [way * step for step in range(1, MOST_BLOCKS + 1) for way in (1, -1)]
+    kept = [x for x in situation.trials if x.verdict == "accept" and same_sparsity(x.sparsity, target)]
+    if len(kept) < 2:
+        return steps
+    before = situation.orders.draft(Plan(sparsity=kept[-2].sparsity, cut=kept[-2].cut or Cutting())).cut
+    assert before is not None, "its order is a cut's"
+    grown = gone - len(before.dropped)
+    onwards = sorted((step for step in steps if step * grown > 0), key=abs, reverse=True)
+    return [*onwards, *(step for step in steps if step not in onwards)]
 
 
 def _plan_after_rollback(situation: Situation, start: float, last: Trial, strongest: Recipe) -> Plan | None:

@@ -12,30 +12,30 @@ from graph.state import Trial
 from tests.parts import make_layers, make_parts
 from tests.situations import make_trial
 from tools.base.errors import ImpossiblePlan
-from tools.plans.cuts import Cutting
+from tools.plans.cuts import Cutting, Parts
 from tools.plans.recipe import Recipe
 
 TARGET = 0.3
 
 
-def make_situation(*trials: Trial, accepted: Plan | None = None) -> Situation:
+def make_situation(*trials: Trial, accepted: Plan | None = None, parts: Parts | None = None) -> Situation:
     kept = [trial for trial in trials if trial.verdict == "accept"]
     return Situation(
-        config=RunConfig(target_size=0.8).model_copy(update={"target_sparsity": TARGET}),
+        config=RunConfig(target_size=0.8).model_copy(update={"target_sparsity": (parts or make_parts()).target}),
         layers=make_layers(),
         sparsity={},
         dense=make_trial(0, "accept", 0.0, Recipe(), perplexity=10.0),
         accepted=kept[-1] if kept else None,
         accepted_plan=accepted,
         trials=trials,
-        parts=make_parts(),
+        parts=parts or make_parts(),
     )
 
 
-def try_cut(plan: Plan, verdict: str, iteration: int = 1) -> Trial:
+def try_cut(plan: Plan, verdict: str, iteration: int = 1, parts: Parts | None = None) -> Trial:
     trial = make_trial(iteration, verdict, plan.sparsity, Recipe())
-    made = order_cut(plan, make_parts(), make_layers(), "")
-    told = {"recipe": None, "plan": describe_plan(plan), "order": made.id, "asked": hash_request(plan)}
+    made = order_cut(plan, parts or make_parts(), make_layers(), "")
+    told = {"recipe": None, "plan": describe_plan(plan), "order": made.id, "asked": hash_request(plan), "cut": plan.cut}
     return trial.model_copy(update=told)
 
 
@@ -71,6 +71,22 @@ def test_at_the_target_one_number_at_a_time_until_all_were_tried() -> None:
     assert tried == [
         (0, None, "One whole block fewer."),
     ], "two blocks are more than the target, and beside one no group of heads goes"
+
+
+@pytest.mark.parametrize(("first", "kept", "steps"), [(0, 1, [3, 2]), (2, 1, [0, 3])])
+def test_where_a_change_of_blocks_was_kept_the_next_goes_further_that_way(
+    first: int, kept: int, steps: list[int]
+) -> None:
+    parts = make_parts().model_copy(update={"order": [3, 1, 0], "dropped_kl": [0.5, 2.0, 3.0], "target": 0.75})
+    before, plan = (Plan(sparsity=0.75, cut=Cutting(blocks=blocks)) for blocks in (first, kept))
+    trials = [try_cut(made, "accept", i + 1, parts) for i, made in enumerate((before, plan))]
+    tried: list[int | None] = []
+    while (change := plan_by_rule(make_situation(*trials, accepted=plan, parts=parts))) is not None and change.cut:
+        if change.cut.heads is not None:
+            break
+        tried.append(change.cut.blocks)
+        trials.append(try_cut(change, "rollback", len(trials) + 1, parts))
+    assert tried == steps, "and what was tried before is not tried again"
 
 
 def test_no_method_is_missed_at_the_target() -> None:
