@@ -184,7 +184,7 @@ def _command(port: int) -> list[str]:
 
 def _environment(runs_dir: Path) -> dict[str, str]:
     # The clone comes first, so that `graph.build` is found from any directory.
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | QUIET | {RUNS_DIR_VARIABLE: str(runs_dir), "PYTHONPATH": path}
 
 

@@ -91,7 +91,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def ask_for_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Sets BILLHOOK_KERNELS, at first to nothing; it is otherwise read once in a process."""
-    from kernels import dispatch
+    from billhook_kernels import dispatch
 
     def ask(kernels: str) -> None:
         forget()

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from kernels.channels import DAMPINGS
+from billhook_kernels.channels import DAMPINGS
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_config
 from tools.base.progress import ignore_progress
 from tools.plans.cuts import Counts, Cutting, count_cut_zeros, resolve_cut

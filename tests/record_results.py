@@ -41,7 +41,7 @@ sys.exit(main())
 UNPACK = """
 import hashlib, sys
 import torch
-from kernels.packed import PackedLinear, unpack_rows
+from billhook_kernels.packed import PackedLinear, unpack_rows
 from tools.packed import load_packed
 
 model, digest = load_packed(sys.argv[1]), hashlib.sha256()

@@ -3,32 +3,43 @@
 import re
 import subprocess
 import sys
+import zipfile
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import grimp
 import pytest
 
+from tests.paths import ROOT
 from tests.write_tables import PAGE, write_tables
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_no_circle_between_files() -> None:
     """Imports inside functions count as any others; those for types alone do not."""
-    house = grimp.build_graph("graph", "tools", "kernels", exclude_type_checking_imports=True, cache_dir=None)
+    house = grimp.build_graph("graph", "tools", "billhook_kernels", exclude_type_checking_imports=True, cache_dir=None)
     TopologicalSorter({file: house.find_modules_directly_imported_by(file) for file in house.modules}).prepare()
+
+
+def test_no_other_distribution_has_a_package_of_our_names() -> None:
+    """Of two that have, the later one to be installed writes over the files of the earlier."""
+    owners = packages_distributions()
+    others = {name: set(owners.get(name, ())) - {"billhook"} for name in ("graph", "tools", "billhook_kernels")}
+    assert {name: found for name, found in others.items() if found} == {}
 
 
 @pytest.mark.slow
 def test_every_file_is_in_the_wheel(tmp_path: Path) -> None:
-    build = "import setuptools; setuptools.setup()"
-    subprocess.run([sys.executable, "-c", build, "-q", "build_py", "-d", tmp_path], cwd=ROOT, check=True)
-    tracked = subprocess.run(["git", "ls-files", "graph", "tools", "kernels"], cwd=ROOT, capture_output=True, text=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "graph", "tools", "kernels", "configs"], cwd=ROOT, capture_output=True, text=True
+    )
     if tracked.returncode:
         pytest.skip("this is no git checkout")
-    files = {name for name in tracked.stdout.split() if Path(name).suffix != ".md" or "prompts" in name}
-    assert {name for name in files if not (tmp_path / name).is_file()} == set()
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
+    files = {name for name in tracked.stdout.split() if Path(name).suffix not in (".md", ".txt") or "prompts" in name}
+    moved = {re.sub("^configs/", "tools/base/configs/", name.removeprefix("kernels/")) for name in files}
+    in_wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name for name in in_wheel if ".dist-info/" not in name} == moved
 
 
 def test_the_first_page_is_short() -> None:

@@ -2,6 +2,10 @@
 
 import os
 
-import kernels as kernels  # settles how torch's threads wait, before anything here imports torch
+from tools.base.parts import check_parts
+
+check_parts()
+
+import billhook_kernels as billhook_kernels  # noqa: E402 — settles how torch's threads wait, before torch is imported
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; Billhook draws its own progress

@@ -36,6 +36,7 @@ from graph.run import main
 from graph.runs import permits
 from graph.runs.directory import read_run
 from graph.state import State
+from tests.paths import IMPORTS
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.base import rundir
 from tools.base.progress import Stopped, heed_stop
@@ -45,8 +46,6 @@ from tools.measure import continuations, speeds
 from tools.results.page import page
 from tools.texts.windows import cut_windows
 from tools.workbench import open as workbench
-
-ROOT = Path(__file__).resolve().parents[2]
 
 TINY = (
     *("--device", "cpu", "--window", "64", "--text-spread", "1", "--calibration-windows", "4"),
@@ -132,7 +131,7 @@ def let_go() -> None:
 def python_environment(**more: str) -> dict[str, str]:
     """The environment of a new process: this one's without keys, with the repository to import from."""
     kept = {name: value for name, value in os.environ.items() if not SECRETS.search(name)}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+    return kept | {"PYTHONPATH": IMPORTS, "OMP_NUM_THREADS": "1"} | more
 
 
 def run_outside(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

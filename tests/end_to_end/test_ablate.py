@@ -15,9 +15,10 @@ import pytest
 
 from graph.ablate import main
 from graph.ablation import graph_arms
-from tests.end_to_end.helpers import ROOT, TINY, at_home, end_forks, fork, read_run_config, read_summary
+from tests.end_to_end.helpers import TINY, at_home, end_forks, fork, read_run_config, read_summary
 from tests.named import WEIGHTS, flag_texts
 from tests.openai_server import OpenAIServer
+from tests.paths import IMPORTS
 
 SMALL = TINY[: TINY.index("--patience")]
 """What of these flags is about the model's texts."""
@@ -141,7 +142,7 @@ def test_a_run_that_stops_is_named_and_can_be_gone_on_with(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In a process of its own."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", IMPORTS)
     flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "0", "--evaluated-tokens", "200"]
     with at_home(tmp_path), OpenAIServer(PLANS) as server:
         chat = ["--arms", "chat-alone", "--planner", server.planner("unauthorized")]

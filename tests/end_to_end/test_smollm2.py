@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.helpers import ROOT, pick_prunable, read_events, read_summary, read_weights, run_outside
+from tests.end_to_end.helpers import pick_prunable, read_events, read_summary, read_weights, run_outside
+from tests.paths import ROOT
 
 FLAGS = (
     *("--config", str(ROOT / "configs" / "quickstart.yaml"), "--name", "smol", "--device", "cpu"),

@@ -17,6 +17,7 @@ from langgraph_sdk import get_sync_client
 from graph import persistence, studio
 from tests.chromium import COMMAND
 from tests.foreign_page import visit_with_pages
+from tests.paths import IMPORTS
 from tools.base.errors import UserError
 
 ROOT = studio.ROOT
@@ -138,7 +139,7 @@ def start(tmp_path: Path, port: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", START, str(tmp_path / "root"), str(port)],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": IMPORTS},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

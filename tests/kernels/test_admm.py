@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.admm import prepare_spectrum, solve_admm, solve_alps
-from kernels.damping import DAMPING
-from kernels.guard import Pruned
-from kernels.obs import prune_obs
+from billhook_kernels.admm import prepare_spectrum, solve_admm, solve_alps
+from billhook_kernels.damping import DAMPING
+from billhook_kernels.guard import Pruned
+from billhook_kernels.obs import prune_obs
 from tests.kernels.layers import Layer, make_layer, true_errors
 from tests.kernels.plain import Array, Flags, plain_groups, solve_rows
 

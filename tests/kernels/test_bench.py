@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import bench
-from kernels.bench import SPARSITIES, TARGETS, list_calls, main, make_weight
-from kernels.native import explain_absence
+from billhook_kernels import bench
+from billhook_kernels.bench import SPARSITIES, TARGETS, list_calls, main, make_weight
+from billhook_kernels.native import explain_absence
 
 pytestmark = pytest.mark.skipif(bool(explain_absence(torch.bfloat16)), reason=explain_absence(torch.bfloat16))
 FLAGS = ["--size=96", "--rounds=2", "--ring-mb=1", "--threads", "1"]

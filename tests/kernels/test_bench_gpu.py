@@ -6,9 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from kernels import bench, bench_gpu
-from kernels.bench import describe_machine, make_gpu_table
-from kernels.bench_gpu import list_pairs, run_kernels
+from billhook_kernels import bench, bench_gpu
+from billhook_kernels.bench import describe_machine, make_gpu_table
+from billhook_kernels.bench_gpu import list_pairs, run_kernels
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.channels import (
+from billhook_kernels.channels import (
     DAMPINGS,
     HalvedSums,
     InputMoments,
@@ -23,7 +23,7 @@ from kernels.channels import (
     score_residual,
     standardise,
 )
-from kernels.damping import DAMPING
+from billhook_kernels.damping import DAMPING
 
 Array = NDArray[np.float64]
 ROWS, CHANNELS, TOKENS = 7, 24, 300

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import native
-from kernels.dispatch import choose_kernel, choose_product, explain_torch, explain_triton
+from billhook_kernels import native
+from billhook_kernels.dispatch import choose_kernel, choose_product, explain_torch, explain_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16, FP16 = torch.bfloat16, torch.float16

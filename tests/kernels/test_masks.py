@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-import kernels.masks
-import kernels.threads
-from kernels.masks import keep_highest, keep_highest_of_rows, kth_smallest, kth_smallest_each
-from kernels.scores import score_wanda
+import billhook_kernels.masks
+import billhook_kernels.threads
+from billhook_kernels.masks import keep_highest, keep_highest_of_rows, kth_smallest, kth_smallest_each
+from billhook_kernels.scores import score_wanda
 from tests.kernels.plain import FEW_VALUES, plain_mask, plain_order
 
 
@@ -119,11 +119,11 @@ def test_neither_threads_nor_blocks_of_rows_change_a_mask(monkeypatch: pytest.Mo
         least = int(dead.sum())
         zeros = least + int(torch.randint(0, score.numel() - least + 1, (), generator=generator))
         cases.append((score, dead, zeros, keep_highest_of_rows(score, dead, zeros)))
-    monkeypatch.setattr(kernels.threads, "THREAD_BYTES", 1)
+    monkeypatch.setattr(billhook_kernels.threads, "THREAD_BYTES", 1)
     try:
         for count, size in ((1, 4), (3, 4), (2, 64)):
             torch.set_num_threads(count)
-            monkeypatch.setattr(kernels.masks, "BLOCK_BYTES", size)
+            monkeypatch.setattr(billhook_kernels.masks, "BLOCK_BYTES", size)
             for score, dead, zeros, keep in cases:
                 assert int((~keep).sum()) == zeros
                 assert torch.equal(keep_highest_of_rows(score, dead, zeros), keep)

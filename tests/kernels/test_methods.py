@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-import kernels.methods
-from kernels.damping import DAMPING
-from kernels.masks import keep_highest, keep_highest_of_rows
-from kernels.methods import METHODS, LayerStatistics, prune_levels, prune_weight
-from kernels.obs import prune_obs_groups
-from kernels.refit import refit_survivors
-from kernels.refit_steps import refit_in_levels, refit_in_steps
-from kernels.scores import score_two_sided, score_wanda
+import billhook_kernels.methods
+from billhook_kernels.damping import DAMPING
+from billhook_kernels.masks import keep_highest, keep_highest_of_rows
+from billhook_kernels.methods import METHODS, LayerStatistics, prune_levels, prune_weight
+from billhook_kernels.obs import prune_obs_groups
+from billhook_kernels.refit import refit_survivors
+from billhook_kernels.refit_steps import refit_in_levels, refit_in_steps
+from billhook_kernels.scores import score_two_sided, score_wanda
 from tests.kernels.layers import DTYPES, MASK_ONLY, make_layer
 from tests.kernels.plain import plain_groups, solve_rows
 
@@ -285,8 +285,8 @@ def test_levels_prepare_the_second_moment_once(monkeypatch: pytest.MonkeyPatch) 
     weight, statistics = make()
     calls = []
     for name in ("prepare_system", "inverse_factor", "prepare_spectrum"):
-        function = getattr(kernels.methods, name)
-        monkeypatch.setattr(kernels.methods, name, lambda a, n=name, f=function: calls.append(n) or f(a))
+        function = getattr(billhook_kernels.methods, name)
+        monkeypatch.setattr(billhook_kernels.methods, name, lambda a, n=name, f=function: calls.append(n) or f(a))
     list(prune_levels("sparsegpt", weight, statistics, [31, 92, 150], refit=True))
     assert sorted(calls) == ["inverse_factor", "prepare_system"]
     list(prune_levels("refit", weight, statistics, [31, 92, 150], refit=False))

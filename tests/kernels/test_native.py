@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import threads
-from kernels.native import MOST_ROWS, WORD, compile_kernels, explain_absence, multiply_rows, unpack_rows
-from kernels.packed import PADDING, pack_rows
+from billhook_kernels import threads
+from billhook_kernels.native import MOST_ROWS, WORD, compile_kernels, explain_absence, multiply_rows, unpack_rows
+from billhook_kernels.packed import PADDING, pack_rows
 from tests.kernels.layers import make_sparse
 
 DTYPES = [

@@ -8,9 +8,9 @@ from hypothesis import given
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.damping import DAMPING
-from kernels.guard import finish_update
-from kernels.obs import (
+from billhook_kernels.damping import DAMPING
+from billhook_kernels.guard import finish_update
+from billhook_kernels.obs import (
     InverseFactor,
     inverse_factor,
     invert_lower,

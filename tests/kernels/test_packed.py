@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from kernels import native, packed
-from kernels.native import explain_absence
-from kernels.packed import (
+from billhook_kernels import native, packed
+from billhook_kernels.native import explain_absence
+from billhook_kernels.packed import (
     BITS,
     MOST_PACKED_ROWS,
     PADDING,

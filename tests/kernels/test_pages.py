@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.packed import PackedLinear, pack_rows, settle_layers
-from kernels.pages import ALIGNMENT, LARGE_PAGE, count_room, move_to_large_pages
+from billhook_kernels.packed import PackedLinear, pack_rows, settle_layers
+from billhook_kernels.pages import ALIGNMENT, LARGE_PAGE, count_room, move_to_large_pages
 
 linux_only = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no large pages")
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from kernels.statistics import (
+from billhook_kernels.statistics import (
     add_second_moment,
     clip_tokens,
     lean_anew,

@@ -30,7 +30,7 @@ def compile_only(self, *arguments, warmup, **options):
 
 JITFunction.run = compile_only
 
-from kernels import triton_masks, triton_packed, triton_statistics
+from billhook_kernels import triton_masks, triton_packed, triton_statistics
 
 BF16 = torch.bfloat16
 triton_masks.remove_lowest(torch.zeros(2, 4096, dtype=torch.int32), torch.ones(2))

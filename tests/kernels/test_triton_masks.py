@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.masks import keep_highest, keep_highest_of_rows, keep_wanda, kth_smallest
-from kernels.methods import LayerStatistics, prune_weight
-from kernels.obs import keep_highest_of_columns
-from kernels.patterns import keep_highest_of_groups
-from kernels.statistics import level_of_each_weight
+from billhook_kernels.masks import keep_highest, keep_highest_of_rows, keep_wanda, kth_smallest
+from billhook_kernels.methods import LayerStatistics, prune_weight
+from billhook_kernels.obs import keep_highest_of_columns
+from billhook_kernels.patterns import keep_highest_of_groups
+from billhook_kernels.statistics import level_of_each_weight
 from tests.kernels.layers import MASK_ONLY
 
-triton_masks = pytest.importorskip("kernels.triton_masks", reason="triton is not installed")
+triton_masks = pytest.importorskip("billhook_kernels.triton_masks", reason="triton is not installed")
 Compare = Callable[..., Tensor]
 
 

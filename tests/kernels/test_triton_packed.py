@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.packed import (
+from billhook_kernels.packed import (
     BITS,
     PADDING,
     PackedLinear,
@@ -21,7 +21,7 @@ from kernels.packed import (
 )
 from tests.kernels.layers import DTYPES, make_sparse
 
-triton_packed = pytest.importorskip("kernels.triton_packed", reason="triton is not installed")
+triton_packed = pytest.importorskip("billhook_kernels.triton_packed", reason="triton is not installed")
 MOST_ROWS = triton_packed.MOST_ROWS
 Ask = Callable[[str], None]
 

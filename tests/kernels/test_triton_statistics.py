@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.statistics import add_second_moment, squared_loss_changes
+from billhook_kernels.statistics import add_second_moment, squared_loss_changes
 from tests.kernels.layers import DTYPES
 
-triton_statistics = pytest.importorskip("kernels.triton_statistics", reason="triton is not installed")
+triton_statistics = pytest.importorskip("billhook_kernels.triton_statistics", reason="triton is not installed")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.native import explain_absence
+from billhook_kernels.native import explain_absence
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 from tools import export, generate
 from tools.models.layers import find_layers

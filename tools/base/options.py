@@ -25,7 +25,9 @@ from tools.base.secrets import redact
 READS_FILES = "reads_files"
 """In pydantic's context where options are read for a person: fields may then read files that the options name."""
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# A wheel has configs/ beside this file; in a checkout it stands at the top.
+_PLACES = (Path(__file__).resolve().parent / "configs", Path(__file__).resolve().parents[2] / "configs")
+CONFIGS = next((folder for folder in _PLACES if folder.is_dir()), _PLACES[-1])
 
 Options = TypeVar("Options", bound=BaseModel)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.channels import HalvedSums
+from billhook_kernels.channels import HalvedSums
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.block import Counts, Sample, build_sample, only_head
 from tools.estimate.clock import time_call

@@ -1,4 +1,4 @@
-"""What pruning a layer holds, multiplies out and takes, from runs of `kernels.methods` themselves.
+"""What pruning a layer holds, multiplies out and takes, from runs of `billhook_kernels.methods` themselves.
 
 Bytes and operations are counted on a smaller layer of the same form: all that is held at once are copies of the weight
 and of the second moment, which grow with the area, and what is multiplied are the weight and the second moment. Seconds
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.admm import Spectrum
-from kernels.methods import PREPARES, LayerStatistics
-from kernels.obs import InverseFactor
+from billhook_kernels.admm import Spectrum
+from billhook_kernels.methods import PREPARES, LayerStatistics
+from billhook_kernels.obs import InverseFactor
 from tools.estimate.clock import fit, time_call
 from tools.estimate.meter import Meter
 from tools.models.layers import Layer, list_readers

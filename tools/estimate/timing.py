@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kernels.triangle import count_triangle
+from billhook_kernels.triangle import count_triangle
 from tools.base.files import hash_file
 from tools.estimate.block import Sample, build_sample, only_head
 from tools.estimate.clock import Fit, fit, time_call

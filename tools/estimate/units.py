@@ -1,4 +1,4 @@
-"""What it takes to choose the units that go and to fit the rest, from runs of `kernels.channels` themselves.
+"""What it takes to choose the units that go and to fit the rest, from runs of `billhook_kernels.channels` themselves.
 
 All parts are of one form. Bytes and operations are counted on a smaller part of the same form: what is held are
 matrices over its channels, which grow with the area, and what is multiplied grows with the cube. Seconds are those of
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.channels import HalvedSums, MomentSums, eliminate_units, expand_units, fit_kept
+from billhook_kernels.channels import HalvedSums, MomentSums, eliminate_units, expand_units, fit_kept
 from tools.estimate.clock import time_call
 from tools.estimate.meter import Meter
 from tools.estimate.pruning import FACTORED, make_weight

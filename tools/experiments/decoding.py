@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.packed import PackedLinear, pack_rows, settle_layers
+from billhook_kernels.packed import PackedLinear, pack_rows, settle_layers
 from tools.base.errors import UserError
 from tools.base.memory import measure_peak
 from tools.base.settings import WorkbenchSettings

@@ -6,7 +6,7 @@ Shape suffixes: O output features (rows), I input features (columns), B columns 
 import torch
 from torch import Tensor
 
-from kernels.damping import DAMPING
+from billhook_kernels.damping import DAMPING
 
 
 def remove_by_sort(score_RN: Tensor, sparsity: float) -> Tensor:

@@ -6,9 +6,9 @@ Shape suffixes: O output features (rows), I input features (columns).
 import torch
 from torch import Tensor
 
-from kernels.masks import keep_highest, keep_highest_of_rows
-from kernels.obs import prune_obs
-from kernels.refit_steps import refit_in_steps
+from billhook_kernels.masks import keep_highest, keep_highest_of_rows
+from billhook_kernels.obs import prune_obs
+from billhook_kernels.refit_steps import refit_in_steps
 from tools.experiments.published import prune_as_published, remove_by_sort
 from tools.experiments.speed import SPARSITY, Site, Task
 from tools.models.layers import Layer

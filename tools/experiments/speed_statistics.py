@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.methods import LayerStatistics, prune_weight
-from kernels.scores import score_wanda
+from billhook_kernels.methods import LayerStatistics, prune_weight
+from billhook_kernels.scores import score_wanda
 from tools.base.progress import ignore_progress
 from tools.experiments.published import remove_by_sort
 from tools.experiments.speed import SPARSITY, Site, Task

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.native import WORD
-from kernels.packed import (
+from billhook_kernels.native import WORD
+from billhook_kernels.packed import (
     BITS,
     PADDING,
     PackedWeight,

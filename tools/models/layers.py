@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kernels.packed import PackedLinear
+from billhook_kernels.packed import PackedLinear
 from tools.base.errors import UserError
 from tools.models.experts import ExpertLinear, is_fused, list_stacked, split_experts
 

@@ -145,7 +145,7 @@ def pick_device(device: str) -> "torch.device":
     """
     import torch
 
-    from kernels.dispatch import choose_kernel
+    from billhook_kernels.dispatch import choose_kernel
 
     check_device(device)
     picked = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -2,7 +2,7 @@
 
 `kernels/FORMAT.md` describes the file. Nothing of it is believed: every tensor has its hash, and what a kernel will
 read is counted again; `packing.py` writes it. In memory are the packed layers and the other weights; more tokens at
-once than `kernels.packed.MOST_PACKED_ROWS` need a few MB beside, where a layer is unpacked a few rows at a time.
+once than `MOST_PACKED_ROWS` need a few MB beside, where a layer is unpacked a few rows at a time.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kernels.dispatch import explain_torch
-from kernels.native import WORD
-from kernels.packed import (
+from billhook_kernels.dispatch import explain_torch
+from billhook_kernels.native import WORD
+from billhook_kernels.packed import (
     PADDING,
     PackedLinear,
     PackedWeight,
@@ -158,7 +158,7 @@ def load_packed(
 ) -> Any:
     """A transformers model in eval mode, with a PackedLinear for every packed layer and no dense copy of it.
 
-    Where no kernel runs (`kernels.dispatch.explain_torch`) it is unpacked into a dense model, which `warn` is told.
+    Where no kernel runs (`dispatch.explain_torch`) it is unpacked into a dense model, which `warn` is told.
     Raises UserError where there is no packed model or its config cannot be used, DamagedArtifact when a tensor, a hash
     or a shape is not what it must be.
     """

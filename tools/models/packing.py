@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kernels.native import WORD
-from kernels.packed import PADDING, find_kept, pack_rows
+from billhook_kernels.native import WORD
+from billhook_kernels.packed import PADDING, find_kept, pack_rows
 from tools.base.errors import UserError
 from tools.base.files import write_directory
 from tools.models.experts import ExpertLinear

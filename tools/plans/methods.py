@@ -1,6 +1,6 @@
 """The registry of methods: how the weights of a layer are chosen, once it is known how many of them go.
 
-What each does to a weight is the function of `kernels.methods` that goes by the same name. A method more is a line
+What each does to a weight is the function of that name in `billhook_kernels.methods`. A method more is a line
 here and a function there: what planners, flags, help and tables say of methods is made from this list.
 """
 

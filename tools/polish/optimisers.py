@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.threads import one_thread
+from billhook_kernels.threads import one_thread
 from tools.models.formats import DTYPES
 from tools.plans.polish import Means
 from tools.polish.survivors import Vectors

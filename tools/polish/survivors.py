@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.guard import mend_lost
-from kernels.kept import gather_kept, spread_kept
+from billhook_kernels.guard import mend_lost
+from billhook_kernels.kept import gather_kept, spread_kept
 from tools.base.errors import BrokenPlan
 from tools.base.memory import count_free
 from tools.models.layers import Layer
@@ -73,7 +73,7 @@ class Survivors:
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put survivors into the model, in its number format; all other weights of the layers are zero.
 
-        Those that come out as exactly 0 become the least normal number, as in `kernels.guard.finish_update`: zeros stay
+        Those that come out as exactly 0 become the least normal number, as in `guard.finish_update`: zeros stay
         as many as they were. Raises BrokenPlan where one is not finite.
         """
         for layer in self.layers:

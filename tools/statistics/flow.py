@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kernels.statistics import clip_tokens, squared_loss_changes, sum_squares
+from billhook_kernels.statistics import clip_tokens, squared_loss_changes, sum_squares
 from tools.base.failures import explain_layer
 from tools.models.layers import Layer
 from tools.statistics.gradients import Pair, Seen

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from kernels.statistics import lean_anew, lean_to_mean
+from billhook_kernels.statistics import lean_anew, lean_to_mean
 from tools.base.errors import UnknownStatistics
 
 PRIOR = 2048

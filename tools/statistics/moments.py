@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.statistics import add_second_moment, sum_squares
+from billhook_kernels.statistics import add_second_moment, sum_squares
 from tools.models.layers import Layer
 from tools.statistics.shards import Sums, add_count
 

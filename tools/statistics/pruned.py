@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kernels.guard import Pruned
-from kernels.methods import LayerStatistics, prune_levels, prune_weight
-from kernels.scores import score_two_sided
-from kernels.statistics import level_of_each_weight, nested_parts
+from billhook_kernels.guard import Pruned
+from billhook_kernels.methods import LayerStatistics, prune_levels, prune_weight
+from billhook_kernels.scores import score_two_sided
+from billhook_kernels.statistics import level_of_each_weight, nested_parts
 from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
 

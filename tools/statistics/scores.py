@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.scores import score_wanda
+from billhook_kernels.scores import score_wanda
 from tools.plans.layer_profile import Array
 
 OUTLIER_TIMES_MEAN = 5.0

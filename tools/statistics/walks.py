@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.statistics import mean_absolute_gradient, sum_token_squares
+from billhook_kernels.statistics import mean_absolute_gradient, sum_token_squares
 from tools.base.errors import UnknownStatistics
 from tools.base.progress import heed_stop
 from tools.base.settings import Calibration

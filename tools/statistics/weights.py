@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.statistics import weigh_tokens
+from billhook_kernels.statistics import weigh_tokens
 from tools.base.errors import UnknownStatistics
 from tools.models.layers import Layer
 from tools.statistics.extent import Extent

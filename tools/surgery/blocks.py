@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kernels.channels import HalvedSums, InputMoments, expand_units, fit_kept
+from billhook_kernels.channels import HalvedSums, InputMoments, expand_units, fit_kept
 from tools.base.errors import UserError
 from tools.base.progress import Progress, heed_stop
 from tools.measure.losses import KeptStates, pass_blocks

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.channels import (
+from billhook_kernels.channels import (
     HalvedSums,
     InputMoments,
     expand_units,

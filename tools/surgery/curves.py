@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kernels.channels import Elimination, MomentSums, eliminate_units
+from billhook_kernels.channels import Elimination, MomentSums, eliminate_units
 from tools.base.errors import UserError
 from tools.base.progress import Progress, heed_stop
 from tools.models.blocks import Blocks

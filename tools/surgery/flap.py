@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.channels import ChannelSums, mark_kept, score_fluctuation, standardise
+from billhook_kernels.channels import ChannelSums, mark_kept, score_fluctuation, standardise
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks

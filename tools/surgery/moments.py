@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor
 
-from kernels.channels import HalvedSums, InputMoments, MomentSums
+from billhook_kernels.channels import HalvedSums, InputMoments, MomentSums
 from tools.base.errors import UnknownStatistics
 from tools.surgery.parts import Part
 

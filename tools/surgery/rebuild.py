@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from kernels.channels import expand_units
+from billhook_kernels.channels import expand_units
 from tools.base.errors import UserError, in_one_line
 from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks, name_blocks

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from kernels.channels import keep_highest_units
+from billhook_kernels.channels import keep_highest_units
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.layers import Layer

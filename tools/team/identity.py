@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+import billhook_kernels
+import tools
 from tools.models.mapped import view_bytes
 from tools.models.streamed import find_stream
 
-ROOT = Path(__file__).resolve().parents[2]
+# Wherever they lie: in a checkout, or each by itself among installed packages.
+CODE = (Path(billhook_kernels.__file__).parent, Path(tools.__file__).parent)
 
 
 class Identity(BaseModel):
@@ -46,7 +49,7 @@ def hash_weights(model: Any, but: Container[str] = ()) -> str:
 def identify(model: Any) -> Identity:
     """This process: versions, with hashes of Billhook's own code and of the model's weights as they are now."""
     return Identity(
-        billhook=f"{importlib.metadata.version('billhook')} ({hash_code(ROOT)[:12]})",
+        billhook=f"{importlib.metadata.version('billhook')} ({hash_code(*CODE)[:12]})",
         torch=f"{torch.__version__} on {platform.machine()}",
         device=torch.cuda.get_device_name(model.device)
         if model.device.type == "cuda"
@@ -55,11 +58,12 @@ def identify(model: Any) -> Identity:
     )
 
 
-def hash_code(root: Path) -> str:
-    """SHA-256, in hex, of all code that makes results: every file of Python in kernels/ and tools/, with its place."""
+def hash_code(*packages: Path) -> str:
+    """SHA-256, in hex, of all code that makes results: every file of Python in these folders, with its place."""
     code = hashlib.sha256()
-    for path in sorted([*(root / "kernels").rglob("*.py"), *(root / "tools").rglob("*.py")]):
-        content = path.read_bytes()
-        code.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
-        code.update(content)
+    for package in packages:
+        for path in sorted(package.rglob("*.py")):
+            content = path.read_bytes()
+            code.update(f"{path.relative_to(package.parent).as_posix()} {len(content)}\n".encode())
+            code.update(content)
     return code.hexdigest()

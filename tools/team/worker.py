@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kernels.methods import LayerStatistics
+from billhook_kernels.methods import LayerStatistics
 from tools.base.failures import explain_layer
 from tools.base.progress import ignore_progress
 from tools.base.settings import Calibration, Split, WorkbenchSettings

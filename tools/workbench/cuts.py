@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.channels import expand_units
+from billhook_kernels.channels import expand_units
 from tools.base.errors import BrokenPlan, UnknownStatistics, UserError
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.channels import Elimination
+from billhook_kernels.channels import Elimination
 from tools.models.unfinished import KeptFiles, forget_files
 from tools.statistics.kept_passages import KeptStack
 from tools.surgery.curves import Curves, CurveWalk

@@ -6,7 +6,7 @@ from itertools import chain
 
 from torch import Tensor
 
-from kernels.damping import DAMPING
+from billhook_kernels.damping import DAMPING
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop
 from tools.models.artifacts import pack_pruned, unpack_pruned

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.triangle import pack_triangle, unpack_triangle
+from billhook_kernels.triangle import pack_triangle, unpack_triangle
 from tools.base.progress import Progress, ignore_progress
 from tools.models.mapped import map_tensors
 from tools.statistics.collect import collect_moments
@@ -39,7 +39,7 @@ Found = Mapping[str, str | Held]
 
 
 def write_moment(store: ArtifactStore, moment_II: Tensor) -> str:
-    """The artifact of a second moment: its upper triangle, (U,) fp32 (`kernels.triangle`), and its width."""
+    """The artifact of a second moment: its upper triangle, (U,) fp32 (`billhook_kernels.triangle`), and its width."""
     whole_II = moment_II.cpu()  # a GPU that a walk fills has no room for both
     return store.write_tensors({"upper": pack_triangle(whole_II), "width": torch.tensor([len(whole_II)])})
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from kernels.methods import LayerStatistics
+from billhook_kernels.methods import LayerStatistics
 from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import QUESTIONS, RUN, Calibration, WorkbenchSettings

@@ -23,12 +23,12 @@ from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.state import Input, State
 from tests.graph.persistence.values import LESSON, TRIAL, VALUES
+from tests.paths import IMPORTS, ROOT
 from tools.base.errors import UserError
 from tools.base.rundir import RUNS_DIR_VARIABLE
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 from tools.results.schema import Usage
 
-ROOT = Path(__file__).resolve().parents[3]
 THREAD = {"configurable": {"thread_id": "7d9a3f1e-0000-4000-8000-000000000001"}}
 
 # Run in another process; the first argument is the runs directory, the second a name.
@@ -76,7 +76,7 @@ def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": IMPORTS} | environment,
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.packed import PADDING
-from kernels.triangle import BAND
+from billhook_kernels.packed import PADDING
+from billhook_kernels.triangle import BAND
 from tests.tiny import convert_here, make_tiny_config, save_tiny_gguf, save_tiny_model, tiny_settings
 from tests.tools.estimate.helpers import DENSE, MODEL, QWEN3_8B, STATE, large_settings, sizes, write_config
 from tools.base.errors import UserError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import preconditioner
+from billhook_kernels import preconditioner
 from tools.estimate import pruning as module
 from tools.estimate.meter import Meter
 from tools.estimate.pruning import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kernels.packed import PADDING
+from billhook_kernels.packed import PADDING
 from tests.tiny import make_tiny_config, tiny_settings
 from tests.tools.estimate.helpers import DENSE, LLAMA_70B, MODEL, QWEN3_8B, write_config
 from tests.tools.estimate.test_needs import COURSE, find, find_large

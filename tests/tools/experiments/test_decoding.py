@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.native import explain_absence
-from kernels.packed import PackedLinear
+from billhook_kernels.native import explain_absence
+from billhook_kernels.packed import PackedLinear
 from tests.tiny import make_tiny_config, make_tiny_model, save_tiny_model
 from tools.base.errors import UserError
 from tools.bench import main

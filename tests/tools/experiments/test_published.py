@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.guard import row_errors
-from kernels.masks import keep_highest, keep_highest_of_rows
-from kernels.obs import prune_obs
+from billhook_kernels.guard import row_errors
+from billhook_kernels.masks import keep_highest, keep_highest_of_rows
+from billhook_kernels.obs import prune_obs
 from tools.experiments.published import prune_as_published, remove_by_sort
 from tools.experiments.speed_pruning import make_layer
 

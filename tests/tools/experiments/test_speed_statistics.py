@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import tools.statistics.pruned
-from kernels.methods import prune_levels, prune_weight
+from billhook_kernels.methods import prune_levels, prune_weight
 from tests.tiny import make_tiny_model
 from tools.base.progress import ignore_progress
 from tools.experiments.speed import UPDATED, Site

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from billhook_kernels.methods import prune_weight
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
-from kernels.methods import prune_weight
 from tests.benches import same, snapshot
 from tests.situations import ignore
 from tools.base.errors import ImpossiblePlan

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from kernels.packed import BITS, PADDING, pack_rows
+from billhook_kernels.packed import BITS, PADDING, pack_rows
 from tools.models.artifacts import HEADER, bound_artifact, hash_as_earlier, pack_pruned, unpack_pruned
 from tools.workbench.store import ArtifactStore
 

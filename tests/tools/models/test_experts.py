@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels import native
-from kernels.packed import PackedLinear
+from billhook_kernels import native
+from billhook_kernels.packed import PackedLinear
 from tests.tiny import MIXTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer
 from tools.base.errors import DamagedArtifact
 from tools.models import packed as module

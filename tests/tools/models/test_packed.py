@@ -16,8 +16,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from kernels import native
-from kernels.packed import PADDING, PackedLinear, PackedWeight, pack_rows
+from billhook_kernels import native
+from billhook_kernels.packed import PADDING, PackedLinear, PackedWeight, pack_rows
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools import export
 from tools.base.errors import DamagedArtifact, UserError

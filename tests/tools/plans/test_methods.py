@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.methods import METHODS as KERNELS
-from kernels.methods import LayerStatistics, prune_weight
+from billhook_kernels.methods import METHODS as KERNELS
+from billhook_kernels.methods import LayerStatistics, prune_weight
 from tools.plans.methods import METHODS, PROFILED
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.statistics import lean_to_mean
+from billhook_kernels.statistics import lean_to_mean
 from tests.tiny import VOCABULARY, make_tiny_model
 from tests.tools.statistics.test_collect import watch
 from tools.base.progress import ignore_progress

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.methods import LayerStatistics
-from kernels.scores import score_two_sided
-from kernels.statistics import lean_to_mean
+from billhook_kernels.methods import LayerStatistics
+from billhook_kernels.scores import score_two_sided
+from billhook_kernels.statistics import lean_to_mean
 from tests.tiny import ARCHITECTURES, BLOCKS, VOCABULARY, make_tiny_model
 from tools.base.errors import UserError
 from tools.base.progress import ignore_progress as ignore

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.statistics import weigh_tokens
+from billhook_kernels.statistics import weigh_tokens
 from tests.tiny import ARCHITECTURES, BLOCKS, make_tiny_model
 from tests.tools.statistics.test_collect import BACKWARD, LENGTH, SEED, WINDOWS, make_windows, plain_gradients
 from tools.base.errors import UnknownStatistics

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.channels import expand_units
+from billhook_kernels.channels import expand_units
 from tests.cuts import (
     IDS,
     assert_same_logits,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.channels import MomentSums, eliminate_units
+from billhook_kernels.channels import MomentSums, eliminate_units
 from tests.cuts import IDS, make_config, make_model
 from tools.base.progress import ignore_progress
 from tools.models.readout import compute_hidden, hidden_gradients

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.channels import Elimination
+from billhook_kernels.channels import Elimination
 from tests.cuts import IDS, assert_same_logits, make_config, make_model
 from tests.tiny import make_tiny_model
 from tools.base.errors import UserError

@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor
 
 import tools.statistics.pruned
-from kernels.guard import Pruned
-from kernels.methods import prune_weight
+from billhook_kernels.guard import Pruned
+from billhook_kernels.methods import prune_weight
 from tests.benches import open_bench
 from tests.tiny import tiny_settings
 from tools.workbench.bench import Workbench

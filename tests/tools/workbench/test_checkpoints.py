@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tools.statistics.pruned
-from kernels.guard import Pruned
-from kernels.methods import prune_weight
+from billhook_kernels.guard import Pruned
+from billhook_kernels.methods import prune_weight
 from tests.benches import (
     MASK,
     REFIT,

@@ -10,8 +10,8 @@ import torch
 import tools.statistics.pruned
 import tools.workbench.curves
 import tools.workbench.layer_pruning
-from kernels.guard import Pruned
-from kernels.methods import prune_weight
+from billhook_kernels.guard import Pruned
+from billhook_kernels.methods import prune_weight
 from tests.benches import MASK, REFIT, SEQUENTIAL, WANDA, artifact_path, ignore, open_bench, plan, prune, same, snapshot
 from tests.team import join_team
 from tests.tiny import ARCHITECTURES, save_tiny_model, tiny_settings

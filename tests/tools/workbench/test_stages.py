@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import tools.workbench.layer_pruning
-from kernels.guard import Pruned
-from kernels.methods import LayerStatistics
+from billhook_kernels.guard import Pruned
+from billhook_kernels.methods import LayerStatistics
 from tests.benches import REFIT, SEQUENTIAL, ignore, open_bench, plan, prune, same, snapshot
 from tests.team import join_team
 from tests.tiny import MIXTURES, make_tiny_model, save_tiny_model, tiny_settings

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.dispatch import choose_kernel
-from kernels.masks import kth_smallest_each
-from kernels.ranks import order_preserving_ints
+from billhook_kernels.dispatch import choose_kernel
+from billhook_kernels.masks import kth_smallest_each
+from billhook_kernels.ranks import order_preserving_ints
 
 
 def add_second_moment(total_II: Tensor, x_TI: Tensor) -> None:
     """Add sum_t x_t x_t^T of this batch to `total_II` (fp32, in place); products and sums are those of fp32."""
     if choose_kernel(x_TI.device) == "triton":
-        from kernels import triton_statistics
+        from billhook_kernels import triton_statistics
 
         return triton_statistics.add_second_moment(total_II, x_TI)
     wide_TI = x_TI.float()
@@ -119,7 +119,7 @@ def squared_loss_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable
 
 def _sum_changes(pairs: Sequence[tuple[Tensor, Tensor]], parts: Iterable[Tensor]) -> Tensor:
     """The same on a GPU, where no product (T, O) is written out and nothing widened to fp32."""
-    from kernels.triton_statistics import HALF, sum_changes
+    from billhook_kernels.triton_statistics import HALF, sum_changes
 
     dtype = pairs[0][0].dtype
     changes = [torch.zeros(len(x_TI), device=x_TI.device) for x_TI, _ in pairs]

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kernels.damping import damp_inputs
-from kernels.guard import Pruned, finish_update
-from kernels.masks import keep_highest
-from kernels.patterns import Pattern, check_pattern, keep_highest_of_groups
-from kernels.preconditioner import System, prepare_system
-from kernels.refit import refit_survivors
+from billhook_kernels.damping import damp_inputs
+from billhook_kernels.guard import Pruned, finish_update
+from billhook_kernels.masks import keep_highest
+from billhook_kernels.patterns import Pattern, check_pattern, keep_highest_of_groups
+from billhook_kernels.preconditioner import System, prepare_system
+from billhook_kernels.refit import refit_survivors
 
 
 def refit_in_steps(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.preconditioner import Preconditioner, System, multiply, prepare_system
+from billhook_kernels.preconditioner import Preconditioner, System, multiply, prepare_system
 
 
 def refit_survivors(

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.dispatch import choose_kernel
-from kernels.ranks import INFINITY, NO_SCORE, order_preserving_ints, score_bits
-from kernels.scores import score_wanda
-from kernels.threads import share_rows
+from billhook_kernels.dispatch import choose_kernel
+from billhook_kernels.ranks import INFINITY, NO_SCORE, order_preserving_ints, score_bits
+from billhook_kernels.scores import score_wanda
+from billhook_kernels.threads import share_rows
 
 BLOCK_BYTES = 2**20
 """Of scores that a thread works on at a time: with their ranks and their mask they fit into the cache of a core."""
@@ -23,7 +23,7 @@ BLOCK_BYTES = 2**20
 def kth_smallest(ranks_RN: Tensor, k: int) -> Tensor:
     """The k-th smallest (k from 1) of each row of ranks that are at least 0: shape (R,)."""
     if choose_kernel(ranks_RN.device) == "triton":
-        from kernels import triton_masks
+        from billhook_kernels import triton_masks
 
         return triton_masks.select_kth(ranks_RN, k)
     if ranks_RN.device.type == "cpu":  # numpy's partition is several times faster than torch.kthvalue here
@@ -152,7 +152,7 @@ def keep_wanda(weight_OI: Tensor, mean_square_I: Tensor, zeros: int) -> Tensor:
     """`keep_highest_of_rows` of Wanda's scores, exact zeros of the weight being dead; on a GPU in one step."""
     dead_OI = weight_OI == 0
     if choose_kernel(weight_OI.device) == "triton":
-        from kernels import triton_masks
+        from billhook_kernels import triton_masks
 
         if weight_OI.shape[1] <= triton_masks.WIDEST_ROW:
             norm_I = mean_square_I.float().sqrt() + 0.0  # the root of -0.0 is -0.0
@@ -196,7 +196,7 @@ def _pick(ranks_OI: Tensor, chosen_OI: Tensor) -> Tensor:
 def _keep_above(ranks_RN: Tensor, zeros_R: Tensor) -> Tensor:
     """Remove the `zeros_R[r]` lowest of each row r, ties by column."""
     if choose_kernel(ranks_RN.device) == "triton":
-        from kernels import triton_masks
+        from billhook_kernels import triton_masks
 
         return triton_masks.remove_lowest(ranks_RN, zeros_R)
     counts = torch.unique(zeros_R).tolist()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.damping import DAMPING, damp_part
+from billhook_kernels.damping import DAMPING, damp_part
 
 BANDS = 8
 """In so many parts, about, a matrix is looked at."""

@@ -1,6 +1,6 @@
-"""Masks on a GPU: exact counts by radix select, ties by column, bit for bit as `kernels.masks` has them.
+"""Masks on a GPU: exact counts by radix select, ties by column, bit for bit as `billhook_kernels.masks` has them.
 
-Ranks are int32 and at least 0, as `kernels.ranks.order_preserving_ints` gives them. A row that fits into the registers
+Ranks are int32 and at least 0, as `ranks.order_preserving_ints` gives them. A row that fits into the registers
 of one program is selected there, a bit at a time; a longer one (a whole layer) by many programs that count digits.
 
 Shape suffixes: R rows, N columns, K chunks of a row, O output features (rows), I input features (columns), M position
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ranks import INFINITY, NO_SCORE
+from billhook_kernels.ranks import INFINITY, NO_SCORE
 
 WIDEST_ROW = 16384
 """Columns of a row that one program selects from."""

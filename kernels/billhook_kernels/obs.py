@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cholesky import factor_lower
-from kernels.damping import DAMPING, escalate
-from kernels.guard import Pruned, finish_update, is_finite
-from kernels.masks import keep_highest
-from kernels.patterns import check_group, keep_highest_of_columns
-from kernels.ranks import order_preserving_ints
-from kernels.threads import one_thread
+from billhook_kernels.cholesky import factor_lower
+from billhook_kernels.damping import DAMPING, escalate
+from billhook_kernels.guard import Pruned, finish_update, is_finite
+from billhook_kernels.masks import keep_highest
+from billhook_kernels.patterns import check_group, keep_highest_of_columns
+from billhook_kernels.ranks import order_preserving_ints
+from billhook_kernels.threads import one_thread
 
 BLOCK = 128
 """Columns whose mask is chosen at once, and after which the columns to the right are updated (SparseGPT's B)."""

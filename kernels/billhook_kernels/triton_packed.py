@@ -1,7 +1,7 @@
 """Packed weights on a GPU: made, unpacked and multiplied, in the format of `kernels/FORMAT.md`.
 
 Values are moved as integers of their width, so that every bit of them stays. The functions check nothing:
-`kernels.packed` makes and checks what they read.
+`billhook_kernels.packed` makes and checks what they read.
 
 Shape suffixes: B rows of x, O output features (rows), I input features (columns), W = ceil(I / 32) words of a mask row,
 N values, K chunks of a row.

@@ -1,4 +1,4 @@
-"""How fast are Triton's kernels? Part of `python -m kernels.bench`, where there is a GPU.
+"""How fast are Triton's kernels? Part of `python -m billhook_kernels.bench`, where there is a GPU.
 
 Each against what one would call otherwise, on a weight of `size` x `size` in bf16, half of it zero where it is packed.
 """
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.masks import keep_highest, keep_highest_of_rows, keep_wanda
-from kernels.packed import multiply_packed, pack_rows, unpack_rows
-from kernels.patterns import keep_highest_of_groups
-from kernels.statistics import add_second_moment, squared_loss_changes
+from billhook_kernels.masks import keep_highest, keep_highest_of_rows, keep_wanda
+from billhook_kernels.packed import multiply_packed, pack_rows, unpack_rows
+from billhook_kernels.patterns import keep_highest_of_groups
+from billhook_kernels.statistics import add_second_moment, squared_loss_changes
 
 CALLS = 20
 """Of each in one round, one after another, before the GPU is waited for."""

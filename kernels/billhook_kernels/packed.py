@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import native
-from kernels.dispatch import choose_kernel, choose_product
-from kernels.kept import gather_kept, spread_kept
-from kernels.native import WORD
-from kernels.pages import count_room, move_to_large_pages
+from billhook_kernels import native
+from billhook_kernels.dispatch import choose_kernel, choose_product
+from billhook_kernels.kept import gather_kept, spread_kept
+from billhook_kernels.native import WORD
+from billhook_kernels.pages import count_room, move_to_large_pages
 
 PADDING = 32
 """Zeros behind the last value: a kernel may load a whole word's values wherever one begins."""
@@ -66,7 +66,7 @@ def find_kept(weight_OI: Tensor) -> Tensor:
 def pack_mask(keep_OI: Tensor) -> Tensor:
     """The words of a mask (bool), as `PackedWeight` has them, on its device."""
     if choose_kernel(keep_OI.device) == "triton":
-        from kernels import triton_packed
+        from billhook_kernels import triton_packed
 
         return triton_packed.pack_bits(keep_OI)[0]
     padded = F.pad(keep_OI, (0, -keep_OI.shape[1] % WORD)).cpu().numpy()
@@ -85,7 +85,7 @@ def pack_rows(weight_OI: Tensor) -> PackedWeight:
     """Pack a weight of bf16, fp16 or fp32, on its device. Raises ValueError for another dtype or shape."""
     keep_OI, columns = find_kept(weight_OI), weight_OI.shape[1]
     if choose_kernel(weight_OI.device) == "triton":
-        from kernels import triton_packed
+        from billhook_kernels import triton_packed
 
         mask_OW, counts_OK = triton_packed.pack_bits(keep_OI)
         return PackedWeight(mask_OW, *triton_packed.collect_kept(weight_OI, keep_OI, counts_OK, PADDING), columns)
@@ -142,7 +142,7 @@ def unpack_rows(packed: PackedWeight) -> Tensor:
     if kernel == "native":
         return native.unpack_rows(mask_OW, values, offsets_O)[:, :columns]
     if kernel == "triton":
-        from kernels import triton_packed
+        from billhook_kernels import triton_packed
 
         return triton_packed.unpack_rows(mask_OW, values, offsets_O, columns)
     return unpack_by_torch(packed)
@@ -165,7 +165,7 @@ def multiply_packed(packed: PackedWeight, x: Tensor, bias_O: Tensor | None = Non
     if kernel == "torch" or x.dtype != values.dtype:
         return F.linear(x, unpack_by_torch(packed), bias_O)
     if kernel == "triton":
-        from kernels import triton_packed
+        from billhook_kernels import triton_packed
 
         if 0 < x.numel() <= triton_packed.MOST_ROWS * columns:
             return triton_packed.multiply_rows(mask_OW, values, offsets_O, x, bias_O)

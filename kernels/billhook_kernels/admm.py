@@ -18,15 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cholesky import factor_lower
-from kernels.damping import DAMPING
-from kernels.guard import Pruned, finish_update
-from kernels.masks import keep_highest
-from kernels.obs import invert_lower
-from kernels.patterns import Pattern, keep_highest_of_groups
-from kernels.preconditioner import System
-from kernels.refit import refit_survivors
-from kernels.threads import one_thread
+from billhook_kernels.cholesky import factor_lower
+from billhook_kernels.damping import DAMPING
+from billhook_kernels.guard import Pruned, finish_update
+from billhook_kernels.masks import keep_highest
+from billhook_kernels.obs import invert_lower
+from billhook_kernels.patterns import Pattern, keep_highest_of_groups
+from billhook_kernels.preconditioner import System
+from billhook_kernels.refit import refit_survivors
+from billhook_kernels.threads import one_thread
 
 RHO = 0.1
 """ALPS's first penalty."""

@@ -4,7 +4,7 @@ The heart is one instruction, expand-load: it reads as many values as a run of m
 its lane, zeros into the others. For 16-bit values that is VPEXPANDW of AVX-512 VBMI2, for 32-bit ones VPEXPANDD of
 AVX-512F; elsewhere LLVM makes of it a loop that is slower than a dense product, so other processors are refused.
 
-The functions behind addresses check nothing: `kernels.packed` makes and checks what they read.
+The functions behind addresses check nothing: `billhook_kernels.packed` makes and checks what they read.
 
 Shape suffixes: B rows of x, O output features (rows), I input features (columns), W = ceil(I / 32) words of a mask row.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.threads import share_rows
+from billhook_kernels.threads import share_rows
 
 WORD = 32
 """Mask bits that are read at once: a row of a mask is padded to whole words of this many."""

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.damping import DAMPING
-from kernels.dispatch import multiplies_bf16
-from kernels.guard import is_finite
-from kernels.threads import one_thread, share_rows
+from billhook_kernels.damping import DAMPING
+from billhook_kernels.dispatch import multiplies_bf16
+from billhook_kernels.guard import is_finite
+from billhook_kernels.threads import one_thread, share_rows
 
 ROUNDS = 4
 """Subspace iterations for the leading eigenvectors: they need not be exact."""

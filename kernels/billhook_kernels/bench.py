@@ -1,6 +1,6 @@
-"""How fast are the kernels? `python -m kernels.bench [--json FILE]`
+"""How fast are the kernels? `python -m billhook_kernels.bench [--json FILE]`
 
-On a GPU, where there is one, all of `kernels.bench_gpu`; on the CPU the product with packed weights, against what one
+On a GPU, where there is one, all of `bench_gpu.py`; on the CPU the product with packed weights, against what one
 would call otherwise, one row of x, weights cold: every call takes the next weight of a ring that is larger than the
 caches. A round makes a few calls of each, and the speed-up is taken round by round, so that it holds on
 a busy machine better than seconds do; its quartiles show how busy the machine was. Needs about 3 GB.
@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels.bench_gpu import KernelResult, run_kernels
-from kernels.dispatch import choose_kernel, explain_triton
-from kernels.native import explain_absence
-from kernels.packed import PackedLinear, multiply_packed, pack_rows, settle_layers
+from billhook_kernels.bench_gpu import KernelResult, run_kernels
+from billhook_kernels.dispatch import choose_kernel, explain_triton
+from billhook_kernels.native import explain_absence
+from billhook_kernels.packed import PackedLinear, multiply_packed, pack_rows, settle_layers
 
 SPARSITIES = (0.45, 0.5, 0.6)
 TARGETS = {0.45: 1.35, 0.5: 1.55, 0.6: 1.8}
@@ -264,7 +264,7 @@ def make_gpu_table(report: Report) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 done, 1 interrupted, 2 bad input or a machine without kernels."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m billhook_kernels.bench", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", metavar="FILE", type=Path, help="Write all figures there too.")
     parser.add_argument("--size", metavar="N", type=int, default=4096, help="Side of the square weight. Default: 4096.")
     parser.add_argument("--rounds", metavar="N", type=int, default=30, help="At least 2. Default: 30.")

@@ -9,8 +9,8 @@ Shape suffixes: O output features (rows), I input features (columns), M position
 import torch
 from torch import Tensor
 
-from kernels.dispatch import choose_kernel
-from kernels.ranks import order_preserving_ints
+from billhook_kernels.dispatch import choose_kernel
+from billhook_kernels.ranks import order_preserving_ints
 
 Pattern = tuple[int, int]
 """(N zeroed, of M consecutive inputs)."""
@@ -50,7 +50,7 @@ def keep_highest_of_groups(score_OI: Tensor, dead_OI: Tensor, pruned: int, group
 def keep_highest_of_columns(ranks_MC: Tensor, pruned: int) -> Tensor:
     """Mask (bool, True = stays) with the `pruned` lowest of each *column* removed, ties by row."""
     if choose_kernel(ranks_MC.device) == "triton":
-        from kernels import triton_masks
+        from billhook_kernels import triton_masks
 
         return triton_masks.remove_lowest_of_columns(ranks_MC, pruned)
     ranks_MC = ranks_MC.contiguous()

@@ -6,7 +6,7 @@ Shape suffixes: N any.
 import torch
 from torch import Tensor
 
-from kernels.threads import one_thread
+from billhook_kernels.threads import one_thread
 
 BASE = 128
 """Rows that LAPACK factors, on one thread; above, triangular solves and products do, which MKL keeps to the bit."""

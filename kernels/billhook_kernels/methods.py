@@ -10,16 +10,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.admm import Spectrum, prepare_spectrum, solve_admm, solve_alps
-from kernels.damping import damp_inputs
-from kernels.guard import Pruned, finish_update
-from kernels.masks import keep_highest, keep_wanda
-from kernels.obs import InverseFactor, inverse_factor, prune_obs, prune_obs_groups
-from kernels.patterns import Pattern, check_pattern, keep_highest_of_groups
-from kernels.preconditioner import System, prepare_system
-from kernels.refit import refit_survivors
-from kernels.refit_steps import refit_in_levels, refit_in_steps
-from kernels.scores import score_two_sided, score_wanda
+from billhook_kernels.admm import Spectrum, prepare_spectrum, solve_admm, solve_alps
+from billhook_kernels.damping import damp_inputs
+from billhook_kernels.guard import Pruned, finish_update
+from billhook_kernels.masks import keep_highest, keep_wanda
+from billhook_kernels.obs import InverseFactor, inverse_factor, prune_obs, prune_obs_groups
+from billhook_kernels.patterns import Pattern, check_pattern, keep_highest_of_groups
+from billhook_kernels.preconditioner import System, prepare_system
+from billhook_kernels.refit import refit_survivors
+from billhook_kernels.refit_steps import refit_in_levels, refit_in_steps
+from billhook_kernels.scores import score_two_sided, score_wanda
 
 PREPARES = {"alps": "spectrum", "sparsegpt": "factor", "two-sided-obs": "factor", "refit": "system"}
 """What of `LayerStatistics` a method asks for: made from A once, for all the layers that read the same inputs."""

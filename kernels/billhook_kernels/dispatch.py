@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from kernels import native
+from billhook_kernels import native
 
 Kernel = Literal["torch", "triton", "native"]
 
