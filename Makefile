@@ -77,7 +77,7 @@ $(VENV)/.studio: EXTRA := [studio]
 $(VENV)/.demo $(VENV)/.test $(VENV)/.studio: $(VENV)/.python pyproject.toml $(CONSTRAINTS)
 	@! test -e kernels/__init__.py || { echo "kernels/__init__.py is of an earlier version: delete it" >&2; exit 2; }
 	rm -rf billhook.egg-info  # likewise; it would count as a second installation
-	$(INSTALL) 'hatchling>=1.27'
+	$(INSTALL) 'hatchling>=1.27' 'setuptools>=70.1'  # what builds Billhook, and rouge-score, which has no wheel
 	$(INSTALL) --no-build-isolation -e '.$(EXTRA)'
 	$(INSTALL) --no-deps '$(MODEL)'
 	@touch $@

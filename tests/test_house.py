@@ -48,7 +48,7 @@ def test_the_first_page_is_short() -> None:
 
 def test_links_between_pages_lead_somewhere() -> None:
     """A file that is there, and in it a heading or a mark."""
-    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
     pages += [
         page for room in ("graph", "tools", "kernels", "configs", "tests") for page in (ROOT / room).rglob("*.md")
     ]
