@@ -1,23 +1,25 @@
 """What a checkout comes to, digit by digit: `python -m tests.record_results OUT.json [--questions file:PATH] [PART …]`
 
-Runs the demo, a comparison, a run with questions, one with two workers, and a packed export of the demo's model, and
-writes mask hashes, perplexities, KL and trials; nothing of it depends on the machine's speed. Two checkouts that
-write the same file (but for `packed.file`, the hash of a file whose format may change) come to the same results. Takes
-about half an hour on 2 cores. The work lies beside OUT, in OUT.work; parts that are in OUT already are not made again.
+Runs the demo, a comparison, a run with questions, one with named texts and weights, one with two workers, one streamed
+and one cut to 0.8 of its bytes, and writes mask hashes, perplexities, KL and trials. Nothing of it depends on the
+machine's speed. Two checkouts that write the same file come to the same results. The work lies beside OUT, in OUT.work;
+parts that are in OUT already are not made again.
 """
 
 import argparse
-import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-PARTS = ("demo", "compare", "questions", "workers", "packed")
+PARTS = ("demo", "compare", "questions", "texts", "workers", "streamed", "cut")
 SMALL = ("--window", "256", "--calibration-windows", "8", "--gradient-windows", "4")
-RUN = (*SMALL, "--validation-windows", "8", "--test-windows", "4", "--max-iterations", "3")
-RECIPES = "wanda:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa,refit10~sequential:kappa-mask"
+RUN = (*SMALL, "--validation-windows", "4", "--test-windows", "4", "--max-iterations", "3")
+RECIPES = (
+    "wanda:uniform,sparsegpt:owl,alps:alphapruning,two-sided:kappa,two-sided-obs:kappa,"
+    "refit10~clipped~damped0.2~sequential:kappa-mask"
+)
 ROW = ("recipe", "sparsity", "pattern", "achieved_sparsity", "perplexity", "kl", "kl_error", "evaluated_tokens")
 TRIAL = ("iteration", "plan", "verdict", "reason", "sparsity", "perplexity", "kl", "kl_error", "predicted_kl", "tokens")
 SUMMARY = ("mask_sha256", "status", "achieved_sparsity", "perplexity", "kl", "knowledge", "samples", "plan")
@@ -36,21 +38,6 @@ def tell(bench, *arguments, **options):
 
 Workbench.evaluate = tell
 sys.exit(main())
-"""
-
-UNPACK = """
-import hashlib, sys
-import torch
-from billhook_kernels.packed import PackedLinear, unpack_rows
-from tools.packed import load_packed
-
-model, digest = load_packed(sys.argv[1]), hashlib.sha256()
-packed = {n: unpack_rows(m.packed).contiguous() for n, m in model.named_modules() if isinstance(m, PackedLinear)}
-for tensors in (packed, dict(model.named_parameters())):
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-print(digest.hexdigest())
 """
 
 
@@ -88,12 +75,12 @@ def record_comparison(work: Path) -> dict[str, Any]:
     }
 
 
-def record_packed(work: Path) -> dict[str, str]:
-    """The weights of the demo's packed model, whatever they are packed in, and the file itself."""
-    packed = work / "packed"
-    call("-m", "tools.export", str(work / "runs" / "demo"), "--packed", str(packed), "--dtype", "bf16")
-    file = hashlib.sha256((packed / "packed.safetensors").read_bytes()).hexdigest()
-    return {"weights": call("-c", UNPACK, str(packed)).strip(), "file": file}
+def record_texts(work: Path) -> dict[str, Any]:
+    """A run with two named texts, Python's own prose and one file of its code, the code at three times the weight."""
+    code = work / "code.txt"
+    code.write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    texts = ("--text", "prose=pydoc", "--text", f"code=file:{code}", "--text-weights", "prose=1,code=3")
+    return record_run(work, "texts", *RUN, *texts)
 
 
 def main() -> None:
@@ -109,8 +96,10 @@ def main() -> None:
         "demo": lambda: record_run(work, "demo"),
         "compare": lambda: record_comparison(work),
         "questions": lambda: record_run(work, "questions", *RUN, *questions),
+        "texts": lambda: record_texts(work),
         "workers": lambda: record_run(work, "workers", *RUN, "--workers", "2", "--worker-threads", "1"),
-        "packed": lambda: record_packed(work),
+        "streamed": lambda: record_run(work, "streamed", *RUN, "--device", "stream"),
+        "cut": lambda: record_run(work, "cut", *RUN, "--target-size", "0.8"),
     }
     found = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
     for part in given.parts or PARTS:
