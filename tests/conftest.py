@@ -98,7 +98,7 @@ def ask_for_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str],
         monkeypatch.setenv(dispatch.VARIABLE, kernels)
 
     def forget() -> None:
-        for function in (dispatch.choose_kernel, dispatch.choose_product, dispatch.explain_triton):
+        for function in (dispatch.choose_kernel, dispatch.explain_triton):
             function.cache_clear()
 
     ask("")

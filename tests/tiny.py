@@ -14,7 +14,6 @@ import torch
 import transformers
 
 from tools.base.settings import TeamSettings
-from tools.models.formats import PACKED_FILE
 
 VOCABULARY = 320
 HIDDEN = 32
@@ -209,16 +208,6 @@ _GGUF_NAMES = {
     **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
     **{f"mlp.{kind}_proj": f"ffn_{kind}" for kind in ("gate", "up", "down")},
 }
-
-
-def pretend_packed(model: Path, directory: Path) -> Path:
-    """A directory that says of a saved model that it is packed, without any weights."""
-    directory.mkdir()
-    for file in model.iterdir():
-        if file.suffix != ".safetensors":
-            (directory / file.name).symlink_to(file)
-    (directory / PACKED_FILE).write_bytes(b"")
-    return directory
 
 
 def tiny_settings(model: Path | str, **changes: Any) -> TeamSettings:

@@ -17,7 +17,6 @@ from rich.console import Console
 from tools.base.console import carry_out
 from tools.base.errors import UserError
 from tools.base.options import Parser, add_flags, parse_flags, read_options
-from tools.experiments.decoding import bench_decode
 from tools.experiments.speed import BenchSettings
 from tools.experiments.speed_suite import BENCHMARKS, STREAM, choose_benchmarks, run_benchmarks
 from tools.experiments.speed_workers import run_workers
@@ -32,12 +31,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="Write all figures there too.")
     parser.add_argument(
         "--only", metavar="NAME,...", default="", help=f"Benchmarks to run: {', '.join(BENCHMARKS)}. Default: all."
-    )
-    parser.add_argument(
-        "--decode",
-        metavar="MODEL",
-        help="Time only this: a model or run decodes, with packed layers against dense ones, in bf16. Where it is "
-        "dense, 45 %% of its weights are set to zero; a directory with only a config.json gets random weights.",
     )
     parser.add_argument(
         "--workers",
@@ -63,8 +56,8 @@ def _obey(arguments: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for sentences
     options, flags = parse_flags(make_parser(), BenchSettings, arguments)
     names, settings = choose_benchmarks(options.only), read_options(BenchSettings, flags, None)
-    if sum(map(bool, (options.decode, options.only, options.workers, options.stream))) > 1:
-        raise UserError("--decode, --workers, --stream and --only exclude one another")
+    if sum(map(bool, (options.only, options.workers, options.stream))) > 1:
+        raise UserError("--workers, --stream and --only exclude one another")
     if options.stream:
         names, settings = [STREAM], settings.model_copy(update={"device": "stream"})
     report = Report(
@@ -84,12 +77,7 @@ def _run(
     options: argparse.Namespace, names: Sequence[str], settings: BenchSettings, report: Report, console: Console
 ) -> None:
     path = Path(options.json) if options.json else None
-    if options.decode:
-        report.settings |= {"model": options.decode, "dtype": "bf16", "device": "cpu"}
-        write_report(report, path)
-        report.results.append(bench_decode(options.decode, settings))
-        write_report(report, path)
-    elif options.workers:
+    if options.workers:
         report.results += run_workers(settings, options.workers, console)
         write_report(report, path)
     else:

@@ -1,15 +1,12 @@
-"""Write a pruned model as others read it: `python -m tools.export RUN --packed DIR`, or `--gguf FILE`
+"""Write a pruned model for llama.cpp: `python -m tools.export RUN --gguf FILE`
 
 RUN is a run's directory, its name under runs/, or any model: a directory, a .gguf file, package:NAME or a hub id.
-A packed model is smaller than the dense one and decodes faster; python -m tools.generate DIR runs it. A .gguf file is
-for llama.cpp, of a run whose model was such a file.
+The model that the run began with was a .gguf file, too.
 """
 
 import sys
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -17,37 +14,11 @@ from tools.base.console import UNWRITTEN, carry_out, print_line
 from tools.base.errors import UserError
 from tools.base.files import explain_full_disk, explain_unwritable
 from tools.base.made import read_config_values
-from tools.base.names import hide_path
 from tools.base.options import Parser
 from tools.base.rundir import list_places
-from tools.base.settings import TeamSettings, WorkbenchSettings
+from tools.base.settings import WorkbenchSettings
 from tools.base.words import show_size
-from tools.models.formats import DTYPES, Dtype
-from tools.models.load import ModelPlace, choose_device, find_model, load_model, locate_model, read_dtype
-from tools.results.cards import write_packed_card
-
-
-def export_packed(source: str, directory: Path, dtype: Dtype | Literal[""], console: Console) -> None:
-    """Pack a model. Raises UserError."""
-    from tools.models.packed import describe_packed, is_packed
-    from tools.models.packing import save_packed
-
-    place = find_model(source)
-    if directory.exists():
-        raise UserError(f"{directory} exists already; choose another --packed")
-    if is_packed(place):
-        raise UserError(f"{place} is packed already")
-    settings = choose_device(TeamSettings(model=place, dtype=dtype or read_dtype(place)))
-    if settings.device == "auto":  # it fits; what is packed is packed on the CPU
-        settings = settings.model_copy(update={"device": "cpu"})
-    model, tokenizer = load_model(settings, directory.parent)
-    if dtype and not all(bool(weight.isfinite().all()) for weight in model.parameters() if not weight.is_meta):
-        raise UserError(f"not all weights of {source} are finite in {dtype}; use --dtype bf16")
-    words = f"`{hide_path(source)}`" + (f", weights rounded to {dtype}" if dtype else "")
-    write_card = partial(write_packed_card, words, rounded=bool(dtype))
-    contents = save_packed(model, tokenizer, directory, lambda contents: write_card(describe_packed(contents)))
-    print_line(console, describe_packed(contents))
-    print_line(console, f"run it: python -m tools.generate {directory}")
+from tools.models.load import ModelPlace, find_model, load_model, locate_model, read_dtype
 
 
 def export_gguf(source: str, path: Path, dense: str, console: Console) -> None:
@@ -105,32 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         parser = Parser(prog="python -m tools.export", description=__doc__)
         parser.add_argument("run", metavar="RUN")
-        forms = parser.add_mutually_exclusive_group(required=True)
-        forms.add_argument("--packed", metavar="DIR", help="Directory of the packed model.")
-        forms.add_argument("--gguf", metavar="FILE", help="A .gguf file of the model, for llama.cpp.")
+        parser.add_argument("--gguf", metavar="FILE", required=True, help="A .gguf file of the model, for llama.cpp.")
         parser.add_argument(
-            "--dense",
-            metavar="MODEL",
-            default="",
-            help="With --gguf: the dense model's .gguf file; default: the run's.",
-        )
-        parser.add_argument(
-            "--dtype",
-            choices=tuple(DTYPES),
-            default="",
-            help="With --packed: round the weights to this format; default: none.",
+            "--dense", metavar="MODEL", default="", help="The dense model's .gguf file; default: the run's."
         )
         options = parser.parse_args(arguments)
-        if not (options.packed or options.gguf):
-            raise UserError("--packed and --gguf want a path, and it is empty")
-        if options.gguf and options.dtype:
-            raise UserError("--dtype is about --packed; a .gguf file keeps the formats of the dense model's")
-        if options.packed and options.dense:
-            raise UserError("--dense is about --gguf; leave it out")
-        if options.packed:
-            export_packed(options.run, Path(options.packed), options.dtype, console)
-        else:
-            export_gguf(options.run, Path(options.gguf), options.dense, console)
+        if not options.gguf:
+            raise UserError("--gguf wants a path, and it is empty")
+        export_gguf(options.run, Path(options.gguf), options.dense, console)
 
     return carry_out(work, UNWRITTEN)
 

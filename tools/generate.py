@@ -1,8 +1,8 @@
 """What does a model say, and how fast? `python -m tools.generate MODEL --prompt "Once upon a time" --compare DENSE`
 
 Goes on with a prompt, always with the most likely token, and streams the text; then tokens a second and bytes of the
-weights. MODEL and DENSE are each a run's directory, its name under runs/, a directory of a plain or packed model, a
-.gguf file, package:NAME or a hub id.
+weights. MODEL and DENSE are each a run's directory, its name under runs/, a model's directory, a .gguf
+file, package:NAME or a hub id.
 """
 
 import gc
@@ -28,18 +28,15 @@ from tools.measure.continuations import (
 )
 from tools.models.formats import DTYPES, Dtype
 from tools.models.load import choose_device, find_model, load_model, read_dtype
-from tools.models.packed import is_packed, read_contents
 
 
-def let_say(source: str, prompt: str, new: int, dtype: Dtype | None, device: str, console: Console) -> Continuation:
+def let_say(source: str, prompt: str, new: int, dtype: Dtype, device: str, console: Console) -> Continuation:
     """Load a model and stream what it says; it is let go. Raises UserError."""
     place = find_model(source)
-    packed = is_packed(place)
-    dtype = read_contents(place).dtype if packed else dtype or read_dtype(place)
     settings = TeamSettings.model_validate({"model": place, "dtype": dtype, "device": device})
     model, tokenizer = load_model(choose_device(settings))
     ids_BT = encode_prompt(model, tokenizer, prompt, new)
-    print_line(console, f"--- {source}, {dtype}{', packed' if packed else ''}")
+    print_line(console, f"--- {source}, {dtype}")
     _print_piece(console, prompt, style="dim")
     return stream_continuation(source, model, tokenizer, ids_BT, new, partial(_print_piece, console))
 
@@ -58,8 +55,6 @@ def make_table(continuations: Sequence[Continuation]) -> Table:
         "tokens": [str(len(x.tokens)) for x in continuations],
         "tokens/s": ["" if x.rate is None else f"{x.rate:.1f}" for x in continuations],
         "weights, MB": [f"{x.bytes / 1e6:.1f}" for x in continuations],
-        "of these packed, MB": [f"{x.layer_bytes / 1e6:.1f}" if x.layer_bytes else "" for x in continuations],
-        "and would be dense, MB": [f"{x.dense_bytes / 1e6:.1f}" if x.layer_bytes else "" for x in continuations],
     }
     for continuation in continuations:
         table.add_column(strip_controls(continuation.model), justify="right")
@@ -80,14 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--tokens", metavar="N", type=int, default=64, help="At most so many follow. Default: 64.")
         devices = get_args(LoadSettings.model_fields["device"].annotation)
         parser.add_argument("--device", choices=devices, default="auto")
-        parser.add_argument("--dtype", choices=tuple(DTYPES), help="Of what is not packed. Default: MODEL's own.")
+        parser.add_argument("--dtype", choices=tuple(DTYPES), help="Of both models. Default: MODEL's own.")
         options = parser.parse_args(arguments)
         if options.tokens < 1:
             raise UserError("--tokens must be at least 1")
         sources = [options.model, *([options.compare] if options.compare else [])]
         places = [find_model(source) for source in sources]  # before a text is written that another was to stand beside
-        packed = [read_contents(place).dtype for place in places if is_packed(place)]
-        dtype = options.dtype or (packed or [read_dtype(places[0])])[0]  # of both: what is compared is no other format
+        dtype = options.dtype or read_dtype(places[0])  # of both: what is compared is no other format
         done = []
         for source in sources:
             done.append(let_say(source, options.prompt, options.tokens, dtype, options.device, console))

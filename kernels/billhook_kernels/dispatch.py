@@ -1,8 +1,7 @@
-"""Which kernels run: torch's operations, Triton's on a GPU, or native code on a CPU. The one place that chooses.
+"""Which kernels run: torch's operations, or Triton's on a GPU. The one place that chooses.
 
-All of them give the same: masks and packed weights bit for bit, sums within the rounding of fp32. Triton's run on a
-GPU, and anywhere where the variable TRITON_INTERPRET is 1, for tests. Native code knows packed products alone, so that
-whoever asks for it gets torch for the rest.
+Both give the same: masks and packed weights bit for bit, sums within the rounding of fp32. Triton's run on a GPU,
+and anywhere where the variable TRITON_INTERPRET is 1, for tests.
 """
 
 import functools
@@ -11,9 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from billhook_kernels import native
-
-Kernel = Literal["torch", "triton", "native"]
+Kernel = Literal["torch", "triton"]
 
 VARIABLE = "BILLHOOK_KERNELS"
 """Asks for one of them: they are used where they can be, torch elsewhere. Read when a device is first chosen for."""
@@ -52,34 +49,6 @@ def choose_kernel(device: torch.device) -> Kernel:
 
 
 @functools.cache
-def choose_product(dtype: torch.dtype, device: torch.device) -> Kernel:
-    """What multiplies by packed weights of a dtype. Raises ValueError as `explain_torch` does."""
-    if explain_torch(dtype, device) or _read_variable() == "torch":
-        return "torch"
-    return "native" if choose_kernel(device) == "torch" else "triton"
-
-
-def explain_torch(dtype: torch.dtype, device: torch.device) -> str:
-    """Why packed weights would be multiplied by torch, which is slower than a dense product; "" where they are not.
-
-    Where BILLHOOK_KERNELS asks for torch there is nothing to explain. Raises ValueError, in one line, when it names no
-    kernels, or those that cannot multiply there.
-    """
-    asked = _read_variable()
-    if asked == "torch" or (asked != "native" and choose_kernel(device) == "triton"):
-        return ""
-    if asked == "triton" or (asked == "" and device.type == "cuda"):
-        absence = explain_triton(device)
-    else:
-        absence = (
-            native.explain_absence(dtype) if device.type == "cpu" else f"native kernels do not run on {device.type}"
-        )
-    if asked:
-        _insist(asked, absence)
-    return absence
-
-
-@functools.cache
 def explain_triton(device: torch.device) -> str:
     """Why Triton's kernels do not run on a device; "" where they do."""
     try:
@@ -102,7 +71,7 @@ def explain_triton(device: torch.device) -> str:
 def _read_variable() -> str:
     asked = os.environ.get(VARIABLE, "")
     if asked and asked not in get_args(Kernel):
-        raise ValueError(f"{VARIABLE} is {asked[:80]!r}; it may be torch, triton or native")
+        raise ValueError(f"{VARIABLE} is {asked[:80]!r}; it may be torch or triton")
     return asked
 
 

@@ -1,39 +1,27 @@
-"""A sparse weight as one bit per weight and its non-zero values, row by row, and products with it.
+"""A sparse weight as one bit per weight and its non-zero values, row by row.
 
 Bit-exact both ways: what is left out is +0.0 alone, so that negative zeros and the payloads of NaNs come back. Where
 it lies on disk is `kernels/FORMAT.md`.
 
-Shape suffixes: B rows of x, O output features (rows), I input features (columns), W = ceil(I / 32) words of a mask row,
+Shape suffixes: O output features (rows), I input features (columns), W = ceil(I / 32) words of a mask row,
 N non-zero values.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from billhook_kernels import native
-from billhook_kernels.dispatch import choose_kernel, choose_product
+from billhook_kernels.dispatch import choose_kernel
 from billhook_kernels.kept import gather_kept, spread_kept
-from billhook_kernels.native import WORD
-from billhook_kernels.pages import count_room, move_to_large_pages
+
+WORD = 32
+"""Bits of a word of the mask."""
 
 PADDING = 32
 """Zeros behind the last value: a kernel may load a whole word's values wherever one begins."""
-
-MOST_PACKED_ROWS = 16
-"""Rows of x up to which the native product is used; with more, to unpack the weight is faster. (Triton's: MOST_ROWS.)
-
-Milliseconds, packed / unpacked first / dense, 4096 x 4096, half zeros, bf16, one thread, medians beside other work:
-1 row 2.7 / 10.2 / 5.9, 4 rows 2.5 / 9.7 / 5.7, 8 rows 6.0 / 10.6 / 6.7, 12 rows 8.5 / 10.0 / 5.6,
-16 rows 10.1 / 10.4 / 5.1, 24 rows 16.3 / 14.2 / 7.3, 512 rows - / 44.6 / 36.3.
-"""
-
-CHUNK_BYTES = 2**22
-"""Of an unpacked weight that native code makes at once; with a quarter of it 512 rows take half as long again."""
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """What can be packed, and the integers of the same width."""
@@ -50,10 +38,6 @@ class PackedWeight(NamedTuple):
     """int64: where the values of each row begin."""
     columns: int
     """I."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.mask_OW.nbytes + self.values.nbytes + self.offsets_O.nbytes
 
 
 def find_kept(weight_OI: Tensor) -> Tensor:
@@ -136,89 +120,6 @@ def unpack_mask(mask_OW: Tensor, columns: int) -> Tensor:
 
 
 def unpack_rows(packed: PackedWeight) -> Tensor:
-    """The weight (O, I) again, on its device; a view of somewhat more where I is no multiple of 32."""
-    mask_OW, values, offsets_O, columns = packed
-    kernel = choose_product(values.dtype, values.device)
-    if kernel == "native":
-        return native.unpack_rows(mask_OW, values, offsets_O)[:, :columns]
-    if kernel == "triton":
-        from billhook_kernels import triton_packed
-
-        return triton_packed.unpack_rows(mask_OW, values, offsets_O, columns)
-    return unpack_by_torch(packed)
-
-
-def unpack_by_torch(packed: PackedWeight) -> Tensor:
-    """The same by torch alone, on any device: the reference."""
+    """The weight (O, I) again, on its device."""
     mask_OW, values, offsets_O, columns = packed
     return spread_kept(values[int(offsets_O[0]) :], unpack_mask(mask_OW, columns))
-
-
-def multiply_packed(packed: PackedWeight, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + b in the dtype that all have: x (…, I), result (…, O).
-
-    A few rows of x are multiplied by the packed weight as it is, with sums in fp32. For more of them the weight is
-    unpacked, and let go again: by native code a few rows at a time, CHUNK_BYTES of them; elsewhere as a whole.
-    """
-    mask_OW, values, offsets_O, columns = packed
-    kernel = choose_product(values.dtype, values.device)
-    if kernel == "torch" or x.dtype != values.dtype:
-        return F.linear(x, unpack_by_torch(packed), bias_O)
-    if kernel == "triton":
-        from billhook_kernels import triton_packed
-
-        if 0 < x.numel() <= triton_packed.MOST_ROWS * columns:
-            return triton_packed.multiply_rows(mask_OW, values, offsets_O, x, bias_O)
-        return F.linear(x, unpack_rows(packed), bias_O)
-    if x.numel() <= MOST_PACKED_ROWS * columns and x.numel():
-        return native.multiply_rows(mask_OW, values, offsets_O, x, bias_O)
-    y = x.new_empty(*x.shape[:-1], len(mask_OW))
-    width = mask_OW.shape[1] * WORD
-    height = max(1, CHUNK_BYTES // (width * values.itemsize))
-    room = values.new_empty(min(height, len(mask_OW)), width)
-    for start in range(0, len(mask_OW), height):
-        part = slice(start, start + height)
-        weight = native.unpack_rows(mask_OW[part], values, offsets_O[part], room)
-        y[..., part] = F.linear(x, weight[:, :columns], None if bias_O is None else bias_O[part])
-    return y
-
-
-class PackedLinear(nn.Module):
-    """`nn.Linear` with a packed weight, to run and not to train: gradients go through it, not to it."""
-
-    mask_OW: Tensor
-    values: Tensor
-    offsets_O: Tensor
-    bias: Tensor | None
-
-    def __init__(self, packed: PackedWeight, bias_O: Tensor | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = len(packed.mask_OW), packed.columns
-        self.register_buffer("mask_OW", packed.mask_OW)
-        self.register_buffer("values", packed.values)
-        self.register_buffer("offsets_O", packed.offsets_O)
-        self.register_buffer("bias", bias_O)
-
-    @property
-    def packed(self) -> PackedWeight:
-        return PackedWeight(self.mask_OW, self.values, self.offsets_O, self.in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, I) to (…, O), in the weight's dtype."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            return F.linear(x, unpack_rows(self.packed), self.bias)
-        return multiply_packed(self.packed, x, self.bias)
-
-    def extra_repr(self) -> str:
-        kept = self.values.numel() - PADDING
-        return f"{self.in_features}, {self.out_features}, {1 - kept / (self.in_features * self.out_features):.1%} zero"
-
-
-def settle_layers(layers: Sequence[PackedLinear]) -> None:
-    """Put the weights of layers on the CPU where they are read fastest, in the order that they are given."""
-    moved = move_to_large_pages(
-        (tensor for layer in layers for tensor in layer.packed[:3]),
-        sum(count_room(layer.packed[:3]) for layer in layers),
-    )
-    for layer in layers:
-        layer.mask_OW, layer.values, layer.offsets_O = next(moved), next(moved), next(moved)

@@ -1,7 +1,6 @@
-"""Packed weights come back bit for bit, wrong ones are refused, and products are those of the dense weight."""
+"""Packed weights come back bit for bit, wrong ones are refused."""
 
 import re
-from collections.abc import Callable
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,26 +9,19 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from billhook_kernels import native, packed
-from billhook_kernels.native import explain_absence
 from billhook_kernels.packed import (
     BITS,
-    MOST_PACKED_ROWS,
     PADDING,
-    PackedLinear,
     check_packed,
-    multiply_packed,
     pack_bits,
     pack_mask,
     pack_rows,
-    unpack_by_torch,
     unpack_mask,
     unpack_rows,
 )
 from tests.kernels.layers import make_sparse
 
 BF16 = torch.bfloat16
-native_only = pytest.mark.skipif(bool(explain_absence(BF16)), reason=explain_absence(BF16))
 
 
 @given(st.sampled_from(sorted(BITS, key=str)), st.data())
@@ -45,8 +37,7 @@ def test_any_bits_come_back(dtype: torch.dtype, data: st.DataObject) -> None:
     assert all(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(made[:3], checked[:3], strict=True)
     )
-    for unpack in (unpack_rows, unpack_by_torch):
-        assert torch.equal(unpack(checked).contiguous().view(BITS[dtype]), bits_OI)
+    assert torch.equal(unpack_rows(checked).contiguous().view(BITS[dtype]), bits_OI)
 
 
 @given(st.integers(0, 5), st.integers(0, 70), st.data())
@@ -116,56 +107,3 @@ def test_what_does_not_fit_together_is_refused() -> None:
     spoilt = values.clone()
     spoilt[-1] = -0.0
     refuse("the padding behind the values is not zero", values=spoilt)
-
-
-@pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float16])
-@pytest.mark.parametrize("kernel", ["torch", "native"])
-def test_products_are_those_of_the_dense_weight(
-    kernel: str, dtype: torch.dtype, ask_for_kernels: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if kernel == "native" and (reason := explain_absence(dtype)):
-        pytest.skip(reason)
-    ask_for_kernels(kernel)
-    monkeypatch.setattr(packed, "CHUNK_BYTES", 4096)  # several chunks, the last one smaller
-    weight_OI, bias_O = make_sparse(45, 70, dtype), torch.linspace(-1, 1, 45).to(dtype)
-    linear = PackedLinear(pack_rows(weight_OI), bias_O)
-    for batch in ((), (1,), (2, 3), (MOST_PACKED_ROWS,), (MOST_PACKED_ROWS + 1,), (5, 9), (0,)):
-        x = torch.randn(*batch, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
-        y = linear(x)
-        assert y.shape == (*batch, 45) and y.dtype == dtype
-        exact = x.double() @ weight_OI.double().T + bias_O.double()
-        bound = x.double().abs() @ weight_OI.double().abs().T + bias_O.double().abs()
-        assert bool(((y.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * bound).all())
-        plain = multiply_packed(linear.packed, x)
-        assert bool(((plain.double() - exact + bias_O.double()).abs() <= 2 * torch.finfo(dtype).eps * bound).all())
-
-
-@native_only
-def test_few_rows_are_never_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    unpacked: list[int] = []
-    unpack = native.unpack_rows
-    monkeypatch.setattr(native, "unpack_rows", lambda mask, *rest: (unpacked.append(len(mask)), unpack(mask, *rest))[1])
-    linear = PackedLinear(pack_rows(make_sparse(3, 40, BF16)))
-    linear(torch.ones(MOST_PACKED_ROWS, 40, dtype=BF16))
-    assert unpacked == []
-    linear(torch.ones(MOST_PACKED_ROWS + 1, 40, dtype=BF16))
-    assert unpacked == [3]
-
-
-def test_gradients_go_through() -> None:
-    weight_OI = make_sparse(6, 40, torch.float32)
-    x_BI = torch.randn(2, 40, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    PackedLinear(pack_rows(weight_OI))(x_BI).sum().backward()
-    assert x_BI.grad is not None
-    torch.testing.assert_close(x_BI.grad, weight_OI.sum(0).expand(2, -1))
-
-
-def test_inputs_of_another_dtype_are_refused_as_by_a_dense_layer() -> None:
-    with pytest.raises(RuntimeError, match="same dtype"):
-        PackedLinear(pack_rows(make_sparse(6, 40, BF16)))(torch.ones(1, 40))
-
-
-def test_a_layer_tells_what_it_is() -> None:
-    weight_OI = torch.ones(2, 4, dtype=BF16)
-    weight_OI[0, :2] = 0
-    assert repr(PackedLinear(pack_rows(weight_OI))) == "PackedLinear(4, 2, 25.0% zero)"

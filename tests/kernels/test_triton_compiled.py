@@ -43,9 +43,6 @@ except ValueError:
 weight_OI = torch.zeros(3, 4096, dtype=BF16)
 mask_OW, counts_OK = triton_packed.pack_bits(weight_OI == 0)
 triton_packed.collect_kept(weight_OI, weight_OI == 0, counts_OK * 0, 32)
-packed = mask_OW, torch.zeros(64, dtype=BF16), torch.zeros(3, dtype=torch.int64)
-triton_packed.unpack_rows(*packed, 4096)
-triton_packed.multiply_rows(*packed, torch.zeros(9, 4096, dtype=BF16), torch.zeros(3, dtype=BF16))
 for dtype in (BF16, torch.float32):
     x_TI, part_OI = torch.zeros(64, 96, dtype=dtype), torch.zeros(48, 96, dtype=dtype)
     triton_statistics.add_second_moment(torch.zeros(96, 96), x_TI)
@@ -63,4 +60,4 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", COMPILE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["_count_bits", "_load_chunk"], "parts of other kernels"
+    assert done.stdout.split() == ["_load_chunk"], "a part of other kernels"

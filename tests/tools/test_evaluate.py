@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from tests.rows import write_rows
-from tests.tiny import make_tiny_tokenizer, save_tiny_gguf, save_tiny_model, tiny_settings
+from tests.tiny import save_tiny_gguf, save_tiny_model
 from tools.base.rundir import unlock_run
 from tools.evaluate import main
 from tools.experiments import evaluation
-from tools.models.layers import find_layers
-from tools.models.load import load_model
-from tools.models.packing import save_packed
 from tools.results.evaluation import Figures
 
 Models = tuple[str, str]
@@ -44,19 +40,6 @@ def run(*arguments: str) -> int:
         return main(list(arguments))
     finally:
         unlock_run(Path(arguments[arguments.index("--out") + 1]))
-
-
-def test_a_model_packed_in_another_format_is_refused_before_any_is_asked(
-    models: Models, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    packed = tmp_path / "packed"
-    sparse = load_model(tiny_settings(models[0], dtype="bf16"))[0]
-    for layer in find_layers(sparse):
-        layer.write(torch.where(layer.weight_OI.abs() > 0.2, layer.weight_OI, 0))
-    save_packed(sparse, make_tiny_tokenizer(), packed, lambda _: "card")
-    assert run(models[0], str(packed), *flags) == 2
-    said = f"error: model '{packed}' is packed in bf16; give --dtype bf16\n"
-    assert capsys.readouterr().err == said and not (tmp_path / "out" / "evaluate.json").exists()
 
 
 def test_models_with_other_tokenizers_stand_beside_one_another_without_a_difference(

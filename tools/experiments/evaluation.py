@@ -16,14 +16,11 @@ from tools.measure.benchmarks import Benchmark, differ_from, load_benchmarks
 from tools.measure.harness import run_benchmark, warn_of_cut_prompts
 from tools.models.load import (
     check_device,
-    check_packed,
     choose_device,
     find_model,
     hash_model,
     load_model,
-    locate_model,
 )
-from tools.models.packed import is_packed
 from tools.results.evaluation import Figures, Row, write_figures
 
 
@@ -48,9 +45,6 @@ def evaluate(models: list[str], settings: EvaluateSettings, console: Console) ->
     lock_out(directory, directory)
     known = read_kept(directory / "evaluate.json", Figures) or Figures()
     _refuse_other_protocols(directory, known, benchmarks)
-    for model in models:
-        if is_packed(place := Path(locate_model(model).path)):
-            check_packed(model, place, settings.dtype)
     files = {model: hash_model(model) for model in models}
     for changed in _drop_changed(known, files):
         print_line(console, f"{changed} is another than when it was asked, and is asked again")

@@ -13,7 +13,6 @@ from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
 from tools.base.errors import UserError
 from tools.base.words import strip_controls
-from tools.models.packed import measure_sizes
 from tools.models.positions import count_positions
 from tools.models.sampling import end_row, without_habits
 from tools.models.streamed import find_stream
@@ -129,22 +128,13 @@ class Continuation(NamedTuple):
     tokens: list[int]
     seconds: float
     """From the first of the tokens to the last."""
-    layer_bytes: int
-    """Of packed layers; 0 in a dense model."""
-    dense_bytes: int
-    """Of the same layers, if they were dense."""
-    other_bytes: int
-    """Of all other parameters."""
+    bytes: int
+    """Of all weights."""
 
     @property
     def rate(self) -> float | None:
         """Tokens a second, without reading the prompt; None for fewer than two tokens."""
         return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 else None
-
-    @property
-    def bytes(self) -> int:
-        """Of all weights."""
-        return self.layer_bytes + self.other_bytes
 
 
 class _Stream(TextStreamer):
@@ -181,7 +171,7 @@ def stream_continuation(
     stream = _Stream(tokenizer, show)
     tokens = decode(model, ids_BT, new, streamer=stream)[0, ids_BT.shape[1] :].tolist()
     times = stream.times[1:]  # the first is the prompt's
-    return Continuation(name, tokens, times[-1] - times[0], *measure_sizes(model))
+    return Continuation(name, tokens, times[-1] - times[0], sum(weight.nbytes for weight in model.parameters()))
 
 
 def compare_continuations(ours: Continuation, dense: Continuation) -> list[str]:

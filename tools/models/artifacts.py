@@ -14,10 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import pad
 
-from billhook_kernels.native import WORD
 from billhook_kernels.packed import (
     BITS,
     PADDING,
+    WORD,
     PackedWeight,
     check_mask,
     check_packed,
@@ -25,8 +25,8 @@ from billhook_kernels.packed import (
     pack_bits,
     pack_mask,
     pack_rows,
-    unpack_by_torch,
     unpack_mask,
+    unpack_rows,
 )
 
 
@@ -75,7 +75,7 @@ def unpack_pruned(tensors: Mapping[str, Tensor], dense_OI: Tensor, device: torch
         mask_OW, values = _read_earlier(mask_OW, values, (rows, columns))
     if values is not None:
         mask_OW, values, offsets_O, _ = check_packed(mask_OW, values, (rows, columns))
-        return unpack_by_torch(PackedWeight(mask_OW.to(device), values.to(device), offsets_O, columns))
+        return unpack_rows(PackedWeight(mask_OW.to(device), values.to(device), offsets_O, columns))
     check_mask(mask_OW, (rows, columns))
     bits_OI = dense_OI.to(device).view(BITS[dense_OI.dtype])  # as integers: a third of the time that `where` takes
     return (bits_OI * unpack_mask(mask_OW.to(device), columns)).view(dense_OI.dtype)

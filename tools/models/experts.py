@@ -190,32 +190,6 @@ def _run_expert(module: Any, traits: Traits, linears: Mapping[str, nn.Module], x
     return y_TD
 
 
-class PackedExpert(nn.Module):
-    """One projection of one expert with its weight packed; a bias is still the stacked one's."""
-
-    def __init__(self, packed: nn.Module, dense: ExpertLinear) -> None:
-        super().__init__()
-        self.packed = packed
-        object.__setattr__(self, "dense", dense)  # not a part of this one
-
-    dense: ExpertLinear
-
-    def forward(self, x_TI: Tensor) -> Tensor:
-        """(T, O)."""
-        y_TO: Tensor = self.packed(x_TI)
-        return y_TO if self.dense.bias is None else y_TO + self.dense.bias
-
-
-def replace_experts(module: nn.Module, projections: Experts) -> None:
-    """Make stacked experts run by other linear layers for good; their own weights are let go of."""
-    traits = describe_experts(module)
-    assert traits is not None
-    for name in traits.stacked:
-        del module._parameters[name]
-    module.projections = nn.ModuleList(nn.ModuleDict(dict(expert)) for expert in projections)
-    module.forward = partial(run_experts, module, traits, projections)
-
-
 @contextmanager
 def run_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While it lasts, stacked experts run by the projections that are among the `modules`, whose hooks see tokens."""

@@ -1,10 +1,7 @@
-"""Names that stand for numbers and files: number formats, and what a packed model's directory holds."""
+"""Names of number formats."""
 
 from typing import Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Names of the config's number formats in torch."""
-
-PACKED_FILE = "packed.safetensors"
-"""What a directory with a packed model holds."""

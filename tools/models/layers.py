@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook_kernels.packed import PackedLinear
 from tools.base.errors import UserError
 from tools.models.experts import ExpertLinear, is_fused, list_stacked, split_experts
 
@@ -152,11 +151,8 @@ def name_blocks(model: nn.Module) -> str:
 def find_layers(model: nn.Module) -> list[Layer]:
     """Every nn.Linear and Conv1D inside the decoder blocks, and every projection of fused experts, in depth order.
 
-    Tied weights come once, and what chooses experts not at all. Raises UserError when there are none, or when some are
-    packed.
+    Tied weights come once, and what chooses experts not at all. Raises UserError when there are none.
     """
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise UserError("the model is packed, to be run and not to be changed; give the dense model it was made of")
     blocks = find_blocks(model)
     prefix = name_blocks(model)
     layers: list[Layer] = []

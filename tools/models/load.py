@@ -19,7 +19,7 @@ from tools.base.names import is_hub_id
 from tools.base.rundir import list_places
 from tools.base.settings import TeamSettings, WorkbenchSettings, count_beside
 from tools.base.words import show_size
-from tools.models.formats import DTYPES, PACKED_FILE, Dtype
+from tools.models.formats import DTYPES, Dtype
 from tools.models.gguf import read_pieces, reading_once
 from tools.models.hub import check_in_reach
 from tools.models.save import forget_quantization
@@ -186,10 +186,10 @@ def count_models(settings: TeamSettings, device: str) -> int:
 
 
 def is_settled(settings: TeamSettings) -> bool:
-    """Whether nothing need be built to say what `auto` stands for: it is not asked for, the model is packed, or it, and
-    its workers' own, surely fit the memory that is free, by the sizes of its files alone."""
+    """Whether nothing need be built to say what `auto` stands for: it is not asked for, or the model, and its workers'
+    own, surely fit the memory that is free, by the sizes of its files alone."""
     place = locate_model(settings.model)
-    if settings.device != "auto" or (Path(place.path) / PACKED_FILE).is_file():
+    if settings.device != "auto":
         return True
     files = _list_files(place)
     return bool(files) and sum(file.stat().st_size for file in files) * WIDEST < _count_room(settings)
@@ -237,8 +237,7 @@ def _explain(settings: WorkbenchSettings, error: Exception) -> UserError:
 def load_model(settings: WorkbenchSettings, scratch: Path | None = None) -> tuple[Any, Any]:
     """(model in eval mode with frozen weights, tokenizer). Raises UserError in one line when it cannot be loaded.
 
-    A packed model runs in the number format that it was packed in. Weights that are streamed lie in the directory
-    `scratch`, or in the user's cache.
+    Weights that are streamed lie in the directory `scratch`, or in the user's cache.
     """
     import transformers
 
@@ -251,8 +250,6 @@ def load_model(settings: WorkbenchSettings, scratch: Path | None = None) -> tupl
     try:
         with reading_once():
             tokenizer = load_tokenizer(settings)
-            if (Path(place.path) / PACKED_FILE).is_file():
-                return _load_packed(settings, Path(place.path), device), tokenizer
             if settings.device == "spread":
                 options["device_map"] = spread_blocks(build_on_meta(place, settings)[0], _measure_gpus())
             if settings.device == "stream":
@@ -381,21 +378,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _load_packed(settings: WorkbenchSettings, directory: Path, device: "torch.device") -> Any:
-    from tools.models.packed import load_packed
-
-    if settings.device in ("spread", "stream"):
-        raise UserError(f"model {settings.model!r} is packed, and runs on one device; use another --device")
-    check_packed(settings.model, directory, settings.dtype)
-    return load_packed(directory, device)
-
-
-def check_packed(model: str, directory: Path, dtype: str) -> None:
-    """Refuse a packed model, before it is loaded, whose number format is another. Raises UserError."""
-    from tools.models.packed import read_contents
-
-    packed = read_contents(directory).dtype
-    if packed != dtype:
-        raise UserError(f"model {model!r} is packed in {packed}; give --dtype {packed}")

@@ -1,4 +1,4 @@
-"""Model cards, `README.md` beside a model's weights: of a run, of a model that parts were cut out of, and packed.
+"""Model cards, `README.md` beside a model's weights: of a run, and of a model that parts were cut out of.
 
 Nothing in a run's card says where files lie on this machine.
 """
@@ -157,26 +157,3 @@ def write_structure_card(result: Structure) -> str:
 
 def _tell_kept(kept: Kept) -> list[str]:
     return ["", f"{ANSWERS_KEPT}, on {kept.pairs} questions of `{hide_path(kept.source)}`."]
-
-
-def write_packed_card(words: str, described: str, *, rounded: bool = False) -> str:
-    """The model card of a packed model: `words` say which it is, `described` how it was packed, and `rounded` whether
-    its weights were."""
-    return _write(
-        "tags: [pruned, sparse, packed, billhook]",
-        f"{words}, packed",
-        [
-            f"{described[0].upper()}{described[1:]}.",
-            "",
-            "Stock `transformers` does not read it. With Billhook:",
-            "",
-            "```python",
-            "from tools.packed import load_packed",
-            "",
-            'model = load_packed("DIR")  # works with model.generate',
-            "```",
-            "",
-            "The zeros are not stored: a bit a weight and the values that are not zero, `kernels/FORMAT.md`. The "
-            f"weights are those of the pruned model, {'as rounded' if rounded else 'bit for bit'}.",
-        ],
-    )

@@ -114,7 +114,7 @@ def test_control_characters_go_and_line_ends_stay(monkeypatch: pytest.MonkeyPatc
 
 def test_where_two_texts_part() -> None:
     def say(tokens: list[int], seconds: float, size: int) -> Continuation:
-        return Continuation("a", tokens, seconds, 0, 0, size)
+        return Continuation("a", tokens, seconds, size)
 
     long, short = say([1, 2, 3, 4, 5], 2.0, 100), say([1, 2, 9], 2.0, 80)
     assert (long.rate, short.rate, say([1], 0.0, 1).rate) == (2.0, 1.0, None)

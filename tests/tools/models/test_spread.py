@@ -18,7 +18,6 @@ from tests.tiny import (
     VOCABULARY,
     make_tiny_config,
     make_tiny_model,
-    pretend_packed,
     tiny_settings,
 )
 from tools.base.errors import UserError
@@ -237,12 +236,6 @@ def test_no_gpu_no_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^device spread was asked for, but torch sees no GPU; use --device cpu$"):
         pick_device("spread")
-
-
-def test_a_packed_model_runs_on_one_device(tiny_llama: Path, two_gpus: None, tmp_path: Path) -> None:
-    packed = pretend_packed(tiny_llama, tmp_path / "packed")
-    with pytest.raises(UserError, match=r"is packed, and runs on one device; use another --device$"):
-        load_model(tiny_settings(packed, device="spread"))
 
 
 def test_workers_have_one_gpu_each(tiny_llama: Path) -> None:

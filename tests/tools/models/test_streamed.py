@@ -20,7 +20,6 @@ import tools.models.streamed
 from tests.tiny import (
     make_tiny_model,
     make_tiny_tokenizer,
-    pretend_packed,
     save_tiny_gguf,
     tiny_settings,
 )
@@ -268,9 +267,6 @@ def test_the_first_worker_shares_its_gpu_with_this_process(tiny_llama: Path) -> 
 
 
 def test_what_cannot_be_streamed_is_refused_in_one_line(tiny_llama: Path, tmp_path: Path) -> None:
-    packed = pretend_packed(tiny_llama, tmp_path / "packed")
-    with pytest.raises(UserError, match=r"is packed, and runs on one device; use another --device$"):
-        load_model(tiny_settings(packed, device="stream"), tmp_path)
     with pytest.raises(UserError, match=f"^FLAP {NEEDS_WHOLE}$"):
         refuse_apart(load_model(tiny_settings(tiny_llama, device="stream"), tmp_path / "scratch")[0], "FLAP")
     broken = tmp_path / "broken"
