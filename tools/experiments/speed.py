@@ -1,40 +1,55 @@
-"""Parts of pruning timed in turn with their references: settings, rounds, and what several benchmarks share."""
+"""What the READMEs say of speed, timed: each part in turn with its reference.
+
+Shape suffixes: B windows, T tokens, O output features (rows), I input features (columns).
+"""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
+from billhook_kernels.masks import keep_highest, keep_highest_of_rows
+from billhook_kernels.obs import prune_obs
+from billhook_kernels.refit_steps import refit_in_steps
+from billhook_kernels.statistics import add_second_moment
 from tools.base.progress import ignore_progress
-from tools.base.settings import WorkbenchSettings
-from tools.plans.allocate import Allocation, allocate
+from tools.base.settings import TeamSettings
+from tools.experiments.published import prune_as_published, remove_by_sort
+from tools.measure.losses import pass_blocks
+from tools.models.blocks import Blocks
+from tools.models.readout import CHUNK, compute_logits
+from tools.plans.allocate import allocate
 from tools.plans.recipe import Recipe
-from tools.results.speed import Result, compare_rounds
+from tools.plans.work_order import order_allocation
+from tools.statistics.collect import collect_statistics
+from tools.statistics.extent import work_alone
 from tools.workbench.bench import Workbench
 from tools.workbench.moments import read_moment
+from tools.workbench.store import DENSE
 
 SPARSITY = 0.5
 """Share of weights that go, wherever something is pruned."""
 
-OTHER_SPARSITY = 0.4
-"""For checkpoints that shall differ from it, in which less goes."""
+SIDES = (2048, 4096)
+"""Of the square layers that masks, SparseGPT and kernels of a GPU are timed on."""
 
 UPDATED = Recipe(method="sparsegpt", refit=False, allocation="uniform", statistics="dense")
-"""The cheapest recipe whose layers are stored as those of a refit: mask and values."""
+REFIT = Recipe(method="refit", refit=False, allocation="kappa", curves="mask", statistics="dense")
+WANDA = Recipe(method="wanda", refit=False, allocation="uniform", statistics="dense")
 
 
 def _with_default(name: str, value: int) -> Any:
-    field = copy(WorkbenchSettings.model_fields[name])
+    field = copy(TeamSettings.model_fields[name])
     field.default = value
     return field
 
 
-class BenchSettings(WorkbenchSettings):
+class BenchSettings(TeamSettings):
     """The model, its texts, and how often each thing is timed."""
 
     one_text = "speed is that of one"
@@ -44,6 +59,7 @@ class BenchSettings(WorkbenchSettings):
     gradient_windows: int = _with_default("gradient_windows", 2)
     validation_windows: int = _with_default("validation_windows", 4)
     test_windows: int = _with_default("test_windows", 1)
+    worker_threads: int = _with_default("worker_threads", 1)
     rounds: int = Field(
         3,
         ge=1,
@@ -56,23 +72,16 @@ class BenchSettings(WorkbenchSettings):
         description="No further round of a measurement begins after this long; where the first is all there is, it "
         "counts.",
     )
-    obs_sizes: list[int] = Field(
-        [2048, 4096],
-        min_length=1,
-        description="Sides of the square layers of the benchmarks masks and obs, comma-separated.",
-    )
 
-    @field_validator("obs_sizes", mode="before")
-    @classmethod
-    def _split_sizes(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
 
-    @field_validator("obs_sizes")
-    @classmethod
-    def _check_sizes(cls, value: list[int]) -> list[int]:
-        if min(value) < 1:
-            raise ValueError("a layer has at least one row and column")
-        return value
+class Result(NamedTuple):
+    """One thing timed against another, in the same rounds."""
+
+    name: str
+    what: str
+    reference: str
+    seconds: Sequence[float]
+    reference_seconds: Sequence[float]
 
 
 class Task(NamedTuple):
@@ -94,53 +103,173 @@ class Site:
         """Id of the dense model's profile."""
         return self.bench.profile(ignore_progress)
 
-    def share_out(self, sparsity: float) -> Allocation:
-        """The same sparsity in every layer."""
-        return allocate(self.bench.read_profile(self.profile).layers, sparsity, UPDATED)
+    def prune(self, recipe: Recipe, sparsity: float = SPARSITY) -> str:
+        """The checkpoint of the same sparsity in every layer."""
+        shares = allocate(self.bench.read_profile(self.profile).layers, sparsity, UPDATED)
+        return self.bench.prune(self.profile, order_allocation(recipe, shares), ignore_progress)
 
-    def read_statistics(self, name: str) -> tuple[Tensor, Tensor]:
-        """(A, gamma) of a layer."""
-        stored, store = self.bench.read_profile(self.profile), self.bench.store
-        moment_II = read_moment(store, stored.moments[stored.group[name]], self.bench.device)
-        return moment_II, store.read_tensors(stored.means)[f"plain/{name}"].to(self.bench.device)
+    def forget(self) -> None:
+        """The dense model again, and nothing on disk that would only be read back."""
+        self.bench.restore(DENSE)
+        (self.bench.store.directory / "index.jsonl").unlink(missing_ok=True)
+        self.validate(None)
+
+    def validate(self, checkpoint: str | None) -> None:
+        """Validate a checkpoint anew; None only forgets what validations came to."""
+        for path in (self.bench.directory / "evaluations").glob("*.json"):
+            path.unlink()
+        if checkpoint is not None:
+            self.bench.evaluate(checkpoint, "validation", self.profile, ignore_progress)
 
     def time(self, *tasks: Task) -> list[list[float]]:
-        """The seconds of each task in each round, as `time_in_turn` takes them."""
-        return time_in_turn(tasks, self.settings, self._now)
+        """The seconds of each task in each round; a round runs all tasks, one after another.
+
+        The first round does not count where others follow: it makes the buffers and starts the threads of the rest.
+        """
+        seconds: list[list[float]] = [[] for _ in tasks]
+        began = time.perf_counter()
+        for _ in range(1 + self.settings.rounds):
+            for task, taken in zip(tasks, seconds, strict=True):
+                task.prepare()
+                start = self._now()
+                task.run()
+                taken.append(self._now() - start)
+            if time.perf_counter() - began > self.settings.round_seconds:
+                break
+        return [taken[1:] or taken for taken in seconds]
 
     def _now(self) -> float:
         if self.bench.device.type == "cuda":
             torch.cuda.synchronize(self.bench.device)
         return time.perf_counter()
 
-    def compare(
-        self,
-        name: str,
-        what: str,
-        seconds: Sequence[float],
-        reference: str,
-        reference_seconds: Sequence[float],
-        target: float | None = None,
-    ) -> Result:
-        """The result of two tasks timed in the same rounds."""
-        return compare_rounds(name, what, seconds, reference, reference_seconds, target, self.bench.peak_memory_bytes())
+
+def bench_passes(site: Site) -> Iterator[Result]:
+    """Profile and validation beside a bare forward, a round's refit beside SparseGPT's; the model may be streamed."""
+    bench, blocks = site.bench, Blocks(site.bench.model)
+
+    def profile() -> None:
+        count, lead, windows_BT = site.settings.gradient_windows, bench.windows.lead, site.calibration_BT
+        seed = site.settings.seed
+        team, extent = work_alone(blocks, bench.layers, windows_BT, count, seed, bench.directory, lead=lead)
+        collect_statistics(team, extent, bench.layers, ignore_progress, lambda name, moment_II: None)
+
+    def read_out() -> None:
+        for hidden_BTD in pass_blocks(blocks, bench.windows.validation.to(bench.device)).values():
+            for chunk_TD in hidden_BTD[0].to(bench.device).split(CHUNK):
+                compute_logits(bench.model, chunk_TD)
+
+    bare, profiled, updated, refitted, passed, validated = site.time(
+        Task(lambda: pass_blocks(blocks, site.calibration_BT), site.forget),
+        Task(profile, site.forget),
+        Task(lambda: site.prune(UPDATED), site.forget),
+        Task(lambda: site.prune(REFIT), site.forget),
+        Task(read_out, site.forget),
+        Task(lambda: site.validate(DENSE), site.forget),
+    )
+    yield Result("profile", "profile", "bare forward, block by block, no logits", profiled, bare)
+    yield Result("refit", "a round's refit of all layers", "SparseGPT's update", refitted, updated)
+    yield Result("validation", "validation", "bare forward, block by block, logits", validated, passed)
 
 
-def time_in_turn(
-    tasks: Sequence[Task], settings: BenchSettings, now: Callable[[], float] = time.perf_counter
-) -> list[list[float]]:
-    """The seconds of each task in each round; a round runs all tasks, one after another.
+def bench_masks(site: Site) -> Iterator[Result]:
+    """Masks of each row's and the layer's lowest scores, beside the stable sort of Wanda's authors; second moments."""
+    for side in SIDES:
+        score_OI = make_layer(side, side, site.bench.device)[0].square()
+        zeros, dead_OI = round(SPARSITY * score_OI.numel()), torch.zeros_like(score_OI, dtype=torch.bool)
+        x_TI, total_II = score_OI[:512].to(torch.bfloat16), torch.zeros_like(score_OI)
+        rows, by_rows, layer, by_layer, moment, by_torch = site.time(
+            Task(partial(keep_highest_of_rows, score_OI, dead_OI, zeros)),
+            Task(partial(remove_by_sort, score_OI, SPARSITY)),
+            Task(partial(keep_highest, score_OI, dead_OI, zeros)),
+            Task(partial(remove_by_sort, score_OI.reshape(1, -1), SPARSITY)),
+            Task(partial(add_second_moment, total_II, x_TI)),
+            Task(partial(_multiply_plainly, x_TI)),
+        )
+        what, sort = f"of {side} x {side} scores, fp32", "a stable sort of them and a scatter"
+        yield Result(f"masks/{side}/rows", f"mask of each row's lowest {what}", sort, rows, by_rows)
+        yield Result(f"masks/{side}/layer", f"mask of the lowest {what}", sort, layer, by_layer)
+        what = f"second moment of {len(x_TI)} tokens, {side} inputs, bf16"
+        yield Result(f"masks/{side}/moment", what, "x.float().T @ x.float()", moment, by_torch)
 
-    The first round does not count where others follow: it makes the buffers and starts the threads of the rest.
-    """
-    seconds: list[list[float]] = [[] for _ in tasks]
-    began = time.perf_counter()
-    for _ in range(1 + settings.rounds):
-        for task, taken in zip(tasks, seconds, strict=True):
-            task.prepare()
-            start = now()
-            task.run()
-            taken.append(now() - start)
-        if time.perf_counter() - began > settings.round_seconds:
-            break
-    return [taken[1:] or taken for taken in seconds]
+
+def _multiply_plainly(x_TI: Tensor) -> Tensor:
+    return x_TI.float().T @ x_TI.float()
+
+
+def bench_updates(site: Site) -> Iterator[Result]:
+    """SparseGPT and the refit beside the published loop: on random layers, and over the model's own."""
+    bench, shapes = site.bench, dict[tuple[int, ...], list[str]]()
+    for side in SIDES:
+        weight_OI, moment_II = make_layer(side, side, bench.device)
+        ours, published = site.time(
+            Task(partial(prune_obs, weight_OI, moment_II, round(SPARSITY * weight_OI.numel()))),
+            Task(partial(prune_as_published, weight_OI, moment_II, SPARSITY)),
+        )
+        yield Result(f"obs/{side}", f"SparseGPT, {side} x {side}, fp32", "the published loop", ours, published)
+    for layer in bench.layers:
+        shapes.setdefault(tuple(layer.weight_OI.shape), []).append(layer.name)
+    stored, totals = bench.read_profile(site.profile), []
+    for members in shapes.values():
+        name = members[len(members) // 2]
+        weight_OI = bench.dense[name].to(bench.device)
+        moment_II = read_moment(bench.store, stored.moments[stored.group[name]], bench.device)
+        gamma_O = bench.store.read_tensors(stored.means)[f"plain/{name}"].to(bench.device)
+        zeros = round(SPARSITY * weight_OI.numel())
+        timed = site.time(
+            Task(partial(refit_in_steps, weight_OI, moment_II, gamma_O, zeros)),
+            Task(partial(prune_obs, weight_OI, moment_II, zeros)),
+            Task(partial(prune_as_published, weight_OI, moment_II, SPARSITY)),
+        )
+        totals.append([[len(members) * taken for taken in seconds] for seconds in timed])
+    # Every round of the model is the sum of the shapes' rounds; a slow shape may have fewer of them.
+    refit, obs, published = (
+        [sum(taken) for taken in zip(*seconds, strict=False)] for seconds in zip(*totals, strict=True)
+    )
+    what = f"{len(bench.layers)} layers: each shape's time as often as it occurs"
+    yield Result("refit/obs", f"refit in steps, {what}", "SparseGPT, ours", refit, obs)
+    yield Result("refit/published", f"refit in steps, {what}", "SparseGPT, the published loop", refit, published)
+    yield Result("obs/model", f"SparseGPT, {what}", "the published loop", obs, published)
+
+
+def make_layer(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(weight (O, I), second moment (I, I)), random, fp32: inputs that move together, every ninth a loud one."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(rows, columns, generator=generator)
+    mix_IK = torch.randn(columns, max(1, columns // 8), generator=generator)
+    mix_IK[::9] *= 5
+    moment_II = mix_IK @ mix_IK.T / mix_IK.shape[1]
+    moment_II.diagonal().add_(0.1)
+    return weight_OI.to(device), moment_II.to(device)
+
+
+def bench_workers(site: Site) -> Iterator[Result]:
+    """Profile and validation by all workers, beside the same by one of them."""
+    cluster = site.bench.cluster
+    assert cluster is not None
+    one, other = site.prune(WANDA), site.prune(WANDA, SPARSITY - 0.1)
+    count = cluster.size
+
+    def task(used: int, run: Callable[[], object]) -> Task:
+        def prepare() -> None:
+            cluster.use(count)
+            site.validate(other)  # so that no block's weights are those that the task begins with
+            site.bench.restore(one)  # as after a prune; layers have yet to travel to the workers
+            cluster.use(used)
+
+        return Task(run, prepare)
+
+    for name, run in (
+        ("profile", lambda: site.bench.profile(ignore_progress)),
+        ("validation", lambda: site.validate(one)),
+    ):
+        several, alone = site.time(task(count, run), task(1, run))
+        yield Result(f"workers/{name}", f"{name} by {count} workers", "the same by one of them", several, alone)
+
+
+BENCHMARKS: Mapping[str, Callable[[Site], Iterator[Result]]] = {
+    "passes": bench_passes,
+    "masks": bench_masks,
+    "updates": bench_updates,
+}
+"""What is timed by name; with workers it is `bench_workers`."""

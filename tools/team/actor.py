@@ -3,7 +3,6 @@
 import os
 import socket
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ class Actor:
         as `Worker` has it.
         """
         torch.set_num_threads(threads)
-        scratch, self._busy = scratch or Path(tempfile.gettempdir()), 0.0
+        scratch = scratch or Path(tempfile.gettempdir())
         model, _ = load_model(settings, scratch)
         identity = identify(model)
         self._worker = Worker(model, settings, thaw(texts), scratch, limit_prefix(model), keeps)
@@ -43,17 +42,9 @@ class Actor:
         return self._worker.weights, answer
 
     def _answer(self, job: Job[Any]) -> Any:
-        began = time.perf_counter()
         with explain_work(f"worker {os.getpid()} on {socket.gethostname()}"):
-            answer = job.run(self._worker)
-        self._busy += time.perf_counter() - began
-        return freeze(answer)
+            return freeze(job.run(self._worker))
 
     def call_and_keep(self, request: Any) -> tuple[str, Any]:
         """As `call` of a job: the name is read, the answer is not."""
         return self.call(request, None)
-
-    def take_busy_seconds(self) -> float:
-        """Seconds spent on requests since this was last asked."""
-        busy, self._busy = self._busy, 0.0
-        return busy

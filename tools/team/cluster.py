@@ -90,10 +90,6 @@ class Cluster:
         """From now on only the first so many workers have work, to measure what more of them bring."""
         self._places.use(count)
 
-    def take_busy_seconds(self) -> float:
-        """Seconds that the workers in use spent on their requests since this was last asked, all together."""
-        return float(sum(self._ray.get([place.actor.take_busy_seconds.remote() for place in self._places.used])))
-
     def close(self) -> None:
         """Let the workers go, and Ray where it was begun here."""
         self._places.close()

@@ -17,8 +17,7 @@ from tests.fake_ray import RayActorError, make_connection, read_values
 from tests.tiny import tiny_settings
 from tools.base.progress import ignore_progress as ignore
 from tools.base.settings import TEAM, TeamSettings
-from tools.experiments.speed import BenchSettings
-from tools.experiments.speed_workers import bench_workers
+from tools.experiments.speed import BenchSettings, Site, bench_workers
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
@@ -91,9 +90,9 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
         dashboards = [process for process in begun if is_dashboard(process)]
         assert listening(dashboards) == [], "its pages would run whatever job they are sent"
         rounds = BenchSettings.model_validate(settings.model_dump(exclude=set(TEAM)) | {"rounds": 1})
-        results = bench_workers(bench, rounds, 2)
+        results = list(bench_workers(Site(bench, rounds)))
         assert [result.name for result in results] == ["workers/profile", "workers/validation"]
-        assert all(" by 2 workers of one thread each; " in result.what for result in results)
+        assert all(result.what.endswith(" by 2 workers") for result in results)
     assert [text.partition(" on ")[0] for text in warned] == ["worker 1", "worker 0", "worker 1"]
     assert all(text.endswith(" died; another one does its share again") for text in warned)
     close_workbench()
