@@ -51,10 +51,6 @@ DEMO_PLANS: tuple[Body, ...] = (
         "reason": "The KL curves are measured per layer; leaning a little towards uniform hedges against that.",
     },
 )
-_DEMO_LOOKS: tuple[Body, ...] = (
-    {"tool": "candidates", "arguments": {"n": 1}},
-    {"tool": "fit", "arguments": {"round": 2}},
-)
 _DEMO_PROBE: Body = {"sparsity": 0.45, "recipe": {"method": "wanda", "refit": False}}
 DEMO_CALLS: tuple[list[Answer], ...] = (
     [{"tool": "inspect_layers", "arguments": {"selector": "*.v_proj"}}, {"tool": "recall", "arguments": {"query": ""}}],
@@ -65,7 +61,7 @@ DEMO_CALLS: tuple[list[Answer], ...] = (
             {"tool": "history", "arguments": {"n": 3}},
         ]
     ],
-    [{"tool": "predict", "arguments": {"plan": _DEMO_PROBE}}, {"tool": "slopes", "arguments": {}}, *_DEMO_LOOKS],
+    [{"tool": "predict", "arguments": {"plan": _DEMO_PROBE}}, {"tool": "candidates", "arguments": {"n": 1}}],
 )
 """The tools called before each of `DEMO_PLANS`, the third time two in one message."""
 

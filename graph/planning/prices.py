@@ -16,7 +16,6 @@ from tools.instruments.probed import count_rest, find_known
 from tools.plans.costs import (
     count_calibration,
     count_cut_fit,
-    count_fit,
     count_in_order,
     count_polish,
     count_profile,
@@ -58,10 +57,9 @@ def price_drafts(
     tokens: int,
     situation: Situation,
     budget: TokenBudget,
-    others: int = 0,
     alone: Sequence[str] = (),
 ) -> Price:
-    """Of carrying out plans, which are weighed, and measuring each on so many tokens, and other weights on `others`.
+    """Of carrying out plans, which are weighed, and measuring each on so many tokens.
 
     Each is carried out on the layers of its selector `alone`, on all where there is none. Curves that are known cost
     nothing, nor do tokens on which orders were probed in this round. Of what a plan takes to be shared out and pruned,
@@ -73,7 +71,7 @@ def price_drafts(
     only = alone or [""] * len(plans)
     orders = [_prune_alone(plan, selector, situation) for plan, selector in zip(plans, only, strict=True)]
     jobs = {order.id: (plan, order) for plan, order in zip(plans, orders, strict=True) if order.id not in known}
-    measured = sum(count_rest(budget.probed, order, tokens) for order in jobs) + others
+    measured = sum(count_rest(budget.probed, order, tokens) for order in jobs)
     seconds = measured * pace
     for plan, order in jobs.values():
         costs |= budget.list_costs(plan, order if tokens else None)
@@ -186,9 +184,9 @@ def describe_spending(config: RunConfig, seconds: float, usage: Usage) -> str:
     return f" Left: {told}." if told else ""
 
 
-def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
-    """What each instrument takes, slopes of so many groups among them, and how long parts of it took; the same for all
-    calls of a round. In tokens where these are limited, and in seconds."""
+def describe_prices(config: RunConfig, budget: TokenBudget) -> str:
+    """What each instrument takes, and how long parts of it took; the same for all calls of a round. In tokens where
+    these are limited, and in seconds."""
     half, paces = config.half_tokens, budget.expected
     show = partial(_show_price, limited=budget.left < math.inf, pace=paces.get(MEASURING))
     in_order = [f"{kind} {show(count_in_order([kind], config))}" for kind in ("sequential", "stages")]
@@ -196,15 +194,12 @@ def describe_prices(config: RunConfig, budget: TokenBudget, groups: int) -> str:
         f"Prices: probe {show(half)} for each plan on half of the validation text, {show(config.validation_tokens)} on "
         f"all of it, and {'the fit of its cut' if config.takes_parts else 'what its recipe takes'}"
     )
-    fit = f"fit {show(count_fit(config))}"
     of_weights = [
         *([] if budget.left < math.inf else [f"statistics {', '.join(in_order)} more"]),  # told in tokens elsewhere
         f"predict 0, or {show(count_walk(config), find_longest_curves(paces))} where curves are not known",
-        f"slopes {show(groups * half)} on half of the text, less on less",
         f"swap {show(half)} for each selector",
-        "search its tokens at most",
     ]
-    lines = [probe, *([] if config.takes_parts else of_weights), fit, "all others 0"]
+    lines = [probe, *([] if config.takes_parts else of_weights), "all others 0"]
     measured = _describe_paces(budget.paces) or f"nothing took {LEAST_TOLD} yet"
     foreseen = _describe_paces({what: seconds for what, seconds in paces.items() if what not in budget.paces})
     return f"{'; '.join(lines)}. Seconds, the most so far: {measured}{foreseen and f'; foreseen: {foreseen}'}."

@@ -77,9 +77,9 @@ def open_toolbox(
     def count_seconds() -> float:
         return min(toolbox.time_left, limit - session.seconds if limit else math.inf)
 
-    def admit(drafts: Sequence["Draft"], tokens: int, others: int) -> None:
+    def admit(drafts: Sequence["Draft"], tokens: int) -> None:
         plans = _weigh_possible(drafts, situation)
-        price = price_drafts([plan for plan, _ in plans], tokens, situation, budget, others, [x for _, x in plans])
+        price = price_drafts([plan for plan, _ in plans], tokens, situation, budget, [x for _, x in plans])
         refuse_dear(price, budget, count_seconds())
 
     @contextmanager
@@ -123,7 +123,7 @@ def open_toolbox(
         seconds=min(config.planner_seconds, max(limit - situation.seconds, 0.0) if limit else math.inf),
         on_tool=tell,
         carry_out=carry_out,
-        prices=describe_prices(config, budget, len(group_layers(situation.layers, merge=True))),
+        prices=describe_prices(config, budget),
         list_left=lambda: {"tokens_left": max(budget.left, 0)} if budget.left < math.inf else {},
         beside={} if config.takes_parts else {"alone": {"type": "string", "maxLength": MOST_SELECTOR, "default": ""}},
     )
@@ -164,7 +164,7 @@ def _describe_round(
     state: State,
     session: Session,
     budget: TokenBudget,
-    admit: Callable[[Sequence["Draft"], int, int], None],
+    admit: Callable[[Sequence["Draft"], int], None],
     count_seconds: Callable[[], float],
 ) -> "Round":
     """What the instruments work on."""
@@ -181,9 +181,6 @@ def _describe_round(
         plan = _weigh(draft, situation)
         return describe_price(price_drafts([plan], budget.trial, situation, budget), budget)
 
-    def count_tokens(draft: "Draft", tokens: int) -> int:
-        return price_drafts([_weigh(draft, situation)], tokens, situation, budget, 0, [draft.alone]).tokens
-
     return Round(
         bench=bench,
         profile=state.profile,
@@ -194,9 +191,6 @@ def _describe_round(
         in_time=lambda: count_seconds() > 0,
         present=state.current,
         book=budget.book,
-        spend=budget.spend,
-        count_new=budget.count_new,
-        count_tokens=count_tokens,
         list_at_hand=lambda: {number: trial.checkpoint for number, trial in situation.list_at_hand().items()},
         keep=state.kept[: KEPT - 1],  # the best probe takes the room of a trial
         probed=budget.probed,

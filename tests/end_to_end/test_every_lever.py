@@ -46,18 +46,8 @@ LOOKS: list[list[dict[str, Any]]] = [
             "arguments": {"plans": [{"sparsity": 0.45, "recipe": MASKS}], "alone": "blocks 1", "tokens": 64},
         },
     ],
+    [],
     [
-        {
-            "tool": "search",
-            "arguments": {
-                **{"plan": {"sparsity": 0.45, "recipe": MASKS}, "tokens": 256},
-                **{"selectors": ["*.v_proj"], "levers": ["strength"]},
-            },
-        },
-        {"tool": "fit", "arguments": {}},
-    ],
-    [
-        {"tool": "slopes", "arguments": {"tokens": 64}},
         {"tool": "history", "arguments": {"n": 2}},
         {"tool": "recall", "arguments": {"query": "v_proj"}},
     ],

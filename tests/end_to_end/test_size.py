@@ -223,14 +223,13 @@ def test_a_chat_model_probes_cuts_before_it_plans_one(tiny_llama: Path, tmp_path
         target = float(question.partition("target sparsity ")[2].partition(",")[0])
         plans = [{"sparsity": target, "cut": {"heads": heads}} for heads in (0, 1)]
         turn = len(body["messages"]) // 2
-        assert "Prices: probe " in question and "slopes" not in question + body["messages"][0]["content"]
+        assert "Prices: probe " in question and "swap" not in question + body["messages"][0]["content"]
         if turn > 1:
             answered = body["messages"][-1]["content"].partition("<data")[2].splitlines()
             told.append(json.loads(answered[1]))
         steps = [
             {"tool": "predict", "arguments": {"plan": plans[0]}},
             {"tool": "probe", "arguments": {"plans": plans, "whole": True}},
-            {"tool": "fit", "arguments": {}},
             {"hypothesis": "As probed.", **plans[0], "reason": "It was probed."},
         ]
         return steps[turn - 1]
@@ -238,16 +237,15 @@ def test_a_chat_model_probes_cuts_before_it_plans_one(tiny_llama: Path, tmp_path
     with OpenAIServer(answer) as server:
         given = flags(tiny_llama, "--planner", server.planner("m"), "--max-iterations", "1")
         assert command(*given).code == 0
-    predicted, probed, fit = told
+    predicted, probed = told
     assert (predicted["heads"], predicted["neurons"], predicted["blocks"]) == (0, 32, [])
     first, second = probed["plans"]
     assert first["predicted_kl"] == predicted["predicted_kl"] and second["kl_minus_probe"]["1"][0] > 0
     assert [made["plan"].partition(" ")[2] for made in probed["plans"]] == ["cut · heads 0", "cut · heads 1"]
-    assert fit == {"error": "nothing is pruned yet, and fit is that of pruned weights"}
     run = tmp_path / "runs" / "run"
     (trial,) = read_state(run).trials
     assert trial.kl == pytest.approx(first["kl"], rel=1e-3) and trial.plan.endswith("cut · heads 0")
-    assert [event["tool"] for event in read_events(run, "tool")] == ["predict", "probe", "fit"]
+    assert [event["tool"] for event in read_events(run, "tool")] == ["predict", "probe"]
 
 
 def test_a_reflector_writes_notes_of_cuts_and_ends_the_run(tiny_llama: Path, tmp_path: Path, command: Command) -> None:

@@ -14,11 +14,7 @@ from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 from tools.base.settings import MOST_PROBES
 from tools.base.words import count, spare_brackets
 from tools.instruments.comparisons import Figures
-from tools.instruments.fit import measure_fit
 from tools.instruments.functions import OF_PLANS, Draft, Round, inspect_layers, predict, predict_all, predict_cut, probe
-from tools.instruments.moves import LeverName, describe_point
-from tools.instruments.search import MOST_SEARCHED, search
-from tools.instruments.slopes import measure_slopes
 from tools.instruments.swap import MOST_SWAPS, swap
 from tools.plans.lines import describe_levers
 from tools.plans.selectors import MOST_SELECTOR
@@ -111,12 +107,6 @@ class ProbeArguments(PredictArguments):
     whole: bool = Field(False, description="All of the text, whatever tokens says.")
 
 
-class SlopesArguments(_Arguments):
-    """How much text."""
-
-    tokens: int | None = Field(None, ge=1, description="As in probe.")
-
-
 class SwapArguments(_Arguments):
     """Which layers of which rounds, and how much text."""
 
@@ -126,21 +116,6 @@ class SwapArguments(_Arguments):
     of: int = Field(ge=1, description="Round they are of.")
     rest: int = Field(ge=1, description="Round of all others.")
     whole: bool = Field(False, description="As in probe.")
-
-
-class SearchArguments(_Arguments):
-    """From which plan, over which groups and levers, and how much text in all."""
-
-    plan: PlainDraftArgument
-    selectors: list[SelectorArgument] = Field([], max_length=MOST_SEARCHED, description="Groups of layers.")
-    levers: list[LeverName] = Field([], description="Numbers of its recipe.")
-    tokens: int = Field(ge=1, description="Through the model, for all its probes.")
-
-
-class FitArguments(_Arguments):
-    """Whose weights."""
-
-    round: int | None = Field(None, ge=1, description="The round that made them; the last accepted where left out.")
 
 
 class HistoryArguments(_Arguments):
@@ -173,7 +148,7 @@ def make_planner_tools(
     candidates: Callable[[int], Sequence[Figures]] | None = None,
     cuts: bool = False,
 ) -> list[BaseTool]:
-    """The instruments of a planner: nine, and a tenth where there are `candidates`; four of one that `cuts` parts away.
+    """The instruments of a planner: six, and a seventh where there are `candidates`; three where `cuts` are planned.
 
     Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
     last trials, `recall` one for each lesson that a query finds, `candidates` so many plans that a rule would try.
@@ -206,12 +181,6 @@ def make_planner_tools(
         shown = [f"{answer['plan']} -> {_describe_probe(answer)}" for answer in answers]
         return _answer(plans=answers), "; ".join(shown)
 
-    @tool("slopes", args_schema=SlopesArguments, response_format="content_and_artifact")
-    def slopes_tool(tokens: int | None) -> tuple[str, str]:
-        """KL that 2 points of sparsity more cost each group of layers in the last accepted weights, for all groups."""
-        figures = measure_slopes(round_, tokens)
-        return _answer(**figures), f"{count(len(figures['groups']), 'group')} on {figures['tokens']} tokens each"
-
     @tool("swap", args_schema=SwapArguments, response_format="content_and_artifact")
     def swap_tool(selectors: list[str], of: int, rest: int, whole: bool) -> tuple[str, str]:
         """KL with a group's layers as round `of` left them, all else as round `rest`. Nothing is pruned."""
@@ -220,21 +189,6 @@ def make_planner_tools(
             f"{name} {found.get('error') or found['kl_minus_rest'][0]}" for name, found in figures["swaps"].items()
         ]
         return _answer(**figures), f"round {of} in {rest} -> {'; '.join(shown)} on {figures['tokens']} tokens"
-
-    @tool("search", args_schema=SearchArguments, response_format="content_and_artifact")
-    def search_tool(plan: Draft, selectors: list[str], levers: list[LeverName], tokens: int) -> tuple[str, str]:
-        """Factors on groups of layers, and levers, by which a plan measures least: probes it with one after another."""
-        figures = search(round_, plan, selectors, tokens, levers)
-        best = describe_point(figures["best"])
-        return _answer(**figures), f"{_describe(plan)} -> {count(len(figures['rows']), 'probe')}, best {best}"
-
-    @tool("fit", args_schema=FitArguments, response_format="content_and_artifact")
-    def fit_tool(round: int | None) -> tuple[str, str]:
-        """KL on calibration text beside KL on validation text, of the last accepted weights or those of a round."""
-        figures = measure_fit(round_, round)
-        whose = "the last accepted" if round is None else f"round {round}"
-        fitted, judged = (figures[text]["kl"] for text in ("calibration", "validation"))
-        return _answer(**figures), f"{whose} -> KL {fitted} on calibration, {judged} on validation text"
 
     @tool("history", args_schema=HistoryArguments, response_format="content_and_artifact")
     def history_tool(n: int) -> tuple[str, str]:
@@ -255,9 +209,8 @@ def make_planner_tools(
         return _answer(**figures), f"{_describe(plan)} -> {_describe_prediction(figures)}"
 
     if cuts:
-        return [predict_cut_tool, probe_tool, fit_tool, history_tool]
-    measuring = [inspect_tool, predict_tool, probe_tool, slopes_tool, swap_tool, search_tool, fit_tool]
-    tools = [*measuring, history_tool, recall_tool]
+        return [predict_cut_tool, probe_tool, history_tool]
+    tools = [inspect_tool, predict_tool, probe_tool, swap_tool, history_tool, recall_tool]
     return [*tools, _make_candidates_tool(candidates)] if candidates else tools
 
 

@@ -104,9 +104,9 @@ class Round:
     """Other checkpoints that are still needed."""
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Selectors and the layers they mean, by which a prediction sums up."""
-    admit: Callable[[Sequence[Draft], int, int], None] = lambda drafts, tokens, others: None
-    """Told of a call before anything is done for it: the drafts, the tokens that each is to be measured on, 0 where
-    none is, and those of other measurements; raises ValueError when what that takes is not to be had."""
+    admit: Callable[[Sequence[Draft], int], None] = lambda drafts, tokens: None
+    """Told of a call before anything is done for it: the drafts, and the tokens that each is to be measured on, 0 where
+    none is; raises ValueError when what that takes is not to be had."""
     price: Callable[[Draft], str] = lambda draft: ""
     """What the trial of a draft takes, in words."""
     in_time: Callable[[], bool] = lambda: True
@@ -120,14 +120,6 @@ class Round:
     book: Callable[[int, Sequence[WorkOrder]], None] = lambda tokens, orders: None
     """Told of a probe before it is made: the tokens that it measures on, all orders together, and the orders; raises
     ValueError when what that takes is not to be had."""
-    spend: Callable[[str, Mapping[str, int]], None] = lambda what, costs: None
-    """Told of another measurement before it is made, in words, and of tokens that are counted once in a run, by their
-    names; raises ValueError likewise."""
-    count_new: Callable[[Mapping[str, int]], int] = lambda costs: sum(costs.values())
-    """The tokens of such costs that are not counted yet."""
-    count_tokens: Callable[[Draft, int], int] = lambda draft, tokens: tokens
-    """What a probe of a draft on so many tokens takes in all, of which what is known takes nothing. Raises
-    ImpossiblePlan."""
 
 
 def inspect_layers(round_: Round, selector: str) -> Figures:
@@ -168,7 +160,7 @@ def predict(round_: Round, draft: Draft) -> Figures:
     Curves of a method that nobody asked for before are measured first. Raises ImpossiblePlan, and ValueError as
     `Round.admit`.
     """
-    round_.admit([draft], 0, 0)
+    round_.admit([draft], 0)
     order = round_.resolve(draft)
     layers = {layer.name: layer for layer in round_.bench.read_profile(round_.profile).layers}
     zeros = order.zeros
@@ -255,7 +247,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     """
     bench = round_.bench
     windows = count_windows(bench, tokens, whole=whole)
-    round_.admit(drafts, windows * bench.settings.window, 0)
+    round_.admit(drafts, windows * bench.settings.window)
     found = [_try(partial(_resolve, round_, draft)) for draft in drafts]
     orders = {number: order for number, order in enumerate(found) if isinstance(order, WorkOrder)}
     if not orders:

@@ -69,16 +69,6 @@ def count_weights(settings: WorkbenchSettings) -> int:
     return 4 * count_calibration(settings)
 
 
-def count_fit_windows(settings: WorkbenchSettings) -> int:
-    """Windows of each calibration text that a look at the fit takes: half as many as of its validation text, or all."""
-    return min(settings.half_windows, settings.calibration_windows)
-
-
-def count_fit(settings: WorkbenchSettings) -> int:
-    """Of a look at the fit: those windows forward through the dense model, and through the pruned one."""
-    return 2 * count_fit_windows(settings) * max(len(settings.text), 1) * settings.window
-
-
 def list_weight_costs(recipe: Recipe, settings: WorkbenchSettings, *, moments: bool) -> Costs:
     """What the weights of tokens take, and second `moments` of the dense model's inputs so weighed."""
     if not recipe.weighs_tokens:

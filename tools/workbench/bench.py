@@ -343,11 +343,6 @@ class Workbench:
         with self._explained("measuring on the calibration text"):
             return self.evaluator.measure_kl_each(checkpoints, windows)
 
-    def measure_fit(self, checkpoint: str, progress: Progress) -> Evaluation:
-        """As `Evaluator.measure_fit`."""
-        with self._explained("measuring"):
-            return self.evaluator.measure_fit(checkpoint, progress)
-
     def ask(self, checkpoint: str, split: Split, progress: Progress, label: str = "") -> Recall:
         """As `Evaluator.ask`."""
         with self._explained("asking questions"):
@@ -372,13 +367,6 @@ class Workbench:
     ) -> list[Probe | str]:
         """As `tools.workbench.probes.probe_orders`."""
         return probe_orders(self, profile, orders, windows, progress, back=back, keep=keep, best=best)
-
-    @contextmanager
-    def move_layers(self, checkpoint: str, zeros: Sequence[Mapping[str, int]]) -> Iterator[list[str]]:
-        """As `Pruner.move`; what is measured of them inside is not kept either."""
-        with self._explained("moving layers"), self.pruner.move(checkpoint, zeros) as made:
-            yield made
-            self.evaluator.forget(made)
 
     def peak_memory_bytes(self) -> int:
         """The most memory used so far: of all GPUs that the model is on, else of this process."""

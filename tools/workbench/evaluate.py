@@ -15,7 +15,6 @@ from tools.base.seals import read_sealed, write_sealed
 from tools.base.settings import TEAM, Split, WorkbenchSettings
 from tools.measure.losses import SoFar
 from tools.measure.recall import EncodedPair, Recall, cut_batches, measure_recall, put_together
-from tools.plans.costs import count_fit_windows
 from tools.results.losses import Evaluation, join_windows
 from tools.team.requests import ReadAnswers
 from tools.workbench.crew import Crew
@@ -36,9 +35,6 @@ Begun = TypeVar("Begun", bound=BaseModel)
 PART = "validation-spread"
 """What losses on a part of the validation text (`Losses.list_part`) are kept under. Earlier versions, whose parts were
 the first windows, called them otherwise: theirs are not read."""
-
-FIT = "calibration-spread"
-"""The same of the calibration text."""
 
 
 QUESTIONS = "questions"
@@ -74,7 +70,6 @@ class Evaluator:
         self._settings = settings.model_dump_json(exclude=set(TEAM))
         of_no_text = settings.model_copy(update={"text": {}, "text_weights": {}})
         self._asked_by = of_no_text.model_dump_json(exclude=set(TEAM))
-        self._fit_windows = count_fit_windows(settings) * max(len(settings.text), 1)
         self._profiles, self._pruner, self._losses, self._crew, self._warn = profiles, pruner, losses, crew, warn
         self._calibration_hidden: Tensor | None = None
 
@@ -210,28 +205,6 @@ class Evaluator:
     def read_validation(self, checkpoint: str) -> Evaluation | None:
         """What `evaluate` gave on the validation text; None where it was not asked."""
         return self._read(checkpoint, "validation")
-
-    def read_fit(self, checkpoint: str) -> Evaluation | None:
-        """What `measure_fit` gave; None where it was not asked."""
-        return self._read(checkpoint, FIT)
-
-    def measure_fit(self, checkpoint: str, progress: Progress) -> Evaluation:
-        """Losses of a checkpoint on a part of the calibration text (`count_fit_windows` of each), and keep them.
-
-        The dense model goes first, for its hidden states are not kept. The weights in the model end as they were.
-        """
-        windows = self._losses.list_part("calibration", self._fit_windows)
-        with self._weights.put_back():
-            self._weights.restore_dense()
-            _, hidden = self._losses.measure("calibration", windows, None, "calibration, dense", progress)
-            return self._measure_once(checkpoint, FIT, "calibration", windows, hidden, "calibration", progress)
-
-    def forget(self, checkpoints: Sequence[str]) -> None:
-        """Delete what was measured of checkpoints on the validation text and for a look at their fit. What a probe
-        measured stays: the same weights, once they are made again, are measured on the rest."""
-        for checkpoint in checkpoints:
-            for name in ("validation", FIT):
-                self._path(checkpoint, name).unlink(missing_ok=True)
 
     def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:
         """KL(dense || checkpoint) on some windows of the calibration text, as many checkpoints at once as can be.

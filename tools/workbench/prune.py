@@ -1,21 +1,15 @@
 """Pruning by a work order, from the dense weights, and the checkpoints that come of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from tools.base.errors import DamagedArtifact, ImpossiblePlan
-from tools.base.failures import explain_layer
-from tools.base.progress import Progress, heed_stop, ignore_progress
-from tools.models.artifacts import hash_as_earlier, pack_pruned
+from tools.base.errors import DamagedArtifact
+from tools.base.progress import Progress, ignore_progress
+from tools.models.artifacts import hash_as_earlier
 from tools.plans.cuts import CutOrder
 from tools.plans.groups import refuse_two_walks
-from tools.plans.methods import METHODS, PROFILED
-from tools.plans.recipe import Recipe
 from tools.plans.work_order import LayerOrder, WorkOrder
 from tools.results.schema import Polished
-from tools.statistics.pruned import prune_layer
 from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, Taken, make_checkpoint
 from tools.workbench.cuts import Cuts
 from tools.workbench.layer_pruning import LayerPruner, Tasks
@@ -120,49 +114,6 @@ class Pruner:
         text = PolishText(stored.calibration, stored.mix)
         self._polisher.refuse(polish, text)  # before anything is pruned
         return self._polisher.polish(self._layers.prune(tasks, progress), polish, progress, text)
-
-    # --- a little more sparsity --------------------------------------------------------------------------------
-
-    def refuse_move(self, checkpoint: str) -> None:
-        """Raises ImpossiblePlan for a checkpoint whose layers cannot be moved."""
-        if any(task.recipe.pattern for task in self._read(checkpoint).tasks.values()):
-            raise ImpossiblePlan("a pattern says how many weights of a layer are zero: such layers cannot be moved")
-
-    @contextmanager
-    def move(self, checkpoint: str, zeros: Sequence[Mapping[str, int]]) -> Iterator[list[str]]:
-        """Checkpoints that are this one but for the layers named by each, which have so many zeros; gone afterwards.
-
-        The survivors of least score go, by the mask of the layer's recipe, by the two-sided one where its method moves
-        survivors; those that stay are not fitted again. The weights of `checkpoint` are in the model before and after.
-        """
-        made: list[str] = []
-        self.restore(checkpoint)
-        try:
-            for counts in zeros:
-                made.append(self._move(checkpoint, counts))
-            yield made
-        finally:
-            self.restore(checkpoint)
-            own = set(self.list_artifacts(checkpoint).values())
-            for moved in made:
-                for artifact in set(self.list_artifacts(moved).values()) - own:
-                    self._store.path(artifact, ".safetensors").unlink(missing_ok=True)
-                self._store.path(moved, ".json").unlink(missing_ok=True)
-
-    def _move(self, checkpoint: str, zeros: Mapping[str, int]) -> str:
-        tasks, made = dict(self._read(checkpoint).tasks), self.list_artifacts(checkpoint)
-        for name, count in zeros.items():
-            heed_stop()
-            task = tasks[name]
-            method = PROFILED if METHODS[task.recipe.method].changes_survivors else task.recipe.method
-            mask = Recipe(method=method, refit=False, gamma=task.recipe.gamma, statistics="dense")
-            with explain_layer(f"moving layer {name}"):
-                statistics = self._profiles.find_statistics(task.profile, name, mask)
-                layer = self._weights.by_name[name]
-                moved_OI = prune_layer(mask, layer.weight_OI.to(layer.device), statistics, count).weight_OI
-                made[name] = self._store.write_tensors(pack_pruned(moved_OI, values=True))
-            tasks[name] = LayerTask(count, task.recipe, task.profile)
-        return self._store.write_json(make_checkpoint(tasks, made).model_dump(exclude_none=True))
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 

@@ -104,10 +104,7 @@ INSTRUMENTS = [
     "inspect_layers",
     "predict",
     "probe",
-    "slopes",
     "swap",
-    "search",
-    "fit",
     "history",
     "recall",
     "candidates",
@@ -224,21 +221,7 @@ GOOD_CALLS = st.one_of(
     st.fixed_dictionaries({"tool": st.just("predict"), "arguments": st.fixed_dictionaries({"plans": SEVERAL_PLANS})}),
     st.fixed_dictionaries({"tool": st.just("probe"), "arguments": sometimes({"tokens": st.just(64)}, plan=GOOD_PLANS)}),
     st.fixed_dictionaries({"tool": st.just("probe"), "arguments": st.fixed_dictionaries({"plans": SEVERAL_PLANS})}),
-    st.fixed_dictionaries(
-        {
-            "tool": st.just("search"),
-            "arguments": st.fixed_dictionaries(
-                {
-                    "plan": GOOD_PLANS,
-                    "selectors": st.sampled_from([["*.q_proj", "blocks 0"], []]),
-                    "levers": st.lists(st.sampled_from(["strength", "damping", "refit_steps", HOSTILE]), max_size=3),
-                    "tokens": st.sampled_from([64, 384]),
-                }
-            ),
-        }
-    ),
     st.just({"tool": "history", "arguments": {}}),
-    st.sampled_from([{}, {"round": 1}, {"round": 10**400}]).map(lambda given: {"tool": "fit", "arguments": given}),
     st.just({"tool": "recall", "arguments": {"query": HOSTILE}}),
     st.just({"tool": "candidates", "arguments": {}}),
 )

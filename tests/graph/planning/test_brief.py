@@ -307,7 +307,7 @@ def test_tools_are_described_where_they_are_offered() -> None:
     )
     given: dict[str, Any] = dict.fromkeys(("history", "recall", "candidates"), lambda asked: [])
     tools = make_planner_tools(Round(None, "", None, None), **given)  # type: ignore[arg-type]
-    assert len(tools) == 10
+    assert len(tools) == 7
     for tool in tools:
         assert f"`{tool.name}({', '.join(tool.args)})`" in offered[0].text
         assert f"`{tool.name}(" not in alone[0].text
@@ -403,7 +403,7 @@ def test_prompt_of_a_model_like_qwen3_8b() -> None:
         offer_nothing,
         calls=6,
         seconds=3_600,
-        prices=describe_prices(config, budget, 21),
+        prices=describe_prices(config, budget),
         list_left=lambda: {"tokens_left": budget.left},
     )
     first = "".join(message.text for message in planner_messages(situation, toolbox))

@@ -50,7 +50,6 @@ def test_a_call_is_priced_by_what_it_walks_through_and_by_what_took_time_before(
     budget.pay(budget.list_costs(WALKED, situate(exact=True).orders.draft(WALKED)))
     assert price_drafts([WALKED], 64, situate(exact=True), budget).tokens == 64, "what is paid for is not paid again"
     assert price_drafts([MASK], 0, situate(exact=True), make_budget()) == Price(0, 0)
-    assert price_drafts([], 0, situate(exact=True), budget, 300) == Price(300, 3), "slopes"
     order = situate(exact=True).orders.draft(MASK)
     budget.probed.append(Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, windows=[0]))
     prices = [price_drafts([MASK], tokens, situate(exact=True), budget) for tokens in (64, 128)]
@@ -117,15 +116,15 @@ def test_what_is_foreseen_counts_until_it_is_measured() -> None:
     )
     assert price_drafts([MASK, WALKED], 128, situate(exact=True), budget).seconds == 2.56 + 40 + 7
     told = "Seconds, the most so far: nothing took 10 yet; foreseen: pruning by wanda~dense 40."
-    assert describe_prices(CONFIG, budget, 9).endswith(told)
+    assert describe_prices(CONFIG, budget).endswith(told)
     budget.paces["pruning by refit~sequential"] = 180.0
     assert price_drafts([MASK], 128, situate(exact=True), budget).seconds == 1.28 + 80, "what came took twice as long"
     told = "Seconds, the most so far: pruning by refit~sequential 180; foreseen: pruning by wanda~dense 80."
-    assert describe_prices(CONFIG, budget, 9).endswith(told)
+    assert describe_prices(CONFIG, budget).endswith(told)
     budget.paces["pruning by refit~sequential"] = 9.0
     budget.paces["pruning by wanda~dense"] = 20.0
     assert price_drafts([MASK], 128, situate(exact=True), budget).seconds == 1.28 + 20
-    assert describe_prices(CONFIG, budget, 9).endswith("Seconds, the most so far: pruning by wanda~dense 20.")
+    assert describe_prices(CONFIG, budget).endswith("Seconds, the most so far: pruning by wanda~dense 20.")
 
 
 def test_work_of_a_kind_that_nobody_knows_is_priced_by_what_is_known_of_its_method_and_its_walks() -> None:
@@ -193,26 +192,24 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     assert describe_spending(config, 600.4, usage) == left
     assert describe_spending(CONFIG, 600.4, usage) == ""
     slow = PACES | {"measuring a token": 0.1, "pruning by refit~sequential": 71.0}
-    prices = describe_prices(CONFIG, make_budget(paces=slow), 9)
+    prices = describe_prices(CONFIG, make_budget(paces=slow))
     assert prices == (
         "Prices: probe 10 s for each plan on half of the validation text, 30 s on all of it, and what its recipe "
-        "takes; statistics sequential 50 s, stages 130 s more; predict 0, or 50 s where curves are not known; slopes "
-        "120 s on half of the text, less on less; swap 10 s for each selector; search its tokens at most; fit 30 s; "
-        "all others 0. Seconds, the most so far: pruning by refit~sequential 70."
+        "takes; statistics sequential 50 s, stages 130 s more; predict 0, or 50 s where curves are not known; swap "
+        "10 s for each selector; all others 0. Seconds, the most so far: pruning by refit~sequential 70."
     ), "3.0 s of curves are not worth a word"
     slow["measuring curves of refit"] = 310.0
-    assert "; predict 0, or 310 s where" in describe_prices(CONFIG, make_budget(paces=slow), 9)
-    assert describe_prices(CONFIG, make_budget(1000, paces=slow | {"measuring a token": 0.05}), 9) == (
+    assert "; predict 0, or 310 s where" in describe_prices(CONFIG, make_budget(paces=slow))
+    assert describe_prices(CONFIG, make_budget(1000, paces=slow | {"measuring a token": 0.05})) == (
         "Prices: probe 128 tokens for each plan on half of the validation text, 256 tokens (10 s) on all of it, and "
-        "what its recipe takes; predict 0, or 512 tokens (310 s) where curves are not known; slopes 1,152 tokens (60 "
-        "s) on half of the text, less on less; swap 128 tokens for each selector; search its tokens at most; fit 256 "
-        "tokens (10 s); all others 0. Seconds, the most so far: measuring curves of refit 310; pruning by "
+        "what its recipe takes; predict 0, or 512 tokens (310 s) where curves are not known; swap 128 tokens "
+        "for each selector; all others 0. Seconds, the most so far: measuring curves of refit 310; pruning by "
         "refit~sequential 70."
     ), "tokens, where they are limited, and seconds"
-    assert describe_prices(CONFIG, make_budget(), 9).startswith("Prices: probe 128 tokens for"), "a pace nobody knows"
-    assert describe_prices(CONFIG, make_budget(paces=PACES), 9).startswith("Prices: probe under 10 s for each plan")
+    assert describe_prices(CONFIG, make_budget()).startswith("Prices: probe 128 tokens for"), "a pace nobody knows"
+    assert describe_prices(CONFIG, make_budget(paces=PACES)).startswith("Prices: probe under 10 s for each plan")
     for few in ({}, PACES):
-        assert describe_prices(CONFIG, make_budget(paces=few), 9).endswith("so far: nothing took 10 yet.")
+        assert describe_prices(CONFIG, make_budget(paces=few)).endswith("so far: nothing took 10 yet.")
     left_now = {"tokens_left": 744.0}
     toolbox = Toolbox(lambda: nullcontext([]), calls=3, seconds=9, prices=prices, list_left=lambda: left_now)
     said = planner_messages(situation, toolbox)[1].text
@@ -222,5 +219,5 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
 
 def test_of_cuts_only_what_there_is_has_a_price() -> None:
     cutting = CONFIG.model_copy(update={"target_size": 0.8})
-    prices = describe_prices(cutting, TokenBudget(cutting, 0, 0), 9)
-    assert "all of it, and the fit of its cut; fit " in prices and "slopes" not in prices and "swap" not in prices
+    prices = describe_prices(cutting, TokenBudget(cutting, 0, 0))
+    assert "all of it, and the fit of its cut; all others 0." in prices and "swap" not in prices
