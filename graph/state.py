@@ -16,7 +16,6 @@ from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
 from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Cutting
-from tools.plans.graft import Graft
 from tools.plans.groups import Group
 from tools.plans.paces import Paces
 from tools.plans.recipe import Adjustment, Recipe
@@ -80,9 +79,6 @@ class Trial(BaseModel):
         [], exclude_if=operator.not_, description="Corrections to the allocation that it asked for."
     )
     expression: str = Field("", exclude_if=operator.not_, description="Factors on KL curves that it asked for.")
-    graft: Graft | None = Field(
-        None, exclude_if=lambda graft: graft is None, description="Whose layers they are, where nothing was pruned."
-    )
     cut: Cutting | None = Field(
         None, exclude_if=lambda cut: cut is None, description="How it was to be shared out, where whole parts went."
     )

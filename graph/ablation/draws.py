@@ -1,4 +1,4 @@
-"""Random plans: drawn from every lever that a planner has, but for `graft`, which is of rounds before it."""
+"""Random plans: drawn from every lever that a planner has."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -48,10 +48,8 @@ def weigh_otherwise(bench: "Workbench", state: State, session: Session) -> list[
     plan = state.accepted_plan
     if not state.config.check_weights:
         return []
-    if plan is None or plan.graft or any(group.recipe.mix for group in plan.groups):
-        what = "of no plan that was accepted last"
-        if plan:
-            what = "a graft" if plan.graft else "fitted by other weights in some of its layers"
+    if plan is None or any(group.recipe.mix for group in plan.groups):
+        what = "fitted by other weights in some of its layers" if plan else "of no plan that was accepted last"
         session.warn(f"the model that is kept is {what}, so that weights of texts are not compared")
         return []
     own = bench.evaluate(state.accepted, "validation", state.profile, session.progress)

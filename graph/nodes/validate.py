@@ -116,7 +116,6 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         groups=state.plan.groups,
         adjustments=state.plan.adjustments,
         expression=state.plan.expression,
-        graft=state.plan.graft,
         cut=state.plan.cut,
         seconds=round(session.elapsed, 3),
     )

@@ -20,7 +20,6 @@ from graph.state import Input, State, Trial
 from tools.base.errors import in_one_line
 from tools.base.settings import FORMER
 from tools.instruments.probed import PastProbe
-from tools.plans.graft import Graft
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
@@ -41,7 +40,6 @@ STATE_MODELS: tuple[type[BaseModel], ...] = (
     Aim,
     Brief,
     Experience,
-    Graft,
     Group,
     GroupRecipe,
     Input,

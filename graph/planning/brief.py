@@ -274,18 +274,8 @@ def _describe_trials(situation: Situation) -> str:
             + (f"; beside what is kept now {beside[0]:+.3g} +- {show_short(beside[1])}" if beside else "")
             + (f"; reflector: {judged}" if judged else "")
         )
-    told = data_block("trials", lines) + _describe_at_hand(situation) + _describe_kept(situation)
+    told = data_block("trials", lines) + _describe_kept(situation)
     return f"Trials so far, on the validation text:\n{told}"
-
-
-def _describe_at_hand(situation: Situation) -> str:
-    """The rounds whose layers a graft may take, and which of them a probe lets go of; empty where there are not two."""
-    at_hand, least = sorted(situation.list_at_hand()), situation.list_at_hand(probed=True)
-    if len(at_hand) < 2:
-        return ""
-    gone = [number for number in at_hand if number not in least]
-    probe = f"; a probe that prunes takes the place of round {gone[0]}" if gone else ""
-    return f"\nRounds at hand for `graft`: {', '.join(map(str, at_hand))}{probe}."
 
 
 def _describe_kept(situation: Situation) -> str:

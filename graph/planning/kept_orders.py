@@ -1,12 +1,10 @@
 """Work orders as artifacts, kept from node to node."""
 
-import operator
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
 from graph.planning.cuts import order_cut
-from graph.planning.grafts import Grafts, list_at_hand
 from graph.planning.orders import describe_plan, measure_with, resolve
 from graph.planning.plan import Plan
 from graph.planning.recipes import gather_layers
@@ -33,16 +31,11 @@ class _Kept(BaseModel):
     predicted_kl: float
     polish: int = 0
     cut: CutOrder | None = Field(None, exclude_if=lambda cut: cut is None)
-    sources: list[str] = Field([], exclude_if=operator.not_)
-    """Checkpoints that layers are taken from."""
-    taken: list[int] = Field([], exclude_if=operator.not_)
-    """The number of each layer's source, in the model's order; empty where layers are pruned."""
 
 
 def keep_order(store: ArtifactStore, plan: Plan, order: WorkOrder) -> str:
     """Write the order of a plan as an artifact; its hash."""
     recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
-    sources = list(dict.fromkeys(layer.taken for layer in order.layers.values() if layer.taken))
     kept = _Kept(
         plan=plan,
         recipes=recipes,
@@ -51,8 +44,6 @@ def keep_order(store: ArtifactStore, plan: Plan, order: WorkOrder) -> str:
         predicted_kl=order.predicted_kl,
         polish=order.polish,
         cut=order.cut,
-        sources=sources,
-        taken=[sources.index(layer.taken) for layer in order.layers.values() if layer.taken],
     )
     return store.write_json(kept.model_dump())
 
@@ -62,12 +53,8 @@ def read_order(store: ArtifactStore, artifact: str, plan: Plan) -> WorkOrder | N
     kept = _Kept.model_validate(store.read_json(artifact)) if artifact else None
     if kept is None or kept.plan.model_dump() != plan.model_dump():
         return None
-    taken = [kept.sources[number] for number in kept.taken] or [""] * len(kept.layers)
     return WorkOrder(
-        layers={
-            name: LayerOrder(recipe=kept.recipes[number], zeros=zeros, taken=source)
-            for (name, number, zeros), source in zip(kept.layers, taken, strict=True)
-        },
+        layers={name: LayerOrder(recipe=kept.recipes[number], zeros=zeros) for name, number, zeros in kept.layers},
         sparsity=kept.sparsity,
         predicted_kl=kept.predicted_kl,
         multipliers=plan.multipliers,
@@ -101,14 +88,5 @@ def resolve_again(bench: "Workbench", state: State, progress: "Progress") -> Wor
     profile = bench.read_profile(state.profile).layers
     if state.parts:
         return order_cut(state.plan, bench.cuts.read(state.parts), profile, describe_plan(state.plan))
-    if state.plan.graft:
-        line = describe_plan(state.plan)
-        return find_grafts(bench, state).resolve(state.plan, state.plan.graft, profile, state.config, line)
     layers = gather_layers(state.plan, state.config, measure_with(bench, state.profile, state.current, progress))
     return resolve(state.plan, layers, state.config, profile)
-
-
-def find_grafts(bench: "Workbench", state: State) -> Grafts:
-    """What may be taken of earlier rounds where nothing was probed since: of the trials whose layers are kept."""
-    at_hand = list_at_hand(state.trials, state.kept)
-    return Grafts(lambda: at_hand, bench.list_taken)

@@ -40,8 +40,6 @@ def check_new_texts(plan: Plan, config: RunConfig, left: int) -> None:
     names = [*config.text, *(text.name for text in new)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"new_texts name {twice!r}, and there is such a text already; choose another name")
-    if plan.graft:
-        raise ValueError("new_texts are to fit to, and a graft fits nothing; leave one of them out")
     if any(group.recipe.mix for group in plan.groups):
         raise ValueError("new_texts count in the plan's own mix; leave mix out of groups")
     check_prompts(new)

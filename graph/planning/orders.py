@@ -14,14 +14,12 @@ import numpy as np
 
 from graph.config import RunConfig
 from graph.planning.cuts import order_cut
-from graph.planning.grafts import Grafts
 from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
 from graph.reflecting.posterior import Factor, find_factors, weigh_layers
 from graph.reflecting.schema import Lesson
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
-from tools.plans.budget import SAME_SPARSITY
 from tools.plans.costs import count_polish
 from tools.plans.cuts import Cutting, Parts
 from tools.plans.expression import evaluate_expression, tidy_expression
@@ -45,9 +43,8 @@ it."""
 
 
 def refuse_above_target(plan: Plan, config: RunConfig) -> None:
-    """Raises ValueError with a reason for whoever made the plan. A graft has the zeros that it has, to within what
-    verdicts call the same sparsity."""
-    if plan.sparsity > config.target_sparsity + (SAME_SPARSITY if plan.graft else 1e-9):
+    """Raises ValueError with a reason for whoever made the plan."""
+    if plan.sparsity > config.target_sparsity + 1e-9:
         raise ValueError(f"sparsity {plan.sparsity:g} is above the target; plan at most {config.target_sparsity:g}")
 
 
@@ -167,18 +164,15 @@ class Orders:
     """The profile."""
     read_layers: Callable[[Recipe], Curves] | None = None
     """What is known of the layers for a recipe's allocation, without a run of the model; without it, the profile."""
-    grafts: Grafts = field(default_factory=Grafts)
     parts: Parts | None = None
     """What is known of the model's parts, in a run that takes them away."""
     _curves: dict[Recipe, Curves] = field(default_factory=dict)
     _drafts: dict[tuple[str, bool], WorkOrder] = field(default_factory=dict)
 
     def weigh(self, plan: Plan) -> Plan:
-        """The plan with what the lessons say; a graft with the recipe of what it takes."""
+        """The plan with what the lessons say."""
         if self.parts is not None:
             return plan if plan.cut else plan.model_copy(update={"cut": Cutting()})
-        if plan.graft:
-            return self.grafts.dress(plan, plan.graft)
         return apply_lessons(plan, self.lessons, self.layers, self.config)
 
     def draft(self, plan: Plan) -> WorkOrder:
@@ -188,8 +182,6 @@ class Orders:
         """
         if self.parts is not None:
             return order_cut(plan, self.parts, self.layers, describe_plan(plan))
-        if plan.graft:  # what is at hand may change within a round
-            return self.grafts.resolve(plan, plan.graft, self.layers, self.config, describe_plan(plan))
         if plan.cut:
             raise ImpossiblePlan("cut is of runs that take parts away, and this one sets weights to zero; leave it out")
         curves = self._find_curves(plan)
@@ -265,8 +257,6 @@ def hash_request(plan: Plan) -> str:
         parts.append([[text.name, text.prompts, text.weight] for text in plan.new_texts])
     if plan.cut:
         parts.append(plan.cut.model_dump())
-    if graft := plan.graft:  # whose recipe is what it takes
-        parts = [round(plan.sparsity, 3), "graft", " ".join(graft.selector.split()), graft.of, graft.rest]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -288,7 +278,7 @@ def describe_plan(plan: Plan) -> str:
     """A plan in one line for people (`describe_levers`), such as `45.0% refit:kappa · *.v_proj x2 · lessons x3
     (0.80–1.41)`: for so many groups of layers lessons multiply the KL curves, from what to what."""
     line = describe_levers(plan)
-    if plan.cut or plan.graft or not plan.multipliers:
+    if plan.cut or not plan.multipliers:
         return line
     factors = plan.multipliers.values()
     low, high = f"{min(factors):.2f}", f"{max(factors):.2f}"

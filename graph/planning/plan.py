@@ -12,11 +12,10 @@ from graph.goals.schema import MOST_TEXTS, NewText
 from graph.reflecting.schema import MOST
 from tools.plans.cuts import Cutting
 from tools.plans.expression import Expression
-from tools.plans.graft import Graft
 from tools.plans.groups import MAX_GROUPS, Group, GroupRecipe
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 
-ONLY_ZEROS = ("recipe", "groups", "adjustments", "expression", "graft", "new_texts", "reprofile")
+ONLY_ZEROS = ("recipe", "groups", "adjustments", "expression", "new_texts", "reprofile")
 """What a plan says of single weights, and has no part in a cut."""
 
 WORDS = {"hypothesis", "reason"}
@@ -76,12 +75,6 @@ class Plan(BaseModel):
         exclude_if=operator.not_,
         description="Factors on KL curves, such as where(v_proj, smooth(kl60)/kl60, 1), beneath adjustments, at no "
         "cost; only ratios count.",
-    )
-    graft: Graft | None = Field(
-        None,
-        exclude_if=lambda graft: graft is None,
-        description="Instead of pruning, layers as two rounds left them: takes a validation alone. No zero of the "
-        "sparsity may be missing; recipe and corrections are left out.",
     )
     cut: SkipJsonSchema[Cutting | None] = Field(  # planners of runs that cut are told of it, and of little else
         None,

@@ -104,7 +104,7 @@ def _expect_pruning(order: WorkOrder, config: RunConfig, paces: Paces) -> float:
     dense model's statistics, and what it puts through the model as fast as text is measured on."""
     if (known := paces.get(name_pruning(order))) is not None:
         return known
-    recipes = {layer.recipe for layer in order.layers.values() if not order.grafted}
+    recipes = {layer.recipe for layer in order.layers.values()}
     dearest = max((expect_pruning(recipe, paces) for recipe in recipes), default=0.0)
     return dearest + sum(list_order_costs(order, config).values()) * paces.get(MEASURING, 0.0)
 
@@ -197,7 +197,6 @@ def describe_prices(config: RunConfig, budget: TokenBudget) -> str:
     of_weights = [
         *([] if budget.left < math.inf else [f"statistics {', '.join(in_order)} more"]),  # told in tokens elsewhere
         f"predict 0, or {show(count_walk(config), find_longest_curves(paces))} where curves are not known",
-        f"swap {show(half)} for each selector",
     ]
     lines = [probe, *([] if config.takes_parts else of_weights), "all others 0"]
     measured = _describe_paces(budget.paces) or f"nothing took {LEAST_TOLD} yet"

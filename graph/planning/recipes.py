@@ -26,7 +26,7 @@ def list_recipes(plan: Plan, config: RunConfig) -> list[Recipe]:
 
     Raises ImpossiblePlan as `assign_recipes`.
     """
-    if plan.graft or plan.cut:
+    if plan.cut:
         return []
     recipe = find_recipe(plan, config)
     return list(dict.fromkeys([recipe, *(_complete(group, recipe, config) for group in plan.groups)]))
@@ -45,10 +45,9 @@ def assign_recipes(plan: Plan, layers: Layers, config: RunConfig) -> dict[str, R
 def gather_layers(plan: Plan, config: RunConfig, read: Read) -> Layers:
     """The layers, each with what the plan's allocation reads of it: the KL curve of the recipe that it is pruned by.
 
-    `read` gives that for one recipe. Of a graft or a cut, which are shared out by none, it is the profile's. Raises
-    ImpossiblePlan.
+    `read` gives that for one recipe. Of a cut, which is shared out by none, it is the profile's. Raises ImpossiblePlan.
     """
-    if plan.graft or plan.cut:
+    if plan.cut:
         return read(Recipe(curves="mask"))
     recipe = find_recipe(plan, config)
     layers = read(recipe)

@@ -95,7 +95,7 @@ def plan_refinements(situation: Situation, *, texts: bool = True) -> Iterator[Pl
     """
     base = situation.accepted_plan
     assert base is not None, "a trial was accepted, so there is a plan that made it"
-    base = base.model_copy(update={"sparsity": situation.config.target_sparsity, "multipliers": {}, "graft": None})
+    base = base.model_copy(update={"sparsity": situation.config.target_sparsity, "multipliers": {}})
     own, line = hash_request(base), describe_plan(base)
     lines = {trial.plan for trial in situation.trials if trial.asked in (own, "")}
     # Trials of an earlier version have no hash, but a line.

@@ -1,13 +1,12 @@
 """All that any planner may know when it plans a round."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
-from graph.planning.grafts import Grafts, list_at_hand
 from graph.planning.kept_orders import keep_order
 from graph.planning.new_texts import count_left
 from graph.planning.orders import Curves, Orders, describe_plan, hash_request, measure_with, read_curves
@@ -16,7 +15,6 @@ from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import State, Trial, last_accepted
 from tools.base.errors import DamagedArtifact
-from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
 from tools.plans.budget import SAME_SPARSITY, same_sparsity
 from tools.plans.cuts import Parts
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from graph.runs.session import OpenBench
     from tools.base.progress import Progress
     from tools.workbench.bench import Workbench
-    from tools.workbench.checkpoints import Taken
 
 
 @dataclass(frozen=True)
@@ -73,24 +70,12 @@ class Situation:
     """Spent in the run's nodes before this round."""
     usage: Usage = field(default_factory=Usage)
     """What the agents have spent before this round."""
-    kept: Sequence[str] = field(default=())
-    """Checkpoints whose layers are on disk, as far as nothing that was pruned to be probed took their room."""
-    gone: Collection[str] = field(default=())
-    """Those of them where something did, in an earlier round."""
-    read_taken: Callable[[str], Mapping[str, "Taken"]] | None = None
-    """The layers of a checkpoint, as a graft takes them; None where there are no checkpoints."""
     architecture: str = ""
     """The class of the model."""
     parts: Parts | None = None
     """What is known of the model's parts, in a run that takes them away."""
     texts_left: int = 0
     """Texts that plans may still have the model write."""
-
-    def list_at_hand(self, *, probed: bool = False) -> dict[int, Trial]:
-        """The trials whose layers a graft may take, by their rounds: the best probe takes the room of the last, and
-        would where one was `probed`."""
-        pruned = probed or (self.budget is not None and not all(x.grafted for x in self.budget.probed))
-        return list_at_hand(self.trials, {*(self.kept[: KEPT - 1] if pruned else self.kept)}.difference(self.gone))
 
     @property
     def at_target(self) -> bool:
@@ -100,18 +85,13 @@ class Situation:
     @property
     def broken(self) -> set[str]:
         """Methods that broke whenever they were carried out; of those of several groups nobody knows which did."""
-        broke = {
-            trial.recipe.method
-            for trial in self.trials
-            if trial.recipe and trial.broken and not (trial.groups or trial.graft)
-        }
+        broke = {trial.recipe.method for trial in self.trials if trial.recipe and trial.broken and not trial.groups}
         return broke - {trial.recipe.method for trial in self.trials if trial.recipe and trial.measured}
 
     @cached_property
     def orders(self) -> Orders:
         """What plans of this round come to."""
-        grafts = Grafts(self.list_at_hand, self.read_taken) if self.read_taken else Grafts()
-        return Orders(self.config, self.lessons, self.layers, self.read_layers, grafts, self.parts)
+        return Orders(self.config, self.lessons, self.layers, self.read_layers, self.parts)
 
     def find_trial(self, plan: Plan) -> Trial | None:
         """The last trial, refused ones among them, that this plan would only repeat. Raises ImpossiblePlan.
@@ -158,18 +138,11 @@ def gather_situation(
         with open_bench() as bench:
             return read_curves(bench, state.profile, recipe, progress)
 
-    def read_taken(checkpoint: str) -> Mapping[str, "Taken"]:
-        with open_bench() as bench:
-            return bench.list_taken(checkpoint)
-
     with open_bench() as bench:
         return Situation(
             config=state.config,
             layers=bench.read_profile(state.profile).layers,
             read_layers=read_layers,
-            kept=state.kept,
-            gone=[checkpoint for checkpoint in state.kept if not bench.pruner.has_layers(checkpoint)],
-            read_taken=read_taken,
             sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
             dense=state.dense,
             accepted=last_accepted(state.trials),

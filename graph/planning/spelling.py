@@ -8,13 +8,13 @@ from graph.state import Trial
 from tools.base.words import spare_brackets
 from tools.plans.recipe import Recipe
 
-LEVERS = {"groups", "adjustments", "expression", "graft", "cut"}
+LEVERS = {"groups", "adjustments", "expression", "cut"}
 """What a plan, and its trial, says beside sparsity and recipe."""
 
 
 def spell_out_plan(plan: Plan) -> dict[str, Any]:
-    """A plan as a planner would write it, and its reason, if it has one; a graft or a cut has no recipe, and texts that
-    were written for it are there."""
+    """A plan as a planner would write it, and its reason, if it has one; a cut has no recipe, and texts that were
+    written for it are there."""
     return _spell_out(plan.sparsity, plan.recipe, plan) | ({"reason": plan.reason} if plan.reason else {})
 
 
@@ -31,7 +31,7 @@ def write_plan(told: dict[str, Any]) -> str:
 def _spell_out(sparsity: float, recipe: Recipe | None, of: Plan | Trial) -> dict[str, Any]:
     others = of.model_dump(include=LEVERS, exclude_defaults=True)
     told: dict[str, Any] = {"sparsity": float(f"{sparsity:.4g}")}
-    if recipe is not None and not others.keys() & {"graft", "cut"}:
+    if recipe is not None and "cut" not in others:
         told["recipe"] = _spell_recipe(recipe)
     return told | others
 

@@ -260,7 +260,7 @@ def _describe_present_groups(situation: Situation) -> str:
 def _describe_factors(situation: Situation) -> str:
     """What lessons make of the curves of groups where the last accepted plan is made again; empty where nothing."""
     plan = situation.accepted_plan
-    if plan is None or plan.graft:
+    if plan is None:
         return ""
     found = find_lesson_factors(plan, situation.lessons, situation.layers, situation.config)
     told = [f"{quote_data(name, 80)} {x.factor:.3g} +- {x.error:.2g}" for name, x in found.items()][:MAX_GROUP_ROWS]

@@ -191,7 +191,6 @@ def _describe_round(
         in_time=lambda: count_seconds() > 0,
         present=state.current,
         book=budget.book,
-        list_at_hand=lambda: {number: trial.checkpoint for number, trial in situation.list_at_hand().items()},
         keep=state.kept[: KEPT - 1],  # the best probe takes the room of a trial
         probed=budget.probed,
         past=state.probes,

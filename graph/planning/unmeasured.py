@@ -74,7 +74,6 @@ def _make_trial(
         groups=plan.groups,
         adjustments=plan.adjustments,
         expression=plan.expression,
-        graft=plan.graft,
         cut=plan.cut,
         seconds=round(seconds, 3),
     )

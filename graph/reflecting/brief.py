@@ -146,8 +146,7 @@ def _describe_outcome(evidence: Evidence) -> str:
         beyond = "beyond the noise" if evidence.is_surprise else "inside the noise"
         lines.append(f"the rule's lesson, {beyond}: {quote_data(lesson.text, 300)}")
     else:
-        why = "nothing was pruned" if evidence.plan.graft else "nothing finite was measured"
-        lines.append(f"the rule's lesson: none, for {why}")
+        lines.append("the rule's lesson: none, for nothing finite was measured")
     return "What came of it, on the validation text:\n" + data_block("outcome", lines)
 
 

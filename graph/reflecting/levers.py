@@ -34,9 +34,9 @@ def note_tried(run: str, trial: Trial, before: Trial | None, pattern: str) -> Tr
 def name_levers(trial: Trial, before: Trial) -> str:
     """Such as `refit: gamma clipped for plain, with *.v_proj x2`: the method, and what is not as it was before.
 
-    Empty where nothing is, the recipes are not known, or layers are of other rounds, which are those of one run.
+    Empty where nothing is, or the recipes are not known.
     """
-    if trial.recipe is None or before.recipe is None or trial.graft or before.graft:
+    if trial.recipe is None or before.recipe is None:
         return ""
     ours, theirs = _list_values(trial.recipe), _list_values(before.recipe)
     changed = [f"{name} {value} for {theirs[name]}" for name, value in ours.items() if value != theirs[name]]

@@ -92,7 +92,7 @@ def draw_lesson(
     of the factor: an observation without noise weighs 1, one as uncertain as the factor itself half of that.
     """
     recipe = trial.recipe
-    if trial.graft or recipe is None or trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
+    if recipe is None or trial.kl is None or trial.predicted_kl <= 0 or trial.kl <= 0:
         return None
     if before is None or not _is_comparable(before, trial):
         predicted = group_kl(profile, sparsity) if profile else trial.predicted_kl
@@ -140,7 +140,7 @@ def _lesson_of_movement(run: str, recipe: Recipe, trial: Trial, moved: dict[str,
 
 def _is_comparable(before: Trial, trial: Trial) -> bool:
     """Whether the trial moved weights only: the same work inside each layer, the same sparsity."""
-    if before.recipe is None or before.graft or trial.recipe is None or not before.kl:
+    if before.recipe is None or trial.recipe is None or not before.kl:
         return False
     same_work = name_work(before.recipe, before.groups) == name_work(trial.recipe, trial.groups)
     return same_work and same_sparsity(before.sparsity, trial.sparsity)

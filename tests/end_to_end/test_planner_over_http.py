@@ -378,59 +378,6 @@ def test_what_data_says_changes_nothing_and_bounds_hold_even_if_the_model_obeys_
     assert state.plan is not None and state.plan.multipliers == {}
 
 
-# Layers of two rounds
-
-FIRST, SECOND = OTHER, {**OTHER, "recipe": {**OTHER["recipe"], "statistics": "sequential"}}
-GRAFT = {"sparsity": 0.45, "graft": {"selector": "*.down_proj", "of": 2, "rest": 1}, "reason": "the better halves"}
-
-
-def graft_after_swaps(body: Body) -> Body:
-    """Two plans of one budget, then what swaps say of them, and a graft that one of them was."""
-    text = json.dumps(body["messages"])
-    round_ = int(re.findall(r"Plan round (\d+)", text)[-1])
-    if round_ < 3:
-        return (FIRST, SECOND)[round_ - 1]
-    selectors = ["*.v_proj", "*.down_proj", "*.nothing"]
-    calls = {
-        "swap": {"tool": "swap", "arguments": {"selectors": selectors, "of": 2, "rest": 1}},
-        "probe": {"tool": "probe", "arguments": {"plan": {**GRAFT, "graft": {**GRAFT["graft"], "of": 4}}}},  # type: ignore[dict-item]
-    }
-    return next((call for name, call in calls.items() if f"<data tool {name}>" not in text), GRAFT)
-
-
-def test_layers_of_two_rounds_are_swapped_and_a_swap_becomes_the_rounds_trial(tiny_llama: Path, tmp_path: Path) -> None:
-    more = ("--max-iterations", "3", "--tau", "9", "--patience", "3", "--no-memory")
-    with OpenAIServer(graft_after_swaps) as server:
-        given = flags(tiny_llama, server, "fine", *more)
-        easy = fork(tmp_path, "--runs-dir", "easy", *given, NO_PROXY="127.0.0.1").finish()
-        halt = Halt("prune", "tools.workbench.prune:Pruner.restore", 1)
-        killed = fork(tmp_path, *given, halt=halt, NO_PROXY="127.0.0.1").finish()
-        resumed = fork(tmp_path, "--resume", "run", NO_PROXY="127.0.0.1").finish()
-    assert (easy.code, killed.code, resumed.code) == (0, -9, 0), easy.out + killed.out + resumed.out
-    run, other = tmp_path / "easy" / "run", tmp_path / "runs" / "run"
-    swapped, refused = read_events(run, "tool")
-    answer = json.loads(swapped["answer"])
-    assert answer["tokens"] == 128 and list(answer["swaps"]) == ["*.v_proj", "*.down_proj", "*.nothing"]
-    assert answer["swaps"]["*.nothing"]["error"].startswith("selector '*.nothing' means no layer; ")
-    assert answer["swaps"]["*.down_proj"].keys() == {"probe", "sparsity", "kl", "kl_minus_rest"}
-    assert (
-        "layers of round 4 are not at hand for a graft; those of rounds: 1, 2" in json.loads(refused["answer"])["error"]
-    )
-    first, second, last = read_state(run).trials
-    assert last.plan == "45.0% graft · *.down_proj of round 2, the rest of round 1" and last.graft is not None
-    assert last.sparsity == first.sparsity == second.sparsity
-    assert last.kl not in (first.kl, second.kl)
-    walk, swaps = 2 * 4 * 64, 2 * 128
-    assert read_state(run).evaluated_tokens == 2 * 192 + walk + swaps + 64, "a third of its text was left to measure"
-    assert read_trials(run) == read_trials(other)
-    replayed = fork(tmp_path, "--runs-dir", "easy", "--replay", "run", "--name", "again").finish()
-    assert replayed.code == 0, replayed.out
-    assert read_trials(tmp_path / "easy" / "again") == read_trials(run)
-    runs = run, other, tmp_path / "easy" / "again"
-    assert len({read_summary(run)["mask_sha256"] for run in runs}) == 1
-    assert r"graft · \*.down\_proj of round 2, the rest of round 1" in (run / "report.md").read_text()
-
-
 # Some layers alone
 
 MASK = {"sparsity": 0.45, "recipe": {"method": "wanda", "refit": False, "curves": "mask"}}

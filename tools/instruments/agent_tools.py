@@ -15,18 +15,16 @@ from tools.base.settings import MOST_PROBES
 from tools.base.words import count, spare_brackets
 from tools.instruments.comparisons import Figures
 from tools.instruments.functions import OF_PLANS, Draft, Round, inspect_layers, predict, predict_all, predict_cut, probe
-from tools.instruments.swap import MOST_SWAPS, swap
 from tools.plans.lines import describe_levers
 from tools.plans.selectors import MOST_SELECTOR
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
 _SCHEMA: dict[str, Any] = {
     "type": "object",
-    "description": "A plan: its sparsity, recipe, groups, adjustments, expression, graft; alone.",
+    "description": "A plan: its sparsity, recipe, groups, adjustments, expression; alone.",
 }
 DraftArgument = Annotated[Draft, WithJsonSchema(_SCHEMA)]
 OneDraftArgument = Annotated[Draft | None, WithJsonSchema(_SCHEMA)]
-SelectorArgument = Annotated[str, Field(min_length=1, max_length=MOST_SELECTOR), WithJsonSchema({"type": "string"})]
 PlainDraftArgument = Annotated[Draft, WithJsonSchema({"type": "object"})]
 
 
@@ -107,17 +105,6 @@ class ProbeArguments(PredictArguments):
     whole: bool = Field(False, description="All of the text, whatever tokens says.")
 
 
-class SwapArguments(_Arguments):
-    """Which layers of which rounds, and how much text."""
-
-    selectors: list[SelectorArgument] = Field(
-        min_length=1, max_length=MOST_SWAPS, description="Groups of layers, each swapped alone."
-    )
-    of: int = Field(ge=1, description="Round they are of.")
-    rest: int = Field(ge=1, description="Round of all others.")
-    whole: bool = Field(False, description="As in probe.")
-
-
 class HistoryArguments(_Arguments):
     """How many trials."""
 
@@ -148,7 +135,7 @@ def make_planner_tools(
     candidates: Callable[[int], Sequence[Figures]] | None = None,
     cuts: bool = False,
 ) -> list[BaseTool]:
-    """The instruments of a planner: six, and a seventh where there are `candidates`; three where `cuts` are planned.
+    """The instruments of a planner: five, and a sixth where there are `candidates`; three where `cuts` are planned.
 
     Each answers in JSON; its artifact is the same in a few words for people. `history` gives a line for each of the
     last trials, `recall` one for each lesson that a query finds, `candidates` so many plans that a rule would try.
@@ -181,15 +168,6 @@ def make_planner_tools(
         shown = [f"{answer['plan']} -> {_describe_probe(answer)}" for answer in answers]
         return _answer(plans=answers), "; ".join(shown)
 
-    @tool("swap", args_schema=SwapArguments, response_format="content_and_artifact")
-    def swap_tool(selectors: list[str], of: int, rest: int, whole: bool) -> tuple[str, str]:
-        """KL with a group's layers as round `of` left them, all else as round `rest`. Nothing is pruned."""
-        figures = swap(round_, selectors, of, rest, whole=whole)
-        shown = [
-            f"{name} {found.get('error') or found['kl_minus_rest'][0]}" for name, found in figures["swaps"].items()
-        ]
-        return _answer(**figures), f"round {of} in {rest} -> {'; '.join(shown)} on {figures['tokens']} tokens"
-
     @tool("history", args_schema=HistoryArguments, response_format="content_and_artifact")
     def history_tool(n: int) -> tuple[str, str]:
         """The last trials of this run, with their plans and figures in full. Costs nothing."""
@@ -210,7 +188,7 @@ def make_planner_tools(
 
     if cuts:
         return [predict_cut_tool, probe_tool, history_tool]
-    tools = [inspect_tool, predict_tool, probe_tool, swap_tool, history_tool, recall_tool]
+    tools = [inspect_tool, predict_tool, probe_tool, history_tool, recall_tool]
     return [*tools, _make_candidates_tool(candidates)] if candidates else tools
 
 

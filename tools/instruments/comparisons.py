@@ -32,15 +32,10 @@ def compare_probes(probed: Sequence[Probed], past: Sequence[PastProbe], own: int
         ours, theirs = _pair((mine.windows, read_losses(mine)), (windows, losses))
         if not (ours.kl and ours.finite and theirs.finite):
             continue
-        for whose, here, there in list_pairs(told, ours, theirs):
+        texts = [(whose, ours.take_text(x), theirs.take_text(x)) for x, whose in told.get("texts", {}).items()]
+        for whose, here, there in [(told, ours, theirs), *texts]:
             beside = whose.setdefault("kl_minus_probe", {})
             beside[f"{number}"] = [round_figure(figure) for figure in compare_kl(here, there)]
-
-
-def list_pairs(told: Figures, ours: Evaluation, theirs: Evaluation) -> list[tuple[Figures, Evaluation, Evaluation]]:
-    """(where it is told, the losses of a probe, another's) of all windows that both have, and of those of each text."""
-    texts = [(whose, ours.take_text(name), theirs.take_text(name)) for name, whose in told.get("texts", {}).items()]
-    return [(told, ours, theirs), *texts]
 
 
 def find_best_whole(probed: Sequence[Probed]) -> Probe | None:

@@ -15,12 +15,11 @@ from pydantic import BaseModel, Field, model_validator
 
 from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
-from tools.instruments.comparisons import Figures, compare_probes, find_best_whole, read_losses, round_figure
-from tools.instruments.probed import PastProbe, Probed, count_probes, count_rest, find_known, remember_probe
+from tools.instruments.comparisons import Figures, compare_probes, find_best_whole, round_figure
+from tools.instruments.probed import PastProbe, Probed, count_rest, find_known, remember_probe
 from tools.measure.texts import list_texts
 from tools.plans.cuts import Cutting
 from tools.plans.expression import Expression
-from tools.plans.graft import Graft
 from tools.plans.groups import MAX_GROUPS, Group
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
@@ -63,9 +62,6 @@ class Draft(BaseModel):
         default_factory=list, max_length=MAX_ADJUSTMENTS, description="Corrections for groups of layers."
     )
     expression: Expression = Field("", description="A formula that gives every layer a factor on its KL curve.")
-    graft: Graft | None = Field(
-        None, exclude_if=lambda graft: graft is None, description="Layers of two rounds, of which nothing is pruned."
-    )
     cut: Cutting | None = Field(
         None, exclude_if=lambda cut: cut is None, description="How it is shared out, where whole parts go."
     )
@@ -115,8 +111,6 @@ class Round:
     """What was probed in the round so far; probes add to it."""
     past: Sequence[PastProbe] = ()
     """Probes of the run's earlier rounds, the latest: those of this one are numbered from there on."""
-    list_at_hand: Callable[[], Mapping[int, str]] = dict
-    """The checkpoints of rounds whose layers are on disk, by their numbers."""
     book: Callable[[int, Sequence[WorkOrder]], None] = lambda tokens, orders: None
     """Told of a probe before it is made: the tokens that it measures on, all orders together, and the orders; raises
     ValueError when what that takes is not to be had."""
@@ -255,8 +249,7 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     figures: list[Figures] = [{"error": problem} for problem in found]
     places: dict[int, int] = {}
     known = find_known(round_.probed, windows * bench.settings.window)
-    # Those that are known take no time; grafts come before what they are made of gives way.
-    turns = sorted(orders, key=lambda number: (orders[number].id not in known, not orders[number].grafted))
+    turns = sorted(orders, key=lambda number: orders[number].id not in known)  # those that are known take no time
     for first in range(0, len(turns), bench.abreast):
         together = turns[first : first + bench.abreast]
         if first and not round_.in_time():
@@ -314,14 +307,8 @@ def _note(bench: Workbench, order: WorkOrder, made: Probe, told: Figures) -> Pro
             for name, text in told.get("texts", {}).items()
             if "kl_change" in text
         },
-        grafted=order.grafted,
         alone=order.alone,
     )
-
-
-def read_probed(round_: Round, number: int) -> Evaluation:
-    """The losses of the round's probe of this number."""
-    return read_losses(round_.probed[number - count_probes(round_.past) - 1])
 
 
 def _resolve(round_: Round, draft: Draft) -> WorkOrder:

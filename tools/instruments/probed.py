@@ -25,9 +25,6 @@ class Probed(BaseModel):
     texts: dict[str, tuple[float, float | None]] = Field(
         {}, exclude_if=operator.not_, description="Likewise of each named text: the change, and its error."
     )
-    grafted: bool = Field(
-        False, exclude_if=operator.not_, description="Of layers of earlier rounds, so that nothing was pruned for it."
-    )
     alone: str = Field("", exclude_if=operator.not_, description="As in its order: the layers that it pruned, not all.")
 
     @model_validator(mode="after")

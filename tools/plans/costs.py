@@ -110,8 +110,6 @@ def name_curves(recipe: Recipe) -> str:
 
 def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
     """What must be walked through to carry an order out."""
-    if order.grafted:
-        return {}
     if order.cut:
         kinds = (order.cut.heads > 0) + (order.cut.neurons > 0)
         return {f"walk of order {order.id}": count_cut_fit(settings, kinds)} if order.cut.refit else {}

@@ -6,7 +6,6 @@ from typing import Protocol
 from tools.base.words import shorten
 from tools.plans.cuts import Cutting, describe_cutting
 from tools.plans.expression import tidy_expression
-from tools.plans.graft import Graft, describe_graft
 from tools.plans.groups import Group, describe_group
 from tools.plans.recipe import Adjustment, Recipe
 
@@ -26,18 +25,13 @@ class Levers(Protocol):
     @property
     def adjustments(self) -> Sequence[Adjustment]: ...
     @property
-    def graft(self) -> Graft | None: ...
-    @property
     def cut(self) -> Cutting | None: ...
 
 
 def describe_levers(plan: Levers) -> str:
-    """The line. Groups stand behind the recipe: `45.0% refit:kappa · wanda in *.v_proj`; a graft is
-    `45.0% graft · *.v_proj of round 2, the rest of round 1`."""
+    """The line. Groups stand behind the recipe: `45.0% refit:kappa · wanda in *.v_proj`."""
     if plan.cut:
         return f"{plan.sparsity:.1%} {describe_cutting(plan.cut)}"
-    if plan.graft:
-        return f"{plan.sparsity:.1%} graft · {describe_graft(plan.graft)}"
     line = f"{plan.sparsity:.1%} {plan.recipe.label}"
     for told in (
         [describe_group(group, plan.recipe) for group in plan.groups],

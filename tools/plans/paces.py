@@ -17,8 +17,6 @@ MEASURING = "measuring a token"
 
 def name_pruning(order: WorkOrder) -> str:
     """What carrying an order out is called: by all that is done inside layers, and the polish."""
-    if order.grafted:
-        return "grafting"
     if order.cut:
         return "cutting"
     if order.alone:  # which says nothing of what all take

@@ -24,11 +24,6 @@ class LayerOrder(BaseModel):
 
     recipe: Recipe = Field(description="What is done inside the layer (`Recipe.within_layers`).")
     zeros: int = Field(ge=0, description="Weights that are to be zero.")
-    taken: str = Field(
-        "",
-        exclude_if=operator.not_,
-        description="The checkpoint that the layer was made for and is taken from, as it is; empty where it is pruned.",
-    )
 
 
 class WorkOrder(BaseModel):
@@ -68,18 +63,10 @@ class WorkOrder(BaseModel):
     def id(self) -> str:
         """SHA-256, in hex, of each layer's recipe and zeros, and the polish: orders of one id make the same weights."""
         former = {"calibration": "run"}  # which a recipe said before it had a mix: orders are called as ever
-        layers = {
-            name: [layer.recipe.model_dump() | former, layer.zeros, *([layer.taken] if layer.taken else [])]
-            for name, layer in self.layers.items()
-        }
+        layers = {name: [layer.recipe.model_dump() | former, layer.zeros] for name, layer in self.layers.items()}
         parts: object = [layers, {"polish": self.polish}] if self.polish else layers
         parts = self.cut.model_dump() if self.cut else parts
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def grafted(self) -> bool:
-        """Whether layers are taken from checkpoints, all of them, and none is pruned."""
-        return any(layer.taken for layer in self.layers.values())
 
     @property
     def zeros(self) -> dict[str, int]:
@@ -125,7 +112,7 @@ def prune_alone(order: WorkOrder, selector: str, layers: Sequence[LayerProfile])
     names = set(select_layers(selector, layers)) if selector else {layer.name for layer in layers}
     if len(names) == len(layers):
         return order
-    if order.grafted or order.cut:
+    if order.cut:
         raise ImpossiblePlan("alone is of layers that are pruned, and here none is; leave it out")
     tidy = " ".join(selector.split())
     chosen = {name: x if name in names else LayerOrder(recipe=UNTOUCHED, zeros=0) for name, x in order.layers.items()}

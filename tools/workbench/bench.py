@@ -40,7 +40,7 @@ from tools.team.worker import Texts
 from tools.texts.windows import count_lead, cut_windows
 from tools.workbench.changed import refuse_changed
 from tools.workbench.checked import check_once
-from tools.workbench.checkpoints import LayerRecord, Taken
+from tools.workbench.checkpoints import LayerRecord
 from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
 from tools.workbench.cuts import Cuts
@@ -277,10 +277,6 @@ class Workbench:
     def read_checkpoint(self, checkpoint: str) -> dict[str, LayerRecord]:
         """As `Pruner.read_checkpoint`."""
         return self.pruner.read_checkpoint(checkpoint)
-
-    def list_taken(self, checkpoint: str) -> dict[str, Taken]:
-        """As `Pruner.list_taken`."""
-        return self.pruner.list_taken(checkpoint)
 
     def is_made_of(self, checkpoint: str, profile: str, order: WorkOrder) -> bool:
         """As `Pruner.is_made_of`."""

@@ -11,7 +11,6 @@ from pydantic import BaseModel
 from tools.models.artifacts import FORMAT
 from tools.plans.cuts import CutOrder
 from tools.plans.recipe import Recipe
-from tools.plans.work_order import LayerOrder
 
 
 class LayerTask(NamedTuple):
@@ -21,15 +20,6 @@ class LayerTask(NamedTuple):
     recipe: Recipe
     """`Recipe.within_layers`."""
     profile: str
-    taken: str = ""
-    """The checkpoint that it was made for, where it is taken from another."""
-
-
-class Taken(NamedTuple):
-    """One layer of a checkpoint, as another may take it."""
-
-    order: LayerOrder
-    artifact: str
 
 
 class LayerRecord(BaseModel):
@@ -41,8 +31,6 @@ class LayerRecord(BaseModel):
     """Left out where it is the checkpoint's."""
     profile: str | None = None
     """The same."""
-    taken: str | None = None
-    """The checkpoint that the layer was made for; left out where it is this one."""
 
 
 class Checkpoint(BaseModel):
@@ -63,9 +51,7 @@ class Checkpoint(BaseModel):
     def tasks(self) -> dict[str, LayerTask]:
         """What every layer was made by."""
         return {
-            name: LayerTask(
-                record.zeros, record.recipe or self.recipe, record.profile or self.profile, record.taken or ""
-            )
+            name: LayerTask(record.zeros, record.recipe or self.recipe, record.profile or self.profile)
             for name, record in self.layers.items()
         }
 
@@ -80,7 +66,6 @@ def make_checkpoint(tasks: Mapping[str, LayerTask], artifacts: Mapping[str, str]
             zeros=task.zeros,
             recipe=None if task.recipe == recipe else task.recipe,
             profile=None if task.profile == profile else task.profile,
-            taken=task.taken or None,
         )
         for name, task in tasks.items()
     }

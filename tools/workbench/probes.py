@@ -76,8 +76,7 @@ def probe_orders(
             for (number, checkpoint), losses in zip(batch.items(), evaluations, strict=True)
         ]
         best = find_best([best, *tried])
-        if not all(orders[number].grafted for number in missing):  # which take no room
-            bench.forget_checkpoints([back, *keep, *([best.checkpoint] if best else []), *batch.values()])
+        bench.forget_checkpoints([back, *keep, *([best.checkpoint] if best else []), *batch.values()])
     except BrokenPlan as error:
         return [found.get(number, str(error)) for number in range(len(orders))]
     finally:
@@ -94,6 +93,5 @@ def _name_probe(profile: "StoredProfile", order: WorkOrder, part: Sequence[int])
     shared = set(recipes.values())
     recipe = shared.pop() if len(shared) == 1 else json.dumps(recipes)
     polish = [f"polished on {order.polish}"] if order.polish else []
-    taken = [layer.taken for layer in order.layers.values() if layer.taken]
     cut = [order.cut.model_dump_json()] if order.cut else []
-    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(part), *polish, *taken, *cut]
+    return ["probe", profile.means, profile.hidden, recipe, json.dumps(order.zeros), str(part), *polish, *cut]

@@ -8,9 +8,9 @@ from tools.base.progress import Progress, ignore_progress
 from tools.models.artifacts import hash_as_earlier
 from tools.plans.cuts import CutOrder
 from tools.plans.groups import refuse_two_walks
-from tools.plans.work_order import LayerOrder, WorkOrder
+from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished
-from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, Taken, make_checkpoint
+from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, make_checkpoint
 from tools.workbench.cuts import Cuts
 from tools.workbench.layer_pruning import LayerPruner, Tasks
 from tools.workbench.polish import Polisher, PolishText
@@ -45,11 +45,8 @@ class Pruner:
         others have been pruned by what they read in the dense model. An order that asks for it is then polished. Raises
         ImpossiblePlan where a text that a recipe's statistics are to be of is not there, or those behind pruned
         predecessors are to be of several, or too little for a polish, and BrokenPlan for a layer that cannot be pruned
-        so: those that were made before it are kept, and the model holds a mixture. Of layers that are taken from other
-        checkpoints nothing is pruned.
+        so: those that were made before it are kept, and the model holds a mixture.
         """
-        if order.grafted:
-            return self._graft(order)
         if order.cut:
             return self._cut(profile, order, order.cut, progress)
         recipes = list(dict.fromkeys(layer.recipe for layer in order.layers.values()))
@@ -80,31 +77,6 @@ class Pruner:
         self.restore(checkpoint)
         return self._cuts.build(manifest.cut, manifest.units), manifest.cut
 
-    def _graft(self, order: WorkOrder) -> str:
-        """As `prune`, of layers that other checkpoints hold."""
-        made = self._list_taken_tasks(order)
-        checkpoint = make_checkpoint({n: task for n, (task, _) in made.items()}, {n: a for n, (_, a) in made.items()})
-        grafted = self._store.write_json(checkpoint.model_dump(exclude_none=True))
-        self.restore(grafted)
-        return grafted
-
-    def _list_taken_tasks(self, order: WorkOrder) -> dict[str, tuple[LayerTask, str]]:
-        """Of every layer that is taken what it was made by, and its artifact. Raises DamagedArtifact."""
-        sources = {source: self._read(source) for source in dict.fromkeys(x.taken for x in order.layers.values())}
-        tasks = {source: checkpoint.tasks for source, checkpoint in sources.items()}
-        return {
-            name: (tasks[x.taken][name]._replace(taken=x.taken), sources[x.taken].layers[name].artifact)
-            for name, x in order.layers.items()
-        }
-
-    def list_taken(self, checkpoint: str) -> dict[str, Taken]:
-        """The layers of a checkpoint that was pruned, as a graft takes them. Raises DamagedArtifact."""
-        manifest = self._read(checkpoint)
-        return {
-            name: Taken(LayerOrder(recipe=x.recipe, zeros=x.zeros, taken=x.taken or checkpoint), record.artifact)
-            for (name, x), record in zip(manifest.tasks.items(), manifest.layers.values(), strict=True)
-        }
-
     def _prune_all(self, tasks: Tasks, polish: int, progress: Progress) -> dict[str, str]:
         """The artifact of every layer, all of which are in the model, polished on so many tokens."""
         if not polish:
@@ -126,16 +98,10 @@ class Pruner:
             return self._weights.restore_dense()
         manifest = self._read(checkpoint)
         artifacts = {name: record.artifact for name, record in manifest.layers.items()}
-        changed = self._weights.restore(artifacts, partial(self._make_again, checkpoint, manifest))
-        if any(record.taken for record in manifest.layers.values()):
-            # a layer that is made again may bring all others of its own checkpoint with it
-            self._weights.restore(artifacts, partial(self._make_again, checkpoint, manifest))
-        return changed
+        return self._weights.restore(artifacts, partial(self._make_again, checkpoint, manifest))
 
     def _make_again(self, checkpoint: str, manifest: Checkpoint, name: str) -> None:
-        """Compute a layer of a checkpoint once more, as the checkpoint that it was made for."""
-        if taken := manifest.layers[name].taken:
-            return self._make_again(taken, self._read(taken), name)
+        """Compute a layer of a checkpoint once more."""
         task, expected = manifest.tasks[name], manifest.layers[name].artifact
         if manifest.cut:
             made = self._cuts.make(manifest.cut, ignore_progress)[0][name]
@@ -168,8 +134,6 @@ class Pruner:
         """Whether a checkpoint is what `prune` makes of these. Raises DamagedArtifact without a whole manifest."""
         if checkpoint == DENSE:
             return False
-        if order.grafted:
-            return self._read(checkpoint).tasks == {n: task for n, (task, _) in self._list_taken_tasks(order).items()}
         if order.cut:
             return self._read(checkpoint).cut == order.cut
         recipes = {layer.recipe for layer in order.layers.values()}
@@ -190,13 +154,6 @@ class Pruner:
         """Layer name to the share of zeros that the checkpoint was made for; 0 everywhere for the dense weights."""
         dense = self._weights.dense
         return {name: record.zeros / dense[name].numel() for name, record in self.read_checkpoint(checkpoint).items()}
-
-    def has_layers(self, checkpoint: str) -> bool:
-        """Whether the artifacts of all layers of a checkpoint are on disk; what they were made by is known anyway."""
-        try:
-            return all(map(self._weights.is_there, self.list_artifacts(checkpoint).values()))
-        except DamagedArtifact:
-            return False
 
     def forget(self, keep: list[str]) -> None:
         """Delete the layer artifacts that none of the checkpoints to keep refers to; their recipes stay known."""

@@ -10,7 +10,6 @@ from graph.goals.worth import find_shares, list_other_weights, weigh_otherwise
 from graph.planning.foresee import foresee_course
 from graph.planning.plan import Plan
 from graph.state import State
-from tools.plans.graft import Graft
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.mix import read_mix
 from tools.plans.recipe import parse_recipe
@@ -66,7 +65,6 @@ def test_two_more_rounds_are_foreseen_where_they_are_asked_for() -> None:
     ("plan", "said"),
     [
         (None, "of no plan that was accepted last"),
-        (Plan(sparsity=0.4, reason="", graft=Graft(selector="*.v_proj", of=1, rest=2)), "a graft"),
         (
             Plan(sparsity=0.4, groups=[Group(selector="*.v_proj", recipe=GroupRecipe(mix=read_mix({"code": 1})))]),
             "fitted by other weights in some of its layers",

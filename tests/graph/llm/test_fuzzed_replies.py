@@ -104,7 +104,6 @@ INSTRUMENTS = [
     "inspect_layers",
     "predict",
     "probe",
-    "swap",
     "history",
     "recall",
     "candidates",
@@ -171,7 +170,7 @@ EXPRESSIONS = st.sampled_from(
     ]
 )
 ROUNDS = st.sampled_from([0, 1, 2, 10**400, -1, "1", None])
-GRAFTS = sometimes({"note": st.just(HOSTILE)}, selector=SELECTORS, of=ROUNDS, rest=ROUNDS)
+
 TOO_MANY = [{"selector": "*", "action": "protect"}] * 100
 PLANS = sometimes(
     {
@@ -179,7 +178,6 @@ PLANS = sometimes(
         "groups": st.lists(GROUPS, max_size=2) | st.just([{"selector": "*", "recipe": {}}] * 9) | JUNK,
         "adjustments": st.lists(ADJUSTMENTS, max_size=3) | st.just(TOO_MANY) | JUNK,
         "expression": EXPRESSIONS | JUNK,
-        "graft": GRAFTS | JUNK,
         "cut": sometimes({"blocks": ROUNDS, "heads": ROUNDS, "refit": st.booleans(), "protect": SELECTORS}) | JUNK,
         "alone": SELECTORS | JUNK,
         "new_texts": st.just([{"name": "code", "prompts": ["Write code."], "weight": 1}]) | JUNK,

@@ -8,14 +8,12 @@ from graph.planning.plan import Plan, PlannedText
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import Trial
 from tools.instruments.probed import PastProbe
-from tools.plans.graft import Graft
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
 
 TEXT = TextFigures(name="code", weight=1.0, perplexity=None, kl=0.25, kl_error=0.01, change=-0.5)
 GROUP = Group(selector="*.v_proj", recipe=GroupRecipe(method="wanda", refit=False, damping=0.3, pattern="2:4"))
-GRAFT = Graft(selector="blocks 0-1", of=2, rest=1)
 TRIAL = Trial(
     iteration=1,
     checkpoint="ab12",
@@ -26,7 +24,6 @@ TRIAL = Trial(
     predicted_kl=0.2,
     verdict="rollback",
     groups=[GROUP],
-    graft=GRAFT,
 )
 LESSON = Lesson(run="r", iteration=1, selector="*.v_proj", factor=2.0, predicted=0.2, measured=0.4, text="dear")
 VALUES: dict[str, Any] = {
@@ -52,7 +49,6 @@ VALUES: dict[str, Any] = {
         groups=[GROUP],
         adjustments=[Adjustment(selector="*.v_proj", action="factor", factor=2.0, reason="they hurt")],
         expression="exp(0.2 * wanda_z)",
-        graft=GRAFT,
         new_texts=[PlannedText(name="songs", prompts=["La", "Le", "Li"], weight=0.5)],
         reason="small steps",
     ),

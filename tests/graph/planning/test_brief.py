@@ -49,7 +49,6 @@ from tools.instruments.functions import Round
 from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.costs import count_polish
 from tools.plans.cuts import Cutting
-from tools.plans.graft import Graft
 from tools.plans.groups import Group, GroupRecipe, drop_null
 from tools.plans.layer_profile import LayerProfile, group_layers, predict_kl
 from tools.plans.paces import MEASURING, list_works, name_measuring_curves, name_pruning_by
@@ -269,10 +268,6 @@ def test_of_groups_is_told_what_a_point_more_costs_and_what_lessons_make_of_thei
         f"blocks 0-1 · mlp.down_proj {factor:.3g} +- {0.5 * (1 / 4) ** 0.5:.2g}\n</data>"
     ) in text
     assert "<data factors>" not in shown(situation), "where layers are shown one by one"
-    graft = plan.model_copy(update={"graft": Graft(selector="*", of=1, rest=2)})
-    assert "<data factors>" not in str(
-        planner_messages(replace(situation, accepted_plan=graft), Toolbox(offer_nothing, calls=3, seconds=9))[1].text
-    )
 
 
 # The messages
@@ -307,7 +302,7 @@ def test_tools_are_described_where_they_are_offered() -> None:
     )
     given: dict[str, Any] = dict.fromkeys(("history", "recall", "candidates"), lambda asked: [])
     tools = make_planner_tools(Round(None, "", None, None), **given)  # type: ignore[arg-type]
-    assert len(tools) == 7
+    assert len(tools) == 6
     for tool in tools:
         assert f"`{tool.name}({', '.join(tool.args)})`" in offered[0].text
         assert f"`{tool.name}(" not in alone[0].text
@@ -328,7 +323,6 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
     ]
     names = {
         *Plan.model_fields,
-        *Graft.model_fields,
         *Group.model_fields,
         *Recipe.model_fields,
         *Adjustment.model_fields,
@@ -341,7 +335,7 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
         told = {key: value for key, value in own.get(name, {}).items() if key in field}
         assert field == told or list(field) == ["description", "type"], "what it does is told with the recipe"
     assert all(len(field["description"].split()) >= 3 for field in fields)
-    levers = own | {name: schema["properties"][name] for name in ("groups", "adjustments", "expression", "graft")}
+    levers = own | {name: schema["properties"][name] for name in ("groups", "adjustments", "expression")}
     costs = r"cost|takes no time|takes a validation alone|slowest|each adds 2 products|forwards"
     assert [name for name, field in levers.items() if not re.search(costs, field["description"])] == []
     assert "It sees neither steps, nor statistics" in planner_messages(make_first_situation())[0].text

@@ -96,11 +96,6 @@ def test_the_budget_is_that_of_the_goal_for_brief_and_plans_together() -> None:
             "new_texts name 'tales', and there is such a text already; choose another name",
         ),
         (
-            make_plan(TALES, graft={"selector": "*.v_proj", "of": 1, "rest": 2}),
-            2,
-            "new_texts are to fit to, and a graft fits nothing; leave one of them out",
-        ),
-        (
             make_plan(TALES, groups=[{"selector": "*.v_proj", "recipe": {"mix": {"code": 1}}}]),
             2,
             "new_texts count in the plan's own mix; leave mix out of groups",

@@ -195,15 +195,15 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
     prices = describe_prices(CONFIG, make_budget(paces=slow))
     assert prices == (
         "Prices: probe 10 s for each plan on half of the validation text, 30 s on all of it, and what its recipe "
-        "takes; statistics sequential 50 s, stages 130 s more; predict 0, or 50 s where curves are not known; swap "
-        "10 s for each selector; all others 0. Seconds, the most so far: pruning by refit~sequential 70."
+        "takes; statistics sequential 50 s, stages 130 s more; predict 0, or 50 s where curves are not known; all "
+        "others 0. Seconds, the most so far: pruning by refit~sequential 70."
     ), "3.0 s of curves are not worth a word"
     slow["measuring curves of refit"] = 310.0
     assert "; predict 0, or 310 s where" in describe_prices(CONFIG, make_budget(paces=slow))
     assert describe_prices(CONFIG, make_budget(1000, paces=slow | {"measuring a token": 0.05})) == (
         "Prices: probe 128 tokens for each plan on half of the validation text, 256 tokens (10 s) on all of it, and "
-        "what its recipe takes; predict 0, or 512 tokens (310 s) where curves are not known; swap 128 tokens "
-        "for each selector; all others 0. Seconds, the most so far: measuring curves of refit 310; pruning by "
+        "what its recipe takes; predict 0, or 512 tokens (310 s) where curves are not known; all "
+        "others 0. Seconds, the most so far: measuring curves of refit 310; pruning by "
         "refit~sequential 70."
     ), "tokens, where they are limited, and seconds"
     assert describe_prices(CONFIG, make_budget()).startswith("Prices: probe 128 tokens for"), "a pace nobody knows"
@@ -220,4 +220,4 @@ def test_a_planner_is_told_what_calls_take_and_what_is_left() -> None:
 def test_of_cuts_only_what_there_is_has_a_price() -> None:
     cutting = CONFIG.model_copy(update={"target_size": 0.8})
     prices = describe_prices(cutting, TokenBudget(cutting, 0, 0))
-    assert "all of it, and the fit of its cut; all others 0." in prices and "swap" not in prices
+    assert "all of it, and the fit of its cut; all others 0." in prices

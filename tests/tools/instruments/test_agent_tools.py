@@ -45,8 +45,8 @@ def call(tool: BaseTool, **arguments: object) -> tuple[dict[str, object], str]:
     return json.loads(message.text), message.artifact
 
 
-def test_a_planner_gets_seven_and_none_of_them_changes_the_model(instruments: dict[str, BaseTool]) -> None:
-    looks = ["inspect_layers", "predict", "probe", "swap"]
+def test_a_planner_gets_six_and_none_of_them_changes_the_model(instruments: dict[str, BaseTool]) -> None:
+    looks = ["inspect_layers", "predict", "probe"]
     assert list(instruments) == [*looks, "history", "recall", "candidates"]
     plan = {**WANDA, "reason": "what a plan has beyond that does no harm", "reprofile": False}
     answer, shown = call(instruments["inspect_layers"], selector="*.v_proj")
@@ -122,7 +122,6 @@ def test_a_probes_line_tells_of_groups_and_adjustments(instruments: dict[str, Ba
         ("predict", {"plans": [WANDA, {"sparsity": 0.3, "adjustment": []}]}, "is called 'adjustment'"),
         ("probe", {"plan": {"sparsity": 0.3, "new_texts": [{"name": "a"}]}}, "instruments know the texts there are"),
         ("history", {"n": 51}, "less than or equal to 50"),
-        ("swap", {"selectors": ["*"], "of": 1, "rest": 2, "tokens": 64}, "no argument is called 'tokens'"),
         ("history", {"rounds": 3}, "no argument is called 'rounds'; there are: n"),
         ("recall", {"query": "x" * 201}, "at most 200 characters"),
         ("candidates", {"n": 0}, "greater than or equal to 1"),

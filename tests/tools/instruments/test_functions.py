@@ -39,7 +39,6 @@ from tools.instruments.functions import (
     predict,
     predict_all,
     probe,
-    read_probed,
 )
 from tools.instruments.probed import PastProbe, Probed, find_known
 from tools.models.layers import Layer
@@ -240,7 +239,7 @@ def test_probes_of_some_layers_are_compared_with_their_like(make_round: Callable
     later = replace(round_, probed=[], past=past)
     mask = Draft(sparsity=0.4, recipe=Recipe(method="two-sided", refit=False))
     both = probe(later, [mask, mask.model_copy(update={"alone": "*.down_proj"})])
-    ours = read_probed(later, 5)
+    ours = read_losses(later.probed[0])
     assert both[0]["kl_minus_probe"] == {
         f"{whole + 1}": [pytest.approx(x, rel=1e-3) for x in compare_kl(ours, read_losses(round_.probed[whole]))]
     }, "the best of an earlier round"
@@ -307,7 +306,7 @@ def test_probes_are_told_apart_on_each_named_text_and_in_later_rounds(
         figures = [*probe(round_, [REFIT], whole=True), *probe(round_, [WANDA])]
         monkeypatch.setattr(tools.instruments.comparisons, "MOST_DIFFERENCES", 3)
         last = probe(round_, [Draft(sparsity=0.2, recipe=WANDA.recipe)])[0]
-    refit, wanda = (read_probed(round_, number) for number in (1, 2))
+    refit, wanda = (read_losses(probed) for probed in round_.probed[:2])
     refit = refit.take([0, 2, 3, 5])  # what the shorter one has
     for texts, ours, theirs in (
         (figures[1], wanda, refit),
@@ -324,10 +323,10 @@ def test_probes_are_told_apart_on_each_named_text_and_in_later_rounds(
     ]
     assert (past[2].number, past[2].best) == (13, 11)
     assert [x.losses is not None for x in past] == [True, False, False], "of the best"
-    kept = compare_with_trial(past, 4, read_probed(round_, 1))
+    kept = compare_with_trial(past, 4, read_losses(round_.probed[0]))
     assert [x.trial for x in kept] == [None] * 3, "the trial is what it probed"
     assert [x.losses for x in kept] == [x.losses for x in past], "of the best, for probes of later rounds"
-    whole = read_probed(round_, 1)
+    whole = read_losses(round_.probed[0])
     other = whole.model_copy(update={"kl": [kl + 0.25 + 0.01 * i for i, kl in enumerate(whole.kl)]})
     told = compare_with_trial(past, 4, other)
     assert (told[0].trial, told[0].trial_error) == tuple(round_figure(x) for x in compare_kl(other, whole))
@@ -461,7 +460,7 @@ def test_probes_are_numbered_from_those_of_earlier_rounds_on(make_round: Callabl
         [(1, ["2"]), (2, ["1"])],
         [(8, ["9"]), (9, ["8"])],
     ]
-    assert read_probed(later, 9) == read_probed(plain, 2) != read_probed(plain, 1)
+    assert read_losses(later.probed[1]) == read_losses(plain.probed[1]) != read_losses(plain.probed[0])
 
 
 def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> None:
