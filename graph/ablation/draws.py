@@ -56,7 +56,6 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
         strength=draws.leave(usual.strength, [draws.between(0, 1)]),
         gamma=draws.leave(usual.gamma, ["clipped"]),
         curves=draws.leave(usual.curves, ["mask"]),
-        tokens=draws.leave(usual.tokens, [] if config.text else ["weighted"]),
         statistics=draws.leave(usual.statistics, ["sequential", "stages"]),
         polish=draws.leave(usual.polish, [True] if config.polish_tokens else []),
     )
@@ -67,8 +66,7 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
     expression = draws.leave("", [_draw_expression(layers, draws)] if recipe.reads_curves else [])
     own = _draw_groups(layers, recipe, config, draws)  # late, for which plans without them stay as they were
     recipe = recipe.model_copy(update={"damping": draws.leave(usual.damping, DAMPINGS)})
-    weighs = any(one.weighs_tokens for one in [recipe, *(group.recipe.complete(recipe) for group in own)])
-    if config.mixable and not weighs:
+    if config.mixable:
         recipe = recipe.model_copy(update={"mix": draws.leave(usual.mix, [_draw_mix(config.mixable, draws)])})
     return Plan(
         sparsity=config.target_sparsity, recipe=recipe, groups=own, adjustments=adjustments, expression=expression
@@ -112,7 +110,6 @@ def _draw_group(kind: str, layers: Sequence[LayerProfile], recipe: Recipe, confi
         "refit": [True, False],
         "refit_steps": range(1, MOST_STEPS + 1),
         "gamma": ["plain", "clipped"],
-        "tokens": ["even", *([] if config.text else ["weighted"])],
         "statistics": ["dense", "sequential", "stages"],
         "pattern": ["", *([PATTERN] if fits else [])],
         "damping": DAMPINGS,
@@ -122,8 +119,7 @@ def _draw_group(kind: str, layers: Sequence[LayerProfile], recipe: Recipe, confi
         for name, values in others.items()
     }
     own = {name: value for name, value in drawn.items() if value != ""}
-    weighs = GroupRecipe.model_validate(own).complete(recipe).weighs_tokens
-    if config.mixable and not weighs and (mix := draws.leave((), [_draw_mix(config.mixable, draws)])):
+    if config.mixable and (mix := draws.leave((), [_draw_mix(config.mixable, draws)])):
         own["mix"] = mix
     return Group(selector=kind, recipe=GroupRecipe.model_validate(own))
 

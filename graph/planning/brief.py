@@ -179,8 +179,7 @@ def _put_in_place(node: Any, parts: dict[str, Any]) -> Any:
 def _find_schema(config: RunConfig) -> type[Plan]:
     if config.takes_parts:
         return tell_of_cuts()
-    weighs, writes = not config.text, count_allowed(config) > 0  # tokens are not weighted where texts have names
-    return find_schema(config.polish_tokens, config.mixable, config.pattern, weighs=weighs, writes=writes)
+    return find_schema(config.polish_tokens, config.mixable, config.pattern, writes=count_allowed(config) > 0)
 
 
 def _instructions(config: RunConfig, tools: bool) -> str:

@@ -131,8 +131,8 @@ class TokenBudget:
         more += "a mix with questions, " if plan.recipe.mix and self.config.mixes_questions else ""
         return (
             f"the plan takes {trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
-            f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential or stages, tokens "
-            f"weighted, curves method, {polish}{more}or reprofile){known}"
+            f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential or stages, "
+            f"curves method, {polish}{more}or reprofile){known}"
         )
 
 

@@ -104,7 +104,7 @@ class Plan(BaseModel):
 
 
 @cache
-def _tell_of(polishes: bool, texts: tuple[str, ...], weighs: bool, patterned: bool, writes: bool) -> type[Plan]:
+def _tell_of(polishes: bool, texts: tuple[str, ...], patterned: bool, writes: bool) -> type[Plan]:
     """The schema of a plan with levers that are hidden in `Recipe`, or without one that is told; what it answers with
     goes by the same names."""
     levers: dict[str, Any] = {}
@@ -112,13 +112,8 @@ def _tell_of(polishes: bool, texts: tuple[str, ...], weighs: bool, patterned: bo
     if texts:
         shares: dict[str, Any] = {name: (Annotated[float, Field(ge=0)], 0.0) for name in texts}
         mix = create_model("Mix", __config__=ConfigDict(extra="forbid"), __doc__="Weights of texts.", **shares)
-        meaning = f"{Recipe.model_fields['mix'].description}{' Not with tokens weighted.' if weighs else ''}"
-        levers["mix"] = (mix | None, Field(None, description=meaning))
+        levers["mix"] = (mix | None, Field(None, description=Recipe.model_fields["mix"].description))
         of_groups["mix"] = (mix | None, None)
-    if not weighs:
-        tokens, of_group = Recipe.model_fields["tokens"], GroupRecipe.model_fields["tokens"]
-        levers["tokens"] = (SkipJsonSchema[tokens.annotation], tokens.default)  # type: ignore[misc, name-defined]
-        of_groups["tokens"] = (SkipJsonSchema[of_group.annotation], None)  # type: ignore[misc, name-defined]
     if polishes:
         levers["polish"] = (bool, Field(False, description=Recipe.model_fields["polish"].description))
     if patterned:
@@ -162,14 +157,14 @@ def _describe_again(model: type[BaseModel], name: str, **options: Any) -> Any:
 
 
 def find_schema(
-    polish_tokens: int, texts: Iterable[str] = (), pattern: str = "", *, weighs: bool = True, writes: bool = False
+    polish_tokens: int, texts: Iterable[str] = (), pattern: str = "", *, writes: bool = False
 ) -> type[Plan]:
     """What a planner is told to answer with in a run that allows so many tokens of polish, whose plans may mix these
-    texts, weigh tokens, and have the model write texts, and that has this pattern in all layers."""
+    texts, and have the model write texts, and that has this pattern in all layers."""
     mixed = tuple(texts)
     if not polish_tokens and not mixed and not pattern:
         return Plan
-    return _tell_of(polish_tokens > 0, mixed, weighs, bool(pattern), writes)
+    return _tell_of(polish_tokens > 0, mixed, bool(pattern), writes)
 
 
 def drop_schema(plan: Plan) -> Plan:

@@ -14,13 +14,11 @@ from graph.planning.situation import Situation
 from tools.base.words import round_seconds
 from tools.instruments.probed import count_rest, find_known
 from tools.plans.costs import (
-    count_calibration,
     count_cut_fit,
     count_in_order,
     count_polish,
     count_profile,
     count_walk,
-    count_weights,
     list_order_costs,
 )
 from tools.plans.layer_profile import LayerProfile
@@ -135,7 +133,6 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
     """The tokens that are left and what takes them; nothing where they are not limited."""
     if budget is None or budget.left == math.inf:
         return ""
-    weighted = count_weights(config) + count_calibration(config)
     cuts = [
         f"a trial takes {budget.trial:,}",
         f"the fit of a cut {count_cut_fit(config):,} more, of heads and neurons {count_cut_fit(config, 2):,}",
@@ -148,7 +145,6 @@ def describe_costs(config: RunConfig, budget: TokenBudget | None) -> str:
             "a probe counts towards its plan's own trial",
             f"statistics sequential {count_in_order(['sequential'], config):,} more, stages "
             f"{count_in_order(['stages'], config):,}, for each plan once, probed or tried",
-            *([] if config.text else [f"tokens weighted {weighted:,} more, once for each text"]),
             f"curves method {count_walk(config):,} more, once for each method, gamma"
             f"{', mix' if config.text else ''} and damping",
             f"a new profile, reprofile{' or questions in a mix' if config.mixes_questions else ''}, "

@@ -47,27 +47,12 @@ def lean_anew(leant_O: Tensor, tokens: int, counted: float, prior: int) -> Tenso
     return mean + (tokens + prior) / tokens * counted / (counted + prior) * (leant_O - mean)
 
 
-def sum_token_squares(x_TF: Tensor) -> Tensor:
-    """Sum over features of the squares of each token: shape (T,), fp32."""
-    return x_TF.float().square().sum(1)
-
-
 def mean_absolute_gradient(g_TO: Tensor, x_TI: Tensor) -> float:
     """Mean over the weights of |dL/dW| for one sample, where dL/dW = sum_t g_t x_t^T (arXiv 2601.09694)."""
     with multiply_bf16(x_TI.device, g_TO.dtype == x_TI.dtype == torch.bfloat16):
         gradient_OI = (g_TO.float().T @ x_TI.float()).abs_()
     # Row by row, then in numpy: a sum over all at once would depend on how many threads share it.
     return float(gradient_OI.sum(1).double().cpu().numpy().sum()) / gradient_OI.numel()
-
-
-def weigh_tokens(size_T: Tensor, multiple: float) -> Tensor:
-    """Weights of tokens, mean one, by their squared gradients: each at most `multiple` times the median one; fp32.
-
-    Where no token has a gradient all weigh one.
-    """
-    clipped_T = size_T.float().clamp(max=multiple * float(size_T.float().median())).double()
-    mean = float(clipped_T.cpu().numpy().mean())  # in numpy: torch's sum depends on how many threads share it
-    return (clipped_T / mean).float() if mean > 0 else torch.ones_like(size_T, dtype=torch.float32)
 
 
 def level_of_each_weight(score_OI: Tensor, dead_OI: Tensor, zeros: list[int]) -> Tensor:
@@ -161,6 +146,7 @@ def multiply_bf16(device: torch.device, exact: bool) -> Iterator[None]:
 
 def clip_tokens(g_TO: Tensor, multiple: float) -> Tensor:
     """The gradients with each token's sum of squares brought down to at most `multiple` times the median token's."""
-    size_T = sum_token_squares(g_TO)
+    wide_TO = g_TO.float()
+    size_T = wide_TO.square().sum(1)
     limit = multiple * size_T.median()
-    return g_TO.float() * (limit / size_T.clamp(min=1e-38)).sqrt().clamp(max=1.0)[:, None]
+    return wide_TO * (limit / size_T.clamp(min=1e-38)).sqrt().clamp(max=1.0)[:, None]

@@ -31,7 +31,7 @@ PLANS: list[dict[str, Any]] = [
         **{"hypothesis": "KL below 0.2.", "sparsity": 0.3, "recipe": {**FINE, "strength": 0.9, "statistics": "stages"}},
         **{"groups": GROUPS, "adjustments": CORRECTIONS, "expression": "exp(0.5*wanda_z)", "reason": "All at once."},
     },
-    {"sparsity": 0.45, "recipe": {**FINE, "tokens": "weighted", "statistics": "sequential"}, "reprofile": True},
+    {"sparsity": 0.45, "recipe": {**FINE, "statistics": "sequential"}, "reprofile": True},
     {"sparsity": 0.45, "recipe": {"method": "sparsegpt", "refit": True, "curves": "method", "allocation": "uniform"}},
     {"sparsity": 0.45, "recipe": {**MASKS, "allocation": "uniform"}},
 ]

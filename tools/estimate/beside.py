@@ -6,7 +6,6 @@ from tools.base.settings import WorkbenchSettings
 from tools.estimate.phases import (
     ASKED_FOR,
     IN_ORDER,
-    WEIGH,
     Facts,
     Part,
     Phase,
@@ -27,7 +26,6 @@ def list_phases_beside(
     settings: WorkbenchSettings,
     parts: Sequence[Part],
     *,
-    weighs: bool = False,
     streamed: StreamSizes | None = None,
     anew: bool = False,
 ) -> list[Phase]:
@@ -61,7 +59,6 @@ def list_phases_beside(
         ),
         Phase(name="profile, statistics", device=[model], host=[program, sums], store=[two]),
         Phase(name="profile, gradients", device=[model], host=[program]),
-        *([Phase(name=WEIGH, device=[model], host=[program])] if weighs else []),
         Phase(
             name=ASKED_FOR,
             device=[model, moment, *other],

@@ -63,16 +63,6 @@ class Course(NamedTuple):
         return [(recipe, times[label]) for label, recipe in by_label.items()]
 
     @property
-    def weighs(self) -> bool:
-        """Whether tokens are weighed."""
-        return any(recipe.weighs_tokens for recipe in self.rounds)
-
-    @property
-    def weighs_moments(self) -> bool:
-        """Whether there are weighted second moments of the dense model's inputs."""
-        return any(x.weighs_tokens and (x.needs_curves or not x.in_order) for x in self.rounds)
-
-    @property
     def curves(self) -> list[Recipe]:
         """The recipes whose own KL curves are measured; those of `refit` where none of them are, but for a cut."""
         plain = {"statistics": "dense"}  # curves are the dense model's whatever comes of the weights
@@ -94,7 +84,7 @@ class Course(NamedTuple):
 
 def name_recipe(recipe: Recipe) -> str:
     """What is done inside a layer, whatever text and order its statistics come from."""
-    asked = {"mix": (), "statistics": "dense", "gamma": "plain", "tokens": "even"}
+    asked = {"mix": (), "statistics": "dense", "gamma": "plain"}
     plain = recipe.model_copy(update=asked)
     return name_exactly(plain.exact_label, recipe)
 

@@ -13,7 +13,6 @@ from tools.base.settings import WorkbenchSettings
 from tools.estimate.phases import (
     ASKED_FOR,
     IN_ORDER,
-    WEIGH,
     Facts,
     Part,
     Phase,
@@ -38,14 +37,13 @@ def list_phases(
     part: Part,
     weights: int,
     *,
-    weighs: bool = False,
     streamed: StreamSizes | None = None,
     anew: bool = False,
 ) -> list[Phase]:
     """What each phase holds in a process that works on `part`, with its arithmetic.
 
-    `weights` is what one device holds of the model, bytes, which of one that is `streamed` are not looked at. `weighs`
-    says whether tokens are weighed, `anew` whether second moments are not kept.
+    `weights` is what one device holds of the model, bytes, which of one that is `streamed` are not looked at. `anew`
+    says whether second moments are not kept.
     """
     shape, counts, held = facts.shape, facts.counts, facts.held
     state = (settings.window, "tokens"), (shape.hidden, "wide"), (shape.item, "bytes")
@@ -97,15 +95,6 @@ def list_phases(
 
     backward = [model, *list_both_held(facts, streamed), *list_backward(shape, counts)]
     flowing = [] if away else list_flow()
-    weigh = Phase(
-        name=WEIGH,
-        device=[*backward, multiply("inputs and output gradients of one block's layers", *flow)],
-        host=[
-            *always,
-            states("inputs of one block", (part.calibration, "windows")),
-            states("gradients passed on", (part.calibration, "windows")),
-        ],
-    )
     making = min(part.sums, part.nodes + 1) if streamed else part.sums  # others wait on disk
     sums = count_moments(shape, making, "sums over shards in the making")
     statistics = [model, forward, sums]
@@ -157,7 +146,6 @@ def list_phases(
                 states("gradients passed on", (2, "losses"), (part.gradient, "windows")),
             ],
         ),
-        *([weigh] if weighs else []),
         Phase(
             name=ASKED_FOR,
             device=[*backward, *collected, *levels]

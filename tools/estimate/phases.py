@@ -28,9 +28,6 @@ ASKED_FOR = "KL curves of a method, where a plan asks for them"
 WRITE = "write text"
 """A phase of runs whose texts the model writes."""
 
-WEIGH = "weigh tokens, as a plan asks for it"
-"""Another one, which is there where one asks."""
-
 IN_ORDER = "prune block by block, where a plan asks for it"
 """Another one."""
 

@@ -199,7 +199,6 @@ def _plan_both_ways(run: Run, place: Place, course: Course, cutting: Cutting | N
     def plan(room: float) -> DiskPlan:
         return plan_disk(
             *(run.model, run.layers, run.settings, room, run.lead),
-            weighs=course.weighs,
             streamed=place.streamed is not None,
             in_source=in_source,
             waiting=waiting,
@@ -215,10 +214,10 @@ def _list_all_phases(
     run: Run, place: Place, facts: Facts, course: Course, cutting: Cutting | None, *, anew: bool
 ) -> Phases:
     """The phases with those of a polish, or of a cut. Raises UserError where a polish cannot be."""
-    read, workers, parts, streamed, weighs = run.read, run.workers, run.parts, place.streamed, course.weighs
+    read, workers, parts, streamed = run.read, run.workers, run.parts, place.streamed
     part = max((line.bytes for line in place.spread), default=facts.shape.weights)
-    phases = list_phases(facts, read, find_busiest(parts), part, weighs=weighs, streamed=streamed, anew=anew)
-    beside = list_phases_beside(facts, read, parts, weighs=weighs, streamed=streamed, anew=anew) if workers else []
+    phases = list_phases(facts, read, find_busiest(parts), part, streamed=streamed, anew=anew)
+    beside = list_phases_beside(facts, read, parts, streamed=streamed, anew=anew) if workers else []
     schedule = _schedule_polish(run.settings, course)
     survivors = course.count_survivors(run.weights)
     room = find_room(place.device, place.devices, here=not place.told)

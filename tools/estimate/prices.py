@@ -59,7 +59,6 @@ def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Co
         "moments": 2.0 * settings.window * squares,
         "gradients": counts.forward + counts.head + 2 * (counts.backward + counts.head),
         "stages": STAGES * counts.forward + 2.0 * settings.window * squares,  # passes end with their stage
-        "weigh": counts.forward + counts.head + counts.backward + counts.head,
         "curves": 2.0 * settings.window * weights * (1 + len(LEVELS)),
         "loss": counts.head,
         "divergence": 2 * counts.head,
@@ -87,7 +86,6 @@ def price_seconds(times: Times) -> Prices:
         "moments": max(steps.statistics - steps.forward, 0.0),
         "gradients": steps.gradients,
         "stages": steps.stages,
-        "weigh": steps.gradients,  # with one backward less, which was not timed
         "curves": steps.curves.each,
         "cut masks": steps.curves.fixed,
         "describe": steps.describe,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tools.base.settings import WorkbenchSettings
 from tools.estimate.course import Course, name_exactly, name_recipe
-from tools.estimate.phases import ASKED_FOR, WEIGH, Part
+from tools.estimate.phases import ASKED_FOR, Part
 from tools.estimate.prices import Prices, Pricing, Work
 from tools.measure.continuations import count_continued
 from tools.measure.recall import ANSWER_TOKENS
@@ -165,24 +165,6 @@ def _list_profile(
             0,
         ),
     ]
-    if course.weighs:
-        steps += [
-            step(
-                WEIGH,
-                f"two forwards and a backward of {text('calibration', calibration)}",
-                1,
-                shares.calibration,
-                {"forward": calibration, "weigh": calibration},
-                2,
-            ),
-            step(
-                "weighted second moments",
-                f"of what {layers} layers read, each for itself, in another forward",
-                0 if setting_out else int(course.weighs_moments),
-                shares.calibration,
-                {"forward": calibration, "moments": calibration, "write moments": 1},
-            ),
-        ]
     held = _list_held(texts)
     asked = [recipe for recipe in course.rounds if recipe.needs_curves]
     for recipe in course.curves:

@@ -52,7 +52,7 @@ class CompareSettings(TaskSettings, PolishSettings, TeamSettings):
 
     recipes: str = Field(
         "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
-        description="Comma-separated METHOD[+refit][~clipped][~weighted][~dampedSHARE][~SHARETEXT…][~quarter|~half]"
+        description="Comma-separated METHOD[+refit][~clipped][~dampedSHARE][~SHARETEXT…][~quarter|~half]"
         "[~dense|~sequential|~stages][+polish[TOKENS]]:ALLOCATION[@STRENGTH], or all. Statistics without a mark are "
         "those that a method's authors take: sequential (block by block, behind pruned predecessors) for "
         f"{name_sequential(METHODS.values())}, dense for all others and for a search. Shares of named texts, such as "

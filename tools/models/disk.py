@@ -51,7 +51,6 @@ def plan_disk(
     room: float,
     lead: int = 0,
     *,
-    weighs: bool = False,
     streamed: bool = False,
     in_source: Container[str] = (),
     waiting: int = 0,
@@ -73,7 +72,6 @@ def plan_disk(
             layers,
             settings,
             lead,
-            weighs=weighs,
             streamed=streamed,
             in_source=in_source,
             waiting=waiting,
@@ -95,7 +93,6 @@ def list_disk(
     settings: TeamSettings,
     lead: int = 0,
     *,
-    weighs: bool = False,
     streamed: bool = False,
     in_source: Container[str] = (),
     waiting: int = 0,
@@ -104,21 +101,20 @@ def list_disk(
 ) -> list[Line]:
     """What a run may write: moments, block inputs, checkpoints, the exported model and the dense weights.
 
-    Each window has `lead` tokens before its text. Where a plan `weighs` tokens, gradients are taken of every window. A
-    model that is `streamed` lies there as it is now, too, once for each process on this machine, and what windows
-    passed on; its layers whose names are `in_source` have their dense
+    Each window has `lead` tokens before its text. A model that is `streamed` lies there as it is now, too, once for
+    each process on this machine, and what windows passed on; its layers whose names are `in_source` have their dense
     weights in files that are there already, and of a block's second moments so many sums over some of the text are
     `waiting`. Second moments are those of `at_once` blocks where that is given, and of `checkpoints` there are as many
     as `count_checkpoints` has it where it is not said how many.
     """
     copied = [layer for layer in layers if layer.name not in in_source]
     blocks, embedding = len(find_blocks(model)), model.get_input_embeddings().weight
-    windows = settings.count_all("calibration") if weighs else settings.back_propagated
+    windows = settings.back_propagated
     tokens, wide, item = lead + settings.window, embedding.shape[1], embedding.element_size()
     checkpoints = count_checkpoints(settings) if checkpoints is None else checkpoints
     checkpoint = sum(bound_artifact(layer.weight_OI) for layer in layers)
     return [
-        *(_list_kept_moments(layers, settings, weighs) if at_once is None else []),
+        *(_list_kept_moments(layers, settings) if at_once is None else []),
         *([_describe_held_moments(layers, settings, at_once)] if at_once else []),
         Line(
             what="inputs of all blocks, while the model is profiled",
@@ -217,7 +213,7 @@ def _describe_dense(copied: Sequence[Layer], count: int) -> Line:
     )
 
 
-def _list_kept_moments(layers: Sequence[Layer], settings: TeamSettings, weighs: bool) -> list[Line]:
+def _list_kept_moments(layers: Sequence[Layer], settings: TeamSettings) -> list[Line]:
     readers, texts = list_readers(layers), max(len(settings.text), 1)
     moments = sum(_count_moment(layer) for layer in readers)
     return [
@@ -228,7 +224,6 @@ def _list_kept_moments(layers: Sequence[Layer], settings: TeamSettings, weighs: 
             bytes=texts * moments,
         ),
         *([Line(what="those of questions", how="as many", bytes=moments)] if settings.mixes_questions else []),
-        *([Line(what="those with weights of tokens", how="as many", bytes=moments)] if weighs else []),
     ]
 
 

@@ -64,21 +64,6 @@ def count_texts(recipe: Recipe, settings: WorkbenchSettings) -> int:
     return len(recipe.mix) if recipe.mix and settings.mixes_questions else 1
 
 
-def count_weights(settings: WorkbenchSettings) -> int:
-    """Of the weights of tokens: the calibration text forward twice, and one backward."""
-    return 4 * count_calibration(settings)
-
-
-def list_weight_costs(recipe: Recipe, settings: WorkbenchSettings, *, moments: bool) -> Costs:
-    """What the weights of tokens take, and second `moments` of the dense model's inputs so weighed."""
-    if not recipe.weighs_tokens:
-        return {}
-    costs = {"token weights of the run text": count_weights(settings)}
-    if moments:
-        costs["weighted second moments of the run text"] = count_calibration(settings)
-    return costs
-
-
 def count_polish(settings: WorkbenchSettings, tokens: int, texts: int = 0) -> int:
     """Of a polish on so many tokens, as `Schedule.count_tokens`; of a mixture of so many `texts`, where it has some.
 
@@ -91,7 +76,7 @@ def count_polish(settings: WorkbenchSettings, tokens: int, texts: int = 0) -> in
 
 def list_curve_costs(recipe: Recipe, settings: WorkbenchSettings) -> Costs:
     """What must be measured before a recipe's allocation is known, and its statistics, beyond the run's own profile."""
-    costs = list_weight_costs(recipe, settings, moments=recipe.needs_curves or not recipe.in_order)
+    costs = Costs()
     if recipe.mix and settings.mixes_questions:
         costs["profile of the questions"] = count_profile(settings)
     if recipe.needs_curves:
@@ -114,12 +99,10 @@ def list_order_costs(order: WorkOrder, settings: WorkbenchSettings) -> Costs:
         kinds = (order.cut.heads > 0) + (order.cut.neurons > 0)
         return {f"walk of order {order.id}": count_cut_fit(settings, kinds)} if order.cut.refit else {}
     recipes, costs = dict.fromkeys(layer.recipe for layer in order.layers.values()), Costs()
-    for recipe in recipes:
-        costs |= list_weight_costs(recipe, settings, moments=not recipe.in_order)
     # as the workbench sums them up
-    taken = {(recipe.statistics, recipe.weighs_tokens, recipe.changes_survivors) for recipe in recipes}
+    taken = {(recipe.statistics, recipe.changes_survivors) for recipe in recipes}
     texts = max(count_texts(recipe, settings) for recipe in recipes)
-    if walked := count_in_order([kind for kind, *_ in taken], settings, texts):
+    if walked := count_in_order([kind for kind, _ in taken], settings, texts):
         costs[f"walk of order {order.id}"] = math.ceil(order.passed * walked)
     if order.polish:
         mix = next(iter(order.layers.values())).recipe.mix

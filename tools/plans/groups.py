@@ -50,7 +50,6 @@ class GroupRecipe(BaseModel):
     refit_steps: int | None = _leave_out(1, MOST_STEPS)
     refit: bool | None = _leave_out()
     gamma: Literal["plain", "clipped"] | None = _leave_out()
-    tokens: Literal["even", "weighted"] | None = _leave_out()
     damping: Damping | None = _leave_out()
     statistics: Statistics | None = _leave_out()
     mix: SkipJsonSchema[Mix] = Field((), exclude_if=operator.not_)

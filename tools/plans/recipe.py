@@ -71,12 +71,6 @@ class Recipe(BaseModel):
         description="clipped counts no token's gradient for more than 10 times the median token's when weights are "
         "chosen, such as the first ones'; does harm where activations are massive; costs nothing.",
     )
-    tokens: Literal["even", "weighted"] = Field(
-        "even",
-        exclude_if=lambda tokens: tokens == "even",  # what is kept on disk goes on to be called as ever
-        description="weighted: in refit and updates each token counts by its squared gradient at the layer's output, "
-        "at most as ten times the median one; once for each text as much as five forwards of it.",
-    )
     damping: Damping = Field(
         0.0,
         exclude_if=operator.not_,
@@ -177,11 +171,6 @@ class Recipe(BaseModel):
         return self.refits or METHODS[self.method].changes_survivors
 
     @property
-    def weighs_tokens(self) -> bool:
-        """Whether tokens count unevenly in the second moment; methods that leave the survivors have no use for it."""
-        return self.tokens == "weighted" and self.changes_survivors
-
-    @property
     def clips(self) -> bool:
         """Whether gamma is clipped; methods that choose weights without it have no use for that."""
         return self.gamma == "clipped" and METHODS[self.method].weighs_outputs
@@ -209,7 +198,6 @@ class Recipe(BaseModel):
         marks = [
             "+refit" if self.refits_after else "",
             "~clipped" if self.clips else "",
-            "~weighted" if self.weighs_tokens else "",
             f"~damped{self.fit_damping:g}" if self.fit_damping else "",
             label_mix(self.mix),
             f"~{self.statistics}" if self.in_order else "",
@@ -274,7 +262,6 @@ class Recipe(BaseModel):
             refit=self.refits_after,
             refit_steps=self.steps,
             gamma="clipped" if self.clips else "plain",
-            tokens="weighted" if self.weighs_tokens else "even",
             damping=self.fit_damping,
             statistics=self.statistics,
             mix=self.mix,
@@ -286,13 +273,13 @@ _IN_STEPS = "|".join(f"(?<=^{name})" for name, method in METHODS.items() if meth
 
 _LABEL = re.compile(
     rf"(?P<method>[a-z-]+?)(?:(?:{_IN_STEPS})(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
-    rf"(?P<weighted>~weighted)?(?:~damped(?P<damping>[\d.]+))?(?P<mix>{MARKS})?"
+    rf"(?:~damped(?P<damping>[\d.]+))?(?P<mix>{MARKS})?"
     r"(?:~(?P<statistics>dense|sequential|stages))?"
     r"(?P<polish>\+polish(?P<polish_tokens>\d+)?)?"
     r"(?::(?P<allocation>[a-z][a-z-]*?)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
 
-_ORDER = (r"\+refit", "~clipped", "~weighted", "~damped.*", rf"~\d.*|~({'|'.join(SHORT)})", "~[a-z]+", r"\+polish.*")
+_ORDER = (r"\+refit", "~clipped", "~damped.*", rf"~\d.*|~({'|'.join(SHORT)})", "~[a-z]+", r"\+polish.*")
 """The marks of a label as `_LABEL` has them one behind the other."""
 
 
@@ -308,7 +295,7 @@ def _order_marks(label: str) -> str:
 
 
 def parse_recipe(label: str) -> Recipe:
-    """The recipe of `METHOD[+refit][~clipped][~weighted][~dampedSHARE][~SHARETEXT…][~STATISTICS]
+    """The recipe of `METHOD[+refit][~clipped][~dampedSHARE][~SHARETEXT…][~STATISTICS]
     [+polish[TOKENS]][:ALLOCATION[@STRENGTH]]`.
 
     Marks behind METHOD may stand in any order. SHARETEXT, such as `~0.7code~0.3prose`, is a mixture of named texts, or
@@ -327,7 +314,6 @@ def parse_recipe(label: str) -> Recipe:
                 "refit": form["refit"] is not None,
                 "refit_steps": form["steps"] or REFIT_STEPS,
                 "gamma": "clipped" if form["clipped"] else "plain",
-                "tokens": "weighted" if form["weighted"] else "even",
                 "damping": form["damping"] or 0.0,
                 **({"statistics": form["statistics"]} if form["statistics"] else {}),
                 "mix": parse_mix(form["mix"]),

@@ -57,7 +57,7 @@ class Moments(NamedTuple):
     mean_square: dict[str, Tensor]
     """Mean of x^2 of each input."""
     second_moment: dict[str, Tensor]
-    """Mean of x x^T; empty where only the mean squares were asked for, and of every layer where tokens have weights."""
+    """Mean of x x^T; empty where only the mean squares were asked for."""
     group: dict[str, str]
     few: dict[str, int]
     """As in `ModelStatistics`."""
@@ -78,17 +78,15 @@ def collect_moments(
     full: bool = True,
     purpose: Purpose = "moments",
     names: Sequence[str] = (),
-    weights: Mapping[str, Tensor] | None = None,
 ) -> Moments:
     """The moments of what the layers of a block read: fp32, means over all tokens.
 
     The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products. With
-    `names`, of one of the stages that `find_stages` lists. With `weights` of tokens (`tools.statistics.weights`) every
-    layer has a second moment for itself; mean squares are as without.
+    `names`, of one of the stages that `find_stages` lists.
     Experts that few tokens were sent to have those of all filled in. Raises UnknownStatistics for any other layer that
     never ran.
     """
-    answers = team.ask(SumMoments(walk, block, full, purpose, names, weights))(ignore_ticks)
+    answers = team.ask(SumMoments(walk, block, full, purpose, names))(ignore_ticks)
     chosen = [layer for layer in layers if not names or layer.name in names]
     return _finish_moments(answers, extent, chosen, full)
 
@@ -113,12 +111,12 @@ def _finish_moments(
             )
         group.setdefault(layer.name, layer.name)
     few = fill_up_moments(sums, extent.positions, layers, group, full)
-    names = dict.fromkeys([*group.values(), *group])  # where tokens have weights, all layers have sums
-    means = {key: sums[key] for name in names for key in (f"A/{name}", f"a/{name}") if key in sums}
+    leaders = dict.fromkeys(group.values())
+    means = {key: sums[key] for name in leaders for key in (f"A/{name}", f"a/{name}") if key in sums}
     for total in means.values():
         total /= extent.positions
-    second = {name: means[f"A/{name}"] for name in names if f"A/{name}" in means}
-    squares = {leader: means.get(f"a/{leader}") for leader in dict.fromkeys(group.values())}
+    second = {name: means[f"A/{name}"] for name in leaders if f"A/{name}" in means}
+    squares = {leader: means.get(f"a/{leader}") for leader in leaders}
     mean_square = {name: second[name].diagonal() if mean_I is None else mean_I for name, mean_I in squares.items()}
     return Moments(mean_square, second, group, few)
 

@@ -21,15 +21,12 @@ _walks = itertools.count()
 
 
 @contextmanager
-def begin_walk(
-    team: Team, text: Calibration = "run", *, every: bool = False, shares: Sequence[float] = ()
-) -> Iterator[Walk]:
+def begin_walk(team: Team, text: Calibration = "run", *, shares: Sequence[float] = ()) -> Iterator[Walk]:
     """One more walk through a calibration text, be others under way or not; afterwards nothing of it is held.
 
-    Gradients flow back through its gradient windows, or through `every` window. `shares` are as in `Walk`: given
-    wherever the text is several.
+    `shares` are as in `Walk`: given wherever the text is several.
     """
-    walk, whole = Walk(next(_walks), text, every, tuple(shares)), False
+    walk, whole = Walk(next(_walks), text, tuple(shares)), False
     try:
         yield walk
         whole = True

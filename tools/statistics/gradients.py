@@ -9,7 +9,7 @@ Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -51,8 +51,6 @@ class Seen:
     pairs: dict[int, dict[str, list[Pair]]]
     language: dict[int, dict[str, float]]
     """Mean over the weights of |dL/dW| of the language modelling loss, summed over the windows of each mark."""
-    sizes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    """By layer and window, the squared gradient of each token, (T,); in a walk through every window, without pairs."""
 
 
 class Gradient(NamedTuple):

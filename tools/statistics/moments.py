@@ -46,8 +46,6 @@ class Wanted(NamedTuple):
     """As in `Readers`."""
     last: str = ""
     """The layer that ends a window's forward, where one does."""
-    weights: Mapping[str, Tensor] | None = None
-    """Of each layer's tokens, (windows, T): then x x^T is of every layer for itself, and x^2 summed, too."""
 
 
 class Spare:
@@ -73,21 +71,15 @@ class MomentSums:
 
     def __init__(self, wanted: Wanted, spare: Spare) -> None:
         self.sums: Sums = {}
-        self.window = -1
-        """Which one runs."""
         self.share = 1.0
-        """What it counts."""
+        """What the window counts that runs."""
         self._wanted, self._readers, self._spare = wanted, Readers(wanted.group), spare
 
     def see(self, layer: Layer, x_TI: Tensor) -> None:
         """Add what a layer reads. Raises StageOver behind the last one."""
-        full, _, last, weights = self._wanted
         if self._readers.find_leader(layer, x_TI) == layer.name:
-            self._add(layer, x_TI, full=full and weights is None)
-        if full and weights is not None:
-            weight_T = weights[layer.name][self.window].to(x_TI.device)
-            self._add(layer, x_TI.float() * weight_T.sqrt()[:, None], full=True)
-        if layer.name == last:
+            self._add(layer, x_TI, full=self._wanted.full)
+        if layer.name == self._wanted.last:
             raise StageOver
 
     def _add(self, layer: Layer, x_TI: Tensor, *, full: bool) -> None:

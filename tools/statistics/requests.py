@@ -48,7 +48,6 @@ class SumMoments(NamedTuple):
     full: bool
     purpose: Purpose
     names: Sequence[str] = ()
-    weights: Mapping[str, Tensor] | None = None
 
     def run(self, walks: Walks, span: Span) -> tuple[Nodes, dict[str, str]]:
         """As in `ShardRequest`."""
@@ -75,17 +74,6 @@ class SumGradients(NamedTuple):
     def run(self, walks: Walks, span: Span) -> Nodes:
         """As in `ShardRequest`."""
         return walks.gradients(span, *self)
-
-
-class SizeTokens(NamedTuple):
-    """The squared gradient of each token at the outputs of a block's layers (`Walks.token_sizes`)."""
-
-    walk: Walk
-    block: int
-
-    def run(self, walks: Walks, span: Span) -> dict[str, dict[int, Tensor]]:
-        """As in `ShardRequest`."""
-        return walks.token_sizes(span, *self)
 
 
 class SumMaskCurves(NamedTuple):

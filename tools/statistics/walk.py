@@ -19,8 +19,6 @@ class Walk(NamedTuple):
 
     number: int
     text: Calibration
-    every: bool = False
-    """Whether gradients flow back through every window, and not the gradient windows alone."""
     shares: tuple[float, ...] = ()
     """What the windows of each text count, in sum 1, where the text is several, one after another and equally long:
     moments are then over so much of each window, and what flows back is summed up for each text apart (`mark_text`).
@@ -36,7 +34,7 @@ class Walk(NamedTuple):
 
     def flows(self, window: int, windows: int, gradient_windows: int) -> bool:
         """Whether gradients flow back through one of so many windows; `gradient_windows` of each text do."""
-        return self.every or window % (windows // max(len(self.shares), 1)) < gradient_windows
+        return window % (windows // max(len(self.shares), 1)) < gradient_windows
 
 
 def split_texts(sums: Sums, walk: Walk) -> list[Sums]:

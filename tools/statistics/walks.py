@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from billhook_kernels.statistics import mean_absolute_gradient, sum_token_squares
+from billhook_kernels.statistics import mean_absolute_gradient
 from tools.base.errors import UnknownStatistics
 from tools.base.progress import heed_stop
 from tools.base.settings import Calibration
@@ -100,7 +100,6 @@ class Walks:
         full: bool,
         purpose: Purpose,
         names: Sequence[str] = (),
-        weights: Mapping[str, Tensor] | None = None,
     ) -> tuple[Nodes, dict[str, str]]:
         """(what a block's layers read, summed over tokens; the first layer of each that read the same tensor).
 
@@ -109,15 +108,13 @@ class Walks:
 
         `A/LAYER` is the sum of x x^T of each group's first layer, or, not `full`, `a/LAYER` that of x^2: all that masks
         without an update need, at a fraction of the products. `n/LAYER` is how many tokens an expert's sum is over.
-        With `weights` of each layer's tokens, (windows, T), `A/LAYER` is the sum of w x x^T of every layer for itself,
-        and there is `a/LAYER`, in which all tokens count alike, too.
         """
         way = self._reach(span, walk, block, purpose == "profile")
         group: dict[str, str] = {}
         self._put_down(way, span)
         layers = [layer for layer in self.grouped[block] if not names or layer.name in names]
         last = names[-1] if names and not any(layer.pool for layer in layers) else ""
-        wanted = Wanted(full, group, last, weights)
+        wanted = Wanted(full, group, last)
         aside = partial(Waiting, scratch=self.scratch) if self._away else None
         passes, spare = purpose != "pruning", Spare()
 
@@ -138,13 +135,6 @@ class Walks:
         seen = self._descend(span, walk, block, language=True)
         device = self.blocks.model.device if self._away else None
         return self._sum(span, lambda shard: sum_gradients(seen, shard, self._pooled, device))
-
-    def token_sizes(self, span: Span, walk: Walk, block: int) -> dict[str, dict[int, Tensor]]:
-        """By layer of a block and window, the squared gradient of each token at the layer's output: (T,), fp32, CPU.
-
-        The gradients are those that gamma is made of; the walk is one through every window.
-        """
-        return self._descend(span, walk, block, language=False).sizes
 
     def mask_curves(self, span: Span, walk: Walk, block: int, known: Mapping[str, Sequence[Tensor]]) -> Nodes:
         """As `curves`, of what the two-sided mask removes.
@@ -251,7 +241,7 @@ class Walks:
         """Of a shard whose windows then stand behind the block, where it `passes` that."""
         with tapped(layers, taken.see):
             for window in self._list_windows(shard):
-                taken.window, taken.share = window, self._find_share(window)
+                taken.share = self._find_share(window)
                 with suppress(StageOver):
                     if passes:
                         self._step(way, block, window)
@@ -329,12 +319,8 @@ class Walks:
                         fisher = False
                         below.append(flow_back(output, x_BTD, above[1], means.clear, scaled=self._scaled))
                 for name, x_TI, g_TO in pairs:
-                    if self._walk is not None and self._walk.every:
-                        sizes, size_T = seen.sizes.setdefault(name, {}), sum_token_squares(g_TO) / drawn.scale**2
-                        sizes[window] = size_T.cpu() + sizes.get(window, 0)  # a layer may be called twice
-                    else:
-                        pair = Pair(x_TI, g_TO, drawn.scale, self._mark(window))
-                        seen.pairs[shard][name].append(pair.move("cpu") if self._away else pair)
+                    pair = Pair(x_TI, g_TO, drawn.scale, self._mark(window))
+                    seen.pairs[shard][name].append(pair.move("cpu") if self._away else pair)
                 for name, mean in means:
                     key = self._mark(window) + name
                     seen.language[shard][key] = seen.language[shard].get(key, 0.0) + mean / below[1].scale

@@ -106,7 +106,7 @@ class Curves:
         """What sees to it that the second moments of a block can be found, if the recipe's method needs any."""
         if not recipe.changes_survivors:
             return nullcontext(lambda block: None)
-        return self._profiles.pass_moments(profile, progress, weighted=recipe.weighs_tokens, down=True)
+        return self._profiles.pass_moments(profile, progress, down=True)
 
 
 @dataclass

@@ -44,12 +44,8 @@ class LayerPruner:
         """The artifact of every layer, all of which are in the model."""
         dense = {name: task for name, task in tasks.items() if not task.recipe.in_order}
         # Before any layer is pruned: it may run the dense model.
-        asked = {(task.profile, task.recipe) for task in tasks.values() if task.recipe.changes_survivors}
-        for profile, recipe in sorted(asked, key=lambda pair: (pair[0], pair[1].exact_label)):
-            if recipe.weighs_tokens and recipe.in_order:
-                self._profiles.find_token_weights(profile, progress)
-            elif not recipe.in_order:
-                self._profiles.find_moments(profile, progress, weighted=recipe.weighs_tokens)
+        for profile in sorted({task.profile for task in dense.values() if task.recipe.changes_survivors}):
+            self._profiles.find_moments(profile, progress)
         made = self._prune_from_dense(dense, progress) if dense else {}
         return made if len(dense) == len(tasks) else self._prune_in_order(tasks, made, progress)
 
@@ -84,11 +80,11 @@ class LayerPruner:
 
         The text passes the dense model meanwhile, and it is dense that all layers are left.
         """
-        kinds: dict[tuple[str, bool], dict[str, LayerTask]] = {}
+        by_profile: dict[str, dict[str, LayerTask]] = {}
         for name, task in tasks.items():
-            kinds.setdefault((task.profile, task.recipe.weighs_tokens), {})[name] = task
-        for (profile, weighted), chosen in kinds.items():
-            with self._profiles.pass_moments(profile, progress, weighted=weighted) as hold:
+            by_profile.setdefault(task.profile, {})[name] = task
+        for profile, chosen in by_profile.items():
+            with self._profiles.pass_moments(profile, progress) as hold:
                 for block, layers in enumerate(self._weights.by_block):
                     if own := {layer.name: chosen[layer.name] for layer in layers if layer.name in chosen}:
                         hold(block)
@@ -169,17 +165,13 @@ class LayerPruner:
         Each kind of sums is made for itself, so that a layer's are the same, to the bit, whatever the others' are.
         """
         team, extent, layers = self._crew.team, self._crew.extent, self._weights.by_block[block]
-        kinds: dict[tuple[bool, bool], dict[str, LayerTask]] = {}
-        for name, task in tasks.items():
-            kinds.setdefault((task.recipe.weighs_tokens, task.recipe.changes_survivors), {})[name] = task
-        for (weighs, full), chosen in sorted(kinds.items()):
-            profile = next(task.profile for task in chosen.values())
+        for full in sorted({task.recipe.changes_survivors for task in tasks.values()}):
+            chosen = {name: task for name, task in tasks.items() if task.recipe.changes_survivors == full}
             moments = collect_moments(
                 *(team, extent, walk, block, layers),
                 full=full,
                 purpose="pruning",
                 names=stage,
-                weights=self._profiles.read_token_weights(profile, block) if weighs else None,
             )
             if layers[0].is_streamed:
                 moments = moments.bring_near()

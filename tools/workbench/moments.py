@@ -1,4 +1,4 @@
-"""Second moments of what layers read in the dense model, and weights of tokens in them.
+"""Second moments of what layers read in the dense model.
 
 They are measured once and kept, or, where the disk has no room for them, of a block or some whenever layers are pruned.
 """
@@ -16,14 +16,10 @@ from tools.models.mapped import map_tensors
 from tools.statistics.collect import collect_moments
 from tools.statistics.extent import begin_walk
 from tools.statistics.walk import Walk
-from tools.statistics.weights import weigh_block
 from tools.workbench.crew import Crew
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.stored import Kind, StoredProfile
 from tools.workbench.weights import Weights
-
-PLAIN, WEIGHTED = "moments", "weighted moments"
-"""Kinds of second moments, by the keys of those that are kept: all tokens alike, or each by its weight."""
 
 
 @dataclass(eq=False)
@@ -61,8 +57,8 @@ class SecondMoments:
         """They are kept, or, where `at_once` is given, of no more than so many blocks."""
         self._weights, self._store, self._index, self._crew = weights, store, index, crew
         self._at_once = at_once
-        self._held: dict[tuple[str, str], dict[str, Held]] = {}
-        """By kind, and by the means of the profile of one text."""
+        self._held: dict[str, dict[str, Held]] = {}
+        """By the means of the profile of one text."""
 
     @property
     def kind(self) -> Kind:
@@ -79,46 +75,40 @@ class SecondMoments:
             total_II.add_(read_moment(self._store, found, device), alpha=share)
         return total_II
 
-    def find(self, stored: StoredProfile, progress: Progress = ignore_progress, *, weighted: bool = False) -> Found:
+    def find(self, stored: StoredProfile, progress: Progress = ignore_progress) -> Found:
         """Each second moment; where the profile was made for masks alone, measured in the dense model.
 
-        Those in which tokens are `weighted` are one for each layer, and always measured when they are first asked for.
         Of several texts they are those of each text that counts, which is named before the group. Where they are not
         kept these are those of the block that `pass_blocks` has come to.
         """
-        if weighted:
-            self.find_token_weights(stored, progress)
-        kind = WEIGHTED if weighted else PLAIN
         if not stored.parts:
-            return self._find_of_text(stored, kind, progress)
+            return self._find_of_text(stored, progress)
         return {
             f"{text} {leader}": found
             for text, alone in _list_texts(stored).items()
-            for leader, found in self._find_of_text(alone, kind, progress).items()
+            for leader, found in self._find_of_text(alone, progress).items()
         }
 
-    def _find_of_text(self, stored: StoredProfile, kind: str, progress: Progress) -> Found:
-        if (kept := self._read_kept(stored, kind)) is not None:
+    def _find_of_text(self, stored: StoredProfile, progress: Progress) -> Found:
+        if (kept := self._read_kept(stored)) is not None:
             return kept
         if self._at_once:
-            return self._held.get((kind, stored.means), {})
-        return self._index.keep_measured([kind, stored.means], self._measure(stored, kind, progress))
+            return self._held.get(stored.means, {})
+        return self._index.keep_measured(["moments", stored.means], self._measure(stored, progress))
 
-    def _read_kept(self, stored: StoredProfile, kind: str) -> dict[str, str] | None:
+    def _read_kept(self, stored: StoredProfile) -> dict[str, str] | None:
         """Those of a text that lie on disk; None where they were never measured, or not kept."""
-        if kind == PLAIN and stored.moments:
-            return stored.moments
-        return self._index.read_measured([kind, stored.means])
+        return stored.moments or self._index.read_measured(["moments", stored.means])
 
-    def lacks(self, stored: StoredProfile, *, weighted: bool = False) -> bool:
+    def lacks(self, stored: StoredProfile) -> bool:
         """Whether those of a profile have to be collected block by block."""
-        return bool(self._list_lacking(stored, WEIGHTED if weighted else PLAIN))
+        return bool(self._list_lacking(stored))
 
-    def _list_lacking(self, stored: StoredProfile, kind: str) -> list[StoredProfile]:
+    def _list_lacking(self, stored: StoredProfile) -> list[StoredProfile]:
         """Its texts whose moments are not kept."""
         if not self._at_once:
             return []
-        return [text for text in _list_texts(stored).values() if self._read_kept(text, kind) is None]
+        return [text for text in _list_texts(stored).values() if self._read_kept(text) is None]
 
     @contextmanager
     def pass_blocks(
@@ -127,7 +117,6 @@ class SecondMoments:
         progress: Progress,
         let_go: Callable[[], None],
         *,
-        weighted: bool = False,
         down: bool = False,
     ) -> Iterator[Callable[[int], None]]:
         """Given the number of a block, one after another, it sees to it that `find` finds the moments of that block.
@@ -137,20 +126,17 @@ class SecondMoments:
         way `down` to earlier blocks, for each of which the text sets out anew, of as many blocks as there is room for.
         Before others are collected `let_go` is called, for whoever has one in use has all of their file.
         """
-        kind = WEIGHTED if weighted else PLAIN
-        texts = self._list_lacking(stored, kind)
+        texts = self._list_lacking(stored)
         if not texts:
-            self.find(stored, progress, weighted=weighted)
+            self.find(stored, progress)
             yield lambda block: None
             return
-        if weighted:
-            self.find_token_weights(stored, progress)
         count, held = (self._at_once or 1) if down else 1, range(0)
 
         def forget() -> None:
             let_go()
             for text in texts:
-                self._held.pop((kind, text.means), None)
+                self._held.pop(text.means, None)
 
         def hold(block: int) -> None:
             nonlocal held
@@ -158,7 +144,7 @@ class SecondMoments:
                 forget()
                 held = range(max(0, block + 1 - count), block + 1)
                 for text, walk in zip(texts, walks, strict=True):
-                    self._held[kind, text.means] = self._hold(text, walk, held, weighted=weighted)
+                    self._held[text.means] = self._hold(walk, held)
 
         self._weights.restore_dense()
         try:
@@ -169,12 +155,12 @@ class SecondMoments:
         finally:
             forget()
 
-    def _hold(self, stored: StoredProfile, walk: Walk, blocks: range, *, weighted: bool) -> dict[str, Held]:
+    def _hold(self, walk: Walk, blocks: range) -> dict[str, Held]:
         widths: dict[str, int] = {}
 
         def collect() -> Iterator[tuple[str, Tensor]]:
             for block in blocks:
-                for leader, moment_II in self._collect(stored, walk, block, weighted=weighted).items():
+                for leader, moment_II in self._collect(walk, block).items():
                     widths[leader] = len(moment_II)
                     yield leader, pack_triangle(moment_II.cpu())
                 del moment_II  # it may be the widest, and sums of the next block are to be made
@@ -182,56 +168,26 @@ class SecondMoments:
         mapped = map_tensors(collect(), self._store.directory, what="second moments")
         return {leader: Held(upper_U, widths[leader]) for leader, upper_U in mapped.items()}
 
-    def _collect(self, stored: StoredProfile, walk: Walk, block: int, *, weighted: bool) -> dict[str, Tensor]:
+    def _collect(self, walk: Walk, block: int) -> dict[str, Tensor]:
         layers = self._weights.by_block[block]
-        weights = self.read_token_weights(stored, block) if weighted else None
-        return collect_moments(self._crew.team, self._crew.extent, walk, block, layers, weights=weights).second_moment
+        return collect_moments(self._crew.team, self._crew.extent, walk, block, layers).second_moment
 
-    def _measure(self, stored: StoredProfile, kind: str, progress: Progress) -> dict[str, str]:
+    def _measure(self, stored: StoredProfile, progress: Progress) -> dict[str, str]:
         """All of them, which are kept: the artifact of each."""
         self._weights.restore_dense()
         artifacts: dict[str, str] = {}
-        label = "second moments" if kind == PLAIN else "weighted second moments"
         blocks = range(len(self._weights.by_block))
         with begin_walk(self._crew.team, stored.calibration, shares=stored.shares) as walk:
             for block in blocks:
-                progress(label, block, len(blocks))
+                progress("second moments", block, len(blocks))
 
                 def measure(block: int = block) -> dict[str, str]:
-                    found = self._collect(stored, walk, block, weighted=kind == WEIGHTED)
+                    found = self._collect(walk, block)
                     return {leader: write_moment(self._store, moment_II) for leader, moment_II in found.items()}
 
-                artifacts |= self._index.measure_files([kind, stored.means, str(block)], measure)
-        progress(label, len(blocks), len(blocks))
+                artifacts |= self._index.measure_files(["moments", stored.means, str(block)], measure)
+        progress("second moments", len(blocks), len(blocks))
         return artifacts
-
-    def find_token_weights(self, stored: StoredProfile, progress: Progress) -> None:
-        """Weights of all tokens of the profile's text, in the dense model: measured once, block by block from the last.
-
-        Gradients flow back through every window of the text, and not the gradient windows alone.
-        """
-        grouped, team = self._weights.by_block, self._crew.team
-        names = [["token weights", stored.means, str(block)] for block in range(len(grouped))]
-        known = map(self._index.read_measured, names)
-        if all(made is not None and self._store.has(made["weights"], ".safetensors") for made in known):
-            return
-        self._weights.restore_dense()
-        with begin_walk(team, stored.calibration, every=True) as walk:
-            for done, block in enumerate(reversed(range(len(grouped)))):
-                progress("token weights", done, len(grouped))
-
-                def measure(block: int = block) -> dict[str, str]:
-                    weights = weigh_block(team, self._crew.extent, walk, block, grouped[block])
-                    return {"weights": self._store.write_tensors(weights)}
-
-                self._index.measure_files(names[block], measure)
-        progress("token weights", len(grouped), len(grouped))
-
-    def read_token_weights(self, stored: StoredProfile, block: int) -> dict[str, Tensor]:
-        """What `find_token_weights` found for the layers of a block: (windows, T), fp32, on the CPU."""
-        made = self._index.read_measured(["token weights", stored.means, str(block)])
-        assert made is not None, "they are found before layers are pruned"
-        return self._store.read_tensors(made["weights"])
 
 
 def _list_texts(stored: StoredProfile) -> dict[str, StoredProfile]:

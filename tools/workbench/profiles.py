@@ -231,16 +231,8 @@ class Profiles:
     def refuse_statistics(self, recipe: Recipe) -> None:
         """Raises ImpossiblePlan in one line where there are no statistics as a recipe asks for.
 
-        That is where this run has not the texts that they are to be of, and where tokens are to weigh unevenly for
-        experts, each of which reads other ones, or where texts do.
+        That is where this run has not the texts that they are to be of.
         """
-        if recipe.weighs_tokens and (self._settings.text or recipe.mix):
-            where = "where texts have names" if self._settings.text else "in a mix of texts"
-            raise ImpossiblePlan(f"tokens are not weighted {where}; leave tokens even")
-        if recipe.weighs_tokens and any(layer.pool for layer in self._weights.layers):
-            raise ImpossiblePlan(
-                "tokens are not weighted in mixtures of experts, each of which reads other ones; leave tokens even"
-            )
         refuse_unknown(recipe.mix, self._settings.mixable)
         windows = self._settings.calibration_windows
         if recipe.mix and self._settings.mixes_questions and QUESTIONS not in self._windows.mixed:
@@ -320,18 +312,18 @@ class Profiles:
         gamma_O = means[f"{recipe.gamma}/{name}"].to(device)
         if present is not None:
             leader = present.group[name]
-            moment_II = present.second_moment.get(name, present.second_moment.get(leader))
+            moment_II = present.second_moment.get(leader)
             if moment_II is not None:
                 moment_II = moment_II.to(device)
             return LayerStatistics(present.mean_square[leader].to(device), gamma_O, moment_II)
         if not recipe.changes_survivors:
             return LayerStatistics(means[f"a/{name}"].to(device), gamma_O)
-        moments = self.find_moments(profile, weighted=recipe.weighs_tokens)
+        moments = self.find_moments(profile)
         if stored.parts:
             shared = {text: share for text, share in stored.mix.items() if share}
             terms = [(moments[f"{text} {stored.parts[text].group[name]}"], share) for text, share in shared.items()]
         else:
-            terms = [(moments[name if recipe.weighs_tokens else stored.group[name]], 1.0)]
+            terms = [(moments[stored.group[name]], 1.0)]
         if self._shared is None or self._shared[0] != terms:  # neighbours share one; only one is held
             moment_II = self._moments.add_up(terms, device)
             statistics = LayerStatistics(means[f"a/{name}"].to(device), gamma_O, moment_II)
@@ -340,9 +332,9 @@ class Profiles:
         self._shared = (terms, statistics)
         return statistics
 
-    def find_moments(self, profile: str, progress: Progress = ignore_progress, *, weighted: bool = False) -> Found:
+    def find_moments(self, profile: str, progress: Progress = ignore_progress) -> Found:
         """As `SecondMoments.find`."""
-        return self._moments.find(self.read(profile), progress, weighted=weighted)
+        return self._moments.find(self.read(profile), progress)
 
     @property
     def keeps_moments(self) -> bool:
@@ -353,21 +345,13 @@ class Profiles:
         """Whether layers that a recipe prunes as in the dense model want second moments that are not kept."""
         if recipe.in_order or not recipe.changes_survivors:
             return False
-        return self._moments.lacks(self.read(profile), weighted=recipe.weighs_tokens)
+        return self._moments.lacks(self.read(profile))
 
     def pass_moments(
-        self, profile: str, progress: Progress, *, weighted: bool = False, down: bool = False
+        self, profile: str, progress: Progress, *, down: bool = False
     ) -> AbstractContextManager[Callable[[int], None]]:
         """As `SecondMoments.pass_blocks`."""
-        return self._moments.pass_blocks(self.read(profile), progress, self.let_go, weighted=weighted, down=down)
-
-    def find_token_weights(self, profile: str, progress: Progress) -> None:
-        """As `SecondMoments.find_token_weights`."""
-        self._moments.find_token_weights(self.read(profile), progress)
-
-    def read_token_weights(self, profile: str, block: int) -> dict[str, Tensor]:
-        """As `SecondMoments.read_token_weights`."""
-        return self._moments.read_token_weights(self.read(profile), block)
+        return self._moments.pass_blocks(self.read(profile), progress, self.let_go, down=down)
 
     def list_work(
         self,
@@ -378,8 +362,7 @@ class Profiles:
         present: Moments | None = None,
     ) -> Iterator[LayerGroup]:
         """What workers need to prune layers: those together that stand together and share a second moment."""
-        shared = recipe.changes_survivors and not recipe.weighs_tokens
-        group = self.read(profile).group if shared else {}
+        group = self.read(profile).group if recipe.changes_survivors else {}
         for _, names in groupby(zeros, lambda name: group.get(name, name)):
             work, moment_II = [], None
             for name in names:

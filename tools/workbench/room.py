@@ -52,7 +52,6 @@ def fit_disk(
         streamed=stream is not None,
         in_source=in_source,
         waiting=waiting,
-        weighs=course.weighs,
         checkpoints=course.checkpoints,
         sizes=find_cutting(model, layers, course.cut).sizes if course.cut else None,
     )

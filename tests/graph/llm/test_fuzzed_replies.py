@@ -128,7 +128,6 @@ RECIPES = sometimes(
         "pattern": st.sampled_from(["", "2:4", "4:2"]),
         "curves": st.sampled_from(["mask", "mask", "method", "x"]),
         "statistics": st.sampled_from(["dense", "dense", "sequential", "stages", "x"]),
-        "tokens": st.sampled_from(["even", "even", "weighted", 3]),
         "mix": st.sampled_from([[0.7, 0.3], {"prose": 1}, {"run": 0.5, "questions": 0.5}, "quarter"]) | JUNK,
         "polish": st.booleans(),
         "polish_tokens": st.sampled_from([0, 64, 10**400, -1]),

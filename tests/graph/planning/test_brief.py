@@ -313,7 +313,7 @@ def test_tools_are_described_where_they_are_offered() -> None:
 def test_every_lever_says_in_the_schema_what_it_does() -> None:
     schema = Plan.model_json_schema()
     again = schema["$defs"].pop("GroupRecipe")
-    for plans, left in ((Plan, {"mix"}), (find_schema(0, ("code", "prose"), weighs=False), {"tokens"})):
+    for plans, left in ((Plan, {"mix"}), (find_schema(0, ("code", "prose")), set[str]())):
         briefly = json.loads(tell_schema(plans))["properties"]["groups"]["items"]["properties"]["recipe"]["properties"]
         assert briefly.keys() == GroupRecipe.model_fields.keys() - left
         assert [name for name, told in briefly.items() if told] == ["pattern"], "the recipe tells of all others"

@@ -16,7 +16,7 @@ from graph.planning.refinements import STRONG, plan_refinements
 from graph.state import State
 from tests.situations import make_situation, make_trial
 from tools.instruments.probed import Probed, count_rest
-from tools.plans.costs import count_in_order, count_profile, count_walk, list_curve_costs
+from tools.plans.costs import count_in_order, count_profile, count_walk
 from tools.plans.methods import Statistics
 from tools.plans.mix import mix_questions
 from tools.plans.recipe import Recipe
@@ -134,22 +134,6 @@ def test_an_order_that_is_drafted_takes_another_walk_than_the_one_it_looks_like(
     assert f", {SEQUENTIAL:,} of them beside its trial, and " in budget.refuse(plan, order, drafted=True)
 
 
-def test_weights_of_tokens_are_paid_for_once_for_each_text() -> None:
-    weighted = STRONG.model_copy(update={"tokens": "weighted"})
-    names = ["token weights of the run text", "weighted second moments of the run text"]
-    assert list_curve_costs(weighted, CONFIG) == dict(zip(names, (4 * 4 * 64, 4 * 64), strict=True))
-    staged = weighted.model_copy(update={"statistics": "stages"})
-    assert list(list_curve_costs(staged, CONFIG)) == names[:1], "their moments are those of the walk"
-    assert list(list_curve_costs(staged.model_copy(update={"curves": "method"}), CONFIG))[:2] == names
-    assert list_curve_costs(Recipe(method="two-sided", refit=False, tokens="weighted"), CONFIG) == {}
-    budget = make_budget(0, 10_000)
-    for order in (make_order(tokens="weighted"), make_order(tokens="weighted", gamma="clipped")):
-        budget.book(64, [order])
-    assert budget.tokens == 2 * 64 + 5 * 4 * 64
-    budget.book(64, [make_order(tokens="weighted", statistics="stages")])
-    assert budget.tokens == 3 * 64 + 5 * 4 * 64 + STAGES
-
-
 def test_what_measures_curves_by_choice_leaves_the_tokens_of_the_trial() -> None:
     budget = make_budget(0, TRIAL + WALK)
     budget.spend("measuring its curves", {"curves of refit": WALK})
@@ -165,8 +149,7 @@ def test_a_plan_beyond_the_budget_is_refused_with_what_it_takes() -> None:
     sequential = STRONG.model_copy(update={"statistics": "sequential"})
     assert budget.refuse(Plan(sparsity=0.45, recipe=sequential), make_order(statistics="sequential")) == (
         "the plan takes 704 tokens through the model, 512 of them beside its trial, and 600 are left; plan without "
-        "what costs them (statistics sequential or stages, tokens weighted, curves method, or "
-        "reprofile)"
+        "what costs them (statistics sequential or stages, curves method, or reprofile)"
     )
     assert "takes 1,088 tokens" in budget.refuse(plan.model_copy(update={"reprofile": True}), make_order())
 
@@ -189,7 +172,7 @@ def test_a_planner_is_told_how_many_trials_the_budget_allows() -> None:
     assert (
         " Budget: 1,000 of 2,000 tokens through the model are left: a trial takes 192 and what its recipe adds; "
         "a probe counts towards its plan's own trial; statistics sequential 512 more, stages 1,280, for each plan "
-        "once, probed or tried; tokens weighted 1,280 more, once for each text; curves method 512 more, once for each "
+        "once, probed or tried; curves method 512 more, once for each "
         "method, gamma and damping; a new profile, reprofile, 896. Plans beyond it are refused; "
         "with less than a trial the run ends."
     ) in said

@@ -127,22 +127,19 @@ def test_a_layers_curve_is_that_of_its_own_recipe_measured_once_for_each() -> No
 
 def test_a_plan_costs_what_its_recipes_cost() -> None:
     budget = TokenBudget(CONFIG, 0, 100)
-    staged = {"statistics": "stages", "tokens": "weighted"}
+    staged = {"statistics": "stages"}
     plan = make_plan({V: {"method": "wanda"}, Q: staged}, Recipe(statistics="sequential"))
     order = resolve(plan, LAYERS, CONFIG)
     text = CONFIG.calibration_windows * CONFIG.window
     assert budget.list_costs(plan, order) == {
         "curves of refit": count_walk(CONFIG),
         "curves of wanda+refit~dense": count_walk(CONFIG),
-        "token weights of the run text": 4 * text,
-        "weighted second moments of the run text": text,
-        "curves of refit~weighted": count_walk(CONFIG),
         f"walk of order {order.id}": (1 + 1 + 4) * text,
     }
-    apart = {Q: {"tokens": "weighted"}, V: {"method": "magnitude", "refit": False}}
+    apart = {V: {"method": "magnitude", "refit": False}}
     summed = make_plan(apart, Recipe(statistics="sequential", curves="mask"))
     order = resolve(summed, LAYERS, CONFIG)
-    assert budget.list_costs(summed, order)[f"walk of order {order.id}"] == (1 + 3) * text, "each kind of sums apart"
+    assert budget.list_costs(summed, order)[f"walk of order {order.id}"] == (1 + 2) * text, "each kind of sums apart"
 
 
 # Kept, told and learnt from

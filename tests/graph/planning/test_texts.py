@@ -50,21 +50,14 @@ def test_without_named_texts_nothing_is_said_of_them() -> None:
 
 
 def test_a_planner_has_the_lever_where_texts_have_names() -> None:
-    plain, named, both = (
-        find_schema(0),
-        find_schema(0, NAMED.text, weighs=False),
-        find_schema(640, NAMED.text, weighs=False),
-    )
-    assert plain is Plan and named is find_schema(0, ("code", "prose"), weighs=False)
+    plain, named, both = find_schema(0), find_schema(0, NAMED.text), find_schema(640, NAMED.text)
+    assert plain is Plan and named is find_schema(0, ("code", "prose"))
     properties = [list(schema.model_json_schema()["$defs"]["Recipe"]["properties"]) for schema in (plain, named, both)]
     assert [[lever in told for lever in ("mix", "polish")] for told in properties] == [
         [False, False],
         [True, False],
         [True, True],
     ]
-    assert ["tokens" in told for told in properties] == [True, False, False], "what is refused is not offered"
-    of_groups = named.model_json_schema()["$defs"]["GroupRecipe"]["properties"]
-    assert "tokens" not in of_groups and "statistics" in of_groups
     shares = named.model_json_schema()["$defs"]["Mix"]["properties"]
     assert list(shares) == ["code", "prose"]
     answer = named.model_validate({"sparsity": 0.4, "recipe": {"mix": {"code": 3, "prose": 1}}})
@@ -81,7 +74,7 @@ def test_a_planner_has_the_lever_where_questions_are_asked() -> None:
     asking = RunConfig(questions="file:qa.jsonl")
     assert (asking.mixable, RunConfig().mixable, NAMED.mixable) == (["questions", "run"], [], ["code", "prose"])
     said = str(planner_messages(replace(make_situation(), config=asking))[0].content)
-    assert '"mix":{' in said and '"questions"' in said and '"weighted"' in said
+    assert '"mix":{' in said and '"questions"' in said
     assert '"mix":{' not in str(planner_messages(make_situation())[0].content)
 
 

@@ -11,7 +11,7 @@ from tools.estimate import course as module
 from tools.estimate.block import Counts
 from tools.estimate.clock import Fit
 from tools.estimate.course import Course
-from tools.estimate.phases import ASKED_FOR, WEIGH, cut_parts, find_busiest
+from tools.estimate.phases import ASKED_FOR, cut_parts, find_busiest
 from tools.estimate.prices import Pricing, Work, price_flops, price_seconds
 from tools.estimate.timing import Steps, Times
 from tools.estimate.work import find_shares, list_work
@@ -101,19 +101,15 @@ def test_every_step_is_done_so_often_and_takes_so_long(tiny_llama: Path) -> None
 
 def test_second_moments_that_are_not_kept_cost_a_forward_of_every_round_that_needs_them(tiny_llama: Path) -> None:
     """And on the way down as many as it takes to set out anew."""
-    course = COURSE._replace(rounds=[Recipe(), MASKS, STRONG, Recipe(tokens="weighted", curves="mask")])
+    course = COURSE._replace(rounds=[Recipe(), MASKS, STRONG])
     kept, anew = (work_of(tiny_settings(tiny_llama), course, setting_out=out) for out in (0, 2.5))
     changed = [(x.name, y.seconds - x.seconds, y.passes - x.passes) for x, y in zip(kept, anew, strict=True) if x != y]
     forward, moments = 4 * 2, 4 * 3
     assert changed == [
         ("profile, second moments", -8 * 0.5, 0),
-        ("weighted second moments", 0, 0),
         (ASKED_FOR, 2.5 * forward + moments + 8 * 0.5 + 2, 3),
         ("prune", forward + moments + 8 * 0.5, 1),
-        ("prune", forward + moments + 8 * 0.5, 1),
     ]
-    (times,) = {(x.times, y.times) for x, y in zip(kept, anew, strict=True) if x.name == "weighted second moments"}
-    assert times == (1, 0)
     hows = [work.how for work in anew if work.name in (ASKED_FOR, "prune")]
     assert hows[0].endswith(" to 5 levels, with 2.5 forwards of the calibration text")
     assert hows[1] == "14 layers by refit, with one more forward of the calibration text"
@@ -161,18 +157,6 @@ def test_questions_are_profiled_too_where_a_plan_mixes_them_in(tiny_llama: Path)
     }
 
 
-def test_weights_of_tokens_are_work_once(tiny_llama: Path) -> None:
-    weighted = STRONG.model_copy(update={"tokens": "weighted"})
-    staged = weighted.model_copy(update={"statistics": "stages"})
-    found = work_of(tiny_settings(tiny_llama), COURSE._replace(rounds=[weighted, staged]))
-    steps = {work.name: work for work in found}
-    weigh, moments = steps[WEIGH], steps["weighted second moments"]
-    assert (weigh.times, weigh.seconds) == (1, 4 * 2 + 4 * 7)
-    assert weigh.how == "two forwards and a backward of 4 windows of 64 tokens of calibration text"
-    assert (moments.times, moments.seconds) == (1, 4 * 2 + 4 * 3 + 8 * 0.5)
-    assert [work.name for work in work_of(tiny_settings(tiny_llama))].count(WEIGH) == 0
-
-
 def test_questions_are_work(tiny_llama: Path) -> None:
     settings = tiny_settings(tiny_llama, questions="hub:org/questions:train", question_pairs=5)
     (asked,) = [work for work in work_of(settings) if work.name == "ask questions"]
@@ -200,7 +184,6 @@ def test_products_are_priced_by_the_code_that_multiplies() -> None:
         "forward": 10,
         "moments": 2 * 64 * 2 * (6 * 32 * 32 + 48 * 48),
         "gradients": 10 + 3 + 2 * (7 + 3),
-        "weigh": 10 + 3 + 7 + 3,
         "stages": 4 * 10 + 2 * 64 * 2 * (6 * 32 * 32 + 48 * 48),
         "curves": 2 * 64 * 15_360 * 6,
         "loss": 3,

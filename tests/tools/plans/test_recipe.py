@@ -44,21 +44,19 @@ from tools.plans.work_order import order_all
             "sparsegpt~half~dense:kappa",
         ),
         (Recipe(statistics="dense"), "refit", "refit:kappa"),
-        (Recipe(tokens="weighted"), "refit~weighted", "refit~weighted:kappa"),
         (
-            Recipe(gamma="clipped", tokens="weighted", mix={"run": 0.75, "questions": 0.25}, statistics="stages"),
-            "refit~clipped~weighted~quarter~stages",
-            "refit~clipped~weighted~quarter~stages:kappa",
+            Recipe(gamma="clipped", mix={"run": 0.75, "questions": 0.25}, statistics="stages"),
+            "refit~clipped~quarter~stages",
+            "refit~clipped~quarter~stages:kappa",
         ),
         (Recipe(mix={"questions": 1, "run": 4}), "refit~0.2questions~0.8run", "refit~0.2questions~0.8run:kappa"),
-        (Recipe(method="two-sided", refit=False, tokens="weighted"), "two-sided", "two-sided:kappa"),
         (Recipe(damping=0.3), "refit~damped0.3", "refit~damped0.3:kappa"),
         (Recipe(method="wanda", damping=10), "wanda+refit~damped10", "wanda+refit~damped10:kappa"),
         (Recipe(method="sparsegpt", refit=False, damping=1), "sparsegpt", "sparsegpt:kappa"),
         (
-            Recipe(gamma="clipped", tokens="weighted", damping=0.05, mix={"a": 1}),
-            "refit~clipped~weighted~damped0.05~1a",
-            "refit~clipped~weighted~damped0.05~1a:kappa",
+            Recipe(gamma="clipped", damping=0.05, mix={"a": 1}),
+            "refit~clipped~damped0.05~1a",
+            "refit~clipped~damped0.05~1a:kappa",
         ),
         (Recipe(statistics="stages"), "refit~stages", "refit~stages:kappa"),
         (Recipe(method="wanda", refit=False, statistics="stages"), "wanda~stages", "wanda~stages:kappa"),
@@ -108,7 +106,7 @@ def test_without_a_polish_a_recipe_is_written_and_described_as_ever() -> None:
     [
         ("refit~sequential~damped0.3:uniform", "refit~damped0.3~sequential:uniform"),
         ("refit10+polish64~stages~clipped:kappa@0.8", "refit10~clipped~stages+polish64:kappa@0.8"),
-        ("wanda~0.7code~0.3prose+refit~weighted", "wanda+refit~weighted~0.7code~0.3prose:uniform"),
+        ("wanda~0.7code~0.3prose+refit", "wanda+refit~0.7code~0.3prose:uniform"),
         ("wanda~stages~half+refit", "wanda+refit~half~stages:uniform"),
         ("wanda~0.25questions~0.75run", "wanda~quarter:uniform"),
     ],
@@ -318,25 +316,18 @@ def test_steps_count_for_the_method_refit_alone() -> None:
     assert Recipe(method="wanda", refit_steps=3).within_layers() == Recipe(method="wanda").within_layers()
 
 
-def test_tokens_weigh_where_survivors_change_alone() -> None:
-    assert Recipe(method="magnitude", tokens="weighted").weighs_tokens
-    assert parse_recipe("sparsegpt~weighted:owl").within_layers().tokens == "weighted"
-    mask = Recipe(method="wanda", refit=False, tokens="weighted")
-    assert not mask.weighs_tokens and mask.within_layers() == Recipe(method="wanda", refit=False).within_layers()
-
-
 def test_damping_counts_where_survivors_are_fitted_alone_and_to_what_a_label_tells() -> None:
     assert parse_recipe("wanda+refit~damped0.3:owl").within_layers().fit_damping == 0.3
     assert parse_recipe("wanda~damped0.3:owl").within_layers() == parse_recipe("wanda").within_layers()
     assert Recipe(damping=1e-7) == Recipe() and Recipe(damping=2 / 3).label == "refit~damped0.667:kappa"
 
 
-def test_recipes_without_weights_are_kept_on_disk_as_ever() -> None:
+def test_recipes_are_kept_on_disk_as_ever() -> None:
     assert Recipe().model_dump() == {
         **{"method": "refit", "refit_steps": 5, "refit": True, "allocation": "kappa", "strength": 1.0},
         **{"gamma": "plain", "curves": "method", "statistics": "dense", "pattern": ""},
     }
     order = order_all(parse_recipe("refit~sequential:kappa"), {"q": 3, "k": 4}, sparsity=0.5, predicted_kl=0.1)
     assert order.id == "a5c91809bdbc111a93826ef55aa154c56c31ea0d84b49ff97db93b56c1646493"
-    for marked in (Recipe(tokens="weighted"), Recipe(damping=0.3)):
-        assert Recipe.model_validate_json(marked.model_dump_json()) == marked
+    marked = Recipe(damping=0.3)
+    assert Recipe.model_validate_json(marked.model_dump_json()) == marked

@@ -37,7 +37,7 @@ from tools.workbench.room import fit_disk
 from tools.workbench.store import DENSE
 
 BLOCKS = 4
-LABELS = ("refit:kappa", "sparsegpt~dense:uniform", "refit~weighted:kappa", "two-sided+refit:kappa-mask")
+LABELS = ("refit:kappa", "sparsegpt~dense:uniform", "two-sided+refit:kappa-mask")
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +165,13 @@ def test_questions_beside_the_runs_text_are_the_same_sums(
 
 
 def test_an_order_of_several_recipes_and_a_kill_in_it(kept: Workbench) -> None:
-    """Layers by masks, by second moments with and without weights, and behind pruned predecessors."""
-    settings, weighted = kept.settings, parse_recipe("refit~weighted:kappa-mask")
+    """Layers by masks, by second moments, and behind pruned predecessors."""
+    settings = kept.settings
 
     def order(bench: Workbench, profile: str) -> Any:
         allocation = plan(bench, profile, 0.4)
-        refit, mask, own, last = (order_allocation(r, allocation) for r in (REFIT, MASK, weighted, SEQUENTIAL))
-        return mix(refit, (mask, lambda x: "v_proj" in x), (own, lambda x: ".1." in x), (last, lambda x: ".3." in x))
+        refit, mask, last = (order_allocation(r, allocation) for r in (REFIT, MASK, SEQUENTIAL))
+        return mix(refit, (mask, lambda x: "v_proj" in x), (last, lambda x: ".3." in x))
 
     profile = kept.profile(ignore)
     whole = kept.prune(profile, order(kept, profile), ignore)

@@ -67,16 +67,13 @@ def test_experts_that_were_sent_nothing_stand_with_their_fellows() -> None:
     assert sorted(gates) == sorted(layer.name for layer in layers if layer.name not in rest) and last == rest
 
 
-def record_moments(
-    model: Any, modules: dict[str, Any], windows_BT: Tensor, weights_BT: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Mean of w x x^T of what each layer reads, token by token in float64; without weights they are one."""
+def record_moments(model: Any, modules: dict[str, Any], windows_BT: Tensor) -> dict[str, Tensor]:
+    """Mean of x x^T of what each layer reads, token by token in float64."""
     moments = {name: torch.zeros((), dtype=torch.float64) for name in modules}
-    weights_BT = torch.ones(windows_BT.shape) if weights_BT is None else weights_BT
 
     def see(name: str, x_TI: Tensor) -> None:
-        for weight, x_I in zip(weights_BT[window].tolist(), x_TI.double(), strict=True):
-            moments[name] = moments[name] + weight * torch.outer(x_I, x_I)
+        for x_I in x_TI.double():
+            moments[name] = moments[name] + torch.outer(x_I, x_I)
 
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0][0]))
