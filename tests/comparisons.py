@@ -24,7 +24,7 @@ def make_row(recipe: str = "wanda:uniform", sparsity: float = 0.5, **changes: An
     method, _, allocation = recipe.partition(":")
     fields: dict[str, Any] = {
         **{"recipe": recipe, "method": method, "allocation": allocation, "sparsity": sparsity, "pattern": ""},
-        "statistics": "sequential" if method in ("wanda", "sparsegpt", "admm", "alps") else "dense",
+        "statistics": "sequential" if method in ("wanda", "sparsegpt", "alps") else "dense",
         **{"achieved_sparsity": sparsity, "perplexity": 12.5, "dense_perplexity": 10.0, "kl": 0.25, "kl_error": 0.01},
         **{"seconds": 1.5, "allocation_seconds": 0.0, "peak_memory_bytes": 1_000_000, "evaluated_tokens": 0},
         "protocol": describe_protocol(tiny_settings("no-model"), "validation"),

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from billhook_kernels.admm import Spectrum, prepare_spectrum, solve_admm, solve_alps
+from billhook_kernels.alps import Spectrum, prepare_spectrum, solve_alps
 from billhook_kernels.damping import damp_inputs
 from billhook_kernels.guard import Pruned, finish_update
 from billhook_kernels.masks import keep_highest, keep_wanda
@@ -105,12 +105,6 @@ def prune_two_sided(
     return _prune_lowest(weight_OI, score_OI, zeros, pattern)
 
 
-def prune_admm(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None) -> Pruned:
-    """ADMM-Grad (arXiv 2401.02938): the mask grows while ADMM moves the survivors."""
-    _check_request(weight_OI, zeros, pattern)
-    return solve_admm(weight_OI, statistics.moment_II, zeros, pattern=pattern)
-
-
 def prune_alps(weight_OI: Tensor, statistics: LayerStatistics, zeros: int, pattern: Pattern | None = None) -> Pruned:
     """ALPS (arXiv 2406.07831): ADMM chooses the mask, conjugate gradients refit its survivors."""
     _check_request(weight_OI, zeros, pattern)
@@ -151,7 +145,6 @@ METHODS: dict[str, Callable[[Tensor, LayerStatistics, int, Pattern | None], Prun
     "magnitude": prune_magnitude,
     "wanda": prune_wanda,
     "two-sided": prune_two_sided,
-    "admm": prune_admm,
     "alps": prune_alps,
     "sparsegpt": prune_sparsegpt,
     "two-sided-obs": prune_two_sided_obs,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from billhook_kernels.admm import Spectrum
+from billhook_kernels.alps import Spectrum
 from billhook_kernels.methods import PREPARES, LayerStatistics
 from billhook_kernels.obs import InverseFactor
 from tools.estimate.clock import fit, time_call

@@ -52,10 +52,9 @@ class Method(NamedTuple):
     The loops of Wanda and SparseGPT run block by block: a forward of the block as it is, still dense, whose inputs all
     of its layers are pruned by, then a second one of the pruned block, whose outputs the next block reads
     (`prune_wanda` and `prune_sparsegpt` in lib/prune.py of locuslab/wanda; `llama_sequential` in llama.py of
-    IST-DASLab/sparsegpt, without its --true-sequential). ADMM-Grad's and ALPS' loops are the same (`prune_admm` in
-    lib/prune.py of fmfi-compbio/admm-pruning; `llama_sequential` in llama.py of mazumder-lab/ALPS). OWL and
-    AlphaPruning prune by them, too; what OWL shares out by is measured in a walk of its own before, of the dense model
-    (`prune_wanda_outlier` in lib/prune_all.py of luuyin/OWL)."""
+    IST-DASLab/sparsegpt, without its --true-sequential). ALPS' loop is the same (`llama_sequential` in llama.py of
+    mazumder-lab/ALPS). OWL and AlphaPruning prune by them, too; what OWL shares out by is measured in a walk of its own
+    before, of the dense model (`prune_wanda_outlier` in lib/prune_all.py of luuyin/OWL)."""
 
 
 METHODS = {
@@ -64,13 +63,6 @@ METHODS = {
         Method("magnitude", "|W| within the layer"),
         Method("wanda", "|W|*sqrt(a) within each output row", statistics="sequential"),
         Method("two-sided", "W^2*a*gamma within the layer", weighs_outputs=True, ours=True, also_refitted=True),
-        Method(
-            "admm",
-            "ADMM-Grad, zeros and survivors by ADMM as the mask grows",
-            changes_survivors=True,
-            lever=False,
-            statistics="sequential",
-        ),
         Method(
             "alps",
             "ALPS, the whole mask by ADMM, then a fit of survivors",

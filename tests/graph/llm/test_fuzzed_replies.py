@@ -140,7 +140,7 @@ GROUPS = sometimes(
     recipe=RECIPES
     | sometimes(
         {
-            "method": st.sampled_from(["wanda", "magnitude", "admm", "magic", None]),
+            "method": st.sampled_from(["wanda", "magnitude", "alps", "magic", None]),
             "refit": st.just(False),
             "statistics": st.sampled_from(["dense", "sequential", "stages", ""]),
             "calibration": st.sampled_from(["run", "half", "x"]),

@@ -126,7 +126,6 @@ def test_a_layer_of_few_rows_is_pruned_whole(rows: list[int]) -> None:
         (Recipe(method="sparsegpt", refit=False), 8.0),  # twice as wide as what is factored
         (Recipe(method="sparsegpt", refit=True), 9.0),
         (Recipe(method="alps", refit=False), 8.0),
-        (Recipe(method="admm", refit=True), 1.0),
     ],
 )
 def test_what_layers_share_is_prepared_once(

@@ -25,7 +25,6 @@ def test_baselines_stand_before_what_is_our_own() -> None:
     methods = [
         "magnitude",
         "wanda",
-        "admm",
         "alps",
         "sparsegpt",
         "two-sided",

@@ -165,16 +165,14 @@ def test_statistics_without_a_mark_are_those_that_a_methods_authors_take(
 
 def test_a_plan_that_leaves_statistics_out_gets_its_methods_own() -> None:
     taken = {name: Recipe.model_validate({"method": name}).statistics for name in METHODS}
-    assert taken == {
-        name: "sequential" if name in ("wanda", "sparsegpt", "admm", "alps") else "dense" for name in METHODS
-    }
+    assert taken == {name: "sequential" if name in ("wanda", "sparsegpt", "alps") else "dense" for name in METHODS}
     assert Recipe.model_validate({}).statistics == "dense"
     schema = Recipe.model_json_schema()["properties"]["statistics"]
     assert "default" not in schema and schema["description"].endswith(
         "Left out: sequential for wanda and sparsegpt, as published, else dense."
     )
     assert name_sequential(LEVERS.values()) == "wanda and sparsegpt"
-    assert name_sequential(METHODS.values()) == "wanda, admm, alps and sparsegpt"
+    assert name_sequential(METHODS.values()) == "wanda, alps and sparsegpt"
     assert translate_label("structured:flap") == "structured:flap" and translate_label("") == ""
 
 

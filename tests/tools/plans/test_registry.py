@@ -33,6 +33,6 @@ def test_planners_are_told_of_every_rule_and_of_the_methods_that_are_levers() ->
 
 
 def test_opponents_are_no_levers_but_can_be_asked_for() -> None:
-    assert {*METHODS} - {*LEVERS} == {"admm", "alps"}
+    assert {*METHODS} - {*LEVERS} == {"alps"}
     assert not any(method.ours for method in METHODS.values() if not method.lever)
     assert Recipe.model_validate({"method": "alps"}).method == "alps"

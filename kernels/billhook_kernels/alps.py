@@ -1,12 +1,12 @@
-"""Opponents that optimise mask and weights together, by the alternating direction method of multipliers (ADMM).
+"""ALPS (arXiv 2406.07831): mask and weights together, by the alternating direction method of multipliers (ADMM).
 
-Both minimise (w - w0)^T H (w - w0) over the rows of a layer, with a given number of zeros in all, in coordinates in
+It minimises (w - w0)^T H (w - w0) over the rows of a layer, with a given number of zeros in all, in coordinates in
 which H has the diagonal 1. The constraint is split off: B minimises the error near D, D has the zeros, and V, the
 multipliers, pulls the two together:
 
     B = (W0 H - V + rho D) (H + rho I)^-1,    D = the largest of B + V / rho,    V = V + rho (B - D).
 
-Which weights are zero is chosen again in every turn, so that zeros may come back: that sets both apart from methods
+Which weights are zero is chosen again in every turn, so that zeros may come back: that sets it apart from methods
 whose mask only grows. Exact zeros of the dense weight alone stay what they are.
 
 Shape suffixes: O output features (rows), I input features (columns).
@@ -18,11 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from billhook_kernels.cholesky import factor_lower
 from billhook_kernels.damping import DAMPING
 from billhook_kernels.guard import Pruned, finish_update
 from billhook_kernels.masks import keep_highest
-from billhook_kernels.obs import invert_lower
 from billhook_kernels.patterns import Pattern, keep_highest_of_groups
 from billhook_kernels.preconditioner import System
 from billhook_kernels.refit import refit_survivors
@@ -42,9 +40,6 @@ STABLE = 0.0003
 """Share of the survivors that may still change places in the last turn."""
 FIT_ITERATIONS = 10
 """Of conjugate gradients on ALPS's final mask."""
-
-GRADUAL_DAMPING, GRADUAL_TURNS, GROWING_TURNS = 0.1, 20, 15
-"""ADMM-Grad's damping, its turns, and those in which the number of zeros grows."""
 
 
 class Spectrum(NamedTuple):
@@ -150,43 +145,6 @@ def _alternate(dense_OI: Tensor, spectrum: Spectrum, keep_of: Callable[[Tensor],
     return near_OI
 
 
-def solve_admm(weight_OI: Tensor, second_moment_II: Tensor, zeros: int, *, pattern: Pattern | None = None) -> Pruned:
-    """ADMM-Grad (Boza, arXiv 2401.02938, algorithm 2): ADMM of a fixed penalty, its number of zeros growing.
-
-    With A scaled to the diagonal 1, GRADUAL_DAMPING added and the penalty 1: of GRADUAL_TURNS turns, the first
-    GROWING_TURNS zero the lowest |w| * sqrt(a_j) of the whole layer as they come to be, in number
-    zeros * (1 - (1 - k / GROWING_TURNS)^3), and the others keep that mask. With `pattern` = (N, M) only the N lowest of
-    each M consecutive inputs may go. Exact zeros of the dense weight go first. (Without a pattern the published code
-    takes all zeros from the first turn on, which leaves 3 to 13 % more error on twelve of SmolLM2's layers at 45 %.)
-
-    Rows which end worse than the mask alone are the masked dense rows (`keep_better_rows`). `zeros` must be possible,
-    as in `solve_alps`. Raises ValueError when the statistics are not finite.
-    """
-    moment_II, mean = _check_moment(second_moment_II)
-    keep_of = _make_projection(weight_OI, pattern)
-    if mean <= 0:
-        return _mask_alone(weight_OI, keep_of(weight_OI.float(), zeros))
-    scale_I = (moment_II.diagonal() / mean).sqrt() + 1e-8
-    matrix_II = (moment_II / mean).div_(scale_I[:, None]).div_(scale_I)
-    matrix_II.diagonal().add_(GRADUAL_DAMPING * float(matrix_II.diagonal().mean()))
-    near_OI = weight_OI.float() * scale_I
-    target_OI = near_OI @ matrix_II
-    matrix_II.diagonal().add_(1.0)
-    inverse_II = _invert(matrix_II)
-    pull_OI = torch.zeros_like(near_OI)
-    keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
-    for turn in range(GRADUAL_TURNS):
-        moved_OI = near_OI + pull_OI
-        if turn < GROWING_TURNS:
-            left = (1 - (turn + 1) / GROWING_TURNS) ** 3
-            keep_OI = keep_of(moved_OI, round(zeros * (1 - left)))
-        sparse_OI = moved_OI * keep_OI
-        pull_OI = moved_OI.sub_(sparse_OI)
-        near_OI = (target_OI + sparse_OI).sub_(pull_OI) @ inverse_II
-    fitted_OI = near_OI.add_(pull_OI).mul_(keep_OI).div_(scale_I)
-    return Pruned(finish_update(fitted_OI, weight_OI, keep_OI, second_moment_II), keep_OI)
-
-
 def _check_moment(second_moment_II: Tensor) -> tuple[Tensor, float]:
     """(A in fp32, the mean of its diagonal)."""
     moment_II = second_moment_II.float()
@@ -219,12 +177,3 @@ def _make_projection(weight_OI: Tensor, pattern: Pattern | None) -> Callable[[Te
 
 def _mask_alone(weight_OI: Tensor, keep_OI: Tensor) -> Pruned:
     return Pruned(torch.where(keep_OI, weight_OI, 0), keep_OI)
-
-
-def _invert(matrix_II: Tensor) -> Tensor:
-    """Of a matrix far from singular, the same bits on any number of threads."""
-    lower_II, positive = factor_lower(matrix_II)
-    if not positive:
-        raise ValueError("the second moment is not positive definite")
-    inverse_II = invert_lower(lower_II)
-    return inverse_II.T @ inverse_II

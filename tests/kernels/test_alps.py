@@ -1,6 +1,5 @@
-"""ALPS and ADMM-Grad against their papers' loops in float64: masks by sorting, inverses anew, every row on its own."""
+"""ALPS against its paper's loop in float64: masks by sorting, inverses anew, every row on its own."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -8,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from billhook_kernels.admm import prepare_spectrum, solve_admm, solve_alps
+from billhook_kernels.alps import prepare_spectrum, solve_alps
 from billhook_kernels.damping import DAMPING
-from billhook_kernels.guard import Pruned
 from billhook_kernels.obs import prune_obs
 from tests.kernels.layers import Layer, make_layer, true_errors
 from tests.kernels.plain import Array, Flags, plain_groups, solve_rows
@@ -90,25 +88,6 @@ def plain_conjugate_gradients(dense: Array, start: Array, keep: Flags, c: Array)
     return fitted
 
 
-def plain_admm(layer: Layer, zeros: int, pattern: tuple[int, int] | None = None) -> tuple[Array, Flags]:
-    """Algorithm 2 of ADMM-Grad, and the mask."""
-    dense, a = layer.weight.double().numpy(), layer.moment.double().numpy()
-    exact = dense == 0
-    scale = np.sqrt(np.diag(a)) + 1e-8 * np.sqrt(np.diag(a).mean())
-    c, w = a / np.outer(scale, scale), dense * scale
-    c = c + 0.1 * np.diag(c).mean() * np.eye(len(c))
-    target, inverse = w @ c, np.linalg.inv(c + np.eye(len(c)))
-    u = np.zeros_like(w)
-    for turn in range(20):
-        if turn < 15:
-            count = round(zeros * (1 - (1 - (turn + 1) / 15) ** 3))
-            keep = plain_keep(w + u, exact, count, pattern)
-        z = np.where(keep, w + u, 0)
-        u = u + w - z
-        w = (target + z - u) @ inverse
-    return np.where(keep, w + u, 0) / scale, keep
-
-
 def make_sparse_layer(columns: int) -> Layer:
     """Exact zeros, a row of nothing else, a whole group of them, and columns that saw no input."""
     layer = make_layer(6, columns, seed=1)
@@ -132,17 +111,6 @@ def test_alps_is_the_papers_loop(layer: Layer, pattern: tuple[int, int] | None) 
     for zeros in [weights * 45 // 100, weights * 7 // 10] if pattern is None else [weights // 4 * pattern[0]]:
         expected, kept, _ = plain_alps(layer, zeros, pattern)
         result = solve_alps(layer.weight, layer.moment, zeros, pattern=pattern)
-        assert int((~result.keep_OI).sum()) == zeros
-        assert_solved(result.weight_OI, result.keep_OI, expected, kept)
-
-
-@pytest.mark.parametrize("pattern", [None, (2, 4), (3, 4)])
-@pytest.mark.parametrize("layer", LAYERS, ids=["plain", "one row", "tall", "sparse already"])
-def test_admm_grad_is_the_papers_loop(layer: Layer, pattern: tuple[int, int] | None) -> None:
-    weights = layer.weight.numel()
-    for zeros in [weights * 45 // 100, weights * 7 // 10] if pattern is None else [weights // 4 * pattern[0]]:
-        expected, kept = plain_admm(layer, zeros, pattern)
-        result = solve_admm(layer.weight, layer.moment, zeros, pattern=pattern)
         assert int((~result.keep_OI).sum()) == zeros
         assert_solved(result.weight_OI, result.keep_OI, expected, kept)
 
@@ -175,47 +143,35 @@ def test_the_penalty_follows_how_many_survivors_change_places(layer: Layer, fact
 def test_alps_ends_near_the_optimum_of_a_better_mask() -> None:
     layer = make_layer(48, 96)
     zeros = layer.weight.numel() * 6 // 10
-    alps, admm = (solve(layer.weight, layer.moment, zeros) for solve in (solve_alps, solve_admm))
+    alps = solve_alps(layer.weight, layer.moment, zeros)
     published = prune_obs(layer.weight, layer.moment, zeros)
-    errors = [true_errors(x.weight_OI.double().numpy(), layer).sum() for x in (alps, admm, published)]
-    assert errors[0] < errors[1] < errors[2]
+    errors = [true_errors(x.weight_OI.double().numpy(), layer).sum() for x in (alps, published)]
+    assert errors[0] < errors[1]
     best = true_errors(solve_rows(layer.weight, alps.keep_OI.numpy(), layer.moment), layer).sum()
     assert errors[0] < 1.01 * best
 
 
-@pytest.mark.parametrize("solve", [solve_alps, solve_admm])
-def test_the_result_does_not_depend_on_units(solve: Callable[..., Pruned]) -> None:
+def test_the_result_does_not_depend_on_units() -> None:
     layer = make_layer(6, 24)
-    result = solve(layer.weight, layer.moment, 80)
+    result = solve_alps(layer.weight, layer.moment, 80)
     for scale in (2.0**-40, 2.0**40):
-        assert torch.equal(solve(layer.weight, layer.moment * scale, 80).weight_OI, result.weight_OI)
+        assert torch.equal(solve_alps(layer.weight, layer.moment * scale, 80).weight_OI, result.weight_OI)
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
-@pytest.mark.parametrize("solve", [solve_alps, solve_admm])
-def test_without_any_input_it_is_the_largest_weights(
-    solve: Callable[..., Pruned], pattern: tuple[int, int] | None
-) -> None:
+def test_without_any_input_it_is_the_largest_weights(pattern: tuple[int, int] | None) -> None:
     weight = make_layer(4, 8).weight
-    result = solve(weight, torch.zeros(8, 8), 16, pattern=pattern)
+    result = solve_alps(weight, torch.zeros(8, 8), 16, pattern=pattern)
     kept = plain_keep(weight.double().numpy(), weight.numpy() == 0, 16, pattern)
     assert np.array_equal(result.keep_OI.numpy(), kept)
     assert torch.equal(result.weight_OI, weight * result.keep_OI)
 
 
-@pytest.mark.parametrize("solve", [solve_alps, solve_admm])
-def test_what_is_not_finite_is_refused(solve: Callable[..., Pruned]) -> None:
+def test_what_is_not_finite_is_refused() -> None:
     moment = torch.eye(4)
     moment[2, 1] = torch.nan
     with pytest.raises(ValueError, match=r"^the second moment is not finite$"):
-        solve(torch.ones(2, 4), moment, 4)
-
-
-def test_a_hopeless_moment_is_refused_in_one_line() -> None:
-    moment = torch.eye(4)
-    moment[0, 1] = moment[1, 0] = 1e9
-    with pytest.raises(ValueError, match=r"^the second moment is not positive definite$"):
-        solve_admm(torch.ones(2, 4), moment, 4)
+        solve_alps(torch.ones(2, 4), moment, 4)
 
 
 def test_a_spectrum_that_is_at_hand_is_used() -> None:
@@ -229,12 +185,11 @@ def test_a_spectrum_that_is_at_hand_is_used() -> None:
     assert prepare_spectrum(torch.zeros(3, 3)) is None
 
 
-@pytest.mark.parametrize("solve", [solve_alps, solve_admm])
-def test_the_result_does_not_depend_on_the_number_of_threads(solve: Callable[..., Pruned]) -> None:
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
     layer = make_layer(160, 288)
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        results.append(solve(layer.weight, layer.moment, 27_000).weight_OI)
+        results.append(solve_alps(layer.weight, layer.moment, 27_000).weight_OI)
     torch.set_num_threads(1)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
