@@ -17,7 +17,6 @@ from tools.instruments.probed import PastProbe
 from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Cutting
 from tools.plans.groups import Group
-from tools.plans.paces import Paces
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
 
@@ -161,8 +160,6 @@ class State(Input):
         "statistics behind pruned predecessors and further profiles; a backward pass counts as two forwards.",
     )
     counted: list[str] = Field([], description="Names of the costs beside trials and probes that are in them.")
-    paces: Paces = Field({}, description="The most seconds that parts of a round took so far, by their names.")
-    foreseen: Paces = Field({}, description="What parts of a round will take, as far as that was tried on a few rows.")
     probed: dict[str, int] = Field(
         {}, description="Tokens of validation text that probes of the round measured orders on, by the orders' ids."
     )

@@ -56,7 +56,7 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
         strength=draws.leave(usual.strength, [draws.between(0, 1)]),
         gamma=draws.leave(usual.gamma, ["clipped"]),
         curves=draws.leave(usual.curves, ["mask"]),
-        statistics=draws.leave(usual.statistics, ["sequential", "stages"]),
+        statistics=draws.leave(usual.statistics, ["sequential"]),
         polish=draws.leave(usual.polish, [True] if config.polish_tokens else []),
     )
     groups = sorted(group_layers(layers))
@@ -110,7 +110,7 @@ def _draw_group(kind: str, layers: Sequence[LayerProfile], recipe: Recipe, confi
         "refit": [True, False],
         "refit_steps": range(1, MOST_STEPS + 1),
         "gamma": ["plain", "clipped"],
-        "statistics": ["dense", "sequential", "stages"],
+        "statistics": ["dense", "sequential"],
         "pattern": ["", *([PATTERN] if fits else [])],
         "damping": DAMPINGS,
     }

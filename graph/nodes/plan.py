@@ -137,7 +137,6 @@ class Planning:
         return {
             "evaluated_tokens": self.budget.tokens,
             "counted": self.budget.counted,
-            "paces": self.budget.paces,
             "probes": note_probes(self.state, self.budget),
         }
 

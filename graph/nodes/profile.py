@@ -1,7 +1,7 @@
 """profile: statistics and KL curves of every layer, and the dense model's losses."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,10 +22,9 @@ from tools.base.errors import BrokenBaseline, UnknownStatistics, UserError
 from tools.base.rundir import runs_directory
 from tools.base.settings import NO_STREAMED_POLISH
 from tools.measure.texts import list_texts
-from tools.plans.costs import count_profile, count_walk
+from tools.plans.costs import count_profile
 from tools.plans.cuts import Target
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
-from tools.plans.paces import MEASURING, Paces, join_paces, list_works, name_measuring_curves
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
@@ -73,7 +72,6 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             refuse_impossible_target(stored.layers, config)
         dense = measure_dense(bench, state, profile_id, session)
         _tell_profile(session, profile_id, stored.layers, config)
-        foreseen = {} if state.replay else foresee_seconds(bench, stored.group, config, session)
         if not config.goal:  # which may yet change what the figures are means of
             session.emit("trial", **dense.model_dump())
     return {
@@ -85,8 +83,6 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "lessons": lessons,
         "experience": experience,
         "notes": notes,
-        "paces": join_paces(dict(state.paces), bench.paces),
-        "foreseen": foreseen,
         "seconds": session.seconds,
     }
 
@@ -138,27 +134,6 @@ def measure_dense(bench: "Workbench", state: State, profile: str, session: Sessi
         plan="dense",
         seconds=round(session.elapsed, 3),
     )
-
-
-def foresee_seconds(bench: "Workbench", group: Mapping[str, str], config: RunConfig, session: Session) -> Paces:
-    """How long every kind of pruning will take, for planners whose instruments are priced before the first is used.
-
-    Nothing for others, of cuts, where workers share the work, and where there is no memory for it.
-    """
-    if not config.offers_instruments or config.takes_parts or config.workers:
-        return {}
-    from tools.estimate.foreseen import foresee_paces  # imports torch
-
-    session.progress("time a few rows", 0, 1)
-    works = list_works(config.pattern)
-    try:
-        foreseen = foresee_paces(bench.layers, group, bench.device, works)
-    except (MemoryError, RuntimeError):  # what torch raises; the run itself goes through layers with its own care
-        return {}
-    session.progress("time a few rows", 1, 1)
-    walk = count_walk(config) * bench.paces.get(MEASURING, 0.0)
-    curves = {name_measuring_curves(recipe) for recipe in works}  # they are of a walk, in which layers are pruned
-    return {what: seconds + walk if what in curves else seconds for what, seconds in foreseen.items()}
 
 
 def _profile_again(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from graph.runs.replay import find_breakage, find_refusal
 from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
-from tools.plans.paces import join_paces
 
 
 class Refused(Exception):
@@ -41,7 +40,6 @@ def prune(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         with open_bench(state, session) as bench:
             checkpoint = bench.prune(state.profile, settled.order, session.progress)
             tell_layers(session, bench, checkpoint)
-            charged["paces"] = join_paces(dict(state.paces), bench.paces)
     except Refused as refused:
         return record_refusal(state, None, str(refused), session)
     except ImpossiblePlan as error:

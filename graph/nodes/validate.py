@@ -17,7 +17,6 @@ from tools.instruments.probed import PastProbe
 from tools.measure.recall import Retention, compare_recall
 from tools.measure.texts import list_texts
 from tools.plans.budget import same_sparsity
-from tools.plans.paces import join_paces
 from tools.plans.work_order import WorkOrder
 from tools.results.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
 
@@ -46,7 +45,6 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             trial, evaluation = measure_trial(bench, state, order, session)
         except BrokenPlan as error:
             return record_breakage(state, order, str(error), session)
-        paces = join_paces(dict(state.paces), bench.paces)
         session.emit("trial", **trial.model_dump())
         probes = compare_probes(state, evaluation)
     tokens = state.evaluated_tokens + trial.tokens - state.probed.get(order.id, 0)  # measured and counted before
@@ -54,7 +52,6 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         "trials": [trial],
         "probes": probes,
         "evaluated_tokens": tokens,
-        "paces": paces,
         "seconds": session.seconds,
     }
 

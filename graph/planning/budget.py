@@ -13,7 +13,6 @@ from graph.planning.recipes import list_recipes
 from graph.state import State
 from tools.instruments.probed import Probed, count_rest
 from tools.plans.costs import count_profile, list_curve_costs, list_order_costs
-from tools.plans.paces import Paces
 from tools.plans.work_order import WorkOrder
 
 
@@ -29,21 +28,8 @@ class TokenBudget:
     """Tokens that are kept for the comparison at the end."""
     counted: list[str] = field(default_factory=list)
     """Names of the costs (`tools.plans.costs`) that are in `tokens`; none is counted twice."""
-    paces: Paces = field(default_factory=dict)
-    """The most seconds that parts of a round took so far in the run."""
-    foreseen: Paces = field(default_factory=dict)
-    """Seconds of parts that were timed on a few rows before anything was pruned."""
     probed: list[Probed] = field(default_factory=list)
     """What was probed in this round."""
-
-    @property
-    def expected(self) -> Paces:
-        """Seconds of what was measured, and of what is foreseen where it was not: that as many times longer as what
-        was measured took longer than foreseen. What took less may have been read back in part, and shortens nothing."""
-        both = self.foreseen.keys() & self.paces.keys()
-        foreseen, took = (sum(paces[what] for what in both) for paces in (self.foreseen, self.paces))
-        longer = max(took / foreseen, 1.0) if foreseen else 1.0
-        return {what: longer * seconds for what, seconds in self.foreseen.items()} | self.paces
 
     @property
     def left(self) -> float:
@@ -131,7 +117,7 @@ class TokenBudget:
         more += "a mix with questions, " if plan.recipe.mix and self.config.mixes_questions else ""
         return (
             f"the plan takes {trial + extra:,} tokens through the model, {extra:,} of them beside its trial, and "
-            f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential or stages, "
+            f"{max(self.left, 0):,.0f} are left; plan without what costs them (statistics sequential, "
             f"curves method, {polish}{more}or reprofile){known}"
         )
 
@@ -145,8 +131,6 @@ def open_budget(state: State) -> TokenBudget:
         state.trial_tokens,
         reserve,
         list(state.counted),
-        dict(state.paces),
-        dict(state.foreseen),
     )
 
 

@@ -19,7 +19,6 @@ from tools.instruments.probed import PastProbe
 from tools.plans.budget import SAME_SPARSITY, same_sparsity
 from tools.plans.cuts import Parts
 from tools.plans.layer_profile import LayerProfile
-from tools.plans.paces import join_paces
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
 from tools.results.losses import compare_kl
@@ -186,8 +185,6 @@ def resolve_plan(
     """The plan's order, and the hash of its artifact. Raises ImpossiblePlan, and BrokenPlan as `describe_layers`."""
     with open_bench() as bench:
         order = situation.orders.resolve(plan, measure_with(bench, state.profile, state.current, progress))
-        if situation.budget:
-            join_paces(situation.budget.paces, bench.paces)
         return order, keep_order(bench.store, plan, order)
 
 

@@ -17,7 +17,7 @@ from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import measure_with
 from graph.planning.past import MAX_PROBES, take_latest
 from graph.planning.plan import Plan
-from graph.planning.prices import describe_price, describe_prices, price_drafts, refuse_dear
+from graph.planning.prices import describe_prices, price_drafts, refuse_dear
 from graph.planning.rule import list_candidates
 from graph.planning.situation import Situation
 from graph.planning.spelling import spell_out_plan
@@ -27,7 +27,6 @@ from graph.state import State, pair_with_kept
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.layer_profile import group_layers
-from tools.plans.paces import Paces, join_paces
 from tools.plans.selectors import MOST_SELECTOR
 from tools.plans.work_order import WorkOrder, prune_alone
 
@@ -47,7 +46,6 @@ class Measured(BaseModel):
     evaluated_tokens: int
     counted: list[str] | None = None
     """None where an earlier version kept it."""
-    paces: Paces = {}
     probed: list[Probed] = []
 
 
@@ -88,13 +86,10 @@ def open_toolbox(
             from tools.instruments.agent_tools import make_planner_tools  # torch again, imported by now
 
             round_ = _describe_round(bench, situation, state, session, budget, admit, count_seconds)
-            try:
-                candidates = None if config.planner_unaided else suggest
-                yield make_planner_tools(
-                    round_, history=recount, recall=recall, candidates=candidates, cuts=config.takes_parts
-                )
-            finally:
-                join_paces(budget.paces, bench.paces)
+            candidates = None if config.planner_unaided else suggest
+            yield make_planner_tools(
+                round_, history=recount, recall=recall, candidates=candidates, cuts=config.takes_parts
+            )
 
     def carry_out(call: Callable[[], ToolAnswer]) -> ToolAnswer:
         def measure() -> Measured:
@@ -103,7 +98,6 @@ def open_toolbox(
                 answer=answer,
                 evaluated_tokens=budget.tokens,
                 counted=budget.counted,
-                paces=budget.paces,
                 probed=budget.probed,
             )
 
@@ -111,7 +105,7 @@ def open_toolbox(
         budget.tokens = kept.evaluated_tokens
         if kept.counted is not None:
             budget.counted = kept.counted
-        budget.paces, budget.probed = kept.paces, kept.probed
+        budget.probed = kept.probed
         return kept.answer
 
     def tell(record: ToolRecord) -> None:
@@ -123,7 +117,7 @@ def open_toolbox(
         seconds=min(config.planner_seconds, max(limit - situation.seconds, 0.0) if limit else math.inf),
         on_tool=tell,
         carry_out=carry_out,
-        prices=describe_prices(config, budget),
+        prices=describe_prices(config),
         list_left=lambda: {"tokens_left": max(budget.left, 0)} if budget.left < math.inf else {},
         beside={} if config.takes_parts else {"alone": {"type": "string", "maxLength": MOST_SELECTOR, "default": ""}},
     )
@@ -179,7 +173,7 @@ def _describe_round(
 
     def price(draft: "Draft") -> str:
         plan = _weigh(draft, situation)
-        return describe_price(price_drafts([plan], budget.trial, situation, budget), budget)
+        return f"{price_drafts([plan], budget.trial, situation, budget).tokens:,} tokens"
 
     return Round(
         bench=bench,

@@ -28,7 +28,11 @@ CORRECTIONS = [
 ]
 PLANS: list[dict[str, Any]] = [
     {
-        **{"hypothesis": "KL below 0.2.", "sparsity": 0.3, "recipe": {**FINE, "strength": 0.9, "statistics": "stages"}},
+        **{
+            "hypothesis": "KL below 0.2.",
+            "sparsity": 0.3,
+            "recipe": {**FINE, "strength": 0.9, "statistics": "sequential"},
+        },
         **{"groups": GROUPS, "adjustments": CORRECTIONS, "expression": "exp(0.5*wanda_z)", "reason": "All at once."},
     },
     {"sparsity": 0.45, "recipe": {**FINE, "statistics": "sequential"}, "reprofile": True},

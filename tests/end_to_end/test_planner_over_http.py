@@ -243,7 +243,6 @@ def test_a_planner_uses_every_tool_and_the_plans_alone_decide(
     assert read_events(tmp_path / "alone" / "run", "tool") == []
     assert "inspect_layers" not in json.dumps(server.requests[-1].body)
     assert read_trials(tmp_path / "alone" / "run") == read_trials(run)
-    assert read_state(tmp_path / "alone" / "run").foreseen == {}, "nobody asks"
 
 
 def test_the_budget_of_a_round_holds(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
@@ -283,20 +282,14 @@ def test_a_probe_becomes_the_rounds_trial_and_one_too_dear_is_not_begun(
     run = tmp_path / "runs" / "run"
     first, second = read_events(run, "tool")
     assert [x["kl_minus_probe"].keys() for x in json.loads(first["answer"])["plans"]] == [{"2"}, {"1"}]
-    assert re.fullmatch(
-        r"not begun: this call takes 448 tokens and \d+ s or more \(as far as is known\); 444 tokens are left beside "
-        r"the round's trial and \d+ s are left",
-        json.loads(second["answer"])["error"],
+    assert json.loads(second["answer"])["error"] == (
+        "not begun: this call takes 448 tokens; 444 are left beside the round's trial"
     )
     told = server.requests[0].messages[1]["content"]
-    assert "Prices: probe 128 tokens for each plan on half of the validation text, 192 tokens on all of it" in told
+    assert "Prices in tokens: probe 128 for each plan on half of the validation text, 192 on all of it" in told
     assert '"tokens_left": 700' in told
     state = read_state(run)
     assert (state.trials[0].tokens, state.evaluated_tokens) == (192, 2 * 128 + 64), "a third of it was left to measure"
-    methods = ["two-sided", "two-sided+refit", "sparsegpt~dense", "refit"]
-    curves = {f"measuring curves of {method}" for method in methods[1:]}
-    assert state.foreseen.keys() == {f"pruning by {method}" for method in methods} | curves
-    assert "measuring a token" in state.paces
     assert command("--replay", "run", "--name", "again").code == 0
     assert read_trials(tmp_path / "runs" / "again") == read_trials(run)
     assert len({read_summary(tmp_path / "runs" / name)["mask_sha256"] for name in ("run", "again")}) == 1

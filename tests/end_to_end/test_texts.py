@@ -215,7 +215,7 @@ def test_a_plan_mixes_texts_as_it_likes_and_is_replayed(
 def test_rows_of_a_table_are_of_other_mixtures(
     tiny_llama: Path, tmp_path: Path, no_plot: None, command: Command
 ) -> None:
-    recipes = "refit~1code:uniform,refit~1prose~stages:uniform,refit:kappa"
+    recipes = "refit~1code:uniform,refit~1prose~sequential:uniform,refit:kappa"
     settings = make_settings(tiny_llama, tmp_path / "out", recipes=recipes, sparsity="0.5", **name_texts(tmp_path))
     known, _ = run_comparison(settings)
     assert [row.recipe for row in known.rows] == recipes.split(",")

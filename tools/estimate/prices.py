@@ -12,7 +12,6 @@ from tools.estimate.pruning import count_flops
 from tools.estimate.timing import Times
 from tools.models.layers import Layer, list_readers
 from tools.plans.layer_profile import LEVELS
-from tools.plans.methods import STAGES
 
 Prices = Mapping[str, float]
 """What one of each thing costs that is done: a `forward` of one window through all blocks, its `moments`, ..."""
@@ -58,7 +57,6 @@ def price_flops(settings: WorkbenchSettings, layers: Sequence[Layer], counts: Co
         "forward": counts.forward,
         "moments": 2.0 * settings.window * squares,
         "gradients": counts.forward + counts.head + 2 * (counts.backward + counts.head),
-        "stages": STAGES * counts.forward + 2.0 * settings.window * squares,  # passes end with their stage
         "curves": 2.0 * settings.window * weights * (1 + len(LEVELS)),
         "loss": counts.head,
         "divergence": 2 * counts.head,
@@ -85,7 +83,6 @@ def price_seconds(times: Times) -> Prices:
         "forward": steps.forward,
         "moments": max(steps.statistics - steps.forward, 0.0),
         "gradients": steps.gradients,
-        "stages": steps.stages,
         "curves": steps.curves.each,
         "cut masks": steps.curves.fixed,
         "describe": steps.describe,

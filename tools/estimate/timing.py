@@ -56,8 +56,6 @@ class Steps(NamedTuple):
     forward: float
     statistics: float
     """A forward with the second moments of what layers read."""
-    stages: float
-    """Passes of every block for each of its stages, with the second moments of what these read."""
     gradients: float
     """A forward and two backwards, with the output head's."""
     curves: Fit
@@ -126,7 +124,6 @@ class _Pass(NamedTuple):
 
     forward: float
     statistics: float
-    stages: float
     gradients: float
     curves: float
     loss: float
@@ -141,7 +138,6 @@ def _time_steps(sample: Sample, window: int, device: torch.device, scratch: Path
     steps = Steps(
         forward=at.forward,
         statistics=at.statistics,
-        stages=at.stages,
         gradients=at.gradients,
         curves=Fit(curves.fixed, curves.each * window),
         loss=at.loss,
@@ -189,7 +185,6 @@ def _walk(sample: Sample, ids_T: Tensor, device: torch.device, scratch: Path) ->
     x_BTD = sample.blocks.embed(ids_T)
     with torch.no_grad():
         forward = _time_kinds(sample, device, lambda kind: sample.blocks.run(ids_T, kind, x_BTD))
-    stages = _time_stages(sample, ids_T, device, scratch)
     statistics = _time_kinds(sample, device, lambda kind: walks.moments(span, walk, kind, True, "profile"))
     walks.moments(span, walk, last, True, "profile")
     head = time_call(device, partial(walks.gradients, span, walk, last))
@@ -202,21 +197,7 @@ def _walk(sample: Sample, ids_T: Tensor, device: torch.device, scratch: Path) ->
         loss = time_call(device, partial(measure_losses, sample.model, ids_T, None))
         divergence = time_call(device, partial(measure_losses, sample.model, ids_T, hidden_TD))
     words = sample.words
-    return _Pass(forward, statistics, stages, gradients + words * head, curves, words * loss, words * divergence)
-
-
-def _time_stages(sample: Sample, ids_T: Tensor, device: torch.device, scratch: Path) -> float:
-    span, walk = (0, 1), Walk(0, "run")
-    walks = Walks(sample.blocks, sample.layers, ids_T[None], 1, 0, scratch)
-
-    def run(kind: int, stages: list[list[str]]) -> None:
-        for stage in stages:
-            walks.moments(span, walk, kind, True, "pruning", stage)
-
-    return sum(
-        count * time_call(device, partial(run, kind, walks.stages(span, walk, kind)))
-        for kind, count in enumerate(sample.counts)
-    )
+    return _Pass(forward, statistics, gradients + words * head, curves, words * loss, words * divergence)
 
 
 def _time_kinds(sample: Sample, device: torch.device, run: Callable[[int], Any]) -> float:

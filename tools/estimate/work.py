@@ -18,7 +18,6 @@ from tools.measure.recall import BATCH as ASKED_AT_ONCE
 from tools.models.layers import Layer
 from tools.plans.costs import count_texts
 from tools.plans.layer_profile import LEVELS
-from tools.plans.methods import STAGES
 from tools.plans.polish import schedule_polish
 from tools.texts.written import BATCH, list_written
 
@@ -212,11 +211,8 @@ def _list_pruning(
         if recipe.statistics == "sequential":
             done |= {"forward": 2.0 * read} | ({"moments": read} if recipe.changes_survivors else {})
             how += ", with two more forwards of the calibration text"
-        if recipe.statistics == "stages":
-            done |= {"forward": read, "stages": read}
-            how += ", with a pass of every block for each of its stages and one more of the calibration text"
         # dense weights are read, too
-        passes = {"dense": 1 + anew, "sequential": 3, "stages": STAGES + 3}[recipe.statistics]
+        passes = {"dense": 1 + anew, "sequential": 3}[recipe.statistics]
         steps.append(step("prune", how, times, shares.layers, done, passes))
     for tokens in course.polishes:
         plan = schedule_polish(course.count_fitted(settings), settings.window, tokens, settings.seed)

@@ -53,7 +53,7 @@ class CompareSettings(TaskSettings, PolishSettings, TeamSettings):
     recipes: str = Field(
         "wanda:uniform,sparsegpt:uniform,sparsegpt:owl,two-sided-obs:kappa,refit:kappa",
         description="Comma-separated METHOD[+refit][~clipped][~dampedSHARE][~SHARETEXT…][~quarter|~half]"
-        "[~dense|~sequential|~stages][+polish[TOKENS]]:ALLOCATION[@STRENGTH], or all. Statistics without a mark are "
+        "[~dense|~sequential][+polish[TOKENS]]:ALLOCATION[@STRENGTH], or all. Statistics without a mark are "
         "those that a method's authors take: sequential (block by block, behind pruned predecessors) for "
         f"{name_sequential(METHODS.values())}, dense for all others and for a search. Shares of named texts, such as "
         "~0.7code~0.3prose, stand for their weights. A polish without TOKENS is on --polish-tokens. Methods: "

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection
 
 from tools.base.settings import WorkbenchSettings
-from tools.plans.methods import STAGES, Statistics
+from tools.plans.methods import Statistics
 from tools.plans.polish import schedule_polish
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
@@ -41,10 +41,10 @@ def count_profile(settings: WorkbenchSettings) -> int:
 def count_in_order(kinds: Collection[Statistics], settings: WorkbenchSettings, texts: int = 1) -> int:
     """Of statistics of these kinds behind pruned predecessors: the calibration text forward, block by block.
 
-    Each block is passed once more than statistics are taken of it: once for sequential ones, and for stages as often as
-    it is counted to have any. A kind that is given twice is taken twice. `texts` is as `count_texts` has it.
+    Each block is passed once more than statistics are taken of it. A kind that is given twice is taken twice.
+    `texts` is as `count_texts` has it.
     """
-    passes = sum(STAGES if kind == "stages" else 1 for kind in kinds if kind != "dense")
+    passes = sum(kind != "dense" for kind in kinds)
     return (passes + 1) * texts * count_calibration(settings) if passes else 0
 
 

@@ -184,11 +184,10 @@ def _take_search_statistics(label: str, recipe: Recipe) -> Recipe:
     FastOBCPruner (src/pruner.py of IST-DASLab/EvoPress) saves them and leaves the weights that the next block's inputs
     pass through as they are. Raises UserError for other statistics.
     """
-    for mark in ("~sequential", "~stages"):
-        if mark in label:
-            raise UserError(
-                f"recipe {label!r}: a search prunes layers by dense statistics, as EvoPress does; leave {mark} out"
-            )
+    if "~sequential" in label:
+        raise UserError(
+            f"recipe {label!r}: a search prunes layers by dense statistics, as EvoPress does; leave ~sequential out"
+        )
     return recipe.model_copy(update={"statistics": "dense"})
 
 

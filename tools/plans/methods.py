@@ -19,13 +19,9 @@ MOST_DAMPING = 10.0
 PROFILED = "two-sided"
 """The method whose mask, without anything else, the KL curves of every profile are about."""
 
-STAGES = 4
-"""Stages that a block is counted with before it has run: q, k and v; o; gate and up; down. A mixture of experts with a
-shared one, or a block whose attention and MLP stand side by side, may have others."""
-
-Statistics = Literal["dense", "sequential", "stages"]
-"""What the inputs of layers are taken from: the dense model, all layers at once; block by block from behind pruned
-predecessors; or so within blocks, too, stage by stage (`tools.statistics.walks.Walks.stages`)."""
+Statistics = Literal["dense", "sequential"]
+"""What the inputs of layers are taken from: the dense model, all layers at once; or block by block from behind
+pruned predecessors."""
 
 
 class Method(NamedTuple):
@@ -109,11 +105,11 @@ def translate_label(label: str) -> str:
     """A recipe's label where `label` marks sequential statistics whatever its method, and dense ones never.
 
     So `Recipe.exact_label` does, and so did all labels of earlier versions. A label without a mark means the statistics
-    that its method's authors take; the others are marked, stages always. What names no method stays as it is.
+    that its method's authors take; the others are marked. What names no method stays as it is.
     """
     inside, colon, allocation = label.partition(":")
     name = inside.partition("~")[0].partition("+")[0].rstrip("0123456789")
-    if name not in METHODS or METHODS[name].statistics == "dense" or inside.endswith("~stages"):
+    if name not in METHODS or METHODS[name].statistics == "dense":
         return label
     inside = inside.removesuffix("~sequential") if inside.endswith("~sequential") else f"{inside}~dense"
     return f"{inside}{colon}{allocation}"

@@ -16,7 +16,6 @@ from tools.plans.methods import (
     MOST_STEPS,
     PROFILED,
     REFIT_STEPS,
-    STAGES,
     MethodName,
     Statistics,
     name_sequential,
@@ -86,8 +85,7 @@ class Recipe(BaseModel):
     statistics: Statistics = Field(
         METHODS["refit"].statistics,
         description="Whose inputs the layers are fitted to. dense: the dense model's. sequential: block by block, "
-        "behind pruned predecessors; 2 more forwards of the calibration text. stages: within blocks, too (q, k, v; "
-        f"o; gate, up; down); {STAGES + 1} forwards. Left out: "
+        "behind pruned predecessors; 2 more forwards of the calibration text. Left out: "
         f"sequential for {name_sequential(LEVERS.values())}, as published, else dense.",
         json_schema_extra=_leave_out_default,
     )
@@ -274,7 +272,7 @@ _IN_STEPS = "|".join(f"(?<=^{name})" for name, method in METHODS.items() if meth
 _LABEL = re.compile(
     rf"(?P<method>[a-z-]+?)(?:(?:{_IN_STEPS})(?P<steps>\d+))?(?P<refit>\+refit)?(?P<clipped>~clipped)?"
     rf"(?:~damped(?P<damping>[\d.]+))?(?P<mix>{MARKS})?"
-    r"(?:~(?P<statistics>dense|sequential|stages))?"
+    r"(?:~(?P<statistics>dense|sequential))?"
     r"(?P<polish>\+polish(?P<polish_tokens>\d+)?)?"
     r"(?::(?P<allocation>[a-z][a-z-]*?)(?P<mask>-mask)?(?:@(?P<strength>[\d.]+))?)?"
 )
@@ -300,7 +298,7 @@ def parse_recipe(label: str) -> Recipe:
 
     Marks behind METHOD may stand in any order. SHARETEXT, such as `~0.7code~0.3prose`, is a mixture of named texts, or
     of `run` and `questions`: with a quarter or half of these, `~quarter` or `~half`.
-    STATISTICS is dense, sequential or stages; without that mark they are those that the method's authors take. Without
+    STATISTICS is dense or sequential; without that mark they are those that the method's authors take. Without
     an allocation it is uniform.
     Raises ValueError in one line for another form or a name that there is not.
     """

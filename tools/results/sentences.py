@@ -19,7 +19,6 @@ from tools.results.schema import (
 
 BEHIND: dict[Statistics, str] = {
     "sequential": "each block behind its pruned predecessors",
-    "stages": "each stage of a block behind all that is pruned before it",
     "dense": "statistics of the dense model",
 }
 """What layers were pruned by, in words."""

@@ -36,7 +36,6 @@ from tools.statistics.known import (
     mix_tensors,
 )
 from tools.statistics.requests import (
-    ListStages,
     Parts,
     SumCurves,
     SumGradients,
@@ -77,23 +76,15 @@ def collect_moments(
     *,
     full: bool = True,
     purpose: Purpose = "moments",
-    names: Sequence[str] = (),
 ) -> Moments:
     """The moments of what the layers of a block read: fp32, means over all tokens.
 
-    The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products. With
-    `names`, of one of the stages that `find_stages` lists.
+    The mean squares alone, not `full`, are all that masks without an update need, at a fraction of the products.
     Experts that few tokens were sent to have those of all filled in. Raises UnknownStatistics for any other layer that
     never ran.
     """
-    answers = team.ask(SumMoments(walk, block, full, purpose, names))(ignore_ticks)
-    chosen = [layer for layer in layers if not names or layer.name in names]
-    return _finish_moments(answers, extent, chosen, full)
-
-
-def find_stages(team: Team, walk: Walk, block: int) -> list[list[str]]:
-    """The stages of a block, in the order in which they run: names of layers that read the same tensor."""
-    return next(stages for stages in team.ask(ListStages(walk, block))(ignore_ticks) if stages)
+    answers = team.ask(SumMoments(walk, block, full, purpose))(ignore_ticks)
+    return _finish_moments(answers, extent, layers, full)
 
 
 def _finish_moments(

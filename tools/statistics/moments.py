@@ -1,10 +1,9 @@
-"""What the layers of a block read, summed up, and its stages: layers that read the same tensor, as they run.
+"""What the layers of a block read, summed up.
 
 Shape suffixes: T tokens, I input features (d_in).
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,10 +32,6 @@ class Readers:
         return leader
 
 
-class StageOver(Exception):
-    """Ends a forward where all has been seen that it was for."""
-
-
 class Wanted(NamedTuple):
     """What is to be summed."""
 
@@ -44,8 +39,6 @@ class Wanted(NamedTuple):
     """x x^T, and not x^2 alone."""
     group: dict[str, str]
     """As in `Readers`."""
-    last: str = ""
-    """The layer that ends a window's forward, where one does."""
 
 
 class Spare:
@@ -76,11 +69,9 @@ class MomentSums:
         self._wanted, self._readers, self._spare = wanted, Readers(wanted.group), spare
 
     def see(self, layer: Layer, x_TI: Tensor) -> None:
-        """Add what a layer reads. Raises StageOver behind the last one."""
+        """Add what a layer reads."""
         if self._readers.find_leader(layer, x_TI) == layer.name:
             self._add(layer, x_TI, full=self._wanted.full)
-        if layer.name == self._wanted.last:
-            raise StageOver
 
     def _add(self, layer: Layer, x_TI: Tensor, *, full: bool) -> None:
         sums, width, name = self.sums, x_TI.shape[1], f"A/{layer.name}" if full else f"a/{layer.name}"
@@ -95,20 +86,3 @@ class MomentSums:
             sums[name] += sum_squares(x_TI)
         if layer.pool:
             add_count(sums, layer.name, x_TI)
-
-
-def list_stages(layers: Sequence[Layer], group: Mapping[str, str]) -> list[list[str]]:
-    """The layers of a block by stage, from their `group` in the order in which they ran.
-
-    The same projection of all experts is in one stage, whichever of them ran. Layers of which nothing is known, not
-    even of a fellow, stand in one behind all others.
-    """
-    pools = {layer.name: layer.pool for layer in layers}
-    of_pool = {pools[name]: pools[leader] or leader for name, leader in group.items() if pools[name]}
-    stages: dict[str, list[str]] = {}
-    for name, leader in group.items():
-        stages.setdefault(pools[leader] or leader, []).append(name)
-    for layer in layers:
-        if layer.name not in group:
-            stages.setdefault(of_pool.get(layer.pool, ""), []).append(layer.name)
-    return list(stages.values())

@@ -47,22 +47,10 @@ class SumMoments(NamedTuple):
     block: int
     full: bool
     purpose: Purpose
-    names: Sequence[str] = ()
 
     def run(self, walks: Walks, span: Span) -> tuple[Nodes, dict[str, str]]:
         """As in `ShardRequest`."""
         return walks.moments(span, *self)
-
-
-class ListStages(NamedTuple):
-    """The stages of a block (`Walks.stages`)."""
-
-    walk: Walk
-    block: int
-
-    def run(self, walks: Walks, span: Span) -> list[list[str]]:
-        """As in `ShardRequest`."""
-        return walks.stages(span, *self)
 
 
 class SumGradients(NamedTuple):

@@ -8,7 +8,7 @@ Shape suffixes: B windows, T tokens, I input features (d_in), O output features 
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tools.models.streamed import find_stream
 from tools.models.window_states import hold_states
 from tools.statistics.flow import add_curve, sum_gradients
 from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
-from tools.statistics.moments import MomentSums, Readers, Spare, StageOver, Wanted, list_stages
+from tools.statistics.moments import MomentSums, Spare, Wanted
 from tools.statistics.passage import KeptPassages, Passage, Passages
 from tools.statistics.pruned import parts_of_mask
 from tools.statistics.shards import Aside, Span, Sums, cut_shards, forget, list_nodes, sum_node
@@ -79,19 +79,6 @@ class Walks:
         self._walk: Walk | None = None
         self._ways = Passages(blocks.model, scratch, kept)
 
-    def stages(self, span: Span, walk: Walk, block: int) -> list[list[str]]:
-        """The layers of a block, those together that read the same tensor, in the order in which they run.
-
-        Found on the first window; the block may be pruned in part. Nothing of a span whose windows count nothing.
-        """
-        way, group = self._reach(span, walk, block, False), dict[str, str]()
-        readers = Readers(group)
-        if not way.states:
-            return []
-        with tapped(self.grouped[block], readers.find_leader):
-            self._run(way, block, next(iter(way.states)))
-        return list_stages(self.grouped[block], group)
-
     def moments(
         self,
         span: Span,
@@ -99,12 +86,8 @@ class Walks:
         block: int,
         full: bool,
         purpose: Purpose,
-        names: Sequence[str] = (),
     ) -> tuple[Nodes, dict[str, str]]:
         """(what a block's layers read, summed over tokens; the first layer of each that read the same tensor).
-
-        With `names`, of those layers alone, which are one of its stages: where no expert is among them, no window
-        passes more of the block than that takes.
 
         `A/LAYER` is the sum of x x^T of each group's first layer, or, not `full`, `a/LAYER` that of x^2: all that masks
         without an update need, at a fraction of the products. `n/LAYER` is how many tokens an expert's sum is over.
@@ -112,9 +95,7 @@ class Walks:
         way = self._reach(span, walk, block, purpose == "profile")
         group: dict[str, str] = {}
         self._put_down(way, span)
-        layers = [layer for layer in self.grouped[block] if not names or layer.name in names]
-        last = names[-1] if names and not any(layer.pool for layer in layers) else ""
-        wanted = Wanted(full, group, last)
+        wanted, layers = Wanted(full, group), self.grouped[block]
         aside = partial(Waiting, scratch=self.scratch) if self._away else None
         passes, spare = purpose != "pruning", Spare()
 
@@ -242,11 +223,10 @@ class Walks:
         with tapped(layers, taken.see):
             for window in self._list_windows(shard):
                 taken.share = self._find_share(window)
-                with suppress(StageOver):
-                    if passes:
-                        self._step(way, block, window)
-                    else:
-                        self._run(way, block, window)
+                if passes:
+                    self._step(way, block, window)
+                else:
+                    self._run(way, block, window)
         return taken.sums
 
     # --- down --------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from tools.models.positions import refuse_long_windows
 from tools.models.streamed import find_stream, forget_loading
 from tools.plans.cuts import CutOrder, Target
 from tools.plans.layer_profile import LayerProfile
-from tools.plans.paces import MEASURING, Paces, name_measuring_curves, name_pruning, time_work
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 from tools.results.losses import Evaluation
@@ -78,7 +77,6 @@ class Workbench:
         """`loaded` are the settings' model, with its dense weights, and tokenizer, of a workbench before this;
         `course` is what the disk must have room for, where it is known."""
         self.settings, self.directory, self._warn = settings, directory, Warner(warn)
-        self.paces: Paces = {}
         progress("load model", 0, 1)
         self.store = ArtifactStore(directory / "artifacts")
         self.store.remove_unfinished()
@@ -124,7 +122,7 @@ class Workbench:
         self.crew = gather_crew(settings, blocks, self.weights, texts, directory, self._warn, kept)
         self.losses = Losses(blocks, self.windows, self.weights, directory, self.crew, settings.text_shares)
         self.profiles = Profiles(
-            settings, self.windows, self.weights, self.store, self.index, self.crew, self.losses, self.paces, at_once
+            settings, self.windows, self.weights, self.store, self.index, self.crew, self.losses, at_once
         )
         self.curves = Curves(self.weights, self.profiles, self.index, self.crew)
         self.polisher = Polisher(
@@ -240,10 +238,7 @@ class Workbench:
     def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `Curves.describe_layers`."""
         with self._explained(f"measuring what {recipe.label} needs to know of layers"):
-            if not recipe.needs_curves or self.has_layers(profile, recipe):
-                return self.curves.describe_layers(profile, recipe, progress)
-            with time_work(self.paces, name_measuring_curves(recipe)):
-                return self.curves.describe_layers(profile, recipe, progress)
+            return self.curves.describe_layers(profile, recipe, progress)
 
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `Curves.read_layers`."""
@@ -267,7 +262,7 @@ class Workbench:
 
     def prune(self, profile: str, order: WorkOrder, progress: Progress) -> str:
         """As `Pruner.prune`."""
-        with self._explained("pruning"), time_work(self.paces, name_pruning(order)):
+        with self._explained("pruning"):
             return self.pruner.prune(profile, order, progress)
 
     def restore(self, checkpoint: str) -> list[str]:
@@ -312,8 +307,7 @@ class Workbench:
 
     def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
         """As `Evaluator.evaluate`."""
-        tokens = self.losses.count_windows(split) * self.settings.window
-        with self._explained(f"measuring on the {split} text"), time_work(self.paces, MEASURING, tokens):
+        with self._explained(f"measuring on the {split} text"):
             return self.evaluator.evaluate(checkpoint, split, profile, progress, label)
 
     def evaluate_further(self, checkpoint: str, windows: range, progress: Progress) -> Evaluation:
@@ -325,8 +319,7 @@ class Workbench:
         self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
     ) -> list[Evaluation]:
         """As `Evaluator.evaluate_each`."""
-        tokens = len(checkpoints) * windows * self.settings.window
-        with self._explained("measuring on the validation text"), time_work(self.paces, MEASURING, tokens):
+        with self._explained("measuring on the validation text"):
             return self.evaluator.evaluate_each(checkpoints, windows, profile, progress, label)
 
     def evaluate_other(self, model: Any, profile: str, progress: Progress) -> Evaluation:

@@ -12,7 +12,7 @@ from tools.base.progress import Progress, Warn, heed_stop
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.plans.pattern import count_pattern_zeros
 from tools.plans.recipe import Recipe
-from tools.statistics.collect import Moments, collect_moments, find_stages
+from tools.statistics.collect import Moments, collect_moments
 from tools.statistics.extent import begin_walk
 from tools.statistics.pruned import prune_layer
 from tools.statistics.walk import Walk
@@ -112,8 +112,7 @@ class LayerPruner:
         """Block by block: each is pruned by what it reads in the model whose earlier blocks are pruned already.
 
         Within a block all layers of sequential statistics are pruned by the inputs that they have while the whole block
-        is still dense, as in the loops of Wanda and SparseGPT (`tools.plans.methods.Method.statistics`); then those of
-        stages, one stage after another, by what these read once all before them in the block are pruned. The pruned
+        is still dense, as in the loops of Wanda and SparseGPT (`tools.plans.methods.Method.statistics`). The pruned
         block passes on what the next one reads. States between blocks are in the model's number format, sums in fp32,
         as there. Layers that are `made` have their artifacts, and stay as these are; those of all come out.
         """
@@ -124,18 +123,11 @@ class LayerPruner:
                 progress("prune in order", block, len(grouped))
                 below = [done[layer.name] for earlier in grouped[:block] for layer in earlier]
                 own = {layer.name: tasks[layer.name] for layer in layers if layer.name not in made}
-                at_once = {name: task for name, task in own.items() if task.recipe.statistics == "sequential"}
-                keys = self._make_keys(at_once, below)
-                if missing := self._install_made(at_once, keys, index, done):
+                keys = self._make_keys(own, below)
+                if missing := self._install_made(own, keys, index, done):
                     for layer in layers:
                         self._weights.install(layer.name, DENSE)
                     self._prune_present(walk, block, missing, keys, done)
-                if staged := {name: task for name, task in own.items() if name not in at_once}:
-                    # what becomes of a layer hangs on all that is to become of its block
-                    planned = self._make_keys(own, below) | done
-                    keys = self._make_keys(staged, [*below, *(planned[layer.name] for layer in layers)])
-                    if missing := self._install_made(staged, keys, index, done):
-                        self._prune_stages(walk, block, missing, keys, done)
                 for layer in layers:
                     self._weights.install(layer.name, done[layer.name])
         progress("prune in order", len(grouped), len(grouped))
@@ -148,31 +140,15 @@ class LayerPruner:
                 done[name] = artifact
         return {name: task for name, task in tasks.items() if name not in done}
 
-    def _prune_stages(self, walk: Walk, block: int, tasks: Tasks, keys: Mapping[str, str], done: Made) -> None:
-        """Prune layers of a block, each stage by what it reads once all layers are as they are `done` before it."""
-        for stage in find_stages(self._crew.team, walk, block):
-            missing = {name: tasks[name] for name in stage if name in tasks}
-            for layer in self._weights.by_block[block]:
-                self._weights.install(layer.name, done.get(layer.name, DENSE))
-            if missing:
-                self._prune_present(walk, block, missing, keys, done, stage)
-
-    def _prune_present(
-        self, walk: Walk, block: int, tasks: Tasks, keys: Mapping[str, str], done: Made, stage: Sequence[str] = ()
-    ) -> None:
-        """Prune layers of a block, all of one `stage` where it is given, by what they read in the model as it is.
+    def _prune_present(self, walk: Walk, block: int, tasks: Tasks, keys: Mapping[str, str], done: Made) -> None:
+        """Prune layers of a block by what they read in the model as it is.
 
         Each kind of sums is made for itself, so that a layer's are the same, to the bit, whatever the others' are.
         """
         team, extent, layers = self._crew.team, self._crew.extent, self._weights.by_block[block]
         for full in sorted({task.recipe.changes_survivors for task in tasks.values()}):
             chosen = {name: task for name, task in tasks.items() if task.recipe.changes_survivors == full}
-            moments = collect_moments(
-                *(team, extent, walk, block, layers),
-                full=full,
-                purpose="pruning",
-                names=stage,
-            )
+            moments = collect_moments(team, extent, walk, block, layers, full=full, purpose="pruning")
             if layers[0].is_streamed:
                 moments = moments.bring_near()
             for name, artifact in self._compute_all(chosen, moments):

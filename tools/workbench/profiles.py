@@ -15,7 +15,6 @@ from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import QUESTIONS, RUN, Calibration, WorkbenchSettings
 from tools.measure.losses import SoFar
 from tools.plans.mix import refuse_unknown
-from tools.plans.paces import MEASURING, Paces, time_work
 from tools.plans.recipe import Recipe
 from tools.results.losses import Evaluation
 from tools.statistics.collect import Moments, collect_questions, collect_statistics
@@ -49,12 +48,11 @@ class Profiles:
         index: Index,
         crew: Crew,
         losses: Losses,
-        paces: Paces,
         at_once: int | None = None,
     ) -> None:
-        """`paces` are told how long it takes; `at_once` is as in `SecondMoments`."""
+        """`at_once` is as in `SecondMoments`."""
         self._settings, self._windows, self._weights, self._crew = settings, windows, weights, crew
-        self._store, self._index, self._losses, self._paces = store, index, losses, paces
+        self._store, self._index, self._losses = store, index, losses
         self._moments = SecondMoments(weights, store, index, crew, at_once)
         self._mixtures = Mixtures(settings, windows, weights, store, index, crew)
         self._last: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
@@ -110,10 +108,9 @@ class Profiles:
             return known["hidden"], Evaluation.model_validate(known["evaluation"])
         so_far = self._read_so_far(key, len(every))
         try:
-            with time_work(self._paces, MEASURING, (len(every) - len(so_far.nll)) * self._settings.window):
-                evaluation, hidden = self._losses.measure(
-                    "validation", every, None, "dense validation", progress, so_far=so_far
-                )
+            evaluation, hidden = self._losses.measure(
+                "validation", every, None, "dense validation", progress, so_far=so_far
+            )
         except Stopped:
             if so_far.nll:
                 kept = self._store.write_tensors({"hidden": torch.stack(so_far.hidden)})

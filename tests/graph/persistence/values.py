@@ -73,8 +73,6 @@ VALUES: dict[str, Any] = {
     "stop": "patience",
     "evaluated_tokens": 4096,
     "counted": ["curves of refit"],
-    "paces": {"pruning by refit": 1.5},
-    "foreseen": {"pruning by two-sided": 0.5},
     "probed": {"0123": 128},
     "seconds": 1.5,
 }

@@ -51,7 +51,6 @@ from tools.plans.costs import count_polish
 from tools.plans.cuts import Cutting
 from tools.plans.groups import Group, GroupRecipe, drop_null
 from tools.plans.layer_profile import LayerProfile, group_layers, predict_kl
-from tools.plans.paces import MEASURING, list_works, name_measuring_curves, name_pruning_by
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.selectors import select_layers
 
@@ -389,15 +388,13 @@ def test_prompt_of_a_model_like_qwen3_8b() -> None:
     """252 layers, all that is limited limited; the real tokenisers of Qwen and OpenAI make less of it than is counted
     here."""
     config = RunConfig(max_evaluated_tokens=49_152, max_seconds=5_400, max_agent_cost=5, validation_windows=8)
-    pruning = {name_pruning_by([work]): 1_000.0 for work in list_works("")}
-    curves = {name_measuring_curves(work): 3_000.0 for work in list_works("") if work.refits}
-    budget = TokenBudget(config, 0, 4_096, foreseen=pruning | curves, paces={MEASURING: 0.017})
+    budget = TokenBudget(config, 0, 4_096)
     situation = make_first_situation(36, config=config, budget=budget, seconds=1_387.0, architecture="Qwen3ForCausalLM")
     toolbox = Toolbox(
         offer_nothing,
         calls=6,
         seconds=3_600,
-        prices=describe_prices(config, budget),
+        prices=describe_prices(config),
         list_left=lambda: {"tokens_left": budget.left},
     )
     first = "".join(message.text for message in planner_messages(situation, toolbox))

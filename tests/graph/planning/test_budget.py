@@ -28,7 +28,6 @@ CONFIG = RunConfig(
 TRIAL = 3 * 64
 WALK = 4 * 2 * 64
 SEQUENTIAL = 2 * 4 * 64
-STAGES = 5 * 4 * 64
 PROFILE = (4 + 5 * 2) * 64
 
 
@@ -42,8 +41,8 @@ def make_order(**recipe: Any) -> WorkOrder:
 
 def test_what_costs_come_to() -> None:
     assert (count_walk(CONFIG), count_profile(CONFIG)) == (WALK, PROFILE)
-    kinds: list[list[Statistics]] = [["dense"], ["sequential"], ["stages"], ["dense", "sequential", "stages"]]
-    assert [count_in_order(some, CONFIG) for some in kinds] == [0, SEQUENTIAL, STAGES, STAGES + 4 * 64]
+    kinds: list[list[Statistics]] = [["dense"], ["sequential"], ["dense", "sequential"], ["sequential", "sequential"]]
+    assert [count_in_order(some, CONFIG) for some in kinds] == [0, SEQUENTIAL, SEQUENTIAL, SEQUENTIAL + 4 * 64]
     few = CONFIG.model_copy(update={"gradient_windows": 9})
     assert count_walk(few) == 4 * 4 * 64, "no more windows are back-propagated than there are"
 
@@ -149,7 +148,7 @@ def test_a_plan_beyond_the_budget_is_refused_with_what_it_takes() -> None:
     sequential = STRONG.model_copy(update={"statistics": "sequential"})
     assert budget.refuse(Plan(sparsity=0.45, recipe=sequential), make_order(statistics="sequential")) == (
         "the plan takes 704 tokens through the model, 512 of them beside its trial, and 600 are left; plan without "
-        "what costs them (statistics sequential or stages, curves method, or reprofile)"
+        "what costs them (statistics sequential, curves method, or reprofile)"
     )
     assert "takes 1,088 tokens" in budget.refuse(plan.model_copy(update={"reprofile": True}), make_order())
 
@@ -171,7 +170,7 @@ def test_a_planner_is_told_how_many_trials_the_budget_allows() -> None:
     assert "Round 3 of at most 7. Perplexity limit" in said
     assert (
         " Budget: 1,000 of 2,000 tokens through the model are left: a trial takes 192 and what its recipe adds; "
-        "a probe counts towards its plan's own trial; statistics sequential 512 more, stages 1,280, for each plan "
+        "a probe counts towards its plan's own trial; statistics sequential 512 more, for each plan "
         "once, probed or tried; curves method 512 more, once for each "
         "method, gamma and damping; a new profile, reprofile, 896. Plans beyond it are refused; "
         "with less than a trial the run ends."

@@ -73,7 +73,7 @@ def test_every_layer_has_its_own_recipe_and_the_sum_meets_the_plan() -> None:
         (make_plan({"*.k_proj": {}}), CONFIG, r"selector '\*\.k_proj' means no layer; layers are named like "),
         (make_plan({"*": {}}), CONFIG, "groups take every layer, so that the plan's recipe counts for none; "),
         (
-            make_plan({V: {"statistics": "stages", "mix": {"run": 1, "questions": 1}}}, SEQUENTIAL),
+            make_plan({V: {"statistics": "sequential", "mix": {"run": 1, "questions": 1}}}, SEQUENTIAL),
             CONFIG,
             "statistics behind pruned predecessors in one round are of one calibration text, and not of 'run' and ",
         ),
@@ -127,14 +127,14 @@ def test_a_layers_curve_is_that_of_its_own_recipe_measured_once_for_each() -> No
 
 def test_a_plan_costs_what_its_recipes_cost() -> None:
     budget = TokenBudget(CONFIG, 0, 100)
-    staged = {"statistics": "stages"}
+    staged = {"statistics": "sequential"}
     plan = make_plan({V: {"method": "wanda"}, Q: staged}, Recipe(statistics="sequential"))
     order = resolve(plan, LAYERS, CONFIG)
     text = CONFIG.calibration_windows * CONFIG.window
     assert budget.list_costs(plan, order) == {
         "curves of refit": count_walk(CONFIG),
         "curves of wanda+refit~dense": count_walk(CONFIG),
-        f"walk of order {order.id}": (1 + 1 + 4) * text,
+        f"walk of order {order.id}": (1 + 1) * text,
     }
     apart = {V: {"method": "magnitude", "refit": False}}
     summed = make_plan(apart, Recipe(statistics="sequential", curves="mask"))

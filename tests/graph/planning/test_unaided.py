@@ -40,7 +40,7 @@ def choose(server: OpenAIServer, name: str, directory: Path, *trials: Trial, una
 
 def open_tools(situation: Situation, directory: Path) -> Toolbox:
     state, session = State(config=situation.config), Session(directory, lambda _event: None, 0.0)
-    bench: Any = SimpleNamespace(paces={})
+    bench: Any = SimpleNamespace()
     toolbox = open_toolbox(lambda: nullcontext(bench), situation, state, session, None, open_budget(state))
     assert toolbox is not None
     return toolbox

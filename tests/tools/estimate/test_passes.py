@@ -27,7 +27,7 @@ from tools.statistics.shards import count_waiting
 from tools.workbench.bench import Workbench
 
 BLOCKS = 8
-LABELS = ("refit:kappa-mask", "refit:kappa", "refit~sequential:kappa-mask", "refit~stages:kappa-mask")
+LABELS = ("refit:kappa-mask", "refit:kappa", "refit~sequential:kappa-mask")
 
 
 @pytest.fixture
@@ -107,7 +107,6 @@ def test_what_comes_from_disk_is_foreseen(
         "refit:kappa-mask": prune[0] - bool(at_once),
         "refit:kappa": prune[0] - 1,
         "refit~sequential:kappa-mask": prune[1] - 1,
-        "refit~stages:kappa-mask": prune[2] - 1,
         "validate": steps[("validate", "")],
         "test": steps[("test", "")],
         "prompts": steps[("go on with prompts", "")],

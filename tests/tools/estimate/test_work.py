@@ -32,7 +32,6 @@ COURSE = Course(
 STEPS = Steps(
     forward=2.0,
     statistics=5.0,
-    stages=6.0,
     gradients=7.0,
     curves=Fit(11.0, 13.0),
     loss=0.25,
@@ -56,7 +55,7 @@ def work_of(settings: Any, course: Course = COURSE, workers: int = 0, **ways: An
     """At the prices above; a product costs what its name says."""
     layers = find_layers(make_empty("llama"))
     shares = find_shares(settings, layers, find_busiest(cut_parts(settings, workers)))
-    flops = {"forward": 3.0, "moments": 5.0, "stages": 11.0, "loss": 1.0, "write": 4.0, "prune refit": 7.0}
+    flops = {"forward": 3.0, "moments": 5.0, "loss": 1.0, "write": 4.0, "prune refit": 7.0}
     return list_work(settings, 14, shares, course, Pricing(flops, price_seconds(TIMES)), **ways)
 
 
@@ -86,15 +85,6 @@ def test_every_step_is_done_so_often_and_takes_so_long(tiny_llama: Path) -> None
         "14 layers by refit~sequential, with two more forwards of the calibration text",
         "14 layers by wanda, with two more forwards of the calibration text",
     ]
-    staged = work_of(
-        tiny_settings(tiny_llama), COURSE._replace(rounds=[STRONG.model_copy(update={"statistics": "stages"})])
-    )
-    (pruned, _) = (work for work in staged if work.name == "prune")
-    assert (pruned.seconds, pruned.flops) == (1000 + 2 + 4 * 2 + 4 * 6, 7 + 4 * 3 + 4 * 11)
-    assert pruned.how == (
-        "14 layers by refit~stages, with a pass of every block for each of its stages and one more of the calibration "
-        "text"
-    )
     assert [work.flops for work in found[:3]] == [3 * (3 + 1), 4 * 3, 4 * 5]
     assert [work.flops for work in found if work.name == "prune"] == [0, 7, 7 + 2 * 4 * 3 + 4 * 5, 2 * 4 * 3]
 
@@ -184,7 +174,6 @@ def test_products_are_priced_by_the_code_that_multiplies() -> None:
         "forward": 10,
         "moments": 2 * 64 * 2 * (6 * 32 * 32 + 48 * 48),
         "gradients": 10 + 3 + 2 * (7 + 3),
-        "stages": 4 * 10 + 2 * 64 * 2 * (6 * 32 * 32 + 48 * 48),
         "curves": 2 * 64 * 15_360 * 6,
         "loss": 3,
         "divergence": 6,

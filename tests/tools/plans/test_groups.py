@@ -115,7 +115,7 @@ def test_a_group_in_words() -> None:
 
 
 def test_one_text_for_all_that_is_pruned_in_order_and_one_for_a_polish() -> None:
-    dense, staged = parse_recipe("refit~half"), parse_recipe("refit~quarter~stages")
+    dense, staged = parse_recipe("refit~half"), parse_recipe("refit~quarter~sequential")
     refuse_two_walks([PLANS, dense])
     with pytest.raises(ImpossiblePlan, match=r"^statistics behind .* and not of 'run' and '~quarter'$"):
         refuse_two_walks([PLANS, dense, staged])

@@ -45,9 +45,9 @@ from tools.plans.work_order import order_all
         ),
         (Recipe(statistics="dense"), "refit", "refit:kappa"),
         (
-            Recipe(gamma="clipped", mix={"run": 0.75, "questions": 0.25}, statistics="stages"),
-            "refit~clipped~quarter~stages",
-            "refit~clipped~quarter~stages:kappa",
+            Recipe(gamma="clipped", mix={"run": 0.75, "questions": 0.25}, statistics="sequential"),
+            "refit~clipped~quarter~sequential",
+            "refit~clipped~quarter~sequential:kappa",
         ),
         (Recipe(mix={"questions": 1, "run": 4}), "refit~0.2questions~0.8run", "refit~0.2questions~0.8run:kappa"),
         (Recipe(damping=0.3), "refit~damped0.3", "refit~damped0.3:kappa"),
@@ -58,8 +58,7 @@ from tools.plans.work_order import order_all
             "refit~clipped~damped0.05~1a",
             "refit~clipped~damped0.05~1a:kappa",
         ),
-        (Recipe(statistics="stages"), "refit~stages", "refit~stages:kappa"),
-        (Recipe(method="wanda", refit=False, statistics="stages"), "wanda~stages", "wanda~stages:kappa"),
+        (Recipe(statistics="sequential"), "refit~sequential", "refit~sequential:kappa"),
     ],
 )
 def test_labels(recipe: Recipe, mask: str, label: str) -> None:
@@ -105,9 +104,9 @@ def test_without_a_polish_a_recipe_is_written_and_described_as_ever() -> None:
     ("given", "label"),
     [
         ("refit~sequential~damped0.3:uniform", "refit~damped0.3~sequential:uniform"),
-        ("refit10+polish64~stages~clipped:kappa@0.8", "refit10~clipped~stages+polish64:kappa@0.8"),
+        ("refit10+polish64~sequential~clipped:kappa@0.8", "refit10~clipped~sequential+polish64:kappa@0.8"),
         ("wanda~0.7code~0.3prose+refit", "wanda+refit~0.7code~0.3prose:uniform"),
-        ("wanda~stages~half+refit", "wanda+refit~half~stages:uniform"),
+        ("wanda~dense~half+refit", "wanda+refit~half~dense:uniform"),
         ("wanda~0.25questions~0.75run", "wanda~quarter:uniform"),
     ],
 )
@@ -130,7 +129,7 @@ def test_the_calibration_text_that_earlier_versions_named_is_a_mixture() -> None
     "label",
     [
         *("refit~half~quarter:kappa", "refit~half~1code", "refit~clipped~clipped:kappa"),
-        *("refit~dense~stages", "refit~fast:kappa", "refit~"),
+        *("refit~dense~sequential", "refit~fast:kappa", "refit~"),
     ],
 )
 def test_marks_that_there_are_not_and_those_given_twice_are_refused(label: str) -> None:
@@ -148,8 +147,6 @@ def test_marks_that_there_are_not_and_those_given_twice_are_refused(label: str) 
         ("magnitude:uniform", "dense", "magnitude:uniform"),
         ("refit3:kappa", "dense", "refit3:kappa"),
         ("refit3~sequential:kappa", "sequential", "refit3~sequential:kappa"),
-        ("refit3~stages:kappa", "stages", "refit3~stages:kappa"),
-        ("sparsegpt~stages:uniform", "stages", "sparsegpt~stages:uniform"),
     ],
 )
 def test_statistics_without_a_mark_are_those_that_a_methods_authors_take(

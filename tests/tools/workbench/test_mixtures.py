@@ -55,7 +55,7 @@ def assert_alike(ours: Workbench, first: tuple[str, Recipe], theirs: Workbench, 
 
 LABELS = (
     *("two-sided:kappa", "refit:kappa-mask", "refit:kappa", "refit~damped0.3:kappa", "sparsegpt:uniform"),
-    "refit~clipped~stages:kappa-mask",
+    "refit~clipped~sequential:kappa-mask",
 )
 
 
@@ -99,7 +99,7 @@ def test_another_mixture_is_a_sum_and_walks_through_no_text(named: Workbench, mo
     labels = (
         "refit~0.75code~0.25prose:uniform",
         "wanda~0.75code~0.25prose:uniform",
-        "refit~0.75code~0.25prose~stages:uniform",
+        "refit~0.75code~0.25prose~sequential:uniform",
     )
     plain = [label.replace("~0.75code~0.25prose", "") for label in labels]
     for label, mask, other in zip(labels, masks(named, profile, *labels), masks(weighed, own, *plain), strict=True):
@@ -139,7 +139,7 @@ def test_texts_count_by_their_names_in_whatever_order_they_are_given(named: Work
 @pytest.mark.parametrize("masks_only", [False, True])
 def test_workers_and_interruptions_come_to_the_same_bits(named: Workbench, masks_only: bool) -> None:
     profile = named.profile(ignore, masks_only=masks_only)
-    labels = ("refit~0.75code~0.25prose:kappa", "refit~1prose~sequential:kappa-mask", "refit~stages:kappa-mask")
+    labels = ("refit~0.75code~0.25prose:kappa", "refit~1prose~sequential:kappa-mask", "refit~sequential:kappa-mask")
     made = [prune(named, profile, 0.5, parse_recipe(label)) for label in labels]
     bits = snapshot(named)
     shared = open_bench(named.settings, named.directory.parent / "shared")
@@ -166,7 +166,7 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(named: Workbench, tiny_llam
         "statistics behind pruned predecessors in one round are of one calibration text, and not of '~1code' and 'run'"
     )
     with pytest.raises(ImpossiblePlan, match=f"^{line}$"):
-        refuse_two_walks([parse_recipe("refit~1code~stages"), parse_recipe("refit~stages")])
+        refuse_two_walks([parse_recipe("refit~1code~sequential"), parse_recipe("refit~sequential")])
     plain = open_bench(tiny_settings(tiny_llama), tmp_path / "plain")
     with pytest.raises(
         ImpossiblePlan, match=r"^mix weighs 'code', and this run has neither named texts nor questions; leave it out$"
@@ -180,7 +180,7 @@ def test_experts_are_mixed_too(tmp_path: Path, workbench_closed: None) -> None:
     texts = name_texts(tmp_path, text_weights={})
     bench = open_bench(tiny_settings(model, **texts), tmp_path / "named", lambda _: None)
     profile = bench.profile(ignore)
-    labels = ("refit~0.75code~0.25prose:kappa", "refit~1prose~stages:kappa-mask", "two-sided:kappa")
+    labels = ("refit~0.75code~0.25prose:kappa", "refit~1prose~sequential:kappa-mask", "two-sided:kappa")
     made = [prune(bench, profile, 0.5, parse_recipe(label)) for label in labels]
     bits = snapshot(bench)
     shared = open_bench(bench.settings, tmp_path / "shared", lambda _: None)

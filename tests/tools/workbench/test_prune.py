@@ -330,7 +330,7 @@ def test_in_order_a_layer_is_pruned_by_the_same_sums_whatever_the_others_are(
 ) -> None:
     profile = bench.profile(ignore)
     allocation, name = plan(bench, profile, 0.4), "model.layers.0.self_attn.v_proj"
-    labels = ("wanda", "refit~sequential", "wanda~stages", "refit~stages")
+    labels = ("wanda", "refit~sequential")
     orders = [order_allocation(parse_recipe(label), allocation) for label in labels]
     seen: list[torch.Tensor] = []
     prune_layer = tools.workbench.layer_pruning.prune_layer
@@ -341,13 +341,10 @@ def test_in_order_a_layer_is_pruned_by_the_same_sums_whatever_the_others_are(
         return prune_layer(recipe, dense_OI, statistics, zeros)
 
     monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", see)
-    for first, *others in ((orders[0], orders[1]), (orders[2], orders[3])):
-        seen.clear()
-        for order in (first, *(mix(other, (first, lambda n: n == name)) for other in others)):
-            index = bench.store.directory / "index.jsonl"
-            index.write_text("")
-            bench.prune(profile, order, ignore)
-        assert len(seen) == 1 + len(others) and all(torch.equal(seen[0], a_I) for a_I in seen)
+    for order in (orders[0], mix(orders[1], (orders[0], lambda n: n == name))):
+        (bench.store.directory / "index.jsonl").write_text("")
+        bench.prune(profile, order, ignore)
+    assert len(seen) == 2 and torch.equal(*seen)
 
 
 def test_in_order_there_is_one_text(bench: Workbench) -> None:
@@ -401,13 +398,3 @@ def test_in_order_some_layers_alone_take_the_text_no_further_than_the_last_of_th
     both = list_order_costs(whole, bench.settings)
     assert 2 * sum(half.values()) == sum(both.values()) == count_in_order(["sequential"], bench.settings)
     assert prune_alone(order_allocation(MASK, plan(bench, profile, 0.5, MASK)), "blocks 0", layers).passed == 1
-
-
-def test_layers_that_are_on_disk_are_known(bench: Workbench) -> None:
-    profile = bench.profile(ignore)
-    half, third = (prune(bench, profile, sparsity, WANDA) for sparsity in (0.5, 0.3))
-    assert all(bench.pruner.has_layers(checkpoint) for checkpoint in (DENSE, half, third))
-    bench.forget_checkpoints([half])
-    assert [bench.pruner.has_layers(checkpoint) for checkpoint in (DENSE, half, third, "0" * 64)] == [
-        *(True, True, False, False)
-    ]

@@ -18,7 +18,7 @@ from tools.workbench.bench import Workbench
 LABELS = [
     *(f"{name}:kappa-mask" for name in METHODS),
     *("two-sided+refit:kappa-mask", "refit10:kappa", "refit~clipped~sequential:kappa-mask"),
-    *("refit~stages:kappa-mask", "refit~damped0.3:kappa", "wanda+refit~damped10:kappa-mask"),
+    *("refit~sequential:kappa-mask", "refit~damped0.3:kappa", "wanda+refit~damped10:kappa-mask"),
     *(f"refit:{name}" for name in RULES if name != "kappa"),
 ]
 

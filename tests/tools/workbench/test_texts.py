@@ -23,8 +23,6 @@ from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
 from tools.workbench.store import DENSE
 
-STAGES = Recipe(statistics="stages")
-
 
 @pytest.fixture
 def named(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> Workbench:
@@ -80,7 +78,7 @@ def test_a_text_that_counts_nothing_changes_nothing_that_is_fitted(named: Workbe
     bench = open_bench(settings, named.directory.parent / "nothing")
     profile = bench.profile(ignore)
     layers, bits = bench.read_profile(profile).layers, {}
-    for recipe in (Recipe(), SEQUENTIAL, STAGES):
+    for recipe in (Recipe(), SEQUENTIAL):
         checkpoint = prune(bench, profile, 0.4, recipe)
         bits[recipe] = snapshot(bench)
         found = list_texts(bench.evaluate(checkpoint, "validation", profile, ignore))
@@ -99,7 +97,7 @@ def test_a_text_that_counts_nothing_changes_nothing_that_is_fitted(named: Workbe
 
 def test_workers_and_interruptions_come_to_the_same_bits(named: Workbench) -> None:
     profile = named.profile(ignore)
-    recipes = (Recipe(), SEQUENTIAL, STAGES, parse_recipe("two-sided+refit:kappa"))
+    recipes = (Recipe(), SEQUENTIAL, parse_recipe("two-sided+refit:kappa"))
     made = [prune(named, profile, 0.4, recipe) for recipe in recipes]
     bits = snapshot(named)
     losses = named.evaluate(made[-1], "validation", profile, ignore)
