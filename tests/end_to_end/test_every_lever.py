@@ -19,7 +19,7 @@ FINE = {"method": "refit", "refit_steps": 10, "gamma": "clipped", "damping": 0.2
 GROUPS = [
     {"selector": "blocks 1 · *.down_proj", "recipe": {"pattern": "2:4"}},
     {"selector": "*.q_proj", "recipe": {"method": "wanda", "refit": True, "damping": 0.1, "statistics": "dense"}},
-    {"selector": "*.k_proj", "recipe": {"gamma": "plain", "refit_steps": 3, "tokens": "even"}},
+    {"selector": "*.k_proj", "recipe": {"gamma": "plain", "refit_steps": 3}},
 ]
 CORRECTIONS = [
     {"selector": "*.v_proj", "action": "factor", "factor": 2, "reason": "values"},

@@ -223,7 +223,7 @@ def test_a_chat_model_probes_cuts_before_it_plans_one(tiny_llama: Path, tmp_path
         target = float(question.partition("target sparsity ")[2].partition(",")[0])
         plans = [{"sparsity": target, "cut": {"heads": heads}} for heads in (0, 1)]
         turn = len(body["messages"]) // 2
-        assert "Prices: probe " in question
+        assert "Prices in tokens: probe " in question
         if turn > 1:
             answered = body["messages"][-1]["content"].partition("<data")[2].splitlines()
             told.append(json.loads(answered[1]))
